@@ -1,0 +1,182 @@
+"""What of each part is trained, and how. The only place where requires_grad changes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from peft import LoraConfig, inject_adapter_in_model
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+PARTS = ("vision", "connector", "fusion", "llm")
+
+
+@dataclass
+class Part:
+    """One part of a model as adapters see it: its parameters by name, those it shares with another part left out."""
+
+    name: str
+    root: nn.Module
+    """The module that holds the part's linear layers, the whole LLM for `fusion` and `llm`."""
+    parameters: dict[str, nn.Parameter]
+    """By their names in `root`."""
+    blocks: list[list[nn.Parameter]] = field(default_factory=list)
+    """Layers from first to last, for the parts that have them."""
+
+
+class PartedModel(Protocol):
+    """A model that says which of its parameters belong to which part."""
+
+    def part(self, name: str) -> Part:
+        """The part as it is now."""
+
+
+class Policy(Protocol):
+    """How a part is trained."""
+
+    def apply(self, part: Part) -> None:
+        """Sets requires_grad on the part's parameters, and adds what the policy adds."""
+
+
+class Frozen:
+    """Nothing of the part is trained."""
+
+    def apply(self, part: Part) -> None:
+        """See `Policy`."""
+        for parameter in part.parameters.values():
+            parameter.requires_grad_(False)
+
+
+class Full:
+    """All of the part is trained."""
+
+    def apply(self, part: Part) -> None:
+        """See `Policy`."""
+        for parameter in part.parameters.values():
+            parameter.requires_grad_(True)
+
+
+class LastN:
+    """The last n layers are trained: decoder layers of an LLM, blocks of a backbone, layers of an abstractor, with the norm
+    after them where it is grouped with them."""
+
+    def __init__(self, n: int) -> None:
+        self.n = n
+
+    def apply(self, part: Part) -> None:
+        """See `Policy`.
+
+        Raises:
+            ValueError: the part has fewer layers than n, or none.
+        """
+        if not 1 <= self.n <= len(part.blocks):
+            raise ValueError(f"n is {self.n}, and the part has {len(part.blocks)} layers to choose from")
+        Frozen().apply(part)
+        for block in part.blocks[-self.n :]:
+            for parameter in block:
+                parameter.requires_grad_(True)
+
+
+class LoRA:
+    """Low-rank updates of the part's linear layers by peft (arXiv 2106.09685), the layers themselves frozen.
+
+    Args:
+        targets: names of linear layers, `q_proj` reaching each `...q_proj` of the part, or `all-linear`. The visual copies
+            of `modality_adaptive` belong to the part `fusion`: `lora` there reaches `k_proj` and `v_proj`'s visual copies,
+            and `lora` on `llm` reaches the text's.
+        alpha: the update is scaled by alpha / r.
+    """
+
+    def __init__(self, r: int = 8, alpha: float = 16.0, dropout: float = 0.0, targets: list[str] | str = "all-linear"):
+        self.r = r
+        self.alpha = alpha
+        self.dropout = dropout
+        self.targets = targets
+
+    def apply(self, part: Part) -> None:
+        """See `Policy`.
+
+        Raises:
+            ValueError: a target that no linear layer of the part has as its name, or an r under 1.
+        """
+        if self.r < 1:
+            raise ValueError(f"r is {self.r}, and a rank is at least 1")
+        Frozen().apply(part)
+        names = self.find(part)
+        before = {name: parameter.requires_grad for name, parameter in part.root.named_parameters()}
+        config = LoraConfig(r=self.r, lora_alpha=self.alpha, lora_dropout=self.dropout, target_modules=names, bias="none")
+        inject_adapter_in_model(config, part.root)
+        # peft freezes all of the root but its adapters: the other parts in it go back to what they were
+        for name, parameter in part.root.named_parameters():
+            parameter.requires_grad_(before.get(name.replace(".base_layer.", "."), True))
+
+    def find(self, part: Part) -> list[str]:
+        """Full names of the part's linear layers that the targets mean, the LLM's head never."""
+        linear: dict[str, list[str]] = {}
+        for name, module in part.root.named_modules():
+            if isinstance(module, nn.Linear) and f"{name}.weight" in part.parameters:
+                linear.setdefault(layer_name(name), []).append(name)
+        linear.pop("lm_head", None)
+        wanted = list(linear) if self.targets == "all-linear" else [self.targets]
+        wanted = self.targets if isinstance(self.targets, list) else wanted
+        if missing := [name for name in wanted if name not in linear]:
+            raise ValueError(
+                f"targets {missing} are no linear layers of {part.name}, which has {', '.join(sorted(linear)) or 'none'}"
+            )
+        if not wanted:
+            raise ValueError(f"{part.name} has no linear layer for lora")
+        return [name for key in wanted for name in linear[key]]
+
+
+def layer_name(path: str) -> str:
+    """`layers.0.self_attn.k_proj` -> `k_proj`, and the same for its copies by modality, `....k_proj.vision`."""
+    *_, parent, name = ["", *path.split(".")]
+    return parent if name in ("text", "vision") else name
+
+
+@dataclass
+class PartSummary:
+    """One line of the table at start: parameter counts of a part under its policy."""
+
+    part: str
+    policy: str
+    trained: int
+    frozen: int
+
+
+def apply_adapters(model: PartedModel, policies: dict[str, Policy]) -> list[PartSummary]:
+    """Applies each part's policy and counts.
+
+    Raises:
+        ValueError: nothing is left to train, or a policy does not fit its part (which is named).
+    """
+    for name in PARTS:
+        part = model.part(name)
+        if not part.parameters:  # concat has none: a policy for it is not wrong, there is nothing to do
+            continue
+        try:
+            policies[name].apply(part)
+        except ValueError as error:
+            raise ValueError(f"adapter.{name}: {error}") from error
+    summaries = []
+    for name in PARTS:
+        parameters = model.part(name).parameters.values()
+        trained = sum(p.numel() for p in parameters if p.requires_grad)
+        policy = type(policies[name]).__name__
+        summaries.append(PartSummary(name, policy, trained, sum(p.numel() for p in parameters) - trained))
+    if not any(summary.trained for summary in summaries):
+        raise ValueError("adapter: every part is frozen, so there is nothing to train; give one of them full, lora or last_n")
+    return summaries
+
+
+def print_summary(summaries: list[PartSummary]) -> None:
+    """Prints the table of parts, policies and parameters."""
+    table = Table(title="What is trained", title_justify="left")
+    for column, justify in (("part", "left"), ("policy", "left"), ("trained", "right"), ("frozen", "right")):
+        table.add_column(column, justify=justify)
+    total = PartSummary("all", "", sum(s.trained for s in summaries), sum(s.frozen for s in summaries))
+    for summary in (*summaries, total):
+        table.add_row(summary.part, summary.policy, f"{summary.trained:,}", f"{summary.frozen:,}")
+    Console().print(table)

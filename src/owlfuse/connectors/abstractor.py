@@ -1,0 +1,142 @@
+"""N images, P patches, Q queries, Dv vision width (the abstractor's own width too), D LLM width, H heads, d head width."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class Abstractor(nn.Module):
+    """The visual abstractor of mPLUG-Owl (arXiv 2304.14178) and mPLUG-Owl2 (arXiv 2311.04257, eq. 1-2), as released.
+
+    Learned queries attend to [queries; image] in several layers, are projected to the LLM's width, and a learned end token
+    follows: Q + 1 tokens an image. The released code differs from the paper: queries and image are each normed first, the
+    residual is added to the *normed* query, and the SwiGLU has a LayerNorm inside.
+
+    Args:
+        positions: Owl2's fixed sin-cos tables, added to the query and key inputs (not to the values). Off: the Owl1 form.
+        learned_slope: the slope beta of the SwiGLU's x * sigmoid(beta x) is learned, from 1, in place of fixed at 1.
+        eps: of the LayerNorm inside the SwiGLU; the released code leaves the other norms at PyTorch's 1e-5.
+        hidden: width of the SwiGLU; by default two thirds of 4 Dv (2730 at 1024, where the released models have 2816).
+
+    Raises:
+        ValueError: heads that do not divide Dv, or a count under 1.
+    """
+
+    def __init__(
+        self,
+        in_width: int,
+        out_width: int,
+        patches: int,
+        grid: tuple[int, int],
+        queries: int = 64,
+        layers: int = 6,
+        heads: int = 16,
+        hidden: int | None = None,
+        positions: bool = False,
+        end_token: bool = True,
+        learned_slope: bool = False,
+        eps: float = 1e-6,
+    ) -> None:
+        super().__init__()
+        if min(queries, layers, heads) < 1:
+            raise ValueError(f"queries ({queries}), layers ({layers}) and heads ({heads}) are each at least 1")
+        if in_width % heads:
+            raise ValueError(f"heads is {heads}, which does not divide the backbone's width of {in_width}")
+        if positions and in_width % 4:
+            raise ValueError(f"positions need a backbone's width divisible by 4, and it is {in_width}")
+        self.tokens = queries + int(end_token)
+        self.queries = nn.Parameter(torch.randn(1, queries, in_width) * 0.02)
+        hidden = hidden or in_width * 8 // 3
+        self.layers = nn.ModuleList(AbstractorLayer(in_width, heads, hidden, learned_slope, eps) for _ in range(layers))
+        self.proj = nn.Linear(in_width, out_width)
+        self.end_token = nn.Parameter(torch.randn(1, 1, out_width) * 0.02) if end_token else None
+        if positions:
+            self.register_buffer("query_positions", sincos_1d(torch.arange(queries), in_width))
+            self.register_buffer("image_positions", sincos_2d(grid, patches, in_width))
+        else:
+            self.query_positions = self.image_positions = None
+
+    def blocks(self) -> list[nn.Module]:
+        """The layers in order, for adapters that train the last of them."""
+        return list(self.layers)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """(N, P, Dv) -> (N, Q + 1, D), the last being the end token; (N, Q, D) without one."""
+        queries = self.queries.expand(features.shape[0], -1, -1)
+        for layer in self.layers:
+            queries = layer(queries, features, self.query_positions, self.image_positions)
+        tokens = self.proj(queries)
+        if self.end_token is None:
+            return tokens
+        return torch.cat([tokens, self.end_token.expand(tokens.shape[0], -1, -1).to(tokens.dtype)], dim=1)
+
+
+class AbstractorLayer(nn.Module):
+    """Attention of the queries to [queries; image], then a SwiGLU: a `crossattention` layer of the released code."""
+
+    def __init__(self, width: int, heads: int, hidden: int, learned_slope: bool, eps: float) -> None:
+        super().__init__()
+        self.heads = heads
+        self.query_norm = nn.LayerNorm(width)
+        self.image_norm = nn.LayerNorm(width)
+        self.query = nn.Linear(width, width)
+        self.key = nn.Linear(width, width)
+        self.value = nn.Linear(width, width)
+        self.out = nn.Linear(width, width)
+        self.mlp_norm = nn.LayerNorm(width)
+        self.mlp = SwiGLU(width, hidden, learned_slope, eps)
+
+    def forward(
+        self, queries: Tensor, features: Tensor, query_positions: Tensor | None, image_positions: Tensor | None
+    ) -> Tensor:
+        """queries (N, Q, Dv), features (N, P, Dv), position tables (Q, Dv) and (P, Dv) or None -> (N, Q, Dv)."""
+        queries = self.query_norm(queries)
+        values = torch.cat([queries, self.image_norm(features)], dim=1)
+        query_input, key_input = queries, values
+        if query_positions is not None:
+            query_input = queries + query_positions
+            key_input = values + torch.cat([query_positions, image_positions])
+        query, key, value = (
+            linear(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            for linear, x in ((self.query, query_input), (self.key, key_input), (self.value, values))
+        )
+        context = F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
+        queries = queries + self.out(context)
+        return queries + self.mlp(self.mlp_norm(queries))
+
+
+class SwiGLU(nn.Module):
+    """w2(LayerNorm(swish(w1 x) * w3 x)), swish(x) = x * sigmoid(beta x)."""
+
+    def __init__(self, width: int, hidden: int, learned_slope: bool, eps: float) -> None:
+        super().__init__()
+        self.w1 = nn.Linear(width, hidden)
+        self.w2 = nn.Linear(hidden, width)
+        self.w3 = nn.Linear(width, hidden)
+        self.norm = nn.LayerNorm(hidden, eps=eps)
+        self.slope = nn.Parameter(torch.ones(())) if learned_slope else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., Dv) -> (..., Dv)."""
+        gate = self.w1(x)
+        gate = F.silu(gate) if self.slope is None else gate * torch.sigmoid(self.slope * gate)
+        return self.w2(self.norm(gate * self.w3(x)))
+
+
+def sincos_1d(positions: Tensor, width: int) -> Tensor:
+    """Fixed table (len(positions), width): sines, then cosines, of positions over 10000^(2i/width)."""
+    frequencies = 1 / 10000 ** (torch.arange(width // 2, dtype=torch.float64) / (width / 2))
+    angles = positions.double()[:, None] * frequencies
+    return torch.cat([angles.sin(), angles.cos()], dim=1).float()
+
+
+def sincos_2d(grid: tuple[int, int], patches: int, width: int) -> Tensor:
+    """Fixed table (patches, width): half of the width for the column, half for the row; zero for tokens before the grid's
+    (the class token). Backbones whose tokens are no such grid get a table along the sequence."""
+    rows, columns = grid
+    before = patches - rows * columns
+    if before < 0:
+        return sincos_1d(torch.arange(patches), width)
+    row, column = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
+    table = torch.cat([sincos_1d(column.flatten(), width // 2), sincos_1d(row.flatten(), width // 2)], dim=1)
+    return torch.cat([torch.zeros(before, width), table])

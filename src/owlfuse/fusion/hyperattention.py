@@ -1,0 +1,192 @@
+"""N images, Q visual tokens per image, B rows, I the most images of a row, T text positions, D LLM width, H query heads,
+K key-value heads, d head width, S = I * Q visual tokens of a row.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from owlfuse.fusion.base import Fusion
+from owlfuse.llm import decoder_layers, rotary, rotate, width
+from owlfuse.types import Batch, VisualTokens
+
+Gate = Literal["adaptive", "static", "fused"]
+
+
+class HyperAttention(Fusion):
+    """In a few decoder layers the text query also attends to the visual tokens, in parallel with self-attention
+    (mPLUG-Owl3, arXiv 2408.04840). An image takes one text position, its placeholder.
+
+    Args:
+        layers: indices of those layers, from 0 (released configurations count from 1).
+        gate: how the two attentions are joined. `adaptive`: the paper's, eq. 1-2; `static`: one learned vector, as in
+            the 240728 checkpoints; `fused`: no gate, visual keys and values stand before the text's in one softmax, as in
+            the 241101 checkpoints.
+
+    Raises:
+        ValueError: from `attach`, layers that the LLM does not have, none, or one twice.
+    """
+
+    tokens_per_image = 1
+
+    def __init__(self, connector_tokens: int, layers: list[int], gate: Gate = "adaptive") -> None:
+        super().__init__()
+        self.connector_tokens = connector_tokens
+        self.layer_indices = sorted(layers)
+        self.gate = gate
+
+    def attach(self, llm: PreTrainedModel) -> None:
+        """Adds a `VisualAttention` to each of the layers, and has transformers call `attend` for the LLM's attention."""
+        layers = decoder_layers(llm)
+        wanted = self.layer_indices
+        if not wanted or len(set(wanted)) < len(wanted) or wanted[0] < 0 or wanted[-1] >= len(layers):
+            raise ValueError(f"layers {wanted}: the LLM has {len(layers)} layers, 0 to {len(layers) - 1}; each at most once")
+        for index in wanted:
+            layers[index].self_attn.visual = VisualAttention(layers[index].self_attn, width(llm), self.gate)
+            layers[index].register_forward_pre_hook(hand_visual_down, with_kwargs=True)
+        plain = llm.config._attn_implementation
+        name = f"owlfuse_hyperattention_{plain}"
+        ALL_ATTENTION_FUNCTIONS.register(name, partial(attend, plain))
+        ALL_MASK_ATTENTION_FUNCTIONS.register(name, ALL_MASK_ATTENTION_FUNCTIONS[plain])
+        llm.set_attn_implementation(name)
+
+    def owned(self, llm: PreTrainedModel) -> list[nn.Module]:
+        """The visual key-value projections and gates."""
+        return [module for module in llm.modules() if isinstance(module, VisualAttention)]
+
+    def forward(
+        self, embeddings: Tensor, visual: VisualTokens, batch: Batch, position_ids: Tensor, llm: PreTrainedModel
+    ) -> tuple[Tensor, dict[str, Any]]:
+        """See `Fusion.forward`. The text stays as it is; the layers get the visual tokens, where they stand and who sees
+        them. `visual` is needed in every decoding step."""
+        steps, length = embeddings.shape[1], batch.attention_mask.shape[1]
+        here = torch.arange(length - steps, length, device=embeddings.device)
+        visible = visual.image_positions[:, None, :] <= here[:, None]
+        visible &= visual.image_index[:, None, :] >= 0  # (B, T, I)
+        if visual.kept:
+            return embeddings, {"visual": RowVisual(None, None, visible, visual.kept)}
+        tokens = visual.tokens[visual.image_index.clamp(0)].flatten(1, 2).to(embeddings.dtype)  # (B, S, D)
+        # MI-RoPE: all patches of an image take the position of its placeholder
+        positions = position_ids.gather(1, visual.image_positions.clamp(0, steps - 1))
+        positions = positions.repeat_interleave(self.connector_tokens, dim=1)
+        return embeddings, {"visual": RowVisual(tokens, rotary(llm, tokens, positions), visible, visual.kept)}
+
+
+@dataclass
+class RowVisual:
+    """A batch's visual tokens as the layers need them."""
+
+    tokens: Tensor | None
+    """(B, S, D), not needed once keys and values are kept."""
+    position_embeddings: tuple[Tensor, Tensor] | None
+    """Rotary cosines and sines of the tokens, (B, S, d) each."""
+    visible: Tensor
+    """(B, T, I) which token sees which image."""
+    kept: dict[int, tuple[Tensor, Tensor]] | None
+    """In generation: keys and values of each layer, from the first step on."""
+
+
+class VisualAttention(nn.Module):
+    """What a hyperattention layer has of its own: one projection of visual tokens to keys and values, and the gate."""
+
+    def __init__(self, attention: nn.Module, width: int, gate: Gate) -> None:
+        super().__init__()
+        self.head_width = attention.head_dim
+        key, value = attention.k_proj, attention.v_proj
+        joint = {"device": key.weight.device, "dtype": key.weight.dtype}
+        self.kv_proj = nn.Linear(width, 2 * key.out_features, bias=key.bias is not None, **joint)
+        heads_width = attention.q_proj.out_features
+        self.gate = nn.Parameter(torch.zeros(heads_width, **joint)) if gate == "static" else None
+        self.gate_proj = nn.Linear(heads_width, heads_width, **joint) if gate == "adaptive" else None
+        self.fused = gate == "fused"
+        with torch.no_grad():
+            self.kv_proj.weight.copy_(self.interleave(key.weight, value.weight))
+            if key.bias is not None:
+                self.kv_proj.bias.copy_(self.interleave(key.bias, value.bias))
+            if self.gate_proj is not None:
+                nn.init.normal_(self.gate_proj.weight, std=0.02)
+                nn.init.zeros_(self.gate_proj.bias)
+
+    def interleave(self, key: Tensor, value: Tensor) -> Tensor:
+        """Rows of the key and value projections in the released layout: per key-value head [k; v]."""
+        heads = (x.unflatten(0, (-1, self.head_width)) for x in (key, value))
+        return torch.cat(list(heads), dim=1).flatten(0, 1)
+
+    def keys_values(self, tokens: Tensor, attention: nn.Module, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        """Normed tokens (B, S, D) -> keys, rotated, and values (B, K, S, d). Keys pass the attention's own key norm where
+        it has one (Qwen3), as its text keys do."""
+        key, value = self.kv_proj(tokens).unflatten(-1, (-1, 2 * self.head_width)).split(self.head_width, dim=-1)
+        if hasattr(attention, "k_norm"):
+            key = attention.k_norm(key)
+        return rotate(attention, key.transpose(1, 2), cos, sin), value.transpose(1, 2)
+
+    def join(self, text: Tensor, visual: Tensor) -> Tensor:
+        """The two attentions' outputs (B, T, H * d), gated: visual * g + text * (1 - g)."""
+        gate = torch.sigmoid(self.gate if self.gate_proj is None else self.gate_proj(text))
+        return visual * gate + text * (1 - gate)
+
+
+def hand_visual_down(layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    """Puts the visual keys and values of this layer in place of the visual tokens. A hook on the layer, since the layer's own
+    input norm (shared) comes before the projection, and the attention does not know it."""
+    row: RowVisual | None = kwargs.get("visual")
+    if row is None:
+        return args, kwargs
+    attention = layer.self_attn
+    keys_values = row.kept.get(attention.layer_idx) if row.kept else None
+    if keys_values is None:
+        keys_values = attention.visual.keys_values(layer.input_layernorm(row.tokens), attention, *row.position_embeddings)
+        if row.kept is not None:
+            row.kept[attention.layer_idx] = keys_values
+    return args, {**kwargs, "visual": (*keys_values, row.visible)}
+
+
+def attend(
+    plain: str,
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    visual: tuple[Tensor, Tensor, Tensor] | RowVisual | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """An attention function of transformers: self-attention as `plain` does it, joined with attention to the visual tokens
+    in the layers that have a `VisualAttention`. query (B, H, T, d), already rotated; key, value (B, K, T', d); out (B, T, H, d).
+
+    A token that sees no image keeps its self-attention output exactly.
+    """
+    attention = ALL_ATTENTION_FUNCTIONS[plain]
+    text, weights = attention(module, query, key, value, attention_mask, **kwargs)
+    if visual is None or not hasattr(module, "visual"):
+        return text, weights
+    visual_key, visual_value, visible = visual
+    sees_any = visible.any(-1)[:, :, None, None]  # (B, T, 1, 1)
+    per_image = visual_key.shape[2] // max(visible.shape[2], 1)
+    mask = visible.repeat_interleave(per_image, dim=2)[:, None]  # (B, 1, T, S)
+    if module.visual.fused:
+        mask = torch.cat([mask, text_mask(attention_mask, query, key).expand(*mask.shape[:3], -1)], dim=-1)
+        keys, values = torch.cat([visual_key, key], dim=2), torch.cat([visual_value, value], dim=2)
+        joined, _ = attention(module, query, keys, values, mask, **kwargs)
+    else:
+        # a token that sees none attends to all, so that its softmax is defined; its result is not used
+        cross, _ = attention(module, query, visual_key, visual_value, mask | ~sees_any.transpose(1, 2), **kwargs)
+        joined = module.visual.join(text.flatten(2), cross.flatten(2)).view_as(text)
+    return torch.where(sees_any, joined, text), weights
+
+
+def text_mask(attention_mask: Tensor | None, query: Tensor, key: Tensor) -> Tensor:
+    """The mask that transformers leaves out where a causal one is meant, as (B or 1, 1, T, T') bool."""
+    if attention_mask is not None:
+        return attention_mask if attention_mask.dtype == torch.bool else attention_mask >= 0
+    steps, length = query.shape[2], key.shape[2]
+    index = torch.arange(length, device=query.device)
+    return (index[None, :] <= index[length - steps :, None])[None, None]

@@ -1,0 +1,72 @@
+"""B rows, T text positions, D LLM width, M the modality indicator (True: vision)."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from owlfuse.fusion.base import Fusion, splice
+from owlfuse.llm import KEY_VALUE, NORMS, decoder_layers
+from owlfuse.types import Batch, VisualTokens
+
+
+class ModalityAdaptive(Fusion):
+    """Both norms and the key and value projections of every decoder layer have a text and a visual copy, chosen by each
+    token's modality; all else is shared (mPLUG-Owl2, arXiv 2311.04257, eq. 3-8).
+
+    The visual copies start from the text's and belong to this part. Both run in every forward, whatever the batch holds.
+    """
+
+    def __init__(self, connector_tokens: int) -> None:
+        super().__init__()
+        self.tokens_per_image = connector_tokens
+
+    def attach(self, llm: PreTrainedModel) -> None:
+        """Puts a `ByModality` in the place of each norm and of each key and value projection."""
+        for layer in decoder_layers(llm):
+            for module, names in ((layer, NORMS), (layer.self_attn, KEY_VALUE)):
+                for name in names:
+                    setattr(module, name, ByModality(getattr(module, name)))
+            layer.register_forward_pre_hook(hand_modality_down, with_kwargs=True)
+
+    def owned(self, llm: PreTrainedModel) -> list[nn.Module]:
+        """The visual copies."""
+        return [module.vision for module in llm.modules() if isinstance(module, ByModality)]
+
+    def forward(
+        self, embeddings: Tensor, visual: VisualTokens | None, batch: Batch, position_ids: Tensor, llm: PreTrainedModel
+    ) -> tuple[Tensor, dict[str, Any]]:
+        """See `Fusion.forward`."""
+        if visual is not None:
+            embeddings = splice(embeddings, visual, batch.placeholder)
+        return embeddings, {"is_visual": batch.placeholder[..., None]}
+
+
+class ByModality(nn.Module):
+    """Two copies of a module over the last dimension, one for text tokens and one for visual tokens."""
+
+    def __init__(self, text: nn.Module) -> None:
+        super().__init__()
+        self.text = text
+        self.vision = copy.deepcopy(text)
+        self.is_visual: Tensor | None = None
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """(B, T, D) -> (B, T, the module's width). Without an indicator every token is text."""
+        is_visual = self.is_visual
+        if is_visual is None:
+            is_visual = hidden_states.new_zeros((*hidden_states.shape[:-1], 1), dtype=torch.bool)
+        return torch.where(is_visual, self.vision(hidden_states), self.text(hidden_states))
+
+
+def hand_modality_down(layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    """Gives the layer's `ByModality` modules the indicator of this very call. A hook on the layer, since norms and
+    projections receive hidden states alone, and since recomputation under checkpointing then sees the same indicator."""
+    for module in (layer, layer.self_attn):
+        for child in module.children():
+            if isinstance(child, ByModality):
+                child.is_visual = kwargs.get("is_visual")

@@ -1,0 +1,131 @@
+"""The LLM is a plain causal LM of transformers; this file loads it and says where its parts are.
+
+B rows, T text positions, D width, H query heads, K key-value heads, d head width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+NORMS = ("input_layernorm", "post_attention_layernorm")
+KEY_VALUE = ("k_proj", "v_proj")
+
+
+def load_llm(
+    vocab_size: int,
+    pretrained: str | None = None,
+    config: dict[str, Any] | None = None,
+    gguf_file: str | None = None,
+    attention: Literal["sdpa", "flash_attention_2", "flash_attention_3"] = "sdpa",
+    dtype: str | None = None,
+    gradient_checkpointing: bool = False,
+) -> PreTrainedModel:
+    """A causal LM from a folder of weights or a hub name (`pretrained`), or random from a configuration with a `model_type`.
+
+    On the meta device (`with torch.device("meta")`) only the configuration is read, and nothing is loaded. Embeddings grow
+    to `vocab_size`, the tokenizer's, where the model has fewer.
+
+    Args:
+        gguf_file: the name of a GGUF file in the folder.
+        dtype: as transformers takes it (`float32`, `bfloat16`, `auto`); by default float32.
+
+    Raises:
+        ValueError: both or none of `pretrained` and `config`, an unknown model type, or a folder without a configuration.
+    """
+    if (pretrained is None) == (config is None):
+        raise ValueError("give one of pretrained (a folder or a hub name) and config (with a model_type)")
+    options = {"attn_implementation": attention, "dtype": dtype or "float32"}
+    on_meta = torch.get_default_device().type == "meta"
+    if config is not None:
+        llm = AutoModelForCausalLM.from_config(random_config(config, vocab_size), **options)
+    else:
+        check_folder(pretrained)
+        source = {"gguf_file": gguf_file} if gguf_file else {}
+        try:
+            if on_meta:
+                llm = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(pretrained, **source), **options)
+            else:
+                llm = AutoModelForCausalLM.from_pretrained(pretrained, **source, **options)
+        except (OSError, KeyError) as error:
+            raise ValueError(f"pretrained: {pretrained}: {str(error).splitlines()[0]}") from error
+    if llm.get_input_embeddings().num_embeddings < vocab_size:
+        llm.resize_token_embeddings(vocab_size, mean_resizing=not on_meta)
+    if gradient_checkpointing:
+        llm.gradient_checkpointing_enable({"use_reentrant": False})
+    decoder_layers(llm)
+    return llm
+
+
+def random_config(config: dict[str, Any], vocab_size: int):
+    """The transformers configuration for `config`, whose keys are those of its model type."""
+    fields = {"vocab_size": vocab_size, "pad_token_id": None, **config}
+    model_type = fields.pop("model_type", None)
+    if model_type is None:
+        raise ValueError("config has no model_type (llama, mistral, qwen2, qwen3, ...)")
+    try:
+        made = AutoConfig.for_model(model_type, **fields)
+    except ValueError as error:
+        raise ValueError(f"config: {str(error).splitlines()[0][:200]}") from error
+    known = set(inspect.signature(type(made).__init__).parameters) | set(vars(type(made)())) | {"head_dim"}
+    if unknown := sorted(set(fields) - known):
+        raise ValueError(f"config: {', '.join(unknown)} unknown to {type(made).__name__}")
+    return made
+
+
+def check_folder(pretrained: str) -> None:
+    """A path that does not hold a model must not be taken for a hub name."""
+    path = Path(pretrained).expanduser()
+    looks_like_path = pretrained.startswith((".", "/", "~")) or pretrained.count("/") > 1 or path.exists()
+    if looks_like_path and not path.is_dir():
+        raise ValueError(f"pretrained: {pretrained} is no folder")
+
+
+def decoder_layers(llm: PreTrainedModel) -> nn.ModuleList:
+    """The decoder layers, each with `self_attn`, its projections and `NORMS`.
+
+    Raises:
+        ValueError: an LLM built otherwise (its class and what it lacks are named).
+    """
+    layers = getattr(llm.base_model, "layers", None)
+    needs = [*NORMS, *(f"self_attn.{name}" for name in (*KEY_VALUE, "q_proj", "o_proj"))]
+    if layers is None:
+        raise ValueError(f"{type(llm).__name__} has no decoder layers at {llm.base_model_prefix}.layers")
+    for name in needs:
+        if not has_module(layers[0], name):
+            raise ValueError(f"{type(llm).__name__} has no {name} in its decoder layers; Llama, Mistral and Qwen have")
+    return layers
+
+
+def has_module(module: nn.Module, path: str) -> bool:
+    """Whether the dotted path names a module."""
+    for name in path.split("."):
+        module = getattr(module, name, None)
+    return isinstance(module, nn.Module)
+
+
+def width(llm: PreTrainedModel) -> int:
+    """D."""
+    return llm.config.hidden_size
+
+
+def rotary(llm: PreTrainedModel, like: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosines and sines (B, T, d) of the LLM's own rotary embedding at `position_ids` (B, T), in the dtype of `like`."""
+    return llm.base_model.rotary_emb(like, position_ids)
+
+
+def rotate(attention: nn.Module, states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """`states` (B, K, T, d) rotated as this attention rotates its own keys: the function of its own modelling file."""
+    apply = sys.modules[type(attention).__module__].apply_rotary_pos_emb
+    return apply(states, states, cos, sin)[1]
+
+
+def cache_argument(llm: PreTrainedModel) -> str:
+    """What the LLM's forward calls its key-value cache: `cache` from transformers 5.24 on, `past_key_values` before."""
+    return "cache" if "cache" in inspect.signature(llm.forward).parameters else "past_key_values"

@@ -1,0 +1,132 @@
+"""backbone -> connector -> fusion -> LLM.
+
+N images, P patches, Q visual tokens per image, B rows, T text positions, D LLM width, Dv vision width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from hydra.utils import get_object, instantiate
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from transformers import PreTrainedModel
+
+from owlfuse.adapters import Part, PartSummary, apply_adapters
+from owlfuse.fusion.base import Fusion
+from owlfuse.llm import cache_argument, decoder_layers, width
+from owlfuse.types import Batch, VisualTokens
+
+
+class MultimodalLM(nn.Module):
+    """A vision-language model of four parts, the fusion attached to the LLM."""
+
+    def __init__(self, vision: nn.Module, connector: nn.Module, fusion: Fusion, llm: PreTrainedModel) -> None:
+        super().__init__()
+        self.vision = vision
+        self.connector = connector
+        self.fusion = fusion
+        self.llm = llm
+        fusion.attach(llm)
+
+    def forward(self, batch: Batch, visual: VisualTokens | None = None, cache: Any = None) -> Tensor:
+        """Logits (B, T, V) of a batch.
+
+        Args:
+            visual: the batch's visual tokens where they are known already; by default they are made from its pixels.
+            cache: a key-value cache of transformers. With one that holds earlier positions, the batch's `input_ids` are
+                the T new ones, and its `attention_mask` covers both.
+        """
+        if visual is None:
+            visual = self.encode(batch)
+        steps = batch.input_ids.shape[1]
+        position_ids = (batch.attention_mask.cumsum(1) - 1).clamp_min(0)[:, -steps:]
+        embeddings = self.llm.get_input_embeddings()(batch.input_ids)
+        embeddings, arguments = self.fusion(embeddings, visual, batch, position_ids, self.llm)
+        if cache is not None:
+            arguments[cache_argument(self.llm)] = cache
+        return self.llm(
+            inputs_embeds=embeddings,
+            attention_mask=batch.attention_mask,
+            position_ids=position_ids,
+            use_cache=cache is not None,
+            **arguments,
+        ).logits
+
+    def encode(self, batch: Batch) -> VisualTokens:
+        """Pixels (N, 3, H, W) -> visual tokens (N, Q, D), the backbone once for all images of the batch.
+
+        A batch without images passes its blank one, times zero, so that every parameter has a gradient and every rank
+        issues the same collectives.
+        """
+        if batch.has_images:
+            features = self.vision(batch.pixel_values)
+        else:
+            with self.vision.statistics_kept():
+                features = self.vision(batch.pixel_values)
+        tokens = self.connector(features) * batch.image_mask[:, None, None].to(features.dtype)
+        return VisualTokens(tokens, batch.image_index, batch.image_positions)
+
+    def part(self, name: str) -> Part:
+        """One of `adapters.PARTS`. What the fusion put into the LLM belongs to `fusion`."""
+        if name in ("vision", "connector"):
+            module = getattr(self, name)
+            return Part(name, module, dict(module.named_parameters()), blocks_of(module))
+        owned = {id(p) for module in self.fusion.owned(self.llm) for p in module.parameters()}
+        parameters = {n: p for n, p in self.llm.named_parameters() if (id(p) in owned) == (name == "fusion")}
+        if name == "fusion":
+            return Part(name, self.llm, {**parameters, **dict(self.fusion.named_parameters())})
+        blocks = [[p for p in layer.parameters() if id(p) not in owned] for layer in decoder_layers(self.llm)]
+        return Part(name, self.llm, parameters, blocks)
+
+    def train(self, mode: bool = True) -> MultimodalLM:
+        """As torch's, but a batch norm whose weight is frozen keeps its statistics."""
+        super().train(mode)
+        for module in self.modules():
+            if isinstance(module, _BatchNorm) and module.weight is not None and not module.weight.requires_grad:
+                module.eval()
+        return self
+
+
+def blocks_of(module: nn.Module) -> list[list[nn.Parameter]]:
+    """The parameters of a part's layers, none where the part does not have layers."""
+    blocks = module.blocks() if hasattr(module, "blocks") else []
+    return [list(b.parameters()) if isinstance(b, nn.Module) else b for b in blocks]
+
+
+def build_model(config: dict[str, Any], vocab_size: int) -> tuple[MultimodalLM, list[PartSummary]]:
+    """The model that a configuration's `model` describes, adapters applied, and the table of what is trained.
+
+    Under `with torch.device("meta")` no weight is made or loaded.
+
+    Raises:
+        ValueError: parts that do not fit together; the message begins with the part.
+    """
+    vision = make_part("vision", config)
+    llm = make_part("llm", config, vocab_size=vocab_size)
+    connector = make_part(
+        "connector", config, in_width=vision.width, out_width=width(llm), patches=vision.patches, grid=vision.grid
+    )
+    fusion = make_part("fusion", config, connector_tokens=connector.tokens)
+    try:
+        model = MultimodalLM(vision, connector, fusion, llm)
+    except ValueError as error:
+        raise ValueError(f"fusion: {error}") from error
+    policies = {name: instantiate(policy) for name, policy in config["adapter"].items()}
+    return model, apply_adapters(model, policies)
+
+
+def make_part(name: str, config: dict[str, Any], **supplied: Any) -> Any:
+    """One part from its node of the configuration and what the other parts tell it."""
+    arguments = {key: value for key, value in config[name].items() if not key.startswith("_")}
+    try:
+        return get_object(config[name]["_target_"])(**arguments, **supplied)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
+
+
+def on_meta(config: dict[str, Any], vocab_size: int) -> tuple[MultimodalLM, list[PartSummary]]:
+    """`build_model` without weights: what is wrong with a configuration shows here, before anything is loaded."""
+    with torch.device("meta"):
+        return build_model(config, vocab_size)

@@ -1,0 +1,95 @@
+"""What passes between the parts: samples, batches, visual tokens. Imports nothing of ours.
+
+N images in the batch, P patches, Q visual tokens per image, B rows, I the most images of a row, T text positions,
+D LLM width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class DataError(ValueError):
+    """Something is wrong with the data. The message names the file or the sample, what was found and what was expected."""
+
+
+@dataclass
+class Sample:
+    """One chat. `messages` are `{"role": str, "content": [part, ...]}`, a part being `{"type": "text", "text": str}` or
+    `{"type": "image"}`; the k-th image part shows the k-th path of `images`."""
+
+    id: str
+    source: str
+    messages: list[dict[str, Any]]
+    images: list[str] = field(default_factory=list)
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class Encoded:
+    """One chat as the model sees it: T token ids and labels (-100: not supervised), images as pixels (3, H, W), and the
+    index of each image's first placeholder."""
+
+    id: str
+    source: str
+    input_ids: Tensor
+    labels: Tensor
+    placeholder: Tensor
+    pixel_values: list[Tensor]
+    image_positions: list[int]
+
+
+@dataclass
+class Batch:
+    """Rows of equal length. Images stand in the order of their rows, and within a row in the order of its placeholders.
+
+    A batch without images holds one blank image, for which `image_mask` is False and which no row points to.
+    """
+
+    input_ids: Tensor
+    """(B, T) token ids."""
+    attention_mask: Tensor
+    """(B, T) 1 where a token is, 0 at padding, on either side."""
+    labels: Tensor
+    """(B, T) the ids again, -100 where they are not supervised."""
+    placeholder: Tensor
+    """(B, T) bool, True at each position that an image takes."""
+    pixel_values: Tensor
+    """(N, 3, H, W) normalised pixels, N at least 1."""
+    image_mask: Tensor
+    """(N,) bool, False for the blank image of a batch without images."""
+    image_index: Tensor
+    """(B, I) which of the N images a row's images are, -1 for none."""
+    image_positions: Tensor
+    """(B, I) index in the row of each image's first placeholder, T for none."""
+    ids: list[str] = field(default_factory=list)
+    sources: list[str] = field(default_factory=list)
+    skipped: list[tuple[str, str, str]] = field(default_factory=list)
+    """(source, sample, reason) of the samples that this batch lacks, where the policy is to skip."""
+
+    has_images: bool = True
+    """False for the batch with a blank image. A plain bool, so that no tensor is read to know it."""
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The same batch with its tensors on `device`."""
+        moved = {k: v.to(device, non_blocking=True) for k, v in vars(self).items() if isinstance(v, Tensor)}
+        rest = {k: v for k, v in vars(self).items() if not isinstance(v, Tensor)}
+        return Batch(**moved, **rest)
+
+
+@dataclass
+class VisualTokens:
+    """What the connector made of the images, and where the rows hold them."""
+
+    tokens: Tensor
+    """(N, Q, D); zero for a blank image."""
+    image_index: Tensor
+    """(B, I) as in `Batch`."""
+    image_positions: Tensor
+    """(B, I) as in `Batch`."""
+    kept: dict[int, tuple[Tensor, Tensor]] | None = None
+    """In generation: the visual keys and values of each layer, computed once. None: nothing is kept."""

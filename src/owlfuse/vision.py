@@ -1,0 +1,201 @@
+"""N images, P patches (class token included where asked), Dv vision width, H and W the picture's size in pixels."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import timm
+import torch
+from PIL import Image
+from timm.data import resolve_model_data_config
+from timm.data.transforms import str_to_pil_interp
+from timm.models import group_parameters
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torchvision.transforms.v2 import functional as VF
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """Picture -> pixels, as the backbone was trained: size (H, W), mean, std and interpolation of timm's data configuration.
+
+    The whole picture is resized to the size (as mPLUG-Owl does), so that no border is cut off.
+    """
+
+    size: tuple[int, int]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    interpolation: str
+
+    def __call__(self, picture: Image.Image) -> Tensor:
+        """An RGB picture of any size -> normalised pixels (3, H, W), float32."""
+        resized = picture.resize(self.size[::-1], str_to_pil_interp(self.interpolation))
+        return VF.normalize(VF.to_dtype(VF.pil_to_tensor(resized), torch.float32, scale=True), self.mean, self.std)
+
+
+class TimmBackbone(nn.Module):
+    """Any timm model as a feature extractor: pixels (N, 3, H, W) -> features (N, P, Dv).
+
+    Width, token count, grid and preprocessing are read from the model. What the features do not use (classifier, pooling,
+    the blocks after `penultimate`) is taken out, so that every parameter left has a gradient.
+
+    Args:
+        name: a name that `timm.create_model` knows, `hf-hub:` and `local-dir:` names included.
+        pretrained: load timm's weights for the name.
+        output: `last`: what `forward_features` gives, after the last norm where the model has one there;
+            `penultimate`: the last block but one, without the final norm, as mPLUG-Owl3 reads SigLIP. For a hierarchical
+            model a block is a stage.
+        class_token: keep the class (and register) tokens, first in the sequence, where the model has them.
+        image_size: side in pixels; by default that of the model's own data configuration.
+        kwargs: further keyword arguments of the timm model.
+
+    Raises:
+        ValueError: an unknown name, or a model whose features are no single map.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        pretrained: bool = False,
+        output: Literal["last", "penultimate"] = "last",
+        class_token: bool = True,
+        image_size: int | None = None,
+        kwargs: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        self.output = output
+        self.body = create_body(name, pretrained, image_size, kwargs or {})
+        self.prefix_tokens = getattr(self.body, "num_prefix_tokens", 0)
+        self.drop_prefix = 0 if class_token else self.prefix_tokens
+        self.preprocessing = preprocessing_of(self.body, image_size)
+        if output == "penultimate" and not hasattr(self.body, "forward_intermediates"):
+            raise ValueError(f"timm's {name} gives no block's output but the last; choose output: last")
+        self.patches, self.width, self.grid = self.measure()
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """(N, 3, H, W) -> (N, P, Dv)."""
+        return self.to_sequence(self.feature_map(pixels))
+
+    def feature_map(self, pixels: Tensor) -> Tensor:
+        """The features as timm gives them: (N, P, Dv), (N, Dv, h, w) or (N, h, w, Dv)."""
+        if self.output == "last":
+            features = self.body.forward_features(pixels)
+            if not isinstance(features, Tensor):
+                raise ValueError(
+                    f"{type(self.body).__name__} gives {type(features).__name__} as its features, and one map is needed; "
+                    "choose output: penultimate or another model"
+                )
+            return features
+        takes_prefix = "return_prefix_tokens" in inspect.signature(self.body.forward_intermediates).parameters
+        prefix = {"return_prefix_tokens": True} if self.prefix_tokens and takes_prefix else {}
+        features = self.body.forward_intermediates(
+            pixels, indices=[-2], norm=False, stop_early=True, intermediates_only=True, **prefix
+        )[-1]
+        if isinstance(features, tuple):
+            patches, prefix = features
+            return torch.cat([prefix, patches.flatten(2).transpose(1, 2)], dim=1)
+        return features
+
+    def to_sequence(self, features: Tensor) -> Tensor:
+        """Any of timm's layouts -> (N, P, Dv), patches row by row."""
+        if features.ndim == 4:
+            features = features.flatten(1, 2) if self.channels_last() else features.flatten(2).transpose(1, 2)
+            return features
+        return features[:, self.drop_prefix :]
+
+    @torch.no_grad()
+    def measure(self) -> tuple[int, int, tuple[int, int]]:
+        """P, Dv and the patches' grid, by a forward pass of one picture; takes out what that pass does not use."""
+        training = self.training
+        self.eval()
+        device = next(self.parameters()).device
+        probe = self if device.type == "meta" else copy.deepcopy(self).to("meta")
+        with torch.enable_grad():
+            pixels = torch.zeros(1, 3, *self.preprocessing.size, device="meta")
+            features = probe.feature_map(pixels)
+            sequence = probe.to_sequence(features)
+            unused = unused_parameters(probe, sequence)
+        remove_modules(self, unused)
+        if left := unused.intersection(name for name, _ in self.named_parameters()):
+            raise ValueError(f"output: {self.output} does not use {', '.join(sorted(left))}; choose the other output")
+        self.train(training)
+        patches, width = sequence.shape[1:]
+        if features.ndim == 4:
+            grid = tuple(features.shape[1:3] if self.channels_last() else features.shape[2:])
+        else:
+            grid = self.patch_grid(patches)
+        return patches, width, grid
+
+    def channels_last(self) -> bool:
+        """Whether a feature map is (N, h, w, Dv): Swin and its kin, whose intermediates timm gives as (N, Dv, h, w)."""
+        return self.output == "last" and str(getattr(self.body, "output_fmt", "NCHW")).endswith("NHWC")
+
+    def patch_grid(self, patches: int) -> tuple[int, int]:
+        """(h, w) of a ViT's patches; (1, P) where the tokens are no grid."""
+        grid = getattr(getattr(self.body, "patch_embed", None), "grid_size", None)
+        count = patches - self.prefix_tokens + self.drop_prefix
+        return tuple(grid) if grid and grid[0] * grid[1] == count else (1, patches)
+
+    def blocks(self) -> list[list[nn.Parameter]]:
+        """The parameters of the model's layers, first to last, in timm's own grouping."""
+        parameters = dict(self.body.named_parameters())
+        groups = group_parameters(self.body, self.body.group_matcher(coarse=False), reverse=False)
+        return [[parameters[n] for n in names if n in parameters] for _, names in sorted(groups.items())]
+
+    @contextmanager
+    def statistics_kept(self):
+        """Inside, batch norms neither use nor move the batch's statistics: for the blank image of a batch without images."""
+        norms = [m for m in self.modules() if isinstance(m, _BatchNorm) and m.training]
+        for norm in norms:
+            norm.eval()
+        try:
+            yield
+        finally:
+            for norm in norms:
+                norm.train()
+
+
+def create_body(name: str, pretrained: bool, image_size: int | None, kwargs: dict[str, Any]) -> nn.Module:
+    """The timm model without its classifier, set to the size."""
+    try:
+        body = timm.create_model(name, pretrained=pretrained, num_classes=0, global_pool="", **kwargs)
+    except (TypeError, AssertionError):  # the few models that cannot be without pooling
+        try:
+            body = timm.create_model(name, pretrained=pretrained, num_classes=0, **kwargs)
+        except TypeError as error:
+            raise ValueError(f"timm's {name} does not take these kwargs: {error}") from error
+    except RuntimeError as error:
+        near = timm.list_models(f"*{name.split('_')[0]}*")[:4]
+        raise ValueError(f"{name}: {error}" + (f"; timm has {', '.join(near)}, ..." if near else "")) from error
+    if image_size and hasattr(body, "set_input_size"):
+        body.set_input_size(img_size=(image_size, image_size))
+    return body
+
+
+def preprocessing_of(body: nn.Module, image_size: int | None) -> Preprocessing:
+    """Size, mean, std and interpolation of timm's data configuration for the model, at another size where one is given."""
+    data = resolve_model_data_config(body)
+    size = (image_size, image_size) if image_size else tuple(data["input_size"][-2:])
+    return Preprocessing(size, tuple(data["mean"]), tuple(data["std"]), data["interpolation"])
+
+
+def unused_parameters(module: nn.Module, output: Tensor) -> set[str]:
+    """Names of the parameters that `output` does not depend on."""
+    named = dict(module.named_parameters())
+    gradients = torch.autograd.grad(output.sum(), list(named.values()), allow_unused=True)
+    return {name for name, gradient in zip(named, gradients, strict=True) if gradient is None}
+
+
+def remove_modules(module: nn.Module, unused: set[str], prefix: str = "") -> None:
+    """Puts an Identity for each module whose every parameter is unused."""
+    for name, child in list(module.named_children()):
+        path = f"{prefix}{name}."
+        own = [path + n for n, _ in child.named_parameters()]
+        if own and unused.issuperset(own):
+            setattr(module, name, nn.Identity())
+        else:
+            remove_modules(child, unused, path)
