@@ -110,7 +110,7 @@ class LoRA:
         inject_adapter_in_model(config, part.root)
         # peft freezes all of the root but its adapters: the other parts in it go back to what they were
         for name, parameter in part.root.named_parameters():
-            parameter.requires_grad_(before.get(name.replace(".base_layer.", "."), True))
+            parameter.requires_grad_(before.get(name, before.get(name.replace(".base_layer.", "."), True)))
 
     def find(self, part: Part) -> list[str]:
         """Full names of the part's linear layers that the targets mean, the LLM's head never."""

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
@@ -71,8 +72,11 @@ def random_config(config: dict[str, Any], vocab_size: int):
         raise ValueError("config has no model_type (llama, mistral, qwen2, qwen3, ...)")
     try:
         made = AutoConfig.for_model(model_type, **fields)
-    except ValueError as error:
-        raise ValueError(f"config: {str(error).splitlines()[0][:200]}") from error
+    except (ValueError, StrictDataclassError) as error:
+        raise ValueError(f"config: {str(error).splitlines()[-1].strip()[:200]}") from error
+    heads, groups = made.num_attention_heads, getattr(made, "num_key_value_heads", None)
+    if groups and heads % groups:
+        raise ValueError(f"config: num_attention_heads is {heads}, which num_key_value_heads of {groups} does not divide")
     known = set(inspect.signature(type(made).__init__).parameters) | set(vars(type(made)())) | {"head_dim"}
     if unknown := sorted(set(fields) - known):
         raise ValueError(f"config: {', '.join(unknown)} unknown to {type(made).__name__}")

@@ -113,7 +113,7 @@ def build_model(config: dict[str, Any], vocab_size: int) -> tuple[MultimodalLM, 
         model = MultimodalLM(vision, connector, fusion, llm)
     except ValueError as error:
         raise ValueError(f"fusion: {error}") from error
-    policies = {name: instantiate(policy) for name, policy in config["adapter"].items()}
+    policies = {name: instantiate(policy, _convert_="all") for name, policy in config["adapter"].items()}
     return model, apply_adapters(model, policies)
 
 

@@ -160,17 +160,18 @@ class TimmBackbone(nn.Module):
 
 
 def create_body(name: str, pretrained: bool, image_size: int | None, kwargs: dict[str, Any]) -> nn.Module:
-    """The timm model without its classifier, set to the size."""
+    """The timm model without its classifier, set to the size. On the meta device no weights are asked for."""
+    pretrained = pretrained and torch.get_default_device().type != "meta"
     try:
-        body = timm.create_model(name, pretrained=pretrained, num_classes=0, global_pool="", **kwargs)
-    except (TypeError, AssertionError):  # the few models that cannot be without pooling
-        try:
-            body = timm.create_model(name, pretrained=pretrained, num_classes=0, **kwargs)
-        except TypeError as error:
-            raise ValueError(f"timm's {name} does not take these kwargs: {error}") from error
+        body = timm.create_model(name, pretrained=pretrained, num_classes=0, **kwargs)
+    except (TypeError, AssertionError) as error:
+        raise ValueError(f"timm's {name} does not take these kwargs ({kwargs}): {error}") from error
     except RuntimeError as error:
         near = timm.list_models(f"*{name.split('_')[0]}*")[:4]
         raise ValueError(f"{name}: {error}" + (f"; timm has {', '.join(near)}, ..." if near else "")) from error
+    patch = getattr(getattr(body, "patch_embed", None), "patch_size", None)
+    if image_size and patch and image_size % patch[0]:
+        raise ValueError(f"image_size is {image_size}, which {name}'s patches of {patch[0]} pixels do not divide")
     if image_size and hasattr(body, "set_input_size"):
         body.set_input_size(img_size=(image_size, image_size))
     return body

@@ -14,18 +14,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from owlfuse.data.shapes import (
-    COLORS,
-    HELD_OUT_PAIRS,
-    KINDS,
-    SHAPES,
-    TEXT_KINDS,
-    Scene,
-    Thing,
-    draw_scene,
-    make_scene,
-    write_shapes,
-)
+from owlfuse.data.shapes import write_shapes
+from owlfuse.data.shapes_scenes import COLORS, HELD_OUT_PAIRS, KINDS, SHAPES, Scene, Thing, draw_scene, make_scene
+from owlfuse.data.shapes_text import TEXT_KINDS
 
 SIZES = {"train_pictures": 600, "val_pictures": 100, "held_out_pictures": 36, "text_train": 3000, "text_val": 200}
 TINY = {"train_pictures": 10, "val_pictures": 5, "held_out_pictures": 3, "text_train": 40, "text_val": 8}

@@ -160,7 +160,7 @@ def attend(
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """An attention function of transformers: self-attention as `plain` does it, joined with attention to the visual tokens
-    in the layers that have a `VisualAttention`. query (B, H, T, d), already rotated; key, value (B, K, T', d); out (B, T, H, d).
+    in the layers that have a `VisualAttention`. query (B, H, T, d), rotated; key, value (B, K, T', d); out (B, T, H, d).
 
     A token that sees no image keeps its self-attention output exactly.
     """

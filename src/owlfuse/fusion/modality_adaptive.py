@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -65,8 +67,33 @@ class ByModality(nn.Module):
 
 def hand_modality_down(layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
     """Gives the layer's `ByModality` modules the indicator of this very call. A hook on the layer, since norms and
-    projections receive hidden states alone, and since recomputation under checkpointing then sees the same indicator."""
+    projections receive hidden states alone."""
+    set_modality(layer, kwargs.get("is_visual"))
+    if getattr(layer, "gradient_checkpointing", False):
+        checkpoint = layer._gradient_checkpointing_func
+        if not isinstance(checkpoint, CheckpointByModality):
+            layer._gradient_checkpointing_func = CheckpointByModality(layer, checkpoint)
+
+
+def set_modality(layer: nn.Module, is_visual: Tensor | None) -> None:
+    """Sets the indicator (B, T, 1) for the layer's next forward."""
     for module in (layer, layer.self_attn):
         for child in module.children():
             if isinstance(child, ByModality):
-                child.is_visual = kwargs.get("is_visual")
+                child.is_visual = is_visual
+
+
+class CheckpointByModality:
+    """A checkpointing function of transformers that recomputes with the indicator of the call it recomputes: transformers
+    checkpoints a layer's forward without its hooks, and another forward may have come in between."""
+
+    def __init__(self, layer: nn.Module, checkpoint: Callable[..., Any]) -> None:
+        self.layer = layer
+        self.checkpoint = checkpoint
+
+    def __call__(self, run: partial, *args: Any) -> Any:
+        def run_by_modality(*args: Any) -> Any:
+            set_modality(self.layer, run.keywords.get("is_visual"))
+            return run(*args)
+
+        return self.checkpoint(run_by_modality, *args)

@@ -1,0 +1,42 @@
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+EXP ?= shapes_owl3
+ARGS ?=
+STAMP := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help setup experiment test test-slow lint format clean
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1|/' | awk -F'|' '{ printf "  make %-12s %s\n", $$1, $$2 }'
+	@echo
+	@echo "  make experiment EXP=shapes_owl2 ARGS=\"seed=1 trainer.max_steps=200\" runs any experiment with any overrides"
+
+setup: $(STAMP) ## make the environment in .venv
+
+$(STAMP): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit("owlfuse needs Python 3.11 to 3.13, and $(PYTHON) is " + sys.version.split()[0] + "; try: make setup PYTHON=python3.12" if not (3, 11) <= sys.version_info[:2] <= (3, 13) else 0)'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -e '.[dev]'
+	@touch $(STAMP)
+
+experiment: $(STAMP) ## train an experiment, EXP=<name> ARGS="<overrides>"
+	$(BIN)/owlfuse train experiment=$(EXP) $(ARGS)
+
+test: $(STAMP) lint ## lint, format check and the tests
+	$(BIN)/python -m pytest $(ARGS)
+
+test-slow: $(STAMP) ## the tests that take minutes each
+	$(BIN)/python -m pytest -m slow $(ARGS)
+
+lint: $(STAMP) ## ruff, without changing a file
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(STAMP) ## ruff, mending what it can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean: ## remove the environment; data and runs stay
+	rm -rf $(VENV)

@@ -1,0 +1,206 @@
+"""`owlfuse <command>`. Heavy imports stay inside the commands, so that `--help` answers at once."""
+
+import argparse
+import contextlib
+import difflib
+import json
+import os
+import sys
+from pathlib import Path
+from typing import NoReturn
+
+EXIT_CODES = """\
+exit codes:
+  0    done
+  1    a file or the data is not as it should be (one line), or a fault of the program (a traceback)
+  2    the configuration or the command line is wrong (one line)
+  130  interrupted
+"""
+
+EXAMPLES = """\
+examples:
+  owlfuse train experiment=shapes_owl3
+  owlfuse train experiment=shapes_owl2 model/fusion=hyperattention seed=1 name=trial
+  owlfuse train model/adapter@model.adapter.llm=lora trainer.max_steps=100
+  owlfuse train -m experiment=shapes_owl1,shapes_owl3 seed=0,1,2   a run of each combination, and a table
+  owlfuse train resume=runs/shapes_owl3/trial trainer.max_steps=200
+"""
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with errors of one line and exit code 2."""
+
+    def error(self, message: str) -> NoReturn:
+        raise SystemExit(_failed(message, 2))
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command and return its exit code. Unexpected exceptions pass through with their traceback."""
+    argv = sys.argv[1:] if argv is None else argv
+    parser = _parser()
+    if not argv:
+        parser.print_help()
+        return 0
+    if not argv[0].startswith("-") and argv[0] not in COMMANDS:
+        match = difflib.get_close_matches(argv[0], COMMANDS, n=1)
+        guess = f"did you mean '{match[0]}'?" if match else f"the commands are {', '.join(COMMANDS)}"
+        return _failed(f"{argv[0]}: no such command; {guess}", 2)
+    arguments, rest = parser.parse_known_args(argv)
+    if unknown := [word for word in rest if word.startswith("-")]:
+        return _failed(f"command line: {unknown[0]}: no such option of {argv[0]}; see owlfuse {argv[0]} --help", 2)
+    arguments.overrides = [*getattr(arguments, "overrides", []), *rest]  # words after an option, as in `a=1 -m b=2`
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # a `_target_` may name the user's own module, as ./configs are found
+    return _run(COMMANDS[argv[0]], arguments)
+
+
+def _run(command, arguments: argparse.Namespace) -> int:
+    try:
+        command(arguments)
+        return 0
+    except KeyboardInterrupt:
+        print("owlfuse: interrupted", file=sys.stderr)
+        return 130
+    except Exception as error:
+        name = type(error).__module__ + "." + type(error).__qualname__
+        if name == "owlfuse.config_errors.ConfigError":
+            return _failed(str(error), 2)
+        if name == "owlfuse.types.DataError" or isinstance(error, FileNotFoundError | FileExistsError):
+            return _failed(" ".join(str(error).split()), 1)
+        raise
+
+
+def _failed(message: str, code: int) -> int:
+    print(f"owlfuse: error: {message}", file=sys.stderr)
+    return code
+
+
+def _train(arguments: argparse.Namespace) -> None:
+    from owlfuse import config
+
+    if arguments.multirun:
+        _sweep(arguments.overrides)
+        return
+    composed = config.compose(arguments.overrides)
+    from owlfuse import train
+
+    train.run(composed)
+
+
+def _sweep(overrides: list[str]) -> None:
+    """Every cell is composed and checked before the first trains; the table stands at the end, also after a failure."""
+    from owlfuse import config
+
+    cells = config.sweep_cells(overrides)
+    composed = [config.compose(cell) for cell in cells]
+    from owlfuse import train
+
+    rows: list[tuple[list[str], Path | None]] = []
+    try:
+        for cell, configuration in zip(cells, composed, strict=True):
+            rows.append((cell, train.run(configuration)))
+    finally:
+        if os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")) == "0":
+            _print_table(rows, len(cells))
+
+
+def _print_table(rows: list[tuple[list[str], Path | None]], cells: int) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    metrics = [_metrics(folder) for _, folder in rows]
+    names = list(dict.fromkeys(name for row in metrics for name in row))
+    shared = set.intersection(*(set(cell) for cell, _ in rows)) if len(rows) > 1 else set()
+    table = Table("overrides", "run", *names, title=f"{len(rows)} of {cells} runs", caption=" ".join(sorted(shared)))
+    for (cell, folder), row in zip(rows, metrics, strict=True):
+        own = " ".join(o for o in cell if o not in shared)
+        table.add_row(own, str(folder or ""), *(f"{row[n]:.4g}" if n in row else "" for n in names))
+    Console(width=None if sys.stdout.isatty() else 200).print(table)
+
+
+def _metrics(folder: Path | None) -> dict[str, float]:
+    """The numbers of a run's results.json; none where there is no such file yet."""
+    with contextlib.suppress(FileNotFoundError):
+        if folder is not None:
+            metrics = json.loads((Path(folder) / "results.json").read_text())["metrics"]
+            return {name: value for name, value in metrics.items() if isinstance(value, int | float)}
+    return {}
+
+
+def _eval(arguments: argparse.Namespace) -> None:
+    from owlfuse.config import ConfigError, find_run
+
+    words = arguments.overrides
+    folder = next((word for word in words if "=" not in word or Path(word).is_dir()), None)
+    if folder is None:
+        raise ConfigError("command line: name the run's folder: owlfuse eval RUN [overrides]")
+    find_run(folder)
+    words.remove(folder)
+    from owlfuse import evaluation
+
+    evaluation.evaluate_run(folder, words)
+
+
+def _data(arguments: argparse.Namespace) -> None:
+    if arguments.overrides:
+        raise SystemExit(_failed(f"command line: {arguments.overrides[0]}: not an argument of data shapes", 2))
+    from owlfuse.data.shapes import write_shapes
+
+    try:
+        write_shapes(folder=arguments.folder, seed=arguments.seed, train_pictures=arguments.pictures)
+    except ValueError as error:
+        raise SystemExit(_failed(" ".join(str(error).split()), 2)) from None
+
+
+def _config(arguments: argparse.Namespace) -> None:
+    from omegaconf import OmegaConf
+
+    from owlfuse.config import compose
+
+    print(OmegaConf.to_yaml(compose(arguments.overrides)), end="")
+
+
+COMMANDS = {"train": _train, "eval": _eval, "data": _data, "config": _config}
+
+
+class TrainHelp(argparse.Action):
+    """`owlfuse train --help` reads the folders, and only when asked."""
+
+    def __call__(self, parser, namespace, values, option_string=None) -> NoReturn:
+        from owlfuse.config_files import find_folders
+
+        folders = find_folders()
+        lines = ["experiments (experiment=<name>):", "  " + (", ".join(folders.experiment_names) or "none"), ""]
+        lines += ["groups (<group>=<option>):"]
+        lines += [f"  {group:<18}{', '.join(options)}" for group, options in folders.groups.items()]
+        parser.epilog = "\n".join([*lines, "", EXAMPLES])
+        parser.print_help()
+        parser.exit()
+
+
+def _parser() -> Parser:
+    layout = {"formatter_class": argparse.RawDescriptionHelpFormatter}
+    parser = Parser("owlfuse", description="Experiments on multimodal LLMs.", epilog=EXIT_CODES, **layout)
+    commands = parser.add_subparsers(dest="command", metavar="<command>", required=True)
+
+    train = commands.add_parser("train", help="train one run, or a sweep with -m", add_help=False, **layout)
+    train.add_argument("-h", "--help", action=TrainHelp, nargs=0, help="this page")
+    train.add_argument("-m", "--multirun", action="store_true", help="a run for every combination of listed values")
+    train.add_argument("overrides", nargs="*", help="experiment=<name>, <group>=<option>, <key>=<value>, resume=<run>")
+
+    evaluate = commands.add_parser("eval", help="evaluate a run", usage="owlfuse eval RUN [overrides ...]", **layout)
+    evaluate.add_argument("overrides", nargs="*", metavar="RUN", help="the run's folder, then <key>=<value> to change")
+
+    data = commands.add_parser("data", help="write a dataset", **layout).add_subparsers(metavar="<set>", required=True)
+    shapes = data.add_parser("shapes", help="pictures of coloured shapes, with questions", **layout)
+    shapes.add_argument("folder", metavar="DIR", help="a folder that is written")
+    shapes.add_argument("--seed", type=int, default=0)
+    shapes.add_argument("--pictures", type=int, default=12000, metavar="N", help="pictures to train with")
+
+    config = commands.add_parser("config", help="print the composed configuration as yaml", **layout)
+    config.add_argument("overrides", nargs="*", help="as of train")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

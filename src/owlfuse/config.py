@@ -1,0 +1,197 @@
+"""The configuration: its typed root, composition from groups or from a run's folder, and the checks before building."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf.errors import OmegaConfBaseException
+
+from owlfuse.config_errors import COMMAND_LINE, ConfigError, nearest, nearest_key, no_such_option
+from owlfuse.config_files import EXPERIMENTS, ConfigFolders, find_folders
+from owlfuse.config_hydra import Composition, dotted_keys, read_overrides
+from owlfuse.config_targets import check_arguments, check_targets
+
+__all__ = ["ConfigError", "Root", "check", "check_targets", "compose", "find_run", "origin_of", "sweep_cells"]
+
+PARTS = ("vision", "connector", "fusion", "llm")
+
+
+@dataclass
+class Adapters:
+    """What of each part is trained, and how."""
+
+    vision: dict
+    connector: dict
+    fusion: dict
+    llm: dict
+
+
+@dataclass
+class Model:
+    """The parts of the model, each with a `_target_`."""
+
+    vision: dict
+    connector: dict
+    fusion: dict
+    llm: dict
+    adapter: dict  # Adapters
+
+
+@dataclass
+class Root:
+    """The keys of train.yaml."""
+
+    model: dict  # Model
+    data: dict
+    trainer: dict
+    optim: dict
+    logger: dict | list | None
+    evaluation: dict | None
+    experiment: str
+    name: str | None
+    seed: int
+    runs: str
+    resume: str | None
+
+
+def compose(overrides: list[str], config_dir: str | Path | None = None) -> DictConfig:
+    """The configuration of `overrides`, composed, resolved and checked. Raises ConfigError.
+
+    With `resume=<run>` among the overrides it starts from the run's config.yaml instead of the groups.
+    config_dir: a folder with train.yaml and groups, in place of the package's and the working folder's.
+    """
+    folders = find_folders(config_dir)
+    run = _resumed_run(overrides)
+    lines = [line for line in overrides if not line.startswith("resume=")]
+    if run is None:
+        composition = _choose_experiment(lines, folders)
+        config = _without_hydra(composition, experiment=composition.experiment or "default")
+    else:
+        composition = _on_resume(lines, run, folders)
+        config = _without_hydra(composition, resume=str(run))
+    config.__dict__["_composition"] = composition  # beside the content: where each key comes from, for origin_of
+    _resolve(config)
+    if isinstance(config.get("name"), int) and not isinstance(config.name, bool):
+        config.name = str(config.name)  # name=1 is a name
+    check(config)
+    return config
+
+
+def check(config: DictConfig) -> None:
+    """Keys and types of the fixed levels, then every `_target_`'s arguments. Raises ConfigError."""
+    plain = OmegaConf.to_container(config, resolve=True)
+
+    def where(path: str) -> str:
+        return origin_of(config, path)
+
+    check_arguments(Root, "", "", plain, where)
+    check_arguments(Model, "", "model", plain["model"], where)
+    check_arguments(Adapters, "", "model.adapter", plain["model"]["adapter"], where)
+    for part in PARTS:
+        if "_target_" not in plain["model"][part]:
+            raise ConfigError(f"{where(f'model.{part}')}: model.{part}._target_: not set, and required")
+    check_targets(plain, where)
+
+
+def origin_of(config: DictConfig, path: str) -> str:
+    """Which file (or "command line") set a key, as messages name it: origin_of(config, "model.fusion.gate").
+
+    For a group of keys the last place that set any of them. A copy of a composed configuration no longer knows.
+    """
+    composition = config.__dict__.get("_composition")
+    return composition.origin(path) if composition else "configuration"
+
+
+def sweep_cells(overrides: list[str], config_dir: str | Path | None = None) -> list[list[str]]:
+    """The runs of a sweep, each as its overrides: the product of all comma lists, ranges and globs.
+
+    An experiment's `hydra.sweeper.params` are swept over too, where the command line does not set the key.
+    """
+    folders = find_folders(config_dir)
+    if _resumed_run(overrides) is not None:
+        raise ConfigError(f"{COMMAND_LINE}: resume: a sweep cannot be resumed; resume one run at a time, without -m")
+    cells = []
+    chosen = [(cell, _choose_experiment(cell, folders)) for cell in _product(overrides, folders)]
+    for cell, composition in chosen:
+        node = composition.compose()
+        params = OmegaConf.select(node, "hydra.sweeper.params") or {}
+        given = {o.get_key_element() for o in read_overrides(cell, folders)}
+        cells += _product(cell + [f"{key}={value}" for key, value in params.items() if key not in given], folders)
+    return cells
+
+
+def find_run(folder: str | Path) -> Path:
+    """A run's folder, known by its config.yaml. Raises ConfigError with the nearest run."""
+    run = Path(folder).expanduser()
+    if (run / "config.yaml").is_file():
+        return run
+    places = {run.parent, Path("runs")}
+    runs = {str(f.parent) for place in places if place.is_dir() for f in place.rglob("config.yaml")}
+    by_name = {Path(r).name: r for r in runs}
+    match = nearest(str(run), runs) or by_name.get(nearest(run.name, by_name) or "")
+    guess = f"; did you mean '{match}'?" if match else ""
+    raise ConfigError(f"{COMMAND_LINE}: {folder}: not a run: there is no {run / 'config.yaml'}{guess}")
+
+
+def _choose_experiment(lines: list[str], folders: ConfigFolders) -> Composition:
+    """The last `experiment=` apart from the other overrides; without one, `default` where there is such a file."""
+    overrides = read_overrides(lines, folders)
+    name: Any = "default" if "default" in folders.experiment_names else None
+    for override in (o for o in overrides if o.key_or_group == "experiment"):
+        name = override.value()
+        if name is not None and (isinstance(name, dict | list) or str(name) not in folders.experiment_names):
+            raise no_such_option(COMMAND_LINE, EXPERIMENTS, str(name), folders)
+    others = [o for o in overrides if o.key_or_group != "experiment"]
+    return Composition(folders, others, None if name is None else str(name))
+
+
+def _on_resume(lines: list[str], run: Path, folders: ConfigFolders) -> Composition:
+    """The run's own configuration with overrides of keys; what it was composed of stays."""
+    saved = OmegaConf.load(run / "config.yaml")
+    overrides = read_overrides(lines, folders)
+    for override in overrides:
+        same_experiment = override.key_or_group == "experiment" and override.value() == saved.get("experiment")
+        group = override.key_or_group in (*folders.groups, "experiment") and not isinstance(override.value(), dict)
+        if group and not same_experiment:
+            raise ConfigError(
+                f"{COMMAND_LINE}: {override.input_line}: a resumed run keeps its experiment and groups; only keys can change"
+            )
+    others = [o for o in overrides if o.key_or_group != "experiment"]
+    return Composition(ConfigFolders(configs=(run.resolve(),), root="config"), others)
+
+
+def _resumed_run(overrides: list[str]) -> Path | None:
+    """The folder of the last `resume=`, read outside of Hydra's grammar: a folder may be named `lr=1,2`."""
+    values = [line.partition("=")[2].strip("'\"") for line in overrides if line.startswith("resume=")]
+    return find_run(values[-1]) if values and values[-1] not in ("", "null") else None
+
+
+def _without_hydra(composition: Composition, **root_keys: str) -> DictConfig:
+    config = composition.compose()
+    with open_dict(config):
+        del config["hydra"]
+        config.update(root_keys)
+    return config
+
+
+def _resolve(config: DictConfig) -> None:
+    """Fill in the interpolations. Values that are missing (`???`) and interpolations that lead nowhere are errors."""
+    keys = dotted_keys(OmegaConf.to_container(config, resolve=False))
+    for key in keys:
+        try:
+            OmegaConf.select(config, key)
+        except OmegaConfBaseException as error:
+            what = (error.msg or str(error)).splitlines()[0].split("while resolving interpolation: ")[-1]
+            wanted = what.split("'")[1] if what.startswith("Interpolation key '") else ""
+            match = nearest_key(wanted, keys) if wanted else None
+            guess = f"; did you mean '{match}'?" if match else ""
+            raise ConfigError(f"{origin_of(config, key)}: {key}: {what}{guess}") from None
+    OmegaConf.resolve(config)
+    for key in sorted(OmegaConf.missing_keys(config)):
+        raise ConfigError(f"{origin_of(config, key)}: {key}: needs a value; set it with {key}=<value>")
+
+
+def _product(lines: list[str], folders: ConfigFolders) -> list[list[str]]:
+    return BasicSweeper.split_arguments(read_overrides(lines, folders, sweep=True), None)[0]

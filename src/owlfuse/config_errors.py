@@ -1,0 +1,125 @@
+"""ConfigError: one line with the place, the key and the nearest right name; Hydra's and OmegaConf's errors as such."""
+
+import difflib
+import re
+from collections.abc import Iterable
+
+import yaml
+from hydra.errors import HydraException, MissingConfigException
+from omegaconf.errors import OmegaConfBaseException
+
+from owlfuse.config_files import EXPERIMENTS, ConfigFolders, label
+
+COMMAND_LINE = "command line"
+LIBRARY_ERRORS = (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError, OSError)
+
+
+class ConfigError(ValueError):
+    """A mistake of the configuration or of the command line, told in one line."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(" ".join(message.split()))
+
+
+def nearest(word: str, words: Iterable[str]) -> str | None:
+    """The word nearest to `word`, compared without case, or None where none is near."""
+    lower = {w.lower(): w for w in words}
+    matches = difflib.get_close_matches(word.lower(), lower, n=1)
+    return lower[matches[0]] if matches else None
+
+
+def nearest_key(key: str, keys: Iterable[str]) -> str | None:
+    """The nearest dotted key: a sibling first, then a key of the same name elsewhere, then any."""
+    keys = list(keys)
+    parent, _, name = key.rpartition(".")
+    siblings = {k.rpartition(".")[2]: k for k in keys if k.rpartition(".")[0] == parent}
+    if parent and (match := nearest(name, siblings)):
+        return siblings[match]
+    elsewhere = [k for k in keys if re.split(r"[./]", k)[-1] == name]
+    return nearest(key, elsewhere) or (elsewhere[0] if elsewhere else nearest(key, keys))
+
+
+def hint(word: str, words: Iterable[str], listed: int = 12) -> str:
+    """`; did you mean 'x'? (there are: ...)`; the list only where it is short, and nothing where there are no words."""
+    words = sorted(words)
+    match = nearest(word, words)
+    guess = f"; did you mean '{match}'?" if match else ""
+    return guess + (f" (there are: {', '.join(words)})" if 0 < len(words) <= listed else "")
+
+
+def no_such_option(place: str, group: str, option: str, folders: ConfigFolders) -> ConfigError:
+    if group == EXPERIMENTS:
+        names = folders.experiment_names
+        match = nearest(option, names)
+        return ConfigError(
+            f"{place}: experiment={option}: no such experiment"
+            + (f"; did you mean '{match}'?" if match else hint(option, names, listed=24))
+        )
+    return ConfigError(f"{place}: {group}={option}: no such option{hint(option, folders.options(group))}")
+
+
+def grammar_error(override: str, message: str) -> ConfigError:
+    """An argument that Hydra's grammar refuses; `message` is Hydra's, of several lines."""
+    if "LexerNoViableAltException" in message:
+        column = len(message.splitlines()[1]) - len("LexerNoViableAltException: ")
+        what = f"unexpected {override[column - 1 :][:1]!r}" if 0 < column <= len(override) else "unexpected character"
+    elif message.startswith("no viable alternative"):
+        what = "a bracket or a quote is not closed"
+    else:
+        what = message.splitlines()[0].replace("<EOF>", "the end")
+    return ConfigError(f"{COMMAND_LINE}: {override}: {what}; a value with special characters needs quotes: key='\"a=b\"'")
+
+
+def explain(error: Exception, folders: ConfigFolders, blamed: str, choosers: list[str]) -> ConfigError:
+    """A library's exception as a ConfigError.
+
+    blamed: the place to name where the exception names no file. choosers: files that may have chosen a group's option.
+    """
+    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
+        mark = error.problem_mark
+        return ConfigError(f"{label(mark.name)}:{mark.line + 1}: not YAML: {error.problem or error.context}")
+    if isinstance(error.__cause__, OmegaConfBaseException) and not str(error):
+        error = error.__cause__
+    text = str(error)
+    where = re.match(r"In '?([^':]+)'?: ", text)
+    file = folders.file(where[1]) if where else None
+    place = label(file) if file else COMMAND_LINE if text.startswith("You must specify") else blamed
+    text = text[where.end() :] if where else text
+    if isinstance(error, MissingConfigException) and error.missing_cfg_file:
+        group, _, option = error.missing_cfg_file.rpartition("/")
+        if group not in folders.groups and group.split("/")[0] != EXPERIMENTS:
+            return ConfigError(f"{place}: {group}: no such group{hint(group, folders.groups)}")
+        if group.split("/")[0] == EXPERIMENTS:
+            group, option = EXPERIMENTS, error.missing_cfg_file.partition("/")[2]
+        return no_such_option(_chooser(group, option, choosers) or place, group, option, folders)
+    return ConfigError(f"{place}: {_reword(text, folders)}")
+
+
+def _reword(text: str, folders: ConfigFolders) -> str:
+    """The first telling line of Hydra's message, in the words of our messages."""
+    if found := re.match(r"Could not override '([^']+)'\.\s*Did you mean to override (.+?)\?", text, re.S):
+        return f"{found[1]}: it stands more than once or under another key; did you mean {found[2]}?"
+    if found := re.match(r"Could not override '([^']+)'\. No match in the defaults list", text):
+        group = found[1].split("@")[0]
+        return f"{found[1]}: no such group{hint(group, folders.groups)}"
+    if found := re.match(r"You must specify '([^']+)'", text):
+        group = found[1].split("@")[0]
+        return f"{found[1]}: choose an option, {found[1]}=<option> (there are: {', '.join(folders.options(group))})"
+    text = re.sub(r"^\w+ raised while \w+ \w+:\s*", "", text)  # an exception's name tells a user nothing
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    useful = [line for line in lines if not line.startswith(("full_key", "object_type", "See http"))]
+    said = "; ".join(line.rstrip(".") for line in useful[:2])
+    return said.replace(f"{EXPERIMENTS}@_global_: ", "").replace(f"{EXPERIMENTS}=", "experiment=")
+
+
+def _chooser(group: str, option: str, files: list[str]) -> str | None:
+    """The first of the files with `[override] [/]group[@package]: option` in its defaults list."""
+    for name in files:
+        with open(name, encoding="utf-8") as file:
+            defaults = (yaml.safe_load(file) or {}).get("defaults") or []
+        for entry in (entry for entry in defaults if isinstance(entry, dict)):
+            for key, value in entry.items():
+                key = str(key).removeprefix("override ").strip().split("@")[0].lstrip("/")
+                if value == option and group.endswith(key):
+                    return label(name)
+    return None

@@ -1,0 +1,73 @@
+"""Where configuration lies: `configs/` (groups) and `experiments/`, ours and the user's. Imports nothing heavy."""
+
+import os
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+EXPERIMENTS = "experiments"  # Hydra's name for the group that `experiment=<name>` chooses from
+
+
+@dataclass(frozen=True)
+class ConfigFolders:
+    """Folders of groups and of experiments; of two files with one name the first folder's counts."""
+
+    configs: tuple[Path, ...]
+    experiments: tuple[Path, ...] = ()
+    root: str = "train"  # the root file's name in configs[0]
+
+    @cached_property
+    def groups(self) -> dict[str, list[str]]:
+        """Each group and its options: {"model/fusion": ["concat", ...]}, without the experiments."""
+        groups: dict[str, set[str]] = {}
+        for name in _yamls(self.configs):
+            group, _, option = name.rpartition("/")
+            if group:
+                groups.setdefault(group, set()).add(option)
+        return {group: sorted(groups[group]) for group in sorted(groups)}
+
+    @cached_property
+    def experiment_names(self) -> list[str]:
+        """Names as experiment=<name> takes them, those in subfolders as `folder/name`."""
+        return sorted(_yamls(self.experiments))
+
+    def options(self, group: str) -> list[str]:
+        return self.experiment_names if group == EXPERIMENTS else self.groups.get(group, [])
+
+    def get_group_options(self, group_name: str, results_filter: object = None) -> list[str]:
+        """`options` under the name that Hydra's glob(...) asks for."""
+        return self.options(EXPERIMENTS if group_name == "experiment" else group_name)
+
+    def file(self, config_path: str) -> Path | None:
+        """The file of one entry of a defaults list: "model/fusion/concat", "experiments/shapes_owl1" or "train"."""
+        head, _, rest = config_path.partition("/")
+        folders, name = (self.experiments, rest) if head == EXPERIMENTS else (self.configs, config_path)
+        return next((path for folder in folders if (path := folder / f"{name}.yaml").is_file()), None)
+
+
+def find_folders(config_dir: str | Path | None = None) -> ConfigFolders:
+    """The package's or the repository's folders, then those of the working folder.
+
+    With `config_dir` only it and the `experiments` beside it.
+    """
+    if config_dir is not None:
+        roots = [Path(config_dir).resolve()]
+    else:
+        package = Path(__file__).resolve().parent
+        ours = package if (package / "configs").is_dir() else package.parents[1]
+        roots = list(dict.fromkeys([ours / "configs", Path.cwd().resolve() / "configs"]))
+    experiments = [root.parent / EXPERIMENTS for root in roots]
+    return ConfigFolders(
+        configs=tuple(roots[:1] + [root for root in roots[1:] if root.is_dir()]),
+        experiments=tuple(folder for folder in experiments if folder.is_dir()),
+    )
+
+
+def label(path: str | Path) -> str:
+    """A path as messages show it: relative to the working folder where it lies below it."""
+    path = Path(path)
+    return os.path.relpath(path) if path.absolute().is_relative_to(Path.cwd()) else str(path)
+
+
+def _yamls(folders: tuple[Path, ...]) -> set[str]:
+    return {path.relative_to(folder).with_suffix("").as_posix() for folder in folders for path in folder.rglob("*.yaml")}

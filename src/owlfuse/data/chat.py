@@ -1,0 +1,154 @@
+"""Chats -> token ids and labels, by the tokenizer's own chat template."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from owlfuse.data.formats.base import IMAGE
+from owlfuse.types import DataError, Encoded, Sample
+
+
+class ChatEncoder:
+    """Encodes chats: the template decides the text, only assistant turns with their end marks are supervised, and each image
+    placeholder grows to the fusion's tokens per image.
+
+    Args:
+        max_length: in tokens, placeholders expanded. A longer sample is a DataError.
+
+    Raises:
+        DataError: a tokenizer without a chat template or without an end-of-sequence token.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, tokens_per_image: int, max_length: int = 2048) -> None:
+        if not tokenizer.chat_template:
+            raise DataError(f"the tokenizer {tokenizer.name_or_path} has no chat template, which decides a chat's text")
+        if not tokenizer.is_fast:
+            raise DataError(f"the tokenizer {tokenizer.name_or_path} is not a fast one, which character offsets need")
+        if IMAGE not in tokenizer.get_vocab():
+            tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE]})
+        self.tokenizer = tokenizer
+        self.image_id = tokenizer.convert_tokens_to_ids(IMAGE)
+        self.pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+        self.control = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+        self.tokens_per_image = tokens_per_image
+        self.max_length = max_length
+
+    def encode(self, sample: Sample) -> Encoded:
+        """The whole chat, its assistant turns supervised.
+
+        Raises:
+            DataError: names the sample, what was found and what was expected.
+        """
+        messages = self.flatten(sample)
+        text = self.render(messages)
+        spans = self.supervised_spans(sample, messages, text)
+        ids, offsets = self.tokenize(text)
+        labels = self.labels(sample, ids, offsets, spans)
+        return self.expand(sample, ids, labels)
+
+    def encode_prompt(self, sample: Sample) -> Encoded:
+        """The chat up to where the assistant answers next; nothing is supervised."""
+        ids, _ = self.tokenize(self.render(self.flatten(sample), add_generation_prompt=True))
+        return self.expand(sample, ids, [-100] * len(ids))
+
+    def flatten(self, sample: Sample) -> list[dict[str, str]]:
+        """Messages with the parts of each joined to one text, as every chat template takes them."""
+        if not sample.messages:
+            raise DataError(f"sample {sample.id} has no messages")
+        for message in sample.messages:
+            for part in message["content"]:
+                found = [token for token in self.control if token in part.get("text", "")]
+                if found:
+                    raise DataError(f"sample {sample.id} holds the tokenizer's control token {found[0]} in its text")
+        placeholders = sum(part["type"] == "image" for m in sample.messages for part in m["content"])
+        if placeholders != len(sample.images):
+            raise DataError(f"sample {sample.id} has {placeholders} {IMAGE} placeholders and {len(sample.images)} images")
+        return [
+            {"role": m["role"], "content": "".join(IMAGE if p["type"] == "image" else p["text"] for p in m["content"])}
+            for m in sample.messages
+        ]
+
+    def render(self, messages: list[dict[str, str]], add_generation_prompt: bool = False) -> str:
+        """The chat as text."""
+        return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
+
+    def tokenize(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """Ids and the characters that each stands for."""
+        encoding = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        return encoding["input_ids"], encoding["offset_mapping"]
+
+    def supervised_spans(self, sample: Sample, messages: list[dict[str, str]], text: str) -> list[tuple[int, int]]:
+        """The characters of each assistant turn: its answer and end mark, without white space after it."""
+        spans = []
+        for index, message in enumerate(messages):
+            if message["role"] != "assistant":
+                continue
+            prompt = self.render(messages[:index], add_generation_prompt=True)
+            turn = self.render(messages[: index + 1])
+            if not turn.startswith(prompt) or not text.startswith(turn.rstrip()):
+                raise DataError(
+                    f"sample {sample.id}: the chat template renders turn {index} otherwise alone than in the whole chat, so "
+                    "that its answer cannot be told from the prompt"
+                )
+            end = len(turn.rstrip())
+            if not message["content"].strip() or end <= len(prompt):
+                raise DataError(f"sample {sample.id}: turn {index} is an empty answer")
+            spans.append((len(prompt), end))
+        if not spans:
+            raise DataError(f"sample {sample.id} has no assistant turn, so there is nothing to learn from it")
+        return spans
+
+    def labels(self, sample: Sample, ids: list[int], offsets: list[tuple[int, int]], spans: list[tuple[int, int]]) -> list[int]:
+        """The ids inside the spans, -100 elsewhere. A token across a span's border is a DataError."""
+        labels = [-100] * len(ids)
+        index = 0
+        for start, end in spans:
+            while index < len(ids) and offsets[index][0] < end:
+                first, last = offsets[index]
+                if first >= start and last <= end:
+                    labels[index] = ids[index]
+                elif last > start:
+                    token = self.tokenizer.convert_ids_to_tokens(ids[index])
+                    raise DataError(f"sample {sample.id}: token {token!r} stands across the border of an answer")
+                index += 1
+        return labels
+
+    def expand(self, sample: Sample, ids: list[int], labels: list[int]) -> Encoded:
+        """Each placeholder as `tokens_per_image` positions."""
+        out_ids: list[int] = []
+        out_labels: list[int] = []
+        positions: list[int] = []
+        for token, label in zip(ids, labels, strict=True):
+            if token == self.image_id:
+                positions.append(len(out_ids))
+            repeat = self.tokens_per_image if token == self.image_id else 1
+            out_ids += [token] * repeat
+            out_labels += [label] * repeat
+        if len(positions) != len(sample.images):
+            raise DataError(f"sample {sample.id}: {len(sample.images)} images became {len(positions)} placeholders")
+        if len(out_ids) > self.max_length:
+            raise DataError(f"sample {sample.id} is {len(out_ids)} tokens long, over max_length of {self.max_length}")
+        input_ids = torch.tensor(out_ids)
+        return Encoded(sample.id, sample.source, input_ids, torch.tensor(out_labels), input_ids == self.image_id, [], positions)
+
+
+def question_samples(sample: Sample) -> list[tuple[Sample, str, str]]:
+    """Each question of a chat by itself, with its answer and its kind ("" where the data name none): the first user turn's
+    images go with every question, what was said in between is left out, so that no answer gives another away."""
+    questions = []
+    images = [part for message in sample.messages for part in message["content"] if part["type"] == "image"]
+    system = [message for message in sample.messages if message["role"] == "system"]
+    kinds: list[Any] = sample.metadata.get("kinds") or [sample.metadata.get("kind", "")]
+    turns = [m for m in sample.messages if m["role"] != "system"]
+    for number, (asked, answered) in enumerate(zip(turns[::2], turns[1::2], strict=True)):
+        text = "".join(part["text"] for part in asked["content"] if part["type"] == "text").lstrip("\n")
+        content = [*images, {"type": "text", "text": ("\n" if images else "") + text}]
+        answer = "".join(part["text"] for part in answered["content"])
+        question = Sample(
+            f"{sample.id}#{number}", sample.source, [*system, {"role": "user", "content": content}], sample.images
+        )
+        questions.append((question, answer, str(kinds[number % len(kinds)])))
+    return questions

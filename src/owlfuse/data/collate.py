@@ -1,0 +1,76 @@
+"""Encoded samples -> a batch. B rows, T text positions, N images, I the most images of a row."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from owlfuse.types import Batch, DataError, Encoded
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A sample left out by its source's policy."""
+
+    source: str
+    sample: str
+    reason: str
+
+
+@dataclass
+class Collator:
+    """Pads rows to the longest, and puts one blank image into a batch without images."""
+
+    pad_id: int
+    image_shape: tuple[int, int, int]
+    """(3, H, W) of the blank image."""
+    side: Literal["left", "right"] = "right"
+
+    def __call__(self, items: list[Encoded | Skipped]) -> Batch:
+        """Raises DataError where every sample was skipped."""
+        rows = [item for item in items if isinstance(item, Encoded)]
+        skipped = [(item.source, item.sample, item.reason) for item in items if isinstance(item, Skipped)]
+        if not rows:
+            raise DataError(f"every sample of a batch was skipped; the first: {skipped[0][1]}: {skipped[0][2]}")
+        length = max(len(row.input_ids) for row in rows)
+        pixels = [image for row in rows for image in row.pixel_values]
+        image_index, image_positions = self.places(rows, length)
+        return Batch(
+            input_ids=self.pad([row.input_ids for row in rows], length, self.pad_id),
+            attention_mask=self.pad([torch.ones_like(row.input_ids) for row in rows], length, 0),
+            labels=self.pad([row.labels for row in rows], length, -100),
+            placeholder=self.pad([row.placeholder for row in rows], length, False),
+            pixel_values=torch.stack(pixels or [torch.zeros(self.image_shape)]),
+            image_mask=torch.full((max(len(pixels), 1),), bool(pixels)),
+            image_index=image_index,
+            image_positions=image_positions,
+            has_images=bool(pixels),
+            ids=[row.id for row in rows],
+            sources=[row.source for row in rows],
+            skipped=skipped,
+        )
+
+    def pad(self, rows: list[Tensor], length: int, value: int | bool) -> Tensor:
+        """Rows (T_i,) -> (B, T)."""
+        out = torch.full((len(rows), length), value, dtype=rows[0].dtype)
+        for filled, row in zip(out, rows, strict=True):
+            start = length - len(row) if self.side == "left" else 0
+            filled[start : start + len(row)] = row
+        return out
+
+    def places(self, rows: list[Encoded], length: int) -> tuple[Tensor, Tensor]:
+        """Which images each row has (-1: none), and where their first placeholders stand (T: nowhere), (B, I) each."""
+        most = max(1, *(len(row.image_positions) for row in rows))
+        index = torch.full((len(rows), most), -1)
+        positions = torch.full((len(rows), most), length)
+        before = 0
+        for i, row in enumerate(rows):
+            count = len(row.image_positions)
+            start = length - len(row.input_ids) if self.side == "left" else 0
+            index[i, :count] = torch.arange(before, before + count)
+            positions[i, :count] = torch.tensor(row.image_positions, dtype=torch.long) + start
+            before += count
+        return index, positions

@@ -1,0 +1,242 @@
+"""Sources, mixture, encoder and collator as Lightning's DataModule."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import lightning
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from owlfuse.data.chat import ChatEncoder
+from owlfuse.data.collate import Collator, Skipped
+from owlfuse.data.formats.base import Source
+from owlfuse.data.images import open_image
+from owlfuse.data.mixture import Mixture
+from owlfuse.types import Batch, DataError, Encoded, Sample
+
+MAX_PIXELS = 100_000_000
+
+
+class ChatData(lightning.LightningDataModule):
+    """Mixes sources into global batches that are the same for any number of ranks and workers.
+
+    Args:
+        tokenizer: a folder or a hub name.
+        sources: what is trained on, by name.
+        validation: what is evaluated, by name. Results of `a_b` stand beside those of `a` (see `evaluation`).
+        global_batch_size: rows of one optimizer step, over all ranks and accumulation steps.
+        micro_batch_size: rows that one rank takes at a time; by default the global batch over the ranks.
+        workers: processes that load data; 0 loads in the training process.
+        max_length: in tokens; a longer sample is an error or skipped, as its source's `on_error` says.
+        max_pixels: of a picture; one with more is refused before it is decoded.
+        validation_samples: how many samples of each validation source are looked at during training.
+        prepare: called before anything is read; it writes data that are made on the spot.
+        folder: where the data lie, for the other keys of a yaml to refer to.
+    """
+
+    def __init__(
+        self,
+        tokenizer: str,
+        sources: dict[str, Source],
+        validation: dict[str, Source],
+        global_batch_size: int = 32,
+        micro_batch_size: int | None = None,
+        workers: int = 1,
+        max_length: int = 2048,
+        max_pixels: int = MAX_PIXELS,
+        validation_samples: int = 128,
+        seed: int = 0,
+        prepare: Callable[[], None] | None = None,
+        folder: str | None = None,
+    ) -> None:
+        super().__init__()
+        if prepare is not None:
+            prepare()
+        for name, source in (*sources.items(), *validation.items()):
+            source.name = name
+        self.sources = sources
+        self.validation = validation
+        self.global_batch_size = global_batch_size
+        self.micro_batch_size = micro_batch_size
+        self.workers = workers
+        self.max_length = max_length
+        self.max_pixels = max_pixels
+        self.validation_samples = validation_samples
+        self.tokenizer = load_tokenizer(tokenizer)
+        weights = {name: source.weight for name, source in sources.items()}
+        self.mixture = Mixture({name: len(source) for name, source in sources.items()}, weights, seed)
+
+    def bind(self, preprocess: Callable[[Image.Image], Tensor], image_size: tuple[int, int], tokens_per_image: int) -> None:
+        """Takes what only the model knows: how pictures become pixels, and how many positions an image takes."""
+        self.encoder = ChatEncoder(self.tokenizer, tokens_per_image, self.max_length)
+        self.preprocess = preprocess
+        self.image_shape = (3, *image_size)
+
+    @property
+    def vocab_size(self) -> int:
+        """Ids that the tokenizer may give."""
+        return len(self.tokenizer)
+
+    def accumulation(self, ranks: int) -> int:
+        """Micro batches per optimizer step and rank.
+
+        Raises:
+            ValueError: a global batch that the ranks and micro batches do not divide.
+        """
+        micro = self.micro_batch_size or max(1, self.global_batch_size // ranks)
+        if self.global_batch_size % (micro * ranks):
+            raise ValueError(
+                f"global_batch_size is {self.global_batch_size}, which {ranks} ranks of micro_batch_size {micro} do not divide"
+            )
+        return self.global_batch_size // (micro * ranks)
+
+    def train_dataloader(self) -> DataLoader:
+        """From the trainer's step on, so that a resumed run goes on where it was."""
+        trainer = self.trainer
+        sampler = GlobalBatchSampler(
+            self.global_batch_size,
+            self.accumulation(trainer.world_size),
+            trainer.global_rank,
+            trainer.world_size,
+            steps=trainer.max_steps,
+            first_step=trainer.global_step,
+        )
+        dataset = MixtureDataset(self.mixture, self.sources, self.load)
+        return self.loader(dataset, batch_sampler=sampler, num_workers=self.workers, persistent_workers=self.workers > 0)
+
+    def val_dataloader(self) -> dict[str, DataLoader]:
+        """The first samples of each validation source, whole chats."""
+        return {name: self.validation_loader(name, self.validation_samples) for name in self.validation}
+
+    def validation_loader(self, name: str, limit: int | None = None, batch_size: int = 32) -> DataLoader:
+        """Whole chats of one validation source in their own order."""
+        source = self.validation[name]
+        dataset = SourceDataset(source, range(min(limit or len(source), len(source))), self.load)
+        return self.loader(dataset, batch_size=batch_size)
+
+    def loader(self, dataset: Dataset, **options: Any) -> DataLoader:
+        """A DataLoader of batches."""
+        collator = Collator(self.encoder.pad_id, self.image_shape)
+        return DataLoader(dataset, collate_fn=collator, worker_init_fn=ignore_interrupt, **options)
+
+    def load(self, sample: Sample, root: Any, prompt: bool = False) -> Encoded:
+        """A sample encoded, its pictures opened below `root` and preprocessed. Raises DataError."""
+        encoded = self.encoder.encode_prompt(sample) if prompt else self.encoder.encode(sample)
+        pictures = (open_image(root, path, sample.id, self.max_pixels) for path in sample.images)
+        encoded.pixel_values = [self.preprocess(picture) for picture in pictures]
+        return encoded
+
+    def prompts(self, samples: list[tuple[Sample, Source]]) -> Batch:
+        """Questions as one batch, padded on the left, for generation."""
+        collator = Collator(self.encoder.pad_id, self.image_shape, side="left")
+        return collator([self.load(sample, source.image_root, prompt=True) for sample, source in samples])
+
+    def report(self, steps: int, skipped: list[tuple[str, str, str]]) -> dict[str, Any]:
+        """What `mixture.json` holds after `steps`: the sources, their hashes, weights and realised counts, and the skips."""
+        positions = steps * self.global_batch_size
+        counts = self.mixture.counts(positions)
+        shares = dict(zip(self.mixture.names, self.mixture.shares, strict=True))
+        rows = {
+            name: {
+                "file": str(source.file),
+                "sha256": source.fingerprint(),
+                "samples": len(source),
+                "weight": source.weight,
+                "share": float(shares.get(name, 0)),
+                "drawn": counts.get(name, 0),
+                "drawn_share": counts.get(name, 0) / positions if positions else None,
+                "passes": counts.get(name, 0) / len(source),
+                "skipped": sum(skip[0] == name for skip in skipped),
+            }
+            for name, source in self.sources.items()
+        }
+        keys = ("source", "sample", "reason")
+        return {
+            "steps": steps,
+            "global_batch_size": self.global_batch_size,
+            "seed": self.mixture.seed,
+            "sources": rows,
+            "skipped": [dict(zip(keys, skip, strict=True)) for skip in skipped],
+        }
+
+
+def ignore_interrupt(worker: int) -> None:
+    """Ctrl-C is the training process's to answer: a worker goes on until it is told to end."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """A tokenizer from a folder or a hub name, with `<image>` among its tokens."""
+    try:
+        return AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise DataError(f"tokenizer: {name}: {str(error).splitlines()[0]}") from error
+
+
+def load_or_skip(load: Callable[[Sample, Any], Encoded], source: Source, index: int) -> Encoded | Skipped:
+    """One sample of a source under its policy for wrong samples."""
+    try:
+        return load(source[index], source.image_root)
+    except DataError as error:
+        if source.on_error == "skip":
+            return Skipped(source.name, f"{source.name}:{index}", str(error))
+        raise
+
+
+class MixtureDataset(Dataset):
+    """The sample at a position of the mixture's schedule."""
+
+    def __init__(self, mixture: Mixture, sources: dict[str, Source], load: Callable[[Sample, Any], Encoded]) -> None:
+        self.mixture = mixture
+        self.sources = sources
+        self.load = load
+
+    def __getitem__(self, position: int) -> Encoded | Skipped:
+        name, index = self.mixture[position]
+        return load_or_skip(self.load, self.sources[name], index)
+
+
+class SourceDataset(Dataset):
+    """Samples of one source, by their indices."""
+
+    def __init__(self, source: Source, indices: range, load: Callable[[Sample, Any], Encoded]) -> None:
+        self.source = source
+        self.indices = indices
+        self.load = load
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, place: int) -> Encoded | Skipped:
+        return load_or_skip(self.load, self.source, self.indices[place])
+
+
+class GlobalBatchSampler(Sampler[list[int]]):
+    """Positions of one rank's micro batches. Step s takes the positions from s * G on, G the global batch size, whatever the
+    number of ranks; micro batches go to the ranks in turn.
+
+    Its length is that of all steps, and it starts at `first_step`, which is how Lightning counts a resumed epoch.
+    """
+
+    def __init__(self, global_batch_size: int, accumulation: int, rank: int, ranks: int, steps: int, first_step: int = 0):
+        self.global_batch_size = global_batch_size
+        self.accumulation = accumulation
+        self.rank = rank
+        self.ranks = ranks
+        self.steps = steps
+        self.first_step = first_step
+        self.micro_batch_size = global_batch_size // (accumulation * ranks)
+
+    def __len__(self) -> int:
+        return self.steps * self.accumulation
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for step in range(self.first_step, self.steps):
+            for part in range(self.accumulation):
+                first = step * self.global_batch_size + (part * self.ranks + self.rank) * self.micro_batch_size
+                yield list(range(first, first + self.micro_batch_size))

@@ -1,0 +1,1 @@
+"""Formats: one file each, a class whose k-th item is a `Sample`. See `base.Source`."""

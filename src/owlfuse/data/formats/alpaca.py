@@ -1,0 +1,54 @@
+"""The Alpaca format: `{"instruction", "input", "output"}`, text only."""
+
+from typing import Any, Literal
+
+from owlfuse.data.formats.base import Source, field
+from owlfuse.types import DataError, Sample
+
+
+class Alpaca(Source):
+    """Instructions and answers. A non-empty `input` follows the instruction on a line of its own; of a chat of one record,
+    other fields are kept as metadata.
+
+    Args:
+        records_per_chat: how many records in a row make one chat, a turn each. Short instructions beside long chats about
+            pictures are mostly padding otherwise.
+    """
+
+    def __init__(
+        self,
+        file: str,
+        image_root: str | None = None,
+        weight: float = 1.0,
+        on_error: Literal["error", "skip"] = "error",
+        max_skips: int = 100,
+        records_per_chat: int = 1,
+    ) -> None:
+        super().__init__(file, image_root, weight, on_error, max_skips)
+        if records_per_chat < 1:
+            raise DataError(f"{file}: records_per_chat is {records_per_chat}, expected at least 1")
+        self.records_per_chat = records_per_chat
+
+    def __len__(self) -> int:
+        return -(-len(self.records) // self.records_per_chat)
+
+    def __getitem__(self, index: int) -> Sample:
+        """See `Source`."""
+        first = index * self.records_per_chat
+        samples = [self.read(i) for i in range(first, min(first + self.records_per_chat, len(self.records)))]
+        if len(samples) == 1:
+            return samples[0]
+        messages = [message for sample in samples for message in sample.messages]
+        return Sample(f"{samples[0].id}+{len(samples) - 1}", self.name, messages)
+
+    def sample(self, record: dict[str, Any], name: str) -> Sample:
+        """See `Source`."""
+        question = field(record, "instruction", str, name)
+        if extra := record.get("input"):
+            question = f"{question}\n{extra}"
+        messages = [
+            {"role": "user", "content": [{"type": "text", "text": question}]},
+            {"role": "assistant", "content": [{"type": "text", "text": field(record, "output", str, name)}]},
+        ]
+        metadata = {key: value for key, value in record.items() if key not in ("id", "instruction", "input", "output")}
+        return Sample(name, self.name, messages, [], metadata)

@@ -1,0 +1,131 @@
+"""Evaluation on validation sources: answers, metrics, results.json, the contact sheet."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from owlfuse.evaluation.metrics import Answer, answer_questions, mean_loss, metric_names, questions_of, score
+from owlfuse.evaluation.reports import print_metrics, write_answers, write_contact_sheet
+
+
+@dataclass
+class Evaluation:
+    """How a model is evaluated.
+
+    Args:
+        batch_size: questions answered at a time; it does not change the answers.
+        max_questions: of each validation source, spread evenly; None: all.
+        blank: ask the questions about pictures again with blank pictures.
+        contact_sheet: pictures on the sheet.
+    """
+
+    batch_size: int = 64
+    max_new_tokens: int = 24
+    max_questions: int | None = None
+    blank: bool = True
+    contact_sheet: int = 24
+
+    def __call__(self, model: Any, data: Any) -> tuple[dict[str, float], list[Answer]]:
+        """Metrics by their full names and all answers, progress shown."""
+        from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
+
+        training = model.training
+        model.eval()
+        metrics: dict[str, float] = {}
+        everything: list[Answer] = []
+        with Progress(*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeRemainingColumn()) as progress:
+            for source in data.validation:
+                questions = questions_of(data, source, self.max_questions)
+                about_pictures = any(sample.images for sample, _, _ in questions)
+                with_blank = self.blank and about_pictures
+                total = len(data.validation[source]) + len(questions) * (1 + with_blank)
+                task = progress.add_task(f"evaluating {source}", total=total)
+                step = lambda n, task=task: progress.advance(task, n)  # noqa: E731
+                loss = mean_loss(model, data, source, self.batch_size, step)
+                settings = (self.batch_size, self.max_new_tokens, step)
+                answers = answer_questions(model, data, source, questions, *settings)
+                blank = answer_questions(model, data, source, questions, *settings, blank=True) if with_blank else None
+                metrics |= metric_names(source, list(data.validation), score(answers, blank, loss))
+                everything += answers
+        model.train(training)
+        return dict(sorted(metrics.items())), everything
+
+    def write(self, folder: Path, metrics: dict[str, float], answers: list[Answer], title: str) -> None:
+        """The table on the terminal; `answers.jsonl` and `contact_sheet.png` in the folder."""
+        print_metrics(metrics, title)
+        write_answers(folder / "answers.jsonl", answers)
+        if self.contact_sheet:
+            pictured = [answer for answer in answers if answer.image]
+            first = pictured[0].source if pictured else None
+            mine = [answer for answer in pictured if answer.source == first]
+            right = metrics.get(f"{first}/exact_match", 0.0)
+            write_contact_sheet(folder / "contact_sheet.png", mine, self.contact_sheet, f"{title}: {right:.0%} right")
+
+
+def write_results(folder: Path, experiment: str, seed: int, steps: int, metrics: dict[str, float], wall_s: float) -> None:
+    """`results.json`, written beside and renamed."""
+    results = {
+        "experiment": experiment,
+        "seed": seed,
+        "steps": steps,
+        "metrics": metrics,
+        "versions": versions(),
+        "git": git_state(),
+        "wall_s": round(wall_s, 1),
+    }
+    beside = folder / "results.json.part"
+    beside.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    beside.replace(folder / "results.json")
+
+
+def versions() -> dict[str, str]:
+    """Of owlfuse, Python and the libraries that decide results."""
+    import platform
+    from importlib.metadata import version
+
+    names = ("owlfuse", "torch", "lightning", "transformers", "timm", "peft")
+    return {"python": platform.python_version(), **{name: version(name) for name in names}}
+
+
+def git_state() -> str | None:
+    """The commit that the code is at, with `-dirty` where files differ from it; None outside a checkout."""
+    import subprocess
+
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None
+
+
+def evaluate_run(folder: str, overrides: list[str]) -> None:
+    """`owlfuse eval`: evaluates a run's last checkpoint again, and writes its results anew. Overrides are those of `train`."""
+    import time
+
+    import torch
+    from hydra.utils import instantiate
+    from omegaconf import OmegaConf
+
+    from owlfuse.config import compose
+    from owlfuse.model import build_model
+    from owlfuse.runs import last_checkpoint
+
+    began = time.monotonic()
+    config = compose([f"resume={folder}", *overrides])
+    plain = OmegaConf.to_container(config, resolve=True)
+    data = instantiate(config.data, _convert_="all")
+    model, _ = build_model(plain["model"], data.vocab_size)
+    vision = model.vision
+    data.bind(vision.preprocessing, vision.preprocessing.size, model.fusion.tokens_per_image)
+    checkpoint = torch.load(last_checkpoint(Path(folder)), map_location="cpu", weights_only=True)
+    weights = {name.removeprefix("model."): tensor for name, tensor in checkpoint["state_dict"].items()}
+    model.load_state_dict(weights)
+    evaluation = instantiate(config.evaluation, _convert_="all")
+    metrics, answers = evaluation(model, data)
+    steps = checkpoint["global_step"]
+    write_results(Path(folder), config.experiment, config.seed, steps, metrics, time.monotonic() - began)
+    evaluation.write(Path(folder), metrics, answers, f"{config.experiment}, {steps} steps")

@@ -1,0 +1,126 @@
+"""Answers, scores and losses on validation sources."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+
+from owlfuse.data.chat import question_samples
+from owlfuse.data.datamodule import ChatData
+from owlfuse.evaluation.generation import generate_greedy
+from owlfuse.model import MultimodalLM
+from owlfuse.module import token_loss
+from owlfuse.types import Batch, Sample
+
+Progress = Callable[[int], None]
+
+
+@dataclass
+class Answer:
+    """One question with what was expected and what came."""
+
+    source: str
+    id: str
+    image: str | None
+    question: str
+    expected: str
+    answer: str
+    kind: str
+
+    @property
+    def right(self) -> bool:
+        """Exact match, but for case and white space."""
+        return normalize(self.answer) == normalize(self.expected)
+
+
+def normalize(text: str) -> str:
+    """Case-folded, runs of white space as one space."""
+    return " ".join(text.casefold().split())
+
+
+def questions_of(data: ChatData, source: str, limit: int | None) -> list[tuple[Sample, str, str]]:
+    """The questions of a validation source, each by itself, with answer and kind; at most `limit`, spread evenly."""
+    samples = data.validation[source]
+    questions = [question for index in range(len(samples)) for question in question_samples(samples[index])]
+    if limit is None or limit >= len(questions):
+        return questions
+    return [questions[i * len(questions) // limit] for i in range(limit)]
+
+
+def answer_questions(
+    model: MultimodalLM,
+    data: ChatData,
+    source: str,
+    questions: list[tuple[Sample, str, str]],
+    batch_size: int,
+    max_new_tokens: int,
+    progress: Progress = lambda n: None,
+    blank: bool = False,
+) -> list[Answer]:
+    """The model's answers; `blank`: with each picture replaced by one of the mean color."""
+    device = next(model.parameters()).device
+    tokenizer = data.tokenizer
+    answers = []
+    for start in range(0, len(questions), batch_size):
+        chunk = questions[start : start + batch_size]
+        batch = data.prompts([(sample, data.validation[source]) for sample, _, _ in chunk]).to(device)
+        if blank:
+            batch = replace(batch, pixel_values=torch.zeros_like(batch.pixel_values))
+        ids = generate_greedy(model, batch, max_new_tokens, tokenizer.eos_token_id)
+        texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
+        for (sample, expected, kind), text in zip(chunk, texts, strict=True):
+            question = "".join(part.get("text", "") for part in sample.messages[-1]["content"]).strip()
+            image = str(data.validation[source].image_root / sample.images[0]) if sample.images else None
+            answers.append(Answer(source, sample.id, image, question, expected, text.strip(), kind))
+        progress(len(chunk))
+    return answers
+
+
+@torch.inference_mode()
+def mean_loss(model: MultimodalLM, data: ChatData, source: str, batch_size: int, progress: Progress = lambda n: None) -> float:
+    """Cross-entropy per supervised token over the whole chats of a source, in nats."""
+    device = next(model.parameters()).device
+    total = torch.zeros((), dtype=torch.float64)
+    tokens = torch.zeros((), dtype=torch.int64)
+    batch: Batch
+    for batch in data.validation_loader(source, batch_size=batch_size):
+        loss, count = token_loss(model(batch.to(device)), batch.to(device).labels)
+        total += loss.double().cpu()
+        tokens += count.cpu()
+        progress(len(batch.ids))
+    return float(total / tokens)
+
+
+def score(answers: list[Answer], blank: list[Answer] | None = None, loss: float | None = None) -> dict[str, float]:
+    """Metrics of one source by the names they have behind `<source>/`."""
+    metrics = {}
+    if loss is not None:
+        metrics |= {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}
+    metrics["exact_match"] = share_right(answers)
+    for kind in sorted({answer.kind for answer in answers} - {""}):
+        metrics[f"exact_match/{kind}"] = share_right([answer for answer in answers if answer.kind == kind])
+    if blank:
+        metrics["exact_match_blank"] = share_right(blank)
+    return metrics
+
+
+def share_right(answers: list[Answer]) -> float:
+    """The share of right answers."""
+    return sum(answer.right for answer in answers) / len(answers)
+
+
+def metric_names(source: str, sources: list[str], metrics: dict[str, float]) -> dict[str, float]:
+    """Metrics under their full names: `<source>/<metric>`, and for a source `a_b` beside a source `a`, `a/<metric>_b`, so that
+    `val_held_out` gives `val/exact_match_held_out`."""
+    base = next((name for name in sources if source.startswith(f"{name}_")), None)
+    if base is None:
+        return {f"{source}/{name}": value for name, value in metrics.items()}
+    suffix = source.removeprefix(f"{base}_")
+    named = {}
+    for name, value in metrics.items():
+        metric, _, kind = name.partition("/")
+        named[f"{base}/{metric}_{suffix}" + (f"/{kind}" if kind else "")] = value
+    return named

@@ -1,0 +1,83 @@
+"""What a person looks at after a run: the table of metrics and the contact sheet."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from owlfuse.evaluation.metrics import Answer
+
+
+def print_metrics(metrics: dict[str, float], title: str) -> None:
+    """One metric a line."""
+    table = Table(title=title, title_justify="left")
+    table.add_column("metric")
+    table.add_column("value", justify="right")
+    for name, value in metrics.items():
+        table.add_row(name, f"{value:.4f}")
+    Console().print(table)
+
+
+def write_answers(path: Path, answers: list[Answer]) -> None:
+    """One JSON object a line for each answer."""
+    with path.open("w", encoding="utf-8") as file:
+        for answer in answers:
+            file.write(json.dumps({**vars(answer), "right": answer.right}, ensure_ascii=False) + "\n")
+
+
+def write_contact_sheet(path: Path, answers: list[Answer], pictures: int, title: str) -> None:
+    """A PNG of pictures with a question each, the answer, and right (green, tick) or wrong (red, cross, what was expected).
+
+    Pictures are spread evenly over the answers, and their questions taken in turn, so that wrong ones appear as often as they
+    are.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+    from PIL import Image
+
+    by_picture = defaultdict(list)
+    for answer in answers:
+        by_picture[answer.image].append(answer)
+    count = min(pictures, len(by_picture))
+    if count == 0:
+        return
+    groups = list(by_picture.values())
+    picked = [groups[i * len(groups) // count] for i in range(count)]
+    shown = [group[i % len(group)] for i, group in enumerate(picked)]
+    columns = min(6, count)
+    rows = -(-count // columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(2.2 * columns, 2.75 * rows + 0.5), squeeze=False)
+    figure.suptitle(title, fontsize=12)
+    for axis in axes.flat:
+        axis.axis("off")
+    for axis, answer in zip(axes.flat, shown, strict=False):
+        with Image.open(answer.image) as picture:
+            axis.imshow(picture.convert("RGB"))
+        text = f"✓ {answer.answer}" if answer.right else f"✗ {answer.answer or '(nothing)'}  (is: {answer.expected})"
+        axis.set_title(wrap(answer.question), fontsize=8)
+        axis.text(
+            0.5,
+            -0.04,
+            text,
+            transform=axis.transAxes,
+            ha="center",
+            va="top",
+            fontsize=9,
+            color="#00693e" if answer.right else "#b3261e",
+        )
+    figure.tight_layout(rect=(0, 0, 1, 0.98))
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def wrap(text: str, width: int = 30) -> str:
+    """Text broken into lines."""
+    import textwrap
+
+    return "\n".join(textwrap.wrap(text.replace("$", r"\$"), width)[:4])

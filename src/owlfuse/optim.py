@@ -1,0 +1,72 @@
+"""The optimizer and its schedule."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import get_cosine_with_min_lr_schedule_with_warmup
+
+from owlfuse.adapters import PARTS
+from owlfuse.model import MultimodalLM
+
+NO_DECAY = ("queries", "end_token", "pos_embed", "cls_token", "reg_token", "slope", "gamma")
+
+
+class AdamWCosine:
+    """AdamW (arXiv 1711.05101), warm-up, then a cosine to `min_lr_ratio` of the peak.
+
+    Args:
+        lr: peak learning rate.
+        part_lr: peaks of single parts (vision, connector, fusion, llm) where they differ.
+        weight_decay: of weight matrices; norms, biases, gates, queries and positions have none.
+        warmup_steps: optimizer steps.
+    """
+
+    def __init__(
+        self,
+        lr: float = 1e-3,
+        part_lr: dict[str, float] | None = None,
+        weight_decay: float = 0.05,
+        betas: list[float] | None = None,
+        eps: float = 1e-8,
+        warmup_steps: int = 0,
+        min_lr_ratio: float = 0.0,
+    ) -> None:
+        if unknown := set(part_lr or {}) - set(PARTS):
+            raise ValueError(f"part_lr names {', '.join(sorted(unknown))}; the parts are {', '.join(PARTS)}")
+        self.lr = lr
+        self.part_lr = part_lr or {}
+        self.weight_decay = weight_decay
+        self.betas = tuple(betas or (0.9, 0.999))
+        self.eps = eps
+        self.warmup_steps = warmup_steps
+        self.min_lr_ratio = min_lr_ratio
+
+    def groups(self, model: MultimodalLM) -> list[dict[str, Any]]:
+        """Parameter groups of the trained parameters: per part, with and without weight decay."""
+        groups = []
+        for part in PARTS:
+            trained = {n: p for n, p in model.part(part).parameters.items() if p.requires_grad}
+            for decay in (True, False):
+                parameters = [p for n, p in trained.items() if has_decay(n, p) == decay]
+                if parameters:
+                    lr = self.part_lr.get(part, self.lr)
+                    weight_decay = self.weight_decay if decay else 0.0
+                    name = f"{part}{'' if decay else '_no_decay'}"
+                    groups.append({"params": parameters, "lr": lr, "weight_decay": weight_decay, "name": name})
+        return groups
+
+    def build(self, model: MultimodalLM, steps: int) -> dict[str, Any]:
+        """What Lightning's `configure_optimizers` returns."""
+        optimizer = torch.optim.AdamW(self.groups(model), lr=self.lr, betas=self.betas, eps=self.eps, fused=True)
+        scheduler = get_cosine_with_min_lr_schedule_with_warmup(
+            optimizer, self.warmup_steps, steps, min_lr_rate=self.min_lr_ratio
+        )
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+def has_decay(name: str, parameter: nn.Parameter) -> bool:
+    """Matrices and kernels have weight decay; vectors, and what is learned in place of an input, have none."""
+    return parameter.ndim > 1 and not any(part in NO_DECAY for part in name.split("."))

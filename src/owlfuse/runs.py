@@ -1,0 +1,40 @@
+"""A run's folder: `runs/<experiment>/<name>/` with config.yaml, checkpoints/, metrics.csv, mixture.json, results.json."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from pathlib import Path
+
+from omegaconf import DictConfig, OmegaConf
+
+from owlfuse.config import ConfigError
+
+
+def open_run(config: DictConfig) -> Path:
+    """Makes the folder and writes the resolved configuration into it; for `resume`, the folder there is.
+
+    Raises:
+        ConfigError: a name that is taken, or a resume without a checkpoint.
+    """
+    if config.resume:
+        folder = Path(config.resume)
+        last_checkpoint(folder)
+    else:
+        name = config.name or datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+        folder = Path(config.runs).expanduser() / config.experiment / name
+        if (folder / "config.yaml").exists():
+            raise ConfigError(f"name: the run {folder} exists; choose another name=, or go on with it by resume={folder}")
+        folder.mkdir(parents=True, exist_ok=True)
+    saved = OmegaConf.create(OmegaConf.to_container(config, resolve=True))
+    saved.resume = None
+    saved.name = folder.name
+    OmegaConf.save(saved, folder / "config.yaml")
+    return folder
+
+
+def last_checkpoint(folder: Path) -> Path:
+    """The newest checkpoint of a run. Raises ConfigError where there is none."""
+    path = folder / "checkpoints" / "last.ckpt"
+    if not path.exists():
+        raise ConfigError(f"resume: {folder} has no checkpoint checkpoints/last.ckpt; start it anew with another name=")
+    return path

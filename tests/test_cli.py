@@ -1,0 +1,212 @@
+"""The command line: what is imported for help, exit codes by real processes, the sweep's order and its table."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from omegaconf import OmegaConf
+
+from owlfuse import cli, config
+from owlfuse.config_errors import ConfigError
+
+REPO = Path(__file__).resolve().parents[1]
+HEAVY = ("hydra", "omegaconf", "torch", "lightning", "transformers", "pydantic", "rich", "yaml", "numpy")
+
+
+def owlfuse(*argv: str, cwd: Path) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "-m", "owlfuse.cli", *argv], cwd=cwd, capture_output=True, text=True)
+
+
+def one_line(result: subprocess.CompletedProcess) -> str:
+    assert result.stdout == ""
+    assert result.stderr.startswith("owlfuse: error: ")
+    assert result.stderr.count("\n") == 1
+    return result.stderr.removeprefix("owlfuse: error: ").strip()
+
+
+@pytest.mark.parametrize("argv", [["--help"], ["train", "--help"], ["data", "shapes", "--help"], ["tran"]])
+def test_help_imports_nothing_heavy(argv, tmp_path):
+    code = f"""
+import sys
+from owlfuse.cli import main
+try:
+    main({argv!r})
+except SystemExit:
+    pass
+print("heavy:", [name for name in {HEAVY!r} if name in sys.modules])
+"""
+    result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert result.stdout.splitlines()[-1] == "heavy: []"
+
+
+def test_help_of_train_lists_experiments_and_options_of_the_working_folder(tmp_path, monkeypatch, capsys):
+    for name in ("configs/model/connector/mine.yaml", "experiments/sweep/one.yaml"):
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).touch()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["train", "--help"])
+    assert caught.value.code == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert any("sweep/one" in line for line in lines)
+    assert any(line.split()[:1] == ["model/connector"] and "mine" in line for line in lines)
+
+
+def test_help_tells_the_exit_codes(tmp_path):
+    result = owlfuse("--help", cwd=tmp_path)
+    assert result.returncode == 0
+    for code in ("0", "1", "2", "130"):
+        assert f"\n  {code:<5}" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("argv", "line"),
+    [
+        (["trian"], "trian: no such command; did you mean 'train'?"),
+        (["zzz"], "zzz: no such command; the commands are train, eval, data, config"),
+        (["train", "--mutlirun"], "command line: --mutlirun: no such option of train; see owlfuse train --help"),
+        (["train", "experiment=mine1"], "command line: experiment=mine1: no such experiment; did you mean 'mine'?"),
+        (["train", "mine"], "command line: mine: not of the form key=value; did you mean experiment=mine?"),
+        (["train", "resume=nowhere"], "command line: nowhere: not a run: there is no nowhere/config.yaml"),
+        (["train", "-m", "experiment=mine,mine1"], "command line: experiment=mine1: no such experiment; did you mean 'mine'?"),
+        (["config", "seed=[1,"], "command line: seed=[1,: a bracket or a quote is not closed; "
+         "a value with special characters needs quotes: key='\"a=b\"'"),
+        (["eval", "nowhere"], "command line: nowhere: not a run: there is no nowhere/config.yaml"),
+        (["eval", "seed=1"], "command line: name the run's folder: owlfuse eval RUN [overrides]"),
+        (["data", "shapes", "d", "--pictures", "many"], "argument --pictures: invalid int value: 'many'"),
+        (["data", "shapes", "d", "e"], "command line: e: not an argument of data shapes"),
+    ],
+)  # fmt: skip
+def test_a_mistake_is_one_line_and_exit_code_2(argv, line, tmp_path):
+    (tmp_path / "experiments").mkdir()
+    (tmp_path / "experiments/mine.yaml").touch()
+    result = owlfuse(*argv, cwd=tmp_path)
+    assert (one_line(result), result.returncode) == (line, 2)
+
+
+class Recorder:
+    """Stands for owlfuse.train and owlfuse.evaluation: keeps what it is called with, writes results."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.configs, self.evaluated, self.error = folder, [], [], None
+
+    def run(self, composed):
+        if self.error is not None and len(self.configs) == 1:
+            raise self.error
+        self.configs.append(composed)
+        run = self.folder / f"run{len(self.configs)}"
+        run.mkdir()
+        metrics = {"accuracy": 0.25 * len(self.configs), "note": "text"}
+        (run / "results.json").write_text(json.dumps({"metrics": metrics}))
+        return run
+
+    def evaluate_run(self, folder, overrides):
+        self.evaluated.append((folder, overrides))
+
+
+@pytest.fixture
+def recorder(tmp_path, monkeypatch):
+    """The commands with the composition cut short: `seed` alone is read, and seed=9 does not compose."""
+
+    def compose(overrides):
+        if "seed=9" in overrides:
+            raise ConfigError("command line: seed: 9 is refused")
+        return OmegaConf.create({"overrides": overrides})
+
+    made = Recorder(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setattr(config, "compose", compose)
+    monkeypatch.setattr(config, "sweep_cells", lambda overrides: config._product(overrides, config.find_folders()))
+    for name, stand_in in {"train": SimpleNamespace(run=made.run), "evaluation": made}.items():
+        monkeypatch.setitem(sys.modules, f"owlfuse.{name}", stand_in)
+        monkeypatch.setattr(f"owlfuse.{name}", stand_in, raising=False)
+    return made
+
+
+def test_overrides_may_stand_anywhere_on_the_line(recorder):
+    assert cli.main(["train", "a=1", "-m", "b=2", "c=3"]) == 0
+    assert recorder.configs == [{"overrides": ["a=1", "b=2", "c=3"]}]
+
+
+def test_a_sweep_runs_every_cell_and_prints_a_table(recorder, capsys):
+    assert cli.main(["train", "-m", "seed=1,2", "runs=r"]) == 0
+    assert [c.overrides for c in recorder.configs] == [["seed=1", "runs=r"], ["seed=2", "runs=r"]]
+    out = capsys.readouterr().out
+    rows = [line.split("│") for line in out.splitlines() if "seed=" in line]
+    assert [[cell.strip() for cell in row[1:-1]] for row in rows] == [
+        ["seed=1", str(recorder.folder / "run1"), "0.25"],
+        ["seed=2", str(recorder.folder / "run2"), "0.5"],
+    ]
+    assert "2 of 2 runs" in out
+    assert "note" not in out
+
+
+def test_no_cell_is_trained_where_one_does_not_compose(recorder, capsys):
+    assert cli.main(["train", "-m", "seed=1,9"]) == 2
+    assert recorder.configs == []
+    assert capsys.readouterr().err == "owlfuse: error: command line: seed: 9 is refused\n"
+
+
+def test_a_sweep_that_fails_still_prints_the_table_of_what_is_done(recorder, capsys):
+    recorder.error = RuntimeError("diverged")
+    with pytest.raises(RuntimeError, match="diverged"):
+        cli.main(["train", "-m", "seed=1,2,3"])
+    assert "1 of 3 runs" in capsys.readouterr().out
+
+
+def test_interruption_is_exit_code_130_and_data_errors_are_1(recorder, capsys):
+    from owlfuse.types import DataError
+
+    def exit_code(error: BaseException) -> int:
+        recorder.configs[:], recorder.error = [None], error
+        return cli.main(["train", "seed=1"])
+
+    assert exit_code(KeyboardInterrupt()) == 130
+    assert exit_code(FileNotFoundError("no\nfile")) == 1
+    assert exit_code(DataError("sample x is wrong")) == 1
+    assert capsys.readouterr().err.splitlines() == [
+        "owlfuse: interrupted",
+        "owlfuse: error: no file",
+        "owlfuse: error: sample x is wrong",
+    ]
+    with pytest.raises(ValueError, match="a fault"):
+        exit_code(ValueError("a fault"))
+
+
+def test_eval_takes_a_run_and_overrides_in_any_order(recorder):
+    run = recorder.folder / "lr=1"
+    run.mkdir()
+    (run / "config.yaml").touch()
+    assert cli.main(["eval", "seed=1", str(run), "name=x"]) == 0
+    assert recorder.evaluated == [(str(run), ["seed=1", "name=x"])]
+
+
+def test_data_shapes_passes_its_arguments_on(recorder, monkeypatch, capsys):
+    calls = []
+
+    def write_shapes(**arguments):
+        calls.append(arguments)
+        if arguments["train_pictures"] < 1:
+            raise ValueError("train_pictures is 0:\nat least 1")
+
+    monkeypatch.setitem(sys.modules, "owlfuse.data.shapes", SimpleNamespace(write_shapes=write_shapes))
+    assert cli.main(["data", "shapes", "d", "--seed", "3", "--pictures", "40"]) == 0
+    assert calls == [{"folder": "d", "seed": 3, "train_pictures": 40}]
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["data", "shapes", "d", "--pictures", "0"])
+    assert caught.value.code == 2
+    assert capsys.readouterr().err == "owlfuse: error: train_pictures is 0: at least 1\n"
+
+
+@pytest.mark.skipif(not (REPO / "configs/trainer").is_dir(), reason="the groups are not written yet")
+def test_config_prints_the_composed_configuration_as_yaml_from_any_folder(tmp_path):
+    result = owlfuse("config", "seed=3", "name=x", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    printed = OmegaConf.create(result.stdout)
+    assert (printed.seed, printed.name) == (3, "x")
+    assert set(printed.model) == {"vision", "connector", "fusion", "llm", "adapter"}
+    assert list(tmp_path.iterdir()) == []
