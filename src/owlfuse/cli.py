@@ -66,7 +66,8 @@ def _run(command, arguments: argparse.Namespace) -> int:
         if name == "owlfuse.config_errors.ConfigError":
             return _failed(str(error), 2)
         if name == "owlfuse.types.DataError" or isinstance(error, FileNotFoundError | FileExistsError):
-            return _failed(" ".join(str(error).split()), 1)
+            message = str(error).rpartition("DataError: ")[2]  # of a data worker, torch hands on the whole traceback
+            return _failed(" ".join(message.split()), 1)
         raise
 
 

@@ -8,12 +8,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from hydra.utils import get_object, instantiate
+from hydra.utils import get_object
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from transformers import PreTrainedModel
 
 from owlfuse.adapters import Part, PartSummary, apply_adapters
+from owlfuse.build import build
 from owlfuse.fusion.base import Fusion
 from owlfuse.llm import cache_argument, decoder_layers, width
 from owlfuse.types import Batch, VisualTokens
@@ -113,7 +114,7 @@ def build_model(config: dict[str, Any], vocab_size: int) -> tuple[MultimodalLM, 
         model = MultimodalLM(vision, connector, fusion, llm)
     except ValueError as error:
         raise ValueError(f"fusion: {error}") from error
-    policies = {name: instantiate(policy, _convert_="all") for name, policy in config["adapter"].items()}
+    policies = {name: build(policy) for name, policy in config["adapter"].items()}
     return model, apply_adapters(model, policies)
 
 

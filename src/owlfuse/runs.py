@@ -10,26 +10,29 @@ from omegaconf import DictConfig, OmegaConf
 from owlfuse.config import ConfigError
 
 
-def open_run(config: DictConfig) -> Path:
-    """Makes the folder and writes the resolved configuration into it; for `resume`, the folder there is.
+def run_folder(config: DictConfig) -> Path:
+    """Where the run lies; nothing is written yet.
 
     Raises:
         ConfigError: a name that is taken, or a resume without a checkpoint.
     """
     if config.resume:
-        folder = Path(config.resume)
-        last_checkpoint(folder)
-    else:
-        name = config.name or datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
-        folder = Path(config.runs).expanduser() / config.experiment / name
-        if (folder / "config.yaml").exists():
-            raise ConfigError(f"name: the run {folder} exists; choose another name=, or go on with it by resume={folder}")
-        folder.mkdir(parents=True, exist_ok=True)
+        last_checkpoint(Path(config.resume))
+        return Path(config.resume)
+    name = config.name or datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+    folder = Path(config.runs).expanduser() / config.experiment / name
+    if (folder / "config.yaml").exists():
+        raise ConfigError(f"name: the run {folder} exists; choose another name=, or go on with it by resume={folder}")
+    return folder
+
+
+def write_config(config: DictConfig, folder: Path) -> None:
+    """Makes the folder and writes the resolved configuration, from which the run can be repeated."""
+    folder.mkdir(parents=True, exist_ok=True)
     saved = OmegaConf.create(OmegaConf.to_container(config, resolve=True))
     saved.resume = None
     saved.name = folder.name
     OmegaConf.save(saved, folder / "config.yaml")
-    return folder
 
 
 def last_checkpoint(folder: Path) -> Path:

@@ -7,16 +7,17 @@ import time
 from pathlib import Path
 
 import lightning
-from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
+from owlfuse.build import build
 from owlfuse.callbacks import LastCheckpoint, make_callbacks
-from owlfuse.config import ConfigError
+from owlfuse.config import ConfigError, origin_of
 from owlfuse.data.datamodule import ChatData
 from owlfuse.evaluation import write_results
 from owlfuse.model import on_meta
 from owlfuse.module import MultimodalModule
-from owlfuse.runs import last_checkpoint, open_run
+from owlfuse.runs import last_checkpoint, run_folder, write_config
+from owlfuse.types import DataError
 
 
 def run(config: DictConfig) -> Path:
@@ -31,17 +32,19 @@ def run(config: DictConfig) -> Path:
     plain = OmegaConf.to_container(config, resolve=True)
     try:
         plan, _ = on_meta(plain["model"], vocab_size=1024)
-        optim = instantiate(config.optim, _convert_="all")
+        optim = build(config.optim)
+        evaluation = build(config.evaluation)
+        folder = run_folder(config)
+        data = build(config.data)
+        trainer = make_trainer(config, data, folder)
+    except DataError:
+        raise
     except ValueError as error:
-        raise ConfigError(f"{plain['experiment']}: {error}") from error
+        raise ConfigError(place(config, str(error))) from error
+    write_config(config, folder)
+    data.bind(plan.vision.preprocessing, plan.fusion.tokens_per_image)
     lightning.seed_everything(config.seed, workers=True, verbose=False)
-    data = instantiate(config.data, _convert_="all")
-    data.bind(plan.vision.preprocessing, plan.vision.preprocessing.size, plan.fusion.tokens_per_image)
-    evaluation = instantiate(config.evaluation, _convert_="all")
-
-    folder = open_run(config)
     module = MultimodalModule(plain["model"], optim, data.vocab_size)
-    trainer = make_trainer(config, data, folder)
     trainer.fit(module, data, ckpt_path=last_checkpoint(folder) if config.resume else None, weights_only=True)
 
     if trainer.is_global_zero:
@@ -58,13 +61,20 @@ def run(config: DictConfig) -> Path:
     return folder
 
 
+def place(config: DictConfig, message: str) -> str:
+    """A message that begins with a part of the model, with the file that configures the part before it."""
+    part = message.partition(":")[0]
+    if part.partition(".")[0] not in config.model:
+        return f"experiment {config.experiment}: {message}"
+    return f"{origin_of(config, f'model.{part}')}: model.{message}"
+
+
 def make_trainer(config: DictConfig, data: ChatData, folder: Path) -> lightning.Trainer:
     """Lightning's Trainer for a run's folder, its accumulation and validation interval in optimizer steps."""
-    loggers = [instantiate(logger, save_dir=folder, name="", version="") for logger in (config.logger or {}).values()]
+    loggers = [build(logger, save_dir=folder, name="", version="") for logger in (config.logger or {}).values()]
     watched = f"{next(iter(data.validation))}/loss" if data.validation else None
-    trainer = instantiate(
+    trainer = build(
         config.trainer,
-        _convert_="all",
         logger=loggers,
         callbacks=make_callbacks(folder, watched),
         default_root_dir=str(folder),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Protocol
 
 import lightning
 from PIL import Image
@@ -20,6 +20,15 @@ from owlfuse.data.mixture import Mixture
 from owlfuse.types import Batch, DataError, Encoded, Sample
 
 MAX_PIXELS = 100_000_000
+
+
+class Preprocess(Protocol):
+    """A picture becomes pixels (3, H, W) of `size` (H, W)."""
+
+    size: tuple[int, int]
+
+    def __call__(self, picture: Image.Image) -> Tensor:
+        """RGB picture -> float32 pixels."""
 
 
 class ChatData(lightning.LightningDataModule):
@@ -71,11 +80,11 @@ class ChatData(lightning.LightningDataModule):
         weights = {name: source.weight for name, source in sources.items()}
         self.mixture = Mixture({name: len(source) for name, source in sources.items()}, weights, seed)
 
-    def bind(self, preprocess: Callable[[Image.Image], Tensor], image_size: tuple[int, int], tokens_per_image: int) -> None:
+    def bind(self, preprocess: Preprocess, tokens_per_image: int) -> None:
         """Takes what only the model knows: how pictures become pixels, and how many positions an image takes."""
         self.encoder = ChatEncoder(self.tokenizer, tokens_per_image, self.max_length)
         self.preprocess = preprocess
-        self.image_shape = (3, *image_size)
+        self.image_shape = (3, *preprocess.size)
 
     @property
     def vocab_size(self) -> int:

@@ -166,6 +166,7 @@ def make_texts(seed: int, train: int, val: int) -> tuple[list[dict], list[dict]]
     both = []
     for split, (name, kinds, count) in enumerate((("train", train_kinds, train), ("val", TEXT_KINDS, val))):
         drawn = [kinds[i % len(kinds)] for i in range(count)]
+        Random(f"text {seed} {name} order").shuffle(drawn)  # so that any kind may come first in a chat of several
         both.append([{"id": f"text-{name}-{i:06d}", **next(sources[k][split]), "kind": k} for i, k in enumerate(drawn)])
     return both[0], both[1]
 

@@ -107,9 +107,9 @@ def evaluate_run(folder: str, overrides: list[str]) -> None:
     import time
 
     import torch
-    from hydra.utils import instantiate
     from omegaconf import OmegaConf
 
+    from owlfuse.build import build
     from owlfuse.config import compose
     from owlfuse.model import build_model
     from owlfuse.runs import last_checkpoint
@@ -117,14 +117,13 @@ def evaluate_run(folder: str, overrides: list[str]) -> None:
     began = time.monotonic()
     config = compose([f"resume={folder}", *overrides])
     plain = OmegaConf.to_container(config, resolve=True)
-    data = instantiate(config.data, _convert_="all")
+    data = build(config.data)
     model, _ = build_model(plain["model"], data.vocab_size)
-    vision = model.vision
-    data.bind(vision.preprocessing, vision.preprocessing.size, model.fusion.tokens_per_image)
+    data.bind(model.vision.preprocessing, model.fusion.tokens_per_image)
     checkpoint = torch.load(last_checkpoint(Path(folder)), map_location="cpu", weights_only=True)
     weights = {name.removeprefix("model."): tensor for name, tensor in checkpoint["state_dict"].items()}
     model.load_state_dict(weights)
-    evaluation = instantiate(config.evaluation, _convert_="all")
+    evaluation = build(config.evaluation)
     metrics, answers = evaluation(model, data)
     steps = checkpoint["global_step"]
     write_results(Path(folder), config.experiment, config.seed, steps, metrics, time.monotonic() - began)

@@ -1,0 +1,20 @@
+"""Objects from nodes of the configuration."""
+
+from typing import Any
+
+from hydra.errors import InstantiationException
+from hydra.utils import instantiate
+
+
+def build(node: Any, **supplied: Any) -> Any:
+    """What the node's `_target_` makes of its arguments and those supplied, as plain Python containers.
+
+    An error is the target's own, not Hydra's about it.
+    """
+    try:
+        return instantiate(node, _convert_="all", **supplied)
+    except InstantiationException as error:
+        cause: BaseException = error
+        while isinstance(cause, InstantiationException) and cause.__cause__ is not None:
+            cause = cause.__cause__
+        raise cause from None

@@ -1,0 +1,138 @@
+"""Chats become ids and labels: what is supervised, how placeholders grow, and what is refused."""
+
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+from owlfuse.data.chat import ChatEncoder, question_samples
+from owlfuse.types import DataError, Sample
+
+CHATML = (
+    "{% for message in messages %}{{ '<|user|>' if message.role == 'user' else '<|system|>' if message.role == 'system' "
+    "else '<|assistant|>' }}\n{{ message.content | trim }}<|end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+)
+VICUNA = (
+    "{% for message in messages %}{% if message.role == 'user' %}USER: {{ message.content }} "
+    "{% else %}ASSISTANT: {{ message.content }}<|end|>{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}ASSISTANT:{% endif %}"
+)
+
+
+def text(*parts):
+    return [{"type": "image"} if part is None else {"type": "text", "text": part} for part in parts]
+
+
+def chat(*turns, images=()):
+    roles = ("user", "assistant")
+    messages = [{"role": roles[i % 2], "content": text(*([t] if isinstance(t, str) else t))} for i, t in enumerate(turns)]
+    return Sample("s:1", "s", messages, list(images))
+
+
+@pytest.fixture
+def tokenizer(shapes):
+    return AutoTokenizer.from_pretrained(shapes / "tokenizer")
+
+
+def supervised_turns(encoder, encoded):
+    """The decoded text of each run of supervised tokens."""
+    turns, run = [], []
+    for label in [*encoded.labels.tolist(), -100]:
+        if label != -100:
+            run.append(label)
+        elif run:
+            turns.append(encoder.tokenizer.decode(run))
+            run = []
+    return turns
+
+
+@pytest.mark.parametrize("template", [None, CHATML, VICUNA])
+def test_each_assistant_turn_and_its_end_mark_are_supervised_and_nothing_else(tokenizer, template):
+    tokenizer.chat_template = template or tokenizer.chat_template
+    encoder = ChatEncoder(tokenizer, 1)
+    sample = chat((None, "\nWhat color is the star?"), "red", "Is there a red star?", "yes, one", "Spell cat.", "c a t", images=["a"])
+    turns = supervised_turns(encoder, encoder.encode(sample))
+    assert [turn.strip() for turn in turns] == ["red<|end|>", "yes, one<|end|>", "c a t<|end|>"]
+
+
+def test_answers_that_equal_the_question_are_told_apart(tokenizer):
+    encoder = ChatEncoder(tokenizer, 1)
+    encoded = encoder.encode(chat("red", "red", "red", "red"))
+    assert supervised_turns(encoder, encoded) == ["red<|end|>", "red<|end|>"]
+    assert (encoded.labels != -100).sum() == 4
+
+
+def test_labels_are_the_ids_where_they_are_supervised(tokenizer):
+    encoded = ChatEncoder(tokenizer, 1).encode(chat("What is 2 + 3?", "5"))
+    mask = encoded.labels != -100
+    assert torch.equal(encoded.labels[mask], encoded.input_ids[mask])
+
+
+@pytest.mark.parametrize("tokens_per_image", [1, 5])
+def test_each_placeholder_grows_to_the_tokens_per_image(tokenizer, tokens_per_image):
+    sample = chat((None, "\nWhat is here? ", None, " and here?"), "red", images=["a", "b"])
+    encoded = ChatEncoder(tokenizer, tokens_per_image).encode(sample)
+    plain = ChatEncoder(tokenizer, 1).encode(sample)
+    assert encoded.placeholder.sum() == 2 * tokens_per_image
+    for position in encoded.image_positions:
+        assert encoded.placeholder[position : position + tokens_per_image].all()
+        assert not encoded.placeholder[position - 1]
+    assert torch.equal(encoded.input_ids[~encoded.placeholder], plain.input_ids[~plain.placeholder])
+
+
+def test_a_prompt_is_the_chat_up_to_its_answer(tokenizer):
+    encoder = ChatEncoder(tokenizer, 3)
+    whole = encoder.encode(chat((None, "\nWhat?"), "red", images=["a"]))
+    prompt = encoder.encode_prompt(Sample("s:1", "s", [{"role": "user", "content": text(None, "\nWhat?")}], ["a"]))
+    assert torch.equal(whole.input_ids[: len(prompt.input_ids)], prompt.input_ids)
+    assert (whole.labels[: len(prompt.input_ids)] == -100).all()
+    assert whole.labels[len(prompt.input_ids)] != -100
+
+
+@pytest.mark.parametrize(
+    ("sample", "message"),
+    [
+        (chat((None, "What?", None), "red", images=["a"]), "sample s:1 has 2 <image> placeholders and 1 images"),
+        (chat("What?", "red", images=["a"]), "sample s:1 has 0 <image> placeholders and 1 images"),
+        (chat("Say <|end|> now", "red"), r"sample s:1 holds the tokenizer's control token <\|end\|>"),
+        (chat("What?", "see <image>"), "sample s:1 holds the tokenizer's control token <image>"),
+        (chat("What?", "  "), "sample s:1: turn 1 is an empty answer"),
+        (chat("What?"), "sample s:1 has no assistant turn"),
+        (Sample("s:1", "s", []), "sample s:1 has no messages"),
+        (chat("what " * 300, "red"), "sample s:1 is 3.. tokens long, over max_length of 64"),
+    ],
+)
+def test_a_wrong_sample_is_named_with_what_was_found(tokenizer, sample, message):
+    with pytest.raises(DataError, match=message):
+        ChatEncoder(tokenizer, 1, max_length=64).encode(sample)
+
+
+def test_a_template_that_changes_earlier_turns_is_an_error_and_not_a_wrong_mask(tokenizer):
+    tokenizer.chat_template = "{{ messages | length }}{% for message in messages %}{{ message.content }}{% endfor %}"
+    with pytest.raises(DataError, match="renders turn 1 otherwise alone"):
+        ChatEncoder(tokenizer, 1).encode(chat("a", "b", "c", "d"))
+
+
+def test_a_token_across_the_border_of_an_answer_is_an_error(tokenizer):
+    tokenizer.chat_template = (
+        "{% for message in messages %}{{ message.content }}{% endfor %}{% if add_generation_prompt %}{% endif %}"
+    )
+    with pytest.raises(DataError, match="stands across the border of an answer"):
+        ChatEncoder(tokenizer, 1).encode(chat("What col", "or is it?"))
+
+
+def test_a_tokenizer_without_a_template_is_refused(tokenizer):
+    tokenizer.chat_template = None
+    with pytest.raises(DataError, match="no chat template"):
+        ChatEncoder(tokenizer, 1)
+
+
+def test_questions_of_a_chat_are_asked_one_by_one_each_with_the_picture():
+    sample = chat((None, "\nWhat color?"), "red", "How many?", "2", images=["a.png"])
+    sample.metadata["kinds"] = ["color", "count"]
+    questions = question_samples(sample)
+    assert [(answer, kind) for _, answer, kind in questions] == [("red", "color"), ("2", "count")]
+    for question, _, _ in questions:
+        assert len(question.messages) == 1
+        assert question.messages[0]["content"][0] == {"type": "image"}
+        assert question.images == ["a.png"]

@@ -1,0 +1,207 @@
+"""The main job on real files: a run's folder, the loss over the global batch, Ctrl-C and resume, and what is refused."""
+
+import csv
+import json
+import math
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from owlfuse import train
+from owlfuse.config import ConfigError, compose
+from owlfuse.config_files import find_folders
+from owlfuse.model import on_meta
+from owlfuse.types import DataError
+
+SMALL = [
+    "+data.prepare.train_pictures=48",
+    "+data.prepare.val_pictures=6",
+    "+data.prepare.held_out_pictures=6",
+    "+data.prepare.text_train=120",
+    "+data.prepare.text_val=8",
+    "data.workers=0",
+    "data.global_batch_size=8",
+    "model.vision.image_size=32",
+    "evaluation.max_questions=8",
+    "evaluation.max_new_tokens=3",
+]
+EXPERIMENTS = sorted(name for name in find_folders().experiment_names if name.startswith("shapes_"))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def folder(tmp_path_factory):
+    """A working folder of its own, in which `data/` and `runs/` are made."""
+    path = tmp_path_factory.mktemp("work")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(path)
+        yield path
+
+
+def run(*overrides):
+    return train.run(compose([*SMALL, *overrides]))
+
+
+def weights(folder):
+    return torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+
+
+def losses(folder):
+    with (folder / "metrics.csv").open() as file:
+        return {int(row["step"]): float(row["train/loss"]) for row in csv.DictReader(file) if row.get("train/loss")}
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_an_experiment_leaves_all_that_explains_it(experiment):
+    run_folder = run(f"experiment={experiment}", "name=a", "trainer.max_steps=3", "seed=5", "trainer.log_every_n_steps=1")
+    assert run_folder == Path("runs") / experiment / "a"
+    results = json.loads((run_folder / "results.json").read_text())
+    assert (results["experiment"], results["seed"], results["steps"]) == (experiment, 5, 3)
+    assert set(results) == {"experiment", "seed", "steps", "metrics", "versions", "git", "wall_s"}
+    metrics = results["metrics"]
+    wanted = {"val/loss", "val/perplexity", "val/exact_match", "val/exact_match_held_out", "val/exact_match_blank"}
+    assert wanted | {"text/exact_match"} <= set(metrics)
+    assert any(name.startswith("val/exact_match/") for name in metrics)
+    assert metrics["val/perplexity"] == pytest.approx(math.exp(metrics["val/loss"]))
+    mixture = json.loads((run_folder / "mixture.json").read_text())
+    assert {name: source["drawn"] for name, source in mixture["sources"].items()} == {"shapes": 12, "text": 12}
+    assert len(losses(run_folder)) == 3
+    assert list(run_folder.glob("events.out.tfevents*"))
+    assert (run_folder / "checkpoints" / "best.ckpt").exists()
+    with Image.open(run_folder / "contact_sheet.png") as sheet:
+        assert sheet.width > 500
+    answers = [json.loads(line) for line in (run_folder / "answers.jsonl").read_text().splitlines()]
+    val = [a for a in answers if a["source"] == "val"]
+    assert metrics["val/exact_match"] == pytest.approx(sum(a["right"] for a in val) / len(val))
+
+
+def test_the_run_is_repeated_by_its_own_configuration():
+    first = run("experiment=shapes_owl1", "name=repeat1", "trainer.max_steps=2")
+    second = run("experiment=shapes_owl1", "name=repeat2", "trainer.max_steps=2")
+    assert all(torch.equal(a, b) for a, b in zip(weights(first).values(), weights(second).values(), strict=True))
+
+
+def test_accumulation_does_not_change_the_steps():
+    """The loss is divided by the supervised tokens of the global batch, whatever the micro batches' lengths; the backbone has
+    no batch norm here, which sees micro batches by its nature."""
+    common = ("experiment=shapes_owl1", "trainer.max_steps=3", "model.vision.name=test_vit", "model.vision.kwargs={}")
+    common += ("model.vision.output=last", "trainer.log_every_n_steps=1")
+    whole = run(*common, "name=whole")
+    parts = run(*common, "name=parts", "data.micro_batch_size=2")
+    assert losses(parts) == pytest.approx(losses(whole), abs=1e-5)
+    for name, tensor in weights(whole).items():
+        assert torch.allclose(tensor, weights(parts)[name], atol=2e-5), name
+
+
+def start(*overrides):
+    command = [sys.executable, "-m", "owlfuse.cli", "train", *SMALL, *overrides]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def test_after_ctrl_c_a_resumed_run_ends_as_one_that_was_never_stopped():
+    common = ["experiment=shapes_owl3", "trainer.max_steps=40", "trainer.log_every_n_steps=1", "data.micro_batch_size=4"]
+    common += ["evaluation.max_questions=1", "data.workers=1"]
+    process = start(*common, "name=stopped")
+    metrics = Path("runs/shapes_owl3/stopped/metrics.csv")
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and not metrics.exists() and process.poll() is None:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 130, output
+    assert "go on with: owlfuse train resume=runs/shapes_owl3/stopped" in output
+    assert "Traceback" not in output
+    steps = torch.load("runs/shapes_owl3/stopped/checkpoints/last.ckpt", weights_only=True)["global_step"]
+    assert 0 < steps < 40
+
+    resumed = train.run(compose(["resume=runs/shapes_owl3/stopped"]))
+    assert json.loads((resumed / "results.json").read_text())["steps"] == 40
+    whole = run(*common, "name=whole")
+    assert losses(resumed) == losses(whole)
+    assert all(torch.equal(tensor, weights(resumed)[name]) for name, tensor in weights(whole).items())
+
+
+def test_evaluating_a_run_again_gives_its_results_again():
+    from owlfuse.evaluation import evaluate_run
+
+    run_folder = run("experiment=shapes_owl2", "name=again", "trainer.max_steps=2")
+    before = json.loads((run_folder / "results.json").read_text())
+    (run_folder / "results.json").unlink()
+    evaluate_run(str(run_folder), ["evaluation.batch_size=3"])
+    after = json.loads((run_folder / "results.json").read_text())
+    assert after["steps"] == before["steps"]
+    assert after["metrics"] == pytest.approx(before["metrics"], abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["model.fusion.layers=[0,9]"], r"command line: model.fusion: layers \[0, 9\]: the LLM has 4 layers, 0 to 3"),
+        (["model.vision.name=resnet10x"], "command line: model.vision: resnet10x: Unknown model"),
+        (["model.llm.config.num_attention_heads=5"], "command line: model.llm: config: "),
+        (["model.llm.config.hidden_sise=64"], "hidden_sise"),
+        (["model.llm.pretrained=./nowhere", "model.llm.config=null"], "model.llm: pretrained: ./nowhere is no folder"),
+        (["optim.part_lr={visoin: 1.0}"], "part_lr names visoin; the parts are vision, connector, fusion, llm"),
+        (["data.micro_batch_size=3"], "global_batch_size is 8, which 1 ranks of micro_batch_size 3 do not divide"),
+        (["data.sources.text.weight=-1"], "source text has weight -1"),
+        (
+            [f"model/adapter@model.adapter.{part}=frozen" for part in ("vision", "connector", "fusion", "llm")],
+            "every part is frozen, so there is nothing to train",
+        ),
+    ],
+)
+def test_what_does_not_fit_together_is_told_in_one_line_before_a_weight_is_made(overrides, message, monkeypatch):
+    monkeypatch.setattr("owlfuse.train.MultimodalModule", lambda *args: pytest.fail("a module was made"))
+    with pytest.raises(ConfigError, match=message) as error:
+        run("experiment=shapes_owl3", "name=wrong", *overrides)
+    assert "\n" not in str(error.value)
+    assert not Path("runs/shapes_owl3/wrong").exists()
+
+
+def test_a_name_that_is_taken_is_not_written_over():
+    run("experiment=shapes_owl1", "name=taken", "trainer.max_steps=1")
+    with pytest.raises(ConfigError, match="the run runs/shapes_owl1/taken exists"):
+        run("experiment=shapes_owl1", "name=taken", "trainer.max_steps=1")
+
+
+def test_a_wrong_sample_ends_the_command_in_one_line_that_names_it():
+    records = json.loads(Path("data/shapes/train.json").read_text())
+    records[7]["conversations"][0]["value"] += " <image>"
+    Path("wrong.json").write_text(json.dumps(records))
+    overrides = ["data.sources.shapes.file=wrong.json", "data.sources.shapes.image_root=data/shapes", "data.workers=1"]
+    process = start("experiment=shapes_owl1", "name=wrong", "trainer.max_steps=20", *overrides)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 1, output
+    (line,) = [line for line in output.splitlines() if line.startswith("owlfuse: error")]
+    assert line == "owlfuse: error: sample shapes:train-000007 has 2 <image> placeholders and 1 images"
+    assert "Traceback" not in output
+
+
+def test_skipped_samples_are_counted_in_mixture_json_and_limited():
+    records = json.loads(Path("data/shapes/train.json").read_text())
+    for record in records[::4]:
+        record["image"] = "none.png"
+    Path("holes.json").write_text(json.dumps(records))
+    overrides = ["experiment=shapes_owl1", "data.sources.shapes.file=holes.json", "data.sources.shapes.on_error=skip"]
+    overrides += ["data.sources.shapes.image_root=data/shapes", "trainer.max_steps=12"]
+    run_folder = run(*overrides, "name=skips")
+    mixture = json.loads((run_folder / "mixture.json").read_text())
+    assert mixture["sources"]["shapes"]["skipped"] == len(mixture["skipped"]) == 12
+    assert "no image none.png" in mixture["skipped"][0]["reason"]
+    with pytest.raises(DataError, match="source shapes had 4 wrong samples, over its max_skips of 3"):
+        run(*overrides, "name=limited", "data.sources.shapes.max_skips=3")
+
+
+@pytest.mark.parametrize("experiment", sorted(find_folders().experiment_names))
+def test_every_experiment_composes_and_its_parts_fit_together(experiment):
+    from omegaconf import OmegaConf
+
+    config = OmegaConf.to_container(compose([f"experiment={experiment}"]), resolve=True)
+    model, summary = on_meta(config["model"], vocab_size=600)
+    assert sum(row.trained for row in summary) > 0
+    assert all(parameter.is_meta for parameter in model.parameters())
