@@ -126,6 +126,17 @@ def test_after_ctrl_c_a_resumed_run_ends_as_one_that_was_never_stopped():
     assert all(torch.equal(tensor, weights(resumed)[name]) for name, tensor in weights(whole).items())
 
 
+def test_a_finished_run_goes_on_when_it_is_given_more_steps():
+    run_folder = run("experiment=shapes_owl1", "name=longer", "trainer.max_steps=2", "trainer.log_every_n_steps=1")
+    first = losses(run_folder)
+    train.run(compose([f"resume={run_folder}", "trainer.max_steps=5"]))
+    assert json.loads((run_folder / "results.json").read_text())["steps"] == 5
+    assert json.loads((run_folder / "mixture.json").read_text())["sources"]["shapes"]["drawn"] == 20
+    after = losses(run_folder)
+    assert sorted(after) == [0, 1, 2, 3, 4]
+    assert {step: after[step] for step in first} == first
+
+
 def test_evaluating_a_run_again_gives_its_results_again():
     from owlfuse.evaluation import evaluate_run
 
@@ -146,7 +157,7 @@ def test_evaluating_a_run_again_gives_its_results_again():
         (["model.llm.config.num_attention_heads=5"], "command line: model.llm: config: "),
         (["model.llm.config.hidden_sise=64"], "hidden_sise"),
         (["model.llm.pretrained=./nowhere", "model.llm.config=null"], "model.llm: pretrained: ./nowhere is no folder"),
-        (["optim.part_lr={visoin: 1.0}"], "part_lr names visoin; the parts are vision, connector, fusion, llm"),
+        (["optim.part_lr.visoin=1.0"], "optim.part_lr.visoin: no such key; did you mean 'optim.part_lr.vision'"),
         (["data.micro_batch_size=3"], "global_batch_size is 8, which 1 ranks of micro_batch_size 3 do not divide"),
         (["data.sources.text.weight=-1"], "source text has weight -1"),
         (

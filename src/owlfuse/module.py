@@ -67,7 +67,7 @@ class MultimodalModule(lightning.LightningModule):
         loss_sum, tokens = self.trainer.strategy.reduce(totals, reduce_op="sum")
         tokens = tokens.clamp_min(1)
         gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        torch._foreach_div_(gradients, tokens.item())
+        torch._foreach_div_(gradients, tokens)
         self.log("train/loss", loss_sum / tokens, prog_bar=True)
         self.loss_sum, self.token_count = 0.0, 0
 

@@ -27,7 +27,7 @@ class AdamWCosine:
     def __init__(
         self,
         lr: float = 1e-3,
-        part_lr: dict[str, float] | None = None,
+        part_lr: dict[str, float | None] | None = None,
         weight_decay: float = 0.05,
         betas: list[float] | None = None,
         eps: float = 1e-8,
@@ -52,7 +52,7 @@ class AdamWCosine:
             for decay in (True, False):
                 parameters = [p for n, p in trained.items() if has_decay(n, p) == decay]
                 if parameters:
-                    lr = self.part_lr.get(part, self.lr)
+                    lr = self.lr if self.part_lr.get(part) is None else self.part_lr[part]
                     weight_decay = self.weight_decay if decay else 0.0
                     name = f"{part}{'' if decay else '_no_decay'}"
                     groups.append({"params": parameters, "lr": lr, "weight_decay": weight_decay, "name": name})

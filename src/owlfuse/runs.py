@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from datetime import datetime
 from pathlib import Path
 
+from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
-from owlfuse.config import ConfigError
+from owlfuse.config import ConfigError, origin_of
+
+NAME = "OWLFUSE_RUN_NAME"  # of the environment
 
 
 def run_folder(config: DictConfig) -> Path:
@@ -19,9 +23,11 @@ def run_folder(config: DictConfig) -> Path:
     if config.resume:
         last_checkpoint(Path(config.resume))
         return Path(config.resume)
-    name = config.name or datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+    if rank_zero_only.rank == 0:
+        os.environ[NAME] = config.name or datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+    name = os.environ.get(NAME) or config.name or "unnamed"  # ranks that the first one starts inherit its name
     folder = Path(config.runs).expanduser() / config.experiment / name
-    if (folder / "config.yaml").exists():
+    if rank_zero_only.rank == 0 and (folder / "config.yaml").exists():
         raise ConfigError(f"name: the run {folder} exists; choose another name=, or go on with it by resume={folder}")
     return folder
 
@@ -41,3 +47,11 @@ def last_checkpoint(folder: Path) -> Path:
     if not path.exists():
         raise ConfigError(f"resume: {folder} has no checkpoint checkpoints/last.ckpt; start it anew with another name=")
     return path
+
+
+def place(config: DictConfig, message: str) -> str:
+    """A message that begins with a part of the model, with the file that configures the part before it."""
+    part = message.partition(":")[0]
+    if part.partition(".")[0] not in config.model:
+        return f"experiment {config.experiment}: {message}"
+    return f"{origin_of(config, f'model.{part}')}: model.{message}"

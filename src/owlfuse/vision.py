@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torchvision.transforms.v2 import functional as VF
 
+from owlfuse.positions import sincos_2d
+
 
 @dataclass(frozen=True)
 class Preprocessing:
@@ -50,6 +52,8 @@ class TimmBackbone(nn.Module):
             `penultimate`: the last block but one, without the final norm, as mPLUG-Owl3 reads SigLIP. For a hierarchical
             model a block is a stage.
         class_token: keep the class (and register) tokens, first in the sequence, where the model has them.
+        positions: add a fixed sin-cos table of the patches' places to the features: for convolutional backbones, which have
+            no position embeddings of their own, and fusions that read an image's patches as a set.
         image_size: side in pixels; by default that of the model's own data configuration.
         kwargs: further keyword arguments of the timm model.
 
@@ -63,6 +67,7 @@ class TimmBackbone(nn.Module):
         pretrained: bool = False,
         output: Literal["last", "penultimate"] = "last",
         class_token: bool = True,
+        positions: bool = False,
         image_size: int | None = None,
         kwargs: dict[str, Any] | None = None,
     ) -> None:
@@ -75,10 +80,15 @@ class TimmBackbone(nn.Module):
         if output == "penultimate" and not hasattr(self.body, "forward_intermediates"):
             raise ValueError(f"timm's {name} gives no block's output but the last; choose output: last")
         self.patches, self.width, self.grid = self.measure()
+        if positions and self.width % 4:
+            raise ValueError(f"positions need a width divisible by 4, and that of {name} is {self.width}")
+        table = sincos_2d(self.grid, self.patches, self.width) if positions else None
+        self.register_buffer("positions", table, persistent=False)
 
     def forward(self, pixels: Tensor) -> Tensor:
         """(N, 3, H, W) -> (N, P, Dv)."""
-        return self.to_sequence(self.feature_map(pixels))
+        features = self.to_sequence(self.feature_map(pixels))
+        return features if self.positions is None else features + self.positions
 
     def feature_map(self, pixels: Tensor) -> Tensor:
         """The features as timm gives them: (N, P, Dv), (N, Dv, h, w) or (N, h, w, Dv)."""

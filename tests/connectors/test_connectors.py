@@ -8,10 +8,11 @@ from torch.nn import functional as F
 
 from goldens_mapping import abstractor_of, read
 from helpers import all_connectors, each
-from owlfuse.connectors.abstractor import Abstractor, SwiGLU, sincos_1d, sincos_2d
+from owlfuse.connectors.abstractor import Abstractor, SwiGLU
 from owlfuse.connectors.linear import LinearConnector
 from owlfuse.connectors.mlp import MLPConnector
 from owlfuse.model import make_part
+from owlfuse.positions import sincos_1d, sincos_2d
 
 # patches and grid: square, with a class token, not square, tokens that are no grid
 SHAPES = [(16, (4, 4)), (17, (4, 4)), (6, (2, 3)), (7, (1, 7))]

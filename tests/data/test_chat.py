@@ -50,7 +50,9 @@ def supervised_turns(encoder, encoded):
 def test_each_assistant_turn_and_its_end_mark_are_supervised_and_nothing_else(tokenizer, template):
     tokenizer.chat_template = template or tokenizer.chat_template
     encoder = ChatEncoder(tokenizer, 1)
-    sample = chat((None, "\nWhat color is the star?"), "red", "Is there a red star?", "yes, one", "Spell cat.", "c a t", images=["a"])
+    sample = chat(
+        (None, "\nWhat color is the star?"), "red", "Is there a red star?", "yes, one", "Spell cat.", "c a t", images=["a"]
+    )
     turns = supervised_turns(encoder, encoder.encode(sample))
     assert [turn.strip() for turn in turns] == ["red<|end|>", "yes, one<|end|>", "c a t<|end|>"]
 

@@ -23,7 +23,9 @@ def make(shapes, **options):
         "text": Alpaca(str(shapes / "text_train.json"), weight=0.5),
     }
     options = {"global_batch_size": 8, "workers": 0, **options}
-    data = ChatData(str(shapes / "tokenizer"), options.pop("sources", sources), {"val": LLaVA(str(shapes / "val.json"))}, **options)
+    data = ChatData(
+        str(shapes / "tokenizer"), options.pop("sources", sources), {"val": LLaVA(str(shapes / "val.json"))}, **options
+    )
     data.bind(PREPROCESS, 2)
     return data
 

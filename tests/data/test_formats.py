@@ -24,7 +24,7 @@ def write(path, value):
 
 
 def test_llava_records_become_chats_with_every_character_kept(tmp_path):
-    (sample,) = [s for s in LLaVA(write(tmp_path / "a.json", [RECORD]))]
+    sample = LLaVA(write(tmp_path / "a.json", [RECORD]))[0]
     assert sample.id == "a:7"
     assert sample.images == ["a.png"]
     assert sample.messages[0] == {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "\nWhat?"}]}

@@ -163,10 +163,10 @@ def test_shapes_differ_at_64_pixels_whatever_their_size():
     """At half the size no two shapes cover the same pixels: a circle and a square, the closest, share 81%."""
 
     def mask(shape: str, size: int) -> np.ndarray:
-        scene = Scene((255, 255, 255), (Thing("black", shape, 4, 64, 64, size, (0, 0, 0)),))
+        scene = Scene((255, 255, 255), (Thing("black", shape, 0, 64, 64, size, (0, 0, 0)),))
         return np.asarray(draw_scene(scene).convert("L").resize((64, 64), Image.Resampling.BILINEAR)) < 128
 
-    for size in (28, 34, 40):
+    for size in (40, 47, 54):
         masks = {shape: mask(shape, size) for shape in SHAPES}
         for a, b in itertools.combinations(SHAPES, 2):
             overlap = (masks[a] & masks[b]).sum() / (masks[a] | masks[b]).sum()
@@ -331,25 +331,25 @@ def test_tokenizer_gives_back_every_text_and_splits_digits(folder, tokenizer):
     for number in map(str, range(10, 100)):
         assert tokenizer.tokenize(f"is {number}?")[-4:] == ["Ġ", *number, "?"]
     tokens = {tokenizer.pad_token, tokenizer.eos_token, tokenizer.image_token}
-    assert tokens == {"<|pad|>", "<|im_end|>", "<image>"}
-    assert len(tokenizer("<|im_start|><image><|im_end|>").input_ids) == 3
+    assert tokens == {"<|pad|>", "<|end|>", "<image>"}
+    assert len(tokenizer("<|user|><image><|end|>").input_ids) == 3
 
 
 def test_words_of_the_questions_are_one_token_each(folder, tokenizer):
     words = {f" {name}" for name in (*COLORS, *SHAPES, *PLURALS, "thing", "things", "many", "left", "above")}
-    words |= {*COLORS, *SHAPES, "yes", "no", "left", "right", "above", "below", "user", "assistant", "How"}
+    words |= {*COLORS, *SHAPES, "yes", "no", "left", "right", "above", "below", "How"}
     assert {word: tokenizer.tokenize(word) for word in words if len(tokenizer.tokenize(word)) != 1} == {}
 
 
-def test_chat_template_is_chatml_for_strings_and_parts(tokenizer):
-    expected = "<|im_start|>user\n<image>\nHi<|im_end|>\n<|im_start|>assistant\nyes<|im_end|>\n"
+def test_the_chat_template_takes_strings_and_parts(tokenizer):
+    expected = "<|user|><image>\nHi<|assistant|>yes<|end|>"
     plain = [{"role": "user", "content": "<image>\nHi"}, {"role": "assistant", "content": "yes"}]
     assert tokenizer.apply_chat_template(plain, tokenize=False) == expected
     question = [{"type": "image"}, {"type": "text", "text": "\nHi"}]
     parts = [{"role": "user", "content": question}, {"role": "assistant", "content": [{"type": "text", "text": "yes"}]}]
     assert tokenizer.apply_chat_template(parts, tokenize=False) == expected
     prompt = tokenizer.apply_chat_template(parts[:1], tokenize=False, add_generation_prompt=True)
-    assert prompt == expected.removesuffix("yes<|im_end|>\n")
+    assert prompt == expected.removesuffix("yes<|end|>")
     with pytest.raises(Exception, match="type video, expected text or image"):
         tokenizer.apply_chat_template([{"role": "user", "content": [{"type": "video"}]}], tokenize=False)
 

@@ -4,6 +4,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from owlfuse.positions import sincos_1d, sincos_2d
+
 
 class Abstractor(nn.Module):
     """The visual abstractor of mPLUG-Owl (arXiv 2304.14178) and mPLUG-Owl2 (arXiv 2311.04257, eq. 1-2), as released.
@@ -55,6 +57,7 @@ class Abstractor(nn.Module):
             self.register_buffer("image_positions", sincos_2d(grid, patches, in_width))
         else:
             self.query_positions = self.image_positions = None
+        self.apply(init_linear)
 
     def blocks(self) -> list[nn.Module]:
         """The layers in order, for adapters that train the last of them."""
@@ -123,20 +126,8 @@ class SwiGLU(nn.Module):
         return self.w2(self.norm(gate * self.w3(x)))
 
 
-def sincos_1d(positions: Tensor, width: int) -> Tensor:
-    """Fixed table (len(positions), width): sines, then cosines, of positions over 10000^(2i/width)."""
-    frequencies = 1 / 10000 ** (torch.arange(width // 2, dtype=torch.float64) / (width / 2))
-    angles = positions.double()[:, None] * frequencies
-    return torch.cat([angles.sin(), angles.cos()], dim=1).float()
-
-
-def sincos_2d(grid: tuple[int, int], patches: int, width: int) -> Tensor:
-    """Fixed table (patches, width): half of the width for the column, half for the row; zero for tokens before the grid's
-    (the class token). Backbones whose tokens are no such grid get a table along the sequence."""
-    rows, columns = grid
-    before = patches - rows * columns
-    if before < 0:
-        return sincos_1d(torch.arange(patches), width)
-    row, column = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
-    table = torch.cat([sincos_1d(column.flatten(), width // 2), sincos_1d(row.flatten(), width // 2)], dim=1)
-    return torch.cat([torch.zeros(before, width), table])
+def init_linear(module: nn.Module) -> None:
+    """Xavier: what the image adds to a query is from the start as large as the query, and learns several times faster."""
+    if isinstance(module, nn.Linear):
+        nn.init.xavier_uniform_(module.weight)
+        nn.init.zeros_(module.bias)

@@ -164,13 +164,12 @@ class ChatData(lightning.LightningDataModule):
             }
             for name, source in self.sources.items()
         }
-        keys = ("source", "sample", "reason")
         return {
             "steps": steps,
             "global_batch_size": self.global_batch_size,
             "seed": self.mixture.seed,
             "sources": rows,
-            "skipped": [dict(zip(keys, skip, strict=True)) for skip in skipped],
+            "skipped": [{"source": source, "sample": sample, "reason": reason} for source, sample, reason in skipped],
         }
 
 

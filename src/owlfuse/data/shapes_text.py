@@ -153,19 +153,18 @@ def make_texts(seed: int, train: int, val: int) -> tuple[list[dict], list[dict]]
     Raises:
         ValueError: `train` is too small for a sample of each kind.
     """
-    train_kinds = [*TEXT_KINDS, "comparison"]  # twice: its facts are not a closed list, and must be learned as a rule
-    if train < len(train_kinds):
-        raise ValueError(f"text_train is {train}, expected {len(train_kinds)} or more, so that each kind has a sample")
+    if train < len(TEXT_KINDS):
+        raise ValueError(f"text_train is {train}, expected {len(TEXT_KINDS)} or more, so that each kind has a sample")
     sources = {}
     for kind in TEXT_KINDS:
         rng = Random(f"text {seed} {kind}")
         if kind == "comparison":
             sources[kind] = _comparisons(rng, False), _comparisons(Random(f"text {seed} {kind} val"), True)
         else:
-            sources[kind] = _closed(kind, rng, train // len(train_kinds))
+            sources[kind] = _closed(kind, rng, train // len(TEXT_KINDS))
     both = []
-    for split, (name, kinds, count) in enumerate((("train", train_kinds, train), ("val", TEXT_KINDS, val))):
-        drawn = [kinds[i % len(kinds)] for i in range(count)]
+    for split, (name, count) in enumerate((("train", train), ("val", val))):
+        drawn = [TEXT_KINDS[i % len(TEXT_KINDS)] for i in range(count)]
         Random(f"text {seed} {name} order").shuffle(drawn)  # so that any kind may come first in a chat of several
         both.append([{"id": f"text-{name}-{i:06d}", **next(sources[k][split]), "kind": k} for i, k in enumerate(drawn)])
     return both[0], both[1]

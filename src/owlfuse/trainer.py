@@ -1,4 +1,4 @@
-"""What happens beside the steps: checkpoints, and Ctrl-C."""
+"""Lightning's Trainer for a run, and what happens beside its steps: checkpoints, and Ctrl-C."""
 
 from __future__ import annotations
 
@@ -9,6 +9,38 @@ from typing import Any
 
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, TQDMProgressBar
+from omegaconf import DictConfig
+
+from owlfuse.build import build
+from owlfuse.data.datamodule import ChatData
+
+
+def make_trainer(config: DictConfig, data: ChatData, folder: Path) -> Trainer:
+    """The Trainer, its accumulation made of batch sizes and ranks, its validation interval in optimizer steps."""
+    loggers = [build(logger, save_dir=folder, name="", version="") for logger in (config.logger or {}).values()]
+    watched = f"{next(iter(data.validation))}/loss" if data.validation else None
+    trainer = build(
+        config.trainer,
+        logger=loggers,
+        callbacks=make_callbacks(folder, watched),
+        default_root_dir=str(folder),
+        check_val_every_n_epoch=None,
+        max_epochs=-1,  # the whole run is one epoch of max_steps
+        num_sanity_val_steps=0,
+        use_distributed_sampler=False,
+    )
+    trainer.accumulate_grad_batches = data.accumulation(trainer.world_size)
+    steps = config.trainer.val_check_interval
+    trainer.val_check_interval = min(steps, trainer.max_steps) * trainer.accumulate_grad_batches
+    return trainer
+
+
+def raise_if_stopped(trainer: Trainer, folder: Path) -> None:
+    """Raises KeyboardInterrupt after a fit that Ctrl-C ended, and says how to go on."""
+    if any(isinstance(callback, LastCheckpoint) and callback.stopped for callback in trainer.callbacks):
+        if trainer.is_global_zero:
+            print(f"stopped at step {trainer.global_step}; go on with: owlfuse train resume={folder}")
+        raise KeyboardInterrupt
 
 
 def make_callbacks(folder: Path, watched: str | None) -> list[Callback]:
