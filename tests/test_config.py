@@ -55,7 +55,7 @@ class Trainer:
 
 
 class AdamW:
-    def __init__(self, params, lr: float, betas: tuple[float, float] = (0.9, 0.999), foreach: bool = None): ...
+    def __init__(self, lr: float, betas: tuple[float, float] = (0.9, 0.999), foreach: bool = None): ...
 
 
 class Shapes:
@@ -332,11 +332,11 @@ def test_a_module_that_lacks_another_is_told_apart_from_one_that_is_not_there(tr
 
 def test_types_are_strict_but_for_what_a_yaml_cannot_say(tree):
     good = [
-        {"_target_": "toyparts.AdamW", "lr": 1, "betas": [0, 1.0], "params": None, "foreach": None},
+        {"_target_": "toyparts.AdamW", "lr": 1, "betas": [0, 1.0], "foreach": None},
         {"_target_": "toyparts.Shapes", "folder": "a", "whatever": [1]},
         {"_target_": "toyparts.Trainer", "plugin": {"_target_": "toyparts.Vision", "name": "x"}},
         {"_target_": "toyparts.Full", "parts": "an annotation that cannot be resolved"},
-        {"_target_": "toyparts.AdamW", "_partial_": True, "_convert_": "all", "params": None},
+        {"_target_": "toyparts.AdamW", "_partial_": True, "_convert_": "all"},
         {"_target_": "toyparts.Vision", "_args_": ["convnet"]},
         {"_target_": "builtins.dict", "a": 1},
     ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import signal
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, TQDMProgressBar
+from lightning.pytorch.loggers import CSVLogger
 from omegaconf import DictConfig
 
 from owlfuse.build import build
@@ -17,7 +19,12 @@ from owlfuse.data.datamodule import ChatData
 
 def make_trainer(config: DictConfig, data: ChatData, folder: Path) -> Trainer:
     """The Trainer, its accumulation made of batch sizes and ranks, its validation interval in optimizer steps."""
+    before = read_metrics(folder)
     loggers = [build(logger, save_dir=folder, name="", version="") for logger in (config.logger or {}).values()]
+    for logger in loggers:
+        if isinstance(logger, CSVLogger) and before:  # Lightning would begin the file anew
+            logger.experiment.metrics = before
+            logger.save()
     watched = f"{next(iter(data.validation))}/loss" if data.validation else None
     trainer = build(
         config.trainer,
@@ -33,6 +40,15 @@ def make_trainer(config: DictConfig, data: ChatData, folder: Path) -> Trainer:
     steps = config.trainer.val_check_interval
     trainer.val_check_interval = min(steps, trainer.max_steps) * trainer.accumulate_grad_batches
     return trainer
+
+
+def read_metrics(folder: Path) -> list[dict[str, str]]:
+    """The rows of a run's metrics.csv, none where there is no such file."""
+    try:
+        with (folder / "metrics.csv").open(newline="") as file:
+            return list(csv.DictReader(file))
+    except FileNotFoundError:
+        return []
 
 
 def raise_if_stopped(trainer: Trainer, folder: Path) -> None:
@@ -89,6 +105,10 @@ class LastCheckpoint(Callback):
     def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
         """Saves."""
         trainer.save_checkpoint(self.path)
+
+    def on_exception(self, trainer: Trainer, module: LightningModule, exception: BaseException) -> None:
+        """Ends the progress bar's line, so that the error has its own."""
+        print(file=sys.stderr)
 
     def teardown(self, trainer: Trainer, module: LightningModule, stage: str) -> None:
         """Gives the signals back."""

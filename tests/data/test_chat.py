@@ -101,7 +101,7 @@ def test_a_prompt_is_the_chat_up_to_its_answer(tokenizer):
         (chat("What?", "  "), "sample s:1: turn 1 is an empty answer"),
         (chat("What?"), "sample s:1 has no assistant turn"),
         (Sample("s:1", "s", []), "sample s:1 has no messages"),
-        (chat("what " * 300, "red"), "sample s:1 is 3.. tokens long, over max_length of 64"),
+        (chat("what " * 300, "red"), "sample s:1 is 6.. tokens long, over max_length of 64"),
     ],
 )
 def test_a_wrong_sample_is_named_with_what_was_found(tokenizer, sample, message):

@@ -95,7 +95,8 @@ def root(tmp_path):
     Image.new("RGB", (4, 4)).save(tmp_path / "outside.png")
     (folder / "link.png").symlink_to(tmp_path / "outside.png")
     (folder / "text.png").write_text("no picture")
-    (folder / "cut.png").write_bytes((folder / "a.png").read_bytes()[:60])
+    Image.effect_noise((20, 10), 50).save(folder / "cut.png")
+    (folder / "cut.png").write_bytes((folder / "cut.png").read_bytes()[:120])
     return folder
 
 

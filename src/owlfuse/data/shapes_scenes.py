@@ -98,9 +98,9 @@ def _place(pairs: list[tuple[str, str]], rng: Random) -> tuple[Thing, ...]:
 
 
 def _draw_pairs(rng: Random) -> list[tuple[str, str]]:
-    """1 to 4 pairs; a later one often shares its color or shape with an earlier one, so that counts pass 1."""
+    """1 to 3 pairs; a later one often shares its color or shape with an earlier one, so that counts pass 1."""
     pairs = [rng.choice(_PAIRS)]
-    for _ in range(rng.choices(range(4), weights=(15, 25, 30, 30))[0]):
+    for _ in range(rng.choices(range(3), weights=(30, 40, 30))[0]):
         color, shape = rng.choice(pairs)
         like = rng.random()
         same = [p for p in _PAIRS if (like < 0.3 and p[0] == color) or (0.3 <= like < 0.6 and p[1] == shape)]
