@@ -25,7 +25,7 @@ experiment: $(STAMP) ## train an experiment, EXP=<name> ARGS="<overrides>"
 	$(BIN)/owlfuse train experiment=$(EXP) $(ARGS)
 
 test: $(STAMP) lint ## lint, format check and the tests
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n auto $(ARGS)
 
 test-slow: $(STAMP) ## the tests that take minutes each
 	$(BIN)/python -m pytest -m slow $(ARGS)
