@@ -201,7 +201,7 @@ def test_skipped_samples_are_counted_in_mixture_json_and_limited():
         record["image"] = "none.png"
     Path("holes.json").write_text(json.dumps(records))
     overrides = ["experiment=shapes_owl1", "data.sources.shapes.file=holes.json", "data.sources.shapes.on_error=skip"]
-    overrides += ["data.sources.shapes.image_root=data/shapes", "trainer.max_steps=12"]
+    overrides += ["data.sources.shapes.image_root=data/shapes", "trainer.max_steps=12", "model.vision.image_size=64"]
     run_folder = run(*overrides, "name=skips")
     mixture = json.loads((run_folder / "mixture.json").read_text())
     assert mixture["sources"]["shapes"]["skipped"] == len(mixture["skipped"]) == 12
