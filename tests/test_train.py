@@ -17,6 +17,7 @@ from PIL import Image
 from owlfuse import train
 from owlfuse.config import ConfigError, compose
 from owlfuse.config_files import find_folders
+from owlfuse.data.shapes import write_shapes
 from owlfuse.model import on_meta
 from owlfuse.types import DataError
 
@@ -41,6 +42,7 @@ def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("work")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(path)
+        write_shapes("data/shapes", train_pictures=48, val_pictures=6, held_out_pictures=6, text_train=120, text_val=8)
         yield path
 
 
