@@ -1,4 +1,6 @@
-"""Fixed sin-cos tables of positions, as the released mPLUG-Owl2 abstractor has them."""
+"""Fixed sin-cos tables of positions."""
+
+import math
 
 import torch
 from torch import Tensor
@@ -12,8 +14,8 @@ def sincos_1d(positions: Tensor, width: int) -> Tensor:
 
 
 def sincos_2d(grid: tuple[int, int], patches: int, width: int) -> Tensor:
-    """Fixed table (patches, width): half of the width for the column, half for the row; zero for tokens before the grid's
-    (the class token). Backbones whose tokens are no such grid get a table along the sequence."""
+    """The released mPLUG-Owl2 abstractor's table (patches, width): half of the width for the column, half for the row; zero
+    for tokens before the grid's (the class token). Backbones whose tokens are no such grid get a table along the sequence."""
     rows, columns = grid
     before = patches - rows * columns
     if before < 0:
@@ -21,3 +23,16 @@ def sincos_2d(grid: tuple[int, int], patches: int, width: int) -> Tensor:
     row, column = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
     table = torch.cat([sincos_1d(column.flatten(), width // 2), sincos_1d(row.flatten(), width // 2)], dim=1)
     return torch.cat([torch.zeros(before, width), table])
+
+
+def sincos_2d_spread(grid: tuple[int, int], patches: int, width: int) -> Tensor:
+    """A table (patches, width) of places relative to the whole grid: patches of a grid of any size are far apart.
+
+    Half of the width for the column, half for the row, each scaled to 0..2 pi as in DETR (arXiv 2005.12872), with the
+    temperature of 20 of DAB-DETR (arXiv 2201.12329). Zero for tokens before the grid's.
+    """
+    frequencies = 1 / 20 ** (torch.arange(width // 4, dtype=torch.float64) / (width / 4))
+    row, column = torch.meshgrid(*((torch.arange(n) + 0.5) / n for n in grid), indexing="ij")
+    angles = [2 * math.pi * place.double().flatten()[:, None] * frequencies for place in (column, row)]
+    table = torch.cat([f(a) for a in angles for f in (torch.sin, torch.cos)], dim=1).float()
+    return torch.cat([torch.zeros(patches - len(table), width), table])

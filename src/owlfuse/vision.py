@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torchvision.transforms.v2 import functional as VF
 
-from owlfuse.positions import sincos_2d
+from owlfuse.positions import sincos_2d_spread
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class TimmBackbone(nn.Module):
         self.patches, self.width, self.grid = self.measure()
         if positions and self.width % 4:
             raise ValueError(f"positions need a width divisible by 4, and that of {name} is {self.width}")
-        table = sincos_2d(self.grid, self.patches, self.width) if positions else None
+        table = sincos_2d_spread(self.grid, self.patches, self.width) if positions else None
         self.register_buffer("positions", table, persistent=False)
 
     def forward(self, pixels: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from owlfuse.connectors.abstractor import Abstractor, SwiGLU
 from owlfuse.connectors.linear import LinearConnector
 from owlfuse.connectors.mlp import MLPConnector
 from owlfuse.model import make_part
-from owlfuse.positions import sincos_1d, sincos_2d
+from owlfuse.positions import sincos_1d, sincos_2d, sincos_2d_spread
 
 # patches and grid: square, with a class token, not square, tokens that are no grid
 SHAPES = [(16, (4, 4)), (17, (4, 4)), (6, (2, 3)), (7, (1, 7))]
@@ -129,6 +129,20 @@ def test_position_tables_tell_column_from_row_on_a_grid_that_is_not_square():
                 got = table[1 + row * 3 + column][[i, 2 + i, 4 + i, 6 + i]]
                 torch.testing.assert_close(got, torch.tensor(expected), rtol=0, atol=1e-6)
     assert torch.equal(sincos_2d((4, 4), 5, 8), sincos_1d(torch.arange(5), 8))
+
+
+@pytest.mark.parametrize("grid", [(2, 2), (4, 4), (7, 5), (14, 14)])
+def test_the_table_for_backbones_tells_neighbours_apart_on_a_grid_of_any_size(grid):
+    patches = grid[0] * grid[1]
+    table = sincos_2d_spread(grid, patches + 1, 128)
+    assert torch.equal(table[0], torch.zeros(128))  # the class token
+    apart = torch.cdist(table[1:], table[1:]) + 100 * torch.eye(patches)
+    assert apart.min() > 6 / max(grid)  # the tables' norm is 8
+    column, row = 1, 0  # angles of the first frequency, 1
+    place = table[1 + row * grid[1] + column]
+    expected = [math.sin(2 * math.pi * 1.5 / grid[1]), math.cos(2 * math.pi * 1.5 / grid[1])]
+    expected += [math.sin(2 * math.pi * 0.5 / grid[0]), math.cos(2 * math.pi * 0.5 / grid[0])]
+    torch.testing.assert_close(place[[0, 32, 64, 96]], torch.tensor(expected), rtol=0, atol=1e-5)
 
 
 def test_a_learned_slope_starts_equal_to_the_fixed_one_and_then_follows_its_number():

@@ -9,6 +9,7 @@ from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -96,7 +97,8 @@ def answer_from_scene(scene: Scene, kind: str, question: str) -> str:
         return "yes" if any((t.color, t.shape) == (color, shape) for t in scene.things) else "no"
     pattern = r"Is the (.+) (left or right of|above or below) the (.+)\?"
     first, axis, second = re.fullmatch(pattern, question).groups()
-    a, b = only(named(scene, first)), only(named(scene, second))
+    a = only(named(scene, first))
+    b = SimpleNamespace(x=64, y=64) if second == "middle" else only(named(scene, second))
     if axis == "above or below":
         assert abs(a.y - b.y) >= 20
         return "above" if a.y < b.y else "below"
@@ -241,9 +243,22 @@ def test_held_out_chats_are_about_a_thing_of_a_held_out_pair(folder):
 
 
 def test_val_pictures_are_unseen(folder):
-    train = {content(scene_of(record)) for record in read(folder, "train")}
-    assert len(train) > 200
-    assert not train & {content(scene_of(record)) for record in read(folder, "val")}
+    """No picture is in both; and where several things are shown, no content (which things in which cells) is."""
+    train, val = ([scene_of(record) for record in read(folder, split)] for split in ("train", "val"))
+    assert len({content(scene) for scene in train}) > 200
+    assert not set(train) & set(val)
+    several = [{content(scene) for scene in scenes if len(scene.things) > 1} for scenes in (train, val)]
+    assert all(several)
+    assert not several[0] & several[1]
+
+
+def test_train_and_val_show_as_many_things():
+    """The contents kept for val do not change how many things its pictures have."""
+    shares = {}
+    for split in ("train", "val"):
+        counts = Counter(len(make_scene(0, split, index).things) for index in range(1500))
+        shares[split] = [counts[n] / 1500 for n in (1, 2, 3)]
+    assert shares["train"] == pytest.approx(shares["val"], abs=0.06)
 
 
 def fact(sample: dict) -> tuple:

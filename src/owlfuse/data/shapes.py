@@ -11,7 +11,7 @@ from random import Random
 from owlfuse.data.shapes_scenes import KINDS, ask, ask_held_out, draw_scene, make_scene
 from owlfuse.data.shapes_text import make_texts, train_tokenizer
 
-_FORMAT_VERSION = 5
+_FORMAT_VERSION = 6
 
 
 def _write_picture(folder: Path, seed: int, place: tuple[str, int]) -> dict:
