@@ -1,5 +1,7 @@
 """Which parameters are trained by which rule, and at which learning rate."""
 
+from copy import deepcopy as copy_of
+
 import torch
 from timm.optim import Muon
 
@@ -41,7 +43,7 @@ def test_a_reloaded_state_of_muon_goes_on_alike():
     copy = make_model("concat")
     copy.load_state_dict(model.state_dict())
     again = optim.build(copy, 10)["optimizer"]
-    again.load_state_dict(optimizer.state_dict())
+    again.load_state_dict(copy_of(optimizer.state_dict()))
     for p, q in zip(model.parameters(), copy.parameters(), strict=True):
         q.grad = p.grad.clone()
     optimizer.step()

@@ -206,8 +206,7 @@ def _ask_presence(things: tuple[Thing, ...], rng: Random) -> Question:
 
 
 def _ask_position(things: tuple[Thing, ...], rng: Random) -> Question | None:
-    """About two things, or one and the middle of the picture: the answer about two can be read off either of them, and a
-    model that is asked nothing else learns neither way."""
+    """About two things, or one and the picture's middle: asked of two alone, a model learns to look at neither."""
     attribute = rng.choice([k for k in ("color", "shape") if _singles(things, k)] or [None])
     if attribute is None:
         return None
