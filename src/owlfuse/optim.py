@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from timm.optim import Muon
 from torch import nn
 from transformers import get_cosine_with_min_lr_schedule_with_warmup
 
@@ -72,26 +73,9 @@ class AdamWCosine:
 
 
 class MuonCosine(AdamWCosine):
-    """Muon (arXiv 2502.16982, updates as large as AdamW's) for matrices between hidden widths; AdamW for kernels, embeddings
-    and all that has no weight decay. The schedule is AdamWCosine's.
-
-    Args:
-        fallback_lr_scale: the learning rate of what AdamW trains, over that of its part.
+    """Muon (arXiv 2502.16982, updates as large as AdamW's) for matrices between hidden widths; AdamW, at half the learning
+    rate, for kernels, embeddings and all that has no weight decay. Arguments and schedule are AdamWCosine's.
     """
-
-    def __init__(
-        self,
-        lr: float = 4e-3,
-        part_lr: dict[str, float | None] | None = None,
-        weight_decay: float = 0.05,
-        betas: list[float] | None = None,
-        eps: float = 1e-8,
-        warmup_steps: int = 0,
-        min_lr_ratio: float = 0.0,
-        fallback_lr_scale: float = 0.5,
-    ) -> None:
-        super().__init__(lr, part_lr, weight_decay, betas, eps, warmup_steps, min_lr_ratio)
-        self.fallback_lr_scale = fallback_lr_scale
 
     def groups(self, model: MultimodalLM) -> list[dict[str, Any]]:
         """The groups of AdamWCosine, those with weight decay in two where Muon trains some of their parameters."""
@@ -99,21 +83,26 @@ class MuonCosine(AdamWCosine):
         tables = {id(end.weight) for end in ends if end is not None}
         groups = []
         for group in super().groups(model):
-            hidden = [p for p in group["params"] if group["weight_decay"] and p.ndim == 2 and id(p) not in tables]
-            chosen = {id(p) for p in hidden}
-            others = [p for p in group["params"] if id(p) not in chosen]
-            if hidden:
-                groups.append({**group, "params": hidden, "name": f"{group['name']}_muon", "use_fallback": False})
-            if others:
-                lr = group["lr"] * self.fallback_lr_scale
-                groups.append({**group, "params": others, "lr": lr, "use_fallback": True})
+            halves: dict[bool, list[nn.Parameter]] = {False: [], True: []}
+            for p in group["params"]:
+                halves[not group["weight_decay"] or p.ndim != 2 or id(p) in tables].append(p)
+            for use_fallback, parameters in halves.items():
+                if parameters:
+                    name = group["name"] + ("" if use_fallback else "_muon")
+                    groups.append({**group, "params": parameters, "name": name, "use_fallback": use_fallback})
         return groups
 
     def optimizer(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
         """See `AdamWCosine`."""
-        from timm.optim import Muon
-
-        return Muon(groups, lr=self.lr, betas=self.betas, eps=self.eps, nesterov=True, adjust_lr_fn="match_rms_adamw")
+        return Muon(
+            groups,
+            lr=self.lr,
+            betas=self.betas,
+            eps=self.eps,
+            nesterov=True,
+            adjust_lr_fn="match_rms_adamw",
+            fallback_lr_scale=0.5,
+        )
 
 
 def has_decay(name: str, parameter: nn.Parameter) -> bool:

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 
-def sincos_1d(positions: Tensor, width: int) -> Tensor:
-    """Fixed table (len(positions), width): sines, then cosines, of positions over 10000^(2i/width)."""
-    frequencies = 1 / 10000 ** (torch.arange(width // 2, dtype=torch.float64) / (width / 2))
+def sincos_1d(positions: Tensor, width: int, temperature: float = 10000) -> Tensor:
+    """Fixed table (len(positions), width): sines, then cosines, of positions over temperature^(2i/width)."""
+    frequencies = 1 / temperature ** (torch.arange(width // 2, dtype=torch.float64) / (width / 2))
     angles = positions.double()[:, None] * frequencies
     return torch.cat([angles.sin(), angles.cos()], dim=1).float()
 
@@ -31,8 +31,6 @@ def sincos_2d_spread(grid: tuple[int, int], patches: int, width: int) -> Tensor:
     Half of the width for the column, half for the row, each scaled to 0..2 pi as in DETR (arXiv 2005.12872), with the
     temperature of 20 of DAB-DETR (arXiv 2201.12329). Zero for tokens before the grid's.
     """
-    frequencies = 1 / 20 ** (torch.arange(width // 4, dtype=torch.float64) / (width / 4))
-    row, column = torch.meshgrid(*((torch.arange(n) + 0.5) / n for n in grid), indexing="ij")
-    angles = [2 * math.pi * place.double().flatten()[:, None] * frequencies for place in (column, row)]
-    table = torch.cat([f(a) for a in angles for f in (torch.sin, torch.cos)], dim=1).float()
+    row, column = torch.meshgrid(*(2 * math.pi * (torch.arange(n) + 0.5) / n for n in grid), indexing="ij")
+    table = torch.cat([sincos_1d(place.flatten(), width // 2, temperature=20) for place in (column, row)], dim=1)
     return torch.cat([torch.zeros(patches - len(table), width), table])

@@ -61,8 +61,8 @@ class Abstractor(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Xavier, and small queries beside what the image adds to them: from random weights it learns faster from the image
-        than where tokens begin as nearly the same for every image. Attention is as sharp as with queries of size 1."""
+        """Xavier, and queries small beside what the image adds to them, so that tokens do not begin as nearly the same for
+        every image. Attention is as sharp as with queries of size 1."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
