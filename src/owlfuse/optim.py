@@ -78,18 +78,21 @@ class MuonCosine(AdamWCosine):
     """
 
     def groups(self, model: MultimodalLM) -> list[dict[str, Any]]:
-        """The groups of AdamWCosine, those with weight decay in two where Muon trains some of their parameters."""
+        """The groups of AdamWCosine, those of matrices and kernels in two where Muon trains some of them."""
         ends = (model.llm.get_input_embeddings(), model.llm.get_output_embeddings())
         tables = {id(end.weight) for end in ends if end is not None}
         groups = []
         for group in super().groups(model):
+            vectors = group["name"].endswith("_no_decay")
             halves: dict[bool, list[nn.Parameter]] = {False: [], True: []}
             for p in group["params"]:
-                halves[not group["weight_decay"] or p.ndim != 2 or id(p) in tables].append(p)
+                halves[vectors or p.ndim != 2 or id(p) in tables].append(p)
             for use_fallback, parameters in halves.items():
                 if parameters:
                     name = group["name"] + ("" if use_fallback else "_muon")
-                    groups.append({**group, "params": parameters, "name": name, "use_fallback": use_fallback})
+                    # timm's fallback with nesterov is NAdamW
+                    kind = {"use_fallback": use_fallback, "nesterov": not use_fallback}
+                    groups.append({**group, "params": parameters, "name": name, **kind})
         return groups
 
     def optimizer(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
@@ -99,7 +102,6 @@ class MuonCosine(AdamWCosine):
             lr=self.lr,
             betas=self.betas,
             eps=self.eps,
-            nesterov=True,
             adjust_lr_fn="match_rms_adamw",
             fallback_lr_scale=0.5,
         )
