@@ -288,3 +288,24 @@ def test_wrong_kwargs_are_an_error_that_names_them(name):
 def test_heads_that_do_not_divide_the_width_are_a_value_error():
     with pytest.raises(ValueError, match="vit_tiny_patch16_224"):
         TimmBackbone("vit_tiny_patch16_224", image_size=32, kwargs={"embed_dim": 16, "num_heads": 3, "depth": 1})
+
+
+def test_norm_brings_each_feature_to_mean_0_and_variance_1_over_the_batch():
+    plain = backbone("resnet", positions=True)
+    normed = backbone("resnet", positions=True, norm=True)
+    normed.body.load_state_dict(plain.body.state_dict())
+    pixels = pixels_for(plain, 8)
+    raw, features = plain(pixels) - plain.positions, normed(pixels) - normed.positions
+    wanted = (raw - raw.mean((0, 1))) / (raw.var((0, 1), unbiased=False) + 1e-5).sqrt()
+    torch.testing.assert_close(features, wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_norm_is_trained_with_the_last_block_and_stays_with_the_statistics_of_a_batch_without_images():
+    model = backbone("resnet", norm=True)
+    assert {id(p) for p in model.norm.parameters()} < {id(p) for p in model.blocks()[-1]}
+    before = model.norm.running_mean.clone()
+    with model.statistics_kept():
+        model(pixels_for(model))
+    assert torch.equal(model.norm.running_mean, before)
+    model(pixels_for(model))
+    assert not torch.equal(model.norm.running_mean, before)
