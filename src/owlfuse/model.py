@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from transformers import PreTrainedModel
 
-from owlfuse.adapters import Part, PartSummary, apply_adapters
+from owlfuse.adapters import PARTS, Part, PartSummary, apply_adapters
 from owlfuse.build import build
 from owlfuse.fusion.base import Fusion
 from owlfuse.llm import cache_argument, decoder_layers, width
@@ -21,7 +21,13 @@ from owlfuse.types import Batch, VisualTokens
 
 
 class MultimodalLM(nn.Module):
-    """A vision-language model of four parts, the fusion attached to the LLM."""
+    """A vision-language model of four parts, the fusion attached to the LLM.
+
+    Attributes:
+        nodes: the configuration of each part that the model was assembled from; None for one put together by hand.
+    """
+
+    nodes: dict[str, Any] | None = None
 
     def __init__(self, vision: nn.Module, connector: nn.Module, fusion: Fusion, llm: PreTrainedModel) -> None:
         super().__init__()
@@ -104,18 +110,29 @@ def build_model(config: dict[str, Any], vocab_size: int) -> tuple[MultimodalLM, 
     Raises:
         ValueError: parts that do not fit together; the message begins with the part.
     """
-    vision = make_part("vision", config)
-    llm = make_part("llm", config, vocab_size=vocab_size)
+    model = assemble(config, vocab_size)
+    policies = {name: build(policy) for name, policy in config["adapter"].items()}
+    return model, apply_adapters(model, policies)
+
+
+def assemble(nodes: dict[str, Any], vocab_size: int) -> MultimodalLM:
+    """The four parts put together, from their nodes of the configuration (`vision`, `connector`, `fusion`, `llm`).
+
+    Raises:
+        ValueError: parts that do not fit together; the message begins with the part.
+    """
+    vision = make_part("vision", nodes)
+    llm = make_part("llm", nodes, vocab_size=vocab_size)
     connector = make_part(
-        "connector", config, in_width=vision.width, out_width=width(llm), patches=vision.patches, grid=vision.grid
+        "connector", nodes, in_width=vision.width, out_width=width(llm), patches=vision.patches, grid=vision.grid
     )
-    fusion = make_part("fusion", config, connector_tokens=connector.tokens)
+    fusion = make_part("fusion", nodes, connector_tokens=connector.tokens)
     try:
         model = MultimodalLM(vision, connector, fusion, llm)
     except ValueError as error:
         raise ValueError(f"fusion: {error}") from error
-    policies = {name: build(policy) for name, policy in config["adapter"].items()}
-    return model, apply_adapters(model, policies)
+    model.nodes = {name: nodes[name] for name in PARTS}
+    return model
 
 
 def make_part(name: str, config: dict[str, Any], **supplied: Any) -> Any:
