@@ -1,9 +1,7 @@
 """`owlfuse <command>`. Heavy imports stay inside the commands, so that `--help` answers at once."""
 
 import argparse
-import contextlib
 import difflib
-import json
 import os
 import sys
 from pathlib import Path
@@ -80,52 +78,14 @@ def _train(arguments: argparse.Namespace) -> None:
     from owlfuse import config
 
     if arguments.multirun:
-        _sweep(arguments.overrides)
+        from owlfuse.sweep import sweep
+
+        sweep(arguments.overrides)
         return
     composed = config.compose(arguments.overrides)
     from owlfuse import train
 
     train.run(composed)
-
-
-def _sweep(overrides: list[str]) -> None:
-    """Every cell is composed and checked before the first trains; the table stands at the end, also after a failure."""
-    from owlfuse import config
-
-    cells = config.sweep_cells(overrides)
-    composed = [config.compose(cell) for cell in cells]
-    from owlfuse import train
-
-    rows: list[tuple[list[str], Path | None]] = []
-    try:
-        for cell, configuration in zip(cells, composed, strict=True):
-            rows.append((cell, train.run(configuration)))
-    finally:
-        if os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")) == "0":
-            _print_table(rows, len(cells))
-
-
-def _print_table(rows: list[tuple[list[str], Path | None]], cells: int) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    metrics = [_metrics(folder) for _, folder in rows]
-    names = list(dict.fromkeys(name for row in metrics for name in row))
-    shared = set.intersection(*(set(cell) for cell, _ in rows)) if len(rows) > 1 else set()
-    table = Table("overrides", "run", *names, title=f"{len(rows)} of {cells} runs", caption=" ".join(sorted(shared)))
-    for (cell, folder), row in zip(rows, metrics, strict=True):
-        own = " ".join(o for o in cell if o not in shared)
-        table.add_row(own, str(folder or ""), *(f"{row[n]:.4g}" if n in row else "" for n in names))
-    Console(width=None if sys.stdout.isatty() else 200).print(table)
-
-
-def _metrics(folder: Path | None) -> dict[str, float]:
-    """The numbers of a run's results.json; none where there is no such file yet."""
-    with contextlib.suppress(FileNotFoundError):
-        if folder is not None:
-            metrics = json.loads((Path(folder) / "results.json").read_text())["metrics"]
-            return {name: value for name, value in metrics.items() if isinstance(value, int | float)}
-    return {}
 
 
 def _eval(arguments: argparse.Namespace) -> None:
@@ -161,7 +121,42 @@ def _config(arguments: argparse.Namespace) -> None:
     print(OmegaConf.to_yaml(compose(arguments.overrides)), end="")
 
 
-COMMANDS = {"train": _train, "eval": _eval, "data": _data, "config": _config}
+def _export(arguments: argparse.Namespace) -> None:
+    from owlfuse.hub.commands import export_command
+
+    export_command(arguments.run, arguments.out, arguments.overrides)
+
+
+def _chat(arguments: argparse.Namespace) -> None:
+    from owlfuse.chat import chat
+
+    question = " ".join(arguments.overrides) or None
+    chat(Path(arguments.folder), arguments.image, question, arguments.max_new_tokens, arguments.temperature)
+
+
+def _bench(arguments: argparse.Namespace) -> None:
+    from owlfuse.bench.decode import bench_decode
+
+    bench_decode(arguments.images, arguments.tokens, arguments.repeats, Path(arguments.out))
+
+
+COMMANDS = {
+    "train": _train,
+    "eval": _eval,
+    "export": _export,
+    "chat": _chat,
+    "bench": _bench,
+    "data": _data,
+    "config": _config,
+}
+
+
+def _counts(text: str) -> list[int]:
+    """`1,2,4` -> [1, 2, 4], for argparse."""
+    counts = sorted({int(word) for word in text.split(",")})
+    if counts[0] < 1:
+        raise ValueError(text)
+    return counts
 
 
 class TrainHelp(argparse.Action):
@@ -191,6 +186,25 @@ def _parser() -> Parser:
 
     evaluate = commands.add_parser("eval", help="evaluate a run", usage="owlfuse eval RUN [overrides ...]", **layout)
     evaluate.add_argument("overrides", nargs="*", metavar="RUN", help="the run's folder, then <key>=<value> to change")
+
+    export = commands.add_parser("export", help="write a run for transformers, peft and owlfuse", **layout)
+    export.add_argument("run", metavar="RUN", help="a run's folder, or one that was exported or imported")
+    export.add_argument("out", metavar="OUT", help="a folder that is written")
+    export.add_argument("overrides", nargs="*", help="merge=true folds LoRA in; layout=released; max_shard_size=5GB")
+
+    chat = commands.add_parser("chat", help="talk to a model about pictures", **layout)
+    chat.add_argument("folder", metavar="OUT", help="an exported or imported folder, or a run's")
+    chat.add_argument("overrides", nargs="*", metavar="QUESTION", help="without one it is a conversation")
+    chat.add_argument("--image", action="append", default=[], metavar="PATH", help="a picture to ask about; may be repeated")
+    chat.add_argument("--max-new-tokens", type=int, default=256, metavar="N")
+    chat.add_argument("--temperature", type=float, default=0.0, help="0: the likeliest answer")
+
+    bench = commands.add_parser("bench", help="measure what a choice costs").add_subparsers(metavar="<bench>", required=True)
+    decode = bench.add_parser("decode", help="milliseconds per token against the number of images", **layout)
+    decode.add_argument("--images", type=_counts, default="1,2,4,8,16,32,64", metavar="N,N", help="images in the prompt")
+    decode.add_argument("--tokens", type=int, default=32, metavar="N", help="tokens of an answer")
+    decode.add_argument("--repeats", type=int, default=3, metavar="N")
+    decode.add_argument("--out", default="runs/bench", metavar="DIR")
 
     data = commands.add_parser("data", help="write a dataset", **layout).add_subparsers(metavar="<set>", required=True)
     shapes = data.add_parser("shapes", help="pictures of coloured shapes, with questions", **layout)

@@ -54,6 +54,7 @@ class Root:
     seed: int
     runs: str
     resume: str | None
+    init_from: str | None = None
 
 
 def compose(overrides: list[str], config_dir: str | Path | None = None) -> DictConfig:

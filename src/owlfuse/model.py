@@ -37,13 +37,14 @@ class MultimodalLM(nn.Module):
         self.llm = llm
         fusion.attach(llm)
 
-    def forward(self, batch: Batch, visual: VisualTokens | None = None, cache: Any = None) -> Tensor:
+    def forward(self, batch: Batch, visual: VisualTokens | None = None, cache: Any = None, logits_to_keep: int = 0) -> Tensor:
         """Logits (B, T, V) of a batch.
 
         Args:
             visual: the batch's visual tokens where they are known already; by default they are made from its pixels.
             cache: a key-value cache of transformers. With one that holds earlier positions, the batch's `input_ids` are
                 the T new ones, and its `attention_mask` covers both.
+            logits_to_keep: only of so many last positions; 0: of all.
         """
         if visual is None:
             visual = self.encode(batch)
@@ -58,6 +59,7 @@ class MultimodalLM(nn.Module):
             attention_mask=batch.attention_mask,
             position_ids=position_ids,
             use_cache=cache is not None,
+            logits_to_keep=logits_to_keep,
             **arguments,
         ).logits
 
@@ -102,15 +104,18 @@ def blocks_of(module: nn.Module) -> list[list[nn.Parameter]]:
     return [list(b.parameters()) if isinstance(b, nn.Module) else b for b in blocks]
 
 
-def build_model(config: dict[str, Any], vocab_size: int) -> tuple[MultimodalLM, list[PartSummary]]:
+def build_model(
+    config: dict[str, Any], vocab_size: int, base: MultimodalLM | None = None
+) -> tuple[MultimodalLM, list[PartSummary]]:
     """The model that a configuration's `model` describes, adapters applied, and the table of what is trained.
 
-    Under `with torch.device("meta")` no weight is made or loaded.
+    `base` is a model of these parts whose weights are there already. Without it, under `with torch.device("meta")`, no weight
+    is made or loaded.
 
     Raises:
         ValueError: parts that do not fit together; the message begins with the part.
     """
-    model = assemble(config, vocab_size)
+    model = assemble(config, vocab_size) if base is None else base
     policies = {name: build(policy) for name, policy in config["adapter"].items()}
     return model, apply_adapters(model, policies)
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from owlfuse.adapters import print_summary
+from owlfuse.hub.start import load_base
 from owlfuse.model import MultimodalLM, build_model
 from owlfuse.optim import AdamWCosine
 from owlfuse.types import Batch, DataError
@@ -25,8 +26,9 @@ class MultimodalModule(lightning.LightningModule):
     accumulation steps: gradients are those of the sum until just before they are clipped.
     """
 
-    def __init__(self, model_config: dict[str, Any], optim: AdamWCosine, vocab_size: int) -> None:
+    def __init__(self, model_config: dict[str, Any], optim: AdamWCosine, vocab_size: int, init_from: str | None = None) -> None:
         super().__init__()
+        self.init_from = init_from
         self.model_config = model_config
         self.optim = optim
         self.vocab_size = vocab_size
@@ -38,7 +40,8 @@ class MultimodalModule(lightning.LightningModule):
     def configure_model(self) -> None:
         """Builds the model once, where Lightning wants it built."""
         if self.model is None:
-            self.model, summary = build_model(self.model_config, self.vocab_size)
+            base = load_base(self.init_from, self.model_config["llm"], self.vocab_size) if self.init_from else None
+            self.model, summary = build_model(self.model_config, self.vocab_size, base)
             if self.global_rank == 0:
                 print_summary(summary)
 

@@ -10,6 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 from owlfuse.build import build
 from owlfuse.config import ConfigError
 from owlfuse.evaluation import write_results
+from owlfuse.hub.start import adopt_parts
 from owlfuse.model import on_meta
 from owlfuse.module import MultimodalModule
 from owlfuse.runs import last_checkpoint, place, run_folder, write_config
@@ -26,6 +27,8 @@ def run(config: DictConfig) -> Path:
         KeyboardInterrupt: after Ctrl-C, with a checkpoint left in the run.
     """
     began = time.monotonic()
+    if config.get("init_from") and not config.resume:
+        adopt_parts(config)
     plain = OmegaConf.to_container(config, resolve=True)
     try:
         plan, _ = on_meta(plain["model"], vocab_size=1024)
@@ -39,7 +42,8 @@ def run(config: DictConfig) -> Path:
         raise ConfigError(place(config, str(error))) from error
     data.bind(plan.vision.preprocessing, plan.fusion.tokens_per_image)
     lightning.seed_everything(config.seed, workers=True, verbose=False)
-    module = MultimodalModule(plain["model"], optim, data.vocab_size)
+    init_from = None if config.resume else config.get("init_from")
+    module = MultimodalModule(plain["model"], optim, data.vocab_size, init_from)
     if trainer.is_global_zero:
         write_config(config, folder)
     trainer.fit(module, data, ckpt_path=last_checkpoint(folder) if config.resume else None, weights_only=True)

@@ -128,8 +128,7 @@ class TimmBackbone(nn.Module):
         """P, Dv and the patches' grid, by a forward pass of one picture; takes out what that pass does not use."""
         training = self.training
         self.eval()
-        device = next(self.parameters()).device
-        probe = self if device.type == "meta" else copy.deepcopy(self).to("meta")
+        probe = copy.deepcopy(self).to("meta")
         with torch.enable_grad():
             pixels = torch.zeros(1, 3, *self.preprocessing.size, device="meta")
             features = probe.feature_map(pixels)

@@ -43,11 +43,18 @@ class Fusion(nn.Module):
         raise NotImplementedError(f"{type(self).__name__} has no forward")
 
 
-def splice(embeddings: Tensor, visual: VisualTokens, placeholder: Tensor) -> Tensor:
-    """Puts the visual tokens (N, Q, D), in order, at the placeholders (B, T) of the embeddings (B, T, D).
+def splice(embeddings: Tensor, visual: VisualTokens, batch: Batch) -> Tensor:
+    """Puts the visual tokens (N, Q, D) of each row's images at the placeholders of the embeddings (B, T, D).
 
-    One gather and one selection of fixed shapes; the k-th placeholder of the batch takes the k-th visual token.
+    One gather and one selection of fixed shapes. Rows may share images, as beams do.
     """
-    flat = visual.tokens.flatten(0, 1)
-    order = (placeholder.flatten().cumsum(0) - 1).clamp(0, flat.shape[0] - 1).view_as(placeholder)
-    return torch.where(placeholder[..., None], flat[order].to(embeddings.dtype), embeddings)
+    per_image, width = visual.tokens.shape[1:]
+    length, steps = batch.attention_mask.shape[1], embeddings.shape[1]
+    here = torch.arange(length - steps, length, device=embeddings.device)
+    begun = visual.image_positions[:, None] <= here[:, None]  # (B, T, I); a row's images stand in order
+    slot = (begun.sum(-1) - 1).clamp_min(0)  # (B, T) the last image that has begun
+    offset = here - visual.image_positions.gather(1, slot)
+    order = visual.image_index.gather(1, slot) * per_image + offset
+    order = torch.where(batch.placeholder, order, 0)
+    tokens = visual.tokens.reshape(-1, width)[order]
+    return torch.where(batch.placeholder[..., None], tokens.to(embeddings.dtype), embeddings)

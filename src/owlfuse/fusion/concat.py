@@ -22,4 +22,4 @@ class Concat(Fusion):
         self, embeddings: Tensor, visual: VisualTokens | None, batch: Batch, position_ids: Tensor, llm: PreTrainedModel
     ) -> tuple[Tensor, dict[str, Any]]:
         """See `Fusion.forward`."""
-        return (embeddings if visual is None else splice(embeddings, visual, batch.placeholder)), {}
+        return (embeddings if visual is None else splice(embeddings, visual, batch)), {}

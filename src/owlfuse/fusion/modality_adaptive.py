@@ -44,7 +44,7 @@ class ModalityAdaptive(Fusion):
     ) -> tuple[Tensor, dict[str, Any]]:
         """See `Fusion.forward`."""
         if visual is not None:
-            embeddings = splice(embeddings, visual, batch.placeholder)
+            embeddings = splice(embeddings, visual, batch)
         return embeddings, {"is_visual": batch.placeholder[..., None]}
 
 

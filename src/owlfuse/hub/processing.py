@@ -1,0 +1,129 @@
+"""Pictures and text -> the model's inputs, as transformers' pipelines call it.
+
+N images, H and W their size in pixels, B rows, T text positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from PIL import Image
+from transformers import BatchFeature, ProcessorMixin
+from transformers.image_processing_utils import BaseImageProcessor
+
+from owlfuse.data.formats.base import IMAGE
+from owlfuse.data.images import to_rgb
+from owlfuse.types import DataError
+from owlfuse.vision import Preprocessing
+
+# A chat template may take a message's content as a string only. This makes it one, as the training data's encoder does; a text
+# right after a picture begins on a new line, as LLaVA's data have it.
+FLATTEN = (
+    "{%- set flat = namespace(messages=[]) -%}"
+    "{%- for message in messages -%}"
+    "{%- if message.content is string -%}{%- set flat.messages = flat.messages + [message] -%}"
+    "{%- else -%}{%- set text = namespace(value='') -%}"
+    "{%- for part in message.content -%}"
+    "{%- if part.type == 'image' -%}{%- set text.value = text.value + '<image>' -%}"
+    "{%- else -%}"
+    "{%- if text.value.endswith('<image>') and not part.text.startswith('\\n') -%}"
+    "{%- set text.value = text.value + '\\n' -%}"
+    "{%- endif -%}"
+    "{%- set text.value = text.value + part.text -%}"
+    "{%- endif -%}"
+    "{%- endfor -%}"
+    "{%- set flat.messages = flat.messages + [dict(message, content=text.value)] -%}"
+    "{%- endif -%}"
+    "{%- endfor -%}"
+    "{%- set messages = flat.messages -%}"
+)
+
+
+class OwlfuseImageProcessor(BaseImageProcessor):
+    """Pictures -> `pixel_values` (N, 3, H, W), by the very `Preprocessing` of training.
+
+    Args:
+        size: {"height", "width"} in pixels.
+        image_mean, image_std: of RGB values from 0 to 1.
+        interpolation: bicubic, bilinear, nearest, ...
+    """
+
+    model_input_names = ["pixel_values"]  # noqa: RUF012
+
+    def __init__(
+        self, size: dict[str, int], image_mean: list[float], image_std: list[float], interpolation: str, **kwargs: Any
+    ) -> None:
+        super().__init__(**kwargs)
+        self.size = dict(size)
+        self.image_mean = list(image_mean)
+        self.image_std = list(image_std)
+        self.interpolation = interpolation
+
+    @classmethod
+    def of(cls, preprocessing: Preprocessing) -> OwlfuseImageProcessor:
+        """That of a backbone."""
+        height, width = preprocessing.size
+        size = {"height": height, "width": width}
+        return cls(size, list(preprocessing.mean), list(preprocessing.std), preprocessing.interpolation)
+
+    def __call__(self, images: Any, return_tensors: str | None = "pt", **kwargs: Any) -> BatchFeature:
+        """PIL pictures of any size and mode, one or a list, also nested."""
+        size = (self.size["height"], self.size["width"])
+        preprocess = Preprocessing(size, tuple(self.image_mean), tuple(self.image_std), self.interpolation)
+        pixels = [preprocess(to_rgb(picture)) for picture in flat(images)]
+        return BatchFeature({"pixel_values": torch.stack(pixels)} if pixels else {}, tensor_type=return_tensors)
+
+
+class OwlfuseProcessor(ProcessorMixin):
+    """Tokenizer and image processor together; each `<image>` grows to the positions that an image takes.
+
+    Args:
+        tokens_per_image: the model's.
+    """
+
+    def __init__(
+        self,
+        image_processor: OwlfuseImageProcessor,
+        tokenizer: Any,
+        chat_template: str | None = None,
+        tokens_per_image: int = 1,
+    ) -> None:
+        self.tokens_per_image = tokens_per_image
+        super().__init__(image_processor, tokenizer, chat_template=chat_template)
+
+    def __call__(self, images: Any = None, text: str | list[str] | None = None, **kwargs: Any) -> BatchFeature:
+        """`input_ids` and `attention_mask` (B, T), padded on the left, and `pixel_values` (N, 3, H, W) if there are images.
+
+        Args:
+            images: PIL pictures in the order of their `<image>`s; a list of lists, one for each text, is the same.
+            text: with an `<image>` for each picture. Special tokens are not added: a chat template writes its own.
+
+        Raises:
+            DataError: another number of `<image>`s than of images.
+        """
+        texts = [text] if isinstance(text, str) else list(text or [])
+        pictures = flat(images)
+        found = sum(one.count(IMAGE) for one in texts)
+        if found != len(pictures):
+            raise DataError(f"the text has {found} {IMAGE} and {len(pictures)} images were given; there must be one for each")
+        options = {k: v for k, v in kwargs.items() if k not in ("videos", "audio", "images_kwargs", "return_tensors")}
+        options = {"padding": len(texts) > 1, "add_special_tokens": False, **options, **options.pop("text_kwargs", {})}
+        grown = [one.replace(IMAGE, IMAGE * self.tokens_per_image) for one in texts]
+        tensors = kwargs.get("return_tensors", "pt")
+        encoded = self.tokenizer(grown, padding_side="left", return_tensors=tensors, **options)
+        encoded = {name: encoded[name] for name in ("input_ids", "attention_mask")}
+        pixels = self.image_processor(pictures, return_tensors=tensors) if pictures else {}
+        return BatchFeature({**encoded, **pixels})
+
+
+def flat(images: Any) -> list[Image.Image]:
+    """One picture, a list or lists of them -> a list."""
+    if images is None:
+        return []
+    if isinstance(images, Iterable) and not isinstance(images, Image.Image):
+        return [picture for part in images for picture in flat(part)]
+    if not isinstance(images, Image.Image):
+        raise DataError(f"an image is a {type(images).__name__}, and a PIL picture is needed")
+    return [images]

@@ -1,0 +1,209 @@
+"""A run leaves owlfuse: what transformers, peft and owlfuse make of the folder."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from peft import PeftModel
+from PIL import Image
+from safetensors import safe_open
+from transformers import AutoModelForImageTextToText, AutoProcessor, pipeline
+
+import owlfuse
+from owlfuse import train
+from owlfuse.cli import main
+from owlfuse.config import ConfigError, compose
+from owlfuse.hub.export import load_exported, load_run
+from owlfuse.types import DataError
+
+EXPERIMENTS = ("shapes_owl1", "shapes_owl2", "shapes_owl3")
+LORA = ("model/adapter@model.adapter.llm=lora", "model/adapter@model.adapter.fusion=lora", "model.adapter.fusion.r=4")
+QUESTION = "What color is the circle?"
+
+
+def of_run(folder):
+    """A question about a picture as the run's own data encode it, and its logits by the run's model."""
+    trained = load_run(folder)
+    model = trained.model
+    config = compose([f"resume={folder}"])
+    data = train.build(config.data)
+    data.bind(model.vision.preprocessing, model.fusion.tokens_per_image)
+    loader = data.validation_loader("val", 2, batch_size=2)
+    batch = next(iter(loader))
+    with torch.no_grad():
+        return model, batch, model(batch)
+
+
+def exported(train_run, name, out, *options, overrides=()):
+    run = train_run(name, f"experiment={name.partition('-')[0]}", *overrides)
+    assert main(["export", str(run), str(out), *options]) == 0
+    return run
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_logits_are_identical_after_export_by_every_way_of_loading(experiment, train_run, tmp_path):
+    out = tmp_path / "out"
+    _, batch, expected = of_run(exported(train_run, experiment, out))
+    with torch.no_grad():
+        assert torch.equal(owlfuse.load(out)(batch), expected)
+        auto = AutoModelForImageTextToText.from_pretrained(out).eval()
+        logits = auto(batch.input_ids, batch.attention_mask, batch.pixel_values).logits
+    assert torch.equal(logits, expected)
+    files = {path.name for path in out.iterdir()}
+    assert {"config.json", "model.safetensors", "generation_config.json", "tokenizer.json", "README.md"} <= files
+    assert {"processor_config.json", "chat_template.jinja"} <= files
+    assert "val/exact_match" in (out / "README.md").read_text()
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_the_processor_makes_what_the_training_data_have(experiment, train_run, tmp_path):
+    out = tmp_path / "out"
+    run = exported(train_run, experiment, out)
+    config = compose([f"resume={run}"])
+    data = train.build(config.data)
+    model = load_run(run).model
+    data.bind(model.vision.preprocessing, model.fusion.tokens_per_image)
+    source = data.validation["val"]
+    from owlfuse.data.chat import question_samples
+
+    sample = question_samples(source[0])[0][0]
+    expected = data.prompts([(sample, source)])
+    picture = Image.open(source.image_root / sample.images[0])
+    question = sample.messages[0]["content"][-1]["text"].lstrip("\n")
+    content = [{"type": "image", "image": picture}, {"type": "text", "text": question}]
+    processor = AutoProcessor.from_pretrained(out)
+    got = processor.apply_chat_template(
+        [{"role": "user", "content": content}], tokenize=True, add_generation_prompt=True, return_dict=True, return_tensors="pt"
+    )
+    assert torch.equal(got["input_ids"], expected.input_ids)
+    assert torch.equal(got["pixel_values"], expected.pixel_values)
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_transformers_pipeline_answers_as_the_model_does(experiment, train_run, tmp_path):
+    out = tmp_path / "out"
+    exported(train_run, experiment, out)
+    picture = Image.new("RGB", (90, 60), "red")
+    content = [{"type": "image", "image": picture}, {"type": "text", "text": QUESTION}]
+    answer = pipeline("image-text-to-text", model=str(out))
+    got = answer(text=[{"role": "user", "content": content}], return_full_text=False, max_new_tokens=5, do_sample=False)
+    model, processor = AutoModelForImageTextToText.from_pretrained(out), AutoProcessor.from_pretrained(out)
+    inputs = processor(images=picture, text=f"<|user|><image>\n{QUESTION}<|assistant|>")
+    ids = model.generate(**inputs, max_new_tokens=5, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+    assert got[0]["generated_text"] == processor.decode(ids, skip_special_tokens=True)
+
+
+def test_a_fresh_process_reads_it_after_import_owlfuse_in_either_order_of_imports(train_run, tmp_path):
+    out = tmp_path / "out"
+    exported(train_run, "shapes_owl3", out)
+    for first, second in (("import owlfuse", "import transformers"), ("import transformers", "import owlfuse")):
+        code = (
+            f"{first}\n{second}\n"
+            "from transformers import AutoModelForImageTextToText, AutoProcessor, AutoConfig\n"
+            f"model = AutoModelForImageTextToText.from_pretrained({str(out)!r})\n"
+            f"print(type(model).__name__, type(AutoProcessor.from_pretrained({str(out)!r})).__name__)\n"
+        )
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+        assert done.stdout.split() == ["OwlfuseForConditionalGeneration", "OwlfuseProcessor"], done.stderr
+
+
+@pytest.mark.parametrize("experiment", ["shapes_owl2", "shapes_owl3"])
+def test_lora_is_written_in_pefts_format_and_loads_onto_the_base(experiment, train_run, tmp_path):
+    out, merged = tmp_path / "out", tmp_path / "merged"
+    run = exported(train_run, f"{experiment}-lora", out, overrides=LORA)
+    assert main(["export", str(run), str(merged), "merge=true"]) == 0
+    model, batch, expected = of_run(run)
+    assert any(".lora_B" in name and value.abs().max() > 0 for name, value in model.named_parameters())
+    inputs = (batch.input_ids, batch.attention_mask, batch.pixel_values)
+    base = AutoModelForImageTextToText.from_pretrained(out).eval()
+    with torch.no_grad():
+        assert not torch.allclose(base(*inputs).logits, expected)
+        assert torch.equal(owlfuse.load(out)(batch), expected)
+        assert torch.equal(PeftModel.from_pretrained(base, out / "adapter").eval()(*inputs).logits, expected)
+        torch.testing.assert_close(owlfuse.load(merged)(batch), expected, rtol=1e-4, atol=1e-5)
+    config = json.loads((out / "adapter" / "adapter_config.json").read_text())
+    assert set(config["rank_pattern"].values()) <= {4, 8}
+    assert not (merged / "adapter").exists()
+    with safe_open(merged / "model.safetensors", "pt") as file:
+        assert not [name for name in file.keys() if "lora" in name or "base_layer" in name]  # noqa: SIM118
+
+
+def test_large_weights_are_sharded(train_run, tmp_path):
+    out = tmp_path / "out"
+    run = exported(train_run, "shapes_owl1", out, "max_shard_size=1MB")
+    assert len(list(out.glob("model-*.safetensors"))) > 2
+    assert (out / "model.safetensors.index.json").exists()
+    _, batch, expected = of_run(run)
+    with torch.no_grad():
+        assert torch.equal(owlfuse.load(out)(batch), expected)
+
+
+@pytest.mark.parametrize("name", ["shapes_owl1", "shapes_owl3-lora"])
+def test_a_run_starts_from_an_export(name, train_run, tmp_path, work):
+    out = tmp_path / "out"
+    run = exported(train_run, name, out, overrides=LORA if name.endswith("lora") else ())
+    experiment = name.partition("-")[0]
+    started = train_run(f"{experiment}-from-{name}", f"init_from={out}", "trainer.max_steps=1", "optim.lr=0")
+    config = compose([f"resume={started}"])
+    assert config.model.fusion["_target_"] == compose([f"resume={run}"]).model.fusion["_target_"]
+    weights = dict(load_run(started).model.named_parameters())
+    base = load_exported(out, merge=True)[0].model
+    assert all(torch.equal(weights[own], value) for own, value in base.named_parameters())
+
+
+def test_init_from_refuses_parts_that_are_not_the_folders(train_run, tmp_path):
+    out = tmp_path / "out"
+    exported(train_run, "shapes_owl1", out)
+    with pytest.raises(ConfigError, match="has fusion Concat, and ModalityAdaptive is asked for"):
+        train.run(compose([f"init_from={out}", "model/fusion=modality_adaptive"]))
+    with pytest.raises(ConfigError, match="has no config.json"):
+        train.run(compose([f"init_from={tmp_path / 'nowhere'}"]))
+
+
+def test_an_existing_folder_is_kept_and_a_failed_export_leaves_none(train_run, tmp_path, capsys, monkeypatch):
+    out = tmp_path / "out"
+    run = exported(train_run, "shapes_owl1", out)
+    before = sorted(path.name for path in out.iterdir())
+    assert main(["export", str(run), str(out)]) == 1
+    assert "exists and is not empty" in capsys.readouterr().err
+    assert sorted(path.name for path in out.iterdir()) == before
+
+    def fail(*args, **kwargs):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr("owlfuse.hub.export.model_card", fail)
+    with pytest.raises(OSError, match="no space"):
+        main(["export", str(run), str(tmp_path / "other")])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
+
+
+@pytest.mark.parametrize("cut", ["truncated", "no config", "other model", "not json"])
+def test_a_damaged_folder_is_told_in_one_line(cut, train_run, tmp_path):
+    out = tmp_path / "out"
+    exported(train_run, "shapes_owl1", out)
+    weights, config = out / "model.safetensors", out / "config.json"
+    if cut == "truncated":
+        weights.write_bytes(weights.read_bytes()[:-1000])
+    elif cut == "no config":
+        config.unlink()
+    elif cut == "other model":
+        config.write_text('{"model_type": "llama"}')
+    else:
+        config.write_text("{")
+    wanted = {"truncated": "model.safetensors", "no config": "no config.json"}.get(cut, "config.json")
+    with pytest.raises(DataError, match=wanted) as caught:
+        owlfuse.load(out)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("target", ["os.system", "owlfuse.data.shapes.write_shapes", "subprocess.Popen"])
+def test_a_config_may_not_name_what_is_no_part_of_a_model(target, train_run, tmp_path):
+    out = tmp_path / "out"
+    exported(train_run, "shapes_owl1", out)
+    config = json.loads((out / "config.json").read_text())
+    config["connector"]["_target_"] = target
+    (out / "config.json").write_text(json.dumps(config))
+    with pytest.raises(DataError, match="connector"):
+        owlfuse.load(out)

@@ -1,0 +1,105 @@
+"""The chat: questions about real pictures, answered by a model in the form that it is exported in."""
+
+import io
+import sys
+
+import pytest
+import torch
+from PIL import Image
+
+from helpers import llm_fields, model_node
+from owlfuse.chat import Conversation
+from owlfuse.cli import main
+from owlfuse.data.datamodule import load_tokenizer
+from owlfuse.data.shapes import write_shapes
+from owlfuse.hub.export import Trained, export, load_exported, processor_of, wrap
+from owlfuse.model import build_model
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A random model with the shapes' own tokenizer."""
+    folder = tmp_path_factory.mktemp("chat") / "shapes"
+    write_shapes(str(folder), train_pictures=40, val_pictures=4, held_out_pictures=6, text_train=100, text_val=8)
+    tokenizer = load_tokenizer(str(folder / "tokenizer"))
+    torch.manual_seed(0)
+    model = build_model(model_node("hyperattention-adaptive", llm=llm_fields("qwen2")), len(tokenizer))[0].eval()
+    return Trained(model, tokenizer, None)
+
+
+@pytest.fixture(scope="module")
+def folder(trained, tmp_path_factory):
+    """It exported, with two pictures beside."""
+    work = tmp_path_factory.mktemp("talk")
+    export(trained, work / "out")
+    for color in ("red", "blue"):
+        Image.new("RGB", (50, 40), color).save(work / f"{color}.png")
+    return work
+
+
+def answer_of(folder, pictures, prompt):
+    """The greedy answer by the processor and generate alone."""
+    model, processor = load_exported(folder / "out")
+    images = [Image.open(folder / f"{name}.png") for name in pictures] or None
+    inputs = processor(images=images, text=prompt)
+    ids = model.generate(**inputs, do_sample=False, max_new_tokens=8)[0, inputs["input_ids"].shape[1] :]
+    return processor.decode(ids, skip_special_tokens=True)
+
+
+def test_one_question_is_answered_and_that_is_all(folder, capsys):
+    picture = str(folder / "red.png")
+    assert main(["chat", str(folder / "out"), "--image", picture, "What is it?", "--max-new-tokens", "8"]) == 0
+    assert capsys.readouterr().out == answer_of(folder, ["red"], "<|user|><image>\nWhat is it?<|assistant|>") + "\n"
+
+
+def test_a_conversation_remembers_what_was_said_and_shown(folder, capsys, monkeypatch):
+    lines = ["Hello", f"/image {folder / 'red.png'}", "What is it?", f"/image {folder / 'blue.png'}", "And this?", "/quit"]
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(lines) + "\n"))
+    assert main(["chat", str(folder / "out"), "--max-new-tokens", "8"]) == 0
+    printed = capsys.readouterr().out
+    first = answer_of(folder, [], "<|user|>Hello<|assistant|>")
+    so_far = f"<|user|>Hello<|assistant|>{first}<|end|><|user|><image>\nWhat is it?<|assistant|>"
+    second = answer_of(folder, ["red"], so_far)
+    third = answer_of(folder, ["red", "blue"], f"{so_far}{second}<|end|><|user|><image>\nAnd this?<|assistant|>")
+    places = [printed.index(answer + "\n") for answer in (first, second, third)]
+    assert places == sorted(places)
+
+
+def test_a_mistake_is_told_and_the_conversation_goes_on(folder, capsys, monkeypatch):
+    lines = ["/image nowhere.png", "/imgae", "What is <image> this?", "Hello"]
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(lines) + "\n"))
+    assert main(["chat", str(folder / "out"), "--max-new-tokens", "8"]) == 0
+    printed = capsys.readouterr().out
+    assert "no image nowhere.png" in printed
+    assert "/image PATH" in printed
+    assert "1 <image> and 0 images" in printed
+    assert answer_of(folder, [], "<|user|>Hello<|assistant|>") in printed
+
+
+def test_ctrl_c_stops_the_answer_and_keeps_what_was_said(trained):
+    conversation = Conversation(
+        wrap(trained.model, trained.tokenizer),
+        processor_of(trained.model, trained.tokenizer),
+        max_new_tokens=50,
+        do_sample=False,
+    )
+    conversation.model.generation_config.suppress_tokens = [trained.tokenizer.eos_token_id]
+    pieces = []
+
+    def write(text):
+        pieces.append(text)
+        if len(pieces) == 3:
+            raise KeyboardInterrupt
+
+    answer = conversation.ask("Hello", write)
+    assert 0 < len(answer) < 200
+    assert [message["role"] for message in conversation.messages] == ["user", "assistant"]
+    assert conversation.messages[-1]["content"][0]["text"] == answer
+    assert conversation.ask("And now?", lambda text: None)
+
+
+def test_what_is_no_model_is_told_in_one_line(tmp_path, capsys):
+    assert main(["chat", str(tmp_path), "Hello"]) == 1
+    error = capsys.readouterr().err
+    assert "has no config.json" in error
+    assert error.count("\n") == 1
