@@ -10,8 +10,7 @@ from typing import Any
 import torch
 from transformers import TextStreamer
 
-from owlfuse.data.datamodule import MAX_PIXELS
-from owlfuse.data.images import open_image
+from owlfuse.data.images import MAX_PIXELS, open_image
 from owlfuse.hub.export import load_exported, load_run, processor_of, wrap
 from owlfuse.hub.modeling import OwlfuseForConditionalGeneration
 from owlfuse.hub.processing import OwlfuseProcessor

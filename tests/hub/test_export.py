@@ -86,13 +86,16 @@ def test_transformers_pipeline_answers_as_the_model_does(experiment, train_run, 
     out = tmp_path / "out"
     exported(train_run, experiment, out)
     picture = Image.new("RGB", (90, 60), "red")
-    content = [{"type": "image", "image": picture}, {"type": "text", "text": QUESTION}]
+    picture.save(tmp_path / "a.png")
     answer = pipeline("image-text-to-text", model=str(out))
-    got = answer(text=[{"role": "user", "content": content}], return_full_text=False, max_new_tokens=5, do_sample=False)
+    got = []
+    for shown in ({"image": picture}, {"path": str(tmp_path / "a.png")}):
+        chat = [{"role": "user", "content": [{"type": "image", **shown}, {"type": "text", "text": QUESTION}]}]
+        got += answer(text=chat, return_full_text=False, max_new_tokens=5, do_sample=False)
     model, processor = AutoModelForImageTextToText.from_pretrained(out), AutoProcessor.from_pretrained(out)
     inputs = processor(images=picture, text=f"<|user|><image>\n{QUESTION}<|assistant|>")
     ids = model.generate(**inputs, max_new_tokens=5, do_sample=False)[0, inputs["input_ids"].shape[1] :]
-    assert got[0]["generated_text"] == processor.decode(ids, skip_special_tokens=True)
+    assert [one["generated_text"] for one in got] == [processor.decode(ids, skip_special_tokens=True)] * 2
 
 
 def test_a_fresh_process_reads_it_after_import_owlfuse_in_either_order_of_imports(train_run, tmp_path):

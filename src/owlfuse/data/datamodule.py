@@ -15,11 +15,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from owlfuse.data.chat import ChatEncoder
 from owlfuse.data.collate import Collator, Skipped
 from owlfuse.data.formats.base import Source
-from owlfuse.data.images import open_image
+from owlfuse.data.images import MAX_PIXELS, open_image
 from owlfuse.data.mixture import Mixture
 from owlfuse.types import Batch, DataError, Encoded, Sample
-
-MAX_PIXELS = 100_000_000
 
 
 class Preprocess(Protocol):

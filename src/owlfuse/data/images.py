@@ -8,6 +8,9 @@ from PIL import Image, ImageOps
 
 from owlfuse.types import DataError
 
+MAX_PIXELS = 100_000_000
+"""Of a picture, where nothing else is said."""
+
 
 def open_image(root: Path, path: str, name: str, max_pixels: int) -> Image.Image:
     """The picture at `path` below `root`, RGB, EXIF rotation applied, transparency on white.

@@ -87,7 +87,7 @@ def wrap(model: MultimodalLM, tokenizer: Any) -> OwlfuseForConditionalGeneration
     image = tokenizer.convert_tokens_to_ids("<image>")
     if image == tokenizer.unk_token_id or image is None:
         raise DataError("the tokenizer has no <image> token; add it: tokenizer.add_special_tokens")
-    return OwlfuseForConditionalGeneration.wrap(model, image, {"eos_token_id": end, "pad_token_id": pad})
+    return OwlfuseForConditionalGeneration.wrap(model, image, {"eos_token_id": end, "pad_token_id": pad, "max_new_tokens": 256})
 
 
 def processor_of(model: MultimodalLM, tokenizer: Any) -> OwlfuseProcessor:

@@ -5,16 +5,18 @@ N images, H and W their size in pixels, B rows, T text positions.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
 from transformers import BatchFeature, ProcessorMixin
 from transformers.image_processing_utils import BaseImageProcessor
+from transformers.image_transforms import to_pil_image
+from transformers.image_utils import load_image
 
 from owlfuse.data.formats.base import IMAGE
-from owlfuse.data.images import to_rgb
+from owlfuse.data.images import MAX_PIXELS, open_image, to_rgb
 from owlfuse.types import DataError
 from owlfuse.vision import Preprocessing
 
@@ -69,7 +71,7 @@ class OwlfuseImageProcessor(BaseImageProcessor):
         return cls(size, list(preprocessing.mean), list(preprocessing.std), preprocessing.interpolation)
 
     def __call__(self, images: Any, return_tensors: str | None = "pt", **kwargs: Any) -> BatchFeature:
-        """PIL pictures of any size and mode, one or a list, also nested."""
+        """Pictures of any size and mode, one or a list, also nested: PIL, paths, URLs, arrays."""
         size = (self.size["height"], self.size["width"])
         preprocess = Preprocessing(size, tuple(self.image_mean), tuple(self.image_std), self.interpolation)
         pixels = [preprocess(to_rgb(picture)) for picture in flat(images)]
@@ -97,7 +99,7 @@ class OwlfuseProcessor(ProcessorMixin):
         """`input_ids` and `attention_mask` (B, T), padded on the left, and `pixel_values` (N, 3, H, W) if there are images.
 
         Args:
-            images: PIL pictures in the order of their `<image>`s; a list of lists, one for each text, is the same.
+            images: pictures in the order of their `<image>`s (see `flat`); a list of lists, one for each text, is the same.
             text: with an `<image>` for each picture. Special tokens are not added: a chat template writes its own.
 
         Raises:
@@ -119,11 +121,21 @@ class OwlfuseProcessor(ProcessorMixin):
 
 
 def flat(images: Any) -> list[Image.Image]:
-    """One picture, a list or lists of them -> a list."""
+    """One picture, a list or lists of them -> a list of PIL pictures. A picture may be a path, a URL or an array."""
     if images is None:
         return []
-    if isinstance(images, Iterable) and not isinstance(images, Image.Image):
+    if isinstance(images, list | tuple):
         return [picture for part in images for picture in flat(part)]
-    if not isinstance(images, Image.Image):
-        raise DataError(f"an image is a {type(images).__name__}, and a PIL picture is needed")
-    return [images]
+    if isinstance(images, Image.Image):
+        return [images]
+    if isinstance(images, str | Path):
+        path = Path(images).expanduser()
+        if str(images).startswith(("http://", "https://", "data:")):
+            return [load_image(str(images))]
+        return [open_image(path.parent, path.name, "prompt", MAX_PIXELS)]
+    try:
+        return [to_pil_image(images)]
+    except (ValueError, TypeError) as error:
+        raise DataError(
+            f"an image is a {type(images).__name__}; give a PIL picture, a path, a URL or an array: {error}"
+        ) from None
