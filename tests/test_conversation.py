@@ -77,12 +77,7 @@ def test_a_mistake_is_told_and_the_conversation_goes_on(folder, capsys, monkeypa
 
 
 def test_ctrl_c_stops_the_answer_and_keeps_what_was_said(trained):
-    conversation = Conversation(
-        wrap(trained.model, trained.tokenizer),
-        processor_of(trained.model, trained.tokenizer),
-        max_new_tokens=50,
-        do_sample=False,
-    )
+    conversation = Conversation(wrap(trained), processor_of(trained), max_new_tokens=50, do_sample=False)
     conversation.model.generation_config.suppress_tokens = [trained.tokenizer.eos_token_id]
     pieces = []
 

@@ -31,7 +31,7 @@ def load_talker(folder: Path) -> tuple[OwlfuseForConditionalGeneration, OwlfuseP
     """
     if (folder / "config.yaml").exists():
         trained = load_run(folder)
-        return wrap(trained.model, trained.tokenizer), processor_of(trained.model, trained.tokenizer)
+        return wrap(trained), processor_of(trained)
     model, processor = load_exported(folder)
     if processor is None:
         raise DataError(f"{folder} has no tokenizer, so there is nothing to chat with; import it from a folder with one")

@@ -127,6 +127,12 @@ def _export(arguments: argparse.Namespace) -> None:
     export_command(arguments.run, arguments.out, arguments.overrides)
 
 
+def _import(arguments: argparse.Namespace) -> None:
+    from owlfuse.hub.commands import import_command
+
+    import_command(arguments.folder, arguments.out, arguments.overrides)
+
+
 def _chat(arguments: argparse.Namespace) -> None:
     from owlfuse.chat import chat
 
@@ -144,6 +150,7 @@ COMMANDS = {
     "train": _train,
     "eval": _eval,
     "export": _export,
+    "import": _import,
     "chat": _chat,
     "bench": _bench,
     "data": _data,
@@ -191,6 +198,11 @@ def _parser() -> Parser:
     export.add_argument("run", metavar="RUN", help="a run's folder, or one that was exported or imported")
     export.add_argument("out", metavar="OUT", help="a folder that is written")
     export.add_argument("overrides", nargs="*", help="merge=true folds LoRA in; layout=released; max_shard_size=5GB")
+
+    released = commands.add_parser("import", help="read a released mPLUG-Owl1, 2 or 3 checkpoint", **layout)
+    released.add_argument("folder", metavar="FOLDER", help="with a released config.json and weights")
+    released.add_argument("out", metavar="OUT", help="a folder that is written in owlfuse's own format")
+    released.add_argument("overrides", nargs="*", help="max_shard_size=5GB")
 
     chat = commands.add_parser("chat", help="talk to a model about pictures", **layout)
     chat.add_argument("folder", metavar="OUT", help="an exported or imported folder, or a run's")

@@ -25,9 +25,11 @@ class MultimodalLM(nn.Module):
 
     Attributes:
         nodes: the configuration of each part that the model was assembled from; None for one put together by hand.
+        released: an `owlfuse.released.Released`, of a model that was read from a released checkpoint.
     """
 
     nodes: dict[str, Any] | None = None
+    released: Any = None
 
     def __init__(self, vision: nn.Module, connector: nn.Module, fusion: Fusion, llm: PreTrainedModel) -> None:
         super().__init__()

@@ -4,15 +4,18 @@ import math
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch.nn import functional as F
 
-from goldens_mapping import abstractor_of, read
-from helpers import all_connectors, each
+from helpers import REPO, all_connectors, each
 from owlfuse.connectors.abstractor import Abstractor, SwiGLU
 from owlfuse.connectors.linear import LinearConnector
 from owlfuse.connectors.mlp import MLPConnector
 from owlfuse.model import make_part
 from owlfuse.positions import sincos_1d, sincos_2d, sincos_2d_spread
+from owlfuse.released import load
+
+GOLDENS = REPO / "tests" / "goldens"
 
 # patches and grid: square, with a class token, not square, tokens that are no grid
 SHAPES = [(16, (4, 4)), (17, (4, 4)), (6, (2, 3)), (7, (1, 7))]
@@ -103,14 +106,14 @@ def test_an_mlp_without_layers_is_an_error(depth):
 @pytest.mark.parametrize("family", ["owl1", "owl2"])
 @torch.no_grad()
 def test_the_abstractor_gives_the_released_tokens(family):
-    _, _, io = read(family)
-    got = abstractor_of(family)(io["vision_features"])
+    io = load_file(GOLDENS / family / "io.safetensors")
+    got = load(GOLDENS / family).connector(io["vision_features"])
     torch.testing.assert_close(got, io["abstractor_tokens"], rtol=0, atol=1e-5)
 
 
 def test_position_tables_are_those_of_the_released_checkpoint():
-    _, weights, _ = read("owl2")
-    abstractor = abstractor_of("owl2")
+    weights = load_file(GOLDENS / "owl2" / "model.safetensors")
+    abstractor = Abstractor(48, 64, 17, (4, 4), queries=8, layers=2, heads=4, positions=True)
     for layer in range(2):
         attention = f"model.visual_abstractor.encoder.layers.{layer}.crossattention.attention"
         torch.testing.assert_close(abstractor.query_positions, weights[f"{attention}.q_pos_embed"], rtol=0, atol=1e-6)

@@ -9,6 +9,7 @@ import torch
 from peft import PeftModel
 from PIL import Image
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, AutoProcessor, pipeline
 
 import owlfuse
@@ -199,6 +200,44 @@ def test_a_damaged_folder_is_told_in_one_line(cut, train_run, tmp_path):
     with pytest.raises(DataError, match=wanted) as caught:
         owlfuse.load(out)
     assert "\n" not in str(caught.value)
+
+
+def changed(weights, change):
+    """Rewrites a safetensors file."""
+    tensors = load_file(weights)
+    change(tensors)
+    save_file(tensors, weights, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.pop("model.connector.proj.weight"), r"model.connector.proj.weight \(missing\)"),
+        (lambda t: t.update(extra=torch.ones(2)), r"extra \(unexpected\)"),
+        (
+            lambda t: t.update({"model.connector.proj.bias": torch.ones(3)}),
+            r"proj.bias \(3,\), expected \(128,\) \(",
+        ),
+        (lambda t: t.update({"model.connector.proj.bias": torch.ones(128, dtype=torch.int32)}), "proj.bias is I32"),
+    ],
+    ids=["missing", "left over", "wrong shape", "wrong type"],
+)
+def test_weights_that_do_not_fit_are_listed(change, message, train_run, tmp_path):
+    out = tmp_path / "out"
+    exported(train_run, "shapes_owl1", out)
+    changed(out / "model.safetensors", change)
+    with pytest.raises(DataError, match=message) as caught:
+        owlfuse.load(out)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_processor_whose_tokenizer_lost_the_placeholder_says_so(train_run, tmp_path):
+    out = tmp_path / "out"
+    exported(train_run, "shapes_owl1", out)
+    for file in (out / "tokenizer.json", out / "tokenizer_config.json"):
+        file.write_text(file.read_text().replace("<image>", "<elsewhere>"))
+    with pytest.raises(DataError, match="the tokenizer has no <image>"):
+        AutoProcessor.from_pretrained(out)
 
 
 @pytest.mark.parametrize("target", ["os.system", "owlfuse.data.shapes.write_shapes", "subprocess.Popen"])

@@ -5,7 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from owlfuse.config import ConfigError
+from owlfuse.hub.adapter import merge_lora
 from owlfuse.hub.export import Trained, check_exported, export, load_exported, load_run
+from owlfuse.hub.importing import import_released
+from owlfuse.released import save
 
 LAYOUTS = ("owlfuse", "released")
 
@@ -30,7 +33,22 @@ def export_command(source: str, out: str, words: list[str]) -> None:
         raise ConfigError(f"command line: layout={options['layout']}: one of {', '.join(LAYOUTS)}")
     trained = read_trained(Path(source).expanduser())
     merge, shards = options["merge"] == "true", options["max_shard_size"]
+    if options["layout"] == "released":
+        if merge:
+            merge_lora(trained.model)
+        save(trained.model, out, max_shard_size=shards)
+        print(f"{out} is in the released layout")
+        return
     export(trained, Path(out), merge=merge, max_shard_size=shards, source=Path(source).name)
+    print(f"{out}: chat with it by `owlfuse chat {out}`, start a run from it by init_from={out}")
+
+
+def import_command(source: str, out: str, words: list[str]) -> None:
+    """A released mPLUG-Owl into OUT."""
+    options = read_options(words, {"max_shard_size": "5GB"})
+    differences = import_released(Path(source).expanduser(), Path(out), options["max_shard_size"])
+    for name, value in differences.items():
+        print(f"largest difference from io.safetensors, {name}: {value:.2e}")
     print(f"{out}: chat with it by `owlfuse chat {out}`, start a run from it by init_from={out}")
 
 
@@ -39,4 +57,6 @@ def read_trained(folder: Path) -> Trained:
     if (folder / "config.yaml").exists():
         return load_run(folder)
     wrapped, processor = load_exported(check_exported(folder))
-    return Trained(wrapped.model, processor.tokenizer if processor else None, None)
+    if processor is None:
+        return Trained(wrapped.model, None, None)
+    return Trained(wrapped.model, processor.tokenizer, None, processor.image_token)

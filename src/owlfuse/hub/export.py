@@ -7,10 +7,6 @@ processor_config.json, README.md (the model card) and, of a run with LoRA, adapt
 from __future__ import annotations
 
 import json
-import shutil
-import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,15 +18,19 @@ from transformers import AutoProcessor
 
 from owlfuse.data.chat import ChatEncoder
 from owlfuse.data.datamodule import load_tokenizer
+from owlfuse.data.formats.base import IMAGE
+from owlfuse.folders import whole_folder
 from owlfuse.hub.adapter import merge_lora, save_lora, without_lora
 from owlfuse.hub.card import model_card
 from owlfuse.hub.modeling import OwlfuseForConditionalGeneration
 from owlfuse.hub.processing import FLATTEN, OwlfuseImageProcessor, OwlfuseProcessor
 from owlfuse.model import MultimodalLM, build_model
+from owlfuse.released.record import read_record, write_record
 from owlfuse.runs import last_checkpoint
 from owlfuse.types import DataError
 
-ADAPTER = "adapter"
+KEYS = ("missing_keys", "unexpected_keys", "mismatched_keys")
+ADAPTER, RELEASED = "adapter", "released"
 
 
 @dataclass
@@ -41,6 +41,8 @@ class Trained:
     tokenizer: Any
     results: dict[str, Any] | None
     """results.json, where the run has one."""
+    image_token: str = IMAGE
+    """What stands for an image in the tokenizer."""
 
 
 def load_run(folder: Path) -> Trained:
@@ -65,7 +67,7 @@ def export(trained: Trained, out: Path, merge: bool = False, max_shard_size: str
         FileExistsError: OUT holds something.
     """
     model = trained.model
-    wrapped = wrap(model, trained.tokenizer)
+    wrapped = wrap(trained)
     if merge:
         merge_lora(model)
     with whole_folder(out) as folder:
@@ -73,51 +75,41 @@ def export(trained: Trained, out: Path, merge: bool = False, max_shard_size: str
         if not merge:
             save_lora(wrapped, folder / ADAPTER)
         if trained.tokenizer is not None:
-            processor_of(model, trained.tokenizer).save_pretrained(folder)
+            processor_of(trained).save_pretrained(folder)
+        if released := model.released:
+            write_record(released, folder / RELEASED)
         (folder / "README.md").write_text(model_card(model, trained.results, source, (folder / ADAPTER).exists()))
     return out
 
 
-def wrap(model: MultimodalLM, tokenizer: Any) -> OwlfuseForConditionalGeneration:
+def wrap(trained: Trained) -> OwlfuseForConditionalGeneration:
     """As a model of transformers; answers end with the tokenizer's end of sequence."""
+    tokenizer = trained.tokenizer
     if tokenizer is None:
-        return OwlfuseForConditionalGeneration.wrap(model, None)
+        return OwlfuseForConditionalGeneration.wrap(trained.model, None)
     end = tokenizer.eos_token_id
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else end
-    image = tokenizer.convert_tokens_to_ids("<image>")
-    if image == tokenizer.unk_token_id or image is None:
-        raise DataError("the tokenizer has no <image> token; add it: tokenizer.add_special_tokens")
-    return OwlfuseForConditionalGeneration.wrap(model, image, {"eos_token_id": end, "pad_token_id": pad, "max_new_tokens": 256})
-
-
-def processor_of(model: MultimodalLM, tokenizer: Any) -> OwlfuseProcessor:
-    """Preprocessing, tokenizer and chat template. The template takes messages whose content has parts, whatever the
-    tokenizer's own takes."""
-    tokenizer.padding_side = "left"
-    return OwlfuseProcessor(
-        OwlfuseImageProcessor.of(model.vision.preprocessing),
-        tokenizer,
-        chat_template=FLATTEN + tokenizer.chat_template.removeprefix(FLATTEN),
-        tokens_per_image=model.fusion.tokens_per_image,
+    image = tokenizer.get_vocab().get(trained.image_token)
+    if image is None:
+        raise DataError(f"the tokenizer has no {trained.image_token}; give it: tokenizer.add_special_tokens")
+    return OwlfuseForConditionalGeneration.wrap(
+        trained.model, image, {"eos_token_id": end, "pad_token_id": pad, "max_new_tokens": 256}
     )
 
 
-@contextmanager
-def whole_folder(out: Path) -> Iterator[Path]:
-    """A folder beside `out` that takes its name at the end, and is gone if anything fails."""
-    out = out.expanduser()
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise FileExistsError(f"{out} exists and is not empty; choose another folder or delete it")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    beside = out.with_name(f".{out.name}.{uuid.uuid4().hex}")
-    beside.mkdir()
-    try:
-        yield beside
-        if out.exists():
-            out.rmdir()
-        beside.rename(out)
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
+def processor_of(trained: Trained) -> OwlfuseProcessor:
+    """Preprocessing, tokenizer and chat template. The template takes messages whose content has parts, whatever the
+    tokenizer's own takes."""
+    tokenizer, image_token = trained.tokenizer, trained.image_token
+    tokenizer.padding_side = "left"
+    flatten = FLATTEN.replace(IMAGE, image_token)
+    return OwlfuseProcessor(
+        OwlfuseImageProcessor.of(trained.model.vision.preprocessing),
+        tokenizer,
+        chat_template=flatten + tokenizer.chat_template.removeprefix(flatten),
+        tokens_per_image=trained.model.fusion.tokens_per_image,
+        image_token=image_token,
+    )
 
 
 def load_exported(
@@ -130,15 +122,31 @@ def load_exported(
     """
     folder = check_exported(folder)
     check_weights(folder)
-    wrapped = OwlfuseForConditionalGeneration.from_pretrained(folder, attn_implementation=attention)
+    wrapped, found = OwlfuseForConditionalGeneration.from_pretrained(
+        folder, attn_implementation=attention, ignore_mismatched_sizes=True, output_loading_info=True
+    )
+    if wrong := [f"{name} ({what.removesuffix('_keys')})" for what in KEYS for name in map(name_of, found[what])]:
+        raise DataError(f"{folder}: the weights do not fit config.json: {', '.join(sorted(wrong))}; export it anew")
     if (folder / ADAPTER).is_dir():
         from peft import PeftModel
 
         PeftModel.from_pretrained(wrapped, folder / ADAPTER)
         if merge:
             merge_lora(wrapped.model)
+    if (folder / RELEASED).is_dir():
+        wrapped.model.released = read_record(folder / RELEASED)
     has_processor = (folder / "processor_config.json").exists()
     return wrapped.eval(), AutoProcessor.from_pretrained(folder) if has_processor else None
+
+
+def is_weight(name: str) -> bool:
+    """Not a counter, as batch norms have."""
+    return not name.endswith("num_batches_tracked")
+
+
+def name_of(entry: str | tuple) -> str:
+    """A tensor's name; with the shapes found and expected, where transformers gives them."""
+    return entry if isinstance(entry, str) else f"{entry[0]} {tuple(entry[1])}, expected {tuple(entry[2])}"
 
 
 def check_weights(folder: Path) -> None:
@@ -147,12 +155,14 @@ def check_weights(folder: Path) -> None:
     shards = set(json.loads(index.read_text())["weight_map"].values()) if index.exists() else {"model.safetensors"}
     for name in sorted(shards):
         try:
-            with safe_open(folder / name, "pt"):
-                pass
+            with safe_open(folder / name, "pt") as file:
+                kinds = {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
         except FileNotFoundError:
             raise DataError(f"{folder / name} is missing; export or copy the folder anew") from None
         except (SafetensorError, OSError) as error:
             raise DataError(f"{folder / name} is damaged ({error}); export or copy it anew") from error
+        if wrong := [f"{own} is {kind}" for own, kind in kinds.items() if not kind.startswith(("F", "BF")) and is_weight(own)]:
+            raise DataError(f"{folder / name}: {', '.join(wrong)}, and weights are floating-point numbers; export it anew")
 
 
 def check_exported(folder: Path) -> Path:

@@ -115,11 +115,13 @@ class OwlfuseForConditionalGeneration(PreTrainedModel, GenerationMixin):
             attention_mask = input_ids.new_ones(len(input_ids), earlier + steps)
         if visual is None:
             visual = self.encode(input_ids, pixel_values)
+        placeholder = self.placeholder(visual, attention_mask.shape[1])[:, -steps:]
+        unknown = placeholder & (input_ids >= self.get_input_embeddings().num_embeddings)
         batch = Batch(
-            input_ids=input_ids,
+            input_ids=input_ids.masked_fill(unknown, 0),  # an image's tokens stand there, the id does not matter
             attention_mask=attention_mask,
             labels=labels,
-            placeholder=self.placeholder(visual, attention_mask.shape[1])[:, -steps:],
+            placeholder=placeholder,
             pixel_values=pixel_values,
             image_mask=None,
             image_index=visual.image_index,

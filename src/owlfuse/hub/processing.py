@@ -83,6 +83,7 @@ class OwlfuseProcessor(ProcessorMixin):
 
     Args:
         tokens_per_image: the model's.
+        image_token: the tokenizer's token that stands for an image.
     """
 
     def __init__(
@@ -91,8 +92,12 @@ class OwlfuseProcessor(ProcessorMixin):
         tokenizer: Any,
         chat_template: str | None = None,
         tokens_per_image: int = 1,
+        image_token: str = IMAGE,
     ) -> None:
+        if image_token not in tokenizer.get_vocab():
+            raise DataError(f"the tokenizer has no {image_token}, which stands for an image; take the one that was exported")
         self.tokens_per_image = tokens_per_image
+        self.image_token = image_token
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
 
     def __call__(self, images: Any = None, text: str | list[str] | None = None, **kwargs: Any) -> BatchFeature:
@@ -107,12 +112,13 @@ class OwlfuseProcessor(ProcessorMixin):
         """
         texts = [text] if isinstance(text, str) else list(text or [])
         pictures = flat(images)
-        found = sum(one.count(IMAGE) for one in texts)
+        token = self.image_token
+        found = sum(one.count(token) for one in texts)
         if found != len(pictures):
-            raise DataError(f"the text has {found} {IMAGE} and {len(pictures)} images were given; there must be one for each")
+            raise DataError(f"the text has {found} {token} and {len(pictures)} images were given; there must be one for each")
         options = {k: v for k, v in kwargs.items() if k not in ("videos", "audio", "images_kwargs", "return_tensors")}
         options = {"padding": len(texts) > 1, "add_special_tokens": False, **options, **options.pop("text_kwargs", {})}
-        grown = [one.replace(IMAGE, IMAGE * self.tokens_per_image) for one in texts]
+        grown = [one.replace(token, token * self.tokens_per_image) for one in texts]
         tensors = kwargs.get("return_tensors", "pt")
         encoded = self.tokenizer(grown, padding_side="left", return_tensors=tensors, **options)
         encoded = {name: encoded[name] for name in ("input_ids", "attention_mask")}

@@ -1,0 +1,29 @@
+"""Folders that appear whole or not at all."""
+
+from __future__ import annotations
+
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def whole_folder(out: Path | str) -> Iterator[Path]:
+    """A folder beside `out` that takes its name at the end, and is gone if anything fails.
+
+    Raises:
+        FileExistsError: `out` holds something.
+    """
+    out = Path(out).expanduser()
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise FileExistsError(f"{out} exists and is not empty; choose another folder or delete it")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    beside = out.with_name(f".{out.name}.{uuid.uuid4().hex}")
+    beside.mkdir()
+    try:
+        yield beside
+        beside.rename(out)  # onto an empty folder too
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
