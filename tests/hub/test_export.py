@@ -160,8 +160,14 @@ def test_a_run_starts_from_an_export(name, train_run, tmp_path, work):
 def test_init_from_refuses_parts_that_are_not_the_folders(train_run, tmp_path):
     out = tmp_path / "out"
     exported(train_run, "shapes_owl1", out)
-    with pytest.raises(ConfigError, match="has fusion Concat, and ModalityAdaptive is asked for"):
-        train.run(compose([f"init_from={out}", "model/fusion=modality_adaptive"]))
+    for override, message in {
+        "model/fusion=modality_adaptive": "has model.fusion with _target_ .*Concat, and .*ModalityAdaptive is asked for",
+        "model.vision.image_size=128": "has model.vision with image_size 32, and 128 is asked for",
+        "model.llm.config.hidden_size=64": "has model.llm with hidden_size 128, and 64 is asked for",
+        "model.llm.pretrained=some/llm": "has model.llm with pretrained None, and some/llm is asked for",
+    }.items():
+        with pytest.raises(ConfigError, match=message):
+            train.run(compose([f"init_from={out}", override]))
     with pytest.raises(ConfigError, match="has no config.json"):
         train.run(compose([f"init_from={tmp_path / 'nowhere'}"]))
 

@@ -2,12 +2,13 @@
 
 import pytest
 import torch
-from transformers import TextStreamer
+from transformers import DynamicCache, TextStreamer
 
 from helpers import PLACEHOLDER, ROWS, VOCAB, all_fusions, alone, each, images_of, llm_fields, make_batch, make_model, perturb
 from helpers import fusion_parameters as fusion_of
 from owlfuse.fusion.hyperattention import VisualAttention
 from owlfuse.hub.modeling import OwlfuseForConditionalGeneration
+from owlfuse.llm import cache_argument
 from owlfuse.types import DataError
 
 END = VOCAB - 1
@@ -107,6 +108,21 @@ def test_as_many_beams_as_tokens_find_the_likeliest_pair_of_each_row(node):
     found = model.generate(**given, num_beams=VOCAB, do_sample=False, max_new_tokens=2)[:, -2:]
     for row, ids in enumerate(rows):
         assert found[row].tolist() == best_pair(model, ids, batch.pixel_values[images_of(batch, row)])
+
+
+@each(all_fusions())
+def test_generation_goes_on_from_a_cache_of_the_prompts_beginning(node):
+    model = wrapped(node)
+    _, given = inputs(model, LATER)
+    cache = DynamicCache(config=model.model.llm.config)
+    begun, visual = given["input_ids"].shape[1] - 3, model.encode(given["input_ids"], given["pixel_values"])
+    with torch.no_grad():
+        model(given["input_ids"][:, :begun], visual=visual, cache=cache)
+    expected = model.generate(**given, do_sample=False, max_new_tokens=6)
+    argument = {cache_argument(model.model.llm): cache}
+    assert torch.equal(model.generate(**given, **argument, do_sample=False, max_new_tokens=6), expected)
+    with pytest.raises(ValueError, match="give `visual` too"):
+        model(given["input_ids"][:, -1:], cache=cache)
 
 
 def test_sampling_is_repeated_by_the_seed():

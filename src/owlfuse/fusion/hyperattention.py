@@ -75,7 +75,8 @@ class HyperAttention(Fusion):
             return embeddings, {"visual": RowVisual(None, None, visible, visual.kept)}
         tokens = visual.tokens[visual.image_index.clamp(0)].flatten(1, 2).to(embeddings.dtype)  # (B, S, D)
         # MI-RoPE: all patches of an image take the position of its placeholder
-        positions = position_ids.gather(1, visual.image_positions.clamp(0, steps - 1))
+        everywhere = (batch.attention_mask.cumsum(1) - 1).clamp_min(0)  # of earlier positions too, which a cache may hold
+        positions = everywhere.gather(1, visual.image_positions.clamp(0, length - 1))
         positions = positions.repeat_interleave(self.connector_tokens, dim=1)
         return embeddings, {"visual": RowVisual(tokens, rotary(llm, tokens, positions), visible, visual.kept)}
 

@@ -86,7 +86,8 @@ def wrap(trained: Trained) -> OwlfuseForConditionalGeneration:
     """As a model of transformers; answers end with the tokenizer's end of sequence."""
     tokenizer = trained.tokenizer
     if tokenizer is None:
-        return OwlfuseForConditionalGeneration.wrap(trained.model, None)
+        released = trained.model.released
+        return OwlfuseForConditionalGeneration.wrap(trained.model, released.image_token_id if released else None)
     end = tokenizer.eos_token_id
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else end
     image = tokenizer.get_vocab().get(trained.image_token)

@@ -46,7 +46,7 @@ class OwlfuseForConditionalGeneration(PreTrainedModel, GenerationMixin):
             self.post_init()
 
     @classmethod
-    def wrap(cls, model: MultimodalLM, image_token_id: int, generation: dict[str, Any] | None = None):
+    def wrap(cls, model: MultimodalLM, image_token_id: int | None, generation: dict[str, Any] | None = None):
         """A model that is in memory, for generation or export. `generation`: fields of the generation configuration."""
         nodes = {name: node for name, node in (model.nodes or {}).items() if name != "llm"}
         config = OwlfuseConfig(
@@ -102,7 +102,7 @@ class OwlfuseForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
         Args:
             pixel_values: (N, 3, H, W) of the images in the order of their placeholders. Not needed with `visual`.
-            visual: what `encode` gave for the whole prompt.
+            visual: what `encode` gave for the whole prompt; needed with a cache that holds a part of it.
             cache: or `past_key_values`, as older transformers call it: with one that holds earlier positions, `input_ids` are
                 the new ones and `attention_mask` (all ones by default) covers both.
         """
@@ -114,6 +114,10 @@ class OwlfuseForConditionalGeneration(PreTrainedModel, GenerationMixin):
         if attention_mask is None:
             attention_mask = input_ids.new_ones(len(input_ids), earlier + steps)
         if visual is None:
+            if earlier:
+                raise ValueError(
+                    "the cache holds earlier positions: give `visual` too, which `encode` makes of the whole prompt"
+                )
             visual = self.encode(input_ids, pixel_values)
         placeholder = self.placeholder(visual, attention_mask.shape[1])[:, -steps:]
         unknown = placeholder & (input_ids >= self.get_input_embeddings().num_embeddings)
@@ -147,6 +151,10 @@ class OwlfuseForConditionalGeneration(PreTrainedModel, GenerationMixin):
         Raises:
             DataError: placeholders that are no whole images, or more or fewer of them than images.
         """
+        if self.config.image_token_id is None:
+            raise DataError(
+                "config.json has no image_token_id, the id that stands for an image; set model.config.image_token_id"
+            )
         taken = input_ids == self.config.image_token_id
         per_image = self.config.tokens_per_image
         found, rest = divmod(int(taken.sum()), per_image)

@@ -24,21 +24,31 @@ def adopt_parts(config: DictConfig) -> None:
         nodes = OwlfuseConfig.from_pretrained(check_exported(Path(config.init_from))).nodes()
     except DataError as error:
         raise ConfigError(f"init_from: {error}") from error
-    default = compose(["experiment=null"]).model
+    default = OmegaConf.to_container(compose(["experiment=null"]).model, resolve=True)
+    asked = OmegaConf.to_container(config.model, resolve=True)
     for part, node in nodes.items():
-        asked, usual, given = (kind_of(OmegaConf.create(n)) for n in (config.model[part], default[part], node))
-        if asked not in (usual, given):
-            raise ConfigError(f"init_from: {config.init_from} has {part} {given}, and {asked} is asked for; leave it out")
-    llm = {**config.model.llm, "pretrained": None, "config": nodes["llm"]["config"]}
+        differing = differences(asked[part], default[part], node)
+        if part == "llm":
+            differing |= differences(asked[part].get("config") or {}, default[part]["config"], node["config"])
+        if differing:
+            key, (found, wanted) = next(iter(differing.items()))
+            raise ConfigError(
+                f"init_from: {config.init_from} has model.{part} with {key} {found}, and {wanted} is asked for; leave it out"
+            )
+    llm = {**asked["llm"], "pretrained": None, "config": nodes["llm"]["config"]}
     with open_dict(config):
         config.model.update({**nodes, "llm": llm})
 
 
-def kind_of(node: DictConfig) -> str:
-    """What a part is, in a word or two: its class with the backbone's name, the gate or the LLM's type."""
-    details = (node.get("name"), node.get("gate"), node.get("pretrained") if node.get("config") is None else None)
-    own = OmegaConf.select(node, "config.model_type")
-    return " ".join(str(d) for d in (node["_target_"].rpartition(".")[2], *details, own) if isinstance(d, str))
+def differences(asked: dict[str, Any], usual: dict[str, Any], given: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """The keys that are asked for otherwise than by default and than the folder has them: what it has, and what is asked for.
+    How a part computes or is loaded is not among them."""
+    free = ("pretrained", "gguf_file", "dtype", "attention", "gradient_checkpointing", "config")
+    names = [name for name in asked if name not in free and asked[name] != usual.get(name) and name in {*given, "_target_"}]
+    found = {name: (given[name], asked[name]) for name in names if asked[name] != given[name]}
+    if asked.get("pretrained") not in (None, False, usual.get("pretrained")) and "_target_" in asked:
+        found["pretrained"] = (None, asked["pretrained"])
+    return found
 
 
 def load_base(folder: str, llm: dict[str, Any], vocab_size: int) -> MultimodalLM:
