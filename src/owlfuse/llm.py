@@ -77,10 +77,14 @@ def random_config(config: dict[str, Any], vocab_size: int):
     heads, groups = made.num_attention_heads, getattr(made, "num_key_value_heads", None)
     if groups and heads % groups:
         raise ValueError(f"config: num_attention_heads is {heads}, which num_key_value_heads of {groups} does not divide")
-    known = set(inspect.signature(type(made).__init__).parameters) | set(vars(type(made)())) | {"head_dim"}
-    if unknown := sorted(set(fields) - known):
+    if unknown := sorted(set(fields) - known_fields(type(made))):
         raise ValueError(f"config: {', '.join(unknown)} unknown to {type(made).__name__}")
     return made
+
+
+def known_fields(kind: type) -> set[str]:
+    """The keys of a configuration class of transformers."""
+    return set(inspect.signature(kind.__init__).parameters) | set(vars(kind())) | {"head_dim"}
 
 
 def check_folder(pretrained: str) -> None:

@@ -16,7 +16,7 @@ import owlfuse
 from owlfuse import train
 from owlfuse.cli import main
 from owlfuse.config import ConfigError, compose
-from owlfuse.hub.export import load_exported, load_run
+from owlfuse.hub.export import export, load_exported, load_run
 from owlfuse.types import DataError
 
 EXPERIMENTS = ("shapes_owl1", "shapes_owl2", "shapes_owl3")
@@ -132,6 +132,16 @@ def test_lora_is_written_in_pefts_format_and_loads_onto_the_base(experiment, tra
     assert not (merged / "adapter").exists()
     with safe_open(merged / "model.safetensors", "pt") as file:
         assert not [name for name in file.keys() if "lora" in name or "base_layer" in name]  # noqa: SIM118
+
+
+def test_what_an_llm_from_elsewhere_has_in_its_configuration_does_not_keep_it_from_loading(train_run, tmp_path):
+    """As one that was read from a GGUF file: how it was quantised, and a token that its class does not know."""
+    trained = load_run(train_run("shapes_owl1", "experiment=shapes_owl1"))
+    trained.model.llm.config.quantization_config = {"quant_method": "gguf"}
+    trained.model.llm.config.unk_token_id = 0
+    export(trained, tmp_path / "out")
+    assert "quantization_config" not in (tmp_path / "out/config.json").read_text()
+    assert owlfuse.load(tmp_path / "out").llm.config.hidden_size == 128
 
 
 def test_large_weights_are_sharded(train_run, tmp_path):

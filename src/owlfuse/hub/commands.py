@@ -6,7 +6,7 @@ from pathlib import Path
 
 from owlfuse.config import ConfigError
 from owlfuse.hub.adapter import merge_lora
-from owlfuse.hub.export import Trained, check_exported, export, load_exported, load_run
+from owlfuse.hub.export import ADAPTER, Trained, check_exported, export, load_exported, load_run
 from owlfuse.hub.importing import import_released
 from owlfuse.released import save
 
@@ -40,6 +40,8 @@ def export_command(source: str, out: str, words: list[str]) -> None:
         print(f"{out} is in the released layout")
         return
     export(trained, Path(out), merge=merge, max_shard_size=shards, source=Path(source).name)
+    if (Path(out).expanduser() / ADAPTER).is_dir():
+        print(f"the LoRA adapter is in {out}/{ADAPTER}, and {out}'s weights are those without it; merge=true folds it in")
     print(f"{out}: chat with it by `owlfuse chat {out}`, start a run from it by init_from={out}")
 
 

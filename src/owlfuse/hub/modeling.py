@@ -49,9 +49,12 @@ class OwlfuseForConditionalGeneration(PreTrainedModel, GenerationMixin):
     def wrap(cls, model: MultimodalLM, image_token_id: int | None, generation: dict[str, Any] | None = None):
         """A model that is in memory, for generation or export. `generation`: fields of the generation configuration."""
         nodes = {name: node for name, node in (model.nodes or {}).items() if name != "llm"}
+        text_config = copy.deepcopy(model.llm.config)  # transformers writes its attention into it
+        if getattr(text_config, "quantization_config", None) is not None:
+            del text_config.quantization_config  # of the GGUF file that it was read from; the weights are plain by now
         config = OwlfuseConfig(
             **nodes,
-            text_config=copy.deepcopy(model.llm.config),  # transformers writes its attention into it
+            text_config=text_config,
             image_token_id=image_token_id,
             tokens_per_image=model.fusion.tokens_per_image,
         )
