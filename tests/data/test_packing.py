@@ -9,7 +9,7 @@ import torch
 from test_datamodule import batches, make
 
 from owlfuse.data.collate import Collator, Skipped
-from owlfuse.data.packing import Padding, best_fit, checked, join
+from owlfuse.data.packing import Padding, best_fit, checked, join, least_padding, positions
 from owlfuse.types import DataError, Encoded
 
 
@@ -64,6 +64,27 @@ def test_it_is_the_best_fit_of_each_item_from_the_longest_on(seed):
 def test_the_tightest_row_is_taken_and_not_the_first():
     assert best_fit([6, 7, 3, 4], 10) == [[0, 3], [1, 2]]
     assert best_fit([5, 8, 2], 10) == [[0], [1, 2]]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_packed_rows_never_hold_more_padding_than_unpacked_ones_or_than_rows_of_the_full_length(seed):
+    chance = random.Random(seed)
+    lengths = [chance.randint(40, 80) for _ in range(chance.choice([1, 3, 8, 32]))]
+    rows = least_padding(lengths, 256)
+    assert sorted(i for row in rows for i in row) == list(range(len(lengths)))
+    assert all(sum(lengths[i] for i in row) <= 256 for row in rows)
+    assert positions(rows, lengths) <= len(lengths) * max(lengths)
+    assert positions(rows, lengths) <= positions(best_fit(lengths, 256), lengths)
+    assert rows == least_padding(lengths, 256)
+
+
+def test_rows_are_as_long_as_leaves_no_row_half_empty():
+    assert positions(best_fit([10] * 3, 20), [10] * 3) == 40
+    assert least_padding([10] * 3, 20) == [[0], [1], [2]]
+    assert least_padding([10] * 4, 20) == [[0, 1], [2, 3]]  # no padding either way: as few rows as may be
+    assert least_padding([], 20) == []
+    with pytest.raises(ValueError, match="item 0 is 21 long"):
+        least_padding([21], 20)
 
 
 def test_an_item_longer_than_a_row_is_an_error():

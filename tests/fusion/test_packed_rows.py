@@ -132,10 +132,10 @@ def test_an_image_has_the_position_of_its_placeholder_in_its_own_sample():
 
 
 def test_positions_start_anew_at_each_sample_and_are_zero_at_padding():
-    batch = collate([[11, 12, 13], [21], [22], [31, 32], [41, 42, 43, 44]], 1, 7)
-    assert batch.segment_ids.tolist() == [[1, 1, 1, 2, 2, 2, 2], [1, 2, 3, 3, 0, 0, 0]]
-    assert batch.positions().tolist() == [[0, 1, 2, 0, 1, 2, 3], [0, 0, 0, 1, 0, 0, 0]]
-    assert batch.labels.tolist() == [[-100, 12, 13, -100, 42, 43, 44], [-100, -100, -100, 32, -100, -100, -100]]
+    batch = collate([[11, 12, 13], [21], [22], [31, 32], [41, 42, 43, 44], [51, 52]], 1, 7)
+    assert batch.segment_ids.tolist() == [[1, 1, 1, 2, 2, 2, 2], [1, 2, 3, 3, 4, 4, 0]]
+    assert batch.positions().tolist() == [[0, 1, 2, 0, 1, 2, 3], [0, 0, 0, 1, 0, 1, 0]]
+    assert batch.labels.tolist() == [[-100, 12, 13, -100, 42, 43, 44], [-100, -100, -100, 32, -100, 52, -100]]
 
 
 def test_gradient_checkpointing_keeps_the_samples_apart_too():
