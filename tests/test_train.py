@@ -60,6 +60,12 @@ def losses(folder):
         return {int(row["step"]): float(row["train/loss"]) for row in csv.DictReader(file) if row.get("train/loss")}
 
 
+def logged(folder, name):
+    """The values of a metric in metrics.csv, in order."""
+    with (folder / "metrics.csv").open() as file:
+        return [float(row[name]) for row in csv.DictReader(file) if row.get(name)]
+
+
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_an_experiment_leaves_all_that_explains_it(experiment):
     run_folder = run(f"experiment={experiment}", "name=a", "trainer.max_steps=3", "seed=5", "trainer.log_every_n_steps=1")
@@ -100,6 +106,28 @@ def test_accumulation_does_not_change_the_steps():
     assert losses(parts) == pytest.approx(losses(whole), abs=1e-5)
     for name, tensor in weights(whole).items():
         assert torch.allclose(tensor, weights(parts)[name], atol=2e-5), name
+
+
+def test_packing_does_not_change_the_steps_and_says_what_padding_it_saves():
+    """In two micro batches, whose rows may differ in number."""
+    common = ("experiment=shapes_owl3", "trainer.max_steps=2", "model/vision=timm", "model.vision.name=test_vit")
+    common += ("model.vision.pretrained=false", "trainer.log_every_n_steps=1", "optim=adamw", "evaluation.max_questions=1")
+    unpacked = run(*common, "name=unpacked")
+    before = logged(unpacked, "data/padding")
+    assert logged(unpacked, "data/padding_unpacked") == before
+    assert all(0 < share < 0.5 for share in before)
+    packed = run(*common, "name=packed", "data.pack_to=512", "data.micro_batch_size=4")
+    assert losses(packed) == pytest.approx(losses(unpacked), abs=1e-5)
+    for name, tensor in weights(unpacked).items():
+        assert torch.allclose(tensor, weights(packed)[name], atol=2e-5), name
+    after, without = logged(packed, "data/padding"), logged(packed, "data/padding_unpacked")
+    assert all(0 <= a < b for a, b in zip(after, without, strict=True))
+
+
+def test_a_row_too_short_for_the_longest_sample_is_refused_in_one_line():
+    with pytest.raises(ConfigError, match="shapes_owl1: pack_to is 256 and max_length 512: a row must hold the longest sample"):
+        run("experiment=shapes_owl1", "name=short_rows", "data.pack_to=256")
+    assert not Path("runs/shapes_owl1/short_rows").exists()
 
 
 def start(*overrides):

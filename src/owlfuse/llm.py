@@ -15,6 +15,8 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from owlfuse.types import Batch
+
 NORMS = ("input_layernorm", "post_attention_layernorm")
 KEY_VALUE = ("k_proj", "v_proj")
 
@@ -137,3 +139,22 @@ def rotate(attention: nn.Module, states: Tensor, cos: Tensor, sin: Tensor) -> Te
 def cache_argument(llm: PreTrainedModel) -> str:
     """What the LLM's forward calls its key-value cache: `cache` from transformers 5.24 on, `past_key_values` before."""
     return "cache" if "cache" in inspect.signature(llm.forward).parameters else "past_key_values"
+
+
+def mask_argument(llm: PreTrainedModel, batch: Batch, cache: Any = None) -> Tensor | None:
+    """The `attention_mask` of the LLM's forward: the batch's (B, T), or None for packed rows.
+
+    Without one, and without a cache, transformers tells the samples of a row apart by position ids that do not go up by one,
+    and puts that into the mask of each kind of layer, sliding windows included. A token of padding, at position 0, sees itself.
+
+    Raises:
+        ValueError: packed rows with a cache, or with flash attention, which keeps the samples of a single row apart and not
+            those of several.
+    """
+    if batch.segment_ids is None:
+        return batch.attention_mask
+    if cache is not None:
+        raise ValueError("packed rows cannot go on from a cache: give each sample a row of its own (pack_to: null)")
+    if "flash" in llm.config._attn_implementation:
+        raise ValueError("packed rows need the attention sdpa: set model.llm.attention=sdpa, or data.pack_to=null")
+    return None

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from owlfuse.adapters import PARTS, Part, PartSummary, apply_adapters
 from owlfuse.build import build
 from owlfuse.fusion.base import Fusion
-from owlfuse.llm import cache_argument, decoder_layers, width
+from owlfuse.llm import cache_argument, decoder_layers, mask_argument, width
 from owlfuse.types import Batch, VisualTokens
 
 
@@ -51,14 +51,14 @@ class MultimodalLM(nn.Module):
         if visual is None:
             visual = self.encode(batch)
         steps = batch.input_ids.shape[1]
-        position_ids = (batch.attention_mask.cumsum(1) - 1).clamp_min(0)[:, -steps:]
+        position_ids = batch.positions()[:, -steps:]
         embeddings = self.llm.get_input_embeddings()(batch.input_ids)
         embeddings, arguments = self.fusion(embeddings, visual, batch, position_ids, self.llm)
         if cache is not None:
             arguments[cache_argument(self.llm)] = cache
         return self.llm(
             inputs_embeds=embeddings,
-            attention_mask=batch.attention_mask,
+            attention_mask=mask_argument(self.llm, batch, cache),
             position_ids=position_ids,
             use_cache=cache is not None,
             logits_to_keep=logits_to_keep,

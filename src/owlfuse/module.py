@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from owlfuse.adapters import print_summary
+from owlfuse.data.packing import Padding
 from owlfuse.hub.start import load_base
 from owlfuse.model import MultimodalLM, build_model
 from owlfuse.optim import AdamWCosine
@@ -36,6 +37,7 @@ class MultimodalModule(lightning.LightningModule):
         self.skipped: list[tuple[str, str, str]] = []
         self.loss_sum = 0.0
         self.token_count = 0
+        self.padding = Padding()
 
     def configure_model(self) -> None:
         """Builds the model once, where Lightning wants it built."""
@@ -52,6 +54,7 @@ class MultimodalModule(lightning.LightningModule):
         self.count_skipped(batch)
         self.loss_sum = self.loss_sum + loss.detach()
         self.token_count = self.token_count + tokens
+        self.padding.add(batch)
         return loss * (self.trainer.accumulate_grad_batches * self.trainer.world_size)
 
     def count_skipped(self, batch: Batch) -> None:
@@ -65,14 +68,17 @@ class MultimodalModule(lightning.LightningModule):
                 raise DataError(f"source {source} had {count} wrong samples, over its max_skips of {limit}; the last: {reason}")
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Divides the gradients by the supervised tokens of the global batch, and logs its loss."""
-        totals = torch.stack([self.loss_sum, self.token_count.to(self.loss_sum)])
-        loss_sum, tokens = self.trainer.strategy.reduce(totals, reduce_op="sum")
+        """Divides the gradients by the supervised tokens of the global batch, and logs its loss and its share of padding."""
+        padding = torch.tensor([self.padding.tokens, self.padding.unpacked, self.padding.positions]).to(self.loss_sum)
+        totals = torch.stack([self.loss_sum, self.token_count.to(self.loss_sum), *padding])
+        loss_sum, tokens, *padding = self.trainer.strategy.reduce(totals, reduce_op="sum")
+        for name, share in Padding(*padding).shares().items():
+            self.log(f"data/{name}", share)
         tokens = tokens.clamp_min(1)
         gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         torch._foreach_div_(gradients, tokens)
         self.log("train/loss", loss_sum / tokens, prog_bar=True)
-        self.loss_sum, self.token_count = 0.0, 0
+        self.loss_sum, self.token_count, self.padding = 0.0, 0, Padding()
 
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Loss per supervised token of the validation sources, `<source>/loss`."""

@@ -66,13 +66,29 @@ class Batch:
     """(B, I) which of the N images a row's images are, -1 for none."""
     image_positions: Tensor
     """(B, I) index in the row of each image's first placeholder, T for none."""
+    segment_ids: Tensor | None = None
+    """(B, T) k at the tokens of a row's k-th sample, from 1, and 0 at padding, which is on the right then. None: a row is one
+    sample. Samples of a row see nothing of each other, images included."""
     ids: list[str] = field(default_factory=list)
+    """Of the samples, in the order of their rows and within a row in the order of its samples; `sources`, `lengths` too."""
     sources: list[str] = field(default_factory=list)
+    lengths: list[int] = field(default_factory=list)
+    """The tokens of each sample. Plain numbers, so that no tensor is read to know how much is padding."""
     skipped: list[tuple[str, str, str]] = field(default_factory=list)
     """(source, sample, reason) of the samples that this batch lacks, where the policy is to skip."""
 
     has_images: bool = True
     """False for the batch with a blank image. A plain bool, so that no tensor is read to know it."""
+
+    def positions(self) -> Tensor:
+        """(B, T) the place of each token in its sample, from 0. Padding has 0, or on the right of a row that is one sample the
+        place of its last token."""
+        if self.segment_ids is None:
+            return (self.attention_mask.cumsum(1) - 1).clamp_min(0)
+        here = torch.arange(self.segment_ids.shape[1], device=self.segment_ids.device).expand_as(self.segment_ids)
+        begins = self.segment_ids.diff(dim=1, prepend=self.segment_ids.new_full((len(self.segment_ids), 1), -1)) != 0
+        first = torch.where(begins, here, 0).cummax(1).values
+        return (here - first) * self.attention_mask
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch with its tensors on `device`."""

@@ -5,10 +5,18 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from owlfuse.data.formats.base import IMAGE
 from owlfuse.types import DataError, Encoded, Sample
+
+
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """A tokenizer from a folder or a hub name. Raises DataError where there is none."""
+    try:
+        return AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise DataError(f"tokenizer: {name}: {str(error).splitlines()[0]}") from error
 
 
 class ChatEncoder:

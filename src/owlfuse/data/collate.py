@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from owlfuse.data.packing import join, pack
 from owlfuse.types import Batch, DataError, Encoded
 
 
@@ -22,19 +24,31 @@ class Skipped:
 
 @dataclass
 class Collator:
-    """Pads rows to the longest, and puts one blank image into a batch without images."""
+    """Pads rows to the longest, and puts one blank image into a batch without images.
+
+    With `pack_to`, the samples of a batch share rows of at most so many tokens (see `packing.pack`). Nothing is carried over:
+    every sample of the batch is in one row of it.
+    """
 
     pad_id: int
     image_shape: tuple[int, int, int]
     """(3, H, W) of the blank image."""
     side: Literal["left", "right"] = "right"
+    pack_to: int | None = None
 
     def __call__(self, items: list[Encoded | Skipped]) -> Batch:
-        """Raises DataError where every sample was skipped."""
-        rows = [item for item in items if isinstance(item, Encoded)]
+        """Raises DataError where every sample was skipped, or a sample is longer than `pack_to`."""
+        samples = [item for item in items if isinstance(item, Encoded)]
         skipped = [(item.source, item.sample, item.reason) for item in items if isinstance(item, Skipped)]
-        if not rows:
+        if not samples:
             raise DataError(f"every sample of a batch was skipped; the first: {skipped[0][1]}: {skipped[0][2]}")
+        segments = None
+        if self.pack_to is None:
+            rows = samples
+        else:
+            packed = pack(samples, self.pack_to)
+            samples = [sample for row in packed for sample in row]
+            rows, segments = zip(*(join(row) for row in packed), strict=True)
         length = max(len(row.input_ids) for row in rows)
         pixels = [image for row in rows for image in row.pixel_values]
         image_index, image_positions = self.places(rows, length)
@@ -47,13 +61,15 @@ class Collator:
             image_mask=torch.full((max(len(pixels), 1),), bool(pixels)),
             image_index=image_index,
             image_positions=image_positions,
+            segment_ids=None if segments is None else self.pad(segments, length, 0),
             has_images=bool(pixels),
-            ids=[row.id for row in rows],
-            sources=[row.source for row in rows],
+            ids=[sample.id for sample in samples],
+            sources=[sample.source for sample in samples],
+            lengths=[len(sample.input_ids) for sample in samples],
             skipped=skipped,
         )
 
-    def pad(self, rows: list[Tensor], length: int, value: int | bool) -> Tensor:
+    def pad(self, rows: Sequence[Tensor], length: int, value: int | bool) -> Tensor:
         """Rows (T_i,) -> (B, T)."""
         out = torch.full((len(rows), length), value, dtype=rows[0].dtype)
         for filled, row in zip(out, rows, strict=True):
@@ -61,7 +77,7 @@ class Collator:
             filled[start : start + len(row)] = row
         return out
 
-    def places(self, rows: list[Encoded], length: int) -> tuple[Tensor, Tensor]:
+    def places(self, rows: Sequence[Encoded], length: int) -> tuple[Tensor, Tensor]:
         """Which images each row has (-1: none), and where their first placeholders stand (T: nowhere), (B, I) each."""
         most = max(1, *(len(row.image_positions) for row in rows))
         index = torch.full((len(rows), most), -1)

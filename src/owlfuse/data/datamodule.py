@@ -10,13 +10,13 @@ import lightning
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from owlfuse.data.chat import ChatEncoder
+from owlfuse.data.chat import ChatEncoder, load_tokenizer
 from owlfuse.data.collate import Collator, Skipped
 from owlfuse.data.formats.base import Source
 from owlfuse.data.images import MAX_PIXELS, open_image
 from owlfuse.data.mixture import Mixture
+from owlfuse.data.packing import checked
 from owlfuse.types import Batch, DataError, Encoded, Sample
 
 
@@ -36,10 +36,11 @@ class ChatData(lightning.LightningDataModule):
         tokenizer: a folder or a hub name.
         sources: what is trained on, by name.
         validation: what is evaluated, by name. Results of `a_b` stand beside those of `a` (see `evaluation`).
-        global_batch_size: rows of one optimizer step, over all ranks and accumulation steps.
-        micro_batch_size: rows that one rank takes at a time; by default the global batch over the ranks.
+        global_batch_size: samples of one optimizer step, over all ranks and accumulation steps.
+        micro_batch_size: samples that one rank takes at a time; by default the global batch over the ranks.
         workers: processes that load data; 0 loads in the training process.
         max_length: in tokens; a longer sample is an error or skipped, as its source's `on_error` says.
+        pack_to: the samples of a micro batch share rows of at most so many tokens in training; None: a row is one sample.
         max_pixels: of a picture; one with more is refused before it is decoded.
         validation_samples: how many samples of each validation source are looked at during training.
         prepare: called before anything is read; it writes data that are made on the spot.
@@ -60,6 +61,7 @@ class ChatData(lightning.LightningDataModule):
         seed: int = 0,
         prepare: Callable[[], None] | None = None,
         folder: str | None = None,
+        pack_to: int | None = None,
     ) -> None:
         super().__init__()
         if prepare is not None:
@@ -72,6 +74,7 @@ class ChatData(lightning.LightningDataModule):
         self.micro_batch_size = micro_batch_size
         self.workers = workers
         self.max_length = max_length
+        self.pack_to = checked(pack_to, max_length)
         self.max_pixels = max_pixels
         self.validation_samples = validation_samples
         self.tokenizer = load_tokenizer(tokenizer)
@@ -114,7 +117,8 @@ class ChatData(lightning.LightningDataModule):
             first_step=trainer.global_step,
         )
         dataset = MixtureDataset(self.mixture, self.sources, self.load)
-        return self.loader(dataset, batch_sampler=sampler, num_workers=self.workers, persistent_workers=self.workers > 0)
+        options = {"num_workers": self.workers, "persistent_workers": self.workers > 0}
+        return self.loader(dataset, self.pack_to, batch_sampler=sampler, **options)
 
     def val_dataloader(self) -> dict[str, DataLoader]:
         """The first samples of each validation source, whole chats."""
@@ -126,9 +130,9 @@ class ChatData(lightning.LightningDataModule):
         dataset = SourceDataset(source, range(min(limit or len(source), len(source))), self.load)
         return self.loader(dataset, batch_size=batch_size)
 
-    def loader(self, dataset: Dataset, **options: Any) -> DataLoader:
-        """A DataLoader of batches."""
-        collator = Collator(self.encoder.pad_id, self.image_shape)
+    def loader(self, dataset: Dataset, pack_to: int | None = None, **options: Any) -> DataLoader:
+        """A DataLoader of batches, a row to each sample unless they are packed."""
+        collator = Collator(self.encoder.pad_id, self.image_shape, pack_to=pack_to)
         return DataLoader(dataset, collate_fn=collator, worker_init_fn=ignore_interrupt, **options)
 
     def load(self, sample: Sample, root: Any, prompt: bool = False) -> Encoded:
@@ -174,14 +178,6 @@ class ChatData(lightning.LightningDataModule):
 def ignore_interrupt(worker: int) -> None:
     """Ctrl-C is the training process's to answer: a worker goes on until it is told to end."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
-def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    """A tokenizer from a folder or a hub name, with `<image>` among its tokens."""
-    try:
-        return AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise DataError(f"tokenizer: {name}: {str(error).splitlines()[0]}") from error
 
 
 def load_or_skip(load: Callable[[Sample, Any], Encoded], source: Source, index: int) -> Encoded | Skipped:

@@ -71,12 +71,14 @@ class HyperAttention(Fusion):
         here = torch.arange(length - steps, length, device=embeddings.device)
         visible = visual.image_positions[:, None, :] <= here[:, None]
         visible &= visual.image_index[:, None, :] >= 0  # (B, T, I)
+        begins = visual.image_positions.clamp(0, length - 1)
+        if batch.segment_ids is not None:  # packed rows, which no cache goes with
+            visible &= batch.segment_ids.gather(1, begins)[:, None, :] == batch.segment_ids[:, :, None]
         if visual.kept:
             return embeddings, {"visual": RowVisual(None, None, visible, visual.kept)}
         tokens = visual.tokens[visual.image_index.clamp(0)].flatten(1, 2).to(embeddings.dtype)  # (B, S, D)
         # MI-RoPE: all patches of an image take the position of its placeholder
-        everywhere = (batch.attention_mask.cumsum(1) - 1).clamp_min(0)  # of earlier positions too, which a cache may hold
-        positions = everywhere.gather(1, visual.image_positions.clamp(0, length - 1))
+        positions = batch.positions().gather(1, begins)  # of earlier positions too, which a cache may hold
         positions = positions.repeat_interleave(self.connector_tokens, dim=1)
         return embeddings, {"visual": RowVisual(tokens, rotary(llm, tokens, positions), visible, visual.kept)}
 
