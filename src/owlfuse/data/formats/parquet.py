@@ -1,0 +1,180 @@
+"""Parquet and Arrow tables with chats, through Hugging Face `datasets`: rows stay on disk and are mapped into memory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from owlfuse.data.formats.base import IMAGE, Source
+from owlfuse.data.turns import chat, pictures_of
+from owlfuse.types import DataError, Sample
+
+CHATS = ("messages", "conversations")
+IMAGES = ("images", "image")
+
+
+class Parquet(Source):
+    """Rows of Parquet files, Arrow files, or a folder that `Dataset.save_to_disk` wrote.
+
+    Parquet is written once as Arrow into a cache (the columns used alone), from which a row is reached without reading those
+    before it; the next opening finds it there. A picture is bytes, `{"bytes", "path"}` or a path below the image root, or a
+    list of these.
+
+    Args:
+        file: a path, a glob (`train-*.parquet`) or braces.
+        messages_column: chats as `turns.chat` takes them; by default `messages` or `conversations`, whichever is there.
+        question_column: with `answer_column` and instead of messages, a chat of one turn; pictures come first where the
+            question has no `<image>`.
+        answer_column: see `question_column`.
+        system_column: a text for the system turn.
+        image_column: by default `images` or `image`, whichever is there, or none.
+        id_column: what samples are called; by default `id` if it is there, else their place.
+        cache_dir: where the Arrow copy of Parquet is kept; by default Hugging Face's own cache (HF_DATASETS_CACHE).
+        others: see `Source`.
+
+    Raises:
+        DataError: at first use, a missing or damaged file, a column that a file lacks, no row, or no `datasets` to import.
+    """
+
+    def __init__(
+        self,
+        file: str,
+        image_root: str | None = None,
+        weight: float = 1.0,
+        on_error: Literal["error", "skip"] = "error",
+        max_skips: int = 100,
+        messages_column: str | None = None,
+        question_column: str | None = None,
+        answer_column: str | None = None,
+        system_column: str | None = None,
+        image_column: str | None = None,
+        id_column: str | None = None,
+        cache_dir: str | None = None,
+    ) -> None:
+        super().__init__(file, image_root, weight, on_error, max_skips)
+        if (question_column is None) != (answer_column is None) or (question_column and messages_column):
+            raise DataError(f"{file}: expected messages_column, or question_column and answer_column together")
+        self.asked = {
+            "messages": messages_column,
+            "question": question_column,
+            "answer": answer_column,
+            "system": system_column,
+            "images": image_column,
+            "id": id_column,
+        }
+        self.cache_dir = cache_dir
+
+    def files(self) -> list[Path]:
+        """See `Source`; of a folder, the Arrow files in it."""
+        return sorted(self.file.glob("*.arrow")) if self.file.is_dir() else super().files()
+
+    def open(self) -> Sequence[Any]:
+        """See `Source`."""
+        try:
+            import datasets  # noqa: F401
+            import pyarrow
+        except ImportError as error:
+            raise DataError(f"{self.file}: reading it needs the package datasets, which is not here: {error}") from error
+        files = self.files()
+        if not files:
+            raise DataError(f"{self.file}: holds no .arrow file")
+        try:
+            parquet = files[0].suffix != ".arrow"
+            rows, columns = parquet_schema(files) if parquet else (None, None)
+            if rows == 0:
+                return []
+            dataset = None if parquet else open_arrow(files)
+            places = self.places(columns or [dataset.column_names])
+            dataset = dataset or open_parquet(files, list(dict.fromkeys(places.values())), self.cache_dir)
+        except (pyarrow.ArrowException, OSError) as error:
+            raise DataError(f"{self.file} cannot be read: {str(error).splitlines()[0]}") from error
+        return Rows(dataset, places)
+
+    def places(self, columns: list[list[str]]) -> dict[str, str]:
+        """Which column each field is in, given those of each file. Raises DataError."""
+        have = columns[0]
+        found = {key: column for key, column in self.asked.items() if column is not None}
+        if "question" not in found:
+            found.setdefault("messages", next((c for c in CHATS if c in have), "messages"))
+        if image := next((c for c in IMAGES if c in have), None):
+            found.setdefault("images", image)
+        if "id" in have:
+            found.setdefault("id", "id")
+        for file, names in zip(self.files(), columns, strict=False):
+            for key, column in found.items():
+                if column not in names:
+                    hint = "; name it in the source's yaml, as messages_column or question_column" if key == "messages" else ""
+                    raise DataError(f"{file} has no column {column!r}; it has {', '.join(names)}{hint}")
+        return found
+
+    def sample(self, record: dict[str, Any], name: str) -> Sample:
+        """See `Source`."""
+        pictures = pictures_of({"images": record.get("images")}, name)
+        turns = record.get("messages")
+        if "question" in record:
+            question, answer = record["question"], record["answer"]
+            if not isinstance(question, str) or not isinstance(answer, str):
+                raise DataError(f"sample {name}: question is {str(question)[:40]}, answer {str(answer)[:40]}, expected texts")
+            shown = "" if not pictures or IMAGE in question else IMAGE * len(pictures) + "\n"
+            turns = [{"role": "user", "content": shown + question}, {"role": "assistant", "content": answer}]
+        if not isinstance(turns, list):
+            raise DataError(f"sample {name}: its chat is {str(turns)[:40]}, expected a list of turns")
+        system = [{"role": "system", "content": record["system"]}] if record.get("system") else []
+        messages, images = chat([*system, *turns], pictures, name)
+        return Sample(name, self.name, messages, images)
+
+
+class Rows(Sequence[dict[str, Any]]):
+    """The rows of a `datasets.Dataset`, as they are stored: pictures stay bytes."""
+
+    def __init__(self, dataset: Any, places: dict[str, str]) -> None:
+        self.table = dataset.select_columns(list(dict.fromkeys(places.values()))).with_format("arrow")
+        self.places = places
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        row = self.table[range(len(self))[index]].to_pylist()[0]
+        return {key: row[column] for key, column in self.places.items()}
+
+
+def parquet_schema(files: list[Path]) -> tuple[int, list[list[str]]]:
+    """Rows in all, and the column names of each file, from their footers."""
+    from pyarrow.parquet import ParquetFile
+
+    rows, columns = 0, []
+    for file in files:
+        with ParquetFile(file) as parquet:
+            rows += parquet.metadata.num_rows
+            columns.append(parquet.schema_arrow.names)
+    return rows, columns
+
+
+def open_parquet(files: list[Path], columns: list[str], cache_dir: str | None) -> Any:
+    """Parquet as a memory-mapped `datasets.Dataset`, by way of its Arrow copy. Raises DataError."""
+    from datasets import Dataset
+    from datasets.exceptions import DatasetGenerationError
+
+    try:
+        return Dataset.from_parquet([str(file) for file in files], columns=columns, cache_dir=cache_dir)
+    except DatasetGenerationError as error:
+        reason = str(error.__cause__ or error).splitlines()[0]
+        raise DataError(f"{files[0]} and {len(files) - 1} more cannot be read as one table: {reason}") from error
+
+
+def open_arrow(files: list[Path]) -> Any:
+    """Arrow files of either kind (stream, as `datasets` writes; file, as others do), mapped into memory."""
+    import pyarrow
+    from datasets import Dataset, concatenate_datasets
+
+    parts = []
+    for file in files:
+        with file.open("rb") as stream:
+            seekable = stream.read(6) == b"ARROW1"
+        if seekable:
+            parts.append(Dataset(pyarrow.ipc.open_file(pyarrow.memory_map(str(file))).read_all()))
+        else:
+            parts.append(Dataset.from_file(str(file)))
+    return concatenate_datasets(parts) if len(parts) > 1 else parts[0]
