@@ -14,6 +14,8 @@ WHOLE = 2**30
 """Bytes up to which a source's whole content is hashed."""
 ENDS = 2**24
 """Bytes of each end of a larger file, shared out where there are several files."""
+SHARE = 2**16
+"""The least that a file gets of them."""
 
 
 def expand_files(pattern: str) -> list[Path]:
@@ -64,7 +66,7 @@ def fingerprint(files: Sequence[Path]) -> str:
     try:
         sizes = [file.stat().st_size for file in files]
         if sum(sizes) > WHOLE:
-            ends = max(2**16, ENDS // len(files))
+            ends = max(SHARE, ENDS // len(files))
             whole = hashlib.sha256()
             for file, size in zip(files, sizes, strict=True):
                 with file.open("rb") as stream:

@@ -12,6 +12,9 @@ from owlfuse.types import DataError, Sample
 
 CHATS = ("messages", "conversations")
 IMAGES = ("images", "image")
+ROWS_PER_BATCH = 50_000
+"""Of the Arrow copy. Opening touches each batch's header and the pages around it: with the 1000 that `datasets` takes, ten
+million rows of text would be in memory wholly."""
 
 
 class Parquet(Source):
@@ -158,7 +161,8 @@ def open_parquet(files: list[Path], columns: list[str], cache_dir: str | None) -
     from datasets.exceptions import DatasetGenerationError
 
     try:
-        return Dataset.from_parquet([str(file) for file in files], columns=columns, cache_dir=cache_dir)
+        names = [str(file) for file in files]
+        return Dataset.from_parquet(names, columns=columns, cache_dir=cache_dir, writer_batch_size=ROWS_PER_BATCH)
     except DatasetGenerationError as error:
         reason = str(error.__cause__ or error).splitlines()[0]
         raise DataError(f"{files[0]} and {len(files) - 1} more cannot be read as one table: {reason}") from error
