@@ -75,7 +75,7 @@ class Parquet(Source):
     def open(self) -> Sequence[Any]:
         """See `Source`."""
         try:
-            import datasets  # noqa: F401
+            import datasets
             import pyarrow
         except ImportError as error:
             raise DataError(f"{self.file}: reading it needs the package datasets, which is not here: {error}") from error
@@ -83,18 +83,20 @@ class Parquet(Source):
         if not files:
             raise DataError(f"{self.file}: holds no .arrow file")
         try:
-            parquet = files[0].suffix != ".arrow"
-            rows, columns = parquet_schema(files) if parquet else (None, None)
-            if rows == 0:
-                return []
-            dataset = None if parquet else open_arrow(files)
-            places = self.places(columns or [dataset.column_names])
-            dataset = dataset or open_parquet(files, list(dict.fromkeys(places.values())), self.cache_dir)
-        except (pyarrow.ArrowException, OSError) as error:
-            raise DataError(f"{self.file} cannot be read: {str(error).splitlines()[0]}") from error
-        return Rows(dataset, places)
+            if files[0].suffix == ".arrow":
+                parts = [open_arrow(file) for file in files]
+                places = self.places(files, [part.column_names for part in parts])
+                return Rows(datasets.concatenate_datasets([part.select_columns(columns_of(places)) for part in parts]), places)
+            rows, columns = parquet_schema(files)
+            places = self.places(files, columns)
+            return Rows(open_parquet(files, columns_of(places), self.cache_dir), places) if rows else []
+        except DataError:
+            raise
+        except (pyarrow.ArrowException, OSError, ValueError, datasets.exceptions.DatasetGenerationError) as error:
+            reason = str(error.__cause__ or error).partition("\n")[0]
+            raise DataError(f"{self.file} cannot be read as one table: {reason}") from error
 
-    def places(self, columns: list[list[str]]) -> dict[str, str]:
+    def places(self, files: list[Path], columns: list[list[str]]) -> dict[str, str]:
         """Which column each field is in, given those of each file. Raises DataError."""
         have = columns[0]
         found = {key: column for key, column in self.asked.items() if column is not None}
@@ -104,7 +106,7 @@ class Parquet(Source):
             found.setdefault("images", image)
         if "id" in have:
             found.setdefault("id", "id")
-        for file, names in zip(self.files(), columns, strict=False):
+        for file, names in zip(files, columns, strict=True):
             for key, column in found.items():
                 if column not in names:
                     hint = "; name it in the source's yaml, as messages_column or question_column" if key == "messages" else ""
@@ -121,6 +123,8 @@ class Parquet(Source):
                 raise DataError(f"sample {name}: question is {str(question)[:40]}, answer {str(answer)[:40]}, expected texts")
             shown = "" if not pictures or IMAGE in question else IMAGE * len(pictures) + "\n"
             turns = [{"role": "user", "content": shown + question}, {"role": "assistant", "content": answer}]
+        if isinstance(turns, dict) and turns and all(isinstance(column, list) for column in turns.values()):
+            turns = [dict(zip(turns, turn, strict=False)) for turn in zip(*turns.values(), strict=False)]
         if not isinstance(turns, list):
             raise DataError(f"sample {name}: its chat is {str(turns)[:40]}, expected a list of turns")
         system = [{"role": "system", "content": record["system"]}] if record.get("system") else []
@@ -132,7 +136,7 @@ class Rows(Sequence[dict[str, Any]]):
     """The rows of a `datasets.Dataset`, as they are stored: pictures stay bytes."""
 
     def __init__(self, dataset: Any, places: dict[str, str]) -> None:
-        self.table = dataset.select_columns(list(dict.fromkeys(places.values()))).with_format("arrow")
+        self.table = dataset.select_columns(columns_of(places)).with_format("arrow")
         self.places = places
 
     def __len__(self) -> int:
@@ -141,6 +145,11 @@ class Rows(Sequence[dict[str, Any]]):
     def __getitem__(self, index: int) -> dict[str, Any]:
         row = self.table[range(len(self))[index]].to_pylist()[0]
         return {key: row[column] for key, column in self.places.items()}
+
+
+def columns_of(places: dict[str, str]) -> list[str]:
+    """The columns that hold some field, each once."""
+    return list(dict.fromkeys(places.values()))
 
 
 def parquet_schema(files: list[Path]) -> tuple[int, list[list[str]]]:
@@ -156,29 +165,20 @@ def parquet_schema(files: list[Path]) -> tuple[int, list[list[str]]]:
 
 
 def open_parquet(files: list[Path], columns: list[str], cache_dir: str | None) -> Any:
-    """Parquet as a memory-mapped `datasets.Dataset`, by way of its Arrow copy. Raises DataError."""
+    """Parquet as a memory-mapped `datasets.Dataset`, by way of its Arrow copy."""
     from datasets import Dataset
-    from datasets.exceptions import DatasetGenerationError
 
-    try:
-        names = [str(file) for file in files]
-        return Dataset.from_parquet(names, columns=columns, cache_dir=cache_dir, writer_batch_size=ROWS_PER_BATCH)
-    except DatasetGenerationError as error:
-        reason = str(error.__cause__ or error).splitlines()[0]
-        raise DataError(f"{files[0]} and {len(files) - 1} more cannot be read as one table: {reason}") from error
+    names = [str(file) for file in files]
+    return Dataset.from_parquet(names, columns=columns, cache_dir=cache_dir, writer_batch_size=ROWS_PER_BATCH)
 
 
-def open_arrow(files: list[Path]) -> Any:
-    """Arrow files of either kind (stream, as `datasets` writes; file, as others do), mapped into memory."""
+def open_arrow(file: Path) -> Any:
+    """An Arrow file of either kind (a stream, as `datasets` writes; a file, as others do), mapped into memory."""
     import pyarrow
-    from datasets import Dataset, concatenate_datasets
+    from datasets import Dataset
 
-    parts = []
-    for file in files:
-        with file.open("rb") as stream:
-            seekable = stream.read(6) == b"ARROW1"
-        if seekable:
-            parts.append(Dataset(pyarrow.ipc.open_file(pyarrow.memory_map(str(file))).read_all()))
-        else:
-            parts.append(Dataset.from_file(str(file)))
-    return concatenate_datasets(parts) if len(parts) > 1 else parts[0]
+    with file.open("rb") as stream:
+        seekable = stream.read(6) == b"ARROW1"
+    if not seekable:
+        return Dataset.from_file(str(file))
+    return Dataset(pyarrow.ipc.open_file(pyarrow.memory_map(str(file))).read_all())
