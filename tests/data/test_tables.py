@@ -158,7 +158,7 @@ def test_files_that_are_no_tables_or_do_not_fit_together_are_named(tmp_path):
             with pytest.raises(DataError, match=f"{name} cannot be read as one table: "):
                 len(Parquet(str(tmp_path / name), cache_dir=str(tmp_path / "cache")))
     (tmp_path / "folder").mkdir()
-    with pytest.raises(DataError, match="folder: holds no .arrow file"):
+    with pytest.raises(DataError, match="folder: expected a folder that Dataset.save_to_disk wrote"):
         len(Parquet(str(tmp_path / "folder")))
     pq.write_table(table([0]), tmp_path / "b-0.parquet")
     pq.write_table(pa.table({"messages": [turns(1)]}), tmp_path / "b-1.parquet")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import mmap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -69,8 +71,14 @@ class Parquet(Source):
         self.cache_dir = cache_dir
 
     def files(self) -> list[Path]:
-        """See `Source`; of a folder, the Arrow files in it."""
-        return sorted(self.file.glob("*.arrow")) if self.file.is_dir() else super().files()
+        """See `Source`; of a folder, the Arrow files that its `state.json` names."""
+        if not self.file.is_dir():
+            return super().files()
+        try:
+            state = json.loads((self.file / "state.json").read_text())
+            return [self.file / str(data["filename"]) for data in state["_data_files"]]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise DataError(f"{self.file}: expected a folder that Dataset.save_to_disk wrote, with a state.json") from error
 
     def open(self) -> Sequence[Any]:
         """See `Source`."""
@@ -80,8 +88,6 @@ class Parquet(Source):
         except ImportError as error:
             raise DataError(f"{self.file}: reading it needs the package datasets, which is not here: {error}") from error
         files = self.files()
-        if not files:
-            raise DataError(f"{self.file}: holds no .arrow file")
         try:
             if files[0].suffix == ".arrow":
                 parts = [open_arrow(file) for file in files]
@@ -123,8 +129,8 @@ class Parquet(Source):
                 raise DataError(f"sample {name}: question is {str(question)[:40]}, answer {str(answer)[:40]}, expected texts")
             shown = "" if not pictures or IMAGE in question else IMAGE * len(pictures) + "\n"
             turns = [{"role": "user", "content": shown + question}, {"role": "assistant", "content": answer}]
-        if isinstance(turns, dict) and turns and all(isinstance(column, list) for column in turns.values()):
-            turns = [dict(zip(turns, turn, strict=False)) for turn in zip(*turns.values(), strict=False)]
+        if isinstance(turns, dict):
+            turns = turns_of_columns(turns)
         if not isinstance(turns, list):
             raise DataError(f"sample {name}: its chat is {str(turns)[:40]}, expected a list of turns")
         system = [{"role": "system", "content": record["system"]}] if record.get("system") else []
@@ -145,6 +151,14 @@ class Rows(Sequence[dict[str, Any]]):
     def __getitem__(self, index: int) -> dict[str, Any]:
         row = self.table[range(len(self))[index]].to_pylist()[0]
         return {key: row[column] for key, column in self.places.items()}
+
+
+def turns_of_columns(columns: dict[str, Any]) -> Any:
+    """A dict of lists of the same length, as `datasets` stores a Sequence of dicts, as a list of dicts; others as they are."""
+    lists = [column for column in columns.values() if isinstance(column, list)]
+    if len(lists) < len(columns) or len({len(column) for column in lists}) != 1:
+        return columns
+    return [dict(zip(columns, turn, strict=True)) for turn in zip(*lists, strict=True)]
 
 
 def columns_of(places: dict[str, str]) -> list[str]:
@@ -173,12 +187,26 @@ def open_parquet(files: list[Path], columns: list[str], cache_dir: str | None) -
 
 
 def open_arrow(file: Path) -> Any:
-    """An Arrow file of either kind (a stream, as `datasets` writes; a file, as others do), mapped into memory."""
+    """An Arrow file of either kind (a stream, as `datasets` writes; a file, as others do), mapped into memory.
+
+    The pages that its batches' headers lie on are given back while they are read: of many small batches they are the whole
+    file.
+    """
     import pyarrow
     from datasets import Dataset
 
     with file.open("rb") as stream:
-        seekable = stream.read(6) == b"ARROW1"
-    if not seekable:
-        return Dataset.from_file(str(file))
-    return Dataset(pyarrow.ipc.open_file(pyarrow.memory_map(str(file))).read_all())
+        mapped = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
+    if mapped[:6] == b"ARROW1":
+        reader = pyarrow.ipc.open_file(pyarrow.py_buffer(mapped))
+        each = (reader.get_batch(number) for number in range(reader.num_record_batches))
+    else:
+        each = reader = pyarrow.ipc.open_stream(pyarrow.py_buffer(mapped))
+    batches = []
+    for number, batch in enumerate(each):
+        batches.append(batch)
+        if number % 256 == 255:
+            mapped.madvise(mmap.MADV_DONTNEED)
+    mapped.madvise(mmap.MADV_DONTNEED)
+    table = pyarrow.Table.from_batches(batches, reader.schema)
+    return Dataset(table, fingerprint=file.name)  # without one, it would pickle the table for its hash
