@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
 import tarfile
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ import numpy as np
 from owlfuse.types import DataError
 
 BLOCK = 512
+SAMPLE_MEMBER = re.compile(r"((?:.*/)?[^./][^./]*)\.([^/]+)", re.DOTALL)
+"""A key, up to the first dot of the file's name, and an extension."""
 
 
 class TarSamples(Sequence[dict[str, Any]]):
@@ -72,31 +75,98 @@ class TarSamples(Sequence[dict[str, Any]]):
         return sample
 
 
-def members_of(file: Path) -> Any:
+def members_of(file: Path) -> Iterator[tuple[str, str, int, int]]:
     """(key, extension, offset, size) of each regular file in a tar whose name has an extension. Raises DataError."""
+    for name, offset, size in tar_members(file):
+        found = SAMPLE_MEMBER.fullmatch(name.removeprefix("./"))
+        if found:
+            yield found[1], found[2].lower(), offset, size
+
+
+def tar_members(file: Path) -> Iterator[tuple[str, int, int]]:
+    """(name, offset, size) of each regular file in a tar: ustar, with the long names of GNU and pax.
+
+    It is several times faster than tarfile, which also ends without a word at a damaged header, and at the end of the first
+    of two tars in one file. Raises DataError, then and for what is no tar.
+    """
+    name, size, offset = None, None, 0
     try:
-        with tarfile.open(file, "r:") as tar:
-            while (member := tar.next()) is not None:
-                tar.members.clear()  # it keeps them all otherwise
-                found = re.fullmatch(r"((?:.*/)?[^./][^./]*)\.([^/]+)", member.name.removeprefix("./"), re.DOTALL)
-                if found and member.isreg() and not member.issparse():
-                    yield found[1], found[2].lower(), member.offset_data, member.size
-            check_end(file, tar.fileobj, tar.offset)
+        with file.open("rb", buffering=0) as stream:
+            descriptor, end = stream.fileno(), stream.seek(0, 2)
+            while header := next_header(file, stream, offset):
+                kind, data, length = header[156:157], offset + BLOCK, tarfile.nti(header[124:136])
+                extends = kind in b"xLKg"
+                length = length if size is None or extends else size
+                offset = data + -(-length // BLOCK) * BLOCK
+                if offset > end:
+                    raise DataError(f"{file}: cut short: a member ends at byte {offset}, the file at {end}")
+                if extends:
+                    if kind != b"K":  # the long name of a link's target
+                        name, size = long_name(os.pread(descriptor, length, data), kind, name, size)
+                    continue
+                if kind in b"0\x007":
+                    yield name or short_name(header), data, length
+                elif kind == b"S":
+                    raise ValueError("a sparse file: pack it anew")
+                name, size = None, None
     except FileNotFoundError:
         raise DataError(f"{file}: no such file") from None
-    except (tarfile.TarError, EOFError) as error:
-        raise DataError(f"{file}: not a whole, uncompressed tar: {error}") from error
+    except (tarfile.TarError, ValueError) as error:
+        raise error if isinstance(error, DataError) else DataError(f"{file}: before byte {offset}: {error}") from error
     except OSError as error:
         raise DataError(f"{file}: {error.strerror or error}") from error
 
 
-def check_end(file: Path, stream: Any, offset: int) -> None:
-    """A tar ends with zeros: tarfile stops without a word at a damaged header, and at the end of the first of two tars in
-    one file."""
-    stream.seek(offset)
-    mark = stream.read(BLOCK)
-    if len(mark) < BLOCK or mark.count(0) < BLOCK:
+def next_header(file: Path, stream: Any, offset: int) -> bytes | None:
+    """The 512 bytes of the member's header at `offset`, its sum checked; None at the end mark of a tar. Raises DataError."""
+    header = os.pread(stream.fileno(), BLOCK, offset)
+    filled = any(header)
+    if len(header) == BLOCK and filled and right_sum(header):
+        return header
+    if offset == 0 and (filled or not header):
+        raise DataError(f"{file}: not an uncompressed tar" + (": empty file" if not header else ""))
+    if len(header) < BLOCK or filled:
         raise DataError(f"{file}: damaged or cut short at byte {offset}: expected a header or the end mark of a tar")
+    stream.seek(offset)
     while chunk := stream.read(2**20):
-        if chunk.count(0) < len(chunk):
+        if any(chunk):
             raise DataError(f"{file}: goes on after its end mark at byte {offset}: two tars in one file? Pack them anew")
+    return None
+
+
+def right_sum(header: bytes) -> bool:
+    """The sum that a header holds is that of its bytes, itself counted as spaces; some old writers took signed bytes."""
+    try:
+        written = tarfile.nti(header[148:156])
+    except tarfile.TarError:
+        return False
+    return written == sum(header) - sum(header[148:156]) + 8 * ord(" ") or written in tarfile.calc_chksums(header)
+
+
+def short_name(header: bytes) -> str:
+    """A member's name as its own header has it."""
+    name = header[:100].partition(b"\0")[0]
+    prefix = header[345:500].partition(b"\0")[0] if header[257:263] == b"ustar\0" else b""
+    return (prefix + b"/" + name if prefix else name).decode("utf-8", "surrogateescape")
+
+
+def long_name(payload: bytes, kind: bytes, name: str | None, size: int | None) -> tuple[str | None, int | None]:
+    """The name and size that a header before a member's own gives it: GNU's long name, or pax records `length key=value`.
+    Raises ValueError for what cannot be followed."""
+    if kind == b"L":
+        return payload.partition(b"\0")[0].decode("utf-8", "surrogateescape"), size
+    while payload:
+        length = int(payload.partition(b" ")[0])
+        if length < 5 or length > len(payload):
+            raise ValueError("a pax record of a wrong length")
+        key, _, value = payload[:length].partition(b" ")[2][:-1].partition(b"=")
+        if key in (b"path", b"size") and kind == b"g":
+            raise ValueError("a name or size for all members: pack it anew")
+        if key == b"path":
+            name = value.decode("utf-8", "surrogateescape")
+        elif key == b"size":
+            size = int(value)
+        elif key.startswith(b"GNU.sparse"):
+            raise ValueError("a sparse file: pack it anew")
+        payload = payload[length:]
+    return name, size
