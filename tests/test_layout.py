@@ -36,7 +36,7 @@ def ours(path):
 
 def siblings(folder, path):
     """The other modules of a folder that a file imports, by name."""
-    prefix = f"owlfuse.{folder}."
+    prefix = f"owlfuse.{folder.replace('/', '.')}."
     inside = {name.removeprefix(prefix).split(".")[0] for name in ours(path) if name.startswith(prefix)}
     modules = {other.stem for other in (SOURCE / folder).glob("*.py")}
     return (inside & modules) - {path.stem, "base"}
@@ -49,7 +49,7 @@ def test_types_imports_nothing_of_ours():
     assert ours(SOURCE / "types.py") == set()
 
 
-@pytest.mark.parametrize("folder", ["connectors", "fusion"])
+@pytest.mark.parametrize("folder", ["connectors", "fusion", "data/formats"])
 def test_siblings_do_not_import_each_other(folder):
     files = sorted((SOURCE / folder).glob("*.py"))
     assert len(files) >= 4

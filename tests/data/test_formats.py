@@ -82,9 +82,11 @@ def test_a_missing_file_and_a_wrong_encoding_are_named(tmp_path):
         len(LLaVA(str(tmp_path / "c.json")))
 
 
-def test_a_broken_line_of_jsonl_is_told_by_its_number(tmp_path):
-    with pytest.raises(DataError, match="line 3: not JSON"):
-        len(LLaVA(write(tmp_path / "a.jsonl", json.dumps(RECORD) + "\n\n{broken\n")))
+def test_a_broken_line_of_jsonl_is_told_by_its_number_and_spares_the_others(tmp_path):
+    source = LLaVA(write(tmp_path / "a.jsonl", json.dumps(RECORD) + "\n\n{broken\n" + json.dumps(RECORD)))
+    assert [len(source), source[0].id, source[2].id] == [3, "a:7", "a:7"]
+    with pytest.raises(DataError, match="a.jsonl: line 3: not JSON"):
+        source[1]
 
 
 @pytest.fixture

@@ -24,7 +24,7 @@ class Answer:
 
     source: str
     id: str
-    image: str | None
+    image: str | bytes | None
     question: str
     expected: str
     answer: str
@@ -73,7 +73,8 @@ def answer_questions(
         texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
         for (sample, expected, kind), text in zip(chunk, texts, strict=True):
             question = "".join(part.get("text", "") for part in sample.messages[-1]["content"]).strip()
-            image = str(data.validation[source].image_root / sample.images[0]) if sample.images else None
+            image = sample.images[0] if sample.images else None
+            image = str(data.validation[source].image_root / image) if isinstance(image, str) else image
             answers.append(Answer(source, sample.id, image, question, expected, text.strip(), kind))
         progress(len(chunk))
     return answers

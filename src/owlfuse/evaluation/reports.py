@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
+from io import BytesIO
 from pathlib import Path
 
 from rich.console import Console
@@ -23,10 +24,12 @@ def print_metrics(metrics: dict[str, float], title: str) -> None:
 
 
 def write_answers(path: Path, answers: list[Answer]) -> None:
-    """One JSON object a line for each answer."""
+    """One JSON object a line for each answer; a picture without a file of its own is left out."""
     with path.open("w", encoding="utf-8") as file:
         for answer in answers:
-            file.write(json.dumps({**vars(answer), "right": answer.right}, ensure_ascii=False) + "\n")
+            facts = {**vars(answer), "right": answer.right}
+            facts["image"] = None if isinstance(answer.image, bytes) else answer.image
+            file.write(json.dumps(facts, ensure_ascii=False) + "\n")
 
 
 def write_contact_sheet(path: Path, answers: list[Answer], pictures: int, title: str) -> None:
@@ -57,7 +60,7 @@ def write_contact_sheet(path: Path, answers: list[Answer], pictures: int, title:
     for axis in axes.flat:
         axis.axis("off")
     for axis, answer in zip(axes.flat, shown, strict=False):
-        with Image.open(answer.image) as picture:
+        with Image.open(BytesIO(answer.image) if isinstance(answer.image, bytes) else answer.image) as picture:
             axis.imshow(picture.convert("RGB"))
         text = f"✓ {answer.answer}" if answer.right else f"✗ {answer.answer or '(nothing)'}  (is: {answer.expected})"
         axis.set_title(wrap(answer.question), fontsize=8)

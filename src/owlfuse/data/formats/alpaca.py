@@ -2,7 +2,7 @@
 
 from typing import Any, Literal
 
-from owlfuse.data.formats.base import Source, field
+from owlfuse.data.formats.base import Source, field, without
 from owlfuse.types import DataError, Sample
 
 
@@ -50,5 +50,4 @@ class Alpaca(Source):
             {"role": "user", "content": [{"type": "text", "text": question}]},
             {"role": "assistant", "content": [{"type": "text", "text": field(record, "output", str, name)}]},
         ]
-        metadata = {key: value for key, value in record.items() if key not in ("id", "instruction", "input", "output")}
-        return Sample(name, self.name, messages, [], metadata)
+        return Sample(name, self.name, messages, [], without(record, "instruction", "input", "output"))

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
+from owlfuse.data.files import expand_files, fingerprint
+from owlfuse.data.lines import JsonLines, read_json_list
 from owlfuse.types import DataError, Sample
 
 IMAGE = "<image>"
 
 
 class Source:
-    """A file of records, each a chat. Subclasses read a record in `sample`.
+    """A file of records, each a chat. Subclasses read a record in `sample`, and open other kinds of files in `open`.
+
+    The file is opened at first use, in each process that uses it: a source that was sent to another is its arguments alone.
 
     Args:
-        file: JSON (a list of records) or JSONL (a record a line), UTF-8.
+        file: JSON (a list of records, parsed whole) or JSONL (a record a line, found by an index of offsets, each parsed when
+            it is drawn), UTF-8.
         image_root: the folder that image paths start from and cannot leave; by default the file's own.
         weight: the share of the mixture, relative to the other sources'.
         on_error: what a wrong sample does: `error` stops, `skip` leaves it out and counts it.
@@ -43,9 +47,20 @@ class Source:
         self.name = self.file.stem
 
     @cached_property
-    def records(self) -> list[Any]:
-        """The file's records, read at first use: data that are made on the spot exist by then."""
-        return read_records(self.file)
+    def records(self) -> Sequence[Any]:
+        """The file's records, opened at first use: data that are made on the spot exist by then."""
+        records = self.open()
+        if not len(records):
+            raise DataError(f"{self.file}: holds no record")
+        return records
+
+    def open(self) -> Sequence[Any]:
+        """The records by number. Raises DataError; a record that is wrong by itself raises when it is asked for."""
+        return JsonLines(self.file) if self.file.suffix in (".jsonl", ".ndjson") else read_json_list(self.file)
+
+    def files(self) -> list[Path]:
+        """The files that the source reads, in order. Raises DataError where one is missing."""
+        return expand_files(str(self.file))
 
     def __len__(self) -> int:
         return len(self.records)
@@ -59,65 +74,35 @@ class Source:
         record = self.records[index]
         if not isinstance(record, dict):
             raise DataError(f"{self.name}: record {index} of {self.file} is a {type(record).__name__}, expected an object")
-        return self.sample(record, f"{self.name}:{record.get('id', index)}")
+        identity = record.get("id")
+        return self.sample(record, f"{self.name}:{index if identity is None else identity}")
 
     def sample(self, record: dict[str, Any], name: str) -> Sample:
         """The record as a sample called `name`."""
         raise NotImplementedError(f"{type(self).__name__} reads no records")
 
     def fingerprint(self) -> str:
-        """SHA-256 of the file, as `mixture.json` keeps it."""
-        with self.file.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        """What `mixture.json` knows the content by: SHA-256, above 1 GB of sizes and ends (see `files.fingerprint`)."""
+        return fingerprint(self.files())
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in vars(self).items() if key != "records"}
 
 
-def read_records(file: Path) -> list[Any]:
-    """The records of a JSON or JSONL file."""
-    try:
-        text = file.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise DataError(f"{file}: no such file") from None
-    except UnicodeDecodeError as error:
-        raise DataError(f"{file}: not UTF-8 at byte {error.start}") from error
-    except OSError as error:
-        raise DataError(f"{file}: {error.strerror}") from error
-    records = read_lines(file, text) if file.suffix == ".jsonl" else read_json(file, text)
-    if not isinstance(records, list):
-        raise DataError(f"{file}: holds a {type(records).__name__}, expected a list of records")
-    if not records:
-        raise DataError(f"{file}: holds no record")
-    return records
-
-
-def read_json(file: Path, text: str) -> Any:
-    """The one JSON value of a file."""
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise DataError(f"{file}: line {error.lineno}: not JSON: {error.msg}") from error
-
-
-def read_lines(file: Path, text: str) -> list[Any]:
-    """One JSON value a line, empty lines left out."""
-    records = []
-    for number, line in enumerate(text.split("\n"), 1):
-        if line.strip():
-            try:
-                records.append(json.loads(line))
-            except json.JSONDecodeError as error:
-                raise DataError(f"{file}: line {number}: not JSON: {error.msg}") from error
-    return records
-
-
-def parts_of(text: str) -> list[dict[str, str]]:
+def parts_of(text: str) -> list[dict[str, Any]]:
     """Text with `<image>` placeholders -> text and image parts, every other character kept."""
-    parts: list[dict[str, str]] = []
+    parts: list[dict[str, Any]] = []
     for number, piece in enumerate(text.split(IMAGE)):
         if number:
             parts.append({"type": "image"})
         if piece:
             parts.append({"type": "text", "text": piece})
     return parts
+
+
+def without(record: dict[str, Any], *keys: str) -> dict[str, Any]:
+    """What a record has beside `id` and `keys`, for a sample's metadata."""
+    return {key: value for key, value in record.items() if key != "id" and key not in keys}
 
 
 def field(record: dict[str, Any], key: str, kind: type, name: str) -> Any:

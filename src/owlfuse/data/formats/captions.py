@@ -1,0 +1,111 @@
+"""Caption pairs, `{"id", "image", "caption"}`: JSON, JSONL, CSV or TSV with a header."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Sequence
+from typing import Any, Literal
+
+from owlfuse.data.formats.base import Source, field, without
+from owlfuse.data.lines import Lines, decoded
+from owlfuse.data.turns import caption_messages, picture_of
+from owlfuse.types import DataError, Sample
+
+
+class Captions(Source):
+    """Pictures and what is to be said of them. The user shows the picture, with an instruction if there are some.
+
+    A CSV or TSV has a header line and is found row by row, as JSONL is. In CSV a field in double quotes may hold commas and
+    newlines, `""` being a quote; in TSV a row is a line.
+
+    Args:
+        image_field: the field, or column, of the picture: a path below the image root, or a data: URI.
+        caption_field: the field, or column, of the caption.
+        instructions: one of them is put to each picture, chosen by a hash of the sample's id (its place where it has none).
+        others: see `Source`.
+    """
+
+    def __init__(
+        self,
+        file: str,
+        image_root: str | None = None,
+        weight: float = 1.0,
+        on_error: Literal["error", "skip"] = "error",
+        max_skips: int = 100,
+        image_field: str = "image",
+        caption_field: str = "caption",
+        instructions: list[str] | None = None,
+    ) -> None:
+        super().__init__(file, image_root, weight, on_error, max_skips)
+        self.image_field = image_field
+        self.caption_field = caption_field
+        self.instructions = instructions or []
+
+    def open(self) -> Sequence[Any]:
+        """See `Source`."""
+        if self.file.suffix not in (".csv", ".tsv"):
+            return super().open()
+        rows = Rows(self.file, tabs=self.file.suffix == ".tsv")
+        missing = [column for column in (self.image_field, self.caption_field) if column not in rows.header]
+        if missing:
+            raise DataError(f"{self.file} has no column {missing[0]!r}; its header has {', '.join(rows.header)}")
+        return rows
+
+    def sample(self, record: dict[str, Any], name: str) -> Sample:
+        """See `Source`."""
+        caption = field(record, self.caption_field, str, name)
+        if self.image_field not in record:
+            raise DataError(f"sample {name} has no '{self.image_field}'; it has {', '.join(sorted(record))}")
+        image = picture_of(record[self.image_field], name, self.image_field)
+        identity = name.removeprefix(f"{self.name}:")
+        messages = caption_messages(1, caption, self.instructions, identity, name)
+        return Sample(name, self.name, messages, [image], without(record, self.image_field, self.caption_field))
+
+
+class Rows(Sequence[dict[str, str]]):
+    """The rows of a CSV or TSV file below its header, as dicts, by number.
+
+    Raises:
+        DataError: no header; at `[k]`, a row of another width than the header or one that is not UTF-8.
+    """
+
+    def __init__(self, file: Any, tabs: bool) -> None:
+        self.tabs = tabs
+        self.lines = Lines(file, quoted=not tabs)
+        if not len(self.lines):
+            raise DataError(f"{file}: holds no record, not even a header")
+        self.header = self.fields(0)
+
+    def __len__(self) -> int:
+        return len(self.lines) - 1
+
+    def __getitem__(self, index: int) -> dict[str, str]:
+        index = range(len(self))[index]
+        fields = self.fields(index + 1)
+        if len(fields) != len(self.header):
+            raise DataError(
+                f"{self.lines.file}: row {index}, which begins {fields[0][:40]!r}, has {len(fields)} fields, the header has "
+                f"{len(self.header)}"
+            )
+        return dict(zip(self.header, fields, strict=True))
+
+    def fields(self, number: int) -> list[str]:
+        """Of a line by its number, the header's being 0."""
+        text = decoded(self.lines[number], f"{self.lines.file}: row {number - 1}")
+        if self.tabs:
+            return [unquoted(part) for part in text.split("\t")]
+        try:
+            rows = list(csv.reader(text.splitlines(keepends=True), strict=True))
+        except csv.Error as error:
+            raise DataError(f"{self.lines.file}: row {number - 1} is not CSV: {error}") from error
+        if len(rows) != 1:
+            raise DataError(f"{self.lines.file}: row {number - 1} is {len(rows)} rows: a double quote opens and is not closed")
+        return rows[0]
+
+
+def unquoted(part: str) -> str:
+    """A TSV field without the quotes that some writers put around it; quotes that do not pair are part of the text."""
+    inner = part[1:-1].replace('""', "")
+    if len(part) >= 2 and part[0] == part[-1] == '"' and '"' not in inner:
+        return part[1:-1].replace('""', '"')
+    return part

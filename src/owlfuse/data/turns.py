@@ -1,0 +1,162 @@
+"""Turns as the formats write them -> messages of text and image parts, and the pictures that they show."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hashlib
+import re
+from collections.abc import Sequence
+from typing import Any
+from urllib.parse import unquote_to_bytes
+
+from owlfuse.data.formats.base import parts_of
+from owlfuse.types import DataError
+
+ROLES = {
+    **dict.fromkeys(("system", "developer"), "system"),
+    **dict.fromkeys(("user", "human", "prompter"), "user"),
+    **dict.fromkeys(("assistant", "gpt", "chatgpt", "model", "bot", "bard", "bing"), "assistant"),
+}
+"""The names of the three roles in the data of others."""
+
+PICTURE_KEYS = ("image_url", "image", "bytes", "path", "url", "base64")
+"""Where an image part holds its picture; without one of them it shows the next of the sample's pictures."""
+
+
+def chat(turns: Sequence[Any], pictures: list[str | bytes], name: str) -> tuple[list[dict[str, Any]], list[str | bytes]]:
+    """Turns -> messages as `Sample` has them, and the pictures in the order of their image parts.
+
+    A turn has a role (`from` or `role`, see ROLES) and a content (`value` or `content`): a text with `<image>` placeholders,
+    or a list of parts. Text parts are `{"type": "text", "text"}`; image parts are OpenAI's
+    `{"type": "image_url", "image_url": {"url"}}` or Hugging Face's `{"type": "image", "image" | "path" | "url"}`. An image part
+    or placeholder without a picture of its own shows the next of `pictures`, or the one of its `index`.
+
+    Raises:
+        DataError: names the sample `name` and the turn that is wrong.
+    """
+    messages: list[dict[str, Any]] = []
+    shown: list[str | bytes | int | None] = []
+    for turn in turns:
+        role, content = role_and_content(turn, name)
+        parts = parts_of(content) if isinstance(content, str) else [part_of(part, name) for part in content]
+        shown += [part.pop("picture", None) for part in parts if part["type"] == "image"]
+        messages.append({"role": role, "content": parts})
+    if all(picture is None for picture in shown):
+        return messages, pictures
+    return messages, resolve(shown, pictures, name)
+
+
+def resolve(shown: list[str | bytes | int | None], pictures: list[str | bytes], name: str) -> list[str | bytes]:
+    """Each image part's picture: its own, that of its index, or the next of the sample's."""
+    rest = iter(pictures)
+    found: list[str | bytes] = []
+    for picture in shown:
+        if isinstance(picture, int) and not 0 <= picture < len(pictures):
+            raise DataError(f"sample {name}: an image part has index {picture}, and there are {len(pictures)} images")
+        taken = pictures[picture] if isinstance(picture, int) else next(rest, None) if picture is None else picture
+        if taken is None:
+            raise DataError(f"sample {name} has more image parts without a picture than its {len(pictures)} images")
+        found.append(taken)
+    left = len(list(rest))
+    if left and not any(isinstance(picture, int) for picture in shown):
+        raise DataError(f"sample {name} has {len(shown)} image parts and {left} images that none of them shows")
+    return found
+
+
+def role_and_content(turn: Any, name: str) -> tuple[str, str | list[Any]]:
+    """Of one turn, in either spelling. Raises DataError."""
+    expected = f"expected from or role ({', '.join(ROLES)}) and value or content"
+    if not isinstance(turn, dict):
+        raise DataError(f"sample {name}: a turn is {str(turn)[:80]}, {expected}")
+    role = turn["from"] if turn.get("from") is not None else turn.get("role")
+    content = turn["value"] if turn.get("value") is not None else turn.get("content")
+    if not isinstance(role, str) or role.lower() not in ROLES or not isinstance(content, str | list):
+        raise DataError(f"sample {name}: a turn is {str(turn)[:80]}, {expected}")
+    if turn.get("weight") == 0:
+        raise DataError(
+            f"sample {name}: a turn has weight 0, and every answer is learnt from: leave the weight or the turn out"
+        )
+    return ROLES[role.lower()], content
+
+
+def part_of(part: Any, name: str) -> dict[str, Any]:
+    """A part of a content -> `{"type": "text", "text"}`, or `{"type": "image"}` with its `picture` where it has one."""
+    kind = part.get("type") if isinstance(part, dict) else None
+    if kind in ("text", "input_text", "output_text") and isinstance(part.get("text"), str):
+        return {"type": "text", "text": part["text"]}
+    if kind not in ("image", "image_url", "input_image"):
+        raise DataError(f"sample {name}: a part is {str(part)[:80]}, expected a text with its text or an image")
+    for key in PICTURE_KEYS:
+        value = part.get(key)
+        if value is not None:
+            if key == "base64":
+                value = f"data:;base64,{value}"
+            return {"type": "image", "picture": picture_of(value, name)}
+    if kind != "image":
+        raise DataError(f"sample {name}: a part is {str(part)[:80]}, expected an image_url")
+    index = part.get("index")
+    return {"type": "image", "picture": index} if type(index) is int else {"type": "image"}
+
+
+def pictures_of(record: dict[str, Any], name: str) -> list[str | bytes]:
+    """The pictures in a record's `image` or `images`: one or a list of paths, data: URIs, bytes or `{"bytes", "path"}`.
+
+    Raises:
+        DataError: something else, or both fields.
+    """
+    keys = [key for key in ("image", "images") if record.get(key) is not None]
+    if len(keys) == 2:
+        raise DataError(f"sample {name} has 'image' and 'images', expected one of them")
+    value = record[keys[0]] if keys else []
+    return [picture_of(one, name, keys[0]) for one in (value if isinstance(value, list | tuple) else [value])]
+
+
+def picture_of(value: Any, name: str, key: str = "image") -> str | bytes:
+    """A path as it is, a data: URI or bytes as bytes; of `{"bytes", "path"}` the first that is there.
+
+    Raises:
+        DataError: a URL, nothing, or something else.
+    """
+    if isinstance(value, dict):
+        value = next((value[k] for k in ("bytes", "url", "path") if value.get(k) is not None), value)
+    if isinstance(value, bytes | bytearray | memoryview) and len(value):
+        return bytes(value)
+    if isinstance(value, str) and value[:5].lower() == "data:":
+        return data_uri(value, name)
+    if isinstance(value, str) and re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", value):
+        raise DataError(f"sample {name}: image {value[:80]} is a URL; fetch it, and name its path below the image root")
+    if isinstance(value, str) and value:
+        return value
+    found = "empty" if isinstance(value, str | bytes) else str(value)[:80]
+    raise DataError(f"sample {name}: '{key}' is {found}, expected a path or a list of paths, a data: URI or bytes")
+
+
+def data_uri(uri: str, name: str) -> bytes:
+    """The bytes of `data:image/png;base64,...` (RFC 2397). Raises DataError."""
+    header, comma, payload = uri.partition(",")
+    try:
+        encoded = unquote_to_bytes(payload)
+        if header.lower().endswith(";base64"):
+            encoded = base64.b64decode(re.sub(rb"\s", b"", encoded), validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise DataError(f"sample {name}: an image's data: URI {uri[:40]}... is not base64: {error}") from error
+    if not comma or not encoded:
+        raise DataError(f"sample {name}: an image's data: URI {uri[:40]} holds no data")
+    return encoded
+
+
+def caption_messages(images: int, caption: Any, instructions: Sequence[str], identity: str, name: str) -> list[dict[str, Any]]:
+    """A chat that asks for a caption: the images, one of the `instructions` (none: nothing more), and the caption. Which
+    instruction is a hash of `identity`, so that it is the same in every run and whatever stands around the sample.
+
+    Raises:
+        DataError: a caption that is no text.
+    """
+    if not isinstance(caption, str):
+        raise DataError(f"sample {name}: the caption is {str(caption)[:80]}, expected a text")
+    asked: list[dict[str, Any]] = [{"type": "image"} for _ in range(images)]
+    if instructions:
+        number = int.from_bytes(hashlib.sha256(identity.encode("utf-8", "surrogatepass")).digest()[:8], "little")
+        asked.append({"type": "text", "text": f"\n{instructions[number % len(instructions)]}"})
+    return [{"role": "user", "content": asked}, {"role": "assistant", "content": [{"type": "text", "text": caption}]}]

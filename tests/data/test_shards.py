@@ -1,0 +1,181 @@
+"""WebDataset: any sample is reached by its number, pictures stay bytes, and what is wrong is named."""
+
+import io
+import json
+import pickle
+import random
+import tarfile
+
+import pytest
+from PIL import Image
+
+from owlfuse.data import tars
+from owlfuse.data.formats.webdataset import WebDataset
+from owlfuse.types import DataError
+
+
+def png(number):
+    file = io.BytesIO()
+    Image.new("RGB", (2, 3), (number, 0, 0)).save(file, "PNG")
+    return file.getvalue()
+
+
+def turns(number, key="role", text="content"):
+    user, assistant = ("user", "assistant") if key == "role" else ("human", "gpt")
+    return [{key: user, text: f"<image>\nWhat is {number}?"}, {key: assistant, text: f"A {number}."}]
+
+
+def messages(number):
+    asked = [{"type": "image"}, {"type": "text", "text": f"\nWhat is {number}?"}]
+    answered = [{"type": "text", "text": f"A {number}."}]
+    return [{"role": "user", "content": asked}, {"role": "assistant", "content": answered}]
+
+
+def write_tar(path, members, **options):
+    with tarfile.open(path, "w", **options) as tar:
+        for name, content in members:
+            info = tarfile.TarInfo(name)
+            content = content if isinstance(content, bytes) else json.dumps(content).encode()
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+
+
+@pytest.fixture
+def shards(tmp_path):
+    """Three shards of two samples each."""
+    for shard in range(3):
+        members = []
+        for k in range(2):
+            number = 2 * shard + k
+            members += [
+                (f"./{number:04d}.png", png(number)),
+                (f"./{number:04d}.json", {"conversations": turns(number), "k": k}),
+            ]
+        write_tar(tmp_path / f"s-{shard:02d}.tar", members)
+    return tmp_path
+
+
+@pytest.mark.parametrize("pattern", ["s-{00..02}.tar", "s-*.tar", "s-{00,01,02}.tar"])
+def test_samples_of_shards_have_their_pictures_as_bytes_in_any_order(shards, pattern):
+    source = WebDataset(str(shards / pattern))
+    source.name = "w"
+    assert len(source) == 6
+    for number in (5, 0, 3, 3, 1):
+        sample = source[number]
+        assert (sample.id, sample.images, sample.metadata) == (f"w:{number:04d}", [png(number)], {"k": number % 2})
+        assert sample.messages == messages(number)
+    assert pickle.loads(pickle.dumps(source))[4] == source[4]
+    assert len(pickle.dumps(source)) < 1000
+    with pytest.raises(IndexError):
+        source[6]
+
+
+def test_a_sample_is_read_by_its_offsets_and_headers_are_read_once(shards, monkeypatch):
+    source = WebDataset(str(shards / "s-*.tar"))
+    assert len(source) == 6
+    (shards / "s-00.tar").unlink()
+    monkeypatch.setattr(tars, "members_of", lambda file: pytest.fail("headers read again"))
+    assert source[4].images == [png(4)]
+    with pytest.raises(DataError, match="s-00.tar: No such file"):
+        source[0]
+
+
+@pytest.mark.parametrize("form", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_long_names_folders_and_foreign_members_do_not_disturb(tmp_path, form):
+    key = "folder/" + ("d" * 60 + "/") * 2 + "é1"
+    members = [("README", b"x"), ("._1.png", b"x"), (f"{key}.JPG", png(1)), (f"{key}.cls", b"3"), (f"{key}.txt", "é".encode())]
+    write_tar(tmp_path / "a.tar", members, format=form)
+    source = WebDataset(str(tmp_path / "a.tar"))
+    assert len(source) == 1
+    assert (source[0].id, source[0].images) == (f"a:{key}", [png(1)])
+
+
+def test_members_are_those_that_tarfile_finds(tmp_path):
+    rng = random.Random(0)
+    for number in range(30):
+        form = rng.choice([tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+        path, globally = tmp_path / f"{number}.tar", {"comment": "x"} if form == tarfile.PAX_FORMAT else None
+        with tarfile.open(path, "w", format=form, pax_headers=globally) as tar:
+            for _ in range(rng.randrange(1, 12)):
+                length = (
+                    rng.choice([3, 90, 99, 100, 101]) if form == tarfile.USTAR_FORMAT else rng.choice([3, 99, 100, 256, 700])
+                )
+                info = tarfile.TarInfo("".join(rng.choices("ab.é" if length < 90 else "ab./", k=length)) + "/x")
+                info.size, info.mtime = rng.choice([0, 1, 511, 512, 513, 5000]), rng.choice([7, 7.5, 0])
+                if form == tarfile.USTAR_FORMAT:
+                    info.name, info.mtime = "f/" * (length // 2) + "x", 7
+                kinds = [tarfile.REGTYPE, tarfile.REGTYPE, tarfile.DIRTYPE, tarfile.SYMTYPE]
+                kind = rng.choice([*kinds, tarfile.AREGTYPE] if length < 90 else kinds)  # tarfile takes a cut name for a folder
+                if kind != tarfile.REGTYPE:
+                    info.type, info.size = kind, 0
+                    info.linkname = "y" * rng.choice([3, 100]) if kind == tarfile.SYMTYPE else ""
+                tar.addfile(info, io.BytesIO(b"x" * info.size))
+        with tarfile.open(path, "r:") as tar:
+            wanted = [(m.name, m.offset_data, m.size) for m in tar if m.isreg()]
+        assert list(tars.tar_members(path)) == wanted
+
+
+def test_captions_come_from_txt_or_from_json_and_may_have_an_instruction(tmp_path):
+    members = [("0.jpg", png(0)), ("0.txt", b"A cat.\n"), ("0.json", {"caption": "no", "url": "u"})]
+    members += [("1.webp", png(1)), ("1.json", {"caption": "A dog."})]
+    write_tar(tmp_path / "a.tar", members)
+    source = WebDataset(str(tmp_path / "a.tar"), instructions=["Say."])
+    said = [[part.get("text") for message in source[k].messages for part in message["content"]] for k in range(2)]
+    assert said == [[None, "\nSay.", "A cat."], [None, "\nSay.", "A dog."]]
+    assert [source[k].metadata for k in range(2)] == [{"url": "u"}, {}]
+
+
+def test_several_pictures_of_a_sample_come_in_the_order_of_their_numbers(tmp_path):
+    order = [10, 2, 0, 1]
+    chat = [{"role": "user", "content": "<image>" * 4}, {"role": "assistant", "content": "Four."}]
+    write_tar(tmp_path / "a.tar", [*((f"x.{k}.png", png(k)) for k in order), ("x.json", {"messages": chat})])
+    assert WebDataset(str(tmp_path / "a.tar"))[0].images == [png(k) for k in sorted(order)]
+
+
+@pytest.mark.parametrize(
+    ("members", "message"),
+    [
+        ([("a.txt", b"x")], r"sample t:a has .txt, expected a picture"),
+        ([("a.png", b"x")], r"sample t:a has .png, expected a picture .* with .txt, or .json"),
+        ([("a.png", b"x"), ("a.json", {"url": 1})], r"sample t:a has .png, .json, expected"),
+        ([("a.png", b""), ("a.txt", b"x")], "sample t:a has a picture of 0 bytes"),
+        ([("a.png", b"x"), ("a.json", b"{")], "sample t:a: its .json is not JSON"),
+        ([("a.png", b"x"), ("a.json", [1])], "sample t:a: its .json holds a list, expected an object"),
+        ([("a.png", b"x"), ("a.json", {"messages": "x"})], "sample t:a: the chat of its .json is a str"),
+        ([("a.png", b"x"), ("a.json", {"caption": 3})], "sample t:a: the caption is 3, expected a text"),
+        ([("a.png", b"x"), ("a.txt", b"\xff")], "sample t:a: its .txt: not UTF-8"),
+        ([("a.png", b"x"), ("a.json", b"\xff")], "sample t:a: its .json: not UTF-8"),
+        ([("a.png", b"x"), ("a.png", b"y")], "t.tar: a has two members .png"),
+        ([], "t.tar: holds no record"),
+        ([("README", b"x")], "t.tar: holds no record"),
+    ],
+)
+def test_a_wrong_sample_of_a_shard_is_named(tmp_path, members, message):
+    write_tar(tmp_path / "t.tar", members)
+    with pytest.raises(DataError, match=message):
+        WebDataset(str(tmp_path / "t.tar"))[0]
+
+
+def test_a_wrong_sample_of_a_shard_spares_the_others(tmp_path):
+    write_tar(tmp_path / "t.tar", [("a.png", b"x"), ("b.png", png(0)), ("b.txt", b"B.")])
+    source = WebDataset(str(tmp_path / "t.tar"))
+    assert [len(source), source[1].images] == [2, [png(0)]]
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda raw: b"", "not an uncompressed tar: empty file"),
+        (lambda raw: b"text" * 1000, "not an uncompressed tar"),
+        (lambda raw: raw[:700], "cut short: a member ends at byte 1024, the file at 700"),
+        (lambda raw: raw[:1024], "damaged or cut short at byte 1024"),
+        (lambda raw: raw[:1024] + b"\xff" * 512 + raw[1536:], "damaged or cut short at byte 1024"),
+        (lambda raw: raw + raw, "goes on after its end mark at byte 2048"),
+        (lambda raw: __import__("gzip").compress(raw), "not an uncompressed tar"),
+    ],
+)
+def test_a_damaged_shard_is_told_and_loses_no_sample_silently(tmp_path, damage, message):
+    write_tar(tmp_path / "t.tar", [("a.png", b"x"), ("a.txt", b"x")])
+    (tmp_path / "t.tar").write_bytes(damage((tmp_path / "t.tar").read_bytes()))
+    with pytest.raises(DataError, match=f"t.tar: {message}"):
+        len(WebDataset(str(tmp_path / "t.tar")))
