@@ -16,16 +16,19 @@ from torch import Tensor
 class DataError(ValueError):
     """Something is wrong with the data. The message names the file or the sample, what was found and what was expected."""
 
+    leave_out = False
+    """True for a sample that is to be left out and counted whatever its source's `on_error` says."""
+
 
 @dataclass
 class Sample:
     """One chat. `messages` are `{"role": str, "content": [part, ...]}`, a part being `{"type": "text", "text": str}` or
-    `{"type": "image"}`; the k-th image part shows the k-th path of `images`."""
+    `{"type": "image"}`; the k-th image part shows the k-th of `images`, paths or encoded pictures."""
 
     id: str
     source: str
     messages: list[dict[str, Any]]
-    images: list[str] = field(default_factory=list)
+    images: list[str | bytes] = field(default_factory=list)
     metadata: dict[str, Any] = field(default_factory=dict)
 
 
@@ -41,6 +44,8 @@ class Encoded:
     placeholder: Tensor
     pixel_values: list[Tensor]
     image_positions: list[int]
+    turns_removed: int = 0
+    """Questions with their answers that were taken from the end, where the policy for the length is `truncate_turns`."""
 
 
 @dataclass
@@ -73,6 +78,9 @@ class Batch:
 
     has_images: bool = True
     """False for the batch with a blank image. A plain bool, so that no tensor is read to know it."""
+
+    truncated: list[tuple[str, str, int]] = field(default_factory=list)
+    """(source, sample, turns removed) of the samples that were cut to `max_length`."""
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch with its tensors on `device`."""

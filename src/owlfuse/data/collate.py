@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from owlfuse.types import Batch, DataError, Encoded
+from owlfuse.types import Batch, Encoded
 
 
 @dataclass(frozen=True)
@@ -30,11 +30,13 @@ class Collator:
     side: Literal["left", "right"] = "right"
 
     def __call__(self, items: list[Encoded | Skipped]) -> Batch:
-        """Raises DataError where every sample was skipped."""
+        """A batch of the items that are not skipped; where all are, of one row without anything to learn, so that a rank goes
+        on with the others."""
         rows = [item for item in items if isinstance(item, Encoded)]
         skipped = [(item.source, item.sample, item.reason) for item in items if isinstance(item, Skipped)]
-        if not rows:
-            raise DataError(f"every sample of a batch was skipped; the first: {skipped[0][1]}: {skipped[0][2]}")
+        truncated = [(row.source, row.id, row.turns_removed) for row in rows if row.turns_removed]
+        ids, sources = [row.id for row in rows], [row.source for row in rows]
+        rows = rows or [self.nothing()]
         length = max(len(row.input_ids) for row in rows)
         pixels = [image for row in rows for image in row.pixel_values]
         image_index, image_positions = self.places(rows, length)
@@ -48,10 +50,16 @@ class Collator:
             image_index=image_index,
             image_positions=image_positions,
             has_images=bool(pixels),
-            ids=[row.id for row in rows],
-            sources=[row.source for row in rows],
+            ids=ids,
+            sources=sources,
             skipped=skipped,
+            truncated=truncated,
         )
+
+    def nothing(self) -> Encoded:
+        """A row of one padding token, which nothing is learned from."""
+        pad = torch.tensor([self.pad_id])
+        return Encoded("", "", pad, torch.full((1,), -100), torch.zeros(1, dtype=torch.bool), [], [])
 
     def pad(self, rows: list[Tensor], length: int, value: int | bool) -> Tensor:
         """Rows (T_i,) -> (B, T)."""
