@@ -144,8 +144,8 @@ class ChatData(lightning.LightningDataModule):
         """A sample encoded, its pictures opened below `root` and preprocessed. Raises DataError."""
         on_length = policy_of(self.on_length, sample.source)
         encoded = self.encoder.encode_prompt(sample) if prompt else self.encoder.encode(sample, on_length)
-        images = sample.images[: len(encoded.image_positions)]
-        pictures = (open_image(root, image, sample.id, self.max_pixels) for image in images)
+        kept = sample.images[: len(encoded.image_positions)]
+        pictures = (open_image(root, image, sample.id, self.max_pixels) for image in kept)
         encoded.pixel_values = [self.preprocess(picture) for picture in pictures]
         return encoded
 
@@ -154,9 +154,7 @@ class ChatData(lightning.LightningDataModule):
         collator = Collator(self.encoder.pad_id, self.image_shape, side="left")
         return collator([self.load(sample, source.image_root, prompt=True) for sample, source in samples])
 
-    def report(
-        self, steps: int, skipped: list[tuple[str, str, str]], truncated: dict[str, int] | None = None
-    ) -> dict[str, Any]:
+    def report(self, steps: int, skipped: list[tuple[str, ...]], truncated: dict[str, int] | None = None) -> dict[str, Any]:
         """What `mixture.json` holds after `steps`: the sources, their hashes, weights and realised counts, skips and cuts."""
         positions = steps * self.global_batch_size
         counts = self.mixture.counts(positions)

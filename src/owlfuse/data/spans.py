@@ -35,7 +35,7 @@ def supervised_spans(sample: Sample, messages: list[Message], text: str, render:
     starts, ends = places(sample, around, [messages[index]["content"] for index in answers], text)
     last = messages[: answers[-1] + 1]
     closing = around[-1] if len(last) == len(messages) else surroundings(sample, last, answers, text, render)[-1]
-    lead = written_first(sample, render(last[:-1], True), text, starts[-1], answers[-1])
+    lead = written_first(sample, last[:-1], render, text, starts[-1])
     end_mark = closing.rstrip()
     spans = []
     for number, (start, end) in enumerate(zip(starts, ends, strict=True)):
@@ -76,11 +76,16 @@ def places(sample: Sample, around: list[str], contents: list[str], text: str) ->
     raise DataError(f"sample {sample.id}: the chat template changes an answer otherwise than by stripping it of white space")
 
 
-def written_first(sample: Sample, prompt: str, text: str, start: int, turn: int) -> str:
-    """What the model has to write between the generation prompt and its answer, a space for instance."""
+def written_first(sample: Sample, asked: list[Message], render: Render, text: str, start: int) -> str:
+    """What the model has to write between the generation prompt and its answer, a space for instance. Of a template without a
+    generation prompt no more than white space, since its header is no part of the answer."""
+    prompt = render(asked, True)
     if not text.startswith(prompt) or len(prompt) > start:
         raise DataError(
-            f"sample {sample.id}: the chat template renders what comes before turn {turn} otherwise alone than in the whole "
-            "chat, so that its answer cannot be told from the prompt"
+            f"sample {sample.id}: the chat template renders what comes before turn {len(asked)} otherwise alone than in the "
+            "whole chat, so that its answer cannot be told from the prompt"
         )
-    return text[len(prompt) : start]
+    lead = text[len(prompt) : start]
+    if lead.strip() and prompt == render(asked, False):
+        return lead[len(lead.rstrip()) :]
+    return lead
