@@ -23,7 +23,8 @@ class DataError(ValueError):
 @dataclass
 class Sample:
     """One chat. `messages` are `{"role": str, "content": [part, ...]}`, a part being `{"type": "text", "text": str}` or
-    `{"type": "image"}`; the k-th image part shows the k-th of `images`, paths or encoded pictures."""
+    `{"type": "image"}`; the k-th image part shows the k-th of `images`: a path below the source's image root, or the encoded
+    bytes of a picture."""
 
     id: str
     source: str

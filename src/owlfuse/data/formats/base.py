@@ -74,7 +74,7 @@ class Source:
 def read_records(file: Path) -> list[Any]:
     """The records of a JSON or JSONL file."""
     try:
-        text = file.read_text(encoding="utf-8")
+        text = file.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         raise DataError(f"{file}: no such file") from None
     except UnicodeDecodeError as error:
@@ -95,6 +95,8 @@ def read_json(file: Path, text: str) -> Any:
         return json.loads(text)
     except json.JSONDecodeError as error:
         raise DataError(f"{file}: line {error.lineno}: not JSON: {error.msg}") from error
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{file}: not JSON: {error}") from error
 
 
 def read_lines(file: Path, text: str) -> list[Any]:
@@ -104,8 +106,8 @@ def read_lines(file: Path, text: str) -> list[Any]:
         if line.strip():
             try:
                 records.append(json.loads(line))
-            except json.JSONDecodeError as error:
-                raise DataError(f"{file}: line {number}: not JSON: {error.msg}") from error
+            except (ValueError, RecursionError) as error:
+                raise DataError(f"{file}: line {number}: not JSON: {error}") from error
     return records
 
 
