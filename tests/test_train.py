@@ -226,18 +226,23 @@ def test_a_wrong_sample_ends_the_command_in_one_line_that_names_it():
     assert "Traceback" not in output
 
 
-def test_skipped_samples_are_counted_in_mixture_json_and_limited():
+def test_skipped_samples_are_counted_in_mixture_json_over_a_resume_and_limited():
     records = json.loads(Path("data/shapes/train.json").read_text())
     for record in records[::4]:
         record["image"] = "none.png"
     Path("holes.json").write_text(json.dumps(records))
     overrides = ["experiment=shapes_owl1", "data.sources.shapes.file=holes.json", "data.sources.shapes.on_error=skip"]
     overrides += ["data.sources.shapes.image_root=data/shapes", "trainer.max_steps=12", "model.vision.image_size=64"]
-    run_folder = run(*overrides, "name=skips")
+    run_folder = run(*overrides, "name=skips", "trainer.max_steps=5")
+    before = json.loads((run_folder / "mixture.json").read_text())["skipped"]
+    train.run(compose([f"resume={run_folder}", "trainer.max_steps=12"]))
     mixture = json.loads((run_folder / "mixture.json").read_text())
     schedule = Mixture({"shapes": 48, "text": 120}, {"shapes": 0.65, "text": 0.35}, seed=0)
     wrong = [schedule[k] for k in range(12 * 8) if schedule[k][0] == "shapes" and schedule[k][1] % 4 == 0]
     assert mixture["sources"]["shapes"]["skipped"] == len(mixture["skipped"]) == len(wrong) > 12
+    assert 0 < len(before) < len(wrong)
+    assert mixture["skipped"][: len(before)] == before
+    assert mixture["sources"]["shapes"]["truncated"] == 0
     assert "no image none.png" in mixture["skipped"][0]["reason"]
     with pytest.raises(DataError, match="source shapes had 4 wrong samples, over its max_skips of 3"):
         run(*overrides, "name=limited", "data.sources.shapes.max_skips=3")

@@ -35,6 +35,9 @@ class MultimodalModule(lightning.LightningModule):
         self.vocab_size = vocab_size
         self.model: MultimodalLM | None = None
         self.skipped: list[tuple[str, str, str]] = []
+        self.truncated: dict[str, int] = {}
+        self.counted: tuple[list[tuple[str, str, str]], dict[str, int]] = ([], {})
+        """`skipped` and `truncated` at the last whole step, which a checkpoint goes on from."""
         self.loss_sum = 0.0
         self.token_count = 0
         self.padding = Padding()
@@ -58,7 +61,10 @@ class MultimodalModule(lightning.LightningModule):
         return loss * (self.trainer.accumulate_grad_batches * self.trainer.world_size)
 
     def count_skipped(self, batch: Batch) -> None:
-        """Says each sample that was left out. Raises DataError past a source's `max_skips`."""
+        """Says each sample that was left out or cut. Raises DataError past a source's `max_skips`."""
+        for source, sample, turns in batch.truncated:
+            self.truncated[source] = self.truncated.get(source, 0) + 1
+            log.info("truncated %s by %d turns (%d of source %s so far)", sample, turns, self.truncated[source], source)
         for source, sample, reason in batch.skipped:
             self.skipped.append((source, sample, reason))
             count = sum(skip[0] == source for skip in self.skipped)
@@ -79,6 +85,7 @@ class MultimodalModule(lightning.LightningModule):
         torch._foreach_div_(gradients, tokens)
         self.log("train/loss", loss_sum / tokens, prog_bar=True)
         self.loss_sum, self.token_count, self.padding = 0.0, 0, Padding()
+        self.counted = list(self.skipped), dict(self.truncated)
 
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Loss per supervised token of the validation sources, `<source>/loss`."""
@@ -97,9 +104,16 @@ class MultimodalModule(lightning.LightningModule):
         """See `AdamWCosine`."""
         return self.optim.build(self.model, self.trainer.max_steps)
 
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """What was skipped and truncated until the last whole step goes with the weights."""
+        checkpoint["skipped"], checkpoint["truncated"] = self.counted
+
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """A checkpoint between two micro batches goes on from the last whole step, whose number the sampler knows."""
         self.configure_model()
+        self.skipped = [tuple(skip) for skip in checkpoint.get("skipped", [])]
+        self.truncated = dict(checkpoint.get("truncated", {}))
+        self.counted = list(self.skipped), dict(self.truncated)
         progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
         done = checkpoint["global_step"] * self.trainer.accumulate_grad_batches
         for count in ("ready", "started", "processed", "completed"):

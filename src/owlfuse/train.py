@@ -49,7 +49,7 @@ def run(config: DictConfig) -> Path:
     trainer.fit(module, data, ckpt_path=last_checkpoint(folder) if config.resume else None, weights_only=True)
 
     if trainer.is_global_zero:
-        mixture = data.report(trainer.global_step, module.skipped)
+        mixture = data.report(trainer.global_step, module.skipped, module.truncated)
         (folder / "mixture.json").write_text(json.dumps(mixture, indent=2) + "\n", encoding="utf-8")
     raise_if_stopped(trainer, folder)
     if trainer.is_global_zero:

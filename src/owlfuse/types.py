@@ -16,6 +16,9 @@ from torch import Tensor
 class DataError(ValueError):
     """Something is wrong with the data. The message names the file or the sample, what was found and what was expected."""
 
+    leave_out = False
+    """True for a sample that is to be left out and counted whatever its source's `on_error` says."""
+
 
 @dataclass
 class Sample:
@@ -42,6 +45,8 @@ class Encoded:
     placeholder: Tensor
     pixel_values: list[Tensor]
     image_positions: list[int]
+    turns_removed: int = 0
+    """Questions with their answers that were taken from the end, where the policy for the length is `truncate_turns`."""
 
 
 @dataclass
@@ -77,6 +82,8 @@ class Batch:
     """The tokens of each sample. Plain numbers, so that no tensor is read to know how much is padding."""
     skipped: list[tuple[str, str, str]] = field(default_factory=list)
     """(source, sample, reason) of the samples that this batch lacks, where the policy is to skip."""
+    truncated: list[tuple[str, str, int]] = field(default_factory=list)
+    """(source, sample, turns removed) of the samples that were cut to `max_length`."""
 
     has_images: bool = True
     """False for the batch with a blank image. A plain bool, so that no tensor is read to know it."""

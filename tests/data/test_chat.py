@@ -111,14 +111,26 @@ def test_a_wrong_sample_is_named_with_what_was_found(tokenizer, sample, message)
 
 def test_a_template_that_changes_earlier_turns_is_an_error_and_not_a_wrong_mask(tokenizer):
     tokenizer.chat_template = "{{ messages | length }}{% for message in messages %}{{ message.content }}{% endfor %}"
-    with pytest.raises(DataError, match="renders turn 1 otherwise alone"):
+    with pytest.raises(DataError, match="before turn 3 otherwise alone than in the whole"):
         ChatEncoder(tokenizer, 1).encode(chat("a", "b", "c", "d"))
 
 
-def test_a_token_across_the_border_of_an_answer_is_an_error(tokenizer):
-    tokenizer.chat_template = (
-        "{% for message in messages %}{{ message.content }}{% endfor %}{% if add_generation_prompt %}{% endif %}"
-    )
+BARE = "{% for message in messages %}{{ message.content }}{% endfor %}{% if add_generation_prompt %}{% endif %}"
+
+
+def test_a_token_across_the_border_of_an_answer_is_split_as_generation_splits_it(tokenizer):
+    tokenizer.chat_template = BARE
+    encoder = ChatEncoder(tokenizer, 1)
+    whole = tokenizer("What color is it?", add_special_tokens=False)["input_ids"]
+    encoded = encoder.encode(chat("What col", "or is it?"))
+    assert encoded.input_ids.tolist() != whole
+    assert tokenizer.decode(encoded.input_ids) == "What color is it?"
+    assert supervised_turns(encoder, encoded) == ["or is it?"]
+
+
+def test_a_token_across_the_border_that_cannot_be_split_is_an_error(tokenizer, monkeypatch):
+    tokenizer.chat_template = BARE
+    monkeypatch.setattr("owlfuse.data.borders.ANCHORS", ())
     with pytest.raises(DataError, match="stands across the border of an answer"):
         ChatEncoder(tokenizer, 1).encode(chat("What col", "or is it?"))
 

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from owlfuse.data.borders import split_tokens
+from owlfuse.data.chat_template import template_names
+from owlfuse.data.checks import flatten
 from owlfuse.data.formats.base import IMAGE
+from owlfuse.data.length import OnLength, over_length, truncate
+from owlfuse.data.spans import supervised_spans
 from owlfuse.types import DataError, Encoded, Sample
 
 
@@ -24,17 +31,22 @@ class ChatEncoder:
     placeholder grows to the fusion's tokens per image.
 
     Args:
-        max_length: in tokens, placeholders expanded. A longer sample is a DataError.
+        max_length: in tokens, placeholders expanded. What becomes of a longer sample, `encode` is told.
 
     Raises:
-        DataError: a tokenizer without a chat template or without an end-of-sequence token.
+        DataError: a tokenizer without a chat template, without an end-of-sequence token, or without offsets.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, tokens_per_image: int, max_length: int = 2048) -> None:
         if not tokenizer.chat_template:
-            raise DataError(f"the tokenizer {tokenizer.name_or_path} has no chat template, which decides a chat's text")
+            raise DataError(
+                f"the tokenizer {tokenizer.name_or_path} has no chat template, which decides a chat's text; name one: "
+                f"chat_template={'|'.join(template_names())}|<path of a .jinja file>"
+            )
         if not tokenizer.is_fast:
             raise DataError(f"the tokenizer {tokenizer.name_or_path} is not a fast one, which character offsets need")
+        if tokenizer.eos_token_id is None:
+            raise DataError(f"the tokenizer {tokenizer.name_or_path} has no end-of-sequence token, which ends an answer")
         if IMAGE not in tokenizer.get_vocab():
             tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE]})
         self.tokenizer = tokenizer
@@ -44,73 +56,51 @@ class ChatEncoder:
         self.tokens_per_image = tokens_per_image
         self.max_length = max_length
 
-    def encode(self, sample: Sample) -> Encoded:
-        """The whole chat, its assistant turns supervised.
+    def encode(self, sample: Sample, on_length: OnLength = "error") -> Encoded:
+        """The whole chat, its assistant turns supervised; with `truncate_turns`, its first turns that fit.
 
         Raises:
             DataError: names the sample, what was found and what was expected.
         """
-        messages = self.flatten(sample)
-        (text,) = self.render([messages])
-        spans = self.supervised_spans(sample, messages, text)
+        encoded = self.encode_whole(sample)
+        if len(encoded.input_ids) <= self.max_length:
+            return encoded
+        if on_length == "truncate_turns":
+            return truncate(self.encode_whole, sample, self.max_length)
+        raise over_length(sample, len(encoded.input_ids), self.max_length, on_length)
+
+    def encode_whole(self, sample: Sample) -> Encoded:
+        """The chat whatever its length. Raises DataError."""
+        messages = flatten(sample, self.control)
+        text = self.render(sample, messages)
+        spans = supervised_spans(sample, messages, text, partial(self.render, sample))
         ids, offsets = self.tokenize(text)
-        labels = self.labels(sample, ids, offsets, spans)
-        return self.expand(sample, ids, labels)
+        for border in sorted({border for span in spans for border in span}, reverse=True):
+            split_tokens(self.tokenizer, text, ids, offsets, border)
+        return self.expand(sample, ids, self.labels(sample, ids, offsets, spans))
 
     def encode_prompt(self, sample: Sample) -> Encoded:
-        """The chat up to where the assistant answers next; nothing is supervised."""
-        (text,) = self.render([self.flatten(sample)], add_generation_prompt=True)
-        ids, _ = self.tokenize(text)
-        return self.expand(sample, ids, [-100] * len(ids))
+        """The chat up to where the assistant answers next; nothing is supervised. Raises DataError."""
+        ids, _ = self.tokenize(self.render(sample, flatten(sample, self.control), True))
+        encoded = self.expand(sample, ids, [-100] * len(ids))
+        if len(encoded.input_ids) > self.max_length:
+            raise over_length(sample, len(encoded.input_ids), self.max_length, "error")
+        return encoded
 
-    def flatten(self, sample: Sample) -> list[dict[str, str]]:
-        """Messages with the parts of each joined to one text, as every chat template takes them."""
-        if not sample.messages:
-            raise DataError(f"sample {sample.id} has no messages")
-        for message in sample.messages:
-            for part in message["content"]:
-                found = [token for token in self.control if token in part.get("text", "")]
-                if found:
-                    raise DataError(f"sample {sample.id} holds the tokenizer's control token {found[0]} in its text")
-        placeholders = sum(part["type"] == "image" for m in sample.messages for part in m["content"])
-        if placeholders != len(sample.images):
-            raise DataError(f"sample {sample.id} has {placeholders} {IMAGE} placeholders and {len(sample.images)} images")
-        return [
-            {"role": m["role"], "content": "".join(IMAGE if p["type"] == "image" else p["text"] for p in m["content"])}
-            for m in sample.messages
-        ]
-
-    def render(self, chats: list[list[dict[str, str]]], add_generation_prompt: bool = False) -> list[str]:
-        """Chats as text, several in one call, which costs little more than one."""
-        return self.tokenizer.apply_chat_template(chats, tokenize=False, add_generation_prompt=add_generation_prompt)
+    def render(self, sample: Sample, messages: list[dict[str, str]], add_generation_prompt: bool = False) -> str:
+        """A chat as text. Raises DataError with what the template objects to, a system message for instance."""
+        try:
+            return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
+        except (TemplateError, TypeError, ValueError, KeyError, IndexError, AttributeError) as error:
+            raise DataError(f"sample {sample.id}: the chat template refuses it: {error}") from error
 
     def tokenize(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         """Ids and the characters that each stands for."""
         encoding = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         return encoding["input_ids"], encoding["offset_mapping"]
 
-    def supervised_spans(self, sample: Sample, messages: list[dict[str, str]], text: str) -> list[tuple[int, int]]:
-        """The characters of each assistant turn: its answer and end mark, without white space after it."""
-        answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
-        if not answers:
-            raise DataError(f"sample {sample.id} has no assistant turn, so there is nothing to learn from it")
-        prompts = self.render([messages[:index] for index in answers], add_generation_prompt=True)
-        turns = self.render([messages[: index + 1] for index in answers])
-        spans = []
-        for index, prompt, turn in zip(answers, prompts, turns, strict=True):
-            if not turn.startswith(prompt) or not text.startswith(turn.rstrip()):
-                raise DataError(
-                    f"sample {sample.id}: the chat template renders turn {index} otherwise alone than in the whole chat, so "
-                    "that its answer cannot be told from the prompt"
-                )
-            end = len(turn.rstrip())
-            if not messages[index]["content"].strip() or end <= len(prompt):
-                raise DataError(f"sample {sample.id}: turn {index} is an empty answer")
-            spans.append((len(prompt), end))
-        return spans
-
     def labels(self, sample: Sample, ids: list[int], offsets: list[tuple[int, int]], spans: list[tuple[int, int]]) -> list[int]:
-        """The ids inside the spans, -100 elsewhere. A token across a span's border is a DataError."""
+        """The ids inside the spans, -100 elsewhere. A token across a span's border that could not be split is a DataError."""
         labels = [-100] * len(ids)
         index = 0
         for start, end in spans:
@@ -137,21 +127,20 @@ class ChatEncoder:
             out_labels += [label] * repeat
         if len(positions) != len(sample.images):
             raise DataError(f"sample {sample.id}: {len(sample.images)} images became {len(positions)} placeholders")
-        if len(out_ids) > self.max_length:
-            raise DataError(f"sample {sample.id} is {len(out_ids)} tokens long, over max_length of {self.max_length}")
         input_ids = torch.tensor(out_ids)
         return Encoded(sample.id, sample.source, input_ids, torch.tensor(out_labels), input_ids == self.image_id, [], positions)
 
 
 def question_samples(sample: Sample) -> list[tuple[Sample, str, str]]:
     """Each question of a chat by itself, with its answer and its kind ("" where the data name none): the first user turn's
-    images go with every question, what was said in between is left out, so that no answer gives another away."""
+    images go with every question, what was said in between is left out, so that no answer gives another away, and so is a last
+    question without an answer."""
     questions = []
     images = [part for message in sample.messages for part in message["content"] if part["type"] == "image"]
     system = [message for message in sample.messages if message["role"] == "system"]
     kinds: list[Any] = sample.metadata.get("kinds") or [sample.metadata.get("kind", "")]
     turns = [m for m in sample.messages if m["role"] != "system"]
-    for number, (asked, answered) in enumerate(zip(turns[::2], turns[1::2], strict=True)):
+    for number, (asked, answered) in enumerate(zip(turns[::2], turns[1::2])):
         text = "".join(part["text"] for part in asked["content"] if part["type"] == "text").lstrip("\n")
         content = [*images, {"type": "text", "text": ("\n" if images else "") + text}]
         answer = "".join(part["text"] for part in answered["content"])

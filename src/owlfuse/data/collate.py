@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from owlfuse.data.packing import join, pack
-from owlfuse.types import Batch, DataError, Encoded
+from owlfuse.types import Batch, Encoded
 
 
 @dataclass(frozen=True)
@@ -37,14 +37,14 @@ class Collator:
     pack_to: int | None = None
 
     def __call__(self, items: list[Encoded | Skipped]) -> Batch:
-        """Raises DataError where every sample was skipped, or a sample is longer than `pack_to`."""
+        """A batch of the items that are not skipped; where all are, of one row without anything to learn, so that a rank goes
+        on with the others. Raises DataError for a sample longer than `pack_to`."""
         samples = [item for item in items if isinstance(item, Encoded)]
         skipped = [(item.source, item.sample, item.reason) for item in items if isinstance(item, Skipped)]
-        if not samples:
-            raise DataError(f"every sample of a batch was skipped; the first: {skipped[0][1]}: {skipped[0][2]}")
+        truncated = [(one.source, one.id, one.turns_removed) for one in samples if one.turns_removed]
         segments = None
-        if self.pack_to is None:
-            rows = samples
+        if self.pack_to is None or not samples:
+            rows = samples or [self.nothing()]
         else:
             packed = pack(samples, self.pack_to)
             samples = [sample for row in packed for sample in row]
@@ -67,7 +67,13 @@ class Collator:
             sources=[sample.source for sample in samples],
             lengths=[len(sample.input_ids) for sample in samples],
             skipped=skipped,
+            truncated=truncated,
         )
+
+    def nothing(self) -> Encoded:
+        """A row of one padding token, which nothing is learned from."""
+        pad = torch.tensor([self.pad_id])
+        return Encoded("", "", pad, torch.full((1,), -100), torch.zeros(1, dtype=torch.bool), [], [])
 
     def pad(self, rows: Sequence[Tensor], length: int, value: int | bool) -> Tensor:
         """Rows (T_i,) -> (B, T)."""

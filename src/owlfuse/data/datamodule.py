@@ -12,11 +12,14 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from owlfuse.data.chat import ChatEncoder, load_tokenizer
+from owlfuse.data.chat_template import use_template
 from owlfuse.data.collate import Collator, Skipped
 from owlfuse.data.formats.base import Source
 from owlfuse.data.images import MAX_PIXELS, open_image
+from owlfuse.data.length import OnLength, check_policies, policy_of
 from owlfuse.data.mixture import Mixture
 from owlfuse.data.packing import checked
+from owlfuse.data.policy import load_or_skip
 from owlfuse.types import Batch, DataError, Encoded, Sample
 
 
@@ -39,8 +42,10 @@ class ChatData(lightning.LightningDataModule):
         global_batch_size: samples of one optimizer step, over all ranks and accumulation steps.
         micro_batch_size: samples that one rank takes at a time; by default the global batch over the ranks.
         workers: processes that load data; 0 loads in the training process.
-        max_length: in tokens; a longer sample is an error or skipped, as its source's `on_error` says.
+        max_length: in tokens, of a sample.
         pack_to: the samples of a micro batch share rows of at most so many tokens in training; None: a row is one sample.
+        on_length: what becomes of a longer sample, for all sources or by source (see `data.length`).
+        chat_template: a template's name (see `data/templates`) or a .jinja file, in the place of the tokenizer's own.
         max_pixels: of a picture; one with more is refused before it is decoded.
         validation_samples: how many samples of each validation source are looked at during training.
         prepare: called before anything is read; it writes data that are made on the spot.
@@ -62,6 +67,8 @@ class ChatData(lightning.LightningDataModule):
         prepare: Callable[[], None] | None = None,
         folder: str | None = None,
         pack_to: int | None = None,
+        on_length: OnLength | dict[str, OnLength] = "error",
+        chat_template: str | None = None,
     ) -> None:
         super().__init__()
         if prepare is not None:
@@ -77,7 +84,9 @@ class ChatData(lightning.LightningDataModule):
         self.pack_to = checked(pack_to, max_length)
         self.max_pixels = max_pixels
         self.validation_samples = validation_samples
-        self.tokenizer = load_tokenizer(tokenizer)
+        check_policies(on_length, [*sources, *validation])
+        self.on_length = on_length
+        self.tokenizer = use_template(load_tokenizer(tokenizer), chat_template)
         weights = {name: source.weight for name, source in sources.items()}
         self.mixture = Mixture({name: len(source) for name, source in sources.items()}, weights, seed)
 
@@ -137,8 +146,10 @@ class ChatData(lightning.LightningDataModule):
 
     def load(self, sample: Sample, root: Any, prompt: bool = False) -> Encoded:
         """A sample encoded, its pictures opened below `root` and preprocessed. Raises DataError."""
-        encoded = self.encoder.encode_prompt(sample) if prompt else self.encoder.encode(sample)
-        pictures = (open_image(root, path, sample.id, self.max_pixels) for path in sample.images)
+        on_length = policy_of(self.on_length, sample.source)
+        encoded = self.encoder.encode_prompt(sample) if prompt else self.encoder.encode(sample, on_length)
+        kept = sample.images[: len(encoded.image_positions)]
+        pictures = (open_image(root, image, sample.id, self.max_pixels) for image in kept)
         encoded.pixel_values = [self.preprocess(picture) for picture in pictures]
         return encoded
 
@@ -147,8 +158,8 @@ class ChatData(lightning.LightningDataModule):
         collator = Collator(self.encoder.pad_id, self.image_shape, side="left")
         return collator([self.load(sample, source.image_root, prompt=True) for sample, source in samples])
 
-    def report(self, steps: int, skipped: list[tuple[str, str, str]]) -> dict[str, Any]:
-        """What `mixture.json` holds after `steps`: the sources, their hashes, weights and realised counts, and the skips."""
+    def report(self, steps: int, skipped: list[tuple[str, ...]], truncated: dict[str, int] | None = None) -> dict[str, Any]:
+        """What `mixture.json` holds after `steps`: the sources, their hashes, weights and realised counts, skips and cuts."""
         positions = steps * self.global_batch_size
         counts = self.mixture.counts(positions)
         shares = dict(zip(self.mixture.names, self.mixture.shares, strict=True))
@@ -163,6 +174,7 @@ class ChatData(lightning.LightningDataModule):
                 "drawn_share": counts.get(name, 0) / positions if positions else None,
                 "passes": counts.get(name, 0) / len(source),
                 "skipped": sum(skip[0] == name for skip in skipped),
+                "truncated": (truncated or {}).get(name, 0),
             }
             for name, source in self.sources.items()
         }
@@ -180,14 +192,6 @@ def ignore_interrupt(worker: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def load_or_skip(load: Callable[[Sample, Any], Encoded], source: Source, index: int) -> Encoded | Skipped:
-    """One sample of a source under its policy for wrong samples."""
-    try:
-        return load(source[index], source.image_root)
-    except DataError as error:
-        if source.on_error == "skip":
-            return Skipped(source.name, f"{source.name}:{index}", str(error))
-        raise
 
 
 class MixtureDataset(Dataset):

@@ -1,9 +1,14 @@
-"""Opening pictures safely: inside the image root, under a pixel limit, as RGB and upright."""
+"""Opening pictures safely: inside the image root, under a pixel limit, as 8-bit RGB and upright."""
 
 from __future__ import annotations
 
+import io
+import re
+import warnings
+from contextlib import suppress
 from pathlib import Path
 
+import numpy as np
 from PIL import Image, ImageOps
 
 from owlfuse.types import DataError
@@ -11,37 +16,96 @@ from owlfuse.types import DataError
 MAX_PIXELS = 100_000_000
 """Of a picture, where nothing else is said."""
 
+FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "AVIF", "JPEG2000", "ICO")
+"""What is decoded, whatever a file's name ends in. PIL knows others, of which EPS is a program that is run."""
 
-def open_image(root: Path, path: str, name: str, max_pixels: int) -> Image.Image:
-    """The picture at `path` below `root`, RGB, EXIF rotation applied, transparency on white.
+_URL = re.compile(r"[a-z][a-z0-9+.-]+://|data:", re.IGNORECASE)
+
+
+def open_image(root: Path, image: str | bytes, name: str, max_pixels: int) -> Image.Image:
+    """The picture at the path `image` below `root`, or of the encoded bytes `image`: RGB, EXIF rotation applied,
+    transparency on white, the first frame of several, 16-bit grey scaled to 8 bits.
 
     The size is read from the header, before anything is decoded.
 
     Raises:
-        DataError: a path that leaves the root, no such file, no picture, or more than `max_pixels`; names the sample `name`.
+        DataError: a path that leaves the root, a URL, no such file, no picture, or more than `max_pixels`; names the sample
+            `name`.
     """
+    label = f"sample {name}: image " + (f"of {len(image):,} bytes" if isinstance(image, bytes) else image[:200])
+    try:
+        if isinstance(image, bytes):
+            return decode(io.BytesIO(image), label, max_pixels)
+        with place_of(root, image, label).open("rb") as file:
+            return decode(file, label, max_pixels)
+    except DataError:
+        raise
+    except FileNotFoundError:
+        raise DataError(f"sample {name}: no image {image} in {root}") from None
+    except Image.UnidentifiedImageError:
+        raise DataError(f"{label} cannot be read: {found_instead(root, image)}, expected a picture") from None
+    except Exception as error:  # PIL's decoders raise whatever a broken file leads them to
+        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        raise DataError(f"{label} cannot be read: {reason}") from error
+
+
+def place_of(root: Path, path: str, label: str) -> Path:
+    """The file below `root`, links followed. Raises DataError where it is not below it, or no file."""
+    if _URL.match(path):
+        raise DataError(f"{label} is a URL, expected a path below {root}; pictures are not fetched, download them first")
     resolved = (root / path).resolve()
     if not resolved.is_relative_to(root.resolve()):
-        raise DataError(f"sample {name}: image {path} leaves the image root {root}")
-    try:
-        with Image.open(resolved) as picture:
-            pixels = picture.width * picture.height
-            if pixels > max_pixels:
-                raise DataError(f"sample {name}: image {path} has {pixels:,} pixels, over the limit of {max_pixels:,}")
-            return to_rgb(ImageOps.exif_transpose(picture))
-    except FileNotFoundError:
-        raise DataError(f"sample {name}: no image {path} in {root}") from None
-    except Image.DecompressionBombError as error:
-        raise DataError(f"sample {name}: image {path}: {error}") from error
-    except (OSError, SyntaxError) as error:
-        raise DataError(f"sample {name}: image {path} cannot be read: {error}") from error
+        raise DataError(f"{label} leaves the image root {root}")
+    if resolved.is_dir():
+        raise DataError(f"{label} cannot be read: it is a folder, expected a picture")
+    if resolved.exists() and not resolved.is_file():  # a pipe would be waited for
+        raise DataError(f"{label} cannot be read: it is no ordinary file, expected a picture")
+    return resolved
+
+
+def found_instead(root: Path, image: str | bytes) -> str:
+    """What lies where no picture lies, for a message."""
+    size = len(image) if isinstance(image, bytes) else (root / image).stat().st_size
+    return "it is empty" if not size else f"its {size:,} bytes are none of {', '.join(FORMATS)}"
+
+
+def decode(file: io.IOBase, label: str, max_pixels: int) -> Image.Image:
+    """The picture of an open file. Raises DataError over `max_pixels`, before decoding."""
+    Image.init()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit here is max_pixels
+        picture = Image.open(file, formats=[format for format in FORMATS if format in Image.OPEN])
+    with picture:
+        pixels = picture.width * picture.height
+        if pixels > max_pixels:
+            raise DataError(f"{label} has {pixels:,} pixels, over the limit of {max_pixels:,}")
+        picture.load()
+        upright = picture
+        with suppress(Exception):  # EXIF that cannot be read turns nothing, as in every viewer
+            upright = ImageOps.exif_transpose(picture)
+        return to_rgb(upright)
 
 
 def to_rgb(picture: Image.Image) -> Image.Image:
-    """RGB, with what is transparent shown on white."""
-    if picture.mode == "RGB":
+    """RGB of 8 bits, with what is transparent shown on white. Raises ValueError for pixels of 32 bits."""
+    if picture.mode == "RGB" and "transparency" not in picture.info:
         return picture.copy()
+    if picture.mode.startswith("I") or picture.mode == "F":
+        return from_grey(picture)
     if picture.has_transparency_data:
         rgba = picture.convert("RGBA")
         picture = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
     return picture.convert("RGB")
+
+
+def from_grey(picture: Image.Image) -> Image.Image:
+    """16-bit grey as RGB, 65535 as 255, which PIL's own conversion would clip."""
+    values = np.asarray(picture)
+    if picture.mode == "F" or values.min() < 0 or values.max() > 65535:
+        raise ValueError(f"its pixels are of 32 bits (mode {picture.mode}), expected 8 or 16")
+    values = values.astype(np.uint32)
+    grey = ((values + 128) // 257).astype(np.uint8)
+    clear = picture.info.get("transparency")
+    if isinstance(clear, int):
+        grey[values == clear] = 255
+    return Image.fromarray(grey).convert("RGB")

@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoProcessor
 
 from owlfuse.data.chat import ChatEncoder
+from owlfuse.data.chat_template import use_template
 from owlfuse.data.datamodule import load_tokenizer
 from owlfuse.data.formats.base import IMAGE
 from owlfuse.folders import whole_folder
@@ -48,7 +49,8 @@ class Trained:
 def load_run(folder: Path) -> Trained:
     """The model of a run's last checkpoint, in eval mode on the CPU. The run's data are not needed, but its tokenizer is."""
     config = OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"), resolve=True)
-    encoder = ChatEncoder(load_tokenizer(config["data"]["tokenizer"]), tokens_per_image=1)
+    tokenizer = use_template(load_tokenizer(config["data"]["tokenizer"]), config["data"].get("chat_template"))
+    encoder = ChatEncoder(tokenizer, tokens_per_image=1)
     model, _ = build_model(config["model"], len(encoder.tokenizer))
     checkpoint = torch.load(last_checkpoint(folder), map_location="cpu", weights_only=True, mmap=True)
     model.load_state_dict({name.removeprefix("model."): tensor for name, tensor in checkpoint["state_dict"].items()})

@@ -1,0 +1,75 @@
+"""What a chat must be before it is given to a chat template."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from owlfuse.data.formats.base import IMAGE
+from owlfuse.types import DataError, Sample
+
+ROLES = ("system", "user", "assistant")
+NO_TEXT = re.compile("[\x00-\x08\x0e-\x1f\x7f\ud800-\udfff]")
+"""Control characters that no text holds (all but tab, line feed, vertical tab, form feed and carriage return), and lone
+surrogates, which no tokenizer takes."""
+
+
+def flatten(sample: Sample, control: Sequence[str]) -> list[dict[str, str]]:
+    """Messages with the parts of each joined to one text, as every chat template takes them.
+
+    Args:
+        control: the tokenizer's special tokens. One that stands in a text would become a control token, so it is refused.
+
+    Raises:
+        DataError: names the sample, and what of it is no chat: see `check_order`, `check_text` and `check_images`.
+    """
+    check_order(sample)
+    check_images(sample)
+    messages = []
+    for number, message in enumerate(sample.messages):
+        # joined, so that a control token is found that two parts make together
+        check_text(sample, number, "".join(part["text"] for part in message["content"] if part["type"] == "text"), control)
+        content = "".join(IMAGE if part["type"] == "image" else part["text"] for part in message["content"])
+        messages.append({"role": message["role"], "content": content})
+    return messages
+
+
+def check_order(sample: Sample) -> None:
+    """A system message or none, then user and assistant in turn, a user first. The last question may lack its answer."""
+    if not sample.messages:
+        raise DataError(f"sample {sample.id} has no messages")
+    roles = [message["role"] for message in sample.messages]
+    for number, role in enumerate(roles):
+        if role not in ROLES:
+            raise DataError(f"sample {sample.id}: turn {number} has the role {str(role)[:40]!r}, expected {', '.join(ROLES)}")
+        if role == "system" and number:
+            raise DataError(f"sample {sample.id}: turn {number} is a system message, expected at the start only")
+    first = int(roles[0] == "system")
+    if roles[first:] and roles[first] != "user":
+        raise DataError(f"sample {sample.id}: its first turn is the assistant's, expected the user's")
+    for number in range(first + 1, len(roles)):
+        if roles[number] == roles[number - 1]:
+            raise DataError(
+                f"sample {sample.id}: turns {number - 1} and {number} are both the {roles[number]}'s, expected user and "
+                "assistant in turn"
+            )
+
+
+def check_images(sample: Sample) -> None:
+    """A placeholder for each image, in what the user says."""
+    parts = [(message["role"], part) for message in sample.messages for part in message["content"]]
+    placeholders = [role for role, part in parts if part["type"] == "image"]
+    if len(placeholders) != len(sample.images):
+        raise DataError(f"sample {sample.id} has {len(placeholders)} {IMAGE} placeholders and {len(sample.images)} images")
+    for role in placeholders:
+        if role != "user":
+            raise DataError(f"sample {sample.id} has an {IMAGE} in a turn of the {role}; images go with what the user says")
+
+
+def check_text(sample: Sample, number: int, text: str, control: Sequence[str]) -> None:
+    """Text of turn `number` without control tokens, control characters or lone surrogates."""
+    if found := NO_TEXT.search(text):
+        kind = "lone surrogate" if found[0] >= "\ud800" else "control character"
+        raise DataError(f"sample {sample.id}: turn {number} holds the {kind} U+{ord(found[0]):04X}, expected text")
+    if tokens := [token for token in control if token in text]:
+        raise DataError(f"sample {sample.id} holds the tokenizer's control token {tokens[0]} in its text (turn {number})")

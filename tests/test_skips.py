@@ -1,0 +1,89 @@
+"""What was skipped and truncated is counted over the whole run, resumes included."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from helpers import ROWS, VOCAB, make_batch, model_node
+from owlfuse.module import MultimodalModule
+from owlfuse.types import DataError
+
+
+@pytest.fixture
+def module():
+    def make(max_skips=100):
+        made = MultimodalModule(model_node(), None, VOCAB)
+        sources = {name: SimpleNamespace(max_skips=max_skips) for name in "ab"}
+        strategy = SimpleNamespace(reduce=lambda tensor, reduce_op: tensor)
+        made._trainer = SimpleNamespace(
+            datamodule=SimpleNamespace(sources=sources),
+            accumulate_grad_batches=2,
+            world_size=1,
+            global_rank=0,
+            strategy=strategy,
+        )
+        made.log = lambda *args, **kwargs: None
+        made.configure_model()
+        return made
+
+    return make
+
+
+def train(module, *micro_batches, whole=True):
+    """Micro batches with such skips and cuts, and the optimizer's step after them where it is whole."""
+    for skipped, truncated in micro_batches:
+        batch = make_batch(ROWS)
+        batch.skipped, batch.truncated = skipped, truncated
+        module.training_step(batch, 0).backward()
+    if whole:
+        module.on_before_optimizer_step(torch.optim.SGD(module.parameters()))
+
+
+def checkpoint_of(module, step):
+    checkpoint = {"global_step": step, "loops": {"fit_loop": {"epoch_loop.batch_progress": {"current": {}, "total": {}}}}}
+    module.on_save_checkpoint(checkpoint)
+    return checkpoint
+
+
+def skip(source, number):
+    return source, f"{source}:{number}", "no image"
+
+
+def test_a_resumed_run_goes_on_counting_from_the_last_whole_step(module, tmp_path):
+    first = module()
+    train(first, ([skip("a", 1)], []), ([skip("b", 2)], [("a", "a:7", 1)]))
+    train(first, ([skip("a", 3)], [("a", "a:8", 2)]), whole=False)  # its step is run again
+    assert len(first.skipped) == 3
+    torch.save(checkpoint_of(first, 1), tmp_path / "last.ckpt")
+    second = module()
+    second.on_load_checkpoint(torch.load(tmp_path / "last.ckpt", weights_only=True))
+    assert second.skipped == [skip("a", 1), skip("b", 2)]
+    assert second.truncated == {"a": 1}
+    train(second, ([skip("a", 3)], [("a", "a:8", 2)]), ([], []))
+    assert second.skipped == [skip("a", 1), skip("b", 2), skip("a", 3)]
+    assert second.truncated == {"a": 2}
+
+
+def test_the_limit_of_skips_holds_over_a_resume(module):
+    first = module(max_skips=2)
+    train(first, ([skip("a", 1), skip("a", 2), skip("b", 1)], []), ([], []))
+    second = module(max_skips=2)
+    second.on_load_checkpoint(checkpoint_of(first, 1))
+    with pytest.raises(DataError, match="source a had 3 wrong samples, over its max_skips of 2; the last: no image"):
+        train(second, ([skip("a", 3)], []))
+
+
+def test_a_checkpoint_from_before_skips_were_kept_is_read(module):
+    made = module()
+    checkpoint = checkpoint_of(made, 1)
+    del checkpoint["skipped"], checkpoint["truncated"]
+    made.on_load_checkpoint(checkpoint)
+    assert (made.skipped, made.truncated) == ([], {})
+
+
+def test_every_skip_and_cut_goes_to_the_log(module, caplog):
+    with caplog.at_level("INFO"):
+        train(module(), ([skip("a", 1)], [("b", "b:7", 2)]), ([], []))
+    assert "skipped a:1 (1 of source a so far): no image" in caplog.text
+    assert "truncated b:7 by 2 turns (1 of source b so far)" in caplog.text
