@@ -8,6 +8,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from owlfuse.data.formats.base import IMAGE
+from owlfuse.data.pictures import VISUAL, visual_parts
 from owlfuse.types import DataError, Encoded, Sample
 
 
@@ -36,8 +37,11 @@ class ChatEncoder:
         self.tokens_per_image = tokens_per_image
         self.max_length = max_length
 
-    def encode(self, sample: Sample) -> Encoded:
+    def encode(self, sample: Sample, views: list[int] | None = None) -> Encoded:
         """The whole chat, its assistant turns supervised.
+
+        Args:
+            views: how many images each placeholder stands for; by default one each.
 
         Raises:
             DataError: names the sample, what was found and what was expected.
@@ -47,13 +51,13 @@ class ChatEncoder:
         spans = self.supervised_spans(sample, messages, text)
         ids, offsets = self.tokenize(text)
         labels = self.labels(sample, ids, offsets, spans)
-        return self.expand(sample, ids, labels)
+        return self.expand(sample, ids, labels, views)
 
-    def encode_prompt(self, sample: Sample) -> Encoded:
+    def encode_prompt(self, sample: Sample, views: list[int] | None = None) -> Encoded:
         """The chat up to where the assistant answers next; nothing is supervised."""
         (text,) = self.render([self.flatten(sample)], add_generation_prompt=True)
         ids, _ = self.tokenize(text)
-        return self.expand(sample, ids, [-100] * len(ids))
+        return self.expand(sample, ids, [-100] * len(ids), views)
 
     def flatten(self, sample: Sample) -> list[dict[str, str]]:
         """Messages with the parts of each joined to one text, as every chat template takes them."""
@@ -64,11 +68,9 @@ class ChatEncoder:
                 found = [token for token in self.control if token in part.get("text", "")]
                 if found:
                     raise DataError(f"sample {sample.id} holds the tokenizer's control token {found[0]} in its text")
-        placeholders = sum(part["type"] == "image" for m in sample.messages for part in m["content"])
-        if placeholders != len(sample.images):
-            raise DataError(f"sample {sample.id} has {placeholders} {IMAGE} placeholders and {len(sample.images)} images")
+        visual_parts(sample)
         return [
-            {"role": m["role"], "content": "".join(IMAGE if p["type"] == "image" else p["text"] for p in m["content"])}
+            {"role": m["role"], "content": "".join(IMAGE if p["type"] in VISUAL else p["text"] for p in m["content"])}
             for m in sample.messages
         ]
 
@@ -116,19 +118,25 @@ class ChatEncoder:
                 index += 1
         return labels
 
-    def expand(self, sample: Sample, ids: list[int], labels: list[int]) -> Encoded:
-        """Each placeholder as `tokens_per_image` positions."""
+    def expand(self, sample: Sample, ids: list[int], labels: list[int], views: list[int] | None = None) -> Encoded:
+        """Each placeholder as `tokens_per_image` positions for each of its `views` (by default one)."""
+        found, expected = ids.count(self.image_id), len(sample.images) + len(sample.videos)
+        views = [1] * expected if views is None else views
+        if found != expected or len(views) != expected:
+            raise DataError(
+                f"sample {sample.id}: {len(sample.images)} images and {len(sample.videos)} videos became {found} placeholders"
+            )
         out_ids: list[int] = []
         out_labels: list[int] = []
         positions: list[int] = []
+        counts = iter(views)
         for token, label in zip(ids, labels, strict=True):
+            repeat = 1
             if token == self.image_id:
-                positions.append(len(out_ids))
-            repeat = self.tokens_per_image if token == self.image_id else 1
+                repeat = next(counts) * self.tokens_per_image
+                positions += range(len(out_ids), len(out_ids) + repeat, self.tokens_per_image)
             out_ids += [token] * repeat
             out_labels += [label] * repeat
-        if len(positions) != len(sample.images):
-            raise DataError(f"sample {sample.id}: {len(sample.images)} images became {len(positions)} placeholders")
         if len(out_ids) > self.max_length:
             raise DataError(f"sample {sample.id} is {len(out_ids)} tokens long, over max_length of {self.max_length}")
         input_ids = torch.tensor(out_ids)
@@ -136,19 +144,25 @@ class ChatEncoder:
 
 
 def question_samples(sample: Sample) -> list[tuple[Sample, str, str]]:
-    """Each question of a chat by itself, with its answer and its kind ("" where the data name none): the first user turn's
-    images go with every question, what was said in between is left out, so that no answer gives another away."""
+    """Each question of a chat by itself, with its answer and its kind ("" where the data name none): pictures of the turns
+    before it come first, its own stay where they stand in its text. What was said in between is left out, so that no answer
+    gives another away."""
     questions = []
-    images = [part for message in sample.messages for part in message["content"] if part["type"] == "image"]
+    seen: list[dict[str, Any]] = []
     system = [message for message in sample.messages if message["role"] == "system"]
+    before = [part["type"] for message in system for part in message["content"]]
     kinds: list[Any] = sample.metadata.get("kinds") or [sample.metadata.get("kind", "")]
     turns = [m for m in sample.messages if m["role"] != "system"]
     for number, (asked, answered) in enumerate(zip(turns[::2], turns[1::2], strict=True)):
-        text = "".join(part["text"] for part in asked["content"] if part["type"] == "text").lstrip("\n")
-        content = [*images, {"type": "text", "text": ("\n" if images else "") + text}]
-        answer = "".join(part["text"] for part in answered["content"])
-        question = Sample(
-            f"{sample.id}#{number}", sample.source, [*system, {"role": "user", "content": content}], sample.images
-        )
+        own = list(asked["content"])
+        if own and own[0]["type"] == "text":
+            own[0] = {"type": "text", "text": ("\n" if seen else "") + own[0]["text"].lstrip("\n")}
+        messages = [*system, {"role": "user", "content": [*seen, *own]}]
+        answer = "".join(part.get("text", "") for part in answered["content"])
+        seen += [part for part in asked["content"] if part["type"] in VISUAL]
+        types = [*before, *(part["type"] for part in seen)]
+        images, videos = sample.images[: types.count("image")], sample.videos[: types.count("video")]
+        question = Sample(f"{sample.id}#{number}", sample.source, messages, images, videos=videos)
         questions.append((question, answer, str(kinds[number % len(kinds)])))
+        seen += [part for part in answered["content"] if part["type"] in VISUAL]
     return questions

@@ -4,29 +4,20 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Callable, Iterator
-from typing import Any, Protocol
+from typing import Any
 
 import lightning
-from PIL import Image
-from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from owlfuse.data.chat import ChatEncoder
 from owlfuse.data.collate import Collator, Skipped
 from owlfuse.data.formats.base import Source
-from owlfuse.data.images import MAX_PIXELS, open_image
+from owlfuse.data.images import MAX_PIXELS
 from owlfuse.data.mixture import Mixture
+from owlfuse.data.pictures import Pictures, Preprocess
+from owlfuse.data.video import VideoSampling
 from owlfuse.types import Batch, DataError, Encoded, Sample
-
-
-class Preprocess(Protocol):
-    """A picture becomes pixels (3, H, W) of `size` (H, W)."""
-
-    size: tuple[int, int]
-
-    def __call__(self, picture: Image.Image) -> Tensor:
-        """RGB picture -> float32 pixels."""
 
 
 class ChatData(lightning.LightningDataModule):
@@ -44,6 +35,7 @@ class ChatData(lightning.LightningDataModule):
         validation_samples: how many samples of each validation source are looked at during training.
         prepare: called before anything is read; it writes data that are made on the spot.
         folder: where the data lie, for the other keys of a yaml to refer to.
+        video: how frames of videos are chosen where a source does not say, the keys of a `VideoSampling`.
     """
 
     def __init__(
@@ -60,6 +52,7 @@ class ChatData(lightning.LightningDataModule):
         seed: int = 0,
         prepare: Callable[[], None] | None = None,
         folder: str | None = None,
+        video: VideoSampling | dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
         if prepare is not None:
@@ -73,6 +66,7 @@ class ChatData(lightning.LightningDataModule):
         self.workers = workers
         self.max_length = max_length
         self.max_pixels = max_pixels
+        self.video = VideoSampling.of(video or {})
         self.validation_samples = validation_samples
         self.tokenizer = load_tokenizer(tokenizer)
         weights = {name: source.weight for name, source in sources.items()}
@@ -81,7 +75,7 @@ class ChatData(lightning.LightningDataModule):
     def bind(self, preprocess: Preprocess, tokens_per_image: int) -> None:
         """Takes what only the model knows: how pictures become pixels, and how many positions an image takes."""
         self.encoder = ChatEncoder(self.tokenizer, tokens_per_image, self.max_length)
-        self.preprocess = preprocess
+        self.pictures = Pictures(preprocess, self.max_pixels, self.mixture.seed, self.video)
         self.image_shape = (3, *preprocess.size)
 
     @property
@@ -131,17 +125,18 @@ class ChatData(lightning.LightningDataModule):
         collator = Collator(self.encoder.pad_id, self.image_shape)
         return DataLoader(dataset, collate_fn=collator, worker_init_fn=ignore_interrupt, **options)
 
-    def load(self, sample: Sample, root: Any, prompt: bool = False) -> Encoded:
-        """A sample encoded, its pictures opened below `root` and preprocessed. Raises DataError."""
-        encoded = self.encoder.encode_prompt(sample) if prompt else self.encoder.encode(sample)
-        pictures = (open_image(root, path, sample.id, self.max_pixels) for path in sample.images)
-        encoded.pixel_values = [self.preprocess(picture) for picture in pictures]
+    def load(self, sample: Sample, source: Source, prompt: bool = False) -> Encoded:
+        """A sample of a source encoded, its pictures opened and preprocessed. Raises DataError."""
+        views = self.pictures(sample, source)
+        encode = self.encoder.encode_prompt if prompt else self.encoder.encode
+        encoded = encode(sample, [len(pixels) for pixels in views])
+        encoded.pixel_values = [view for pixels in views for view in pixels]
         return encoded
 
     def prompts(self, samples: list[tuple[Sample, Source]]) -> Batch:
         """Questions as one batch, padded on the left, for generation."""
         collator = Collator(self.encoder.pad_id, self.image_shape, side="left")
-        return collator([self.load(sample, source.image_root, prompt=True) for sample, source in samples])
+        return collator([self.load(sample, source, prompt=True) for sample, source in samples])
 
     def report(self, steps: int, skipped: list[tuple[str, str, str]]) -> dict[str, Any]:
         """What `mixture.json` holds after `steps`: the sources, their hashes, weights and realised counts, and the skips."""
@@ -184,10 +179,10 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
         raise DataError(f"tokenizer: {name}: {str(error).splitlines()[0]}") from error
 
 
-def load_or_skip(load: Callable[[Sample, Any], Encoded], source: Source, index: int) -> Encoded | Skipped:
+def load_or_skip(load: Callable[[Sample, Source], Encoded], source: Source, index: int) -> Encoded | Skipped:
     """One sample of a source under its policy for wrong samples."""
     try:
-        return load(source[index], source.image_root)
+        return load(source[index], source)
     except DataError as error:
         if source.on_error == "skip":
             return Skipped(source.name, f"{source.name}:{index}", str(error))
@@ -197,7 +192,7 @@ def load_or_skip(load: Callable[[Sample, Any], Encoded], source: Source, index: 
 class MixtureDataset(Dataset):
     """The sample at a position of the mixture's schedule."""
 
-    def __init__(self, mixture: Mixture, sources: dict[str, Source], load: Callable[[Sample, Any], Encoded]) -> None:
+    def __init__(self, mixture: Mixture, sources: dict[str, Source], load: Callable[[Sample, Source], Encoded]) -> None:
         self.mixture = mixture
         self.sources = sources
         self.load = load
@@ -210,7 +205,7 @@ class MixtureDataset(Dataset):
 class SourceDataset(Dataset):
     """Samples of one source, by their indices."""
 
-    def __init__(self, source: Source, indices: range, load: Callable[[Sample, Any], Encoded]) -> None:
+    def __init__(self, source: Source, indices: range, load: Callable[[Sample, Source], Encoded]) -> None:
         self.source = source
         self.indices = indices
         self.load = load
