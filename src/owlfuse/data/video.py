@@ -62,6 +62,8 @@ class VideoSampling:
         """A configuration's keys as an object. Raises DataError for a key that there is not."""
         if isinstance(node, cls):
             return node
+        if not isinstance(node, dict):
+            raise DataError(f"video: is a {type(node).__name__}, expected keys and values")
         known = [field.name for field in fields(cls)]
         if unknown := sorted(set(node) - set(known)):
             raise DataError(f"video: no such key: {unknown[0]}; expected {', '.join(known)}")
