@@ -151,6 +151,11 @@ def test_a_tile_that_is_no_share_is_an_error(folder, tile):
         LLaVA(str(folder / "chats.json"), tile=tile)
 
 
+def test_a_sources_wrong_video_options_are_an_error_that_names_its_file(folder):
+    with pytest.raises(DataError, match=r"chats.json: video: no such key: frmes; expected sampling, frames, fps"):
+        LLaVA(str(folder / "chats.json"), video={"frmes": 3})
+
+
 @pytest.mark.parametrize("name", FUSIONS)
 @pytest.mark.parametrize("tile", [0.0, 1.0])
 def test_a_rows_logits_do_not_depend_on_the_rows_beside_it(shapes, folder, name, tile):

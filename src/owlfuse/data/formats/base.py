@@ -46,7 +46,10 @@ class Source:
         if not 0 <= tile <= 1:
             raise DataError(f"{file}: tile is {tile}, expected a share from 0 to 1")
         self.tile = tile
-        self.video = None if video is None else VideoSampling.of(video)
+        try:
+            self.video = None if video is None else VideoSampling.of(video)
+        except DataError as error:
+            raise DataError(f"{file}: {error}") from None
         self.file = Path(file).expanduser()
         self.image_root = Path(image_root).expanduser() if image_root else self.file.parent
         self.weight = weight
