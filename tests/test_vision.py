@@ -6,6 +6,7 @@ import timm
 import torch
 from PIL import Image
 from timm.data import resolve_model_data_config
+from timm.layers import DropPath
 from torch import nn
 
 from owlfuse.vision import TimmBackbone
@@ -309,3 +310,80 @@ def test_norm_is_trained_with_the_last_block_and_stays_with_the_statistics_of_a_
     assert torch.equal(model.norm.running_mean, before)
     model(pixels_for(model))
     assert not torch.equal(model.norm.running_mean, before)
+
+
+@family
+@pytest.mark.parametrize("chunk", [1, 2, 5])
+@torch.no_grad()
+def test_chunks_give_the_features_of_all_images_at_once(family, chunk):
+    model = backbone(family, norm=True).eval()
+    pixels = pixels_for(model, 5)
+    whole = model(pixels)
+    seen = []
+    model.body.register_forward_pre_hook(lambda module, args: seen.append(len(args[0])))
+    model.body.forward_features = lambda x, f=model.body.forward_features: seen.append(len(x)) or f(x)
+    model.chunk = chunk
+    torch.testing.assert_close(model(pixels), whole, rtol=1e-6, atol=1e-6)
+    assert seen == [min(chunk, 5 - start) for start in range(0, 5, chunk)]
+
+
+@pytest.mark.parametrize("family", ["vit", "convnext", "swin", "eva"])
+@pytest.mark.parametrize("norm", [False, True])
+def test_chunks_give_the_gradients_of_all_images_at_once_where_there_is_no_batch_norm(family, norm):
+    model = backbone(family, norm=norm)
+    for module in model.modules():
+        if isinstance(module, DropPath):
+            module.drop_prob = 0.0
+    pixels = pixels_for(model, 5)
+    weights = torch.randn(model(pixels).shape)
+    found = []
+    for chunk in (None, 2):
+        model.chunk = chunk
+        model.zero_grad()
+        (model(pixels) * weights).sum().backward()
+        found.append({name: p.grad.clone() for name, p in model.named_parameters()})
+    for name, gradient in found[0].items():
+        scale = gradient.abs().max().item()
+        torch.testing.assert_close(found[1][name], gradient, rtol=1e-4, atol=1e-5 * max(scale, 1), msg=name)
+
+
+def test_chunks_keep_fewer_activations_for_the_backward_pass():
+    def kept(chunk):
+        model = TimmBackbone(**SMALL_VIT, chunk=chunk)
+        sizes = {}
+        pack = lambda t: sizes.update({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()}) or t  # noqa: E731
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            pixels = torch.randn(32, 3, 32, 32)
+            model(pixels).sum()
+        own = {t.untyped_storage().data_ptr() for t in (pixels, *model.parameters())}
+        return sum(size for pointer, size in sizes.items() if pointer not in own)
+
+    assert kept(4) < kept(None) / 10
+
+
+@pytest.mark.parametrize("family", ["resnet", "efficientnet", "regnet"])
+def test_batch_norms_in_training_see_the_whole_batch_and_move_their_statistics_once(family):
+    whole, chunked = backbone(family), backbone(family, chunk=2)
+    chunked.load_state_dict(whole.state_dict())
+    pixels = pixels_for(whole, 6)
+    torch.manual_seed(1)
+    whole(pixels).sum().backward()
+    torch.manual_seed(1)
+    chunked(pixels).sum().backward()
+    for (name, one), other in zip(whole.state_dict().items(), chunked.state_dict().values()):
+        assert torch.equal(one, other), name
+
+
+def test_a_blank_image_in_chunks_of_one_does_not_move_batch_statistics():
+    model = backbone("resnet", chunk=1)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with model.statistics_kept():
+        features = model(pixels_for(model, 1) * 0)
+    features.sum().backward()
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name]), name
+
+
+def test_a_chunk_below_one_is_refused():
+    with pytest.raises(ValueError, match="chunk is 0, expected a number of images of at least 1"):
+        TimmBackbone(**SMALL_VIT, chunk=0)

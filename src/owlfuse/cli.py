@@ -66,6 +66,8 @@ def _run(command, arguments: argparse.Namespace) -> int:
         if name == "owlfuse.types.DataError" or isinstance(error, FileNotFoundError | FileExistsError):
             message = str(error).rpartition("DataError: ")[2]  # of a data worker, torch hands on the whole traceback
             return _failed(" ".join(message.split()), 1)
+        if isinstance(error, ModuleNotFoundError) and "pip install owlfuse[" in str(error):
+            return _failed(str(error).rpartition("ModuleNotFoundError: ")[2].strip(), 1)
         raise
 
 

@@ -22,21 +22,22 @@ class DataError(ValueError):
 
 @dataclass
 class Sample:
-    """One chat. `messages` are `{"role": str, "content": [part, ...]}`, a part being `{"type": "text", "text": str}` or
-    `{"type": "image"}`; the k-th image part shows the k-th of `images`: a path below the source's image root, or the encoded
-    bytes of a picture."""
+    """One chat. `messages` are `{"role": str, "content": [part, ...]}`, a part being `{"type": "text", "text": str}`,
+    `{"type": "image"}` or `{"type": "video"}`; the k-th image part shows the k-th of `images`, a path below the source's image
+    root or the encoded bytes of a picture, and the k-th video part the k-th of `videos`."""
 
     id: str
     source: str
     messages: list[dict[str, Any]]
     images: list[str | bytes] = field(default_factory=list)
     metadata: dict[str, Any] = field(default_factory=dict)
+    videos: list[str] = field(default_factory=list)
 
 
 @dataclass
 class Encoded:
     """One chat as the model sees it: T token ids and labels (-100: not supervised), images as pixels (3, H, W), and the
-    index of each image's first placeholder."""
+    index of each image's first placeholder. A tiled picture's views and a video's frames are an image each."""
 
     id: str
     source: str

@@ -16,6 +16,7 @@ from timm.data.transforms import str_to_pil_interp
 from timm.models import group_parameters
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.checkpoint import checkpoint
 from torchvision.transforms.v2 import functional as VF
 
 from owlfuse.positions import sincos_2d_spread
@@ -58,9 +59,14 @@ class TimmBackbone(nn.Module):
             features for every picture, and the little that tells pictures apart is learned several times faster at unit size.
         image_size: side in pixels; by default that of the model's own data configuration.
         kwargs: further keyword arguments of the timm model.
+        chunk: images that pass the model at a time, for less memory: in training, activations of a chunk are dropped and
+            computed again in the backward pass, unless the model is frozen. Features and gradients stay the same. A model with
+            batch norms in training mode takes all images at once whatever `chunk` says, because the statistics of a chunk are
+            others than those of the batch. Where parameters are sharded, leave it null: ranks with other counts of images
+            would gather them another number of times.
 
     Raises:
-        ValueError: an unknown name, or a model whose features are no single map.
+        ValueError: an unknown name, a model whose features are no single map, or a chunk below 1.
     """
 
     def __init__(
@@ -73,8 +79,12 @@ class TimmBackbone(nn.Module):
         norm: bool = False,
         image_size: int | None = None,
         kwargs: dict[str, Any] | None = None,
+        chunk: int | None = None,
     ) -> None:
         super().__init__()
+        if chunk is not None and chunk < 1:
+            raise ValueError(f"chunk is {chunk}, expected a number of images of at least 1, or null for all at once")
+        self.chunk = chunk
         self.output = output
         self.body = create_body(name, pretrained, image_size, kwargs or {})
         self.prefix_tokens = getattr(self.body, "num_prefix_tokens", 0)
@@ -91,10 +101,23 @@ class TimmBackbone(nn.Module):
 
     def forward(self, pixels: Tensor) -> Tensor:
         """(N, 3, H, W) -> (N, P, Dv)."""
-        features = self.to_sequence(self.feature_map(pixels))
+        features = self.in_chunks(pixels) if self.chunkable(len(pixels)) else self.to_sequence(self.feature_map(pixels))
         if self.norm is not None:
             features = self.norm(features.transpose(1, 2)).transpose(1, 2)
         return features if self.positions is None else features + self.positions
+
+    def chunkable(self, images: int) -> bool:
+        """Whether so many images are more than a chunk, and chunks do not change the result."""
+        if self.chunk is None or images <= self.chunk:
+            return False
+        return not any(isinstance(m, _BatchNorm) and m.training for m in self.body.modules())
+
+    def in_chunks(self, pixels: Tensor) -> Tensor:
+        """(N, 3, H, W) -> (N, P, Dv), before norm and positions."""
+        features = lambda chunk: self.to_sequence(self.feature_map(chunk))  # noqa: E731
+        if torch.is_grad_enabled() and any(p.requires_grad for p in self.body.parameters()):
+            return torch.cat([checkpoint(features, chunk, use_reentrant=False) for chunk in pixels.split(self.chunk)])
+        return torch.cat([features(chunk) for chunk in pixels.split(self.chunk)])
 
     def feature_map(self, pixels: Tensor) -> Tensor:
         """The features as timm gives them: (N, P, Dv), (N, Dv, h, w) or (N, h, w, Dv)."""

@@ -150,3 +150,39 @@ def test_questions_of_a_chat_are_asked_one_by_one_each_with_the_picture():
         assert len(question.messages) == 1
         assert question.messages[0]["content"][0] == {"type": "image"}
         assert question.images == ["a.png"]
+
+
+def test_pictures_that_came_before_a_question_stand_before_it_and_its_own_stay_in_its_text():
+    sample = chat((None, "\nWhat?"), "red", ("Is ", None, " like ", None, "?"), "no", "How many?", "3", images=["a", "b", "c"])
+    first, second, third = (question for question, _, _ in question_samples(sample))
+    image = {"type": "image"}
+    assert first.messages[0]["content"] == text(None, "\nWhat?")
+    assert second.messages[0]["content"] == [image, *text("\nIs ", None, " like ", None, "?")]
+    assert third.messages[0]["content"] == [image, image, image, *text("\nHow many?")]
+    assert [len(question.images) for question in (first, second, third)] == [1, 3, 3]
+
+
+def test_a_question_has_the_pictures_of_the_system_turn_and_videos_too():
+    sample = chat(({"type": "video"},), "red", ("Is ", None, "?"), "no", images=["a", "b"])
+    sample.messages[0]["content"] = [{"type": "video"}, {"type": "text", "text": "?"}]
+    sample.messages.insert(0, {"role": "system", "content": text("Like ", None)})
+    sample.videos = ["v"]
+    first, second = (question for question, _, _ in question_samples(sample))
+    assert (first.images, first.videos) == (["a"], ["v"])
+    assert (second.images, second.videos) == (["a", "b"], ["v"])
+    assert [part["type"] for part in second.messages[1]["content"]] == ["video", "text", "image", "text"]
+
+
+def test_each_placeholder_grows_by_its_count_of_views(tokenizer):
+    encoder = ChatEncoder(tokenizer, 2)
+    sample = chat((None, "\nWhat?"), "red", ("Is ", None, "?"), "no", images=["a", "b"])
+    plain, grown = encoder.encode(sample), encoder.encode(sample, [3, 1])
+    assert len(grown.input_ids) == len(plain.input_ids) + 4
+    first, second = plain.image_positions
+    assert grown.image_positions == [first, first + 2, first + 4, second + 4]
+    assert torch.equal(grown.labels[~grown.placeholder], plain.labels[~plain.placeholder])
+    assert (grown.labels[grown.placeholder] == -100).all()
+    prompt = Sample("s:1", "s", sample.messages[:1], ["a"])
+    assert len(encoder.encode_prompt(prompt, [3]).image_positions) == 3
+    with pytest.raises(DataError, match="over max_length of 16"):
+        ChatEncoder(tokenizer, 2, max_length=16).encode(sample, [7, 1])

@@ -96,7 +96,7 @@ def test_a_batch_without_images_has_one_blank_one_that_no_row_points_to(shapes):
 def test_padding_moves_image_positions_with_the_text(shapes, side):
     data = make(shapes)
     source = data.sources["shapes"]
-    rows = [data.load(source[i], source.image_root) for i in range(4)]
+    rows = [data.load(source[i], source) for i in range(4)]
     batch = Collator(0, (3, 16, 16), side)(rows)
     for i, row in enumerate(rows):
         position = int(batch.image_positions[i, 0])

@@ -55,6 +55,23 @@ def test_alpaca_records_can_be_turns_of_one_chat_and_none_is_lost(tmp_path):
     assert said == [text for i in range(7) for text in (str(i), str(-i))]
 
 
+def test_llava_records_with_videos_have_video_parts_in_order(tmp_path):
+    turns = [{"from": "human", "value": "<video> or <image>\n?"}, {"from": "gpt", "value": "A dog."}]
+    record = {**RECORD, "conversations": turns, "video": "v.mp4"}
+    sample = LLaVA(write(tmp_path / "a.json", [record]))[0]
+    assert (sample.images, sample.videos) == (["a.png"], ["v.mp4"])
+    assert [part["type"] for part in sample.messages[0]["content"]] == ["video", "text", "image", "text"]
+    assert "".join(part.get("text", "") for part in sample.messages[0]["content"]) == " or \n?"
+    assert sample.metadata == {"kinds": ["x"]}
+
+
+def test_without_a_video_the_word_is_text_like_any_other(tmp_path):
+    turns = [{"from": "human", "value": "What is <video>?"}, {"from": "gpt", "value": "A <video> tag."}]
+    sample = LLaVA(write(tmp_path / "a.json", [{"id": "7", "conversations": turns}]))[0]
+    assert sample.messages[0]["content"] == [{"type": "text", "text": "What is <video>?"}]
+    assert sample.videos == []
+
+
 @pytest.mark.parametrize(
     ("value", "message"),
     [
@@ -67,6 +84,7 @@ def test_alpaca_records_can_be_turns_of_one_chat_and_none_is_lost(tmp_path):
         ([{**RECORD, "conversations": [{"from": "robot", "value": "x"}]}], "sample a:7: a turn is .*robot.*expected from"),
         ([{**RECORD, "conversations": [{"from": "gpt"}]}], "sample a:7: a turn is"),
         ([{**RECORD, "image": 3}], "sample a:7: 'image' is 3, expected a path or a list of paths"),
+        ([{**RECORD, "video": [3]}], r"sample a:7: 'video' is \[3\], expected a path or a list of paths"),
     ],
 )
 def test_a_wrong_file_or_record_is_named(tmp_path, value, message):

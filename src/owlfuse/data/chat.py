@@ -14,6 +14,7 @@ from owlfuse.data.chat_template import template_names
 from owlfuse.data.checks import flatten
 from owlfuse.data.formats.base import IMAGE
 from owlfuse.data.length import OnLength, over_length, truncate
+from owlfuse.data.pictures import VISUAL
 from owlfuse.data.spans import supervised_spans
 from owlfuse.types import DataError, Encoded, Sample
 
@@ -56,33 +57,36 @@ class ChatEncoder:
         self.tokens_per_image = tokens_per_image
         self.max_length = max_length
 
-    def encode(self, sample: Sample, on_length: OnLength = "error") -> Encoded:
+    def encode(self, sample: Sample, views: list[int] | None = None, on_length: OnLength = "error") -> Encoded:
         """The whole chat, its assistant turns supervised; with `truncate_turns`, its first turns that fit.
+
+        Args:
+            views: how many images each placeholder stands for; by default one each.
 
         Raises:
             DataError: names the sample, what was found and what was expected.
         """
-        encoded = self.encode_whole(sample)
+        encoded = self.encode_whole(sample, views)
         if len(encoded.input_ids) <= self.max_length:
             return encoded
         if on_length == "truncate_turns":
-            return truncate(self.encode_whole, sample, self.max_length)
+            return truncate(partial(self.encode_whole, views=views), sample, self.max_length)
         raise over_length(sample, len(encoded.input_ids), self.max_length, on_length)
 
-    def encode_whole(self, sample: Sample) -> Encoded:
-        """The chat whatever its length. Raises DataError."""
+    def encode_whole(self, sample: Sample, views: list[int] | None = None) -> Encoded:
+        """The chat whatever its length; of `views` those of its own placeholders, the first. Raises DataError."""
         messages = flatten(sample, self.control)
         text = self.render(sample, messages)
         spans = supervised_spans(sample, messages, text, partial(self.render, sample))
         ids, offsets = self.tokenize(text)
         for border in sorted({border for span in spans for border in span}, reverse=True):
             split_tokens(self.tokenizer, text, ids, offsets, border)
-        return self.expand(sample, ids, self.labels(sample, ids, offsets, spans))
+        return self.expand(sample, ids, self.labels(sample, ids, offsets, spans), views)
 
-    def encode_prompt(self, sample: Sample) -> Encoded:
+    def encode_prompt(self, sample: Sample, views: list[int] | None = None) -> Encoded:
         """The chat up to where the assistant answers next; nothing is supervised. Raises DataError."""
         ids, _ = self.tokenize(self.render(sample, flatten(sample, self.control), True))
-        encoded = self.expand(sample, ids, [-100] * len(ids))
+        encoded = self.expand(sample, ids, [-100] * len(ids), views)
         if len(encoded.input_ids) > self.max_length:
             raise over_length(sample, len(encoded.input_ids), self.max_length, "error")
         return encoded
@@ -114,38 +118,49 @@ class ChatEncoder:
                 index += 1
         return labels
 
-    def expand(self, sample: Sample, ids: list[int], labels: list[int]) -> Encoded:
-        """Each placeholder as `tokens_per_image` positions."""
+    def expand(self, sample: Sample, ids: list[int], labels: list[int], views: list[int] | None = None) -> Encoded:
+        """Each placeholder as `tokens_per_image` positions for each of its `views` (by default one)."""
+        found, expected = ids.count(self.image_id), len(sample.images) + len(sample.videos)
+        views = [1] * expected if views is None else views[:expected]
+        if found != expected or len(views) != expected:
+            raise DataError(
+                f"sample {sample.id}: {len(sample.images)} images and {len(sample.videos)} videos became {found} placeholders"
+            )
         out_ids: list[int] = []
         out_labels: list[int] = []
         positions: list[int] = []
+        counts = iter(views)
         for token, label in zip(ids, labels, strict=True):
+            repeat = 1
             if token == self.image_id:
-                positions.append(len(out_ids))
-            repeat = self.tokens_per_image if token == self.image_id else 1
+                repeat = next(counts) * self.tokens_per_image
+                positions += range(len(out_ids), len(out_ids) + repeat, self.tokens_per_image)
             out_ids += [token] * repeat
             out_labels += [label] * repeat
-        if len(positions) != len(sample.images):
-            raise DataError(f"sample {sample.id}: {len(sample.images)} images became {len(positions)} placeholders")
         input_ids = torch.tensor(out_ids)
         return Encoded(sample.id, sample.source, input_ids, torch.tensor(out_labels), input_ids == self.image_id, [], positions)
 
 
 def question_samples(sample: Sample) -> list[tuple[Sample, str, str]]:
-    """Each question of a chat by itself, with its answer and its kind ("" where the data name none): the first user turn's
-    images go with every question, what was said in between is left out, so that no answer gives another away, and so is a last
-    question without an answer."""
+    """Each question of a chat by itself, with its answer and its kind ("" where the data name none): pictures of the turns
+    before it come first, its own stay where they stand in its text. What was said in between is left out, so that no answer
+    gives another away, and so is a last question without an answer."""
     questions = []
-    images = [part for message in sample.messages for part in message["content"] if part["type"] == "image"]
+    seen: list[dict[str, Any]] = []
     system = [message for message in sample.messages if message["role"] == "system"]
+    before = [part["type"] for message in system for part in message["content"]]
     kinds: list[Any] = sample.metadata.get("kinds") or [sample.metadata.get("kind", "")]
     turns = [m for m in sample.messages if m["role"] != "system"]
     for number, (asked, answered) in enumerate(zip(turns[::2], turns[1::2])):
-        text = "".join(part["text"] for part in asked["content"] if part["type"] == "text").lstrip("\n")
-        content = [*images, {"type": "text", "text": ("\n" if images else "") + text}]
-        answer = "".join(part["text"] for part in answered["content"])
-        question = Sample(
-            f"{sample.id}#{number}", sample.source, [*system, {"role": "user", "content": content}], sample.images
-        )
+        own = list(asked["content"])
+        if own and own[0]["type"] == "text":
+            own[0] = {"type": "text", "text": ("\n" if seen else "") + own[0]["text"].lstrip("\n")}
+        messages = [*system, {"role": "user", "content": [*seen, *own]}]
+        answer = "".join(part.get("text", "") for part in answered["content"])
+        seen += [part for part in asked["content"] if part["type"] in VISUAL]
+        types = [*before, *(part["type"] for part in seen)]
+        images, videos = sample.images[: types.count("image")], sample.videos[: types.count("video")]
+        question = Sample(f"{sample.id}#{number}", sample.source, messages, images, videos=videos)
         questions.append((question, answer, str(kinds[number % len(kinds)])))
+        seen += [part for part in answered["content"] if part["type"] in VISUAL]
     return questions

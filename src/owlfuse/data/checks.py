@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 
 from owlfuse.data.formats.base import IMAGE
+from owlfuse.data.pictures import VISUAL, visual_parts
 from owlfuse.types import DataError, Sample
 
 ROLES = ("system", "user", "assistant")
@@ -21,15 +22,15 @@ def flatten(sample: Sample, control: Sequence[str]) -> list[dict[str, str]]:
         control: the tokenizer's special tokens. One that stands in a text would become a control token, so it is refused.
 
     Raises:
-        DataError: names the sample, and what of it is no chat: see `check_order`, `check_text` and `check_images`.
+        DataError: names the sample, and what of it is no chat: see `check_order`, `check_text` and `check_pictures`.
     """
     check_order(sample)
-    check_images(sample)
+    check_pictures(sample)
     messages = []
     for number, message in enumerate(sample.messages):
         # joined, so that a control token is found that two parts make together
         check_text(sample, number, "".join(part["text"] for part in message["content"] if part["type"] == "text"), control)
-        content = "".join(IMAGE if part["type"] == "image" else part["text"] for part in message["content"])
+        content = "".join(IMAGE if part["type"] in VISUAL else part["text"] for part in message["content"])
         messages.append({"role": message["role"], "content": content})
     return messages
 
@@ -55,15 +56,14 @@ def check_order(sample: Sample) -> None:
             )
 
 
-def check_images(sample: Sample) -> None:
-    """A placeholder for each image, in what the user says."""
-    parts = [(message["role"], part) for message in sample.messages for part in message["content"]]
-    placeholders = [role for role, part in parts if part["type"] == "image"]
-    if len(placeholders) != len(sample.images):
-        raise DataError(f"sample {sample.id} has {len(placeholders)} {IMAGE} placeholders and {len(sample.images)} images")
-    for role in placeholders:
-        if role != "user":
-            raise DataError(f"sample {sample.id} has an {IMAGE} in a turn of the {role}; images go with what the user says")
+def check_pictures(sample: Sample) -> None:
+    """A placeholder for each image and video, in what the user says."""
+    visual_parts(sample)
+    for message in sample.messages:
+        for part in message["content"]:
+            if part["type"] in VISUAL and message["role"] != "user":
+                what = f"<{part['type']}> in a turn of the {message['role']}"
+                raise DataError(f"sample {sample.id} has an {what}; images go with what the user says")
 
 
 def check_text(sample: Sample, number: int, text: str, control: Sequence[str]) -> None:

@@ -4,32 +4,23 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Callable, Iterator
-from typing import Any, Protocol
+from typing import Any
 
 import lightning
-from PIL import Image
-from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from owlfuse.data.chat import ChatEncoder, load_tokenizer
 from owlfuse.data.chat_template import use_template
 from owlfuse.data.collate import Collator, Skipped
 from owlfuse.data.formats.base import Source
-from owlfuse.data.images import MAX_PIXELS, open_image
+from owlfuse.data.images import MAX_PIXELS
 from owlfuse.data.length import OnLength, check_policies, policy_of
 from owlfuse.data.mixture import Mixture
 from owlfuse.data.packing import checked
+from owlfuse.data.pictures import Pictures, Preprocess
 from owlfuse.data.policy import load_or_skip
-from owlfuse.types import Batch, DataError, Encoded, Sample
-
-
-class Preprocess(Protocol):
-    """A picture becomes pixels (3, H, W) of `size` (H, W)."""
-
-    size: tuple[int, int]
-
-    def __call__(self, picture: Image.Image) -> Tensor:
-        """RGB picture -> float32 pixels."""
+from owlfuse.data.video import VideoSampling
+from owlfuse.types import Batch, Encoded, Sample
 
 
 class ChatData(lightning.LightningDataModule):
@@ -50,6 +41,7 @@ class ChatData(lightning.LightningDataModule):
         validation_samples: how many samples of each validation source are looked at during training.
         prepare: called before anything is read; it writes data that are made on the spot.
         folder: where the data lie, for the other keys of a yaml to refer to.
+        video: how frames of videos are chosen where a source does not say, the keys of a `VideoSampling`.
     """
 
     def __init__(
@@ -69,6 +61,7 @@ class ChatData(lightning.LightningDataModule):
         pack_to: int | None = None,
         on_length: OnLength | dict[str, OnLength] = "error",
         chat_template: str | None = None,
+        video: VideoSampling | dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
         if prepare is not None:
@@ -83,6 +76,7 @@ class ChatData(lightning.LightningDataModule):
         self.max_length = max_length
         self.pack_to = checked(pack_to, max_length)
         self.max_pixels = max_pixels
+        self.video = VideoSampling.of(video or {})
         self.validation_samples = validation_samples
         check_policies(on_length, [*sources, *validation])
         self.on_length = on_length
@@ -93,7 +87,7 @@ class ChatData(lightning.LightningDataModule):
     def bind(self, preprocess: Preprocess, tokens_per_image: int) -> None:
         """Takes what only the model knows: how pictures become pixels, and how many positions an image takes."""
         self.encoder = ChatEncoder(self.tokenizer, tokens_per_image, self.max_length)
-        self.preprocess = preprocess
+        self.pictures = Pictures(preprocess, self.max_pixels, self.mixture.seed, self.video)
         self.image_shape = (3, *preprocess.size)
 
     @property
@@ -144,19 +138,22 @@ class ChatData(lightning.LightningDataModule):
         collator = Collator(self.encoder.pad_id, self.image_shape, pack_to=pack_to)
         return DataLoader(dataset, collate_fn=collator, worker_init_fn=ignore_interrupt, **options)
 
-    def load(self, sample: Sample, root: Any, prompt: bool = False) -> Encoded:
-        """A sample encoded, its pictures opened below `root` and preprocessed. Raises DataError."""
-        on_length = policy_of(self.on_length, sample.source)
-        encoded = self.encoder.encode_prompt(sample) if prompt else self.encoder.encode(sample, on_length)
-        kept = sample.images[: len(encoded.image_positions)]
-        pictures = (open_image(root, image, sample.id, self.max_pixels) for image in kept)
-        encoded.pixel_values = [self.preprocess(picture) for picture in pictures]
+    def load(self, sample: Sample, source: Source, prompt: bool = False) -> Encoded:
+        """A sample of a source encoded, its pictures opened and preprocessed. Raises DataError."""
+        views = self.pictures(sample, source)
+        counts = [len(pixels) for pixels in views]
+        if prompt:
+            encoded = self.encoder.encode_prompt(sample, counts)
+        else:
+            encoded = self.encoder.encode(sample, counts, policy_of(self.on_length, sample.source))
+        kept = [view for pixels in views for view in pixels][: len(encoded.image_positions)]
+        encoded.pixel_values = kept
         return encoded
 
     def prompts(self, samples: list[tuple[Sample, Source]]) -> Batch:
         """Questions as one batch, padded on the left, for generation."""
         collator = Collator(self.encoder.pad_id, self.image_shape, side="left")
-        return collator([self.load(sample, source.image_root, prompt=True) for sample, source in samples])
+        return collator([self.load(sample, source, prompt=True) for sample, source in samples])
 
     def report(self, steps: int, skipped: list[tuple[str, ...]], truncated: dict[str, int] | None = None) -> dict[str, Any]:
         """What `mixture.json` holds after `steps`: the sources, their hashes, weights and realised counts, skips and cuts."""
@@ -192,12 +189,10 @@ def ignore_interrupt(worker: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-
-
 class MixtureDataset(Dataset):
     """The sample at a position of the mixture's schedule."""
 
-    def __init__(self, mixture: Mixture, sources: dict[str, Source], load: Callable[[Sample, Any], Encoded]) -> None:
+    def __init__(self, mixture: Mixture, sources: dict[str, Source], load: Callable[[Sample, Source], Encoded]) -> None:
         self.mixture = mixture
         self.sources = sources
         self.load = load
@@ -210,7 +205,7 @@ class MixtureDataset(Dataset):
 class SourceDataset(Dataset):
     """Samples of one source, by their indices."""
 
-    def __init__(self, source: Source, indices: range, load: Callable[[Sample, Any], Encoded]) -> None:
+    def __init__(self, source: Source, indices: range, load: Callable[[Sample, Source], Encoded]) -> None:
         self.source = source
         self.indices = indices
         self.load = load

@@ -39,8 +39,9 @@ def first_turns(sample: Sample, questions: int) -> Sample:
     """The chat up to the answer of its `questions`-th question, with the images of what is left."""
     answers = [index for index, message in enumerate(sample.messages) if message["role"] == "assistant"]
     messages = sample.messages[: answers[questions - 1] + 1]
-    images = sum(part["type"] == "image" for message in messages for part in message["content"])
-    return replace(sample, messages=messages, images=sample.images[:images])
+    kinds = [part["type"] for message in messages for part in message["content"]]
+    images, videos = sample.images[: kinds.count("image")], sample.videos[: kinds.count("video")]
+    return replace(sample, messages=messages, images=images, videos=videos)
 
 
 def truncate(encode: Callable[[Sample], Encoded], sample: Sample, max_length: int) -> Encoded:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 from owlfuse.data.collate import Skipped
 from owlfuse.data.formats.base import Source
@@ -13,10 +12,10 @@ LONGEST = 600
 """Characters of a message. A path or an id may have any number."""
 
 
-def load_or_skip(load: Callable[[Sample, Any], Encoded], source: Source, index: int) -> Encoded | Skipped:
+def load_or_skip(load: Callable[[Sample, Source], Encoded], source: Source, index: int) -> Encoded | Skipped:
     """One sample of a source under its policy for wrong samples. Raises DataError where the policy is to stop."""
     try:
-        return load(source[index], source.image_root)
+        return load(source[index], source)
     except DataError as error:
         reason = one_line(str(error))
         if source.on_error == "skip" or error.leave_out:

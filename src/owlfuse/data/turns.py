@@ -24,7 +24,9 @@ PICTURE_KEYS = ("image_url", "image", "bytes", "path", "url", "base64")
 """Where an image part holds its picture; without one of them it shows the next of the sample's pictures."""
 
 
-def chat(turns: Sequence[Any], pictures: list[str | bytes], name: str) -> tuple[list[dict[str, Any]], list[str | bytes]]:
+def chat(
+    turns: Sequence[Any], pictures: list[str | bytes], name: str, videos: bool = False
+) -> tuple[list[dict[str, Any]], list[str | bytes]]:
     """Turns -> messages as `Sample` has them, and the pictures in the order of their image parts.
 
     A turn has a role (`from` or `role`, see ROLES) and a content (`value` or `content`): a text with `<image>` placeholders,
@@ -39,7 +41,7 @@ def chat(turns: Sequence[Any], pictures: list[str | bytes], name: str) -> tuple[
     shown: list[str | bytes | int | None] = []
     for turn in turns:
         role, content = role_and_content(turn, name)
-        parts = parts_of(content) if isinstance(content, str) else [part_of(part, name) for part in content]
+        parts = parts_of(content, videos) if isinstance(content, str) else [part_of(part, name) for part in content]
         shown += [part.pop("picture", None) for part in parts if part["type"] == "image"]
         messages.append({"role": role, "content": parts})
     if all(picture is None for picture in shown):

@@ -39,7 +39,7 @@ class Evaluation:
         with Progress(*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeRemainingColumn()) as progress:
             for source in data.validation:
                 questions = questions_of(data, source, self.max_questions)
-                about_pictures = any(sample.images for sample, _, _ in questions)
+                about_pictures = any(sample.images or sample.videos for sample, _, _ in questions)
                 with_blank = self.blank and about_pictures
                 total = len(data.validation[source]) + len(questions) * (1 + with_blank)
                 task = progress.add_task(f"evaluating {source}", total=total)

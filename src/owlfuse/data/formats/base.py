@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -9,9 +10,11 @@ from typing import Any, Literal
 
 from owlfuse.data.files import expand_files, fingerprint
 from owlfuse.data.lines import JsonLines, read_json_list
+from owlfuse.data.video import VideoSampling
 from owlfuse.types import DataError, Sample
 
 IMAGE = "<image>"
+VIDEO = "<video>"
 
 
 class Source:
@@ -26,9 +29,12 @@ class Source:
         weight: the share of the mixture, relative to the other sources'.
         on_error: what a wrong sample does: `error` stops, `skip` leaves it out and counts it.
         max_skips: with `skip`, how many are left out before it is an error all the same.
+        tile: the share of samples, 0 to 1, whose pictures become a global view and tiles (see `tiles`).
+        video: how frames of videos are chosen, the keys of a `VideoSampling`; by default as `ChatData` says.
 
     Raises:
-        DataError: at first use, a file that is missing, is not valid, or holds no record.
+        DataError: a `tile` or `video` that is none of those; at first use, a file that is missing, is not valid, or holds
+            no record.
     """
 
     def __init__(
@@ -38,7 +44,16 @@ class Source:
         weight: float = 1.0,
         on_error: Literal["error", "skip"] = "error",
         max_skips: int = 100,
+        tile: float = 0.0,
+        video: VideoSampling | dict[str, Any] | None = None,
     ) -> None:
+        if not 0 <= tile <= 1:
+            raise DataError(f"{file}: tile is {tile}, expected a share from 0 to 1")
+        self.tile = tile
+        try:
+            self.video = None if video is None else VideoSampling.of(video)
+        except DataError as error:
+            raise DataError(f"{file}: {error}") from None
         self.file = Path(file).expanduser()
         self.image_root = Path(image_root).expanduser() if image_root else self.file.parent
         self.weight = weight
@@ -89,14 +104,14 @@ class Source:
         return {key: value for key, value in vars(self).items() if key != "records"}
 
 
-def parts_of(text: str) -> list[dict[str, Any]]:
-    """Text with `<image>` placeholders -> text and image parts, every other character kept."""
+def parts_of(text: str, videos: bool = False) -> list[dict[str, Any]]:
+    """Text with `<image>` placeholders -> text and image parts, every other character kept; with `videos`, `<video>`
+    placeholders become video parts too."""
+    kinds = {IMAGE: "image", VIDEO: "video"} if videos else {IMAGE: "image"}
     parts: list[dict[str, Any]] = []
-    for number, piece in enumerate(text.split(IMAGE)):
-        if number:
-            parts.append({"type": "image"})
+    for piece in re.split(f"({'|'.join(kinds)})", text):
         if piece:
-            parts.append({"type": "text", "text": piece})
+            parts.append({"type": kinds[piece]} if piece in kinds else {"type": "text", "text": piece})
     return parts
 
 

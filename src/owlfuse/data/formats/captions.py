@@ -32,11 +32,12 @@ class Captions(Source):
         weight: float = 1.0,
         on_error: Literal["error", "skip"] = "error",
         max_skips: int = 100,
+        tile: float = 0.0,
         image_field: str = "image",
         caption_field: str = "caption",
         instructions: list[str] | None = None,
     ) -> None:
-        super().__init__(file, image_root, weight, on_error, max_skips)
+        super().__init__(file, image_root, weight, on_error, max_skips, tile)
         self.image_field = image_field
         self.caption_field = caption_field
         self.instructions = instructions or []

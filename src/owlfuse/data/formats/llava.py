@@ -1,17 +1,30 @@
-"""The LLaVA format: `{"id", "image", "conversations": [{"from": "human" | "gpt", "value": "<image>\\n..."}, ...]}`."""
+"""The LLaVA format: `{"id", "image", "conversations": [{"from": "human" | "gpt", "value": "<image>\\n..."}, ...]}`, and
+`video` with `<video>` likewise."""
 
 from typing import Any
 
 from owlfuse.data.formats.base import Source, field, without
 from owlfuse.data.turns import chat, pictures_of
-from owlfuse.types import Sample
+from owlfuse.types import DataError, Sample
 
 
 class LLaVA(Source):
-    """Chats about pictures, as LLaVA's instruction data come, JSON or JSONL. `image` (or `images`) is a path, a list of paths,
-    or absent; other fields are kept as metadata."""
+    """Chats about pictures and videos, as LLaVA's instruction data come, JSON or JSONL. `image` (or `images`) and `video` are a
+    path, a list of paths, or absent; other fields are kept as metadata. Without `video`, a `<video>` is text like any other."""
 
     def sample(self, record: dict[str, Any], name: str) -> Sample:
         """See `Source`."""
-        messages, images = chat(field(record, "conversations", list, name), pictures_of(record, name), name)
-        return Sample(name, self.name, messages, images, without(record, "image", "images", "conversations"))
+        videos = videos_of(record, name)
+        turns, pictures = field(record, "conversations", list, name), pictures_of(record, name)
+        messages, images = chat(turns, pictures, name, videos=bool(videos))
+        metadata = without(record, "image", "images", "video", "conversations")
+        return Sample(name, self.name, messages, images, metadata, videos)
+
+
+def videos_of(record: dict[str, Any], name: str) -> list[str]:
+    """A record's `video`: a path, a list of paths, or absent. Raises DataError."""
+    value = record.get("video", [])
+    paths = [value] if isinstance(value, str) else value
+    if not isinstance(paths, list) or not all(isinstance(path, str) for path in paths):
+        raise DataError(f"sample {name}: 'video' is {str(value)[:80]}, expected a path or a list of paths")
+    return paths

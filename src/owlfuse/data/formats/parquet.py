@@ -49,6 +49,7 @@ class Parquet(Source):
         weight: float = 1.0,
         on_error: Literal["error", "skip"] = "error",
         max_skips: int = 100,
+        tile: float = 0.0,
         messages_column: str | None = None,
         question_column: str | None = None,
         answer_column: str | None = None,
@@ -57,7 +58,7 @@ class Parquet(Source):
         id_column: str | None = None,
         cache_dir: str | None = None,
     ) -> None:
-        super().__init__(file, image_root, weight, on_error, max_skips)
+        super().__init__(file, image_root, weight, on_error, max_skips, tile)
         if (question_column is None) != (answer_column is None) or (question_column and messages_column):
             raise DataError(f"{file}: expected messages_column, or question_column and answer_column together")
         self.asked = {

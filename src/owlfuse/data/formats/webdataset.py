@@ -36,9 +36,10 @@ class WebDataset(Source):
         weight: float = 1.0,
         on_error: Literal["error", "skip"] = "error",
         max_skips: int = 100,
+        tile: float = 0.0,
         instructions: list[str] | None = None,
     ) -> None:
-        super().__init__(file, image_root, weight, on_error, max_skips)
+        super().__init__(file, image_root, weight, on_error, max_skips, tile)
         self.instructions = instructions or []
 
     def open(self) -> Sequence[Any]:

@@ -1,0 +1,250 @@
+"""Frames of videos: which are chosen, that a short event is seen, and videos that are wrong."""
+
+import os
+import sys
+
+import numpy as np
+import pytest
+
+from owlfuse.data import video
+from owlfuse.data.video import VideoSampling, read_frames
+from owlfuse.types import DataError
+
+av = pytest.importorskip("av")
+
+LIMIT = 10**8
+
+
+def write_video(
+    path, seconds, rate=10, paint=lambda picture, time: None, size=(64, 48), codec="libx264", rotation=0, options=None
+):
+    """A clip of grey frames that `paint` draws on."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=rate)
+        stream.width, stream.height, stream.pix_fmt = *size, "yuv420p"
+        if rotation:
+            stream.set_display_rotation(rotation)
+        for index in range(round(seconds * rate)):
+            picture = np.full((size[1], size[0], 3), 90, np.uint8)
+            paint(picture, index / rate)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        container.mux(stream.encode())
+    return path.name
+
+
+def clock(seconds):
+    """Paints the time as a level of grey, from black at the start to white at the end."""
+
+    def paint(picture, time):
+        picture[:] = round(255 * time / seconds)
+
+    return paint
+
+
+def times_of(frames, seconds):
+    """The times that `clock` painted."""
+    return [float(np.asarray(frame).mean()) / 255 * seconds for frame in frames]
+
+
+def event(picture, time):
+    """Half a second of red in a corner."""
+    if 33.1 <= time < 33.6:
+        picture[10:20, 10:20] = (200, 40, 40)
+
+
+def moving(picture, time):
+    """A green thing that never stands still, and the event."""
+    x = int(4 + time * 5) % 50
+    picture[30:38, x : x + 8] = (20, 200, 20)
+    event(picture, time)
+
+
+def noisy(picture, time):
+    """Camera noise, and the event."""
+    noise = np.random.default_rng(int(time * 10)).normal(0, 8, picture.shape)
+    picture[:] = np.clip(picture + noise, 0, 255)
+    event(picture, time)
+
+
+def cuts(picture, time):
+    """Four scenes as different as can be, and the event in one."""
+    picture[:] = ((250, 250, 250), (10, 10, 10), (90, 90, 90), (20, 20, 240))[int(time // 15)]
+    event(picture, time)
+
+
+def sees_event(frames):
+    """Whether a frame is red in the corner."""
+    return any((np.asarray(frame)[12:18, 12:18].astype(int) @ [1, -1, 0]).mean() > 40 for frame in frames)
+
+
+@pytest.mark.parametrize("paint", [event, moving, noisy, cuts])
+@pytest.mark.parametrize(("suffix", "codec"), [("mp4", "libx264"), ("avi", "mpeg4")])
+def test_keyframes_see_half_a_second_in_a_minute_that_uniform_frames_miss(tmp_path, paint, suffix, codec):
+    name = write_video(tmp_path / f"a.{suffix}", 60, paint=paint, codec=codec)
+    uniform = read_frames(tmp_path, name, "s:1", VideoSampling("uniform", 8), LIMIT)
+    keyframes = read_frames(tmp_path, name, "s:1", VideoSampling("keyframes", 8), LIMIT)
+    assert len(uniform) == len(keyframes) == 8
+    assert not sees_event(uniform)
+    assert sees_event(keyframes)
+
+
+def test_keyframes_of_a_still_picture_are_spread_as_uniform_ones(tmp_path):
+    frames = np.full((100, 12), 7, np.uint8)
+    assert video.keyframe_indices(frames, 4) == [12, 37, 62, 87]
+
+
+def test_keyframes_are_the_same_whatever_block_they_are_compared_in(monkeypatch):
+    small = np.random.default_rng(0).integers(0, 255, (50, 12), dtype=np.uint8)
+    expected = video.keyframe_indices(small, 8)
+    distances = np.square(small[:, None].astype(float) - small[None]).mean(-1)
+    usual = 1.25 * np.median(distances[np.arange(49), np.arange(1, 50)]) + 1
+    slow = [0]
+    while distances[slow].min(0).max() > usual:
+        slow.append(int(distances[slow].min(0).argmax()))
+    assert expected == video.fill(set(slow), 50, 8)
+    for block in (1, 7, 49, 50):
+        monkeypatch.setattr(video, "BLOCK", block)
+        assert video.keyframe_indices(small, 8) == expected
+
+
+def test_uniform_frames_are_the_middles_of_equal_parts_in_order(tmp_path):
+    name = write_video(tmp_path / "a.mp4", 20, paint=clock(20))
+    found = times_of(read_frames(tmp_path, name, "s:1", VideoSampling("uniform", 5), LIMIT), 20)
+    np.testing.assert_allclose(found, [2, 6, 10, 14, 18], atol=0.3)
+
+
+def test_fps_gives_a_frame_every_so_many_seconds_up_to_the_cap(tmp_path):
+    name = write_video(tmp_path / "a.mp4", 20, paint=clock(20))
+    found = times_of(read_frames(tmp_path, name, "s:1", VideoSampling("fps", 16, 0.5), LIMIT), 20)
+    np.testing.assert_allclose(found, np.arange(0, 20, 2), atol=0.3)
+    capped = times_of(read_frames(tmp_path, name, "s:1", VideoSampling("fps", 5, 0.5), LIMIT), 20)
+    np.testing.assert_allclose(capped, [2, 6, 10, 14, 18], atol=0.3)
+
+
+def test_uniform_and_fps_go_by_time_where_frames_are_not_equally_long():
+    shown = [0.0, 0.1, 0.2, 0.3, 0.4, 5.0, 9.0]  # the fifth stands for nearly five seconds
+    times = [*shown, 10.0]
+    assert video.time_indices(times, VideoSampling("uniform", 2)) == [4, 5]
+    assert video.time_indices(times, VideoSampling("uniform", 1)) == [5]
+    assert video.time_indices(times, VideoSampling("fps", 4, 0.25)) == [0, 4]  # at 0 and 4 s
+    assert len(video.time_indices(times, VideoSampling("uniform", 6))) == 6
+
+
+@pytest.mark.parametrize("sampling", ["uniform", "fps", "keyframes"])
+def test_a_video_of_fewer_frames_gives_all_of_them(tmp_path, sampling):
+    name = write_video(tmp_path / "a.mp4", 0.3, paint=clock(0.3))
+    frames = read_frames(tmp_path, name, "s:1", VideoSampling(sampling, 8, 10), LIMIT)
+    np.testing.assert_allclose(times_of(frames, 0.3), [0, 0.1, 0.2], atol=0.02)
+
+
+@pytest.mark.parametrize("sampling", ["uniform", "keyframes"])
+def test_only_the_chosen_frames_of_a_long_video_become_pictures(tmp_path, sampling, monkeypatch):
+    name = write_video(tmp_path / "a.mp4", 60, paint=event)
+    pictured = []
+    monkeypatch.setattr(video, "upright", lambda frame, f=video.upright: pictured.append(1) or f(frame))
+    read_frames(tmp_path, name, "s:1", VideoSampling(sampling, 8), LIMIT)
+    assert len(pictured) == 8
+
+
+def test_frames_are_turned_upright(tmp_path):
+    def paint(picture, time):
+        picture[:, :32] = 255
+
+    name = write_video(tmp_path / "a.mp4", 1, paint=paint, rotation=90)
+    (frame,) = read_frames(tmp_path, name, "s:1", VideoSampling("uniform", 1), LIMIT)
+    assert frame.size == (48, 64)
+    assert np.asarray(frame)[40:].mean() > 240  # a quarter turn counterclockwise brings the left side down
+    assert np.asarray(frame)[:24].mean() < 120
+
+
+def corrupt(path):
+    data = bytearray(path.read_bytes())
+    middle = len(data) // 3
+    data[middle : middle + 400] = np.random.default_rng(0).bytes(400)
+    path.write_bytes(data)
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+@pytest.mark.parametrize("sampling", ["uniform", "fps", "keyframes"])
+@pytest.mark.parametrize("break_it", [corrupt, cut])
+def test_a_corrupt_video_is_an_error_that_names_sample_and_file(tmp_path, break_it, sampling):
+    name = write_video(tmp_path / "a.mp4", 20, paint=noisy)
+    break_it(tmp_path / name)
+    with pytest.raises(DataError, match=r"^sample s:1: video a.mp4 cannot be read: Invalid data") as error:
+        read_frames(tmp_path, name, "s:1", VideoSampling(sampling, 8), LIMIT)
+    assert "\n" not in str(error.value)
+
+
+def make_sound(path):
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("aac", rate=16000, layout="mono")
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
+        frame.sample_rate = 16000
+        container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+
+
+def make_empty(path):
+    """A video stream without a frame."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mpeg4", rate=10)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        container.start_encoding()
+
+
+PLAYLIST = b"#EXTM3U\n#EXT-X-TARGETDURATION:10\n#EXTINF:10,\n/etc/a.mp4\n#EXT-X-ENDLIST\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "make", "message"),
+    [
+        ("empty.avi", make_empty, "video empty.avi has no frames"),
+        ("sound.mp4", make_sound, "video sound.mp4 has no video stream"),
+        ("zero.mp4", lambda path: path.write_bytes(b""), "video zero.mp4 cannot be read: Invalid data"),
+        ("text.mp4", lambda path: path.write_bytes(b"no video " * 99), "video text.mp4 cannot be read: Invalid data"),
+        ("list.m3u8", lambda path: path.write_bytes(PLAYLIST), "video list.m3u8 cannot be read"),
+        ("folder.mp4", lambda path: path.mkdir(), "no video folder.mp4 in"),
+        ("missing.mp4", lambda path: None, "no video missing.mp4 in"),
+        ("../out.mp4", lambda path: None, "video ../out.mp4 leaves the image root"),
+        ("/etc/passwd", lambda path: None, "video /etc/passwd leaves the image root"),
+        ("link.mp4", lambda path: os.symlink("/etc/passwd", path), "video link.mp4 leaves the image root"),
+        ("http://a.b/c.mp4", lambda path: None, "no video http://a.b/c.mp4 in"),
+    ],
+)
+def test_what_is_no_video_below_the_root_is_an_error_that_names_it(tmp_path, name, make, message):
+    make(tmp_path / name)
+    with pytest.raises(DataError, match=f"^sample s:1: {message}"):
+        read_frames(tmp_path, name, "s:1", VideoSampling(), LIMIT)
+
+
+@pytest.mark.parametrize("sampling", ["uniform", "keyframes"])
+def test_frames_of_too_many_pixels_are_refused(tmp_path, sampling):
+    name = write_video(tmp_path / "a.mp4", 2)
+    with pytest.raises(DataError, match="sample s:1: video a.mp4 has frames of 3,072 pixels, over the limit of 3,000"):
+        read_frames(tmp_path, name, "s:1", VideoSampling(sampling, 8), 3000)
+
+
+@pytest.mark.parametrize(
+    ("node", "message"),
+    [
+        ({"frmes": 3}, "video: no such key: frmes; expected sampling, frames, fps"),
+        ({"sampling": "best"}, "video: sampling is 'best', expected one of uniform, fps, keyframes"),
+        ({"frames": 0}, "video: frames is 0, expected a whole number of at least 1"),
+        ({"fps": 0}, "video: fps is 0, expected a number above 0"),
+        ({"fps": float("nan")}, "video: fps is nan"),
+        ([], "video: is a list, expected keys and values"),
+    ],
+)
+def test_wrong_options_are_named(node, message):
+    with pytest.raises(DataError, match=message):
+        VideoSampling.of(node)
+
+
+def test_without_pyav_the_error_says_how_to_get_it(tmp_path, monkeypatch):
+    name = write_video(tmp_path / "a.mp4", 1)
+    monkeypatch.setitem(sys.modules, "av", None)
+    with pytest.raises(ModuleNotFoundError, match=r"pip install owlfuse\[video\]"):
+        read_frames(tmp_path, name, "s:1", VideoSampling(), LIMIT)
