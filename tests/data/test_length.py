@@ -51,12 +51,12 @@ def test_as_many_whole_turns_are_kept_as_fit_with_their_images(tokenizer):
         encoder = ChatEncoder(tokenizer, 3, limit)
         kept = sum(length <= limit for length in lengths)
         if complete <= limit:
-            assert torch.equal(encoder.encode(sample, "truncate_turns").input_ids, whole.encode(sample).input_ids)
+            assert torch.equal(encoder.encode(sample, on_length="truncate_turns").input_ids, whole.encode(sample).input_ids)
         elif not kept:
             with pytest.raises(DataError, match=f"sample s:1 is {lengths[0]} tokens long with its first turn alone"):
-                encoder.encode(sample, "truncate_turns")
+                encoder.encode(sample, on_length="truncate_turns")
         else:
-            encoded = encoder.encode(sample, "truncate_turns")
+            encoded = encoder.encode(sample, on_length="truncate_turns")
             assert torch.equal(encoded.input_ids, whole.encode(first_turns(sample, kept)).input_ids)
             assert encoded.turns_removed == len(counts) - kept
             assert len(encoded.image_positions) == sum(images for _, images in counts[:kept])
@@ -67,7 +67,7 @@ def test_as_many_whole_turns_are_kept_as_fit_with_their_images(tokenizer):
 @pytest.mark.parametrize("policy", ["error", "skip"])
 def test_without_cutting_a_longer_chat_is_an_error_with_both_numbers(tokenizer, policy):
     with pytest.raises(DataError, match="sample s:1 is [0-9]+ tokens long, over max_length of 20") as raised:
-        ChatEncoder(tokenizer, 1, 20).encode(chat([30]), policy)
+        ChatEncoder(tokenizer, 1, 20).encode(chat([30]), on_length=policy)
     assert raised.value.leave_out == (policy == "skip")
 
 
