@@ -1,5 +1,6 @@
 """Packing: nothing lost, nothing twice, nothing over the length, and the padding that it saves."""
 
+import dataclasses
 import random
 from collections import Counter
 from itertools import pairwise
@@ -131,6 +132,12 @@ def test_the_tokens_labels_and_pictures_of_a_packed_batch_are_those_of_its_sampl
         assert (batch.image_positions[b, images:] == batch.input_ids.shape[1]).all()
     assert next(names, None) is None
     assert pictures == (len(batch.pixel_values) if batch.has_images else 0)
+
+
+def test_joining_knows_every_field_of_a_sample():
+    """A new field of `Encoded` wants a line in `join`, which would leave it out otherwise."""
+    known = {"id", "source", "input_ids", "labels", "placeholder", "pixel_values", "image_positions"}
+    assert {field.name for field in dataclasses.fields(Encoded)} == known
 
 
 def test_a_sample_is_as_it_was_after_it_was_packed():

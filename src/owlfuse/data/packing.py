@@ -125,5 +125,9 @@ class Padding:
         self.positions += batch.input_ids.numel()
 
     def shares(self) -> dict[str, float | Tensor]:
-        """Of the positions those without a token, 0 to 1: `padding` as the batches are, `padding_unpacked` without packing."""
+        """Of the positions those without a token, 0 to 1: `padding` as the batches are, `padding_unpacked` without packing.
+
+        Raises:
+            ZeroDivisionError: before a batch was counted.
+        """
         return {"padding": 1 - self.tokens / self.positions, "padding_unpacked": 1 - self.tokens / self.unpacked}
