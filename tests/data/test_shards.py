@@ -70,13 +70,16 @@ def test_samples_of_shards_have_their_pictures_as_bytes_in_any_order(shards, pat
         source[6]
 
 
-def test_a_sample_is_read_by_its_offsets_and_headers_are_read_once(shards, monkeypatch):
+def test_a_sample_is_read_by_its_offset_and_the_headers_before_it_once(shards, monkeypatch):
     source = WebDataset(str(shards / "s-*.tar"))
     assert len(source) == 6
     (shards / "s-00.tar").unlink()
-    monkeypatch.setattr(tars, "members_of", lambda file: pytest.fail("headers read again"))
-    assert source[4].images == [png(4)]
-    with pytest.raises(DataError, match="s-00.tar: No such file"):
+    read = []
+    members = tars.tar_members
+    monkeypatch.setattr(tars, "tar_members", lambda *a: (read.append(m) or m for m in members(*a)))
+    assert source[5].images == [png(5)]
+    assert [name for _, name, _, _ in read] == ["./0005.png", "./0005.json"]
+    with pytest.raises(DataError, match="s-00.tar: no such file"):
         source[0]
 
 
@@ -112,7 +115,12 @@ def test_members_are_those_that_tarfile_finds(tmp_path):
                 tar.addfile(info, io.BytesIO(b"x" * info.size))
         with tarfile.open(path, "r:") as tar:
             wanted = [(m.name, m.offset_data, m.size) for m in tar if m.isreg()]
-        assert list(tars.tar_members(path)) == wanted
+        with tars.opened(path) as descriptor:
+            found = list(tars.tar_members(descriptor))
+            assert [member[1:] for member in found] == wanted
+            for k, (start, *member) in enumerate(found):
+                end = member[1] + member[2]
+                assert list(tars.tar_members(descriptor, start, end)) == [(start, *member)], k
 
 
 def test_captions_come_from_txt_or_from_json_and_may_have_an_instruction(tmp_path):
