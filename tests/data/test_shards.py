@@ -93,6 +93,24 @@ def test_long_names_folders_and_foreign_members_do_not_disturb(tmp_path, form):
     assert (source[0].id, source[0].images) == (f"a:{key}", [png(1)])
 
 
+def test_a_kept_index_spares_the_headers_until_a_shard_changes(shards, monkeypatch):
+    def ids():
+        source = WebDataset(str(shards / "s-*.tar"), index_dir=str(shards / "index"))
+        return [source[k].id.split(":")[1] for k in range(len(source))]
+
+    first = ids()
+    find = tars.find_samples
+    monkeypatch.setattr(tars, "find_samples", lambda files: pytest.fail("headers read again"))
+    assert ids() == first == [f"{k:04d}" for k in range(6)]
+    monkeypatch.setattr(tars, "find_samples", find)
+    write_tar(shards / "s-01.tar", [("x.png", png(1)), ("x.txt", b"x")])
+    assert ids() == ["0000", "0001", "x", "0004", "0005"]
+    for kept in (shards / "index").iterdir():
+        kept.write_bytes(kept.read_bytes()[:50])
+    assert ids() == ["0000", "0001", "x", "0004", "0005"]
+    assert len(list((shards / "index").iterdir())) == 2
+
+
 def test_members_are_those_that_tarfile_finds(tmp_path):
     rng = random.Random(0)
     for number in range(30):

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import tarfile
+import uuid
+import zipfile
 from array import array
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -26,28 +29,18 @@ class TarSamples(Sequence[dict[str, Any]]):
     The headers are read once, for the offset at which each sample begins, 8 bytes of memory for each; a sample's own headers
     and contents are read when it is asked for. An item is `{"id": key, extension: bytes, ...}`, extensions in lower case.
 
+    Args:
+        index_dir: where the offsets are kept for the next opening; they are found anew when a shard's path, size or time of
+            change differs. None: they are not kept.
+
     Raises:
         DataError: a shard that is missing, compressed, damaged or cut short; at `[k]`, an extension that a sample has twice.
     """
 
-    def __init__(self, files: list[Path]) -> None:
+    def __init__(self, files: list[Path], index_dir: Path | None = None) -> None:
         self.files = files
-        starts, self.ends = array("q"), []
-        first = [0]
-        for file in files:
-            with opened(file) as descriptor:
-                end, key = 0, None
-                for start, name, data, size in tar_members(descriptor):
-                    found = SAMPLE_MEMBER.fullmatch(name)
-                    if found and found[1] != key:
-                        key = found[1]
-                        starts.append(start)
-                    end = data + size
-            first.append(len(starts))
-            self.ends.append(end)
-        self.starts = np.frombuffer(starts, dtype=np.int64)
-        self.first = np.array(first)
-        """The number of each shard's first sample, and of all."""
+        index = kept_index(files, index_dir) if index_dir else find_samples(files)
+        self.starts, self.ends, self.first = index["starts"], index["ends"], index["first"]
 
     def __len__(self) -> int:
         return len(self.starts)
@@ -56,19 +49,60 @@ class TarSamples(Sequence[dict[str, Any]]):
         index = range(len(self))[index]
         shard = int(np.searchsorted(self.first, index, side="right")) - 1
         file, start = self.files[shard], int(self.starts[index])
-        end = self.ends[shard] if index + 1 == self.first[shard + 1] else int(self.starts[index + 1])
+        end = int(self.ends[shard]) if index + 1 == self.first[shard + 1] else int(self.starts[index + 1])
         sample: dict[str, Any] = {}
+        key = ""
         with opened(file) as descriptor:
             for _, name, data, size in tar_members(descriptor, start, end):
                 if found := SAMPLE_MEMBER.fullmatch(name):
-                    sample.setdefault("id", found[1].encode("utf-8", "surrogateescape").decode("utf-8", "replace"))
-                    extension = found[2].lower()
+                    key, extension = found[1], found[2].lower()
                     if extension in sample:
-                        raise ValueError(f"{sample['id']} has two members .{extension}")
+                        raise ValueError(f"{key} has two members .{extension}")
                     sample[extension] = os.pread(descriptor, size, data)
             if not sample:
                 raise ValueError(f"no sample at byte {start}: it has changed since it was opened")
-        return sample
+        return sample | {"id": key.encode("utf-8", "surrogateescape").decode("utf-8", "replace")}
+
+
+def find_samples(files: list[Path]) -> dict[str, np.ndarray]:
+    """`starts`: where each sample begins in its shard; `ends`: where each shard's last member ends; `first`: the number of
+    each shard's first sample, and of all samples. Raises DataError."""
+    starts, ends, first = array("q"), [], [0]
+    for file in files:
+        with opened(file) as descriptor:
+            end, key = 0, None
+            for start, name, data, size in tar_members(descriptor):
+                found = SAMPLE_MEMBER.fullmatch(name)
+                if found and found[1] != key:
+                    key = found[1]
+                    starts.append(start)
+                end = data + size
+        first.append(len(starts))
+        ends.append(end)
+    return {"starts": np.frombuffer(starts, dtype=np.int64), "ends": np.array(ends), "first": np.array(first)}
+
+
+def kept_index(files: list[Path], folder: Path) -> dict[str, np.ndarray]:
+    """What `find_samples` finds, from `folder` if it is there, else written to it, whole or not at all. Raises DataError."""
+    known = hashlib.sha256()
+    for file in files:
+        with opened(file) as descriptor:
+            facts = os.fstat(descriptor)
+        known.update(f"{file.resolve()}\0{facts.st_size}\0{facts.st_mtime_ns}\n".encode("utf-8", "surrogateescape"))
+    path = folder / f"tar-index-1-{known.hexdigest()[:32]}.npz"
+    try:
+        with np.load(path) as kept:
+            return {name: kept[name] for name in ("starts", "ends", "first")}
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        index = find_samples(files)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        ours = path.with_name(f".{path.stem}.{uuid.uuid4().hex}.npz")
+        np.savez(ours, **index)
+        ours.rename(path)
+    except OSError as error:
+        raise DataError(f"index_dir: {folder}: {error.strerror}") from error
+    return index
 
 
 @contextmanager
