@@ -68,11 +68,11 @@ def role_and_content(turn: Any, name: str) -> tuple[str, str | list[Any]]:
     """Of one turn, in either spelling. Raises DataError."""
     expected = f"expected from or role ({', '.join(ROLES)}) and value or content"
     if not isinstance(turn, dict):
-        raise DataError(f"sample {name}: a turn is {str(turn)[:80]}, {expected}")
+        raise DataError(f"sample {name}: a turn is {turn!r:.80}, {expected}")
     role = turn["from"] if turn.get("from") is not None else turn.get("role")
     content = turn["value"] if turn.get("value") is not None else turn.get("content")
     if not isinstance(role, str) or role.lower() not in ROLES or not isinstance(content, str | list):
-        raise DataError(f"sample {name}: a turn is {str(turn)[:80]}, {expected}")
+        raise DataError(f"sample {name}: a turn is {turn!r:.80}, {expected}")
     if turn.get("weight") == 0:
         raise DataError(
             f"sample {name}: a turn has weight 0, and every answer is learnt from: leave the weight or the turn out"
@@ -86,7 +86,7 @@ def part_of(part: Any, name: str) -> dict[str, Any]:
     if kind in ("text", "input_text", "output_text") and isinstance(part.get("text"), str):
         return {"type": "text", "text": part["text"]}
     if kind not in ("image", "image_url", "input_image"):
-        raise DataError(f"sample {name}: a part is {str(part)[:80]}, expected a text with its text or an image")
+        raise DataError(f"sample {name}: a part is {part!r:.80}, expected a text with its text or an image")
     for key in PICTURE_KEYS:
         value = part.get(key)
         if value is not None:
@@ -94,7 +94,7 @@ def part_of(part: Any, name: str) -> dict[str, Any]:
                 value = f"data:;base64,{value}"
             return {"type": "image", "picture": picture_of(value, name)}
     if kind != "image":
-        raise DataError(f"sample {name}: a part is {str(part)[:80]}, expected an image_url")
+        raise DataError(f"sample {name}: a part is {part!r:.80}, expected an image_url")
     index = part.get("index")
     return {"type": "image", "picture": index} if type(index) is int else {"type": "image"}
 
@@ -125,10 +125,12 @@ def picture_of(value: Any, name: str, key: str = "image") -> str | bytes:
     if isinstance(value, str) and value[:5].lower() == "data:":
         return data_uri(value, name)
     if isinstance(value, str) and re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", value):
-        raise DataError(f"sample {name}: image {value[:80]} is a URL; fetch it, and name its path below the image root")
+        raise DataError(
+            f"sample {name}: image {value.split()[0][:80]} is a URL; fetch it, and name its path below the image root"
+        )
     if isinstance(value, str) and value:
         return value
-    found = "empty" if isinstance(value, str | bytes) else str(value)[:80]
+    found = "empty" if isinstance(value, str | bytes) else f"{value!r:.80}"
     raise DataError(f"sample {name}: '{key}' is {found}, expected a path or a list of paths, a data: URI or bytes")
 
 
@@ -154,7 +156,7 @@ def caption_messages(images: int, caption: Any, instructions: Sequence[str], ide
         DataError: a caption that is no text.
     """
     if not isinstance(caption, str):
-        raise DataError(f"sample {name}: the caption is {str(caption)[:80]}, expected a text")
+        raise DataError(f"sample {name}: the caption is {caption!r:.80}, expected a text")
     asked: list[dict[str, Any]] = [{"type": "image"} for _ in range(images)]
     if instructions:
         number = int.from_bytes(hashlib.sha256(identity.encode("utf-8", "surrogatepass")).digest()[:8], "little")
