@@ -19,15 +19,16 @@ class DataError(ValueError):
 
 @dataclass
 class Sample:
-    """One chat. `messages` are `{"role": str, "content": [part, ...]}`, a part being `{"type": "text", "text": str}` or
-    `{"type": "image"}`; the k-th image part shows the k-th of `images`: a path below the source's image root, or the encoded
-    bytes of a picture."""
+    """One chat. `messages` are `{"role": str, "content": [part, ...]}`, a part being `{"type": "text", "text": str}`,
+    `{"type": "image"}` or `{"type": "video"}`; the k-th image part shows the k-th of `images`: a path below the source's image
+    root, or the encoded bytes of a picture; and the k-th video part the k-th path of `videos`."""
 
     id: str
     source: str
     messages: list[dict[str, Any]]
     images: list[str | bytes] = field(default_factory=list)
     metadata: dict[str, Any] = field(default_factory=dict)
+    videos: list[str] = field(default_factory=list)
 
 
 @dataclass

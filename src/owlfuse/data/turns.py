@@ -24,43 +24,49 @@ PICTURE_KEYS = ("image_url", "image", "bytes", "path", "url", "base64")
 """Where an image part holds its picture; without one of them it shows the next of the sample's pictures."""
 
 
-def chat(turns: Sequence[Any], pictures: list[str | bytes], name: str) -> tuple[list[dict[str, Any]], list[str | bytes]]:
-    """Turns -> messages as `Sample` has them, and the pictures in the order of their image parts.
+def chat(
+    turns: Sequence[Any], pictures: list[str | bytes], name: str, videos: Sequence[str] = ()
+) -> tuple[list[dict[str, Any]], list[str | bytes], list[str]]:
+    """Turns -> messages as `Sample` has them, the pictures in the order of their image parts, and the videos likewise.
 
     A turn has a role (`from` or `role`, see ROLES) and a content (`value` or `content`): a text with `<image>` placeholders,
     or a list of parts. Text parts are `{"type": "text", "text"}`; image parts are OpenAI's
     `{"type": "image_url", "image_url": {"url"}}` or Hugging Face's `{"type": "image", "image" | "path" | "url"}`. An image part
-    or placeholder without a picture of its own shows the next of `pictures`, or the one of its `index`.
+    or placeholder without a picture of its own shows the next of `pictures`, or the one of its `index`. Video parts are
+    `{"type": "video", "video" | "path" | "url"}`, and with `videos` a text's `<video>` is a placeholder too.
 
     Raises:
         DataError: names the sample `name` and the turn that is wrong.
     """
     messages: list[dict[str, Any]] = []
-    shown: list[str | bytes | int | None] = []
+    shown: dict[str, list[str | bytes | int | None]] = {"image": [], "video": []}
     for turn in turns:
         role, content = role_and_content(turn, name)
-        parts = parts_of(content) if isinstance(content, str) else [part_of(part, name) for part in content]
-        shown += [part.pop("picture", None) for part in parts if part["type"] == "image"]
+        parts = parts_of(content, bool(videos)) if isinstance(content, str) else [part_of(part, name) for part in content]
+        for part in parts:
+            if part["type"] in shown:
+                shown[part["type"]].append(part.pop("picture", None))
         messages.append({"role": role, "content": parts})
+    return messages, resolve(shown["image"], pictures, name, "image"), resolve(shown["video"], list(videos), name, "video")
+
+
+def resolve(shown: list[Any], pictures: list[Any], name: str, kind: str) -> list[Any]:
+    """Each image or video part's picture: its own, that of its index, or the next of the sample's. Where no part has its own,
+    the sample's are taken as they are, and whoever encodes it counts them."""
     if all(picture is None for picture in shown):
-        return messages, pictures
-    return messages, resolve(shown, pictures, name)
-
-
-def resolve(shown: list[str | bytes | int | None], pictures: list[str | bytes], name: str) -> list[str | bytes]:
-    """Each image part's picture: its own, that of its index, or the next of the sample's."""
+        return pictures
     rest = iter(pictures)
-    found: list[str | bytes] = []
+    found: list[Any] = []
     for picture in shown:
         if isinstance(picture, int) and not 0 <= picture < len(pictures):
-            raise DataError(f"sample {name}: an image part has index {picture}, and there are {len(pictures)} images")
+            raise DataError(f"sample {name}: an {kind} part has index {picture}, and there are {len(pictures)} {kind}s")
         taken = pictures[picture] if isinstance(picture, int) else next(rest, None) if picture is None else picture
         if taken is None:
-            raise DataError(f"sample {name} has more image parts without a picture than its {len(pictures)} images")
+            raise DataError(f"sample {name} has more {kind} parts without a file than its {len(pictures)} {kind}s")
         found.append(taken)
     left = len(list(rest))
     if left and not any(isinstance(picture, int) for picture in shown):
-        raise DataError(f"sample {name} has {len(shown)} image parts and {left} images that none of them shows")
+        raise DataError(f"sample {name} has {len(shown)} {kind} parts and {left} {kind}s that none of them shows")
     return found
 
 
@@ -85,8 +91,10 @@ def part_of(part: Any, name: str) -> dict[str, Any]:
     kind = part.get("type") if isinstance(part, dict) else None
     if kind in ("text", "input_text", "output_text") and isinstance(part.get("text"), str):
         return {"type": "text", "text": part["text"]}
+    if kind == "video":
+        return video_part(part, name)
     if kind not in ("image", "image_url", "input_image"):
-        raise DataError(f"sample {name}: a part is {part!r:.80}, expected a text with its text or an image")
+        raise DataError(f"sample {name}: a part is {part!r:.80}, expected a text with its text, an image or a video")
     for key in PICTURE_KEYS:
         value = part.get(key)
         if value is not None:
@@ -97,6 +105,29 @@ def part_of(part: Any, name: str) -> dict[str, Any]:
         raise DataError(f"sample {name}: a part is {part!r:.80}, expected an image_url")
     index = part.get("index")
     return {"type": "image", "picture": index} if type(index) is int else {"type": "image"}
+
+
+def video_part(part: dict[str, Any], name: str) -> dict[str, Any]:
+    """`{"type": "video"}`, with its path as `picture` where it has one. Raises DataError."""
+    value = next((part[key] for key in ("video", "path", "url") if part.get(key) is not None), None)
+    return {"type": "video"} if value is None else {"type": "video", "picture": video_path(value, name)}
+
+
+def videos_of(record: dict[str, Any], name: str) -> list[str]:
+    """The paths in a record's `video` or `videos`, one or a list. Raises DataError for something else, or both fields."""
+    keys = [key for key in ("video", "videos") if record.get(key) is not None]
+    if len(keys) == 2:
+        raise DataError(f"sample {name} has 'video' and 'videos', expected one of them")
+    value = record[keys[0]] if keys else []
+    return [video_path(one, name) for one in (value if isinstance(value, list) else [value])]
+
+
+def video_path(value: Any, name: str) -> str:
+    """A video's path below the image root. Raises DataError for anything else."""
+    path = picture_of(value, name, "video") if isinstance(value, str) else value
+    if not isinstance(path, str):
+        raise DataError(f"sample {name}: 'video' is {value!r:.80}, expected a path or a list of paths")
+    return path
 
 
 def pictures_of(record: dict[str, Any], name: str) -> list[str | bytes]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -12,6 +13,7 @@ from owlfuse.data.lines import JsonLines, read_json_list
 from owlfuse.types import DataError, Sample
 
 IMAGE = "<image>"
+VIDEO = "<video>"
 
 
 class Source:
@@ -89,14 +91,14 @@ class Source:
         return {key: value for key, value in vars(self).items() if key != "records"}
 
 
-def parts_of(text: str) -> list[dict[str, Any]]:
-    """Text with `<image>` placeholders -> text and image parts, every other character kept."""
+def parts_of(text: str, videos: bool = False) -> list[dict[str, Any]]:
+    """Text with `<image>` placeholders -> text and image parts, every other character kept; with `videos`, `<video>`
+    placeholders become video parts too."""
+    kinds = {IMAGE: "image", VIDEO: "video"} if videos else {IMAGE: "image"}
     parts: list[dict[str, Any]] = []
-    for number, piece in enumerate(text.split(IMAGE)):
-        if number:
-            parts.append({"type": "image"})
+    for piece in re.split(f"({'|'.join(kinds)})", text):
         if piece:
-            parts.append({"type": "text", "text": piece})
+            parts.append({"type": kinds[piece]} if piece in kinds else {"type": "text", "text": piece})
     return parts
 
 

@@ -134,8 +134,8 @@ class Parquet(Source):
         if not isinstance(turns, list):
             raise DataError(f"sample {name}: its chat is {turns!r:.40}, expected a list of turns")
         system = [{"role": "system", "content": record["system"]}] if record.get("system") else []
-        messages, images = chat([*system, *turns], pictures, name)
-        return Sample(name, self.name, messages, images)
+        messages, images, videos = chat([*system, *turns], pictures, name)
+        return Sample(name, self.name, messages, images, {}, videos)
 
 
 class Rows(Sequence[dict[str, Any]]):

@@ -60,8 +60,8 @@ class WebDataset(Source):
         if turns is not None:
             if not isinstance(turns, list):
                 raise DataError(f"sample {name}: the chat of its .json is a {type(turns).__name__}, expected a list of turns")
-            messages, images = chat(turns, pictures, name)
-            return Sample(name, self.name, messages, images, metadata)
+            messages, images, videos = chat(turns, pictures, name)
+            return Sample(name, self.name, messages, images, metadata, videos)
         caption = decoded(record["txt"], f"sample {name}: its .txt").strip() if "txt" in record else facts.get("caption")
         if not pictures or caption is None:
             raise DataError(
