@@ -139,7 +139,7 @@ def test_parts_with_missing_fields_as_arrow_stores_them_are_read(tmp_path):
         (
             {"q": [None], "a": ["x"]},
             {"question_column": "q", "answer_column": "a"},
-            "question is None, answer 'x', expected texts",
+            "question is None, answer x, expected texts",
         ),
         ({"messages": pa.array([], pa.list_(pa.string()))}, {}, "holds no record"),
     ],

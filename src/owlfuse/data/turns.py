@@ -74,11 +74,11 @@ def role_and_content(turn: Any, name: str) -> tuple[str, str | list[Any]]:
     """Of one turn, in either spelling. Raises DataError."""
     expected = f"expected from or role ({', '.join(ROLES)}) and value or content"
     if not isinstance(turn, dict):
-        raise DataError(f"sample {name}: a turn is {turn!r:.80}, {expected}")
+        raise DataError(f"sample {name}: a turn is {brief(turn)}, {expected}")
     role = turn["from"] if turn.get("from") is not None else turn.get("role")
     content = turn["value"] if turn.get("value") is not None else turn.get("content")
     if not isinstance(role, str) or role.lower() not in ROLES or not isinstance(content, str | list):
-        raise DataError(f"sample {name}: a turn is {turn!r:.80}, {expected}")
+        raise DataError(f"sample {name}: a turn is {brief(turn)}, {expected}")
     if turn.get("weight") == 0:
         raise DataError(
             f"sample {name}: a turn has weight 0, and every answer is learnt from: leave the weight or the turn out"
@@ -94,7 +94,7 @@ def part_of(part: Any, name: str) -> dict[str, Any]:
     if kind == "video":
         return video_part(part, name)
     if kind not in ("image", "image_url", "input_image"):
-        raise DataError(f"sample {name}: a part is {part!r:.80}, expected a text with its text, an image or a video")
+        raise DataError(f"sample {name}: a part is {brief(part)}, expected a text with its text, an image or a video")
     for key in PICTURE_KEYS:
         value = part.get(key)
         if value is not None:
@@ -102,7 +102,7 @@ def part_of(part: Any, name: str) -> dict[str, Any]:
                 value = f"data:;base64,{value}"
             return {"type": "image", "picture": picture_of(value, name)}
     if kind != "image":
-        raise DataError(f"sample {name}: a part is {part!r:.80}, expected an image_url")
+        raise DataError(f"sample {name}: a part is {brief(part)}, expected an image_url")
     index = part.get("index")
     return {"type": "image", "picture": index} if type(index) is int else {"type": "image"}
 
@@ -126,7 +126,7 @@ def video_path(value: Any, name: str) -> str:
     """A video's path below the image root. Raises DataError for anything else."""
     path = picture_of(value, name, "video") if isinstance(value, str) else value
     if not isinstance(path, str):
-        raise DataError(f"sample {name}: 'video' is {value!r:.80}, expected a path or a list of paths")
+        raise DataError(f"sample {name}: 'video' is {brief(value)}, expected a path or a list of paths")
     return path
 
 
@@ -161,7 +161,7 @@ def picture_of(value: Any, name: str, key: str = "image") -> str | bytes:
         )
     if isinstance(value, str) and value:
         return value
-    found = "empty" if isinstance(value, str | bytes) else f"{value!r:.80}"
+    found = "empty" if isinstance(value, str | bytes) else brief(value)
     raise DataError(f"sample {name}: '{key}' is {found}, expected a path or a list of paths, a data: URI or bytes")
 
 
@@ -187,9 +187,14 @@ def caption_messages(images: int, caption: Any, instructions: Sequence[str], ide
         DataError: a caption that is no text.
     """
     if not isinstance(caption, str):
-        raise DataError(f"sample {name}: the caption is {caption!r:.80}, expected a text")
+        raise DataError(f"sample {name}: the caption is {brief(caption)}, expected a text")
     asked: list[dict[str, Any]] = [{"type": "image"} for _ in range(images)]
     if instructions:
         number = int.from_bytes(hashlib.sha256(identity.encode("utf-8", "surrogatepass")).digest()[:8], "little")
         asked.append({"type": "text", "text": f"\n{instructions[number % len(instructions)]}"})
     return [{"role": "user", "content": asked}, {"role": "assistant", "content": [{"type": "text", "text": caption}]}]
+
+
+def brief(value: Any) -> str:
+    """The beginning of what was found, on one line."""
+    return " ".join(str(value)[:80].split())

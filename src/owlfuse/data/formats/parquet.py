@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from owlfuse.data.formats.base import IMAGE, Source
-from owlfuse.data.turns import chat, pictures_of
+from owlfuse.data.turns import brief, chat, pictures_of
 from owlfuse.types import DataError, Sample
 
 CHATS = ("messages", "conversations")
@@ -126,13 +126,13 @@ class Parquet(Source):
         if "question" in record:
             question, answer = record["question"], record["answer"]
             if not isinstance(question, str) or not isinstance(answer, str):
-                raise DataError(f"sample {name}: question is {question!r:.40}, answer {answer!r:.40}, expected texts")
+                raise DataError(f"sample {name}: question is {brief(question)}, answer {brief(answer)}, expected texts")
             shown = "" if not pictures or IMAGE in question else IMAGE * len(pictures) + "\n"
             turns = [{"role": "user", "content": shown + question}, {"role": "assistant", "content": answer}]
         if isinstance(turns, dict):
             turns = turns_of_columns(turns)
         if not isinstance(turns, list):
-            raise DataError(f"sample {name}: its chat is {turns!r:.40}, expected a list of turns")
+            raise DataError(f"sample {name}: its chat is {brief(turns)}, expected a list of turns")
         system = [{"role": "system", "content": record["system"]}] if record.get("system") else []
         messages, images, videos = chat([*system, *turns], pictures, name)
         return Sample(name, self.name, messages, images, {}, videos)
