@@ -198,6 +198,7 @@ def user(*content, **more):
         (user({"type": "image"}, {"type": "image", "path": "a"}), "more image parts without a file than its 0 images"),
         (user({"type": "image", "path": "a"}, images=["b"]), "has 1 image parts and 1 images that none of them shows"),
         (user(video="a", videos=["b"]), "has 'video' and 'videos', expected one of them"),
+        (user(video=[3]), r"'video' is \[3\], expected a path"),
         (user(video=3), "'video' is 3, expected a path"),
         (user({"type": "video", "url": "https://x.org/a.mp4"}), "a.mp4 is a URL"),
         (user({"type": "video", "path": "a"}, {"type": "video"}), "more video parts without a file than its 0 videos"),

@@ -119,6 +119,8 @@ def videos_of(record: dict[str, Any], name: str) -> list[str]:
     if len(keys) == 2:
         raise DataError(f"sample {name} has 'video' and 'videos', expected one of them")
     value = record[keys[0]] if keys else []
+    if isinstance(value, list) and not all(isinstance(one, str) for one in value):
+        raise DataError(f"sample {name}: '{keys[0]}' is {brief(value)}, expected a path or a list of paths")
     return [video_path(one, name) for one in (value if isinstance(value, list) else [value])]
 
 
