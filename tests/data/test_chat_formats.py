@@ -15,6 +15,7 @@ import yaml
 from PIL import Image
 
 from owlfuse.data.formats.captions import Captions
+from owlfuse.data.formats.llava import LLaVA
 from owlfuse.data.formats.messages import Messages
 from owlfuse.data.formats.sharegpt import ShareGPT
 from owlfuse.data.turns import ROLES
@@ -150,6 +151,22 @@ def test_image_parts_without_a_picture_show_the_records_in_order_or_by_their_ind
     assert plain.messages[0]["content"] == [{"type": "image"}, {"type": "image"}, {"type": "text", "text": "?"}]
 
 
+def test_videos_are_paths_shown_by_placeholders_or_parts(tmp_path):
+    said = [{"role": "user", "content": "<video>?"}, {"role": "assistant", "content": "!"}]
+    part = {"type": "video", "video": "a.mp4"}
+    parts = [{"role": "user", "content": [part, {"type": "text", "text": "?"}]}, said[1]]
+    beside, own, text = read(tmp_path, Messages, {"messages": said, "video": "a.mp4"}, {"messages": parts}, {"messages": said})
+    assert beside.videos == own.videos == ["a.mp4"]
+    assert beside.messages == own.messages
+    assert beside.messages[0]["content"] == [{"type": "video"}, {"type": "text", "text": "?"}]
+    assert (text.videos, text.messages[0]["content"]) == ([], [{"type": "text", "text": "<video>?"}])
+    chat = [{"from": "human", "value": "<image><video>?"}, {"from": "gpt", "value": "!"}]
+    for kind in (LLaVA, ShareGPT):
+        (sample,) = read(tmp_path, kind, {"conversations": chat, "videos": ["a.mp4"], "image": "a.png", "k": 1})
+        assert (sample.images, sample.videos, sample.metadata) == (["a.png"], ["a.mp4"], {"k": 1})
+        assert [part["type"] for part in sample.messages[0]["content"]] == ["image", "video", "text"]
+
+
 def user(*content, **more):
     return {"messages": [{"role": "user", "content": list(content)}], **more}
 
@@ -159,12 +176,12 @@ def user(*content, **more):
     [
         ({"id": 3}, "sample a:3 has no 'messages'; it has id"),
         ({"messages": {}}, "sample a:0: 'messages' is a dict, expected list"),
-        ({"messages": ["hi"]}, "sample a:0: a turn is hi, expected from or role"),
+        ({"messages": ["hi\nho"]}, "sample a:0: a turn is hi ho, expected from or role"),
         ({"messages": [{"role": "tool", "content": "x"}]}, "a turn is .*tool.*, expected from or role"),
         ({"messages": [{"role": "assistant", "content": None, "tool_calls": []}]}, "a turn is .*None"),
         ({"messages": [{"role": ["user"], "content": "x"}]}, "a turn is"),
         ({"messages": [{"role": "assistant", "content": "x", "weight": 0}]}, "a turn has weight 0"),
-        (user("text"), "a part is text, expected a text with its text or an image"),
+        (user("text"), "a part is text, expected a text with its text, an image or a video"),
         (user({"type": "audio"}), "a part is .*audio.*, expected a text"),
         (user({"type": "text"}), "a part is .*, expected a text"),
         (user({"type": "image_url"}), "a part is .*, expected an image_url"),
@@ -178,8 +195,13 @@ def user(*content, **more):
         (user({"type": "image", "image": "data:image/png;base64,"}), "data: URI data:image/png;base64, holds no data"),
         (user({"type": "image", "image": "data:image/png"}), "data: URI data:image/png holds no data"),
         (user({"type": "image", "index": 1}, images=["a"]), "an image part has index 1, and there are 1 images"),
-        (user({"type": "image"}, {"type": "image", "path": "a"}), "more image parts without a picture than its 0 images"),
+        (user({"type": "image"}, {"type": "image", "path": "a"}), "more image parts without a file than its 0 images"),
         (user({"type": "image", "path": "a"}, images=["b"]), "has 1 image parts and 1 images that none of them shows"),
+        (user(video="a", videos=["b"]), "has 'video' and 'videos', expected one of them"),
+        (user(video=[3]), r"'video' is \[3\], expected a path"),
+        (user(video=3), "'video' is 3, expected a path"),
+        (user({"type": "video", "url": "https://x.org/a.mp4"}), "a.mp4 is a URL"),
+        (user({"type": "video", "path": "a"}, {"type": "video"}), "more video parts without a file than its 0 videos"),
         (user(image="a", images=["b"]), "has 'image' and 'images', expected one of them"),
         (user(images=["a", 1]), "'images' is 1, expected a path"),
         (user(images=["http://x.org/a.png"]), "image http://x.org/a.png is a URL"),

@@ -70,13 +70,16 @@ def test_samples_of_shards_have_their_pictures_as_bytes_in_any_order(shards, pat
         source[6]
 
 
-def test_a_sample_is_read_by_its_offsets_and_headers_are_read_once(shards, monkeypatch):
+def test_a_sample_is_read_by_its_offset_and_the_headers_before_it_once(shards, monkeypatch):
     source = WebDataset(str(shards / "s-*.tar"))
     assert len(source) == 6
     (shards / "s-00.tar").unlink()
-    monkeypatch.setattr(tars, "members_of", lambda file: pytest.fail("headers read again"))
-    assert source[4].images == [png(4)]
-    with pytest.raises(DataError, match="s-00.tar: No such file"):
+    read = []
+    members = tars.tar_members
+    monkeypatch.setattr(tars, "tar_members", lambda *a: (read.append(m) or m for m in members(*a)))
+    assert source[5].images == [png(5)]
+    assert [name for _, name, _, _ in read] == ["./0005.png", "./0005.json"]
+    with pytest.raises(DataError, match="s-00.tar: no such file"):
         source[0]
 
 
@@ -88,6 +91,24 @@ def test_long_names_folders_and_foreign_members_do_not_disturb(tmp_path, form):
     source = WebDataset(str(tmp_path / "a.tar"))
     assert len(source) == 1
     assert (source[0].id, source[0].images) == (f"a:{key}", [png(1)])
+
+
+def test_a_kept_index_spares_the_headers_until_a_shard_changes(shards, monkeypatch):
+    def ids():
+        source = WebDataset(str(shards / "s-*.tar"), index_dir=str(shards / "index"))
+        return [source[k].id.split(":")[1] for k in range(len(source))]
+
+    first = ids()
+    find = tars.find_samples
+    monkeypatch.setattr(tars, "find_samples", lambda files: pytest.fail("headers read again"))
+    assert ids() == first == [f"{k:04d}" for k in range(6)]
+    monkeypatch.setattr(tars, "find_samples", find)
+    write_tar(shards / "s-01.tar", [("x.png", png(1)), ("x.txt", b"x")])
+    assert ids() == ["0000", "0001", "x", "0004", "0005"]
+    for kept in (shards / "index").iterdir():
+        kept.write_bytes(kept.read_bytes()[:50])
+    assert ids() == ["0000", "0001", "x", "0004", "0005"]
+    assert len(list((shards / "index").iterdir())) == 2
 
 
 def test_members_are_those_that_tarfile_finds(tmp_path):
@@ -112,7 +133,12 @@ def test_members_are_those_that_tarfile_finds(tmp_path):
                 tar.addfile(info, io.BytesIO(b"x" * info.size))
         with tarfile.open(path, "r:") as tar:
             wanted = [(m.name, m.offset_data, m.size) for m in tar if m.isreg()]
-        assert list(tars.tar_members(path)) == wanted
+        with tars.opened(path) as descriptor:
+            found = list(tars.tar_members(descriptor))
+            assert [member[1:] for member in found] == wanted
+            for k, (start, *member) in enumerate(found):
+                end = member[1] + member[2]
+                assert list(tars.tar_members(descriptor, start, end)) == [(start, *member)], k
 
 
 def test_captions_come_from_txt_or_from_json_and_may_have_an_instruction(tmp_path):

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import tarfile
+import uuid
+import zipfile
 from array import array
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,122 +19,150 @@ import numpy as np
 from owlfuse.types import DataError
 
 BLOCK = 512
-SAMPLE_MEMBER = re.compile(r"((?:.*/)?[^./][^./]*)\.([^/]+)", re.DOTALL)
+SAMPLE_MEMBER = re.compile(r"(?:\./)?((?:.*/)?[^./][^./]*)\.([^/]+)", re.DOTALL)
 """A key, up to the first dot of the file's name, and an extension."""
 
 
 class TarSamples(Sequence[dict[str, Any]]):
-    """Samples of WebDataset shards by number: members that follow each other and share a name up to its first dot. Only the
-    headers are read, once; a sample's members are read when it is asked for, by their offsets.
+    """Samples of WebDataset shards by number: members that follow each other and share a name up to its first dot.
 
-    An item is `{"id": name, extension: bytes, ...}`, extensions in lower case.
+    The headers are read once, for the offset at which each sample begins, 8 bytes of memory for each; a sample's own headers
+    and contents are read when it is asked for. An item is `{"id": key, extension: bytes, ...}`, extensions in lower case.
+
+    Args:
+        index_dir: where the offsets are kept for the next opening; they are found anew when a shard's path, size or time of
+            change differs. None: they are not kept.
 
     Raises:
         DataError: a shard that is missing, compressed, damaged or cut short; at `[k]`, an extension that a sample has twice.
     """
 
-    def __init__(self, files: list[Path]) -> None:
+    def __init__(self, files: list[Path], index_dir: Path | None = None) -> None:
         self.files = files
-        self.extensions: dict[str, int] = {}
-        places, first, keys, key_ends = array("q"), array("q"), bytearray(), array("q")
-        for shard, file in enumerate(files):
-            before = None
-            for key, extension, offset, size in members_of(file):
-                if key != before:
-                    first.append(len(places) // 4)
-                    keys += key.encode("utf-8", "surrogateescape")
-                    key_ends.append(len(keys))
-                    before = key
-                number = self.extensions.setdefault(extension, len(self.extensions))
-                places.extend((shard, number, offset, size))
-        first.append(len(places) // 4)
-        self.places = np.frombuffer(places, dtype=np.int64).reshape(-1, 4)
-        """(members, 4): shard, extension, offset and size."""
-        self.first = np.frombuffer(first, dtype=np.int64)
-        self.keys = bytes(keys)
-        self.key_ends = key_ends
+        index = kept_index(files, index_dir) if index_dir else find_samples(files)
+        self.starts, self.ends, self.first = index["starts"], index["ends"], index["first"]
 
     def __len__(self) -> int:
-        return len(self.first) - 1
+        return len(self.starts)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         index = range(len(self))[index]
-        key = self.keys[self.key_ends[index - 1] if index else 0 : self.key_ends[index]].decode("utf-8", "replace")
-        sample: dict[str, Any] = {"id": key}
-        names = list(self.extensions)
-        members = self.places[self.first[index] : self.first[index + 1]].tolist()
-        file = self.files[members[0][0]]
-        try:
-            with file.open("rb", buffering=0) as stream:
-                for _, extension, offset, size in members:
-                    if names[extension] in sample:
-                        raise DataError(f"{file}: {key} has two members .{names[extension]}")
-                    stream.seek(offset)
-                    content = stream.read(size)
-                    if len(content) < size:
-                        raise DataError(f"{file}: {key}.{names[extension]} is cut short: the shard has changed")
-                    sample[names[extension]] = content
-        except OSError as error:
-            raise DataError(f"{file}: {error.strerror}") from error
-        return sample
+        shard = int(np.searchsorted(self.first, index, side="right")) - 1
+        file, start = self.files[shard], int(self.starts[index])
+        end = int(self.ends[shard]) if index + 1 == self.first[shard + 1] else int(self.starts[index + 1])
+        sample: dict[str, Any] = {}
+        key = ""
+        with opened(file) as descriptor:
+            for _, name, data, size in tar_members(descriptor, start, end):
+                if found := SAMPLE_MEMBER.fullmatch(name):
+                    key, extension = found[1], found[2].lower()
+                    if extension in sample:
+                        raise ValueError(f"{key} has two members .{extension}")
+                    sample[extension] = os.pread(descriptor, size, data)
+            if not sample:
+                raise ValueError(f"no sample at byte {start}: it has changed since it was opened")
+        return sample | {"id": key.encode("utf-8", "surrogateescape").decode("utf-8", "replace")}
 
 
-def members_of(file: Path) -> Iterator[tuple[str, str, int, int]]:
-    """(key, extension, offset, size) of each regular file in a tar whose name has an extension. Raises DataError."""
-    for name, offset, size in tar_members(file):
-        found = SAMPLE_MEMBER.fullmatch(name.removeprefix("./"))
-        if found:
-            yield found[1], found[2].lower(), offset, size
+def find_samples(files: list[Path]) -> dict[str, np.ndarray]:
+    """`starts`: where each sample begins in its shard; `ends`: where each shard's last member ends; `first`: the number of
+    each shard's first sample, and of all samples. Raises DataError."""
+    starts, ends, first = array("q"), [], [0]
+    for file in files:
+        with opened(file) as descriptor:
+            end, key = 0, None
+            for start, name, data, size in tar_members(descriptor):
+                found = SAMPLE_MEMBER.fullmatch(name)
+                if found and found[1] != key:
+                    key = found[1]
+                    starts.append(start)
+                end = data + size
+        first.append(len(starts))
+        ends.append(end)
+    return {"starts": np.frombuffer(starts, dtype=np.int64), "ends": np.array(ends), "first": np.array(first)}
 
 
-def tar_members(file: Path) -> Iterator[tuple[str, int, int]]:
-    """(name, offset, size) of each regular file in a tar: ustar, with the long names of GNU and pax.
-
-    It is several times faster than tarfile, which also ends without a word at a damaged header, and at the end of the first
-    of two tars in one file. Raises DataError, then and for what is no tar.
-    """
-    name, size, offset = None, None, 0
+def kept_index(files: list[Path], folder: Path) -> dict[str, np.ndarray]:
+    """What `find_samples` finds, from `folder` if it is there, else written to it, whole or not at all. Raises DataError."""
+    known = hashlib.sha256()
+    for file in files:
+        with opened(file) as descriptor:
+            facts = os.fstat(descriptor)
+        known.update(f"{file.resolve()}\0{facts.st_size}\0{facts.st_mtime_ns}\n".encode("utf-8", "surrogateescape"))
+    path = folder / f"tar-index-1-{known.hexdigest()[:32]}.npz"
     try:
-        with file.open("rb", buffering=0) as stream:
-            descriptor, end = stream.fileno(), stream.seek(0, 2)
-            while header := next_header(file, stream, offset):
-                kind, data, length = header[156:157], offset + BLOCK, tarfile.nti(header[124:136])
-                extends = kind in b"xLKg"
-                length = length if size is None or extends else size
-                offset = data + -(-length // BLOCK) * BLOCK
-                if offset > end:
-                    raise DataError(f"{file}: cut short: a member ends at byte {offset}, the file at {end}")
-                if extends:
-                    if kind != b"K":  # the long name of a link's target
-                        name, size = long_name(os.pread(descriptor, length, data), kind, name, size)
-                    continue
-                if kind in b"0\x007":
-                    yield name or short_name(header), data, length
-                elif kind == b"S":
-                    raise ValueError("a sparse file: pack it anew")
-                name, size = None, None
+        with np.load(path) as kept:
+            return {name: kept[name] for name in ("starts", "ends", "first")}
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        index = find_samples(files)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        ours = path.with_name(f".{path.stem}.{uuid.uuid4().hex}.npz")
+        np.savez(ours, **index)
+        ours.rename(path)
+    except OSError as error:
+        raise DataError(f"index_dir: {folder}: {error.strerror}") from error
+    return index
+
+
+@contextmanager
+def opened(file: Path) -> Iterator[int]:
+    """A file's descriptor. What goes wrong inside is a DataError that names the file."""
+    try:
+        descriptor = os.open(file, os.O_RDONLY)
+        try:
+            yield descriptor
+        finally:
+            os.close(descriptor)
     except FileNotFoundError:
         raise DataError(f"{file}: no such file") from None
     except (tarfile.TarError, ValueError) as error:
-        raise error if isinstance(error, DataError) else DataError(f"{file}: before byte {offset}: {error}") from error
+        raise DataError(f"{file}: {error}") from error
     except OSError as error:
         raise DataError(f"{file}: {error.strerror or error}") from error
 
 
-def next_header(file: Path, stream: Any, offset: int) -> bytes | None:
-    """The 512 bytes of the member's header at `offset`, its sum checked; None at the end mark of a tar. Raises DataError."""
-    header = os.pread(stream.fileno(), BLOCK, offset)
+def tar_members(descriptor: int, start: int = 0, end: int | None = None) -> Iterator[tuple[int, str, int, int]]:
+    """(offset of its first header, name, offset of its content, size) of each regular file in a tar: ustar, with the long
+    names of GNU and pax. From the header at `start` to `end`, or to the tar's end mark.
+
+    It is several times faster than tarfile, which also ends without a word at a damaged header, and at the end of the first
+    of two tars in one file. Raises ValueError, then and for what is no tar.
+    """
+    name, size, offset, whole = None, None, start, os.fstat(descriptor).st_size
+    while (end is None or offset < end) and (header := next_header(descriptor, offset)):
+        kind, data, length = header[156:157], offset + BLOCK, tarfile.nti(header[124:136])
+        extends = kind in b"xLKg"
+        length = length if size is None or extends else size
+        offset = data + -(-length // BLOCK) * BLOCK
+        if length < 0 or offset > whole:
+            raise ValueError(f"cut short: a member ends at byte {offset}, the file at {whole}")
+        if extends:
+            if kind != b"K":  # the long name of a link's target
+                name, size = long_name(os.pread(descriptor, length, data), kind, name, size)
+            continue
+        if kind in b"0\x007":
+            yield start, name or short_name(header), data, length
+        elif kind == b"S":
+            raise ValueError(f"holds a sparse file before byte {offset}: pack it anew")
+        name, size, start = None, None, offset
+
+
+def next_header(descriptor: int, offset: int) -> bytes | None:
+    """The 512 bytes of the member's header at `offset`, its sum checked; None at the end mark of a tar. Raises ValueError."""
+    header = os.pread(descriptor, BLOCK, offset)
     filled = any(header)
     if len(header) == BLOCK and filled and right_sum(header):
         return header
     if offset == 0 and (filled or not header):
-        raise DataError(f"{file}: not an uncompressed tar" + (": empty file" if not header else ""))
+        raise ValueError("not an uncompressed tar" + (": empty file" if not header else ""))
     if len(header) < BLOCK or filled:
-        raise DataError(f"{file}: damaged or cut short at byte {offset}: expected a header or the end mark of a tar")
-    stream.seek(offset)
-    while chunk := stream.read(2**20):
+        raise ValueError(f"damaged or cut short at byte {offset}: expected a header or the end mark of a tar")
+    place = offset
+    while chunk := os.pread(descriptor, 2**20, place):
         if any(chunk):
-            raise DataError(f"{file}: goes on after its end mark at byte {offset}: two tars in one file? Pack them anew")
+            raise ValueError(f"goes on after its end mark at byte {offset}: two tars in one file? Pack them anew")
+        place += len(chunk)
     return None
 
 

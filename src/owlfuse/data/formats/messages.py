@@ -3,7 +3,7 @@
 from typing import Any
 
 from owlfuse.data.formats.base import Source, field, without
-from owlfuse.data.turns import chat, pictures_of
+from owlfuse.data.turns import chat, pictures_of, videos_of
 from owlfuse.types import Sample
 
 
@@ -15,5 +15,8 @@ class Messages(Source):
 
     def sample(self, record: dict[str, Any], name: str) -> Sample:
         """See `Source`."""
-        messages, images = chat(field(record, "messages", list, name), pictures_of(record, name), name)
-        return Sample(name, self.name, messages, images, without(record, "messages", "image", "images"))
+        messages, images, videos = chat(
+            field(record, "messages", list, name), pictures_of(record, name), name, videos_of(record, name)
+        )
+        metadata = without(record, "messages", "image", "images", "video", "videos")
+        return Sample(name, self.name, messages, images, metadata, videos)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from owlfuse.data.formats.base import IMAGE, Source
-from owlfuse.data.turns import chat, pictures_of
+from owlfuse.data.turns import brief, chat, pictures_of
 from owlfuse.types import DataError, Sample
 
 CHATS = ("messages", "conversations")
@@ -127,16 +127,16 @@ class Parquet(Source):
         if "question" in record:
             question, answer = record["question"], record["answer"]
             if not isinstance(question, str) or not isinstance(answer, str):
-                raise DataError(f"sample {name}: question is {str(question)[:40]}, answer {str(answer)[:40]}, expected texts")
+                raise DataError(f"sample {name}: question is {brief(question)}, answer {brief(answer)}, expected texts")
             shown = "" if not pictures or IMAGE in question else IMAGE * len(pictures) + "\n"
             turns = [{"role": "user", "content": shown + question}, {"role": "assistant", "content": answer}]
         if isinstance(turns, dict):
             turns = turns_of_columns(turns)
         if not isinstance(turns, list):
-            raise DataError(f"sample {name}: its chat is {str(turns)[:40]}, expected a list of turns")
+            raise DataError(f"sample {name}: its chat is {brief(turns)}, expected a list of turns")
         system = [{"role": "system", "content": record["system"]}] if record.get("system") else []
-        messages, images = chat([*system, *turns], pictures, name)
-        return Sample(name, self.name, messages, images)
+        messages, images, videos = chat([*system, *turns], pictures, name)
+        return Sample(name, self.name, messages, images, {}, videos)
 
 
 class Rows(Sequence[dict[str, Any]]):

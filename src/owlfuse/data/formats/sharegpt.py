@@ -3,7 +3,7 @@
 from typing import Any
 
 from owlfuse.data.formats.base import Source, field, without
-from owlfuse.data.turns import chat, pictures_of
+from owlfuse.data.turns import chat, pictures_of, videos_of
 from owlfuse.types import DataError, Sample
 
 
@@ -15,10 +15,13 @@ class ShareGPT(Source):
     def sample(self, record: dict[str, Any], name: str) -> Sample:
         """See `Source`."""
         key = "conversation" if "conversation" in record and "conversations" not in record else "conversations"
-        messages, images = chat(field(record, key, list, name), pictures_of(record, name), name)
+        messages, images, videos = chat(
+            field(record, key, list, name), pictures_of(record, name), name, videos_of(record, name)
+        )
         if record.get("system"):
             if any(message["role"] == "system" for message in messages):
                 raise DataError(f"sample {name} has a 'system' and a system turn, expected one of them")
             system = field(record, "system", str, name)
             messages.insert(0, {"role": "system", "content": [{"type": "text", "text": system}]})
-        return Sample(name, self.name, messages, images, without(record, "system", "image", "images", key))
+        metadata = without(record, "system", "image", "images", key, "video", "videos")
+        return Sample(name, self.name, messages, images, metadata, videos)

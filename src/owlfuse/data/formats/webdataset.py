@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 from owlfuse.data.formats.base import Source
@@ -26,6 +27,7 @@ class WebDataset(Source):
     Args:
         file: a path, a glob (`train-*.tar`) or braces (`train-{0000..0127}.tar`).
         instructions: one of them is put to the pictures of a caption, chosen by a hash of the sample's name.
+        index_dir: where the samples' offsets are kept, so that the headers are not read again at the next opening.
         others: see `Source`.
     """
 
@@ -38,13 +40,19 @@ class WebDataset(Source):
         max_skips: int = 100,
         tile: float = 0.0,
         instructions: list[str] | None = None,
+        index_dir: str | None = None,
     ) -> None:
+<<<<<<< HEAD
         super().__init__(file, image_root, weight, on_error, max_skips, tile)
+=======
+        super().__init__(file, image_root, weight, on_error, max_skips)
+        self.index_dir = Path(index_dir).expanduser() if index_dir else None
+>>>>>>> wt-formats
         self.instructions = instructions or []
 
     def open(self) -> Sequence[Any]:
         """See `Source`."""
-        return TarSamples(self.files())
+        return TarSamples(self.files(), self.index_dir)
 
     def sample(self, record: dict[str, Any], name: str) -> Sample:
         """See `Source`."""
@@ -57,8 +65,8 @@ class WebDataset(Source):
         if turns is not None:
             if not isinstance(turns, list):
                 raise DataError(f"sample {name}: the chat of its .json is a {type(turns).__name__}, expected a list of turns")
-            messages, images = chat(turns, pictures, name)
-            return Sample(name, self.name, messages, images, metadata)
+            messages, images, videos = chat(turns, pictures, name)
+            return Sample(name, self.name, messages, images, metadata, videos)
         caption = decoded(record["txt"], f"sample {name}: its .txt").strip() if "txt" in record else facts.get("caption")
         if not pictures or caption is None:
             raise DataError(
