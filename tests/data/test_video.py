@@ -6,6 +6,7 @@ import sys
 import numpy as np
 import pytest
 
+from owlfuse.data import frames as frames_of
 from owlfuse.data import video
 from owlfuse.data.video import VideoSampling, read_frames
 from owlfuse.types import DataError
@@ -90,21 +91,21 @@ def test_keyframes_see_half_a_second_in_a_minute_that_uniform_frames_miss(tmp_pa
 
 def test_keyframes_of_a_still_picture_are_spread_as_uniform_ones(tmp_path):
     frames = np.full((100, 12), 7, np.uint8)
-    assert video.keyframe_indices(frames, 4) == [12, 37, 62, 87]
+    assert frames_of.keyframe_indices(frames, 4) == [12, 37, 62, 87]
 
 
 def test_keyframes_are_the_same_whatever_block_they_are_compared_in(monkeypatch):
     small = np.random.default_rng(0).integers(0, 255, (50, 12), dtype=np.uint8)
-    expected = video.keyframe_indices(small, 8)
+    expected = frames_of.keyframe_indices(small, 8)
     distances = np.square(small[:, None].astype(float) - small[None]).mean(-1)
     usual = 1.25 * np.median(distances[np.arange(49), np.arange(1, 50)]) + 1
     slow = [0]
     while distances[slow].min(0).max() > usual:
         slow.append(int(distances[slow].min(0).argmax()))
-    assert expected == video.fill(set(slow), 50, 8)
+    assert expected == frames_of.fill(set(slow), 50, 8)
     for block in (1, 7, 49, 50):
-        monkeypatch.setattr(video, "BLOCK", block)
-        assert video.keyframe_indices(small, 8) == expected
+        monkeypatch.setattr(frames_of, "BLOCK", block)
+        assert frames_of.keyframe_indices(small, 8) == expected
 
 
 def test_uniform_frames_are_the_middles_of_equal_parts_in_order(tmp_path):
@@ -124,10 +125,10 @@ def test_fps_gives_a_frame_every_so_many_seconds_up_to_the_cap(tmp_path):
 def test_uniform_and_fps_go_by_time_where_frames_are_not_equally_long():
     shown = [0.0, 0.1, 0.2, 0.3, 0.4, 5.0, 9.0]  # the fifth stands for nearly five seconds
     times = [*shown, 10.0]
-    assert video.time_indices(times, VideoSampling("uniform", 2)) == [4, 5]
-    assert video.time_indices(times, VideoSampling("uniform", 1)) == [5]
-    assert video.time_indices(times, VideoSampling("fps", 4, 0.25)) == [0, 4]  # at 0 and 4 s
-    assert len(video.time_indices(times, VideoSampling("uniform", 6))) == 6
+    assert frames_of.uniform_indices(times, 2) == [4, 5]
+    assert frames_of.uniform_indices(times, 1) == [5]
+    assert frames_of.fps_indices(times, 0.25, 4) == [0, 4]  # at 0 and 4 s
+    assert len(frames_of.uniform_indices(times, 6)) == 6
 
 
 @pytest.mark.parametrize("sampling", ["uniform", "fps", "keyframes"])
