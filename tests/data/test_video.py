@@ -21,7 +21,7 @@ def write_video(
 ):
     """A clip of grey frames that `paint` draws on."""
     with av.open(str(path), "w") as container:
-        stream = container.add_stream(codec, rate=rate)
+        stream = container.add_stream(codec, rate=rate, options=options or {})
         stream.width, stream.height, stream.pix_fmt = *size, "yuv420p"
         if rotation:
             stream.set_display_rotation(rotation)
@@ -136,6 +136,45 @@ def test_a_video_of_fewer_frames_gives_all_of_them(tmp_path, sampling):
     name = write_video(tmp_path / "a.mp4", 0.3, paint=clock(0.3))
     frames = read_frames(tmp_path, name, "s:1", VideoSampling(sampling, 8, 10), LIMIT)
     np.testing.assert_allclose(times_of(frames, 0.3), [0, 0.1, 0.2], atol=0.02)
+
+
+X264 = {"x264-params": "keyint=20:open-gop=1:bframes=4"}
+
+
+@pytest.mark.parametrize(
+    ("suffix", "codec", "options"),
+    [
+        ("mp4", "libx264", {"g": "20"}),
+        ("mp4", "libx264", X264),
+        ("ts", "libx264", X264),
+        ("avi", "mpeg4", {}),
+        ("h264", "libx264", {}),
+    ],
+)
+@pytest.mark.parametrize(
+    "sampling", [VideoSampling("uniform", 7), VideoSampling("fps", 40, 0.5), VideoSampling("keyframes", 7)]
+)
+def test_frames_that_are_sought_are_those_of_decoding_everything(tmp_path, suffix, codec, options, sampling, monkeypatch):
+    def paint(picture, time):
+        clock(60)(picture, time)
+        picture[:24] = np.random.default_rng(int(time * 10)).integers(0, 255, 3)
+
+    name = write_video(tmp_path / f"a.{suffix}", 60, paint=paint, codec=codec, options=options)
+    sought = read_frames(tmp_path, name, "s:1", sampling, LIMIT)
+    monkeypatch.setattr(video, "frames_at", lambda *args, f=video.frames_at: f(*args[:3], args[3][:1], args[4]))
+    decoded = read_frames(tmp_path, name, "s:1", sampling, LIMIT)
+    assert len(sought) == len(decoded) >= 7
+    for one, other in zip(sought, decoded):
+        assert np.array_equal(np.asarray(one), np.asarray(other))
+
+
+def test_little_of_a_long_video_is_decoded_where_key_frames_allow(tmp_path, monkeypatch):
+    name = write_video(tmp_path / "a.mp4", 60, paint=clock(60), options={"g": "10"})
+    decoded = []
+    enumerated = lambda frames: ((decoded.append(1) or k, frame) for k, frame in enumerate(frames))  # noqa: E731
+    monkeypatch.setattr(video, "enumerate", enumerated, raising=False)
+    read_frames(tmp_path, name, "s:1", VideoSampling("uniform", 4), LIMIT)
+    assert 4 <= len(decoded) <= 4 * 11
 
 
 @pytest.mark.parametrize("sampling", ["uniform", "keyframes"])

@@ -89,7 +89,11 @@ def read_frames(root: Path, path: str, name: str, sampling: VideoSampling, max_p
         times, index = frame_times(file, what)
         by_fps = sampling.sampling == "fps"
         chosen = fps_indices(times, sampling.fps, sampling.frames) if by_fps else uniform_indices(times, sampling.frames)
-    found = frames_at(file, what, [index.marks[k] for k in chosen], index.keys, max_pixels)
+    marks = [index.marks[k] for k in chosen]
+    try:
+        found = frames_at(file, what, marks, index.keys, max_pixels)
+    except DataError:  # a frame after a key frame may need some from before it (an open group of pictures)
+        found = frames_at(file, what, marks, index.keys[:1], max_pixels)
     if not found:
         raise DataError(f"{what} has no frames that can be decoded")
     return found
