@@ -251,6 +251,9 @@ PLAYLIST = b"#EXTM3U\n#EXT-X-TARGETDURATION:10\n#EXTINF:10,\n/etc/a.mp4\n#EXT-X-
         ("../out.mp4", lambda path: None, "video ../out.mp4 leaves the image root"),
         ("/etc/passwd", lambda path: None, "video /etc/passwd leaves the image root"),
         ("link.mp4", lambda path: os.symlink("/etc/passwd", path), "video link.mp4 leaves the image root"),
+        ("ring.mp4", lambda path: os.symlink(path, path), "video 'ring.mp4' is no path"),
+        ("a\0b.mp4", lambda path: None, "video 'a.x00b.mp4' is no path"),
+        ("x" * 5000, lambda path: None, "video 'xxx.* is no path"),
         ("http://a.b/c.mp4", lambda path: None, "no video http://a.b/c.mp4 in"),
     ],
 )

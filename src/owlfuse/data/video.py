@@ -76,12 +76,16 @@ def read_frames(root: Path, path: str, name: str, sampling: VideoSampling, max_p
             that is read, or frames of more than `max_pixels`; names the sample `name`.
         ModuleNotFoundError: PyAV is not installed.
     """
-    file = (root / path).resolve()
-    if not file.is_relative_to(root.resolve()):
-        raise DataError(f"sample {name}: video {path} leaves the image root {root}")
-    if not file.is_file():
-        raise DataError(f"sample {name}: no video {path} in {root}")
     what = f"sample {name}: video {path}"
+    try:
+        file = (root / path).resolve()
+        inside, there = file.is_relative_to(root.resolve()), file.is_file()
+    except (OSError, ValueError, RuntimeError) as error:  # no path at all, or links in a circle
+        raise DataError(f"sample {name}: video {path!r:.200} is no path: {error!s:.200}") from error
+    if not inside:
+        raise DataError(f"{what} leaves the image root {root}")
+    if not there:
+        raise DataError(f"sample {name}: no video {path} in {root}")
     if sampling.sampling == "keyframes":
         small, index = small_frames(file, what, max_pixels)
         chosen = keyframe_indices(small, sampling.frames)
