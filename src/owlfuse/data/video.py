@@ -138,10 +138,7 @@ def frames_at(file: Path, what: str, marks: list[int], keys: list[int], max_pixe
                 container.seek(key, stream=stream)
                 frames = enumerate(container.decode(stream))
             for number, frame in frames:
-                if keys:
-                    position = position if frame.pts is None else frame.pts
-                else:
-                    position = number
+                position = (position if frame.pts is None else frame.pts) if keys else number
                 if sought and number == 0 and position > mark:
                     return frames_at(file, what, marks, keys[:1], max_pixels)
                 if position >= mark:
