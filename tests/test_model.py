@@ -54,6 +54,18 @@ def test_an_image_takes_as_many_placeholders_as_the_fusion_says(node, fusion):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("chunk", [None, 2])
+def test_the_backbone_runs_once_over_all_images_of_a_batch_and_in_chunks_the_logits_are_the_same(chunk):
+    model = make_model("modality_adaptive", vision={**VIT, "chunk": chunk})
+    batch = make_batch(ROWS, model.fusion.tokens_per_image)
+    whole = model(batch)
+    seen = []
+    model.vision.register_forward_pre_hook(lambda module, args: seen.append(len(args[0])))
+    model.vision.chunk = None
+    torch.testing.assert_close(model(batch), whole, rtol=1e-5, atol=1e-6)
+    assert seen == [len(batch.pixel_values)]
+
+
 def test_visual_tokens_are_the_connector_of_the_backbone_of_each_image():
     model = make_model(connector=CONNECTORS["abstractor"])
     batch = make_batch(ROWS, model.fusion.tokens_per_image)

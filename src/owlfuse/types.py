@@ -23,13 +23,8 @@ class DataError(ValueError):
 @dataclass
 class Sample:
     """One chat. `messages` are `{"role": str, "content": [part, ...]}`, a part being `{"type": "text", "text": str}`,
-<<<<<<< HEAD
-    `{"type": "image"}` or `{"type": "video"}`; the k-th image part shows the k-th of `images`, a path below the source's image
-    root or the encoded bytes of a picture, and the k-th video part the k-th of `videos`."""
-=======
     `{"type": "image"}` or `{"type": "video"}`; the k-th image part shows the k-th of `images`: a path below the source's image
     root, or the encoded bytes of a picture; and the k-th video part the k-th path of `videos`."""
->>>>>>> wt-formats
 
     id: str
     source: str

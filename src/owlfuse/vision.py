@@ -60,10 +60,10 @@ class TimmBackbone(nn.Module):
         image_size: side in pixels; by default that of the model's own data configuration.
         kwargs: further keyword arguments of the timm model.
         chunk: images that pass the model at a time, for less memory: in training, activations of a chunk are dropped and
-            computed again in the backward pass, unless the model is frozen. Features and gradients stay the same. A model with
-            batch norms in training mode takes all images at once whatever `chunk` says, because the statistics of a chunk are
-            others than those of the batch. Where parameters are sharded, leave it null: ranks with other counts of images
-            would gather them another number of times.
+            computed again in the backward pass, unless the model is frozen. Features and gradients stay the same, but for what
+            dropout draws. A model with batch norms in training mode takes all images at once whatever `chunk` says, because
+            the statistics of a chunk are others than those of the batch. Where parameters are sharded, leave it null: ranks
+            with other counts of images would gather them another number of times.
 
     Raises:
         ValueError: an unknown name, a model whose features are no single map, or a chunk below 1.

@@ -6,6 +6,7 @@ import sys
 import numpy as np
 import pytest
 
+from owlfuse.data import frames as frames_of
 from owlfuse.data import video
 from owlfuse.data.video import VideoSampling, read_frames
 from owlfuse.types import DataError
@@ -20,7 +21,7 @@ def write_video(
 ):
     """A clip of grey frames that `paint` draws on."""
     with av.open(str(path), "w") as container:
-        stream = container.add_stream(codec, rate=rate)
+        stream = container.add_stream(codec, rate=rate, options=options or {})
         stream.width, stream.height, stream.pix_fmt = *size, "yuv420p"
         if rotation:
             stream.set_display_rotation(rotation)
@@ -90,21 +91,21 @@ def test_keyframes_see_half_a_second_in_a_minute_that_uniform_frames_miss(tmp_pa
 
 def test_keyframes_of_a_still_picture_are_spread_as_uniform_ones(tmp_path):
     frames = np.full((100, 12), 7, np.uint8)
-    assert video.keyframe_indices(frames, 4) == [12, 37, 62, 87]
+    assert frames_of.keyframe_indices(frames, 4) == [12, 37, 62, 87]
 
 
 def test_keyframes_are_the_same_whatever_block_they_are_compared_in(monkeypatch):
     small = np.random.default_rng(0).integers(0, 255, (50, 12), dtype=np.uint8)
-    expected = video.keyframe_indices(small, 8)
+    expected = frames_of.keyframe_indices(small, 8)
     distances = np.square(small[:, None].astype(float) - small[None]).mean(-1)
     usual = 1.25 * np.median(distances[np.arange(49), np.arange(1, 50)]) + 1
     slow = [0]
     while distances[slow].min(0).max() > usual:
         slow.append(int(distances[slow].min(0).argmax()))
-    assert expected == video.fill(set(slow), 50, 8)
+    assert expected == frames_of.fill(set(slow), 50, 8)
     for block in (1, 7, 49, 50):
-        monkeypatch.setattr(video, "BLOCK", block)
-        assert video.keyframe_indices(small, 8) == expected
+        monkeypatch.setattr(frames_of, "BLOCK", block)
+        assert frames_of.keyframe_indices(small, 8) == expected
 
 
 def test_uniform_frames_are_the_middles_of_equal_parts_in_order(tmp_path):
@@ -124,10 +125,10 @@ def test_fps_gives_a_frame_every_so_many_seconds_up_to_the_cap(tmp_path):
 def test_uniform_and_fps_go_by_time_where_frames_are_not_equally_long():
     shown = [0.0, 0.1, 0.2, 0.3, 0.4, 5.0, 9.0]  # the fifth stands for nearly five seconds
     times = [*shown, 10.0]
-    assert video.time_indices(times, VideoSampling("uniform", 2)) == [4, 5]
-    assert video.time_indices(times, VideoSampling("uniform", 1)) == [5]
-    assert video.time_indices(times, VideoSampling("fps", 4, 0.25)) == [0, 4]  # at 0 and 4 s
-    assert len(video.time_indices(times, VideoSampling("uniform", 6))) == 6
+    assert frames_of.uniform_indices(times, 2) == [4, 5]
+    assert frames_of.uniform_indices(times, 1) == [5]
+    assert frames_of.fps_indices(times, 0.25, 4) == [0, 4]  # at 0 and 4 s
+    assert len(frames_of.uniform_indices(times, 6)) == 6
 
 
 @pytest.mark.parametrize("sampling", ["uniform", "fps", "keyframes"])
@@ -135,6 +136,45 @@ def test_a_video_of_fewer_frames_gives_all_of_them(tmp_path, sampling):
     name = write_video(tmp_path / "a.mp4", 0.3, paint=clock(0.3))
     frames = read_frames(tmp_path, name, "s:1", VideoSampling(sampling, 8, 10), LIMIT)
     np.testing.assert_allclose(times_of(frames, 0.3), [0, 0.1, 0.2], atol=0.02)
+
+
+X264 = {"x264-params": "keyint=20:open-gop=1:bframes=4"}
+
+
+@pytest.mark.parametrize(
+    ("suffix", "codec", "options"),
+    [
+        ("mp4", "libx264", {"g": "20"}),
+        ("mp4", "libx264", X264),
+        ("ts", "libx264", X264),
+        ("avi", "mpeg4", {}),
+        ("h264", "libx264", {}),
+    ],
+)
+@pytest.mark.parametrize(
+    "sampling", [VideoSampling("uniform", 7), VideoSampling("fps", 40, 0.5), VideoSampling("keyframes", 7)]
+)
+def test_frames_that_are_sought_are_those_of_decoding_everything(tmp_path, suffix, codec, options, sampling, monkeypatch):
+    def paint(picture, time):
+        clock(60)(picture, time)
+        picture[:24] = np.random.default_rng(int(time * 10)).integers(0, 255, 3)
+
+    name = write_video(tmp_path / f"a.{suffix}", 60, paint=paint, codec=codec, options=options)
+    sought = read_frames(tmp_path, name, "s:1", sampling, LIMIT)
+    monkeypatch.setattr(video, "frames_at", lambda *args, f=video.frames_at: f(*args[:3], args[3][:1], args[4]))
+    decoded = read_frames(tmp_path, name, "s:1", sampling, LIMIT)
+    assert len(sought) == len(decoded) >= 7
+    for one, other in zip(sought, decoded):
+        assert np.array_equal(np.asarray(one), np.asarray(other))
+
+
+def test_little_of_a_long_video_is_decoded_where_key_frames_allow(tmp_path, monkeypatch):
+    name = write_video(tmp_path / "a.mp4", 60, paint=clock(60), options={"g": "10"})
+    decoded = []
+    enumerated = lambda frames: ((decoded.append(1) or k, frame) for k, frame in enumerate(frames))  # noqa: E731
+    monkeypatch.setattr(video, "enumerate", enumerated, raising=False)
+    read_frames(tmp_path, name, "s:1", VideoSampling("uniform", 4), LIMIT)
+    assert 4 <= len(decoded) <= 4 * 11
 
 
 @pytest.mark.parametrize("sampling", ["uniform", "keyframes"])
@@ -211,6 +251,9 @@ PLAYLIST = b"#EXTM3U\n#EXT-X-TARGETDURATION:10\n#EXTINF:10,\n/etc/a.mp4\n#EXT-X-
         ("../out.mp4", lambda path: None, "video ../out.mp4 leaves the image root"),
         ("/etc/passwd", lambda path: None, "video /etc/passwd leaves the image root"),
         ("link.mp4", lambda path: os.symlink("/etc/passwd", path), "video link.mp4 leaves the image root"),
+        ("ring.mp4", lambda path: os.symlink(path, path), "video 'ring.mp4' is no path"),
+        ("a\0b.mp4", lambda path: None, "video 'a.x00b.mp4' is no path"),
+        ("x" * 5000, lambda path: None, "video 'xxx.* is no path"),
         ("http://a.b/c.mp4", lambda path: None, "no video http://a.b/c.mp4 in"),
     ],
 )

@@ -77,6 +77,7 @@ class ChatData(lightning.LightningDataModule):
         self.pack_to = checked(pack_to, max_length)
         self.max_pixels = max_pixels
         self.video = VideoSampling.of(video or {})
+        self.seed = seed
         self.validation_samples = validation_samples
         check_policies(on_length, [*sources, *validation])
         self.on_length = on_length
@@ -87,7 +88,7 @@ class ChatData(lightning.LightningDataModule):
     def bind(self, preprocess: Preprocess, tokens_per_image: int) -> None:
         """Takes what only the model knows: how pictures become pixels, and how many positions an image takes."""
         self.encoder = ChatEncoder(self.tokenizer, tokens_per_image, self.max_length)
-        self.pictures = Pictures(preprocess, self.max_pixels, self.mixture.seed, self.video)
+        self.pictures = Pictures(preprocess, self.max_pixels, self.seed, self.video)
         self.image_shape = (3, *preprocess.size)
 
     @property

@@ -25,15 +25,9 @@ PICTURE_KEYS = ("image_url", "image", "bytes", "path", "url", "base64")
 
 
 def chat(
-<<<<<<< HEAD
-    turns: Sequence[Any], pictures: list[str | bytes], name: str, videos: bool = False
-) -> tuple[list[dict[str, Any]], list[str | bytes]]:
-    """Turns -> messages as `Sample` has them, and the pictures in the order of their image parts.
-=======
     turns: Sequence[Any], pictures: list[str | bytes], name: str, videos: Sequence[str] = ()
 ) -> tuple[list[dict[str, Any]], list[str | bytes], list[str]]:
     """Turns -> messages as `Sample` has them, the pictures in the order of their image parts, and the videos likewise.
->>>>>>> wt-formats
 
     A turn has a role (`from` or `role`, see ROLES) and a content (`value` or `content`): a text with `<image>` placeholders,
     or a list of parts. Text parts are `{"type": "text", "text"}`; image parts are OpenAI's
@@ -48,15 +42,10 @@ def chat(
     shown: dict[str, list[str | bytes | int | None]] = {"image": [], "video": []}
     for turn in turns:
         role, content = role_and_content(turn, name)
-<<<<<<< HEAD
-        parts = parts_of(content, videos) if isinstance(content, str) else [part_of(part, name) for part in content]
-        shown += [part.pop("picture", None) for part in parts if part["type"] == "image"]
-=======
         parts = parts_of(content, bool(videos)) if isinstance(content, str) else [part_of(part, name) for part in content]
         for part in parts:
             if part["type"] in shown:
                 shown[part["type"]].append(part.pop("picture", None))
->>>>>>> wt-formats
         messages.append({"role": role, "content": parts})
     return messages, resolve(shown["image"], pictures, name, "image"), resolve(shown["video"], list(videos), name, "video")
 

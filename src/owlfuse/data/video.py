@@ -6,13 +6,13 @@ from bisect import bisect_right
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
-from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 from PIL import Image
 
+from owlfuse.data.frames import fps_indices, keyframe_indices, uniform_indices
 from owlfuse.types import DataError
 
 if TYPE_CHECKING:
@@ -22,8 +22,6 @@ SAMPLINGS = Literal["uniform", "fps", "keyframes"]
 SMALL = 20
 """Side in pixels of the small frames that changes are measured on. They have colors: a red thing may be as bright as the grey
 that it appears on."""
-BLOCK = 4096
-"""Small frames compared at a time."""
 USUAL_RATE = 25.0
 """Frames a second of a video that does not say when its frames are shown."""
 FORMATS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,flv,asf,ogg,gif,apng,nut,h264,hevc,ivf,m4v,mjpeg"
@@ -78,27 +76,74 @@ def read_frames(root: Path, path: str, name: str, sampling: VideoSampling, max_p
             that is read, or frames of more than `max_pixels`; names the sample `name`.
         ModuleNotFoundError: PyAV is not installed.
     """
-    file = (root / path).resolve()
-    if not file.is_relative_to(root.resolve()):
-        raise DataError(f"sample {name}: video {path} leaves the image root {root}")
-    if not file.is_file():
-        raise DataError(f"sample {name}: no video {path} in {root}")
     what = f"sample {name}: video {path}"
-    times = frame_times(file, what)
-    if sampling.sampling == "keyframes" and len(times) > sampling.frames:
-        chosen = keyframe_indices(small_frames(file, what, max_pixels), sampling.frames)
+    try:
+        file = (root / path).resolve()
+        inside, there = file.is_relative_to(root.resolve()), file.is_file()
+    except (OSError, ValueError, RuntimeError) as error:  # no path at all, or links in a circle
+        raise DataError(f"sample {name}: video {path!r:.200} is no path: {error!s:.200}") from error
+    if not inside:
+        raise DataError(f"{what} leaves the image root {root}")
+    if not there:
+        raise DataError(f"sample {name}: no video {path} in {root}")
+    if sampling.sampling == "keyframes":
+        small, index = small_frames(file, what, max_pixels)
+        chosen = keyframe_indices(small, sampling.frames)
     else:
-        chosen = time_indices(times, sampling)
-    wanted, found = set(chosen), []
-    with opened(file, what) as (container, stream):
-        check_size(stream, what, max_pixels)
-        for index, frame in enumerate(container.decode(stream)):
-            if index in wanted:
-                found.append(upright(frame))
-                if len(found) == len(wanted):
-                    break
+        times, index = frame_times(file, what)
+        by_fps = sampling.sampling == "fps"
+        chosen = fps_indices(times, sampling.fps, sampling.frames) if by_fps else uniform_indices(times, sampling.frames)
+    marks = [index.marks[k] for k in chosen]
+    try:
+        found = frames_at(file, what, marks, index.keys, max_pixels)
+    except DataError:  # a frame after a key frame may need some from before it (an open group of pictures)
+        found = frames_at(file, what, marks, index.keys[:1], max_pixels)
     if not found:
         raise DataError(f"{what} has no frames that can be decoded")
+    return found
+
+
+@dataclass(frozen=True)
+class Index:
+    """Where a video's frames are.
+
+    Attributes:
+        marks: of each frame, ascending: when it is shown, in the stream's own units; its number where the video does not say.
+        keys: the marks of frames that decoding can start at; none where the marks are numbers.
+    """
+
+    marks: list[int]
+    keys: list[int]
+
+    @classmethod
+    def of(cls, shown: list[tuple[int | None, bool]]) -> Index:
+        """From (when shown, whether decoding can start there) of each frame."""
+        if any(mark is None for mark, _ in shown):
+            return cls(list(range(len(shown))), [])
+        return cls(sorted(mark for mark, _ in shown), sorted(mark for mark, key in shown if key))
+
+
+def frames_at(file: Path, what: str, marks: list[int], keys: list[int], max_pixels: int) -> list[Image.Image]:
+    """The frames at `marks`, ascending, as pictures. What lies between them is passed over, from one of `keys` to another;
+    where the file's own index leads astray, everything is decoded."""
+    found: list[Image.Image] = []
+    with opened(file, what) as (container, stream):
+        check_size(stream, what, max_pixels)
+        frames = enumerate(container.decode(stream))
+        position = keys[0] if keys else 0
+        for mark in marks:
+            key = keys[bisect_right(keys, mark) - 1] if keys and keys[0] <= mark else position
+            sought = key > position
+            if sought:
+                container.seek(key, stream=stream)
+                frames = enumerate(container.decode(stream))
+            for number, frame in frames:
+                position = (position if frame.pts is None else frame.pts) if keys else number
+                if sought and number == 0 and position > mark:
+                    return frames_at(file, what, marks, keys[:1], max_pixels)
+                if position >= mark:
+                    found.append(upright(frame))
+                    break
     return found
 
 
@@ -124,91 +169,36 @@ def opened(file: Path, what: str) -> Iterator[tuple[av.container.InputContainer,
         raise DataError(f"{what} cannot be read: {reason}") from error
 
 
-def frame_times(file: Path, what: str) -> list[float]:
+def frame_times(file: Path, what: str) -> tuple[list[float], Index]:
     """Seconds at which the frames are shown, from 0 on, and the end of the last: read from packets, nothing is decoded."""
     with opened(file, what) as (container, stream):
-        packets = [(p.pts, p.duration) for p in container.demux(stream) if p.size]
+        packets = [(p.pts, p.duration, p.is_keyframe) for p in container.demux(stream) if p.size]
         rate = float(stream.average_rate or USUAL_RATE)
         base = stream.time_base
     if not packets:
         raise DataError(f"{what} has no frames")
-    if base is None or any(pts is None for pts, _ in packets):
-        return [index / rate for index in range(len(packets) + 1)]
-    shown = sorted(pts for pts, _ in packets)
-    times = [float((pts - shown[0]) * base) for pts in shown]
+    index = Index.of([(pts, key) for pts, _, key in packets])
+    if not index.keys or base is None:
+        return [number / rate for number in range(len(packets) + 1)], Index.of([(None, False)] * len(packets))
+    times = [float((mark - index.marks[0]) * base) for mark in index.marks]
     last = max(packets, key=lambda packet: packet[0])[1]
-    return [*times, times[-1] + (float(last * base) if last else 1 / rate)]
+    return [*times, times[-1] + (float(last * base) if last else 1 / rate)], index
 
 
-def time_indices(times: list[float], sampling: VideoSampling) -> list[int]:
-    """The frames of `uniform` or `fps`, ascending; `times` as `frame_times` gives them."""
-    *shown, end = times
-    count = len(shown)
-    if sampling.sampling == "fps":
-        wanted = max(1, int(end * sampling.fps + 1e-6))
-        if wanted <= sampling.frames:
-            moments = [(k + 1e-6) / sampling.fps for k in range(wanted)]
-            return sorted({max(0, bisect_right(shown, moment) - 1) for moment in moments})
-    if count <= sampling.frames:
-        return list(range(count))
-    moments = [(k + 0.5) * end / sampling.frames for k in range(sampling.frames)]
-    chosen = {max(0, bisect_right(shown, moment) - 1) for moment in moments}
-    return fill(chosen, count, sampling.frames)
-
-
-def small_frames(file: Path, what: str, max_pixels: int) -> np.ndarray:
+def small_frames(file: Path, what: str, max_pixels: int) -> tuple[np.ndarray, Index]:
     """Every frame made small, as RGB: (frames, SMALL * SMALL * 3) uint8, 1.2 KB a frame."""
-    small = []
+    small, shown = bytearray(), []
     with opened(file, what) as (container, stream):
+        from av.video.reformatter import VideoReformatter
+
         check_size(stream, what, max_pixels)
+        scaler = VideoReformatter()  # one for all frames: setting it up takes longer than decoding a frame
         for frame in container.decode(stream):
-            small.append(frame.reformat(width=SMALL, height=SMALL, format="rgb24").to_ndarray().reshape(-1))
-    if not small:
-        raise DataError(f"{what} has no frames that can be decoded")
-    return np.stack(small)
-
-
-def keyframe_indices(small: np.ndarray, frames: int) -> list[int]:
-    """The first frame, and then again and again the one that differs most from all that are chosen, ascending.
-
-    A difference is the mean square over small frames, so that much change in a small place counts, less what one frame
-    usually differs from the next by: noise, and what moves all the time. Where no frame differs, what is left of `frames` goes
-    into the widest gaps.
-    """
-    if len(small) <= frames:
-        return list(range(len(small)))
-    starts = range(0, len(small), BLOCK)
-    steps = [difference(small[start : start + BLOCK], small[start + 1 : start + 1 + BLOCK]) for start in starts]
-    usual = 1.25 * np.median(np.concatenate(steps)) + 1
-    nearest = np.full(len(small), np.inf)
-    chosen = {0}
-    last = 0
-    while len(chosen) < frames:
-        now = [difference(small[start : start + BLOCK], small[last : last + 1]) for start in starts]
-        nearest = np.minimum(nearest, np.concatenate(now))
-        last = int(nearest.argmax())
-        if nearest[last] <= usual:
-            break
-        chosen.add(last)
-    return fill(chosen if len(chosen) > 1 else set(), len(small), frames)
-
-
-def difference(one: np.ndarray, other: np.ndarray) -> np.ndarray:
-    """Mean squared differences of rows (K, P) and (K or 1, P) -> (K,); of rows that are too many, the last are left out."""
-    count = len(one) if len(other) == 1 else min(len(one), len(other))
-    return np.square(one[:count].astype(np.float32) - other[:count]).mean(1)
-
-
-def fill(chosen: set[int], count: int, frames: int) -> list[int]:
-    """`chosen` and as many of the `count` frames more as make `frames`, each in the middle of the widest gap, ascending."""
-    if not chosen:
-        return [(2 * k + 1) * count // (2 * frames) for k in range(frames)]
-    chosen = set(chosen)
-    while len(chosen) < frames:
-        borders = sorted({-1, *chosen, count})
-        low, high = max(pairwise(borders), key=lambda gap: gap[1] - gap[0])
-        chosen.add((low + high) // 2)
-    return sorted(chosen)
+            small += scaler.reformat(frame, SMALL, SMALL, "rgb24", interpolation="AREA").to_ndarray().tobytes()
+            shown.append((frame.pts, frame.key_frame))
+    if not shown:
+        raise DataError(f"{what} has no frames")
+    return np.frombuffer(small, np.uint8).reshape(len(shown), -1), Index.of(shown)
 
 
 def check_size(stream: av.VideoStream, what: str, max_pixels: int) -> None:

@@ -4,32 +4,6 @@
 from typing import Any
 
 from owlfuse.data.formats.base import Source, field, without
-<<<<<<< HEAD
-from owlfuse.data.turns import chat, pictures_of
-from owlfuse.types import DataError, Sample
-
-
-class LLaVA(Source):
-    """Chats about pictures and videos, as LLaVA's instruction data come, JSON or JSONL. `image` (or `images`) and `video` are a
-    path, a list of paths, or absent; other fields are kept as metadata. Without `video`, a `<video>` is text like any other."""
-
-    def sample(self, record: dict[str, Any], name: str) -> Sample:
-        """See `Source`."""
-        videos = videos_of(record, name)
-        turns, pictures = field(record, "conversations", list, name), pictures_of(record, name)
-        messages, images = chat(turns, pictures, name, videos=bool(videos))
-        metadata = without(record, "image", "images", "video", "conversations")
-        return Sample(name, self.name, messages, images, metadata, videos)
-
-
-def videos_of(record: dict[str, Any], name: str) -> list[str]:
-    """A record's `video`: a path, a list of paths, or absent. Raises DataError."""
-    value = record.get("video", [])
-    paths = [value] if isinstance(value, str) else value
-    if not isinstance(paths, list) or not all(isinstance(path, str) for path in paths):
-        raise DataError(f"sample {name}: 'video' is {str(value)[:80]}, expected a path or a list of paths")
-    return paths
-=======
 from owlfuse.data.turns import chat, pictures_of, videos_of
 from owlfuse.types import Sample
 
@@ -46,4 +20,3 @@ class LLaVA(Source):
         )
         metadata = without(record, "image", "images", "conversations", "video", "videos")
         return Sample(name, self.name, messages, images, metadata, videos)
->>>>>>> wt-formats

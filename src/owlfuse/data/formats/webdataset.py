@@ -42,12 +42,8 @@ class WebDataset(Source):
         instructions: list[str] | None = None,
         index_dir: str | None = None,
     ) -> None:
-<<<<<<< HEAD
         super().__init__(file, image_root, weight, on_error, max_skips, tile)
-=======
-        super().__init__(file, image_root, weight, on_error, max_skips)
         self.index_dir = Path(index_dir).expanduser() if index_dir else None
->>>>>>> wt-formats
         self.instructions = instructions or []
 
     def open(self) -> Sequence[Any]:
