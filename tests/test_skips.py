@@ -5,15 +5,16 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from helpers import ROWS, VOCAB, make_batch, model_node
+from helpers import IMAGE_SIZE, ROWS, VOCAB, all_fusions, each, make_batch, model_node
+from owlfuse.data.collate import Collator, Skipped
 from owlfuse.module import MultimodalModule
 from owlfuse.types import DataError
 
 
 @pytest.fixture
 def module():
-    def make(max_skips=100):
-        made = MultimodalModule(model_node(), None, VOCAB)
+    def make(max_skips=100, fusion="concat"):
+        made = MultimodalModule(model_node(fusion), None, VOCAB)
         sources = {name: SimpleNamespace(max_skips=max_skips) for name in "ab"}
         strategy = SimpleNamespace(reduce=lambda tensor, reduce_op: tensor)
         made._trainer = SimpleNamespace(
@@ -87,3 +88,15 @@ def test_every_skip_and_cut_goes_to_the_log(module, caplog):
         train(module(), ([skip("a", 1)], [("b", "b:7", 2)]), ([], []))
     assert "skipped a:1 (1 of source a so far): no image" in caplog.text
     assert "truncated b:7 by 2 turns (1 of source b so far)" in caplog.text
+
+
+@each(all_fusions())
+def test_a_micro_batch_of_which_nothing_is_left_adds_nothing_and_misses_no_gradient(module, node):
+    made = module(fusion=node)
+    batch = Collator(0, (3, IMAGE_SIZE, IMAGE_SIZE))([Skipped("a", "a:1", "no image"), Skipped("b", "b:1", "no image")])
+    loss = made.training_step(batch, 0)
+    loss.backward()
+    assert loss.item() == 0
+    assert (made.loss_sum, made.token_count) == (0, 0)
+    for name, parameter in made.model.named_parameters():
+        assert not parameter.requires_grad or (parameter.grad is not None and not parameter.grad.any()), name

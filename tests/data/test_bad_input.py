@@ -420,6 +420,24 @@ def test_a_pictures_bytes_take_the_place_of_its_path(shapes, root, tmp_path, mon
     assert "sample bad:r3: image of 10 bytes cannot be read" in batch.skipped[0][2]
 
 
+def test_evaluation_asks_of_what_is_left_and_keeps_to_the_limit(shapes, root, tmp_path):
+    from owlfuse.evaluation.metrics import questions_of
+
+    records = [{**good(number), "image": "none.png" if number == PLACE else "good.png"} for number in range(RECORDS)]
+    file = write_records(tmp_path / "bad.jsonl", records)
+    data = module(shapes, LLaVA(file, str(root)))
+    data.validation = {"bad": data.sources["bad"]}
+    with pytest.raises(DataError, match="no image none.png"):
+        data.prompts([(sample, data.validation["bad"]) for sample, _, _ in questions_of(data, "bad", None)])
+    data.validation["bad"].on_error = "skip"
+    questions = questions_of(data, "bad", None)
+    assert len(questions) == RECORDS - 1
+    assert len(data.prompts([(sample, data.validation["bad"]) for sample, _, _ in questions]).input_ids) == RECORDS - 1
+    data.validation["bad"].max_skips = 0
+    with pytest.raises(DataError, match="validation source bad has 1 wrong samples of 8, and its max_skips is 0"):
+        questions_of(data, "bad", None)
+
+
 def test_there_are_forty_kinds_and_more():
     kinds = [*ALL, *LINE_FAULTS, *FILE_FAULTS, *WEIGHTS, *OPTIONS, *ALPACA_FAULTS]
     assert len(kinds) > 100

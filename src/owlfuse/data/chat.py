@@ -13,9 +13,9 @@ from owlfuse.data.borders import split_tokens
 from owlfuse.data.chat_template import template_names
 from owlfuse.data.checks import flatten
 from owlfuse.data.formats.base import IMAGE
-from owlfuse.data.length import OnLength, over_length, truncate
 from owlfuse.data.pictures import VISUAL
 from owlfuse.data.spans import supervised_spans
+from owlfuse.data.truncation import OnLength, over_length, truncate
 from owlfuse.types import DataError, Encoded, Sample
 
 

@@ -14,11 +14,11 @@ from owlfuse.data.chat_template import use_template
 from owlfuse.data.collate import Collator, Skipped
 from owlfuse.data.formats.base import Source
 from owlfuse.data.images import MAX_PIXELS
-from owlfuse.data.length import OnLength, check_policies, policy_of
 from owlfuse.data.mixture import Mixture
 from owlfuse.data.packing import checked
 from owlfuse.data.pictures import Pictures, Preprocess
 from owlfuse.data.policy import load_or_skip
+from owlfuse.data.truncation import OnLength, check_policies, policy_of
 from owlfuse.data.video import VideoSampling
 from owlfuse.types import Batch, Encoded, Sample
 
@@ -35,7 +35,7 @@ class ChatData(lightning.LightningDataModule):
         workers: processes that load data; 0 loads in the training process.
         max_length: in tokens, of a sample.
         pack_to: the samples of a micro batch share rows of at most so many tokens in training; None: a row is one sample.
-        on_length: what becomes of a longer sample, for all sources or by source (see `data.length`).
+        on_length: what becomes of a longer sample, for all sources or by source (see `data.truncation`).
         chat_template: a template's name (see `data/templates`) or a .jinja file, in the place of the tokenizer's own.
         max_pixels: of a picture; one with more is refused before it is decoded.
         validation_samples: how many samples of each validation source are looked at during training.

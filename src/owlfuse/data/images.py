@@ -80,10 +80,9 @@ def decode(file: io.IOBase, label: str, max_pixels: int) -> Image.Image:
         if pixels > max_pixels:
             raise DataError(f"{label} has {pixels:,} pixels, over the limit of {max_pixels:,}")
         picture.load()
-        upright = picture
         with suppress(Exception):  # EXIF that cannot be read turns nothing, as in every viewer
-            upright = ImageOps.exif_transpose(picture)
-        return to_rgb(upright)
+            ImageOps.exif_transpose(picture, in_place=True)
+        return to_rgb(picture)
 
 
 def to_rgb(picture: Image.Image) -> Image.Image:

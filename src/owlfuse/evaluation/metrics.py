@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -9,11 +10,15 @@ from dataclasses import dataclass, replace
 import torch
 
 from owlfuse.data.chat import question_samples
+from owlfuse.data.collate import Skipped
 from owlfuse.data.datamodule import ChatData
+from owlfuse.data.policy import load_or_skip
 from owlfuse.evaluation.generation import generate_greedy
 from owlfuse.model import MultimodalLM
 from owlfuse.module import token_loss
-from owlfuse.types import Batch, Sample
+from owlfuse.types import Batch, DataError, Sample
+
+log = logging.getLogger(__name__)
 
 Progress = Callable[[int], None]
 
@@ -42,12 +47,34 @@ def normalize(text: str) -> str:
 
 
 def questions_of(data: ChatData, source: str, limit: int | None) -> list[tuple[Sample, str, str]]:
-    """The questions of a validation source, each by itself, with answer and kind; at most `limit`, spread evenly."""
+    """The questions of a validation source, each by itself, with answer and kind; at most `limit`, spread evenly.
+
+    Raises:
+        DataError: a wrong sample of a source that does not skip them, or more than its `max_skips` of one that does.
+    """
     samples = data.validation[source]
-    questions = [question for index in range(len(samples)) for question in question_samples(samples[index])]
+    right = range(len(samples)) if samples.on_error == "error" else right_samples(data, source)
+    questions = [question for index in right for question in question_samples(samples[index])]
     if limit is None or limit >= len(questions):
         return questions
     return [questions[i * len(questions) // limit] for i in range(limit)]
+
+
+def right_samples(data: ChatData, source: str) -> list[int]:
+    """The indices of the samples that can be loaded; the others are told in the log. Raises DataError past `max_skips`."""
+    samples = data.validation[source]
+    skips = {}
+    for index in range(len(samples)):
+        item = load_or_skip(data.load, samples, index)
+        if isinstance(item, Skipped):
+            skips[index] = item.reason
+            log.warning("skipped %s of validation source %s: %s", item.sample, source, item.reason)
+            if len(skips) > samples.max_skips or len(skips) == len(samples):
+                raise DataError(
+                    f"validation source {source} has {len(skips)} wrong samples of {len(samples)}, and its max_skips is "
+                    f"{samples.max_skips}; the last: {item.reason}"
+                )
+    return [index for index in range(len(samples)) if index not in skips]
 
 
 def answer_questions(

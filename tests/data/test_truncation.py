@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 from owlfuse.data.chat import ChatEncoder
 from owlfuse.data.datamodule import ChatData
 from owlfuse.data.formats.llava import LLaVA
-from owlfuse.data.length import first_turns
+from owlfuse.data.truncation import first_turns
 from owlfuse.types import DataError, Sample
 from owlfuse.vision import Preprocessing
 
