@@ -105,6 +105,7 @@ def join(samples: Sequence[Encoded]) -> tuple[Encoded, Tensor]:
         placeholder=torch.cat([sample.placeholder for sample in samples]),
         pixel_values=[image for sample in samples for image in sample.pixel_values],
         image_positions=positions,
+        turns_removed=sum(sample.turns_removed for sample in samples),
     )
     return joined, torch.cat([torch.full((len(own),), k) for k, own in enumerate(labels, start=1)])
 
