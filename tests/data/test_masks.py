@@ -27,7 +27,11 @@ LOOK_ALIKE = (
     "👩‍👩‍👧",    "\u00a0", "\u2028", "{{ x }}", "{% if %}", "\ue000", "\ue0011\ue001",
 )  # fmt: skip
 CHARACTERS = st.characters(exclude_categories=["Cs", "Cc"], exclude_characters="▁")
-TEXT = st.lists(st.sampled_from(LOOK_ALIKE) | st.text(CHARACTERS, max_size=4), max_size=6).map("".join)
+CONTROL = ("<s>", "</s>", "<unk>", "<image>", "<|pad|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>", "<|im_start|>",
+           "<|im_end|>", "<|eot_id|>", "<|start_header_id|>", "<|end_header_id|>", "<0x")  # fmt: skip
+"""What is refused, which hypothesis may take from this file; and the names of bytes, which some decoders take for bytes."""
+PIECES = st.lists(st.sampled_from(LOOK_ALIKE) | st.text(CHARACTERS, max_size=4), max_size=6).map("".join)
+TEXT = PIECES.filter(lambda text: not any(token in text for token in CONTROL))
 ANSWER = TEXT.filter(str.strip)
 CHATS = st.tuples(st.none() | TEXT, st.lists(st.tuples(TEXT, ANSWER), min_size=1, max_size=4), st.none() | TEXT)
 PROPERTY = settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True, database=None)
