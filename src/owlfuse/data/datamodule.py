@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable, Iterator
-from typing import Any, Protocol
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Literal, Protocol
 
 import lightning
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from owlfuse.data.chat import ChatEncoder
 from owlfuse.data.collate import Collator, Skipped
 from owlfuse.data.formats.base import Source
 from owlfuse.data.images import MAX_PIXELS, open_image
+from owlfuse.data.lengths import count_lengths
 from owlfuse.data.mixture import Mixture
+from owlfuse.data.sampler import GlobalBatchSampler
+from owlfuse.data.weighting import make_mixture, mixture_report
 from owlfuse.types import Batch, DataError, Encoded, Sample
 
 
@@ -44,6 +48,8 @@ class ChatData(lightning.LightningDataModule):
         validation_samples: how many samples of each validation source are looked at during training.
         prepare: called before anything is read; it writes data that are made on the spot.
         folder: where the data lie, for the other keys of a yaml to refer to.
+        weights_by: what the shares are of: samples, or supervised tokens, which are counted once (see `lengths`).
+        temperature, at_end, weights_at: see `make_mixture`; `weights_at` counts in optimizer steps.
     """
 
     def __init__(
@@ -60,6 +66,10 @@ class ChatData(lightning.LightningDataModule):
         seed: int = 0,
         prepare: Callable[[], None] | None = None,
         folder: str | None = None,
+        weights_by: Literal["samples", "tokens"] = "samples",
+        temperature: float | None = None,
+        at_end: str | dict[str, str] = "repeat",
+        weights_at: dict[int, dict[str, float]] | None = None,
     ) -> None:
         super().__init__()
         if prepare is not None:
@@ -75,12 +85,18 @@ class ChatData(lightning.LightningDataModule):
         self.max_pixels = max_pixels
         self.validation_samples = validation_samples
         self.tokenizer = load_tokenizer(tokenizer)
-        weights = {name: source.weight for name, source in sources.items()}
-        self.mixture = Mixture({name: len(source) for name, source in sources.items()}, weights, seed)
+        if weights_by not in ("samples", "tokens"):
+            raise ValueError(f"weights_by is {weights_by}, expected samples or tokens")
+        self.weights_by = weights_by
+        self.mix = partial(make_mixture, sources, seed, global_batch_size, weights_at, at_end, temperature)
+        if weights_by == "samples":
+            self.mixture = self.mix()
 
     def bind(self, preprocess: Preprocess, tokens_per_image: int) -> None:
         """Takes what only the model knows: how pictures become pixels, and how many positions an image takes."""
         self.encoder = ChatEncoder(self.tokenizer, tokens_per_image, self.max_length)
+        if self.weights_by == "tokens":
+            self.mixture = self.mix({name: count_lengths(source, self.encoder) for name, source in self.sources.items()})
         self.preprocess = preprocess
         self.image_shape = (3, *preprocess.size)
 
@@ -101,6 +117,16 @@ class ChatData(lightning.LightningDataModule):
                 f"global_batch_size is {self.global_batch_size}, which {ranks} ranks of micro_batch_size {micro} do not divide"
             )
         return self.global_batch_size // (micro * ranks)
+
+    def steps(self, asked: int) -> int:
+        """Optimizer steps of a run: those asked for, or as many whole global batches as the schedule has. Raises DataError."""
+        positions = self.mixture.available(asked * self.global_batch_size)
+        steps = positions // self.global_batch_size
+        if steps == 0:
+            raise DataError(
+                f"the schedule has {positions} samples and then ends (at_end); a global batch takes {self.global_batch_size}"
+            )
+        return steps
 
     def train_dataloader(self) -> DataLoader:
         """From the trainer's step on, so that a resumed run goes on where it was."""
@@ -145,30 +171,7 @@ class ChatData(lightning.LightningDataModule):
 
     def report(self, steps: int, skipped: list[tuple[str, str, str]]) -> dict[str, Any]:
         """What `mixture.json` holds after `steps`: the sources, their hashes, weights and realised counts, and the skips."""
-        positions = steps * self.global_batch_size
-        counts = self.mixture.counts(positions)
-        shares = dict(zip(self.mixture.names, self.mixture.shares, strict=True))
-        rows = {
-            name: {
-                "file": str(source.file),
-                "sha256": source.fingerprint(),
-                "samples": len(source),
-                "weight": source.weight,
-                "share": float(shares.get(name, 0)),
-                "drawn": counts.get(name, 0),
-                "drawn_share": counts.get(name, 0) / positions if positions else None,
-                "passes": counts.get(name, 0) / len(source),
-                "skipped": sum(skip[0] == name for skip in skipped),
-            }
-            for name, source in self.sources.items()
-        }
-        return {
-            "steps": steps,
-            "global_batch_size": self.global_batch_size,
-            "seed": self.mixture.seed,
-            "sources": rows,
-            "skipped": [{"source": source, "sample": sample, "reason": reason} for source, sample, reason in skipped],
-        }
+        return mixture_report(self.mixture, self.sources, self.global_batch_size, steps, skipped)
 
 
 def ignore_interrupt(worker: int) -> None:
@@ -220,29 +223,3 @@ class SourceDataset(Dataset):
 
     def __getitem__(self, place: int) -> Encoded | Skipped:
         return load_or_skip(self.load, self.source, self.indices[place])
-
-
-class GlobalBatchSampler(Sampler[list[int]]):
-    """Positions of one rank's micro batches. Step s takes the positions from s * G on, G the global batch size, whatever the
-    number of ranks; micro batches go to the ranks in turn.
-
-    Its length is that of all steps, and it starts at `first_step`, which is how Lightning counts a resumed epoch.
-    """
-
-    def __init__(self, global_batch_size: int, accumulation: int, rank: int, ranks: int, steps: int, first_step: int = 0):
-        self.global_batch_size = global_batch_size
-        self.accumulation = accumulation
-        self.rank = rank
-        self.ranks = ranks
-        self.steps = steps
-        self.first_step = first_step
-        self.micro_batch_size = global_batch_size // (accumulation * ranks)
-
-    def __len__(self) -> int:
-        return self.steps * self.accumulation
-
-    def __iter__(self) -> Iterator[list[int]]:
-        for step in range(self.first_step, self.steps):
-            for part in range(self.accumulation):
-                first = step * self.global_batch_size + (part * self.ranks + self.rank) * self.micro_batch_size
-                yield list(range(first, first + self.micro_batch_size))

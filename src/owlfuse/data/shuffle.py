@@ -1,0 +1,124 @@
+"""A source's order, epoch after epoch, as keyed permutations of which any part is computed by itself: no array of its size.
+
+A Feistel network on a grid of `rows * columns` places, the smallest that holds all samples (Black and Rogaway, Ciphers with
+arbitrary finite domains, 2002: generalized Feistel with cycle walking). Its round functions are a hash of 32 bits.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+ROUNDS = 4
+LONGEST = 2**32
+STEP = 0x9E3779B97F4A7C15
+MASK = 2**64 - 1
+PART = 2**16
+"""Draws that are computed at a time, so that they stay in the processor's cache."""
+
+
+class Shuffle:
+    """Which sample of a source comes at its k-th draw. Every epoch is a new shuffle and holds every sample once.
+
+    Args:
+        size: samples of the source, from 1 to below 2^32.
+        seed, source: what the shuffles depend on, besides the epoch.
+    """
+
+    def __init__(self, size: int, seed: int, source: int) -> None:
+        if not 0 < size < LONGEST:
+            raise ValueError(f"a source has {size} samples, expected from 1 to below 2^32")
+        self.size = size
+        self.key = mixed(mixed(seed & MASK) ^ source * STEP & MASK)
+        self.rows = math.isqrt(size - 1) + 1
+        self.columns = -(-size // self.rows)
+
+    def __getitem__(self, draw: int) -> int:
+        """The sample at one draw from 0. O(1)."""
+        epoch, place = divmod(draw, self.size)
+        keys = [mixed(self.key + (epoch * ROUNDS + number) * STEP & MASK) >> 32 for number in range(ROUNDS)]
+        while True:
+            left, right = divmod(place, self.columns)
+            for number in range(0, ROUNDS, 2):
+                left = (left + reduced(hashed(right, keys[number]), self.rows)) % self.rows
+                right = (right + reduced(hashed(left, keys[number + 1]), self.columns)) % self.columns
+            place = left * self.columns + right
+            if place < self.size:  # fails at most once in sqrt(size)
+                return place
+
+    def between(self, start: int, stop: int) -> np.ndarray:
+        """The samples of the draws from `start` to before `stop`, int64 (stop - start,)."""
+        out = np.empty(stop - start, dtype=np.int64)
+        for first in range(start, stop, PART):
+            last = min(first + PART, stop)
+            out[first - start : last - start] = self.part(first, last)
+        return out
+
+    def part(self, start: int, stop: int) -> np.ndarray:
+        """`between` for at most PART draws, uint32."""
+        epoch, place = divmod(start, self.size)
+        draws = np.arange(place, place + stop - start, dtype=np.uint64 if place + PART >= LONGEST else np.uint32)
+        if int(draws[-1]) < self.size:
+            keys = self.round_keys(epoch, 1)[:, 0]
+            places, epochs = draws.astype(np.uint32, copy=False), None
+        else:
+            epochs = draws // draws.dtype.type(self.size)
+            places = (draws - epochs * draws.dtype.type(self.size)).astype(np.uint32, copy=False)
+            keys = self.round_keys(epoch, int(epochs[-1]) + 1).take(epochs, axis=1)
+        self.permute(places, keys)
+        outside = np.flatnonzero(places >= self.size)
+        while len(outside):
+            again = places[outside]
+            self.permute(again, keys if epochs is None else keys[:, outside])
+            places[outside] = again
+            outside = outside[again >= self.size]
+        return places
+
+    def round_keys(self, epoch: int, epochs: int) -> np.ndarray:
+        """(ROUNDS, epochs) uint32 keys of the epochs from `epoch` on."""
+        numbers = np.arange(epochs, dtype=np.uint64) * np.uint64(ROUNDS) + np.arange(ROUNDS, dtype=np.uint64)[:, None]
+        keys = numbers * np.uint64(STEP) + np.uint64(self.key + epoch * ROUNDS * STEP & MASK)
+        keys = (keys ^ (keys >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        keys = (keys ^ (keys >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return ((keys ^ (keys >> np.uint64(31))) >> np.uint64(32)).astype(np.uint32)
+
+    def permute(self, places: np.ndarray, keys: np.ndarray) -> None:
+        """One walk of an array of places through the network, in place."""
+        left = places // np.uint32(self.columns)
+        right = places - left * np.uint32(self.columns)
+        first, second = np.empty_like(left), np.empty_like(left)
+        for number in range(ROUNDS):
+            side = np.uint32(self.columns if number % 2 else self.rows)
+            other, moved = (left, right) if number % 2 else (right, left)
+            np.bitwise_xor(other, keys[number], out=first)
+            for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
+                np.right_shift(first, np.uint32(shift), out=second)
+                np.bitwise_xor(first, second, out=first)
+                np.multiply(first, np.uint32(factor), out=first)
+            np.right_shift(first, np.uint32(16), out=first)
+            np.multiply(first, side, out=first)
+            np.right_shift(first, np.uint32(16), out=first)
+            moved += first
+            np.minimum(moved, np.subtract(moved, side, out=second), out=moved)  # modulo: below `side` it wraps to a large one
+        np.multiply(left, np.uint32(self.columns), out=left)
+        np.add(left, right, out=places)
+
+
+def mixed(number: int) -> int:
+    """SplitMix64's output function: 64 bits in, 64 bits out, each of which depends on all."""
+    number = (number ^ (number >> 30)) * 0xBF58476D1CE4E5B9 & MASK
+    number = (number ^ (number >> 27)) * 0x94D049BB133111EB & MASK
+    return number ^ (number >> 31)
+
+
+def hashed(value: int, key: int) -> int:
+    """The network's hash, 32 bits: MurmurHash3's finalizer, of which the upper half is used."""
+    value ^= key
+    value = (value ^ (value >> 16)) * 0x85EBCA6B & 0xFFFFFFFF
+    return (value ^ (value >> 13)) * 0xC2B2AE35 & 0xFFFFFFFF
+
+
+def reduced(number: int, side: int) -> int:
+    """32 bits -> below `side`, which is at most 2^16."""
+    return (number >> 16) * side >> 16
