@@ -163,8 +163,9 @@ def exact_shares(weights: list[float | Fraction | int]) -> list[Fraction]:
     rounded = [max(1, int(share * MAX_PERIOD)) if share else 0 for share in shares]
     left = MAX_PERIOD - sum(rounded)
     most_cut = sorted(range(len(shares)), key=lambda i: rounded[i] - shares[i] * MAX_PERIOD)
-    for i in most_cut[:left] if left > 0 else most_cut[left:]:  # each is within one of what it should be
-        rounded[i] += 1 if left > 0 else -1
+    for i in most_cut[: max(left, 0)]:  # so that each is within one of what it should be
+        rounded[i] += 1
+    rounded[rounded.index(max(rounded))] += min(left, 0)  # where many were raised to 1
     return [Fraction(count, MAX_PERIOD) for count in rounded]
 
 
