@@ -1,5 +1,6 @@
 """Processes that load data: started once, pixels in shared memory, none left behind."""
 
+import json
 import os
 import signal
 import subprocess
@@ -15,14 +16,16 @@ from owlfuse.data.formats.llava import LLaVA
 from owlfuse.vision import Preprocessing
 
 RUN = """
-import sys, time
+import os, sys, time
 from types import SimpleNamespace
 from owlfuse.data.datamodule import ChatData
 from owlfuse.data.formats.llava import LLaVA
 from owlfuse.vision import Preprocessing
-folder, file, end = sys.argv[1:]
-if __name__ == "__main__":
-    data = ChatData(folder + "/tokenizer", {"shapes": LLaVA(file, image_root=folder)}, {}, global_batch_size=4, workers=2)
+folder, bad, out, *ends = sys.argv[1:]
+
+def train(end):
+    source = LLaVA(bad if end == "sample" else folder + "/train.json", image_root=folder)
+    data = ChatData(folder + "/tokenizer", {"shapes": source}, {}, global_batch_size=4, workers=2)
     data.bind(Preprocessing((16, 16), (0.5,) * 3, (0.5,) * 3, "bilinear"), 2)
     data.trainer = SimpleNamespace(world_size=1, global_rank=0, max_steps=10**6, global_step=0)
     batches = iter(data.train_dataloader())
@@ -32,6 +35,18 @@ if __name__ == "__main__":
         raise RuntimeError("on purpose")
     for batch in batches:
         time.sleep(0.01)
+
+pids = {}
+for end in ends:  # the imports take seconds, so that the programs are forks of one that has made them
+    pids[end] = os.fork()
+    if not pids[end]:
+        os.setsid()
+        os.dup2(os.open(f"{out}/{end}.out", os.O_WRONLY | os.O_CREAT), 1)
+        os.dup2(os.open(f"{out}/{end}.err", os.O_WRONLY | os.O_CREAT), 2)
+        train(end)
+        sys.exit()
+print(*pids.values(), flush=True)
+print(*(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids.values()), flush=True)
 """
 
 
@@ -44,36 +59,39 @@ def alive(pid):
         return False
 
 
-@pytest.mark.skipif(not os.path.isdir("/proc"), reason="reads /proc")
-@pytest.mark.parametrize("end", ["error", "bad sample", "Ctrl-C", "kill"])
-def test_no_process_is_left_behind(shapes, tmp_path, end):
-    file = shapes / "train.json"
-    if end == "bad sample":
-        import json
+def wait_for(found, seconds):
+    """What `found()` gives once it is true, or at last."""
+    deadline = time.monotonic() + seconds
+    while not (value := found()) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return value
 
-        records = json.loads(file.read_text())
-        records[40]["image"] = "nowhere.png"
-        file = tmp_path / "bad.json"
-        file.write_text(json.dumps(records))
-    command = [sys.executable, "-c", RUN, str(shapes), str(file), end]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
-    workers = [int(pid) for pid in process.stdout.readline().split()]
+
+@pytest.mark.skipif(not os.path.isdir("/proc"), reason="reads /proc")
+def test_no_process_is_left_behind(shapes, tmp_path):
+    records = json.loads((shapes / "train.json").read_text())
+    records[40]["image"] = "nowhere.png"
+    (tmp_path / "bad.json").write_text(json.dumps(records))
+    expected = {"error": "on purpose", "sample": "no image nowhere.png", "Ctrl-C": "KeyboardInterrupt", "kill": ""}
+    command = [sys.executable, "-c", RUN, str(shapes), str(tmp_path / "bad.json"), str(tmp_path), *expected]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    programs = dict(zip(expected, map(int, process.stdout.readline().split())))
+    assert len(programs) == 4
+    workers = {}
     try:
-        assert len(workers) == 2, process.stderr.read()
-        if end == "Ctrl-C":
-            os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to all of them
-        if end == "kill":
-            process.kill()
-        _, errors = process.communicate(timeout=30)
-        assert process.returncode != 0
-        expected = {"error": "on purpose", "bad sample": "no image nowhere.png", "Ctrl-C": "KeyboardInterrupt", "kill": ""}
-        assert expected[end] in errors
-        deadline = time.monotonic() + 15
-        while (left := [pid for pid in workers if alive(pid)]) and time.monotonic() < deadline:
-            time.sleep(0.05)
-        assert left == []
+        for end in programs:
+            started = wait_for(lambda file=tmp_path / f"{end}.out": file.exists() and file.read_text().split(), 60)
+            workers[end] = [int(pid) for pid in started or []]
+            assert len(workers[end]) == 2, (tmp_path / f"{end}.err").read_text()
+        os.killpg(programs["Ctrl-C"], signal.SIGINT)  # as a terminal does: to all processes
+        os.kill(programs["kill"], signal.SIGKILL)
+        codes, _ = process.communicate(timeout=60)
+        assert [code != "0" for code in codes.split()] == [True] * 4
+        for end, message in expected.items():
+            assert message in (tmp_path / f"{end}.err").read_text()
+            assert wait_for(lambda end=end: not any(alive(pid) for pid in workers[end]), 15), end
     finally:
-        for pid in (process.pid, *workers):
+        for pid in (process.pid, *programs.values(), *(pid for pids in workers.values() for pid in pids)):
             if alive(pid):
                 os.kill(pid, signal.SIGKILL)
 

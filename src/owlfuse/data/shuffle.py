@@ -18,6 +18,10 @@ PART = 2**16
 """Draws that are computed at a time, so that they stay in the processor's cache."""
 
 
+SHORT = 2**12
+"""Samples of a source of which several epochs are computed at once."""
+
+
 class Shuffle:
     """Which sample of a source comes at its k-th draw. Every epoch is a new shuffle and holds every sample once.
 
@@ -50,9 +54,13 @@ class Shuffle:
     def between(self, start: int, stop: int) -> np.ndarray:
         """The samples of the draws from `start` to before `stop`, int64 (stop - start,)."""
         out = np.empty(stop - start, dtype=np.int64)
-        for first in range(start, stop, PART):
+        first = start
+        while first < stop:
             last = min(first + PART, stop)
+            if self.size >= SHORT:  # one key for a part is faster than a key for each of its draws
+                last = min(last, (first // self.size + 1) * self.size)
             out[first - start : last - start] = self.part(first, last)
+            first = last
         return out
 
     def part(self, start: int, stop: int) -> np.ndarray:
@@ -92,10 +100,10 @@ class Shuffle:
             side = np.uint32(self.columns if number % 2 else self.rows)
             other, moved = (left, right) if number % 2 else (right, left)
             np.bitwise_xor(other, keys[number], out=first)
-            for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
-                np.right_shift(first, np.uint32(shift), out=second)
-                np.bitwise_xor(first, second, out=first)
-                np.multiply(first, np.uint32(factor), out=first)
+            np.multiply(first, np.uint32(0x85EBCA6B), out=first)
+            np.right_shift(first, np.uint32(15), out=second)
+            np.bitwise_xor(first, second, out=first)
+            np.multiply(first, np.uint32(0xC2B2AE35), out=first)
             np.right_shift(first, np.uint32(16), out=first)
             np.multiply(first, side, out=first)
             np.right_shift(first, np.uint32(16), out=first)
@@ -113,10 +121,9 @@ def mixed(number: int) -> int:
 
 
 def hashed(value: int, key: int) -> int:
-    """The network's hash, 32 bits: MurmurHash3's finalizer, of which the upper half is used."""
-    value ^= key
-    value = (value ^ (value >> 16)) * 0x85EBCA6B & 0xFFFFFFFF
-    return (value ^ (value >> 13)) * 0xC2B2AE35 & 0xFFFFFFFF
+    """The network's hash of 32 bits, of which the upper half is used."""
+    value = (value ^ key) * 0x85EBCA6B & 0xFFFFFFFF
+    return (value ^ (value >> 15)) * 0xC2B2AE35 & 0xFFFFFFFF
 
 
 def reduced(number: int, side: int) -> int:
