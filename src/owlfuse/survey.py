@@ -19,7 +19,7 @@ from owlfuse.runs import place
 from owlfuse.survey_tables import print_survey
 from owlfuse.types import DataError
 
-BLOCK = 2**20
+BLOCK = 2**18
 """Positions that are looked at at a time."""
 
 

@@ -32,7 +32,7 @@ from owlfuse.data.shapes_text import train_tokenizer
 WEIGHTS = {"chats": 0.65, "text": 0.35}
 ROWS = {"chats": 40_000, "text": 20_000}
 PICTURES, SIZE = 48, (640, 480)
-BLOCK = 2**20
+BLOCK = 2**18
 """Positions that are drawn at a time."""
 
 

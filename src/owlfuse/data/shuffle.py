@@ -1,16 +1,19 @@
 """A source's order, epoch after epoch, as keyed permutations of which any part is computed by itself: no array of its size.
 
 A Feistel network on a grid of `rows * columns` places, the smallest that holds all samples (Black and Rogaway, Ciphers with
-arbitrary finite domains, 2002: generalized Feistel with cycle walking). Its round functions are a hash of 32 bits.
+arbitrary finite domains, 2002: generalized Feistel with cycle walking). Its round functions are a hash of 32 bits. Three rounds
+make a permutation that looks random from outside (Luby and Rackoff, 1988); few samples take four, so that all orders occur.
 """
 
 from __future__ import annotations
 
 import math
+import threading
 
 import numpy as np
 
 ROUNDS = 4
+"""Of the network, most: keys are made for so many."""
 LONGEST = 2**32
 STEP = 0x9E3779B97F4A7C15
 MASK = 2**64 - 1
@@ -20,6 +23,17 @@ PART = 2**16
 
 SHORT = 2**12
 """Samples of a source of which several epochs are computed at once."""
+
+
+class Scratch(threading.local):
+    """Arrays for a part, one set a thread: to ask the system for memory anew takes longer than to compute in it."""
+
+    def __init__(self) -> None:
+        self.count = np.arange(PART, dtype=np.uint32)
+        self.arrays = [np.empty(PART, dtype=np.uint32) for _ in range(5)]
+
+
+SCRATCH = Scratch()
 
 
 class Shuffle:
@@ -34,6 +48,7 @@ class Shuffle:
         if not 0 < size < LONGEST:
             raise ValueError(f"a source has {size} samples, expected from 1 to below 2^32")
         self.size = size
+        self.rounds = ROUNDS if size < SHORT else ROUNDS - 1
         self.key = mixed(mixed(seed & MASK) ^ source * STEP & MASK)
         self.rows = math.isqrt(size - 1) + 1
         self.columns = -(-size // self.rows)
@@ -44,9 +59,11 @@ class Shuffle:
         keys = [mixed(self.key + (epoch * ROUNDS + number) * STEP & MASK) >> 32 for number in range(ROUNDS)]
         while True:
             left, right = divmod(place, self.columns)
-            for number in range(0, ROUNDS, 2):
-                left = (left + reduced(hashed(right, keys[number]), self.rows)) % self.rows
-                right = (right + reduced(hashed(left, keys[number + 1]), self.columns)) % self.columns
+            for number in range(self.rounds):
+                if number % 2:
+                    right = (right + reduced(hashed(left, keys[number]), self.columns)) % self.columns
+                else:
+                    left = (left + reduced(hashed(right, keys[number]), self.rows)) % self.rows
             place = left * self.columns + right
             if place < self.size:  # fails at most once in sqrt(size)
                 return place
@@ -64,15 +81,15 @@ class Shuffle:
         return out
 
     def part(self, start: int, stop: int) -> np.ndarray:
-        """`between` for at most PART draws, uint32."""
+        """`between` for at most PART draws, uint32; what is returned is written over by the next call."""
         epoch, place = divmod(start, self.size)
-        draws = np.arange(place, place + stop - start, dtype=np.uint64 if place + PART >= LONGEST else np.uint32)
-        if int(draws[-1]) < self.size:
-            keys = self.round_keys(epoch, 1)[:, 0]
-            places, epochs = draws.astype(np.uint32, copy=False), None
+        if place + stop - start <= self.size:
+            keys, epochs = self.round_keys(epoch, 1)[:, 0], None
+            places = np.add(SCRATCH.count[: stop - start], np.uint32(place), out=SCRATCH.arrays[0][: stop - start])
         else:
-            epochs = draws // draws.dtype.type(self.size)
-            places = (draws - epochs * draws.dtype.type(self.size)).astype(np.uint32, copy=False)
+            draws = np.arange(place, place + stop - start, dtype=np.uint32)
+            epochs = draws // np.uint32(self.size)
+            places = draws - epochs * np.uint32(self.size)
             keys = self.round_keys(epoch, int(epochs[-1]) + 1).take(epochs, axis=1)
         self.permute(places, keys)
         outside = np.flatnonzero(places >= self.size)
@@ -93,10 +110,10 @@ class Shuffle:
 
     def permute(self, places: np.ndarray, keys: np.ndarray) -> None:
         """One walk of an array of places through the network, in place."""
-        left = places // np.uint32(self.columns)
-        right = places - left * np.uint32(self.columns)
-        first, second = np.empty_like(left), np.empty_like(left)
-        for number in range(ROUNDS):
+        left, right, first, second = (array[: len(places)] for array in SCRATCH.arrays[1:])
+        np.floor_divide(places, np.uint32(self.columns), out=left)
+        np.subtract(places, np.multiply(left, np.uint32(self.columns), out=first), out=right)
+        for number in range(self.rounds):
             side = np.uint32(self.columns if number % 2 else self.rows)
             other, moved = (left, right) if number % 2 else (right, left)
             np.bitwise_xor(other, keys[number], out=first)
