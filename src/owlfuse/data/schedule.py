@@ -130,7 +130,8 @@ class Order:
     def drawn(self, offset: int) -> np.ndarray:
         """How often each source stands before an offset."""
         rounds, offset = divmod(offset, self.period)
-        return rounds * self.counts + np.array([np.searchsorted(places, offset) for places in self.places])
+        within = np.int32(offset)  # of the places' own kind, or all of them would be converted
+        return rounds * self.counts + np.array([places.searchsorted(within) for places in self.places])
 
     def position_of(self, source: int, draw: int) -> int:
         """Where the source's k-th draw stands, from 0."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from fractions import Fraction
 from math import lcm
 
@@ -13,14 +14,17 @@ from owlfuse.data.shuffle import Shuffle
 BLOCK = 4096
 """Positions between two notes of how often each source was drawn; draws of a source that are looked up at a time."""
 
+LONG = 2**18
+"""Positions whose computing shows its progress."""
+
 
 class TokenSchedule:
     """Shares in supervised tokens, by the rule of the worst-case fair queue: of the sources that are not ahead of their
     share, the one whose next sample would in fair time end first. A source is then at most the longest sample's tokens behind
     its share in every prefix of a phase, and at most its own longest sample's ahead (Bennett and Zhang, WF2Q, 1996).
 
-    The order has no period, for each epoch is another shuffle. It is computed once up to the furthest position asked for, about
-    a million positions a second, and kept: 2 bytes a position and 8 bytes a source each 4096. It depends on nothing else.
+    The order has no period, for each epoch is another shuffle. It is computed once up to the furthest position asked for, some
+    300,000 positions a second, and kept: 2 bytes a position and 8 bytes a source each 4096. It depends on nothing else.
     """
 
     def __init__(self, rules: Rules, lengths: list[np.ndarray], shuffles: list[Shuffle]) -> None:
@@ -50,7 +54,15 @@ class TokenSchedule:
 
     def reach(self, position: int) -> None:
         """Computes the order up to before `position`, and to a block's end."""
-        while self.length is None and self.position < position:
+        blocks: Iterable[int] = range(self.position, position, BLOCK) if self.length is None else ()
+        if position - self.position > LONG and self.length is None:
+            from rich.console import Console
+            from rich.progress import track
+
+            blocks = track(blocks, "the order of samples by tokens", console=Console(stderr=True), transient=True)
+        for _ in blocks:
+            if self.length is not None:
+                break
             block: list[int] = []
             while self.length is None and len(block) < BLOCK:
                 self.advance(block)
