@@ -256,3 +256,34 @@ def test_every_experiment_composes_and_its_parts_fit_together(experiment):
     model, summary = on_meta(config["model"], vocab_size=600)
     assert sum(row.trained for row in summary) > 0
     assert all(parameter.is_meta for parameter in model.parameters())
+
+
+def test_a_run_ends_with_the_schedule_where_a_source_stops_it(capsys):
+    """48 pictures and 24 chats of text, 5.2 and 2.8 in a step: the text is used up in the ninth step."""
+    folder = run(
+        "experiment=shapes_owl1",
+        "name=ends",
+        "trainer.max_steps=500",
+        "trainer.log_every_n_steps=1",
+        "data.at_end={text: stop}",
+    )
+    assert "the data end (at_end) after 8 whole steps of 500" in capsys.readouterr().out
+    assert max(losses(folder)) == 7
+    mixture = json.loads((folder / "mixture.json").read_text())
+    assert mixture["steps"] == 8
+    assert (mixture["sources"]["text"]["at_end"], mixture["sources"]["shapes"]["at_end"]) == ("stop", "repeat")
+    assert sum(source["drawn"] for source in mixture["sources"].values()) == 64
+
+
+def test_weights_by_tokens_are_counted_once_and_trained_with(capsys):
+    folder = run(
+        "experiment=shapes_owl1",
+        "name=tokens",
+        "trainer.max_steps=2",
+        "data.weights_by=tokens",
+        "+data.weights_at={1: {text: 0.5}}",
+    )
+    mixture = json.loads((folder / "mixture.json").read_text())
+    assert mixture["weights_by"] == "tokens"
+    assert [phase["step"] for phase in mixture["phases"]] == [0, 1]
+    assert len(list(Path("data/shapes/.owlfuse").glob("*.lengths.npz"))) == 2

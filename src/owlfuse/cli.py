@@ -7,22 +7,7 @@ import sys
 from pathlib import Path
 from typing import NoReturn
 
-EXIT_CODES = """\
-exit codes:
-  0    done
-  1    a file or the data is not as it should be (one line), or a fault of the program (a traceback)
-  2    the configuration or the command line is wrong (one line)
-  130  interrupted
-"""
-
-EXAMPLES = """\
-examples:
-  owlfuse train experiment=shapes_owl3
-  owlfuse train experiment=shapes_owl2 model/fusion=hyperattention seed=1 name=trial
-  owlfuse train model/adapter@model.adapter.llm=lora trainer.max_steps=100
-  owlfuse train -m experiment=shapes_owl1,shapes_owl3 seed=0,1,2   a run of each combination, and a table
-  owlfuse train resume=runs/shapes_owl3/trial trainer.max_steps=200
-"""
+from owlfuse.cli_help import EXIT_CODES, TrainHelp
 
 
 class Parser(argparse.ArgumentParser):
@@ -143,9 +128,20 @@ def _chat(arguments: argparse.Namespace) -> None:
 
 
 def _bench(arguments: argparse.Namespace) -> None:
+    if arguments.bench == "data":
+        from owlfuse.bench.data import bench_data
+
+        bench_data(Path(arguments.out), arguments.samples)
+        return
     from owlfuse.bench.decode import bench_decode
 
     bench_decode(arguments.images, arguments.tokens, arguments.repeats, Path(arguments.out))
+
+
+def _mixture(arguments: argparse.Namespace) -> None:
+    from owlfuse.survey import mixture_command
+
+    mixture_command(arguments.overrides)
 
 
 COMMANDS = {
@@ -154,6 +150,7 @@ COMMANDS = {
     "export": _export,
     "import": _import,
     "chat": _chat,
+    "mixture": _mixture,
     "bench": _bench,
     "data": _data,
     "config": _config,
@@ -166,21 +163,6 @@ def _counts(text: str) -> list[int]:
     if counts[0] < 1:
         raise ValueError(text)
     return counts
-
-
-class TrainHelp(argparse.Action):
-    """`owlfuse train --help` reads the folders, and only when asked."""
-
-    def __call__(self, parser, namespace, values, option_string=None) -> NoReturn:
-        from owlfuse.config_files import find_folders
-
-        folders = find_folders()
-        lines = ["experiments (experiment=<name>):", "  " + (", ".join(folders.experiment_names) or "none"), ""]
-        lines += ["groups (<group>=<option>):"]
-        lines += [f"  {group:<18}{', '.join(options)}" for group, options in folders.groups.items()]
-        parser.epilog = "\n".join([*lines, "", EXAMPLES])
-        parser.print_help()
-        parser.exit()
 
 
 def _parser() -> Parser:
@@ -213,12 +195,20 @@ def _parser() -> Parser:
     chat.add_argument("--max-new-tokens", type=int, default=256, metavar="N")
     chat.add_argument("--temperature", type=float, default=0.0, help="0: the likeliest answer")
 
-    bench = commands.add_parser("bench", help="measure what a choice costs").add_subparsers(metavar="<bench>", required=True)
+    mixture = commands.add_parser("mixture", help="print what a run would draw, and write mixture.json", **layout)
+    mixture.add_argument("overrides", nargs="*", help="as of train, and steps=N, out=DIR")
+
+    bench = commands.add_parser("bench", help="measure what a choice costs")
+    bench = bench.add_subparsers(metavar="<bench>", required=True, dest="bench")
     decode = bench.add_parser("decode", help="milliseconds per token against the number of images", **layout)
     decode.add_argument("--images", type=_counts, default="1,2,4,8,16,32,64", metavar="N,N", help="images in the prompt")
     decode.add_argument("--tokens", type=int, default=32, metavar="N", help="tokens of an answer")
     decode.add_argument("--repeats", type=int, default=3, metavar="N")
     decode.add_argument("--out", default="runs/bench", metavar="DIR")
+
+    loading = bench.add_parser("data", help="drawing and decoding against datasets, torch and PIL", **layout)
+    loading.add_argument("--samples", type=int, default=1_000_000, metavar="N", help="positions drawn")
+    loading.add_argument("--out", default="runs/bench", metavar="DIR")
 
     data = commands.add_parser("data", help="write a dataset", **layout).add_subparsers(metavar="<set>", required=True)
     shapes = data.add_parser("shapes", help="pictures of coloured shapes, with questions", **layout)

@@ -35,12 +35,12 @@ def run(config: DictConfig) -> Path:
         optim, evaluation = build(config.optim), build(config.evaluation)
         folder = run_folder(config)
         data = build(config.data)
+        data.bind(plan.vision.preprocessing, plan.fusion.tokens_per_image)
         trainer = make_trainer(config, data, folder)
     except DataError:
         raise
     except ValueError as error:
         raise ConfigError(place(config, str(error))) from error
-    data.bind(plan.vision.preprocessing, plan.fusion.tokens_per_image)
     lightning.seed_everything(config.seed, workers=True, verbose=False)
     init_from = None if config.resume else config.get("init_from")
     module = MultimodalModule(plain["model"], optim, data.vocab_size, init_from)

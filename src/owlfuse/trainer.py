@@ -36,9 +36,12 @@ def make_trainer(config: DictConfig, data: ChatData, folder: Path) -> Trainer:
         num_sanity_val_steps=0,
         use_distributed_sampler=False,
     )
+    asked, steps = trainer.max_steps, data.steps(trainer.max_steps)
+    if steps < asked and trainer.is_global_zero:
+        print(f"the data end (at_end) after {steps} whole steps of {asked}, so the run does")
+    trainer.fit_loop.epoch_loop.max_steps = steps
     trainer.accumulate_grad_batches = data.accumulation(trainer.world_size)
-    steps = config.trainer.val_check_interval
-    trainer.val_check_interval = min(steps, trainer.max_steps) * trainer.accumulate_grad_batches
+    trainer.val_check_interval = min(config.trainer.val_check_interval, trainer.max_steps) * trainer.accumulate_grad_batches
     return trainer
 
 

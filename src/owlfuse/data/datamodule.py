@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Literal
 
 import lightning
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset
 
 from owlfuse.data.chat import ChatEncoder, load_tokenizer
 from owlfuse.data.chat_template import use_template
 from owlfuse.data.collate import Collator, Skipped
 from owlfuse.data.formats.base import Source
 from owlfuse.data.images import MAX_PIXELS
+from owlfuse.data.lengths import count_lengths
 from owlfuse.data.mixture import Mixture
 from owlfuse.data.packing import checked
 from owlfuse.data.pictures import Pictures, Preprocess
 from owlfuse.data.policy import load_or_skip
+from owlfuse.data.sampler import GlobalBatchSampler
 from owlfuse.data.truncation import OnLength, check_policies, policy_of
 from owlfuse.data.video import VideoSampling
+from owlfuse.data.weighting import make_mixture, mixture_report
 from owlfuse.types import Batch, Encoded, Sample
 
 
@@ -42,6 +46,8 @@ class ChatData(lightning.LightningDataModule):
         prepare: called before anything is read; it writes data that are made on the spot.
         folder: where the data lie, for the other keys of a yaml to refer to.
         video: how frames of videos are chosen where a source does not say, the keys of a `VideoSampling`.
+        weights_by: what the shares are of: samples, or supervised tokens, which are counted once (see `lengths`).
+        temperature, at_end, weights_at: see `make_mixture`; `weights_at` counts in optimizer steps.
     """
 
     def __init__(
@@ -62,6 +68,10 @@ class ChatData(lightning.LightningDataModule):
         on_length: OnLength | dict[str, OnLength] = "error",
         chat_template: str | None = None,
         video: VideoSampling | dict[str, Any] | None = None,
+        weights_by: Literal["samples", "tokens"] = "samples",
+        temperature: float | None = None,
+        at_end: str | dict[str, str] = "repeat",
+        weights_at: dict[int, dict[str, float]] | None = None,
     ) -> None:
         super().__init__()
         if prepare is not None:
@@ -79,16 +89,22 @@ class ChatData(lightning.LightningDataModule):
         self.video = VideoSampling.of(video or {})
         self.seed = seed
         self.validation_samples = validation_samples
+        if weights_by not in ("samples", "tokens"):
+            raise ValueError(f"weights_by is {weights_by}, expected samples or tokens")
+        self.weights_by = weights_by
         check_policies(on_length, [*sources, *validation])
         self.on_length = on_length
         self.tokenizer = use_template(load_tokenizer(tokenizer), chat_template)
-        weights = {name: source.weight for name, source in sources.items()}
-        self.mixture = Mixture({name: len(source) for name, source in sources.items()}, weights, seed)
+        self.mix = partial(make_mixture, sources, seed, global_batch_size, weights_at, at_end, temperature)
+        if weights_by == "samples":
+            self.mixture = self.mix()
 
     def bind(self, preprocess: Preprocess, tokens_per_image: int) -> None:
         """Takes what only the model knows: how pictures become pixels, and how many positions an image takes."""
         self.encoder = ChatEncoder(self.tokenizer, tokens_per_image, self.max_length)
         self.pictures = Pictures(preprocess, self.max_pixels, self.seed, self.video)
+        if self.weights_by == "tokens":
+            self.mixture = self.mix({name: count_lengths(source, self.encoder) for name, source in self.sources.items()})
         self.image_shape = (3, *preprocess.size)
 
     @property
@@ -108,6 +124,16 @@ class ChatData(lightning.LightningDataModule):
                 f"global_batch_size is {self.global_batch_size}, which {ranks} ranks of micro_batch_size {micro} do not divide"
             )
         return self.global_batch_size // (micro * ranks)
+
+    def steps(self, asked: int) -> int:
+        """Optimizer steps of a run: those asked for, or as many whole global batches as the schedule has. Raises DataError."""
+        positions = self.mixture.available(asked * self.global_batch_size)
+        steps = positions // self.global_batch_size
+        if steps == 0:
+            raise DataError(
+                f"the schedule has {positions} samples and then ends (at_end); a global batch takes {self.global_batch_size}"
+            )
+        return steps
 
     def train_dataloader(self) -> DataLoader:
         """From the trainer's step on, so that a resumed run goes on where it was."""
@@ -158,31 +184,7 @@ class ChatData(lightning.LightningDataModule):
 
     def report(self, steps: int, skipped: list[tuple[str, ...]], truncated: dict[str, int] | None = None) -> dict[str, Any]:
         """What `mixture.json` holds after `steps`: the sources, their hashes, weights and realised counts, skips and cuts."""
-        positions = steps * self.global_batch_size
-        counts = self.mixture.counts(positions)
-        shares = dict(zip(self.mixture.names, self.mixture.shares, strict=True))
-        rows = {
-            name: {
-                "file": str(source.file),
-                "sha256": source.fingerprint(),
-                "samples": len(source),
-                "weight": source.weight,
-                "share": float(shares.get(name, 0)),
-                "drawn": counts.get(name, 0),
-                "drawn_share": counts.get(name, 0) / positions if positions else None,
-                "passes": counts.get(name, 0) / len(source),
-                "skipped": sum(skip[0] == name for skip in skipped),
-                "truncated": (truncated or {}).get(name, 0),
-            }
-            for name, source in self.sources.items()
-        }
-        return {
-            "steps": steps,
-            "global_batch_size": self.global_batch_size,
-            "seed": self.mixture.seed,
-            "sources": rows,
-            "skipped": [{"source": source, "sample": sample, "reason": reason} for source, sample, reason in skipped],
-        }
+        return mixture_report(self.mixture, self.sources, self.global_batch_size, steps, skipped, truncated)
 
 
 def ignore_interrupt(worker: int) -> None:
@@ -216,29 +218,3 @@ class SourceDataset(Dataset):
 
     def __getitem__(self, place: int) -> Encoded | Skipped:
         return load_or_skip(self.load, self.source, self.indices[place])
-
-
-class GlobalBatchSampler(Sampler[list[int]]):
-    """Positions of one rank's micro batches. Step s takes the positions from s * G on, G the global batch size, whatever the
-    number of ranks; micro batches go to the ranks in turn.
-
-    Its length is that of all steps, and it starts at `first_step`, which is how Lightning counts a resumed epoch.
-    """
-
-    def __init__(self, global_batch_size: int, accumulation: int, rank: int, ranks: int, steps: int, first_step: int = 0):
-        self.global_batch_size = global_batch_size
-        self.accumulation = accumulation
-        self.rank = rank
-        self.ranks = ranks
-        self.steps = steps
-        self.first_step = first_step
-        self.micro_batch_size = global_batch_size // (accumulation * ranks)
-
-    def __len__(self) -> int:
-        return self.steps * self.accumulation
-
-    def __iter__(self) -> Iterator[list[int]]:
-        for step in range(self.first_step, self.steps):
-            for part in range(self.accumulation):
-                first = step * self.global_batch_size + (part * self.ranks + self.rank) * self.micro_batch_size
-                yield list(range(first, first + self.micro_batch_size))

@@ -4,53 +4,123 @@ from __future__ import annotations
 
 import math
 from fractions import Fraction
-from functools import lru_cache
 
 import numpy as np
 
-MAX_PERIOD = 2**20
+from owlfuse.data.schedule import ENDS, MAX_PERIOD, Rules, SampleSchedule, exact_shares
+from owlfuse.data.schedule_tokens import TokenSchedule
+from owlfuse.data.shuffle import Shuffle
+
+__all__ = ["MAX_PERIOD", "Mixture", "exact_shares", "tempered"]
 
 
 class Mixture:
     """Says for every position which sample of which source stands there, without state.
 
-    The sources' order repeats with a period in which each source has exactly its weight's share, and is laid out so that
-    every prefix holds each source within one sample of its weight (Tijdeman, The chairman assignment problem, 1980). Each
-    pass over a source is a new shuffle, which covers every sample once.
+    By samples, every prefix of a phase holds each source within one sample of its weight's share. By supervised tokens
+    (`lengths` given), every prefix holds each source's tokens within the longest sample's of its share. Each epoch of a
+    source is a new shuffle, which covers every sample once.
 
     Args:
         sizes: samples of each source.
-        weights: relative shares. They are taken as the decimal fractions they are written as; where the period would be
-            longer than 2^20, as multiples of 2^-20.
+        weights: relative shares from position 0 on. They are taken as the decimal fractions they are written as; where the
+            period would be longer than 2^20, as multiples of 2^-20.
+        weights_at: other weights from a position on. A source that is not named keeps its weight of before.
+        at_end: what happens when a source is used up, by source or for all: `repeat` it with a new shuffle, `stop` the
+            schedule after its last sample, or use it `once` and give its share to the others from there on.
+        lengths: supervised tokens of each sample, by source; with them the shares are of tokens.
 
     Raises:
-        ValueError: a weight that is negative or no number, all weights zero, or a source with a weight and no sample.
+        ValueError: a weight that is negative or no number, all weights zero, a source with a weight and no sample (or no
+            supervised token), a phase or an `at_end` that names no source.
     """
 
-    def __init__(self, sizes: dict[str, int], weights: dict[str, float], seed: int = 0) -> None:
-        check_weights(sizes, weights)
-        self.names = [name for name in sizes if weights[name] > 0]
+    def __init__(
+        self,
+        sizes: dict[str, int],
+        weights: dict[str, float],
+        seed: int = 0,
+        *,
+        weights_at: dict[int, dict[str, float]] | None = None,
+        at_end: str | dict[str, str] = "repeat",
+        lengths: dict[str, np.ndarray] | None = None,
+    ) -> None:
+        phases = phases_of(weights, weights_at or {})
+        for _, phase in phases:
+            check_weights(sizes, phase)
+        ends = at_end if isinstance(at_end, dict) else dict.fromkeys(sizes, at_end)
+        check_ends(sizes, ends)
+        numbers = {name: number for number, name in enumerate(sizes)}
+        self.names = [name for name in sizes if any(phase[name] for _, phase in phases)]
         self.sizes = sizes
         self.seed = seed
-        self.shares = exact_shares([weights[name] for name in self.names])
-        self.period = math.lcm(*(share.denominator for share in self.shares))
-        self.order = chairman_order(self.shares, self.period)
-        drawn = np.stack([self.order == source for source in range(len(self.names))])
-        self.before = np.concatenate([np.zeros((len(self.names), 1), dtype=np.int64), drawn.cumsum(1)], axis=1)
+        self.ends = ends
+        self.weights_by = "samples" if lengths is None else "tokens"
+        self.phases = [(start, dict(zip(self.names, exact_shares([p[n] for n in self.names])))) for start, p in phases]
+        self.shares = list(self.phases[0][1].values())
+        rules = Rules(
+            [(start, list(shares.values())) for start, shares in self.phases],
+            [sizes[name] for name in self.names],
+            [ends.get(name, "repeat") for name in self.names],
+        )
+        self.shuffles = [Shuffle(sizes[name], seed, numbers[name]) for name in self.names]
+        if lengths is None:
+            self.schedule: SampleSchedule | TokenSchedule = SampleSchedule(rules)
+        else:
+            check_lengths(sizes, lengths, self.names)
+            self.schedule = TokenSchedule(rules, [lengths[name] for name in self.names], self.shuffles)
 
     def __getitem__(self, position: int) -> tuple[str, int]:
-        """The source's name and the sample's index in it, at a position from 0."""
-        rounds, offset = divmod(position, self.period)
-        source = int(self.order[offset])
-        draw = rounds * int(self.before[source, -1]) + int(self.before[source, offset])
-        name = self.names[source]
-        epoch, place = divmod(draw, self.sizes[name])
-        return name, int(shuffled(self.sizes[name], self.seed, source, epoch)[place])
+        """The source's name and the sample's index in it, at a position from 0. Raises IndexError after the schedule's end."""
+        self.check_range(position, position + 1)
+        source = int(self.schedule.sources(position, position + 1)[0])
+        return self.names[source], self.shuffles[source][int(self.schedule.drawn(position)[source])]
+
+    def positions(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
+        """The positions from `start` to before `stop`, each as by `mixture[position]`, in nanoseconds each.
+
+        Returns:
+            numbers of the sources, uint16 (stop - start,), which `names` has in this order; and the samples' indices, int64.
+
+        Raises:
+            IndexError: the schedule ends before `stop`.
+        """
+        self.check_range(start, stop)
+        sources = self.schedule.sources(start, stop)
+        before, after = self.schedule.drawn(start).tolist(), self.schedule.drawn(stop).tolist()
+        indices = np.empty(stop - start, dtype=np.int64)
+        for source, shuffle in enumerate(self.shuffles):
+            if after[source] > before[source]:
+                np.place(indices, sources == source, shuffle.between(before[source], after[source]))
+        return sources, indices
 
     def counts(self, positions: int) -> dict[str, int]:
-        """How many of the first `positions` samples each source gives."""
-        rounds, offset = divmod(positions, self.period)
-        return {name: int(rounds * self.before[i, -1] + self.before[i, offset]) for i, name in enumerate(self.names)}
+        """How many of the first `positions` samples each source gives; of all samples, where the schedule ends before."""
+        return dict(zip(self.names, self.schedule.drawn(self.available(positions)).tolist()))
+
+    def available(self, positions: int) -> int:
+        """`positions`, or how many there are where the schedule ends before."""
+        return self.schedule.available(positions)
+
+    def check_range(self, start: int, stop: int) -> None:
+        """Raises IndexError for positions that are not there."""
+        if start < 0 or self.available(stop) < stop:
+            raise IndexError(
+                f"position {stop - 1 if start >= 0 else start}: the schedule has {self.available(stop):,} positions"
+            )
+
+
+def phases_of(weights: dict[str, float], weights_at: dict[int, dict[str, float]]) -> list[tuple[int, dict[str, float]]]:
+    """The weights of all sources from each phase's first position on."""
+    phases = {0: dict(weights)}
+    for start in sorted(weights_at):
+        for name in weights_at[start]:
+            if name not in weights:
+                raise ValueError(f"weights_at {start} names {name}, which is no source; they are {', '.join(weights)}")
+        if start < 0:
+            raise ValueError(f"weights_at {start}: expected a position from 0 on")
+        phases[start] = {**list(phases.values())[-1], **weights_at[start]}
+    return list(phases.items())
 
 
 def check_weights(sizes: dict[str, int], weights: dict[str, float]) -> None:
@@ -64,43 +134,34 @@ def check_weights(sizes: dict[str, int], weights: dict[str, float]) -> None:
         raise ValueError(f"the weights of all sources ({', '.join(weights) or 'none'}) are 0")
 
 
-def exact_shares(weights: list[float]) -> list[Fraction]:
-    """Weights as fractions that add up to 1, with a common denominator of at most MAX_PERIOD."""
-    exact = [Fraction(str(weight)) for weight in weights]
-    total = sum(exact)
-    shares = [weight / total for weight in exact]
-    if math.lcm(*(share.denominator for share in shares)) <= MAX_PERIOD:
-        return shares
-    rounded = [max(1, round(share * MAX_PERIOD)) for share in shares]
-    rounded[rounded.index(max(rounded))] += MAX_PERIOD - sum(rounded)
-    return [Fraction(count, MAX_PERIOD) for count in rounded]
+def check_ends(sizes: dict[str, int], ends: dict[str, str]) -> None:
+    """Raises ValueError for an `at_end` that is none."""
+    for name, end in ends.items():
+        if name not in sizes:
+            raise ValueError(f"at_end names {name}, which is no source; they are {', '.join(sizes)}")
+        if end not in ENDS:
+            raise ValueError(f"at_end of source {name} is {end}, expected {', '.join(ENDS)}")
 
 
-def chairman_order(shares: list[Fraction], period: int) -> np.ndarray:
-    """Which source stands at each position of a period: of the sources that have fallen behind enough, the one that must
-    come soonest. Tijdeman's rule, in whole numbers."""
-    n = len(shares)
-    if n == 1:
-        return np.zeros(period, dtype=np.int64)
-    counts = [int(share * period) for share in shares]
-    slack = 2 * n - 2  # a source is within 1 - 1 / (2n - 2) of its share
-    drawn = [0] * n
-    order = np.empty(period, dtype=np.int64)
-    for position in range(1, period + 1):
-        # behind_i = share_i * position - drawn_i, times period * slack
-        best, due = -1, None
-        for i, count in enumerate(counts):
-            behind = (count * position - drawn[i] * period) * slack
-            if behind >= period:
-                deadline = ((slack - 1) * period - behind) / count
-                if due is None or deadline < due:
-                    best, due = i, deadline
-        order[position - 1] = best
-        drawn[best] += 1
-    return order
+def check_lengths(sizes: dict[str, int], lengths: dict[str, np.ndarray], names: list[str]) -> None:
+    """Raises ValueError where shares of tokens cannot be made."""
+    for name in names:
+        if name not in lengths or len(lengths[name]) != sizes[name]:
+            raise ValueError(f"source {name} has {sizes[name]} samples and {len(lengths.get(name, ()))} counts of their tokens")
+        if not lengths[name].any():
+            raise ValueError(f"source {name} has a weight and no supervised token")
 
 
-@lru_cache(maxsize=16)
-def shuffled(size: int, seed: int, source: int, epoch: int) -> np.ndarray:
-    """The order of a source's samples in one pass over it."""
-    return np.random.Generator(np.random.PCG64([seed, source, epoch])).permutation(size)
+def tempered(sizes: dict[str, int], weights: dict[str, float], temperature: float) -> dict[str, float]:
+    """Weights times size^(1 / temperature): 1 draws in proportion to the sizes, a high one evenly.
+
+    Raises:
+        ValueError: a temperature that is not above 0.
+    """
+    if not temperature > 0:
+        raise ValueError(f"temperature is {temperature}, expected a number above 0")
+    powers = {name: math.exp(math.log(size) / temperature) if size else 0.0 for name, size in sizes.items()}
+    largest = max(powers.values())
+    if temperature == 1:
+        return {name: Fraction(str(weights[name])) * size for name, size in sizes.items()}
+    return {name: weights[name] * power / largest for name, power in powers.items()}

@@ -63,7 +63,7 @@ def _is_written(folder: Path, arguments: dict) -> bool:
         count, expected = len(list(folder.glob(f"images/{split}/*.png"))), arguments[f"{split}_pictures"]
         if count != expected:
             raise ValueError(f"{folder}/images/{split} has {count} pictures, expected {expected}: {remedy}")
-    names = {p.name for p in folder.iterdir()}
+    names = {p.name for p in folder.iterdir() if p.name != ".owlfuse"}  # where counts of tokens are kept
     if names != wanted:
         raise ValueError(f"{folder} lacks {sorted(wanted - names)} and has foreign {sorted(names - wanted)}: {remedy}")
     return True

@@ -1,0 +1,36 @@
+"""The pages of `owlfuse --help` and `owlfuse train --help`. Imports nothing heavy."""
+
+import argparse
+from typing import NoReturn
+
+EXIT_CODES = """\
+exit codes:
+  0    done
+  1    a file or the data is not as it should be (one line), or a fault of the program (a traceback)
+  2    the configuration or the command line is wrong (one line)
+  130  interrupted
+"""
+
+EXAMPLES = """\
+examples:
+  owlfuse train experiment=shapes_owl3
+  owlfuse train experiment=shapes_owl2 model/fusion=hyperattention seed=1 name=trial
+  owlfuse train model/adapter@model.adapter.llm=lora trainer.max_steps=100
+  owlfuse train -m experiment=shapes_owl1,shapes_owl3 seed=0,1,2   a run of each combination, and a table
+  owlfuse train resume=runs/shapes_owl3/trial trainer.max_steps=200
+"""
+
+
+class TrainHelp(argparse.Action):
+    """`owlfuse train --help` reads the folders, and only when asked."""
+
+    def __call__(self, parser, namespace, values, option_string=None) -> NoReturn:
+        from owlfuse.config_files import find_folders
+
+        folders = find_folders()
+        lines = ["experiments (experiment=<name>):", "  " + (", ".join(folders.experiment_names) or "none"), ""]
+        lines += ["groups (<group>=<option>):"]
+        lines += [f"  {group:<18}{', '.join(options)}" for group, options in folders.groups.items()]
+        parser.epilog = "\n".join([*lines, "", EXAMPLES])
+        parser.print_help()
+        parser.exit()

@@ -1,0 +1,147 @@
+"""How many tokens each sample of a source has, counted once and kept in a file beside the data."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import multiprocessing
+import os
+import signal
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from owlfuse.data.chat import ChatEncoder
+from owlfuse.data.formats.base import Source
+from owlfuse.types import DataError
+
+FOLDER = ".owlfuse"
+CHUNK = 512
+FEW = 2048
+"""Samples that are counted in this process: starting others would take longer."""
+SHARES = ("name", "weight", "on_error", "max_skips", "image_root", "file")
+"""Of a source, what does not change its chats."""
+
+
+@dataclass
+class Lengths:
+    """Counts of a source of N samples, as the encoder makes them; pictures are not opened."""
+
+    tokens: np.ndarray
+    """(N,) int32 positions in the row, placeholders expanded; 0 for a sample that is wrong."""
+    supervised: np.ndarray
+    """(N,) int32 of these, those that the loss counts."""
+    wrong: dict[int, str]
+    """Why a sample is left out, by its index."""
+
+
+def count_lengths(source: Source, encoder: ChatEncoder, workers: int | None = None) -> Lengths:
+    """The counts of a source, from the file where they were kept, else by encoding every sample, with a progress bar.
+
+    They are kept in `.owlfuse/` beside the source's file, under a name made of its fingerprint, the tokenizer, the template
+    and what else changes a chat; where that folder cannot be written, they are counted each time.
+
+    Args:
+        workers: processes that encode; by default one for each core.
+    """
+    path = kept_path(source, encoder)
+    try:
+        with np.load(path, allow_pickle=False) as kept:
+            wrong = {int(index): reason for index, reason in json.loads(kept["wrong"].tobytes()).items()}
+            if len(kept["tokens"]) == len(kept["supervised"]) == len(source):
+                return Lengths(kept["tokens"], kept["supervised"], wrong)
+    except (OSError, ValueError, KeyError, EOFError):
+        pass
+    found = count(source, encoder, workers or os.cpu_count() or 1)
+    keep(path, found)
+    return found
+
+
+def kept_path(source: Source, encoder: ChatEncoder) -> Path:
+    """The file of the counts."""
+    tokenizer = encoder.tokenizer
+    options = {key: value for key, value in vars(source).items() if key not in SHARES}
+    plain = {key: value for key, value in options.items() if isinstance(value, str | int | float | bool | None)}
+    limits = {key: value for key, value in vars(encoder).items() if isinstance(value, str | int | float | bool | None)}
+    key = [source.fingerprint(), type(source).__qualname__, plain, limits, tokenizer.chat_template, tokenizer_text(tokenizer)]
+    digest = hashlib.sha256(json.dumps(key, sort_keys=True, default=str).encode()).hexdigest()
+    return Path(source.file).parent / FOLDER / f"{Path(source.file).name}.{digest[:16]}.lengths.npz"
+
+
+def tokenizer_text(tokenizer: Any) -> str:
+    """All of a fast tokenizer: vocabulary, merges, added tokens."""
+    backend = json.loads(tokenizer.backend_tokenizer.to_str())
+    return json.dumps({key: value for key, value in backend.items() if key not in ("padding", "truncation")}, sort_keys=True)
+
+
+def keep(path: Path, lengths: Lengths) -> None:
+    """Writes the counts, whole or not at all."""
+    beside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    wrong = np.frombuffer(json.dumps(lengths.wrong).encode(), dtype=np.uint8)
+    try:
+        path.parent.mkdir(exist_ok=True)
+        with beside.open("wb") as file:
+            np.savez_compressed(file, tokens=lengths.tokens, supervised=lengths.supervised, wrong=wrong)
+        beside.replace(path)
+    except OSError as error:
+        print(f"owlfuse: the token counts cannot be kept in {path.parent}: {error.strerror}", file=sys.stderr)
+
+
+def count(source: Source, encoder: ChatEncoder, workers: int) -> Lengths:
+    """Encodes every sample, in other processes where there are many."""
+    from rich.console import Console
+    from rich.progress import track
+
+    starts = range(0, len(source), CHUNK)
+    lengths = Lengths(np.zeros(len(source), np.int32), np.zeros(len(source), np.int32), {})
+
+    def take(parts: Any) -> None:
+        title = f"counting tokens of {source.name}"
+        parts = track(parts, title, total=len(starts), console=Console(stderr=True), transient=True)
+        for start, (tokens, supervised, wrong) in zip(starts, parts):
+            lengths.tokens[start : start + len(tokens)] = tokens
+            lengths.supervised[start : start + len(tokens)] = supervised
+            lengths.wrong.update(wrong)
+
+    if workers < 2 or len(source) <= FEW:
+        take(count_part(source, encoder, start) for start in starts)
+        return lengths
+    method = "fork" if "fork" in multiprocessing.get_all_start_methods() else None
+    with multiprocessing.get_context(method).Pool(workers, begin_worker, (source, encoder)) as pool:
+        take(pool.imap(count_part_here, starts))
+    return lengths
+
+
+def count_part(source: Source, encoder: ChatEncoder, start: int) -> tuple[list[int], list[int], dict[int, str]]:
+    """Tokens, supervised tokens, and what is wrong, of CHUNK samples from `start` on."""
+    tokens, supervised, wrong = [], [], {}
+    for index in range(start, min(start + CHUNK, len(source))):
+        try:
+            encoded = encoder.encode(source[index])
+        except DataError as error:
+            wrong[index] = str(error)
+            tokens.append(0)
+            supervised.append(0)
+        else:
+            tokens.append(len(encoded.input_ids))
+            supervised.append(int((encoded.labels != -100).sum()))
+    return tokens, supervised, wrong
+
+
+WORK: list[Any] = []
+"""What a worker process counts: the source and the encoder."""
+
+
+def begin_worker(source: Source, encoder: ChatEncoder) -> None:
+    """Ctrl-C is the main process's to answer: it ends its workers."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    WORK[:] = [source, encoder]
+
+
+def count_part_here(start: int) -> tuple[list[int], list[int], dict[int, str]]:
+    """`count_part` in a worker process."""
+    return count_part(*WORK, start)

@@ -1,0 +1,33 @@
+"""Which positions of the schedule a rank takes, in which order."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch.utils.data import Sampler
+
+
+class GlobalBatchSampler(Sampler[list[int]]):
+    """Positions of one rank's micro batches. Step s takes the positions from s * G on, G the global batch size, whatever the
+    number of ranks; micro batches go to the ranks in turn.
+
+    Its length is that of all steps, and it starts at `first_step`, which is how Lightning counts a resumed epoch.
+    """
+
+    def __init__(self, global_batch_size: int, accumulation: int, rank: int, ranks: int, steps: int, first_step: int = 0):
+        self.global_batch_size = global_batch_size
+        self.accumulation = accumulation
+        self.rank = rank
+        self.ranks = ranks
+        self.steps = steps
+        self.first_step = first_step
+        self.micro_batch_size = global_batch_size // (accumulation * ranks)
+
+    def __len__(self) -> int:
+        return self.steps * self.accumulation
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for step in range(self.first_step, self.steps):
+            for part in range(self.accumulation):
+                first = step * self.global_batch_size + (part * self.ranks + self.rank) * self.micro_batch_size
+                yield list(range(first, first + self.micro_batch_size))

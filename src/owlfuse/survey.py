@@ -1,0 +1,152 @@
+"""`owlfuse mixture`: what a run would draw, before there is a model: sources, shares, passes, skips, lengths."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from omegaconf import DictConfig, OmegaConf
+
+from owlfuse.build import build
+from owlfuse.config import ConfigError, compose
+from owlfuse.data.datamodule import ChatData
+from owlfuse.data.lengths import Lengths, count_lengths
+from owlfuse.data.mixture import Mixture
+from owlfuse.model import on_meta
+from owlfuse.runs import place
+from owlfuse.survey_tables import print_survey
+from owlfuse.types import DataError
+
+BLOCK = 2**18
+"""Positions that are looked at at a time."""
+
+
+class NoPictures:
+    """Stands for the preprocessing where the model's parts are not at hand."""
+
+    size = (1, 1)
+
+
+def mixture_command(words: list[str]) -> dict[str, Any]:
+    """Composes `words`, prints the tables, and writes mixture.json into `runs/mixture/<experiment>/` or `out=`'s folder.
+
+    Args:
+        words: overrides, and `steps=N` (else trainer.max_steps) and `out=DIR`.
+
+    Raises:
+        ConfigError: what is wrong with the words. DataError: what is wrong with the data.
+    """
+    own = {key: value for key, _, value in (word.partition("=") for word in words) if key in ("steps", "out")}
+    config = compose([word for word in words if word.partition("=")[0] not in own])
+    steps = own.get("steps", str(config.trainer.max_steps))
+    if not steps.isdigit() or not int(steps):
+        raise ConfigError(f"command line: steps={steps}: expected a number of steps from 1 on")
+    try:
+        data = build(config.data)
+        notes = bind(data, config)
+    except DataError:
+        raise
+    except ValueError as error:
+        raise ConfigError(place(config, str(error))) from error
+    lengths = {name: count_lengths(source, data.encoder) for name, source in data.sources.items()}
+    report = survey(data, lengths, int(steps))
+    report["notes"] = notes + report["notes"]
+    folder = Path(own.get("out") or Path(config.runs) / "mixture" / config.experiment).expanduser()
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "mixture.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    print_survey(report)
+    print(f"mixture.json is in {folder}")
+    return report
+
+
+def bind(data: ChatData, config: DictConfig) -> list[str]:
+    """Tells the data how many positions an image takes, which the parts say without weights; a note where they cannot."""
+    try:
+        plan, _ = on_meta(OmegaConf.to_container(config.model, resolve=True), vocab_size=1024)
+    except OSError as error:  # a part's configuration is not here
+        data.bind(NoPictures(), 1)
+        return [f"an image counts as one position, for the model's parts are not at hand: {str(error).splitlines()[0]}"]
+    data.bind(plan.vision.preprocessing, plan.fusion.tokens_per_image)
+    return []
+
+
+def survey(data: ChatData, lengths: dict[str, Lengths], steps: int) -> dict[str, Any]:
+    """`ChatData.report` after `steps`, with supervised tokens, lengths and what is left out, as its samples would give."""
+    mixture, size = data.mixture, data.global_batch_size
+    asked, positions = steps * size, mixture.available(steps * size)
+    notes = [] if positions == asked else [f"the schedule ends (at_end) after {positions:,} samples of {asked:,}"]
+    drawn = realised(mixture, lengths, positions)
+    report = data.report(positions // size, left_out(data, drawn["wrong"], lengths))
+    for name, first in first_errors(data, drawn["wrong"]).items():
+        notes.append(f"source {name} has on_error=error and a wrong sample at step {first // size}, which ends the run")
+    total = sum(drawn["supervised"].values())
+    for name, row in report["sources"].items():
+        counted = lengths[name]
+        row["asked_share"] = asked_share(mixture, name, positions)
+        row["supervised_tokens"] = drawn["supervised"].get(name, 0)
+        row["supervised_share"] = row["supervised_tokens"] / total if total else None
+        row["wrong_samples"] = len(counted.wrong)
+        right = counted.tokens[counted.tokens > 0]
+        row["length"] = {"mean": float(right.mean()), "longest": int(right.max())} if len(right) else None
+    report.update(samples=positions, histogram=histogram(drawn["lengths"]), notes=notes)
+    return report
+
+
+def realised(mixture: Mixture, lengths: dict[str, Lengths], positions: int) -> dict[str, Any]:
+    """Of the first positions: `supervised` tokens by source, how many samples have each of the `lengths`, and the positions
+    and indices of the `wrong` samples by source."""
+    from rich.console import Console
+    from rich.progress import track
+
+    longest = max(int(found.tokens.max()) for found in lengths.values())
+    counts, supervised = np.zeros(longest + 1, dtype=np.int64), dict.fromkeys(mixture.names, 0)
+    wrong: dict[str, list[tuple[int, int]]] = {}
+    bad = {name: np.array(sorted(lengths[name].wrong), dtype=np.int64) for name in mixture.names}
+    blocks = range(0, positions, BLOCK)
+    for start in track(blocks, "drawing", console=Console(stderr=True), transient=True):
+        sources, indices = mixture.positions(start, min(start + BLOCK, positions))
+        for number, name in enumerate(mixture.names):
+            places = np.flatnonzero(sources == number)
+            mine = indices[places]
+            supervised[name] += int(lengths[name].supervised[mine].sum(dtype=np.int64))
+            counts += np.bincount(lengths[name].tokens[mine], minlength=longest + 1)
+            if len(bad[name]):
+                hit = np.isin(mine, bad[name])
+                wrong.setdefault(name, []).extend(zip((places[hit] + start).tolist(), mine[hit].tolist()))
+    counts[0] = 0  # these are the wrong ones
+    return {"supervised": supervised, "lengths": counts, "wrong": wrong}
+
+
+def left_out(
+    data: ChatData, wrong: dict[str, list[tuple[int, int]]], lengths: dict[str, Lengths]
+) -> list[tuple[str, str, str]]:
+    """(source, sample, reason) of each draw that is skipped."""
+    return [
+        (name, f"{name}:{index}", lengths[name].wrong[index])
+        for name, found in wrong.items()
+        if data.sources[name].on_error == "skip"
+        for _, index in found
+    ]
+
+
+def first_errors(data: ChatData, wrong: dict[str, list[tuple[int, int]]]) -> dict[str, int]:
+    """The first position at which a source stops the run."""
+    return {name: found[0][0] for name, found in wrong.items() if found and data.sources[name].on_error != "skip"}
+
+
+def asked_share(mixture: Mixture, name: str, positions: int) -> float:
+    """A source's share by the weights, over the phases up to a position, each as long as it lasts."""
+    starts = [start for start, _ in mixture.phases]
+    spans = zip(mixture.phases, [*starts[1:], positions])
+    parts = [float(shares.get(name, 0)) * max(0, min(stop, positions) - start) for (start, shares), stop in spans]
+    return sum(parts) / positions
+
+
+def histogram(counts: np.ndarray) -> list[dict[str, int]]:
+    """Samples by length in about a dozen bins of equal width, from the count of each length."""
+    longest = int(np.flatnonzero(counts).max(initial=0))
+    width = next(size for k in range(40) for size in (2**k * 4, 2**k * 6) if size * 14 > longest)
+    edges = range(0, longest + 1, width)
+    return [{"from": edge, "to": edge + width - 1, "samples": int(counts[edge : edge + width].sum())} for edge in edges]
