@@ -24,7 +24,7 @@ from owlfuse.data.sampler import GlobalBatchSampler
 from owlfuse.data.truncation import OnLength, check_policies, policy_of
 from owlfuse.data.video import VideoSampling
 from owlfuse.data.weighting import make_mixture, mixture_report
-from owlfuse.types import Batch, Encoded, Sample
+from owlfuse.types import Batch, DataError, Encoded, Sample
 
 
 class ChatData(lightning.LightningDataModule):
