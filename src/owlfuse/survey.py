@@ -12,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 from owlfuse.build import build
 from owlfuse.config import ConfigError, compose
 from owlfuse.data.datamodule import ChatData
-from owlfuse.data.lengths import Lengths, count_lengths
+from owlfuse.data.lengths import Lengths
 from owlfuse.data.mixture import Mixture
 from owlfuse.model import on_meta
 from owlfuse.runs import place
@@ -50,7 +50,7 @@ def mixture_command(words: list[str]) -> dict[str, Any]:
         raise
     except ValueError as error:
         raise ConfigError(place(config, str(error))) from error
-    lengths = {name: count_lengths(source, data.encoder) for name, source in data.sources.items()}
+    lengths = data.lengths()
     report = survey(data, lengths, int(steps))
     report["notes"] = notes + report["notes"]
     folder = Path(own.get("out") or Path(config.runs) / "mixture" / config.experiment).expanduser()

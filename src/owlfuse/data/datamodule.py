@@ -15,7 +15,7 @@ from owlfuse.data.chat_template import use_template
 from owlfuse.data.collate import Collator, Skipped
 from owlfuse.data.formats.base import Source
 from owlfuse.data.images import MAX_PIXELS
-from owlfuse.data.lengths import count_lengths
+from owlfuse.data.lengths import Lengths, count_lengths
 from owlfuse.data.mixture import Mixture
 from owlfuse.data.packing import checked
 from owlfuse.data.pictures import Pictures, Preprocess
@@ -104,8 +104,13 @@ class ChatData(lightning.LightningDataModule):
         self.encoder = ChatEncoder(self.tokenizer, tokens_per_image, self.max_length)
         self.pictures = Pictures(preprocess, self.max_pixels, self.seed, self.video)
         if self.weights_by == "tokens":
-            self.mixture = self.mix({name: count_lengths(source, self.encoder) for name, source in self.sources.items()})
+            self.mixture = self.mix(self.lengths())
         self.image_shape = (3, *preprocess.size)
+
+    def lengths(self) -> dict[str, Lengths]:
+        """The counts of each source, from where they were kept or by encoding all samples."""
+        policies = {name: policy_of(self.on_length, name) for name in self.sources}
+        return {name: count_lengths(one, self.encoder, on_length=policies[name]) for name, one in self.sources.items()}
 
     @property
     def vocab_size(self) -> int:

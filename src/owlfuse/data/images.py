@@ -88,7 +88,7 @@ def decode(file: io.IOBase, label: str, max_pixels: int) -> Image.Image:
 def to_rgb(picture: Image.Image) -> Image.Image:
     """RGB of 8 bits, with what is transparent shown on white. Raises ValueError for pixels of 32 bits."""
     if picture.mode == "RGB" and "transparency" not in picture.info:
-        return picture.copy()
+        return picture
     if picture.mode.startswith("I") or picture.mode == "F":
         return from_grey(picture)
     if picture.has_transparency_data:

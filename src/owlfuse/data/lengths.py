@@ -16,6 +16,7 @@ import numpy as np
 
 from owlfuse.data.chat import ChatEncoder
 from owlfuse.data.formats.base import Source
+from owlfuse.data.truncation import OnLength
 from owlfuse.types import DataError
 
 FOLDER = ".owlfuse"
@@ -38,7 +39,7 @@ class Lengths:
     """Why a sample is left out, by its index."""
 
 
-def count_lengths(source: Source, encoder: ChatEncoder, workers: int | None = None) -> Lengths:
+def count_lengths(source: Source, encoder: ChatEncoder, workers: int | None = None, on_length: OnLength = "error") -> Lengths:
     """The counts of a source, from the file where they were kept, else by encoding every sample, with a progress bar.
 
     They are kept in `.owlfuse/` beside the source's file, under a name made of its fingerprint, the tokenizer, the template
@@ -46,8 +47,9 @@ def count_lengths(source: Source, encoder: ChatEncoder, workers: int | None = No
 
     Args:
         workers: processes that encode; by default one for each core.
+        on_length: what becomes of a chat over the length; one that is cut has the counts of what is left.
     """
-    path = kept_path(source, encoder)
+    path = kept_path(source, encoder, on_length)
     try:
         with np.load(path, allow_pickle=False) as kept:
             wrong = {int(index): reason for index, reason in json.loads(kept["wrong"].tobytes()).items()}
@@ -55,18 +57,26 @@ def count_lengths(source: Source, encoder: ChatEncoder, workers: int | None = No
                 return Lengths(kept["tokens"], kept["supervised"], wrong)
     except (OSError, ValueError, KeyError, EOFError):
         pass
-    found = count(source, encoder, workers or os.cpu_count() or 1)
+    found = count(source, encoder, workers or os.cpu_count() or 1, on_length)
     keep(path, found)
     return found
 
 
-def kept_path(source: Source, encoder: ChatEncoder) -> Path:
+def kept_path(source: Source, encoder: ChatEncoder, on_length: OnLength = "error") -> Path:
     """The file of the counts."""
     tokenizer = encoder.tokenizer
     options = {key: value for key, value in vars(source).items() if key not in SHARES}
     plain = {key: value for key, value in options.items() if isinstance(value, str | int | float | bool | None)}
     limits = {key: value for key, value in vars(encoder).items() if isinstance(value, str | int | float | bool | None)}
-    key = [source.fingerprint(), type(source).__qualname__, plain, limits, tokenizer.chat_template, tokenizer_text(tokenizer)]
+    key = [
+        on_length,
+        source.fingerprint(),
+        type(source).__qualname__,
+        plain,
+        limits,
+        tokenizer.chat_template,
+        tokenizer_text(tokenizer),
+    ]
     digest = hashlib.sha256(json.dumps(key, sort_keys=True, default=str).encode()).hexdigest()
     return Path(source.file).parent / FOLDER / f"{Path(source.file).name}.{digest[:16]}.lengths.npz"
 
@@ -90,7 +100,7 @@ def keep(path: Path, lengths: Lengths) -> None:
         print(f"owlfuse: the token counts cannot be kept in {path.parent}: {error.strerror}", file=sys.stderr)
 
 
-def count(source: Source, encoder: ChatEncoder, workers: int) -> Lengths:
+def count(source: Source, encoder: ChatEncoder, workers: int, on_length: OnLength = "error") -> Lengths:
     """Encodes every sample, in other processes where there are many."""
     from rich.console import Console
     from rich.progress import track
@@ -107,20 +117,22 @@ def count(source: Source, encoder: ChatEncoder, workers: int) -> Lengths:
             lengths.wrong.update(wrong)
 
     if workers < 2 or len(source) <= FEW:
-        take(count_part(source, encoder, start) for start in starts)
+        take(count_part(source, encoder, on_length, start) for start in starts)
         return lengths
     method = "fork" if "fork" in multiprocessing.get_all_start_methods() else None
-    with multiprocessing.get_context(method).Pool(workers, begin_worker, (source, encoder)) as pool:
+    with multiprocessing.get_context(method).Pool(workers, begin_worker, (source, encoder, on_length)) as pool:
         take(pool.imap(count_part_here, starts))
     return lengths
 
 
-def count_part(source: Source, encoder: ChatEncoder, start: int) -> tuple[list[int], list[int], dict[int, str]]:
+def count_part(
+    source: Source, encoder: ChatEncoder, on_length: OnLength, start: int
+) -> tuple[list[int], list[int], dict[int, str]]:
     """Tokens, supervised tokens, and what is wrong, of CHUNK samples from `start` on."""
     tokens, supervised, wrong = [], [], {}
     for index in range(start, min(start + CHUNK, len(source))):
         try:
-            encoded = encoder.encode(source[index])
+            encoded = encoder.encode(source[index], on_length=on_length)
         except DataError as error:
             wrong[index] = str(error)
             tokens.append(0)
@@ -132,14 +144,14 @@ def count_part(source: Source, encoder: ChatEncoder, start: int) -> tuple[list[i
 
 
 WORK: list[Any] = []
-"""What a worker process counts: the source and the encoder."""
+"""What a worker process counts: the source, the encoder and the policy for the length."""
 
 
-def begin_worker(source: Source, encoder: ChatEncoder) -> None:
+def begin_worker(source: Source, encoder: ChatEncoder, on_length: OnLength) -> None:
     """Ctrl-C is the main process's to answer: it ends its workers."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    WORK[:] = [source, encoder]
+    WORK[:] = [source, encoder, on_length]
 
 
 def count_part_here(start: int) -> tuple[list[int], list[int], dict[int, str]]:
