@@ -9,7 +9,6 @@ from hydra.utils import get_object
 from torch import nn
 from transformers import AutoConfig, PreTrainedConfig
 
-from owlfuse.llm import known_fields
 from owlfuse.types import DataError
 
 PARTS = ("vision", "connector", "fusion")
@@ -80,6 +79,8 @@ def check_target(name: str, node: Any) -> None:
 
 def llm_node(text_config: PreTrainedConfig) -> dict[str, Any]:
     """The node that makes an LLM of this configuration with random weights."""
+    from owlfuse.llm import known_fields  # here, since it imports transformers' models, which are not there yet
+
     known = known_fields(type(text_config)) - {"transformers_version", "architectures", "dtype"}
     fields = {k: v for k, v in text_config.to_diff_dict().items() if k in known and not k.startswith("_")}
     return {"_target_": "owlfuse.llm.load_llm", "config": {**fields, "model_type": text_config.model_type}}
