@@ -6,6 +6,7 @@ import io
 import re
 import warnings
 from contextlib import suppress
+from functools import cache, lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -53,14 +54,16 @@ def place_of(root: Path, path: str, label: str) -> Path:
     """The file below `root`, links followed. Raises DataError where it is not below it, or no file."""
     if _URL.match(path):
         raise DataError(f"{label} is a URL, expected a path below {root}; pictures are not fetched, download them first")
-    resolved = (root / path).resolve()
-    if not resolved.is_relative_to(root.resolve()):
+    joined = root / path
+    place = resolved(joined.parent) / joined.name
+    if joined.name in ("", ".", "..") or place.is_symlink():
+        place = place.resolve()
+    if not place.is_relative_to(resolved(root)):
         raise DataError(f"{label} leaves the image root {root}")
-    if resolved.is_dir():
-        raise DataError(f"{label} cannot be read: it is a folder, expected a picture")
-    if resolved.exists() and not resolved.is_file():  # a pipe would be waited for
-        raise DataError(f"{label} cannot be read: it is no ordinary file, expected a picture")
-    return resolved
+    if not place.is_file() and place.exists():  # a pipe would be waited for
+        what = "a folder" if place.is_dir() else "no ordinary file"
+        raise DataError(f"{label} cannot be read: it is {what}, expected a picture")
+    return place
 
 
 def found_instead(root: Path, image: str | bytes) -> str:
@@ -69,12 +72,24 @@ def found_instead(root: Path, image: str | bytes) -> str:
     return "it is empty" if not size else f"its {size:,} bytes are none of {', '.join(FORMATS)}"
 
 
+@cache
+def decoders() -> tuple[str, ...]:
+    """Those of FORMATS that this PIL has."""
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.OPEN)
+
+
+@lru_cache(maxsize=4096)
+def resolved(folder: Path) -> Path:
+    """A folder with its links followed, once: each picture in it asks for it."""
+    return folder.resolve()
+
+
 def decode(file: io.IOBase, label: str, max_pixels: int) -> Image.Image:
     """The picture of an open file. Raises DataError over `max_pixels`, before decoding."""
-    Image.init()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit here is max_pixels
-        picture = Image.open(file, formats=[format for format in FORMATS if format in Image.OPEN])
+        picture = Image.open(file, formats=decoders())
     with picture:
         pixels = picture.width * picture.height
         if pixels > max_pixels:
