@@ -65,14 +65,13 @@ def count_lengths(source: Source, encoder: ChatEncoder, workers: int | None = No
 def kept_path(source: Source, encoder: ChatEncoder, on_length: OnLength = "error") -> Path:
     """The file of the counts."""
     tokenizer = encoder.tokenizer
-    options = {key: value for key, value in vars(source).items() if key not in SHARES}
-    plain = {key: value for key, value in options.items() if isinstance(value, str | int | float | bool | None)}
+    options = {key: value for key, value in source.__getstate__().items() if key not in SHARES}
     limits = {key: value for key, value in vars(encoder).items() if isinstance(value, str | int | float | bool | None)}
     key = [
         on_length,
         source.fingerprint(),
         type(source).__qualname__,
-        plain,
+        options,
         limits,
         tokenizer.chat_template,
         tokenizer_text(tokenizer),

@@ -1,11 +1,13 @@
 """The Alpaca format: `{"instruction", "input", "output"}`, text only."""
 
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Any
 
 from owlfuse.data.formats.base import Source, field, without
 from owlfuse.types import DataError, Sample
 
 
+@dataclass(eq=False)
 class Alpaca(Source):
     """Instructions and answers. A non-empty `input` follows the instruction on a line of its own; of a chat of one record,
     other fields are kept as metadata.
@@ -15,19 +17,12 @@ class Alpaca(Source):
             pictures are mostly padding otherwise.
     """
 
-    def __init__(
-        self,
-        file: str,
-        image_root: str | None = None,
-        weight: float = 1.0,
-        on_error: Literal["error", "skip"] = "error",
-        max_skips: int = 100,
-        records_per_chat: int = 1,
-    ) -> None:
-        super().__init__(file, image_root, weight, on_error, max_skips)
-        if records_per_chat < 1:
-            raise DataError(f"{file}: records_per_chat is {records_per_chat}, expected at least 1")
-        self.records_per_chat = records_per_chat
+    records_per_chat: int = 1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.records_per_chat < 1:
+            raise DataError(f"{self.file}: records_per_chat is {self.records_per_chat}, expected at least 1")
 
     def __len__(self) -> int:
         return -(-len(self.records) // self.records_per_chat)

@@ -1,12 +1,11 @@
 """What every source has: where it lies, its share of the mixture, and what happens to a sample that is wrong."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from owlfuse.data.files import expand_files, fingerprint
 from owlfuse.data.lines import JsonLines, read_json_list
@@ -17,8 +16,10 @@ IMAGE = "<image>"
 VIDEO = "<video>"
 
 
+@dataclass(eq=False)
 class Source:
-    """A file of records, each a chat. Subclasses read a record in `sample`, and open other kinds of files in `open`.
+    """A file of records, each a chat. Subclasses read a record in `sample`, and open other kinds of files in `open`. They are
+    dataclasses too: their fields are the keys of a yaml, behind those here.
 
     The file is opened at first use, in each process that uses it: a source that was sent to another is its arguments alone.
 
@@ -29,36 +30,23 @@ class Source:
         weight: the share of the mixture, relative to the other sources'.
         on_error: what a wrong sample does: `error` stops, `skip` leaves it out and counts it.
         max_skips: with `skip`, how many are left out before it is an error all the same.
-        tile: the share of samples, 0 to 1, whose pictures become a global view and tiles (see `tiles`).
-        video: how frames of videos are chosen, the keys of a `VideoSampling`; by default as `ChatData` says.
 
     Raises:
-        DataError: a `tile` or `video` that is none of those; at first use, a file that is missing, is not valid, or holds
-            no record.
+        DataError: at first use, a file that is missing, is not valid, or holds no record.
     """
 
-    def __init__(
-        self,
-        file: str,
-        image_root: str | None = None,
-        weight: float = 1.0,
-        on_error: Literal["error", "skip"] = "error",
-        max_skips: int = 100,
-        tile: float = 0.0,
-        video: VideoSampling | dict[str, Any] | None = None,
-    ) -> None:
-        if not 0 <= tile <= 1:
-            raise DataError(f"{file}: tile is {tile}, expected a share from 0 to 1")
-        self.tile = tile
-        try:
-            self.video = None if video is None else VideoSampling.of(video)
-        except DataError as error:
-            raise DataError(f"{file}: {error}") from None
-        self.file = Path(file).expanduser()
-        self.image_root = Path(image_root).expanduser() if image_root else self.file.parent
-        self.weight = weight
-        self.on_error = on_error
-        self.max_skips = max_skips
+    file: str | Path
+    image_root: str | Path | None = None
+    weight: float = 1.0
+    on_error: Literal["error", "skip"] = "error"
+    max_skips: int = 100
+
+    tile: ClassVar[float] = 0.0  # of those whose pictures may be tiled, a field
+    video: ClassVar[VideoSampling | None] = None
+
+    def __post_init__(self) -> None:
+        self.file = Path(self.file).expanduser()
+        self.image_root = Path(self.image_root).expanduser() if self.image_root else self.file.parent
         self.name = self.file.stem
 
     @cached_property
@@ -102,6 +90,46 @@ class Source:
 
     def __getstate__(self) -> dict[str, Any]:
         return {key: value for key, value in vars(self).items() if key != "records"}
+
+
+@dataclass(eq=False)
+class PictureSource(Source):
+    """A source with pictures.
+
+    Args:
+        tile: the share of samples, 0 to 1, whose pictures become a global view and tiles (see `tiles`).
+
+    Raises:
+        DataError: another `tile`.
+    """
+
+    tile: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.tile <= 1:
+            raise DataError(f"{self.file}: tile is {self.tile}, expected a share from 0 to 1")
+
+
+@dataclass(eq=False)
+class VideoSource(PictureSource):
+    """A source with pictures and videos.
+
+    Args:
+        video: how frames of videos are chosen, the keys of a `VideoSampling`; by default as `ChatData` says.
+
+    Raises:
+        DataError: a `video` that is no such thing.
+    """
+
+    video: VideoSampling | dict[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        try:
+            self.video = None if self.video is None else VideoSampling.of(self.video)
+        except DataError as error:
+            raise DataError(f"{self.file}: {error}") from None
 
 
 def parts_of(text: str, videos: bool = False) -> list[dict[str, Any]]:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Sequence
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Any
 
-from owlfuse.data.formats.base import Source, field, without
+from owlfuse.data.formats.base import PictureSource, field, without
 from owlfuse.data.lines import Lines, decoded
 from owlfuse.data.turns import caption_messages, picture_of
 from owlfuse.types import DataError, Sample
 
 
-class Captions(Source):
+@dataclass(eq=False)
+class Captions(PictureSource):
     """Pictures and what is to be said of them. The user shows the picture, with an instruction if there are some.
 
     A CSV or TSV has a header line and is found row by row, as JSONL is. In CSV a field in double quotes may hold commas and
@@ -25,22 +27,9 @@ class Captions(Source):
         others: see `Source`.
     """
 
-    def __init__(
-        self,
-        file: str,
-        image_root: str | None = None,
-        weight: float = 1.0,
-        on_error: Literal["error", "skip"] = "error",
-        max_skips: int = 100,
-        tile: float = 0.0,
-        image_field: str = "image",
-        caption_field: str = "caption",
-        instructions: list[str] | None = None,
-    ) -> None:
-        super().__init__(file, image_root, weight, on_error, max_skips, tile)
-        self.image_field = image_field
-        self.caption_field = caption_field
-        self.instructions = instructions or []
+    image_field: str = "image"
+    caption_field: str = "caption"
+    instructions: list[str] | None = None
 
     def open(self) -> Sequence[Any]:
         """See `Source`."""
@@ -59,7 +48,7 @@ class Captions(Source):
             raise DataError(f"sample {name} has no '{self.image_field}'; it has {', '.join(sorted(record))}")
         image = picture_of(record[self.image_field], name, self.image_field)
         identity = name.removeprefix(f"{self.name}:")
-        messages = caption_messages(1, caption, self.instructions, identity, name)
+        messages = caption_messages(1, caption, self.instructions or [], identity, name)
         return Sample(name, self.name, messages, [image], without(record, self.image_field, self.caption_field))
 
 

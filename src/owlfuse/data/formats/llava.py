@@ -3,12 +3,12 @@
 
 from typing import Any
 
-from owlfuse.data.formats.base import Source, field, without
+from owlfuse.data.formats.base import VideoSource, field, without
 from owlfuse.data.turns import chat, pictures_of, videos_of
 from owlfuse.types import Sample
 
 
-class LLaVA(Source):
+class LLaVA(VideoSource):
     """Chats about pictures and videos, as LLaVA's instruction data come, JSON or JSONL. `image` (or `images`) and `video` (or
     `videos`) are a path, a list of paths, or absent; other fields are kept as metadata. Without `video`, a `<video>` is text
     like any other."""

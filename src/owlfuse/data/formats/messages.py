@@ -2,12 +2,12 @@
 
 from typing import Any
 
-from owlfuse.data.formats.base import Source, field, without
+from owlfuse.data.formats.base import VideoSource, field, without
 from owlfuse.data.turns import chat, pictures_of, videos_of
 from owlfuse.types import Sample
 
 
-class Messages(Source):
+class Messages(VideoSource):
     """Chats whose turns hold a text or a list of parts, JSONL or JSON. An image part is OpenAI's
     `{"type": "image_url", "image_url": {"url"}}` or Hugging Face's `{"type": "image", "image" | "path" | "url"}`: a path below
     the image root or a data: URI; one without a picture shows the next of the record's `images`. A URL is an error: nothing

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import mmap
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from owlfuse.data.formats.base import IMAGE, Source
+from owlfuse.data.formats.base import IMAGE, VideoSource
 from owlfuse.data.turns import brief, chat, pictures_of
 from owlfuse.types import DataError, Sample
 
@@ -19,7 +20,8 @@ ROWS_PER_BATCH = 50_000
 million rows of text would be in memory wholly."""
 
 
-class Parquet(Source):
+@dataclass(eq=False)
+class Parquet(VideoSource):
     """Rows of Parquet files, Arrow files, or a folder that `Dataset.save_to_disk` wrote.
 
     Parquet is written once as Arrow into a cache (the columns used alone), from which a row is reached without reading those
@@ -42,34 +44,18 @@ class Parquet(Source):
         DataError: at first use, a missing or damaged file, a column that a file lacks, no row, or no `datasets` to import.
     """
 
-    def __init__(
-        self,
-        file: str,
-        image_root: str | None = None,
-        weight: float = 1.0,
-        on_error: Literal["error", "skip"] = "error",
-        max_skips: int = 100,
-        tile: float = 0.0,
-        messages_column: str | None = None,
-        question_column: str | None = None,
-        answer_column: str | None = None,
-        system_column: str | None = None,
-        image_column: str | None = None,
-        id_column: str | None = None,
-        cache_dir: str | None = None,
-    ) -> None:
-        super().__init__(file, image_root, weight, on_error, max_skips, tile)
-        if (question_column is None) != (answer_column is None) or (question_column and messages_column):
-            raise DataError(f"{file}: expected messages_column, or question_column and answer_column together")
-        self.asked = {
-            "messages": messages_column,
-            "question": question_column,
-            "answer": answer_column,
-            "system": system_column,
-            "images": image_column,
-            "id": id_column,
-        }
-        self.cache_dir = cache_dir
+    messages_column: str | None = None
+    question_column: str | None = None
+    answer_column: str | None = None
+    system_column: str | None = None
+    image_column: str | None = None
+    id_column: str | None = None
+    cache_dir: str | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if (self.question_column is None) != (self.answer_column is None) or (self.question_column and self.messages_column):
+            raise DataError(f"{self.file}: expected messages_column, or question_column and answer_column together")
 
     def files(self) -> list[Path]:
         """See `Source`; of a folder, the Arrow files that its `state.json` names."""
@@ -106,7 +92,15 @@ class Parquet(Source):
     def places(self, files: list[Path], columns: list[list[str]]) -> dict[str, str]:
         """Which column each field is in, given those of each file. Raises DataError."""
         have = columns[0]
-        found = {key: column for key, column in self.asked.items() if column is not None}
+        asked = {
+            "messages": self.messages_column,
+            "question": self.question_column,
+            "answer": self.answer_column,
+            "system": self.system_column,
+            "images": self.image_column,
+            "id": self.id_column,
+        }
+        found = {key: column for key, column in asked.items() if column is not None}
         if "question" not in found:
             found.setdefault("messages", next((c for c in CHATS if c in have), "messages"))
         if image := next((c for c in IMAGES if c in have), None):

@@ -2,12 +2,12 @@
 
 from typing import Any
 
-from owlfuse.data.formats.base import Source, field, without
+from owlfuse.data.formats.base import VideoSource, field, without
 from owlfuse.data.turns import chat, pictures_of, videos_of
 from owlfuse.types import DataError, Sample
 
 
-class ShareGPT(Source):
+class ShareGPT(VideoSource):
     """Chats as ShareGPT's many heirs write them, JSON or JSONL: turns under `conversations` or `conversation`, any of the role
     names in `turns.ROLES`, a `system` text beside them or as a turn, pictures in `image` or `images`, shown by `<image>`
     placeholders. Other fields are kept as metadata."""

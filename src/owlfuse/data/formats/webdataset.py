@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from owlfuse.data.formats.base import Source
+from owlfuse.data.formats.base import VideoSource
 from owlfuse.data.lines import decoded, json_reason
 from owlfuse.data.tars import TarSamples
 from owlfuse.data.turns import caption_messages, chat
@@ -16,7 +17,8 @@ from owlfuse.types import DataError, Sample
 PICTURES = ("jpg", "jpeg", "png", "webp")
 
 
-class WebDataset(Source):
+@dataclass(eq=False)
+class WebDataset(VideoSource):
     """Samples of tar shards, uncompressed. Opening reads the headers once; then any sample is reached at once, so that the
     shards mix, shuffle, repeat and resume as every other source does, over any ranks and workers.
 
@@ -31,20 +33,12 @@ class WebDataset(Source):
         others: see `Source`.
     """
 
-    def __init__(
-        self,
-        file: str,
-        image_root: str | None = None,
-        weight: float = 1.0,
-        on_error: Literal["error", "skip"] = "error",
-        max_skips: int = 100,
-        tile: float = 0.0,
-        instructions: list[str] | None = None,
-        index_dir: str | None = None,
-    ) -> None:
-        super().__init__(file, image_root, weight, on_error, max_skips, tile)
-        self.index_dir = Path(index_dir).expanduser() if index_dir else None
-        self.instructions = instructions or []
+    instructions: list[str] | None = None
+    index_dir: str | Path | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.index_dir = Path(self.index_dir).expanduser() if self.index_dir else None
 
     def open(self) -> Sequence[Any]:
         """See `Source`."""
@@ -69,7 +63,7 @@ class WebDataset(Source):
                 f"sample {name} has {', '.join(f'.{key}' for key in record if key != 'id')}, expected a picture (.jpg, .png, "
                 ".webp) with .txt, or .json with conversations, messages or caption"
             )
-        messages = caption_messages(len(pictures), caption, self.instructions, record["id"], name)
+        messages = caption_messages(len(pictures), caption, self.instructions or [], record["id"], name)
         return Sample(name, self.name, messages, pictures, metadata)
 
 
