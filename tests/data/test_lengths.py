@@ -6,10 +6,12 @@ import numpy as np
 import pytest
 
 from owlfuse.data import lengths as module
+from owlfuse.data.chat import ChatEncoder
 from owlfuse.data.datamodule import ChatData, load_tokenizer
 from owlfuse.data.formats.alpaca import Alpaca
+from owlfuse.data.formats.captions import Captions
 from owlfuse.data.formats.llava import LLaVA
-from owlfuse.data.lengths import FOLDER, count_lengths
+from owlfuse.data.lengths import FOLDER, count_lengths, kept_path
 from owlfuse.data.weighting import make_mixture
 from owlfuse.types import DataError
 from owlfuse.vision import Preprocessing
@@ -137,3 +139,18 @@ def test_a_schedule_shorter_than_a_global_batch_is_refused(data, tmp_path, recor
     short = data(sources={"text": Alpaca(str(tmp_path / "short.json"))}, at_end="once")
     with pytest.raises(DataError, match="the schedule has 3 samples and then ends"):
         short.steps(10)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"caption_field": "text"}, {"instructions": ["Say what it is."]}, {"instructions": ["Say what it is.", "Describe it."]}],
+    ids=str,
+)
+def test_counts_are_kept_apart_for_sources_that_make_other_chats_of_one_file(options, tmp_path, shapes):
+    file = tmp_path / "captions.json"
+    file.write_text('[{"image": "a.png", "caption": "A dog.", "text": "A very large dog."}]')
+    tokenizer = ChatEncoder(load_tokenizer(str(shapes / "tokenizer")), tokens_per_image=1)
+    plain, other = Captions(str(file)), Captions(str(file), **options)
+    assert kept_path(plain, tokenizer) != kept_path(other, tokenizer)
+    len(plain), plain[0]
+    assert kept_path(plain, tokenizer) == kept_path(Captions(str(file)), tokenizer)

@@ -7,28 +7,11 @@ import random
 import tarfile
 
 import pytest
-from PIL import Image
+from chats import messages, png, turns
 
 from owlfuse.data import tars
 from owlfuse.data.formats.webdataset import WebDataset
 from owlfuse.types import DataError
-
-
-def png(number):
-    file = io.BytesIO()
-    Image.new("RGB", (2, 3), (number, 0, 0)).save(file, "PNG")
-    return file.getvalue()
-
-
-def turns(number, key="role", text="content"):
-    user, assistant = ("user", "assistant") if key == "role" else ("human", "gpt")
-    return [{key: user, text: f"<image>\nWhat is {number}?"}, {key: assistant, text: f"A {number}."}]
-
-
-def messages(number):
-    asked = [{"type": "image"}, {"type": "text", "text": f"\nWhat is {number}?"}]
-    answered = [{"type": "text", "text": f"A {number}."}]
-    return [{"role": "user", "content": asked}, {"role": "assistant", "content": answered}]
 
 
 def write_tar(path, members, **options):

@@ -1,33 +1,15 @@
 """Parquet and Arrow: any row is reached by its number, pictures stay bytes, and what is wrong is named."""
 
-import io
 import pickle
 
 import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from PIL import Image
+from chats import messages, png, turns
 
 from owlfuse.data.formats.parquet import Parquet
 from owlfuse.types import DataError
-
-
-def png(number):
-    file = io.BytesIO()
-    Image.new("RGB", (2, 3), (number, 0, 0)).save(file, "PNG")
-    return file.getvalue()
-
-
-def turns(number, key="role", text="content"):
-    user, assistant = ("user", "assistant") if key == "role" else ("human", "gpt")
-    return [{key: user, text: f"<image>\nWhat is {number}?"}, {key: assistant, text: f"A {number}."}]
-
-
-def messages(number):
-    asked = [{"type": "image"}, {"type": "text", "text": f"\nWhat is {number}?"}]
-    answered = [{"type": "text", "text": f"A {number}."}]
-    return [{"role": "user", "content": asked}, {"role": "assistant", "content": answered}]
 
 
 def table(numbers, **columns):

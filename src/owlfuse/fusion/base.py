@@ -28,13 +28,13 @@ class Fusion(nn.Module):
         return []
 
     def forward(
-        self, embeddings: Tensor, visual: VisualTokens | None, batch: Batch, position_ids: Tensor, llm: PreTrainedModel
+        self, embeddings: Tensor, visual: VisualTokens, batch: Batch, position_ids: Tensor, llm: PreTrainedModel
     ) -> tuple[Tensor, dict[str, Any]]:
         """The LLM's inputs for a batch.
 
         Args:
             embeddings: (B, T, D) of the text; what stands at a placeholder is the placeholder's own embedding.
-            visual: None in a decoding step of a batch whose images were seen before.
+            visual: of the whole rows, in decoding steps too.
             position_ids: (B, T).
 
         Returns:

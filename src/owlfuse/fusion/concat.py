@@ -19,7 +19,7 @@ class Concat(Fusion):
         self.tokens_per_image = connector_tokens
 
     def forward(
-        self, embeddings: Tensor, visual: VisualTokens | None, batch: Batch, position_ids: Tensor, llm: PreTrainedModel
+        self, embeddings: Tensor, visual: VisualTokens, batch: Batch, position_ids: Tensor, llm: PreTrainedModel
     ) -> tuple[Tensor, dict[str, Any]]:
         """See `Fusion.forward`."""
-        return (embeddings if visual is None else splice(embeddings, visual, batch)), {}
+        return splice(embeddings, visual, batch), {}

@@ -66,7 +66,7 @@ class HyperAttention(Fusion):
         self, embeddings: Tensor, visual: VisualTokens, batch: Batch, position_ids: Tensor, llm: PreTrainedModel
     ) -> tuple[Tensor, dict[str, Any]]:
         """See `Fusion.forward`. The text stays as it is; the layers get the visual tokens, where they stand and who sees
-        them. `visual` is needed in every decoding step."""
+        them."""
         steps, length = embeddings.shape[1], batch.attention_mask.shape[1]
         here = torch.arange(length - steps, length, device=embeddings.device)
         visible = visual.image_positions[:, None, :] <= here[:, None]

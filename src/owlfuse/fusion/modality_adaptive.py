@@ -40,12 +40,10 @@ class ModalityAdaptive(Fusion):
         return [module.vision for module in llm.modules() if isinstance(module, ByModality)]
 
     def forward(
-        self, embeddings: Tensor, visual: VisualTokens | None, batch: Batch, position_ids: Tensor, llm: PreTrainedModel
+        self, embeddings: Tensor, visual: VisualTokens, batch: Batch, position_ids: Tensor, llm: PreTrainedModel
     ) -> tuple[Tensor, dict[str, Any]]:
         """See `Fusion.forward`."""
-        if visual is not None:
-            embeddings = splice(embeddings, visual, batch)
-        return embeddings, {"is_visual": batch.placeholder[..., None]}
+        return splice(embeddings, visual, batch), {"is_visual": batch.placeholder[..., None]}
 
 
 class ByModality(nn.Module):

@@ -112,33 +112,37 @@ class OwlfuseForConditionalGeneration(PreTrainedModel, GenerationMixin):
         cache = cache if cache is not None else past_key_values
         if cache is None and use_cache:
             cache = DynamicCache(config=self.model.llm.config)
-        steps = input_ids.shape[1]
         earlier = cache.get_seq_length() if cache is not None else 0
         if attention_mask is None:
-            attention_mask = input_ids.new_ones(len(input_ids), earlier + steps)
+            attention_mask = input_ids.new_ones(len(input_ids), earlier + input_ids.shape[1])
         if visual is None:
             if earlier:
                 raise ValueError(
                     "the cache holds earlier positions: give `visual` too, which `encode` makes of the whole prompt"
                 )
             visual = self.encode(input_ids, pixel_values)
-        placeholder = self.placeholder(visual, attention_mask.shape[1])[:, -steps:]
-        unknown = placeholder & (input_ids >= self.get_input_embeddings().num_embeddings)
-        batch = Batch(
-            input_ids=input_ids.masked_fill(unknown, 0),  # an image's tokens stand there, the id does not matter
-            attention_mask=attention_mask,
-            labels=labels,
-            placeholder=placeholder,
-            pixel_values=pixel_values,
-            image_mask=None,
-            image_index=visual.image_index,
-            image_positions=visual.image_positions,
-        )
+        batch = self.batch(input_ids, attention_mask, visual)
         logits = self.model(batch, visual, cache, logits_to_keep)
         loss = None
         if labels is not None:
             loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=-100)
         return CausalLMOutputWithPast(loss=loss, logits=logits, **{cache_argument(self.model.llm): cache})
+
+    def batch(self, input_ids: Tensor, attention_mask: Tensor, visual: VisualTokens) -> Batch:
+        """The rows as the model takes them: new ids (B, T) behind what a cache holds, the mask over both. No pixels: the visual
+        tokens are there already."""
+        placeholder = self.placeholder(visual, attention_mask.shape[1])[:, -input_ids.shape[1] :]
+        unknown = placeholder & (input_ids >= self.get_input_embeddings().num_embeddings)
+        return Batch(
+            input_ids=input_ids.masked_fill(unknown, 0),  # an image's tokens stand there, the id does not matter
+            attention_mask=attention_mask,
+            labels=None,
+            placeholder=placeholder,
+            pixel_values=None,
+            image_mask=None,
+            image_index=visual.image_index,
+            image_positions=visual.image_positions,
+        )
 
     def placeholder(self, visual: VisualTokens, length: int) -> Tensor:
         """(B, length) bool, True at the positions that images take: known from where they begin, since an answer may hold
