@@ -13,6 +13,7 @@ from owlfuse.evaluation import write_results
 from owlfuse.hub.start import adopt_parts
 from owlfuse.model import on_meta
 from owlfuse.module import MultimodalModule
+from owlfuse.parallel import evaluates
 from owlfuse.runs import last_checkpoint, place, run_folder, write_config
 from owlfuse.trainer import make_trainer, raise_if_stopped
 from owlfuse.types import DataError
@@ -52,8 +53,9 @@ def run(config: DictConfig) -> Path:
         mixture = data.report(trainer.global_step, module.skipped, module.truncated)
         (folder / "mixture.json").write_text(json.dumps(mixture, indent=2) + "\n", encoding="utf-8")
     raise_if_stopped(trainer, folder)
-    if trainer.is_global_zero:
+    if evaluates(trainer):
         metrics, answers = evaluation(module.model, data)
+    if trainer.is_global_zero:
         write_results(folder, config.experiment, config.seed, trainer.global_step, metrics, time.monotonic() - began)
         evaluation.write(folder, metrics, answers, f"{config.experiment}, {trainer.global_step} steps")
         print(f"everything of this run is in {folder}")
