@@ -19,11 +19,11 @@ from torch.distributed.tensor import Shard as SplitAlong
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from owlfuse.batch_norm import SyncedBatchNorm
 from owlfuse.deferred import Deferred
 from owlfuse.llm import check_split
 from owlfuse.model import MultimodalLM
 from owlfuse.parallel import Sharded, SumOverRanks, data_group
-from owlfuse.sync_norm import SyncedBatchNorm
 
 
 def shard(model: MultimodalLM, mesh: DeviceMesh, precision: str) -> None:

@@ -19,8 +19,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 from torchvision.transforms.v2 import functional as VF
 
+from owlfuse.batch_norm import allow_single_values, set_blank
 from owlfuse.positions import sincos_2d_spread
-from owlfuse.sync_norm import set_blank
 
 
 @dataclass(frozen=True)
@@ -99,6 +99,7 @@ class TimmBackbone(nn.Module):
         self.norm = nn.BatchNorm1d(self.width) if norm else None
         table = sincos_2d_spread(self.grid, self.patches, self.width) if positions else None
         self.register_buffer("positions", table, persistent=False)
+        allow_single_values(self)
 
     def forward(self, pixels: Tensor) -> Tensor:
         """(N, 3, H, W) -> (N, P, Dv)."""

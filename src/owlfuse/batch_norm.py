@@ -1,11 +1,11 @@
-"""N images, C channels, S places of an image."""
+"""Batch norms over the images of all ranks, and of images without statistics. N images, C channels, S places of an image."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 
@@ -42,7 +42,7 @@ class SyncedBatchNorm(_BatchNorm):
         return output
 
     def synced(self, input: Tensor) -> Tensor:
-        """Normed by the mean and variance over all ranks; by the running ones where no rank has an image."""
+        """Normed by the statistics of all ranks together; by the running ones where they have one value a channel, or none."""
         rows = input.float().transpose(0, 1).flatten(1)  # (C, N * S)
         share = 0.0 if self.blank else 1.0
         count = rows.new_full((1,), rows.shape[1] * share)
@@ -51,7 +51,7 @@ class SyncedBatchNorm(_BatchNorm):
         mean = sums / count.clamp_min(1)
         variance = self.add_over_ranks((rows - mean[:, None]).square().sum(1) * share) / count.clamp_min(1)
         with torch.no_grad():
-            some = count > 0
+            some = count > 1
             moment = self.momentum * some
             self.running_mean.lerp_(mean.to(self.running_mean), moment)
             unbiased = variance * count / (count - 1).clamp_min(1)
@@ -60,12 +60,32 @@ class SyncedBatchNorm(_BatchNorm):
         use = some & torch.tensor(not self.blank, device=some.device)
         mean, variance = torch.where(use, mean, self.running_mean), torch.where(use, variance, self.running_var)
         shape = [1, -1, *[1] * (input.ndim - 2)]
-        scale = (variance + self.eps).rsqrt()
-        if self.affine:
-            scale, shift = scale * self.weight, self.bias - mean * scale * self.weight
-        else:
-            shift = -mean * scale
-        return (input * scale.view(shape) + shift.view(shape)).to(input.dtype)
+        scale = (variance + self.eps).rsqrt() * (self.weight if self.affine else 1)
+        centred = (input - mean.view(shape)) * scale.view(shape)
+        return (centred + self.bias.view(shape) if self.affine else centred).to(input.dtype)
+
+
+def allow_single_values(module: nn.Module) -> None:
+    """Has the batch norms below a module use their running statistics where a batch holds one value of a channel, a single
+    image of 1x1 features, for which torch raises in training."""
+    for norm in module.modules():
+        if isinstance(norm, _BatchNorm):
+            norm.register_forward_pre_hook(keep_statistics)
+            norm.register_forward_hook(take_statistics)
+
+
+def keep_statistics(norm: _BatchNorm, args: tuple[Tensor]) -> None:
+    """Before a norm's forward."""
+    if norm.training and args[0].numel() == norm.num_features:
+        norm.eval()
+        norm.had_single_value = True
+
+
+def take_statistics(norm: _BatchNorm, args: tuple[Tensor], output: Tensor) -> None:
+    """After a norm's forward."""
+    if getattr(norm, "had_single_value", False):
+        norm.train()
+        norm.had_single_value = False
 
 
 def set_blank(norms: list[_BatchNorm], blank: bool) -> None:
