@@ -1,0 +1,182 @@
+"""The model as one GPU of a layout holds it, on the meta device, and what its step needs there.
+
+B rows, T text positions, I images of a row, H and W the picture's size in pixels.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from owlfuse.llm import decoder_layers
+from owlfuse.meter import Reading, read
+from owlfuse.model import MultimodalLM, on_meta
+from owlfuse.module import token_loss
+from owlfuse.optim import AdamWCosine
+from owlfuse.types import Batch
+
+COLUMNS = ("q_proj", "k_proj", "v_proj", "kv_proj", "gate_proj", "up_proj")
+"""Linear layers of a decoder layer whose outputs tensor parallelism divides."""
+ROWS = ("o_proj", "down_proj")
+"""And whose inputs it divides."""
+HALF = {"bf16": torch.bfloat16, "16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Precision:
+    """Lightning's `precision`: what parameters are held in (None: as they are), and what a step computes in."""
+
+    parameters: torch.dtype | None
+    autocast: torch.dtype | None
+
+    @classmethod
+    def of(cls, name: str | int | None) -> Precision:
+        """`32-true`, `bf16-mixed`, `bf16-true`, `16-mixed`, ... Raises ValueError for 64 bits and transformer engines."""
+        kind, _, mode = str(name or "32-true").partition("-")
+        mode = mode or ("true" if kind == "32" else "mixed")
+        if mode not in ("true", "mixed") or kind not in (*HALF, "32"):
+            raise ValueError(f"precision is {name}, and a plan knows 32-true, bf16-mixed, bf16-true, 16-mixed and 16-true")
+        half = HALF.get(kind)
+        return cls(half if mode == "true" else None, half if mode == "mixed" else None)
+
+
+def checkpointed(nodes: dict[str, Any], vocab_size: int) -> dict[str, Any]:
+    """The configuration's `model` with activation checkpointing wherever a part has it and it is not refused."""
+    nodes = copy.deepcopy(nodes)
+    nodes["llm"]["gradient_checkpointing"] = True
+    for part in ("vision", "connector"):
+        if "gradient_checkpointing" in nodes[part]:
+            nodes[part]["gradient_checkpointing"] = True
+    try:
+        on_meta(nodes, vocab_size)
+    except ValueError:  # a backbone that cannot
+        nodes["vision"]["gradient_checkpointing"] = False
+    return nodes
+
+
+def model_of_rank(nodes: dict[str, Any], vocab_size: int, tensor: int = 1, dtype: torch.dtype | None = None) -> MultimodalLM:
+    """The model on the meta device in training mode, divided over `tensor` ranks.
+
+    Raises:
+        ValueError: parts that do not fit together, or heads or widths that the ranks do not divide.
+    """
+    nodes = {**nodes, "compile": False, "llm": {**nodes["llm"], "attention": "sdpa"}}  # as much as flash attention needs
+    model, _ = on_meta(nodes, vocab_size)
+    if tensor > 1:
+        config = model.llm.config
+        heads = config.num_attention_heads, getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        if any(count % tensor for count in heads):
+            raise ValueError(f"the LLM's {heads[0]} heads and {heads[1]} key-value heads are not divided by {tensor} ranks")
+        for layer in decoder_layers(model.llm):
+            divide(layer, tensor)
+    return model.train() if dtype is None else model.to(dtype).train()
+
+
+def divide(layer: nn.Module, ranks: int) -> None:
+    """Leaves one rank's rows or columns of a decoder layer's projections, LoRA's updates and visual copies included.
+
+    The adaptive gate of hyperattention, which reads all heads, is taken to read this rank's, so that it is a little too small.
+    """
+    for path, module in layer.named_modules():
+        names = path.split(".")
+        if isinstance(module, nn.Linear):
+            reads_heads = any(name in ROWS for name in names) or {"visual", "gate_proj"} <= set(names)
+            if any(name in COLUMNS for name in names) and "lora_A" not in names:
+                cut(module, 0, ranks)
+            if reads_heads and "lora_B" not in names:
+                cut(module, 1, ranks)
+        elif names[-1] == "visual" and module.gate is not None:
+            module.gate = like(module.gate, module.gate[: len(module.gate) // ranks])
+
+
+def cut(linear: nn.Linear, dim: int, ranks: int) -> None:
+    """One rank's part of the weight's dimension `dim`, and of the bias where that is of the outputs."""
+    size = linear.weight.shape[dim]
+    if size % ranks:
+        raise ValueError(f"a projection of width {size} is not divided by {ranks} ranks")
+    linear.weight = like(linear.weight, linear.weight.narrow(dim, 0, size // ranks))
+    if dim == 0 and linear.bias is not None:
+        linear.bias = like(linear.bias, linear.bias[: size // ranks])
+
+
+def like(parameter: nn.Parameter, part: Tensor) -> nn.Parameter:
+    """A parameter of the part's shape, trained if the whole is."""
+    return nn.Parameter(torch.empty_like(part), parameter.requires_grad)
+
+
+def meta_batch(model: MultimodalLM, rows: int, length: int, images: int) -> Batch:
+    """B rows of T tokens with I images each, as the collator would make them, without their values."""
+    count, size = rows * images, model.vision.preprocessing.size
+    with torch.device("meta"):
+        ids = torch.zeros(rows, length, dtype=torch.long)
+        return Batch(
+            input_ids=ids,
+            attention_mask=torch.zeros_like(ids),
+            labels=torch.zeros_like(ids),
+            placeholder=torch.zeros_like(ids, dtype=torch.bool),
+            pixel_values=torch.zeros(max(count, 1), 3, *size, dtype=next(model.vision.parameters()).dtype),
+            image_mask=torch.zeros(max(count, 1), dtype=torch.bool),
+            image_index=torch.zeros(rows, max(images, 1), dtype=torch.long),
+            image_positions=torch.zeros(rows, max(images, 1), dtype=torch.long),
+            has_images=images > 0,
+        )
+
+
+def read_step(model: MultimodalLM, batch: Batch, autocast: torch.dtype | None = None) -> Reading:
+    """A micro batch's forward and backward pass, the training loss included."""
+    inputs = [value for value in vars(batch).values() if isinstance(value, Tensor)]
+    model.zero_grad()
+    reading = read(model, lambda: token_loss(model(batch), batch.labels)[0], inputs, autocast)
+    model.zero_grad()
+    return reading
+
+
+def size_of(tensors: Any) -> int:
+    """Bytes."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def optimizer_state(model: MultimodalLM, optim: AdamWCosine) -> int:
+    """Bytes of the optimizer's state after a step: that of a step with small stand-ins, grown to the parameters' sizes."""
+    total = 0.0
+    for group in optim.groups(model):
+        keys = [(stand_in_shape(p), p.dtype) for p in group["params"]]
+        small = {key: nn.Parameter(torch.ones(key[0], dtype=key[1], device="cpu")) for key in set(keys)}
+        for parameter in small.values():
+            parameter.grad = torch.ones_like(parameter)
+        optimizer = optim.optimizer([{**group, "params": list(small.values())}])
+        optimizer.step()
+        for parameter, key in zip(group["params"], keys, strict=True):
+            for value in filter(torch.is_tensor, optimizer.state[small[key]].values()):
+                grows = value.shape == key[0] and len(key[0]) > 0
+                total += size_of([value]) * (parameter.numel() / value.numel() if grows else 1)
+    return round(total)
+
+
+def stand_in_shape(parameter: Tensor) -> torch.Size:
+    """About 8 in the smallest dimension, the others in proportion: Muon takes some matrices by how long and narrow they are."""
+    unit = max(1, min(parameter.shape, default=1) // 8)
+    return torch.Size(max(1, size // unit) for size in parameter.shape)
+
+
+def gathered(model: MultimodalLM, dtype: torch.dtype | None) -> int:
+    """Bytes of whole parameters and gradients that FSDP holds at a time: what is outside of layers and blocks, the largest of
+    those twice (the next is fetched while one computes), and the gradients of one.
+
+    Args:
+        dtype: what they are gathered in, by default that of the parameters.
+    """
+    units = [list(layer.parameters()) for layer in decoder_layers(model.llm)]
+    units += model.part("vision").blocks
+    inside = {id(parameter) for unit in units for parameter in unit}
+    root = [parameter for parameter in model.parameters() if id(parameter) not in inside]
+
+    def whole(parameters: list[nn.Parameter], trained: bool = False) -> int:
+        chosen = [p for p in parameters if p.requires_grad or not trained]
+        return sum(p.numel() * (p.element_size() if dtype is None else dtype.itemsize) for p in chosen)
+
+    return whole(root) + 2 * max(map(whole, units)) + max(whole(unit, trained=True) for unit in units)
