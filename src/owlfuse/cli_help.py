@@ -3,6 +3,7 @@
 import argparse
 from typing import NoReturn
 
+LAYOUT = {"formatter_class": argparse.RawDescriptionHelpFormatter}
 EXIT_CODES = """\
 exit codes:
   0    done
