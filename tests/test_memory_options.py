@@ -19,6 +19,7 @@ from helpers import (
     model_node,
     policy,
 )
+from owlfuse.evaluation.generation import generate_greedy
 from owlfuse.model import build_model
 from owlfuse.plan_model import read_step
 
@@ -129,3 +130,12 @@ def test_compile_marks_decoder_layers_and_blocks_and_nothing_runs_yet():
     assert compiled == {f"llm.model.layers.{i}" for i in range(3)} | {f"vision.body.blocks.{i}" for i in range(3)}
     plain = build_model(model_node("concat"), VOCAB)[0]
     assert all(module._compiled_call_impl is None for module in plain.modules())
+
+
+def test_answers_are_generated_without_compiling_anything():
+    """Layers would be compiled anew for a cache and for each of the first lengths."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    model = build_model({**model_node("concat"), "compile": True}, VOCAB)[0].eval()
+    generate_greedy(model, make_batch(ROWS, model.fusion.tokens_per_image, left=True), 3, end_id=0)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 0

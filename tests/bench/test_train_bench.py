@@ -20,7 +20,7 @@ def test_it_leaves_a_table_a_plot_and_numbers_and_the_plan_is_right(tmp_path, ca
     assert result["tokens_per_second"] == pytest.approx(96 / result["seconds_per_step"])
     rate = result["flops_per_step"] / result["seconds_per_step"] / (result["matmul_tflops"] * 1e12)
     assert result["share_of_matmul_rate"] == pytest.approx(rate)
-    assert 0 < rate
+    assert rate > 0
 
 
 def test_a_wrong_size_is_one_line(capsys):
