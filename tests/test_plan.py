@@ -23,7 +23,7 @@ from owlfuse.module import token_loss
 from owlfuse.optim import AdamWCosine, MuonCosine
 from owlfuse.plan import GB, Workload, make_plan
 from owlfuse.plan_layouts import Layout, asked_layout
-from owlfuse.plan_model import Precision, meta_batch, model_of_rank, optimizer_state, read_step, size_of
+from owlfuse.plan_model import Precision, meta_batch, optimizer_state, part_of_rank, read_step, size_of, whole_model
 from owlfuse.types import Batch
 
 LLAMA = llm_fields(hidden_size=64, intermediate_size=96, num_hidden_layers=2, head_dim=16)
@@ -76,7 +76,7 @@ def test_the_peak_is_that_of_torchs_profiler_within_a_hundredth(tmp_path, checkp
 
 def test_flops_are_those_of_the_formula_and_less_for_what_is_frozen():
     """Two for each weight and token in the forward, four in the backward; two where only the input's gradient is needed."""
-    planned = model_of_rank(model_node("concat", llm=LLAMA), VOCAB)
+    planned = whole_model(model_node("concat", llm=LLAMA), VOCAB)
     batch = meta_batch(planned, rows=3, length=20, images=0)
     d, kv, hidden, tokens = 64, 32, 96, 3 * 20
     layer = d * d * 2 + d * kv * 2 + 3 * d * hidden
@@ -87,7 +87,7 @@ def test_flops_are_those_of_the_formula_and_less_for_what_is_frozen():
     assert reading.forward - picture.forward == forward
     backward = 2 * (4 * tokens * layer + 5 * attention // 2) + 4 * tokens * d * VOCAB
     assert reading.backward - picture.backward == backward
-    frozen = model_of_rank(model_node("concat", llm=LLAMA, adapter={"llm": policy("Frozen")}), VOCAB)
+    frozen = whole_model(model_node("concat", llm=LLAMA, adapter={"llm": policy("Frozen")}), VOCAB)
     less = read_step(frozen, batch)
     assert less.forward == reading.forward
     assert less.backward - picture.backward == backward - 2 * tokens * (2 * layer + d * VOCAB)
@@ -115,7 +115,7 @@ def test_flops_of_a_step_without_attention_are_torchs_own_count():
 def test_parameters_gradients_and_optimizer_state_are_those_after_a_real_step(optim, llm):
     """And the optimizer holds nothing for what is frozen."""
     nodes = model_node("hyperattention-adaptive", adapter={"llm": policy(llm), "vision": policy("Frozen")})
-    real, planned = build_model(nodes, VOCAB)[0].train(), model_of_rank(nodes, VOCAB)
+    real, planned = build_model(nodes, VOCAB)[0].train(), whole_model(nodes, VOCAB)
     assert size_of(planned.parameters()) == size_of(real.parameters())
     optimizer = optim.build(real, 10)["optimizer"]
     loss_of(real, make_batch(ROWS)).backward()
@@ -131,7 +131,7 @@ def test_parameters_gradients_and_optimizer_state_are_those_after_a_real_step(op
 
 
 def test_adamw_keeps_two_numbers_for_a_trained_one_and_muon_one_for_its_matrices():
-    planned = model_of_rank(model_node("concat"), VOCAB)
+    planned = whole_model(model_node("concat"), VOCAB)
     count = sum(p.numel() for p in planned.parameters())
     assert optimizer_state(planned, AdamWCosine()) == pytest.approx(8 * count, rel=0.01)
     ends = {id(planned.llm.get_input_embeddings().weight), id(planned.llm.get_output_embeddings().weight)}
@@ -144,7 +144,7 @@ def test_adamw_keeps_two_numbers_for_a_trained_one_and_muon_one_for_its_matrices
 
 def test_bf16_true_halves_what_bf16_mixed_keeps_in_float32_with_copies():
     nodes = model_node("concat", llm=LLAMA)
-    full, half = model_of_rank(nodes, VOCAB), model_of_rank(nodes, VOCAB, dtype=torch.bfloat16)
+    full, half = whole_model(nodes, VOCAB), part_of_rank(whole_model(nodes, VOCAB), dtype=torch.bfloat16)
     assert size_of(half.parameters()) * 2 == size_of(full.parameters())
     assert optimizer_state(half, AdamWCosine()) == pytest.approx(optimizer_state(full, AdamWCosine()) / 2, rel=0.01)
     assert Precision.of("bf16-mixed") == Precision(None, torch.bfloat16)
@@ -157,7 +157,7 @@ def test_bf16_true_halves_what_bf16_mixed_keeps_in_float32_with_copies():
 def test_autocast_on_meta_keeps_what_autocast_keeps():
     """Of the LLM alone: on a CPU autocast treats a backbone's LayerNorm otherwise than on a GPU."""
     nodes = model_node("concat", llm=LLAMA)
-    real, planned = build_model(nodes, VOCAB)[0].train(), model_of_rank(nodes, VOCAB)
+    real, planned = build_model(nodes, VOCAB)[0].train(), whole_model(nodes, VOCAB)
     ids = torch.arange(40).view(2, 20) % VOCAB
     mask = torch.ones_like(ids)
     mask[1, 15:] = 0
@@ -180,7 +180,7 @@ def test_autocast_on_meta_keeps_what_autocast_keeps():
 @pytest.mark.parametrize("llm", ["Full", "LoRA"])
 def test_tensor_ranks_hold_a_part_of_each_projection_and_run(node, llm):
     nodes = model_node(node, adapter={"llm": policy(llm), "fusion": policy(llm)})
-    whole, part = model_of_rank(nodes, VOCAB), model_of_rank(nodes, VOCAB, tensor=2)
+    whole, part = whole_model(nodes, VOCAB), part_of_rank(whole_model(nodes, VOCAB), tensor=2)
     shapes = {name: p.shape for name, p in whole.named_parameters()}
     cut = {name for name, p in part.named_parameters() if p.shape != shapes[name]}
     for layer in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.o_proj", "mlp.up_proj", "mlp.down_proj"):
@@ -194,7 +194,7 @@ def test_tensor_ranks_hold_a_part_of_each_projection_and_run(node, llm):
 
 def test_tensor_ranks_that_do_not_divide_the_heads_are_refused():
     with pytest.raises(ValueError, match="4 heads and 2 key-value heads are not divided by 4 ranks"):
-        model_of_rank(model_node("concat"), VOCAB, tensor=4)
+        part_of_rank(whole_model(model_node("concat"), VOCAB), tensor=4)
 
 
 SHARDED = "owlfuse.parallel.Sharded"
@@ -254,6 +254,15 @@ def estimate_of(*overrides):
     plain = OmegaConf.to_container(compose(["experiment=shapes_owl1", *overrides]), resolve=True)
     options = PlanOptions(**plain["plan"])
     return Workload(plain, options).estimate(asked_layout(plain["trainer"], plain["data"], options.gpus))
+
+
+def test_what_is_advised_is_what_the_parts_accept(capsys):
+    """A backbone with batch norms cannot be checkpointed, a ViT can."""
+    llm, vision = "model.llm.gradient_checkpointing=true", "model.vision.gradient_checkpointing=true"
+    assert plan_of().others[0].layout.overrides == (llm, "model.connector.gradient_checkpointing=true")
+    vit = ("model/vision=timm", "model.vision.name=test_vit", "model.vision.pretrained=false", llm)
+    assert vision in plan_of(*vit).others[0].layout.overrides
+    assert llm not in plan_of(*vit).others[0].layout.overrides
 
 
 def test_tokens_flops_and_seconds_are_of_the_global_batch():
@@ -332,7 +341,7 @@ def test_a_7b_model_is_planned_in_a_minute_and_a_gigabyte_and_a_half(tmp_path):
 
 
 def test_what_is_read_grows_with_rows_in_proportion():
-    planned = model_of_rank(model_node("concat", vision=VIT), VOCAB)
+    planned = whole_model(model_node("concat", vision=VIT), VOCAB)
     one, two, three = (read_step(planned, meta_batch(planned, rows, 80, 1)) for rows in (1, 2, 3))
     assert two.kept - one.kept == pytest.approx(three.kept - two.kept, rel=1e-4)
     assert two.forward - one.forward == three.forward - two.forward == one.forward

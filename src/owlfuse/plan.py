@@ -15,16 +15,17 @@ from owlfuse.build import build
 from owlfuse.config import ConfigError, PlanOptions
 from owlfuse.meter import Reading
 from owlfuse.model import MultimodalLM
-from owlfuse.plan_layouts import Layout, alternatives, asked_layout
+from owlfuse.plan_layouts import Layout, alternatives, asked_layout, checkpointing_keys
 from owlfuse.plan_model import (
     Precision,
     checkpointed,
     gathered,
     meta_batch,
-    model_of_rank,
     optimizer_state,
+    part_of_rank,
     read_step,
     size_of,
+    whole_model,
 )
 from owlfuse.runs import place
 
@@ -91,7 +92,6 @@ class Workload:
             self.vocab_size = 1  # the LLM's own
         self.length = options.length or plain["data"].get("max_length", 2048)
         self.global_batch = plain["data"].get("global_batch_size", 32)
-        self.checkpointed: dict[str, Any] = {}
         self.models: dict[tuple, MultimodalLM] = {}
         self.readings: dict[tuple, Reading] = {}
         self.model = self.model_of(1, False, self.precision.parameters)
@@ -143,13 +143,14 @@ class Workload:
         return self.readings[key]
 
     def model_of(self, tensor: int, checkpointing: bool, dtype: torch.dtype | None) -> MultimodalLM:
-        """One rank's model, built once."""
+        """One rank's model, made once."""
+        if (1, checkpointing, None) not in self.models:
+            self.models[1, checkpointing, None] = whole_model(
+                checkpointed(self.nodes, self.model) if checkpointing else self.nodes, self.vocab_size
+            )
         key = tensor, checkpointing, dtype
         if key not in self.models:
-            if checkpointing and not self.checkpointed:
-                self.checkpointed = checkpointed(self.nodes, self.vocab_size)
-            nodes = self.checkpointed if checkpointing else self.nodes
-            self.models[key] = model_of_rank(nodes, self.vocab_size, tensor, dtype)
+            self.models[key] = part_of_rank(self.models[1, checkpointing, None], tensor, dtype)
         return self.models[key]
 
 
@@ -171,7 +172,8 @@ def make_plan(config: DictConfig) -> Plan:
     except ValueError as error:
         raise ConfigError(place(config, str(error))) from error
     others = []
-    for other in alternatives(layout, workload.nodes, workload.global_batch):
+    again = checkpointed(workload.nodes, workload.model)
+    for other in alternatives(layout, checkpointing_keys(workload.nodes, again), workload.global_batch):
         try:
             others.append(workload.estimate(other))
         except ValueError:  # heads that so many ranks do not divide

@@ -89,16 +89,19 @@ def mesh(data: int | str, tensor: int | str, gpus: int) -> tuple[int, int]:
     return ranks, parts
 
 
-def checkpointing_keys(nodes: dict[str, Any]) -> tuple[str, ...]:
-    """The overrides that turn activation checkpointing on where it is off; of `llm` always, of other parts that name it."""
-    parts = [part for part in ("vision", "connector") if nodes[part].get("gradient_checkpointing") is False]
-    parts += [] if nodes["llm"].get("gradient_checkpointing") else ["llm"]
-    return tuple(f"model.{part}.gradient_checkpointing=true" for part in sorted(parts, reverse=True))
+def checkpointing_keys(nodes: dict[str, Any], again: dict[str, Any]) -> tuple[str, ...]:
+    """The overrides that make the model's `nodes` those of `again`, which have activation checkpointing."""
+    names = [name for name in ("llm", "vision", "connector") if nodes[name] != again[name]]
+    return tuple(f"model.{name}.gradient_checkpointing=true" for name in names)
 
 
-def alternatives(asked: Layout, nodes: dict[str, Any], batch: int) -> Iterator[Layout]:
-    """Other layouts on the same GPUs, from the least change to the greatest."""
-    keys = checkpointing_keys(nodes)
+def alternatives(asked: Layout, keys: tuple[str, ...], batch: int) -> Iterator[Layout]:
+    """Other layouts on the same GPUs, from the least change to the greatest.
+
+    Args:
+        keys: what turns activation checkpointing on, empty where it is.
+        batch: samples of a global batch.
+    """
 
     def again(layout: Layout) -> list[Layout]:
         return [replace(layout, checkpointing=True, overrides=(*layout.overrides, *keys))] if keys else []

@@ -6,6 +6,7 @@ B rows, T text positions, I images of a row, H and W the picture's size in pixel
 from __future__ import annotations
 
 import copy
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,36 +45,41 @@ class Precision:
         return cls(half if mode == "true" else None, half if mode == "mixed" else None)
 
 
-def checkpointed(nodes: dict[str, Any], vocab_size: int) -> dict[str, Any]:
-    """The configuration's `model` with activation checkpointing wherever a part has it and it is not refused."""
+def whole_model(nodes: dict[str, Any], vocab_size: int) -> MultimodalLM:
+    """The configuration's `model` on the meta device, in training mode. Raises ValueError: parts that do not fit together."""
+    nodes = {**nodes, "compile": False, "llm": {**nodes["llm"], "attention": "sdpa"}}  # as much as flash attention needs
+    return on_meta(nodes, vocab_size)[0].train()
+
+
+def checkpointed(nodes: dict[str, Any], model: MultimodalLM) -> dict[str, Any]:
+    """`nodes` with activation checkpointing in every part that has it, but for those of the model that refuse it."""
     nodes = copy.deepcopy(nodes)
+    for name in ("vision", "connector"):
+        part = copy.deepcopy(getattr(model, name))
+        if "gradient_checkpointing" not in nodes[name] or not hasattr(part, "set_checkpointing"):
+            continue
+        with suppress(ValueError):
+            part.set_checkpointing(True)
+            nodes[name]["gradient_checkpointing"] = True
     nodes["llm"]["gradient_checkpointing"] = True
-    for part in ("vision", "connector"):
-        if "gradient_checkpointing" in nodes[part]:
-            nodes[part]["gradient_checkpointing"] = True
-    try:
-        on_meta(nodes, vocab_size)
-    except ValueError:  # a backbone that cannot
-        nodes["vision"]["gradient_checkpointing"] = False
     return nodes
 
 
-def model_of_rank(nodes: dict[str, Any], vocab_size: int, tensor: int = 1, dtype: torch.dtype | None = None) -> MultimodalLM:
-    """The model on the meta device in training mode, divided over `tensor` ranks.
+def part_of_rank(model: MultimodalLM, tensor: int = 1, dtype: torch.dtype | None = None) -> MultimodalLM:
+    """A copy of the model as one of `tensor` ranks holds it, in another type of numbers where one is given.
 
     Raises:
-        ValueError: parts that do not fit together, or heads or widths that the ranks do not divide.
+        ValueError: heads or widths that the ranks do not divide.
     """
-    nodes = {**nodes, "compile": False, "llm": {**nodes["llm"], "attention": "sdpa"}}  # as much as flash attention needs
-    model, _ = on_meta(nodes, vocab_size)
+    config = model.llm.config
+    heads = config.num_attention_heads, getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    if any(count % tensor for count in heads):
+        raise ValueError(f"the LLM's {heads[0]} heads and {heads[1]} key-value heads are not divided by {tensor} ranks")
+    model = copy.deepcopy(model)
     if tensor > 1:
-        config = model.llm.config
-        heads = config.num_attention_heads, getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        if any(count % tensor for count in heads):
-            raise ValueError(f"the LLM's {heads[0]} heads and {heads[1]} key-value heads are not divided by {tensor} ranks")
         for layer in decoder_layers(model.llm):
             divide(layer, tensor)
-    return model.train() if dtype is None else model.to(dtype).train()
+    return model if dtype is None else model.to(dtype)
 
 
 def divide(layer: nn.Module, ranks: int) -> None:
