@@ -111,6 +111,7 @@ class Workload:
         whole = gathered(model, self.gathered_dtype(layout)) if layout.sharded and layout.data > 1 else 0
         parameters = size_of(model.parameters()) * share + size_of(model.buffers())
         optimizer = optimizer_state(model, self.optim) * share
+        buckets = trained if layout.buckets else 0
         alive = reading.peak(trained if accumulation > 1 else None, share)
         flops = float(reading.forward + reading.backward) * accumulation * layout.data * layout.tensor
         per_second = self.options.peak_tflops * 1e12 * self.options.share_of_peak * layout.data * layout.tensor
@@ -118,11 +119,11 @@ class Workload:
             layout=layout,
             accumulation=accumulation,
             parameters=int(parameters),
-            gradients=int(trained * share),
+            gradients=int(trained * share) + buckets,
             optimizer=int(optimizer),
             gathered=whole,
             activations=reading.activations,
-            peak=int(parameters + optimizer + whole + max(alive, trained * share)),
+            peak=int(parameters + optimizer + buckets + whole + max(alive, trained * share)),
             flops=flops,
             seconds=flops / per_second,
         )

@@ -24,6 +24,8 @@ class Layout:
     """Whether the data ranks share out parameters, gradients and optimizer state (FSDP)."""
     micro: int
     """Samples that a data rank takes at a time."""
+    buckets: bool = False
+    """Whether gradients are there twice, in the buckets of Lightning's own DDP too."""
     checkpointing: bool = False
     """Whether activations are computed again wherever a part can; False: as the configuration says."""
     overrides: tuple[str, ...] = ()
@@ -51,6 +53,7 @@ def asked_layout(trainer: dict[str, Any], data: dict[str, Any], gpus: int | None
     gpus = gpus or trainer_devices(trainer)
     strategy = trainer.get("strategy") or "auto"
     sharded, tensor, ranks = False, 1, gpus
+    buckets = gpus > 1 and isinstance(strategy, str) and strategy.startswith(("auto", "ddp"))
     if isinstance(strategy, dict) and strategy["_target_"].endswith(".Sharded"):
         ranks, tensor = mesh(strategy.get("data", "auto"), strategy.get("tensor", 1), gpus)
         sharded = ranks > 1 or tensor == 1
@@ -63,7 +66,7 @@ def asked_layout(trainer: dict[str, Any], data: dict[str, Any], gpus: int | None
             f"data.global_batch_size is {batch}, which {ranks} data ranks of micro_batch_size {micro} do not divide; "
             f"choose a multiple of {micro * ranks}, or other plan.gpus"
         )
-    return Layout(ranks, tensor, sharded, micro)
+    return Layout(ranks, tensor, sharded, micro, buckets)
 
 
 def trainer_devices(trainer: dict[str, Any]) -> int:
@@ -111,12 +114,12 @@ def alternatives(asked: Layout, keys: tuple[str, ...], batch: int) -> Iterator[L
         one = replace(asked, micro=1, overrides=("data.micro_batch_size=1",))
         yield from (one, *again(one))
     if asked.gpus > 1 and not asked.sharded and batch % (asked.micro * asked.gpus) == 0:
-        fsdp = replace(asked, data=asked.gpus, tensor=1, sharded=True, overrides=("trainer=fsdp",))
+        fsdp = replace(asked, data=asked.gpus, tensor=1, sharded=True, buckets=False, overrides=("trainer=fsdp",))
         yield from (fsdp, *again(fsdp))
     for ranks in TENSOR_RANKS:
         if asked.gpus % ranks == 0 and ranks != asked.tensor:
             data = asked.gpus // ranks
             over = "trainer=fsdp_tp", f"trainer.strategy.data={data}", f"trainer.strategy.tensor={ranks}"
             over += (f"data.micro_batch_size={asked.micro}",)
-            split = replace(asked, data=data, tensor=ranks, sharded=data > 1, overrides=over)
+            split = replace(asked, data=data, tensor=ranks, sharded=data > 1, buckets=False, overrides=over)
             yield from again(split) or [split]

@@ -37,7 +37,9 @@ def memory_table(plan: Plan, experiment: str) -> Table:
     table.add_column("GB", justify="right")
     table.add_column("")
     table.add_row("parameters", gigabytes(asked.parameters), f"{plan.total:,} in all, {plan.trained:,} trained")
-    table.add_row("gradients", gigabytes(asked.gradients), "of what is trained")
+    table.add_row(
+        "gradients", gigabytes(asked.gradients), "of what is trained" + ", twice: in DDP's buckets too" * asked.layout.buckets
+    )
     table.add_row("optimizer state", gigabytes(asked.optimizer), "of what is trained")
     if asked.gathered:
         table.add_row("gathered layers", gigabytes(asked.gathered), "whole while FSDP computes them")
