@@ -204,7 +204,7 @@ def test_tensor_ranks_hold_a_part_of_each_projection_and_run(node, llm):
 
 
 def test_tensor_ranks_that_do_not_divide_the_heads_are_refused():
-    with pytest.raises(ValueError, match="4 heads and 2 key-value heads are not divided by 4 ranks"):
+    with pytest.raises(ValueError, match="num_key_value_heads of the LLM is 2, which 4 tensor ranks do not divide"):
         part_of_rank(whole_model(model_node("concat"), VOCAB), tensor=4)
 
 

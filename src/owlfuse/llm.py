@@ -19,6 +19,16 @@ from owlfuse.types import Batch
 
 NORMS = ("input_layernorm", "post_attention_layernorm")
 KEY_VALUE = ("k_proj", "v_proj")
+TENSOR_ROLES = {
+    **{f"self_attn.{name}": "columns" for name in ("q_proj", "k_proj", "v_proj")},
+    **{f"mlp.{name}": "columns" for name in ("gate_proj", "up_proj")},
+    "self_attn.o_proj": "rows",
+    "mlp.down_proj": "rows",
+}
+"""How tensor parallelism splits the projections of a decoder layer: by the heads or hidden units that come out (`columns`), or
+by those that go in (`rows`), after which the ranks' results are added up."""
+PER_HEAD_NORMS = ("q_norm", "k_norm")
+"""Norms of Qwen3, whose one weight serves every head."""
 
 
 def load_llm(
@@ -112,6 +122,19 @@ def decoder_layers(llm: PreTrainedModel) -> nn.ModuleList:
         if not has_module(layers[0], name):
             raise ValueError(f"{type(llm).__name__} has no {name} in its decoder layers; Llama, Mistral and Qwen have")
     return layers
+
+
+def check_split(llm: PreTrainedModel, ranks: int) -> None:
+    """Raises ValueError where so many tensor ranks do not divide the LLM's heads or hidden units."""
+    config = llm.config
+    counts = {
+        "num_attention_heads": config.num_attention_heads,
+        "num_key_value_heads": getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
+        "intermediate_size": config.intermediate_size,
+    }
+    for name, count in counts.items():
+        if count % ranks:
+            raise ValueError(f"{name} of the LLM is {count}, which {ranks} tensor ranks do not divide")
 
 
 def has_module(module: nn.Module, path: str) -> bool:

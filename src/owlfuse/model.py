@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from hydra.utils import get_object
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from transformers import PreTrainedModel
@@ -17,7 +18,7 @@ from owlfuse.adapters import PARTS, Part, PartSummary, apply_adapters
 from owlfuse.build import build
 from owlfuse.fusion.base import Fusion
 from owlfuse.layers import compile_layers
-from owlfuse.llm import cache_argument, decoder_layers, mask_argument, width
+from owlfuse.llm import PER_HEAD_NORMS, TENSOR_ROLES, cache_argument, decoder_layers, mask_argument, width
 from owlfuse.types import Batch, VisualTokens
 
 
@@ -92,6 +93,22 @@ class MultimodalLM(nn.Module):
         blocks = [[p for p in layer.parameters() if id(p) not in owned] for layer in decoder_layers(self.llm)]
         return Part(name, self.llm, parameters, blocks)
 
+    def sharding_units(self) -> list[nn.Module]:
+        """The modules that FSDP gathers one after the other; what is in none of them is gathered for the whole forward."""
+        parts = [module for module in (self.vision, self.connector) if hasattr(module, "sharding_units")]
+        return [*(unit for part in parts for unit in part.sharding_units()), *decoder_layers(self.llm)]
+
+    def projections(self) -> list[tuple[nn.Module, str]]:
+        """The linear layers that tensor parallelism splits, each with its role (see `llm.TENSOR_ROLES`)."""
+        roles = {**TENSOR_ROLES, **self.fusion.tensor_roles}
+        layers = [found for layer in decoder_layers(self.llm) for found in linear_layers(layer)]
+        return [(module, roles[name]) for name, module in layers if name in roles]
+
+    def per_head(self) -> list[nn.Parameter]:
+        """Parameters that every tensor rank has whole and uses for its own heads alone."""
+        norms = [getattr(layer.self_attn, name, None) for layer in decoder_layers(self.llm) for name in PER_HEAD_NORMS]
+        return [*(p for norm in norms if norm is not None for p in norm.parameters()), *self.fusion.per_head(self.llm)]
+
     def train(self, mode: bool = True) -> MultimodalLM:
         """As torch's, but a batch norm whose weight is frozen keeps its statistics."""
         super().train(mode)
@@ -99,6 +116,15 @@ class MultimodalLM(nn.Module):
             if isinstance(module, _BatchNorm) and module.weight is not None and not module.weight.requires_grad:
                 module.eval()
         return self
+
+
+def linear_layers(module: nn.Module, path: tuple[str, ...] = ()) -> list[tuple[str, nn.Module]]:
+    """The linear layers below a module, LoRA's around them taken as one, with the last two parts of their paths; a copy by
+    modality has the name of what it copies."""
+    if isinstance(module, nn.Linear | LoraLayer):
+        own = path[:-1] if path[-1] in ("text", "vision") else path
+        return [(".".join(own[-2:]), module)]
+    return [found for name, child in module.named_children() for found in linear_layers(child, (*path, name))]
 
 
 def blocks_of(module: nn.Module) -> list[list[nn.Parameter]]:

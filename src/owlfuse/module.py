@@ -10,11 +10,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from owlfuse.adapters import print_summary
+from owlfuse.adapters import PartSummary, print_summary
 from owlfuse.data.packing import Padding
 from owlfuse.hub.start import load_base
 from owlfuse.model import MultimodalLM, build_model
+from owlfuse.model_parallel import build_for
 from owlfuse.optim import AdamWCosine
+from owlfuse.parallel import add_up, all_rows, clip, data_ranks, divide
 from owlfuse.types import Batch, DataError
 
 log = logging.getLogger(__name__)
@@ -40,15 +42,20 @@ class MultimodalModule(lightning.LightningModule):
         """`skipped` and `truncated` at the last whole step, which a checkpoint goes on from."""
         self.loss_sum = 0.0
         self.token_count = 0
+        self.images = 0
         self.padding = Padding()
 
     def configure_model(self) -> None:
         """Builds the model once, where Lightning wants it built."""
         if self.model is None:
-            base = load_base(self.init_from, self.model_config["llm"], self.vocab_size) if self.init_from else None
-            self.model, summary = build_model(self.model_config, self.vocab_size, base)
+            self.model, summary = build_for(self, self.build)
             if self.global_rank == 0:
                 print_summary(summary)
+
+    def build(self) -> tuple[MultimodalLM, list[PartSummary]]:
+        """The model and what of it is trained."""
+        base = load_base(self.init_from, self.model_config["llm"], self.vocab_size) if self.init_from else None
+        return build_model(self.model_config, self.vocab_size, base)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """The summed loss, scaled so that after Lightning's division by the accumulation steps, and the ranks' mean, the sum
@@ -57,8 +64,9 @@ class MultimodalModule(lightning.LightningModule):
         self.count_skipped(batch)
         self.loss_sum = self.loss_sum + loss.detach()
         self.token_count = self.token_count + tokens
+        self.images += len(batch.pixel_values) * batch.has_images
         self.padding.add(batch)
-        return loss * (self.trainer.accumulate_grad_batches * self.trainer.world_size)
+        return loss * (self.trainer.accumulate_grad_batches * data_ranks(self.trainer))
 
     def count_skipped(self, batch: Batch) -> None:
         """Says each sample that was left out or cut. Raises DataError past a source's `max_skips`."""
@@ -75,17 +83,39 @@ class MultimodalModule(lightning.LightningModule):
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Divides the gradients by the supervised tokens of the global batch, and logs its loss and its share of padding."""
-        padding = torch.tensor([self.padding.tokens, self.padding.unpacked, self.padding.positions]).to(self.loss_sum)
-        totals = torch.stack([self.loss_sum, self.token_count.to(self.loss_sum), *padding])
-        loss_sum, tokens, *padding = self.trainer.strategy.reduce(totals, reduce_op="sum")
+        counts = [self.images, self.padding.tokens, self.padding.unpacked, self.padding.positions]
+        row = torch.stack([self.loss_sum.double(), self.token_count.double(), *torch.tensor(counts).to(self.loss_sum.double())])
+        rows = all_rows(self.trainer, row)
+        loss_sum, tokens, _, *padding = rows.sum(0).to(self.loss_sum)
         for name, share in Padding(*padding).shares().items():
             self.log(f"data/{name}", share)
+        self.log_census(rows[:, 2])
         tokens = tokens.clamp_min(1)
-        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        torch._foreach_div_(gradients, tokens)
+        add_up(self.model.per_head(), self.trainer.strategy)
+        divide(gradients_of(optimizer), tokens)
         self.log("train/loss", loss_sum / tokens, prog_bar=True)
-        self.loss_sum, self.token_count, self.padding = 0.0, 0, Padding()
+        self.loss_sum, self.token_count, self.images, self.padding = 0.0, 0, 0, Padding()
         self.counted = list(self.skipped), dict(self.truncated)
+
+    def log_census(self, images: Tensor) -> None:
+        """Which ranks had images in a step: images (ranks,)."""
+        self.log("data/images", images.sum())
+        if len(images) > 1:
+            self.log("data/images_least", images.min())
+            self.log("data/images_most", images.max())
+            self.log("data/ranks_without_images", (images == 0).double().sum())
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """By the norm over all parameters and all ranks' shards, logged as `train/grad_norm`; by value as Lightning does."""
+        if gradient_clip_algorithm == "value":
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+        elif gradient_clip_val:
+            self.log("train/grad_norm", clip(gradients_of(optimizer), gradient_clip_val))
 
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Loss per supervised token of the validation sources, `<source>/loss`."""
@@ -119,6 +149,11 @@ class MultimodalModule(lightning.LightningModule):
         for count in ("ready", "started", "processed", "completed"):
             progress["current"][count] = progress["total"][count] = done
         progress["is_last_batch"] = False
+
+
+def gradients_of(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    """Of all the parameters that an optimizer trains and that have one."""
+    return [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
 
 
 def token_loss(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

@@ -11,6 +11,7 @@ from transformers import get_cosine_with_min_lr_schedule_with_warmup
 
 from owlfuse.adapters import PARTS
 from owlfuse.model import MultimodalLM
+from owlfuse.parallel import by_kind
 
 NO_DECAY = ("queries", "end_token", "pos_embed", "cls_token", "reg_token", "slope", "gamma")
 
@@ -52,11 +53,11 @@ class AdamWCosine:
             trained = {n: p for n, p in model.part(part).parameters.items() if p.requires_grad}
             for decay in (True, False):
                 parameters = [p for n, p in trained.items() if has_decay(n, p) == decay]
-                if parameters:
+                for index, own in enumerate(by_kind(parameters)):
                     lr = self.lr if self.part_lr.get(part) is None else self.part_lr[part]
                     weight_decay = self.weight_decay if decay else 0.0
-                    name = f"{part}{'' if decay else '_no_decay'}"
-                    groups.append({"params": parameters, "lr": lr, "weight_decay": weight_decay, "name": name})
+                    name = f"{part}{'_split' * index}{'' if decay else '_no_decay'}"
+                    groups.append({"params": own, "lr": lr, "weight_decay": weight_decay, "name": name})
         return groups
 
     def build(self, model: MultimodalLM, steps: int) -> dict[str, Any]:

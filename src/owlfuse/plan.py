@@ -85,7 +85,8 @@ class Workload:
         self.nodes = plain["model"]
         self.options = options
         self.optim = build(plain["optim"])
-        self.precision = Precision.of(plain["trainer"].get("precision"))
+        gpu = plain["trainer"].get("accelerator") != "cpu"
+        self.precision = Precision.of(plain["trainer"].get("precision") or ("bf16-mixed" if gpu else "32-true"))
         self.vocab_size = options.vocab_size or 32000
         config = self.nodes["llm"].get("config") or {}
         if options.vocab_size is None and ("vocab_size" in config or self.nodes["llm"].get("pretrained")):

@@ -13,17 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from owlfuse.llm import decoder_layers
+from owlfuse.llm import check_split
 from owlfuse.meter import Reading, read
 from owlfuse.model import MultimodalLM, on_meta
 from owlfuse.module import token_loss
 from owlfuse.optim import AdamWCosine
 from owlfuse.types import Batch
 
-COLUMNS = ("q_proj", "k_proj", "v_proj", "kv_proj", "gate_proj", "up_proj")
-"""Linear layers of a decoder layer whose outputs tensor parallelism divides."""
-ROWS = ("o_proj", "down_proj")
-"""And whose inputs it divides."""
 HALF = {"bf16": torch.bfloat16, "16": torch.float16}
 
 
@@ -71,32 +67,28 @@ def part_of_rank(model: MultimodalLM, tensor: int = 1, dtype: torch.dtype | None
     Raises:
         ValueError: heads or widths that the ranks do not divide.
     """
-    config = model.llm.config
-    heads = config.num_attention_heads, getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    if any(count % tensor for count in heads):
-        raise ValueError(f"the LLM's {heads[0]} heads and {heads[1]} key-value heads are not divided by {tensor} ranks")
+    check_split(model.llm, tensor)
     model = copy.deepcopy(model)
     if tensor > 1:
-        for layer in decoder_layers(model.llm):
-            divide(layer, tensor)
+        divide(model, tensor)
     return model if dtype is None else model.to(dtype)
 
 
-def divide(layer: nn.Module, ranks: int) -> None:
-    """Leaves one rank's rows or columns of a decoder layer's projections, LoRA's updates and visual copies included.
+def divide(model: MultimodalLM, ranks: int) -> None:
+    """Leaves the first rank's rows or columns of the projections that tensor parallelism splits, LoRA's updates included.
 
     The adaptive gate of hyperattention, which reads all heads, is taken to read this rank's, so that it is a little too small.
     """
-    for path, module in layer.named_modules():
-        names = path.split(".")
-        if isinstance(module, nn.Linear):
-            reads_heads = any(name in ROWS for name in names) or {"visual", "gate_proj"} <= set(names)
-            if any(name in COLUMNS for name in names) and "lora_A" not in names:
-                cut(module, 0, ranks)
-            if reads_heads and "lora_B" not in names:
-                cut(module, 1, ranks)
-        elif names[-1] == "visual" and module.gate is not None:
-            module.gate = like(module.gate, module.gate[: len(module.gate) // ranks])
+    for projection, role in model.projections():
+        for path, module in projection.named_modules():
+            if isinstance(module, nn.Linear):
+                if role != "rows" and "lora_A" not in path:
+                    cut(module, 0, ranks)
+                if role != "columns" and "lora_B" not in path:
+                    cut(module, 1, ranks)
+    for module in model.fusion.owned(model.llm):
+        if hasattr(module, "share"):
+            module.share = (0, ranks)
 
 
 def cut(linear: nn.Linear, dim: int, ranks: int) -> None:
@@ -176,8 +168,7 @@ def gathered(model: MultimodalLM, dtype: torch.dtype | None) -> int:
     Args:
         dtype: what they are gathered in, by default that of the parameters.
     """
-    units = [list(layer.parameters()) for layer in decoder_layers(model.llm)]
-    units += model.part("vision").blocks
+    units = [list(unit.parameters()) for unit in model.sharding_units()]
     inside = {id(parameter) for unit in units for parameter in unit}
     root = [parameter for parameter in model.parameters() if id(parameter) not in inside]
 

@@ -13,6 +13,7 @@ from owlfuse.evaluation import write_results
 from owlfuse.hub.start import adopt_parts
 from owlfuse.model import on_meta
 from owlfuse.module import MultimodalModule
+from owlfuse.parallel import evaluates
 from owlfuse.plan import dry_run
 from owlfuse.runs import last_checkpoint, place, run_folder, write_config
 from owlfuse.trainer import make_trainer, raise_if_stopped
@@ -34,8 +35,7 @@ def run(config: DictConfig) -> Path | None:
     plain = OmegaConf.to_container(config, resolve=True)
     try:
         plan, _ = on_meta(plain["model"], vocab_size=1024)
-        optim, evaluation = build(config.optim), build(config.evaluation)
-        folder = run_folder(config)
+        optim, evaluation, folder = build(config.optim), build(config.evaluation), run_folder(config)
         data = build(config.data)
         data.bind(plan.vision.preprocessing, plan.fusion.tokens_per_image)
         trainer = make_trainer(config, data, folder)
@@ -45,15 +45,15 @@ def run(config: DictConfig) -> Path | None:
         raise ConfigError(place(config, str(error))) from error
     lightning.seed_everything(config.seed, workers=True, verbose=False)
     module = MultimodalModule(plain["model"], optim, data.vocab_size, None if config.resume else config.get("init_from"))
-    if trainer.is_global_zero:
-        write_config(config, folder)
+    write_config(config, folder)
     trainer.fit(module, data, ckpt_path=last_checkpoint(folder) if config.resume else None, weights_only=True)
     if trainer.is_global_zero:
         mixture = data.report(trainer.global_step, module.skipped, module.truncated)
         (folder / "mixture.json").write_text(json.dumps(mixture, indent=2) + "\n", encoding="utf-8")
     raise_if_stopped(trainer, folder)
-    if trainer.is_global_zero:
+    if evaluates(trainer):
         metrics, answers = evaluation(module.model, data)
+    if trainer.is_global_zero:
         write_results(folder, config.experiment, config.seed, trainer.global_step, metrics, time.monotonic() - began)
         evaluation.write(folder, metrics, answers, f"{config.experiment}, {trainer.global_step} steps")
         print(f"everything of this run is in {folder}")

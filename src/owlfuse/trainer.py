@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, TQDMProgressBar
 from lightning.pytorch.loggers import CSVLogger
@@ -15,19 +16,22 @@ from omegaconf import DictConfig
 
 from owlfuse.build import build
 from owlfuse.data.datamodule import ChatData
+from owlfuse.parallel import data_ranks
 
 
 def make_trainer(config: DictConfig, data: ChatData, folder: Path) -> Trainer:
     """The Trainer, its accumulation made of batch sizes and ranks, its validation interval in optimizer steps."""
     before = read_metrics(folder)
-    loggers = [build(logger, save_dir=folder, name="", version="") for logger in (config.logger or {}).values()]
+    loggers = [build(logger, save_dir=folder, name="", version="") for logger in (config.logger or {}).values() if logger]
     for logger in loggers:
         if isinstance(logger, CSVLogger) and before:  # Lightning would begin the file anew
             logger.experiment.metrics = before
             logger.save()
     watched = f"{next(iter(data.validation))}/loss" if data.validation else None
+    precision = {"precision": precision_for(config.trainer.accelerator)} if config.trainer.precision is None else {}
     trainer = build(
         config.trainer,
+        **precision,
         logger=loggers,
         callbacks=make_callbacks(folder, watched),
         default_root_dir=str(folder),
@@ -40,9 +44,15 @@ def make_trainer(config: DictConfig, data: ChatData, folder: Path) -> Trainer:
     if steps < asked and trainer.is_global_zero:
         print(f"the data end (at_end) after {steps} whole steps of {asked}, so the run does")
     trainer.fit_loop.epoch_loop.max_steps = steps
-    trainer.accumulate_grad_batches = data.accumulation(trainer.world_size)
+    trainer.accumulate_grad_batches = data.accumulation(data_ranks(trainer))
     trainer.val_check_interval = min(config.trainer.val_check_interval, trainer.max_steps) * trainer.accumulate_grad_batches
     return trainer
+
+
+def precision_for(accelerator: str) -> str:
+    """bf16-mixed on GPUs, else 32-true."""
+    gpus = accelerator in ("gpu", "cuda") or (accelerator == "auto" and torch.cuda.is_available())
+    return "bf16-mixed" if gpus else "32-true"
 
 
 def read_metrics(folder: Path) -> list[dict[str, str]]:

@@ -21,6 +21,7 @@ from torchvision.transforms.v2 import functional as VF
 
 from owlfuse.layers import checkpoint_blocks, remove_modules, unused_parameters
 from owlfuse.positions import sincos_2d_spread
+from owlfuse.sync_norm import set_blank
 
 
 @dataclass(frozen=True)
@@ -196,17 +197,20 @@ class TimmBackbone(nn.Module):
             blocks[-1] += self.norm.parameters()
         return blocks
 
+    def sharding_units(self) -> list[nn.Module]:
+        """timm's blocks or stages, where the model has a list of them."""
+        lists = [getattr(self.body, name, None) for name in ("blocks", "stages", "layers")]
+        return [unit for found in lists if isinstance(found, nn.ModuleList | nn.Sequential) for unit in found]
+
     @contextmanager
     def statistics_kept(self):
         """Inside, batch norms neither use nor move the batch's statistics: for the blank image of a batch without images."""
         norms = [m for m in self.modules() if isinstance(m, _BatchNorm) and m.training]
-        for norm in norms:
-            norm.eval()
+        set_blank(norms, True)
         try:
             yield
         finally:
-            for norm in norms:
-                norm.train()
+            set_blank(norms, False)
 
 
 def create_body(name: str, pretrained: bool, image_size: int | None, kwargs: dict[str, Any]) -> nn.Module:

@@ -83,6 +83,10 @@ class Abstractor(nn.Module):
         """The layers in order, for adapters that train the last of them."""
         return list(self.layers)
 
+    def sharding_units(self) -> list[nn.Module]:
+        """The layers, each gathered on its own."""
+        return list(self.layers)
+
     def forward(self, features: Tensor) -> Tensor:
         """(N, P, Dv) -> (N, Q + 1, D), the last being the end token; (N, Q, D) without one."""
         queries = self.queries.expand(features.shape[0], -1, -1)
@@ -139,7 +143,7 @@ class SwiGLU(nn.Module):
         self.w2 = nn.Linear(hidden, width)
         self.w3 = nn.Linear(width, hidden)
         self.norm = nn.LayerNorm(hidden, eps=eps)
-        self.slope = nn.Parameter(torch.ones(())) if learned_slope else None
+        self.slope = nn.Parameter(torch.ones(1)) if learned_slope else None
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., Dv) -> (..., Dv)."""

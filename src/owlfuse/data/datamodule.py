@@ -143,11 +143,12 @@ class ChatData(lightning.LightningDataModule):
     def train_dataloader(self) -> DataLoader:
         """From the trainer's step on, so that a resumed run goes on where it was."""
         trainer = self.trainer
+        place = trainer.distributed_sampler_kwargs or {"rank": 0, "num_replicas": 1}  # tensor ranks share their rows
         sampler = GlobalBatchSampler(
             self.global_batch_size,
-            self.accumulation(trainer.world_size),
-            trainer.global_rank,
-            trainer.world_size,
+            self.accumulation(place["num_replicas"]),
+            place["rank"],
+            place["num_replicas"],
             steps=trainer.max_steps,
             first_step=trainer.global_step,
         )

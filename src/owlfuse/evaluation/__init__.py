@@ -30,13 +30,15 @@ class Evaluation:
 
     def __call__(self, model: Any, data: Any) -> tuple[dict[str, float], list[Answer]]:
         """Metrics by their full names and all answers, progress shown."""
+        from lightning.pytorch.utilities import rank_zero_only
         from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
 
         training = model.training
         model.eval()
         metrics: dict[str, float] = {}
         everything: list[Answer] = []
-        with Progress(*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeRemainingColumn()) as progress:
+        columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeRemainingColumn())
+        with Progress(*columns, disable=rank_zero_only.rank != 0) as progress:
             for source in data.validation:
                 questions = questions_of(data, source, self.max_questions)
                 about_pictures = any(sample.images or sample.videos for sample, _, _ in questions)

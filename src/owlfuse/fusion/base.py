@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -19,12 +19,19 @@ class Fusion(nn.Module):
     """
 
     tokens_per_image: int
+    tensor_roles: ClassVar[dict[str, str]] = {}
+    """As `owlfuse.llm.TENSOR_ROLES`, of the projections that `attach` adds; `gathered`: what goes in is split by heads, and
+    needed whole."""
 
     def attach(self, llm: PreTrainedModel) -> None:
         """Edits this LLM instance, before adapters and sharding. By default nothing is edited."""
 
     def owned(self, llm: PreTrainedModel) -> list[nn.Module]:
         """The modules inside the LLM that belong to this part, and not to the part `llm`."""
+        return []
+
+    def per_head(self, llm: PreTrainedModel) -> list[nn.Parameter]:
+        """Parameters that every tensor rank has whole and uses for its own heads alone, so that their gradients add up."""
         return []
 
     def forward(

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +36,7 @@ class HyperAttention(Fusion):
     """
 
     tokens_per_image = 1
+    tensor_roles: ClassVar = {"visual.kv_proj": "columns", "visual.gate_proj": "gathered"}
 
     def __init__(self, connector_tokens: int, layers: list[int], gate: Gate = "adaptive") -> None:
         super().__init__()
@@ -61,6 +62,10 @@ class HyperAttention(Fusion):
     def owned(self, llm: PreTrainedModel) -> list[nn.Module]:
         """The visual key-value projections and gates."""
         return [module for module in llm.modules() if isinstance(module, VisualAttention)]
+
+    def per_head(self, llm: PreTrainedModel) -> list[nn.Parameter]:
+        """The static gates."""
+        return [module.gate for module in self.owned(llm) if module.gate is not None]
 
     def forward(
         self, embeddings: Tensor, visual: VisualTokens, batch: Batch, position_ids: Tensor, llm: PreTrainedModel
@@ -110,6 +115,8 @@ class VisualAttention(nn.Module):
         self.gate = nn.Parameter(torch.zeros(heads_width, **joint)) if gate == "static" else None
         self.gate_proj = nn.Linear(heads_width, heads_width, **joint) if gate == "adaptive" else None
         self.fused = gate == "fused"
+        self.share = (0, 1)
+        """Which of how many tensor ranks this is: it has so many of the heads."""
         with torch.no_grad():
             self.kv_proj.weight.copy_(self.interleave(key.weight, value.weight))
             if key.bias is not None:
@@ -133,7 +140,8 @@ class VisualAttention(nn.Module):
 
     def join(self, text: Tensor, visual: Tensor) -> Tensor:
         """The two attentions' outputs (B, T, H * d), gated: visual * g + text * (1 - g)."""
-        gate = torch.sigmoid(self.gate if self.gate_proj is None else self.gate_proj(text))
+        rank, ranks = self.share
+        gate = torch.sigmoid(self.gate.chunk(ranks)[rank] if self.gate_proj is None else self.gate_proj(text))
         return visual * gate + text * (1 - gate)
 
 

@@ -1,0 +1,164 @@
+"""How a model is shared out over the ranks of a mesh. The parts say their sharding units and which projections tensor
+parallelism splits; here torch does it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from lightning import LightningModule
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import Shard as SplitAlong
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from owlfuse.deferred import Deferred
+from owlfuse.llm import check_split
+from owlfuse.model import MultimodalLM
+from owlfuse.parallel import Sharded, SumOverRanks, data_group
+from owlfuse.sync_norm import SyncedBatchNorm
+
+
+def shard(model: MultimodalLM, mesh: DeviceMesh, precision: str) -> None:
+    """Splits the projections over the mesh's `tensor_parallel` ranks, and all parameters over its `data_parallel` ranks, in
+    place. The model may have no memory yet.
+
+    Args:
+        precision: Lightning's. With `bf16-mixed` parameters are gathered in bfloat16, and gradients added up in float32.
+
+    Raises:
+        ValueError: heads that the tensor ranks do not divide.
+    """
+    tensor, data = mesh["tensor_parallel"], mesh["data_parallel"]
+    if tensor.size() > 1:
+        split_projections(model, tensor)
+    if data.size() > 1 or tensor.size() == 1:
+        policy = MixedPrecisionPolicy()
+        if precision == "bf16-mixed":
+            policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+        for unit in model.sharding_units():
+            fully_shard(unit, mesh=data, mp_policy=policy)
+        fully_shard(model, mesh=data, mp_policy=policy)
+        register_fsdp_forward_method(model, "encode")
+
+
+def split_projections(model: MultimodalLM, mesh: DeviceMesh) -> None:
+    """Tensor parallelism: heads and hidden units are shared out, what comes out of a block is added up."""
+    check_split(model.llm, mesh.size())
+    for projection, role in model.projections():
+        along = SplitAlong(-1)
+        if role == "rows":
+            style: Any = RowwiseParallel()
+        elif role == "columns":
+            style = ColwiseParallel()
+        else:
+            style = ColwiseParallel(input_layouts=along)  # what comes in is split already, and needed whole
+        if not isinstance(projection, LoraLayer):
+            parallelize_module(projection, mesh, style)
+            continue
+        parallelize_module(projection.base_layer, mesh, style)
+        for down, up in zip(projection.lora_A.values(), projection.lora_B.values(), strict=True):
+            parallelize_module(*((down, mesh, style) if role == "rows" else (up, mesh, style)))
+    for module in model.modules():
+        if hasattr(module, "share"):
+            module.share = (mesh.get_local_rank(), mesh.size())
+
+
+def fill(model: MultimodalLM, before: dict[str, Tensor], deferred: Deferred, device: torch.device) -> None:
+    """Gives a model without memory its own shards of what it was built as, one tensor at a time.
+
+    Args:
+        before: the parameters and buffers by name as they were before the model was shared out.
+    """
+    with torch.no_grad():
+        tied = named(model)
+        model._apply(partial(empty, device=device))
+        tie_again(model, tied)
+        filled: set[int] = set()
+        for name, tensor in named(model).items():
+            if id(tensor) in filled or not before[name].is_meta:
+                continue
+            filled.add(id(tensor))
+            own_part(tensor).copy_(part_of(deferred.value(before[name]), tensor))
+
+
+def empty(tensor: Tensor, device: torch.device) -> Tensor:
+    """Memory for a tensor that has none."""
+    return torch.empty_like(tensor, device=device) if tensor.is_meta else tensor.to(device)
+
+
+def tie_again(model: nn.Module, tied: dict[str, Tensor]) -> None:
+    """Parameters that were one under several names are one again: `_apply` makes one for each name."""
+    first: dict[int, str] = {}
+    for name, tensor in tied.items():
+        same = first.setdefault(id(tensor), name)
+        if same != name:
+            owner, _, own = name.rpartition(".")
+            setattr(model.get_submodule(owner), own, model.get_parameter(same))
+
+
+def named(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers by name, each under all of its names."""
+    return dict([*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)])
+
+
+def own_part(tensor: Tensor) -> Tensor:
+    """The memory of this rank's part."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def part_of(value: Tensor, like: Tensor) -> Tensor:
+    """This rank's part of a whole value, which lies as `like` does: split by the tensor ranks first, then by the data ranks."""
+    if not isinstance(like, DTensor):
+        return value
+    mesh = like.device_mesh
+    for dimension in reversed(range(mesh.ndim)):
+        placement = like.placements[dimension]
+        if placement.is_replicate():
+            continue
+        chunks = value.chunk(mesh.size(dimension), dim=placement.dim)
+        place = mesh.get_local_rank(dimension)
+        value = chunks[place] if place < len(chunks) else value.narrow(placement.dim, 0, 0)
+    return value
+
+
+def build_for(module: LightningModule, build: Callable[[], tuple[MultimodalLM, Any]]) -> tuple[MultimodalLM, Any]:
+    """What `build` gives, a model and its summary, the model as the module's strategy needs it.
+
+    Where it is sharded no rank holds more of it than its own part and one whole tensor.
+    """
+    strategy = module.trainer.strategy
+    if not isinstance(strategy, Sharded):
+        model, summary = build()
+        synchronize_norms(model, module.trainer)
+        return model, summary
+    with Deferred() as deferred:
+        model, summary = build()
+    synchronize_norms(model, module.trainer)
+    before = named(model)
+    shard(model, strategy.device_mesh, module.trainer.precision)
+    fill(model, before, deferred, strategy.root_device)
+    return model, summary
+
+
+def synchronize_norms(model: MultimodalLM, trainer: Any) -> None:
+    """Batch norms take the statistics of all ranks' rows, as one process would."""
+    group = data_group(trainer)
+    if group is None:
+        return
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, _BatchNorm):
+                setattr(module, name, SyncedBatchNorm(child, partial(add_over, group=group)))
+
+
+def add_over(tensor: Tensor, group: Any) -> Tensor:
+    """The tensor's sum over a group's ranks, with a gradient."""
+    return SumOverRanks.apply(tensor, group)

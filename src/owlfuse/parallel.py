@@ -1,0 +1,188 @@
+"""Strategies of many processes, and what they tell each other. With `model_parallel.py` the only file that names
+torch.distributed: everything else is written for one process.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from datetime import timedelta
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from lightning import Trainer
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, ParallelStrategy
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+TIMEOUT_MINUTES = 10.0
+
+
+class Replicated(DDPStrategy):
+    """Every rank has the whole model and its own rows (DDP).
+
+    Args:
+        timeout_minutes: a rank that waits for longer ends the run.
+    """
+
+    def __init__(self, timeout_minutes: float = TIMEOUT_MINUTES) -> None:
+        super().__init__(timeout=timedelta(minutes=timeout_minutes), gradient_as_bucket_view=True)
+
+
+class Sharded(ModelParallelStrategy):
+    """Parameters, gradients and optimizer state are shared out: over `data` ranks that have rows of their own (FSDP2), and
+    over `tensor` ranks that compute on the same rows (tensor parallelism). Their product is the number of processes.
+
+    Args:
+        data: ranks, or `auto`: all processes over `tensor`.
+        tensor: ranks, or `auto`: all processes over `data`. It divides the LLM's heads and key-value heads.
+        timeout_minutes: a rank that waits for longer ends the run.
+    """
+
+    def __init__(
+        self, data: int | Literal["auto"] = "auto", tensor: int | Literal["auto"] = 1, timeout_minutes: float = TIMEOUT_MINUTES
+    ) -> None:
+        if data == tensor == "auto":
+            raise ValueError("data and tensor are both auto; give a number for one of them")
+        super().__init__(data, tensor, timeout=timedelta(minutes=timeout_minutes))
+
+    def sizes(self) -> tuple[int, int]:
+        """Data and tensor ranks. Raises ValueError where their product is not the number of processes."""
+        ranks = self.num_nodes * self.num_processes
+        data, tensor = self._data_parallel_size, self._tensor_parallel_size
+        data = ranks // tensor if data == "auto" else data
+        tensor = ranks // data if tensor == "auto" else tensor
+        if data * tensor != ranks:
+            raise ValueError(
+                f"trainer.strategy: {data} data x {tensor} tensor ranks are {data * tensor} processes, and there are {ranks} "
+                f"(devices {self.num_processes} x num_nodes {self.num_nodes})"
+            )
+        return data, tensor
+
+    def setup_environment(self) -> None:
+        """See Lightning's; `auto` is worked out here."""
+        self._data_parallel_size, self._tensor_parallel_size = self.sizes()
+        super().setup_environment()
+
+
+def evaluates(trainer: Trainer) -> bool:
+    """Whether this rank takes part in answering the questions: all do where the model is shared out."""
+    return trainer.is_global_zero or isinstance(trainer.strategy, Sharded)
+
+
+def data_ranks(trainer: Trainer) -> int:
+    """Ranks that have rows of their own, known before the processes talk to each other."""
+    strategy = trainer.strategy
+    return strategy.sizes()[0] if isinstance(strategy, Sharded) else trainer.world_size
+
+
+def data_group(trainer: Trainer) -> Any:
+    """The process group of the ranks with rows of their own, None for one process."""
+    strategy = trainer.strategy
+    if isinstance(strategy, Sharded):
+        return strategy.device_mesh["data_parallel"].get_group()
+    return dist.group.WORLD if isinstance(strategy, ParallelStrategy) and dist.is_initialized() else None
+
+
+def all_rows(trainer: Trainer, row: Tensor) -> Tensor:
+    """A vector (n,) of each data rank, stacked: (ranks, n). For one process (1, n)."""
+    group = data_group(trainer)
+    if group is None:
+        return row[None]
+    rows = [torch.empty_like(row) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(rows, row.contiguous(), group=group)
+    return torch.stack(rows)
+
+
+def all_objects(trainer: Trainer, value: Any) -> list[Any]:
+    """A small object of each data rank, in their order."""
+    group = data_group(trainer)
+    if group is None:
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(values, value, group=group)
+    return values
+
+
+class SumOverRanks(torch.autograd.Function):
+    """The sum of a tensor over a group's ranks, and backward the sum of its gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, group: Any) -> Tensor:
+        ctx.group = group
+        total = tensor.clone()
+        dist.all_reduce(total, group=group)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        total = gradient.contiguous().clone()
+        dist.all_reduce(total, group=ctx.group)
+        return total, None
+
+
+def local(tensor: Tensor) -> Tensor:
+    """A rank's own part of a tensor."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of a tensor, which every rank has to ask for."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def kind(tensor: Tensor) -> Any:
+    """What tells tensors apart that one call of an optimizer may not mix: the mesh they are shared out over."""
+    return tensor.device_mesh if isinstance(tensor, DTensor) else None
+
+
+def by_kind(tensors: Iterable[nn.Parameter]) -> list[list[nn.Parameter]]:
+    """The parameters in lists of one kind each, in the order of their first ones."""
+    kinds: dict[Any, list[nn.Parameter]] = {}
+    for tensor in tensors:
+        kinds.setdefault(kind(tensor), []).append(tensor)
+    return list(kinds.values())
+
+
+def divide(gradients: Sequence[Tensor], divisor: Tensor) -> None:
+    """Divides gradients in place, each rank its own parts."""
+    if gradients:
+        torch._foreach_div_([local(gradient) for gradient in gradients], divisor)
+
+
+def copies(tensor: Tensor) -> int:
+    """How many ranks hold the same part of a tensor."""
+    if not isinstance(tensor, DTensor):
+        return dist.get_world_size()
+    placed = list(zip(tensor.placements, tensor.device_mesh.shape, strict=True))
+    outside = dist.get_world_size() // tensor.device_mesh.size()
+    return outside * math.prod(size for placement, size in placed if placement.is_replicate())
+
+
+def total_norm(gradients: Sequence[Tensor]) -> Tensor:
+    """The 2-norm of all gradients together, over all ranks' parts."""
+    parts = [local(gradient) for gradient in gradients]
+    norms = torch.stack(torch._foreach_norm(parts))
+    if not any(isinstance(gradient, DTensor) for gradient in gradients):
+        return torch.linalg.vector_norm(norms)
+    total = (norms.double().square() / torch.tensor([copies(gradient) for gradient in gradients]).to(norms)).sum()
+    dist.all_reduce(total)
+    return total.sqrt().to(norms)
+
+
+def clip(gradients: Sequence[Tensor], limit: float) -> Tensor:
+    """Scales gradients in place so that their norm is at most `limit`, as torch's `clip_grad_norm_`; gives the norm before."""
+    norm = total_norm(gradients)
+    torch._foreach_mul_([local(gradient) for gradient in gradients], (limit / (norm + 1e-6)).clamp(max=1.0))
+    return norm
+
+
+def add_up(parameters: Iterable[nn.Parameter], strategy: Any) -> None:
+    """Adds up the gradients of parameters that every tensor rank has whole and uses for its own heads only."""
+    if not isinstance(strategy, Sharded) or strategy.device_mesh["tensor_parallel"].size() == 1:
+        return
+    group = strategy.device_mesh["tensor_parallel"].get_group()
+    for parameter in parameters:
+        if parameter.grad is not None:
+            dist.all_reduce(local(parameter.grad), group=group)
