@@ -210,5 +210,5 @@ def test_config_prints_the_composed_configuration_as_yaml_from_any_folder(tmp_pa
     assert result.returncode == 0, result.stderr
     printed = OmegaConf.create(result.stdout)
     assert (printed.seed, printed.name) == (3, "x")
-    assert set(printed.model) == {"vision", "connector", "fusion", "llm", "adapter"}
+    assert set(printed.model) == {"vision", "connector", "fusion", "llm", "adapter", "compile"}
     assert list(tmp_path.iterdir()) == []

@@ -4,6 +4,7 @@ import csv
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -106,6 +107,17 @@ def test_accumulation_does_not_change_the_steps():
     assert losses(parts) == pytest.approx(losses(whole), abs=1e-5)
     for name, tensor in weights(whole).items():
         assert torch.allclose(tensor, weights(parts)[name], atol=2e-5), name
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++", "c++"))), reason="torch.compile needs a C++ compiler")
+def test_a_compiled_run_has_the_losses_of_one_that_is_not_and_names_of_its_weights():
+    common = ("experiment=shapes_owl3", "trainer.max_steps=3", "optim=adamw", "trainer.log_every_n_steps=1")
+    common += ("evaluation.max_questions=1",)
+    plain = run(*common, "name=not_compiled")
+    compiled = run(*common, "name=compiled", "model.compile=true")
+    assert losses(compiled) == pytest.approx(losses(plain), abs=1e-4)
+    assert list(weights(compiled)) == list(weights(plain))
 
 
 def test_packing_does_not_change_the_steps_and_says_what_padding_it_saves():

@@ -7,7 +7,8 @@ import sys
 from pathlib import Path
 from typing import NoReturn
 
-from owlfuse.cli_help import EXIT_CODES, TrainHelp
+from owlfuse.bench.commands import add_bench, run_bench
+from owlfuse.cli_help import EXIT_CODES, LAYOUT, TrainHelp
 
 
 class Parser(argparse.ArgumentParser):
@@ -127,17 +128,6 @@ def _chat(arguments: argparse.Namespace) -> None:
     chat(Path(arguments.folder), arguments.image, question, arguments.max_new_tokens, arguments.temperature)
 
 
-def _bench(arguments: argparse.Namespace) -> None:
-    if arguments.bench == "data":
-        from owlfuse.bench.data import bench_data
-
-        bench_data(Path(arguments.out), arguments.samples)
-        return
-    from owlfuse.bench.decode import bench_decode
-
-    bench_decode(arguments.images, arguments.tokens, arguments.repeats, Path(arguments.out))
-
-
 def _mixture(arguments: argparse.Namespace) -> None:
     from owlfuse.survey import mixture_command
 
@@ -151,21 +141,10 @@ COMMANDS = {
     "import": _import,
     "chat": _chat,
     "mixture": _mixture,
-    "bench": _bench,
+    "bench": run_bench,
     "data": _data,
     "config": _config,
 }
-
-
-def _counts(text: str) -> list[int]:
-    """`1,2,4` -> [1, 2, 4], for argparse."""
-    counts = sorted({int(word) for word in text.split(",")})
-    if counts[0] < 1:
-        raise ValueError(text)
-    return counts
-
-
-LAYOUT = {"formatter_class": argparse.RawDescriptionHelpFormatter}
 
 
 def _parser() -> Parser:
@@ -173,7 +152,7 @@ def _parser() -> Parser:
     commands = parser.add_subparsers(dest="command", metavar="<command>", required=True)
     _add_runs(commands)
     _add_models(commands)
-    _add_bench(commands)
+    add_bench(commands)
     _add_data(commands)
     return parser
 
@@ -205,20 +184,6 @@ def _add_models(commands) -> None:
     chat.add_argument("--image", action="append", default=[], metavar="PATH", help="a picture to ask about; may be repeated")
     chat.add_argument("--max-new-tokens", type=int, default=256, metavar="N")
     chat.add_argument("--temperature", type=float, default=0.0, help="0: the likeliest answer")
-
-
-def _add_bench(commands) -> None:
-    bench = commands.add_parser("bench", help="measure what a choice costs")
-    bench = bench.add_subparsers(metavar="<bench>", required=True, dest="bench")
-    decode = bench.add_parser("decode", help="milliseconds per token against the number of images", **LAYOUT)
-    decode.add_argument("--images", type=_counts, default="1,2,4,8,16,32,64", metavar="N,N", help="images in the prompt")
-    decode.add_argument("--tokens", type=int, default=32, metavar="N", help="tokens of an answer")
-    decode.add_argument("--repeats", type=int, default=3, metavar="N")
-    decode.add_argument("--out", default="runs/bench", metavar="DIR")
-
-    loading = bench.add_parser("data", help="drawing and decoding against datasets, torch and PIL", **LAYOUT)
-    loading.add_argument("--samples", type=int, default=1_000_000, metavar="N", help="positions drawn")
-    loading.add_argument("--out", default="runs/bench", metavar="DIR")
 
 
 def _add_data(commands) -> None:

@@ -3,6 +3,7 @@
 import argparse
 from typing import NoReturn
 
+LAYOUT = {"formatter_class": argparse.RawDescriptionHelpFormatter}
 EXIT_CODES = """\
 exit codes:
   0    done
@@ -17,6 +18,7 @@ examples:
   owlfuse train experiment=shapes_owl2 model/fusion=hyperattention seed=1 name=trial
   owlfuse train model/adapter@model.adapter.llm=lora trainer.max_steps=100
   owlfuse train -m experiment=shapes_owl1,shapes_owl3 seed=0,1,2   a run of each combination, and a table
+  owlfuse train experiment=mine dry_run=true plan.gpus=8 plan.gpu_memory=80   what a run would need, and stop
   owlfuse train resume=runs/shapes_owl3/trial trainer.max_steps=200
 """
 

@@ -13,7 +13,7 @@ from owlfuse.config_files import EXPERIMENTS, ConfigFolders, find_folders
 from owlfuse.config_hydra import Composition, dotted_keys, read_overrides
 from owlfuse.config_targets import check_arguments, check_targets
 
-__all__ = ["ConfigError", "Root", "check", "check_targets", "compose", "find_run", "origin_of", "sweep_cells"]
+__all__ = ["ConfigError", "PlanOptions", "Root", "check", "check_targets", "compose", "find_run", "origin_of", "sweep_cells"]
 
 PARTS = ("vision", "connector", "fusion", "llm")
 
@@ -37,6 +37,21 @@ class Model:
     fusion: dict
     llm: dict
     adapter: dict  # Adapters
+    compile: bool = False
+
+
+@dataclass
+class PlanOptions:
+    """The key `plan`: for which GPUs and samples `dry_run` plans. Sizes in GB of 10^9 bytes."""
+
+    gpus: int | None = None
+    gpu_memory: float = 80.0
+    reserve: float = 2.0
+    length: int | None = None
+    images_per_sample: int = 1
+    vocab_size: int | None = None
+    peak_tflops: float = 989.0
+    share_of_peak: float = 0.4
 
 
 @dataclass
@@ -55,6 +70,8 @@ class Root:
     runs: str
     resume: str | None
     init_from: str | None = None
+    dry_run: bool = False
+    plan: dict | None = None  # PlanOptions
 
 
 def compose(overrides: list[str], config_dir: str | Path | None = None) -> DictConfig:
@@ -90,6 +107,7 @@ def check(config: DictConfig) -> None:
     check_arguments(Root, "", "", plain, where)
     check_arguments(Model, "", "model", plain["model"], where)
     check_arguments(Adapters, "", "model.adapter", plain["model"]["adapter"], where)
+    check_arguments(PlanOptions, "", "plan", plain.get("plan") or {}, where)
     for part in PARTS:
         if "_target_" not in plain["model"][part]:
             raise ConfigError(f"{where(f'model.{part}')}: model.{part}._target_: not set, and required")

@@ -47,6 +47,7 @@ def load_llm(
 
     Args:
         gguf_file: the name of a GGUF file in the folder.
+        gradient_checkpointing: activations inside of decoder layers are dropped and computed again in the backward pass.
         dtype: as transformers takes it (`float32`, `bfloat16`, `auto`); by default float32.
 
     Raises:

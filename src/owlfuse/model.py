@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from owlfuse.adapters import PARTS, Part, PartSummary, apply_adapters
 from owlfuse.build import build
 from owlfuse.fusion.base import Fusion
+from owlfuse.layers import compile_layers
 from owlfuse.llm import PER_HEAD_NORMS, TENSOR_ROLES, cache_argument, decoder_layers, mask_argument, width
 from owlfuse.types import Batch, VisualTokens
 
@@ -144,8 +145,15 @@ def build_model(
         ValueError: parts that do not fit together; the message begins with the part.
     """
     model = assemble(config, vocab_size) if base is None else base
+    if base is not None:
+        for name in ("vision", "connector"):  # how they compute is the configuration's, as for the LLM
+            if hasattr(getattr(base, name), "set_checkpointing"):
+                getattr(base, name).set_checkpointing(config[name].get("gradient_checkpointing", False))
     policies = {name: build(policy) for name, policy in config["adapter"].items()}
-    return model, apply_adapters(model, policies)
+    summary = apply_adapters(model, policies)
+    if config.get("compile"):
+        compile_layers(decoder_layers(model.llm), getattr(model.vision, "body", model.vision))
+    return model, summary
 
 
 def assemble(nodes: dict[str, Any], vocab_size: int) -> MultimodalLM:

@@ -32,8 +32,9 @@ def run_folder(config: DictConfig) -> Path:
     return folder
 
 
+@rank_zero_only
 def write_config(config: DictConfig, folder: Path) -> None:
-    """Makes the folder and writes the resolved configuration, from which the run can be repeated."""
+    """On the first rank: makes the folder and writes the resolved configuration, from which the run can be repeated."""
     folder.mkdir(parents=True, exist_ok=True)
     saved = OmegaConf.create(OmegaConf.to_container(config, resolve=True))
     saved.resume = None

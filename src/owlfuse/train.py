@@ -14,27 +14,28 @@ from owlfuse.hub.start import adopt_parts
 from owlfuse.model import on_meta
 from owlfuse.module import MultimodalModule
 from owlfuse.parallel import evaluates
+from owlfuse.plan import dry_run
 from owlfuse.runs import last_checkpoint, place, run_folder, write_config
 from owlfuse.trainer import make_trainer, raise_if_stopped
 from owlfuse.types import DataError
 
 
-def run(config: DictConfig) -> Path:
-    """Trains what the configuration says, evaluates it, and returns the run's folder.
+def run(config: DictConfig) -> Path | None:
+    """Trains what the configuration says, evaluates it, and returns the run's folder; with `dry_run` it prints a plan instead.
 
     Raises:
-        ConfigError: parts that do not fit together, before a weight is made.
-        DataError: what is wrong with the data.
+        ConfigError, DataError: parts that do not fit together, before a weight is made; what is wrong with the data.
         KeyboardInterrupt: after Ctrl-C, with a checkpoint left in the run.
     """
     began = time.monotonic()
     if config.get("init_from") and not config.resume:
         adopt_parts(config)
+    if config.get("dry_run"):
+        return dry_run(config)
     plain = OmegaConf.to_container(config, resolve=True)
     try:
         plan, _ = on_meta(plain["model"], vocab_size=1024)
-        optim, evaluation = build(config.optim), build(config.evaluation)
-        folder = run_folder(config)
+        optim, evaluation, folder = build(config.optim), build(config.evaluation), run_folder(config)
         data = build(config.data)
         data.bind(plan.vision.preprocessing, plan.fusion.tokens_per_image)
         trainer = make_trainer(config, data, folder)
@@ -43,12 +44,9 @@ def run(config: DictConfig) -> Path:
     except ValueError as error:
         raise ConfigError(place(config, str(error))) from error
     lightning.seed_everything(config.seed, workers=True, verbose=False)
-    init_from = None if config.resume else config.get("init_from")
-    module = MultimodalModule(plain["model"], optim, data.vocab_size, init_from)
-    if trainer.is_global_zero:
-        write_config(config, folder)
+    module = MultimodalModule(plain["model"], optim, data.vocab_size, None if config.resume else config.get("init_from"))
+    write_config(config, folder)
     trainer.fit(module, data, ckpt_path=last_checkpoint(folder) if config.resume else None, weights_only=True)
-
     if trainer.is_global_zero:
         mixture = data.report(trainer.global_step, module.skipped, module.truncated)
         (folder / "mixture.json").write_text(json.dumps(mixture, indent=2) + "\n", encoding="utf-8")

@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from torchvision.transforms.v2 import functional as VF
 
 from owlfuse.batch_norm import allow_single_values, set_blank
+from owlfuse.layers import checkpoint_blocks, remove_modules, unused_parameters
 from owlfuse.positions import sincos_2d_spread
 
 
@@ -65,9 +66,11 @@ class TimmBackbone(nn.Module):
             dropout draws. A model with batch norms in training mode takes all images at once whatever `chunk` says, because
             the statistics of a chunk are others than those of the batch. Where parameters are sharded, leave it null: ranks
             with other counts of images would gather them another number of times.
+        gradient_checkpointing: activations inside of blocks are dropped and computed again in the backward pass.
 
     Raises:
-        ValueError: an unknown name, a model whose features are no single map, or a chunk below 1.
+        ValueError: an unknown name, a model whose features are no single map, a chunk below 1, or checkpointing of a model that
+            has batch norms or does not support it.
     """
 
     def __init__(
@@ -81,6 +84,7 @@ class TimmBackbone(nn.Module):
         image_size: int | None = None,
         kwargs: dict[str, Any] | None = None,
         chunk: int | None = None,
+        gradient_checkpointing: bool = False,
     ) -> None:
         super().__init__()
         if chunk is not None and chunk < 1:
@@ -100,6 +104,11 @@ class TimmBackbone(nn.Module):
         table = sincos_2d_spread(self.grid, self.patches, self.width) if positions else None
         self.register_buffer("positions", table, persistent=False)
         allow_single_values(self)
+        self.set_checkpointing(gradient_checkpointing)
+
+    def set_checkpointing(self, enable: bool) -> None:
+        """Turns `gradient_checkpointing` on or off. Raises ValueError where the model cannot."""
+        checkpoint_blocks(self.body, enable)
 
     def forward(self, pixels: Tensor) -> Tensor:
         """(N, 3, H, W) -> (N, P, Dv)."""
@@ -228,21 +237,3 @@ def preprocessing_of(body: nn.Module, image_size: int | None) -> Preprocessing:
     data = resolve_model_data_config(body)
     size = (image_size, image_size) if image_size else tuple(data["input_size"][-2:])
     return Preprocessing(size, tuple(data["mean"]), tuple(data["std"]), data["interpolation"])
-
-
-def unused_parameters(module: nn.Module, output: Tensor) -> set[str]:
-    """Names of the parameters that `output` does not depend on."""
-    named = dict(module.named_parameters())
-    gradients = torch.autograd.grad(output.sum(), list(named.values()), allow_unused=True)
-    return {name for name, gradient in zip(named, gradients, strict=True) if gradient is None}
-
-
-def remove_modules(module: nn.Module, unused: set[str], prefix: str = "") -> None:
-    """Puts an Identity for each module whose every parameter is unused."""
-    for name, child in list(module.named_children()):
-        path = f"{prefix}{name}."
-        own = [path + n for n, _ in child.named_parameters()]
-        if own and unused.issuperset(own):
-            setattr(module, name, nn.Identity())
-        else:
-            remove_modules(child, unused, path)

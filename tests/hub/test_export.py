@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 from peft import PeftModel
 from PIL import Image
 from safetensors import safe_open
@@ -17,6 +18,8 @@ from owlfuse import train
 from owlfuse.cli import main
 from owlfuse.config import ConfigError, compose
 from owlfuse.hub.export import export, load_exported, load_run
+from owlfuse.hub.start import adopt_parts, load_base
+from owlfuse.model import build_model
 from owlfuse.types import DataError
 
 EXPERIMENTS = ("shapes_owl1", "shapes_owl2", "shapes_owl3")
@@ -165,6 +168,20 @@ def test_a_run_starts_from_an_export(name, train_run, tmp_path, work):
     weights = dict(load_run(started).model.named_parameters())
     base = load_exported(out, merge=True)[0].model
     assert all(torch.equal(weights[own], value) for own, value in base.named_parameters())
+
+
+def test_a_run_from_an_export_may_ask_for_checkpointing(train_run, tmp_path):
+    out = tmp_path / "out"
+    exported(train_run, "shapes_owl1", out)
+    asked = ["model.connector.gradient_checkpointing=true", "model.llm.gradient_checkpointing=true"]
+    config = compose(["experiment=shapes_owl1", f"init_from={out}", *asked])
+    adopt_parts(config)
+    nodes = OmegaConf.to_container(config.model, resolve=True)
+    model, _ = build_model(nodes, 1, load_base(str(out), nodes["llm"], 1))
+    assert model.connector.gradient_checkpointing
+    assert model.llm.is_gradient_checkpointing
+    nodes["connector"]["gradient_checkpointing"] = False
+    assert not build_model(nodes, 1, model)[0].connector.gradient_checkpointing
 
 
 def test_init_from_refuses_parts_that_are_not_the_folders(train_run, tmp_path):

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from owlfuse.positions import sincos_1d, sincos_2d
 
@@ -18,6 +19,7 @@ class Abstractor(nn.Module):
         positions: Owl2's fixed sin-cos tables, added to the query and key inputs (not to the values). Off: the Owl1 form.
         learned_slope: the slope beta of the SwiGLU's x * sigmoid(beta x) is learned, from 1, in place of fixed at 1.
         eps: of the LayerNorm inside the SwiGLU; the released code leaves the other norms at PyTorch's 1e-5.
+        gradient_checkpointing: activations inside of layers are dropped and computed again in the backward pass.
         hidden: width of the SwiGLU; by default two thirds of 4 Dv (2730 at 1024, where the released models have 2816).
 
     Raises:
@@ -38,6 +40,7 @@ class Abstractor(nn.Module):
         end_token: bool = True,
         learned_slope: bool = False,
         eps: float = 1e-6,
+        gradient_checkpointing: bool = False,
     ) -> None:
         super().__init__()
         if min(queries, layers, heads) < 1:
@@ -47,6 +50,7 @@ class Abstractor(nn.Module):
         if positions and in_width % 4:
             raise ValueError(f"positions need a backbone's width divisible by 4, and it is {in_width}")
         self.tokens = queries + int(end_token)
+        self.set_checkpointing(gradient_checkpointing)
         self.queries = nn.Parameter(torch.randn(1, queries, in_width) * 0.02)
         hidden = hidden or in_width * 8 // 3
         self.layers = nn.ModuleList(AbstractorLayer(in_width, heads, hidden, learned_slope, eps) for _ in range(layers))
@@ -71,6 +75,10 @@ class Abstractor(nn.Module):
             layer.query_norm.weight.fill_(0.25)
             layer.query.weight.mul_(4)
 
+    def set_checkpointing(self, enable: bool) -> None:
+        """Turns `gradient_checkpointing` on or off."""
+        self.gradient_checkpointing = enable
+
     def blocks(self) -> list[nn.Module]:
         """The layers in order, for adapters that train the last of them."""
         return list(self.layers)
@@ -82,8 +90,10 @@ class Abstractor(nn.Module):
     def forward(self, features: Tensor) -> Tensor:
         """(N, P, Dv) -> (N, Q + 1, D), the last being the end token; (N, Q, D) without one."""
         queries = self.queries.expand(features.shape[0], -1, -1)
+        again = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
         for layer in self.layers:
-            queries = layer(queries, features, self.query_positions, self.image_positions)
+            inputs = queries, features, self.query_positions, self.image_positions
+            queries = checkpoint(layer, *inputs, use_reentrant=False) if again else layer(*inputs)
         tokens = self.proj(queries)
         if self.end_token is None:
             return tokens

@@ -11,6 +11,7 @@ from owlfuse.types import Batch
 
 
 @torch.inference_mode()
+@torch.compiler.set_stance("force_eager")  # compiled layers would be compiled again for cache and lengths, which takes longer
 def generate_greedy(model: MultimodalLM, batch: Batch, max_new_tokens: int, end_id: int) -> Tensor:
     """The likeliest continuation of each row, (B, at most max_new_tokens) ids; after `end_id` a row holds `end_id`.
 

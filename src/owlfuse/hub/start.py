@@ -26,6 +26,9 @@ def adopt_parts(config: DictConfig) -> None:
         raise ConfigError(f"init_from: {error}") from error
     default = OmegaConf.to_container(compose(["experiment=null"]).model, resolve=True)
     asked = OmegaConf.to_container(config.model, resolve=True)
+    for part in ("vision", "connector"):  # how a part computes may be asked for
+        if "gradient_checkpointing" in asked[part] and asked[part]["_target_"] == nodes[part]["_target_"]:
+            nodes[part] = {**nodes[part], "gradient_checkpointing": asked[part]["gradient_checkpointing"]}
     for part, node in nodes.items():
         differing = differences(asked[part], default[part], node)
         if part == "llm":

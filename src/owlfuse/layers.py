@@ -1,0 +1,53 @@
+"""What is done to a module's layers: those without use taken out, activations computed again, layers compiled."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+
+def checkpoint_blocks(body: nn.Module, enable: bool) -> None:
+    """Has a timm model compute its blocks' activations again in the backward pass, or keep them.
+
+    Raises:
+        ValueError: a model that cannot, or one with batch norms, whose statistics would move twice a step.
+    """
+    name = type(body).__name__
+    if enable and any(isinstance(module, _BatchNorm) for module in body.modules()):
+        raise ValueError(
+            f"gradient_checkpointing: {name} has batch norms, whose statistics would move twice a step; leave it false"
+        )
+    try:
+        body.set_grad_checkpointing(enable)
+    except (AssertionError, AttributeError) as error:
+        if enable:
+            raise ValueError(f"gradient_checkpointing: timm's {name} does not support it; leave it false") from error
+
+
+def compile_layers(decoder: Iterable[nn.Module], body: nn.Module) -> None:
+    """Has torch compile decoder layers and a timm model's blocks where they stand, each at its first call: names of parameters
+    stay. A backbone that calls its blocks neither `blocks`, `stages` nor `layers` runs as it is."""
+    blocks = next((getattr(body, name) for name in ("blocks", "stages", "layers") if hasattr(body, name)), ())
+    for layer in (*decoder, *blocks):
+        layer.compile()
+
+
+def unused_parameters(module: nn.Module, output: Tensor) -> set[str]:
+    """Names of the parameters that `output` does not depend on."""
+    named = dict(module.named_parameters())
+    gradients = torch.autograd.grad(output.sum(), list(named.values()), allow_unused=True)
+    return {name for name, gradient in zip(named, gradients, strict=True) if gradient is None}
+
+
+def remove_modules(module: nn.Module, unused: set[str], prefix: str = "") -> None:
+    """Puts an Identity for each module whose every parameter is unused."""
+    for name, child in list(module.named_children()):
+        path = f"{prefix}{name}."
+        own = [path + n for n, _ in child.named_parameters()]
+        if own and unused.issuperset(own):
+            setattr(module, name, nn.Identity())
+        else:
+            remove_modules(child, unused, path)

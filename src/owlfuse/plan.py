@@ -1,0 +1,202 @@
+"""`owlfuse train ... dry_run=true`: what a step will need on so many GPUs of a size, worked out without weights or data.
+
+B rows, T text positions, I images of a row.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+
+from owlfuse.build import build
+from owlfuse.config import ConfigError, PlanOptions
+from owlfuse.meter import Reading
+from owlfuse.model import MultimodalLM
+from owlfuse.plan_layouts import Layout, alternatives, asked_layout, checkpointing_keys
+from owlfuse.plan_model import (
+    Precision,
+    checkpointed,
+    gathered,
+    meta_batch,
+    optimizer_state,
+    part_of_rank,
+    read_step,
+    size_of,
+    whole_model,
+)
+from owlfuse.runs import place
+
+GB = 1e9
+
+
+@dataclass
+class Estimate:
+    """What a layout needs. Bytes are those of one GPU."""
+
+    layout: Layout
+    accumulation: int
+    parameters: int
+    gradients: int
+    optimizer: int
+    gathered: int
+    """Whole layers that FSDP holds while it computes them."""
+    activations: int
+    """The most at once, from the forward to the end of the backward pass."""
+    peak: int
+    """Of all of these together, the most at once: gradients of a single micro batch come while activations go."""
+    flops: float
+    """Of an optimizer step, all GPUs together, what is computed again included."""
+    seconds: float
+    """Of an optimizer step at the stated share of the peak."""
+
+
+@dataclass
+class Plan:
+    """What a run will need, and what other layouts would."""
+
+    asked: Estimate
+    others: list[Estimate]
+    options: PlanOptions
+    length: int
+    global_batch: int
+    text_tokens: int
+    """Of a global batch, padding included; `visual_tokens` are those that the connector makes."""
+    visual_tokens: int
+    trained: int
+    total: int
+
+    def fits(self, estimate: Estimate) -> bool:
+        """Whether a layout's peak and what is kept in reserve are within the card."""
+        return estimate.peak / GB + self.options.reserve <= self.options.gpu_memory
+
+
+class Workload:
+    """A configuration's model, batch and optimizer, as any layout would run them.
+
+    Raises:
+        ValueError: parts that do not fit together.
+        ConfigError: images that do not fit into a sample.
+    """
+
+    def __init__(self, plain: dict[str, Any], options: PlanOptions) -> None:
+        self.nodes = plain["model"]
+        self.options = options
+        self.optim = build(plain["optim"])
+        gpu = plain["trainer"].get("accelerator") != "cpu"
+        self.precision = Precision.of(plain["trainer"].get("precision") or ("bf16-mixed" if gpu else "32-true"))
+        self.vocab_size = options.vocab_size or 32000
+        config = self.nodes["llm"].get("config") or {}
+        if options.vocab_size is None and ("vocab_size" in config or self.nodes["llm"].get("pretrained")):
+            self.vocab_size = 1  # the LLM's own
+        self.length = options.length or plain["data"].get("max_length", 2048)
+        self.global_batch = plain["data"].get("global_batch_size", 32)
+        self.models: dict[tuple, MultimodalLM] = {}
+        self.readings: dict[tuple, Reading] = {}
+        self.model = self.model_of(1, False, self.precision.parameters)
+        taken = options.images_per_sample * self.model.fusion.tokens_per_image
+        if taken >= self.length:
+            raise ConfigError(
+                f"plan.images_per_sample: {options.images_per_sample} images take {taken} positions, and a sample has "
+                f"{self.length} (plan.length, else data.max_length); take fewer images or a greater length"
+            )
+
+    def estimate(self, layout: Layout) -> Estimate:
+        """What the layout needs. Raises ValueError for tensor ranks that do not divide the LLM's heads."""
+        model, reading = self.model_of(layout.tensor, False, self.precision.parameters), self.reading(layout)
+        share = 1 / layout.data if layout.sharded else 1.0
+        accumulation = max(1, self.global_batch // (layout.micro * layout.data))
+        trained = size_of(p for p in model.parameters() if p.requires_grad)
+        whole = gathered(model, self.gathered_dtype(layout)) if layout.sharded and layout.data > 1 else 0
+        parameters = size_of(model.parameters()) * share + size_of(model.buffers())
+        optimizer = optimizer_state(model, self.optim) * share
+        buckets = trained if layout.buckets else 0
+        alive = reading.peak(trained if accumulation > 1 else None, share)
+        flops = float(reading.forward + reading.backward) * accumulation * layout.data * layout.tensor
+        per_second = self.options.peak_tflops * 1e12 * self.options.share_of_peak * layout.data * layout.tensor
+        return Estimate(
+            layout=layout,
+            accumulation=accumulation,
+            parameters=int(parameters),
+            gradients=int(trained * share) + buckets,
+            optimizer=int(optimizer),
+            gathered=whole,
+            activations=reading.activations,
+            peak=int(parameters + optimizer + buckets + whole + max(alive, trained * share)),
+            flops=flops,
+            seconds=flops / per_second,
+        )
+
+    def gathered_dtype(self, layout: Layout) -> torch.dtype | None:
+        """What FSDP gathers parameters in: the lower precision of a mixed one."""
+        return self.precision.autocast if layout.sharded else None
+
+    def reading(self, layout: Layout) -> Reading:
+        """What a micro batch's step needs, read once. With FSDP in a mixed precision the layers compute with parameters that
+        were gathered in the lower one, and autocast makes no copies."""
+        dtype = self.gathered_dtype(layout) or self.precision.parameters
+        key = layout.tensor, layout.checkpointing, dtype, layout.micro
+        if key not in self.readings:
+            model = self.model_of(layout.tensor, layout.checkpointing, dtype)
+            batch = meta_batch(model, layout.micro, self.length, self.options.images_per_sample)
+            self.readings[key] = read_step(model, batch, self.precision.autocast)
+        return self.readings[key]
+
+    def model_of(self, tensor: int, checkpointing: bool, dtype: torch.dtype | None) -> MultimodalLM:
+        """One rank's model, made once."""
+        if (1, checkpointing, None) not in self.models:
+            self.models[1, checkpointing, None] = whole_model(
+                checkpointed(self.nodes, self.model) if checkpointing else self.nodes, self.vocab_size
+            )
+        key = tensor, checkpointing, dtype
+        if key not in self.models:
+            self.models[key] = part_of_rank(self.models[1, checkpointing, None], tensor, dtype)
+        return self.models[key]
+
+
+def make_plan(config: DictConfig) -> Plan:
+    """The plan of a composed configuration: its `plan`, and of its data only `max_length` and batch sizes, count.
+
+    Raises:
+        ConfigError: parts that do not fit together, a count of GPUs that the strategy or the batch do not fit, or a precision
+            that is not known here.
+    """
+    plain = OmegaConf.to_container(config, resolve=True)
+    options = PlanOptions(**(plain.get("plan") or {}))
+    try:
+        workload = Workload(plain, options)
+        layout = asked_layout(plain["trainer"], plain["data"], options.gpus)
+        asked = workload.estimate(layout)
+    except ConfigError:
+        raise
+    except ValueError as error:
+        raise ConfigError(place(config, str(error))) from error
+    others = []
+    again = checkpointed(workload.nodes, workload.model)
+    for other in alternatives(layout, checkpointing_keys(workload.nodes, again), workload.global_batch):
+        try:
+            others.append(workload.estimate(other))
+        except ValueError:  # heads that so many ranks do not divide
+            continue
+    parameters = list(workload.model.parameters())
+    images = workload.global_batch * options.images_per_sample
+    return Plan(
+        asked=asked,
+        others=others,
+        options=options,
+        length=workload.length,
+        global_batch=workload.global_batch,
+        text_tokens=workload.global_batch * workload.length - images * workload.model.fusion.tokens_per_image,
+        visual_tokens=images * workload.model.connector.tokens,
+        trained=sum(p.numel() for p in parameters if p.requires_grad),
+        total=sum(p.numel() for p in parameters),
+    )
+
+
+def dry_run(config: DictConfig) -> None:
+    """Prints the plan. Raises ConfigError, see `make_plan`."""
+    from owlfuse.plan_tables import print_plan  # which reads a Plan
+
+    print_plan(make_plan(config), config.experiment)
