@@ -55,6 +55,7 @@ class Root:
     runs: str
     resume: str | None
     init_from: str | None = None
+    checkpoint: dict | None = None
 
 
 def compose(overrides: list[str], config_dir: str | Path | None = None) -> DictConfig:

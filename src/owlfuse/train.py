@@ -13,9 +13,10 @@ from owlfuse.evaluation import write_results
 from owlfuse.hub.start import adopt_parts
 from owlfuse.model import on_meta
 from owlfuse.module import MultimodalModule
-from owlfuse.runs import last_checkpoint, place, run_folder, write_config
+from owlfuse.runs import last_checkpoint, place, run_folder, step_of, write_config
 from owlfuse.trainer import make_trainer, raise_if_stopped
 from owlfuse.types import DataError
+from owlfuse.weights import needs_base
 
 
 def run(config: DictConfig) -> Path:
@@ -27,6 +28,7 @@ def run(config: DictConfig) -> Path:
         KeyboardInterrupt: after Ctrl-C, with a checkpoint left in the run.
     """
     began = time.monotonic()
+    checkpoint = last_checkpoint(Path(config.resume)) if config.resume else None
     if config.get("init_from") and not config.resume:
         adopt_parts(config)
     plain = OmegaConf.to_container(config, resolve=True)
@@ -36,17 +38,19 @@ def run(config: DictConfig) -> Path:
         folder = run_folder(config)
         data = build(config.data)
         data.bind(plan.vision.preprocessing, plan.fusion.tokens_per_image)
-        trainer = make_trainer(config, data, folder)
+        trainer = make_trainer(config, data, folder, checkpoint)
     except DataError:
         raise
     except ValueError as error:
         raise ConfigError(place(config, str(error))) from error
     lightning.seed_everything(config.seed, workers=True, verbose=False)
-    init_from = None if config.resume else config.get("init_from")
+    init_from = config.get("init_from") if checkpoint is None or needs_base(checkpoint) else None
     module = MultimodalModule(plain["model"], optim, data.vocab_size, init_from)
     if trainer.is_global_zero:
         write_config(config, folder)
-    trainer.fit(module, data, ckpt_path=last_checkpoint(folder) if config.resume else None, weights_only=True)
+        if checkpoint is not None:
+            print(f"going on from {checkpoint} at step {step_of(checkpoint)}")
+    trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True)
 
     if trainer.is_global_zero:
         mixture = data.report(trainer.global_step, module.skipped, module.truncated)
