@@ -175,15 +175,26 @@ def write(trainer: Trainer, path: Path, metrics: bool = False) -> None:
             remove(path.with_name(path.name + ".old.part"))
             sync(path.parent)
     except (OSError, RuntimeError) as error:
-        if not isinstance(error, OSError) and not any(word in str(error) for word in ("Writer", "write", "inline_container")):
+        what = why_not_written(error)
+        if what is None:
             raise
         if first:
             remove(part)
-        what = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else str(error).splitlines()[0]
         raise DataError(
             f"{path} could not be written: {what}; the checkpoints before it are intact, so make room and go on with "
             f"resume={trainer.default_root_dir}"
         ) from error
+
+
+def why_not_written(error: BaseException) -> str | None:
+    """What the system said, which torch hides behind an error of its own; None: it is not about writing."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError):
+            return os.strerror(cause.errno) if cause.errno else str(cause)
+        cause = cause.__cause__ or cause.__context__
+    first_line = str(error).splitlines()[0] if str(error) else ""
+    return first_line if any(word in first_line for word in ("Writer", "inline_container", "failed writing")) else None
 
 
 def copy_metrics(trainer: Trainer, path: Path) -> None:
