@@ -161,7 +161,7 @@ def write(trainer: Trainer, path: Path, metrics: bool = False) -> None:
             path.parent.mkdir(parents=True, exist_ok=True)
             remove(part)
         trainer.strategy.barrier()
-        trainer.save_checkpoint(part)
+        trainer.save_checkpoint(part, weights_only=False)  # said, or Lightning says it at each
         trainer.strategy.barrier()
         if first:
             if metrics:

@@ -77,9 +77,17 @@ def raise_if_stopped(trainer: Trainer, folder: Path) -> None:
 
 def make_callbacks(checkpoint: DictConfig | None, watched: str | None) -> list[Callback]:
     """Progress, learning rates, signals, checkpoints, and the best by the metric `watched` where there is one."""
-    callbacks: list[Callback] = [TQDMProgressBar(refresh_rate=5), LearningRateMonitor("step"), StopOnSignal()]
+    callbacks: list[Callback] = [LoggedStep(), TQDMProgressBar(refresh_rate=5), LearningRateMonitor("step"), StopOnSignal()]
     callbacks.append(build(checkpoint) if checkpoint else Checkpoints())
     return [*callbacks, Best(watched)] if watched else callbacks
+
+
+class LoggedStep(Callback):
+    """Metrics are logged under the optimizer's step: after a resume Lightning may count one more."""
+
+    def on_train_batch_start(self, trainer: Trainer, module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Before anything of the batch is logged."""
+        trainer.fit_loop.epoch_loop._batches_that_stepped = trainer.global_step
 
 
 class StopOnSignal(Callback):
