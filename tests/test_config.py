@@ -213,7 +213,8 @@ COMMAND_LINE_ERRORS = {
     "+trainer.limt=3": "trainer.limt: no such key of toyparts.Trainer; did you mean 'limit'? "
     "(there are: limit, max_steps, plugin)",
     "+seed=3": "+seed=3: the key exists; write seed=3",
-    "+sed=3": "sed: no such key; did you mean 'seed'? (there are: checkpoint, data, evaluation, experiment, init_from, logger, model, "
+    "+sed=3": "sed: no such key; did you mean 'seed'? (there are: checkpoint, data, "
+    "evaluation, experiment, init_from, logger, model, "
     "name, optim, resume, runs, seed, trainer)",
     "seed=1.5": "seed: 1.5 is not a whole number (int)",
     "seed=true": "seed: True is not a whole number (int)",
@@ -271,7 +272,8 @@ def test_a_mistake_on_the_command_line_is_one_line_with_the_nearest_right_name(t
 FILE_ERRORS = {
     "model:\n  fusion:\n    layrs: [1]\n": "model.fusion.layrs: no such key of toyparts.HyperAttention; "
     "did you mean 'layers'? (there are: gate, layers)",
-    "trainr: {}\n": "trainr: no such key; did you mean 'trainer'? (there are: checkpoint, data, evaluation, experiment, init_from, logger, "
+    "trainr: {}\n": "trainr: no such key; did you mean 'trainer'? (there are: checkpoint, data, "
+    "evaluation, experiment, init_from, logger, "
     "model, name, optim, resume, runs, seed, trainer)",
     "model: {adapter: {lm: {}}}\n": "model.adapter.lm: no such key; did you mean 'llm'? "
     "(there are: connector, fusion, llm, vision)",
