@@ -21,6 +21,7 @@ from owlfuse.config_files import find_folders
 from owlfuse.data.mixture import Mixture
 from owlfuse.data.shapes import write_shapes
 from owlfuse.model import on_meta
+from owlfuse.runs import last_checkpoint, step_of
 from owlfuse.types import DataError
 
 SMALL = [
@@ -53,7 +54,7 @@ def run(*overrides):
 
 
 def weights(folder):
-    return torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+    return torch.load(last_checkpoint(folder), weights_only=True)["state_dict"]
 
 
 def losses(folder):
@@ -161,7 +162,7 @@ def test_after_ctrl_c_a_resumed_run_ends_as_one_that_was_never_stopped():
     assert process.returncode == 130, output
     assert "go on with: owlfuse train resume=runs/shapes_owl3/stopped" in output
     assert "Traceback" not in output
-    steps = torch.load("runs/shapes_owl3/stopped/checkpoints/last.ckpt", weights_only=True)["global_step"]
+    steps = step_of(last_checkpoint(Path("runs/shapes_owl3/stopped")))
     assert 0 < steps < 40
 
     resumed = train.run(compose(["resume=runs/shapes_owl3/stopped"]))

@@ -72,6 +72,7 @@ class Root:
     init_from: str | None = None
     dry_run: bool = False
     plan: dict | None = None  # PlanOptions
+    checkpoint: dict | None = None
 
 
 def compose(overrides: list[str], config_dir: str | Path | None = None) -> DictConfig:

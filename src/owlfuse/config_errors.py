@@ -39,7 +39,7 @@ def nearest_key(key: str, keys: Iterable[str]) -> str | None:
     return nearest(key, elsewhere) or (elsewhere[0] if elsewhere else nearest(key, keys))
 
 
-def hint(word: str, words: Iterable[str], listed: int = 12) -> str:
+def hint(word: str, words: Iterable[str], listed: int = 14) -> str:
     """`; did you mean 'x'? (there are: ...)`; the list only where it is short, and nothing where there are no words."""
     words = sorted(words)
     match = nearest(word, words)

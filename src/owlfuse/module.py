@@ -18,6 +18,7 @@ from owlfuse.model_parallel import build_for
 from owlfuse.optim import AdamWCosine
 from owlfuse.parallel import add_up, all_rows, clip, data_ranks, divide
 from owlfuse.types import Batch, DataError
+from owlfuse.weights import check_fits, frozen_hashes, kept_names, weights_in
 
 log = logging.getLogger(__name__)
 
@@ -31,6 +32,8 @@ class MultimodalModule(lightning.LightningModule):
 
     def __init__(self, model_config: dict[str, Any], optim: AdamWCosine, vocab_size: int, init_from: str | None = None) -> None:
         super().__init__()
+        self.strict_loading = False  # frozen weights are in no checkpoint; on_load_checkpoint checks the others
+        self.frozen: dict[str, str] | None = None
         self.init_from = init_from
         self.model_config = model_config
         self.optim = optim
@@ -135,12 +138,19 @@ class MultimodalModule(lightning.LightningModule):
         return self.optim.build(self.model, self.trainer.max_steps)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """What was skipped and truncated until the last whole step goes with the weights."""
+        """Frozen weights stay out but for their hash; what was skipped and truncated until the last whole step goes in."""
+        if "state_dict" in checkpoint:
+            self.frozen = frozen_hashes(self.model) if self.frozen is None else self.frozen
+            kept = {f"model.{name}" for name in kept_names(self.model)}
+            checkpoint["state_dict"] = {name: value for name, value in checkpoint["state_dict"].items() if name in kept}
+            checkpoint["frozen"] = self.frozen
         checkpoint["skipped"], checkpoint["truncated"] = self.counted
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """A checkpoint between two micro batches goes on from the last whole step, whose number the sampler knows."""
         self.configure_model()
+        if "state_dict" in checkpoint:
+            check_fits(self.model, weights_in(checkpoint), checkpoint.get("frozen", {}))
         self.skipped = [tuple(skip) for skip in checkpoint.get("skipped", [])]
         self.truncated = dict(checkpoint.get("truncated", {}))
         self.counted = list(self.skipped), dict(self.truncated)

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import logging
 import os
+import shutil
+import zipfile
 from datetime import datetime
 from pathlib import Path
 
@@ -11,6 +16,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from owlfuse.config import ConfigError, origin_of
 
+log = logging.getLogger(__name__)
+
 NAME = "OWLFUSE_RUN_NAME"  # of the environment
 
 
@@ -18,10 +25,9 @@ def run_folder(config: DictConfig) -> Path:
     """Where the run lies; nothing is written yet.
 
     Raises:
-        ConfigError: a name that is taken, or a resume without a checkpoint.
+        ConfigError: a name that is taken.
     """
     if config.resume:
-        last_checkpoint(Path(config.resume))
         return Path(config.resume)
     if rank_zero_only.rank == 0:
         os.environ[NAME] = config.name or datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
@@ -43,11 +49,102 @@ def write_config(config: DictConfig, folder: Path) -> None:
 
 
 def last_checkpoint(folder: Path) -> Path:
-    """The newest checkpoint of a run. Raises ConfigError where there is none."""
-    path = folder / "checkpoints" / "last.ckpt"
-    if not path.exists():
-        raise ConfigError(f"resume: {folder} has no checkpoint checkpoints/last.ckpt; start it anew with another name=")
-    return path
+    """The newest good checkpoint of a run, a file or a folder; what is wrong with newer ones is said in a warning.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    found = checkpoints_of(folder / "checkpoints")
+    bad = []
+    for path in found:
+        wrong = what_is_wrong(path)
+        if wrong is None:
+            for line in bad:
+                log.warning("%s; going on from %s, the one before", line, path.name)
+            return path
+        bad.append(f"checkpoint {path} {wrong}")
+    why = "; ".join(bad) if bad else f"{folder} has no checkpoint in checkpoints/"
+    raise ConfigError(f"resume: {why}; start it anew with another name=")
+
+
+def checkpoints_of(folder: Path) -> list[Path]:
+    """Those in `checkpoints/`, the newest first; last of all `last.ckpt`, as runs once had."""
+    last = folder / "last.ckpt"
+    return [*sorted(folder.glob("step_*.ckpt"), reverse=True), *([last] if last.exists() else [])]
+
+
+def step_of(path: Path) -> int:
+    """The optimizer steps that a checkpoint was written after."""
+    if path.name == "last.ckpt":
+        import torch
+
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)["global_step"]
+    return int(path.stem.removeprefix("step_"))
+
+
+def write_manifest(part: Path, path: Path) -> None:
+    """Sizes and sha256 of the files of `part`, beside `path`, which it is about to be."""
+    files = {name: {"bytes": file.stat().st_size, "sha256": sha256(file)} for name, file in files_of(part).items()}
+    manifest = path.with_suffix(".json")
+    beside = manifest.with_name(manifest.name + ".part")
+    beside.write_text(json.dumps(files, indent=2) + "\n", encoding="utf-8")
+    sync(beside)
+    beside.replace(manifest)
+
+
+def what_is_wrong(path: Path) -> str | None:
+    """Why a checkpoint is not to be read, None where it is good."""
+    if path.name == "last.ckpt":
+        return None if zipfile.is_zipfile(path) else "is truncated or no checkpoint"
+    try:
+        manifest = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+        wanted = {name: (entry["bytes"], entry["sha256"]) for name, entry in manifest.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return f"has no manifest {path.with_suffix('.json').name} that can be read"
+    found = files_of(path)
+    for name, (size, digest) in wanted.items():
+        label = "" if name == "." else f"{name} "
+        if name not in found:
+            return f"lacks {name}"
+        if (bytes_found := found[name].stat().st_size) != size:
+            return f"is damaged: {label}has {bytes_found} bytes of {size}"
+        if sha256(found[name]) != digest:
+            return f"is damaged: {label}has another sha256 than when it was written"
+    return None
+
+
+def files_of(path: Path) -> dict[str, Path]:
+    """The files of a checkpoint: `.` where it is one file, else by their places in the folder."""
+    if path.is_file():
+        return {".": path}
+    return {str(file.relative_to(path)): file for file in sorted(path.rglob("*")) if file.is_file()}
+
+
+def sha256(path: Path) -> str:
+    """In hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sync(path: Path) -> None:
+    """Waits until a file, or a folder's names and files, are on the disk."""
+    for file in [*files_of(path).values(), path] if path.is_dir() and path.name != "checkpoints" else [path]:
+        handle = os.open(file, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def remove(path: Path) -> None:
+    """A checkpoint, a file or a folder, with what stands beside it; none need be there."""
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+    if path.name.startswith("step_") and path.suffix == ".ckpt":
+        path.with_suffix(".json").unlink(missing_ok=True)
+        path.with_suffix(".csv").unlink(missing_ok=True)
 
 
 def place(config: DictConfig, message: str) -> str:

@@ -18,6 +18,7 @@ from owlfuse.plan import dry_run
 from owlfuse.runs import last_checkpoint, place, run_folder, write_config
 from owlfuse.trainer import make_trainer, raise_if_stopped
 from owlfuse.types import DataError
+from owlfuse.weights import needs_base
 
 
 def run(config: DictConfig) -> Path | None:
@@ -28,6 +29,7 @@ def run(config: DictConfig) -> Path | None:
         KeyboardInterrupt: after Ctrl-C, with a checkpoint left in the run.
     """
     began = time.monotonic()
+    checkpoint = last_checkpoint(Path(config.resume)) if config.resume else None
     if config.get("init_from") and not config.resume:
         adopt_parts(config)
     if config.get("dry_run"):
@@ -38,15 +40,16 @@ def run(config: DictConfig) -> Path | None:
         optim, evaluation, folder = build(config.optim), build(config.evaluation), run_folder(config)
         data = build(config.data)
         data.bind(plan.vision.preprocessing, plan.fusion.tokens_per_image)
-        trainer = make_trainer(config, data, folder)
+        trainer = make_trainer(config, data, folder, checkpoint)
     except DataError:
         raise
     except ValueError as error:
         raise ConfigError(place(config, str(error))) from error
     lightning.seed_everything(config.seed, workers=True, verbose=False)
-    module = MultimodalModule(plain["model"], optim, data.vocab_size, None if config.resume else config.get("init_from"))
+    init_from = config.get("init_from") if checkpoint is None or needs_base(checkpoint) else None
+    module = MultimodalModule(plain["model"], optim, data.vocab_size, init_from)
     write_config(config, folder)
-    trainer.fit(module, data, ckpt_path=last_checkpoint(folder) if config.resume else None, weights_only=True)
+    trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True)
     if trainer.is_global_zero:
         mixture = data.report(trainer.global_step, module.skipped, module.truncated)
         (folder / "mixture.json").write_text(json.dumps(mixture, indent=2) + "\n", encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Lightning's Trainer for a run, and what happens beside its steps: checkpoints, and Ctrl-C."""
+"""Lightning's Trainer for a run, and what happens beside its steps: metrics kept over a resume, and Ctrl-C."""
 
 from __future__ import annotations
 
@@ -10,19 +10,25 @@ from typing import Any
 
 import torch
 from lightning import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, TQDMProgressBar
+from lightning.pytorch.callbacks import LearningRateMonitor, TQDMProgressBar
 from lightning.pytorch.loggers import CSVLogger
 from omegaconf import DictConfig
 
 from owlfuse.build import build
+from owlfuse.checkpoints import Best, Checkpoints
 from owlfuse.data.datamodule import ChatData
 from owlfuse.parallel import data_ranks
+from owlfuse.runs import step_of
 
 
-def make_trainer(config: DictConfig, data: ChatData, folder: Path) -> Trainer:
-    """The Trainer, its accumulation made of batch sizes and ranks, its validation interval in optimizer steps."""
-    before = read_metrics(folder)
-    loggers = [build(logger, save_dir=folder, name="", version="") for logger in (config.logger or {}).values() if logger]
+def make_trainer(config: DictConfig, data: ChatData, folder: Path, checkpoint: Path | None = None) -> Trainer:
+    """The Trainer, its accumulation made of batch sizes and ranks, its validation interval in optimizer steps.
+
+    Args:
+        checkpoint: what the run goes on from; metrics logged after it are dropped, since they come again.
+    """
+    before = read_metrics(folder, checkpoint) if checkpoint else []
+    loggers = [make_logger(logger, folder, checkpoint) for logger in (config.logger or {}).values() if logger]
     for logger in loggers:
         if isinstance(logger, CSVLogger) and before:  # Lightning would begin the file anew
             logger.experiment.metrics = before
@@ -33,13 +39,15 @@ def make_trainer(config: DictConfig, data: ChatData, folder: Path) -> Trainer:
         config.trainer,
         **precision,
         logger=loggers,
-        callbacks=make_callbacks(folder, watched),
+        callbacks=make_callbacks(config.get("checkpoint"), watched),
         default_root_dir=str(folder),
         check_val_every_n_epoch=None,
         max_epochs=-1,  # the whole run is one epoch of max_steps
         num_sanity_val_steps=0,
         use_distributed_sampler=False,
     )
+    if checkpoint is not None and trainer.is_global_zero:
+        print(f"going on from {checkpoint} at step {step_of(checkpoint)}")
     asked, steps = trainer.max_steps, data.steps(trainer.max_steps)
     if steps < asked and trainer.is_global_zero:
         print(f"the data end (at_end) after {steps} whole steps of {asked}, so the run does")
@@ -55,40 +63,49 @@ def precision_for(accelerator: str) -> str:
     return "bf16-mixed" if gpus else "32-true"
 
 
-def read_metrics(folder: Path) -> list[dict[str, str]]:
-    """The rows of a run's metrics.csv, none where there is no such file."""
+def make_logger(node: DictConfig, folder: Path, checkpoint: Path | None) -> Any:
+    """A logger into the run's folder. TensorBoard drops what it showed after the checkpoint."""
+    purge = {"purge_step": step_of(checkpoint)} if checkpoint and node._target_.endswith("TensorBoardLogger") else {}
+    return build(node, save_dir=folder, name="", version="", **purge)
+
+
+def read_metrics(folder: Path, checkpoint: Path) -> list[dict[str, str]]:
+    """The rows of metrics.csv until a checkpoint, as they were when it was written; none where there is no such file."""
+    kept, step = checkpoint.with_suffix(".csv"), step_of(checkpoint)
     try:
-        with (folder / "metrics.csv").open(newline="") as file:
-            return list(csv.DictReader(file))
+        with (kept if kept.exists() else folder / "metrics.csv").open(newline="") as file:
+            return [row for row in csv.DictReader(file) if (row["step"] or "").isdigit() and int(row["step"]) < step]
     except FileNotFoundError:
         return []
 
 
 def raise_if_stopped(trainer: Trainer, folder: Path) -> None:
     """Raises KeyboardInterrupt after a fit that Ctrl-C ended, and says how to go on."""
-    if any(isinstance(callback, LastCheckpoint) and callback.stopped for callback in trainer.callbacks):
+    if any(isinstance(callback, StopOnSignal) and callback.stopped for callback in trainer.callbacks):
         if trainer.is_global_zero:
             print(f"stopped at step {trainer.global_step}; go on with: owlfuse train resume={folder}")
         raise KeyboardInterrupt
 
 
-def make_callbacks(folder: Path, watched: str | None) -> list[Callback]:
-    """Progress, learning rates, the last checkpoint, and the best by the metric `watched` where there is one."""
-    callbacks: list[Callback] = [TQDMProgressBar(refresh_rate=5), LearningRateMonitor("step"), LastCheckpoint(folder)]
-    if watched:
-        best = ModelCheckpoint(folder / "checkpoints", "best", monitor=watched, mode="min", enable_version_counter=False)
-        callbacks.append(best)
-    return callbacks
+def make_callbacks(checkpoint: DictConfig | None, watched: str | None) -> list[Callback]:
+    """Progress, learning rates, signals, checkpoints, and the best by the metric `watched` where there is one."""
+    callbacks: list[Callback] = [LoggedStep(), TQDMProgressBar(refresh_rate=5), LearningRateMonitor("step"), StopOnSignal()]
+    callbacks.append(build(checkpoint) if checkpoint else Checkpoints())
+    return [*callbacks, Best(watched)] if watched else callbacks
 
 
-class LastCheckpoint(Callback):
-    """Keeps `checkpoints/last.ckpt`: at every look at the validation sources, at the end, and after Ctrl-C.
+class LoggedStep(Callback):
+    """Metrics are logged under the optimizer's step: after a resume Lightning may count one more."""
 
-    The first Ctrl-C (or SIGTERM) ends the run after the step it is in, the second at once.
-    """
+    def on_train_batch_start(self, trainer: Trainer, module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Before anything of the batch is logged."""
+        trainer.fit_loop.epoch_loop._batches_that_stepped = trainer.global_step
 
-    def __init__(self, folder: Path) -> None:
-        self.path = folder / "checkpoints" / "last.ckpt"
+
+class StopOnSignal(Callback):
+    """The first Ctrl-C (or SIGTERM) ends the run after the step it is in, the second at once."""
+
+    def __init__(self) -> None:
         self.stopped = False
         self.handlers: dict[int, Any] = {}
 
@@ -109,15 +126,6 @@ class LastCheckpoint(Callback):
         """Ends the run between two optimizer steps, never inside one."""
         if self.stopped and (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
             trainer.should_stop = True
-
-    def on_validation_end(self, trainer: Trainer, module: LightningModule) -> None:
-        """Saves, if training is under way."""
-        if not trainer.sanity_checking and trainer.global_step:
-            trainer.save_checkpoint(self.path)
-
-    def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
-        """Saves."""
-        trainer.save_checkpoint(self.path)
 
     def on_exception(self, trainer: Trainer, module: LightningModule, exception: BaseException) -> None:
         """Ends the progress bar's line, so that the error has its own."""

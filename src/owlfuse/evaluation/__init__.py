@@ -108,23 +108,18 @@ def evaluate_run(folder: str, overrides: list[str]) -> None:
     """`owlfuse eval`: evaluates a run's last checkpoint again, and writes its results anew. Overrides are those of `train`."""
     import time
 
-    import torch
     from omegaconf import OmegaConf
 
     from owlfuse.build import build
     from owlfuse.config import compose
-    from owlfuse.model import build_model
-    from owlfuse.runs import last_checkpoint
+    from owlfuse.weights import load_run_model
 
     began = time.monotonic()
     config = compose([f"resume={folder}", *overrides])
     plain = OmegaConf.to_container(config, resolve=True)
     data = build(config.data)
-    model, _ = build_model(plain["model"], data.vocab_size)
+    model, checkpoint = load_run_model(Path(folder), plain, data.vocab_size)
     data.bind(model.vision.preprocessing, model.fusion.tokens_per_image)
-    checkpoint = torch.load(last_checkpoint(Path(folder)), map_location="cpu", weights_only=True)
-    weights = {name.removeprefix("model."): tensor for name, tensor in checkpoint["state_dict"].items()}
-    model.load_state_dict(weights)
     evaluation = build(config.evaluation)
     metrics, answers = evaluation(model, data)
     steps = checkpoint["global_step"]

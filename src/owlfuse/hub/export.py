@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from omegaconf import OmegaConf
 from safetensors import SafetensorError, safe_open
 from transformers import AutoProcessor
@@ -25,10 +24,10 @@ from owlfuse.hub.adapter import merge_lora, save_lora, without_lora
 from owlfuse.hub.card import model_card
 from owlfuse.hub.modeling import OwlfuseForConditionalGeneration
 from owlfuse.hub.processing import FLATTEN, OwlfuseImageProcessor, OwlfuseProcessor
-from owlfuse.model import MultimodalLM, build_model
+from owlfuse.model import MultimodalLM
 from owlfuse.released.record import read_record, write_record
-from owlfuse.runs import last_checkpoint
 from owlfuse.types import DataError
+from owlfuse.weights import load_run_model
 
 KEYS = ("missing_keys", "unexpected_keys", "mismatched_keys")
 ADAPTER, RELEASED = "adapter", "released"
@@ -51,9 +50,7 @@ def load_run(folder: Path) -> Trained:
     config = OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"), resolve=True)
     tokenizer = use_template(load_tokenizer(config["data"]["tokenizer"]), config["data"].get("chat_template"))
     encoder = ChatEncoder(tokenizer, tokens_per_image=1)
-    model, _ = build_model(config["model"], len(encoder.tokenizer))
-    checkpoint = torch.load(last_checkpoint(folder), map_location="cpu", weights_only=True, mmap=True)
-    model.load_state_dict({name.removeprefix("model."): tensor for name, tensor in checkpoint["state_dict"].items()})
+    model, _ = load_run_model(folder, config, len(encoder.tokenizer))
     results = folder / "results.json"
     return Trained(model.eval(), encoder.tokenizer, json.loads(results.read_text()) if results.exists() else None)
 
