@@ -5,6 +5,7 @@ What is a fault of a file or of the configuration stops whatever the policy.
 
 import copy
 import json
+import os
 import re
 from pathlib import Path
 from types import SimpleNamespace
@@ -175,14 +176,17 @@ def root(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def permission_denied(monkeypatch):
     """`secret.png` cannot be read, whoever runs the tests."""
-    opened = Path.open
 
-    def refuse(self, *args, **kwargs):
-        if self.name == "secret.png":
-            raise PermissionError(13, "Permission denied")
-        return opened(self, *args, **kwargs)
+    def refusing(opened):
+        def refuse(path, *args, **kwargs):
+            if Path(path).name == "secret.png":
+                raise PermissionError(13, "Permission denied")
+            return opened(path, *args, **kwargs)
 
-    monkeypatch.setattr(Path, "open", refuse)
+        return refuse
+
+    monkeypatch.setattr(Path, "open", refusing(Path.open))
+    monkeypatch.setattr(os, "open", refusing(os.open))
 
 
 def write_records(file, records):
