@@ -12,14 +12,13 @@ from torch.utils.data import DataLoader, Dataset
 
 from owlfuse.data.chat import ChatEncoder, load_tokenizer
 from owlfuse.data.chat_template import use_template
-from owlfuse.data.collate import Collator, Skipped
+from owlfuse.data.collate import Collator
+from owlfuse.data.dataset import MixtureDataset, SourceDataset
 from owlfuse.data.formats.base import Source
 from owlfuse.data.images import MAX_PIXELS
 from owlfuse.data.lengths import Lengths, count_lengths
-from owlfuse.data.mixture import Mixture
 from owlfuse.data.packing import checked
 from owlfuse.data.pictures import Pictures, Preprocess
-from owlfuse.data.policy import load_or_skip
 from owlfuse.data.sampler import GlobalBatchSampler
 from owlfuse.data.truncation import OnLength, check_policies, policy_of
 from owlfuse.data.video import VideoSampling
@@ -195,31 +194,3 @@ class ChatData(lightning.LightningDataModule):
 def ignore_interrupt(worker: int) -> None:
     """Ctrl-C is the training process's to answer: a worker goes on until it is told to end."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
-class MixtureDataset(Dataset):
-    """The sample at a position of the mixture's schedule."""
-
-    def __init__(self, mixture: Mixture, sources: dict[str, Source], load: Callable[[Sample, Source], Encoded]) -> None:
-        self.mixture = mixture
-        self.sources = sources
-        self.load = load
-
-    def __getitem__(self, position: int) -> Encoded | Skipped:
-        name, index = self.mixture[position]
-        return load_or_skip(self.load, self.sources[name], index)
-
-
-class SourceDataset(Dataset):
-    """Samples of one source, by their indices."""
-
-    def __init__(self, source: Source, indices: range, load: Callable[[Sample, Source], Encoded]) -> None:
-        self.source = source
-        self.indices = indices
-        self.load = load
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def __getitem__(self, place: int) -> Encoded | Skipped:
-        return load_or_skip(self.load, self.source, self.indices[place])
