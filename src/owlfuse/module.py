@@ -41,6 +41,8 @@ class MultimodalModule(lightning.LightningModule):
         self.loss_sum = 0.0
         self.token_count = 0
         self.padding = Padding()
+        self.padded = Padding()
+        """Over all whole steps and ranks."""
 
     def configure_model(self) -> None:
         """Builds the model once, where Lightning wants it built."""
@@ -80,6 +82,7 @@ class MultimodalModule(lightning.LightningModule):
         loss_sum, tokens, *padding = self.trainer.strategy.reduce(totals, reduce_op="sum")
         for name, share in Padding(*padding).shares().items():
             self.log(f"data/{name}", share)
+        self.padded.include(*padding)
         tokens = tokens.clamp_min(1)
         gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         torch._foreach_div_(gradients, tokens)
@@ -90,6 +93,7 @@ class MultimodalModule(lightning.LightningModule):
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Loss per supervised token of the validation sources, `<source>/loss`."""
         loss, tokens = token_loss(self.model(batch), batch.labels)
+        self.trainer.datamodule.note_validation(batch)
         name = list(self.trainer.datamodule.validation)[dataloader_idx]
         self.log(
             f"{name}/loss",
@@ -107,6 +111,7 @@ class MultimodalModule(lightning.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """What was skipped and truncated until the last whole step goes with the weights."""
         checkpoint["skipped"], checkpoint["truncated"] = self.counted
+        checkpoint["padded"] = self.padded.counts()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """A checkpoint between two micro batches goes on from the last whole step, whose number the sampler knows."""
@@ -114,6 +119,7 @@ class MultimodalModule(lightning.LightningModule):
         self.skipped = [tuple(skip) for skip in checkpoint.get("skipped", [])]
         self.truncated = dict(checkpoint.get("truncated", {}))
         self.counted = list(self.skipped), dict(self.truncated)
+        self.padded = Padding(*checkpoint.get("padded", ()))
         progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
         done = checkpoint["global_step"] * self.trainer.accumulate_grad_batches
         for count in ("ready", "started", "processed", "completed"):

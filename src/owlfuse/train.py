@@ -1,6 +1,5 @@
 """config -> data -> module -> trainer.fit -> evaluation."""
 
-import json
 import time
 from pathlib import Path
 
@@ -13,7 +12,7 @@ from owlfuse.evaluation import write_results
 from owlfuse.hub.start import adopt_parts
 from owlfuse.model import on_meta
 from owlfuse.module import MultimodalModule
-from owlfuse.runs import last_checkpoint, place, run_folder, write_config
+from owlfuse.runs import last_checkpoint, place, run_folder, write_config, write_mixture
 from owlfuse.trainer import make_trainer, raise_if_stopped
 from owlfuse.types import DataError
 
@@ -49,11 +48,12 @@ def run(config: DictConfig) -> Path:
     trainer.fit(module, data, ckpt_path=last_checkpoint(folder) if config.resume else None, weights_only=True)
 
     if trainer.is_global_zero:
-        mixture = data.report(trainer.global_step, module.skipped, module.truncated)
-        (folder / "mixture.json").write_text(json.dumps(mixture, indent=2) + "\n", encoding="utf-8")
+        mixture = data.report(trainer.global_step, module.skipped, module.truncated, module.padded)
+        write_mixture(folder, mixture)
     raise_if_stopped(trainer, folder)
     if trainer.is_global_zero:
         metrics, answers = evaluation(module.model, data)
+        write_mixture(folder, mixture | {"validation": data.validation_report()})
         write_results(folder, config.experiment, config.seed, trainer.global_step, metrics, time.monotonic() - began)
         evaluation.write(folder, metrics, answers, f"{config.experiment}, {trainer.global_step} steps")
         print(f"everything of this run is in {folder}")
