@@ -61,9 +61,12 @@ def test_a_resumed_run_goes_on_counting_from_the_last_whole_step(module, tmp_pat
     second.on_load_checkpoint(torch.load(tmp_path / "last.ckpt", weights_only=True))
     assert second.skipped == [skip("a", 1), skip("b", 2)]
     assert second.truncated == {"a": 1}
+    assert second.padded.counts() == first.padded.counts() != (0, 0, 0)
+    once = first.padded.counts()
     train(second, ([skip("a", 3)], [("a", "a:8", 2)]), ([], []))
     assert second.skipped == [skip("a", 1), skip("b", 2), skip("a", 3)]
     assert second.truncated == {"a": 2}
+    assert second.padded.counts() == tuple(2 * count for count in once)
 
 
 def test_the_limit_of_skips_holds_over_a_resume(module):
@@ -78,9 +81,9 @@ def test_the_limit_of_skips_holds_over_a_resume(module):
 def test_a_checkpoint_from_before_skips_were_kept_is_read(module):
     made = module()
     checkpoint = checkpoint_of(made, 1)
-    del checkpoint["skipped"], checkpoint["truncated"]
+    del checkpoint["skipped"], checkpoint["truncated"], checkpoint["padded"]
     made.on_load_checkpoint(checkpoint)
-    assert (made.skipped, made.truncated) == ([], {})
+    assert (made.skipped, made.truncated, made.padded.counts()) == ([], {}, (0, 0, 0))
 
 
 def test_every_skip_and_cut_goes_to_the_log(module, caplog):

@@ -81,7 +81,12 @@ def test_out_names_the_folder_and_phases_and_ends_are_told(tmp_path, capsys):
     report = mixture_command(words(*more))
     assert (tmp_path / "here/mixture.json").exists()
     assert report["samples"] < 400
-    assert f"the schedule ends (at_end) after {report['samples']} samples of 400" in capsys.readouterr().out
+    printed = " ".join(capsys.readouterr().out.split())
+    rest = report["samples"] % 8
+    assert rest
+    left = {name: row["left_of_last_pass"] for name, row in report["sources"].items()}
+    assert f"after {report['samples']} samples of 400, the last {rest} of which make no whole global batch" in printed
+    assert f"never drawn of each source's last pass: shapes {left['shapes']}, text {left['text']}" in printed
     share = (16 * 0.35 + (report["samples"] - 16) * 0.75) / report["samples"]
     assert report["sources"]["text"]["asked_share"] == pytest.approx(share)
 
@@ -89,6 +94,19 @@ def test_out_names_the_folder_and_phases_and_ends_are_told(tmp_path, capsys):
 def test_a_wrong_sample_of_a_source_that_stops_is_told_with_its_step(capsys):
     mixture_command([*words("steps=20"), "data.sources.text.on_error=error"])
     assert "source text has on_error=error and a wrong sample at step" in capsys.readouterr().out
+
+
+def test_ids_that_several_samples_bear_are_told(capsys):
+    records = json.loads(Path("text.json").read_text())
+    for number in (1, 7, 9):
+        records[number]["id"] = "twin"
+    Path("twins.json").write_text(json.dumps(records))
+    report = mixture_command([*words("steps=40"), "data.sources.text.file=twins.json"])
+    found = {"count": 2, "looked_at": 20, "first": {"id": "twin", "samples": [1, 7]}}
+    assert report["sources"]["text"]["duplicate_ids"] == found
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "source text: 2 records bear the id of another, of 20 samples that were compared" in printed
+    assert "the first is twin, of samples 1 and 7" in printed
 
 
 @pytest.mark.parametrize(("word", "line"), [

@@ -261,6 +261,34 @@ def test_skipped_samples_are_counted_in_mixture_json_over_a_resume_and_limited()
         run(*overrides, "name=limited", "data.sources.shapes.max_skips=3")
 
 
+def test_what_validation_leaves_out_and_how_much_is_padding_are_in_mixture_json_over_a_resume():
+    records = json.loads(Path("data/shapes/val.json").read_text())
+    records[2]["image"] = records[5]["image"] = "none.png"
+    records[3]["id"] = records[1]["id"]
+    records[1]["conversations"] += [{"from": "human", "value": "word " * 600}, {"from": "gpt", "value": "no"}]
+    Path("val_holes.json").write_text(json.dumps(records))
+    common = ["experiment=shapes_owl1", "name=val_skips", "data.validation.val.file=val_holes.json", "data.pack_to=512"]
+    common += ["data.validation.val.image_root=data/shapes", "data.validation.val.on_error=skip", "trainer.log_every_n_steps=1"]
+    common += ["data.validation_samples=4", "trainer.val_check_interval=2", "+data.on_length.val=truncate_turns"]
+    folder = run(*common, "trainer.max_steps=4")
+    train.run(compose([f"resume={folder}", "trainer.max_steps=6"]))
+    mixture = json.loads((folder / "mixture.json").read_text())
+    found = mixture["validation"]
+    assert [(skip["source"], skip["sample"]) for skip in found["skipped"]] == [("val", "val:2"), ("val", "val:5")]
+    assert "no image none.png" in found["skipped"][0]["reason"]
+    assert found["truncated"] == [{"source": "val", "sample": f"val:{records[1]['id']}", "turns_removed": 1}]
+    rows = found["sources"]
+    assert {name: (row["skipped"], row["truncated"]) for name, row in rows.items() if name == "val"} == {"val": (2, 1)}
+    assert rows["text"]["samples"] > 0
+    padding = mixture["padding"]
+    assert 0 < padding["padding"] < padding["padding_unpacked"] < 1
+    for name, share in padding.items():  # over six steps, of which a resumed run made two
+        shares = logged(folder, f"data/{name}")
+        assert len(shares) == 6
+        assert min(shares) <= share <= max(shares)
+    assert mixture["sources"]["shapes"]["duplicate_ids"]["count"] == 0
+
+
 @pytest.mark.parametrize("experiment", sorted(find_folders().experiment_names))
 def test_every_experiment_composes_and_its_parts_fit_together(experiment):
     from omegaconf import OmegaConf

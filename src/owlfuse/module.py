@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from typing import Any
 
 import lightning
@@ -16,7 +17,7 @@ from owlfuse.hub.start import load_base
 from owlfuse.model import MultimodalLM, build_model
 from owlfuse.model_parallel import build_for
 from owlfuse.optim import AdamWCosine
-from owlfuse.parallel import add_up, all_rows, clip, data_ranks, divide
+from owlfuse.parallel import add_up, all_objects, all_rows, clip, data_ranks, divide
 from owlfuse.types import Batch, DataError
 from owlfuse.weights import check_fits, frozen_hashes, kept_names, weights_in
 
@@ -47,6 +48,8 @@ class MultimodalModule(lightning.LightningModule):
         self.token_count = 0
         self.images = 0
         self.padding = Padding()
+        self.padded = Padding()
+        """Over all whole steps and ranks."""
 
     def configure_model(self) -> None:
         """Builds the model once, where Lightning wants it built."""
@@ -84,6 +87,16 @@ class MultimodalModule(lightning.LightningModule):
             if count > limit:
                 raise DataError(f"source {source} had {count} wrong samples, over its max_skips of {limit}; the last: {reason}")
 
+    def over_ranks(
+        self, skipped: list[tuple[str, str, str]], truncated: dict[str, int]
+    ) -> tuple[list[tuple[str, str, str]], dict[str, int]]:
+        """What every rank has skipped and truncated, put together."""
+        ranks = all_objects(self.trainer, (skipped, truncated))
+        counts: Counter[str] = Counter()
+        for _, cut in ranks:
+            counts.update(cut)
+        return [skip for skips, _ in ranks for skip in skips], dict(counts)
+
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Divides the gradients by the supervised tokens of the global batch, and logs its loss and its share of padding."""
         counts = [self.images, self.padding.tokens, self.padding.unpacked, self.padding.positions]
@@ -92,6 +105,7 @@ class MultimodalModule(lightning.LightningModule):
         loss_sum, tokens, _, *padding = rows.sum(0).to(self.loss_sum)
         for name, share in Padding(*padding).shares().items():
             self.log(f"data/{name}", share)
+        self.padded.include(*rows.sum(0)[3:])
         self.log_census(rows[:, 2])
         tokens = tokens.clamp_min(1)
         add_up(self.model.per_head(), self.trainer.strategy)
@@ -123,6 +137,7 @@ class MultimodalModule(lightning.LightningModule):
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Loss per supervised token of the validation sources, `<source>/loss`."""
         loss, tokens = token_loss(self.model(batch), batch.labels)
+        self.trainer.datamodule.note_validation(batch)
         name = list(self.trainer.datamodule.validation)[dataloader_idx]
         self.log(
             f"{name}/loss",
@@ -144,16 +159,19 @@ class MultimodalModule(lightning.LightningModule):
             kept = {f"model.{name}" for name in kept_names(self.model)}
             checkpoint["state_dict"] = {name: value for name, value in checkpoint["state_dict"].items() if name in kept}
             checkpoint["frozen"] = self.frozen
-        checkpoint["skipped"], checkpoint["truncated"] = self.counted
+        checkpoint["skipped"], checkpoint["truncated"] = self.over_ranks(*self.counted)
+        checkpoint["padded"] = self.padded.counts()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """A checkpoint between two micro batches goes on from the last whole step, whose number the sampler knows."""
         self.configure_model()
         if "state_dict" in checkpoint:
             check_fits(self.model, weights_in(checkpoint), checkpoint.get("frozen", {}))
-        self.skipped = [tuple(skip) for skip in checkpoint.get("skipped", [])]
-        self.truncated = dict(checkpoint.get("truncated", {}))
+        if self.trainer.is_global_zero:  # the checkpoint has those of all ranks
+            self.skipped = [tuple(skip) for skip in checkpoint.get("skipped", [])]
+            self.truncated = dict(checkpoint.get("truncated", {}))
         self.counted = list(self.skipped), dict(self.truncated)
+        self.padded = Padding(*checkpoint.get("padded", ()))
         progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
         done = checkpoint["global_step"] * self.trainer.accumulate_grad_batches
         for count in ("ready", "started", "processed", "completed"):

@@ -10,6 +10,7 @@ import shutil
 import zipfile
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
@@ -46,6 +47,11 @@ def write_config(config: DictConfig, folder: Path) -> None:
     saved.resume = None
     saved.name = folder.name
     OmegaConf.save(saved, folder / "config.yaml")
+
+
+def write_mixture(folder: Path, report: dict[str, Any]) -> None:
+    """mixture.json: what was drawn, left out and cut."""
+    (folder / "mixture.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
 
 
 def last_checkpoint(folder: Path) -> Path:

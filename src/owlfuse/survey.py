@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from owlfuse.data.datamodule import ChatData
 from owlfuse.data.lengths import Lengths
 from owlfuse.data.mixture import Mixture
 from owlfuse.model import on_meta
-from owlfuse.runs import place
+from owlfuse.runs import place, write_mixture
 from owlfuse.survey_tables import print_survey
 from owlfuse.types import DataError
 
@@ -55,7 +54,7 @@ def mixture_command(words: list[str]) -> dict[str, Any]:
     report["notes"] = notes + report["notes"]
     folder = Path(own.get("out") or Path(config.runs) / "mixture" / config.experiment).expanduser()
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "mixture.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    write_mixture(folder, report)
     print_survey(report)
     print(f"mixture.json is in {folder}")
     return report
@@ -76,9 +75,11 @@ def survey(data: ChatData, lengths: dict[str, Lengths], steps: int) -> dict[str,
     """`ChatData.report` after `steps`, with supervised tokens, lengths and what is left out, as its samples would give."""
     mixture, size = data.mixture, data.global_batch_size
     asked, positions = steps * size, mixture.available(steps * size)
-    notes = [] if positions == asked else [f"the schedule ends (at_end) after {positions:,} samples of {asked:,}"]
     drawn = realised(mixture, lengths, positions)
     report = data.report(positions // size, left_out(data, drawn["wrong"], lengths))
+    del report["validation"], report["padding"]  # of batches, and there are none
+    notes = [] if positions == asked else [end_note(report, positions, asked)]
+    notes += duplicate_notes(report)
     for name, first in first_errors(data, drawn["wrong"]).items():
         notes.append(f"source {name} has on_error=error and a wrong sample at step {first // size}, which ends the run")
     total = sum(drawn["supervised"].values())
@@ -92,6 +93,31 @@ def survey(data: ChatData, lengths: dict[str, Lengths], steps: int) -> dict[str,
         row["length"] = {"mean": float(right.mean()), "longest": int(right.max())} if len(right) else None
     report.update(samples=positions, histogram=histogram(drawn["lengths"]), notes=notes)
     return report
+
+
+def end_note(report: dict[str, Any], positions: int, asked: int) -> str:
+    """Where a schedule ends, and what it leaves."""
+    rest = positions % report["global_batch_size"]
+    left = ", ".join(f"{name} {row['left_of_last_pass']:,}" for name, row in report["sources"].items())
+    return (
+        f"the schedule ends (at_end) after {positions:,} samples of {asked:,}"
+        + (f", the last {rest:,} of which make no whole global batch" if rest else "")
+        + f"; never drawn of each source's last pass: {left}"
+    )
+
+
+def duplicate_notes(report: dict[str, Any]) -> list[str]:
+    """Sources in which several records have one id."""
+    notes = []
+    for name, row in report["sources"].items():
+        if first := row["duplicate_ids"]["first"]:
+            one, other = first["samples"]
+            count, looked_at = row["duplicate_ids"]["count"], row["duplicate_ids"]["looked_at"]
+            notes.append(
+                f"source {name}: {count:,} records bear the id of another, of {looked_at:,} samples that were compared; "
+                f"the first is {first['id'][:80]}, of samples {one} and {other}"
+            )
+    return notes
 
 
 def realised(mixture: Mixture, lengths: dict[str, Lengths], positions: int) -> dict[str, Any]:

@@ -1,6 +1,5 @@
 """config -> data -> module -> trainer.fit -> evaluation."""
 
-import json
 import time
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from owlfuse.model import on_meta
 from owlfuse.module import MultimodalModule
 from owlfuse.parallel import evaluates
 from owlfuse.plan import dry_run
-from owlfuse.runs import last_checkpoint, place, run_folder, write_config
+from owlfuse.runs import last_checkpoint, place, run_folder, write_config, write_mixture
 from owlfuse.trainer import make_trainer, raise_if_stopped
 from owlfuse.types import DataError
 from owlfuse.weights import needs_base
@@ -50,13 +49,15 @@ def run(config: DictConfig) -> Path | None:
     module = MultimodalModule(plain["model"], optim, data.vocab_size, init_from)
     write_config(config, folder)
     trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True)
+    left_out = module.over_ranks(module.skipped, module.truncated)
     if trainer.is_global_zero:
-        mixture = data.report(trainer.global_step, module.skipped, module.truncated)
-        (folder / "mixture.json").write_text(json.dumps(mixture, indent=2) + "\n", encoding="utf-8")
+        report = data.report(trainer.global_step, *left_out, module.padded)
+        write_mixture(folder, report)
     raise_if_stopped(trainer, folder)
     if evaluates(trainer):
         metrics, answers = evaluation(module.model, data)
     if trainer.is_global_zero:
+        write_mixture(folder, report | {"validation": data.validation_report()})
         write_results(folder, config.experiment, config.seed, trainer.global_step, metrics, time.monotonic() - began)
         evaluation.write(folder, metrics, answers, f"{config.experiment}, {trainer.global_step} steps")
         print(f"everything of this run is in {folder}")

@@ -5,6 +5,7 @@ What is a fault of a file or of the configuration stops whatever the policy.
 
 import copy
 import json
+import os
 import re
 from pathlib import Path
 from types import SimpleNamespace
@@ -175,14 +176,17 @@ def root(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def permission_denied(monkeypatch):
     """`secret.png` cannot be read, whoever runs the tests."""
-    opened = Path.open
 
-    def refuse(self, *args, **kwargs):
-        if self.name == "secret.png":
-            raise PermissionError(13, "Permission denied")
-        return opened(self, *args, **kwargs)
+    def refusing(opened):
+        def refuse(path, *args, **kwargs):
+            if Path(path).name == "secret.png":
+                raise PermissionError(13, "Permission denied")
+            return opened(path, *args, **kwargs)
 
-    monkeypatch.setattr(Path, "open", refuse)
+        return refuse
+
+    monkeypatch.setattr(Path, "open", refusing(Path.open))
+    monkeypatch.setattr(os, "open", refusing(os.open))
 
 
 def write_records(file, records):
@@ -441,3 +445,18 @@ def test_evaluation_asks_of_what_is_left_and_keeps_to_the_limit(shapes, root, tm
 def test_there_are_forty_kinds_and_more():
     kinds = [*ALL, *LINE_FAULTS, *FILE_FAULTS, *WEIGHTS, *OPTIONS, *ALPACA_FAULTS]
     assert len(kinds) > 100
+
+
+@pytest.mark.parametrize(("policy", "kept"), [("skip", [0, 2]), ("truncate_turns", [0, 1, 2])])
+def test_evaluation_asks_nothing_of_what_the_policy_for_the_length_leaves_out(shapes, root, tmp_path, policy, kept):
+    """The source stops at wrong samples, and chats that are too long are none."""
+    from owlfuse.evaluation.metrics import questions_of
+
+    records = [good(number) for number in range(3)]
+    records[1]["conversations"] += [{"from": "human", "value": "word " * 600}, {"from": "gpt", "value": "no"}]
+    data = module(shapes, LLaVA(write_records(tmp_path / "long.jsonl", records), str(root)), on_length=policy)
+    data.validation = data.sources
+    questions = questions_of(data, "bad", None)
+    data.prompts([(sample, data.validation["bad"]) for sample, _, _ in questions])
+    expected = [f"bad:{records[number]['id']}" for number in kept]
+    assert [sample.id.partition("#")[0] for sample, _, _ in questions] == expected

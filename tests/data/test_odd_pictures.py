@@ -1,9 +1,12 @@
 """Odd pictures are read right, from paths and from bytes."""
 
+from pathlib import Path
+
 import pytest
 from bad_pictures import noise, write_odd
 from PIL import Image
 
+from owlfuse.data import images
 from owlfuse.data.images import open_image
 from owlfuse.types import DataError
 
@@ -64,3 +67,50 @@ def test_every_grey_of_sixteen_bits_is_scaled_and_none_clipped(tmp_path):
     opened = np.asarray(open_image(tmp_path, "a.png", "s", 10**6))
     assert abs(opened[..., 0] - values / 257).max() <= 0.5
     assert (opened == opened[..., :1]).all()
+
+
+@pytest.mark.parametrize("at_once", [2**26, 10], ids=["whole", "large"])
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "tiff", "bmp", "gif"])
+def test_pixels_are_those_of_plain_pil_however_the_file_is_read(tmp_path, monkeypatch, suffix, at_once):
+    (tmp_path / "a").mkdir()
+    noise(size=(60, 40)).save(tmp_path / f"a/b.{suffix}")
+    monkeypatch.setattr(images, "AT_ONCE", at_once)
+    with Image.open(tmp_path / f"a/b.{suffix}") as plain:
+        assert open_image(tmp_path, f"a/b.{suffix}", "s", 10**6).tobytes() == plain.convert("RGB").tobytes()
+
+
+def test_links_are_looked_at_after_their_folder_was_remembered_too(tmp_path):
+    root = tmp_path / "root"
+    (root / "a").mkdir(parents=True)
+    (tmp_path / "away").mkdir()
+    for place in ("root/a/b.png", "root/c.png", "away/b.png"):
+        noise().save(tmp_path / place)
+    open_image(root, "a/b.png", "s", 1000)
+    (root / "a/in.png").symlink_to(root / "c.png")
+    assert open_image(root, "a/in.png", "s", 1000).size == (20, 10)
+    (root / "a/out.png").symlink_to(tmp_path / "away/b.png")
+    (root / "later").mkdir()
+    (root / "later/out").symlink_to(tmp_path / "away")
+    for path in ("a/out.png", "later/out/b.png", "../away/b.png", "a/../../away/b.png", str(tmp_path / "away/b.png")):
+        for _ in range(2):  # nor is a refusal forgotten
+            with pytest.raises(DataError, match="leaves the image root"):
+                open_image(root, path, "s", 1000)
+
+
+def test_a_folder_that_becomes_a_link_out_of_the_root_was_not_remembered_while_it_was_missing(tmp_path):
+    (tmp_path / "root").mkdir()
+    (tmp_path / "away").mkdir()
+    noise().save(tmp_path / "away/b.png")
+    with pytest.raises(DataError, match="no image a/b.png"):
+        open_image(tmp_path / "root", "a/b.png", "s", 1000)
+    (tmp_path / "root/a").symlink_to(tmp_path / "away")
+    with pytest.raises(DataError, match="leaves the image root"):
+        open_image(tmp_path / "root", "a/b.png", "s", 1000)
+
+
+def test_a_relative_root_starts_from_the_working_folder_of_now(tmp_path, monkeypatch):
+    for number, name in enumerate(("one", "two"), 1):
+        (tmp_path / name / "root").mkdir(parents=True)
+        noise(size=(number, 1)).save(tmp_path / name / "root/b.png")
+        monkeypatch.chdir(tmp_path / name)
+        assert open_image(Path("root"), "b.png", "s", 1000).size == (number, 1)

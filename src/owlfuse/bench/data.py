@@ -10,30 +10,34 @@ import json
 import random
 import tempfile
 import time
+from bisect import bisect_right
 from collections.abc import Callable
+from itertools import accumulate
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 from PIL import Image
-from torch.utils.data import WeightedRandomSampler
+from torch.utils.data import BatchSampler, WeightedRandomSampler
 from torchvision.transforms.functional import pil_to_tensor
 
 from owlfuse.bench.report import machine, print_table
 from owlfuse.data.datamodule import ChatData
+from owlfuse.data.dataset import BLOCK, MixtureDataset
 from owlfuse.data.formats.alpaca import Alpaca
 from owlfuse.data.formats.base import Source
 from owlfuse.data.formats.llava import LLaVA
 from owlfuse.data.images import MAX_PIXELS, open_image
 from owlfuse.data.mixture import Mixture
+from owlfuse.data.sampler import GlobalBatchSampler
 from owlfuse.data.shapes_text import train_tokenizer
 
 WEIGHTS = {"chats": 0.65, "text": 0.35}
 ROWS = {"chats": 40_000, "text": 20_000}
 PICTURES, SIZE = 48, (640, 480)
-BLOCK = 2**18
-"""Positions that are drawn at a time."""
+MICRO = 32
+"""Samples of a micro batch."""
 
 
 def bench_data(out: Path, samples: int = 1_000_000, repeats: int = 5, rows: dict[str, int] = ROWS) -> dict[str, Any]:
@@ -48,32 +52,40 @@ def bench_data(out: Path, samples: int = 1_000_000, repeats: int = 5, rows: dict
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         sources = write_files(folder, rows)
-        drawing = drawers(folder, sources, samples)
+        drawing, batching = drawers(folder, sources, samples), batchers(sources, samples)
         decoding = decoders(folder)
         found: dict[str, float] = {}
-        for tool, run in track([*(drawing | decoding).items()] * repeats, "measuring", transient=True):
+        once = [*drawing.items(), *batching.items()] + [*decoding.items()] * 4  # short, and close to each other
+        for tool, run in track(once * repeats, "measuring", transient=True):
             found[tool] = max(found.get(tool, 0), pace(run))
         first = first_batch(folder, sources)
-    drawn, decoded = {tool: found[tool] for tool in drawing}, {tool: found[tool] for tool in decoding}
+    drawn, batched, decoded = ({tool: found[tool] for tool in group} for group in (drawing, batching, decoding))
     result = {
         "machine": machine(),
         "samples": samples,
         "rows": rows,
         "positions_per_second": drawn,
         "ratio_to_the_faster": drawn["owlfuse"] / max(value for tool, value in drawn.items() if tool != "owlfuse"),
+        "micro_batch_positions_per_second": batched,
         "pictures_per_second_and_worker": decoded,
         "ratio_to_PIL": decoded["owlfuse, open_image"] / decoded["PIL, open and convert"],
         "seconds_to_first_batch": first,
     }
     out.mkdir(parents=True, exist_ok=True)
     (out / "data.json").write_text(json.dumps(result, indent=2) + "\n")
-    best = [[tool, f"{value:,.0f}", f"{drawn['owlfuse'] / value:.1f}"] for tool, value in drawn.items()]
-    print_table(f"drawing positions of {sum(rows.values()):,} samples ({machine()})", ["", "a second", "owlfuse : it"], best)
-    best = [[t, f"{v:,.0f}", f"{decoded['owlfuse, open_image'] / v:.2f}"] for t, v in decoded.items()]
-    print_table(f"decoding pictures of {SIZE[0]} x {SIZE[1]}, one worker", ["", "a second", "owlfuse : it"], best)
+    print_paces(f"drawing positions of {sum(rows.values()):,} samples ({machine()})", drawn, 1)
+    print_paces(f"positions to micro batches of {MICRO} (source, sample)", batched, 1)
+    print_paces(f"decoding pictures of {SIZE[0]} x {SIZE[1]}, one worker", decoded, 2)
     print_table("first batch, imports done", ["", "seconds"], [[tool, f"{value:.2f}"] for tool, value in first.items()])
     print(f"data.json is in {out}")
     return result
+
+
+def print_paces(title: str, paces: dict[str, float], digits: int) -> None:
+    """How many a second each tool does, and how many times as many ours does, which is the first."""
+    ours = next(iter(paces.values()))
+    rows = [[tool, f"{value:,.0f}", f"{ours / value:.{digits}f}"] for tool, value in paces.items()]
+    print_table(title, ["", "a second", "owlfuse : it"], rows)
 
 
 def pace(run: Callable[[], int]) -> float:
@@ -113,7 +125,8 @@ def write_files(folder: Path, rows: dict[str, int]) -> dict[str, Source]:
 
 
 def drawers(folder: Path, sources: dict[str, Source], samples: int) -> dict[str, Callable[[], int]]:
-    """What draws which sample comes next, files read: each from the making of its schedule to the last index."""
+    """What draws which sample comes next, files read: each from the making of its schedule to the last index. Ours in the
+    blocks that `MixtureDataset` draws for training."""
     import datasets
 
     sizes = {name: len(source) for name, source in sources.items()}
@@ -135,6 +148,25 @@ def drawers(folder: Path, sources: dict[str, Source], samples: int) -> dict[str,
     return {"owlfuse": owlfuse, "datasets.interleave_datasets": interleave, "torch WeightedRandomSampler": weighted}
 
 
+def batchers(sources: dict[str, Source], samples: int) -> dict[str, Callable[[], int]]:
+    """What gives a DataLoader's workers the samples of each micro batch, by source and number: in Python, one by one."""
+    sizes = {name: len(source) for name, source in sources.items()}
+    names, starts = list(sizes), [0, *accumulate(sizes.values())][:-1]
+
+    def owlfuse() -> int:
+        dataset = MixtureDataset(Mixture(sizes, WEIGHTS, seed=0), sources, ChatData.load)
+        batches = GlobalBatchSampler(MICRO, 1, 0, 1, steps=samples // MICRO)
+        return sum(len(dataset.draws(positions)) for positions in batches)
+
+    def weighted() -> int:
+        each = [WEIGHTS[name] / size for name, size in sizes.items() for _ in range(size)]
+        batches = BatchSampler(WeightedRandomSampler(each, samples), MICRO, drop_last=True)
+        found = ([(names[k := bisect_right(starts, i) - 1], i - starts[k]) for i in batch] for batch in batches)
+        return sum(map(len, found))
+
+    return {"owlfuse, sampler and dataset": owlfuse, "torch BatchSampler and ConcatDataset's lookup": weighted}
+
+
 def decoders(folder: Path) -> dict[str, Callable[[], int]]:
     """What opens every picture once, as RGB."""
     names = [f"{number}.jpg" for number in range(PICTURES)]
@@ -146,8 +178,7 @@ def decoders(folder: Path) -> dict[str, Callable[[], int]]:
 
     def pil() -> int:
         for name in names:
-            with Image.open(folder / name) as picture:
-                picture.convert("RGB")
+            Image.open(folder / name).convert("RGB")
         return len(names)
 
     return {"owlfuse, open_image": owlfuse, "PIL, open and convert": pil}

@@ -12,18 +12,18 @@ from torch.utils.data import DataLoader, Dataset
 
 from owlfuse.data.chat import ChatEncoder, load_tokenizer
 from owlfuse.data.chat_template import use_template
-from owlfuse.data.collate import Collator, Skipped
+from owlfuse.data.collate import Collator
+from owlfuse.data.dataset import MixtureDataset, SourceDataset
 from owlfuse.data.formats.base import Source
 from owlfuse.data.images import MAX_PIXELS
 from owlfuse.data.lengths import Lengths, count_lengths
-from owlfuse.data.mixture import Mixture
-from owlfuse.data.packing import checked
+from owlfuse.data.packing import Padding, checked
 from owlfuse.data.pictures import Pictures, Preprocess
-from owlfuse.data.policy import load_or_skip
+from owlfuse.data.report import mixture_report, validation_report
 from owlfuse.data.sampler import GlobalBatchSampler
 from owlfuse.data.truncation import OnLength, check_policies, policy_of
 from owlfuse.data.video import VideoSampling
-from owlfuse.data.weighting import make_mixture, mixture_report
+from owlfuse.data.weighting import make_mixture
 from owlfuse.types import Batch, DataError, Encoded, Sample
 
 
@@ -80,6 +80,8 @@ class ChatData(lightning.LightningDataModule):
             source.name = name
         self.sources = sources
         self.validation = validation
+        self.validation_skipped: dict[tuple[str, str, str], None] = {}  # in the order in which they were found
+        self.validation_truncated: dict[tuple[str, str, int], None] = {}
         self.global_batch_size = global_batch_size
         self.micro_batch_size = micro_batch_size
         self.workers = workers
@@ -188,39 +190,27 @@ class ChatData(lightning.LightningDataModule):
         collator = Collator(self.encoder.pad_id, self.image_shape, side="left")
         return collator([self.load(sample, source, prompt=True) for sample, source in samples])
 
-    def report(self, steps: int, skipped: list[tuple[str, ...]], truncated: dict[str, int] | None = None) -> dict[str, Any]:
+    def note_validation(self, batch: Batch) -> None:
+        """Keeps what a batch of a validation source lacks or has been cut, each sample once however often it is looked at."""
+        self.validation_skipped |= dict.fromkeys(batch.skipped)
+        self.validation_truncated |= dict.fromkeys(batch.truncated)
+
+    def report(
+        self,
+        steps: int,
+        skipped: list[tuple[str, ...]],
+        truncated: dict[str, int] | None = None,
+        padding: Padding | None = None,
+    ) -> dict[str, Any]:
         """What `mixture.json` holds after `steps`: the sources, their hashes, weights and realised counts, skips and cuts."""
-        return mixture_report(self.mixture, self.sources, self.global_batch_size, steps, skipped, truncated)
+        report = mixture_report(self.mixture, self.sources, self.global_batch_size, steps, skipped, truncated, padding)
+        return report | {"validation": self.validation_report()}
+
+    def validation_report(self) -> dict[str, Any]:
+        """Of the validation sources, what was left out or cut so far."""
+        return validation_report(self.validation, self.validation_skipped, self.validation_truncated)
 
 
 def ignore_interrupt(worker: int) -> None:
     """Ctrl-C is the training process's to answer: a worker goes on until it is told to end."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
-class MixtureDataset(Dataset):
-    """The sample at a position of the mixture's schedule."""
-
-    def __init__(self, mixture: Mixture, sources: dict[str, Source], load: Callable[[Sample, Source], Encoded]) -> None:
-        self.mixture = mixture
-        self.sources = sources
-        self.load = load
-
-    def __getitem__(self, position: int) -> Encoded | Skipped:
-        name, index = self.mixture[position]
-        return load_or_skip(self.load, self.sources[name], index)
-
-
-class SourceDataset(Dataset):
-    """Samples of one source, by their indices."""
-
-    def __init__(self, source: Source, indices: range, load: Callable[[Sample, Source], Encoded]) -> None:
-        self.source = source
-        self.indices = indices
-        self.load = load
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def __getitem__(self, place: int) -> Encoded | Skipped:
-        return load_or_skip(self.load, self.source, self.indices[place])

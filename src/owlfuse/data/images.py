@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import os
 import re
+import stat
 import warnings
 from contextlib import suppress
 from functools import cache, lru_cache
@@ -16,6 +18,9 @@ from owlfuse.types import DataError
 
 MAX_PIXELS = 100_000_000
 """Of a picture, where nothing else is said."""
+
+AT_ONCE = 2**26
+"""Bytes of a file that is read whole before its header is looked at; a larger one is read as its decoder asks."""
 
 FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "AVIF", "JPEG2000", "ICO")
 """What is decoded, whatever a file's name ends in. PIL knows others, of which EPS is a program that is run."""
@@ -37,7 +42,7 @@ def open_image(root: Path, image: str | bytes, name: str, max_pixels: int) -> Im
     try:
         if isinstance(image, bytes):
             return decode(io.BytesIO(image), label, max_pixels)
-        with place_of(root, image, label).open("rb") as file:
+        with opened(root, image, label) as file:
             return decode(file, label, max_pixels)
     except DataError:
         raise
@@ -50,15 +55,50 @@ def open_image(root: Path, image: str | bytes, name: str, max_pixels: int) -> Im
         raise DataError(f"{label} cannot be read: {reason}") from error
 
 
-def place_of(root: Path, path: str, label: str) -> Path:
-    """The file below `root`, links followed. Raises DataError where it is not below it, or no file."""
+def opened(root: Path, path: str, label: str) -> io.BufferedIOBase:
+    """The file at `path` below `root`, read in one go where it is small. Raises as `place_of`, and OSError.
+
+    The usual file costs one look at its folder, which is remembered, and one opening that follows no link; whatever that
+    does not answer is left to `place_of`.
+    """
     if _URL.match(path):
         raise DataError(f"{label} is a URL, expected a path below {root}; pictures are not fetched, download them first")
-    joined = root / path
-    place = resolved(joined.parent) / joined.name
-    if joined.name in ("", ".", "..") or place.is_symlink():
-        place = place.resolve()
-    if not place.is_relative_to(resolved(root)):
+    name = path[path.rfind("/") + 1 :]
+    if name in ("", ".", ".."):
+        return place_of(root, path, label).open("rb")
+    try:
+        folder = folder_below(os.getcwd(), root, path[: -len(name)])
+        descriptor = os.open(folder + name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)  # a pipe would be waited for
+    except OSError:
+        return place_of(root, path, label).open("rb")
+    facts = os.fstat(descriptor)
+    if not stat.S_ISREG(facts.st_mode) or facts.st_size > AT_ONCE:
+        os.close(descriptor)
+        return place_of(root, path, label).open("rb")
+    try:
+        return io.BytesIO(os.read(descriptor, facts.st_size))
+    finally:
+        os.close(descriptor)
+
+
+@lru_cache(maxsize=4096)
+def folder_below(here: str, root: Path, folder: str) -> str:
+    """A folder of `root` with its links followed, with a slash at its end. Raises OSError where it is not there or not below
+    `root`; what is raised is not remembered.
+
+    Args:
+        here: where relative roots start from.
+    """
+    place = (Path(here) / root / folder).resolve(strict=True)
+    if not place.is_relative_to((Path(here) / root).resolve()):
+        raise OSError(f"{folder} is not below {root}")
+    return os.path.join(place, "")
+
+
+def place_of(root: Path, path: str, label: str) -> Path:
+    """The file below `root`, links followed. Raises DataError where it is not below it, or no file."""
+    place = (root / path).resolve()
+    if not place.is_relative_to(root.resolve()):
         raise DataError(f"{label} leaves the image root {root}")
     if not place.is_file() and place.exists():  # a pipe would be waited for
         what = "a folder" if place.is_dir() else "no ordinary file"
@@ -77,12 +117,6 @@ def decoders() -> tuple[str, ...]:
     """Those of FORMATS that this PIL has."""
     Image.init()
     return tuple(name for name in FORMATS if name in Image.OPEN)
-
-
-@lru_cache(maxsize=4096)
-def resolved(folder: Path) -> Path:
-    """A folder with its links followed, once: each picture in it asks for it."""
-    return folder.resolve()
 
 
 def decode(file: io.IOBase, label: str, max_pixels: int) -> Image.Image:

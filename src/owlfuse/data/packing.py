@@ -125,6 +125,15 @@ class Padding:
         self.unpacked += len(batch.lengths) * max(batch.lengths, default=0)
         self.positions += batch.input_ids.numel()
 
+    def include(self, tokens: Tensor, unpacked: Tensor, positions: Tensor) -> None:
+        """Counts what was counted elsewhere, as whole numbers that do not lose any by growing large."""
+        self.tokens, self.unpacked = self.tokens + tokens.long(), self.unpacked + unpacked.long()
+        self.positions = self.positions + positions.long()
+
+    def counts(self) -> tuple[int, int, int]:
+        """The three as plain numbers."""
+        return int(self.tokens), int(self.unpacked), int(self.positions)
+
     def shares(self) -> dict[str, float | Tensor]:
         """Of the positions those without a token, 0 to 1: `padding` as the batches are, `padding_unpacked` without packing.
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from torch.utils.data import Sampler
 
 
-class GlobalBatchSampler(Sampler[list[int]]):
+class GlobalBatchSampler(Sampler[range]):
     """Positions of one rank's micro batches. Step s takes the positions from s * G on, G the global batch size, whatever the
     number of ranks; micro batches go to the ranks in turn.
 
@@ -26,8 +26,8 @@ class GlobalBatchSampler(Sampler[list[int]]):
     def __len__(self) -> int:
         return self.steps * self.accumulation
 
-    def __iter__(self) -> Iterator[list[int]]:
+    def __iter__(self) -> Iterator[range]:
         for step in range(self.first_step, self.steps):
             for part in range(self.accumulation):
                 first = step * self.global_batch_size + (part * self.ranks + self.rank) * self.micro_batch_size
-                yield list(range(first, first + self.micro_batch_size))
+                yield range(first, first + self.micro_batch_size)

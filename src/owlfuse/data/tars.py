@@ -61,7 +61,21 @@ class TarSamples(Sequence[dict[str, Any]]):
                     sample[extension] = os.pread(descriptor, size, data)
             if not sample:
                 raise ValueError(f"no sample at byte {start}: it has changed since it was opened")
-        return sample | {"id": key.encode("utf-8", "surrogateescape").decode("utf-8", "replace")}
+        return sample | {"id": printable(key)}
+
+    def key(self, index: int) -> str:
+        """The id of the sample at `index`, from its first header alone."""
+        shard = int(np.searchsorted(self.first, index, side="right")) - 1
+        with opened(self.files[shard]) as descriptor:
+            for _, name, _, _ in tar_members(descriptor, int(self.starts[index])):
+                if found := SAMPLE_MEMBER.fullmatch(name):
+                    return printable(found[1])
+            raise ValueError(f"no sample at byte {self.starts[index]}: it has changed since it was opened")
+
+
+def printable(key: str) -> str:
+    """A key as a text, whatever bytes it has."""
+    return key.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 
 def find_samples(files: list[Path]) -> dict[str, np.ndarray]:

@@ -1,8 +1,7 @@
-"""From the keys of the data node to a mixture, and what came of it in numbers."""
+"""From the keys of the data node to a mixture."""
 
 from __future__ import annotations
 
-from collections import Counter
 from typing import Any
 
 import numpy as np
@@ -51,47 +50,3 @@ def as_step(key: Any) -> int:
     if isinstance(key, bool) or not str(key).isdigit():
         raise ValueError(f"weights_at: {key}: expected an optimizer step from 0 on")
     return int(key)
-
-
-def mixture_report(
-    mixture: Mixture,
-    sources: dict[str, Source],
-    global_batch_size: int,
-    steps: int,
-    skipped: list[tuple[str, ...]],
-    truncated: dict[str, int] | None = None,
-) -> dict[str, Any]:
-    """What `mixture.json` holds after `steps`: the sources, their hashes, weights and realised counts, skips and cuts."""
-    asked = steps * global_batch_size
-    positions = mixture.available(asked)
-    counts = mixture.counts(positions)
-    skips = Counter(source for source, _, _ in skipped)
-    shares = dict(zip(mixture.names, mixture.shares, strict=True))
-    rows = {
-        name: {
-            "file": str(source.file),
-            "sha256": source.fingerprint(),
-            "samples": len(source),
-            "weight": source.weight,
-            "share": float(shares.get(name, 0)),
-            "drawn": counts.get(name, 0),
-            "drawn_share": counts.get(name, 0) / positions if positions else None,
-            "passes": counts.get(name, 0) / len(source),
-            "at_end": mixture.ends.get(name, "repeat"),
-            "skipped": skips[name],
-            "truncated": (truncated or {}).get(name, 0),
-        }
-        for name, source in sources.items()
-    }
-    return {
-        "steps": steps,
-        "global_batch_size": global_batch_size,
-        "seed": mixture.seed,
-        "weights_by": mixture.weights_by,
-        "phases": [
-            {"step": start / global_batch_size, "shares": {name: float(share) for name, share in phase.items()}}
-            for start, phase in mixture.phases
-        ],
-        "sources": rows,
-        "skipped": [{"source": source, "sample": sample, "reason": reason} for source, sample, reason in skipped],
-    }

@@ -13,6 +13,7 @@ from owlfuse.data.chat import question_samples
 from owlfuse.data.collate import Skipped
 from owlfuse.data.datamodule import ChatData
 from owlfuse.data.policy import load_or_skip
+from owlfuse.data.truncation import policy_of
 from owlfuse.evaluation.generation import generate_greedy
 from owlfuse.model import MultimodalLM
 from owlfuse.module import token_loss
@@ -47,34 +48,44 @@ def normalize(text: str) -> str:
 
 
 def questions_of(data: ChatData, source: str, limit: int | None) -> list[tuple[Sample, str, str]]:
-    """The questions of a validation source, each by itself, with answer and kind; at most `limit`, spread evenly.
+    """The questions of a validation source, each by itself, with answer and kind; at most `limit`, spread evenly. Of a chat
+    that is cut to the length, those of the turns that are left.
 
     Raises:
         DataError: a wrong sample of a source that does not skip them, or more than its `max_skips` of one that does.
     """
     samples = data.validation[source]
-    right = range(len(samples)) if samples.on_error == "error" else right_samples(data, source)
-    questions = [question for index in right for question in question_samples(samples[index])]
+    as_it_is = samples.on_error == "error" and policy_of(data.on_length, source) == "error"
+    removed = dict.fromkeys(range(len(samples)), 0) if as_it_is else right_samples(data, source)
+    asked = {index: question_samples(samples[index]) for index in removed}
+    questions = [question for index, mine in asked.items() for question in mine[: len(mine) - removed[index]]]
     if limit is None or limit >= len(questions):
         return questions
     return [questions[i * len(questions) // limit] for i in range(limit)]
 
 
-def right_samples(data: ChatData, source: str) -> list[int]:
-    """The indices of the samples that can be loaded; the others are told in the log. Raises DataError past `max_skips`."""
+def right_samples(data: ChatData, source: str) -> dict[int, int]:
+    """The indices of the samples that can be loaded, and how many turns each is cut by; the others are told in the log.
+
+    Raises:
+        DataError: a wrong sample of a source that does not skip them, more than its `max_skips` of one that does, or nothing
+            but wrong samples.
+    """
     samples = data.validation[source]
-    skips = {}
+    removed, skips = {}, 0
     for index in range(len(samples)):
         item = load_or_skip(data.load, samples, index)
-        if isinstance(item, Skipped):
-            skips[index] = item.reason
-            log.warning("skipped %s of validation source %s: %s", item.sample, source, item.reason)
-            if len(skips) > samples.max_skips or len(skips) == len(samples):
-                raise DataError(
-                    f"validation source {source} has {len(skips)} wrong samples of {len(samples)}, and its max_skips is "
-                    f"{samples.max_skips}; the last: {item.reason}"
-                )
-    return [index for index in range(len(samples)) if index not in skips]
+        if not isinstance(item, Skipped):
+            removed[index] = item.turns_removed
+            continue
+        skips += 1
+        log.warning("skipped %s of validation source %s: %s", item.sample, source, item.reason)
+        if skips > samples.max_skips or skips == len(samples):
+            raise DataError(
+                f"validation source {source} has {skips} wrong samples of {len(samples)}, and its max_skips is "
+                f"{samples.max_skips}; the last: {item.reason}"
+            )
+    return removed
 
 
 def answer_questions(
@@ -115,6 +126,7 @@ def mean_loss(model: MultimodalLM, data: ChatData, source: str, batch_size: int,
     tokens = torch.zeros((), dtype=torch.int64)
     batch: Batch
     for batch in data.validation_loader(source, batch_size=batch_size):
+        data.note_validation(batch)
         loss, count = token_loss(model(batch.to(device)), batch.to(device).labels)
         total += loss.double().cpu()
         tokens += count.cpu()

@@ -1,5 +1,6 @@
 """The Alpaca format: `{"instruction", "input", "output"}`, text only."""
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,6 +36,13 @@ class Alpaca(Source):
             return samples[0]
         messages = [message for sample in samples for message in sample.messages]
         return Sample(f"{samples[0].id}+{len(samples) - 1}", self.name, messages)
+
+    def ids(self, indices: Iterable[int]) -> Iterator[tuple[int, str]]:
+        """See `Source`."""
+        for index in indices:
+            first = index * self.records_per_chat
+            for _, identity in super().ids(range(first, min(first + self.records_per_chat, len(self.records)))):
+                yield index, identity
 
     def sample(self, record: dict[str, Any], name: str) -> Sample:
         """See `Source`."""

@@ -1,7 +1,8 @@
 """What every source has: where it lies, its share of the mixture, and what happens to a sample that is wrong."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -79,6 +80,15 @@ class Source:
             raise DataError(f"{self.name}: record {index} of {self.file} is a {type(record).__name__}, expected an object")
         identity = record.get("id")
         return self.sample(record, f"{self.name}:{index if identity is None else identity}")
+
+    def ids(self, indices: Iterable[int]) -> Iterator[tuple[int, str]]:
+        """Index and id of each record of those samples, its place where it has no id; without those of wrong records."""
+        for index in indices:
+            with suppress(DataError):
+                record = self.records[index]
+                if isinstance(record, dict):
+                    identity = record.get("id")
+                    yield index, str(index if identity is None else identity)
 
     def sample(self, record: dict[str, Any], name: str) -> Sample:
         """The record as a sample called `name`."""

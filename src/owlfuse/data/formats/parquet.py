@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import mmap
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from owlfuse.types import DataError, Sample
 
 CHATS = ("messages", "conversations")
 IMAGES = ("images", "image")
+IDS_AT_ONCE = 4096
 ROWS_PER_BATCH = 50_000
 """Of the Arrow copy. Opening touches each batch's header and the pages around it: with the 1000 that `datasets` takes, ten
 million rows of text would be in memory wholly."""
@@ -113,6 +114,18 @@ class Parquet(VideoSource):
                     hint = "; name it in the source's yaml, as messages_column or question_column" if key == "messages" else ""
                     raise DataError(f"{file} has no column {column!r}; it has {', '.join(names)}{hint}")
         return found
+
+    def ids(self, indices: Iterable[int]) -> Iterator[tuple[int, str]]:
+        """See `Source`; of other columns nothing is read."""
+        rows, indices = self.records, list(indices)
+        if "id" not in rows.places:
+            yield from ((index, str(index)) for index in indices)
+            return
+        column = rows.table.select_columns([rows.places["id"]])
+        for start in range(0, len(indices), IDS_AT_ONCE):
+            block = indices[start : start + IDS_AT_ONCE]
+            values = column[block].column(0).to_pylist()
+            yield from ((i, str(i if value is None else value)) for i, value in zip(block, values, strict=True))
 
     def sample(self, record: dict[str, Any], name: str) -> Sample:
         """See `Source`."""

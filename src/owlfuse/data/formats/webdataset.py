@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,12 @@ class WebDataset(VideoSource):
     def open(self) -> Sequence[Any]:
         """See `Source`."""
         return TarSamples(self.files(), self.index_dir)
+
+    def ids(self, indices: Iterable[int]) -> Iterator[tuple[int, str]]:
+        """See `Source`; no content is read."""
+        for index in indices:
+            with suppress(DataError):
+                yield index, self.records.key(index)
 
     def sample(self, record: dict[str, Any], name: str) -> Sample:
         """See `Source`."""

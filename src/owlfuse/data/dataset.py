@@ -1,0 +1,69 @@
+"""Samples by position or number, encoded, as torch's DataLoader asks for them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from torch.utils.data import Dataset
+
+from owlfuse.data.collate import Skipped
+from owlfuse.data.formats.base import Source
+from owlfuse.data.mixture import Mixture
+from owlfuse.data.policy import load_or_skip
+from owlfuse.types import Encoded, Sample
+
+FIRST_BLOCK, BLOCK = 2**12, 2**18
+"""Positions that are looked up at a time: few for the first batch, then twice as many each time, at most 2.6 MB."""
+
+
+class MixtureDataset(Dataset):
+    """The samples at positions of the mixture's schedule.
+
+    Positions are looked up in blocks, which takes nanoseconds each where one alone takes tens of microseconds. A block is kept
+    for the micro batches that follow; what stands at a position does not depend on it.
+    """
+
+    def __init__(self, mixture: Mixture, sources: dict[str, Source], load: Callable[[Sample, Source], Encoded]) -> None:
+        self.mixture = mixture
+        self.sources = sources
+        self.load = load
+        self.start = 0
+        self.block: tuple[np.ndarray, np.ndarray] = np.empty(0, np.uint16), np.empty(0, np.int64)
+
+    def __getitem__(self, position: int) -> Encoded | Skipped:
+        return self.__getitems__([position])[0]
+
+    def __getitems__(self, positions: Sequence[int]) -> list[Encoded | Skipped]:
+        """A micro batch: torch asks for it whole. Raises DataError."""
+        return [load_or_skip(self.load, self.sources[name], index) for name, index in self.draws(positions)]
+
+    def draws(self, positions: Sequence[int]) -> list[tuple[str, int]]:
+        """The source's name and the sample's index at each of some positions that lie together, as by `mixture[position]`.
+
+        Raises:
+            IndexError: after the schedule's end.
+        """
+        first, stop = min(positions), max(positions) + 1
+        if first < self.start or stop > self.start + len(self.block[0]):
+            ahead = min(BLOCK, max(FIRST_BLOCK, 2 * len(self.block[0])))
+            self.block = self.mixture.positions(first, max(stop, self.mixture.available(first + ahead)))
+            self.start = first
+        sources, indices = (part[first - self.start : stop - self.start].tolist() for part in self.block)
+        names = self.mixture.names
+        return [(names[sources[position - first]], indices[position - first]) for position in positions]
+
+
+class SourceDataset(Dataset):
+    """Samples of one source, by their indices."""
+
+    def __init__(self, source: Source, indices: range, load: Callable[[Sample, Source], Encoded]) -> None:
+        self.source = source
+        self.indices = indices
+        self.load = load
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, place: int) -> Encoded | Skipped:
+        return load_or_skip(self.load, self.source, self.indices[place])
