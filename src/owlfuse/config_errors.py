@@ -49,7 +49,10 @@ def hint(word: str, words: Iterable[str], listed: int = 12) -> str:
 
 def no_such_option(place: str, group: str, option: str, folders: ConfigFolders) -> ConfigError:
     if group == EXPERIMENTS:
-        names = folders.experiment_names
+        recipe = option.rpartition("/")[0]
+        names = [*folders.experiment_names, *(f"{recipe}/{stage}" for stage in folders.stage_names(recipe))]
+        if option in folders.recipe_names:
+            return ConfigError(f"{place}: experiment={option}: this is a recipe; run its stages by owlfuse recipe {option}")
         match = nearest(option, names)
         return ConfigError(
             f"{place}: experiment={option}: no such experiment"
