@@ -45,7 +45,7 @@ class MultimodalModule(lightning.LightningModule):
     def configure_model(self) -> None:
         """Builds the model once, where Lightning wants it built."""
         if self.model is None:
-            base = load_base(self.init_from, self.model_config["llm"], self.vocab_size) if self.init_from else None
+            base = load_base(self.init_from, self.model_config, self.vocab_size) if self.init_from else None
             self.model, summary = build_model(self.model_config, self.vocab_size, base)
             if self.global_rank == 0:
                 print_summary(summary)

@@ -5,10 +5,9 @@ from __future__ import annotations
 import copy
 import inspect
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-import timm
 import torch
 from PIL import Image
 from timm.data import resolve_model_data_config
@@ -20,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from torchvision.transforms.v2 import functional as VF
 
 from owlfuse.positions import sincos_2d_spread
+from owlfuse.timm_body import create_body, remove_modules, set_input_size, unused_parameters
 
 
 @dataclass(frozen=True)
@@ -96,8 +96,26 @@ class TimmBackbone(nn.Module):
         if positions and self.width % 4:
             raise ValueError(f"positions need a width divisible by 4, and that of {name} is {self.width}")
         self.norm = nn.BatchNorm1d(self.width) if norm else None
-        table = sincos_2d_spread(self.grid, self.patches, self.width) if positions else None
-        self.register_buffer("positions", table, persistent=False)
+        self.register_buffer("positions", self.table() if positions else None, persistent=False)
+
+    def table(self) -> Tensor:
+        """The fixed table (P, Dv) of the patches' places."""
+        return sincos_2d_spread(self.grid, self.patches, self.width)
+
+    def set_image_size(self, image_size: int) -> None:
+        """Goes on at another size: learned position embeddings are resampled as timm does, fixed tables computed anew.
+
+        Raises:
+            ValueError: a size that the patches do not divide, or at which the model's features are no longer as wide.
+        """
+        set_input_size(self.body, type(self.body).__name__, image_size)
+        size = (image_size, image_size)
+        self.preprocessing = replace(self.preprocessing, size=size)
+        self.patches, width, self.grid = self.measure()
+        if width != self.width:
+            raise ValueError(f"image_size {image_size} gives features of width {width}, and they were {self.width} wide")
+        if self.positions is not None:
+            self.positions = self.table().to(self.positions)
 
     def forward(self, pixels: Tensor) -> Tensor:
         """(N, 3, H, W) -> (N, P, Dv)."""
@@ -200,44 +218,8 @@ class TimmBackbone(nn.Module):
                 norm.train()
 
 
-def create_body(name: str, pretrained: bool, image_size: int | None, kwargs: dict[str, Any]) -> nn.Module:
-    """The timm model without its classifier, set to the size. On the meta device no weights are asked for."""
-    pretrained = pretrained and torch.get_default_device().type != "meta"
-    try:
-        body = timm.create_model(name, pretrained=pretrained, num_classes=0, **kwargs)
-    except (TypeError, AssertionError) as error:
-        raise ValueError(f"timm's {name} does not take these kwargs ({kwargs}): {error}") from error
-    except RuntimeError as error:
-        near = timm.list_models(f"*{name.split('_')[0]}*")[:4]
-        raise ValueError(f"{name}: {error}" + (f"; timm has {', '.join(near)}, ..." if near else "")) from error
-    patch = getattr(getattr(body, "patch_embed", None), "patch_size", None)
-    if image_size and patch and image_size % patch[0]:
-        raise ValueError(f"image_size is {image_size}, which {name}'s patches of {patch[0]} pixels do not divide")
-    if image_size and hasattr(body, "set_input_size"):
-        body.set_input_size(img_size=(image_size, image_size))
-    return body
-
-
 def preprocessing_of(body: nn.Module, image_size: int | None) -> Preprocessing:
     """Size, mean, std and interpolation of timm's data configuration for the model, at another size where one is given."""
     data = resolve_model_data_config(body)
     size = (image_size, image_size) if image_size else tuple(data["input_size"][-2:])
     return Preprocessing(size, tuple(data["mean"]), tuple(data["std"]), data["interpolation"])
-
-
-def unused_parameters(module: nn.Module, output: Tensor) -> set[str]:
-    """Names of the parameters that `output` does not depend on."""
-    named = dict(module.named_parameters())
-    gradients = torch.autograd.grad(output.sum(), list(named.values()), allow_unused=True)
-    return {name for name, gradient in zip(named, gradients, strict=True) if gradient is None}
-
-
-def remove_modules(module: nn.Module, unused: set[str], prefix: str = "") -> None:
-    """Puts an Identity for each module whose every parameter is unused."""
-    for name, child in list(module.named_children()):
-        path = f"{prefix}{name}."
-        own = [path + n for n, _ in child.named_parameters()]
-        if own and unused.issuperset(own):
-            setattr(module, name, nn.Identity())
-        else:
-            remove_modules(child, unused, path)

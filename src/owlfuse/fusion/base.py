@@ -20,6 +20,10 @@ class Fusion(nn.Module):
 
     tokens_per_image: int
 
+    def set_connector_tokens(self, connector_tokens: int) -> None:
+        """Goes on with another number of visual tokens per image."""
+        self.tokens_per_image = connector_tokens
+
     def attach(self, llm: PreTrainedModel) -> None:
         """Edits this LLM instance, before adapters and sharding. By default nothing is edited."""
 
