@@ -138,7 +138,9 @@ def build_model(
     """
     model = assemble(config, vocab_size) if base is None else base
     policies = {name: build(policy) for name, policy in config["adapter"].items()}
-    return model, apply_adapters(model, policies)
+    summary = apply_adapters(model, policies)
+    model.train(model.training)  # batch norms that are frozen by now keep their statistics; Lightning leaves modes alone
+    return model, summary
 
 
 def assemble(nodes: dict[str, Any], vocab_size: int) -> MultimodalLM:

@@ -15,6 +15,7 @@ from omegaconf import DictConfig
 
 from owlfuse.build import build
 from owlfuse.data.datamodule import ChatData
+from owlfuse.first_steps import FirstStepsCheck
 
 
 def make_trainer(config: DictConfig, data: ChatData, folder: Path) -> Trainer:
@@ -63,8 +64,10 @@ def raise_if_stopped(trainer: Trainer, folder: Path) -> None:
 
 
 def make_callbacks(folder: Path, watched: str | None) -> list[Callback]:
-    """Progress, learning rates, the last checkpoint, and the best by the metric `watched` where there is one."""
-    callbacks: list[Callback] = [TQDMProgressBar(refresh_rate=5), LearningRateMonitor("step"), LastCheckpoint(folder)]
+    """Progress, learning rates, the look at the first steps, the last checkpoint, and the best by the metric `watched` where
+    there is one."""
+    callbacks: list[Callback] = [TQDMProgressBar(refresh_rate=5), LearningRateMonitor("step"), FirstStepsCheck()]
+    callbacks.append(LastCheckpoint(folder))
     if watched:
         best = ModelCheckpoint(folder / "checkpoints", "best", monitor=watched, mode="min", enable_version_counter=False)
         callbacks.append(best)
