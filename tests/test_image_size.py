@@ -53,13 +53,14 @@ def test_features_of_a_larger_picture_resemble_those_of_the_smaller_one():
 
 
 def test_a_convolutional_backbone_has_its_table_of_places_at_the_new_grid():
-    vision = {"_target_": "owlfuse.vision.TimmBackbone", "name": "resnet10t", "positions": True, "image_size": 64}
+    vision = {"_target_": "owlfuse.vision.TimmBackbone", "name": "resnet10t", "positions": True, "norm": True, "image_size": 64}
     vision["kwargs"] = {"channels": [8, 8, 16, 16], "stem_width": 8}
     model = make_model(vision=vision)
     model.set_image_size(128)
     fresh = make_model(vision={**vision, "image_size": 128})
     assert model.vision.grid == (4, 4)
     assert torch.equal(model.vision.positions, fresh.vision.positions)
+    assert set(model.state_dict()) == set(fresh.state_dict())
 
 
 @pytest.mark.parametrize(

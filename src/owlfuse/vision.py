@@ -174,9 +174,9 @@ class TimmBackbone(nn.Module):
             pixels = torch.zeros(1, 3, *self.preprocessing.size, device="meta")
             features = probe.feature_map(pixels)
             sequence = probe.to_sequence(features)
-            unused = unused_parameters(probe, sequence)
-        remove_modules(self, unused)
-        if left := unused.intersection(name for name, _ in self.named_parameters()):
+            unused = unused_parameters(probe.body, sequence)
+        remove_modules(self.body, unused)
+        if left := unused.intersection(name for name, _ in self.body.named_parameters()):
             raise ValueError(f"output: {self.output} does not use {', '.join(sorted(left))}; choose the other output")
         self.train(training)
         patches, width = sequence.shape[1:]
