@@ -26,6 +26,7 @@ def load_llm(
     pretrained: str | None = None,
     config: dict[str, Any] | None = None,
     gguf_file: str | None = None,
+    architecture: dict[str, Any] | None = None,
     attention: Literal["sdpa", "flash_attention_2", "flash_attention_3"] = "sdpa",
     dtype: str | None = None,
     gradient_checkpointing: bool = False,
@@ -37,6 +38,8 @@ def load_llm(
 
     Args:
         gguf_file: the name of a GGUF file in the folder.
+        architecture: what the configuration of `pretrained` says, so that a run can be checked and planned where the hub is
+            not at hand: it is read on the meta device alone, in the place of the folder's or the hub's.
         dtype: as transformers takes it (`float32`, `bfloat16`, `auto`); by default float32.
 
     Raises:
@@ -46,6 +49,8 @@ def load_llm(
         raise ValueError("give one of pretrained (a folder or a hub name) and config (with a model_type)")
     options = {"attn_implementation": attention, "dtype": dtype or "float32"}
     on_meta = torch.get_default_device().type == "meta"
+    if on_meta and pretrained and architecture:
+        config = architecture
     if config is not None:
         llm = AutoModelForCausalLM.from_config(random_config(config, vocab_size), **options)
     else:

@@ -37,7 +37,7 @@ def print_stages(recipe: str, stages: list[Stage]) -> None:
             f"{plain['data']['global_batch_size']:,}",
             rates(plain["optim"]),
             f"{size} px" if size else "the model's",
-            mixture(plain["data"]["sources"]),
+            mixture(plain["data"]["sources"], plain["data"].get("temperature")),
         )
     show(table)
 
@@ -54,15 +54,18 @@ def rates(optim: dict[str, Any]) -> str:
     """The peak learning rate, those of parts that differ, and the warm-up."""
     lines = [f"{optim['lr']:g}"] if "lr" in optim else []
     lines += [f"{part} {rate:g}" for part, rate in (optim.get("part_lr") or {}).items() if rate is not None]
+    lines += [f"{part}: x {decay:g} a layer" for part, decay in (optim.get("layer_decay") or {}).items() if decay is not None]
     lines += [f"warm-up {optim['warmup_steps']:,}"] if optim.get("warmup_steps") else []
     return "\n".join(lines)
 
 
-def mixture(sources: dict[str, Any]) -> str:
-    """Each source's share of the weights, without those that are not drawn."""
+def mixture(sources: dict[str, Any], temperature: float | None = None) -> str:
+    """Each source's share of the weights, without those that are not drawn; with a temperature, their sizes decide too."""
     weights = {name: source.get("weight", 1.0) for name, source in sources.items()}
     total = sum(weights.values())
     shares = sorted(((weight / total, name) for name, weight in weights.items() if weight and total), reverse=True)
+    if temperature is not None:
+        return "\n".join([f"by size, temperature {temperature:g}", *(name for _, name in shares)])
     return "\n".join(f"{name} {share:.1%}" for share, name in shares)
 
 
