@@ -3,6 +3,7 @@
 import difflib
 import re
 from collections.abc import Iterable
+from pathlib import Path
 
 import yaml
 from hydra.errors import HydraException, MissingConfigException
@@ -119,7 +120,12 @@ def _chooser(group: str, option: str, files: list[str]) -> str | None:
     """The first of the files with `[override] [/]group[@package]: option` in its defaults list."""
     for name in files:
         with open(name, encoding="utf-8") as file:
-            defaults = (yaml.safe_load(file) or {}).get("defaults") or []
+            content = yaml.safe_load(file) or {}
+        defaults = content.get("defaults") or []
+        if "stages" in content:
+            from owlfuse.recipe_file import read_stages  # which imports this file
+
+            defaults = [entry for stage in read_stages(Path(name)).values() for entry in stage.get("defaults", [])]
         for entry in (entry for entry in defaults if isinstance(entry, dict)):
             for key, value in entry.items():
                 key = str(key).removeprefix("override ").strip().split("@")[0].lstrip("/")
