@@ -5,10 +5,13 @@ from __future__ import annotations
 import lightning
 import pytest
 import torch
+from torch import distributed
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 from torch.utils.data import DataLoader
 
 from helpers import ROWS, VOCAB, make_batch, model_node, policy
-from owlfuse.first_steps import FirstStepsCheck, checksums, watched_tensors
+from owlfuse.first_steps import FirstStepsCheck, Watched, checksums, watched_tensors
 from owlfuse.model import build_model
 from owlfuse.module import token_loss
 from owlfuse.optim import AdamWCosine
@@ -143,3 +146,20 @@ def test_a_checksum_changes_with_the_last_bit_of_any_number(dtype, monkeypatch):
         with torch.no_grad():
             tensor.view(-1)[-1] = torch.nextafter(tensor.view(-1)[-1], torch.tensor(9.0, dtype=dtype))
         assert checksums({key: tensor})[key] != before[key]
+
+
+def test_of_a_sharded_parameter_its_own_shard_is_looked_at(tmp_path):
+    """As FSDP2 and tensor parallelism have them: a DTensor, of which a rank holds its shard."""
+    distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        whole = torch.nn.Parameter(torch.randn(6, 4))
+        sharded = torch.nn.Parameter(distribute_tensor(whole.detach().clone(), mesh, [Shard(0)]))
+        key = Watched("llm", "weight", True)
+        before = checksums({key: sharded})
+        assert before == checksums({key: whole})
+        with torch.no_grad():
+            sharded.to_local()[5, 3] += 1e-3
+        assert checksums({key: sharded}) != before
+    finally:
+        distributed.destroy_process_group()

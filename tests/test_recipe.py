@@ -304,3 +304,17 @@ def test_a_stage_that_was_stopped_before_its_first_checkpoint_begins_anew_and_ke
     recipe_command("tiny", RAN)
     assert (ran / "third" / "export" / "config.json").exists()
     assert len(list(ran.glob("third.*/metrics.csv"))) == 1
+
+
+@pytest.mark.slow
+def test_under_torchrun_every_rank_goes_through_the_same_stages_and_one_writes():
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += ["-m", "owlfuse.cli", "recipe", "tiny", *SMALL, "name=ranks", "trainer.devices=2", "trainer.strategy=ddp"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=180)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("tiny: the stages") == done.stdout.count("tiny: what the stages reached") == 1
+    recipe_command("tiny", [*SMALL, "name=one"])
+    for name in ("first", "second", "third"):
+        alone = weights(Path("runs/tiny/one") / name)
+        for key, tensor in weights(Path("runs/tiny/ranks") / name).items():
+            assert torch.allclose(tensor, alone[key], atol=1e-3), (name, key)

@@ -24,7 +24,7 @@ from owlfuse.config import ConfigError, compose
 from owlfuse.config_errors import COMMAND_LINE, hint
 from owlfuse.config_files import find_folders
 from owlfuse.hub.export import export, load_run
-from owlfuse.model import PARTS, on_meta
+from owlfuse.model import PARTS, MultimodalLM, on_meta
 from owlfuse.recipe_tables import print_results, print_stages
 from owlfuse.runs import NAME, last_checkpoint, place
 from owlfuse.types import DataError
@@ -43,6 +43,8 @@ class Stage:
 
     name: str
     config: DictConfig
+    plan: MultimodalLM
+    """The stage's model on the meta device."""
     parts: list[PartSummary]
     """What of each part is trained, and how."""
 
@@ -135,14 +137,14 @@ def make_stage(recipe: str, name: str, words: list[str]) -> Stage:
             config.experiment = recipe
             config.name = f"{config.name or f'seed{config.seed}'}/{name}"
         try:
-            _, parts = on_meta(OmegaConf.to_container(config.model, resolve=True), vocab_size=1024)
+            plan, parts = on_meta(OmegaConf.to_container(config.model, resolve=True), vocab_size=1024)
             build(config.optim), build(config.evaluation)
         except ValueError as error:
             raise ConfigError(place(config, str(error))) from error
     except ConfigError as error:
         own_fault = str(error).startswith(COMMAND_LINE)
         raise error if own_fault else ConfigError(f"stage {name}: {error}") from error
-    return Stage(name, config, parts)
+    return Stage(name, config, plan, parts)
 
 
 def check_chain(before: Stage, stage: Stage) -> None:
@@ -161,8 +163,7 @@ def check_data(stage: Stage) -> None:
     """Opens the data of a stage, so that a file that is missing is told before an earlier stage has trained for days."""
     try:
         data = build(stage.config.data)
-        plan, _ = on_meta(OmegaConf.to_container(stage.config.model, resolve=True), vocab_size=1024)
-        data.bind(plan.vision.preprocessing, plan.fusion.tokens_per_image)
+        data.bind(stage.plan.vision.preprocessing, stage.plan.fusion.tokens_per_image)
         data.steps(stage.config.trainer.max_steps)
     except DataError as error:
         raise DataError(f"stage {stage.name}: {error}") from error
