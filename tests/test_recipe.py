@@ -143,10 +143,11 @@ def test_a_stage_is_an_experiment_too():
 
 def test_overrides_are_for_all_stages_or_for_one():
     words = ["optim.lr=0.5", "stages.second.optim.lr=0.25", "stages.third.model/adapter@model.adapter.connector=last_n"]
-    words += ["stages.third.model.adapter.connector.n=1"]
+    words += ["stages.third.model.adapter.connector.n=1", "stages.second.seed=7"]
     stages = make_stages("tiny", words)
     assert [stage.config.optim.lr for stage in stages] == [0.5, 0.25, 0.5]
-    assert [stage.config.name for stage in stages] == ["seed0/first", "seed0/second", "seed0/third"]
+    assert [stage.config.seed for stage in stages] == [0, 7, 0]
+    assert [str(stage.folder) for stage in stages] == [f"runs/tiny/seed0/{name}" for name in ("first", "second", "third")]
     assert stages[2].config.model.adapter.connector._target_.endswith("LastN")
 
 

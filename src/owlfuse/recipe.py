@@ -105,6 +105,10 @@ def make_stages(recipe: str, words: list[str]) -> list[Stage]:
     stages: list[Stage] = []
     for name in names:
         stage = make_stage(recipe, name, words_for(name, names, words))
+        first = stages[0].config if stages else stage.config
+        with open_dict(stage.config):  # all stages lie in one folder, whatever one of them has as its seed
+            stage.config.runs = first.runs
+            stage.config.name = f"{Path(first.name).parent if stages else first.name or f'seed{first.seed}'}/{name}"
         if stages:
             stage.config.init_from = None  # given, it is for the first stage
             check_chain(stages[-1], stage)
@@ -135,7 +139,6 @@ def make_stage(recipe: str, name: str, words: list[str]) -> Stage:
         config = compose([f"experiment={recipe}/{name}", *words])
         with open_dict(config):
             config.experiment = recipe
-            config.name = f"{config.name or f'seed{config.seed}'}/{name}"
         try:
             plan, parts = on_meta(OmegaConf.to_container(config.model, resolve=True), vocab_size=1024)
             build(config.optim), build(config.evaluation)
