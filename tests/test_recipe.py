@@ -299,6 +299,17 @@ def test_after_sigkill_the_same_command_goes_on_at_the_stage_and_step_and_ends_a
         assert losses(root / name) == losses(Path("runs/tiny/whole") / name)
 
 
+def test_a_stage_that_was_stopped_between_its_last_step_and_its_export_is_exported(ran, capsys):
+    before = weights(ran / "third")
+    shutil.rmtree(ran / "third" / "export")
+    (ran / "third" / "results.json").unlink()
+    recipe_command("tiny", RAN)
+    assert (ran / "third" / "export" / "config.json").exists()
+    assert (ran / "third" / "results.json").exists()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in weights(ran / "third").items())
+    assert not list(ran.glob("third.*"))
+
+
 def test_a_stage_that_was_stopped_before_its_first_checkpoint_begins_anew_and_keeps_what_was_there(ran):
     for path in ("checkpoints", "export"):
         shutil.rmtree(ran / "third" / path)

@@ -223,7 +223,12 @@ def run_stage(stage: Stage, start: Path | None, words: list[str]) -> None:
         start_from(config, start)
     if first:
         print(f"stage {stage.name}{f', from the weights in {start}' if start else ''}")
-    train.run(config)
+    try:
+        train.run(config)
+    except KeyboardInterrupt:
+        if first:
+            print("and with the whole recipe by the same command as before")
+        raise
     if first:
         export(load_run(stage.folder), stage.weights, merge=True, source=f"{config.experiment}, stage {stage.name}")
     while not stage.finished:  # a barrier would time out while rank 0 writes a large model
