@@ -27,7 +27,9 @@ def one_line(result: subprocess.CompletedProcess) -> str:
     return result.stderr.removeprefix("owlfuse: error: ").strip()
 
 
-@pytest.mark.parametrize("argv", [["--help"], ["train", "--help"], ["data", "shapes", "--help"], ["tran"]])
+@pytest.mark.parametrize(
+    "argv", [["--help"], ["train", "--help"], ["recipe", "--help"], ["data", "shapes", "--help"], ["tran"]]
+)
 def test_help_imports_nothing_heavy(argv, tmp_path):
     code = f"""
 import sys

@@ -19,7 +19,7 @@ from timm.layers import resample_abs_pos_embed
 from owlfuse.config import ConfigError, compose
 from owlfuse.config_files import find_folders
 from owlfuse.data.shapes import write_shapes
-from owlfuse.recipe import make_stages, recipe_command
+from owlfuse.recipe import make_stages, recipe_command, write_record
 from owlfuse.types import DataError
 
 SMALL = [
@@ -203,7 +203,8 @@ def test_a_mistake_on_the_command_line(recipe, words, message):
 # Stages
 
 
-@pytest.mark.parametrize("recipe", ["owl1", *(pytest.param(name, marks=pytest.mark.slow) for name in ("owl2", "owl3"))])
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", EMBEDDED)
 def test_a_recipe_of_two_steps_a_stage_leaves_a_whole_run_of_each(recipe, capsys):
     recipe_command(recipe, [*SMALL, "trainer.max_steps=2", "name=smoke", "seed=3"])
     stages = [stage.name for stage in make_stages(recipe, [])]
@@ -262,8 +263,9 @@ def test_a_stage_that_was_begun_otherwise_is_not_gone_on_with(ran):
     with pytest.raises(
         ConfigError, match=r"stages.yaml: stage first was begun with optim.lr 0.002, and it is 0.001 now; choose"
     ):
-        recipe_command("tiny", [*RAN, "optim.lr=0.001"])
-    recipe_command("tiny", [*RAN, "data.micro_batch_size=4"])  # changes nothing that is learned
+        write_record(make_stages("tiny", [*RAN, "optim.lr=0.001"]))
+    write_record(make_stages("tiny", [*RAN, "data.micro_batch_size=4"]))  # changes nothing that is learned
+    recipe_command("tiny", RAN)
 
 
 def start(*words):

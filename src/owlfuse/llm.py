@@ -54,21 +54,25 @@ def load_llm(
     if config is not None:
         llm = AutoModelForCausalLM.from_config(random_config(config, vocab_size), **options)
     else:
-        check_folder(pretrained)
-        source = {"gguf_file": gguf_file} if gguf_file else {}
-        try:
-            if on_meta:
-                llm = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(pretrained, **source), **options)
-            else:
-                llm = AutoModelForCausalLM.from_pretrained(pretrained, **source, **options)
-        except (OSError, KeyError) as error:
-            raise ValueError(f"pretrained: {pretrained}: {str(error).splitlines()[0]}") from error
+        llm = load_pretrained(pretrained, gguf_file, options)
     if llm.get_input_embeddings().num_embeddings < vocab_size:
         llm.resize_token_embeddings(vocab_size, mean_resizing=not on_meta)
     if gradient_checkpointing:
         llm.gradient_checkpointing_enable({"use_reentrant": False})
     decoder_layers(llm)
     return llm
+
+
+def load_pretrained(pretrained: str, gguf_file: str | None, options: dict[str, Any]) -> PreTrainedModel:
+    """From a folder or the hub, `options` being transformers'; on the meta device only the configuration is read."""
+    check_folder(pretrained)
+    source = {"gguf_file": gguf_file} if gguf_file else {}
+    try:
+        if torch.get_default_device().type == "meta":
+            return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(pretrained, **source), **options)
+        return AutoModelForCausalLM.from_pretrained(pretrained, **source, **options)
+    except (OSError, KeyError) as error:
+        raise ValueError(f"pretrained: {pretrained}: {str(error).splitlines()[0]}") from error
 
 
 def random_config(config: dict[str, Any], vocab_size: int):
