@@ -2,11 +2,12 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 EXP ?= shapes_owl3
+NAME ?= owl1
 ARGS ?=
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup experiment test test-slow lint format clean
+.PHONY: help setup experiment recipe test test-slow lint format clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1|/' | awk -F'|' '{ printf "  make %-12s %s\n", $$1, $$2 }'
@@ -23,6 +24,9 @@ $(STAMP): pyproject.toml
 
 experiment: $(STAMP) ## train an experiment, EXP=<name> ARGS="<overrides>"
 	$(BIN)/owlfuse train experiment=$(EXP) $(ARGS)
+
+recipe: $(STAMP) ## run the stages of a recipe, NAME=<name> ARGS="<overrides>"
+	$(BIN)/owlfuse recipe $(NAME) $(ARGS)
 
 test: $(STAMP) lint ## lint, format check and the tests
 	$(BIN)/python -m pytest -n auto $(ARGS)

@@ -114,3 +114,12 @@ def test_heads_that_do_not_fit_are_a_value_error(fields):
 @pytest.mark.parametrize("on", [False, True])
 def test_gradient_checkpointing_is_as_asked(on):
     assert load_llm(VOCAB, config=llm_fields(), gradient_checkpointing=on).is_gradient_checkpointing == on
+
+
+def test_on_the_meta_device_a_given_architecture_stands_for_the_hub_s_and_is_not_used_for_weights():
+    architecture = llm_fields(num_hidden_layers=2)
+    with torch.device("meta"):
+        planned = load_llm(VOCAB, pretrained="./not-there", architecture=architecture)
+    assert len(planned.model.layers) == 2
+    with pytest.raises(ValueError, match="pretrained: ./not-there is no folder"):
+        load_llm(VOCAB, pretrained="./not-there", architecture=architecture)

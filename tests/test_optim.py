@@ -75,3 +75,23 @@ def test_adamw_trains_every_parameter_once():
     model = make_model("modality_adaptive")
     optimizer = AdamWCosine().build(model, 10)["optimizer"]
     assert set(groups_by_parameter(optimizer)) == {id(p) for p in model.parameters() if p.requires_grad}
+
+
+@pytest.mark.parametrize("optim", [AdamWCosine, MuonCosine])
+def test_layer_decay_gives_each_layer_its_share_of_the_next_one_s_rate(optim):
+    model = make_model("concat")
+    group_of = groups_by_parameter(optim(lr=1e-3, layer_decay={"vision": 0.5}).build(model, 10)["optimizer"])
+    assert set(group_of) == {id(p) for p in model.parameters() if p.requires_grad}
+    body = model.vision.body
+    rates = [group_of[id(block.attn.qkv.weight)]["initial_lr"] for block in body.blocks]
+    assert rates == pytest.approx([rates[-1] * 0.5 ** (2 - i) for i in range(3)])
+    assert group_of[id(body.norm.weight)]["initial_lr"] == 1e-3
+    assert group_of[id(body.patch_embed.proj.weight)]["initial_lr"] == pytest.approx(rates[0] * 0.5)
+    assert all(group_of[id(p)]["initial_lr"] == 1e-3 for p in model.llm.parameters())
+    names = [group["name"] for group in optim(layer_decay={"vision": 0.5}).groups(model)]
+    assert len(set(names)) == len(names)
+
+
+def test_layer_decay_of_a_part_without_layers_is_refused():
+    with pytest.raises(ValueError, match="layer_decay: connector has no layers"):
+        AdamWCosine(layer_decay={"connector": 0.9}).groups(make_model("concat"))

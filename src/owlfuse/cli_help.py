@@ -1,4 +1,4 @@
-"""The pages of `owlfuse --help` and `owlfuse train --help`. Imports nothing heavy."""
+"""The pages of `owlfuse --help`, `owlfuse train --help` and `owlfuse recipe --help`. Imports nothing heavy."""
 
 import argparse
 from typing import NoReturn
@@ -22,6 +22,16 @@ examples:
   owlfuse train resume=runs/shapes_owl3/trial trainer.max_steps=200
 """
 
+RECIPE = """\
+examples:
+  owlfuse recipe owl1
+  owlfuse recipe owl1_paper dry_run=true                  the table of the stages, nothing is trained
+  owlfuse recipe owl3 name=second seed=1 stages.instruct.optim.lr=1e-3
+  torchrun --nproc-per-node 8 -m owlfuse.cli recipe owl1_paper trainer.devices=8 trainer.strategy=ddp data.folder=DIR
+
+The same command again goes on: finished stages are skipped, the one that was stopped resumes from its last checkpoint.
+"""
+
 
 class TrainHelp(argparse.Action):
     """`owlfuse train --help` reads the folders, and only when asked."""
@@ -31,6 +41,7 @@ class TrainHelp(argparse.Action):
 
         folders = find_folders()
         lines = ["experiments (experiment=<name>):", "  " + (", ".join(folders.experiment_names) or "none"), ""]
+        lines += ["recipes (owlfuse recipe <name>):", "  " + (", ".join(folders.recipe_names) or "none"), ""]
         lines += ["groups (<group>=<option>):"]
         lines += [f"  {group:<18}{', '.join(options)}" for group, options in folders.groups.items()]
         parser.epilog = "\n".join([*lines, "", EXAMPLES])

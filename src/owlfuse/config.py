@@ -161,7 +161,7 @@ def _choose_experiment(lines: list[str], folders: ConfigFolders) -> Composition:
     name: Any = "default" if "default" in folders.experiment_names else None
     for override in (o for o in overrides if o.key_or_group == "experiment"):
         name = override.value()
-        if name is not None and (isinstance(name, dict | list) or str(name) not in folders.experiment_names):
+        if name is not None and (isinstance(name, dict | list) or not folders.file(f"{EXPERIMENTS}/{name}")):
             raise no_such_option(COMMAND_LINE, EXPERIMENTS, str(name), folders)
     others = [o for o in overrides if o.key_or_group != "experiment"]
     return Composition(folders, others, None if name is None else str(name))

@@ -3,6 +3,7 @@
 import difflib
 import re
 from collections.abc import Iterable
+from pathlib import Path
 
 import yaml
 from hydra.errors import HydraException, MissingConfigException
@@ -49,7 +50,10 @@ def hint(word: str, words: Iterable[str], listed: int = 14) -> str:
 
 def no_such_option(place: str, group: str, option: str, folders: ConfigFolders) -> ConfigError:
     if group == EXPERIMENTS:
-        names = folders.experiment_names
+        recipe = option.rpartition("/")[0]
+        names = [*folders.experiment_names, *(f"{recipe}/{stage}" for stage in folders.stage_names(recipe))]
+        if option in folders.recipe_names:
+            return ConfigError(f"{place}: experiment={option}: this is a recipe; run its stages by owlfuse recipe {option}")
         match = nearest(option, names)
         return ConfigError(
             f"{place}: experiment={option}: no such experiment"
@@ -116,7 +120,12 @@ def _chooser(group: str, option: str, files: list[str]) -> str | None:
     """The first of the files with `[override] [/]group[@package]: option` in its defaults list."""
     for name in files:
         with open(name, encoding="utf-8") as file:
-            defaults = (yaml.safe_load(file) or {}).get("defaults") or []
+            content = yaml.safe_load(file) or {}
+        defaults = content.get("defaults") or []
+        if "stages" in content:
+            from owlfuse.recipe_file import read_stages  # which imports this file
+
+            defaults = [entry for stage in read_stages(Path(name)).values() for entry in stage.get("defaults", [])]
         for entry in (entry for entry in defaults if isinstance(entry, dict)):
             for key, value in entry.items():
                 key = str(key).removeprefix("override ").strip().split("@")[0].lstrip("/")

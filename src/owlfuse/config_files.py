@@ -4,8 +4,10 @@ import os
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 EXPERIMENTS = "experiments"  # Hydra's name for the group that `experiment=<name>` chooses from
+RECIPE = "recipe"  # experiments/<recipe>/recipe.yaml holds stages, which are experiments `<recipe>/<stage>`
 
 
 @dataclass(frozen=True)
@@ -28,8 +30,36 @@ class ConfigFolders:
 
     @cached_property
     def experiment_names(self) -> list[str]:
-        """Names as experiment=<name> takes them, those in subfolders as `folder/name`."""
-        return sorted(_yamls(self.experiments))
+        """Names as experiment=<name> takes them, those in subfolders as `folder/name`, without the stages of recipes."""
+        return sorted(name for name in _yamls(self.experiments) if name.rpartition("/")[2] != RECIPE)
+
+    @cached_property
+    def recipe_names(self) -> list[str]:
+        """Names as `owlfuse recipe <name>` takes them."""
+        return sorted(name.rpartition("/")[0] for name in _yamls(self.experiments) if name.rpartition("/")[2] == RECIPE)
+
+    def recipe(self, name: str) -> Path | None:
+        """The file of a recipe."""
+        return next((path for folder in self.experiments if (path := folder / name / f"{RECIPE}.yaml").is_file()), None)
+
+    def stage(self, config_path: str) -> dict[str, Any] | None:
+        """The content of "experiments/<recipe>/<stage>", which a recipe's file holds; None where there is none, or where the
+        name has a file of its own. Raises ConfigError for a recipe that cannot be read."""
+        head, _, rest = config_path.partition("/")
+        recipe, _, stage = rest.rpartition("/")
+        file = self.recipe(recipe) if head == EXPERIMENTS and recipe else None
+        if file is None or self._own_file(config_path):
+            return None
+        from owlfuse.recipe_file import read_stages  # reads yaml, which `--help` has no need of
+
+        return read_stages(file).get(stage)
+
+    def stage_names(self, recipe: str) -> list[str]:
+        """The stages of a recipe in order; none where there is no such recipe."""
+        from owlfuse.recipe_file import read_stages
+
+        file = self.recipe(recipe) if recipe else None
+        return list(read_stages(file)) if file else []
 
     def options(self, group: str) -> list[str]:
         return self.experiment_names if group == EXPERIMENTS else self.groups.get(group, [])
@@ -39,7 +69,14 @@ class ConfigFolders:
         return self.options(EXPERIMENTS if group_name == "experiment" else group_name)
 
     def file(self, config_path: str) -> Path | None:
-        """The file of one entry of a defaults list: "model/fusion/concat", "experiments/shapes_owl1" or "train"."""
+        """The file of one entry of a defaults list: "model/fusion/concat", "experiments/shapes_owl1" or "train". That of a
+        recipe's stage is the recipe's."""
+        own = self._own_file(config_path)
+        if own is None and self.stage(config_path) is not None:
+            return self.recipe(config_path.partition("/")[2].rpartition("/")[0])
+        return own
+
+    def _own_file(self, config_path: str) -> Path | None:
         head, _, rest = config_path.partition("/")
         folders, name = (self.experiments, rest) if head == EXPERIMENTS else (self.configs, config_path)
         return next((path for folder in folders if (path := folder / f"{name}.yaml").is_file()), None)

@@ -10,7 +10,6 @@ from typing import Any
 
 import hydra
 import yaml
-from hydra._internal.core_plugins.file_config_source import FileConfigSource
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
@@ -21,33 +20,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from owlfuse.config_errors import COMMAND_LINE, ConfigError, explain, grammar_error, hint, nearest_key, no_such_option
 from owlfuse.config_files import EXPERIMENTS, ConfigFolders, label
+from owlfuse.config_source import ExperimentSource
 from owlfuse.config_targets import locate_target, parameters_of
-
-
-class ExperimentSource(FileConfigSource):
-    """A folder as Hydra's group `experiments`; its files are for the root (`@package _global_`) unless they say otherwise."""
-
-    @staticmethod
-    def scheme() -> str:
-        return "experiments"
-
-    def load_config(self, config_path: str):
-        result = super().load_config(self._inside(config_path))
-        result.header["package"] = result.header["package"] or "_global_"
-        return result
-
-    def is_group(self, config_path: str) -> bool:
-        return config_path == "" or (_is_experiment(config_path) and super().is_group(self._inside(config_path)))
-
-    def is_config(self, config_path: str) -> bool:
-        return _is_experiment(config_path) and super().is_config(self._inside(config_path))
-
-    def list(self, config_path: str, results_filter):
-        return super().list(self._inside(config_path), results_filter) if _is_experiment(config_path) else []
-
-    @staticmethod
-    def _inside(config_path: str) -> str:
-        return config_path.partition("/")[2]
 
 
 @dataclass(frozen=True)
@@ -96,7 +70,8 @@ class Composition:
         layers = []
         for entry in entries:
             if entry.config_path and (file := self.folders.file(entry.config_path)):
-                content = OmegaConf.to_container(OmegaConf.load(file), resolve=False)
+                stage = self.folders.stage(entry.config_path)
+                content = OmegaConf.to_container(OmegaConf.load(file), resolve=False) if stage is None else stage
                 layers.append((label(file), _embed(content, entry.package or "")))
         return layers + [(COMMAND_LINE, _embed(o.value(), o.key_or_group)) for o in self.values]
 
@@ -211,10 +186,6 @@ def _quoted(text: str) -> str:
 
 def _plain(value: Any) -> str:
     return value if isinstance(value, str) else yaml.safe_dump(value, default_flow_style=True).split("\n")[0]
-
-
-def _is_experiment(config_path: str) -> bool:
-    return config_path.split("/")[0] == EXPERIMENTS
 
 
 def _embed(content: Any, package: str) -> Any:

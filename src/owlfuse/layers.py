@@ -1,11 +1,10 @@
-"""What is done to a module's layers: those without use taken out, activations computed again, layers compiled."""
+"""What is done to a module's layers: activations computed again, layers compiled."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 
@@ -33,21 +32,3 @@ def compile_layers(decoder: Iterable[nn.Module], body: nn.Module) -> None:
     blocks = next((getattr(body, name) for name in ("blocks", "stages", "layers") if hasattr(body, name)), ())
     for layer in (*decoder, *blocks):
         layer.compile()
-
-
-def unused_parameters(module: nn.Module, output: Tensor) -> set[str]:
-    """Names of the parameters that `output` does not depend on."""
-    named = dict(module.named_parameters())
-    gradients = torch.autograd.grad(output.sum(), list(named.values()), allow_unused=True)
-    return {name for name, gradient in zip(named, gradients, strict=True) if gradient is None}
-
-
-def remove_modules(module: nn.Module, unused: set[str], prefix: str = "") -> None:
-    """Puts an Identity for each module whose every parameter is unused."""
-    for name, child in list(module.named_children()):
-        path = f"{prefix}{name}."
-        own = [path + n for n, _ in child.named_parameters()]
-        if own and unused.issuperset(own):
-            setattr(module, name, nn.Identity())
-        else:
-            remove_modules(child, unused, path)

@@ -36,6 +36,7 @@ def load_llm(
     pretrained: str | None = None,
     config: dict[str, Any] | None = None,
     gguf_file: str | None = None,
+    architecture: dict[str, Any] | None = None,
     attention: Literal["sdpa", "flash_attention_2", "flash_attention_3"] = "sdpa",
     dtype: str | None = None,
     gradient_checkpointing: bool = False,
@@ -48,6 +49,8 @@ def load_llm(
     Args:
         gguf_file: the name of a GGUF file in the folder.
         gradient_checkpointing: activations inside of decoder layers are dropped and computed again in the backward pass.
+        architecture: what the configuration of `pretrained` says, so that a run can be checked and planned where the hub is
+            not at hand: it is read on the meta device alone, in the place of the folder's or the hub's.
         dtype: as transformers takes it (`float32`, `bfloat16`, `auto`); by default float32.
 
     Raises:
@@ -57,24 +60,30 @@ def load_llm(
         raise ValueError("give one of pretrained (a folder or a hub name) and config (with a model_type)")
     options = {"attn_implementation": attention, "dtype": dtype or "float32"}
     on_meta = torch.get_default_device().type == "meta"
+    if on_meta and pretrained and architecture:
+        config = architecture
     if config is not None:
         llm = AutoModelForCausalLM.from_config(random_config(config, vocab_size), **options)
     else:
-        check_folder(pretrained)
-        source = {"gguf_file": gguf_file} if gguf_file else {}
-        try:
-            if on_meta:
-                llm = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(pretrained, **source), **options)
-            else:
-                llm = AutoModelForCausalLM.from_pretrained(pretrained, **source, **options)
-        except (OSError, KeyError) as error:
-            raise ValueError(f"pretrained: {pretrained}: {str(error).splitlines()[0]}") from error
+        llm = load_pretrained(pretrained, gguf_file, options)
     if llm.get_input_embeddings().num_embeddings < vocab_size:
         llm.resize_token_embeddings(vocab_size, mean_resizing=not on_meta)
     if gradient_checkpointing:
         llm.gradient_checkpointing_enable({"use_reentrant": False})
     decoder_layers(llm)
     return llm
+
+
+def load_pretrained(pretrained: str, gguf_file: str | None, options: dict[str, Any]) -> PreTrainedModel:
+    """From a folder or the hub, `options` being transformers'; on the meta device only the configuration is read."""
+    check_folder(pretrained)
+    source = {"gguf_file": gguf_file} if gguf_file else {}
+    try:
+        if torch.get_default_device().type == "meta":
+            return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(pretrained, **source), **options)
+        return AutoModelForCausalLM.from_pretrained(pretrained, **source, **options)
+    except (OSError, KeyError) as error:
+        raise ValueError(f"pretrained: {pretrained}: {str(error).splitlines()[0]}") from error
 
 
 def random_config(config: dict[str, Any], vocab_size: int):

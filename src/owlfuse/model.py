@@ -81,6 +81,25 @@ class MultimodalLM(nn.Module):
         tokens = self.connector(features) * batch.image_mask[:, None, None].to(features.dtype)
         return VisualTokens(tokens, batch.image_index, batch.image_positions)
 
+    def set_image_size(self, image_size: int) -> None:
+        """Goes on with pictures of another size, weights kept: position embeddings are resampled, tables computed anew.
+
+        Raises:
+            ValueError: a part that cannot; the message begins with it.
+        """
+        try:
+            self.vision.set_image_size(image_size)
+        except (ValueError, AttributeError) as error:
+            raise ValueError(f"vision: image_size: {error}") from error
+        if not hasattr(self.connector, "set_grid"):
+            raise ValueError(
+                f"connector: {type(self.connector).__name__} has no set_grid, and pictures of another size need it"
+            )
+        self.connector.set_grid(self.vision.patches, self.vision.grid)
+        self.fusion.set_connector_tokens(self.connector.tokens)
+        if self.nodes is not None:
+            self.nodes = {**self.nodes, "vision": {**self.nodes["vision"], "image_size": image_size}}
+
     def part(self, name: str) -> Part:
         """One of `adapters.PARTS`. What the fusion put into the LLM belongs to `fusion`."""
         if name in ("vision", "connector"):
@@ -153,6 +172,7 @@ def build_model(
     summary = apply_adapters(model, policies)
     if config.get("compile"):
         compile_layers(decoder_layers(model.llm), getattr(model.vision, "body", model.vision))
+    model.train(model.training)  # batch norms that are frozen by now keep their statistics; Lightning leaves modes alone
     return model, summary
 
 

@@ -60,7 +60,7 @@ class MultimodalModule(lightning.LightningModule):
 
     def build(self) -> tuple[MultimodalLM, list[PartSummary]]:
         """The model and what of it is trained."""
-        base = load_base(self.init_from, self.model_config["llm"], self.vocab_size) if self.init_from else None
+        base = load_base(self.init_from, self.model_config, self.vocab_size) if self.init_from else None
         return build_model(self.model_config, self.vocab_size, base)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:

@@ -9,7 +9,7 @@ from timm.optim import Muon
 from torch import nn
 from transformers import get_cosine_with_min_lr_schedule_with_warmup
 
-from owlfuse.adapters import PARTS
+from owlfuse.adapters import PARTS, Part
 from owlfuse.model import MultimodalLM
 from owlfuse.parallel import by_kind
 
@@ -22,6 +22,8 @@ class AdamWCosine:
     Args:
         lr: peak learning rate.
         part_lr: peaks of single parts (vision, connector, fusion, llm) where they differ.
+        layer_decay: of single parts with layers: the last layer has the part's rate, each layer before it so many times that
+            of the next, as with 0.9 in the ViT of mPLUG-Owl2 (arXiv 2311.04257).
         weight_decay: of weight matrices; norms, biases, gates, queries and positions have none.
         warmup_steps: optimizer steps.
     """
@@ -35,9 +37,12 @@ class AdamWCosine:
         eps: float = 1e-8,
         warmup_steps: int = 0,
         min_lr_ratio: float = 0.0,
+        layer_decay: dict[str, float | None] | None = None,
     ) -> None:
-        if unknown := set(part_lr or {}) - set(PARTS):
-            raise ValueError(f"part_lr names {', '.join(sorted(unknown))}; the parts are {', '.join(PARTS)}")
+        for name, rates in (("part_lr", part_lr), ("layer_decay", layer_decay)):
+            if unknown := set(rates or {}) - set(PARTS):
+                raise ValueError(f"{name} names {', '.join(sorted(unknown))}; the parts are {', '.join(PARTS)}")
+        self.layer_decay = {part: decay for part, decay in (layer_decay or {}).items() if decay is not None}
         self.lr = lr
         self.part_lr = part_lr or {}
         self.weight_decay = weight_decay
@@ -47,18 +52,38 @@ class AdamWCosine:
         self.min_lr_ratio = min_lr_ratio
 
     def groups(self, model: MultimodalLM) -> list[dict[str, Any]]:
-        """Parameter groups of the trained parameters: per part, with and without weight decay."""
+        """Parameter groups of the trained parameters: per part (and layer, with `layer_decay`), with and without weight
+        decay.
+
+        Raises:
+            ValueError: `layer_decay` for a part without layers.
+        """
         groups = []
         for part in PARTS:
-            trained = {n: p for n, p in model.part(part).parameters.items() if p.requires_grad}
-            for decay in (True, False):
-                parameters = [p for n, p in trained.items() if has_decay(n, p) == decay]
-                for index, own in enumerate(by_kind(parameters)):
-                    lr = self.lr if self.part_lr.get(part) is None else self.part_lr[part]
-                    weight_decay = self.weight_decay if decay else 0.0
-                    name = f"{part}{'_split' * index}{'' if decay else '_no_decay'}"
-                    groups.append({"params": own, "lr": lr, "weight_decay": weight_decay, "name": name})
+            peak = self.lr if self.part_lr.get(part) is None else self.part_lr[part]
+            for own_name, scale, trained in self.layers(model.part(part)):
+                for decay in (True, False):
+                    parameters = [p for n, p in trained.items() if has_decay(n, p) == decay]
+                    for index, own in enumerate(by_kind(parameters)):
+                        weight_decay = self.weight_decay if decay else 0.0
+                        name = f"{own_name}{'_split' * index}{'' if decay else '_no_decay'}"
+                        groups.append({"params": own, "lr": peak * scale, "weight_decay": weight_decay, "name": name})
         return groups
+
+    def layers(self, part: Part) -> list[tuple[str, float, dict[str, nn.Parameter]]]:
+        """A part's trained parameters in one piece, or by layer, each with a name and its share of the learning rate."""
+        trained = {n: p for n, p in part.parameters.items() if p.requires_grad}
+        decay = self.layer_decay.get(part.name)
+        if decay is None:
+            return [(part.name, 1.0, trained)]
+        if not part.blocks:
+            raise ValueError(f"layer_decay: {part.name} has no layers")
+        last = len(part.blocks) - 1
+        index = {id(p): i for i, block in enumerate(part.blocks) for p in block}
+        layers: dict[int, dict[str, nn.Parameter]] = {}
+        for name, parameter in trained.items():
+            layers.setdefault(index.get(id(parameter), last), {})[name] = parameter
+        return [(f"{part.name}_{i}", decay ** (last - i), layers[i]) for i in sorted(layers)]
 
     def build(self, model: MultimodalLM, steps: int) -> dict[str, Any]:
         """What Lightning's `configure_optimizers` returns."""

@@ -17,6 +17,7 @@ from omegaconf import DictConfig
 from owlfuse.build import build
 from owlfuse.checkpoints import Best, Checkpoints
 from owlfuse.data.datamodule import ChatData
+from owlfuse.first_steps import FirstStepsCheck
 from owlfuse.parallel import data_ranks
 from owlfuse.runs import step_of
 
@@ -88,8 +89,9 @@ def raise_if_stopped(trainer: Trainer, folder: Path) -> None:
 
 
 def make_callbacks(checkpoint: DictConfig | None, watched: str | None) -> list[Callback]:
-    """Progress, learning rates, signals, checkpoints, and the best by the metric `watched` where there is one."""
+    """Progress, learning rates, signals, the look at the first steps, checkpoints, and the best by the metric `watched`, if any."""
     callbacks: list[Callback] = [LoggedStep(), TQDMProgressBar(refresh_rate=5), LearningRateMonitor("step"), StopOnSignal()]
+    callbacks.append(FirstStepsCheck())
     callbacks.append(build(checkpoint) if checkpoint else Checkpoints())
     return [*callbacks, Best(watched)] if watched else callbacks
 

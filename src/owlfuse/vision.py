@@ -5,10 +5,9 @@ from __future__ import annotations
 import copy
 import inspect
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-import timm
 import torch
 from PIL import Image
 from timm.data import resolve_model_data_config
@@ -20,8 +19,9 @@ from torch.utils.checkpoint import checkpoint
 from torchvision.transforms.v2 import functional as VF
 
 from owlfuse.batch_norm import allow_single_values, set_blank
-from owlfuse.layers import checkpoint_blocks, remove_modules, unused_parameters
+from owlfuse.layers import checkpoint_blocks
 from owlfuse.positions import sincos_2d_spread
+from owlfuse.timm_body import create_body, remove_modules, set_input_size, unused_parameters
 
 
 @dataclass(frozen=True)
@@ -101,14 +101,32 @@ class TimmBackbone(nn.Module):
         if positions and self.width % 4:
             raise ValueError(f"positions need a width divisible by 4, and that of {name} is {self.width}")
         self.norm = nn.BatchNorm1d(self.width) if norm else None
-        table = sincos_2d_spread(self.grid, self.patches, self.width) if positions else None
-        self.register_buffer("positions", table, persistent=False)
+        self.register_buffer("positions", self.table() if positions else None, persistent=False)
         allow_single_values(self)
         self.set_checkpointing(gradient_checkpointing)
 
     def set_checkpointing(self, enable: bool) -> None:
         """Turns `gradient_checkpointing` on or off. Raises ValueError where the model cannot."""
         checkpoint_blocks(self.body, enable)
+
+    def table(self) -> Tensor:
+        """The fixed table (P, Dv) of the patches' places."""
+        return sincos_2d_spread(self.grid, self.patches, self.width)
+
+    def set_image_size(self, image_size: int) -> None:
+        """Goes on at another size: learned position embeddings are resampled as timm does, fixed tables computed anew.
+
+        Raises:
+            ValueError: a size that the patches do not divide, or at which the model's features are no longer as wide.
+        """
+        set_input_size(self.body, type(self.body).__name__, image_size)
+        size = (image_size, image_size)
+        self.preprocessing = replace(self.preprocessing, size=size)
+        self.patches, width, self.grid = self.measure()
+        if width != self.width:
+            raise ValueError(f"image_size {image_size} gives features of width {width}, and they were {self.width} wide")
+        if self.positions is not None:
+            self.positions = self.table().to(self.positions)
 
     def forward(self, pixels: Tensor) -> Tensor:
         """(N, 3, H, W) -> (N, P, Dv)."""
@@ -167,9 +185,9 @@ class TimmBackbone(nn.Module):
             pixels = torch.zeros(1, 3, *self.preprocessing.size, device="meta")
             features = probe.feature_map(pixels)
             sequence = probe.to_sequence(features)
-            unused = unused_parameters(probe, sequence)
-        remove_modules(self, unused)
-        if left := unused.intersection(name for name, _ in self.named_parameters()):
+            unused = unused_parameters(probe.body, sequence)
+        remove_modules(self.body, unused)
+        if left := unused.intersection(name for name, _ in self.body.named_parameters()):
             raise ValueError(f"output: {self.output} does not use {', '.join(sorted(left))}; choose the other output")
         self.train(training)
         patches, width = sequence.shape[1:]
@@ -212,24 +230,6 @@ class TimmBackbone(nn.Module):
             yield
         finally:
             set_blank(norms, False)
-
-
-def create_body(name: str, pretrained: bool, image_size: int | None, kwargs: dict[str, Any]) -> nn.Module:
-    """The timm model without its classifier, set to the size. On the meta device no weights are asked for."""
-    pretrained = pretrained and torch.get_default_device().type != "meta"
-    try:
-        body = timm.create_model(name, pretrained=pretrained, num_classes=0, **kwargs)
-    except (TypeError, AssertionError) as error:
-        raise ValueError(f"timm's {name} does not take these kwargs ({kwargs}): {error}") from error
-    except RuntimeError as error:
-        near = timm.list_models(f"*{name.split('_')[0]}*")[:4]
-        raise ValueError(f"{name}: {error}" + (f"; timm has {', '.join(near)}, ..." if near else "")) from error
-    patch = getattr(getattr(body, "patch_embed", None), "patch_size", None)
-    if image_size and patch and image_size % patch[0]:
-        raise ValueError(f"image_size is {image_size}, which {name}'s patches of {patch[0]} pixels do not divide")
-    if image_size and hasattr(body, "set_input_size"):
-        body.set_input_size(img_size=(image_size, image_size))
-    return body
 
 
 def preprocessing_of(body: nn.Module, image_size: int | None) -> Preprocessing:

@@ -19,7 +19,7 @@ from owlfuse.cli import main
 from owlfuse.config import ConfigError, compose
 from owlfuse.hub.export import export, load_exported, load_run
 from owlfuse.hub.start import adopt_parts, load_base
-from owlfuse.model import build_model
+from owlfuse.model import build_model, on_meta
 from owlfuse.types import DataError
 
 EXPERIMENTS = ("shapes_owl1", "shapes_owl2", "shapes_owl3")
@@ -189,7 +189,7 @@ def test_init_from_refuses_parts_that_are_not_the_folders(train_run, tmp_path):
     exported(train_run, "shapes_owl1", out)
     for override, message in {
         "model/fusion=modality_adaptive": "has model.fusion with _target_ .*Concat, and .*ModalityAdaptive is asked for",
-        "model.vision.image_size=128": "has model.vision with image_size 32, and 128 is asked for",
+        "model.vision.positions=false": "has model.vision with positions True, and False is asked for",
         "model.llm.config.hidden_size=64": "has model.llm with hidden_size 128, and 64 is asked for",
         "model.llm.pretrained=some/llm": "has model.llm with pretrained None, and some/llm is asked for",
     }.items():
@@ -197,6 +197,21 @@ def test_init_from_refuses_parts_that_are_not_the_folders(train_run, tmp_path):
             train.run(compose([f"init_from={out}", override]))
     with pytest.raises(ConfigError, match="has no config.json"):
         train.run(compose([f"init_from={tmp_path / 'nowhere'}"]))
+
+
+@pytest.mark.parametrize(
+    ("asked", "size"), [([], 32), (["model.vision.image_size=64"], 64), (["model.vision.image_size=96"], 96)]
+)
+def test_init_from_takes_the_folders_size_of_pictures_unless_another_is_asked_for(asked, size, train_run, tmp_path):
+    """Asked for is what is not the group's own yaml's, 64 included."""
+    out = tmp_path / "out"
+    exported(train_run, "shapes_owl1", out)
+    config = compose([f"init_from={out}", *asked])
+    adopt_parts(config)
+    assert config.model.vision.image_size == size
+    model = load_base(str(out), OmegaConf.to_container(config.model), vocab_size=8)
+    assert model.vision.preprocessing.size == (size, size)
+    assert model.vision.grid == on_meta(OmegaConf.to_container(config.model), 8)[0].vision.grid
 
 
 def test_an_existing_folder_is_kept_and_a_failed_export_leaves_none(train_run, tmp_path, capsys, monkeypatch):

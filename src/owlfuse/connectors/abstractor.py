@@ -79,6 +79,11 @@ class Abstractor(nn.Module):
         """Turns `gradient_checkpointing` on or off."""
         self.gradient_checkpointing = enable
 
+    def set_grid(self, patches: int, grid: tuple[int, int]) -> None:
+        """Goes on with another grid of patches: the fixed table of their places is computed anew."""
+        if self.image_positions is not None:
+            self.image_positions = sincos_2d(grid, patches, self.image_positions.shape[1]).to(self.image_positions)
+
     def blocks(self) -> list[nn.Module]:
         """The layers in order, for adapters that train the last of them."""
         return list(self.layers)

@@ -15,6 +15,10 @@ class LinearConnector(nn.Module):
         self.norm = nn.LayerNorm(in_width) if norm else nn.Identity()
         self.proj = nn.Linear(in_width, out_width)
 
+    def set_grid(self, patches: int, grid: tuple[int, int]) -> None:
+        """Goes on with another number of patches."""
+        self.tokens = patches
+
     def forward(self, features: Tensor) -> Tensor:
         """(N, P, Dv) -> (N, P, D)."""
         return self.proj(self.norm(features))

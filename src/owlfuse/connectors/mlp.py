@@ -30,6 +30,10 @@ class MLPConnector(nn.Module):
             layers += [nn.GELU(), nn.Linear(out_width, out_width)]
         self.layers = nn.Sequential(*layers)
 
+    def set_grid(self, patches: int, grid: tuple[int, int]) -> None:
+        """Goes on with another number of patches."""
+        self.tokens = patches
+
     def forward(self, features: Tensor) -> Tensor:
         """(N, P, Dv) -> (N, P, D)."""
         return self.layers(features)

@@ -23,6 +23,10 @@ class Fusion(nn.Module):
     """As `owlfuse.llm.TENSOR_ROLES`, of the projections that `attach` adds; `gathered`: what goes in is split by heads, and
     needed whole."""
 
+    def set_connector_tokens(self, connector_tokens: int) -> None:
+        """Goes on with another number of visual tokens per image."""
+        self.tokens_per_image = connector_tokens
+
     def attach(self, llm: PreTrainedModel) -> None:
         """Edits this LLM instance, before adapters and sharding. By default nothing is edited."""
 

@@ -44,6 +44,10 @@ class HyperAttention(Fusion):
         self.layer_indices = sorted(layers)
         self.gate = gate
 
+    def set_connector_tokens(self, connector_tokens: int) -> None:
+        """See `Fusion`. An image stays one text position."""
+        self.connector_tokens = connector_tokens
+
     def attach(self, llm: PreTrainedModel) -> None:
         """Adds a `VisualAttention` to each of the layers, and has transformers call `attend` for the LLM's attention."""
         layers = decoder_layers(llm)

@@ -7,7 +7,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from owlfuse.config import ConfigError, compose
+from owlfuse.config import ConfigError, compose, origin_of
 from owlfuse.hub.configuration import OwlfuseConfig
 from owlfuse.hub.export import check_exported, load_exported
 from owlfuse.model import MultimodalLM
@@ -15,7 +15,8 @@ from owlfuse.types import DataError
 
 
 def adopt_parts(config: DictConfig) -> None:
-    """Puts the parts of the folder `init_from` into the configuration, in place of those it has by default.
+    """Puts the parts of the folder `init_from` into the configuration, in place of those it has by default. Only the size of
+    the pictures may be asked for anew, outside of the group's own yaml: `load_base` then resamples position embeddings.
 
     Raises:
         ConfigError: no such folder, or the configuration asks for a part that is neither the default nor the folder's.
@@ -29,6 +30,8 @@ def adopt_parts(config: DictConfig) -> None:
     for part in ("vision", "connector"):  # how a part computes may be asked for
         if "gradient_checkpointing" in asked[part] and asked[part]["_target_"] == nodes[part]["_target_"]:
             nodes[part] = {**nodes[part], "gradient_checkpointing": asked[part]["gradient_checkpointing"]}
+    if Path(origin_of(config, "model.vision.image_size")).parent.name != "vision":  # asked for, and not the group's own
+        nodes["vision"] = {**nodes["vision"], "image_size": asked["vision"].get("image_size")}
     for part, node in nodes.items():
         differing = differences(asked[part], default[part], node)
         if part == "llm":
@@ -54,13 +57,17 @@ def differences(asked: dict[str, Any], usual: dict[str, Any], given: dict[str, A
     return found
 
 
-def load_base(folder: str, llm: dict[str, Any], vocab_size: int) -> MultimodalLM:
-    """The folder's model for training: float32, LoRA's updates folded in, embeddings for at least `vocab_size` tokens.
+def load_base(folder: str, nodes: dict[str, Any], vocab_size: int) -> MultimodalLM:
+    """The folder's model for training: float32, LoRA's updates folded in, embeddings for at least `vocab_size` tokens, position
+    embeddings resampled where its pictures had another size.
 
     Args:
-        llm: the LLM's node, for how it computes (`attention`, `gradient_checkpointing`).
+        nodes: the configuration's `model`, for how the LLM computes (`attention`, `gradient_checkpointing`) and for the size.
     """
+    llm, image_size = nodes["llm"], nodes["vision"].get("image_size")
     model = load_exported(Path(folder), merge=True, attention=llm.get("attention", "sdpa"))[0].model.float()
+    if image_size and model.vision.preprocessing.size != (image_size, image_size):
+        model.set_image_size(image_size)
     if model.llm.get_input_embeddings().num_embeddings < vocab_size:
         model.llm.resize_token_embeddings(vocab_size)
     if llm.get("gradient_checkpointing"):

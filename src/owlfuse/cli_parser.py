@@ -1,0 +1,79 @@
+"""The arguments of every command. Imports nothing heavy."""
+
+import argparse
+import sys
+from typing import NoReturn
+
+from owlfuse.bench.commands import add_bench
+from owlfuse.cli_help import EXIT_CODES, LAYOUT, RECIPE, TrainHelp
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with errors of one line and exit code 2."""
+
+    def error(self, message: str) -> NoReturn:
+        raise SystemExit(failed(message, 2))
+
+
+def failed(message: str, code: int) -> int:
+    """Tells an error in one line, and gives the exit code back."""
+    print(f"owlfuse: error: {message}", file=sys.stderr)
+    return code
+
+
+def make_parser() -> Parser:
+    """The parser of the whole command line."""
+    parser = Parser("owlfuse", description="Experiments on multimodal LLMs.", epilog=EXIT_CODES, **LAYOUT)
+    commands = parser.add_subparsers(dest="command", metavar="<command>", required=True)
+    _add_runs(commands)
+    _add_models(commands)
+    add_bench(commands)
+    _add_data(commands)
+    return parser
+
+
+def _add_runs(commands) -> None:
+    train = commands.add_parser("train", help="train one run, or a sweep with -m", add_help=False, **LAYOUT)
+    train.add_argument("-h", "--help", action=TrainHelp, nargs=0, help="this page")
+    train.add_argument("-m", "--multirun", action="store_true", help="a run for every combination of listed values")
+    train.add_argument("overrides", nargs="*", help="experiment=<name>, <group>=<option>, <key>=<value>, resume=<run>")
+
+    recipe = commands.add_parser("recipe", help="run the stages of a recipe in order", epilog=RECIPE, **LAYOUT)
+    recipe.add_argument("recipe", metavar="NAME", help="a folder with a recipe.yaml below experiments/")
+    recipe.add_argument("overrides", nargs="*", help="as of train for all stages; stages.<stage>.<key>=<value>; dry_run=true")
+
+    evaluate = commands.add_parser("eval", help="evaluate a run", usage="owlfuse eval RUN [overrides ...]", **LAYOUT)
+    evaluate.add_argument("overrides", nargs="*", metavar="RUN", help="the run's folder, then <key>=<value> to change")
+
+
+def _add_models(commands) -> None:
+    export = commands.add_parser("export", help="write a run for transformers, peft and owlfuse", **LAYOUT)
+    export.add_argument("run", metavar="RUN", help="a run's folder, or one that was exported or imported")
+    export.add_argument("out", metavar="OUT", help="a folder that is written")
+    export.add_argument("overrides", nargs="*", help="merge=true folds LoRA in; layout=released; max_shard_size=5GB")
+
+    released = commands.add_parser("import", help="read a released mPLUG-Owl1, 2 or 3 checkpoint", **LAYOUT)
+    released.add_argument("folder", metavar="FOLDER", help="with a released config.json and weights")
+    released.add_argument("out", metavar="OUT", help="a folder that is written in owlfuse's own format")
+    released.add_argument("overrides", nargs="*", help="max_shard_size=5GB")
+
+    chat = commands.add_parser("chat", help="talk to a model about pictures", **LAYOUT)
+    chat.add_argument("folder", metavar="OUT", help="an exported or imported folder, or a run's")
+    chat.add_argument("overrides", nargs="*", metavar="QUESTION", help="without one it is a conversation")
+    chat.add_argument("--image", action="append", default=[], metavar="PATH", help="a picture to ask about; may be repeated")
+    chat.add_argument("--max-new-tokens", type=int, default=256, metavar="N")
+    chat.add_argument("--temperature", type=float, default=0.0, help="0: the likeliest answer")
+
+
+def _add_data(commands) -> None:
+    mixture = commands.add_parser("mixture", help="print what a run would draw, and write mixture.json", **LAYOUT)
+    mixture.add_argument("overrides", nargs="*", help="as of train, and steps=N, out=DIR")
+
+    data = commands.add_parser("data", help="write a dataset", **LAYOUT).add_subparsers(metavar="<set>", required=True)
+    shapes = data.add_parser("shapes", help="pictures of coloured shapes, with questions", **LAYOUT)
+    shapes.add_argument("folder", metavar="DIR", help="a folder that is written")
+    shapes.add_argument("--seed", type=int, default=0)
+    shapes.add_argument("--pictures", type=int, default=12000, metavar="N", help="pictures to train with")
+
+    config = commands.add_parser("config", help="print the composed configuration as yaml", **LAYOUT)
+    config.add_argument("overrides", nargs="*", help="as of train")

@@ -1,0 +1,248 @@
+"""`owlfuse recipe`: the stages of a recipe in order, each started from the weights of the one before.
+
+runs/<recipe>/<name>/ holds stages.yaml (the resolved configuration of each stage) and a folder for each stage: an ordinary run,
+and in export/ its weights, which stand there once the stage is finished.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import time
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+
+import torch
+from lightning.pytorch.utilities import rank_zero_only
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+from owlfuse import train
+from owlfuse.adapters import PartSummary
+from owlfuse.build import build
+from owlfuse.config import ConfigError, compose
+from owlfuse.config_errors import COMMAND_LINE, hint
+from owlfuse.config_files import find_folders
+from owlfuse.hub.export import export, load_run
+from owlfuse.model import PARTS, MultimodalLM, on_meta
+from owlfuse.recipe_tables import print_results, print_stages
+from owlfuse.runs import NAME, last_checkpoint, place
+from owlfuse.types import DataError
+
+FREE = ("pretrained", "gguf_file", "architecture", "dtype", "attention", "gradient_checkpointing", "checkpointing")
+FREE += ("chunk", "image_size")
+"""Keys of a part that a stage may have otherwise than the one before: how it computes, and where weights came from."""
+
+MOVABLE = ("trainer.devices", "trainer.num_nodes", "trainer.log_every_n_steps", "data.workers", "data.micro_batch_size")
+"""Keys that may change when a recipe goes on: they do not change what is learned."""
+
+
+@dataclass
+class Stage:
+    """One run of a recipe."""
+
+    name: str
+    config: DictConfig
+    plan: MultimodalLM
+    """The stage's model on the meta device."""
+    parts: list[PartSummary]
+    """What of each part is trained, and how."""
+
+    @property
+    def folder(self) -> Path:
+        """The run's."""
+        return Path(self.config.runs).expanduser() / self.config.experiment / self.config.name
+
+    @property
+    def weights(self) -> Path:
+        """What the next stage starts from. It appears whole, at the stage's end."""
+        return self.folder / "export"
+
+    @property
+    def finished(self) -> bool:
+        """Whether nothing is left to do."""
+        return (self.weights / "config.json").exists()
+
+
+def recipe_command(recipe: str, words: list[str]) -> None:
+    """Composes and checks all stages, prints their table, and runs what is not finished. Every rank runs this; rank 0 writes.
+
+    Args:
+        words: overrides for every stage, `stages.<stage>.<override>` for one, and `dry_run=true`: only the table.
+
+    Raises:
+        ConfigError: a mistake in any stage, before the first one trains.
+        DataError: what is wrong with the data, of any stage.
+        KeyboardInterrupt: after Ctrl-C; the same command goes on.
+    """
+    dry_run = [word.partition("=")[2] for word in words if word.startswith("dry_run=")]
+    if dry_run and dry_run[-1] not in ("true", "false"):
+        raise ConfigError(f"{COMMAND_LINE}: dry_run={dry_run[-1]}: true or false")
+    stages = make_stages(recipe, [word for word in words if not word.startswith("dry_run=")])
+    if rank_zero_only.rank == 0:
+        print_stages(recipe, stages)
+    if dry_run and dry_run[-1] == "true":
+        return  # the plan of each stage's memory and time (owlfuse.plan on stage.config) has its place here
+    for stage in stages:
+        check_data(stage)
+    if rank_zero_only.rank == 0:
+        write_record(stages)
+    start: Path | None = None
+    for stage in stages:
+        run_stage(stage, start, [word for word in words if word.partition("=")[0] in MOVABLE])
+        start = stage.weights
+    if rank_zero_only.rank == 0:
+        print_results(recipe, stages)
+        print(f"the model is in {start}; talk to it by: owlfuse chat {start}")
+
+
+def make_stages(recipe: str, words: list[str]) -> list[Stage]:
+    """All stages, composed and checked on the meta device; no weight is made or loaded. Raises ConfigError."""
+    folders = find_folders()
+    names = folders.stage_names(recipe)
+    if not names:
+        raise ConfigError(f"{COMMAND_LINE}: recipe {recipe}: no such recipe{hint(recipe, folders.recipe_names)}")
+    stages: list[Stage] = []
+    for name in names:
+        stage = make_stage(recipe, name, words_for(name, names, words))
+        first = stages[0].config if stages else stage.config
+        with open_dict(stage.config):  # all stages lie in one folder, whatever one of them has as its seed
+            stage.config.runs = first.runs
+            stage.config.name = f"{Path(first.name).parent if stages else first.name or f'seed{first.seed}'}/{name}"
+        if stages:
+            stage.config.init_from = None  # given, it is for the first stage
+            check_chain(stages[-1], stage)
+        stages.append(stage)
+    return stages
+
+
+def words_for(stage: str, names: list[str], words: list[str]) -> list[str]:
+    """The overrides of one stage: those of all, then its own without `stages.<stage>.`."""
+    common, own = [], []
+    for word in words:
+        if word.partition("=")[0] in ("experiment", "resume"):
+            key = word.partition("=")[0]
+            raise ConfigError(f"{COMMAND_LINE}: {word}: a recipe has no {key}=; its stages are {', '.join(names)}")
+        if not word.startswith("stages."):
+            common.append(word)
+            continue
+        name, _, rest = word.removeprefix("stages.").partition(".")
+        if name not in names or not rest:
+            raise ConfigError(f"{COMMAND_LINE}: {word}: no stage {name}{hint(name, names)}; write stages.<stage>.<key>=<value>")
+        own += [rest] if name == stage else []
+    return common + own
+
+
+def make_stage(recipe: str, name: str, words: list[str]) -> Stage:
+    """One stage, composed and checked by itself."""
+    try:
+        config = compose([f"experiment={recipe}/{name}", *words])
+        with open_dict(config):
+            config.experiment = recipe
+        try:
+            plan, parts = on_meta(OmegaConf.to_container(config.model, resolve=True), vocab_size=1024)
+            build(config.optim), build(config.evaluation)
+        except ValueError as error:
+            raise ConfigError(place(config, str(error))) from error
+    except ConfigError as error:
+        own_fault = str(error).startswith(COMMAND_LINE)
+        raise error if own_fault else ConfigError(f"stage {name}: {error}") from error
+    return Stage(name, config, plan, parts)
+
+
+def check_chain(before: Stage, stage: Stage) -> None:
+    """The parts must be those of the stage before, whose weights they take. Raises ConfigError."""
+    for part in PARTS:
+        old, new = (OmegaConf.to_container(one.config.model[part], resolve=True) for one in (before, stage))
+        for key in sorted({*old, *new} - {*FREE}):
+            if old.get(key) != new.get(key):
+                raise ConfigError(
+                    f"stage {stage.name}: model.{part}.{key} is {new.get(key)}, and {old.get(key)} in stage {before.name}, "
+                    "whose weights it starts from; set it in the base"
+                )
+
+
+def check_data(stage: Stage) -> None:
+    """Opens the data of a stage, so that a file that is missing is told before an earlier stage has trained for days."""
+    try:
+        data = build(stage.config.data)
+        data.bind(stage.plan.vision.preprocessing, stage.plan.fusion.tokens_per_image)
+        data.steps(stage.config.trainer.max_steps)
+    except DataError as error:
+        raise DataError(f"stage {stage.name}: {error}") from error
+    except ValueError as error:
+        raise ConfigError(f"stage {stage.name}: {place(stage.config, str(error))}") from error
+
+
+def write_record(stages: list[Stage]) -> None:
+    """stages.yaml, or a comparison with the one that is there. Raises ConfigError where a stage was begun otherwise."""
+    path = stages[0].folder.parent / "stages.yaml"
+    ours = {stage.name: OmegaConf.to_container(stage.config, resolve=True) for stage in stages}
+    if path.exists():
+        theirs = OmegaConf.to_container(OmegaConf.load(path))
+        begun = [stage.name for stage in stages if (stage.folder / "config.yaml").exists()]
+        for name in begun:
+            old, new = (flat(one.get(name) or {}) for one in (theirs, ours))
+            for key in sorted({*old, *new}):
+                if old.get(key) != new.get(key) and key not in MOVABLE:
+                    raise ConfigError(
+                        f"{path}: stage {name} was begun with {key} {old.get(key)}, and it is {new.get(key)} now; "
+                        "choose another name=, or go on as it was begun"
+                    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_suffix(".part")
+    OmegaConf.save(OmegaConf.create(ours), beside)
+    beside.replace(path)
+
+
+def flat(value: object, path: str = "") -> dict[str, object]:
+    """{"a": {"b": 1}} -> {"a.b": 1}."""
+    if not isinstance(value, dict):
+        return {path: value}
+    found: dict[str, object] = {}
+    for key, child in value.items():
+        found |= flat(child, f"{path}.{key}" if path else str(key))
+    return found
+
+
+def run_stage(stage: Stage, start: Path | None, words: list[str]) -> None:
+    """Trains a stage from the weights in `start`, or goes on with it from its last checkpoint, and exports its weights."""
+    first = rank_zero_only.rank == 0
+    if stage.finished:
+        if first:
+            print(f"stage {stage.name} is finished: {stage.folder}")
+        return
+    os.environ.pop(NAME, None)  # the name of the stage before, which ranks inherit
+    if any((stage.folder / "checkpoints").glob("*")):
+        last_checkpoint(stage.folder)
+        config = compose([f"resume={stage.folder}", *words])
+    else:
+        if first and stage.folder.exists():  # it was stopped before its first checkpoint
+            stage.folder.rename(stage.folder.with_name(f"{stage.name}.{datetime.now():%Y-%m-%d_%H-%M-%S}"))
+        config = stage.config
+        start_from(config, start)
+    if first:
+        print(f"stage {stage.name}{f', from the weights in {start}' if start else ''}")
+    try:
+        train.run(config)
+    except KeyboardInterrupt:
+        if first:
+            print("and with the whole recipe by the same command as before")
+        raise
+    if first:
+        export(load_run(stage.folder), stage.weights, merge=True, source=f"{config.experiment}, stage {stage.name}")
+    while not stage.finished:  # a barrier would time out while rank 0 writes a large model
+        time.sleep(0.1)
+    gc.collect()  # the next stage needs the memory of this one
+    torch.cuda.empty_cache()
+
+
+def start_from(config: DictConfig, start: Path | None) -> None:
+    """Puts the weights of the stage before in the place of those that the parts would load by themselves."""
+    if start is None:
+        return
+    with open_dict(config):
+        config.init_from = str(start)
+        for part, key, none in (("vision", "pretrained", False), ("llm", "pretrained", None), ("llm", "gguf_file", None)):
+            if key in config.model[part]:
+                config.model[part][key] = none

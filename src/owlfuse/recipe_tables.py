@@ -1,0 +1,85 @@
+"""The tables of `owlfuse recipe`: what each stage trains, and what it reached."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Any
+
+from omegaconf import OmegaConf
+from rich.console import Console
+from rich.table import Table
+
+from owlfuse.sweep import metrics_of
+
+if TYPE_CHECKING:
+    from owlfuse.recipe import Stage
+
+SHOWN = ("exact_match", "exact_match_blank", "exact_match_held_out", "loss")
+"""Metrics of the last table."""
+
+
+def print_stages(recipe: str, stages: list[Stage]) -> None:
+    """A line a stage: parts and how they are trained with the parameters trained, steps, global batch, peak learning rate,
+    side of the pictures in pixels, and each source's share."""
+    table = Table(title=f"{recipe}: the stages", title_justify="left", show_lines=True)
+    for column in ("stage", "trained", "frozen", "steps", "batch", "lr", "pictures", "mixture"):
+        table.add_column(column, justify="right" if column in ("steps", "batch", "pictures") else "left")
+    for stage in stages:
+        plain = OmegaConf.to_container(stage.config, resolve=True)
+        trained = [f"{s.part}: {s.policy}, {count(s.trained)}" for s in stage.parts if s.trained]
+        frozen = [f"{s.part}: {count(s.frozen)}" for s in stage.parts if s.frozen]
+        size = plain["model"]["vision"].get("image_size")
+        table.add_row(
+            stage.name,
+            "\n".join(trained),
+            "\n".join(frozen),
+            f"{plain['trainer']['max_steps']:,}",
+            f"{plain['data']['global_batch_size']:,}",
+            rates(plain["optim"]),
+            f"{size} px" if size else "the model's",
+            mixture(plain["data"]["sources"], plain["data"].get("temperature")),
+        )
+    show(table)
+
+
+def count(parameters: int) -> str:
+    """12345678 -> 12.3 M."""
+    for size, unit in ((1e9, "B"), (1e6, "M")):
+        if parameters >= size:
+            return f"{parameters / size:.1f} {unit}"
+    return f"{parameters:,}"
+
+
+def rates(optim: dict[str, Any]) -> str:
+    """The peak learning rate, those of parts that differ, and the warm-up."""
+    lines = [f"{optim['lr']:g}"] if "lr" in optim else []
+    lines += [f"{part} {rate:g}" for part, rate in (optim.get("part_lr") or {}).items() if rate is not None]
+    lines += [f"{part}: x {decay:g} a layer" for part, decay in (optim.get("layer_decay") or {}).items() if decay is not None]
+    lines += [f"warm-up {optim['warmup_steps']:,}"] if optim.get("warmup_steps") else []
+    return "\n".join(lines)
+
+
+def mixture(sources: dict[str, Any], temperature: float | None = None) -> str:
+    """Each source's share of the weights, without those that are not drawn; with a temperature, their sizes decide too."""
+    weights = {name: source.get("weight", 1.0) for name, source in sources.items()}
+    total = sum(weights.values())
+    shares = sorted(((weight / total, name) for name, weight in weights.items() if weight and total), reverse=True)
+    if temperature is not None:
+        return "\n".join([f"by size, temperature {temperature:g}", *(name for _, name in shares)])
+    return "\n".join(f"{name} {share:.1%}" for share, name in shares)
+
+
+def print_results(recipe: str, stages: list[Stage]) -> None:
+    """A line a stage: the chief metrics of its results.json."""
+    rows = {stage.name: metrics_of(stage.folder) for stage in stages}
+    names = [name for row in rows.values() for name in row if name.partition("/")[2] in SHOWN]
+    names = sorted(dict.fromkeys(names))
+    table = Table("stage", *names, title=f"{recipe}: what the stages reached", title_justify="left")
+    for name, row in rows.items():
+        table.add_row(name, *(f"{row[metric]:.3f}" if metric in row else "" for metric in names))
+    show(table)
+
+
+def show(table: Table) -> None:
+    """On the terminal; in a file as wide as it needs."""
+    Console(width=None if sys.stdout.isatty() else 200).print(table)

@@ -1,0 +1,51 @@
+"""timm's models as they are used here: without a classifier, at any size, and without what the features do not need."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import timm
+import torch
+from torch import Tensor, nn
+
+
+def create_body(name: str, pretrained: bool, image_size: int | None, kwargs: dict[str, Any]) -> nn.Module:
+    """The timm model without its classifier, set to the size. On the meta device no weights are asked for."""
+    pretrained = pretrained and torch.get_default_device().type != "meta"
+    try:
+        body = timm.create_model(name, pretrained=pretrained, num_classes=0, **kwargs)
+    except (TypeError, AssertionError) as error:
+        raise ValueError(f"timm's {name} does not take these kwargs ({kwargs}): {error}") from error
+    except RuntimeError as error:
+        near = timm.list_models(f"*{name.split('_')[0]}*")[:4]
+        raise ValueError(f"{name}: {error}" + (f"; timm has {', '.join(near)}, ..." if near else "")) from error
+    if image_size:
+        set_input_size(body, name, image_size)
+    return body
+
+
+def set_input_size(body: nn.Module, name: str, image_size: int) -> None:
+    """Sets the side in pixels, where the model has one. Raises ValueError for one that its patches do not divide."""
+    patch = getattr(getattr(body, "patch_embed", None), "patch_size", None)
+    if patch and image_size % patch[0]:
+        raise ValueError(f"image_size is {image_size}, which {name}'s patches of {patch[0]} pixels do not divide")
+    if hasattr(body, "set_input_size"):
+        body.set_input_size(img_size=(image_size, image_size))
+
+
+def unused_parameters(module: nn.Module, output: Tensor) -> set[str]:
+    """Names of the parameters that `output` does not depend on."""
+    named = dict(module.named_parameters())
+    gradients = torch.autograd.grad(output.sum(), list(named.values()), allow_unused=True)
+    return {name for name, gradient in zip(named, gradients, strict=True) if gradient is None}
+
+
+def remove_modules(module: nn.Module, unused: set[str], prefix: str = "") -> None:
+    """Puts an Identity for each module whose every parameter is unused."""
+    for name, child in list(module.named_children()):
+        path = f"{prefix}{name}."
+        own = [path + n for n, _ in child.named_parameters()]
+        if own and unused.issuperset(own):
+            setattr(module, name, nn.Identity())
+        else:
+            remove_modules(child, unused, path)
