@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from lightning import LightningModule
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
@@ -23,7 +24,7 @@ from owlfuse.batch_norm import SyncedBatchNorm
 from owlfuse.deferred import Deferred
 from owlfuse.llm import check_split
 from owlfuse.model import MultimodalLM
-from owlfuse.parallel import Sharded, SumOverRanks, data_group
+from owlfuse.parallel import Sharded, data_group
 
 
 def shard(model: MultimodalLM, mesh: DeviceMesh, precision: str) -> None:
@@ -157,6 +158,23 @@ def synchronize_norms(model: MultimodalLM, trainer: Any) -> None:
         for name, child in module.named_children():
             if isinstance(child, _BatchNorm):
                 setattr(module, name, SyncedBatchNorm(child, partial(add_over, group=group)))
+
+
+class SumOverRanks(torch.autograd.Function):
+    """The sum of a tensor over a group's ranks, and backward the sum of its gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, group: Any) -> Tensor:
+        ctx.group = group
+        total = tensor.clone()
+        dist.all_reduce(total, group=group)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        total = gradient.contiguous().clone()
+        dist.all_reduce(total, group=ctx.group)
+        return total, None
 
 
 def add_over(tensor: Tensor, group: Any) -> Tensor:

@@ -7,6 +7,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -14,9 +15,23 @@ import torch.distributed as dist
 from lightning import Trainer
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, ParallelStrategy
 from torch import Tensor, nn
+from torch.distributed import checkpoint as dcp
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
 from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+
+from owlfuse.types import DataError
 
 TIMEOUT_MINUTES = 10.0
+META = "meta.pt"
+"""What a checkpoint's folder holds beside shards, as Lightning names it."""
+BY_NAME = StateDictOptions(flatten_optimizer_state_dict=True)
 
 
 class Replicated(DDPStrategy):
@@ -65,6 +80,59 @@ class Sharded(ModelParallelStrategy):
         self._data_parallel_size, self._tensor_parallel_size = self.sizes()
         super().setup_environment()
 
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        """By the parameters' names, so that a mesh that groups them otherwise can read it."""
+        return get_optimizer_state_dict(self.model, getattr(optimizer, "_optimizer", optimizer), options=BY_NAME)
+
+    def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
+        """A file of one process, or a folder that any mesh has written: each rank reads its own parts.
+
+        Raises:
+            DataError: a trained weight of the model is not in it.
+        """
+        path = Path(checkpoint_path)
+        if path.is_file():
+            return super().load_checkpoint(path, weights_only)
+        saved = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+        model = {k: v for k, v in get_model_state_dict(self.model).items() if f"state_dict.{k}" in saved}
+        trained = {name for name, p in self.model.named_parameters() if p.requires_grad}
+        if missing := sorted(trained - set(model)):
+            raise DataError(f"{path} has no weights for {missing[0]} and {len(missing) - 1} more that are trained")
+        dcp.load({"state_dict": model}, checkpoint_id=path)
+        set_model_state_dict(self.model, model, options=StateDictOptions(strict=False))
+        for index, optimizer in enumerate(self.optimizers):
+            state = get_optimizer_state_dict(self.model, optimizer, options=BY_NAME)
+            dcp.load({f"optimizer_{index}": state}, checkpoint_id=path)
+            names = [group["name"] for group in optimizer.param_groups]  # of this mesh's groups, not of those that were saved
+            set_optimizer_state_dict(self.model, optimizer, state, options=BY_NAME)
+            for group, name in zip(optimizer.param_groups, names, strict=True):
+                group["name"] = name
+        meta = torch.load(path / META, map_location="cpu", weights_only=True)
+        for schedule in meta["lr_schedulers"]:
+            groups = self.optimizers[0].param_groups  # as many as this mesh has
+            schedule["base_lrs"] = [group["initial_lr"] for group in groups]
+            schedule["_last_lr"] = [group["lr"] for group in groups]
+            schedule["lr_lambdas"] = [None] * len(groups)
+        return meta
+
+
+def read_folder(path: Path) -> dict[str, Any]:
+    """A checkpoint that a mesh has written, its weights whole, in one process: without the state of the optimizer."""
+    saved = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+    names = [name for name in saved if name.startswith("state_dict.")]
+    weights = {name: torch.empty(saved[name].size, dtype=saved[name].properties.dtype) for name in names}
+    dcp.load(weights, checkpoint_id=path, no_dist=True)
+    meta = torch.load(path / META, map_location="cpu", weights_only=True)
+    return {**meta, "state_dict": {name.removeprefix("state_dict."): weights[name] for name in names}}
+
+
+def check_readable(trainer: Trainer, checkpoint: Path | None) -> None:
+    """Raises ValueError for a checkpoint of shards that the trainer's strategy does not read."""
+    if checkpoint is not None and checkpoint.is_dir() and not isinstance(trainer.strategy, Sharded):
+        raise ValueError(
+            f"resume: {checkpoint} is sharded, and this trainer is not; change trainer.devices and trainer.strategy alone"
+        )
+
 
 def evaluates(trainer: Trainer) -> bool:
     """Whether this rank takes part in answering the questions: all do where the model is shared out."""
@@ -103,23 +171,6 @@ def all_objects(trainer: Trainer, value: Any) -> list[Any]:
     values: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(values, value, group=group)
     return values
-
-
-class SumOverRanks(torch.autograd.Function):
-    """The sum of a tensor over a group's ranks, and backward the sum of its gradients."""
-
-    @staticmethod
-    def forward(ctx: Any, tensor: Tensor, group: Any) -> Tensor:
-        ctx.group = group
-        total = tensor.clone()
-        dist.all_reduce(total, group=group)
-        return total
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        total = gradient.contiguous().clone()
-        dist.all_reduce(total, group=ctx.group)
-        return total, None
 
 
 def local(tensor: Tensor) -> Tensor:

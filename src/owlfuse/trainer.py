@@ -89,7 +89,7 @@ def raise_if_stopped(trainer: Trainer, folder: Path) -> None:
 
 
 def make_callbacks(checkpoint: DictConfig | None, watched: str | None) -> list[Callback]:
-    """Progress, learning rates, signals, the look at the first steps, checkpoints, and the best by the metric `watched`, if any."""
+    """Progress, learning rates, signals, a look at the first steps, checkpoints, and the best by the metric `watched`."""
     callbacks: list[Callback] = [LoggedStep(), TQDMProgressBar(refresh_rate=5), LearningRateMonitor("step"), StopOnSignal()]
     callbacks.append(FirstStepsCheck())
     callbacks.append(build(checkpoint) if checkpoint else Checkpoints())

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from owlfuse.adapters import PARTS
 from owlfuse.model import MultimodalLM, build_model
+from owlfuse.parallel import read_folder
 from owlfuse.runs import last_checkpoint
 from owlfuse.types import DataError
 
@@ -63,7 +64,9 @@ def weights_in(checkpoint: dict[str, Any]) -> dict[str, Tensor]:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """A checkpoint that is a file, its tensors mapped from the disk."""
+    """A checkpoint: a file, its tensors mapped from the disk, or a folder of shards."""
+    if path.is_dir():
+        return read_folder(path)
     return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
 
 
@@ -85,7 +88,7 @@ def load_run_model(folder: Path, config: dict[str, Any], vocab_size: int) -> tup
     frozen = checkpoint.get("frozen", {})
     lightning.seed_everything(config["seed"], workers=True, verbose=False)
     init_from = config.get("init_from") if frozen else None
-    base = load_base(init_from, config["model"]["llm"], vocab_size) if init_from else None
+    base = load_base(init_from, config["model"], vocab_size) if init_from else None
     model, _ = build_model(config["model"], vocab_size, base)
     weights = weights_in(checkpoint)
     check_fits(model, weights, frozen)
