@@ -23,6 +23,7 @@ def module():
             world_size=1,
             global_rank=0,
             strategy=strategy,
+            is_global_zero=True,
         )
         made.log = lambda *args, **kwargs: None
         made.configure_model()

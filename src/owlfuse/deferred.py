@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -42,25 +43,28 @@ class Deferred(TorchDispatchMode):
     steps: list[Step] = field(default_factory=list)
     written: dict[int, list[int]] = field(default_factory=dict)
     """The steps that write a storage."""
-    active = 0
+    draws: bool = True
+    """False: random numbers are not drawn, for weights that are read from elsewhere."""
+    current: ClassVar[Deferred | None] = None
+    """The one that a model is being built in."""
 
     def __post_init__(self) -> None:
         super().__init__()
 
-    def __enter__(self):
-        Deferred.active += 1
+    def __enter__(self) -> Deferred:
+        Deferred.current = self
         return super().__enter__()
 
-    def __exit__(self, *error):
-        Deferred.active -= 1
-        return super().__exit__(*error)
+    def __exit__(self, *error: Any) -> None:
+        Deferred.current = None
+        super().__exit__(*error)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}
         tensors = [x for x in tree_flatten((args, kwargs))[0] if isinstance(x, Tensor)]
-        given_up = torch.get_default_device().type == "meta"  # within `with torch.device("meta")`: never to be drawn
-        if SEEDED in func.tags and given_up:
-            return func(*args, **kwargs)
+        if SEEDED in func.tags and not self.draws:
+            shapes, options = tree_map(to_meta, (args, kwargs))
+            return func(*shapes, **options)
         makes = not tensors and "device" in {argument.name for argument in func._schema.arguments}
         if makes and args[:1] not in (([],), ([0],)):
             return self.record(func, args, {**kwargs, "device": torch.device("cpu")})
@@ -98,6 +102,13 @@ class Deferred(TorchDispatchMode):
                 )
             )
         return out
+
+    @contextmanager
+    def drawing_nothing(self) -> Iterator[None]:
+        """Inside, random numbers are neither drawn nor written down."""
+        self.draws = False
+        yield
+        self.draws = True
 
     def read(self, tensor: Tensor, load: Callable[[], Tensor]) -> None:
         """From here on the tensor holds what `load` gives: a tensor of its shape."""
@@ -138,6 +149,15 @@ class Deferred(TorchDispatchMode):
                 if step.overwrites == key:
                     break
         return found
+
+
+@contextmanager
+def in_memory_after_all() -> Iterator[None]:
+    """Inside, tensors have memory: for what can only be read as a whole."""
+    current, Deferred.current = Deferred.current, None
+    with torch.utils._python_dispatch._disable_current_modes():
+        yield
+    Deferred.current = current
 
 
 def replay(step: Step, memory: dict[int, torch.UntypedStorage]) -> None:

@@ -7,14 +7,18 @@ from __future__ import annotations
 
 import inspect
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from huggingface_hub import snapshot_download
 from huggingface_hub.errors import StrictDataclassError
+from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from owlfuse.deferred import Deferred, in_memory_after_all
 from owlfuse.types import Batch
 
 NORMS = ("input_layernorm", "post_attention_layernorm")
@@ -81,9 +85,34 @@ def load_pretrained(pretrained: str, gguf_file: str | None, options: dict[str, A
     try:
         if torch.get_default_device().type == "meta":
             return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(pretrained, **source), **options)
-        return AutoModelForCausalLM.from_pretrained(pretrained, **source, **options)
+        if Deferred.current is not None and not gguf_file and (llm := read_later(pretrained, options)) is not None:
+            return llm
+        with in_memory_after_all():
+            return AutoModelForCausalLM.from_pretrained(pretrained, **source, **options)
     except (OSError, KeyError) as error:
         raise ValueError(f"pretrained: {pretrained}: {str(error).splitlines()[0]}") from error
+
+
+def read_later(pretrained: str, options: dict[str, Any]) -> PreTrainedModel | None:
+    """The LLM without memory, each tensor to be read from safetensors files on its own (see `deferred`); None where the files
+    do not have them by their names, so that transformers has to read them."""
+    folder = Path(pretrained).expanduser()
+    if not folder.is_dir():
+        folder = Path(snapshot_download(pretrained, allow_patterns=["*.json", "*.safetensors"]))
+    with torch.device("meta"), Deferred.current.drawing_nothing():
+        llm = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), **options)
+    files = {name: path for path in sorted(folder.glob("*.safetensors")) for name in safe_open(path, "pt").keys()}  # noqa: SIM118
+    if set(dict(llm.named_parameters())) - set(files):
+        return None
+    for name, parameter in llm.named_parameters():
+        Deferred.current.read(parameter, partial(read_tensor, files[name], name))
+    return llm
+
+
+def read_tensor(path: Path, name: str) -> Tensor:
+    """One tensor of a safetensors file."""
+    with safe_open(path, "pt") as file:
+        return file.get_tensor(name)
 
 
 def random_config(config: dict[str, Any], vocab_size: int):

@@ -5,7 +5,8 @@ torch.distributed: everything else is written for one process.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
@@ -126,6 +127,21 @@ def read_folder(path: Path) -> dict[str, Any]:
     return {**meta, "state_dict": {name.removeprefix("state_dict."): weights[name] for name in names}}
 
 
+@contextmanager
+def naming_step(trainer: Trainer) -> Iterator[None]:
+    """A rank that waits in vain for another ends with a DataError that names the step, and not in a backend's words alone."""
+    try:
+        yield
+    except RuntimeError as error:
+        said = str(error).strip().splitlines() or [""]
+        if not any(word in said[0].lower() for word in ("timed out", "timeout", "connection closed", "connection reset")):
+            raise
+        raise DataError(
+            f"rank {trainer.global_rank} waited in vain for another rank after step {trainer.global_step} ({said[0][-120:]}); "
+            f"see what the others say, and go on with resume={trainer.default_root_dir}"
+        ) from error
+
+
 def check_readable(trainer: Trainer, checkpoint: Path | None) -> None:
     """Raises ValueError for a checkpoint of shards that the trainer's strategy does not read."""
     if checkpoint is not None and checkpoint.is_dir() and not isinstance(trainer.strategy, Sharded):
@@ -176,11 +192,6 @@ def all_objects(trainer: Trainer, value: Any) -> list[Any]:
 def local(tensor: Tensor) -> Tensor:
     """A rank's own part of a tensor."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def whole(tensor: Tensor) -> Tensor:
-    """All of a tensor, which every rank has to ask for."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def kind(tensor: Tensor) -> Any:

@@ -12,7 +12,7 @@ from owlfuse.evaluation import write_results
 from owlfuse.hub.start import adopt_parts
 from owlfuse.model import on_meta
 from owlfuse.module import MultimodalModule
-from owlfuse.parallel import check_readable, evaluates
+from owlfuse.parallel import check_readable, evaluates, naming_step
 from owlfuse.plan import dry_run
 from owlfuse.runs import last_checkpoint, place, run_folder, write_config, write_mixture
 from owlfuse.trainer import make_trainer, raise_if_stopped
@@ -49,7 +49,8 @@ def run(config: DictConfig) -> Path | None:
     init_from = config.get("init_from") if checkpoint is None or needs_base(checkpoint) else None
     module = MultimodalModule(plain["model"], optim, data.vocab_size, init_from)
     write_config(config, folder)
-    trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True)
+    with naming_step(trainer):
+        trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True)
     left_out = module.over_ranks(module.skipped, module.truncated)
     if trainer.is_global_zero:
         report = data.report(trainer.global_step, *left_out, module.padded)

@@ -160,7 +160,7 @@ def module(shapes, source, **options):
 
 
 def only_batch(data):
-    data.trainer = SimpleNamespace(world_size=1, global_rank=0, max_steps=1, global_step=0)
+    data.trainer = SimpleNamespace(distributed_sampler_kwargs=None, max_steps=1, global_step=0)
     (batch,) = data.train_dataloader()
     return batch
 

@@ -31,7 +31,8 @@ def make(shapes, **options):
 
 
 def batches(data, rank=0, ranks=1, first=0, steps=4):
-    data.trainer = SimpleNamespace(world_size=ranks, global_rank=rank, max_steps=steps, global_step=first)
+    place = {"rank": rank, "num_replicas": ranks}
+    data.trainer = SimpleNamespace(distributed_sampler_kwargs=place, max_steps=steps, global_step=first)
     return list(data.train_dataloader())
 
 

@@ -88,7 +88,7 @@ def only_batch(shapes, file, on_length, on_error="error", workers=0):
     source = LLaVA(file, on_error=on_error)
     data = ChatData(str(shapes / "tokenizer"), {"long": source}, {}, 8, max_length=60, on_length=on_length, workers=workers)
     data.bind(Preprocessing((8, 8), (0.5,) * 3, (0.5,) * 3, "bilinear"), 2)
-    data.trainer = SimpleNamespace(world_size=1, global_rank=0, max_steps=1, global_step=0)
+    data.trainer = SimpleNamespace(distributed_sampler_kwargs=None, max_steps=1, global_step=0)
     (batch,) = data.train_dataloader()
     return batch
 

@@ -64,7 +64,7 @@ def make(shapes, folder, file="chats.json", **options):
 
 def batch_of(data, workers=0):
     data.workers = workers
-    data.trainer = SimpleNamespace(world_size=1, global_rank=0, max_steps=1, global_step=0)
+    data.trainer = SimpleNamespace(distributed_sampler_kwargs=None, max_steps=1, global_step=0)
     return next(iter(data.train_dataloader()))
 
 

@@ -27,7 +27,7 @@ def train(end):
     source = LLaVA(bad if end == "sample" else folder + "/train.json", image_root=folder)
     data = ChatData(folder + "/tokenizer", {"shapes": source}, {}, global_batch_size=4, workers=2)
     data.bind(Preprocessing((16, 16), (0.5,) * 3, (0.5,) * 3, "bilinear"), 2)
-    data.trainer = SimpleNamespace(world_size=1, global_rank=0, max_steps=10**6, global_step=0)
+    data.trainer = SimpleNamespace(distributed_sampler_kwargs=None, max_steps=10**6, global_step=0)
     batches = iter(data.train_dataloader())
     next(batches)
     print(*(worker.pid for worker in batches._workers), flush=True)
@@ -99,7 +99,7 @@ def test_no_process_is_left_behind(shapes, tmp_path):
 def test_workers_start_once_and_hand_pixels_over_in_shared_memory(shapes):
     data = ChatData(str(shapes / "tokenizer"), {"s": LLaVA(str(shapes / "train.json"))}, {}, global_batch_size=4, workers=2)
     data.bind(Preprocessing((16, 16), (0.5,) * 3, (0.5,) * 3, "bilinear"), 2)
-    data.trainer = SimpleNamespace(world_size=1, global_rank=0, max_steps=6, global_step=0)
+    data.trainer = SimpleNamespace(distributed_sampler_kwargs=None, max_steps=6, global_step=0)
     loader = data.train_dataloader()
     seen = []
     for _ in range(2):

@@ -177,7 +177,7 @@ def test_a_run_from_an_export_may_ask_for_checkpointing(train_run, tmp_path):
     config = compose(["experiment=shapes_owl1", f"init_from={out}", *asked])
     adopt_parts(config)
     nodes = OmegaConf.to_container(config.model, resolve=True)
-    model, _ = build_model(nodes, 1, load_base(str(out), nodes["llm"], 1))
+    model, _ = build_model(nodes, 1, load_base(str(out), nodes, 1))
     assert model.connector.gradient_checkpointing
     assert model.llm.is_gradient_checkpointing
     nodes["connector"]["gradient_checkpointing"] = False

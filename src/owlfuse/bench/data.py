@@ -202,7 +202,7 @@ def first_batch(folder: Path, sources: dict[str, Source]) -> dict[str, float]:
         again = {name: type(source)(str(source.file), weight=source.weight) for name, source in sources.items()}
         data = ChatData(str(folder / "tokenizer"), again, {}, workers=workers)
         data.bind(Crop(), 1)
-        data.trainer = SimpleNamespace(world_size=1, global_rank=0, max_steps=1000, global_step=0)
+        data.trainer = SimpleNamespace(distributed_sampler_kwargs=None, max_steps=1000, global_step=0)
         batches = iter(data.train_dataloader())
         next(batches)
         found[f"{workers} workers"] = time.perf_counter() - began

@@ -1,0 +1,55 @@
+"""A model built without memory holds, tensor by tensor, what it would hold in memory."""
+
+import pytest
+import torch
+
+from helpers import CONNECTORS, FUSIONS, llm_fields, model_node, policy
+from owlfuse.deferred import Deferred
+from owlfuse.llm import load_llm
+from owlfuse.model import build_model
+
+
+def state(model):
+    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
+
+
+def compare(node):
+    torch.manual_seed(3)
+    wanted, _ = build_model(node, 97)
+    after = torch.rand(3)
+    torch.manual_seed(3)
+    with Deferred() as deferred:
+        model, _ = build_model(node, 97)
+    assert torch.equal(torch.rand(3), after)  # the generator stands where it would
+    assert all(p.is_meta for p in model.parameters())
+    for name, tensor in state(model).items():
+        assert torch.equal(deferred.value(tensor.detach()), state(wanted)[name]), name
+        assert tensor.requires_grad == state(wanted)[name].requires_grad
+
+
+@pytest.mark.parametrize("fusion", FUSIONS)
+@pytest.mark.parametrize("model_type", ["llama", "qwen3"])
+def test_every_fusion(fusion, model_type):
+    lora = {"llm": policy("LoRA", r=2), "fusion": policy("Full")}
+    compare(model_node(FUSIONS[fusion], llm=llm_fields(model_type), connector=CONNECTORS["abstractor"], adapter=lora))
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_pretrained_weights_are_read_from_their_files(tmp_path, tied):
+    load_llm(97, config=llm_fields(tie_word_embeddings=tied)).save_pretrained(tmp_path, max_shard_size="20KB")
+    compare(model_node(FUSIONS["modality_adaptive"], pretrained=str(tmp_path)))
+    compare(model_node(FUSIONS["hyperattention-adaptive"], pretrained=str(tmp_path)))
+
+
+def test_a_tensor_changed_in_parts_holds_all_of_the_changes():
+    with Deferred() as deferred:
+        tensor = torch.zeros(3, 4)
+        tensor[1].normal_()
+        tensor[:, 2] += tensor[1].sum()
+        copy = tensor.clone()
+        tensor.fill_(7)
+    assert torch.equal(deferred.value(tensor), torch.full((3, 4), 7.0))
+    value = deferred.value(copy)
+    assert value[1, 0] != 0
+    assert value[0, 2] != 0
+    assert value[0, 0] == 0

@@ -1,0 +1,42 @@
+"""Two "machines" on one: groups of processes that know each other by an address alone, started by the script for torchrun."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from owlfuse import train
+from owlfuse.config import compose
+from owlfuse.data.shapes import write_shapes
+from test_parallel import SMALL
+
+SCRIPT = Path(__file__).resolve().parents[1] / "experiments" / "many_gpus" / "torchrun.sh"
+
+
+def test_two_nodes_train_as_one_process_does_and_only_rank_0_writes(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_shapes("data/shapes", train_pictures=48, val_pictures=6, held_out_pictures=6, text_train=120, text_val=8)
+    common = [*SMALL, "experiment=shapes_owl3", "data.global_batch_size=8", "trainer.max_steps=4"]
+    train.run(compose([*common, "name=alone"]))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    shared = {**os.environ, "PATH": path, "OMP_NUM_THREADS": "1", "NODES": "2", "GPUS": "1", "PORT": str(port)}
+    overrides = [*common, "trainer=fsdp", "trainer.accelerator=cpu", "name=nodes"]
+    nodes = [
+        subprocess.Popen(
+            [SCRIPT, *overrides], env={**shared, "NODE": str(node)}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        )
+        for node in range(2)
+    ]
+    said = [node.communicate(timeout=240)[0].decode() for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], "".join(said)[-4000:]
+    alone, together = (json.loads(Path(f"runs/shapes_owl3/{name}/results.json").read_text()) for name in ("alone", "nodes"))
+    assert together["metrics"]["val/loss"] == pytest.approx(alone["metrics"]["val/loss"], abs=1e-4)
+    assert "everything of this run" in said[0]
+    assert "everything of this run" not in said[1]
