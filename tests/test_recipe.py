@@ -19,6 +19,7 @@ from timm.layers import resample_abs_pos_embed
 from owlfuse.config import ConfigError, compose
 from owlfuse.config_files import find_folders
 from owlfuse.data.shapes import write_shapes
+from owlfuse.hub.export import load_run
 from owlfuse.recipe import make_stages, recipe_command, write_record
 from owlfuse.types import DataError
 
@@ -94,7 +95,8 @@ def write_recipe(name, text):
 
 
 def weights(stage):
-    return torch.load(stage / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+    """All of a stage's weights, frozen ones among them, which its checkpoint leaves out."""
+    return {f"model.{name}": value for name, value in load_run(Path(stage)).model.state_dict().items()}
 
 
 def plain(weights):
@@ -280,7 +282,7 @@ def test_after_sigkill_the_same_command_goes_on_at_the_stage_and_step_and_ends_a
     process = start(*common, "name=killed")
     root = Path("runs/tiny/killed")
     deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and not list(root.glob("second/checkpoints/last*")) and process.poll() is None:
+    while time.monotonic() < deadline and not list(root.glob("second/checkpoints/step_*.json")) and process.poll() is None:
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
     output, _ = process.communicate()
