@@ -89,6 +89,15 @@ class MultimodalModule(lightning.LightningModule):
             if count > limit:
                 raise DataError(f"source {source} had {count} wrong samples, over its max_skips of {limit}; the last: {reason}")
 
+    def check_skips(self, counts: list[float]) -> None:
+        """Raises DataError, on every rank, where the ranks together skipped more of a source than its `max_skips`."""
+        for (name, source), count in zip(self.trainer.datamodule.sources.items(), counts, strict=True):
+            if count > source.max_skips:
+                raise DataError(
+                    f"source {name} had {int(count)} wrong samples on all ranks together, over its max_skips of "
+                    f"{source.max_skips}; each is in the log of its rank"
+                )
+
     def over_ranks(
         self, skipped: list[tuple[str, str, str]], truncated: dict[str, int]
     ) -> tuple[list[tuple[str, str, str]], dict[str, int]]:
@@ -101,13 +110,19 @@ class MultimodalModule(lightning.LightningModule):
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Divides the gradients by the supervised tokens of the global batch, and logs its loss and its share of padding."""
+        skips = Counter(source for source, _, _ in self.skipped)
         counts = [self.images, self.padding.tokens, self.padding.unpacked, self.padding.positions]
+        counts += [skips[source] for source in self.trainer.datamodule.sources]
         row = torch.stack([self.loss_sum.double(), self.token_count.double(), *torch.tensor(counts).to(self.loss_sum.double())])
         rows = all_rows(self.trainer, row)
-        loss_sum, tokens, _, *padding = rows.sum(0).to(self.loss_sum)
+        loss_sum, tokens, _, *padding = rows[:, :6].sum(0).to(self.loss_sum)
         for name, share in Padding(*padding).shares().items():
             self.log(f"data/{name}", share)
-        self.padded.include(*rows.sum(0)[3:])
+        self.padded.include(*rows.sum(0)[3:6])
+        if (
+            len(rows) > 1 and self.trainer.global_step % self.trainer.log_every_n_steps == 0
+        ):  # reading them waits for the device
+            self.check_skips(rows[:, 6:].sum(0).tolist())
         self.log_census(rows[:, 2])
         tokens = tokens.clamp_min(1)
         add_up(self.model.per_head(), self.trainer.strategy)
