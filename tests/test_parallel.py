@@ -58,11 +58,9 @@ CASES = {
     "owl3-scarce": ["experiment=shapes_owl3", *SCARCE],
 }
 FAST = {
-    *(("owl1", "ddp", 1), ("owl1", "fsdp", 4), ("owl1", "tp", 1)),
-    *(("owl2", "ddp", 4), ("owl2", "fsdp", 1), ("owl2", "tp", 4)),
-    *(("owl3", "ddp", 1), ("owl3", "fsdp", 4), ("owl3", "tp", 1)),
+    *(("owl1", "ddp", 1), ("owl1", "fsdp", 4), ("owl2", "fsdp", 1), ("owl2", "tp", 4), ("owl3", "ddp", 1), ("owl3", "tp", 1)),
     *(("owl2-lora", "fsdp", 1), ("owl2-lora", "tp", 1), ("owl3-static", "tp", 1)),
-    *(("owl1-scarce", "fsdp", 1), ("owl2-scarce", "tp", 4), ("owl3-scarce", "ddp", 1), ("owl3-scarce", "fsdp", 4)),
+    *(("owl1-scarce", "fsdp", 1), ("owl2-scarce", "ddp", 4), ("owl3-scarce", "ddp", 1), ("owl3-scarce", "fsdp", 4)),
 }
 """Each case, strategy and accumulation once; the slow tests try them all, and meshes of 2 x 2."""
 EVERY = [(case, split, steps) for case in CASES for split in SPLIT for steps in (1, 4)]
