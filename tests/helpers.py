@@ -37,6 +37,10 @@ ROWS: list[Row] = [
 ]
 """One image, several, none, and two side by side at the start."""
 
+SHAPE_COUNTS = {"train_pictures": 48, "val_pictures": 6, "held_out_pictures": 6, "text_train": 120, "text_val": 8}
+"""A data set of shapes that is written in a moment, as arguments of `write_shapes`, and below as overrides."""
+TINY_SHAPES = [f"+data.prepare.{name}={count}" for name, count in SHAPE_COUNTS.items()]
+
 VIT = {
     "_target_": "owlfuse.vision.TimmBackbone",
     "name": "vit_tiny_patch16_224",

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from helpers import SHAPE_COUNTS, TINY_SHAPES
 from owlfuse import train
 from owlfuse.config import ConfigError, compose
 from owlfuse.data.shapes import write_shapes
@@ -26,11 +27,7 @@ from owlfuse.types import DataError
 
 TINY = [
     "experiment=shapes_owl1",
-    "+data.prepare.train_pictures=48",
-    "+data.prepare.val_pictures=6",
-    "+data.prepare.held_out_pictures=6",
-    "+data.prepare.text_train=120",
-    "+data.prepare.text_val=8",
+    *TINY_SHAPES,
     "data.workers=0",
     "data.global_batch_size=4",
     "data.validation_samples=4",
@@ -53,7 +50,7 @@ def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("checkpoints")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(path)
-        write_shapes("data/shapes", train_pictures=48, val_pictures=6, held_out_pictures=6, text_train=120, text_val=8)
+        write_shapes("data/shapes", **SHAPE_COUNTS)
         yield path
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from helpers import SHAPE_COUNTS
 from owlfuse import train
 from owlfuse.config import compose
 from owlfuse.data.shapes import write_shapes
@@ -19,7 +20,7 @@ SCRIPT = Path(__file__).resolve().parents[1] / "experiments" / "many_gpus" / "to
 
 def test_two_nodes_train_as_one_process_does_and_only_rank_0_writes(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    write_shapes("data/shapes", train_pictures=48, val_pictures=6, held_out_pictures=6, text_train=120, text_val=8)
+    write_shapes("data/shapes", **SHAPE_COUNTS)
     common = [*SMALL, "experiment=shapes_owl3", "data.global_batch_size=8", "trainer.max_steps=4"]
     train.run(compose([*common, "name=alone"]))
     with socket.socket() as free:

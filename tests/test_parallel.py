@@ -8,18 +8,15 @@ import pytest
 import torch
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
+from helpers import SHAPE_COUNTS, TINY_SHAPES
 from owlfuse import train
-from owlfuse.config import compose
+from owlfuse.config import ConfigError, compose
 from owlfuse.data.shapes import write_shapes
 from owlfuse.runs import last_checkpoint
 from ranks import by_processes
 
 SMALL = [
-    "+data.prepare.train_pictures=48",
-    "+data.prepare.val_pictures=6",
-    "+data.prepare.held_out_pictures=6",
-    "+data.prepare.text_train=120",
-    "+data.prepare.text_val=8",
+    *TINY_SHAPES,
     "data.workers=0",
     "evaluation.max_questions=2",
     "evaluation.max_new_tokens=2",
@@ -76,7 +73,7 @@ def train_both(folder, chosen, splits, processes):
     """Trains the chosen runs by one process and by several."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        write_shapes("data/shapes", train_pictures=48, val_pictures=6, held_out_pictures=6, text_train=120, text_val=8)
+        write_shapes("data/shapes", **SHAPE_COUNTS)
         for case, accumulation in sorted({(case, accumulation) for case, _, accumulation in chosen}):
             name = f"name={case}-{accumulation}"
             train.run(compose([*overrides(case, accumulation, 1), "runs=alone", name]))
@@ -159,3 +156,16 @@ def test_evaluation_of_the_processes_agrees_with_one(folder, name, split):
     one, two = (json.loads((run_of(folder, kind, name) / "results.json").read_text()) for kind in ("alone", split))
     assert two["metrics"]["val/loss"] == pytest.approx(one["metrics"]["val/loss"], abs=1e-4)
     assert (run_of(folder, split, name) / "answers.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["trainer=tp", "trainer.devices=8"], "num_attention_heads of the LLM is 4, which 8 tensor ranks"),
+        (["trainer=fsdp_tp", "trainer.devices=2", "trainer.strategy.data=3"], "3 data x 4 tensor ranks are 12 processes"),
+    ],
+)
+def test_ranks_that_do_not_fit_are_told_before_a_weight_is_made(folder, monkeypatch, overrides, message):
+    monkeypatch.chdir(folder)
+    with pytest.raises(ConfigError, match=message):
+        train.run(compose([*SMALL, "experiment=shapes_owl3", "trainer.accelerator=cpu", *overrides]))

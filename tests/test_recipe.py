@@ -16,6 +16,7 @@ import pytest
 import torch
 from timm.layers import resample_abs_pos_embed
 
+from helpers import SHAPE_COUNTS, TINY_SHAPES
 from owlfuse.config import ConfigError, compose
 from owlfuse.config_files import find_folders
 from owlfuse.data.shapes import write_shapes
@@ -24,11 +25,7 @@ from owlfuse.recipe import make_stages, recipe_command, write_record
 from owlfuse.types import DataError
 
 SMALL = [
-    "+data.prepare.train_pictures=48",
-    "+data.prepare.val_pictures=6",
-    "+data.prepare.held_out_pictures=6",
-    "+data.prepare.text_train=120",
-    "+data.prepare.text_val=8",
+    *TINY_SHAPES,
     "data.workers=0",
     "data.global_batch_size=8",
     "data.validation_samples=8",
@@ -83,7 +80,7 @@ def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("work")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(path)
-        write_shapes("data/shapes", train_pictures=48, val_pictures=6, held_out_pictures=6, text_train=120, text_val=8)
+        write_shapes("data/shapes", **SHAPE_COUNTS)
         write_recipe("tiny", TINY)
         yield path
 

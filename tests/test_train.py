@@ -15,6 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
+from helpers import SHAPE_COUNTS, TINY_SHAPES
 from owlfuse import train
 from owlfuse.config import ConfigError, compose
 from owlfuse.config_files import find_folders
@@ -25,11 +26,7 @@ from owlfuse.runs import last_checkpoint, step_of
 from owlfuse.types import DataError
 
 SMALL = [
-    "+data.prepare.train_pictures=48",
-    "+data.prepare.val_pictures=6",
-    "+data.prepare.held_out_pictures=6",
-    "+data.prepare.text_train=120",
-    "+data.prepare.text_val=8",
+    *TINY_SHAPES,
     "data.workers=0",
     "data.global_batch_size=8",
     "model.vision.image_size=32",
@@ -45,7 +42,7 @@ def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("work")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(path)
-        write_shapes("data/shapes", train_pictures=48, val_pictures=6, held_out_pictures=6, text_train=120, text_val=8)
+        write_shapes("data/shapes", **SHAPE_COUNTS)
         yield path
 
 

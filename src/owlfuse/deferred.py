@@ -107,8 +107,10 @@ class Deferred(TorchDispatchMode):
     def drawing_nothing(self) -> Iterator[None]:
         """Inside, random numbers are neither drawn nor written down."""
         self.draws = False
-        yield
-        self.draws = True
+        try:
+            yield
+        finally:
+            self.draws = True
 
     def read(self, tensor: Tensor, load: Callable[[], Tensor]) -> None:
         """From here on the tensor holds what `load` gives: a tensor of its shape."""
@@ -155,9 +157,11 @@ class Deferred(TorchDispatchMode):
 def in_memory_after_all() -> Iterator[None]:
     """Inside, tensors have memory: for what can only be read as a whole."""
     current, Deferred.current = Deferred.current, None
-    with torch.utils._python_dispatch._disable_current_modes():
-        yield
-    Deferred.current = current
+    try:
+        with torch.utils._python_dispatch._disable_current_modes():
+            yield
+    finally:
+        Deferred.current = current
 
 
 def replay(step: Step, memory: dict[int, torch.UntypedStorage]) -> None:

@@ -24,7 +24,7 @@ from owlfuse.batch_norm import SyncedBatchNorm
 from owlfuse.deferred import Deferred
 from owlfuse.llm import check_split
 from owlfuse.model import MultimodalLM
-from owlfuse.parallel import Sharded, data_group
+from owlfuse.parallel import Sharded, data_group, local
 
 
 def shard(model: MultimodalLM, mesh: DeviceMesh, precision: str) -> None:
@@ -54,13 +54,12 @@ def split_projections(model: MultimodalLM, mesh: DeviceMesh) -> None:
     """Tensor parallelism: heads and hidden units are shared out, what comes out of a block is added up."""
     check_split(model.llm, mesh.size())
     for projection, role in model.projections():
-        along = SplitAlong(-1)
         if role == "rows":
             style: Any = RowwiseParallel()
         elif role == "columns":
             style = ColwiseParallel()
         else:
-            style = ColwiseParallel(input_layouts=along)  # what comes in is split already, and needed whole
+            style = ColwiseParallel(input_layouts=SplitAlong(-1))  # what comes in is split already, and needed whole
         if not isinstance(projection, LoraLayer):
             parallelize_module(projection, mesh, style)
             continue
@@ -87,7 +86,7 @@ def fill(model: MultimodalLM, before: dict[str, Tensor], deferred: Deferred, dev
             if id(tensor) in filled or not before[name].is_meta:
                 continue
             filled.add(id(tensor))
-            own_part(tensor).copy_(part_of(deferred.value(before[name]), tensor))
+            local(tensor).copy_(part_of(deferred.value(before[name]), tensor))
 
 
 def empty(tensor: Tensor, device: torch.device) -> Tensor:
@@ -108,11 +107,6 @@ def tie_again(model: nn.Module, tied: dict[str, Tensor]) -> None:
 def named(model: nn.Module) -> dict[str, Tensor]:
     """Parameters and buffers by name, each under all of its names."""
     return dict([*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)])
-
-
-def own_part(tensor: Tensor) -> Tensor:
-    """The memory of this rank's part."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def part_of(value: Tensor, like: Tensor) -> Tensor:

@@ -26,7 +26,9 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
+from transformers import PreTrainedModel
 
+from owlfuse.llm import check_split
 from owlfuse.types import DataError
 
 TIMEOUT_MINUTES = 10.0
@@ -142,8 +144,10 @@ def naming_step(trainer: Trainer) -> Iterator[None]:
         ) from error
 
 
-def check_readable(trainer: Trainer, checkpoint: Path | None) -> None:
-    """Raises ValueError for a checkpoint of shards that the trainer's strategy does not read."""
+def check_strategy(trainer: Trainer, llm: PreTrainedModel, checkpoint: Path | None) -> None:
+    """Raises ValueError for heads that the tensor ranks do not divide, or shards that the strategy does not read."""
+    if isinstance(trainer.strategy, Sharded):
+        check_split(llm, trainer.strategy.sizes()[1])
     if checkpoint is not None and checkpoint.is_dir() and not isinstance(trainer.strategy, Sharded):
         raise ValueError(
             f"resume: {checkpoint} is sharded, and this trainer is not; change trainer.devices and trainer.strategy alone"
@@ -194,16 +198,11 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def kind(tensor: Tensor) -> Any:
-    """What tells tensors apart that one call of an optimizer may not mix: the mesh they are shared out over."""
-    return tensor.device_mesh if isinstance(tensor, DTensor) else None
-
-
 def by_kind(tensors: Iterable[nn.Parameter]) -> list[list[nn.Parameter]]:
-    """The parameters in lists of one kind each, in the order of their first ones."""
+    """The parameters in lists that one call of an optimizer may mix, each shared out over one mesh or over none."""
     kinds: dict[Any, list[nn.Parameter]] = {}
     for tensor in tensors:
-        kinds.setdefault(kind(tensor), []).append(tensor)
+        kinds.setdefault(getattr(tensor, "device_mesh", None), []).append(tensor)
     return list(kinds.values())
 
 

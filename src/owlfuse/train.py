@@ -12,7 +12,7 @@ from owlfuse.evaluation import write_results
 from owlfuse.hub.start import adopt_parts
 from owlfuse.model import on_meta
 from owlfuse.module import MultimodalModule
-from owlfuse.parallel import check_readable, evaluates, naming_step
+from owlfuse.parallel import check_strategy, evaluates, naming_step
 from owlfuse.plan import dry_run
 from owlfuse.runs import last_checkpoint, place, run_folder, write_config, write_mixture
 from owlfuse.trainer import make_trainer, raise_if_stopped
@@ -40,7 +40,7 @@ def run(config: DictConfig) -> Path | None:
         data = build(config.data)
         data.bind(plan.vision.preprocessing, plan.fusion.tokens_per_image)
         trainer = make_trainer(config, data, folder, checkpoint)
-        check_readable(trainer, checkpoint)
+        check_strategy(trainer, plan.llm, checkpoint)
     except DataError:
         raise
     except ValueError as error:
