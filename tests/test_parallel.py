@@ -26,6 +26,8 @@ SMALL = [
     "optim.lr=5e-4",
     "logger.tensorboard=null",
 ]
+pytestmark = pytest.mark.xdist_group("ranks")  # one process trains the runs, for all of these tests
+
 TWO = ["trainer.accelerator=cpu", "trainer.devices=2"]
 SPLIT = {"ddp": (["trainer=ddp", *TWO], 2), "fsdp": (["trainer=fsdp", *TWO], 2), "tp": (["trainer=tp", *TWO], 1)}
 """How two processes share the work, and how many have rows of their own."""
@@ -165,7 +167,8 @@ def test_evaluation_of_the_processes_agrees_with_one(folder, name, split):
         (["trainer=fsdp_tp", "trainer.devices=2", "trainer.strategy.data=3"], "3 data x 4 tensor ranks are 12 processes"),
     ],
 )
-def test_ranks_that_do_not_fit_are_told_before_a_weight_is_made(folder, monkeypatch, overrides, message):
-    monkeypatch.chdir(folder)
+def test_ranks_that_do_not_fit_are_told_before_a_weight_is_made(tmp_path, monkeypatch, overrides, message):
+    monkeypatch.chdir(tmp_path)
+    write_shapes("data/shapes", **SHAPE_COUNTS)
     with pytest.raises(ConfigError, match=message):
         train.run(compose([*SMALL, "experiment=shapes_owl3", "trainer.accelerator=cpu", *overrides]))
