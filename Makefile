@@ -29,7 +29,7 @@ recipe: $(STAMP) ## run the stages of a recipe, NAME=<name> ARGS="<overrides>"
 	$(BIN)/owlfuse recipe $(NAME) $(ARGS)
 
 test: $(STAMP) lint ## lint, format check and the tests
-	$(BIN)/python -m pytest -n auto --dist loadgroup $(ARGS)
+	$(BIN)/python -m pytest -n auto --dist loadfile $(ARGS)
 
 test-slow: $(STAMP) ## the tests that take minutes each
 	$(BIN)/python -m pytest -m slow $(ARGS)

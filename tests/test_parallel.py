@@ -26,8 +26,6 @@ SMALL = [
     "optim.lr=5e-4",
     "logger.tensorboard=null",
 ]
-pytestmark = pytest.mark.xdist_group("ranks")  # one process trains the runs, for all of these tests
-
 TWO = ["trainer.accelerator=cpu", "trainer.devices=2"]
 SPLIT = {"ddp": (["trainer=ddp", *TWO], 2), "fsdp": (["trainer=fsdp", *TWO], 2), "tp": (["trainer=tp", *TWO], 1)}
 """How two processes share the work, and how many have rows of their own."""

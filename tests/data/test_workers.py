@@ -16,7 +16,7 @@ from owlfuse.data.formats.llava import LLaVA
 from owlfuse.vision import Preprocessing
 
 RUN = """
-import os, sys, time
+import os, signal, sys, time
 from types import SimpleNamespace
 from owlfuse.data.datamodule import ChatData
 from owlfuse.data.formats.llava import LLaVA
@@ -41,6 +41,7 @@ for end in ends:  # the imports take seconds, so that the programs are forks of 
     pids[end] = os.fork()
     if not pids[end]:
         os.setsid()
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background jobs ignore
         os.dup2(os.open(f"{out}/{end}.out", os.O_WRONLY | os.O_CREAT), 1)
         os.dup2(os.open(f"{out}/{end}.err", os.O_WRONLY | os.O_CREAT), 2)
         train(end)
@@ -85,7 +86,7 @@ def test_no_process_is_left_behind(shapes, tmp_path):
             assert len(workers[end]) == 2, (tmp_path / f"{end}.err").read_text()
         os.killpg(programs["Ctrl-C"], signal.SIGINT)  # as a terminal does: to all processes
         os.kill(programs["kill"], signal.SIGKILL)
-        codes, _ = process.communicate(timeout=240)
+        codes, _ = process.communicate(timeout=60)
         assert [code != "0" for code in codes.split()] == [True] * 4
         for end, message in expected.items():
             assert message in (tmp_path / f"{end}.err").read_text()
