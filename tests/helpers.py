@@ -56,6 +56,13 @@ FUSIONS: dict[str, dict[str, Any]] = {
     "concat": {"_target_": "owlfuse.fusion.concat.Concat"},
     "modality_adaptive": {"_target_": "owlfuse.fusion.modality_adaptive.ModalityAdaptive"},
     **{f"hyperattention-{gate}": {"_target_": HYPERATTENTION, "layers": [0, 2], "gate": gate} for gate in GATES},
+    "hyperattention-bare": {
+        "_target_": HYPERATTENTION,
+        "layers": [0, 2],
+        "gate": "none",
+        "norm": "own",
+        "mi_rope": False,
+    },
 }
 CONNECTORS: dict[str, dict[str, Any]] = {
     "linear": LINEAR,

@@ -29,15 +29,19 @@ class ReferenceLM:
     """Logits of one row without padding.
 
     Args:
-        fusion: `concat`, `modality_adaptive`, or a gate of hyperattention: `adaptive`, `static`, `fused`.
+        fusion: `concat`, `modality_adaptive`, or a gate of hyperattention: `adaptive`, `static`, `fused`, `none`.
         layers: of hyperattention.
+        mi_rope: of hyperattention: an image's keys are turned by the position of its placeholder, else not at all.
     """
 
-    def __init__(self, weights: dict[str, Tensor], shape: Shape, fusion: str, layers: tuple[int, ...] = ()) -> None:
+    def __init__(
+        self, weights: dict[str, Tensor], shape: Shape, fusion: str, layers: tuple[int, ...] = (), mi_rope: bool = True
+    ) -> None:
         self.weights = weights
         self.shape = shape
         self.fusion = fusion
         self.hyper_layers = layers
+        self.mi_rope = mi_rope
         self.depth = 1 + max(int(name.split(".")[2]) for name in weights if name.startswith("model.layers."))
 
     def logits(self, ids: list[int], is_visual: list[bool], images: list[Tensor], starts: list[int]) -> Tensor:
@@ -95,6 +99,8 @@ class ReferenceLM:
         if self.fusion == "fused":
             return torch.cat(joint)
         visual = f"model.layers.{layer}.self_attn.visual"
+        if self.fusion == "none":
+            return torch.cat(cross) + text
         gate = self.weights[f"{visual}.gate"] if self.fusion == "static" else self.project(f"{visual}.gate_proj", text)
         gate = 1 / (1 + torch.exp(-gate))
         return torch.cat(cross) * gate + text * (1 - gate)
@@ -113,10 +119,12 @@ class ReferenceLM:
             keys.append([])
             values.append([])
             for patch in image:
-                normed = self.norm(patch, self.weights[f"{path}.input_layernorm.weight"])
+                own, shared = f"{path}.self_attn.visual.norm.weight", f"{path}.input_layernorm.weight"
+                normed = self.norm(patch, self.weights[own if own in self.weights else shared])
                 joint = self.project(f"{path}.self_attn.visual.kv_proj", normed)
                 heads = [joint[2 * d * k : 2 * d * (k + 1)] for k in range(len(joint) // (2 * d))]
-                keys[-1].append(self.rotated_heads(torch.cat([x[:d] for x in heads]), start, f"{path}.self_attn.k_norm"))
+                turn = start if self.mi_rope else 0
+                keys[-1].append(self.rotated_heads(torch.cat([x[:d] for x in heads]), turn, f"{path}.self_attn.k_norm"))
                 values[-1].append([x[d:] for x in heads])
         return keys, values
 

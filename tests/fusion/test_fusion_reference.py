@@ -48,7 +48,8 @@ def float64_model(node, fields):
 
 def reference_of(model, node, fields):
     kind = node.get("gate") or ("concat" if node["_target_"].endswith("Concat") else "modality_adaptive")
-    return ReferenceLM(dict(model.llm.named_parameters()), shape_of(fields), kind, tuple(node.get("layers", ())))
+    layers, mi_rope = tuple(node.get("layers", ())), node.get("mi_rope", True)
+    return ReferenceLM(dict(model.llm.named_parameters()), shape_of(fields), kind, layers, mi_rope)
 
 
 def reference_rows(reference, batch, tokens, per_image):

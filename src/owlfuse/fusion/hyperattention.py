@@ -4,6 +4,7 @@ K key-value heads, d head width, S = I * Q visual tokens of a row.
 
 from __future__ import annotations
 
+from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar, Literal
@@ -18,7 +19,8 @@ from owlfuse.fusion.base import Fusion
 from owlfuse.llm import decoder_layers, rotary, rotate, width
 from owlfuse.types import Batch, VisualTokens
 
-Gate = Literal["adaptive", "static", "fused"]
+Gate = Literal["adaptive", "static", "fused", "none"]
+Norm = Literal["shared", "own"]
 
 
 class HyperAttention(Fusion):
@@ -29,7 +31,11 @@ class HyperAttention(Fusion):
         layers: indices of those layers, from 0 (released configurations count from 1).
         gate: how the two attentions are joined. `adaptive`: the paper's, eq. 1-2; `static`: one learned vector, as in
             the 240728 checkpoints; `fused`: no gate, visual keys and values stand before the text's in one softmax, as in
-            the 241101 checkpoints.
+            the 241101 checkpoints; `none`: their sum, as the bare form of the paper's Table 10.
+        norm: which one the visual tokens pass before their projection: `shared`, the layer's input norm, or `own`, a copy that
+            is trained by itself.
+        mi_rope: whether all patches of an image are turned by the position of its placeholder; else they are not turned at
+            all, and stand at position 0 for every query.
 
     Raises:
         ValueError: from `attach`, layers that the LLM does not have, none, or one twice.
@@ -38,11 +44,20 @@ class HyperAttention(Fusion):
     tokens_per_image = 1
     tensor_roles: ClassVar = {"visual.kv_proj": "columns", "visual.gate_proj": "gathered"}
 
-    def __init__(self, connector_tokens: int, layers: list[int], gate: Gate = "adaptive") -> None:
+    def __init__(
+        self,
+        connector_tokens: int,
+        layers: list[int],
+        gate: Gate = "adaptive",
+        norm: Norm = "shared",
+        mi_rope: bool = True,
+    ) -> None:
         super().__init__()
         self.connector_tokens = connector_tokens
         self.layer_indices = sorted(layers)
         self.gate = gate
+        self.norm = norm
+        self.mi_rope = mi_rope
 
     def set_connector_tokens(self, connector_tokens: int) -> None:
         """See `Fusion`. An image stays one text position."""
@@ -55,7 +70,8 @@ class HyperAttention(Fusion):
         if not wanted or len(set(wanted)) < len(wanted) or wanted[0] < 0 or wanted[-1] >= len(layers):
             raise ValueError(f"layers {wanted}: the LLM has {len(layers)} layers, 0 to {len(layers) - 1}; each at most once")
         for index in wanted:
-            layers[index].self_attn.visual = VisualAttention(layers[index].self_attn, width(llm), self.gate)
+            own_norm = deepcopy(layers[index].input_layernorm) if self.norm == "own" else None
+            layers[index].self_attn.visual = VisualAttention(layers[index].self_attn, width(llm), self.gate, own_norm)
             layers[index].register_forward_pre_hook(hand_visual_down, with_kwargs=True)
         plain = llm.config._attn_implementation
         name = f"owlfuse_hyperattention_{plain}"
@@ -64,7 +80,7 @@ class HyperAttention(Fusion):
         llm.set_attn_implementation(name)
 
     def owned(self, llm: PreTrainedModel) -> list[nn.Module]:
-        """The visual key-value projections and gates."""
+        """The visual key-value projections, gates and norms."""
         return [module for module in llm.modules() if isinstance(module, VisualAttention)]
 
     def per_head(self, llm: PreTrainedModel) -> list[nn.Parameter]:
@@ -88,7 +104,7 @@ class HyperAttention(Fusion):
         tokens = visual.tokens[visual.image_index.clamp(0)].flatten(1, 2).to(embeddings.dtype)  # (B, S, D)
         # MI-RoPE: all patches of an image take the position of its placeholder
         positions = batch.positions().gather(1, begins)  # of earlier positions too, which a cache may hold
-        positions = positions.repeat_interleave(self.connector_tokens, dim=1)
+        positions = positions.repeat_interleave(self.connector_tokens, dim=1) * self.mi_rope
         return embeddings, {"visual": RowVisual(tokens, rotary(llm, tokens, positions), visible, visual.kept)}
 
 
@@ -107,9 +123,9 @@ class RowVisual:
 
 
 class VisualAttention(nn.Module):
-    """What a hyperattention layer has of its own: one projection of visual tokens to keys and values, and the gate."""
+    """What a hyperattention layer has of its own: one projection of visual tokens to keys and values, the gate, a norm."""
 
-    def __init__(self, attention: nn.Module, width: int, gate: Gate) -> None:
+    def __init__(self, attention: nn.Module, width: int, gate: Gate, norm: nn.Module | None) -> None:
         super().__init__()
         self.head_width = attention.head_dim
         key, value = attention.k_proj, attention.v_proj
@@ -118,7 +134,8 @@ class VisualAttention(nn.Module):
         heads_width = attention.q_proj.out_features
         self.gate = nn.Parameter(torch.zeros(heads_width, **joint)) if gate == "static" else None
         self.gate_proj = nn.Linear(heads_width, heads_width, **joint) if gate == "adaptive" else None
-        self.fused = gate == "fused"
+        self.norm = norm
+        self.kind = gate
         self.share = (0, 1)
         """Which of how many tensor ranks this is: it has so many of the heads."""
         with torch.no_grad():
@@ -143,22 +160,25 @@ class VisualAttention(nn.Module):
         return rotate(attention, key.transpose(1, 2), cos, sin), value.transpose(1, 2)
 
     def join(self, text: Tensor, visual: Tensor) -> Tensor:
-        """The two attentions' outputs (B, T, H * d), gated: visual * g + text * (1 - g)."""
+        """The two attentions' outputs (B, T, H * d), gated: visual * g + text * (1 - g), or their sum without a gate."""
+        if self.kind == "none":
+            return visual + text
         rank, ranks = self.share
         gate = torch.sigmoid(self.gate.chunk(ranks)[rank] if self.gate_proj is None else self.gate_proj(text))
         return visual * gate + text * (1 - gate)
 
 
 def hand_visual_down(layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-    """Puts the visual keys and values of this layer in place of the visual tokens. A hook on the layer, since the layer's own
-    input norm (shared) comes before the projection, and the attention does not know it."""
+    """Puts the visual keys and values of this layer in place of the visual tokens. A hook on the layer, since the layer's
+    input norm (unless it is not shared) comes before the projection, and the attention does not know it."""
     row: RowVisual | None = kwargs.get("visual")
     if row is None:
         return args, kwargs
     attention = layer.self_attn
     keys_values = row.kept.get(attention.layer_idx) if row.kept else None
     if keys_values is None:
-        keys_values = attention.visual.keys_values(layer.input_layernorm(row.tokens), attention, *row.position_embeddings)
+        norm = attention.visual.norm or layer.input_layernorm
+        keys_values = attention.visual.keys_values(norm(row.tokens), attention, *row.position_embeddings)
         if row.kept is not None:
             row.kept[attention.layer_idx] = keys_values
     return args, {**kwargs, "visual": (*keys_values, row.visible)}
@@ -187,7 +207,7 @@ def attend(
     sees_any = visible.any(-1)[:, :, None, None]  # (B, T, 1, 1)
     per_image = visual_key.shape[2] // max(visible.shape[2], 1)
     mask = visible.repeat_interleave(per_image, dim=2)[:, None]  # (B, 1, T, S)
-    if module.visual.fused:
+    if module.visual.kind == "fused":
         mask = torch.cat([mask, text_mask(attention_mask, query, key).expand(*mask.shape[:3], -1)], dim=-1)
         keys, values = torch.cat([visual_key, key], dim=2), torch.cat([visual_value, value], dim=2)
         joined, _ = attention(module, query, keys, values, mask, **kwargs)

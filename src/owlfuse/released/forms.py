@@ -37,6 +37,7 @@ def places_in(model: MultimodalLM) -> dict[str, Place]:
     """
     released: Released | None = model.released
     family = family_in(model)
+    check_fusion(model)
     if released is not None and released.family != family:
         raise DataError(f"fusion: {type(model.fusion).__name__} is {family}'s, and the model came from an {released.family}")
     for part, kinds in (("vision", (TimmBackbone,)), ("connector", CONNECTORS[family])):
@@ -51,6 +52,16 @@ def places_in(model: MultimodalLM) -> dict[str, Place]:
         raise DataError(f"no released {family} folder is known to write like (model.released is None): load one; or {ELSE}")
     check_shapes(released, places, optional(model, family))
     return places
+
+
+def check_fusion(model: MultimodalLM) -> None:
+    """Raises DataError for a form of hyperattention that was never released."""
+    fusion = model.fusion
+    if isinstance(fusion, HyperAttention) and (fusion.gate == "none" or fusion.norm != "shared" or not fusion.mi_rope):
+        raise DataError(
+            f"fusion: gate {fusion.gate}, norm {fusion.norm}, mi_rope {fusion.mi_rope}, and every released owl3 has a gate, "
+            f"the shared norm and MI-RoPE; {ELSE}"
+        )
 
 
 def check_shapes(released: Released, places: dict[str, Place], may_lack: str | None) -> None:
