@@ -125,9 +125,20 @@ def test_a_recipe_composes_and_trains_in_each_stage_what_its_paper_says(recipe):
 
 def test_dry_run_prints_what_each_stage_trains_and_writes_nothing(capsys):
     before = sorted(Path().rglob("*"))
-    recipe_command("owl2_paper", ["dry_run=true"])
+    recipe_command("owl2_paper", ["dry_run=true", "plan.gpus=8"])
     table = capsys.readouterr().out
-    for words in ("42,500", "8,192", "224 px", "448 px", "fusion: Full, 1.1 B", "llm: 6.7 B", "by size", "x 0.9 a layer"):
+    for words in (
+        "to spare",
+        "FSDP",
+        "42,500",
+        "8,192",
+        "224 px",
+        "448 px",
+        "fusion: Full, 1.1 B",
+        "llm: 6.7 B",
+        "by size",
+        "x 0.9 a layer",
+    ):
         assert words in table
     assert sorted(Path().rglob("*")) == before
 

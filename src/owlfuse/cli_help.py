@@ -25,7 +25,7 @@ examples:
 RECIPE = """\
 examples:
   owlfuse recipe owl1
-  owlfuse recipe owl1_paper dry_run=true                  the table of the stages, nothing is trained
+  owlfuse recipe owl1_paper dry_run=true plan.gpus=32    what each stage trains and needs; nothing is trained
   owlfuse recipe owl3 name=second seed=1 stages.instruct.optim.lr=1e-3
   torchrun --nproc-per-node 8 -m owlfuse.cli recipe owl1_paper trainer.devices=8 trainer.strategy=ddp data.folder=DIR
 

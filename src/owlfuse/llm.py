@@ -73,7 +73,7 @@ def load_llm(
     if llm.get_input_embeddings().num_embeddings < vocab_size:
         llm.resize_token_embeddings(vocab_size, mean_resizing=not on_meta)
     if gradient_checkpointing:
-        llm.gradient_checkpointing_enable({"use_reentrant": False})
+        recompute_activations(llm)
     decoder_layers(llm)
     return llm
 
@@ -144,6 +144,12 @@ def check_folder(pretrained: str) -> None:
     looks_like_path = pretrained.startswith((".", "/", "~")) or pretrained.count("/") > 1 or path.exists()
     if looks_like_path and not path.is_dir():
         raise ValueError(f"pretrained: {pretrained} is no folder")
+
+
+def recompute_activations(llm: PreTrainedModel) -> None:
+    """Activations inside of decoder layers are computed again in the backward pass."""
+    enable = getattr(llm, "activation_checkpointing_enable", None) or llm.gradient_checkpointing_enable  # before 5.24
+    enable({"use_reentrant": False})
 
 
 def decoder_layers(llm: PreTrainedModel) -> nn.ModuleList:

@@ -155,9 +155,23 @@ class Workload:
             self.models[key] = part_of_rank(self.models[1, checkpointing, None], tensor, dtype)
         return self.models[key]
 
+    def others(self, layout: Layout) -> list[Estimate]:
+        """Other ways on the same GPUs."""
+        found = []
+        keys = checkpointing_keys(self.nodes, checkpointed(self.nodes, self.model))
+        for other in alternatives(layout, keys, self.global_batch):
+            try:
+                found.append(self.estimate(other))
+            except ValueError:  # heads that so many ranks do not divide
+                continue
+        return found
 
-def make_plan(config: DictConfig) -> Plan:
+
+def make_plan(config: DictConfig, compare: bool = True) -> Plan:
     """The plan of a composed configuration: its `plan`, and of its data only `max_length` and batch sizes, count.
+
+    Args:
+        compare: with other ways on the same GPUs.
 
     Raises:
         ConfigError: parts that do not fit together, a count of GPUs that the strategy or the batch do not fit, or a precision
@@ -173,13 +187,7 @@ def make_plan(config: DictConfig) -> Plan:
         raise
     except ValueError as error:
         raise ConfigError(place(config, str(error))) from error
-    others = []
-    again = checkpointed(workload.nodes, workload.model)
-    for other in alternatives(layout, checkpointing_keys(workload.nodes, again), workload.global_batch):
-        try:
-            others.append(workload.estimate(other))
-        except ValueError:  # heads that so many ranks do not divide
-            continue
+    others = workload.others(layout) if compare else []
     parameters = list(workload.model.parameters())
     images = workload.global_batch * options.images_per_sample
     return Plan(

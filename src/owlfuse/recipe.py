@@ -25,7 +25,7 @@ from owlfuse.config_errors import COMMAND_LINE, hint
 from owlfuse.config_files import find_folders
 from owlfuse.hub.export import export, load_run
 from owlfuse.model import PARTS, MultimodalLM, on_meta
-from owlfuse.recipe_tables import print_results, print_stages
+from owlfuse.recipe_tables import print_plans, print_results, print_stages
 from owlfuse.runs import NAME, last_checkpoint, place
 from owlfuse.types import DataError
 
@@ -68,7 +68,8 @@ def recipe_command(recipe: str, words: list[str]) -> None:
     """Composes and checks all stages, prints their table, and runs what is not finished. Every rank runs this; rank 0 writes.
 
     Args:
-        words: overrides for every stage, `stages.<stage>.<override>` for one, and `dry_run=true`: only the table.
+        words: overrides for every stage, `stages.<stage>.<override>` for one, and `dry_run=true`: only the
+            table, and what a step of each stage needs.
 
     Raises:
         ConfigError: a mistake in any stage, before the first one trains.
@@ -82,7 +83,7 @@ def recipe_command(recipe: str, words: list[str]) -> None:
     if rank_zero_only.rank == 0:
         print_stages(recipe, stages)
     if dry_run and dry_run[-1] == "true":
-        return  # the plan of each stage's memory and time (owlfuse.plan on stage.config) has its place here
+        return print_plans(recipe, stages)
     for stage in stages:
         check_data(stage)
     if rank_zero_only.rank == 0:

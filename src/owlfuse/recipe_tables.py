@@ -9,6 +9,7 @@ from omegaconf import OmegaConf
 from rich.console import Console
 from rich.table import Table
 
+from owlfuse.plan import GB, make_plan
 from owlfuse.sweep import metrics_of
 
 if TYPE_CHECKING:
@@ -40,6 +41,29 @@ def print_stages(recipe: str, stages: list[Stage]) -> None:
             mixture(plain["data"]["sources"], plain["data"].get("temperature")),
         )
     show(table)
+
+
+def print_plans(recipe: str, stages: list[Stage]) -> None:
+    """A line a stage: what its step needs of each GPU, and its time, for the GPUs that `plan` names (see `owlfuse.plan`)."""
+    if not all(stage.config.plan.gpus or isinstance(stage.config.trainer.devices, int) for stage in stages):
+        print("what a step of each stage needs: the same command with plan.gpus=8 plan.gpu_memory=80")
+        return
+    table = Table(title=f"{recipe}: GB on each GPU, and time", title_justify="left")
+    for column in ("stage", "GPUs", "params", "grads", "optim.", "activ.", "at once", "to spare", "FLOPs/step", "days"):
+        table.add_column(column, justify="left" if column in ("stage", "GPUs") else "right")
+    for stage in stages:
+        plan = make_plan(stage.config, compare=False)
+        asked = plan.asked
+        spare = plan.options.gpu_memory - plan.options.reserve - asked.peak / GB
+        sizes = asked.parameters, asked.gradients, asked.optimizer, asked.activations, asked.peak
+        days = asked.seconds * stage.config.trainer.max_steps / 86400
+        way = f"{asked.layout.gpus}: {asked.layout.describe()}"
+        numbers = *(f"{size / GB:,.1f}" for size in sizes), f"{spare:,.1f}" if spare >= 0 else f"[red]{spare:,.1f}[/red]"
+        table.add_row(stage.name, way, *numbers, f"{asked.flops:.2g}", f"{days:.2g}")
+    show(table)
+    print(
+        "more of a stage: owlfuse train experiment=" + f"{recipe}/{stages[0].name} dry_run=true plan.gpus=8 plan.gpu_memory=80"
+    )
 
 
 def count(parameters: int) -> str:
