@@ -76,7 +76,8 @@ class TokenOrder(Order):
     """The order of a stretch without end: streams of samples are merged by when half of a sample's tokens are due (`merging`).
 
     What stands where so many tokens came before depends on the samples near there alone, so that a frame of positions is
-    found by itself, 0.2 to 0.4 us a position of 2 to 3 sources, 1.4 of 40. A position's frame is searched for: positions grow with tokens.
+    found by itself, 0.2 to 0.4 us a position of 2 to 3 sources, 1.4 of 40. A position's frame is searched for: positions grow
+    with tokens.
     """
 
     def __init__(self, shares: list[Fraction], sums: list[TokenSums], first: list[int]) -> None:
