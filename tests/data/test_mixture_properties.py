@@ -220,6 +220,16 @@ def test_ranks_and_accumulation_share_out_each_global_batch(case, ranks, accumul
         assert all(mixture[p] == Mixture(*case)[p] for p in positions[:2])
 
 
+@pytest.mark.parametrize("temperature", [1e-9, 0.01, 1e9])
+def test_an_extreme_temperature_neither_fails_nor_takes_a_source_out(temperature):
+    sizes = {"a": 10**7, "b": 3, "c": 1}
+    mixture = Mixture(sizes, tempered(sizes, dict.fromkeys(sizes, 1), temperature))
+    assert mixture.names == ["a", "b", "c"]
+    assert mixture.shares[0] == (
+        1 - Fraction(2, MAX_PERIOD) if temperature < 1 else mixture.shares[1] + Fraction(1, MAX_PERIOD)
+    )
+
+
 def test_a_temperature_goes_from_the_sizes_to_even_shares():
     sizes, weights = {"a": 900, "b": 100, "off": 7}, {"a": 1.0, "b": 1.0, "off": 0}
     assert Mixture(sizes, tempered(sizes, weights, 1)).counts(1000) == {"a": 900, "b": 100}
