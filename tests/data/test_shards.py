@@ -12,9 +12,13 @@ import tarfile
 
 import pytest
 from chats import messages, png, turns
+from torch.utils.data import DataLoader
 
 from owlfuse.data import tars
+from owlfuse.data.dataset import MixtureDataset
 from owlfuse.data.formats.webdataset import WebDataset
+from owlfuse.data.mixture import Mixture
+from owlfuse.data.sampler import GlobalBatchSampler
 from owlfuse.types import DataError
 
 
@@ -119,6 +123,22 @@ def test_a_folder_with_a_size_hides_no_sample(tmp_path):
         members.append(info.tobuf(tarfile.USTAR_FORMAT) + (b"abc" + bytes(509) if size == 3 else b""))
     (tmp_path / "t.tar").write_bytes(b"".join(members) + bytes(1024))
     assert [sample["id"] for sample in tars.TarSamples([tmp_path / "t.tar"])] == ["a", "b"]
+
+
+@pytest.mark.parametrize(("ranks", "workers"), [(1, 0), (3, 2), (5, 3)])
+def test_ranks_and_workers_read_each_sample_of_the_shards_once_an_epoch(shards, ranks, workers):
+    source = WebDataset(str(shards / "s-*.tar"))
+    source.name = "w"
+    data = MixtureDataset(Mixture({"w": 6}, {"w": 1}), {"w": source}, lambda sample, _: sample.id)
+    steps = 12  # twice as many epochs as there are ranks
+    read = {}
+    for rank in range(ranks):
+        sampler = GlobalBatchSampler(ranks, 1, rank, ranks, steps)
+        loader = DataLoader(data, batch_sampler=sampler, num_workers=workers, collate_fn=list)
+        read[rank] = [batch[0] for batch in loader]
+    together = [read[rank][step] for step in range(steps) for rank in range(ranks)]
+    for start in range(0, len(together), 6):
+        assert sorted(together[start : start + 6]) == [f"w:{k:04d}" for k in range(6)]
 
 
 def test_a_member_that_the_system_reads_in_pieces_is_whole(shards, monkeypatch):
