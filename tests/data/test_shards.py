@@ -1,16 +1,24 @@
 """WebDataset: any sample is reached by its number, pictures stay bytes, and what is wrong is named."""
 
+import contextlib
 import io
 import json
+import os
 import pickle
 import random
+import shutil
+import subprocess
 import tarfile
 
 import pytest
 from chats import messages, png, turns
+from torch.utils.data import DataLoader
 
 from owlfuse.data import tars
+from owlfuse.data.dataset import MixtureDataset
 from owlfuse.data.formats.webdataset import WebDataset
+from owlfuse.data.mixture import Mixture
+from owlfuse.data.sampler import GlobalBatchSampler
 from owlfuse.types import DataError
 
 
@@ -74,6 +82,81 @@ def test_long_names_folders_and_foreign_members_do_not_disturb(tmp_path, form):
     source = WebDataset(str(tmp_path / "a.tar"))
     assert len(source) == 1
     assert (source[0].id, source[0].images) == (f"a:{key}", [png(1)])
+
+
+@pytest.mark.skipif(shutil.which("tar") is None, reason="no tar")
+@pytest.mark.parametrize("form", ["gnu", "oldgnu", "pax", "ustar", "v7"])
+def test_shards_by_tar_itself_give_each_sample_once(tmp_path, form):
+    wanted = {}
+    for key, extensions in {"0": ["JPG", "json", "seg.png"], "v1.0/1": ["a.b.jpg", "txt"], "é ü\n": ["txt"]}.items():
+        for number, extension in enumerate(extensions):
+            file = tmp_path / "in" / f"{key}.{extension}"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_bytes(b"x" * (511 + number))
+            wanted.setdefault(key, {"id": key})[extension.lower()] = file.read_bytes()
+    folder = ["-C", str(tmp_path / "in"), "."]
+    for name, options in {"20.tar": [], "1.tar": ["--blocking-factor=1"]}.items():
+        command = ["tar", f"--format={form}", "--sort=name", *options, "-cf", str(tmp_path / name), *folder]
+        subprocess.run(command, check=True)
+    samples = tars.TarSamples([tmp_path / "20.tar", tmp_path / "1.tar"])
+    assert sorted(sample["id"] for sample in samples) == sorted([*wanted, *wanted])
+    assert all(sample == wanted[sample["id"]] for sample in samples)
+
+
+@pytest.mark.parametrize("kind", [tarfile.LNKTYPE, tarfile.SYMTYPE])
+def test_a_member_that_is_a_link_is_told_and_not_lost(tmp_path, kind):
+    with tarfile.open(tmp_path / "t.tar", "w") as tar:
+        tar.addfile(tarfile.TarInfo("a.txt"))
+        link = tarfile.TarInfo("b.txt")
+        link.type, link.linkname = kind, "a.txt"
+        tar.addfile(link)
+    with pytest.raises(DataError, match="t.tar: b.txt is a link: pack it anew"):
+        tars.TarSamples([tmp_path / "t.tar"])
+
+
+def test_a_folder_with_a_size_hides_no_sample(tmp_path):
+    """Some writers give one, as a hint; nothing of that size follows."""
+    members = []
+    for name, kind, size in (("d.x/", tarfile.DIRTYPE, 1024), ("a.txt", tarfile.REGTYPE, 3), ("b.txt", tarfile.REGTYPE, 3)):
+        info = tarfile.TarInfo(name)
+        info.type, info.size = kind, size
+        members.append(info.tobuf(tarfile.USTAR_FORMAT) + (b"abc" + bytes(509) if size == 3 else b""))
+    (tmp_path / "t.tar").write_bytes(b"".join(members) + bytes(1024))
+    assert [sample["id"] for sample in tars.TarSamples([tmp_path / "t.tar"])] == ["a", "b"]
+
+
+@pytest.mark.parametrize(("ranks", "workers"), [(1, 0), (3, 2), (5, 3)])
+def test_ranks_and_workers_read_each_sample_of_the_shards_once_an_epoch(shards, ranks, workers):
+    source = WebDataset(str(shards / "s-*.tar"))
+    source.name = "w"
+    data = MixtureDataset(Mixture({"w": 6}, {"w": 1}), {"w": source}, lambda sample, _: sample.id)
+    steps = 12  # twice as many epochs as there are ranks
+    read = {}
+    for rank in range(ranks):
+        sampler = GlobalBatchSampler(ranks, 1, rank, ranks, steps)
+        loader = DataLoader(data, batch_sampler=sampler, num_workers=workers, collate_fn=list)
+        read[rank] = [batch[0] for batch in loader]
+    together = [read[rank][step] for step in range(steps) for rank in range(ranks)]
+    for start in range(0, len(together), 6):
+        assert sorted(together[start : start + 6]) == [f"w:{k:04d}" for k in range(6)]
+
+
+def test_a_member_that_the_system_reads_in_pieces_is_whole(shards, monkeypatch):
+    pread = os.pread
+    monkeypatch.setattr(os, "pread", lambda file, count, offset: pread(file, min(count, 512), offset))
+    (sample,) = (s for s in tars.TarSamples([shards / "s-00.tar"]) if s["id"] == "0001")
+    assert sample["png"] == png(1)
+
+
+def test_a_shard_cut_anywhere_or_with_a_bit_turned_loses_no_sample_silently(shards):
+    raw, rng = (shards / "s-00.tar").read_bytes(), random.Random(0)
+    whole = len(tars.TarSamples([shards / "s-00.tar"]))
+    for number in range(300):
+        place = rng.randrange(1, len(raw))
+        damaged = raw[:place] if number % 2 else raw[:place] + bytes([raw[place] ^ 1 << rng.randrange(8)]) + raw[place + 1 :]
+        (shards / "t.tar").write_bytes(damaged)
+        with contextlib.suppress(DataError):
+            assert len(tars.TarSamples([shards / "t.tar"])) == whole
 
 
 def test_a_kept_index_spares_the_headers_until_a_shard_changes(shards, monkeypatch):
@@ -155,6 +238,10 @@ def test_several_pictures_of_a_sample_come_in_the_order_of_their_numbers(tmp_pat
         ([("a.png", b"x"), ("a.txt", b"\xff")], "sample t:a: its .txt: not UTF-8"),
         ([("a.png", b"x"), ("a.json", b"\xff")], "sample t:a: its .json: not UTF-8"),
         ([("a.png", b"x"), ("a.png", b"y")], "t.tar: a has two members .png"),
+        (
+            [("a.png", b"x"), ("b.png", b"x"), ("a.txt", b"x"), ("b.txt", b"x")],
+            r"one sample do not follow .*2 names come 4 times",
+        ),
         ([], "t.tar: holds no record"),
         ([("README", b"x")], "t.tar: holds no record"),
     ],

@@ -2,6 +2,7 @@
 
 import os
 import sys
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -166,6 +167,68 @@ def test_frames_that_are_sought_are_those_of_decoding_everything(tmp_path, suffi
     assert len(sought) == len(decoded) >= 7
     for one, other in zip(sought, decoded):
         assert np.array_equal(np.asarray(one), np.asarray(other))
+
+
+def write_at(path, milliseconds, codec="libx264", options=None):
+    """A clip of frames shown at some times, each of its own grey."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=25, options=options or {})
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        stream.time_base = stream.codec_context.time_base = Fraction(1, 1000)
+        for number, time in enumerate(milliseconds):
+            picture = np.full((48, 64, 3), 10 + 3 * number, np.uint8)
+            frame = av.VideoFrame.from_ndarray(picture, format="rgb24").reformat(format="yuv420p")
+            frame.pts, frame.time_base = time, Fraction(1, 1000)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+
+
+def begin_later(path, out, milliseconds):
+    """The same packets, shown from a time on: an edit list cuts off what is before, in the middle of a group of pictures."""
+    with av.open(str(path)) as source, av.open(str(out), "w", options={"avoid_negative_ts": "disabled"}) as container:
+        stream = source.streams.video[0]
+        copied = container.add_stream_from_template(stream)
+        for packet in source.demux(stream):
+            if packet.dts is not None:
+                shift = int(milliseconds / 1000 / stream.time_base)
+                packet.pts, packet.dts, packet.stream = packet.pts - shift, packet.dts - shift, copied
+                container.mux(packet)
+
+
+REGULAR = [40 * number for number in range(60)]
+VARIABLE = np.cumsum([0] + [(10, 40, 40, 500)[number * 7 % 4] for number in range(59)]).tolist()
+
+
+@pytest.mark.parametrize("times", [REGULAR, VARIABLE, [5000 + time for time in REGULAR]])
+@pytest.mark.parametrize("name", ["a.mp4", "a.mkv", "a.ts"])
+def test_uniform_frames_are_those_shown_at_the_middles_whatever_the_clock(tmp_path, name, times):
+    """Times that are not even, do not begin at 0, or are not in the order of decoding."""
+    write_at(tmp_path / name, times, options={"bf": "3", "g": "25"})
+    assert len(check_middles(tmp_path, name)) == 60
+
+
+@pytest.mark.parametrize("cut", [400, 1500])
+def test_what_an_edit_list_cuts_off_is_not_counted(tmp_path, cut):
+    write_at(tmp_path / "whole.mp4", REGULAR, options={"bf": "3", "g": "25"})
+    begin_later(tmp_path / "whole.mp4", tmp_path / "cut.mp4", cut)
+    assert len(check_middles(tmp_path, "cut.mp4")) < 60
+    assert len(read_frames(tmp_path, "cut.mp4", "s:1", VideoSampling("keyframes", 5), LIMIT)) == 5
+
+
+def check_middles(folder, name):
+    """That five uniform frames are those on show at the middles of equal parts; the times of all that are shown."""
+    found = [np.asarray(frame) for frame in read_frames(folder, name, "s:1", VideoSampling("uniform", 5), LIMIT)]
+    with av.open(str(folder / name)) as container:
+        shown = list(container.decode(video=0))
+        times = [frame.time - shown[0].time for frame in shown]
+        pictures = [frame.to_ndarray(format="rgb24").astype(int) for frame in shown]
+        end = times[-1] + float(shown[-1].duration * shown[-1].time_base or Fraction(1, 25))
+    assert len(found) == 5
+    for number, frame in enumerate(found):
+        moment = (2 * number + 1) * end / 10
+        on_show = [picture for time, picture in zip(times, pictures) if time <= moment + 0.002][-2:]
+        assert min(np.abs(picture - frame).mean() for picture in on_show) < 2
+    return times
 
 
 def test_little_of_a_long_video_is_decoded_where_key_frames_allow(tmp_path, monkeypatch):

@@ -44,14 +44,17 @@ class MixtureDataset(Dataset):
         Raises:
             IndexError: after the schedule's end.
         """
-        first, stop = min(positions), max(positions) + 1
+        in_turn = isinstance(positions, range) and positions.step == 1 and bool(positions)  # as the sampler asks
+        first, stop = (positions[0], positions[-1] + 1) if in_turn else (min(positions), max(positions) + 1)
         if first < self.start or stop > self.start + len(self.block[0]):
             ahead = min(BLOCK, max(FIRST_BLOCK, 2 * len(self.block[0])))
             self.block = self.mixture.positions(first, max(stop, self.mixture.available(first + ahead)))
             self.start = first
-        sources, indices = (part[first - self.start : stop - self.start].tolist() for part in self.block)
-        names = self.mixture.names
-        return [(names[sources[position - first]], indices[position - first]) for position in positions]
+        sources, indices = self.block
+        first, stop = first - self.start, stop - self.start
+        names = map(self.mixture.names.__getitem__, sources[first:stop].tolist())
+        found = list(zip(names, indices[first:stop].tolist()))
+        return found if in_turn else [found[position - self.start - first] for position in positions]
 
 
 class SourceDataset(Dataset):

@@ -38,7 +38,7 @@ def uniform_indices(times: list[float], frames: int) -> list[int]:
     *shown, end = times
     if len(shown) <= frames:
         return list(range(len(shown)))
-    moments = [(k + 0.5) * end / frames for k in range(frames)]
+    moments = [(k + 0.5) * end / frames + 1e-6 for k in range(frames)]
     return fill({max(0, bisect_right(shown, moment) - 1) for moment in moments}, len(shown), frames)
 
 

@@ -13,13 +13,17 @@ from owlfuse.data.shuffle import Shuffle
 
 __all__ = ["MAX_PERIOD", "Mixture", "exact_shares", "tempered"]
 
+LEAST = 1e-60
+"""What a power of a size is at least, so that a low temperature takes no source out: a share is 2^-20 at least."""
+
 
 class Mixture:
     """Says for every position which sample of which source stands there, without state.
 
     By samples, every prefix of a phase holds each source within one sample of its weight's share. By supervised tokens
-    (`lengths` given), every prefix holds each source's tokens within the longest sample's of its share. Each epoch of a
-    source is a new shuffle, which covers every sample once.
+    (`lengths` given), every prefix holds each source's tokens within the longest sample's of any source of its share, up to a
+    quarter more where five sources or more have samples as long (`merging`; `schedule.distance` says how many tokens). Each
+    epoch of a source is a new shuffle, which covers every sample once.
 
     Args:
         sizes: samples of each source.
@@ -160,8 +164,8 @@ def tempered(sizes: dict[str, int], weights: dict[str, float], temperature: floa
     """
     if not temperature > 0:
         raise ValueError(f"temperature is {temperature}, expected a number above 0")
-    powers = {name: math.exp(math.log(size) / temperature) if size else 0.0 for name, size in sizes.items()}
-    largest = max(powers.values())
     if temperature == 1:
         return {name: Fraction(str(weights[name])) * size for name, size in sizes.items()}
-    return {name: weights[name] * power / largest for name, power in powers.items()}
+    largest = max(sizes.values())
+    powers = {name: math.exp(math.log(size / largest) / temperature) if size else 0.0 for name, size in sizes.items()}
+    return {name: weights[name] * max(power, LEAST) if sizes[name] else 0.0 for name, power in powers.items()}

@@ -77,13 +77,17 @@ class SampleSchedule:
         if not shares:
             self.length = position
             return
-        order = order_of(tuple(shares))
+        order = self.order(shares, drawn)
         ends = [self.rules.phase_end(position)]
         for i, size in enumerate(self.rules.sizes):
             if self.rules.ends[i] != "repeat" and shares[i]:
                 ends.append(position + order.position_of(i, size - int(drawn[i]) - 1) + 1)
         stop = min((end for end in ends if end is not None), default=None)
         self.stretches.append(Stretch(position, stop, drawn, order))
+
+    def order(self, shares: list[Fraction], drawn: np.ndarray) -> Order:
+        """The order of a stretch in which all sources stand even at its start, where `drawn` of each were drawn before."""
+        return order_of(tuple(shares))
 
     def reach(self, position: int) -> None:
         """Finds the stretches up to the one that holds `position`."""

@@ -58,7 +58,7 @@ class TarSamples(Sequence[dict[str, Any]]):
                     key, extension = found[1], found[2].lower()
                     if extension in sample:
                         raise ValueError(f"{key} has two members .{extension}")
-                    sample[extension] = os.pread(descriptor, size, data)
+                    sample[extension] = content(descriptor, size, data)
             if not sample:
                 raise ValueError(f"no sample at byte {start}: it has changed since it was opened")
         return sample | {"id": printable(key)}
@@ -73,6 +73,17 @@ class TarSamples(Sequence[dict[str, Any]]):
             raise ValueError(f"no sample at byte {self.starts[index]}: it has changed since it was opened")
 
 
+def content(descriptor: int, size: int, offset: int) -> bytes:
+    """All of a member, of which one call to the system gives 2 GB at most. Raises ValueError where the file became shorter."""
+    parts, left = [], size
+    while left:
+        parts.append(os.pread(descriptor, left, offset + size - left))
+        left -= len(parts[-1])
+        if not parts[-1]:
+            raise ValueError(f"cut short: a member ends at byte {offset + size}, the file at {offset + size - left}")
+    return b"".join(parts)
+
+
 def printable(key: str) -> str:
     """A key as a text, whatever bytes it has."""
     return key.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
@@ -85,15 +96,28 @@ def find_samples(files: list[Path]) -> dict[str, np.ndarray]:
     for file in files:
         with opened(file) as descriptor:
             end, key = 0, None
+            keys, members = array("q"), array("q")
             for start, name, data, size in tar_members(descriptor):
-                found = SAMPLE_MEMBER.fullmatch(name)
-                if found and found[1] != key:
-                    key = found[1]
-                    starts.append(start)
+                if found := SAMPLE_MEMBER.fullmatch(name):
+                    if found[1] != key:
+                        key = found[1]
+                        starts.append(start)
+                        keys.append(hash(key))
+                    members.append(hash((key, found[2].lower())))
                 end = data + size
+            check_sorted(np.frombuffer(keys, dtype=np.int64), np.frombuffer(members, dtype=np.int64))
         first.append(len(starts))
         ends.append(end)
     return {"starts": np.frombuffer(starts, dtype=np.int64), "ends": np.array(ends), "first": np.array(first)}
+
+
+def check_sorted(keys: np.ndarray, members: np.ndarray) -> None:
+    """Raises ValueError for a shard whose samples are scattered: of `keys`, a number for each sample's name, some come again,
+    but of `members`, a number for each name and extension, none."""
+    names = len(np.unique(keys))
+    if names < len(keys) and len(np.unique(members)) == len(members):
+        found = f"{names:,} names come {len(keys):,} times"
+        raise ValueError(f"members of one sample do not follow each other ({found}): pack it anew, by tar --sort=name")
 
 
 def kept_index(files: list[Path], folder: Path) -> dict[str, np.ndarray]:
@@ -103,7 +127,7 @@ def kept_index(files: list[Path], folder: Path) -> dict[str, np.ndarray]:
         with opened(file) as descriptor:
             facts = os.fstat(descriptor)
         known.update(f"{file.resolve()}\0{facts.st_size}\0{facts.st_mtime_ns}\n".encode("utf-8", "surrogateescape"))
-    path = folder / f"tar-index-1-{known.hexdigest()[:32]}.npz"
+    path = folder / f"tar-index-2-{known.hexdigest()[:32]}.npz"
     try:
         with np.load(path) as kept:
             return {name: kept[name] for name in ("starts", "ends", "first")}
@@ -141,13 +165,14 @@ def tar_members(descriptor: int, start: int = 0, end: int | None = None) -> Iter
     names of GNU and pax. From the header at `start` to `end`, or to the tar's end mark.
 
     It is several times faster than tarfile, which also ends without a word at a damaged header, and at the end of the first
-    of two tars in one file. Raises ValueError, then and for what is no tar.
+    of two tars in one file. Raises ValueError, then, for what is no tar, and for a sample's member that is a link.
     """
     name, size, offset, whole = None, None, start, os.fstat(descriptor).st_size
     while (end is None or offset < end) and (header := next_header(descriptor, offset)):
         kind, data, length = header[156:157], offset + BLOCK, tarfile.nti(header[124:136])
         extends = kind in b"xLKg"
         length = length if size is None or extends else size
+        length = 0 if kind in b"123456" else length  # of links, devices and folders: a size that nothing is stored of
         offset = data + -(-length // BLOCK) * BLOCK
         if length < 0 or offset > whole:
             raise ValueError(f"cut short: a member ends at byte {offset}, the file at {whole}")
@@ -155,10 +180,13 @@ def tar_members(descriptor: int, start: int = 0, end: int | None = None) -> Iter
             if kind != b"K":  # the long name of a link's target
                 name, size = long_name(os.pread(descriptor, length, data), kind, name, size)
             continue
+        name = name or short_name(header)
         if kind in b"0\x007":
-            yield start, name or short_name(header), data, length
-        elif kind == b"S":
-            raise ValueError(f"holds a sparse file before byte {offset}: pack it anew")
+            yield start, name, data, length
+        elif kind in b"12" and SAMPLE_MEMBER.fullmatch(name):
+            raise ValueError(f"{printable(name)} is a link: pack it anew, by tar --dereference --hard-dereference")
+        elif kind in b"SM":
+            raise ValueError(f"holds a sparse file or a part of one before byte {offset}: pack it anew")
         name, size, start = None, None, offset
 
 

@@ -109,7 +109,7 @@ class Index:
 
     Attributes:
         marks: of each frame, ascending: when it is shown, in the stream's own units; its number where the video does not say.
-        keys: the marks of frames that decoding can start at; none where the marks are numbers.
+        keys: the marks of the first frame, and of those that decoding can start at; none where the marks are numbers.
     """
 
     marks: list[int]
@@ -120,7 +120,8 @@ class Index:
         """From (when shown, whether decoding can start there) of each frame."""
         if any(mark is None for mark, _ in shown):
             return cls(list(range(len(shown))), [])
-        return cls(sorted(mark for mark, _ in shown), sorted(mark for mark, key in shown if key))
+        marks = sorted(mark for mark, _ in shown)
+        return cls(marks, sorted({marks[0], *(mark for mark, key in shown if key)}))  # a clip may begin after a key frame
 
 
 def frames_at(file: Path, what: str, marks: list[int], keys: list[int], max_pixels: int) -> list[Image.Image]:
@@ -170,9 +171,10 @@ def opened(file: Path, what: str) -> Iterator[tuple[av.container.InputContainer,
 
 
 def frame_times(file: Path, what: str) -> tuple[list[float], Index]:
-    """Seconds at which the frames are shown, from 0 on, and the end of the last: read from packets, nothing is decoded."""
+    """Seconds at which the frames are shown, from 0 on, and the end of the last: read from packets, nothing is decoded. What an
+    edit list cuts off is not shown."""
     with opened(file, what) as (container, stream):
-        packets = [(p.pts, p.duration, p.is_keyframe) for p in container.demux(stream) if p.size]
+        packets = [(p.pts, p.duration, p.is_keyframe) for p in container.demux(stream) if p.size and not p.is_discard]
         rate = float(stream.average_rate or USUAL_RATE)
         base = stream.time_base
     if not packets:
