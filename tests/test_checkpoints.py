@@ -22,7 +22,7 @@ from owlfuse.config import ConfigError, compose
 from owlfuse.data.shapes import write_shapes
 from owlfuse.evaluation import evaluate_run
 from owlfuse.hub.export import load_run
-from owlfuse.runs import checkpoints_of, last_checkpoint, step_of, what_is_wrong
+from owlfuse.runs import checkpoints_of, last_checkpoint, put_in_place, step_of, what_is_wrong
 from owlfuse.types import DataError
 
 TINY = [
@@ -218,15 +218,43 @@ def test_no_good_checkpoint_is_an_error_that_names_each(copy):
 
 
 def test_a_folder_is_a_checkpoint_too(copy):
-    from owlfuse.runs import write_manifest
-
     path = copy / "checkpoints" / "step_00000008.ckpt"
-    path.mkdir()
-    (path / "shard0").write_bytes(b"abc")
-    write_manifest(path, path)
+    part = path.with_name(path.name + ".part")
+    part.mkdir()
+    (part / "shard0").write_bytes(b"abc")
+    put_in_place(part, path)
     assert last_checkpoint(copy) == path
     (path / "shard0").unlink()
     assert what_is_wrong(path) == "lacks shard0"
+
+
+def test_a_flipped_byte_of_the_best_checkpoint_is_named(copy, caplog):
+    best = copy / "checkpoints" / "best.ckpt"
+    assert what_is_wrong(best) is None
+    flip(best)
+    with caplog.at_level(logging.WARNING):
+        assert last_checkpoint(copy).name == "step_00000006.ckpt"
+    (record,) = caplog.records
+    assert record.getMessage().startswith(f"checkpoint {best} is damaged: has another sha256")
+
+
+@pytest.mark.parametrize("moment", ["before", "after"])
+def test_a_checkpoint_that_is_replaced_is_good_if_the_run_is_killed_at_either_side_of_the_renaming(copy, monkeypatch, moment):
+    best = copy / "checkpoints" / "best.ckpt"
+    part = best.with_name("best.ckpt.part")
+    part.write_bytes(best.read_bytes() + b"new")
+    rename = Path.rename
+
+    def killed(path, target):
+        if moment == "after":
+            rename(path, target)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "rename", killed)
+    with pytest.raises(KeyboardInterrupt):
+        put_in_place(part, best)
+    assert best.read_bytes().endswith(b"new") == (moment == "after")
+    assert what_is_wrong(best) is None
 
 
 def test_last_ckpt_of_an_old_run_is_read_and_a_truncated_one_is_not(copy):

@@ -13,7 +13,7 @@ from helpers import SHAPE_COUNTS
 from owlfuse import train
 from owlfuse.config import compose
 from owlfuse.data.shapes import write_shapes
-from test_parallel import SMALL
+from test_parallel import OWL3, SMALL
 
 SCRIPT = Path(__file__).resolve().parents[1] / "experiments" / "many_gpus" / "torchrun.sh"
 
@@ -21,7 +21,7 @@ SCRIPT = Path(__file__).resolve().parents[1] / "experiments" / "many_gpus" / "to
 def test_two_nodes_train_as_one_process_does_and_only_rank_0_writes(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_shapes("data/shapes", **SHAPE_COUNTS)
-    common = [*SMALL, "experiment=shapes_owl3", "data.global_batch_size=8", "trainer.max_steps=4"]
+    common = [*SMALL, *OWL3, "data.global_batch_size=8", "trainer.max_steps=4"]
     train.run(compose([*common, "name=alone"]))
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -1,11 +1,11 @@
-"""Strategies of many processes, and what they tell each other. With `model_parallel.py` the only file that names
-torch.distributed: everything else is written for one process.
+"""Strategies of many processes, and what they tell each other. With `model_parallel.py` and `parallel_checkpoints.py`
+the only file that names torch.distributed: everything else is written for one process.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -17,24 +17,15 @@ from lightning import Trainer
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, ParallelStrategy
 from torch import Tensor, nn
 from torch.distributed import checkpoint as dcp
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    get_optimizer_state_dict,
-    set_model_state_dict,
-    set_optimizer_state_dict,
-)
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
 from owlfuse.llm import check_split
+from owlfuse.parallel_checkpoints import META, leave, load_shards, optimizer_by_name, shards_writer, side_group
 from owlfuse.types import DataError
 
 TIMEOUT_MINUTES = 10.0
-META = "meta.pt"
-"""What a checkpoint's folder holds beside shards, as Lightning names it."""
-BY_NAME = StateDictOptions(flatten_optimizer_state_dict=True)
 
 
 class Replicated(DDPStrategy):
@@ -64,6 +55,9 @@ class Sharded(ModelParallelStrategy):
         if data == tensor == "auto":
             raise ValueError("data and tensor are both auto; give a number for one of them")
         super().__init__(data, tensor, timeout=timedelta(minutes=timeout_minutes))
+        self.background = False
+        self.side: Any = None
+        self.write: Callable[[], None] | None = None
 
     def sizes(self) -> tuple[int, int]:
         """Data and tensor ranks. Raises ValueError where their product is not the number of processes."""
@@ -84,39 +78,27 @@ class Sharded(ModelParallelStrategy):
         super().setup_environment()
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        """By the parameters' names, so that a mesh that groups them otherwise can read it."""
-        return get_optimizer_state_dict(self.model, getattr(optimizer, "_optimizer", optimizer), options=BY_NAME)
+        """See `optimizer_by_name`."""
+        return optimizer_by_name(self.model, optimizer)
 
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
-        """A file of one process, or a folder that any mesh has written: each rank reads its own parts.
-
-        Raises:
-            DataError: a trained weight of the model is not in it.
-        """
+        """A file of one process, or a folder: see `load_shards`, and what it raises."""
         path = Path(checkpoint_path)
-        if path.is_file():
-            return super().load_checkpoint(path, weights_only)
-        saved = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
-        model = {k: v for k, v in get_model_state_dict(self.model).items() if f"state_dict.{k}" in saved}
-        trained = {name for name, p in self.model.named_parameters() if p.requires_grad}
-        if missing := sorted(trained - set(model)):
-            raise DataError(f"{path} has no weights for {missing[0]} and {len(missing) - 1} more that are trained")
-        dcp.load({"state_dict": model}, checkpoint_id=path)
-        set_model_state_dict(self.model, model, options=StateDictOptions(strict=False))
-        for index, optimizer in enumerate(self.optimizers):
-            state = get_optimizer_state_dict(self.model, optimizer, options=BY_NAME)
-            dcp.load({f"optimizer_{index}": state}, checkpoint_id=path)
-            names = [group["name"] for group in optimizer.param_groups]  # of this mesh's groups, not of those that were saved
-            set_optimizer_state_dict(self.model, optimizer, state, options=BY_NAME)
-            for group, name in zip(optimizer.param_groups, names, strict=True):
-                group["name"] = name
-        meta = torch.load(path / META, map_location="cpu", weights_only=True)
-        for schedule in meta["lr_schedulers"]:
-            groups = self.optimizers[0].param_groups  # as many as this mesh has
-            schedule["base_lrs"] = [group["initial_lr"] for group in groups]
-            schedule["_last_lr"] = [group["lr"] for group in groups]
-            schedule["lr_lambdas"] = [None] * len(groups)
-        return meta
+        return super().load_checkpoint(path, weights_only) if path.is_file() else load_shards(self.model, self.optimizers, path)
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
+        """Leaves in `write` what writes a folder of shards (see `shards_writer`), for `writes.Writes` to call."""
+        path = Path(self.broadcast(filepath))
+        if self.background and self.side is None:
+            self.side = side_group(self._timeout)
+        self.write = shards_writer(checkpoint, path, self.is_global_zero, self.side)
+
+    def teardown(self) -> None:
+        """See Lightning's."""
+        if self.side is not None:
+            leave(self.side)
+            self.side = None
+        super().teardown()
 
 
 def read_folder(path: Path) -> dict[str, Any]:
@@ -163,6 +145,12 @@ def data_ranks(trainer: Trainer) -> int:
     """Ranks that have rows of their own, known before the processes talk to each other."""
     strategy = trainer.strategy
     return strategy.sizes()[0] if isinstance(strategy, Sharded) else trainer.world_size
+
+
+def data_rank(trainer: Trainer) -> int:
+    """Which of the `data_ranks` this process is; tensor ranks of the same rows are the same."""
+    place = trainer.distributed_sampler_kwargs
+    return place["rank"] if place else 0
 
 
 def data_group(trainer: Trainer) -> Any:

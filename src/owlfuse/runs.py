@@ -67,6 +67,9 @@ def last_checkpoint(folder: Path) -> Path:
         if wrong is None:
             for line in bad:
                 log.warning("%s; going on from %s, the one before", line, path.name)
+            best = path.parent / "best.ckpt"
+            if best.with_suffix(".json").exists() and (wrong := what_is_wrong(best)):
+                log.warning("checkpoint %s %s; the next validation that is better writes it anew", best, wrong)
             return path
         bad.append(f"checkpoint {path} {wrong}")
     why = "; ".join(bad) if bad else f"{folder} has no checkpoint in checkpoints/"
@@ -88,25 +91,44 @@ def step_of(path: Path) -> int:
     return int(path.stem.removeprefix("step_"))
 
 
-def write_manifest(part: Path, path: Path) -> None:
-    """Sizes and sha256 of the files of `part`, beside `path`, which it is about to be."""
-    files = {name: {"bytes": file.stat().st_size, "sha256": sha256(file)} for name, file in files_of(part).items()}
+def put_in_place(part: Path, path: Path) -> None:
+    """Renames a checkpoint that is written to where it belongs, with a manifest. At no moment is there none that is good: a
+    new one comes after its manifest, and one that replaces another before, while its manifest waits in a `.json.part`."""
+    sync(part)
     manifest = path.with_suffix(".json")
     beside = manifest.with_name(manifest.name + ".part")
+    files = {name: {"bytes": file.stat().st_size, "sha256": sha256(file)} for name, file in files_of(part).items()}
     beside.write_text(json.dumps(files, indent=2) + "\n", encoding="utf-8")
     sync(beside)
-    beside.replace(manifest)
+    if not path.exists():
+        beside.replace(manifest)
+    old = path.with_name(path.name + ".old.part")
+    if path.is_dir():  # a folder is not renamed onto one that holds something
+        path.rename(old)
+    part.rename(path)
+    if beside.exists():
+        beside.replace(manifest)
+    remove(old)
+    sync(path.parent)
 
 
 def what_is_wrong(path: Path) -> str | None:
     """Why a checkpoint is not to be read, None where it is good."""
     if path.name == "last.ckpt":
         return None if zipfile.is_zipfile(path) else "is truncated or no checkpoint"
+    manifest = path.with_suffix(".json")
+    wrong = differs_from(path, manifest)
+    waiting = manifest.with_name(manifest.name + ".part")
+    return None if wrong and waiting.exists() and differs_from(path, waiting) is None else wrong
+
+
+def differs_from(path: Path, manifest: Path) -> str | None:
+    """How a checkpoint is otherwise than its manifest says, None where it is not."""
     try:
-        manifest = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
-        wanted = {name: (entry["bytes"], entry["sha256"]) for name, entry in manifest.items()}
+        entries = json.loads(manifest.read_text(encoding="utf-8"))
+        wanted = {name: (entry["bytes"], entry["sha256"]) for name, entry in entries.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return f"has no manifest {path.with_suffix('.json').name} that can be read"
+        return f"has no manifest {manifest.name} that can be read"
     found = files_of(path)
     for name, (size, digest) in wanted.items():
         label = "" if name == "." else f"{name} "

@@ -5,9 +5,12 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import signal
+import subprocess
 import sys
 from pathlib import Path
 
+from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
 
@@ -15,7 +18,11 @@ from owlfuse import config
 
 
 def sweep(overrides: list[str]) -> None:
-    """Every cell is composed and checked before the first trains; the table stands at the end, also after a failure."""
+    """Every cell is composed and checked before the first trains; the table stands at the end, also after a failure.
+
+    A run that starts processes is a command of its own, with its own port and process group. Under torchrun or SLURM the
+    processes are there and train every run one after the other.
+    """
     cells = config.sweep_cells(overrides)
     composed = [config.compose(cell) for cell in cells]
     from owlfuse import train  # imports torch; a mistake is told before
@@ -23,10 +30,44 @@ def sweep(overrides: list[str]) -> None:
     rows: list[tuple[list[str], Path | None]] = []
     try:
         for cell, configuration in zip(cells, composed, strict=True):
-            rows.append((cell, train.run(configuration)))
+            rows.append((cell, by_itself(cell, configuration) if starts_processes(configuration) else train.run(configuration)))
     finally:
         if os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")) == "0":
             print_table(rows, len(cells))
+
+
+def starts_processes(configuration: DictConfig) -> bool:
+    """Whether the run's Trainer may start more processes: each of them would run this whole sweep."""
+    there = any(name in os.environ for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID"))
+    trainer = configuration.get("trainer", {})
+    return not there and (trainer.get("strategy", "auto") != "auto" or trainer.get("devices", 1) not in (1, "1"))
+
+
+def by_itself(cell: list[str], configuration: DictConfig) -> Path | None:
+    """Trains a cell by a command of its own, which gets the signals that this one gets, and returns the run's folder.
+
+    Raises:
+        ConfigError: a name that is taken.
+        SystemExit: with the command's exit code; it has told its error.
+        KeyboardInterrupt: after Ctrl-C, with a checkpoint left in the run.
+    """
+    from owlfuse.runs import run_folder
+
+    folder = None if configuration.get("dry_run") else run_folder(configuration)
+    named = [f"name={folder.name}"] if folder and not configuration.get("name") else []
+    command = [sys.executable, "-m", "owlfuse.cli", "train", *cell, *named]
+    with subprocess.Popen(command, process_group=0) as process:
+        before = {n: signal.signal(n, lambda n, _: os.killpg(process.pid, n)) for n in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            code = process.wait()
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+    if code == 130:
+        raise KeyboardInterrupt
+    if code:
+        raise SystemExit(code if code > 0 else 1)
+    return folder
 
 
 def print_table(rows: list[tuple[list[str], Path | None]], cells: int) -> None:

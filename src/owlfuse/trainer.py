@@ -92,8 +92,9 @@ def make_callbacks(checkpoint: DictConfig | None, watched: str | None) -> list[C
     """Progress, learning rates, signals, a look at the first steps, checkpoints, and the best by the metric `watched`."""
     callbacks: list[Callback] = [LoggedStep(), TQDMProgressBar(refresh_rate=5), LearningRateMonitor("step"), StopOnSignal()]
     callbacks.append(FirstStepsCheck())
-    callbacks.append(build(checkpoint) if checkpoint else Checkpoints())
-    return [*callbacks, Best(watched)] if watched else callbacks
+    checkpoints = build(checkpoint) if checkpoint else Checkpoints()
+    callbacks.append(checkpoints)
+    return [*callbacks, Best(watched, checkpoints.writes)] if watched else callbacks
 
 
 class LoggedStep(Callback):
