@@ -1,6 +1,7 @@
 """backbone -> connector -> fusion -> LLM.
 
-N images, P patches, Q visual tokens per image, B rows, T text positions, D LLM width, Dv vision width, V vocabulary, R places of logits.
+N images, P patches, Q visual tokens per image, B rows, T text positions, D LLM width, Dv vision width, V vocabulary,
+R places of logits.
 """
 
 from __future__ import annotations
