@@ -162,19 +162,11 @@ def bench_images(out: Path, images: list[int], repeats: int = 5, quick: bool = F
         for what, by_name in times.items()
     }
     most, tables, against = images[-1], [], {}
-    for what, measured, unit in (
-        ("step", medians, "ms"),
-        ("prefill", medians, "ms"),
-        ("step", memory, "MiB"),
-        ("prefill", memory, "MiB"),
-    ):
-        points, rows = measured[what], []
+    for what, unit in (("step", "ms"), ("prefill", "ms"), ("step", "MiB"), ("prefill", "MiB")):
+        points, rows = (medians if unit == "ms" else memory)[what], []
         for name, own in points.items():
-            if unit == "ms":
-                ratio = ratios(times[what]["concat"][most], times[what][name][most])
-            else:
-                ratio = dict.fromkeys(("median", "low", "high"), points["concat"][most] / own[most])
-            against[f"{what}, {unit}, {name}"] = ratio
+            turns = times[what] if unit == "ms" else {k: {most: [v[most]]} for k, v in points.items()}
+            ratio = against[f"{what}, {unit}, {name}"] = ratios(turns["concat"][most], turns[name][most])
             last = shown(ratio, 1) if unit == "ms" else f"{ratio['median']:.1f}"
             rows.append([name, *(f"{own[n]:.1f}" for n in images), f"{slope(own):.2f}", last])
         kind = "time, ms (medians)" if unit == "ms" else "peak memory above the process's own, MiB"

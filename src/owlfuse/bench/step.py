@@ -7,6 +7,7 @@ without what makes the difference, one thing at a time. B rows, T text positions
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -54,13 +55,13 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Data:
-    """The samples of a step: half of them with an image, of as many text tokens as is drawn between two numbers, of which the
-    share that is drawn, the answer, is supervised."""
+    """The samples of a step: half of them with an image, of as many text tokens as is drawn between two numbers, evenly on a
+    logarithmic scale (most chats are short), of which the share that is drawn, the answer, is supervised."""
 
     rows: int = 16
     shortest: int = 24
     longest: int = 256
-    supervised: tuple[float, float] = (0.3, 0.8)
+    supervised: tuple[float, float] = (0.1, 0.8)
     seed: int = 0
 
 
@@ -129,7 +130,8 @@ def samples_of(data: Data, sizes: Sizes, per_image: int) -> list[Encoded]:
     rng, generator = random.Random(data.seed), torch.Generator().manual_seed(data.seed)
     found = []
     for number in range(data.rows):
-        text, share = rng.randint(data.shortest, data.longest), rng.uniform(*data.supervised)
+        text = round(math.exp(rng.uniform(math.log(data.shortest), math.log(data.longest))))
+        share = rng.uniform(*data.supervised)
         taken = per_image if number % 2 else 0
         words = torch.randint(IMAGE_TOKEN + 1, sizes.vocabulary, (text,), generator=generator)
         ids = torch.cat([torch.full((taken,), IMAGE_TOKEN), words])
@@ -190,7 +192,7 @@ def steps_of(sizes: Sizes, data: Data, pack_to: int, autocast: bool) -> tuple[di
 def bench_step(
     out: Path,
     repeats: int = 7,
-    pack_to: int = 512,
+    pack_to: int = 320,
     precision: str = "32-true",
     quick: bool = False,
     sizes: Sizes | None = None,
