@@ -1,12 +1,15 @@
 """The LLM is a plain causal LM of transformers; this file loads it and says where its parts are.
 
-B rows, T text positions, D width, H query heads, K key-value heads, d head width, V vocabulary.
+B rows, T text positions, D width, H query heads, K key-value heads, d head width, V vocabulary,
+R places of logits.
 """
 
 from __future__ import annotations
 
 import inspect
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -207,6 +210,27 @@ def rotate(attention: nn.Module, states: Tensor, cos: Tensor, sin: Tensor) -> Te
 def cache_argument(llm: PreTrainedModel) -> str:
     """What the LLM's forward calls its key-value cache: `cache` from transformers 5.24 on, `past_key_values` before."""
     return "cache" if "cache" in inspect.signature(llm.forward).parameters else "past_key_values"
+
+
+@contextmanager
+def logits_at(llm: PreTrainedModel, places: Tensor | None) -> Iterator[None]:
+    """Has the LLM's forward compute logits at `places` b * T + t alone, as (1, R, V); None: everywhere.
+
+    What goes into the head (B, T, D) is gathered first. The LLM's own forward still calls it and what follows it: scaled and
+    capped logits stay so. transformers' `logits_to_keep` takes the same positions of every row only.
+    """
+    if places is None:
+        yield
+        return
+
+    def gather(head: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return args[0].flatten(0, 1).index_select(0, places)[None], *args[1:]
+
+    handle = llm.get_output_embeddings().register_forward_pre_hook(gather)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def mask_argument(llm: PreTrainedModel, batch: Batch, cache: Any = None) -> Tensor | None:

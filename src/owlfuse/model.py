@@ -1,6 +1,7 @@
 """backbone -> connector -> fusion -> LLM.
 
-N images, P patches, Q visual tokens per image, B rows, T text positions, D LLM width, Dv vision width, V vocabulary.
+N images, P patches, Q visual tokens per image, B rows, T text positions, D LLM width, Dv vision width, V vocabulary,
+R places of logits.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from owlfuse.adapters import PARTS, Part, PartSummary, apply_adapters
 from owlfuse.build import build
 from owlfuse.fusion.base import Fusion
 from owlfuse.layers import compile_layers
-from owlfuse.llm import PER_HEAD_NORMS, TENSOR_ROLES, cache_argument, decoder_layers, mask_argument, width
+from owlfuse.llm import PER_HEAD_NORMS, TENSOR_ROLES, cache_argument, decoder_layers, logits_at, mask_argument, width
 from owlfuse.types import Batch, VisualTokens
 
 
@@ -41,14 +42,16 @@ class MultimodalLM(nn.Module):
         self.llm = llm
         fusion.attach(llm)
 
-    def forward(self, batch: Batch, visual: VisualTokens | None = None, cache: Any = None, logits_to_keep: int = 0) -> Tensor:
+    def forward(
+        self, batch: Batch, visual: VisualTokens | None = None, cache: Any = None, logits_to_keep: int | Tensor = 0
+    ) -> Tensor:
         """Logits (B, T, V) of a batch.
 
         Args:
             visual: the batch's visual tokens where they are known already; by default they are made from its pixels.
             cache: a key-value cache of transformers. With one that holds earlier positions, the batch's `input_ids` are
                 the T new ones, and its `attention_mask` covers both.
-            logits_to_keep: only of so many last positions; 0: of all.
+            logits_to_keep: only of so many last positions; 0: of all. Or (R,) places b * T + t, for logits (R, V) there.
         """
         if visual is None:
             visual = self.encode(batch)
@@ -58,14 +61,17 @@ class MultimodalLM(nn.Module):
         embeddings, arguments = self.fusion(embeddings, visual, batch, position_ids, self.llm)
         if cache is not None:
             arguments[cache_argument(self.llm)] = cache
-        return self.llm(
-            inputs_embeds=embeddings,
-            attention_mask=mask_argument(self.llm, batch, cache),
-            position_ids=position_ids,
-            use_cache=cache is not None,
-            logits_to_keep=logits_to_keep,
-            **arguments,
-        ).logits
+        places = logits_to_keep if isinstance(logits_to_keep, Tensor) else None
+        with logits_at(self.llm, places):
+            logits = self.llm(
+                inputs_embeds=embeddings,
+                attention_mask=mask_argument(self.llm, batch, cache),
+                position_ids=position_ids,
+                use_cache=cache is not None,
+                logits_to_keep=0 if places is not None else logits_to_keep,
+                **arguments,
+            ).logits
+        return logits if places is None else logits[0]
 
     def encode(self, batch: Batch) -> VisualTokens:
         """Pixels (N, 3, H, W) -> visual tokens (N, Q, D), the backbone once for all images of the batch.

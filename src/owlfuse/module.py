@@ -1,4 +1,4 @@
-"""The LightningModule: loss, logging, optimizer. B rows, T text positions, V vocabulary."""
+"""The LightningModule: loss, logging, optimizer. B rows, T text positions, V vocabulary, R places of logits."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ class MultimodalModule(lightning.LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """The summed loss, scaled so that after Lightning's division by the accumulation steps, and the ranks' mean, the sum
         over both is left."""
-        loss, tokens = token_loss(self.model(batch), batch.labels)
+        loss, tokens = batch_loss(self.model, batch)
         self.count_skipped(batch)
         self.loss_sum = self.loss_sum + loss.detach()
         self.token_count = self.token_count + tokens
@@ -153,7 +153,7 @@ class MultimodalModule(lightning.LightningModule):
 
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Loss per supervised token of the validation sources, `<source>/loss`."""
-        loss, tokens = token_loss(self.model(batch), batch.labels)
+        loss, tokens = batch_loss(self.model, batch)
         self.trainer.datamodule.note_validation(batch)
         name = list(self.trainer.datamodule.validation)[dataloader_idx]
         self.log(
@@ -201,8 +201,20 @@ def gradients_of(optimizer: torch.optim.Optimizer) -> list[Tensor]:
     return [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
 
 
+def batch_loss(model: MultimodalLM, batch: Batch) -> tuple[Tensor, Tensor]:
+    """`token_loss` of a batch. Where its supervised places are known, logits are computed there alone."""
+    if batch.supervised is None:
+        return token_loss(model(batch), batch.labels)
+    targets = batch.targets().index_select(0, batch.supervised)
+    return summed_loss(model(batch, logits_to_keep=batch.supervised), targets)
+
+
 def token_loss(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Cross-entropy of the next token summed over the supervised ones, and their number. logits (B, T, V), labels (B, T)."""
-    targets = labels[:, 1:].flatten()
-    loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), targets, ignore_index=-100, reduction="sum")
+    return summed_loss(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+
+
+def summed_loss(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Cross-entropy summed over the targets (R,) that are not -100, and their number. logits (R, V)."""
+    loss = F.cross_entropy(logits.float(), targets, ignore_index=-100, reduction="sum")
     return loss, (targets != -100).sum()

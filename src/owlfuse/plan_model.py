@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from owlfuse.llm import check_split
 from owlfuse.meter import Reading, read
 from owlfuse.model import MultimodalLM, on_meta
-from owlfuse.module import token_loss
+from owlfuse.module import batch_loss
 from owlfuse.optim import AdamWCosine
 from owlfuse.types import Batch
 
@@ -107,8 +107,9 @@ def like(parameter: nn.Parameter, part: Tensor) -> nn.Parameter:
 
 
 def meta_batch(model: MultimodalLM, rows: int, length: int, images: int) -> Batch:
-    """B rows of T tokens with I images each, as the collator would make them, without their values."""
+    """B rows of T tokens with I images each, as the collator would make them, without their values; all text is supervised."""
     count, size = rows * images, model.vision.preprocessing.size
+    taken = count * model.fusion.tokens_per_image
     with torch.device("meta"):
         ids = torch.zeros(rows, length, dtype=torch.long)
         return Batch(
@@ -121,6 +122,8 @@ def meta_batch(model: MultimodalLM, rows: int, length: int, images: int) -> Batc
             image_index=torch.zeros(rows, max(images, 1), dtype=torch.long),
             image_positions=torch.zeros(rows, max(images, 1), dtype=torch.long),
             has_images=images > 0,
+            supervised=torch.zeros(max(rows * length - taken, 1), dtype=torch.long),
+            visual_places=torch.zeros(taken, dtype=torch.long),
         )
 
 
@@ -128,7 +131,7 @@ def read_step(model: MultimodalLM, batch: Batch, autocast: torch.dtype | None = 
     """A micro batch's forward and backward pass, the training loss included."""
     inputs = [value for value in vars(batch).values() if isinstance(value, Tensor)]
     model.zero_grad()
-    reading = read(model, lambda: token_loss(model(batch), batch.labels)[0], inputs, autocast)
+    reading = read(model, lambda: batch_loss(model, batch)[0], inputs, autocast)
     model.zero_grad()
     return reading
 

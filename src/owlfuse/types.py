@@ -1,16 +1,20 @@
 """What passes between the parts: samples, batches, visual tokens. Imports nothing of ours.
 
 N images in the batch, P patches, Q visual tokens per image, B rows, I the most images of a row, T text positions,
-D LLM width.
+D LLM width, R supervised places, K visual places.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
+
+SUPERVISED_BLOCK = 64
+"""`Batch.supervised` has a multiple of so many places: few shapes, and sizes that matrix units like."""
 
 
 class DataError(ValueError):
@@ -88,6 +92,22 @@ class Batch:
 
     has_images: bool = True
     """False for the batch with a blank image. A plain bool, so that no tensor is read to know it."""
+    supervised: Tensor | None = None
+    """(R,) places b * T + t of the tokens whose next one is supervised, filled up to a multiple of `SUPERVISED_BLOCK` with the
+    last place of all, which has no next token. Made where the labels are read anyway, so that logits are computed there alone.
+    None: not known."""
+    visual_places: Tensor | None = None
+    """(K,) places b * T + t of the placeholders, ascending, for what is done to visual positions alone. None: not known."""
+
+    def targets(self) -> Tensor:
+        """(B * T,) of each place the label of the next token of its row, -100 at the last of a row."""
+        return F.pad(self.labels[:, 1:], (0, 1), value=-100).flatten()
+
+    def with_places(self) -> Batch:
+        """The same batch with `supervised` and `visual_places`, of tensors on the CPU."""
+        supervised = (self.targets() != -100).nonzero().flatten()
+        supervised = F.pad(supervised, (0, -len(supervised) % SUPERVISED_BLOCK), value=self.labels.numel() - 1)
+        return replace(self, supervised=supervised, visual_places=self.placeholder.flatten().nonzero().flatten())
 
     def positions(self) -> Tensor:
         """(B, T) the place of each token in its sample, from 0. Padding has 0, or on the right of a row that is one sample the

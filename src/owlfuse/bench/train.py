@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import tempfile
-import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from itertools import accumulate
@@ -16,10 +15,11 @@ from typing import Any
 
 import torch
 
+from owlfuse.bench.pairs import seconds_of
 from owlfuse.bench.report import machine, print_table
 from owlfuse.config import PlanOptions
 from owlfuse.model import MultimodalLM, build_model
-from owlfuse.module import token_loss
+from owlfuse.module import batch_loss
 from owlfuse.optim import AdamWCosine
 from owlfuse.plan import GB, Estimate, Workload
 from owlfuse.plan_layouts import Layout
@@ -72,7 +72,7 @@ def random_batch(model: MultimodalLM, rows: int, length: int, images: int, devic
     placeholder = (torch.arange(length) < taken).expand(rows, -1).clone()
     index = torch.arange(rows * images).view(rows, images) if images else torch.full((rows, 1), -1)
     positions = torch.arange(images) * model.fusion.tokens_per_image if images else torch.full((1,), length)
-    return Batch(
+    batch = Batch(
         input_ids=ids,
         attention_mask=mask,
         labels=ids.masked_fill(placeholder | (mask == 0), -100),
@@ -82,7 +82,8 @@ def random_batch(model: MultimodalLM, rows: int, length: int, images: int, devic
         image_index=index,
         image_positions=positions.expand(rows, -1).clone(),
         has_images=images > 0,
-    ).to(device)
+    )
+    return batch.with_places().to(device)
 
 
 def profiled_peak(step: Callable[[], Any]) -> int:
@@ -103,16 +104,6 @@ def matmul_rate(device: str, dtype: torch.dtype, size: int) -> float:
     return 2 * size**3 / seconds
 
 
-def seconds_of(run: Callable[[], Any], device: str) -> float:
-    """How long it takes, the device's work included."""
-    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
-    wait()
-    began = time.perf_counter()
-    run()
-    wait()
-    return time.perf_counter() - began
-
-
 def measure(nodes: dict[str, Any], precision: Precision, rows: int, length: int, images: int, steps: int) -> dict[str, Any]:
     """Real steps: the peak of one in bytes, the median of their seconds, and the rate of matrix products in their precision."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -126,7 +117,7 @@ def measure(nodes: dict[str, Any], precision: Precision, rows: int, length: int,
     def step() -> None:
         lower = precision.autocast
         with torch.autocast(device, lower) if lower else nullcontext():
-            loss, tokens = token_loss(model(batch), batch.labels)
+            loss, tokens = batch_loss(model, batch)
         loss.backward()
         torch._foreach_div_([p.grad for p in model.parameters()], tokens)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

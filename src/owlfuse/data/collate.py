@@ -68,7 +68,7 @@ class Collator:
             lengths=[len(sample.input_ids) for sample in samples],
             skipped=skipped,
             truncated=truncated,
-        )
+        ).with_places()
 
     def nothing(self) -> Encoded:
         """A row of one padding token, which nothing is learned from."""

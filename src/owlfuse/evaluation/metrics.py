@@ -16,7 +16,7 @@ from owlfuse.data.policy import load_or_skip
 from owlfuse.data.truncation import policy_of
 from owlfuse.evaluation.generation import generate_greedy
 from owlfuse.model import MultimodalLM
-from owlfuse.module import token_loss
+from owlfuse.module import batch_loss
 from owlfuse.types import Batch, DataError, Sample
 
 log = logging.getLogger(__name__)
@@ -127,7 +127,7 @@ def mean_loss(model: MultimodalLM, data: ChatData, source: str, batch_size: int,
     batch: Batch
     for batch in data.validation_loader(source, batch_size=batch_size):
         data.note_validation(batch)
-        loss, count = token_loss(model(batch.to(device)), batch.to(device).labels)
+        loss, count = batch_loss(model, batch.to(device))
         total += loss.double().cpu()
         tokens += count.cpu()
         progress(len(batch.ids))

@@ -1,0 +1,194 @@
+"""`owlfuse bench images`: time and peak memory of a training step and of prefill against the number of images, three fusions.
+
+The backbone is left out: visual tokens are random, and both models get the same. Times are taken in turns in one process;
+each peak is that of a process of its own, on top of what it had with its imports and its model done.
+
+N images of a row, Q visual tokens per image, T text positions, D LLM width.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import resource
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from owlfuse.bench.pairs import device_name, in_turns, ratios, shown
+from owlfuse.bench.report import leave, plot_panels
+from owlfuse.llm import load_llm
+from owlfuse.model import MultimodalLM, make_part
+from owlfuse.module import batch_loss
+from owlfuse.types import Batch, VisualTokens
+
+What = Literal["step", "prefill"]
+FUSIONS: dict[str, dict[str, Any]] = {
+    "concat": {"_target_": "owlfuse.fusion.concat.Concat"},
+    "modality_adaptive": {"_target_": "owlfuse.fusion.modality_adaptive.ModalityAdaptive"},
+    "hyperattention": {"_target_": "owlfuse.fusion.hyperattention.HyperAttention", "layers": [0, 3, 6, 9]},
+}
+LLM = {
+    "model_type": "llama",
+    "hidden_size": 256,
+    "intermediate_size": 688,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 16384,
+}
+QUICK = {**LLM, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4}
+VOCABULARY, VISUAL_TOKENS, TEXT = 4096, 64, 64
+MIB = 2**20
+
+
+def model_of(fusion: str, llm: dict[str, Any]) -> MultimodalLM:
+    """The LLM with this fusion, random weights."""
+    torch.manual_seed(0)
+    layers = {"layers": [i * llm["num_hidden_layers"] // 4 for i in range(4)]} if fusion == "hyperattention" else {}
+    part = make_part("fusion", {"fusion": {**FUSIONS[fusion], **layers}}, connector_tokens=VISUAL_TOKENS)
+    return MultimodalLM(nn.Identity(), nn.Identity(), part, load_llm(VOCABULARY, config=llm)).to(device_name())
+
+
+def batch_of(images: int, per_image: int, width: int) -> tuple[Batch, VisualTokens]:
+    """One row: its images, each of `per_image` positions, then text of which the second half is supervised."""
+    generator = torch.Generator().manual_seed(images)
+    taken = images * per_image
+    ids = torch.randint(0, VOCABULARY, (1, taken + TEXT), generator=generator)
+    here = torch.arange(taken + TEXT)[None]
+    index, positions = torch.arange(images)[None], (torch.arange(images) * per_image)[None]
+    batch = Batch(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        labels=ids.masked_fill(here < taken + TEXT // 2, -100),
+        placeholder=here < taken,
+        pixel_values=torch.zeros(images, 3, 1, 1),
+        image_mask=torch.ones(images, dtype=torch.bool),
+        image_index=index,
+        image_positions=positions,
+    )
+    tokens = torch.randn(images, VISUAL_TOKENS, width, generator=generator).to(device_name())
+    visual = VisualTokens(tokens, index.to(device_name()), positions.to(device_name()))
+    return batch.with_places().to(device_name()), visual
+
+
+def run_of(what: What, model: MultimodalLM, images: int) -> Callable[[], Any]:
+    """What is measured: a step of AdamW with a gradient for the visual tokens too, or the logits of the last token."""
+    batch, visual = batch_of(images, model.fusion.tokens_per_image, model.llm.config.hidden_size)
+    if what == "prefill":
+        return torch.inference_mode()(lambda: model(batch, visual, logits_to_keep=1))
+    visual.tokens.requires_grad_()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+
+    def step() -> None:
+        loss, tokens = batch_loss(partial(model, visual=visual), batch)
+        (loss / tokens).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        visual.tokens.grad = None
+
+    return step
+
+
+def peak_of(cell: tuple[What, str, int, dict[str, Any], int]) -> float:
+    """The most MiB that one run took above what was there. Called in a process of its own."""
+    what, fusion, images, llm, threads = cell
+    torch.set_num_threads(threads)
+    run = run_of(what, model_of(fusion, llm), images)
+    if device_name() == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        base = torch.cuda.memory_allocated()
+        run()
+        return (torch.cuda.max_memory_allocated() - base) / MIB
+    base = resident()
+    run()
+    return (resident() - base) / MIB
+
+
+def resident() -> int:
+    """The most bytes of this process that were ever in memory."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def peaks_of(counts: list[int], llm: dict[str, Any]) -> dict[What, dict[str, dict[int, float]]]:
+    """Of every cell, each in a process of its own that a server forks which has done the imports and nothing else."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    cells = [
+        (what, fusion, n, llm, torch.get_num_threads()) for what in ("step", "prefill") for fusion in FUSIONS for n in counts
+    ]
+    with ProcessPoolExecutor(1, mp_context=context, max_tasks_per_child=1) as pool:
+        values = list(pool.map(peak_of, cells))
+    found: dict[Any, dict[str, dict[int, float]]] = {"step": {}, "prefill": {}}
+    for (what, fusion, count, *_), value in zip(cells, values, strict=True):
+        found[what].setdefault(fusion, {})[count] = value
+    return found
+
+
+def times_of(counts: list[int], llm: dict[str, Any], repeats: int) -> dict[What, dict[str, dict[int, list[float]]]]:
+    """Milliseconds of every turn, the three fusions in turns for each number of images."""
+    models = {name: model_of(name, llm) for name in FUSIONS}
+    found: dict[Any, dict[str, dict[int, list[float]]]] = {}
+    for what in ("step", "prefill"):
+        found[what] = {name: {} for name in FUSIONS}
+        for count in counts:
+            runs = {name: run_of(what, model, count) for name, model in models.items()}
+            for name, seconds in in_turns(runs, repeats).items():
+                found[what][name][count] = [1000 * value for value in seconds]
+    return found
+
+
+def slope(points: dict[int, float]) -> float:
+    """Of the least-squares line, per image."""
+    xs, ys = torch.tensor(list(points), dtype=torch.float64), torch.tensor(list(points.values()), dtype=torch.float64)
+    return float(((xs - xs.mean()) * (ys - ys.mean())).sum() / (xs - xs.mean()).square().sum())
+
+
+def bench_images(out: Path, images: list[int], repeats: int = 5, quick: bool = False) -> dict[str, Any]:
+    """Prints the tables, and writes images.md, images.json and images.png into `out`.
+
+    Args:
+        images: the numbers of images, ascending, at least two.
+        quick: a smaller LLM.
+    """
+    llm = {**QUICK, "num_key_value_heads": 4} if quick else LLM
+    memory, times = peaks_of(images, llm), times_of(images, llm, repeats)
+    medians = {
+        what: {name: {n: sorted(turns)[len(turns) // 2] for n, turns in by_count.items()} for name, by_count in by_name.items()}
+        for what, by_name in times.items()
+    }
+    most, tables, against = images[-1], [], {}
+    for what, unit in (("step", "ms"), ("prefill", "ms"), ("step", "MiB"), ("prefill", "MiB")):
+        points, rows = (medians if unit == "ms" else memory)[what], []
+        for name, own in points.items():
+            turns = times[what] if unit == "ms" else {k: {most: [v[most]]} for k, v in points.items()}
+            ratio = against[f"{what}, {unit}, {name}"] = ratios(turns["concat"][most], turns[name][most])
+            last = shown(ratio, 1) if unit == "ms" else f"{ratio['median']:.1f}"
+            rows.append([name, *(f"{own[n]:.1f}" for n in images), f"{slope(own):.2f}", last])
+        kind = "time, ms (medians)" if unit == "ms" else "peak memory above the process's own, MiB"
+        head = ["fusion", *map(str, images), f"{unit} an image", f"concat : it at {most}"]
+        tables.append((f"{what}: {kind}, against images of {VISUAL_TOKENS} visual tokens", head, rows))
+    result = {
+        "llm": {**llm, "vocab_size": VOCABULARY, "text": TEXT, "visual_tokens": VISUAL_TOKENS},
+        "milliseconds": times,
+        "MiB": memory,
+        "slopes": {
+            f"{what}, {unit}": {name: slope(points) for name, points in measured[what].items()}
+            for what in times
+            for measured, unit in ((medians, "ms"), (memory, "MiB"))
+        },
+        "concat_over_it": against,
+    }
+    leave(out, "images", result, tables)
+    panels = {
+        f"{what}: {label}": measured[what]
+        for label, measured in (("time (ms)", medians), ("peak memory (MiB)", memory))
+        for what in times
+    }
+    plot_panels(out / "images.png", panels, f"images of {VISUAL_TOKENS} visual tokens")
+    print(f"images.png is in {out}")
+    return result
