@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 EXP ?= shapes_owl3
 NAME ?= owl1
-ABLATION = $(if $(filter command line environment,$(origin NAME)),$(NAME),fusion)
+ABLATION = $(if $(filter command,$(firstword $(origin NAME))),$(NAME),fusion)
 ARGS ?=
 STAMP := $(VENV)/.installed
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import re
 from datetime import datetime
 from html import escape
 from io import BytesIO
@@ -60,11 +61,17 @@ def table(head: list[str], rows: list[list[str]], escaped: bool = False, kind: s
     """A table that scrolls by itself where the screen is narrow; the first column names the row. Texts are escaped unless they
     are HTML already."""
     shown = (lambda text: text) if escaped else escape
-    top = "".join(f"<th scope='col'>{escape(text).replace('/', '/<wbr>').replace('_', '_<wbr>')}</th>" for text in head)
+    top = "".join(f"<th scope='col'>{breakable(text)}</th>" for text in head)
     lines = "\n".join(
         f"<tr><th scope='row'>{shown(row[0])}</th>{''.join(f'<td>{shown(text)}</td>' for text in row[1:])}</tr>" for row in rows
     )
-    return f"<div class='scroll' tabindex='0'><table class='{kind}'><thead><tr>{top}</tr></thead>\n<tbody>\n{lines}\n</tbody></table></div>"
+    body = f"<thead><tr>{top}</tr></thead>\n<tbody>\n{lines}\n</tbody>"
+    return f"<div class='scroll' tabindex='0'><table class='{kind}'>{body}</table></div>"
+
+
+def breakable(name: str) -> str:
+    """A metric's or cell's name that may go on in a new line after its signs."""
+    return re.sub(r"([/_-])", r"\1<wbr>", escape(name))
 
 
 def results_table(results: Results) -> str:
