@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from owlfuse.ablation.results import Results, Row, Run
-from owlfuse.ablation.tables import cells_of, heads, notes, paper_table
+from owlfuse.ablation.tables import cells_of, factors_shown, heads, notes, paper_table
 from owlfuse.identity import flat
 
 SAMPLES = 8
@@ -77,11 +77,14 @@ def breakable(name: str) -> str:
 def results_table(results: Results) -> str:
     """Means with their differences below them, and costs."""
     head = [text for text in heads(results) if text != "difference"]
-    first, last = len(results.record["factors"]) + 2, len(results.record["factors"]) + 2 + 2 * len(results.metrics)
+    first, last = len(factors_shown(results)) + 2, len(factors_shown(results)) + 2 + 2 * len(results.metrics)
     rows = []
     for row in results.rows:
         texts = [escape(text) for text in cells_of(results, row)]
-        scores = [f"{mean}<br><small>{other}</small>" for mean, other in zip(texts[first:last:2], texts[first + 1 : last : 2])]
+        scores = [
+            f"<span class='whole'>{mean}<br><small>{other}</small></span>"
+            for mean, other in zip(texts[first:last:2], texts[first + 1 : last : 2])
+        ]
         rows.append([*texts[:first], *scores, *texts[last:]])
     return table(head, rows, escaped=True, kind="numbers")
 

@@ -144,6 +144,7 @@ def score_against_cost(results: Results) -> Any:
         what, unit = COSTS[name]
         axes.set_xlabel(f"{what} ({unit})")
         axes.margins(x=0.15)
+        axes.locator_params(axis="x", nbins=4)
         axes.grid(color="#dddddd", linewidth=0.6)
         axes.set_axisbelow(True)
     panels[0].set_ylabel(metric + (" (share right)" if "exact_match" in metric else ""))

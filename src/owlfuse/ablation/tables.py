@@ -91,9 +91,15 @@ def amount(value: float | None) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.2f}"
 
 
+def factors_shown(results: Results) -> list[str]:
+    """The factors with a column of their own: a single one is the cell's name."""
+    factors = list(results.record["factors"])
+    return factors if len(factors) > 1 else []
+
+
 def heads(results: Results) -> list[str]:
     """The columns of the Markdown and HTML tables."""
-    factors = list(results.record["factors"])
+    factors = factors_shown(results)
     metrics = [head for metric in results.metrics for head in (metric, "difference")]
     return ["cell", *factors, "seeds", *metrics, *(f"{what}, {unit}" if unit else what for what, unit in COSTS.values())]
 
@@ -103,7 +109,7 @@ def cells_of(results: Results, row: Row) -> list[str]:
     scores = [row.scores[metric] for metric in results.metrics]
     base = row is results.rows[0]
     texts = [text for score in scores for text in (mean_text(score), "baseline" if base else difference_text(score) or "-")]
-    levels = [row.levels[factor] for factor in results.record["factors"]]
+    levels = [row.levels[factor] for factor in factors_shown(results)]
     return [row.name, *levels, f"{len(row.finished)} of {len(row.runs)}", *texts, *(amount(row.cost(name)) for name in COSTS)]
 
 
