@@ -3,11 +3,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 EXP ?= shapes_owl3
 NAME ?= owl1
+ABLATION = $(if $(filter command,$(firstword $(origin NAME))),$(NAME),fusion)
 ARGS ?=
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup experiment recipe test test-slow lint format clean
+.PHONY: help setup experiment recipe ablation test test-slow lint format clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1|/' | awk -F'|' '{ printf "  make %-12s %s\n", $$1, $$2 }'
@@ -27,6 +28,9 @@ experiment: $(STAMP) ## train an experiment, EXP=<name> ARGS="<overrides>"
 
 recipe: $(STAMP) ## run the stages of a recipe, NAME=<name> ARGS="<overrides>"
 	$(BIN)/owlfuse recipe $(NAME) $(ARGS)
+
+ablation: $(STAMP) ## run an ablation and write its report, NAME=<name> ARGS="<overrides>"
+	$(BIN)/owlfuse ablate $(ABLATION) $(ARGS)
 
 test: $(STAMP) lint ## lint, format check and the tests
 	$(BIN)/python -m pytest -n auto --dist loadfile $(ARGS)

@@ -127,9 +127,23 @@ def _recipe(arguments: argparse.Namespace) -> None:
     recipe_command(arguments.recipe, arguments.overrides)
 
 
+def _ablate(arguments: argparse.Namespace) -> None:
+    from owlfuse.ablation.run import ablate_command
+
+    ablate_command(arguments.ablation, arguments.overrides)
+
+
+def _report(arguments: argparse.Namespace) -> None:
+    from owlfuse.ablation.report import report_command
+
+    report_command(arguments.ablation, arguments.overrides)
+
+
 COMMANDS = {
     "train": _train,
     "recipe": _recipe,
+    "ablate": _ablate,
+    "report": _report,
     "eval": _eval,
     "export": _export,
     "import": _import,

@@ -1,4 +1,4 @@
-"""The pages of `owlfuse --help`, `owlfuse train --help` and `owlfuse recipe --help`. Imports nothing heavy."""
+"""The pages of `--help`, of owlfuse and of its commands train, recipe and ablate. Imports nothing heavy."""
 
 import argparse
 from typing import NoReturn
@@ -33,6 +33,24 @@ The same command again goes on: finished stages are skipped, the one that was st
 """
 
 
+ABLATE = """\
+examples:
+  owlfuse ablate fusion
+  owlfuse ablate fusion dry_run=true                      the cells and an estimate, nothing is trained
+  owlfuse ablate fusion seeds=[0] trainer.max_steps=100 name=trial
+  owlfuse ablate fusion jobs=2                            two cells at a time (pip install owlfuse[sweep])
+  owlfuse ablate fusion launcher=submitit_slurm jobs=8 launcher.partition=gpu launcher.timeout_min=120
+  owlfuse report fusion                                   at any time, of what is finished
+
+Settings of its own: jobs=N; launcher=basic (one after another), joblib, submitit_local or submitit_slurm, and launcher.<key>=
+for its own keys; seeds=[0,1]; name= of the folder runs/<name>; dry_run=true; anew=true.
+
+The same command again goes on: finished cells are skipped, what was under way resumes from its last checkpoint, and failed
+cells are tried again. Runs of other code or another configuration are never mixed in: it stops and says so. anew=true puts
+them aside into runs/<name>/old and runs them again.
+"""
+
+
 class TrainHelp(argparse.Action):
     """`owlfuse train --help` reads the folders, and only when asked."""
 
@@ -42,6 +60,7 @@ class TrainHelp(argparse.Action):
         folders = find_folders()
         lines = ["experiments (experiment=<name>):", "  " + (", ".join(folders.experiment_names) or "none"), ""]
         lines += ["recipes (owlfuse recipe <name>):", "  " + (", ".join(folders.recipe_names) or "none"), ""]
+        lines += ["ablations (owlfuse ablate <name>):", "  " + (", ".join(folders.ablation_names) or "none"), ""]
         lines += ["groups (<group>=<option>):"]
         lines += [f"  {group:<18}{', '.join(options)}" for group, options in folders.groups.items()]
         parser.epilog = "\n".join([*lines, "", EXAMPLES])

@@ -5,7 +5,7 @@ import sys
 from typing import NoReturn
 
 from owlfuse.bench.commands import add_bench
-from owlfuse.cli_help import EXIT_CODES, LAYOUT, RECIPE, TrainHelp
+from owlfuse.cli_help import ABLATE, EXIT_CODES, LAYOUT, RECIPE, TrainHelp
 
 
 class Parser(argparse.ArgumentParser):
@@ -41,6 +41,16 @@ def _add_runs(commands) -> None:
     recipe = commands.add_parser("recipe", help="run the stages of a recipe in order", epilog=RECIPE, **LAYOUT)
     recipe.add_argument("recipe", metavar="NAME", help="a folder with a recipe.yaml below experiments/")
     recipe.add_argument("overrides", nargs="*", help="as of train for all stages; stages.<stage>.<key>=<value>; dry_run=true")
+
+    ablate = commands.add_parser("ablate", help="run a grid of cells, and report on it", epilog=ABLATE, **LAYOUT)
+    ablate.add_argument("ablation", metavar="NAME", help="a folder with an ablation.yaml below experiments/")
+    ablate.add_argument(
+        "overrides", nargs="*", help="as of train, for all cells; jobs=, launcher=, seeds=, dry_run=, anew=, name="
+    )
+
+    report = commands.add_parser("report", help="write the report of an ablation anew, finished or not", **LAYOUT)
+    report.add_argument("ablation", metavar="NAME", help="an ablation, or its folder in runs/")
+    report.add_argument("overrides", nargs="*", help=argparse.SUPPRESS)
 
     evaluate = commands.add_parser("eval", help="evaluate a run", usage="owlfuse eval RUN [overrides ...]", **LAYOUT)
     evaluate.add_argument("overrides", nargs="*", metavar="RUN", help="the run's folder, then <key>=<value> to change")

@@ -8,6 +8,7 @@ from typing import Any
 
 EXPERIMENTS = "experiments"  # Hydra's name for the group that `experiment=<name>` chooses from
 RECIPE = "recipe"  # experiments/<recipe>/recipe.yaml holds stages, which are experiments `<recipe>/<stage>`
+ABLATION = "ablation"  # experiments/<name>/ablation.yaml holds factors and seeds
 
 
 @dataclass(frozen=True)
@@ -30,17 +31,30 @@ class ConfigFolders:
 
     @cached_property
     def experiment_names(self) -> list[str]:
-        """Names as experiment=<name> takes them, those in subfolders as `folder/name`, without the stages of recipes."""
-        return sorted(name for name in _yamls(self.experiments) if name.rpartition("/")[2] != RECIPE)
+        """Names as experiment=<name> takes them, in subfolders as `folder/name`, without recipes and ablations."""
+        names = _yamls(self.experiments)
+        return sorted(name for name in names if name.rpartition("/")[2] not in (RECIPE, ABLATION))
 
     @cached_property
     def recipe_names(self) -> list[str]:
         """Names as `owlfuse recipe <name>` takes them."""
-        return sorted(name.rpartition("/")[0] for name in _yamls(self.experiments) if name.rpartition("/")[2] == RECIPE)
+        return self._folders_of(RECIPE)
+
+    @cached_property
+    def ablation_names(self) -> list[str]:
+        """Names as `owlfuse ablate <name>` takes them."""
+        return self._folders_of(ABLATION)
 
     def recipe(self, name: str) -> Path | None:
         """The file of a recipe."""
         return next((path for folder in self.experiments if (path := folder / name / f"{RECIPE}.yaml").is_file()), None)
+
+    def ablation(self, name: str) -> Path | None:
+        """The file of an ablation."""
+        return next((path for folder in self.experiments if (path := folder / name / f"{ABLATION}.yaml").is_file()), None)
+
+    def _folders_of(self, file: str) -> list[str]:
+        return sorted(name.rpartition("/")[0] for name in _yamls(self.experiments) if name.rpartition("/")[2] == file)
 
     def stage(self, config_path: str) -> dict[str, Any] | None:
         """The content of "experiments/<recipe>/<stage>", which a recipe's file holds; None where there is none, or where the

@@ -24,6 +24,7 @@ from owlfuse.config import ConfigError, compose
 from owlfuse.config_errors import COMMAND_LINE, hint
 from owlfuse.config_files import find_folders
 from owlfuse.hub.export import export, load_run
+from owlfuse.identity import flat
 from owlfuse.model import PARTS, MultimodalLM, on_meta
 from owlfuse.recipe_tables import print_plans, print_results, print_stages
 from owlfuse.runs import NAME, last_checkpoint, place
@@ -194,16 +195,6 @@ def write_record(stages: list[Stage]) -> None:
     beside = path.with_suffix(".part")
     OmegaConf.save(OmegaConf.create(ours), beside)
     beside.replace(path)
-
-
-def flat(value: object, path: str = "") -> dict[str, object]:
-    """{"a": {"b": 1}} -> {"a.b": 1}."""
-    if not isinstance(value, dict):
-        return {path: value}
-    found: dict[str, object] = {}
-    for key, child in value.items():
-        found |= flat(child, f"{path}.{key}" if path else str(key))
-    return found
 
 
 def run_stage(stage: Stage, start: Path | None, words: list[str]) -> None:

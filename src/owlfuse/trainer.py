@@ -16,6 +16,7 @@ from omegaconf import DictConfig
 
 from owlfuse.build import build
 from owlfuse.checkpoints import Best, Checkpoints
+from owlfuse.cost import Cost
 from owlfuse.data.datamodule import ChatData
 from owlfuse.first_steps import FirstStepsCheck
 from owlfuse.parallel import data_ranks
@@ -91,10 +92,15 @@ def raise_if_stopped(trainer: Trainer, folder: Path) -> None:
 def make_callbacks(checkpoint: DictConfig | None, watched: str | None) -> list[Callback]:
     """Progress, learning rates, signals, a look at the first steps, checkpoints, and the best by the metric `watched`."""
     callbacks: list[Callback] = [LoggedStep(), TQDMProgressBar(refresh_rate=5), LearningRateMonitor("step"), StopOnSignal()]
-    callbacks.append(FirstStepsCheck())
     checkpoints = build(checkpoint) if checkpoint else Checkpoints()
-    callbacks.append(checkpoints)
+    callbacks += [FirstStepsCheck(), Cost(), checkpoints]
     return [*callbacks, Best(watched, checkpoints.writes)] if watched else callbacks
+
+
+def cost_of(trainer: Trainer, evaluation: Any) -> dict[str, Any]:
+    """What `results.json` holds as `cost`: that of training, and milliseconds per token of an answer."""
+    mine = next((callback.cost for callback in trainer.callbacks if isinstance(callback, Cost)), {})
+    return {**mine, "ms_per_generated_token": getattr(evaluation, "milliseconds", None)}
 
 
 class LoggedStep(Callback):

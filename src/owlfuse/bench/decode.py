@@ -6,16 +6,13 @@ Random weights: the time does not depend on them. Every fusion has the same back
 from __future__ import annotations
 
 import json
-import statistics
-import time
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import TextStreamer
 
 from owlfuse.bench.report import machine, plot_lines, print_table
+from owlfuse.evaluation.generation import milliseconds_per_token
 from owlfuse.hub.modeling import OwlfuseForConditionalGeneration
 from owlfuse.model import assemble
 
@@ -52,38 +49,12 @@ def model_with(fusion: dict[str, Any]) -> OwlfuseForConditionalGeneration:
     return OwlfuseForConditionalGeneration.wrap(model.eval(), IMAGE_TOKEN)
 
 
-class Clock(TextStreamer):
-    """Notes when each token comes."""
-
-    def __init__(self) -> None:
-        self.times: list[float] = []
-
-    def put(self, value: torch.Tensor) -> None:
-        """See `TextStreamer`; the first call brings the prompt."""
-        if value.is_cuda:
-            torch.cuda.synchronize()
-        self.times.append(time.perf_counter())
-
-    def end(self) -> None:
-        """See `TextStreamer`."""
-
-
 def milliseconds(model: OwlfuseForConditionalGeneration, images: int, tokens: int) -> float:
     """Median time between two tokens of an answer about `images` pictures; the first token, which reads the prompt, apart."""
     device = model.device
     prompt = [IMAGE_TOKEN] * (images * model.config.tokens_per_image) + [7] * PROMPT
     pixels = torch.zeros(images, 3, VISION["image_size"], VISION["image_size"], device=device)
-    clock = Clock()
-    model.generate(
-        torch.tensor([prompt], device=device),
-        pixel_values=pixels,
-        do_sample=False,
-        max_new_tokens=tokens + 1,
-        min_new_tokens=tokens + 1,
-        streamer=clock,
-    )
-    answered = clock.times[1:]
-    return 1000 * statistics.median(b - a for a, b in pairwise(answered))
+    return milliseconds_per_token(model, tokens, input_ids=torch.tensor([prompt], device=device), pixel_values=pixels)
 
 
 def bench_decode(images: list[int], tokens: int, repeats: int, out: Path) -> dict[str, Any]:

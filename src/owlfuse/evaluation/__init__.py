@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from owlfuse.evaluation.metrics import Answer, answer_questions, mean_loss, metric_names, questions_of, score
+from omegaconf import DictConfig, OmegaConf
+
+from owlfuse.evaluation.metrics import Answer, answer_questions, mean_loss, metric_names, questions_of, score, time_answer
 from owlfuse.evaluation.reports import print_metrics, write_answers, write_contact_sheet
+from owlfuse.identity import code_hash, config_hash, versions
 
 
 @dataclass
@@ -20,6 +23,7 @@ class Evaluation:
         max_questions: of each validation source, spread evenly; None: all.
         blank: ask the questions about pictures again with blank pictures.
         contact_sheet: pictures on the sheet.
+        decode_tokens: of one answer, timed after the others (`milliseconds`); 0: none.
     """
 
     batch_size: int = 64
@@ -27,6 +31,9 @@ class Evaluation:
     max_questions: int | None = None
     blank: bool = True
     contact_sheet: int = 24
+    decode_tokens: int = 16
+    milliseconds: float | None = field(default=None, init=False)
+    """Per token of an answer to one question, the first token apart, which reads the prompt."""
 
     def __call__(self, model: Any, data: Any) -> tuple[dict[str, float], list[Answer]]:
         """Metrics by their full names and all answers, progress shown."""
@@ -52,6 +59,7 @@ class Evaluation:
                 blank = answer_questions(model, data, source, questions, *settings, blank=True) if with_blank else None
                 metrics |= metric_names(source, list(data.validation), score(answers, blank, loss))
                 everything += answers
+        self.milliseconds = time_answer(model, data, self.decode_tokens)
         model.train(training)
         return dict(sorted(metrics.items())), everything
 
@@ -67,29 +75,30 @@ class Evaluation:
             write_contact_sheet(folder / "contact_sheet.png", mine, self.contact_sheet, f"{title}: {right:.0%} right")
 
 
-def write_results(folder: Path, experiment: str, seed: int, steps: int, metrics: dict[str, float], wall_s: float) -> None:
-    """`results.json`, written beside and renamed."""
+def write_results(
+    folder: Path, config: DictConfig, steps: int, metrics: dict[str, float], cost: dict[str, Any], wall_s: float
+) -> None:
+    """`results.json`, written beside and renamed. `hash` says of which code and configuration they are (see `identity`)."""
+    plain = OmegaConf.to_container(config, resolve=True)
     results = {
-        "experiment": experiment,
-        "seed": seed,
+        "experiment": config.experiment,
+        "seed": config.seed,
         "steps": steps,
         "metrics": metrics,
+        "cost": cost,
+        "hash": {"code": code_hash(plain), "config": config_hash(plain)},
         "versions": versions(),
         "git": git_state(),
         "wall_s": round(wall_s, 1),
     }
-    beside = folder / "results.json.part"
-    beside.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-    beside.replace(folder / "results.json")
+    write_json(folder / "results.json", results)
 
 
-def versions() -> dict[str, str]:
-    """Of owlfuse, Python and the libraries that decide results."""
-    import platform
-    from importlib.metadata import version
-
-    names = ("owlfuse", "torch", "lightning", "transformers", "timm", "peft")
-    return {"python": platform.python_version(), **{name: version(name) for name in names}}
+def write_json(path: Path, content: Any) -> None:
+    """Written beside and renamed."""
+    beside = path.with_name(path.name + ".part")
+    beside.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    beside.replace(path)
 
 
 def git_state() -> str | None:
@@ -104,11 +113,15 @@ def git_state() -> str | None:
     return done.stdout.strip() or None
 
 
+def read_results(folder: Path) -> dict[str, Any]:
+    """What `results.json` of a run holds, nothing where there is none yet."""
+    path = folder / "results.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+
 def evaluate_run(folder: str, overrides: list[str]) -> None:
     """`owlfuse eval`: evaluates a run's last checkpoint again, and writes its results anew. Overrides are those of `train`."""
     import time
-
-    from omegaconf import OmegaConf
 
     from owlfuse.build import build
     from owlfuse.config import compose
@@ -123,5 +136,12 @@ def evaluate_run(folder: str, overrides: list[str]) -> None:
     evaluation = build(config.evaluation)
     metrics, answers = evaluation(model, data)
     steps = checkpoint["global_step"]
-    write_results(Path(folder), config.experiment, config.seed, steps, metrics, time.monotonic() - began)
+    before = read_results(Path(folder))
+    cost = {**before.get("cost", {}), "ms_per_generated_token": evaluation.milliseconds}
+    write_results(Path(folder), config, steps, metrics, cost, time.monotonic() - began)
+    results = read_results(Path(folder))
+    trained = before.get("hash", {}).get("code", "unknown")
+    if trained != results["hash"]["code"]:
+        results["hash"]["code"] = f"{trained}, evaluated by {results['hash']['code']}"
+        write_json(Path(folder) / "results.json", results)
     evaluation.write(Path(folder), metrics, answers, f"{config.experiment}, {steps} steps")

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import statistics
+import time
+from itertools import pairwise
+from typing import Any
+
 import torch
 from torch import Tensor
+from transformers import TextStreamer
 
 from owlfuse.hub.modeling import OwlfuseForConditionalGeneration
 from owlfuse.model import MultimodalLM
@@ -26,3 +32,33 @@ def generate_greedy(model: MultimodalLM, batch: Batch, max_new_tokens: int, end_
         do_sample=False,
     )
     return rows[:, batch.input_ids.shape[1] :]
+
+
+class Clock(TextStreamer):
+    """Notes when each token comes."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def put(self, value: Tensor) -> None:
+        """See `TextStreamer`; the first call brings the prompt."""
+        if value.is_cuda:
+            torch.cuda.synchronize()
+        self.times.append(time.perf_counter())
+
+    def end(self) -> None:
+        """See `TextStreamer`."""
+
+
+@torch.inference_mode()
+@torch.compiler.set_stance("force_eager")
+def milliseconds_per_token(model: OwlfuseForConditionalGeneration, tokens: int, **prompt: Any) -> float:
+    """Median time between two tokens of one answer of `tokens` + 1; the first, which reads the prompt, apart.
+
+    `prompt` is what `generate` takes: (1, T) input_ids, and pictures.
+    """
+    clock = Clock()
+    count = {"max_new_tokens": tokens + 1, "min_new_tokens": tokens + 1}
+    model.generate(**prompt, **count, do_sample=False, streamer=clock)
+    answered = clock.times[1:]
+    return 1000 * statistics.median(b - a for a, b in pairwise(answered))

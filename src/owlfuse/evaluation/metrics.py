@@ -14,7 +14,8 @@ from owlfuse.data.collate import Skipped
 from owlfuse.data.datamodule import ChatData
 from owlfuse.data.policy import load_or_skip
 from owlfuse.data.truncation import policy_of
-from owlfuse.evaluation.generation import generate_greedy
+from owlfuse.evaluation.generation import generate_greedy, milliseconds_per_token
+from owlfuse.hub.modeling import OwlfuseForConditionalGeneration
 from owlfuse.model import MultimodalLM
 from owlfuse.module import batch_loss
 from owlfuse.types import Batch, DataError, Sample
@@ -116,6 +117,25 @@ def answer_questions(
             answers.append(Answer(source, sample.id, image, question, expected, text.strip(), kind))
         progress(len(chunk))
     return answers
+
+
+def time_answer(model: MultimodalLM, data: ChatData, tokens: int, repeats: int = 2) -> float | None:
+    """Milliseconds per token of an answer to the first question that there is, by itself: the least of the repeats. None for 0
+    tokens, and without a question. All ranks of a model that is shared out take part."""
+    for source, samples in data.validation.items():
+        questions = questions_of(data, source, 1) if tokens else []
+        for sample, _, _ in questions:
+            batch = data.prompts([(sample, samples)]).to(next(model.parameters()).device)
+            end = {"eos_token_id": data.tokenizer.eos_token_id, "pad_token_id": data.tokenizer.eos_token_id}
+            wrapped = OwlfuseForConditionalGeneration.wrap(model, None, end)
+            prompt = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
+            times = []
+            for _ in range(repeats):
+                with torch.inference_mode():
+                    visual = model.encode(batch)
+                times.append(milliseconds_per_token(wrapped, tokens, **prompt, visual=visual))
+            return round(min(times), 3)
+    return None
 
 
 @torch.inference_mode()
