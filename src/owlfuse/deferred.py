@@ -30,6 +30,8 @@ class Step:
     overwrites: int | None = None
     generator: Tensor | None = None
     """The state of torch's generator before it, where it draws numbers."""
+    load: Callable[[], Tensor] | None = None
+    """Gives all that its tensor holds, where that is read from elsewhere."""
 
 
 @dataclass
@@ -113,24 +115,35 @@ class Deferred(TorchDispatchMode):
             self.draws = True
 
     def read(self, tensor: Tensor, load: Callable[[], Tensor]) -> None:
-        """From here on the tensor holds what `load` gives: a tensor of its shape."""
+        """From here on the tensor, all of its storage, holds what `load` gives: a tensor of its shape."""
+        if not tensor.is_meta:
+            with torch.no_grad():
+                tensor.copy_(load())
+            return
         key = storage_of(tensor)
-        self.write(Step(lambda own: own.copy_(load()), (tensor,), {}, [], {key}, {key}, key))
+        self.write(Step(lambda own: own.copy_(load()), (tensor,), {}, [], {key}, {key}, key, load=load))
 
     def write(self, step: Step) -> None:
-        """Adds a step."""
+        """Adds a step. It keeps the memory that its tensors have now: a parameter may be given other memory later."""
+        with torch.utils._python_dispatch._disable_current_modes():
+            step.args, step.kwargs, step.outputs = tree_map(own_name, (step.args, step.kwargs, step.outputs))
         for key in step.writes:
             self.written.setdefault(key, []).append(len(self.steps))
         self.steps.append(step)
 
     def value(self, tensor: Tensor) -> Tensor:
-        """What the tensor would hold, in memory. A tensor that was made outside is given back as it is."""
+        """What the tensor would hold, in memory. A tensor that was made outside is given back as it is, and one that is read
+        from elsewhere as it is read, since it may be large: not to be written into."""
         if not tensor.is_meta:
             return tensor
         state = torch.get_rng_state()
         memory: dict[int, torch.UntypedStorage] = {}
+        needed = sorted(self.needed(storage_of(tensor), len(self.steps)))
+        last = self.steps[needed[-1]] if needed else None
         with torch.utils._python_dispatch._disable_current_modes(), torch.no_grad():
-            for index in sorted(self.needed(storage_of(tensor), len(self.steps))):
+            if last is not None and last.load is not None and same_place(last.args[0], tensor):
+                return last.load().to(tensor.dtype)
+            for index in needed:
                 replay(self.steps[index], memory)
             result = real(tensor, memory)
         torch.set_rng_state(state)
@@ -194,6 +207,17 @@ def to_meta(value: Any) -> Any:
     if isinstance(value, Tensor):
         return value if value.is_meta or value.ndim == 0 else value.to("meta")
     return torch.device("meta") if isinstance(value, torch.device) and value.type == "cpu" else value
+
+
+def own_name(value: Any) -> Any:
+    """A tensor without memory under a name of its own, that no other memory is given to."""
+    return value.detach() if isinstance(value, Tensor) and value.is_meta else value
+
+
+def same_place(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors are the same part of one storage, seen in the same way."""
+    ways = [(storage_of(x), x.storage_offset(), x.shape, x.stride()) for x in (one, other)]
+    return ways[0] == ways[1]
 
 
 def in_memory(value: Any) -> Any:

@@ -8,20 +8,22 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Iterator
+from collections import ChainMap
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, Literal
 
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import StrictDataclassError
-from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from owlfuse.deferred import Deferred, in_memory_after_all
+from owlfuse.stored import Pickled, Safe
 from owlfuse.types import Batch
 
 NORMS = ("input_layernorm", "post_attention_layernorm")
@@ -54,7 +56,8 @@ def load_llm(
     to `vocab_size`, the tokenizer's, where the model has fewer.
 
     Args:
-        gguf_file: the name of a GGUF file in the folder.
+        gguf_file: the name of a GGUF file in the folder. Transformers turns it into weights as a whole, so that where the
+            model is sharded each rank has all of the LLM in memory while it is built.
         gradient_checkpointing: activations inside of decoder layers are dropped and computed again in the backward pass.
         architecture: what the configuration of `pretrained` says, so that a run can be checked and planned where the hub is
             not at hand: it is read on the meta device alone, in the place of the folder's or the hub's.
@@ -97,25 +100,30 @@ def load_pretrained(pretrained: str, gguf_file: str | None, options: dict[str, A
 
 
 def read_later(pretrained: str, options: dict[str, Any]) -> PreTrainedModel | None:
-    """The LLM without memory, each tensor to be read from safetensors files on its own (see `deferred`); None where the files
-    do not have them by their names, so that transformers has to read them."""
+    """The LLM without memory, each tensor to be read from safetensors files or, where there are none, those of torch.save on
+    its own (see `deferred`); None where the files do not have them by their names, so that transformers has to read them."""
     folder = Path(pretrained).expanduser()
     if not folder.is_dir():
         folder = Path(snapshot_download(pretrained, allow_patterns=["*.json", "*.safetensors"]))
+        if not any(folder.glob("*.safetensors")):
+            folder = Path(snapshot_download(pretrained, allow_patterns=["*.json", "*.bin"]))
     with torch.device("meta"), Deferred.current.drawing_nothing():
         llm = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), **options)
-    files = {name: path for path in sorted(folder.glob("*.safetensors")) for name in safe_open(path, "pt").keys()}  # noqa: SIM118
+    try:
+        with in_memory_after_all():
+            files = Safe(sorted(folder.glob("*.safetensors"))) or pickled(folder)
+    except (RuntimeError, ValueError, EOFError, UnpicklingError):  # of an older form, or damaged, as transformers will say
+        return None
     if set(dict(llm.named_parameters())) - set(files):
         return None
     for name, parameter in llm.named_parameters():
-        Deferred.current.read(parameter, partial(read_tensor, files[name], name))
+        Deferred.current.read(parameter, partial(files.__getitem__, name))
     return llm
 
 
-def read_tensor(path: Path, name: str) -> Tensor:
-    """One tensor of a safetensors file."""
-    with safe_open(path, "pt") as file:
-        return file.get_tensor(name)
+def pickled(folder: Path) -> Mapping[str, Tensor]:
+    """The tensors of pytorch_model.bin or its shards."""
+    return ChainMap(*(Pickled(path) for path in sorted(folder.glob("pytorch_model*.bin"))))
 
 
 def random_config(config: dict[str, Any], vocab_size: int):

@@ -4,8 +4,9 @@ parallelism splits; here torch does it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Iterator, Mapping
+from functools import cached_property, partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ import torch.distributed as dist
 from lightning import LightningModule
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
+from torch.distributed import checkpoint as dcp
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
@@ -25,6 +27,9 @@ from owlfuse.deferred import Deferred
 from owlfuse.llm import check_split
 from owlfuse.model import MultimodalLM
 from owlfuse.parallel import Sharded, data_group, local
+
+PREFIX = "state_dict.model."
+"""Before the model's own names in a checkpoint's folder."""
 
 
 def shard(model: MultimodalLM, mesh: DeviceMesh, precision: str) -> None:
@@ -122,6 +127,41 @@ def part_of(value: Tensor, like: Tensor) -> Tensor:
         place = mesh.get_local_rank(dimension)
         value = chunks[place] if place < len(chunks) else value.narrow(placement.dim, 0, 0)
     return value
+
+
+class Shards(Mapping[str, Tensor]):
+    """The weights in a checkpoint's folder that a mesh has written, by the model's names: each is put together when it is
+    asked for, in one process."""
+
+    def __init__(self, path: Path) -> None:
+        self.reader = ShardReader(path)
+        saved = self.reader.saved.state_dict_metadata
+        self.entries = {name.removeprefix(PREFIX): entry for name, entry in saved.items() if name.startswith(PREFIX)}
+
+    def __getitem__(self, name: str) -> Tensor:
+        entry = self.entries[name]
+        whole = torch.empty(entry.size, dtype=entry.properties.dtype)
+        dcp.load({PREFIX + name: whole}, storage_reader=self.reader, no_dist=True)
+        return whole
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.entries)
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+
+class ShardReader(dcp.FileSystemReader):
+    """Reads the folder's table of contents once, and not with each tensor."""
+
+    @cached_property
+    def saved(self) -> dcp.Metadata:
+        """What the folder holds, and where."""
+        return super().read_metadata()
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> dcp.Metadata:
+        """See torch's."""
+        return self.saved
 
 
 def build_for(module: LightningModule, build: Callable[[], tuple[MultimodalLM, Any]]) -> tuple[MultimodalLM, Any]:

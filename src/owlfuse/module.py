@@ -13,7 +13,6 @@ from torch.nn import functional as F
 
 from owlfuse.adapters import PartSummary, print_summary
 from owlfuse.data.packing import Padding
-from owlfuse.deferred import in_memory_after_all
 from owlfuse.hub.start import load_base
 from owlfuse.model import MultimodalLM, build_model
 from owlfuse.model_parallel import build_for
@@ -61,8 +60,7 @@ class MultimodalModule(lightning.LightningModule):
 
     def build(self) -> tuple[MultimodalLM, list[PartSummary]]:
         """The model and what of it is trained."""
-        with in_memory_after_all():
-            base = load_base(self.init_from, self.model_config, self.vocab_size) if self.init_from else None
+        base = load_base(self.init_from, self.model_config, self.vocab_size) if self.init_from else None
         return build_model(self.model_config, self.vocab_size, base)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:

@@ -101,16 +101,6 @@ class Sharded(ModelParallelStrategy):
         super().teardown()
 
 
-def read_folder(path: Path) -> dict[str, Any]:
-    """A checkpoint that a mesh has written, its weights whole, in one process: without the state of the optimizer."""
-    saved = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
-    names = [name for name in saved if name.startswith("state_dict.")]
-    weights = {name: torch.empty(saved[name].size, dtype=saved[name].properties.dtype) for name in names}
-    dcp.load(weights, checkpoint_id=path, no_dist=True)
-    meta = torch.load(path / META, map_location="cpu", weights_only=True)
-    return {**meta, "state_dict": {name.removeprefix("state_dict."): weights[name] for name in names}}
-
-
 @contextmanager
 def naming_step(trainer: Trainer) -> Iterator[None]:
     """A rank that waits in vain for another ends with a DataError that names the step, and not in a backend's words alone."""

@@ -23,6 +23,7 @@ from owlfuse.build import build
 from owlfuse.config import ConfigError, compose
 from owlfuse.config_errors import COMMAND_LINE, hint
 from owlfuse.config_files import find_folders
+from owlfuse.deferred import Deferred
 from owlfuse.hub.export import export, load_run
 from owlfuse.identity import flat
 from owlfuse.model import PARTS, MultimodalLM, on_meta
@@ -222,7 +223,7 @@ def run_stage(stage: Stage, start: Path | None, words: list[str]) -> None:
             print("and with the whole recipe by the same command as before")
         raise
     if first:
-        export(load_run(stage.folder), stage.weights, merge=True, source=f"{config.experiment}, stage {stage.name}")
+        export(load_run(stage.folder, Deferred()), stage.weights, merge=True, source=f"{config.experiment}, stage {stage.name}")
     while not stage.finished:  # a barrier would time out while rank 0 writes a large model
         time.sleep(0.1)
     gc.collect()  # the next stage needs the memory of this one

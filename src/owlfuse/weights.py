@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from owlfuse.adapters import PARTS
+from owlfuse.deferred import Deferred, in_memory_after_all
 from owlfuse.model import MultimodalLM, build_model
-from owlfuse.parallel import read_folder
+from owlfuse.model_parallel import Shards
+from owlfuse.parallel import META
 from owlfuse.runs import last_checkpoint
+from owlfuse.stored import Pickled
 from owlfuse.types import DataError
 
 
@@ -25,13 +30,14 @@ def kept_names(model: nn.Module) -> list[str]:
 
 def frozen_hashes(model: MultimodalLM) -> dict[str, str]:
     """sha256 over names, shapes, types and bytes of the frozen parameters, by part; parts without any are left out."""
+    deferred = Deferred.current
     hashes = {}
     for part in PARTS:
         frozen = {n: p for n, p in sorted(model.part(part).parameters.items()) if not p.requires_grad}
         digest = hashlib.sha256()
         for name, parameter in frozen.items():
             whole = parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
-            tensor = whole.detach().cpu().contiguous()
+            tensor = (whole if deferred is None else deferred.value(whole)).detach().cpu().contiguous()
             digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
             digest.update(tensor.flatten().view(torch.uint8).numpy())
         if frozen:
@@ -39,7 +45,7 @@ def frozen_hashes(model: MultimodalLM) -> dict[str, str]:
     return hashes
 
 
-def check_fits(model: MultimodalLM, weights: dict[str, Tensor], frozen: dict[str, str]) -> None:
+def check_fits(model: MultimodalLM, weights: Mapping[str, Tensor], frozen: dict[str, str]) -> None:
     """Raises DataError with the part whose weights are missing, or whose frozen weights are not those of the training."""
     if missing := [name for name in kept_names(model) if name not in weights]:
         raise DataError(f"the checkpoint has no weights for {part_of(missing[0])}: {missing[0]} and {len(missing) - 1} more")
@@ -63,20 +69,46 @@ def weights_in(checkpoint: dict[str, Any]) -> dict[str, Tensor]:
     return {name.removeprefix("model."): tensor for name, tensor in checkpoint["state_dict"].items()}
 
 
-def read(path: Path) -> dict[str, Any]:
-    """A checkpoint: a file, its tensors mapped from the disk, or a folder of shards."""
-    if path.is_dir():
-        return read_folder(path)
-    return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+def read(path: Path) -> tuple[Mapping[str, Tensor], dict[str, Any]]:
+    """A checkpoint's weights by the model's names, a file's or those of a folder of shards, each read when it is asked for; and
+    its `global_step` and `frozen`."""
+    with in_memory_after_all():
+        if path.is_dir():
+            weights, rest = Shards(path), torch.load(path / META, map_location="cpu", weights_only=True)
+        else:
+            weights = Pickled(path, "state_dict", "model.")
+            rest = weights.content
+        return weights, {name: rest[name] for name in ("global_step", "frozen") if name in rest}
+
+
+def take(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Gives the model the weights that it has a place for. One without memory reads each when it is asked for."""
+    for name, own in model.state_dict().items():
+        if name not in weights:
+            continue
+        load = partial(read_one, weights, name, own.shape)
+        if Deferred.current is not None:
+            Deferred.current.read(own, load)
+        else:
+            own.copy_(load())
+
+
+def read_one(weights: Mapping[str, Tensor], name: str, shape: torch.Size) -> Tensor:
+    """One of the weights. Raises DataError where it has another shape."""
+    tensor = weights[name]
+    if tensor.shape != shape:
+        raise DataError(f"the checkpoint has {name} with shape {tuple(tensor.shape)}, and the model needs {tuple(shape)}")
+    return tensor
 
 
 def needs_base(path: Path) -> bool:
     """Whether a model needs the weights that the run started from, since some stayed frozen and are not in the checkpoint."""
-    return path.is_dir() or bool(read(path).get("frozen"))
+    return path.is_dir() or bool(read(path)[1].get("frozen"))
 
 
 def load_run_model(folder: Path, config: dict[str, Any], vocab_size: int) -> tuple[MultimodalLM, dict[str, Any]]:
-    """The model of a run's newest good checkpoint, its frozen weights made anew as training made them, and the checkpoint.
+    """The model of a run's newest good checkpoint, its frozen weights made anew as training made them, and of the checkpoint
+    what `read` gives. Within `Deferred` the model has no memory.
 
     Raises:
         ConfigError: the run has no good checkpoint.
@@ -84,13 +116,12 @@ def load_run_model(folder: Path, config: dict[str, Any], vocab_size: int) -> tup
     """
     from owlfuse.hub.start import load_base  # which imports what reads a run
 
-    checkpoint = read(last_checkpoint(folder))
+    weights, checkpoint = read(last_checkpoint(folder))
     frozen = checkpoint.get("frozen", {})
     lightning.seed_everything(config["seed"], workers=True, verbose=False)
     init_from = config.get("init_from") if frozen else None
     base = load_base(init_from, config["model"], vocab_size) if init_from else None
     model, _ = build_model(config["model"], vocab_size, base)
-    weights = weights_in(checkpoint)
     check_fits(model, weights, frozen)
-    model.load_state_dict(weights, strict=False)
+    take(model, weights)
     return model, checkpoint

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
+import torch
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
-from safetensors.torch import save_file
 from torch import Tensor, nn
+
+from owlfuse.deferred import Deferred, in_memory_after_all
+from owlfuse.hub.writing import write_file
 
 NAME = "default"  # peft's, of the adapter that owlfuse trains
 
@@ -22,17 +28,47 @@ def without_lora(model: nn.Module) -> dict[str, Tensor]:
     return {n.replace(".base_layer.", "."): t for n, t in model.state_dict().items() if ".lora_" not in n}
 
 
-def merge_lora(model: nn.Module) -> None:
-    """Adds the updates to the weights, and takes the LoRA layers out."""
+def merge_lora(model: nn.Module, deferred: Deferred | None = None) -> None:
+    """Adds the updates to the weights, and takes the LoRA layers out.
+
+    Args:
+        deferred: what knows the tensors of a model without memory; each layer is then merged when its weight is asked for.
+    """
     for name, layer in lora_layers(model).items():
-        layer.merge(safe_merge=True)
+        if layer.get_base_layer().weight.is_meta:
+            merge_later(layer, deferred)
+        else:
+            layer.merge(safe_merge=True)
         parent, _, own = name.rpartition(".")
         setattr(model.get_submodule(parent), own, layer.get_base_layer())
 
 
-def save_lora(model: nn.Module, folder: Path) -> None:
+def merge_later(layer: LoraLayer, deferred: Deferred) -> None:
+    """Has the weight of a layer without memory read as what merging gives."""
+    with in_memory_after_all():
+        frame = copy.deepcopy(layer)
+    before = {name: parameter.detach() for name, parameter in layer.named_parameters()}
+    weight = layer.get_base_layer().weight
+    weight.data = torch.empty_like(weight.data)
+    deferred.read(weight, partial(merged, frame, before, deferred.value))
+
+
+def merged(frame: LoraLayer, before: dict[str, Tensor], value: Callable[[Tensor], Tensor]) -> Tensor:
+    """The weight of a layer with its update, in memory: merged on a copy of the layer."""
+    layer = copy.deepcopy(frame).to_empty(device="cpu")
+    for name, parameter in layer.named_parameters():
+        parameter.data.copy_(value(before[name]))
+    layer.merge(safe_merge=True)
+    return layer.get_base_layer().weight.data
+
+
+def save_lora(model: nn.Module, folder: Path, value: Callable[[Tensor], Tensor]) -> None:
     """Writes adapter_config.json and adapter_model.safetensors, for `PeftModel.from_pretrained(base, folder)`. Nothing is
-    written where the model has no LoRA."""
+    written where the model has no LoRA.
+
+    Args:
+        value: what a tensor of the model holds.
+    """
     layers = lora_layers(model)
     if not layers:
         return
@@ -50,7 +86,7 @@ def save_lora(model: nn.Module, folder: Path) -> None:
     tensors = {}
     for name, layer in layers.items():
         for half in ("lora_A", "lora_B"):
-            tensors[f"base_model.model.{name}.{half}.weight"] = getattr(layer, half)[NAME].weight.detach().contiguous()
+            tensors[f"base_model.model.{name}.{half}.weight"] = getattr(layer, half)[NAME].weight.detach()
     folder.mkdir(parents=True)
     config.save_pretrained(folder)
-    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    write_file(folder / "adapter_model.safetensors", tensors, lambda name: value(tensors[name]))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from owlfuse.config import ConfigError
+from owlfuse.deferred import Deferred
 from owlfuse.hub.adapter import merge_lora
 from owlfuse.hub.export import ADAPTER, Trained, check_exported, export, load_exported, load_run
 from owlfuse.hub.importing import import_released
@@ -35,8 +36,8 @@ def export_command(source: str, out: str, words: list[str]) -> None:
     merge, shards = options["merge"] == "true", options["max_shard_size"]
     if options["layout"] == "released":
         if merge:
-            merge_lora(trained.model)
-        save(trained.model, out, max_shard_size=shards)
+            merge_lora(trained.model, trained.deferred)
+        save(trained.model, out, max_shard_size=shards, value=trained.value)
         print(f"{out} is in the released layout")
         return
     export(trained, Path(out), merge=merge, max_shard_size=shards, source=Path(source).name)
@@ -55,10 +56,12 @@ def import_command(source: str, out: str, words: list[str]) -> None:
 
 
 def read_trained(folder: Path) -> Trained:
-    """The model of a run or of an exported folder."""
+    """The model of a run or of an exported folder, without memory."""
+    deferred = Deferred()
     if (folder / "config.yaml").exists():
-        return load_run(folder)
-    wrapped, processor = load_exported(check_exported(folder))
+        return load_run(folder, deferred)
+    with deferred:
+        wrapped, processor = load_exported(check_exported(folder))
     if processor is None:
-        return Trained(wrapped.model, None, None)
-    return Trained(wrapped.model, processor.tokenizer, None, processor.image_token)
+        return Trained(wrapped.model, None, None, deferred=deferred)
+    return Trained(wrapped.model, processor.tokenizer, None, processor.image_token, deferred)

@@ -7,23 +7,30 @@ processor_config.json, README.md (the model card) and, of a run with LoRA, adapt
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 from transformers import AutoProcessor
+from transformers.core_model_loading import revert_weight_conversion
 
 from owlfuse.data.chat import ChatEncoder
 from owlfuse.data.chat_template import use_template
 from owlfuse.data.datamodule import load_tokenizer
 from owlfuse.data.formats.base import IMAGE
+from owlfuse.deferred import Deferred, storage_of
 from owlfuse.folders import whole_folder
 from owlfuse.hub.adapter import merge_lora, save_lora, without_lora
 from owlfuse.hub.card import model_card
+from owlfuse.hub.later import exported_later
 from owlfuse.hub.modeling import OwlfuseForConditionalGeneration
 from owlfuse.hub.processing import FLATTEN, OwlfuseImageProcessor, OwlfuseProcessor
+from owlfuse.hub.writing import write_weights
 from owlfuse.model import MultimodalLM
 from owlfuse.released.record import read_record, write_record
 from owlfuse.types import DataError
@@ -43,20 +50,33 @@ class Trained:
     """results.json, where the run has one."""
     image_token: str = IMAGE
     """What stands for an image in the tokenizer."""
+    deferred: Deferred | None = None
+    """What knows the tensors of a model without memory."""
+
+    def value(self, tensor: Tensor) -> Tensor:
+        """What a tensor of the model holds."""
+        return tensor if self.deferred is None else self.deferred.value(tensor)
 
 
-def load_run(folder: Path) -> Trained:
-    """The model of a run's last checkpoint, in eval mode on the CPU. The run's data are not needed, but its tokenizer is."""
+def load_run(folder: Path, deferred: Deferred | None = None) -> Trained:
+    """The model of a run's last checkpoint, in eval mode on the CPU. The run's data are not needed, but its tokenizer is.
+
+    Args:
+        deferred: knows the tensors, and the model has no memory: for `export`.
+    """
     config = OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"), resolve=True)
     tokenizer = use_template(load_tokenizer(config["data"]["tokenizer"]), config["data"].get("chat_template"))
     encoder = ChatEncoder(tokenizer, tokens_per_image=1)
-    model, _ = load_run_model(folder, config, len(encoder.tokenizer))
-    results = folder / "results.json"
-    return Trained(model.eval(), encoder.tokenizer, json.loads(results.read_text()) if results.exists() else None)
+    with deferred or nullcontext():
+        model, _ = load_run_model(folder, config, len(encoder.tokenizer))
+    path = folder / "results.json"
+    results = json.loads(path.read_text()) if path.exists() else None
+    return Trained(model.eval(), encoder.tokenizer, results, deferred=deferred)
 
 
 def export(trained: Trained, out: Path, merge: bool = False, max_shard_size: str = "5GB", source: str = "") -> Path:
-    """Writes OUT, whole or not at all.
+    """Writes OUT, whole or not at all. Of a model without memory one tensor is in memory at a time, and of a layer that LoRA's
+    update is folded into a few copies.
 
     Args:
         merge: fold LoRA's updates into the weights; else they are written apart, in `adapter/`.
@@ -68,17 +88,43 @@ def export(trained: Trained, out: Path, merge: bool = False, max_shard_size: str
     model = trained.model
     wrapped = wrap(trained)
     if merge:
-        merge_lora(model)
+        merge_lora(model, trained.deferred)
     with whole_folder(out) as folder:
-        wrapped.save_pretrained(folder, state_dict=without_lora(wrapped), max_shard_size=max_shard_size)
+        save_weights(wrapped, folder, max_shard_size, trained.value)
         if not merge:
-            save_lora(wrapped, folder / ADAPTER)
+            save_lora(wrapped, folder / ADAPTER, trained.value)
         if trained.tokenizer is not None:
             processor_of(trained).save_pretrained(folder)
         if released := model.released:
             write_record(released, folder / RELEASED)
         (folder / "README.md").write_text(model_card(model, trained.results, source, (folder / ADAPTER).exists()))
     return out
+
+
+def save_weights(
+    wrapped: OwlfuseForConditionalGeneration, folder: Path, max_shard_size: str, value: Callable[[Tensor], Tensor]
+) -> None:
+    """What `wrapped.save_pretrained` writes, without LoRA. An LLM that transformers has under other names than its files, as
+    it has mixtures of experts, is in memory as a whole."""
+    state = untied(without_lora(wrapped), wrapped)
+    if set(revert_weight_conversion(wrapped, state)) != set(state):
+        whole = {name: value(tensor) for name, tensor in state.items()}
+        wrapped.save_pretrained(folder, state_dict=whole, max_shard_size=max_shard_size)
+        return
+    wrapped.save_pretrained(folder, state_dict={})  # all but the weights
+    metadata = {"total_parameters": wrapped.num_parameters()}
+    write_weights(folder, state, lambda name: value(state[name]), max_shard_size, metadata)
+
+
+def untied(state: dict[str, Tensor], wrapped: OwlfuseForConditionalGeneration) -> dict[str, Tensor]:
+    """The state without the names of weights that are others' too, by which transformers does not look for them."""
+    tied = wrapped.get_expanded_tied_weights_keys(all_submodels=True)
+    twice = {name for name, source in tied.items() if {name, source} <= set(state)}
+    return {
+        name: tensor
+        for name, tensor in state.items()
+        if not (name in twice and storage_of(tensor) == storage_of(state[tied[name]]))
+    }
 
 
 def wrap(trained: Trained) -> OwlfuseForConditionalGeneration:
@@ -115,24 +161,28 @@ def processor_of(trained: Trained) -> OwlfuseProcessor:
 def load_exported(
     folder: Path, merge: bool = False, attention: str = "sdpa"
 ) -> tuple[OwlfuseForConditionalGeneration, OwlfuseProcessor | None]:
-    """The model and processor of OUT, LoRA's updates applied: beside the weights, or folded into them with `merge`.
+    """The model and processor of OUT, LoRA's updates applied: beside the weights, or folded into them with `merge`. Within
+    `Deferred` the model has no memory.
 
     Raises:
         DataError: a folder that is no export, or one that is damaged (the file is named).
     """
     folder = check_exported(folder)
     check_weights(folder)
-    wrapped, found = OwlfuseForConditionalGeneration.from_pretrained(
-        folder, attn_implementation=attention, ignore_mismatched_sizes=True, output_loading_info=True
-    )
+    if Deferred.current is None:
+        wrapped, found = OwlfuseForConditionalGeneration.from_pretrained(
+            folder, attn_implementation=attention, ignore_mismatched_sizes=True, output_loading_info=True
+        )
+    else:
+        wrapped, found = exported_later(folder, attention)
     if wrong := [f"{name} ({what.removesuffix('_keys')})" for what in KEYS for name in map(name_of, found[what])]:
         raise DataError(f"{folder}: the weights do not fit config.json: {', '.join(sorted(wrong))}; export it anew")
     if (folder / ADAPTER).is_dir():
         from peft import PeftModel
 
-        PeftModel.from_pretrained(wrapped, folder / ADAPTER)
+        PeftModel.from_pretrained(wrapped, folder / ADAPTER, torch_device="cpu")
         if merge:
-            merge_lora(wrapped.model)
+            merge_lora(wrapped.model, Deferred.current)
     if (folder / RELEASED).is_dir():
         wrapped.model.released = read_record(folder / RELEASED)
     has_processor = (folder / "processor_config.json").exists()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from owlfuse.config import ConfigError, compose, origin_of
@@ -59,13 +60,16 @@ def differences(asked: dict[str, Any], usual: dict[str, Any], given: dict[str, A
 
 def load_base(folder: str, nodes: dict[str, Any], vocab_size: int) -> MultimodalLM:
     """The folder's model for training: float32, LoRA's updates folded in, embeddings for at least `vocab_size` tokens, position
-    embeddings resampled where its pictures had another size.
+    embeddings resampled where its pictures had another size. Within `Deferred` it has no memory. Reading it uses up no random
+    numbers.
 
     Args:
         nodes: the configuration's `model`, for how the LLM computes (`attention`, `gradient_checkpointing`) and for the size.
     """
     llm, image_size = nodes["llm"], nodes["vision"].get("image_size")
+    state = torch.get_rng_state()  # building a model draws some or none, as it is built
     model = load_exported(Path(folder), merge=True, attention=llm.get("attention", "sdpa"))[0].model.float()
+    torch.set_rng_state(state)
     if image_size and model.vision.preprocessing.size != (image_size, image_size):
         model.set_image_size(image_size)
     if model.llm.get_input_embeddings().num_embeddings < vocab_size:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
@@ -36,7 +37,7 @@ class Released:
     """Each tensor of the folder by name, and its type; None for one that is kept as it was."""
     shapes: dict[str, tuple[int, ...]]
     """Each tensor's shape."""
-    kept: dict[str, Tensor] = field(repr=False)
+    kept: Mapping[str, Tensor] = field(repr=False)
     """Tensors that the model does not use, and those whose numbers its type does not hold."""
     files: dict[str, bytes] = field(repr=False)
     """config.json, and preprocessor_config.json where there is one, byte for byte."""

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
 
+from owlfuse.hub.writing import write_file
 from owlfuse.released.loading import Released
+from owlfuse.stored import Safe
 from owlfuse.types import DataError
 
 
@@ -19,8 +19,8 @@ def write_record(released: Released, folder: Path) -> None:
     for name, content in released.files.items():
         (folder / name).write_bytes(content)
     if released.kept:
-        save_file({name: tensor.contiguous() for name, tensor in released.kept.items()}, folder / "kept.safetensors")
-    rest = {name: value for name, value in asdict(released).items() if name not in ("kept", "files", "config")}
+        write_file(folder / "kept.safetensors", released.kept, released.kept.__getitem__)
+    rest = {name: value for name, value in vars(released).items() if name not in ("kept", "files", "config")}
     rest["dtypes"] = {name: dtype and str(dtype).removeprefix("torch.") for name, dtype in released.dtypes.items()}
     rest["files"] = sorted(released.files)
     (folder / "record.json").write_text(json.dumps(rest) + "\n")
@@ -31,7 +31,7 @@ def read_record(folder: Path) -> Released:
     try:
         rest = json.loads((folder / "record.json").read_text())
         files = {name: (folder / name).read_bytes() for name in rest.pop("files")}
-        kept = load_file(folder / "kept.safetensors") if (folder / "kept.safetensors").exists() else {}
+        kept = Safe([folder / "kept.safetensors"]) if (folder / "kept.safetensors").exists() else {}
         rest["dtypes"] = {name: dtype and getattr(torch, dtype) for name, dtype in rest["dtypes"].items()}
         rest["shapes"] = {name: tuple(shape) for name, shape in rest["shapes"].items()}
         return Released(**rest, config=json.loads(files["config.json"]), kept=kept, files=files)
