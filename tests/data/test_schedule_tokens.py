@@ -178,6 +178,12 @@ def test_a_mixture_sent_to_a_worker_leaves_its_tables_behind():
     assert pickle.loads(sent)[10**6] == found
 
 
+def test_many_sources_of_one_length_and_of_weights_over_six_decades_stay_near_their_shares():
+    for seed in range(4):
+        weights = tuple((10 ** np.random.default_rng(seed).uniform(0, 6, 60)).astype(int).tolist())
+        assert max(distances(merging(weights, (100,) * 60)).values()) <= 120
+
+
 def test_samples_too_long_for_whole_numbers_are_told():
     long = {"a": np.array([LARGEST // 8]), "b": np.array([1])}
     with pytest.raises(ValueError, match="the sources' longest samples have 268,435,457 supervised tokens, expected"):
