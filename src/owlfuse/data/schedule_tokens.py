@@ -76,7 +76,7 @@ class TokenOrder(Order):
     """The order of a stretch without end: streams of samples are merged by when half of a sample's tokens are due (`merging`).
 
     What stands where so many tokens came before depends on the samples near there alone, so that a frame of positions is
-    found by itself, 0.2 to 0.4 us a position of 2 to 3 sources, 1.4 of 40. A position's frame is searched for: positions grow
+    found by itself, some 0.1 us a position of 2 or 3 sources, 0.3 of 40. A position's frame is searched for: positions grow
     with tokens.
     """
 
