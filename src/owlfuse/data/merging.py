@@ -74,7 +74,7 @@ def merging(weights: tuple[int, ...], longest: tuple[int, ...]) -> Group:
 
     Up to four sources are always within the longest sample: two pairs are, whatever the weights. So are nearly all mixtures of
     more whose sources have longest samples of different lengths. Where all are of one length, a source of middling weight can
-    be a few hundredths further away (a ninth at most in some hundred random mixtures of 5 to 40 sources, weights over four
+    be a few hundredths further away (a seventh at most in a thousand random mixtures of 5 to 40 sources, weights over four
     decades; `two_lightest` bounds it). No order at all can hold n sources closer than 1 - 1 / (2n - 2) samples.
 
     Args:
