@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from owlfuse.data.merging import Group, distances, merging
 from owlfuse.data.mixture import Mixture
+from owlfuse.data.schedule import Order
 from owlfuse.data.schedule_tokens import LARGEST, STEP, TokenOrder
 from owlfuse.data.shuffle import Shuffle
 from owlfuse.data.token_sums import TokenSums
@@ -83,6 +84,26 @@ def test_every_prefix_is_as_near_to_the_shares_as_is_proven(seed, start):
     for i, share in enumerate(mixture.shares):
         away = [abs(before[i] + each[i][k] - share * (sum(before) + total[k])) for k in range(0, 6000, 7)]
         assert max(away) <= distance[i] + 0.01
+
+
+@few
+@given(seed=st.integers(0, 2**32))
+def test_sources_stand_even_again_where_a_phase_begins_or_one_drops_out(seed):
+    mixture = made_mixture(seed, 8, weights_at={700: {"s0": 3}, 10_000: {"s0": 0.01}}, at_end="once")
+    length = mixture.available(10**9)
+    sources, indices = mixture.positions(0, length)
+    tokens = np.array([mixture.counted[source][index] for source, index in zip(sources.tolist(), indices.tolist())])
+    for source, size in enumerate(map(len, mixture.counted)):
+        assert sorted(indices[sources == source]) == list(range(size))
+    for stretch in mixture.schedule.stretches:
+        shares, distance = stretch.order.shares, mixture.schedule.distance(stretch.start)
+        here = slice(stretch.start, stretch.stop)
+        total = np.cumsum(tokens[here]).tolist()
+        for source, share in enumerate(shares):
+            own = np.cumsum(np.where(sources[here] == source, tokens[here], 0)).tolist()
+            assert all(abs(mine - share * all_) <= distance[source] + 0.01 for mine, all_ in list(zip(own, total))[::5])
+        used_up = {source: 40 * source + 7 for source, share in enumerate(shares) if share}
+        assert stretch.order.first_of(used_up) == Order.first_of(stretch.order, used_up)
 
 
 def epochs_before(lengths: np.ndarray, shuffle: Shuffle, draws: int) -> int:
@@ -176,6 +197,12 @@ def test_a_mixture_sent_to_a_worker_leaves_its_tables_behind():
     sent = pickle.dumps(mixture)
     assert len(sent) < alone + 300_000
     assert pickle.loads(sent)[10**6] == found
+
+
+def test_many_sources_of_one_length_and_of_weights_over_six_decades_stay_near_their_shares():
+    for seed in range(4):
+        weights = tuple((10 ** np.random.default_rng(seed).uniform(0, 6, 60)).astype(int).tolist())
+        assert max(distances(merging(weights, (100,) * 60)).values()) <= 120
 
 
 def test_samples_too_long_for_whole_numbers_are_told():

@@ -125,7 +125,7 @@ def test_a_folder_with_a_size_hides_no_sample(tmp_path):
     assert [sample["id"] for sample in tars.TarSamples([tmp_path / "t.tar"])] == ["a", "b"]
 
 
-@pytest.mark.parametrize(("ranks", "workers"), [(1, 0), (3, 2), (5, 3)])
+@pytest.mark.parametrize(("ranks", "workers"), [(1, 0), (3, 2), (5, 1)])
 def test_ranks_and_workers_read_each_sample_of_the_shards_once_an_epoch(shards, ranks, workers):
     source = WebDataset(str(shards / "s-*.tar"))
     source.name = "w"

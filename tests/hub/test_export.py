@@ -73,16 +73,20 @@ def test_the_processor_makes_what_the_training_data_have(experiment, train_run, 
     from owlfuse.data.chat import question_samples
 
     sample = question_samples(source[0])[0][0]
-    expected = data.prompts([(sample, source)])
     picture = Image.open(source.image_root / sample.images[0])
     question = sample.messages[0]["content"][-1]["text"].lstrip("\n")
     content = [{"type": "image", "image": picture}, {"type": "text", "text": question}]
     processor = AutoProcessor.from_pretrained(out)
-    got = processor.apply_chat_template(
-        [{"role": "user", "content": content}], tokenize=True, add_generation_prompt=True, return_dict=True, return_tensors="pt"
-    )
-    assert torch.equal(got["input_ids"], expected.input_ids)
-    assert torch.equal(got["pixel_values"], expected.pixel_values)
+    options = {"tokenize": True, "add_generation_prompt": True, "return_dict": True, "return_tensors": "pt"}
+    for tile, views in ((0.0, 1), (1.0, 5)):  # shapes are square: two rows of two tiles
+        source.tile = processor.tile = tile
+        expected = data.prompts([(sample, source)])
+        got = processor.apply_chat_template([{"role": "user", "content": content}], **options)
+        assert torch.equal(got["input_ids"], expected.input_ids)
+        assert torch.equal(got["pixel_values"], expected.pixel_values)
+        assert len(got["pixel_values"]) == views
+    processor.save_pretrained(tmp_path / "tiled")
+    assert AutoProcessor.from_pretrained(tmp_path / "tiled").tile
 
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)

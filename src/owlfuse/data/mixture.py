@@ -21,9 +21,9 @@ class Mixture:
     """Says for every position which sample of which source stands there, without state.
 
     By samples, every prefix of a phase holds each source within one sample of its weight's share. By supervised tokens
-    (`lengths` given), every prefix holds each source's tokens within the longest sample's of any source of its share, up to a
-    quarter more where five sources or more have samples as long (`merging`; `schedule.distance` says how many tokens). Each
-    epoch of a source is a new shuffle, which covers every sample once.
+    (`lengths` given), every prefix of a phase holds each source's tokens within the longest sample's of any source of its
+    share; a little more where five sources or more have samples as long (`merging`; `schedule.distance` says how many tokens).
+    Each epoch of a source is a new shuffle, which covers every sample once.
 
     Args:
         sizes: samples of each source.

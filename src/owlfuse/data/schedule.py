@@ -78,10 +78,12 @@ class SampleSchedule:
             self.length = position
             return
         order = self.order(shares, drawn)
-        ends = [self.rules.phase_end(position)]
-        for i, size in enumerate(self.rules.sizes):
-            if self.rules.ends[i] != "repeat" and shares[i]:
-                ends.append(position + order.position_of(i, size - int(drawn[i]) - 1) + 1)
+        lasts = {  # of each source that is ever used up, its last draw, counted from here
+            i: size - int(drawn[i]) - 1
+            for i, size in enumerate(self.rules.sizes)
+            if self.rules.ends[i] != "repeat" and shares[i]
+        }
+        ends = [self.rules.phase_end(position), position + order.first_of(lasts) + 1 if lasts else None]
         stop = min((end for end in ends if end is not None), default=None)
         self.stretches.append(Stretch(position, stop, drawn, order))
 
@@ -141,6 +143,10 @@ class Order:
         """Where the source's k-th draw stands, from 0."""
         rounds, place = divmod(draw, int(self.counts[source]))
         return rounds * self.period + int(self.places[source][place])
+
+    def first_of(self, draws: dict[int, int]) -> int:
+        """Where the first of some draws stands, one of each source that is named."""
+        return min(self.position_of(source, draw) for source, draw in draws.items())
 
     def sources(self, start: int, stop: int) -> np.ndarray:
         """The sources' numbers from one offset to another, uint16."""

@@ -5,6 +5,7 @@ N images, H and W their size in pixels, B rows, T text positions.
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from transformers.image_utils import load_image
 
 from owlfuse.data.formats.base import IMAGE
 from owlfuse.data.images import MAX_PIXELS, open_image, to_rgb
+from owlfuse.data.tiles import views_of
 from owlfuse.types import DataError
 from owlfuse.vision import Preprocessing
 
@@ -84,6 +86,7 @@ class OwlfuseProcessor(ProcessorMixin):
     Args:
         tokens_per_image: the model's.
         image_token: the tokenizer's token that stands for an image.
+        tile: whether a picture becomes a global view and tiles, an image each (see `tiles`), as of a source with `tile: 1`.
     """
 
     def __init__(
@@ -93,11 +96,13 @@ class OwlfuseProcessor(ProcessorMixin):
         chat_template: str | None = None,
         tokens_per_image: int = 1,
         image_token: str = IMAGE,
+        tile: bool = False,
     ) -> None:
         if image_token not in tokenizer.get_vocab():
             raise DataError(f"the tokenizer has no {image_token}, which stands for an image; take the one that was exported")
         self.tokens_per_image = tokens_per_image
         self.image_token = image_token
+        self.tile = tile
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
 
     def __call__(self, images: Any = None, text: str | list[str] | None = None, **kwargs: Any) -> BatchFeature:
@@ -118,7 +123,11 @@ class OwlfuseProcessor(ProcessorMixin):
             raise DataError(f"the text has {found} {token} and {len(pictures)} images were given; there must be one for each")
         options = {k: v for k, v in kwargs.items() if k not in ("videos", "audio", "images_kwargs", "return_tensors")}
         options = {"padding": len(texts) > 1, "add_special_tokens": False, **options, **options.pop("text_kwargs", {})}
-        grown = [one.replace(token, token * self.tokens_per_image) for one in texts]
+        size = self.image_processor.size["height"], self.image_processor.size["width"]
+        views = [views_of(to_rgb(picture), size) if self.tile else [picture] for picture in pictures]
+        counts = iter(views)
+        grown = [re.sub(re.escape(token), lambda _: token * self.tokens_per_image * len(next(counts)), one) for one in texts]
+        pictures = [view for each in views for view in each]
         tensors = kwargs.get("return_tensors", "pt")
         encoded = self.tokenizer(grown, padding_side="left", return_tensors=tensors, **options)
         encoded = {name: encoded[name] for name in ("input_ids", "attention_mask")}
