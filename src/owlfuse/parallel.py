@@ -16,13 +16,12 @@ import torch.distributed as dist
 from lightning import Trainer
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, ParallelStrategy
 from torch import Tensor, nn
-from torch.distributed import checkpoint as dcp
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
 from owlfuse.llm import check_split
-from owlfuse.parallel_checkpoints import META, leave, load_shards, optimizer_by_name, shards_writer, side_group
+from owlfuse.parallel_checkpoints import leave, load_shards, optimizer_by_name, shards_writer, side_group
 from owlfuse.types import DataError
 
 TIMEOUT_MINUTES = 10.0

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from owlfuse.data.merging import Group, distances, merging
 from owlfuse.data.mixture import Mixture
 from owlfuse.data.schedule import Order
-from owlfuse.data.schedule_tokens import LARGEST, STEP, TokenOrder
+from owlfuse.data.schedule_tokens import LARGEST, STEP, TokenOrder, TokenSchedule
 from owlfuse.data.shuffle import Shuffle
 from owlfuse.data.token_sums import TokenSums
 
@@ -42,6 +42,7 @@ def made_mixture(seed: int, most: int = 12, **options) -> Mixture:
     lengths = {name: made_lengths(generator, size) for name, size in sizes.items()}
     mixture = Mixture(sizes, weights, seed, lengths=lengths, **options)
     mixture.counted = [lengths[name] for name in mixture.names]
+    mixture.schedule = TokenSchedule(mixture.schedule.rules, mixture.counted, mixture.shuffles)  # where all are alike, too
     return mixture
 
 
@@ -203,6 +204,18 @@ def test_many_sources_of_one_length_and_of_weights_over_six_decades_stay_near_th
     for seed in range(4):
         weights = tuple((10 ** np.random.default_rng(seed).uniform(0, 6, 60)).astype(int).tolist())
         assert max(distances(merging(weights, (100,) * 60)).values()) <= 120
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_where_all_samples_are_of_one_length_no_source_is_ever_a_whole_sample_from_its_share(seed):
+    generator = np.random.default_rng(seed)
+    sizes = {f"s{i:02}": int(generator.integers(1, 60)) for i in range(40)}
+    weights = {name: float(generator.integers(1, 50)) for name in sizes}
+    mixture = Mixture(sizes, weights, seed, lengths={name: np.full(size, 70) for name, size in sizes.items()})
+    sources = mixture.positions(0, 3000)[0]
+    for number, share in enumerate(mixture.shares):
+        away = np.abs(np.cumsum(sources == number) - float(share) * np.arange(1, 3001))
+        assert away.max() < 1 + 1e-9
 
 
 def test_samples_too_long_for_whole_numbers_are_told():

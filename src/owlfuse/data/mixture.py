@@ -70,9 +70,13 @@ class Mixture:
         self.shuffles = [Shuffle(sizes[name], seed, numbers[name]) for name in self.names]
         if lengths is None:
             self.schedule: SampleSchedule | TokenSchedule = SampleSchedule(rules)
+            return
+        check_lengths(sizes, lengths, self.names)
+        counts = [lengths[name] for name in self.names]
+        if len({bound for tokens in counts for bound in (int(tokens.min()), int(tokens.max()))}) == 1:
+            self.schedule = SampleSchedule(rules)  # shares of tokens are shares of samples, and held as closely as those
         else:
-            check_lengths(sizes, lengths, self.names)
-            self.schedule = TokenSchedule(rules, [lengths[name] for name in self.names], self.shuffles)
+            self.schedule = TokenSchedule(rules, counts, self.shuffles)
 
     def __getitem__(self, position: int) -> tuple[str, int]:
         """The source's name and the sample's index in it, at a position from 0. Raises IndexError after the schedule's end."""
