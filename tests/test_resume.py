@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -70,6 +71,58 @@ def by_this_process(run_overrides):
         os.environ.update(before)
 
 
+def whole_of(folder, name):
+    return folder / "runs" / "shapes_owl3" / name
+
+
+def start(folder, *overrides):
+    """`owlfuse train`, which starts the second rank itself."""
+    command = [sys.executable, "-m", "owlfuse.cli", "train", *overrides]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen(command, cwd=folder, env=environment, start_new_session=True, **pipes)
+
+
+def wait_for(process, condition, seconds=240):
+    end = time.monotonic() + seconds
+    while time.monotonic() < end and process.poll() is None and not condition():
+        time.sleep(0.0005)
+    assert process.poll() is None, process.communicate()[0][-4000:]
+
+
+def second_rank(process):
+    (child,) = [pid for pid in map(int, children(process.pid)) if "owlfuse" in Path(f"/proc/{pid}/cmdline").read_text()]
+    return child
+
+
+def children(pid):
+    return Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+
+
+def end_of(process):
+    """What the first rank says after the second was killed; it ends by itself."""
+    output = process.communicate(timeout=240)[0]
+    assert process.returncode == 1, output[-4000:]
+    return output
+
+
+KILLED = [*COMMON, *WHOLE["fsdp-dropout"], "checkpoint.every=1", "checkpoint.keep=2", "trainer.max_steps=40"]
+
+
+def being_written(run):
+    return any(run.glob("checkpoints/step_*.ckpt.part"))
+
+
+def kill_second_rank(folder):
+    """Of a run, while a checkpoint is written; gives how to go on."""
+    run = whole_of(folder, "killed")
+    process = start(folder, *KILLED, "name=killed", "checkpoint.background=true")
+    wait_for(process, lambda: len(checkpoints_of(run / "checkpoints")) == 2 and being_written(run))
+    os.kill(second_rank(process), signal.SIGKILL)
+    (folder / "killed.log").write_text(end_of(process))
+    return [f"resume={run}", f"trainer.max_steps={step_of(last_checkpoint(run)) + 2}"]
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """Where all these runs lie once they are done."""
@@ -80,7 +133,7 @@ def folder(tmp_path_factory):
         by_this_process([*COMMON, "name=one"])
         by_processes(2, [[*COMMON, *words, f"name={name}"] for name, words in WHOLE.items()], path, "whole")
         again = [[f"resume={cut(path, whole, name)}", *words] for name, (whole, words) in ON_TWO.items()]
-        by_processes(2, again, path, "again")
+        by_processes(2, [*again, kill_second_rank(path)], path, "again")
         by_this_process([f"resume={cut(path, 'ddp', 'ddp-on-one')}", "trainer.devices=1"])
         yield path
 
@@ -89,10 +142,6 @@ def losses(run):
     found = column(run, "train/loss")
     assert len(found) == STEPS
     return found
-
-
-def whole_of(folder, name):
-    return folder / "runs" / "shapes_owl3" / name
 
 
 def state(path, scratch):
@@ -156,59 +205,18 @@ def test_shards_are_not_read_by_a_trainer_without(folder):
         train.run(compose([f"resume={run}", "trainer.strategy=auto", "trainer.devices=1"]))
 
 
-def start(folder, *overrides):
-    """`owlfuse train`, which starts the second rank itself."""
-    command = [sys.executable, "-m", "owlfuse.cli", "train", *overrides]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    return subprocess.Popen(command, cwd=folder, env=environment, start_new_session=True, **pipes)
-
-
-def wait_for(process, condition, seconds=240):
-    end = time.monotonic() + seconds
-    while time.monotonic() < end and process.poll() is None and not condition():
-        time.sleep(0.0005)
-    assert process.poll() is None, process.communicate()[0][-4000:]
-
-
-def second_rank(process):
-    (child,) = [pid for pid in map(int, children(process.pid)) if "owlfuse" in Path(f"/proc/{pid}/cmdline").read_text()]
-    return child
-
-
-def children(pid):
-    return Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-
-
-def end_of(process):
-    """What the first rank says after the second was killed; it ends by itself."""
-    output = process.communicate(timeout=240)[0]
-    assert process.returncode == 1, output[-4000:]
-    return output
-
-
-KILLED = [*COMMON, *WHOLE["fsdp-dropout"], "checkpoint.every=1", "checkpoint.keep=2", "trainer.max_steps=40"]
-
-
-def being_written(run):
-    return any(run.glob("checkpoints/step_*.ckpt.part"))
-
-
 def test_a_rank_killed_while_shards_are_written_ends_the_other_in_a_line_and_the_run_goes_on(folder):
     """The one before is intact, and nothing of what was half written is taken for a checkpoint."""
-    run = whole_of(folder, "killed")
-    process = start(folder, *KILLED, "name=killed", "checkpoint.background=true")
-    wait_for(process, lambda: len(checkpoints_of(run / "checkpoints")) == 2 and being_written(run))
-    os.kill(second_rank(process), signal.SIGKILL)
-    output = end_of(process)
+    run, output = whole_of(folder, "killed"), (folder / "killed.log").read_text()
     (line,) = [line for line in output.splitlines() if "owlfuse: error" in line]
     assert f"resume=runs/shapes_owl3/{run.name}" in line
-    before = step_of(last_checkpoint(run))
-    assert before >= 2
-    by_processes(2, [[f"resume={run}", f"trainer.max_steps={before + 2}"]], folder, "killed")
-    assert f"going on from {last_checkpoint(run).parent}/step_{before:08}.ckpt" in (folder / "killed.log").read_text()
-    assert step_of(last_checkpoint(run)) == before + 2
+    (before,) = re.findall(r"going on from .*/killed/checkpoints/step_(\d+).ckpt", (folder / "again.log").read_text())
+    assert int(before) >= 2
+    assert step_of(last_checkpoint(run)) == int(before) + 2
     assert not being_written(run)
+    numbers = column(run, "step")
+    assert numbers == sorted(numbers)
+    assert len(column(run, "train/loss")) == int(before) + 2
 
 
 @pytest.mark.slow
@@ -233,6 +241,20 @@ def test_ranks_killed_at_random_moments_change_no_loss(folder, background):
     assert process.returncode == 0, output[-4000:]
     by_processes(2, [[*words, "name=never-stopped-" + name]], folder, name)
     assert column(run, "train/loss") == column(whole_of(folder, "never-stopped-" + name), "train/loss")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_a_signal_to_one_rank_ends_both_after_the_same_step_with_a_checkpoint(folder, kind):
+    run = whole_of(folder, f"stopped-{kind}")
+    words = ["trainer.max_steps=400", "checkpoint.every=1", "checkpoint.background=true", f"name=stopped-{kind}"]
+    process = start(folder, *COMMON, *WHOLE[kind], *words)
+    wait_for(process, lambda: len(checkpoints_of(run / "checkpoints")) >= 2)
+    os.kill(second_rank(process), signal.SIGTERM)
+    output = process.communicate(timeout=240)[0]
+    assert process.returncode == 130, output[-4000:]
+    (stopped,) = re.findall(r"stopped at step (\d+)", output)
+    assert step_of(last_checkpoint(run)) == int(stopped)
 
 
 @pytest.mark.slow
