@@ -134,7 +134,8 @@ def folder(tmp_path_factory):
         by_processes(2, [[*COMMON, *words, f"name={name}"] for name, words in WHOLE.items()], path, "whole")
         again = [[f"resume={cut(path, whole, name)}", *words] for name, (whole, words) in ON_TWO.items()]
         by_processes(2, [*again, kill_second_rank(path)], path, "again")
-        by_this_process([f"resume={cut(path, 'ddp', 'ddp-on-one')}", "trainer.devices=1"])
+        for kind in ("ddp", "fsdp"):
+            by_this_process([f"resume={cut(path, kind, f'{kind}-on-one')}", "trainer.devices=1"])
         yield path
 
 
@@ -159,8 +160,9 @@ def batches(run, first):
     return [[s for rank in ranks for s in rank[step * size : (step + 1) * size]] for step in range(STEPS - first)]
 
 
-@pytest.mark.parametrize(("whole", "name"), [("one", "one-on-ddp"), ("fsdp", "fsdp-on-tp"), ("ddp", "ddp-on-one")])
-def test_a_run_goes_on_with_other_processes_as_if_never_stopped(folder, whole, name):
+@pytest.mark.parametrize("name", ["one-on-ddp", "fsdp-on-tp", "fsdp-on-one", "ddp-on-one"])
+def test_a_run_goes_on_with_other_processes_as_if_never_stopped(folder, name):
+    whole = name.partition("-")[0]
     assert losses(folder / "cut" / name) == pytest.approx(losses(whole_of(folder, whole)), abs=1e-5)
 
 
@@ -185,8 +187,9 @@ def test_dropout_that_differs_on_other_ranks_is_said(folder):
     )
 
 
-@pytest.mark.parametrize(("run", "first"), [("runs/shapes_owl3/ddp", 0), ("cut/ddp-on-one", HALF), ("cut/one-on-ddp", HALF)])
-def test_the_global_batches_are_those_of_one_process(folder, run, first):
+@pytest.mark.parametrize("run", ["runs/shapes_owl3/ddp", "cut/ddp-on-one", "cut/one-on-ddp", "cut/fsdp-on-one"])
+def test_the_global_batches_are_those_of_one_process(folder, run):
+    first = HALF if run.startswith("cut/") else 0
     assert batches(folder / run, first) == batches(whole_of(folder, "one"), 0)[first:]
 
 
