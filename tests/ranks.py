@@ -63,7 +63,7 @@ def gathered(seen: list[str]) -> list[list[str]]:
     return lists
 
 
-def by_processes(count: int, runs: list[list[str]], folder: Path, name: str, timeout: float = 600) -> None:
+def by_processes(count: int, runs: list[list[str]], folder: Path, name: str, timeout: float = 1200) -> None:
     """Trains the runs by `count` processes of torchrun, in `folder`. AssertionError: one failed, with its output."""
     path = folder / f"{name}.json"
     path.write_text(json.dumps(runs))

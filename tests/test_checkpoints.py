@@ -1,6 +1,7 @@
 """Checkpoints: a run killed at any moment goes on bit for bit, a damaged checkpoint is passed over, a full disk is told."""
 
 import csv
+import errno
 import json
 import logging
 import os
@@ -10,18 +11,23 @@ import resource
 import signal
 import subprocess
 import sys
+import threading
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from lightning.fabric.plugins import TorchCheckpointIO
 
 from helpers import SHAPE_COUNTS, TINY_SHAPES
-from owlfuse import train
+from owlfuse import train, writes
+from owlfuse.checkpoints import delete_beyond
 from owlfuse.config import ConfigError, compose
 from owlfuse.data.shapes import write_shapes
 from owlfuse.evaluation import evaluate_run
 from owlfuse.hub.export import load_run
+from owlfuse.module import MultimodalModule
 from owlfuse.runs import checkpoints_of, last_checkpoint, put_in_place, step_of, what_is_wrong
 from owlfuse.types import DataError
 
@@ -112,14 +118,14 @@ def steps(run):
 
 
 def test_a_run_killed_twice_goes_on_bit_for_bit_with_lora_dropout_accumulation_packing_and_a_worker(folder, capsys):
-    """The first time after some steps, the second while a checkpoint is being written."""
+    """The first time after some steps, the second while a checkpoint is being written in the background."""
     run = Path("runs/shapes_owl1/killed")
     process = start(*HARD, "name=killed")
     wait_for(process, lambda: len(steps(run)) >= 2)
     kill(process)
     before = steps(run)[0]
     assert 0 < before < 24
-    process = start(f"resume={run}")
+    process = start(f"resume={run}", "checkpoint.background=true")
     wait_for(process, lambda: steps(run)[0] > before and list((run / "checkpoints").glob("*.ckpt.part")))
     output = kill(process)
     assert f"going on from {run}/checkpoints/step_{before:08}.ckpt at step {before}" in output
@@ -273,10 +279,11 @@ def test_another_frozen_base_is_refused_and_its_part_named(copy):
         train.run(compose([f"resume={copy}", "seed=9", "trainer.max_steps=8"]))
 
 
-def test_a_disk_that_is_full_ends_the_run_in_one_line_with_the_last_checkpoint_intact(copy):
+@pytest.mark.parametrize("background", ["false", "true"])
+def test_a_disk_that_is_full_ends_the_run_in_one_line_with_the_last_checkpoint_intact(copy, background):
     """No file may grow over half a checkpoint."""
     size = (copy / "checkpoints" / "step_00000006.ckpt").stat().st_size
-    process = start(f"resume={copy}", "trainer.max_steps=8", limit=size // 2)
+    process = start(f"resume={copy}", "trainer.max_steps=8", f"checkpoint.background={background}", limit=size // 2)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 1, output
     (line,) = [line for line in output.splitlines() if "owlfuse: error" in line]
@@ -284,6 +291,126 @@ def test_a_disk_that_is_full_ends_the_run_in_one_line_with_the_last_checkpoint_i
     assert "Traceback" not in output
     assert list((copy / "checkpoints").glob("*.part")) == []
     assert last_checkpoint(copy).name == "step_00000006.ckpt"
+
+
+@pytest.fixture
+def held(monkeypatch):
+    """Writes wait until the test lets them go on; a list of the files that are about to be written."""
+    asked, event, write = [], threading.Event(), writes.to_file
+
+    def late(checkpoint, path):
+        asked.append(path.name)
+        assert event.wait(60)
+        write(checkpoint, path)
+
+    monkeypatch.setattr(writes, "to_file", late)
+    return asked, event
+
+
+def test_weights_that_change_while_a_checkpoint_is_written_do_not_reach_it(finished, held, monkeypatch):
+    """It holds what a run that waited for the write has in it, and is written when two more steps are done."""
+    asked, event = held
+    ended = MultimodalModule.on_before_optimizer_step
+
+    def step_and_release(module, optimizer):
+        ended(module, optimizer)
+        if module.global_step == 5:  # the sixth step: the checkpoint is of the fourth
+            assert asked == ["step_00000004.ckpt.part"]
+            event.set()
+
+    monkeypatch.setattr(MultimodalModule, "on_before_optimizer_step", step_and_release)
+    words = ["name=late", "checkpoint.every=4", "checkpoint.background=true", "trainer.val_check_interval=6"]
+    run = train.run(compose([*TINY, *words]))
+    assert steps(run) == [6, 4]
+    late, at_once = (torch.load(folder / "checkpoints" / "step_00000004.ckpt", weights_only=True) for folder in (run, finished))
+    assert differing(late["state_dict"], at_once["state_dict"]) == []
+    assert differing(late["optimizer_states"], at_once["optimizer_states"]) == []
+    assert differing(late["random_states"], at_once["random_states"]) == []
+    size = (finished / "checkpoints" / "step_00000004.ckpt").stat().st_size
+    assert abs((run / "checkpoints" / "step_00000004.ckpt").stat().st_size - size) < size / 50  # what is shared is there once
+
+
+def differing(mine, theirs, place=""):
+    """Where two nested states differ, bit for bit."""
+    if isinstance(mine, torch.Tensor):
+        return [] if torch.equal(mine, theirs) else [place]
+    if isinstance(mine, dict):
+        assert mine.keys() == theirs.keys(), place
+        return [found for key in mine for found in differing(mine[key], theirs[key], f"{place}.{key}")]
+    if isinstance(mine, list | tuple):
+        assert len(mine) == len(theirs), place
+        return [found for i, (a, b) in enumerate(zip(mine, theirs)) for found in differing(a, b, f"{place}.{i}")]
+    return [] if mine == theirs else [place]
+
+
+class Bare:
+    """What `Writes` asks of a Trainer of one process."""
+
+    def __init__(self, folder, content):
+        self.default_root_dir, self.loggers, self.is_global_zero, self.world_size = folder, [], True, 1
+        self.content, self.strategy = content, self
+        self.checkpoint_io = TorchCheckpointIO()
+
+    def broadcast(self, path):
+        return path
+
+    def save_checkpoint(self, path, weights_only):
+        self.checkpoint_io.save_checkpoint(self.content, path)
+
+
+def test_the_last_good_checkpoint_stays_until_the_new_one_is_whole_and_one_write_is_pending_at_most(tmp_path, held):
+    asked, event = held
+    content = {"w": torch.zeros(4)}
+    trainer, one = Bare(tmp_path, content), writes.Writes(background=True)
+    one.setup(trainer)
+    paths = [tmp_path / "checkpoints" / f"step_{step:08}.ckpt" for step in (1, 2, 3)]
+    event.set()
+    one.write(trainer, paths[0], partial(delete_beyond, 1, paths[0]))
+    one.finish(trainer)
+    event.clear()
+    content["w"] += 1
+    one.write(trainer, paths[1], partial(delete_beyond, 1, paths[1]))
+    assert checkpoints_of(tmp_path / "checkpoints") == [paths[0]]
+    threading.Timer(0.2, event.set).start()
+    one.write(trainer, paths[2], partial(delete_beyond, 1, paths[2]))
+    assert len(asked) >= 2
+    assert what_is_wrong(paths[1]) is None or what_is_wrong(paths[2]) is None
+    one.finish(trainer)
+    assert checkpoints_of(tmp_path / "checkpoints") == [paths[2]]
+    assert what_is_wrong(paths[2]) is None
+
+
+def test_an_error_of_the_background_is_told_by_the_next_write_and_what_was_there_stays(tmp_path, held, monkeypatch):
+    trainer, one = Bare(tmp_path, {"w": torch.zeros(4)}), writes.Writes(background=True)
+    one.setup(trainer)
+    held[1].set()
+    good, lost = (tmp_path / "checkpoints" / f"step_{step:08}.ckpt" for step in (1, 2))
+    one.write(trainer, good)
+    one.finish(trainer)
+
+    def full(checkpoint, path):
+        path.write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "no space")
+
+    monkeypatch.setattr(writes, "to_file", full)
+    one.write(trainer, lost, partial(delete_beyond, 1, lost))
+    with pytest.raises(DataError, match="step_00000002.ckpt could not be written: No space left on device; the"):
+        one.write(trainer, tmp_path / "checkpoints" / "step_00000003.ckpt")
+    assert [path.name for path in sorted((tmp_path / "checkpoints").iterdir())] == ["step_00000001.ckpt", "step_00000001.json"]
+    assert what_is_wrong(good) is None
+
+
+def test_ctrl_c_waits_for_the_write_that_is_pending(folder):
+    """After the step it is in the run ends with a whole checkpoint of it."""
+    run = Path("runs/shapes_owl1/stopped")
+    process = start(*TINY, "name=stopped", "trainer.max_steps=400", "checkpoint.every=1", "checkpoint.background=true")
+    wait_for(process, lambda: len(steps(run)) == 2 and list((run / "checkpoints").glob("*.ckpt.part")))
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 130, output
+    (stopped,) = re.findall(r"stopped at step (\d+)", output)
+    assert step_of(last_checkpoint(run)) == int(stopped)
+    assert list((run / "checkpoints").glob("*.part")) == []
 
 
 @pytest.mark.parametrize("wrong", ["checkpoint.every=0", "checkpoint.keep=0"])

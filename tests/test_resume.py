@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -70,90 +71,8 @@ def by_this_process(run_overrides):
         os.environ.update(before)
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """Where all these runs lie once they are done."""
-    path = tmp_path_factory.mktemp("resume")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(path)
-        write_shapes("data/shapes", **SHAPE_COUNTS)
-        by_this_process([*COMMON, "name=one"])
-        by_processes(2, [[*COMMON, *words, f"name={name}"] for name, words in WHOLE.items()], path, "whole")
-        again = [[f"resume={cut(path, whole, name)}", *words] for name, (whole, words) in ON_TWO.items()]
-        by_processes(2, again, path, "again")
-        by_this_process([f"resume={cut(path, 'ddp', 'ddp-on-one')}", "trainer.devices=1"])
-        yield path
-
-
-def losses(run):
-    found = column(run, "train/loss")
-    assert len(found) == STEPS
-    return found
-
-
 def whole_of(folder, name):
     return folder / "runs" / "shapes_owl3" / name
-
-
-def state(path, scratch):
-    """All tensors of a checkpoint by name, of weights and optimizer."""
-    dcp_to_torch_save(path, scratch)
-    found = torch.load(scratch, weights_only=True)
-    flat = {f"state_dict.{name}": value for name, value in found["state_dict"].items()}
-    return flat | {name: value for name, value in found["optimizer_0"].items() if isinstance(value, torch.Tensor)}
-
-
-def batches(run, first):
-    """The samples of each step from `first` on, of all ranks in their order."""
-    ranks = json.loads((run / "samples.json").read_text())
-    size = BATCH // len(ranks)
-    return [[s for rank in ranks for s in rank[step * size : (step + 1) * size]] for step in range(STEPS - first)]
-
-
-@pytest.mark.parametrize(("whole", "name"), [("one", "one-on-ddp"), ("fsdp", "fsdp-on-tp"), ("ddp", "ddp-on-one")])
-def test_a_run_goes_on_with_other_processes_as_if_never_stopped(folder, whole, name):
-    assert losses(folder / "cut" / name) == pytest.approx(losses(whole_of(folder, whole)), abs=1e-5)
-
-
-@pytest.mark.parametrize("name", ["ddp-dropout", "fsdp-background"])
-def test_two_processes_with_dropout_go_on_bit_for_bit(folder, name):
-    """As many ranks get their own random states back; what fsdp wrote was written in the background."""
-    kind = name.partition("-")[0]
-    assert losses(folder / "cut" / f"{name}-on-{kind}") == losses(whole_of(folder, name))
-
-
-def test_ranks_drop_out_other_positions(folder):
-    checkpoint = torch.load(last_checkpoint(whole_of(folder, "ddp-dropout")), weights_only=True)
-    first, second = (states["torch"] for states in checkpoint["random_states"])
-    assert not torch.equal(first, second)
-
-
-def test_dropout_that_differs_on_other_ranks_is_said(folder):
-    said = "the checkpoint is of 1 ranks, 1 of them with rows of their own, and 2 (2) go on"
-    assert (folder / "again.log").read_text().count(said) == 1
-    assert (
-        "the checkpoint is of 2 ranks, 2 of them with rows of their own, and 2 (1) go on" in (folder / "again.log").read_text()
-    )
-
-
-@pytest.mark.parametrize(("run", "first"), [("runs/shapes_owl3/ddp", 0), ("cut/ddp-on-one", HALF), ("cut/one-on-ddp", HALF)])
-def test_the_global_batches_are_those_of_one_process(folder, run, first):
-    assert batches(folder / run, first) == batches(whole_of(folder, "one"), 0)[first:]
-
-
-def test_weights_that_change_while_shards_are_written_do_not_reach_them(folder, tmp_path):
-    name = f"checkpoints/step_{HALF:08}.ckpt"
-    late = state(whole_of(folder, "fsdp-background") / name, tmp_path / "late.pt")
-    at_once = state(whole_of(folder, "fsdp-dropout") / name, tmp_path / "once.pt")
-    assert late.keys() == at_once.keys()
-    assert len(late) > 20
-    assert [key for key in late if not torch.equal(late[key], at_once[key])] == []
-
-
-def test_shards_are_not_read_by_a_trainer_without(folder):
-    run = cut(folder, "fsdp", "refused")
-    with pytest.raises(ConfigError, match="is sharded, and this trainer is not"):
-        train.run(compose([f"resume={run}", "trainer.strategy=auto", "trainer.devices=1"]))
 
 
 def start(folder, *overrides):
@@ -194,21 +113,113 @@ def being_written(run):
     return any(run.glob("checkpoints/step_*.ckpt.part"))
 
 
-def test_a_rank_killed_while_shards_are_written_ends_the_other_in_a_line_and_the_run_goes_on(folder):
-    """The one before is intact, and nothing of what was half written is taken for a checkpoint."""
+def kill_second_rank(folder):
+    """Of a run, while a checkpoint is written; gives how to go on."""
     run = whole_of(folder, "killed")
     process = start(folder, *KILLED, "name=killed", "checkpoint.background=true")
     wait_for(process, lambda: len(checkpoints_of(run / "checkpoints")) == 2 and being_written(run))
     os.kill(second_rank(process), signal.SIGKILL)
-    output = end_of(process)
+    (folder / "killed.log").write_text(end_of(process))
+    return [f"resume={run}", f"trainer.max_steps={step_of(last_checkpoint(run)) + 2}"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Where all these runs lie once they are done."""
+    path = tmp_path_factory.mktemp("resume")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(path)
+        write_shapes("data/shapes", **SHAPE_COUNTS)
+        by_this_process([*COMMON, "name=one"])
+        by_processes(2, [[*COMMON, *words, f"name={name}"] for name, words in WHOLE.items()], path, "whole")
+        again = [[f"resume={cut(path, whole, name)}", *words] for name, (whole, words) in ON_TWO.items()]
+        by_processes(2, [*again, kill_second_rank(path)], path, "again")
+        for kind in ("ddp", "fsdp"):
+            by_this_process([f"resume={cut(path, kind, f'{kind}-on-one')}", "trainer.devices=1"])
+        yield path
+
+
+def losses(run):
+    found = column(run, "train/loss")
+    assert len(found) == STEPS
+    return found
+
+
+def state(path, scratch):
+    """All tensors of a checkpoint by name, of weights and optimizer."""
+    dcp_to_torch_save(path, scratch)
+    found = torch.load(scratch, weights_only=True)
+    flat = {f"state_dict.{name}": value for name, value in found["state_dict"].items()}
+    return flat | {name: value for name, value in found["optimizer_0"].items() if isinstance(value, torch.Tensor)}
+
+
+def batches(run, first):
+    """The samples of each step from `first` on, of all ranks in their order."""
+    ranks = json.loads((run / "samples.json").read_text())
+    size = BATCH // len(ranks)
+    return [[s for rank in ranks for s in rank[step * size : (step + 1) * size]] for step in range(STEPS - first)]
+
+
+@pytest.mark.parametrize("name", ["one-on-ddp", "fsdp-on-tp", "fsdp-on-one", "ddp-on-one"])
+def test_a_run_goes_on_with_other_processes_as_if_never_stopped(folder, name):
+    whole = name.partition("-")[0]
+    assert losses(folder / "cut" / name) == pytest.approx(losses(whole_of(folder, whole)), abs=1e-5)
+
+
+@pytest.mark.parametrize("name", ["ddp-dropout", "fsdp-background"])
+def test_two_processes_with_dropout_go_on_bit_for_bit(folder, name):
+    """As many ranks get their own random states back; what fsdp wrote was written in the background."""
+    kind = name.partition("-")[0]
+    assert losses(folder / "cut" / f"{name}-on-{kind}") == losses(whole_of(folder, name))
+
+
+def test_ranks_drop_out_other_positions(folder):
+    checkpoint = torch.load(last_checkpoint(whole_of(folder, "ddp-dropout")), weights_only=True)
+    first, second = (states["torch"] for states in checkpoint["random_states"])
+    assert not torch.equal(first, second)
+
+
+def test_dropout_that_differs_on_other_ranks_is_said(folder):
+    said = "the checkpoint is of 1 ranks, 1 of them with rows of their own, and 2 (2) go on"
+    assert (folder / "again.log").read_text().count(said) == 1
+    assert (
+        "the checkpoint is of 2 ranks, 2 of them with rows of their own, and 2 (1) go on" in (folder / "again.log").read_text()
+    )
+
+
+@pytest.mark.parametrize("run", ["runs/shapes_owl3/ddp", "cut/ddp-on-one", "cut/one-on-ddp", "cut/fsdp-on-one"])
+def test_the_global_batches_are_those_of_one_process(folder, run):
+    first = HALF if run.startswith("cut/") else 0
+    assert batches(folder / run, first) == batches(whole_of(folder, "one"), 0)[first:]
+
+
+def test_weights_that_change_while_shards_are_written_do_not_reach_them(folder, tmp_path):
+    name = f"checkpoints/step_{HALF:08}.ckpt"
+    late = state(whole_of(folder, "fsdp-background") / name, tmp_path / "late.pt")
+    at_once = state(whole_of(folder, "fsdp-dropout") / name, tmp_path / "once.pt")
+    assert late.keys() == at_once.keys()
+    assert len(late) > 20
+    assert [key for key in late if not torch.equal(late[key], at_once[key])] == []
+
+
+def test_shards_are_not_read_by_a_trainer_without(folder):
+    run = cut(folder, "fsdp", "refused")
+    with pytest.raises(ConfigError, match="is sharded, and this trainer is not"):
+        train.run(compose([f"resume={run}", "trainer.strategy=auto", "trainer.devices=1"]))
+
+
+def test_a_rank_killed_while_shards_are_written_ends_the_other_in_a_line_and_the_run_goes_on(folder):
+    """The one before is intact, and nothing of what was half written is taken for a checkpoint."""
+    run, output = whole_of(folder, "killed"), (folder / "killed.log").read_text()
     (line,) = [line for line in output.splitlines() if "owlfuse: error" in line]
     assert f"resume=runs/shapes_owl3/{run.name}" in line
-    before = step_of(last_checkpoint(run))
-    assert before >= 2
-    by_processes(2, [[f"resume={run}", f"trainer.max_steps={before + 2}"]], folder, "killed")
-    assert f"going on from {last_checkpoint(run).parent}/step_{before:08}.ckpt" in (folder / "killed.log").read_text()
-    assert step_of(last_checkpoint(run)) == before + 2
+    (before,) = re.findall(r"going on from .*/killed/checkpoints/step_(\d+).ckpt", (folder / "again.log").read_text())
+    assert int(before) >= 2
+    assert step_of(last_checkpoint(run)) == int(before) + 2
     assert not being_written(run)
+    numbers = column(run, "step")
+    assert numbers == sorted(numbers)
+    assert len(column(run, "train/loss")) == int(before) + 2
 
 
 @pytest.mark.slow
@@ -233,6 +244,20 @@ def test_ranks_killed_at_random_moments_change_no_loss(folder, background):
     assert process.returncode == 0, output[-4000:]
     by_processes(2, [[*words, "name=never-stopped-" + name]], folder, name)
     assert column(run, "train/loss") == column(whole_of(folder, "never-stopped-" + name), "train/loss")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_a_signal_to_one_rank_ends_both_after_the_same_step_with_a_checkpoint(folder, kind):
+    run = whole_of(folder, f"stopped-{kind}")
+    words = ["trainer.max_steps=400", "checkpoint.every=1", "checkpoint.background=true", f"name=stopped-{kind}"]
+    process = start(folder, *COMMON, *WHOLE[kind], *words)
+    wait_for(process, lambda: len(checkpoints_of(run / "checkpoints")) >= 2)
+    os.kill(second_rank(process), signal.SIGTERM)
+    output = process.communicate(timeout=240)[0]
+    assert process.returncode == 130, output[-4000:]
+    (stopped,) = re.findall(r"stopped at step (\d+)", output)
+    assert step_of(last_checkpoint(run)) == int(stopped)
 
 
 @pytest.mark.slow

@@ -150,6 +150,15 @@ def data_group(trainer: Trainer) -> Any:
     return dist.group.WORLD if isinstance(strategy, ParallelStrategy) and dist.is_initialized() else None
 
 
+def any_rank(trainer: Trainer, flag: bool) -> bool:
+    """Whether the flag is up on any rank."""
+    if not (isinstance(trainer.strategy, ParallelStrategy) and dist.is_initialized()):
+        return flag
+    up = torch.tensor(float(flag), device=trainer.strategy.root_device)
+    dist.all_reduce(up, op=dist.ReduceOp.MAX)
+    return bool(up)
+
+
 def all_rows(trainer: Trainer, row: Tensor) -> Tensor:
     """A vector (n,) of each data rank, stacked: (ranks, n). For one process (1, n)."""
     group = data_group(trainer)

@@ -19,7 +19,7 @@ from owlfuse.checkpoints import Best, Checkpoints
 from owlfuse.cost import Cost
 from owlfuse.data.datamodule import ChatData
 from owlfuse.first_steps import FirstStepsCheck
-from owlfuse.parallel import data_ranks
+from owlfuse.parallel import any_rank, data_ranks
 from owlfuse.runs import step_of
 
 
@@ -112,7 +112,7 @@ class LoggedStep(Callback):
 
 
 class StopOnSignal(Callback):
-    """The first Ctrl-C (or SIGTERM) ends the run after the step it is in, the second at once."""
+    """The first Ctrl-C (or SIGTERM), to any rank, ends the run after the step it is in, the second at once."""
 
     def __init__(self) -> None:
         self.stopped = False
@@ -123,6 +123,10 @@ class StopOnSignal(Callback):
         for number in (signal.SIGINT, signal.SIGTERM):
             self.handlers[number] = signal.signal(number, self.stop_after_step)
 
+    def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
+        """Takes SIGTERM back from Lightning, which would end the run without a checkpoint."""
+        signal.signal(signal.SIGTERM, self.stop_after_step)
+
     def stop_after_step(self, number: int, frame: Any) -> None:
         """The signals' handler."""
         if self.stopped:
@@ -132,9 +136,9 @@ class StopOnSignal(Callback):
         print("\nstopping after this step; once more stops at once", file=sys.stderr, flush=True)
 
     def on_train_batch_end(self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Ends the run between two optimizer steps, never inside one."""
-        if self.stopped and (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
-            trainer.should_stop = True
+        """Ends the run between two optimizer steps, never inside one, and after the same step on all ranks."""
+        if (batch_idx + 1) % trainer.accumulate_grad_batches == 0 and any_rank(trainer, self.stopped):
+            self.stopped = trainer.should_stop = True
 
     def on_exception(self, trainer: Trainer, module: LightningModule, exception: BaseException) -> None:
         """Ends the progress bar's line, so that the error has its own."""
