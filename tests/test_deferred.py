@@ -68,6 +68,15 @@ def test_what_is_read_is_not_changed_by_memory_that_a_parameter_is_given_later()
     assert torch.equal(deferred.value(before), source)
 
 
+def test_a_single_number_made_beside_a_tensor_is_known():
+    """As torch's check of a covariance makes one, on the tensor's own device."""
+    with Deferred():
+        beside = torch.zeros(3)
+        for value in (True, False) * 20:
+            number = torch.full((), value, dtype=torch.bool, device=beside.device)
+            assert bool(number.all()) == value
+
+
 def test_a_tensor_changed_in_parts_holds_all_of_the_changes():
     with Deferred() as deferred:
         tensor = torch.zeros(3, 4)

@@ -175,7 +175,6 @@ def test_export_holds_a_few_tensors_of_the_model_at_a_time(sharded, tmp_path):
     command = [sys.executable, "-c", MEASURE, str(run), str(out)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
     assert done.returncode == 0, done.stderr
-    print(done.stdout)
     assert int(done.stdout.rpartition("grew ")[2]) < size / 3
     found = load_file(out / "model.safetensors")
     assert {name for name in state if "lm_head" not in name} == {name.removeprefix("model.") for name in found}

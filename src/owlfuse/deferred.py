@@ -71,7 +71,7 @@ class Deferred(TorchDispatchMode):
             shapes, options = tree_map(to_meta, (args, kwargs))
             return func(*shapes, **options)
         makes = not tensors and "device" in {argument.name for argument in func._schema.arguments}
-        if makes and args[:1] not in (([],), ([0],)):
+        if makes and (args[:1] not in (([],), ([0],)) or kwargs.get("device") == torch.device("meta")):
             return self.record(func, args, {**kwargs, "device": torch.device("cpu")})
         if not any(x.is_meta for x in tensors):
             return func(*args, **kwargs)
