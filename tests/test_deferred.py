@@ -1,5 +1,7 @@
 """A model built without memory holds, tensor by tensor, what it would hold in memory."""
 
+import json
+
 import pytest
 import torch
 
@@ -39,6 +41,40 @@ def test_pretrained_weights_are_read_from_their_files(tmp_path, tied):
     load_llm(97, config=llm_fields(tie_word_embeddings=tied)).save_pretrained(tmp_path, max_shard_size="20KB")
     compare(model_node(FUSIONS["modality_adaptive"], pretrained=str(tmp_path)))
     compare(model_node(FUSIONS["hyperattention-adaptive"], pretrained=str(tmp_path)))
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_pretrained_weights_are_read_from_files_of_torch_save(tmp_path, monkeypatch, tied):
+    monkeypatch.setattr("owlfuse.stored.MAPPED", 10_000)  # mapped anew now and then
+    llm = load_llm(90, config=llm_fields(tie_word_embeddings=tied))
+    llm.config.save_pretrained(tmp_path)
+    weights = list(llm.state_dict().items())
+    for number, part in enumerate((weights[::2], weights[1::2]), start=1):
+        torch.save(dict(part), tmp_path / f"pytorch_model-0000{number}-of-00002.bin")
+    files = {name: f"pytorch_model-0000{1 + k % 2}-of-00002.bin" for k, (name, _) in enumerate(weights)}
+    index = {"metadata": {"total_size": sum(tensor.nbytes for _, tensor in weights)}, "weight_map": files}
+    (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    compare(model_node(FUSIONS["hyperattention-adaptive"], pretrained=str(tmp_path)))  # 7 new embeddings are drawn
+
+
+def test_what_is_read_is_not_changed_by_memory_that_a_parameter_is_given_later():
+    source = torch.rand(2, 3)
+    with Deferred() as deferred:
+        parameter = torch.nn.Parameter(torch.empty(2, 3))
+        deferred.read(parameter, lambda: source)
+        before = parameter.detach()
+        parameter.data = parameter.data * 2
+    assert torch.equal(deferred.value(parameter), source * 2)
+    assert torch.equal(deferred.value(before), source)
+
+
+def test_a_single_number_made_beside_a_tensor_is_known():
+    """As torch's check of a covariance makes one, on the tensor's own device."""
+    with Deferred():
+        beside = torch.zeros(3)
+        for value in (True, False) * 20:
+            number = torch.full((), value, dtype=torch.bool, device=beside.device)
+            assert bool(number.all()) == value
 
 
 def test_a_tensor_changed_in_parts_holds_all_of_the_changes():

@@ -45,6 +45,8 @@ class Deferred(TorchDispatchMode):
     steps: list[Step] = field(default_factory=list)
     written: dict[int, list[int]] = field(default_factory=dict)
     """The steps that write a storage."""
+    scratch: torch.UntypedStorage = field(default_factory=lambda: torch.UntypedStorage(0))
+    """Where random numbers are drawn, to be thrown away: memory of their own would leave holes that are never given back."""
     draws: bool = True
     """False: random numbers are not drawn, for weights that are read from elsewhere."""
     current: ClassVar[Deferred | None] = None
@@ -59,6 +61,7 @@ class Deferred(TorchDispatchMode):
 
     def __exit__(self, *error: Any) -> None:
         Deferred.current = None
+        self.scratch = torch.UntypedStorage(0)
         super().__exit__(*error)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
@@ -68,7 +71,7 @@ class Deferred(TorchDispatchMode):
             shapes, options = tree_map(to_meta, (args, kwargs))
             return func(*shapes, **options)
         makes = not tensors and "device" in {argument.name for argument in func._schema.arguments}
-        if makes and args[:1] not in (([],), ([0],)):
+        if makes and (args[:1] not in (([],), ([0],)) or kwargs.get("device") == torch.device("meta")):
             return self.record(func, args, {**kwargs, "device": torch.device("cpu")})
         if not any(x.is_meta for x in tensors):
             return func(*args, **kwargs)
@@ -82,7 +85,7 @@ class Deferred(TorchDispatchMode):
         generator = torch.get_rng_state() if SEEDED in func.tags else None
         out = func(*shapes, **options)
         if generator is not None:
-            func(*tree_map(in_memory, args), **tree_map(in_memory, kwargs))
+            func(*tree_map(self.in_scratch, args), **tree_map(self.in_scratch, kwargs))
         outputs = [x for x in tree_flatten(out)[0] if isinstance(x, Tensor)]
         given = [x for x in tree_flatten((args, kwargs))[0] if isinstance(x, Tensor) and x.is_meta]
         changed = changed_by(func, args, kwargs)
@@ -105,6 +108,15 @@ class Deferred(TorchDispatchMode):
             )
         return out
 
+    def in_scratch(self, value: Any) -> Any:
+        """A tensor of the same shape with memory, whatever it holds."""
+        if not isinstance(value, Tensor) or not value.is_meta:
+            return value
+        size = value.element_size() * (1 + sum((n - 1) * step for n, step in zip(value.shape, value.stride(), strict=True)))
+        if self.scratch.nbytes() < size:
+            self.scratch = torch.UntypedStorage(size)
+        return torch.empty(0, dtype=value.dtype).set_(self.scratch, 0, value.shape, value.stride())
+
     @contextmanager
     def drawing_nothing(self) -> Iterator[None]:
         """Inside, random numbers are neither drawn nor written down."""
@@ -117,7 +129,7 @@ class Deferred(TorchDispatchMode):
     def read(self, tensor: Tensor, load: Callable[[], Tensor]) -> None:
         """From here on the tensor, all of its storage, holds what `load` gives: a tensor of its shape."""
         if not tensor.is_meta:
-            with torch.no_grad():
+            with in_memory_after_all(), torch.no_grad():
                 tensor.copy_(load())
             return
         key = storage_of(tensor)
@@ -218,11 +230,6 @@ def same_place(one: Tensor, other: Tensor) -> bool:
     """Whether two tensors are the same part of one storage, seen in the same way."""
     ways = [(storage_of(x), x.storage_offset(), x.shape, x.stride()) for x in (one, other)]
     return ways[0] == ways[1]
-
-
-def in_memory(value: Any) -> Any:
-    """A tensor of the same shape with memory, whatever it holds."""
-    return torch.empty_like(value, device="cpu") if isinstance(value, Tensor) and value.is_meta else value
 
 
 def changed_by(func: Any, args: tuple, kwargs: dict[str, Any]) -> list[Tensor]:

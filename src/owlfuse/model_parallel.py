@@ -144,6 +144,9 @@ class Shards(Mapping[str, Tensor]):
         dcp.load({PREFIX + name: whole}, storage_reader=self.reader, no_dist=True)
         return whole
 
+    def __contains__(self, name: object) -> bool:
+        return name in self.entries
+
     def __iter__(self) -> Iterator[str]:
         return iter(self.entries)
 

@@ -9,7 +9,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-MAPPED = 256 * 2**20
+MAPPED = 64 * 2**20
 """Bytes of a file that are read before it is mapped anew: what was read stays in a process's memory as long as its map."""
 
 
@@ -28,6 +28,7 @@ class Pickled(Mapping[str, Tensor]):
         self.path, self.key, self.prefix = path, key, prefix
         self.content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         self.names = [name.removeprefix(prefix) for name in self.tensors()]
+        self.known = set(self.names)
         self.given = 0
 
     def tensors(self) -> dict[str, Tensor]:
@@ -42,6 +43,9 @@ class Pickled(Mapping[str, Tensor]):
         tensor = self.tensors()[self.prefix + name]
         self.given += tensor.nbytes
         return tensor
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.known
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.names)
@@ -69,6 +73,9 @@ class Safe(Mapping[str, Tensor]):
     def __getitem__(self, name: str) -> Tensor:
         with safe_open(self.files[name], "pt") as opened:
             return opened.get_tensor(name)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.files
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.files)

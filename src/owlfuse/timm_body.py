@@ -33,6 +33,14 @@ def set_input_size(body: nn.Module, name: str, image_size: int) -> None:
         body.set_input_size(img_size=(image_size, image_size))
 
 
+def all_differentiable(module: nn.Module) -> nn.Module:
+    """The module, with parameters that each have a gradient, whatever is frozen."""
+    for child in module.modules():
+        for name, parameter in child.named_parameters(recurse=False):
+            setattr(child, name, nn.Parameter(parameter.data))
+    return module
+
+
 def unused_parameters(module: nn.Module, output: Tensor) -> set[str]:
     """Names of the parameters that `output` does not depend on."""
     named = dict(module.named_parameters())

@@ -21,7 +21,7 @@ from torchvision.transforms.v2 import functional as VF
 from owlfuse.batch_norm import allow_single_values, set_blank
 from owlfuse.layers import checkpoint_blocks
 from owlfuse.positions import sincos_2d_spread
-from owlfuse.timm_body import create_body, remove_modules, set_input_size, unused_parameters
+from owlfuse.timm_body import all_differentiable, create_body, remove_modules, set_input_size, unused_parameters
 
 
 @dataclass(frozen=True)
@@ -180,7 +180,7 @@ class TimmBackbone(nn.Module):
         """P, Dv and the patches' grid, by a forward pass of one picture; takes out what that pass does not use."""
         training = self.training
         self.eval()
-        probe = copy.deepcopy(self).to("meta")
+        probe = all_differentiable(copy.deepcopy(self).to("meta"))
         with torch.enable_grad():
             pixels = torch.zeros(1, 3, *self.preprocessing.size, device="meta")
             features = probe.feature_map(pixels)

@@ -49,7 +49,8 @@ def check_fits(model: MultimodalLM, weights: Mapping[str, Tensor], frozen: dict[
     """Raises DataError with the part whose weights are missing, or whose frozen weights are not those of the training."""
     if missing := [name for name in kept_names(model) if name not in weights]:
         raise DataError(f"the checkpoint has no weights for {part_of(missing[0])}: {missing[0]} and {len(missing) - 1} more")
-    if extra := [name for name in weights if name not in model.state_dict()]:
+    known = set(model.state_dict())
+    if extra := [name for name in weights if name not in known]:
         raise DataError(f"the checkpoint has weights that the model lacks: {extra[0]} and {len(extra) - 1} more")
     found = frozen_hashes(model) if frozen else {}
     if wrong := [part for part in sorted({*frozen, *found}) if frozen.get(part) != found.get(part)]:

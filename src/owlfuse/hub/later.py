@@ -35,8 +35,8 @@ def exported_later(folder: Path, attention: str) -> tuple[OwlfuseForConditionalG
 
 
 def set_types(wrapped: nn.Module) -> None:
-    """Gives tensors the types that transformers gives them when it loads the folder: the configuration's, but for what a
-    constructor makes of a type of its own."""
+    """Gives tensors the types that transformers gives them when it loads the folder: those that the constructors make where the
+    configuration's type is the usual one."""
     dtype = wrapped.config.dtype
     if dtype in (None, torch.float32):
         return
@@ -48,7 +48,8 @@ def set_types(wrapped: nn.Module) -> None:
     finally:
         torch.set_default_dtype(usual)
     for module, other in zip(wrapped.modules(), twin.modules(), strict=True):
-        for parameter in module.parameters(recurse=False):
-            parameter.data = parameter.data.to(dtype)
+        for name, parameter in other.named_parameters(recurse=False):
+            own = module._parameters[name]
+            own.data = own.data.to(parameter.dtype)
         for name, buffer in other.named_buffers(recurse=False):
             module._buffers[name] = module._buffers[name].to(buffer.dtype)

@@ -1,0 +1,181 @@
+"""What sharded runs leave behind is whole, and is written out tensor by tensor."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+from safetensors.torch import load_file
+from torch.distributed import checkpoint as dcp
+
+from helpers import SHAPE_COUNTS, TINY_SHAPES
+from owlfuse import train
+from owlfuse.cli import main
+from owlfuse.config import compose
+from owlfuse.data.shapes import write_shapes
+from owlfuse.hub.export import load_run
+from owlfuse.model import on_meta
+from owlfuse.parallel import META
+from owlfuse.runs import last_checkpoint, write_config, write_manifest
+from ranks import by_processes
+
+SMALL = [
+    *TINY_SHAPES,
+    "data.workers=0",
+    "data.global_batch_size=8",
+    "evaluation.max_questions=2",
+    "evaluation.max_new_tokens=2",
+    "trainer.max_steps=4",
+    "optim=adamw",
+    "optim.lr=5e-4",
+    "logger.tensorboard=null",
+]
+LORA = [f"model/adapter@model.adapter.{policy}" for policy in ("llm=lora", "fusion=lora", "vision=frozen")]
+CASES = {
+    "full": ["experiment=shapes_owl3"],
+    "lora": ["experiment=shapes_owl2", *LORA],
+}
+FIELDS = ("hidden_size=1024", "intermediate_size=4096", "num_hidden_layers=9", "num_attention_heads=8", "vocab_size=12500")
+FIELDS += ("num_key_value_heads=8", "head_dim=128", "tie_word_embeddings=true")
+BIG = [
+    "experiment=shapes_owl1",
+    *(
+        f"++model.llm.config.{field}"
+        for field in (*FIELDS, "num_key_value_heads=8", "head_dim=128", "tie_word_embeddings=true")
+    ),
+]
+"""An LLM of 610 MB in float32, whose largest tensor has 51 MB."""
+MEASURE = """
+import sys
+from pathlib import Path
+from owlfuse.cli import main
+import owlfuse.hub.commands, owlfuse.model_parallel, peft, timm, torch.distributed.checkpoint
+
+def status(key):
+    return int(Path("/proc/self/status").read_text().split(key + ":")[1].split()[0]) * 1024
+
+before = status("VmRSS")
+Path("/proc/self/clear_refs").write_text("5")  # the highest from here on
+assert main(["export", *sys.argv[1:]]) == 0
+print("grew", status("VmHWM") - before)
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """The runs of one process in alone/, and of two in fsdp/."""
+    path = tmp_path_factory.mktemp("sharded")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(path)
+        write_shapes("data/shapes", **SHAPE_COUNTS)
+        data = f"data.folder={path / 'data/shapes'}"
+        for name, overrides in CASES.items():
+            train.run(compose([*SMALL, *overrides, data, "runs=alone", f"name={name}"]))
+        two = ["trainer=fsdp", "trainer.accelerator=cpu", "trainer.devices=2", "data.micro_batch_size=4", "runs=fsdp"]
+        by_processes(
+            2, [[*SMALL, *overrides, *two, data, f"name={name}"] for name, overrides in CASES.items()], path, "together"
+        )
+    return path
+
+
+def run_of(folder, kind, name):
+    (path,) = (folder / kind).glob(f"*/{name}")
+    return path
+
+
+def exported(folder, kind, name, out, *options):
+    assert main(["export", str(run_of(folder, kind, name)), str(out), *options]) == 0
+    return load_file(out / "model.safetensors")
+
+
+def check_close(mine, theirs):
+    assert mine.keys() == theirs.keys()
+    for name in mine:
+        if "key.bias" not in name:  # no softmax depends on it: its gradient is rounding, which Adam makes large
+            relative = 1e-3 if "running_" in name else 0  # statistics are no weights, and may be large
+            torch.testing.assert_close(
+                mine[name], theirs[name], atol=1e-4, rtol=relative, msg=lambda text, n=name: f"{n}: {text}"
+            )
+
+
+def test_a_sharded_run_is_exported_as_that_of_one_process(folder, tmp_path):
+    assert last_checkpoint(run_of(folder, "fsdp", "full")).is_dir()
+    mine = exported(folder, "fsdp", "full", tmp_path / "two")
+    check_close(mine, exported(folder, "alone", "full", tmp_path / "one"))
+    whole = load_run(run_of(folder, "fsdp", "full")).model.state_dict()  # in memory
+    assert all(torch.equal(whole[name.removeprefix("model.")], value) for name, value in mine.items())
+
+
+def test_an_adapter_that_two_processes_trained_is_whole(folder, tmp_path):
+    base = exported(folder, "fsdp", "lora", tmp_path / "two")
+    alone = exported(folder, "alone", "lora", tmp_path / "one")
+    check_close(base, alone)
+    mine, theirs = (load_file(tmp_path / kind / "adapter/adapter_model.safetensors") for kind in ("two", "one"))
+    check_close(mine, theirs)
+    for name, value in mine.items():
+        if ".lora_B." in name:  # zeros before training
+            assert all(half.count_nonzero() for half in value.chunk(2)), f"{name} has one rank's rows alone"
+    whole = load_run(run_of(folder, "fsdp", "lora")).model.state_dict()
+    for name, value in mine.items():
+        part, _, rest = name.removeprefix("base_model.model.model.").rpartition(".")
+        assert torch.equal(whole[f"{part}.default.{rest}"], value)
+
+
+def test_the_adapter_of_two_processes_folded_in_is_the_sum(folder, tmp_path):
+    base = exported(folder, "fsdp", "lora", tmp_path / "two")
+    merged = exported(folder, "fsdp", "lora", tmp_path / "merged", "merge=true")
+    check_close(merged, exported(folder, "alone", "lora", tmp_path / "one", "merge=true"))
+    adapter = load_file(tmp_path / "two/adapter/adapter_model.safetensors")
+    scale = json.loads((tmp_path / "two/adapter/adapter_config.json").read_text())
+    changed = 0
+    for name, value in merged.items():
+        key = f"base_model.model.{name.removesuffix('.weight')}.lora_"
+        if f"{key}A.weight" in adapter:
+            update = adapter[f"{key}B.weight"].double() @ adapter[f"{key}A.weight"].double()
+            wanted = base[name].double() + update * scale["lora_alpha"] / scale["r"]
+            torch.testing.assert_close(value.double(), wanted, atol=1e-6, rtol=0)
+            changed += not torch.equal(value, base[name])
+        else:
+            assert torch.equal(value, base[name]), name
+    assert changed == len(adapter) // 2
+
+
+def big_run(folder, sharded):
+    """A run whose checkpoint is written by hand, as training would, and its weights: a number for each tensor."""
+    write_shapes(folder / "shapes", **SHAPE_COUNTS)
+    config = compose([*SMALL, *BIG, f"data.folder={folder / 'shapes'}", f"runs={folder}", "name=big"])
+    run = folder / "big"
+    write_config(config, run)
+    model, _ = on_meta(OmegaConf.to_container(config.model, resolve=True), 1)
+    shapes = model.state_dict()
+    state = {
+        f"model.{name}": torch.full(tensor.shape, k, dtype=tensor.dtype) for k, (name, tensor) in enumerate(shapes.items())
+    }
+    rest = {"global_step": 1, "frozen": {}}
+    path = run / "checkpoints/step_00000001.ckpt"
+    path.parent.mkdir()
+    if sharded:
+        dcp.save({"state_dict": state}, checkpoint_id=path, no_dist=True)
+        torch.save(rest, path / META)
+    else:
+        torch.save({**rest, "state_dict": state}, path)
+    write_manifest(path, path)
+    return run, state
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sharded", [False, True], ids=["file", "folder"])
+def test_export_holds_a_few_tensors_of_the_model_at_a_time(sharded, tmp_path):
+    run, state = big_run(tmp_path, sharded)
+    size = sum(tensor.nbytes for name, tensor in state.items() if "lm_head" not in name)  # tied
+    assert size > 600e6
+    out = tmp_path / "out"
+    command = [sys.executable, "-c", MEASURE, str(run), str(out)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout.rpartition("grew ")[2]) < size / 3
+    found = load_file(out / "model.safetensors")
+    assert {name for name in state if "lm_head" not in name} == set(found)
+    assert all((value == state[name]).all() for name, value in found.items())
