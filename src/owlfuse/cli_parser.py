@@ -5,7 +5,7 @@ import sys
 from typing import NoReturn
 
 from owlfuse.bench.commands import add_bench
-from owlfuse.cli_help import EXIT_CODES, LAYOUT, RECIPE, TrainHelp
+from owlfuse.cli_help import EVAL, EVAL_USAGE, EXIT_CODES, LAYOUT, RECIPE, TrainHelp
 
 
 class Parser(argparse.ArgumentParser):
@@ -42,7 +42,9 @@ def _add_runs(commands) -> None:
     recipe.add_argument("recipe", metavar="NAME", help="a folder with a recipe.yaml below experiments/")
     recipe.add_argument("overrides", nargs="*", help="as of train for all stages; stages.<stage>.<key>=<value>; dry_run=true")
 
-    evaluate = commands.add_parser("eval", help="evaluate a run", usage="owlfuse eval RUN [overrides ...]", **LAYOUT)
+    evaluate = commands.add_parser(
+        "eval", help="evaluate a run, or any model on a benchmark", usage=EVAL_USAGE, epilog=EVAL, **LAYOUT
+    )
     evaluate.add_argument("overrides", nargs="*", metavar="RUN", help="the run's folder, then <key>=<value> to change")
 
 
