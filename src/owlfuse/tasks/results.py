@@ -120,12 +120,14 @@ def print_results(
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=f"{name}: {settings.model}", title_justify="left", show_footer=False)
+    table = Table(title=f"{name}: {settings.model}", title_justify="left")
     table.add_column("metric")
     table.add_column("value", justify="right")
     for metric, number in metrics.items():
         table.add_row(metric, f"{number:,}" if isinstance(number, int) else f"{number:.4f}")
     made = Table(title="made by", title_justify="left", show_header=False)
+    made.add_column()
+    made.add_column(overflow="fold")
     rows = {
         "weights": f"{settings.checkpoint}, {settings.dtype}",
         "files": ", ".join(settings.files),
