@@ -2,33 +2,12 @@
 
 import pytest
 import torch
-from benchmarks import BENCHMARKS
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
+from task_files import BENCHMARKS, small_tokenizer
 
 from helpers import llm_fields, model_node
 from owlfuse.data.chat import ChatEncoder
 from owlfuse.hub.export import Trained, export
 from owlfuse.model import build_model
-
-TEMPLATE = (
-    "{% for message in messages %}{{ message.role + ': ' + message.content }}"
-    "{% if message.role == 'assistant' %}{{ eos_token }}{% endif %}{{ ' ' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
-)
-
-
-def small_tokenizer(image=None):
-    """Byte-level, 300 tokens; `image` is its token 4."""
-    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    special = ["<unk>", "<s>", "</s>", "<pad>", *([image] if image else [])]
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
-    tokenizer.train_from_iterator(["What is in the image? Answer the question using a single word or phrase."] * 3, trainer)
-    tokens = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, chat_template=TEMPLATE, **tokens)
 
 
 @pytest.fixture(scope="session")

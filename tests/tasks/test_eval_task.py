@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from benchmarks import BENCHMARKS
+from task_files import BENCHMARKS
 
 from owlfuse.cli import main
 from owlfuse.tasks import run

@@ -6,9 +6,9 @@ import json
 import sys
 
 import pytest
-from benchmarks import BENCHMARKS
 from omegaconf import OmegaConf
 from PIL import Image
+from task_files import BENCHMARKS
 
 from helpers import REPO
 from owlfuse.build import build

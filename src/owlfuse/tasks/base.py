@@ -193,6 +193,15 @@ def texts(record: Any, key: str, where: str) -> list[str]:
     return found
 
 
+def image_file(pattern: str, **facts: Any) -> str:
+    """A picture's file of a record, by the task's `image_name`. Raises ConfigError for a pattern of other fields."""
+    try:
+        return pattern.format(**facts)
+    except (KeyError, IndexError, ValueError, AttributeError) as error:
+        known = ", ".join(f"{{{name}}}" for name in facts)
+        raise ConfigError(f"task.image_name: {pattern!r} cannot be filled in ({error!r}); its fields are {known}") from error
+
+
 def mean(values: Sequence[float]) -> float:
     """The arithmetic mean."""
     return sum(values) / len(values)

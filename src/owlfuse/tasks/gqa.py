@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from owlfuse.tasks.base import Question, Task, by_group, read_json, value
+from owlfuse.tasks.base import Question, Task, by_group, image_file, read_json, value
 
 
 @dataclass(kw_only=True)
@@ -27,7 +27,7 @@ class GQA(Task):
         """See `Task`."""
         identity, content = record
         where = f"{where} ({identity})"
-        image = self.image_name.format(image_id=value(content, "imageId", str, where))
+        image = image_file(self.image_name, image_id=value(content, "imageId", str, where))
         kind = value(value(content, "types", dict, where), "structural", str, f"{where}: types")
         messages = self.asked(value(content, "question", str, where), [image])
         yield Question(identity, messages, [image], value(content, "answer", str, where), kind)

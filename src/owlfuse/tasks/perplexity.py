@@ -14,6 +14,7 @@ import torch
 from torch.nn import functional as F
 
 from owlfuse.data.chat import ChatEncoder
+from owlfuse.data.checks import flatten
 from owlfuse.data.collate import Collator
 from owlfuse.tasks.answering import Prompts, Talker, Work, Wrong
 from owlfuse.tasks.base import Question, Task
@@ -57,7 +58,7 @@ class Chats(Prompts):
         """The chat as the template writes it, and encoded. Raises DataError."""
         sample = Sample(question.id, self.task.file.stem, question.messages, question.images)
         encoded = self.encoder.encode(sample)
-        text = self.processor.apply_chat_template(question.messages)
+        text = self.encoder.render(sample, flatten(sample, self.control))
         encoded.input_ids[encoded.placeholder] = self.image_id
         if question.images:
             encoded.pixel_values = list(self.processor.image_processor(self.opened(question))["pixel_values"])

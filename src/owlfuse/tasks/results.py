@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -93,13 +95,14 @@ def write_results(
     """`tasks/<name>.json`, written beside and renamed."""
     from owlfuse.evaluation import git_state, versions
 
+    scorers = [package for package in ("torchmetrics", "pycocoevalcap") if find_spec(package)]
     results = {
         "task": name,
         "metrics": metrics,
         "counts": counts,
         "skipped": [{"record": record, "reason": reason} for record, reason in skipped[:TOLD]],
         "settings": {**vars(settings), "key": settings.key, **how},
-        "versions": versions(),
+        "versions": {**versions(), **{package: version(package) for package in scorers}},
         "git": git_state(),
         "wall_s": round(seconds, 1),
     }
@@ -141,6 +144,7 @@ def print_results(
     console.print(table)
     console.print(made)
     if settings.dtype != "float32":
-        console.print("weights below float32 round by the batch: another batch_size may give another answer here and there")
+        told = "weights below float32 round by the batch: another batch_size may give another answer here and there"
+        console.print(told, soft_wrap=True)
     for record, reason in skipped[:TOLD]:
-        console.print(f"skipped {record}: {reason}", markup=False)
+        console.print(f"skipped {record}: {reason}", markup=False, soft_wrap=True)

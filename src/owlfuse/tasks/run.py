@@ -89,8 +89,9 @@ def read_options(words: list[str]) -> tuple[Options, Task]:
     """eval.yaml with the overrides, and the benchmark. Raises ConfigError."""
     config = compose_root("eval", words)
     plain = OmegaConf.to_container(config, resolve=True)
+    chosen = next(word for word in words if word.startswith("task="))[5:]
+    plain["name"] = str(plain["name"] or chosen.strip("'\"").replace("/", "_"))
     check_arguments(Options, "", "", plain, lambda path: origin_of(config, path))
-    plain["name"] = str(plain["name"] or next(word for word in words if word.startswith("task="))[5:].replace("/", "_"))
     options = Options(**plain)
     task = build(config.task)
     if not isinstance(task, Task):
@@ -158,7 +159,7 @@ def finish(
     store.finish([*lines, *(line for identity, line in done.items() if identity not in asked)], others)
     counts = {"questions": len(questions), "answered": len(answered), "skipped": len(skipped)}
     how = {"batch_size": options.batch_size, "ranks": ranks.count, "max_questions": options.max_questions}
-    path = store.folder.with_suffix(".json")
+    path = store.folder.with_name(f"{options.name}.json")
     write_results(path, options.name, metrics, counts, settings, how, skipped, seconds)
     print_results(options.name, metrics, counts, settings, how, skipped)
     print(f"{path}, and each answer in {store.folder / 'predictions.jsonl'}")

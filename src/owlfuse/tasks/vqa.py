@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from owlfuse.tasks.base import Question, Task, by_group, read_json, texts, value
+from owlfuse.tasks.base import Question, Task, by_group, image_file, read_json, texts, value
 from owlfuse.types import DataError
 
 CONTRACTED = """
@@ -125,7 +125,7 @@ class VQAv2(Task):
         place = f"{self.annotations}: record {number}"
         answers = [value(one, "answer", str, f"{place}: an answer") for one in value(annotation, "answers", list, place)]
         check_ten(answers, place)
-        image = self.image_name.format(subset=self.subset, image_id=value(record, "image_id", int, where))
+        image = image_file(self.image_name, subset=self.subset, image_id=value(record, "image_id", int, where))
         messages = self.asked(value(record, "question", str, where), [image])
         yield Question(str(identity), messages, [image], answers, value(annotation, "answer_type", str, place))
 
@@ -157,7 +157,7 @@ class TextVQA(Task):
         identity = str(value(record, "question_id", (int, str), where))
         answers = texts(record, "answers", where)
         check_ten(answers, where)
-        image = self.image_name.format(image_id=value(record, "image_id", str, where))
+        image = image_file(self.image_name, image_id=value(record, "image_id", str, where))
         yield Question(identity, self.asked(value(record, "question", str, where), [image]), [image], answers)
 
     def score(self, line: dict[str, Any]) -> float:
