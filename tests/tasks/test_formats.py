@@ -12,7 +12,10 @@ from task_files import BENCHMARKS
 
 from helpers import REPO
 from owlfuse.build import build
+from owlfuse.config import ConfigError
 from owlfuse.tasks.base import Task, spread
+from owlfuse.tasks.predictions import Predictions
+from owlfuse.tasks.run import read_options
 from owlfuse.types import DataError
 
 WORD = "\nAnswer the question using a single word or phrase."
@@ -87,6 +90,7 @@ def test_scienceqa(tmp_path):
     assert (text.id, text.images, text.group) == ("4", [], "LAN")
     assert text_of(text).endswith("the anger of Achilles.\nA. chiasmus\nB. apostrophe" + LETTER)
     assert pictured.images == ["test/11/image.png"]
+    assert (text.expected["context"], pictured.expected["context"]) == (["NO"], ["TXT", "IMG"])
     assert text_of(pictured) == (
         "<image>Context: Two magnets are placed as shown.\nWill these magnets attract or repel each other?\n"
         "A. attract\nB. repel" + LETTER
@@ -223,3 +227,48 @@ def test_a_missing_file_is_told(tmp_path):
     task.annotations.unlink()
     with pytest.raises(DataError, match=r"annotations\.json: no such file"):
         task.questions()
+
+
+def test_a_pattern_of_a_pictures_file_that_cannot_be_filled_in_is_told(tmp_path):
+    with pytest.raises(
+        ConfigError, match=r"task\.image_name: '\{id\}\.jpg' cannot be filled in .* its fields are \{image_id\}"
+    ):
+        made("gqa", tmp_path, image_name="{id}.jpg").questions()
+
+
+MINE = """
+_target_: mytask.Riddles
+file: ???
+"""
+CODE = """
+from dataclasses import dataclass
+
+from owlfuse.tasks.gqa import GQA
+
+
+@dataclass(kw_only=True)
+class Riddles(GQA):
+    hint: str = "Think."
+"""
+
+
+def test_a_task_of_ones_own_is_a_file_and_a_yaml(tmp_path, monkeypatch):
+    (tmp_path / "configs" / "task").mkdir(parents=True)
+    (tmp_path / "configs" / "task" / "mine.yaml").write_text(MINE)
+    (tmp_path / "configs" / "task" / "odd.yaml").write_text(MINE.replace("mytask.Riddles", "pathlib.Path"))
+    (tmp_path / "mytask.py").write_text(CODE)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    options, task = read_options(["task=mine", "task.file=x.json", "+task.hint=Guess.", "batch_size=2"])
+    assert (options.name, options.batch_size) == ("mine", 2)
+    assert (type(task).__name__, task.hint, str(task.file)) == ("Riddles", "Guess.", "x.json")
+    with pytest.raises(ConfigError, match=r"configs/task/mine\.yaml: task\.file: needs a value"):
+        read_options(["task=mine"])
+    with pytest.raises(ConfigError, match="odd.yaml: task._target_: pathlib.Path is no Task"):
+        read_options(["task=odd", "task.file=x.json"])
+
+
+def test_predictions_are_not_mixed_with_a_file_of_others(tmp_path):
+    (tmp_path / "predictions.jsonl").write_text('{"question_id": 1, "text": "a"}\n')
+    with pytest.raises(DataError, match="line 1 is no prediction of ours; name another folder: out=DIR"):
+        Predictions(tmp_path, "key").read()

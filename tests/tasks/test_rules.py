@@ -15,7 +15,7 @@ from owlfuse.tasks.gqa import GQA
 from owlfuse.tasks.mmbench import MMBench, letter_among
 from owlfuse.tasks.perplexity import Perplexity
 from owlfuse.tasks.pope import POPE, says_yes, yes_no_metrics
-from owlfuse.tasks.scienceqa import letter_of
+from owlfuse.tasks.scienceqa import ScienceQA, letter_of
 from owlfuse.tasks.vqa import CONTRACTIONS, agreement, normalized, textvqa_accuracy, textvqa_normalized, vqa_accuracy
 
 NORMALIZED = {
@@ -175,7 +175,7 @@ def test_pope_metrics_by_category_and_their_mean():
     """The counts as evaluate.py has them: TP 2, FP 1, TN 3, FN 2 gives 5/8, 2/3, 1/2, 4/7 and 3/8 yes."""
     answers = [True, True, True, False, False, False, False, False]
     labels = [True, True, False, False, False, False, True, True]
-    expected = {"accuracy": 5 / 8, "precision": 2 / 3, "recall": 1 / 2, "f1": 4 / 7, "yes": 3 / 8}
+    expected = {"accuracy": 5 / 8, "precision": 2 / 3, "recall": 1 / 2, "f1": 4 / 7, "yes_share": 3 / 8}
     assert yes_no_metrics(answers, labels) == pytest.approx(expected)
     lines = [
         {"group": group, "answer": "yes" if a else "no", "expected": "yes" if label else "no"}
@@ -186,7 +186,7 @@ def test_pope_metrics_by_category_and_their_mean():
     assert metrics["f1/random"] == pytest.approx(4 / 7)
     assert metrics["f1/popular"] == 1.0
     assert metrics["f1"] == pytest.approx((4 / 7 + 1) / 2)
-    assert metrics["yes/popular"] == 0.5
+    assert metrics["yes_share/popular"] == 0.5
 
 
 @pytest.mark.parametrize(("answer", "letter"), [
@@ -203,6 +203,15 @@ def test_pope_metrics_by_category_and_their_mean():
 def test_scienceqa_finds_the_letter_by_llavas_rule(answer, letter):
     """llava/eval/eval_science_qa.py."""
     assert letter_of(answer) == letter
+
+
+def test_scienceqa_is_told_by_subject_and_context_as_in_its_paper():
+    """arXiv 2209.09513, table 3: NAT SOC LAN, and TXT IMG NO, of which a question may have two."""
+    cases = [("NAT", ["TXT", "IMG"], 1.0), ("NAT", ["IMG"], 0.0), ("LAN", ["NO"], 1.0), ("LAN", ["NO"], 1.0)]
+    lines = [{"group": group, "expected": {"context": context}, "score": score} for group, context, score in cases]
+    expected = {"NAT": 0.5, "LAN": 1.0, "TXT": 1.0, "IMG": 0.5, "NO": 1.0}
+    metrics = ScienceQA(file="x", splits="y").metrics(lines)
+    assert metrics == {"accuracy": 0.75} | {f"accuracy/{name}": score for name, score in expected.items()}
 
 
 @pytest.mark.parametrize(("answer", "letter"), [
@@ -308,9 +317,16 @@ def test_a_caption_that_is_its_only_reference_has_a_cider_of_ten():
 CAPTIONS = {
     "A man's dog doesn't bark, it sleeps.": "a man 's dog does n't bark it sleeps",
     "Two fire-trucks - one red; one blue!": "two fire-trucks one red one blue",
-    'The "stop" sign at 10:30 (closed)...': "the stop sign at 10:30 closed",
+    'The "stop" sign at 10:30 (closed)...': "the stop sign at 10:30 -lrb- closed -rrb-",
     "A plate with $5.50 & bread": "a plate with $ 5.50 & bread",
+    "A black-and-white photo of a 1950's diner.": "a black-and-white photo of a 1950 's diner",
+    "Mr. Smith's car cannot move.": "mr. smith 's car can not move",
+    "A street sign that reads 'Main St.'": "a street sign that reads main st.",
+    "People at the U.S. Open tennis match.": "people at the u.s. open tennis match",
+    "A caf\u00e9 with 3/4 of its tables -- full": "a caf\u00e9 with 3/4 of its tables full",
+    "the kids' toys; I'm gonna play": "the kids toys i 'm gon na play",
 }
+"""Captions and their words by Stanford's tokeniser with coco-caption's punctuation (checked below where there is Java)."""
 
 
 @pytest.mark.parametrize(("caption", "expected"), CAPTIONS.items())
@@ -319,9 +335,8 @@ def test_captions_are_cut_into_words_as_by_the_penn_treebank(caption, expected):
 
 
 @pytest.mark.skipif(shutil.which("java") is None, reason="Stanford's tokenizer needs Java")
-def test_plain_captions_are_cut_as_by_stanfords_tokenizer():
-    captions = {"1": list(CAPTIONS)[:2]}
-    assert tokenized(captions, "ptb") == tokenized(captions, "words")
+def test_stanfords_tokenizer_cuts_these_captions_so():
+    assert tokenized({"1": list(CAPTIONS)}, "ptb") == {"1": list(CAPTIONS.values())}
 
 
 def test_perplexity_is_over_all_tokens_and_not_the_mean_of_the_chats():

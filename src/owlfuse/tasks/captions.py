@@ -12,20 +12,23 @@ from owlfuse.config_errors import ConfigError
 from owlfuse.tasks.base import Question, Task, read_json, value
 from owlfuse.types import DataError
 
-MARKS = set(".?!,:;-'`\"") | {"''", "``", "--", "...", "(", ")", "[", "]", "{", "}", "-lrb-", "-rrb-", "-lcb-", "-rcb-"}
-"""What is no word, after PTBTokenizer's list of coco-caption."""
-TOKEN = re.compile(r"\.\.\.|--|[a-z0-9]+(?:[-./:,][a-z0-9]+)*|\w+|[^\w\s]")
-CLITIC = re.compile(r"(n't|'(?:s|re|ve|ll|d|m))\b")
+MARKS = {"''", "'", "``", "`", ".", "?", "!", ",", ":", "-", "--", "...", ";", '"'}
+"""What is no word, after PTBTokenizer's list of coco-caption; its brackets, in lower case by then, stay words there as here."""
+BRACKETS = {"(": "-lrb-", ")": "-rrb-", "[": "-lsb-", "]": "-rsb-", "{": "-lcb-", "}": "-rcb-"}
+ABBREVIATION = r"\b(?:mr|mrs|ms|dr|st|jr|sr|vs)\.|\b(?:[a-z]\.){2,}"
+TOKEN = re.compile(rf"{ABBREVIATION}|\.\.\.|--|\w+(?:[-./:,]\w+)*|[^\w\s]")
+IN_TWO = re.compile(r"(n't|'(?:s|re|ve|ll|d|m))\b|\b(?:(can)(not)|(gon)(na)|(got)(ta)|(wan)(na))\b")
 
 
 def words(caption: str) -> str:
     """A caption in lower case, its words with a space between and without punctuation, near to what Stanford's PTBTokenizer
-    makes of plain English: contractions in two (`do n't`, `man 's`), hyphenated words and numbers whole."""
+    makes of plain English: contractions in two (`do n't`, `man 's`, `can not`), hyphenated words and numbers whole, the
+    periods of abbreviations kept."""
     text = caption.lower().replace("\u2019", "'").replace("\n", " ")
-    kept = []
-    for piece in CLITIC.sub(r" \1 ", text).split():
-        kept += [piece] if CLITIC.fullmatch(piece) else TOKEN.findall(piece)
-    return " ".join(token for token in kept if token not in MARKS)
+    kept: list[str] = []
+    for piece in IN_TWO.sub(lambda found: f" {' '.join(filter(None, found.groups()))} ", text).split():
+        kept += [piece] if IN_TWO.fullmatch(piece) else TOKEN.findall(piece)
+    return " ".join(BRACKETS.get(token, token) for token in kept if token not in MARKS)
 
 
 def tokenized(captions: dict[str, list[str]], tokens: str) -> dict[str, list[str]]:

@@ -27,7 +27,7 @@ def yes_no_metrics(answers: Sequence[bool], labels: Sequence[bool]) -> dict[str,
     found, wanted = torch.tensor(answers).int(), torch.tensor(labels).int()
     rules = {name: getattr(classification, f"binary_{name}") for name in ("accuracy", "precision", "recall", "f1_score")}
     scores = {name.removesuffix("_score"): float(rule(found, wanted)) for name, rule in rules.items()}
-    return scores | {"yes": mean([float(answer) for answer in answers])}
+    return scores | {"yes_share": mean([float(answer) for answer in answers])}
 
 
 @dataclass(kw_only=True)

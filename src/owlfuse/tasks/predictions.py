@@ -18,13 +18,19 @@ class Predictions:
 
     Args:
         key: of the settings; lines of other settings are left alone.
+
+    Raises:
+        DataError: a folder that cannot be made.
     """
 
     def __init__(self, folder: Path, key: str, rank: int = 0) -> None:
         self.folder = folder
         self.key = key
         self.path = folder / NAME if rank == 0 else folder / f"predictions.rank{rank}.jsonl"
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise DataError(f"{folder}: {error.strerror}; name another folder: out=DIR") from error
 
     def files(self) -> list[Path]:
         """Of all ranks of this and earlier runs, the first rank's first."""

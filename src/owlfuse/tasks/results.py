@@ -82,21 +82,25 @@ class Settings:
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def write_results(
-    path: Path,
+def results_of(
     name: str,
     metrics: dict[str, float],
     counts: dict[str, int],
+    skipped: list[tuple[str, str]],
     settings: Settings,
     how: dict[str, Any],
-    skipped: list[tuple[str, str]],
-    seconds: float,
-) -> None:
-    """`tasks/<name>.json`, written beside and renamed."""
+) -> dict[str, Any]:
+    """What `tasks/<name>.json` holds.
+
+    Args:
+        counts: of questions.
+        skipped: records and reasons.
+        how: what was asked for beside the settings, and changes no answer.
+    """
     from owlfuse.evaluation import git_state, versions
 
     scorers = [package for package in ("torchmetrics", "pycocoevalcap") if find_spec(package)]
-    results = {
+    return {
         "task": name,
         "metrics": metrics,
         "counts": counts,
@@ -104,47 +108,42 @@ def write_results(
         "settings": {**vars(settings), "key": settings.key, **how},
         "versions": {**versions(), **{package: version(package) for package in scorers}},
         "git": git_state(),
-        "wall_s": round(seconds, 1),
     }
+
+
+def write_results(path: Path, results: dict[str, Any]) -> None:
+    """Written beside and renamed."""
     beside = path.with_name(path.name + ".part")
     beside.write_text(json.dumps(results, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     beside.replace(path)
 
 
-def print_results(
-    name: str,
-    metrics: dict[str, float],
-    counts: dict[str, int],
-    settings: Settings,
-    how: dict[str, Any],
-    skipped: list[tuple[str, str]],
-) -> None:
-    """One metric a line, and below them the settings that made them."""
+def print_results(results: dict[str, Any]) -> None:
+    """One metric a line, below them the settings that made them, and what was skipped."""
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=f"{name}: {settings.model}", title_justify="left")
+    settings = results["settings"]
+    table = Table(title=f"{results['task']}: {settings['model']}", title_justify="left")
     table.add_column("metric")
     table.add_column("value", justify="right")
-    for metric, number in metrics.items():
+    for metric, number in results["metrics"].items():
         table.add_row(metric, f"{number:,}" if isinstance(number, int) else f"{number:.4f}")
     made = Table(title="made by", title_justify="left", show_header=False)
     made.add_column()
     made.add_column(overflow="fold")
-    rows = {
-        "weights": f"{settings.checkpoint}, {settings.dtype}",
-        "files": ", ".join(settings.files),
-        **{key: value for key, value in settings.task.items() if key != "_target_" and value is not None},
-        **{key: value for key, value in how.items() if value is not None},
-        **counts,
-    }
-    for key, value in rows.items():
-        made.add_row(key, repr(value) if isinstance(value, str) and "\n" in value else str(value))
+    weights = f"{settings['checkpoint']}, {settings['dtype']}"
+    apart = ("model", "checkpoint", "weights", "files", "data", "task", "dtype")
+    rows = {"weights": weights, "files": ", ".join(settings["files"]), **settings["task"]}
+    rows |= {key: found for key, found in settings.items() if key not in apart} | results["counts"]
+    for key, found in rows.items():
+        if found is not None:
+            made.add_row(key, repr(found) if isinstance(found, str) and "\n" in found else str(found))
     console = Console()
     console.print(table)
     console.print(made)
-    if settings.dtype != "float32":
+    if settings["dtype"] != "float32":
         told = "weights below float32 round by the batch: another batch_size may give another answer here and there"
         console.print(told, soft_wrap=True)
-    for record, reason in skipped[:TOLD]:
-        console.print(f"skipped {record}: {reason}", markup=False, soft_wrap=True)
+    for one in results["skipped"]:
+        console.print(f"skipped {one['record']}: {one['reason']}", markup=False, soft_wrap=True)

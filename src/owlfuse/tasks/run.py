@@ -22,7 +22,7 @@ from owlfuse.tasks.base import Question, Task, spread
 from owlfuse.tasks.perplexity import Chats, measure
 from owlfuse.tasks.predictions import Predictions
 from owlfuse.tasks.ranks import Ranks
-from owlfuse.tasks.results import Settings, check_model, print_results, write_results
+from owlfuse.tasks.results import Settings, check_model, print_results, results_of, write_results
 
 
 @dataclass(kw_only=True)
@@ -123,7 +123,8 @@ def answer_share(
     skipped = 0
     columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, disable=not ranks.first) as progress:
-        shown = progress.add_task(f"{options.name}", total=len(questions))
+        label = options.name if ranks.count == 1 else f"{options.name}, rank 1 of {ranks.count}"
+        shown = progress.add_task(label, total=len(questions))
         for work in loader:
             lines = [{"id": wrong.question.id, "skipped": wrong.reason} for wrong in work.wrong]
             if work.questions:
@@ -160,6 +161,7 @@ def finish(
     counts = {"questions": len(questions), "answered": len(answered), "skipped": len(skipped)}
     how = {"batch_size": options.batch_size, "ranks": ranks.count, "max_questions": options.max_questions}
     path = store.folder.with_name(f"{options.name}.json")
-    write_results(path, options.name, metrics, counts, settings, how, skipped, seconds)
-    print_results(options.name, metrics, counts, settings, how, skipped)
+    results = results_of(options.name, metrics, counts, skipped, settings, how)
+    write_results(path, {**results, "wall_s": round(seconds, 1)})
+    print_results(results)
     print(f"{path}, and each answer in {store.folder / 'predictions.jsonl'}")

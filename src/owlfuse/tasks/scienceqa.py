@@ -75,7 +75,10 @@ class ScienceQA(Task):
         images = [f"{value(problem, 'split', str, where)}/{pid}/{problem['image']}"] if has_picture(problem) else []
         hint = value(problem, "hint", str, where).strip()
         text = with_options(value(problem, "question", str, where), f"{self.hint}{hint}" if hint else "", options)
-        expected = {"letter": LETTERS[right], "options": len(options), "picture": bool(images)}
+        expected = {
+            "letter": LETTERS[right],
+            "context": [name for name, there in (("TXT", hint), ("IMG", images)) if there] or ["NO"],
+        }
         subject = value(problem, "subject", str, where)
         yield Question(pid, self.asked(text, images), images, expected, SUBJECTS.get(subject, subject))
 
@@ -84,10 +87,10 @@ class ScienceQA(Task):
         return float(letter_of(line["answer"]) == line["expected"]["letter"])
 
     def metrics(self, lines: list[dict[str, Any]]) -> dict[str, float]:
-        """`accuracy`, by subject, and of the questions with a picture (IMG) and without (NO)."""
+        """`accuracy`, by subject, and by what comes with the question: a hint (TXT), a picture (IMG), neither (NO)."""
         metrics = {"accuracy": mean([line["score"] for line in lines])}
         groups = {name: [line for line in lines if line["group"] == name] for name in SUBJECTS.values()}
-        groups |= {name: [line for line in lines if line["expected"]["picture"] == (name == "IMG")] for name in ("IMG", "NO")}
+        groups |= {name: [line for line in lines if name in line["expected"]["context"]] for name in ("TXT", "IMG", "NO")}
         return metrics | {f"accuracy/{k}": mean([one["score"] for one in mine]) for k, mine in groups.items() if mine}
 
 
