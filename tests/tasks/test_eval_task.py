@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from task_files import BENCHMARKS
 
 from owlfuse.cli import main
@@ -146,6 +147,16 @@ def test_a_prompt_that_is_too_long_for_the_model_is_told_and_not_cut(model, file
     words = [*files("gqa"), f"task.prompt='{{question}}{long}'"]
     assert main(["eval", str(model), "task=gqa", *words, f"out={tmp_path}", "workers=0"]) == 1
     assert "and the model has 2048" in capsys.readouterr().err
+
+
+def test_a_batch_that_is_too_large_for_the_gpu_is_told(model, files, tmp_path, monkeypatch, capsys):
+    def full(*given):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(run, "answer", full)
+    assert main(["eval", str(model), "task=gqa", *files("gqa"), f"out={tmp_path}", "workers=0"]) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("owlfuse: error: a batch of 3 is more than the GPU's memory holds; go on by the same command")
 
 
 @pytest.mark.parametrize(

@@ -226,7 +226,7 @@ def test_scienceqa_is_told_by_subject_and_context_as_in_its_paper():
     ("owl", None),
 ])  # fmt: skip
 def test_mmbench_finds_the_option_by_exact_matching(answer, letter):
-    """The first step of VLMEvalKit's can_infer (vlmeval/utils/matching_util.py): the letter, then the text."""
+    """can_infer_option and can_infer_text of MMBench's evaluation script and VLMEvalKit's vlmeval/utils/matching_util.py."""
     assert letter_among(answer, {"A": "cat", "B": "dog", "C": "horse"}) == letter
 
 

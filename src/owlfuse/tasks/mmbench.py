@@ -26,8 +26,11 @@ TURNED = 1_000_000
 
 
 def letter_among(answer: str, options: dict[str, str]) -> str | None:
-    """The option that an answer means by exact matching (VLMEvalKit's can_infer): the only letter among its words, unless that
-    is an A among more than three words, which may be an article; else the only option whose text stands in it."""
+    """The option that an answer means by exact matching, the first step of MMBench's own evaluation (can_infer; the second
+    asks another model, which is not done here): the only letter among its words, else the only option whose text stands in it.
+
+    An A among more than three words may be an article and is no letter, as in MMBench's script; VLMEvalKit takes it.
+    """
     words = re.sub(r"[.()\[\],:;!*#{}]", " ", answer).split()
     named = [letter for letter in options if letter in words]
     if len(named) == 1 and not (named == ["A"] and len(words) > 3):

@@ -6,7 +6,7 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from omegaconf import OmegaConf
@@ -17,12 +17,13 @@ from owlfuse.build import build
 from owlfuse.config import ConfigError, compose_root, origin_of
 from owlfuse.config_targets import check_arguments
 from owlfuse.data.datamodule import ignore_interrupt
-from owlfuse.tasks.answering import Prompts, Talker, answer
+from owlfuse.tasks.answering import Prompts, Talker, Work, answer
 from owlfuse.tasks.base import Question, Task, spread
 from owlfuse.tasks.perplexity import Chats, measure
 from owlfuse.tasks.predictions import Predictions
 from owlfuse.tasks.ranks import Ranks
 from owlfuse.tasks.results import Settings, check_model, print_results, results_of, write_results
+from owlfuse.types import DataError
 
 
 @dataclass(kw_only=True)
@@ -127,13 +128,25 @@ def answer_share(
         shown = progress.add_task(label, total=len(questions))
         for work in loader:
             lines = [{"id": wrong.question.id, "skipped": wrong.reason} for wrong in work.wrong]
-            if work.questions:
-                lines += answer(talker, task, work) if task.generates else measure(talker, task, work)
+            lines += lines_of(talker, task, work)
             store.append(lines)
             if work.wrong:
                 skipped += len(work.wrong)
                 task.check_skips(skipped, work.wrong[-1].reason)
             progress.advance(shown, len(lines))
+
+
+def lines_of(talker: Talker, task: Task, work: Work) -> list[dict[str, Any]]:
+    """The predictions of a batch. Raises DataError where the GPU's memory is too small for it."""
+    if not work.questions:
+        return []
+    try:
+        return answer(talker, task, work) if task.generates else measure(talker, task, work)
+    except torch.OutOfMemoryError as error:
+        raise DataError(
+            f"a batch of {len(work.questions)} is more than the GPU's memory holds; go on by the same command with a smaller "
+            "batch_size, or with dtype=saved where the weights are of 16 bits"
+        ) from error
 
 
 def finish(
