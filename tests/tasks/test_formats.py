@@ -272,3 +272,18 @@ def test_predictions_are_not_mixed_with_a_file_of_others(tmp_path):
     (tmp_path / "predictions.jsonl").write_text('{"question_id": 1, "text": "a"}\n')
     with pytest.raises(DataError, match="line 1 is no prediction of ours; name another folder: out=DIR"):
         Predictions(tmp_path, "key").read()
+
+
+def test_the_ranks_predictions_are_joined_in_order_and_lines_of_others_stay(tmp_path):
+    first, second = Predictions(tmp_path, "key"), Predictions(tmp_path, "key", rank=1)
+    Predictions(tmp_path, "other").append([{"id": "a", "answer": "of other settings"}])
+    first.append([{"id": "c", "skipped": "no picture"}, {"id": "a", "answer": "1"}])
+    second.append([{"id": "b", "answer": "2"}, {"id": "c", "answer": "3"}])
+    second.append([{"id": "a", "skipped": "the disk was away, in an earlier try"}])
+    done, others = first.read()
+    assert {key: line.get("answer") for key, line in done.items()} == {"a": "1", "b": "2", "c": "3"}
+    first.finish([done[key] for key in "abc"], others)
+    assert [path.name for path in tmp_path.iterdir()] == ["predictions.jsonl"]
+    lines = [json.loads(line) for line in (tmp_path / "predictions.jsonl").read_text().splitlines()]
+    assert [(line["settings"], line["id"]) for line in lines] == [("other", "a"), ("key", "a"), ("key", "b"), ("key", "c")]
+    assert first.read() == (done, others)

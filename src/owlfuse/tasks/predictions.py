@@ -37,7 +37,7 @@ class Predictions:
         return [file for file in [self.folder / NAME, *sorted(self.folder.glob("predictions.rank*.jsonl"))] if file.exists()]
 
     def read(self) -> tuple[dict[str, dict[str, Any]], list[str]]:
-        """The predictions of these settings by their ids, the later of two, and the lines of others.
+        """The predictions of these settings by their ids, an answer before a skip, and the lines of others.
 
         A line that was cut as the power went is left out. Raises DataError for a file that holds something else.
         """
@@ -54,10 +54,10 @@ class Predictions:
                     continue
                 except (KeyError, TypeError):
                     raise DataError(f"{file}: line {number} is no prediction of ours; name another folder: out=DIR") from None
-                if found[0] == self.key:
-                    mine[found[1]] = line
-                else:
+                if found[0] != self.key:
                     others.append(text)
+                elif "skipped" not in line or found[1] not in mine:
+                    mine[found[1]] = line
         return mine, others
 
     def append(self, lines: list[dict[str, Any]]) -> None:
