@@ -76,10 +76,10 @@ def evaluate_task(folder: str, words: list[str]) -> None:
         ranks.wait()
     except KeyboardInterrupt:
         kept, _ = store.read()
-        print(
-            f"owlfuse: stopped; {len(kept)} of {len(questions)} answers are in {store.folder}, and the same command goes on",
-            file=sys.stderr,
-        )
+        count = sum("skipped" not in kept.get(question.id, {"skipped": ""}) for question in questions)
+        told = f"{count} of {len(questions)} answers are in {store.folder}, and the same command goes on"
+        if ranks.first:
+            print(f"owlfuse: stopped; {told}", file=sys.stderr)
         raise
     if ranks.first:
         finish(options, task, questions, wrong, store, settings, ranks, time.monotonic() - began)
