@@ -70,8 +70,12 @@ def _eval(arguments: argparse.Namespace) -> None:
     folder = next((word for word in words if "=" not in word or Path(word).is_dir()), None)
     if folder is None:
         raise ConfigError("command line: name the run's folder: owlfuse eval RUN [overrides]")
-    find_run(folder)
     words.remove(folder)
+    if any(word.startswith("task=") for word in words):
+        from owlfuse.tasks.run import evaluate_task
+
+        return evaluate_task(folder, words)
+    find_run(folder)
     from owlfuse import evaluation
 
     evaluation.evaluate_run(folder, words)

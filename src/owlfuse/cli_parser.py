@@ -5,7 +5,7 @@ import sys
 from typing import NoReturn
 
 from owlfuse.bench.commands import add_bench
-from owlfuse.cli_help import ABLATE, EXIT_CODES, LAYOUT, RECIPE, TrainHelp
+from owlfuse.cli_help import ABLATE, EVAL, EVAL_USAGE, EXIT_CODES, LAYOUT, RECIPE, TrainHelp
 
 
 class Parser(argparse.ArgumentParser):
@@ -52,7 +52,9 @@ def _add_runs(commands) -> None:
     report.add_argument("ablation", metavar="NAME", help="an ablation, or its folder in runs/")
     report.add_argument("overrides", nargs="*", help=argparse.SUPPRESS)
 
-    evaluate = commands.add_parser("eval", help="evaluate a run", usage="owlfuse eval RUN [overrides ...]", **LAYOUT)
+    evaluate = commands.add_parser(
+        "eval", help="evaluate a run, or any model on a benchmark", usage=EVAL_USAGE, epilog=EVAL, **LAYOUT
+    )
     evaluate.add_argument("overrides", nargs="*", metavar="RUN", help="the run's folder, then <key>=<value> to change")
 
 

@@ -1,6 +1,6 @@
 """The configuration: its typed root, composition from groups or from a run's folder, and the checks before building."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,18 @@ from owlfuse.config_files import EXPERIMENTS, ConfigFolders, find_folders
 from owlfuse.config_hydra import Composition, dotted_keys, read_overrides
 from owlfuse.config_targets import check_arguments, check_targets
 
-__all__ = ["ConfigError", "PlanOptions", "Root", "check", "check_targets", "compose", "find_run", "origin_of", "sweep_cells"]
+__all__ = [
+    "ConfigError",
+    "PlanOptions",
+    "Root",
+    "check",
+    "check_targets",
+    "compose",
+    "compose_root",
+    "find_run",
+    "origin_of",
+    "sweep_cells",
+]
 
 PARTS = ("vision", "connector", "fusion", "llm")
 
@@ -95,6 +106,18 @@ def compose(overrides: list[str], config_dir: str | Path | None = None) -> DictC
     if isinstance(config.get("name"), int) and not isinstance(config.name, bool):
         config.name = str(config.name)  # name=1 is a name
     check(config)
+    return config
+
+
+def compose_root(root: str, overrides: list[str]) -> DictConfig:
+    """A configuration with a root of its own, `configs/<root>.yaml`: composed and resolved, every `_target_` checked. Raises
+    ConfigError."""
+    folders = replace(find_folders(), root=root)
+    composition = Composition(folders, read_overrides(overrides, folders))
+    config = _without_hydra(composition)
+    config.__dict__["_composition"] = composition
+    _resolve(config)
+    check_targets(OmegaConf.to_container(config, resolve=True), lambda path: origin_of(config, path))
     return config
 
 

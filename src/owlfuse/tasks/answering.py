@@ -1,0 +1,146 @@
+"""A model answers the questions of a benchmark, batch by batch.
+
+B rows, T text positions, N images, H and W their size in pixels.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch.utils.data import Dataset
+from transformers import BatchFeature
+
+from owlfuse.chat import load_talker
+from owlfuse.data.checks import flatten
+from owlfuse.data.images import open_image
+from owlfuse.data.policy import one_line
+from owlfuse.tasks.base import Question, Task
+from owlfuse.types import DataError, Sample
+
+
+class Talker:
+    """A run's, an exported or an imported model, on a device, with its processor.
+
+    Args:
+        dtype: `float32`, or `saved`: as the folder has its weights.
+
+    Raises:
+        DataError: a folder without a tokenizer.
+    """
+
+    def __init__(self, folder: Path, dtype: str, device: torch.device) -> None:
+        self.model, self.processor = load_talker(folder)
+        if dtype == "float32":
+            self.model.float()
+        self.model.to(device).eval()
+        self.device = device
+        text = self.model.model.llm.config.get_text_config()
+        self.longest: int | None = getattr(text, "max_position_embeddings", None)
+        """The most positions that the LLM has, None where its configuration does not say."""
+
+
+@dataclass
+class Wrong:
+    """A question that is left out."""
+
+    question: Question
+    reason: str
+
+
+@dataclass
+class Work:
+    """A batch: the questions that can be answered, what the model takes of them, and those that are left out."""
+
+    questions: list[Question]
+    prompts: list[str]
+    inputs: Any
+    wrong: list[Wrong]
+
+
+class Prompts(Dataset):
+    """Questions as the model's text, their pictures opened, under the benchmark's policy for wrong ones.
+
+    Args:
+        longest: the most positions that prompt and answer may take.
+    """
+
+    def __init__(self, task: Task, questions: list[Question], processor: Any, longest: int | None) -> None:
+        self.task = task
+        self.questions = questions
+        self.processor = processor
+        self.longest = longest
+        added = processor.tokenizer.added_tokens_decoder.values()
+        self.control = [token.content for token in added if token.special]
+
+    def __len__(self) -> int:
+        return len(self.questions)
+
+    def __getitem__(self, index: int) -> tuple[Question, str, Any] | Wrong:
+        question = self.questions[index]
+        try:
+            return question, *self.prepare(question)
+        except DataError as error:
+            reason = one_line(str(error))
+            if self.task.on_error == "error":
+                raise DataError(f"{self.task.file}: {reason}") from error
+            return Wrong(question, reason)
+
+    def prepare(self, question: Question) -> tuple[str, list[Image.Image]]:
+        """The prompt as the chat template writes it, and the pictures.
+
+        Raises:
+            DataError: a control token in the question, a picture that cannot be read, a prompt that is too long.
+        """
+        sample = Sample(question.id, self.task.file.stem, question.messages, question.images)
+        flatten(sample, self.control)
+        text = self.processor.apply_chat_template(question.messages, add_generation_prompt=True)
+        self.check_length(question, text)
+        return text, self.opened(question)
+
+    def opened(self, question: Question) -> list[Image.Image]:
+        """The pictures of a question, RGB. Raises DataError."""
+        root, limit = self.task.image_root, self.task.max_pixels
+        return [open_image(root, picture, question.id, limit) for picture in self.task.pictures(question)]
+
+    def check_length(self, question: Question, text: str) -> None:
+        """Raises DataError where the model has no positions for the prompt and an answer."""
+        if self.longest is None:
+            return
+        ids = self.processor.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        tokens = len(ids) + len(question.images) * (self.processor.tokens_per_image - 1)
+        if tokens + self.task.max_new_tokens > self.longest:
+            raise DataError(
+                f"sample {question.id}: its prompt takes {tokens} positions and the answer {self.task.max_new_tokens}, and the "
+                f"model has {self.longest}"
+            )
+
+    def collate(self, items: list[Any]) -> Work:
+        """A batch of what `__getitem__` gives, padded on the left."""
+        wrong = [item for item in items if isinstance(item, Wrong)]
+        right = [item for item in items if not isinstance(item, Wrong)]
+        inputs = None
+        if right:
+            pictures = [picture for _, _, mine in right for picture in mine]
+            inputs: BatchFeature = self.processor(images=pictures, text=[text for _, text, _ in right])
+        return Work([question for question, _, _ in right], [text for _, text, _ in right], inputs, wrong)
+
+
+@torch.inference_mode()
+@torch.compiler.set_stance("force_eager")  # see evaluation.generation
+def answer(talker: Talker, task: Task, work: Work) -> list[dict[str, Any]]:
+    """The likeliest answer to each question, greedily: what predictions.jsonl holds of it."""
+    rows = talker.model.generate(
+        **work.inputs.to(talker.device), max_new_tokens=task.max_new_tokens, do_sample=False, num_beams=1
+    )
+    new = rows[:, work.inputs["input_ids"].shape[1] :]
+    texts = talker.processor.tokenizer.batch_decode(new, skip_special_tokens=True)
+    lines = []
+    for question, prompt, text in zip(work.questions, work.prompts, texts, strict=True):
+        line = {"id": question.id, "prompt": prompt, "answer": text.strip()}
+        line |= {"expected": question.expected, "group": question.group}
+        lines.append(line | {"score": task.score(line)})
+    return lines

@@ -1,0 +1,180 @@
+"""`owlfuse eval MODEL task=<name>`: questions -> predictions.jsonl -> the table and tasks/<name>.json."""
+
+from __future__ import annotations
+
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from omegaconf import OmegaConf
+from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
+from torch.utils.data import DataLoader
+
+from owlfuse.build import build
+from owlfuse.config import ConfigError, compose_root, origin_of
+from owlfuse.config_targets import check_arguments
+from owlfuse.data.datamodule import ignore_interrupt
+from owlfuse.tasks.answering import Prompts, Talker, Work, answer
+from owlfuse.tasks.base import Question, Task, spread
+from owlfuse.tasks.perplexity import Chats, measure
+from owlfuse.tasks.predictions import Predictions
+from owlfuse.tasks.ranks import Ranks
+from owlfuse.tasks.results import Settings, check_model, print_results, results_of, write_results
+from owlfuse.types import DataError
+
+
+@dataclass(kw_only=True)
+class Options:
+    """The keys of eval.yaml.
+
+    Args:
+        name: of the results; None: the task's.
+        out: the folder for `<name>.json` and `<name>/predictions.jsonl`; None: `tasks` in the model's.
+        batch_size: questions answered at a time on each rank; it does not change the answers in float32.
+        max_questions: spread evenly over the file; None: all.
+        dtype: `float32`; or `saved`: as the model's folder has its weights.
+        workers: processes of each rank that open pictures; 0: its own.
+    """
+
+    task: dict
+    name: str | None
+    out: str | None
+    batch_size: int
+    max_questions: int | None
+    dtype: Literal["float32", "saved"]
+    workers: int
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1 or self.workers < 0 or (self.max_questions is not None and self.max_questions < 1):
+            raise ConfigError("command line: batch_size and max_questions are at least 1, and workers at least 0")
+
+
+def evaluate_task(folder: str, words: list[str]) -> None:
+    """Evaluates the model of a folder on a benchmark.
+
+    Raises:
+        ConfigError: no such model or task, a wrong option.
+        DataError: a wrong file or record, more skips than may be.
+    """
+    began = time.monotonic()
+    options, task = read_options(words)
+    place = check_model(folder)
+    ranks = Ranks()
+    questions, wrong = task.questions()
+    questions = spread(questions, options.max_questions)
+    settings = Settings.of(place, task, options.dtype)
+    out = Path(options.out).expanduser() if options.out else place / "tasks"
+    store = Predictions(out / options.name, settings.key, ranks.rank)
+    done, _ = store.read()
+    ranks.wait()  # each has read what is there, before one adds to it
+    todo = [question for question in questions if question.id not in done or "skipped" in done[question.id]]
+    try:
+        answer_share(place, task, ranks.share(longest_first(todo)), store, options, ranks)
+        ranks.wait()
+    except KeyboardInterrupt:
+        kept, _ = store.read()
+        count = sum("skipped" not in kept.get(question.id, {"skipped": ""}) for question in questions)
+        told = f"{count} of {len(questions)} answers are in {store.folder}, and the same command goes on"
+        if ranks.first:
+            print(f"owlfuse: stopped; {told}", file=sys.stderr)
+        raise
+    if ranks.first:
+        finish(options, task, questions, wrong, store, settings, ranks, time.monotonic() - began)
+    ranks.wait()
+
+
+def read_options(words: list[str]) -> tuple[Options, Task]:
+    """eval.yaml with the overrides, and the benchmark. Raises ConfigError."""
+    config = compose_root("eval", words)
+    plain = OmegaConf.to_container(config, resolve=True)
+    chosen = next(word for word in words if word.startswith("task="))[5:]
+    plain["name"] = str(plain["name"] or chosen.strip("'\"").replace("/", "_"))
+    check_arguments(Options, "", "", plain, lambda path: origin_of(config, path))
+    options = Options(**plain)
+    task = build(config.task)
+    if not isinstance(task, Task):
+        raise ConfigError(f"{origin_of(config, 'task._target_')}: task._target_: {config.task._target_} is no Task")
+    return options, task
+
+
+def longest_first(questions: list[Question]) -> list[Question]:
+    """Questions of a length beside each other, so that little is padded; a memory that is too small shows at once."""
+    return sorted(questions, key=lambda question: question.size, reverse=True)
+
+
+def answer_share(
+    place: Path, task: Task, questions: list[Question], store: Predictions, options: Options, ranks: Ranks
+) -> None:
+    """Answers the questions of this rank; each batch is on the disk before the next begins."""
+    if not questions:
+        return
+    device = torch.device(f"cuda:{ranks.local}" if torch.cuda.is_available() else "cpu")
+    talker = Talker(place, options.dtype, device)
+    prompts = (Prompts if task.generates else Chats)(task, questions, talker.processor, talker.longest)
+    loader = DataLoader(
+        prompts,
+        batch_size=options.batch_size,
+        collate_fn=prompts.collate,
+        num_workers=options.workers,
+        worker_init_fn=ignore_interrupt,
+    )
+    skipped = 0
+    columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, disable=not ranks.first) as progress:
+        label = options.name if ranks.count == 1 else f"{options.name}, rank 1 of {ranks.count}"
+        shown = progress.add_task(label, total=len(questions))
+        for work in loader:
+            lines = [{"id": wrong.question.id, "skipped": wrong.reason} for wrong in work.wrong]
+            lines += lines_of(talker, task, work)
+            store.append(lines)
+            if work.wrong:
+                skipped += len(work.wrong)
+                task.check_skips(skipped, work.wrong[-1].reason)
+            progress.advance(shown, len(lines))
+
+
+def lines_of(talker: Talker, task: Task, work: Work) -> list[dict[str, Any]]:
+    """The predictions of a batch. Raises DataError where the GPU's memory is too small for it."""
+    if not work.questions:
+        return []
+    try:
+        return answer(talker, task, work) if task.generates else measure(talker, task, work)
+    except torch.OutOfMemoryError as error:
+        raise DataError(
+            f"a batch of {len(work.questions)} is more than the GPU's memory holds; go on by the same command with a smaller "
+            "batch_size, or with dtype=saved where the weights are of 16 bits"
+        ) from error
+
+
+def finish(
+    options: Options,
+    task: Task,
+    questions: list[Question],
+    wrong: list[tuple[str, str]],
+    store: Predictions,
+    settings: Settings,
+    ranks: Ranks,
+    seconds: float,
+) -> None:
+    """Joins the ranks' predictions, scores them, and tells."""
+    done, others = store.read()
+    asked = {question.id for question in questions}
+    lines = [done[question.id] for question in questions]
+    answered = [line for line in lines if "skipped" not in line]
+    skipped = wrong + [(line["id"], line["skipped"]) for line in lines if "skipped" in line]
+    if not answered or len(skipped) > task.max_skips:
+        task.check_skips(len(skipped) if answered else task.max_skips + 1, skipped[-1][1])
+    for line in answered:
+        line["score"] = task.score(line)
+    metrics = task.metrics(answered)
+    store.finish([*lines, *(line for identity, line in done.items() if identity not in asked)], others)
+    counts = {"questions": len(questions), "answered": len(answered), "skipped": len(skipped)}
+    how = {"batch_size": options.batch_size, "ranks": ranks.count, "max_questions": options.max_questions}
+    path = store.folder.with_name(f"{options.name}.json")
+    results = results_of(options.name, metrics, counts, skipped, settings, how)
+    write_results(path, {**results, "wall_s": round(seconds, 1)})
+    print_results(results)
+    print(f"{path}, and each answer in {store.folder / 'predictions.jsonl'}")
