@@ -56,9 +56,14 @@ def print_plan(ablation: Ablation, folder: Path, cells: list[Cell], left: list[C
 
 
 def seconds_per_step(folder: Path, cells: list[Cell]) -> float | None:
-    """Of finished runs here, else of those of the same experiment that were trained alone."""
-    found = [launch.read_json(folder / cell.key / "results.json") for cell in cells]
-    if not any(found) and (base := cells[0].words[0].partition("=")[2]):
+    """With all that a run does beside its steps: of finished runs here, else of those of the same experiment that were trained
+    alone."""
+    states = [(cell.steps, launch.read_json(folder / cell.key / launch.STATE)) for cell in cells]
+    here = [(state["ended"] - state["began"]) / steps for steps, state in states if state.get("state") == "finished"]
+    if here:
+        return sum(here) / len(here)
+    found: list[dict[str, Any]] = []
+    if base := cells[0].words[0].partition("=")[2]:
         found = [launch.read_json(path) for path in (folder.parent / base).glob("*/results.json")]
     rates = [results["wall_s"] / results["steps"] for results in found if results.get("steps")]
     return sum(rates) / len(rates) if rates else None

@@ -37,7 +37,7 @@ def print_tables(results: Results) -> None:
         table.add_column("cell", overflow="fold", max_width=26)
         table.add_column("seeds", justify="right")
         for metric in metrics[start : start + 3]:
-            table.add_column(metric, justify="right", overflow="fold")
+            table.add_column(metric.replace("/", "/\n", 1), justify="right", overflow="fold")
         for row in results.rows:
             table.add_row(row.name, str(len(row.finished)), *(cell_text(row, metric) for metric in metrics[start : start + 3]))
         out.print(table)
@@ -58,7 +58,8 @@ def print_tables(results: Results) -> None:
 def cell_text(row: Row, metric: str) -> str:
     """Mean and deviation, and below them the difference."""
     found = row.scores[metric]
-    return "\n".join(line for line in (mean_text(found), difference_text(found)) if line) or "-"
+    difference = difference_text(found).replace(" [", "\n[")  # the interval has a line of its own
+    return "\n".join(line for line in (mean_text(found), difference) if line)
 
 
 def mean_text(score: Score) -> str:
