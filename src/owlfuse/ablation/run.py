@@ -133,7 +133,7 @@ def launch_all(
     from owlfuse.evaluation import write_json
 
     record = record_of(cells, ablation, metrics)
-    write_json(folder / "ablation.json", {**record, "words": words, "machine": machine()})
+    write_json(folder / "ablation.json", {**record, "words": words, "machine": machine(), "jobs": how[1]})
     (folder / launch.STOP).unlink(missing_ok=True)
     within, used = [], 0
     for cell in left:

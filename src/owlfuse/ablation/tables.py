@@ -23,6 +23,10 @@ def notes(results: Results) -> list[str]:
     kinds = {run.results.get("cost", {}).get("peak_memory_of") for run in results.runs if run.finished} - {None}
     said.append(f"peak memory of training: {', '.join(sorted(kinds)) or 'not measured'}")
     said.append("tokens/s: of text, without padding and places of images; time per generated token: one answer at a time")
+    if results.record.get("jobs", 1) > 1:
+        said.append(
+            f"{results.record['jobs']} runs at a time shared the machine, which slows each: throughput and times are of that"
+        )
     if any(len(row.finished) < len(row.runs) for row in results.rows):
         said.append("not all runs are finished: the differences are over the seeds that both cells have")
     return said
