@@ -155,7 +155,7 @@ class View:
             return
         took = f" in {duration(state['ended'] - state['began'])}" if "ended" in state else ""
         done = sum(other.steps for other in self.left if self.told.get(other.key) not in (None, "running"))
-        left = "" if done >= self.steps else f"; {self.time_left(done)}"
+        left = "" if done >= self.steps or state["state"] == "interrupted" else f"; {self.time_left(done)}"
         error = f": {state['error']}" if state.get("error") else ""
         self.console.print(f"{place}: {state['state']}{took}{error}{left}", highlight=False, markup=False)
 
