@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from lightning import Callback, LightningModule, Trainer
 
+from owlfuse.parallel import data_ranks
 from owlfuse.types import Batch
 
 PROGRESS = "progress.json"
@@ -38,7 +39,7 @@ class Cost(Callback):
 
     def setup(self, trainer: Trainer, module: LightningModule, stage: str) -> None:
         """Before the model is built."""
-        if module.device.type == "cuda" or trainer.strategy.root_device.type == "cuda":
+        if trainer.strategy.root_device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(trainer.strategy.root_device)
         reset_peak()
         self.before = resident("VmRSS")
@@ -77,10 +78,11 @@ class Cost(Callback):
         parameters = list(model.parameters())
         trained = sum(p.numel() for p in parameters if p.requires_grad)
         self.cost |= {"trained_parameters": trained, "parameters": sum(p.numel() for p in parameters)}
-        if (speed := self.tokens_per_s(getattr(trainer.strategy, "world_size", 1))) is not None:
+        if (speed := self.tokens_per_s(data_ranks(trainer))) is not None:
             self.cost["tokens_per_s"] = speed
         on_gpu = trainer.strategy.root_device.type == "cuda"
-        peak = torch.cuda.max_memory_allocated() if on_gpu else max(0, resident("VmHWM") - self.before)
+        device = trainer.strategy.root_device
+        peak = torch.cuda.max_memory_allocated(device) if on_gpu else max(0, resident("VmHWM") - self.before)
         self.cost["peak_memory_bytes"] = max(peak, self.cost.get("peak_memory_bytes") or 0)
         self.cost["peak_memory_of"] = "allocated on the GPU" if on_gpu else "resident, less before the model was built"
         if trainer.is_global_zero:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import fcntl
 import json
 import re
 import shutil
@@ -94,8 +95,12 @@ def test_a_report_can_be_written_before_anything_is_finished(tmp_path, capsys):
     (path / "first-seed0").mkdir()
     (path / "first-seed0" / "cell.json").write_text(json.dumps({"state": "running", "began": 1}))
     (path / "first-seed0" / "progress.json").write_text(json.dumps({"step": 7, "steps": 20, "cost": {}}))
-    assert write_report(path) == []
+    with (path / ".lock").open("w") as lock:  # as `owlfuse ablate` has it
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert write_report(path) == []
     assert "first-seed0: running, at step 7 of 20" in capsys.readouterr().out
+    write_report(path)  # it was killed
+    assert "first-seed0: interrupted, at step 7 of 20" in capsys.readouterr().out
     assert "second-seed0" in (path / "report" / "index.html").read_text()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import re
@@ -28,20 +29,31 @@ STOP = ".stop"
 """Of the ablation's folder: how often Ctrl-C was pressed. Tasks on other processes and machines read it."""
 
 
-def check_launcher(launcher: str, jobs: int) -> None:
-    """Raises ConfigError: a launcher that there is not, or that is not installed."""
+def check_launcher(launcher: str, jobs: int, settings: list[str]) -> None:
+    """Raises ConfigError: a launcher that there is not, that is not installed, or that has no such setting."""
     if launcher not in LAUNCHERS:
         raise ConfigError(f"{COMMAND_LINE}: launcher={launcher}: no such launcher{hint(launcher, LAUNCHERS)}")
     if launcher == "basic" and jobs > 1:
         raise ConfigError(f"{COMMAND_LINE}: jobs={jobs}: the basic launcher runs one cell after another; add launcher=joblib")
-    plugin = PLUGINS.get(launcher)
-    if plugin is not None:
-        import importlib.util
+    from hydra.core.config_store import ConfigStore
+    from hydra.core.plugins import Plugins
 
-        with suppress(ModuleNotFoundError):
-            if importlib.util.find_spec(f"hydra_plugins.{plugin}") is not None:
-                return
+    if launcher in PLUGINS and not installed(PLUGINS[launcher]):
         raise ConfigError(f"{COMMAND_LINE}: launcher={launcher}: not installed; pip install owlfuse[sweep]")
+    Plugins.instance()  # finds the launchers that are installed
+    keys = [key for key in ConfigStore.instance().load(f"hydra/launcher/{launcher}.yaml").node if key != "_target_"]
+    for key in (setting.partition("=")[0] for setting in settings):
+        if key.partition(".")[0] not in keys:
+            raise ConfigError(
+                f"{COMMAND_LINE}: launcher.{key}: no such setting of the launcher {launcher}{hint(key, keys, 30)}"
+            )
+
+
+def installed(plugin: str) -> bool:
+    """Whether a package of Hydra's plugins is there."""
+    with suppress(ModuleNotFoundError):
+        return importlib.util.find_spec(f"hydra_plugins.{plugin}") is not None
+    return False
 
 
 def launch(folder: Path, keys: list[str], launcher: str, jobs: int, settings: list[str], deadline: float | None) -> None:
@@ -78,7 +90,8 @@ def launch(folder: Path, keys: list[str], launcher: str, jobs: int, settings: li
         if presses(folder):  # a worker that Ctrl-C reached too
             return
         if type(error).__module__.startswith("hydra.errors"):
-            raise ConfigError(f"{COMMAND_LINE}: launcher.{settings}: {' '.join(str(error).split())}") from None
+            said = " ".join(f"launcher.{setting}" for setting in settings)
+            raise ConfigError(f"{COMMAND_LINE}: {said}: {error}") from None
         raise
     finally:
         GlobalHydra.instance().clear()

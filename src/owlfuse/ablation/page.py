@@ -77,7 +77,8 @@ def breakable(name: str) -> str:
 def results_table(results: Results) -> str:
     """Means with their differences below them, and costs."""
     head = [text for text in heads(results) if text != "difference"]
-    first, last = len(factors_shown(results)) + 2, len(factors_shown(results)) + 2 + 2 * len(results.metrics)
+    first = len(factors_shown(results)) + 2
+    last = first + 2 * len(results.metrics)
     rows = []
     for row in results.rows:
         texts = [escape(text) for text in cells_of(results, row)]

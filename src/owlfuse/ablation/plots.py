@@ -71,6 +71,7 @@ def scores(results: Results) -> Any:
                 axes.plot([low, high], [index, index], color=look["color"], linewidth=2.2)
                 axes.plot([found.mean], [index], **look, markersize=8)
         axes.set_xlabel(metric + (" (share right)" if "exact_match" in metric else ""))
+        axes.locator_params(axis="x", nbins=4)
         axes.grid(axis="x", color="#dddddd", linewidth=0.6)
         axes.set_axisbelow(True)
     panels[0].set_yticks(range(len(rows)), [wrapped(row.name) for row in rows])

@@ -56,9 +56,14 @@ def print_plan(ablation: Ablation, folder: Path, cells: list[Cell], left: list[C
 
 
 def seconds_per_step(folder: Path, cells: list[Cell]) -> float | None:
-    """Of finished runs here, else of those of the same experiment that were trained alone."""
-    found = [launch.read_json(folder / cell.key / "results.json") for cell in cells]
-    if not any(found) and (base := cells[0].words[0].partition("=")[2]):
+    """With all that a run does beside its steps: of finished runs here, else of those of the same experiment that were trained
+    alone."""
+    states = [(cell.steps, launch.read_json(folder / cell.key / launch.STATE)) for cell in cells]
+    here = [(state["ended"] - state["began"]) / steps for steps, state in states if state.get("state") == "finished"]
+    if here:
+        return sum(here) / len(here)
+    found: list[dict[str, Any]] = []
+    if base := cells[0].words[0].partition("=")[2]:
         found = [launch.read_json(path) for path in (folder.parent / base).glob("*/results.json")]
     rates = [results["wall_s"] / results["steps"] for results in found if results.get("steps")]
     return sum(rates) / len(rates) if rates else None
@@ -150,7 +155,7 @@ class View:
             return
         took = f" in {duration(state['ended'] - state['began'])}" if "ended" in state else ""
         done = sum(other.steps for other in self.left if self.told.get(other.key) not in (None, "running"))
-        left = "" if done >= self.steps else f"; {self.time_left(done)}"
+        left = "" if done >= self.steps or state["state"] == "interrupted" else f"; {self.time_left(done)}"
         error = f": {state['error']}" if state.get("error") else ""
         self.console.print(f"{place}: {state['state']}{took}{error}{left}", highlight=False, markup=False)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 from collections import Counter
 from dataclasses import dataclass, field
@@ -157,10 +158,24 @@ def read_run(folder: Path, cell: dict[str, Any]) -> Run:
             run.state, run.said = "of other code", "its code or configuration is not that of the ablation; it is not counted"
     elif state:
         run.state = state["state"] if state["state"] != "finished" else "missing"
+        if run.state == "running" and not any(held(path / ".lock") for path in (folder, folder.parent)):
+            run.state = "interrupted"  # killed, with no time to say so
         run.said = state.get("error", "")
         if run.state in ("running", "interrupted"):
             run.said = f"at step {step:,} of {cell['steps']:,}"
     return run
+
+
+def held(lock: Path) -> bool:
+    """Whether a process has the lock."""
+    try:
+        with lock.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        pass
+    return False
 
 
 def score(row: Row, base: Row, metric: str, source: str, own: str) -> Score:

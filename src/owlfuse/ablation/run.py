@@ -45,8 +45,8 @@ def ablate_command(name: str, words: list[str]) -> None:
     ablation.seeds = own.get("seeds", ablation.seeds)
     jobs = own.get("jobs", 1)
     launcher = own.get("launcher", "joblib" if jobs > 1 else "basic")
-    launch.check_launcher(launcher, jobs)
     settings = [word.removeprefix("launcher.") for word in words if word.startswith("launcher.")]
+    launch.check_launcher(launcher, jobs, settings)
     words = [word for word in words if not word.startswith("launcher.")]
     cells = make_cells(ablation, words, str(own.get("name", name)), open_data=not own.get("dry_run"))
     folder = Path(cells[0].config.runs).expanduser() / cells[0].config.experiment
@@ -133,7 +133,7 @@ def launch_all(
     from owlfuse.evaluation import write_json
 
     record = record_of(cells, ablation, metrics)
-    write_json(folder / "ablation.json", {**record, "words": words, "machine": machine()})
+    write_json(folder / "ablation.json", {**record, "words": words, "machine": machine(), "jobs": how[1]})
     (folder / launch.STOP).unlink(missing_ok=True)
     within, used = [], 0
     for cell in left:

@@ -14,7 +14,7 @@ that sum. The interval runs from the 2.5th to the 97.5th percentile of R such D*
 What it holds: in simulations of three seeds it covers the true difference in 93 to 99 of 100 cases, the more the less seeds
 matter, since noise of single answers is counted with the seeds as well as with the questions. Two seeds that differ much are
 too few (about 89), and with one seed nothing is drawn of seeds: the interval is for that training run, and says nothing of
-others.
+others. Where all answers are right, or all wrong, every resample is the same, and the interval has no width.
 """
 
 from __future__ import annotations

@@ -23,6 +23,10 @@ def notes(results: Results) -> list[str]:
     kinds = {run.results.get("cost", {}).get("peak_memory_of") for run in results.runs if run.finished} - {None}
     said.append(f"peak memory of training: {', '.join(sorted(kinds)) or 'not measured'}")
     said.append("tokens/s: of text, without padding and places of images; time per generated token: one answer at a time")
+    if results.record.get("jobs", 1) > 1:
+        said.append(
+            f"{results.record['jobs']} runs at a time shared the machine, which slows each: throughput and times are of that"
+        )
     if any(len(row.finished) < len(row.runs) for row in results.rows):
         said.append("not all runs are finished: the differences are over the seeds that both cells have")
     return said
@@ -37,7 +41,7 @@ def print_tables(results: Results) -> None:
         table.add_column("cell", overflow="fold", max_width=26)
         table.add_column("seeds", justify="right")
         for metric in metrics[start : start + 3]:
-            table.add_column(metric, justify="right", overflow="fold")
+            table.add_column(metric.replace("/", "/\n", 1), justify="right", overflow="fold")
         for row in results.rows:
             table.add_row(row.name, str(len(row.finished)), *(cell_text(row, metric) for metric in metrics[start : start + 3]))
         out.print(table)
@@ -58,7 +62,8 @@ def print_tables(results: Results) -> None:
 def cell_text(row: Row, metric: str) -> str:
     """Mean and deviation, and below them the difference."""
     found = row.scores[metric]
-    return "\n".join(line for line in (mean_text(found), difference_text(found)) if line) or "-"
+    difference = difference_text(found).replace(" [", "\n[")  # the interval has a line of its own
+    return "\n".join(line for line in (mean_text(found), difference) if line)
 
 
 def mean_text(score: Score) -> str:
