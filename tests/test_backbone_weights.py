@@ -51,7 +51,7 @@ def checkpoint():
     return state | {"_fc.weight": torch.randn(1000, 1280), "_fc.bias": torch.randn(1000)}
 
 
-def reference(state, pixels, blocks=len(BLOCKS)):
+def reference(state, pixels, blocks=16):
     """Features of the first blocks (N, D, h, w), and with all of them the head's, by the package's names and torch alone."""
 
     def conv(x, name, stride=1, groups=1):
@@ -133,7 +133,7 @@ def changed(state, name, value):
         (
             "_blocks.3._expand_conv.weight",
             torch.zeros(144, 24, 3, 3),
-            r"tensor 54 .*_blocks\.3\._expand_conv.*\(144, 24, 3, 3\)",
+            r"tensor 54 .*_blocks\.3\..*\(144, 24, 3, 3\)",
         ),
         ("_bn0.running_var", None, "295 tensors, the first _conv_stem.weight; expected the 296 tensors of timm's tf_eff"),
         ("_bn0.running_mean", torch.zeros(32, dtype=torch.int64), "tensor 3 is _bn0.running_mean"),

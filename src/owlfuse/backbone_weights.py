@@ -71,8 +71,8 @@ def by_name(found: dict[str, Tensor], expected: dict[str, Tensor], head: set[str
 
 
 def by_order(found: dict[str, Tensor], expected: dict[str, Tensor], head: set[str]) -> dict[str, Tensor]:
-    """The tensors under timm's names, taken in order: the last words of both names (`weight`, `running_mean`, ...), the kinds of
-    numbers and, but for the classifier (`head`), the shapes must be the same. Raises ValueError at the first that differs."""
+    """The tensors under timm's names, taken in order: the last words of both names (`weight`, `running_mean`, ...), the kinds
+    of numbers and, but for the classifier (`head`), the shapes must be the same. Raises ValueError where they first are not."""
     if len(found) != len(expected):
         raise ValueError(f"{len(found)} tensors, the first {next(iter(found), 'none')}")
     for number, (theirs, ours) in enumerate(zip(found, expected)):

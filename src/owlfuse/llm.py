@@ -46,8 +46,8 @@ def load_llm(
     dtype: str | None = None,
     gradient_checkpointing: bool = False,
 ) -> PreTrainedModel:
-    """A causal LM from a folder of weights or a hub name (`pretrained`; `package:<package>` is an installed package's folder), or
-    random from a configuration with a `model_type`.
+    """A causal LM from a folder of weights or a hub name (`pretrained`; `package:<package>` is an installed package's folder),
+    or random from a configuration with a `model_type`.
 
     On the meta device (`with torch.device("meta")`) only the configuration is read, and nothing is loaded. Embeddings grow
     to `vocab_size`, the tokenizer's, where the model has fewer.

@@ -243,11 +243,6 @@ def start_from(config: DictConfig, start: Path | None) -> None:
         return
     with open_dict(config):
         config.init_from = str(start)
-        for key, none in (
-            ("vision.pretrained", False),
-            ("vision.weights", None),
-            ("llm.pretrained", None),
-            ("llm.gguf_file", None),
-        ):
+        for key in ("vision.pretrained", "vision.weights", "llm.pretrained", "llm.gguf_file"):
             if OmegaConf.select(config.model, key) is not None:
-                OmegaConf.update(config.model, key, none)
+                OmegaConf.update(config.model, key, False if key == "vision.pretrained" else None)

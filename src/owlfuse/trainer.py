@@ -17,6 +17,7 @@ from omegaconf import DictConfig
 from owlfuse.build import build
 from owlfuse.checkpoints import Best, Checkpoints
 from owlfuse.data.datamodule import ChatData
+from owlfuse.evaluation.before import BeforeTraining
 from owlfuse.first_steps import FirstStepsCheck
 from owlfuse.parallel import data_ranks
 from owlfuse.runs import step_of
@@ -40,7 +41,7 @@ def make_trainer(config: DictConfig, data: ChatData, folder: Path, checkpoint: P
         config.trainer,
         **precision,
         logger=loggers,
-        callbacks=make_callbacks(config.get("checkpoint"), watched),
+        callbacks=[*make_callbacks(config.get("checkpoint"), watched), *evaluating_first(config, folder)],
         default_root_dir=str(folder),
         check_val_every_n_epoch=None,
         max_epochs=-1,  # the whole run is one epoch of max_steps
@@ -94,6 +95,12 @@ def make_callbacks(checkpoint: DictConfig | None, watched: str | None) -> list[C
     callbacks.append(FirstStepsCheck())
     callbacks.append(build(checkpoint) if checkpoint else Checkpoints())
     return [*callbacks, Best(watched)] if watched else callbacks
+
+
+def evaluating_first(config: DictConfig, folder: Path) -> list[Callback]:
+    """An evaluation before the first step, where `evaluation.before` asks for one."""
+    asked = config.evaluation and config.evaluation.get("before")
+    return [BeforeTraining(build(config.evaluation), folder)] if asked else []
 
 
 class LoggedStep(Callback):

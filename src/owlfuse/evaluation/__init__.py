@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from owlfuse.evaluation.before import metrics_before
 from owlfuse.evaluation.metrics import Answer, answer_questions, mean_loss, metric_names, questions_of, score
 from owlfuse.evaluation.reports import print_metrics, write_answers, write_contact_sheet
 
@@ -20,6 +21,7 @@ class Evaluation:
         max_questions: of each validation source, spread evenly; None: all.
         blank: ask the questions about pictures again with blank pictures.
         contact_sheet: pictures on the sheet.
+        before: evaluate a run before its first step too; those metrics are named `before/...`.
     """
 
     batch_size: int = 64
@@ -27,15 +29,16 @@ class Evaluation:
     max_questions: int | None = None
     blank: bool = True
     contact_sheet: int = 24
+    before: bool = False
 
-    def __call__(self, model: Any, data: Any) -> tuple[dict[str, float], list[Answer]]:
-        """Metrics by their full names and all answers, progress shown."""
+    def __call__(self, model: Any, data: Any, folder: Path | None = None) -> tuple[dict[str, float], list[Answer]]:
+        """Metrics by their full names and all answers, progress shown; with a run's folder, its metrics of before too."""
         from lightning.pytorch.utilities import rank_zero_only
         from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
 
         training = model.training
         model.eval()
-        metrics: dict[str, float] = {}
+        metrics: dict[str, float] = metrics_before(folder) if folder else {}
         everything: list[Answer] = []
         columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeRemainingColumn())
         with Progress(*columns, disable=rank_zero_only.rank != 0) as progress:
@@ -121,7 +124,7 @@ def evaluate_run(folder: str, overrides: list[str]) -> None:
     model, checkpoint = load_run_model(Path(folder), plain, data.vocab_size)
     data.bind(model.vision.preprocessing, model.fusion.tokens_per_image)
     evaluation = build(config.evaluation)
-    metrics, answers = evaluation(model, data)
+    metrics, answers = evaluation(model, data, Path(folder))
     steps = checkpoint["global_step"]
     write_results(Path(folder), config.experiment, config.seed, steps, metrics, time.monotonic() - began)
     evaluation.write(Path(folder), metrics, answers, f"{config.experiment}, {steps} steps")
