@@ -22,7 +22,7 @@ from owlfuse.weights import read
 EVERYDAY = REPO / "src" / "owlfuse" / "data" / "everyday"
 SMALL = ["experiment=shapes_owl1", *TINY_SHAPES, "data.workers=0", "data.global_batch_size=4", "trainer.val_check_interval=2"]
 SMALL += ["trainer.max_steps=2", "evaluation.max_questions=2", "evaluation.max_new_tokens=2", "evaluation.contact_sheet=0"]
-SMALL += ["model.llm.config.num_hidden_layers=1", "+trainer.enable_progress_bar=false"]
+SMALL += ["model.llm.config.num_hidden_layers=1"]
 
 
 @pytest.fixture(scope="module")
