@@ -68,6 +68,14 @@ def test_a_file_that_is_not_there_or_no_gguf_file_is_told_before_anything_is_loa
         load_llm(len(TOKENS), pretrained=str(folder), gguf_file=file)
 
 
+@pytest.mark.parametrize("share", [0.02, 0.5])
+def test_a_gguf_file_that_is_cut_off_is_told_before_anything_is_loaded(share, folder, tmp_path):
+    whole = (folder / FILE).read_bytes()
+    (tmp_path / FILE).write_bytes(whole[: int(len(whole) * share)])
+    with torch.device("meta"), pytest.raises(ValueError, match=f"pretrained: {tmp_path}: "):
+        load_llm(len(TOKENS), pretrained=str(tmp_path), gguf_file=FILE)
+
+
 def test_weights_that_a_file_lacks_are_not_made_up(llm, tmp_path):
     write_gguf(tmp_path / FILE, llm, leave_out=("blk.1.ffn_up.weight", "blk.2.attn_q.weight"))
     with pytest.raises(ValueError, match=r"has no weights for model\.layers\.1\.mlp\.up_proj\.weight and 1 more of its model"):

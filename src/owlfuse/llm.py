@@ -6,6 +6,7 @@ B rows, T text positions, D width, H query heads, K key-value heads, d head widt
 from __future__ import annotations
 
 import inspect
+import struct
 import sys
 from functools import partial
 from pathlib import Path
@@ -96,8 +97,8 @@ def load_pretrained(pretrained: str, gguf_file: str | None, options: dict[str, A
         if not gguf_file:
             raise
         raise missing("gguf", gguf_file) from error
-    except (OSError, KeyError) as error:
-        raise ValueError(f"pretrained: {pretrained}: {str(error).splitlines()[0]}") from error
+    except (OSError, KeyError, IndexError, ValueError, struct.error) as error:  # the last three of a GGUF file that is cut off
+        raise ValueError(f"pretrained: {pretrained}: {str(error).splitlines()[0][:200]}") from error
     if lacking := sorted(found["missing_keys"]):  # transformers makes them up, with a warning
         raise ValueError(f"pretrained: {pretrained} has no weights for {lacking[0]} and {len(lacking) - 1} more of its model")
     return llm

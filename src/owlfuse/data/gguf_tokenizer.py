@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from pathlib import Path
 
 from tokenizers import pre_tokenizers
@@ -33,7 +34,7 @@ def gguf_tokenizer(file: Path) -> PreTrainedTokenizerBase:
         fields = GGUFReader(file).fields
     except ImportError as error:
         raise missing("gguf", f"tokenizer: {file.name}") from error
-    except (KeyError, IndexError, TypeError, AttributeError) as error:
+    except (KeyError, IndexError, TypeError, AttributeError, struct.error) as error:
         raise DataError(f"tokenizer: {file} is no GGUF file with a tokenizer: {type(error).__name__} {error}") from error
     kinds = fields.get("tokenizer.ggml.token_type")
     if kinds is not None:
