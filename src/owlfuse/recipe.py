@@ -31,7 +31,7 @@ from owlfuse.recipe_tables import print_plans, print_results, print_stages
 from owlfuse.runs import NAME, last_checkpoint, place
 from owlfuse.types import DataError
 
-FREE = ("pretrained", "gguf_file", "architecture", "dtype", "attention", "gradient_checkpointing", "checkpointing")
+FREE = ("pretrained", "weights", "gguf_file", "architecture", "dtype", "attention", "gradient_checkpointing", "checkpointing")
 FREE += ("chunk", "image_size")
 """Keys of a part that a stage may have otherwise than the one before: how it computes, and where weights came from."""
 
@@ -236,6 +236,6 @@ def start_from(config: DictConfig, start: Path | None) -> None:
         return
     with open_dict(config):
         config.init_from = str(start)
-        for part, key, none in (("vision", "pretrained", False), ("llm", "pretrained", None), ("llm", "gguf_file", None)):
-            if key in config.model[part]:
-                config.model[part][key] = none
+        for key in ("vision.pretrained", "vision.weights", "llm.pretrained", "llm.gguf_file"):
+            if OmegaConf.select(config.model, key) is not None:
+                OmegaConf.update(config.model, key, False if key == "vision.pretrained" else None)

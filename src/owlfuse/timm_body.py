@@ -8,9 +8,16 @@ import timm
 import torch
 from torch import Tensor, nn
 
+from owlfuse.backbone_weights import load_weights
 
-def create_body(name: str, pretrained: bool, image_size: int | None, kwargs: dict[str, Any]) -> nn.Module:
-    """The timm model without its classifier, set to the size. On the meta device no weights are asked for."""
+
+def create_body(
+    name: str, pretrained: bool, image_size: int | None, kwargs: dict[str, Any], weights: str | None = None
+) -> nn.Module:
+    """The timm model without its classifier, with the weights of a file where one is named, set to the size. On the meta device
+    no weights are asked for, and those of a file are checked."""
+    if pretrained and weights:
+        raise ValueError(f"pretrained asks for timm's weights and weights for {weights}; give one of the two")
     pretrained = pretrained and torch.get_default_device().type != "meta"
     try:
         body = timm.create_model(name, pretrained=pretrained, num_classes=0, **kwargs)
@@ -19,6 +26,8 @@ def create_body(name: str, pretrained: bool, image_size: int | None, kwargs: dic
     except RuntimeError as error:
         near = timm.list_models(f"*{name.split('_')[0]}*")[:4]
         raise ValueError(f"{name}: {error}" + (f"; timm has {', '.join(near)}, ..." if near else "")) from error
+    if weights:
+        load_weights(body, weights, name, kwargs)
     if image_size:
         set_input_size(body, name, image_size)
     return body

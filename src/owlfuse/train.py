@@ -57,7 +57,7 @@ def run(config: DictConfig) -> Path | None:
         write_mixture(folder, report)
     raise_if_stopped(trainer, folder)
     if evaluates(trainer):
-        metrics, answers = evaluation(module.model, data)
+        metrics, answers = evaluation(module.model, data, folder)
     if trainer.is_global_zero:
         write_mixture(folder, report | {"validation": data.validation_report()})
         write_results(folder, config, trainer.global_step, metrics, cost_of(trainer, evaluation), time.monotonic() - began)

@@ -18,6 +18,7 @@ from owlfuse.build import build
 from owlfuse.checkpoints import Best, Checkpoints
 from owlfuse.cost import Cost
 from owlfuse.data.datamodule import ChatData
+from owlfuse.evaluation.before import BeforeTraining
 from owlfuse.first_steps import FirstStepsCheck
 from owlfuse.parallel import any_rank, data_ranks
 from owlfuse.runs import step_of
@@ -41,7 +42,7 @@ def make_trainer(config: DictConfig, data: ChatData, folder: Path, checkpoint: P
         config.trainer,
         **precision,
         logger=loggers,
-        callbacks=make_callbacks(config.get("checkpoint"), watched),
+        callbacks=[*make_callbacks(config.get("checkpoint"), watched), *evaluating_first(config, folder)],
         default_root_dir=str(folder),
         check_val_every_n_epoch=None,
         max_epochs=-1,  # the whole run is one epoch of max_steps
@@ -101,6 +102,12 @@ def cost_of(trainer: Trainer, evaluation: Any) -> dict[str, Any]:
     """What `results.json` holds as `cost`: that of training, and milliseconds per token of an answer."""
     mine = next((callback.cost for callback in trainer.callbacks if isinstance(callback, Cost)), {})
     return {**mine, "ms_per_generated_token": getattr(evaluation, "milliseconds", None)}
+
+
+def evaluating_first(config: DictConfig, folder: Path) -> list[Callback]:
+    """An evaluation before the first step, where `evaluation.before` asks for one."""
+    asked = config.evaluation and config.evaluation.get("before")
+    return [BeforeTraining(build(config.evaluation), folder)] if asked else []
 
 
 class LoggedStep(Callback):

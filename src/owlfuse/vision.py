@@ -51,6 +51,7 @@ class TimmBackbone(nn.Module):
     Args:
         name: a name that `timm.create_model` knows, `hf-hub:` and `local-dir:` names included.
         pretrained: load timm's weights for the name.
+        weights: a file of weights for the name instead, a path or `package:<package>/<path>` (see `backbone_weights`).
         output: `last`: what `forward_features` gives, after the last norm where the model has one there;
             `penultimate`: the last block but one, without the final norm, as mPLUG-Owl3 reads SigLIP. For a hierarchical
             model a block is a stage.
@@ -85,13 +86,14 @@ class TimmBackbone(nn.Module):
         kwargs: dict[str, Any] | None = None,
         chunk: int | None = None,
         gradient_checkpointing: bool = False,
+        weights: str | None = None,
     ) -> None:
         super().__init__()
         if chunk is not None and chunk < 1:
             raise ValueError(f"chunk is {chunk}, expected a number of images of at least 1, or null for all at once")
         self.chunk = chunk
         self.output = output
-        self.body = create_body(name, pretrained, image_size, kwargs or {})
+        self.body = create_body(name, pretrained, image_size, kwargs or {}, weights)
         self.prefix_tokens = getattr(self.body, "num_prefix_tokens", 0)
         self.drop_prefix = 0 if class_token else self.prefix_tokens
         self.preprocessing = preprocessing_of(self.body, image_size)

@@ -16,7 +16,7 @@ from owlfuse.adapters import PARTS
 from owlfuse.deferred import Deferred, in_memory_after_all
 from owlfuse.model import MultimodalLM, build_model
 from owlfuse.model_parallel import Shards
-from owlfuse.parallel import META
+from owlfuse.parallel_checkpoints import META
 from owlfuse.runs import last_checkpoint
 from owlfuse.stored import Pickled
 from owlfuse.types import DataError

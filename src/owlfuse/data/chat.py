@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,16 +14,24 @@ from owlfuse.data.borders import split_tokens
 from owlfuse.data.chat_template import template_names
 from owlfuse.data.checks import flatten
 from owlfuse.data.formats.base import IMAGE
+from owlfuse.data.gguf_tokenizer import gguf_tokenizer
 from owlfuse.data.pictures import VISUAL
 from owlfuse.data.spans import supervised_spans
 from owlfuse.data.truncation import OnLength, over_length, truncate
+from owlfuse.packages import packaged
 from owlfuse.types import DataError, Encoded, Sample
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    """A tokenizer from a folder or a hub name. Raises DataError where there is none."""
+    """A tokenizer from a folder, a hub name or a GGUF file; `package:` names are those of installed packages' files.
+
+    Raises:
+        DataError: there is none.
+        ModuleNotFoundError: a package that is not installed.
+    """
     try:
-        return AutoTokenizer.from_pretrained(name)
+        path = packaged(name)
+        return gguf_tokenizer(Path(path).expanduser()) if path.endswith(".gguf") else AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError) as error:
         raise DataError(f"tokenizer: {name}: {str(error).splitlines()[0]}") from error
 
@@ -141,6 +150,22 @@ class ChatEncoder:
         return Encoded(sample.id, sample.source, input_ids, torch.tensor(out_labels), input_ids == self.image_id, [], positions)
 
 
+def accepted_by(sample: Sample, turns: int) -> dict[str, Any]:
+    """The sample's list `accepted`, of what its one answer may hold to be right; nothing where it has none.
+
+    Raises:
+        DataError: another thing than a list of texts, or one for a chat of several questions.
+    """
+    accepted = sample.metadata.get("accepted")
+    if accepted is None:
+        return {}
+    if not (isinstance(accepted, list) and accepted and all(isinstance(text, str) and text.strip() for text in accepted)):
+        raise DataError(f"sample {sample.id}: accepted is {str(accepted)[:60]}, expected a list of texts")
+    if turns > 2:
+        raise DataError(f"sample {sample.id} has accepted answers and {turns // 2} questions, expected one")
+    return {"accepted": accepted}
+
+
 def question_samples(sample: Sample) -> list[tuple[Sample, str, str]]:
     """Each question of a chat by itself, with its answer and its kind ("" where the data name none): pictures of the turns
     before it come first, its own stay where they stand in its text. What was said in between is left out, so that no answer
@@ -160,7 +185,7 @@ def question_samples(sample: Sample) -> list[tuple[Sample, str, str]]:
         seen += [part for part in asked["content"] if part["type"] in VISUAL]
         types = [*before, *(part["type"] for part in seen)]
         images, videos = sample.images[: types.count("image")], sample.videos[: types.count("video")]
-        question = Sample(f"{sample.id}#{number}", sample.source, messages, images, videos=videos)
+        question = Sample(f"{sample.id}#{number}", sample.source, messages, images, accepted_by(sample, len(turns)), videos)
         questions.append((question, answer, str(kinds[number % len(kinds)])))
         seen += [part for part in answered["content"] if part["type"] in VISUAL]
     return questions

@@ -9,6 +9,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from owlfuse.evaluation.before import metrics_before
 from owlfuse.evaluation.metrics import Answer, answer_questions, mean_loss, metric_names, questions_of, score, time_answer
 from owlfuse.evaluation.reports import print_metrics, write_answers, write_contact_sheet
 from owlfuse.identity import code_hash, config_hash, versions
@@ -24,6 +25,7 @@ class Evaluation:
         blank: ask the questions about pictures again with blank pictures.
         contact_sheet: pictures on the sheet.
         decode_tokens: of one answer, timed after the others (`milliseconds`); 0: none.
+        before: evaluate a run before its first step too; those metrics are named `before/...`.
     """
 
     batch_size: int = 64
@@ -34,15 +36,16 @@ class Evaluation:
     decode_tokens: int = 16
     milliseconds: float | None = field(default=None, init=False)
     """Per token of an answer to one question, the first token apart, which reads the prompt."""
+    before: bool = False
 
-    def __call__(self, model: Any, data: Any) -> tuple[dict[str, float], list[Answer]]:
-        """Metrics by their full names and all answers, progress shown."""
+    def __call__(self, model: Any, data: Any, folder: Path | None = None) -> tuple[dict[str, float], list[Answer]]:
+        """Metrics by their full names and all answers, progress shown; with a run's folder, its metrics of before too."""
         from lightning.pytorch.utilities import rank_zero_only
         from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
 
         training = model.training
         model.eval()
-        metrics: dict[str, float] = {}
+        metrics: dict[str, float] = metrics_before(folder) if folder else {}
         everything: list[Answer] = []
         columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeRemainingColumn())
         with Progress(*columns, disable=rank_zero_only.rank != 0) as progress:
@@ -134,7 +137,7 @@ def evaluate_run(folder: str, overrides: list[str]) -> None:
     model, checkpoint = load_run_model(Path(folder), plain, data.vocab_size)
     data.bind(model.vision.preprocessing, model.fusion.tokens_per_image)
     evaluation = build(config.evaluation)
-    metrics, answers = evaluation(model, data)
+    metrics, answers = evaluation(model, data, Path(folder))
     steps = checkpoint["global_step"]
     before = read_results(Path(folder))
     cost = {**before.get("cost", {}), "ms_per_generated_token": evaluation.milliseconds}

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -36,16 +37,26 @@ class Answer:
     expected: str
     answer: str
     kind: str
+    accepted: tuple[str, ...] = ()
+    """What a right answer may hold, where the data say so; else it is to be the expected one."""
 
     @property
     def right(self) -> bool:
-        """Exact match, but for case and white space."""
+        """Exact match, but for case and white space; with `accepted`, whether one of these stands in the answer."""
+        if self.accepted:
+            return holds_answer(self.answer, self.accepted)
         return normalize(self.answer) == normalize(self.expected)
 
 
 def normalize(text: str) -> str:
     """Case-folded, runs of white space as one space."""
     return " ".join(text.casefold().split())
+
+
+def holds_answer(text: str, accepted: Sequence[str]) -> bool:
+    """Whether one of the accepted answers stands in the text as whole words, but for case and white space."""
+    whole = (rf"(?<!\w){re.escape(normalize(answer))}(?!\w)" for answer in accepted)
+    return any(re.search(words, normalize(text)) for words in whole)
 
 
 def questions_of(data: ChatData, source: str, limit: int | None) -> list[tuple[Sample, str, str]]:
@@ -114,7 +125,8 @@ def answer_questions(
             question = "".join(part.get("text", "") for part in sample.messages[-1]["content"]).strip()
             image = sample.images[0] if sample.images else None
             image = str(data.validation[source].image_root / image) if isinstance(image, str) else image
-            answers.append(Answer(source, sample.id, image, question, expected, text.strip(), kind))
+            accepted = tuple(sample.metadata.get("accepted", ()))
+            answers.append(Answer(source, sample.id, image, question, expected, text.strip(), kind, accepted))
         progress(len(chunk))
     return answers
 
@@ -155,15 +167,17 @@ def mean_loss(model: MultimodalLM, data: ChatData, source: str, batch_size: int,
 
 
 def score(answers: list[Answer], blank: list[Answer] | None = None, loss: float | None = None) -> dict[str, float]:
-    """Metrics of one source by the names they have behind `<source>/`."""
+    """Metrics of one source by the names they have behind `<source>/`: `contains` for a source that lists accepted answers,
+    `exact_match` for others."""
     metrics = {}
     if loss is not None:
         metrics |= {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}
-    metrics["exact_match"] = share_right(answers)
+    rule = "contains" if any(answer.accepted for answer in answers) else "exact_match"
+    metrics[rule] = share_right(answers)
     for kind in sorted({answer.kind for answer in answers} - {""}):
-        metrics[f"exact_match/{kind}"] = share_right([answer for answer in answers if answer.kind == kind])
+        metrics[f"{rule}/{kind}"] = share_right([answer for answer in answers if answer.kind == kind])
     if blank:
-        metrics["exact_match_blank"] = share_right(blank)
+        metrics[f"{rule}_blank"] = share_right(blank)
     return metrics
 
 

@@ -58,7 +58,7 @@ class OwlfuseConfig(PreTrainedConfig):
         nodes = {name: getattr(self, name) for name in PARTS}
         for name, node in nodes.items():
             check_target(name, node)
-        nodes["vision"] = {**nodes["vision"], "pretrained": False}
+        nodes["vision"] = {key: value for key, value in nodes["vision"].items() if key != "weights"} | {"pretrained": False}
         attention = getattr(self.text_config, "_attn_implementation", None) or "sdpa"
         return {**nodes, "llm": {**llm_node(self.text_config), "attention": attention}}
 

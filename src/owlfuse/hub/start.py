@@ -50,7 +50,7 @@ def adopt_parts(config: DictConfig) -> None:
 def differences(asked: dict[str, Any], usual: dict[str, Any], given: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
     """The keys that are asked for otherwise than by default and than the folder has them: what it has, and what is asked for.
     How a part computes or is loaded is not among them."""
-    free = ("pretrained", "gguf_file", "dtype", "attention", "gradient_checkpointing", "config")
+    free = ("pretrained", "weights", "gguf_file", "dtype", "attention", "gradient_checkpointing", "config")
     names = [name for name in asked if name not in free and asked[name] != usual.get(name) and name in {*given, "_target_"}]
     found = {name: (given[name], asked[name]) for name in names if asked[name] != given[name]}
     if asked.get("pretrained") not in (None, False, usual.get("pretrained")) and "_target_" in asked:

@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Literal
 from owlfuse.data.files import expand_files, fingerprint
 from owlfuse.data.lines import JsonLines, read_json_list
 from owlfuse.data.video import VideoSampling
+from owlfuse.packages import packaged
 from owlfuse.types import DataError, Sample
 
 IMAGE = "<image>"
@@ -26,7 +27,7 @@ class Source:
 
     Args:
         file: JSON (a list of records, parsed whole) or JSONL (a record a line, found by an index of offsets, each parsed when
-            it is drawn), UTF-8.
+            it is drawn), UTF-8. `package:<package>/<path>` is a file of an installed package.
         image_root: the folder that image paths start from and cannot leave; by default the file's own.
         weight: the share of the mixture, relative to the other sources'.
         on_error: what a wrong sample does: `error` stops, `skip` leaves it out and counts it.
@@ -46,7 +47,7 @@ class Source:
     video: ClassVar[VideoSampling | None] = None
 
     def __post_init__(self) -> None:
-        self.file = Path(self.file).expanduser()
+        self.file = Path(packaged(str(self.file))).expanduser()
         self.image_root = Path(self.image_root).expanduser() if self.image_root else self.file.parent
         self.name = self.file.stem
 
