@@ -11,6 +11,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from owlfuse.config import ConfigError, compose, origin_of
 from owlfuse.hub.configuration import OwlfuseConfig
 from owlfuse.hub.export import check_exported, load_exported
+from owlfuse.llm import recompute_activations
 from owlfuse.model import MultimodalLM
 from owlfuse.types import DataError
 
@@ -75,5 +76,5 @@ def load_base(folder: str, nodes: dict[str, Any], vocab_size: int) -> Multimodal
     if model.llm.get_input_embeddings().num_embeddings < vocab_size:
         model.llm.resize_token_embeddings(vocab_size)
     if llm.get("gradient_checkpointing"):
-        model.llm.gradient_checkpointing_enable({"use_reentrant": False})
+        recompute_activations(model.llm)
     return model.train()

@@ -1,0 +1,86 @@
+"""A trained LLM read from a folder, the hub or an installed package."""
+
+from __future__ import annotations
+
+import struct
+from collections import ChainMap
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from owlfuse.deferred import Deferred, in_memory_after_all
+from owlfuse.packages import missing, packaged
+from owlfuse.stored import Pickled, Safe
+
+
+def load_pretrained(pretrained: str, gguf_file: str | None, options: dict[str, Any]) -> PreTrainedModel:
+    """From a folder or the hub, `options` being transformers'; on the meta device only the configuration is read."""
+    pretrained = packaged(pretrained)
+    check_folder(pretrained, gguf_file)
+    source = {"gguf_file": gguf_file} if gguf_file else {}
+    try:
+        if torch.get_default_device().type == "meta":
+            return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(pretrained, **source), **options)
+        if Deferred.current is not None and not gguf_file and (llm := read_later(pretrained, options)) is not None:
+            return llm
+        with in_memory_after_all():
+            llm, found = AutoModelForCausalLM.from_pretrained(pretrained, **source, **options, output_loading_info=True)
+    except ImportError as error:
+        if not gguf_file:
+            raise
+        raise missing("gguf", gguf_file) from error
+    except (OSError, KeyError, IndexError, ValueError, struct.error) as error:  # the last three of a GGUF file that is cut off
+        raise ValueError(f"pretrained: {pretrained}: {str(error).splitlines()[0][:200]}") from error
+    if lacking := sorted(found["missing_keys"]):  # transformers makes them up, with a warning
+        raise ValueError(f"pretrained: {pretrained} has no weights for {lacking[0]} and {len(lacking) - 1} more of its model")
+    return llm
+
+
+def read_later(pretrained: str, options: dict[str, Any]) -> PreTrainedModel | None:
+    """The LLM without memory, each tensor to be read from safetensors files or, where there are none, those of torch.save on
+    its own (see `deferred`); None where the files do not have them by their names, so that transformers has to read them."""
+    folder = Path(pretrained).expanduser()
+    if not folder.is_dir():
+        folder = Path(snapshot_download(pretrained, allow_patterns=["*.json", "*.safetensors"]))
+        if not any(folder.glob("*.safetensors")):
+            folder = Path(snapshot_download(pretrained, allow_patterns=["*.json", "*.bin"]))
+    with torch.device("meta"), Deferred.current.drawing_nothing():
+        llm = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), **options)
+    try:
+        with in_memory_after_all():
+            files = Safe(sorted(folder.glob("*.safetensors"))) or pickled(folder)
+    except (RuntimeError, ValueError, EOFError, UnpicklingError):  # of an older form, or damaged, as transformers will say
+        return None
+    if set(dict(llm.named_parameters())) - set(files):
+        return None
+    for name, parameter in llm.named_parameters():
+        Deferred.current.read(parameter, partial(files.__getitem__, name))
+    return llm
+
+
+def pickled(folder: Path) -> Mapping[str, Tensor]:
+    """The tensors of pytorch_model.bin or its shards."""
+    return ChainMap(*(Pickled(path) for path in sorted(folder.glob("pytorch_model*.bin"))))
+
+
+def check_folder(pretrained: str, gguf_file: str | None = None) -> None:
+    """A path that does not hold a model must not be taken for a hub name, nor another file for a GGUF file."""
+    path = Path(pretrained).expanduser()
+    looks_like_path = pretrained.startswith((".", "/", "~")) or pretrained.count("/") > 1 or path.exists()
+    if looks_like_path and not path.is_dir():
+        raise ValueError(f"pretrained: {pretrained} is no folder")
+    if gguf_file and path.is_dir():
+        file = path / gguf_file
+        if not file.is_file():
+            beside = ", ".join(sorted(entry.name for entry in path.glob("*.gguf"))) or "no GGUF file"
+            raise ValueError(f"gguf_file: {pretrained} has no {gguf_file}; it has {beside}")
+        with file.open("rb") as opened:
+            if opened.read(4) != b"GGUF":
+                raise ValueError(f"gguf_file: {file} is no GGUF file: it does not begin with the letters GGUF")
