@@ -159,8 +159,8 @@ def hand_visual_down(layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> t
     keys_values = row.kept.get(attention.layer_idx) if row.kept else None
     if keys_values is None:
         keys_values = attention.visual.keys_values(layer.input_layernorm(row.tokens), attention, *row.position_embeddings)
-        if row.kept is not None:
-            row.kept[attention.layer_idx] = keys_values
+        if row.kept is not None:  # values are views of keys and values together, which need not be kept
+            keys_values = row.kept[attention.layer_idx] = tuple(x.contiguous() for x in keys_values)
     return args, {**kwargs, "visual": (*keys_values, row.visible)}
 
 
