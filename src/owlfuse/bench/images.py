@@ -84,7 +84,7 @@ def run_of(what: What, model: MultimodalLM, images: int) -> Callable[[], Any]:
     batch, visual = batch_of(images, model.fusion.tokens_per_image, model.llm.config.hidden_size)
     if what == "prefill":
         return lambda: prefill(model, batch, visual)
-    visual.tokens.requires_grad_()
+    visual.tokens = nn.Parameter(visual.tokens)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     make_state(optimizer)
 

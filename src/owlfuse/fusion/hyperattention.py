@@ -140,7 +140,8 @@ class VisualAttention(nn.Module):
         key, value = self.kv_proj(tokens).unflatten(-1, (-1, 2 * self.head_width)).split(self.head_width, dim=-1)
         if hasattr(attention, "k_norm"):
             key = attention.k_norm(key)
-        return rotate(attention, key.transpose(1, 2), cos, sin), value.transpose(1, 2)
+        # a copy, where a view of keys and values together would keep the unrotated keys until the backward pass
+        return rotate(attention, key.transpose(1, 2), cos, sin), value.transpose(1, 2).contiguous()
 
     def join(self, text: Tensor, visual: Tensor) -> Tensor:
         """The two attentions' outputs (B, T, H * d), gated: visual * g + text * (1 - g)."""
@@ -159,8 +160,8 @@ def hand_visual_down(layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> t
     keys_values = row.kept.get(attention.layer_idx) if row.kept else None
     if keys_values is None:
         keys_values = attention.visual.keys_values(layer.input_layernorm(row.tokens), attention, *row.position_embeddings)
-        if row.kept is not None:  # values are views of keys and values together, which need not be kept
-            keys_values = row.kept[attention.layer_idx] = tuple(x.contiguous() for x in keys_values)
+        if row.kept is not None:
+            row.kept[attention.layer_idx] = keys_values
     return args, {**kwargs, "visual": (*keys_values, row.visible)}
 
 
