@@ -157,7 +157,7 @@ def rotary(llm: PreTrainedModel, like: Tensor, position_ids: Tensor) -> tuple[Te
 def rotate(attention: nn.Module, states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """`states` (B, K, T, d) rotated as this attention rotates its own keys: the function of its own modelling file."""
     apply = sys.modules[type(attention).__module__].apply_rotary_pos_emb
-    return apply(states, states, cos, sin)[1]
+    return apply(states[:, :0], states, cos, sin)[1]  # of queries, which it rotates too, none
 
 
 def cache_argument(llm: PreTrainedModel) -> str:

@@ -123,7 +123,7 @@ def meta_batch(model: MultimodalLM, rows: int, length: int, images: int) -> Batc
             image_positions=torch.zeros(rows, max(images, 1), dtype=torch.long),
             has_images=images > 0,
             supervised=torch.zeros(max(rows * length - taken, 1), dtype=torch.long),
-            visual_places=torch.zeros(taken, dtype=torch.long),
+            visual_count=taken,
         )
 
 

@@ -1,7 +1,7 @@
 """What passes between the parts: samples, batches, visual tokens. Imports nothing of ours.
 
 N images in the batch, P patches, Q visual tokens per image, B rows, I the most images of a row, T text positions,
-D LLM width, R supervised places, K visual places.
+D LLM width, R supervised places, K visual positions.
 """
 
 from __future__ import annotations
@@ -96,18 +96,19 @@ class Batch:
     """(R,) places b * T + t of the tokens whose next one is supervised, filled up to a multiple of `SUPERVISED_BLOCK` with the
     last place of all, which has no next token. Made where the labels are read anyway, so that logits are computed there alone.
     None: not known."""
-    visual_places: Tensor | None = None
-    """(K,) places b * T + t of the placeholders, ascending, for what is done to visual positions alone. None: not known."""
+    visual_count: int | None = None
+    """K, how many positions images take in all rows. A plain number: shapes depend on it, and no tensor is read to know it.
+    None: not known."""
 
     def targets(self) -> Tensor:
         """(B * T,) of each place the label of the next token of its row, -100 at the last of a row."""
         return F.pad(self.labels[:, 1:], (0, 1), value=-100).flatten()
 
     def with_places(self) -> Batch:
-        """The same batch with `supervised` and `visual_places`, of tensors on the CPU."""
+        """The same batch with `supervised` and `visual_count`, of tensors on the CPU."""
         supervised = (self.targets() != -100).nonzero().flatten()
         supervised = F.pad(supervised, (0, -len(supervised) % SUPERVISED_BLOCK), value=self.labels.numel() - 1)
-        return replace(self, supervised=supervised, visual_places=self.placeholder.flatten().nonzero().flatten())
+        return replace(self, supervised=supervised, visual_count=int(self.placeholder.sum()))
 
     def positions(self) -> Tensor:
         """(B, T) the place of each token in its sample, from 0. Padding has 0, or on the right of a row that is one sample the

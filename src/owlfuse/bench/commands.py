@@ -5,23 +5,36 @@ from pathlib import Path
 
 from owlfuse.cli_help import LAYOUT
 
+SIDE_BY_SIDE = {
+    "step": "real tokens per second of a training step against transformers' LLaVA",
+    "modality_adaptive": "what the visual copies add to a training step",
+    "peak": "the share of the machine's matrix rate that a training step reaches, and where the rest goes",
+}
+
 
 def run_bench(arguments: argparse.Namespace) -> None:
     """Runs the benchmark that was named."""
-    out = Path(arguments.out)
-    if arguments.bench == "data":
-        from owlfuse.bench.data import bench_data
+    given = {name: value for name, value in vars(arguments).items() if name not in ("command", "bench", "out", "overrides")}
+    function_of(arguments.bench)(out=Path(arguments.out or f"benchmarks/{arguments.bench}"), **given)
 
-        bench_data(out, arguments.samples)
-    elif arguments.bench == "train":
-        from owlfuse.bench.train import bench_train
 
-        names = ("size", "fusion", "rows", "length", "images", "steps", "precision", "checkpointing", "compiled")
-        bench_train(**{name: getattr(arguments, name) for name in names}, out=out)
+def function_of(bench: str):
+    """What measures it, with its imports."""
+    if bench == "data":
+        from owlfuse.bench.data import bench_data as function
+    elif bench == "train":
+        from owlfuse.bench.train import bench_train as function
+    elif bench == "decode":
+        from owlfuse.bench.decode import bench_decode as function
+    elif bench == "images":
+        from owlfuse.bench.images import bench_images as function
+    elif bench == "step":
+        from owlfuse.bench.step import bench_step as function
+    elif bench == "modality_adaptive":
+        from owlfuse.bench.modality import bench_modality_adaptive as function
     else:
-        from owlfuse.bench.decode import bench_decode
-
-        bench_decode(arguments.images, arguments.tokens, arguments.repeats, out)
+        from owlfuse.bench.peak import bench_peak as function
+    return function
 
 
 def add_bench(commands) -> None:
@@ -46,8 +59,23 @@ def add_bench(commands) -> None:
     train.add_argument("--precision", default="bf16-mixed", help="32-true, bf16-mixed, bf16-true, ...")
     train.add_argument("--checkpointing", action="store_true", help="activations are computed again")
     train.add_argument("--compiled", action="store_true", help="layers are compiled")
-    for parser in (decode, loading, train):
-        parser.add_argument("--out", default="runs/bench", metavar="DIR")
+    for parser in (decode, loading, train, *side_by_side(bench)):
+        parser.add_argument("--out", default=None, metavar="DIR", help="by default benchmarks/<bench>")
+
+
+def side_by_side(bench) -> list[argparse.ArgumentParser]:
+    """The parsers of what is measured in turns with what it is compared with."""
+    images = bench.add_parser("images", help="time and memory of steps and prefill against the number of images", **LAYOUT)
+    images.add_argument("--images", type=counts, default="1,2,4,8,16,32,64", metavar="N,N", help="images of the row")
+    parsers = {name: bench.add_parser(name, help=text, **LAYOUT) for name, text in SIDE_BY_SIDE.items()}
+    for parser in parsers.values():
+        parser.add_argument("--pack-to", type=int, default=320, metavar="N", help="the most tokens of a row")
+    for name in ("step", "peak"):
+        parsers[name].add_argument("--precision", choices=("32-true", "bf16-mixed"), default="32-true")
+    for parser, repeats in ((images, 5), (parsers["step"], 7), (parsers["modality_adaptive"], 15), (parsers["peak"], 7)):
+        parser.add_argument("--repeats", type=int, default=repeats, metavar="N", help="turns, of which the median is taken")
+        parser.add_argument("--quick", action="store_true", help="at sizes of a moment")
+    return [images, *parsers.values()]
 
 
 def counts(text: str) -> list[int]:

@@ -12,12 +12,14 @@ import multiprocessing
 import resource
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from transformers import DynamicCache
 
 from owlfuse.bench.pairs import device_name, in_turns, ratios, shown
 from owlfuse.bench.report import leave, plot_panels
@@ -77,12 +79,14 @@ def batch_of(images: int, per_image: int, width: int) -> tuple[Batch, VisualToke
 
 
 def run_of(what: What, model: MultimodalLM, images: int) -> Callable[[], Any]:
-    """What is measured: a step of AdamW with a gradient for the visual tokens too, or the logits of the last token."""
+    """What is measured: a step of AdamW with a gradient for the visual tokens too; or the prompt's last logits, with
+    the keys and values that its answer reads."""
     batch, visual = batch_of(images, model.fusion.tokens_per_image, model.llm.config.hidden_size)
     if what == "prefill":
-        return torch.inference_mode()(lambda: model(batch, visual, logits_to_keep=1))
-    visual.tokens.requires_grad_()
+        return lambda: prefill(model, batch, visual)
+    visual.tokens = nn.Parameter(visual.tokens)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    make_state(optimizer)
 
     def step() -> None:
         loss, tokens = batch_loss(partial(model, visual=visual), batch)
@@ -94,11 +98,32 @@ def run_of(what: What, model: MultimodalLM, images: int) -> Callable[[], Any]:
     return step
 
 
+@torch.inference_mode()
+def prefill(model: MultimodalLM, batch: Batch, visual: VisualTokens) -> tuple[Tensor, DynamicCache, VisualTokens]:
+    """What the first step of generate does."""
+    cache, visual = DynamicCache(config=model.llm.config), replace(visual, kept={})
+    return model(batch, visual, cache, logits_to_keep=1), cache, visual
+
+
+def make_state(optimizer: torch.optim.Optimizer) -> None:
+    """The optimizer's state, which is there before any step but the first: of one parameter after the other, so that no more
+    memory is taken for it."""
+    for group in optimizer.param_groups:
+        rate, group["lr"] = group["lr"], 0.0
+        for parameter in group["params"]:
+            parameter.grad = torch.zeros_like(parameter)
+            optimizer.step()
+            parameter.grad = None
+        group["lr"] = rate
+
+
 def peak_of(cell: tuple[What, str, int, dict[str, Any], int]) -> float:
-    """The most MiB that one run took above what was there. Called in a process of its own."""
+    """The most MiB that one run took above model, optimizer state and libraries. Called in a process of its own."""
     what, fusion, images, llm, threads = cell
     torch.set_num_threads(threads)
-    run = run_of(what, model_of(fusion, llm), images)
+    model = model_of(fusion, llm)
+    prefill(model, *batch_of(1, model.fusion.tokens_per_image, llm["hidden_size"]))  # the libraries' own workspaces
+    run = run_of(what, model, images)
     if device_name() == "cuda":
         torch.cuda.reset_peak_memory_stats()
         base = torch.cuda.memory_allocated()

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.profiler import record_function
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 from owlfuse.bench.pairs import device_name, in_turns, ratios, shown
@@ -29,6 +30,7 @@ from owlfuse.types import Batch, Encoded
 
 IMAGE_TOKEN = 5
 PEER = "LLaVA of transformers"
+STAGES = ("forward", "backward", "clipping", "optimizer")
 
 
 @dataclass(frozen=True)
@@ -146,20 +148,23 @@ def batch_of(samples: list[Encoded], sizes: Sizes, pack_to: int | None) -> Batch
     return Collator(0, (3, sizes.image_size, sizes.image_size), pack_to=pack_to)(samples).to(device_name())
 
 
-def step_of(model: nn.Module, loss: Callable[[], tuple[Tensor, Tensor | float]], autocast: bool) -> Callable[[], float]:
+def step_of(model: nn.Module, loss: Callable[[], tuple[Tensor, Tensor | float]], autocast: bool) -> Callable[[], Tensor]:
     """A training step: forward, backward, clipping and AdamW. It gives the mean loss of its tokens."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=True)
 
     def step() -> Tensor:
-        with torch.autocast(device_name(), torch.bfloat16) if autocast else nullcontext():
+        with record_function(STAGES[0]), torch.autocast(device_name(), torch.bfloat16) if autocast else nullcontext():
             value, tokens = loss()
-        value.backward()
-        gradients = [p.grad for p in parameters if p.grad is not None]
-        divide(gradients, torch.as_tensor(tokens))
-        clip(gradients, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
+        with record_function(STAGES[1]):
+            value.backward()
+        with record_function(STAGES[2]):
+            gradients = [p.grad for p in parameters if p.grad is not None]
+            divide(gradients, torch.as_tensor(tokens))
+            clip(gradients, 1.0)
+        with record_function(STAGES[3]):
+            optimizer.step()
+            optimizer.zero_grad()
         return value.detach() / tokens
 
     return step

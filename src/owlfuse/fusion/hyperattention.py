@@ -157,7 +157,8 @@ class VisualAttention(nn.Module):
         key, value = self.kv_proj(tokens).unflatten(-1, (-1, 2 * self.head_width)).split(self.head_width, dim=-1)
         if hasattr(attention, "k_norm"):
             key = attention.k_norm(key)
-        return rotate(attention, key.transpose(1, 2), cos, sin), value.transpose(1, 2)
+        # a copy, where a view of keys and values together would keep the unrotated keys until the backward pass
+        return rotate(attention, key.transpose(1, 2), cos, sin), value.transpose(1, 2).contiguous()
 
     def join(self, text: Tensor, visual: Tensor) -> Tensor:
         """The two attentions' outputs (B, T, H * d), gated: visual * g + text * (1 - g), or their sum without a gate."""

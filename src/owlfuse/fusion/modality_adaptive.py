@@ -1,4 +1,4 @@
-"""B rows, T text positions, D LLM width, M the modality indicator (True: vision), K visual places."""
+"""B rows, T text positions, D LLM width, M the modality indicator (True: vision), K visual positions."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ class ModalityAdaptive(Fusion):
     token's modality; all else is shared (mPLUG-Owl2, arXiv 2311.04257, eq. 3-8).
 
     The visual copies start from the text's and belong to this part. Both run in every training step, whatever the batch
-    holds: the text copy at every position, the visual one where the batch says that its placeholders are, so that it costs in
-    proportion to them; at every position too where the batch does not say it.
+    holds. Where the batch says how many positions are visual, a token is multiplied by the projections of its own modality
+    alone; where it does not, every token by both.
     """
 
     def __init__(self, connector_tokens: int) -> None:
@@ -32,9 +32,10 @@ class ModalityAdaptive(Fusion):
     def attach(self, llm: PreTrainedModel) -> None:
         """Puts a `ByModality` in the place of each norm and of each key and value projection."""
         for layer in decoder_layers(llm):
-            for module, names in ((layer, NORMS), (layer.self_attn, KEY_VALUE)):
+            kinds = ((layer, NORMS, ByModality), (layer.self_attn, KEY_VALUE, ProjectionByModality))
+            for module, names, kind in kinds:
                 for name in names:
-                    setattr(module, name, ByModality(getattr(module, name)))
+                    setattr(module, name, kind(getattr(module, name)))
             layer.register_forward_pre_hook(hand_modality_down, with_kwargs=True)
 
     def owned(self, llm: PreTrainedModel) -> list[nn.Module]:
@@ -45,10 +46,7 @@ class ModalityAdaptive(Fusion):
         self, embeddings: Tensor, visual: VisualTokens, batch: Batch, position_ids: Tensor, llm: PreTrainedModel
     ) -> tuple[Tensor, dict[str, Any]]:
         """See `Fusion.forward`."""
-        places = batch.visual_places
-        if places is not None and not len(places) and torch.is_grad_enabled():
-            places = places.new_zeros(1)  # some place, of text: every parameter has a gradient, here of zero
-        return splice(embeddings, visual, batch), {"modality": Modality(batch.placeholder[..., None], places)}
+        return splice(embeddings, visual, batch), {"modality": Modality.of(batch)}
 
 
 class Modality(NamedTuple):
@@ -56,8 +54,21 @@ class Modality(NamedTuple):
 
     is_visual: Tensor
     """(B, T, 1) bool."""
-    places: Tensor | None
-    """(K,) places b * T + t of all the visual ones, or of one of text where there are none; None: not known."""
+    count: int | None = None
+    """K, of the visual positions; None: not known, and both copies run everywhere."""
+    order: Tensor | None = None
+    """(B * T,) places b * T + t, those of text first, each kind ascending."""
+    inverse: Tensor | None = None
+    """(B * T,) where in `order` each place is."""
+
+    @classmethod
+    def of(cls, batch: Batch) -> Modality:
+        """The batch's."""
+        is_visual = batch.placeholder[..., None]
+        if batch.visual_count is None:
+            return cls(is_visual)
+        order = is_visual.flatten().byte().argsort(stable=True)
+        return cls(is_visual, batch.visual_count, order, order.argsort())
 
 
 class ByModality(nn.Module):
@@ -72,18 +83,53 @@ class ByModality(nn.Module):
     def forward(self, hidden_states: Tensor) -> Tensor:
         """(B, T, D) -> (B, T, the module's width). Without an indicator every token is text."""
         if self.modality is None:
-            no = hidden_states.new_zeros((*hidden_states.shape[:-1], 1), dtype=torch.bool)
-            return torch.where(no, self.vision(hidden_states), self.text(hidden_states))
-        is_visual, places = self.modality
+            return self.text_alone(hidden_states)
+        if self.modality.count is None:
+            return torch.where(self.modality.is_visual, self.vision(hidden_states), self.text(hidden_states))
+        if self.modality.count == 0:
+            return self.text_alone(hidden_states)
+        return self.each(hidden_states, self.modality)
+
+    def text_alone(self, hidden_states: Tensor) -> Tensor:
+        """Every token is text. While gradients are computed the visual copy has some too, of zero, from one token."""
         text = self.text(hidden_states)
-        if places is None:
-            return torch.where(is_visual, self.vision(hidden_states), text)
-        if not len(places):
+        if not torch.is_grad_enabled():
             return text
+        return text.index_add(1, text.new_zeros(1, dtype=torch.long), self.vision(hidden_states[:, :1]) * 0)
+
+    def each(self, hidden_states: Tensor, modality: Modality) -> Tensor:
+        """The text copy at every position, which is cheaper for a norm than to part them, and the visual one at its own."""
+        places = modality.order[-modality.count :]
+        text = self.text(hidden_states)
         visual = self.vision(hidden_states.flatten(0, 1).index_select(0, places)[None])[0]
-        flat = text.flatten(0, 1)
-        visual = torch.where(is_visual.flatten().index_select(0, places)[:, None], visual, flat.index_select(0, places))
-        return flat.index_copy(0, places, visual).view_as(text)
+        return text.flatten(0, 1).index_copy(0, places, visual).view_as(text)
+
+
+class ProjectionByModality(ByModality):
+    """Two copies of a projection, each of which multiplies its own tokens alone."""
+
+    def each(self, hidden_states: Tensor, modality: Modality) -> Tensor:
+        """See `ByModality`."""
+        flat = Permuted.apply(hidden_states.flatten(0, 1), modality.order, modality.inverse)
+        text, visual = flat.split([len(flat) - modality.count, modality.count])
+        joined = torch.cat([self.text(text[None]), self.vision(visual[None])], dim=1)[0]
+        return Permuted.apply(joined, modality.inverse, modality.order).view(*hidden_states.shape[:2], -1)
+
+
+class Permuted(torch.autograd.Function):
+    """The rows of a matrix in another order. Its gradient is put back in order, where that of an index is added up row by
+    row, as if one could occur twice."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+        """(R, D) -> (R, D)."""
+        ctx.save_for_backward(inverse)
+        return rows.index_select(0, order)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        """(R, D) -> (R, D)."""
+        return gradient.index_select(0, *ctx.saved_tensors), None, None
 
 
 def hand_modality_down(layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:

@@ -142,7 +142,7 @@ class OwlfuseForConditionalGeneration(PreTrainedModel, GenerationMixin):
             image_mask=None,
             image_index=visual.image_index,
             image_positions=visual.image_positions,
-            visual_places=placeholder.flatten().nonzero().flatten(),
+            visual_count=int(placeholder.sum()),
         )
 
     def placeholder(self, visual: VisualTokens, length: int) -> Tensor:

@@ -1,0 +1,62 @@
+"""`owlfuse bench modality_adaptive`: what the visual copies of norms, keys and values add to the plain LLM's step.
+
+The plain LLM's step is concat's, with the same backbone, connector, samples and optimizer, so that the copies are all that
+differs. Measured where keys and values are as wide as the hidden states, and where groups of heads share them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from owlfuse.bench.pairs import in_turns, ratios, shown
+from owlfuse.bench.report import leave
+from owlfuse.bench.step import QUICK, Data, Sizes, batch_of, our_model, samples_of, step_of
+from owlfuse.model import MultimodalLM
+from owlfuse.module import batch_loss
+from owlfuse.types import Batch
+
+FUSIONS = {
+    "concat": {"_target_": "owlfuse.fusion.concat.Concat"},
+    "modality_adaptive": {"_target_": "owlfuse.fusion.modality_adaptive.ModalityAdaptive"},
+}
+EVERYWHERE = "modality_adaptive, both copies everywhere"
+
+
+def step_with(fusion: str, sizes: Sizes, batch: Batch):
+    """A training step of a model of its own."""
+    model: MultimodalLM = our_model(sizes, FUSIONS[fusion])
+    return step_of(model, lambda: batch_loss(model, batch), autocast=False)
+
+
+def bench_modality_adaptive(out: Path, repeats: int = 15, pack_to: int = 320, quick: bool = False) -> dict[str, Any]:
+    """Prints the table, and writes modality_adaptive.md and modality_adaptive.json into `out`.
+
+    Args:
+        pack_to: the most tokens of a row.
+        quick: at sizes of a moment.
+    """
+    sizes, data = QUICK if quick else (Sizes(), Data())
+    rows, found = [], {}
+    for groups in (1, 4):
+        own = replace(sizes, key_value_heads=sizes.heads // groups)
+        samples = samples_of(data, own, own.visual_tokens)
+        batch = batch_of(samples, own, pack_to)
+        runs = {name: step_with(name, own, batch) for name in FUSIONS}
+        runs[EVERYWHERE] = step_with("modality_adaptive", own, replace(batch, visual_count=None))
+        seconds = in_turns(runs, repeats)
+        name = f"{own.heads} query heads, {own.key_value_heads} key-value heads"
+        found[name] = {"seconds": seconds, "over_concat": {k: ratios(v, seconds["concat"]) for k, v in seconds.items()}}
+        for run, ratio in found[name]["over_concat"].items():
+            median = 1000 * sorted(seconds[run])[len(seconds[run]) // 2]
+            overhead = {key: 100 * (value - 1) for key, value in ratio.items()}
+            rows.append([f"{name}: {run}", f"{median:.0f}", shown(overhead, 1)])
+    visual = batch.visual_count / sum(batch.lengths)
+    title = (
+        f"a training step of {data.rows} samples, {sum(batch.lengths)} tokens, {visual:.0%} of them visual: medians of "
+        f"{repeats} turns, and of the turns' ratios with their middle half"
+    )
+    result = {"sizes": vars(sizes), "data": vars(data), "visual_share": visual, "steps": found}
+    leave(out, "modality_adaptive", result, [(title, ["", "ms a step", "over concat, %"], rows)])
+    return result
