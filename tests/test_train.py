@@ -71,7 +71,7 @@ def test_an_experiment_leaves_all_that_explains_it(experiment):
     assert run_folder == Path("runs") / experiment / "a"
     results = json.loads((run_folder / "results.json").read_text())
     assert (results["experiment"], results["seed"], results["steps"]) == (experiment, 5, 3)
-    assert set(results) == {"experiment", "seed", "steps", "metrics", "versions", "git", "wall_s"}
+    assert set(results) == {"experiment", "seed", "steps", "metrics", "versions", "git", "wall_s", "cost", "hash"}
     metrics = results["metrics"]
     wanted = {"val/loss", "val/perplexity", "val/exact_match", "val/exact_match_held_out", "val/exact_match_blank"}
     assert wanted | {"text/exact_match"} <= set(metrics)
