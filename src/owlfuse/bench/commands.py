@@ -72,7 +72,7 @@ def side_by_side(bench) -> list[argparse.ArgumentParser]:
         parser.add_argument("--pack-to", type=int, default=320, metavar="N", help="the most tokens of a row")
     for name in ("step", "peak"):
         parsers[name].add_argument("--precision", choices=("32-true", "bf16-mixed"), default="32-true")
-    for parser, repeats in ((images, 5), (parsers["step"], 7), (parsers["modality_adaptive"], 15), (parsers["peak"], 7)):
+    for parser, repeats in ((images, 5), (parsers["step"], 7), (parsers["modality_adaptive"], 9), (parsers["peak"], 7)):
         parser.add_argument("--repeats", type=int, default=repeats, metavar="N", help="turns, of which the median is taken")
         parser.add_argument("--quick", action="store_true", help="at sizes of a moment")
     return [images, *parsers.values()]

@@ -30,7 +30,7 @@ def step_with(fusion: str, sizes: Sizes, batch: Batch):
     return step_of(model, lambda: batch_loss(model, batch), autocast=False)
 
 
-def bench_modality_adaptive(out: Path, repeats: int = 15, pack_to: int = 320, quick: bool = False) -> dict[str, Any]:
+def bench_modality_adaptive(out: Path, repeats: int = 9, pack_to: int = 320, quick: bool = False) -> dict[str, Any]:
     """Prints the table, and writes modality_adaptive.md and modality_adaptive.json into `out`.
 
     Args:
