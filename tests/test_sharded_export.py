@@ -17,8 +17,8 @@ from owlfuse.config import compose
 from owlfuse.data.shapes import write_shapes
 from owlfuse.hub.export import load_run
 from owlfuse.model import on_meta
-from owlfuse.parallel import META
-from owlfuse.runs import last_checkpoint, write_config, write_manifest
+from owlfuse.parallel_checkpoints import META
+from owlfuse.runs import last_checkpoint, put_in_place, write_config
 from ranks import by_processes
 
 SMALL = [
@@ -156,12 +156,13 @@ def big_run(folder, sharded):
     rest = {"global_step": 1, "frozen": {}}
     path = run / "checkpoints/step_00000001.ckpt"
     path.parent.mkdir()
+    part = path.with_name(path.name + ".part")
     if sharded:
-        dcp.save({"state_dict": state}, checkpoint_id=path, no_dist=True)
-        torch.save(rest, path / META)
+        dcp.save({"state_dict": state}, checkpoint_id=part, no_dist=True)
+        torch.save(rest, part / META)
     else:
-        torch.save({**rest, "state_dict": state}, path)
-    write_manifest(path, path)
+        torch.save({**rest, "state_dict": state}, part)
+    put_in_place(part, path)
     return run, state
 
 

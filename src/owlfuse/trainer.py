@@ -127,12 +127,12 @@ class StopOnSignal(Callback):
 
     def on_fit_start(self, trainer: Trainer, module: LightningModule) -> None:
         """Listens to Ctrl-C in the place of Python's own handler."""
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self.handlers[number] = signal.signal(number, self.stop_after_step)
+        self.handlers[signal.SIGINT] = signal.signal(signal.SIGINT, self.stop_after_step)
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
-        """Takes SIGTERM back from Lightning, which would end the run without a checkpoint."""
-        signal.signal(signal.SIGTERM, self.stop_after_step)
+        """Takes SIGTERM from Lightning, which would end the run without a checkpoint. Not before: Lightning, when it ends, puts
+        back what stood there when it began."""
+        self.handlers[signal.SIGTERM] = signal.signal(signal.SIGTERM, self.stop_after_step)
 
     def stop_after_step(self, number: int, frame: Any) -> None:
         """The signals' handler."""

@@ -46,10 +46,10 @@ FAULTY = """
 from owlfuse import evaluation
 
 class Evaluation(evaluation.Evaluation):
-    def __call__(self, model, data):
+    def __call__(self, model, data, folder=None):
         if data.seed == 1:
             raise RuntimeError("no luck with <seed> 1")
-        return super().__call__(model, data)
+        return super().__call__(model, data, folder)
 """
 
 

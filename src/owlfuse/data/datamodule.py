@@ -212,5 +212,6 @@ class ChatData(lightning.LightningDataModule):
 
 
 def ignore_interrupt(worker: int) -> None:
-    """Ctrl-C is the training process's to answer: a worker goes on until it is told to end."""
+    """Ctrl-C is the training process's to answer: a worker goes on until it is told to end, by a SIGTERM at last."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)

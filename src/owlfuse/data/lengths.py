@@ -147,8 +147,9 @@ WORK: list[Any] = []
 
 
 def begin_worker(source: Source, encoder: ChatEncoder, on_length: OnLength) -> None:
-    """Ctrl-C is the main process's to answer: it ends its workers."""
+    """Ctrl-C is the main process's to answer: it ends its workers, by a SIGTERM that no handler of its own may swallow."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     WORK[:] = [source, encoder, on_length]
 
