@@ -67,8 +67,10 @@ def logged(folder, name):
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_an_experiment_leaves_all_that_explains_it(experiment):
+    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     run_folder = run(f"experiment={experiment}", "name=a", "trainer.max_steps=3", "seed=5", "trainer.log_every_n_steps=1")
     assert run_folder == Path("runs") / experiment / "a"
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
     results = json.loads((run_folder / "results.json").read_text())
     assert (results["experiment"], results["seed"], results["steps"]) == (experiment, 5, 3)
     assert set(results) == {"experiment", "seed", "steps", "metrics", "versions", "git", "wall_s", "cost", "hash"}
