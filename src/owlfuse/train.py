@@ -15,7 +15,7 @@ from owlfuse.module import MultimodalModule
 from owlfuse.parallel import check_strategy, evaluates, naming_step
 from owlfuse.plan import dry_run
 from owlfuse.runs import last_checkpoint, place, run_folder, write_config, write_mixture
-from owlfuse.trainer import cost_of, make_trainer, raise_if_stopped
+from owlfuse.trainer import cost_of, make_trainer, raise_if_stopped, signals_given_back
 from owlfuse.types import DataError
 from owlfuse.weights import needs_base
 
@@ -49,7 +49,7 @@ def run(config: DictConfig) -> Path | None:
     init_from = config.get("init_from") if checkpoint is None or needs_base(checkpoint) else None
     module = MultimodalModule(plain["model"], optim, data.vocab_size, init_from)
     write_config(config, folder)
-    with naming_step(trainer):
+    with naming_step(trainer), signals_given_back():
         trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True)
     left_out = module.over_ranks(module.skipped, module.truncated)
     if trainer.is_global_zero:

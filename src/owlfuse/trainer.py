@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +112,17 @@ def evaluating_first(config: DictConfig, folder: Path) -> list[Callback]:
     return [BeforeTraining(build(config.evaluation), folder)] if asked else []
 
 
+@contextmanager
+def signals_given_back() -> Iterator[None]:
+    """Afterwards Ctrl-C and SIGTERM do what they did before. Lightning, when it ends, puts the callback's handlers back."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 class LoggedStep(Callback):
     """Metrics are logged under the optimizer's step: after a resume Lightning may count one more."""
 
@@ -127,12 +140,12 @@ class StopOnSignal(Callback):
 
     def on_fit_start(self, trainer: Trainer, module: LightningModule) -> None:
         """Listens to Ctrl-C in the place of Python's own handler."""
-        self.handlers[signal.SIGINT] = signal.signal(signal.SIGINT, self.stop_after_step)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self.handlers[number] = signal.signal(number, self.stop_after_step)
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
-        """Takes SIGTERM from Lightning, which would end the run without a checkpoint. Not before: Lightning, when it ends, puts
-        back what stood there when it began."""
-        self.handlers[signal.SIGTERM] = signal.signal(signal.SIGTERM, self.stop_after_step)
+        """Takes SIGTERM back from Lightning, which would end the run without a checkpoint."""
+        signal.signal(signal.SIGTERM, self.stop_after_step)
 
     def stop_after_step(self, number: int, frame: Any) -> None:
         """The signals' handler."""
