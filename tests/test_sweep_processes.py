@@ -32,6 +32,7 @@ def check(folder, output):
     assert len(list((folder / "runs").glob("*/*"))) == 2
 
 
+@pytest.mark.slow
 def test_each_run_of_a_sweep_starts_its_own_two_processes(tmp_path):
     write_shapes(tmp_path / "data" / "shapes", **SHAPE_COUNTS)
     check(tmp_path, output_of([*COMMAND, "trainer=ddp"], tmp_path))
