@@ -158,6 +158,7 @@ def test_runs_of_other_code_or_another_configuration_are_not_mixed_in(gone_on):
         ablate_command("grid", ["optim.lr=0.5", "dry_run=true"])
 
 
+@pytest.mark.slow
 def test_anew_puts_runs_of_other_code_aside_and_a_budget_lists_what_it_does_not_begin(gone_on, capsys):
     Path("faulty.py").write_text(FAULTY.replace("== 1", "== 5"))
     file = Path("experiments/grid/ablation.yaml")
