@@ -6,13 +6,12 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import yaml
-from hydra.errors import HydraException, MissingConfigException
+from hydra.errors import MissingConfigException
 from omegaconf.errors import OmegaConfBaseException
 
 from owlfuse.config_files import EXPERIMENTS, ConfigFolders, label
 
 COMMAND_LINE = "command line"
-LIBRARY_ERRORS = (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError, OSError)
 
 
 class ConfigError(ValueError):

@@ -87,23 +87,12 @@ def bench_peak(
         reading = read(model, lambda: batch_loss(model, batch)[0], inputs)
     model.zero_grad()
     step = step_of(model, lambda: batch_loss(model, batch), autocast)
-    size = 8192 if device == "cuda" else 256 if quick else 1024
-    a, b = (torch.randn(size, size, device=device, dtype=torch.bfloat16 if autocast else torch.float32) for _ in range(2))
-    source, target = (torch.empty(2**20 if quick else 2**26, device=device) for _ in range(2))
-    products, copies = max(1, int(2e10 / 2 / size**3)), 4
-    runs = {
-        "step": step,
-        "products": lambda: [a @ b for _ in range(products)],
-        "copies": lambda: [target.copy_(source) for _ in range(copies)],
-    }
-    seconds = in_turns(runs, repeats, warm_up=2)
+    runs, flops, copied = yardsticks(device, torch.bfloat16 if autocast else torch.float32, quick)
+    seconds = in_turns({"step": step, **runs}, repeats, warm_up=2)
     middle = {name: sorted(turns)[len(turns) // 2] for name, turns in seconds.items()}
     operations = reading.forward + reading.backward
-    rate, bandwidth = products * 2 * size**3 / middle["products"], copies * 8 * source.numel() / middle["copies"]
-    shares = sorted(
-        operations / own / (products * 2 * size**3 / other)
-        for own, other in zip(seconds["step"], seconds["products"], strict=True)
-    )
+    rate, bandwidth = flops / middle["products"], copied / middle["copies"]
+    shares = sorted(operations / own / (flops / other) for own, other in zip(seconds["step"], seconds["products"], strict=True))
     moved = floor_of(sum(p.numel() * p.element_size() for p in model.parameters()), reading.kept)
     kinds, stages = profile_of(step, 1 if quick else 2)
     result = {
@@ -123,6 +112,20 @@ def bench_peak(
     }
     leave(out, "peak", result, tables_of(result, middle["step"]))
     return result
+
+
+def yardsticks(device: str, dtype: torch.dtype, quick: bool) -> tuple[dict[str, Callable[[], Any]], int, int]:
+    """What the machine is measured by, matrix products and copies; the operations of the one, and the bytes of the other, read
+    and written."""
+    size = 8192 if device == "cuda" else 256 if quick else 1024
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    source, target = (torch.empty(2**20 if quick else 2**26, device=device) for _ in range(2))
+    products, copies = max(1, int(2e10 / 2 / size**3)), 4
+    runs = {
+        "products": lambda: [a @ b for _ in range(products)],
+        "copies": lambda: [target.copy_(source) for _ in range(copies)],
+    }
+    return runs, products * 2 * size**3, copies * 8 * source.numel()
 
 
 def tables_of(result: dict[str, Any], step: float) -> list[tuple[str, list[str], list[list[str]]]]:
