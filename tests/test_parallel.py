@@ -2,6 +2,9 @@
 
 import csv
 import json
+import os
+import subprocess
+import sys
 from functools import partial
 
 import pytest
@@ -152,6 +155,33 @@ def test_four_processes_of_a_mesh_follow_one(tmp_path, case):
     train_both(tmp_path, chosen, MESH, 4)
     for one in chosen:
         check(tmp_path, tmp_path, *one)
+
+
+ENDS_AT_ONCE = """
+import sys, torch, torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from owlfuse.parallel import wait_at_exit
+wait_at_exit()
+dist.init_process_group("gloo")
+mesh = init_device_mesh("cpu", (2,))
+model = nn.Sequential(*[fully_shard(nn.Linear(64, 64), mesh=mesh) for _ in range(4)])
+for _ in range(5):
+    model(torch.randn(4, 64)).sum().backward()
+dist.all_reduce(torch.ones(3))
+"""
+
+
+@pytest.mark.slow
+def test_processes_that_end_right_after_a_collective_end_well(tmp_path):
+    """Without the wait one in eight was aborted by the interpreter's end."""
+    script = tmp_path / "ends.py"
+    script.write_text(ENDS_AT_ONCE)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)]
+    for _ in range(12):
+        done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr[-2000:]
 
 
 def test_some_steps_had_pictures_on_one_rank_alone_and_some_on_none(folder):

@@ -1,10 +1,11 @@
 """Strategies of many processes, and what they tell each other. With `model_parallel.py` and `parallel_checkpoints.py`
-the only file that names torch.distributed: everything else is written for one process.
-"""
+the only file that names torch.distributed: everything else is written for one process."""
 
 from __future__ import annotations
 
+import atexit
 import math
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -25,6 +26,7 @@ from owlfuse.parallel_checkpoints import leave, load_shards, optimizer_by_name, 
 from owlfuse.types import DataError
 
 TIMEOUT_MINUTES = 10.0
+EXIT_SECONDS = 0.3  # for gloo's threads to let go of the last collective's tensors
 
 
 class Replicated(DDPStrategy):
@@ -36,6 +38,11 @@ class Replicated(DDPStrategy):
 
     def __init__(self, timeout_minutes: float = TIMEOUT_MINUTES) -> None:
         super().__init__(timeout=timedelta(minutes=timeout_minutes), gradient_as_bucket_view=True)
+
+    def setup_environment(self) -> None:
+        """See Lightning's."""
+        wait_at_exit()
+        super().setup_environment()
 
 
 class Sharded(ModelParallelStrategy):
@@ -74,6 +81,7 @@ class Sharded(ModelParallelStrategy):
     def setup_environment(self) -> None:
         """See Lightning's; `auto` is worked out here."""
         self._data_parallel_size, self._tensor_parallel_size = self.sizes()
+        wait_at_exit()
         super().setup_environment()
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
@@ -98,6 +106,13 @@ class Sharded(ModelParallelStrategy):
             leave(self.side)
             self.side = None
         super().teardown()
+
+
+def wait_at_exit() -> None:
+    """Has this process wait a moment before it ends, once. Python's end under gloo's threads aborts a process that is done,
+    one in ten of those that end right after a collective (pytorch #179291); the others are then ended as if it had failed."""
+    atexit.unregister(time.sleep)
+    atexit.register(time.sleep, EXIT_SECONDS)
 
 
 @contextmanager
