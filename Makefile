@@ -8,7 +8,7 @@ ARGS ?=
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup pretrained experiment recipe ablation test test-slow lint format clean
+.PHONY: help setup pretrained experiment recipe ablation test test-slow lint types format wheel clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1|/' | awk -F'|' '{ printf "  make %-12s %s\n", $$1, $$2 }'
@@ -46,9 +46,16 @@ lint: $(STAMP) ## ruff, without changing a file
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
+types: $(STAMP) ## mypy over the package
+	$(BIN)/mypy
+
 format: $(STAMP) ## ruff, mending what it can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+wheel: $(STAMP) ## dist/: the source archive, and the wheel built from it
+	rm -rf dist
+	$(BIN)/python -m build
 
 clean: ## remove the environment; data and runs stay
 	rm -rf $(VENV)
