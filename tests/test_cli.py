@@ -216,3 +216,16 @@ def test_config_prints_the_composed_configuration_as_yaml_from_any_folder(tmp_pa
     assert (printed.seed, printed.name) == (3, "x")
     assert set(printed.model) == {"vision", "connector", "fusion", "llm", "adapter", "compile"}
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_module_that_is_trusted_is_imported_from_the_working_folder(tmp_path, monkeypatch, capsys):
+    (tmp_path / "parts_of_mine.py").touch()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    assert cli.main(["--trust", "parts_of", "eval"]) == 2
+    message = "owlfuse: error: command line: --trust parts_of: no such module in this folder or installed\n"
+    assert capsys.readouterr().err == message
+    assert cli.main(["eval"]) == 2
+    assert "parts_of_mine" not in sys.modules
+    cli.main(["--trust", "parts_of_mine", "eval"])
+    assert sys.modules.pop("parts_of_mine").__file__ == str(tmp_path / "parts_of_mine.py")

@@ -62,9 +62,7 @@ class TestWorkflow:
         assert [name for name in used if not re.fullmatch(r"actions/[a-z-]+@v\d+", name)] == []
 
     def test_it_runs_every_python_that_the_package_claims(self, path):
-        claimed = {
-            line.rpartition(" ")[2] for line in PROJECT["classifiers"] if re.search(r":: Python :: 3\.\d+$", line)
-        }
+        claimed = {line.rpartition(" ")[2] for line in PROJECT["classifiers"] if re.search(r":: Python :: 3\.\d+$", line)}
         assert set(workflow(path)["jobs"]["test"]["strategy"]["matrix"]["python"]) == claimed
 
 

@@ -2,8 +2,10 @@
 
 import argparse
 import difflib
+import importlib
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from owlfuse.bench.commands import run_bench
@@ -23,15 +25,18 @@ def main(argv: list[str] | None = None) -> int:
         return failed(f"{argv[0]}: no such command; {guess}", 2)
     arguments, rest = parser.parse_known_args(argv)
     if unknown := [word for word in rest if word.startswith("-")]:
-        return failed(f"command line: {unknown[0]}: no such option of {argv[0]}; see owlfuse {argv[0]} --help", 2)
+        command = arguments.command
+        return failed(f"command line: {unknown[0]}: no such option of {command}; see owlfuse {command} --help", 2)
     arguments.overrides = [*getattr(arguments, "overrides", []), *rest]  # words after an option, as in `a=1 -m b=2`
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())  # a `_target_` may name the user's own module, as ./configs are found
-    return _run(COMMANDS[argv[0]], arguments)
+    return _run(COMMANDS[arguments.command], arguments)
 
 
-def _run(command, arguments: argparse.Namespace) -> int:
+def _run(command: Callable[[argparse.Namespace], None], arguments: argparse.Namespace) -> int:
     try:
+        for module in arguments.trust:
+            _import_own(module)
         command(arguments)
         return 0
     except KeyboardInterrupt:
@@ -47,6 +52,18 @@ def _run(command, arguments: argparse.Namespace) -> int:
         if isinstance(error, ModuleNotFoundError) and "pip install owlfuse[" in str(error):
             return failed(str(error).rpartition("ModuleNotFoundError: ")[2].strip(), 1)
         raise
+
+
+def _import_own(module: str) -> None:
+    """A module of the user's, so that a model may have its parts. Raises ConfigError: there is no such module."""
+    from owlfuse.config_errors import ConfigError
+
+    try:
+        importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name not in (module, module.partition(".")[0]):
+            raise  # the module is there, and what it imports is not
+        raise ConfigError(f"command line: --trust {module}: no such module in this folder or installed") from None
 
 
 def _train(arguments: argparse.Namespace) -> None:

@@ -24,6 +24,8 @@ def failed(message: str, code: int) -> int:
 def make_parser() -> Parser:
     """The parser of the whole command line."""
     parser = Parser("owlfuse", description="Experiments on multimodal LLMs.", epilog=EXIT_CODES, **LAYOUT)
+    text = "a module of yours: parts of it may stand in a model that chat, eval, export or load reads"
+    parser.add_argument("--trust", action="append", default=[], metavar="MODULE", help=text)
     commands = parser.add_subparsers(dest="command", metavar="<command>", required=True)
     _add_runs(commands)
     _add_models(commands)

@@ -11,6 +11,7 @@ from omegaconf.errors import OmegaConfBaseException
 from owlfuse.config_errors import COMMAND_LINE, ConfigError, nearest, nearest_key, no_such_option
 from owlfuse.config_files import EXPERIMENTS, ConfigFolders, find_folders
 from owlfuse.config_hydra import Composition, dotted_keys, read_overrides
+from owlfuse.config_plain import to_dict
 from owlfuse.config_targets import check_arguments, check_targets
 
 __all__ = [
@@ -117,13 +118,13 @@ def compose_root(root: str, overrides: list[str]) -> DictConfig:
     config = _without_hydra(composition)
     config.__dict__["_composition"] = composition
     _resolve(config)
-    check_targets(OmegaConf.to_container(config, resolve=True), lambda path: origin_of(config, path))
+    check_targets(to_dict(config), lambda path: origin_of(config, path))
     return config
 
 
 def check(config: DictConfig) -> None:
     """Keys and types of the fixed levels, then every `_target_`'s arguments. Raises ConfigError."""
-    plain = OmegaConf.to_container(config, resolve=True)
+    plain = to_dict(config)
 
     def where(path: str) -> str:
         return origin_of(config, path)

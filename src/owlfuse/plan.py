@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from owlfuse.build import build
 from owlfuse.config import ConfigError, PlanOptions
+from owlfuse.config_plain import to_dict
 from owlfuse.meter import Reading
 from owlfuse.model import MultimodalLM
 from owlfuse.plan_layouts import Layout, alternatives, asked_layout, checkpointing_keys
@@ -177,7 +178,7 @@ def make_plan(config: DictConfig, compare: bool = True) -> Plan:
         ConfigError: parts that do not fit together, a count of GPUs that the strategy or the batch do not fit, or a precision
             that is not known here.
     """
-    plain = OmegaConf.to_container(config, resolve=True)
+    plain = to_dict(config)
     options = PlanOptions(**(plain.get("plan") or {}))
     try:
         workload = Workload(plain, options)

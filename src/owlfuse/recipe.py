@@ -23,6 +23,7 @@ from owlfuse.build import build
 from owlfuse.config import ConfigError, compose
 from owlfuse.config_errors import COMMAND_LINE, hint
 from owlfuse.config_files import find_folders
+from owlfuse.config_plain import to_dict
 from owlfuse.deferred import Deferred
 from owlfuse.hub.export import export, load_run
 from owlfuse.identity import flat
@@ -143,7 +144,7 @@ def make_stage(recipe: str, name: str, words: list[str]) -> Stage:
         with open_dict(config):
             config.experiment = recipe
         try:
-            plan, parts = on_meta(OmegaConf.to_container(config.model, resolve=True), vocab_size=1024)
+            plan, parts = on_meta(to_dict(config.model), vocab_size=1024)
             build(config.optim), build(config.evaluation)
         except ValueError as error:
             raise ConfigError(place(config, str(error))) from error
@@ -156,7 +157,7 @@ def make_stage(recipe: str, name: str, words: list[str]) -> Stage:
 def check_chain(before: Stage, stage: Stage) -> None:
     """The parts must be those of the stage before, whose weights they take. Raises ConfigError."""
     for part in PARTS:
-        old, new = (OmegaConf.to_container(one.config.model[part], resolve=True) for one in (before, stage))
+        old, new = (to_dict(one.config.model[part]) for one in (before, stage))
         for key in sorted({*old, *new} - {*FREE}):
             if old.get(key) != new.get(key):
                 raise ConfigError(
@@ -180,7 +181,7 @@ def check_data(stage: Stage) -> None:
 def write_record(stages: list[Stage]) -> None:
     """stages.yaml, or a comparison with the one that is there. Raises ConfigError where a stage was begun otherwise."""
     path = stages[0].folder.parent / "stages.yaml"
-    ours = {stage.name: OmegaConf.to_container(stage.config, resolve=True) for stage in stages}
+    ours = {stage.name: to_dict(stage.config) for stage in stages}
     if path.exists():
         theirs = OmegaConf.to_container(OmegaConf.load(path))
         begun = [stage.name for stage in stages if (stage.folder / "config.yaml").exists()]

@@ -5,10 +5,10 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING, Any
 
-from omegaconf import OmegaConf
 from rich.console import Console
 from rich.table import Table
 
+from owlfuse.config_plain import to_dict
 from owlfuse.plan import GB, make_plan
 from owlfuse.sweep import metrics_of
 
@@ -26,7 +26,7 @@ def print_stages(recipe: str, stages: list[Stage]) -> None:
     for column in ("stage", "trained", "frozen", "steps", "batch", "lr", "pictures", "mixture"):
         table.add_column(column, justify="right" if column in ("steps", "batch", "pictures") else "left")
     for stage in stages:
-        plain = OmegaConf.to_container(stage.config, resolve=True)
+        plain = to_dict(stage.config)
         trained = [f"{s.part}: {s.policy}, {count(s.trained)}" for s in stage.parts if s.trained]
         frozen = [f"{s.part}: {count(s.frozen)}" for s in stage.parts if s.frozen]
         size = plain["model"]["vision"].get("image_size")

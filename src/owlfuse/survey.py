@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from owlfuse.build import build
 from owlfuse.config import ConfigError, compose
+from owlfuse.config_plain import to_dict
 from owlfuse.data.datamodule import ChatData
 from owlfuse.data.lengths import Lengths
 from owlfuse.data.mixture import Mixture
@@ -63,7 +64,7 @@ def mixture_command(words: list[str]) -> dict[str, Any]:
 def bind(data: ChatData, config: DictConfig) -> list[str]:
     """Tells the data how many positions an image takes, which the parts say without weights; a note where they cannot."""
     try:
-        plan, _ = on_meta(OmegaConf.to_container(config.model, resolve=True), vocab_size=1024)
+        plan, _ = on_meta(to_dict(config.model), vocab_size=1024)
     except OSError as error:  # a part's configuration is not here
         data.bind(NoPictures(), 1)
         return [f"an image counts as one position, for the model's parts are not at hand: {str(error).splitlines()[0]}"]

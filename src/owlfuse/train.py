@@ -4,10 +4,11 @@ import time
 from pathlib import Path
 
 import lightning
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from owlfuse.build import build
 from owlfuse.config import ConfigError
+from owlfuse.config_plain import to_dict
 from owlfuse.evaluation import write_results
 from owlfuse.hub.start import adopt_parts
 from owlfuse.model import on_meta
@@ -33,7 +34,7 @@ def run(config: DictConfig) -> Path | None:
         adopt_parts(config)
     if config.get("dry_run"):
         return dry_run(config)
-    plain = OmegaConf.to_container(config, resolve=True)
+    plain = to_dict(config)
     try:
         plan, _ = on_meta(plain["model"], vocab_size=1024)
         optim, evaluation, folder = build(config.optim), build(config.evaluation), run_folder(config)

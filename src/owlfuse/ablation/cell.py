@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 
 from owlfuse.cli import _run
+from owlfuse.config_plain import to_dict
 
 
 def train_cell(folder: Path, key: str) -> None:
@@ -23,7 +24,7 @@ def train_cell(folder: Path, key: str) -> None:
     Raises:
         DataError: code or configuration are not those that the ablation was begun with.
     """
-    from omegaconf import OmegaConf, open_dict
+    from omegaconf import open_dict
 
     from owlfuse.config import compose
     from owlfuse.identity import code_hash, config_hash
@@ -44,7 +45,7 @@ def train_cell(folder: Path, key: str) -> None:
             from owlfuse.hub.start import adopt_parts
 
             adopt_parts(config)
-        plain = OmegaConf.to_container(config, resolve=True)
+        plain = to_dict(config)
         ours = {"code": code_hash(plain), "config": config_hash(plain)}
         for what, digest in ours.items():
             if digest != cell["hash"][what]:

@@ -13,6 +13,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from owlfuse.ablation.file import Ablation
 from owlfuse.config import ConfigError, compose
 from owlfuse.config_errors import COMMAND_LINE, hint
+from owlfuse.config_plain import to_dict
 from owlfuse.identity import code_hash, config_hash
 
 ABSENT = "-"
@@ -125,7 +126,7 @@ def make_cell(ablation: Ablation, name: str, levels: dict[str, str], seed: int, 
         from owlfuse.hub.start import adopt_parts
 
         adopt_parts(config)
-    plain = OmegaConf.to_container(config, resolve=True)
+    plain = to_dict(config)
     return Cell(name, levels, seed, overrides, config, {"code": code_hash(plain), "config": config_hash(plain)})
 
 
@@ -160,9 +161,9 @@ def check_parts(cells: list[Cell], open_data: bool) -> None:
     for cells_of_name in ([cell for cell in cells if cell.name == name] for name in dict.fromkeys(cell.name for cell in cells)):
         cell = cells_of_name[0]
         try:
-            plan, parts = on_meta(OmegaConf.to_container(cell.config.model, resolve=True), vocab_size=1024)
+            plan, parts = on_meta(to_dict(cell.config.model), vocab_size=1024)
             build(cell.config.optim), build(cell.config.evaluation)
-            data_key = json.dumps([OmegaConf.to_container(cell.config.data, resolve=True), plan.fusion.tokens_per_image])
+            data_key = json.dumps([to_dict(cell.config.data), plan.fusion.tokens_per_image])
             if open_data and data_key not in opened:
                 data = build(cell.config.data)
                 data.bind(plan.vision.preprocessing, plan.fusion.tokens_per_image)
@@ -221,7 +222,7 @@ def record_of(cells: list[Cell], ablation: Ablation, metrics: dict[str, tuple[st
                 "words": cell.words,
                 "hash": cell.hash,
                 "steps": cell.steps,
-                "config": OmegaConf.to_container(cell.config, resolve=True),
+                "config": to_dict(cell.config),
             }
             for cell in cells
         ],

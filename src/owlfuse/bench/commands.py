@@ -14,7 +14,8 @@ SIDE_BY_SIDE = {
 
 def run_bench(arguments: argparse.Namespace) -> None:
     """Runs the benchmark that was named."""
-    given = {name: value for name, value in vars(arguments).items() if name not in ("command", "bench", "out", "overrides")}
+    ours = ("command", "trust", "bench", "out", "overrides")
+    given = {name: value for name, value in vars(arguments).items() if name not in ours}
     function_of(arguments.bench)(out=Path(arguments.out or f"benchmarks/{arguments.bench}"), **given)
 
 

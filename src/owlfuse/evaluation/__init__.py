@@ -9,6 +9,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from owlfuse.config_plain import to_dict
 from owlfuse.evaluation.before import metrics_before
 from owlfuse.evaluation.metrics import Answer, answer_questions, mean_loss, metric_names, questions_of, score, time_answer
 from owlfuse.evaluation.reports import print_metrics, write_answers, write_contact_sheet
@@ -82,7 +83,7 @@ def write_results(
     folder: Path, config: DictConfig, steps: int, metrics: dict[str, float], cost: dict[str, Any], wall_s: float
 ) -> None:
     """`results.json`, written beside and renamed. `hash` says of which code and configuration they are (see `identity`)."""
-    plain = OmegaConf.to_container(config, resolve=True)
+    plain = to_dict(config)
     results = {
         "experiment": config.experiment,
         "seed": config.seed,
@@ -132,7 +133,7 @@ def evaluate_run(folder: str, overrides: list[str]) -> None:
 
     began = time.monotonic()
     config = compose([f"resume={folder}", *overrides])
-    plain = OmegaConf.to_container(config, resolve=True)
+    plain = to_dict(config)
     data = build(config.data)
     model, checkpoint = load_run_model(Path(folder), plain, data.vocab_size)
     data.bind(model.vision.preprocessing, model.fusion.tokens_per_image)

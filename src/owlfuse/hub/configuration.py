@@ -71,7 +71,8 @@ def check_target(name: str, node: Any) -> None:
         raise DataError(f"config.json: {name} has no _target_, so this is no folder that owlfuse exported")
     module, _, _ = target.rpartition(".")
     if module.partition(".")[0] != "owlfuse" and module not in sys.modules:
-        raise DataError(f"config.json: {name} is a {target}, which is not of owlfuse; import {module} first if you trust it")
+        remedy = f"if you trust it, import {module} first, or write: owlfuse --trust {module} ..."
+        raise DataError(f"config.json: {name} is a {target}, which is not of owlfuse; {remedy}")
     part = get_object(target)
     if not (isinstance(part, type) and issubclass(part, nn.Module)):
         raise DataError(f"config.json: {name}: {target} is no part of a model")

@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf import DictConfig, open_dict
 
 from owlfuse.config import ConfigError, compose, origin_of
+from owlfuse.config_plain import to_dict
 from owlfuse.hub.configuration import OwlfuseConfig
 from owlfuse.hub.export import check_exported, load_exported
 from owlfuse.llm import recompute_activations
@@ -27,8 +28,8 @@ def adopt_parts(config: DictConfig) -> None:
         nodes = OwlfuseConfig.from_pretrained(check_exported(Path(config.init_from))).nodes()
     except DataError as error:
         raise ConfigError(f"init_from: {error}") from error
-    default = OmegaConf.to_container(compose(["experiment=null"]).model, resolve=True)
-    asked = OmegaConf.to_container(config.model, resolve=True)
+    default = to_dict(compose(["experiment=null"]).model)
+    asked = to_dict(config.model)
     for part in ("vision", "connector"):  # how a part computes may be asked for
         if "gradient_checkpointing" in asked[part] and asked[part]["_target_"] == nodes[part]["_target_"]:
             nodes[part] = {**nodes[part], "gradient_checkpointing": asked[part]["gradient_checkpointing"]}

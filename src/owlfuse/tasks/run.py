@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from omegaconf import OmegaConf
 from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
 from torch.utils.data import DataLoader
 
 from owlfuse.build import build
 from owlfuse.config import ConfigError, compose_root, origin_of
+from owlfuse.config_plain import to_dict
 from owlfuse.config_targets import check_arguments
 from owlfuse.data.datamodule import ignore_interrupt
 from owlfuse.tasks.answering import Prompts, Talker, Work, answer
@@ -89,7 +89,7 @@ def evaluate_task(folder: str, words: list[str]) -> None:
 def read_options(words: list[str]) -> tuple[Options, Task]:
     """eval.yaml with the overrides, and the benchmark. Raises ConfigError."""
     config = compose_root("eval", words)
-    plain = OmegaConf.to_container(config, resolve=True)
+    plain = to_dict(config)
     chosen = next(word for word in words if word.startswith("task="))[5:]
     plain["name"] = str(plain["name"] or chosen.strip("'\"").replace("/", "_"))
     check_arguments(Options, "", "", plain, lambda path: origin_of(config, path))
