@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 from peft import LoraConfig, inject_adapter_in_model
 from rich.console import Console
@@ -106,7 +106,8 @@ class LoRA:
         Frozen().apply(part)
         names = self.find(part)
         before = {name: parameter.requires_grad for name, parameter in part.root.named_parameters()}
-        config = LoraConfig(r=self.r, lora_alpha=self.alpha, lora_dropout=self.dropout, target_modules=names, bias="none")
+        alpha: Any = self.alpha  # peft, which says an int, takes any number
+        config = LoraConfig(r=self.r, lora_alpha=alpha, lora_dropout=self.dropout, target_modules=names, bias="none")
         inject_adapter_in_model(config, part.root)
         # peft freezes all of the root but its adapters: the other parts in it go back to what they were
         for name, parameter in part.root.named_parameters():
@@ -119,8 +120,8 @@ class LoRA:
             if isinstance(module, nn.Linear) and f"{name}.weight" in part.parameters:
                 linear.setdefault(layer_name(name), []).append(name)
         linear.pop("lm_head", None)
-        wanted = list(linear) if self.targets == "all-linear" else [self.targets]
-        wanted = self.targets if isinstance(self.targets, list) else wanted
+        named = self.targets if isinstance(self.targets, list) else [self.targets]
+        wanted = list(linear) if self.targets == "all-linear" else named
         if missing := [name for name in wanted if name not in linear]:
             raise ValueError(
                 f"targets {missing} are no linear layers of {part.name}, which has {', '.join(sorted(linear)) or 'none'}"
@@ -174,8 +175,8 @@ def apply_adapters(model: PartedModel, policies: dict[str, Policy]) -> list[Part
 def print_summary(summaries: list[PartSummary]) -> None:
     """Prints the table of parts, policies and parameters."""
     table = Table(title="What is trained", title_justify="left")
-    for column, justify in (("part", "left"), ("policy", "left"), ("trained", "right"), ("frozen", "right")):
-        table.add_column(column, justify=justify)
+    for column in ("part", "policy", "trained", "frozen"):
+        table.add_column(column, justify="left" if column in ("part", "policy") else "right")
     total = PartSummary("all", "", sum(s.trained for s in summaries), sum(s.frozen for s in summaries))
     for summary in (*summaries, total):
         table.add_row(summary.part, summary.policy, f"{summary.trained:,}", f"{summary.frozen:,}")

@@ -43,6 +43,8 @@ class SyncedBatchNorm(_BatchNorm):
 
     def synced(self, input: Tensor) -> Tensor:
         """Normed by the statistics of all ranks together; by the running ones where they have one value a channel, or none."""
+        assert self.running_mean is not None
+        assert self.running_var is not None
         rows = input.float().transpose(0, 1).flatten(1)  # (C, N * S)
         share = 0.0 if self.blank else 1.0
         count = rows.new_full((1,), rows.shape[1] * share)
@@ -52,6 +54,8 @@ class SyncedBatchNorm(_BatchNorm):
         variance = self.add_over_ranks((rows - mean[:, None]).square().sum(1) * share) / count.clamp_min(1)
         with torch.no_grad():
             some = count > 1
+            assert self.momentum is not None
+            assert self.num_batches_tracked is not None
             moment = self.momentum * some
             self.running_mean.lerp_(mean.to(self.running_mean), moment)
             unbiased = variance * count / (count - 1).clamp_min(1)
@@ -78,14 +82,14 @@ def keep_statistics(norm: _BatchNorm, args: tuple[Tensor]) -> None:
     """Before a norm's forward."""
     if norm.training and args[0].numel() == norm.num_features:
         norm.eval()
-        norm.had_single_value = True
+        norm.had_single_value = True  # type: ignore[assignment]  # of torch, any name may be a tensor or a module
 
 
 def take_statistics(norm: _BatchNorm, args: tuple[Tensor], output: Tensor) -> None:
     """After a norm's forward."""
     if getattr(norm, "had_single_value", False):
         norm.train()
-        norm.had_single_value = False
+        norm.had_single_value = False  # type: ignore[assignment]
 
 
 def set_blank(norms: list[_BatchNorm], blank: bool) -> None:

@@ -103,7 +103,7 @@ def to_terminal(text: str) -> None:
 def chat(folder: Path, images: list[str], question: str | None, max_new_tokens: int, temperature: float) -> None:
     """One answer, or a conversation where no question is given."""
     model, processor = load_talker(folder)
-    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    model.to("cuda" if torch.cuda.is_available() else "cpu")  # type: ignore[arg-type]  # lost in transformers' wrapper
     sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
     conversation = Conversation(model, processor, max_new_tokens=max_new_tokens, **sampling)
     for image in images:

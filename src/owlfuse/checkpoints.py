@@ -173,7 +173,8 @@ def derived_states(seed: int, rank: int, step: int) -> dict[str, Any]:
 
 def random_states() -> dict[str, Any]:
     """Of Python, numpy, torch and this rank's CUDA device, in types that `torch.load(weights_only=True)` reads."""
-    kind, keys, *rest = np.random.get_state()
+    legacy: Any = np.random.get_state()
+    kind, keys, *rest = legacy
     states: dict[str, Any] = {"python": random.getstate(), "numpy": (kind, keys.tolist(), *rest)}
     cuda = [torch.cuda.get_rng_state()] if torch.cuda.is_available() else []
     return {**states, "torch": torch.get_rng_state(), "cuda": cuda}

@@ -1,9 +1,9 @@
 """The pages of `--help`, of owlfuse and of its commands train, recipe and ablate. Imports nothing heavy."""
 
 import argparse
-from typing import NoReturn
+from typing import Any, NoReturn
 
-LAYOUT = {"formatter_class": argparse.RawDescriptionHelpFormatter}
+LAYOUT: dict[str, Any] = {"formatter_class": argparse.RawDescriptionHelpFormatter}
 EXIT_CODES = """\
 exit codes:
   0    done
@@ -66,7 +66,7 @@ them aside into runs/<name>/old and runs them again.
 class TrainHelp(argparse.Action):
     """`owlfuse train --help` reads the folders, and only when asked."""
 
-    def __call__(self, parser, namespace, values, option_string=None) -> NoReturn:
+    def __call__(self, parser: argparse.ArgumentParser, namespace: Any, values: Any, option_string: Any = None) -> NoReturn:
         from owlfuse.config_files import find_folders
 
         folders = find_folders()
@@ -77,4 +77,4 @@ class TrainHelp(argparse.Action):
         lines += [f"  {group:<18}{', '.join(options)}" for group, options in folders.groups.items()]
         parser.epilog = "\n".join([*lines, "", EXAMPLES])
         parser.print_help()
-        parser.exit()
+        raise SystemExit(0)

@@ -2,7 +2,7 @@
 
 import argparse
 import sys
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from owlfuse.bench.commands import add_bench
 from owlfuse.cli_help import ABLATE, EVAL, EVAL_USAGE, EXIT_CODES, LAYOUT, RECIPE, TrainHelp
@@ -34,7 +34,7 @@ def make_parser() -> Parser:
     return parser
 
 
-def _add_runs(commands) -> None:
+def _add_runs(commands: Any) -> None:
     train = commands.add_parser("train", help="train one run, or a sweep with -m", add_help=False, **LAYOUT)
     train.add_argument("-h", "--help", action=TrainHelp, nargs=0, help="this page")
     train.add_argument("-m", "--multirun", action="store_true", help="a run for every combination of listed values")
@@ -60,7 +60,7 @@ def _add_runs(commands) -> None:
     evaluate.add_argument("overrides", nargs="*", metavar="RUN", help="the run's folder, then <key>=<value> to change")
 
 
-def _add_models(commands) -> None:
+def _add_models(commands: Any) -> None:
     export = commands.add_parser("export", help="write a run for transformers, peft and owlfuse", **LAYOUT)
     export.add_argument("run", metavar="RUN", help="a run's folder, or one that was exported or imported")
     export.add_argument("out", metavar="OUT", help="a folder that is written")
@@ -79,7 +79,7 @@ def _add_models(commands) -> None:
     chat.add_argument("--temperature", type=float, default=0.0, help="0: the likeliest answer")
 
 
-def _add_data(commands) -> None:
+def _add_data(commands: Any) -> None:
     mixture = commands.add_parser("mixture", help="print what a run would draw, and write mixture.json", **LAYOUT)
     mixture.add_argument("overrides", nargs="*", help="as of train, and steps=N, out=DIR")
 

@@ -193,7 +193,7 @@ def _choose_experiment(lines: list[str], folders: ConfigFolders) -> Composition:
 
 def _on_resume(lines: list[str], run: Path, folders: ConfigFolders) -> Composition:
     """The run's own configuration with overrides of keys; what it was composed of stays."""
-    saved = OmegaConf.load(run / "config.yaml")
+    saved: Any = OmegaConf.load(run / "config.yaml")
     overrides = read_overrides(lines, folders)
     for override in overrides:
         same_experiment = override.key_or_group == "experiment" and override.value() == saved.get("experiment")

@@ -59,7 +59,7 @@ class Composition:
     @cached_property
     def _lines(self) -> list[str]:
         chosen = [f"{EXPERIMENTS}={_quoted(self.experiment)}"] if self.experiment else []
-        return [_search_path(self.folders), *chosen, *(o.input_line for o in self.overrides)]
+        return [_search_path(self.folders), *chosen, *(str(o.input_line) for o in self.overrides)]
 
     @cached_property
     def _layers(self) -> list[tuple[str, Any]]:
@@ -80,7 +80,7 @@ class Composition:
             if str(error).startswith(f"Could not override '{override.key_or_group}'.\nTo append"):
                 return self._unknown_key(override)
             if str(error).startswith(f"Could not append to config. An item is already at '{override.key_or_group}'"):
-                line = override.input_line
+                line = str(override.input_line)
                 return ConfigError(f"{COMMAND_LINE}: {line}: the key exists; write {line.lstrip('+')}")
         file = self.folders.file(f"{EXPERIMENTS}/{self.experiment}") if self.experiment else None
         return explain(error, self.folders, self._blamed(file), [str(file)] if file else [])
@@ -101,7 +101,7 @@ class Composition:
         with suppress(Exception):  # a second error would hide the first
             groups = [o for o in self.overrides if o not in self.values]
             config = Composition(self.folders, groups, self.experiment).compose()
-            del config._content["hydra"]
+            del config._content["hydra"]  # type: ignore[union-attr]  # a dictionary, of a composed one
             keys += dotted_keys(OmegaConf.to_container(config, resolve=False))
             key = next((k for k in dotted_keys(_embed(override.value(), key)) if k not in keys), key)
             parent, _, name = key.rpartition(".")
@@ -127,7 +127,7 @@ def read_overrides(lines: list[str], folders: ConfigFolders, sweep: bool = False
             override = OverridesParser.create().parse_overrides([line])[0]
         except OverrideParseException as error:
             raise grammar_error(line, str(error)) from None
-        override.config_loader = folders  # glob(...) asks it for a group's options
+        override.config_loader = folders  # type: ignore[assignment]  # glob(...) asks it for a group's options alone
         if override.is_sweep_override():
             if not sweep:
                 raise ConfigError(

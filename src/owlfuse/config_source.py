@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from hydra._internal.core_plugins.file_config_source import FileConfigSource
+from hydra.core.object_type import ObjectType
 from hydra.plugins.config_source import ConfigResult
 from omegaconf import OmegaConf
 
@@ -18,7 +19,7 @@ class ExperimentSource(FileConfigSource):
     def scheme() -> str:
         return "experiments"
 
-    def load_config(self, config_path: str):
+    def load_config(self, config_path: str) -> ConfigResult:
         if (stage := self._stage(config_path)) is not None:
             where = f"{self.scheme()}://{self.path}"
             return ConfigResult(self.provider, where, OmegaConf.create(stage), header={"package": "_global_"})
@@ -34,7 +35,7 @@ class ExperimentSource(FileConfigSource):
             return False
         return super().is_config(self._inside(config_path)) or self._stage(config_path) is not None
 
-    def list(self, config_path: str, results_filter):
+    def list(self, config_path: str, results_filter: ObjectType | None) -> "list[str]":
         return super().list(self._inside(config_path), results_filter) if _is_experiment(config_path) else []
 
     def _stage(self, config_path: str) -> dict[str, Any] | None:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 from lightning import Callback, LightningModule, Trainer
-from torch import Tensor, nn
+from torch import Tensor
 
 from owlfuse.adapters import PARTS
 
@@ -106,7 +106,7 @@ class FirstStepsCheck(Callback):
                 )
 
 
-def watched_tensors(model: nn.Module) -> dict[Watched, Tensor]:
+def watched_tensors(model: Any) -> dict[Watched, Tensor]:
     """All parameters of the parts as they are on this rank, and buffers of a backbone or connector that is frozen as a whole,
     such as statistics of batch norms."""
     tensors: dict[Watched, Tensor] = {}

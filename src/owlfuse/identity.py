@@ -16,7 +16,7 @@ SOURCE = Path(__file__).resolve().parent
 ASIDE = ("ablation", "bench", "cli.py", "cli_help.py", "cli_parser.py", "chat.py")
 """What of the code no training or evaluation runs through: changing it makes no other results."""
 
-FREE = ("name", "runs", "experiment", "resume", "dry_run", "plan", "logger", "checkpoint", "data.workers")
+FREE: tuple[str, ...] = ("name", "runs", "experiment", "resume", "dry_run", "plan", "logger", "checkpoint", "data.workers")
 FREE += ("trainer.log_every_n_steps", "trainer.enable_model_summary", "evaluation.contact_sheet", "evaluation.decode_tokens")
 """Keys that change neither what is learned nor how it is scored."""
 

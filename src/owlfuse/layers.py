@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 
-def checkpoint_blocks(body: nn.Module, enable: bool) -> None:
+def checkpoint_blocks(body: Any, enable: bool) -> None:
     """Has a timm model compute its blocks' activations again in the backward pass, or keep them.
 
     Raises:

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from owlfuse.llm_files import load_pretrained
 from owlfuse.types import Batch
@@ -70,7 +70,7 @@ def load_llm(
     if config is not None:
         llm = AutoModelForCausalLM.from_config(random_config(config, vocab_size), **options)
     else:
-        llm = load_pretrained(pretrained, gguf_file, options)
+        llm = load_pretrained(str(pretrained), gguf_file, options)
     if llm.get_input_embeddings().num_embeddings < vocab_size:
         llm.resize_token_embeddings(vocab_size, mean_resizing=not on_meta)
     if gradient_checkpointing:
@@ -79,7 +79,7 @@ def load_llm(
     return llm
 
 
-def random_config(config: dict[str, Any], vocab_size: int):
+def random_config(config: dict[str, Any], vocab_size: int) -> PreTrainedConfig:
     """The transformers configuration for `config`, whose keys are those of its model type."""
     fields = {"vocab_size": vocab_size, "pad_token_id": None, **config}
     model_type = fields.pop("model_type", None)
@@ -99,7 +99,7 @@ def random_config(config: dict[str, Any], vocab_size: int):
 
 def known_fields(kind: type) -> set[str]:
     """The keys of a configuration class of transformers."""
-    return set(inspect.signature(kind.__init__).parameters) | set(vars(kind())) | {"head_dim"}
+    return set(inspect.signature(kind).parameters) | set(vars(kind())) | {"head_dim"}
 
 
 def recompute_activations(llm: PreTrainedModel) -> None:
@@ -139,9 +139,10 @@ def check_split(llm: PreTrainedModel, ranks: int) -> None:
 
 def has_module(module: nn.Module, path: str) -> bool:
     """Whether the dotted path names a module."""
+    found: Any = module
     for name in path.split("."):
-        module = getattr(module, name, None)
-    return isinstance(module, nn.Module)
+        found = getattr(found, name, None)
+    return isinstance(found, nn.Module)
 
 
 def width(llm: PreTrainedModel) -> int:
@@ -151,7 +152,8 @@ def width(llm: PreTrainedModel) -> int:
 
 def rotary(llm: PreTrainedModel, like: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
     """Cosines and sines (B, T, d) of the LLM's own rotary embedding at `position_ids` (B, T), in the dtype of `like`."""
-    return llm.base_model.rotary_emb(like, position_ids)
+    body: Any = llm.base_model
+    return body.rotary_emb(like, position_ids)
 
 
 def rotate(attention: nn.Module, states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import struct
 from collections import ChainMap
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 from functools import partial
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any
+from typing import Any, cast
 
 import torch
 from huggingface_hub import snapshot_download
@@ -25,13 +25,18 @@ def load_pretrained(pretrained: str, gguf_file: str | None, options: dict[str, A
     pretrained = packaged(pretrained)
     check_folder(pretrained, gguf_file)
     source = {"gguf_file": gguf_file} if gguf_file else {}
+    found: dict[str, Any]
     try:
         if torch.get_default_device().type == "meta":
             return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(pretrained, **source), **options)
-        if Deferred.current is not None and not gguf_file and (llm := read_later(pretrained, options)) is not None:
-            return llm
+        if (
+            Deferred.current is not None
+            and not gguf_file
+            and (later := read_later(pretrained, options, Deferred.current)) is not None
+        ):
+            return later
         with in_memory_after_all():
-            llm, found = AutoModelForCausalLM.from_pretrained(pretrained, **source, **options, output_loading_info=True)
+            llm, found = _loaded(pretrained, **source, **options)
     except ImportError as error:
         if not gguf_file:
             raise
@@ -43,7 +48,12 @@ def load_pretrained(pretrained: str, gguf_file: str | None, options: dict[str, A
     return llm
 
 
-def read_later(pretrained: str, options: dict[str, Any]) -> PreTrainedModel | None:
+def _loaded(pretrained: str, **options: Any) -> tuple[PreTrainedModel, dict[str, Any]]:
+    loaded: Any = AutoModelForCausalLM.from_pretrained(pretrained, **options, output_loading_info=True)
+    return loaded
+
+
+def read_later(pretrained: str, options: dict[str, Any], deferred: Deferred) -> PreTrainedModel | None:
     """The LLM without memory, each tensor to be read from safetensors files or, where there are none, those of torch.save on
     its own (see `deferred`); None where the files do not have them by their names, so that transformers has to read them."""
     folder = Path(pretrained).expanduser()
@@ -51,7 +61,7 @@ def read_later(pretrained: str, options: dict[str, Any]) -> PreTrainedModel | No
         folder = Path(snapshot_download(pretrained, allow_patterns=["*.json", "*.safetensors"]))
         if not any(folder.glob("*.safetensors")):
             folder = Path(snapshot_download(pretrained, allow_patterns=["*.json", "*.bin"]))
-    with torch.device("meta"), Deferred.current.drawing_nothing():
+    with torch.device("meta"), deferred.drawing_nothing():
         llm = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), **options)
     try:
         with in_memory_after_all():
@@ -61,13 +71,13 @@ def read_later(pretrained: str, options: dict[str, Any]) -> PreTrainedModel | No
     if set(dict(llm.named_parameters())) - set(files):
         return None
     for name, parameter in llm.named_parameters():
-        Deferred.current.read(parameter, partial(files.__getitem__, name))
+        deferred.read(parameter, partial(files.__getitem__, name))
     return llm
 
 
 def pickled(folder: Path) -> Mapping[str, Tensor]:
     """The tensors of pytorch_model.bin or its shards."""
-    return ChainMap(*(Pickled(path) for path in sorted(folder.glob("pytorch_model*.bin"))))
+    return ChainMap(*(cast("MutableMapping[str, Tensor]", Pickled(path)) for path in sorted(folder.glob("pytorch_model*.bin"))))
 
 
 def check_folder(pretrained: str, gguf_file: str | None = None) -> None:

@@ -10,6 +10,7 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -144,7 +145,7 @@ class Meter(TorchDispatchMode):
         for tensor in tree_leaves(out):
             if isinstance(tensor, Tensor):
                 self.add(tensor)
-        count = FORMULAS.get(func._overloadpacket) or flop_registry.get(func._overloadpacket)
+        count: Any = FORMULAS.get(func._overloadpacket) or flop_registry.get(func._overloadpacket)
         if count is not None:
             self.flops += count(*args, **kwargs, out_val=out)
         self.reading.moments.append((self.bytes - self.gradient_bytes, self.gradient_bytes))
@@ -155,8 +156,12 @@ class Meter(TorchDispatchMode):
         key, storage = key_of(tensor), tensor.untyped_storage()
         if key in self.fixed or key in self.alive:
             return
-        self.alive[key] = weakref.ref(storage, lambda _, key=key: self.remove(key)), storage.nbytes()
+        self.alive[key] = weakref.ref(storage, partial(self.forget, key)), storage.nbytes()
         self.bytes += storage.nbytes()
+
+    def forget(self, key: int, _: Any) -> None:
+        """`remove`, as a weak reference calls it."""
+        self.remove(key)
 
     def remove(self, key: int) -> None:
         """A storage is freed."""
@@ -168,13 +173,14 @@ class Meter(TorchDispatchMode):
 
     def count_gradient(self, parameter: Tensor) -> None:
         """The parameter's gradient is complete: it is no activation."""
+        assert parameter.grad is not None
         key = key_of(parameter.grad)
         if key in self.alive and key not in self.gradients:
             self.gradients.add(key)
             self.gradient_bytes += self.alive[key][1]
 
 
-def attention_flops(query: tuple, key: tuple, value: tuple, *args: Any, out_val: Any = None, **kwargs: Any) -> int:
+def attention_flops(query: Tensor, key: Tensor, value: Tensor, *args: Any, out_val: Any = None, **kwargs: Any) -> int:
     """Of fused attention."""
     return sdpa_flop_count(query.shape, key.shape, value.shape)
 

@@ -36,8 +36,8 @@ class MultimodalLM(nn.Module):
 
     def __init__(self, vision: nn.Module, connector: nn.Module, fusion: Fusion, llm: PreTrainedModel) -> None:
         super().__init__()
-        self.vision = vision
-        self.connector = connector
+        self.vision: Any = vision  # parts of the user's too: what is asked of them depends on what they have
+        self.connector: Any = connector
         self.fusion = fusion
         self.llm = llm
         fusion.attach(llm)
@@ -154,7 +154,7 @@ def linear_layers(module: nn.Module, path: tuple[str, ...] = ()) -> list[tuple[s
 
 def blocks_of(module: nn.Module) -> list[list[nn.Parameter]]:
     """The parameters of a part's layers, none where the part does not have layers."""
-    blocks = module.blocks() if hasattr(module, "blocks") else []
+    blocks: Any = module.blocks() if hasattr(module, "blocks") else []  # type: ignore[operator]  # of a part
     return [list(b.parameters()) if isinstance(b, nn.Module) else b for b in blocks]
 
 

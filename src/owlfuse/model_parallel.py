@@ -73,7 +73,7 @@ def split_projections(model: MultimodalLM, mesh: DeviceMesh) -> None:
             parallelize_module(*((down, mesh, style) if role == "rows" else (up, mesh, style)))
     for module in model.modules():
         if hasattr(module, "share"):
-            module.share = (mesh.get_local_rank(), mesh.size())
+            module.share = (mesh.get_local_rank(), mesh.size())  # type: ignore[assignment]  # numbers, no tensor
 
 
 def fill(model: MultimodalLM, before: dict[str, Tensor], deferred: Deferred, device: torch.device) -> None:
@@ -120,7 +120,7 @@ def part_of(value: Tensor, like: Tensor) -> Tensor:
         return value
     mesh = like.device_mesh
     for dimension in reversed(range(mesh.ndim)):
-        placement = like.placements[dimension]
+        placement: Any = like.placements[dimension]
         if placement.is_replicate():
             continue
         chunks = value.chunk(mesh.size(dimension), dim=placement.dim)
@@ -139,7 +139,7 @@ class Shards(Mapping[str, Tensor]):
         self.entries = {name.removeprefix(PREFIX): entry for name, entry in saved.items() if name.startswith(PREFIX)}
 
     def __getitem__(self, name: str) -> Tensor:
-        entry = self.entries[name]
+        entry: Any = self.entries[name]
         whole = torch.empty(entry.size, dtype=entry.properties.dtype)
         dcp.load({PREFIX + name: whole}, storage_reader=self.reader, no_dist=True)
         return whole

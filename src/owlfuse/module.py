@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from owlfuse.adapters import PartSummary, print_summary
+from owlfuse.data.datamodule import ChatData
 from owlfuse.data.packing import Padding
 from owlfuse.hub.start import load_base
 from owlfuse.model import MultimodalLM, build_model
@@ -39,13 +40,13 @@ class MultimodalModule(lightning.LightningModule):
         self.model_config = model_config
         self.optim = optim
         self.vocab_size = vocab_size
-        self.model: MultimodalLM | None = None
+        self.model: Any = None  # the MultimodalLM, from configure_model on
         self.skipped: list[tuple[str, str, str]] = []
         self.truncated: dict[str, int] = {}
         self.counted: tuple[list[tuple[str, str, str]], dict[str, int]] = ([], {})
         """`skipped` and `truncated` at the last whole step, which a checkpoint goes on from."""
-        self.loss_sum = 0.0
-        self.token_count = 0
+        self.loss_sum: Any = 0.0
+        self.token_count: Any = 0
         self.images = 0
         self.padding = Padding()
         self.padded = Padding()
@@ -57,6 +58,11 @@ class MultimodalModule(lightning.LightningModule):
             self.model, summary = build_for(self, self.build)
             if self.global_rank == 0:
                 print_summary(summary)
+
+    @property
+    def datamodule(self) -> ChatData:
+        """The data, which Lightning hangs on its trainer."""
+        return self.trainer.datamodule  # type: ignore[attr-defined]
 
     def build(self) -> tuple[MultimodalLM, list[PartSummary]]:
         """The model and what of it is trained."""
@@ -83,13 +89,13 @@ class MultimodalModule(lightning.LightningModule):
             self.skipped.append((source, sample, reason))
             count = sum(skip[0] == source for skip in self.skipped)
             log.warning("skipped %s (%d of source %s so far): %s", sample, count, source, reason)
-            limit = self.trainer.datamodule.sources[source].max_skips
+            limit = self.datamodule.sources[source].max_skips
             if count > limit:
                 raise DataError(f"source {source} had {count} wrong samples, over its max_skips of {limit}; the last: {reason}")
 
     def check_skips(self, counts: list[float]) -> None:
         """Raises DataError, on every rank, where the ranks together skipped more of a source than its `max_skips`."""
-        for (name, source), count in zip(self.trainer.datamodule.sources.items(), counts, strict=True):
+        for (name, source), count in zip(self.datamodule.sources.items(), counts, strict=True):
             if count > source.max_skips:
                 raise DataError(
                     f"source {name} had {int(count)} wrong samples on all ranks together, over its max_skips of "
@@ -110,7 +116,7 @@ class MultimodalModule(lightning.LightningModule):
         """Divides the gradients by the supervised tokens of the global batch, and logs its loss and its share of padding."""
         skips = Counter(source for source, _, _ in self.skipped)
         counts = [self.images, self.padding.tokens, self.padding.unpacked, self.padding.positions]
-        counts += [skips[source] for source in self.trainer.datamodule.sources]
+        counts += [skips[source] for source in self.datamodule.sources]
         row = torch.stack([self.loss_sum.double(), self.token_count.double(), *torch.tensor(counts).to(self.loss_sum.double())])
         rows = all_rows(self.trainer, row)
         loss_sum, tokens, _, *padding = rows[:, :6].sum(0).to(self.loss_sum)
@@ -118,7 +124,7 @@ class MultimodalModule(lightning.LightningModule):
             self.log(f"data/{name}", share)
         self.padded.include(*rows.sum(0)[3:6])
         if (
-            len(rows) > 1 and self.trainer.global_step % self.trainer.log_every_n_steps == 0
+            len(rows) > 1 and self.trainer.global_step % self.trainer.log_every_n_steps == 0  # type: ignore[attr-defined]  # Lightning sets it
         ):  # reading them waits for the device
             self.check_skips(rows[:, 6:].sum(0).tolist())
         self.log_census(rows[:, 2])
@@ -152,8 +158,8 @@ class MultimodalModule(lightning.LightningModule):
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Loss per supervised token of the validation sources, `<source>/loss`."""
         loss, tokens = batch_loss(self.model, batch)
-        self.trainer.datamodule.note_validation(batch)
-        name = list(self.trainer.datamodule.validation)[dataloader_idx]
+        self.datamodule.note_validation(batch)
+        name = list(self.datamodule.validation)[dataloader_idx]
         self.log(
             f"{name}/loss",
             loss / tokens.clamp_min(1),
@@ -163,7 +169,7 @@ class MultimodalModule(lightning.LightningModule):
             sync_dist=True,
         )
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> Any:
         """See `AdamWCosine`."""
         return self.optim.build(self.model, self.trainer.max_steps)
 

@@ -46,7 +46,8 @@ class AdamWCosine:
         self.lr = lr
         self.part_lr = part_lr or {}
         self.weight_decay = weight_decay
-        self.betas = tuple(betas or (0.9, 0.999))
+        first, second = betas or (0.9, 0.999)
+        self.betas = (first, second)
         self.eps = eps
         self.warmup_steps = warmup_steps
         self.min_lr_ratio = min_lr_ratio
@@ -60,7 +61,8 @@ class AdamWCosine:
         """
         groups = []
         for part in PARTS:
-            peak = self.lr if self.part_lr.get(part) is None else self.part_lr[part]
+            own_lr = self.part_lr.get(part)
+            peak = self.lr if own_lr is None else own_lr
             for own_name, scale, trained in self.layers(model.part(part)):
                 for decay in (True, False):
                     parameters = [p for n, p in trained.items() if has_decay(n, p) == decay]

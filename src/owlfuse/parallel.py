@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 import torch.distributed as dist
@@ -68,7 +68,7 @@ class Sharded(ModelParallelStrategy):
     def sizes(self) -> tuple[int, int]:
         """Data and tensor ranks. Raises ValueError where their product is not the number of processes."""
         ranks = self.num_nodes * self.num_processes
-        data, tensor = self._data_parallel_size, self._tensor_parallel_size
+        data, tensor = cast("tuple[Any, Any]", (self._data_parallel_size, self._tensor_parallel_size))
         data = ranks // tensor if data == "auto" else data
         tensor = ranks // data if tensor == "auto" else tensor
         if data * tensor != ranks:
@@ -86,18 +86,18 @@ class Sharded(ModelParallelStrategy):
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         """See `optimizer_by_name`."""
-        return optimizer_by_name(self.model, optimizer)
+        return optimizer_by_name(cast("nn.Module", self.model), optimizer)
 
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
         """A file of one process, or a folder: see `load_shards`, and what it raises."""
-        path = Path(checkpoint_path)
-        return super().load_checkpoint(path, weights_only) if path.is_file() else load_shards(self.model, self.optimizers, path)
+        path, model = Path(checkpoint_path), cast("nn.Module", self.model)
+        return super().load_checkpoint(path, weights_only) if path.is_file() else load_shards(model, self.optimizers, path)
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
         """Leaves in `write` what writes a folder of shards (see `shards_writer`), for `writes.Writes` to call."""
         path = Path(self.broadcast(filepath))
         if self.background and self.side is None:
-            self.side = side_group(self._timeout)
+            self.side = side_group(cast("timedelta", self._timeout))
         self.write = shards_writer(checkpoint, path, self.is_global_zero, self.side)
 
     def teardown(self) -> None:

@@ -105,7 +105,7 @@ def shards_writer(checkpoint: dict[str, Any], path: Path, first: bool, group: An
 def in_memory(checkpoint: dict[str, Any]) -> dict[str, Any]:
     """A copy on the CPU that training does not change; tensors that share memory still do."""
     stager = DefaultStager(StagingOptions(False, False, False, False))
-    copy = stager.stage(checkpoint)
+    copy: Any = stager.stage(checkpoint)
     stager.close()
     return copy
 

@@ -119,7 +119,7 @@ def alternatives(asked: Layout, keys: tuple[str, ...], batch: int) -> Iterator[L
     for ranks in TENSOR_RANKS:
         if asked.gpus % ranks == 0 and ranks != asked.tensor:
             data = asked.gpus // ranks
-            over = "trainer=fsdp_tp", f"trainer.strategy.data={data}", f"trainer.strategy.tensor={ranks}"
+            over: tuple[str, ...] = ("trainer=fsdp_tp", f"trainer.strategy.data={data}", f"trainer.strategy.tensor={ranks}")
             over += (f"data.micro_batch_size={asked.micro}",)
             split = replace(asked, data=data, tensor=ranks, sharded=data > 1, buckets=False, overrides=over)
             yield from again(split) or [split]

@@ -88,7 +88,7 @@ def divide(model: MultimodalLM, ranks: int) -> None:
                     cut(module, 1, ranks)
     for module in model.fusion.owned(model.llm):
         if hasattr(module, "share"):
-            module.share = (0, ranks)
+            module.share = (0, ranks)  # type: ignore[assignment]  # numbers, no tensor
 
 
 def cut(linear: nn.Linear, dim: int, ranks: int) -> None:
@@ -101,7 +101,7 @@ def cut(linear: nn.Linear, dim: int, ranks: int) -> None:
         linear.bias = like(linear.bias, linear.bias[: size // ranks])
 
 
-def like(parameter: nn.Parameter, part: Tensor) -> nn.Parameter:
+def like(parameter: Tensor, part: Tensor) -> nn.Parameter:
     """A parameter of the part's shape, trained if the whole is."""
     return nn.Parameter(torch.empty_like(part), parameter.requires_grad)
 

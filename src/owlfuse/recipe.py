@@ -12,6 +12,7 @@ import time
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import torch
 from lightning.pytorch.utilities import rank_zero_only
@@ -32,8 +33,8 @@ from owlfuse.recipe_tables import print_plans, print_results, print_stages
 from owlfuse.runs import NAME, last_checkpoint, place
 from owlfuse.types import DataError
 
-FREE = ("pretrained", "weights", "gguf_file", "architecture", "dtype", "attention", "gradient_checkpointing", "checkpointing")
-FREE += ("chunk", "image_size")
+FREE = {"pretrained", "weights", "gguf_file", "architecture", "dtype", "attention", "gradient_checkpointing", "checkpointing"}
+FREE |= {"chunk", "image_size"}
 """Keys of a part that a stage may have otherwise than the one before: how it computes, and where weights came from."""
 
 MOVABLE = ("trainer.devices", "trainer.num_nodes", "trainer.log_every_n_steps", "data.workers", "data.micro_batch_size")
@@ -83,19 +84,19 @@ def recipe_command(recipe: str, words: list[str]) -> None:
     if dry_run and dry_run[-1] not in ("true", "false"):
         raise ConfigError(f"{COMMAND_LINE}: dry_run={dry_run[-1]}: true or false")
     stages = make_stages(recipe, [word for word in words if not word.startswith("dry_run=")])
-    if rank_zero_only.rank == 0:
+    if getattr(rank_zero_only, "rank", 0) == 0:
         print_stages(recipe, stages)
     if dry_run and dry_run[-1] == "true":
         return print_plans(recipe, stages)
     for stage in stages:
         check_data(stage)
-    if rank_zero_only.rank == 0:
+    if getattr(rank_zero_only, "rank", 0) == 0:
         write_record(stages)
     start: Path | None = None
     for stage in stages:
         run_stage(stage, start, [word for word in words if word.partition("=")[0] in MOVABLE])
         start = stage.weights
-    if rank_zero_only.rank == 0:
+    if getattr(rank_zero_only, "rank", 0) == 0:
         print_results(recipe, stages)
         print(f"the model is in {start}; talk to it by: owlfuse chat {start}")
 
@@ -183,7 +184,7 @@ def write_record(stages: list[Stage]) -> None:
     path = stages[0].folder.parent / "stages.yaml"
     ours = {stage.name: to_dict(stage.config) for stage in stages}
     if path.exists():
-        theirs = OmegaConf.to_container(OmegaConf.load(path))
+        theirs: Any = OmegaConf.to_container(OmegaConf.load(path))
         begun = [stage.name for stage in stages if (stage.folder / "config.yaml").exists()]
         for name in begun:
             old, new = (flat(one.get(name) or {}) for one in (theirs, ours))
@@ -201,7 +202,7 @@ def write_record(stages: list[Stage]) -> None:
 
 def run_stage(stage: Stage, start: Path | None, words: list[str]) -> None:
     """Trains a stage from the weights in `start`, or goes on with it from its last checkpoint, and exports its weights."""
-    first = rank_zero_only.rank == 0
+    first = getattr(rank_zero_only, "rank", 0) == 0
     if stage.finished:
         if first:
             print(f"stage {stage.name} is finished: {stage.folder}")

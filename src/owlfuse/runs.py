@@ -30,11 +30,11 @@ def run_folder(config: DictConfig) -> Path:
     """
     if config.resume:
         return Path(config.resume)
-    if rank_zero_only.rank == 0:
+    if getattr(rank_zero_only, "rank", 0) == 0:
         os.environ[NAME] = config.name or datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
     name = os.environ.get(NAME) or config.name or "unnamed"  # ranks that the first one starts inherit its name
     folder = Path(config.runs).expanduser() / config.experiment / name
-    if rank_zero_only.rank == 0 and (folder / "config.yaml").exists():
+    if getattr(rank_zero_only, "rank", 0) == 0 and (folder / "config.yaml").exists():
         raise ConfigError(f"name: the run {folder} exists; choose another name=, or go on with it by resume={folder}")
     return folder
 
@@ -61,7 +61,7 @@ def last_checkpoint(folder: Path) -> Path:
         ConfigError: there is none.
     """
     found = checkpoints_of(folder / "checkpoints")
-    bad = []
+    bad: list[str] = []
     for path in found:
         wrong = what_is_wrong(path)
         if wrong is None:

@@ -66,7 +66,7 @@ def bind(data: ChatData, config: DictConfig) -> list[str]:
     try:
         plan, _ = on_meta(to_dict(config.model), vocab_size=1024)
     except OSError as error:  # a part's configuration is not here
-        data.bind(NoPictures(), 1)
+        data.bind(NoPictures(), 1)  # type: ignore[arg-type]  # never called: nothing is opened
         return [f"an image counts as one position, for the model's parts are not at hand: {str(error).splitlines()[0]}"]
     data.bind(plan.vision.preprocessing, plan.fusion.tokens_per_image)
     return []

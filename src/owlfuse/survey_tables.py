@@ -74,7 +74,7 @@ def histogram_table(bins: list[dict[str, int]]) -> Table:
     """A bar for each bin of lengths."""
     table = Table(title="lengths in tokens", title_justify="left")
     for name, side in (("tokens", "right"), ("samples", "right"), ("", "left")):
-        table.add_column(name, justify=side)
+        table.add_column(name, justify="left" if side == "left" else "right")
     most = max((row["samples"] for row in bins), default=0) or 1
     for row in bins:
         bar = "█" * round(40 * row["samples"] / most) or ("▏" if row["samples"] else "")

@@ -33,7 +33,7 @@ def create_body(
     return body
 
 
-def set_input_size(body: nn.Module, name: str, image_size: int) -> None:
+def set_input_size(body: Any, name: str, image_size: int) -> None:
     """Sets the side in pixels, where the model has one. Raises ValueError for one that its patches do not divide."""
     patch = getattr(getattr(body, "patch_embed", None), "patch_size", None)
     if patch and image_size % patch[0]:

@@ -33,7 +33,8 @@ def run(config: DictConfig) -> Path | None:
     if config.get("init_from") and not config.resume:
         adopt_parts(config)
     if config.get("dry_run"):
-        return dry_run(config)
+        dry_run(config)
+        return None
     plain = to_dict(config)
     try:
         plan, _ = on_meta(plain["model"], vocab_size=1024)

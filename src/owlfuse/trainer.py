@@ -84,7 +84,7 @@ def read_metrics(folder: Path, checkpoint: Path) -> list[dict[str, str]]:
         return []
 
 
-def raise_if_stopped(trainer: Trainer, folder: Path) -> None:
+def raise_if_stopped(trainer: Any, folder: Path) -> None:
     """Raises KeyboardInterrupt after a fit that Ctrl-C ended, and says how to go on."""
     if any(isinstance(callback, StopOnSignal) and callback.stopped for callback in trainer.callbacks):
         if trainer.is_global_zero:
@@ -100,7 +100,7 @@ def make_callbacks(checkpoint: DictConfig | None, watched: str | None) -> list[C
     return [*callbacks, Best(watched, checkpoints.writes)] if watched else callbacks
 
 
-def cost_of(trainer: Trainer, evaluation: Any) -> dict[str, Any]:
+def cost_of(trainer: Any, evaluation: Any) -> dict[str, Any]:
     """What `results.json` holds as `cost`: that of training, and milliseconds per token of an answer."""
     mine = next((callback.cost for callback in trainer.callbacks if isinstance(callback, Cost)), {})
     return {**mine, "ms_per_generated_token": getattr(evaluation, "milliseconds", None)}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -93,7 +94,7 @@ class TimmBackbone(nn.Module):
             raise ValueError(f"chunk is {chunk}, expected a number of images of at least 1, or null for all at once")
         self.chunk = chunk
         self.output = output
-        self.body = create_body(name, pretrained, image_size, kwargs or {}, weights)
+        self.body: Any = create_body(name, pretrained, image_size, kwargs or {}, weights)
         self.prefix_tokens = getattr(self.body, "num_prefix_tokens", 0)
         self.drop_prefix = 0 if class_token else self.prefix_tokens
         self.preprocessing = preprocessing_of(self.body, image_size)
@@ -103,6 +104,7 @@ class TimmBackbone(nn.Module):
         if positions and self.width % 4:
             raise ValueError(f"positions need a width divisible by 4, and that of {name} is {self.width}")
         self.norm = nn.BatchNorm1d(self.width) if norm else None
+        self.positions: Tensor | None
         self.register_buffer("positions", self.table() if positions else None, persistent=False)
         allow_single_values(self)
         self.set_checkpointing(gradient_checkpointing)
@@ -182,7 +184,7 @@ class TimmBackbone(nn.Module):
         """P, Dv and the patches' grid, by a forward pass of one picture; takes out what that pass does not use."""
         training = self.training
         self.eval()
-        probe = all_differentiable(copy.deepcopy(self).to("meta"))
+        probe: Any = all_differentiable(copy.deepcopy(self).to("meta"))
         with torch.enable_grad():
             pixels = torch.zeros(1, 3, *self.preprocessing.size, device="meta")
             features = probe.feature_map(pixels)
@@ -224,7 +226,7 @@ class TimmBackbone(nn.Module):
         return [unit for found in lists if isinstance(found, nn.ModuleList | nn.Sequential) for unit in found]
 
     @contextmanager
-    def statistics_kept(self):
+    def statistics_kept(self) -> Iterator[None]:
         """Inside, batch norms neither use nor move the batch's statistics: for the blank image of a batch without images."""
         norms = [m for m in self.modules() if isinstance(m, _BatchNorm) and m.training]
         set_blank(norms, True)

@@ -39,7 +39,7 @@ def frozen_hashes(model: MultimodalLM) -> dict[str, str]:
             whole = parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
             tensor = (whole if deferred is None else deferred.value(whole)).detach().cpu().contiguous()
             digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
-            digest.update(tensor.flatten().view(torch.uint8).numpy())
+            digest.update(tensor.flatten().view(torch.uint8).numpy().data)
         if frozen:
             hashes[part] = digest.hexdigest()
     return hashes
@@ -75,10 +75,11 @@ def read(path: Path) -> tuple[Mapping[str, Tensor], dict[str, Any]]:
     its `global_step` and `frozen`."""
     with in_memory_after_all():
         if path.is_dir():
-            weights, rest = Shards(path), torch.load(path / META, map_location="cpu", weights_only=True)
+            weights: Mapping[str, Tensor] = Shards(path)
+            rest = torch.load(path / META, map_location="cpu", weights_only=True)
         else:
-            weights = Pickled(path, "state_dict", "model.")
-            rest = weights.content
+            weights = pickled = Pickled(path, "state_dict", "model.")
+            rest = pickled.content
         return weights, {name: rest[name] for name in ("global_step", "frozen") if name in rest}
 
 

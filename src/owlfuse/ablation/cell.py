@@ -12,6 +12,7 @@ import signal
 import sys
 import threading
 import time
+from argparse import Namespace
 from pathlib import Path
 
 from owlfuse.cli import _run
@@ -65,7 +66,7 @@ def main() -> int:
     """The exit codes are those of `owlfuse train`."""
     folder, key, parent = sys.argv[1:]
     threading.Thread(target=end_with_parent, args=(int(parent),), daemon=True).start()
-    return _run(lambda _: train_cell(Path(folder), key), None)
+    return _run(lambda _: train_cell(Path(folder), key), Namespace(trust=[]))
 
 
 if __name__ == "__main__":

@@ -63,7 +63,7 @@ def read_ablation(name: str, file: Path) -> Ablation:
         if [other.name for other in factors].count(factor.name) > 1:
             factor.name = factor.key or factor.name
     seeds = content.get("seeds", [0])
-    metrics = content.get("metrics")
+    metrics: Any = content.get("metrics")
     if not is_list(seeds, int) or len(set(seeds)) != len(seeds):
         raise ConfigError(f"{place}: seeds: expected a list of different whole numbers, and it is {seeds!r}")
     if not is_list(metrics, str):

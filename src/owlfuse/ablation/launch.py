@@ -45,7 +45,7 @@ def check_launcher(launcher: str, jobs: int, settings: list[str]) -> None:
     for key in (setting.partition("=")[0] for setting in settings):
         if key.partition(".")[0] not in keys:
             raise ConfigError(
-                f"{COMMAND_LINE}: launcher.{key}: no such setting of the launcher {launcher}{hint(key, keys, 30)}"
+                f"{COMMAND_LINE}: launcher.{key}: no such setting of the launcher {launcher}{hint(key, map(str, keys), 30)}"
             )
 
 

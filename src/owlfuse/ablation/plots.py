@@ -17,7 +17,7 @@ from owlfuse.ablation.results import COSTS, Results, Row
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<", ">")
 LINES = ("-", "--", "-.", ":")
-SETTINGS = {"svg.hashsalt": "owlfuse", "font.size": 10, "axes.spines.top": False, "axes.spines.right": False}
+SETTINGS: dict[Any, Any] = {"svg.hashsalt": "owlfuse", "font.size": 10, "axes.spines.top": False, "axes.spines.right": False}
 PANELS = 4
 """Metrics beside each other in the plot of scores."""
 

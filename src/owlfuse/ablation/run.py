@@ -76,7 +76,7 @@ def split_words(words: list[str]) -> tuple[dict[str, Any], list[str]]:
         if key not in OWN:
             continue
         try:
-            value = yaml.safe_load(text)
+            value: Any = yaml.safe_load(text)
         except yaml.YAMLError:
             value = None
         value = text if kinds[key] is str and text else value

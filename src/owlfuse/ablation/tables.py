@@ -147,7 +147,7 @@ def paper_table(results: Results) -> tuple[str, list[str], list[list[str]]]:
         mine = [row for row in results.rows if name in (row.name, *row.levels.values())]
         ours = []
         for metric in metrics:
-            means = [row.scores[metric].mean for row in mine if row.scores[metric].mean is not None]
+            means = [mean for row in mine if (mean := row.scores[metric].mean) is not None]
             ours.append(number(sum(means) / len(means)) if means else "-")
         rows.append([name, *(f"{value:g}" for value in numbers), *ours])
     return paper["title"], ["", *paper["columns"], *(f"ours: {metric}" for metric in metrics)], rows

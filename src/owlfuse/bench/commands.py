@@ -1,7 +1,9 @@
 """`owlfuse bench <what>` on the command line. Heavy imports stay inside."""
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from owlfuse.cli_help import LAYOUT
 
@@ -19,8 +21,9 @@ def run_bench(arguments: argparse.Namespace) -> None:
     function_of(arguments.bench)(out=Path(arguments.out or f"benchmarks/{arguments.bench}"), **given)
 
 
-def function_of(bench: str):
+def function_of(bench: str) -> Callable[..., dict[str, Any]]:
     """What measures it, with its imports."""
+    function: Callable[..., dict[str, Any]]
     if bench == "data":
         from owlfuse.bench.data import bench_data as function
     elif bench == "train":
@@ -38,7 +41,7 @@ def function_of(bench: str):
     return function
 
 
-def add_bench(commands) -> None:
+def add_bench(commands: Any) -> None:
     """Adds the parsers of the benchmarks."""
     bench = commands.add_parser("bench", help="measure what a choice costs")
     bench = bench.add_subparsers(metavar="<bench>", required=True, dest="bench")
@@ -64,7 +67,7 @@ def add_bench(commands) -> None:
         parser.add_argument("--out", default=None, metavar="DIR", help="by default benchmarks/<bench>")
 
 
-def side_by_side(bench) -> list[argparse.ArgumentParser]:
+def side_by_side(bench: Any) -> list[argparse.ArgumentParser]:
     """The parsers of what is measured in turns with what it is compared with."""
     images = bench.add_parser("images", help="time and memory of steps and prefill against the number of images", **LAYOUT)
     images.add_argument("--images", type=counts, default="1,2,4,8,16,32,64", metavar="N,N", help="images of the row")

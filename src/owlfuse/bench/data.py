@@ -121,7 +121,7 @@ def write_files(folder: Path, rows: dict[str, int]) -> dict[str, Source]:
     (folder / "text.json").write_text(json.dumps(text))
     train_tokenizer(chats[:64], text[:64]).save_pretrained(folder / "tokenizer")
     files = str(folder / "chats.json"), str(folder / "text.json")
-    return {"chats": LLaVA(files[0], weight=WEIGHTS["chats"]), "text": Alpaca(files[1], weight=WEIGHTS["text"])}
+    return {"chats": LLaVA(Path(files[0]), weight=WEIGHTS["chats"]), "text": Alpaca(Path(files[1]), weight=WEIGHTS["text"])}
 
 
 def drawers(folder: Path, sources: dict[str, Source], samples: int) -> dict[str, Callable[[], int]]:
@@ -154,7 +154,7 @@ def batchers(sources: dict[str, Source], samples: int) -> dict[str, Callable[[],
     names, starts = list(sizes), [0, *accumulate(sizes.values())][:-1]
 
     def owlfuse() -> int:
-        dataset = MixtureDataset(Mixture(sizes, WEIGHTS, seed=0), sources, ChatData.load)
+        dataset = MixtureDataset(Mixture(sizes, WEIGHTS, seed=0), sources, ChatData.load)  # type: ignore[arg-type]  # never called
         batches = GlobalBatchSampler(MICRO, 1, 0, 1, steps=samples // MICRO)
         return sum(len(dataset.draws(positions)) for positions in batches)
 
@@ -199,10 +199,11 @@ def first_batch(folder: Path, sources: dict[str, Source]) -> dict[str, float]:
     found = {}
     for workers in (0, 1, 2):
         began = time.perf_counter()
-        again = {name: type(source)(str(source.file), weight=source.weight) for name, source in sources.items()}
+        again = {name: type(source)(source.file, weight=source.weight) for name, source in sources.items()}
         data = ChatData(str(folder / "tokenizer"), again, {}, workers=workers)
         data.bind(Crop(), 1)
-        data.trainer = SimpleNamespace(distributed_sampler_kwargs=None, max_steps=1000, global_step=0)
+        trainer: Any = SimpleNamespace(distributed_sampler_kwargs=None, max_steps=1000, global_step=0)
+        data.trainer = trainer
         batches = iter(data.train_dataloader())
         next(batches)
         found[f"{workers} workers"] = time.perf_counter() - began

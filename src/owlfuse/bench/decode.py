@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -16,12 +16,12 @@ from owlfuse.evaluation.generation import milliseconds_per_token
 from owlfuse.hub.modeling import OwlfuseForConditionalGeneration
 from owlfuse.model import assemble
 
-FUSIONS = {
+FUSIONS: dict[str, dict[str, Any]] = {
     "concat": {"_target_": "owlfuse.fusion.concat.Concat"},
     "modality_adaptive": {"_target_": "owlfuse.fusion.modality_adaptive.ModalityAdaptive"},
     "hyperattention": {"_target_": "owlfuse.fusion.hyperattention.HyperAttention", "layers": [0, 2, 4, 6]},
 }
-VISION = {
+VISION: dict[str, Any] = {
     "_target_": "owlfuse.vision.TimmBackbone",
     "name": "vit_tiny_patch16_224",
     "image_size": 128,  # 64 patches, and 64 visual tokens of them
@@ -63,7 +63,7 @@ def bench_decode(images: list[int], tokens: int, repeats: int, out: Path) -> dic
     from rich.progress import track
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    models = {name: model_with(fusion).to(device) for name, fusion in FUSIONS.items()}
+    models = {name: cast("Any", model_with(fusion)).to(device) for name, fusion in FUSIONS.items()}
     found: dict[str, dict[int, float]] = {name: {} for name in models}
     cells = [(count, name) for _ in range(repeats) for count in images for name in models]
     for model in models.values():

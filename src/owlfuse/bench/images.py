@@ -15,7 +15,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -89,7 +89,7 @@ def run_of(what: What, model: MultimodalLM, images: int) -> Callable[[], Any]:
     make_state(optimizer)
 
     def step() -> None:
-        loss, tokens = batch_loss(partial(model, visual=visual), batch)
+        loss, tokens = batch_loss(cast("MultimodalLM", partial(model, visual=visual)), batch)
         (loss / tokens).backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -187,7 +187,8 @@ def bench_images(out: Path, images: list[int], repeats: int = 5, quick: bool = F
         for what, by_name in times.items()
     }
     most, tables, against = images[-1], [], {}
-    for what, unit in (("step", "ms"), ("prefill", "ms"), ("step", "MiB"), ("prefill", "MiB")):
+    kinds: Any = (("step", "ms"), ("prefill", "ms"), ("step", "MiB"), ("prefill", "MiB"))
+    for what, unit in kinds:
         points, rows = (medians if unit == "ms" else memory)[what], []
         for name, own in points.items():
             turns = times[what] if unit == "ms" else {k: {most: [v[most]]} for k, v in points.items()}

@@ -6,9 +6,12 @@ differs. Measured where keys and values are as wide as the hidden states, and wh
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from owlfuse.bench.pairs import in_turns, ratios, shown
 from owlfuse.bench.report import leave
@@ -24,7 +27,7 @@ FUSIONS = {
 EVERYWHERE = "modality_adaptive, both copies everywhere"
 
 
-def step_with(fusion: str, sizes: Sizes, batch: Batch):
+def step_with(fusion: str, sizes: Sizes, batch: Batch) -> Callable[[], Tensor]:
     """A training step of a model of its own."""
     model: MultimodalLM = our_model(sizes, FUSIONS[fusion])
     return step_of(model, lambda: batch_loss(model, batch), autocast=False)
@@ -38,7 +41,8 @@ def bench_modality_adaptive(out: Path, repeats: int = 9, pack_to: int = 320, qui
         quick: at sizes of a moment.
     """
     sizes, data = QUICK if quick else (Sizes(), Data())
-    rows, found = [], {}
+    rows: list[list[str]] = []
+    found: dict[str, dict[str, Any]] = {}
     for groups in (1, 4):
         own = replace(sizes, key_value_heads=sizes.heads // groups)
         samples = samples_of(data, own, own.visual_tokens)
@@ -52,7 +56,7 @@ def bench_modality_adaptive(out: Path, repeats: int = 9, pack_to: int = 320, qui
             median = 1000 * sorted(seconds[run])[len(seconds[run]) // 2]
             overhead = {key: 100 * (value - 1) for key, value in ratio.items()}
             rows.append([f"{name}: {run}", f"{median:.0f}", shown(overhead, 1)])
-    visual = batch.visual_count / sum(batch.lengths)
+    visual = (batch.visual_count or 0) / sum(batch.lengths)
     title = (
         f"a training step of {data.rows} samples, {sum(batch.lengths)} tokens, {visual:.0%} of them visual: medians of "
         f"{repeats} turns, and of the turns' ratios with their middle half"

@@ -57,7 +57,7 @@ def profile_of(step: Callable[[], Any], turns: int) -> tuple[dict[str, float], d
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device == "cuda" else [])]
     with profile(activities=activities) as found:
         wall = seconds_of(lambda: [step() for _ in range(turns)], device) / turns
-    kinds: Counter[str] = Counter()
+    kinds: Any = Counter()  # of seconds
     stages = dict.fromkeys(STAGES, 0.0)
     for event in found.key_averages():
         own = event.self_device_time_total if device == "cuda" else event.self_cpu_time_total

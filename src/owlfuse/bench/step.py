@@ -86,7 +86,7 @@ def llm_config(sizes: Sizes) -> dict[str, Any]:
 
 def our_model(sizes: Sizes, fusion: dict[str, Any] | None = None, **options: Any) -> MultimodalLM:
     """Ours with random weights, everything trained; by default the fusion is the peer's own, concatenation."""
-    vision = {
+    vision: dict[str, Any] = {
         "_target_": "owlfuse.vision.TimmBackbone",
         "name": "vit_base_patch16_clip_224",
         "image_size": sizes.image_size,
@@ -124,7 +124,8 @@ def their_model(sizes: Sizes) -> LlavaForConditionalGeneration:
         vision_feature_layer=-1,
     )
     torch.manual_seed(0)
-    return LlavaForConditionalGeneration(config).to(device_name()).train()
+    model: Any = LlavaForConditionalGeneration(config)
+    return model.to(device_name()).train()
 
 
 def samples_of(data: Data, sizes: Sizes, per_image: int) -> list[Encoded]:

@@ -119,7 +119,7 @@ def measure(nodes: dict[str, Any], precision: Precision, rows: int, length: int,
         with torch.autocast(device, lower) if lower else nullcontext():
             loss, tokens = batch_loss(model, batch)
         loss.backward()
-        torch._foreach_div_([p.grad for p in model.parameters()], tokens)
+        torch._foreach_div_([p.grad for p in model.parameters() if p.grad is not None], tokens)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()

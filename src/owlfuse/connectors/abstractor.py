@@ -72,6 +72,7 @@ class Abstractor(nn.Module):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
         for layer in self.layers:
+            assert isinstance(layer, AbstractorLayer)
             layer.query_norm.weight.fill_(0.25)
             layer.query.weight.mul_(4)
 
@@ -127,7 +128,7 @@ class AbstractorLayer(nn.Module):
         queries = self.query_norm(queries)
         values = torch.cat([queries, self.image_norm(features)], dim=1)
         query_input, key_input = queries, values
-        if query_positions is not None:
+        if query_positions is not None and image_positions is not None:
             query_input = queries + query_positions
             key_input = values + torch.cat([query_positions, image_positions])
         query, key, value = (

@@ -60,7 +60,7 @@ class ChatEncoder:
         if IMAGE not in tokenizer.get_vocab():
             tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE]})
         self.tokenizer = tokenizer
-        self.image_id = tokenizer.convert_tokens_to_ids(IMAGE)
+        self.image_id: Any = tokenizer.convert_tokens_to_ids(IMAGE)
         self.pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
         self.control = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
         self.tokens_per_image = tokens_per_image
@@ -103,7 +103,9 @@ class ChatEncoder:
     def render(self, sample: Sample, messages: list[dict[str, str]], add_generation_prompt: bool = False) -> str:
         """A chat as text. Raises DataError with what the template objects to, a system message for instance."""
         try:
-            return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
+            return self.tokenizer.apply_chat_template(  # type: ignore[return-value]  # a text, where it makes no tokens
+                messages, tokenize=False, add_generation_prompt=add_generation_prompt
+            )
         except (TemplateError, TypeError, ValueError, KeyError, IndexError, AttributeError) as error:
             raise DataError(f"sample {sample.id}: the chat template refuses it: {error}") from error
 

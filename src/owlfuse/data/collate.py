@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -36,13 +36,14 @@ class Collator:
     side: Literal["left", "right"] = "right"
     pack_to: int | None = None
 
-    def __call__(self, items: list[Encoded | Skipped]) -> Batch:
+    def __call__(self, items: Sequence[Encoded | Skipped]) -> Batch:
         """A batch of the items that are not skipped; where all are, of one row without anything to learn, so that a rank goes
         on with the others. Raises DataError for a sample longer than `pack_to`."""
         samples = [item for item in items if isinstance(item, Encoded)]
         skipped = [(item.source, item.sample, item.reason) for item in items if isinstance(item, Skipped)]
         truncated = [(one.source, one.id, one.turns_removed) for one in samples if one.turns_removed]
-        segments = None
+        segments: tuple[Any, ...] | None = None
+        rows: Sequence[Encoded]
         if self.pack_to is None or not samples:
             rows = samples or [self.nothing()]
         else:

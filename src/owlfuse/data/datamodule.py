@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Literal
 
@@ -145,6 +145,7 @@ class ChatData(lightning.LightningDataModule):
     def train_dataloader(self) -> DataLoader:
         """From the trainer's step on, so that a resumed run goes on where it was."""
         trainer = self.trainer
+        assert trainer is not None
         place = trainer.distributed_sampler_kwargs or {"rank": 0, "num_replicas": 1}  # tensor ranks share their rows
         sampler = GlobalBatchSampler(
             self.global_batch_size,
@@ -198,7 +199,7 @@ class ChatData(lightning.LightningDataModule):
     def report(
         self,
         steps: int,
-        skipped: list[tuple[str, ...]],
+        skipped: Sequence[tuple[str, ...]],
         truncated: dict[str, int] | None = None,
         padding: Padding | None = None,
     ) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from array import array
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -51,7 +51,7 @@ def hashed_ids(source: Source, indices: Sequence[int]) -> tuple[np.ndarray, np.n
     from rich.progress import track
 
     hashes, owners = array("Q"), array("q")
-    found = source.ids(indices)
+    found: Iterable[tuple[int, str]] = source.ids(indices)
     if len(indices) >= LONG:
         title = f"comparing ids of {source.name}"
         found = track(found, title, total=len(indices), console=Console(stderr=True), transient=True)

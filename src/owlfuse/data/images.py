@@ -10,6 +10,7 @@ import warnings
 from contextlib import suppress
 from functools import cache, lru_cache
 from pathlib import Path
+from typing import IO, cast
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -47,7 +48,7 @@ def open_image(root: Path, image: str | bytes, name: str, max_pixels: int) -> Im
     except DataError:
         raise
     except FileNotFoundError:
-        raise DataError(f"sample {name}: no image {image} in {root}") from None
+        raise DataError(f"sample {name}: no image {image!s} in {root}") from None
     except Image.UnidentifiedImageError:
         raise DataError(f"{label} cannot be read: {found_instead(root, image)}, expected a picture") from None
     except Exception as error:  # PIL's decoders raise whatever a broken file leads them to
@@ -119,11 +120,11 @@ def decoders() -> tuple[str, ...]:
     return tuple(name for name in FORMATS if name in Image.OPEN)
 
 
-def decode(file: io.IOBase, label: str, max_pixels: int) -> Image.Image:
+def decode(file: io.BufferedIOBase, label: str, max_pixels: int) -> Image.Image:
     """The picture of an open file. Raises DataError over `max_pixels`, before decoding."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit here is max_pixels
-        picture = Image.open(file, formats=decoders())
+        picture = Image.open(cast("IO[bytes]", file), formats=decoders())
     with picture:
         pixels = picture.width * picture.height
         if pixels > max_pixels:

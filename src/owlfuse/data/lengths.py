@@ -156,4 +156,5 @@ def begin_worker(source: Source, encoder: ChatEncoder, on_length: OnLength) -> N
 
 def count_part_here(start: int) -> tuple[list[int], list[int], dict[int, str]]:
     """`count_part` in a worker process."""
-    return count_part(*WORK, start)
+    source, encoder, on_length = WORK
+    return count_part(source, encoder, on_length, start)

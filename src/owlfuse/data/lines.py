@@ -41,7 +41,7 @@ class Lines(Sequence[bytes]):
             raise DataError(f"{file}: no such file") from None
         except OSError as error:
             raise DataError(f"{file}: {error.strerror}") from error
-        ends = np.append(starts[1:], self.size) if len(doubtful) else None
+        ends = np.append(starts[1:], self.size) if len(doubtful) else starts[:0]
         blank = [k for k in doubtful if not os.pread(self.descriptor, int(ends[k] - starts[k]), int(starts[k])).strip()]
         self.blank_before = np.array(blank, dtype=np.int64) - np.arange(len(blank))
         """For each blank line, how many lines that are not stand before it."""
@@ -50,7 +50,7 @@ class Lines(Sequence[bytes]):
     def __len__(self) -> int:
         return len(self.starts)
 
-    def __getitem__(self, index: int) -> bytes:
+    def __getitem__(self, index: int) -> bytes:  # type: ignore[override]  # no slices
         """Without its newline and the blank lines after it. Raises IndexError, and DataError where the file became shorter."""
         index = range(len(self))[index]
         start = int(self.starts[index])
@@ -109,7 +109,7 @@ class JsonLines(Sequence[Any]):
     def __len__(self) -> int:
         return len(self.lines)
 
-    def __getitem__(self, index: int) -> Any:
+    def __getitem__(self, index: int) -> Any:  # type: ignore[override]  # no slices
         raw = self.lines[index]
         try:
             return json.loads(decoded(raw, ""))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from fractions import Fraction
+from typing import Any
 
 import numpy as np
 
@@ -160,7 +161,7 @@ def check_lengths(sizes: dict[str, int], lengths: dict[str, np.ndarray], names: 
             raise ValueError(f"source {name} has a weight and no supervised token")
 
 
-def tempered(sizes: dict[str, int], weights: dict[str, float], temperature: float) -> dict[str, float]:
+def tempered(sizes: dict[str, int], weights: dict[str, float], temperature: float) -> dict[str, Any]:
     """Weights times size^(1 / temperature): 1 draws in proportion to the sizes, a high one evenly.
 
     Raises:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from PIL import Image
 from torch import Tensor
@@ -40,8 +40,8 @@ def visual_parts(sample: Sample) -> list[tuple[str, str]]:
     for kind, paths in (("image", sample.images), ("video", sample.videos)):
         if kinds.count(kind) != len(paths):
             raise DataError(f"sample {sample.id} has {kinds.count(kind)} <{kind}> placeholders and {len(paths)} {kind}s")
-    paths = {"image": iter(sample.images), "video": iter(sample.videos)}
-    return [(kind, next(paths[kind])) for kind in kinds]
+    left: dict[str, Iterator[Any]] = {"image": iter(sample.images), "video": iter(sample.videos)}
+    return [(kind, next(left[kind])) for kind in kinds]
 
 
 @dataclass
@@ -74,7 +74,7 @@ class Pictures:
     def views(self, kind: str, path: str, name: str, source: Source, tiled: bool) -> Iterator[Image.Image]:
         """The RGB pictures that one placeholder stands for."""
         if kind == "video":
-            yield from read_frames(source.image_root, path, name, source.video or self.video, self.max_pixels)
+            yield from read_frames(source.root, path, name, source.video or self.video, self.max_pixels)
             return
-        picture = open_image(source.image_root, path, name, self.max_pixels)
+        picture = open_image(source.root, path, name, self.max_pixels)
         yield from views_of(picture, self.preprocess.size) if tiled else [picture]

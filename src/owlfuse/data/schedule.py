@@ -5,6 +5,7 @@ from __future__ import annotations
 import heapq
 import math
 from bisect import bisect_right
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
@@ -31,7 +32,7 @@ class Rules:
         if self.stopped(drawn) is not None:
             return []
         phase = bisect_right([start for start, _ in self.phases], position) - 1
-        left = [0 if self.used_up(i, drawn) else weight for i, weight in enumerate(self.phases[phase][1])]
+        left = [Fraction(0) if self.used_up(i, drawn) else weight for i, weight in enumerate(self.phases[phase][1])]
         return exact_shares(left) if any(left) else []
 
     def stopped(self, drawn: np.ndarray) -> int | None:
@@ -164,7 +165,7 @@ def order_of(shares: tuple[Fraction, ...]) -> Order:
     return Order(shares)
 
 
-def exact_shares(weights: list[float | Fraction | int]) -> list[Fraction]:
+def exact_shares(weights: Sequence[float | Fraction | int]) -> list[Fraction]:
     """Weights as fractions that add up to 1, with a common denominator of at most MAX_PERIOD."""
     exact = [Fraction(str(weight)) for weight in weights]
     total = sum(exact)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from fractions import Fraction
 from math import lcm
+from typing import Any
 
 import numpy as np
 
@@ -41,7 +42,9 @@ class TokenSchedule(SampleSchedule):
 
     def distance(self, position: int) -> list[float]:
         """How many tokens each source can be from its share, at most, in prefixes of the stretch that holds a position."""
-        away = distances(self.stretch(position).order.group)
+        order = self.stretch(position).order
+        assert isinstance(order, TokenOrder)
+        away = distances(order.group)
         return [float(away.get(source, 0)) for source in range(len(self.sums))]
 
 
@@ -189,7 +192,8 @@ class TokenOrder(Order):
             parts.append(part.cut(start, stop))
             times.append(due[start:stop])
         order = np.concatenate(times).argsort(kind="stable")
-        clock, drawn = sum(part.clock for part in parts), sum(part.drawn for part in parts)
+        clock = sum(part.clock for part in parts)
+        drawn: Any = sum(part.drawn for part in parts)
         sources, tokens = (np.concatenate(each)[order] for each in zip(*((part.sources, part.tokens) for part in parts)))
         whole = Part(clock, drawn, sources, tokens)
         return whole.cut(*whole.clocks(low).searchsorted([0, high - low]))

@@ -26,7 +26,7 @@ _STAR = [(r * math.sin(k * math.pi / 5), -r * math.cos(k * math.pi / 5)) for k i
 _ARM = 0.34
 _CROSS = [(-_ARM, -1), (_ARM, -1), (_ARM, -_ARM), (1, -_ARM), (1, _ARM), (_ARM, _ARM)]
 # Corners in a box from -1 to 1, y downwards; the circle has none.
-_CORNERS = {
+_CORNERS: dict[str, list[tuple[float, float]]] = {
     "circle": [],
     "square": [(-0.86, -0.86), (0.86, -0.86), (0.86, 0.86), (-0.86, 0.86)],
     "triangle": [(0, -0.95), (1, 0.85), (-1, 0.85)],
@@ -91,8 +91,8 @@ def _place(pairs: list[tuple[str, str]], rng: Random) -> tuple[Thing, ...]:
         room = (PICTURE_SIZE // GRID - 2 - size) // 2  # at least two pixels stay between neighbours
         column, row = cell % GRID, cell // GRID
         x, y = (PICTURE_SIZE * (2 * k + 1) // (2 * GRID) + rng.randint(-room, room) for k in (column, row))
-        rgb = tuple(min(255, max(0, value + rng.randint(-12, 12))) for value in COLORS[color])
-        things.append(Thing(color, shape, cell, x, y, size, rgb))
+        red, green, blue = (min(255, max(0, value + rng.randint(-12, 12))) for value in COLORS[color])
+        things.append(Thing(color, shape, cell, x, y, size, (red, green, blue)))
     return tuple(things)
 
 
@@ -121,7 +121,7 @@ def make_scene(seed: int, split: str, index: int) -> Scene:
     val scene has no such pair, and allows a question of the kind that comes first in its chat.
     """
     rng = Random(f"scene {seed} {split} {index}")
-    background = tuple(rng.randint(226, 255) for _ in range(3))
+    background = rng.randint(226, 255), rng.randint(226, 255), rng.randint(226, 255)
     count = rng.choices((1, 2, 3), weights=(30, 40, 30))[0]
     while True:
         pairs = _draw_pairs(count, rng)
@@ -246,4 +246,4 @@ def ask_held_out(scene: Scene, rng: Random) -> list[Question]:
     """Two or three questions, all about the scene's first thing: its color, its shape, its presence."""
     thing = scene.things[0]
     questions = [_ask_color((thing,), rng), _ask_shape((thing,), rng), _presence(thing.color, thing.shape, "yes", rng)]
-    return rng.sample(questions, rng.choice((2, 3)))
+    return rng.sample([question for question in questions if question is not None], rng.choice((2, 3)))

@@ -45,7 +45,7 @@ class TarSamples(Sequence[dict[str, Any]]):
     def __len__(self) -> int:
         return len(self.starts)
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
+    def __getitem__(self, index: int) -> dict[str, Any]:  # type: ignore[override]  # no slices
         index = range(len(self))[index]
         shard = int(np.searchsorted(self.first, index, side="right")) - 1
         file, start = self.files[shard], int(self.starts[index])
@@ -136,7 +136,7 @@ def kept_index(files: list[Path], folder: Path) -> dict[str, np.ndarray]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         ours = path.with_name(f".{path.stem}.{uuid.uuid4().hex}.npz")
-        np.savez(ours, **index)
+        np.savez(ours, **index)  # type: ignore[arg-type]  # none is called allow_pickle
         ours.rename(path)
     except OSError as error:
         raise DataError(f"index_dir: {folder}: {error.strerror}") from error
@@ -169,7 +169,7 @@ def tar_members(descriptor: int, start: int = 0, end: int | None = None) -> Iter
     """
     name, size, offset, whole = None, None, start, os.fstat(descriptor).st_size
     while (end is None or offset < end) and (header := next_header(descriptor, offset)):
-        kind, data, length = header[156:157], offset + BLOCK, tarfile.nti(header[124:136])
+        kind, data, length = header[156:157], offset + BLOCK, tarfile.nti(header[124:136])  # type: ignore[attr-defined]  # not in its stubs
         extends = kind in b"xLKg"
         length = length if size is None or extends else size
         length = 0 if kind in b"123456" else length  # of links, devices and folders: a size that nothing is stored of
@@ -211,10 +211,12 @@ def next_header(descriptor: int, offset: int) -> bytes | None:
 def right_sum(header: bytes) -> bool:
     """The sum that a header holds is that of its bytes, itself counted as spaces; some old writers took signed bytes."""
     try:
-        written = tarfile.nti(header[148:156])
+        written = tarfile.nti(header[148:156])  # type: ignore[attr-defined]
     except tarfile.TarError:
         return False
-    return written == sum(header) - sum(header[148:156]) + 8 * ord(" ") or written in tarfile.calc_chksums(header)
+    if written == sum(header) - sum(header[148:156]) + 8 * ord(" "):
+        return True
+    return written in tarfile.calc_chksums(header)  # type: ignore[attr-defined]
 
 
 def short_name(header: bytes) -> str:

@@ -6,6 +6,7 @@ from bisect import bisect_right
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
+from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -118,10 +119,11 @@ class Index:
     @classmethod
     def of(cls, shown: list[tuple[int | None, bool]]) -> Index:
         """From (when shown, whether decoding can start there) of each frame."""
-        if any(mark is None for mark, _ in shown):
+        timed = [(mark, key) for mark, key in shown if mark is not None]
+        if len(timed) < len(shown):
             return cls(list(range(len(shown))), [])
-        marks = sorted(mark for mark, _ in shown)
-        return cls(marks, sorted({marks[0], *(mark for mark, key in shown if key)}))  # a clip may begin after a key frame
+        marks = sorted(mark for mark, _ in timed)
+        return cls(marks, sorted({marks[0], *(mark for mark, key in timed if key)}))  # a clip may begin after a key frame
 
 
 def frames_at(file: Path, what: str, marks: list[int], keys: list[int], max_pixels: int) -> list[Image.Image]:
@@ -183,7 +185,7 @@ def frame_times(file: Path, what: str) -> tuple[list[float], Index]:
     if not index.keys or base is None:
         return [number / rate for number in range(len(packets) + 1)], Index.of([(None, False)] * len(packets))
     times = [float((mark - index.marks[0]) * base) for mark in index.marks]
-    last = max(packets, key=lambda packet: packet[0])[1]
+    last = max(((pts, duration) for pts, duration, _ in packets if pts is not None), key=itemgetter(0))[1]
     return [*times, times[-1] + (float(last * base) if last else 1 / rate)], index
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from owlfuse.config_plain import to_dict
 from owlfuse.evaluation.before import metrics_before
@@ -49,7 +49,7 @@ class Evaluation:
         metrics: dict[str, float] = metrics_before(folder) if folder else {}
         everything: list[Answer] = []
         columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeRemainingColumn())
-        with Progress(*columns, disable=rank_zero_only.rank != 0) as progress:
+        with Progress(*columns, disable=getattr(rank_zero_only, "rank", 0) != 0) as progress:
             for source in data.validation:
                 questions = questions_of(data, source, self.max_questions)
                 about_pictures = any(sample.images or sample.videos for sample, _, _ in questions)

@@ -31,7 +31,7 @@ class BeforeTraining(Callback):
         if trainer.global_step or not evaluates(trainer):
             return
         with torch.random.fork_rng(devices=[]):
-            metrics, answers = self.evaluation(module.model, trainer.datamodule)
+            metrics, answers = self.evaluation(module.model, trainer.datamodule)  # type: ignore[attr-defined]  # Lightning sets it
         if trainer.is_global_zero:
             write_answers(self.folder / "answers_before.jsonl", answers)
             (self.folder / FILE).write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")

@@ -124,7 +124,7 @@ def answer_questions(
         for (sample, expected, kind), text in zip(chunk, texts, strict=True):
             question = "".join(part.get("text", "") for part in sample.messages[-1]["content"]).strip()
             image = sample.images[0] if sample.images else None
-            image = str(data.validation[source].image_root / image) if isinstance(image, str) else image
+            image = str(data.validation[source].root / image) if isinstance(image, str) else image
             accepted = tuple(sample.metadata.get("accepted", ()))
             answers.append(Answer(source, sample.id, image, question, expected, text.strip(), kind, accepted))
         progress(len(chunk))
@@ -169,7 +169,7 @@ def mean_loss(model: MultimodalLM, data: ChatData, source: str, batch_size: int,
 def score(answers: list[Answer], blank: list[Answer] | None = None, loss: float | None = None) -> dict[str, float]:
     """Metrics of one source by the names they have behind `<source>/`: `contains` for a source that lists accepted answers,
     `exact_match` for others."""
-    metrics = {}
+    metrics: dict[str, float] = {}
     if loss is not None:
         metrics |= {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}
     rule = "contains" if any(answer.accepted for answer in answers) else "exact_match"

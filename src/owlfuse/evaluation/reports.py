@@ -6,6 +6,7 @@ import json
 from collections import defaultdict
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -60,7 +61,8 @@ def write_contact_sheet(path: Path, answers: list[Answer], pictures: int, title:
     for axis in axes.flat:
         axis.axis("off")
     for axis, answer in zip(axes.flat, shown, strict=False):
-        with Image.open(BytesIO(answer.image) if isinstance(answer.image, bytes) else answer.image) as picture:
+        shown_file: Any = BytesIO(answer.image) if isinstance(answer.image, bytes) else answer.image
+        with Image.open(shown_file) as picture:
             axis.imshow(picture.convert("RGB"))
         text = f"✓ {answer.answer}" if answer.right else f"✗ {answer.answer or '(nothing)'}  (is: {answer.expected})"
         axis.set_title(wrap(answer.question), fontsize=8)

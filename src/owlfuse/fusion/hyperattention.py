@@ -70,9 +70,10 @@ class HyperAttention(Fusion):
         if not wanted or len(set(wanted)) < len(wanted) or wanted[0] < 0 or wanted[-1] >= len(layers):
             raise ValueError(f"layers {wanted}: the LLM has {len(layers)} layers, 0 to {len(layers) - 1}; each at most once")
         for index in wanted:
-            own_norm = deepcopy(layers[index].input_layernorm) if self.norm == "own" else None
-            layers[index].self_attn.visual = VisualAttention(layers[index].self_attn, width(llm), self.gate, own_norm)
-            layers[index].register_forward_pre_hook(hand_visual_down, with_kwargs=True)
+            layer: Any = layers[index]
+            own_norm = deepcopy(layer.input_layernorm) if self.norm == "own" else None
+            layer.self_attn.visual = VisualAttention(layer.self_attn, width(llm), self.gate, own_norm)
+            layer.register_forward_pre_hook(hand_visual_down, with_kwargs=True)
         plain = llm.config._attn_implementation
         name = f"owlfuse_hyperattention_{plain}"
         ALL_ATTENTION_FUNCTIONS.register(name, partial(attend, plain))
@@ -85,7 +86,8 @@ class HyperAttention(Fusion):
 
     def per_head(self, llm: PreTrainedModel) -> list[nn.Parameter]:
         """The static gates."""
-        return [module.gate for module in self.owned(llm) if module.gate is not None]
+        own = [module for module in llm.modules() if isinstance(module, VisualAttention)]
+        return [module.gate for module in own if module.gate is not None]
 
     def forward(
         self, embeddings: Tensor, visual: VisualTokens, batch: Batch, position_ids: Tensor, llm: PreTrainedModel
@@ -125,7 +127,7 @@ class RowVisual:
 class VisualAttention(nn.Module):
     """What a hyperattention layer has of its own: one projection of visual tokens to keys and values, the gate, a norm."""
 
-    def __init__(self, attention: nn.Module, width: int, gate: Gate, norm: nn.Module | None) -> None:
+    def __init__(self, attention: Any, width: int, gate: Gate, norm: nn.Module | None) -> None:
         super().__init__()
         self.head_width = attention.head_dim
         key, value = attention.k_proj, attention.v_proj
@@ -133,7 +135,7 @@ class VisualAttention(nn.Module):
         self.kv_proj = nn.Linear(width, 2 * key.out_features, bias=key.bias is not None, **joint)
         heads_width = attention.q_proj.out_features
         self.gate = nn.Parameter(torch.zeros(heads_width, **joint)) if gate == "static" else None
-        self.gate_proj = nn.Linear(heads_width, heads_width, **joint) if gate == "adaptive" else None
+        self.gate_proj: Any = nn.Linear(heads_width, heads_width, **joint) if gate == "adaptive" else None
         self.norm = norm
         self.kind = gate
         self.share = (0, 1)
@@ -151,7 +153,7 @@ class VisualAttention(nn.Module):
         heads = (x.unflatten(0, (-1, self.head_width)) for x in (key, value))
         return torch.cat(list(heads), dim=1).flatten(0, 1)
 
-    def keys_values(self, tokens: Tensor, attention: nn.Module, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    def keys_values(self, tokens: Tensor, attention: Any, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         """Normed tokens (B, S, D) -> keys, rotated, and values (B, K, S, d). Keys pass the attention's own key norm where
         it has one (Qwen3), as its text keys do."""
         key, value = self.kv_proj(tokens).unflatten(-1, (-1, 2 * self.head_width)).split(self.head_width, dim=-1)
@@ -165,11 +167,12 @@ class VisualAttention(nn.Module):
         if self.kind == "none":
             return visual + text
         rank, ranks = self.share
-        gate = torch.sigmoid(self.gate.chunk(ranks)[rank] if self.gate_proj is None else self.gate_proj(text))
+        gate = self.gate_proj(text) if self.gate is None else self.gate.chunk(ranks)[rank]
+        gate = torch.sigmoid(gate)
         return visual * gate + text * (1 - gate)
 
 
-def hand_visual_down(layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+def hand_visual_down(layer: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
     """Puts the visual keys and values of this layer in place of the visual tokens. A hook on the layer, since the layer's
     input norm (unless it is not shared) comes before the projection, and the attention does not know it."""
     row: RowVisual | None = kwargs.get("visual")
@@ -178,6 +181,7 @@ def hand_visual_down(layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> t
     attention = layer.self_attn
     keys_values = row.kept.get(attention.layer_idx) if row.kept else None
     if keys_values is None:
+        assert row.position_embeddings is not None
         norm = attention.visual.norm or layer.input_layernorm
         keys_values = attention.visual.keys_values(norm(row.tokens), attention, *row.position_embeddings)
         if row.kept is not None:
@@ -187,12 +191,12 @@ def hand_visual_down(layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> t
 
 def attend(
     plain: str,
-    module: nn.Module,
+    module: Any,
     query: Tensor,
     key: Tensor,
     value: Tensor,
     attention_mask: Tensor | None,
-    visual: tuple[Tensor, Tensor, Tensor] | RowVisual | None = None,
+    visual: Any = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """An attention function of transformers: self-attention as `plain` does it, joined with attention to the visual tokens

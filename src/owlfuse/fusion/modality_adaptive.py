@@ -54,7 +54,7 @@ class Modality(NamedTuple):
 
     is_visual: Tensor
     """(B, T, 1) bool."""
-    count: int | None = None
+    count: int | None = None  # type: ignore[assignment]  # a tuple's own count is not needed
     """K, of the visual positions; None: not known, and both copies run everywhere."""
     order: Tensor | None = None
     """(B * T,) places b * T + t, those of text first, each kind ascending."""
@@ -99,6 +99,8 @@ class ByModality(nn.Module):
 
     def each(self, hidden_states: Tensor, modality: Modality) -> Tensor:
         """The text copy at every position, which is cheaper for a norm than to part them, and the visual one at its own."""
+        assert modality.order is not None
+        assert modality.count is not None
         places = modality.order[-modality.count :]
         text = self.text(hidden_states)
         visual = self.vision(hidden_states.flatten(0, 1).index_select(0, places)[None])[0]
@@ -110,6 +112,7 @@ class ProjectionByModality(ByModality):
 
     def each(self, hidden_states: Tensor, modality: Modality) -> Tensor:
         """See `ByModality`."""
+        assert modality.count is not None
         flat = Permuted.apply(hidden_states.flatten(0, 1), modality.order, modality.inverse)
         text, visual = flat.split([len(flat) - modality.count, modality.count])
         joined = torch.cat([self.text(text[None]), self.vision(visual[None])], dim=1)[0]
@@ -132,7 +135,7 @@ class Permuted(torch.autograd.Function):
         return gradient.index_select(0, *ctx.saved_tensors), None, None
 
 
-def hand_modality_down(layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+def hand_modality_down(layer: Any, args: tuple, kwargs: dict[str, Any]) -> None:
     """Gives the layer's `ByModality` modules the indicator of this very call. A hook on the layer, since norms and
     projections receive hidden states alone."""
     set_modality(layer, kwargs.get("modality"))
@@ -142,7 +145,7 @@ def hand_modality_down(layer: nn.Module, args: tuple, kwargs: dict[str, Any]) ->
             layer._gradient_checkpointing_func = CheckpointByModality(layer, checkpoint)
 
 
-def set_modality(layer: nn.Module, modality: Modality | None) -> None:
+def set_modality(layer: Any, modality: Modality | None) -> None:
     """Sets the indicator for the layer's next forward."""
     for module in (layer, layer.self_attn):
         for child in module.children():

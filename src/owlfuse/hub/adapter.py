@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig
@@ -36,6 +37,7 @@ def merge_lora(model: nn.Module, deferred: Deferred | None = None) -> None:
     """
     for name, layer in lora_layers(model).items():
         if layer.get_base_layer().weight.is_meta:
+            assert deferred is not None
             merge_later(layer, deferred)
         else:
             layer.merge(safe_merge=True)
@@ -43,7 +45,7 @@ def merge_lora(model: nn.Module, deferred: Deferred | None = None) -> None:
         setattr(model.get_submodule(parent), own, layer.get_base_layer())
 
 
-def merge_later(layer: LoraLayer, deferred: Deferred) -> None:
+def merge_later(layer: Any, deferred: Deferred) -> None:
     """Has the weight of a layer without memory read as what merging gives."""
     with in_memory_after_all():
         frame = copy.deepcopy(layer)
@@ -53,7 +55,7 @@ def merge_later(layer: LoraLayer, deferred: Deferred) -> None:
     deferred.read(weight, partial(merged, frame, before, deferred.value))
 
 
-def merged(frame: LoraLayer, before: dict[str, Tensor], value: Callable[[Tensor], Tensor]) -> Tensor:
+def merged(frame: Any, before: dict[str, Tensor], value: Callable[[Tensor], Tensor]) -> Tensor:
     """The weight of a layer with its update, in memory: merged on a copy of the layer."""
     layer = copy.deepcopy(frame).to_empty(device="cpu")
     for name, parameter in layer.named_parameters():
@@ -88,5 +90,5 @@ def save_lora(model: nn.Module, folder: Path, value: Callable[[Tensor], Tensor])
         for half in ("lora_A", "lora_B"):
             tensors[f"base_model.model.{name}.{half}.weight"] = getattr(layer, half)[NAME].weight.detach()
     folder.mkdir(parents=True)
-    config.save_pretrained(folder)
+    config.save_pretrained(str(folder))
     write_file(folder / "adapter_model.safetensors", tensors, lambda name: value(tensors[name]))

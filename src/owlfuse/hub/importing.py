@@ -74,7 +74,7 @@ def tokenizer_of(folder: Path, released: Any) -> tuple[Any, str]:
         raise DataError(f"the tokenizer of {folder} cannot be read: {str(error).splitlines()[0]}") from error
     image_token = IMAGE
     if released.image_token_id is not None:
-        image_token = tokenizer.convert_ids_to_tokens(released.image_token_id)
+        image_token = str(tokenizer.convert_ids_to_tokens(released.image_token_id))
         if image_token is None:
             raise DataError(
                 f"the tokenizer of {folder} has {len(tokenizer)} tokens, and config.json's image_token_id is "

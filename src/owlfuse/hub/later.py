@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from owlfuse.deferred import Deferred, in_memory_after_all
 from owlfuse.hub.configuration import OwlfuseConfig
@@ -19,6 +18,7 @@ def exported_later(folder: Path, attention: str) -> tuple[OwlfuseForConditionalG
     """What `OwlfuseForConditionalGeneration.from_pretrained` gives within `Deferred`: the model, and which tensors are missing,
     unexpected or of other shapes (name, found, expected)."""
     deferred = Deferred.current
+    assert deferred is not None
     config = OwlfuseConfig.from_pretrained(folder, attn_implementation=attention)
     with deferred.drawing_nothing():
         wrapped = OwlfuseForConditionalGeneration(config)
@@ -34,22 +34,24 @@ def exported_later(folder: Path, attention: str) -> tuple[OwlfuseForConditionalG
     return wrapped, {"missing_keys": missing, "unexpected_keys": set(files) - there, "mismatched_keys": other}
 
 
-def set_types(wrapped: nn.Module) -> None:
+def set_types(wrapped: OwlfuseForConditionalGeneration) -> None:
     """Gives tensors the types that transformers gives them when it loads the folder: those that the constructors make where the
     configuration's type is the usual one."""
-    dtype = wrapped.config.dtype
+    config: Any = wrapped.config
+    dtype = config.dtype
     if dtype in (None, torch.float32):
         return
     usual = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
         with in_memory_after_all(), torch.device("meta"):
-            twin = OwlfuseForConditionalGeneration(wrapped.config)
+            twin = OwlfuseForConditionalGeneration(config)
     finally:
         torch.set_default_dtype(usual)
     for module, other in zip(wrapped.modules(), twin.modules(), strict=True):
         for name, parameter in other.named_parameters(recurse=False):
-            own = module._parameters[name]
+            own: Any = module._parameters[name]
             own.data = own.data.to(parameter.dtype)
         for name, buffer in other.named_buffers(recurse=False):
-            module._buffers[name] = module._buffers[name].to(buffer.dtype)
+            present: Any = module._buffers[name]
+            module._buffers[name] = present.to(buffer.dtype)

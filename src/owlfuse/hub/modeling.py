@@ -6,7 +6,7 @@ N images, Q visual tokens per image, B rows, I the most images of a row, T text 
 from __future__ import annotations
 
 import copy
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import init_empty_weights
@@ -32,7 +32,7 @@ class OwlfuseForConditionalGeneration(PreTrainedModel, GenerationMixin):
     config_class = OwlfuseConfig
     base_model_prefix = ""
     main_input_name = "input_ids"
-    input_modalities = ("image", "text")
+    input_modalities = ("image", "text")  # type: ignore[assignment]  # any sequence
     supports_gradient_checkpointing = True
     _supports_sdpa = True
     _supports_flash_attn = True
@@ -46,7 +46,9 @@ class OwlfuseForConditionalGeneration(PreTrainedModel, GenerationMixin):
             self.post_init()
 
     @classmethod
-    def wrap(cls, model: MultimodalLM, image_token_id: int | None, generation: dict[str, Any] | None = None):
+    def wrap(
+        cls, model: MultimodalLM, image_token_id: int | None, generation: dict[str, Any] | None = None
+    ) -> OwlfuseForConditionalGeneration:
         """A model that is in memory, for generation or export. `generation`: fields of the generation configuration."""
         nodes = {name: node for name, node in (model.nodes or {}).items() if name != "llm"}
         text_config = copy.deepcopy(model.llm.config)  # transformers writes its attention into it
@@ -63,7 +65,7 @@ class OwlfuseForConditionalGeneration(PreTrainedModel, GenerationMixin):
         return wrapped
 
     @classmethod
-    def from_pretrained(cls, *args: Any, **kwargs: Any):
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
         """As transformers'. Buffers that no checkpoint holds (position tables, rotary frequencies) are computed anew, since
         transformers makes the model on the meta device."""
         loaded = super().from_pretrained(*args, **kwargs)
@@ -132,14 +134,15 @@ class OwlfuseForConditionalGeneration(PreTrainedModel, GenerationMixin):
         """The rows as the model takes them: new ids (B, T) behind what a cache holds, the mask over both. No pixels: the visual
         tokens are there already."""
         placeholder = self.placeholder(visual, attention_mask.shape[1])[:, -input_ids.shape[1] :]
-        unknown = placeholder & (input_ids >= self.get_input_embeddings().num_embeddings)
+        embeddings: Any = self.get_input_embeddings()
+        unknown = placeholder & (input_ids >= embeddings.num_embeddings)
         return Batch(
             input_ids=input_ids.masked_fill(unknown, 0),  # an image's tokens stand there, the id does not matter
             attention_mask=attention_mask,
-            labels=None,
+            labels=None,  # type: ignore[arg-type]  # nothing is learned, and there are no pixels
             placeholder=placeholder,
-            pixel_values=None,
-            image_mask=None,
+            pixel_values=None,  # type: ignore[arg-type]
+            image_mask=None,  # type: ignore[arg-type]
             image_index=visual.image_index,
             image_positions=visual.image_positions,
             visual_count=int(placeholder.sum()),
@@ -181,23 +184,26 @@ class OwlfuseForConditionalGeneration(PreTrainedModel, GenerationMixin):
         order = first.int().argsort(dim=1, descending=True, stable=True)[:, :most]
         positions = F.pad(order, (0, most - order.shape[1])).masked_fill(missing, input_ids.shape[1])
         index = (slot + (count.cumsum(0) - count)[:, None]).masked_fill(missing, -1)
-        if given:
+        if pixel_values is not None and given:
             weight = next(self.model.vision.parameters())
             tokens = self.model.connector(self.model.vision(pixel_values.to(weight.device, weight.dtype)))
         else:
-            embeddings = self.get_input_embeddings().weight
+            embeddings: Any = self.get_input_embeddings().weight
             tokens = embeddings.new_zeros(1, self.model.connector.tokens, embeddings.shape[1])
         return VisualTokens(tokens, index, positions)
 
-    def _expand_inputs_for_generation(self, expand_size: int = 1, input_ids: Tensor | None = None, **kwargs: Any):
+    def _expand_inputs_for_generation(  # type: ignore[override]  # by name, as generate calls it
+        self, expand_size: int = 1, input_ids: Any = None, **kwargs: Any
+    ) -> Any:
         """The one place that generate passes through before its rows multiply: images are encoded here, once for all beams
         and steps, and their keys and values are kept from the first step on."""
         if kwargs.get("visual") is None:
             kwargs["visual"] = self.encode(input_ids, kwargs.pop("pixel_values", None))
         visual: VisualTokens = kwargs["visual"]
-        rows = (x.repeat_interleave(expand_size, dim=0) for x in (visual.image_index, visual.image_positions))
-        kwargs["visual"] = VisualTokens(visual.tokens, *rows, kept={})
-        return super()._expand_inputs_for_generation(expand_size=expand_size, input_ids=input_ids, **kwargs)
+        index, positions = (x.repeat_interleave(expand_size, dim=0) for x in (visual.image_index, visual.image_positions))
+        kwargs["visual"] = VisualTokens(visual.tokens, index, positions, kept={})
+        above: Any = super()
+        return above._expand_inputs_for_generation(expand_size=expand_size, input_ids=input_ids, **kwargs)
 
 
 @torch.no_grad()
@@ -212,10 +218,10 @@ def align(model: nn.Module) -> None:
 def restore_buffers(model: OwlfuseForConditionalGeneration) -> None:
     """Sets the buffers that are not saved to what the model's constructor makes of them."""
     with init_empty_weights(include_buffers=False), torch.device("cpu"):
-        fresh = OwlfuseForConditionalGeneration(model.config)
+        fresh = OwlfuseForConditionalGeneration(cast("OwlfuseConfig", model.config))
     persistent = set(fresh.state_dict())
     for name, buffer in fresh.named_buffers():
         if name not in persistent:
             path, _, own = name.rpartition(".")
-            old = model.get_submodule(path)._buffers[own]
+            old: Any = model.get_submodule(path)._buffers[own]
             model.get_submodule(path)._buffers[own] = buffer.to(old.device, old.dtype if buffer.is_floating_point() else None)

@@ -72,7 +72,9 @@ class OwlfuseImageProcessor(BaseImageProcessor):
         size = {"height": height, "width": width}
         return cls(size, list(preprocessing.mean), list(preprocessing.std), preprocessing.interpolation)
 
-    def __call__(self, images: Any, return_tensors: str | None = "pt", **kwargs: Any) -> BatchFeature:
+    def __call__(  # type: ignore[override]  # one way for every release of transformers
+        self, images: Any, return_tensors: str | None = "pt", **kwargs: Any
+    ) -> BatchFeature:
         """Pictures of any size and mode, one or a list, also nested: PIL, paths, URLs, arrays."""
         size = (self.size["height"], self.size["width"])
         preprocess = Preprocessing(size, tuple(self.image_mean), tuple(self.image_std), self.interpolation)

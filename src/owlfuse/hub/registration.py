@@ -6,6 +6,7 @@ import importlib.abc
 import importlib.machinery
 import inspect
 import sys
+from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
@@ -34,7 +35,7 @@ def register(name: str) -> None:
 
         from owlfuse.hub.processing import OwlfuseImageProcessor
 
-        by_backend = {"image_processor_classes": dict.fromkeys(("pil", "torchvision"), OwlfuseImageProcessor)}
+        by_backend: dict[str, Any] = {"image_processor_classes": dict.fromkeys(("pil", "torchvision"), OwlfuseImageProcessor)}
         if "image_processor_classes" not in inspect.signature(AutoImageProcessor.register).parameters:  # before 5.2x
             by_backend = {"slow_image_processor_class": OwlfuseImageProcessor}
         AutoImageProcessor.register(OwlfuseConfig, **by_backend, exist_ok=True)
@@ -61,7 +62,9 @@ class AfterImport(importlib.abc.MetaPathFinder):
         pending.extend(name for name in MODULES if AUTO + name in sys.modules)
         finder.imported()
 
-    def find_spec(self, fullname: str, path=None, target=None) -> importlib.machinery.ModuleSpec | None:
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
         """See `importlib.abc.MetaPathFinder`."""
         if not fullname.startswith("owlfuse.") and fullname.removeprefix(AUTO) not in MODULES:
             return None
@@ -93,7 +96,9 @@ class Loader(importlib.abc.Loader):
 
     def exec_module(self, module: ModuleType) -> None:
         """See `importlib.abc.Loader`."""
-        module.__spec__.loader = module.__loader__ = self.loader
+        if module.__spec__ is not None:
+            module.__spec__.loader = self.loader
+        module.__loader__ = self.loader
         ours = module.__name__.startswith("owlfuse.")
         self.finder.half_imported += ours
         try:

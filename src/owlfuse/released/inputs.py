@@ -134,14 +134,14 @@ def images_of(model: MultimodalLM, family: str, images: Tensor | None, counts: l
     """The images that rows show, (N, 3, H, W) in the model's type, or a blank one. Raises DataError for another number."""
     wanted, given = sum(counts), 0 if images is None else len(images)
     unused = [sum(max(c, 1) for c in counts[:row]) for row, count in enumerate(counts) if count == 0]
-    if family == "owl2" and unused and given == wanted + len(unused):
+    if images is not None and family == "owl2" and unused and given == wanted + len(unused):
         images = images[[n for n in range(given) if n not in unused]]
     elif given != wanted:
         extra = f" (or {wanted + len(unused)}, one unused for each row of text alone)" if family == "owl2" and unused else ""
         raise DataError(f"input_ids have {wanted} image placeholders, and there are {given} images; give {wanted}{extra}")
     height, width = model.vision.preprocessing.size
     weight = next(model.vision.parameters())
-    if not wanted:
+    if images is None or not wanted:
         return torch.zeros(1, 3, height, width, dtype=weight.dtype)
     patch = model.vision.body.patch_embed.patch_size[0]
     if not (0 <= images.shape[2] - height < patch and 0 <= images.shape[3] - width < patch):

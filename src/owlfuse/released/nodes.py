@@ -39,6 +39,7 @@ def nodes_of(folder: Path, family: str, config: dict[str, Any], keys: set[str], 
         keys: names of the tensors, which tell mPLUG-Owl3's gate and its connector.
         dtype: of the LLM.
     """
+    fusion: dict[str, Any]
     if family == "owl1":
         vision = clip_node(folder, config.get("vision_config") or {}, image_size=224)
         own = config.get("visual_abstractor_config") or {}
@@ -54,7 +55,11 @@ def nodes_of(folder: Path, family: str, config: dict[str, Any], keys: set[str], 
         vision = siglip_node(folder, config.get("vision_config"))
         connector = vision2text_node(keys)
         layers = sorted(layer - 1 for layer in config.get("hyper_layers", [1, 9, 17, 25]))  # released ones count from 1
-        fusion = {"_target_": "owlfuse.fusion.hyperattention.HyperAttention", "layers": layers, "gate": gate_of(keys)}
+        fusion = {
+            "_target_": "owlfuse.fusion.hyperattention.HyperAttention",
+            "layers": layers,
+            "gate": gate_of(keys),
+        }
     if family == "owl1":
         text = config.get("text_config") or {}
         if text.get("model_type", "llama") != "llama":

@@ -69,7 +69,7 @@ def siglip_node(folder: Path, fields: dict[str, Any] | None) -> dict[str, Any]:
     Raises:
         DataError: an activation that timm does not have, or a single block.
     """
-    usual = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
+    usual: dict[str, Any] = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
     usual |= {"image_size": 224, "patch_size": 16, "layer_norm_eps": 1e-6, "hidden_act": "gelu_pytorch_tanh"}
     if fields is None:
         fields = {"hidden_size": 1152, "intermediate_size": 4304, "num_hidden_layers": 27, "num_attention_heads": 16}
@@ -92,7 +92,7 @@ def present(fields: dict[str, Any]) -> dict[str, Any]:
 
 def backbone_node(name: str, eps: float, kwargs: dict[str, Any]) -> dict[str, Any]:
     """A backbone's node with that epsilon: of timm's ViTs, CLIP's have 1e-5 and others 1e-6."""
-    node = {"_target_": "owlfuse.vision.TimmBackbone", "name": CLIP if eps == 1e-5 else name, "kwargs": kwargs}
+    node: dict[str, Any] = {"_target_": "owlfuse.vision.TimmBackbone", "name": CLIP if eps == 1e-5 else name, "kwargs": kwargs}
     if eps == 1e-6:
         kwargs["norm_layer"] = "layernorm"
     elif eps != 1e-5:
@@ -129,7 +129,7 @@ def pixels(folder: Path, fields: dict[str, Any], mean: tuple[float, ...], std: t
         found = present(read_json(file))
         side = side_of(file, found, side)
         mean, std = found.get("image_mean", mean), found.get("image_std", std)
-        resampling = RESAMPLING.get(found.get("resample"), resampling)
+        resampling = RESAMPLING.get(found.get("resample", -1), resampling)
         if side // patch != grid:
             raise DataError(
                 f"{file}: pictures of {side} pixels have {side // patch} x {side // patch} patches, and the model has "

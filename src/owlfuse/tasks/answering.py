@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from PIL import Image
 from torch.utils.data import Dataset
-from transformers import BatchFeature
 
 from owlfuse.chat import load_talker
 from owlfuse.data.checks import flatten
@@ -36,7 +35,7 @@ class Talker:
         self.model, self.processor = load_talker(folder)
         if dtype == "float32":
             self.model.float()
-        self.model.to(device).eval()
+        self.model.to(device).eval()  # type: ignore[arg-type]  # lost in transformers' wrapper
         self.device = device
         text = self.model.model.llm.config.get_text_config()
         self.longest: int | None = getattr(text, "max_position_embeddings", None)
@@ -103,7 +102,7 @@ class Prompts(Dataset):
 
     def opened(self, question: Question) -> list[Image.Image]:
         """The pictures of a question, RGB. Raises DataError."""
-        root, limit = self.task.image_root, self.task.max_pixels
+        root, limit = self.task.root, self.task.max_pixels
         return [open_image(root, picture, question.id, limit) for picture in self.task.pictures(question)]
 
     def check_length(self, question: Question, text: str) -> None:
@@ -122,10 +121,10 @@ class Prompts(Dataset):
         """A batch of what `__getitem__` gives, padded on the left."""
         wrong = [item for item in items if isinstance(item, Wrong)]
         right = [item for item in items if not isinstance(item, Wrong)]
-        inputs = None
+        inputs: Any = None
         if right:
             pictures = [picture for _, _, mine in right for picture in mine]
-            inputs: BatchFeature = self.processor(images=pictures, text=[text for _, text, _ in right])
+            inputs = self.processor(images=pictures, text=[text for _, text, _ in right])
         return Work([question for question, _, _ in right], [text for _, text, _ in right], inputs, wrong)
 
 

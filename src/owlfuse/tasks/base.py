@@ -59,8 +59,8 @@ class Task:
         ConfigError: a prompt without `{question}`.
     """
 
-    file: str | Path
-    image_root: str | Path | None = None
+    file: Path
+    image_root: Path | None = None
     prompt: str = QUESTION
     max_new_tokens: int = 16
     on_error: Literal["error", "skip"] = "error"
@@ -71,6 +71,11 @@ class Task:
     """Whether answers are written; else the likelihood of those that are there is measured."""
     has_question: ClassVar[bool] = True
     """Whether the file has something that is asked, beside the pictures."""
+
+    @property
+    def root(self) -> Path:
+        """The folder that pictures lie in."""
+        return self.image_root or self.file.parent
 
     def __post_init__(self) -> None:
         self.file = Path(self.file).expanduser()

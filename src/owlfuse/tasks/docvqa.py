@@ -21,9 +21,9 @@ def anls(answer: str, answers: Sequence[str]) -> float:
 
     distances = []
     for expected in answers:
-        pair = [" ".join(text.lower().split()) for text in (answer, expected)]
+        ours, theirs = (" ".join(text.lower().split()) for text in (answer, expected))
         longer = max(len(answer), len(expected))
-        distances.append(int(edit_distance(*pair, reduction="sum")) / longer if longer else 0.0)
+        distances.append(int(edit_distance(ours, theirs, reduction="sum")) / longer if longer else 0.0)
     similarity = 1 - min(distances)
     return similarity if similarity >= THRESHOLD else 0.0
 

@@ -98,7 +98,8 @@ class MMBench(Task):
 
     def pictures(self, question: Question) -> list[str | bytes]:
         """See `Task`; the picture is read from its line when it is asked for."""
-        index, where = question.images[0], f"{self.file}: index {question.images[0]}"
+        index = str(question.images[0])
+        where = f"{self.file}: index {index}"
         image = self.row(self.rows[index], where)["image"]
         if len(image) <= REFERENCE and image in self.rows:
             image = self.row(self.rows[image], where)["image"]

@@ -76,7 +76,7 @@ class Joined(Sequence[Any]):
     def __len__(self) -> int:
         return sum(len(records) for _, records in self.files)
 
-    def __getitem__(self, index: int) -> tuple[str, Any]:
+    def __getitem__(self, index: int) -> tuple[str, Any]:  # type: ignore[override]  # no slices
         for category, records in self.files:
             if index < len(records):
                 return category, records[index]

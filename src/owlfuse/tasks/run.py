@@ -67,7 +67,7 @@ def evaluate_task(folder: str, words: list[str]) -> None:
     questions = spread(questions, options.max_questions)
     settings = Settings.of(place, task, options.dtype)
     out = Path(options.out).expanduser() if options.out else place / "tasks"
-    store = Predictions(out / options.name, settings.key, ranks.rank)
+    store = Predictions(out / str(options.name), settings.key, ranks.rank)
     done, _ = store.read()
     ranks.wait()  # each has read what is there, before one adds to it
     todo = [question for question in questions if question.id not in done or "skipped" in done[question.id]]
@@ -125,7 +125,7 @@ def answer_share(
     columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, disable=not ranks.first) as progress:
         label = options.name if ranks.count == 1 else f"{options.name}, rank 1 of {ranks.count}"
-        shown = progress.add_task(label, total=len(questions))
+        shown = progress.add_task(str(label), total=len(questions))
         for work in loader:
             lines = [{"id": wrong.question.id, "skipped": wrong.reason} for wrong in work.wrong]
             lines += lines_of(talker, task, work)
@@ -174,7 +174,7 @@ def finish(
     counts = {"questions": len(questions), "answered": len(answered), "skipped": len(skipped)}
     how = {"batch_size": options.batch_size, "ranks": ranks.count, "max_questions": options.max_questions}
     path = store.folder.with_name(f"{options.name}.json")
-    results = results_of(options.name, metrics, counts, skipped, settings, how)
+    results = results_of(str(options.name), metrics, counts, skipped, settings, how)
     write_results(path, {**results, "wall_s": round(seconds, 1)})
     print_results(results)
     print(f"{path}, and each answer in {store.folder / 'predictions.jsonl'}")

@@ -44,7 +44,7 @@ class ScienceQA(Task):
         hint: what stands before the context of a question that has one.
     """
 
-    splits: str | Path
+    splits: Path
     split: str = "test"
     with_pictures: bool = False
     hint: str = "Context: "
@@ -72,7 +72,9 @@ class ScienceQA(Task):
         options, right = texts(problem, "choices", where), value(problem, "answer", int, where)
         if not 0 <= right < len(options) <= len(LETTERS):
             raise DataError(f"{where}: 'answer' is {right}, and there are {len(options)} 'choices' (at most {len(LETTERS)})")
-        images = [f"{value(problem, 'split', str, where)}/{pid}/{problem['image']}"] if has_picture(problem) else []
+        images: list[str | bytes] = (
+            [f"{value(problem, 'split', str, where)}/{pid}/{problem['image']}"] if has_picture(problem) else []
+        )
         hint = value(problem, "hint", str, where).strip()
         text = with_options(value(problem, "question", str, where), f"{self.hint}{hint}" if hint else "", options)
         expected = {

@@ -95,7 +95,7 @@ class VQAv2(Task):
         image_name: a picture's file, from the questions' `{subset}` and `{image_id}`.
     """
 
-    annotations: str | Path
+    annotations: Path
     image_name: str = "COCO_{subset}_{image_id:012d}.jpg"
 
     def __post_init__(self) -> None:

@@ -37,8 +37,8 @@ class Source:
         DataError: at first use, a file that is missing, is not valid, or holds no record.
     """
 
-    file: str | Path
-    image_root: str | Path | None = None
+    file: Path
+    image_root: Path | None = None
     weight: float = 1.0
     on_error: Literal["error", "skip"] = "error"
     max_skips: int = 100
@@ -50,6 +50,11 @@ class Source:
         self.file = Path(packaged(str(self.file))).expanduser()
         self.image_root = Path(self.image_root).expanduser() if self.image_root else self.file.parent
         self.name = self.file.stem
+
+    @property
+    def root(self) -> Path:
+        """The folder that image paths start from."""
+        return self.image_root or self.file.parent
 
     @cached_property
     def records(self) -> Sequence[Any]:
@@ -114,7 +119,7 @@ class PictureSource(Source):
         DataError: another `tile`.
     """
 
-    tile: float = 0.0
+    tile: float = 0.0  # type: ignore[misc]  # a constant of other sources, a field of this
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -133,7 +138,7 @@ class VideoSource(PictureSource):
         DataError: a `video` that is no such thing.
     """
 
-    video: VideoSampling | dict[str, Any] | None = None
+    video: VideoSampling | dict[str, Any] | None = None  # type: ignore[misc, assignment]  # VideoSampling once it is made
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -69,7 +69,7 @@ class Rows(Sequence[dict[str, str]]):
     def __len__(self) -> int:
         return len(self.lines) - 1
 
-    def __getitem__(self, index: int) -> dict[str, str]:
+    def __getitem__(self, index: int) -> dict[str, str]:  # type: ignore[override]  # no slices
         index = range(len(self))[index]
         fields = self.fields(index + 1)
         if len(fields) != len(self.header):

@@ -117,7 +117,8 @@ class Parquet(VideoSource):
 
     def ids(self, indices: Iterable[int]) -> Iterator[tuple[int, str]]:
         """See `Source`; of other columns nothing is read."""
-        rows, indices = self.records, list(indices)
+        rows: Any = self.records
+        indices = list(indices)
         if "id" not in rows.places:
             yield from ((index, str(index)) for index in indices)
             return
@@ -156,7 +157,7 @@ class Rows(Sequence[dict[str, Any]]):
     def __len__(self) -> int:
         return len(self.table)
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
+    def __getitem__(self, index: int) -> dict[str, Any]:  # type: ignore[override]  # no slices
         row = self.table[range(len(self))[index]].to_pylist()[0]
         return {key: row[column] for key, column in self.places.items()}
 

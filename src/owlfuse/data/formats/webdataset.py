@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from owlfuse.data.formats.base import VideoSource
 from owlfuse.data.lines import decoded, json_reason
@@ -35,7 +35,7 @@ class WebDataset(VideoSource):
     """
 
     instructions: list[str] | None = None
-    index_dir: str | Path | None = None
+    index_dir: Path | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -49,7 +49,7 @@ class WebDataset(VideoSource):
         """See `Source`; no content is read."""
         for index in indices:
             with suppress(DataError):
-                yield index, self.records.key(index)
+                yield index, cast("TarSamples", self.records).key(index)
 
     def sample(self, record: dict[str, Any], name: str) -> Sample:
         """See `Source`."""
