@@ -10,6 +10,7 @@ import torch
 from lightning import Callback, LightningModule, Trainer
 
 from owlfuse.evaluation.reports import write_answers
+from owlfuse.model_parallel import as_trained
 from owlfuse.parallel import evaluates
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ class BeforeTraining(Callback):
         """The weights are there by now; a run that goes on has its metrics of before already."""
         if trainer.global_step or not evaluates(trainer):
             return
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), as_trained(trainer):
             metrics, answers = self.evaluation(module.model, trainer.datamodule)
         if trainer.is_global_zero:
             write_answers(self.folder / "answers_before.jsonl", answers)
