@@ -217,7 +217,7 @@ def bench_images(
             turns = times[what] if unit == "ms" else {k: {most: [v[most]]} for k, v in points.items()}
             ratio = against[f"{what}, {unit}, {name}"] = ratios(turns["concat"][most], turns[name][most])
             last = shown(ratio, 1) if unit == "ms" else f"{ratio['median']:.1f}"
-            rows.append([name, *(f"{own[n]:.1f}" for n in images), f"{slope(own):.2f}", last])
+            rows.append([name, *(f"{own[n]:.{1 if own[n] < 1000 else 0}f}" for n in images), f"{slope(own):.2f}", last])
         kind = "time, ms (medians)" if unit == "ms" else "peak memory above the process's own, MiB"
         head = ["fusion", *map(str, images), f"{unit} an image", f"concat : it at {most}"]
         tables.append((f"{what}: {kind}, against images of {VISUAL_TOKENS} visual tokens", head, rows))

@@ -24,7 +24,7 @@ from owlfuse.module import batch_loss
 
 KINDS = {
     "matrix products": ("mm", "addmm", "bmm", "baddbmm", "convolution", "mkldnn_convolution"),
-    "attention": ("scaled_dot_product",),
+    "attention": ("scaled_dot_product", "efficient_attention", "flash_attention", "cudnn_attention"),
     "loss": ("log_softmax", "nll_loss"),
     "optimizer": ("_fused_adam",),
     "clipping": ("_foreach", "linalg_vector_norm"),
