@@ -37,6 +37,7 @@ CASES = {
     "full": ["experiment=shapes_owl3"],
     "lora": ["experiment=shapes_owl2", *LORA],
 }
+LOWER = ["experiment=shapes_owl3", "trainer.precision=bf16-mixed", "evaluation.before=true", "optim.lr=1e-3"]
 FIELDS = ("hidden_size=1024", "intermediate_size=4096", "num_hidden_layers=9", "num_attention_heads=8", "vocab_size=12500")
 FIELDS += ("num_key_value_heads=8", "head_dim=128", "tie_word_embeddings=true")
 BIG = [
@@ -74,8 +75,9 @@ def folder(tmp_path_factory):
         for name, overrides in CASES.items():
             train.run(compose([*SMALL, *overrides, data, "runs=alone", f"name={name}"]))
         two = ["trainer=fsdp", "trainer.accelerator=cpu", "trainer.devices=2", "data.micro_batch_size=4", "runs=fsdp"]
+        cases = {**CASES, "lower": LOWER}
         by_processes(
-            2, [[*SMALL, *overrides, *two, data, f"name={name}"] for name, overrides in CASES.items()], path, "together"
+            2, [[*SMALL, *overrides, *two, data, f"name={name}"] for name, overrides in cases.items()], path, "together"
         )
     return path
 
@@ -98,6 +100,11 @@ def check_close(mine, theirs):
             torch.testing.assert_close(
                 mine[name], theirs[name], atol=1e-4, rtol=relative, msg=lambda text, n=name: f"{n}: {text}"
             )
+
+
+def test_a_sharded_run_in_bf16_is_evaluated_before_and_after(folder):
+    metrics = json.loads((run_of(folder, "fsdp", "lower") / "results.json").read_text())["metrics"]
+    assert 0 < metrics["val/loss"] < metrics["before/val/loss"] < 20
 
 
 def test_a_sharded_run_is_exported_as_that_of_one_process(folder, tmp_path):

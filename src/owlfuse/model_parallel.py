@@ -5,13 +5,14 @@ parallelism splits; here torch does it.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from lightning import LightningModule
+from lightning import LightningModule, Trainer
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.distributed import checkpoint as dcp
@@ -37,7 +38,7 @@ def shard(model: MultimodalLM, mesh: DeviceMesh, precision: str) -> None:
     place. The model may have no memory yet.
 
     Args:
-        precision: Lightning's. With `bf16-mixed` parameters are gathered in bfloat16, and gradients added up in float32.
+        precision: Lightning's. With `bf16-mixed` GPUs gather parameters in bfloat16, and add gradients up in float32.
 
     Raises:
         ValueError: heads that the tensor ranks do not divide.
@@ -47,12 +48,18 @@ def shard(model: MultimodalLM, mesh: DeviceMesh, precision: str) -> None:
         split_projections(model, tensor)
     if data.size() > 1 or tensor.size() == 1:
         policy = MixedPrecisionPolicy()
-        if precision == "bf16-mixed":
+        if precision == "bf16-mixed" and mesh.device_type != "cpu":  # whose norms take no weights of another type
             policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
         for unit in model.sharding_units():
             fully_shard(unit, mesh=data, mp_policy=policy)
         fully_shard(model, mesh=data, mp_policy=policy)
         register_fsdp_forward_method(model, "encode")
+
+
+def as_trained(trainer: Trainer) -> AbstractContextManager:
+    """Under which a trained model is evaluated: where it is shared out, weights are gathered in the training's lower precision,
+    so what they meet has to be in it too; elsewhere weights are float32, and nothing is lowered."""
+    return trainer.precision_plugin.forward_context() if isinstance(trainer.strategy, Sharded) else nullcontext()
 
 
 def split_projections(model: MultimodalLM, mesh: DeviceMesh) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 import lightning
@@ -205,7 +206,7 @@ def gradients_of(optimizer: torch.optim.Optimizer) -> list[Tensor]:
     return [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
 
 
-def batch_loss(model: MultimodalLM, batch: Batch) -> tuple[Tensor, Tensor]:
+def batch_loss(model: Callable[..., Tensor], batch: Batch) -> tuple[Tensor, Tensor]:
     """`token_loss` of a batch. Where its supervised places are known, logits are computed there alone."""
     if batch.supervised is None:
         return token_loss(model(batch), batch.labels)

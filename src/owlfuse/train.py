@@ -12,6 +12,7 @@ from owlfuse.config_plain import to_dict
 from owlfuse.evaluation import write_results
 from owlfuse.hub.start import adopt_parts
 from owlfuse.model import on_meta
+from owlfuse.model_parallel import as_trained
 from owlfuse.module import MultimodalModule
 from owlfuse.parallel import check_strategy, evaluates, naming_step
 from owlfuse.plan import dry_run
@@ -59,7 +60,8 @@ def run(config: DictConfig) -> Path | None:
         write_mixture(folder, report)
     raise_if_stopped(trainer, folder)
     if evaluates(trainer):
-        metrics, answers = evaluation(module.model, data, folder)
+        with as_trained(trainer):
+            metrics, answers = evaluation(module.model, data, folder)
     if trainer.is_global_zero:
         write_mixture(folder, report | {"validation": data.validation_report()})
         write_results(folder, config, trainer.global_step, metrics, cost_of(trainer, evaluation), time.monotonic() - began)

@@ -11,7 +11,7 @@ from owlfuse.module import batch_loss, token_loss
 
 
 def run(bench, out, *options):
-    assert main(["bench", bench, "--quick", "--repeats", "2", "--out", str(out), *options]) == 0
+    assert main(["bench", bench, "--size", "quick", "--repeats", "2", "--out", str(out), *options]) == 0
     return json.loads((out / f"{bench}.json").read_text()), (out / f"{bench}.md").read_text()
 
 
@@ -26,7 +26,7 @@ def test_step_tells_tokens_a_second_beside_the_peers(tmp_path):
 
 
 def test_the_peer_has_the_sizes_and_on_the_same_weights_the_loss_of_ours():
-    sizes, data = step.QUICK
+    sizes, data = step.SIZES["quick"]
     ours, theirs = step.our_model(sizes).eval(), step.their_model(sizes).eval()
     for name, part in (("language_model", ours.llm.model), ("multi_modal_projector", ours.connector)):
         assert count(getattr(theirs.model, name)) == count(part)
@@ -48,7 +48,7 @@ def count(module):
 
 def test_images_tells_time_and_memory_of_three_fusions_with_slopes(tmp_path, monkeypatch):
     grows = {what: {fusion: {1: 5.0, 3: 9.0} for fusion in images.FUSIONS} for what in ("step", "prefill")}
-    monkeypatch.setattr(images, "peaks_of", lambda counts, llm: grows)
+    monkeypatch.setattr(images, "peaks_of", lambda counts, llm, precision: grows)
     check_images(tmp_path)
 
 

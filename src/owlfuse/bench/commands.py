@@ -74,11 +74,10 @@ def side_by_side(bench: Any) -> list[argparse.ArgumentParser]:
     parsers = {name: bench.add_parser(name, help=text, **LAYOUT) for name, text in SIDE_BY_SIDE.items()}
     for parser in parsers.values():
         parser.add_argument("--pack-to", type=int, default=320, metavar="N", help="the most tokens of a row")
-    for name in ("step", "peak"):
-        parsers[name].add_argument("--precision", choices=("32-true", "bf16-mixed"), default="32-true")
     for parser, repeats in ((images, 5), (parsers["step"], 7), (parsers["modality_adaptive"], 9), (parsers["peak"], 7)):
         parser.add_argument("--repeats", type=int, default=repeats, metavar="N", help="turns, of which the median is taken")
-        parser.add_argument("--quick", action="store_true", help="at sizes of a moment")
+        parser.add_argument("--precision", choices=("32-true", "bf16-mixed"), default="32-true")
+        parser.add_argument("--size", choices=("small", "0.4b", "quick"), default="small", help="two cores, a GPU, a moment")
     return [images, *parsers.values()]
 
 

@@ -1,7 +1,7 @@
 """`owlfuse bench images`: time and peak memory of a training step and of prefill against the number of images, three fusions.
 
 The backbone is left out: visual tokens are random, and both models get the same. Times are taken in turns in one process;
-each peak is that of a process of its own, on top of what it had with its imports and its model done.
+each peak is on top of what was there with imports and model done, on a CPU that of a process of its own.
 
 N images of a row, Q visual tokens per image, T text positions, D LLM width.
 """
@@ -15,13 +15,13 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from owlfuse.bench.pairs import device_name, in_turns, ratios, shown
+from owlfuse.bench.pairs import device_name, in_turns, lowered, ratios, shown
 from owlfuse.bench.report import leave, plot_panels
 from owlfuse.llm import load_llm
 from owlfuse.model import MultimodalLM, make_part
@@ -43,7 +43,19 @@ LLM = {
     "num_key_value_heads": 8,
     "max_position_embeddings": 16384,
 }
-QUICK = {**LLM, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4}
+
+
+def heads(number: int) -> dict[str, int]:
+    """As many of queries as of keys and values."""
+    return {"num_attention_heads": number, "num_key_value_heads": number}
+
+
+SIZES: dict[str, dict[str, Any]] = {
+    "small": LLM,
+    "0.4b": {**LLM, "hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 24, **heads(16)},
+    "quick": {**LLM, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4, **heads(4)},
+}
+"""LLMs: `small` for two CPU cores, `0.4b` for a GPU."""
 VOCABULARY, VISUAL_TOKENS, TEXT = 4096, 64, 64
 MIB = 2**20
 
@@ -53,7 +65,8 @@ def model_of(fusion: str, llm: dict[str, Any]) -> MultimodalLM:
     torch.manual_seed(0)
     layers = {"layers": [i * llm["num_hidden_layers"] // 4 for i in range(4)]} if fusion == "hyperattention" else {}
     part = make_part("fusion", {"fusion": {**FUSIONS[fusion], **layers}}, connector_tokens=VISUAL_TOKENS)
-    return MultimodalLM(nn.Identity(), nn.Identity(), part, load_llm(VOCABULARY, config=llm)).to(device_name())
+    with torch.device(device_name()):
+        return MultimodalLM(nn.Identity(), nn.Identity(), part, load_llm(VOCABULARY, config=llm)).to(device_name())
 
 
 def batch_of(images: int, per_image: int, width: int) -> tuple[Batch, VisualTokens]:
@@ -78,18 +91,19 @@ def batch_of(images: int, per_image: int, width: int) -> tuple[Batch, VisualToke
     return batch.with_places().to(device_name()), visual
 
 
-def run_of(what: What, model: MultimodalLM, images: int) -> Callable[[], Any]:
+def run_of(what: What, model: MultimodalLM, images: int, precision: str) -> Callable[[], Any]:
     """What is measured: a step of AdamW with a gradient for the visual tokens too; or the prompt's last logits, with
     the keys and values that its answer reads."""
     batch, visual = batch_of(images, model.fusion.tokens_per_image, model.llm.config.hidden_size)
     if what == "prefill":
-        return lambda: prefill(model, batch, visual)
+        return lambda: prefill(model, batch, visual, precision)
     visual.tokens = nn.Parameter(visual.tokens)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     make_state(optimizer)
 
     def step() -> None:
-        loss, tokens = batch_loss(cast("MultimodalLM", partial(model, visual=visual)), batch)
+        with lowered(precision):
+            loss, tokens = batch_loss(partial(model, visual=visual), batch)
         (loss / tokens).backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -99,10 +113,13 @@ def run_of(what: What, model: MultimodalLM, images: int) -> Callable[[], Any]:
 
 
 @torch.inference_mode()
-def prefill(model: MultimodalLM, batch: Batch, visual: VisualTokens) -> tuple[Tensor, DynamicCache, VisualTokens]:
+def prefill(
+    model: MultimodalLM, batch: Batch, visual: VisualTokens, precision: str
+) -> tuple[Tensor, DynamicCache, VisualTokens]:
     """What the first step of generate does."""
     cache, visual = DynamicCache(config=model.llm.config), replace(visual, kept={})
-    return model(batch, visual, cache, logits_to_keep=1), cache, visual
+    with lowered(precision):
+        return model(batch, visual, cache, logits_to_keep=1), cache, visual
 
 
 def make_state(optimizer: torch.optim.Optimizer) -> None:
@@ -117,13 +134,13 @@ def make_state(optimizer: torch.optim.Optimizer) -> None:
         group["lr"] = rate
 
 
-def peak_of(cell: tuple[What, str, int, dict[str, Any], int]) -> float:
+def peak_of(cell: tuple[What, str, int, dict[str, Any], str, int]) -> float:
     """The most MiB that one run took above model, optimizer state and libraries. Called in a process of its own."""
-    what, fusion, images, llm, threads = cell
+    what, fusion, images, llm, precision, threads = cell
     torch.set_num_threads(threads)
     model = model_of(fusion, llm)
-    prefill(model, *batch_of(1, model.fusion.tokens_per_image, llm["hidden_size"]))  # the libraries' own workspaces
-    run = run_of(what, model, images)
+    prefill(model, *batch_of(1, model.fusion.tokens_per_image, llm["hidden_size"]), precision)  # the libraries' own workspaces
+    run = run_of(what, model, images, precision)
     if device_name() == "cuda":
         torch.cuda.reset_peak_memory_stats()
         base = torch.cuda.memory_allocated()
@@ -139,29 +156,33 @@ def resident() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def peaks_of(counts: list[int], llm: dict[str, Any]) -> dict[What, dict[str, dict[int, float]]]:
-    """Of every cell, each in a process of its own that a server forks which has done the imports and nothing else."""
+def peaks_of(counts: list[int], llm: dict[str, Any], precision: str) -> dict[What, dict[str, dict[int, float]]]:
+    """Of every cell; on a CPU each in a process of its own, which a server forks that has done the imports and nothing else."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
-    cells = [
-        (what, fusion, n, llm, torch.get_num_threads()) for what in ("step", "prefill") for fusion in FUSIONS for n in counts
-    ]
-    with ProcessPoolExecutor(1, mp_context=context, max_tasks_per_child=1) as pool:
-        values = list(pool.map(peak_of, cells))
+    same = llm, precision, torch.get_num_threads()
+    cells: Any = [(what, fusion, n, *same) for what in ("step", "prefill") for fusion in FUSIONS for n in counts]
+    if device_name() == "cuda":  # whose allocator tells the peak; to set a device up takes seconds a process
+        values = [peak_of(cell) for cell in cells]
+    else:
+        with ProcessPoolExecutor(1, mp_context=context, max_tasks_per_child=1) as pool:
+            values = list(pool.map(peak_of, cells))
     found: dict[Any, dict[str, dict[int, float]]] = {"step": {}, "prefill": {}}
     for (what, fusion, count, *_), value in zip(cells, values, strict=True):
         found[what].setdefault(fusion, {})[count] = value
     return found
 
 
-def times_of(counts: list[int], llm: dict[str, Any], repeats: int) -> dict[What, dict[str, dict[int, list[float]]]]:
+def times_of(
+    counts: list[int], llm: dict[str, Any], precision: str, repeats: int
+) -> dict[What, dict[str, dict[int, list[float]]]]:
     """Milliseconds of every turn, the three fusions in turns for each number of images."""
     models = {name: model_of(name, llm) for name in FUSIONS}
     found: dict[Any, dict[str, dict[int, list[float]]]] = {}
     for what in ("step", "prefill"):
         found[what] = {name: {} for name in FUSIONS}
         for count in counts:
-            runs = {name: run_of(what, model, count) for name, model in models.items()}
+            runs = {name: run_of(what, model, count, precision) for name, model in models.items()}
             for name, seconds in in_turns(runs, repeats).items():
                 found[what][name][count] = [1000 * value for value in seconds]
     return found
@@ -173,33 +194,37 @@ def slope(points: dict[int, float]) -> float:
     return float(((xs - xs.mean()) * (ys - ys.mean())).sum() / (xs - xs.mean()).square().sum())
 
 
-def bench_images(out: Path, images: list[int], repeats: int = 5, quick: bool = False) -> dict[str, Any]:
+def bench_images(
+    out: Path, images: list[int], repeats: int = 5, precision: str = "32-true", size: str = "small"
+) -> dict[str, Any]:
     """Prints the tables, and writes images.md, images.json and images.png into `out`.
 
     Args:
         images: the numbers of images, ascending, at least two.
-        quick: a smaller LLM.
+        precision: 32-true or bf16-mixed.
+        size: of `SIZES`.
     """
-    llm = {**QUICK, "num_key_value_heads": 4} if quick else LLM
-    memory, times = peaks_of(images, llm), times_of(images, llm, repeats)
+    llm = SIZES[size]
+    memory, times = peaks_of(images, llm, precision), times_of(images, llm, precision, repeats)
     medians = {
         what: {name: {n: sorted(turns)[len(turns) // 2] for n, turns in by_count.items()} for name, by_count in by_name.items()}
         for what, by_name in times.items()
     }
     most, tables, against = images[-1], [], {}
-    kinds: Any = (("step", "ms"), ("prefill", "ms"), ("step", "MiB"), ("prefill", "MiB"))
-    for what, unit in kinds:
+    shown_ones: Any = (("step", "ms"), ("prefill", "ms"), ("step", "MiB"), ("prefill", "MiB"))
+    for what, unit in shown_ones:
         points, rows = (medians if unit == "ms" else memory)[what], []
         for name, own in points.items():
             turns = times[what] if unit == "ms" else {k: {most: [v[most]]} for k, v in points.items()}
             ratio = against[f"{what}, {unit}, {name}"] = ratios(turns["concat"][most], turns[name][most])
             last = shown(ratio, 1) if unit == "ms" else f"{ratio['median']:.1f}"
-            rows.append([name, *(f"{own[n]:.1f}" for n in images), f"{slope(own):.2f}", last])
+            rows.append([name, *(f"{own[n]:.{1 if own[n] < 1000 else 0}f}" for n in images), f"{slope(own):.2f}", last])
         kind = "time, ms (medians)" if unit == "ms" else "peak memory above the process's own, MiB"
         head = ["fusion", *map(str, images), f"{unit} an image", f"concat : it at {most}"]
         tables.append((f"{what}: {kind}, against images of {VISUAL_TOKENS} visual tokens", head, rows))
     result = {
         "llm": {**llm, "vocab_size": VOCABULARY, "text": TEXT, "visual_tokens": VISUAL_TOKENS},
+        "precision": precision,
         "milliseconds": times,
         "MiB": memory,
         "slopes": {

@@ -6,6 +6,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -14,6 +15,11 @@ import torch
 def device_name() -> str:
     """Where the benches compute: `cuda` where there is one, else `cpu`."""
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def lowered(precision: str) -> AbstractContextManager:
+    """Under which a forward runs: `bf16-mixed` has autocast do the products in bf16, `32-true` nothing."""
+    return torch.autocast(device_name(), torch.bfloat16, enabled=precision == "bf16-mixed")
 
 
 def seconds_of(run: Callable[[], Any], device: str) -> float:

@@ -9,21 +9,22 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from owlfuse.bench.pairs import device_name, in_turns, seconds_of
+from owlfuse.bench.pairs import device_name, in_turns, lowered, seconds_of
 from owlfuse.bench.report import leave
-from owlfuse.bench.step import QUICK, STAGES, Data, Sizes, batch_of, our_model, samples_of, step_of
+from owlfuse.bench.step import SIZES, STAGES, batch_of, our_model, samples_of, step_of
 from owlfuse.meter import read
 from owlfuse.module import batch_loss
 
 KINDS = {
     "matrix products": ("mm", "addmm", "bmm", "baddbmm", "convolution", "mkldnn_convolution"),
-    "attention": ("scaled_dot_product",),
+    "attention": ("scaled_dot_product", "efficient_attention", "flash_attention", "cudnn_attention"),
     "loss": ("log_softmax", "nll_loss"),
     "optimizer": ("_fused_adam",),
     "clipping": ("_foreach", "linalg_vector_norm"),
@@ -75,19 +76,19 @@ def floor_of(parameters: int, kept: int) -> dict[str, int]:
 
 
 def bench_peak(
-    out: Path, repeats: int = 7, pack_to: int = 320, precision: str = "32-true", quick: bool = False
+    out: Path, repeats: int = 7, pack_to: int = 320, precision: str = "32-true", size: str = "small"
 ) -> dict[str, Any]:
     """Prints the tables, and writes peak.md and peak.json into `out`. Arguments are `bench_step`'s."""
-    sizes, data = QUICK if quick else (Sizes(), Data())
-    device, autocast = device_name(), precision == "bf16-mixed"
+    sizes, data = SIZES[size]
+    device, quick = device_name(), size == "quick"
     batch = batch_of(samples_of(data, sizes, sizes.visual_tokens), sizes, pack_to)
     model = our_model(sizes)
     inputs = [value for value in vars(batch).values() if isinstance(value, torch.Tensor)]
-    with torch.autocast(device, torch.bfloat16, enabled=autocast):
+    with lowered(precision):
         reading = read(model, lambda: batch_loss(model, batch)[0], inputs)
     model.zero_grad()
-    step = step_of(model, lambda: batch_loss(model, batch), autocast)
-    runs, flops, copied = yardsticks(device, torch.bfloat16 if autocast else torch.float32, quick)
+    step = partial(step_of(model, precision), lambda: batch_loss(model, batch))
+    runs, flops, copied = yardsticks(device, torch.bfloat16 if precision == "bf16-mixed" else torch.float32, quick)
     seconds = in_turns({"step": step, **runs}, repeats, warm_up=2)
     middle = {name: sorted(turns)[len(turns) // 2] for name, turns in seconds.items()}
     operations = reading.forward + reading.backward

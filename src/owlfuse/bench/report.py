@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+import sys
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -13,6 +14,8 @@ import torch
 
 COLOURS = {"concat": "#E69F00", "modality_adaptive": "#56B4E9", "hyperattention": "#009E73"}
 """Of Okabe and Ito's palette, which people who see few colours tell apart."""
+WIDTH = 100
+"""Columns of a table that goes into a file."""
 LIBRARIES = ("torch", "transformers", "lightning", "timm")
 
 
@@ -53,15 +56,16 @@ def leave(out: Path, name: str, result: dict[str, Any], tables: list[tuple[str, 
 
 def print_table(title: str, head: list[str], rows: list[list[str]]) -> None:
     """A table, the first column to the left and the numbers to the right."""
+    from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=title, title_justify="left")
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
     for index, name in enumerate(head):
-        table.add_column(name, justify="right" if index else "left")
+        table.add_column(name, justify="right" if index else "left", no_wrap=not index)
     for row in rows:
         table.add_row(*row)
-    Console().print(table)
+    Console(width=None if sys.stdout.isatty() else WIDTH).print(table)
 
 
 def plot_lines(path: Path, series: dict[str, dict[int, float]], x: str, y: str, title: str) -> None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from torch import Tensor, nn
 from torch.profiler import record_function
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
-from owlfuse.bench.pairs import device_name, in_turns, ratios, shown
+from owlfuse.bench.pairs import device_name, in_turns, lowered, ratios, shown
 from owlfuse.bench.report import leave
 from owlfuse.data.collate import Collator
 from owlfuse.model import MultimodalLM, build_model
@@ -67,7 +66,12 @@ class Data:
     seed: int = 0
 
 
-QUICK = Sizes(64, 128, 2, 4, 4, 512, 32, 1, 2), Data(rows=6, longest=64)
+SIZES = {
+    "small": (Sizes(), Data()),
+    "0.4b": (Sizes(1024, 2816, 24, 16, 16, 32000, 768, 12, 12, 224), Data(longest=1024)),
+    "quick": (Sizes(64, 128, 2, 4, 4, 512, 32, 1, 2), Data(rows=6, longest=64)),
+}
+"""`small` for two CPU cores; `0.4b` for a GPU: the LLM has 0.37 billion parameters, the backbone is a ViT-B/16."""
 
 
 def llm_config(sizes: Sizes) -> dict[str, Any]:
@@ -103,7 +107,8 @@ def our_model(sizes: Sizes, fusion: dict[str, Any] | None = None, **options: Any
         **options,
     }
     torch.manual_seed(0)
-    return build_model(nodes, sizes.vocabulary)[0].to(device_name()).train()
+    with torch.device(device_name()):
+        return build_model(nodes, sizes.vocabulary)[0].to(device_name()).train()
 
 
 def their_model(sizes: Sizes) -> LlavaForConditionalGeneration:
@@ -124,7 +129,8 @@ def their_model(sizes: Sizes) -> LlavaForConditionalGeneration:
         vision_feature_layer=-1,
     )
     torch.manual_seed(0)
-    model: Any = LlavaForConditionalGeneration(config)
+    with torch.device(device_name()):
+        model: Any = LlavaForConditionalGeneration(config)
     return model.to(device_name()).train()
 
 
@@ -149,13 +155,16 @@ def batch_of(samples: list[Encoded], sizes: Sizes, pack_to: int | None) -> Batch
     return Collator(0, (3, sizes.image_size, sizes.image_size), pack_to=pack_to)(samples).to(device_name())
 
 
-def step_of(model: nn.Module, loss: Callable[[], tuple[Tensor, Tensor | float]], autocast: bool) -> Callable[[], Tensor]:
-    """A training step: forward, backward, clipping and AdamW. It gives the mean loss of its tokens."""
+Loss = Callable[[], tuple[Tensor, Tensor | float]]
+
+
+def step_of(model: nn.Module, precision: str) -> Callable[[Loss], Tensor]:
+    """A training step of a loss: forward, backward, clipping and AdamW. It gives the mean loss of its tokens."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=True)
 
-    def step() -> Tensor:
-        with record_function(STAGES[0]), torch.autocast(device_name(), torch.bfloat16) if autocast else nullcontext():
+    def step(loss: Loss) -> Tensor:
+        with record_function(STAGES[0]), lowered(precision):
             value, tokens = loss()
         with record_function(STAGES[1]):
             value.backward()
@@ -171,26 +180,25 @@ def step_of(model: nn.Module, loss: Callable[[], tuple[Tensor, Tensor | float]],
     return step
 
 
-def steps_of(sizes: Sizes, data: Data, pack_to: int, autocast: bool) -> tuple[dict[str, Callable[[], Tensor]], Batch, Batch]:
-    """The peer's step and ours by name, each of its own model, and the padded and the packed batch."""
+def steps_of(sizes: Sizes, data: Data, pack_to: int, precision: str) -> tuple[dict[str, Callable[[], Tensor]], Batch, Batch]:
+    """The peer's step and ours by name, and the padded and the packed batch."""
     samples = samples_of(data, sizes, sizes.visual_tokens)
     padded, packed = batch_of(samples, sizes, None), batch_of(samples, sizes, pack_to)
     theirs = their_model(sizes)
     peers = {name: getattr(padded, name) for name in ("input_ids", "attention_mask", "labels", "pixel_values")}
 
-    def ours(loss: Callable[[MultimodalLM, Batch], tuple[Tensor, Tensor]], batch: Batch) -> Callable[[], Tensor]:
-        model = our_model(sizes)
-        return step_of(model, lambda: loss(model, batch), autocast)
+    model = our_model(sizes)
 
-    def everywhere(model: MultimodalLM, batch: Batch) -> tuple[Tensor, Tensor]:
+    def everywhere(batch: Batch) -> tuple[Tensor, Tensor]:
         return token_loss(model(batch), batch.labels)
 
+    their_step, our_step = step_of(theirs, precision), step_of(model, precision)
     steps = {
-        PEER: step_of(theirs, lambda: (theirs(**peers, use_cache=False).loss, 1.0), autocast),
-        "owlfuse": ours(batch_loss, packed),
-        "owlfuse, without packing": ours(batch_loss, padded),
-        "owlfuse, logits everywhere": ours(everywhere, packed),
-        "owlfuse, neither": ours(everywhere, padded),
+        PEER: lambda: their_step(lambda: (theirs(**peers, use_cache=False).loss, 1.0)),
+        "owlfuse": lambda: our_step(lambda: batch_loss(model, packed)),
+        "owlfuse, without packing": lambda: our_step(lambda: batch_loss(model, padded)),
+        "owlfuse, logits everywhere": lambda: our_step(lambda: everywhere(packed)),
+        "owlfuse, neither": lambda: our_step(lambda: everywhere(padded)),
     }
     return steps, padded, packed
 
@@ -200,19 +208,17 @@ def bench_step(
     repeats: int = 7,
     pack_to: int = 320,
     precision: str = "32-true",
-    quick: bool = False,
-    sizes: Sizes | None = None,
-    data: Data | None = None,
+    size: str = "small",
 ) -> dict[str, Any]:
     """Prints the table, and writes step.md and step.json into `out`.
 
     Args:
         pack_to: the most tokens of a row of ours.
         precision: 32-true or bf16-mixed.
-        quick: at sizes of a moment.
+        size: of `SIZES`.
     """
-    sizes, data = sizes or (QUICK[0] if quick else Sizes()), data or (QUICK[1] if quick else Data())
-    steps, padded, packed = steps_of(sizes, data, pack_to, precision == "bf16-mixed")
+    sizes, data = SIZES[size]
+    steps, padded, packed = steps_of(sizes, data, pack_to, precision)
     tokens, supervised = sum(padded.lengths), int((padded.targets() != -100).sum())
     seconds = in_turns(steps, repeats)
     against = {name: ratios(seconds[PEER], own) for name, own in seconds.items()}

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
-from lightning import Callback, LightningModule, Trainer
+from lightning import Callback, LightningModule
 
 from owlfuse.evaluation.reports import write_answers
+from owlfuse.model_parallel import as_trained
 from owlfuse.parallel import evaluates
 
 if TYPE_CHECKING:
@@ -26,12 +27,12 @@ class BeforeTraining(Callback):
         self.evaluation = evaluation
         self.folder = folder
 
-    def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
+    def on_train_start(self, trainer: Any, module: LightningModule) -> None:
         """The weights are there by now; a run that goes on has its metrics of before already."""
         if trainer.global_step or not evaluates(trainer):
             return
-        with torch.random.fork_rng(devices=[]):
-            metrics, answers = self.evaluation(module.model, trainer.datamodule)  # type: ignore[attr-defined]  # Lightning sets it
+        with torch.random.fork_rng(devices=[]), as_trained(trainer):
+            metrics, answers = self.evaluation(module.model, trainer.datamodule)
         if trainer.is_global_zero:
             write_answers(self.folder / "answers_before.jsonl", answers)
             (self.folder / FILE).write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")

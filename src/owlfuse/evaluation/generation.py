@@ -16,7 +16,7 @@ from owlfuse.model import MultimodalLM
 from owlfuse.types import Batch
 
 
-@torch.inference_mode()
+@torch.no_grad()  # no inference_mode: FSDP keeps what its first forward makes, and training goes on with it
 @torch.compiler.set_stance("force_eager")  # compiled layers would be compiled again for cache and lengths, which takes longer
 def generate_greedy(model: MultimodalLM, batch: Batch, max_new_tokens: int, end_id: int) -> Tensor:
     """The likeliest continuation of each row, (B, at most max_new_tokens) ids; after `end_id` a row holds `end_id`.
@@ -50,7 +50,7 @@ class Clock(TextStreamer):
         """See `TextStreamer`."""
 
 
-@torch.inference_mode()
+@torch.no_grad()
 @torch.compiler.set_stance("force_eager")
 def milliseconds_per_token(model: OwlfuseForConditionalGeneration, tokens: int, **prompt: Any) -> float:
     """Median time between two tokens of one answer of `tokens` + 1; the first, which reads the prompt, apart.

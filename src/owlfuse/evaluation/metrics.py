@@ -143,14 +143,14 @@ def time_answer(model: MultimodalLM, data: ChatData, tokens: int, repeats: int =
             prompt = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
             times = []
             for _ in range(repeats):
-                with torch.inference_mode():
+                with torch.no_grad():
                     visual = model.encode(batch)
                 times.append(milliseconds_per_token(wrapped, tokens, **prompt, visual=visual))
             return round(min(times), 3)
     return None
 
 
-@torch.inference_mode()
+@torch.no_grad()  # no inference_mode: FSDP keeps what its first forward makes, and training goes on with it
 def mean_loss(model: MultimodalLM, data: ChatData, source: str, batch_size: int, progress: Progress = lambda n: None) -> float:
     """Cross-entropy per supervised token over the whole chats of a source, in nats."""
     device = next(model.parameters()).device
