@@ -1,5 +1,7 @@
 """Sphinx builds these pages: `make docs`. Nothing is fetched, neither by the build nor by a page that is opened."""
 
+import argparse
+import os
 import re
 import sys
 from pathlib import Path
@@ -8,6 +10,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import configuration_keys  # docs/configuration_keys.py
 
 import owlfuse
+from owlfuse.cli_parser import make_parser
 
 project = "owlfuse"
 release = version = owlfuse.__version__
@@ -46,14 +49,33 @@ def to_restructured(app, what, name, obj, options, lines: list[str]) -> None:
     lines[:] = "".join(pieces).split("\n")
 
 
-def configuration_reference(app, docname: str, source: list[str]) -> None:
-    """The tables of keys stand where the page has their mark."""
+def fill_in(app, docname: str, source: list[str]) -> None:
+    """What is made from the code stands where a page has its mark."""
     if docname == "configuration":
         source[0] = source[0].replace("<!-- the tables of keys -->", configuration_keys.page())
+    if docname == "commands":
+        source[0] = source[0].replace("<!-- the help of every command -->", help_pages())
+
+
+def help_pages() -> str:
+    """Each command with what its `--help` prints."""
+    os.environ["COLUMNS"] = "110"
+    parser = make_parser()
+    found = []
+    for name, command in subparsers(parser).items():
+        below = "\n".join(each.format_help() for each in subparsers(command).values())
+        found.append(f"## owlfuse {name}\n\n```text\n{command.format_help()}{below}```\n")
+    return "\n".join(found)
+
+
+def subparsers(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
+    """The parsers of a parser's commands by name."""
+    actions = [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
+    return {name: command for action in actions for name, command in action.choices.items()}
 
 
 def setup(app) -> dict:
     """Called by Sphinx."""
     app.connect("autodoc-process-docstring", to_restructured, priority=1)  # before napoleon
-    app.connect("source-read", configuration_reference)
+    app.connect("source-read", fill_in)
     return {"parallel_read_safe": True}

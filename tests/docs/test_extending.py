@@ -1,5 +1,6 @@
 """The example parts of the page on extending do what the page says of them."""
 
+import importlib
 import json
 import os
 import subprocess
@@ -10,6 +11,7 @@ import torch
 from omegaconf import OmegaConf
 
 from helpers import IMAGE_SIZE, REPO, ROWS, TINY_SHAPES, VOCAB, gradients, loss_of, make_batch
+from owlfuse import load
 from owlfuse.build import build
 from owlfuse.config import ConfigError, compose, compose_root
 from owlfuse.data.images import open_image
@@ -120,5 +122,10 @@ def test_all_parts_together_train_and_are_evaluated_and_exported(questions):
     assert json.loads((run / "mixture.json").read_text())["sources"]["own"]["drawn"] > 0
     owlfuse("eval", str(run), "task=counting", "task.file=counts.json", "task.image_root=pictures")
     assert set(json.loads((run / "tasks" / "counting.json").read_text())["metrics"]) == {"accuracy", "distance"}
+    owlfuse("chat", str(run), "--image", "pictures/red.png", "What color is it?")
     owlfuse("export", str(run), "out")
-    owlfuse("chat", "out", "--image", "pictures/red.png", "What color is it?")
+    with pytest.raises(DataError, match="import parts.color_grid first if you trust it"):
+        load("out")
+    for name in ("color_grid", "mean", "pooled", "shallow"):
+        importlib.import_module(f"parts.{name}")
+    assert type(load("out").fusion).__name__ == "Pooled"
