@@ -52,9 +52,12 @@ def to_restructured(app, what, name, obj, options, lines: list[str]) -> None:
 def fill_in(app, docname: str, source: list[str]) -> None:
     """What is made from the code stands where a page has its mark."""
     if docname == "configuration":
-        source[0] = source[0].replace("<!-- the tables of keys -->", configuration_keys.page())
+        source[0] = source[0].replace(
+            "The tables stand here once `make docs` has made them; `python docs/configuration_keys.py` prints them.",
+            configuration_keys.page(),
+        )
     if docname == "commands":
-        source[0] = source[0].replace("<!-- the help of every command -->", help_pages())
+        source[0] = source[0].replace("`make docs` puts the pages of help here.", help_pages())
 
 
 def help_pages() -> str:

@@ -168,7 +168,8 @@ def key_comments(text: str) -> dict[str, str]:
             full = f"{path}{key.value}"
             if mark and words.strip():
                 found[full] = words.strip()
-            visit(value, f"{full}.")
+            if block:
+                visit(value, f"{full}.")
 
     visit(yaml.compose(text), "")
     return found

@@ -35,13 +35,13 @@ def model_of(*overrides):
 
 
 @pytest.mark.parametrize("overrides", PARTS.values(), ids=PARTS)
-@pytest.mark.parametrize("rows", [ROWS, [row for row in ROWS if "image" not in row]], ids=["pictures", "text alone"])
-def test_every_trained_parameter_has_a_gradient_with_pictures_and_without(examples, overrides, rows):
+def test_every_trained_parameter_has_a_gradient_with_pictures_and_without(examples, overrides):
     model = model_of(*overrides)
-    batch = make_batch(rows, model.fusion.tokens_per_image)
-    found = gradients(model, loss_of(model(batch), batch))
-    assert found
-    assert [name for name, gradient in found.items() if gradient is None or not gradient.isfinite().all()] == []
+    for rows in (ROWS, [row for row in ROWS if "image" not in row]):
+        batch = make_batch(rows, model.fusion.tokens_per_image)
+        found = gradients(model, loss_of(model(batch), batch))
+        assert found
+        assert [name for name, gradient in found.items() if gradient is None or not gradient.isfinite().all()] == []
 
 
 def test_the_vectors_policy_trains_vectors_of_its_part_alone(examples):
