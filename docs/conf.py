@@ -47,6 +47,8 @@ def to_restructured(app, what, name, obj, options, lines: list[str]) -> None:
     pieces = re.split(r"(`[^`]+`)", text)
     pieces = [f"`{p}`" if p.startswith("`") else re.sub(r"([*|\\])|(?<=\w)_(?!\w)", r"\\\g<0>", p) for p in pieces]
     lines[:] = "".join(pieces).split("\n")
+    if what in ("attribute", "data", "property"):
+        lines.insert(0, "")  # napoleon takes words before a colon in the first line as a type
 
 
 def fill_in(app, docname: str, source: list[str]) -> None:
