@@ -8,7 +8,7 @@ ARGS ?=
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup pretrained experiment recipe ablation test test-slow lint types format wheel clean
+.PHONY: help setup pretrained experiment recipe ablation test test-slow docs lint types format wheel clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1|/' | awk -F'|' '{ printf "  make %-12s %s\n", $$1, $$2 }'
@@ -41,6 +41,10 @@ test: $(STAMP) lint ## lint, format check and the tests
 
 test-slow: $(STAMP) ## the tests that take minutes each
 	$(BIN)/python -m pytest -m slow $(ARGS)
+
+docs: $(STAMP) ## these pages as HTML in build/docs; a broken link or a missing reference is an error
+	$(BIN)/python -m sphinx -W --keep-going -q -b html docs build/docs
+	@echo "build/docs/index.html"
 
 lint: $(STAMP) ## ruff, without changing a file
 	$(BIN)/ruff check .

@@ -60,7 +60,11 @@ class Full:
 
 class LastN:
     """The last n layers are trained: decoder layers of an LLM, blocks of a backbone, layers of an abstractor, with the norm
-    after them where it is grouped with them."""
+    after them where it is grouped with them.
+
+    Args:
+        n: layers.
+    """
 
     def __init__(self, n: int) -> None:
         self.n = n
@@ -83,6 +87,8 @@ class LoRA:
     """Low-rank updates of the part's linear layers by peft (arXiv 2106.09685), the layers themselves frozen.
 
     Args:
+        r: the rank of the updates.
+        dropout: the share of a layer's inputs that its update does not see, in training.
         targets: names of linear layers, `q_proj` reaching each `...q_proj` of the part, or `all-linear`. The visual copies
             of `modality_adaptive` belong to the part `fusion`: `lora` there reaches `k_proj` and `v_proj`'s visual copies,
             and `lora` on `llm` reaches the text's.

@@ -105,7 +105,7 @@ class Checkpoints(Checkpoint):
         seconds = self.writes.seconds + time.monotonic() - began
         if trainer.is_global_zero and self.count:
             how = " in the background; training waited for" if self.writes.background else " in"
-            print(f"{self.count} checkpoints written{how} {seconds:.1f} s")
+            print(f"{self.count} checkpoint{'s' * (self.count > 1)} written{how} {seconds:.1f} s")
 
     def on_exception(self, trainer: Trainer, module: LightningModule, exception: BaseException) -> None:
         """What is being written is not broken off."""

@@ -9,6 +9,7 @@ import sys
 import types
 import typing
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from typing import Any, Literal, Union
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
@@ -130,7 +131,7 @@ def _check_target(path: str, node: dict[str, Any], where: Where) -> None:
 
 
 def _check_value(value: Any, parameter: inspect.Parameter, callable_: Callable, key: str, where: Where) -> None:
-    annotation = _annotation(parameter, callable_)
+    annotation = annotation_of(parameter, callable_)
     if annotation is inspect.Parameter.empty or any("_target_" in node for _, node in _nodes(value, "")):
         return
     if value is None and parameter.default is None:  # `x: int = None` is common, and means what it says
@@ -175,16 +176,16 @@ def describe(annotation: Any) -> str:
     return f"a {inspect.formatannotation(annotation).replace('typing.', '')}"
 
 
-def _annotation(parameter: inspect.Parameter, callable_: Callable) -> Any:
+def annotation_of(parameter: inspect.Parameter, callable_: Callable) -> Any:
     """The parameter's type; a text is resolved where it was written, and `empty` stands for what cannot be resolved."""
-    annotation = parameter.annotation
+    holder = types.SimpleNamespace(__annotations__={"it": parameter.annotation})
     owner = inspect.unwrap(callable_.__init__ if inspect.isclass(callable_) else callable_)
-    names = getattr(owner, "__globals__", None) or vars(sys.modules.get(getattr(callable_, "__module__", ""), types))
-    holder = types.SimpleNamespace(__annotations__={"it": annotation})
-    try:
-        return typing.get_type_hints(holder, globalns=names, include_extras=True)["it"]
-    except Exception:  # names under TYPE_CHECKING, or no type at all
-        return inspect.Parameter.empty
+    # a dataclass has its bases' fields among its arguments, whose types are texts of the bases' modules
+    modules = [cls.__module__ for cls in getattr(callable_, "__mro__", ())] or [getattr(callable_, "__module__", "")]
+    for names in (getattr(owner, "__globals__", {}), *(vars(sys.modules.get(module, types)) for module in modules)):
+        with suppress(Exception):  # names under TYPE_CHECKING, or no type at all
+            return typing.get_type_hints(holder, globalns=names, include_extras=True)["it"]
+    return inspect.Parameter.empty
 
 
 def _literals(annotation: Any) -> list[Any]:

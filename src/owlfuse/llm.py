@@ -51,6 +51,9 @@ def load_llm(
     to `vocab_size`, the tokenizer's, where the model has fewer.
 
     Args:
+        pretrained: a folder of weights, a hub name, or `package:<package>`.
+        config: the keys of a transformers configuration with its `model_type` (llama, mistral, qwen2, ...), for random weights.
+        attention: the kernel of transformers' attention; packed rows need `sdpa`.
         gguf_file: the name of a GGUF file in the folder. Transformers turns it into weights as a whole, so that where the
             model is sharded each rank has all of the LLM in memory while it is built.
         gradient_checkpointing: activations inside of decoder layers are dropped and computed again in the backward pass.

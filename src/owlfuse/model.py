@@ -6,6 +6,7 @@ R places of logits.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -79,11 +80,9 @@ class MultimodalLM(nn.Module):
         A batch without images passes its blank one, times zero, so that every parameter has a gradient and every rank
         issues the same collectives.
         """
-        if batch.has_images:
+        keeping = nullcontext if batch.has_images else getattr(self.vision, "statistics_kept", nullcontext)
+        with keeping():
             features = self.vision(batch.pixel_values)
-        else:
-            with self.vision.statistics_kept():
-                features = self.vision(batch.pixel_values)
         tokens = self.connector(features) * batch.image_mask[:, None, None].to(features.dtype)
         return VisualTokens(tokens, batch.image_index, batch.image_positions)
 

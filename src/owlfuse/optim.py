@@ -25,7 +25,10 @@ class AdamWCosine:
         layer_decay: of single parts with layers: the last layer has the part's rate, each layer before it so many times that
             of the next, as with 0.9 in the ViT of mPLUG-Owl2 (arXiv 2311.04257).
         weight_decay: of weight matrices; norms, biases, gates, queries and positions have none.
-        warmup_steps: optimizer steps.
+        betas: of AdamW's running means of the gradient and its square; of Muon the first alone.
+        eps: added to the root of AdamW's mean square.
+        warmup_steps: optimizer steps in which the rate rises from 0.
+        min_lr_ratio: the rate at the end, as a share of the peak.
     """
 
     def __init__(

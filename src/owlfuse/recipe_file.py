@@ -10,6 +10,15 @@ from typing import Any
 from owlfuse.config_errors import ConfigError, hint
 from owlfuse.config_files import label
 
+RECIPE_KEYS = {
+    "base": "what all stages have in common, as an experiment's file",
+    "stages": "a list of stages, run in order, each started from the weights of the one before",
+}
+STAGE_KEYS = {
+    "name": "of the stage's folder and overrides: letters, digits, `_` and `-`",
+    "trains": "a policy for each part that is trained, as `{connector: full, llm: lora}`; the others are frozen",
+    "all others": "as in an experiment's file, laid over the base",
+}
 PARTS = ("vision", "connector", "fusion", "llm")
 
 
@@ -32,8 +41,8 @@ def read_stages(file: Path) -> dict[str, dict[str, Any]]:
         raise ConfigError(f"{label(file)}:{line}: not YAML: {error.problem or error.context}") from None
     if not isinstance(content, dict) or not isinstance(content.get("stages"), list) or not content["stages"]:
         raise ConfigError(f"{label(file)}: stages: expected a list of stages, each with a name")
-    if unknown := set(content) - {"base", "stages"}:
-        raise ConfigError(f"{label(file)}: {min(unknown)}: no such key of a recipe{hint(min(unknown), ['base', 'stages'])}")
+    if unknown := set(content) - set(RECIPE_KEYS):
+        raise ConfigError(f"{label(file)}: {min(unknown)}: no such key of a recipe{hint(min(unknown), list(RECIPE_KEYS))}")
     stages: dict[str, dict[str, Any]] = {}
     for number, stage in enumerate(content["stages"], 1):
         name = stage.get("name") if isinstance(stage, dict) else None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import signal
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,6 +33,8 @@ def make_trainer(config: DictConfig, data: ChatData, folder: Path, checkpoint: P
     Args:
         checkpoint: what the run goes on from; metrics logged after it are dropped, since they come again.
     """
+    # both loggers write into the run's folder, and what CSVLogger deletes of a resumed run has been read before
+    warnings.filterwarnings("ignore", message="Experiment logs directory .* exists and is not empty")
     before = read_metrics(folder, checkpoint) if checkpoint else []
     loggers = [make_logger(logger, folder, checkpoint) for logger in (config.logger or {}).values() if logger]
     for logger in loggers:

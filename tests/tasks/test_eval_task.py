@@ -167,6 +167,7 @@ def test_a_batch_that_is_too_large_for_the_gpu_is_told(model, files, tmp_path, m
         (["task=gqa", "task.file=x", "task.promt=y"], "command line: task.promt: no such key; did you mean 'task.prompt'?"),
         (["task=gqa", "task.file=x", "batch_size=0"], "batch_size and max_questions are at least 1"),
         (["task=gqa", "task.file=x", "dtype=half"], "dtype: 'half' is not one of 'float32', 'saved'"),
+        (["task=gqa", "task.file=x", "task.on_error=skp"], "task.on_error: 'skp' is not one of 'error', 'skip'"),
         (["task=gqa", "task.file=x", "task.prompt=y"], "task.prompt: 'y' has no {question}"),
     ],
 )

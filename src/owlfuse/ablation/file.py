@@ -10,7 +10,20 @@ from typing import Any
 from owlfuse.config_errors import ConfigError, hint
 from owlfuse.config_files import label
 
-KEYS = ("question", "base", "overrides", "factors", "leave_out", "baseline", "seeds", "metrics", "budget", "paper")
+KEYS = {
+    "question": "what the ablation asks, the title of its report",
+    "base": "the experiment that every cell starts from",
+    "overrides": "a list of overrides for every cell",
+    "factors": "what is varied: `{<name>: {<level>: [<overrides>]}}`, or `{<key or group>: [<values>]}`; the cells are all "
+    "combinations of levels",
+    "leave_out": "a list of combinations of levels that are not run, as `[{fusion: owl1, gate: static}]`",
+    "baseline": "the levels that differences are taken to, as `{fusion: owl1}`; by default the first of each factor",
+    "seeds": "a list of seeds, each of which every cell is run with; by default `[0]`",
+    "metrics": "a list of names as in results.json; the first is the score of the plots",
+    "budget": "`{minutes: 40}` or `{steps: 5000}`: no cell is begun after so long, or that would bring all over so many steps",
+    "paper": "a paper's numbers, shown beside ours: `{title, columns, rows: {<level>: [<numbers>]}}`",
+}
+"""The keys of the file and what they mean."""
 
 
 @dataclass

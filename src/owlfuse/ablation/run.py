@@ -22,7 +22,15 @@ from owlfuse.config_errors import COMMAND_LINE, ConfigError, hint
 from owlfuse.config_files import find_folders
 from owlfuse.types import DataError
 
-OWN = ("jobs", "launcher", "seeds", "dry_run", "anew", "name")
+OWN = {
+    "jobs": "cells at a time; by default 1",
+    "launcher": "what starts them: `basic`, `joblib`, `submitit_local` or `submitit_slurm`; `launcher.<key>=` are its settings",
+    "seeds": "in the place of the file's, as `seeds=[0,1]`",
+    "dry_run": "`true`: print the cells and an estimate, and train nothing",
+    "anew": "`true`: put runs that are there into `old/`, and begin again",
+    "name": "of the folder, `runs/<name>`; by default the ablation's",
+}
+"""The command's own settings and what they mean."""
 
 
 def ablate_command(name: str, words: list[str]) -> None:

@@ -16,6 +16,10 @@ class Abstractor(nn.Module):
     residual is added to the *normed* query, and the SwiGLU has a LayerNorm inside.
 
     Args:
+        queries: learned queries, the visual tokens of an image.
+        layers: in which the queries attend to the image.
+        heads: of that attention; they divide Dv.
+        end_token: a learned token follows the queries: Q + 1 tokens an image.
         positions: Owl2's fixed sin-cos tables, added to the query and key inputs (not to the values). Off: the Owl1 form.
         learned_slope: the slope beta of the SwiGLU's x * sigmoid(beta x) is learned, from 1, in place of fixed at 1.
         eps: of the LayerNorm inside the SwiGLU; the released code leaves the other norms at PyTorch's 1e-5.

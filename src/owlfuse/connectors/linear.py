@@ -6,7 +6,8 @@ from torch import Tensor, nn
 class LinearConnector(nn.Module):
     """One linear layer a patch, as mPLUG-Owl3's 7B-240728 `vision2text_model` (arXiv 2408.04840): Q = P.
 
-    `norm` puts a LayerNorm before it, for backbones whose last block is not normed (most convolutional ones).
+    Args:
+        norm: a LayerNorm before it, for backbones whose last block is not normed (most convolutional ones).
     """
 
     def __init__(self, in_width: int, out_width: int, patches: int, grid: tuple[int, int], norm: bool = False) -> None:

@@ -6,7 +6,9 @@ from torch import Tensor, nn
 class MLPConnector(nn.Module):
     """Linear layers with GELU between them, a patch at a time: Q = P. With depth 2, mPLUG-Owl3's 241101 `vision2text_model`.
 
-    `norm` puts a LayerNorm before it, for backbones whose last block is not normed (most convolutional ones).
+    Args:
+        depth: linear layers.
+        norm: a LayerNorm before them, for backbones whose last block is not normed (most convolutional ones).
 
     Raises:
         ValueError: depth under 1.

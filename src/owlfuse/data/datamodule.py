@@ -42,6 +42,7 @@ class ChatData(lightning.LightningDataModule):
         on_length: what becomes of a longer sample, for all sources or by source (see `data.truncation`).
         chat_template: a template's name (see `data/templates`) or a .jinja file, in the place of the tokenizer's own.
         max_pixels: of a picture; one with more is refused before it is decoded.
+        seed: of the order in which samples are drawn, and of which pictures are tiled.
         validation_samples: how many samples of each validation source are looked at during training.
         prepare: called before anything is read; it writes data that are made on the spot.
         folder: where the data lie, for the other keys of a yaml to refer to.

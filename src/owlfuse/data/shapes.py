@@ -85,6 +85,13 @@ def write_shapes(
     (Alpaca's format); tokenizer/ (a fast tokenizer with a ChatML template); shapes.json (these arguments).
     The folder appears whole or not at all. A folder that already holds this set is left as it is.
 
+    Args:
+        folder: where the data set lies.
+        seed: of what is drawn and asked.
+        train_pictures, val_pictures, held_out_pictures: of each split.
+        text_train, text_val: text tasks of each split.
+        workers: threads that draw.
+
     Raises:
         ValueError: the folder holds another set or other files, or a size is too small.
     """

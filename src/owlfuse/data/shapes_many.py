@@ -26,6 +26,10 @@ def write_many(
     `shapes_folder`, which is written first where it is not there. The same files for the same arguments.
 
     Args:
+        folder: where the chats lie.
+        shapes_folder: where the pictures lie.
+        seed: of the choice of pictures and questions.
+        most: pictures of a chat in train.json.
         chats: of train.json, each with 1, 2, 4, ... or `most` pictures and a question about up to three of them.
         questions: of each validation file, one a chat; a picture is asked about in the same words whatever stands beside it.
         shapes: arguments of `write_shapes`.

@@ -22,6 +22,7 @@ class Evaluation:
 
     Args:
         batch_size: questions answered at a time; it does not change the answers.
+        max_new_tokens: of an answer.
         max_questions: of each validation source, spread evenly; None: all.
         blank: ask the questions about pictures again with blank pictures.
         contact_sheet: pictures on the sheet.

@@ -69,7 +69,7 @@ def write_contact_sheet(path: Path, answers: list[Answer], pictures: int, title:
         axis.text(
             0.5,
             -0.04,
-            text,
+            wrap(text, 34),
             transform=axis.transAxes,
             ha="center",
             va="top",
@@ -82,7 +82,8 @@ def write_contact_sheet(path: Path, answers: list[Answer], pictures: int, title:
 
 
 def wrap(text: str, width: int = 30) -> str:
-    """Text broken into lines."""
+    """Text broken into lines, at most four, without what a plot would take as a formula or has no letter for."""
     import textwrap
 
-    return "\n".join(textwrap.wrap(text.replace("$", r"\$"), width)[:4])
+    plain = "".join(letter if letter.isprintable() else " " for letter in text)
+    return "\n".join(line.replace("$", r"\$") for line in textwrap.wrap(plain, width)[:4])

@@ -1,0 +1,23 @@
+"""The tutorial, word for word, in an empty folder."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from pages import blocks
+
+from helpers import REPO
+
+
+@pytest.mark.slow
+def test_the_tutorial_runs_word_for_word_in_an_empty_folder(tmp_path):
+    script = "set -euo pipefail\n" + "\n".join(blocks(REPO / "docs" / "tutorial.md", "sh"))
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    environment = {**os.environ, "PATH": path, "PYTHONPATH": str(REPO / "src")}
+    ran = subprocess.run(["bash", "-x"], input=script, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stdout[-2000:] + ran.stderr[-4000:]
+    assert "will be deleted" not in ran.stderr  # Lightning's words on a folder that two loggers share
+    for file in ("shapes_owl3/first/contact_sheet.png", "flags/second/results.json", "stripes/report/index.html"):
+        assert (tmp_path / "runs" / file).is_file()
