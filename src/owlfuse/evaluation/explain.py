@@ -1,29 +1,30 @@
 """Where an answer looked: the attention from its tokens to the patches of the pictures.
 
-N images (views of a tiled picture and frames of a video are one each), P patches, Q visual tokens per image, T text positions,
-H query heads, d head width, L tokens of the answer, R = L positions that they are told from, S = N * Q visual tokens.
+N images (views of a tiled picture and frames of a video are one each), P patches, Dv vision width, Q visual tokens per image,
+L tokens of the answer, S = N * Q visual tokens.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from torch.nn import functional as F
 
 from owlfuse.data.images import to_rgb
 from owlfuse.data.tiles import best_grid
+from owlfuse.evaluation.notes import Notes, noting
 from owlfuse.evaluation.overlays import overlay, side_by_side
-from owlfuse.fusion.base import AttentionCall, Fusion, attention_weights, text_mask
 from owlfuse.hub.modeling import OwlfuseForConditionalGeneration
 from owlfuse.hub.processing import OwlfuseProcessor, flat
 from owlfuse.llm import decoder_layers
-from owlfuse.types import DataError
+from owlfuse.model import MultimodalLM
+from owlfuse.types import Batch, DataError, VisualTokens
 
 __all__ = ["attention_to_pictures", "explained", "overlay", "whole_maps"]
 
@@ -53,31 +54,50 @@ def attention_to_pictures(
         DataError: no picture or answer, several prompts, another layer, patches that are no grid, or a connector that does not
             say of which patches its tokens are made.
     """
-    prompt, pixels = inputs["input_ids"], inputs.get("pixel_values")
+    prompt, pixels, training = inputs["input_ids"], inputs.get("pixel_values"), model.training
     if len(prompt) != 1:
         raise DataError(f"{len(prompt)} prompts are given, and one answer is explained at a time")
     if pixels is None:
         raise DataError("the prompt has no picture, so there is nothing that the answer looked at")
-    answer = without_end(answer_ids, model.generation_config.eos_token_id).to(prompt)[None]
-    inner, training = model.model, model.training
-    rows, grid = answer.shape[1], grid_of(inner.vision)
-    chosen = chosen_layers(inner.fusion.looking_layers(len(decoder_layers(inner.llm))), layers)
-    features: list[Tensor] = []
-    kept = inner.vision.register_forward_hook(lambda module, args, out: features.append(out))
+    answer = without_end(answer_ids, model.generation_config.eos_token_id)
     model.eval()
     try:
-        visual = model.encode(prompt, pixels)
-        ids = torch.cat([prompt, answer[:, :-1]], dim=1)
-        batch = model.batch(ids, torch.ones_like(ids), visual)
-        notes = Notes(inner.fusion, inner.llm.config._attn_implementation, batch.placeholder[0], rows, chosen)
-        with noting(inner.llm, notes):
-            inner(batch, visual, logits_to_keep=1)
-        shares = patch_shares(inner.connector, features[0])
+        with features_of(model.model.vision) as features:
+            visual = model.encode(prompt, pixels)
+        batch = model.batch(prompt, torch.ones_like(prompt), visual)
+        return maps_of(model.model, batch, visual, features[0], answer, layers)
     finally:
-        kept.remove()
         model.train(training)
+
+
+def maps_of(
+    model: MultimodalLM,
+    batch: Batch,
+    visual: VisualTokens,
+    features: Tensor,
+    answer: Tensor,
+    layers: list[int] | None = None,
+) -> list[Tensor]:
+    """See `attention_to_pictures`.
+
+    Args:
+        batch: one prompt.
+        visual: its visual tokens.
+        features: (N, P, Dv) of its images.
+        answer: (L,) ids.
+    """
+    grid, rows = grid_of(model.vision), len(answer)
+    chosen = chosen_layers(model.fusion.looking_layers(len(decoder_layers(model.llm))), layers)
+    told = F.pad(batch.input_ids, (0, rows - 1))
+    told[0, batch.input_ids.shape[1] :] = answer[:-1].to(told)
+    placeholder = F.pad(batch.placeholder, (0, rows - 1))
+    longer = replace(batch, input_ids=told, attention_mask=torch.ones_like(told), placeholder=placeholder)
+    notes = Notes(model.fusion, model.llm.config._attn_implementation, placeholder[0], rows, chosen)
+    with noting(model.llm, notes):
+        model(longer, visual, logits_to_keep=1)
     weights = torch.stack([notes.found[layer] for layer in chosen]).mean((0, 1))  # (S,)
-    on_patches = torch.einsum("nq,nqp->np", weights.view(len(pixels), -1), shares.float())
+    shares = patch_shares(model.connector, features).float()
+    on_patches = torch.einsum("nq,nqp->np", weights.view(len(features), -1), shares)
     on_grid = on_patches[:, -grid[0] * grid[1] :].double().cpu()  # class tokens stand first
     return list((on_grid / on_grid.sum()).float().unflatten(1, grid))
 
@@ -108,70 +128,30 @@ def whole_maps(processor: OwlfuseProcessor, pictures: list[Image.Image], maps: l
     tiles' grid (rows * h, columns * w). Sums stay. Pictures are resized as a whole, never cropped, so a map lies over all of
     its picture.
     """
-    rest, whole = iter(maps), []
-    size = processor.image_processor.size["height"], processor.image_processor.size["width"]
-    for picture in pictures:
-        seen, tiles = next(rest), best_grid(picture.size, size) if processor.tile else None
-        if tiles is not None:
-            rows, columns = tiles
-            cut = [torch.cat([next(rest) for _ in range(columns)], dim=1) for _ in range(rows)]
-            spread = seen.repeat_interleave(rows, 0).repeat_interleave(columns, 1) / (rows * columns)
-            seen = spread + torch.cat(cut)
-        whole.append(seen)
-    return whole
+    rest = iter(maps)
+    view = processor.image_processor.size["height"], processor.image_processor.size["width"]
+    tiles = [(best_grid(picture.size, view) if processor.tile else None) or (0, 0) for picture in pictures]
+    return [whole_map([next(rest) for _ in range(1 + rows * columns)], (rows, columns)) for rows, columns in tiles]
 
 
-class Notes:
-    """An attention function of transformers that does what the LLM's own does, and notes what the last positions of the one
-    row read from the visual tokens.
-
-    Args:
-        own: the LLM's implementation.
-        placeholder: (T,) bool.
-        rows: R.
-
-    Attributes:
-        found: of each of the layers, (R, S) float32, the mean over heads.
-    """
-
-    def __init__(self, fusion: Fusion, own: str, placeholder: Tensor, rows: int, layers: list[int]) -> None:
-        # flash attention takes no mask that says who sees whom, and the weights need one
-        self.own = "sdpa" if own.startswith("flash") else own
-        self.fusion = fusion
-        self.placeholder = placeholder
-        self.rows = rows
-        self.layers = layers
-        self.found: dict[int, Tensor] = {}
-
-    def __call__(
-        self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
-    ) -> tuple[Tensor, Tensor | None]:
-        """See `owlfuse.fusion.hyperattention.attend`."""
-        if module.layer_idx in self.layers:
-            last = query[:, :, -self.rows :]
-            mask = text_mask(attention_mask, last, key)[:, :, -self.rows :]
-            scaling = kwargs.get("scaling") or query.shape[3] ** -0.5
-            weights = attention_weights(last, key, mask, scaling)
-            values = value.repeat_interleave(query.shape[1] // value.shape[1], dim=1)
-            text = (weights.to(value.dtype) @ values).transpose(1, 2).flatten(2)
-            call = AttentionCall(module, last, key, mask, weights, text, scaling, self.placeholder, kwargs.get("visual"))
-            self.found[module.layer_idx] = self.fusion.looks(call)[0].mean(0)
-        return ALL_ATTENTION_FUNCTIONS[self.own](module, query, key, value, attention_mask, **kwargs)
+def whole_map(views: list[Tensor], tiles: tuple[int, int] | None) -> Tensor:
+    """The maps (h, w) of a picture's global view and of its (rows, columns) of tiles, if it was cut into any, as one."""
+    if len(views) == 1:
+        return views[0]
+    (rows, columns), (seen, *cut) = tiles, views
+    spread = seen.repeat_interleave(rows, 0).repeat_interleave(columns, 1) / (rows * columns)
+    return spread + torch.cat([torch.cat(cut[row * columns :][:columns], dim=1) for row in range(rows)])
 
 
 @contextmanager
-def noting(llm: nn.Module, notes: Notes) -> Iterator[None]:
-    """Inside, the LLM's attention goes through `notes`."""
-    before = llm.config._attn_implementation
-    name = f"owlfuse_notes_{id(notes)}"
-    ALL_ATTENTION_FUNCTIONS[name] = notes
-    ALL_MASK_ATTENTION_FUNCTIONS[name] = ALL_MASK_ATTENTION_FUNCTIONS[notes.own]
-    llm.set_attn_implementation(name)
+def features_of(vision: nn.Module) -> Iterator[list[Tensor]]:
+    """What the backbone gives inside, call by call."""
+    features: list[Tensor] = []
+    handle = vision.register_forward_hook(lambda module, args, out: features.append(out))
     try:
-        yield
+        yield features
     finally:
-        llm.set_attn_implementation(before)
-        del ALL_ATTENTION_FUNCTIONS[name], ALL_MASK_ATTENTION_FUNCTIONS[name]
+        handle.remove()
 
 
 def patch_shares(connector: nn.Module, features: Tensor) -> Tensor:
