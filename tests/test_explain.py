@@ -2,8 +2,6 @@
 
 import copy
 import logging
-import sys
-from io import StringIO
 
 import numpy as np
 import pytest
@@ -27,7 +25,7 @@ from helpers import (
     model_node,
     perturb,
 )
-from owlfuse.chat import Conversation
+from owlfuse.chat import Conversation, answer_line
 from owlfuse.cli import main
 from owlfuse.connectors.abstractor import Abstractor
 from owlfuse.data.chat import load_tokenizer
@@ -250,10 +248,12 @@ def test_what_cannot_be_explained_is_told_with_what_was_found():
         maps(model, [])
     with pytest.raises(DataError, match=r"layers \[1\]: text attends to pictures in \[0, 2\]"):
         maps(model, layers=[1])
-    odd = wrapped("concat", vision=backbone("mixer_s32_224", kwargs={"img_size": 64}))
+    odd = wrapped(
+        "concat", vision=backbone("hiera_tiny_224", kwargs={"embed_dim": 8, "stages": [1, 1, 1, 1], "img_size": [64, 64]})
+    )
     inputs = prompt_of(odd)
     inputs["pixel_values"] = torch.randn(2, 3, 64, 64)
-    with pytest.raises(DataError, match="4 tokens of MlpMixer are a rectangle"):
+    with pytest.raises(DataError, match="4 tokens of Hiera are a rectangle"):
         attention_to_pictures(odd, inputs, torch.tensor(ANSWER))
     mute = wrapped("concat")
     mute.model.connector.tokens = 3
@@ -327,7 +327,7 @@ def test_a_conversation_explains_its_last_answer(shapes):
     assert ids.tolist() == again[0, inputs["input_ids"].shape[1] :].tolist()
 
 
-def test_chat_writes_where_the_answer_looked(shapes, tmp_path, capsys, monkeypatch):
+def test_chat_writes_where_the_answer_looked(shapes, tmp_path, capsys):
     export(trained_on(shapes), tmp_path / "out")
     picture, out = str(shapes / "images" / "val" / "000000.png"), tmp_path / "seen.png"
     asked = ["chat", str(tmp_path / "out"), "--max-new-tokens", "3", "--explain", str(out)]
@@ -338,12 +338,18 @@ def test_chat_writes_where_the_answer_looked(shapes, tmp_path, capsys, monkeypat
     with Image.open(picture) as shown:
         color = np.asarray(shown.convert("RGB"))[0, 0].astype(int)
     assert (np.abs(seen - color).sum(-1) == 0).mean() > 0.1  # the picture itself stands there too
-    out.unlink()
-    lines = ["Hello", f"/image {picture}", "What color is it?", "/quit"]
-    monkeypatch.setattr(sys, "stdin", StringIO("\n".join(lines) + "\n"))
-    assert main(asked) == 0
-    assert capsys.readouterr().err.count("where it looked") == 1  # of the answer with a picture
-    assert out.exists()
+
+
+def test_a_conversation_writes_where_it_looked_once_a_picture_is_shown(shapes, tmp_path, capsys):
+    trained, out = trained_on(shapes), tmp_path / "seen.png"
+    conversation = Conversation(wrap(trained), processor_of(trained), max_new_tokens=3, do_sample=False)
+    answer_line(conversation, "Hello", out)
+    assert not out.exists()
+    answer_line(conversation, f"/image {shapes / 'images' / 'val' / '000000.png'}", out)
+    answer_line(conversation, "What color is it?", out)
+    assert capsys.readouterr().err == f"(where it looked is in {out})\n"
+    with Image.open(out) as seen:
+        assert seen.width > 300
 
 
 @pytest.mark.parametrize(

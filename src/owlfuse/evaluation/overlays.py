@@ -87,7 +87,8 @@ def title_of(question: str, answer: str, shown: int, pictures: int, width: int) 
     """Question and answer, broken into lines, long ones cut."""
     lines = []
     for mark, text in (("Q: ", question), ("A: ", answer or "(nothing)")):
-        lines += textwrap.wrap(f"{mark}{text}".replace("$", r"\$"), width)[:6]
+        plain = "".join(letter if letter.isprintable() else " " for letter in text)
+        lines += textwrap.wrap(f"{mark}{plain}".replace("$", r"\$"), width)[:6]
     if shown < pictures:
         lines.append(f"({shown} of {pictures} pictures, those with most of the weight)")
     return "\n".join(lines)
