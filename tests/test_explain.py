@@ -177,8 +177,8 @@ PAIRS = [*((fusion, "linear") for fusion in FUSIONS), ("concat", "mlp"), ("hyper
 @pytest.mark.parametrize(("fusion", "connector"), PAIRS)
 def test_maps_sum_to_one_and_the_model_is_as_it_was(fusion, connector):
     model = wrapped(fusion, connector=CONNECTORS[connector])
-    model.model.vision.train()
     model.train()
+    model.model.eval()  # as of a run's model that is wrapped for `chat`
     inputs, attention = prompt_of(model), model.model.llm.config._attn_implementation
     modes = [module.training for module in model.modules()]
     with torch.no_grad():

@@ -54,20 +54,16 @@ def attention_to_pictures(
         DataError: no picture or answer, several prompts, another layer, patches that are no grid, or a connector that does not
             say of which patches its tokens are made.
     """
-    prompt, pixels, training = inputs["input_ids"], inputs.get("pixel_values"), model.training
+    prompt, pixels = inputs["input_ids"], inputs.get("pixel_values")
     if len(prompt) != 1:
         raise DataError(f"{len(prompt)} prompts are given, and one answer is explained at a time")
     if pixels is None:
         raise DataError("the prompt has no picture, so there is nothing that the answer looked at")
     answer = without_end(answer_ids, model.generation_config.eos_token_id)
-    model.eval()
-    try:
-        with features_of(model.model.vision) as features:
-            visual = model.encode(prompt, pixels)
+    with evaluating(model), features_of(model.model.vision) as features:
+        visual = model.encode(prompt, pixels)
         batch = model.batch(prompt, torch.ones_like(prompt), visual)
         return maps_of(model.model, batch, visual, features[0], answer, layers)
-    finally:
-        model.train(training)
 
 
 def maps_of(
@@ -141,6 +137,19 @@ def whole_map(views: list[Tensor], tiles: tuple[int, int] | None) -> Tensor:
     (rows, columns), (seen, *cut) = tiles, views
     spread = seen.repeat_interleave(rows, 0).repeat_interleave(columns, 1) / (rows * columns)
     return spread + torch.cat([torch.cat(cut[row * columns :][:columns], dim=1) for row in range(rows)])
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Inside, the model is in evaluation mode; afterwards each of its modules is in its own again, since a wrapped model may be
+    in training mode around parts that are not."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
 
 
 @contextmanager
