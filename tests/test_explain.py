@@ -17,6 +17,7 @@ from helpers import (
     PLACEHOLDER,
     SHAPE_COUNTS,
     VIT,
+    all_connectors,
     each,
     expand,
     llm_fields,
@@ -34,12 +35,12 @@ from owlfuse.data.formats.llava import LLaVA
 from owlfuse.data.shapes import write_shapes
 from owlfuse.data.tiles import views_of
 from owlfuse.evaluation import Evaluation
-from owlfuse.evaluation.explain import attention_to_pictures, overlay, whole_maps
+from owlfuse.evaluation.explain import attention_to_pictures, overlay, patch_shares, whole_maps
 from owlfuse.evaluation.overlays import COLORS
 from owlfuse.hub.export import Trained, export, processor_of, wrap
 from owlfuse.hub.modeling import OwlfuseForConditionalGeneration
 from owlfuse.identity import config_hash
-from owlfuse.model import build_model
+from owlfuse.model import build_model, make_part
 from owlfuse.types import DataError
 from reference_lm import ReferenceLM, Shape
 
@@ -169,6 +170,17 @@ def test_an_abstractors_tokens_are_shared_out_by_attention_rollout():
     got = model.patch_shares(features)[0]
     torch.testing.assert_close(got[:3], expected, rtol=1e-4, atol=1e-6)
     assert got[3].tolist() == [0.0] * 6  # the end token
+
+
+@each(all_connectors())
+@torch.no_grad()
+def test_every_connector_says_of_which_patches_its_tokens_are_made(node):
+    supplied = {"in_width": 64, "out_width": 24, "patches": 17, "grid": (4, 4)}
+    connector = make_part("connector", {"connector": node}, **supplied)
+    shares = patch_shares(connector, torch.randn(2, 17, 64))
+    assert shares.shape == (2, connector.tokens, 17)
+    sums = shares.sum(-1).round(decimals=4).unique().tolist()
+    assert sums in ([1.0], [0.0, 1.0])  # an end token has nothing of the picture
 
 
 PAIRS = [*((fusion, "linear") for fusion in FUSIONS), ("concat", "mlp"), ("hyperattention-fused", "abstractor")]
