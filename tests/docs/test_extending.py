@@ -15,6 +15,7 @@ from owlfuse import load
 from owlfuse.build import build
 from owlfuse.config import ConfigError, compose, compose_root
 from owlfuse.data.images import open_image
+from owlfuse.hub.configuration import OwlfuseConfig
 from owlfuse.model import build_model
 from owlfuse.types import DataError
 
@@ -69,6 +70,14 @@ def test_the_shallow_llm_has_the_first_layers_and_says_when_there_are_fewer(exam
     assert type(llm.config)(**llm.config.to_dict()).num_hidden_layers == 3  # as an exported folder is read
     with pytest.raises(ValueError, match="llm: keep is 9, and the LLM has 4 layers"):
         model_of("experiment=parts", "model.llm.keep=9")
+
+
+def test_an_export_asks_of_a_backbone_only_for_arguments_that_it_has(examples):
+    """`pretrained` is timm's."""
+    node = OmegaConf.to_container(compose(["experiment=parts"]).model, resolve=True)
+    parts = {name: node[name] for name in ("vision", "connector", "fusion")}
+    config = OwlfuseConfig(**parts, text_config={"model_type": "llama"})
+    assert config.nodes()["vision"] == node["vision"]
 
 
 def test_lion_steps_by_the_sign_of_the_gradient(examples):

@@ -9,11 +9,20 @@ import pytest
 from pages import blocks
 
 from helpers import REPO
+from owlfuse.cli import main
+
+TUTORIAL = REPO / "docs" / "tutorial.md"
+
+
+def test_the_error_that_the_tutorial_shows_is_the_one_that_is_told(capsys):
+    [shown] = blocks(TUTORIAL, "text")
+    assert main(["train", "model/fusion=hyperattentoin"]) == 2
+    assert capsys.readouterr().err == shown
 
 
 @pytest.mark.slow
 def test_the_tutorial_runs_word_for_word_in_an_empty_folder(tmp_path):
-    script = "set -euo pipefail\n" + "\n".join(blocks(REPO / "docs" / "tutorial.md", "sh"))
+    script = "set -euo pipefail\n" + "\n".join(blocks(TUTORIAL, "sh"))
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     environment = {**os.environ, "PATH": path, "PYTHONPATH": str(REPO / "src")}
     ran = subprocess.run(["bash", "-x"], input=script, cwd=tmp_path, env=environment, capture_output=True, text=True)

@@ -58,7 +58,8 @@ class OwlfuseConfig(PreTrainedConfig):
         nodes = {name: getattr(self, name) for name in PARTS}
         for name, node in nodes.items():
             check_target(name, node)
-        nodes["vision"] = {key: value for key, value in nodes["vision"].items() if key != "weights"} | {"pretrained": False}
+        kept = {key: value for key, value in nodes["vision"].items() if key != "weights"}
+        nodes["vision"] = kept | ({"pretrained": False} if "pretrained" in kept else {})
         attention = getattr(self.text_config, "_attn_implementation", None) or "sdpa"
         return {**nodes, "llm": {**llm_node(self.text_config), "attention": attention}}
 
