@@ -35,7 +35,7 @@ class Options:
 
     max_new_tokens: int = LONGEST_ANSWER
     until: tuple[str, ...] = ()
-    arguments: tuple[tuple[str, Any], ...] = ()
+    arguments: tuple[tuple[str, Any], ...] = (("do_sample", False), ("num_beams", 1))
 
     @classmethod
     def of(cls, given: dict[str, Any], name: str) -> Options:

@@ -97,7 +97,10 @@ class Opener:
                     f"{name}: a picture has {visual.width * visual.height:,} pixels, over the limit of {MAX_PIXELS:,}"
                 )
             return [to_rgb(visual)]
-        if isinstance(visual, dict) and visual.get("type", "video") in ("image", "video"):
+        if isinstance(visual, dict):
+            kind = visual.get("type", "audio" if "array" in visual else "video")  # datasets give sound as an array
+            if kind not in ("image", "video"):
+                raise DataError(f"{name}: a visual of the type {kind}, and this model takes pictures and videos")
             visual = visual.get("url") or visual.get("path")
         if not isinstance(visual, str | Path):
             raise DataError(
