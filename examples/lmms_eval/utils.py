@@ -15,7 +15,9 @@ def questions(chats):
         turns = [turn["value"] for turn in chat["conversations"]]
         for number, (asked, answer) in enumerate(zip(turns[::2], turns[1::2])):
             identity = f"{chat['id']}#{number}"
-            rows.append({"id": identity, "image": chat["image"], "question": asked, "answer": answer, "kind": chat["kinds"][number]})
+            rows.append(
+                {"id": identity, "image": chat["image"], "question": asked, "answer": answer, "kind": chat["kinds"][number]}
+            )
     choices = {kind: sorted({row["answer"] for row in rows if row["kind"] == kind}) for kind in {row["kind"] for row in rows}}
     return Dataset.from_list([{**row, "choices": choices[row["kind"]]} for row in rows])
 
