@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from PIL import Image
+from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from owlfuse.chat import load_talker
@@ -25,7 +26,7 @@ class Talker:
     """A run's, an exported or an imported model, on a device, with its processor.
 
     Args:
-        dtype: `float32`, or `saved`: as the folder has its weights.
+        dtype: `saved`: as the folder has its weights; or torch's name of another, as `float32`.
 
     Raises:
         DataError: a folder without a tokenizer.
@@ -33,13 +34,28 @@ class Talker:
 
     def __init__(self, folder: Path, dtype: str, device: torch.device) -> None:
         self.model, self.processor = load_talker(folder)
-        if dtype == "float32":
-            self.model.float()
+        if dtype != "saved":
+            cast(self.model, getattr(torch, dtype))
         self.model.to(device).eval()  # type: ignore[arg-type]  # lost in transformers' wrapper
         self.device = device
+        self.control = control_tokens(self.processor.tokenizer)
         text = self.model.model.llm.config.get_text_config()
         self.longest: int | None = getattr(text, "max_position_embeddings", None)
         """The most positions that the LLM has, None where its configuration does not say."""
+
+
+def cast(model: nn.Module, dtype: torch.dtype) -> None:
+    """Weights and buffers in a dtype. Rotary frequencies stay as they are: rounded, they would turn far positions wrongly."""
+    kept = {name: buffer for name, buffer in model.named_buffers() if name.endswith("inv_freq")}
+    model.to(dtype)
+    for name, buffer in kept.items():
+        path, _, own = name.rpartition(".")
+        model.get_submodule(path)._buffers[own] = buffer
+
+
+def control_tokens(tokenizer: Any) -> list[str]:
+    """The special tokens, which no text may hold."""
+    return [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
 
 
 @dataclass
@@ -72,8 +88,7 @@ class Prompts(Dataset):
         self.questions = questions
         self.processor = processor
         self.longest = longest
-        added = processor.tokenizer.added_tokens_decoder.values()
-        self.control = [token.content for token in added if token.special]
+        self.control = control_tokens(processor.tokenizer)
 
     def __len__(self) -> int:
         return len(self.questions)
@@ -130,12 +145,15 @@ class Prompts(Dataset):
 
 @torch.inference_mode()
 @torch.compiler.set_stance("force_eager")  # see evaluation.generation
+def generated(talker: Talker, inputs: Any, **options: Any) -> Tensor:
+    """What `generate` writes after the rows (B, T) of `inputs`: (B, at most max_new_tokens) ids."""
+    rows = talker.model.generate(**inputs.to(talker.device), **options)
+    return rows[:, inputs["input_ids"].shape[1] :]
+
+
 def answer(talker: Talker, task: Task, work: Work) -> list[dict[str, Any]]:
     """The likeliest answer to each question, greedily: what predictions.jsonl holds of it."""
-    rows = talker.model.generate(
-        **work.inputs.to(talker.device), max_new_tokens=task.max_new_tokens, do_sample=False, num_beams=1
-    )
-    new = rows[:, work.inputs["input_ids"].shape[1] :]
+    new = generated(talker, work.inputs, max_new_tokens=task.max_new_tokens, do_sample=False, num_beams=1)
     texts = talker.processor.tokenizer.batch_decode(new, skip_special_tokens=True)
     lines = []
     for question, prompt, text in zip(work.questions, work.prompts, texts, strict=True):

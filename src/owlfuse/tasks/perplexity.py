@@ -19,7 +19,7 @@ from owlfuse.data.collate import Collator
 from owlfuse.tasks.answering import Prompts, Talker, Work, Wrong
 from owlfuse.tasks.base import Question, Task
 from owlfuse.tasks.exact import ChatTask
-from owlfuse.types import Encoded, Sample
+from owlfuse.types import Batch, Encoded, Sample
 
 
 @dataclass(kw_only=True)
@@ -72,15 +72,20 @@ class Chats(Prompts):
         return Work([question for question, _, _ in right], [text for _, text, _ in right], batch, wrong)
 
 
+def ready(talker: Talker, batch: Batch) -> Batch:
+    """The batch on the model's device and in its dtype, every id one that it has an embedding of."""
+    batch = batch.to(talker.device)
+    embeddings: Any = talker.model.get_input_embeddings()
+    unknown = batch.placeholder & (batch.input_ids >= embeddings.num_embeddings)
+    batch.input_ids = batch.input_ids.masked_fill(unknown, 0)  # an image's tokens stand there, the id does not matter
+    batch.pixel_values = batch.pixel_values.to(next(talker.model.model.vision.parameters()).dtype)
+    return batch
+
+
 @torch.inference_mode()
 def measure(talker: Talker, task: Task, work: Work) -> list[dict[str, Any]]:
     """The cross-entropy of each chat, summed over its supervised tokens, in nats: what predictions.jsonl holds of it."""
-    batch = work.inputs.to(talker.device)
-    known = talker.model.get_input_embeddings().num_embeddings
-    unknown = batch.placeholder & (batch.input_ids >= known)
-    batch.input_ids = batch.input_ids.masked_fill(unknown, 0)  # an image's tokens stand there, the id does not matter
-    weight = next(talker.model.model.vision.parameters())
-    batch.pixel_values = batch.pixel_values.to(weight.dtype)
+    batch = ready(talker, work.inputs)
     logits, labels = talker.model.model(batch)[:, :-1], batch.labels[:, 1:]
     lines = []
     for question, prompt, row, wanted in zip(work.questions, work.prompts, logits, labels, strict=True):

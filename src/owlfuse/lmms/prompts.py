@@ -1,0 +1,156 @@
+"""What a task of lmms-eval asks -> messages and pictures, as the model's processor takes them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from owlfuse.data.checks import flatten
+from owlfuse.data.formats.base import IMAGE, parts_of
+from owlfuse.data.images import MAX_PIXELS, open_image, to_rgb
+from owlfuse.types import DataError, Sample
+
+Message = dict[str, Any]
+PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tiff", ".tif")
+
+
+@dataclass
+class Prompt:
+    """A chat whose next turn is the assistant's.
+
+    Args:
+        name: for messages.
+        messages: as `Sample` has them.
+        pictures: RGB, in the order of their placeholders.
+    """
+
+    name: str
+    messages: list[Message]
+    pictures: list[Image.Image]
+
+
+@dataclass(frozen=True)
+class Opener:
+    """Makes prompts, their pictures opened.
+
+    Args:
+        frames: of a video, spread evenly over it; each is a picture to the model.
+    """
+
+    frames: int = 8
+
+    def question(self, name: str, text: str, visuals: Any) -> Prompt:
+        """One user's turn. Pictures stand where the text has `<image>`, or before it where it has none.
+
+        Args:
+            visuals: None, one, or a list (nested or not) of pictures of PIL and paths of pictures and videos.
+
+        Raises:
+            DataError: a count of placeholders that is neither 0 nor that of the pictures; what `shown` raises.
+        """
+        shown = [self.shown(name, visual) for visual in listed(visuals)]
+        pictures = [picture for each in shown for picture in each]
+        found = text.count(IMAGE)
+        if not found:
+            return Prompt(name, [user([*placeholders(len(pictures)), {"type": "text", "text": text}])], pictures)
+        if found != len(shown):
+            raise DataError(f"{name}: the text has {found} {IMAGE} and doc_to_visual gives {len(shown)} pictures")
+        return Prompt(name, [user(filled(parts_of(text), [len(each) for each in shown]))], pictures)
+
+    def chat(self, name: str, messages: Sequence[Message]) -> Prompt:
+        """Messages as lmms-eval's `doc_to_messages` gives them: contents are lists of `{"type": "text", "text"}`, `{"type":
+        "image", "url"}` and `{"type": "video", "url"}`, or a text.
+
+        Raises:
+            DataError: another part; what `shown` raises.
+        """
+        made: list[Message] = []
+        pictures: list[Image.Image] = []
+        for message in messages:
+            content = message["content"]
+            parts: list[Message] = []
+            for part in [{"type": "text", "text": content}] if isinstance(content, str) else content:
+                if part["type"] == "text":
+                    parts.append({"type": "text", "text": part["text"]})
+                    continue
+                if part["type"] not in ("image", "video"):
+                    raise DataError(f"{name}: a part of the type {part['type']}, and this model takes text, images and videos")
+                found = self.shown(name, part["url"])
+                parts += placeholders(len(found))
+                pictures += found
+            made.append({"role": message["role"], "content": parts})
+        return Prompt(name, made, pictures)
+
+    def shown(self, name: str, visual: Any) -> list[Image.Image]:
+        """The pictures that a visual of a task is: one, or a video's frames.
+
+        Raises:
+            DataError: sound, a file that cannot be read, a picture of more than `MAX_PIXELS`.
+        """
+        if isinstance(visual, Image.Image):
+            if visual.width * visual.height > MAX_PIXELS:
+                raise DataError(
+                    f"{name}: a picture has {visual.width * visual.height:,} pixels, over the limit of {MAX_PIXELS:,}"
+                )
+            return [to_rgb(visual)]
+        if isinstance(visual, dict):
+            kind = visual.get("type", "audio" if "array" in visual else "video")  # datasets give sound as an array
+            if kind not in ("image", "video"):
+                raise DataError(f"{name}: a visual of the type {kind}, and this model takes pictures and videos")
+            visual = visual.get("url") or visual.get("path")
+        if not isinstance(visual, str | Path):
+            raise DataError(
+                f"{name}: a visual is a {type(visual).__name__}, expected a picture, or the path of one or of a video"
+            )
+        place = Path(visual).expanduser()
+        if place.suffix.lower() in PICTURES:
+            return [open_image(place.parent, place.name, name, MAX_PIXELS)]
+        from owlfuse.data.video import VideoSampling, read_frames
+
+        return read_frames(place.parent, place.name, name, VideoSampling(frames=self.frames), MAX_PIXELS)
+
+
+def listed(visuals: Any) -> list[Any]:
+    """None, one, or nested lists -> a list."""
+    if visuals is None:
+        return []
+    if isinstance(visuals, list | tuple):
+        return [one for part in visuals for one in listed(part)]
+    return [visuals]
+
+
+def user(content: list[Message]) -> Message:
+    """A turn of the user."""
+    return {"role": "user", "content": content}
+
+
+def placeholders(count: int) -> list[Message]:
+    """So many image parts."""
+    return [{"type": "image"} for _ in range(count)]
+
+
+def filled(parts: list[Message], counts: list[int]) -> list[Message]:
+    """Each image part as many times as its visual has pictures."""
+    rest = iter(counts)
+    return [one for part in parts for one in (placeholders(next(rest)) if part["type"] == "image" else [part])]
+
+
+def written(prompt: Prompt, processor: Any, control: Sequence[str], answer: str | None = None) -> str:
+    """A prompt as the chat template writes it: up to where the assistant answers, or with its answer.
+
+    Args:
+        control: the tokenizer's special tokens, which no text may hold.
+
+    Raises:
+        DataError: a chat that is none (see `data.checks.flatten`).
+    """
+    messages = prompt.messages
+    if answer is not None:
+        messages = [*messages, {"role": "assistant", "content": [{"type": "text", "text": answer}]}]
+    pictures: list[Any] = prompt.pictures  # read already
+    flatten(Sample(prompt.name, "lmms-eval", messages, pictures), control)
+    return processor.apply_chat_template(messages, add_generation_prompt=answer is None)
