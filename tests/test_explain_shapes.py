@@ -127,6 +127,7 @@ def test_color_questions_look_more_at_the_asked_shape_than_at_the_others(experim
     print(f"\n{HEADER}\n{looks.row(experiment)}")
     more = looks.asked - looks.others
     assert more.mean() - half(more) > 0
+    assert looks.asked.mean() > 1.5 * looks.others.mean()  # before training it is 1.0
 
 
 if __name__ == "__main__":
