@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import TextStreamer
 
 from owlfuse.data.images import MAX_PIXELS, open_image
@@ -49,6 +50,9 @@ class Conversation:
         self.model = model
         self.processor = processor
         self.options = options
+        self.longest: int | None = getattr(model.config.text_config, "max_position_embeddings", None)
+        self.last: tuple[Any, Tensor] | None = None
+        """Of the last answer that was not broken off: the model's inputs, and the answer's ids (L,)."""
         self.messages: list[dict[str, Any]] = []
         self.pictures: list[Any] = []
         self.shown: list[Any] = []
@@ -60,19 +64,28 @@ class Conversation:
 
     def restart(self) -> None:
         """Forgets all that was said and shown."""
-        self.messages, self.pictures, self.shown = [], [], []
+        self.messages, self.pictures, self.shown, self.last = [], [], [], None
 
     def ask(self, question: str, write: Callable[[str], None]) -> str:
-        """The answer, each piece of it given to `write` as it comes. Ctrl-C ends it early, and what was said stays said."""
+        """The answer, each piece of it given to `write` as it comes. Ctrl-C ends it early, and what was said stays said.
+
+        Raises:
+            DataError: the question holds an `<image>`, or the conversation is longer than the model's positions; nothing of it
+                is remembered.
+        """
         content = [*({"type": "image"} for _ in self.shown), {"type": "text", "text": question}]
         messages, pictures = [*self.messages, {"role": "user", "content": content}], [*self.pictures, *self.shown]
         prompt = self.processor.apply_chat_template(messages, add_generation_prompt=True)
         inputs = self.processor(images=pictures, text=prompt).to(self.model.device)
-        self.messages, self.pictures, self.shown = messages, pictures, []
+        length = inputs["input_ids"].shape[1]
+        if self.longest is not None and length >= self.longest:
+            raise DataError(f"the conversation has {length:,} tokens and the model knows {self.longest:,}; begin a new one")
+        self.messages, self.pictures, self.shown, self.last = messages, pictures, [], None
         streamer = Pieces(self.processor.tokenizer, write)
         try:
             with torch.inference_mode():
-                self.model.generate(**inputs, streamer=streamer, **self.options)
+                rows = self.model.generate(**inputs, streamer=streamer, **self.options)
+            self.last = inputs, rows[0, length:]
         except KeyboardInterrupt:
             streamer.end()
         answer = "".join(streamer.pieces)

@@ -119,6 +119,12 @@ def _chat(arguments: argparse.Namespace) -> None:
     chat(Path(arguments.folder), arguments.image, question, arguments.max_new_tokens, arguments.temperature)
 
 
+def _demo(arguments: argparse.Namespace) -> None:
+    from owlfuse.demo.command import demo_command
+
+    demo_command(arguments.folders, arguments.host, arguments.port)
+
+
 def _mixture(arguments: argparse.Namespace) -> None:
     from owlfuse.survey import mixture_command
 
@@ -152,6 +158,7 @@ COMMANDS = {
     "export": _export,
     "import": _import,
     "chat": _chat,
+    "demo": _demo,
     "mixture": _mixture,
     "bench": run_bench,
     "data": _data,
