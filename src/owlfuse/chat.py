@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 from transformers import TextStreamer
 
@@ -51,11 +52,12 @@ class Conversation:
         self.processor = processor
         self.options = options
         self.longest: int | None = getattr(model.config.text_config, "max_position_embeddings", None)
-        self.last: tuple[Any, Tensor] | None = None
-        """Of the last answer that was not broken off: the model's inputs, and the answer's ids (L,)."""
+        """Tokens that the model knows places for, of prompt and answer together; None where nothing limits them."""
         self.messages: list[dict[str, Any]] = []
         self.pictures: list[Any] = []
         self.shown: list[Any] = []
+        self.last: tuple[str, Any, Tensor] | None = None
+        """The last question, what the processor gave for the whole prompt, and the answer's ids (L,)."""
 
     def show(self, path: str) -> None:
         """Puts a picture before the next question. Raises DataError where it cannot be read."""
@@ -80,26 +82,42 @@ class Conversation:
         length = inputs["input_ids"].shape[1]
         if self.longest is not None and length >= self.longest:
             raise DataError(f"the conversation has {length:,} tokens and the model knows {self.longest:,}; begin a new one")
-        self.messages, self.pictures, self.shown, self.last = messages, pictures, [], None
+        self.messages, self.pictures, self.shown = messages, pictures, []
         streamer = Pieces(self.processor.tokenizer, write)
         try:
             with torch.inference_mode():
-                rows = self.model.generate(**inputs, streamer=streamer, **self.options)
-            self.last = inputs, rows[0, length:]
+                self.model.generate(**inputs, streamer=streamer, **self.options)
         except KeyboardInterrupt:
             streamer.end()
+        self.last = question, inputs, torch.tensor(streamer.ids, dtype=torch.long)
         answer = "".join(streamer.pieces)
         self.messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
         return answer
 
+    def explain(self) -> Image.Image:
+        """Where the last answer looked, as a picture. Raises DataError where there is none, or no picture was shown."""
+        from owlfuse.evaluation.explain import explained
+
+        if self.last is None:
+            raise DataError("nothing was asked yet, so there is no answer to explain")
+        question, inputs, ids = self.last
+        return explained(self.model, self.processor, self.pictures, inputs, ids, question)
+
 
 class Pieces(TextStreamer):
-    """Collects the answer's text, and hands it on."""
+    """Collects the answer's text and ids, and hands the text on."""
 
     def __init__(self, tokenizer: Any, write: Callable[[str], None]) -> None:
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
         self.write = write
         self.pieces: list[str] = []
+        self.ids: list[int] = []
+
+    def put(self, value: Tensor) -> None:
+        """See `TextStreamer`; the first call brings the prompt."""
+        if not self.next_tokens_are_prompt:
+            self.ids += value.flatten().tolist()
+        super().put(value)
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
         """See `TextStreamer`."""
@@ -113,8 +131,24 @@ def to_terminal(text: str) -> None:
     sys.stdout.flush()
 
 
-def chat(folder: Path, images: list[str], question: str | None, max_new_tokens: int, temperature: float) -> None:
-    """One answer, or a conversation where no question is given."""
+def explanation_file(path: str, pictures: bool) -> Path:
+    """Where the explanation goes. Raises DataError, before a model is loaded, where it cannot be written or there is nothing
+    to look at."""
+    file = Path(path).expanduser()
+    if file.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
+        raise DataError(f"--explain {path}: a picture is written as .png, .jpg or .webp; name the file so")
+    if not file.parent.is_dir():
+        raise DataError(f"--explain {path}: there is no folder {file.parent}; make it first")
+    if not pictures:
+        raise DataError(f"--explain {path}: it shows where the answer looked in a picture; give one by --image PATH")
+    return file
+
+
+def chat(
+    folder: Path, images: list[str], question: str | None, max_new_tokens: int, temperature: float, explain: str | None = None
+) -> None:
+    """One answer, or a conversation where no question is given. `explain`: the file for where the (last) answer looked."""
+    out = explanation_file(explain, question is None or bool(images)) if explain else None
     model, processor = load_talker(folder)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
@@ -122,8 +156,7 @@ def chat(folder: Path, images: list[str], question: str | None, max_new_tokens: 
     for image in images:
         conversation.show(image)
     if question is not None:
-        conversation.ask(question, to_terminal)
-        print()
+        answer_question(conversation, question, out)
         return
     print(HELP)
     while True:
@@ -137,10 +170,19 @@ def chat(folder: Path, images: list[str], question: str | None, max_new_tokens: 
             return
         if line in ("/quit", "/exit"):
             return
-        answer_line(conversation, line)
+        answer_line(conversation, line, out)
 
 
-def answer_line(conversation: Conversation, line: str) -> None:
+def answer_question(conversation: Conversation, question: str, out: Path | None) -> None:
+    """The answer on the terminal, and where it looked in the file `out`, if there is one and a picture was shown."""
+    conversation.ask(question, to_terminal)
+    print()
+    if out is not None and conversation.pictures:
+        conversation.explain().save(out)
+        print(f"(where it looked is in {out})", file=sys.stderr)
+
+
+def answer_line(conversation: Conversation, line: str, out: Path | None = None) -> None:
     """A command or a question of the conversation. A mistake is told, and the conversation goes on."""
     command, _, rest = line.partition(" ")
     try:
@@ -153,7 +195,6 @@ def answer_line(conversation: Conversation, line: str) -> None:
         elif line.startswith("/"):
             print(HELP)
         elif line:
-            conversation.ask(line, to_terminal)
-            print()
+            answer_question(conversation, line, out)
     except DataError as error:
         print(f"{error}")

@@ -116,7 +116,8 @@ def _chat(arguments: argparse.Namespace) -> None:
     from owlfuse.chat import chat
 
     question = " ".join(arguments.overrides) or None
-    chat(Path(arguments.folder), arguments.image, question, arguments.max_new_tokens, arguments.temperature)
+    asked = arguments.max_new_tokens, arguments.temperature, arguments.explain
+    chat(Path(arguments.folder), arguments.image, question, *asked)
 
 
 def _demo(arguments: argparse.Namespace) -> None:

@@ -18,6 +18,7 @@ ASIDE = ("ablation", "bench", "cli.py", "cli_help.py", "cli_parser.py", "chat.py
 
 FREE = ("name", "runs", "experiment", "resume", "dry_run", "plan", "logger", "checkpoint", "data.workers")
 FREE += ("trainer.log_every_n_steps", "trainer.enable_model_summary", "evaluation.contact_sheet", "evaluation.decode_tokens")
+FREE += ("evaluation.explain",)
 """Keys that change neither what is learned nor how it is scored."""
 
 

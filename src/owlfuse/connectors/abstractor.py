@@ -104,6 +104,24 @@ class Abstractor(nn.Module):
             return tokens
         return torch.cat([tokens, self.end_token.expand(tokens.shape[0], -1, -1).to(tokens.dtype)], dim=1)
 
+    def patch_shares(self, features: Tensor) -> Tensor:
+        """Of which patches each token is made, by its attention: (N, P, Dv) -> (N, Q + 1, P), each row with sum 1, that of the
+        end token zero.
+
+        Attention rollout (arXiv 2005.00928) through all layers: in each a query keeps one half and takes the other, the mean
+        over heads, from the queries and the image. What it has of the learned queries is left out, and the rest scaled to 1.
+        """
+        queries = self.queries.expand(features.shape[0], -1, -1)
+        count = queries.shape[1]
+        shares = features.new_zeros(*queries.shape[:2], features.shape[1], dtype=torch.float32)
+        for layer in self.layers:
+            inputs = queries, features, self.query_positions, self.image_positions
+            weights = layer.weights(*inputs)
+            shares = (shares + weights[..., :count] @ shares + weights[..., count:]) / 2
+            queries = layer(*inputs)
+        shares = shares / shares.sum(-1, keepdim=True)
+        return F.pad(shares, (0, 0, 0, self.tokens - count))
+
 
 class AbstractorLayer(nn.Module):
     """Attention of the queries to [queries; image], then a SwiGLU: a `crossattention` layer of the released code."""
@@ -125,18 +143,29 @@ class AbstractorLayer(nn.Module):
     ) -> Tensor:
         """queries (N, Q, Dv), features (N, P, Dv), position tables (Q, Dv) and (P, Dv) or None -> (N, Q, Dv)."""
         queries = self.query_norm(queries)
+        query, key, value = self.heads_of(queries, features, query_positions, image_positions)
+        context = F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
+        queries = queries + self.out(context)
+        return queries + self.mlp(self.mlp_norm(queries))
+
+    def heads_of(
+        self, queries: Tensor, features: Tensor, query_positions: Tensor | None, image_positions: Tensor | None
+    ) -> list[Tensor]:
+        """Normed queries and the image -> query (N, H, Q, d), key and value (N, H, Q + P, d)."""
         values = torch.cat([queries, self.image_norm(features)], dim=1)
         query_input, key_input = queries, values
         if query_positions is not None:
             query_input = queries + query_positions
             key_input = values + torch.cat([query_positions, image_positions])
-        query, key, value = (
-            linear(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
-            for linear, x in ((self.query, query_input), (self.key, key_input), (self.value, values))
-        )
-        context = F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
-        queries = queries + self.out(context)
-        return queries + self.mlp(self.mlp_norm(queries))
+        pairs = ((self.query, query_input), (self.key, key_input), (self.value, values))
+        return [linear(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for linear, x in pairs]
+
+    def weights(
+        self, queries: Tensor, features: Tensor, query_positions: Tensor | None, image_positions: Tensor | None
+    ) -> Tensor:
+        """The attention's weights (N, Q, Q + P), the mean over heads, of what `forward` takes."""
+        query, key, _ = self.heads_of(self.query_norm(queries), features, query_positions, image_positions)
+        return (query.float() @ key.float().transpose(2, 3) / query.shape[3] ** 0.5).softmax(-1).mean(1)
 
 
 class SwiGLU(nn.Module):

@@ -29,13 +29,14 @@ HIDDEN: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"
 def make_page(talkers: list[Talker], visitors: Visitors) -> gr.Blocks:
     """The page for these models; `visitors` keeps what is said."""
     with gr.Blocks(title="owlfuse demo", analytics_enabled=False, fill_width=False) as page:
-        gr.HTML("<h1>owlfuse demo</h1>")
+        with gr.Row(elem_id="title"):
+            gr.HTML("<h1>owlfuse demo</h1>")
+            anew = gr.Button("New conversation", size="sm", scale=0, min_width=160)
         gr.HTML(transcript.heads(talkers))
         with gr.Row(elem_id="settings"):
-            temperature = gr.Slider(0, 2, 0, step=0.1, label="Temperature (0: the likeliest answer)", buttons=[])
-            longest = gr.Slider(1, MAX_NEW_TOKENS, 256, step=1, label="Longest answer in tokens", buttons=[])
+            temperature = gr.Slider(0, 2, 0, step=0.1, label="Temperature", buttons=[])
+            longest = gr.Slider(1, MAX_NEW_TOKENS, 256, step=1, label="Longest answer, tokens", buttons=[])
             look = gr.Checkbox(False, label="Show where it looked")
-            anew = gr.Button("New conversation")
         with gr.Column(elem_id="conversation"):
             history = gr.HTML(transcript.history(Visitor(talkers)))
             current = gr.HTML("")

@@ -9,20 +9,26 @@ from PIL import Image
 
 SIDE = 320
 """Pixels of the longer side at most."""
-SMALL = 96
-"""Pixels below which a picture is enlarged by whole numbers, so that its own pixels are seen."""
+SMALL = 128
+"""Pixels below which a picture is enlarged by a whole number, so that its own pixels are seen."""
 
 
-def data_uri(picture: Image.Image) -> str:
-    """An RGB picture as a `data:` URI, at most SIDE pixels wide and high."""
+def fitted(picture: Image.Image) -> Image.Image:
+    """The picture in the page's size."""
     longest = max(picture.size)
     if longest < SMALL:
         factor = -(-SMALL // longest)
-        picture = picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)
-    elif longest > SIDE:
-        picture = picture.copy()
-        picture.thumbnail((SIDE, SIDE))
-    kind, options = ("PNG", {}) if longest <= SIDE else ("JPEG", {"quality": 85})
-    file = io.BytesIO()
-    picture.save(file, kind, **options)
-    return f"data:image/{kind.lower()};base64,{base64.b64encode(file.getvalue()).decode()}"
+        return picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)
+    if longest <= SIDE:
+        return picture
+    scale = SIDE / longest
+    return picture.resize((max(1, round(picture.width * scale)), max(1, round(picture.height * scale))))
+
+
+def data_uri(picture: Image.Image) -> str:
+    """A fitted RGB picture as a `data:` URI: PNG, or JPEG where that is much smaller, as of a photograph."""
+    png, jpeg = io.BytesIO(), io.BytesIO()
+    picture.save(png, "PNG")
+    picture.save(jpeg, "JPEG", quality=88)
+    kind, file = ("jpeg", jpeg) if 2 * jpeg.tell() < png.tell() else ("png", png)
+    return f"data:image/{kind};base64,{base64.b64encode(file.getvalue()).decode()}"

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from omegaconf import OmegaConf
 
-from owlfuse.chat import load_talker
+from owlfuse.chat import Conversation, load_talker
 from owlfuse.config_errors import COMMAND_LINE, ConfigError
 from owlfuse.hub.export import check_exported
 from owlfuse.hub.modeling import OwlfuseForConditionalGeneration
@@ -52,7 +52,7 @@ def check_folders(folders: list[str]) -> list[Path]:
 
 
 def load_talkers(folders: list[Path], say: Callable[[str], None]) -> list[Talker]:
-    """Every model, on the GPU where there is one. Raises as `load_talker`.
+    """Every model, on the GPU where there is one, after a first token. Raises as `load_talker`.
 
     Args:
         say: gets a line before each is loaded, and one after it.
@@ -64,6 +64,7 @@ def load_talkers(folders: list[Path], say: Callable[[str], None]) -> list[Talker
         start = time.perf_counter()
         model, processor = load_talker(folder)
         model.to(device)
+        Conversation(model, processor, max_new_tokens=1).ask("Hello", lambda text: None)  # the first answer is a slow one
         talkers.append(Talker(name, facts_of(folder, model), model, processor))
         size = sum(p.numel() for p in model.parameters())
         say(f"  {name}: {size:,} parameters on {device}, {time.perf_counter() - start:.1f} s")

@@ -46,7 +46,8 @@ def asked(turn: Turn) -> str:
         f"<img src='{uri}' alt='picture {number} of {len(turn.shown)} shown with this question'>"
         for number, uri in enumerate(turn.shown, start=1)
     )
-    return f"<div class='asked'><div class='pictures'>{pictures}</div><p><span class='who'>You: </span>{escape(turn.question)}</p></div>"
+    said = f"<p><span class='who'>You: </span>{escape(turn.question)}</p>"
+    return f"<div class='asked'><div class='pictures'>{pictures}</div>{said}</div>"
 
 
 def answers(visitor: Visitor, turn: Turn) -> str:
@@ -63,19 +64,23 @@ def answer_cell(answer: Answer, talker: Talker) -> str:
         text += "<span class='caret' aria-hidden='true'></span>"
     elif not text:
         text = "<span class='quiet'>(no text)</span>"
-    looks = "".join(
-        f"<img src='{uri}' alt='picture {number} with where {escape(talker.name)} looked, lighter for more'>"
-        for number, uri in enumerate(answer.looks, start=1)
-    )
-    looks = (
-        f"<figure><figcaption>Where it looked, lighter for more:</figcaption><div class='pictures'>{looks}</div></figure>"
-        * bool(looks)
-    )
     busy = "false" if answer.state == DONE else "true"
     return (
         f"<div class='answer' aria-busy='{busy}'><h3>{escape(talker.name)}</h3><p class='text'>{text}</p>"
-        f"<p class='note'>{escape(answer.note)}</p>{looks}</div>"
+        f"<p class='note'>{escape(answer.note)}</p>{looks(answer, talker)}</div>"
     )
+
+
+def looks(answer: Answer, talker: Talker) -> str:
+    """The pictures with where the answer looked; of several, with the share of each."""
+    if not answer.looks:
+        return ""
+    figures = []
+    for number, look in enumerate(answer.looks, start=1):
+        share = f"picture {number}: {look.share:.0%}" if len(answer.looks) > 1 else ""
+        image = f"<img src='{look.uri}' alt='where {escape(talker.name)} looked in picture {number}, lighter for more'>"
+        figures.append(f"<figure>{image}<figcaption>{share}</figcaption></figure>")
+    return f"<p class='note'>Where it looked, lighter for more:</p><div class='pictures'>{''.join(figures)}</div>"
 
 
 def notice(sentence: str) -> str:

@@ -11,9 +11,9 @@ from typing import Any
 
 from owlfuse.chat import Conversation
 from owlfuse.demo import limits
-from owlfuse.demo.answering import Watch, answer
-from owlfuse.demo.looking import looked_at
-from owlfuse.demo.pictures import data_uri
+from owlfuse.demo.answering import ONE_AT_A_TIME, Watch, answer
+from owlfuse.demo.looking import Look, looked_at
+from owlfuse.demo.pictures import data_uri, fitted
 from owlfuse.demo.talkers import Talker
 from owlfuse.types import DataError
 
@@ -28,8 +28,8 @@ class Answer:
     text: str = ""
     note: str = ""
     """Time and speed, or why there is no answer."""
-    looks: list[str] = field(default_factory=list)
-    """Data URIs of the pictures, with where the answer looked."""
+    looks: list[Look] = field(default_factory=list)
+    """Where it looked, of each picture of the conversation."""
 
 
 @dataclass
@@ -103,7 +103,7 @@ class Visitor:
         taken = sum(p.width * p.height for turn in self.turns for p in turn.pictures)
         pictures = limits.read_pictures(paths, taken)
         answers = [Answer() for _ in self.talkers]
-        self.turns.append(Turn(question, pictures, [data_uri(picture) for picture in pictures], answers))
+        self.turns.append(Turn(question, pictures, [data_uri(fitted(picture)) for picture in pictures], answers))
 
     def answers(self, temperature: float, max_new_tokens: int, look: bool) -> Iterator[int]:
         """Answers the question that `begin` took, model after model, so that their times can be compared. Gives the number of
@@ -118,12 +118,12 @@ class Visitor:
         turn.begun = True
         conversations = self.conversations  # `restart` makes new ones
         try:
-            for number, (talker, conversation) in enumerate(zip(self.talkers, conversations)):
+            for number, conversation in enumerate(conversations):
                 if turn.stop.is_set():
                     break
                 conversation.options = options_of(temperature, max_new_tokens)
                 conversation.shown = list(turn.pictures)
-                for _ in answered(talker, conversation, turn, turn.answers[number], look):
+                for _ in answered(conversation, turn, turn.answers[number], look):
                     yield number
                 yield number
         finally:
@@ -140,7 +140,7 @@ def options_of(temperature: float, max_new_tokens: int) -> dict[str, Any]:
     return {"max_new_tokens": tokens, **sampling}
 
 
-def answered(talker: Talker, conversation: Conversation, turn: Turn, into: Answer, look: bool) -> Iterator[None]:
+def answered(conversation: Conversation, turn: Turn, into: Answer, look: bool) -> Iterator[None]:
     """Fills one answer, and halts wherever it has grown. A failure of one model is told below its question, and the others
     go on; its traceback is on the terminal."""
     into.state = ANSWERING
@@ -151,18 +151,22 @@ def answered(talker: Talker, conversation: Conversation, turn: Turn, into: Answe
             into.text = text
             yield
         into.note = watch.told()
-        if look and conversation.pictures:
-            into.note += " · looking where it looked"
+        if look and conversation.pictures and not turn.stop.is_set():
             yield
-            into.note = watch.told()
-            into.looks = looked_at(talker, conversation)
-    except DataError as error:
-        into.note = " · ".join(filter(None, [into.note, " ".join(str(error).split())]))
+            with ONE_AT_A_TIME:
+                into.looks = looked_at(conversation)
     except Exception as error:
-        traceback.print_exc()
-        said = (str(error).splitlines() or [""])[0][:200]
-        into.note = f"the model failed ({type(error).__name__}: {said}); the terminal tells more. Begin a new conversation."
+        into.note = " · ".join(filter(None, [into.note, sentence_of(error)]))
     into.state = DONE
+
+
+def sentence_of(error: Exception) -> str:
+    """What a visitor is told. Of what is no mistake of the visitor's, the terminal gets the traceback."""
+    if isinstance(error, DataError):
+        return " ".join(str(error).split())
+    traceback.print_exception(error)
+    first = (str(error).splitlines() or [""])[0][:200]
+    return f"the model failed, {type(error).__name__}: {first}; the terminal tells more"
 
 
 class Visitors:

@@ -8,11 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
+from torch import Tensor
 
 from owlfuse.evaluation.before import metrics_before
 from owlfuse.evaluation.metrics import Answer, answer_questions, mean_loss, metric_names, questions_of, score, time_answer
-from owlfuse.evaluation.reports import print_metrics, write_answers, write_contact_sheet
+from owlfuse.evaluation.reports import picked, print_metrics, write_answers, write_contact_sheet
+from owlfuse.evaluation.sheet_maps import maps_of_answers
 from owlfuse.identity import code_hash, config_hash, versions
+from owlfuse.types import Sample
 
 
 @dataclass
@@ -26,6 +29,7 @@ class Evaluation:
         contact_sheet: pictures on the sheet.
         decode_tokens: of one answer, timed after the others (`milliseconds`); 0: none.
         before: evaluate a run before its first step too; those metrics are named `before/...`.
+        explain: draw beside each picture of the sheet where the answer looked (see `explain.attention_to_pictures`).
     """
 
     batch_size: int = 64
@@ -37,6 +41,9 @@ class Evaluation:
     milliseconds: float | None = field(default=None, init=False)
     """Per token of an answer to one question, the first token apart, which reads the prompt."""
     before: bool = False
+    explain: bool = False
+    maps: dict[str, Tensor] = field(default_factory=dict, init=False)
+    """With `explain`: of the answers on the sheet by their ids, where they looked in their pictures."""
 
     def __call__(self, model: Any, data: Any, folder: Path | None = None) -> tuple[dict[str, float], list[Answer]]:
         """Metrics by their full names and all answers, progress shown; with a run's folder, its metrics of before too."""
@@ -47,6 +54,7 @@ class Evaluation:
         model.eval()
         metrics: dict[str, float] = metrics_before(folder) if folder else {}
         everything: list[Answer] = []
+        asked: dict[tuple[str, str], Sample] = {}
         columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeRemainingColumn())
         with Progress(*columns, disable=rank_zero_only.rank != 0) as progress:
             for source in data.validation:
@@ -62,7 +70,11 @@ class Evaluation:
                 blank = answer_questions(model, data, source, questions, *settings, blank=True) if with_blank else None
                 metrics |= metric_names(source, list(data.validation), score(answers, blank, loss))
                 everything += answers
+                asked |= {(source, sample.id): sample for sample, _, _ in questions}
         self.milliseconds = time_answer(model, data, self.decode_tokens)
+        if self.explain and folder and rank_zero_only.rank == 0:
+            shown = [(answer, asked[answer.source, answer.id]) for answer in picked(on_sheet(everything), self.contact_sheet)]
+            self.maps = maps_of_answers(model, data, shown, self.max_new_tokens)
         model.train(training)
         return dict(sorted(metrics.items())), everything
 
@@ -71,11 +83,16 @@ class Evaluation:
         print_metrics(metrics, title)
         write_answers(folder / "answers.jsonl", answers)
         if self.contact_sheet:
-            pictured = [answer for answer in answers if answer.image]
-            first = pictured[0].source if pictured else None
-            mine = [answer for answer in pictured if answer.source == first]
-            right = metrics.get(f"{first}/exact_match", 0.0)
-            write_contact_sheet(folder / "contact_sheet.png", mine, self.contact_sheet, f"{title}: {right:.0%} right")
+            mine = on_sheet(answers)
+            right = metrics.get(f"{mine[0].source}/exact_match", 0.0) if mine else 0.0
+            title = f"{title}: {right:.0%} right"
+            write_contact_sheet(folder / "contact_sheet.png", mine, self.contact_sheet, title, self.maps)
+
+
+def on_sheet(answers: list[Answer]) -> list[Answer]:
+    """Those with a picture, of the first source that has any."""
+    pictured = [answer for answer in answers if answer.image]
+    return [answer for answer in pictured if answer.source == pictured[0].source]
 
 
 def write_results(

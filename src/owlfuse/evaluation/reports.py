@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
+from contextlib import suppress
 from io import BytesIO
 from pathlib import Path
 
+from PIL import Image, ImageOps
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
 
+from owlfuse.data.images import to_rgb
 from owlfuse.evaluation.metrics import Answer
+from owlfuse.evaluation.overlays import overlay
 
 
 def print_metrics(metrics: dict[str, float], title: str) -> None:
@@ -32,36 +37,45 @@ def write_answers(path: Path, answers: list[Answer]) -> None:
             file.write(json.dumps(facts, ensure_ascii=False) + "\n")
 
 
-def write_contact_sheet(path: Path, answers: list[Answer], pictures: int, title: str) -> None:
+def picked(answers: list[Answer], pictures: int) -> list[Answer]:
+    """At most so many pictures, spread evenly over the answers, with a question each, taken in turn, so that wrong ones appear
+    as often as they are."""
+    by_picture = defaultdict(list)
+    for answer in answers:
+        by_picture[answer.image].append(answer)
+    count = min(pictures, len(by_picture))
+    groups = list(by_picture.values())
+    chosen = [groups[i * len(groups) // count] for i in range(count)]
+    return [group[i % len(group)] for i, group in enumerate(chosen)]
+
+
+def write_contact_sheet(
+    path: Path, answers: list[Answer], pictures: int, title: str, maps: dict[str, Tensor] | None = None
+) -> None:
     """A PNG of pictures with a question each, the answer, and right (green, tick) or wrong (red, cross, what was expected).
 
-    Pictures are spread evenly over the answers, and their questions taken in turn, so that wrong ones appear as often as they
-    are.
+    Args:
+        pictures: at most so many, see `picked`.
+        maps: by the id of an answer, where it looked in its picture (see `evaluation.explain`), which is drawn beside it.
     """
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
-    from PIL import Image
 
-    by_picture = defaultdict(list)
-    for answer in answers:
-        by_picture[answer.image].append(answer)
-    count = min(pictures, len(by_picture))
-    if count == 0:
+    shown, maps = picked(answers, pictures), maps or {}
+    if not shown:
         return
-    groups = list(by_picture.values())
-    picked = [groups[i * len(groups) // count] for i in range(count)]
-    shown = [group[i % len(group)] for i, group in enumerate(picked)]
-    columns = min(6, count)
-    rows = -(-count // columns)
-    figure, axes = plt.subplots(rows, columns, figsize=(2.2 * columns, 2.75 * rows + 0.5), squeeze=False)
+    columns = min(3 if maps else 6, len(shown))
+    rows = -(-len(shown) // columns)
+    width = 4.4 if maps else 2.2
+    figure, axes = plt.subplots(rows, columns, figsize=(width * columns, 2.75 * rows + 0.5), squeeze=False)
     figure.suptitle(title, fontsize=12)
     for axis in axes.flat:
         axis.axis("off")
     for axis, answer in zip(axes.flat, shown, strict=False):
-        with Image.open(BytesIO(answer.image) if isinstance(answer.image, bytes) else answer.image) as picture:
-            axis.imshow(picture.convert("RGB"))
+        picture = picture_of(answer)
+        axis.imshow(with_overlay(picture, maps[answer.id]) if answer.id in maps else picture)
         text = f"✓ {answer.answer}" if answer.right else f"✗ {answer.answer or '(nothing)'}  (is: {answer.expected})"
         axis.set_title(wrap(answer.question), fontsize=8)
         axis.text(
@@ -77,6 +91,22 @@ def write_contact_sheet(path: Path, answers: list[Answer], pictures: int, title:
     figure.tight_layout(rect=(0, 0, 1, 0.98))
     figure.savefig(path, dpi=110)
     plt.close(figure)
+
+
+def picture_of(answer: Answer) -> Image.Image:
+    """The answer's picture, upright, as the model saw it."""
+    with Image.open(BytesIO(answer.image) if isinstance(answer.image, bytes) else answer.image) as file:
+        with suppress(Exception):  # as in `owlfuse.data.images`
+            ImageOps.exif_transpose(file, in_place=True)
+        return to_rgb(file)
+
+
+def with_overlay(picture: Image.Image, map: Tensor) -> Image.Image:
+    """The picture, and beside it the overlay of where the answer looked."""
+    both = Image.new("RGB", (2 * picture.width, picture.height))
+    both.paste(picture)
+    both.paste(overlay(picture, map), (picture.width, 0))
+    return both
 
 
 def wrap(text: str, width: int = 30) -> str:

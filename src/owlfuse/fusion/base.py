@@ -1,7 +1,10 @@
-"""N images, Q visual tokens per image, B rows, I the most images of a row, T text positions, D LLM width."""
+"""N images, Q visual tokens per image, B rows, I the most images of a row, T text positions, D LLM width, H query heads,
+K key-value heads, d head width, R the last positions of a row, S = I * Q visual tokens of a row.
+"""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -52,6 +55,53 @@ class Fusion(nn.Module):
             (B, T, D), and keyword arguments that the LLM's forward passes down to its layers.
         """
         raise NotImplementedError(f"{type(self).__name__} has no forward")
+
+    def looking_layers(self, layers: int) -> list[int]:
+        """Of an LLM of so many decoder layers, those in which text attends to visual tokens. By default all of them."""
+        return list(range(layers))
+
+    def looks(self, call: AttentionCall) -> Tensor:
+        """How much each head reads from each visual token in one of the `looking_layers`: (1, H, R, S), images in order. By
+        default the self-attention's weights at the placeholders, for visual tokens that stand among the text."""
+        return call.weights[..., call.placeholder]
+
+
+@dataclass
+class AttentionCall:
+    """One call of a decoder layer's attention for one row, as seen from its last R positions."""
+
+    module: nn.Module
+    query: Tensor
+    """(1, H, R, d), rotated."""
+    key: Tensor
+    """(1, K, T, d), rotated."""
+    mask: Tensor
+    """(1, 1, R, T) bool, True where a position sees a key."""
+    weights: Tensor
+    """(1, H, R, T) the self-attention's, float32: softmax(Q K^T * scaling) under the mask."""
+    text: Tensor
+    """(1, R, H * d) what the self-attention gives."""
+    scaling: float
+    placeholder: Tensor
+    """(T,) bool, True at the positions that images take."""
+    visual: Any = None
+    """What the fusion hands to the attention as `visual`."""
+
+
+def attention_weights(query: Tensor, key: Tensor, mask: Tensor, scaling: float) -> Tensor:
+    """softmax(Q K^T * scaling) over the keys that the mask shows, (B, H, R, T) float32, of grouped queries too."""
+    key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
+    scores = query.float() @ key.float().transpose(2, 3) * scaling
+    return scores.masked_fill(~mask, -torch.inf).softmax(-1)
+
+
+def text_mask(attention_mask: Tensor | None, query: Tensor, key: Tensor) -> Tensor:
+    """The mask that transformers leaves out where a causal one is meant, as (B or 1, 1, T, T') bool."""
+    if attention_mask is not None:
+        return attention_mask if attention_mask.dtype == torch.bool else attention_mask >= 0
+    steps, length = query.shape[2], key.shape[2]
+    index = torch.arange(length, device=query.device)
+    return (index[None, :] <= index[length - steps :, None])[None, None]
 
 
 def splice(embeddings: Tensor, visual: VisualTokens, batch: Batch) -> Tensor:

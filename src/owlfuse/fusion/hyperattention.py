@@ -1,5 +1,5 @@
 """N images, Q visual tokens per image, B rows, I the most images of a row, T text positions, D LLM width, H query heads,
-K key-value heads, d head width, S = I * Q visual tokens of a row.
+K key-value heads, d head width, R the last positions of a row, S = I * Q visual tokens of a row.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from owlfuse.fusion.base import Fusion
+from owlfuse.fusion.base import AttentionCall, Fusion, attention_weights, text_mask
 from owlfuse.llm import decoder_layers, rotary, rotate, width
 from owlfuse.types import Batch, VisualTokens
 
@@ -107,6 +107,24 @@ class HyperAttention(Fusion):
         positions = positions.repeat_interleave(self.connector_tokens, dim=1) * self.mi_rope
         return embeddings, {"visual": RowVisual(tokens, rotary(llm, tokens, positions), visible, visual.kept)}
 
+    def looking_layers(self, layers: int) -> list[int]:
+        """See `Fusion`."""
+        return self.layer_indices
+
+    def looks(self, call: AttentionCall) -> Tensor:
+        """See `Fusion`: the weights of the attention to the visual tokens, times the gate's mean over a head's width; of a
+        fused softmax, its visual part."""
+        key, _, visible = call.visual
+        mask = visible[:, -call.query.shape[2] :].repeat_interleave(self.connector_tokens, dim=2)[:, None]
+        if self.gate == "fused":
+            keys, mask = torch.cat([key, call.key], dim=2), torch.cat([mask, call.mask], dim=3)
+            return attention_weights(call.query, keys, mask, call.scaling)[..., : key.shape[2]]
+        weights = attention_weights(call.query, key, mask, call.scaling)
+        if self.gate == "none":
+            return weights
+        gate = call.module.visual.gate_of(call.text).expand_as(call.text).unflatten(2, (call.query.shape[1], -1))
+        return weights * gate.float().mean(-1).transpose(1, 2)[..., None]
+
 
 @dataclass
 class RowVisual:
@@ -164,9 +182,13 @@ class VisualAttention(nn.Module):
         """The two attentions' outputs (B, T, H * d), gated: visual * g + text * (1 - g), or their sum without a gate."""
         if self.kind == "none":
             return visual + text
-        rank, ranks = self.share
-        gate = torch.sigmoid(self.gate.chunk(ranks)[rank] if self.gate_proj is None else self.gate_proj(text))
+        gate = self.gate_of(text)
         return visual * gate + text * (1 - gate)
+
+    def gate_of(self, text: Tensor) -> Tensor:
+        """How much of the visual attention goes in, from 0 to 1: (B, T, H * d), or (H * d,) where it is the same for all."""
+        rank, ranks = self.share
+        return torch.sigmoid(self.gate.chunk(ranks)[rank] if self.gate_proj is None else self.gate_proj(text))
 
 
 def hand_visual_down(layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
@@ -217,12 +239,3 @@ def attend(
         cross, _ = attention(module, query, visual_key, visual_value, mask | ~sees_any.transpose(1, 2), **kwargs)
         joined = module.visual.join(text.flatten(2), cross.flatten(2)).view_as(text)
     return torch.where(sees_any, joined, text), weights
-
-
-def text_mask(attention_mask: Tensor | None, query: Tensor, key: Tensor) -> Tensor:
-    """The mask that transformers leaves out where a causal one is meant, as (B or 1, 1, T, T') bool."""
-    if attention_mask is not None:
-        return attention_mask if attention_mask.dtype == torch.bool else attention_mask >= 0
-    steps, length = query.shape[2], key.shape[2]
-    index = torch.arange(length, device=query.device)
-    return (index[None, :] <= index[length - steps :, None])[None, None]
