@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import socket
 from collections.abc import Callable
@@ -60,7 +61,7 @@ def listen(host: str, port: int | None) -> socket.socket:
         except OverflowError:
             raise ConfigError(f"{COMMAND_LINE}: --port {number}: expected a number from 0 to 65535") from None
         except OSError as error:
-            reason = error.strerror or str(error)
+            reason = os.strerror(error.errno) if error.errno else str(error)
     if port is None:
         raise ConfigError(f"{COMMAND_LINE}: no port of {host} from {ports[0]} to {ports[-1]} is free ({reason}); give --port N")
     raise ConfigError(f"{COMMAND_LINE}: --port {port} of {host}: {reason}; name another, or none for the next free one")
