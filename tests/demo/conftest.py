@@ -7,6 +7,7 @@ from PIL import Image
 from helpers import llm_fields, model_node
 from owlfuse.data.chat import load_tokenizer
 from owlfuse.data.shapes import write_shapes
+from owlfuse.demo.talkers import load_talkers
 from owlfuse.hub.export import Trained, export
 from owlfuse.model import build_model
 
@@ -24,3 +25,13 @@ def exported(tmp_path_factory):
     for color in ("red", "blue"):
         Image.new("RGB", (50, 40), color).save(work / f"{color}.png")
     return work
+
+
+@pytest.fixture(scope="session")
+def loaded(exported):
+    """Both models as the demo loads them, and what it says meanwhile. They never end an answer by themselves."""
+    said = []
+    talkers = load_talkers([exported / "concat" / "out", exported / "hyper" / "out"], said.append)
+    for one in talkers:
+        one.model.generation_config.suppress_tokens = [one.processor.tokenizer.eos_token_id]
+    return talkers, said

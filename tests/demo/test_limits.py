@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from owlfuse.demo import limits
-from owlfuse.demo.limits import check_question, read_pictures, stored
+from owlfuse.demo.limits import check_question, read_pictures
 from owlfuse.types import DataError
 
 
@@ -70,11 +70,3 @@ def test_a_question_is_text_of_some_length_without_an_image_token():
         check_question("x" * 8001, ["<image>"])
     with pytest.raises(DataError, match="<image> stands for a picture"):
         check_question("an <image> of", ["<image>"])
-
-
-def test_stored_counts_files_in_all_folders(tmp_path):
-    assert stored(tmp_path) == 0
-    (tmp_path / "b").mkdir()
-    (tmp_path / "a").write_bytes(b"123")
-    (tmp_path / "b" / "c").write_bytes(b"45")
-    assert stored(tmp_path) == 5

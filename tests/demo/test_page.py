@@ -338,7 +338,8 @@ def test_the_keyboard_alone_is_enough_and_everything_has_a_name(demo, visit):
         "Ask",
     ):
         assert name in names, names
-    unnamed = "all => all.filter(e => e.offsetParent && !(e.getAttribute('aria-label') || e.innerText.trim() || e.labels?.length)).map(e => e.outerHTML)"
+    label = "e.getAttribute('aria-label') || e.innerText.trim() || e.labels?.length"
+    unnamed = f"all => all.filter(e => e.offsetParent && !({label})).map(e => e.outerHTML)"
     assert page.locator("button, input, textarea").evaluate_all(unnamed) == []
 
 
@@ -385,22 +386,31 @@ def test_files_outside_the_uploads_are_not_served_and_uploads_are_not_active(dem
     stored.unlink()
 
 
+SEND = """async ([path, name]) => {
+    const config = window.gradio_config;
+    const box = config.components.find((one) => one.props.elem_id === "question").id;
+    const event = config.dependencies.find((one) => one.targets.some(([id, kind]) => id === box && kind === "submit"));
+    const file = { path, meta: { _type: "gradio.FileData" } };
+    const data = { begin: [{ text: "What is it?", files: [file] }], slider: [file, 8, false] }[name];
+    const index = name === "begin" ? event.id : config.dependencies.find((one) => one.inputs.length === 3).id;
+    const body = JSON.stringify({ data, fn_index: index, session_hash: "probe" });
+    const headers = { "content-type": "application/json" };
+    const answer = await fetch("gradio_api/run/predict", { method: "POST", headers, body });
+    return [answer.status, await answer.text()];
+}"""
+
+
 def test_a_file_of_the_server_cannot_be_named_as_a_picture(demo, visit, exported):
     page = visit(demo)
-    call = """async (path) => {
-        const box = window.gradio_config.components.find((one) => one.props.elem_id === "question").id;
-        const index = window.gradio_config.dependencies.find((one) => one.targets.some(([id, name]) => id === box && name === "submit")).id;
-        const file = { path, meta: { _type: "gradio.FileData" } };
-        const body = { data: [{ text: "What is it?", files: [file] }], fn_index: index, session_hash: "probe" };
-        const options = { method: "POST", headers: { "content-type": "application/json" }, body: JSON.stringify(body) };
-        const answer = await fetch("gradio_api/run/predict", options);
-        return [answer.status, await answer.text()];
-    }"""
-    for path in (str(exported / "red.png"), "/etc/passwd", "http://example.com/a.png"):
-        status, text = page.evaluate(call, path)
-        assert status >= 400, text
-        assert "asked" not in text
-    assert (exported / "red.png").exists()
+    (demo.temp / "secret.png").write_bytes((exported / "red.png").read_bytes())
+    before = set(demo.temp.rglob("*"))
+    for path in (str(demo.temp / "secret.png"), str(exported / "red.png"), "/etc/passwd", "http://example.com/a.png"):
+        for name in ("begin", "slider"):
+            status, text = page.evaluate(SEND, [path, name])
+            assert status >= 400, text
+            assert "asked" not in text
+    assert set(demo.temp.rglob("*")) == before
+    (demo.temp / "secret.png").unlink()
     visit.faults.clear()  # the browser notes each refusal
 
 
@@ -421,4 +431,5 @@ def test_ctrl_c_ends_it_while_an_answer_is_made(models, visit, tmp_path, number)
     assert list(demo.temp.glob("owlfuse-demo-*")) == []
     with pytest.raises(ProcessLookupError):
         os.killpg(demo.process.pid, 0)
+    page.close()
     visit.faults.clear()  # the page lost its server

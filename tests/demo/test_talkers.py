@@ -6,7 +6,7 @@ import pytest
 
 from owlfuse import cli, packages
 from owlfuse.config_errors import ConfigError
-from owlfuse.demo.talkers import check_folders, distinct, load_talkers
+from owlfuse.demo.talkers import check_folders, distinct
 from owlfuse.types import DataError
 
 
@@ -16,9 +16,8 @@ def test_models_are_told_apart_by_the_shortest_ends_of_their_paths(tmp_path):
     assert distinct([tmp_path / "x" / "a" / "out", tmp_path / "y" / "a" / "out"]) == ["x/a/out", "y/a/out"]
 
 
-def test_each_model_says_its_fusion_and_where_it_is_from(exported):
-    said = []
-    talkers = load_talkers([exported / "concat" / "out", exported / "hyper" / "out"], said.append)
+def test_each_model_says_its_fusion_and_where_it_is_from(loaded):
+    talkers, said = loaded
     assert [one.name for one in talkers] == ["concat/out", "hyper/out"]
     assert talkers[0].facts == ["fusion: Concat", "export of run_concat", "vit_tiny_patch16_224, LinearConnector, qwen2"]
     assert talkers[1].facts[:2] == ["fusion: HyperAttention (adaptive)", "export of run_hyper"]

@@ -8,18 +8,14 @@ from PIL import Image
 
 from owlfuse.chat import Conversation
 from owlfuse.demo import limits, visitors
-from owlfuse.demo.talkers import load_talkers
 from owlfuse.demo.visitors import Visitor, Visitors, options_of
 from owlfuse.types import DataError
 
 
-@pytest.fixture(scope="module")
-def talkers(exported):
-    """Both models; they never end an answer by themselves."""
-    made = load_talkers([exported / "concat" / "out", exported / "hyper" / "out"], lambda line: None)
-    for one in made:
-        one.model.generation_config.suppress_tokens = [one.processor.tokenizer.eos_token_id]
-    return made
+@pytest.fixture
+def talkers(loaded):
+    """Both models."""
+    return loaded[0]
 
 
 def ask(visitor, text, *paths, tokens=8, look=False):
@@ -109,15 +105,15 @@ def test_where_it_looked_is_drawn_for_every_picture_of_the_conversation(talkers,
     assert all(answer.looks == [] for answer in ask(Visitor(talkers), "What?", exported / "red.png").answers)
 
 
-def test_a_conversation_too_long_for_a_model_is_told_and_the_others_go_on(talkers, monkeypatch):
+def test_a_conversation_too_long_for_a_model_is_told_and_the_others_go_on(talkers):
     visitor = Visitor(talkers)
     visitor.conversations[0].longest = 12
     turn = ask(visitor, "What is in the picture that was shown before?")
     assert turn.answers[0].text == ""
     assert "tokens and the model knows 12; begin a new one" in turn.answers[0].note
     assert turn.answers[1].text
-    short = ask(visitor, "Hi", tokens=500)
-    assert "the model's longest text is reached" in short.answers[1].note  # 400 positions
+    visitor.conversations[1].longest = 60
+    assert "the model's longest text is reached" in ask(visitor, "Hi", tokens=100).answers[1].note
 
 
 def test_a_fault_of_one_model_is_told_without_a_stack_and_the_others_go_on(talkers, monkeypatch, capsys):

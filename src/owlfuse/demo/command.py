@@ -40,7 +40,7 @@ def demo_command(folders: list[str], host: str, port: int | None) -> None:
         from owlfuse.demo.visitors import Visitors
 
         visitors = Visitors(talkers)
-        page = make_page(talkers, visitors)
+        page = make_page(talkers, visitors, Path(uploads))
         name, number = bound.getsockname()[:2]
         address = f"http://{f'[{name}]' if ':' in name else name}:{number}"
         if not local:

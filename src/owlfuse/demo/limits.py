@@ -79,15 +79,3 @@ def check_question(text: str, image_tokens: Iterable[str]) -> str:
         if token in text:
             raise DataError(f"{token} stands for a picture and cannot be a part of the question; leave it out")
     return text
-
-
-def stored(folder: Path) -> int:
-    """Bytes of all files below a folder; those that vanish meanwhile do not count."""
-    total = 0
-    for place, _, names in os.walk(folder):
-        for name in names:
-            try:
-                total += os.stat(os.path.join(place, name)).st_size
-            except FileNotFoundError:
-                continue
-    return total

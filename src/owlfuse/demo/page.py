@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +11,7 @@ import gradio as gr
 from owlfuse.demo import transcript
 from owlfuse.demo.limits import MAX_CHARACTERS, MAX_NEW_TOKENS, MAX_WAITING
 from owlfuse.demo.talkers import Talker
+from owlfuse.demo.uploads import check_uploaded, remove
 from owlfuse.demo.visitors import Visitor, Visitors
 from owlfuse.types import DataError
 
@@ -26,8 +25,8 @@ BUSY: dict[str, Any] = {"submit_btn": False, "stop_btn": "Stop"}
 HIDDEN: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
 
 
-def make_page(talkers: list[Talker], visitors: Visitors) -> gr.Blocks:
-    """The page for these models; `visitors` keeps what is said."""
+def make_page(talkers: list[Talker], visitors: Visitors, uploads: Path) -> gr.Blocks:
+    """The page for these models; `visitors` keeps what is said, and `uploads` is the folder of uploaded files."""
     with gr.Blocks(title="owlfuse demo", analytics_enabled=False, fill_width=False) as page:
         with gr.Row(elem_id="title"):
             gr.HTML("<h1>owlfuse demo</h1>")
@@ -55,7 +54,7 @@ def make_page(talkers: list[Talker], visitors: Visitors) -> gr.Blocks:
                 elem_id="question",
                 **FREE,
             )
-        parts = Parts(visitors, history, current, notice, question)
+        parts = Parts(visitors, uploads, history, current, notice, question)
         shown = [history, current, notice, question]
         asked = question.submit(parts.begin, question, shown, queue=False, **HIDDEN)
         asked.then(parts.answer, [temperature, longest, look], shown, concurrency_limit=1, **HIDDEN)
@@ -69,23 +68,23 @@ def make_page(talkers: list[Talker], visitors: Visitors) -> gr.Blocks:
 class Parts:
     """What changes on the page, and how."""
 
-    def __init__(self, visitors: Visitors, history: Any, current: Any, notice: Any, question: Any) -> None:
+    def __init__(self, visitors: Visitors, uploads: Path, history: Any, current: Any, notice: Any, question: Any) -> None:
         self.visitors = visitors
+        self.uploads = uploads
         self.history, self.current, self.notice, self.question = history, current, notice, question
 
     def begin(self, value: dict[str, Any], request: gr.Request) -> dict[Any, Any]:
         """A question was sent: it is shown, or a sentence says why not, and then the text stays where it was."""
         paths = list(value.get("files") or [])
         try:
-            visitor = self.visitors.begin(request.session_hash, value.get("text") or "", paths)
+            checked = [str(check_uploaded(path, self.uploads)) for path in paths]
+            visitor = self.visitors.begin(request.session_hash, value.get("text") or "", checked)
         except DataError as error:
             busy = self.visitors.of(request.session_hash).pending is not None
             box = gr.MultimodalTextbox({"text": value.get("text") or "", "files": []}, **(BUSY if busy else FREE))
             return {self.notice: transcript.notice(str(error)), self.question: box}
         finally:
-            for path in paths:  # Gradio has checked that they are uploads
-                with contextlib.suppress(OSError):
-                    os.remove(path)
+            remove(paths, self.uploads)
         return self.all(visitor, gr.MultimodalTextbox(None, **BUSY))
 
     def answer(self, temperature: float, longest: float, look: bool, request: gr.Request) -> Iterator[dict[Any, Any]]:

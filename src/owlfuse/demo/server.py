@@ -13,7 +13,8 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from owlfuse.config_errors import COMMAND_LINE, ConfigError
-from owlfuse.demo.limits import MAX_STORED, MAX_UPLOAD, stored
+from owlfuse.demo.limits import MAX_STORED, MAX_UPLOAD
+from owlfuse.demo.uploads import stored, sweep, uploads_only
 
 PORT = 7860
 TRIED = 40
@@ -56,12 +57,12 @@ def listen(host: str, port: int | None) -> socket.socket:
         try:
             family = socket.AF_INET6 if ":" in host else socket.AF_INET
             return socket.create_server((host, number), family=family, backlog=128)
-        except socket.gaierror:
-            raise ConfigError(f"{COMMAND_LINE}: --host {host}: there is no such address; 127.0.0.1 is this machine") from None
         except OverflowError:
             raise ConfigError(f"{COMMAND_LINE}: --port {number}: expected a number from 0 to 65535") from None
         except OSError as error:
-            reason = os.strerror(error.errno) if error.errno else str(error)
+            if (error.errno or -1) < 0:  # of the search for the host's address
+                raise ConfigError(f"{COMMAND_LINE}: --host {host}: no such address; 127.0.0.1 is this machine alone") from None
+            reason = os.strerror(error.errno)
     if port is None:
         raise ConfigError(f"{COMMAND_LINE}: no port of {host} from {ports[0]} to {ports[-1]} is free ({reason}); give --port N")
     raise ConfigError(f"{COMMAND_LINE}: --port {port} of {host}: {reason}; name another, or none for the next free one")
@@ -115,8 +116,10 @@ class Guard:
         path = unquote(scope["path"]).lower()
         if "/proxy=" in path or any(f"file{mark}{kind}" in path for mark in "=/" for kind in ("http:", "https:")):
             return 403, "this demo fetches nothing from other servers"
-        if path.rstrip("/").endswith("/upload") and stored(self.uploads) > MAX_STORED:
-            return 507, "too many files were uploaded; try again later"
+        if path.rstrip("/").endswith("/upload"):
+            sweep(self.uploads)
+            if stored(self.uploads) > MAX_STORED:
+                return 507, "too many files were uploaded; try again later"
         return None
 
 
@@ -158,6 +161,7 @@ def serve(page: Any, bound: socket.socket, uploads: Path, local: bool, ending: C
         css_paths=HERE / "page.css",
         js=(HERE / "page.js").read_text(encoding="utf-8"),
     )
+    uploads_only(page, uploads)
 
     class Server(uvicorn.Server):
         """Ends without a word: an open page holds a connection, which is cut after a second."""
