@@ -43,7 +43,7 @@ def attention_to_pictures(
     patches: a visual token of `linear` and `mlp` is its patch, and those of an abstractor are shared out by its
     `patch_shares`. What falls on class tokens and end tokens is left out, and the rest is scaled to sum 1.
 
-    The model is left as it was; no other thread may use it meanwhile.
+    The model is left as it was.
 
     Args:
         inputs: what the processor gave for one prompt with pictures.
@@ -54,20 +54,16 @@ def attention_to_pictures(
         DataError: no picture or answer, several prompts, another layer, patches that are no grid, or a connector that does not
             say of which patches its tokens are made.
     """
-    prompt, pixels, training = inputs["input_ids"], inputs.get("pixel_values"), model.training
+    prompt, pixels = inputs["input_ids"], inputs.get("pixel_values")
     if len(prompt) != 1:
         raise DataError(f"{len(prompt)} prompts are given, and one answer is explained at a time")
     if pixels is None:
         raise DataError("the prompt has no picture, so there is nothing that the answer looked at")
     answer = without_end(answer_ids, model.generation_config.eos_token_id)
-    model.eval()
-    try:
-        with features_of(model.model.vision) as features:
-            visual = model.encode(prompt, pixels)
+    with evaluating(model), features_of(model.model.vision) as features:
+        visual = model.encode(prompt, pixels)
         batch = model.batch(prompt, torch.ones_like(prompt), visual)
         return maps_of(model.model, batch, visual, features[0], answer, layers)
-    finally:
-        model.train(training)
 
 
 def maps_of(
@@ -92,7 +88,7 @@ def maps_of(
     told[0, batch.input_ids.shape[1] :] = answer[:-1].to(told)
     placeholder = F.pad(batch.placeholder, (0, rows - 1))
     longer = replace(batch, input_ids=told, attention_mask=torch.ones_like(told), placeholder=placeholder)
-    notes = Notes(model.fusion, model.llm.config._attn_implementation, placeholder[0], rows, chosen)
+    notes = Notes(model.fusion, placeholder[0], rows, chosen)
     with noting(model.llm, notes):
         model(longer, visual, logits_to_keep=1)
     weights = torch.stack([notes.found[layer] for layer in chosen]).mean((0, 1))  # (S,)
@@ -144,6 +140,19 @@ def whole_map(views: list[Tensor], tiles: tuple[int, int] | None) -> Tensor:
 
 
 @contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Inside, the model is in evaluation mode; afterwards each of its modules is in its own again, since a wrapped model may be
+    in training mode around parts that are not."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+@contextmanager
 def features_of(vision: nn.Module) -> Iterator[list[Tensor]]:
     """What the backbone gives inside, call by call."""
     features: list[Tensor] = []
@@ -168,13 +177,13 @@ def patch_shares(connector: nn.Module, features: Tensor) -> Tensor:
 
 
 def grid_of(vision: nn.Module) -> tuple[int, int]:
-    """(h, w) of the patches, class tokens before them apart. Raises DataError where they are no grid."""
+    """(h, w) of the patches, class tokens before them apart. Raises DataError where they are no rectangle."""
     rows, columns = vision.grid
     if rows == 1 and columns > 1:  # what a backbone says of tokens that are no grid
         name = type(getattr(vision, "body", vision)).__name__
         raise DataError(
-            f"vision: the {vision.patches} tokens that {name} gives are no rectangle of patches, so there is no map of them to "
-            "lay over a picture; choose a backbone whose patches are rows and columns"
+            f"vision: timm does not tell that the {vision.patches} tokens of {name} are a rectangle of patches, row by row, so "
+            "there is no map of them to lay over a picture; choose a backbone whose patches are"
         )
     return rows, columns
 
