@@ -211,7 +211,7 @@ def test_upload_ask_and_see_the_streamed_answers_side_by_side(demo, visit, expor
         assert " ".join(texts[number].split()) == " ".join(alone.ask("What is it?", lambda text: None).split())
     assert any("waiting for its turn" in text for text in seen[1])
     assert re.fullmatch(
-        r"300 tokens in [\d.]+ s, the first after [\d.]+ s · [\d.]+ tokens/s", page.locator(".note").first.inner_text()
+        r"300 tokens in [\d.]+ s \(first [\d.]+ s\) · [\d.]+ tokens/s", page.locator(".note").first.inner_text()
     )
     boxes = [page.locator(".answer").nth(number).bounding_box() for number in range(2)]
     assert boxes[0]["y"] == boxes[1]["y"]
@@ -306,6 +306,11 @@ def test_nothing_reaches_over_the_side_and_the_question_stays_in_sight(demo, vis
     assert page.evaluate("document.documentElement.scrollWidth") == width
     over = "all => all.filter(one => one.getBoundingClientRect().right > innerWidth + 1).map(one => one.outerHTML.slice(0, 80))"
     assert page.locator("#conversation *, #composer *, .model, #settings *").evaluate_all(over) == []
+    label, form = (
+        page.locator(place).first.bounding_box() for place in ("#settings label:has(input[type=checkbox])", "#settings .form")
+    )
+    assert label["x"] + label["width"] <= form["x"] + form["width"]
+    assert label["height"] < 40  # in one line
     first, second = (page.locator(".answer").nth(number).bounding_box() for number in range(2))
     assert (second["y"] >= first["y"] + first["height"]) == (width == 390)
     page.mouse.wheel(0, -100_000)

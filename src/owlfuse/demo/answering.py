@@ -47,7 +47,7 @@ class Watch(StoppingCriteria):
     def told(self) -> str:
         """Time and speed, for below the answer."""
         seconds = self.last - self.begun
-        after = f", the first after {self.first - self.begun:.2f} s" if self.tokens > 1 else ""
+        after = f" (first {self.first - self.begun:.2f} s)" if self.tokens > 1 else ""
         rate = f" · {self.tokens / seconds:.1f} tokens/s" if seconds > 0 else ""
         ended = " · stopped" if self.stop.is_set() else ""
         ended += " · the model's longest text is reached" if self.full else ""

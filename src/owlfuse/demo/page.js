@@ -1,16 +1,16 @@
-// Names what a screen reader would find nameless, and follows the answer while the end of the page is in sight.
+// Names what a screen reader would find nameless, and brings a new question to the top, with room for its answers below.
 () => {
   const name = (place, words) => document.querySelectorAll(place).forEach((one) => one.setAttribute("aria-label", words));
   const label = () => {
     name("#question textarea", "Your question");
     name("#question .upload-button", "Add pictures");
     name("#question .submit-button", "Ask");
-    document.querySelectorAll("#question textarea").forEach((one) => one.setAttribute("maxlength", "8000"));
   };
+  let asked = 0;
   const follow = () => {
-    label();
-    const page = document.scrollingElement;
-    if (page.scrollHeight - page.scrollTop - page.clientHeight < 400) page.scrollTop = page.scrollHeight;
+    const questions = document.querySelectorAll("#conversation .asked");
+    if (questions.length > asked) questions[questions.length - 1].scrollIntoView({ block: "start" });
+    asked = questions.length;
   };
   label();
   new MutationObserver(follow).observe(document.querySelector("#conversation"), { childList: true, subtree: true });

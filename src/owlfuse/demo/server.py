@@ -158,7 +158,7 @@ def serve(page: Any, bound: socket.socket, uploads: Path, local: bool, ending: C
         show_error=False,
         max_file_size=MAX_UPLOAD,
         theme=THEME,
-        css_paths=HERE / "page.css",
+        head=f"<style>{(HERE / 'page.css').read_text(encoding='utf-8')}</style>",  # `css` would be rewritten
         js=(HERE / "page.js").read_text(encoding="utf-8"),
     )
     uploads_only(page, uploads)
