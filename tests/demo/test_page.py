@@ -59,7 +59,7 @@ class Demo:
         self.temp, self.asked = work / "temp", work / "asked.txt"
         self.temp.mkdir()
         self.asked.touch()
-        path = os.pathsep.join([str(work / "watch"), str(REPO / "src")])
+        path = os.pathsep.join([str(work / "watch"), str(REPO / "src"), *filter(None, [os.environ.get("PYTHONPATH")])])
         env = {**os.environ, "PYTHONPATH": path, "TMPDIR": str(self.temp), "ASKED": str(self.asked), "OMP_NUM_THREADS": "1"}
         self.out, self.err = (work / "out.txt").open("w+"), (work / "err.txt").open("w+")
         command = [sys.executable, "-m", "owlfuse.cli", "demo", *map(str, folders)]

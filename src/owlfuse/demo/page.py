@@ -35,7 +35,7 @@ def make_page(talkers: list[Talker], visitors: Visitors, uploads: Path) -> gr.Bl
         with gr.Row(elem_id="settings"):
             temperature = gr.Slider(0, 2, 0, step=0.1, label="Temperature", buttons=[])
             longest = gr.Slider(1, MAX_NEW_TOKENS, 256, step=1, label="Max tokens", buttons=[])
-            look = gr.Checkbox(False, label="Show where it looked", min_width=220)
+            look = gr.Checkbox(False, label="Show where it looked", elem_id="look")
         with gr.Column(elem_id="conversation"):
             history = gr.HTML(transcript.history(Visitor(talkers)))
             current = gr.HTML("")
