@@ -17,6 +17,7 @@ from helpers import (
     PLACEHOLDER,
     SHAPE_COUNTS,
     VIT,
+    all_connectors,
     each,
     expand,
     llm_fields,
@@ -34,12 +35,12 @@ from owlfuse.data.formats.llava import LLaVA
 from owlfuse.data.shapes import write_shapes
 from owlfuse.data.tiles import views_of
 from owlfuse.evaluation import Evaluation
-from owlfuse.evaluation.explain import attention_to_pictures, overlay, whole_maps
+from owlfuse.evaluation.explain import attention_to_pictures, overlay, patch_shares, whole_maps
 from owlfuse.evaluation.overlays import COLORS
 from owlfuse.hub.export import Trained, export, processor_of, wrap
 from owlfuse.hub.modeling import OwlfuseForConditionalGeneration
 from owlfuse.identity import config_hash
-from owlfuse.model import build_model
+from owlfuse.model import build_model, make_part
 from owlfuse.types import DataError
 from reference_lm import ReferenceLM, Shape
 
@@ -171,6 +172,17 @@ def test_an_abstractors_tokens_are_shared_out_by_attention_rollout():
     assert got[3].tolist() == [0.0] * 6  # the end token
 
 
+@each(all_connectors())
+@torch.no_grad()
+def test_every_connector_says_of_which_patches_its_tokens_are_made(node):
+    supplied = {"in_width": 64, "out_width": 24, "patches": 17, "grid": (4, 4)}
+    connector = make_part("connector", {"connector": node}, **supplied)
+    shares = patch_shares(connector, torch.randn(2, 17, 64))
+    assert shares.shape == (2, connector.tokens, 17)
+    sums = shares.sum(-1).round(decimals=4).unique().tolist()
+    assert sums in ([1.0], [0.0, 1.0])  # an end token has nothing of the picture
+
+
 PAIRS = [*((fusion, "linear") for fusion in FUSIONS), ("concat", "mlp"), ("hyperattention-fused", "abstractor")]
 
 
@@ -210,6 +222,14 @@ def test_ends_of_sequence_are_no_part_of_the_answer():
     assert all(torch.equal(a, b) for a, b in zip(plain, maps(model, [*ANSWER, END, END]), strict=True))
     assert not torch.equal(plain[0], maps(model, [*ANSWER, 8])[0])
     assert len(maps(model, [END])) == 2  # nothing was said: where it looked before it ended
+
+
+def test_padding_before_a_prompt_changes_nothing():
+    model = wrapped("concat")
+    inputs = prompt_of(model)
+    padded = {name: torch.nn.functional.pad(inputs[name], (4, 0)) for name in ("input_ids", "attention_mask")}
+    again = attention_to_pictures(model, {**inputs, **padded}, torch.tensor(ANSWER))
+    torch.testing.assert_close(again, maps(model), rtol=1e-4, atol=1e-6)
 
 
 def backbone(name, **kwargs):
@@ -255,6 +275,8 @@ def test_what_cannot_be_explained_is_told_with_what_was_found():
     inputs["pixel_values"] = torch.randn(2, 3, 64, 64)
     with pytest.raises(DataError, match="4 tokens of Hiera are a rectangle"):
         attention_to_pictures(odd, inputs, torch.tensor(ANSWER))
+    with pytest.raises(DataError, match="further back than the LLM's attention reaches"):
+        maps(wrapped("concat", llm=llm_fields("mistral", sliding_window=2)))
     mute = wrapped("concat")
     mute.model.connector.tokens = 3
     with pytest.raises(DataError, match="LinearConnector makes 3 tokens of 5 patches"):
@@ -368,27 +390,33 @@ def test_what_chat_cannot_explain_is_told_before_a_model_is_loaded(arguments, me
     assert error.count("\n") == 1
 
 
-def evaluated(shapes, folder, model, **options):
-    """The contact sheet of an evaluation, and the answers."""
-    validation = {"val": LLaVA(file=str(shapes / "val.json"))}
+def evaluated(shapes, folder, model, tile=0.0, **options):
+    """An evaluation, its answers and metrics, and the size of its contact sheet."""
+    validation = {"val": LLaVA(file=str(shapes / "val.json"), tile=tile)}
     data = ChatData(str(shapes / "tokenizer"), {"val": LLaVA(file=str(shapes / "val.json"))}, validation, workers=0)
     data.bind(model.vision.preprocessing, model.fusion.tokens_per_image)
     evaluation = Evaluation(max_questions=6, max_new_tokens=3, blank=False, contact_sheet=2, decode_tokens=0, **options)
     metrics, answers = evaluation(model, data, folder)
     evaluation.write(folder, metrics, answers, "title")
     with Image.open(folder / "contact_sheet.png") as sheet:
-        return sheet.size, answers, metrics
+        return evaluation, (metrics, answers), sheet.size
 
 
 def test_a_contact_sheet_has_overlays_where_they_are_asked_for(shapes, tmp_path, caplog):
     model = trained_on(shapes, "concat").model
-    (tmp_path / "plain").mkdir()
-    plain = evaluated(shapes, tmp_path / "plain", model)
-    explained = evaluated(shapes, tmp_path, model, explain=True)
-    assert explained[0][0] == 2 * plain[0][0]
-    assert explained[1:] == plain[1:]
+    _, results, plain = evaluated(shapes, tmp_path, model)
+    evaluation, again, explained = evaluated(shapes, tmp_path, model, explain=True)
+    assert again == results
+    assert explained[0] == 2 * plain[0]
+    assert [map.shape for map in evaluation.maps.values()] == [(2, 2)] * 2
+    assert config_hash({"evaluation": {"explain": True}}) == config_hash({"evaluation": {}})
     model.vision.grid = (1, 5)  # as of a backbone whose tokens are no grid
     with caplog.at_level(logging.WARNING):
-        assert evaluated(shapes, tmp_path, model, explain=True)[0] == plain[0]
+        assert evaluated(shapes, tmp_path, model, explain=True)[2] == plain
     assert "contact sheet has no overlays: vision: timm does not tell" in caplog.text
-    assert config_hash({"evaluation": {"explain": True}}) == config_hash({"evaluation": {}})  # a result is the same with it
+
+
+def test_the_overlay_of_a_tiled_picture_is_as_fine_as_its_tiles(shapes, tmp_path):
+    evaluation, _, _ = evaluated(shapes, tmp_path, trained_on(shapes).model, tile=1.0, explain=True)
+    assert [map.shape for map in evaluation.maps.values()] == [(4, 4)] * 2  # 2 x 2 tiles of 2 x 2 patches
+    assert [map.sum().item() for map in evaluation.maps.values()] == pytest.approx([1, 1])

@@ -122,7 +122,8 @@ def test_a_share_in_a_box_is_that_of_the_pixels():
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_color_questions_look_more_at_the_asked_shape_than_at_the_others(experiment, tmp_path):
     places = [f"data.folder={tmp_path / 'shapes'}", f"runs={tmp_path}", "name=x"]
-    looks = looks_of(run(compose([f"experiment={experiment}", *places])), pictures=200)
+    shorter = ["evaluation.max_questions=8", "evaluation.blank=false"]
+    looks = looks_of(run(compose([f"experiment={experiment}", *places, *shorter])), pictures=200)
     print(f"\n{HEADER}\n{looks.row(experiment)}")
     more = looks.asked - looks.others
     assert more.mean() - half(more) > 0

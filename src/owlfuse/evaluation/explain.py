@@ -51,8 +51,8 @@ def attention_to_pictures(
         layers: of the LLM, from 0; by default all in which text attends to the pictures: every one, or those of hyperattention.
 
     Raises:
-        DataError: no picture or answer, several prompts, another layer, patches that are no grid, or a connector that does not
-            say of which patches its tokens are made.
+        DataError: no picture or answer, several prompts, another layer, patches that are no grid, a connector that does not
+            say of which patches its tokens are made, or pictures out of reach of the LLM's sliding window.
     """
     prompt, pixels = inputs["input_ids"], inputs.get("pixel_values")
     if len(prompt) != 1:
@@ -62,7 +62,8 @@ def attention_to_pictures(
     answer = without_end(answer_ids, model.generation_config.eos_token_id)
     with evaluating(model), features_of(model.model.vision) as features:
         visual = model.encode(prompt, pixels)
-        batch = model.batch(prompt, torch.ones_like(prompt), visual)
+        mask = inputs.get("attention_mask")
+        batch = model.batch(prompt, torch.ones_like(prompt) if mask is None else mask, visual)
         return maps_of(model.model, batch, visual, features[0], answer, layers)
 
 
@@ -87,7 +88,8 @@ def maps_of(
     told = F.pad(batch.input_ids, (0, rows - 1))
     told[0, batch.input_ids.shape[1] :] = answer[:-1].to(told)
     placeholder = F.pad(batch.placeholder, (0, rows - 1))
-    longer = replace(batch, input_ids=told, attention_mask=torch.ones_like(told), placeholder=placeholder)
+    mask = F.pad(batch.attention_mask, (0, rows - 1), value=1)
+    longer = replace(batch, input_ids=told, attention_mask=mask, placeholder=placeholder)
     notes = Notes(model.fusion, placeholder[0], rows, chosen)
     with noting(model.llm, notes):
         model(longer, visual, logits_to_keep=1)
@@ -95,6 +97,8 @@ def maps_of(
     shares = patch_shares(model.connector, features).float()
     on_patches = torch.einsum("nq,nqp->np", weights.view(len(features), -1), shares)
     on_grid = on_patches[:, -grid[0] * grid[1] :].double().cpu()  # class tokens stand first
+    if not on_grid.sum() > 0:
+        raise DataError("the answer read nothing from the pictures: they are further back than the LLM's attention reaches")
     return list((on_grid / on_grid.sum()).float().unflatten(1, grid))
 
 
