@@ -51,6 +51,8 @@ class Conversation:
         self.model = model
         self.processor = processor
         self.options = options
+        self.longest: int | None = getattr(model.config.text_config, "max_position_embeddings", None)
+        """Tokens that the model knows places for, of prompt and answer together; None where nothing limits them."""
         self.messages: list[dict[str, Any]] = []
         self.pictures: list[Any] = []
         self.shown: list[Any] = []
@@ -67,11 +69,19 @@ class Conversation:
         self.messages, self.pictures, self.shown, self.last = [], [], [], None
 
     def ask(self, question: str, write: Callable[[str], None]) -> str:
-        """The answer, each piece of it given to `write` as it comes. Ctrl-C ends it early, and what was said stays said."""
+        """The answer, each piece of it given to `write` as it comes. Ctrl-C ends it early, and what was said stays said.
+
+        Raises:
+            DataError: the question holds an `<image>`, or the conversation is longer than the model's positions; nothing of it
+                is remembered.
+        """
         content = [*({"type": "image"} for _ in self.shown), {"type": "text", "text": question}]
         messages, pictures = [*self.messages, {"role": "user", "content": content}], [*self.pictures, *self.shown]
         prompt = self.processor.apply_chat_template(messages, add_generation_prompt=True)
         inputs = self.processor(images=pictures, text=prompt).to(self.model.device)
+        length = inputs["input_ids"].shape[1]
+        if self.longest is not None and length >= self.longest:
+            raise DataError(f"the conversation has {length:,} tokens and the model knows {self.longest:,}; begin a new one")
         self.messages, self.pictures, self.shown = messages, pictures, []
         streamer = Pieces(self.processor.tokenizer, write)
         try:

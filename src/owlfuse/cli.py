@@ -137,6 +137,12 @@ def _chat(arguments: argparse.Namespace) -> None:
     chat(Path(arguments.folder), arguments.image, question, *asked)
 
 
+def _demo(arguments: argparse.Namespace) -> None:
+    from owlfuse.demo.command import demo_command
+
+    demo_command(arguments.folders, arguments.host, arguments.port)
+
+
 def _mixture(arguments: argparse.Namespace) -> None:
     from owlfuse.survey import mixture_command
 
@@ -170,6 +176,7 @@ COMMANDS = {
     "export": _export,
     "import": _import,
     "chat": _chat,
+    "demo": _demo,
     "mixture": _mixture,
     "bench": run_bench,
     "data": _data,

@@ -62,6 +62,14 @@ cells are tried again. Runs of other code or another configuration are never mix
 them aside into runs/<name>/old and runs them again.
 """
 
+DEMO = """\
+examples:
+  owlfuse demo runs/shapes_owl3/trial
+  owlfuse demo runs/fusion/owl1-seed0 runs/fusion/owl3-seed0     the same question to both, answers side by side
+
+It needs the extra `demo` (pip install 'owlfuse[demo]') and no network. Ctrl-C ends it.
+"""
+
 
 class TrainHelp(argparse.Action):
     """`owlfuse train --help` reads the folders, and only when asked."""

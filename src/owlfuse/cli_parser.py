@@ -5,7 +5,7 @@ import sys
 from typing import Any, NoReturn
 
 from owlfuse.bench.commands import add_bench
-from owlfuse.cli_help import ABLATE, EVAL, EVAL_USAGE, EXIT_CODES, LAYOUT, RECIPE, TrainHelp
+from owlfuse.cli_help import ABLATE, DEMO, EVAL, EVAL_USAGE, EXIT_CODES, LAYOUT, RECIPE, TrainHelp
 
 
 class Parser(argparse.ArgumentParser):
@@ -78,6 +78,11 @@ def _add_models(commands: Any) -> None:
     chat.add_argument("--max-new-tokens", type=int, default=256, metavar="N")
     chat.add_argument("--temperature", type=float, default=0.0, help="0: the likeliest answer")
     chat.add_argument("--explain", metavar="PNG", help="draw where the (last) answer looked in the pictures, into a file")
+
+    demo = commands.add_parser("demo", help="a page in the browser: several models side by side", epilog=DEMO, **LAYOUT)
+    demo.add_argument("folders", nargs="+", metavar="OUT", help="exported or imported folders, or runs'")
+    demo.add_argument("--host", default="127.0.0.1", metavar="ADDRESS", help="by default only this machine reaches the page")
+    demo.add_argument("--port", type=int, metavar="N", help="by default the first free one from 7860 on")
 
 
 def _add_data(commands: Any) -> None:

