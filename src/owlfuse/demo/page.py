@@ -65,6 +65,11 @@ def make_page(talkers: list[Talker], visitors: Visitors, uploads: Path) -> gr.Bl
     return page
 
 
+def session(request: gr.Request) -> str:
+    """Of whom an open page is."""
+    return request.session_hash or ""
+
+
 class Parts:
     """What changes on the page, and how."""
 
@@ -78,9 +83,9 @@ class Parts:
         paths = list(value.get("files") or [])
         try:
             checked = [str(check_uploaded(path, self.uploads)) for path in paths]
-            visitor = self.visitors.begin(request.session_hash, value.get("text") or "", checked)
+            visitor = self.visitors.begin(session(request), value.get("text") or "", checked)
         except DataError as error:
-            busy = self.visitors.of(request.session_hash).pending is not None
+            busy = self.visitors.of(session(request)).pending is not None
             box = gr.MultimodalTextbox({"text": value.get("text") or "", "files": []}, **(BUSY if busy else FREE))
             return {self.notice: transcript.notice(str(error)), self.question: box}
         finally:
@@ -89,7 +94,7 @@ class Parts:
 
     def answer(self, temperature: float, longest: float, look: bool, request: gr.Request) -> Iterator[dict[Any, Any]]:
         """The answers as they grow."""
-        visitor = self.visitors.of(request.session_hash)
+        visitor = self.visitors.of(session(request))
         try:
             for _ in visitor.answers(temperature, int(longest), look):
                 yield {self.current: transcript.current(visitor)}
@@ -99,7 +104,7 @@ class Parts:
 
     def stop(self, request: gr.Request) -> dict[Any, Any]:
         """Ends the answer under way; what was said stays."""
-        visitor = self.visitors.of(request.session_hash)
+        visitor = self.visitors.of(session(request))
         visitor.halt()
         return (
             {self.current: transcript.current(visitor)} if visitor.pending else self.all(visitor, gr.MultimodalTextbox(**FREE))
@@ -107,13 +112,13 @@ class Parts:
 
     def restart(self, request: gr.Request) -> dict[Any, Any]:
         """Forgets all."""
-        visitor = self.visitors.of(request.session_hash)
+        visitor = self.visitors.of(session(request))
         visitor.restart()
         return self.all(visitor, gr.MultimodalTextbox(None, **FREE))
 
     def leave(self, request: gr.Request) -> None:
         """The page was closed."""
-        self.visitors.leave(request.session_hash)
+        self.visitors.leave(session(request))
 
     def all(self, visitor: Visitor, box: Any, keep_notice: bool = False) -> dict[Any, Any]:
         """The whole conversation as it is now."""

@@ -62,7 +62,7 @@ def listen(host: str, port: int | None) -> socket.socket:
         except OSError as error:
             if (error.errno or -1) < 0:  # of the search for the host's address
                 raise ConfigError(f"{COMMAND_LINE}: --host {host}: no such address; 127.0.0.1 is this machine alone") from None
-            reason = os.strerror(error.errno)
+            reason = os.strerror(error.errno or 0)
     if port is None:
         raise ConfigError(f"{COMMAND_LINE}: no port of {host} from {ports[0]} to {ports[-1]} is free ({reason}); give --port N")
     raise ConfigError(f"{COMMAND_LINE}: --port {port} of {host}: {reason}; name another, or none for the next free one")

@@ -63,7 +63,7 @@ def load_talkers(folders: list[Path], say: Callable[[str], None]) -> list[Talker
         say(f"loading {folder} ({count} of {len(folders)})")
         start = time.perf_counter()
         model, processor = load_talker(folder)
-        model.to(device)
+        model.to(device)  # type: ignore[arg-type]  # lost in transformers' wrapper
         Conversation(model, processor, max_new_tokens=1).ask("Hello", lambda text: None)  # the first answer is a slow one
         talkers.append(Talker(name, facts_of(folder, model), model, processor))
         size = sum(p.numel() for p in model.parameters())
@@ -97,7 +97,7 @@ def facts_of(folder: Path, model: OwlfuseForConditionalGeneration) -> list[str]:
 def origin(folder: Path, model: OwlfuseForConditionalGeneration) -> str:
     """The experiment of a run; of another folder, what wrote it."""
     if (config := folder / "config.yaml").exists():
-        return f"experiment: {OmegaConf.load(config).get('experiment') or 'none'}"
+        return f"experiment: {OmegaConf.select(OmegaConf.load(config), 'experiment') or 'none'}"
     released = model.model.released
     if released:
         return f"imported {released.family}"
