@@ -1,6 +1,7 @@
 """Composition by Hydra: overrides read and checked, the folders searched, and for every key the file that set it."""
 
 import re
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -162,7 +163,10 @@ def _check_override(override: Override, folders: ConfigFolders) -> None:
 def _hydra(folders: ConfigFolders) -> Iterator[None]:
     Plugins.instance().register(ExperimentSource)
     GlobalHydra.instance().clear()
-    with hydra.initialize_config_dir(str(folders.configs[0]), job_name="owlfuse", version_base="1.3"):
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The version_base")  # hydra 1.3 warns where there is none, 1.4 where there is one
+        initialized = hydra.initialize_config_dir(str(folders.configs[0]), job_name="owlfuse", version_base="1.3")
+    with initialized:
         yield
 
 
