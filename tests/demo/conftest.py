@@ -20,7 +20,7 @@ def exported(tmp_path_factory):
     tokenizer = load_tokenizer(str(work / "shapes" / "tokenizer"))
     for name, fusion in (("concat", "concat"), ("hyper", "hyperattention-adaptive")):
         torch.manual_seed(0)
-        node = model_node(fusion, llm=llm_fields("qwen2", max_position_embeddings=400))
+        node = model_node(fusion, llm=llm_fields("qwen2", max_position_embeddings=4000))
         export(Trained(build_model(node, len(tokenizer))[0].eval(), tokenizer, None), work / name / "out", source=f"run_{name}")
     for color in ("red", "blue"):
         Image.new("RGB", (50, 40), color).save(work / f"{color}.png")
