@@ -41,14 +41,23 @@ napoleon_use_ivar = True  # a documented attribute is one entry, not two
 napoleon_use_rtype = False
 
 
+set_aside: dict[str, list[str]] = {}
+
+
 def to_restructured(app, what, name, obj, options, lines: list[str]) -> None:
     """Docstrings are plain text with `code` in single backticks; what else would mean something to Sphinx is escaped."""
     text = "\n".join(lines)
     pieces = re.split(r"(`[^`]+`)", text)
     pieces = [f"`{p}`" if p.startswith("`") else re.sub(r"([*|\\])|(?<=\w)_(?!\w)", r"\\\g<0>", p) for p in pieces]
     lines[:] = "".join(pieces).split("\n")
-    if what in ("attribute", "data", "property"):
-        lines.insert(0, "")  # napoleon takes words before a colon in the first line as a type
+    if what in ("attribute", "data", "property"):  # napoleon takes words before a colon in the first line as a type
+        set_aside[name] = lines[:]
+        lines.clear()
+
+
+def take_back(app, what, name, obj, options, lines: list[str]) -> None:
+    """What was set aside for after napoleon."""
+    lines[:] = set_aside.pop(name, lines)
 
 
 def fill_in(app, docname: str, source: list[str]) -> None:
@@ -82,5 +91,6 @@ def subparsers(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentPa
 def setup(app) -> dict:
     """Called by Sphinx."""
     app.connect("autodoc-process-docstring", to_restructured, priority=1)  # before napoleon
+    app.connect("autodoc-process-docstring", take_back, priority=999)
     app.connect("source-read", fill_in)
     return {"parallel_read_safe": True}
