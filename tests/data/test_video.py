@@ -352,5 +352,5 @@ def test_wrong_options_are_named(node, message):
 def test_without_pyav_the_error_says_how_to_get_it(tmp_path, monkeypatch):
     name = write_video(tmp_path / "a.mp4", 1)
     monkeypatch.setitem(sys.modules, "av", None)
-    with pytest.raises(ModuleNotFoundError, match=r"pip install owlfuse\[video\]"):
+    with pytest.raises(ModuleNotFoundError, match=r"pip install 'owlfuse\[video\]'"):
         read_frames(tmp_path, name, "s:1", VideoSampling(), LIMIT)
