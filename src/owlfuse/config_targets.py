@@ -89,9 +89,12 @@ def check_arguments(
 
 def locate_target(target: Any, key: str, where: Where) -> Any:
     """Import the object at a dotted path. Raises ConfigError with the nearest name where the path is wrong."""
-    place = f"{where(key)}: {key}"
+
+    def place() -> str:  # for an error alone: to find it, the files are read once more
+        return f"{where(key)}: {key}"
+
     if not isinstance(target, str) or not all(part.isidentifier() for part in target.split(".")):
-        raise ConfigError(f"{place}: {target!r} is not a dotted path to a class or function")
+        raise ConfigError(f"{place()}: {target!r} is not a dotted path to a class or function")
     found: Any = None
     parts = target.split(".")
     for n, part in enumerate(parts):
@@ -101,20 +104,20 @@ def locate_target(target: Any, key: str, where: Where) -> Any:
             found = _import(name, place)
         if found is None:
             what = f"{'.'.join(parts[:n])} has no '{part}'" if n else f"no module '{part}' can be imported"
-            raise ConfigError(f"{place}: {what}{hint(part, _names_in(parent) if n else TOP_MODULES, listed=0)}")
+            raise ConfigError(f"{place()}: {what}{hint(part, _names_in(parent) if n else TOP_MODULES, listed=0)}")
     if not callable(found):
-        raise ConfigError(f"{place}: {target} is not a class or function")
+        raise ConfigError(f"{place()}: {target} is not a class or function")
     return found
 
 
-def _import(name: str, place: str) -> Any:
+def _import(name: str, place: Callable[[], str]) -> Any:
     """The module, or None where there is no such module; a module that it imports and that is missing is an error."""
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
         if error.name and f"{name}.".startswith(f"{error.name}."):  # itself, or its parent is no package
             return None
-        raise ConfigError(f"{place}: {name} needs the module '{error.name}', which is not installed") from None
+        raise ConfigError(f"{place()}: {name} needs the module '{error.name}', which is not installed") from None
 
 
 def parameters_of(callable_: Callable) -> dict[str, inspect.Parameter] | None:
