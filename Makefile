@@ -37,7 +37,7 @@ ablation: $(STAMP) ## run an ablation and write its report, NAME=<name> ARGS="<o
 	$(BIN)/owlfuse ablate $(ABLATION) $(ARGS)
 
 test: $(STAMP) lint ## lint, format check and the tests
-	$(BIN)/python -m pytest -n auto --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-slow: $(STAMP) ## the tests that take minutes each
 	$(BIN)/python -m pytest -m slow $(ARGS)

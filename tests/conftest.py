@@ -14,3 +14,14 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 def seeded():
     """The same random numbers for a test whether it runs alone or with others."""
     torch.manual_seed(0)
+
+
+LONGEST = (
+    *("test_parallel.py", "test_ablate.py", "test_train.py", "test_checkpoints.py", "test_sharded_export.py", "test_recipe.py"),
+    *("test_eval_task.py", "test_export.py"),
+)
+
+
+def pytest_collection_modifyitems(items):
+    """The files that take longest come first: at the end one worker would be alone with them."""
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
