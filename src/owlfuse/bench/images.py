@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from owlfuse.bench.pairs import device_name, in_turns, lowered, ratios, shown
+from owlfuse.bench.pairs import device_name, in_turns, lowered, ratios, shown, slope
 from owlfuse.bench.report import leave, plot_panels
 from owlfuse.llm import load_llm
 from owlfuse.model import MultimodalLM, make_part
@@ -43,17 +43,24 @@ LLM = {
     "num_key_value_heads": 8,
     "max_position_embeddings": 16384,
 }
-
-
-def heads(number: int) -> dict[str, int]:
-    """As many of queries as of keys and values."""
-    return {"num_attention_heads": number, "num_key_value_heads": number}
-
-
 SIZES: dict[str, dict[str, Any]] = {
     "small": LLM,
-    "0.4b": {**LLM, "hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 24, **heads(16)},
-    "quick": {**LLM, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4, **heads(4)},
+    "0.4b": {
+        **LLM,
+        "hidden_size": 1024,
+        "intermediate_size": 2816,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 16,
+    },
+    "quick": {
+        **LLM,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+    },
 }
 """LLMs: `small` for two CPU cores, `0.4b` for a GPU."""
 VOCABULARY, VISUAL_TOKENS, TEXT = 4096, 64, 64
@@ -188,10 +195,22 @@ def times_of(
     return found
 
 
-def slope(points: dict[int, float]) -> float:
-    """Of the least-squares line, per image."""
-    xs, ys = torch.tensor(list(points), dtype=torch.float64), torch.tensor(list(points.values()), dtype=torch.float64)
-    return float(((xs - xs.mean()) * (ys - ys.mean())).sum() / (xs - xs.mean()).square().sum())
+def over_concat(turns: dict[str, dict[int, list[float]]]) -> dict[str, dict[str, float]]:
+    """Of each fusion, concat's ratio to it with the most images."""
+    most = max(turns["concat"])
+    return {name: ratios(turns["concat"][most], own[most]) for name, own in turns.items()}
+
+
+def table_of(what: str, points: dict[str, dict[int, float]], against: dict[str, Any]) -> tuple[str, list[str], list[list[str]]]:
+    """Title, head and rows: a fusion a row, then its slope and concat's ratio to it."""
+    (kind, unit), images, rows = what.split(", "), list(points["concat"]), []
+    for name, own in points.items():
+        ratio = against[f"{what}, {name}"]
+        last = shown(ratio, 1) if unit == "ms" else f"{ratio['median']:.1f}"
+        rows.append([name, *(f"{own[n]:.{1 if own[n] < 1000 else 0}f}" for n in images), f"{slope(own):.2f}", last])
+    measured = "time, ms (medians)" if unit == "ms" else "peak memory above the process's own, MiB"
+    head = ["fusion", *map(str, images), f"{unit} an image", f"concat : it at {images[-1]}"]
+    return f"{kind}: {measured}, against images of {VISUAL_TOKENS} visual tokens", head, rows
 
 
 def bench_images(
@@ -210,18 +229,15 @@ def bench_images(
         what: {name: {n: sorted(turns)[len(turns) // 2] for n, turns in by_count.items()} for name, by_count in by_name.items()}
         for what, by_name in times.items()
     }
-    most, tables, against = images[-1], [], {}
-    shown_ones: Any = (("step", "ms"), ("prefill", "ms"), ("step", "MiB"), ("prefill", "MiB"))
-    for what, unit in shown_ones:
-        points, rows = (medians if unit == "ms" else memory)[what], []
-        for name, own in points.items():
-            turns = times[what] if unit == "ms" else {k: {most: [v[most]]} for k, v in points.items()}
-            ratio = against[f"{what}, {unit}, {name}"] = ratios(turns["concat"][most], turns[name][most])
-            last = shown(ratio, 1) if unit == "ms" else f"{ratio['median']:.1f}"
-            rows.append([name, *(f"{own[n]:.{1 if own[n] < 1000 else 0}f}" for n in images), f"{slope(own):.2f}", last])
-        kind = "time, ms (medians)" if unit == "ms" else "peak memory above the process's own, MiB"
-        head = ["fusion", *map(str, images), f"{unit} an image", f"concat : it at {most}"]
-        tables.append((f"{what}: {kind}, against images of {VISUAL_TOKENS} visual tokens", head, rows))
+    against = {f"{what}, ms, {name}": ratio for what, own in times.items() for name, ratio in over_concat(own).items()}
+    for what, own in memory.items():  # measured once
+        once = {name: {n: [value] for n, value in points.items()} for name, points in own.items()}
+        against |= {f"{what}, MiB, {name}": ratio for name, ratio in over_concat(once).items()}
+    tables = [
+        table_of(f"{what}, {unit}", points, against)
+        for unit, measured in (("ms", medians), ("MiB", memory))
+        for what, points in measured.items()
+    ]
     result = {
         "llm": {**llm, "vocab_size": VOCABULARY, "text": TEXT, "visual_tokens": VISUAL_TOKENS},
         "precision": precision,

@@ -55,3 +55,9 @@ def ratios(above: Sequence[float], below: Sequence[float]) -> dict[str, float]:
 def shown(ratio: Mapping[str, float], digits: int = 2) -> str:
     """`2.10 (2.05 to 2.20)`."""
     return f"{ratio['median']:.{digits}f} ({ratio['low']:.{digits}f} to {ratio['high']:.{digits}f})"
+
+
+def slope(points: dict[int, float]) -> float:
+    """Of the least-squares line, per image."""
+    xs, ys = torch.tensor(list(points), dtype=torch.float64), torch.tensor(list(points.values()), dtype=torch.float64)
+    return float(((xs - xs.mean()) * (ys - ys.mean())).sum() / (xs - xs.mean()).square().sum())

@@ -128,15 +128,10 @@ def encoded(headers: dict[str, str]) -> list[tuple[bytes, bytes]]:
     return [(name.encode(), value.encode()) for name, value in headers.items()]
 
 
-def serve(page: Any, bound: socket.socket, uploads: Path, local: bool, ending: Callable[[], None]) -> None:
-    """Serves the page until Ctrl-C or SIGTERM, then returns.
-
-    Args:
-        ending: called once when it ends, before connections are closed.
-    """
+def mounted(page: Any, bound: socket.socket, uploads: Path) -> Any:
+    """The FastAPI application that has Gradio's page at its root, and of Gradio nothing that the page does not need."""
     import fastapi
     import gradio
-    import uvicorn
 
     from owlfuse.demo.page import HERE, THEME
 
@@ -162,6 +157,16 @@ def serve(page: Any, bound: socket.socket, uploads: Path, local: bool, ending: C
         js=(HERE / "page.js").read_text(encoding="utf-8"),
     )
     uploads_only(page, uploads)
+    return app
+
+
+def serve(page: Any, bound: socket.socket, uploads: Path, local: bool, ending: Callable[[], None]) -> None:
+    """Serves the page until Ctrl-C or SIGTERM, then returns.
+
+    Args:
+        ending: called once when it ends, before connections are closed.
+    """
+    import uvicorn
 
     class Server(uvicorn.Server):
         """Ends without a word: an open page holds a connection, which is cut after a second."""
@@ -172,7 +177,7 @@ def serve(page: Any, bound: socket.socket, uploads: Path, local: bool, ending: C
             ending()
             await super().shutdown(sockets)
 
-    guarded = Guard(app, uploads, local)
+    guarded = Guard(mounted(page, bound, uploads), uploads, local)
     config = uvicorn.Config(guarded, log_level="error", access_log=False, timeout_graceful_shutdown=1, lifespan="on")
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # uvicorn raises the signal again when it has ended
     try:
