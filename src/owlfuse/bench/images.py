@@ -34,34 +34,22 @@ FUSIONS: dict[str, dict[str, Any]] = {
     "modality_adaptive": {"_target_": "owlfuse.fusion.modality_adaptive.ModalityAdaptive"},
     "hyperattention": {"_target_": "owlfuse.fusion.hyperattention.HyperAttention", "layers": [0, 3, 6, 9]},
 }
-LLM = {
-    "model_type": "llama",
-    "hidden_size": 256,
-    "intermediate_size": 688,
-    "num_hidden_layers": 12,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 8,
-    "max_position_embeddings": 16384,
-}
-SIZES: dict[str, dict[str, Any]] = {
-    "small": LLM,
-    "0.4b": {
-        **LLM,
-        "hidden_size": 1024,
-        "intermediate_size": 2816,
-        "num_hidden_layers": 24,
-        "num_attention_heads": 16,
-        "num_key_value_heads": 16,
-    },
-    "quick": {
-        **LLM,
-        "hidden_size": 64,
-        "intermediate_size": 128,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 4,
-    },
-}
+
+
+def llama(width: int, hidden: int, layers: int, heads: int) -> dict[str, Any]:
+    """Its configuration."""
+    return {
+        "model_type": "llama",
+        "hidden_size": width,
+        "intermediate_size": hidden,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": heads,
+        "max_position_embeddings": 16384,
+    }
+
+
+SIZES = {"small": llama(256, 688, 12, 8), "0.4b": llama(1024, 2816, 24, 16), "quick": llama(64, 128, 4, 4)}
 """LLMs: `small` for two CPU cores, `0.4b` for a GPU."""
 VOCABULARY, VISUAL_TOKENS, TEXT = 4096, 64, 64
 MIB = 2**20
