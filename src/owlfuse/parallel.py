@@ -110,7 +110,7 @@ class Sharded(ModelParallelStrategy):
 
 def wait_at_exit() -> None:
     """Has this process wait a moment before it ends, once. Python's end under gloo's threads aborts a process that is done,
-    one in ten of those that end right after a collective (pytorch #179291); the others are then ended as if it had failed."""
+    one in eight of those that end right after a collective (pytorch #179291); the others are then ended as if it had failed."""
     atexit.unregister(time.sleep)
     atexit.register(time.sleep, EXIT_SECONDS)
 
