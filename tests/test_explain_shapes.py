@@ -14,10 +14,8 @@ from PIL import Image
 
 from owlfuse.chat import load_talker
 from owlfuse.config import compose
-from owlfuse.data.shapes_boxes import box_of
 from owlfuse.data.shapes_scenes import PICTURE_SIZE, draw_scene, make_scene
 from owlfuse.evaluation.explain import attention_to_pictures
-from owlfuse.evaluation.overlays import share_in
 from owlfuse.train import run
 
 SIZE = (PICTURE_SIZE, PICTURE_SIZE)
@@ -53,6 +51,28 @@ HEADER = (
     "| run | asked shape's box | another shape's box | difference | even spread | asked ahead of all others | right answers |\n"
     "|---|---|---|---|---|---|---|"
 )
+
+
+def share_in(map, box, size):
+    """The share of a map's weight that is inside a box, each patch's weight being spread evenly over the patch.
+
+    Args:
+        map: (h, w).
+        box: left, top, right, bottom in pixels of a picture of `size` (width, height).
+    """
+    covered = []
+    for patches, low, high, side in ((map.shape[0], box[1], box[3], size[1]), (map.shape[1], box[0], box[2], size[0])):
+        edges = np.arange(patches + 1) * side / patches
+        covered.append(np.clip(np.minimum(edges[1:], high) - np.maximum(edges[:-1], low), 0, None) * patches / side)
+    weights = map.double().cpu().numpy()
+    return float(covered[0] @ weights @ covered[1] / weights.sum())
+
+
+def box_of(thing):
+    """(left, top, right, bottom) of the square of `thing.size` pixels that `draw_scene` draws the thing into, in pixels; it
+    fills most of it. Right and bottom lie outside."""
+    left, top = thing.x - thing.size // 2, thing.y - thing.size // 2
+    return left, top, left + thing.size, top + thing.size
 
 
 def half(x):

@@ -35,21 +35,6 @@ def density(map: Tensor) -> np.ndarray:
     return (map * map.numel()).double().cpu().numpy()
 
 
-def share_in(map: Tensor, box: tuple[int, int, int, int], size: tuple[int, int]) -> float:
-    """The share of a map's weight that is inside a box, each patch's weight being spread evenly over the patch.
-
-    Args:
-        map: (h, w).
-        box: left, top, right, bottom in pixels of a picture of `size` (width, height).
-    """
-    covered = []
-    for patches, low, high, side in ((map.shape[0], box[1], box[3], size[1]), (map.shape[1], box[0], box[2], size[0])):
-        edges = np.arange(patches + 1) * side / patches
-        covered.append(np.clip(np.minimum(edges[1:], high) - np.maximum(edges[:-1], low), 0, None) * patches / side)
-    weights = map.double().cpu().numpy()
-    return float(covered[0] @ weights @ covered[1] / weights.sum())
-
-
 def side_by_side(pictures: list[Image.Image], maps: list[Tensor], question: str, answer: str) -> Image.Image:
     """Each picture beside its overlay, with the share of the weight that it has where there are several; question, answer and
     a legend. Of more than 16 pictures those with most weight.
