@@ -23,7 +23,7 @@ class Mixture:
 
     By samples, every prefix of a phase holds each source within one sample of its weight's share. By supervised tokens
     (`lengths` given), every prefix of a phase holds each source's tokens within the longest sample's of any source of its
-    share; a little more where five sources or more have samples as long (`merging`; `schedule.distance` says how many tokens).
+    share (`merging`; `schedule.distance` says how many tokens).
     Each epoch of a source is a new shuffle, which covers every sample once.
 
     Args:

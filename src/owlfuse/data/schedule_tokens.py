@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import partial
 from math import lcm
 from typing import Any
 
 import numpy as np
 
-from owlfuse.data.merging import Group, distances, merging
+from owlfuse.data.merging import Group, distances, groups_in, merging
 from owlfuse.data.schedule import Order, Rules, SampleSchedule
 from owlfuse.data.shuffle import Shuffle
-from owlfuse.data.token_sums import TokenSums
+from owlfuse.data.token_sums import Draws, TokenSums
+from owlfuse.data.windows import Windows
 
 FRAME = 2**14
 """Positions that are computed at a time, about."""
@@ -76,19 +79,19 @@ class Part:
 
 
 class TokenOrder(Order):
-    """The order of a stretch without end: streams of samples are merged by when half of a sample's tokens are due (`merging`).
+    """The order of a stretch without end: streams of samples are merged (`merging`), by when half of a sample's tokens are due,
+    or each in its window of time.
 
     What stands where so many tokens came before depends on the samples near there alone, so that a frame of positions is
-    found by itself, some 0.1 us a position of 2 or 3 sources, 0.3 of 40. A position's frame is searched for: positions grow
-    with tokens.
+    found by itself, some 0.1 us a position of up to five sources, 0.9 of 40. A position's frame is searched for: positions
+    grow with tokens.
     """
 
     def __init__(self, shares: list[Fraction], sums: list[TokenSums], first: list[int]) -> None:
         scale = lcm(*(share.denominator for share in shares))
         self.sums = sums
         self.shares = shares
-        self.first = first
-        self.offsets = [each.before(draw) for each, draw in zip(sums, first, strict=True)]
+        self.draws = [Draws(each, draw) for each, draw in zip(sums, first, strict=True)]
         self.group: Group = merging(tuple(int(share * scale) for share in shares), tuple(each.longest for each in sums))
         longest = sum(each.longest for each, share in zip(sums, shares) if share)
         if 8 * longest > LARGEST:
@@ -96,6 +99,7 @@ class TokenOrder(Order):
                 f"the sources' longest samples have {longest:,} supervised tokens, expected {LARGEST // 8:,} at most"
             )
         pace = float(sum(share * each.draws / each.tokens for share, each in zip(shares, sums) if share))
+        self.windows = {group: Windows(group, self.draws, pace) for group in groups_in(self.group) if group.in_windows}
         self.frame = max(min(int(FRAME / pace), LARGEST), 8 * longest)
         """Tokens of a frame."""
         self.pace = pace * self.frame
@@ -109,14 +113,14 @@ class TokenOrder(Order):
 
     def due(self, source: int, draw: int) -> Fraction:
         """How many tokens there are in all when so many draws of a source are its share of them."""
-        return (self.sums[source].before(self.first[source] + draw) - self.offsets[source]) / self.shares[source]
+        return self.draws[source].before(draw) / self.shares[source]
 
     def position_of(self, source: int, draw: int) -> int:
         """Where the source's k-th draw of the stretch stands, from 0."""
         sums = self.sums[source]
         pace = float(self.frame * self.shares[source] * sums.draws / sums.tokens)
-        number = self.search(draw, int(self.due(source, draw)) // self.frame, pace, source)
-        start, part = self.kept(number)
+        guess = int(self.due(source, draw)) // self.frame
+        start, part = self.kept(search(partial(self.drawn_before, source), draw, guess, pace))
         return start + int(np.flatnonzero(part.sources == source)[draw - int(part.drawn[source])])
 
     def first_of(self, draws: dict[int, int]) -> int:
@@ -144,7 +148,12 @@ class TokenOrder(Order):
                 return start, part
             if offset == start + len(part.sources):
                 following = number + 1
-        return self.kept(self.search(offset, int(offset / self.pace), self.pace) if following is None else following)
+        number = search(self.due_before, offset, int(offset / self.pace), self.pace) if following is None else following
+        while True:  # it is near: this one or one beside it
+            start, part = self.kept(number)
+            if start <= offset < start + len(part.sources):
+                return start, part
+            number += 1 if offset >= start else -1
 
     def kept(self, number: int) -> tuple[int, Part]:
         """A frame and the offset of its first position, computed where it is not kept."""
@@ -155,20 +164,14 @@ class TokenOrder(Order):
             self.frames[number] = int(part.drawn.sum()), part
         return self.frames[number]
 
-    def search(self, draw: int, guess: int, pace: float, source: int | None = None) -> int:
-        """The frame that holds the k-th draw of one source, or of all; each frame has about `pace` of them. From the guess on
-        by how many are missing, later by halves."""
-        low, before, high, step = 0, 0, None, guess
-        for tried in range(1, 200):
-            number = low + max(1, step) if high is None else min(low + max(1, step), high - 1)
-            drawn = self.part(self.group, number * self.frame, number * self.frame).drawn
-            found = int(drawn.sum() if source is None else drawn[source])
-            low, before, high = (number, found, high) if found <= draw else (low, before, number)
-            if high == low + 1:
-                return low
-            halves = 2**tried if high is None else (high - low) // 2
-            step = int((draw - before) / pace) if tried < 8 else halves
-        raise AssertionError(f"draw {draw} is in no frame")
+    def drawn_before(self, source: int, number: int) -> int:
+        """How many draws of a source stand before a frame."""
+        return int(self.part(self.group, number * self.frame, number * self.frame).drawn[source])
+
+    def due_before(self, number: int) -> int:
+        """How many draws are due before a frame."""
+        tokens = number * self.frame
+        return sum(draws.reach(int(share * tokens)) for draws, share in zip(self.draws, self.shares, strict=True) if share)
 
     def part(self, group: Group, low: int, high: int) -> Part:
         """A group's samples that at least `low` of its tokens stand before, and fewer than `high`.
@@ -178,7 +181,9 @@ class TokenOrder(Order):
         bits, counted from near by, hold what is added up; what it is counted from has as many digits as it takes.
         """
         if not group.members:
-            return self.draws(group.source, low, high)
+            return self.source_part(group.source, low, high)
+        if group.in_windows:
+            return self.windows_part(group, low, high)
         margin = sum(member.longest for member in group.members) // 2 + 1
         origin = (low - margin) // group.weight
         first = STEP * (low - margin - origin * group.weight) // group.weight
@@ -198,11 +203,38 @@ class TokenOrder(Order):
         whole = Part(clock, drawn, sources, tokens)
         return whole.cut(*whole.clocks(low).searchsorted([0, high - low]))
 
-    def draws(self, source: int, low: int, high: int) -> Part:
-        """A source's draws that at least `low` of its tokens stand before, and fewer than `high`."""
-        sums, first, offset = self.sums[source], self.first[source], self.offsets[source]
-        start, stop = (max(first, sums.reach(tokens + offset)) for tokens in (low, high))
+    def windows_part(self, group: Group, low: int, high: int) -> Part:
+        """Of a group whose samples stand in windows."""
+        before, sources, tokens = self.windows[group].between(low, high)
         drawn = np.zeros(len(self.sums), dtype=np.int64)
-        drawn[source] = start - first
-        tokens = sums.between(start, stop)
-        return Part(sums.before(start) - offset, drawn, np.full(len(tokens), source, dtype=np.uint16), tokens)
+        drawn[[member.source for member in group.members]] = before.drawn
+        whole = Part(before.tokens, drawn, sources, tokens)
+        return whole.cut(*whole.clocks(low).searchsorted([0, high - low]))
+
+    def source_part(self, source: int, low: int, high: int) -> Part:
+        """Of a source."""
+        draws = self.draws[source]
+        start, stop = draws.reach(low), draws.reach(high)
+        drawn = np.zeros(len(self.sums), dtype=np.int64)
+        drawn[source] = start
+        tokens = draws.between(start, stop)
+        return Part(draws.before(start), drawn, np.full(len(tokens), source, dtype=np.uint16), tokens)
+
+
+def search(before: Callable[[int], int], draw: int, guess: int, pace: float) -> int:
+    """The frame that holds the k-th draw, from a guess on by how many are missing, later by halves.
+
+    Args:
+        before: draws before a frame.
+        pace: draws of a frame, on average.
+    """
+    low, found_low, high, step = 0, 0, None, guess
+    for tried in range(1, 200):
+        number = low + max(1, step) if high is None else min(low + max(1, step), high - 1)
+        found = before(number)
+        low, found_low, high = (number, found, high) if found <= draw else (low, found_low, number)
+        if high == low + 1:
+            return low
+        halves = 2**tried if high is None else (high - low) // 2
+        step = int((draw - found_low) / pace) if tried < 8 else halves
+    raise AssertionError(f"draw {draw} is in no frame")

@@ -76,3 +76,28 @@ class TokenSums:
             parts.append(np.diff(self.table(number)[place : last + 1]).astype(np.int64))
             start += last - place
         return np.concatenate(parts)
+
+
+class Draws:
+    """A source's draws from one on, as if it were the first, and their tokens.
+
+    Args:
+        first: the draw of `sums` that is number 0 here.
+    """
+
+    def __init__(self, sums: TokenSums, first: int) -> None:
+        self.sums = sums
+        self.first = first
+        self.offset = sums.before(first)
+
+    def before(self, draw: int) -> int:
+        """Tokens of the first `draw` draws."""
+        return self.sums.before(self.first + draw) - self.offset
+
+    def reach(self, tokens: int) -> int:
+        """The first draw that at least `tokens` stand before."""
+        return max(0, self.sums.reach(tokens + self.offset) - self.first)
+
+    def between(self, start: int, stop: int) -> np.ndarray:
+        """Tokens of each draw from `start` to before `stop`, int64 (stop - start,)."""
+        return self.sums.between(self.first + start, self.first + stop)
