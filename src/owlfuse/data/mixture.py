@@ -10,7 +10,7 @@ import numpy as np
 
 from owlfuse.data.schedule import ENDS, MAX_PERIOD, Rules, SampleSchedule, exact_shares
 from owlfuse.data.schedule_tokens import TokenSchedule
-from owlfuse.data.shuffle import Shuffle
+from owlfuse.data.shuffle import SCRATCH, Shuffle
 
 __all__ = ["MAX_PERIOD", "Mixture", "exact_shares", "tempered"]
 
@@ -100,7 +100,8 @@ class Mixture:
         indices = np.empty(stop - start, dtype=np.int64)
         for source, shuffle in enumerate(self.shuffles):
             if after[source] > before[source]:
-                np.place(indices, sources == source, shuffle.between(before[source], after[source]))
+                room = SCRATCH.room(after[source] - before[source])
+                np.place(indices, sources == source, shuffle.between(before[source], after[source], room))
         return sources, indices
 
     def counts(self, positions: int) -> dict[str, int]:

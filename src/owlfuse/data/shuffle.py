@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import threading
+from itertools import pairwise
 
 import numpy as np
 
@@ -22,7 +23,7 @@ PART = 2**16
 
 
 SHORT = 2**12
-"""Samples of a source of which several epochs are computed at once."""
+"""Samples of a source from which on an epoch's draws have one key in common."""
 
 
 class Scratch(threading.local):
@@ -31,6 +32,13 @@ class Scratch(threading.local):
     def __init__(self) -> None:
         self.count = np.arange(PART, dtype=np.uint32)
         self.arrays = [np.empty(PART, dtype=np.uint32) for _ in range(5)]
+        self.samples = np.empty(PART, dtype=np.int64)
+
+    def room(self, size: int) -> np.ndarray:
+        """int64 (size,) to write samples into, written over after the next call: twice as fast as an array anew."""
+        if len(self.samples) < size:
+            self.samples = np.empty(size, dtype=np.int64)
+        return self.samples[:size]
 
 
 SCRATCH = Scratch()
@@ -68,14 +76,12 @@ class Shuffle:
             if place < self.size:  # fails at most once in sqrt(size)
                 return place
 
-    def between(self, start: int, stop: int) -> np.ndarray:
-        """The samples of the draws from `start` to before `stop`, int64 (stop - start,)."""
-        out = np.empty(stop - start, dtype=np.int64)
+    def between(self, start: int, stop: int, out: np.ndarray | None = None) -> np.ndarray:
+        """The samples of the draws from `start` to before `stop`, int64 (stop - start,); `out` is where to write them."""
+        out = np.empty(stop - start, dtype=np.int64) if out is None else out
         first = start
         while first < stop:
             last = min(first + PART, stop)
-            if self.size >= SHORT:  # one key for a part is faster than a key for each of its draws
-                last = min(last, (first // self.size + 1) * self.size)
             out[first - start : last - start] = self.part(first, last)
             first = last
         return out
@@ -83,19 +89,25 @@ class Shuffle:
     def part(self, start: int, stop: int) -> np.ndarray:
         """`between` for at most PART draws, uint32; what is returned is written over by the next call."""
         epoch, place = divmod(start, self.size)
-        if place + stop - start <= self.size:
-            keys, epochs = self.round_keys(epoch, 1)[:, 0], None
-            places = np.add(SCRATCH.count[: stop - start], np.uint32(place), out=SCRATCH.arrays[0][: stop - start])
-        else:
-            draws = np.arange(place, place + stop - start, dtype=np.uint32)
+        count = stop - start
+        places = SCRATCH.arrays[0][:count]
+        edges = [0, *range(self.size - place, count, self.size), count]  # where epochs begin
+        keys = self.round_keys(epoch, len(edges) - 1)
+        epochs = None
+        if self.size < SHORT:
+            draws = SCRATCH.count[:count] + np.uint32(place)
             epochs = draws // np.uint32(self.size)
-            places = draws - epochs * np.uint32(self.size)
-            keys = self.round_keys(epoch, int(epochs[-1]) + 1).take(epochs, axis=1)
-        self.permute(places, keys)
+            np.subtract(draws, epochs * np.uint32(self.size), out=places)
+            self.permute(places, keys.take(epochs, axis=1))
+        else:  # one key for a stretch is faster than a key for each of its draws
+            for first, last in pairwise(edges):
+                np.add(SCRATCH.count[: last - first], np.uint32(0 if first else place), out=places[first:last])
+            self.permute(places, keys, edges)
         outside = np.flatnonzero(places >= self.size)
         while len(outside):
             again = places[outside]
-            self.permute(again, keys if epochs is None else keys[:, outside])
+            of_each = np.searchsorted(edges, outside, "right") - 1 if epochs is None else epochs[outside]
+            self.permute(again, keys.take(of_each, axis=1))
             places[outside] = again
             outside = outside[again >= self.size]
         return places
@@ -108,15 +120,20 @@ class Shuffle:
         keys = (keys ^ (keys >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
         return ((keys ^ (keys >> np.uint64(31))) >> np.uint64(32)).astype(np.uint32)
 
-    def permute(self, places: np.ndarray, keys: np.ndarray) -> None:
-        """One walk of an array of places through the network, in place."""
+    def permute(self, places: np.ndarray, keys: np.ndarray, edges: list[int] | None = None) -> None:
+        """One walk of an array of places through the network, in place; `keys` has a column for each place, or for each of the
+        stretches between `edges`."""
         left, right, first, second = (array[: len(places)] for array in SCRATCH.arrays[1:])
         np.floor_divide(places, np.uint32(self.columns), out=left)
         np.subtract(places, np.multiply(left, np.uint32(self.columns), out=first), out=right)
         for number in range(self.rounds):
             side = np.uint32(self.columns if number % 2 else self.rows)
             other, moved = (left, right) if number % 2 else (right, left)
-            np.bitwise_xor(other, keys[number], out=first)
+            if edges is None:
+                np.bitwise_xor(other, keys[number], out=first)
+            else:
+                for key, start, stop in zip(keys[number], edges, edges[1:]):
+                    np.bitwise_xor(other[start:stop], key, out=first[start:stop])
             np.multiply(first, np.uint32(0x85EBCA6B), out=first)
             np.right_shift(first, np.uint32(15), out=second)
             np.bitwise_xor(first, second, out=first)
