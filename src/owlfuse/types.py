@@ -1,4 +1,5 @@
-"""What passes between the parts: samples, batches, visual tokens. Imports nothing of ours.
+"""What passes between the parts: samples, batches, visual tokens. Imports nothing of ours, and torch where tensors are made:
+who only reads samples does not wait for it, nor holds its 500 MB.
 
 N images in the batch, P patches, Q visual tokens per image, B rows, I the most images of a row, T text positions,
 D LLM width, R supervised places, K visual positions.
@@ -7,11 +8,11 @@ D LLM width, R supervised places, K visual positions.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
-from torch.nn import functional as F
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 SUPERVISED_BLOCK = 64
 """`Batch.supervised` has a multiple of so many places: few shapes, and sizes that matrix units like."""
@@ -102,17 +103,23 @@ class Batch:
 
     def targets(self) -> Tensor:
         """(B * T,) of each place the label of the next token of its row, -100 at the last of a row."""
-        return F.pad(self.labels[:, 1:], (0, 1), value=-100).flatten()
+        from torch.nn.functional import pad
+
+        return pad(self.labels[:, 1:], (0, 1), value=-100).flatten()
 
     def with_places(self) -> Batch:
         """The same batch with `supervised` and `visual_count`, of tensors on the CPU."""
+        from torch.nn.functional import pad
+
         supervised = (self.targets() != -100).nonzero().flatten()
-        supervised = F.pad(supervised, (0, -len(supervised) % SUPERVISED_BLOCK), value=self.labels.numel() - 1)
+        supervised = pad(supervised, (0, -len(supervised) % SUPERVISED_BLOCK), value=self.labels.numel() - 1)
         return replace(self, supervised=supervised, visual_count=int(self.placeholder.sum()))
 
     def positions(self) -> Tensor:
         """(B, T) the place of each token in its sample, from 0. Padding has 0, or on the right of a row that is one sample the
         place of its last token."""
+        import torch
+
         if self.segment_ids is None:
             return (self.attention_mask.cumsum(1) - 1).clamp_min(0)
         here = torch.arange(self.segment_ids.shape[1], device=self.segment_ids.device).expand_as(self.segment_ids)
@@ -122,6 +129,8 @@ class Batch:
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch with its tensors on `device`."""
+        from torch import Tensor
+
         moved: dict[str, Any] = {k: v.to(device, non_blocking=True) for k, v in vars(self).items() if isinstance(v, Tensor)}
         rest = {k: v for k, v in vars(self).items() if not isinstance(v, Tensor)}
         return Batch(**moved, **rest)
