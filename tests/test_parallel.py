@@ -41,18 +41,20 @@ SPLIT = {"ddp": (["trainer=ddp", *TWO], 2), "fsdp": (["trainer=fsdp", *TWO], 2),
 FOUR = ["trainer.accelerator=cpu", "trainer.devices=4", "trainer.strategy.tensor=2"]
 MESH = {"fsdp_tp": (["trainer=fsdp_tp", *FOUR], 2)}
 LORA = [f"model/adapter@model.adapter.{policy}" for policy in ("fusion=lora", "llm=lora", "vision=frozen")]
-VIT = "model.vision.kwargs={embed_dim: 32, depth: 2, num_heads: 2}"
-SCARCE = [
-    *(
-        "model/vision=timm",
-        "model.vision.name=vit_tiny_patch16_224",
-        "model.vision.pretrained=false",
-        "model.vision.image_size=32",
-    ),
-    *(VIT, "data.sources.shapes.weight=0.1", "data.sources.text.weight=0.9", "data.sources.text.records_per_chat=8"),
+NO_BATCH_NORMS = [
+    "model/vision=timm",
+    "model.vision.name=vit_tiny_patch16_224",
+    "model.vision.pretrained=false",
+    "model.vision.image_size=32",
+    "model.vision.kwargs={embed_dim: 32, depth: 2, num_heads: 2}",
 ]
-"""Some steps have a picture on one rank, some on none, and the ranks' lengths are very unequal. Without batch norms, whose
-statistics of one picture are too sharp to be compared."""
+"""Batch norms of the few pictures of a micro batch have places where rounding decides: one process whose weights are nudged by
+a ten millionth then differs from itself by 6e-5, as several processes do from one."""
+SCARCE = [
+    *NO_BATCH_NORMS,
+    *("data.sources.shapes.weight=0.1", "data.sources.text.weight=0.9", "data.sources.text.records_per_chat=8"),
+]
+"""Some steps have a picture on one rank, some on none, and the ranks' lengths are very unequal."""
 CASES = {
     "owl1": ["experiment=shapes_owl1"],
     "owl2": ["experiment=shapes_owl2"],
@@ -64,7 +66,7 @@ CASES = {
     "owl3-scarce": [*OWL3, *SCARCE],
 }
 FAST = {
-    *(("owl1", "ddp", 1), ("owl1", "fsdp", 4), ("owl2", "fsdp", 1), ("owl3", "ddp", 4), ("owl3", "tp", 1)),
+    *(("owl1", "ddp", 1), ("owl1", "fsdp", 4), ("owl2", "fsdp", 1), ("owl3", "ddp", 1), ("owl3", "tp", 1)),
     *(("owl2-lora", "fsdp", 1), ("owl2-lora", "tp", 1)),
     *(("owl2-scarce", "ddp", 4), ("owl3-scarce", "fsdp", 1)),
 }
@@ -72,9 +74,11 @@ FAST = {
 
 
 def overrides(case, accumulation, ranks):
-    """Micro batches have two pictures or so at least: batch norms of less are too sharp to be compared."""
+    """Micro batches have two pictures or so at least."""
     size = 8 * (2 if accumulation > 1 else 1)
-    return [*SMALL, *CASES[case], f"data.global_batch_size={size}", f"data.micro_batch_size={size // accumulation // ranks}"]
+    vision = NO_BATCH_NORMS if accumulation > 1 else []
+    rows = [f"data.global_batch_size={size}", f"data.micro_batch_size={size // accumulation // ranks}"]
+    return [*SMALL, *CASES[case], *vision, *rows]
 
 
 def train_both(folder, chosen, splits, processes):
@@ -189,7 +193,7 @@ def test_some_steps_had_pictures_on_one_rank_alone_and_some_on_none(folder):
     assert {1, 2} <= set(without)
 
 
-@pytest.mark.parametrize(("name", "split"), [("owl3-4", "ddp"), ("owl2-1", "fsdp"), ("owl3-1", "tp")])
+@pytest.mark.parametrize(("name", "split"), [("owl3-1", "ddp"), ("owl2-1", "fsdp"), ("owl3-1", "tp")])
 def test_evaluation_of_the_processes_agrees_with_one(folder, name, split):
     one, two = (json.loads((run_of(folder, kind, name) / "results.json").read_text()) for kind in ("alone", split))
     assert two["metrics"]["val/loss"] == pytest.approx(one["metrics"]["val/loss"], abs=1e-4)
