@@ -160,6 +160,7 @@ def big_run(folder, sharded):
     state = {
         f"model.{name}": torch.full(tensor.shape, k, dtype=tensor.dtype) for k, (name, tensor) in enumerate(shapes.items())
     }
+    state["model.llm.lm_head.weight"] = state["model.llm.model.embed_tokens.weight"]  # tied
     rest = {"global_step": 1, "frozen": {}}
     path = run / "checkpoints/step_00000001.ckpt"
     path.parent.mkdir()
