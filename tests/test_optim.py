@@ -50,6 +50,23 @@ def test_a_step_of_muon_evens_out_singular_values_and_adamw_steps_at_half_the_ra
     assert (before[1] - norm.detach()).abs().mean().item() == pytest.approx(2e-3, rel=0.01)
 
 
+@pytest.mark.parametrize("kind", ["float32", "bfloat16"])
+def test_muon_makes_a_matrix_orthogonal_in_the_type_that_is_asked_for(kind):
+    """A gradient that is nudged by a millionth gives the same step in float32, and another one where bfloat16 rounds."""
+    steps = []
+    for nudge in (1.0, 1 + 1e-6):
+        torch.manual_seed(0)
+        model = make_model("concat")
+        matrix = model.llm.model.layers[0].mlp.gate_proj.weight
+        matrix.grad = torch.randn_like(matrix) * torch.where(torch.rand_like(matrix) < 0.5, nudge, 1.0)
+        before = matrix.detach().clone()
+        built = MuonCosine(lr=4e-3, weight_decay=0.0, newton_schulz=kind).build(model, 10)
+        built["optimizer"].step()
+        steps.append(before - matrix.detach())
+    apart = (steps[0] - steps[1]).abs().max() / steps[0].abs().max()
+    assert apart < 1e-5 if kind == "float32" else apart > 1e-3
+
+
 def test_a_reloaded_state_of_muon_goes_on_alike():
     torch.manual_seed(0)
     optim = MuonCosine(lr=4e-3)

@@ -59,6 +59,7 @@ CASES = {
     "owl1": ["experiment=shapes_owl1"],
     "owl2": ["experiment=shapes_owl2"],
     "owl3": OWL3,
+    "owl1-muon": ["experiment=shapes_owl1", *NO_BATCH_NORMS, "optim=muon", "optim.lr=4e-3"],
     "owl3-static": [*OWL3, "model.fusion.gate=static"],
     "owl2-lora": ["experiment=shapes_owl2", *LORA],
     "owl1-scarce": ["experiment=shapes_owl1", *SCARCE],
@@ -67,7 +68,7 @@ CASES = {
 }
 FAST = {
     *(("owl1", "ddp", 1), ("owl1", "fsdp", 4), ("owl2", "fsdp", 1), ("owl3", "ddp", 1), ("owl3", "tp", 1)),
-    *(("owl2-lora", "fsdp", 1), ("owl2-lora", "tp", 1)),
+    *(("owl1-muon", "fsdp", 1), ("owl2-lora", "fsdp", 1), ("owl2-lora", "tp", 1)),
     *(("owl2-scarce", "ddp", 4), ("owl3-scarce", "fsdp", 1)),
 }
 """Each case, strategy and accumulation once; the slow tests try them all, and meshes of 2 x 2."""

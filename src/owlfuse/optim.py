@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
+from functools import partial
+from typing import Any, Literal
 
 import torch
-from timm.optim import Muon
+from timm.optim import Muon, muon
 from torch import nn
 from transformers import get_cosine_with_min_lr_schedule_with_warmup
 
@@ -105,8 +106,27 @@ class AdamWCosine:
 
 class MuonCosine(AdamWCosine):
     """Muon (arXiv 2502.16982, updates as large as AdamW's) for matrices between hidden widths; AdamW, at half the learning
-    rate, for kernels, embeddings and all that has no weight decay. Arguments and schedule are AdamWCosine's.
+    rate, for kernels, embeddings and all that has no weight decay. Other arguments and the schedule are AdamWCosine's.
+
+    Args:
+        newton_schulz: what a matrix is made orthogonal in: `float32`, or `bfloat16` as in the paper, which takes half the time
+            for wide matrices, and rounds so much that losses of several processes leave those of one by 3e-4 in 20 steps.
     """
+
+    def __init__(
+        self,
+        lr: float = 1e-3,
+        part_lr: dict[str, float | None] | None = None,
+        weight_decay: float = 0.05,
+        betas: list[float] | None = None,
+        eps: float = 1e-8,
+        warmup_steps: int = 0,
+        min_lr_ratio: float = 0.0,
+        layer_decay: dict[str, float | None] | None = None,
+        newton_schulz: Literal["float32", "bfloat16"] = "float32",
+    ) -> None:
+        super().__init__(lr, part_lr, weight_decay, betas, eps, warmup_steps, min_lr_ratio, layer_decay)
+        self.newton_schulz = getattr(torch, newton_schulz)
 
     def groups(self, model: MultimodalLM) -> list[dict[str, Any]]:
         """The groups of AdamWCosine, those of matrices and kernels in two where Muon trains some of them."""
@@ -128,14 +148,32 @@ class MuonCosine(AdamWCosine):
 
     def optimizer(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
         """See `AdamWCosine`."""
-        return Muon(
+        return MuonOfType(
             groups,
+            self.newton_schulz,
             lr=self.lr,
             betas=self.betas,
             eps=self.eps,
             adjust_lr_fn="match_rms_adamw",
             fallback_lr_scale=0.5,
         )
+
+
+class MuonOfType(Muon):
+    """timm's, with a choice of what matrices are made orthogonal in: its function for that is told while a step is taken."""
+
+    def __init__(self, groups: list[dict[str, Any]], dtype: torch.dtype, **arguments: Any) -> None:
+        super().__init__(groups, **arguments)
+        self.dtype = dtype
+
+    def step(self, closure: Any = None) -> Any:
+        """See torch."""
+        plain = muon.zeropower_via_newtonschulz
+        muon.zeropower_via_newtonschulz = partial(plain, dtype=self.dtype)
+        try:
+            return super().step(closure)
+        finally:
+            muon.zeropower_via_newtonschulz = plain
 
 
 def has_decay(name: str, parameter: nn.Parameter) -> bool:
