@@ -75,7 +75,6 @@ class Windows:
         self.weight = group.weight
         self.longest = group.longest
         self.draws = [draws[member.source] for member in group.members]
-        self.sources = len(draws)
         under_way = max(-(-member.longest * group.weight // member.weight) for member in group.members)
         self.frame = max(int(FRAME / pace), under_way)
         """Tokens of a frame: no sample is under way at two cuts."""
