@@ -160,13 +160,14 @@ def test_runs_of_other_code_or_another_configuration_are_not_mixed_in(gone_on):
 
 @pytest.mark.slow
 def test_anew_puts_runs_of_other_code_aside_and_a_budget_lists_what_it_does_not_begin(gone_on, capsys):
-    Path("faulty.py").write_text(FAULTY.replace("== 1", "== 5"))
     file = Path("experiments/grid/ablation.yaml")
     file.write_text(GRID + "budget: {steps: 30}\n")
+    Path("faulty.py").write_text(FAULTY.replace("== 1", "== 5"))
     try:
         ablate_command("grid", ["anew=true"])
     finally:
         file.write_text(GRID)
+        Path("faulty.py").write_text(FAULTY)
     shown = capsys.readouterr().out
     assert "1/1 faulty-seed0: finished" in shown
     assert "faulty-seed1: not begun, the budget's 30 steps were used up" in shown
