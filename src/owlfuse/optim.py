@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal
 
@@ -17,6 +18,7 @@ from owlfuse.parallel import by_kind
 NO_DECAY = ("queries", "end_token", "pos_embed", "cls_token", "reg_token", "slope", "gamma")
 
 
+@dataclass(eq=False)
 class AdamWCosine:
     """AdamW (arXiv 1711.05101), warm-up, then a cosine to `min_lr_ratio` of the peak.
 
@@ -32,29 +34,19 @@ class AdamWCosine:
         min_lr_ratio: the rate at the end, as a share of the peak.
     """
 
-    def __init__(
-        self,
-        lr: float = 1e-3,
-        part_lr: dict[str, float | None] | None = None,
-        weight_decay: float = 0.05,
-        betas: list[float] | None = None,
-        eps: float = 1e-8,
-        warmup_steps: int = 0,
-        min_lr_ratio: float = 0.0,
-        layer_decay: dict[str, float | None] | None = None,
-    ) -> None:
-        for name, rates in (("part_lr", part_lr), ("layer_decay", layer_decay)):
-            if unknown := set(rates or {}) - set(PARTS):
+    lr: float = 1e-3
+    part_lr: dict[str, float | None] = field(default_factory=dict)
+    weight_decay: float = 0.05
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    warmup_steps: int = 0
+    min_lr_ratio: float = 0.0
+    layer_decay: dict[str, float | None] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name, rates in (("part_lr", self.part_lr), ("layer_decay", self.layer_decay)):
+            if unknown := set(rates) - set(PARTS):
                 raise ValueError(f"{name} names {', '.join(sorted(unknown))}; the parts are {', '.join(PARTS)}")
-        self.layer_decay = {part: decay for part, decay in (layer_decay or {}).items() if decay is not None}
-        self.lr = lr
-        self.part_lr = part_lr or {}
-        self.weight_decay = weight_decay
-        first, second = betas or (0.9, 0.999)
-        self.betas = (first, second)
-        self.eps = eps
-        self.warmup_steps = warmup_steps
-        self.min_lr_ratio = min_lr_ratio
 
     def groups(self, model: MultimodalLM) -> list[dict[str, Any]]:
         """Parameter groups of the trained parameters: per part (and layer, with `layer_decay`), with and without weight
@@ -104,6 +96,7 @@ class AdamWCosine:
         return torch.optim.AdamW(groups, lr=self.lr, betas=self.betas, eps=self.eps, fused=True)
 
 
+@dataclass(eq=False)
 class MuonCosine(AdamWCosine):
     """Muon (arXiv 2502.16982, updates as large as AdamW's) for matrices between hidden widths; AdamW, at half the learning
     rate, for kernels, embeddings and all that has no weight decay. Other arguments and the schedule are AdamWCosine's.
@@ -113,20 +106,7 @@ class MuonCosine(AdamWCosine):
             for wide matrices, and rounds so much that losses of several processes leave those of one by 3e-4 in 20 steps.
     """
 
-    def __init__(
-        self,
-        lr: float = 1e-3,
-        part_lr: dict[str, float | None] | None = None,
-        weight_decay: float = 0.05,
-        betas: list[float] | None = None,
-        eps: float = 1e-8,
-        warmup_steps: int = 0,
-        min_lr_ratio: float = 0.0,
-        layer_decay: dict[str, float | None] | None = None,
-        newton_schulz: Literal["float32", "bfloat16"] = "float32",
-    ) -> None:
-        super().__init__(lr, part_lr, weight_decay, betas, eps, warmup_steps, min_lr_ratio, layer_decay)
-        self.newton_schulz = getattr(torch, newton_schulz)
+    newton_schulz: Literal["float32", "bfloat16"] = "float32"
 
     def groups(self, model: MultimodalLM) -> list[dict[str, Any]]:
         """The groups of AdamWCosine, those of matrices and kernels in two where Muon trains some of them."""
@@ -150,7 +130,7 @@ class MuonCosine(AdamWCosine):
         """See `AdamWCosine`."""
         return MuonOfType(
             groups,
-            self.newton_schulz,
+            getattr(torch, self.newton_schulz),
             lr=self.lr,
             betas=self.betas,
             eps=self.eps,
