@@ -133,7 +133,7 @@ def test_all_parts_together_train_and_are_evaluated_and_exported(questions):
     assert set(json.loads((run / "tasks" / "counting.json").read_text())["metrics"]) == {"accuracy", "distance"}
     owlfuse("chat", str(run), "--image", "pictures/red.png", "What color is it?")
     owlfuse("export", str(run), "out")
-    with pytest.raises(DataError, match="import parts.color_grid first if you trust it"):
+    with pytest.raises(DataError, match="if you trust it, import parts.color_grid first"):
         load("out")
     for name in ("color_grid", "mean", "pooled", "shallow"):
         importlib.import_module(f"parts.{name}")
