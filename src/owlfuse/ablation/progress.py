@@ -21,6 +21,8 @@ from owlfuse.recipe_tables import count
 
 WIDTH = 100
 """Columns that all tables fit into."""
+QUIET = 300.0
+"""Seconds without a line after which a log, which has no bars, is told how far the running cells are."""
 
 
 def console() -> Console:
@@ -103,6 +105,7 @@ class View:
     def __init__(self, folder: Path, cells: list[Cell], left: list[Cell], jobs: int) -> None:
         self.folder, self.left, self.jobs = folder, left, jobs
         self.began = time.time()
+        self.spoke = self.began
         self.live = sys.stdout.isatty()
         self.console = console()
         columns = (TextColumn("{task.description}"), BarColumn(20), MofNCompleteColumn(), TextColumn("{task.fields[said]}"))
@@ -129,7 +132,25 @@ class View:
             if self.told.get(cell.key) != state["state"]:
                 self.told[cell.key] = state["state"]
                 self.say(cell, state)
-        self.show(done, running)
+        if self.live:
+            self.show(done, running)
+        elif running and time.time() - self.spoke >= QUIET:
+            for key, (step, steps) in running.items():
+                self.line(f"{self.place(key)}: {self.phase(step, steps) or f'step {step:,} of {steps:,}'}", done)
+
+    def line(self, said: str, done: int) -> None:
+        """A line, with the time that is left where anything is."""
+        left = self.time_left(done) if done < self.steps else ""
+        self.console.print(f"{said}; {left}" if left else said, highlight=False, markup=False)
+        self.spoke = time.time()
+
+    def place(self, key: str) -> str:
+        """Which of the cells."""
+        return f"{[cell.key for cell in self.left].index(key) + 1}/{len(self.left)} {key}"
+
+    def phase(self, step: int, steps: int) -> str:
+        """What a cell does that is not at its steps."""
+        return "evaluating" if step >= steps else "" if step else "starting"
 
     def time_left(self, done: int) -> str:
         """Of the whole, at the pace until now."""
@@ -141,23 +162,20 @@ class View:
         for key, (step, steps) in running.items():
             if key not in self.tasks:
                 self.tasks[key] = self.progress.add_task(f"  {shortened(key)}", total=steps, said="")
-            said = "evaluating" if step >= steps else "" if step else "starting"
-            self.progress.update(self.tasks[key], completed=step, said=said)
+            self.progress.update(self.tasks[key], completed=step, said=self.phase(step, steps))
         for key in [key for key in self.tasks if key not in running]:
             self.progress.remove_task(self.tasks.pop(key))
 
     def say(self, cell: Cell, state: dict[str, Any]) -> None:
         """A line when a cell begins (where there are no bars) and when it has ended."""
-        place = f"{self.left.index(cell) + 1}/{len(self.left)} {cell.key}"
         if state["state"] == "running":
             if not self.live:
-                self.console.print(f"{place}: began, {cell.steps:,} steps", highlight=False, markup=False)
+                self.line(f"{self.place(cell.key)}: began, {cell.steps:,} steps", 0)
             return
         took = f" in {duration(state['ended'] - state['began'])}" if "ended" in state else ""
-        done = sum(other.steps for other in self.left if self.told.get(other.key) not in (None, "running"))
-        left = "" if done >= self.steps or state["state"] == "interrupted" else f"; {self.time_left(done)}"
         error = f": {state['error']}" if state.get("error") else ""
-        self.console.print(f"{place}: {state['state']}{took}{error}{left}", highlight=False, markup=False)
+        done = sum(other.steps for other in self.left if self.told.get(other.key) not in (None, "running"))
+        self.line(f"{self.place(cell.key)}: {state['state']}{took}{error}", 0 if state["state"] == "interrupted" else done)
 
 
 def shortened(key: str, width: int = 40) -> str:
