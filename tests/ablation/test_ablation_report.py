@@ -17,8 +17,9 @@ from PIL import Image
 from reports import METRICS, NASTY, write_ablation
 
 from owlfuse.ablation.report import report_command, write_report
-from owlfuse.ablation.results import load
+from owlfuse.ablation.results import SHARES, load
 from owlfuse.config import ConfigError
+from owlfuse.evaluation.metrics import Answer, score
 
 CELLS = {"first": 0.5, "second": 0.9, "a_third_with_a_name_that_is_much_longer_than_a_column-and_goes_on": 0.5}
 PAPER = {"title": "Table <1>", "columns": ["GQA"], "rows": {"second": [57.6]}}
@@ -77,6 +78,17 @@ def test_means_deviations_and_differences_are_over_the_runs_that_count(folder):
     assert rows["first"].scores["val/exact_match"].difference is None
     loss = rows["second"].scores["val/loss"]
     assert (loss.difference, loss.difference_interval) == (pytest.approx(pair[1] - pair[0]), None)
+
+
+def test_answers_that_are_right_by_what_they_contain_have_the_intervals_of_exact_matches(tmp_path):
+    path = write_ablation(tmp_path / "drawn", {"first": 0.5, "second": 0.9})
+    exact = load(path).rows[1].scores["val/exact_match"]
+    for file in path.rglob("*.json"):
+        file.write_text(file.read_text().replace("exact_match", "contains"))
+    assert exact.difference_interval is not None
+    assert load(path).rows[1].scores["val/contains"] == exact
+    answers = [Answer("val", "i", None, "q", "4", "It is 4.", "", accepted) for accepted in ((), ("4",))]
+    assert {name for answer in answers for name in score([answer])} == set(SHARES)  # all that an evaluation scores answers by
 
 
 def test_cells_that_answered_other_questions_have_a_difference_without_an_interval(tmp_path):

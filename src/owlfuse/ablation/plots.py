@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from owlfuse.ablation.results import COSTS, Results, Row
+from owlfuse.ablation.results import COSTS, SHARES, Results, Row
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<", ">")
@@ -70,7 +70,7 @@ def scores(results: Results) -> Any:
                 low, high = found.interval or (found.mean, found.mean)
                 axes.plot([low, high], [index, index], color=look["color"], linewidth=2.2)
                 axes.plot([found.mean], [index], **look, markersize=8)
-        axes.set_xlabel(metric + (" (share right)" if "exact_match" in metric else ""))
+        axes.set_xlabel(labelled(metric))
         axes.locator_params(axis="x", nbins=4)
         axes.grid(axis="x", color="#dddddd", linewidth=0.6)
         axes.set_axisbelow(True)
@@ -148,9 +148,14 @@ def score_against_cost(results: Results) -> Any:
         axes.locator_params(axis="x", nbins=4)
         axes.grid(color="#dddddd", linewidth=0.6)
         axes.set_axisbelow(True)
-    panels[0].set_ylabel(metric + (" (share right)" if "exact_match" in metric else ""))
+    panels[0].set_ylabel(labelled(metric))
     legend(figure, panels)
     return figure
+
+
+def labelled(metric: str) -> str:
+    """With its unit where it has one."""
+    return f"{metric} (share right)" if any(name in metric for name in SHARES) else metric
 
 
 def legend(figure: Any, panels: Any) -> None:

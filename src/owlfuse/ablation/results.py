@@ -23,6 +23,9 @@ COSTS = {
 }
 """By their names in results.json: what they are, and their unit in tables (bytes are shown as MB of 10^6)."""
 
+SHARES = ("exact_match", "contains")
+"""Metrics that are shares of right answers in answers.jsonl (`owlfuse.evaluation.metrics.score`): they have intervals."""
+
 
 @dataclass
 class Run:
@@ -185,7 +188,7 @@ def score(row: Row, base: Row, metric: str, source: str, own: str) -> Score:
     others = {run.seed: run for run in base.finished if metric in run.results["metrics"]}
     mine = {run.seed: run for run in row.finished if run.seed in values}
     name, _, kind = own.partition("/")
-    if name == "exact_match" and mine:
+    if name in SHARES and mine:
         matrix, clusters = right_matrix([run.answers(source, kind) for run in mine.values()])
         found.interval = paired_interval(matrix, clusters) if matrix is not None else None
     shared = [seed for seed in mine if seed in others]
@@ -193,7 +196,7 @@ def score(row: Row, base: Row, metric: str, source: str, own: str) -> Score:
         return found
     found.seeds = len(shared)
     found.difference = float(np.mean([values[seed] - others[seed].results["metrics"][metric] for seed in shared]))
-    if name == "exact_match":
+    if name in SHARES:
         asked = [run.answers(source, kind) for seed in shared for run in (mine[seed], others[seed])]
         matrix, clusters = right_matrix(asked)
         if matrix is not None:

@@ -12,7 +12,16 @@ from torch import Tensor
 
 from owlfuse.config_plain import to_dict
 from owlfuse.evaluation.before import metrics_before
-from owlfuse.evaluation.metrics import Answer, answer_questions, mean_loss, metric_names, questions_of, score, time_answer
+from owlfuse.evaluation.metrics import (
+    Answer,
+    answer_questions,
+    mean_loss,
+    metric_names,
+    questions_of,
+    score,
+    share_right,
+    time_answer,
+)
 from owlfuse.evaluation.reports import picked, print_metrics, write_answers, write_contact_sheet
 from owlfuse.evaluation.sheet_maps import maps_of_answers
 from owlfuse.identity import code_hash, config_hash, versions
@@ -86,7 +95,7 @@ class Evaluation:
         write_answers(folder / "answers.jsonl", answers)
         if self.contact_sheet:
             mine = on_sheet(answers)
-            right = metrics.get(f"{mine[0].source}/exact_match", 0.0) if mine else 0.0
+            right = share_right([answer for answer in answers if answer.source == mine[0].source]) if mine else 0.0
             title = f"{title}: {right:.0%} right"
             write_contact_sheet(folder / "contact_sheet.png", mine, self.contact_sheet, title, self.maps)
 
