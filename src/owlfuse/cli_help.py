@@ -53,6 +53,7 @@ examples:
   owlfuse ablate fusion jobs=2                            two cells at a time (pip install 'owlfuse[sweep]')
   owlfuse ablate fusion launcher=submitit_slurm jobs=8 launcher.partition=gpu launcher.timeout_min=120
   owlfuse report fusion                                   at any time, of what is finished
+  owlfuse report fusion baseline=owl3                     with differences to another cell
 
 Settings of its own: jobs=N; launcher=basic (one after another), joblib, submitit_local or submitit_slurm, and launcher.<key>=
 for its own keys; seeds=[0,1]; name= of the folder runs/<name>; dry_run=true; anew=true.

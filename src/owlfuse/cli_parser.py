@@ -52,7 +52,7 @@ def _add_runs(commands: Any) -> None:
 
     report = commands.add_parser("report", help="write the report of an ablation anew, finished or not", **LAYOUT)
     report.add_argument("ablation", metavar="NAME", help="an ablation, or its folder in runs/")
-    report.add_argument("overrides", nargs="*", help=argparse.SUPPRESS)
+    report.add_argument("overrides", nargs="*", metavar="baseline=CELL", help="the cell that differences are to")
 
     evaluate = commands.add_parser(
         "eval", help="evaluate a run, or any model on a benchmark", usage=EVAL_USAGE, epilog=EVAL, **LAYOUT

@@ -283,3 +283,20 @@ def test_report_takes_a_name_or_a_folder(folder, monkeypatch, capsys):
     assert capsys.readouterr().out.count("the report is runs/drawn/report/index.html") == 2
     with pytest.raises(ConfigError, match="report drown: there is no runs/drown/ablation.json; did you mean 'drawn'"):
         report_command("drown", [])
+
+
+def test_differences_are_to_another_cell_where_one_is_named(tmp_path, monkeypatch, capsys):
+    write_ablation(tmp_path / "runs" / "drawn", {"first": 0.5, "second": 0.9})
+    monkeypatch.chdir(tmp_path)
+    plain = load(tmp_path / "runs" / "drawn").rows[1].scores["val/exact_match"]
+    report_command("drawn", ["baseline=second"])
+    assert "baseline: second" in capsys.readouterr().out
+    lines = (tmp_path / "runs" / "drawn" / "report" / "table.csv").read_text().splitlines()
+    first = dict(zip(lines[0].split(","), lines[2].split(",")))
+    assert first["cell"] == "first"
+    assert float(first["val/exact_match difference"]) == pytest.approx(-plain.difference)
+    assert float(first["val/exact_match difference low"]) == pytest.approx(-plain.difference_interval[1])
+    with pytest.raises(
+        ConfigError, match=r"baseline=secnd: no such cell; did you mean 'second'\? \(there are: first, second\)"
+    ):
+        report_command("drawn", ["baseline=secnd"])

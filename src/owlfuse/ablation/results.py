@@ -13,7 +13,7 @@ import numpy as np
 
 from owlfuse.ablation.launch import STATE, read_json
 from owlfuse.ablation.statistics import paired_interval
-from owlfuse.config_errors import COMMAND_LINE, ConfigError
+from owlfuse.config_errors import COMMAND_LINE, ConfigError, hint
 
 COSTS = {
     "trained_parameters": ("parameters trained", ""),
@@ -133,8 +133,8 @@ class Results:
         return [run for row in self.rows for run in row.runs]
 
 
-def load(folder: Path) -> Results:
-    """Reads an ablation's folder, finished or not. Raises ConfigError where it is none."""
+def load(folder: Path, baseline: str | None = None) -> Results:
+    """Reads an ablation's folder, finished or not. Raises ConfigError where it is none, or has no cell `baseline`."""
     record = read_json(folder / "ablation.json")
     if not record:
         raise ConfigError(f"{COMMAND_LINE}: {folder}: not an ablation's folder: there is no ablation.json in it")
@@ -142,11 +142,13 @@ def load(folder: Path) -> Results:
     for cell in record["cells"]:
         row = rows.setdefault(cell["cell"], Row(cell["cell"], cell["levels"], [], cell["config"]))
         row.runs.append(read_run(folder / cell["key"], cell))
-    base = next(iter(rows.values()))
+    base = rows.get(baseline or record["baseline"])
+    if base is None:
+        raise ConfigError(f"{COMMAND_LINE}: baseline={baseline}: no such cell{hint(str(baseline), rows)}")
     for row in rows.values():
         for metric, (source, own) in record["metrics"].items():
             row.scores[metric] = score(row, base, metric, source, own)
-    return Results(folder, record, list(rows.values()))
+    return Results(folder, record, sorted(rows.values(), key=lambda row: row is not base))
 
 
 def read_run(folder: Path, cell: dict[str, Any]) -> Run:
