@@ -300,3 +300,5 @@ def test_differences_are_to_another_cell_where_one_is_named(tmp_path, monkeypatc
         ConfigError, match=r"baseline=secnd: no such cell; did you mean 'second'\? \(there are: first, second\)"
     ):
         report_command("drawn", ["baseline=secnd"])
+    with pytest.raises(ConfigError, match="baseline=: no such cell"):
+        report_command("drawn", ["baseline="])

@@ -136,7 +136,7 @@ class View:
             self.show(done, running)
         elif running and time.time() - self.spoke >= QUIET:
             for key, (step, steps) in running.items():
-                self.line(f"{self.place(key)}: {self.phase(step, steps) or f'step {step:,} of {steps:,}'}", done)
+                self.line(f"{self.place(key)}: {phase(step, steps) or f'step {step:,} of {steps:,}'}", done)
 
     def line(self, said: str, done: int) -> None:
         """A line, with the time that is left where anything is."""
@@ -148,10 +148,6 @@ class View:
         """Which of the cells."""
         return f"{[cell.key for cell in self.left].index(key) + 1}/{len(self.left)} {key}"
 
-    def phase(self, step: int, steps: int) -> str:
-        """What a cell does that is not at its steps."""
-        return "evaluating" if step >= steps else "" if step else "starting"
-
     def time_left(self, done: int) -> str:
         """Of the whole, at the pace until now."""
         return f"about {duration((time.time() - self.began) * (self.steps - done) / done)} left" if done else ""
@@ -162,7 +158,7 @@ class View:
         for key, (step, steps) in running.items():
             if key not in self.tasks:
                 self.tasks[key] = self.progress.add_task(f"  {shortened(key)}", total=steps, said="")
-            self.progress.update(self.tasks[key], completed=step, said=self.phase(step, steps))
+            self.progress.update(self.tasks[key], completed=step, said=phase(step, steps))
         for key in [key for key in self.tasks if key not in running]:
             self.progress.remove_task(self.tasks.pop(key))
 
@@ -176,6 +172,11 @@ class View:
         error = f": {state['error']}" if state.get("error") else ""
         done = sum(other.steps for other in self.left if self.told.get(other.key) not in (None, "running"))
         self.line(f"{self.place(cell.key)}: {state['state']}{took}{error}", 0 if state["state"] == "interrupted" else done)
+
+
+def phase(step: int, steps: int) -> str:
+    """What a cell does that is not at its steps."""
+    return "evaluating" if step >= steps else "" if step else "starting"
 
 
 def shortened(key: str, width: int = 40) -> str:

@@ -142,7 +142,7 @@ def load(folder: Path, baseline: str | None = None) -> Results:
     for cell in record["cells"]:
         row = rows.setdefault(cell["cell"], Row(cell["cell"], cell["levels"], [], cell["config"]))
         row.runs.append(read_run(folder / cell["key"], cell))
-    base = rows.get(baseline or record["baseline"])
+    base = rows.get(record["baseline"] if baseline is None else baseline)
     if base is None:
         raise ConfigError(f"{COMMAND_LINE}: baseline={baseline}: no such cell{hint(str(baseline), rows)}")
     for row in rows.values():
