@@ -90,11 +90,6 @@ def test_torch_distributed_is_named_in_the_parallel_files_alone(path):
     assert name_of(path) in PARALLEL or names == []
 
 
-@every_file
-def test_a_file_has_at_most_250_lines(path):
-    assert len(path.read_text().splitlines()) <= 250
-
-
 @pytest.mark.parametrize("path", [p for p in FILES if p.parent.name in ("connectors", "fusion")], ids=name_of)
 def test_the_forward_path_reads_no_tensor_and_loops_over_no_rows(path):
     """No `.item()`, `nonzero` or `.tolist()`, which wait for the device and make shapes depend on data."""
