@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from owlfuse.deferred import Deferred, in_memory_after_all
-from owlfuse.packages import missing, packaged
+from owlfuse.packages import looks_local, missing, packaged
 from owlfuse.stored import Pickled, Safe
 
 
@@ -83,8 +83,7 @@ def pickled(folder: Path) -> Mapping[str, Tensor]:
 def check_folder(pretrained: str, gguf_file: str | None = None) -> None:
     """A path that does not hold a model must not be taken for a hub name, nor another file for a GGUF file."""
     path = Path(pretrained).expanduser()
-    looks_like_path = pretrained.startswith((".", "/", "~")) or pretrained.count("/") > 1 or path.exists()
-    if looks_like_path and not path.is_dir():
+    if looks_local(pretrained) and not path.is_dir():
         raise ValueError(f"pretrained: {pretrained} is no folder")
     if gguf_file and path.is_dir():
         file = path / gguf_file

@@ -38,6 +38,19 @@ def packaged(name: str) -> str:
     return str(path)
 
 
+def looks_local(name: str) -> bool:
+    """Whether a name is a path on this machine rather than a hub's `owner/name`: by how it is written, or because it or the
+    folder that it begins with is there."""
+    path = Path(name).expanduser()
+    return name.startswith((".", "/", "~")) or name.count("/") > 1 or path.exists() or ("/" in name and path.parent.is_dir())
+
+
+def check_not_missing(name: str) -> None:
+    """Raises ValueError for a path that leads nowhere, which would be looked up on the hub otherwise."""
+    if looks_local(name) and not Path(name).expanduser().exists():
+        raise ValueError(f"there is no such file or folder (looked for in {Path.cwd()})")
+
+
 def missing(package: str, needed_by: str) -> ModuleNotFoundError:
     """What to raise where a package is not installed."""
     extra = EXTRAS.get(package)

@@ -29,7 +29,10 @@ class DataError(ValueError):
 class Sample:
     """One chat. `messages` are `{"role": str, "content": [part, ...]}`, a part being `{"type": "text", "text": str}`,
     `{"type": "image"}` or `{"type": "video"}`; the k-th image part shows the k-th of `images`: a path below the source's image
-    root, or the encoded bytes of a picture; and the k-th video part the k-th path of `videos`."""
+    root, or the encoded bytes of a picture; and the k-th video part the k-th path of `videos`.
+
+    Only where the data have them, a message also holds `reasoning_content` (a text), `tool_calls` (a list), `tool_call_id` and
+    `name` (texts), and `supervised: False` for an answer that the data exclude from the loss."""
 
     id: str
     source: str
@@ -37,6 +40,8 @@ class Sample:
     images: list[str | bytes] = field(default_factory=list)
     metadata: dict[str, Any] = field(default_factory=dict)
     videos: list[str] = field(default_factory=list)
+    tools: list[dict[str, Any]] | None = None
+    """The tools that the assistant may call, as a chat template takes them."""
 
 
 @dataclass

@@ -35,10 +35,13 @@ def split_tokens(tokenizer: Any, text: str, ids: list[int], offsets: Offsets, bo
     offsets[first:last] = [(a + start, b + start) for a, b in before[1]] + [(a + border, b + border) for a, b in after[1]]
 
 
-def inner_tokens(tokenizer: Any, piece: str) -> tuple[list[int], Offsets] | None:
-    """A piece's tokens as they are inside a text, without the space that some tokenizers put at a text's start."""
+def inner_tokens(tokenizer: Any, piece: str, **options: Any) -> tuple[list[int], Offsets] | None:
+    """A piece's tokens as they are inside a text, without the space that some tokenizers put at a text's start.
+
+    `options` are the tokenizer's. None: the piece cannot be encoded by itself.
+    """
     for anchor in ANCHORS:
-        encoding = tokenizer(anchor + piece, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        encoding = tokenizer(anchor + piece, add_special_tokens=False, return_offsets_mapping=True, verbose=False, **options)
         ids, offsets = encoding["input_ids"], [tuple(pair) for pair in encoding["offset_mapping"]]
         count = sum(start < len(anchor) for start, _ in offsets)
         aligned = all(end <= len(anchor) for _, end in offsets[:count])

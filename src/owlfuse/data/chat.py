@@ -2,38 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
-from jinja2 import TemplateError
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
-from owlfuse.data.borders import split_tokens
-from owlfuse.data.chat_template import template_names
+from owlfuse.data.answer_format import THINK_TAGS, AnswerFormat
+from owlfuse.data.borders import inner_tokens, split_tokens
+from owlfuse.data.chat_tokenizer import load_tokenizer, prepare, render
 from owlfuse.data.checks import flatten
 from owlfuse.data.formats.base import IMAGE
-from owlfuse.data.gguf_tokenizer import gguf_tokenizer
 from owlfuse.data.pictures import VISUAL
 from owlfuse.data.spans import supervised_spans
 from owlfuse.data.truncation import OnLength, over_length, truncate
-from owlfuse.packages import packaged
 from owlfuse.types import DataError, Encoded, Sample
 
-
-def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    """A tokenizer from a folder, a hub name or a GGUF file; `package:` names are those of installed packages' files.
-
-    Raises:
-        DataError: there is none.
-        ModuleNotFoundError: a package that is not installed.
-    """
-    try:
-        path = packaged(name)
-        return gguf_tokenizer(Path(path).expanduser()) if path.endswith(".gguf") else AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        raise DataError(f"tokenizer: {name}: {str(error).splitlines()[0]}") from error
+__all__ = ["ChatEncoder", "load_tokenizer", "question_samples"]
 
 
 class ChatEncoder:
@@ -41,30 +28,34 @@ class ChatEncoder:
     placeholder grows to the fusion's tokens per image.
 
     Args:
+        tokenizer: gets what it lacks for chats, see `chat_tokenizer.prepare`.
         max_length: in tokens, placeholders expanded. What becomes of a longer sample, `encode` is told.
+        thinking: prompts ask for a thought before the answer, where the template knows of thoughts.
+        image_token: what stands for an image in the tokenizer.
 
     Raises:
-        DataError: a tokenizer without a chat template, without an end-of-sequence token, or without offsets.
+        DataError: a tokenizer without a chat template, without an end-of-sequence token, or without offsets; a template that
+            cannot be supervised.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, tokens_per_image: int, max_length: int = 2048) -> None:
-        if not tokenizer.chat_template:
-            raise DataError(
-                f"the tokenizer {tokenizer.name_or_path} has no chat template, which decides a chat's text; name one: "
-                f"chat_template={'|'.join(template_names())}|<path of a .jinja file>"
-            )
-        if not tokenizer.is_fast:
-            raise DataError(f"the tokenizer {tokenizer.name_or_path} is not a fast one, which character offsets need")
-        if tokenizer.eos_token_id is None:
-            raise DataError(f"the tokenizer {tokenizer.name_or_path} has no end-of-sequence token, which ends an answer")
-        if IMAGE not in tokenizer.get_vocab():
-            tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE]})
-        self.tokenizer = tokenizer
-        self.image_id: Any = tokenizer.convert_tokens_to_ids(IMAGE)
-        self.pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-        self.control = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        tokens_per_image: int,
+        max_length: int = 2048,
+        thinking: bool = False,
+        image_token: str = IMAGE,
+    ) -> None:
+        self.tokenizer = prepare(tokenizer, image_token)
+        self.answer_format = AnswerFormat.of(tokenizer)
+        self.image_token = image_token
+        self.image_id: Any = tokenizer.convert_tokens_to_ids(image_token)
+        self.pad_id: Any = tokenizer.pad_token_id
+        special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+        self.control = [token for token in special if token != image_token]  # in a text that is an ordinary word
         self.tokens_per_image = tokens_per_image
         self.max_length = max_length
+        self.thinking = thinking
 
     def encode(self, sample: Sample, views: list[int] | None = None, on_length: OnLength = "error") -> Encoded:
         """The whole chat, its assistant turns supervised; with `truncate_turns`, its first turns that fit.
@@ -84,48 +75,99 @@ class ChatEncoder:
 
     def encode_whole(self, sample: Sample, views: list[int] | None = None) -> Encoded:
         """The chat whatever its length; of `views` those of its own placeholders, the first. Raises DataError."""
-        messages = flatten(sample, self.control)
+        messages = flatten(sample, self.control, self.image_token)
         text = self.render(sample, messages)
-        spans = supervised_spans(sample, messages, text, partial(self.render, sample))
-        ids, offsets = self.tokenize(text)
-        for border in sorted({border for span in spans for border in span}, reverse=True):
-            split_tokens(self.tokenizer, text, ids, offsets, border)
-        return self.expand(sample, ids, self.labels(sample, ids, offsets, spans), views)
+        self.check_written(sample, messages, text)
+        spans = supervised_spans(sample, messages, text, partial(self.render, sample), self.answer_format)
+        ids, offsets = self.tokenize(text, [start for start, _ in spans])
+        self.spell_words(sample, ids, offsets)
+        return self.expand(sample, ids, self.labels(ids, offsets, spans), views)
 
     def encode_prompt(self, sample: Sample, views: list[int] | None = None) -> Encoded:
         """The chat up to where the assistant answers next; nothing is supervised. Raises DataError."""
-        ids, _ = self.tokenize(self.render(sample, flatten(sample, self.control), True))
+        messages = flatten(sample, self.control, self.image_token)
+        ids, offsets = self.tokenize(self.render(sample, messages, True, thinking=self.thinking))
+        self.spell_words(sample, ids, offsets)
         encoded = self.expand(sample, ids, [-100] * len(ids), views)
         if len(encoded.input_ids) > self.max_length:
             raise over_length(sample, len(encoded.input_ids), self.max_length, "error")
         return encoded
 
-    def render(self, sample: Sample, messages: list[dict[str, str]], add_generation_prompt: bool = False) -> str:
+    def render(
+        self, sample: Sample, messages: list[dict[str, Any]], add_generation_prompt: bool = False, **options: Any
+    ) -> str:
         """A chat as text. Raises DataError with what the template objects to, a system message for instance."""
+        tools = {"tools": sample.tools} if sample.tools else {}
+        messages = [{key: value for key, value in message.items() if key != "supervised"} for message in messages]
         try:
-            return self.tokenizer.apply_chat_template(  # type: ignore[return-value]  # a text, where it makes no tokens
-                messages, tokenize=False, add_generation_prompt=add_generation_prompt
+            return render(self.tokenizer, messages, add_generation_prompt, **tools, **options)
+        except DataError as error:
+            raise DataError(f"sample {sample.id}: {error}") from error
+
+    def check_written(self, sample: Sample, messages: list[dict[str, Any]], text: str) -> None:
+        """Raises DataError where the template leaves out tools, their calls or thoughts."""
+        left_out = [
+            key
+            for key in ("tool_calls", "reasoning_content")
+            if any(key in message for message in messages)
+            and text == self.rendered_or_none(sample, [{k: v for k, v in m.items() if k != key} for m in messages])
+        ]
+        if sample.tools and text == self.rendered_or_none(replace(sample, tools=None), messages):
+            left_out.append("tools")
+        if left_out:
+            raise DataError(
+                f"sample {sample.id} has {' and '.join(left_out)}, which the chat template does not write; take a chat_template "
+                "that does, or leave them out of the data"
             )
-        except (TemplateError, TypeError, ValueError, KeyError, IndexError, AttributeError) as error:
-            raise DataError(f"sample {sample.id}: the chat template refuses it: {error}") from error
 
-    def tokenize(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
-        """Ids and the characters that each stands for."""
+    def rendered_or_none(self, sample: Sample, messages: list[dict[str, Any]]) -> str | None:
+        """A chat as text, None where the template refuses it."""
+        try:
+            return self.render(sample, messages)
+        except DataError:
+            return None
+
+    def tokenize(self, text: str, borders: list[int] | None = None) -> tuple[list[int], list[tuple[int, int]]]:
+        """Ids and the characters that each stands for. No token stands across the start of an answer, where generation begins.
+
+        Args:
+            borders: where answers begin, beside the places that their header shows.
+        """
         encoding = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-        return encoding["input_ids"], encoding["offset_mapping"]
+        ids, offsets = list(encoding["input_ids"]), [tuple(pair) for pair in encoding["offset_mapping"]]
+        for border in sorted({*self.answer_format.starts(text), *(borders or [])}, reverse=True):
+            split_tokens(self.tokenizer, text, ids, offsets, border)
+        return ids, offsets
 
-    def labels(self, sample: Sample, ids: list[int], offsets: list[tuple[int, int]], spans: list[tuple[int, int]]) -> list[int]:
-        """The ids inside the spans, -100 elsewhere. A token across a span's border that could not be split is a DataError."""
+    def spell_words(self, sample: Sample, ids: list[int], offsets: list[tuple[int, int]]) -> None:
+        """Replaces, in place, each image token that is a word of a text by ordinary tokens. Raises DataError."""
+        kinds = list(visual_or_word(sample, self.image_token))
+        if "word" not in kinds:
+            return
+        places = [place for place, number in enumerate(ids) if number == self.image_id]
+        spelled = inner_tokens(self.tokenizer, self.image_token, split_special_tokens=True)
+        if len(places) != len(kinds) or spelled is None or self.image_id in spelled[0]:
+            raise DataError(
+                f"sample {sample.id} has the word {self.image_token} in a text, which this tokenizer or chat template cannot "
+                "write as a word; leave it out"
+            )
+        for place, kind in reversed(list(zip(places, kinds))):
+            if kind == "word":
+                start = offsets[place][0]
+                ids[place : place + 1] = spelled[0]
+                offsets[place : place + 1] = [(first + start, last + start) for first, last in spelled[1]]
+
+    def labels(self, ids: list[int], offsets: list[tuple[int, int]], spans: list[tuple[int, int]]) -> list[int]:
+        """The ids of the tokens that begin inside the spans, -100 elsewhere.
+
+        A token that ends behind a span is the end mark with the white space that some tokenizers count to it (Phi-3's).
+        """
         labels = [-100] * len(ids)
         index = 0
         for start, end in spans:
             while index < len(ids) and offsets[index][0] < end:
-                first, last = offsets[index]
-                if first >= start and last <= end:
+                if offsets[index][0] >= start:
                     labels[index] = ids[index]
-                elif last > start:
-                    token = self.tokenizer.convert_ids_to_tokens(ids[index])
-                    raise DataError(f"sample {sample.id}: token {token!r} stands across the border of an answer")
                 index += 1
         return labels
 
@@ -168,26 +210,57 @@ def accepted_by(sample: Sample, turns: int) -> dict[str, Any]:
     return {"accepted": accepted}
 
 
-def question_samples(sample: Sample) -> list[tuple[Sample, str, str]]:
-    """Each question of a chat by itself, with its answer and its kind ("" where the data name none): pictures of the turns
-    before it come first, its own stay where they stand in its text. What was said in between is left out, so that no answer
-    gives another away, and so is a last question without an answer."""
+def visual_or_word(sample: Sample, image_token: str) -> Iterator[str]:
+    """What each image token of a rendered chat is, in their order: the placeholder of something visual, or a word of a text."""
+    for message in sample.messages:
+        for part in message["content"]:
+            if part["type"] in VISUAL:
+                yield "visual"
+            else:
+                yield from ["word"] * part["text"].count(image_token)
+
+
+def question_samples(sample: Sample, history: bool = False) -> list[tuple[Sample, str, str]]:
+    """Each question of a chat by itself, with its answer and its kind ("" where the data name none).
+
+    Pictures of the turns before it come first, its own stay where they stand in its text. What was said in between is left
+    out, so that no answer gives another away; with `history` it is kept, as few-shot examples want it. A last question without
+    an answer is left out, and so are an answer that the data exclude from the loss, and turns with tools.
+    """
     questions = []
-    seen: list[dict[str, Any]] = []
+    visual_before: list[dict[str, Any]] = []
     system = [message for message in sample.messages if message["role"] == "system"]
-    before = [part["type"] for message in system for part in message["content"]]
+    in_system = [part["type"] for message in system for part in message["content"]]
     kinds: list[Any] = sample.metadata.get("kinds") or [sample.metadata.get("kind", "")]
-    turns = [m for m in sample.messages if m["role"] != "system"]
-    for number, (asked, answered) in enumerate(zip(turns[::2], turns[1::2])):
+    turns = [message for message in sample.messages if message["role"] != "system"]
+    number = -1
+    for place, (asked, answered) in enumerate(zip(turns, turns[1:])):
         own = list(asked["content"])
-        if own and own[0]["type"] == "text":
-            own[0] = {"type": "text", "text": ("\n" if seen else "") + own[0]["text"].lstrip("\n")}
-        messages = [*system, {"role": "user", "content": [*seen, *own]}]
-        answer = "".join(part.get("text", "") for part in answered["content"])
-        seen += [part for part in asked["content"] if part["type"] in VISUAL]
-        types = [*before, *(part["type"] for part in seen)]
-        images, videos = sample.images[: types.count("image")], sample.videos[: types.count("video")]
-        question = Sample(f"{sample.id}#{number}", sample.source, messages, images, accepted_by(sample, len(turns)), videos)
-        questions.append((question, answer, str(kinds[number % len(kinds)])))
-        seen += [part for part in answered["content"] if part["type"] in VISUAL]
+        if asked["role"] == "user" and answered["role"] == "assistant":
+            number += 1
+            if answered.get("supervised", True) and not answered.get("tool_calls"):
+                if history:
+                    messages = [*system, *turns[: place + 1]]
+                else:
+                    messages = [*system, {"role": "user", "content": [*visual_before, *led_by_break(own, bool(visual_before))]}]
+                types = [*in_system, *(part["type"] for part in visual_before), *(part["type"] for part in own)]
+                images, videos = sample.images[: types.count("image")], sample.videos[: types.count("video")]
+                metadata = accepted_by(sample, len(turns))
+                question = Sample(f"{sample.id}#{number}", sample.source, messages, images, metadata, videos, sample.tools)
+                questions.append((question, said_in(answered), str(kinds[number % len(kinds)])))
+        visual_before += [part for part in own if part["type"] in VISUAL]
     return questions
+
+
+def led_by_break(content: list[dict[str, Any]], after_pictures: bool) -> list[dict[str, Any]]:
+    """A question's parts, its first text on a line of its own behind pictures of earlier turns, and without one elsewhere."""
+    if not content or content[0]["type"] != "text":
+        return content
+    text = ("\n" if after_pictures else "") + content[0]["text"].lstrip("\n")
+    return [{"type": "text", "text": text}, *content[1:]]
+
+
+def said_in(message: dict[str, Any]) -> str:
+    """What an answer says, without a thought inside of it."""
+    text = "".join(part.get("text", "") for part in message["content"])
+    return text.rpartition(THINK_TAGS[1])[2].lstrip("\n") if THINK_TAGS[1] in text else text

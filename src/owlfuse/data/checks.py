@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Sequence
+from typing import Any
 
 from owlfuse.data.formats.base import IMAGE
 from owlfuse.data.pictures import VISUAL, visual_parts
 from owlfuse.types import DataError, Sample
 
-ROLES = ("system", "user", "assistant")
+ROLES = ("system", "user", "assistant", "tool")
+CARRIED = ("reasoning_content", "tool_calls", "tool_call_id", "name", "supervised")
+"""What of a message, beside role and content, goes on to the chat template or decides what is supervised."""
 NO_TEXT = re.compile("[\x00-\x08\x0e-\x1f\x7f\ud800-\udfff]")
 """Control characters that no text holds (all but tab, line feed, vertical tab, form feed and carriage return), and lone
 surrogates, which no tokenizer takes."""
 
 
-def flatten(sample: Sample, control: Sequence[str]) -> list[dict[str, str]]:
-    """Messages with the parts of each joined to one text, as every chat template takes them.
+def flatten(sample: Sample, control: Sequence[str], image_token: str = IMAGE) -> list[dict[str, Any]]:
+    """Messages with the parts of each joined to one text.
 
     Args:
         control: the tokenizer's special tokens. One that stands in a text would become a control token, so it is refused.
@@ -30,13 +34,33 @@ def flatten(sample: Sample, control: Sequence[str]) -> list[dict[str, str]]:
     for number, message in enumerate(sample.messages):
         # joined, so that a control token is found that two parts make together
         check_text(sample, number, "".join(part["text"] for part in message["content"] if part["type"] == "text"), control)
-        content = "".join(IMAGE if part["type"] in VISUAL else part["text"] for part in message["content"])
-        messages.append({"role": message["role"], "content": content})
+        content = "".join(image_token if part["type"] in VISUAL else part["text"] for part in message["content"])
+        carried = {key: message[key] for key in CARRIED if message.get(key) is not None}
+        if "reasoning_content" in carried:
+            check_text(sample, number, carried["reasoning_content"], control)
+        if "tool_calls" in carried:
+            carried["tool_calls"] = [with_arguments(call) for call in carried["tool_calls"]]
+        messages.append({"role": message["role"], "content": content, **carried})
     return messages
 
 
+def with_arguments(call: dict[str, Any]) -> dict[str, Any]:
+    """A tool call with its arguments as an object, as chat templates take them; OpenAI's data have them as a JSON text."""
+    function = call.get("function", call)
+    arguments = function.get("arguments")
+    if not isinstance(arguments, str):
+        return call
+    try:
+        arguments = json.loads(arguments)
+    except ValueError:
+        return call
+    function = {**function, "arguments": arguments}
+    return {**call, "function": function} if "function" in call else function
+
+
 def check_order(sample: Sample) -> None:
-    """A system message or none, then user and assistant in turn, a user first. The last question may lack its answer."""
+    """A system message or none, then user and assistant in turn, a user first; results of tools stand between two turns of the
+    assistant. The last question may lack its answer."""
     if not sample.messages:
         raise DataError(f"sample {sample.id} has no messages")
     roles = [message["role"] for message in sample.messages]
@@ -47,13 +71,16 @@ def check_order(sample: Sample) -> None:
             raise DataError(f"sample {sample.id}: turn {number} is a system message, expected at the start only")
     first = int(roles[0] == "system")
     if roles[first:] and roles[first] != "user":
-        raise DataError(f"sample {sample.id}: its first turn is the assistant's, expected the user's")
+        raise DataError(f"sample {sample.id}: its first turn is the {roles[first]}'s, expected the user's")
     for number in range(first + 1, len(roles)):
-        if roles[number] == roles[number - 1]:
+        before, role = roles[number - 1], roles[number]
+        if role == before and role != "tool":
             raise DataError(
-                f"sample {sample.id}: turns {number - 1} and {number} are both the {roles[number]}'s, expected user and "
+                f"sample {sample.id}: turns {number - 1} and {number} are both the {role}'s, expected user and "
                 "assistant in turn"
             )
+        if role == "tool" and before == "user":
+            raise DataError(f"sample {sample.id}: turn {number} is a tool's result, expected behind a turn of the assistant")
 
 
 def check_pictures(sample: Sample) -> None:

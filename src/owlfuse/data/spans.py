@@ -1,91 +1,132 @@
-"""Which characters of a rendered chat are supervised: each answer as rendered, and its end mark."""
+"""Which characters of a rendered chat are supervised: each answer as rendered, its thought and tool calls, and its end mark."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
+from typing import Any
 
+from owlfuse.data.answer_format import THINK_TAGS, AnswerFormat
 from owlfuse.types import DataError, Sample
 
-Message = dict[str, str]
-Render = Callable[[list[Message], bool], str]
-"""Messages, and whether the generation prompt follows -> text."""
+Message = dict[str, Any]
+Render = Callable[..., str]
+"""Messages, and what else a template takes -> text."""
+Marked = list[tuple[int, str, str]]
+"""Of each text that the assistant writes: its turn, the mark in its place, and the text."""
 
-STRIPS = (str, str.strip, str.rstrip, str.lstrip)
-"""What templates do to an answer before they write it."""
 
+def supervised_spans(
+    sample: Sample, messages: list[Message], text: str, render: Render, answer_format: AnswerFormat
+) -> list[tuple[int, int]]:
+    """Returns start and end of each supervised assistant turn in `text`, the whole chat rendered.
 
-def supervised_spans(sample: Sample, messages: list[Message], text: str, render: Render) -> list[tuple[int, int]]:
-    """Start and end of each assistant turn in `text`, the whole chat rendered.
-
-    The chat is rendered again with a mark in the place of each answer. What stands around the marks is the template's and the
-    user's, and must give `text` with the answers put back, to the character: so nothing that a text says is mistaken for the
-    template's own. A span begins where the generation prompt ends, so a space that the model has to write is supervised; it
-    ends after what the template writes at the end of the last answer, without white space behind it.
+    The chat is rendered again with a mark in the place of each text that the assistant writes. What stands around the marks is
+    the template's and the user's, and must give `text` with the texts put back, to the character: so nothing that a text says
+    is mistaken for the template's own. A span begins where the generation prompt ends, and what the template writes there by
+    itself belongs to the prompt (see `AnswerFormat`); it ends behind the end mark.
 
     Raises:
-        DataError: no answer, an empty one, or a template that writes an answer otherwise alone than in the chat.
+        DataError: no answer, an empty one, none that is supervised, or a template that leaves out or changes what one says.
     """
-    answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
-    if not answers:
+    turns = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+    if not turns:
         raise DataError(f"sample {sample.id} has no assistant turn, so there is nothing to learn from it")
-    for index in answers:
-        if not messages[index]["content"].strip():
-            raise DataError(f"sample {sample.id}: turn {index} is an empty answer")
-    around = surroundings(sample, messages, answers, text, render)
-    starts, ends = places(sample, around, [messages[index]["content"] for index in answers], text)
-    last = messages[: answers[-1] + 1]
-    closing = around[-1] if len(last) == len(messages) else surroundings(sample, last, answers, text, render)[-1]
-    lead = written_first(sample, last[:-1], render, text, starts[-1])
-    end_mark = closing.rstrip()
+    around, marked = surroundings(sample, messages, text, render)
+    if around[0] + "".join(written + rest for (_, _, written), rest in zip(marked, around[1:], strict=True)) != text:
+        raise DataError(f"sample {sample.id}: the chat template changes an answer otherwise than by stripping it of white space")
+    check_prompt(sample, messages[: turns[-1]], text, render)
     spans = []
-    for number, (start, end) in enumerate(zip(starts, ends, strict=True)):
-        if not text.startswith(end_mark, end):
-            raise DataError(f"sample {sample.id}: the chat template ends turn {answers[number]} otherwise than the last answer")
-        before = len(lead) if around[number].endswith(lead) else 0
-        spans.append((start - before, end + len(end_mark)))
+    place = 0
+    for number, (turn, _, written) in enumerate(marked):
+        before = around[number]
+        place += len(before)
+        if number == 0 or marked[number - 1][0] != turn:  # the first text of its turn
+            start = place - len(before) + answer_format.answer_start(before)
+        place += len(written)
+        if number + 1 < len(marked) and marked[number + 1][0] == turn:
+            continue
+        end = answer_end(sample, messages, turn, text, place, answer_format)
+        if messages[turn].get("supervised", True):
+            spans.append((start, end))
+    if not spans:
+        raise DataError(f"sample {sample.id}: the data exclude every answer from the loss, so there is nothing to learn from it")
     return spans
 
 
-def surroundings(sample: Sample, messages: list[Message], answers: list[int], text: str, render: Render) -> list[str]:
-    """What is rendered before the first answer, between two, and after the last."""
-    mark = "\ue000"
-    while mark in text:
-        mark += "\ue000"
-    marks = {index: f"\ue001{mark}{index}\ue001" for index in answers}
-    rest = render([{**message, "content": marks.get(i, message["content"])} for i, message in enumerate(messages)], False)
-    pieces = []
-    for index in answers:
-        piece, found, rest = rest.partition(marks[index])
-        if not found or marks[index] in rest:
-            raise DataError(f"sample {sample.id}: the chat template writes turn {index} not once, so it cannot be supervised")
-        pieces.append(piece)
-    return [*pieces, rest]
-
-
-def places(sample: Sample, around: list[str], contents: list[str], text: str) -> tuple[list[int], list[int]]:
-    """Where each answer begins and ends in the text."""
-    for strip in STRIPS:
-        written = [strip(content) for content in contents]
-        if around[0] + "".join(a + piece for a, piece in zip(written, around[1:], strict=True)) == text:
-            starts, ends, place = [], [], 0
-            for piece, answer in zip(around, written):
-                starts.append(place + len(piece))
-                place = starts[-1] + len(answer)
-                ends.append(place)
-            return starts, ends
-    raise DataError(f"sample {sample.id}: the chat template changes an answer otherwise than by stripping it of white space")
-
-
-def written_first(sample: Sample, asked: list[Message], render: Render, text: str, start: int) -> str:
-    """What the model has to write between the generation prompt and its answer, a space for instance. Of a template without a
-    generation prompt no more than white space, since its header is no part of the answer."""
-    prompt = render(asked, True)
-    if not text.startswith(prompt) or len(prompt) > start:
+def check_prompt(sample: Sample, asked: list[Message], text: str, render: Render) -> None:
+    """Raises DataError where what comes before the last answer is rendered otherwise alone than in the whole chat."""
+    if not text.startswith(render(asked, True, without_lead=True)):
         raise DataError(
             f"sample {sample.id}: the chat template renders what comes before turn {len(asked)} otherwise alone than in the "
             "whole chat, so that its answer cannot be told from the prompt"
         )
-    lead = text[len(prompt) : start]
-    if lead.strip() and prompt == render(asked, False):
-        return lead[len(lead.rstrip()) :]
-    return lead
+
+
+def answer_end(sample: Sample, messages: list[Message], turn: int, text: str, place: int, answer_format: AnswerFormat) -> int:
+    """Returns where the end mark of a turn ends, whose last text ends at `place`. Raises DataError."""
+    mark = answer_format.end_mark
+    start = text.find(mark, place)
+    between = text[place:start]
+    if start < 0 or (between.strip() and not messages[turn].get("tool_calls")):
+        raise DataError(
+            f"sample {sample.id}: the chat template does not end turn {turn} with {mark!r}, with which it ends other answers"
+        )
+    return start + len(mark)
+
+
+def surroundings(sample: Sample, messages: list[Message], text: str, render: Render) -> tuple[list[str], Marked]:
+    """Returns what is rendered before the first text of the assistant, between two, and behind the last; and these texts."""
+    unused = "\ue000"
+    while unused in text:
+        unused += "\ue000"
+    marked: Marked = []
+    replaced = []
+    for turn, message in enumerate(messages):
+        if message["role"] == "assistant":
+            message = with_marks(sample, turn, message, unused, marked)
+        replaced.append(message)
+    rest = render(replaced)
+    pieces = []
+    for turn, mark, _ in marked:
+        piece, found, rest = rest.partition(mark)
+        if not found or mark in rest:
+            thought = messages[turn].get("reasoning_content") or THINK_TAGS[1] in messages[turn]["content"]
+            remedy = "; take another chat_template, or leave thoughts of earlier turns out of the data" if thought else ""
+            raise DataError(
+                f"sample {sample.id}: the chat template writes {'a text' if thought else 'the text'} of turn {turn} not once, "
+                f"so it cannot be supervised{remedy}"
+            )
+        pieces.append(piece)
+    return [*pieces, rest], marked
+
+
+def with_marks(sample: Sample, turn: int, message: Message, unused: str, marked: Marked) -> Message:
+    """Returns an assistant's message with a mark in the place of each of its texts, and adds these to `marked`.
+
+    White space around a text stays, so that a template strips the mark of what it strips the text of. Raises DataError.
+    """
+
+    def mark_of(written: str) -> str:
+        mark = f"\ue001{unused}{len(marked)}\ue001"
+        marked.append((turn, mark, written.strip()))
+        return written.replace(written.strip(), mark, 1)
+
+    message = copy.deepcopy(message) if message.get("tool_calls") else dict(message)
+    content, thought = message["content"], message.get("reasoning_content")
+    if thought and thought.strip():
+        message["reasoning_content"] = mark_of(thought)
+    elif THINK_TAGS[1] in content:
+        thought, _, content = content.partition(THINK_TAGS[1])
+        opened, tag, thought = thought.rpartition(THINK_TAGS[0])
+        thought = mark_of(thought) if thought.strip() else thought
+        message["content"] = opened + tag + thought + THINK_TAGS[1] + (mark_of(content) if content.strip() else content)
+        content = ""
+    if content.strip():
+        message["content"] = mark_of(content)
+    if not content.strip() and message.get("tool_calls"):
+        function = message["tool_calls"][0].get("function", message["tool_calls"][0])
+        function["name"] = mark_of(str(function.get("name", "")))
+    if not marked or marked[-1][0] != turn:
+        raise DataError(f"sample {sample.id}: turn {turn} is an empty answer")
+    return message

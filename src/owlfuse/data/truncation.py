@@ -35,10 +35,15 @@ def over_length(sample: Sample, length: int, max_length: int, policy: OnLength) 
     return error
 
 
+def answers_of(sample: Sample) -> list[int]:
+    """The turns that end what is said to a question; a call of a tool does not."""
+    roles = [message["role"] for message in sample.messages] + ["user"]
+    return [turn for turn, role in enumerate(roles[:-1]) if role == "assistant" and roles[turn + 1] != "tool"]
+
+
 def first_turns(sample: Sample, questions: int) -> Sample:
     """The chat up to the answer of its `questions`-th question, with the images of what is left."""
-    answers = [index for index, message in enumerate(sample.messages) if message["role"] == "assistant"]
-    messages = sample.messages[: answers[questions - 1] + 1]
+    messages = sample.messages[: answers_of(sample)[questions - 1] + 1]
     kinds = [part["type"] for message in messages for part in message["content"]]
     images, videos = sample.images[: kinds.count("image")], sample.videos[: kinds.count("video")]
     return replace(sample, messages=messages, images=images, videos=videos)
@@ -53,7 +58,7 @@ def truncate(encode: Callable[[Sample], Encoded], sample: Sample, max_length: in
     Raises:
         DataError: not even the first question with its answer fits.
     """
-    turns = sum(message["role"] == "assistant" for message in sample.messages)
+    turns = len(answers_of(sample))
     fits, low, high = None, 1, turns
     while low <= high:
         middle = (low + high) // 2

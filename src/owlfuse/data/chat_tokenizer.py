@@ -1,0 +1,211 @@
+"""The tokenizer of a chat model: loaded by name, with the special tokens and the one chat template that everything uses."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, TemplateError, nodes
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from owlfuse.data.chat_template import template_names, use_template
+from owlfuse.data.formats.base import IMAGE
+from owlfuse.data.gguf_tokenizer import gguf_tokenizer
+from owlfuse.packages import check_not_missing, packaged
+from owlfuse.types import DataError
+
+Message = dict[str, Any]
+
+DATE = "26 Jul 2024"
+"""The date that templates are told, so that a chat has the same tokens on every day: Llama 3.2's template has this one
+where nobody tells it another."""
+PREPARED = "{#- prepared by owlfuse -#}"
+"""Begins a template that `prepare_template` has made."""
+
+# Templates take a message's content as a text, those of vision-language models as parts. Either way an image or a video is
+# the text <image> here, where it stands among the texts.
+JOIN_PARTS = (
+    "{%- set joined = namespace(messages=[], text='') -%}"
+    "{%- for message in messages -%}"
+    "{%- set joined.text = message.content if message.content is string else '' -%}"
+    "{%- if message.content is not string -%}{%- for part in message.content or [] -%}"
+    "{%- if part.type in ('image', 'image_url', 'video') -%}{%- set joined.text = joined.text + IMAGE_TOKEN -%}"
+    "{%- elif part.type == 'text' -%}{%- set joined.text = joined.text + part.text -%}"
+    "{%- else -%}{{- raise_exception('a part of the type ' ~ part.type ~ ', expected text, image or video') -}}"
+    "{%- endif -%}{%- endfor -%}{%- endif -%}"
+    "{%- set joined.messages = joined.messages + [dict(message, content=CONTENT)] -%}"
+    "{%- endfor -%}"
+    "{%- set messages = joined.messages -%}"
+)
+CONTENTS = {"text": "joined.text", "parts": "[{'type': 'text', 'text': joined.text}]"}
+GENERATION_TAG = re.compile(r"\{%-?\s*(end)?generation\s*-?%\}")
+"""transformers' own tag, which plain jinja2 does not know."""
+
+
+def chat_tokenizer(name: str, chat_template: str | None = None) -> PreTrainedTokenizerBase:
+    """Returns the tokenizer `name` as every part of owlfuse uses it: see `load_tokenizer`, `use_template` and `prepare`.
+
+    Raises:
+        DataError: there is none, or it cannot serve chats.
+        ModuleNotFoundError: it is a file of a package that is not installed.
+    """
+    return prepare(use_template(load_tokenizer(name), chat_template))
+
+
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """Returns a tokenizer from a folder, a hub name or a GGUF file; `package:` names are those of installed packages' files.
+
+    Raises:
+        DataError: there is none.
+        ModuleNotFoundError: a package that is not installed.
+    """
+    try:
+        path = packaged(name)
+        check_not_missing(path)
+        return gguf_tokenizer(Path(path).expanduser()) if path.endswith(".gguf") else AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise DataError(f"tokenizer: {name}: {str(error).splitlines()[0]}") from error
+
+
+def prepare(tokenizer: PreTrainedTokenizerBase, image_token: str = IMAGE) -> PreTrainedTokenizerBase:
+    """Gives a tokenizer what it lacks for chats, in place, and returns it; a tokenizer that has all of it stays as it is.
+
+    The padding token falls back to the end of sequence, `image_token` becomes one token, and the chat template is made the
+    one that training, evaluation, chat and exports render (see `prepare_template`).
+
+    Raises:
+        DataError: a tokenizer without a chat template, an end of sequence or offsets; a template that cannot be supervised.
+    """
+    if not tokenizer.chat_template:
+        raise DataError(
+            f"the tokenizer {tokenizer.name_or_path} has no chat template, which decides a chat's text; name one: "
+            f"chat_template={'|'.join(template_names())}|<path of a .jinja file>"
+        )
+    if not tokenizer.is_fast:
+        raise DataError(f"the tokenizer {tokenizer.name_or_path} is not a fast one, which character offsets need")
+    if tokenizer.eos_token_id is None:
+        raise DataError(f"the tokenizer {tokenizer.name_or_path} has no end-of-sequence token, which ends an answer")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if image_token not in tokenizer.get_vocab():
+        tokenizer.add_special_tokens({"additional_special_tokens": [image_token]}, replace_extra_special_tokens=False)
+    templates = tokenizer.chat_template
+    if isinstance(templates, dict):  # several, by name, of which transformers takes `default` or `tool_use`
+        tokenizer.chat_template = {
+            name: prepare_template(tokenizer, template, image_token) for name, template in templates.items()
+        }
+    else:
+        tokenizer.chat_template = prepare_template(tokenizer, templates, image_token)
+    return tokenizer
+
+
+def prepare_template(tokenizer: PreTrainedTokenizerBase, template: str, image_token: str = IMAGE) -> str:
+    """Returns a chat template that renders the same text wherever it is used, for training and for generation.
+
+    To the template's own text it adds, only where that is needed: contents as texts or parts, whichever it takes; a fixed
+    date for `strftime_now`; and behind the generation prompt what the template itself writes before an answer (the empty
+    thought of Qwen3), since a model need not write what the template writes.
+
+    Raises:
+        DataError: a template that does not write what the user says, or that takes a date in a form that is not a constant.
+    """
+    if template.startswith(PREPARED):
+        return template
+    body = fixed_date(template) + template.removesuffix("\n")
+    for content in CONTENTS.values():
+        joined = JOIN_PARTS.replace("IMAGE_TOKEN", json.dumps(image_token)).replace("CONTENT", content)
+        prepared = PREPARED + joined + "{{- '' }}" + body  # a block before it would take the body's first line break
+        if writes_question(tokenizer, prepared):
+            return prepared + written_before_answers(tokenizer, prepared)
+    raise DataError(
+        f"the chat template of the tokenizer {tokenizer.name_or_path} does not write what the user says, neither of a text nor "
+        "of a list of parts: " + rendering_error(tokenizer, prepared)
+    )
+
+
+def fixed_date(template: str) -> str:
+    """Returns a macro that stands for the clock that a template reads, empty for one that reads none. Raises DataError."""
+    tree = Environment(extensions=["jinja2.ext.loopcontrols"]).parse(GENERATION_TAG.sub("", template))
+    calls = [call for call in tree.find_all(nodes.Call) if getattr(call.node, "name", None) == "strftime_now"]
+    if not calls:
+        return ""
+    from datetime import datetime
+
+    day = datetime.strptime(DATE, "%d %b %Y")
+    dates = {}
+    for call in calls:
+        if len(call.args) != 1 or not isinstance(call.args[0], nodes.Const):
+            raise DataError(f"the chat template asks for the date in line {call.lineno} by a format that is no constant text")
+        dates[call.args[0].value] = day.strftime(call.args[0].value)
+    return f"{{%- macro strftime_now(format) -%}}{{{{- {json.dumps(dates)}[format] -}}}}{{%- endmacro -%}}"
+
+
+def writes_question(tokenizer: PreTrainedTokenizerBase, template: str) -> bool:
+    """Whether a template writes what a user says, once."""
+    try:
+        text = apply(tokenizer, [{"role": "user", "content": "\ue000"}], template, add_generation_prompt=True)
+    except DataError:
+        return False
+    return text.count("\ue000") == 1
+
+
+def rendering_error(tokenizer: PreTrainedTokenizerBase, template: str) -> str:
+    """What a template objects to a single question, for a message."""
+    try:
+        text = apply(tokenizer, [{"role": "user", "content": "Hello"}], template, add_generation_prompt=True)
+    except DataError as error:
+        return str(error)
+    return f"of the question Hello it makes {text[:80]!r}"
+
+
+def written_before_answers(tokenizer: PreTrainedTokenizerBase, template: str) -> str:
+    """Returns the end of a template that writes, behind the generation prompt, what the template puts before an answer.
+
+    White space alone is left to the model, and so are spaces at the end: tokens of words begin with them. A caller who says
+    `enable_thinking`, or asks for the prompt as it was (`without_lead`), gets it as it was.
+    """
+    question, answer = {"role": "user", "content": "\ue001"}, {"role": "assistant", "content": "\ue000"}
+    try:
+        prompt = apply(tokenizer, [question], template, add_generation_prompt=True)
+        whole = apply(tokenizer, [question, answer], template)
+    except DataError:
+        return ""  # whoever encodes a chat says what is wrong with it
+    if not whole.startswith(prompt) or whole.count("\ue000") != 1:
+        return ""
+    lead = whole[len(prompt) : whole.index("\ue000")].rstrip(" ")
+    if not lead.strip():
+        return ""
+    condition = "add_generation_prompt and without_lead is not defined and enable_thinking is not defined"
+    return f"{{% if {condition} %}}{{{{- {json.dumps(lead)} }}}}{{% endif %}}"
+
+
+def render(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: list[Message],
+    add_generation_prompt: bool = False,
+    thinking: bool = False,
+    **options: Any,
+) -> str:
+    """Returns a chat as text: the one place where owlfuse renders the tokenizer's chat template.
+
+    Args:
+        thinking: the model is to write its thoughts before its answer, where the template knows of thoughts.
+        options: what else the template takes, `tools` for instance.
+
+    Raises:
+        DataError: what the template objects to, a system message for instance.
+    """
+    if thinking:
+        options["enable_thinking"] = True
+    return apply(tokenizer, messages, None, add_generation_prompt=add_generation_prompt, **options)
+
+
+def apply(tokenizer: PreTrainedTokenizerBase, messages: list[Message], template: str | None, **options: Any) -> str:
+    """Returns what a template, by default the tokenizer's own, makes of messages. Raises DataError."""
+    try:
+        text = tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False, **options)  # type: ignore[arg-type]
+    except (TemplateError, TypeError, ValueError, KeyError, IndexError, AttributeError) as error:
+        raise DataError(f"the chat template refuses it: {error}") from error
+    return str(text)
