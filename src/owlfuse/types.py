@@ -29,7 +29,11 @@ class DataError(ValueError):
 class Sample:
     """One chat. `messages` are `{"role": str, "content": [part, ...]}`, a part being `{"type": "text", "text": str}`,
     `{"type": "image"}` or `{"type": "video"}`; the k-th image part shows the k-th of `images`: a path below the source's image
-    root, or the encoded bytes of a picture; and the k-th video part the k-th path of `videos`."""
+    root, or the encoded bytes of a picture; and the k-th video part the k-th path of `videos`.
+
+    A message also has, only where the data have them, `reasoning_content` (the thought before an answer), `tool_calls`,
+    `tool_call_id`, `name`, and `supervised: False` for an answer that is not learned from. `tools` are the functions that the
+    assistant may call, as chat templates take them. A text may hold `<image>` or `<video>` as a word."""
 
     id: str
     source: str
@@ -37,6 +41,7 @@ class Sample:
     images: list[str | bytes] = field(default_factory=list)
     metadata: dict[str, Any] = field(default_factory=dict)
     videos: list[str] = field(default_factory=list)
+    tools: list[Any] | None = None
 
 
 @dataclass
