@@ -31,8 +31,9 @@ class Sample:
     `{"type": "image"}` or `{"type": "video"}`; the k-th image part shows the k-th of `images`: a path below the source's image
     root, or the encoded bytes of a picture; and the k-th video part the k-th path of `videos`.
 
-    Only where the data have them, a message also holds `reasoning_content` (a text), `tool_calls` (a list), `tool_call_id` and
-    `name` (texts), and `supervised: False` for an answer that the data exclude from the loss."""
+    A message also has, only where the data have them, `reasoning_content` (the thought before an answer), `tool_calls`,
+    `tool_call_id`, `name`, and `supervised: False` for an answer that is not learned from. `tools` are the functions that the
+    assistant may call, as chat templates take them. A text may hold `<image>` or `<video>` as a word."""
 
     id: str
     source: str
@@ -40,8 +41,7 @@ class Sample:
     images: list[str | bytes] = field(default_factory=list)
     metadata: dict[str, Any] = field(default_factory=dict)
     videos: list[str] = field(default_factory=list)
-    tools: list[dict[str, Any]] | None = None
-    """The tools that the assistant may call, as a chat template takes them."""
+    tools: list[Any] | None = None
 
 
 @dataclass

@@ -18,7 +18,7 @@ from owlfuse.data.formats.captions import Captions
 from owlfuse.data.formats.llava import LLaVA
 from owlfuse.data.formats.messages import Messages
 from owlfuse.data.formats.sharegpt import ShareGPT
-from owlfuse.data.turns import ROLES
+from owlfuse.data.turn_keys import ROLES
 from owlfuse.types import DataError
 
 SOURCES = sorted((Path(__file__).resolve().parents[2] / "configs" / "data" / "source").glob("*.yaml"))
@@ -100,8 +100,8 @@ def test_sharegpt_takes_a_system_text_beside_the_turns_or_as_a_turn(tmp_path):
         read(tmp_path, ShareGPT, {"conversations": [{"from": "system", "value": "x"}, *turns], "system": "y"})
 
 
-def test_every_role_name_is_one_of_three():
-    assert set(ROLES.values()) == {"system", "user", "assistant"}
+def test_every_role_name_is_one_of_four():
+    assert set(ROLES.values()) == {"system", "user", "assistant", "tool"}
 
 
 @pytest.mark.parametrize(
@@ -177,10 +177,13 @@ def user(*content, **more):
         ({"id": 3}, "sample a:3 has no 'messages'; it has id"),
         ({"messages": {}}, "sample a:0: 'messages' is a dict, expected list"),
         ({"messages": ["hi\nho"]}, "sample a:0: a turn is hi ho, expected from or role"),
-        ({"messages": [{"role": "tool", "content": "x"}]}, "a turn is .*tool.*, expected from or role"),
+        ({"messages": [{"role": "toll", "content": "x"}]}, "a turn is .*toll.*, expected from or role"),
         ({"messages": [{"role": "assistant", "content": None, "tool_calls": []}]}, "a turn is .*None"),
         ({"messages": [{"role": ["user"], "content": "x"}]}, "a turn is"),
-        ({"messages": [{"role": "assistant", "content": "x", "weight": 0}]}, "a turn has weight 0"),
+        (
+            {"messages": [{"role": "assistant", "content": "x", "weight": 0.5}]},
+            "a turn has 'weight': 0.5, expected 1 or true, 0 or",
+        ),
         (user("text"), "a part is text, expected a text with its text, an image or a video"),
         (user({"type": "audio"}), "a part is .*audio.*, expected a text"),
         (user({"type": "text"}), "a part is .*, expected a text"),

@@ -11,14 +11,8 @@ from typing import Any
 from urllib.parse import unquote_to_bytes
 
 from owlfuse.data.formats.base import parts_of
+from owlfuse.data.turn_keys import CALL_ROLES, ROLES, brief, extras_of, tool_calls_of
 from owlfuse.types import DataError
-
-ROLES = {
-    **dict.fromkeys(("system", "developer"), "system"),
-    **dict.fromkeys(("user", "human", "prompter"), "user"),
-    **dict.fromkeys(("assistant", "gpt", "chatgpt", "model", "bot", "bard", "bing"), "assistant"),
-}
-"""The names of the three roles in the data of others."""
 
 PICTURE_KEYS = ("image_url", "image", "bytes", "path", "url", "base64")
 """Where an image part holds its picture; without one of them it shows the next of the sample's pictures."""
@@ -41,12 +35,12 @@ def chat(
     messages: list[dict[str, Any]] = []
     shown: dict[str, list[str | bytes | int | None]] = {"image": [], "video": []}
     for turn in turns:
-        role, content = role_and_content(turn, name)
+        role, content, extras = read_turn(turn, name)
         parts = parts_of(content, bool(videos)) if isinstance(content, str) else [part_of(part, name) for part in content]
         for part in parts:
             if part["type"] in shown:
                 shown[part["type"]].append(part.pop("picture", None))
-        messages.append({"role": role, "content": parts})
+        messages.append({"role": role, "content": parts, **extras})
     return messages, resolve(shown["image"], pictures, name, "image"), resolve(shown["video"], list(videos), name, "video")
 
 
@@ -70,20 +64,25 @@ def resolve(shown: list[Any], pictures: list[Any], name: str, kind: str) -> list
     return found
 
 
-def role_and_content(turn: Any, name: str) -> tuple[str, str | list[Any]]:
-    """Of one turn, in either spelling. Raises DataError."""
+def read_turn(turn: Any, name: str) -> tuple[str, str | list[Any], dict[str, Any]]:
+    """Role, content and the other keys of one turn, in either spelling. Raises DataError."""
     expected = f"expected from or role ({', '.join(ROLES)}) and value or content"
     if not isinstance(turn, dict):
         raise DataError(f"sample {name}: a turn is {brief(turn)}, {expected}")
     role = turn["from"] if turn.get("from") is not None else turn.get("role")
     content = turn["value"] if turn.get("value") is not None else turn.get("content")
-    if not isinstance(role, str) or role.lower() not in ROLES or not isinstance(content, str | list):
+    role = role.lower().replace("-", "_") if isinstance(role, str) else role
+    if role in CALL_ROLES and isinstance(content, str | list | dict):
+        extras = extras_of(turn, "assistant", name)
+        return "assistant", [], extras | {"tool_calls": tool_calls_of(content, name)}
+    if not isinstance(role, str) or role not in ROLES:
         raise DataError(f"sample {name}: a turn is {brief(turn)}, {expected}")
-    if turn.get("weight") == 0:
-        raise DataError(
-            f"sample {name}: a turn has weight 0, and every answer is learnt from: leave the weight or the turn out"
-        )
-    return ROLES[role.lower()], content
+    extras = extras_of(turn, ROLES[role], name)
+    if content is None and "tool_calls" in extras:
+        content = []
+    if not isinstance(content, str | list):
+        raise DataError(f"sample {name}: a turn is {brief(turn)}, {expected}")
+    return ROLES[role], content, extras
 
 
 def part_of(part: Any, name: str) -> dict[str, Any]:
@@ -195,8 +194,3 @@ def caption_messages(images: int, caption: Any, instructions: Sequence[str], ide
         number = int.from_bytes(hashlib.sha256(identity.encode("utf-8", "surrogatepass")).digest()[:8], "little")
         asked.append({"type": "text", "text": f"\n{instructions[number % len(instructions)]}"})
     return [{"role": "user", "content": asked}, {"role": "assistant", "content": [{"type": "text", "text": caption}]}]
-
-
-def brief(value: Any) -> str:
-    """The beginning of what was found, on one line."""
-    return " ".join(str(value)[:80].split())

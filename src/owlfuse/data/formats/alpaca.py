@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from owlfuse.data.formats.base import Source, field, without
+from owlfuse.data.turn_keys import tools_of
 from owlfuse.types import DataError, Sample
 
 
@@ -53,4 +54,11 @@ class Alpaca(Source):
             {"role": "user", "content": [{"type": "text", "text": question}]},
             {"role": "assistant", "content": [{"type": "text", "text": field(record, "output", str, name)}]},
         ]
-        return Sample(name, self.name, messages, [], without(record, "instruction", "input", "output"))
+        return Sample(
+            name,
+            self.name,
+            messages,
+            [],
+            without(record, "instruction", "input", "output", "tools"),
+            tools=tools_of(record, name),
+        )

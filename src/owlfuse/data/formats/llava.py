@@ -4,6 +4,7 @@
 from typing import Any
 
 from owlfuse.data.formats.base import VideoSource, field, without
+from owlfuse.data.turn_keys import tools_of
 from owlfuse.data.turns import chat, pictures_of, videos_of
 from owlfuse.types import Sample
 
@@ -18,5 +19,5 @@ class LLaVA(VideoSource):
         messages, images, videos = chat(
             field(record, "conversations", list, name), pictures_of(record, name), name, videos_of(record, name)
         )
-        metadata = without(record, "image", "images", "conversations", "video", "videos")
-        return Sample(name, self.name, messages, images, metadata, videos)
+        metadata = without(record, "image", "images", "conversations", "video", "videos", "tools", "functions")
+        return Sample(name, self.name, messages, images, metadata, videos, tools_of(record, name))

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from owlfuse.data.formats.base import IMAGE, VideoSource
-from owlfuse.data.turns import brief, chat, pictures_of
+from owlfuse.data.turn_keys import brief, tools_of
+from owlfuse.data.turns import chat, pictures_of
 from owlfuse.types import DataError, Sample
 
 CHATS = ("messages", "conversations")
@@ -106,6 +107,7 @@ class Parquet(VideoSource):
             found.setdefault("messages", next((c for c in CHATS if c in have), "messages"))
         if image := next((c for c in IMAGES if c in have), None):
             found.setdefault("images", image)
+        found |= {key: key for key in ("tools", "functions") if key in have}
         if "id" in have:
             found.setdefault("id", "id")
         for file, names in zip(files, columns, strict=True):
@@ -144,7 +146,7 @@ class Parquet(VideoSource):
             raise DataError(f"sample {name}: its chat is {brief(turns)}, expected a list of turns")
         system = [{"role": "system", "content": record["system"]}] if record.get("system") else []
         messages, images, videos = chat([*system, *turns], pictures, name)
-        return Sample(name, self.name, messages, images, {}, videos)
+        return Sample(name, self.name, messages, images, {}, videos, tools_of(record, name))
 
 
 class Rows(Sequence[dict[str, Any]]):

@@ -12,6 +12,7 @@ from typing import Any, cast
 from owlfuse.data.formats.base import VideoSource
 from owlfuse.data.lines import decoded, json_reason
 from owlfuse.data.tars import TarSamples
+from owlfuse.data.turn_keys import tools_of
 from owlfuse.data.turns import caption_messages, chat
 from owlfuse.types import DataError, Sample
 
@@ -63,7 +64,7 @@ class WebDataset(VideoSource):
             if not isinstance(turns, list):
                 raise DataError(f"sample {name}: the chat of its .json is a {type(turns).__name__}, expected a list of turns")
             messages, images, videos = chat(turns, pictures, name)
-            return Sample(name, self.name, messages, images, metadata, videos)
+            return Sample(name, self.name, messages, images, metadata, videos, tools_of(facts, name))
         caption = decoded(record["txt"], f"sample {name}: its .txt").strip() if "txt" in record else facts.get("caption")
         if not pictures or caption is None:
             raise DataError(
