@@ -10,7 +10,7 @@ from PIL import Image
 from helpers import llm_fields, model_node
 from owlfuse.chat import Conversation
 from owlfuse.cli import main
-from owlfuse.data.chat import load_tokenizer
+from owlfuse.data.chat_tokenizer import load_tokenizer
 from owlfuse.data.shapes import write_shapes
 from owlfuse.hub.export import Trained, export, load_exported, processor_of, wrap
 from owlfuse.model import build_model

@@ -29,7 +29,7 @@ from helpers import (
 from owlfuse.chat import Conversation, answer_line
 from owlfuse.cli import main
 from owlfuse.connectors.abstractor import Abstractor
-from owlfuse.data.chat import load_tokenizer
+from owlfuse.data.chat_tokenizer import load_tokenizer
 from owlfuse.data.datamodule import ChatData
 from owlfuse.data.formats.llava import LLaVA
 from owlfuse.data.shapes import write_shapes

@@ -9,7 +9,7 @@ pytest.importorskip("gguf", reason="GGUF files need pip install gguf (the extras
 
 from gguf_files import CONTROL, TOKENS, tiny_llm, write_gguf
 from helpers import make_model
-from owlfuse.data.chat import load_tokenizer
+from owlfuse.data.chat_tokenizer import load_tokenizer
 from owlfuse.deferred import Deferred
 from owlfuse.llm import load_llm
 from owlfuse.types import DataError

@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import TextStreamer
 
+from owlfuse.data.chat_tokenizer import render
 from owlfuse.data.images import MAX_PIXELS, open_image
 from owlfuse.hub.export import load_exported, load_run, processor_of, wrap
 from owlfuse.hub.modeling import OwlfuseForConditionalGeneration
@@ -44,12 +45,16 @@ class Conversation:
     """Messages and pictures so far, and the model that answers.
 
     Args:
+        thinking: prompts ask for a thought before the answer, where the chat template knows of thoughts.
         options: keyword arguments of transformers' `generate`.
     """
 
-    def __init__(self, model: OwlfuseForConditionalGeneration, processor: OwlfuseProcessor, **options: Any) -> None:
+    def __init__(
+        self, model: OwlfuseForConditionalGeneration, processor: OwlfuseProcessor, thinking: bool = False, **options: Any
+    ) -> None:
         self.model = model
         self.processor = processor
+        self.thinking = thinking
         self.options = options
         self.longest: int | None = getattr(model.config.text_config, "max_position_embeddings", None)
         """Tokens that the model knows places for, of prompt and answer together; None where nothing limits them."""
@@ -77,16 +82,18 @@ class Conversation:
         """
         content = [*({"type": "image"} for _ in self.shown), {"type": "text", "text": question}]
         messages, pictures = [*self.messages, {"role": "user", "content": content}], [*self.pictures, *self.shown]
-        prompt = self.processor.apply_chat_template(messages, add_generation_prompt=True)
+        prompt = render(self.processor.tokenizer, messages, True, self.thinking)
         inputs = self.processor(images=pictures, text=prompt).to(self.model.device)
         length = inputs["input_ids"].shape[1]
         if self.longest is not None and length >= self.longest:
             raise DataError(f"the conversation has {length:,} tokens and the model knows {self.longest:,}; begin a new one")
         self.messages, self.pictures, self.shown = messages, pictures, []
-        streamer = Pieces(self.processor.tokenizer, write)
+        tokenizer = self.processor.tokenizer
+        answer_format = self.processor.answer_format
+        streamer = Pieces(tokenizer, write, "" if answer_format.end_ids else answer_format.end_mark)
         try:
             with torch.inference_mode():
-                self.model.generate(**inputs, streamer=streamer, **self.options)
+                self.model.generate(**inputs, streamer=streamer, tokenizer=tokenizer, **self.options)
         except KeyboardInterrupt:
             streamer.end()
         self.last = question, inputs, torch.tensor(streamer.ids, dtype=torch.long)
@@ -105,11 +112,17 @@ class Conversation:
 
 
 class Pieces(TextStreamer):
-    """Collects the answer's text and ids, and hands the text on."""
+    """Collects the answer's text and ids, and hands the text on.
 
-    def __init__(self, tokenizer: Any, write: Callable[[str], None]) -> None:
+    Args:
+        end_mark: a text that ends the answer and is no part of it; empty where a token does.
+    """
+
+    def __init__(self, tokenizer: Any, write: Callable[[str], None], end_mark: str = "") -> None:
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
         self.write = write
+        self.end_mark = end_mark
+        self.held_back = ""
         self.pieces: list[str] = []
         self.ids: list[int] = []
 
@@ -120,9 +133,19 @@ class Pieces(TextStreamer):
         super().put(value)
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        """See `TextStreamer`."""
-        self.pieces.append(text)
-        self.write(text)
+        """See `TextStreamer`; what may be the beginning of the end mark is held back."""
+        if self.end_mark:
+            text, ended, _ = (self.held_back + text).partition(self.end_mark)
+            kept = 0 if ended or stream_end else longest_overlap(text, self.end_mark)
+            text, self.held_back = text[: len(text) - kept], self.end_mark if ended else text[len(text) - kept :]
+        if text:
+            self.pieces.append(text)
+            self.write(text)
+
+
+def longest_overlap(text: str, mark: str) -> int:
+    """How many characters at the end of a text are the beginning of a mark."""
+    return next((count for count in range(len(mark) - 1, 0, -1) if text.endswith(mark[:count])), 0)
 
 
 def to_terminal(text: str) -> None:
@@ -145,14 +168,20 @@ def explanation_file(path: str, pictures: bool) -> Path:
 
 
 def chat(
-    folder: Path, images: list[str], question: str | None, max_new_tokens: int, temperature: float, explain: str | None = None
+    folder: Path,
+    images: list[str],
+    question: str | None,
+    max_new_tokens: int,
+    temperature: float,
+    explain: str | None = None,
+    thinking: bool = False,
 ) -> None:
     """One answer, or a conversation where no question is given. `explain`: the file for where the (last) answer looked."""
     out = explanation_file(explain, question is None or bool(images)) if explain else None
     model, processor = load_talker(folder)
     model.to("cuda" if torch.cuda.is_available() else "cpu")  # type: ignore[arg-type]  # lost in transformers' wrapper
     sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
-    conversation = Conversation(model, processor, max_new_tokens=max_new_tokens, **sampling)
+    conversation = Conversation(model, processor, thinking, max_new_tokens=max_new_tokens, **sampling)
     for image in images:
         conversation.show(image)
     if question is not None:
@@ -175,8 +204,8 @@ def chat(
 
 def answer_question(conversation: Conversation, question: str, out: Path | None) -> None:
     """The answer on the terminal, and where it looked in the file `out`, if there is one and a picture was shown."""
-    conversation.ask(question, to_terminal)
-    print()
+    answer = conversation.ask(question, to_terminal)
+    print("" if answer.strip() else "(the model ended its answer without a word)")
     if out is not None and conversation.pictures:
         conversation.explain().save(out)
         print(f"(where it looked is in {out})", file=sys.stderr)

@@ -133,7 +133,7 @@ def _chat(arguments: argparse.Namespace) -> None:
     from owlfuse.chat import chat
 
     question = " ".join(arguments.overrides) or None
-    asked = arguments.max_new_tokens, arguments.temperature, arguments.explain
+    asked = arguments.max_new_tokens, arguments.temperature, arguments.explain, arguments.thinking
     chat(Path(arguments.folder), arguments.image, question, *asked)
 
 

@@ -77,6 +77,7 @@ def _add_models(commands: Any) -> None:
     chat.add_argument("--image", action="append", default=[], metavar="PATH", help="a picture to ask about; may be repeated")
     chat.add_argument("--max-new-tokens", type=int, default=256, metavar="N")
     chat.add_argument("--temperature", type=float, default=0.0, help="0: the likeliest answer")
+    chat.add_argument("--thinking", action="store_true", help="have the model think first, where its chat template knows how")
     chat.add_argument("--explain", metavar="PNG", help="draw where the (last) answer looked in the pictures, into a file")
 
     demo = commands.add_parser("demo", help="a page in the browser: several models side by side", epilog=DEMO, **LAYOUT)

@@ -16,6 +16,7 @@ from owlfuse.model_parallel import as_trained
 from owlfuse.module import MultimodalModule
 from owlfuse.parallel import check_strategy, evaluates, naming_step
 from owlfuse.plan import dry_run
+from owlfuse.run_data import build_data, save_tokenizer
 from owlfuse.runs import last_checkpoint, place, run_folder, write_config, write_mixture
 from owlfuse.trainer import cost_of, make_trainer, raise_if_stopped, signals_given_back
 from owlfuse.types import DataError
@@ -40,7 +41,7 @@ def run(config: DictConfig) -> Path | None:
     try:
         plan, _ = on_meta(plain["model"], vocab_size=1024)
         optim, evaluation, folder = build(config.optim), build(config.evaluation), run_folder(config)
-        data = build(config.data)
+        data = build_data(config)
         data.bind(plan.vision.preprocessing, plan.fusion.tokens_per_image)
         trainer = make_trainer(config, data, folder, checkpoint)
         check_strategy(trainer, plan.llm, checkpoint)
@@ -52,6 +53,7 @@ def run(config: DictConfig) -> Path | None:
     init_from = config.get("init_from") if checkpoint is None or needs_base(checkpoint) else None
     module = MultimodalModule(plain["model"], optim, data.vocab_size, init_from)
     write_config(config, folder)
+    save_tokenizer(data.tokenizer, folder)
     with naming_step(trainer), signals_given_back():
         trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True)
     left_out = module.over_ranks(module.skipped, module.truncated)

@@ -326,7 +326,6 @@ ALPACA_FAULTS = {
     "number-for-an-instruction": ({"instruction": 5}, "'instruction' is a int, expected str"),
     "null-for-an-output": ({"output": None}, "'output' is a NoneType, expected str"),
     "empty-output": ({"output": ""}, "turn 1 is an empty answer"),
-    "placeholder-in-text-only-data": ({"instruction": "What is <image>?"}, "control token <image> in its text"),
 }
 
 

@@ -97,7 +97,6 @@ def test_a_prompt_is_the_chat_up_to_its_answer(tokenizer):
         (chat((None, "What?", None), "red", images=["a"]), "sample s:1 has 2 <image> placeholders and 1 images"),
         (chat("What?", "red", images=["a"]), "sample s:1 has 0 <image> placeholders and 1 images"),
         (chat("Say <|end|> now", "red"), r"sample s:1 holds the tokenizer's control token <\|end\|>"),
-        (chat("What?", "see <image>"), "sample s:1 holds the tokenizer's control token <image>"),
         (chat("What?", "  "), "sample s:1: turn 1 is an empty answer"),
         (chat("What?"), "sample s:1 has no assistant turn"),
         (Sample("s:1", "s", []), "sample s:1 has no messages"),
@@ -110,12 +109,14 @@ def test_a_wrong_sample_is_named_with_what_was_found(tokenizer, sample, message)
 
 
 def test_a_template_that_changes_earlier_turns_is_an_error_and_not_a_wrong_mask(tokenizer):
-    tokenizer.chat_template = "{{ messages | length }}{% for message in messages %}{{ message.content }}{% endfor %}"
+    tokenizer.chat_template = (
+        "{{ messages | length }}{% for m in messages %}{{ m.content }}{{ eos_token if m.role == 'assistant' }}{% endfor %}"
+    )
     with pytest.raises(DataError, match="before turn 3 otherwise alone than in the whole"):
         ChatEncoder(tokenizer, 1).encode(chat("a", "b", "c", "d"))
 
 
-BARE = "{% for message in messages %}{{ message.content }}{% endfor %}{% if add_generation_prompt %}{% endif %}"
+BARE = "{% for m in messages %}{{ m.content }}{{ eos_token if m.role == 'assistant' }}{% endfor %}"
 
 
 def test_a_token_across_the_border_of_an_answer_is_split_as_generation_splits_it(tokenizer):
@@ -124,8 +125,8 @@ def test_a_token_across_the_border_of_an_answer_is_split_as_generation_splits_it
     whole = tokenizer("What color is it?", add_special_tokens=False)["input_ids"]
     encoded = encoder.encode(chat("What col", "or is it?"))
     assert encoded.input_ids.tolist() != whole
-    assert tokenizer.decode(encoded.input_ids) == "What color is it?"
-    assert supervised_turns(encoder, encoded) == ["or is it?"]
+    assert tokenizer.decode(encoded.input_ids) == "What color is it?<|end|>"
+    assert supervised_turns(encoder, encoded) == ["or is it?<|end|>"]
 
 
 def test_a_token_across_the_border_that_cannot_be_split_is_an_error(tokenizer, monkeypatch):

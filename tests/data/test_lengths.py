@@ -7,7 +7,8 @@ import pytest
 
 from owlfuse.data import lengths as module
 from owlfuse.data.chat import ChatEncoder
-from owlfuse.data.datamodule import ChatData, load_tokenizer
+from owlfuse.data.chat_tokenizer import load_tokenizer
+from owlfuse.data.datamodule import ChatData
 from owlfuse.data.formats.alpaca import Alpaca
 from owlfuse.data.formats.captions import Captions
 from owlfuse.data.formats.llava import LLaVA

@@ -108,7 +108,7 @@ def test_the_prompt_of_generation_is_what_stands_before_the_first_supervised_tok
         whole = encoder.encode(sample_of((system, [(question, answer)], None)))
         prompt = encoder.encode_prompt(sample_of((system, [], question)))
         first = (whole.labels != -100).nonzero()[0].item()
-        assert tokenizer.decode(whole.input_ids[:first]) == tokenizer.decode(prompt.input_ids)
+        assert whole.input_ids[:first].tolist() == prompt.input_ids.tolist()
 
     check()
 
@@ -160,7 +160,7 @@ SYSTEM_LAST = (  # of Mistral's v0.3: the system message stands in the last ques
 
 @pytest.mark.parametrize(
     ("template", "expected"),
-    [(QWEN3, ["Ho<|im_end|>", "<think>\n\n</think>\n\nNo<|im_end|>"]), (SYSTEM_LAST, [" Ho</s>", " No</s>"])],
+    [(QWEN3, ["Ho<|im_end|>", "No<|im_end|>"]), (SYSTEM_LAST, [" Ho</s>", " No</s>"])],
     ids=["qwen3", "system_last"],
 )
 def test_a_template_that_treats_the_last_turn_otherwise_is_supervised_as_it_is_rendered(tokenizers, template, expected):
@@ -212,13 +212,15 @@ def test_a_tokenizer_without_an_end_mark_is_refused(tokenizers):
     ("template", "message"),
     [
         (
-            "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system') }}{% endif %}{% endfor %}",
-            "no",
+            "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+            "{{ m.content }}</s>{% endfor %}",
+            "no system",
         ),
-        ("{% for m in messages %}{{ m.nothing.at_all }}{% endfor %}", "the chat template refuses it"),
-        ("{% for m in messages %}{{ m.content | upper }}{% endfor %}", "changes an answer otherwise|not once"),
-        ("{% for m in messages %}{{ m.content }}{{ m.content }}{% endfor %}", "writes turn 2 not once"),
-        ("{% for m in messages if m.role != 'assistant' %}{{ m.content }}{% endfor %}", "writes turn 2 not once"),
+        ("{% for m in messages %}{{ m.content | upper }}</s>{% endfor %}", "changes an answer otherwise"),
+        (
+            "{% for m in messages %}{{ m.content }}{{ m.content if loop.index0 == 2 }}</s>{% endfor %}",
+            "writes the text of turn 2 not once",
+        ),
     ],
 )
 def test_what_a_template_objects_to_or_cannot_be_supervised_names_the_sample(tokenizers, template, message):
@@ -226,3 +228,20 @@ def test_what_a_template_objects_to_or_cannot_be_supervised_names_the_sample(tok
     tokenizer.chat_template = template
     with pytest.raises(DataError, match=f"sample s:1: .*{message}"):
         ChatEncoder(tokenizer, 1).encode(sample_of(("Be kind.", [("Hi", "Ho")], None)))
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("{% for m in messages %}{{ m.nothing.at_all }}{% endfor %}", "does not write what the user says"),
+        ("{% for m in messages %}{{ m.content }}{{ m.content }}{% endfor %}", "does not write what the user says"),
+        ("{% for m in messages if m.role != 'assistant' %}{{ m.content }}{% endfor %}", "writes an answer 0 times"),
+        ("{% for m in messages %}{{ m.content }}{% endfor %}", "writes nothing behind an answer"),
+        ("{{ strftime_now(messages[0].content) }}{{ messages[0].content }}", "by a format that is no constant"),
+    ],
+)
+def test_a_template_that_no_chat_can_be_supervised_with_is_refused_at_once(tokenizers, template, message):
+    tokenizer = copy.deepcopy(tokenizers["byte_level"])
+    tokenizer.chat_template = template
+    with pytest.raises(DataError, match=message):
+        ChatEncoder(tokenizer, 1)

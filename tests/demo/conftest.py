@@ -5,7 +5,7 @@ import torch
 from PIL import Image
 
 from helpers import llm_fields, model_node
-from owlfuse.data.chat import load_tokenizer
+from owlfuse.data.chat_tokenizer import load_tokenizer
 from owlfuse.data.shapes import write_shapes
 from owlfuse.demo.talkers import load_talkers
 from owlfuse.hub.export import Trained, export

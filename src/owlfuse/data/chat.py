@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
 from owlfuse.data.answer_format import THINK_TAGS, AnswerFormat
-from owlfuse.data.borders import inner_tokens, split_tokens
-from owlfuse.data.chat_tokenizer import load_tokenizer, prepare, render
+from owlfuse.data.borders import cut_at_borders, encode, inner_tokens
+from owlfuse.data.chat_tokenizer import prepare, render
 from owlfuse.data.checks import flatten
 from owlfuse.data.formats.base import IMAGE
 from owlfuse.data.pictures import VISUAL
 from owlfuse.data.spans import supervised_spans
 from owlfuse.data.truncation import OnLength, over_length, truncate
 from owlfuse.types import DataError, Encoded, Sample
-
-__all__ = ["ChatEncoder", "load_tokenizer", "question_samples"]
 
 
 class ChatEncoder:
@@ -81,7 +80,7 @@ class ChatEncoder:
         spans = supervised_spans(sample, messages, text, partial(self.render, sample), self.answer_format)
         ids, offsets = self.tokenize(text, [start for start, _ in spans])
         self.spell_words(sample, ids, offsets)
-        return self.expand(sample, ids, self.labels(ids, offsets, spans), views)
+        return self.expand(sample, ids, self.labels(sample, ids, offsets, spans), views)
 
     def encode_prompt(self, sample: Sample, views: list[int] | None = None) -> Encoded:
         """The chat up to where the assistant answers next; nothing is supervised. Raises DataError."""
@@ -116,8 +115,8 @@ class ChatEncoder:
             left_out.append("tools")
         if left_out:
             raise DataError(
-                f"sample {sample.id} has {' and '.join(left_out)}, which the chat template does not write; take a chat_template "
-                "that does, or leave them out of the data"
+                f"sample {sample.id} has {' and '.join(left_out)}, which the chat template does not write; take a "
+                "chat_template that does, or leave them out of the data"
             )
 
     def rendered_or_none(self, sample: Sample, messages: list[dict[str, Any]]) -> str | None:
@@ -128,15 +127,13 @@ class ChatEncoder:
             return None
 
     def tokenize(self, text: str, borders: list[int] | None = None) -> tuple[list[int], list[tuple[int, int]]]:
-        """Ids and the characters that each stands for. No token stands across the start of an answer, where generation begins.
+        """Ids and the characters that each stands for. What stands before an answer has the tokens that it has as a prompt.
 
         Args:
             borders: where answers begin, beside the places that their header shows.
         """
-        encoding = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-        ids, offsets = list(encoding["input_ids"]), [tuple(pair) for pair in encoding["offset_mapping"]]
-        for border in sorted({*self.answer_format.starts(text), *(borders or [])}, reverse=True):
-            split_tokens(self.tokenizer, text, ids, offsets, border)
+        ids, offsets = encode(self.tokenizer, text)
+        cut_at_borders(self.tokenizer, text, ids, offsets, [*self.answer_format.starts(text), *(borders or [])])
         return ids, offsets
 
     def spell_words(self, sample: Sample, ids: list[int], offsets: list[tuple[int, int]]) -> None:
@@ -157,19 +154,28 @@ class ChatEncoder:
                 ids[place : place + 1] = spelled[0]
                 offsets[place : place + 1] = [(first + start, last + start) for first, last in spelled[1]]
 
-    def labels(self, ids: list[int], offsets: list[tuple[int, int]], spans: list[tuple[int, int]]) -> list[int]:
+    def labels(self, sample: Sample, ids: list[int], offsets: list[tuple[int, int]], spans: list[tuple[int, int]]) -> list[int]:
         """The ids of the tokens that begin inside the spans, -100 elsewhere.
 
-        A token that ends behind a span is the end mark with the white space that some tokenizers count to it (Phi-3's).
+        A token that ends behind a span is the end mark with the white space that some tokenizers count to it (Phi-3's). One
+        across a span's start, which could not be split, is a DataError.
         """
         labels = [-100] * len(ids)
         index = 0
         for start, end in spans:
             while index < len(ids) and offsets[index][0] < end:
-                if offsets[index][0] >= start:
+                first, last = offsets[index]
+                if first >= start:
                     labels[index] = ids[index]
+                elif last > start:
+                    token = self.tokenizer.convert_ids_to_tokens(ids[index])
+                    raise DataError(f"sample {sample.id}: token {token!r} stands across the border of an answer")
                 index += 1
         return labels
+
+    def answers(self, rows: Sequence[Any]) -> list[str]:
+        """The answers in rows of generated ids: see `AnswerFormat.answers`."""
+        return self.answer_format.answers(self.tokenizer, rows, self.thinking)
 
     def expand(self, sample: Sample, ids: list[int], labels: list[int], views: list[int] | None = None) -> Encoded:
         """Each placeholder as `tokens_per_image` positions for each of its `views` (by default one)."""
@@ -234,7 +240,7 @@ def question_samples(sample: Sample, history: bool = False) -> list[tuple[Sample
     kinds: list[Any] = sample.metadata.get("kinds") or [sample.metadata.get("kind", "")]
     turns = [message for message in sample.messages if message["role"] != "system"]
     number = -1
-    for place, (asked, answered) in enumerate(zip(turns, turns[1:])):
+    for place, (asked, answered) in enumerate(pairwise(turns)):
         own = list(asked["content"])
         if asked["role"] == "user" and answered["role"] == "assistant":
             number += 1

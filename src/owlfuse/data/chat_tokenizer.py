@@ -27,7 +27,7 @@ PREPARED = "{#- prepared by owlfuse -#}"
 # Templates take a message's content as a text, those of vision-language models as parts. Either way an image or a video is
 # the text <image> here, where it stands among the texts.
 JOIN_PARTS = (
-    "{%- set joined = namespace(messages=[], text='') -%}"
+    "{%- set joined = namespace(messages=[], text='', pictures='') -%}"
     "{%- for message in messages -%}"
     "{%- set joined.text = message.content if message.content is string else '' -%}"
     "{%- if message.content is not string -%}{%- for part in message.content or [] -%}"
@@ -35,23 +35,35 @@ JOIN_PARTS = (
     "{%- elif part.type == 'text' -%}{%- set joined.text = joined.text + part.text -%}"
     "{%- else -%}{{- raise_exception('a part of the type ' ~ part.type ~ ', expected text, image or video') -}}"
     "{%- endif -%}{%- endfor -%}{%- endif -%}"
+    "LINE_BREAK"
     "{%- set joined.messages = joined.messages + [dict(message, content=CONTENT)] -%}"
     "{%- endfor -%}"
     "{%- set messages = joined.messages -%}"
 )
+LINE_BREAK = (
+    "{%- set joined.pictures = '' -%}"
+    "{%- for _ in joined.text.split(IMAGE_TOKEN)[1:] -%}{%- if joined.text.startswith(IMAGE_TOKEN) -%}"
+    "{%- set joined.pictures = joined.pictures + IMAGE_TOKEN -%}"
+    "{%- set joined.text = joined.text[IMAGE_TOKEN | length:] -%}"
+    "{%- endif -%}{%- endfor -%}"
+    "{%- if joined.pictures and joined.text[:1] | trim -%}{%- set joined.text = '\\n' + joined.text -%}{%- endif -%}"
+    "{%- set joined.text = joined.pictures + joined.text -%}"
+)
+"""Puts a text behind the pictures that a turn begins with on a line of its own."""
 CONTENTS = {"text": "joined.text", "parts": "[{'type': 'text', 'text': joined.text}]"}
 GENERATION_TAG = re.compile(r"\{%-?\s*(end)?generation\s*-?%\}")
 """transformers' own tag, which plain jinja2 does not know."""
 
 
-def chat_tokenizer(name: str, chat_template: str | None = None) -> PreTrainedTokenizerBase:
+def chat_tokenizer(name: str, chat_template: str | None = None, break_behind_images: bool = True) -> PreTrainedTokenizerBase:
     """Returns the tokenizer `name` as every part of owlfuse uses it: see `load_tokenizer`, `use_template` and `prepare`.
 
     Raises:
         DataError: there is none, or it cannot serve chats.
         ModuleNotFoundError: it is a file of a package that is not installed.
     """
-    return prepare(use_template(load_tokenizer(name), chat_template))
+    tokenizer = use_template(load_tokenizer(name), chat_template)
+    return prepare(tokenizer, break_behind_images=break_behind_images)
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
@@ -69,11 +81,18 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
         raise DataError(f"tokenizer: {name}: {str(error).splitlines()[0]}") from error
 
 
-def prepare(tokenizer: PreTrainedTokenizerBase, image_token: str = IMAGE) -> PreTrainedTokenizerBase:
+def prepare(
+    tokenizer: PreTrainedTokenizerBase, image_token: str = IMAGE, break_behind_images: bool = True
+) -> PreTrainedTokenizerBase:
     """Gives a tokenizer what it lacks for chats, in place, and returns it; a tokenizer that has all of it stays as it is.
 
     The padding token falls back to the end of sequence, `image_token` becomes one token, and the chat template is made the
     one that training, evaluation, chat and exports render (see `prepare_template`).
+
+    Args:
+        break_behind_images: a text that stands right behind the pictures that its turn begins with goes on a line of its own,
+            as LLaVA's data have it: for training and for whoever gives pictures and a question. False for data that have it
+            otherwise.
 
     Raises:
         DataError: a tokenizer without a chat template, an end of sequence or offsets; a template that cannot be supervised.
@@ -94,14 +113,17 @@ def prepare(tokenizer: PreTrainedTokenizerBase, image_token: str = IMAGE) -> Pre
     templates = tokenizer.chat_template
     if isinstance(templates, dict):  # several, by name, of which transformers takes `default` or `tool_use`
         tokenizer.chat_template = {
-            name: prepare_template(tokenizer, template, image_token) for name, template in templates.items()
+            name: prepare_template(tokenizer, template, image_token, break_behind_images)
+            for name, template in templates.items()
         }
     else:
-        tokenizer.chat_template = prepare_template(tokenizer, templates, image_token)
+        tokenizer.chat_template = prepare_template(tokenizer, templates, image_token, break_behind_images)
     return tokenizer
 
 
-def prepare_template(tokenizer: PreTrainedTokenizerBase, template: str, image_token: str = IMAGE) -> str:
+def prepare_template(
+    tokenizer: PreTrainedTokenizerBase, template: str, image_token: str = IMAGE, break_behind_images: bool = True
+) -> str:
     """Returns a chat template that renders the same text wherever it is used, for training and for generation.
 
     To the template's own text it adds, only where that is needed: contents as texts or parts, whichever it takes; a fixed
@@ -115,7 +137,8 @@ def prepare_template(tokenizer: PreTrainedTokenizerBase, template: str, image_to
         return template
     body = fixed_date(template) + template.removesuffix("\n")
     for content in CONTENTS.values():
-        joined = JOIN_PARTS.replace("IMAGE_TOKEN", json.dumps(image_token)).replace("CONTENT", content)
+        joined = JOIN_PARTS.replace("LINE_BREAK", LINE_BREAK if break_behind_images else "")
+        joined = joined.replace("IMAGE_TOKEN", json.dumps(image_token)).replace("CONTENT", content)
         prepared = PREPARED + joined + "{{- '' }}" + body  # a block before it would take the body's first line break
         if writes_question(tokenizer, prepared):
             return prepared + written_before_answers(tokenizer, prepared)

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any, Literal
 
 import lightning
 from torch.utils.data import DataLoader, Dataset
 
-from owlfuse.data.chat import ChatEncoder, load_tokenizer
-from owlfuse.data.chat_template import use_template
+from owlfuse.data.chat import ChatEncoder
+from owlfuse.data.chat_tokenizer import chat_tokenizer
 from owlfuse.data.collate import Collator
 from owlfuse.data.dataset import MixtureDataset, SourceDataset
 from owlfuse.data.formats.base import Source
@@ -25,6 +25,9 @@ from owlfuse.data.truncation import OnLength, check_policies, policy_of
 from owlfuse.data.video import VideoSampling
 from owlfuse.data.weighting import make_mixture
 from owlfuse.types import Batch, DataError, Encoded, Sample
+
+LOOKED_AT = 16
+"""Records of a source by which the line break behind its pictures is known."""
 
 
 class ChatData(lightning.LightningDataModule):
@@ -48,6 +51,8 @@ class ChatData(lightning.LightningDataModule):
         folder: where the data lie, for the other keys of a yaml to refer to.
         video: how frames of videos are chosen where a source does not say, the keys of a `VideoSampling`.
         weights_by: what the shares are of: samples, or supervised tokens, which are counted once (see `lengths`).
+        thinking: whether a question asks for a thought before the answer, where the chat template knows of thoughts; an answer
+            is scored without it.
         temperature, at_end, weights_at: see `make_mixture`; `weights_at` counts in optimizer steps.
     """
 
@@ -73,6 +78,7 @@ class ChatData(lightning.LightningDataModule):
         temperature: float | None = None,
         at_end: str | dict[str, str] = "repeat",
         weights_at: dict[int, dict[str, float]] | None = None,
+        thinking: bool = False,
     ) -> None:
         super().__init__()
         if prepare is not None:
@@ -97,14 +103,15 @@ class ChatData(lightning.LightningDataModule):
         self.weights_by = weights_by
         check_policies(on_length, [*sources, *validation])
         self.on_length = on_length
-        self.tokenizer = use_template(load_tokenizer(tokenizer), chat_template)
+        self.tokenizer = chat_tokenizer(tokenizer, chat_template, break_behind_images(sources.values()))
+        self.thinking = thinking
         self.mix = partial(make_mixture, sources, seed, global_batch_size, weights_at, at_end, temperature)
         if weights_by == "samples":
             self.mixture = self.mix()
 
     def bind(self, preprocess: Preprocess, tokens_per_image: int) -> None:
         """Takes what only the model knows: how pictures become pixels, and how many positions an image takes."""
-        self.encoder = ChatEncoder(self.tokenizer, tokens_per_image, self.max_length)
+        self.encoder = ChatEncoder(self.tokenizer, tokens_per_image, self.max_length, self.thinking)
         self.pictures = Pictures(preprocess, self.max_pixels, self.seed, self.video)
         if self.weights_by == "tokens":
             self.mixture = self.mix(self.lengths())
@@ -211,6 +218,23 @@ class ChatData(lightning.LightningDataModule):
     def validation_report(self) -> dict[str, Any]:
         """Of the validation sources, what was left out or cut so far."""
         return validation_report(self.validation, self.validation_skipped, self.validation_truncated)
+
+
+def break_behind_images(sources: Iterable[Source]) -> bool:
+    """Whether texts go on a line of their own behind the pictures that a turn begins with: so do those of all the first records
+    of the sources, as LLaVA's do. A text that begins with white space of another kind says nothing."""
+    for source in sources:
+        for index in range(min(LOOKED_AT, len(source))):
+            try:
+                messages = source[index].messages
+            except DataError:  # told or counted when it is drawn
+                continue
+            for message in messages:
+                kinds = [part["type"] for part in message["content"]]
+                first = next((place for place, kind in enumerate(kinds) if kind == "text"), 0)
+                if first and not message["content"][first]["text"][:1].isspace():
+                    return False
+    return True
 
 
 def ignore_interrupt(worker: int) -> None:

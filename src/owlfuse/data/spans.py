@@ -34,7 +34,9 @@ def supervised_spans(
         raise DataError(f"sample {sample.id} has no assistant turn, so there is nothing to learn from it")
     around, marked = surroundings(sample, messages, text, render)
     if around[0] + "".join(written + rest for (_, _, written), rest in zip(marked, around[1:], strict=True)) != text:
-        raise DataError(f"sample {sample.id}: the chat template changes an answer otherwise than by stripping it of white space")
+        raise DataError(
+            f"sample {sample.id}: the chat template changes an answer otherwise than by stripping it of white space"
+        )
     check_prompt(sample, messages[: turns[-1]], text, render)
     spans = []
     place = 0
@@ -50,7 +52,9 @@ def supervised_spans(
         if messages[turn].get("supervised", True):
             spans.append((start, end))
     if not spans:
-        raise DataError(f"sample {sample.id}: the data exclude every answer from the loss, so there is nothing to learn from it")
+        raise DataError(
+            f"sample {sample.id}: the data exclude every answer from the loss, so there is nothing to learn from it"
+        )
     return spans
 
 

@@ -110,6 +110,8 @@ def write_results(
     folder: Path, config: DictConfig, steps: int, metrics: dict[str, float], cost: dict[str, Any], wall_s: float
 ) -> None:
     """`results.json`, written beside and renamed. `hash` says of which code and configuration they are (see `identity`)."""
+    from owlfuse.run_data import tokenizer_hash
+
     plain = to_dict(config)
     results = {
         "experiment": config.experiment,
@@ -118,6 +120,7 @@ def write_results(
         "metrics": metrics,
         "cost": cost,
         "hash": {"code": code_hash(plain), "config": config_hash(plain)},
+        "tokenizer": tokenizer_hash(folder),
         "versions": versions(),
         "git": git_state(),
         "wall_s": round(wall_s, 1),
@@ -156,12 +159,13 @@ def evaluate_run(folder: str, overrides: list[str]) -> None:
 
     from owlfuse.build import build
     from owlfuse.config import compose
+    from owlfuse.run_data import build_data
     from owlfuse.weights import load_run_model
 
     began = time.monotonic()
     config = compose([f"resume={folder}", *overrides])
     plain = to_dict(config)
-    data = build(config.data)
+    data = build_data(config)
     model, checkpoint = load_run_model(Path(folder), plain, data.vocab_size)
     data.bind(model.vision.preprocessing, model.fusion.tokens_per_image)
     evaluation = build(config.evaluation)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import TextStreamer
 
+from owlfuse.data.chat import ChatEncoder
 from owlfuse.hub.modeling import OwlfuseForConditionalGeneration
 from owlfuse.model import MultimodalLM
 from owlfuse.types import Batch
@@ -18,18 +19,20 @@ from owlfuse.types import Batch
 
 @torch.no_grad()  # no inference_mode: FSDP keeps what its first forward makes, and training goes on with it
 @torch.compiler.set_stance("force_eager")  # compiled layers would be compiled again for cache and lengths, which takes longer
-def generate_greedy(model: MultimodalLM, batch: Batch, max_new_tokens: int, end_id: int) -> Tensor:
-    """The likeliest continuation of each row, (B, at most max_new_tokens) ids; after `end_id` a row holds `end_id`.
+def generate_greedy(model: MultimodalLM, batch: Batch, max_new_tokens: int, encoder: ChatEncoder) -> Tensor:
+    """The likeliest continuation of each row, (B, at most max_new_tokens) ids, with padding behind what ends it.
 
     `batch` is padded on the left. The backbone and the connector run once, and visual keys and values are computed once.
     """
-    wrapped = OwlfuseForConditionalGeneration.wrap(model, None, {"eos_token_id": end_id, "pad_token_id": end_id})
+    ends = encoder.answer_format.generation(encoder.tokenizer, model.llm)
+    wrapped = OwlfuseForConditionalGeneration.wrap(model, None, ends)
     rows = wrapped.generate(
         input_ids=batch.input_ids,
         attention_mask=batch.attention_mask,
         visual=model.encode(batch),
         max_new_tokens=max_new_tokens,
         do_sample=False,
+        tokenizer=encoder.tokenizer,  # for an end mark of several tokens
     )
     return rows[:, batch.input_ids.shape[1] :]
 

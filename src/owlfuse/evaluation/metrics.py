@@ -112,21 +112,20 @@ def answer_questions(
 ) -> list[Answer]:
     """The model's answers; `blank`: with each picture replaced by one of the mean color."""
     device = next(model.parameters()).device
-    tokenizer = data.tokenizer
     answers = []
     for start in range(0, len(questions), batch_size):
         chunk = questions[start : start + batch_size]
         batch = data.prompts([(sample, data.validation[source]) for sample, _, _ in chunk]).to(device)
         if blank:
             batch = replace(batch, pixel_values=torch.zeros_like(batch.pixel_values))
-        ids = generate_greedy(model, batch, max_new_tokens, tokenizer.eos_token_id)
-        texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
+        ids = generate_greedy(model, batch, max_new_tokens, data.encoder)
+        texts = data.encoder.answers(ids)
         for (sample, expected, kind), text in zip(chunk, texts, strict=True):
             question = "".join(part.get("text", "") for part in sample.messages[-1]["content"]).strip()
             image = sample.images[0] if sample.images else None
             image = str(data.validation[source].root / image) if isinstance(image, str) else image
             accepted = tuple(sample.metadata.get("accepted", ()))
-            answers.append(Answer(source, sample.id, image, question, expected, text.strip(), kind, accepted))
+            answers.append(Answer(source, sample.id, image, question, expected, text, kind, accepted))
         progress(len(chunk))
     return answers
 
@@ -138,7 +137,8 @@ def time_answer(model: MultimodalLM, data: ChatData, tokens: int, repeats: int =
         questions = questions_of(data, source, 1) if tokens else []
         for sample, _, _ in questions:
             batch = data.prompts([(sample, samples)]).to(next(model.parameters()).device)
-            end = {"eos_token_id": data.tokenizer.eos_token_id, "pad_token_id": data.tokenizer.eos_token_id}
+            end = data.encoder.answer_format.generation(data.tokenizer, model.llm)
+            end.pop("stop_strings", None)  # an answer of a set number of tokens is timed
             wrapped = OwlfuseForConditionalGeneration.wrap(model, None, end)
             prompt = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
             times = []

@@ -41,11 +41,12 @@ def maps_of_answers(
 @torch.compiler.set_stance("force_eager")
 def map_of_answer(model: MultimodalLM, data: ChatData, sample: Sample, answer: Answer, max_new_tokens: int) -> Tensor:
     """Answers the question again, by itself."""
-    source, end = data.validation[answer.source], data.tokenizer.eos_token_id
+    source = data.validation[answer.source]
+    ends = data.encoder.answer_format.generation(data.tokenizer, model.llm)["eos_token_id"]
     batch = data.prompts([(sample, source)]).to(next(model.parameters()).device)
-    ids = generate_greedy(model, batch, max_new_tokens, end)
+    ids = generate_greedy(model, batch, max_new_tokens, data.encoder)
     with features_of(model.vision) as features:
         visual = model.encode(batch)
-    maps = maps_of(model, batch, visual, features[0], without_end(ids, end))
+    maps = maps_of(model, batch, visual, features[0], without_end(ids, ends))
     views = len(data.pictures(sample, source)[0])
     return whole_map(maps[:views], best_grid(picture_of(answer).size, model.vision.preprocessing.size))

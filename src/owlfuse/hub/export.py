@@ -20,9 +20,8 @@ from transformers import AutoProcessor
 from transformers.core_model_loading import revert_weight_conversion
 
 from owlfuse.config_plain import to_dict
-from owlfuse.data.chat import ChatEncoder
-from owlfuse.data.chat_template import use_template
-from owlfuse.data.datamodule import load_tokenizer
+from owlfuse.data.answer_format import AnswerFormat
+from owlfuse.data.chat_tokenizer import prepare
 from owlfuse.data.formats.base import IMAGE
 from owlfuse.deferred import Deferred, storage_of
 from owlfuse.folders import whole_folder
@@ -30,10 +29,11 @@ from owlfuse.hub.adapter import merge_lora, save_lora, without_lora
 from owlfuse.hub.card import model_card
 from owlfuse.hub.later import exported_later
 from owlfuse.hub.modeling import OwlfuseForConditionalGeneration
-from owlfuse.hub.processing import FLATTEN, OwlfuseImageProcessor, OwlfuseProcessor
+from owlfuse.hub.processing import OwlfuseImageProcessor, OwlfuseProcessor
 from owlfuse.hub.writing import write_weights
 from owlfuse.model import MultimodalLM
 from owlfuse.released.record import read_record, write_record
+from owlfuse.run_data import run_tokenizer
 from owlfuse.types import DataError
 from owlfuse.weights import load_run_model
 
@@ -66,13 +66,12 @@ def load_run(folder: Path, deferred: Deferred | None = None) -> Trained:
         deferred: knows the tensors, and the model has no memory: for `export`.
     """
     config = to_dict(OmegaConf.load(folder / "config.yaml"))
-    tokenizer = use_template(load_tokenizer(config["data"]["tokenizer"]), config["data"].get("chat_template"))
-    encoder = ChatEncoder(tokenizer, tokens_per_image=1)
+    tokenizer = run_tokenizer(folder, config["data"])
     with deferred or nullcontext():
-        model, _ = load_run_model(folder, config, len(encoder.tokenizer))
+        model, _ = load_run_model(folder, config, len(tokenizer))
     path = folder / "results.json"
     results = json.loads(path.read_text()) if path.exists() else None
-    return Trained(model.eval(), encoder.tokenizer, results, deferred=deferred)
+    return Trained(model.eval(), tokenizer, results, deferred=deferred)
 
 
 def export(trained: Trained, out: Path, merge: bool = False, max_shard_size: str = "5GB", source: str = "") -> Path:
@@ -129,31 +128,27 @@ def untied(state: dict[str, Tensor], wrapped: OwlfuseForConditionalGeneration) -
 
 
 def wrap(trained: Trained) -> OwlfuseForConditionalGeneration:
-    """As a model of transformers; answers end with the tokenizer's end of sequence."""
+    """As a model of transformers; answers end as the chat template and the LLM's own generation configuration say."""
     tokenizer = trained.tokenizer
     if tokenizer is None:
         released = trained.model.released
         return OwlfuseForConditionalGeneration.wrap(trained.model, released.image_token_id if released else None)
-    end = tokenizer.eos_token_id
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else end
+    prepare(tokenizer, trained.image_token)
     image = tokenizer.get_vocab().get(trained.image_token)
     if image is None:
         raise DataError(f"the tokenizer has no {trained.image_token}; give it: tokenizer.add_special_tokens")
-    return OwlfuseForConditionalGeneration.wrap(
-        trained.model, image, {"eos_token_id": end, "pad_token_id": pad, "max_new_tokens": 256}
-    )
+    ends = AnswerFormat.of(tokenizer).generation(tokenizer, trained.model.llm)
+    return OwlfuseForConditionalGeneration.wrap(trained.model, image, {**ends, "max_new_tokens": 256})
 
 
 def processor_of(trained: Trained) -> OwlfuseProcessor:
-    """Preprocessing, tokenizer and chat template. The template takes messages whose content has parts, whatever the
-    tokenizer's own takes."""
-    tokenizer, image_token = trained.tokenizer, trained.image_token
+    """Preprocessing, tokenizer and chat template: the one of training, which takes texts and parts."""
+    tokenizer, image_token = prepare(trained.tokenizer, trained.image_token), trained.image_token
     tokenizer.padding_side = "left"
-    flatten = FLATTEN.replace(IMAGE, image_token)
     return OwlfuseProcessor(
         OwlfuseImageProcessor.of(trained.model.vision.preprocessing),
         tokenizer,
-        chat_template=flatten + tokenizer.chat_template.removeprefix(flatten),
+        chat_template=tokenizer.chat_template,
         tokens_per_image=trained.model.fusion.tokens_per_image,
         image_token=image_token,
     )

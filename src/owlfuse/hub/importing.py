@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
+from owlfuse.data.chat_tokenizer import prepare
 from owlfuse.data.formats.base import IMAGE
 from owlfuse.hub.export import Trained, export
 from owlfuse.released import load, reference_logits, reference_loss
@@ -23,7 +24,8 @@ TEMPLATES = {
         "detailed, and polite answers to the user's questions."
         "{% for message in messages %}"
         "{% if message.role == 'assistant' %}{{ '\\nAI: ' + message.content + eos_token }}"
-        "{% else %}{{ '\\nHuman: ' + message.content.replace('<image>\\n', '<image>\\nHuman: ') }}{% endif %}"
+        "{% else %}{{ '\\nHuman: ' "
+        "+ message.content.replace('<image>\\n', '<image>').replace('<image>', '<image>\\nHuman: ') }}{% endif %}"
         "{% endfor %}"
         "{% if add_generation_prompt %}{{ '\\nAI: ' }}{% endif %}"
     ),
@@ -74,16 +76,15 @@ def tokenizer_of(folder: Path, released: Any) -> tuple[Any, str]:
         raise DataError(f"the tokenizer of {folder} cannot be read: {str(error).splitlines()[0]}") from error
     image_token = IMAGE
     if released.image_token_id is not None:
-        image_token = str(tokenizer.convert_ids_to_tokens(released.image_token_id))
-        if image_token is None:
+        found: Any = tokenizer.convert_ids_to_tokens(released.image_token_id)
+        if found is None:
             raise DataError(
                 f"the tokenizer of {folder} has {len(tokenizer)} tokens, and config.json's image_token_id is "
                 f"{released.image_token_id}; take the tokenizer of that model"
             )
-    elif IMAGE not in tokenizer.get_vocab():
-        tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE]})
+        image_token = found
     if not tokenizer.chat_template:
         if released.family not in TEMPLATES:
             raise DataError(f"the tokenizer of {folder} has no chat template; take the tokenizer_config.json of that model")
         tokenizer.chat_template = TEMPLATES[released.family]
-    return tokenizer, image_token
+    return prepare(tokenizer, image_token), image_token

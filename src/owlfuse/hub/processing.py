@@ -6,6 +6,7 @@ N images, H and W their size in pixels, B rows, T text positions.
 from __future__ import annotations
 
 import re
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,33 +17,13 @@ from transformers.image_processing_utils import BaseImageProcessor
 from transformers.image_transforms import to_pil_image
 from transformers.image_utils import load_image
 
+from owlfuse.data.answer_format import AnswerFormat
+from owlfuse.data.borders import cut_at_borders
 from owlfuse.data.formats.base import IMAGE
 from owlfuse.data.images import MAX_PIXELS, open_image, to_rgb
 from owlfuse.data.tiles import views_of
 from owlfuse.types import DataError
 from owlfuse.vision import Preprocessing
-
-# A chat template may take a message's content as a string only. This makes it one, as the training data's encoder does; a text
-# right after a picture begins on a new line, as LLaVA's data have it.
-FLATTEN = (
-    "{%- set flat = namespace(messages=[]) -%}"
-    "{%- for message in messages -%}"
-    "{%- if message.content is string -%}{%- set flat.messages = flat.messages + [message] -%}"
-    "{%- else -%}{%- set text = namespace(value='') -%}"
-    "{%- for part in message.content -%}"
-    "{%- if part.type == 'image' -%}{%- set text.value = text.value + '<image>' -%}"
-    "{%- else -%}"
-    "{%- if text.value.endswith('<image>') and not part.text.startswith('\\n') -%}"
-    "{%- set text.value = text.value + '\\n' -%}"
-    "{%- endif -%}"
-    "{%- set text.value = text.value + part.text -%}"
-    "{%- endif -%}"
-    "{%- endfor -%}"
-    "{%- set flat.messages = flat.messages + [dict(message, content=text.value)] -%}"
-    "{%- endif -%}"
-    "{%- endfor -%}"
-    "{%- set messages = flat.messages -%}"
-)
 
 
 class OwlfuseImageProcessor(BaseImageProcessor):
@@ -131,10 +112,29 @@ class OwlfuseProcessor(ProcessorMixin):
         grown = [re.sub(re.escape(token), lambda _: token * self.tokens_per_image * len(next(counts)), one) for one in texts]
         pictures = [view for each in views for view in each]
         tensors = kwargs.get("return_tensors", "pt")
-        encoded = self.tokenizer(grown, padding_side="left", return_tensors=tensors, **options)
-        encoded = {name: encoded[name] for name in ("input_ids", "attention_mask")}
+        encoded = self.encode_texts(grown, tensors, **options)
         pixels = self.image_processor(pictures, return_tensors=tensors) if pictures else {}
         return BatchFeature({**encoded, **pixels})
+
+    @cached_property
+    def answer_format(self) -> AnswerFormat:
+        """What the chat template writes around an answer."""
+        return AnswerFormat.of(self.tokenizer)
+
+    def encode_texts(self, texts: list[str], tensors: str | None, **options: Any) -> dict[str, Any]:
+        """`input_ids` and `attention_mask` (B, T), padded on the left. As in training, what stands before an answer
+        has the tokens that it has as a prompt."""
+        padding = {name: options.pop(name) for name in PADDING if name in options and not options.get("truncation")}
+        encoded = self.tokenizer(texts, return_offsets_mapping=True, verbose=False, **options)
+        rows = encoded["input_ids"]
+        if self.tokenizer.chat_template:
+            for ids, offsets, text in zip(rows, encoded["offset_mapping"], texts, strict=True):
+                cut_at_borders(self.tokenizer, text, ids, offsets, self.answer_format.starts(text))
+        padded = self.tokenizer.pad({"input_ids": rows}, padding_side="left", return_tensors=tensors, **padding)
+        return {name: padded[name] for name in ("input_ids", "attention_mask")}
+
+
+PADDING = ("padding", "max_length", "pad_to_multiple_of")
 
 
 def flat(images: Any) -> list[Image.Image]:

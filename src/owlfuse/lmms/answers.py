@@ -110,7 +110,7 @@ def answer(talker: Talker, requests: list[Request], seed: int) -> tuple[list[str
     """
     options = requests[0].options
     prompts = [request.make() for request in requests]
-    texts = [written(prompt, talker.processor, talker.control) for prompt in prompts]
+    texts = [written(prompt, talker.processor, thinking=talker.thinking) for prompt in prompts]
     inputs = talker.processor(images=[picture for prompt in prompts for picture in prompt.pictures], text=texts)
     rooms = [room(talker, prompt, int(used)) for prompt, used in zip(prompts, inputs["attention_mask"].sum(1), strict=True)]
     limits = [min(options.max_new_tokens, left) for left in rooms]
@@ -125,8 +125,7 @@ def answer(talker: Talker, requests: list[Request], seed: int) -> tuple[list[str
         limit < options.max_new_tokens and len(row) == limit and not ends & set(row)
         for row, limit in zip(rows, limits, strict=True)
     ]
-    answers = talker.processor.tokenizer.batch_decode(rows, skip_special_tokens=True)
-    return [options.ended(text) for text in answers], sum(cut)
+    return [options.ended(text) for text in talker.answers(rows)], sum(cut)
 
 
 def room(talker: Talker, prompt: Prompt, used: int) -> int:

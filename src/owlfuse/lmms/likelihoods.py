@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from owlfuse.data.borders import split_tokens
 from owlfuse.data.chat import ChatEncoder
 from owlfuse.data.collate import Collator
 from owlfuse.data.tiles import views_of
@@ -30,8 +29,8 @@ class Likelihoods:
     def __init__(self, talker: Talker) -> None:
         self.talker = talker
         processor = talker.processor
-        self.encoder = ChatEncoder(processor.tokenizer, processor.tokens_per_image, talker.longest or 2**31)
-        self.encoder.image_id = processor.tokenizer.convert_tokens_to_ids(processor.image_token)
+        longest, image_token = talker.longest or 2**31, processor.image_token
+        self.encoder = ChatEncoder(processor.tokenizer, processor.tokens_per_image, longest, image_token=image_token)
         self.size = (processor.image_processor.size["height"], processor.image_processor.size["width"])
         self.collator = Collator(self.encoder.pad_id, (3, *self.size))
 
@@ -40,13 +39,12 @@ class Likelihoods:
         answer = answer.strip()
         if not answer:
             raise DataError(f"{prompt.name}: an answer whose likelihood is asked for is empty")
-        asked = written(prompt, self.talker.processor, self.talker.control)
-        whole = written(prompt, self.talker.processor, self.talker.control, answer)
+        asked = written(prompt, self.talker.processor)
+        whole = written(prompt, self.talker.processor, answer)
         told = whole.removeprefix(asked) if whole.startswith(asked) else answer
         lead = len(told) - len(told.lstrip())
         text = asked + (told[: lead + len(answer)] if told[lead:].startswith(answer) else answer)
-        ids, offsets = self.encoder.tokenize(text)
-        split_tokens(self.encoder.tokenizer, text, ids, offsets, len(asked))
+        ids, offsets = self.encoder.tokenize(text, [len(asked)])
         labels = [token if start >= len(asked) else -100 for token, (start, _) in zip(ids, offsets, strict=True)]
         tile = self.talker.processor.tile
         views = [views_of(picture, self.size) if tile else [picture] for picture in prompt.pictures]

@@ -9,6 +9,7 @@ from typing import Any
 
 from PIL import Image
 
+from owlfuse.data.chat_tokenizer import render
 from owlfuse.data.checks import flatten
 from owlfuse.data.formats.base import IMAGE, parts_of
 from owlfuse.data.images import MAX_PIXELS, open_image, to_rgb
@@ -139,11 +140,11 @@ def filled(parts: list[Message], counts: list[int]) -> list[Message]:
     return [one for part in parts for one in (placeholders(next(rest)) if part["type"] == "image" else [part])]
 
 
-def written(prompt: Prompt, processor: Any, control: Sequence[str], answer: str | None = None) -> str:
+def written(prompt: Prompt, processor: Any, answer: str | None = None, thinking: bool = False) -> str:
     """A prompt as the chat template writes it: up to where the assistant answers, or with its answer.
 
     Args:
-        control: the tokenizer's special tokens, which no text may hold.
+        thinking: it asks for a thought before the answer, where the template knows of thoughts.
 
     Raises:
         DataError: a chat that is none (see `data.checks.flatten`).
@@ -152,5 +153,6 @@ def written(prompt: Prompt, processor: Any, control: Sequence[str], answer: str 
     if answer is not None:
         messages = [*messages, {"role": "assistant", "content": [{"type": "text", "text": answer}]}]
     pictures: list[Any] = prompt.pictures  # read already
-    flatten(Sample(prompt.name, "lmms-eval", messages, pictures), control)
-    return processor.apply_chat_template(messages, add_generation_prompt=answer is None)
+    special = [token.content for token in processor.tokenizer.added_tokens_decoder.values() if token.special]
+    flatten(Sample(prompt.name, "lmms-eval", messages, pictures), special, processor.image_token)
+    return render(processor.tokenizer, messages, answer is None, thinking)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from owlfuse.chat import load_talker
+from owlfuse.data.chat_tokenizer import render
 from owlfuse.data.checks import flatten
 from owlfuse.data.images import open_image
 from owlfuse.data.policy import one_line
@@ -27,21 +28,26 @@ class Talker:
 
     Args:
         dtype: `saved`: as the folder has its weights; or torch's name of another, as `float32`.
+        thinking: prompts ask for a thought before the answer, where the chat template knows of thoughts.
 
     Raises:
         DataError: a folder without a tokenizer.
     """
 
-    def __init__(self, folder: Path, dtype: str, device: torch.device) -> None:
+    def __init__(self, folder: Path, dtype: str, device: torch.device, thinking: bool = False) -> None:
         self.model, self.processor = load_talker(folder)
         if dtype != "saved":
             cast(self.model, getattr(torch, dtype))
         self.model.to(device).eval()  # type: ignore[arg-type]  # lost in transformers' wrapper
         self.device = device
-        self.control = control_tokens(self.processor.tokenizer)
+        self.thinking = thinking
         text = self.model.model.llm.config.get_text_config()
         self.longest: int | None = getattr(text, "max_position_embeddings", None)
         """The most positions that the LLM has, None where its configuration does not say."""
+
+    def answers(self, rows: Any) -> list[str]:
+        """The answers in rows of generated ids."""
+        return self.processor.answer_format.answers(self.processor.tokenizer, rows, self.thinking)
 
 
 def cast(model: nn.Module, dtype: torch.dtype) -> None:
@@ -83,11 +89,14 @@ class Prompts(Dataset):
         longest: the most positions that prompt and answer may take.
     """
 
-    def __init__(self, task: Task, questions: list[Question], processor: Any, longest: int | None) -> None:
+    def __init__(
+        self, task: Task, questions: list[Question], processor: Any, longest: int | None, thinking: bool = False
+    ) -> None:
         self.task = task
         self.questions = questions
         self.processor = processor
         self.longest = longest
+        self.thinking = thinking
         self.control = control_tokens(processor.tokenizer)
 
     def __len__(self) -> int:
@@ -110,8 +119,8 @@ class Prompts(Dataset):
             DataError: a control token in the question, a picture that cannot be read, a prompt that is too long.
         """
         sample = Sample(question.id, self.task.file.stem, question.messages, question.images)
-        flatten(sample, self.control)
-        text = self.processor.apply_chat_template(question.messages, add_generation_prompt=True)
+        flatten(sample, self.control, self.processor.image_token)
+        text = render(self.processor.tokenizer, question.messages, True, self.thinking)
         self.check_length(question, text)
         return text, self.opened(question)
 
@@ -147,17 +156,18 @@ class Prompts(Dataset):
 @torch.compiler.set_stance("force_eager")  # see evaluation.generation
 def generated(talker: Talker, inputs: Any, **options: Any) -> Tensor:
     """What `generate` writes after the rows (B, T) of `inputs`: (B, at most max_new_tokens) ids."""
-    rows = talker.model.generate(**inputs.to(talker.device), **options)
+    tokenizer = talker.processor.tokenizer  # for an end mark of several tokens
+    rows = talker.model.generate(**inputs.to(talker.device), tokenizer=tokenizer, **options)
     return rows[:, inputs["input_ids"].shape[1] :]
 
 
 def answer(talker: Talker, task: Task, work: Work) -> list[dict[str, Any]]:
     """The likeliest answer to each question, greedily: what predictions.jsonl holds of it."""
     new = generated(talker, work.inputs, max_new_tokens=task.max_new_tokens, do_sample=False, num_beams=1)
-    texts = talker.processor.tokenizer.batch_decode(new, skip_special_tokens=True)
+    texts = talker.answers(new)
     lines = []
     for question, prompt, text in zip(work.questions, work.prompts, texts, strict=True):
-        line = {"id": question.id, "prompt": prompt, "answer": text.strip()}
+        line = {"id": question.id, "prompt": prompt, "answer": text}
         line |= {"expected": question.expected, "group": question.group}
         lines.append(line | {"score": task.score(line)})
     return lines

@@ -49,11 +49,18 @@ class ChatTask(Task):
 
 @dataclass(kw_only=True)
 class ExactMatch(ChatTask):
-    """Each question of a file of chats by itself, its answer compared with the file's."""
+    """Each question of a file of chats by itself, its answer compared with the file's.
+
+    Args:
+        history: what was said before a question in its chat stands before it, as few-shot examples want it; else only the
+            pictures that were shown do.
+    """
+
+    history: bool = False
 
     def ask(self, record: Any, where: str) -> Iterator[Question]:
         """See `Task`; the prompt's words stand around the last text of the user's turn."""
-        for sample, answer, kind in question_samples(self.sample(record, where)):
+        for sample, answer, kind in question_samples(self.sample(record, where), self.history):
             *before, turn = sample.messages
             content = list(turn["content"])
             last = max((n for n, part in enumerate(content) if part["type"] == "text"), default=None)

@@ -47,10 +47,12 @@ class Perplexity(ChatTask):
 class Chats(Prompts):
     """Chats as token ids and labels, as training has them."""
 
-    def __init__(self, task: Task, questions: list[Question], processor: Any, longest: int | None) -> None:
-        super().__init__(task, questions, processor, longest)
-        self.image_id = processor.tokenizer.convert_tokens_to_ids(processor.image_token)
-        self.encoder = ChatEncoder(processor.tokenizer, processor.tokens_per_image, longest or 2**31)
+    def __init__(
+        self, task: Task, questions: list[Question], processor: Any, longest: int | None, thinking: bool = False
+    ) -> None:
+        super().__init__(task, questions, processor, longest, thinking)
+        tokenizer, image_token = processor.tokenizer, processor.image_token
+        self.encoder = ChatEncoder(tokenizer, processor.tokens_per_image, longest or 2**31, image_token=image_token)
         size = processor.image_processor.size
         self.collator = Collator(self.encoder.pad_id, (3, size["height"], size["width"]))
 
@@ -58,8 +60,7 @@ class Chats(Prompts):
         """The chat as the template writes it, and encoded. Raises DataError."""
         sample = Sample(question.id, self.task.file.stem, question.messages, question.images)
         encoded = self.encoder.encode(sample)
-        text = self.encoder.render(sample, flatten(sample, self.control))
-        encoded.input_ids[encoded.placeholder] = self.image_id
+        text = self.encoder.render(sample, flatten(sample, self.control, self.processor.image_token))
         if question.images:
             encoded.pixel_values = list(self.processor.image_processor(self.opened(question))["pixel_values"])
         return text, encoded

@@ -13,6 +13,7 @@ from typing import Any
 from owlfuse.config import ConfigError
 from owlfuse.data.files import fingerprint
 from owlfuse.hub.export import ADAPTER, check_exported
+from owlfuse.run_data import tokenizer_files
 from owlfuse.runs import files_of, last_checkpoint
 from owlfuse.tasks.base import Task
 from owlfuse.types import DataError
@@ -43,7 +44,7 @@ def weights_of(place: Path) -> tuple[str, str]:
     """What a model's weights, configuration and tokenizer are known by, and where they are from, in words."""
     if (place / "config.yaml").is_file():
         checkpoint = last_checkpoint(place)
-        files = [place / "config.yaml", *files_of(checkpoint).values()]
+        files = [place / "config.yaml", *files_of(checkpoint).values(), *tokenizer_files(place)]
         return fingerprint(files), checkpoint.name
     kinds = ("*.safetensors", "*.json", "*.jinja", "*.model", f"{ADAPTER}/*.safetensors", f"{ADAPTER}/*.json")
     return fingerprint(sorted(file for kind in kinds for file in place.glob(kind))), "exported or imported"
@@ -63,22 +64,23 @@ class Settings:
     task: dict[str, Any]
     """The benchmark's other fields."""
     dtype: str
+    thinking: bool
 
     @classmethod
-    def of(cls, place: Path, task: Task, dtype: str) -> Settings:
+    def of(cls, place: Path, task: Task, dtype: str, thinking: bool = False) -> Settings:
         """Of a model's folder and a benchmark."""
         weights, checkpoint = weights_of(place)
         fields = {k: v for k, v in vars(task).items() if k in type(task).__dataclass_fields__}
         plain = {k: str(v) if isinstance(v, Path) else v for k, v in fields.items() if k not in ASIDE}
         target = f"{type(task).__module__}.{type(task).__qualname__}"
         files = [str(file) for file in task.files()]
-        return cls(str(place), checkpoint, weights, files, task.fingerprint(), {"_target_": target, **plain}, dtype)
+        return cls(str(place), checkpoint, weights, files, task.fingerprint(), {"_target_": target, **plain}, dtype, thinking)
 
     @property
     def key(self) -> str:
         """16 hexadecimal digits that are others where an answer may be."""
         root = str(Path(self.task["image_root"]).resolve())
-        content = [self.weights, self.data, {**self.task, "image_root": root}, self.dtype]
+        content = [self.weights, self.data, {**self.task, "image_root": root}, self.dtype, self.thinking]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -36,6 +36,7 @@ class Options:
         batch_size: questions answered at a time on each rank; it does not change the answers in float32.
         max_questions: spread evenly over the file; None: all.
         dtype: `float32`; or `saved`: as the model's folder has its weights.
+        thinking: prompts ask for a thought before the answer, which is scored without it.
         workers: processes of each rank that open pictures; 0: its own.
     """
 
@@ -46,6 +47,7 @@ class Options:
     max_questions: int | None
     dtype: Literal["float32", "saved"]
     workers: int
+    thinking: bool
 
     def __post_init__(self) -> None:
         if self.batch_size < 1 or self.workers < 0 or (self.max_questions is not None and self.max_questions < 1):
@@ -65,7 +67,7 @@ def evaluate_task(folder: str, words: list[str]) -> None:
     ranks = Ranks()
     questions, wrong = task.questions()
     questions = spread(questions, options.max_questions)
-    settings = Settings.of(place, task, options.dtype)
+    settings = Settings.of(place, task, options.dtype, options.thinking)
     out = Path(options.out).expanduser() if options.out else place / "tasks"
     store = Predictions(out / str(options.name), settings.key, ranks.rank)
     done, _ = store.read()
@@ -112,8 +114,9 @@ def answer_share(
     if not questions:
         return
     device = torch.device(f"cuda:{ranks.local}" if torch.cuda.is_available() else "cpu")
-    talker = Talker(place, options.dtype, device)
-    prompts = (Prompts if task.generates else Chats)(task, questions, talker.processor, talker.longest)
+    talker = Talker(place, options.dtype, device, options.thinking)
+    kind = Prompts if task.generates else Chats
+    prompts = kind(task, questions, talker.processor, talker.longest, options.thinking)
     loader = DataLoader(
         prompts,
         batch_size=options.batch_size,
