@@ -83,6 +83,7 @@ class MultimodalModule(lightning.LightningModule):
 
     def count_skipped(self, batch: Batch) -> None:
         """Says each sample that was left out or cut. Raises DataError past a source's `max_skips`."""
+        self.datamodule.notes.add(batch.notes)
         for source, sample, turns in batch.truncated:
             self.truncated[source] = self.truncated.get(source, 0) + 1
             log.info("truncated %s by %d turns (%d of source %s so far)", sample, turns, self.truncated[source], source)

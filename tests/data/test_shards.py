@@ -233,7 +233,7 @@ def test_several_pictures_of_a_sample_come_in_the_order_of_their_numbers(tmp_pat
         ([("a.png", b""), ("a.txt", b"x")], "sample t:a has a picture of 0 bytes"),
         ([("a.png", b"x"), ("a.json", b"{")], "sample t:a: its .json is not JSON"),
         ([("a.png", b"x"), ("a.json", [1])], "sample t:a: its .json holds a list, expected an object"),
-        ([("a.png", b"x"), ("a.json", {"messages": "x"})], "sample t:a: the chat of its .json is a str"),
+        ([("a.png", b"x"), ("a.json", {"messages": "x"})], "sample t:a: 'messages' is a str, expected list"),
         ([("a.png", b"x"), ("a.json", {"caption": 3})], "sample t:a: the caption is 3, expected a text"),
         ([("a.png", b"x"), ("a.txt", b"\xff")], "sample t:a: its .txt: not UTF-8"),
         ([("a.png", b"x"), ("a.json", b"\xff")], "sample t:a: its .json: not UTF-8"),

@@ -63,7 +63,9 @@ class Lines(Sequence[bytes]):
         return raw if newline < 0 else raw[:newline].removesuffix(b"\r")
 
     def number(self, index: int) -> int:
-        """The line's number in the file, from 1, blank lines counted."""
+        """The line's number in the file, from 1, blank lines counted, and those that a quoted field goes over."""
+        if self.quoted:
+            return 1 + newlines_before(self.descriptor, int(self.starts[index]))
         return index + 1 + int(np.searchsorted(self.blank_before, index, side="right"))
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -72,6 +74,18 @@ class Lines(Sequence[bytes]):
     def __del__(self) -> None:
         if hasattr(self, "descriptor"):
             os.close(self.descriptor)
+
+
+def newlines_before(descriptor: int, end: int) -> int:
+    """Newlines in a file before byte `end`."""
+    count = place = 0
+    while place < end:
+        chunk = os.pread(descriptor, min(CHUNK, end - place), place)
+        if not chunk:
+            break
+        count += chunk.count(b"\n")
+        place += len(chunk)
+    return count
 
 
 def line_starts(descriptor: int, quoted: bool) -> tuple[np.ndarray, np.ndarray]:

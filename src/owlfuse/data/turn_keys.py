@@ -43,7 +43,7 @@ REFUSED_KEYS = {
     "rejected": "an answer that is not to be given; preference pairs are not read",
     "chosen": "one of a preference pair; preference pairs are not read",
 }
-"""Keys of a turn or a record that would change what is learned if they were left out, and what they are."""
+"""Keys of a turn that would change what is learned if they were left out, and what they are."""
 
 
 def is_absent(value: Any) -> bool:
@@ -51,11 +51,11 @@ def is_absent(value: Any) -> bool:
     return value is None or value is False or (isinstance(value, str | list | dict) and not value)
 
 
-def check_refused(node: dict[str, Any], name: str, what: str) -> None:
+def check_refused(node: dict[str, Any], refused: dict[str, str], name: str, what: str) -> None:
     """Raises DataError for a key of a turn or a record that cannot be honored and changes what is learned."""
-    for key in node.keys() & REFUSED_KEYS.keys():
+    for key in node.keys() & refused.keys():
         if not is_absent(node[key]):
-            raise DataError(f"sample {name}: {what} has '{key}': {brief(node[key])}, {REFUSED_KEYS[key]}")
+            raise DataError(f"sample {name}: {what} has '{key}': {brief(node[key])}, {refused[key]}")
 
 
 def one_of(node: dict[str, Any], keys: tuple[str, ...], name: str, what: str) -> tuple[str | None, Any]:
@@ -103,7 +103,7 @@ def is_supervised(turn: dict[str, Any], role: str, name: str) -> bool:
 
 def extras_of(turn: dict[str, Any], role: str, name: str) -> dict[str, Any]:
     """The keys of a `Sample`'s message beside `role` and `content`. Raises DataError."""
-    check_refused(turn, name, "a turn")
+    check_refused(turn, REFUSED_KEYS, name, "a turn")
     extras: dict[str, Any] = {}
     thought_key, thought = one_of(turn, THOUGHT_KEYS, name, "a turn")
     if thought_key is not None:
