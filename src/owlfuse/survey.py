@@ -81,6 +81,8 @@ def survey(data: ChatData, lengths: dict[str, Lengths], steps: int) -> dict[str,
     del report["validation"], report["padding"]  # of batches, and there are none
     notes = [] if positions == asked else [end_note(report, positions, asked)]
     notes += duplicate_notes(report)
+    for name in mixture.names:
+        notes += [f"source {name}: {text} ({samples:,} samples)" for text, samples in lengths[name].notes.items()]
     for name, first in first_errors(data, drawn["wrong"]).items():
         notes.append(f"source {name} has on_error=error and a wrong sample at step {first // size}, which ends the run")
     total = sum(drawn["supervised"].values())

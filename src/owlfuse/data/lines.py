@@ -6,6 +6,7 @@ import json
 import os
 from array import array
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -65,8 +66,17 @@ class Lines(Sequence[bytes]):
     def number(self, index: int) -> int:
         """The line's number in the file, from 1, blank lines counted, and those that a quoted field goes over."""
         if self.quoted:
-            return 1 + newlines_before(self.descriptor, int(self.starts[index]))
+            return 1 + int(np.searchsorted(self.newlines, self.starts[index]))
         return index + 1 + int(np.searchsorted(self.blank_before, index, side="right"))
+
+    @cached_property
+    def newlines(self) -> np.ndarray:
+        """The offset of every newline of the file, of those in quotes too. Read when a message first needs it."""
+        found, offset = [np.empty(0, np.int64)], 0
+        while chunk := os.pread(self.descriptor, CHUNK, offset):
+            found.append(np.flatnonzero(np.frombuffer(chunk, np.uint8) == ord("\n")) + offset)
+            offset += len(chunk)
+        return np.concatenate(found)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Lines, (self.file, self.quoted)
@@ -74,18 +84,6 @@ class Lines(Sequence[bytes]):
     def __del__(self) -> None:
         if hasattr(self, "descriptor"):
             os.close(self.descriptor)
-
-
-def newlines_before(descriptor: int, end: int) -> int:
-    """Newlines in a file before byte `end`."""
-    count = place = 0
-    while place < end:
-        chunk = os.pread(descriptor, min(CHUNK, end - place), place)
-        if not chunk:
-            break
-        count += chunk.count(b"\n")
-        place += len(chunk)
-    return count
 
 
 def line_starts(descriptor: int, quoted: bool) -> tuple[np.ndarray, np.ndarray]:

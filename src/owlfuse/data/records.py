@@ -17,7 +17,7 @@ from owlfuse.data.turn_keys import (
     one_of,
     tools_of,
 )
-from owlfuse.data.turns import chat, pictures_of, videos_of
+from owlfuse.data.turns import EXPECTED_TURN, chat, pictures_of, videos_of
 from owlfuse.types import DataError, Note, Sample
 
 CHATS = ("messages", "conversations", "conversation", "texts")
@@ -148,6 +148,9 @@ def turns_of(value: Any, name: str, key: str) -> list[Any]:
             value = [dict(zip(value, turn, strict=True)) for turn in zip(*lists, strict=True)]
     if not isinstance(value, list):
         raise DataError(f"sample {name}: '{key}' is a {type(value).__name__}, expected list")
+    for turn in value:
+        if not isinstance(turn, dict):
+            raise DataError(f"sample {name}: a turn is {brief(turn)}, {EXPECTED_TURN}")
     return value
 
 

@@ -139,7 +139,7 @@ def tool_calls_of(value: Any, name: str) -> list[dict[str, Any]]:
         function = call.get("function") if isinstance(call, dict) and isinstance(call.get("function"), dict) else call
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
             raise DataError(f"sample {name}: a tool call is {brief(call)}, expected a name and arguments")
-        arguments = next((function[key] for key in ("arguments", "parameters") if function.get(key) is not None), {})
+        arguments: Any = next((function[key] for key in ("arguments", "parameters") if function.get(key) is not None), {})
         arguments = from_json(arguments, name, "the arguments of a tool call") if arguments != "" else {}
         if not isinstance(arguments, dict):
             raise DataError(f"sample {name}: the arguments of a tool call are {brief(arguments)}, expected an object")

@@ -57,6 +57,8 @@ TURN_KEYS = frozenset(
 )
 """Keys of a turn that are used or refused."""
 
+EXPECTED_TURN = f"expected from or role ({', '.join(ROLES)}) and value or content"
+
 PART_KEYS = frozenset(("type", "text", "index", *PICTURE_KEYS, *VIDEO_KEYS, *THOUGHT_KEYS))
 PART_REFUSED = (
     *("video_start", "video_end", "start", "end", "start_time", "end_time", "clip", "bbox", "crop", "page"),
@@ -218,9 +220,8 @@ def message_of(turn: Any, name: str, unused: set[str]) -> dict[str, Any]:
     Args:
         unused: takes what of the turn is not used.
     """
-    expected = f"expected from or role ({', '.join(ROLES)}) and value or content"
     if not isinstance(turn, dict):
-        raise DataError(f"sample {name}: a turn is {brief(turn)}, {expected}")
+        raise DataError(f"sample {name}: a turn is {brief(turn)}, {EXPECTED_TURN}")
     if (found := turn.keys() - TURN_KEYS) and (found := {key for key in found if not is_absent(turn[key])}):
         unused |= {f"a turn's '{key}'" for key in found}
     role = turn["from"] if turn.get("from") is not None else turn.get("role")
@@ -232,12 +233,12 @@ def message_of(turn: Any, name: str, unused: set[str]) -> dict[str, Any]:
         extras = extras_of(turn, "assistant", name) | {"tool_calls": tool_calls_of(content, name)}
         return {"role": "assistant", "content": [], **extras}
     if not isinstance(role, str) or role not in ROLES:
-        raise DataError(f"sample {name}: a turn is {brief(turn)}, {expected}")
+        raise DataError(f"sample {name}: a turn is {brief(turn)}, {EXPECTED_TURN}")
     extras = extras_of(turn, ROLES[role], name)
     if content is None and "tool_calls" in extras:
         content = []
     if not isinstance(content, str | list):
-        raise DataError(f"sample {name}: a turn is {brief(turn)}, {expected}")
+        raise DataError(f"sample {name}: a turn is {brief(turn)}, {EXPECTED_TURN}")
     return {"role": ROLES[role], "content": content, **extras}
 
 

@@ -171,9 +171,9 @@ def opened(file: Path | bytes, what: str) -> Iterator[tuple[av.container.InputCo
         raise ModuleNotFoundError(f"{what} needs PyAV: pip install 'owlfuse[video]'", name="av") from None
     options = {"protocol_whitelist": "file", "format_whitelist": FORMATS}
     try:
-        with av.open(io.BytesIO(file) if isinstance(file, bytes) else str(file), options=options) as container:
+        with av.open(io.BytesIO(file) if isinstance(file, bytes) else str(file), "r", options=options) as container:
             stream = container.streams.best("video")
-            if stream is None:
+            if not isinstance(stream, av.VideoStream):
                 raise DataError(f"{what} has no video stream")
             if stream.disposition & av.stream.Disposition.attached_pic:
                 raise DataError(f"{what} has no video stream, only a picture of its cover")

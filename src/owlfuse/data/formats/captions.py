@@ -114,16 +114,18 @@ class Rows(Sequence[dict[str, str]]):
 
     def fields(self, number: int) -> list[str]:
         """Of a line by its number, the header's being 0."""
-        place = self.place(number)
-        text = decoded(self.lines[number], place)
-        if self.tabs:
-            return [unquoted(part) for part in text.split("\t")]
+        raw = self.lines[number]
         try:
+            text = decoded(raw, "")
+            if self.tabs:
+                return [unquoted(part) for part in text.split("\t")]
             rows = list(csv.reader(text.splitlines(keepends=True), strict=True))
+        except DataError as error:
+            raise DataError(f"{self.place(number)}{error}") from error
         except csv.Error as error:
-            raise DataError(f"{place} is not CSV: {error}") from error
+            raise DataError(f"{self.place(number)} is not CSV: {error}") from error
         if len(rows) != 1:
-            raise DataError(f"{place} is {len(rows)} rows: a double quote opens and is not closed")
+            raise DataError(f"{self.place(number)} is {len(rows)} rows: a double quote opens and is not closed")
         return rows[0]
 
 
