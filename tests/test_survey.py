@@ -52,7 +52,7 @@ def loaded(overrides, steps):
         try:
             encoded = data.encoder.encode(source[index])
         except DataError as error:
-            skips.append({"source": name, "sample": f"{name}:{index}", "reason": str(error)})
+            skips.append({"source": name, "sample": f"{name}:{index}", "reason": str(source.placed(error, index))})
         else:
             supervised[name] = supervised.get(name, 0) + int((encoded.labels != -100).sum())
             lengths.append(len(encoded.input_ids))

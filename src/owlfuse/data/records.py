@@ -99,8 +99,6 @@ def read_chat(
         metadata["accepted"] = record.get("accepted") or more["answers"]
         del metadata["answers"]
         notes.append(Note("assumed", "of several answers the most frequent is learned, and all are right in evaluation"))
-    if used & {*QUESTION_KEYS}:  # of a question with its answer, the picture is known to be asked about
-        notes = [note for note in notes if note.kind == "unused" or "picture" not in note.text]
     return Sample(name, source, read.messages, read.images, metadata, read.videos, tools_of(record, name), notes)
 
 
