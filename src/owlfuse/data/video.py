@@ -172,11 +172,13 @@ def opened(file: Path | bytes, what: str) -> Iterator[tuple[av.container.InputCo
     options = {"protocol_whitelist": "file", "format_whitelist": FORMATS}
     try:
         with av.open(io.BytesIO(file) if isinstance(file, bytes) else str(file), "r", options=options) as container:
-            stream = container.streams.best("video")
-            if not isinstance(stream, av.VideoStream):
-                raise DataError(f"{what} has no video stream")
-            if stream.disposition & av.stream.Disposition.attached_pic:
-                raise DataError(f"{what} has no video stream, only a picture of its cover")
+            cover = av.stream.Disposition.attached_pic
+            streams = [stream for stream in container.streams.video if not stream.disposition & cover]
+            if not streams:
+                only_cover = ", only a picture of its cover" if container.streams.video else ""
+                raise DataError(f"{what} has no video stream{only_cover}")
+            best = container.streams.best("video")
+            stream = next((stream for stream in streams if stream is best), streams[0])
             stream.codec_context.options = {"err_detect": "explode"}  # a decoder paints over what is broken otherwise
             yield container, stream
     except (av.FFmpegError, ValueError, OSError) as error:
