@@ -93,7 +93,9 @@ def settle_marks(messages: list[dict[str, Any]], listed: set[int], counts: dict[
     Raises:
         DataError: a mark in what the user says and no picture at all, or a picture that another project's mark shows.
     """
-    notes = []
+    notes: list[str] = []
+    if not any(counts.values()) and all(part["type"] == "text" for message in messages for part in message["content"]):
+        return notes
     if any(counts.values()):
         for kind in counts:
             shown = Shown(messages, kind)

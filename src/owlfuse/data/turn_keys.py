@@ -60,6 +60,8 @@ def check_refused(node: dict[str, Any], refused: dict[str, str], name: str, what
 
 def one_of(node: dict[str, Any], keys: tuple[str, ...], name: str, what: str) -> tuple[str | None, Any]:
     """The key of `keys` that a turn or a record has, and its value. Raises DataError where several are there and differ."""
+    if node.keys().isdisjoint(keys):
+        return None, None
     there = [key for key in keys if key in node and not is_absent(node[key])]
     if not there:
         return None, None

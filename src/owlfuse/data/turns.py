@@ -46,6 +46,9 @@ PAIRS = (
 )
 """Keys of an element of a chat that is a question with its answer (the_cauldron, FineVision, xtuner)."""
 
+SIMPLE_TURNS = ({"from", "value"}, {"role", "content"})
+"""The keys of a turn that has nothing beside its role and its content."""
+
 PAIR_KEYS = frozenset(key for pair in PAIRS for key in pair)
 
 TURN_KEYS = frozenset(
@@ -101,7 +104,7 @@ def chat(turns: Sequence[Any], pictures: list[str | bytes], name: str, videos: S
             take_thoughts(message, name)
         else:
             message["content"] = split_marks(message["content"])
-        if isinstance(turn, dict):
+        if isinstance(turn, dict) and len(turn) > 2:
             show_own_pictures(turn, message, name)
         if not joined_to_answer(messages, message):
             messages.append(message)
@@ -125,7 +128,7 @@ def plain_turns(turns: Sequence[Any], name: str) -> list[Any]:
     plain: list[Any] = []
     system: str | None = None
     for number, turn in enumerate(turns):
-        if not isinstance(turn, dict):
+        if not isinstance(turn, dict) or turn.keys() in SIMPLE_TURNS:
             plain.append(turn)
             continue
         key, text = one_of(turn, SYSTEM_KEYS, name, "a turn")
@@ -222,6 +225,10 @@ def message_of(turn: Any, name: str, unused: set[str]) -> dict[str, Any]:
     """
     if not isinstance(turn, dict):
         raise DataError(f"sample {name}: a turn is {brief(turn)}, {EXPECTED_TURN}")
+    if turn.keys() in SIMPLE_TURNS:  # most turns of most data: nothing else is to be looked for
+        role, content = turn.values() if next(iter(turn)) in ("from", "role") else reversed(turn.values())
+        if isinstance(role, str) and isinstance(content, str) and (read := ROLES.get(role.lower())):
+            return {"role": read, "content": content}
     if (found := turn.keys() - TURN_KEYS) and (found := {key for key in found if not is_absent(turn[key])}):
         unused |= {f"a turn's '{key}'" for key in found}
     role = turn["from"] if turn.get("from") is not None else turn.get("role")
