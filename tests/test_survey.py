@@ -106,7 +106,7 @@ def test_ids_that_several_samples_bear_are_told(capsys):
     assert report["sources"]["text"]["duplicate_ids"] == found
     printed = " ".join(capsys.readouterr().out.split())
     assert "source text: 2 records bear the id of another, of 20 samples that were compared" in printed
-    assert "the first is twin, of samples 1 and 7" in printed
+    assert "the first is twin, of samples 2 and 8 as" in printed
 
 
 @pytest.mark.parametrize(("word", "line"), [

@@ -118,7 +118,7 @@ def duplicate_notes(report: dict[str, Any]) -> list[str]:
             count, looked_at = row["duplicate_ids"]["count"], row["duplicate_ids"]["looked_at"]
             notes.append(
                 f"source {name}: {count:,} records bear the id of another, of {looked_at:,} samples that were compared; "
-                f"the first is {first['id'][:80]}, of samples {one} and {other}"
+                f"the first is {first['id'][:80]}, of samples {one + 1} and {other + 1} as the file counts them"
             )
     return notes
 

@@ -316,6 +316,34 @@ def test_a_key_of_a_record_that_changes_its_meaning_is_refused(tmp_path, read, k
     assert "\n" not in str(error.value)
 
 
+@every_format
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        (
+            {"prompt": [user("Hi")], "chosen": [assistant("Ho.")], "rejected": [assistant("Hu.")]},
+            "preference pairs|no chat among|expected a picture",
+        ),
+        ({"image": "a.png", "question": "?", "answer": 3}, "question is ., answer 3, expected texts"),
+        ({"image": "a.png", "question": "?", "answers": [3]}, "'answers' has 3, expected texts"),
+        (
+            {"question": "?", "answer": "b", "choices": ["a", "b"]},
+            "has 'choices' beside 'question': write it into the question",
+        ),
+        ({"question": "?", "answer": "b", "context": "c"}, "has 'context' beside 'question'"),
+        ({"images": ["x"], "texts": ["Some text.", "More."]}, "a turn is Some text., expected from or role"),
+        ({"messages": [{"role": "user", "content": None}, assistant("Ho.")]}, "a turn is .*None"),
+        ({"query": "?", "response": "!", "history": [["only a question"]]}, "'history' has .*expected .question, answer. each"),
+        ({"messages": [user("Hi"), assistant("Ho.")], "tools": "no JSON"}, "'tools' is no JSON, expected JSON"),
+        ({"messages": [user("Hi"), {"role": "function_call", "content": "no JSON"}]}, "a tool call is no JSON, expected JSON"),
+    ],
+)
+def test_what_is_no_chat_is_told_in_a_line(tmp_path, read, record, message):
+    with pytest.raises(DataError, match=message) as error:
+        read(tmp_path, [record])[0]
+    assert "\n" not in str(error.value)
+
+
 @pytest.mark.parametrize("key", ["loss", "train", "supervised", "weight", "loss_weight", "loss_mask"])
 @pytest.mark.parametrize(("value", "learned"), [(True, True), (1, True), (1.0, True), (False, False), (0, False), (0.0, False)])
 def test_what_is_learned_from_has_many_names(tmp_path, key, value, learned):
@@ -389,6 +417,7 @@ MARKS = {
         {"messages": [user([{"type": "video", "video": "a.mp4", "video_start": 3}]), assistant("!")]},
         "'video_start' chooses a piece",
     ),
+    "path-in-text": ({"messages": [user("<img>a.jpg</img>?"), assistant("!")]}, "<img>a.jpg</img> in its text; write <image>"),
     "frames": ({"messages": [user([{"type": "video", "video": ["a.png", "b.png"]}]), assistant("!")]}, "a list of frames"),
 }
 

@@ -20,6 +20,9 @@ OTHER_MARK = re.compile(
 )
 """Marks of other projects (`<image_1>`, `<|image_pad|>`, `<ImageHere>`): a picture that they show must not be put elsewhere."""
 
+PATH_IN_TEXT = re.compile(r"<img>[^<>]{1,500}\.(?:jpe?g|png|webp|gif|bmp)</img>", re.IGNORECASE)
+"""A picture's path in a text, as Qwen-VL's first data have it."""
+
 FIELDS = {"image": "'image' or 'images'", "video": "'video' or 'videos'"}
 
 
@@ -94,6 +97,7 @@ def settle_marks(messages: list[dict[str, Any]], listed: set[int], counts: dict[
         DataError: a mark in what the user says and no picture at all, or a picture that another project's mark shows.
     """
     notes: list[str] = []
+    check_paths(messages, name)
     if not any(counts.values()) and all(part["type"] == "text" for message in messages for part in message["content"]):
         return notes
     if any(counts.values()):
@@ -127,6 +131,18 @@ def settle_marks(messages: list[dict[str, Any]], listed: set[int], counts: dict[
         if any("mark" in part for part in message["content"]):
             message["content"] = settled(message["content"], is_word)
     return notes
+
+
+def check_paths(messages: list[dict[str, Any]], name: str) -> None:
+    """Raises DataError where the user's text holds a picture's path."""
+    for message in messages:
+        if message["role"] != "user":
+            continue
+        for part in message["content"]:
+            if part["type"] == "text" and "<" in part["text"] and (found := PATH_IN_TEXT.search(part["text"])):
+                raise DataError(
+                    f"sample {name} has {found[0][:100]} in its text; write <image> there, and the path in 'image' or 'images'"
+                )
 
 
 def read_listed(messages: list[dict[str, Any]], listed: set[int], kinds: set[str]) -> None:

@@ -88,6 +88,7 @@ def read_chat(
     Raises:
         DataError: a record that is no chat, that has two, or that has what would change its meaning if it were left out.
     """
+    check_refused(record, RECORD_REFUSED, name, "the record")
     turns, used, more = find_turns(record, name, chat_key)
     turns = [*system_turn(record, name, turns), *turns]
     pictures = pictures_of(record, name) if images is None else images
@@ -202,6 +203,8 @@ def history_turns(history: Any, name: str) -> list[Any]:
 def most_frequent(answers: list[Any], name: str, key: str) -> str:
     """Of several answers the one that most gave, the first of those. Raises DataError."""
     texts = [text_of(answer, name, key) for answer in answers]
+    if not texts:
+        raise DataError(f"sample {name}: '{key}' holds no answer")
     return Counter(texts).most_common(1)[0][0]
 
 

@@ -86,8 +86,8 @@ def is_supervised(turn: dict[str, Any], role: str, name: str) -> bool:
             continue
         if not isinstance(value, bool | int | float) or value not in (0, 1):
             raise DataError(
-                f"sample {name}: a turn has '{key}': {brief(value)}, expected 1 or true, 0 or false: an answer is learned from "
-                "or not, it has no weight"
+                f"sample {name}: a turn has '{key}': {brief(repr(value))}, expected 1 or true, 0 or false: an answer is "
+                "learned from or not, it has no weight"
             )
         verdicts[key] = bool(value) != (key in NOT_LEARN_KEYS)
     if len(set(verdicts.values())) > 1:
