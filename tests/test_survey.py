@@ -52,7 +52,7 @@ def loaded(overrides, steps):
         try:
             encoded = data.encoder.encode(source[index])
         except DataError as error:
-            skips.append({"source": name, "sample": f"{name}:{index}", "reason": str(error)})
+            skips.append({"source": name, "sample": f"{name}:{index}", "reason": str(source.placed(error, index))})
         else:
             supervised[name] = supervised.get(name, 0) + int((encoded.labels != -100).sum())
             lengths.append(len(encoded.input_ids))
@@ -106,7 +106,7 @@ def test_ids_that_several_samples_bear_are_told(capsys):
     assert report["sources"]["text"]["duplicate_ids"] == found
     printed = " ".join(capsys.readouterr().out.split())
     assert "source text: 2 records bear the id of another, of 20 samples that were compared" in printed
-    assert "the first is twin, of samples 1 and 7" in printed
+    assert "the first is twin, of samples 2 and 8 as" in printed
 
 
 @pytest.mark.parametrize(("word", "line"), [

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from owlfuse.adapters import PartSummary, print_summary
 from owlfuse.data.datamodule import ChatData
+from owlfuse.data.notes import NotesLog
 from owlfuse.data.packing import Padding
 from owlfuse.hub.start import load_base
 from owlfuse.model import MultimodalLM, build_model
@@ -44,6 +45,7 @@ class MultimodalModule(lightning.LightningModule):
         self.model: Any = None  # the MultimodalLM, from configure_model on
         self.skipped: list[tuple[str, str, str]] = []
         self.truncated: dict[str, int] = {}
+        self.notes = NotesLog()
         self.counted: tuple[list[tuple[str, str, str]], dict[str, int]] = ([], {})
         """`skipped` and `truncated` at the last whole step, which a checkpoint goes on from."""
         self.loss_sum: Any = 0.0
@@ -83,6 +85,7 @@ class MultimodalModule(lightning.LightningModule):
 
     def count_skipped(self, batch: Batch) -> None:
         """Says each sample that was left out or cut. Raises DataError past a source's `max_skips`."""
+        self.notes.add(batch.notes)
         for source, sample, turns in batch.truncated:
             self.truncated[source] = self.truncated.get(source, 0) + 1
             log.info("truncated %s by %d turns (%d of source %s so far)", sample, turns, self.truncated[source], source)

@@ -81,6 +81,8 @@ def survey(data: ChatData, lengths: dict[str, Lengths], steps: int) -> dict[str,
     del report["validation"], report["padding"]  # of batches, and there are none
     notes = [] if positions == asked else [end_note(report, positions, asked)]
     notes += duplicate_notes(report)
+    for name in mixture.names:
+        notes += [f"source {name}: {text} ({samples:,} samples)" for text, samples in lengths[name].notes.items()]
     for name, first in first_errors(data, drawn["wrong"]).items():
         notes.append(f"source {name} has on_error=error and a wrong sample at step {first // size}, which ends the run")
     total = sum(drawn["supervised"].values())
@@ -116,7 +118,7 @@ def duplicate_notes(report: dict[str, Any]) -> list[str]:
             count, looked_at = row["duplicate_ids"]["count"], row["duplicate_ids"]["looked_at"]
             notes.append(
                 f"source {name}: {count:,} records bear the id of another, of {looked_at:,} samples that were compared; "
-                f"the first is {first['id'][:80]}, of samples {one} and {other}"
+                f"the first is {first['id'][:80]}, of samples {one + 1} and {other + 1} as the file counts them"
             )
     return notes
 

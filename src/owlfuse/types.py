@@ -8,7 +8,7 @@ D LLM width, R supervised places, K visual positions.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 if TYPE_CHECKING:
     import torch
@@ -25,11 +25,19 @@ class DataError(ValueError):
     """True for a sample that is to be left out and counted whatever its source's `on_error` says."""
 
 
+class Note(NamedTuple):
+    """What of a sample's record is not used, or was assumed: told once for a source, and no error."""
+
+    kind: Literal["unused", "assumed"]
+    text: str
+    """`a turn's 'markdown'`, for instance, or a sentence."""
+
+
 @dataclass
 class Sample:
     """One chat. `messages` are `{"role": str, "content": [part, ...]}`, a part being `{"type": "text", "text": str}`,
     `{"type": "image"}` or `{"type": "video"}`; the k-th image part shows the k-th of `images`: a path below the source's image
-    root, or the encoded bytes of a picture; and the k-th video part the k-th path of `videos`.
+    root, or the encoded bytes of a picture; and the k-th video part the k-th of `videos` likewise.
 
     A message also has, only where the data have them, `reasoning_content` (the thought before an answer), `tool_calls`,
     `tool_call_id`, `name`, and `supervised: False` for an answer that is not learned from. `tools` are the functions that the
@@ -40,8 +48,9 @@ class Sample:
     messages: list[dict[str, Any]]
     images: list[str | bytes] = field(default_factory=list)
     metadata: dict[str, Any] = field(default_factory=dict)
-    videos: list[str] = field(default_factory=list)
+    videos: list[str | bytes] = field(default_factory=list)
     tools: list[Any] | None = None
+    notes: list[Note] = field(default_factory=list)
 
 
 @dataclass
@@ -58,6 +67,8 @@ class Encoded:
     image_positions: list[int]
     turns_removed: int = 0
     """Questions with their answers that were taken from the end, where the policy for the length is `truncate_turns`."""
+    notes: list[Note] = field(default_factory=list)
+    """What of its record is not used or was assumed, and is still to be told."""
 
 
 @dataclass
@@ -95,6 +106,8 @@ class Batch:
     """(source, sample, reason) of the samples that this batch lacks, where the policy is to skip."""
     truncated: list[tuple[str, str, int]] = field(default_factory=list)
     """(source, sample, turns removed) of the samples that were cut to `max_length`."""
+    notes: list[tuple[str, str, Note]] = field(default_factory=list)
+    """(source, sample, note) of what records hold that is not used, or what was assumed of them."""
 
     has_images: bool = True
     """False for the batch with a blank image. A plain bool, so that no tensor is read to know it."""

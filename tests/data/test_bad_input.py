@@ -78,7 +78,10 @@ RECORD_FAULTS = {
     "blank-answer": (talk("What?", " \n\t\u00a0"), "turn 1 is an empty answer"),
     "second-answer-empty": (talk("What?", "red", "What?", " "), "turn 3 is an empty answer"),
     "too-many-placeholders": ({"conversations": turns("<image><image>\nWhat?", "red")}, "2 <image> placeholders and 1 image"),
-    "too-few-placeholders": ({"conversations": turns("What?", "red")}, "0 <image> placeholders and 1 image"),
+    "mark-of-another-project": (
+        {"conversations": turns("<image_1>\nWhat?", "red")},
+        "and <image_1> in its text; write <image>",
+    ),
     "more-images": ({"image": ["good.png", "good.png"]}, "1 <image> placeholders and 2 images"),
     "placeholder-without-image": ({"image": ...}, "1 <image> placeholders and 0 images"),
     "placeholder-in-an-answer": ({"conversations": turns("What?", "this <image>")}, "an <image> in a turn of the assistant"),

@@ -155,7 +155,9 @@ def test_videos_are_paths_shown_by_placeholders_or_parts(tmp_path):
     said = [{"role": "user", "content": "<video>?"}, {"role": "assistant", "content": "!"}]
     part = {"type": "video", "video": "a.mp4"}
     parts = [{"role": "user", "content": [part, {"type": "text", "text": "?"}]}, said[1]]
-    beside, own, text = read(tmp_path, Messages, {"messages": said, "video": "a.mp4"}, {"messages": parts}, {"messages": said})
+    escaped = [{"role": "user", "content": "\\<video>?"}, said[1]]
+    records = {"messages": said, "video": "a.mp4"}, {"messages": parts}, {"messages": escaped}
+    beside, own, text = read(tmp_path, Messages, *records)
     assert beside.videos == own.videos == ["a.mp4"]
     assert beside.messages == own.messages
     assert beside.messages[0]["content"] == [{"type": "video"}, {"type": "text", "text": "?"}]
@@ -201,7 +203,7 @@ def user(*content, **more):
         (user({"type": "image"}, {"type": "image", "path": "a"}), "more image parts without a file than its 0 images"),
         (user({"type": "image", "path": "a"}, images=["b"]), "has 1 image parts and 1 images that none of them shows"),
         (user(video="a", videos=["b"]), "has 'video' and 'videos', expected one of them"),
-        (user(video=[3]), r"'video' is \[3\], expected a path"),
+        (user(video=[3]), r"'video' is 3, expected a path"),
         (user(video=3), "'video' is 3, expected a path"),
         (user({"type": "video", "url": "https://x.org/a.mp4"}), "a.mp4 is a URL"),
         (user({"type": "video", "path": "a"}, {"type": "video"}), "more video parts without a file than its 0 videos"),
@@ -281,10 +283,10 @@ def test_a_tsv_row_is_a_line_whatever_its_quotes(tmp_path, text):
         ("a.csv", "image,text\nb,c\n", "a.csv has no column 'caption'; its header has image, text"),
         ("a.csv", "", "a.csv: holds no record, not even a header"),
         ("a.csv", "image,caption\n", "a.csv: holds no record"),
-        ("a.csv", "image,caption\nb,c,d\n", "a.csv: row 0, which begins 'b', has 3 fields, the header has 2"),
-        ("a.tsv", "image\tcaption\nb\n", "a.tsv: row 0, which begins 'b', has 1 fields, the header has 2"),
-        ("a.csv", 'image,caption\nb,c"\nd,e\n', "a.csv: row 0 is 2 rows: a double quote opens and is not closed"),
-        ("a.csv", 'image,caption\nb,"c\nd,e\n', "a.csv: row 0 is not CSV: unexpected end of data"),
+        ("a.csv", "image,caption\nb,c,d\n", "a.csv: line 2, which begins 'b', has 3 fields, the header has 2"),
+        ("a.tsv", "image\tcaption\nb\n", "a.tsv: line 2, which begins 'b', has 1 fields, the header has 2"),
+        ("a.csv", 'image,caption\nb,c"\nd,e\n', "a.csv: line 2 is 2 rows: a double quote opens and is not closed"),
+        ("a.csv", 'image,caption\nb,"c\nd,e\n', "a.csv: line 2 is not CSV: unexpected end of data"),
         ("a.csv", "image,caption\n,c\n", "sample a:0: 'image' is empty"),
         ("a.csv", "image,caption\nhttps://x.org/b.png,c\n", "image https://x.org/b.png is a URL"),
         ("a.json", '[{"image": "b"}]', "sample a:0 has no 'caption'; it has image"),
@@ -302,5 +304,5 @@ def test_a_row_that_is_not_utf8_is_an_error_of_its_own(tmp_path):
     (tmp_path / "a.csv").write_bytes(b"image,caption\nb,\xe9\nc,d\n")
     source = Captions(str(tmp_path / "a.csv"))
     assert source[1].images == ["c"]
-    with pytest.raises(DataError, match="a.csv: row 0: not UTF-8 at byte 2"):
+    with pytest.raises(DataError, match="a.csv: line 2: not UTF-8 at byte 2"):
         source[0]

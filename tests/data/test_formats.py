@@ -65,11 +65,17 @@ def test_llava_records_with_videos_have_video_parts_in_order(tmp_path):
     assert sample.metadata == {"kinds": ["x"]}
 
 
-def test_without_a_video_the_word_is_text_like_any_other(tmp_path):
-    turns = [{"from": "human", "value": "What is <video>?"}, {"from": "gpt", "value": "A <video> tag."}]
+def test_without_a_video_the_word_is_text_where_it_is_escaped_or_an_answer_has_it(tmp_path):
+    turns = [{"from": "human", "value": "What is \\<video>?"}, {"from": "gpt", "value": "A <video> tag."}]
     sample = LLaVA(write(tmp_path / "a.json", [{"id": "7", "conversations": turns}]))[0]
     assert sample.messages[0]["content"] == [{"type": "text", "text": "What is <video>?"}]
+    assert sample.messages[1]["content"] == [{"type": "text", "text": "A <video> tag."}]
     assert sample.videos == []
+    turns[0]["value"] = "What is <video>?"
+    with pytest.raises(
+        DataError, match=r"sample b:7 has 1 <video> placeholders and 0 videos: name a file in .*, or write \\<video>"
+    ):
+        LLaVA(write(tmp_path / "b.json", [{"id": "7", "conversations": turns}]))[0]
 
 
 @pytest.mark.parametrize(
@@ -78,13 +84,13 @@ def test_without_a_video_the_word_is_text_like_any_other(tmp_path):
         ('[{"id": 1,]', "a.json: line 1: not JSON"),
         ({"id": 1}, "a.json: holds a dict, expected a list of records"),
         ([], "a.json: holds no record"),
-        (["text"], "record 0 of .*a.json is a str, expected an object"),
+        (["text"], "a: a record is a str, expected an object .record 1 of a.json"),
         ([{"id": "7"}], "sample a:7 has no 'conversations'; it has id"),
         ([{**RECORD, "conversations": "hi"}], "sample a:7: 'conversations' is a str, expected list"),
         ([{**RECORD, "conversations": [{"from": "robot", "value": "x"}]}], "sample a:7: a turn is .*robot.*expected from"),
         ([{**RECORD, "conversations": [{"from": "gpt"}]}], "sample a:7: a turn is"),
         ([{**RECORD, "image": 3}], "sample a:7: 'image' is 3, expected a path or a list of paths"),
-        ([{**RECORD, "video": [3]}], r"sample a:7: 'video' is \[3\], expected a path or a list of paths"),
+        ([{**RECORD, "video": [3]}], "sample a:7: 'video' is 3, expected a path or a list of paths"),
     ],
 )
 def test_a_wrong_file_or_record_is_named(tmp_path, value, message):

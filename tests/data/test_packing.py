@@ -136,7 +136,7 @@ def test_the_tokens_labels_and_pictures_of_a_packed_batch_are_those_of_its_sampl
 
 def test_joining_knows_every_field_of_a_sample():
     """A new field of `Encoded` wants a line in `join`, which would leave it out otherwise."""
-    known = {"id", "source", "input_ids", "labels", "placeholder", "pixel_values", "image_positions", "turns_removed"}
+    known = {"id", "source", "input_ids", "labels", "placeholder", "pixel_values", "image_positions", "turns_removed", "notes"}
     assert {field.name for field in dataclasses.fields(Encoded)} == known
 
 

@@ -224,6 +224,81 @@ def test_several_pictures_of_a_sample_come_in_the_order_of_their_numbers(tmp_pat
     assert WebDataset(str(tmp_path / "a.tar"))[0].images == [png(k) for k in sorted(order)]
 
 
+CHAT = {"messages": [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "A dog."}]}
+
+
+def asked(text):
+    return {"messages": [{"role": "user", "content": text}, CHAT["messages"][1]]}
+
+
+@pytest.mark.parametrize(
+    ("members", "kinds", "images", "videos", "unused"),
+    [
+        ([("a.png", b"p"), ("a.json", CHAT)], ["image", "text"], [b"p"], [], []),
+        ([("a.mp4", b"v"), ("a.json", asked("<video>\nWhat?"))], ["video", "text"], [], [b"v"], []),
+        ([("a.mp4", b"v"), ("a.json", asked("<image>\nWhat?"))], ["video", "text"], [], [b"v"], []),
+        ([("a.webm", b"v"), ("a.json", CHAT)], ["video", "text"], [], [b"v"], []),
+        (
+            [("a.mp4", b"v"), ("a.png", b"p"), ("a.json", asked("<image><video>"))],
+            ["image", "video"],
+            [b"p"],
+            [b"v"],
+            [],
+        ),
+        ([("a.mov", b"v"), ("a.txt", b"A dog.")], ["video"], [], [b"v"], []),
+        ([("a.png", b"p"), ("a.json", CHAT), ("a.cls", b"3")], ["image", "text"], [b"p"], [], ["a member .cls"]),
+        (
+            [("a.png", b"p"), ("a.json", CHAT), ("a.txt", b"A cat.")],
+            ["image", "text"],
+            [b"p"],
+            [],
+            ["a member .txt beside a chat"],
+        ),
+        (
+            [("a.png", b"p"), ("a.json", {**asked("<image>\nWhat?"), "image": "coco/a.png"})],
+            ["image", "text"],
+            [b"p"],
+            [],
+            ["a .json's 'image' beside the members that it names"],
+        ),
+        ([("a.json", {**asked("<image>\nWhat?"), "image": "coco/a.png"})], ["image", "text"], ["coco/a.png"], [], []),
+        ([("a.0.png", b"p"), ("a.1.png", b"q"), ("a.txt", b"A dog.")], ["image", "image"], [b"p", b"q"], [], []),
+    ],
+)
+def test_members_of_a_sample_are_shown_or_told(tmp_path, members, kinds, images, videos, unused):
+    write_tar(tmp_path / "t.tar", members)
+    sample = WebDataset(str(tmp_path / "t.tar"))[0]
+    assert [part["type"] for part in sample.messages[0]["content"]] == kinds
+    assert (sample.images, sample.videos) == (images, videos)
+    assert [note.text for note in sample.notes if note.kind == "unused"] == unused
+    assert sample.messages[-1]["content"] == [{"type": "text", "text": "A dog."}]
+
+
+@pytest.mark.parametrize(
+    ("members", "message"),
+    [
+        *(([(f"a.{kind}", b"x"), ("a.json", CHAT)], f"has .{kind}, sound, which") for kind in ("wav", "mp3", "flac", "ogg")),
+        ([("a.mp4", b""), ("a.json", CHAT)], "sample t:a has a video of 0 bytes"),
+        ([("a.0.txt", b"x"), ("a.1.txt", b"x"), ("a.png", b"x")], "sample t:a has .0.txt, .1.txt, expected one .txt"),
+        ([("a.0.json", CHAT), ("a.json", CHAT)], "sample t:a has .json, .0.json, expected one .json"),
+        ([("a.png", b"x"), ("a.seg.png", b"x"), ("a.txt", b"x")], "has .png, .seg.png and one caption, expected one of them"),
+        ([("a.png", b"x"), ("a.jpg", b"x"), ("a.txt", b"x")], "has .jpg, .png and one caption, expected one of them"),
+        (
+            [("a.png", b"x"), ("a.json", {**CHAT, "images": ["b", "c"]})],
+            "has the pictures .png, and its .json names 2 in 'images'",
+        ),
+        ([("a.png", b"x"), ("a.json", {"caption": "x", "question": "?"})], "its .json has 'question' and no answer"),
+        ([("a.json", asked("<video>\nWhat?"))], "1 <video> placeholders and 0 videos"),
+        ([("a.png", b"x"), ("a.json", asked("<video>\nWhat?"))], "1 <video> placeholders and 0 videos"),
+        ([("a.png", b"x"), ("a.json", {**CHAT, "rejected": "A cat."})], "'rejected': A cat., an answer"),
+    ],
+)
+def test_members_that_a_sample_cannot_show_are_refused(tmp_path, members, message):
+    write_tar(tmp_path / "t.tar", members)
+    with pytest.raises(DataError, match=message):
+        WebDataset(str(tmp_path / "t.tar"))[0]
+
+
 @pytest.mark.parametrize(
     ("members", "message"),
     [
@@ -233,7 +308,7 @@ def test_several_pictures_of_a_sample_come_in_the_order_of_their_numbers(tmp_pat
         ([("a.png", b""), ("a.txt", b"x")], "sample t:a has a picture of 0 bytes"),
         ([("a.png", b"x"), ("a.json", b"{")], "sample t:a: its .json is not JSON"),
         ([("a.png", b"x"), ("a.json", [1])], "sample t:a: its .json holds a list, expected an object"),
-        ([("a.png", b"x"), ("a.json", {"messages": "x"})], "sample t:a: the chat of its .json is a str"),
+        ([("a.png", b"x"), ("a.json", {"messages": "x"})], "sample t:a: 'messages' is a str, expected list"),
         ([("a.png", b"x"), ("a.json", {"caption": 3})], "sample t:a: the caption is 3, expected a text"),
         ([("a.png", b"x"), ("a.txt", b"\xff")], "sample t:a: its .txt: not UTF-8"),
         ([("a.png", b"x"), ("a.json", b"\xff")], "sample t:a: its .json: not UTF-8"),

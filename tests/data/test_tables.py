@@ -112,11 +112,15 @@ def test_parts_with_missing_fields_as_arrow_stores_them_are_read(tmp_path):
 @pytest.mark.parametrize(
     ("rows", "options", "message"),
     [
-        ({"text": ["x"]}, {}, "has no column 'messages'; it has text; name it in the source's yaml"),
+        (
+            {"text": ["x"]},
+            {},
+            "has no chat among its columns text; expected a chat in messages, .* told by messages_column, or",
+        ),
         ({"messages": [turns(0)]}, {"image_column": "img"}, "has no column 'img'; it has messages"),
         ({"q": ["x"]}, {"question_column": "q", "answer_column": "b"}, "has no column 'b'; it has q"),
-        ({"messages": [3]}, {}, "sample a:0: its chat is 3, expected a list of turns"),
-        ({"messages": [turns(0)], "image": [5]}, {}, "sample a:0: 'images' is 5, expected a path"),
+        ({"messages": [3]}, {}, "sample a:0: 'messages' is a int, expected list .row 1 of a"),
+        ({"messages": [turns(0)], "image": [5]}, {}, "sample a:0: 'image' is 5, expected a path"),
         ({"messages": [turns(0)], "image": ["http://x.org/a"]}, {}, "image http://x.org/a is a URL"),
         (
             {"q": [None], "a": ["x"]},

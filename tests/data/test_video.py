@@ -1,11 +1,13 @@
 """Frames of videos: which are chosen, that a short event is seen, and videos that are wrong."""
 
+import io
 import os
 import sys
 from fractions import Fraction
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from owlfuse.data import frames as frames_of
 from owlfuse.data import video
@@ -296,6 +298,73 @@ def make_empty(path):
         stream = container.add_stream("mpeg4", rate=10)
         stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
         container.start_encoding()
+
+
+def write_streams(path, sides, default):
+    """A file of several video streams, each a square of one grey; which of them is the default."""
+    with av.open(str(path), "w") as container:
+        streams = [container.add_stream("libx264", rate=10) for _ in sides]
+        for number, (stream, side) in enumerate(zip(streams, sides)):
+            stream.width, stream.height, stream.pix_fmt = side, side, "yuv420p"
+            stream.disposition = av.stream.Disposition.default if number == default else av.stream.Disposition(0)
+        for _ in range(10):
+            for stream, side in zip(streams, sides):
+                grey = np.full((side, side, 3), 100, np.uint8)
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(grey, format="rgb24")))
+        for stream in streams:
+            container.mux(stream.encode())
+
+
+def write_cover(path, video):
+    """A picture of a cover, and a video or sound."""
+    picture = io.BytesIO()
+    Image.new("RGB", (320, 320), "red").save(picture, "PNG")
+    with av.open(str(path), "w") as container:
+        cover = container.add_stream("png", rate=1)
+        cover.width, cover.height, cover.pix_fmt = 320, 320, "rgb24"
+        cover.disposition = av.stream.Disposition.attached_pic
+        stream = container.add_stream("libx264" if video else "aac", rate=10 if video else 16000)
+        if video:
+            stream.width, stream.height, stream.pix_fmt = 64, 64, "yuv420p"
+        container.start_encoding()
+        packet = av.Packet(picture.getvalue())
+        packet.stream, packet.pts, packet.dts, packet.is_keyframe = cover, 0, 0, True
+        container.mux(packet)
+        for _ in range(10 if video else 0):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.zeros((64, 64, 3), np.uint8), format="rgb24")))
+        container.mux(stream.encode())
+
+
+@pytest.mark.parametrize("sampling", ["uniform", "fps", "keyframes"])
+@pytest.mark.parametrize("suffix", ["mp4", "mkv"])
+@pytest.mark.parametrize("default", [0, 1])
+@pytest.mark.parametrize("as_bytes", [False, True])
+def test_of_several_streams_the_containers_default_is_read(tmp_path, suffix, default, sampling, as_bytes):
+    file = tmp_path / f"a.{suffix}"
+    write_streams(file, (64, 96), default)
+    frames = read_frames(tmp_path, file.read_bytes() if as_bytes else file.name, "s:1", VideoSampling(sampling, 2), LIMIT)
+    assert {frame.size for frame in frames} == {((64, 64), (96, 96))[default]}
+
+
+def test_the_picture_of_a_cover_is_no_video(tmp_path):
+    write_cover(tmp_path / "a.mp4", video=True)
+    frames = read_frames(tmp_path, "a.mp4", "s:1", VideoSampling("uniform", 2), LIMIT)
+    assert {frame.size for frame in frames} == {(64, 64)}
+    write_cover(tmp_path / "b.mp4", video=False)
+    with pytest.raises(DataError, match="video b.mp4 has no video stream, only a picture of its cover"):
+        read_frames(tmp_path, "b.mp4", "s:1", VideoSampling(), LIMIT)
+
+
+def test_a_video_of_bytes_is_that_of_its_file_and_its_errors_name_the_sample(tmp_path):
+    name = write_video(tmp_path / "a.mp4", 3, paint=clock(3))
+    raw = (tmp_path / name).read_bytes()
+    for sampling in ("uniform", "fps", "keyframes"):
+        options = VideoSampling(sampling, 4, 2)
+        one, other = (read_frames(tmp_path, video, "s:1", options, LIMIT) for video in (name, raw))
+        assert all(np.array_equal(np.asarray(a), np.asarray(b)) for a, b in zip(one, other, strict=True))
+    for broken in (b"\0" * 64, PLAYLIST, raw[: len(raw) // 2]):
+        with pytest.raises(DataError, match=f"^sample s:1: video of {len(broken):,} bytes cannot be read"):
+            read_frames(tmp_path, broken, "s:1", VideoSampling(), LIMIT)
 
 
 PLAYLIST = b"#EXTM3U\n#EXT-X-TARGETDURATION:10\n#EXTINF:10,\n/etc/a.mp4\n#EXT-X-ENDLIST\n"

@@ -225,7 +225,7 @@ def clips(tmp_path_factory):
     Image.new("RGB", (32, 32), (250, 250, 250)).save(root / "b.png")
     records = [
         record(0, "See <video> and <image>\nWhat?", "a", "And <video>?", "b", video=["a.mp4", "a.mp4"], image="b.png"),
-        record(1, "A <video> tag of a page.", "yes"),
+        record(1, "A \\<video> tag of a page.", "yes"),
     ]
     (root / "chats.json").write_text(json.dumps(records))
     return root
@@ -262,5 +262,5 @@ def test_a_wrong_video_is_skipped_and_counted_as_any_wrong_sample(shapes, clips)
     data = make(shapes, clips, file="bad.json", global_batch_size=2)
     data.sources["chats"].on_error = "skip"
     batch = batch_of(data)
-    assert [skip[2] for skip in batch.skipped] == [f"sample chats:0: no video gone.mp4 in {clips}"]
+    assert [skip[2] for skip in batch.skipped] == [f"sample chats:0: no video gone.mp4 in {clips} (record 1 of bad.json)"]
     assert batch.ids == ["chats:1"]

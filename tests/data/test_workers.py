@@ -109,3 +109,20 @@ def test_workers_start_once_and_hand_pixels_over_in_shared_memory(shapes):
         assert all(batch.pixel_values.is_shared() for batch in batches)
     assert seen[0] == seen[1]
     assert get_sharing_strategy() in ("file_descriptor", "file_system")
+
+
+def test_what_workers_do_not_use_is_told_once_whichever_of_them_reads_it(shapes, caplog):
+    chat = [{"from": "human", "value": "What?", "markdown": "x"}, {"from": "gpt", "value": "red"}]
+    image = json.loads((shapes / "train.json").read_text())[0]["image"]
+    records = [{"image": image, "topic": f"t{n}", "conversations": chat} for n in range(16)]
+    (shapes / "noted.json").write_text(json.dumps(records))
+    source = LLaVA(str(shapes / "noted.json"), image_root=str(shapes))
+    data = ChatData(str(shapes / "tokenizer"), {"noted": source}, {}, global_batch_size=4, workers=2)
+    data.bind(Preprocessing((8, 8), (0.5,) * 3, (0.5,) * 3, "bilinear"), 2)
+    data.trainer = SimpleNamespace(distributed_sampler_kwargs=None, max_steps=8, global_step=0)
+    notes = [note for batch in data.train_dataloader() for note in batch.notes]
+    data.notes.add(notes)
+    assumed, unused = sorted(record.getMessage() for record in caplog.records)
+    assert assumed.startswith("source noted: a picture that no mark shows is put first in the first question (first in sample")
+    assert unused.startswith("source noted: not used: a turn's 'markdown', a record's 'topic' (first in sample noted:")
+    assert sum(note.kind == "assumed" for _, _, note in notes) == 32  # each of the samples that were drawn

@@ -69,6 +69,7 @@ class Collator:
             lengths=[len(sample.input_ids) for sample in samples],
             skipped=skipped,
             truncated=truncated,
+            notes=[(sample.source, sample.id, note) for sample in samples for note in sample.notes],
         ).with_places()
 
     def nothing(self) -> Encoded:

@@ -17,6 +17,7 @@ from owlfuse.data.dataset import MixtureDataset, SourceDataset
 from owlfuse.data.formats.base import Source
 from owlfuse.data.images import MAX_PIXELS
 from owlfuse.data.lengths import Lengths, count_lengths
+from owlfuse.data.notes import NotesLog
 from owlfuse.data.packing import Padding, checked
 from owlfuse.data.pictures import Pictures, Preprocess
 from owlfuse.data.report import mixture_report, validation_report
@@ -89,6 +90,7 @@ class ChatData(lightning.LightningDataModule):
         self.validation = validation
         self.validation_skipped: dict[tuple[str, str, str], None] = {}  # in the order in which they were found
         self.validation_truncated: dict[tuple[str, str, int], None] = {}
+        self.notes = NotesLog()
         self.global_batch_size = global_batch_size
         self.micro_batch_size = micro_batch_size
         self.workers = workers
@@ -192,6 +194,7 @@ class ChatData(lightning.LightningDataModule):
             encoded = self.encoder.encode(sample, counts, policy_of(self.on_length, sample.source))
         kept = [view for pixels in views for view in pixels][: len(encoded.image_positions)]
         encoded.pixel_values = kept
+        encoded.notes = source.fresh_notes(sample)
         return encoded
 
     def prompts(self, samples: list[tuple[Sample, Source]]) -> Batch:
@@ -201,6 +204,7 @@ class ChatData(lightning.LightningDataModule):
 
     def note_validation(self, batch: Batch) -> None:
         """Keeps what a batch of a validation source lacks or has been cut, each sample once however often it is looked at."""
+        self.notes.add(batch.notes)
         self.validation_skipped |= dict.fromkeys(batch.skipped)
         self.validation_truncated |= dict.fromkeys(batch.truncated)
 

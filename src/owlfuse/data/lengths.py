@@ -8,7 +8,8 @@ import multiprocessing
 import os
 import signal
 import sys
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,8 @@ FOLDER = ".owlfuse"
 CHUNK = 512
 FEW = 2048
 """Samples that are counted in this process: starting others would take longer."""
+READING = 2
+"""Raised when a record is read otherwise than before, so that counts from before are made anew."""
 SHARES = ("name", "weight", "on_error", "max_skips", "image_root", "file")
 """Of a source, what does not change its chats."""
 
@@ -37,6 +40,8 @@ class Lengths:
     """(N,) int32 of these, those that the loss counts."""
     wrong: dict[int, str]
     """Why a sample is left out, by its index."""
+    notes: dict[str, int] = field(default_factory=dict)
+    """What of the records is not used or was assumed, as sentences, and of how many samples."""
 
 
 def count_lengths(source: Source, encoder: ChatEncoder, workers: int | None = None, on_length: OnLength = "error") -> Lengths:
@@ -53,8 +58,9 @@ def count_lengths(source: Source, encoder: ChatEncoder, workers: int | None = No
     try:
         with np.load(path, allow_pickle=False) as kept:
             wrong = {int(index): reason for index, reason in json.loads(kept["wrong"].tobytes()).items()}
+            notes = json.loads(kept["notes"].tobytes())
             if len(kept["tokens"]) == len(kept["supervised"]) == len(source):
-                return Lengths(kept["tokens"], kept["supervised"], wrong)
+                return Lengths(kept["tokens"], kept["supervised"], wrong, notes)
     except (OSError, ValueError, KeyError, EOFError):
         pass
     found = count(source, encoder, workers or os.cpu_count() or 1, on_length)
@@ -68,6 +74,7 @@ def kept_path(source: Source, encoder: ChatEncoder, on_length: OnLength = "error
     options = {key: value for key, value in source.__getstate__().items() if key not in SHARES}
     limits = {key: value for key, value in vars(encoder).items() if isinstance(value, str | int | float | bool | None)}
     key = [
+        READING,
         on_length,
         source.fingerprint(),
         type(source).__qualname__,
@@ -90,10 +97,11 @@ def keep(path: Path, lengths: Lengths) -> None:
     """Writes the counts, whole or not at all."""
     beside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     wrong = np.frombuffer(json.dumps(lengths.wrong).encode(), dtype=np.uint8)
+    notes = np.frombuffer(json.dumps(lengths.notes).encode(), dtype=np.uint8)
     try:
         path.parent.mkdir(exist_ok=True)
         with beside.open("wb") as file:
-            np.savez_compressed(file, tokens=lengths.tokens, supervised=lengths.supervised, wrong=wrong)
+            np.savez_compressed(file, tokens=lengths.tokens, supervised=lengths.supervised, wrong=wrong, notes=notes)
         beside.replace(path)
     except OSError as error:
         print(f"owlfuse: the token counts cannot be kept in {path.parent}: {error.strerror}", file=sys.stderr)
@@ -110,10 +118,12 @@ def count(source: Source, encoder: ChatEncoder, workers: int, on_length: OnLengt
     def take(parts: Any) -> None:
         title = f"counting tokens of {source.name}"
         parts = track(parts, title, total=len(starts), console=Console(stderr=True), transient=True)
-        for start, (tokens, supervised, wrong) in zip(starts, parts):
+        for start, (tokens, supervised, wrong, notes) in zip(starts, parts):
             lengths.tokens[start : start + len(tokens)] = tokens
             lengths.supervised[start : start + len(tokens)] = supervised
             lengths.wrong.update(wrong)
+            for text, samples in notes.items():
+                lengths.notes[text] = lengths.notes.get(text, 0) + samples
 
     if workers < 2 or len(source) <= FEW:
         take(count_part(source, encoder, on_length, start) for start in starts)
@@ -126,20 +136,23 @@ def count(source: Source, encoder: ChatEncoder, workers: int, on_length: OnLengt
 
 def count_part(
     source: Source, encoder: ChatEncoder, on_length: OnLength, start: int
-) -> tuple[list[int], list[int], dict[int, str]]:
-    """Tokens, supervised tokens, and what is wrong, of CHUNK samples from `start` on."""
+) -> tuple[list[int], list[int], dict[int, str], dict[str, int]]:
+    """Tokens, supervised tokens, what is wrong, and notes with their counts, of CHUNK samples from `start` on."""
     tokens, supervised, wrong = [], [], {}
+    notes: Counter[str] = Counter()
     for index in range(start, min(start + CHUNK, len(source))):
         try:
-            encoded = encoder.encode(source[index], on_length=on_length)
+            sample = source[index]
+            encoded = encoder.encode(sample, on_length=on_length)
         except DataError as error:
-            wrong[index] = str(error)
+            wrong[index] = str(source.placed(error, source.first_record(index)))
             tokens.append(0)
             supervised.append(0)
         else:
+            notes.update({("not used: " if note.kind == "unused" else "") + note.text for note in sample.notes})
             tokens.append(len(encoded.input_ids))
             supervised.append(int((encoded.labels != -100).sum()))
-    return tokens, supervised, wrong
+    return tokens, supervised, wrong, dict(notes)
 
 
 WORK: list[Any] = []
@@ -154,7 +167,7 @@ def begin_worker(source: Source, encoder: ChatEncoder, on_length: OnLength) -> N
     WORK[:] = [source, encoder, on_length]
 
 
-def count_part_here(start: int) -> tuple[list[int], list[int], dict[int, str]]:
+def count_part_here(start: int) -> tuple[list[int], list[int], dict[int, str], dict[str, int]]:
     """`count_part` in a worker process."""
     source, encoder, on_length = WORK
     return count_part(source, encoder, on_length, start)

@@ -6,6 +6,7 @@ import json
 import os
 from array import array
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -63,8 +64,19 @@ class Lines(Sequence[bytes]):
         return raw if newline < 0 else raw[:newline].removesuffix(b"\r")
 
     def number(self, index: int) -> int:
-        """The line's number in the file, from 1, blank lines counted."""
+        """The line's number in the file, from 1, blank lines counted, and those that a quoted field goes over."""
+        if self.quoted:
+            return 1 + int(np.searchsorted(self.newlines, self.starts[index]))
         return index + 1 + int(np.searchsorted(self.blank_before, index, side="right"))
+
+    @cached_property
+    def newlines(self) -> np.ndarray:
+        """The offset of every newline of the file, of those in quotes too. Read when a message first needs it."""
+        found, offset = [np.empty(0, np.int64)], 0
+        while chunk := os.pread(self.descriptor, CHUNK, offset):
+            found.append(np.flatnonzero(np.frombuffer(chunk, np.uint8) == ord("\n")) + offset)
+            offset += len(chunk)
+        return np.concatenate(found)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Lines, (self.file, self.quoted)

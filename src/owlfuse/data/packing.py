@@ -106,6 +106,7 @@ def join(samples: Sequence[Encoded]) -> tuple[Encoded, Tensor]:
         pixel_values=[image for sample in samples for image in sample.pixel_values],
         image_positions=positions,
         turns_removed=sum(sample.turns_removed for sample in samples),
+        notes=[note for sample in samples for note in sample.notes],
     )
     return joined, torch.cat([torch.full((len(own),), k) for k, own in enumerate(labels, start=1)])
 

@@ -30,8 +30,8 @@ class Preprocess(Protocol):
         """RGB picture -> float32 pixels."""
 
 
-def visual_parts(sample: Sample) -> list[tuple[str, str]]:
-    """(`image` or `video`, path) of each placeholder of a chat, in order.
+def visual_parts(sample: Sample) -> list[tuple[str, str | bytes]]:
+    """(`image` or `video`, path or bytes) of each placeholder of a chat, in order.
 
     Raises:
         DataError: other counts of placeholders than of images or videos.
@@ -71,7 +71,7 @@ class Pictures:
             for kind, path in visual_parts(sample)
         ]
 
-    def views(self, kind: str, path: str, name: str, source: Source, tiled: bool) -> Iterator[Image.Image]:
+    def views(self, kind: str, path: str | bytes, name: str, source: Source, tiled: bool) -> Iterator[Image.Image]:
         """The RGB pictures that one placeholder stands for."""
         if kind == "video":
             yield from read_frames(source.root, path, name, source.video or self.video, self.max_pixels)

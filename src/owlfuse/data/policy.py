@@ -17,6 +17,7 @@ def load_or_skip(load: Callable[[Sample, Source], Encoded], source: Source, inde
     try:
         return load(source[index], source)
     except DataError as error:
+        error = source.placed(error, source.first_record(index))
         reason = one_line(str(error))
         if source.on_error == "skip" or error.leave_out:
             return Skipped(source.name, f"{source.name}:{index}", reason)

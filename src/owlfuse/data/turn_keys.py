@@ -43,7 +43,7 @@ REFUSED_KEYS = {
     "rejected": "an answer that is not to be given; preference pairs are not read",
     "chosen": "one of a preference pair; preference pairs are not read",
 }
-"""Keys of a turn or a record that would change what is learned if they were left out, and what they are."""
+"""Keys of a turn that would change what is learned if they were left out, and what they are."""
 
 
 def is_absent(value: Any) -> bool:
@@ -51,15 +51,17 @@ def is_absent(value: Any) -> bool:
     return value is None or value is False or (isinstance(value, str | list | dict) and not value)
 
 
-def check_refused(node: dict[str, Any], name: str, what: str) -> None:
+def check_refused(node: dict[str, Any], refused: dict[str, str], name: str, what: str) -> None:
     """Raises DataError for a key of a turn or a record that cannot be honored and changes what is learned."""
-    for key in node.keys() & REFUSED_KEYS.keys():
+    for key in node.keys() & refused.keys():
         if not is_absent(node[key]):
-            raise DataError(f"sample {name}: {what} has '{key}': {brief(node[key])}, {REFUSED_KEYS[key]}")
+            raise DataError(f"sample {name}: {what} has '{key}': {brief(node[key])}, {refused[key]}")
 
 
 def one_of(node: dict[str, Any], keys: tuple[str, ...], name: str, what: str) -> tuple[str | None, Any]:
     """The key of `keys` that a turn or a record has, and its value. Raises DataError where several are there and differ."""
+    if node.keys().isdisjoint(keys):
+        return None, None
     there = [key for key in keys if key in node and not is_absent(node[key])]
     if not there:
         return None, None
@@ -84,8 +86,8 @@ def is_supervised(turn: dict[str, Any], role: str, name: str) -> bool:
             continue
         if not isinstance(value, bool | int | float) or value not in (0, 1):
             raise DataError(
-                f"sample {name}: a turn has '{key}': {brief(value)}, expected 1 or true, 0 or false: an answer is learned from "
-                "or not, it has no weight"
+                f"sample {name}: a turn has '{key}': {brief(repr(value))}, expected 1 or true, 0 or false: an answer is "
+                "learned from or not, it has no weight"
             )
         verdicts[key] = bool(value) != (key in NOT_LEARN_KEYS)
     if len(set(verdicts.values())) > 1:
@@ -103,7 +105,7 @@ def is_supervised(turn: dict[str, Any], role: str, name: str) -> bool:
 
 def extras_of(turn: dict[str, Any], role: str, name: str) -> dict[str, Any]:
     """The keys of a `Sample`'s message beside `role` and `content`. Raises DataError."""
-    check_refused(turn, name, "a turn")
+    check_refused(turn, REFUSED_KEYS, name, "a turn")
     extras: dict[str, Any] = {}
     thought_key, thought = one_of(turn, THOUGHT_KEYS, name, "a turn")
     if thought_key is not None:
@@ -139,7 +141,7 @@ def tool_calls_of(value: Any, name: str) -> list[dict[str, Any]]:
         function = call.get("function") if isinstance(call, dict) and isinstance(call.get("function"), dict) else call
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
             raise DataError(f"sample {name}: a tool call is {brief(call)}, expected a name and arguments")
-        arguments = next((function[key] for key in ("arguments", "parameters") if function.get(key) is not None), {})
+        arguments: Any = next((function[key] for key in ("arguments", "parameters") if function.get(key) is not None), {})
         arguments = from_json(arguments, name, "the arguments of a tool call") if arguments != "" else {}
         if not isinstance(arguments, dict):
             raise DataError(f"sample {name}: the arguments of a tool call are {brief(arguments)}, expected an object")

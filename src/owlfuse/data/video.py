@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from bisect import bisect_right
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -69,24 +70,20 @@ class VideoSampling:
         return cls(**node)
 
 
-def read_frames(root: Path, path: str, name: str, sampling: VideoSampling, max_pixels: int) -> list[Image.Image]:
-    """The chosen frames of the video at `path` below `root`, in order, RGB and upright.
+def read_frames(root: Path, path: str | bytes, name: str, sampling: VideoSampling, max_pixels: int) -> list[Image.Image]:
+    """The chosen frames of the video at `path` below `root`, or of its encoded bytes, in order, RGB and upright.
 
     Raises:
         DataError: a path that leaves the root, no such file, no video, a video without frames, one that is corrupt anywhere
             that is read, or frames of more than `max_pixels`; names the sample `name`.
         ModuleNotFoundError: PyAV is not installed.
     """
-    what = f"sample {name}: video {path}"
-    try:
-        file = (root / path).resolve()
-        inside, there = file.is_relative_to(root.resolve()), file.is_file()
-    except (OSError, ValueError, RuntimeError) as error:  # no path at all, or links in a circle
-        raise DataError(f"sample {name}: video {path!r:.200} is no path: {error!s:.200}") from error
-    if not inside:
-        raise DataError(f"{what} leaves the image root {root}")
-    if not there:
-        raise DataError(f"sample {name}: no video {path} in {root}")
+    if isinstance(path, bytes):
+        file: Path | bytes = path
+        what = f"sample {name}: video of {len(path):,} bytes"
+    else:
+        file = video_file(root, path, name)
+        what = f"sample {name}: video {path}"
     if sampling.sampling == "keyframes":
         small, index = small_frames(file, what, max_pixels)
         chosen = keyframe_indices(small, sampling.frames)
@@ -102,6 +99,20 @@ def read_frames(root: Path, path: str, name: str, sampling: VideoSampling, max_p
     if not found:
         raise DataError(f"{what} has no frames that can be decoded")
     return found
+
+
+def video_file(root: Path, path: str, name: str) -> Path:
+    """The file at `path` below `root`. Raises DataError where it is not there or not below it."""
+    try:
+        file = (root / path).resolve()
+        inside, there = file.is_relative_to(root.resolve()), file.is_file()
+    except (OSError, ValueError, RuntimeError) as error:  # no path at all, or links in a circle
+        raise DataError(f"sample {name}: video {path!r:.200} is no path: {error!s:.200}") from error
+    if not inside:
+        raise DataError(f"sample {name}: video {path} leaves the image root {root}")
+    if not there:
+        raise DataError(f"sample {name}: no video {path} in {root}")
+    return file
 
 
 @dataclass(frozen=True)
@@ -126,7 +137,7 @@ class Index:
         return cls(marks, sorted({marks[0], *(mark for mark, key in timed if key)}))  # a clip may begin after a key frame
 
 
-def frames_at(file: Path, what: str, marks: list[int], keys: list[int], max_pixels: int) -> list[Image.Image]:
+def frames_at(file: Path | bytes, what: str, marks: list[int], keys: list[int], max_pixels: int) -> list[Image.Image]:
     """The frames at `marks`, ascending, as pictures. What lies between them is passed over, from one of `keys` to another;
     where the file's own index leads astray, everything is decoded."""
     found: list[Image.Image] = []
@@ -151,18 +162,23 @@ def frames_at(file: Path, what: str, marks: list[int], keys: list[int], max_pixe
 
 
 @contextmanager
-def opened(file: Path, what: str) -> Iterator[tuple[av.container.InputContainer, av.VideoStream]]:
-    """A video's container and its first video stream. What PyAV raises inside becomes a DataError."""
+def opened(file: Path | bytes, what: str) -> Iterator[tuple[av.container.InputContainer, av.VideoStream]]:
+    """A video's container and its video stream: of several the one that players show, as FFmpeg chooses it. What PyAV raises
+    inside becomes a DataError."""
     try:
         import av
     except ModuleNotFoundError:
         raise ModuleNotFoundError(f"{what} needs PyAV: pip install 'owlfuse[video]'", name="av") from None
     options = {"protocol_whitelist": "file", "format_whitelist": FORMATS}
     try:
-        with av.open(str(file), options=options) as container:
-            if not container.streams.video:
-                raise DataError(f"{what} has no video stream")
-            stream = container.streams.video[0]
+        with av.open(io.BytesIO(file) if isinstance(file, bytes) else str(file), "r", options=options) as container:
+            cover = av.stream.Disposition.attached_pic
+            streams = [stream for stream in container.streams.video if not stream.disposition & cover]
+            if not streams:
+                only_cover = ", only a picture of its cover" if container.streams.video else ""
+                raise DataError(f"{what} has no video stream{only_cover}")
+            best = container.streams.best("video")
+            stream = next((stream for stream in streams if stream is best), streams[0])
             stream.codec_context.options = {"err_detect": "explode"}  # a decoder paints over what is broken otherwise
             yield container, stream
     except (av.FFmpegError, ValueError, OSError) as error:
@@ -172,7 +188,7 @@ def opened(file: Path, what: str) -> Iterator[tuple[av.container.InputContainer,
         raise DataError(f"{what} cannot be read: {reason}") from error
 
 
-def frame_times(file: Path, what: str) -> tuple[list[float], Index]:
+def frame_times(file: Path | bytes, what: str) -> tuple[list[float], Index]:
     """Seconds at which the frames are shown, from 0 on, and the end of the last: read from packets, nothing is decoded. What an
     edit list cuts off is not shown."""
     with opened(file, what) as (container, stream):
@@ -189,7 +205,7 @@ def frame_times(file: Path, what: str) -> tuple[list[float], Index]:
     return [*times, times[-1] + (float(last * base) if last else 1 / rate)], index
 
 
-def small_frames(file: Path, what: str, max_pixels: int) -> tuple[np.ndarray, Index]:
+def small_frames(file: Path | bytes, what: str, max_pixels: int) -> tuple[np.ndarray, Index]:
     """Every frame made small, as RGB: (frames, SMALL * SMALL * 3) uint8, 1.2 KB a frame."""
     small, shown = bytearray(), []
     with opened(file, what) as (container, stream):

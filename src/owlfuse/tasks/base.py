@@ -95,6 +95,10 @@ class Task:
         """The records by number. Raises DataError."""
         raise NotImplementedError(f"{type(self).__name__} reads no records")
 
+    def place(self, number: int) -> str:
+        """How a message names the record of a number from 0: as one counts in the file, from 1."""
+        return f"record {number + 1}"
+
     def ask(self, record: Any, where: str) -> Iterator[Question]:
         """The questions of a record. Raises DataError that begins with `where`."""
         raise NotImplementedError(f"{type(self).__name__} asks nothing")
@@ -126,7 +130,7 @@ class Task:
         found: dict[str, Question] = {}
         wrong: list[tuple[str, str]] = []
         for number in range(len(records)):
-            where = f"{self.file}: record {number}"
+            where = f"{self.file}: {self.place(number)}"
             try:
                 for question in list(self.ask(records[number], where)):
                     if found.setdefault(question.id, question) is not question:
@@ -135,7 +139,7 @@ class Task:
                 reason = one_line(str(error))
                 if self.on_error == "error":
                     raise DataError(reason) from error
-                wrong.append((f"{self.file.name}:{number}", reason))
+                wrong.append((f"{self.file.name}:{number + 1}", reason))
                 self.check_skips(len(wrong), reason)
         if not found:
             raise DataError(f"{self.file}: holds no question" + (f"; the last record: {wrong[-1][1]}" if wrong else ""))

@@ -86,7 +86,7 @@ class Captions(Task):
         content = read_json(self.file, dict)
         self.captions: dict[int, list[str]] = {}
         for number, annotation in enumerate(value(content, "annotations", list, f"{self.file}")):
-            where = f"{self.file}: annotation {number}"
+            where = f"{self.file}: annotation {number + 1}"
             caption = value(annotation, "caption", str, where)
             self.captions.setdefault(value(annotation, "image_id", int, where), []).append(caption)
         images = value(content, "images", list, f"{self.file}")

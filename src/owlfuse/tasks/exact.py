@@ -36,12 +36,16 @@ class ChatTask(Task):
         """See `Task`; of each record its number alone, since the source reads them."""
         return range(len(self.source))
 
+    def place(self, number: int) -> str:
+        """See `Task`."""
+        return self.source.place(self.source.first_record(number)).removesuffix(f" of {self.file.name}")
+
     def sample(self, record: int, where: str) -> Sample:
-        """A chat. Raises DataError that begins with `where`, as for a video, which is not asked about."""
+        """A chat. Raises DataError that names the record, as for a video, which is not asked about."""
         try:
             sample = self.source[record]
         except DataError as error:
-            raise DataError(f"{where}: {error}") from error
+            raise DataError(f"{self.file}: {error}") from error
         if sample.videos:
             raise DataError(f"{where}: it has a video, and questions are asked about pictures alone")
         return sample

@@ -65,9 +65,13 @@ class MMBench(Task):
         self.rows: dict[str, int] = {}
         place = self.columns.index("index")
         for line in range(1, len(self.lines)):
-            self.rows[cells(self.lines[line], f"{self.file}: line {line + 1}", place)[place]] = line
+            self.rows[cells(self.lines[line], f"{self.file}: line {self.lines.number(line)}", place)[place]] = line
         self.turned = any(int(index) >= TURNED for index in self.rows if index.isdigit())
         return range(1, len(self.lines))
+
+    def place(self, number: int) -> str:
+        """See `Task`; the first line is the header."""
+        return f"line {self.lines.number(number + 1)}"
 
     def row(self, line: int, where: str) -> dict[str, str]:
         """A line's fields by their columns. Raises DataError."""

@@ -37,7 +37,12 @@ class POPE(Task):
 
     def open(self) -> Sequence[Any]:
         """See `Task`."""
-        return Joined([(file.stem.rpartition("_")[2], JsonLines(file)) for file in self.files()])
+        self.joined = Joined([(file.stem.rpartition("_")[2], JsonLines(file)) for file in self.files()])
+        return self.joined
+
+    def place(self, number: int) -> str:
+        """See `Task`; the line in the file of its category."""
+        return self.joined.place(number)
 
     def ask(self, record: Any, where: str) -> Iterator[Question]:
         """See `Task`."""
@@ -75,6 +80,14 @@ class Joined(Sequence[Any]):
 
     def __len__(self) -> int:
         return sum(len(records) for _, records in self.files)
+
+    def place(self, index: int) -> str:
+        """Which line of its file a record is."""
+        for _, records in self.files:
+            if index < len(records):
+                return f"line {records.lines.number(index)}"
+            index -= len(records)
+        raise IndexError(index)
 
     def __getitem__(self, index: int) -> tuple[str, Any]:  # type: ignore[override]  # no slices
         for category, records in self.files:

@@ -113,7 +113,10 @@ class VQAv2(Task):
         annotations = value(read_json(self.annotations, dict), "annotations", list, f"{self.annotations}")
         self.answers = {}
         for number, annotation in enumerate(annotations):
-            self.answers[value(annotation, "question_id", int, f"{self.annotations}: record {number}")] = (number, annotation)
+            self.answers[value(annotation, "question_id", int, f"{self.annotations}: record {number + 1}")] = (
+                number,
+                annotation,
+            )
         return value(content, "questions", list, f"{self.file}")
 
     def ask(self, record: Any, where: str) -> Iterator[Question]:
@@ -122,7 +125,7 @@ class VQAv2(Task):
         if identity not in self.answers:
             raise DataError(f"{where}: {self.annotations} has no answers for question_id {identity}; are both of one split?")
         number, annotation = self.answers[identity]
-        place = f"{self.annotations}: record {number}"
+        place = f"{self.annotations}: record {number + 1}"
         answers = [value(one, "answer", str, f"{place}: an answer") for one in value(annotation, "answers", list, place)]
         check_ten(answers, place)
         image = image_file(self.image_name, subset=self.subset, image_id=value(record, "image_id", int, where))

@@ -4,15 +4,18 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from owlfuse.data.formats.base import Source, field, without
-from owlfuse.data.turn_keys import tools_of
+from owlfuse.data.formats.base import Source, field
+from owlfuse.data.records import CHATS, IMAGES, QUESTION_REFUSED, TOOLS, VIDEOS, check_rest, history_turns, system_turn
+from owlfuse.data.turn_keys import SYSTEM_KEYS, brief, is_absent, tools_of
 from owlfuse.types import DataError, Sample
+
+USED = frozenset(("id", "instruction", "input", "output", "history", *SYSTEM_KEYS, *TOOLS, *IMAGES, *VIDEOS, *CHATS))
 
 
 @dataclass(eq=False)
 class Alpaca(Source):
-    """Instructions and answers. A non-empty `input` follows the instruction on a line of its own; of a chat of one record,
-    other fields are kept as metadata.
+    """Instructions and answers. A non-empty `input` follows the instruction on a line of its own, `history` and
+    `system` stand before it. `<image>` is a word. Of a chat of one record, other fields are kept as metadata.
 
     Args:
         records_per_chat: how many records in a row make one chat, a turn each. Short instructions beside long chats about
@@ -31,34 +34,63 @@ class Alpaca(Source):
 
     def __getitem__(self, index: int) -> Sample:
         """See `Source`."""
-        first = index * self.records_per_chat
+        first = self.first_record(index)
         samples = [self.read(i) for i in range(first, min(first + self.records_per_chat, len(self.records)))]
         if len(samples) == 1:
             return samples[0]
+        for sample in samples[1:]:
+            if sample.messages[0]["role"] == "system" or sample.tools != samples[0].tools:
+                raise DataError(
+                    f"sample {sample.id} has a system text or tools, which a turn of a chat cannot have: set records_per_chat "
+                    "to 1"
+                )
         messages = [message for sample in samples for message in sample.messages]
-        return Sample(f"{samples[0].id}+{len(samples) - 1}", self.name, messages)
+        notes = [note for sample in samples for note in sample.notes]
+        identity = f"{samples[0].id}+{len(samples) - 1}"
+        return Sample(identity, self.name, messages, tools=samples[0].tools, notes=notes)
+
+    def first_record(self, index: int) -> int:
+        """See `Source`."""
+        return index * self.records_per_chat
 
     def ids(self, indices: Iterable[int]) -> Iterator[tuple[int, str]]:
         """See `Source`."""
         for index in indices:
-            first = index * self.records_per_chat
+            first = self.first_record(index)
             for _, identity in super().ids(range(first, min(first + self.records_per_chat, len(self.records)))):
                 yield index, identity
 
     def sample(self, record: dict[str, Any], name: str) -> Sample:
         """See `Source`."""
+        check_text_alone(record, name)
         question = field(record, "instruction", str, name)
-        if extra := record.get("input"):
+        extra = record.get("input")
+        if not is_absent(extra):
+            if not isinstance(extra, str):
+                raise DataError(f"sample {name}: 'input' is {brief(extra)}, expected a text")
             question = f"{question}\n{extra}"
-        messages = [
-            {"role": "user", "content": [{"type": "text", "text": question}]},
-            {"role": "assistant", "content": [{"type": "text", "text": field(record, "output", str, name)}]},
-        ]
-        return Sample(
-            name,
-            self.name,
-            messages,
-            [],
-            without(record, "instruction", "input", "output", "tools"),
-            tools=tools_of(record, name),
-        )
+        asked = {
+            "role": "user",
+            "content": [text_part(question)],
+        }
+        answered = {"role": "assistant", "content": [text_part(field(record, "output", str, name))]}
+        before = [*system_turn(record, name, []), *history_turns(record.get("history"), name)]
+        messages = [{"role": turn["role"], "content": [text_part(turn["content"])]} for turn in before]
+        metadata = {key: value for key, value in record.items() if key not in USED}
+        notes = check_rest(record, name, set(metadata))
+        return Sample(name, self.name, [*messages, asked, answered], [], metadata, tools=tools_of(record, name), notes=notes)
+
+
+def text_part(text: str) -> dict[str, str]:
+    """A text as a part of a message."""
+    return {"type": "text", "text": text}
+
+
+def check_text_alone(record: dict[str, Any], name: str) -> None:
+    """Raises DataError for a record with a picture, a chat or a context, which this format would leave out."""
+    for key in (*IMAGES, *VIDEOS, *CHATS, *QUESTION_REFUSED):
+        if not is_absent(record.get(key)):
+            raise DataError(
+                f"sample {name} has '{key}': {brief(record[key])}, and the format alpaca has instruction, input and output "
+                "alone; expected the format llava, sharegpt or messages, or no such key"
+            )

@@ -12,7 +12,7 @@ from owlfuse.data.files import expand_files, fingerprint
 from owlfuse.data.lines import JsonLines, read_json_list
 from owlfuse.data.video import VideoSampling
 from owlfuse.packages import packaged
-from owlfuse.types import DataError, Sample
+from owlfuse.types import DataError, Note, Sample
 
 IMAGE = "<image>"
 VIDEO = "<video>"
@@ -51,6 +51,17 @@ class Source:
         self.image_root = Path(self.image_root).expanduser() if self.image_root else self.file.parent
         self.name = self.file.stem
 
+    @cached_property
+    def told(self) -> set[Note]:
+        """What this process has said of the records' unused keys."""
+        return set()
+
+    def fresh_notes(self, sample: Sample) -> list[Note]:
+        """What is to be told of a sample: each assumption, and unused keys that none before it had in this process."""
+        fresh = [note for note in sample.notes if note.kind != "unused" or note not in self.told]
+        self.told.update(fresh)
+        return fresh
+
     @property
     def root(self) -> Path:
         """The folder that image paths start from."""
@@ -82,10 +93,29 @@ class Source:
     def read(self, index: int) -> Sample:
         """The record at `index` as a sample."""
         record = self.records[index]
-        if not isinstance(record, dict):
-            raise DataError(f"{self.name}: record {index} of {self.file} is a {type(record).__name__}, expected an object")
-        identity = record.get("id")
-        return self.sample(record, f"{self.name}:{index if identity is None else identity}")
+        try:
+            if not isinstance(record, dict):
+                raise DataError(f"{self.name}: a record is a {type(record).__name__}, expected an object")
+            identity = record.get("id")
+            return self.sample(record, f"{self.name}:{index if identity is None else identity}")
+        except DataError as error:
+            raise self.placed(error, index) from None
+
+    def place(self, index: int) -> str:
+        """Where the record at `index` stands, as its file counts: a line, or a record's number from 1."""
+        if isinstance(self.records, JsonLines):
+            return f"line {self.records.lines.number(index)} of {self.file.name}"
+        return f"record {index + 1} of {self.file.name}"
+
+    def placed(self, error: DataError, index: int) -> DataError:
+        """An error of the sample at `index` that says where its record stands."""
+        if "records" in vars(self) and self.file.name not in str(error):
+            error.args = (f"{error} ({self.place(index)})",)
+        return error
+
+    def first_record(self, index: int) -> int:
+        """The first record of the sample at `index`."""
+        return index
 
     def ids(self, indices: Iterable[int]) -> Iterator[tuple[int, str]]:
         """Index and id of each record of those samples, its place where it has no id; without those of wrong records."""
@@ -105,7 +135,7 @@ class Source:
         return fingerprint(self.files())
 
     def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in vars(self).items() if key != "records"}
+        return {key: value for key, value in vars(self).items() if key not in ("records", "told")}
 
 
 @dataclass(eq=False)

@@ -7,8 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from owlfuse.data.formats.base import PictureSource, field, without
+from owlfuse.data.formats.base import PictureSource, field
 from owlfuse.data.lines import Lines, decoded
+from owlfuse.data.records import CHATS, IMAGES, TOOLS, VIDEOS, check_rest, system_turn
+from owlfuse.data.turn_keys import SYSTEM_KEYS, brief, is_absent
 from owlfuse.data.turns import caption_messages, picture_of
 from owlfuse.types import DataError, Sample
 
@@ -41,6 +43,12 @@ class Captions(PictureSource):
             raise DataError(f"{self.file} has no column {missing[0]!r}; its header has {', '.join(rows.header)}")
         return rows
 
+    def place(self, index: int) -> str:
+        """See `Source`."""
+        if isinstance(self.records, Rows):
+            return f"line {self.records.lines.number(index + 1)} of {self.file.name}"
+        return super().place(index)
+
     def sample(self, record: dict[str, Any], name: str) -> Sample:
         """See `Source`."""
         caption = field(record, self.caption_field, str, name)
@@ -48,8 +56,29 @@ class Captions(PictureSource):
             raise DataError(f"sample {name} has no '{self.image_field}'; it has {', '.join(sorted(record))}")
         image = picture_of(record[self.image_field], name, self.image_field)
         identity = name.removeprefix(f"{self.name}:")
+        used = {"id", self.image_field, self.caption_field, *SYSTEM_KEYS}
+        metadata = {key: value for key, value in record.items() if key not in used}
+        check_caption(metadata, name)
+        rest = {key: value for key, value in metadata.items() if key not in IMAGES} | {"image": image}
+        notes = check_rest(rest, name, rest.keys() - {"image"})
         messages = caption_messages(1, caption, self.instructions or [], identity, name)
-        return Sample(name, self.name, messages, [image], without(record, self.image_field, self.caption_field))
+        for turn in system_turn(record, name, []):
+            messages.insert(0, {"role": "system", "content": [{"type": "text", "text": turn["content"]}]})
+        return Sample(name, self.name, messages, [image], metadata, notes=notes)
+
+
+ASKED = ("question", "prompt", "query", "instruction", "instructions", *VIDEOS, *TOOLS, *CHATS, *IMAGES)
+"""Fields of a record that is more than a caption."""
+
+
+def check_caption(metadata: dict[str, Any], name: str) -> None:
+    """Raises DataError for a record with a question or another picture, which a caption would leave out."""
+    for key in ASKED:
+        if not is_absent(metadata.get(key)):
+            raise DataError(
+                f"sample {name} has '{key}': {brief(metadata[key])}, which is no part of a caption; expected the format llava "
+                "or messages, or a file without it"
+            )
 
 
 class Rows(Sequence[dict[str, str]]):
@@ -74,22 +103,29 @@ class Rows(Sequence[dict[str, str]]):
         fields = self.fields(index + 1)
         if len(fields) != len(self.header):
             raise DataError(
-                f"{self.lines.file}: row {index}, which begins {fields[0][:40]!r}, has {len(fields)} fields, the header has "
+                f"{self.place(index + 1)}, which begins {fields[0][:40]!r}, has {len(fields)} fields, the header has "
                 f"{len(self.header)}"
             )
         return dict(zip(self.header, fields, strict=True))
 
+    def place(self, number: int) -> str:
+        """Which line of the file the k-th is, the header being 0, for a message."""
+        return f"{self.lines.file}: line {self.lines.number(number)}"
+
     def fields(self, number: int) -> list[str]:
         """Of a line by its number, the header's being 0."""
-        text = decoded(self.lines[number], f"{self.lines.file}: row {number - 1}")
-        if self.tabs:
-            return [unquoted(part) for part in text.split("\t")]
+        raw = self.lines[number]
         try:
+            text = decoded(raw, "")
+            if self.tabs:
+                return [unquoted(part) for part in text.split("\t")]
             rows = list(csv.reader(text.splitlines(keepends=True), strict=True))
+        except DataError as error:
+            raise DataError(f"{self.place(number)}{error}") from error
         except csv.Error as error:
-            raise DataError(f"{self.lines.file}: row {number - 1} is not CSV: {error}") from error
+            raise DataError(f"{self.place(number)} is not CSV: {error}") from error
         if len(rows) != 1:
-            raise DataError(f"{self.lines.file}: row {number - 1} is {len(rows)} rows: a double quote opens and is not closed")
+            raise DataError(f"{self.place(number)} is {len(rows)} rows: a double quote opens and is not closed")
         return rows[0]
 
 

@@ -7,15 +7,23 @@ import mmap
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-from owlfuse.data.formats.base import IMAGE, VideoSource
-from owlfuse.data.turn_keys import brief, tools_of
-from owlfuse.data.turns import chat, pictures_of
-from owlfuse.types import DataError, Sample
+from owlfuse.data.formats.base import VideoSource
+from owlfuse.data.records import (
+    CHATS,
+    EXPECTED,
+    IMAGES,
+    KNOWN,
+    LOOKS_LIKE_FILE,
+    QUESTION_KEYS,
+    QUESTIONS,
+    TOOLS,
+    read_chat,
+)
+from owlfuse.data.turn_keys import SYSTEM_KEYS
+from owlfuse.types import DataError, Note, Sample
 
-CHATS = ("messages", "conversations")
-IMAGES = ("images", "image")
 IDS_AT_ONCE = 4096
 ROWS_PER_BATCH = 50_000
 """Of the Arrow copy. Opening touches each batch's header and the pages around it: with the 1000 that `datasets` takes, ten
@@ -32,11 +40,12 @@ class Parquet(VideoSource):
 
     Args:
         file: a path, a glob (`train-*.parquet`) or braces.
-        messages_column: chats as `turns.chat` takes them; by default `messages` or `conversations`, whichever is there.
+        messages_column: chats as `turns.chat` takes them; by default `messages`, `conversations`, `conversation` or `texts`
+            (the_cauldron, FineVision), whichever is there, or a question and its answer as `records` tells.
         question_column: with `answer_column` and instead of messages, a chat of one turn; pictures come first where the
-            question has no `<image>`.
+            question has no `<image>`. Of a list of answers the most frequent is learned.
         answer_column: see `question_column`.
-        system_column: a text for the system turn.
+        system_column: a text for the system turn; by default `system` if it is there.
         image_column: by default `images` or `image`, whichever is there, or none.
         id_column: what samples are called; by default `id` if it is there, else their place.
         cache_dir: where the Arrow copy of Parquet is kept; by default Hugging Face's own cache (HF_DATASETS_CACHE).
@@ -80,20 +89,22 @@ class Parquet(VideoSource):
         try:
             if files[0].suffix == ".arrow":
                 parts = [open_arrow(file) for file in files]
-                places = self.places(files, [part.column_names for part in parts])
-                return Rows(datasets.concatenate_datasets([part.select_columns(columns_of(places)) for part in parts]), places)
-            rows, columns = parquet_schema(files)
-            places = self.places(files, columns)
-            return Rows(open_parquet(files, columns_of(places), self.cache_dir), places) if rows else []
+                places, unread = self.places(files, [part.data.schema for part in parts])
+                return Rows(
+                    datasets.concatenate_datasets([part.select_columns(columns_of(places)) for part in parts]), places, unread
+                )
+            rows, schemas = parquet_schemas(files)
+            places, unread = self.places(files, schemas)
+            return Rows(open_parquet(files, schemas, columns_of(places), self.cache_dir), places, unread) if rows else []
         except DataError:
             raise
         except (pyarrow.ArrowException, OSError, ValueError, datasets.exceptions.DatasetGenerationError) as error:
             reason = str(error.__cause__ or error).partition("\n")[0]
             raise DataError(f"{self.file} cannot be read as one table: {reason}") from error
 
-    def places(self, files: list[Path], columns: list[list[str]]) -> dict[str, str]:
-        """Which column each field is in, given those of each file. Raises DataError."""
-        have = columns[0]
+    def places(self, files: list[Path], schemas: list[Any]) -> tuple[dict[str, str], list[Note]]:
+        """Which column each key of a record is in, given the schema of each file, and which are not read. Raises DataError."""
+        have = schemas[0].names
         asked = {
             "messages": self.messages_column,
             "question": self.question_column,
@@ -103,19 +114,26 @@ class Parquet(VideoSource):
             "id": self.id_column,
         }
         found = {key: column for key, column in asked.items() if column is not None}
-        if "question" not in found:
-            found.setdefault("messages", next((c for c in CHATS if c in have), "messages"))
-        if image := next((c for c in IMAGES if c in have), None):
-            found.setdefault("images", image)
-        found |= {key: key for key in ("tools", "functions") if key in have}
-        if "id" in have:
-            found.setdefault("id", "id")
-        for file, names in zip(files, columns, strict=True):
-            for key, column in found.items():
-                if column not in names:
-                    hint = "; name it in the source's yaml, as messages_column or question_column" if key == "messages" else ""
-                    raise DataError(f"{file} has no column {column!r}; it has {', '.join(names)}{hint}")
-        return found
+        there = {column for column in have if column in KNOWN}
+        if self.messages_column or self.question_column:
+            there -= {*CHATS, *QUESTION_KEYS}
+        elif not (there & {*CHATS} or any(there.issuperset(pair) for pair in QUESTIONS)):
+            raise DataError(
+                f"{files[0]} has no chat among its columns {', '.join(have)}; {EXPECTED}; other names are told by "
+                "messages_column, or question_column and answer_column"
+            )
+        there -= {*IMAGES} if self.image_column else set()
+        there -= {*SYSTEM_KEYS} if self.system_column else set()
+        there -= {"id"} if self.id_column else set()
+        found |= {column: column for column in have if column in there}
+        for file, schema in zip(files, schemas, strict=True):
+            for column in found.values():
+                if column not in schema.names:
+                    raise DataError(f"{file} has no column {column!r}; it has {', '.join(schema.names)}")
+        unread = [column for column in have if column not in found.values()]
+        if not self.image_column:
+            check_pictures(files[0], schemas[0], unread, bool(there & {*IMAGES}))
+        return found, [Note("unused", f"the column '{column}'") for column in unread]
 
     def ids(self, indices: Iterable[int]) -> Iterator[tuple[int, str]]:
         """See `Source`; of other columns nothing is read."""
@@ -130,29 +148,62 @@ class Parquet(VideoSource):
             values = column[block].column(0).to_pylist()
             yield from ((i, str(i if value is None else value)) for i, value in zip(block, values, strict=True))
 
+    def place(self, index: int) -> str:
+        """See `Source`."""
+        return f"row {index + 1} of {self.file.name}"
+
     def sample(self, record: dict[str, Any], name: str) -> Sample:
         """See `Source`."""
-        pictures = pictures_of({"images": record.get("images")}, name)
-        turns = record.get("messages")
-        if "question" in record:
-            question, answer = record["question"], record["answer"]
-            if not isinstance(question, str) or not isinstance(answer, str):
-                raise DataError(f"sample {name}: question is {brief(question)}, answer {brief(answer)}, expected texts")
-            shown = "" if not pictures or IMAGE in question else IMAGE * len(pictures) + "\n"
-            turns = [{"role": "user", "content": shown + question}, {"role": "assistant", "content": answer}]
-        if isinstance(turns, dict):
-            turns = turns_of_columns(turns)
-        if not isinstance(turns, list):
-            raise DataError(f"sample {name}: its chat is {brief(turns)}, expected a list of turns")
-        system = [{"role": "system", "content": record["system"]}] if record.get("system") else []
-        messages, images, videos = chat([*system, *turns], pictures, name)
-        return Sample(name, self.name, messages, images, {}, videos, tools_of(record, name))
+        for key in TOOLS:
+            if key in record:
+                record[key] = without_nulls(record[key])
+        sample = read_chat(record, name, self.name, "messages")
+        for message in sample.messages:
+            if "tool_calls" in message:
+                message["tool_calls"] = without_nulls(message["tool_calls"])
+        sample.notes += cast("Rows", self.records).unread
+        return sample
+
+
+def without_nulls(value: Any) -> Any:
+    """A value without the None of other rows: a column has the keys of all its rows, and `datasets` fills in those that a row
+    has not."""
+    if isinstance(value, dict):
+        return {key: without_nulls(each) for key, each in value.items() if each is not None}
+    return [without_nulls(each) for each in value] if isinstance(value, list) else value
+
+
+def check_pictures(file: Path, schema: Any, unread: list[str], has_images: bool) -> None:
+    """Raises DataError for columns of pictures that are not read, where none is called `image` or `images`, or where they are
+    numbered beside one that is."""
+    pictures = []
+    for column in unread:
+        like = LOOKS_LIKE_FILE.fullmatch(column.lower())
+        if (like and (like["number"] or not has_images)) or (not has_images and holds_files(schema.field(column).type)):
+            pictures.append(column)
+    if pictures:
+        raise DataError(
+            f"{file} has the columns {', '.join(pictures)} with pictures, videos or sound, which are not read; expected image, "
+            "images, video or videos, or name a column of pictures: image_column"
+        )
+
+
+def holds_files(kind: Any) -> bool:
+    """Whether an Arrow type is that of a picture or a video: `{"bytes", "path"}`, or a list of these."""
+    import pyarrow
+
+    while pyarrow.types.is_list(kind) or pyarrow.types.is_large_list(kind):
+        kind = kind.value_type
+    if pyarrow.types.is_struct(kind):
+        return {field.name for field in kind} == {"bytes", "path"}
+    return pyarrow.types.is_binary(kind) or pyarrow.types.is_large_binary(kind)
 
 
 class Rows(Sequence[dict[str, Any]]):
     """The rows of a `datasets.Dataset`, as they are stored: pictures stay bytes."""
 
-    def __init__(self, dataset: Any, places: dict[str, str]) -> None:
+    def __init__(self, dataset: Any, places: dict[str, str], unread: list[Note]) -> None:
+        self.unread = unread
         self.table = dataset.select_columns(columns_of(places)).with_format("arrow")
         self.places = places
 
@@ -164,37 +215,35 @@ class Rows(Sequence[dict[str, Any]]):
         return {key: row[column] for key, column in self.places.items()}
 
 
-def turns_of_columns(columns: dict[str, Any]) -> Any:
-    """A dict of lists of the same length, as `datasets` stores a Sequence of dicts, as a list of dicts; others as they are."""
-    lists = [column for column in columns.values() if isinstance(column, list)]
-    if len(lists) < len(columns) or len({len(column) for column in lists}) != 1:
-        return columns
-    return [dict(zip(columns, turn, strict=True)) for turn in zip(*lists, strict=True)]
-
-
 def columns_of(places: dict[str, str]) -> list[str]:
     """The columns that hold some field, each once."""
     return list(dict.fromkeys(places.values()))
 
 
-def parquet_schema(files: list[Path]) -> tuple[int, list[list[str]]]:
-    """Rows in all, and the column names of each file, from their footers."""
+def parquet_schemas(files: list[Path]) -> tuple[int, list[Any]]:
+    """Rows in all, and the schema of each file, from their footers."""
     from pyarrow.parquet import ParquetFile
 
-    rows, columns = 0, []
+    rows, schemas = 0, []
     for file in files:
         with ParquetFile(file) as parquet:
             rows += parquet.metadata.num_rows
-            columns.append(parquet.schema_arrow.names)
-    return rows, columns
+            schemas.append(parquet.schema_arrow)
+    return rows, schemas
 
 
-def open_parquet(files: list[Path], columns: list[str], cache_dir: str | None) -> Any:
+def open_parquet(files: list[Path], schemas: list[Any], columns: list[str], cache_dir: str | None) -> Any:
     """Parquet as a memory-mapped `datasets.Dataset`, by way of its Arrow copy."""
-    from datasets import Dataset
+    import pyarrow
+    from datasets import Dataset, Features
 
     names = [str(file) for file in files]
-    return Dataset.from_parquet(names, columns=columns, cache_dir=cache_dir, writer_batch_size=ROWS_PER_BATCH)
+    options: dict[str, Any] = {}
+    if len(files) > 1:
+        # a shard without a picture has a column of the type null, and `datasets` takes the types of the first
+        parts = [pyarrow.schema([schema.field(column) for column in columns]) for schema in schemas]
+        options["features"] = Features.from_arrow_schema(pyarrow.unify_schemas(parts))
+    return Dataset.from_parquet(names, columns=columns, cache_dir=cache_dir, writer_batch_size=ROWS_PER_BATCH, **options)
 
 
 def open_arrow(file: Path) -> Any:

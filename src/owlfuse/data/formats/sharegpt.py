@@ -2,27 +2,17 @@
 
 from typing import Any
 
-from owlfuse.data.formats.base import VideoSource, field, without
-from owlfuse.data.turn_keys import tools_of
-from owlfuse.data.turns import chat, pictures_of, videos_of
-from owlfuse.types import DataError, Sample
+from owlfuse.data.formats.base import VideoSource
+from owlfuse.data.records import read_chat
+from owlfuse.types import Sample
 
 
 class ShareGPT(VideoSource):
     """Chats as ShareGPT's many heirs write them, JSON or JSONL: turns under `conversations` or `conversation`, any of the role
-    names in `turn_keys.ROLES`, a `system` text beside them or as a turn, pictures in `image` or `images`, shown by `<image>`
-    placeholders. Other fields are kept as metadata."""
+    names in `turn_keys.ROLES`, tool calls as turns of `function_call` and `observation`, a `system` text beside them or as a
+    turn, pictures in `image` or `images`, shown by `<image>` marks. What else a record may hold, and what is refused, is told
+    in `records`; other fields are kept as metadata and listed in the log."""
 
     def sample(self, record: dict[str, Any], name: str) -> Sample:
         """See `Source`."""
-        key = "conversation" if "conversation" in record and "conversations" not in record else "conversations"
-        messages, images, videos = chat(
-            field(record, key, list, name), pictures_of(record, name), name, videos_of(record, name)
-        )
-        if record.get("system"):
-            if any(message["role"] == "system" for message in messages):
-                raise DataError(f"sample {name} has a 'system' and a system turn, expected one of them")
-            system = field(record, "system", str, name)
-            messages.insert(0, {"role": "system", "content": [{"type": "text", "text": system}]})
-        metadata = without(record, "system", "image", "images", key, "video", "videos", "tools", "functions")
-        return Sample(name, self.name, messages, images, metadata, videos, tools_of(record, name))
+        return read_chat(record, name, self.name, "conversations")
