@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from owlfuse.data.answer_format import THINK_TAGS, AnswerFormat
 from owlfuse.data.borders import cut_at_borders, encode, inner_tokens
 from owlfuse.data.chat_tokenizer import prepare, render
-from owlfuse.data.checks import flatten
+from owlfuse.data.checks import WORD, flatten
 from owlfuse.data.formats.base import IMAGE
 from owlfuse.data.pictures import VISUAL
 from owlfuse.data.spans import supervised_spans
@@ -78,14 +78,14 @@ class ChatEncoder:
         text = self.render(sample, messages)
         self.check_written(sample, messages, text)
         spans = supervised_spans(sample, messages, text, partial(self.render, sample), self.answer_format)
-        ids, offsets = self.tokenize(text, [start for start, _ in spans])
+        ids, offsets = self.tokenize(self.with_words(text), [start for start, _ in spans])
         self.spell_words(sample, ids, offsets)
         return self.expand(sample, ids, self.labels(sample, ids, offsets, spans), views)
 
     def encode_prompt(self, sample: Sample, views: list[int] | None = None) -> Encoded:
         """The chat up to where the assistant answers next; nothing is supervised. Raises DataError."""
         messages = flatten(sample, self.control, self.image_token)
-        ids, offsets = self.tokenize(self.render(sample, messages, True, thinking=self.thinking))
+        ids, offsets = self.tokenize(self.with_words(self.render(sample, messages, True, thinking=self.thinking)))
         self.spell_words(sample, ids, offsets)
         encoded = self.expand(sample, ids, [-100] * len(ids), views)
         if len(encoded.input_ids) > self.max_length:
@@ -135,6 +135,10 @@ class ChatEncoder:
         ids, offsets = encode(self.tokenizer, text)
         cut_at_borders(self.tokenizer, text, ids, offsets, [*self.answer_format.starts(text), *(borders or [])])
         return ids, offsets
+
+    def with_words(self, text: str) -> str:
+        """A rendered chat with the image tokens that are words of a text; no place in it moves."""
+        return text.replace(WORD * len(self.image_token), self.image_token)
 
     def spell_words(self, sample: Sample, ids: list[int], offsets: list[tuple[int, int]]) -> None:
         """Replaces, in place, each image token that is a word of a text by ordinary tokens. Raises DataError."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -14,13 +13,17 @@ from owlfuse.types import DataError, Sample
 ROLES = ("system", "user", "assistant", "tool")
 CARRIED = ("reasoning_content", "tool_calls", "tool_call_id", "name", "supervised")
 """What of a message, beside role and content, goes on to the chat template or decides what is supervised."""
+WORD = "\ue010"
+"""Stands, while a chat is rendered, for each character of an image token that is a word of a text."""
 NO_TEXT = re.compile("[\x00-\x08\x0e-\x1f\x7f\ud800-\udfff]")
 """Control characters that no text holds (all but tab, line feed, vertical tab, form feed and carriage return), and lone
 surrogates, which no tokenizer takes."""
 
 
 def flatten(sample: Sample, control: Sequence[str], image_token: str = IMAGE) -> list[dict[str, Any]]:
-    """Messages with the parts of each joined to one text.
+    """Messages with the parts of each joined to one text, `image_token` in the place of each image or video.
+
+    Where a text itself has `image_token`, it is as many `WORD`s, which the chat template takes for no placeholder.
 
     Args:
         control: the tokenizer's special tokens. One that stands in a text would become a control token, so it is refused.
@@ -34,28 +37,16 @@ def flatten(sample: Sample, control: Sequence[str], image_token: str = IMAGE) ->
     for number, message in enumerate(sample.messages):
         # joined, so that a control token is found that two parts make together
         check_text(sample, number, "".join(part["text"] for part in message["content"] if part["type"] == "text"), control)
-        content = "".join(image_token if part["type"] in VISUAL else part["text"] for part in message["content"])
+        word = WORD * len(image_token)
+        texts = [
+            image_token if part["type"] in VISUAL else part["text"].replace(image_token, word) for part in message["content"]
+        ]
+        content = "".join(texts)
         carried = {key: message[key] for key in CARRIED if message.get(key) is not None}
         if "reasoning_content" in carried:
             check_text(sample, number, carried["reasoning_content"], control)
-        if "tool_calls" in carried:
-            carried["tool_calls"] = [with_arguments(call) for call in carried["tool_calls"]]
         messages.append({"role": message["role"], "content": content, **carried})
     return messages
-
-
-def with_arguments(call: dict[str, Any]) -> dict[str, Any]:
-    """A tool call with its arguments as an object, as chat templates take them; OpenAI's data have them as a JSON text."""
-    function = call.get("function", call)
-    arguments = function.get("arguments")
-    if not isinstance(arguments, str):
-        return call
-    try:
-        arguments = json.loads(arguments)
-    except ValueError:
-        return call
-    function = {**function, "arguments": arguments}
-    return {**call, "function": function} if "function" in call else function
 
 
 def check_order(sample: Sample) -> None:

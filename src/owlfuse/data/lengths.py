@@ -24,8 +24,8 @@ FOLDER = ".owlfuse"
 CHUNK = 512
 FEW = 2048
 """Samples that are counted in this process: starting others would take longer."""
-READING = 2
-"""Raised when a record is read otherwise than before, so that counts from before are made anew."""
+READING = 3
+"""Raised when a record is read or encoded otherwise than before, so that counts from before are made anew."""
 SHARES = ("name", "weight", "on_error", "max_skips", "image_root", "file")
 """Of a source, what does not change its chats."""
 

@@ -62,6 +62,7 @@ class OwlfuseForConditionalGeneration(PreTrainedModel, GenerationMixin):
         )
         wrapped = cls(config, model)
         wrapped.generation_config.update(**generation or {})
+        wrapped.generation_config._from_model_config = False  # what is set here counts, not what the LLM's configuration has
         return wrapped
 
     @classmethod
