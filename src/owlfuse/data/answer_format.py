@@ -157,11 +157,12 @@ def tokens_of(tokenizer: Any, text: str) -> list[tuple[int, int, int]]:
 
 def end_tokens(tokenizer: Any, text: str, start: int, end_mark: str) -> tuple[int, ...]:
     """The one token by which an end mark at `start` is known; none where it takes several ordinary tokens."""
-    inside = [(number, first, last) for number, first, last in tokens_of(tokenizer, text) if last > start]
-    number, first, last = inside[0]
-    token = tokenizer.added_tokens_decoder.get(number)
-    special = token is not None and token.special
-    if not text[first:start].strip() and (special or last >= start + len(end_mark)):
+    end = start + len(end_mark)
+    inside = [token for token in tokens_of(tokenizer, text) if token[2] > start and token[1] < end]
+    number, first, _ = inside[0]
+    added = tokenizer.added_tokens_decoder.get(number)
+    special = added is not None and added.special
+    if not text[first:start].strip() and (special or len(inside) == 1):
         return (number,)
     return ()
 
