@@ -17,6 +17,7 @@ from lightning.pytorch.callbacks import Checkpoint
 from owlfuse.parallel import data_rank, data_ranks
 from owlfuse.parallel_checkpoints import every_rank
 from owlfuse.runs import checkpoints_of, remove
+from owlfuse.types import DataError
 from owlfuse.writes import Writes
 
 log = logging.getLogger(__name__)
@@ -47,7 +48,10 @@ class Checkpoints(Checkpoint):
         self.saved: int | None = None
         self.validated = False
         self.random: dict[str, Any] | None = None
+        self.random_of_step: dict[str, Any] | None = None
+        """As the last whole step left them; `random` is of the last micro batch."""
         self.count = 0
+        self.can_write = True
 
     def setup(self, trainer: Trainer, module: LightningModule, stage: str) -> None:
         """See `Writes.setup`."""
@@ -77,6 +81,7 @@ class Checkpoints(Checkpoint):
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
         """A run that goes on need not write again what it was read from. Ranks that begin with other rows drop out others."""
         self.saved = trainer.global_step or None
+        self.random_of_step = self.random
         if self.random is None and data_rank(trainer):
             self.random = derived_states(torch.initial_seed(), data_rank(trainer), trainer.global_step)
 
@@ -90,8 +95,10 @@ class Checkpoints(Checkpoint):
             self.save(trainer)
 
     def on_train_batch_end(self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Keeps the random states as the step left them."""
+        """Keeps the random states as the micro batch left them."""
         self.random = random_states()
+        if (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
+            self.random_of_step = self.random
 
     def on_validation_end(self, trainer: Trainer, module: LightningModule) -> None:
         """Validation makes a checkpoint due."""
@@ -108,8 +115,24 @@ class Checkpoints(Checkpoint):
             print(f"{self.count} checkpoint{'s' * (self.count > 1)} written{how} {seconds:.1f} s")
 
     def on_exception(self, trainer: Trainer, module: LightningModule, exception: BaseException) -> None:
-        """What is being written is not broken off."""
+        """What is being written is not broken off, and the last whole step gets a checkpoint.
+
+        Not of several processes, of which the others may wait elsewhere: they go on from the checkpoint before. Not after a
+        second Ctrl-C, which asks for the end at once.
+        """
         self.writes.leave()
+        step = trainer.global_step
+        if trainer.world_size > 1 or not self.can_write or not step or isinstance(exception, KeyboardInterrupt):
+            return
+        if module.updating:
+            log.error("the update after step %d was broken off; the last checkpoint before it is what is left", step)
+            return
+        self.random = self.random_of_step
+        try:
+            self.save(trainer)
+            self.writes.finish(trainer)
+        except DataError as error:
+            log.error("%s", error)
 
     def save(self, trainer: Trainer) -> None:
         """Writes the checkpoint of the trainer's step, unless it is there, and deletes those beyond `keep`. All ranks call it.
@@ -122,7 +145,9 @@ class Checkpoints(Checkpoint):
         if step == self.saved:
             return
         path = Path(trainer.default_root_dir) / "checkpoints" / f"step_{step:08}.ckpt"
+        self.can_write = False  # until it is written: after an error of writing none is tried again
         self.writes.write(trainer, path, partial(delete_beyond, self.keep, path))
+        self.can_write = True
         self.saved, self.count = step, self.count + 1
 
 

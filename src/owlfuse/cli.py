@@ -131,9 +131,11 @@ def _import(arguments: argparse.Namespace) -> None:
 
 def _chat(arguments: argparse.Namespace) -> None:
     from owlfuse.chat import chat
+    from owlfuse.runs import split_which
 
-    question = " ".join(arguments.overrides) or None
-    asked = arguments.max_new_tokens, arguments.temperature, arguments.explain
+    which, words = split_which(arguments.overrides)
+    question = " ".join(words) or None
+    asked = arguments.max_new_tokens, arguments.temperature, arguments.explain, which
     chat(Path(arguments.folder), arguments.image, question, *asked)
 
 

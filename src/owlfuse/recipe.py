@@ -10,7 +10,6 @@ import gc
 import os
 import time
 from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -212,8 +211,6 @@ def run_stage(stage: Stage, start: Path | None, words: list[str]) -> None:
         last_checkpoint(stage.folder)
         config = compose([f"resume={stage.folder}", *words])
     else:
-        if first and stage.folder.exists():  # it was stopped before its first checkpoint
-            stage.folder.rename(stage.folder.with_name(f"{stage.name}.{datetime.now():%Y-%m-%d_%H-%M-%S}"))
         config = stage.config
         start_from(config, start)
     if first:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import signal
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any, Literal
 
@@ -19,11 +18,13 @@ from owlfuse.data.images import MAX_PIXELS
 from owlfuse.data.lengths import Lengths, count_lengths
 from owlfuse.data.packing import Padding, checked
 from owlfuse.data.pictures import Pictures, Preprocess
+from owlfuse.data.positions import StepPositions
 from owlfuse.data.report import mixture_report, validation_report
 from owlfuse.data.sampler import GlobalBatchSampler
 from owlfuse.data.truncation import OnLength, check_policies, policy_of
 from owlfuse.data.video import VideoSampling
 from owlfuse.data.weighting import make_mixture
+from owlfuse.data.workers import DataWorkers, ignore_signals
 from owlfuse.types import Batch, DataError, Encoded, Sample
 
 
@@ -86,6 +87,7 @@ class ChatData(lightning.LightningDataModule):
         self.global_batch_size = global_batch_size
         self.micro_batch_size = micro_batch_size
         self.workers = workers
+        self.data_workers = DataWorkers()
         self.max_length = max_length
         self.pack_to = checked(pack_to, max_length)
         self.max_pixels = max_pixels
@@ -98,16 +100,24 @@ class ChatData(lightning.LightningDataModule):
         check_policies(on_length, [*sources, *validation])
         self.on_length = on_length
         self.tokenizer = use_template(load_tokenizer(tokenizer), chat_template)
-        self.mix = partial(make_mixture, sources, seed, global_batch_size, weights_at, at_end, temperature)
+        self.step_positions = StepPositions.of(global_batch_size)
+        self.mix = partial(make_mixture, sources, seed, weights_at=weights_at, at_end=at_end, temperature=temperature)
         if weights_by == "samples":
-            self.mixture = self.mix()
+            self.mixture = self.mix(self.step_positions)
+
+    def go_on(self, step: int, before: StepPositions) -> None:
+        """Makes the mixture of a run that goes on at a step: the samples until there were drawn by global batches as they were
+        then. Call it before `bind`."""
+        self.step_positions = before.changed(step, self.global_batch_size)
+        if self.weights_by == "samples":
+            self.mixture = self.mix(self.step_positions)
 
     def bind(self, preprocess: Preprocess, tokens_per_image: int) -> None:
         """Takes what only the model knows: how pictures become pixels, and how many positions an image takes."""
         self.encoder = ChatEncoder(self.tokenizer, tokens_per_image, self.max_length)
         self.pictures = Pictures(preprocess, self.max_pixels, self.seed, self.video)
         if self.weights_by == "tokens":
-            self.mixture = self.mix(self.lengths())
+            self.mixture = self.mix(self.step_positions, lengths=self.lengths())
         self.image_shape = (3, *preprocess.size)
 
     def lengths(self) -> dict[str, Lengths]:
@@ -135,8 +145,8 @@ class ChatData(lightning.LightningDataModule):
 
     def steps(self, asked: int) -> int:
         """Optimizer steps of a run: those asked for, or as many whole global batches as the schedule has. Raises DataError."""
-        positions = self.mixture.available(asked * self.global_batch_size)
-        steps = positions // self.global_batch_size
+        positions = self.mixture.available(self.step_positions.position(asked))
+        steps = int(self.step_positions.step(positions))
         if steps == 0:
             raise DataError(
                 f"the schedule has {positions} samples and then ends (at_end); a global batch takes {self.global_batch_size}"
@@ -155,9 +165,12 @@ class ChatData(lightning.LightningDataModule):
             place["num_replicas"],
             steps=trainer.max_steps,
             first_step=trainer.global_step,
+            first_position=self.step_positions.position(trainer.global_step),
         )
         dataset = MixtureDataset(self.mixture, self.sources, self.load)
-        options = {"num_workers": self.workers, "persistent_workers": self.workers > 0}
+        options: dict[str, Any] = {"num_workers": self.workers, "persistent_workers": self.workers > 0}
+        if self.workers:
+            options["multiprocessing_context"] = self.data_workers.context
         return self.loader(dataset, self.pack_to, batch_sampler=sampler, **options)
 
     def val_dataloader(self) -> dict[str, DataLoader]:
@@ -173,7 +186,7 @@ class ChatData(lightning.LightningDataModule):
     def loader(self, dataset: Dataset, pack_to: int | None = None, **options: Any) -> DataLoader:
         """A DataLoader of batches, a row to each sample unless they are packed."""
         collator = Collator(self.encoder.pad_id, self.image_shape, pack_to=pack_to)
-        return DataLoader(dataset, collate_fn=collator, worker_init_fn=ignore_interrupt, **options)
+        return DataLoader(dataset, collate_fn=collator, worker_init_fn=ignore_signals, **options)
 
     def load(self, sample: Sample, source: Source, prompt: bool = False) -> Encoded:
         """A sample of a source encoded, its pictures opened and preprocessed. Raises DataError."""
@@ -200,20 +213,14 @@ class ChatData(lightning.LightningDataModule):
     def report(
         self,
         steps: int,
-        skipped: Sequence[tuple[str, ...]],
+        skipped: Iterable[tuple[str, str, str]],
         truncated: dict[str, int] | None = None,
         padding: Padding | None = None,
     ) -> dict[str, Any]:
         """What `mixture.json` holds after `steps`: the sources, their hashes, weights and realised counts, skips and cuts."""
-        report = mixture_report(self.mixture, self.sources, self.global_batch_size, steps, skipped, truncated, padding)
+        report = mixture_report(self.mixture, self.sources, self.step_positions, steps, skipped, truncated, padding)
         return report | {"validation": self.validation_report()}
 
     def validation_report(self) -> dict[str, Any]:
         """Of the validation sources, what was left out or cut so far."""
         return validation_report(self.validation, self.validation_skipped, self.validation_truncated)
-
-
-def ignore_interrupt(worker: int) -> None:
-    """Ctrl-C is the training process's to answer: a worker goes on until it is told to end, by a SIGTERM at last."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -59,8 +59,9 @@ class Trained:
         return tensor if self.deferred is None else self.deferred.value(tensor)
 
 
-def load_run(folder: Path, deferred: Deferred | None = None) -> Trained:
-    """The model of a run's last checkpoint, in eval mode on the CPU. The run's data are not needed, but its tokenizer is.
+def load_run(folder: Path, deferred: Deferred | None = None, which: str = "last") -> Trained:
+    """The model of a run's last or best checkpoint, in eval mode on the CPU. The run's data are not needed, but its
+    tokenizer is.
 
     Args:
         deferred: knows the tensors, and the model has no memory: for `export`.
@@ -69,7 +70,7 @@ def load_run(folder: Path, deferred: Deferred | None = None) -> Trained:
     tokenizer = use_template(load_tokenizer(config["data"]["tokenizer"]), config["data"].get("chat_template"))
     encoder = ChatEncoder(tokenizer, tokens_per_image=1)
     with deferred or nullcontext():
-        model, _ = load_run_model(folder, config, len(encoder.tokenizer))
+        model, _ = load_run_model(folder, config, len(encoder.tokenizer), which)
     path = folder / "results.json"
     results = json.loads(path.read_text()) if path.exists() else None
     return Trained(model.eval(), encoder.tokenizer, results, deferred=deferred)
