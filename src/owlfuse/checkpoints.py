@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from owlfuse.parallel import data_rank, data_ranks
 from owlfuse.parallel_checkpoints import every_rank
@@ -50,6 +51,8 @@ class Checkpoints(Checkpoint):
         self.random: dict[str, Any] | None = None
         self.random_of_step: dict[str, Any] | None = None
         """As the last whole step left them; `random` is of the last micro batch."""
+        self.statistics: tuple[int, list[torch.Tensor]] = (0, [])
+        """A step, and the statistics of batch norms as it found them, which a forward pass changes before its step is whole."""
         self.count = 0
         self.can_write = True
 
@@ -90,6 +93,8 @@ class Checkpoints(Checkpoint):
         if self.random is not None:
             set_random_states(self.random)
         step = trainer.global_step
+        if trainer.world_size == 1 and batch_idx % trainer.accumulate_grad_batches == 0:
+            self.statistics = step, [buffer.clone() for buffer in statistics_of(module)]
         due = self.validated if self.every is None else step % self.every == 0
         if due and step and batch_idx % trainer.accumulate_grad_batches == 0:
             self.save(trainer)
@@ -128,6 +133,9 @@ class Checkpoints(Checkpoint):
             log.error("the update after step %d was broken off; the last checkpoint before it is what is left", step)
             return
         self.random = self.random_of_step
+        if self.statistics[0] == step:
+            for buffer, before in zip(statistics_of(module), self.statistics[1]):
+                buffer.copy_(before)
         try:
             self.save(trainer)
             self.writes.finish(trainer)
@@ -149,6 +157,12 @@ class Checkpoints(Checkpoint):
         self.writes.write(trainer, path, partial(delete_beyond, self.keep, path))
         self.can_write = True
         self.saved, self.count = step, self.count + 1
+
+
+def statistics_of(module: torch.nn.Module) -> list[torch.Tensor]:
+    """The buffers of the batch norms that learn by forward passes."""
+    norms = (norm for norm in module.modules() if isinstance(norm, _BatchNorm) and norm.training)
+    return [buffer for norm in norms for buffer in norm.buffers()]
 
 
 def delete_beyond(keep: int, newest: Path) -> None:
