@@ -1,4 +1,4 @@
-"""Runs that go on: where they take up the data, which keys they take, which they refuse, and data that are not those of before."""
+"""Runs that go on: where they take up the data, which keys they take and which they refuse, and data that changed."""
 
 import csv
 import json
@@ -345,7 +345,12 @@ def test_an_error_leaves_a_checkpoint_of_the_last_whole_step_and_mixture_json(mo
         if len(count) == 6 * accumulate:
             raise DataError("sample x is wrong") if moment == "data" else Bad("out of luck")
 
-    hooks = {"data": "count_skipped", "forward": "training_step", "backward": "on_after_backward", "after": "on_train_batch_end"}
+    hooks = {
+        "data": "count_skipped",
+        "forward": "training_step",
+        "backward": "on_after_backward",
+        "after": "on_train_batch_end",
+    }
     with pytest.MonkeyPatch.context() as patch:
         plain = getattr(MultimodalModule, hooks[moment])
         patch.setattr(MultimodalModule, hooks[moment], lambda *args, **kwargs: (fail(), plain(*args, **kwargs))[1])

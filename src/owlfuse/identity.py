@@ -113,6 +113,16 @@ def imported_modules(file: Path) -> set[str]:
     return {name.partition(".")[0] for name in names}
 
 
+def differing_hash(found: dict[str, Any], wanted: dict[str, Any], accept_changed_data: bool = False) -> str | None:
+    """Which of `config`, `code` and `data` is not the same; None where all are. Data count where both know theirs: older
+    results have no hash of them, and a plan opens none."""
+    for what in ("config", "code"):
+        if found.get(what) != wanted.get(what):
+            return what
+    known = found.get("data") and wanted.get("data")
+    return "data" if known and found["data"] != wanted["data"] and not accept_changed_data else None
+
+
 def data_hash(identity: dict[str, str]) -> str:
     """12 hexadecimal digits for what `owlfuse.data.identity` and `weights_identity` find."""
     return digest(json.dumps(identity, sort_keys=True).encode())

@@ -14,7 +14,7 @@ from owlfuse.config_plain import to_dict
 from owlfuse.data.identity import data_identity
 from owlfuse.evaluation import write_results
 from owlfuse.hub.start import adopt_parts
-from owlfuse.identity import weights_identity
+from owlfuse.identity import data_hash, weights_identity
 from owlfuse.model import on_meta
 from owlfuse.model_parallel import as_trained
 from owlfuse.module import MultimodalModule
@@ -29,8 +29,12 @@ from owlfuse.weights import needs_base
 log = logging.getLogger(__name__)
 
 
-def run(config: DictConfig) -> Path | None:
+def run(config: DictConfig, data_digest: str | None = None) -> Path | None:
     """Trains what the configuration says, evaluates it, and returns the run's folder; with `dry_run` it prints a plan instead.
+
+    Args:
+        data_digest: what the data and the weights that it starts from must be known by (`identity.data_hash`), where the run is
+            one of several that are to have the same.
 
     Raises:
         ConfigError, DataError: parts that do not fit together, before a weight is made; what is wrong with the data.
@@ -44,11 +48,11 @@ def run(config: DictConfig) -> Path | None:
     with signals_end_the_run():
         folder = run_folder(config)
         with in_use(folder, bool(config.resume)):
-            train(config, folder)
+            train(config, folder, data_digest)
     return folder
 
 
-def train(config: DictConfig, folder: Path) -> None:
+def train(config: DictConfig, folder: Path, data_digest: str | None) -> None:
     """Trains and evaluates in a folder that this process holds. Raises as `run`."""
     began = time.monotonic()
     checkpoint = last_checkpoint(folder) if config.resume else None
@@ -74,6 +78,11 @@ def train(config: DictConfig, folder: Path) -> None:
     if past and identity:
         changes |= check_identity(past, identity, config)
         identity = {**past.identity, **identity}  # of what is no longer there, as a base whose weights are all trained
+    if data_digest and identity and data_hash(identity) != data_digest and not config.get("accept_changed_data"):
+        raise DataError(
+            "the data have changed since the ablation began; give the same back, or go on with these by "
+            "accept_changed_data=true"
+        )
     history = recorded(past, changes)
     lightning.seed_everything(config.seed, workers=True, verbose=False)
     init_from = config.get("init_from") if checkpoint is None or needs_base(checkpoint) else None

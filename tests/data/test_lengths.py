@@ -114,10 +114,13 @@ def test_a_temperature_weighs_by_supervised_tokens_where_the_shares_are_of_token
     one = module.Lengths(np.full(40, 9), np.full(40, 9), {})
     two = module.Lengths(np.full(40, 1), np.full(40, 1), {})
     sources, lengths = {"a": source, "b": other}, {"a": one, "b": two}
-    assert [float(s) for s in make_mixture(sources, 0, StepPositions.of(8), temperature=1.0, lengths=lengths).shares] == [0.9, 0.1]
-    assert [float(s) for s in make_mixture(sources, 0, StepPositions.of(8), temperature=2.0, lengths=lengths).shares] == pytest.approx(
-        [0.75, 0.25]
-    )
+    assert [float(s) for s in make_mixture(sources, 0, StepPositions.of(8), temperature=1.0, lengths=lengths).shares] == [
+        0.9,
+        0.1,
+    ]
+    assert [
+        float(s) for s in make_mixture(sources, 0, StepPositions.of(8), temperature=2.0, lengths=lengths).shares
+    ] == pytest.approx([0.75, 0.25])
     assert [float(s) for s in make_mixture(sources, 0, StepPositions.of(8), temperature=2.0).shares] == [0.5, 0.5]
 
 

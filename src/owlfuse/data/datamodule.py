@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import random
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any, Literal
 
@@ -174,13 +175,16 @@ class ChatData(lightning.LightningDataModule):
         return self.loader(dataset, self.pack_to, batch_sampler=sampler, **options)
 
     def val_dataloader(self) -> dict[str, DataLoader]:
-        """The first samples of each validation source, whole chats."""
+        """Samples of each validation source, whole chats, the same at every step."""
         return {name: self.validation_loader(name, self.validation_samples) for name in self.validation}
 
     def validation_loader(self, name: str, limit: int | None = None, batch_size: int = 32) -> DataLoader:
-        """Whole chats of one validation source in their own order."""
+        """Whole chats of one validation source in their own order; with a limit, a seeded sample of them."""
         source = self.validation[name]
-        dataset = SourceDataset(source, range(min(limit or len(source), len(source))), self.load)
+        indices: Sequence[int] = range(len(source))
+        if limit is not None and limit < len(source):  # the first ones may all be of one kind
+            indices = sorted(random.Random(0).sample(indices, limit))
+        dataset = SourceDataset(source, indices, self.load)
         return self.loader(dataset, batch_size=batch_size)
 
     def loader(self, dataset: Dataset, pack_to: int | None = None, **options: Any) -> DataLoader:
