@@ -60,7 +60,7 @@ Settings of its own: jobs=N; launcher=basic (one after another), joblib, submiti
 for its own keys; seeds=[0,1]; name= of the folder runs/<name>; dry_run=true; anew=true.
 
 The same command again goes on: finished cells are skipped, what was under way resumes from its last checkpoint, and failed
-cells are tried again. Runs of other code or another configuration are never mixed in: it stops and says so. anew=true puts
+cells are tried again. Runs of other code, configuration or data are never mixed in: it stops and says so. anew=true puts
 them aside into runs/<name>/old and runs them again.
 """
 

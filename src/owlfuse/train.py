@@ -63,7 +63,7 @@ def train(config: DictConfig, folder: Path, data_digest: str | None) -> None:
     try:
         plan, _ = on_meta(plain["model"], vocab_size=1024)
         optim, evaluation = build(config.optim), build(config.evaluation)
-        optim.groups(plan)
+        optim.groups(plan)  # which refuses a rate of 0 for what is to train
         data = build(config.data)
         if past:
             data.go_on(past.step, past.positions)
