@@ -22,7 +22,8 @@ from owlfuse.parallel import check_strategy, evaluates, naming_step
 from owlfuse.plan import dry_run
 from owlfuse.resume import changed_keys, check_identity, read_past, recorded
 from owlfuse.runs import in_use, is_first_rank, last_checkpoint, place, run_folder, write_config, write_mixture
-from owlfuse.trainer import cost_of, make_trainer, raise_if_stopped, signals_end_the_run
+from owlfuse.signals import signals_end_the_run
+from owlfuse.trainer import cost_of, make_trainer, raise_if_stopped
 from owlfuse.types import DataError
 from owlfuse.weights import needs_base
 
