@@ -12,8 +12,8 @@ from typing import Any
 @contextmanager
 def signals_end_the_run() -> Iterator[None]:
     """Before and after the steps SIGTERM does what Ctrl-C does: it raises KeyboardInterrupt, and the run ends with a line.
-    In the steps see `trainer.StopOnSignal`. Afterwards both signals, and SIGCHLD, do what they did before: Lightning and torch leave
-    handlers of theirs."""
+    In the steps see `trainer.StopOnSignal`. Afterwards both signals, and SIGCHLD, do what they did before: Lightning and torch
+    leave handlers of theirs."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
