@@ -163,3 +163,31 @@ def test_of_a_sharded_parameter_its_own_shard_is_looked_at(tmp_path):
         assert checksums({key: sharded}) != before
     finally:
         distributed.destroy_process_group()
+
+
+class Unchecked(AdamWCosine):
+    """An optimizer of a user's, with groups of its own."""
+
+    def groups(self, model):
+        return [{"params": [p], "lr": self.rate(name), "name": name} for name, p in trained_of(model)]
+
+    def rate(self, name):
+        return 0.0 if name.startswith(self.still) else 1e-2
+
+
+def trained_of(model):
+    return [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+
+
+@pytest.mark.parametrize(("still", "part"), [("connector", "connector"), ("vision", "vision")])
+def test_a_part_whose_rate_is_0_is_named_before_the_first_step(still, part):
+    module = Plain()
+    module.optim = Unchecked()
+    module.optim.still = still
+    with pytest.raises(RuntimeError, match=f"part {part} is meant to train, and its learning rate"):
+        fit(module)
+
+
+def test_a_run_that_ends_before_its_rate_leaves_0_is_told(caplog):
+    fit(Plain(warmup_steps=5), steps=1)
+    assert "no step had a learning rate above 0 for connector, fusion, llm, vision; see optim.warmup_steps" in caplog.text

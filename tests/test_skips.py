@@ -1,5 +1,6 @@
 """What was skipped and truncated is counted over the whole run, resumes included."""
 
+from collections import Counter
 from types import SimpleNamespace
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 
 from helpers import IMAGE_SIZE, ROWS, VOCAB, all_fusions, each, make_batch, model_node
 from owlfuse.data.collate import Collator, Skipped
+from owlfuse.data.positions import StepPositions
 from owlfuse.module import MultimodalModule
 from owlfuse.types import DataError
 
@@ -18,7 +20,7 @@ def module():
         sources = {name: SimpleNamespace(max_skips=max_skips) for name in "ab"}
         strategy = SimpleNamespace(reduce=lambda tensor, reduce_op: tensor)
         made._trainer = SimpleNamespace(
-            datamodule=SimpleNamespace(sources=sources),
+            datamodule=SimpleNamespace(sources=sources, step_positions=StepPositions.of(8)),
             accumulate_grad_batches=2,
             world_size=1,
             global_rank=0,
@@ -60,12 +62,12 @@ def test_a_resumed_run_goes_on_counting_from_the_last_whole_step(module, tmp_pat
     torch.save(checkpoint_of(first, 1), tmp_path / "last.ckpt")
     second = module()
     second.on_load_checkpoint(torch.load(tmp_path / "last.ckpt", weights_only=True))
-    assert second.skipped == [skip("a", 1), skip("b", 2)]
+    assert second.skipped == Counter([skip("a", 1), skip("b", 2)])
     assert second.truncated == {"a": 1}
     assert second.padded.counts() == first.padded.counts() != (0, 0, 0)
     once = first.padded.counts()
     train(second, ([skip("a", 3)], [("a", "a:8", 2)]), ([], []))
-    assert second.skipped == [skip("a", 1), skip("b", 2), skip("a", 3)]
+    assert second.skipped == Counter([skip("a", 1), skip("b", 2), skip("a", 3)])
     assert second.truncated == {"a": 2}
     assert second.padded.counts() == tuple(2 * count for count in once)
 
@@ -84,7 +86,7 @@ def test_a_checkpoint_from_before_skips_were_kept_is_read(module):
     checkpoint = checkpoint_of(made, 1)
     del checkpoint["skipped"], checkpoint["truncated"], checkpoint["padded"]
     made.on_load_checkpoint(checkpoint)
-    assert (made.skipped, made.truncated, made.padded.counts()) == ([], {}, (0, 0, 0))
+    assert (made.skipped, made.truncated, made.padded.counts()) == (Counter(), {}, (0, 0, 0))
 
 
 def test_every_skip_and_cut_goes_to_the_log(module, caplog):
@@ -104,3 +106,36 @@ def test_a_micro_batch_of_which_nothing_is_left_adds_nothing_and_misses_no_gradi
     assert (made.loss_sum, made.token_count) == (0, 0)
     for name, parameter in made.model.named_parameters():
         assert not parameter.requires_grad or (parameter.grad is not None and not parameter.grad.any()), name
+
+
+@pytest.mark.parametrize("passes", [1, 3, 9])
+def test_a_wrong_sample_counts_once_however_often_it_is_drawn_and_over_resumes(module, passes):
+    made = module(max_skips=2)
+    for _ in range(passes):
+        train(made, ([skip("a", 1), skip("a", 2)], []), ([], []))
+        again = module(max_skips=2)
+        again.on_load_checkpoint(checkpoint_of(made, 1))
+        made = again
+    assert made.skipped == Counter({skip("a", 1): passes, skip("a", 2): passes})
+    with pytest.raises(DataError, match="source a had 3 wrong samples, over its max_skips of 2"):
+        train(made, ([skip("a", 3)], []))
+
+
+def test_skips_of_a_checkpoint_that_has_a_row_for_each_time_are_counted(module):
+    made = module(max_skips=1)
+    checkpoint = checkpoint_of(made, 1)
+    checkpoint["skipped"] = [skip("a", 1), skip("a", 1)]
+    made.on_load_checkpoint(checkpoint)
+    assert made.skipped == Counter({skip("a", 1): 2})
+
+
+@pytest.mark.parametrize(("ranks", "raises"), [([[1, 2], [1, 2]], False), ([[1, 2], [2, 3]], True)])
+def test_a_sample_that_two_ranks_met_counts_once(module, monkeypatch, ranks, raises):
+    made = module(max_skips=2)
+    skips = [(Counter(skip("a", number) for number in numbers), {}) for numbers in ranks]
+    monkeypatch.setattr("owlfuse.module.all_objects", lambda trainer, value: skips)
+    if raises:
+        with pytest.raises(DataError, match="source a had 3 wrong samples on all ranks together, over its max_skips of 2"):
+            made.check_skips([4, 0])
+    else:
+        made.check_skips([4, 0])

@@ -17,6 +17,7 @@ from owlfuse.data.images import MAX_PIXELS, open_image
 from owlfuse.hub.export import load_exported, load_run, processor_of, wrap
 from owlfuse.hub.modeling import OwlfuseForConditionalGeneration
 from owlfuse.hub.processing import OwlfuseProcessor
+from owlfuse.runs import check_which
 from owlfuse.types import DataError
 
 HELP = """\
@@ -26,15 +27,16 @@ HELP = """\
 """
 
 
-def load_talker(folder: Path) -> tuple[OwlfuseForConditionalGeneration, OwlfuseProcessor]:
-    """Model and processor of an exported or imported folder, or of a run.
+def load_talker(folder: Path, which: str = "last") -> tuple[OwlfuseForConditionalGeneration, OwlfuseProcessor]:
+    """Model and processor of an exported or imported folder, or of a run's last or best checkpoint.
 
     Raises:
         DataError: neither, or a folder without a tokenizer.
     """
     if (folder / "config.yaml").exists():
-        trained = load_run(folder)
+        trained = load_run(folder, which=which)
         return wrap(trained), processor_of(trained)
+    check_which(which, of_run=False)
     model, processor = load_exported(folder)
     if processor is None:
         raise DataError(f"{folder} has no tokenizer, so there is nothing to chat with; import it from a folder with one")
@@ -175,10 +177,12 @@ def chat(
     temperature: float,
     explain: str | None = None,
     thinking: bool = False,
+    which: str = "last",
 ) -> None:
-    """One answer, or a conversation where no question is given. `explain`: the file for where the (last) answer looked."""
+    """One answer, or a conversation where no question is given. `explain`: the file for where the (last) answer looked.
+    `which`: of a run's checkpoints."""
     out = explanation_file(explain, question is None or bool(images)) if explain else None
-    model, processor = load_talker(folder)
+    model, processor = load_talker(folder, which)
     model.to("cuda" if torch.cuda.is_available() else "cpu")  # type: ignore[arg-type]  # lost in transformers' wrapper
     sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
     conversation = Conversation(model, processor, thinking, max_new_tokens=max_new_tokens, **sampling)

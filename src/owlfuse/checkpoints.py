@@ -13,10 +13,12 @@ import numpy as np
 import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from owlfuse.parallel import data_rank, data_ranks
 from owlfuse.parallel_checkpoints import every_rank
 from owlfuse.runs import checkpoints_of, remove
+from owlfuse.types import DataError
 from owlfuse.writes import Writes
 
 log = logging.getLogger(__name__)
@@ -47,7 +49,12 @@ class Checkpoints(Checkpoint):
         self.saved: int | None = None
         self.validated = False
         self.random: dict[str, Any] | None = None
+        self.random_of_step: dict[str, Any] | None = None
+        """As the last whole step left them; `random` is of the last micro batch."""
+        self.statistics: tuple[int, list[torch.Tensor]] = (0, [])
+        """A step, and the statistics of batch norms as it found them, which a forward pass changes before its step is whole."""
         self.count = 0
+        self.can_write = True
 
     def setup(self, trainer: Trainer, module: LightningModule, stage: str) -> None:
         """See `Writes.setup`."""
@@ -77,6 +84,7 @@ class Checkpoints(Checkpoint):
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
         """A run that goes on need not write again what it was read from. Ranks that begin with other rows drop out others."""
         self.saved = trainer.global_step or None
+        self.random_of_step = self.random
         if self.random is None and data_rank(trainer):
             self.random = derived_states(torch.initial_seed(), data_rank(trainer), trainer.global_step)
 
@@ -85,13 +93,17 @@ class Checkpoints(Checkpoint):
         if self.random is not None:
             set_random_states(self.random)
         step = trainer.global_step
+        if trainer.world_size == 1 and batch_idx % trainer.accumulate_grad_batches == 0:
+            self.statistics = step, [buffer.clone() for buffer in statistics_of(module)]
         due = self.validated if self.every is None else step % self.every == 0
         if due and step and batch_idx % trainer.accumulate_grad_batches == 0:
             self.save(trainer)
 
     def on_train_batch_end(self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Keeps the random states as the step left them."""
+        """Keeps the random states as the micro batch left them."""
         self.random = random_states()
+        if (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
+            self.random_of_step = self.random
 
     def on_validation_end(self, trainer: Trainer, module: LightningModule) -> None:
         """Validation makes a checkpoint due."""
@@ -108,8 +120,27 @@ class Checkpoints(Checkpoint):
             print(f"{self.count} checkpoint{'s' * (self.count > 1)} written{how} {seconds:.1f} s")
 
     def on_exception(self, trainer: Trainer, module: LightningModule, exception: BaseException) -> None:
-        """What is being written is not broken off."""
+        """What is being written is not broken off, and the last whole step gets a checkpoint.
+
+        Not of several processes, of which the others may wait elsewhere: they go on from the checkpoint before. Not after a
+        second Ctrl-C, which asks for the end at once.
+        """
         self.writes.leave()
+        step = trainer.global_step
+        if trainer.world_size > 1 or not self.can_write or not step or isinstance(exception, KeyboardInterrupt):
+            return
+        if module.updating:
+            log.error("the update after step %d was broken off; the last checkpoint before it is what is left", step)
+            return
+        self.random = self.random_of_step
+        if self.statistics[0] == step:
+            for buffer, before in zip(statistics_of(module), self.statistics[1]):
+                buffer.copy_(before)
+        try:
+            self.save(trainer)
+            self.writes.finish(trainer)
+        except DataError as error:
+            log.error("%s", error)
 
     def save(self, trainer: Trainer) -> None:
         """Writes the checkpoint of the trainer's step, unless it is there, and deletes those beyond `keep`. All ranks call it.
@@ -122,8 +153,16 @@ class Checkpoints(Checkpoint):
         if step == self.saved:
             return
         path = Path(trainer.default_root_dir) / "checkpoints" / f"step_{step:08}.ckpt"
+        self.can_write = False  # until it is written: after an error of writing none is tried again
         self.writes.write(trainer, path, partial(delete_beyond, self.keep, path))
+        self.can_write = True
         self.saved, self.count = step, self.count + 1
+
+
+def statistics_of(module: torch.nn.Module) -> list[torch.Tensor]:
+    """The buffers of the batch norms that learn by forward passes."""
+    norms = (norm for norm in module.modules() if isinstance(norm, _BatchNorm) and norm.training)
+    return [buffer for norm in norms for buffer in norm.buffers()]
 
 
 def delete_beyond(keep: int, newest: Path) -> None:

@@ -82,6 +82,7 @@ def _train(arguments: argparse.Namespace) -> None:
 
 def _eval(arguments: argparse.Namespace) -> None:
     from owlfuse.config import ConfigError, find_run
+    from owlfuse.signals import signals_end_the_run
 
     words = arguments.overrides
     folder = next((word for word in words if "=" not in word or Path(word).is_dir()), None)
@@ -91,11 +92,13 @@ def _eval(arguments: argparse.Namespace) -> None:
     if any(word.startswith("task=") for word in words):
         from owlfuse.tasks.run import evaluate_task
 
-        return evaluate_task(folder, words)
+        with signals_end_the_run():
+            return evaluate_task(folder, words)
     find_run(folder)
     from owlfuse import evaluation
 
-    evaluation.evaluate_run(folder, words)
+    with signals_end_the_run():
+        evaluation.evaluate_run(folder, words)
 
 
 def _data(arguments: argparse.Namespace) -> None:
@@ -131,9 +134,11 @@ def _import(arguments: argparse.Namespace) -> None:
 
 def _chat(arguments: argparse.Namespace) -> None:
     from owlfuse.chat import chat
+    from owlfuse.runs import split_which
 
-    question = " ".join(arguments.overrides) or None
-    asked = arguments.max_new_tokens, arguments.temperature, arguments.explain, arguments.thinking
+    which, words = split_which(arguments.overrides)
+    question = " ".join(words) or None
+    asked = arguments.max_new_tokens, arguments.temperature, arguments.explain, arguments.thinking, which
     chat(Path(arguments.folder), arguments.image, question, *asked)
 
 

@@ -36,12 +36,13 @@ EVAL_USAGE = "owlfuse eval MODEL [task=NAME] [overrides ...]"
 EVAL = """\
 examples:
   owlfuse eval runs/shapes_owl3/trial                     the run's own validation sources again
+  owlfuse eval runs/shapes_owl3/trial which=best          of its best checkpoint by validation loss, not its last
   owlfuse eval OUT task=gqa task.file=GQA/testdev_balanced_questions.json task.image_root=GQA/images batch_size=16
   torchrun --nproc-per-node 8 -m owlfuse.cli eval OUT task=mmbench task.file=mmbench_dev_20230712.tsv dtype=saved
 
 With task=<name>, MODEL may be a run, an export or an imported release. The tasks are vqav2, textvqa, gqa, docvqa, pope,
 scienceqa, mmbench, captions, exact_match and perplexity, or your own in configs/task/. Keys beside task.<key>: batch_size,
-max_questions, dtype, workers, out, name. An evaluation that was stopped goes on by the same command.
+max_questions, dtype, workers, out, name, which. An evaluation that was stopped goes on by the same command.
 """
 
 
@@ -59,7 +60,7 @@ Settings of its own: jobs=N; launcher=basic (one after another), joblib, submiti
 for its own keys; seeds=[0,1]; name= of the folder runs/<name>; dry_run=true; anew=true.
 
 The same command again goes on: finished cells are skipped, what was under way resumes from its last checkpoint, and failed
-cells are tried again. Runs of other code or another configuration are never mixed in: it stops and says so. anew=true puts
+cells are tried again. Runs of other code, configuration or data are never mixed in: it stops and says so. anew=true puts
 them aside into runs/<name>/old and runs them again.
 """
 

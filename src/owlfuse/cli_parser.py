@@ -64,7 +64,9 @@ def _add_models(commands: Any) -> None:
     export = commands.add_parser("export", help="write a run for transformers, peft and owlfuse", **LAYOUT)
     export.add_argument("run", metavar="RUN", help="a run's folder, or one that was exported or imported")
     export.add_argument("out", metavar="OUT", help="a folder that is written")
-    export.add_argument("overrides", nargs="*", help="merge=true folds LoRA in; layout=released; max_shard_size=5GB")
+    export.add_argument(
+        "overrides", nargs="*", help="merge=true folds LoRA in; layout=released; max_shard_size=5GB; which=best"
+    )
 
     released = commands.add_parser("import", help="read a released mPLUG-Owl1, 2 or 3 checkpoint", **LAYOUT)
     released.add_argument("folder", metavar="FOLDER", help="with a released config.json and weights")
@@ -73,7 +75,9 @@ def _add_models(commands: Any) -> None:
 
     chat = commands.add_parser("chat", help="talk to a model about pictures", **LAYOUT)
     chat.add_argument("folder", metavar="OUT", help="an exported or imported folder, or a run's")
-    chat.add_argument("overrides", nargs="*", metavar="QUESTION", help="without one it is a conversation")
+    chat.add_argument(
+        "overrides", nargs="*", metavar="QUESTION", help="without one it is a conversation; which=best: a run's best checkpoint"
+    )
     chat.add_argument("--image", action="append", default=[], metavar="PATH", help="a picture to ask about; may be repeated")
     chat.add_argument("--max-new-tokens", type=int, default=256, metavar="N")
     chat.add_argument("--temperature", type=float, default=0.0, help="0: the likeliest answer")
@@ -81,7 +85,7 @@ def _add_models(commands: Any) -> None:
     chat.add_argument("--explain", metavar="PNG", help="draw where the (last) answer looked in the pictures, into a file")
 
     demo = commands.add_parser("demo", help="a page in the browser: several models side by side", epilog=DEMO, **LAYOUT)
-    demo.add_argument("folders", nargs="+", metavar="OUT", help="exported or imported folders, or runs'")
+    demo.add_argument("folders", nargs="+", metavar="OUT", help="exported or imported folders, or runs'; which=best")
     demo.add_argument("--host", default="127.0.0.1", metavar="ADDRESS", help="by default only this machine reaches the page")
     demo.add_argument("--port", type=int, metavar="N", help="by default the first free one from 7860 on")
 

@@ -85,6 +85,7 @@ class Root:
     dry_run: bool = False
     plan: dict | None = None  # PlanOptions
     checkpoint: dict | None = None
+    accept_changed_data: bool = False
 
 
 def compose(overrides: list[str], config_dir: str | Path | None = None) -> DictConfig:
@@ -202,6 +203,8 @@ def _on_resume(lines: list[str], run: Path, folders: ConfigFolders) -> Compositi
             raise ConfigError(
                 f"{COMMAND_LINE}: {override.input_line}: a resumed run keeps its experiment and groups; only keys can change"
             )
+        if override.key_or_group in ("name", "runs") and override.value() not in (saved.get(override.key_or_group), run.name):
+            raise ConfigError(f"{COMMAND_LINE}: {override.input_line}: a resumed run stays in its folder, {run}")
     others = [o for o in overrides if o.key_or_group != "experiment"]
     return Composition(ConfigFolders(configs=(run.resolve(),), root="config"), others)
 

@@ -55,6 +55,11 @@ class FirstStepsCheck(Callback):
                 if not indices:
                     raise RuntimeError(f"part {watched.part}: {watched.name} is meant to train, and the optimizer lacks it")
                 self.groups[watched.part] += indices
+        self.rated: set[str] = set()
+        groups = trainer.optimizers[0].param_groups
+        for part in self.pending:
+            if not any(groups[index].get("initial_lr", groups[index]["lr"]) for index in self.groups[part]):
+                raise RuntimeError(f"part {part} is meant to train, and its learning rate (optim.lr, optim.part_lr) is 0")
 
     def on_train_batch_start(self, trainer: Trainer, module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Notes whether the step sees a picture."""
@@ -65,6 +70,8 @@ class FirstStepsCheck(Callback):
         self.due = set()
         for part in self.pending:
             rate = max(optimizer.param_groups[index]["lr"] for index in self.groups[part])
+            if rate > 0:
+                self.rated.add(part)
             if rate > 0 and (part == "llm" or self.picture_seen):
                 self.counted[part] += 1
                 self.due |= {part} if self.counted[part] in (self.steps, self.patience) else set()
@@ -76,9 +83,11 @@ class FirstStepsCheck(Callback):
             self.check(self.due)
 
     def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
-        """A run of fewer steps is checked for what is frozen at its end."""
+        """A run of fewer steps is checked for what is frozen at its end, and for parts that had no step to move in."""
         if not self.frozen_checked:
             self.check(set())
+        if still := sorted(self.pending - self.rated):
+            log.warning("no step had a learning rate above 0 for %s; see optim.warmup_steps", ", ".join(still))
 
     def check(self, parts: set[str]) -> None:
         """Looks at what is frozen, the first time, and at the trained parameters of the parts.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeAlias
 
 import lightning
 import torch
@@ -19,12 +19,14 @@ from owlfuse.data.packing import Padding
 from owlfuse.hub.start import load_base
 from owlfuse.model import MultimodalLM, build_model
 from owlfuse.model_parallel import build_for
-from owlfuse.optim import AdamWCosine
+from owlfuse.optim import AdamWCosine, renew_rates, settings_of
 from owlfuse.parallel import add_up, all_objects, all_rows, clip, data_ranks, divide
 from owlfuse.types import Batch, DataError
 from owlfuse.weights import check_fits, frozen_hashes, kept_names, weights_in
 
 log = logging.getLogger(__name__)
+
+Skips: TypeAlias = Counter[tuple[str, str, str]]
 
 
 class MultimodalModule(lightning.LightningModule):
@@ -42,12 +44,20 @@ class MultimodalModule(lightning.LightningModule):
         self.model_config = model_config
         self.optim = optim
         self.vocab_size = vocab_size
+        self.record: dict[str, Any] = {}
+        """What a checkpoint keeps of the run beside its state (see `owlfuse.resume`)."""
+        self.rates_changed = False
+        """Whether a run that goes on has other keys of `optim` than before."""
+        self.fresh_groups: list[dict[str, Any]] = []
         self.model: Any = None  # the MultimodalLM, from configure_model on
-        self.skipped: list[tuple[str, str, str]] = []
+        self.skipped: Skips = Counter()
+        """How many times each (source, sample, reason) was left out."""
         self.truncated: dict[str, int] = {}
         self.notes = NotesLog()
-        self.counted: tuple[list[tuple[str, str, str]], dict[str, int]] = ([], {})
+        self.counted: tuple[Skips, dict[str, int]] = (Counter(), {})
         """`skipped` and `truncated` at the last whole step, which a checkpoint goes on from."""
+        self.updated_at: int | None = None
+        """The trainer's step when the last update of the weights began; the step rises when the update is done."""
         self.loss_sum: Any = 0.0
         self.token_count: Any = 0
         self.images = 0
@@ -90,35 +100,43 @@ class MultimodalModule(lightning.LightningModule):
             self.truncated[source] = self.truncated.get(source, 0) + 1
             log.info("truncated %s by %d turns (%d of source %s so far)", sample, turns, self.truncated[source], source)
         for source, sample, reason in batch.skipped:
-            self.skipped.append((source, sample, reason))
-            count = sum(skip[0] == source for skip in self.skipped)
+            self.skipped[source, sample, reason] += 1
+            count = distinct_samples(self.skipped)[source]
             log.warning("skipped %s (%d of source %s so far): %s", sample, count, source, reason)
             limit = self.datamodule.sources[source].max_skips
             if count > limit:
                 raise DataError(f"source {source} had {count} wrong samples, over its max_skips of {limit}; the last: {reason}")
 
     def check_skips(self, counts: list[float]) -> None:
-        """Raises DataError, on every rank, where the ranks together skipped more of a source than its `max_skips`."""
-        for (name, source), count in zip(self.datamodule.sources.items(), counts, strict=True):
-            if count > source.max_skips:
+        """Raises DataError, on every rank, where the ranks together skipped more samples of a source than its `max_skips`.
+
+        Args:
+            counts: of each source, the ranks' own counts added up. A sample that several ranks met is in them several times,
+                so that the samples themselves are compared where this sum is over the limit.
+        """
+        limits = [source.max_skips for source in self.datamodule.sources.values()]
+        if all(count <= limit for count, limit in zip(counts, limits, strict=True)):
+            return
+        samples = distinct_samples(self.over_ranks(self.skipped, {})[0])
+        for name, limit in zip(self.datamodule.sources, limits, strict=True):
+            if samples[name] > limit:
                 raise DataError(
-                    f"source {name} had {int(count)} wrong samples on all ranks together, over its max_skips of "
-                    f"{source.max_skips}; each is in the log of its rank"
+                    f"source {name} had {samples[name]} wrong samples on all ranks together, over its max_skips of {limit}; "
+                    "each is in the log of its rank"
                 )
 
-    def over_ranks(
-        self, skipped: list[tuple[str, str, str]], truncated: dict[str, int]
-    ) -> tuple[list[tuple[str, str, str]], dict[str, int]]:
+    def over_ranks(self, skipped: Skips, truncated: dict[str, int]) -> tuple[Skips, dict[str, int]]:
         """What every rank has skipped and truncated, put together."""
-        ranks = all_objects(self.trainer, (skipped, truncated))
+        all_skips: Skips = Counter()
         counts: Counter[str] = Counter()
-        for _, cut in ranks:
-            counts.update(cut)
-        return [skip for skips, _ in ranks for skip in skips], dict(counts)
+        for rank_skips, rank_cuts in all_objects(self.trainer, (skipped, truncated)):
+            all_skips.update(rank_skips)
+            counts.update(rank_cuts)
+        return all_skips, dict(counts)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Divides the gradients by the supervised tokens of the global batch, and logs its loss and its share of padding."""
-        skips = Counter(source for source, _, _ in self.skipped)
+        skips = distinct_samples(self.skipped)
         counts = [self.images, self.padding.tokens, self.padding.unpacked, self.padding.positions]
         counts += [skips[source] for source in self.datamodule.sources]
         row = torch.stack([self.loss_sum.double(), self.token_count.double(), *torch.tensor(counts).to(self.loss_sum.double())])
@@ -126,7 +144,6 @@ class MultimodalModule(lightning.LightningModule):
         loss_sum, tokens, _, *padding = rows[:, :6].sum(0).to(self.loss_sum)
         for name, share in Padding(*padding).shares().items():
             self.log(f"data/{name}", share)
-        self.padded.include(*rows.sum(0)[3:6])
         if (
             len(rows) > 1 and self.trainer.global_step % self.trainer.log_every_n_steps == 0  # type: ignore[attr-defined]  # Lightning sets it
         ):  # reading them waits for the device
@@ -137,7 +154,8 @@ class MultimodalModule(lightning.LightningModule):
         divide(gradients_of(optimizer), tokens)
         self.log("train/loss", loss_sum / tokens, prog_bar=True)
         self.loss_sum, self.token_count, self.images, self.padding = 0.0, 0, 0, Padding()
-        self.counted = list(self.skipped), dict(self.truncated)
+        self.padded.include(*rows.sum(0)[3:6])
+        self.counted = Counter(self.skipped), dict(self.truncated)
 
     def log_census(self, images: Tensor) -> None:
         """Which ranks had images in a step: images (ranks,)."""
@@ -158,6 +176,12 @@ class MultimodalModule(lightning.LightningModule):
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
         elif gradient_clip_val:
             self.log("train/grad_norm", clip(gradients_of(optimizer), gradient_clip_val))
+        self.updated_at = self.trainer.global_step  # Lightning calls nothing of ours between this and the update
+
+    @property
+    def updating(self) -> bool:
+        """Whether an error now finds weights of which some are already those of the next step."""
+        return self.updated_at == self.trainer.global_step
 
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Loss per supervised token of the validation sources, `<source>/loss`."""
@@ -175,7 +199,21 @@ class MultimodalModule(lightning.LightningModule):
 
     def configure_optimizers(self) -> Any:
         """See `AdamWCosine`."""
-        return self.optim.build(self.model, self.trainer.max_steps)
+        built = self.optim.build(self.model, self.trainer.max_steps)
+        self.fresh_groups = settings_of(built["optimizer"])
+        return built
+
+    def on_train_start(self) -> None:
+        """A run that goes on gets the rates of the configuration as it is now; what a checkpoint brought are those of then."""
+        if self.trainer.global_step:
+            scheduler = self.trainer.lr_scheduler_configs[0].scheduler
+            change = renew_rates(scheduler, self.fresh_groups if self.rates_changed else None)
+            if change is not None and self.trainer.is_global_zero:
+                log.warning(
+                    "the learning rate at step %d is %.3g by the schedule until now and %.3g by the one from here on "
+                    "(max_steps=%d)",
+                    *(self.trainer.global_step, *change, self.trainer.max_steps),
+                )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Frozen weights stay out but for their hash; what was skipped and truncated until the last whole step goes in."""
@@ -184,7 +222,10 @@ class MultimodalModule(lightning.LightningModule):
             kept = {f"model.{name}" for name in kept_names(self.model)}
             checkpoint["state_dict"] = {name: value for name, value in checkpoint["state_dict"].items() if name in kept}
             checkpoint["frozen"] = self.frozen
-        checkpoint["skipped"], checkpoint["truncated"] = self.over_ranks(*self.counted)
+        skipped, checkpoint["truncated"] = self.over_ranks(*self.counted)
+        checkpoint["skipped"] = [[*skip, times] for skip, times in skipped.items()]
+        checkpoint["run"] = self.record
+        checkpoint["step_positions"] = self.datamodule.step_positions.changes
         checkpoint["padded"] = self.padded.counts()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -193,15 +234,21 @@ class MultimodalModule(lightning.LightningModule):
         if "state_dict" in checkpoint:
             check_fits(self.model, weights_in(checkpoint), checkpoint.get("frozen", {}))
         if self.trainer.is_global_zero:  # the checkpoint has those of all ranks
-            self.skipped = [tuple(skip) for skip in checkpoint.get("skipped", [])]
+            for source, sample, reason, *times in checkpoint.get("skipped", []):  # once had a row for each time
+                self.skipped[source, sample, reason] += times[0] if times else 1
             self.truncated = dict(checkpoint.get("truncated", {}))
-        self.counted = list(self.skipped), dict(self.truncated)
+        self.counted = Counter(self.skipped), dict(self.truncated)
         self.padded = Padding(*checkpoint.get("padded", ()))
         progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
         done = checkpoint["global_step"] * self.trainer.accumulate_grad_batches
         for count in ("ready", "started", "processed", "completed"):
             progress["current"][count] = progress["total"][count] = done
         progress["is_last_batch"] = False
+
+
+def distinct_samples(skipped: Skips) -> Counter[str]:
+    """How many samples of each source were skipped, however often each was drawn."""
+    return Counter(source for source, _ in {(source, sample) for source, sample, _ in skipped})
 
 
 def gradients_of(optimizer: torch.optim.Optimizer) -> list[Tensor]:

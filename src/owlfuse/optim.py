@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal
@@ -9,6 +10,7 @@ from typing import Any, Literal
 import torch
 from timm.optim import Muon, muon
 from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import get_cosine_with_min_lr_schedule_with_warmup
 
 from owlfuse.adapters import PARTS, Part
@@ -53,13 +55,19 @@ class AdamWCosine:
         decay.
 
         Raises:
-            ValueError: `layer_decay` for a part without layers.
+            ValueError: `layer_decay` for a part without layers; a part that is meant to train at a rate that is not above 0.
         """
         groups = []
         for part in PARTS:
             own_lr = self.part_lr.get(part)
             peak = self.lr if own_lr is None else own_lr
             for own_name, scale, trained in self.layers(model.part(part)):
+                if trained and not 0 < peak * scale < math.inf:
+                    key = "lr" if own_lr is None else f"part_lr.{part}"
+                    raise ValueError(
+                        f"optim.{key}: the learning rate of {own_name} is {peak * scale:g}, and it is meant to train; give a "
+                        f"rate above 0, or model/adapter@model.adapter.{part}=frozen"
+                    )
                 for decay in (True, False):
                     parameters = [p for n, p in trained.items() if has_decay(n, p) == decay]
                     for index, own in enumerate(by_kind(parameters)):
@@ -154,6 +162,42 @@ class MuonOfType(Muon):
             return super().step(closure)
         finally:
             muon.zeropower_via_newtonschulz = plain
+
+
+def settings_of(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
+    """What each parameter group has beside its parameters and its rate of the moment."""
+    return [{key: value for key, value in group.items() if key not in ("params", "lr")} for group in optimizer.param_groups]
+
+
+def renew_rates(scheduler: Any, settings: list[dict[str, Any]] | None = None) -> tuple[float, float] | None:
+    """Sets the rates that the schedule has at its step. A checkpoint brings those that its own schedule had, and only the step
+    after it would have the new ones.
+
+    Args:
+        settings: those of the groups (`settings_of`) to take in the place of the checkpoint's.
+
+    Returns:
+        The old and the new rate of the group that changes most, None where none does.
+
+    Raises:
+        ValueError: a schedule that is no function of the step.
+    """
+    if not isinstance(scheduler, LambdaLR):
+        if settings is None:
+            return None
+        raise ValueError(f"optim: a {type(scheduler).__name__} cannot go on with other rates; begin another run")
+    groups = scheduler.optimizer.param_groups
+    for group, given in zip(groups, settings or [{}] * len(groups), strict=True):
+        group.update(given)
+    base_lrs = [float(group["initial_lr"]) for group in groups]
+    before = [float(group["lr"]) for group in groups]
+    after = [base * rate(scheduler.last_epoch) for base, rate in zip(base_lrs, scheduler.lr_lambdas, strict=True)]
+    for group, lr in zip(groups, after, strict=True):
+        group["lr"] = lr
+    scheduler.base_lrs = [*base_lrs]
+    scheduler._last_lr = [*after]  # what get_last_lr gives, for which torch has no setter
+    changes = [(abs(new - old) / max(new, old), old, new) for old, new in zip(before, after, strict=True) if new != old]
+    return max(changes)[1:] if changes and max(changes)[0] > 1e-6 else None
 
 
 def has_decay(name: str, parameter: nn.Parameter) -> bool:

@@ -30,7 +30,7 @@ from owlfuse.hub.export import export, load_run
 from owlfuse.identity import flat
 from owlfuse.model import PARTS, MultimodalLM, on_meta
 from owlfuse.recipe_tables import print_plans, print_results, print_stages
-from owlfuse.runs import NAME, last_checkpoint, place
+from owlfuse.runs import NAME, in_use, last_checkpoint, place
 from owlfuse.types import DataError
 
 FREE = {"pretrained", "weights", "gguf_file", "architecture", "dtype", "attention", "gradient_checkpointing", "checkpointing"}
@@ -213,7 +213,11 @@ def run_stage(stage: Stage, start: Path | None, words: list[str]) -> None:
         config = compose([f"resume={stage.folder}", *words])
     else:
         if first and stage.folder.exists():  # it was stopped before its first checkpoint
-            stage.folder.rename(stage.folder.with_name(f"{stage.name}.{datetime.now():%Y-%m-%d_%H-%M-%S}"))
+            with in_use(stage.folder, resume=True):  # and no other process is at it
+                pass
+            aside = stage.folder.with_name(f"{stage.name}.{datetime.now():%Y-%m-%d_%H-%M-%S}")
+            if stage.folder.exists():
+                stage.folder.rename(aside)
         config = stage.config
         start_from(config, start)
     if first:

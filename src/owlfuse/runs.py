@@ -2,51 +2,181 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import hashlib
+import itertools
 import json
 import logging
 import os
 import shutil
+import socket
 import zipfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
 from owlfuse.config import ConfigError, origin_of
+from owlfuse.types import DataError
 
 log = logging.getLogger(__name__)
 
 NAME = "OWLFUSE_RUN_NAME"  # of the environment
+BEST = "best.ckpt"
+WHICH = ("last", "best")
+"""Which of a run's checkpoints is read."""
+LOCK = ".in_use"
+"""Of a run's folder, while a process trains it: who does."""
+BEGUN: tuple[str, ...] = (
+    "config.yaml",
+    "metrics.csv",
+    "hparams.yaml",
+    "events.out.tfevents.*",
+    "progress.json",
+    "mixture.json",
+    "before.json",
+)
+BEGUN += ("answers_before.jsonl",)
+"""What a run writes before its first checkpoint."""
 
 
 def run_folder(config: DictConfig) -> Path:
-    """Where the run lies; nothing is written yet.
+    """Where the run lies. A folder that is named by the time is made here, so that no other run gets the same.
 
     Raises:
-        ConfigError: a name that is taken.
+        DataError: the folder for runs cannot be written into.
     """
     if config.resume:
         return Path(config.resume)
-    if getattr(rank_zero_only, "rank", 0) == 0:
-        os.environ[NAME] = config.name or datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+    runs = Path(config.runs).expanduser() / config.experiment
+    if is_first_rank():
+        os.environ[NAME] = config.name or make_timed_folder(runs).name
     name = os.environ.get(NAME) or config.name or "unnamed"  # ranks that the first one starts inherit its name
-    folder = Path(config.runs).expanduser() / config.experiment / name
-    if getattr(rank_zero_only, "rank", 0) == 0 and (folder / "config.yaml").exists():
+    return runs / name
+
+
+def is_first_rank() -> bool:
+    """Whether this process writes what there is one of."""
+    return getattr(rank_zero_only, "rank", 0) == 0
+
+
+def make_timed_folder(runs: Path) -> Path:
+    """A new folder named by the time, and by a number where other runs began in the same second. Raises DataError."""
+    now = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+    for number in itertools.count(1):
+        folder = runs / (now if number == 1 else f"{now}_{number}")
+        try:
+            runs.mkdir(parents=True, exist_ok=True)
+            folder.mkdir()
+            return folder
+        except FileExistsError:
+            if not runs.is_dir():
+                raise DataError(f"runs: {runs} is no folder") from None
+        except OSError as error:
+            raise DataError(f"runs: {folder} cannot be made: {error.strerror}") from error
+    raise AssertionError("the numbers have no end")
+
+
+@contextmanager
+def in_use(folder: Path, resume: bool) -> Iterator[None]:
+    """Holds the run's folder against every other process as long as the block lasts; on the first rank alone. The system
+    itself lets go of what a process held that has died.
+
+    Raises:
+        ConfigError: another process holds it, or a new run would write over one that is there.
+        DataError: it cannot be written into.
+    """
+    if not is_first_rank():
+        yield
+        return
+    path = folder / LOCK
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = open_locked(path)
+    except BlockingIOError:
+        raise ConfigError(f"{folder} is in use by {holder(path)}; wait until it ends, or choose another name=") from None
+    except OSError as error:
+        raise DataError(f"runs: {folder} cannot be written into: {error.strerror}") from error
+    with lock:
+        lock.truncate(0)
+        facts = {"pid": os.getpid(), "host": socket.gethostname(), "since": datetime.now().isoformat(" ", "seconds")}
+        lock.write(json.dumps(facts) + "\n")
+        lock.flush()
+        try:
+            if not resume:
+                check_free(folder)
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+            with suppress(OSError):
+                folder.rmdir()  # what was refused before it began leaves nothing
+
+
+def open_locked(path: Path) -> TextIO:
+    """The file, opened and locked. Raises BlockingIOError where another process has locked it."""
+    while True:
+        lock = path.open("a+", encoding="utf-8")
+        try:
+            # of the process, not of what it forks: data workers that outlive a killed run hold nothing
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            lock.close()
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                raise BlockingIOError(*error.args) from error
+            raise
+        if path.exists() and os.path.samestat(path.stat(), os.fstat(lock.fileno())):
+            return lock
+        lock.close()  # who held it has ended in between and taken the file away
+
+
+def holder(path: Path) -> str:
+    """Who holds a lock, in words."""
+    try:
+        facts = json.loads(path.read_text(encoding="utf-8"))
+        return f"process {facts['pid']} on {facts['host']} since {facts['since']}"
+    except (OSError, ValueError, KeyError, TypeError):
+        return "another process"  # which is about to write or to end
+
+
+def check_free(folder: Path) -> None:
+    """Clears the folder of a run that ended before its first checkpoint. Raises ConfigError for a run with more in it."""
+    if not (folder / "config.yaml").exists():
+        return
+    if checkpoints_of(folder / "checkpoints") or (folder / "results.json").exists():
         raise ConfigError(f"name: the run {folder} exists; choose another name=, or go on with it by resume={folder}")
-    return folder
+    print(f"{folder} was begun and has no checkpoint yet, so it begins anew")
+    remove(folder / "checkpoints")
+    for pattern in BEGUN:
+        for path in folder.glob(pattern):
+            path.unlink()
 
 
 @rank_zero_only
-def write_config(config: DictConfig, folder: Path) -> None:
-    """On the first rank: makes the folder and writes the resolved configuration, from which the run can be repeated."""
+def write_config(config: DictConfig, folder: Path, changes: Sequence[dict[str, Any]] = ()) -> None:
+    """On the first rank: makes the folder and writes the resolved configuration, from which the run can be repeated.
+
+    Args:
+        changes: what of it was otherwise until which step (see `resume`), written as comments.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    saved = OmegaConf.create(OmegaConf.to_container(config, resolve=True))
+    saved: Any = OmegaConf.create(OmegaConf.to_container(config, resolve=True))
     saved.resume = None
     saved.name = folder.name
-    OmegaConf.save(saved, folder / "config.yaml")
+    if saved.get("accept_changed_data"):
+        saved.accept_changed_data = False  # it was said of the data of now
+    lines = [
+        f"# until step {change['step']}: {key} was {before}, then {after}\n"
+        for change in changes
+        for key, (before, after) in change["changes"].items()
+    ]
+    beside = folder / "config.yaml.part"
+    beside.write_text("".join(lines) + OmegaConf.to_yaml(saved), encoding="utf-8")
+    beside.replace(folder / "config.yaml")
 
 
 def write_mixture(folder: Path, report: dict[str, Any]) -> None:
@@ -67,13 +197,43 @@ def last_checkpoint(folder: Path) -> Path:
         if wrong is None:
             for line in bad:
                 log.warning("%s; going on from %s, the one before", line, path.name)
-            best = path.parent / "best.ckpt"
+            best = path.parent / BEST
             if best.with_suffix(".json").exists() and (wrong := what_is_wrong(best)):
                 log.warning("checkpoint %s %s; the next validation that is better writes it anew", best, wrong)
             return path
         bad.append(f"checkpoint {path} {wrong}")
-    why = "; ".join(bad) if bad else f"{folder} has no checkpoint in checkpoints/"
-    raise ConfigError(f"resume: {why}; start it anew with another name=")
+    if not bad:
+        raise ConfigError(f"resume: {folder} has no checkpoint in checkpoints/; begin it again by the command that began it")
+    raise ConfigError(f"resume: {'; '.join(bad)}; start it anew with another name=")
+
+
+def chosen_checkpoint(folder: Path, which: str) -> Path:
+    """The newest good checkpoint (`last`), or that of the lowest validation loss (`best`). Raises ConfigError."""
+    check_which(which)
+    if which == "last":
+        return last_checkpoint(folder)
+    best = folder / "checkpoints" / BEST
+    if not best.exists():
+        raise ConfigError(f"which=best: {folder} has no {BEST}, as a run without a validation has none; take which=last")
+    if wrong := what_is_wrong(best):
+        raise ConfigError(f"which=best: checkpoint {best} {wrong}; take which=last")
+    return best
+
+
+def split_which(words: list[str]) -> tuple[str, list[str]]:
+    """The value of `which=` among a command's words, `last` where there is none, and the other words. Raises ConfigError."""
+    values = [word.partition("=")[2] for word in words if word.startswith("which=")]
+    which = values[-1] if values else "last"
+    check_which(which)
+    return which, [word for word in words if not word.startswith("which=")]
+
+
+def check_which(which: str, of_run: bool = True) -> None:
+    """Raises ConfigError for another word than those that name a checkpoint, and for a choice where there is none."""
+    if which not in WHICH:
+        raise ConfigError(f"command line: which={which}: expected {' or '.join(WHICH)}")
+    if which != "last" and not of_run:
+        raise ConfigError(f"command line: which={which}: an exported folder has no checkpoints; name a run's folder")
 
 
 def checkpoints_of(folder: Path) -> list[Path]:

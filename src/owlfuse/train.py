@@ -1,7 +1,9 @@
 """config -> data -> module -> trainer.fit -> evaluation."""
 
+import logging
 import time
 from pathlib import Path
+from typing import Any
 
 import lightning
 from omegaconf import DictConfig
@@ -9,39 +11,64 @@ from omegaconf import DictConfig
 from owlfuse.build import build
 from owlfuse.config import ConfigError
 from owlfuse.config_plain import to_dict
+from owlfuse.data.identity import data_identity
 from owlfuse.evaluation import write_results
 from owlfuse.hub.start import adopt_parts
+from owlfuse.identity import data_hash, weights_identity
 from owlfuse.model import on_meta
 from owlfuse.model_parallel import as_trained
 from owlfuse.module import MultimodalModule
 from owlfuse.parallel import check_strategy, evaluates, naming_step
 from owlfuse.plan import dry_run
+from owlfuse.resume import changed_keys, check_identity, read_past, recorded
 from owlfuse.run_data import build_data, save_tokenizer
-from owlfuse.runs import last_checkpoint, place, run_folder, write_config, write_mixture
-from owlfuse.trainer import cost_of, make_trainer, raise_if_stopped, signals_given_back
+from owlfuse.runs import in_use, is_first_rank, last_checkpoint, place, run_folder, write_config, write_mixture
+from owlfuse.signals import signals_end_the_run
+from owlfuse.trainer import cost_of, make_trainer, raise_if_stopped
 from owlfuse.types import DataError
 from owlfuse.weights import needs_base
 
+log = logging.getLogger(__name__)
 
-def run(config: DictConfig) -> Path | None:
+
+def run(config: DictConfig, data_digest: str | None = None) -> Path | None:
     """Trains what the configuration says, evaluates it, and returns the run's folder; with `dry_run` it prints a plan instead.
+
+    Args:
+        data_digest: what the data and the weights that it starts from must be known by (`identity.data_hash`), where the run is
+            one of several that are to have the same.
 
     Raises:
         ConfigError, DataError: parts that do not fit together, before a weight is made; what is wrong with the data.
-        KeyboardInterrupt: after Ctrl-C, with a checkpoint left in the run.
+        KeyboardInterrupt: after Ctrl-C or SIGTERM, with a checkpoint left in the run.
     """
-    began = time.monotonic()
-    checkpoint = last_checkpoint(Path(config.resume)) if config.resume else None
     if config.get("init_from") and not config.resume:
         adopt_parts(config)
     if config.get("dry_run"):
         dry_run(config)
         return None
+    with signals_end_the_run():
+        folder = run_folder(config)
+        with in_use(folder, bool(config.resume)):
+            train(config, folder, data_digest)
+    return folder
+
+
+def train(config: DictConfig, folder: Path, data_digest: str | None) -> None:
+    """Trains and evaluates in a folder that this process holds. Raises as `run`."""
+    began = time.monotonic()
+    checkpoint = last_checkpoint(folder) if config.resume else None
+    past = read_past(checkpoint) if checkpoint else None
+    changes = changed_keys(past, config) if past else {}
+    rates_changed = any(key.startswith("optim.") for key in changes)
     plain = to_dict(config)
     try:
         plan, _ = on_meta(plain["model"], vocab_size=1024)
-        optim, evaluation, folder = build(config.optim), build(config.evaluation), run_folder(config)
+        optim, evaluation = build(config.optim), build(config.evaluation)
+        optim.groups(plan)  # which refuses a rate of 0 for what is to train
         data = build_data(config)
+        if past:
+            data.go_on(past.step, past.positions)
         data.bind(plan.vision.preprocessing, plan.fusion.tokens_per_image)
         trainer = make_trainer(config, data, folder, checkpoint)
         check_strategy(trainer, plan.llm, checkpoint)
@@ -49,24 +76,73 @@ def run(config: DictConfig) -> Path | None:
         raise
     except ValueError as error:
         raise ConfigError(place(config, str(error))) from error
+    identity = {**data_identity(data.sources, data.validation), **weights_identity(plain)} if is_first_rank() else {}
+    if past and identity:
+        changes |= check_identity(past, identity, config)
+        identity = {**past.identity, **identity}  # of what is no longer there, as a base whose weights are all trained
+    if data_digest and identity and data_hash(identity) != data_digest and not config.get("accept_changed_data"):
+        raise DataError(
+            "the data have changed since the ablation began; give the same back, or go on with these by "
+            "accept_changed_data=true"
+        )
+    history = recorded(past, changes)
     lightning.seed_everything(config.seed, workers=True, verbose=False)
     init_from = config.get("init_from") if checkpoint is None or needs_base(checkpoint) else None
     module = MultimodalModule(plain["model"], optim, data.vocab_size, init_from)
-    write_config(config, folder)
+    module.rates_changed = rates_changed
+    module.record = {"config": plain, "changes": history, "identity": identity}
+    write_config(config, folder, history)
     save_tokenizer(data.tokenizer, folder)
-    with naming_step(trainer), signals_given_back():
-        trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True)
+    fit(trainer, module, data, checkpoint, folder)
     left_out = module.over_ranks(module.skipped, module.truncated)
     if trainer.is_global_zero:
         report = data.report(trainer.global_step, *left_out, module.padded)
         write_mixture(folder, report)
     raise_if_stopped(trainer, folder)
     if evaluates(trainer):
-        with as_trained(trainer):
-            metrics, answers = evaluation(module.model, data, folder)
+        try:
+            with as_trained(trainer):
+                metrics, answers = evaluation(module.model, data, folder)
+        except KeyboardInterrupt:
+            if trainer.is_global_zero:
+                print(f"stopped while evaluating; the training is done, so go on with: owlfuse eval {folder}")
+            raise
     if trainer.is_global_zero:
         write_mixture(folder, report | {"validation": data.validation_report()})
-        write_results(folder, config, trainer.global_step, metrics, cost_of(trainer, evaluation), time.monotonic() - began)
+        cost, seconds = cost_of(trainer, evaluation), time.monotonic() - began
+        write_results(folder, config, trainer.global_step, metrics, cost, seconds, module.record, evaluation.counts)
         evaluation.write(folder, metrics, answers, f"{config.experiment}, {trainer.global_step} steps")
         print(f"everything of this run is in {folder}")
-    return folder
+
+
+def fit(trainer: Any, module: MultimodalModule, data: Any, checkpoint: Path | None, folder: Path) -> None:
+    """Trains, and leaves mixture.json behind an error too.
+
+    Raises:
+        DataError: what is wrong with the data; a data worker that was ended.
+        KeyboardInterrupt: in the place of the exit that Lightning makes of it.
+    """
+    try:
+        with naming_step(trainer):
+            trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True)
+    except SystemExit:
+        raise KeyboardInterrupt from None
+    except Exception as error:
+        leave_mixture(trainer, module, data, folder, error)
+        failure = data.data_workers.failure()
+        if failure and not isinstance(error, DataError):
+            raise DataError(f"{failure}, after step {trainer.global_step}; go on with resume={folder}") from error
+        raise
+
+
+def leave_mixture(trainer: Any, module: MultimodalModule, data: Any, folder: Path, error: Exception) -> None:
+    """mixture.json of the whole steps of a run that an error ends; of several processes, with the first one's skips alone."""
+    if not trainer.is_global_zero:
+        return
+    try:
+        report = data.report(trainer.global_step, *module.counted, module.padded)
+    except DataError as missing:  # its files may be what is wrong
+        log.error("mixture.json is not written: %s", missing)
+        return
+    ended = {"ended_by": " ".join(str(error).split())[:600]}
+    write_mixture(folder, report | ended | ({"skips_of_ranks": 1} if trainer.world_size > 1 else {}))

@@ -6,8 +6,6 @@ import csv
 import signal
 import sys
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -91,13 +89,15 @@ def raise_if_stopped(trainer: Any, folder: Path) -> None:
     """Raises KeyboardInterrupt after a fit that Ctrl-C ended, and says how to go on."""
     if any(isinstance(callback, StopOnSignal) and callback.stopped for callback in trainer.callbacks):
         if trainer.is_global_zero:
-            print(f"stopped at step {trainer.global_step}; go on with: owlfuse train resume={folder}")
+            steps = trainer.global_step
+            how = f"go on with: owlfuse train resume={folder}" if steps else "nothing is learned yet, so begin it again"
+            print(f"stopped at step {steps}; {how}")
         raise KeyboardInterrupt
 
 
 def make_callbacks(checkpoint: DictConfig | None, watched: str | None) -> list[Callback]:
     """Progress, learning rates, signals, a look at the first steps, checkpoints, and the best by the metric `watched`."""
-    callbacks: list[Callback] = [LoggedStep(), TQDMProgressBar(refresh_rate=5), LearningRateMonitor("step"), StopOnSignal()]
+    callbacks: list[Callback] = [LoggedStep(), StepsBar(refresh_rate=5), LearningRateMonitor("step"), StopOnSignal()]
     checkpoints = build(checkpoint) if checkpoint else Checkpoints()
     callbacks += [FirstStepsCheck(), Cost(), checkpoints]
     return [*callbacks, Best(watched, checkpoints.writes)] if watched else callbacks
@@ -115,15 +115,26 @@ def evaluating_first(config: DictConfig, folder: Path) -> list[Callback]:
     return [BeforeTraining(build(config.evaluation), folder)] if asked else []
 
 
-@contextmanager
-def signals_given_back() -> Iterator[None]:
-    """Afterwards Ctrl-C and SIGTERM do what they did before. Lightning, when it ends, puts the callback's handlers back."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+class StepsBar(TQDMProgressBar):
+    """Counts optimizer steps, as `max_steps` does, however many micro batches each takes."""
+
+    @property
+    def total_train_batches(self) -> int:
+        """Of the whole run."""
+        return self.trainer.max_steps
+
+    def on_train_epoch_start(self, trainer: Trainer, *_: Any) -> None:
+        """A run that goes on begins where it was."""
+        super().on_train_epoch_start(trainer, *_)
+        self.train_progress_bar.initial = self.train_progress_bar.n = trainer.global_step
+        self.train_progress_bar.set_description("steps")
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Moves when a step is whole."""
+        if (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
+            super().on_train_batch_end(trainer, pl_module, outputs, batch, trainer.global_step - 1)
 
 
 class LoggedStep(Callback):
@@ -135,10 +146,12 @@ class LoggedStep(Callback):
 
 
 class StopOnSignal(Callback):
-    """The first Ctrl-C (or SIGTERM), to any rank, ends the run after the step it is in, the second at once."""
+    """The first Ctrl-C (or SIGTERM), to any rank, ends the run after the step it is in, a second Ctrl-C at once. Further
+    SIGTERMs change nothing: `timeout` and SLURM send more than one."""
 
     def __init__(self) -> None:
         self.stopped = False
+        self.workers_watched = False
         self.handlers: dict[int, Any] = {}
 
     def on_fit_start(self, trainer: Trainer, module: LightningModule) -> None:
@@ -152,16 +165,27 @@ class StopOnSignal(Callback):
 
     def stop_after_step(self, number: int, frame: Any) -> None:
         """The signals' handler."""
+        if self.stopped and number == signal.SIGTERM:
+            return
         if self.stopped:
             self.restore_handlers()
             raise KeyboardInterrupt
         self.stopped = True
         print("\nstopping after this step; once more stops at once", file=sys.stderr, flush=True)
 
+    def on_train_batch_start(self, trainer: Trainer, module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Has a worker that dies noticed where the next batch is fetched: torch's handler for SIGCHLD raises wherever the
+        training is, in the middle of an update of the weights too."""
+        if not self.workers_watched:
+            self.handlers.setdefault(signal.SIGCHLD, signal.signal(signal.SIGCHLD, signal.SIG_DFL))
+            self.workers_watched = True
+
     def on_train_batch_end(self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Ends the run between two optimizer steps, never inside one, and after the same step on all ranks."""
         if (batch_idx + 1) % trainer.accumulate_grad_batches == 0 and any_rank(trainer, self.stopped):
             self.stopped = trainer.should_stop = True
+            if (batch_idx + 1) % int(trainer.val_check_interval):
+                trainer.limit_val_batches = 0  # Lightning validates when it stops, where a run never stopped would not
 
     def on_exception(self, trainer: Trainer, module: LightningModule, exception: BaseException) -> None:
         """Ends the progress bar's line, so that the error has its own."""

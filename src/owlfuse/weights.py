@@ -17,7 +17,7 @@ from owlfuse.deferred import Deferred, in_memory_after_all
 from owlfuse.model import MultimodalLM, build_model
 from owlfuse.model_parallel import Shards
 from owlfuse.parallel_checkpoints import META
-from owlfuse.runs import last_checkpoint
+from owlfuse.runs import chosen_checkpoint
 from owlfuse.stored import Pickled
 from owlfuse.types import DataError
 
@@ -108,9 +108,11 @@ def needs_base(path: Path) -> bool:
     return path.is_dir() or bool(read(path)[1].get("frozen"))
 
 
-def load_run_model(folder: Path, config: dict[str, Any], vocab_size: int) -> tuple[MultimodalLM, dict[str, Any]]:
-    """The model of a run's newest good checkpoint, its frozen weights made anew as training made them, and of the checkpoint
-    what `read` gives. Within `Deferred` the model has no memory.
+def load_run_model(
+    folder: Path, config: dict[str, Any], vocab_size: int, which: str = "last"
+) -> tuple[MultimodalLM, dict[str, Any]]:
+    """The model of a run's newest good checkpoint, or of its best (see `runs.chosen_checkpoint`), its frozen weights made anew
+    as training made them, and of the checkpoint what `read` gives. Within `Deferred` the model has no memory.
 
     Raises:
         ConfigError: the run has no good checkpoint.
@@ -118,7 +120,7 @@ def load_run_model(folder: Path, config: dict[str, Any], vocab_size: int) -> tup
     """
     from owlfuse.hub.start import load_base  # which imports what reads a run
 
-    weights, checkpoint = read(last_checkpoint(folder))
+    weights, checkpoint = read(chosen_checkpoint(folder, which))
     frozen = checkpoint.get("frozen", {})
     lightning.seed_everything(config["seed"], workers=True, verbose=False)
     init_from = config.get("init_from") if frozen else None

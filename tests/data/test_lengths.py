@@ -13,6 +13,7 @@ from owlfuse.data.formats.alpaca import Alpaca
 from owlfuse.data.formats.captions import Captions
 from owlfuse.data.formats.llava import LLaVA
 from owlfuse.data.lengths import FOLDER, count_lengths, kept_path
+from owlfuse.data.positions import StepPositions
 from owlfuse.data.weighting import make_mixture
 from owlfuse.types import DataError
 from owlfuse.vision import Preprocessing
@@ -114,11 +115,14 @@ def test_a_temperature_weighs_by_supervised_tokens_where_the_shares_are_of_token
     one = module.Lengths(np.full(40, 9), np.full(40, 9), {})
     two = module.Lengths(np.full(40, 1), np.full(40, 1), {})
     sources, lengths = {"a": source, "b": other}, {"a": one, "b": two}
-    assert [float(s) for s in make_mixture(sources, 0, 8, temperature=1.0, lengths=lengths).shares] == [0.9, 0.1]
-    assert [float(s) for s in make_mixture(sources, 0, 8, temperature=2.0, lengths=lengths).shares] == pytest.approx(
-        [0.75, 0.25]
-    )
-    assert [float(s) for s in make_mixture(sources, 0, 8, temperature=2.0).shares] == [0.5, 0.5]
+    assert [float(s) for s in make_mixture(sources, 0, StepPositions.of(8), temperature=1.0, lengths=lengths).shares] == [
+        0.9,
+        0.1,
+    ]
+    assert [
+        float(s) for s in make_mixture(sources, 0, StepPositions.of(8), temperature=2.0, lengths=lengths).shares
+    ] == pytest.approx([0.75, 0.25])
+    assert [float(s) for s in make_mixture(sources, 0, StepPositions.of(8), temperature=2.0).shares] == [0.5, 0.5]
 
 
 @pytest.mark.parametrize(

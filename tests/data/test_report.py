@@ -17,6 +17,7 @@ from owlfuse.data.formats.messages import Messages
 from owlfuse.data.formats.parquet import Parquet
 from owlfuse.data.formats.webdataset import WebDataset
 from owlfuse.data.mixture import Mixture
+from owlfuse.data.positions import StepPositions
 from owlfuse.data.report import mixture_report
 
 IDS = ["a", "b", None, "a", "c", "b", "a", 2, "d"]
@@ -118,7 +119,7 @@ def test_what_is_left_of_the_last_pass_is_what_was_not_drawn_in_it(tmp_path):
         sources[name].name = name
     mixture = Mixture({n: len(s) for n, s in sources.items()}, {n: s.weight for n, s in sources.items()}, at_end={"b": "stop"})
     for steps in (0, 1, 3, 12, 100):
-        report = mixture_report(mixture, sources, 4, steps, [])
+        report = mixture_report(mixture, sources, StepPositions.of(4), steps, [])
         drawn = [mixture[position] for position in range(mixture.available(4 * steps))]
         for name, row in report["sources"].items():
             mine = [index for source, index in drawn if source == name]

@@ -166,7 +166,7 @@ def test_a_run_starts_from_an_export(name, train_run, tmp_path, work):
     out = tmp_path / "out"
     run = exported(train_run, name, out, overrides=LORA if name.endswith("lora") else ())
     experiment = name.partition("-")[0]
-    started = train_run(f"{experiment}-from-{name}", f"init_from={out}", "trainer.max_steps=1", "optim.lr=0")
+    started = train_run(f"{experiment}-from-{name}", f"init_from={out}", "trainer.max_steps=1", "optim.warmup_steps=1")
     config = compose([f"resume={started}"])
     assert config.model.fusion["_target_"] == compose([f"resume={run}"]).model.fusion["_target_"]
     weights = dict(load_run(started).model.named_parameters())

@@ -39,6 +39,7 @@ def train_cell(folder: Path, key: str) -> None:
         fcntl.flock(lock, fcntl.LOCK_EX)  # a process that was left alone may still be ending
         config = compose([f"resume={run}"] if resumes else cell["words"])
         with open_dict(config):
+            config.accept_changed_data = cell["config"].get("accept_changed_data", False)
             config.runs, config.experiment, config.name = str(folder.parent), folder.name, key
         from owlfuse import train
 
@@ -52,7 +53,7 @@ def train_cell(folder: Path, key: str) -> None:
             if digest != cell["hash"][what]:
                 name = "configuration" if what == "config" else "code"
                 raise DataError(f"the {name} has changed since the ablation began ({cell['hash'][what]} then, {digest} now)")
-        train.run(config)
+        train.run(config, cell["hash"].get("data"))
 
 
 def end_with_parent(parent: int) -> None:

@@ -14,7 +14,7 @@ from owlfuse.ablation.file import Ablation
 from owlfuse.config import ConfigError, compose
 from owlfuse.config_errors import COMMAND_LINE, hint
 from owlfuse.config_plain import to_dict
-from owlfuse.identity import code_hash, config_hash
+from owlfuse.identity import code_hash, config_hash, data_hash, weights_identity
 
 ABSENT = "-"
 """The level of a factor that a cell has no use for."""
@@ -153,11 +153,12 @@ def cell_name(levels: dict[str, str]) -> str:
 def check_parts(cells: list[Cell], open_data: bool) -> None:
     """Builds every cell's model without weights, and opens its data, once for all cells that have the same."""
     from owlfuse.build import build
+    from owlfuse.data.identity import data_identity
     from owlfuse.model import on_meta
     from owlfuse.runs import place
     from owlfuse.types import DataError
 
-    opened: set[str] = set()
+    opened: dict[str, dict[str, str]] = {}
     for cells_of_name in ([cell for cell in cells if cell.name == name] for name in dict.fromkeys(cell.name for cell in cells)):
         cell = cells_of_name[0]
         try:
@@ -168,13 +169,15 @@ def check_parts(cells: list[Cell], open_data: bool) -> None:
                 data = build(cell.config.data)
                 data.bind(plan.vision.preprocessing, plan.fusion.tokens_per_image)
                 data.steps(cell.steps)
-                opened.add(data_key)
+                opened[data_key] = data_identity(data.sources, data.validation)
         except DataError as error:
             raise DataError(f"cell {cell.name}: {error}") from error
         except ValueError as error:
             raise ConfigError(f"cell {cell.name}: {place(cell.config, str(error))}") from error
         for one in cells_of_name:
             one.trained = sum(part.trained for part in parts)
+            if open_data:
+                one.hash["data"] = data_hash({**opened[data_key], **weights_identity(to_dict(one.config))})
 
 
 def full_metrics(metrics: list[str], sources: list[str]) -> dict[str, tuple[str, str]]:

@@ -14,6 +14,7 @@ import numpy as np
 from owlfuse.ablation.launch import STATE, read_json
 from owlfuse.ablation.statistics import paired_interval
 from owlfuse.config_errors import COMMAND_LINE, ConfigError, hint
+from owlfuse.identity import differing_hash
 
 COSTS = {
     "trained_parameters": ("parameters trained", ""),
@@ -29,7 +30,8 @@ SHARES = ("exact_match", "contains")
 
 @dataclass
 class Run:
-    """A cell under one seed. `state` is finished, failed, interrupted, running, not begun, missing, or of other code."""
+    """A cell under one seed. `state` is finished, failed, interrupted, running, not begun, missing, or of other code,
+    configuration or data."""
 
     key: str
     cell: str
@@ -157,10 +159,14 @@ def read_run(folder: Path, cell: dict[str, Any]) -> Run:
     results, state = read_json(folder / "results.json"), read_json(folder / STATE)
     step = read_json(folder / "progress.json").get("step", 0)
     if results:
-        if results.get("hash") == cell["hash"]:
+        accepted = bool(cell["config"].get("accept_changed_data"))
+        what = differing_hash(results.get("hash") or {}, cell["hash"], accepted)
+        if what is None:
             run.state, run.results = "finished", results
         else:
-            run.state, run.said = "of other code", "its code or configuration is not that of the ablation; it is not counted"
+            names = {"config": "configuration", "code": "code", "data": "data"}
+            run.state = f"of other {names[what]}"
+            run.said = f"its {names[what]} is not that of the ablation; it is not counted"
     elif state:
         run.state = state["state"] if state["state"] != "finished" else "missing"
         if run.state == "running" and not any(held(path / ".lock") for path in (folder, folder.parent)):

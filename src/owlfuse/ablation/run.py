@@ -20,6 +20,7 @@ from owlfuse.ablation.grid import Cell, full_metrics, make_cells, record_of, sou
 from owlfuse.ablation.report import write_report
 from owlfuse.config_errors import COMMAND_LINE, ConfigError, hint
 from owlfuse.config_files import find_folders
+from owlfuse.identity import differing_hash
 from owlfuse.types import DataError
 
 OWN = {
@@ -100,9 +101,13 @@ def unfinished(folder: Path, cells: list[Cell], anew: bool) -> list[Cell]:
     """Those without results of this code and configuration.
 
     Raises:
-        ConfigError: runs in the folder are of other code or another configuration, unless `anew`, which puts them aside.
+        ConfigError: runs in the folder are of other code, configuration or data, unless `anew`, which puts them aside.
     """
-    others = {cell.key: other for cell in cells if (other := differs(folder / cell.key, cell.hash))}
+    others = {
+        cell.key: other
+        for cell in cells
+        if (other := differs(folder / cell.key, cell.hash, bool(cell.config.get("accept_changed_data"))))
+    }
     if others and not anew:
         first, what = next(iter(others.items()))
         raise ConfigError(
@@ -114,17 +119,19 @@ def unfinished(folder: Path, cells: list[Cell], anew: bool) -> list[Cell]:
     return [cell for cell in cells if not (folder / cell.key / "results.json").exists()]
 
 
-def differs(run: Path, hashes: dict[str, str]) -> str | None:
-    """In what a run's code or configuration is not that of `hashes`; None where there is no run, or where it is."""
+def differs(run: Path, hashes: dict[str, str], accept_changed_data: bool = False) -> str | None:
+    """In what a run's code, configuration or data are not those of `hashes`; None where there is no run, or where they are."""
     found = launch.read_json(run / "results.json").get("hash")
     if found is None and (run / "config.yaml").exists():  # not finished
         found = launch.read_json(run / launch.STATE).get("hash")
     if found is None:
         return "an older owlfuse, which left no hash" if (run / "results.json").exists() else None
-    for what, name in (("config", "another configuration"), ("code", "other code")):
-        if found.get(what) != hashes[what]:
-            return name
-    return None
+    names = {
+        "config": "another configuration",
+        "code": "other code",
+        "data": "other data (files, pictures or weights have changed; accept_changed_data=true goes on with them)",
+    }
+    return names.get(differing_hash(found, hashes, accept_changed_data) or "")
 
 
 def launch_all(

@@ -96,7 +96,7 @@ class ChatEncoder:
         self, sample: Sample, messages: list[dict[str, Any]], add_generation_prompt: bool = False, **options: Any
     ) -> str:
         """A chat as text. Raises DataError with what the template objects to, a system message for instance."""
-        tools = {"tools": sample.tools} if sample.tools else {}
+        tools: dict[str, Any] = {"tools": sample.tools} if sample.tools else {}
         messages = [{key: value for key, value in message.items() if key != "supervised"} for message in messages]
         try:
             return render(self.tokenizer, messages, add_generation_prompt, **tools, **options)

@@ -228,7 +228,7 @@ def render(
 def apply(tokenizer: PreTrainedTokenizerBase, messages: list[Message], template: str | None, **options: Any) -> str:
     """Returns what a template, by default the tokenizer's own, makes of messages. Raises DataError."""
     try:
-        text = tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False, **options)  # type: ignore[arg-type]
+        text = tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False, **options)
     except (TemplateError, TypeError, ValueError, KeyError, IndexError, AttributeError) as error:
         raise DataError(f"the chat template refuses it: {error}") from error
     return str(text)

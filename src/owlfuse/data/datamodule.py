@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import signal
+import random
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any, Literal
@@ -20,11 +20,13 @@ from owlfuse.data.lengths import Lengths, count_lengths
 from owlfuse.data.notes import NotesLog
 from owlfuse.data.packing import Padding, checked
 from owlfuse.data.pictures import Pictures, Preprocess
+from owlfuse.data.positions import StepPositions
 from owlfuse.data.report import mixture_report, validation_report
 from owlfuse.data.sampler import GlobalBatchSampler
 from owlfuse.data.truncation import OnLength, check_policies, policy_of
 from owlfuse.data.video import VideoSampling
 from owlfuse.data.weighting import make_mixture
+from owlfuse.data.workers import DataWorkers, ignore_signals
 from owlfuse.types import Batch, DataError, Encoded, Sample
 
 LOOKED_AT = 16
@@ -94,6 +96,7 @@ class ChatData(lightning.LightningDataModule):
         self.global_batch_size = global_batch_size
         self.micro_batch_size = micro_batch_size
         self.workers = workers
+        self.data_workers = DataWorkers()
         self.max_length = max_length
         self.pack_to = checked(pack_to, max_length)
         self.max_pixels = max_pixels
@@ -107,16 +110,24 @@ class ChatData(lightning.LightningDataModule):
         self.on_length = on_length
         self.tokenizer = chat_tokenizer(tokenizer, chat_template, break_behind_images(sources.values()))
         self.thinking = thinking
-        self.mix = partial(make_mixture, sources, seed, global_batch_size, weights_at, at_end, temperature)
+        self.step_positions = StepPositions.of(global_batch_size)
+        self.mix = partial(make_mixture, sources, seed, weights_at=weights_at, at_end=at_end, temperature=temperature)
         if weights_by == "samples":
-            self.mixture = self.mix()
+            self.mixture = self.mix(self.step_positions)
+
+    def go_on(self, step: int, before: StepPositions) -> None:
+        """Makes the mixture of a run that goes on at a step: the samples until there were drawn by global batches as they were
+        then. Call it before `bind`."""
+        self.step_positions = before.changed(step, self.global_batch_size)
+        if self.weights_by == "samples":
+            self.mixture = self.mix(self.step_positions)
 
     def bind(self, preprocess: Preprocess, tokens_per_image: int) -> None:
         """Takes what only the model knows: how pictures become pixels, and how many positions an image takes."""
         self.encoder = ChatEncoder(self.tokenizer, tokens_per_image, self.max_length, self.thinking)
         self.pictures = Pictures(preprocess, self.max_pixels, self.seed, self.video)
         if self.weights_by == "tokens":
-            self.mixture = self.mix(self.lengths())
+            self.mixture = self.mix(self.step_positions, lengths=self.lengths())
         self.image_shape = (3, *preprocess.size)
 
     def lengths(self) -> dict[str, Lengths]:
@@ -144,8 +155,8 @@ class ChatData(lightning.LightningDataModule):
 
     def steps(self, asked: int) -> int:
         """Optimizer steps of a run: those asked for, or as many whole global batches as the schedule has. Raises DataError."""
-        positions = self.mixture.available(asked * self.global_batch_size)
-        steps = positions // self.global_batch_size
+        positions = self.mixture.available(self.step_positions.position(asked))
+        steps = int(self.step_positions.step(positions))
         if steps == 0:
             raise DataError(
                 f"the schedule has {positions} samples and then ends (at_end); a global batch takes {self.global_batch_size}"
@@ -164,25 +175,31 @@ class ChatData(lightning.LightningDataModule):
             place["num_replicas"],
             steps=trainer.max_steps,
             first_step=trainer.global_step,
+            first_position=self.step_positions.position(trainer.global_step),
         )
         dataset = MixtureDataset(self.mixture, self.sources, self.load)
-        options = {"num_workers": self.workers, "persistent_workers": self.workers > 0}
+        options: dict[str, Any] = {"num_workers": self.workers, "persistent_workers": self.workers > 0}
+        if self.workers:
+            options["multiprocessing_context"] = self.data_workers.context
         return self.loader(dataset, self.pack_to, batch_sampler=sampler, **options)
 
     def val_dataloader(self) -> dict[str, DataLoader]:
-        """The first samples of each validation source, whole chats."""
+        """Samples of each validation source, whole chats, the same at every step."""
         return {name: self.validation_loader(name, self.validation_samples) for name in self.validation}
 
     def validation_loader(self, name: str, limit: int | None = None, batch_size: int = 32) -> DataLoader:
-        """Whole chats of one validation source in their own order."""
+        """Whole chats of one validation source in their own order; with a limit, a seeded sample of them."""
         source = self.validation[name]
-        dataset = SourceDataset(source, range(min(limit or len(source), len(source))), self.load)
+        indices: Sequence[int] = range(len(source))
+        if limit is not None and limit < len(source):  # the first ones may all be of one kind
+            indices = sorted(random.Random(0).sample(indices, limit))
+        dataset = SourceDataset(source, indices, self.load)
         return self.loader(dataset, batch_size=batch_size)
 
     def loader(self, dataset: Dataset, pack_to: int | None = None, **options: Any) -> DataLoader:
         """A DataLoader of batches, a row to each sample unless they are packed."""
         collator = Collator(self.encoder.pad_id, self.image_shape, pack_to=pack_to)
-        return DataLoader(dataset, collate_fn=collator, worker_init_fn=ignore_interrupt, **options)
+        return DataLoader(dataset, collate_fn=collator, worker_init_fn=ignore_signals, **options)
 
     def load(self, sample: Sample, source: Source, prompt: bool = False) -> Encoded:
         """A sample of a source encoded, its pictures opened and preprocessed. Raises DataError."""
@@ -211,12 +228,12 @@ class ChatData(lightning.LightningDataModule):
     def report(
         self,
         steps: int,
-        skipped: Sequence[tuple[str, ...]],
+        skipped: Iterable[tuple[str, str, str]],
         truncated: dict[str, int] | None = None,
         padding: Padding | None = None,
     ) -> dict[str, Any]:
         """What `mixture.json` holds after `steps`: the sources, their hashes, weights and realised counts, skips and cuts."""
-        report = mixture_report(self.mixture, self.sources, self.global_batch_size, steps, skipped, truncated, padding)
+        report = mixture_report(self.mixture, self.sources, self.step_positions, steps, skipped, truncated, padding)
         return report | {"validation": self.validation_report()}
 
     def validation_report(self) -> dict[str, Any]:
@@ -239,9 +256,3 @@ def break_behind_images(sources: Iterable[Source]) -> bool:
                 if first and not message["content"][first]["text"][:1].isspace():
                     return False
     return True
-
-
-def ignore_interrupt(worker: int) -> None:
-    """Ctrl-C is the training process's to answer: a worker goes on until it is told to end, by a SIGTERM at last."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)

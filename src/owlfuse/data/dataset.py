@@ -60,7 +60,7 @@ class MixtureDataset(Dataset):
 class SourceDataset(Dataset):
     """Samples of one source, by their indices."""
 
-    def __init__(self, source: Source, indices: range, load: Callable[[Sample, Source], Encoded]) -> None:
+    def __init__(self, source: Source, indices: Sequence[int], load: Callable[[Sample, Source], Encoded]) -> None:
         self.source = source
         self.indices = indices
         self.load = load

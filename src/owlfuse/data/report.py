@@ -3,46 +3,53 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from typing import Any
 
 from owlfuse.data.duplicates import duplicate_ids
 from owlfuse.data.formats.base import Source
 from owlfuse.data.mixture import Mixture
 from owlfuse.data.packing import Padding
+from owlfuse.data.positions import StepPositions
 
-Skips = Collection[tuple[str, ...]]
-"""(source, sample, reason) each."""
+Skips = Iterable[tuple[str, str, str]]
+"""(source, sample, reason) of each draw that was left out, or a Counter of them."""
 
 
 def mixture_report(
     mixture: Mixture,
     sources: dict[str, Source],
-    global_batch_size: int,
+    step_positions: StepPositions,
     steps: int,
     skipped: Skips,
     truncated: dict[str, int] | None = None,
     padding: Padding | None = None,
 ) -> dict[str, Any]:
     """What `mixture.json` holds after `steps`: the sources, their hashes, weights and realised counts, skips, cuts, padding."""
-    positions = mixture.available(steps * global_batch_size)
+    positions = mixture.available(step_positions.position(steps))
     counts = mixture.counts(positions)
-    skips = Counter(source for source, _, _ in skipped)
+    skips = Counter(skipped)
     rows = {name: source_row(mixture, source, counts.get(name, 0), positions) for name, source in sources.items()}
     for name, row in rows.items():
-        row.update(skipped=skips[name], truncated=(truncated or {}).get(name, 0))
+        mine = [(sample, times) for (source, sample, _), times in skips.items() if source == name]
+        row.update(skipped=sum(times for _, times in mine), skipped_samples=len({sample for sample, _ in mine}))
+        row.update(truncated=(truncated or {}).get(name, 0))
     return {
         "steps": steps,
-        "global_batch_size": global_batch_size,
+        "samples": positions,
+        "global_batch_size": step_positions.changes[-1][2],
+        "global_batch_sizes": [
+            {"step": step, "sample": position, "size": size} for step, position, size in step_positions.changes
+        ],
         "seed": mixture.seed,
         "weights_by": mixture.weights_by,
         "phases": [
-            {"step": start / global_batch_size, "shares": {name: float(share) for name, share in phase.items()}}
+            {"step": step_positions.step(start), "shares": {name: float(share) for name, share in phase.items()}}
             for start, phase in mixture.phases
         ],
         "sources": rows,
         "padding": Padding(*padding.counts()).shares() if padding and padding.positions else None,
-        "skipped": skip_rows(skipped),
+        "skipped": skip_rows(skips),
     }
 
 
@@ -83,6 +90,9 @@ def validation_report(
     return {"sources": rows, "skipped": skip_rows(skipped), "truncated": cut}
 
 
-def skip_rows(skipped: Skips) -> list[dict[str, str]]:
-    """Skips by their names."""
-    return [{"source": source, "sample": sample, "reason": reason} for source, sample, reason in skipped]
+def skip_rows(skipped: Skips) -> list[dict[str, Any]]:
+    """A row for each sample that was left out, and how many times it was drawn."""
+    return [
+        {"source": source, "sample": sample, "reason": reason, "times": times}
+        for (source, sample, reason), times in Counter(skipped).items()
+    ]

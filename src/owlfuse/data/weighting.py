@@ -9,12 +9,13 @@ import numpy as np
 from owlfuse.data.formats.base import Source
 from owlfuse.data.lengths import Lengths
 from owlfuse.data.mixture import Mixture, tempered
+from owlfuse.data.positions import StepPositions
 
 
 def make_mixture(
     sources: dict[str, Source],
     seed: int,
-    global_batch_size: int,
+    step_positions: StepPositions,
     weights_at: dict[int, dict[str, float]] | None = None,
     at_end: str | dict[str, str] = "repeat",
     temperature: float | None = None,
@@ -23,6 +24,7 @@ def make_mixture(
     """The mixture of sources by their weights.
 
     Args:
+        step_positions: where optimizer steps stand in the schedule.
         weights_at: weights from an optimizer step on, by source.
         at_end: as of `Mixture`.
         temperature: multiplies each weight with size^(1 / temperature), the size in samples, or in supervised tokens with
@@ -41,7 +43,7 @@ def make_mixture(
         known = {name: {**weights, **phase} for name, phase in phases.items()}
         phases = {step: {n: tempered(large, known[step], temperature)[n] for n in phase} for step, phase in phases.items()}
         weights = tempered(large, weights, temperature)
-    positions = {step * global_batch_size: phase for step, phase in phases.items()}
+    positions = {step_positions.position(step): phase for step, phase in phases.items()}
     return Mixture(sizes, weights, seed, weights_at=positions, at_end=at_end, lengths=supervised)
 
 

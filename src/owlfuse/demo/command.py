@@ -27,14 +27,16 @@ def demo_command(folders: list[str], host: str, port: int | None) -> None:
         raise missing("gradio", "owlfuse demo")
     from owlfuse.demo.server import is_loopback, listen
     from owlfuse.demo.talkers import check_folders, load_talkers
+    from owlfuse.runs import split_which
 
+    which, folders = split_which(folders)
     places = check_folders(folders)
     local = is_loopback(host)
     with listen(host, port) as bound, tempfile.TemporaryDirectory(prefix="owlfuse-demo-") as uploads:
         os.environ.update(
             GRADIO_TEMP_DIR=uploads, GRADIO_ANALYTICS_ENABLED="False", HF_HUB_OFFLINE="1"
         )  # before it is imported
-        talkers = load_talkers(places, lambda line: print(line, flush=True))
+        talkers = load_talkers(places, lambda line: print(line, flush=True), which)
         from owlfuse.demo.page import make_page
         from owlfuse.demo.server import serve
         from owlfuse.demo.visitors import Visitors

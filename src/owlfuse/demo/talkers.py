@@ -51,18 +51,19 @@ def check_folders(folders: list[str]) -> list[Path]:
     return places
 
 
-def load_talkers(folders: list[Path], say: Callable[[str], None]) -> list[Talker]:
+def load_talkers(folders: list[Path], say: Callable[[str], None], which: str = "last") -> list[Talker]:
     """Every model, on the GPU where there is one, after a first token. Raises as `load_talker`.
 
     Args:
         say: gets a line before each is loaded, and one after it.
+        which: of the runs' checkpoints.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     talkers = []
     for count, (folder, name) in enumerate(zip(folders, distinct(folders)), start=1):
         say(f"loading {folder} ({count} of {len(folders)})")
         start = time.perf_counter()
-        model, processor = load_talker(folder)
+        model, processor = load_talker(folder, which if (folder / "config.yaml").exists() else "last")
         model.to(device)  # type: ignore[arg-type]  # lost in transformers' wrapper
         Conversation(model, processor, max_new_tokens=1).ask("Hello", lambda text: None)  # the first answer is a slow one
         talkers.append(Talker(name, facts_of(folder, model), model, processor))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,21 +12,28 @@ from omegaconf import DictConfig
 from torch import Tensor
 
 from owlfuse.config_plain import to_dict
+from owlfuse.data.identity import data_identity
 from owlfuse.evaluation.before import metrics_before
 from owlfuse.evaluation.metrics import (
     Answer,
     answer_questions,
+    counts_of,
     mean_loss,
     metric_names,
     questions_of,
+    sample_questions,
     score,
     share_right,
     time_answer,
 )
 from owlfuse.evaluation.reports import picked, print_metrics, write_answers, write_contact_sheet
 from owlfuse.evaluation.sheet_maps import maps_of_answers
-from owlfuse.identity import code_hash, config_hash, versions
+from owlfuse.identity import code_hash, config_hash, data_hash, versions
+from owlfuse.resume import check_evaluation_keys, learned_changes, read_past
+from owlfuse.runs import chosen_checkpoint, split_which
 from owlfuse.types import Sample
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -35,7 +43,7 @@ class Evaluation:
     Args:
         batch_size: questions answered at a time; it does not change the answers.
         max_new_tokens: of an answer.
-        max_questions: of each validation source, spread evenly; None: all.
+        max_questions: of each validation source, a seeded sample over its kinds of questions and its pictures; None: all.
         blank: ask the questions about pictures again with blank pictures.
         contact_sheet: pictures on the sheet.
         decode_tokens: of one answer, timed after the others (`milliseconds`); 0: none.
@@ -53,8 +61,14 @@ class Evaluation:
     """Per token of an answer to one question, the first token apart, which reads the prompt."""
     before: bool = False
     explain: bool = False
+    counts: dict[str, dict[str, Any]] = field(default_factory=dict, init=False)
+    """Of each validation source how many questions were asked, of how many, and of each kind."""
     maps: dict[str, Tensor] = field(default_factory=dict, init=False)
     """With `explain`: of the answers on the sheet by their ids, where they looked in their pictures."""
+
+    def __post_init__(self) -> None:
+        if self.max_questions is not None and self.max_questions < 1:
+            raise ValueError(f"evaluation.max_questions is {self.max_questions}, expected at least 1, or null for all")
 
     def __call__(self, model: Any, data: Any, folder: Path | None = None) -> tuple[dict[str, float], list[Answer]]:
         """Metrics by their full names and all answers, progress shown; with a run's folder, its metrics of before too."""
@@ -69,7 +83,9 @@ class Evaluation:
         columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeRemainingColumn())
         with Progress(*columns, disable=getattr(rank_zero_only, "rank", 0) != 0) as progress:
             for source in data.validation:
-                questions = questions_of(data, source, self.max_questions)
+                all_questions = questions_of(data, source)
+                questions = sample_questions(all_questions, self.max_questions)
+                self.counts[source] = counts_of(all_questions, questions)
                 about_pictures = any(sample.images or sample.videos for sample, _, _ in questions)
                 with_blank = self.blank and about_pictures
                 total = len(data.validation[source]) + len(questions) * (1 + with_blank)
@@ -95,8 +111,9 @@ class Evaluation:
         write_answers(folder / "answers.jsonl", answers)
         if self.contact_sheet:
             mine = on_sheet(answers)
-            right = share_right([answer for answer in answers if answer.source == mine[0].source]) if mine else 0.0
-            title = f"{title}: {right:.0%} right"
+            if mine:
+                right = share_right([answer for answer in answers if answer.source == mine[0].source])
+                title = f"{title}: {right:.0%} right"
             write_contact_sheet(folder / "contact_sheet.png", mine, self.contact_sheet, title, self.maps)
 
 
@@ -107,20 +124,42 @@ def on_sheet(answers: list[Answer]) -> list[Answer]:
 
 
 def write_results(
-    folder: Path, config: DictConfig, steps: int, metrics: dict[str, float], cost: dict[str, Any], wall_s: float
+    folder: Path,
+    config: DictConfig,
+    steps: int,
+    metrics: dict[str, float],
+    cost: dict[str, Any],
+    wall_s: float,
+    record: dict[str, Any],
+    questions: dict[str, Any] | None = None,
+    checkpoint: str = "last",
 ) -> None:
-    """`results.json`, written beside and renamed. `hash` says of which code and configuration they are (see `identity`)."""
+    """`results.json`, written beside and renamed. `hash` says of which code, configuration and data they are (see `identity`).
+
+    Args:
+        record: what the run's checkpoints keep beside its state (see `resume`).
+        questions: how many were asked of each validation source and kind.
+        checkpoint: whose results these are.
+    """
     from owlfuse.run_data import tokenizer_hash
 
     plain = to_dict(config)
+    changes = record.get("changes", [])
     results = {
         "experiment": config.experiment,
         "seed": config.seed,
         "steps": steps,
+        "checkpoint": checkpoint,
         "metrics": metrics,
+        "questions": questions or {},
         "cost": cost,
-        "hash": {"code": code_hash(plain), "config": config_hash(plain)},
+        "hash": {
+            "code": code_hash(plain),
+            "config": config_hash(plain, learned_changes(changes)),
+            "data": data_hash(record["identity"]) if record.get("identity") else None,
+        },
         "tokenizer": tokenizer_hash(folder),
+        "changes": changes,
         "versions": versions(),
         "git": git_state(),
         "wall_s": round(wall_s, 1),
@@ -154,7 +193,12 @@ def read_results(folder: Path) -> dict[str, Any]:
 
 
 def evaluate_run(folder: str, overrides: list[str]) -> None:
-    """`owlfuse eval`: evaluates a run's last checkpoint again, and writes its results anew. Overrides are those of `train`."""
+    """`owlfuse eval`: evaluates a run's last checkpoint again, or its best with `which=best`, and writes its results anew.
+    Other overrides are those of `train` that say how it is evaluated, and on what.
+
+    Raises:
+        ConfigError: a key that changes nothing of an evaluation, or the model.
+    """
     import time
 
     from owlfuse.build import build
@@ -163,20 +207,29 @@ def evaluate_run(folder: str, overrides: list[str]) -> None:
     from owlfuse.weights import load_run_model
 
     began = time.monotonic()
+    which, overrides = split_which(overrides)
     config = compose([f"resume={folder}", *overrides])
+    checkpoint = chosen_checkpoint(Path(folder), which)
+    past = read_past(checkpoint)
+    check_evaluation_keys(past, config)
     plain = to_dict(config)
     data = build_data(config)
-    model, checkpoint = load_run_model(Path(folder), plain, data.vocab_size)
+    model, _ = load_run_model(Path(folder), plain, data.vocab_size, which)
     data.bind(model.vision.preprocessing, model.fusion.tokens_per_image)
+    identity = {**past.identity, **data_identity({}, data.validation)}
+    if other := [name for name, found in past.identity.items() if identity[name] != found]:
+        log.warning("%s: the contents are not those that were evaluated in training", ", ".join(other))
     evaluation = build(config.evaluation)
     metrics, answers = evaluation(model, data, Path(folder))
-    steps = checkpoint["global_step"]
     before = read_results(Path(folder))
     cost = {**before.get("cost", {}), "ms_per_generated_token": evaluation.milliseconds}
-    write_results(Path(folder), config, steps, metrics, cost, time.monotonic() - began)
+    record = {"changes": past.changes, "identity": identity}
+    write_results(
+        Path(folder), config, past.step, metrics, cost, time.monotonic() - began, record, evaluation.counts, checkpoint.name
+    )
     results = read_results(Path(folder))
     trained = before.get("hash", {}).get("code", "unknown")
     if trained != results["hash"]["code"]:
         results["hash"]["code"] = f"{trained}, evaluated by {results['hash']['code']}"
         write_json(Path(folder) / "results.json", results)
-    evaluation.write(Path(folder), metrics, answers, f"{config.experiment}, {steps} steps")
+    evaluation.write(Path(folder), metrics, answers, f"{config.experiment}, {past.step} steps ({which} checkpoint)")

@@ -5,8 +5,10 @@ from __future__ import annotations
 import logging
 import math
 import re
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any, TypeAlias
 
 import torch
 
@@ -14,6 +16,7 @@ from owlfuse.data.chat import question_samples
 from owlfuse.data.collate import Skipped
 from owlfuse.data.datamodule import ChatData
 from owlfuse.data.policy import load_or_skip
+from owlfuse.data.subset import stratified_sample
 from owlfuse.data.truncation import policy_of
 from owlfuse.evaluation.generation import generate_greedy, milliseconds_per_token
 from owlfuse.hub.modeling import OwlfuseForConditionalGeneration
@@ -24,6 +27,8 @@ from owlfuse.types import Batch, DataError, Sample
 log = logging.getLogger(__name__)
 
 Progress = Callable[[int], None]
+Question: TypeAlias = tuple[Sample, str, str]
+"""A question by itself, the expected answer, and its kind, "" where the data name none."""
 
 
 @dataclass
@@ -59,9 +64,9 @@ def holds_answer(text: str, accepted: Sequence[str]) -> bool:
     return any(re.search(words, normalize(text)) for words in whole)
 
 
-def questions_of(data: ChatData, source: str, limit: int | None) -> list[tuple[Sample, str, str]]:
-    """The questions of a validation source, each by itself, with answer and kind; at most `limit`, spread evenly. Of a chat
-    that is cut to the length, those of the turns that are left.
+def questions_of(data: ChatData, source: str) -> list[Question]:
+    """The questions of a validation source, each by itself, with answer and kind. Of a chat that is cut to the length, those of
+    the turns that are left.
 
     Raises:
         DataError: a wrong sample of a source that does not skip them, or more than its `max_skips` of one that does.
@@ -70,10 +75,24 @@ def questions_of(data: ChatData, source: str, limit: int | None) -> list[tuple[S
     as_it_is = samples.on_error == "error" and policy_of(data.on_length, source) == "error"
     removed = dict.fromkeys(range(len(samples)), 0) if as_it_is else right_samples(data, source)
     asked = {index: question_samples(samples[index]) for index in removed}
-    questions = [question for index, mine in asked.items() for question in mine[: len(mine) - removed[index]]]
-    if limit is None or limit >= len(questions):
+    return [question for index, mine in asked.items() for question in mine[: len(mine) - removed[index]]]
+
+
+def sample_questions(questions: list[Question], limit: int | None) -> list[Question]:
+    """At most `limit` of them, the same for every run: each kind in proportion, spread over the pictures. Where the data name
+    no kinds, the place of a question in its chat stands for one."""
+    if limit is None:
         return questions
-    return [questions[i * len(questions) // limit] for i in range(limit)]
+    kinds = [kind or f"question {sample.id.rpartition('#')[2]}" for sample, _, kind in questions]
+    pictures = [sample.images[0] if sample.images else sample.id.rpartition("#")[0] for sample, _, _ in questions]
+    return [questions[index] for index in stratified_sample(kinds, pictures, limit)]
+
+
+def counts_of(questions: list[Question], asked: list[Question]) -> dict[str, Any]:
+    """How many questions there are and were asked, of each kind that the data name too."""
+    there, here = (Counter(kind for _, _, kind in some if kind) for some in (questions, asked))
+    kinds = {kind: {"asked": here[kind], "of": there[kind]} for kind in sorted(there)}
+    return {"asked": len(asked), "of": len(questions), "kinds": kinds}
 
 
 def right_samples(data: ChatData, source: str) -> dict[int, int]:
@@ -134,8 +153,8 @@ def time_answer(model: MultimodalLM, data: ChatData, tokens: int, repeats: int =
     """Milliseconds per token of an answer to the first question that there is, by itself: the least of the repeats. None for 0
     tokens, and without a question. All ranks of a model that is shared out take part."""
     for source, samples in data.validation.items():
-        questions = questions_of(data, source, 1) if tokens else []
-        for sample, _, _ in questions:
+        questions = questions_of(data, source) if tokens else []
+        for sample, _, _ in questions[:1]:
             batch = data.prompts([(sample, samples)]).to(next(model.parameters()).device)
             end = data.encoder.answer_format.generation(data.tokenizer, model.llm)
             end.pop("stop_strings", None)  # an answer of a set number of tokens is timed
@@ -151,8 +170,10 @@ def time_answer(model: MultimodalLM, data: ChatData, tokens: int, repeats: int =
 
 
 @torch.no_grad()  # no inference_mode: FSDP keeps what its first forward makes, and training goes on with it
-def mean_loss(model: MultimodalLM, data: ChatData, source: str, batch_size: int, progress: Progress = lambda n: None) -> float:
-    """Cross-entropy per supervised token over the whole chats of a source, in nats."""
+def mean_loss(
+    model: MultimodalLM, data: ChatData, source: str, batch_size: int, progress: Progress = lambda n: None
+) -> float | None:
+    """Cross-entropy per supervised token over the whole chats of a source, in nats; None where nothing is supervised."""
     device = next(model.parameters()).device
     total = torch.zeros((), dtype=torch.float64)
     tokens = torch.zeros((), dtype=torch.int64)
@@ -163,15 +184,17 @@ def mean_loss(model: MultimodalLM, data: ChatData, source: str, batch_size: int,
         total += loss.double().cpu()
         tokens += count.cpu()
         progress(len(batch.ids))
-    return float(total / tokens)
+    return float(total / tokens) if tokens else None
 
 
 def score(answers: list[Answer], blank: list[Answer] | None = None, loss: float | None = None) -> dict[str, float]:
     """Metrics of one source by the names they have behind `<source>/`: `contains` for a source that lists accepted answers,
-    `exact_match` for others."""
+    `exact_match` for others. What was not measured, since no question was asked, is not among them."""
     metrics: dict[str, float] = {}
     if loss is not None:
         metrics |= {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}
+    if not answers:
+        return metrics
     rule = "contains" if any(answer.accepted for answer in answers) else "exact_match"
     metrics[rule] = share_right(answers)
     for kind in sorted({answer.kind for answer in answers} - {""}):
@@ -182,7 +205,7 @@ def score(answers: list[Answer], blank: list[Answer] | None = None, loss: float 
 
 
 def share_right(answers: list[Answer]) -> float:
-    """The share of right answers."""
+    """The share of right answers of at least one."""
     return sum(answer.right for answer in answers) / len(answers)
 
 

@@ -10,6 +10,7 @@ from owlfuse.hub.adapter import merge_lora
 from owlfuse.hub.export import ADAPTER, Trained, check_exported, export, load_exported, load_run
 from owlfuse.hub.importing import import_released
 from owlfuse.released import save
+from owlfuse.runs import check_which
 
 LAYOUTS = ("owlfuse", "released")
 
@@ -27,12 +28,12 @@ def read_options(words: list[str], known: dict[str, str]) -> dict[str, str]:
 
 def export_command(source: str, out: str, words: list[str]) -> None:
     """A run, or a folder that was exported or imported, into OUT."""
-    options = read_options(words, {"merge": "false", "layout": "owlfuse", "max_shard_size": "5GB"})
+    options = read_options(words, {"merge": "false", "layout": "owlfuse", "max_shard_size": "5GB", "which": "last"})
     if options["merge"] not in ("true", "false"):
         raise ConfigError(f"command line: merge={options['merge']}: true or false")
     if options["layout"] not in LAYOUTS:
         raise ConfigError(f"command line: layout={options['layout']}: one of {', '.join(LAYOUTS)}")
-    trained = read_trained(Path(source).expanduser())
+    trained = read_trained(Path(source).expanduser(), options["which"])
     merge, shards = options["merge"] == "true", options["max_shard_size"]
     if options["layout"] == "released":
         if merge:
@@ -55,11 +56,12 @@ def import_command(source: str, out: str, words: list[str]) -> None:
     print(f"{out}: chat with it by `owlfuse chat {out}`, start a run from it by init_from={out}")
 
 
-def read_trained(folder: Path) -> Trained:
+def read_trained(folder: Path, which: str = "last") -> Trained:
     """The model of a run or of an exported folder, without memory."""
     deferred = Deferred()
     if (folder / "config.yaml").exists():
-        return load_run(folder, deferred)
+        return load_run(folder, deferred, which)
+    check_which(which, of_run=False)
     with deferred:
         wrapped, processor = load_exported(check_exported(folder))
     if processor is None:

@@ -59,8 +59,9 @@ class Trained:
         return tensor if self.deferred is None else self.deferred.value(tensor)
 
 
-def load_run(folder: Path, deferred: Deferred | None = None) -> Trained:
-    """The model of a run's last checkpoint, in eval mode on the CPU. The run's data are not needed, but its tokenizer is.
+def load_run(folder: Path, deferred: Deferred | None = None, which: str = "last") -> Trained:
+    """The model of a run's last or best checkpoint, in eval mode on the CPU. The run's data are not needed, but its
+    tokenizer is.
 
     Args:
         deferred: knows the tensors, and the model has no memory: for `export`.
@@ -68,7 +69,7 @@ def load_run(folder: Path, deferred: Deferred | None = None) -> Trained:
     config = to_dict(OmegaConf.load(folder / "config.yaml"))
     tokenizer = run_tokenizer(folder, config["data"])
     with deferred or nullcontext():
-        model, _ = load_run_model(folder, config, len(tokenizer))
+        model, _ = load_run_model(folder, config, len(tokenizer), which)
     path = folder / "results.json"
     results = json.loads(path.read_text()) if path.exists() else None
     return Trained(model.eval(), tokenizer, results, deferred=deferred)

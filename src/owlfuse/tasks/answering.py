@@ -27,6 +27,7 @@ class Talker:
     """A run's, an exported or an imported model, on a device, with its processor.
 
     Args:
+        which: of a run's checkpoints.
         dtype: `saved`: as the folder has its weights; or torch's name of another, as `float32`.
         thinking: prompts ask for a thought before the answer, where the chat template knows of thoughts.
 
@@ -34,8 +35,8 @@ class Talker:
         DataError: a folder without a tokenizer.
     """
 
-    def __init__(self, folder: Path, dtype: str, device: torch.device, thinking: bool = False) -> None:
-        self.model, self.processor = load_talker(folder)
+    def __init__(self, folder: Path, dtype: str, device: torch.device, thinking: bool = False, which: str = "last") -> None:
+        self.model, self.processor = load_talker(folder, which)
         if dtype != "saved":
             cast(self.model, getattr(torch, dtype))
         self.model.to(device).eval()  # type: ignore[arg-type]  # lost in transformers' wrapper

@@ -13,6 +13,7 @@ from owlfuse.data.files import expand_files, fingerprint
 from owlfuse.data.images import MAX_PIXELS
 from owlfuse.data.lines import decoded, json_reason
 from owlfuse.data.policy import one_line
+from owlfuse.data.subset import stratified_sample
 from owlfuse.types import DataError
 
 QUESTION = "{question}"
@@ -152,11 +153,17 @@ class Task:
 
 
 def spread(questions: list[Question], limit: int | None) -> list[Question]:
-    """The questions of at most `limit` units, spread evenly."""
-    units = list(dict.fromkeys(question.unit or question.id for question in questions))
-    if limit is None or limit >= len(units):
+    """The questions of at most `limit` units: a sample by a fixed seed, of each group in proportion, spread over the
+    pictures."""
+    firsts: dict[str, Question] = {}
+    for question in questions:
+        firsts.setdefault(question.unit or question.id, question)
+    if limit is None or limit >= len(firsts):
         return questions
-    kept = {units[i * len(units) // limit] for i in range(limit)}
+    units = list(firsts)
+    groups = [question.group for question in firsts.values()]
+    pictures = [question.images[0] if question.images else question.id for question in firsts.values()]
+    kept = {units[index] for index in stratified_sample(groups, pictures, limit)}
     return [question for question in questions if (question.unit or question.id) in kept]
 
 

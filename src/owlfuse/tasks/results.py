@@ -14,7 +14,7 @@ from owlfuse.config import ConfigError
 from owlfuse.data.files import fingerprint
 from owlfuse.hub.export import ADAPTER, check_exported
 from owlfuse.run_data import tokenizer_files
-from owlfuse.runs import files_of, last_checkpoint
+from owlfuse.runs import check_which, chosen_checkpoint, files_of
 from owlfuse.tasks.base import Task
 from owlfuse.types import DataError
 
@@ -40,12 +40,13 @@ def check_model(folder: str) -> Path:
         raise ConfigError(f"command line: {folder}: {error}") from error
 
 
-def weights_of(place: Path) -> tuple[str, str]:
+def weights_of(place: Path, which: str) -> tuple[str, str]:
     """What a model's weights, configuration and tokenizer are known by, and where they are from, in words."""
     if (place / "config.yaml").is_file():
-        checkpoint = last_checkpoint(place)
+        checkpoint = chosen_checkpoint(place, which)
         files = [place / "config.yaml", *files_of(checkpoint).values(), *tokenizer_files(place)]
         return fingerprint(files), checkpoint.name
+    check_which(which, of_run=False)
     kinds = ("*.safetensors", "*.json", "*.jinja", "*.model", f"{ADAPTER}/*.safetensors", f"{ADAPTER}/*.json")
     return fingerprint(sorted(file for kind in kinds for file in place.glob(kind))), "exported or imported"
 
@@ -67,9 +68,9 @@ class Settings:
     thinking: bool
 
     @classmethod
-    def of(cls, place: Path, task: Task, dtype: str, thinking: bool = False) -> Settings:
+    def of(cls, place: Path, task: Task, dtype: str, thinking: bool = False, which: str = "last") -> Settings:
         """Of a model's folder and a benchmark."""
-        weights, checkpoint = weights_of(place)
+        weights, checkpoint = weights_of(place, which)
         fields = {k: v for k, v in vars(task).items() if k in type(task).__dataclass_fields__}
         plain = {k: str(v) if isinstance(v, Path) else v for k, v in fields.items() if k not in ASIDE}
         target = f"{type(task).__module__}.{type(task).__qualname__}"

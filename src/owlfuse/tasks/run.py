@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -16,7 +17,7 @@ from owlfuse.build import build
 from owlfuse.config import ConfigError, compose_root, origin_of
 from owlfuse.config_plain import to_dict
 from owlfuse.config_targets import check_arguments
-from owlfuse.data.datamodule import ignore_interrupt
+from owlfuse.data.workers import DataWorkers, ignore_signals
 from owlfuse.tasks.answering import Prompts, Talker, Work, answer
 from owlfuse.tasks.base import Question, Task, spread
 from owlfuse.tasks.perplexity import Chats, measure
@@ -34,10 +35,11 @@ class Options:
         name: of the results; None: the task's.
         out: the folder for `<name>.json` and `<name>/predictions.jsonl`; None: `tasks` in the model's.
         batch_size: questions answered at a time on each rank; it does not change the answers in float32.
-        max_questions: spread evenly over the file; None: all.
+        max_questions: a seeded sample, of each group in proportion; None: all.
         dtype: `float32`; or `saved`: as the model's folder has its weights.
         thinking: prompts ask for a thought before the answer, which is scored without it.
         workers: processes of each rank that open pictures; 0: its own.
+        which: of a run's checkpoints, `last`, or `best` by validation loss.
     """
 
     task: dict
@@ -47,7 +49,8 @@ class Options:
     max_questions: int | None
     dtype: Literal["float32", "saved"]
     workers: int
-    thinking: bool
+    thinking: bool = False
+    which: str = "last"
 
     def __post_init__(self) -> None:
         if self.batch_size < 1 or self.workers < 0 or (self.max_questions is not None and self.max_questions < 1):
@@ -67,7 +70,7 @@ def evaluate_task(folder: str, words: list[str]) -> None:
     ranks = Ranks()
     questions, wrong = task.questions()
     questions = spread(questions, options.max_questions)
-    settings = Settings.of(place, task, options.dtype, options.thinking)
+    settings = Settings.of(place, task, options.dtype, options.thinking, options.which)
     out = Path(options.out).expanduser() if options.out else place / "tasks"
     store = Predictions(out / str(options.name), settings.key, ranks.rank)
     done, _ = store.read()
@@ -114,7 +117,7 @@ def answer_share(
     if not questions:
         return
     device = torch.device(f"cuda:{ranks.local}" if torch.cuda.is_available() else "cpu")
-    talker = Talker(place, options.dtype, device, options.thinking)
+    talker = Talker(place, options.dtype, device, options.thinking, options.which)
     kind = Prompts if task.generates else Chats
     prompts = kind(task, questions, talker.processor, talker.longest, options.thinking)
     loader = DataLoader(
@@ -122,7 +125,8 @@ def answer_share(
         batch_size=options.batch_size,
         collate_fn=prompts.collate,
         num_workers=options.workers,
-        worker_init_fn=ignore_interrupt,
+        worker_init_fn=ignore_signals,
+        multiprocessing_context=DataWorkers().context if options.workers else None,
     )
     skipped = 0
     columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeRemainingColumn())
@@ -174,7 +178,9 @@ def finish(
         line["score"] = task.score(line)
     metrics = task.metrics(answered)
     store.finish([*lines, *(line for identity, line in done.items() if identity not in asked)], others)
-    counts = {"questions": len(questions), "answered": len(answered), "skipped": len(skipped)}
+    counts: dict[str, Any] = {"questions": len(questions), "answered": len(answered), "skipped": len(skipped)}
+    groups = Counter(question.group for question in questions if question.group and "skipped" not in done[question.id])
+    counts |= {f"answered, {group}": number for group, number in sorted(groups.items())}
     how = {"batch_size": options.batch_size, "ranks": ranks.count, "max_questions": options.max_questions}
     path = store.folder.with_name(f"{options.name}.json")
     results = results_of(str(options.name), metrics, counts, skipped, settings, how)
