@@ -74,7 +74,7 @@ def test_an_experiment_leaves_all_that_explains_it(experiment):
     results = json.loads((run_folder / "results.json").read_text())
     assert (results["experiment"], results["seed"], results["steps"]) == (experiment, 5, 3)
     wanted = {"experiment", "seed", "steps", "checkpoint", "metrics", "questions", "versions", "git", "wall_s", "cost", "hash"}
-    assert set(results) == wanted | {"changes"}
+    assert set(results) == wanted | {"changes", "tokenizer"}
     metrics = results["metrics"]
     wanted = {"val/loss", "val/perplexity", "val/exact_match", "val/exact_match_held_out", "val/exact_match_blank"}
     assert wanted | {"text/exact_match"} <= set(metrics)
