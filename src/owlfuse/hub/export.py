@@ -13,13 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import AutoProcessor
 from transformers.core_model_loading import revert_weight_conversion
 
-from owlfuse.config_plain import to_dict
+from owlfuse.config import read_run
 from owlfuse.data.chat import ChatEncoder
 from owlfuse.data.chat_template import use_template
 from owlfuse.data.datamodule import load_tokenizer
@@ -65,7 +64,7 @@ def load_run(folder: Path, deferred: Deferred | None = None) -> Trained:
     Args:
         deferred: knows the tensors, and the model has no memory: for `export`.
     """
-    config = to_dict(OmegaConf.load(folder / "config.yaml"))
+    config = read_run(folder)
     tokenizer = use_template(load_tokenizer(config["data"]["tokenizer"]), config["data"].get("chat_template"))
     encoder = ChatEncoder(tokenizer, tokens_per_image=1)
     with deferred or nullcontext():
