@@ -8,7 +8,7 @@ from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from owlfuse.config_errors import COMMAND_LINE, ConfigError, nearest, nearest_key, no_such_option
+from owlfuse.config_errors import COMMAND_LINE, ConfigError, check_name, nearest, nearest_key, no_such_option
 from owlfuse.config_files import EXPERIMENTS, ConfigFolders, find_folders, label
 from owlfuse.config_hydra import Composition, dotted_keys, read_overrides
 from owlfuse.config_plain import to_dict
@@ -141,6 +141,9 @@ def check(config: DictConfig) -> None:
 def check_levels(plain: dict[str, Any], where: Where) -> None:
     """Checks keys and types of the levels that every configuration has. Raises ConfigError."""
     check_arguments(Root, "", "", plain, where)
+    for key in ("experiment", "name"):
+        if plain.get(key) is not None:
+            check_name(f"{where(key)}: {key}", plain[key])
     check_arguments(Model, "", "model", plain["model"], where)
     check_arguments(Adapters, "", "model.adapter", plain["model"]["adapter"], where)
     check_arguments(PlanOptions, "", "plan", plain.get("plan") or {}, where)

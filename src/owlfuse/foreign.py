@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import fnmatch
 import inspect
+import json
 import os
 import re
 import sys
@@ -116,7 +117,7 @@ def accept(config: Any) -> None:
     accepted.update(node["_target_"] for _, node in nodes_of(config, "") if isinstance(node.get("_target_"), str))
 
 
-def read_run_config(folder: Path) -> dict[str, Any]:
+def read_run_config(folder: Path) -> Any:
     """A run's config.yaml, every name in it checked.
 
     It is written resolved, by `owlfuse train`: interpolations, which read the environment, and Hydra's own keys, which read
@@ -130,7 +131,7 @@ def read_run_config(folder: Path) -> dict[str, Any]:
     try:
         if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, Loader=yaml.SafeLoader)):
             raise DataError(f"{file}: has a reference (*name) to another place, which no run's config.yaml has")
-        content = OmegaConf.to_container(OmegaConf.load(StringIO(text)), resolve=False)
+        content: Any = OmegaConf.to_container(OmegaConf.load(StringIO(text)), resolve=False)
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
         raise DataError(f"{file}: line {line}: not YAML: {error.problem or error.context}") from None
@@ -167,6 +168,22 @@ def read_text(file: Path, limit: int) -> str:
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise DataError(f"{file}: not UTF-8 at byte {error.start}") from None
+
+
+def read_json_object(file: Path, limit: int) -> dict[str, Any]:
+    """A JSON file that holds an object. Raises DataError for one that is missing, over `limit` bytes, or no such file."""
+    text = read_text(file, limit)
+    try:
+        content = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise DataError(f"{file}: line {error.lineno}: not JSON: {error.msg}") from None
+    except RecursionError:
+        raise DataError(f"{file}: not JSON of a model: nested too deep") from None
+    except ValueError as error:  # a number of thousands of digits
+        raise DataError(f"{file}: not JSON of a model: {str(error)[:120]}") from None
+    if not isinstance(content, dict):
+        raise DataError(f"{file}: holds a {type(content).__name__}, expected a JSON object")
+    return content
 
 
 def check_names(config: dict[str, Any], file: Path) -> None:

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 
 from owlfuse.build import build
 from owlfuse.config import ConfigError, compose_root, origin_of
+from owlfuse.config_errors import check_name
 from owlfuse.config_plain import to_dict
 from owlfuse.config_targets import check_arguments
 from owlfuse.data.datamodule import ignore_interrupt
@@ -93,6 +94,7 @@ def read_options(words: list[str]) -> tuple[Options, Task]:
     chosen = next(word for word in words if word.startswith("task="))[5:]
     plain["name"] = str(plain["name"] or chosen.strip("'\"").replace("/", "_"))
     check_arguments(Options, "", "", plain, lambda path: origin_of(config, path))
+    check_name(f"{origin_of(config, 'name')}: name", plain["name"])
     options = Options(**plain)
     task = build(config.task)
     if not isinstance(task, Task):

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import mmap
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from owlfuse.data.formats.base import IMAGE, VideoSource
+from owlfuse.data.lines import MAX_RECORD, check_record
 from owlfuse.data.turns import brief, chat, pictures_of
 from owlfuse.types import DataError, Sample
 
@@ -17,6 +19,7 @@ CHATS = ("messages", "conversations")
 IMAGES = ("images", "image")
 IDS_AT_ONCE = 4096
 ROWS_PER_BATCH = 50_000
+MAX_PICTURES = 2**29
 """Of the Arrow copy. Opening touches each batch's header and the pages around it: with the 1000 that `datasets` takes, ten
 million rows of text would be in memory wholly."""
 
@@ -83,6 +86,7 @@ class Parquet(VideoSource):
                 return Rows(datasets.concatenate_datasets([part.select_columns(columns_of(places)) for part in parts]), places)
             rows, columns = parquet_schema(files)
             places = self.places(files, columns)
+            check_cells(files, places)
             return Rows(open_parquet(files, columns_of(places), self.cache_dir), places) if rows else []
         except DataError:
             raise
@@ -158,8 +162,12 @@ class Rows(Sequence[dict[str, Any]]):
         return len(self.table)
 
     def __getitem__(self, index: int) -> dict[str, Any]:  # type: ignore[override]  # no slices
-        row = self.table[range(len(self))[index]].to_pylist()[0]
-        return {key: row[column] for key, column in self.places.items()}
+        row = self.table[range(len(self))[index]]
+        for key, column in self.places.items():
+            limit = MAX_PICTURES if key == "images" else MAX_RECORD
+            check_record(row.column(column).nbytes, f"row {index}: {column}", limit)
+        values = row.to_pylist()[0]
+        return {key: values[column] for key, column in self.places.items()}
 
 
 def turns_of_columns(columns: dict[str, Any]) -> Any:
@@ -185,6 +193,25 @@ def parquet_schema(files: list[Path]) -> tuple[int, list[list[str]]]:
             rows += parquet.metadata.num_rows
             columns.append(parquet.schema_arrow.names)
     return rows, columns
+
+
+def check_cells(files: list[Path], places: dict[str, str]) -> None:
+    """Raises DataError for a column whose cells are too large on the average of a row group, before any is read."""
+    from pyarrow.parquet import ParquetFile
+
+    pictures = places.get("images")
+    for file in files:
+        with ParquetFile(file) as parquet:
+            for number in range(parquet.metadata.num_row_groups):
+                group = parquet.metadata.row_group(number)
+                sizes: Counter[str] = Counter()
+                for part in map(group.column, range(group.num_columns)):
+                    sizes[part.path_in_schema.partition(".")[0]] += part.total_uncompressed_size
+                for column in columns_of(places):
+                    limit = MAX_PICTURES if column == pictures else MAX_RECORD
+                    check_record(
+                        sizes[column] // max(1, group.num_rows), f"{file}: row group {number}: a cell of {column}", limit
+                    )
 
 
 def open_parquet(files: list[Path], columns: list[str], cache_dir: str | None) -> Any:
