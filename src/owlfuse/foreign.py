@@ -35,6 +35,8 @@ ENVIRONMENT = "OWLFUSE_TRUST"
 """Of the environment: what `--trust` named, for the processes that a command starts."""
 MAX_CONFIG = 2**20
 """Bytes of a config.yaml or config.json."""
+MAX_DEPTH = 100
+"""Of brackets in a config.yaml."""
 HUB_NAME = re.compile(r"[A-Za-z-_]+:|.*/")
 """Names of timm that are no entry of its own registry: `hf-hub:`, `local-dir:` and paths."""
 PREPROCESSING = {"input_size", "fixed_input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode"}
@@ -128,6 +130,8 @@ def read_run_config(folder: Path) -> Any:
     """
     file = folder / "config.yaml"
     text = read_text(file, MAX_CONFIG)
+    if flow_depth(text) > MAX_DEPTH:
+        raise DataError(f"{file}: nested too deep for a run's configuration")
     try:
         if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, Loader=yaml.SafeLoader)):
             raise DataError(f"{file}: has a reference (*name) to another place, which no run's config.yaml has")
@@ -151,6 +155,15 @@ def read_run_config(folder: Path) -> Any:
             raise DataError(f"{file}: {path} is {value[:80]!r}, an interpolation; a run's config.yaml is written resolved")
     check_names(content, file)
     return content
+
+
+def flow_depth(text: str) -> int:
+    """How many brackets are open at once; yaml takes time by the square of it."""
+    depth = deepest = 0
+    for bracket in re.findall(r"[\[\]{}]", text):
+        depth = max(0, depth + (1 if bracket in "[{" else -1))
+        deepest = max(deepest, depth)
+    return deepest
 
 
 def read_text(file: Path, limit: int) -> str:

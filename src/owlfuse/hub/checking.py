@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from jinja2 import Environment, TemplateSyntaxError
 from transformers.core_model_loading import revert_weight_conversion
 
@@ -44,7 +45,7 @@ ADAPTER_KEYS = {
 files to read, and are refused unless they are empty."""
 BUILD_ERRORS = (
     *(ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, MemoryError, NotImplementedError),
-    *(OSError, RuntimeError, TypeError, ValueError),
+    *(OSError, RuntimeError, StrictDataclassError, TypeError, ValueError),
 )
 """What timm, transformers and torch raise for numbers that make no model."""
 

@@ -218,7 +218,8 @@ def check_skeleton(folder: Path, files: list[Path]) -> None:
     """Builds the model of an exported folder without memory, and compares it with the headers of its weights. Numbers of
     config.json that have nothing to do with the weights would else ask for memory. Raises DataError."""
     config = OwlfuseConfig.from_pretrained(folder)
-    with torch.device("meta"):
+    deferred = Deferred.current
+    with torch.device("meta"), deferred.drawing_nothing() if deferred is not None else nullcontext():
         skeleton = OwlfuseForConditionalGeneration(config)
     tied = skeleton.get_expanded_tied_weights_keys(all_submodels=True)
     check_shapes(skeleton, folder, header_shapes(files), tied)
