@@ -235,8 +235,10 @@ def check_target(path: str, target: Any, file: Path) -> None:
     defined_in = getattr(part, "__module__", None) or "elsewhere"
     if not is_within(defined_in, module.partition(".")[0]):
         raise DataError(f"{key}: {target} is no part of {module}, which only imports it from {defined_in}")
-    if slot is None:
+    if slot is None and not is_within(module, "owlfuse"):
         return
+    if slot is None:
+        raise DataError(f"{key}: {target} is not what {path} takes")
     base = located(slot.base, key) if slot.base else None
     is_part = inspect.isclass(part) and issubclass(part, base) if base is not None else is_trusted
     if not is_part:
@@ -261,8 +263,10 @@ def imported_by_user(module: str) -> bool:
     file = getattr(sys.modules.get(module), "__file__", None)
     if file is None or is_within(module, "owlfuse"):
         return False
-    places = [Path(sysconfig.get_path(name)).resolve() for name in ("stdlib", "platstdlib", "purelib", "platlib")]
-    return not any(Path(file).resolve().is_relative_to(place) for place in places)
+    path = Path(file).resolve()
+    standard = [Path(sysconfig.get_path(name)).resolve() for name in ("stdlib", "platstdlib")]
+    is_installed = not {"site-packages", "dist-packages"}.isdisjoint(path.parts)
+    return not is_installed and not any(path.is_relative_to(place) for place in standard)
 
 
 def named_by_user(word: str, file: Path) -> bool:

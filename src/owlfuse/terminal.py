@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import sys
 import traceback
@@ -68,6 +69,9 @@ def guard_terminal() -> None:
     for handler in handlers:
         if not isinstance(handler.formatter, VisibleFormatter):
             handler.setFormatter(VisibleFormatter(handler.formatter or logging.Formatter()))
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a terminal that lacks a letter is no reason to stop
     warnings.formatwarning = format_warning
     sys.excepthook = print_exception
 

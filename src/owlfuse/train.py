@@ -17,6 +17,7 @@ from owlfuse.module import MultimodalModule
 from owlfuse.parallel import check_strategy, evaluates, naming_step
 from owlfuse.plan import dry_run
 from owlfuse.runs import last_checkpoint, place, run_folder, write_config, write_mixture
+from owlfuse.terminal import visible
 from owlfuse.trainer import cost_of, make_trainer, raise_if_stopped, signals_given_back
 from owlfuse.types import DataError
 from owlfuse.weights import needs_base
@@ -66,5 +67,5 @@ def run(config: DictConfig) -> Path | None:
         write_mixture(folder, report | {"validation": data.validation_report()})
         write_results(folder, config, trainer.global_step, metrics, cost_of(trainer, evaluation), time.monotonic() - began)
         evaluation.write(folder, metrics, answers, f"{config.experiment}, {trainer.global_step} steps")
-        print(f"everything of this run is in {folder}")
+        print(visible(f"everything of this run is in {folder}"))
     return folder

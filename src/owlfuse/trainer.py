@@ -25,6 +25,7 @@ from owlfuse.evaluation.before import BeforeTraining
 from owlfuse.first_steps import FirstStepsCheck
 from owlfuse.parallel import any_rank, data_ranks
 from owlfuse.runs import step_of
+from owlfuse.terminal import visible
 
 
 def make_trainer(config: DictConfig, data: ChatData, folder: Path, checkpoint: Path | None = None) -> Trainer:
@@ -55,10 +56,10 @@ def make_trainer(config: DictConfig, data: ChatData, folder: Path, checkpoint: P
         use_distributed_sampler=False,
     )
     if checkpoint is not None and trainer.is_global_zero:
-        print(f"going on from {checkpoint} at step {step_of(checkpoint)}")
+        print(visible(f"going on from {checkpoint} at step {step_of(checkpoint)}"))
     asked, steps = trainer.max_steps, data.steps(trainer.max_steps)
     if steps < asked and trainer.is_global_zero:
-        print(f"the data end (at_end) after {steps} whole steps of {asked}, so the run does")
+        print(visible(f"the data end (at_end) after {steps} whole steps of {asked}, so the run does"))
     trainer.fit_loop.epoch_loop.max_steps = steps
     trainer.accumulate_grad_batches = data.accumulation(data_ranks(trainer))
     trainer.val_check_interval = min(config.trainer.val_check_interval, trainer.max_steps) * trainer.accumulate_grad_batches
@@ -91,7 +92,7 @@ def raise_if_stopped(trainer: Any, folder: Path) -> None:
     """Raises KeyboardInterrupt after a fit that Ctrl-C ended, and says how to go on."""
     if any(isinstance(callback, StopOnSignal) and callback.stopped for callback in trainer.callbacks):
         if trainer.is_global_zero:
-            print(f"stopped at step {trainer.global_step}; go on with: owlfuse train resume={folder}")
+            print(visible(f"stopped at step {trainer.global_step}; go on with: owlfuse train resume={folder}"))
         raise KeyboardInterrupt
 
 

@@ -47,8 +47,9 @@ def duplicate_ids(mixture: Mixture, source: Source, drawn: int) -> dict[str, Any
 
 def hashed_ids(source: Source, indices: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
     """A hash of each record's id, uint64, and the index of the sample that it is in; a record that is wrong is left out."""
-    from rich.console import Console
     from rich.progress import track
+
+    from owlfuse.console import PlainConsole as Console
 
     hashes, owners = array("Q"), array("q")
     found: Iterable[tuple[int, str]] = source.ids(indices)

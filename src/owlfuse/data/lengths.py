@@ -101,8 +101,9 @@ def keep(path: Path, lengths: Lengths) -> None:
 
 def count(source: Source, encoder: ChatEncoder, workers: int, on_length: OnLength = "error") -> Lengths:
     """Encodes every sample, in other processes where there are many."""
-    from rich.console import Console
     from rich.progress import track
+
+    from owlfuse.console import PlainConsole as Console
 
     starts = range(0, len(source), CHUNK)
     lengths = Lengths(np.zeros(len(source), np.int32), np.zeros(len(source), np.int32), {})

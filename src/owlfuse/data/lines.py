@@ -279,6 +279,7 @@ class Text:
             except ValueError as error:  # a number of thousands of digits
                 raise self.error(json_reason(error)) from error
             if end >= 0 and (end < len(self.text) or self.ended):  # a number may go on in the next piece
+                check_record(end - self.place, f"{self.file}: record {self.records}, in line {self.line()}")
                 self.place = end
                 self.records += 1
                 return value

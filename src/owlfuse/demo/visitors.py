@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 import time
-import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,6 +14,7 @@ from owlfuse.demo.answering import ONE_AT_A_TIME, Watch, answer
 from owlfuse.demo.looking import Look, looked_at
 from owlfuse.demo.pictures import data_uri, fitted
 from owlfuse.demo.talkers import Talker
+from owlfuse.terminal import print_exception
 from owlfuse.types import DataError
 
 WAITING, ANSWERING, DONE = "waiting", "answering", "done"
@@ -226,7 +226,7 @@ def sentence_of(error: Exception) -> str:
     """What a visitor is told. Of what is no mistake of the visitor's, the terminal gets the traceback."""
     if isinstance(error, DataError):
         return " ".join(str(error).split())
-    traceback.print_exception(error)
+    print_exception(type(error), error, error.__traceback__)
     first = (str(error).splitlines() or [""])[0][:200]
     return f"the model failed, {type(error).__name__}: {first}; the terminal tells more"
 

@@ -24,6 +24,7 @@ from owlfuse.tasks.perplexity import Chats, measure
 from owlfuse.tasks.predictions import Predictions
 from owlfuse.tasks.ranks import Ranks
 from owlfuse.tasks.results import Settings, check_model, print_results, results_of, write_results
+from owlfuse.terminal import cell, visible
 from owlfuse.types import DataError
 
 
@@ -80,7 +81,7 @@ def evaluate_task(folder: str, words: list[str]) -> None:
         count = sum("skipped" not in kept.get(question.id, {"skipped": ""}) for question in questions)
         told = f"{count} of {len(questions)} answers are in {store.folder}, and the same command goes on"
         if ranks.first:
-            print(f"owlfuse: stopped; {told}", file=sys.stderr)
+            print(visible(f"owlfuse: stopped; {told}"), file=sys.stderr)
         raise
     if ranks.first:
         finish(options, task, questions, wrong, store, settings, ranks, time.monotonic() - began)
@@ -127,7 +128,7 @@ def answer_share(
     columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, disable=not ranks.first) as progress:
         label = options.name if ranks.count == 1 else f"{options.name}, rank 1 of {ranks.count}"
-        shown = progress.add_task(str(label), total=len(questions))
+        shown = progress.add_task(cell(str(label)), total=len(questions))
         for work in loader:
             lines = [{"id": wrong.question.id, "skipped": wrong.reason} for wrong in work.wrong]
             lines += lines_of(talker, task, work)
@@ -179,4 +180,4 @@ def finish(
     results = results_of(str(options.name), metrics, counts, skipped, settings, how)
     write_results(path, {**results, "wall_s": round(seconds, 1)})
     print_results(results)
-    print(f"{path}, and each answer in {store.folder / 'predictions.jsonl'}")
+    print(visible(f"{path}, and each answer in {store.folder / 'predictions.jsonl'}"))
