@@ -31,7 +31,11 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """
     try:
         path = packaged(name)
-        return gguf_tokenizer(Path(path).expanduser()) if path.endswith(".gguf") else AutoTokenizer.from_pretrained(path)
+        return (
+            gguf_tokenizer(Path(path).expanduser())
+            if path.endswith(".gguf")
+            else AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        )
     except (OSError, ValueError) as error:
         raise DataError(f"tokenizer: {name}: {str(error).splitlines()[0]}") from error
 

@@ -104,12 +104,13 @@ def count(source: Source, encoder: ChatEncoder, workers: int, on_length: OnLengt
     from rich.progress import track
 
     from owlfuse.console import PlainConsole as Console
+    from owlfuse.terminal import cell
 
     starts = range(0, len(source), CHUNK)
     lengths = Lengths(np.zeros(len(source), np.int32), np.zeros(len(source), np.int32), {})
 
     def take(parts: Any) -> None:
-        title = f"counting tokens of {source.name}"
+        title = cell(f"counting tokens of {source.name}")
         parts = track(parts, title, total=len(starts), console=Console(stderr=True), transient=True)
         for start, (tokens, supervised, wrong) in zip(starts, parts):
             lengths.tokens[start : start + len(tokens)] = tokens
