@@ -21,7 +21,7 @@ class ConfigError(ValueError):
         super().__init__(" ".join(message.split()))
 
 
-def check_name(place: str, name: str) -> None:
+def check_name(place: str, name: object) -> None:
     """Checks that a name is one of a folder below another: of words with `/` between them, none of which leads out of it.
 
     Args:
@@ -30,6 +30,8 @@ def check_name(place: str, name: str) -> None:
     Raises:
         ConfigError: it leads elsewhere, or no file system takes it.
     """
+    if not isinstance(name, str):
+        raise ConfigError(f"{place}: {name!r} is no name; give words, as a/b")
     words = name.split("/")
     if any(word in ("", ".", "..") for word in words):
         raise ConfigError(f"{place}: {name[:80]!r} leads out of the folder that it is a name in; give words, as a/b")

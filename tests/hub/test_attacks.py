@@ -308,3 +308,29 @@ def test_weights_of_another_shape_are_told_before_memory_is_asked_for(stranger, 
         save_file(weights, folder / "model.safetensors")
 
     refused(SMALL_CHAT, stranger("export", wider), tmp_path, capfd)
+
+
+CELL = {"key": "a", "cell": "a", "seed": 0, "steps": 1, "levels": {}, "config": {}, "hash": {}}
+REPORTS = {
+    "no cells": {"name": "x"},
+    "cells that are no list": {"name": "x", "cells": 3, "baseline": "a", "metrics": {}},
+    "a cell elsewhere": {"name": "x", "cells": [{**CELL, "key": "../../a"}], "baseline": "a", "metrics": {}},
+    "an absolute cell": {"name": "x", "cells": [{**CELL, "key": "/tmp"}], "baseline": "a", "metrics": {}},
+    "a cell that is a number": {"name": "x", "cells": [{**CELL, "key": 1}], "baseline": "a", "metrics": {}},
+    "a control character": {"name": "x", "cells": [{**CELL, "key": "\x1b[2J"}], "baseline": "a", "metrics": {}},
+}
+
+
+@pytest.mark.parametrize("record", REPORTS)
+def test_a_strangers_ablation_is_refused_in_one_line(record, stranger, tmp_path, capfd):
+    folder = tmp_path / "ablation"
+    folder.mkdir()
+    (folder / "ablation.json").write_text(json.dumps(REPORTS[record]))
+    refused(("report", "{}"), folder, tmp_path, capfd)
+
+
+def test_a_deep_record_of_an_ablation_is_refused_in_one_line(stranger, tmp_path, capfd):
+    folder = tmp_path / "ablation"
+    folder.mkdir()
+    (folder / "ablation.json").write_text("[" * 100_000)
+    refused(("report", "{}"), folder, tmp_path, capfd)
