@@ -39,8 +39,8 @@ def train_cell(folder: Path, key: str) -> None:
     with (run / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # a process that was left alone may still be ending
         for word in cell["words"]:  # the user's, whose parts the run's config.yaml may name
-            key, _, value = word.partition("=")
-            if key.endswith("._target_"):
+            override, _, value = word.partition("=")
+            if override.endswith("._target_"):
                 accept({"_target_": value.strip("'\"")})
         config = compose([f"resume={run}"] if resumes else cell["words"])
         with open_dict(config):
