@@ -1,6 +1,7 @@
 """The chat: questions about real pictures, answered by a model in the form that it is exported in."""
 
 import io
+import re
 import sys
 
 import pytest
@@ -14,6 +15,7 @@ from owlfuse.data.chat_tokenizer import load_tokenizer
 from owlfuse.data.shapes import write_shapes
 from owlfuse.hub.export import Trained, export, load_exported, processor_of, wrap
 from owlfuse.model import build_model
+from owlfuse.terminal import visible
 
 
 @pytest.fixture(scope="module")
@@ -37,19 +39,20 @@ def folder(trained, tmp_path_factory):
     return work
 
 
-def answer_of(folder, pictures, prompt):
-    """The greedy answer by the processor and generate alone."""
+def answer_of(folder, pictures, prompt, shown=False):
+    """The greedy answer by the processor and generate alone; `shown`: as a terminal gets it, control characters escaped."""
     model, processor = load_exported(folder / "out")
     images = [Image.open(folder / f"{name}.png") for name in pictures] or None
     inputs = processor(images=images, text=prompt)
     ids = model.generate(**inputs, do_sample=False, max_new_tokens=8)[0, inputs["input_ids"].shape[1] :]
-    return processor.decode(ids, skip_special_tokens=True)
+    answer = processor.decode(ids, skip_special_tokens=True)
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", lambda found: f"\\x{ord(found[0]):02x}", answer) if shown else answer
 
 
 def test_one_question_is_answered_and_that_is_all(folder, capsys):
     picture = str(folder / "red.png")
     assert main(["chat", str(folder / "out"), "--image", picture, "What is it?", "--max-new-tokens", "8"]) == 0
-    assert capsys.readouterr().out == answer_of(folder, ["red"], "<|user|><image>\nWhat is it?<|assistant|>") + "\n"
+    assert capsys.readouterr().out == answer_of(folder, ["red"], "<|user|><image>\nWhat is it?<|assistant|>", shown=True) + "\n"
 
 
 def test_a_conversation_remembers_what_was_said_and_shown(folder, capsys, monkeypatch):
@@ -61,7 +64,8 @@ def test_a_conversation_remembers_what_was_said_and_shown(folder, capsys, monkey
     so_far = f"<|user|>Hello<|assistant|>{first}<|end|><|user|><image>\nWhat is it?<|assistant|>"
     second = answer_of(folder, ["red"], so_far)
     third = answer_of(folder, ["red", "blue"], f"{so_far}{second}<|end|><|user|><image>\nAnd this?<|assistant|>")
-    places = [printed.index(answer + "\n") for answer in (first, second, third)]
+    shown = [visible(answer) for answer in (first, second, third)]
+    places = [printed.index(answer + "\n") for answer in shown]
     assert places == sorted(places)
 
 
@@ -73,7 +77,7 @@ def test_a_mistake_is_told_and_the_conversation_goes_on(folder, capsys, monkeypa
     assert "no image nowhere.png" in printed
     assert "/image PATH" in printed
     assert "1 <image> and 0 images" in printed
-    assert answer_of(folder, [], "<|user|>Hello<|assistant|>") in printed
+    assert answer_of(folder, [], "<|user|>Hello<|assistant|>", shown=True) in printed
 
 
 def test_ctrl_c_stops_the_answer_and_keeps_what_was_said(trained):

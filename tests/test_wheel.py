@@ -1,6 +1,7 @@
 """The wheel, built from the source archive and installed into an environment of its own, in a folder outside the repository."""
 
 import os
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -129,9 +130,13 @@ def test_own_experiments_parts_and_ablations_of_the_working_folder_are_found(ins
     owlfuse(installed, place, "ablate", "connectors")
     assert (place / "runs/connectors/report/index.html").is_file()
     owlfuse(installed, place, "export", "runs/mine/first", "out")
-    refusal = owlfuse(installed, place, "chat", "out", "What?", fails=True)
+    owlfuse(installed, place, "chat", "out", "What?", "--max-new-tokens", "2")  # a yaml of the folder names the part
+    elsewhere = place / "elsewhere"
+    elsewhere.mkdir()
+    shutil.copy(place / "my_parts.py", elsewhere)
+    refusal = owlfuse(installed, elsewhere, "chat", "../out", "What?", fails=True)
     assert refusal.splitlines()[-1].endswith("if you trust it, import my_parts first, or write: owlfuse --trust my_parts ...")
-    owlfuse(installed, place, "--trust", "my_parts", "chat", "out", "What?", "--max-new-tokens", "2")
+    owlfuse(installed, elsewhere, "--trust", "my_parts", "chat", "../out", "What?", "--max-new-tokens", "2")
 
 
 def test_every_recipe_and_ablation_that_it_carries_is_listed(installed, place):

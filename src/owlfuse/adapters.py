@@ -6,9 +6,10 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from peft import LoraConfig, inject_adapter_in_model
-from rich.console import Console
 from rich.table import Table
 from torch import nn
+
+from owlfuse.console import PlainConsole as Console
 
 PARTS = ("vision", "connector", "fusion", "llm")
 

@@ -18,6 +18,7 @@ from owlfuse.hub.export import load_exported, load_run, processor_of, wrap
 from owlfuse.hub.modeling import OwlfuseForConditionalGeneration
 from owlfuse.hub.processing import OwlfuseProcessor
 from owlfuse.runs import check_which
+from owlfuse.terminal import visible
 from owlfuse.types import DataError
 
 HELP = """\
@@ -151,8 +152,8 @@ def longest_overlap(text: str, mark: str) -> int:
 
 
 def to_terminal(text: str) -> None:
-    """Writes at once."""
-    sys.stdout.write(text)
+    """Writes at once, control characters as what they are."""
+    sys.stdout.write(visible(text))
     sys.stdout.flush()
 
 
@@ -221,7 +222,7 @@ def answer_line(conversation: Conversation, line: str, out: Path | None = None) 
     try:
         if command == "/image":
             conversation.show(rest.strip())
-            print(f"({rest.strip()} goes with the next question)")
+            print(visible(f"({rest.strip()} goes with the next question)"))
         elif command == "/new":
             conversation.restart()
             print("(all forgotten)")
@@ -230,4 +231,4 @@ def answer_line(conversation: Conversation, line: str, out: Path | None = None) 
         elif line:
             answer_question(conversation, line, out)
     except DataError as error:
-        print(f"{error}")
+        print(visible(str(error)))

@@ -2,14 +2,14 @@
 
 import argparse
 import difflib
-import importlib
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 from owlfuse.bench.commands import run_bench
 from owlfuse.cli_parser import failed, make_parser
+from owlfuse.own_modules import import_own
+from owlfuse.terminal import guard_terminal
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -28,15 +28,14 @@ def main(argv: list[str] | None = None) -> int:
         command = arguments.command
         return failed(f"command line: {unknown[0]}: no such option of {command}; see owlfuse {command} --help", 2)
     arguments.overrides = [*getattr(arguments, "overrides", []), *rest]  # words after an option, as in `a=1 -m b=2`
-    if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())  # a `_target_` may name the user's own module, as ./configs are found
     return _run(COMMANDS[arguments.command], arguments)
 
 
 def _run(command: Callable[[argparse.Namespace], None], arguments: argparse.Namespace) -> int:
     try:
+        guard_terminal()
         for module in arguments.trust:
-            _import_own(module)
+            _trust(module)
         command(arguments)
         return 0
     except KeyboardInterrupt:
@@ -54,12 +53,16 @@ def _run(command: Callable[[argparse.Namespace], None], arguments: argparse.Name
         raise
 
 
-def _import_own(module: str) -> None:
-    """A module of the user's, so that a model may have its parts. Raises ConfigError: there is no such module."""
+def _trust(module: str) -> None:
+    """Lets a model have parts of this module (or be a timm model of the hub). Raises ConfigError: there is no such module."""
     from owlfuse.config_errors import ConfigError
+    from owlfuse.foreign import trust
 
+    trust(module)
+    if ":" in module:
+        return
     try:
-        importlib.import_module(module)
+        import_own(module)
     except ModuleNotFoundError as error:
         if error.name not in (module, module.partition(".")[0]):
             raise  # the module is there, and what it imports is not

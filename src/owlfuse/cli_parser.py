@@ -6,6 +6,7 @@ from typing import Any, NoReturn
 
 from owlfuse.bench.commands import add_bench
 from owlfuse.cli_help import ABLATE, DEMO, EVAL, EVAL_USAGE, EXIT_CODES, LAYOUT, RECIPE, TrainHelp
+from owlfuse.terminal import visible
 
 
 class Parser(argparse.ArgumentParser):
@@ -17,7 +18,7 @@ class Parser(argparse.ArgumentParser):
 
 def failed(message: str, code: int) -> int:
     """Tells an error in one line, and gives the exit code back."""
-    print(f"owlfuse: error: {message}", file=sys.stderr)
+    print(f"owlfuse: error: {visible(message)}", file=sys.stderr)
     return code
 
 

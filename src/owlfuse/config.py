@@ -8,11 +8,13 @@ from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from owlfuse.config_errors import COMMAND_LINE, ConfigError, nearest, nearest_key, no_such_option
-from owlfuse.config_files import EXPERIMENTS, ConfigFolders, find_folders
+from owlfuse.config_errors import COMMAND_LINE, ConfigError, check_name, nearest, nearest_key, no_such_option
+from owlfuse.config_files import EXPERIMENTS, ConfigFolders, find_folders, label
 from owlfuse.config_hydra import Composition, dotted_keys, read_overrides
 from owlfuse.config_plain import to_dict
-from owlfuse.config_targets import check_arguments, check_targets
+from owlfuse.config_targets import Where, check_arguments, check_targets
+from owlfuse.foreign import accept, read_run_config
+from owlfuse.types import DataError
 
 __all__ = [
     "ConfigError",
@@ -24,6 +26,7 @@ __all__ = [
     "compose_root",
     "find_run",
     "origin_of",
+    "read_run",
     "sweep_cells",
 ]
 
@@ -108,6 +111,8 @@ def compose(overrides: list[str], config_dir: str | Path | None = None) -> DictC
     if isinstance(config.get("name"), int) and not isinstance(config.name, bool):
         config.name = str(config.name)  # name=1 is a name
     check(config)
+    if run is None:
+        accept(to_dict(config))
     return config
 
 
@@ -130,14 +135,38 @@ def check(config: DictConfig) -> None:
     def where(path: str) -> str:
         return origin_of(config, path)
 
+    check_levels(plain, where)
+    check_targets(plain, where)
+
+
+def check_levels(plain: dict[str, Any], where: Where) -> None:
+    """Checks keys and types of the levels that every configuration has. Raises ConfigError."""
     check_arguments(Root, "", "", plain, where)
+    for key in ("experiment", "name"):
+        if plain.get(key) is not None:
+            check_name(f"{where(key)}: {key}", plain[key])
     check_arguments(Model, "", "model", plain["model"], where)
     check_arguments(Adapters, "", "model.adapter", plain["model"]["adapter"], where)
     check_arguments(PlanOptions, "", "plan", plain.get("plan") or {}, where)
     for part in PARTS:
         if "_target_" not in plain["model"][part]:
             raise ConfigError(f"{where(f'model.{part}')}: model.{part}._target_: not set, and required")
-    check_targets(plain, where)
+
+
+def read_run(folder: Path) -> dict[str, Any]:
+    """A run's configuration, for reading its model: the names in it checked (see `foreign`), and the model's arguments.
+
+    Raises:
+        ConfigError, DataError: what is wrong with config.yaml, in one line.
+    """
+    plain = read_run_config(folder)
+
+    def where(path: str) -> str:
+        return label(folder / "config.yaml")
+
+    check_levels(plain, where)
+    check_targets({"model": plain["model"]}, where)
+    return plain
 
 
 def origin_of(config: DictConfig, path: str) -> str:
@@ -194,7 +223,10 @@ def _choose_experiment(lines: list[str], folders: ConfigFolders) -> Composition:
 
 def _on_resume(lines: list[str], run: Path, folders: ConfigFolders) -> Composition:
     """The run's own configuration with overrides of keys; what it was composed of stays."""
-    saved: Any = OmegaConf.load(run / "config.yaml")
+    try:
+        saved = read_run_config(run)
+    except DataError as error:
+        raise ConfigError(str(error)) from error
     overrides = read_overrides(lines, folders)
     for override in overrides:
         same_experiment = override.key_or_group == "experiment" and override.value() == saved.get("experiment")

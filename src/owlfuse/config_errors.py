@@ -21,6 +21,26 @@ class ConfigError(ValueError):
         super().__init__(" ".join(message.split()))
 
 
+def check_name(place: str, name: object) -> None:
+    """Checks that a name is one of a folder below another: of words with `/` between them, none of which leads out of it.
+
+    Args:
+        place: where the name is set and its key, as messages begin.
+
+    Raises:
+        ConfigError: it leads elsewhere, or no file system takes it.
+    """
+    if not isinstance(name, str):
+        raise ConfigError(f"{place}: {name!r} is no name; give words, as a/b")
+    words = name.split("/")
+    if any(word in ("", ".", "..") for word in words):
+        raise ConfigError(f"{place}: {name[:80]!r} leads out of the folder that it is a name in; give words, as a/b")
+    if not name.isprintable():
+        raise ConfigError(f"{place}: {name[:80]!r} has characters that cannot be shown; give letters, digits, _ and -")
+    if any(len(word.encode()) > 255 for word in words) or len(name.encode()) > 1024:
+        raise ConfigError(f"{place}: {name[:40]!r}... has {len(name):,} characters, more than a file system takes")
+
+
 def nearest(word: str, words: Iterable[str]) -> str | None:
     """The word nearest to `word`, compared without case, or None where none is near."""
     lower = {w.lower(): w for w in words}

@@ -1,7 +1,6 @@
 """Every `_target_`'s arguments are checked against its signature before anything is built."""
 
 import fnmatch
-import importlib
 import inspect
 import json
 import pkgutil
@@ -15,6 +14,7 @@ from typing import Any, Literal, Union
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from owlfuse.config_errors import ConfigError, hint
+from owlfuse.own_modules import import_own
 
 # Arguments that the code gives when it builds a part, by config path (or a pattern of it): neither required in a yaml
 # nor allowed there.
@@ -113,7 +113,7 @@ def locate_target(target: Any, key: str, where: Where) -> Any:
 def _import(name: str, place: Callable[[], str]) -> Any:
     """The module, or None where there is no such module; a module that it imports and that is missing is an error."""
     try:
-        return importlib.import_module(name)
+        return import_own(name)
     except ModuleNotFoundError as error:
         if error.name and f"{name}.".startswith(f"{error.name}."):  # itself, or its parent is no package
             return None

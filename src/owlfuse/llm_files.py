@@ -28,7 +28,9 @@ def load_pretrained(pretrained: str, gguf_file: str | None, options: dict[str, A
     found: dict[str, Any]
     try:
         if torch.get_default_device().type == "meta":
-            return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(pretrained, **source), **options)
+            return AutoModelForCausalLM.from_config(
+                AutoConfig.from_pretrained(pretrained, trust_remote_code=False, **source), **options
+            )
         if (
             Deferred.current is not None
             and not gguf_file
@@ -49,7 +51,7 @@ def load_pretrained(pretrained: str, gguf_file: str | None, options: dict[str, A
 
 
 def _loaded(pretrained: str, **options: Any) -> tuple[PreTrainedModel, dict[str, Any]]:
-    loaded: Any = AutoModelForCausalLM.from_pretrained(pretrained, **options, output_loading_info=True)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(pretrained, **options, output_loading_info=True, trust_remote_code=False)
     return loaded
 
 
@@ -62,7 +64,7 @@ def read_later(pretrained: str, options: dict[str, Any], deferred: Deferred) -> 
         if not any(folder.glob("*.safetensors")):
             folder = Path(snapshot_download(pretrained, allow_patterns=["*.json", "*.bin"]))
     with torch.device("meta"), deferred.drawing_nothing():
-        llm = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), **options)
+        llm = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder, trust_remote_code=False), **options)
     try:
         with in_memory_after_all():
             files = Safe(sorted(folder.glob("*.safetensors"))) or pickled(folder)

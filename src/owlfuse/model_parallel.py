@@ -16,6 +16,7 @@ from lightning import LightningModule, Trainer
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.distributed import checkpoint as dcp
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
@@ -28,6 +29,8 @@ from owlfuse.deferred import Deferred
 from owlfuse.llm import check_split
 from owlfuse.model import MultimodalLM
 from owlfuse.parallel import Sharded, data_group, local
+from owlfuse.parallel_checkpoints import SafePlanner, SafeReader
+from owlfuse.types import DataError
 
 PREFIX = "state_dict.model."
 """Before the model's own names in a checkpoint's folder."""
@@ -144,11 +147,14 @@ class Shards(Mapping[str, Tensor]):
         self.reader = ShardReader(path)
         saved = self.reader.saved.state_dict_metadata
         self.entries = {name.removeprefix(PREFIX): entry for name, entry in saved.items() if name.startswith(PREFIX)}
+        for name, entry in self.entries.items():
+            if not isinstance(entry, TensorStorageMetadata):
+                raise DataError(f"checkpoint {path}: {name} is a {type(entry).__name__}, expected a tensor")
 
     def __getitem__(self, name: str) -> Tensor:
         entry: Any = self.entries[name]
         whole = torch.empty(entry.size, dtype=entry.properties.dtype)
-        dcp.load({PREFIX + name: whole}, storage_reader=self.reader, no_dist=True)
+        dcp.load({PREFIX + name: whole}, storage_reader=self.reader, planner=SafePlanner(), no_dist=True)
         return whole
 
     def __contains__(self, name: object) -> bool:
@@ -161,7 +167,7 @@ class Shards(Mapping[str, Tensor]):
         return len(self.entries)
 
 
-class ShardReader(dcp.FileSystemReader):
+class ShardReader(SafeReader):
     """Reads the folder's table of contents once, and not with each tensor."""
 
     @cached_property

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import pickle
 from collections.abc import Callable
 from concurrent.futures import Future
 from datetime import timedelta
@@ -15,6 +17,9 @@ from lightning import Trainer
 from lightning.pytorch.strategies import ParallelStrategy
 from torch import nn
 from torch.distributed import checkpoint as dcp
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.metadata import StorageMeta
+from torch.distributed.checkpoint.planner import ReadItem
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -32,6 +37,66 @@ META = "meta.pt"
 BY_NAME = StateDictOptions(flatten_optimizer_state_dict=True)
 
 
+TABLE = ".metadata"
+"""torch's file of what lies where in a checkpoint's folder, a pickle."""
+TABLE_CLASSES = {
+    "torch": ("Size",),
+    "torch.serialization": ("_get_layout",),
+    "torch.distributed.checkpoint.filesystem": ("_StorageInfo",),
+    "torch.distributed.checkpoint.metadata": (
+        *("BytesStorageMetadata", "ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta"),
+        *("TensorProperties", "TensorStorageMetadata", "_MEM_FORMAT_ENCODING"),
+    ),
+    "pathlib": ("Path", "PosixPath", "PurePosixPath"),
+    "pathlib._local": ("Path", "PosixPath", "PurePosixPath"),
+}
+"""What torch puts into that pickle, by module; and of `torch` the types of tensors."""
+
+
+class TableUnpickler(pickle.Unpickler):
+    """Reads the table of a checkpoint's folder, and no other class or function."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        """See `pickle.Unpickler`."""
+        is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+        if is_dtype or name in TABLE_CLASSES.get(module, ()):
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"it names {module}.{name}, and its code was not run")
+
+
+class SafeReader(dcp.FileSystemReader):
+    """torch's reader of a checkpoint's folder, which reads the table with plain `pickle.load`: a checkpoint from elsewhere
+    would run what it likes."""
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> dcp.Metadata:
+        """See torch's. Raises DataError for a table that is missing, damaged, or holds more than a table."""
+        file = Path(self.path) / TABLE
+        try:
+            with file.open("rb") as opened:
+                table = TableUnpickler(opened).load()
+            table.storage_meta = getattr(table, "storage_meta", None) or StorageMeta()
+            table.storage_meta.load_id = self.load_id
+        except PICKLE_ERRORS as error:
+            raise DataError(f"{file} is no table of a checkpoint: {' '.join(str(error).split())[:200]}") from error
+        return table
+
+
+class SafePlanner(DefaultLoadPlanner):
+    """torch's plan of what to read, in which values that are no tensors are plain ones, and no pickles of anything."""
+
+    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
+        """See torch's."""
+        content = torch.load(value, weights_only=True)
+        plain = io.BytesIO()
+        torch.save(content, plain)
+        plain.seek(0)
+        super().load_bytes(read_item, plain)
+
+
+PICKLE_ERRORS = (pickle.UnpicklingError, OSError, EOFError, ValueError, TypeError, AttributeError, LookupError, ImportError)
+"""What a damaged or foreign pickle raises, besides what it was made to raise."""
+
+
 def optimizer_by_name(model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
     """An optimizer's state by the parameters' names, so that a mesh that groups them otherwise can read it."""
     return get_optimizer_state_dict(model, getattr(optimizer, "_optimizer", optimizer), options=BY_NAME)
@@ -43,16 +108,16 @@ def load_shards(model: nn.Module, optimizers: list[Optimizer], path: Path) -> di
     Raises:
         DataError: a trained weight of the model is not in it.
     """
-    saved = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+    saved = SafeReader(path).read_metadata().state_dict_metadata
     state = {k: v for k, v in get_model_state_dict(model).items() if f"state_dict.{k}" in saved}
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     if missing := sorted(trained - set(state)):
         raise DataError(f"{path} has no weights for {missing[0]} and {len(missing) - 1} more that are trained")
-    dcp.load({"state_dict": state}, checkpoint_id=path)
+    dcp.load({"state_dict": state}, storage_reader=SafeReader(path), planner=SafePlanner())
     set_model_state_dict(model, state, options=StateDictOptions(strict=False))
     for index, optimizer in enumerate(optimizers):
         moments = get_optimizer_state_dict(model, optimizer, options=BY_NAME)
-        dcp.load({f"optimizer_{index}": moments}, checkpoint_id=path)
+        dcp.load({f"optimizer_{index}": moments}, storage_reader=SafeReader(path), planner=SafePlanner())
         names = [group["name"] for group in optimizer.param_groups]  # of this mesh's groups, not of those that were saved
         set_optimizer_state_dict(model, optimizer, moments, options=BY_NAME)
         for group, name in zip(optimizer.param_groups, names, strict=True):

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import sys
 
-from rich.console import Console
 from rich.table import Table
 
+from owlfuse.console import PlainConsole as Console
 from owlfuse.plan import GB, Estimate, Plan
 
 

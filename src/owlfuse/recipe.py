@@ -31,6 +31,7 @@ from owlfuse.identity import flat
 from owlfuse.model import PARTS, MultimodalLM, on_meta
 from owlfuse.recipe_tables import print_plans, print_results, print_stages
 from owlfuse.runs import NAME, in_use, last_checkpoint, place
+from owlfuse.terminal import visible
 from owlfuse.types import DataError
 
 FREE = {"pretrained", "weights", "gguf_file", "architecture", "dtype", "attention", "gradient_checkpointing", "checkpointing"}
@@ -98,7 +99,7 @@ def recipe_command(recipe: str, words: list[str]) -> None:
         start = stage.weights
     if getattr(rank_zero_only, "rank", 0) == 0:
         print_results(recipe, stages)
-        print(f"the model is in {start}; talk to it by: owlfuse chat {start}")
+        print(visible(f"the model is in {start}; talk to it by: owlfuse chat {start}"))
 
 
 def make_stages(recipe: str, words: list[str]) -> list[Stage]:
@@ -205,7 +206,7 @@ def run_stage(stage: Stage, start: Path | None, words: list[str]) -> None:
     first = getattr(rank_zero_only, "rank", 0) == 0
     if stage.finished:
         if first:
-            print(f"stage {stage.name} is finished: {stage.folder}")
+            print(visible(f"stage {stage.name} is finished: {stage.folder}"))
         return
     os.environ.pop(NAME, None)  # the name of the stage before, which ranks inherit
     if any((stage.folder / "checkpoints").glob("*")):
@@ -221,7 +222,7 @@ def run_stage(stage: Stage, start: Path | None, words: list[str]) -> None:
         config = stage.config
         start_from(config, start)
     if first:
-        print(f"stage {stage.name}{f', from the weights in {start}' if start else ''}")
+        print(visible(f"stage {stage.name}{f', from the weights in {start}' if start else ''}"))
     try:
         train.run(config)
     except KeyboardInterrupt:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
 from rich.table import Table
 
 from owlfuse.config_plain import to_dict
+from owlfuse.console import PlainConsole as Console
 from owlfuse.plan import GB, make_plan
 from owlfuse.sweep import metrics_of
 

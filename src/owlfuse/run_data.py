@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_only
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from owlfuse.build import build
-from owlfuse.config import ConfigError, origin_of
+from owlfuse.config import ConfigError, origin_of, read_run
 from owlfuse.data.chat_tokenizer import chat_tokenizer
 from owlfuse.folders import whole_folder
 
@@ -27,9 +27,9 @@ def build_data(config: DictConfig) -> Any:
     kept = Path(config.resume) / FOLDER if config.resume else None
     if kept is None or not kept.is_dir():
         return build(config.data)
-    saved: Any = OmegaConf.load(Path(config.resume) / "config.yaml")
+    saved = read_run(Path(config.resume))["data"]
     for key in KEYS:
-        if config.data.get(key) != saved.data.get(key):
+        if config.data.get(key) != saved.get(key):
             raise ConfigError(
                 f"{origin_of(config, f'data.{key}')}: data.{key}: the run {config.resume} keeps the tokenizer and "
                 "chat template that it was trained with; leave the key out, or start another run from it by init_from"

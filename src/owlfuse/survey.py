@@ -17,6 +17,7 @@ from owlfuse.data.mixture import Mixture
 from owlfuse.model import on_meta
 from owlfuse.runs import place, write_mixture
 from owlfuse.survey_tables import print_survey
+from owlfuse.terminal import visible
 from owlfuse.types import DataError
 
 BLOCK = 2**18
@@ -57,7 +58,7 @@ def mixture_command(words: list[str]) -> dict[str, Any]:
     folder.mkdir(parents=True, exist_ok=True)
     write_mixture(folder, report)
     print_survey(report)
-    print(f"mixture.json is in {folder}")
+    print(visible(f"mixture.json is in {folder}"))
     return report
 
 
@@ -126,8 +127,9 @@ def duplicate_notes(report: dict[str, Any]) -> list[str]:
 def realised(mixture: Mixture, lengths: dict[str, Lengths], positions: int) -> dict[str, Any]:
     """Of the first positions: `supervised` tokens by source, how many samples have each of the `lengths`, and the positions
     and indices of the `wrong` samples by source."""
-    from rich.console import Console
     from rich.progress import track
+
+    from owlfuse.console import PlainConsole as Console
 
     longest = max(int(found.tokens.max()) for found in lengths.values())
     counts, supervised = np.zeros(longest + 1, dtype=np.int64), dict.fromkeys(mixture.names, 0)

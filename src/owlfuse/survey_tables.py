@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
-from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+
+from owlfuse.console import PlainConsole as Console
 
 REASONS = 12
 """Lines of the table of skips; all of them are in mixture.json."""
@@ -22,7 +22,7 @@ def print_survey(report: dict[str, Any]) -> None:
         console.print(skips_table(report["skipped"]))
     console.print(histogram_table(report["histogram"]))
     for note in report["notes"]:
-        console.print(f"note: {escape(note)}")
+        console.print(f"note: {note}")
 
 
 def sources_table(report: dict[str, Any]) -> Table:
@@ -31,7 +31,7 @@ def sources_table(report: dict[str, Any]) -> Table:
     for name, row in report["sources"].items():
         length = row["length"] or {"mean": 0, "longest": 0}
         sizes = f"{row['samples']:,}", f"{row['wrong_samples']:,}", f"{length['mean']:.1f}", f"{length['longest']:,}"
-        table.add_row(escape(name), *sizes, row["at_end"], row["sha256"][:12])
+        table.add_row(name, *sizes, row["at_end"], row["sha256"][:12])
     return table
 
 
@@ -44,7 +44,7 @@ def drawn_table(report: dict[str, Any]) -> Table:
     for name, row in report["sources"].items():
         shares = (percent(row[key]) for key in ("asked_share", "drawn_share", "supervised_share"))
         counts = f"{row['drawn']:,}", f"{row['supervised_tokens']:,}", f"{row['passes']:.2f}", f"{row['skipped']:,}"
-        table.add_row(escape(name), *shares, *counts)
+        table.add_row(name, *shares, *counts)
     table.caption, table.caption_justify = "* supervised", "left"
     return table
 
@@ -64,7 +64,7 @@ def skips_table(skipped: list[dict[str, str]]) -> Table:
     for name in ("source", "times", "reason"):
         table.add_column(name)
     for (source, reason), times in counted.most_common(REASONS):
-        table.add_row(escape(source), str(times), escape(reason))
+        table.add_row(source, str(times), reason)
     if len(counted) > REASONS:
         table.add_row("", "", f"and {len(counted) - REASONS} more, in mixture.json")
     return table

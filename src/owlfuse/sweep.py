@@ -11,10 +11,10 @@ import sys
 from pathlib import Path
 
 from omegaconf import DictConfig
-from rich.console import Console
 from rich.table import Table
 
 from owlfuse import config
+from owlfuse.console import PlainConsole as Console
 
 
 def sweep(overrides: list[str]) -> None:

@@ -24,6 +24,7 @@ from owlfuse.resume import changed_keys, check_identity, read_past, recorded
 from owlfuse.run_data import build_data, save_tokenizer
 from owlfuse.runs import in_use, is_first_rank, last_checkpoint, place, run_folder, write_config, write_mixture
 from owlfuse.signals import signals_end_the_run
+from owlfuse.terminal import visible
 from owlfuse.trainer import cost_of, make_trainer, raise_if_stopped
 from owlfuse.types import DataError
 from owlfuse.weights import needs_base
@@ -105,14 +106,14 @@ def train(config: DictConfig, folder: Path, data_digest: str | None) -> None:
                 metrics, answers = evaluation(module.model, data, folder)
         except KeyboardInterrupt:
             if trainer.is_global_zero:
-                print(f"stopped while evaluating; the training is done, so go on with: owlfuse eval {folder}")
+                print(visible(f"stopped while evaluating; the training is done, so go on with: owlfuse eval {folder}"))
             raise
     if trainer.is_global_zero:
         write_mixture(folder, report | {"validation": data.validation_report()})
         cost, seconds = cost_of(trainer, evaluation), time.monotonic() - began
         write_results(folder, config, trainer.global_step, metrics, cost, seconds, module.record, evaluation.counts)
         evaluation.write(folder, metrics, answers, f"{config.experiment}, {trainer.global_step} steps")
-        print(f"everything of this run is in {folder}")
+        print(visible(f"everything of this run is in {folder}"))
 
 
 def fit(trainer: Any, module: MultimodalModule, data: Any, checkpoint: Path | None, folder: Path) -> None:

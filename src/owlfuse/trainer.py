@@ -23,6 +23,7 @@ from owlfuse.evaluation.before import BeforeTraining
 from owlfuse.first_steps import FirstStepsCheck
 from owlfuse.parallel import any_rank, data_ranks
 from owlfuse.runs import step_of
+from owlfuse.terminal import visible
 
 
 def make_trainer(config: DictConfig, data: ChatData, folder: Path, checkpoint: Path | None = None) -> Trainer:
@@ -53,10 +54,10 @@ def make_trainer(config: DictConfig, data: ChatData, folder: Path, checkpoint: P
         use_distributed_sampler=False,
     )
     if checkpoint is not None and trainer.is_global_zero:
-        print(f"going on from {checkpoint} at step {step_of(checkpoint)}")
+        print(visible(f"going on from {checkpoint} at step {step_of(checkpoint)}"))
     asked, steps = trainer.max_steps, data.steps(trainer.max_steps)
     if steps < asked and trainer.is_global_zero:
-        print(f"the data end (at_end) after {steps} whole steps of {asked}, so the run does")
+        print(visible(f"the data end (at_end) after {steps} whole steps of {asked}, so the run does"))
     trainer.fit_loop.epoch_loop.max_steps = steps
     trainer.accumulate_grad_batches = data.accumulation(data_ranks(trainer))
     trainer.val_check_interval = min(config.trainer.val_check_interval, trainer.max_steps) * trainer.accumulate_grad_batches
@@ -91,7 +92,7 @@ def raise_if_stopped(trainer: Any, folder: Path) -> None:
         if trainer.is_global_zero:
             steps = trainer.global_step
             how = f"go on with: owlfuse train resume={folder}" if steps else "nothing is learned yet, so begin it again"
-            print(f"stopped at step {steps}; {how}")
+            print(visible(f"stopped at step {steps}; {how}"))
         raise KeyboardInterrupt
 
 

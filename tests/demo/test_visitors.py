@@ -156,6 +156,8 @@ def test_visitors_do_not_hear_each_other_and_are_forgotten_when_they_leave(talke
     assert here.of("two").turns == []
     assert here.of("one") is one
     monkeypatch.setattr(limits, "MAX_WAITING", 1)
+    running = here.answers("one", 0.0, 8, False)
+    next(running)
     with pytest.raises(DataError, match="waiting already"):
         here.begin("two", "Hello", [])
     here.leave("one")
@@ -182,3 +184,77 @@ def test_pictures_in_the_page_are_small_and_their_pixels_stay_seen():
     assert fitted(Image.new("RGB", (64, 32))).size == (128, 64)
     assert fitted(Image.new("RGB", (200, 300))).size == (200, 300)
     assert len(visitors.data_uri(fitted(Image.effect_noise((3000, 2000), 90).convert("RGB")))) < 120_000
+
+
+def test_questions_whose_answers_nobody_asks_for_keep_nobody_waiting(talkers):
+    """A program may send questions without ever asking for their answers, as no page does."""
+    here = Visitors(talkers)
+    for number in range(3 * limits.MAX_WAITING):
+        here.begin(f"silent {number}", "Hello", [])
+    visitor = here.begin("honest", "Hello", [])
+    for _ in here.answers("honest", 0.0, 4, False):
+        pass
+    assert [answer.text != "" for answer in visitor.turns[0].answers] == [True, True]
+
+
+def test_a_question_whose_answers_nobody_asks_for_is_over_after_a_while(talkers, monkeypatch):
+    here = Visitors(talkers)
+    silent = here.begin("silent", "Hello", [])
+    with pytest.raises(DataError, match="still being answered"):
+        here.begin("silent", "Hello again", [])
+    monkeypatch.setattr(limits, "UNASKED_SECONDS", 0.0)
+    monkeypatch.setattr(limits, "MAX_VISITORS", 1)
+    here.begin("silent", "Hello again", [])
+    assert [turn.done for turn in silent.turns] == [True, False]
+    here.of("next")
+    assert set(here.here) == {"next"}
+
+
+def test_more_questions_than_may_wait_are_told_so(talkers, monkeypatch):
+    monkeypatch.setattr(limits, "MAX_WAITING", 2)
+    here = Visitors(talkers)
+    for key in ("one", "two", "three"):
+        here.begin(key, "Hello", [])
+    running = [here.answers(key, 0.0, 4, False) for key in ("one", "two")]
+    for each in running:
+        next(each)
+    assert list(here.answers("three", 0.0, 4, False)) == []
+    assert "2 questions of others are waiting already" in here.of("three").turns[0].answers[0].note
+    for each in running:
+        each.close()
+    assert here.waiting() == 0
+
+
+def test_a_page_that_is_gone_gives_its_place_to_the_next(talkers):
+    here = Visitors(talkers)
+    for key in ("gone", "left", "waits"):
+        here.begin(key, "Hello", [])
+    gone, left, waits = (here.answers(key, 0.0, 4, False) for key in ("gone", "left", "waits"))
+    next(gone)
+    next(left)
+    next(waits)
+    gone.close()  # the connection was closed, and with it the generator
+    here.leave("left")  # the page was closed, and nobody reads its generator any more
+    for _ in waits:
+        pass
+    assert all(answer.text for answer in here.of("waits").turns[0].answers)
+
+
+def test_one_address_does_not_take_all_places(talkers, monkeypatch):
+    monkeypatch.setattr(limits, "MAX_OF_ONE_ADDRESS", 1)
+    here = Visitors(talkers)
+    here.begin("a", "Hello", [], "192.0.2.1")
+    running = here.answers("a", 0.0, 4, False)
+    next(running)
+    with pytest.raises(DataError, match="1 questions from your address are waiting"):
+        here.begin("b", "Hello", [], "192.0.2.1")
+    here.begin("c", "Hello", [], "192.0.2.2")
+    running.close()
+
+
+def test_an_answer_that_takes_too_long_ends_and_says_so(talkers, monkeypatch):
+    monkeypatch.setattr(limits, "ANSWER_SECONDS", 0.0)
+    turn = ask(Visitor(talkers), "Hello", tokens=50)
+    for answer in turn.answers:
+        assert answer.note.endswith("0 s are over, the most for one answer")
+        assert int(answer.note.split()[0]) < 50

@@ -11,7 +11,7 @@ import torch
 from omegaconf import OmegaConf
 
 from helpers import IMAGE_SIZE, REPO, ROWS, TINY_SHAPES, VOCAB, gradients, loss_of, make_batch
-from owlfuse import load
+from owlfuse import foreign, load
 from owlfuse.build import build
 from owlfuse.config import ConfigError, compose, compose_root
 from owlfuse.data.images import open_image
@@ -116,7 +116,7 @@ def test_counting_scores_the_first_number_of_an_answer(questions):
 
 
 @pytest.mark.slow
-def test_all_parts_together_train_and_are_evaluated_and_exported(questions):
+def test_all_parts_together_train_and_are_evaluated_and_exported(questions, monkeypatch):
     def owlfuse(*words):
         environment = {**os.environ, "PYTHONPATH": str(REPO / "src")}
         ran = subprocess.run(
@@ -133,8 +133,13 @@ def test_all_parts_together_train_and_are_evaluated_and_exported(questions):
     assert set(json.loads((run / "tasks" / "counting.json").read_text())["metrics"]) == {"accuracy", "distance"}
     owlfuse("chat", str(run), "--image", "pictures/red.png", "What color is it?")
     owlfuse("export", str(run), "out")
+    out = (questions / "out").resolve()
+    elsewhere = questions / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)  # where no yaml names the parts
+    monkeypatch.setattr(foreign, "accepted", set())  # what other tests have composed
     with pytest.raises(DataError, match="if you trust it, import parts.color_grid first"):
-        load("out")
+        load(out)
     for name in ("color_grid", "mean", "pooled", "shallow"):
         importlib.import_module(f"parts.{name}")
-    assert type(load("out").fusion).__name__ == "Pooled"
+    assert type(load(out).fusion).__name__ == "Pooled"

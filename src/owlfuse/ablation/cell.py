@@ -28,6 +28,7 @@ def train_cell(folder: Path, key: str) -> None:
     from omegaconf import open_dict
 
     from owlfuse.config import compose
+    from owlfuse.foreign import accept
     from owlfuse.identity import code_hash, config_hash
     from owlfuse.types import DataError
 
@@ -37,6 +38,10 @@ def train_cell(folder: Path, key: str) -> None:
     resumes = (run / "config.yaml").exists()
     with (run / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # a process that was left alone may still be ending
+        for word in cell["words"]:  # the user's, whose parts the run's config.yaml may name
+            override, _, value = word.partition("=")
+            if override.endswith("._target_"):
+                accept({"_target_": value.strip("'\"")})
         config = compose([f"resume={run}"] if resumes else cell["words"])
         with open_dict(config):
             config.accept_changed_data = cell["config"].get("accept_changed_data", False)

@@ -190,7 +190,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """A file's content, nothing where it is not there or half written."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
 
 

@@ -10,14 +10,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
+from rich.text import Text
 
 from owlfuse.ablation import launch
 from owlfuse.ablation.file import Ablation
 from owlfuse.ablation.grid import Cell
+from owlfuse.console import PlainConsole as Console
 from owlfuse.recipe_tables import count
+from owlfuse.terminal import cell as table_cell
 
 WIDTH = 100
 """Columns that all tables fit into."""
@@ -33,7 +35,7 @@ def console() -> Console:
 def print_plan(ablation: Ablation, folder: Path, cells: list[Cell], left: list[Cell], jobs: int) -> None:
     """The cells with parameters trained and steps, what is finished, and an estimate of the time."""
     out = console()
-    out.print(f"[bold]{ablation.name}[/bold]: {ablation.question}", highlight=False)
+    out.print(Text.assemble((ablation.name, "bold"), f": {ablation.question}"), highlight=False)
     table = Table(title_justify="left", caption_justify="left")
     for name in ("cell", "seeds", "trained, about", "steps", "finished"):
         table.add_column(name, justify="left" if name == "cell" else "right", overflow="fold")
@@ -157,7 +159,7 @@ class View:
         self.progress.update(self.whole, completed=done, said=self.time_left(done))
         for key, (step, steps) in running.items():
             if key not in self.tasks:
-                self.tasks[key] = self.progress.add_task(f"  {shortened(key)}", total=steps, said="")
+                self.tasks[key] = self.progress.add_task(table_cell(f"  {shortened(key)}"), total=steps, said="")
             self.progress.update(self.tasks[key], completed=step, said=phase(step, steps))
         for key in [key for key in self.tasks if key not in running]:
             self.progress.remove_task(self.tasks.pop(key))

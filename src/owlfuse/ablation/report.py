@@ -9,6 +9,7 @@ from owlfuse.ablation.plots import write_plots
 from owlfuse.ablation.results import load
 from owlfuse.ablation.tables import print_tables, write_tables
 from owlfuse.config_errors import COMMAND_LINE, ConfigError, hint
+from owlfuse.terminal import visible
 
 
 def report_command(name: str, words: list[str]) -> None:
@@ -33,5 +34,5 @@ def write_report(folder: Path, baseline: str | None = None) -> list[str]:
     write_tables(results, out)
     plots = write_plots(results, out)
     write_page(results, plots, out / "index.html")
-    print(f"the report is {out / 'index.html'}")
+    print(visible(f"the report is {out / 'index.html'}"))
     return [run.key for run in results.runs if run.state == "failed"]

@@ -13,8 +13,9 @@ import numpy as np
 
 from owlfuse.ablation.launch import STATE, read_json
 from owlfuse.ablation.statistics import paired_interval
-from owlfuse.config_errors import COMMAND_LINE, ConfigError, hint
+from owlfuse.config_errors import COMMAND_LINE, ConfigError, check_name, hint
 from owlfuse.identity import differing_hash
+from owlfuse.types import DataError
 
 COSTS = {
     "trained_parameters": ("parameters trained", ""),
@@ -140,9 +141,18 @@ def load(folder: Path, baseline: str | None = None) -> Results:
     record = read_json(folder / "ablation.json")
     if not record:
         raise ConfigError(f"{COMMAND_LINE}: {folder}: not an ablation's folder: there is no ablation.json in it")
+    try:
+        return results_of(folder, record, baseline)
+    except (AttributeError, IndexError, KeyError, TypeError) as error:
+        raise DataError(f"{folder}: ablation.json and results are not as owlfuse writes them: {error!r}") from error
+
+
+def results_of(folder: Path, record: dict[str, Any], baseline: str | None) -> Results:
+    """What `load` reads, of the record in ablation.json. Raises ConfigError, and what a record of another form raises."""
     rows: dict[str, Row] = {}
     for cell in record["cells"]:
         row = rows.setdefault(cell["cell"], Row(cell["cell"], cell["levels"], [], cell["config"]))
+        check_name(f"{folder / 'ablation.json'}: cell", cell["key"])
         row.runs.append(read_run(folder / cell["key"], cell))
     base = rows.get(record["baseline"] if baseline is None else baseline)
     if base is None:

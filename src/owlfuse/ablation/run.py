@@ -18,7 +18,7 @@ from owlfuse.ablation import launch, progress
 from owlfuse.ablation.file import Ablation, is_list, read_ablation
 from owlfuse.ablation.grid import Cell, full_metrics, make_cells, record_of, sources_of
 from owlfuse.ablation.report import write_report
-from owlfuse.config_errors import COMMAND_LINE, ConfigError, hint
+from owlfuse.config_errors import COMMAND_LINE, ConfigError, check_name, hint
 from owlfuse.config_files import find_folders
 from owlfuse.identity import differing_hash
 from owlfuse.types import DataError
@@ -50,6 +50,7 @@ def ablate_command(name: str, words: list[str]) -> None:
     if file is None:
         raise ConfigError(f"{COMMAND_LINE}: ablate {name}: no such ablation{hint(name, folders.ablation_names)}")
     own, words = split_words(words)
+    check_name(f"{COMMAND_LINE}: name", str(own.get("name", name)))
     ablation = read_ablation(name, file)
     ablation.seeds = own.get("seeds", ablation.seeds)
     jobs = own.get("jobs", 1)

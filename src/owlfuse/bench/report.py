@@ -57,8 +57,9 @@ def leave(out: Path, name: str, result: dict[str, Any], tables: list[tuple[str, 
 def print_table(title: str, head: list[str], rows: list[list[str]]) -> None:
     """A table, the first column to the left and the numbers to the right."""
     from rich.box import SIMPLE_HEAD
-    from rich.console import Console
     from rich.table import Table
+
+    from owlfuse.console import PlainConsole as Console
 
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
     for index, name in enumerate(head):

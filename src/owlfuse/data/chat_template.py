@@ -5,8 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from owlfuse.data.lines import check_record
 from owlfuse.types import DataError
 
+MAX_TEMPLATE = 2**20
+"""Bytes of a template; the longest have 20 KB."""
 FOLDER = Path(__file__).parent / "templates"
 
 CONTROL = {
@@ -56,6 +59,7 @@ def read_template(chat_template: str) -> str:
             f"chat_template: {chat_template} is none of {', '.join(template_names())}, nor the path of a .jinja file"
         )
     try:
+        check_record(path.stat().st_size, f"chat_template: {path}", MAX_TEMPLATE)
         text = path.read_text(encoding="utf-8").removesuffix("\n")
         Environment(extensions=["jinja2.ext.loopcontrols"]).parse(
             text.replace("{% generation %}", "").replace("{% endgeneration %}", "")

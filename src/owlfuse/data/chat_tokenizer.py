@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, TemplateError, nodes
+from jinja2 import Environment, TemplateError, TemplateSyntaxError, nodes
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from owlfuse.data.chat_template import template_names, use_template
@@ -76,7 +76,9 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     try:
         path = packaged(name)
         check_not_missing(path)
-        return gguf_tokenizer(Path(path).expanduser()) if path.endswith(".gguf") else AutoTokenizer.from_pretrained(path)
+        if path.endswith(".gguf"):
+            return gguf_tokenizer(Path(path).expanduser())
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise DataError(f"tokenizer: {name}: {str(error).splitlines()[0]}") from error
 
@@ -150,7 +152,10 @@ def prepare_template(
 
 def fixed_date(template: str) -> str:
     """Returns a macro that stands for the clock that a template reads, empty for one that reads none. Raises DataError."""
-    tree = Environment(extensions=["jinja2.ext.loopcontrols"]).parse(GENERATION_TAG.sub("", template))
+    try:
+        tree = Environment(extensions=["jinja2.ext.loopcontrols"]).parse(GENERATION_TAG.sub("", template))
+    except TemplateSyntaxError as error:
+        raise DataError(f"the chat template is no Jinja template: line {error.lineno}: {error.message}") from error
     calls = [call for call in tree.find_all(nodes.Call) if getattr(call.node, "name", None) == "strftime_now"]
     if not calls:
         return ""

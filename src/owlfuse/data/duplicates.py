@@ -47,13 +47,15 @@ def duplicate_ids(mixture: Mixture, source: Source, drawn: int) -> dict[str, Any
 
 def hashed_ids(source: Source, indices: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
     """A hash of each record's id, uint64, and the index of the sample that it is in; a record that is wrong is left out."""
-    from rich.console import Console
     from rich.progress import track
+
+    from owlfuse.console import PlainConsole as Console
+    from owlfuse.terminal import cell
 
     hashes, owners = array("Q"), array("q")
     found: Iterable[tuple[int, str]] = source.ids(indices)
     if len(indices) >= LONG:
-        title = f"comparing ids of {source.name}"
+        title = cell(f"comparing ids of {source.name}")
         found = track(found, title, total=len(indices), console=Console(stderr=True), transient=True)
     for index, identity in found:
         hashes.append(hash(identity) & 2**64 - 1)

@@ -30,7 +30,7 @@ def gguf_tokenizer(file: Path) -> PreTrainedTokenizerBase:
     try:
         from gguf import GGUFReader
 
-        tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+        tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name, trust_remote_code=False)
         fields = GGUFReader(file).fields
     except ImportError as error:
         raise missing("gguf", f"tokenizer: {file.name}") from error

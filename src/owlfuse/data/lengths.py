@@ -109,14 +109,16 @@ def keep(path: Path, lengths: Lengths) -> None:
 
 def count(source: Source, encoder: ChatEncoder, workers: int, on_length: OnLength = "error") -> Lengths:
     """Encodes every sample, in other processes where there are many."""
-    from rich.console import Console
     from rich.progress import track
+
+    from owlfuse.console import PlainConsole as Console
+    from owlfuse.terminal import cell
 
     starts = range(0, len(source), CHUNK)
     lengths = Lengths(np.zeros(len(source), np.int32), np.zeros(len(source), np.int32), {})
 
     def take(parts: Any) -> None:
-        title = f"counting tokens of {source.name}"
+        title = cell(f"counting tokens of {source.name}")
         parts = track(parts, title, total=len(starts), console=Console(stderr=True), transient=True)
         for start, (tokens, supervised, wrong, notes) in zip(starts, parts):
             lengths.tokens[start : start + len(tokens)] = tokens

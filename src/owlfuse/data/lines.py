@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 import os
+import re
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -16,6 +18,16 @@ from owlfuse.types import DataError
 
 CHUNK = 2**22
 """Bytes read at a time while the offsets are found; not mapped, so that the file's size does not count as memory."""
+
+
+MAX_RECORD = 2**24
+"""Bytes of one record of text: parsed JSON takes up to 30 times its size in memory, so a longer one is refused unread."""
+
+
+def check_record(size: int, what: str, limit: int = MAX_RECORD) -> None:
+    """Raises DataError that begins with `what` for a record of more than `limit` bytes."""
+    if size > limit:
+        raise DataError(f"{what} has {size:,} bytes, over the limit of {limit:,} for one record; split it, or leave it out")
 
 
 class Lines(Sequence[bytes]):
@@ -43,7 +55,7 @@ class Lines(Sequence[bytes]):
         except OSError as error:
             raise DataError(f"{file}: {error.strerror}") from error
         ends = np.append(starts[1:], self.size) if len(doubtful) else starts[:0]
-        blank = [k for k in doubtful if not os.pread(self.descriptor, int(ends[k] - starts[k]), int(starts[k])).strip()]
+        blank = [k for k in doubtful if is_blank(self.descriptor, int(starts[k]), int(ends[k]))]
         self.blank_before = np.array(blank, dtype=np.int64) - np.arange(len(blank))
         """For each blank line, how many lines that are not stand before it."""
         self.starts = np.delete(starts, blank) if blank else starts
@@ -52,10 +64,13 @@ class Lines(Sequence[bytes]):
         return len(self.starts)
 
     def __getitem__(self, index: int) -> bytes:  # type: ignore[override]  # no slices
-        """Without its newline and the blank lines after it. Raises IndexError, and DataError where the file became shorter."""
+        """Without its newline and the blank lines after it. Raises IndexError, and DataError where the file became shorter, or
+        for a line that is too long."""
         index = range(len(self))[index]
         start = int(self.starts[index])
         end = int(self.starts[index + 1]) if index + 1 < len(self) else self.size
+        if end - start > MAX_RECORD:  # asked first, since a line's number may take a look at the whole file
+            check_record(end - start, f"{self.file}: line {self.number(index)}")
         raw = os.pread(self.descriptor, end - start, start)
         if len(raw) < end - start:
             raise DataError(f"{self.file}: line {self.number(index)}: the file has become shorter since it was opened")
@@ -108,6 +123,16 @@ def line_starts(descriptor: int, quoted: bool) -> tuple[np.ndarray, np.ndarray]:
     return np.frombuffer(starts, dtype=np.int64), np.frombuffer(doubtful, dtype=np.int64)
 
 
+def is_blank(descriptor: int, start: int, end: int) -> bool:
+    """Whether a line holds white space alone, which is read a piece at a time."""
+    while start < end:
+        piece = os.pread(descriptor, min(CHUNK, end - start), start)
+        if not piece or piece.strip():
+            return not piece
+        start += len(piece)
+    return True
+
+
 class JsonLines(Sequence[Any]):
     """A JSON value a line, each parsed when it is asked for; blank lines are left out.
 
@@ -146,22 +171,151 @@ def decoded(raw: bytes, where: str) -> str:
 
 
 def read_json_list(file: Path) -> list[Any]:
-    """A JSON file that holds one list, parsed whole. Raises DataError."""
+    """A JSON file that holds one list, parsed record by record. Raises DataError."""
     try:
-        text = decoded(file.read_bytes(), str(file))
+        size = file.stat().st_size
+        if size <= MAX_RECORD:
+            return small_json_list(decoded(file.read_bytes(), str(file)), file)
+        with file.open("rb") as opened:
+            return list(streamed_records(opened, file))
     except FileNotFoundError:
         raise DataError(f"{file}: no such file") from None
     except OSError as error:
         raise DataError(f"{file}: {error.strerror}") from error
+
+
+def small_json_list(text: str, file: Path) -> list[Any]:
+    """The list that a JSON text holds. Raises DataError."""
     if not text.strip():
         raise DataError(f"{file}: holds no record")
     try:
         records = json.loads(text)
     except json.JSONDecodeError as error:
-        hint = "; a file with a record a line is named .jsonl" if error.msg == "Extra data" else ""
+        hint = LINES_HINT if error.msg == "Extra data" else ""
         raise DataError(f"{file}: line {error.lineno}: not JSON: {error.msg}{hint}") from error
     except (ValueError, RecursionError) as error:
         raise DataError(f"{file}: not JSON: {json_reason(error)}") from error
     if not isinstance(records, list):
         raise DataError(f"{file}: holds a {type(records).__name__}, expected a list of records")
     return records
+
+
+LINES_HINT = "; a file with a record a line is named .jsonl"
+SPACE = re.compile(r"[ \t\n\r]*")  # what JSON calls white space
+
+
+def streamed_records(opened: BinaryIO, file: Path) -> Iterator[Any]:
+    """The records of a JSON list, each parsed by itself, so that a record that is too long is refused before it is parsed and
+    the text is never in memory as a whole.
+
+    Raises:
+        DataError: what is wrong, with its line.
+    """
+    decode = json.JSONDecoder().raw_decode
+    text = Text(opened, file)
+    if text.take() != "[":
+        kind = {"{": "dict", '"': "str", "t": "bool", "f": "bool", "n": "NoneType"}.get(text.taken, "number")
+        raise DataError(f"{file}: holds a {kind}, expected a list of records")
+    while True:
+        if text.peek() == "]" and not text.records:
+            text.take()
+            break
+        yield text.record(decode)
+        mark = text.take()
+        if mark == "]":
+            break
+        if mark != ",":
+            raise text.error("Expecting ',' delimiter")
+    if text.peek():
+        raise text.error(f"Extra data{LINES_HINT}")
+
+
+class Text:
+    """The text of a JSON file, of which a piece is in memory.
+
+    Args:
+        opened: the file, UTF-8.
+        file: its name, for messages.
+    """
+
+    def __init__(self, opened: BinaryIO, file: Path) -> None:
+        self.opened = opened
+        self.file = file
+        self.decoder = codecs.getincrementaldecoder("utf-8-sig")()
+        self.text = ""
+        self.place = 0
+        self.lines = 1
+        self.read = 0
+        self.ended = False
+        self.records = 0
+        self.taken = ""
+
+    def more(self, size: int = CHUNK) -> None:
+        """Reads on; what was used is dropped."""
+        self.lines += self.text.count("\n", 0, self.place)
+        raw = self.opened.read(size)
+        self.ended = not raw
+        try:
+            self.text = self.text[self.place :] + self.decoder.decode(raw, final=self.ended)
+        except UnicodeDecodeError as error:
+            raise DataError(f"{self.file}: not UTF-8 at byte {self.read + error.start}") from error
+        self.read += len(raw)
+        self.place = 0
+
+    def peek(self) -> str:
+        """The next character that is no white space; empty at the end."""
+        while True:
+            self.place = SPACE.match(self.text, self.place).end()  # type: ignore[union-attr]  # it matches nothing too
+            if self.place < len(self.text) or self.ended:
+                return self.text[self.place : self.place + 1]
+            self.more()
+
+    def take(self) -> str:
+        """`peek`, and goes past it."""
+        self.taken = self.peek()
+        self.place += len(self.taken)
+        return self.taken
+
+    def record(self, decode: Callable[[str, int], tuple[Any, int]]) -> Any:
+        """The JSON value that comes next. Raises DataError for one that is too long or no JSON."""
+        self.peek()
+        while True:
+            try:
+                value, end = decode(self.text, self.place)
+            except RecursionError as error:
+                raise self.error(json_reason(error)) from error
+            except json.JSONDecodeError as error:
+                if self.ended or self.is_wrong(error.pos):
+                    self.place = min(error.pos, len(self.text))
+                    raise self.error(error.msg) from error
+                end = -1
+            except ValueError as error:  # a number of thousands of digits
+                raise self.error(json_reason(error)) from error
+            if end >= 0 and (end < len(self.text) or self.ended):  # a number may go on in the next piece
+                check_record(end - self.place, f"{self.file}: record {self.records}, in line {self.line()}")
+                self.place = end
+                self.records += 1
+                return value
+            self.check_length()
+            self.more(MAX_RECORD)  # all that one record may have, so that it is not parsed over and over
+
+    def is_wrong(self, place: int) -> bool:
+        """Whether an error at this place of the piece would stay one if the text went on: not at its end, nor at a text that
+        is not closed yet."""
+        return place < len(self.text) - 100 and self.text[place] != '"'
+
+    def check_length(self) -> None:
+        """Raises DataError where the record is longer than one may be."""
+        if len(self.text) - self.place > MAX_RECORD:
+            raise DataError(
+                f"{self.file}: record {self.records}, in line {self.line()}, has more than {MAX_RECORD:,} bytes, the limit for "
+                "one record, or is no JSON; split it, or leave it out"
+            )
+
+    def line(self) -> int:
+        """The number of the line that is being read, from 1."""
+        return self.lines + self.text.count("\n", 0, self.place)
+
+    def error(self, reason: str) -> DataError:
+        """What is wrong at the place that is being read."""
+        return DataError(f"{self.file}: line {self.line()}: not JSON: {reason}")

@@ -28,8 +28,9 @@ def _write_picture(folder: Path, seed: int, place: tuple[str, int]) -> dict:
 
 
 def _write_pictures(folder: Path, seed: int, sizes: dict[str, int], workers: int) -> dict[str, list[dict]]:
-    from rich.console import Console
     from rich.progress import track
+
+    from owlfuse.console import PlainConsole as Console
 
     for split in sizes:
         (folder / "images" / split).mkdir(parents=True)

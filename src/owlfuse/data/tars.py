@@ -16,11 +16,20 @@ from typing import Any
 
 import numpy as np
 
+from owlfuse.data.lines import check_record
 from owlfuse.types import DataError
 
 BLOCK = 512
 SAMPLE_MEMBER = re.compile(r"(?:\./)?((?:.*/)?[^./][^./]*)\.([^/]+)", re.DOTALL)
 """A key, up to the first dot of the file's name, and an extension."""
+
+
+TEXTS = ("json", "txt", "text", "caption", "cls", "jsonl", "html", "xml", "csv", "tsv")
+"""Extensions of members that are text."""
+MAX_SAMPLE = 2**29
+"""Bytes of a sample's members together."""
+MAX_HEADER = 2**20
+"""Bytes of a header that holds a member's long name."""
 
 
 class TarSamples(Sequence[dict[str, Any]]):
@@ -51,13 +60,15 @@ class TarSamples(Sequence[dict[str, Any]]):
         file, start = self.files[shard], int(self.starts[index])
         end = int(self.ends[shard]) if index + 1 == self.first[shard + 1] else int(self.starts[index + 1])
         sample: dict[str, Any] = {}
-        key = ""
+        key, total = "", 0
         with opened(file) as descriptor:
             for _, name, data, size in tar_members(descriptor, start, end):
                 if found := SAMPLE_MEMBER.fullmatch(name):
                     key, extension = found[1], found[2].lower()
                     if extension in sample:
                         raise ValueError(f"{key} has two members .{extension}")
+                    total += size
+                    check_member(f"{printable(key)}.{extension}", extension, size, total)
                     sample[extension] = content(descriptor, size, data)
             if not sample:
                 raise ValueError(f"no sample at byte {start}: it has changed since it was opened")
@@ -71,6 +82,18 @@ class TarSamples(Sequence[dict[str, Any]]):
                 if found := SAMPLE_MEMBER.fullmatch(name):
                     return printable(found[1])
             raise ValueError(f"no sample at byte {self.starts[index]}: it has changed since it was opened")
+
+
+def check_member(name: str, extension: str, size: int, total: int) -> None:
+    """Raises ValueError for a member that is too large to be read: texts are parsed, and all of a sample is in memory at once.
+
+    Args:
+        total: bytes of the sample's members so far, with this one.
+    """
+    if extension.rpartition(".")[2] in TEXTS:
+        check_record(size, name)
+    if total > MAX_SAMPLE:
+        raise ValueError(f"{name}: its sample has {total:,} bytes, over the limit of {MAX_SAMPLE:,}; keep large media in files")
 
 
 def content(descriptor: int, size: int, offset: int) -> bytes:
@@ -177,6 +200,8 @@ def tar_members(descriptor: int, start: int = 0, end: int | None = None) -> Iter
         if length < 0 or offset > whole:
             raise ValueError(f"cut short: a member ends at byte {offset}, the file at {whole}")
         if extends:
+            if length > MAX_HEADER:
+                raise ValueError(f"damaged: a header of {length:,} bytes before byte {offset}; pack it anew")
             if kind != b"K":  # the long name of a link's target
                 name, size = long_name(os.pread(descriptor, length, data), kind, name, size)
             continue

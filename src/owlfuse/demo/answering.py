@@ -26,11 +26,14 @@ class Watch(StoppingCriteria):
     Args:
         stop: ends the answer when it is set.
         longest: positions (T) that the model knows, prompt and answer together; None: no limit is known.
+        seconds: that the answer may take; None: any.
     """
 
-    def __init__(self, stop: threading.Event, longest: int | None) -> None:
+    def __init__(self, stop: threading.Event, longest: int | None, seconds: float | None = None) -> None:
         self.stop = stop
         self.longest = longest
+        self.seconds = seconds
+        self.late = False
         self.tokens = 0
         self.full = False
         self.begun = self.first = self.last = time.perf_counter()
@@ -42,7 +45,9 @@ class Watch(StoppingCriteria):
             self.first = self.last
         self.tokens += 1
         self.full = self.longest is not None and input_ids.shape[1] >= self.longest
-        return torch.full((len(input_ids),), self.full or self.stop.is_set(), device=input_ids.device)
+        self.late = self.seconds is not None and self.last - self.begun > self.seconds
+        ends = self.full or self.late or self.stop.is_set()
+        return torch.full((len(input_ids),), ends, device=input_ids.device)
 
     def told(self) -> str:
         """Time and speed, for below the answer."""
@@ -51,6 +56,7 @@ class Watch(StoppingCriteria):
         rate = f" · {self.tokens / seconds:.1f} tokens/s" if seconds > 0 else ""
         ended = " · stopped" if self.stop.is_set() else ""
         ended += " · the model's longest text is reached" if self.full else ""
+        ended += f" · {self.seconds:.0f} s are over, the most for one answer" if self.late else ""
         return f"{self.tokens} {'token' if self.tokens == 1 else 'tokens'} in {seconds:.2f} s{after}{rate}{ended}"
 
 

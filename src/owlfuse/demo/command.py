@@ -9,6 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from owlfuse.packages import missing
+from owlfuse.terminal import visible
 
 WARNING = """\
 WARNING: this page is not on loopback. Everyone who can reach {address} can upload pictures and ask, without a password, and
@@ -36,7 +37,7 @@ def demo_command(folders: list[str], host: str, port: int | None) -> None:
         os.environ.update(
             GRADIO_TEMP_DIR=uploads, GRADIO_ANALYTICS_ENABLED="False", HF_HUB_OFFLINE="1"
         )  # before it is imported
-        talkers = load_talkers(places, lambda line: print(line, flush=True), which)
+        talkers = load_talkers(places, lambda line: print(visible(line), flush=True), which)
         from owlfuse.demo.page import make_page
         from owlfuse.demo.server import serve
         from owlfuse.demo.visitors import Visitors

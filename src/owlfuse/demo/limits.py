@@ -23,7 +23,13 @@ MAX_CHARACTERS = 8_000
 MAX_NEW_TOKENS = 2_048
 """Of one answer."""
 MAX_WAITING = 8
-"""Questions that wait or are being answered, of all visitors."""
+"""Questions whose answers a page is waiting for, of all visitors."""
+MAX_OF_ONE_ADDRESS = 4
+"""Of those, from one address of another machine."""
+UNASKED_SECONDS = 10.0
+"""In which a page asks for the answers to the question that it sent. One that does not is gone, and its question is over."""
+ANSWER_SECONDS = 300.0
+"""Of one answer of one model; then the next in the queue has its turn."""
 MAX_VISITORS = 64
 """Conversations that are kept; beyond it the one that was silent longest is forgotten."""
 

@@ -10,6 +10,7 @@ import gradio as gr
 
 from owlfuse.demo import transcript
 from owlfuse.demo.limits import MAX_CHARACTERS, MAX_NEW_TOKENS, MAX_WAITING
+from owlfuse.demo.server import is_loopback
 from owlfuse.demo.talkers import Talker
 from owlfuse.demo.uploads import check_uploaded, remove
 from owlfuse.demo.visitors import Visitor, Visitors
@@ -57,7 +58,7 @@ def make_page(talkers: list[Talker], visitors: Visitors, uploads: Path) -> gr.Bl
         parts = Parts(visitors, uploads, history, current, notice, question)
         shown = [history, current, notice, question]
         asked = question.submit(parts.begin, question, shown, queue=False, **HIDDEN)
-        asked.then(parts.answer, [temperature, longest, look], shown, concurrency_limit=1, **HIDDEN)
+        asked.then(parts.answer, [temperature, longest, look], shown, concurrency_limit=MAX_WAITING, **HIDDEN)
         question.stop(parts.stop, None, shown, queue=False, **HIDDEN)
         anew.click(parts.restart, None, shown, queue=False, **HIDDEN)
         page.unload(parts.leave)
@@ -68,6 +69,12 @@ def make_page(talkers: list[Talker], visitors: Visitors, uploads: Path) -> gr.Bl
 def session(request: gr.Request) -> str:
     """Of whom an open page is."""
     return request.session_hash or ""
+
+
+def address_of(request: gr.Request) -> str:
+    """Of the machine that a page is open on; empty for this machine."""
+    host = request.client.host if request.client else ""
+    return "" if is_loopback(host) else host
 
 
 class Parts:
@@ -83,7 +90,7 @@ class Parts:
         paths = list(value.get("files") or [])
         try:
             checked = [str(check_uploaded(path, self.uploads)) for path in paths]
-            visitor = self.visitors.begin(session(request), value.get("text") or "", checked)
+            visitor = self.visitors.begin(session(request), value.get("text") or "", checked, address_of(request))
         except DataError as error:
             busy = self.visitors.of(session(request)).pending is not None
             box = gr.MultimodalTextbox({"text": value.get("text") or "", "files": []}, **(BUSY if busy else FREE))
@@ -96,11 +103,13 @@ class Parts:
         """The answers as they grow."""
         visitor = self.visitors.of(session(request))
         try:
-            for _ in visitor.answers(temperature, int(longest), look):
+            for _ in self.visitors.answers(session(request), temperature, int(longest), look):
                 yield {self.current: transcript.current(visitor)}
-        finally:
-            if not visitor.pending:
-                yield self.all(visitor, gr.MultimodalTextbox(**FREE), keep_notice=True)
+        except GeneratorExit:  # the page is gone, and takes nothing more
+            visitor.halt()
+            raise
+        if not visitor.pending:
+            yield self.all(visitor, gr.MultimodalTextbox(**FREE), keep_notice=True)
 
     def stop(self, request: gr.Request) -> dict[Any, Any]:
         """Ends the answer under way; what was said stays."""

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import OmegaConf
 
 from owlfuse.chat import Conversation, load_talker
 from owlfuse.config_errors import COMMAND_LINE, ConfigError
+from owlfuse.foreign import read_run_config
 from owlfuse.hub.export import check_exported
 from owlfuse.hub.modeling import OwlfuseForConditionalGeneration
 from owlfuse.hub.processing import OwlfuseProcessor
@@ -97,8 +97,8 @@ def facts_of(folder: Path, model: OwlfuseForConditionalGeneration) -> list[str]:
 
 def origin(folder: Path, model: OwlfuseForConditionalGeneration) -> str:
     """The experiment of a run; of another folder, what wrote it."""
-    if (config := folder / "config.yaml").exists():
-        return f"experiment: {OmegaConf.select(OmegaConf.load(config), 'experiment') or 'none'}"
+    if (folder / "config.yaml").exists():
+        return f"experiment: {read_run_config(folder).get('experiment') or 'none'}"
     released = model.model.released
     if released:
         return f"imported {released.family}"

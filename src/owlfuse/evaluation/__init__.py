@@ -31,6 +31,7 @@ from owlfuse.evaluation.sheet_maps import maps_of_answers
 from owlfuse.identity import code_hash, config_hash, data_hash, versions
 from owlfuse.resume import check_evaluation_keys, learned_changes, read_past
 from owlfuse.runs import chosen_checkpoint, split_which
+from owlfuse.terminal import cell
 from owlfuse.types import Sample
 
 log = logging.getLogger(__name__)
@@ -89,7 +90,7 @@ class Evaluation:
                 about_pictures = any(sample.images or sample.videos for sample, _, _ in questions)
                 with_blank = self.blank and about_pictures
                 total = len(data.validation[source]) + len(questions) * (1 + with_blank)
-                task = progress.add_task(f"evaluating {source}", total=total)
+                task = progress.add_task(cell(f"evaluating {source}"), total=total)
                 step = lambda n, task=task: progress.advance(task, n)  # noqa: E731
                 loss = mean_loss(model, data, source, self.batch_size, step)
                 settings = (self.batch_size, self.max_new_tokens, step)

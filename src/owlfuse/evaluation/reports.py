@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image, ImageOps
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from owlfuse.console import PlainConsole as Console
 from owlfuse.data.images import to_rgb
 from owlfuse.evaluation.metrics import Answer
 from owlfuse.evaluation.overlays import overlay

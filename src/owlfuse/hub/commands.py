@@ -11,6 +11,7 @@ from owlfuse.hub.export import ADAPTER, Trained, check_exported, export, load_ex
 from owlfuse.hub.importing import import_released
 from owlfuse.released import save
 from owlfuse.runs import check_which
+from owlfuse.terminal import visible
 
 LAYOUTS = ("owlfuse", "released")
 
@@ -39,12 +40,14 @@ def export_command(source: str, out: str, words: list[str]) -> None:
         if merge:
             merge_lora(trained.model, trained.deferred)
         save(trained.model, out, max_shard_size=shards, value=trained.value)
-        print(f"{out} is in the released layout")
+        print(visible(f"{out} is in the released layout"))
         return
     export(trained, Path(out), merge=merge, max_shard_size=shards, source=Path(source).name)
     if (Path(out).expanduser() / ADAPTER).is_dir():
-        print(f"the LoRA adapter is in {out}/{ADAPTER}, and {out}'s weights are those without it; merge=true folds it in")
-    print(f"{out}: chat with it by `owlfuse chat {out}`, start a run from it by init_from={out}")
+        print(
+            visible(f"the LoRA adapter is in {out}/{ADAPTER}, and {out}'s weights are those without it; merge=true folds it in")
+        )
+    print(visible(f"{out}: chat with it by `owlfuse chat {out}`, start a run from it by init_from={out}"))
 
 
 def import_command(source: str, out: str, words: list[str]) -> None:
@@ -52,8 +55,8 @@ def import_command(source: str, out: str, words: list[str]) -> None:
     options = read_options(words, {"max_shard_size": "5GB"})
     differences = import_released(Path(source).expanduser(), Path(out), options["max_shard_size"])
     for name, value in differences.items():
-        print(f"largest difference from io.safetensors, {name}: {value:.2e}")
-    print(f"{out}: chat with it by `owlfuse chat {out}`, start a run from it by init_from={out}")
+        print(visible(f"largest difference from io.safetensors, {name}: {value:.2e}"))
+    print(visible(f"{out}: chat with it by `owlfuse chat {out}`, start a run from it by init_from={out}"))
 
 
 def read_trained(folder: Path, which: str = "last") -> Trained:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import sys
+from pathlib import Path
 from typing import Any
 
-from hydra.utils import get_object
-from torch import nn
 from transformers import AutoConfig, PreTrainedConfig
 
+from owlfuse.config_errors import ConfigError
+from owlfuse.config_targets import check_targets
+from owlfuse.foreign import check_backbone, check_names
 from owlfuse.types import DataError
 
 PARTS = ("vision", "connector", "fusion")
@@ -53,30 +54,28 @@ class OwlfuseConfig(PreTrainedConfig):
         """The model's four nodes, for `owlfuse.model.assemble`; no weights are asked for by them.
 
         Raises:
-            DataError: a node is missing, or names something that is no part of owlfuse and not imported.
+            DataError: a node is missing, or names something that is not accepted (see `owlfuse.foreign`).
         """
         nodes = {name: getattr(self, name) for name in PARTS}
-        for name, node in nodes.items():
-            check_target(name, node)
-        kept = {key: value for key, value in nodes["vision"].items() if key != "weights"}
-        nodes["vision"] = kept | ({"pretrained": False} if "pretrained" in kept else {})
+        check_nodes(nodes, Path(self._name_or_path or ".") / "config.json")
+        vision = {key: value for key, value in nodes["vision"].items() if key != "weights"}
+        nodes["vision"] = vision | ({"pretrained": False} if "pretrained" in vision else {})
         attention = getattr(self.text_config, "_attn_implementation", None) or "sdpa"
         return {**nodes, "llm": {**llm_node(self.text_config), "attention": attention}}
 
 
-def check_target(name: str, node: Any) -> None:
-    """A folder from elsewhere may not have Python import what it likes: only owlfuse's own classes and those of modules that
-    are imported already are made."""
-    target = node.get("_target_") if isinstance(node, dict) else None
-    if not isinstance(target, str):
-        raise DataError(f"config.json: {name} has no _target_, so this is no folder that owlfuse exported")
-    module, _, _ = target.rpartition(".")
-    if module.partition(".")[0] != "owlfuse" and module not in sys.modules:
-        remedy = f"if you trust it, import {module} first, or write: owlfuse --trust {module} ..."
-        raise DataError(f"config.json: {name} is a {target}, which is not of owlfuse; {remedy}")
-    part = get_object(target)
-    if not (isinstance(part, type) and issubclass(part, nn.Module)):
-        raise DataError(f"config.json: {name}: {target} is no part of a model")
+def check_nodes(nodes: dict[str, Any], file: Path) -> None:
+    """Checks the names and arguments of the parts in a config.json. Raises DataError."""
+    for name in PARTS:
+        if not isinstance(nodes.get(name), dict) or "_target_" not in nodes[name]:
+            raise DataError(f"{file}: {name} has no _target_, so this is no folder that owlfuse exported")
+    model = {"model": {name: nodes[name] for name in PARTS}}
+    check_names(model, file)
+    check_backbone(nodes["vision"], file, hub=False)
+    try:
+        check_targets(model, lambda path: str(file))
+    except ConfigError as error:
+        raise DataError(str(error)) from error
 
 
 def llm_node(text_config: PreTrainedConfig) -> dict[str, Any]:

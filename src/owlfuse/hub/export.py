@@ -13,20 +13,32 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import AutoProcessor
 from transformers.core_model_loading import revert_weight_conversion
 
-from owlfuse.config_plain import to_dict
+from owlfuse.config import read_run
 from owlfuse.data.answer_format import AnswerFormat
 from owlfuse.data.chat_tokenizer import prepare
 from owlfuse.data.formats.base import IMAGE
 from owlfuse.deferred import Deferred, storage_of
 from owlfuse.folders import whole_folder
+from owlfuse.foreign import MAX_CONFIG, read_json_object
 from owlfuse.hub.adapter import merge_lora, save_lora, without_lora
 from owlfuse.hub.card import model_card
+from owlfuse.hub.checking import (
+    BUILD_ERRORS,
+    MAX_TABLE,
+    check_adapter,
+    check_counts,
+    check_files,
+    check_shapes,
+    describing,
+    header_shapes,
+)
+from owlfuse.hub.configuration import OwlfuseConfig
 from owlfuse.hub.later import exported_later
 from owlfuse.hub.modeling import OwlfuseForConditionalGeneration
 from owlfuse.hub.processing import OwlfuseImageProcessor, OwlfuseProcessor
@@ -66,7 +78,7 @@ def load_run(folder: Path, deferred: Deferred | None = None, which: str = "last"
     Args:
         deferred: knows the tensors, and the model has no memory: for `export`.
     """
-    config = to_dict(OmegaConf.load(folder / "config.yaml"))
+    config = read_run(folder)
     tokenizer = run_tokenizer(folder, config["data"])
     with deferred or nullcontext():
         model, _ = load_run_model(folder, config, len(tokenizer), which)
@@ -165,25 +177,65 @@ def load_exported(
         DataError: a folder that is no export, or one that is damaged (the file is named).
     """
     folder = check_exported(folder)
-    check_weights(folder)
-    if Deferred.current is None:
-        wrapped, found = OwlfuseForConditionalGeneration.from_pretrained(
-            folder, attn_implementation=attention, ignore_mismatched_sizes=True, output_loading_info=True
-        )
-    else:
-        wrapped, found = exported_later(folder, attention)
+    check_files(folder)
+    files = check_weights(folder)
+    config_file = folder / "config.json"
+    check_counts(read_json_object(config_file, MAX_CONFIG), config_file, header_shapes(files))
+    with describing(config_file):
+        check_skeleton(folder, files)
+        if Deferred.current is None:
+            wrapped, found = OwlfuseForConditionalGeneration.from_pretrained(
+                folder,
+                attn_implementation=attention,
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+                use_safetensors=True,
+                trust_remote_code=False,
+            )
+        else:
+            wrapped, found = exported_later(folder, attention)
     if wrong := [f"{name} ({what.removesuffix('_keys')})" for what in KEYS for name in map(name_of, found[what])]:
         raise DataError(f"{folder}: the weights do not fit config.json: {', '.join(sorted(wrong))}; export it anew")
     if (folder / ADAPTER).is_dir():
         from peft import PeftModel
 
-        PeftModel.from_pretrained(wrapped, folder / ADAPTER, torch_device="cpu")
+        check_adapter(folder / ADAPTER)
+        with describing(folder / ADAPTER):
+            PeftModel.from_pretrained(wrapped, folder / ADAPTER, torch_device="cpu")
         if merge:
             merge_lora(wrapped.model, Deferred.current)
     if (folder / RELEASED).is_dir():
         wrapped.model.released = read_record(folder / RELEASED)
     has_processor = (folder / "processor_config.json").exists()
-    return wrapped.eval(), AutoProcessor.from_pretrained(folder) if has_processor else None
+    return wrapped.eval(), load_processor(folder) if has_processor else None
+
+
+def check_skeleton(folder: Path, files: list[Path]) -> None:
+    """Builds the model of an exported folder without memory, and compares it with the headers of its weights. Numbers of
+    config.json that have nothing to do with the weights would else ask for memory. Raises DataError."""
+    config = OwlfuseConfig.from_pretrained(folder)
+    deferred = Deferred.current
+    with torch.device("meta"), deferred.drawing_nothing() if deferred is not None else nullcontext():
+        skeleton = OwlfuseForConditionalGeneration(config)
+    tied = skeleton.get_expanded_tied_weights_keys(all_submodels=True)
+    check_shapes(skeleton, folder, header_shapes(files), tied)
+
+
+def load_processor(folder: Path) -> OwlfuseProcessor:
+    """The processor of an exported folder. Raises DataError where its files make none."""
+    try:
+        processor = AutoProcessor.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:
+        # tokenizers raises a plain Exception for a file that is not one of its own
+        if type(error) is not Exception and not isinstance(error, BUILD_ERRORS):
+            raise
+        if isinstance(error, DataError):
+            raise
+        reason = " ".join(str(error).split())[:200]
+        raise DataError(f"{folder}: its tokenizer and processor_config.json make no processor: {reason}") from error
+    if not isinstance(processor, OwlfuseProcessor):
+        raise DataError(f"{folder / 'processor_config.json'}: makes a {type(processor).__name__}; export the folder anew")
+    return processor
 
 
 def is_weight(name: str) -> bool:
@@ -196,10 +248,17 @@ def name_of(entry: str | tuple) -> str:
     return entry if isinstance(entry, str) else f"{entry[0]} {tuple(entry[1])}, expected {tuple(entry[2])}"
 
 
-def check_weights(folder: Path) -> None:
-    """Opens each safetensors file, which reads its header alone. Raises DataError with the file that is missing or damaged."""
+def check_weights(folder: Path) -> list[Path]:
+    """The safetensors files of a folder, each opened, which reads its header alone. Raises DataError with the file that is
+    missing or damaged."""
     index = folder / "model.safetensors.index.json"
-    shards = set(json.loads(index.read_text())["weight_map"].values()) if index.exists() else {"model.safetensors"}
+    shards = {"model.safetensors"}
+    if index.exists():
+        places = read_json_object(index, MAX_TABLE).get("weight_map")
+        names: list[Any] = list(places.values()) if isinstance(places, dict) else [None]
+        if not all(isinstance(name, str) and Path(name).name == name for name in names):
+            raise DataError(f"{index}: weight_map: expected the name of a file beside it for each tensor; export it anew")
+        shards = set(names)
     for name in sorted(shards):
         try:
             with safe_open(folder / name, "pt") as file:
@@ -210,6 +269,7 @@ def check_weights(folder: Path) -> None:
             raise DataError(f"{folder / name} is damaged ({error}); export or copy it anew") from error
         if wrong := [f"{own} is {kind}" for own, kind in kinds.items() if not kind.startswith(("F", "BF")) and is_weight(own)]:
             raise DataError(f"{folder / name}: {', '.join(wrong)}, and weights are floating-point numbers; export it anew")
+    return [folder / name for name in sorted(shards)]
 
 
 def check_exported(folder: Path) -> Path:
@@ -218,10 +278,7 @@ def check_exported(folder: Path) -> Path:
     config = folder / "config.json"
     if not config.is_file():
         raise DataError(f"{folder} has no config.json; name a folder that `owlfuse export` or `owlfuse import` wrote")
-    try:
-        model_type = json.loads(config.read_text()).get("model_type")
-    except (ValueError, AttributeError):
-        raise DataError(f"{config} is not JSON as an export's; export it anew") from None
+    model_type = read_json_object(config, MAX_CONFIG).get("model_type")
     if model_type != "owlfuse":
         raise DataError(f"{config} is of a {model_type} model; a released mPLUG-Owl is read by `owlfuse import {folder} OUT`")
     return folder

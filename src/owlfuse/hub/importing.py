@@ -71,7 +71,7 @@ def tokenizer_of(folder: Path, released: Any) -> tuple[Any, str]:
     if not any((folder / name).exists() for name in TOKENIZER_FILES):
         return None, IMAGE
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise DataError(f"the tokenizer of {folder} cannot be read: {str(error).splitlines()[0]}") from error
     image_token = IMAGE

@@ -14,6 +14,7 @@ import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
 
+from owlfuse.hub.checking import check_counts
 from owlfuse.model import MultimodalLM, assemble
 from owlfuse.released.names import Place, optional, places_of, unused
 from owlfuse.released.nodes import family_of, nodes_of
@@ -60,6 +61,7 @@ def load(folder: Path | str) -> MultimodalLM:
     config = read_json(folder / "config.json")
     family = family_of(folder, config)
     checkpoint = Checkpoint(folder)
+    check_counts(config, folder / "config.json", {name: stored.shape for name, stored in checkpoint.tensors.items()})
     dtype = common_dtype(folder, checkpoint)
     try:
         nodes = nodes_of(folder, family, config, set(checkpoint.tensors), str(dtype).removeprefix("torch."))

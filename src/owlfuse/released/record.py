@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from owlfuse.hub.writing import write_file
-from owlfuse.released.loading import Released
+from owlfuse.released.loading import KEPT_FILES, Released
 from owlfuse.stored import Safe
 from owlfuse.types import DataError
 
@@ -30,10 +30,13 @@ def read_record(folder: Path) -> Released:
     """What `write_record` wrote. Raises DataError where it is damaged."""
     try:
         rest = json.loads((folder / "record.json").read_text())
-        files = {name: (folder / name).read_bytes() for name in rest.pop("files")}
+        names = rest.pop("files")
+        if strange := set(names) - set(KEPT_FILES):
+            raise ValueError(f"it names {min(map(str, strange))[:80]}")
+        files = {name: (folder / name).read_bytes() for name in names}
         kept = Safe([folder / "kept.safetensors"]) if (folder / "kept.safetensors").exists() else {}
         rest["dtypes"] = {name: dtype and getattr(torch, dtype) for name, dtype in rest["dtypes"].items()}
         rest["shapes"] = {name: tuple(shape) for name, shape in rest["shapes"].items()}
         return Released(**rest, config=json.loads(files["config.json"]), kept=kept, files=files)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise DataError(f"{folder} is damaged ({error}); import the released folder anew") from error

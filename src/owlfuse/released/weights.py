@@ -16,8 +16,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from owlfuse.data.lines import check_record
 from owlfuse.types import DataError
 
+MAX_JSON = 64 * 2**20
+"""Bytes of a JSON file; the longest are indices of shards."""
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """The types of weights, as safetensors calls them."""
 
@@ -114,10 +117,13 @@ def unpickled(file: Path) -> dict[str, Tensor]:
 def read_json(file: Path) -> dict[str, Any]:
     """A JSON object. Raises DataError that names the file."""
     try:
+        check_record(file.stat().st_size, str(file), MAX_JSON)
         found = json.loads(file.read_bytes())
     except FileNotFoundError:
         raise DataError(f"{file} is missing; copy it there, a released folder has one") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
+        if isinstance(error, DataError):
+            raise
         raise DataError(f"{file} is not JSON ({one_line(error)}); copy it anew") from error
     if not isinstance(found, dict):
         raise DataError(f"{file} holds a {type(found).__name__}, and a JSON object is needed; copy it anew")

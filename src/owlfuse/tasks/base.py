@@ -11,12 +11,14 @@ from typing import Any, ClassVar, Literal
 from owlfuse.config_errors import ConfigError
 from owlfuse.data.files import expand_files, fingerprint
 from owlfuse.data.images import MAX_PIXELS
-from owlfuse.data.lines import decoded, json_reason
+from owlfuse.data.lines import check_record, decoded, json_reason
 from owlfuse.data.policy import one_line
 from owlfuse.data.subset import stratified_sample
 from owlfuse.types import DataError
 
 QUESTION = "{question}"
+MAX_FILE = 2**30
+"""Bytes of a benchmark's JSON file, which is parsed whole."""
 
 
 @dataclass
@@ -170,6 +172,7 @@ def spread(questions: list[Question], limit: int | None) -> list[Question]:
 def read_json(file: Path, kind: type) -> Any:
     """A JSON file that holds a `kind`. Raises DataError."""
     try:
+        check_record(file.stat().st_size, str(file), MAX_FILE)
         value = json.loads(decoded(file.read_bytes(), str(file)))
     except FileNotFoundError:
         raise DataError(f"{file}: no such file") from None

@@ -123,8 +123,9 @@ def write_results(path: Path, results: dict[str, Any]) -> None:
 
 def print_results(results: dict[str, Any]) -> None:
     """One metric a line, below them the settings that made them, and what was skipped."""
-    from rich.console import Console
     from rich.table import Table
+
+    from owlfuse.console import PlainConsole as Console
 
     settings = results["settings"]
     table = Table(title=f"{results['task']}: {settings['model']}", title_justify="left")

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 
 from owlfuse.build import build
 from owlfuse.config import ConfigError, compose_root, origin_of
+from owlfuse.config_errors import check_name
 from owlfuse.config_plain import to_dict
 from owlfuse.config_targets import check_arguments
 from owlfuse.data.workers import DataWorkers, ignore_signals
@@ -24,6 +25,7 @@ from owlfuse.tasks.perplexity import Chats, measure
 from owlfuse.tasks.predictions import Predictions
 from owlfuse.tasks.ranks import Ranks
 from owlfuse.tasks.results import Settings, check_model, print_results, results_of, write_results
+from owlfuse.terminal import cell, visible
 from owlfuse.types import DataError
 
 
@@ -84,7 +86,7 @@ def evaluate_task(folder: str, words: list[str]) -> None:
         count = sum("skipped" not in kept.get(question.id, {"skipped": ""}) for question in questions)
         told = f"{count} of {len(questions)} answers are in {store.folder}, and the same command goes on"
         if ranks.first:
-            print(f"owlfuse: stopped; {told}", file=sys.stderr)
+            print(visible(f"owlfuse: stopped; {told}"), file=sys.stderr)
         raise
     if ranks.first:
         finish(options, task, questions, wrong, store, settings, ranks, time.monotonic() - began)
@@ -98,6 +100,7 @@ def read_options(words: list[str]) -> tuple[Options, Task]:
     chosen = next(word for word in words if word.startswith("task="))[5:]
     plain["name"] = str(plain["name"] or chosen.strip("'\"").replace("/", "_"))
     check_arguments(Options, "", "", plain, lambda path: origin_of(config, path))
+    check_name(f"{origin_of(config, 'name')}: name", plain["name"])
     options = Options(**plain)
     task = build(config.task)
     if not isinstance(task, Task):
@@ -132,7 +135,7 @@ def answer_share(
     columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, disable=not ranks.first) as progress:
         label = options.name if ranks.count == 1 else f"{options.name}, rank 1 of {ranks.count}"
-        shown = progress.add_task(str(label), total=len(questions))
+        shown = progress.add_task(cell(str(label)), total=len(questions))
         for work in loader:
             lines = [{"id": wrong.question.id, "skipped": wrong.reason} for wrong in work.wrong]
             lines += lines_of(talker, task, work)
@@ -186,4 +189,4 @@ def finish(
     results = results_of(str(options.name), metrics, counts, skipped, settings, how)
     write_results(path, {**results, "wall_s": round(seconds, 1)})
     print_results(results)
-    print(f"{path}, and each answer in {store.folder / 'predictions.jsonl'}")
+    print(visible(f"{path}, and each answer in {store.folder / 'predictions.jsonl'}"))

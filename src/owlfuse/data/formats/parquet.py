@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import mmap
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 from owlfuse.data.formats.base import VideoSource
+from owlfuse.data.lines import MAX_RECORD, check_record
 from owlfuse.data.records import (
     CHATS,
     EXPECTED,
@@ -19,6 +21,7 @@ from owlfuse.data.records import (
     QUESTION_KEYS,
     QUESTIONS,
     TOOLS,
+    VIDEOS,
     read_chat,
 )
 from owlfuse.data.turn_keys import SYSTEM_KEYS
@@ -26,6 +29,7 @@ from owlfuse.types import DataError, Note, Sample
 
 IDS_AT_ONCE = 4096
 ROWS_PER_BATCH = 50_000
+MAX_PICTURES = 2**29
 """Of the Arrow copy. Opening touches each batch's header and the pages around it: with the 1000 that `datasets` takes, ten
 million rows of text would be in memory wholly."""
 
@@ -95,6 +99,7 @@ class Parquet(VideoSource):
                 )
             rows, schemas = parquet_schemas(files)
             places, unread = self.places(files, schemas)
+            check_cells(files, places)
             return Rows(open_parquet(files, schemas, columns_of(places), self.cache_dir), places, unread) if rows else []
         except DataError:
             raise
@@ -211,8 +216,12 @@ class Rows(Sequence[dict[str, Any]]):
         return len(self.table)
 
     def __getitem__(self, index: int) -> dict[str, Any]:  # type: ignore[override]  # no slices
-        row = self.table[range(len(self))[index]].to_pylist()[0]
-        return {key: row[column] for key, column in self.places.items()}
+        row = self.table[range(len(self))[index]]
+        for key, column in self.places.items():
+            limit = MAX_PICTURES if key in (*IMAGES, *VIDEOS) else MAX_RECORD
+            check_record(row.column(column).nbytes, f"row {index + 1}: {column}", limit)
+        values = row.to_pylist()[0]
+        return {key: values[column] for key, column in self.places.items()}
 
 
 def columns_of(places: dict[str, str]) -> list[str]:
@@ -230,6 +239,25 @@ def parquet_schemas(files: list[Path]) -> tuple[int, list[Any]]:
             rows += parquet.metadata.num_rows
             schemas.append(parquet.schema_arrow)
     return rows, schemas
+
+
+def check_cells(files: list[Path], places: dict[str, str]) -> None:
+    """Raises DataError for a column whose cells are too large on the average of a row group, before any is read."""
+    from pyarrow.parquet import ParquetFile
+
+    visual = {places[key] for key in (*IMAGES, *VIDEOS) if key in places}
+    for file in files:
+        with ParquetFile(file) as parquet:
+            for number in range(parquet.metadata.num_row_groups):
+                group = parquet.metadata.row_group(number)
+                sizes: Counter[str] = Counter()
+                for part in map(group.column, range(group.num_columns)):
+                    sizes[part.path_in_schema.partition(".")[0]] += part.total_uncompressed_size
+                for column in columns_of(places):
+                    limit = MAX_PICTURES if column in visual else MAX_RECORD
+                    check_record(
+                        sizes[column] // max(1, group.num_rows), f"{file}: row group {number}: a cell of {column}", limit
+                    )
 
 
 def open_parquet(files: list[Path], schemas: list[Any], columns: list[str], cache_dir: str | None) -> Any:

@@ -1,0 +1,23 @@
+"""rich's console for tables of what models and data are called and say."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from rich.console import Console, ConsoleOptions, RenderableType
+from rich.segment import Segment
+
+from owlfuse.terminal import visible
+
+
+class PlainConsole(Console):
+    """A console on which texts are texts: square brackets and `:names:` are no markup, and control characters are shown."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(markup=False, emoji=False, **options)
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
+        """See `rich.console.Console`."""
+        for segment in super().render(renderable, options):
+            yield segment if segment.control else Segment(visible(segment.text), segment.style)
