@@ -13,11 +13,12 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from owlfuse.config import ConfigError, origin_of
+from owlfuse.config import ConfigError, origin_of, read_run
 from owlfuse.config_plain import to_dict
 from owlfuse.data.positions import StepPositions
 from owlfuse.identity import FREE, flat
 from owlfuse.parallel_checkpoints import META
+from owlfuse.stored import checkpoint_errors
 from owlfuse.types import DataError
 
 COMPUTING: tuple[str, ...] = (
@@ -102,12 +103,13 @@ class Past:
 def read_past(checkpoint: Path) -> Past:
     """What a checkpoint keeps; of one that was written before it kept anything, what the run's config.yaml says."""
     path = checkpoint / META if checkpoint.is_dir() else checkpoint
-    content = torch.load(path, map_location="cpu", weights_only=True, mmap=path == checkpoint)
-    record = content.get("run") or {}
-    config = record.get("config") or to_dict(OmegaConf.load(checkpoint.parent.parent / "config.yaml"))
+    with checkpoint_errors(checkpoint):
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=path == checkpoint)
+        step, record = content["global_step"], content.get("run") or {}
+    config = record.get("config") or read_run(checkpoint.parent.parent)
     positions = content.get("step_positions") or [(0, 0, config["data"]["global_batch_size"])]
     changes, identity = record.get("changes", []), record.get("identity", {})
-    return Past(content["global_step"], config, StepPositions(positions), changes, identity)
+    return Past(step, config, StepPositions(positions), changes, identity)
 
 
 def changed_keys(past: Past, config: DictConfig) -> dict[str, list[Any]]:

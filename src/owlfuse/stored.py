@@ -3,14 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from owlfuse.types import DataError
+
 MAPPED = 64 * 2**20
 """Bytes of a file that are read before it is mapped anew: what was read stays in a process's memory as long as its map."""
+
+
+@contextmanager
+def checkpoint_errors(path: Path) -> Iterator[None]:
+    """Turns what reading a checkpoint raises into a DataError that names it: a file that is damaged, or that holds code."""
+    try:
+        yield
+    except UnpicklingError as error:
+        raise DataError(f"checkpoint {path} holds more than tensors and plain values, and its code was not run") from error
+    except (RuntimeError, EOFError, OSError, LookupError, TypeError, AttributeError) as error:
+        reason = " ".join(str(error).split())[:160]
+        raise DataError(f"checkpoint {path} is no checkpoint of a run: {reason or type(error).__name__}") from error
 
 
 class Pickled(Mapping[str, Tensor]):

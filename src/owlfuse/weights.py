@@ -6,7 +6,6 @@ import hashlib
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import lightning
@@ -19,7 +18,7 @@ from owlfuse.model import MultimodalLM, build_model
 from owlfuse.model_parallel import Shards
 from owlfuse.parallel_checkpoints import META
 from owlfuse.runs import chosen_checkpoint
-from owlfuse.stored import Pickled
+from owlfuse.stored import Pickled, checkpoint_errors
 from owlfuse.types import DataError
 
 
@@ -74,20 +73,14 @@ def weights_in(checkpoint: dict[str, Any]) -> dict[str, Tensor]:
 def read(path: Path) -> tuple[Mapping[str, Tensor], dict[str, Any]]:
     """A checkpoint's weights by the model's names, a file's or those of a folder of shards, each read when it is asked for; and
     its `global_step` and `frozen`. Raises DataError for a file that is none."""
-    try:
-        with in_memory_after_all():
-            if path.is_dir():
-                weights: Mapping[str, Tensor] = Shards(path)
-                rest = torch.load(path / META, map_location="cpu", weights_only=True)
-            else:
-                weights = pickled = Pickled(path, "state_dict", "model.")
-                rest = pickled.content
-            return weights, {name: rest[name] for name in ("global_step", "frozen") if name in rest}
-    except UnpicklingError as error:
-        raise DataError(f"checkpoint {path} holds more than tensors and plain values, and its code was not run") from error
-    except (RuntimeError, EOFError, OSError, LookupError, TypeError, AttributeError) as error:
-        reason = " ".join(str(error).split())[:160]
-        raise DataError(f"checkpoint {path} is no checkpoint of a run: {reason or type(error).__name__}") from error
+    with checkpoint_errors(path), in_memory_after_all():
+        if path.is_dir():
+            weights: Mapping[str, Tensor] = Shards(path)
+            rest = torch.load(path / META, map_location="cpu", weights_only=True)
+        else:
+            weights = pickled = Pickled(path, "state_dict", "model.")
+            rest = pickled.content
+        return weights, {name: rest[name] for name in ("global_step", "frozen") if name in rest}
 
 
 def take(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
