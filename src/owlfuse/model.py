@@ -18,9 +18,11 @@ from transformers import PreTrainedModel
 
 from owlfuse.adapters import PARTS, Part, PartSummary, apply_adapters
 from owlfuse.build import build
-from owlfuse.fusion.base import Fusion
+from owlfuse.fusion.base import Fusion, fused_logits
+from owlfuse.fusion.probe import check_fusion
 from owlfuse.layers import compile_layers
-from owlfuse.llm import PER_HEAD_NORMS, TENSOR_ROLES, cache_argument, decoder_layers, logits_at, mask_argument, width
+from owlfuse.llm import PER_HEAD_NORMS, TENSOR_ROLES, decoder_layers, width
+from owlfuse.llm_probe import check_packing
 from owlfuse.types import Batch, VisualTokens
 
 
@@ -41,6 +43,8 @@ class MultimodalLM(nn.Module):
         self.connector: Any = connector
         self.fusion = fusion
         self.llm = llm
+        self.packing_checked = False
+        check_fusion(fusion, llm)
         fusion.attach(llm)
 
     def forward(
@@ -56,23 +60,10 @@ class MultimodalLM(nn.Module):
         """
         if visual is None:
             visual = self.encode(batch)
-        steps = batch.input_ids.shape[1]
-        position_ids = batch.positions()[:, -steps:]
-        embeddings = self.llm.get_input_embeddings()(batch.input_ids)
-        embeddings, arguments = self.fusion(embeddings, visual, batch, position_ids, self.llm)
-        if cache is not None:
-            arguments[cache_argument(self.llm)] = cache
-        places = logits_to_keep if isinstance(logits_to_keep, Tensor) else None
-        with logits_at(self.llm, places):
-            logits = self.llm(
-                inputs_embeds=embeddings,
-                attention_mask=mask_argument(self.llm, batch, cache),
-                position_ids=position_ids,
-                use_cache=cache is not None,
-                logits_to_keep=0 if places is not None else logits_to_keep,
-                **arguments,
-            ).logits
-        return logits if places is None else logits[0]
+        if batch.segment_ids is not None and not self.packing_checked:
+            check_packing(self.llm)
+            self.packing_checked = True
+        return fused_logits(self.llm, self.fusion, batch, visual, cache, logits_to_keep)
 
     def encode(self, batch: Batch) -> VisualTokens:
         """Pixels (N, 3, H, W) -> visual tokens (N, Q, D), the backbone once for all images of the batch.

@@ -11,6 +11,7 @@ from owlfuse.config import ConfigError
 from owlfuse.config_plain import to_dict
 from owlfuse.evaluation import write_results
 from owlfuse.hub.start import adopt_parts
+from owlfuse.llm_probe import check_packing
 from owlfuse.model import on_meta
 from owlfuse.model_parallel import as_trained
 from owlfuse.module import MultimodalModule
@@ -41,6 +42,8 @@ def run(config: DictConfig) -> Path | None:
         plan, _ = on_meta(plain["model"], vocab_size=1024)
         optim, evaluation, folder = build(config.optim), build(config.evaluation), run_folder(config)
         data = build(config.data)
+        if data.pack_to is not None:
+            check_packing(plan.llm)
         data.bind(plan.vision.preprocessing, plan.fusion.tokens_per_image)
         trainer = make_trainer(config, data, folder, checkpoint)
         check_strategy(trainer, plan.llm, checkpoint)
