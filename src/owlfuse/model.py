@@ -74,7 +74,14 @@ class MultimodalLM(nn.Module):
         keeping = nullcontext if batch.has_images else getattr(self.vision, "statistics_kept", nullcontext)
         with keeping():
             features = self.vision(batch.pixel_values)
-        tokens = self.connector(features) * batch.image_mask[:, None, None].to(features.dtype)
+        tokens = self.connector(features)
+        for part, found, expected in (
+            ("vision", features.shape[1], getattr(self.vision, "patches", None)),
+            ("connector", tokens.shape[1], getattr(self.connector, "tokens", None)),
+        ):
+            if expected not in (None, found):
+                raise ValueError(f"{part}: {type(getattr(self, part)).__name__} gives {found} tokens, and says {expected}")
+        tokens = tokens * batch.image_mask[:, None, None].to(features.dtype)
         return VisualTokens(tokens, batch.image_index, batch.image_positions)
 
     def set_image_size(self, image_size: int) -> None:
