@@ -415,7 +415,7 @@ PREFIXED = {
     "cait": ("cait_xxs24_224", {"depth": 1}, 1),
     "xcit": ("xcit_nano_12_p16_224", {"depth": 1}, 1),
     "volo": ("volo_d1_224", {}, 1),
-    "convit": ("convit_tiny", {"depth": 2}, 1),
+    "convit": ("convit_tiny", {}, 1),
     "mixer": ("mixer_s16_224", {"num_blocks": 1}, 0),
     "pooled": ("vit_base_patch16_siglip_224", VIT, 0),
 }

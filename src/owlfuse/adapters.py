@@ -24,10 +24,17 @@ class Part:
     """By their names in `root`."""
     blocks: list[list[nn.Parameter]] = field(default_factory=list)
     """Layers from first to last, for the parts that have them."""
+    tables: dict[str, nn.Parameter] = field(default_factory=dict)
+    """Of an LLM the embeddings of its tokens and its head, with a row for each token; one where they are tied."""
+    fixed: set[str] = field(default_factory=set)
+    """Parameters that the model itself never trains by gradients, as the biases that balance a router."""
 
 
 class PartedModel(Protocol):
     """A model that says which of its parameters belong to which part."""
+
+    new_rows: dict[str, list[int]]
+    """Of the LLM's tables by name the rows that are trained, where they are not trained as a whole."""
 
     def part(self, name: str) -> Part:
         """The part as it is now."""
@@ -54,8 +61,8 @@ class Full:
 
     def apply(self, part: Part) -> None:
         """See `Policy`."""
-        for parameter in part.parameters.values():
-            parameter.requires_grad_(True)
+        for name, parameter in part.parameters.items():
+            parameter.requires_grad_(name not in part.fixed)
 
 
 class LastN:
@@ -78,9 +85,10 @@ class LastN:
         if not 1 <= self.n <= len(part.blocks):
             raise ValueError(f"n is {self.n}, and the part has {len(part.blocks)} layers to choose from")
         Frozen().apply(part)
+        fixed = {id(part.parameters[name]) for name in part.fixed}
         for block in part.blocks[-self.n :]:
             for parameter in block:
-                parameter.requires_grad_(True)
+                parameter.requires_grad_(id(parameter) not in fixed)
 
 
 class LoRA:
@@ -153,8 +161,19 @@ class PartSummary:
     frozen: int
 
 
-def apply_adapters(model: PartedModel, policies: dict[str, Policy]) -> list[PartSummary]:
-    """Applies each part's policy and counts.
+def train_rows(part: Part) -> list[str]:
+    """Has the tables of an LLM trained that its policy has frozen, for their new tokens' rows alone. Returns their names."""
+    names = [name for name, table in part.tables.items() if not table.requires_grad]
+    for name in names:
+        part.tables[name].requires_grad_(True)
+    return names
+
+
+def apply_adapters(
+    model: PartedModel, policies: dict[str, Policy], new_tokens: dict[str, int] | None = None
+) -> list[PartSummary]:
+    """Applies each part's policy and counts. Of an LLM that is not trained as a whole the rows of `new_tokens` are trained in
+    its embeddings and its head, which have no meaning yet; `model.new_rows` then says of which tables and which rows.
 
     Raises:
         ValueError: nothing is left to train, or a policy does not fit its part (which is named).
@@ -167,10 +186,17 @@ def apply_adapters(model: PartedModel, policies: dict[str, Policy]) -> list[Part
             policies[name].apply(part)
         except ValueError as error:
             raise ValueError(f"adapter.{name}: {error}") from error
+    names = train_rows(model.part("llm")) if new_tokens else []
+    model.new_rows = {name: sorted((new_tokens or {}).values()) for name in names}
     summaries = []
     for name in PARTS:
-        parameters = model.part(name).parameters.values()
+        part = model.part(name)
+        parameters = part.parameters.values()
         trained = sum(p.numel() for p in parameters if p.requires_grad)
+        if name == "llm":
+            for table, rows in model.new_rows.items():
+                weight = part.parameters[table]
+                trained -= weight.numel() - len(rows) * weight.shape[1]
         policy = type(policies[name]).__name__
         summaries.append(PartSummary(name, policy, trained, sum(p.numel() for p in parameters) - trained))
     if not any(summary.trained for summary in summaries):

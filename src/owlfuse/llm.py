@@ -87,6 +87,8 @@ def load_llm(
             raise ValueError(f"config: {made.model_type}: {first_line(error)}") from error
     else:
         llm = load_pretrained(str(pretrained), gguf_file, options)
+    if pretrained:
+        llm.trained_rows = llm.get_input_embeddings().num_embeddings  # how many tokens the weights know
     if llm.get_input_embeddings().num_embeddings < vocab_size:
         llm.resize_token_embeddings(vocab_size, mean_resizing=not on_meta)
     if gradient_checkpointing:

@@ -44,6 +44,8 @@ class MultimodalLM(nn.Module):
         self.fusion = fusion
         self.llm = llm
         self.packing_checked = False
+        self.new_rows: dict[str, list[int]] = {}
+        self.fixed = {id(parameter) for parameter in llm.parameters() if not parameter.requires_grad}
         check_fusion(fusion, llm)
         fusion.attach(llm)
 
@@ -113,7 +115,14 @@ class MultimodalLM(nn.Module):
         if name == "fusion":
             return Part(name, self.llm, {**parameters, **dict(self.fusion.named_parameters())})
         blocks = [[p for p in layer.parameters() if id(p) not in owned] for layer in decoder_layers(self.llm)]
-        return Part(name, self.llm, parameters, blocks)
+        ends = [end.weight for end in (self.llm.get_input_embeddings(), self.llm.get_output_embeddings()) if end is not None]
+        tables = {n: p for n, p in parameters.items() if any(p is end for end in ends)}
+        fixed = {n for n, p in parameters.items() if id(p) in self.fixed}
+        return Part(name, self.llm, parameters, blocks, tables, fixed)
+
+    def limited(self) -> list[tuple[nn.Parameter, list[int]]]:
+        """The LLM's tables of which only some rows are trained, with those rows."""
+        return [(self.llm.get_parameter(name), rows) for name, rows in self.new_rows.items()]
 
     def sharding_units(self) -> list[nn.Module]:
         """The modules that FSDP gathers one after the other; what is in none of them is gathered for the whole forward."""
@@ -156,12 +165,16 @@ def blocks_of(module: nn.Module) -> list[list[nn.Parameter]]:
 
 
 def build_model(
-    config: dict[str, Any], vocab_size: int, base: MultimodalLM | None = None
+    config: dict[str, Any],
+    vocab_size: int,
+    base: MultimodalLM | None = None,
+    new_tokens: dict[str, int] | None = None,
 ) -> tuple[MultimodalLM, list[PartSummary]]:
     """The model that a configuration's `model` describes, adapters applied, and the table of what is trained.
 
-    `base` is a model of these parts whose weights are there already. Without it, under `with torch.device("meta")`, no weight
-    is made or loaded.
+    `new_tokens`, with their ids, are those that the LLM does not know (see `apply_adapters`); by default those behind the rows
+    of pretrained weights. `base` is a model of these parts whose weights are there already. Without it, under
+    `with torch.device("meta")`, no weight is made or loaded.
 
     Raises:
         ValueError: parts that do not fit together; the message begins with the part.
@@ -172,7 +185,10 @@ def build_model(
             if hasattr(getattr(base, name), "set_checkpointing"):
                 getattr(base, name).set_checkpointing(config[name].get("gradient_checkpointing", False))
     policies = {name: build(policy) for name, policy in config["adapter"].items()}
-    summary = apply_adapters(model, policies)
+    if new_tokens is None:
+        rows = getattr(model.llm, "trained_rows", vocab_size)
+        new_tokens = {f"token {index}": index for index in range(rows, vocab_size)}
+    summary = apply_adapters(model, policies, new_tokens)
     if config.get("compile"):
         compile_layers(decoder_layers(model.llm), getattr(model.vision, "body", model.vision))
     model.train(model.training)  # batch norms that are frozen by now keep their statistics; Lightning leaves modes alone

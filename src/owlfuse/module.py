@@ -17,7 +17,7 @@ from owlfuse.data.datamodule import ChatData
 from owlfuse.data.packing import Padding
 from owlfuse.hub.start import load_base
 from owlfuse.model import MultimodalLM, build_model
-from owlfuse.model_parallel import build_for
+from owlfuse.model_parallel import build_for, keep_rows
 from owlfuse.optim import AdamWCosine
 from owlfuse.parallel import add_up, all_objects, all_rows, clip, data_ranks, divide
 from owlfuse.types import Batch, DataError
@@ -33,7 +33,14 @@ class MultimodalModule(lightning.LightningModule):
     accumulation steps: gradients are those of the sum until just before they are clipped.
     """
 
-    def __init__(self, model_config: dict[str, Any], optim: AdamWCosine, vocab_size: int, init_from: str | None = None) -> None:
+    def __init__(
+        self,
+        model_config: dict[str, Any],
+        optim: AdamWCosine,
+        vocab_size: int,
+        init_from: str | None = None,
+        new_tokens: dict[str, int] | None = None,
+    ) -> None:
         super().__init__()
         self.strict_loading = False  # frozen weights are in no checkpoint; on_load_checkpoint checks the others
         self.frozen: dict[str, str] | None = None
@@ -41,6 +48,7 @@ class MultimodalModule(lightning.LightningModule):
         self.model_config = model_config
         self.optim = optim
         self.vocab_size = vocab_size
+        self.new_tokens = new_tokens or {}
         self.model: Any = None  # the MultimodalLM, from configure_model on
         self.skipped: list[tuple[str, str, str]] = []
         self.truncated: dict[str, int] = {}
@@ -59,6 +67,8 @@ class MultimodalModule(lightning.LightningModule):
             self.model, summary = build_for(self, self.build)
             if self.global_rank == 0:
                 print_summary(summary)
+                if self.model.new_rows:
+                    print(new_rows_line(self.new_tokens, self.model.new_rows))
 
     @property
     def datamodule(self) -> ChatData:
@@ -68,7 +78,7 @@ class MultimodalModule(lightning.LightningModule):
     def build(self) -> tuple[MultimodalLM, list[PartSummary]]:
         """The model and what of it is trained."""
         base = load_base(self.init_from, self.model_config, self.vocab_size) if self.init_from else None
-        return build_model(self.model_config, self.vocab_size, base)
+        return build_model(self.model_config, self.vocab_size, base, self.new_tokens)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """The summed loss, scaled so that after Lightning's division by the accumulation steps, and the ranks' mean, the sum
@@ -131,6 +141,8 @@ class MultimodalModule(lightning.LightningModule):
         self.log_census(rows[:, 2])
         tokens = tokens.clamp_min(1)
         add_up(self.model.per_head(), self.trainer.strategy)
+        for table, new_rows in self.model.limited():
+            keep_rows(table, new_rows)
         divide(gradients_of(optimizer), tokens)
         self.log("train/loss", loss_sum / tokens, prog_bar=True)
         self.loss_sum, self.token_count, self.images, self.padding = 0.0, 0, 0, Padding()
@@ -181,6 +193,7 @@ class MultimodalModule(lightning.LightningModule):
             kept = {f"model.{name}" for name in kept_names(self.model)}
             checkpoint["state_dict"] = {name: value for name, value in checkpoint["state_dict"].items() if name in kept}
             checkpoint["frozen"] = self.frozen
+        checkpoint["new_tokens"] = self.new_tokens
         checkpoint["skipped"], checkpoint["truncated"] = self.over_ranks(*self.counted)
         checkpoint["padded"] = self.padded.counts()
 
@@ -199,6 +212,13 @@ class MultimodalModule(lightning.LightningModule):
         for count in ("ready", "started", "processed", "completed"):
             progress["current"][count] = progress["total"][count] = done
         progress["is_last_batch"] = False
+
+
+def new_rows_line(new_tokens: dict[str, int], tables: dict[str, list[int]]) -> str:
+    """What is trained of an LLM beside what its adapter says."""
+    names = list(new_tokens)
+    shown = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
+    return f"llm: new tokens ({len(names)}: {shown}), whose rows of {' and '.join(tables)} are trained beside its adapter"
 
 
 def gradients_of(optimizer: torch.optim.Optimizer) -> list[Tensor]:

@@ -56,12 +56,13 @@ class AdamWCosine:
             ValueError: `layer_decay` for a part without layers.
         """
         groups = []
+        limited = {id(table) for table, _ in model.limited()}  # decay would shrink the rows that are not trained
         for part in PARTS:
             own_lr = self.part_lr.get(part)
             peak = self.lr if own_lr is None else own_lr
             for own_name, scale, trained in self.layers(model.part(part)):
                 for decay in (True, False):
-                    parameters = [p for n, p in trained.items() if has_decay(n, p) == decay]
+                    parameters = [p for n, p in trained.items() if (has_decay(n, p) and id(p) not in limited) == decay]
                     for index, own in enumerate(by_kind(parameters)):
                         weight_decay = self.weight_decay if decay else 0.0
                         name = f"{own_name}{'_split' * index}{'' if decay else '_no_decay'}"

@@ -15,6 +15,7 @@ from owlfuse.llm_probe import check_packing
 from owlfuse.model import on_meta
 from owlfuse.model_parallel import as_trained
 from owlfuse.module import MultimodalModule
+from owlfuse.new_tokens import tokens_to_train
 from owlfuse.parallel import check_strategy, evaluates, naming_step
 from owlfuse.plan import dry_run
 from owlfuse.runs import last_checkpoint, place, run_folder, write_config, write_mixture
@@ -47,13 +48,15 @@ def run(config: DictConfig) -> Path | None:
         data.bind(plan.vision.preprocessing, plan.fusion.tokens_per_image)
         trainer = make_trainer(config, data, folder, checkpoint)
         check_strategy(trainer, plan.llm, checkpoint)
+        start = (config.get("init_from"), plain["model"]["llm"], getattr(plan.llm, "trained_rows", None))
+        new_tokens = tokens_to_train(data.tokenizer, config.data.tokenizer, *start)
     except DataError:
         raise
     except ValueError as error:
         raise ConfigError(place(config, str(error))) from error
     lightning.seed_everything(config.seed, workers=True, verbose=False)
     init_from = config.get("init_from") if checkpoint is None or needs_base(checkpoint) else None
-    module = MultimodalModule(plain["model"], optim, data.vocab_size, init_from)
+    module = MultimodalModule(plain["model"], optim, data.vocab_size, init_from, new_tokens)
     write_config(config, folder)
     with naming_step(trainer), signals_given_back():
         trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True)

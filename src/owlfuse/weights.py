@@ -80,7 +80,7 @@ def read(path: Path) -> tuple[Mapping[str, Tensor], dict[str, Any]]:
         else:
             weights = pickled = Pickled(path, "state_dict", "model.")
             rest = pickled.content
-        return weights, {name: rest[name] for name in ("global_step", "frozen") if name in rest}
+        return weights, {name: rest[name] for name in ("global_step", "frozen", "new_tokens") if name in rest}
 
 
 def take(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
@@ -123,7 +123,7 @@ def load_run_model(folder: Path, config: dict[str, Any], vocab_size: int) -> tup
     lightning.seed_everything(config["seed"], workers=True, verbose=False)
     init_from = config.get("init_from") if frozen else None
     base = load_base(init_from, config["model"], vocab_size) if init_from else None
-    model, _ = build_model(config["model"], vocab_size, base)
+    model, _ = build_model(config["model"], vocab_size, base, checkpoint.get("new_tokens", {}))
     check_fits(model, weights, frozen)
     take(model, weights)
     return model, checkpoint
