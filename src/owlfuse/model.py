@@ -75,7 +75,7 @@ class MultimodalLM(nn.Module):
         """
         keeping = nullcontext if batch.has_images else getattr(self.vision, "statistics_kept", nullcontext)
         with keeping():
-            features = self.vision(batch.pixel_values)
+            features = self.vision(in_dtype_of(self.vision, batch.pixel_values))
         tokens = self.connector(features)
         for part, found, expected in (
             ("vision", features.shape[1], getattr(self.vision, "patches", None)),
@@ -140,6 +140,19 @@ class MultimodalLM(nn.Module):
         norms = [getattr(layer.self_attn, name, None) for layer in decoder_layers(self.llm) for name in PER_HEAD_NORMS]
         return [*(p for norm in norms if norm is not None for p in norm.parameters()), *self.fusion.per_head(self.llm)]
 
+    def _apply(self, fn: Any, recurse: bool = True) -> MultimodalLM:
+        """As torch's, which `to` goes through, but the rotary frequencies of the LLM keep their precision: in half of it, they
+        would turn far positions wrongly. A private name of torch's, and the one place that every way to cast passes."""
+        frequencies = {name: buffer for name, buffer in self.llm.named_buffers() if "inv_freq" in name}
+        super()._apply(fn, recurse)
+        for name, before in frequencies.items():
+            path, _, own = name.rpartition(".")
+            module: Any = self.llm.get_submodule(path)
+            after = module._buffers[own]
+            if after.dtype != before.dtype:
+                module._buffers[own] = before.to(after.device)
+        return self
+
     def train(self, mode: bool = True) -> MultimodalLM:
         """As torch's, but a batch norm whose weight is frozen keeps its statistics."""
         super().train(mode)
@@ -147,6 +160,12 @@ class MultimodalLM(nn.Module):
             if isinstance(module, _BatchNorm) and module.weight is not None and not module.weight.requires_grad:
                 module.eval()
         return self
+
+
+def in_dtype_of(module: nn.Module, tensor: Tensor) -> Tensor:
+    """The tensor in the dtype of a module's weights, as they are in a run of half precision alone (`bf16-true`)."""
+    weight = next(module.parameters(), None)
+    return tensor if weight is None else tensor.to(weight.dtype)
 
 
 def linear_layers(module: nn.Module, path: tuple[str, ...] = ()) -> list[tuple[str, nn.Module]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -21,7 +22,7 @@ from owlfuse.model_parallel import build_for, keep_rows
 from owlfuse.optim import AdamWCosine
 from owlfuse.parallel import add_up, all_objects, all_rows, clip, data_ranks, divide
 from owlfuse.types import Batch, DataError
-from owlfuse.weights import check_fits, frozen_hashes, kept_names, weights_in
+from owlfuse.weights import check_fits, frozen_hashes, kept_names, set_precision, weights_in
 
 log = logging.getLogger(__name__)
 
@@ -64,7 +65,15 @@ class MultimodalModule(lightning.LightningModule):
     def configure_model(self) -> None:
         """Builds the model once, where Lightning wants it built."""
         if self.model is None:
-            self.model, summary = build_for(self, self.build)
+            default = (
+                torch.get_default_dtype()
+            )  # Lightning's is bfloat16 by now in bf16-true, and random weights would be others
+            torch.set_default_dtype(torch.float32)
+            try:
+                self.model, summary = build_for(self, self.build)
+            finally:
+                torch.set_default_dtype(default)
+            set_precision(self.model, self.trainer.precision)
             if self.global_rank == 0:
                 print_summary(summary)
                 if self.model.new_rows:
@@ -89,7 +98,13 @@ class MultimodalModule(lightning.LightningModule):
         self.token_count = self.token_count + tokens
         self.images += len(batch.pixel_values) * batch.has_images
         self.padding.add(batch)
-        return loss * (self.trainer.accumulate_grad_batches * data_ranks(self.trainer))
+        return loss * (self.trainer.accumulate_grad_batches * data_ranks(self.trainer) * self.loss_scale)
+
+    @property
+    def loss_scale(self) -> float:
+        """What the summed loss is multiplied by: gradients in float16 alone would overflow as sums over a large batch. A power
+        of two, by which only the exponent changes."""
+        return 2.0 ** -int(math.log2(self.datamodule.global_batch_size)) if self.trainer.precision == "16-true" else 1.0
 
     def count_skipped(self, batch: Batch) -> None:
         """Says each sample that was left out or cut. Raises DataError past a source's `max_skips`."""
@@ -143,7 +158,7 @@ class MultimodalModule(lightning.LightningModule):
         add_up(self.model.per_head(), self.trainer.strategy)
         for table, new_rows in self.model.limited():
             keep_rows(table, new_rows)
-        divide(gradients_of(optimizer), tokens)
+        divide(gradients_of(optimizer), tokens * self.loss_scale)
         self.log("train/loss", loss_sum / tokens, prog_bar=True)
         self.loss_sum, self.token_count, self.images, self.padding = 0.0, 0, 0, Padding()
         self.counted = list(self.skipped), dict(self.truncated)

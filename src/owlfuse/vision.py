@@ -147,7 +147,7 @@ class TimmBackbone(nn.Module):
         features = self.in_chunks(pixels) if self.chunkable(len(pixels)) else self.to_sequence(self.feature_map(pixels))
         if self.norm is not None:
             features = self.norm(features.transpose(1, 2)).transpose(1, 2)
-        return features if self.positions is None else features + self.positions
+        return features if self.positions is None else features + self.positions.to(features.dtype)
 
     def chunkable(self, images: int) -> bool:
         """Whether so many images are more than a chunk, and chunks do not change the result."""

@@ -21,6 +21,16 @@ from owlfuse.runs import last_checkpoint
 from owlfuse.stored import Pickled
 from owlfuse.types import DataError
 
+HALVES = {"bf16-true": torch.bfloat16, "16-true": torch.float16}
+"""The dtype of all weights by Lightning's precisions in which they have half of float32's bits."""
+
+
+def set_precision(model: MultimodalLM, precision: Any) -> None:
+    """Casts a model that was built in float32 to the one dtype of a run's precision, where it has one."""
+    if precision in HALVES:
+        model.to(HALVES[precision])
+        model.llm.config.dtype = HALVES[precision]  # by which an export is read back
+
 
 def kept_names(model: nn.Module) -> list[str]:
     """Names of the state that a checkpoint holds: trained parameters and persistent buffers."""
@@ -124,6 +134,7 @@ def load_run_model(folder: Path, config: dict[str, Any], vocab_size: int) -> tup
     init_from = config.get("init_from") if frozen else None
     base = load_base(init_from, config["model"], vocab_size) if init_from else None
     model, _ = build_model(config["model"], vocab_size, base, checkpoint.get("new_tokens", {}))
+    set_precision(model, config["trainer"].get("precision"))
     check_fits(model, weights, frozen)
     take(model, weights)
     return model, checkpoint
