@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -10,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
+log = logging.getLogger(__name__)
 PARTS = ("vision", "connector", "fusion", "llm")
 
 
@@ -101,31 +103,51 @@ class LoRA:
             of `modality_adaptive` belong to the part `fusion`: `lora` there reaches `k_proj` and `v_proj`'s visual copies,
             and `lora` on `llm` reaches the text's.
         alpha: the update is scaled by alpha / r.
+        target_parameters: names of further matrices that are no linear layers, such as `experts.gate_up_proj` and
+            `experts.down_proj` of a mixture of experts; each reaches every parameter of the part whose name ends so.
     """
 
-    def __init__(self, r: int = 8, alpha: float = 16.0, dropout: float = 0.0, targets: list[str] | str = "all-linear"):
+    def __init__(
+        self,
+        r: int = 8,
+        alpha: float = 16.0,
+        dropout: float = 0.0,
+        targets: list[str] | str = "all-linear",
+        target_parameters: list[str] | None = None,
+    ):
         self.r = r
         self.alpha = alpha
         self.dropout = dropout
         self.targets = targets
+        self.target_parameters = target_parameters or []
 
     def apply(self, part: Part) -> None:
         """See `Policy`.
 
         Raises:
-            ValueError: a target that no linear layer of the part has as its name, or an r under 1.
+            ValueError: a target that no linear layer or parameter of the part has as its name, or an r under 1.
         """
         if self.r < 1:
             raise ValueError(f"r is {self.r}, and a rank is at least 1")
         Frozen().apply(part)
         names = self.find(part)
+        parameters = self.find_parameters(part)
+        if self.targets == "all-linear":
+            warn_of_unreached(part, parameters)
         before = {name: parameter.requires_grad for name, parameter in part.root.named_parameters()}
         alpha: Any = self.alpha  # peft, which says an int, takes any number
-        config = LoraConfig(r=self.r, lora_alpha=alpha, lora_dropout=self.dropout, target_modules=names, bias="none")
+        config = LoraConfig(
+            r=self.r,
+            lora_alpha=alpha,
+            lora_dropout=self.dropout,
+            target_modules=names,
+            target_parameters=parameters or None,
+            bias="none",
+        )
         inject_adapter_in_model(config, part.root)
         # peft freezes all of the root but its adapters: the other parts in it go back to what they were
         for name, parameter in part.root.named_parameters():
-            parameter.requires_grad_(before.get(name, before.get(name.replace(".base_layer.", "."), True)))
+            parameter.requires_grad_(before.get(name, before.get(without_base_layers(name), True)))
 
     def find(self, part: Part) -> list[str]:
         """Full names of the part's linear layers that the targets mean, the LLM's head never."""
@@ -143,6 +165,44 @@ class LoRA:
         if not wanted:
             raise ValueError(f"{part.name} has no linear layer for lora")
         return [name for key in wanted for name in linear[key]]
+
+    def find_parameters(self, part: Part) -> list[str]:
+        """Full names of the parameters that `target_parameters` mean."""
+        found = []
+        for target in self.target_parameters:
+            names = [name for name, p in part.parameters.items() if f".{name}".endswith(f".{target}") and p.ndim in (2, 3)]
+            if not names:
+                fused = sorted({".".join(name.split(".")[-2:]) for name in stacked(part)})
+                raise ValueError(
+                    f"target_parameters: {part.name} has no matrix {target}; matrices that are no linear layers are "
+                    f"{', '.join(fused) or 'none'}"
+                )
+            found += names
+        return found
+
+
+def stacked(part: Part) -> dict[str, nn.Parameter]:
+    """The part's matrices of which several are one parameter, as those of a mixture's experts are."""
+    return {name: p for name, p in part.parameters.items() if p.ndim == 3 and min(p.shape) > 1}
+
+
+def warn_of_unreached(part: Part, reached: list[str]) -> None:
+    """Says which matrices of an LLM `all-linear` does not reach."""
+    missed = {name: p for name, p in stacked(part).items() if name not in reached}
+    if part.name == "llm" and missed:
+        kinds = sorted({".".join(name.split(".")[-2:]) for name in missed})
+        share = sum(p.numel() for p in missed.values()) / sum(p.numel() for p in part.parameters.values())
+        log.warning(
+            "adapter.llm: all-linear reaches linear layers, and %s, which hold %.0f %% of the LLM's parameters, are none: they "
+            "stay frozen; name them in target_parameters to train them too",
+            ", ".join(kinds),
+            100 * share,
+        )
+
+
+def without_base_layers(name: str) -> str:
+    """The name that a parameter has where no LoRA layer is put around its module."""
+    return name.replace(".base_layer", "")
 
 
 def layer_name(path: str) -> str:

@@ -227,6 +227,27 @@ class KeyPath(NamedTuple):
         return key
 
 
+def balancing_loss(llm: PreTrainedModel, router_logits: Any, attention_mask: Tensor) -> Tensor:
+    """How unevenly a mixture of experts uses its experts over the tokens of a batch, by the function of the LLM's own modelling
+    file; at least about the number of experts that a token goes to.
+
+    Args:
+        router_logits: of the LLM's forward with `output_router_logits`.
+        attention_mask: (B, T), 0 at padding, which does not count.
+    """
+    function = sys.modules[type(llm).__module__].load_balancing_loss_func
+    model: Any = llm
+    return function(router_logits, model.num_experts, model.num_experts_per_tok, attention_mask)
+
+
+def balancing_coefficient(llm: PreTrainedModel) -> float:
+    """The weight of `balancing_loss` in the loss, as the LLM's configuration has it; 0 for an LLM that has none."""
+    has_loss = hasattr(sys.modules[type(llm).__module__], "load_balancing_loss_func") and hasattr(llm, "num_experts_per_tok")
+    takes_it = "output_router_logits" in inspect.signature(llm.forward).parameters
+    coefficient = getattr(llm.config, "router_aux_loss_coef", None)
+    return float(coefficient or 0.0) if has_loss and takes_it else 0.0
+
+
 def cache_argument(llm: PreTrainedModel) -> str:
     """What the LLM's forward calls its key-value cache: `cache` from transformers 5.24 on, `past_key_values` before."""
     return "cache" if "cache" in inspect.signature(llm.forward).parameters else "past_key_values"

@@ -18,10 +18,10 @@ from transformers import PreTrainedModel
 
 from owlfuse.adapters import PARTS, Part, PartSummary, apply_adapters
 from owlfuse.build import build
-from owlfuse.fusion.base import Fusion, fused_logits
+from owlfuse.fusion.base import Fusion, fused_output
 from owlfuse.fusion.probe import check_fusion
 from owlfuse.layers import compile_layers
-from owlfuse.llm import PER_HEAD_NORMS, TENSOR_ROLES, decoder_layers, width
+from owlfuse.llm import PER_HEAD_NORMS, TENSOR_ROLES, balancing_coefficient, balancing_loss, decoder_layers, width
 from owlfuse.llm_probe import check_packing
 from owlfuse.types import Batch, VisualTokens
 
@@ -31,6 +31,8 @@ class MultimodalLM(nn.Module):
 
     Attributes:
         nodes: the configuration of each part that the model was assembled from; None for one put together by hand.
+        balancing_loss: of the last forward in training, how unevenly a mixture of experts used its experts (see
+            `llm.balancing_loss`); None for other LLMs, and where nothing of the LLM is trained.
         released: an `owlfuse.released.Released`, of a model that was read from a released checkpoint.
     """
 
@@ -44,6 +46,7 @@ class MultimodalLM(nn.Module):
         self.fusion = fusion
         self.llm = llm
         self.packing_checked = False
+        self.balancing_loss: Tensor | None = None
         self.new_rows: dict[str, list[int]] = {}
         self.fixed = {id(parameter) for parameter in llm.parameters() if not parameter.requires_grad}
         check_fusion(fusion, llm)
@@ -65,7 +68,15 @@ class MultimodalLM(nn.Module):
         if batch.segment_ids is not None and not self.packing_checked:
             check_packing(self.llm)
             self.packing_checked = True
-        return fused_logits(self.llm, self.fusion, batch, visual, cache, logits_to_keep)
+        balances = self.training and self.balances_experts()
+        options = {"output_router_logits": True} if balances else {}
+        output = fused_output(self.llm, self.fusion, batch, visual, cache, logits_to_keep, **options)
+        self.balancing_loss = balancing_loss(self.llm, output.router_logits, batch.attention_mask) if balances else None
+        return output.logits[0] if isinstance(logits_to_keep, Tensor) else output.logits
+
+    def balances_experts(self) -> bool:
+        """Whether the LLM is a mixture of experts with a balancing loss, and something of it is trained."""
+        return balancing_coefficient(self.llm) > 0 and any(parameter.requires_grad for parameter in self.llm.parameters())
 
     def encode(self, batch: Batch) -> VisualTokens:
         """Pixels (N, 3, H, W) -> visual tokens (N, Q, D), the backbone once for all images of the batch.

@@ -17,6 +17,7 @@ from owlfuse.adapters import PartSummary, print_summary
 from owlfuse.data.datamodule import ChatData
 from owlfuse.data.packing import Padding
 from owlfuse.hub.start import load_base
+from owlfuse.llm import balancing_coefficient
 from owlfuse.model import MultimodalLM, build_model
 from owlfuse.model_parallel import build_for, keep_rows
 from owlfuse.optim import AdamWCosine
@@ -57,6 +58,7 @@ class MultimodalModule(lightning.LightningModule):
         """`skipped` and `truncated` at the last whole step, which a checkpoint goes on from."""
         self.loss_sum: Any = 0.0
         self.token_count: Any = 0
+        self.balance_sum: Any = 0.0
         self.images = 0
         self.padding = Padding()
         self.padded = Padding()
@@ -93,12 +95,18 @@ class MultimodalModule(lightning.LightningModule):
         """The summed loss, scaled so that after Lightning's division by the accumulation steps, and the ranks' mean, the sum
         over both is left."""
         loss, tokens = batch_loss(self.model, batch)
+        if self.model.balancing_loss is not None:  # times the tokens, by which the sum is divided
+            balance = self.model.balancing_loss * tokens
+            self.balance_sum = self.balance_sum + balance.detach()
+            loss_with_balance = loss + balancing_coefficient(self.model.llm) * balance
+        else:
+            loss_with_balance = loss
         self.count_skipped(batch)
         self.loss_sum = self.loss_sum + loss.detach()
         self.token_count = self.token_count + tokens
         self.images += len(batch.pixel_values) * batch.has_images
         self.padding.add(batch)
-        return loss * (self.trainer.accumulate_grad_batches * data_ranks(self.trainer) * self.loss_scale)
+        return loss_with_balance * (self.trainer.accumulate_grad_batches * data_ranks(self.trainer) * self.loss_scale)
 
     @property
     def loss_scale(self) -> float:
@@ -160,6 +168,10 @@ class MultimodalModule(lightning.LightningModule):
             keep_rows(table, new_rows)
         divide(gradients_of(optimizer), tokens * self.loss_scale)
         self.log("train/loss", loss_sum / tokens, prog_bar=True)
+        if self.model.balancing_loss is not None:
+            balance = all_rows(self.trainer, self.balance_sum.double()[None]).sum().to(tokens)
+            self.log("train/router_loss", balance / tokens)
+        self.balance_sum = 0.0
         self.loss_sum, self.token_count, self.images, self.padding = 0.0, 0, 0, Padding()
         self.counted = list(self.skipped), dict(self.truncated)
 

@@ -123,18 +123,25 @@ def splice(embeddings: Tensor, visual: VisualTokens, batch: Batch) -> Tensor:
     return torch.where(batch.placeholder[..., None], tokens.to(embeddings.dtype), embeddings)
 
 
-def fused_logits(
+def fused_logits(llm: PreTrainedModel, fusion: Fusion, batch: Batch, visual: VisualTokens) -> Tensor:
+    """Logits (B, T, V) of a batch and its visual tokens, by an LLM that the fusion is attached to."""
+    return fused_output(llm, fusion, batch, visual).logits
+
+
+def fused_output(
     llm: PreTrainedModel,
     fusion: Fusion,
     batch: Batch,
     visual: VisualTokens,
     cache: Any = None,
     logits_to_keep: int | Tensor = 0,
-) -> Tensor:
-    """Logits (B, T, V) of a batch and its visual tokens, by an LLM that the fusion is attached to.
+    **options: Any,
+) -> Any:
+    """What the forward of an LLM that the fusion is attached to gives for a batch and its visual tokens.
 
     Args:
-        cache, logits_to_keep: see `MultimodalLM.forward`.
+        cache, logits_to_keep: see `MultimodalLM.forward`. Logits at places are (1, R, V).
+        options: further arguments of the LLM's forward.
     """
     steps = batch.input_ids.shape[1]
     position_ids = batch.positions()[:, -steps:]
@@ -144,12 +151,12 @@ def fused_logits(
         arguments[cache_argument(llm)] = cache
     places = logits_to_keep if isinstance(logits_to_keep, Tensor) else None
     with logits_at(llm, places):
-        logits = llm(
+        return llm(
             inputs_embeds=embeddings,
             attention_mask=mask_argument(llm, batch, cache),
             position_ids=position_ids,
             use_cache=cache is not None,
             logits_to_keep=0 if places is not None else logits_to_keep,
             **arguments,
-        ).logits
-    return logits if places is None else logits[0]
+            **options,
+        )
