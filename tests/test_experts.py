@@ -107,3 +107,17 @@ def test_lora_of_fused_experts_is_trained_and_exported(name, merge, tmp_path):
 def test_a_parameter_that_is_not_there_is_refused_with_those_that_are():
     with pytest.raises(ValueError, match=r"has no matrix experts\.w1; .* experts\.down_proj, experts\.gate_up_proj"):
         model_of("mixtral", policy("LoRA", r=2, target_parameters=["experts.w1"]))
+
+
+@pytest.mark.parametrize("adapter", [policy("Full"), policy("LastN", n=2)], ids=["full", "last_n"])
+@pytest.mark.parametrize("name", ["ernie4_5_moe", "afmoe"])
+def test_biases_that_balance_a_router_without_gradients_are_not_among_what_is_trained(name, adapter):
+    fields = {"moe_num_experts": 4, "moe_k": 2} if name == "ernie4_5_moe" else {"num_experts": 4, "num_experts_per_tok": 2}
+    llm = {"model_type": name, **SMALL, **fields, "moe_intermediate_size": 24, "num_hidden_layers": 3}
+    model = build_model(model_node("concat", llm=llm, adapter={"llm": adapter}), VOCAB)[0].train()
+    rows = [[11 + (i * 7 + j) % 80 for j in range(20)] for i in range(8)]
+    model(make_batch(rows, model.fusion.tokens_per_image)).float().square().sum().backward()
+    biases = [n for n, p in model.llm.named_parameters() if "bias" in n and "expert" in n or "e_score" in n]
+    assert biases
+    assert not any(dict(model.llm.named_parameters())[n].requires_grad for n in biases)
+    assert [n for n, p in model.llm.named_parameters() if p.requires_grad and p.grad is None] == []

@@ -181,7 +181,7 @@ def load_exported(
     if (folder / ADAPTER).is_dir():
         from peft import PeftModel
 
-        PeftModel.from_pretrained(wrapped, folder / ADAPTER, torch_device="cpu")
+        PeftModel.from_pretrained(wrapped, folder / ADAPTER, torch_device="cpu", autocast_adapter_dtype=False)
         if merge:
             merge_lora(wrapped.model, Deferred.current)
     if (folder / RELEASED).is_dir():
