@@ -117,7 +117,7 @@ def test_biases_that_balance_a_router_without_gradients_are_not_among_what_is_tr
     model = build_model(model_node("concat", llm=llm, adapter={"llm": adapter}), VOCAB)[0].train()
     rows = [[11 + (i * 7 + j) % 80 for j in range(20)] for i in range(8)]
     model(make_batch(rows, model.fusion.tokens_per_image)).float().square().sum().backward()
-    biases = [n for n, p in model.llm.named_parameters() if "bias" in n and "expert" in n or "e_score" in n]
+    biases = [n for n, p in model.llm.named_parameters() if ("bias" in n and "expert" in n) or "e_score" in n]
     assert biases
     assert not any(dict(model.llm.named_parameters())[n].requires_grad for n in biases)
     assert [n for n, p in model.llm.named_parameters() if p.requires_grad and p.grad is None] == []
