@@ -213,3 +213,23 @@ def test_widths_and_counts_flow_from_backbone_to_llm(connector):
     assert model.connector.proj.in_features == model.vision.width == 16
     assert model.connector.proj.out_features == 48
     assert model.connector.tokens == (model.vision.patches if connector is LINEAR else 5)
+
+
+class Shrinking(nn.Module):
+    """A backbone of a user's that gives fewer tokens in training than it says."""
+
+    width, patches, grid = 16, 4, (2, 2)
+
+    def forward(self, pixels):
+        return torch.zeros(len(pixels), 3 if self.training else 4, 16)
+
+
+def test_a_backbone_that_gives_other_tokens_than_it_says_is_an_error_and_not_a_shift():
+    model = make_model("concat")
+    model.vision, model.connector = Shrinking(), nn.Linear(16, 32)
+    batch = make_batch(ROWS, model.fusion.tokens_per_image)
+    model.vision.eval()
+    assert model.encode(batch).tokens.shape[1] == 4
+    model.vision.train()
+    with pytest.raises(ValueError, match="vision: Shrinking gives 3 tokens, and says 4"):
+        model.encode(batch)

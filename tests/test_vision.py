@@ -387,3 +387,52 @@ def test_a_blank_image_in_chunks_of_one_does_not_move_batch_statistics():
 def test_a_chunk_below_one_is_refused():
     with pytest.raises(ValueError, match="chunk is 0, expected a number of images of at least 1"):
         TimmBackbone(**SMALL_VIT, chunk=0)
+
+
+DROPPING = {
+    "vit": ("vit_tiny_patch16_224", {**VIT, "patch_drop_rate": 0.5}),
+    "eva": ("eva02_tiny_patch14_224", {**VIT, "patch_drop_rate": 0.3}),
+    "deit": ("deit_tiny_patch16_224", {**VIT, "patch_drop_rate": 0.25}),
+}
+
+
+@pytest.mark.parametrize("family", DROPPING)
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_a_model_with_other_tokens_in_training_is_refused(family, device):
+    name, kwargs = DROPPING[family]
+    state = torch.get_rng_state()
+    with torch.device(device), pytest.raises(ValueError, match=rf"{name} gives \d+ tokens in training and \d+ in evaluation"):
+        TimmBackbone(name, image_size=56 if family == "eva" else 64, kwargs=kwargs)
+    if device == "meta":
+        assert torch.equal(torch.get_rng_state(), state)
+
+
+# name, arguments of the model, and how many of its tokens are no patches
+PREFIXED = {
+    "vit": ("vit_tiny_patch16_224", VIT, 1),
+    "registers": ("vit_small_patch14_reg4_dinov2", VIT, 5),
+    "distilled": ("deit_tiny_distilled_patch16_224", VIT, 2),
+    "cait": ("cait_xxs24_224", {"depth": 1}, 1),
+    "xcit": ("xcit_nano_12_p16_224", {"depth": 1}, 1),
+    "volo": ("volo_d1_224", {}, 1),
+    "convit": ("convit_tiny", {}, 1),
+    "mixer": ("mixer_s16_224", {"num_blocks": 1}, 0),
+    "pooled": ("vit_base_patch16_siglip_224", VIT, 0),
+}
+
+
+@pytest.mark.parametrize("family", PREFIXED)
+def test_without_class_token_exactly_what_is_no_patch_is_dropped(family):
+    name, kwargs, prefix = PREFIXED[family]
+    with torch.device("meta"):
+        whole = TimmBackbone(name, kwargs=kwargs)
+        patches = TimmBackbone(name, kwargs=kwargs, class_token=False)
+    side = int(patches.patches**0.5)
+    assert (side * side, whole.patches - patches.patches) == (patches.patches, prefix)
+
+
+def test_a_model_that_gives_its_class_token_alone_is_refused():
+    with torch.device("meta"):
+        with pytest.raises(ValueError, match="pit_ti_224 gives class tokens alone"):
+            TimmBackbone("pit_ti_224")
+        assert TimmBackbone("pit_ti_224", output="penultimate", class_token=False).grid == (14, 14)

@@ -10,7 +10,7 @@ import inspect
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -32,6 +32,15 @@ TENSOR_ROLES = {
 by those that go in (`rows`), after which the ranks' results are added up."""
 PER_HEAD_NORMS = ("q_norm", "k_norm")
 """Norms of Qwen3, whose one weight serves every head."""
+FAILURES = (RuntimeError, TypeError, ValueError, AttributeError, LookupError, AssertionError, ArithmeticError)
+"""What modelling files raise for shapes, arguments and settings that they were not written for. Interrupts, missing memory and
+missing packages are none of them."""
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, in one short line behind its class."""
+    words = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {words[0][:160]}"
 
 
 def load_llm(
@@ -71,9 +80,15 @@ def load_llm(
     if on_meta and pretrained and architecture:
         config = architecture
     if config is not None:
-        llm = AutoModelForCausalLM.from_config(random_config(config, vocab_size), **options)
+        made = random_config(config, vocab_size)
+        try:
+            llm = AutoModelForCausalLM.from_config(made, **options)
+        except FAILURES as error:
+            raise ValueError(f"config: {made.model_type}: {first_line(error)}") from error
     else:
         llm = load_pretrained(str(pretrained), gguf_file, options)
+    if pretrained:
+        llm.trained_rows = llm.get_input_embeddings().num_embeddings  # how many tokens the weights know
     if llm.get_input_embeddings().num_embeddings < vocab_size:
         llm.resize_token_embeddings(vocab_size, mean_resizing=not on_meta)
     if gradient_checkpointing:
@@ -90,13 +105,13 @@ def random_config(config: dict[str, Any], vocab_size: int) -> PreTrainedConfig:
         raise ValueError("config has no model_type (llama, mistral, qwen2, qwen3, ...)")
     try:
         made = AutoConfig.for_model(model_type, **fields)
-    except (ValueError, StrictDataclassError) as error:
+    except (*FAILURES, StrictDataclassError) as error:
         raise ValueError(f"config: {str(error).splitlines()[-1].strip()[:200]}") from error
-    heads, groups = made.num_attention_heads, getattr(made, "num_key_value_heads", None)
-    if groups and heads % groups:
-        raise ValueError(f"config: num_attention_heads is {heads}, which num_key_value_heads of {groups} does not divide")
     if unknown := sorted(set(fields) - known_fields(type(made))):
         raise ValueError(f"config: {', '.join(unknown)} unknown to {type(made).__name__}")
+    heads, groups = (getattr(made, name, None) for name in ("num_attention_heads", "num_key_value_heads"))
+    if heads and groups and heads % groups:
+        raise ValueError(f"config: num_attention_heads is {heads}, which num_key_value_heads of {groups} does not divide")
     return made
 
 
@@ -121,9 +136,11 @@ def decoder_layers(llm: PreTrainedModel) -> nn.ModuleList:
     needs = [*NORMS, *(f"self_attn.{name}" for name in (*KEY_VALUE, "q_proj", "o_proj"))]
     if layers is None:
         raise ValueError(f"{type(llm).__name__} has no decoder layers at {llm.base_model_prefix}.layers")
-    for name in needs:
-        if not has_module(layers[0], name):
-            raise ValueError(f"{type(llm).__name__} has no {name} in its decoder layers; Llama, Mistral and Qwen have")
+    for index, layer in enumerate(layers):
+        for name in needs:
+            if not has_module(layer, name):
+                where = "its decoder layers" if index == 0 else f"its decoder layer {index}"
+                raise ValueError(f"{type(llm).__name__} has no {name} in {where}; Llama, Mistral and Qwen have")
     return layers
 
 
@@ -153,16 +170,82 @@ def width(llm: PreTrainedModel) -> int:
     return llm.config.hidden_size
 
 
-def rotary(llm: PreTrainedModel, like: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-    """Cosines and sines (B, T, d) of the LLM's own rotary embedding at `position_ids` (B, T), in the dtype of `like`."""
+def rotary(llm: PreTrainedModel, like: Tensor, position_ids: Tensor, layer_type: str | None = None) -> tuple[Tensor, Tensor]:
+    """Cosines and sines (B, T, d) of the LLM's own rotary embedding at `position_ids` (B, T), in the dtype of `like`.
+
+    Args:
+        layer_type: of `layer_type_of`, for an LLM whose kinds of layers are rotated each in its own way, as Gemma 3's are.
+    """
     body: Any = llm.base_model
-    return body.rotary_emb(like, position_ids)
+    kind = {} if layer_type is None else {"layer_type": layer_type}
+    return body.rotary_emb(like, position_ids, **kind)
+
+
+def layer_type_of(llm: PreTrainedModel, index: int) -> str | None:
+    """The type by which the LLM's rotary embedding tells a decoder layer from others, None where it is the same for all."""
+    embedding = getattr(llm.base_model, "rotary_emb", None)
+    if embedding is None or "layer_type" not in inspect.signature(embedding.forward).parameters:
+        return None
+    return llm.config.layer_types[index]
 
 
 def rotate(attention: nn.Module, states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """`states` (B, K, T, d) rotated as this attention rotates its own keys: the function of its own modelling file."""
     apply = sys.modules[type(attention).__module__].apply_rotary_pos_emb
     return apply(states[:, :0], states, cos, sin)[1]  # of queries, which it rotates too, none
+
+
+class KeyPath(NamedTuple):
+    """How an attention makes its keys of what its key projection gives (see `llm_probe`, which finds it out)."""
+
+    norm: str | None = None
+    """The attention's norm of keys, by name."""
+    place: Literal["heads", "width", "rotated"] = "heads"
+    """What the norm normalises: each head's numbers, all heads' together, or each head's after the rotation."""
+    rotation: Literal["whole", "part", "none"] = "whole"
+    """Whether a head's numbers are rotated, only as many as there are cosines, or not at all."""
+    layer_type: str | None = None
+    """What tells the rotary embedding of this layer from those of others."""
+
+    def keys(self, attention: Any, projected: Tensor, turn: tuple[Tensor, Tensor] | None) -> Tensor:
+        """Projected keys (B, T, K, d) -> keys (B, K, T, d), with the cosines and sines of `rotary` where they are rotated."""
+        norm = getattr(attention, self.norm) if self.norm else None
+        if norm is not None and self.place == "width":
+            projected = norm(projected.flatten(2)).unflatten(-1, projected.shape[2:])
+        key = projected.transpose(1, 2)
+        if norm is not None and self.place == "heads":
+            key = norm(key)
+        if self.rotation == "whole":
+            assert turn is not None
+            key = rotate(attention, key, *turn)
+        elif self.rotation == "part":
+            assert turn is not None
+            width = turn[0].shape[-1]
+            key = torch.cat([rotate(attention, key[..., :width], *turn), key[..., width:]], dim=-1)
+        if norm is not None and self.place == "rotated":
+            key = norm(key)
+        return key
+
+
+def balancing_loss(llm: PreTrainedModel, router_logits: Any, attention_mask: Tensor) -> Tensor:
+    """How unevenly a mixture of experts uses its experts over the tokens of a batch, by the function of the LLM's own modelling
+    file; at least about the number of experts that a token goes to.
+
+    Args:
+        router_logits: of the LLM's forward with `output_router_logits`.
+        attention_mask: (B, T), 0 at padding, which does not count.
+    """
+    function = sys.modules[type(llm).__module__].load_balancing_loss_func
+    model: Any = llm
+    return function(router_logits, model.num_experts, model.num_experts_per_tok, attention_mask)
+
+
+def balancing_coefficient(llm: PreTrainedModel) -> float:
+    """The weight of `balancing_loss` in the loss, as the LLM's configuration has it; 0 for an LLM that has none."""
+    has_loss = hasattr(sys.modules[type(llm).__module__], "load_balancing_loss_func") and hasattr(llm, "num_experts_per_tok")
+    takes_it = "output_router_logits" in inspect.signature(llm.forward).parameters
+    coefficient = getattr(llm.config, "router_aux_loss_coef", None)
+    return float(coefficient or 0.0) if has_loss and takes_it else 0.0
 
 
 def cache_argument(llm: PreTrainedModel) -> str:

@@ -18,9 +18,11 @@ from transformers import PreTrainedModel
 
 from owlfuse.adapters import PARTS, Part, PartSummary, apply_adapters
 from owlfuse.build import build
-from owlfuse.fusion.base import Fusion
+from owlfuse.fusion.base import Fusion, fused_output
+from owlfuse.fusion.probe import check_fusion
 from owlfuse.layers import compile_layers
-from owlfuse.llm import PER_HEAD_NORMS, TENSOR_ROLES, cache_argument, decoder_layers, logits_at, mask_argument, width
+from owlfuse.llm import PER_HEAD_NORMS, TENSOR_ROLES, balancing_coefficient, balancing_loss, decoder_layers, width
+from owlfuse.llm_probe import check_packing
 from owlfuse.types import Batch, VisualTokens
 
 
@@ -29,6 +31,8 @@ class MultimodalLM(nn.Module):
 
     Attributes:
         nodes: the configuration of each part that the model was assembled from; None for one put together by hand.
+        balancing_loss: of the last forward in training, how unevenly a mixture of experts used its experts (see
+            `llm.balancing_loss`); None for other LLMs, and where nothing of the LLM is trained.
         released: an `owlfuse.released.Released`, of a model that was read from a released checkpoint.
     """
 
@@ -41,6 +45,11 @@ class MultimodalLM(nn.Module):
         self.connector: Any = connector
         self.fusion = fusion
         self.llm = llm
+        self.packing_checked = False
+        self.balancing_loss: Tensor | None = None
+        self.new_rows: dict[str, list[int]] = {}
+        self.fixed = {id(parameter) for parameter in llm.parameters() if not parameter.requires_grad}
+        check_fusion(fusion, llm)
         fusion.attach(llm)
 
     def forward(
@@ -56,23 +65,18 @@ class MultimodalLM(nn.Module):
         """
         if visual is None:
             visual = self.encode(batch)
-        steps = batch.input_ids.shape[1]
-        position_ids = batch.positions()[:, -steps:]
-        embeddings = self.llm.get_input_embeddings()(batch.input_ids)
-        embeddings, arguments = self.fusion(embeddings, visual, batch, position_ids, self.llm)
-        if cache is not None:
-            arguments[cache_argument(self.llm)] = cache
-        places = logits_to_keep if isinstance(logits_to_keep, Tensor) else None
-        with logits_at(self.llm, places):
-            logits = self.llm(
-                inputs_embeds=embeddings,
-                attention_mask=mask_argument(self.llm, batch, cache),
-                position_ids=position_ids,
-                use_cache=cache is not None,
-                logits_to_keep=0 if places is not None else logits_to_keep,
-                **arguments,
-            ).logits
-        return logits if places is None else logits[0]
+        if batch.segment_ids is not None and not self.packing_checked:
+            check_packing(self.llm)
+            self.packing_checked = True
+        balances = self.training and self.balances_experts()
+        options = {"output_router_logits": True} if balances else {}
+        output = fused_output(self.llm, self.fusion, batch, visual, cache, logits_to_keep, **options)
+        self.balancing_loss = balancing_loss(self.llm, output.router_logits, batch.attention_mask) if balances else None
+        return output.logits[0] if isinstance(logits_to_keep, Tensor) else output.logits
+
+    def balances_experts(self) -> bool:
+        """Whether the LLM is a mixture of experts with a balancing loss, and something of it is trained."""
+        return balancing_coefficient(self.llm) > 0 and any(parameter.requires_grad for parameter in self.llm.parameters())
 
     def encode(self, batch: Batch) -> VisualTokens:
         """Pixels (N, 3, H, W) -> visual tokens (N, Q, D), the backbone once for all images of the batch.
@@ -82,8 +86,15 @@ class MultimodalLM(nn.Module):
         """
         keeping = nullcontext if batch.has_images else getattr(self.vision, "statistics_kept", nullcontext)
         with keeping():
-            features = self.vision(batch.pixel_values)
-        tokens = self.connector(features) * batch.image_mask[:, None, None].to(features.dtype)
+            features = self.vision(in_dtype_of(self.vision, batch.pixel_values))
+        tokens = self.connector(features)
+        for part, found, expected in (
+            ("vision", features.shape[1], getattr(self.vision, "patches", None)),
+            ("connector", tokens.shape[1], getattr(self.connector, "tokens", None)),
+        ):
+            if expected not in (None, found):
+                raise ValueError(f"{part}: {type(getattr(self, part)).__name__} gives {found} tokens, and says {expected}")
+        tokens = tokens * batch.image_mask[:, None, None].to(features.dtype)
         return VisualTokens(tokens, batch.image_index, batch.image_positions)
 
     def set_image_size(self, image_size: int) -> None:
@@ -115,7 +126,14 @@ class MultimodalLM(nn.Module):
         if name == "fusion":
             return Part(name, self.llm, {**parameters, **dict(self.fusion.named_parameters())})
         blocks = [[p for p in layer.parameters() if id(p) not in owned] for layer in decoder_layers(self.llm)]
-        return Part(name, self.llm, parameters, blocks)
+        ends = [end.weight for end in (self.llm.get_input_embeddings(), self.llm.get_output_embeddings()) if end is not None]
+        tables = {n: p for n, p in parameters.items() if any(p is end for end in ends)}
+        fixed = {n for n, p in parameters.items() if id(p) in self.fixed}
+        return Part(name, self.llm, parameters, blocks, tables, fixed)
+
+    def limited(self) -> list[tuple[nn.Parameter, list[int]]]:
+        """The LLM's tables of which only some rows are trained, with those rows."""
+        return [(self.llm.get_parameter(name), rows) for name, rows in self.new_rows.items()]
 
     def sharding_units(self) -> list[nn.Module]:
         """The modules that FSDP gathers one after the other; what is in none of them is gathered for the whole forward."""
@@ -133,6 +151,19 @@ class MultimodalLM(nn.Module):
         norms = [getattr(layer.self_attn, name, None) for layer in decoder_layers(self.llm) for name in PER_HEAD_NORMS]
         return [*(p for norm in norms if norm is not None for p in norm.parameters()), *self.fusion.per_head(self.llm)]
 
+    def _apply(self, fn: Any, recurse: bool = True) -> MultimodalLM:
+        """As torch's, which `to` goes through, but the rotary frequencies of the LLM keep their precision: in half of it, they
+        would turn far positions wrongly. A private name of torch's, and the one place that every way to cast passes."""
+        frequencies = {name: buffer for name, buffer in self.llm.named_buffers() if "inv_freq" in name}
+        super()._apply(fn, recurse)
+        for name, before in frequencies.items():
+            path, _, own = name.rpartition(".")
+            module: Any = self.llm.get_submodule(path)
+            after = module._buffers[own]
+            if after.dtype != before.dtype:
+                module._buffers[own] = before.to(after.device)
+        return self
+
     def train(self, mode: bool = True) -> MultimodalLM:
         """As torch's, but a batch norm whose weight is frozen keeps its statistics."""
         super().train(mode)
@@ -140,6 +171,12 @@ class MultimodalLM(nn.Module):
             if isinstance(module, _BatchNorm) and module.weight is not None and not module.weight.requires_grad:
                 module.eval()
         return self
+
+
+def in_dtype_of(module: nn.Module, tensor: Tensor) -> Tensor:
+    """The tensor in the dtype of a module's weights, as they are in a run of half precision alone (`bf16-true`)."""
+    weight = next(module.parameters(), None)
+    return tensor if weight is None else tensor.to(weight.dtype)
 
 
 def linear_layers(module: nn.Module, path: tuple[str, ...] = ()) -> list[tuple[str, nn.Module]]:
@@ -158,12 +195,16 @@ def blocks_of(module: nn.Module) -> list[list[nn.Parameter]]:
 
 
 def build_model(
-    config: dict[str, Any], vocab_size: int, base: MultimodalLM | None = None
+    config: dict[str, Any],
+    vocab_size: int,
+    base: MultimodalLM | None = None,
+    new_tokens: dict[str, int] | None = None,
 ) -> tuple[MultimodalLM, list[PartSummary]]:
     """The model that a configuration's `model` describes, adapters applied, and the table of what is trained.
 
-    `base` is a model of these parts whose weights are there already. Without it, under `with torch.device("meta")`, no weight
-    is made or loaded.
+    `new_tokens`, with their ids, are those that the LLM does not know (see `apply_adapters`); by default those behind the rows
+    of pretrained weights. `base` is a model of these parts whose weights are there already. Without it, under
+    `with torch.device("meta")`, no weight is made or loaded.
 
     Raises:
         ValueError: parts that do not fit together; the message begins with the part.
@@ -174,7 +215,10 @@ def build_model(
             if hasattr(getattr(base, name), "set_checkpointing"):
                 getattr(base, name).set_checkpointing(config[name].get("gradient_checkpointing", False))
     policies = {name: build(policy) for name, policy in config["adapter"].items()}
-    summary = apply_adapters(model, policies)
+    if new_tokens is None:
+        rows = getattr(model.llm, "trained_rows", vocab_size)
+        new_tokens = {f"token {index}": index for index in range(rows, vocab_size)}
+    summary = apply_adapters(model, policies, new_tokens)
     if config.get("compile"):
         compile_layers(decoder_layers(model.llm), getattr(model.vision, "body", model.vision))
     model.train(model.training)  # batch norms that are frozen by now keep their statistics; Lightning leaves modes alone

@@ -139,6 +139,15 @@ def part_of(value: Tensor, like: Tensor) -> Tensor:
     return value
 
 
+def keep_rows(table: nn.Parameter, rows: list[int]) -> None:
+    """Sets the gradient of a table (V, D) to zero but for some rows, each rank in its own part."""
+    if table.grad is None:
+        return
+    mask = torch.zeros(table.shape[0], 1, device=local(table.grad).device)
+    mask[rows] = 1
+    local(table.grad).mul_(part_of(mask.expand(table.shape), table.grad))
+
+
 class Shards(Mapping[str, Tensor]):
     """The weights in a checkpoint's folder that a mesh has written, by the model's names: each is put together when it is
     asked for, in one process."""

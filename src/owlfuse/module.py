@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections import Counter
 from collections.abc import Callable
 from typing import Any, TypeAlias
@@ -17,12 +18,13 @@ from owlfuse.data.datamodule import ChatData
 from owlfuse.data.notes import NotesLog
 from owlfuse.data.packing import Padding
 from owlfuse.hub.start import load_base
+from owlfuse.llm import balancing_coefficient
 from owlfuse.model import MultimodalLM, build_model
-from owlfuse.model_parallel import build_for
+from owlfuse.model_parallel import build_for, keep_rows
 from owlfuse.optim import AdamWCosine, renew_rates, settings_of
 from owlfuse.parallel import add_up, all_objects, all_rows, clip, data_ranks, divide
 from owlfuse.types import Batch, DataError
-from owlfuse.weights import check_fits, frozen_hashes, kept_names, weights_in
+from owlfuse.weights import check_fits, frozen_hashes, kept_names, set_precision, weights_in
 
 log = logging.getLogger(__name__)
 
@@ -36,7 +38,14 @@ class MultimodalModule(lightning.LightningModule):
     accumulation steps: gradients are those of the sum until just before they are clipped.
     """
 
-    def __init__(self, model_config: dict[str, Any], optim: AdamWCosine, vocab_size: int, init_from: str | None = None) -> None:
+    def __init__(
+        self,
+        model_config: dict[str, Any],
+        optim: AdamWCosine,
+        vocab_size: int,
+        init_from: str | None = None,
+        new_tokens: dict[str, int] | None = None,
+    ) -> None:
         super().__init__()
         self.strict_loading = False  # frozen weights are in no checkpoint; on_load_checkpoint checks the others
         self.frozen: dict[str, str] | None = None
@@ -44,6 +53,7 @@ class MultimodalModule(lightning.LightningModule):
         self.model_config = model_config
         self.optim = optim
         self.vocab_size = vocab_size
+        self.new_tokens = new_tokens or {}
         self.record: dict[str, Any] = {}
         """What a checkpoint keeps of the run beside its state (see `owlfuse.resume`)."""
         self.rates_changed = False
@@ -60,6 +70,7 @@ class MultimodalModule(lightning.LightningModule):
         """The trainer's step when the last update of the weights began; the step rises when the update is done."""
         self.loss_sum: Any = 0.0
         self.token_count: Any = 0
+        self.balance_sum: Any = 0.0
         self.images = 0
         self.padding = Padding()
         self.padded = Padding()
@@ -68,9 +79,19 @@ class MultimodalModule(lightning.LightningModule):
     def configure_model(self) -> None:
         """Builds the model once, where Lightning wants it built."""
         if self.model is None:
-            self.model, summary = build_for(self, self.build)
+            default = (
+                torch.get_default_dtype()
+            )  # Lightning's is bfloat16 by now in bf16-true, and random weights would be others
+            torch.set_default_dtype(torch.float32)
+            try:
+                self.model, summary = build_for(self, self.build)
+            finally:
+                torch.set_default_dtype(default)
+            set_precision(self.model, self.trainer.precision)
             if self.global_rank == 0:
                 print_summary(summary)
+                if self.model.new_rows:
+                    print(new_rows_line(self.new_tokens, self.model.new_rows))
 
     @property
     def datamodule(self) -> ChatData:
@@ -80,18 +101,30 @@ class MultimodalModule(lightning.LightningModule):
     def build(self) -> tuple[MultimodalLM, list[PartSummary]]:
         """The model and what of it is trained."""
         base = load_base(self.init_from, self.model_config, self.vocab_size) if self.init_from else None
-        return build_model(self.model_config, self.vocab_size, base)
+        return build_model(self.model_config, self.vocab_size, base, self.new_tokens)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """The summed loss, scaled so that after Lightning's division by the accumulation steps, and the ranks' mean, the sum
         over both is left."""
         loss, tokens = batch_loss(self.model, batch)
+        if self.model.balancing_loss is not None:  # times the tokens, by which the sum is divided
+            balance = self.model.balancing_loss * tokens
+            self.balance_sum = self.balance_sum + balance.detach()
+            loss_with_balance = loss + balancing_coefficient(self.model.llm) * balance
+        else:
+            loss_with_balance = loss
         self.count_skipped(batch)
         self.loss_sum = self.loss_sum + loss.detach()
         self.token_count = self.token_count + tokens
         self.images += len(batch.pixel_values) * batch.has_images
         self.padding.add(batch)
-        return loss * (self.trainer.accumulate_grad_batches * data_ranks(self.trainer))
+        return loss_with_balance * (self.trainer.accumulate_grad_batches * data_ranks(self.trainer) * self.loss_scale)
+
+    @property
+    def loss_scale(self) -> float:
+        """What the summed loss is multiplied by: gradients in float16 alone would overflow as sums over a large batch. A power
+        of two, by which only the exponent changes."""
+        return 2.0 ** -int(math.log2(self.datamodule.global_batch_size)) if self.trainer.precision == "16-true" else 1.0
 
     def count_skipped(self, batch: Batch) -> None:
         """Says each sample that was left out or cut. Raises DataError past a source's `max_skips`."""
@@ -151,8 +184,14 @@ class MultimodalModule(lightning.LightningModule):
         self.log_census(rows[:, 2])
         tokens = tokens.clamp_min(1)
         add_up(self.model.per_head(), self.trainer.strategy)
-        divide(gradients_of(optimizer), tokens)
+        for table, new_rows in self.model.limited():
+            keep_rows(table, new_rows)
+        divide(gradients_of(optimizer), tokens * self.loss_scale)
         self.log("train/loss", loss_sum / tokens, prog_bar=True)
+        if self.model.balancing_loss is not None:
+            balance = all_rows(self.trainer, self.balance_sum.double()[None]).sum().to(tokens)
+            self.log("train/router_loss", balance / tokens)
+        self.balance_sum = 0.0
         self.loss_sum, self.token_count, self.images, self.padding = 0.0, 0, 0, Padding()
         self.padded.include(*rows.sum(0)[3:6])
         self.counted = Counter(self.skipped), dict(self.truncated)
@@ -222,6 +261,7 @@ class MultimodalModule(lightning.LightningModule):
             kept = {f"model.{name}" for name in kept_names(self.model)}
             checkpoint["state_dict"] = {name: value for name, value in checkpoint["state_dict"].items() if name in kept}
             checkpoint["frozen"] = self.frozen
+        checkpoint["new_tokens"] = self.new_tokens
         skipped, checkpoint["truncated"] = self.over_ranks(*self.counted)
         checkpoint["skipped"] = [[*skip, times] for skip, times in skipped.items()]
         checkpoint["run"] = self.record
@@ -249,6 +289,13 @@ class MultimodalModule(lightning.LightningModule):
 def distinct_samples(skipped: Skips) -> Counter[str]:
     """How many samples of each source were skipped, however often each was drawn."""
     return Counter(source for source, _ in {(source, sample) for source, sample, _ in skipped})
+
+
+def new_rows_line(new_tokens: dict[str, int], tables: dict[str, list[int]]) -> str:
+    """What is trained of an LLM beside what its adapter says."""
+    names = list(new_tokens)
+    shown = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
+    return f"llm: new tokens ({len(names)}: {shown}), whose rows of {' and '.join(tables)} are trained beside its adapter"
 
 
 def gradients_of(optimizer: torch.optim.Optimizer) -> list[Tensor]:

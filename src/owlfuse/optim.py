@@ -17,6 +17,9 @@ from owlfuse.adapters import PARTS, Part
 from owlfuse.model import MultimodalLM
 from owlfuse.parallel import by_kind
 
+FLOAT16_EPS = 1e-3
+"""Adam's least `eps` for weights in float16 alone (`16-true`): the mean square of a gradient below 0.008 is 0 there, and an
+update divided by a smaller eps would be hundreds of times the learning rate."""
 NO_DECAY = ("queries", "end_token", "pos_embed", "cls_token", "reg_token", "slope", "gamma")
 
 
@@ -31,7 +34,7 @@ class AdamWCosine:
             of the next, as with 0.9 in the ViT of mPLUG-Owl2 (arXiv 2311.04257).
         weight_decay: of weight matrices; norms, biases, gates, queries and positions have none.
         betas: of AdamW's running means of the gradient and its square; of Muon the first alone.
-        eps: added to the root of AdamW's mean square.
+        eps: added to the root of AdamW's mean square; at least 1e-3 for weights that are float16 alone (`16-true`).
         warmup_steps: optimizer steps in which the rate rises from 0.
         min_lr_ratio: the rate at the end, as a share of the peak.
     """
@@ -58,6 +61,7 @@ class AdamWCosine:
             ValueError: `layer_decay` for a part without layers; a part that is meant to train at a rate that is not above 0.
         """
         groups = []
+        limited = {id(table) for table, _ in model.limited()}  # decay would shrink the rows that are not trained
         for part in PARTS:
             own_lr = self.part_lr.get(part)
             peak = self.lr if own_lr is None else own_lr
@@ -69,7 +73,7 @@ class AdamWCosine:
                         f"rate above 0, or model/adapter@model.adapter.{part}=frozen"
                     )
                 for decay in (True, False):
-                    parameters = [p for n, p in trained.items() if has_decay(n, p) == decay]
+                    parameters = [p for n, p in trained.items() if (has_decay(n, p) and id(p) not in limited) == decay]
                     for index, own in enumerate(by_kind(parameters)):
                         weight_decay = self.weight_decay if decay else 0.0
                         name = f"{own_name}{'_split' * index}{'' if decay else '_no_decay'}"
@@ -93,7 +97,10 @@ class AdamWCosine:
 
     def build(self, model: MultimodalLM, steps: int) -> dict[str, Any]:
         """What Lightning's `configure_optimizers` returns."""
-        optimizer = self.optimizer(self.groups(model))
+        groups = self.groups(model)
+        if any(p.dtype == torch.float16 for group in groups for p in group["params"]):
+            self.eps = max(self.eps, FLOAT16_EPS)
+        optimizer = self.optimizer(groups)
         scheduler = get_cosine_with_min_lr_schedule_with_warmup(
             optimizer, self.warmup_steps, steps, min_lr_rate=self.min_lr_ratio
         )

@@ -98,6 +98,8 @@ class Past:
     """{"step", "changes": {key: [before, after]}} each time that it went on with other keys."""
     identity: dict[str, str] = field(default_factory=dict)
     """See `owlfuse.data.identity`."""
+    new_tokens: dict[str, int] = field(default_factory=dict)
+    """See `owlfuse.new_tokens`."""
 
 
 def read_past(checkpoint: Path) -> Past:
@@ -109,7 +111,7 @@ def read_past(checkpoint: Path) -> Past:
     config = record.get("config") or read_run(checkpoint.parent.parent)
     positions = content.get("step_positions") or [(0, 0, config["data"]["global_batch_size"])]
     changes, identity = record.get("changes", []), record.get("identity", {})
-    return Past(step, config, StepPositions(positions), changes, identity)
+    return Past(step, config, StepPositions(positions), changes, identity, content.get("new_tokens", {}))
 
 
 def changed_keys(past: Past, config: DictConfig) -> dict[str, list[Any]]:

@@ -10,6 +10,9 @@ from torch import Tensor, nn
 
 from owlfuse.backbone_weights import load_weights
 
+PREFIX_TOKENS = ("cls_token", "class_token", "dist_token", "reg_token", "register_tokens")
+"""What timm's models call their learned tokens."""
+
 
 def create_body(
     name: str, pretrained: bool, image_size: int | None, kwargs: dict[str, Any], weights: str | None = None
@@ -40,6 +43,16 @@ def set_input_size(body: Any, name: str, image_size: int) -> None:
         raise ValueError(f"image_size is {image_size}, which {name}'s patches of {patch[0]} pixels do not divide")
     if hasattr(body, "set_input_size"):
         body.set_input_size(img_size=(image_size, image_size))
+
+
+def count_prefix_tokens(body: nn.Module) -> int:
+    """How many tokens that are no patches (class, distillation and register tokens) stand first among those of a model's
+    features: what timm says, or where it says nothing (VOLO, PiT) the model's learned tokens, (1, n, Dv) each."""
+    stated = getattr(body, "num_prefix_tokens", None)
+    if stated is not None:
+        return int(stated)
+    learned = [p for name, p in body.named_parameters() if name in PREFIX_TOKENS and p.ndim == 3]
+    return sum(parameter.shape[1] for parameter in learned)
 
 
 def all_differentiable(module: nn.Module) -> nn.Module:

@@ -15,9 +15,11 @@ from owlfuse.data.identity import data_identity
 from owlfuse.evaluation import write_results
 from owlfuse.hub.start import adopt_parts
 from owlfuse.identity import data_hash, weights_identity
+from owlfuse.llm_probe import check_packing
 from owlfuse.model import on_meta
 from owlfuse.model_parallel import as_trained
 from owlfuse.module import MultimodalModule
+from owlfuse.new_tokens import tokens_to_train
 from owlfuse.parallel import check_strategy, evaluates, naming_step
 from owlfuse.plan import dry_run
 from owlfuse.resume import changed_keys, check_identity, read_past, recorded
@@ -68,11 +70,18 @@ def train(config: DictConfig, folder: Path, data_digest: str | None) -> None:
         optim, evaluation = build(config.optim), build(config.evaluation)
         optim.groups(plan)  # which refuses a rate of 0 for what is to train
         data = build_data(config)
+        if data.pack_to is not None:
+            check_packing(plan.llm)
         if past:
             data.go_on(past.step, past.positions)
         data.bind(plan.vision.preprocessing, plan.fusion.tokens_per_image)
         trainer = make_trainer(config, data, folder, checkpoint)
         check_strategy(trainer, plan.llm, checkpoint)
+        if past:
+            new_tokens = past.new_tokens
+        else:
+            start = (config.get("init_from"), plain["model"]["llm"], getattr(plan.llm, "trained_rows", None))
+            new_tokens = tokens_to_train(data.tokenizer, config.data.tokenizer, *start)
     except DataError:
         raise
     except ValueError as error:
@@ -89,7 +98,7 @@ def train(config: DictConfig, folder: Path, data_digest: str | None) -> None:
     history = recorded(past, changes)
     lightning.seed_everything(config.seed, workers=True, verbose=False)
     init_from = config.get("init_from") if checkpoint is None or needs_base(checkpoint) else None
-    module = MultimodalModule(plain["model"], optim, data.vocab_size, init_from)
+    module = MultimodalModule(plain["model"], optim, data.vocab_size, init_from, new_tokens)
     module.rates_changed = rates_changed
     module.record = {"config": plain, "changes": history, "identity": identity}
     write_config(config, folder, history)

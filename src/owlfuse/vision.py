@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -22,7 +23,14 @@ from torchvision.transforms.v2 import functional as VF
 from owlfuse.batch_norm import allow_single_values, set_blank
 from owlfuse.layers import checkpoint_blocks
 from owlfuse.positions import sincos_2d_spread
-from owlfuse.timm_body import all_differentiable, create_body, remove_modules, set_input_size, unused_parameters
+from owlfuse.timm_body import (
+    all_differentiable,
+    count_prefix_tokens,
+    create_body,
+    remove_modules,
+    set_input_size,
+    unused_parameters,
+)
 
 
 @dataclass(frozen=True)
@@ -95,12 +103,13 @@ class TimmBackbone(nn.Module):
         self.chunk = chunk
         self.output = output
         self.body: Any = create_body(name, pretrained, image_size, kwargs or {}, weights)
-        self.prefix_tokens = getattr(self.body, "num_prefix_tokens", 0)
+        self.prefix_tokens = count_prefix_tokens(self.body)
         self.drop_prefix = 0 if class_token else self.prefix_tokens
         self.preprocessing = preprocessing_of(self.body, image_size)
         if output == "penultimate" and not hasattr(self.body, "forward_intermediates"):
             raise ValueError(f"timm's {name} gives no block's output but the last; choose output: last")
         self.patches, self.width, self.grid = self.measure()
+        self.check_tokens(name)
         if positions and self.width % 4:
             raise ValueError(f"positions need a width divisible by 4, and that of {name} is {self.width}")
         self.norm = nn.BatchNorm1d(self.width) if norm else None
@@ -127,6 +136,7 @@ class TimmBackbone(nn.Module):
         size = (image_size, image_size)
         self.preprocessing = replace(self.preprocessing, size=size)
         self.patches, width, self.grid = self.measure()
+        self.check_tokens(type(self.body).__name__)
         if width != self.width:
             raise ValueError(f"image_size {image_size} gives features of width {width}, and they were {self.width} wide")
         if self.positions is not None:
@@ -137,7 +147,7 @@ class TimmBackbone(nn.Module):
         features = self.in_chunks(pixels) if self.chunkable(len(pixels)) else self.to_sequence(self.feature_map(pixels))
         if self.norm is not None:
             features = self.norm(features.transpose(1, 2)).transpose(1, 2)
-        return features if self.positions is None else features + self.positions
+        return features if self.positions is None else features + self.positions.to(features.dtype)
 
     def chunkable(self, images: int) -> bool:
         """Whether so many images are more than a chunk, and chunks do not change the result."""
@@ -200,6 +210,38 @@ class TimmBackbone(nn.Module):
         else:
             grid = self.patch_grid(patches)
         return patches, width, grid
+
+    @torch.no_grad()
+    def check_tokens(self, name: str) -> None:
+        """Looks at the tokens of two pictures in training mode, which are as many as in evaluation, and at what stands before
+        the patches.
+
+        Raises:
+            ValueError: other tokens in training, no patches at all, or tokens among which the patches cannot be told.
+        """
+        probe: Any = copy.deepcopy(self).to("meta").train()
+        with torch.random.fork_rng(devices=[]):
+            features = probe.feature_map(torch.zeros(2, 3, *self.preprocessing.size, device="meta"))
+        tokens = probe.to_sequence(features).shape[1]
+        if tokens != self.patches:
+            raise ValueError(
+                f"timm's {name} gives {tokens} tokens in training and {self.patches} in evaluation, where as many are needed; "
+                "leave out what drops tokens (patch_drop_rate in kwargs)"
+            )
+        if features.ndim == 4:  # a map of patches alone
+            self.prefix_tokens = self.drop_prefix = 0
+            return
+        patches = self.patches - self.prefix_tokens + self.drop_prefix
+        if patches <= 0:
+            raise ValueError(
+                f"timm's {name} gives class tokens alone, and patches are needed; choose output: penultimate or another model"
+            )
+        height, width = self.preprocessing.size
+        if self.drop_prefix == 0 and not self.prefix_tokens and height == width and math.isqrt(patches) ** 2 != patches:
+            raise ValueError(
+                f"timm's {name} gives {patches} tokens for a square picture and does not say which of them are patches; "
+                "choose another model"
+            )
 
     def channels_last(self) -> bool:
         """Whether a feature map is (N, h, w, Dv): Swin and its kin, whose intermediates timm gives as (N, Dv, h, w)."""

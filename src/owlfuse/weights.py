@@ -21,6 +21,16 @@ from owlfuse.runs import chosen_checkpoint
 from owlfuse.stored import Pickled, checkpoint_errors
 from owlfuse.types import DataError
 
+HALVES = {"bf16-true": torch.bfloat16, "16-true": torch.float16}
+"""The dtype of all weights by Lightning's precisions in which they have half of float32's bits."""
+
+
+def set_precision(model: MultimodalLM, precision: Any) -> None:
+    """Casts a model that was built in float32 to the one dtype of a run's precision, where it has one."""
+    if precision in HALVES:
+        model.to(HALVES[precision])
+        model.llm.config.dtype = HALVES[precision]  # by which an export is read back
+
 
 def kept_names(model: nn.Module) -> list[str]:
     """Names of the state that a checkpoint holds: trained parameters and persistent buffers."""
@@ -80,7 +90,7 @@ def read(path: Path) -> tuple[Mapping[str, Tensor], dict[str, Any]]:
         else:
             weights = pickled = Pickled(path, "state_dict", "model.")
             rest = pickled.content
-        return weights, {name: rest[name] for name in ("global_step", "frozen") if name in rest}
+        return weights, {name: rest[name] for name in ("global_step", "frozen", "new_tokens") if name in rest}
 
 
 def take(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
@@ -125,7 +135,8 @@ def load_run_model(
     lightning.seed_everything(config["seed"], workers=True, verbose=False)
     init_from = config.get("init_from") if frozen else None
     base = load_base(init_from, config["model"], vocab_size) if init_from else None
-    model, _ = build_model(config["model"], vocab_size, base)
+    model, _ = build_model(config["model"], vocab_size, base, checkpoint.get("new_tokens", {}))
+    set_precision(model, config["trainer"].get("precision"))
     check_fits(model, weights, frozen)
     take(model, weights)
     return model, checkpoint

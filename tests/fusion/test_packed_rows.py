@@ -122,7 +122,7 @@ def test_an_image_has_the_position_of_its_placeholder_in_its_own_sample():
     embeddings = model.llm.get_input_embeddings()(batch.input_ids)
     assert isinstance(model.fusion, HyperAttention)
     _, arguments = model.fusion(embeddings, visual, batch, batch.positions(), model.llm)
-    cos, _ = arguments["visual"].position_embeddings
+    cos, _ = arguments["visual"].rotations[None]
     expected, _ = model.llm.base_model.rotary_emb(embeddings, torch.tensor([[2, 1]]))
     torch.testing.assert_close(cos[:, :: visual.tokens.shape[1]], expected)
     assert arguments["visual"].visible[0].tolist() == [[False, False]] * 2 + [[True, False]] * 2 + [

@@ -163,8 +163,8 @@ class AbstractorLayer(nn.Module):
         values = torch.cat([queries, self.image_norm(features)], dim=1)
         query_input, key_input = queries, values
         if query_positions is not None and image_positions is not None:
-            query_input = queries + query_positions
-            key_input = values + torch.cat([query_positions, image_positions])
+            query_input = queries + query_positions.to(queries.dtype)
+            key_input = values + torch.cat([query_positions, image_positions]).to(values.dtype)
         pairs = ((self.query, query_input), (self.key, key_input), (self.value, values))
         return [linear(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for linear, x in pairs]
 

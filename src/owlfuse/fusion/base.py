@@ -1,5 +1,6 @@
 """N images, Q visual tokens per image, B rows, I the most images of a row, T text positions, D LLM width, H query heads,
-K key-value heads, d head width, R the last positions of a row, S = I * Q visual tokens of a row.
+K key-value heads, d head width, R the last positions of a row or places of logits, S = I * Q visual tokens of a row,
+V vocabulary.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from owlfuse.llm import cache_argument, logits_at, mask_argument
 from owlfuse.types import Batch, VisualTokens
 
 
@@ -119,3 +121,42 @@ def splice(embeddings: Tensor, visual: VisualTokens, batch: Batch) -> Tensor:
     order = torch.where(batch.placeholder, order, 0)
     tokens = visual.tokens.reshape(-1, width)[order]
     return torch.where(batch.placeholder[..., None], tokens.to(embeddings.dtype), embeddings)
+
+
+def fused_logits(llm: PreTrainedModel, fusion: Fusion, batch: Batch, visual: VisualTokens) -> Tensor:
+    """Logits (B, T, V) of a batch and its visual tokens, by an LLM that the fusion is attached to."""
+    return fused_output(llm, fusion, batch, visual).logits
+
+
+def fused_output(
+    llm: PreTrainedModel,
+    fusion: Fusion,
+    batch: Batch,
+    visual: VisualTokens,
+    cache: Any = None,
+    logits_to_keep: int | Tensor = 0,
+    **options: Any,
+) -> Any:
+    """What the forward of an LLM that the fusion is attached to gives for a batch and its visual tokens.
+
+    Args:
+        cache, logits_to_keep: see `MultimodalLM.forward`. Logits at places are (1, R, V).
+        options: further arguments of the LLM's forward.
+    """
+    steps = batch.input_ids.shape[1]
+    position_ids = batch.positions()[:, -steps:]
+    embeddings = llm.get_input_embeddings()(batch.input_ids)
+    embeddings, arguments = fusion(embeddings, visual, batch, position_ids, llm)
+    if cache is not None:
+        arguments[cache_argument(llm)] = cache
+    places = logits_to_keep if isinstance(logits_to_keep, Tensor) else None
+    with logits_at(llm, places):
+        return llm(
+            inputs_embeds=embeddings,
+            attention_mask=mask_argument(llm, batch, cache),
+            position_ids=position_ids,
+            use_cache=cache is not None,
+            logits_to_keep=0 if places is not None else logits_to_keep,
+            **arguments,
+            **options,
+        )

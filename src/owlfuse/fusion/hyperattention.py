@@ -16,7 +16,8 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from owlfuse.fusion.base import AttentionCall, Fusion, attention_weights, text_mask
-from owlfuse.llm import decoder_layers, rotary, rotate, width
+from owlfuse.llm import KeyPath, decoder_layers, rotary, width
+from owlfuse.llm_probe import key_paths
 from owlfuse.types import Batch, VisualTokens
 
 Gate = Literal["adaptive", "static", "fused", "none"]
@@ -69,10 +70,17 @@ class HyperAttention(Fusion):
         wanted = self.layer_indices
         if not wanted or len(set(wanted)) < len(wanted) or wanted[0] < 0 or wanted[-1] >= len(layers):
             raise ValueError(f"layers {wanted}: the LLM has {len(layers)} layers, 0 to {len(layers) - 1}; each at most once")
+        paths = key_paths(llm)
         for index in wanted:
+            path = paths[index]
+            if isinstance(path, str):
+                raise ValueError(
+                    f"hyperattention cannot make visual keys for {type(llm).__name__}, layer {index}: {path}; "
+                    "choose another LLM, other layers or another fusion"
+                )
             layer: Any = layers[index]
             own_norm = deepcopy(layer.input_layernorm) if self.norm == "own" else None
-            layer.self_attn.visual = VisualAttention(layer.self_attn, width(llm), self.gate, own_norm)
+            layer.self_attn.visual = VisualAttention(layer.self_attn, width(llm), self.gate, own_norm, path)
             layer.register_forward_pre_hook(hand_visual_down, with_kwargs=True)
         plain = llm.config._attn_implementation
         name = f"owlfuse_hyperattention_{plain}"
@@ -107,7 +115,14 @@ class HyperAttention(Fusion):
         # MI-RoPE: all patches of an image take the position of its placeholder
         positions = batch.positions().gather(1, begins)  # of earlier positions too, which a cache may hold
         positions = positions.repeat_interleave(self.connector_tokens, dim=1) * self.mi_rope
-        return embeddings, {"visual": RowVisual(tokens, rotary(llm, tokens, positions), visible, visual.kept)}
+        return embeddings, {"visual": RowVisual(tokens, self.rotations(llm, tokens, positions), visible, visual.kept)}
+
+    def rotations(self, llm: PreTrainedModel, tokens: Tensor, positions: Tensor) -> dict[str | None, tuple[Tensor, Tensor]]:
+        """Cosines and sines at `positions` (B, S), once for each of the rotary embeddings that the layers have."""
+        layers: Any = decoder_layers(llm)
+        paths = [layers[index].self_attn.visual.key_path for index in self.layer_indices]
+        types = {path.layer_type for path in paths if path.rotation != "none"}
+        return {name: rotary(llm, tokens, positions, name) for name in sorted(types, key=str)}
 
     def looking_layers(self, layers: int) -> list[int]:
         """See `Fusion`."""
@@ -135,8 +150,8 @@ class RowVisual:
 
     tokens: Tensor | None
     """(B, S, D), not needed once keys and values are kept."""
-    position_embeddings: tuple[Tensor, Tensor] | None
-    """Rotary cosines and sines of the tokens, (B, S, d) each."""
+    rotations: dict[str | None, tuple[Tensor, Tensor]] | None
+    """Rotary cosines and sines of the tokens, (B, S, d) each, by `KeyPath.layer_type`; none where no layer rotates its keys."""
     visible: Tensor
     """(B, T, I) which token sees which image."""
     kept: dict[int, tuple[Tensor, Tensor]] | None
@@ -146,9 +161,10 @@ class RowVisual:
 class VisualAttention(nn.Module):
     """What a hyperattention layer has of its own: one projection of visual tokens to keys and values, the gate, a norm."""
 
-    def __init__(self, attention: Any, width: int, gate: Gate, norm: nn.Module | None) -> None:
+    def __init__(self, attention: Any, width: int, gate: Gate, norm: nn.Module | None, key_path: KeyPath) -> None:
         super().__init__()
         self.head_width = attention.head_dim
+        self.key_path = key_path
         key, value = attention.k_proj, attention.v_proj
         joint = {"device": key.weight.device, "dtype": key.weight.dtype}
         self.kv_proj = nn.Linear(width, 2 * key.out_features, bias=key.bias is not None, **joint)
@@ -172,14 +188,15 @@ class VisualAttention(nn.Module):
         heads = (x.unflatten(0, (-1, self.head_width)) for x in (key, value))
         return torch.cat(list(heads), dim=1).flatten(0, 1)
 
-    def keys_values(self, tokens: Tensor, attention: Any, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-        """Normed tokens (B, S, D) -> keys, rotated, and values (B, K, S, d). Keys pass the attention's own key norm where
-        it has one (Qwen3), as its text keys do."""
+    def keys_values(
+        self, tokens: Tensor, attention: Any, cos: Tensor | None = None, sin: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Normed tokens (B, S, D) -> keys and values (B, K, S, d). Keys go the way of the attention's text keys: its own norm
+        and rotation where it has them, in its own order."""
         key, value = self.kv_proj(tokens).unflatten(-1, (-1, 2 * self.head_width)).split(self.head_width, dim=-1)
-        if hasattr(attention, "k_norm"):
-            key = attention.k_norm(key)
+        turn = None if cos is None or sin is None else (cos, sin)
         # a copy, where a view of keys and values together would keep the unrotated keys until the backward pass
-        return rotate(attention, key.transpose(1, 2), cos, sin), value.transpose(1, 2).contiguous()
+        return self.key_path.keys(attention, key, turn), value.transpose(1, 2).contiguous()
 
     def join(self, text: Tensor, visual: Tensor) -> Tensor:
         """The two attentions' outputs (B, T, H * d), gated: visual * g + text * (1 - g), or their sum without a gate."""
@@ -203,9 +220,10 @@ def hand_visual_down(layer: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[t
     attention = layer.self_attn
     keys_values = row.kept.get(attention.layer_idx) if row.kept else None
     if keys_values is None:
-        assert row.position_embeddings is not None
+        assert row.rotations is not None
         norm = attention.visual.norm or layer.input_layernorm
-        keys_values = attention.visual.keys_values(norm(row.tokens), attention, *row.position_embeddings)
+        turn = row.rotations.get(attention.visual.key_path.layer_type, ())
+        keys_values = attention.visual.keys_values(norm(row.tokens), attention, *turn)
         if row.kept is not None:
             row.kept[attention.layer_idx] = keys_values
     return args, {**kwargs, "visual": (*keys_values, row.visible)}

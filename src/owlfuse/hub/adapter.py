@@ -11,8 +11,10 @@ from typing import Any
 import torch
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import ParamWrapper
 from torch import Tensor, nn
 
+from owlfuse.adapters import without_base_layers
 from owlfuse.deferred import Deferred, in_memory_after_all
 from owlfuse.hub.writing import write_file
 
@@ -26,7 +28,7 @@ def lora_layers(model: nn.Module) -> dict[str, LoraLayer]:
 
 def without_lora(model: nn.Module) -> dict[str, Tensor]:
     """The model's state under the names it has without LoRA."""
-    return {n.replace(".base_layer.", "."): t for n, t in model.state_dict().items() if ".lora_" not in n}
+    return {without_base_layers(n): t for n, t in model.state_dict().items() if ".lora_" not in n}
 
 
 def merge_lora(model: nn.Module, deferred: Deferred | None = None) -> None:
@@ -35,14 +37,23 @@ def merge_lora(model: nn.Module, deferred: Deferred | None = None) -> None:
     Args:
         deferred: what knows the tensors of a model without memory; each layer is then merged when its weight is asked for.
     """
-    for name, layer in lora_layers(model).items():
-        if layer.get_base_layer().weight.is_meta:
+    layers = lora_layers(model)
+    for layer in layers.values():
+        if adapted_parameter(layer).is_meta:
             assert deferred is not None
             merge_later(layer, deferred)
         else:
             layer.merge(safe_merge=True)
+    for name, layer in layers.items():
+        if name.endswith(".base_layer"):  # inside of another, which is around the same module
+            continue
         parent, _, own = name.rpartition(".")
         setattr(model.get_submodule(parent), own, layer.get_base_layer())
+
+
+def adapted_parameter(layer: Any) -> nn.Parameter:
+    """The parameter that a LoRA layer updates: a linear layer's weight, or another one by its name."""
+    return layer.get_param() if isinstance(layer, ParamWrapper) else layer.get_base_layer().weight
 
 
 def merge_later(layer: Any, deferred: Deferred) -> None:
@@ -50,7 +61,7 @@ def merge_later(layer: Any, deferred: Deferred) -> None:
     with in_memory_after_all():
         frame = copy.deepcopy(layer)
     before = {name: parameter.detach() for name, parameter in layer.named_parameters()}
-    weight = layer.get_base_layer().weight
+    weight = adapted_parameter(layer)
     weight.data = torch.empty_like(weight.data)
     deferred.read(weight, partial(merged, frame, before, deferred.value))
 
@@ -61,7 +72,7 @@ def merged(frame: Any, before: dict[str, Tensor], value: Callable[[Tensor], Tens
     for name, parameter in layer.named_parameters():
         parameter.data.copy_(value(before[name]))
     layer.merge(safe_merge=True)
-    return layer.get_base_layer().weight.data
+    return adapted_parameter(layer).data
 
 
 def save_lora(model: nn.Module, folder: Path, value: Callable[[Tensor], Tensor]) -> None:
@@ -77,10 +88,16 @@ def save_lora(model: nn.Module, folder: Path, value: Callable[[Tensor], Tensor])
     ranks = {name: layer.r[NAME] for name, layer in layers.items()}
     alphas = {name: layer.lora_alpha[NAME] for name, layer in layers.items()}
     first = next(iter(layers))
+    targets = {
+        f"{without_base_layers(name)}.{layer.parameter_name}"
+        for name, layer in layers.items()
+        if isinstance(layer, ParamWrapper)
+    }
     config = LoraConfig(
         r=ranks[first],
         lora_alpha=alphas[first],
-        target_modules=sorted(layers),
+        target_modules=sorted(name for name, layer in layers.items() if not isinstance(layer, ParamWrapper)),
+        target_parameters=sorted(targets) or None,
         rank_pattern={name: rank for name, rank in ranks.items() if rank != ranks[first]},
         alpha_pattern={name: alpha for name, alpha in alphas.items() if alpha != alphas[first]},
         bias="none",

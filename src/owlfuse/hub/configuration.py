@@ -61,7 +61,11 @@ class OwlfuseConfig(PreTrainedConfig):
         vision = {key: value for key, value in nodes["vision"].items() if key != "weights"}
         nodes["vision"] = vision | ({"pretrained": False} if "pretrained" in vision else {})
         attention = getattr(self.text_config, "_attn_implementation", None) or "sdpa"
-        return {**nodes, "llm": {**llm_node(self.text_config), "attention": attention}}
+        llm = {**llm_node(self.text_config), "attention": attention}
+        dtype = self.text_config.dtype
+        if dtype is not None and dtype == self.dtype:  # all of the model is in it, as after a run in bf16-true
+            llm["dtype"] = str(dtype).removeprefix("torch.")
+        return {**nodes, "llm": llm}
 
 
 def check_nodes(nodes: dict[str, Any], file: Path) -> None:

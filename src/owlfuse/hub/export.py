@@ -201,7 +201,7 @@ def load_exported(
 
         check_adapter(folder / ADAPTER)
         with describing(folder / ADAPTER):
-            PeftModel.from_pretrained(wrapped, folder / ADAPTER, torch_device="cpu")
+            PeftModel.from_pretrained(wrapped, folder / ADAPTER, torch_device="cpu", autocast_adapter_dtype=False)
         if merge:
             merge_lora(wrapped.model, Deferred.current)
     if (folder / RELEASED).is_dir():

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import DictConfig, open_dict
+from omegaconf import DictConfig, OmegaConf, open_dict
 
 from owlfuse.config import ConfigError, compose, origin_of
 from owlfuse.config_plain import to_dict
@@ -44,6 +44,8 @@ def adopt_parts(config: DictConfig) -> None:
             raise ConfigError(
                 f"init_from: {config.init_from} has model.{part} with {key} {found}, and {wanted} is asked for; leave it out"
             )
+    if OmegaConf.is_missing(config.data, "tokenizer") or Path(origin_of(config, "data.tokenizer")).parent.name == "data":
+        config.data.tokenizer = config.init_from  # not asked for: its own, whose ids its weights know
     llm = {**asked["llm"], "pretrained": None, "config": nodes["llm"]["config"]}
     with open_dict(config):
         config.model.update({**nodes, "llm": llm})

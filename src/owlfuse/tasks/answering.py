@@ -52,12 +52,8 @@ class Talker:
 
 
 def cast(model: nn.Module, dtype: torch.dtype) -> None:
-    """Weights and buffers in a dtype. Rotary frequencies stay as they are: rounded, they would turn far positions wrongly."""
-    kept = {name: buffer for name, buffer in model.named_buffers() if name.endswith("inv_freq")}
+    """Weights and buffers in a dtype, rotary frequencies as they are (see `MultimodalLM._apply`)."""
     model.to(dtype)
-    for name, buffer in kept.items():
-        path, _, own = name.rpartition(".")
-        model.get_submodule(path)._buffers[own] = buffer
 
 
 def control_tokens(tokenizer: Any) -> list[str]:
