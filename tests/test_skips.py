@@ -20,6 +20,7 @@ def module():
         made._trainer = SimpleNamespace(
             datamodule=SimpleNamespace(sources=sources),
             accumulate_grad_batches=2,
+            precision="32-true",
             world_size=1,
             global_rank=0,
             strategy=strategy,
