@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from helpers import VOCAB, llm_fields
-from owlfuse.llm import cache_argument, decoder_layers, load_llm, rotary, rotate, width
+from owlfuse.llm import cache_argument, check_split, decoder_layers, load_llm, rotary, rotate, width
 
 
 @pytest.fixture
@@ -123,3 +123,24 @@ def test_on_the_meta_device_a_given_architecture_stands_for_the_hub_s_and_is_not
     assert len(planned.model.layers) == 2
     with pytest.raises(ValueError, match="pretrained: ./not-there is no folder"):
         load_llm(VOCAB, pretrained="./not-there", architecture=architecture)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "fields", "message"),
+    [
+        ("olmoe", {"num_experts": 4, "num_experts_per_tok": 2}, "self_attn.q_norm.weight"),
+        ("glm", {}, "mlp.down_proj"),
+        ("diffllama", {}, "self_attn.lambda_q1"),
+        ("hunyuan_v1_dense", {}, None),
+        ("qwen3", {}, None),
+        ("llama", {}, None),
+    ],
+)
+def test_tensor_ranks_share_out_only_layers_whose_every_weight_they_split(model_type, fields, message):
+    llm = load_llm(VOCAB, config=llm_fields(model_type, **fields))
+    check_split(llm, 1)
+    if message is None:
+        check_split(llm, 2)
+        return
+    with pytest.raises(ValueError, match=message):
+        check_split(llm, 2)

@@ -22,6 +22,7 @@ def module():
         made._trainer = SimpleNamespace(
             datamodule=SimpleNamespace(sources=sources, step_positions=StepPositions.of(8)),
             accumulate_grad_batches=2,
+            precision="32-true",
             world_size=1,
             global_rank=0,
             strategy=strategy,

@@ -30,8 +30,8 @@ TENSOR_ROLES = {
 }
 """How tensor parallelism splits the projections of a decoder layer: by the heads or hidden units that come out (`columns`), or
 by those that go in (`rows`), after which the ranks' results are added up."""
-PER_HEAD_NORMS = ("q_norm", "k_norm")
-"""Norms of Qwen3, whose one weight serves every head."""
+PER_HEAD_NORMS = ("q_norm", "k_norm", "query_layernorm", "key_layernorm")
+"""Norms of Qwen3 and HunYuan, whose one weight serves every head."""
 FAILURES = (RuntimeError, TypeError, ValueError, AttributeError, LookupError, AssertionError, ArithmeticError)
 """What modelling files raise for shapes, arguments and settings that they were not written for. Interrupts, missing memory and
 missing packages are none of them."""
@@ -145,7 +145,8 @@ def decoder_layers(llm: PreTrainedModel) -> nn.ModuleList:
 
 
 def check_split(llm: PreTrainedModel, ranks: int) -> None:
-    """Raises ValueError where so many tensor ranks do not divide the LLM's heads or hidden units."""
+    """Raises ValueError where so many tensor ranks do not divide the LLM's heads or hidden units, or where its attention or its
+    MLP have something that is not split by them."""
     config = llm.config
     counts = {
         "num_attention_heads": config.num_attention_heads,
@@ -155,6 +156,25 @@ def check_split(llm: PreTrainedModel, ranks: int) -> None:
     for name, count in counts.items():
         if count % ranks:
             raise ValueError(f"{name} of the LLM is {count}, which {ranks} tensor ranks do not divide")
+    if ranks > 1:
+        for layer in decoder_layers(llm):
+            check_layer_split(llm, layer)
+
+
+def check_layer_split(llm: PreTrainedModel, layer: Any) -> None:
+    """Raises ValueError for a layer with weights that tensor parallelism would use on a part of what they are made for."""
+    split = {role.rpartition(".")[2] for role in TENSOR_ROLES if role.startswith("self_attn.")}
+    for name, parameter in layer.self_attn.named_parameters():
+        module = name.partition(".")[0]
+        per_head = module in PER_HEAD_NORMS and parameter.numel() == layer.self_attn.head_dim
+        if module not in {*split, "visual"} and not per_head:
+            raise ValueError(
+                f"{type(llm).__name__}: tensor ranks cannot share out self_attn.{name}; use FSDP alone (tensor: 1)"
+            )
+    if has_module(layer, "mlp.down_proj") and not has_module(layer, "mlp.up_proj"):
+        raise ValueError(
+            f"{type(llm).__name__}: tensor ranks split mlp.down_proj and have no mlp.up_proj; use FSDP alone (tensor: 1)"
+        )
 
 
 def has_module(module: nn.Module, path: str) -> bool:
