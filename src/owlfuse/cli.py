@@ -81,7 +81,7 @@ def _train(arguments: argparse.Namespace) -> None:
 
 
 def _eval(arguments: argparse.Namespace) -> None:
-    from owlfuse.config import ConfigError, find_run
+    from owlfuse.config import ConfigError, compose, find_run
     from owlfuse.signals import signals_end_the_run
 
     words = arguments.overrides
@@ -95,6 +95,7 @@ def _eval(arguments: argparse.Namespace) -> None:
         with signals_end_the_run():
             return evaluate_task(folder, words)
     find_run(folder)
+    compose([f"resume={folder}", *(word for word in words if not word.startswith("which="))])  # mistakes, before heavy imports
     from owlfuse import evaluation
 
     with signals_end_the_run():
@@ -149,6 +150,9 @@ def _demo(arguments: argparse.Namespace) -> None:
 
 
 def _mixture(arguments: argparse.Namespace) -> None:
+    from owlfuse.config import compose
+
+    compose([word for word in arguments.overrides if word.partition("=")[0] not in ("steps", "out")])  # before heavy imports
     from owlfuse.survey import mixture_command
 
     mixture_command(arguments.overrides)

@@ -21,6 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from owlfuse.config_errors import COMMAND_LINE, ConfigError, explain, grammar_error, hint, nearest_key, no_such_option
 from owlfuse.config_files import EXPERIMENTS, ConfigFolders, label
+from owlfuse.config_signatures import read_signature
 from owlfuse.config_source import ExperimentSource
 from owlfuse.config_targets import locate_target, parameters_of
 
@@ -107,7 +108,8 @@ class Composition:
             key = next((k for k in dotted_keys(_embed(override.value(), key)) if k not in keys), key)
             parent, _, name = key.rpartition(".")
             target = OmegaConf.select(config, f"{parent}._target_")
-            arguments = parameters_of(locate_target(target, key, self.origin)) if target else None
+            callable_ = (read_signature(target) or locate_target(target, key, self.origin)) if target else None
+            arguments = parameters_of(callable_) if callable_ else None
             if name in (arguments or {}):
                 line = f"+{override.input_line}"
                 return ConfigError(f"{COMMAND_LINE}: {key}: no file sets this argument; to add it, write {line}")
