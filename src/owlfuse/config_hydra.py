@@ -25,6 +25,9 @@ from owlfuse.config_signatures import read_signature
 from owlfuse.config_source import ExperimentSource
 from owlfuse.config_targets import locate_target, parameters_of
 
+OPTIONAL_GROUPS = ("evaluation", "logger")
+"""Groups that a run can do without: <group>=null."""
+
 
 @dataclass(frozen=True)
 class Composition:
@@ -61,7 +64,9 @@ class Composition:
     @cached_property
     def _lines(self) -> list[str]:
         chosen = [f"{EXPERIMENTS}={_quoted(self.experiment)}"] if self.experiment else []
-        return [_search_path(self.folders), *chosen, *(str(o.input_line) for o in self.overrides)]
+        # Hydra knows only ~<group> for <group>=null
+        lines = [f"~{o.key_or_group}" if is_left_out(o) else str(o.input_line) for o in self.overrides]
+        return [_search_path(self.folders), *chosen, *lines]
 
     @cached_property
     def _layers(self) -> list[tuple[str, Any]]:
@@ -142,6 +147,11 @@ def read_overrides(lines: list[str], folders: ConfigFolders, sweep: bool = False
     return overrides
 
 
+def is_left_out(override: Override) -> bool:
+    """Whether it is <group>=null of a group that a run can do without."""
+    return override.key_or_group in OPTIONAL_GROUPS and not override.is_delete() and override.value() is None
+
+
 def _check_override(override: Override, folders: ConfigFolders) -> None:
     key, value = override.key_or_group, override.value()
     if key.split(".")[0].split("/")[0] in ("hydra", EXPERIMENTS):
@@ -151,6 +161,8 @@ def _check_override(override: Override, folders: ConfigFolders) -> None:
     if key == "experiment" or override.is_delete() or isinstance(value, dict):
         return
     if key in folders.groups:
+        if is_left_out(override):
+            return
         for option in value if isinstance(value, list) else [value]:
             if not isinstance(option, str) or folders.file(f"{key}/{option}") is None:
                 raise no_such_option(COMMAND_LINE, override.get_key_element(), _plain(option), folders)

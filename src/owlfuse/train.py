@@ -25,6 +25,7 @@ from owlfuse.run_data import build_data, save_tokenizer
 from owlfuse.runs import in_use, is_first_rank, last_checkpoint, place, run_folder, write_config, write_mixture
 from owlfuse.signals import signals_end_the_run
 from owlfuse.trainer import cost_of, make_trainer, raise_if_stopped
+from owlfuse.trainer_checks import check_machine
 from owlfuse.types import DataError
 from owlfuse.weights import needs_base
 
@@ -47,6 +48,7 @@ def run(config: DictConfig, data_digest: str | None = None) -> Path | None:
     if config.get("dry_run"):
         dry_run(config)
         return None
+    check_machine(config)
     with signals_end_the_run():
         folder = run_folder(config)
         with in_use(folder, bool(config.resume)):
@@ -72,7 +74,7 @@ def train(config: DictConfig, folder: Path, data_digest: str | None) -> None:
         data.bind(plan.vision.preprocessing, plan.fusion.tokens_per_image)
         trainer = make_trainer(config, data, folder, checkpoint)
         check_strategy(trainer, plan.llm, checkpoint)
-    except DataError:
+    except (ConfigError, DataError):
         raise
     except ValueError as error:
         raise ConfigError(place(config, str(error))) from error
@@ -99,7 +101,8 @@ def train(config: DictConfig, folder: Path, data_digest: str | None) -> None:
         report = data.report(trainer.global_step, *left_out, module.padded)
         write_mixture(folder, report)
     raise_if_stopped(trainer, folder)
-    if evaluates(trainer):
+    metrics, answers = {}, []
+    if evaluation is not None and evaluates(trainer):
         try:
             with as_trained(trainer):
                 metrics, answers = evaluation(module.model, data, folder)
@@ -110,8 +113,12 @@ def train(config: DictConfig, folder: Path, data_digest: str | None) -> None:
     if trainer.is_global_zero:
         write_mixture(folder, report | {"validation": data.validation_report()})
         cost, seconds = cost_of(trainer, evaluation), time.monotonic() - began
-        write_results(folder, config, trainer.global_step, metrics, cost, seconds, module.record, evaluation.counts)
-        evaluation.write(folder, metrics, answers, f"{config.experiment}, {trainer.global_step} steps")
+        counts = evaluation.counts if evaluation is not None else {}
+        write_results(folder, config, trainer.global_step, metrics, cost, seconds, module.record, counts)
+        if evaluation is None:
+            print(f"evaluation is null, so results.json has no metrics; for them: owlfuse eval {folder}")
+        else:
+            evaluation.write(folder, metrics, answers, f"{config.experiment}, {trainer.global_step} steps")
         print(f"everything of this run is in {folder}")
 
 
