@@ -49,6 +49,11 @@ def _run(command: Callable[[argparse.Namespace], None], arguments: argparse.Name
         if name == "owlfuse.types.DataError" or isinstance(error, FileNotFoundError | FileExistsError):
             message = str(error).rpartition("DataError: ")[2]  # of a data worker, torch hands on the whole traceback
             return failed(" ".join(message.split()), 1)
+        if isinstance(error, OSError):
+            from owlfuse.full_disk import why_not_written
+
+            if reason := why_not_written(error):
+                return failed(f"{arguments.command}: {reason}; make room or permit it, then run it again", 1)
         if isinstance(error, ModuleNotFoundError) and "pip install 'owlfuse[" in str(error):
             return failed(str(error).rpartition("ModuleNotFoundError: ")[2].strip(), 1)
         raise
@@ -176,6 +181,12 @@ def _report(arguments: argparse.Namespace) -> None:
     report_command(arguments.ablation, arguments.overrides)
 
 
+def _completion(arguments: argparse.Namespace) -> None:
+    from owlfuse.cli_completion import completion_command
+
+    completion_command(arguments.shell, arguments.line, COMMANDS)
+
+
 COMMANDS = {
     "train": _train,
     "recipe": _recipe,
@@ -190,6 +201,7 @@ COMMANDS = {
     "bench": run_bench,
     "data": _data,
     "config": _config,
+    "completion": _completion,
 }
 
 

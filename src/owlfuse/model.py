@@ -21,7 +21,7 @@ from owlfuse.build import build
 from owlfuse.fusion.base import Fusion
 from owlfuse.layers import compile_layers
 from owlfuse.llm import PER_HEAD_NORMS, TENSOR_ROLES, cache_argument, decoder_layers, logits_at, mask_argument, width
-from owlfuse.types import Batch, VisualTokens
+from owlfuse.types import Batch, DataError, VisualTokens
 
 
 class MultimodalLM(nn.Module):
@@ -206,6 +206,8 @@ def make_part(name: str, config: dict[str, Any], **supplied: Any) -> Any:
     arguments = {key: value for key, value in config[name].items() if not key.startswith("_")}
     try:
         return get_object(config[name]["_target_"])(**arguments, **supplied)
+    except DataError as error:
+        raise DataError(f"model.{name}: {error}") from error
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
 

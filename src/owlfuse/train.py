@@ -13,6 +13,7 @@ from owlfuse.config import ConfigError
 from owlfuse.config_plain import to_dict
 from owlfuse.data.identity import data_identity
 from owlfuse.evaluation import write_results
+from owlfuse.full_disk import naming_full_disk
 from owlfuse.hub.start import adopt_parts
 from owlfuse.identity import data_hash, weights_identity
 from owlfuse.model import on_meta
@@ -51,7 +52,7 @@ def run(config: DictConfig, data_digest: str | None = None) -> Path | None:
     check_machine(config)
     with signals_end_the_run():
         folder = run_folder(config)
-        with in_use(folder, bool(config.resume)):
+        with in_use(folder, bool(config.resume)), naming_full_disk(folder):
             train(config, folder, data_digest)
     return folder
 

@@ -13,6 +13,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from owlfuse.data.chat_template import template_names, use_template
 from owlfuse.data.formats.base import IMAGE
 from owlfuse.data.gguf_tokenizer import gguf_tokenizer
+from owlfuse.hub_access import check_hub_has
 from owlfuse.packages import check_not_missing, packaged
 from owlfuse.types import DataError
 
@@ -76,7 +77,11 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     try:
         path = packaged(name)
         check_not_missing(path)
+        if not path.endswith(".gguf"):
+            check_hub_has(path, "name a folder with tokenizer.json, or set HF_HOME to a cache that has it")
         return gguf_tokenizer(Path(path).expanduser()) if path.endswith(".gguf") else AutoTokenizer.from_pretrained(path)
+    except DataError as error:
+        raise DataError(f"tokenizer: {error}") from error
     except (OSError, ValueError) as error:
         raise DataError(f"tokenizer: {name}: {str(error).splitlines()[0]}") from error
 
