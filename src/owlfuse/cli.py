@@ -48,6 +48,11 @@ def _run(command: Callable[[argparse.Namespace], None], arguments: argparse.Name
         if name == "owlfuse.types.DataError" or isinstance(error, FileNotFoundError | FileExistsError):
             message = str(error).rpartition("DataError: ")[2]  # of a data worker, torch hands on the whole traceback
             return failed(" ".join(message.split()), 1)
+        if isinstance(error, OSError):
+            from owlfuse.full_disk import why_not_written
+
+            if reason := why_not_written(error):
+                return failed(f"{arguments.command}: {reason}; make room or permit it, then run it again", 1)
         if isinstance(error, ModuleNotFoundError) and "pip install 'owlfuse[" in str(error):
             return failed(str(error).rpartition("ModuleNotFoundError: ")[2].strip(), 1)
         raise
@@ -84,7 +89,7 @@ def _train(arguments: argparse.Namespace) -> None:
 
 
 def _eval(arguments: argparse.Namespace) -> None:
-    from owlfuse.config import ConfigError, find_run
+    from owlfuse.config import ConfigError, compose, find_run
     from owlfuse.signals import signals_end_the_run
 
     words = arguments.overrides
@@ -98,6 +103,7 @@ def _eval(arguments: argparse.Namespace) -> None:
         with signals_end_the_run():
             return evaluate_task(folder, words)
     find_run(folder)
+    compose([f"resume={folder}", *(word for word in words if not word.startswith("which="))])  # mistakes, before heavy imports
     from owlfuse import evaluation
 
     with signals_end_the_run():
@@ -152,6 +158,9 @@ def _demo(arguments: argparse.Namespace) -> None:
 
 
 def _mixture(arguments: argparse.Namespace) -> None:
+    from owlfuse.config import compose
+
+    compose([word for word in arguments.overrides if word.partition("=")[0] not in ("steps", "out")])  # before heavy imports
     from owlfuse.survey import mixture_command
 
     mixture_command(arguments.overrides)
@@ -175,6 +184,12 @@ def _report(arguments: argparse.Namespace) -> None:
     report_command(arguments.ablation, arguments.overrides)
 
 
+def _completion(arguments: argparse.Namespace) -> None:
+    from owlfuse.cli_completion import completion_command
+
+    completion_command(arguments.shell, arguments.line, COMMANDS)
+
+
 COMMANDS = {
     "train": _train,
     "recipe": _recipe,
@@ -189,6 +204,7 @@ COMMANDS = {
     "bench": run_bench,
     "data": _data,
     "config": _config,
+    "completion": _completion,
 }
 
 

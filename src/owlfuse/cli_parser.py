@@ -4,7 +4,9 @@ import argparse
 import sys
 from typing import Any, NoReturn
 
+from owlfuse import __version__
 from owlfuse.bench.commands import add_bench
+from owlfuse.cli_completion import HELP, SCRIPTS
 from owlfuse.cli_help import ABLATE, DEMO, EVAL, EVAL_USAGE, EXIT_CODES, LAYOUT, RECIPE, TrainHelp
 from owlfuse.terminal import visible
 
@@ -27,6 +29,7 @@ def make_parser() -> Parser:
     parser = Parser("owlfuse", description="Experiments on multimodal LLMs.", epilog=EXIT_CODES, **LAYOUT)
     text = "a module of yours: parts of it may stand in a model that chat, eval, export or load reads"
     parser.add_argument("--trust", action="append", default=[], metavar="MODULE", help=text)
+    parser.add_argument("--version", action="version", version=f"owlfuse {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="<command>", required=True)
     _add_runs(commands)
     _add_models(commands)
@@ -100,6 +103,10 @@ def _add_data(commands: Any) -> None:
     shapes.add_argument("folder", metavar="DIR", help="a folder that is written")
     shapes.add_argument("--seed", type=int, default=0)
     shapes.add_argument("--pictures", type=int, default=12000, metavar="N", help="pictures to train with")
+
+    completion = commands.add_parser("completion", help="print a script for a shell's Tab key", epilog=HELP, **LAYOUT)
+    completion.add_argument("shell", choices=[*SCRIPTS, "words"], metavar="{bash,zsh,fish}")
+    completion.add_argument("line", nargs="?", default="", help=argparse.SUPPRESS)
 
     config = commands.add_parser("config", help="print the composed configuration as yaml", **LAYOUT)
     config.add_argument("overrides", nargs="*", help="as of train")

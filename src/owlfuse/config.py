@@ -1,5 +1,6 @@
 """The configuration: its typed root, composition from groups or from a run's folder, and the checks before building."""
 
+import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,10 @@ from omegaconf.errors import OmegaConfBaseException
 
 from owlfuse.config_errors import COMMAND_LINE, ConfigError, check_name, nearest, nearest_key, no_such_option
 from owlfuse.config_files import EXPERIMENTS, ConfigFolders, find_folders, label
-from owlfuse.config_hydra import Composition, dotted_keys, read_overrides
+from owlfuse.config_hydra import OPTIONAL_GROUPS, Composition, dotted_keys, read_overrides
 from owlfuse.config_plain import to_dict
 from owlfuse.config_targets import Where, check_arguments, check_targets
+from owlfuse.folder_kinds import describe_path
 from owlfuse.foreign import accept, read_run_config
 from owlfuse.types import DataError
 
@@ -136,6 +138,7 @@ def check(config: DictConfig) -> None:
         return origin_of(config, path)
 
     check_levels(plain, where)
+    check_steps(plain["trainer"], where)
     check_targets(plain, where)
 
 
@@ -167,6 +170,24 @@ def read_run(folder: Path) -> dict[str, Any]:
     check_levels(plain, where)
     check_targets({"model": plain["model"]}, where)
     return plain
+
+
+def check_steps(trainer: dict[str, Any], where: Where) -> None:
+    """Raises ConfigError for numbers that no run can be made of, though Lightning's types allow them."""
+
+    def refuse(key: str, expected: str) -> ConfigError:
+        value = "null" if trainer[key] is None else trainer[key]
+        return ConfigError(f"{where(f'trainer.{key}')}: trainer.{key} is {value}, expected {expected}")
+
+    for key in ("max_steps", "log_every_n_steps"):
+        if type(trainer.get(key)) is int and trainer[key] < 1:
+            raise refuse(key, "a whole number of optimizer steps from 1 on")
+    interval = trainer.get("val_check_interval", 1)
+    if type(interval) is not int or interval < 1:  # of Lightning's other ways to say it a run has no use
+        raise refuse("val_check_interval", "a whole number of optimizer steps between two validations, from 1 on")
+    limit = trainer.get("gradient_clip_val")
+    if isinstance(limit, int | float) and not 0 <= limit < math.inf:  # Lightning takes a negative one, which turns gradients
+        raise refuse("gradient_clip_val", "a norm of at least 0, or null")
 
 
 def origin_of(config: DictConfig, path: str) -> str:
@@ -201,6 +222,8 @@ def find_run(folder: str | Path) -> Path:
     run = Path(folder).expanduser()
     if (run / "config.yaml").is_file():
         return run
+    if kind := describe_path(run):
+        raise ConfigError(f"{COMMAND_LINE}: {folder} {kind}")
     places = {run.parent, Path("runs")}
     runs = {str(f.parent) for place in places if place.is_dir() for f in place.rglob("config.yaml")}
     by_name = {Path(r).name: r for r in runs}
@@ -251,6 +274,9 @@ def _without_hydra(composition: Composition, **root_keys: str) -> DictConfig:
     config = composition.compose()
     with open_dict(config):
         del config["hydra"]
+        if "model" in config:  # of a run, and not of another root
+            for group in OPTIONAL_GROUPS:
+                config.setdefault(group, None)  # Hydra leaves out a group that is null
         config.update(root_keys)
     return config
 

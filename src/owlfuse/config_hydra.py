@@ -21,8 +21,12 @@ from omegaconf import DictConfig, OmegaConf
 
 from owlfuse.config_errors import COMMAND_LINE, ConfigError, explain, grammar_error, hint, nearest_key, no_such_option
 from owlfuse.config_files import EXPERIMENTS, ConfigFolders, label
+from owlfuse.config_signatures import read_signature
 from owlfuse.config_source import ExperimentSource
 from owlfuse.config_targets import locate_target, parameters_of
+
+OPTIONAL_GROUPS = ("evaluation", "logger")
+"""Groups that a run can do without: <group>=null."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +64,9 @@ class Composition:
     @cached_property
     def _lines(self) -> list[str]:
         chosen = [f"{EXPERIMENTS}={_quoted(self.experiment)}"] if self.experiment else []
-        return [_search_path(self.folders), *chosen, *(str(o.input_line) for o in self.overrides)]
+        # Hydra knows only ~<group> for <group>=null
+        lines = [f"~{o.key_or_group}" if is_left_out(o) else str(o.input_line) for o in self.overrides]
+        return [_search_path(self.folders), *chosen, *lines]
 
     @cached_property
     def _layers(self) -> list[tuple[str, Any]]:
@@ -107,7 +113,8 @@ class Composition:
             key = next((k for k in dotted_keys(_embed(override.value(), key)) if k not in keys), key)
             parent, _, name = key.rpartition(".")
             target = OmegaConf.select(config, f"{parent}._target_")
-            arguments = parameters_of(locate_target(target, key, self.origin)) if target else None
+            callable_ = (read_signature(target) or locate_target(target, key, self.origin)) if target else None
+            arguments = parameters_of(callable_) if callable_ else None
             if name in (arguments or {}):
                 line = f"+{override.input_line}"
                 return ConfigError(f"{COMMAND_LINE}: {key}: no file sets this argument; to add it, write {line}")
@@ -140,6 +147,11 @@ def read_overrides(lines: list[str], folders: ConfigFolders, sweep: bool = False
     return overrides
 
 
+def is_left_out(override: Override) -> bool:
+    """Whether it is <group>=null of a group that a run can do without."""
+    return override.key_or_group in OPTIONAL_GROUPS and not override.is_delete() and override.value() is None
+
+
 def _check_override(override: Override, folders: ConfigFolders) -> None:
     key, value = override.key_or_group, override.value()
     if key.split(".")[0].split("/")[0] in ("hydra", EXPERIMENTS):
@@ -149,6 +161,8 @@ def _check_override(override: Override, folders: ConfigFolders) -> None:
     if key == "experiment" or override.is_delete() or isinstance(value, dict):
         return
     if key in folders.groups:
+        if is_left_out(override):
+            return
         for option in value if isinstance(value, list) else [value]:
             if not isinstance(option, str) or folders.file(f"{key}/{option}") is None:
                 raise no_such_option(COMMAND_LINE, override.get_key_element(), _plain(option), folders)

@@ -14,6 +14,7 @@ from typing import Any, Literal, Union
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from owlfuse.config_errors import ConfigError, hint
+from owlfuse.config_signatures import read_signature
 from owlfuse.own_modules import import_own
 
 # Arguments that the code gives when it builds a part, by config path (or a pattern of it): neither required in a yaml
@@ -50,10 +51,16 @@ Where = Callable[[str], str]  # a key's path -> the file that sets it, or "comma
 
 
 def check_targets(config: dict[str, Any], where: Where = lambda path: "configuration") -> None:
-    """Bind the arguments of every node with a `_target_` without calling it. Raises ConfigError."""
-    for path, node in _nodes(config, ""):
-        if "_target_" in node:
-            _check_target(path, node, where)
+    """Bind the arguments of every node with a `_target_` without calling it. Raises ConfigError.
+
+    What the source files say is checked first: the classes themselves take seconds to import.
+    """
+    nodes = [(path, node) for path, node in _nodes(config, "") if "_target_" in node]
+    for path, node in nodes:
+        if (signature := read_signature(node["_target_"])) is not None:
+            _check_call(signature, path, node, where)
+    for path, node in nodes:
+        _check_target(path, node, where)
 
 
 def check_arguments(
@@ -129,8 +136,11 @@ def parameters_of(callable_: Callable) -> dict[str, inspect.Parameter] | None:
 
 def _check_target(path: str, node: dict[str, Any], where: Where) -> None:
     key = f"{path}._target_" if path else "_target_"
-    found = locate_target(node["_target_"], key, where)
-    check_arguments(found, f" of {node['_target_']}", path, node, where, partial=bool(node.get("_partial_")))
+    _check_call(locate_target(node["_target_"], key, where), path, node, where)
+
+
+def _check_call(callable_: Callable, path: str, node: dict[str, Any], where: Where) -> None:
+    check_arguments(callable_, f" of {node['_target_']}", path, node, where, partial=bool(node.get("_partial_")))
 
 
 def _check_value(value: Any, parameter: inspect.Parameter, callable_: Callable, key: str, where: Where) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from owlfuse.deferred import Deferred, in_memory_after_all
+from owlfuse.hub_access import check_hub_has
 from owlfuse.packages import looks_local, missing, packaged
 from owlfuse.stored import Pickled, Safe
 
@@ -24,6 +25,7 @@ def load_pretrained(pretrained: str, gguf_file: str | None, options: dict[str, A
     """From a folder or the hub, `options` being transformers'; on the meta device only the configuration is read."""
     pretrained = packaged(pretrained)
     check_folder(pretrained, gguf_file)
+    check_hub_has(pretrained, "set model.llm.pretrained to a folder with its files, or HF_HOME to a cache that has it")
     source = {"gguf_file": gguf_file} if gguf_file else {}
     found: dict[str, Any]
     try:

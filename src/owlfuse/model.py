@@ -23,7 +23,7 @@ from owlfuse.fusion.probe import check_fusion
 from owlfuse.layers import compile_layers
 from owlfuse.llm import PER_HEAD_NORMS, TENSOR_ROLES, balancing_coefficient, balancing_loss, decoder_layers, width
 from owlfuse.llm_probe import check_packing
-from owlfuse.types import Batch, VisualTokens
+from owlfuse.types import Batch, DataError, VisualTokens
 
 
 class MultimodalLM(nn.Module):
@@ -250,6 +250,8 @@ def make_part(name: str, config: dict[str, Any], **supplied: Any) -> Any:
     arguments = {key: value for key, value in config[name].items() if not key.startswith("_")}
     try:
         return get_object(config[name]["_target_"])(**arguments, **supplied)
+    except DataError as error:
+        raise DataError(f"model.{name}: {error}") from error
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from owlfuse.backbone_weights import load_weights
+from owlfuse.hub_access import check_hub_has
 
 PREFIX_TOKENS = ("cls_token", "class_token", "dist_token", "reg_token", "register_tokens")
 """What timm's models call their learned tokens."""
@@ -22,6 +23,8 @@ def create_body(
     if pretrained and weights:
         raise ValueError(f"pretrained asks for timm's weights and weights for {weights}; give one of the two")
     pretrained = pretrained and torch.get_default_device().type != "meta"
+    if pretrained and (hub_name := hub_name_of(name)):
+        check_hub_has(hub_name, "set model.vision.weights to a file with them, or HF_HOME to a cache that has it")
     try:
         body = timm.create_model(name, pretrained=pretrained, num_classes=0, **kwargs)
     except (TypeError, AssertionError) as error:
@@ -34,6 +37,15 @@ def create_body(
     if image_size:
         set_input_size(body, name, image_size)
     return body
+
+
+def hub_name_of(name: str) -> str | None:
+    """The hub's name for the pretrained weights of a timm model; None where they come from elsewhere."""
+    scheme, _, rest = name.rpartition(":")
+    if scheme in ("hf-hub", "hf_hub"):
+        return rest.partition("@")[0]
+    known = timm.get_pretrained_cfg(name, allow_unregistered=True) if not scheme else None
+    return getattr(known, "hf_hub_id", None) or None
 
 
 def set_input_size(body: Any, name: str, image_size: int) -> None:

@@ -13,6 +13,7 @@ from owlfuse.config import ConfigError
 from owlfuse.config_plain import to_dict
 from owlfuse.data.identity import data_identity
 from owlfuse.evaluation import write_results
+from owlfuse.full_disk import naming_full_disk
 from owlfuse.hub.start import adopt_parts
 from owlfuse.identity import data_hash, weights_identity
 from owlfuse.llm_probe import check_packing
@@ -28,6 +29,7 @@ from owlfuse.runs import in_use, is_first_rank, last_checkpoint, place, run_fold
 from owlfuse.signals import signals_end_the_run
 from owlfuse.terminal import visible
 from owlfuse.trainer import cost_of, make_trainer, raise_if_stopped
+from owlfuse.trainer_checks import check_machine
 from owlfuse.types import DataError
 from owlfuse.weights import needs_base
 
@@ -50,9 +52,10 @@ def run(config: DictConfig, data_digest: str | None = None) -> Path | None:
     if config.get("dry_run"):
         dry_run(config)
         return None
+    check_machine(config)
     with signals_end_the_run():
         folder = run_folder(config)
-        with in_use(folder, bool(config.resume)):
+        with in_use(folder, bool(config.resume)), naming_full_disk(folder):
             train(config, folder, data_digest)
     return folder
 
@@ -82,7 +85,7 @@ def train(config: DictConfig, folder: Path, data_digest: str | None) -> None:
         else:
             start = (config.get("init_from"), plain["model"]["llm"], getattr(plan.llm, "trained_rows", None))
             new_tokens = tokens_to_train(data.tokenizer, config.data.tokenizer, *start)
-    except DataError:
+    except (ConfigError, DataError):
         raise
     except ValueError as error:
         raise ConfigError(place(config, str(error))) from error
@@ -109,7 +112,8 @@ def train(config: DictConfig, folder: Path, data_digest: str | None) -> None:
         report = data.report(trainer.global_step, *left_out, module.padded)
         write_mixture(folder, report)
     raise_if_stopped(trainer, folder)
-    if evaluates(trainer):
+    metrics, answers = {}, []
+    if evaluation is not None and evaluates(trainer):
         try:
             with as_trained(trainer):
                 metrics, answers = evaluation(module.model, data, folder)
@@ -120,8 +124,12 @@ def train(config: DictConfig, folder: Path, data_digest: str | None) -> None:
     if trainer.is_global_zero:
         write_mixture(folder, report | {"validation": data.validation_report()})
         cost, seconds = cost_of(trainer, evaluation), time.monotonic() - began
-        write_results(folder, config, trainer.global_step, metrics, cost, seconds, module.record, evaluation.counts)
-        evaluation.write(folder, metrics, answers, f"{config.experiment}, {trainer.global_step} steps")
+        counts = evaluation.counts if evaluation is not None else {}
+        write_results(folder, config, trainer.global_step, metrics, cost, seconds, module.record, counts)
+        if evaluation is None:
+            print(visible(f"evaluation is null, so results.json has no metrics; for them: owlfuse eval {folder}"))
+        else:
+            evaluation.write(folder, metrics, answers, f"{config.experiment}, {trainer.global_step} steps")
         print(visible(f"everything of this run is in {folder}"))
 
 

@@ -11,12 +11,13 @@ from typing import Any
 
 import torch
 from lightning import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import LearningRateMonitor, TQDMProgressBar
+from lightning.pytorch.callbacks import LearningRateMonitor, ProgressBar, TQDMProgressBar
 from lightning.pytorch.loggers import CSVLogger
 from omegaconf import DictConfig
 
 from owlfuse.build import build
 from owlfuse.checkpoints import Best, Checkpoints
+from owlfuse.config import ConfigError, origin_of
 from owlfuse.cost import Cost
 from owlfuse.data.datamodule import ChatData
 from owlfuse.evaluation.before import BeforeTraining
@@ -24,6 +25,7 @@ from owlfuse.first_steps import FirstStepsCheck
 from owlfuse.parallel import any_rank, data_ranks
 from owlfuse.runs import step_of
 from owlfuse.terminal import visible
+from owlfuse.trainer_checks import REFUSALS, check_launcher
 
 
 def make_trainer(config: DictConfig, data: ChatData, folder: Path, checkpoint: Path | None = None) -> Trainer:
@@ -42,17 +44,26 @@ def make_trainer(config: DictConfig, data: ChatData, folder: Path, checkpoint: P
             logger.save()
     watched = f"{next(iter(data.validation))}/loss" if data.validation else None
     precision = {"precision": precision_for(config.trainer.accelerator)} if config.trainer.precision is None else {}
-    trainer = build(
-        config.trainer,
-        **precision,
-        logger=loggers,
-        callbacks=[*make_callbacks(config.get("checkpoint"), watched), *evaluating_first(config, folder)],
-        default_root_dir=str(folder),
-        check_val_every_n_epoch=None,
-        max_epochs=-1,  # the whole run is one epoch of max_steps
-        num_sanity_val_steps=0,
-        use_distributed_sampler=False,
-    )
+    callbacks = [*make_callbacks(config.get("checkpoint"), watched), *evaluating_first(config, folder)]
+    if config.trainer.get("enable_progress_bar") is False:  # which Lightning refuses beside a bar of ours
+        callbacks = [callback for callback in callbacks if not isinstance(callback, ProgressBar)]
+    if not loggers:  # it refuses a Trainer that has none
+        callbacks = [callback for callback in callbacks if not isinstance(callback, LearningRateMonitor)]
+    try:
+        trainer = build(
+            config.trainer,
+            **precision,
+            logger=loggers,
+            callbacks=callbacks,
+            default_root_dir=str(folder),
+            check_val_every_n_epoch=None,
+            max_epochs=-1,  # the whole run is one epoch of max_steps
+            num_sanity_val_steps=0,
+            use_distributed_sampler=False,
+        )
+    except REFUSALS as error:
+        raise ConfigError(f"{origin_of(config, 'trainer')}: trainer: {error}") from error
+    check_launcher(trainer, config)
     if checkpoint is not None and trainer.is_global_zero:
         print(visible(f"going on from {checkpoint} at step {step_of(checkpoint)}"))
     asked, steps = trainer.max_steps, data.steps(trainer.max_steps)

@@ -9,6 +9,7 @@ from owlfuse.ablation.plots import write_plots
 from owlfuse.ablation.results import load
 from owlfuse.ablation.tables import print_tables, write_tables
 from owlfuse.config_errors import COMMAND_LINE, ConfigError, hint
+from owlfuse.folder_kinds import describe_path
 from owlfuse.terminal import visible
 
 
@@ -19,6 +20,8 @@ def report_command(name: str, words: list[str]) -> None:
         raise ConfigError(f"{COMMAND_LINE}: {others[0]}: report takes a name or a folder, and baseline=<cell>")
     folder = next((path for path in (Path(name), Path("runs") / name) if (path / "ablation.json").is_file()), None)
     if folder is None:
+        if kind := describe_path(Path(name)):
+            raise ConfigError(f"{COMMAND_LINE}: report {name}: it {kind}; a report is of an ablation's folder")
         names = [path.parent.name for path in Path("runs").glob("*/ablation.json")]
         raise ConfigError(f"{COMMAND_LINE}: report {name}: there is no runs/{name}/ablation.json{hint(name, names)}")
     write_report(folder, words[-1].partition("=")[2] if words else None)

@@ -59,6 +59,11 @@ def ablate_command(name: str, words: list[str]) -> None:
     launch.check_launcher(launcher, jobs, settings)
     words = [word for word in words if not word.startswith("launcher.")]
     cells = make_cells(ablation, words, str(own.get("name", name)), open_data=not own.get("dry_run"))
+    if ablation.metrics and (silent := [cell.name for cell in cells if cell.config.evaluation is None]):
+        raise ConfigError(
+            f"cell {silent[0]}: evaluation is null, and the ablation reports {', '.join(ablation.metrics)}; leave "
+            "evaluation as it is by default"
+        )
     folder = Path(cells[0].config.runs).expanduser() / cells[0].config.experiment
     metrics = full_metrics(ablation.metrics, sources_of(cells))
     left = unfinished(folder, cells, anew=own.get("anew", False) and not own.get("dry_run"))

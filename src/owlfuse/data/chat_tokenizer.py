@@ -13,6 +13,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from owlfuse.data.chat_template import template_names, use_template
 from owlfuse.data.formats.base import IMAGE
 from owlfuse.data.gguf_tokenizer import gguf_tokenizer
+from owlfuse.hub_access import check_hub_has
 from owlfuse.packages import check_not_missing, packaged
 from owlfuse.types import DataError
 
@@ -78,7 +79,10 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
         check_not_missing(path)
         if path.endswith(".gguf"):
             return gguf_tokenizer(Path(path).expanduser())
+        check_hub_has(path, "name a folder with tokenizer.json, or set HF_HOME to a cache that has it")
         return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    except DataError as error:
+        raise DataError(f"tokenizer: {str(error).removeprefix('tokenizer: ')}") from error
     except (OSError, ValueError) as error:
         raise DataError(f"tokenizer: {name}: {str(error).splitlines()[0]}") from error
 

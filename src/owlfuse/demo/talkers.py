@@ -12,6 +12,7 @@ import torch
 
 from owlfuse.chat import Conversation, load_talker
 from owlfuse.config_errors import COMMAND_LINE, ConfigError
+from owlfuse.folder_kinds import describe_path
 from owlfuse.foreign import read_run_config
 from owlfuse.hub.export import check_exported
 from owlfuse.hub.modeling import OwlfuseForConditionalGeneration
@@ -41,6 +42,8 @@ def check_folders(folders: list[str]) -> list[Path]:
     places = [Path(folder).expanduser() for folder in folders]
     for place in places:
         if not place.is_dir():
+            if kind := describe_path(place):
+                raise DataError(f"{place} {kind}")
             raise DataError(f"{place} is not a folder; name a run, or what `owlfuse export` or `owlfuse import` wrote")
         if not (place / "config.yaml").exists():
             check_exported(place)

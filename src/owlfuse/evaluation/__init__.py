@@ -220,7 +220,7 @@ def evaluate_run(folder: str, overrides: list[str]) -> None:
     identity = {**past.identity, **data_identity({}, data.validation)}
     if other := [name for name, found in past.identity.items() if identity[name] != found]:
         log.warning("%s: the contents are not those that were evaluated in training", ", ".join(other))
-    evaluation = build(config.evaluation)
+    evaluation = build(config.evaluation) or Evaluation()  # of a run that trained without one
     metrics, answers = evaluation(model, data, Path(folder))
     before = read_results(Path(folder))
     cost = {**before.get("cost", {}), "ms_per_generated_token": evaluation.milliseconds}

@@ -24,6 +24,7 @@ from owlfuse.data.answer_format import AnswerFormat
 from owlfuse.data.chat_tokenizer import prepare
 from owlfuse.data.formats.base import IMAGE
 from owlfuse.deferred import Deferred, storage_of
+from owlfuse.folder_kinds import describe_path
 from owlfuse.folders import whole_folder
 from owlfuse.foreign import MAX_CONFIG, read_json_object
 from owlfuse.hub.adapter import merge_lora, save_lora, without_lora
@@ -277,6 +278,8 @@ def check_exported(folder: Path) -> Path:
     folder = Path(folder).expanduser()
     config = folder / "config.json"
     if not config.is_file():
+        if kind := describe_path(folder):
+            raise DataError(f"{folder} {kind}")
         raise DataError(f"{folder} has no config.json; name a folder that `owlfuse export` or `owlfuse import` wrote")
     model_type = read_json_object(config, MAX_CONFIG).get("model_type")
     if model_type != "owlfuse":

@@ -1,0 +1,7 @@
+"""`python -m owlfuse` is the command `owlfuse`."""
+
+import sys
+
+from owlfuse.cli import main
+
+sys.exit(main())
