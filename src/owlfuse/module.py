@@ -70,7 +70,7 @@ class MultimodalModule(lightning.LightningModule):
         if self.model is None:
             self.model, summary = build_for(self, self.build)
             if self.global_rank == 0:
-                print_summary(summary)
+                print_summary(summary, self.model_config)
 
     @property
     def datamodule(self) -> ChatData:
