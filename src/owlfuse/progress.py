@@ -168,7 +168,7 @@ def live_bar() -> Any:
     from rich.table import Column
 
     text = TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=True, overflow="ellipsis"))
-    return Bars(BarColumn(20), text, console=Console(stderr=True), auto_refresh=False, transient=True)
+    return Bars(BarColumn(10), text, console=Console(stderr=True), auto_refresh=False, transient=True)
 
 
 def track(items: Iterable[T], title: str, total: int, shown: bool = True) -> Iterator[T]:

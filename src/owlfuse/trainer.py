@@ -140,7 +140,7 @@ class TrainingProgress(Callback):
         if self.bar is None:
             shown = trainer.is_global_zero
             self.first_step = trainer.global_step
-            self.bar = Progress("step", trainer.max_steps, trainer.global_step, shown, self.clock)
+            self.bar = Progress("steps", trainer.max_steps, trainer.global_step, shown, self.clock)
             self.bar.__enter__()
 
     def on_train_batch_end(self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
@@ -180,11 +180,11 @@ class TrainingProgress(Callback):
         said = []
         if (loss := trainer.callback_metrics.get("train/loss")) is not None:
             said.append(f"loss {float(loss):.4g}")
+        if pace := self.bar.pace.seconds():
+            said.append(self.time_left(trainer))  # before what a narrow terminal cuts off
+            said.append(f"{trainer.datamodule.global_batch_size / pace:.3g} samples/s")  # type: ignore[attr-defined]
         rates = [group["lr"] for optimizer in trainer.optimizers for group in optimizer.param_groups]
         said.append(f"learning rate {max(rates):.2g}")
-        if pace := self.bar.pace.seconds():
-            said.append(f"{trainer.datamodule.global_batch_size / pace:.3g} samples/s")  # type: ignore[attr-defined]
-            said.append(self.time_left(trainer))
         return ", ".join(said)
 
     def time_left(self, trainer: Trainer) -> str:
@@ -207,8 +207,9 @@ class TrainingProgress(Callback):
             steps = trainer.global_step - self.first_step
             seconds = duration(self.clock() - self.bar.began)
             loss = trainer.callback_metrics.get("train/loss")
+            more = f", {trainer.global_step:,} in all" if self.first_step else ""
             last = "" if loss is None else f", loss {float(loss):.4g}"
-            print(f"trained {steps:,} steps in {seconds}, to step {trainer.global_step:,}{last}", file=sys.stderr, flush=True)
+            print(f"trained {steps:,} steps in {seconds}{more}{last}", file=sys.stderr, flush=True)
 
     def on_exception(self, trainer: Trainer, module: LightningModule, exception: BaseException) -> None:
         """Leaves the terminal as it was."""
