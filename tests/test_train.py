@@ -4,11 +4,14 @@ import csv
 import json
 import math
 import os
+import pty
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -333,3 +336,47 @@ def test_weights_by_tokens_are_counted_once_and_trained_with(capsys):
     assert mixture["weights_by"] == "tokens"
     assert [phase["step"] for phase in mixture["phases"]] == [0, 1]
     assert len(list(Path("data/shapes/.owlfuse").glob("*.lengths.npz"))) == 2
+
+
+ADVERTISING = ["Tip", "litlogger", "litmodels", "pypi.org", "TPU", "HPU", "GPU available", "num_workers", "persistent_workers"]
+ADVERTISING += ["bottleneck", "deprecated", "LeafSpec", "Trainer.fit", "Loading weights", "Epoch", "it/s", "\r", "\x1b"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bar", [True, False])
+def test_a_redirected_log_says_parts_data_and_folder_and_nothing_of_others(bar):
+    words = ["trainer.max_steps=4", "trainer.val_check_interval=2", "data.workers=1", f"trainer.enable_progress_bar={bar}"]
+    process = start("experiment=shapes_owl3", f"name=quiet_{bar}", "evaluation.max_questions=1", *words)
+    output, _ = process.communicate(timeout=200)
+    assert process.returncode == 0, output
+    assert not [word for word in ADVERTISING if word in output]
+    lines = output.splitlines()
+    table = next(index for index, line in enumerate(lines) if line.split()[:1] == ["part"])
+    beginning = "\n".join(lines[: table + 8])
+    assert lines[0].startswith(f"run: runs/shapes_owl3/quiet_{bar}, experiment shapes_owl3")
+    for said in ("TimmBackbone", "LinearConnector", "HyperAttention", "llama", "owlfuse train resume=runs/shapes_owl3/quiet_"):
+        assert said in beginning
+    for source, count in (("shapes", SHAPE_COUNTS["train_pictures"]), ("val", SHAPE_COUNTS["val_pictures"])):
+        assert any(line.strip().startswith(f"{source}: ") and f"{count} samples" in line for line in lines[:table])
+    assert any(line.startswith("trained 4 steps in ") for line in lines)
+    assert sum(line.startswith("step 2 of 4: ") for line in lines) == bar
+
+
+@pytest.mark.slow
+def test_ctrl_c_on_a_terminal_gives_the_cursor_back_and_its_last_line_says_how_to_go_on():
+    pid, terminal = pty.fork()
+    if pid == 0:
+        words = ["experiment=shapes_owl3", "name=terminal", "trainer.max_steps=2000", "data.workers=1"]
+        os.execv(sys.executable, [sys.executable, "-m", "owlfuse.cli", "train", *SMALL, *words])
+    output, pressed = "", False
+    with suppress(OSError):  # Linux's answer when the other end is closed
+        while chunk := os.read(terminal, 65536):
+            output += chunk.decode(errors="replace")
+            if not pressed and "samples/s" in output:
+                os.write(terminal, b"\x03")
+                pressed = True
+    os.close(terminal)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 130, output
+    assert output.rfind("\x1b[?25h") > output.rfind("\x1b[?25l")
+    last = output.rstrip().splitlines()[-1]
+    assert re.fullmatch(r"owlfuse: stopped at step \d+; go on with: owlfuse train resume=runs/shapes_owl3/terminal", last)

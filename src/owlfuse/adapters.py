@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from peft import LoraConfig, inject_adapter_in_model
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from torch import nn
 
@@ -265,12 +266,29 @@ def apply_adapters(
     return summaries
 
 
-def print_summary(summaries: list[PartSummary]) -> None:
-    """Prints the table of parts, policies and parameters."""
-    table = Table(title="What is trained", title_justify="left")
-    for column in ("part", "policy", "trained", "frozen"):
-        table.add_column(column, justify="left" if column in ("part", "policy") else "right")
+def print_summary(summaries: list[PartSummary], nodes: dict[str, Any] | None = None) -> None:
+    """Prints the table of parts, policies and parameters.
+
+    Args:
+        nodes: the configuration's `model`, whose parts are named.
+    """
+    table = Table(box=SIMPLE_HEAD)
+    left = ("part", "which", "policy")
+    for column in (*left, "trained", "frozen"):
+        table.add_column(column, justify="left" if column in left else "right", overflow="fold")
     total = PartSummary("all", "", sum(s.trained for s in summaries), sum(s.frozen for s in summaries))
     for summary in (*summaries, total):
-        table.add_row(summary.part, summary.policy, f"{summary.trained:,}", f"{summary.frozen:,}")
+        which = described_part((nodes or {}).get(summary.part))
+        table.add_row(summary.part, which, summary.policy, f"{summary.trained:,}", f"{summary.frozen:,}")
     Console().print(table)
+
+
+def described_part(node: dict[str, Any] | None) -> str:
+    """`TimmBackbone vit_tiny_patch16_224`: the class of a part, where a class makes it, and which model it is of."""
+    if not node:
+        return ""
+    kind = str(node.get("_target_", "")).rpartition(".")[2]
+    config = node.get("config") or {}
+    model = node.get("pretrained") or node.get("name") or (config.get("model_type") if isinstance(config, dict) else None)
+    words = [kind] if kind[:1].isupper() or not model else []
+    return " ".join([*words, str(model)] if model else words)

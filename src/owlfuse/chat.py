@@ -17,6 +17,7 @@ from owlfuse.data.images import MAX_PIXELS, open_image
 from owlfuse.hub.export import load_exported, load_run, processor_of, wrap
 from owlfuse.hub.modeling import OwlfuseForConditionalGeneration
 from owlfuse.hub.processing import OwlfuseProcessor
+from owlfuse.quiet import quiet_libraries
 from owlfuse.runs import check_which
 from owlfuse.terminal import visible
 from owlfuse.types import DataError
@@ -170,6 +171,7 @@ def explanation_file(path: str, pictures: bool) -> Path:
     return file
 
 
+@quiet_libraries()
 def chat(
     folder: Path,
     images: list[str],

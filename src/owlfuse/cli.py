@@ -38,8 +38,8 @@ def _run(command: Callable[[argparse.Namespace], None], arguments: argparse.Name
             _trust(module)
         command(arguments)
         return 0
-    except KeyboardInterrupt:
-        print("owlfuse: interrupted", file=sys.stderr)
+    except KeyboardInterrupt as stop:
+        print(f"owlfuse: {str(stop) or 'interrupted'}", file=sys.stderr)
         return 130
     except Exception as error:
         name = type(error).__module__ + "." + type(error).__qualname__

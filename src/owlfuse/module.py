@@ -89,7 +89,7 @@ class MultimodalModule(lightning.LightningModule):
                 torch.set_default_dtype(default)
             set_precision(self.model, self.trainer.precision)
             if self.global_rank == 0:
-                print_summary(summary)
+                print_summary(summary, self.model_config)
                 if self.model.new_rows:
                     print(new_rows_line(self.new_tokens, self.model.new_rows))
 

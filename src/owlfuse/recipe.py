@@ -225,10 +225,8 @@ def run_stage(stage: Stage, start: Path | None, words: list[str]) -> None:
         print(visible(f"stage {stage.name}{f', from the weights in {start}' if start else ''}"))
     try:
         train.run(config)
-    except KeyboardInterrupt:
-        if first:
-            print("and with the whole recipe by the same command as before")
-        raise
+    except KeyboardInterrupt as stop:
+        raise KeyboardInterrupt(f"{stop}; the whole recipe goes on by the same command as before") from None
     if first:
         export(load_run(stage.folder, Deferred()), stage.weights, merge=True, source=f"{config.experiment}, stage {stage.name}")
     while not stage.finished:  # a barrier would time out while rank 0 writes a large model

@@ -15,6 +15,7 @@ from owlfuse.data.datamodule import ChatData
 from owlfuse.data.lengths import Lengths
 from owlfuse.data.mixture import Mixture
 from owlfuse.model import on_meta
+from owlfuse.progress import track
 from owlfuse.runs import place, write_mixture
 from owlfuse.survey_tables import print_survey
 from owlfuse.terminal import visible
@@ -127,16 +128,12 @@ def duplicate_notes(report: dict[str, Any]) -> list[str]:
 def realised(mixture: Mixture, lengths: dict[str, Lengths], positions: int) -> dict[str, Any]:
     """Of the first positions: `supervised` tokens by source, how many samples have each of the `lengths`, and the positions
     and indices of the `wrong` samples by source."""
-    from rich.progress import track
-
-    from owlfuse.console import PlainConsole as Console
-
     longest = max(int(found.tokens.max()) for found in lengths.values())
     counts, supervised = np.zeros(longest + 1, dtype=np.int64), dict.fromkeys(mixture.names, 0)
     wrong: dict[str, list[tuple[int, int]]] = {}
     bad = {name: np.array(sorted(lengths[name].wrong), dtype=np.int64) for name in mixture.names}
     blocks = range(0, positions, BLOCK)
-    for start in track(blocks, "drawing", console=Console(stderr=True), transient=True):
+    for start in track(blocks, "drawing", len(blocks)):
         sources, indices = mixture.positions(start, min(start + BLOCK, positions))
         for number, name in enumerate(mixture.names):
             places = np.flatnonzero(sources == number)

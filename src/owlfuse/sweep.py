@@ -64,7 +64,7 @@ def by_itself(cell: list[str], configuration: DictConfig) -> Path | None:
             for number, handler in before.items():
                 signal.signal(number, handler)
     if code == 130:
-        raise KeyboardInterrupt
+        raise KeyboardInterrupt("stopped; the line above says how this run of the sweep goes on, and the others are not begun")
     if code:
         raise SystemExit(code if code > 0 else 1)
     return folder

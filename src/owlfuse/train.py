@@ -23,12 +23,14 @@ from owlfuse.module import MultimodalModule
 from owlfuse.new_tokens import tokens_to_train
 from owlfuse.parallel import check_strategy, evaluates, naming_step
 from owlfuse.plan import dry_run
+from owlfuse.progress import progress_hidden
+from owlfuse.quiet import quiet_libraries
 from owlfuse.resume import changed_keys, check_identity, read_past, recorded
 from owlfuse.run_data import build_data, save_tokenizer
-from owlfuse.runs import in_use, is_first_rank, last_checkpoint, place, run_folder, write_config, write_mixture
+from owlfuse.runs import in_use, is_first_rank, last_checkpoint, place, run_folder, step_of, write_config, write_mixture
 from owlfuse.signals import signals_end_the_run
 from owlfuse.terminal import visible
-from owlfuse.trainer import cost_of, make_trainer, raise_if_stopped
+from owlfuse.trainer import cost_of, how_to_go_on, make_trainer, raise_if_stopped
 from owlfuse.trainer_checks import check_machine
 from owlfuse.types import DataError
 from owlfuse.weights import needs_base
@@ -36,6 +38,7 @@ from owlfuse.weights import needs_base
 log = logging.getLogger(__name__)
 
 
+@quiet_libraries()
 def run(config: DictConfig, data_digest: str | None = None) -> Path | None:
     """Trains what the configuration says, evaluates it, and returns the run's folder; with `dry_run` it prints a plan instead.
 
@@ -55,7 +58,8 @@ def run(config: DictConfig, data_digest: str | None = None) -> Path | None:
     check_machine(config)
     with signals_end_the_run():
         folder = run_folder(config)
-        with in_use(folder, bool(config.resume)), naming_full_disk(folder):
+        hidden = config.trainer.get("enable_progress_bar") is False
+        with in_use(folder, bool(config.resume)), naming_full_disk(folder), progress_hidden(hidden):
             train(config, folder, data_digest)
     return folder
 
@@ -99,6 +103,7 @@ def train(config: DictConfig, folder: Path, data_digest: str | None) -> None:
             "accept_changed_data=true"
         )
     history = recorded(past, changes)
+    print_start(config, data, trainer, folder, checkpoint)
     lightning.seed_everything(config.seed, workers=True, verbose=False)
     init_from = config.get("init_from") if checkpoint is None or needs_base(checkpoint) else None
     module = MultimodalModule(plain["model"], optim, data.vocab_size, init_from, new_tokens)
@@ -118,9 +123,8 @@ def train(config: DictConfig, folder: Path, data_digest: str | None) -> None:
             with as_trained(trainer):
                 metrics, answers = evaluation(module.model, data, folder)
         except KeyboardInterrupt:
-            if trainer.is_global_zero:
-                print(visible(f"stopped while evaluating; the training is done, so go on with: owlfuse eval {folder}"))
-            raise
+            done = f"stopped while evaluating; the training is done, so go on with: owlfuse eval {folder}"
+            raise KeyboardInterrupt(done) from None
     if trainer.is_global_zero:
         write_mixture(folder, report | {"validation": data.validation_report()})
         cost, seconds = cost_of(trainer, evaluation), time.monotonic() - began
@@ -131,6 +135,34 @@ def train(config: DictConfig, folder: Path, data_digest: str | None) -> None:
         else:
             evaluation.write(folder, metrics, answers, f"{config.experiment}, {trainer.global_step} steps")
         print(visible(f"everything of this run is in {folder}"))
+
+
+def print_start(config: DictConfig, data: Any, trainer: Any, folder: Path, checkpoint: Path | None) -> None:
+    """Says what run this is, what it learns from, and how it is stopped and gone on with. The parts of the model follow when
+    they are built (see `adapters.print_summary`)."""
+    if not trainer.is_global_zero:
+        return
+    device = trainer.strategy.root_device.type
+    processes = f"{trainer.world_size} processes on " if trainer.world_size > 1 else ""
+    every = trainer.val_check_interval // trainer.accumulate_grad_batches
+    print(visible(f"run: {folder}, experiment {config.experiment}, seed {config.seed}"))
+    if checkpoint is not None:
+        print(visible(f"going on from {checkpoint} at step {step_of(checkpoint)}"))
+    print(
+        visible(
+            f"  {trainer.max_steps:,} steps of {data.global_batch_size:,} samples, {processes}{device}, {trainer.precision}"
+        )
+    )
+    print(visible(f"  looks at the validation sources every {every:,} steps"))
+    print(visible(f"  Ctrl-C stops it after a step, and `owlfuse train resume={folder}` goes on"))
+    print("data, drawn by weight:")
+    shares = data.mixture.phases[0][1]
+    for name, source in data.sources.items():
+        share = float(shares.get(name, 0)) / (float(sum(shares.values())) or 1)
+        print(visible(f"  {name}: {share:.1%} of the {data.weights_by}, {len(source):,} samples of {source.file}"))
+    print("validation:")
+    for name, source in data.validation.items():
+        print(visible(f"  {name}: {len(source):,} samples of {source.file}"))
 
 
 def fit(trainer: Any, module: MultimodalModule, data: Any, checkpoint: Path | None, folder: Path) -> None:
@@ -144,7 +176,7 @@ def fit(trainer: Any, module: MultimodalModule, data: Any, checkpoint: Path | No
         with naming_step(trainer):
             trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True)
     except SystemExit:
-        raise KeyboardInterrupt from None
+        raise KeyboardInterrupt(how_to_go_on(trainer.global_step, folder)) from None
     except Exception as error:
         leave_mixture(trainer, module, data, folder, error)
         failure = data.data_workers.failure()

@@ -74,8 +74,7 @@ def ablate_command(name: str, words: list[str]) -> None:
         launch_all(ablation, folder, cells, left, metrics, (launcher, jobs, settings), words)
     failed = write_report(folder)
     if launch.presses(folder):
-        print("stopped; the same command goes on")
-        raise KeyboardInterrupt
+        raise KeyboardInterrupt("stopped; the same command goes on")
     if failed:
         raise DataError(f"{len(failed)} cells failed ({', '.join(failed)}); the log of each is {folder}/<cell>/log.txt")
 

@@ -32,6 +32,7 @@ from owlfuse.data.images import MAX_PIXELS, open_image
 from owlfuse.data.mixture import Mixture
 from owlfuse.data.sampler import GlobalBatchSampler
 from owlfuse.data.shapes_text import train_tokenizer
+from owlfuse.progress import track
 
 WEIGHTS = {"chats": 0.65, "text": 0.35}
 ROWS = {"chats": 40_000, "text": 20_000}
@@ -47,8 +48,6 @@ def bench_data(out: Path, samples: int = 1_000_000, repeats: int = 5, rows: dict
         samples: positions drawn in each repeat, at least 1.
         rows: samples of the two files.
     """
-    from rich.progress import track
-
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         sources = write_files(folder, rows)
@@ -56,7 +55,8 @@ def bench_data(out: Path, samples: int = 1_000_000, repeats: int = 5, rows: dict
         decoding = decoders(folder)
         found: dict[str, float] = {}
         once = [*drawing.items(), *batching.items()] + [*decoding.items()] * 4  # short, and close to each other
-        for tool, run in track(once * repeats, "measuring", transient=True):
+        rounds = once * repeats
+        for tool, run in track(rounds, "measuring", len(rounds)):
             found[tool] = max(found.get(tool, 0), pace(run))
         first = first_batch(folder, sources)
     drawn, batched, decoded = ({tool: found[tool] for tool in group} for group in (drawing, batching, decoding))

@@ -15,6 +15,7 @@ from owlfuse.bench.report import machine, plot_lines, print_table
 from owlfuse.evaluation.generation import milliseconds_per_token
 from owlfuse.hub.modeling import OwlfuseForConditionalGeneration
 from owlfuse.model import assemble
+from owlfuse.progress import track
 
 FUSIONS: dict[str, dict[str, Any]] = {
     "concat": {"_target_": "owlfuse.fusion.concat.Concat"},
@@ -60,15 +61,13 @@ def milliseconds(model: OwlfuseForConditionalGeneration, images: int, tokens: in
 def bench_decode(images: list[int], tokens: int, repeats: int, out: Path) -> dict[str, Any]:
     """Prints the table, and writes decode.json and decode.png into `out`. The repeats of all cells are interleaved, so that
     a slow minute of the machine does not fall on one fusion; each cell is the least of its repeats."""
-    from rich.progress import track
-
     device = "cuda" if torch.cuda.is_available() else "cpu"
     models = {name: cast("Any", model_with(fusion)).to(device) for name, fusion in FUSIONS.items()}
     found: dict[str, dict[int, float]] = {name: {} for name in models}
     cells = [(count, name) for _ in range(repeats) for count in images for name in models]
     for model in models.values():
         milliseconds(model, 1, 2)
-    for count, name in track(cells, "decoding", transient=True):
+    for count, name in track(cells, "decoding", len(cells)):
         value = milliseconds(models[name], count, tokens)
         found[name][count] = min(value, found[name].get(count, value))
     growth = {name: times[images[-1]] / times[images[0]] for name, times in found.items()}

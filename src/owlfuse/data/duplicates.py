@@ -11,6 +11,7 @@ import numpy as np
 
 from owlfuse.data.formats.base import Source
 from owlfuse.data.mixture import Mixture
+from owlfuse.progress import track
 
 LOOKED_AT = 2**20
 """Samples of a source whose ids are read and compared: the first that are drawn."""
@@ -47,16 +48,11 @@ def duplicate_ids(mixture: Mixture, source: Source, drawn: int) -> dict[str, Any
 
 def hashed_ids(source: Source, indices: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
     """A hash of each record's id, uint64, and the index of the sample that it is in; a record that is wrong is left out."""
-    from rich.progress import track
-
-    from owlfuse.console import PlainConsole as Console
-    from owlfuse.terminal import cell
-
     hashes, owners = array("Q"), array("q")
     found: Iterable[tuple[int, str]] = source.ids(indices)
     if len(indices) >= LONG:
-        title = cell(f"comparing ids of {source.name}")
-        found = track(found, title, total=len(indices), console=Console(stderr=True), transient=True)
+        title = f"comparing ids of {source.name}"
+        found = track(found, title, len(indices))
     for index, identity in found:
         hashes.append(hash(identity) & 2**64 - 1)
         owners.append(index)

@@ -18,6 +18,7 @@ import numpy as np
 from owlfuse.data.chat import ChatEncoder
 from owlfuse.data.formats.base import Source
 from owlfuse.data.truncation import OnLength
+from owlfuse.progress import Progress
 from owlfuse.types import DataError
 
 FOLDER = ".owlfuse"
@@ -109,23 +110,18 @@ def keep(path: Path, lengths: Lengths) -> None:
 
 def count(source: Source, encoder: ChatEncoder, workers: int, on_length: OnLength = "error") -> Lengths:
     """Encodes every sample, in other processes where there are many."""
-    from rich.progress import track
-
-    from owlfuse.console import PlainConsole as Console
-    from owlfuse.terminal import cell
-
     starts = range(0, len(source), CHUNK)
     lengths = Lengths(np.zeros(len(source), np.int32), np.zeros(len(source), np.int32), {})
 
     def take(parts: Any) -> None:
-        title = cell(f"counting tokens of {source.name}")
-        parts = track(parts, title, total=len(starts), console=Console(stderr=True), transient=True)
-        for start, (tokens, supervised, wrong, notes) in zip(starts, parts):
-            lengths.tokens[start : start + len(tokens)] = tokens
-            lengths.supervised[start : start + len(tokens)] = supervised
-            lengths.wrong.update(wrong)
-            for text, samples in notes.items():
-                lengths.notes[text] = lengths.notes.get(text, 0) + samples
+        with Progress(f"counting tokens of {source.name}", len(source)) as progress:
+            for start, (tokens, supervised, wrong, notes) in zip(starts, parts):
+                lengths.tokens[start : start + len(tokens)] = tokens
+                lengths.supervised[start : start + len(tokens)] = supervised
+                lengths.wrong.update(wrong)
+                for text, samples in notes.items():
+                    lengths.notes[text] = lengths.notes.get(text, 0) + samples
+                progress.advance(len(tokens))
 
     if workers < 2 or len(source) <= FEW:
         take(count_part(source, encoder, on_length, start) for start in starts)

@@ -10,6 +10,7 @@ from random import Random
 
 from owlfuse.data.shapes_scenes import KINDS, ask, ask_held_out, draw_scene, make_scene
 from owlfuse.data.shapes_text import make_texts, train_tokenizer
+from owlfuse.progress import track
 
 _FORMAT_VERSION = 6
 
@@ -28,19 +29,13 @@ def _write_picture(folder: Path, seed: int, place: tuple[str, int]) -> dict:
 
 
 def _write_pictures(folder: Path, seed: int, sizes: dict[str, int], workers: int) -> dict[str, list[dict]]:
-    from rich.progress import track
-
-    from owlfuse.console import PlainConsole as Console
-
     for split in sizes:
         (folder / "images" / split).mkdir(parents=True)
     places = [(split, index) for split, size in sizes.items() for index in range(size)]
     records: dict[str, list[dict]] = {split: [] for split in sizes}
-    console = Console(stderr=True)
     with ThreadPoolExecutor(workers) as pool:
         done = pool.map(partial(_write_picture, folder, seed), places)
-        progress = track(done, "drawing shapes", len(places), console=console, disable=not console.is_terminal)
-        for (split, _), record in zip(places, progress, strict=True):
+        for (split, _), record in zip(places, track(done, "drawing shapes", len(places)), strict=True):
             records[split].append(record)
     return records
 

@@ -17,6 +17,7 @@ from owlfuse.foreign import read_run_config
 from owlfuse.hub.export import check_exported
 from owlfuse.hub.modeling import OwlfuseForConditionalGeneration
 from owlfuse.hub.processing import OwlfuseProcessor
+from owlfuse.quiet import quiet_libraries
 from owlfuse.types import DataError
 
 
@@ -54,6 +55,7 @@ def check_folders(folders: list[str]) -> list[Path]:
     return places
 
 
+@quiet_libraries()
 def load_talkers(folders: list[Path], say: Callable[[str], None], which: str = "last") -> list[Talker]:
     """Every model, on the GPU where there is one, after a first token. Raises as `load_talker`.
 

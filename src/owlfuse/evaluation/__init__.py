@@ -29,9 +29,10 @@ from owlfuse.evaluation.metrics import (
 from owlfuse.evaluation.reports import picked, print_metrics, write_answers, write_contact_sheet
 from owlfuse.evaluation.sheet_maps import maps_of_answers
 from owlfuse.identity import code_hash, config_hash, data_hash, versions
+from owlfuse.progress import Progress
+from owlfuse.quiet import quiet_libraries
 from owlfuse.resume import check_evaluation_keys, learned_changes, read_past
 from owlfuse.runs import chosen_checkpoint, split_which
-from owlfuse.terminal import cell
 from owlfuse.types import Sample
 
 log = logging.getLogger(__name__)
@@ -74,35 +75,35 @@ class Evaluation:
     def __call__(self, model: Any, data: Any, folder: Path | None = None) -> tuple[dict[str, float], list[Answer]]:
         """Metrics by their full names and all answers, progress shown; with a run's folder, its metrics of before too."""
         from lightning.pytorch.utilities import rank_zero_only
-        from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
 
         training = model.training
         model.eval()
         metrics: dict[str, float] = metrics_before(folder) if folder else {}
         everything: list[Answer] = []
         asked: dict[tuple[str, str], Sample] = {}
-        columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeRemainingColumn())
-        with Progress(*columns, disable=getattr(rank_zero_only, "rank", 0) != 0) as progress:
-            for source in data.validation:
-                all_questions = questions_of(data, source)
-                questions = sample_questions(all_questions, self.max_questions)
-                self.counts[source] = counts_of(all_questions, questions)
-                about_pictures = any(sample.images or sample.videos for sample, _, _ in questions)
-                with_blank = self.blank and about_pictures
-                total = len(data.validation[source]) + len(questions) * (1 + with_blank)
-                task = progress.add_task(cell(f"evaluating {source}"), total=total)
-                step = lambda n, task=task: progress.advance(task, n)  # noqa: E731
-                loss = mean_loss(model, data, source, self.batch_size, step)
-                settings = (self.batch_size, self.max_new_tokens, step)
-                answers = answer_questions(model, data, source, questions, *settings)
-                blank = answer_questions(model, data, source, questions, *settings, blank=True) if with_blank else None
-                metrics |= metric_names(source, list(data.validation), score(answers, blank, loss))
-                everything += answers
-                asked |= {(source, sample.id): sample for sample, _, _ in questions}
+        shown = getattr(rank_zero_only, "rank", 0) == 0
+        for source in data.validation:
+            all_questions = questions_of(data, source)
+            questions = sample_questions(all_questions, self.max_questions)
+            self.counts[source] = counts_of(all_questions, questions)
+            # the three take times of their own, so that each says what is left of it alone
+            with Progress(f"evaluating {source}, loss", len(data.validation[source]), shown=shown) as progress:
+                loss = mean_loss(model, data, source, self.batch_size, progress.advance)
+            settings = (self.batch_size, self.max_new_tokens)
+            with Progress(f"evaluating {source}, answers", len(questions), shown=shown) as progress:
+                answers = answer_questions(model, data, source, questions, *settings, progress.advance)
+            blank = None
+            if self.blank and any(sample.images or sample.videos for sample, _, _ in questions):
+                title = f"evaluating {source}, answers to blank pictures"
+                with Progress(title, len(questions), shown=shown) as progress:
+                    blank = answer_questions(model, data, source, questions, *settings, progress.advance, blank=True)
+            metrics |= metric_names(source, list(data.validation), score(answers, blank, loss))
+            everything += answers
+            asked |= {(source, sample.id): sample for sample, _, _ in questions}
         self.milliseconds = time_answer(model, data, self.decode_tokens)
-        if self.explain and folder and getattr(rank_zero_only, "rank", 0) == 0:
-            shown = [(answer, asked[answer.source, answer.id]) for answer in picked(on_sheet(everything), self.contact_sheet)]
-            self.maps = maps_of_answers(model, data, shown, self.max_new_tokens)
+        if self.explain and folder and shown:
+            drawn = [(answer, asked[answer.source, answer.id]) for answer in picked(on_sheet(everything), self.contact_sheet)]
+            self.maps = maps_of_answers(model, data, drawn, self.max_new_tokens)
         model.train(training)
         return dict(sorted(metrics.items())), everything
 
@@ -193,6 +194,7 @@ def read_results(folder: Path) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
+@quiet_libraries()
 def evaluate_run(folder: str, overrides: list[str]) -> None:
     """`owlfuse eval`: evaluates a run's last checkpoint again, or its best with `which=best`, and writes its results anew.
     Other overrides are those of `train` that say how it is evaluated, and on what.

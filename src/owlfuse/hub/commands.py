@@ -9,6 +9,7 @@ from owlfuse.deferred import Deferred
 from owlfuse.hub.adapter import merge_lora
 from owlfuse.hub.export import ADAPTER, Trained, check_exported, export, load_exported, load_run
 from owlfuse.hub.importing import import_released
+from owlfuse.quiet import quiet_libraries
 from owlfuse.released import save
 from owlfuse.runs import check_which
 from owlfuse.terminal import visible
@@ -27,6 +28,7 @@ def read_options(words: list[str], known: dict[str, str]) -> dict[str, str]:
     return options
 
 
+@quiet_libraries()
 def export_command(source: str, out: str, words: list[str]) -> None:
     """A run, or a folder that was exported or imported, into OUT."""
     options = read_options(words, {"merge": "false", "layout": "owlfuse", "max_shard_size": "5GB", "which": "last"})
@@ -50,6 +52,7 @@ def export_command(source: str, out: str, words: list[str]) -> None:
     print(visible(f"{out}: chat with it by `owlfuse chat {out}`, start a run from it by init_from={out}"))
 
 
+@quiet_libraries()
 def import_command(source: str, out: str, words: list[str]) -> None:
     """A released mPLUG-Owl into OUT."""
     options = read_options(words, {"max_shard_size": "5GB"})

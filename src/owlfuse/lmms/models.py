@@ -14,13 +14,13 @@ from accelerate import Accelerator
 from lmms_eval.api.instance import GenerationResult, Instance
 from lmms_eval.api.model import lmms
 from loguru import logger
-from tqdm import tqdm
 
 from owlfuse.config_errors import ConfigError
 from owlfuse.lmms.answers import Options, Request, answer, batches
 from owlfuse.lmms.likelihoods import Likelihoods
 from owlfuse.lmms.prompts import Opener, Prompt
 from owlfuse.lmms.rounds import Rounds, name_of
+from owlfuse.progress import Progress
 from owlfuse.tasks.answering import Talker
 from owlfuse.tasks.results import check_model
 from owlfuse.types import DataError
@@ -127,13 +127,13 @@ class Owlfuse(lmms):
     def answered(self, requests: list[Request]) -> list[str]:
         """The answers in the requests' order. Raises DataError."""
         answers = [""] * len(requests)
-        with tqdm(total=len(requests), disable=self.rank != 0, desc="owlfuse") as bar:
+        with Progress("owlfuse", len(requests), shown=self.rank == 0) as progress:
             for places in batches(requests, self.batch_size):
                 found, cut = answer(self.talker, [requests[place] for place in places], torch.initial_seed())
                 self.cut += cut
                 for place, text in zip(places, found, strict=True):
                     answers[place] = text
-                bar.update(len(places))
+                progress.advance(len(places))
         if self.cut:
             logger.warning(f"owlfuse: {self.cut} answers were cut where the model has no more positions")
             self.cut = 0
@@ -147,7 +147,7 @@ class Owlfuse(lmms):
         sign, since lmms-eval takes the choice of the least (its own models give the loss there).
         """
         results: list[Any] = [None] * len(requests)
-        with told(), tqdm(total=len(requests), disable=self.rank != 0, desc="owlfuse") as bar:
+        with told(), Progress("owlfuse", len(requests), shown=self.rank == 0) as progress:
             measure = Likelihoods(self.talker)
             order = sorted(range(len(requests)), key=lambda place: -len(requests[place].args[0]))
             for start in range(0, len(order), self.batch_size):
@@ -156,7 +156,7 @@ class Owlfuse(lmms):
                 measured = measure.measure([measure.encode(prompt, text) for prompt, text, _ in made])
                 for place, (_, _, sign), (number, greedy) in zip(places, made, measured, strict=True):
                     results[place] = GenerationResult(Measured((sign * number, greedy)))
-                bar.update(len(places))
+                progress.advance(len(places))
         return results
 
     def continued(self, request: Instance) -> tuple[Prompt, str, int]:

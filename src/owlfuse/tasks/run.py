@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections import Counter
 from dataclasses import dataclass
@@ -10,7 +9,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
 from torch.utils.data import DataLoader
 
 from owlfuse.build import build
@@ -19,13 +17,15 @@ from owlfuse.config_errors import check_name
 from owlfuse.config_plain import to_dict
 from owlfuse.config_targets import check_arguments
 from owlfuse.data.workers import DataWorkers, ignore_signals
+from owlfuse.progress import Progress
+from owlfuse.quiet import quiet_libraries
 from owlfuse.tasks.answering import Prompts, Talker, Work, answer
 from owlfuse.tasks.base import Question, Task, spread
 from owlfuse.tasks.perplexity import Chats, measure
 from owlfuse.tasks.predictions import Predictions
 from owlfuse.tasks.ranks import Ranks
 from owlfuse.tasks.results import Settings, check_model, print_results, results_of, write_results
-from owlfuse.terminal import cell, visible
+from owlfuse.terminal import visible
 from owlfuse.types import DataError
 
 
@@ -59,6 +59,7 @@ class Options:
             raise ConfigError("command line: batch_size and max_questions are at least 1, and workers at least 0")
 
 
+@quiet_libraries()
 def evaluate_task(folder: str, words: list[str]) -> None:
     """Evaluates the model of a folder on a benchmark.
 
@@ -85,9 +86,7 @@ def evaluate_task(folder: str, words: list[str]) -> None:
         kept, _ = store.read()
         count = sum("skipped" not in kept.get(question.id, {"skipped": ""}) for question in questions)
         told = f"{count} of {len(questions)} answers are in {store.folder}, and the same command goes on"
-        if ranks.first:
-            print(visible(f"owlfuse: stopped; {told}"), file=sys.stderr)
-        raise
+        raise KeyboardInterrupt(f"stopped; {told}") from None
     if ranks.first:
         finish(options, task, questions, wrong, store, settings, ranks, time.monotonic() - began)
     ranks.wait()
@@ -132,10 +131,8 @@ def answer_share(
         multiprocessing_context=DataWorkers().context if options.workers else None,
     )
     skipped = 0
-    columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, disable=not ranks.first) as progress:
-        label = options.name if ranks.count == 1 else f"{options.name}, rank 1 of {ranks.count}"
-        shown = progress.add_task(cell(str(label)), total=len(questions))
+    label = str(options.name) if ranks.count == 1 else f"{options.name}, rank 1 of {ranks.count}"
+    with Progress(label, len(questions), shown=ranks.first) as progress:
         for work in loader:
             lines = [{"id": wrong.question.id, "skipped": wrong.reason} for wrong in work.wrong]
             lines += lines_of(talker, task, work)
@@ -143,7 +140,7 @@ def answer_share(
             if work.wrong:
                 skipped += len(work.wrong)
                 task.check_skips(skipped, work.wrong[-1].reason)
-            progress.advance(shown, len(lines))
+            progress.advance(len(lines))
 
 
 def lines_of(talker: Talker, task: Task, work: Work) -> list[dict[str, Any]]:
