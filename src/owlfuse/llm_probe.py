@@ -96,8 +96,8 @@ def tiny_config(config: Any) -> PreTrainedConfig:
         "num_attention_heads": HEADS,
         "num_key_value_heads": GROUPS if grouped else HEADS,
         "head_dim": HEAD_WIDTH,
-        "vocab_size": VOCABULARY,
     }
+    widths |= {name: VOCABULARY for name in vars(config) if name.startswith("vocab_size")}  # Gemma 4 has several
     widths |= {name: 32 for name, value in vars(config).items() if name.endswith("intermediate_size") and type(value) is int}
     # not by getattr, which configurations with keys of single layers refuse
     for name in set(widths) & {name for name, value in vars(config).items() if isinstance(value, int)}:
