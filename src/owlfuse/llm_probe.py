@@ -96,8 +96,8 @@ def tiny_config(config: Any) -> PreTrainedConfig:
         "num_attention_heads": HEADS,
         "num_key_value_heads": GROUPS if grouped else HEADS,
         "head_dim": HEAD_WIDTH,
-        "vocab_size": VOCABULARY,
     }
+    widths |= {name: VOCABULARY for name in vars(config) if name.startswith("vocab_size")}  # Gemma 4 has several
     widths |= {name: 32 for name, value in vars(config).items() if name.endswith("intermediate_size") and type(value) is int}
     # not by getattr, which configurations with keys of single layers refuse
     for name in set(widths) & {name for name, value in vars(config).items() if isinstance(value, int)}:
@@ -145,6 +145,8 @@ def key_paths(llm: PreTrainedModel) -> list[KeyPath | str]:
     """Of each decoder layer how its keys come from its key projection, or what stands in the way of further keys that are made
     like them."""
     layers: list[Any] = list(decoder_layers(llm))
+    if not all(isinstance(layer.self_attn.k_proj, nn.Linear) for layer in layers):
+        return ["its key projection is no plain linear layer"] * len(layers)
     for layer in layers:  # so large that a limit of keys and values shows, as olmoe may have
         layer.self_attn.k_proj.weight.mul_(10)
         layer.self_attn.v_proj.weight.mul_(10)
