@@ -236,7 +236,7 @@ def test_a_wrong_sample_ends_the_command_in_one_line_that_names_it():
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 1, output
     (line,) = [line for line in output.splitlines() if line.startswith("owlfuse: error")]
-    assert line == "owlfuse: error: sample shapes:train-000007 has 2 <image> placeholders and 1 images"
+    assert line == "owlfuse: error: sample shapes:train-000007 has 2 <image> placeholders and 1 images (record 8 of wrong.json)"
     assert "Traceback" not in output
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from owlfuse.bench.commands import run_bench
 from owlfuse.cli_parser import failed, make_parser
 from owlfuse.own_modules import import_own
-from owlfuse.terminal import guard_terminal
+from owlfuse.terminal import guard_terminal, visible
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -39,7 +39,7 @@ def _run(command: Callable[[argparse.Namespace], None], arguments: argparse.Name
         command(arguments)
         return 0
     except KeyboardInterrupt as stop:
-        print(f"owlfuse: {str(stop) or 'interrupted'}", file=sys.stderr)
+        print(visible(f"owlfuse: {str(stop) or 'interrupted'}"), file=sys.stderr)
         return 130
     except Exception as error:
         name = type(error).__module__ + "." + type(error).__qualname__
