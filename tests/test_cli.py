@@ -70,7 +70,7 @@ def test_help_tells_the_exit_codes(tmp_path):
     [
         (["trian"], "trian: no such command; did you mean 'train'?"),
         (["zzz"], "zzz: no such command; the commands are train, recipe, ablate, report, eval, export, import, chat, demo, "
-         "mixture, bench, data, config"),
+         "mixture, bench, data, config, completion"),
         (["train", "--mutlirun"], "command line: --mutlirun: no such option of train; see owlfuse train --help"),
         (["train", "experiment=mine1"], "command line: experiment=mine1: no such experiment; did you mean 'mine'?"),
         (["train", "mine"], "command line: mine: not of the form key=value; did you mean experiment=mine?"),

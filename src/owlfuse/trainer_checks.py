@@ -14,6 +14,7 @@ from lightning.pytorch.strategies import ParallelStrategy
 from omegaconf import DictConfig
 
 from owlfuse.config import ConfigError, origin_of
+from owlfuse.config_plain import to_dict
 
 REFUSALS = (MisconfigurationException, ValueError, TypeError, ImportError)
 """What Lightning's Trainer raises for arguments that do not fit together, and for a library that a strategy lacks."""
@@ -30,8 +31,8 @@ def refuse(config: DictConfig, key: str, message: str) -> ConfigError:
 def check_machine(config: DictConfig) -> None:
     """Raises ConfigError for an accelerator or devices that this machine does not have. Says where processes on the CPU are
     started in the place of GPUs."""
-    name = config.trainer.get("accelerator", "auto")
-    devices = config.trainer.get("devices", "auto")
+    trainer = to_dict(config.trainer)
+    name, devices = trainer.get("accelerator", "auto"), trainer.get("devices", "auto")
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if isinstance(name, str) and name not in ("auto", "cpu", *(("gpu", "mps") if on_mps() else ())):
         check_available(config, name, gpus)
@@ -59,7 +60,7 @@ def check_available(config: DictConfig, name: str, gpus: int) -> None:
 
 def check_gpus(config: DictConfig, devices: Any, gpus: int) -> None:
     """Raises ConfigError for more GPUs than there are."""
-    count = len(devices) if isinstance(devices, list | tuple) else int(devices) if str(devices).isdigit() else 0
+    count = len(devices) if isinstance(devices, list) else int(devices) if str(devices).isdigit() else 0
     if count > gpus:
         raise refuse(config, "devices", f"this machine has {gpus} GPU{'s' * (gpus != 1)}")
 

@@ -1,0 +1,316 @@
+"""What a user meets first: each mishap ends in one line that says what was found, what was expected and what to do."""
+
+import json
+import os
+import re
+import runpy
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+import torch
+
+from helpers import REPO, SHAPE_COUNTS, TINY_SHAPES
+from owlfuse import __version__, cli, hub_access
+from owlfuse.data.shapes import write_shapes
+from owlfuse.full_disk import naming_full_disk
+from owlfuse.types import DataError
+
+TRAIN = ["train", "experiment=shapes_owl3", *TINY_SHAPES, "data.workers=0", "data.global_batch_size=4", "name=x"]
+TRAIN += ["model.vision.image_size=32", "trainer.max_steps=2", "trainer.val_check_interval=2"]
+CORES = len(os.sched_getaffinity(0))
+no_gpu = pytest.mark.skipif(torch.cuda.is_available() or torch.backends.mps.is_available(), reason="there is a GPU")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("work")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(path)
+        write_shapes("data/shapes", **SHAPE_COUNTS)
+        Path("a_file").touch()
+        yield path
+
+
+def told(words, capsys):
+    """Exit code and the one line of a command in this process."""
+    code = cli.main([str(word) for word in words])
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("owlfuse: error: ")]
+    assert len(lines) == 1
+    return code, lines[0].removeprefix("owlfuse: error: ")
+
+
+STEPS = "expected a whole number of optimizer steps"
+MISHAPS = {
+    "max_steps below 0": (["trainer.max_steps=-5"], f"trainer.max_steps is -5, {STEPS} from 1 on"),
+    "no steps": (["trainer.max_steps=0"], f"trainer.max_steps is 0, {STEPS} from 1 on"),
+    "endless": (["trainer.max_steps=-1"], f"trainer.max_steps is -1, {STEPS} from 1 on"),
+    "no interval": (["trainer.val_check_interval=0"], f"trainer.val_check_interval is 0, {STEPS} between two validations"),
+    "negative interval": (["trainer.val_check_interval=-3"], f"trainer.val_check_interval is -3, {STEPS} between"),
+    "a share as interval": (["trainer.val_check_interval=0.5"], f"trainer.val_check_interval is 0.5, {STEPS} between"),
+    "null as interval": (["trainer.val_check_interval=null"], f"trainer.val_check_interval is null, {STEPS} between"),
+    "no logging": (["trainer.log_every_n_steps=0"], f"trainer.log_every_n_steps is 0, {STEPS}"),
+    "gradients turned around": (["trainer.gradient_clip_val=-1"], "gradient_clip_val is -1, expected a norm of at least 0"),
+    "precision misspelt": (["trainer.precision=bf16-mixt"], "trainer.precision: 'bf16-mixt' is not one of"),
+    "strategy misspelt": (["trainer.strategy=ddpp"], "command line: trainer: You selected an invalid strategy name"),
+    "accelerator misspelt": (["trainer.accelerator=gpuu"], "trainer.accelerator is gpuu: expected one of auto, gpu, "),
+    "several machines": (["+trainer.num_nodes=2"], "num_nodes is 2: nothing has started this process on several machines"),
+    "devices of no number": (["trainer.devices=-3"], "command line: trainer: `devices` selected with `CPUAccelerator`"),
+    "no folder for runs": (["runs=/proc/none"], "/proc/none/shapes_owl3"),
+    "a file for runs": (["runs=a_file"], "a_file"),
+}
+WITHOUT_GPU = {
+    "trainer=gpu": (["trainer=gpu"], "torch finds no GPU on this machine; to train on the CPU, write trainer=cpu"),
+    "cuda": (["trainer.accelerator=cuda"], "trainer.accelerator is cuda: torch finds no GPU on this machine"),
+    "tpu": (["trainer.accelerator=tpu"], "trainer.accelerator is tpu: torch finds no such device"),
+    "mps": (["trainer.accelerator=mps"], "trainer.accelerator is mps: torch finds no such device"),
+    "more processes than cores": (
+        ["trainer=fsdp", f"trainer.devices={CORES + 1}"],
+        f"there is no GPU, and this machine has {CORES} CPU core",
+    ),
+    "ddp likewise": (["trainer=ddp", f"trainer.devices={CORES + 6}"], "say trainer.accelerator=cpu to start as many"),
+}
+
+
+@pytest.mark.parametrize(("words", "message"), MISHAPS.values(), ids=MISHAPS)
+def test_a_trainer_that_cannot_work_is_told_in_one_line(words, message, capsys, monkeypatch):
+    monkeypatch.setattr("owlfuse.module.MultimodalModule.configure_model", lambda _: pytest.fail("a weight is made"))
+    code, line = told([*TRAIN, *words], capsys)
+    assert message in line
+    assert code == (1 if words[0].startswith("runs=") else 2)
+    assert not Path("runs/shapes_owl3/x").exists()
+
+
+@no_gpu
+@pytest.mark.parametrize(("words", "message"), WITHOUT_GPU.values(), ids=WITHOUT_GPU)
+def test_what_this_machine_does_not_have_is_told_in_one_line(words, message, capsys, monkeypatch):
+    monkeypatch.setattr("owlfuse.module.MultimodalModule.configure_model", lambda _: pytest.fail("a weight is made"))
+    code, line = told([*TRAIN, *words], capsys)
+    assert (code, message in line) == (2, True), line
+
+
+@pytest.mark.parametrize("wanted", [3, "3", [0, 1, 2]])
+def test_more_gpus_than_there_are_are_refused(wanted, monkeypatch):
+    from owlfuse.config import ConfigError, compose
+    from owlfuse.trainer_checks import check_machine
+
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    for words in (["trainer=gpu"], ["trainer=ddp"]):
+        with pytest.raises(ConfigError, match=r"trainer.devices is .*: this machine has 2 GPUs"):
+            check_machine(compose(["experiment=shapes_owl3", *words, f"trainer.devices={wanted}"]))
+        check_machine(compose(["experiment=shapes_owl3", *words, "trainer.devices=2"]))
+
+
+@no_gpu
+def test_processes_on_the_cpu_are_told_where_gpus_may_have_been_meant(monkeypatch, capsys):
+    from owlfuse.config import compose
+    from owlfuse.trainer_checks import check_machine
+
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: range(16))
+    for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID"):
+        monkeypatch.delenv(name, raising=False)
+    for kind in ("ddp", "fsdp", "tp"):
+        check_machine(compose(["experiment=shapes_owl3", f"trainer={kind}", "trainer.devices=8"]))
+        assert "there is no GPU: trainer.devices=8 starts 8 processes on the CPU" in capsys.readouterr().out
+    check_machine(compose(["experiment=shapes_owl3", "trainer=ddp", "trainer.devices=99", "trainer.accelerator=cpu"]))
+
+
+@pytest.fixture(scope="module")
+def silent_run(folder):
+    """A run without evaluation, loggers and progress bar."""
+    without = ["evaluation=null", "logger=null", "+trainer.enable_progress_bar=false"]
+    assert cli.main([*(word for word in TRAIN if word != "name=x"), "name=silent", *without]) == 0
+    return Path("runs/shapes_owl3/silent")
+
+
+def test_a_run_without_evaluation_has_empty_metrics_and_can_be_evaluated_later(silent_run, capsys):
+    results = json.loads((silent_run / "results.json").read_text())
+    assert (results["metrics"], results["questions"], results["steps"]) == ({}, {}, 2)
+    assert not (silent_run / "answers.jsonl").exists()
+    assert cli.main(["eval", str(silent_run)]) == 0
+    assert json.loads((silent_run / "results.json").read_text())["metrics"]["val/loss"] > 0
+
+
+def test_a_folder_of_another_kind_is_named_as_what_it_is(silent_run, capsys):
+    if not Path("out").exists():
+        assert cli.main(["export", str(silent_run), "out"]) == 0
+    Path("runs/grid").mkdir()
+    Path("runs/grid/ablation.json").write_text("{}")
+    checkpoint = next((silent_run / "checkpoints").glob("step_*.ckpt"))
+    capsys.readouterr()
+    export = "out is an exported model and no run; owlfuse eval out task=NAME evaluates it, and owlfuse train init_from=out"
+    run, of_run = f"{silent_run} is a run; owlfuse export {silent_run} OUT", f"is of the checkpoints of the run {silent_run}"
+    cases = [
+        (["eval", "out"], export),
+        (["train", "resume=out"], export),
+        (["report", "out"], "it is an exported model and no run"),
+        (["report", silent_run], "it is a run"),
+        (["train", "experiment=shapes_owl3", f"init_from={silent_run}"], run),
+        *(([command, path], of_run) for command in ("eval", "chat") for path in (checkpoint, checkpoint.parent)),
+        (["export", checkpoint, "other"], of_run),
+        (["train", f"resume={checkpoint}"], of_run),
+        *(([command, "runs/shapes_owl3"], f"holds runs and is none; name one of {silent_run}") for command in ("eval", "chat")),
+        (["export", "runs/shapes_owl3", "other"], "holds runs and is none"),
+        (["eval", "runs/grid"], "is the folder of an ablation"),
+        (["chat", "runs/grid"], "is the folder of an ablation"),
+        (["chat", REPO / "experiments/fusion"], "owlfuse ablate fusion runs it"),
+        (["eval", REPO / "experiments/owl3"], "owlfuse recipe owl3 runs it"),
+    ]
+    for words, message in cases:
+        code, line = told(words, capsys)
+        assert code in (1, 2)
+        assert message in line, (words, line)
+    shutil.rmtree("runs/grid")
+
+
+FILES = ("config.yaml.part", "metrics.csv", "answers.jsonl", "results.json.part", "mixture.json", "contact_sheet.png")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")
+@pytest.mark.parametrize("name", FILES)
+def test_a_full_disk_is_one_line_whatever_is_written(name, capsys):
+    run = Path("runs/shapes_owl3/x")
+    shutil.rmtree(run, ignore_errors=True)
+    run.mkdir(parents=True)
+    (run / name).symlink_to("/dev/full")
+    code, line = told([*TRAIN, "evaluation.max_questions=2", "evaluation.max_new_tokens=2"], capsys)
+    assert code == 1
+    assert "No space left on device" in line
+    assert str(run) in line
+    assert ("go on with: owlfuse train resume=" in line) == any(run.glob("checkpoints/step_*.ckpt"))
+    shutil.rmtree(run)
+
+
+def test_only_errors_about_writing_are_taken_for_a_full_disk(tmp_path):
+    with pytest.raises(DataError, match=r"No space left on device; make room"), naming_full_disk(tmp_path):
+        raise OSError(28, "x")
+    for error in (OSError(2, "x"), ConnectionError("x"), ValueError("x")):
+        with pytest.raises(type(error)), naming_full_disk(tmp_path):
+            raise error
+
+
+@pytest.mark.parametrize("argv", [[sys.executable, "-m", "owlfuse", "--version"], ["owlfuse", "--version"]])
+def test_the_version_is_told_at_once(argv):
+    argv = [shutil.which(argv[0], path=Path(sys.executable).parent) or argv[0], *argv[1:]]
+    began = time.monotonic()
+    done = subprocess.run(argv, capture_output=True, text=True, check=True)
+    assert done.stdout == f"owlfuse {__version__}\n"
+    assert time.monotonic() - began < 3
+
+
+COMPLETED = {
+    "owlfuse rec": ["recipe"],
+    "owlfuse train exp": ["experiment="],
+    "owlfuse train experiment=shapes_owl": ["experiment=shapes_owl1", "experiment=shapes_owl2", "experiment=shapes_owl3"],
+    "owlfuse train seed=1 model/fusion=h": ["model/fusion=hyperattention"],
+    "owlfuse config model/adapter@model.adapter.llm=lo": ["model/adapter@model.adapter.llm=lora"],
+    "owlfuse recipe owl3": ["owl3", "owl3_paper"],
+    "owlfuse ablate fus": ["fusion"],
+    "owlfuse eval out task=gq": ["task=gqa"],
+    "owlfuse completion z": ["zsh"],
+}
+
+
+@pytest.mark.parametrize("line", COMPLETED)
+def test_words_are_completed(line, capsys):
+    assert cli.main(["completion", "words", line]) == 0
+    assert capsys.readouterr().out.split() == COMPLETED[line]
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="there is no bash")
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["owlfuse", "rec"], "recipe"),
+        (["owlfuse", "train", "experiment", "=", "shapes_owl3"], "shapes_owl3"),
+        (["owlfuse", "train", "model/adapter", "@", "model.adapter.llm", "=", "lo"], "lora"),
+    ],
+)
+def test_bash_completes_words_that_it_splits_at_its_own_places(words, expected):
+    line = re.sub(r" ([=@]) ", r"\1", " ".join(words))
+    script = f"""
+owlfuse() {{ "{sys.executable}" -m owlfuse "$@"; }}
+eval "$(owlfuse completion bash)"
+COMP_LINE='{line}'; COMP_POINT=${{#COMP_LINE}}; COMP_WORDS=({" ".join(f"'{word}'" for word in words)})
+COMP_CWORD={len(words) - 1}; _owlfuse; printf '%s\\n' "${{COMPREPLY[@]}}"
+"""
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == [expected]
+
+
+class Hub(BaseHTTPRequestHandler):
+    """Answers every question with one code."""
+
+    code, reason = 404, "RepoNotFound"
+
+    def do_HEAD(self):
+        self.send_response(self.code)
+        self.send_header("X-Error-Code", self.reason)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture(params=["refuses", "hangs", "has none", "gated"])
+def hub(request):
+    """A hub on loopback, and what is to be said of it."""
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        address = f"http://127.0.0.1:{listening.getsockname()[1]}"
+        if request.param == "hangs":
+            listening.listen()
+        if request.param in ("refuses", "hangs"):
+            yield address, "no connection to the hub"
+            return
+    answers = {"has none": (404, "RepoNotFound", "has no such model"), "gated": (403, "GatedRepo", "terms")}
+    code, reason, message = answers[request.param]
+    handler = type("Answer", (Hub,), {"code": code, "reason": reason})
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}", message
+        server.shutdown()
+
+
+def test_what_cannot_be_had_from_the_hub_is_named_within_seconds(hub, monkeypatch, capsys, tmp_path):
+    address, message = hub
+    endpoint = hub_access.constants.ENDPOINT
+    monkeypatch.setattr(hub_access.constants, "ENDPOINT", address)
+    monkeypatch.setattr(hub_access.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(hub_access, "SECONDS", 0.5)
+    monkeypatch.setattr(hub_access, "hf_hub_url", lambda name, file: f"{address}/{name}/resolve/main/{file}")
+    assert endpoint != address
+    llm = ["model/llm=qwen2_7b", "model.llm.pretrained=nobody/llm", "model.llm.architecture=null"]
+    for words, name, remedy in (
+        (["data.tokenizer=nobody/nothing"], "nobody/nothing", "a folder with tokenizer.json"),
+        (llm, "nobody/llm", "set model.llm.pretrained"),
+        (["model.vision.pretrained=true"], "timm/resnet10t", "set model.vision.weights"),
+    ):
+        hub_access.check_hub_has.cache_clear()
+        began = time.monotonic()
+        code, line = told([*TRAIN, *words], capsys)
+        assert code in (1, 2)
+        assert all(part in line for part in (name, message, remedy)), line
+        assert time.monotonic() - began < 20  # of which the hub has two attempts of half a second
+        shutil.rmtree("runs/shapes_owl3/x", ignore_errors=True)
+
+
+def test_the_readmes_part_is_complete_as_it_stands(tmp_path):
+    """The code and the file name that the README gives, and nothing else."""
+    page = (REPO / "README.md").read_text()
+    (code,) = re.findall(r"^```python\n(.*?)^```$", page, flags=re.MULTILINE | re.DOTALL)
+    file = tmp_path / "mean.py"
+    file.write_text(code)
+    connector = runpy.run_path(str(file))["MeanConnector"](in_width=6, out_width=4, patches=9, grid=(3, 3))
+    features = torch.randn(2, 9, 6)
+    torch.testing.assert_close(connector(features)[:, 0], connector.proj(features.mean(1)))
+    assert connector.tokens == connector(features).shape[1]
