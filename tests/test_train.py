@@ -372,7 +372,7 @@ def test_ctrl_c_on_a_terminal_gives_the_cursor_back_and_its_last_line_says_how_t
     with suppress(OSError):  # Linux's answer when the other end is closed
         while chunk := os.read(terminal, 65536):
             output += chunk.decode(errors="replace")
-            if not pressed and "samples/s" in output:
+            if not pressed and "about " in output:  # a narrow terminal cuts off what comes later
                 os.write(terminal, b"\x03")
                 pressed = True
     os.close(terminal)
