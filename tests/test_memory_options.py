@@ -1,6 +1,8 @@
 """Activation checkpointing of each part, and compiled layers: less memory or time, the same losses and gradients."""
 
 import shutil
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,9 +21,14 @@ from helpers import (
     model_node,
     policy,
 )
+from owlfuse.data.chat import ChatEncoder
+from owlfuse.data.chat_template import use_template
 from owlfuse.evaluation.generation import generate_greedy
 from owlfuse.model import build_model
 from owlfuse.plan_model import read_step
+
+sys.path.insert(0, str(Path(__file__).parent / "data"))
+from small_tokenizers import byte_level
 
 OPTION = "gradient_checkpointing"
 ABSTRACTOR = CONNECTORS["abstractor"]
@@ -137,5 +144,6 @@ def test_answers_are_generated_without_compiling_anything():
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     model = build_model({**model_node("concat"), "compile": True}, VOCAB)[0].eval()
-    generate_greedy(model, make_batch(ROWS, model.fusion.tokens_per_image, left=True), 3, end_id=0)
+    encoder = ChatEncoder(use_template(byte_level(), "chatml"), model.fusion.tokens_per_image)
+    generate_greedy(model, make_batch(ROWS, model.fusion.tokens_per_image, left=True), 3, encoder)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 0

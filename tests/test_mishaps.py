@@ -125,7 +125,7 @@ def test_processes_on_the_cpu_are_told_where_gpus_may_have_been_meant(monkeypatc
 @pytest.fixture(scope="module")
 def silent_run(folder):
     """A run without evaluation, loggers and progress bar."""
-    without = ["evaluation=null", "logger=null", "+trainer.enable_progress_bar=false"]
+    without = ["evaluation=null", "logger=null", "trainer.enable_progress_bar=false"]
     assert cli.main([*(word for word in TRAIN if word != "name=x"), "name=silent", *without]) == 0
     return Path("runs/shapes_owl3/silent")
 

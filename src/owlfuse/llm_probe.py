@@ -39,6 +39,9 @@ WAYS = [
 
 Found = TypeVar("Found")
 
+REGISTER_PARAMETER = nn.Module.register_parameter
+"""torch's own: accelerate's `init_empty_weights` puts another in its place, which makes parameters without memory."""
+
 
 def kept_by_configuration(probe: Callable[[PreTrainedModel], Found]) -> Callable[[PreTrainedModel], Found]:
     """Has a probe of an LLM run once for each configuration and class. It gets the tiny copy."""
@@ -63,12 +66,14 @@ def configuration_key(llm: PreTrainedModel) -> tuple[type, str]:
 @contextmanager
 def aside() -> Iterator[None]:
     """Inside, models are made in memory and on the CPU, whatever is built around. Torch's random numbers stay as they are."""
-    default = torch.get_default_dtype()
+    default, registering = torch.get_default_dtype(), nn.Module.register_parameter
     torch.set_default_dtype(torch.float32)
+    nn.Module.register_parameter = REGISTER_PARAMETER  # type: ignore[method-assign]
     try:
         with in_memory_after_all(), torch.device("cpu"), torch.random.fork_rng(devices=[]), torch.no_grad():
             yield
     finally:
+        nn.Module.register_parameter = registering  # type: ignore[method-assign]
         torch.set_default_dtype(default)
 
 

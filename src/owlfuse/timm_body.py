@@ -23,7 +23,7 @@ def create_body(
     if pretrained and weights:
         raise ValueError(f"pretrained asks for timm's weights and weights for {weights}; give one of the two")
     pretrained = pretrained and torch.get_default_device().type != "meta"
-    if pretrained and (hub_name := hub_name_of(name)):
+    if pretrained and (hub_name := hub_name_of(name, kwargs.get("pretrained_cfg_overlay") or {})):
         check_hub_has(hub_name, "set model.vision.weights to a file with them, or HF_HOME to a cache that has it")
     try:
         body = timm.create_model(name, pretrained=pretrained, num_classes=0, **kwargs)
@@ -39,8 +39,14 @@ def create_body(
     return body
 
 
-def hub_name_of(name: str) -> str | None:
-    """The hub's name for the pretrained weights of a timm model; None where they come from elsewhere."""
+def hub_name_of(name: str, overlay: dict[str, Any]) -> str | None:
+    """The hub's name for the pretrained weights of a timm model; None where they come from elsewhere.
+
+    Args:
+        overlay: what takes the place of timm's own fields of the weights, `file` for instance.
+    """
+    if overlay.get("file") or overlay.get("url") or "hf_hub_id" in overlay:
+        return overlay.get("hf_hub_id")
     scheme, _, rest = name.rpartition(":")
     if scheme in ("hf-hub", "hf_hub"):
         return rest.partition("@")[0]

@@ -434,14 +434,14 @@ def test_evaluation_asks_of_what_is_left_and_keeps_to_the_limit(shapes, root, tm
     data = module(shapes, LLaVA(file, str(root)))
     data.validation = {"bad": data.sources["bad"]}
     with pytest.raises(DataError, match="no image none.png"):
-        data.prompts([(sample, data.validation["bad"]) for sample, _, _ in questions_of(data, "bad", None)])
+        data.prompts([(sample, data.validation["bad"]) for sample, _, _ in questions_of(data, "bad")])
     data.validation["bad"].on_error = "skip"
-    questions = questions_of(data, "bad", None)
+    questions = questions_of(data, "bad")
     assert len(questions) == RECORDS - 1
     assert len(data.prompts([(sample, data.validation["bad"]) for sample, _, _ in questions]).input_ids) == RECORDS - 1
     data.validation["bad"].max_skips = 0
     with pytest.raises(DataError, match="validation source bad has 1 wrong samples of 8, and its max_skips is 0"):
-        questions_of(data, "bad", None)
+        questions_of(data, "bad")
 
 
 def test_there_are_forty_kinds_and_more():
@@ -458,7 +458,7 @@ def test_evaluation_asks_nothing_of_what_the_policy_for_the_length_leaves_out(sh
     records[1]["conversations"] += [{"from": "human", "value": "word " * 600}, {"from": "gpt", "value": "no"}]
     data = module(shapes, LLaVA(write_records(tmp_path / "long.jsonl", records), str(root)), on_length=policy)
     data.validation = data.sources
-    questions = questions_of(data, "bad", None)
+    questions = questions_of(data, "bad")
     data.prompts([(sample, data.validation["bad"]) for sample, _, _ in questions])
     expected = [f"bad:{records[number]['id']}" for number in kept]
     assert [sample.id.partition("#")[0] for sample, _, _ in questions] == expected

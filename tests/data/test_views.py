@@ -195,7 +195,7 @@ def test_evaluation_answers_questions_about_several_pictures_alike_alone_and_in_
     assert len(answers) == 9
     assert {"chats/loss", "chats/exact_match", "chats/exact_match_blank"} <= set(metrics)
     model.eval()
-    questions = questions_of(data, "chats", None)
+    questions = questions_of(data, "chats")
     alone = answer_questions(model, data, "chats", questions, 1, 4)
     assert [a.answer for a in alone] == [a.answer for a in answers]
 

@@ -131,7 +131,8 @@ def test_a_missing_picture_stops_or_is_skipped_and_tried_again(model, files, tmp
     assert error.startswith("owlfuse: error: ")
     assert "testdev_balanced_questions.json: sample 201640614: no image n235859.jpg in" in error
     results, found = evaluate(model, out, "gqa", words, "task.on_error=skip")
-    assert results["counts"] == {"questions": 3, "answered": 2, "skipped": 1}
+    counts = {name: count for name, count in results["counts"].items() if "," not in name}
+    assert counts == {"questions": 3, "answered": 2, "skipped": 1}
     assert results["skipped"][0]["record"] == "201640614"
     assert "no image n235859.jpg" in found["201640614"]["skipped"]
     assert "skipped 201640614: " in capsys.readouterr().out

@@ -202,7 +202,7 @@ def load_exported(
 
         check_adapter(folder / ADAPTER)
         with describing(folder / ADAPTER):
-            PeftModel.from_pretrained(wrapped, folder / ADAPTER, torch_device="cpu", autocast_adapter_dtype=False)
+            PeftModel.from_pretrained(wrapped, folder / ADAPTER, torch_device="cpu")
         if merge:
             merge_lora(wrapped.model, Deferred.current)
     if (folder / RELEASED).is_dir():
