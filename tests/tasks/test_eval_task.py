@@ -140,7 +140,7 @@ def test_a_missing_picture_stops_or_is_skipped_and_tried_again(model, files, tmp
     assert "1 wrong records, and max_skips is 0" in capsys.readouterr().err
     picture.write_bytes(content)
     results, _ = evaluate(model, out, "gqa", words, "task.on_error=skip")
-    assert results["counts"] == {"questions": 3, "answered": 3, "skipped": 0}
+    assert {n: c for n, c in results["counts"].items() if "," not in n} == {"questions": 3, "answered": 3, "skipped": 0}
 
 
 def test_a_prompt_that_is_too_long_for_the_model_is_told_and_not_cut(model, files, tmp_path, capsys):

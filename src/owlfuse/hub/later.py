@@ -35,8 +35,8 @@ def exported_later(folder: Path, attention: str) -> tuple[OwlfuseForConditionalG
 
 
 def set_types(wrapped: OwlfuseForConditionalGeneration) -> None:
-    """Gives tensors the types that transformers gives them when it loads the folder: those that the constructors make where the
-    configuration's type is the usual one."""
+    """Gives tensors the types that transformers gives them when it loads the folder: parameters the configuration's, buffers
+    those that the constructors make where the configuration's type is the usual one."""
     config: Any = wrapped.config
     dtype = config.dtype
     if dtype in (None, torch.float32):
@@ -51,7 +51,7 @@ def set_types(wrapped: OwlfuseForConditionalGeneration) -> None:
     for module, other in zip(wrapped.modules(), twin.modules(), strict=True):
         for name, parameter in other.named_parameters(recurse=False):
             own: Any = module._parameters[name]
-            own.data = own.data.to(parameter.dtype)
+            own.data = own.data.to(dtype if parameter.is_floating_point() else parameter.dtype)
         for name, buffer in other.named_buffers(recurse=False):
             present: Any = module._buffers[name]
             module._buffers[name] = present.to(buffer.dtype)
