@@ -195,6 +195,8 @@ def load_exported(
             )
         else:
             wrapped, found = exported_later(folder, attention)
+    if wrapped.config.dtype is not None:
+        wrapped.model.llm.config.dtype = wrapped.config.dtype  # by which it is exported again, in memory or not
     if wrong := [f"{name} ({what.removesuffix('_keys')})" for what in KEYS for name in map(name_of, found[what])]:
         raise DataError(f"{folder}: the weights do not fit config.json: {', '.join(sorted(wrong))}; export it anew")
     if (folder / ADAPTER).is_dir():
