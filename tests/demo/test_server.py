@@ -7,7 +7,8 @@ import pytest
 
 from owlfuse.config_errors import ConfigError
 from owlfuse.demo import server
-from owlfuse.demo.server import Guard, is_loopback, listen
+from owlfuse.demo.limits import is_loopback
+from owlfuse.demo.server import Guard, listen
 
 
 def get(tmp_path, path="/", local=True, **headers):

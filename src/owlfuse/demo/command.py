@@ -26,7 +26,8 @@ def demo_command(folders: list[str], host: str, port: int | None) -> None:
     """
     if find_spec("gradio") is None:
         raise missing("gradio", "owlfuse demo")
-    from owlfuse.demo.server import is_loopback, listen
+    from owlfuse.demo.limits import is_loopback
+    from owlfuse.demo.server import listen
     from owlfuse.demo.talkers import check_folders, load_talkers
     from owlfuse.runs import split_which
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
 
@@ -85,3 +86,11 @@ def check_question(text: str, image_tokens: Iterable[str]) -> str:
         if token in text:
             raise DataError(f"{token} stands for a picture and cannot be a part of the question; leave it out")
     return text
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach it."""
+    try:
+        return host == "localhost" or ip_address(host).is_loopback
+    except ValueError:
+        return False

@@ -9,8 +9,7 @@ from typing import Any
 import gradio as gr
 
 from owlfuse.demo import transcript
-from owlfuse.demo.limits import MAX_CHARACTERS, MAX_NEW_TOKENS, MAX_WAITING
-from owlfuse.demo.server import is_loopback
+from owlfuse.demo.limits import MAX_CHARACTERS, MAX_NEW_TOKENS, MAX_WAITING, is_loopback
 from owlfuse.demo.talkers import Talker
 from owlfuse.demo.uploads import check_uploaded, remove
 from owlfuse.demo.visitors import Visitor, Visitors
