@@ -35,8 +35,8 @@ from owlfuse.data.formats.llava import LLaVA
 from owlfuse.data.shapes import write_shapes
 from owlfuse.data.tiles import views_of
 from owlfuse.evaluation import Evaluation
-from owlfuse.evaluation.explain import attention_to_pictures, overlay, patch_shares, whole_maps
-from owlfuse.evaluation.overlays import COLORS
+from owlfuse.evaluation.explain import attention_to_pictures, patch_shares, whole_maps
+from owlfuse.evaluation.overlays import COLORS, overlay
 from owlfuse.hub.export import Trained, export, processor_of, wrap
 from owlfuse.hub.modeling import OwlfuseForConditionalGeneration
 from owlfuse.identity import config_hash

@@ -9,7 +9,7 @@ from omegaconf import OmegaConf
 
 from owlfuse import foreign
 from owlfuse.config import compose
-from owlfuse.foreign import SLOTS, check_names, check_target, read_run_config, trust
+from owlfuse.foreign import SLOTS, check_names, check_target, read_run_config
 from owlfuse.types import DataError
 
 REPO = Path(__file__).resolve().parents[1]
@@ -81,7 +81,7 @@ def test_a_users_part_is_accepted_when_it_is_trusted_and_only_what_its_module_de
     with pytest.raises(DataError, match="write: owlfuse --trust my_module_of_parts"):
         check("my_module_of_parts.Mine")
     assert not (place / "imported").exists()
-    trust("my_module_of_parts")
+    foreign.trust("my_module_of_parts")
     check("my_module_of_parts.Mine")
     with pytest.raises(DataError, match="only imports it from subprocess"):
         check("my_module_of_parts.run", "model.llm")

@@ -307,7 +307,8 @@ def test_a_dry_run_needs_no_data_makes_no_run_and_says_what_would_fit(tmp_path, 
     assert all(word in printed for word in ("parameters", "optimizer state", "activations", "FLOPs", "visual tokens"))
     assert main([*command, "plan.gpu_memory=80"]) == 0
     assert "It fits." in capsys.readouterr().out
-    assert train.run(compose(["experiment=shapes_owl3", "dry_run=true"])) is None
+    with pytest.raises(ConfigError, match="dry_run: true trains nothing"):
+        train.run(compose(["experiment=shapes_owl3", "dry_run=true"]))
 
 
 @pytest.mark.parametrize(

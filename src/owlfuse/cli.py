@@ -28,15 +28,20 @@ def main(argv: list[str] | None = None) -> int:
         command = arguments.command
         return failed(f"command line: {unknown[0]}: no such option of {command}; see owlfuse {command} --help", 2)
     arguments.overrides = [*getattr(arguments, "overrides", []), *rest]  # words after an option, as in `a=1 -m b=2`
-    return _run(COMMANDS[arguments.command], arguments)
+    return report_errors(lambda: _run(arguments), arguments.command)
 
 
-def _run(command: Callable[[argparse.Namespace], None], arguments: argparse.Namespace) -> int:
+def _run(arguments: argparse.Namespace) -> None:
+    guard_terminal()
+    for module in arguments.trust:
+        _trust(module)
+    COMMANDS[arguments.command](arguments)
+
+
+def report_errors(call: Callable[[], None], command: str) -> int:
+    """Runs a command and returns its exit code. What a user can mend is said in one line; other exceptions pass through."""
     try:
-        guard_terminal()
-        for module in arguments.trust:
-            _trust(module)
-        command(arguments)
+        call()
         return 0
     except KeyboardInterrupt as stop:
         print(visible(f"owlfuse: {str(stop) or 'interrupted'}"), file=sys.stderr)
@@ -52,7 +57,7 @@ def _run(command: Callable[[argparse.Namespace], None], arguments: argparse.Name
             from owlfuse.full_disk import why_not_written
 
             if reason := why_not_written(error):
-                return failed(f"{arguments.command}: {reason}; make room or permit it, then run it again", 1)
+                return failed(f"{command}: {reason}; make room or permit it, then run it again", 1)
         if isinstance(error, ModuleNotFoundError) and "pip install 'owlfuse[" in str(error):
             return failed(str(error).rpartition("ModuleNotFoundError: ")[2].strip(), 1)
         raise
@@ -83,6 +88,11 @@ def _train(arguments: argparse.Namespace) -> None:
         sweep(arguments.overrides)
         return
     composed = config.compose(arguments.overrides)
+    if composed.get("dry_run"):
+        from owlfuse.plan_tables import dry_run
+
+        dry_run(composed)
+        return
     from owlfuse import train
 
     train.run(composed)

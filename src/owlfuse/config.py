@@ -18,20 +18,6 @@ from owlfuse.folder_kinds import describe_path
 from owlfuse.foreign import accept, read_run_config
 from owlfuse.types import DataError
 
-__all__ = [
-    "ConfigError",
-    "PlanOptions",
-    "Root",
-    "check",
-    "check_targets",
-    "compose",
-    "compose_root",
-    "find_run",
-    "origin_of",
-    "read_run",
-    "sweep_cells",
-]
-
 PARTS = ("vision", "connector", "fusion", "llm")
 
 

@@ -202,10 +202,3 @@ def make_plan(config: DictConfig, compare: bool = True) -> Plan:
         trained=sum(p.numel() for p in parameters if p.requires_grad),
         total=sum(p.numel() for p in parameters),
     )
-
-
-def dry_run(config: DictConfig) -> None:
-    """Prints the plan. Raises ConfigError, see `make_plan`."""
-    from owlfuse.plan_tables import print_plan  # which reads a Plan
-
-    print_plan(make_plan(config), config.experiment)

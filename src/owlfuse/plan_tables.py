@@ -4,10 +4,21 @@ from __future__ import annotations
 
 import sys
 
+from omegaconf import DictConfig
 from rich.table import Table
 
 from owlfuse.console import PlainConsole as Console
-from owlfuse.plan import GB, Estimate, Plan
+from owlfuse.hub.start import adopt_parts
+from owlfuse.plan import GB, Estimate, Plan, make_plan
+from owlfuse.quiet import quiet_libraries
+
+
+@quiet_libraries()
+def dry_run(config: DictConfig) -> None:
+    """Prints what a training of this configuration would need. Raises ConfigError, see `make_plan`."""
+    if config.get("init_from") and not config.resume:
+        adopt_parts(config)
+    print_plan(make_plan(config), config.experiment)
 
 
 def print_plan(plan: Plan, experiment: str) -> None:

@@ -26,11 +26,18 @@ def sweep(overrides: list[str]) -> None:
     cells = config.sweep_cells(overrides)
     composed = [config.compose(cell) for cell in cells]
     from owlfuse import train  # imports torch; a mistake is told before
+    from owlfuse.plan_tables import dry_run
 
     rows: list[tuple[list[str], Path | None]] = []
     try:
         for cell, configuration in zip(cells, composed, strict=True):
-            rows.append((cell, by_itself(cell, configuration) if starts_processes(configuration) else train.run(configuration)))
+            if configuration.get("dry_run"):
+                dry_run(configuration)
+                rows.append((cell, None))
+            elif starts_processes(configuration):
+                rows.append((cell, by_itself(cell, configuration)))
+            else:
+                rows.append((cell, train.run(configuration)))
     finally:
         if os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")) == "0":
             print_table(rows, len(cells))
@@ -43,7 +50,7 @@ def starts_processes(configuration: DictConfig) -> bool:
     return not there and (trainer.get("strategy", "auto") != "auto" or trainer.get("devices", 1) not in (1, "1"))
 
 
-def by_itself(cell: list[str], configuration: DictConfig) -> Path | None:
+def by_itself(cell: list[str], configuration: DictConfig) -> Path:
     """Trains a cell by a command of its own, which gets the signals that this one gets, and returns the run's folder.
 
     Raises:
@@ -53,9 +60,9 @@ def by_itself(cell: list[str], configuration: DictConfig) -> Path | None:
     """
     from owlfuse.runs import run_folder
 
-    folder = None if configuration.get("dry_run") else run_folder(configuration)
-    named = [f"name={folder.name}"] if folder and not configuration.get("name") else []
-    command = [sys.executable, "-m", "owlfuse.cli", "train", *cell, *named]
+    folder = run_folder(configuration)
+    named = [] if configuration.get("name") else [f"name={folder.name}"]
+    command = [sys.executable, "-m", "owlfuse", "train", *cell, *named]
     with subprocess.Popen(command, process_group=0) as process:
         before = {n: signal.signal(n, lambda n, _: os.killpg(process.pid, n)) for n in (signal.SIGINT, signal.SIGTERM)}
         try:

@@ -22,7 +22,6 @@ from owlfuse.model_parallel import as_trained
 from owlfuse.module import MultimodalModule
 from owlfuse.new_tokens import tokens_to_train
 from owlfuse.parallel import check_strategy, evaluates, naming_step
-from owlfuse.plan import dry_run
 from owlfuse.progress import progress_hidden
 from owlfuse.quiet import quiet_libraries
 from owlfuse.resume import changed_keys, check_identity, read_past, recorded
@@ -39,8 +38,8 @@ log = logging.getLogger(__name__)
 
 
 @quiet_libraries()
-def run(config: DictConfig, data_digest: str | None = None) -> Path | None:
-    """Trains what the configuration says, evaluates it, and returns the run's folder; with `dry_run` it prints a plan instead.
+def run(config: DictConfig, data_digest: str | None = None) -> Path:
+    """Trains what the configuration says, evaluates it, and returns the run's folder.
 
     Args:
         data_digest: what the data and the weights that it starts from must be known by (`identity.data_hash`), where the run is
@@ -53,8 +52,7 @@ def run(config: DictConfig, data_digest: str | None = None) -> Path | None:
     if config.get("init_from") and not config.resume:
         adopt_parts(config)
     if config.get("dry_run"):
-        dry_run(config)
-        return None
+        raise ConfigError("dry_run: true trains nothing; print the plan by owlfuse.plan_tables.dry_run")
     check_machine(config)
     with signals_end_the_run():
         folder = run_folder(config)

@@ -4,7 +4,8 @@ from fractions import Fraction
 
 import pytest
 
-from owlfuse.data.mixture import MAX_PERIOD, Mixture, exact_shares
+from owlfuse.data.mixture import Mixture
+from owlfuse.data.schedule import MAX_PERIOD, exact_shares
 
 MIXTURES = [
     {"a": 1.0},

@@ -179,11 +179,10 @@ def test_beyond_the_limit_the_visitor_who_was_silent_longest_is_forgotten_and_no
 
 
 def test_pictures_in_the_page_are_small_and_their_pixels_stay_seen():
-    fitted = visitors.fitted
-    assert fitted(Image.new("RGB", (4000, 10))).size == (320, 1)
-    assert fitted(Image.new("RGB", (64, 32))).size == (128, 64)
-    assert fitted(Image.new("RGB", (200, 300))).size == (200, 300)
-    assert len(visitors.data_uri(fitted(Image.effect_noise((3000, 2000), 90).convert("RGB")))) < 120_000
+    assert visitors.fitted(Image.new("RGB", (4000, 10))).size == (320, 1)
+    assert visitors.fitted(Image.new("RGB", (64, 32))).size == (128, 64)
+    assert visitors.fitted(Image.new("RGB", (200, 300))).size == (200, 300)
+    assert len(visitors.data_uri(visitors.fitted(Image.effect_noise((3000, 2000), 90).convert("RGB")))) < 120_000
 
 
 def test_questions_whose_answers_nobody_asks_for_keep_nobody_waiting(talkers):

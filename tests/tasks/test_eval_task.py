@@ -61,13 +61,13 @@ def test_an_evaluation_that_was_stopped_goes_on_where_it_was(model, files, tmp_p
     words, out = [*files("mmbench"), SHORT, "batch_size=2"], tmp_path / "out"
     whole, expected = evaluate(model, tmp_path / "whole", "mmbench", words)
     asked = []
-    answer = run.answer
+    usual_answer = run.answer
 
     def stopping(talker, task, work):
         asked.extend(question.id for question in work.questions)
         if len(asked) > 4:
             raise KeyboardInterrupt
-        return answer(talker, task, work)
+        return usual_answer(talker, task, work)
 
     monkeypatch.setattr(run, "answer", stopping)
     assert main(["eval", str(model), "task=mmbench", *words, f"out={out}", "workers=0"]) == 130
@@ -78,7 +78,7 @@ def test_an_evaluation_that_was_stopped_goes_on_where_it_was(model, files, tmp_p
     with (out / "mmbench" / "predictions.jsonl").open("a") as file:
         file.write('{"settings": "cut in the mid')
     asked.clear()
-    monkeypatch.setattr(run, "answer", lambda *given: asked.extend(q.id for q in given[2].questions) or answer(*given))
+    monkeypatch.setattr(run, "answer", lambda *given: asked.extend(q.id for q in given[2].questions) or usual_answer(*given))
     results, found = evaluate(model, out, "mmbench", words)
     assert sorted(asked + kept) == sorted(expected)
     assert list(found) == list(expected)
@@ -113,8 +113,8 @@ def test_a_few_questions_are_spread_over_the_file_and_taken_up_by_the_whole(mode
     assert list(found) == ["241#0", "241#1", "252#0", "252#1", "252#2", "252#3"]
     assert few["counts"]["questions"] == 6
     asked = []
-    answer = run.answer
-    monkeypatch.setattr(run, "answer", lambda *given: asked.extend(q.id for q in given[2].questions) or answer(*given))
+    usual_answer = run.answer
+    monkeypatch.setattr(run, "answer", lambda *given: asked.extend(q.id for q in given[2].questions) or usual_answer(*given))
     whole, _ = evaluate(model, out, "mmbench", words)
     assert asked == ["253#0", "253#1", "253#2"]
     assert whole["counts"]["questions"] == 9

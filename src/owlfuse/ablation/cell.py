@@ -12,10 +12,9 @@ import signal
 import sys
 import threading
 import time
-from argparse import Namespace
 from pathlib import Path
 
-from owlfuse.cli import _run
+from owlfuse.cli import report_errors
 from owlfuse.config_plain import to_dict
 
 
@@ -72,7 +71,7 @@ def main() -> int:
     """The exit codes are those of `owlfuse train`."""
     folder, key, parent = sys.argv[1:]
     threading.Thread(target=end_with_parent, args=(int(parent),), daemon=True).start()
-    return _run(lambda _: train_cell(Path(folder), key), Namespace(trust=[]))
+    return report_errors(lambda: train_cell(Path(folder), key), "train")
 
 
 if __name__ == "__main__":

@@ -8,11 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from owlfuse.data.schedule import ENDS, MAX_PERIOD, Rules, SampleSchedule, exact_shares
+from owlfuse.data.schedule import ENDS, Rules, SampleSchedule, exact_shares
 from owlfuse.data.schedule_tokens import TokenSchedule
 from owlfuse.data.shuffle import SCRATCH, Shuffle
-
-__all__ = ["MAX_PERIOD", "Mixture", "exact_shares", "tempered"]
 
 LEAST = 1e-60
 """What a power of a size is at least, so that a low temperature takes no source out: a share is 2^-20 at least."""

@@ -19,14 +19,12 @@ from torch.nn import functional as F
 from owlfuse.data.images import to_rgb
 from owlfuse.data.tiles import best_grid
 from owlfuse.evaluation.notes import Notes, noting
-from owlfuse.evaluation.overlays import overlay, side_by_side
+from owlfuse.evaluation.overlays import side_by_side
 from owlfuse.hub.modeling import OwlfuseForConditionalGeneration
 from owlfuse.hub.processing import OwlfuseProcessor, flat
 from owlfuse.llm import decoder_layers
 from owlfuse.model import MultimodalLM
 from owlfuse.types import Batch, DataError, VisualTokens
-
-__all__ = ["attention_to_pictures", "explained", "overlay", "whole_maps"]
 
 
 @torch.no_grad()
