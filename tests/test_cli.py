@@ -45,6 +45,72 @@ print("heavy:", [name for name in {HEAVY!r} if name in sys.modules])
     assert result.stdout.splitlines()[-1] == "heavy: []"
 
 
+MISTAKES = {
+    "train optim.lrr=1": "optim.lrr: no such key",
+    "train -m optim.lrr=1,2": "optim.lrr: no such key",
+    "recipe nope": "recipe nope: no such recipe",
+    "recipe owl1 optim.lrr=1": "optim.lrr: no such key",
+    "recipe owl1 trainer.max_steps=x": "trainer.max_steps: 'x' is not a whole number",
+    "recipe owl1 stages.nope.seed=1": "no stage nope",
+    "ablate nope": "ablate nope: no such ablation",
+    "ablate fusion optim.lrr=1": "optim.lrr: no such key",
+    "ablate fusion jobs=x": "jobs=x: expected a number from 1",
+    "ablate fusion evaluation=null": "cell owl1: evaluation is null, and the ablation reports",
+    "report nope": "report nope: there is no runs/nope/ablation.json",
+    "report nope base=x": "base=x: report takes a name or a folder",
+    "eval nope": "nope: not a run",
+    "eval nope task=pope": "nope: no model",
+    "eval MODEL task=nope": "task=nope: no such option",
+    "eval MODEL task=pope task.file=x batch_sise=2": "batch_sise",
+    "eval MODEL task=pope task.file=x batch_size=x": "batch_size: 'x' is not a whole number",
+    "export nope out": "nope has no config.json",
+    "export MODEL out merged=true": "merged=true: not an option",
+    "export MODEL out max_shard_size=5": "max_shard_size=5: expected a number of KB",
+    "import nope out": "nope is no folder",
+    "import nope out merge=true": "merge=true: not an option",
+    "chat nope": "nope has no config.json",
+    "chat MODEL which=best": "which=best: an exported folder has no checkpoints",
+    "chat MODEL --image nope.png why": "--image nope.png: there is no such file",
+    "chat MODEL --explain nope/a.png why": "there is no folder nope",
+    "mixture optim.lrr=1": "optim.lrr: no such key",
+    "bench step sise=1": "sise=1: not an argument of bench",
+    "bench train --precision fp8": "invalid choice: 'fp8'",
+    "data shapes out x": "x: not an argument of data",
+    "config optim.lrr=1": "optim.lrr: no such key",
+}
+"""Commands with a mistake, and what is said of it. MODEL is an exported folder, of which nothing but its kind is read."""
+
+
+def test_a_mistake_of_any_command_is_told_before_a_heavy_import(tmp_path):
+    (tmp_path / "MODEL").mkdir()
+    (tmp_path / "MODEL/config.json").write_text('{"model_type": "owlfuse"}')
+    code = f"""
+import contextlib, io, json, sys
+from owlfuse.cli import main
+said = {{}}
+for line in {list(MISTAKES)!r}:
+    error = io.StringIO()
+    with contextlib.redirect_stderr(error):
+        try:
+            main(line.split())
+        except SystemExit:
+            pass
+    heavy = [name for name in ("torch", "transformers", "lightning", "timm", "peft", "PIL") if name in sys.modules]
+    said[line] = error.getvalue(), heavy
+print(json.dumps(said))
+"""
+    result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+    said = json.loads(result.stdout)
+    for line, message in MISTAKES.items():
+        error, heavy = said[line]
+        assert error.startswith("owlfuse: error: "), line
+        assert error.count("\n") == 1, line
+        assert message in error, line
+        assert heavy == [], line
+    commands = {line.split()[0] for line in MISTAKES}
+    assert commands == set(cli.COMMANDS) - {"demo", "completion"}  # demo asks for its extra first
+
+
 def test_help_of_train_lists_experiments_and_options_of_the_working_folder(tmp_path, monkeypatch, capsys):
     for name in ("configs/model/connector/mine.yaml", "experiments/sweep/one.yaml"):
         (tmp_path / name).parent.mkdir(parents=True)

@@ -224,8 +224,9 @@ def find_run(folder: str | Path) -> Path:
         return run
     if kind := describe_path(run):
         raise ConfigError(f"{COMMAND_LINE}: {folder} {kind}")
-    places = {run.parent, Path("runs")}
-    runs = {str(f.parent) for place in places if place.is_dir() for f in place.rglob("config.yaml")}
+    beside = run.parent.glob("*/config.yaml")  # no deeper: above it may be the whole disk
+    of_experiments, of_recipes = Path("runs").glob("*/*/config.yaml"), Path("runs").glob("*/*/*/config.yaml")
+    runs = {str(file.parent) for files in (beside, of_experiments, of_recipes) for file in files}
     by_name = {Path(r).name: r for r in runs}
     match = nearest(str(run), runs) or by_name.get(nearest(run.name, by_name) or "")
     guess = f"; did you mean '{match}'?" if match else ""

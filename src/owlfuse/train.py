@@ -55,7 +55,8 @@ def run(config: DictConfig, data_digest: str | None = None) -> Path | None:
     if config.get("dry_run"):
         dry_run(config)
         return None
-    check_machine(config)
+    if notice := check_machine(config):
+        print(notice)
     with signals_end_the_run():
         folder = run_folder(config)
         hidden = config.trainer.get("enable_progress_bar") is False

@@ -70,6 +70,9 @@ def make_cells(ablation: Ablation, words: list[str], runs_name: str, open_data: 
         name = cell_name(levels)
         for seed in ablation.seeds:
             cell = make_cell(ablation, name, levels, seed, words, runs_name)
+            if cell.config.evaluation is None:
+                reported = ", ".join(ablation.metrics)
+                raise ConfigError(f"cell {name}: evaluation is null, and the ablation reports {reported}; leave it as it is")
             same = names.setdefault(f"{cell.hash['config']}", name)
             if same != name:
                 raise ConfigError(f"cell {name}: its configuration is that of cell {same}; a factor changes nothing there")
