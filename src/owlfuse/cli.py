@@ -181,7 +181,7 @@ def _recipe(arguments: argparse.Namespace) -> None:
     from owlfuse.recipe_stages import compose_stages, split_dry_run
 
     _, words = split_dry_run(arguments.overrides)
-    compose_stages(arguments.recipe, words)  # mistakes, before heavy imports
+    compose_stages(arguments.recipe, words, importing=False)  # mistakes, before heavy imports
     from owlfuse.recipe import recipe_command
 
     recipe_command(arguments.recipe, arguments.overrides)

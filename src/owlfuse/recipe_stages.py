@@ -16,11 +16,12 @@ FREE |= {"chunk", "image_size"}
 """Keys of a part that a stage may have otherwise than the one before: how it computes, and where weights came from."""
 
 
-def compose_stages(recipe: str, words: list[str]) -> dict[str, DictConfig]:
+def compose_stages(recipe: str, words: list[str], importing: bool = True) -> dict[str, DictConfig]:
     """The configuration of each stage by its name, in order.
 
     Args:
         words: overrides for every stage, and `stages.<stage>.<override>` for one.
+        importing: see `compose`.
 
     Raises:
         ConfigError: no such recipe, a mistake in a stage, or stages whose parts differ.
@@ -31,7 +32,7 @@ def compose_stages(recipe: str, words: list[str]) -> dict[str, DictConfig]:
         raise ConfigError(f"{COMMAND_LINE}: recipe {recipe}: no such recipe{hint(recipe, folders.recipe_names)}")
     configs: dict[str, DictConfig] = {}
     for name in names:
-        config = compose_stage(recipe, name, words_for(name, names, words))
+        config = compose_stage(recipe, name, words_for(name, names, words), importing)
         first = next(iter(configs.values()), config)
         with open_dict(config):  # all stages lie in one folder, whatever one of them has as its seed
             config.experiment = recipe
@@ -69,10 +70,10 @@ def split_dry_run(words: list[str]) -> tuple[bool, list[str]]:
     return values[-1:] == ["true"], [word for word in words if not word.startswith("dry_run=")]
 
 
-def compose_stage(recipe: str, name: str, words: list[str]) -> DictConfig:
+def compose_stage(recipe: str, name: str, words: list[str], importing: bool) -> DictConfig:
     """`compose`, with the stage's name in its errors where its file is at fault."""
     try:
-        return compose([f"experiment={recipe}/{name}", *words])
+        return compose([f"experiment={recipe}/{name}", *words], importing=importing)
     except ConfigError as error:
         of_command_line = str(error).startswith(COMMAND_LINE)
         raise error if of_command_line else ConfigError(f"stage {name}: {error}") from error

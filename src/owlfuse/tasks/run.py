@@ -11,7 +11,8 @@ import torch
 from torch.utils.data import DataLoader
 
 from owlfuse.build import build
-from owlfuse.config import ConfigError, origin_of
+from owlfuse.config import ConfigError, check_targets, origin_of
+from owlfuse.config_plain import to_dict
 from owlfuse.data.workers import DataWorkers, ignore_signals
 from owlfuse.progress import Progress
 from owlfuse.quiet import quiet_libraries
@@ -62,6 +63,7 @@ def evaluate_task(folder: str, words: list[str]) -> None:
 def read_options(words: list[str]) -> tuple[Options, Task]:
     """eval.yaml with the overrides, and the benchmark. Raises ConfigError."""
     options, config = compose_options(words)
+    check_targets(to_dict(config), lambda path: origin_of(config, path))
     task = build(config.task)
     if not isinstance(task, Task):
         raise ConfigError(f"{origin_of(config, 'task._target_')}: task._target_: {config.task._target_} is no Task")
