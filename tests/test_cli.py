@@ -208,6 +208,14 @@ def recorder(tmp_path, monkeypatch):
     return made
 
 
+@pytest.mark.parametrize("by_module", [True, False])
+def test_a_module_of_the_working_folder_is_not_run_by_itself(by_module, tmp_path):
+    (tmp_path / "hydra.py").write_text("print('code of the working folder')")
+    command = [sys.executable, "-m", "owlfuse"] if by_module else [str(Path(sys.executable).with_name("owlfuse"))]
+    result = subprocess.run([*command, "recipe", "nope"], cwd=tmp_path, capture_output=True, text=True)
+    assert one_line(result).startswith("command line: recipe nope: no such recipe")
+
+
 def test_overrides_may_stand_anywhere_on_the_line(recorder):
     assert cli.main(["train", "a=1", "-m", "b=2", "c=3"]) == 0
     assert recorder.configs == [{"overrides": ["a=1", "b=2", "c=3"]}]

@@ -143,6 +143,14 @@ def test_dry_run_prints_what_each_stage_trains_and_writes_nothing(capsys):
     assert sorted(Path().rglob("*")) == before
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_every_stage_is_checked_for_this_machine_before_the_first_trains(monkeypatch):
+    monkeypatch.setattr("owlfuse.recipe.run_stage", lambda *_: pytest.fail("a stage is trained"))
+    with pytest.raises(ConfigError, match="stage third: .*torch finds no GPU on this machine"):
+        recipe_command("tiny", [*SMALL, "name=no_gpu", "stages.third.trainer.accelerator=gpu"])
+    assert not Path("runs/tiny/no_gpu").exists()
+
+
 def test_a_stage_is_an_experiment_too():
     config = compose(["experiment=tiny/second", "seed=4"])
     assert (config.model.vision.image_size, config.model.adapter.llm.r, config.seed) == (64, 2, 4)

@@ -14,8 +14,8 @@ NEVER = 2**62
 
 
 class FiniteWatch:
-    """Notes on the device which step was the first with a loss, or a gradient's norm, that is no finite number. Reading it waits
-    for the device, so it is read where the loss is read anyway and before a checkpoint is written."""
+    """Notes on the device which step was the first with a loss, or a norm of gradients, that is no finite number. Reading it
+    waits for the device, so it is read where the loss is read anyway and before a checkpoint is written."""
 
     def __init__(self) -> None:
         self.first: Tensor | None = None
@@ -35,6 +35,6 @@ class FiniteWatch:
         has_checkpoint = bool(checkpoints_of(folder / "checkpoints"))
         again = f"go on from the last checkpoint by resume={folder}" if has_checkpoint else "begin anew"
         raise DataError(
-            f"step {step}: the loss of its global batch, or the norm of its gradients, is no finite number, so no checkpoint is "
-            f"written after it; {again} with a smaller optim.lr, more optim.warmup_steps, or trainer.precision=32-true"
+            f"step {step}: the loss of its global batch, or the norm of its gradients, is no finite number, so no checkpoint "
+            f"is written after it; {again} with a smaller optim.lr, more optim.warmup_steps, or trainer.precision=32-true"
         )

@@ -62,7 +62,7 @@ def by_itself(cell: list[str], configuration: DictConfig) -> Path | None:
 
     folder = None if configuration.get("dry_run") else run_folder(configuration)
     named = [f"name={folder.name}"] if folder and not configuration.get("name") else []
-    command = [sys.executable, "-m", "owlfuse.cli", "train", *cell, *named]
+    command = [sys.executable, "-m", "owlfuse", "train", *cell, *named]
     with subprocess.Popen(command, process_group=0) as process:
         before = {n: signal.signal(n, lambda n, _: os.killpg(process.pid, n)) for n in (signal.SIGINT, signal.SIGTERM)}
         try:
