@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from helpers import SHAPE_COUNTS, TINY_SHAPES
+from helpers import SHAPE_COUNTS, SMALL_RUN
 from owlfuse import module as training
 from owlfuse import train
 from owlfuse.config import compose
@@ -39,8 +39,8 @@ def test_a_run_ends_and_the_checkpoints_before_are_as_they_were(every, tmp_path,
         return (loss * float("nan") if model.training and len(batches) == 3 else loss), tokens
 
     monkeypatch.setattr(training, "batch_loss", lost_in_step_3)
-    words = ["experiment=shapes_owl3", *TINY_SHAPES, "data.workers=0", "data.global_batch_size=4", "model.vision.image_size=32"]
-    words += ["trainer.max_steps=6", "trainer.val_check_interval=2", f"trainer.log_every_n_steps={every}", "name=lost"]
+    words = ["experiment=shapes_owl3", *SMALL_RUN, "trainer.max_steps=6", "trainer.val_check_interval=2"]
+    words += [f"trainer.log_every_n_steps={every}", "name=lost"]
     with pytest.raises(DataError, match=r"step 3: the loss .* go on from the last checkpoint by resume=runs/shapes_owl3/lost"):
         train.run(compose(words))
     written = sorted(path.name for path in (tmp_path / "runs/shapes_owl3/lost/checkpoints").glob("*.ckpt"))

@@ -16,14 +16,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from helpers import REPO, SHAPE_COUNTS, TINY_SHAPES
+from helpers import REPO, SHAPE_COUNTS, SHORT_ANSWERS, SMALL_RUN
 from owlfuse import __version__, cli, hub_access
 from owlfuse.data.shapes import write_shapes
 from owlfuse.full_disk import naming_full_disk
 from owlfuse.types import DataError
 
-TRAIN = ["train", "experiment=shapes_owl3", *TINY_SHAPES, "data.workers=0", "data.global_batch_size=4", "name=x"]
-TRAIN += ["model.vision.image_size=32", "trainer.max_steps=2", "trainer.val_check_interval=2"]
+TRAIN = ["train", "experiment=shapes_owl3", *SMALL_RUN, "trainer.max_steps=2", "trainer.val_check_interval=2", "name=x"]
 CORES = len(os.sched_getaffinity(0))
 no_gpu = pytest.mark.skipif(torch.cuda.is_available() or torch.backends.mps.is_available(), reason="there is a GPU")
 
@@ -182,7 +181,7 @@ def test_a_full_disk_is_one_line_whatever_is_written(name, capsys):
     shutil.rmtree(run, ignore_errors=True)
     run.mkdir(parents=True)
     (run / name).symlink_to("/dev/full")
-    code, line = told([*TRAIN, "evaluation.max_questions=2", "evaluation.max_new_tokens=2"], capsys)
+    code, line = told([*TRAIN, *SHORT_ANSWERS], capsys)
     assert code == 1
     assert "No space left on device" in line
     assert str(run) in line

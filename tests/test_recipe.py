@@ -16,7 +16,7 @@ import pytest
 import torch
 from timm.layers import resample_abs_pos_embed
 
-from helpers import SHAPE_COUNTS, TINY_SHAPES
+from helpers import SHAPE_COUNTS, SHORT_ANSWERS, SMALL_DATA
 from owlfuse.config import ConfigError, compose
 from owlfuse.config_files import find_folders
 from owlfuse.data.shapes import write_shapes
@@ -25,12 +25,9 @@ from owlfuse.recipe import make_stages, recipe_command, write_record
 from owlfuse.types import DataError
 
 SMALL = [
-    *TINY_SHAPES,
-    "data.workers=0",
-    "data.global_batch_size=8",
+    *SMALL_DATA,
+    *SHORT_ANSWERS,
     "data.validation_samples=8",
-    "evaluation.max_questions=2",
-    "evaluation.max_new_tokens=2",
     "evaluation.contact_sheet=0",
     "trainer.log_every_n_steps=1",
     "optim.warmup_steps=0",

@@ -119,7 +119,7 @@ class Checkpoints(Checkpoint):
             how = " in the background; training waited for" if self.writes.background else " in"
             print(f"{self.count} checkpoint{'s' * (self.count > 1)} written{how} {seconds:.1f} s")
 
-    def on_exception(self, trainer: Trainer, module: LightningModule, exception: BaseException) -> None:
+    def on_exception(self, trainer: Trainer, module: Any, exception: BaseException) -> None:
         """What is being written is not broken off, and the last whole step gets a checkpoint.
 
         Not of several processes, of which the others may wait elsewhere: they go on from the checkpoint before. Not after a
