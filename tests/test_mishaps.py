@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import resource
 import runpy
 import shutil
 import socket
@@ -15,11 +16,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 
 from helpers import REPO, SHAPE_COUNTS, SHORT_ANSWERS, SMALL_RUN
 from owlfuse import __version__, cli, hub_access
 from owlfuse.data.shapes import write_shapes
-from owlfuse.full_disk import naming_full_disk
+from owlfuse.folders import whole_folder
+from owlfuse.full_disk import naming_full_disk, why_not_written
 from owlfuse.types import DataError
 
 TRAIN = ["train", "experiment=shapes_owl3", *SMALL_RUN, "trainer.max_steps=2", "trainer.val_check_interval=2", "name=x"]
@@ -195,6 +200,33 @@ def test_only_errors_about_writing_are_taken_for_a_full_disk(tmp_path):
     for error in (OSError(2, "x"), ConnectionError("x"), ValueError("x")):
         with pytest.raises(type(error)), naming_full_disk(tmp_path):
             raise error
+
+
+WRITERS = {
+    "tokenizers": lambda path: Tokenizer(WordLevel({str(number): number for number in range(500)})).save(str(path / "t.json")),
+    "safetensors": lambda path: save_file({"a": torch.zeros(5000)}, path / "a.safetensors"),
+}
+
+
+@pytest.mark.parametrize("write", WRITERS.values(), ids=WRITERS)
+def test_a_folder_that_a_library_cannot_write_is_one_line_and_gone(write, tmp_path):
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+    try:
+        with pytest.raises(DataError, match="out could not be written: .*File too large.*; make room or permit it"):  # noqa: SIM117
+            with whole_folder(tmp_path / "out") as folder:
+                write(folder)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_below_a_file_is_told_as_a_place_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").touch()
+    for make in (lambda: (tmp_path / "file/x").write_text("a"), lambda: tmp_path.write_text("a")):
+        with pytest.raises(OSError) as caught:  # noqa: PT011  # which of them is the system's to say
+            make()
+        assert why_not_written(caught.value)
 
 
 @pytest.mark.parametrize("argv", [[sys.executable, "-m", "owlfuse", "--version"], ["owlfuse", "--version"]])
