@@ -40,6 +40,10 @@ ROWS: list[Row] = [
 SHAPE_COUNTS = {"train_pictures": 48, "val_pictures": 6, "held_out_pictures": 6, "text_train": 120, "text_val": 8}
 """A data set of shapes that is written in a moment, as arguments of `write_shapes`, and below as overrides."""
 TINY_SHAPES = [f"+data.prepare.{name}={count}" for name, count in SHAPE_COUNTS.items()]
+SMALL_DATA = [*TINY_SHAPES, "data.workers=0", "data.global_batch_size=8"]
+"""Overrides of a run that learns from little, in one process. What stands behind them on the line counts."""
+SMALL_RUN = [*SMALL_DATA, "model.vision.image_size=32"]
+SHORT_ANSWERS = ["evaluation.max_questions=2", "evaluation.max_new_tokens=2"]
 
 VIT = {
     "_target_": "owlfuse.vision.TimmBackbone",

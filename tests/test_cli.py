@@ -45,6 +45,82 @@ print("heavy:", [name for name in {HEAVY!r} if name in sys.modules])
     assert result.stdout.splitlines()[-1] == "heavy: []"
 
 
+MISTAKES = {
+    "train optim.lrr=1": "optim.lrr: no such key",
+    "train evaluation=null evaluation.max_questions=2": "evaluation.max_questions=2: evaluation is null, so it has no keys",
+    "train +logger.csv.name=x logger=null": "+logger.csv.name=x: logger is null, so it has no keys",
+    "train -m optim.lrr=1,2": "optim.lrr: no such key",
+    "recipe nope": "recipe nope: no such recipe",
+    "recipe owl1 optim.lrr=1": "optim.lrr: no such key",
+    "recipe owl1 trainer.max_steps=x": "trainer.max_steps: 'x' is not a whole number",
+    "recipe owl1 stages.instruct.optim.lrr=1": "optim.lrr: no such key",
+    "recipe owl1 stages.nope.seed=1": "no stage nope",
+    "ablate nope": "ablate nope: no such ablation",
+    "ablate fusion optim.lrr=1": "optim.lrr: no such key",
+    "ablate fusion jobs=x": "jobs=x: expected a number from 1",
+    "ablate fusion evaluation=null": "evaluation.max_questions=300: evaluation is null, so it has no keys",
+    "ablate text_ratio evaluation=null": "evaluation is null, and the ablation reports val/exact_match",
+    "report nope": "report nope: there is no runs/nope/ablation.json",
+    "report nope base=x": "base=x: report takes a name or a folder",
+    "eval nope": "nope: not a run",
+    "eval nope task=pope": "nope: no model",
+    "eval MODEL task=nope": "task=nope: no such option",
+    "eval MODEL task=pope task.file=x batch_sise=2": "batch_sise",
+    "eval MODEL task=pope task.file=x batch_size=x": "batch_size: 'x' is not a whole number",
+    "export nope out": "nope has no config.json",
+    "export MODEL out merged=true": "merged=true: not an option",
+    "export MODEL out max_shard_size=5": "max_shard_size=5: expected a number of KB",
+    "import nope out": "nope is no folder",
+    "import nope out merge=true": "merge=true: not an option",
+    "chat nope": "nope has no config.json",
+    "chat MODEL which=best": "which=best: an exported folder has no checkpoints",
+    "chat MODEL --image nope.png why": "--image nope.png: there is no such file",
+    "chat MODEL --explain nope/a.png why": "there is no folder nope",
+    "mixture optim.lrr=1": "optim.lrr: no such key",
+    "bench step sise=1": "sise=1: not an argument of bench",
+    "bench train --precision fp8": "invalid choice: 'fp8'",
+    "data shapes out x": "x: not an argument of data",
+    "config optim.lrr=1": "optim.lrr: no such key",
+}
+"""Commands with a mistake, and what is said of it. MODEL is an exported folder, of which nothing but its kind is read."""
+
+
+QUICK = ["recipe owl1 optim.lrr=1", "report nope", "export nope out", "chat nope", "eval nope task=pope"]
+
+
+@pytest.mark.parametrize("lines", [QUICK, pytest.param([*MISTAKES], marks=pytest.mark.slow)], ids=["quick", "all"])
+def test_a_mistake_of_any_command_is_told_before_a_heavy_import(lines, tmp_path):
+    (tmp_path / "MODEL").mkdir()
+    (tmp_path / "MODEL/config.json").write_text('{"model_type": "owlfuse"}')
+    code = f"""
+import contextlib, io, json, sys
+from owlfuse.cli import main
+said = {{}}
+for line in {lines!r}:
+    error = io.StringIO()
+    with contextlib.redirect_stderr(error):
+        try:
+            main(line.split())
+        except SystemExit:
+            pass
+    heavy = [name for name in ("torch", "transformers", "lightning", "timm", "peft", "PIL") if name in sys.modules]
+    said[line] = error.getvalue(), heavy
+print(json.dumps(said))
+"""
+    result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+    said = json.loads(result.stdout)
+    for line in lines:
+        error, heavy = said[line]
+        assert error.startswith("owlfuse: error: "), line
+        assert error.count("\n") == 1, line
+        assert MISTAKES[line] in error, line
+        assert heavy == [], line
+
+
+def test_every_command_has_a_mistake_in_the_table():
+    assert {line.split()[0] for line in MISTAKES} == set(cli.COMMANDS) - {"demo", "completion"}  # demo asks for its extra first
+
+
 def test_help_of_train_lists_experiments_and_options_of_the_working_folder(tmp_path, monkeypatch, capsys):
     for name in ("configs/model/connector/mine.yaml", "experiments/sweep/one.yaml"):
         (tmp_path / name).parent.mkdir(parents=True)
@@ -81,7 +157,7 @@ def test_help_tells_the_exit_codes(tmp_path):
         (["eval", "nowhere"], "command line: nowhere: not a run: there is no nowhere/config.yaml"),
         (["eval", "seed=1"], "command line: name the run's folder: owlfuse eval RUN [overrides]"),
         (["data", "shapes", "d", "--pictures", "many"], "argument --pictures: invalid int value: 'many'"),
-        (["data", "shapes", "d", "e"], "command line: e: not an argument of data shapes"),
+        (["data", "shapes", "d", "e"], "command line: e: not an argument of data; see its --help"),
     ],
 )  # fmt: skip
 def test_a_mistake_is_one_line_and_exit_code_2(argv, line, tmp_path):
@@ -125,10 +201,19 @@ def recorder(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "path", list(sys.path))
     monkeypatch.setattr(config, "compose", compose)
     monkeypatch.setattr(config, "sweep_cells", lambda overrides: config._product(overrides, config.find_folders()))
-    for name, stand_in in {"train": SimpleNamespace(run=made.run), "evaluation": made}.items():
+    checks = SimpleNamespace(check_machine=lambda config: None)
+    for name, stand_in in {"train": SimpleNamespace(run=made.run), "evaluation": made, "trainer_checks": checks}.items():
         monkeypatch.setitem(sys.modules, f"owlfuse.{name}", stand_in)
         monkeypatch.setattr(f"owlfuse.{name}", stand_in, raising=False)
     return made
+
+
+@pytest.mark.parametrize("by_module", [True, False])
+def test_a_module_of_the_working_folder_is_not_run_by_itself(by_module, tmp_path):
+    (tmp_path / "hydra.py").write_text("print('code of the working folder')")
+    command = [sys.executable, "-m", "owlfuse"] if by_module else [str(Path(sys.executable).with_name("owlfuse"))]
+    result = subprocess.run([*command, "recipe", "nope"], cwd=tmp_path, capture_output=True, text=True)
+    assert one_line(result).startswith("command line: recipe nope: no such recipe")
 
 
 def test_overrides_may_stand_anywhere_on_the_line(recorder):

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import resource
 import runpy
 import shutil
 import socket
@@ -15,15 +16,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 
-from helpers import REPO, SHAPE_COUNTS, TINY_SHAPES
+from helpers import REPO, SHAPE_COUNTS, SHORT_ANSWERS, SMALL_RUN
 from owlfuse import __version__, cli, hub_access
 from owlfuse.data.shapes import write_shapes
-from owlfuse.full_disk import naming_full_disk
+from owlfuse.folders import whole_folder
+from owlfuse.full_disk import naming_full_disk, why_not_written
 from owlfuse.types import DataError
 
-TRAIN = ["train", "experiment=shapes_owl3", *TINY_SHAPES, "data.workers=0", "data.global_batch_size=4", "name=x"]
-TRAIN += ["model.vision.image_size=32", "trainer.max_steps=2", "trainer.val_check_interval=2"]
+TRAIN = ["train", "experiment=shapes_owl3", *SMALL_RUN, "trainer.max_steps=2", "trainer.val_check_interval=2", "name=x"]
 CORES = len(os.sched_getaffinity(0))
 no_gpu = pytest.mark.skipif(torch.cuda.is_available() or torch.backends.mps.is_available(), reason="there is a GPU")
 
@@ -109,7 +113,7 @@ def test_more_gpus_than_there_are_are_refused(wanted, monkeypatch):
 
 
 @no_gpu
-def test_processes_on_the_cpu_are_told_where_gpus_may_have_been_meant(monkeypatch, capsys):
+def test_processes_on_the_cpu_are_told_where_gpus_may_have_been_meant(monkeypatch):
     from owlfuse.config import compose
     from owlfuse.trainer_checks import check_machine
 
@@ -117,9 +121,10 @@ def test_processes_on_the_cpu_are_told_where_gpus_may_have_been_meant(monkeypatc
     for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID"):
         monkeypatch.delenv(name, raising=False)
     for kind in ("ddp", "fsdp", "tp"):
-        check_machine(compose(["experiment=shapes_owl3", f"trainer={kind}", "trainer.devices=8"]))
-        assert "there is no GPU: trainer.devices=8 starts 8 processes on the CPU" in capsys.readouterr().out
-    check_machine(compose(["experiment=shapes_owl3", "trainer=ddp", "trainer.devices=99", "trainer.accelerator=cpu"]))
+        notice = check_machine(compose(["experiment=shapes_owl3", f"trainer={kind}", "trainer.devices=8"]))
+        assert notice == "there is no GPU: trainer.devices=8 starts 8 processes on the CPU"
+    asked = compose(["experiment=shapes_owl3", "trainer=ddp", "trainer.devices=99", "trainer.accelerator=cpu"])
+    assert check_machine(asked) is None
 
 
 @pytest.fixture(scope="module")
@@ -181,7 +186,7 @@ def test_a_full_disk_is_one_line_whatever_is_written(name, capsys):
     shutil.rmtree(run, ignore_errors=True)
     run.mkdir(parents=True)
     (run / name).symlink_to("/dev/full")
-    code, line = told([*TRAIN, "evaluation.max_questions=2", "evaluation.max_new_tokens=2"], capsys)
+    code, line = told([*TRAIN, *SHORT_ANSWERS], capsys)
     assert code == 1
     assert "No space left on device" in line
     assert str(run) in line
@@ -195,6 +200,33 @@ def test_only_errors_about_writing_are_taken_for_a_full_disk(tmp_path):
     for error in (OSError(2, "x"), ConnectionError("x"), ValueError("x")):
         with pytest.raises(type(error)), naming_full_disk(tmp_path):
             raise error
+
+
+WRITERS = {
+    "tokenizers": lambda path: Tokenizer(WordLevel({str(number): number for number in range(500)})).save(str(path / "t.json")),
+    "safetensors": lambda path: save_file({"a": torch.zeros(5000)}, path / "a.safetensors"),
+}
+
+
+@pytest.mark.parametrize("write", WRITERS.values(), ids=WRITERS)
+def test_a_folder_that_a_library_cannot_write_is_one_line_and_gone(write, tmp_path):
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+    try:
+        with pytest.raises(DataError, match="out could not be written: .*File too large.*; make room or permit it"):  # noqa: SIM117
+            with whole_folder(tmp_path / "out") as folder:
+                write(folder)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_below_a_file_is_told_as_a_place_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").touch()
+    for make in (lambda: (tmp_path / "file/x").write_text("a"), lambda: tmp_path.write_text("a")):
+        with pytest.raises(OSError) as caught:  # noqa: PT011  # which of them is the system's to say
+            make()
+        assert why_not_written(caught.value)
 
 
 @pytest.mark.parametrize("argv", [[sys.executable, "-m", "owlfuse", "--version"], ["owlfuse", "--version"]])

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from helpers import SHAPE_COUNTS, TINY_SHAPES, llm_fields, make_batch, make_model
+from helpers import SHAPE_COUNTS, SMALL_RUN, llm_fields, make_batch, make_model
 from owlfuse import train
 from owlfuse.config import compose
 from owlfuse.data.shapes import write_shapes
@@ -15,10 +15,7 @@ from owlfuse.hub.export import export, load_exported, load_run
 from owlfuse.weights import HALVES, set_precision
 
 SMALL = [
-    *TINY_SHAPES,
-    "data.workers=0",
-    "data.global_batch_size=8",
-    "model.vision.image_size=32",
+    *SMALL_RUN,
     "evaluation.max_questions=4",
     "evaluation.max_new_tokens=3",
     "evaluation.contact_sheet=4",

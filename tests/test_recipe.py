@@ -16,7 +16,7 @@ import pytest
 import torch
 from timm.layers import resample_abs_pos_embed
 
-from helpers import SHAPE_COUNTS, TINY_SHAPES
+from helpers import SHAPE_COUNTS, SHORT_ANSWERS, SMALL_DATA
 from owlfuse.config import ConfigError, compose
 from owlfuse.config_files import find_folders
 from owlfuse.data.shapes import write_shapes
@@ -25,12 +25,9 @@ from owlfuse.recipe import make_stages, recipe_command, write_record
 from owlfuse.types import DataError
 
 SMALL = [
-    *TINY_SHAPES,
-    "data.workers=0",
-    "data.global_batch_size=8",
+    *SMALL_DATA,
+    *SHORT_ANSWERS,
     "data.validation_samples=8",
-    "evaluation.max_questions=2",
-    "evaluation.max_new_tokens=2",
     "evaluation.contact_sheet=0",
     "trainer.log_every_n_steps=1",
     "optim.warmup_steps=0",
@@ -141,6 +138,14 @@ def test_dry_run_prints_what_each_stage_trains_and_writes_nothing(capsys):
     ):
         assert words in table
     assert sorted(Path().rglob("*")) == before
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_every_stage_is_checked_for_this_machine_before_the_first_trains(monkeypatch):
+    monkeypatch.setattr("owlfuse.recipe.run_stage", lambda *_: pytest.fail("a stage is trained"))
+    with pytest.raises(ConfigError, match="stage third: .*torch finds no GPU on this machine"):
+        recipe_command("tiny", [*SMALL, "name=no_gpu", "stages.third.trainer.accelerator=gpu"])
+    assert not Path("runs/tiny/no_gpu").exists()
 
 
 def test_a_stage_is_an_experiment_too():

@@ -27,6 +27,9 @@ def module():
             global_rank=0,
             strategy=strategy,
             is_global_zero=True,
+            global_step=0,
+            log_every_n_steps=10,
+            default_root_dir=".",
         )
         made.log = lambda *args, **kwargs: None
         made.configure_model()

@@ -18,7 +18,7 @@ import pytest
 import torch
 from PIL import Image
 
-from helpers import SHAPE_COUNTS, TINY_SHAPES
+from helpers import SHAPE_COUNTS, SMALL_RUN
 from owlfuse import train
 from owlfuse.config import ConfigError, compose
 from owlfuse.config_files import find_folders
@@ -28,14 +28,7 @@ from owlfuse.model import on_meta
 from owlfuse.runs import last_checkpoint, step_of
 from owlfuse.types import DataError
 
-SMALL = [
-    *TINY_SHAPES,
-    "data.workers=0",
-    "data.global_batch_size=8",
-    "model.vision.image_size=32",
-    "evaluation.max_questions=8",
-    "evaluation.max_new_tokens=3",
-]
+SMALL = [*SMALL_RUN, "evaluation.max_questions=8", "evaluation.max_new_tokens=3"]
 EXPERIMENTS = sorted(name for name in find_folders().experiment_names if name.startswith("shapes_"))
 
 

@@ -5,4 +5,4 @@
 set -euo pipefail
 : "${NODES:=1}" "${NODE:=0}" "${MASTER:=127.0.0.1}" "${PORT:=29500}" "${GPUS:=8}"
 exec torchrun --nnodes="$NODES" --node-rank="$NODE" --nproc-per-node="$GPUS" --master-addr="$MASTER" --master-port="$PORT" \
-    --module owlfuse.cli train "$@" trainer.devices="$GPUS" trainer.num_nodes="$NODES"
+    --module owlfuse train "$@" trainer.devices="$GPUS" trainer.num_nodes="$NODES"

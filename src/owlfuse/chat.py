@@ -158,19 +158,6 @@ def to_terminal(text: str) -> None:
     sys.stdout.flush()
 
 
-def explanation_file(path: str, pictures: bool) -> Path:
-    """Where the explanation goes. Raises DataError, before a model is loaded, where it cannot be written or there is nothing
-    to look at."""
-    file = Path(path).expanduser()
-    if file.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
-        raise DataError(f"--explain {path}: a picture is written as .png, .jpg or .webp; name the file so")
-    if not file.parent.is_dir():
-        raise DataError(f"--explain {path}: there is no folder {file.parent}; make it first")
-    if not pictures:
-        raise DataError(f"--explain {path}: it shows where the answer looked in a picture; give one by --image PATH")
-    return file
-
-
 @quiet_libraries()
 def chat(
     folder: Path,
@@ -178,13 +165,12 @@ def chat(
     question: str | None,
     max_new_tokens: int,
     temperature: float,
-    explain: str | None = None,
+    out: Path | None = None,
     thinking: bool = False,
     which: str = "last",
 ) -> None:
-    """One answer, or a conversation where no question is given. `explain`: the file for where the (last) answer looked.
+    """One answer, or a conversation where no question is given. `out`: the file for where the (last) answer looked.
     `which`: of a run's checkpoints."""
-    out = explanation_file(explain, question is None or bool(images)) if explain else None
     model, processor = load_talker(folder, which)
     model.to("cuda" if torch.cuda.is_available() else "cpu")  # type: ignore[arg-type]  # lost in transformers' wrapper
     sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}

@@ -97,7 +97,7 @@ class Checkpoints(Checkpoint):
             self.statistics = step, [buffer.clone() for buffer in statistics_of(module)]
         due = self.validated if self.every is None else step % self.every == 0
         if due and step and batch_idx % trainer.accumulate_grad_batches == 0:
-            self.save(trainer)
+            self.save(trainer, module)
 
     def on_train_batch_end(self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Keeps the random states as the micro batch left them."""
@@ -111,7 +111,7 @@ class Checkpoints(Checkpoint):
 
     def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
         """Saves, waits until all is written, and says what saving took. Raises DataError as `save` does."""
-        self.save(trainer)
+        self.save(trainer, module)
         began = time.monotonic()
         self.writes.finish(trainer)
         seconds = self.writes.seconds + time.monotonic() - began
@@ -119,7 +119,7 @@ class Checkpoints(Checkpoint):
             how = " in the background; training waited for" if self.writes.background else " in"
             print(f"{self.count} checkpoint{'s' * (self.count > 1)} written{how} {seconds:.1f} s")
 
-    def on_exception(self, trainer: Trainer, module: LightningModule, exception: BaseException) -> None:
+    def on_exception(self, trainer: Trainer, module: Any, exception: BaseException) -> None:
         """What is being written is not broken off, and the last whole step gets a checkpoint.
 
         Not of several processes, of which the others may wait elsewhere: they go on from the checkpoint before. Not after a
@@ -129,6 +129,8 @@ class Checkpoints(Checkpoint):
         step = trainer.global_step
         if trainer.world_size > 1 or not self.can_write or not step or isinstance(exception, KeyboardInterrupt):
             return
+        if module.finite.told:
+            return
         if module.updating:
             log.error("the update after step %d was broken off; the last checkpoint before it is what is left", step)
             return
@@ -137,21 +139,22 @@ class Checkpoints(Checkpoint):
             for buffer, before in zip(statistics_of(module), self.statistics[1]):
                 buffer.copy_(before)
         try:
-            self.save(trainer)
+            self.save(trainer, module)
             self.writes.finish(trainer)
         except DataError as error:
             log.error("%s", error)
 
-    def save(self, trainer: Trainer) -> None:
+    def save(self, trainer: Trainer, module: Any) -> None:
         """Writes the checkpoint of the trainer's step, unless it is there, and deletes those beyond `keep`. All ranks call it.
 
         Raises:
-            DataError: it, or the one before, could not be written; the ones before are intact.
+            DataError: it, or the one before, could not be written, or a loss was no finite number; the ones before are intact.
         """
         self.validated = False
         step = trainer.global_step
         if step == self.saved:
             return
+        module.finite.check(Path(trainer.default_root_dir))
         path = Path(trainer.default_root_dir) / "checkpoints" / f"step_{step:08}.ckpt"
         self.can_write = False  # until it is written: after an error of writing none is tried again
         self.writes.write(trainer, path, partial(delete_beyond, self.keep, path))

@@ -27,7 +27,10 @@ def main(argv: list[str] | None = None) -> int:
     if unknown := [word for word in rest if word.startswith("-")]:
         command = arguments.command
         return failed(f"command line: {unknown[0]}: no such option of {command}; see owlfuse {command} --help", 2)
-    arguments.overrides = [*getattr(arguments, "overrides", []), *rest]  # words after an option, as in `a=1 -m b=2`
+    if rest and not hasattr(arguments, "overrides"):
+        return failed(f"command line: {rest[0]}: not an argument of {arguments.command}; see its --help", 2)
+    if rest:
+        arguments.overrides += rest  # words after an option, as in `a=1 -m b=2`
     return report_errors(lambda: _run(arguments), arguments.command)
 
 
@@ -108,6 +111,10 @@ def _eval(arguments: argparse.Namespace) -> None:
         raise ConfigError("command line: name the run's folder: owlfuse eval RUN [overrides]")
     words.remove(folder)
     if any(word.startswith("task=") for word in words):
+        from owlfuse.tasks.options import check_model, compose_options
+
+        check_model(folder)
+        compose_options(words)  # mistakes, before heavy imports
         from owlfuse.tasks.run import evaluate_task
 
         with signals_end_the_run():
@@ -121,8 +128,6 @@ def _eval(arguments: argparse.Namespace) -> None:
 
 
 def _data(arguments: argparse.Namespace) -> None:
-    if arguments.overrides:
-        raise SystemExit(failed(f"command line: {arguments.overrides[0]}: not an argument of data shapes", 2))
     from owlfuse.data.shapes import write_shapes
 
     try:
@@ -152,13 +157,19 @@ def _import(arguments: argparse.Namespace) -> None:
 
 
 def _chat(arguments: argparse.Namespace) -> None:
-    from owlfuse.chat import chat
-    from owlfuse.runs import split_which
+    from owlfuse.chat_checks import check_images, explanation_file
+    from owlfuse.runs import check_model, split_which
 
     which, words = split_which(arguments.overrides)
     question = " ".join(words) or None
-    asked = arguments.max_new_tokens, arguments.temperature, arguments.explain, arguments.thinking, which
-    chat(Path(arguments.folder), arguments.image, question, *asked)
+    folder = check_model(arguments.folder, which)
+    check_images(arguments.image)
+    has_pictures = question is None or bool(arguments.image)
+    out = explanation_file(arguments.explain, has_pictures) if arguments.explain else None
+    from owlfuse.chat import chat
+
+    asked = arguments.max_new_tokens, arguments.temperature, out, arguments.thinking, which
+    chat(folder, arguments.image, question, *asked)
 
 
 def _demo(arguments: argparse.Namespace) -> None:
@@ -177,6 +188,10 @@ def _mixture(arguments: argparse.Namespace) -> None:
 
 
 def _recipe(arguments: argparse.Namespace) -> None:
+    from owlfuse.recipe_stages import compose_stages, split_dry_run
+
+    _, words = split_dry_run(arguments.overrides)
+    compose_stages(arguments.recipe, words, importing=False)  # mistakes, before heavy imports
     from owlfuse.recipe import recipe_command
 
     recipe_command(arguments.recipe, arguments.overrides)

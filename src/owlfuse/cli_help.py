@@ -27,7 +27,7 @@ examples:
   owlfuse recipe owl1
   owlfuse recipe owl1_paper dry_run=true plan.gpus=32    what each stage trains and needs; nothing is trained
   owlfuse recipe owl3 name=second seed=1 stages.instruct.optim.lr=1e-3
-  torchrun --nproc-per-node 8 -m owlfuse.cli recipe owl1_paper trainer.devices=8 trainer.strategy=ddp data.folder=DIR
+  torchrun --nproc-per-node 8 -m owlfuse recipe owl1_paper trainer.devices=8 trainer.strategy=ddp data.folder=DIR
 
 The same command again goes on: finished stages are skipped, the one that was stopped resumes from its last checkpoint.
 """
@@ -38,7 +38,7 @@ examples:
   owlfuse eval runs/shapes_owl3/trial                     the run's own validation sources again
   owlfuse eval runs/shapes_owl3/trial which=best          of its best checkpoint by validation loss, not its last
   owlfuse eval OUT task=gqa task.file=GQA/testdev_balanced_questions.json task.image_root=GQA/images batch_size=16
-  torchrun --nproc-per-node 8 -m owlfuse.cli eval OUT task=mmbench task.file=mmbench_dev_20230712.tsv dtype=saved
+  torchrun --nproc-per-node 8 -m owlfuse eval OUT task=mmbench task.file=mmbench_dev_20230712.tsv dtype=saved
 
 With task=<name>, MODEL may be a run, an export or an imported release. The tasks are vqav2, textvqa, gqa, docvqa, pope,
 scienceqa, mmbench, captions, exact_match and perplexity, or your own in configs/task/. Keys beside task.<key>: batch_size,

@@ -79,11 +79,12 @@ class Root:
     accept_changed_data: bool = False
 
 
-def compose(overrides: list[str], config_dir: str | Path | None = None) -> DictConfig:
+def compose(overrides: list[str], config_dir: str | Path | None = None, importing: bool = True) -> DictConfig:
     """The configuration of `overrides`, composed, resolved and checked. Raises ConfigError.
 
     With `resume=<run>` among the overrides it starts from the run's config.yaml instead of the groups.
     config_dir: a folder with train.yaml and groups, in place of the package's and the working folder's.
+    importing: False leaves out the checks for which the modules of the parts are imported; `check` does them.
     """
     folders = find_folders(config_dir)
     run = _resumed_run(overrides)
@@ -98,26 +99,29 @@ def compose(overrides: list[str], config_dir: str | Path | None = None) -> DictC
     _resolve(config)
     if isinstance(config.get("name"), int) and not isinstance(config.name, bool):
         config.name = str(config.name)  # name=1 is a name
-    check(config)
+    check(config, importing)
     if run is None:
         accept(to_dict(config))
     return config
 
 
 def compose_root(root: str, overrides: list[str]) -> DictConfig:
-    """A configuration with a root of its own, `configs/<root>.yaml`: composed and resolved, every `_target_` checked. Raises
-    ConfigError."""
+    """A configuration with a root of its own, `configs/<root>.yaml`: composed and resolved, every `_target_` checked as far as
+    that needs no import. Raises ConfigError."""
     folders = replace(find_folders(), root=root)
     composition = Composition(folders, read_overrides(overrides, folders))
     config = _without_hydra(composition)
     config.__dict__["_composition"] = composition
     _resolve(config)
-    check_targets(to_dict(config), lambda path: origin_of(config, path))
+    check_targets(to_dict(config), lambda path: origin_of(config, path), importing=False)
     return config
 
 
-def check(config: DictConfig) -> None:
-    """Keys and types of the fixed levels, then every `_target_`'s arguments. Raises ConfigError."""
+def check(config: DictConfig, importing: bool = True) -> None:
+    """Keys and types of the fixed levels, then every `_target_`'s arguments. Raises ConfigError.
+
+    importing: False checks only what is known of a `_target_` without importing it.
+    """
     plain = to_dict(config)
 
     def where(path: str) -> str:
@@ -125,7 +129,7 @@ def check(config: DictConfig) -> None:
 
     check_levels(plain, where)
     check_steps(plain["trainer"], where)
-    check_targets(plain, where)
+    check_targets(plain, where, importing)
 
 
 def check_levels(plain: dict[str, Any], where: Where) -> None:
@@ -210,8 +214,9 @@ def find_run(folder: str | Path) -> Path:
         return run
     if kind := describe_path(run):
         raise ConfigError(f"{COMMAND_LINE}: {folder} {kind}")
-    places = {run.parent, Path("runs")}
-    runs = {str(f.parent) for place in places if place.is_dir() for f in place.rglob("config.yaml")}
+    beside = run.parent.glob("*/config.yaml")  # no deeper: above it may be the whole disk
+    of_experiments, of_recipes = Path("runs").glob("*/*/config.yaml"), Path("runs").glob("*/*/*/config.yaml")
+    runs = {str(file.parent) for files in (beside, of_experiments, of_recipes) for file in files}
     by_name = {Path(r).name: r for r in runs}
     match = nearest(str(run), runs) or by_name.get(nearest(run.name, by_name) or "")
     guess = f"; did you mean '{match}'?" if match else ""
@@ -263,6 +268,8 @@ def _without_hydra(composition: Composition, **root_keys: str) -> DictConfig:
         if "model" in config:  # of a run, and not of another root
             for group in OPTIONAL_GROUPS:
                 config.setdefault(group, None)  # Hydra leaves out a group that is null
+            for group in composition.left_out:
+                config[group] = None  # and keeps what an experiment's file sets in it
         config.update(root_keys)
     return config
 

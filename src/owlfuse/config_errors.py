@@ -2,7 +2,8 @@
 
 import difflib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import yaml
@@ -19,6 +20,15 @@ class ConfigError(ValueError):
 
     def __init__(self, message: str) -> None:
         super().__init__(" ".join(message.split()))
+
+
+@contextmanager
+def naming(part: str) -> Iterator[None]:
+    """Puts the name of a stage or cell before a ConfigError."""
+    try:
+        yield
+    except ConfigError as error:
+        raise ConfigError(f"{part}: {error}") from error
 
 
 def check_name(place: str, name: object) -> None:

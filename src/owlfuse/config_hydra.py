@@ -39,6 +39,13 @@ class Composition:
 
     def compose(self) -> DictConfig:
         """Composed, not resolved, with Hydra's own node. Raises ConfigError."""
+        for override in self.values:
+            group = override.key_or_group.partition(".")[0]
+            if group in self.left_out:
+                line = override.input_line
+                raise ConfigError(
+                    f"{COMMAND_LINE}: {line}: {group} is null, so it has no keys; leave out {line} or {group}=null"
+                )
         try:
             with _hydra(self.folders):
                 config_name = self.folders.root
@@ -60,6 +67,11 @@ class Composition:
     def values(self) -> list[Override]:
         """Overrides of keys, without those that choose an option of a group."""
         return [o for o in self.overrides if o.key_or_group not in self.folders.groups or isinstance(o.value(), dict)]
+
+    @cached_property
+    def left_out(self) -> set[str]:
+        """Groups that are null."""
+        return {o.key_or_group for o in self.overrides if is_left_out(o)}
 
     @cached_property
     def _lines(self) -> list[str]:

@@ -50,15 +50,19 @@ NAMES = {
 Where = Callable[[str], str]  # a key's path -> the file that sets it, or "command line"
 
 
-def check_targets(config: dict[str, Any], where: Where = lambda path: "configuration") -> None:
+def check_targets(config: dict[str, Any], where: Where = lambda path: "configuration", importing: bool = True) -> None:
     """Bind the arguments of every node with a `_target_` without calling it. Raises ConfigError.
 
     What the source files say is checked first: the classes themselves take seconds to import.
+
+    importing: False checks that alone.
     """
     nodes = [(path, node) for path, node in _nodes(config, "") if "_target_" in node]
     for path, node in nodes:
         if (signature := read_signature(node["_target_"])) is not None:
             _check_call(signature, path, node, where)
+    if not importing:
+        return
     for path, node in nodes:
         _check_target(path, node, where)
 

@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from owlfuse.foreign import MAX_CONFIG, read_json_object
+from owlfuse.types import DataError
+
 
 def describe_path(path: Path) -> str | None:
     """Returns what a path is and what to do with it, in words that go on from its name; None where owlfuse knows no such
@@ -57,3 +60,27 @@ def listed(path: Path, limit: int = 4) -> str:
     """The first of the runs below a folder."""
     runs = runs_in(path)
     return ", ".join(runs[:limit]) + (f" and {len(runs) - limit} more" if len(runs) > limit else "") or "not there yet"
+
+
+def check_exported(folder: Path) -> Path:
+    """The folder, if it is one that `export` wrote. Raises DataError."""
+    folder = Path(folder).expanduser()
+    config = folder / "config.json"
+    if not config.is_file():
+        if kind := describe_path(folder):
+            raise DataError(f"{folder} {kind}")
+        raise DataError(f"{folder} has no config.json; name a folder that `owlfuse export` or `owlfuse import` wrote")
+    model_type = read_json_object(config, MAX_CONFIG).get("model_type")
+    if model_type != "owlfuse":
+        raise DataError(f"{config} is of a {model_type} model; a released mPLUG-Owl is read by `owlfuse import {folder} OUT`")
+    return folder
+
+
+def check_released(folder: Path) -> Path:
+    """The folder, if it may hold a released checkpoint. Raises DataError."""
+    folder = Path(folder).expanduser()
+    if not folder.is_dir():
+        raise DataError(f"{folder} is no folder; name one with a released config.json and weights")
+    if not (folder / "config.json").is_file():
+        raise DataError(f"{folder / 'config.json'} is missing; copy it there, a released folder has one")
+    return folder

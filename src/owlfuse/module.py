@@ -6,6 +6,7 @@ import logging
 import math
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import lightning
@@ -17,6 +18,7 @@ from owlfuse.adapters import PartSummary, print_summary
 from owlfuse.data.datamodule import ChatData
 from owlfuse.data.notes import NotesLog
 from owlfuse.data.packing import Padding
+from owlfuse.finite import FiniteWatch
 from owlfuse.hub.start import load_base
 from owlfuse.llm import balancing_coefficient
 from owlfuse.model import MultimodalLM, build_model
@@ -68,6 +70,7 @@ class MultimodalModule(lightning.LightningModule):
         """`skipped` and `truncated` at the last whole step, which a checkpoint goes on from."""
         self.updated_at: int | None = None
         """The trainer's step when the last update of the weights began; the step rises when the update is done."""
+        self.finite = FiniteWatch()
         self.loss_sum: Any = 0.0
         self.token_count: Any = 0
         self.balance_sum: Any = 0.0
@@ -175,12 +178,14 @@ class MultimodalModule(lightning.LightningModule):
         row = torch.stack([self.loss_sum.double(), self.token_count.double(), *torch.tensor(counts).to(self.loss_sum.double())])
         rows = all_rows(self.trainer, row)
         loss_sum, tokens, _, *padding = rows[:, :6].sum(0).to(self.loss_sum)
+        self.finite.note(loss_sum, self.trainer.global_step + 1)
         for name, share in Padding(*padding).shares().items():
             self.log(f"data/{name}", share)
-        if (
-            len(rows) > 1 and self.trainer.global_step % self.trainer.log_every_n_steps == 0  # type: ignore[attr-defined]  # Lightning sets it
-        ):  # reading them waits for the device
-            self.check_skips(rows[:, 6:].sum(0).tolist())
+        every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]  # Lightning sets it
+        if self.trainer.global_step % every == 0:  # reading waits for the device, as logging does
+            self.finite.check(Path(self.trainer.default_root_dir))
+            if len(rows) > 1:
+                self.check_skips(rows[:, 6:].sum(0).tolist())
         self.log_census(rows[:, 2])
         tokens = tokens.clamp_min(1)
         add_up(self.model.per_head(), self.trainer.strategy)
@@ -214,7 +219,10 @@ class MultimodalModule(lightning.LightningModule):
         if gradient_clip_algorithm == "value":
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
         elif gradient_clip_val:
-            self.log("train/grad_norm", clip(gradients_of(optimizer), gradient_clip_val))
+            norm = clip(gradients_of(optimizer), gradient_clip_val)
+            self.log("train/grad_norm", norm)
+            if self.trainer.precision != "16-mixed":  # whose scaler leaves out steps with infinite gradients
+                self.finite.note(norm, self.trainer.global_step + 1)
         self.updated_at = self.trainer.global_step  # Lightning calls nothing of ours between this and the update
 
     @property

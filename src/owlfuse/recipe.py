@@ -22,21 +22,18 @@ from owlfuse import train
 from owlfuse.adapters import PartSummary
 from owlfuse.build import build
 from owlfuse.config import ConfigError, compose
-from owlfuse.config_errors import COMMAND_LINE, hint
-from owlfuse.config_files import find_folders
+from owlfuse.config_errors import naming
 from owlfuse.config_plain import to_dict
 from owlfuse.deferred import Deferred
 from owlfuse.hub.export import export, load_run
 from owlfuse.identity import flat
-from owlfuse.model import PARTS, MultimodalLM, on_meta
+from owlfuse.model import MultimodalLM, on_meta
+from owlfuse.recipe_stages import compose_stages, split_dry_run
 from owlfuse.recipe_tables import print_plans, print_results, print_stages
 from owlfuse.runs import NAME, in_use, last_checkpoint, place
 from owlfuse.terminal import visible
+from owlfuse.trainer_checks import check_machine
 from owlfuse.types import DataError
-
-FREE = {"pretrained", "weights", "gguf_file", "architecture", "dtype", "attention", "gradient_checkpointing", "checkpointing"}
-FREE |= {"chunk", "image_size"}
-"""Keys of a part that a stage may have otherwise than the one before: how it computes, and where weights came from."""
 
 MOVABLE = ("trainer.devices", "trainer.num_nodes", "trainer.log_every_n_steps", "data.workers", "data.micro_batch_size")
 """Keys that may change when a recipe goes on: they do not change what is learned."""
@@ -81,14 +78,15 @@ def recipe_command(recipe: str, words: list[str]) -> None:
         DataError: what is wrong with the data, of any stage.
         KeyboardInterrupt: after Ctrl-C; the same command goes on.
     """
-    dry_run = [word.partition("=")[2] for word in words if word.startswith("dry_run=")]
-    if dry_run and dry_run[-1] not in ("true", "false"):
-        raise ConfigError(f"{COMMAND_LINE}: dry_run={dry_run[-1]}: true or false")
-    stages = make_stages(recipe, [word for word in words if not word.startswith("dry_run=")])
+    dry_run, words = split_dry_run(words)
+    stages = make_stages(recipe, words)
     if getattr(rank_zero_only, "rank", 0) == 0:
         print_stages(recipe, stages)
-    if dry_run and dry_run[-1] == "true":
+    if dry_run:
         return print_plans(recipe, stages)
+    for stage in stages:
+        with naming(f"stage {stage.name}"):
+            check_machine(stage.config)
     for stage in stages:
         check_data(stage)
     if getattr(rank_zero_only, "rank", 0) == 0:
@@ -104,68 +102,17 @@ def recipe_command(recipe: str, words: list[str]) -> None:
 
 def make_stages(recipe: str, words: list[str]) -> list[Stage]:
     """All stages, composed and checked on the meta device; no weight is made or loaded. Raises ConfigError."""
-    folders = find_folders()
-    names = folders.stage_names(recipe)
-    if not names:
-        raise ConfigError(f"{COMMAND_LINE}: recipe {recipe}: no such recipe{hint(recipe, folders.recipe_names)}")
-    stages: list[Stage] = []
-    for name in names:
-        stage = make_stage(recipe, name, words_for(name, names, words))
-        first = stages[0].config if stages else stage.config
-        with open_dict(stage.config):  # all stages lie in one folder, whatever one of them has as its seed
-            stage.config.runs = first.runs
-            stage.config.name = f"{Path(first.name).parent if stages else first.name or f'seed{first.seed}'}/{name}"
-        if stages:
-            stage.config.init_from = None  # given, it is for the first stage
-            check_chain(stages[-1], stage)
-        stages.append(stage)
-    return stages
+    return [make_stage(name, config) for name, config in compose_stages(recipe, words).items()]
 
 
-def words_for(stage: str, names: list[str], words: list[str]) -> list[str]:
-    """The overrides of one stage: those of all, then its own without `stages.<stage>.`."""
-    common, own = [], []
-    for word in words:
-        if word.partition("=")[0] in ("experiment", "resume"):
-            key = word.partition("=")[0]
-            raise ConfigError(f"{COMMAND_LINE}: {word}: a recipe has no {key}=; its stages are {', '.join(names)}")
-        if not word.startswith("stages."):
-            common.append(word)
-            continue
-        name, _, rest = word.removeprefix("stages.").partition(".")
-        if name not in names or not rest:
-            raise ConfigError(f"{COMMAND_LINE}: {word}: no stage {name}{hint(name, names)}; write stages.<stage>.<key>=<value>")
-        own += [rest] if name == stage else []
-    return common + own
-
-
-def make_stage(recipe: str, name: str, words: list[str]) -> Stage:
-    """One stage, composed and checked by itself."""
+def make_stage(name: str, config: DictConfig) -> Stage:
+    """One stage, its parts checked by themselves."""
     try:
-        config = compose([f"experiment={recipe}/{name}", *words])
-        with open_dict(config):
-            config.experiment = recipe
-        try:
-            plan, parts = on_meta(to_dict(config.model), vocab_size=1024)
-            build(config.optim), build(config.evaluation)
-        except ValueError as error:
-            raise ConfigError(place(config, str(error))) from error
-    except ConfigError as error:
-        own_fault = str(error).startswith(COMMAND_LINE)
-        raise error if own_fault else ConfigError(f"stage {name}: {error}") from error
+        plan, parts = on_meta(to_dict(config.model), vocab_size=1024)
+        build(config.optim), build(config.evaluation)
+    except ValueError as error:
+        raise ConfigError(f"stage {name}: {place(config, str(error))}") from error
     return Stage(name, config, plan, parts)
-
-
-def check_chain(before: Stage, stage: Stage) -> None:
-    """The parts must be those of the stage before, whose weights they take. Raises ConfigError."""
-    for part in PARTS:
-        old, new = (to_dict(one.config.model[part]) for one in (before, stage))
-        for key in sorted({*old, *new} - {*FREE}):
-            if old.get(key) != new.get(key):
-                raise ConfigError(
-                    f"stage {stage.name}: model.{part}.{key} is {new.get(key)}, and {old.get(key)} in stage {before.name}, "
-                    "whose weights it starts from; set it in the base"
-                )
 
 
 def check_data(stage: Stage) -> None:

@@ -9,7 +9,6 @@ from rich.table import Table
 
 from owlfuse.config_plain import to_dict
 from owlfuse.console import PlainConsole as Console
-from owlfuse.plan import GB, make_plan
 from owlfuse.sweep import metrics_of
 
 if TYPE_CHECKING:
@@ -45,6 +44,8 @@ def print_stages(recipe: str, stages: list[Stage]) -> None:
 
 def print_plans(recipe: str, stages: list[Stage]) -> None:
     """A line a stage: what its step needs of each GPU, and its time, for the GPUs that `plan` names (see `owlfuse.plan`)."""
+    from owlfuse.plan import GB, make_plan  # which imports torch
+
     if not all(stage.config.plan.gpus or isinstance(stage.config.trainer.devices, int) for stage in stages):
         print("what a step of each stage needs: the same command with plan.gpus=8 plan.gpu_memory=80")
         return

@@ -18,10 +18,10 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, TextIO
 
-from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
 from owlfuse.config import ConfigError, origin_of
+from owlfuse.folder_kinds import check_exported
 from owlfuse.types import DataError
 
 log = logging.getLogger(__name__)
@@ -62,6 +62,8 @@ def run_folder(config: DictConfig) -> Path:
 
 def is_first_rank() -> bool:
     """Whether this process writes what there is one of."""
+    from lightning.pytorch.utilities import rank_zero_only  # a mistake of a command is told before it is imported
+
     return getattr(rank_zero_only, "rank", 0) == 0
 
 
@@ -156,13 +158,14 @@ def check_free(folder: Path) -> None:
             path.unlink()
 
 
-@rank_zero_only
 def write_config(config: DictConfig, folder: Path, changes: Sequence[dict[str, Any]] = ()) -> None:
     """On the first rank: makes the folder and writes the resolved configuration, from which the run can be repeated.
 
     Args:
         changes: what of it was otherwise until which step (see `resume`), written as comments.
     """
+    if not is_first_rank():
+        return
     folder.mkdir(parents=True, exist_ok=True)
     saved: Any = OmegaConf.create(OmegaConf.to_container(config, resolve=True))
     saved.resume = None
@@ -234,6 +237,21 @@ def check_which(which: str, of_run: bool = True) -> None:
         raise ConfigError(f"command line: which={which}: expected {' or '.join(WHICH)}")
     if which != "last" and not of_run:
         raise ConfigError(f"command line: which={which}: an exported folder has no checkpoints; name a run's folder")
+
+
+def check_model(folder: str | Path, which: str = "last") -> Path:
+    """The folder of a model: of a run, or one that was exported or imported. Nothing of it is read but what it is.
+
+    Raises:
+        DataError: it is neither.
+        ConfigError: `which` is no checkpoint's name, or names one of a folder that has none.
+    """
+    place = Path(folder).expanduser()
+    is_run = (place / "config.yaml").exists()
+    if not is_run:
+        check_exported(place)
+    check_which(which, is_run)
+    return place
 
 
 def checkpoints_of(folder: Path) -> list[Path]:

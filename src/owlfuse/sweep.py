@@ -14,6 +14,7 @@ from omegaconf import DictConfig
 from rich.table import Table
 
 from owlfuse import config
+from owlfuse.config_errors import naming
 from owlfuse.console import PlainConsole as Console
 
 
@@ -27,6 +28,12 @@ def sweep(overrides: list[str]) -> None:
     composed = [config.compose(cell) for cell in cells]
     from owlfuse import train  # imports torch; a mistake is told before
     from owlfuse.plan_tables import dry_run
+    from owlfuse.trainer_checks import check_machine
+
+    for cell, configuration in zip(cells, composed, strict=True):
+        if not configuration.get("dry_run"):
+            with naming(" ".join(cell)):
+                check_machine(configuration)
 
     rows: list[tuple[list[str], Path | None]] = []
     try:

@@ -53,7 +53,8 @@ def run(config: DictConfig, data_digest: str | None = None) -> Path:
         adopt_parts(config)
     if config.get("dry_run"):
         raise ConfigError("dry_run: true trains nothing; print the plan by owlfuse.plan_tables.dry_run")
-    check_machine(config)
+    if notice := check_machine(config):
+        print(notice)
     with signals_end_the_run():
         folder = run_folder(config)
         hidden = config.trainer.get("enable_progress_bar") is False

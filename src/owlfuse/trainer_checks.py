@@ -28,9 +28,12 @@ def refuse(config: DictConfig, key: str, message: str) -> ConfigError:
     return ConfigError(f"{origin_of(config, path)}: {path} is {config.trainer.get(key)}: {message}")
 
 
-def check_machine(config: DictConfig) -> None:
-    """Raises ConfigError for an accelerator or devices that this machine does not have. Says where processes on the CPU are
-    started in the place of GPUs."""
+def check_machine(config: DictConfig) -> str | None:
+    """What the user is to be told of processes that are started on the CPU in the place of GPUs; None where there are none.
+
+    Raises:
+        ConfigError: this machine does not have the accelerator or as many devices.
+    """
     trainer = to_dict(config.trainer)
     name, devices = trainer.get("accelerator", "auto"), trainer.get("devices", "auto")
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
@@ -39,7 +42,8 @@ def check_machine(config: DictConfig) -> None:
     if gpus and name in ("auto", "gpu", "cuda"):
         check_gpus(config, devices, gpus)
     elif name == "auto" and not on_mps():
-        check_processes(config, devices)
+        return check_processes(config, devices)
+    return None
 
 
 def check_available(config: DictConfig, name: str, gpus: int) -> None:
@@ -65,10 +69,11 @@ def check_gpus(config: DictConfig, devices: Any, gpus: int) -> None:
         raise refuse(config, "devices", f"this machine has {gpus} GPU{'s' * (gpus != 1)}")
 
 
-def check_processes(config: DictConfig, devices: Any) -> None:
-    """Of a run that takes what there is, on a machine without a GPU. Raises ConfigError for more processes than cores."""
+def check_processes(config: DictConfig, devices: Any) -> str | None:
+    """What to tell of a run that takes what there is, on a machine without a GPU. Raises ConfigError for more processes than
+    cores."""
     if not str(devices).isdigit() or int(devices) < 2 or any(name in os.environ for name in LAUNCHED):
-        return
+        return None
     count, cores = int(devices), len(os.sched_getaffinity(0))
     if count > cores:
         raise refuse(
@@ -77,7 +82,7 @@ def check_processes(config: DictConfig, devices: Any) -> None:
             f"there is no GPU, and this machine has {cores} CPU core{'s' * (cores != 1)}; take at most as many devices, or say "
             "trainer.accelerator=cpu to start as many processes on them all the same",
         )
-    print(f"there is no GPU: trainer.devices={count} starts {count} processes on the CPU")
+    return f"there is no GPU: trainer.devices={count} starts {count} processes on the CPU"
 
 
 def check_launcher(trainer: Trainer, config: DictConfig) -> None:

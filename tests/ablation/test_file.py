@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
 from helpers import SHAPE_COUNTS, TINY_SHAPES
 from owlfuse.ablation.file import read_ablation
@@ -167,6 +168,28 @@ def test_a_mistake_on_the_command_line(words, message):
         ablate_command("gates", words)
     with pytest.raises(ConfigError, match="ablate gatess: no such ablation; did you mean 'gates'"):
         ablate_command("gatess", [])
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_every_cell_is_checked_for_this_machine_before_the_first_trains(monkeypatch):
+    last = "    owl3: [model/fusion=hyperattention, model/connector=linear]"
+    write(
+        "gates",
+        GATES.replace(last, last.replace("]", ", trainer.accelerator=gpu]")).replace("{fusion: owl3}", "{fusion: owl1}"),
+    )
+    monkeypatch.setattr("owlfuse.ablation.run.launch_all", lambda *_: pytest.fail("a cell is trained"))
+    with pytest.raises(ConfigError, match="cell owl3-adaptive: .*torch finds no GPU on this machine"):
+        ablate_command("gates", [*TINY_SHAPES, "seeds=[0]"])
+
+
+def test_an_ablation_without_evaluation_or_metrics_is_refused():
+    write("gates", GATES)
+    with pytest.raises(ConfigError, match="cell owl3-adaptive: evaluation is null, and the ablation reports val/exact_match, "):
+        ablate_command("gates", ["evaluation=null"])
+    without = GATES.replace("metrics: [val/exact_match, val_held_out/exact_match, text/loss]", "")
+    write("gates", without.replace("trainer.max_steps=7", "evaluation=null"))
+    with pytest.raises(ConfigError, match="metrics: expected a list of names as in results.json, and it is None"):
+        ablate_command("gates", [])
 
 
 def test_a_dry_run_shows_the_cells_within_a_hundred_columns_and_writes_nothing(capsys):

@@ -6,7 +6,8 @@ import pytest
 
 from owlfuse import cli, packages
 from owlfuse.config_errors import ConfigError
-from owlfuse.demo.talkers import check_folders, distinct
+from owlfuse.demo.command import check_folders
+from owlfuse.demo.talkers import distinct
 from owlfuse.types import DataError
 
 

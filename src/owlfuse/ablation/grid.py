@@ -11,7 +11,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from owlfuse.ablation.file import Ablation
-from owlfuse.config import ConfigError, compose
+from owlfuse.config import ConfigError, check, compose
 from owlfuse.config_errors import COMMAND_LINE, hint
 from owlfuse.config_plain import to_dict
 from owlfuse.identity import code_hash, config_hash, data_hash, weights_identity
@@ -70,6 +70,9 @@ def make_cells(ablation: Ablation, words: list[str], runs_name: str, open_data: 
         name = cell_name(levels)
         for seed in ablation.seeds:
             cell = make_cell(ablation, name, levels, seed, words, runs_name)
+            if cell.config.evaluation is None:
+                reported = ", ".join(ablation.metrics)
+                raise ConfigError(f"cell {name}: evaluation is null, and the ablation reports {reported}; leave it as it is")
             same = names.setdefault(f"{cell.hash['config']}", name)
             if same != name:
                 raise ConfigError(f"cell {name}: its configuration is that of cell {same}; a factor changes nothing there")
@@ -137,9 +140,10 @@ def overrides_of(ablation: Ablation, levels: dict[str, str], seed: int, words: l
 
 
 def composed(ablation: Ablation, name: str, overrides: list[str]) -> DictConfig:
-    """`compose`, with the cell's name in its errors."""
+    """`compose`, with the cell's name in its errors. Of its parts it knows what can be known without importing them, so that a
+    mistake in the last cell is told at once, too; see `check_parts` for the rest."""
     try:
-        return compose(overrides)
+        return compose(overrides, importing=False)
     except ConfigError as error:
         raise ConfigError(f"cell {name}: {str(error).removeprefix(f'{COMMAND_LINE}: ')}") from error
 
@@ -162,6 +166,7 @@ def check_parts(cells: list[Cell], open_data: bool) -> None:
     for cells_of_name in ([cell for cell in cells if cell.name == name] for name in dict.fromkeys(cell.name for cell in cells)):
         cell = cells_of_name[0]
         try:
+            check(cell.config)
             plan, parts = on_meta(to_dict(cell.config.model), vocab_size=1024)
             build(cell.config.optim), build(cell.config.evaluation)
             data_key = json.dumps([to_dict(cell.config.data), plan.fusion.tokens_per_image])
@@ -172,6 +177,8 @@ def check_parts(cells: list[Cell], open_data: bool) -> None:
                 opened[data_key] = data_identity(data.sources, data.validation)
         except DataError as error:
             raise DataError(f"cell {cell.name}: {error}") from error
+        except ConfigError as error:
+            raise ConfigError(f"cell {cell.name}: {str(error).removeprefix(f'{COMMAND_LINE}: ')}") from error
         except ValueError as error:
             raise ConfigError(f"cell {cell.name}: {place(cell.config, str(error))}") from error
         for one in cells_of_name:

@@ -18,7 +18,7 @@ from owlfuse.ablation import launch, progress
 from owlfuse.ablation.file import Ablation, is_list, read_ablation
 from owlfuse.ablation.grid import Cell, full_metrics, make_cells, record_of, sources_of
 from owlfuse.ablation.report import write_report
-from owlfuse.config_errors import COMMAND_LINE, ConfigError, check_name, hint
+from owlfuse.config_errors import COMMAND_LINE, ConfigError, check_name, hint, naming
 from owlfuse.config_files import find_folders
 from owlfuse.identity import differing_hash
 from owlfuse.types import DataError
@@ -59,13 +59,10 @@ def ablate_command(name: str, words: list[str]) -> None:
     launch.check_launcher(launcher, jobs, settings)
     words = [word for word in words if not word.startswith("launcher.")]
     cells = make_cells(ablation, words, str(own.get("name", name)), open_data=not own.get("dry_run"))
-    if ablation.metrics and (silent := [cell.name for cell in cells if cell.config.evaluation is None]):
-        raise ConfigError(
-            f"cell {silent[0]}: evaluation is null, and the ablation reports {', '.join(ablation.metrics)}; leave "
-            "evaluation as it is by default"
-        )
     folder = Path(cells[0].config.runs).expanduser() / cells[0].config.experiment
     metrics = full_metrics(ablation.metrics, sources_of(cells))
+    if not own.get("dry_run") and launcher != "submitit_slurm":  # which trains on other machines
+        check_machines(cells)
     left = unfinished(folder, cells, anew=own.get("anew", False) and not own.get("dry_run"))
     progress.print_plan(ablation, folder, cells, left, jobs)
     if own.get("dry_run"):
@@ -77,6 +74,15 @@ def ablate_command(name: str, words: list[str]) -> None:
         raise KeyboardInterrupt("stopped; the same command goes on")
     if failed:
         raise DataError(f"{len(failed)} cells failed ({', '.join(failed)}); the log of each is {folder}/<cell>/log.txt")
+
+
+def check_machines(cells: list[Cell]) -> None:
+    """Raises ConfigError for a cell whose accelerator or devices this machine does not have."""
+    from owlfuse.trainer_checks import check_machine
+
+    for cell in cells:
+        with naming(f"cell {cell.name}"):
+            check_machine(cell.config)
 
 
 def split_words(words: list[str]) -> tuple[dict[str, Any], list[str]]:

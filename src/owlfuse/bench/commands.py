@@ -7,6 +7,7 @@ from typing import Any
 
 from owlfuse.cli_help import LAYOUT
 
+PRECISIONS = ("32-true", "bf16-mixed", "bf16-true", "16-mixed", "16-true")
 SIDE_BY_SIDE = {
     "step": "real tokens per second of a training step against transformers' LLaVA",
     "modality_adaptive": "what the visual copies add to a training step",
@@ -60,7 +61,7 @@ def add_bench(commands: Any) -> None:
     train.add_argument("--length", type=int, default=2048, metavar="N", help="tokens of a sample")
     train.add_argument("--images", type=int, default=1, metavar="N", help="of a sample")
     train.add_argument("--steps", type=int, default=10, metavar="N", help="steps timed")
-    train.add_argument("--precision", default="bf16-mixed", help="32-true, bf16-mixed, bf16-true, ...")
+    train.add_argument("--precision", choices=PRECISIONS, default="bf16-mixed")
     train.add_argument("--checkpointing", action="store_true", help="activations are computed again")
     train.add_argument("--compiled", action="store_true", help="layers are compiled")
     for parser in (decode, loading, train, *side_by_side(bench)):

@@ -8,8 +8,12 @@ import tempfile
 from importlib.util import find_spec
 from pathlib import Path
 
+from owlfuse.config_errors import COMMAND_LINE, ConfigError
+from owlfuse.folder_kinds import check_exported, describe_path
 from owlfuse.packages import missing
+from owlfuse.runs import split_which
 from owlfuse.terminal import visible
+from owlfuse.types import DataError
 
 WARNING = """\
 WARNING: this page is not on loopback. Everyone who can reach {address} can upload pictures and ask, without a password, and
@@ -26,13 +30,12 @@ def demo_command(folders: list[str], host: str, port: int | None) -> None:
     """
     if find_spec("gradio") is None:
         raise missing("gradio", "owlfuse demo")
-    from owlfuse.demo.limits import is_loopback
-    from owlfuse.demo.server import listen
-    from owlfuse.demo.talkers import check_folders, load_talkers
-    from owlfuse.runs import split_which
-
     which, folders = split_which(folders)
     places = check_folders(folders)
+    from owlfuse.demo.limits import is_loopback
+    from owlfuse.demo.server import listen
+    from owlfuse.demo.talkers import load_talkers
+
     local = is_loopback(host)
     with listen(host, port) as bound, tempfile.TemporaryDirectory(prefix="owlfuse-demo-") as uploads:
         os.environ.update(
@@ -52,3 +55,25 @@ def demo_command(folders: list[str], host: str, port: int | None) -> None:
         print(f"the demo is at {address} (Ctrl-C ends it)", flush=True)
         serve(page, bound, Path(uploads), local, visitors.end)
     print("the demo has ended")
+
+
+def check_folders(folders: list[str]) -> list[Path]:
+    """The folders, if each may be a model's; no weights are read.
+
+    Raises:
+        DataError: one is no run and no exported or imported folder.
+        ConfigError: one is named twice.
+    """
+    places = [Path(folder).expanduser() for folder in folders]
+    for place in places:
+        if not place.is_dir():
+            if kind := describe_path(place):
+                raise DataError(f"{place} {kind}")
+            raise DataError(f"{place} is not a folder; name a run, or what `owlfuse export` or `owlfuse import` wrote")
+        if not (place / "config.yaml").exists():
+            check_exported(place)
+    resolved = [place.resolve() for place in places]
+    for place, real in zip(places, resolved):
+        if resolved.count(real) > 1:
+            raise ConfigError(f"{COMMAND_LINE}: {place} is named twice; name each model once")
+    return places

@@ -11,14 +11,10 @@ from typing import Any
 import torch
 
 from owlfuse.chat import Conversation, load_talker
-from owlfuse.config_errors import COMMAND_LINE, ConfigError
-from owlfuse.folder_kinds import describe_path
 from owlfuse.foreign import read_run_config
-from owlfuse.hub.export import check_exported
 from owlfuse.hub.modeling import OwlfuseForConditionalGeneration
 from owlfuse.hub.processing import OwlfuseProcessor
 from owlfuse.quiet import quiet_libraries
-from owlfuse.types import DataError
 
 
 @dataclass
@@ -31,28 +27,6 @@ class Talker:
     """What a comparison wants to know: fusion, experiment, parts."""
     model: OwlfuseForConditionalGeneration
     processor: OwlfuseProcessor
-
-
-def check_folders(folders: list[str]) -> list[Path]:
-    """The folders, if each may be a model's; no weights are read.
-
-    Raises:
-        DataError: one is no run and no exported or imported folder.
-        ConfigError: one is named twice.
-    """
-    places = [Path(folder).expanduser() for folder in folders]
-    for place in places:
-        if not place.is_dir():
-            if kind := describe_path(place):
-                raise DataError(f"{place} {kind}")
-            raise DataError(f"{place} is not a folder; name a run, or what `owlfuse export` or `owlfuse import` wrote")
-        if not (place / "config.yaml").exists():
-            check_exported(place)
-    resolved = [place.resolve() for place in places]
-    for place, real in zip(places, resolved):
-        if resolved.count(real) > 1:
-            raise ConfigError(f"{COMMAND_LINE}: {place} is named twice; name each model once")
-    return places
 
 
 @quiet_libraries()

@@ -24,7 +24,7 @@ from owlfuse.data.answer_format import AnswerFormat
 from owlfuse.data.chat_tokenizer import prepare
 from owlfuse.data.formats.base import IMAGE
 from owlfuse.deferred import Deferred, storage_of
-from owlfuse.folder_kinds import describe_path
+from owlfuse.folder_kinds import check_exported
 from owlfuse.folders import whole_folder
 from owlfuse.foreign import MAX_CONFIG, read_json_object
 from owlfuse.hub.adapter import merge_lora, save_lora, without_lora
@@ -273,17 +273,3 @@ def check_weights(folder: Path) -> list[Path]:
         if wrong := [f"{own} is {kind}" for own, kind in kinds.items() if not kind.startswith(("F", "BF")) and is_weight(own)]:
             raise DataError(f"{folder / name}: {', '.join(wrong)}, and weights are floating-point numbers; export it anew")
     return [folder / name for name in sorted(shards)]
-
-
-def check_exported(folder: Path) -> Path:
-    """The folder, if it is one that `export` wrote. Raises DataError."""
-    folder = Path(folder).expanduser()
-    config = folder / "config.json"
-    if not config.is_file():
-        if kind := describe_path(folder):
-            raise DataError(f"{folder} {kind}")
-        raise DataError(f"{folder} has no config.json; name a folder that `owlfuse export` or `owlfuse import` wrote")
-    model_type = read_json_object(config, MAX_CONFIG).get("model_type")
-    if model_type != "owlfuse":
-        raise DataError(f"{config} is of a {model_type} model; a released mPLUG-Owl is read by `owlfuse import {folder} OUT`")
-    return folder

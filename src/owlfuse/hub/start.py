@@ -10,8 +10,9 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from owlfuse.config import ConfigError, compose, origin_of
 from owlfuse.config_plain import to_dict
+from owlfuse.folder_kinds import check_exported
 from owlfuse.hub.configuration import OwlfuseConfig
-from owlfuse.hub.export import check_exported, load_exported
+from owlfuse.hub.export import load_exported
 from owlfuse.llm import recompute_activations
 from owlfuse.model import MultimodalLM
 from owlfuse.types import DataError

@@ -22,7 +22,7 @@ from owlfuse.lmms.prompts import Opener, Prompt
 from owlfuse.lmms.rounds import Rounds, name_of
 from owlfuse.progress import Progress
 from owlfuse.tasks.answering import Talker
-from owlfuse.tasks.results import check_model
+from owlfuse.tasks.options import check_model
 from owlfuse.types import DataError
 
 DTYPES = ("float32", "saved", "bfloat16", "float16")

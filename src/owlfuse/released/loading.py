@@ -14,6 +14,7 @@ import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
 
+from owlfuse.folder_kinds import check_released
 from owlfuse.hub.checking import check_counts
 from owlfuse.model import MultimodalLM, assemble
 from owlfuse.released.names import Place, optional, places_of, unused
@@ -55,9 +56,7 @@ def load(folder: Path | str) -> MultimodalLM:
         DataError: a file that is missing or damaged, another model, or tensors that do not fit config.json: all of them are
             listed, with the shapes found and expected.
     """
-    folder = Path(folder).expanduser()
-    if not folder.is_dir():
-        raise DataError(f"{folder} is no folder; name one with a released config.json and weights")
+    folder = check_released(Path(folder))
     config = read_json(folder / "config.json")
     family = family_of(folder, config)
     checkpoint = Checkpoint(folder)

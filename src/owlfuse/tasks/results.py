@@ -10,34 +10,16 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from owlfuse.config import ConfigError
 from owlfuse.data.files import fingerprint
-from owlfuse.hub.export import ADAPTER, check_exported
+from owlfuse.hub.export import ADAPTER
 from owlfuse.run_data import tokenizer_files
 from owlfuse.runs import check_which, chosen_checkpoint, files_of
 from owlfuse.tasks.base import Task
-from owlfuse.types import DataError
 
 ASIDE = ("file", "on_error", "max_skips", "annotations", "splits")
 """Fields of a benchmark that say where its files lie, which are known by their contents, or change no answer."""
 TOLD = 10
 """Skipped records whose reasons are written."""
-
-
-def check_model(folder: str) -> Path:
-    """A run's, an exported or an imported folder. Raises ConfigError."""
-    place = Path(folder).expanduser()
-    if (place / "config.yaml").is_file():
-        return place
-    if not (place / "config.json").is_file():
-        raise ConfigError(
-            f"command line: {folder}: no model: it has neither a run's config.yaml nor the config.json that `owlfuse export` "
-            "and `owlfuse import` write"
-        )
-    try:
-        return check_exported(place)
-    except DataError as error:
-        raise ConfigError(f"command line: {folder}: {error}") from error
 
 
 def weights_of(place: Path, which: str) -> tuple[str, str]:

@@ -4,59 +4,27 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch.utils.data import DataLoader
 
 from owlfuse.build import build
-from owlfuse.config import ConfigError, compose_root, origin_of
-from owlfuse.config_errors import check_name
+from owlfuse.config import ConfigError, check_targets, origin_of
 from owlfuse.config_plain import to_dict
-from owlfuse.config_targets import check_arguments
 from owlfuse.data.workers import DataWorkers, ignore_signals
 from owlfuse.progress import Progress
 from owlfuse.quiet import quiet_libraries
 from owlfuse.tasks.answering import Prompts, Talker, Work, answer
 from owlfuse.tasks.base import Question, Task, spread
+from owlfuse.tasks.options import Options, check_model, compose_options
 from owlfuse.tasks.perplexity import Chats, measure
 from owlfuse.tasks.predictions import Predictions
 from owlfuse.tasks.ranks import Ranks
-from owlfuse.tasks.results import Settings, check_model, print_results, results_of, write_results
+from owlfuse.tasks.results import Settings, print_results, results_of, write_results
 from owlfuse.terminal import visible
 from owlfuse.types import DataError
-
-
-@dataclass(kw_only=True)
-class Options:
-    """The keys of eval.yaml.
-
-    Args:
-        name: of the results; None: the task's.
-        out: the folder for `<name>.json` and `<name>/predictions.jsonl`; None: `tasks` in the model's.
-        batch_size: questions answered at a time on each rank; it does not change the answers in float32.
-        max_questions: a seeded sample, of each group in proportion; None: all.
-        dtype: `float32`; or `saved`: as the model's folder has its weights.
-        thinking: prompts ask for a thought before the answer, which is scored without it.
-        workers: processes of each rank that open pictures; 0: its own.
-        which: of a run's checkpoints, `last`, or `best` by validation loss.
-    """
-
-    task: dict
-    name: str | None
-    out: str | None
-    batch_size: int
-    max_questions: int | None
-    dtype: Literal["float32", "saved"]
-    workers: int
-    thinking: bool = False
-    which: str = "last"
-
-    def __post_init__(self) -> None:
-        if self.batch_size < 1 or self.workers < 0 or (self.max_questions is not None and self.max_questions < 1):
-            raise ConfigError("command line: batch_size and max_questions are at least 1, and workers at least 0")
 
 
 @quiet_libraries()
@@ -94,13 +62,8 @@ def evaluate_task(folder: str, words: list[str]) -> None:
 
 def read_options(words: list[str]) -> tuple[Options, Task]:
     """eval.yaml with the overrides, and the benchmark. Raises ConfigError."""
-    config = compose_root("eval", words)
-    plain = to_dict(config)
-    chosen = next(word for word in words if word.startswith("task="))[5:]
-    plain["name"] = str(plain["name"] or chosen.strip("'\"").replace("/", "_"))
-    check_arguments(Options, "", "", plain, lambda path: origin_of(config, path))
-    check_name(f"{origin_of(config, 'name')}: name", plain["name"])
-    options = Options(**plain)
+    options, config = compose_options(words)
+    check_targets(to_dict(config), lambda path: origin_of(config, path))
     task = build(config.task)
     if not isinstance(task, Task):
         raise ConfigError(f"{origin_of(config, 'task._target_')}: task._target_: {config.task._target_} is no Task")
