@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import unquote_to_bytes
 
-from owlfuse.data.marks import settle_marks, split_marks
+from owlfuse.data.marks import settle_marks, split_marks, unescaped
 from owlfuse.data.turn_keys import (
     CALL_ROLES,
     LEARN_KEYS,
@@ -109,6 +109,10 @@ def chat(turns: Sequence[Any], pictures: list[str | bytes], name: str, videos: S
         if not joined_to_answer(messages, message):
             messages.append(message)
     assumed = settle_marks(messages, listed, {"image": len(pictures), "video": len(videos)}, name)
+    for number in listed:  # only now is it known that what is left in their texts are words
+        for part in messages[number]["content"]:
+            if part["type"] == "text":
+                part["text"] = unescaped(part["text"])
     shown: dict[str, list[Any]] = {"image": [], "video": []}
     for message in messages:
         for part in message["content"]:
@@ -375,4 +379,5 @@ def caption_messages(
     if instructions:
         number = int.from_bytes(hashlib.sha256(identity.encode("utf-8", "surrogatepass")).digest()[:8], "little")
         asked.append({"type": "text", "text": f"\n{instructions[number % len(instructions)]}"})
-    return [{"role": "user", "content": asked}, {"role": "assistant", "content": [{"type": "text", "text": caption}]}]
+    answer = [{"type": "text", "text": unescaped(caption)}]
+    return [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}]

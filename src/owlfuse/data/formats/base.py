@@ -1,6 +1,5 @@
 """What every source has: where it lies, its share of the mixture, and what happens to a sample that is wrong."""
 
-import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -15,7 +14,6 @@ from owlfuse.packages import packaged
 from owlfuse.types import DataError, Note, Sample
 
 IMAGE = "<image>"
-VIDEO = "<video>"
 
 
 @dataclass(eq=False)
@@ -176,17 +174,6 @@ class VideoSource(PictureSource):
             self.video = None if self.video is None else VideoSampling.of(self.video)
         except DataError as error:
             raise DataError(f"{self.file}: {error}") from None
-
-
-def parts_of(text: str, videos: bool = False) -> list[dict[str, Any]]:
-    """Text with `<image>` placeholders -> text and image parts, every other character kept; with `videos`, `<video>`
-    placeholders become video parts too."""
-    kinds = {IMAGE: "image", VIDEO: "video"} if videos else {IMAGE: "image"}
-    parts: list[dict[str, Any]] = []
-    for piece in re.split(f"({'|'.join(kinds)})", text):
-        if piece:
-            parts.append({"type": kinds[piece]} if piece in kinds else {"type": "text", "text": piece})
-    return parts
 
 
 def without(record: dict[str, Any], *keys: str) -> dict[str, Any]:
