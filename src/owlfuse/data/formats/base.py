@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from owlfuse.data.files import expand_files, fingerprint
-from owlfuse.data.lines import JsonLines, read_json_list
+from owlfuse.data.lines import JsonLines, Records, open_records
+from owlfuse.data.records import has_chat
 from owlfuse.data.video import VideoSampling
 from owlfuse.packages import packaged
 from owlfuse.types import DataError, Note, Sample
@@ -24,8 +25,9 @@ class Source:
     The file is opened at first use, in each process that uses it: a source that was sent to another is its arguments alone.
 
     Args:
-        file: JSON (a list of records, parsed whole) or JSONL (a record a line, found by an index of offsets, each parsed when
-            it is drawn), UTF-8. `package:<package>/<path>` is a file of an installed package.
+        file: JSON (a list of records, or an object with one such list, parsed whole) or JSON Lines (a record a line, found by
+            an index of offsets, each parsed when it is drawn), which its contents tell apart; UTF-8.
+            `package:<package>/<path>` is a file of an installed package.
         image_root: the folder that image paths start from and cannot leave; by default the file's own.
         weight: the share of the mixture, relative to the other sources'.
         on_error: what a wrong sample does: `error` stops, `skip` leaves it out and counts it.
@@ -75,7 +77,7 @@ class Source:
 
     def open(self) -> Sequence[Any]:
         """The records by number. Raises DataError; a record that is wrong by itself raises when it is asked for."""
-        return JsonLines(self.file) if self.file.suffix in (".jsonl", ".ndjson") else read_json_list(self.file)
+        return open_records(self.file, has_chat)
 
     def files(self) -> list[Path]:
         """The files that the source reads, in order. Raises DataError where one is missing."""
@@ -95,9 +97,12 @@ class Source:
             if not isinstance(record, dict):
                 raise DataError(f"{self.name}: a record is a {type(record).__name__}, expected an object")
             identity = record.get("id")
-            return self.sample(record, f"{self.name}:{index if identity is None else identity}")
+            sample = self.sample(record, f"{self.name}:{index if identity is None else identity}")
         except DataError as error:
             raise self.placed(error, index) from None
+        if isinstance(self.records, Records):
+            sample.notes += [Note("unused", f"the file's '{key}' beside its records") for key in self.records.unused]
+        return sample
 
     def place(self, index: int) -> str:
         """Where the record at `index` stands, as its file counts: a line, or a record's number from 1."""

@@ -20,6 +20,7 @@ from owlfuse.data.records import (
     LOOKS_LIKE_FILE,
     QUESTION_KEYS,
     QUESTIONS,
+    TEXT,
     TOOLS,
     VIDEOS,
     read_chat,
@@ -122,7 +123,11 @@ class Parquet(VideoSource):
         there = {column for column in have if column in KNOWN}
         if self.messages_column or self.question_column:
             there -= {*CHATS, *QUESTION_KEYS}
-        elif not (there & {*CHATS} or any(there.issuperset(pair) for pair in QUESTIONS)):
+        elif there & {*CHATS} or any(there.issuperset(pair) for pair in QUESTIONS):
+            pass
+        elif TEXT in have:
+            there.add(TEXT)
+        else:
             raise DataError(
                 f"{files[0]} has no chat among its columns {', '.join(have)}; {EXPECTED}; other names are told by "
                 "messages_column, or question_column and answer_column"
