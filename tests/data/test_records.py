@@ -274,7 +274,7 @@ TURN_REFUSED = {
     "reasoning_content": ([3], "'reasoning_content' in a turn of the assistant is .3., expected an answer's text"),
     "name": (3, "'name' of a turn is 3, expected a text"),
     "tool_calls": (["x"], "a tool call is x, expected JSON"),
-    "system": ("Be kind.", "turn 2 has 'system': Be kind., expected a text in the first turn"),
+    "system": ("Be kind.", "a turn has 'system': Be kind., expected a text in the first turn .turn 2."),
 }
 
 
@@ -373,11 +373,11 @@ def test_what_is_not_used_is_told_once_for_a_source(tmp_path, read, caplog):
     column = "the column" if isinstance(source, Parquet) else "a record's"
     log = NotesLog()
     with caplog.at_level(logging.WARNING):
-        for _ in range(2):  # two workers, whose sources do not know of each other
-            source.told.clear()
+        for _ in range(2):  # two workers
             for index in range(3):
                 sample = source[index]
-                log.add([("a", sample.id, note) for note in source.fresh_notes(sample)])
+                log.add([("a", sample.id, note, 1) for note in sample.notes])
+    assert log.counts["a", f"not used: {column} 'topic'"] == log.counts["a", "not used: a turn's 'language'"] == 6
     (line,) = [record.getMessage() for record in caplog.records]
     assert line.startswith("source a: not used: ")
     for text in ("a turn's 'language'", "a turn's 'markdown'", f"{column} 'topic'", "(first in sample a:0"):
@@ -387,7 +387,7 @@ def test_what_is_not_used_is_told_once_for_a_source(tmp_path, read, caplog):
 @every_format
 def test_a_picture_without_a_mark_is_counted(tmp_path, read):
     source = read(tmp_path, [{"messages": BARE, "image": "a.png"}, {"messages": FLAT, "image": "a.png"}])
-    assert [[note.kind for note in source.fresh_notes(source[n])] for n in (0, 1, 0)] == [["assumed"], [], ["assumed"]]
+    assert [[note.kind for note in source[n].notes] for n in (0, 1, 0)] == [["assumed"], [], ["assumed"]]
 
 
 MARKS = {
@@ -462,7 +462,7 @@ def test_a_message_says_where_the_record_stands_as_the_file_counts(tmp_path):
         "llava-json": "record 3 of a.json",
         "sharegpt": "line 4 of a.jsonl",
         "messages": "line 4 of a.jsonl",
-        "webdataset": "in a.tar",
+        "webdataset": "sample 3 of a.tar",
     }
     for name, place in places.items():
         source = CHAT_FORMATS[name](tmp_path, [good, good, bad])

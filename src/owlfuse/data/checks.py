@@ -61,9 +61,11 @@ def check_order(sample: Sample) -> None:
     roles = [message["role"] for message in sample.messages]
     for number, role in enumerate(roles):
         if role not in ROLES:
-            raise DataError(f"sample {sample.id}: turn {number} has the role {str(role)[:40]!r}, expected {', '.join(ROLES)}")
+            raise DataError(
+                f"sample {sample.id}: turn {number + 1} has the role {str(role)[:40]!r}, expected {', '.join(ROLES)}"
+            )
         if role == "system" and number:
-            raise DataError(f"sample {sample.id}: turn {number} is a system message, expected at the start only")
+            raise DataError(f"sample {sample.id}: turn {number + 1} is a system message, expected at the start only")
     first = int(roles[0] == "system")
     if roles[first:] and roles[first] != "user":
         raise DataError(f"sample {sample.id}: its first turn is the {roles[first]}'s, expected the user's")
@@ -71,20 +73,22 @@ def check_order(sample: Sample) -> None:
         before, role = roles[number - 1], roles[number]
         if role == before and role != "tool":
             raise DataError(
-                f"sample {sample.id}: turns {number - 1} and {number} are both the {role}'s, expected user and "
+                f"sample {sample.id}: turns {number} and {number + 1} are both the {role}'s, expected user and "
                 "assistant in turn"
             )
         if role == "tool" and before == "user":
-            raise DataError(f"sample {sample.id}: turn {number} is a tool's result, expected behind a turn of the assistant")
+            raise DataError(
+                f"sample {sample.id}: turn {number + 1} is a tool's result, expected behind a turn of the assistant"
+            )
 
 
 def check_pictures(sample: Sample) -> None:
     """A placeholder for each image and video, in what the user says."""
     visual_parts(sample)
-    for message in sample.messages:
+    for number, message in enumerate(sample.messages, start=1):
         for part in message["content"]:
             if part["type"] in VISUAL and message["role"] != "user":
-                what = f"<{part['type']}> in a turn of the {message['role']}"
+                what = f"<{part['type']}> in a turn of the {message['role']} (turn {number})"
                 raise DataError(f"sample {sample.id} has an {what}; images go with what the user says")
 
 
@@ -92,6 +96,6 @@ def check_text(sample: Sample, number: int, text: str, control: Sequence[str]) -
     """Text of turn `number` without control tokens, control characters or lone surrogates."""
     if found := NO_TEXT.search(text):
         kind = "lone surrogate" if found[0] >= "\ud800" else "control character"
-        raise DataError(f"sample {sample.id}: turn {number} holds the {kind} U+{ord(found[0]):04X}, expected text")
+        raise DataError(f"sample {sample.id}: turn {number + 1} holds the {kind} U+{ord(found[0]):04X}, expected text")
     if tokens := [token for token in control if token in text]:
-        raise DataError(f"sample {sample.id} holds the tokenizer's control token {tokens[0]} in its text (turn {number})")
+        raise DataError(f"sample {sample.id} holds the tokenizer's control token {tokens[0]} in its text (turn {number + 1})")

@@ -188,9 +188,9 @@ def turns_of(value: Any, name: str, key: str) -> list[Any]:
             value = [dict(zip(value, turn, strict=True)) for turn in zip(*lists, strict=True)]
     if not isinstance(value, list):
         raise DataError(f"sample {name}: '{key}' is a {type(value).__name__}, expected list")
-    for turn in value:
+    for number, turn in enumerate(value, start=1):
         if not isinstance(turn, dict):
-            raise DataError(f"sample {name}: a turn is {brief(turn)}, {EXPECTED_TURN}")
+            raise DataError(f"sample {name}: a turn is {brief(turn)}, {EXPECTED_TURN} (turn {number})")
     return value
 
 

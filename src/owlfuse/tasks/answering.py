@@ -102,7 +102,7 @@ class Prompts(Dataset):
         except DataError as error:
             reason = one_line(str(error))
             if self.task.on_error == "error":
-                raise DataError(f"{self.task.file}: {reason}") from error
+                raise DataError(f"{self.task.file}: {question.place}: {reason}") from error
             return Wrong(question, reason)
 
     def prepare(self, question: Question) -> tuple[str, list[Image.Image]]:

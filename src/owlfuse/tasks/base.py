@@ -38,6 +38,8 @@ class Question:
     """What metrics are also told by: a category, a question's type."""
     unit: str = ""
     """Questions of one unit count together, as the rotations of a multiple choice do; by default the id."""
+    place: str = ""
+    """Where its record stands in the file, for messages."""
 
     @property
     def size(self) -> tuple[int, int]:
@@ -137,6 +139,7 @@ class Task:
             where = f"{self.file}: {self.place(number)}"
             try:
                 for question in list(self.ask(records[number], where)):
+                    question.place = self.place(number)
                     if found.setdefault(question.id, question) is not question:
                         raise DataError(f"{where}: a question with the id {question.id} stands before it; ids are unique")
             except DataError as error:

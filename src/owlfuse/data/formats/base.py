@@ -51,17 +51,6 @@ class Source:
         self.image_root = Path(self.image_root).expanduser() if self.image_root else self.file.parent
         self.name = self.file.stem
 
-    @cached_property
-    def told(self) -> set[Note]:
-        """What this process has said of the records' unused keys."""
-        return set()
-
-    def fresh_notes(self, sample: Sample) -> list[Note]:
-        """What is to be told of a sample: each assumption, and unused keys that none before it had in this process."""
-        fresh = [note for note in sample.notes if note.kind != "unused" or note not in self.told]
-        self.told.update(fresh)
-        return fresh
-
     @property
     def root(self) -> Path:
         """The folder that image paths start from."""
@@ -112,8 +101,11 @@ class Source:
 
     def placed(self, error: DataError, index: int) -> DataError:
         """An error of the sample at `index` that says where its record stands."""
-        if "records" in vars(self) and self.file.name not in str(error):
-            error.args = (f"{error} ({self.place(index)})",)
+        if "records" not in vars(self):
+            return error
+        place = self.place(index)
+        if place not in str(error) and self.file.name not in str(error):
+            error.args = (f"{error} ({place})",)
         return error
 
     def first_record(self, index: int) -> int:
@@ -138,7 +130,7 @@ class Source:
         return fingerprint(self.files())
 
     def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in vars(self).items() if key not in ("records", "told")}
+        return {key: value for key, value in vars(self).items() if key != "records"}
 
 
 @dataclass(eq=False)
