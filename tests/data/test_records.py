@@ -344,7 +344,21 @@ def test_what_is_no_chat_is_told_in_a_line(tmp_path, read, record, message):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("key", ["loss", "train", "supervised", "weight", "loss_weight", "loss_mask"])
+LEARNED = [
+    "loss",
+    "train",
+    "supervised",
+    "weight",
+    "loss_weight",
+    "loss_mask",
+    "train_on",
+    "train_on_turn",
+    "trainable",
+    "learn",
+]
+
+
+@pytest.mark.parametrize("key", LEARNED)
 @pytest.mark.parametrize(("value", "learned"), [(True, True), (1, True), (1.0, True), (False, False), (0, False), (0.0, False)])
 def test_what_is_learned_from_has_many_names(tmp_path, key, value, learned):
     record = {"messages": [user("Hi"), assistant("Ho.", **{key: value})]}
@@ -358,6 +372,25 @@ def test_what_is_learned_from_has_many_names(tmp_path, key, value, learned):
                 source[0]
         else:
             assert "supervised" not in source[0].messages[0]
+
+
+@pytest.mark.parametrize("key", ["masked", "ignore", "ignore_loss", "exclude"])
+@every_format
+def test_an_answer_that_is_marked_as_left_out_is_read_and_not_learned(tmp_path, read, key):
+    turns = [user("Hi"), assistant("Ho.", **{key: True}), user("Sure?"), assistant("Yes.", **{key: False})]
+    messages = read(tmp_path, [{"messages": turns}])[0].messages
+    assert [message.get("supervised", True) for message in messages] == [True, False, True, True]
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("train_on", False), ("trainable", False), ("learn", False), ("masked", True), ("ignore", True), ("loss_mask", [0, 1])],
+)
+@every_format
+def test_a_record_that_is_not_to_be_learned_is_refused(tmp_path, read, key, value):
+    source = read(tmp_path, [{"messages": FLAT, "image": "a.png", key: value}])
+    with pytest.raises(DataError, match=f"the record has '{key}': .*every record counts the same"):
+        source[0]
 
 
 def test_names_that_contradict_each_other_are_refused(tmp_path):

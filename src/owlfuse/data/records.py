@@ -8,6 +8,8 @@ from collections import Counter
 from typing import Any
 
 from owlfuse.data.turn_keys import (
+    LEARN_KEYS,
+    NOT_LEARN_KEYS,
     REFUSED_KEYS,
     SYSTEM_KEYS,
     brief,
@@ -41,7 +43,8 @@ TOOLS = ("tools", "functions")
 METADATA = ("kind", "kinds", "accepted")
 """What a validation source's questions are told apart and judged by (see `evaluation`)."""
 
-WEIGHTS = ("weight", "loss_weight", "sample_weight", "train", "supervise", "loss", "label")
+WEIGHTS = ("sample_weight", "label", *LEARN_KEYS)
+"""Of a whole record, which is learned from like every other: another value than 1 or true is refused."""
 RECORD_REFUSED = {
     "instruction": "a text beside the chat; write it as 'system', or into the question",
     "instructions": "a text beside the chat; write it as 'system', or into the question",
@@ -58,7 +61,7 @@ QUESTION_REFUSED = ("choices", "options", "context", "passage", "hint")
 
 KNOWN = frozenset(
     (
-        *(*CHATS, *QUESTION_KEYS, *SYSTEM_KEYS, *IMAGES, *VIDEOS, *TOOLS, *METADATA, *WEIGHTS),
+        *(*CHATS, *QUESTION_KEYS, *SYSTEM_KEYS, *IMAGES, *VIDEOS, *TOOLS, *METADATA, *WEIGHTS, *NOT_LEARN_KEYS),
         *(*RECORD_REFUSED, *QUESTION_REFUSED, "history", "id"),
     )
 )
@@ -279,7 +282,7 @@ def check_rest(record: dict[str, Any], name: str, rest: set[str]) -> list[Note]:
         if value is None or value == "" or value == [] or value == {}:
             continue
         check_file_like(record, name, key)
-        if key in WEIGHTS:
+        if key in WEIGHTS or key in NOT_LEARN_KEYS:
             check_weight(value, name, key)
         notes.append(Note("unused", f"a record's '{key}'"))
     return notes
@@ -288,7 +291,11 @@ def check_rest(record: dict[str, Any], name: str, rest: set[str]) -> list[Note]:
 def check_weight(value: Any, name: str, key: str) -> None:
     """Raises DataError for a record that is to be left out, or to count more or less than others."""
     if isinstance(value, bool):
-        out = not value
+        out = value == (key in NOT_LEARN_KEYS)
+    elif isinstance(value, list | dict):
+        out = key != "label"  # of each turn or token
+    elif key in NOT_LEARN_KEYS:
+        out = isinstance(value, int | float) and value != 0
     else:
         out = isinstance(value, int | float) and value != 1 and key not in ("loss", "label", "train")
     if out:
