@@ -1,5 +1,6 @@
 """The chat: questions about real pictures, answered by a model in the form that it is exported in."""
 
+import copy
 import io
 import re
 import sys
@@ -11,11 +12,13 @@ from PIL import Image
 from helpers import llm_fields, model_node
 from owlfuse.chat import Conversation
 from owlfuse.cli import main
+from owlfuse.data.chat import ChatEncoder
 from owlfuse.data.chat_tokenizer import load_tokenizer
 from owlfuse.data.shapes import write_shapes
 from owlfuse.hub.export import Trained, export, load_exported, processor_of, wrap
 from owlfuse.model import build_model
 from owlfuse.terminal import visible
+from owlfuse.types import DataError, Sample
 
 
 @pytest.fixture(scope="module")
@@ -69,6 +72,27 @@ def test_a_conversation_remembers_what_was_said_and_shown(folder, capsys, monkey
     assert places == sorted(places)
 
 
+def test_an_image_mark_is_where_a_picture_stands_and_escaped_it_is_a_word(trained):
+    """The prompt has the tokens of training: those that a word has, and the picture's place at its mark."""
+    encoder = ChatEncoder(copy.deepcopy(trained.tokenizer), trained.model.fusion.tokens_per_image)
+    conversation = Conversation(wrap(trained), processor_of(trained), max_new_tokens=3, do_sample=False)
+    conversation.shown.append(Image.new("RGB", (50, 40), "red"))
+    said = conversation.ask(r"Write \<image> beside <image> here.", lambda piece: None)
+    parts = [{"type": "text", "text": "Write <image> beside "}, {"type": "image"}, {"type": "text", "text": " here."}]
+    messages = [{"role": "user", "content": parts}]
+    asked = encoder.encode_prompt(Sample("s:1", "s", messages, ["red.png"]))
+    assert conversation.last[1]["input_ids"][0].tolist() == asked.input_ids.tolist()
+    messages.append({"role": "assistant", "content": [{"type": "text", "text": said}]})
+    messages.append({"role": "user", "content": [{"type": "text", "text": "<image>?"}]})
+    conversation.messages[-1]["content"][0]["text"] = said = "It is <image>."  # a model may write the word, letter by letter
+    messages[1]["content"][0]["text"] = said
+    conversation.ask(r"\<image>?", lambda piece: None)
+    asked = encoder.encode_prompt(Sample("s:1", "s", messages, ["red.png"]))
+    assert conversation.last[1]["input_ids"][0].tolist() == asked.input_ids.tolist()
+    with pytest.raises(DataError, match=r"1 <image> and 0 pictures .* write .<image> where the word is meant"):
+        conversation.ask("And <image>?", lambda piece: None)
+
+
 def test_a_mistake_is_told_and_the_conversation_goes_on(folder, capsys, monkeypatch):
     lines = ["/image nowhere.png", "/imgae", "What is <image> this?", "Hello"]
     monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(lines) + "\n"))
@@ -76,7 +100,7 @@ def test_a_mistake_is_told_and_the_conversation_goes_on(folder, capsys, monkeypa
     printed = capsys.readouterr().out
     assert "no image nowhere.png" in printed
     assert "/image PATH" in printed
-    assert "1 <image> and 0 images" in printed
+    assert "1 <image> and 0 pictures" in printed
     assert answer_of(folder, [], "<|user|>Hello<|assistant|>", shown=True) in printed
 
 

@@ -127,8 +127,49 @@ def test_weights_that_a_run_starts_from_are_known_by_their_contents(tmp_path, ke
         before = after
 
 
-def test_a_hubs_name_is_no_file():
-    assert weights_identity({"model": {"llm": {"pretrained": "org/model"}, "vision": {"pretrained": True}}}) == {}
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """The hub's cache, and a function that has a name's file at a commit there, which the name stands for from then on."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+
+    def put(name, file, commit):
+        folder = tmp_path / f"models--{name.replace('/', '--')}"
+        (folder / "snapshots" / commit).mkdir(parents=True)
+        (folder / "snapshots" / commit / file).write_text("{}")
+        (folder / "refs").mkdir(exist_ok=True)
+        (folder / "refs" / "main").write_text(commit)
+
+    return put
+
+
+@pytest.mark.parametrize(
+    ("key", "name", "file"),
+    [
+        ("model.llm.pretrained", "org/model", "config.json"),
+        ("model.vision.pretrained", "timm/resnet10t.c3_in1k", "model.safetensors"),
+        ("model.vision.pretrained", "timm/resnet10t.c3_in1k", "pytorch_model.bin"),
+    ],
+)
+def test_weights_of_the_hub_are_known_by_the_commit_that_is_loaded(hub, key, name, file):
+    config = {"model": {"llm": {"pretrained": "org/model"}, "vision": {"name": "resnet10t", "pretrained": True}}}
+    assert weights_identity(config) == {}  # neither is to be had
+    hub(name, file, "1" * 40)
+    before = weights_identity(config)
+    assert before == {key: f"hub:{'1' * 40}"}
+    assert weights_identity(config) == before
+    hub(name, file, "2" * 40)
+    assert weights_identity(config) == {key: f"hub:{'2' * 40}"}
+    assert data_hash(weights_identity(config)) != data_hash(before)
+
+
+def test_a_file_in_the_place_of_timms_weights_is_known_by_its_contents(tmp_path):
+    (tmp_path / "w.bin").write_bytes(b"0")
+    vision = {"name": "resnet10t", "pretrained": True, "kwargs": {"pretrained_cfg_overlay": {"file": str(tmp_path / "w.bin")}}}
+    before = weights_identity({"model": {"llm": {}, "vision": vision}})
+    (tmp_path / "w.bin").write_bytes(b"1")
+    assert before.keys() == {"model.vision.pretrained"}
+    assert weights_identity({"model": {"llm": {}, "vision": vision}}) != before
 
 
 def test_changes_belong_to_the_hash_of_the_configuration():

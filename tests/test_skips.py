@@ -10,7 +10,7 @@ from helpers import IMAGE_SIZE, ROWS, VOCAB, all_fusions, each, make_batch, mode
 from owlfuse.data.collate import Collator, Skipped
 from owlfuse.data.positions import StepPositions
 from owlfuse.module import MultimodalModule
-from owlfuse.types import DataError
+from owlfuse.types import DataError, Note
 
 
 @pytest.fixture
@@ -43,6 +43,7 @@ def train(module, *micro_batches, whole=True):
     for skipped, truncated in micro_batches:
         batch = make_batch(ROWS)
         batch.skipped, batch.truncated = skipped, truncated
+        batch.notes = [("a", "a:1", Note("unused", "a record's 'topic'"), 3)]
         module.training_step(batch, 0).backward()
     if whole:
         module.on_before_optimizer_step(torch.optim.SGD(module.parameters()))
@@ -68,11 +69,13 @@ def test_a_resumed_run_goes_on_counting_from_the_last_whole_step(module, tmp_pat
     second.on_load_checkpoint(torch.load(tmp_path / "last.ckpt", weights_only=True))
     assert second.skipped == Counter([skip("a", 1), skip("b", 2)])
     assert second.truncated == {"a": 1}
+    assert second.notes.counts == {("a", "not used: a record's 'topic'"): 6}  # two micro batches of a whole step
     assert second.padded.counts() == first.padded.counts() != (0, 0, 0)
     once = first.padded.counts()
     train(second, ([skip("a", 3)], [("a", "a:8", 2)]), ([], []))
     assert second.skipped == Counter([skip("a", 1), skip("b", 2), skip("a", 3)])
     assert second.truncated == {"a": 2}
+    assert second.over_ranks(*second.counts_now())[2] == {("a", "not used: a record's 'topic'"): 12}
     assert second.padded.counts() == tuple(2 * count for count in once)
 
 
@@ -88,7 +91,7 @@ def test_the_limit_of_skips_holds_over_a_resume(module):
 def test_a_checkpoint_from_before_skips_were_kept_is_read(module):
     made = module()
     checkpoint = checkpoint_of(made, 1)
-    del checkpoint["skipped"], checkpoint["truncated"], checkpoint["padded"]
+    del checkpoint["skipped"], checkpoint["truncated"], checkpoint["notes"], checkpoint["padded"]
     made.on_load_checkpoint(checkpoint)
     assert (made.skipped, made.truncated, made.padded.counts()) == (Counter(), {}, (0, 0, 0))
 
@@ -136,7 +139,7 @@ def test_skips_of_a_checkpoint_that_has_a_row_for_each_time_are_counted(module):
 @pytest.mark.parametrize(("ranks", "raises"), [([[1, 2], [1, 2]], False), ([[1, 2], [2, 3]], True)])
 def test_a_sample_that_two_ranks_met_counts_once(module, monkeypatch, ranks, raises):
     made = module(max_skips=2)
-    skips = [(Counter(skip("a", number) for number in numbers), {}) for numbers in ranks]
+    skips = [(Counter(skip("a", number) for number in numbers), {}, Counter()) for numbers in ranks]
     monkeypatch.setattr("owlfuse.module.all_objects", lambda trainer, value: skips)
     if raises:
         with pytest.raises(DataError, match="source a had 3 wrong samples on all ranks together, over its max_skips of 2"):

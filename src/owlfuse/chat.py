@@ -14,6 +14,8 @@ from transformers import TextStreamer
 
 from owlfuse.data.chat_tokenizer import render
 from owlfuse.data.images import MAX_PIXELS, open_image
+from owlfuse.data.marks import with_pictures
+from owlfuse.data.words import with_hidden_words
 from owlfuse.hub.export import load_exported, load_run, processor_of, wrap
 from owlfuse.hub.modeling import OwlfuseForConditionalGeneration
 from owlfuse.hub.processing import OwlfuseProcessor
@@ -78,15 +80,17 @@ class Conversation:
         self.messages, self.pictures, self.shown, self.last = [], [], [], None
 
     def ask(self, question: str, write: Callable[[str], None]) -> str:
-        """The answer, each piece of it given to `write` as it comes. Ctrl-C ends it early, and what was said stays said.
+        """The answer, each piece of it given to `write` as it comes. Pictures stand at the question's `<image>`s, or first
+        where it has none; `\\<image>` is the word. Ctrl-C ends it early, and what was said stays said.
 
         Raises:
-            DataError: the question holds an `<image>`, or the conversation is longer than the model's positions; nothing of it
-                is remembered.
+            DataError: `<image>`s of another number than pictures are shown, or the conversation is longer than the model's
+                positions; nothing of it is remembered.
         """
-        content = [*({"type": "image"} for _ in self.shown), {"type": "text", "text": question}]
+        content = with_pictures(question, len(self.shown))
         messages, pictures = [*self.messages, {"role": "user", "content": content}], [*self.pictures, *self.shown]
-        prompt = render(self.processor.tokenizer, messages, True, self.thinking)
+        hidden = with_hidden_words(messages, self.processor.image_token)
+        prompt = render(self.processor.tokenizer, hidden, True, self.thinking)
         inputs = self.processor(images=pictures, text=prompt).to(self.model.device)
         length = inputs["input_ids"].shape[1]
         if self.longest is not None and length >= self.longest:

@@ -5,9 +5,10 @@ from __future__ import annotations
 
 import logging
 from functools import cache
+from pathlib import Path
 from typing import Any
 
-from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+from huggingface_hub import constants, get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
@@ -57,6 +58,18 @@ def check_hub_has(name: str, instead: str) -> None:
     if not constants.HF_HUB_OFFLINE:
         log.warning("%s: %s; it is taken from the cache (%s)", name, reason, constants.HF_HUB_CACHE)
         constants.HF_HUB_OFFLINE = True  # what the environment's variable of this name sets: no more waiting for it
+
+
+def resolved_file(name: str, files: tuple[str, ...]) -> Path | None:
+    """The first of some files of a model that can be had, in the cache's folder of its commit; None for a local path."""
+    if looks_local(name):
+        return None
+    for file in files:
+        try:
+            return Path(hf_hub_download(name, file, etag_timeout=SECONDS))
+        except (HFValidationError, OfflineModeIsEnabled, EntryNotFoundError, HfHubHTTPError, TRANSPORT_ERROR, OSError):
+            continue  # whoever loads the model says what is wrong
+    return None
 
 
 def ask(name: str) -> str | None:

@@ -129,17 +129,49 @@ def data_hash(identity: dict[str, str]) -> str:
 
 
 def weights_identity(config: dict[str, Any]) -> dict[str, str]:
-    """Fingerprints of the files that a run starts from, by the keys that name them: `init_from`, and the parts' own weights
-    that lie in a folder or file. A hub's name is a part of the configuration."""
-    named = {"init_from": config.get("init_from"), "model.vision.weights": config["model"]["vision"].get("weights")}
-    named["model.llm.pretrained"] = config["model"]["llm"].get("pretrained")
+    """Fingerprints of what a run starts from, by the keys that name it: `init_from`, and the parts' own weights. Files count by
+    their contents, the hub's by the commit that its name stands for today, in the hub or else in the cache; what is in neither
+    is left out."""
+    vision, llm = config["model"]["vision"], config["model"]["llm"]
+    named = {"init_from": config.get("init_from"), "model.vision.weights": vision.get("weights")}
+    named["model.llm.pretrained"] = llm.get("pretrained")
     found = {}
     for key, place in named.items():
-        if isinstance(place, str):
-            files = weight_files(Path(packaged(place)).expanduser())
-            if files:
-                found[key] = fingerprint(files)
+        if not isinstance(place, str):
+            continue
+        if files := weight_files(Path(packaged(place)).expanduser()):
+            found[key] = fingerprint(files)
+        elif key == "model.llm.pretrained" and (commit := hub_commit(place, LLM_FILES)):
+            found[key] = commit
+    if vision.get("pretrained") is True and (known := timm_weights(vision)):
+        found["model.vision.pretrained"] = known
     return found
+
+
+LLM_FILES = ("config.json",)
+TIMM_FILES = ("model.safetensors", "pytorch_model.bin")
+"""Of the hub's repository of a timm model, the file that timm loads: the first that is there."""
+
+
+def timm_weights(vision: dict[str, Any]) -> str | None:
+    """What the weights that timm has for a backbone's name are known by; None where they are not to be had, or lie elsewhere
+    than in a file or on the hub."""
+    from owlfuse.timm_body import hub_name_of
+
+    overlay = (vision.get("kwargs") or {}).get("pretrained_cfg_overlay") or {}
+    if overlay.get("file"):
+        files = weight_files(Path(overlay["file"]))
+        return fingerprint(files) if files else None
+    name = hub_name_of(str(vision.get("name")), overlay)
+    return hub_commit(name, TIMM_FILES) if name else None
+
+
+def hub_commit(name: str, files: tuple[str, ...]) -> str | None:
+    """`hub:` and the commit at which the hub's name has the first of `files` that it has, None where there is none."""
+    from owlfuse.hub_access import resolved_file
+
+    path = resolved_file(name, files)
+    return f"hub:{path.parent.name}" if path else None  # the cache has snapshots/<commit>/<file>
 
 
 def weight_files(place: Path) -> list[Path]:

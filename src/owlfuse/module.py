@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from owlfuse.adapters import PartSummary, print_summary
 from owlfuse.data.datamodule import ChatData
-from owlfuse.data.notes import NotesLog
+from owlfuse.data.notes import NoteCounts, NotesLog
 from owlfuse.data.packing import Padding
 from owlfuse.finite import FiniteWatch
 from owlfuse.hub.start import load_base
@@ -31,6 +31,8 @@ from owlfuse.weights import check_fits, frozen_hashes, kept_names, set_precision
 log = logging.getLogger(__name__)
 
 Skips: TypeAlias = Counter[tuple[str, str, str]]
+Counts: TypeAlias = tuple[Skips, dict[str, int], NoteCounts]
+"""What was skipped, how many samples of each source were cut, and what was noted of how many."""
 
 
 class MultimodalModule(lightning.LightningModule):
@@ -66,8 +68,8 @@ class MultimodalModule(lightning.LightningModule):
         """How many times each (source, sample, reason) was left out."""
         self.truncated: dict[str, int] = {}
         self.notes = NotesLog()
-        self.counted: tuple[Skips, dict[str, int]] = (Counter(), {})
-        """`skipped` and `truncated` at the last whole step, which a checkpoint goes on from."""
+        self.counted: Counts = (Counter(), {}, Counter())
+        """`skipped`, `truncated` and the notes' counts at the last whole step, which a checkpoint goes on from."""
         self.updated_at: int | None = None
         """The trainer's step when the last update of the weights began; the step rises when the update is done."""
         self.finite = FiniteWatch()
@@ -153,7 +155,7 @@ class MultimodalModule(lightning.LightningModule):
         limits = [source.max_skips for source in self.datamodule.sources.values()]
         if all(count <= limit for count, limit in zip(counts, limits, strict=True)):
             return
-        samples = distinct_samples(self.over_ranks(self.skipped, {})[0])
+        samples = distinct_samples(self.over_ranks(self.skipped, {}, Counter())[0])
         for name, limit in zip(self.datamodule.sources, limits, strict=True):
             if samples[name] > limit:
                 raise DataError(
@@ -161,14 +163,20 @@ class MultimodalModule(lightning.LightningModule):
                     "each is in the log of its rank"
                 )
 
-    def over_ranks(self, skipped: Skips, truncated: dict[str, int]) -> tuple[Skips, dict[str, int]]:
-        """What every rank has skipped and truncated, put together."""
+    def over_ranks(self, skipped: Skips, truncated: dict[str, int], notes: NoteCounts) -> Counts:
+        """What every rank has skipped, truncated and noted, put together."""
         all_skips: Skips = Counter()
-        counts: Counter[str] = Counter()
-        for rank_skips, rank_cuts in all_objects(self.trainer, (skipped, truncated)):
+        cuts: Counter[str] = Counter()
+        all_notes: NoteCounts = Counter()
+        for rank_skips, rank_cuts, rank_notes in all_objects(self.trainer, (skipped, truncated, notes)):
             all_skips.update(rank_skips)
-            counts.update(rank_cuts)
-        return all_skips, dict(counts)
+            cuts.update(rank_cuts)
+            all_notes.update(rank_notes)
+        return all_skips, dict(cuts), all_notes
+
+    def counts_now(self) -> Counts:
+        """A copy of what this rank has skipped, truncated and noted so far."""
+        return Counter(self.skipped), dict(self.truncated), Counter(self.notes.counts)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Divides the gradients by the supervised tokens of the global batch, and logs its loss and its share of padding."""
@@ -199,7 +207,7 @@ class MultimodalModule(lightning.LightningModule):
         self.balance_sum = 0.0
         self.loss_sum, self.token_count, self.images, self.padding = 0.0, 0, 0, Padding()
         self.padded.include(*rows.sum(0)[3:6])
-        self.counted = Counter(self.skipped), dict(self.truncated)
+        self.counted = self.counts_now()
 
     def log_census(self, images: Tensor) -> None:
         """Which ranks had images in a step: images (ranks,)."""
@@ -263,14 +271,16 @@ class MultimodalModule(lightning.LightningModule):
                 )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Frozen weights stay out but for their hash; what was skipped and truncated until the last whole step goes in."""
+        """Frozen weights stay out but for their hash; what was skipped, truncated and noted until the last whole step
+        goes in."""
         if "state_dict" in checkpoint:
             self.frozen = frozen_hashes(self.model) if self.frozen is None else self.frozen
             kept = {f"model.{name}" for name in kept_names(self.model)}
             checkpoint["state_dict"] = {name: value for name, value in checkpoint["state_dict"].items() if name in kept}
             checkpoint["frozen"] = self.frozen
         checkpoint["new_tokens"] = self.new_tokens
-        skipped, checkpoint["truncated"] = self.over_ranks(*self.counted)
+        skipped, checkpoint["truncated"], notes = self.over_ranks(*self.counted)
+        checkpoint["notes"] = [[*note, draws] for note, draws in notes.items()]
         checkpoint["skipped"] = [[*skip, times] for skip, times in skipped.items()]
         checkpoint["run"] = self.record
         checkpoint["step_positions"] = self.datamodule.step_positions.changes
@@ -285,7 +295,9 @@ class MultimodalModule(lightning.LightningModule):
             for source, sample, reason, *times in checkpoint.get("skipped", []):  # once had a row for each time
                 self.skipped[source, sample, reason] += times[0] if times else 1
             self.truncated = dict(checkpoint.get("truncated", {}))
-        self.counted = Counter(self.skipped), dict(self.truncated)
+            for source, text, draws in checkpoint.get("notes", []):
+                self.notes.counts[source, text] = draws
+        self.counted = self.counts_now()
         self.padded = Padding(*checkpoint.get("padded", ()))
         progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
         done = checkpoint["global_step"] * self.trainer.accumulate_grad_batches

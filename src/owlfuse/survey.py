@@ -90,6 +90,7 @@ def survey(data: ChatData, lengths: dict[str, Lengths], steps: int) -> dict[str,
     total = sum(drawn["supervised"].values())
     for name, row in report["sources"].items():
         counted = lengths[name]
+        del row["notes"]  # of draws; those of all samples are in the report's own notes
         row["asked_share"] = asked_share(mixture, name, positions)
         row["supervised_tokens"] = drawn["supervised"].get(name, 0)
         row["supervised_share"] = row["supervised_tokens"] / total if total else None

@@ -111,7 +111,7 @@ def train(config: DictConfig, folder: Path, data_digest: str | None) -> None:
     write_config(config, folder, history)
     save_tokenizer(data.tokenizer, folder)
     fit(trainer, module, data, checkpoint, folder)
-    left_out = module.over_ranks(module.skipped, module.truncated)
+    left_out = module.over_ranks(*module.counts_now())
     if trainer.is_global_zero:
         report = data.report(trainer.global_step, *left_out, module.padded)
         write_mixture(folder, report)

@@ -68,7 +68,7 @@ class Encoded:
     turns_removed: int = 0
     """Questions with their answers that were taken from the end, where the policy for the length is `truncate_turns`."""
     notes: list[Note] = field(default_factory=list)
-    """What of its record is not used or was assumed, and is still to be told."""
+    """What of its record is not used or was assumed."""
 
 
 @dataclass
@@ -106,8 +106,8 @@ class Batch:
     """(source, sample, reason) of the samples that this batch lacks, where the policy is to skip."""
     truncated: list[tuple[str, str, int]] = field(default_factory=list)
     """(source, sample, turns removed) of the samples that were cut to `max_length`."""
-    notes: list[tuple[str, str, Note]] = field(default_factory=list)
-    """(source, sample, note) of what records hold that is not used, or what was assumed of them."""
+    notes: list[tuple[str, str, Note, int]] = field(default_factory=list)
+    """(source, first sample, note, how many samples) of what records hold that is not used, or what was assumed of them."""
 
     has_images: bool = True
     """False for the batch with a blank image. A plain bool, so that no tensor is read to know it."""

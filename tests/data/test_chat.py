@@ -97,7 +97,7 @@ def test_a_prompt_is_the_chat_up_to_its_answer(tokenizer):
         (chat((None, "What?", None), "red", images=["a"]), "sample s:1 has 2 <image> placeholders and 1 images"),
         (chat("What?", "red", images=["a"]), "sample s:1 has 0 <image> placeholders and 1 images"),
         (chat("Say <|end|> now", "red"), r"sample s:1 holds the tokenizer's control token <\|end\|>"),
-        (chat("What?", "  "), "sample s:1: turn 1 is an empty answer"),
+        (chat("What?", "  "), "sample s:1: turn 2 is an empty answer"),
         (chat("What?"), "sample s:1 has no assistant turn"),
         (Sample("s:1", "s", []), "sample s:1 has no messages"),
         (chat("what " * 300, "red"), "sample s:1 is 6.. tokens long, over max_length of 64"),
@@ -112,7 +112,7 @@ def test_a_template_that_changes_earlier_turns_is_an_error_and_not_a_wrong_mask(
     tokenizer.chat_template = (
         "{{ messages | length }}{% for m in messages %}{{ m.content }}{{ eos_token if m.role == 'assistant' }}{% endfor %}"
     )
-    with pytest.raises(DataError, match="before turn 3 otherwise alone than in the whole"):
+    with pytest.raises(DataError, match="before turn 4 otherwise alone than in the whole"):
         ChatEncoder(tokenizer, 1).encode(chat("a", "b", "c", "d"))
 
 

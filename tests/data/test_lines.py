@@ -87,7 +87,7 @@ def test_a_byte_order_mark_and_windows_line_ends_are_read_over(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(b'\xef\xbb\xbf{"a": 1}\r\n\r\n{"a": 2}\r\n')
     assert list(JsonLines(tmp_path / "a.jsonl")) == [{"a": 1}, {"a": 2}]
     (tmp_path / "a.json").write_bytes(b'\xef\xbb\xbf[{"a": 1}]')
-    assert lines.read_json_list(tmp_path / "a.json") == [{"a": 1}]
+    assert lines.read_json_records(tmp_path / "a.json") == [{"a": 1}]
 
 
 def test_a_file_that_became_shorter_is_told(tmp_path):
@@ -106,7 +106,7 @@ def test_a_file_that_became_shorter_is_told(tmp_path):
         ("a.jsonl", b"", "a.jsonl: holds no record"),
         ("a.jsonl", b"\n  \n", "a.jsonl: holds no record"),
         ("a.json", b"", "a.json: holds no record"),
-        ("a.json", b'{"a": 1}\n{"a": 2}\n', "a.json: line 2: not JSON: Extra data; .* is named .jsonl"),
+        ("a.json", b'[{"a": 1}]\n{"a": 2}\n', "a.json: line 2: not JSON: Extra data"),
         ("a.json", b"[" * 100_000, "a.json: not JSON: nested too deep"),
     ],
 )

@@ -219,7 +219,7 @@ def test_a_tokenizer_without_an_end_mark_is_refused(tokenizers):
         ("{% for m in messages %}{{ m.content | upper }}</s>{% endfor %}", "changes an answer otherwise"),
         (
             "{% for m in messages %}{{ m.content }}{{ m.content if loop.index0 == 2 }}</s>{% endfor %}",
-            "writes the text of turn 2 not once",
+            "writes the text of turn 3 not once",
         ),
     ],
 )

@@ -18,7 +18,7 @@ from owlfuse.data.formats.captions import Captions
 from owlfuse.data.formats.messages import Messages
 from owlfuse.data.formats.parquet import Parquet
 from owlfuse.data.formats.webdataset import WebDataset
-from owlfuse.data.lines import JsonLines, read_json_list
+from owlfuse.data.lines import JsonLines, read_json_records
 from owlfuse.tasks.base import read_json
 from owlfuse.types import DataError
 
@@ -117,10 +117,10 @@ def test_a_json_list_that_is_read_in_pieces_is_that_which_json_reads(indent, cou
     )
     padding = b" " * (LIMIT + 1)
     (tmp_path / "b.json").write_bytes(json.dumps(records, indent=indent).encode() + padding)
-    assert read_json_list(tmp_path / "a.json") == records
-    assert read_json_list(tmp_path / "b.json") == records
+    assert read_json_records(tmp_path / "a.json") == records
+    assert read_json_records(tmp_path / "b.json") == records
     (tmp_path / "c.json").write_bytes(padding + b"[ ]")
-    assert read_json_list(tmp_path / "c.json") == []
+    assert read_json_records(tmp_path / "c.json") == []
 
 
 @pytest.mark.parametrize(
@@ -140,7 +140,7 @@ def test_a_json_list_that_is_read_in_pieces_is_that_which_json_reads(indent, cou
 def test_a_json_list_that_is_read_in_pieces_tells_what_is_wrong_and_in_which_line(tail, told, tmp_path):
     (tmp_path / "a.json").write_bytes(b"[\n" + b'{"a": "b"},\n' * 400 + tail)
     with pytest.raises(DataError, match=told) as caught:
-        read_json_list(tmp_path / "a.json")
+        read_json_records(tmp_path / "a.json")
     assert "byte" in told or "line 402" in str(caught.value)
 
 

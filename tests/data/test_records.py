@@ -274,7 +274,7 @@ TURN_REFUSED = {
     "reasoning_content": ([3], "'reasoning_content' in a turn of the assistant is .3., expected an answer's text"),
     "name": (3, "'name' of a turn is 3, expected a text"),
     "tool_calls": (["x"], "a tool call is x, expected JSON"),
-    "system": ("Be kind.", "turn 2 has 'system': Be kind., expected a text in the first turn"),
+    "system": ("Be kind.", "a turn has 'system': Be kind., expected a text in the first turn .turn 2."),
 }
 
 
@@ -344,7 +344,21 @@ def test_what_is_no_chat_is_told_in_a_line(tmp_path, read, record, message):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("key", ["loss", "train", "supervised", "weight", "loss_weight", "loss_mask"])
+LEARNED = [
+    "loss",
+    "train",
+    "supervised",
+    "weight",
+    "loss_weight",
+    "loss_mask",
+    "train_on",
+    "train_on_turn",
+    "trainable",
+    "learn",
+]
+
+
+@pytest.mark.parametrize("key", LEARNED)
 @pytest.mark.parametrize(("value", "learned"), [(True, True), (1, True), (1.0, True), (False, False), (0, False), (0.0, False)])
 def test_what_is_learned_from_has_many_names(tmp_path, key, value, learned):
     record = {"messages": [user("Hi"), assistant("Ho.", **{key: value})]}
@@ -360,6 +374,25 @@ def test_what_is_learned_from_has_many_names(tmp_path, key, value, learned):
             assert "supervised" not in source[0].messages[0]
 
 
+@pytest.mark.parametrize("key", ["masked", "ignore", "ignore_loss", "exclude"])
+@every_format
+def test_an_answer_that_is_marked_as_left_out_is_read_and_not_learned(tmp_path, read, key):
+    turns = [user("Hi"), assistant("Ho.", **{key: True}), user("Sure?"), assistant("Yes.", **{key: False})]
+    messages = read(tmp_path, [{"messages": turns}])[0].messages
+    assert [message.get("supervised", True) for message in messages] == [True, False, True, True]
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("train_on", False), ("trainable", False), ("learn", False), ("masked", True), ("ignore", True), ("loss_mask", [0, 1])],
+)
+@every_format
+def test_a_record_that_is_not_to_be_learned_is_refused(tmp_path, read, key, value):
+    source = read(tmp_path, [{"messages": FLAT, "image": "a.png", key: value}])
+    with pytest.raises(DataError, match=f"the record has '{key}': .*every record counts the same"):
+        source[0]
+
+
 def test_names_that_contradict_each_other_are_refused(tmp_path):
     record = {"messages": [user("Hi"), assistant("Ho.", loss=True, weight=0)]}
     with pytest.raises(DataError, match="'loss': True and 'weight': 0, which contradict each other"):
@@ -373,11 +406,11 @@ def test_what_is_not_used_is_told_once_for_a_source(tmp_path, read, caplog):
     column = "the column" if isinstance(source, Parquet) else "a record's"
     log = NotesLog()
     with caplog.at_level(logging.WARNING):
-        for _ in range(2):  # two workers, whose sources do not know of each other
-            source.told.clear()
+        for _ in range(2):  # two workers
             for index in range(3):
                 sample = source[index]
-                log.add([("a", sample.id, note) for note in source.fresh_notes(sample)])
+                log.add([("a", sample.id, note, 1) for note in sample.notes])
+    assert log.counts["a", f"not used: {column} 'topic'"] == log.counts["a", "not used: a turn's 'language'"] == 6
     (line,) = [record.getMessage() for record in caplog.records]
     assert line.startswith("source a: not used: ")
     for text in ("a turn's 'language'", "a turn's 'markdown'", f"{column} 'topic'", "(first in sample a:0"):
@@ -387,7 +420,7 @@ def test_what_is_not_used_is_told_once_for_a_source(tmp_path, read, caplog):
 @every_format
 def test_a_picture_without_a_mark_is_counted(tmp_path, read):
     source = read(tmp_path, [{"messages": BARE, "image": "a.png"}, {"messages": FLAT, "image": "a.png"}])
-    assert [[note.kind for note in source.fresh_notes(source[n])] for n in (0, 1, 0)] == [["assumed"], [], ["assumed"]]
+    assert [[note.kind for note in source[n].notes] for n in (0, 1, 0)] == [["assumed"], [], ["assumed"]]
 
 
 MARKS = {
@@ -462,7 +495,7 @@ def test_a_message_says_where_the_record_stands_as_the_file_counts(tmp_path):
         "llava-json": "record 3 of a.json",
         "sharegpt": "line 4 of a.jsonl",
         "messages": "line 4 of a.jsonl",
-        "webdataset": "in a.tar",
+        "webdataset": "sample 3 of a.tar",
     }
     for name, place in places.items():
         source = CHAT_FORMATS[name](tmp_path, [good, good, bad])

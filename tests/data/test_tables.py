@@ -113,9 +113,9 @@ def test_parts_with_missing_fields_as_arrow_stores_them_are_read(tmp_path):
     ("rows", "options", "message"),
     [
         (
-            {"text": ["x"]},
+            {"story": ["x"]},
             {},
-            "has no chat among its columns text; expected a chat in messages, .* told by messages_column, or",
+            "has no chat among its columns story; expected a chat in messages, .* told by messages_column, or",
         ),
         ({"messages": [turns(0)]}, {"image_column": "img"}, "has no column 'img'; it has messages"),
         ({"q": ["x"]}, {"question_column": "q", "answer_column": "b"}, "has no column 'b'; it has q"),

@@ -1,6 +1,7 @@
 """Several pictures, tiled pictures and videos through the DataModule, from files to the model's answer."""
 
 import json
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -198,6 +199,32 @@ def test_evaluation_answers_questions_about_several_pictures_alike_alone_and_in_
     questions = questions_of(data, "chats")
     alone = answer_questions(model, data, "chats", questions, 1, 4)
     assert [a.answer for a in alone] == [a.answer for a in answers]
+
+
+def test_with_history_a_question_is_asked_behind_what_was_said_before_it(shapes, folder, monkeypatch):
+    """The prompt is what training has before the answer, to the token; without it (the default) no answer is given away."""
+    data = make(shapes, folder)
+    model, _ = build_model(model_node("concat"), data.vocab_size)
+    data.bind(model.vision.preprocessing, model.fusion.tokens_per_image)
+    prompts = {}
+    for history in (False, True):
+        monkeypatch.setattr(data, "prompts", partial(noted, ChatData.prompts, data, prompts, history))
+        Evaluation(batch_size=1, max_new_tokens=2, contact_sheet=0, blank=False, history=history)(model, data)
+    source = data.sources["chats"]
+    whole = data.load(source[4], source).input_ids.tolist()
+    behind, alone = prompts["chats:4#2", True], prompts["chats:4#2", False]
+    assert behind == whole[: len(behind)]
+    assert len(behind) > len(alone)
+    assert prompts["chats:0#0", True] == prompts["chats:0#0", False]
+    assert Evaluation().history is False
+
+
+def noted(make_prompts, data, prompts, history, samples):
+    """Notes the ids of each prompt, padding left out."""
+    batch = make_prompts(data, samples)
+    for name, ids, mask in zip(batch.ids, batch.input_ids, batch.attention_mask):
+        prompts[name, history] = ids[mask.bool()].tolist()
+    return batch
 
 
 def test_placeholders_and_paths_are_matched_in_order_of_the_chat():

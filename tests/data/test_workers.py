@@ -125,4 +125,7 @@ def test_what_workers_do_not_use_is_told_once_whichever_of_them_reads_it(shapes,
     assumed, unused = sorted(record.getMessage() for record in caplog.records)
     assert assumed.startswith("source noted: a picture that no mark shows is put first in the first question (first in sample")
     assert unused.startswith("source noted: not used: a turn's 'markdown', a record's 'topic' (first in sample noted:")
-    assert sum(note.kind == "assumed" for _, _, note in notes) == 32  # each of the samples that were drawn
+    row = data.report(8, [], notes=data.notes.counts)["sources"]["noted"]
+    put_first = "a picture that no mark shows is put first in the first question"
+    expected = {put_first, "not used: a turn's 'markdown'", "not used: a record's 'topic'"}
+    assert row["notes"] == dict.fromkeys(expected, 32)  # each of the samples that were drawn

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from PIL import Image
 from task_files import BENCHMARKS
 
 from owlfuse.cli import main
@@ -55,6 +56,42 @@ def test_visual_tokens_among_the_text_are_padded_alike_too(task, make_model, fil
     _, many = evaluate(make_model("concat"), tmp_path / "3", task, words, "batch_size=3")
     assert [line.get("answer") for line in one.values()] == [line.get("answer") for line in many.values()]
     assert [line["score"] for line in one.values()] == pytest.approx([line["score"] for line in many.values()], rel=1e-5)
+
+
+WORDS = {
+    "gqa": (
+        "questions.json",
+        lambda text: {"1": {"question": text, "imageId": "a", "answer": "yes", "types": {"structural": "query"}}},
+        "",
+    ),
+    "docvqa": ("d.json", lambda text: {"data": [{"questionId": 1, "question": text, "image": "a.jpg", "answers": ["x"]}]}, ""),
+    "exact_match": ("c.json", lambda text: chats(text, {"image": "a.jpg"}), ""),
+    "exact_match messages": ("c.json", lambda text: chats(text, {"image": "a.jpg"}), "format=messages"),
+    "perplexity": ("c.json", lambda text: chats(text, {"image": "a.jpg"}), ""),
+}
+
+
+def chats(text, fields):
+    turns = [{"from": "human", "value": f"<image>\n{text}"}, {"from": "gpt", "value": "A word."}]
+    return [{"id": "1", "conversations": turns, **fields}]
+
+
+@pytest.mark.parametrize("task", WORDS)
+def test_the_escaped_word_image_is_a_word_in_every_benchmark(task, model, tmp_path, capsys):
+    """Unescaped it is a picture, of which there is one."""
+    Image.new("RGB", (20, 20), "red").save(tmp_path / "a.jpg")
+    name, content, option = WORDS[task]
+    file = tmp_path / name
+    words = [f"task.file={file}", f"task.image_root={tmp_path}", *([f"task.{option}"] if option else [])]
+    words += [] if task == "perplexity" else [SHORT]
+    file.write_text(json.dumps(content(r"Who wrote \<image>?")))
+    _, lines = evaluate(model, tmp_path / "out", task.partition(" ")[0], words)
+    (line,) = lines.values()
+    assert line["prompt"].count("<image>") == 2
+    assert "Who wrote <image>?" in line["prompt"]
+    file.write_text(json.dumps(content("Who wrote <image> and <image>?")))
+    assert main(["eval", str(model), f"task={task.partition(' ')[0]}", *words, f"out={tmp_path / '2'}", "workers=0"]) == 1
+    assert "<image>" in capsys.readouterr().err
 
 
 def test_an_evaluation_that_was_stopped_goes_on_where_it_was(model, files, tmp_path, monkeypatch, capsys):

@@ -28,6 +28,8 @@ ASKED = [
     ("<image>\nWhich?", ["green"]),
 ]
 """Text and pictures: one, several, none, and pictures before the text or in it."""
+ESCAPED = [(r"Say \<image> after <image>.", ["red"]), (r"What is \<image>?", [])]
+"""The word <image>, beside a picture and without one."""
 
 
 @pytest.fixture(scope="module")
@@ -50,10 +52,10 @@ def talker(request, talkers):
     return talkers[request.param]
 
 
-def prompts(pictures):
-    """ASKED as prompts; a visual is a picture of PIL or a path."""
+def prompts(pictures, asked=ASKED):
+    """Prompts; a visual is a picture of PIL or a path."""
     made = []
-    for number, (text, colors) in enumerate(ASKED):
+    for number, (text, colors) in enumerate(asked):
         paths = [pictures / f"{color}.png" for color in colors]
         visuals = [Image.open(path) if i % 2 else str(path) for i, path in enumerate(paths)]
         made.append(Opener().question(f"document {number}", text, visuals or None))
@@ -72,19 +74,26 @@ def answered(talker, made, options, batch_size, seed=0, turns=None):
 
 
 def test_answers_are_those_of_the_chat_for_any_batch_size(talker, pictures):
-    made = prompts(pictures)
+    made = prompts(pictures, ASKED + ESCAPED)
     expected = []
-    for text, colors in ASKED:
+    for text, colors in ASKED + ESCAPED:
         conversation = Conversation(talker.model, talker.processor, max_new_tokens=6, do_sample=False)
-        if "<image>" in text:  # the chat shows pictures before a question, so the same words are put around them by hand
-            conversation.pictures = [Image.open(pictures / f"{color}.png") for color in colors]
-        else:
-            for color in colors:
-                conversation.show(str(pictures / f"{color}.png"))
+        for color in colors:
+            conversation.show(str(pictures / f"{color}.png"))
         expected.append(conversation.ask(text, lambda piece: None).strip())
     assert len(set(expected)) == len(expected)
     for batch_size in (1, 2, 5):
         assert answered(talker, made, Options(max_new_tokens=6), batch_size) == expected
+
+
+def test_the_word_image_in_a_prompt_or_answer_is_measured_as_a_word(talkers, pictures):
+    measure = Likelihoods(talkers[1])
+    for prompt in prompts(pictures, ESCAPED):
+        encoded = measure.encode(prompt, "an <image> too")
+        assert int(encoded.placeholder.sum()) == len(prompt.pictures) * measure.encoder.tokens_per_image
+        text = measure.encoder.tokenizer.decode(encoded.input_ids[~encoded.placeholder])
+        assert text.count("<image>") == 2
+        assert measure.encoder.tokenizer.decode(encoded.labels[encoded.labels != -100]).strip() == "an <image> too"
 
 
 def reference(talker, prompt, ids):
@@ -200,7 +209,7 @@ def test_pictures_stand_where_the_text_or_the_messages_put_them(pictures):
 
 def test_what_cannot_be_shown_is_told_with_its_document(pictures, monkeypatch):
     opener, red = Opener(), Image.open(pictures / "red.png")
-    with pytest.raises(DataError, match="document 3: the text has 1 <image> and doc_to_visual gives 2 pictures"):
+    with pytest.raises(DataError, match="document 3: the text has 1 <image> and 2 pictures are shown with it"):
         opener.question("document 3", "a <image>", [red, red])
     with pytest.raises(DataError, match="document 3: a visual of the type audio, and this model takes pictures and videos"):
         opener.question("document 3", "a", [{"type": "audio", "array": [0.1]}])

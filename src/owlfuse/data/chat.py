@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import pairwise
@@ -12,13 +12,14 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from owlfuse.data.answer_format import THINK_TAGS, AnswerFormat
-from owlfuse.data.borders import cut_at_borders, encode, inner_tokens
+from owlfuse.data.borders import cut_at_borders, encode
 from owlfuse.data.chat_tokenizer import prepare, render
-from owlfuse.data.checks import WORD, flatten
+from owlfuse.data.checks import control_tokens, flatten
 from owlfuse.data.formats.base import IMAGE
 from owlfuse.data.pictures import VISUAL
 from owlfuse.data.spans import supervised_spans
 from owlfuse.data.truncation import OnLength, over_length, truncate
+from owlfuse.data.words import show_words, spell_words
 from owlfuse.types import DataError, Encoded, Sample
 
 
@@ -50,8 +51,7 @@ class ChatEncoder:
         self.image_token = image_token
         self.image_id: Any = tokenizer.convert_tokens_to_ids(image_token)
         self.pad_id: Any = tokenizer.pad_token_id
-        special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
-        self.control = [token for token in special if token != image_token]  # in a text that is an ordinary word
+        self.control = control_tokens(tokenizer, image_token)
         self.tokens_per_image = tokens_per_image
         self.max_length = max_length
         self.thinking = thinking
@@ -78,15 +78,14 @@ class ChatEncoder:
         text = self.render(sample, messages)
         self.check_written(sample, messages, text)
         spans = supervised_spans(sample, messages, text, partial(self.render, sample), self.answer_format)
-        ids, offsets = self.tokenize(self.with_words(text), [start for start, _ in spans])
-        self.spell_words(sample, ids, offsets)
+        ids, offsets = self.tokenize(text, [start for start, _ in spans], sample.id)
         return self.expand(sample, ids, self.labels(sample, ids, offsets, spans), views)
 
     def encode_prompt(self, sample: Sample, views: list[int] | None = None) -> Encoded:
         """The chat up to where the assistant answers next; nothing is supervised. Raises DataError."""
         messages = flatten(sample, self.control, self.image_token)
-        ids, offsets = self.tokenize(self.with_words(self.render(sample, messages, True, thinking=self.thinking)))
-        self.spell_words(sample, ids, offsets)
+        text = self.render(sample, messages, True, thinking=self.thinking)
+        ids, _ = self.tokenize(text, name=sample.id)
         encoded = self.expand(sample, ids, [-100] * len(ids), views)
         if len(encoded.input_ids) > self.max_length:
             raise over_length(sample, len(encoded.input_ids), self.max_length, "error")
@@ -126,37 +125,22 @@ class ChatEncoder:
         except DataError:
             return None
 
-    def tokenize(self, text: str, borders: list[int] | None = None) -> tuple[list[int], list[tuple[int, int]]]:
+    def tokenize(self, text: str, borders: list[int] | None = None, name: str = "") -> tuple[list[int], list[tuple[int, int]]]:
         """Ids and the characters that each stands for. What stands before an answer has the tokens that it has as a prompt.
 
         Args:
+            text: rendered, words hidden as `flatten` hides them.
             borders: where answers begin, beside the places that their header shows.
+            name: the sample's, for messages.
+
+        Raises:
+            DataError: the word <image> in a text, where the tokenizer cannot write it.
         """
-        ids, offsets = encode(self.tokenizer, text)
-        cut_at_borders(self.tokenizer, text, ids, offsets, [*self.answer_format.starts(text), *(borders or [])])
+        shown = show_words(text, self.image_token)
+        ids, offsets = encode(self.tokenizer, shown)
+        cut_at_borders(self.tokenizer, shown, ids, offsets, [*self.answer_format.starts(shown), *(borders or [])])
+        spell_words(self.tokenizer, self.image_token, text, ids, offsets, f"sample {name}")
         return ids, offsets
-
-    def with_words(self, text: str) -> str:
-        """A rendered chat with the image tokens that are words of a text; no place in it moves."""
-        return text.replace(WORD * len(self.image_token), self.image_token)
-
-    def spell_words(self, sample: Sample, ids: list[int], offsets: list[tuple[int, int]]) -> None:
-        """Replaces, in place, each image token that is a word of a text by ordinary tokens. Raises DataError."""
-        kinds = list(visual_or_word(sample, self.image_token))
-        if "word" not in kinds:
-            return
-        places = [place for place, number in enumerate(ids) if number == self.image_id]
-        spelled = inner_tokens(self.tokenizer, self.image_token, split_special_tokens=True)
-        if len(places) != len(kinds) or spelled is None or self.image_id in spelled[0]:
-            raise DataError(
-                f"sample {sample.id} has the word {self.image_token} in a text, which this tokenizer or chat template cannot "
-                "write as a word; leave it out"
-            )
-        for place, kind in reversed(list(zip(places, kinds))):
-            if kind == "word":
-                start = offsets[place][0]
-                ids[place : place + 1] = spelled[0]
-                offsets[place : place + 1] = [(first + start, last + start) for first, last in spelled[1]]
 
     def labels(self, sample: Sample, ids: list[int], offsets: list[tuple[int, int]], spans: list[tuple[int, int]]) -> list[int]:
         """The ids of the tokens that begin inside the spans, -100 elsewhere.
@@ -218,16 +202,6 @@ def accepted_by(sample: Sample, turns: int) -> dict[str, Any]:
     if turns > 2:
         raise DataError(f"sample {sample.id} has accepted answers and {turns // 2} questions, expected one")
     return {"accepted": accepted}
-
-
-def visual_or_word(sample: Sample, image_token: str) -> Iterator[str]:
-    """What each image token of a rendered chat is, in their order: the placeholder of something visual, or a word of a text."""
-    for message in sample.messages:
-        for part in message["content"]:
-            if part["type"] in VISUAL:
-                yield "visual"
-            else:
-                yield from ["word"] * part["text"].count(image_token)
 
 
 def question_samples(sample: Sample, history: bool = False) -> list[tuple[Sample, str, str]]:

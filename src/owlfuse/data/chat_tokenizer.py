@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import secrets
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,10 @@ Message = dict[str, Any]
 DATE = "26 Jul 2024"
 """The date that templates are told, so that a chat has the same tokens on every day: Llama 3.2's template has this one
 where nobody tells it another."""
+MAX_STEPS = 200_000
+"""Of all loops and macros of a template while one chat is rendered; templates loop over a chat's turns."""
+MAX_TEXT = 2**26
+"""Characters of a rendered chat; a record has 16 MiB."""
 PREPARED = "{#- prepared by owlfuse -#}"
 """Begins a template that `prepare_template` has made."""
 
@@ -237,7 +243,41 @@ def render(
 def apply(tokenizer: PreTrainedTokenizerBase, messages: list[Message], template: str | None, **options: Any) -> str:
     """Returns what a template, by default the tokenizer's own, makes of messages. Raises DataError."""
     try:
-        text = tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False, **options)
-    except (TemplateError, TypeError, ValueError, KeyError, IndexError, AttributeError) as error:
+        template = counting_steps(tokenizer.get_chat_template(template, options.get("tools")))
+        text = str(tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False, **options))
+    except (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError) as error:
         raise DataError(f"the chat template refuses it: {error}") from error
-    return str(text)
+    except MemoryError:
+        raise DataError("the chat template refuses it: it writes more than the memory holds") from None
+    if len(text) > MAX_TEXT:
+        raise DataError(f"the chat template writes {len(text):,} characters, over the limit of {MAX_TEXT:,}")
+    return text
+
+
+COUNTER = f"steps_{secrets.token_hex(8)}"
+"""A name that no template can know."""
+COUNT_STEP = (
+    f"{{% set {COUNTER}.count = {COUNTER}.count + 1 %}}{{% if {COUNTER}.count > {MAX_STEPS} %}}"
+    f"{{{{ raise_exception('its loops and macros take more than {MAX_STEPS:,} steps') }}}}{{% endif "
+)
+
+
+@lru_cache(maxsize=64)
+def counting_steps(template: str) -> str:
+    """A template that writes the same and counts the steps of its loops and macros, so that one from elsewhere cannot go on for
+    hours: jinja2's sandbox limits each `range` alone, and loops inside of loops multiply.
+
+    Raises:
+        TemplateSyntaxError: it is none.
+    """
+    pieces = [f"{{% set {COUNTER} = namespace(count=0) %}}\n"]
+    statement = ""
+    for _, kind, value in Environment().lex(template):
+        if kind == "block_begin":
+            statement = ""
+        elif kind == "name" and not statement:
+            statement = value
+        if kind == "block_end" and statement in ("for", "macro"):
+            value = f"%}}{COUNT_STEP}{value}"  # the last tag has the sign for the white space behind it
+        pieces.append(value)
+    return "".join(pieces)

@@ -8,22 +8,27 @@ from typing import Any
 
 from owlfuse.data.formats.base import IMAGE
 from owlfuse.data.pictures import VISUAL, visual_parts
+from owlfuse.data.words import hide_words
 from owlfuse.types import DataError, Sample
 
 ROLES = ("system", "user", "assistant", "tool")
 CARRIED = ("reasoning_content", "tool_calls", "tool_call_id", "name", "supervised")
 """What of a message, beside role and content, goes on to the chat template or decides what is supervised."""
-WORD = "\ue010"
-"""Stands, while a chat is rendered, for each character of an image token that is a word of a text."""
 NO_TEXT = re.compile("[\x00-\x08\x0e-\x1f\x7f\ud800-\udfff]")
 """Control characters that no text holds (all but tab, line feed, vertical tab, form feed and carriage return), and lone
 surrogates, which no tokenizer takes."""
 
 
+def control_tokens(tokenizer: Any, image_token: str) -> list[str]:
+    """The special tokens, which no text may hold. The image token is not among them: in a text it is an ordinary word."""
+    special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    return [token for token in special if token != image_token]
+
+
 def flatten(sample: Sample, control: Sequence[str], image_token: str = IMAGE) -> list[dict[str, Any]]:
     """Messages with the parts of each joined to one text, `image_token` in the place of each image or video.
 
-    Where a text itself has `image_token`, it is as many `WORD`s, which the chat template takes for no placeholder.
+    Where a text itself has `image_token`, it is hidden (see `words`), so that the chat template takes it for no placeholder.
 
     Args:
         control: the tokenizer's special tokens. One that stands in a text would become a control token, so it is refused.
@@ -37,10 +42,9 @@ def flatten(sample: Sample, control: Sequence[str], image_token: str = IMAGE) ->
     for number, message in enumerate(sample.messages):
         # joined, so that a control token is found that two parts make together
         check_text(sample, number, "".join(part["text"] for part in message["content"] if part["type"] == "text"), control)
-        word = WORD * len(image_token)
-        texts = [
-            image_token if part["type"] in VISUAL else part["text"].replace(image_token, word) for part in message["content"]
-        ]
+        texts = []
+        for part in message["content"]:
+            texts.append(image_token if part["type"] in VISUAL else hide_words(part["text"], image_token))
         content = "".join(texts)
         carried = {key: message[key] for key in CARRIED if message.get(key) is not None}
         if "reasoning_content" in carried:
@@ -57,9 +61,11 @@ def check_order(sample: Sample) -> None:
     roles = [message["role"] for message in sample.messages]
     for number, role in enumerate(roles):
         if role not in ROLES:
-            raise DataError(f"sample {sample.id}: turn {number} has the role {str(role)[:40]!r}, expected {', '.join(ROLES)}")
+            raise DataError(
+                f"sample {sample.id}: turn {number + 1} has the role {str(role)[:40]!r}, expected {', '.join(ROLES)}"
+            )
         if role == "system" and number:
-            raise DataError(f"sample {sample.id}: turn {number} is a system message, expected at the start only")
+            raise DataError(f"sample {sample.id}: turn {number + 1} is a system message, expected at the start only")
     first = int(roles[0] == "system")
     if roles[first:] and roles[first] != "user":
         raise DataError(f"sample {sample.id}: its first turn is the {roles[first]}'s, expected the user's")
@@ -67,20 +73,22 @@ def check_order(sample: Sample) -> None:
         before, role = roles[number - 1], roles[number]
         if role == before and role != "tool":
             raise DataError(
-                f"sample {sample.id}: turns {number - 1} and {number} are both the {role}'s, expected user and "
+                f"sample {sample.id}: turns {number} and {number + 1} are both the {role}'s, expected user and "
                 "assistant in turn"
             )
         if role == "tool" and before == "user":
-            raise DataError(f"sample {sample.id}: turn {number} is a tool's result, expected behind a turn of the assistant")
+            raise DataError(
+                f"sample {sample.id}: turn {number + 1} is a tool's result, expected behind a turn of the assistant"
+            )
 
 
 def check_pictures(sample: Sample) -> None:
     """A placeholder for each image and video, in what the user says."""
     visual_parts(sample)
-    for message in sample.messages:
+    for number, message in enumerate(sample.messages, start=1):
         for part in message["content"]:
             if part["type"] in VISUAL and message["role"] != "user":
-                what = f"<{part['type']}> in a turn of the {message['role']}"
+                what = f"<{part['type']}> in a turn of the {message['role']} (turn {number})"
                 raise DataError(f"sample {sample.id} has an {what}; images go with what the user says")
 
 
@@ -88,6 +96,6 @@ def check_text(sample: Sample, number: int, text: str, control: Sequence[str]) -
     """Text of turn `number` without control tokens, control characters or lone surrogates."""
     if found := NO_TEXT.search(text):
         kind = "lone surrogate" if found[0] >= "\ud800" else "control character"
-        raise DataError(f"sample {sample.id}: turn {number} holds the {kind} U+{ord(found[0]):04X}, expected text")
+        raise DataError(f"sample {sample.id}: turn {number + 1} holds the {kind} U+{ord(found[0]):04X}, expected text")
     if tokens := [token for token in control if token in text]:
-        raise DataError(f"sample {sample.id} holds the tokenizer's control token {tokens[0]} in its text (turn {number})")
+        raise DataError(f"sample {sample.id} holds the tokenizer's control token {tokens[0]} in its text (turn {number + 1})")

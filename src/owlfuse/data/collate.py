@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from owlfuse.data.packing import join, pack
-from owlfuse.types import Batch, Encoded
+from owlfuse.types import Batch, Encoded, Note
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ class Collator:
             lengths=[len(sample.input_ids) for sample in samples],
             skipped=skipped,
             truncated=truncated,
-            notes=[(sample.source, sample.id, note) for sample in samples for note in sample.notes],
+            notes=counted_notes(samples),
         ).with_places()
 
     def nothing(self) -> Encoded:
@@ -98,3 +99,14 @@ class Collator:
             positions[i, :count] = torch.tensor(row.image_positions, dtype=torch.long) + start
             before += count
         return index, positions
+
+
+def counted_notes(samples: Sequence[Encoded]) -> list[tuple[str, str, Note, int]]:
+    """Each note of a source once, with the first sample that has it and how many do."""
+    firsts: dict[tuple[str, Note], str] = {}
+    counts: Counter[tuple[str, Note]] = Counter()
+    for sample in samples:
+        for note in sample.notes:
+            firsts.setdefault((sample.source, note), sample.id)
+            counts[sample.source, note] += 1
+    return [(source, sample, note, counts[source, note]) for (source, note), sample in firsts.items()]

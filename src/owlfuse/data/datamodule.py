@@ -17,7 +17,7 @@ from owlfuse.data.dataset import MixtureDataset, SourceDataset
 from owlfuse.data.formats.base import Source
 from owlfuse.data.images import MAX_PIXELS
 from owlfuse.data.lengths import Lengths, count_lengths
-from owlfuse.data.notes import NotesLog
+from owlfuse.data.notes import NoteCounts, NotesLog
 from owlfuse.data.packing import Padding, checked
 from owlfuse.data.pictures import Pictures, Preprocess
 from owlfuse.data.positions import StepPositions
@@ -211,7 +211,7 @@ class ChatData(lightning.LightningDataModule):
             encoded = self.encoder.encode(sample, counts, policy_of(self.on_length, sample.source))
         kept = [view for pixels in views for view in pixels][: len(encoded.image_positions)]
         encoded.pixel_values = kept
-        encoded.notes = source.fresh_notes(sample)
+        encoded.notes = sample.notes
         return encoded
 
     def prompts(self, samples: list[tuple[Sample, Source]]) -> Batch:
@@ -230,10 +230,12 @@ class ChatData(lightning.LightningDataModule):
         steps: int,
         skipped: Iterable[tuple[str, str, str]],
         truncated: dict[str, int] | None = None,
+        notes: NoteCounts | None = None,
         padding: Padding | None = None,
     ) -> dict[str, Any]:
-        """What `mixture.json` holds after `steps`: the sources, their hashes, weights and realised counts, skips and cuts."""
-        report = mixture_report(self.mixture, self.sources, self.step_positions, steps, skipped, truncated, padding)
+        """What `mixture.json` holds after `steps`: the sources, their hashes, weights and realised counts, skips, cuts and
+        notes."""
+        report = mixture_report(self.mixture, self.sources, self.step_positions, steps, skipped, truncated, notes, padding)
         return report | {"validation": self.validation_report()}
 
     def validation_report(self) -> dict[str, Any]:

@@ -17,6 +17,7 @@ import numpy as np
 
 from owlfuse.data.chat import ChatEncoder
 from owlfuse.data.formats.base import Source
+from owlfuse.data.notes import text_of
 from owlfuse.data.truncation import OnLength
 from owlfuse.progress import Progress
 from owlfuse.types import DataError
@@ -147,7 +148,7 @@ def count_part(
             tokens.append(0)
             supervised.append(0)
         else:
-            notes.update({("not used: " if note.kind == "unused" else "") + note.text for note in sample.notes})
+            notes.update({text_of(note) for note in sample.notes})
             tokens.append(len(encoded.input_ids))
             supervised.append(int((encoded.labels != -100).sum()))
     return tokens, supervised, wrong, dict(notes)

@@ -1,4 +1,4 @@
-"""Files of lines, reached by number without reading what stands before: JSONL, CSV and TSV."""
+"""Files of records: lines, reached by number without reading what stands before (JSON Lines, CSV and TSV), and JSON."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ import json
 import os
 import re
 from array import array
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeAlias
 
 import numpy as np
 
@@ -170,64 +170,155 @@ def decoded(raw: bytes, where: str) -> str:
         raise DataError(f"{where}: not UTF-8 at byte {error.start}") from error
 
 
-def read_json_list(file: Path) -> list[Any]:
-    """A JSON file that holds one list, parsed record by record. Raises DataError."""
+class Records(list[Any]):
+    """The records of a JSON file that is parsed whole.
+
+    Attributes:
+        unused: keys of the object around the list, which nothing reads.
+    """
+
+    def __init__(self, records: Iterable[Any] = (), unused: Sequence[str] = ()) -> None:
+        super().__init__(records)
+        self.unused = unused
+
+
+def open_records(file: Path, is_record: Callable[[dict[str, Any]], bool] = lambda _: False) -> Sequence[Any]:
+    """The records of a JSON or JSON Lines file, which its contents tell apart and not its name: a list, a record a line, or an
+    object with one list of records.
+
+    Args:
+        is_record: whether an object is a record by itself.
+
+    Raises:
+        DataError: a file that is missing, is not valid or holds something else.
+    """
+    try:
+        with file.open("rb") as opened:
+            head = opened.read(CHUNK)
+    except OSError as error:
+        raise DataError(f"{file}: {reason_of(error)}") from error
+    named_lines = file.suffix in (".jsonl", ".ndjson")
+    as_lines = not STARTS_LIST.match(head) if named_lines else starts_with_line(head)
+    return JsonLines(file) if as_lines else read_json_records(file, is_record)
+
+
+STARTS_LIST = re.compile(rb"(?:\xef\xbb\xbf)?\s*\[\s*(?:\{|$)")
+"""The beginning of a list of objects, which no line of JSON Lines has."""
+
+
+def starts_with_line(head: bytes) -> bool:
+    """Whether a file begins with a line that is a JSON object, and goes on."""
+    line, newline, rest = head.removeprefix(codecs.BOM_UTF8).lstrip().partition(b"\n")
+    if not line.startswith(b"{") or not newline or not rest.strip():
+        return False
+    try:
+        json.loads(line)
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
+def reason_of(error: OSError) -> str:
+    """Why a file cannot be read."""
+    return "no such file" if isinstance(error, FileNotFoundError) else str(error.strerror)
+
+
+def read_json_records(file: Path, is_record: Callable[[dict[str, Any]], bool] = lambda _: False) -> Records:
+    """The records of a JSON file that holds a list, or an object with one list of records, parsed record by record; see
+    `open_records`. Raises DataError."""
     try:
         size = file.stat().st_size
         if size <= MAX_RECORD:
-            return small_json_list(decoded(file.read_bytes(), str(file)), file)
-        with file.open("rb") as opened:
-            return list(streamed_records(opened, file))
-    except FileNotFoundError:
-        raise DataError(f"{file}: no such file") from None
+            value = small_json(decoded(file.read_bytes(), str(file)), file)
+        else:
+            with file.open("rb") as opened:
+                value = streamed_json(Text(opened, file))
     except OSError as error:
-        raise DataError(f"{file}: {error.strerror}") from error
+        raise DataError(f"{file}: {reason_of(error)}") from error
+    if isinstance(value, list):
+        return Records(value)
+    if not isinstance(value, dict):
+        raise DataError(f"{file}: holds a {type(value).__name__}, expected a list of records")
+    if is_record(value):
+        return Records([value])
+    return wrapped_records(value, file)
 
 
-def small_json_list(text: str, file: Path) -> list[Any]:
-    """The list that a JSON text holds. Raises DataError."""
+def wrapped_records(value: dict[str, Any], file: Path) -> Records:
+    """The one list of records in an object. Raises DataError for none or several."""
+    lists = [key for key, inner in value.items() if isinstance(inner, list) and inner and isinstance(inner[0], dict)]
+    if not lists:
+        raise DataError(f"{file}: holds a dict, expected a list of records, or an object with one such list")
+    if len(lists) > 1:
+        names = ", ".join(f"'{key}'" for key in lists)
+        raise DataError(f"{file}: holds lists of records under {names}, expected one; write the one that is meant as a file")
+    return Records(value[lists[0]], [key for key in value if key != lists[0]])
+
+
+def small_json(text: str, file: Path) -> Any:
+    """What a JSON text holds. Raises DataError."""
     if not text.strip():
         raise DataError(f"{file}: holds no record")
     try:
-        records = json.loads(text)
+        return json.loads(text)
     except json.JSONDecodeError as error:
-        hint = LINES_HINT if error.msg == "Extra data" else ""
-        raise DataError(f"{file}: line {error.lineno}: not JSON: {error.msg}{hint}") from error
+        raise DataError(f"{file}: line {error.lineno}: not JSON: {error.msg}") from error
     except (ValueError, RecursionError) as error:
         raise DataError(f"{file}: not JSON: {json_reason(error)}") from error
-    if not isinstance(records, list):
-        raise DataError(f"{file}: holds a {type(records).__name__}, expected a list of records")
-    return records
 
 
-LINES_HINT = "; a file with a record a line is named .jsonl"
+Decode: TypeAlias = Callable[[str, int], tuple[Any, int]]
 SPACE = re.compile(r"[ \t\n\r]*")  # what JSON calls white space
 
 
-def streamed_records(opened: BinaryIO, file: Path) -> Iterator[Any]:
-    """The records of a JSON list, each parsed by itself, so that a record that is too long is refused before it is parsed and
-    the text is never in memory as a whole.
+def streamed_json(text: Text) -> Any:
+    """A list of records, or an object with lists of them, each record parsed by itself, so that one that is too long is refused
+    before it is parsed and the text is never in memory as a whole.
 
     Raises:
         DataError: what is wrong, with its line.
     """
     decode = json.JSONDecoder().raw_decode
-    text = Text(opened, file)
-    if text.take() != "[":
-        kind = {"{": "dict", '"': "str", "t": "bool", "f": "bool", "n": "NoneType"}.get(text.taken, "number")
-        raise DataError(f"{file}: holds a {kind}, expected a list of records")
-    while True:
-        if text.peek() == "]" and not text.records:
-            text.take()
-            break
-        yield text.record(decode)
-        mark = text.take()
-        if mark == "]":
-            break
-        if mark != ",":
-            raise text.error("Expecting ',' delimiter")
+    value: Any
+    if text.peek() == "[":
+        value = list(streamed_list(text, decode))
+    elif text.peek() == "{":
+        value = dict(streamed_object(text, decode))
+    else:
+        value = text.record(decode)
     if text.peek():
-        raise text.error(f"Extra data{LINES_HINT}")
+        raise text.error("Extra data")
+    return value
+
+
+def streamed_list(text: Text, decode: Decode) -> Iterator[Any]:
+    """The records of a list that comes next. Raises DataError."""
+    text.take()
+    text.records = 0
+    if text.peek() == "]":
+        text.take()
+        return
+    while True:
+        yield text.record(decode)
+        if text.ends("]"):
+            return
+
+
+def streamed_object(text: Text, decode: Decode) -> Iterator[tuple[str, Any]]:
+    """Keys and values of an object that comes next, its lists record by record. Raises DataError."""
+    text.take()
+    if text.peek() == "}":
+        text.take()
+        return
+    while True:
+        if text.peek() != '"':
+            raise text.error("Expecting property name enclosed in double quotes")
+        key = text.record(decode)
+        if text.take() != ":":
+            raise text.error("Expecting ':' delimiter")
+        yield key, list(streamed_list(text, decode)) if text.peek() == "[" else text.record(decode)
+        if text.ends("}"):
+            return
 
 
 class Text:
@@ -248,7 +339,6 @@ class Text:
         self.read = 0
         self.ended = False
         self.records = 0
-        self.taken = ""
 
     def more(self, size: int = CHUNK) -> None:
         """Reads on; what was used is dropped."""
@@ -272,11 +362,18 @@ class Text:
 
     def take(self) -> str:
         """`peek`, and goes past it."""
-        self.taken = self.peek()
-        self.place += len(self.taken)
-        return self.taken
+        taken = self.peek()
+        self.place += len(taken)
+        return taken
 
-    def record(self, decode: Callable[[str, int], tuple[Any, int]]) -> Any:
+    def ends(self, closing: str) -> bool:
+        """Whether a list or an object ends, else goes past the comma. Raises DataError for anything else."""
+        mark = self.take()
+        if mark not in (",", closing):
+            raise self.error("Expecting ',' delimiter")
+        return mark == closing
+
+    def record(self, decode: Decode) -> Any:
         """The JSON value that comes next. Raises DataError for one that is too long or no JSON."""
         self.peek()
         while True:
@@ -292,7 +389,7 @@ class Text:
             except ValueError as error:  # a number of thousands of digits
                 raise self.error(json_reason(error)) from error
             if end >= 0 and (end < len(self.text) or self.ended):  # a number may go on in the next piece
-                check_record(end - self.place, f"{self.file}: record {self.records}, in line {self.line()}")
+                check_record(end - self.place, f"{self.file}: record {self.records + 1}, in line {self.line()}")
                 self.place = end
                 self.records += 1
                 return value
@@ -308,8 +405,8 @@ class Text:
         """Raises DataError where the record is longer than one may be."""
         if len(self.text) - self.place > MAX_RECORD:
             raise DataError(
-                f"{self.file}: record {self.records}, in line {self.line()}, has more than {MAX_RECORD:,} bytes, the limit for "
-                "one record, or is no JSON; split it, or leave it out"
+                f"{self.file}: record {self.records + 1}, in line {self.line()}, has more than {MAX_RECORD:,} bytes, the limit "
+                "for one record, or is no JSON; split it, or leave it out"
             )
 
     def line(self) -> int:

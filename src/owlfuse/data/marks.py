@@ -43,6 +43,33 @@ def split_marks(text: str) -> list[Part]:
     return parts
 
 
+def unescaped(text: str) -> str:
+    """A text in which every mark is a word, `\\<image>` being one too."""
+    return MARK.sub(lambda found: found[0].removeprefix("\\"), text) if "<" in text else text
+
+
+def with_pictures(text: str, count: int, kinds: tuple[str, ...] = ("image",)) -> list[Part]:
+    """The parts of a question that is asked with `count` pictures: they stand at its marks, or first where it has none.
+
+    Args:
+        kinds: of marks that show one of them, as `image`.
+
+    Raises:
+        DataError: marks of another number or kind.
+    """
+    parts = split_marks(text)
+    marks = [part for part in parts if "mark" in part]
+    if not marks:
+        return [*({"type": "image"} for _ in range(count)), *parts]
+    if len(marks) != count or not {part["type"] for part in marks} <= {*kinds}:
+        first = marks[0]["mark"]
+        raise DataError(
+            f"the text has {len(marks)} {first} and {count} pictures are shown with it, expected a mark for each, or none; "
+            f"write \\{first} where the word is meant"
+        )
+    return [{"type": "image"} if "mark" in part else part for part in parts]
+
+
 def add_text(parts: list[Part], text: str) -> None:
     """Adds a text to the end of some parts, joined to a text that stands there."""
     if not text:

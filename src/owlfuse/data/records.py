@@ -8,6 +8,8 @@ from collections import Counter
 from typing import Any
 
 from owlfuse.data.turn_keys import (
+    LEARN_KEYS,
+    NOT_LEARN_KEYS,
     REFUSED_KEYS,
     SYSTEM_KEYS,
     brief,
@@ -41,7 +43,8 @@ TOOLS = ("tools", "functions")
 METADATA = ("kind", "kinds", "accepted")
 """What a validation source's questions are told apart and judged by (see `evaluation`)."""
 
-WEIGHTS = ("weight", "loss_weight", "sample_weight", "train", "supervise", "loss", "label")
+WEIGHTS = ("sample_weight", "label", *LEARN_KEYS)
+"""Of a whole record, which is learned from like every other: another value than 1 or true is refused."""
 RECORD_REFUSED = {
     "instruction": "a text beside the chat; write it as 'system', or into the question",
     "instructions": "a text beside the chat; write it as 'system', or into the question",
@@ -58,7 +61,7 @@ QUESTION_REFUSED = ("choices", "options", "context", "passage", "hint")
 
 KNOWN = frozenset(
     (
-        *(*CHATS, *QUESTION_KEYS, *SYSTEM_KEYS, *IMAGES, *VIDEOS, *TOOLS, *METADATA, *WEIGHTS),
+        *(*CHATS, *QUESTION_KEYS, *SYSTEM_KEYS, *IMAGES, *VIDEOS, *TOOLS, *METADATA, *WEIGHTS, *NOT_LEARN_KEYS),
         *(*RECORD_REFUSED, *QUESTION_REFUSED, "history", "id"),
     )
 )
@@ -107,9 +110,9 @@ NOT_METADATA = frozenset(("id", *SYSTEM_KEYS, *IMAGES, *VIDEOS, *TOOLS))
 
 
 def has_chat(record: dict[str, Any]) -> bool:
-    """Whether a record has turns, or a question with an answer."""
+    """Whether a record has turns, a question with an answer, or a conversation in one text."""
     there = {key for key, value in record.items() if not is_absent(value)}
-    return bool(there & {*CHATS}) or any(there.issuperset(pair) for pair in QUESTIONS)
+    return bool(there & {*CHATS}) or any(there.issuperset(pair) for pair in QUESTIONS) or is_conversation(record.get(TEXT))
 
 
 def find_turns(record: dict[str, Any], name: str, chat_key: str) -> tuple[list[Any], set[str], dict[str, Any]]:
@@ -127,8 +130,49 @@ def find_turns(record: dict[str, Any], name: str, chat_key: str) -> tuple[list[A
             return question_turns(record, name, question, answer)
     if chat_key in record:
         return turns_of(record[chat_key], name, chat_key), {chat_key}, {}
+    if is_conversation(record.get(TEXT)):
+        return text_turns(record[TEXT]), {TEXT}, {}
     there = ", ".join(sorted(record)) or "nothing"
     raise DataError(f"sample {name} has no '{chat_key}'; it has {there}; {EXPECTED}")
+
+
+TEXT = "text"
+"""Where mPLUG-Owl1's data have a whole conversation as one text, `Human: ...` and `AI: ...` a line each."""
+OPENING = (
+    "The following is a conversation between a curious human and AI assistant. The assistant gives helpful, detailed, and "
+    "polite answers to the user's questions."
+)
+"""Begins each of these texts. The chat template that belongs to them writes it."""
+SPEAKERS = re.compile(r"(?:\A|\n)[ \t]*(Human|AI):")
+SPEAKERS_IN_LINE = re.compile(r"(?:\A|\s)(Human|AI):(?=\s|\Z)")
+"""Where a text has no line breaks."""
+
+
+def is_conversation(text: Any) -> bool:
+    """Whether a text is a conversation as mPLUG-Owl1's data have it."""
+    return isinstance(text, str) and {speaker for speaker, _ in said(text)[1]} == {"Human", "AI"}
+
+
+def said(text: str) -> tuple[str, list[tuple[str, str]]]:
+    """What stands before the first speaker, and each speaker with what it says."""
+    opening, *pieces = (SPEAKERS if "\n" in text.strip() else SPEAKERS_IN_LINE).split(text)
+    return opening.strip(), [(speaker, words.strip()) for speaker, words in zip(pieces[::2], pieces[1::2], strict=True)]
+
+
+def text_turns(text: str) -> list[dict[str, str]]:
+    """The turns of a conversation in one text. What a speaker says in several lines of its own is one turn, as a picture and
+    the question about it; another opening than the usual one is a system text."""
+    opening, speakers = said(text)
+    turns: list[dict[str, str]] = []
+    if opening and opening != OPENING:
+        turns.append({"role": "system", "content": opening})
+    for speaker, words in speakers:
+        role = "user" if speaker == "Human" else "assistant"
+        if turns and turns[-1]["role"] == role == "user":
+            turns[-1]["content"] += f"\n{words}"
+        else:
+            turns.append({"role": role, "content": words})
+    return turns
 
 
 EXPECTED = f"expected a chat in {', '.join(CHATS)}, or {', '.join(' and '.join(pair) for pair in QUESTIONS[:4])}"
@@ -147,9 +191,9 @@ def turns_of(value: Any, name: str, key: str) -> list[Any]:
             value = [dict(zip(value, turn, strict=True)) for turn in zip(*lists, strict=True)]
     if not isinstance(value, list):
         raise DataError(f"sample {name}: '{key}' is a {type(value).__name__}, expected list")
-    for turn in value:
+    for number, turn in enumerate(value, start=1):
         if not isinstance(turn, dict):
-            raise DataError(f"sample {name}: a turn is {brief(turn)}, {EXPECTED_TURN}")
+            raise DataError(f"sample {name}: a turn is {brief(turn)}, {EXPECTED_TURN} (turn {number})")
     return value
 
 
@@ -238,7 +282,7 @@ def check_rest(record: dict[str, Any], name: str, rest: set[str]) -> list[Note]:
         if value is None or value == "" or value == [] or value == {}:
             continue
         check_file_like(record, name, key)
-        if key in WEIGHTS:
+        if key in WEIGHTS or key in NOT_LEARN_KEYS:
             check_weight(value, name, key)
         notes.append(Note("unused", f"a record's '{key}'"))
     return notes
@@ -247,7 +291,11 @@ def check_rest(record: dict[str, Any], name: str, rest: set[str]) -> list[Note]:
 def check_weight(value: Any, name: str, key: str) -> None:
     """Raises DataError for a record that is to be left out, or to count more or less than others."""
     if isinstance(value, bool):
-        out = not value
+        out = value == (key in NOT_LEARN_KEYS)
+    elif isinstance(value, list | dict):
+        out = key != "label"  # of each turn or token
+    elif key in NOT_LEARN_KEYS:
+        out = isinstance(value, int | float) and value != 0
     else:
         out = isinstance(value, int | float) and value != 1 and key not in ("loss", "label", "train")
     if out:

@@ -9,6 +9,7 @@ from typing import Any
 from owlfuse.data.duplicates import duplicate_ids
 from owlfuse.data.formats.base import Source
 from owlfuse.data.mixture import Mixture
+from owlfuse.data.notes import NoteCounts
 from owlfuse.data.packing import Padding
 from owlfuse.data.positions import StepPositions
 
@@ -23,9 +24,11 @@ def mixture_report(
     steps: int,
     skipped: Skips,
     truncated: dict[str, int] | None = None,
+    notes: NoteCounts | None = None,
     padding: Padding | None = None,
 ) -> dict[str, Any]:
-    """What `mixture.json` holds after `steps`: the sources, their hashes, weights and realised counts, skips, cuts, padding."""
+    """What `mixture.json` holds after `steps`: the sources, their hashes, weights and realised counts, skips, cuts, in how many
+    draws a key was not used or something was assumed, padding."""
     positions = mixture.available(step_positions.position(steps))
     counts = mixture.counts(positions)
     skips = Counter(skipped)
@@ -34,6 +37,7 @@ def mixture_report(
         mine = [(sample, times) for (source, sample, _), times in skips.items() if source == name]
         row.update(skipped=sum(times for _, times in mine), skipped_samples=len({sample for sample, _ in mine}))
         row.update(truncated=(truncated or {}).get(name, 0))
+        row.update(notes={text: draws for (source, text), draws in sorted((notes or {}).items()) if source == name})
     return {
         "steps": steps,
         "samples": positions,

@@ -62,8 +62,8 @@ def check_prompt(sample: Sample, asked: list[Message], text: str, render: Render
     """Raises DataError where what comes before the last answer is rendered otherwise alone than in the whole chat."""
     if not text.startswith(render(asked, True, without_lead=True)):
         raise DataError(
-            f"sample {sample.id}: the chat template renders what comes before turn {len(asked)} otherwise alone than in the "
-            "whole chat, so that its answer cannot be told from the prompt"
+            f"sample {sample.id}: the chat template renders what comes before turn {len(asked) + 1} otherwise alone than in "
+            "the whole chat, so that its answer cannot be told from the prompt"
         )
 
 
@@ -74,7 +74,8 @@ def answer_end(sample: Sample, messages: list[Message], turn: int, text: str, pl
     between = text[place:start]
     if start < 0 or (between.strip() and not messages[turn].get("tool_calls")):
         raise DataError(
-            f"sample {sample.id}: the chat template does not end turn {turn} with {mark!r}, with which it ends other answers"
+            f"sample {sample.id}: the chat template does not end turn {turn + 1} with {mark!r}, with which it ends "
+            "other answers"
         )
     return start + len(mark)
 
@@ -98,8 +99,8 @@ def surroundings(sample: Sample, messages: list[Message], text: str, render: Ren
             thought = messages[turn].get("reasoning_content") or THINK_TAGS[1] in messages[turn]["content"]
             remedy = "; take another chat_template, or leave thoughts of earlier turns out of the data" if thought else ""
             raise DataError(
-                f"sample {sample.id}: the chat template writes {'a text' if thought else 'the text'} of turn {turn} not once, "
-                f"so it cannot be supervised{remedy}"
+                f"sample {sample.id}: the chat template writes {'a text' if thought else 'the text'} of turn {turn + 1} not "
+                f"once, so it cannot be supervised{remedy}"
             )
         pieces.append(piece)
     return [*pieces, rest], marked
@@ -132,5 +133,5 @@ def with_marks(sample: Sample, turn: int, message: Message, unused: str, marked:
         function = message["tool_calls"][0].get("function", message["tool_calls"][0])
         function["name"] = mark_of(str(function.get("name", "")))
     if not marked or marked[-1][0] != turn:
-        raise DataError(f"sample {sample.id}: turn {turn} is an empty answer")
+        raise DataError(f"sample {sample.id}: turn {turn + 1} is an empty answer")
     return message

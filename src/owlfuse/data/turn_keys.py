@@ -19,12 +19,13 @@ CALL_ROLES = ("function_call", "tool_call", "tool_calls")
 """Roles of turns whose text is an assistant's tool call, or a list of them, in JSON (ShareGPT's heirs)."""
 
 LEARN_KEYS = (
-    *("loss", "train", "training", "trainable", "learn", "supervise", "supervised", "compute_loss", "loss_mask"),
-    *("weight", "loss_weight", "loss_scale"),
+    *("loss", "train", "training", "trainable", "trained", "learn", "supervise", "supervised", "compute_loss", "loss_mask"),
+    *("train_on", "train_on_turn", "train_on_this", "learnable", "is_trainable", "use_loss", "has_loss", "calculate_loss"),
+    *("weight", "weights", "loss_weight", "loss_weights", "loss_scale", "train_weight", "token_weight"),
 )
 """Of a turn: 1 or true where its answer is learned from, 0 or false where it is not."""
 
-NOT_LEARN_KEYS = ("masked", "ignore_loss")
+NOT_LEARN_KEYS = ("masked", "ignore", "ignored", "ignore_loss", "skip_loss", "no_loss", "is_masked", "exclude", "excluded")
 """Of a turn: true where its answer is not learned from."""
 
 THOUGHT_KEYS = ("reasoning_content", "reasoning", "thinking")

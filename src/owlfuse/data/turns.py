@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import unquote_to_bytes
 
-from owlfuse.data.marks import settle_marks, split_marks
+from owlfuse.data.marks import settle_marks, split_marks, unescaped
 from owlfuse.data.turn_keys import (
     CALL_ROLES,
     LEARN_KEYS,
@@ -96,19 +96,26 @@ def chat(turns: Sequence[Any], pictures: list[str | bytes], name: str, videos: S
     messages: list[dict[str, Any]] = []
     listed: set[int] = set()
     unused: set[str] = set()
-    for turn in plain_turns(turns, name):
-        message = message_of(turn, name, unused)
-        if isinstance(message["content"], list):
-            listed.add(len(messages))
-            message["content"] = [part_of(part, name, unused) for part in message["content"]]
-            take_thoughts(message, name)
-        else:
-            message["content"] = split_marks(message["content"])
-        if isinstance(turn, dict) and len(turn) > 2:
-            show_own_pictures(turn, message, name)
+    for number, turn in plain_turns(turns, name):
+        try:
+            message = message_of(turn, name, unused)
+            if isinstance(message["content"], list):
+                listed.add(len(messages))
+                message["content"] = [part_of(part, name, unused) for part in message["content"]]
+                take_thoughts(message, name)
+            else:
+                message["content"] = split_marks(message["content"])
+            if isinstance(turn, dict) and len(turn) > 2:
+                show_own_pictures(turn, message, name)
+        except DataError as error:
+            raise of_turn(error, number) from None
         if not joined_to_answer(messages, message):
             messages.append(message)
     assumed = settle_marks(messages, listed, {"image": len(pictures), "video": len(videos)}, name)
+    for number in listed:  # only now is it known that what is left in their texts are words
+        for part in messages[number]["content"]:
+            if part["type"] == "text":
+                part["text"] = unescaped(part["text"])
     shown: dict[str, list[Any]] = {"image": [], "video": []}
     for message in messages:
         for part in message["content"]:
@@ -123,37 +130,49 @@ def chat(turns: Sequence[Any], pictures: list[str | bytes], name: str, videos: S
     )
 
 
-def plain_turns(turns: Sequence[Any], name: str) -> list[Any]:
-    """Turns with a role each: a system text that the first turn holds is one of its own, a question with its answer two."""
-    plain: list[Any] = []
-    system: str | None = None
-    for number, turn in enumerate(turns):
+def of_turn(error: DataError, number: int) -> DataError:
+    """An error that says in which turn it is, from 1."""
+    error.args = (f"{error} (turn {number})",)
+    return error
+
+
+def plain_turns(turns: Sequence[Any], name: str) -> list[tuple[int, Any]]:
+    """Turns with a role each, and the numbers from 1 of those that they come from: a system text that the first turn holds is
+    one of its own, a question with its answer two."""
+    plain: list[tuple[int, Any]] = []
+    system: Any = None
+    for number, turn in enumerate(turns, start=1):
         if not isinstance(turn, dict) or turn.keys() in SIMPLE_TURNS:
-            plain.append(turn)
+            plain.append((number, turn))
             continue
-        key, text = one_of(turn, SYSTEM_KEYS, name, "a turn")
-        if key is not None and text != system:
-            if number or not isinstance(text, str):
-                raise DataError(
-                    f"sample {name}: turn {number + 1} has '{key}': {brief(text)}, expected a text in the first turn"
-                )
-            system = text
-            plain.append({"role": "system", "content": text})
-        pair = None
-        if turn.get("from") is None and turn.get("role") is None:
-            pair = next((keys for keys in PAIRS if keys[0] in turn and keys[1] in turn), None)
-        if pair is None:
-            plain.append(turn)
-            continue
-        rest = {key: value for key, value in turn.items() if key not in pair}
-        if left := sorted(key for key in rest if key in PAIR_KEYS and not is_absent(rest[key])):
-            raise DataError(
-                f"sample {name}: a turn has '{pair[0]}', '{pair[1]}' and '{left[0]}', expected a question and an answer"
-            )
-        pictures = {key: rest.pop(key) for key in ("image", "images", "video", "videos") if key in rest}
-        plain.append({"role": "user", "content": turn[pair[0]], **pictures})
-        plain.append({"role": "assistant", "content": turn[pair[1]], **rest})
+        try:
+            key, text = one_of(turn, SYSTEM_KEYS, name, "a turn")
+            if key is not None and text != system:
+                if number > 1 or not isinstance(text, str):
+                    raise DataError(f"sample {name}: a turn has '{key}': {brief(text)}, expected a text in the first turn")
+                system = text
+                plain.append((number, {"role": "system", "content": text}))
+            plain += [(number, each) for each in question_and_answer(turn, name)]
+        except DataError as error:
+            raise of_turn(error, number) from None
     return plain
+
+
+def question_and_answer(turn: dict[str, Any], name: str) -> list[dict[str, Any]]:
+    """The two turns of one that is a question with its answer (see PAIRS); another as it is. Raises DataError."""
+    pair = None
+    if turn.get("from") is None and turn.get("role") is None:
+        pair = next((keys for keys in PAIRS if keys[0] in turn and keys[1] in turn), None)
+    if pair is None:
+        return [turn]
+    rest = {key: value for key, value in turn.items() if key not in pair}
+    if left := sorted(key for key in rest if key in PAIR_KEYS and not is_absent(rest[key])):
+        raise DataError(
+            f"sample {name}: a turn has '{pair[0]}', '{pair[1]}' and '{left[0]}', expected a question and an answer"
+        )
+    pictures: dict[str, Any] = {key: rest.pop(key) for key in ("image", "images", "video", "videos") if key in rest}
+    asked: dict[str, Any] = {"role": "user", "content": turn[pair[0]], **pictures}
+    return [asked, {"role": "assistant", "content": turn[pair[1]], **rest}]
 
 
 def joined_to_answer(messages: list[dict[str, Any]], message: dict[str, Any]) -> bool:
@@ -375,4 +394,5 @@ def caption_messages(
     if instructions:
         number = int.from_bytes(hashlib.sha256(identity.encode("utf-8", "surrogatepass")).digest()[:8], "little")
         asked.append({"type": "text", "text": f"\n{instructions[number % len(instructions)]}"})
-    return [{"role": "user", "content": asked}, {"role": "assistant", "content": [{"type": "text", "text": caption}]}]
+    answer = [{"type": "text", "text": unescaped(caption)}]
+    return [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}]

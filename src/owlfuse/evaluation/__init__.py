@@ -51,6 +51,8 @@ class Evaluation:
         decode_tokens: of one answer, timed after the others (`milliseconds`); 0: none.
         before: evaluate a run before its first step too; those metrics are named `before/...`.
         explain: draw beside each picture of the sheet where the answer looked (see `explain.attention_to_pictures`).
+        history: what was said before a question in its chat stands before it, as few-shot examples want it; else only the
+            pictures that were shown do, so that no answer gives another away.
     """
 
     batch_size: int = 64
@@ -63,6 +65,7 @@ class Evaluation:
     """Per token of an answer to one question, the first token apart, which reads the prompt."""
     before: bool = False
     explain: bool = False
+    history: bool = False
     counts: dict[str, dict[str, Any]] = field(default_factory=dict, init=False)
     """Of each validation source how many questions were asked, of how many, and of each kind."""
     maps: dict[str, Tensor] = field(default_factory=dict, init=False)
@@ -83,7 +86,7 @@ class Evaluation:
         asked: dict[tuple[str, str], Sample] = {}
         shown = getattr(rank_zero_only, "rank", 0) == 0
         for source in data.validation:
-            all_questions = questions_of(data, source)
+            all_questions = questions_of(data, source, self.history)
             questions = sample_questions(all_questions, self.max_questions)
             self.counts[source] = counts_of(all_questions, questions)
             # the three take times of their own, so that each says what is left of it alone
@@ -100,7 +103,7 @@ class Evaluation:
             metrics |= metric_names(source, list(data.validation), score(answers, blank, loss))
             everything += answers
             asked |= {(source, sample.id): sample for sample, _, _ in questions}
-        self.milliseconds = time_answer(model, data, self.decode_tokens)
+        self.milliseconds = time_answer(model, data, self.decode_tokens, self.history)
         if self.explain and folder and shown:
             drawn = [(answer, asked[answer.source, answer.id]) for answer in picked(on_sheet(everything), self.contact_sheet)]
             self.maps = maps_of_answers(model, data, drawn, self.max_new_tokens)

@@ -64,9 +64,12 @@ def holds_answer(text: str, accepted: Sequence[str]) -> bool:
     return any(re.search(words, normalize(text)) for words in whole)
 
 
-def questions_of(data: ChatData, source: str) -> list[Question]:
+def questions_of(data: ChatData, source: str, history: bool = False) -> list[Question]:
     """The questions of a validation source, each by itself, with answer and kind. Of a chat that is cut to the length, those of
     the turns that are left.
+
+    Args:
+        history: what was said before a question stands before it (see `question_samples`).
 
     Raises:
         DataError: a wrong sample of a source that does not skip them, or more than its `max_skips` of one that does.
@@ -74,7 +77,7 @@ def questions_of(data: ChatData, source: str) -> list[Question]:
     samples = data.validation[source]
     as_it_is = samples.on_error == "error" and policy_of(data.on_length, source) == "error"
     removed = dict.fromkeys(range(len(samples)), 0) if as_it_is else right_samples(data, source)
-    asked = {index: question_samples(samples[index]) for index in removed}
+    asked = {index: question_samples(samples[index], history) for index in removed}
     return [question for index, mine in asked.items() for question in mine[: len(mine) - removed[index]]]
 
 
@@ -149,11 +152,11 @@ def answer_questions(
     return answers
 
 
-def time_answer(model: MultimodalLM, data: ChatData, tokens: int, repeats: int = 2) -> float | None:
+def time_answer(model: MultimodalLM, data: ChatData, tokens: int, history: bool = False, repeats: int = 2) -> float | None:
     """Milliseconds per token of an answer to the first question that there is, by itself: the least of the repeats. None for 0
     tokens, and without a question. All ranks of a model that is shared out take part."""
     for source, samples in data.validation.items():
-        questions = questions_of(data, source) if tokens else []
+        questions = questions_of(data, source, history) if tokens else []
         for sample, _, _ in questions[:1]:
             batch = data.prompts([(sample, samples)]).to(next(model.parameters()).device)
             end = data.encoder.answer_format.generation(data.tokenizer, model.llm)

@@ -22,6 +22,7 @@ from owlfuse.data.borders import cut_at_borders
 from owlfuse.data.formats.base import IMAGE
 from owlfuse.data.images import MAX_PIXELS, open_image, to_rgb
 from owlfuse.data.tiles import views_of
+from owlfuse.data.words import show_words, spell_words
 from owlfuse.types import DataError
 from owlfuse.vision import Preprocessing
 
@@ -93,7 +94,8 @@ class OwlfuseProcessor(ProcessorMixin):
 
         Args:
             images: pictures in the order of their `<image>`s (see `flat`); a list of lists, one for each text, is the same.
-            text: with an `<image>` for each picture. Special tokens are not added: a chat template writes its own.
+            text: with an `<image>` for each picture; one that is a word is hidden (see `data.words`). Special tokens are not
+                added: a chat template writes its own.
 
         Raises:
             DataError: another number of `<image>`s than of images.
@@ -125,11 +127,13 @@ class OwlfuseProcessor(ProcessorMixin):
         """`input_ids` and `attention_mask` (B, T), padded on the left. As in training, what stands before an answer
         has the tokens that it has as a prompt."""
         padding = {name: options.pop(name) for name in PADDING if name in options and not options.get("truncation")}
-        encoded = self.tokenizer(texts, return_offsets_mapping=True, verbose=False, **options)
+        shown = [show_words(text, self.image_token) for text in texts]
+        encoded = self.tokenizer(shown, return_offsets_mapping=True, verbose=False, **options)
         rows = encoded["input_ids"]
-        if self.tokenizer.chat_template:
-            for ids, offsets, text in zip(rows, encoded["offset_mapping"], texts, strict=True):
+        for ids, offsets, text, hidden in zip(rows, encoded["offset_mapping"], shown, texts, strict=True):
+            if self.tokenizer.chat_template:
                 cut_at_borders(self.tokenizer, text, ids, offsets, self.answer_format.starts(text))
+            spell_words(self.tokenizer, self.image_token, hidden, ids, offsets, "a prompt")
         padded = self.tokenizer.pad({"input_ids": rows}, padding_side="left", return_tensors=tensors, **padding)
         return {name: padded[name] for name in ("input_ids", "attention_mask")}
 

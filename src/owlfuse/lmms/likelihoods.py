@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from owlfuse.data.chat import ChatEncoder
 from owlfuse.data.collate import Collator
 from owlfuse.data.tiles import views_of
+from owlfuse.data.words import hide_words
 from owlfuse.lmms.prompts import Prompt, written
 from owlfuse.tasks.answering import Talker
 from owlfuse.tasks.perplexity import ready
@@ -36,7 +37,7 @@ class Likelihoods:
 
     def encode(self, prompt: Prompt, answer: str) -> Encoded:
         """Prompt and answer as ids, labels at the answer's. Raises DataError for an empty answer or too long a chat."""
-        answer = answer.strip()
+        answer = hide_words(answer.strip(), self.encoder.image_token)
         if not answer:
             raise DataError(f"{prompt.name}: an answer whose likelihood is asked for is empty")
         asked = written(prompt, self.talker.processor)
@@ -44,7 +45,7 @@ class Likelihoods:
         told = whole.removeprefix(asked) if whole.startswith(asked) else answer
         lead = len(told) - len(told.lstrip())
         text = asked + (told[: lead + len(answer)] if told[lead:].startswith(answer) else answer)
-        ids, offsets = self.encoder.tokenize(text, [len(asked)])
+        ids, offsets = self.encoder.tokenize(text, [len(asked)], prompt.name)
         labels = [token if start >= len(asked) else -100 for token, (start, _) in zip(ids, offsets, strict=True)]
         tile = self.talker.processor.tile
         views = [views_of(picture, self.size) if tile else [picture] for picture in prompt.pictures]

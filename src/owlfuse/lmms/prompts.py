@@ -10,9 +10,9 @@ from typing import Any
 from PIL import Image
 
 from owlfuse.data.chat_tokenizer import render
-from owlfuse.data.checks import flatten
-from owlfuse.data.formats.base import IMAGE, parts_of
+from owlfuse.data.checks import control_tokens, flatten
 from owlfuse.data.images import MAX_PIXELS, open_image, to_rgb
+from owlfuse.data.marks import unescaped, with_pictures
 from owlfuse.types import DataError, Sample
 
 Message = dict[str, Any]
@@ -45,7 +45,8 @@ class Opener:
     frames: int = 8
 
     def question(self, name: str, text: str, visuals: Any) -> Prompt:
-        """One user's turn. Pictures stand where the text has `<image>`, or before it where it has none.
+        """One user's turn. Pictures and videos stand where the text has `<image>` (or another mark, see `data.marks`), or
+        before it where it has none; `\\<image>` is the word.
 
         Args:
             visuals: None, one, or a list (nested or not) of pictures of PIL and paths of pictures and videos.
@@ -55,12 +56,11 @@ class Opener:
         """
         shown = [self.shown(name, visual) for visual in listed(visuals)]
         pictures = [picture for each in shown for picture in each]
-        found = text.count(IMAGE)
-        if not found:
-            return Prompt(name, [user([*placeholders(len(pictures)), {"type": "text", "text": text}])], pictures)
-        if found != len(shown):
-            raise DataError(f"{name}: the text has {found} {IMAGE} and doc_to_visual gives {len(shown)} pictures")
-        return Prompt(name, [user(filled(parts_of(text), [len(each) for each in shown]))], pictures)
+        try:
+            parts = with_pictures(text, len(shown), ("image", "video"))
+        except DataError as error:
+            raise DataError(f"{name}: {error}") from None
+        return Prompt(name, [user(filled(parts, [len(each) for each in shown]))], pictures)
 
     def chat(self, name: str, messages: Sequence[Message]) -> Prompt:
         """Messages as lmms-eval's `doc_to_messages` gives them: contents are lists of `{"type": "text", "text"}`, `{"type":
@@ -76,7 +76,7 @@ class Opener:
             parts: list[Message] = []
             for part in [{"type": "text", "text": content}] if isinstance(content, str) else content:
                 if part["type"] == "text":
-                    parts.append({"type": "text", "text": part["text"]})
+                    parts.append({"type": "text", "text": unescaped(part["text"])})
                     continue
                 if part["type"] not in ("image", "video"):
                     raise DataError(f"{name}: a part of the type {part['type']}, and this model takes text, images and videos")
@@ -141,7 +141,8 @@ def filled(parts: list[Message], counts: list[int]) -> list[Message]:
 
 
 def written(prompt: Prompt, processor: Any, answer: str | None = None, thinking: bool = False) -> str:
-    """A prompt as the chat template writes it: up to where the assistant answers, or with its answer.
+    """A prompt as the chat template writes it, words hidden (see `data.words`): up to where the assistant answers, or with its
+    answer.
 
     Args:
         thinking: it asks for a thought before the answer, where the template knows of thoughts.
@@ -153,6 +154,6 @@ def written(prompt: Prompt, processor: Any, answer: str | None = None, thinking:
     if answer is not None:
         messages = [*messages, {"role": "assistant", "content": [{"type": "text", "text": answer}]}]
     pictures: list[Any] = prompt.pictures  # read already
-    special = [token.content for token in processor.tokenizer.added_tokens_decoder.values() if token.special]
-    flatten(Sample(prompt.name, "lmms-eval", messages, pictures), special, processor.image_token)
-    return render(processor.tokenizer, messages, answer is None, thinking)
+    special = control_tokens(processor.tokenizer, processor.image_token)
+    flat = flatten(Sample(prompt.name, "lmms-eval", messages, pictures), special, processor.image_token)
+    return render(processor.tokenizer, flat, answer is None, thinking)

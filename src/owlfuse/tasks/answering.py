@@ -16,9 +16,10 @@ from torch.utils.data import Dataset
 
 from owlfuse.chat import load_talker
 from owlfuse.data.chat_tokenizer import render
-from owlfuse.data.checks import flatten
+from owlfuse.data.checks import control_tokens, flatten
 from owlfuse.data.images import open_image
 from owlfuse.data.policy import one_line
+from owlfuse.data.words import show_words
 from owlfuse.tasks.base import Question, Task
 from owlfuse.types import DataError, Sample
 
@@ -56,11 +57,6 @@ def cast(model: nn.Module, dtype: torch.dtype) -> None:
     model.to(dtype)
 
 
-def control_tokens(tokenizer: Any) -> list[str]:
-    """The special tokens, which no text may hold."""
-    return [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
-
-
 @dataclass
 class Wrong:
     """A question that is left out."""
@@ -94,7 +90,7 @@ class Prompts(Dataset):
         self.processor = processor
         self.longest = longest
         self.thinking = thinking
-        self.control = control_tokens(processor.tokenizer)
+        self.control = control_tokens(processor.tokenizer, processor.image_token)
 
     def __len__(self) -> int:
         return len(self.questions)
@@ -106,7 +102,7 @@ class Prompts(Dataset):
         except DataError as error:
             reason = one_line(str(error))
             if self.task.on_error == "error":
-                raise DataError(f"{self.task.file}: {reason}") from error
+                raise DataError(f"{self.task.file}: {question.place}: {reason}") from error
             return Wrong(question, reason)
 
     def prepare(self, question: Question) -> tuple[str, list[Image.Image]]:
@@ -116,8 +112,8 @@ class Prompts(Dataset):
             DataError: a control token in the question, a picture that cannot be read, a prompt that is too long.
         """
         sample = Sample(question.id, self.task.file.stem, question.messages, question.images)
-        flatten(sample, self.control, self.processor.image_token)
-        text = render(self.processor.tokenizer, question.messages, True, self.thinking)
+        messages = flatten(sample, self.control, self.processor.image_token)
+        text = render(self.processor.tokenizer, messages, True, self.thinking)
         self.check_length(question, text)
         return text, self.opened(question)
 
@@ -130,7 +126,7 @@ class Prompts(Dataset):
         """Raises DataError where the model has no positions for the prompt and an answer."""
         if self.longest is None:
             return
-        ids = self.processor.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        ids = self.processor.encode_texts([text], None, add_special_tokens=False)["input_ids"][0]
         tokens = len(ids) + len(question.images) * (self.processor.tokens_per_image - 1)
         if tokens + self.task.max_new_tokens > self.longest:
             raise DataError(
@@ -146,7 +142,8 @@ class Prompts(Dataset):
         if right:
             pictures = [picture for _, _, mine in right for picture in mine]
             inputs = self.processor(images=pictures, text=[text for _, text, _ in right])
-        return Work([question for question, _, _ in right], [text for _, text, _ in right], inputs, wrong)
+        prompts = [show_words(text, self.processor.image_token) for _, text, _ in right]
+        return Work([question for question, _, _ in right], prompts, inputs, wrong)
 
 
 @torch.inference_mode()

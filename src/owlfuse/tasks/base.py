@@ -12,6 +12,7 @@ from owlfuse.config_errors import ConfigError
 from owlfuse.data.files import expand_files, fingerprint
 from owlfuse.data.images import MAX_PIXELS
 from owlfuse.data.lines import check_record, decoded, json_reason
+from owlfuse.data.marks import with_pictures
 from owlfuse.data.policy import one_line
 from owlfuse.data.subset import stratified_sample
 from owlfuse.types import DataError
@@ -37,6 +38,8 @@ class Question:
     """What metrics are also told by: a category, a question's type."""
     unit: str = ""
     """Questions of one unit count together, as the rotations of a multiple choice do; by default the id."""
+    place: str = ""
+    """Where its record stands in the file, for messages."""
 
     @property
     def size(self) -> tuple[int, int]:
@@ -119,9 +122,9 @@ class Task:
         raise NotImplementedError(f"{type(self).__name__} has no metrics")
 
     def asked(self, question: str, images: list[str | bytes]) -> list[dict[str, Any]]:
-        """The user's turn: the pictures, and the question in the prompt's words."""
-        text = {"type": "text", "text": self.prompt.replace(QUESTION, question)}
-        return [{"role": "user", "content": [*({"type": "image"} for _ in images), text]}]
+        """The user's turn: the question in the prompt's words, the pictures at its `<image>`s, or first where it has none.
+        Raises DataError for another number of them."""
+        return [{"role": "user", "content": with_pictures(self.prompt.replace(QUESTION, question), len(images))}]
 
     def questions(self) -> tuple[list[Question], list[tuple[str, str]]]:
         """All questions in their own order, and (record, reason) of the records that are left out.
@@ -136,10 +139,12 @@ class Task:
             where = f"{self.file}: {self.place(number)}"
             try:
                 for question in list(self.ask(records[number], where)):
+                    question.place = self.place(number)
                     if found.setdefault(question.id, question) is not question:
                         raise DataError(f"{where}: a question with the id {question.id} stands before it; ids are unique")
             except DataError as error:
-                reason = one_line(str(error))
+                message = str(error)
+                reason = one_line(message if message.startswith(str(self.file)) else f"{where}: {message}")
                 if self.on_error == "error":
                     raise DataError(reason) from error
                 wrong.append((f"{self.file.name}:{number + 1}", reason))

@@ -12,6 +12,7 @@ from owlfuse.data.formats.base import Source
 from owlfuse.data.formats.llava import LLaVA
 from owlfuse.data.formats.messages import Messages
 from owlfuse.data.formats.sharegpt import ShareGPT
+from owlfuse.data.marks import with_pictures
 from owlfuse.tasks.base import QUESTION, Question, Task, by_group
 from owlfuse.types import DataError, Sample
 
@@ -69,7 +70,9 @@ class ExactMatch(ChatTask):
             content = list(turn["content"])
             last = max((n for n, part in enumerate(content) if part["type"] == "text"), default=None)
             if last is not None:
-                content[last] = {"type": "text", "text": self.prompt.replace(QUESTION, content[last]["text"])}
+                # the source has read the text's own marks, so those of the prompt alone are left
+                prompt = "".join(part["text"] for part in with_pictures(self.prompt, 0))
+                content[last] = {"type": "text", "text": prompt.replace(QUESTION, content[last]["text"])}
             messages = [*before, {"role": "user", "content": content}]
             yield Question(sample.id, messages, sample.images, answer, kind)
 

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from owlfuse.data.chat import ChatEncoder
 from owlfuse.data.checks import flatten
 from owlfuse.data.collate import Collator
+from owlfuse.data.words import show_words
 from owlfuse.tasks.answering import Prompts, Talker, Work, Wrong
 from owlfuse.tasks.base import Question, Task
 from owlfuse.tasks.exact import ChatTask
@@ -61,6 +62,7 @@ class Chats(Prompts):
         sample = Sample(question.id, self.task.file.stem, question.messages, question.images)
         encoded = self.encoder.encode(sample)
         text = self.encoder.render(sample, flatten(sample, self.control, self.processor.image_token))
+        text = show_words(text, self.processor.image_token)
         if question.images:
             encoded.pixel_values = list(self.processor.image_processor(self.opened(question))["pixel_values"])
         return text, encoded

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from owlfuse.data.formats.base import Source, field
+from owlfuse.data.marks import unescaped
 from owlfuse.data.records import CHATS, IMAGES, QUESTION_REFUSED, TOOLS, VIDEOS, check_rest, history_turns, system_turn
 from owlfuse.data.turn_keys import SYSTEM_KEYS, brief, is_absent, tools_of
 from owlfuse.types import DataError, Sample
@@ -15,7 +16,8 @@ USED = frozenset(("id", "instruction", "input", "output", "history", *SYSTEM_KEY
 @dataclass(eq=False)
 class Alpaca(Source):
     """Instructions and answers. A non-empty `input` follows the instruction on a line of its own, `history` and
-    `system` stand before it. `<image>` is a word. Of a chat of one record, other fields are kept as metadata.
+    `system` stand before it. `<image>` and `\\<image>` are the word. Of a chat of one record, other fields are kept as
+    metadata.
 
     Args:
         records_per_chat: how many records in a row make one chat, a turn each. Short instructions beside long chats about
@@ -83,7 +85,7 @@ class Alpaca(Source):
 
 def text_part(text: str) -> dict[str, str]:
     """A text as a part of a message."""
-    return {"type": "text", "text": text}
+    return {"type": "text", "text": unescaped(text)}
 
 
 def check_text_alone(record: dict[str, Any], name: str) -> None:

@@ -1,6 +1,5 @@
 """What every source has: where it lies, its share of the mixture, and what happens to a sample that is wrong."""
 
-import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -9,13 +8,13 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from owlfuse.data.files import expand_files, fingerprint
-from owlfuse.data.lines import JsonLines, read_json_list
+from owlfuse.data.lines import JsonLines, Records, open_records
+from owlfuse.data.records import has_chat
 from owlfuse.data.video import VideoSampling
 from owlfuse.packages import packaged
 from owlfuse.types import DataError, Note, Sample
 
 IMAGE = "<image>"
-VIDEO = "<video>"
 
 
 @dataclass(eq=False)
@@ -26,8 +25,9 @@ class Source:
     The file is opened at first use, in each process that uses it: a source that was sent to another is its arguments alone.
 
     Args:
-        file: JSON (a list of records, parsed whole) or JSONL (a record a line, found by an index of offsets, each parsed when
-            it is drawn), UTF-8. `package:<package>/<path>` is a file of an installed package.
+        file: JSON (a list of records, or an object with one such list, parsed whole) or JSON Lines (a record a line, found by
+            an index of offsets, each parsed when it is drawn), which its contents tell apart; UTF-8.
+            `package:<package>/<path>` is a file of an installed package.
         image_root: the folder that image paths start from and cannot leave; by default the file's own.
         weight: the share of the mixture, relative to the other sources'.
         on_error: what a wrong sample does: `error` stops, `skip` leaves it out and counts it.
@@ -51,17 +51,6 @@ class Source:
         self.image_root = Path(self.image_root).expanduser() if self.image_root else self.file.parent
         self.name = self.file.stem
 
-    @cached_property
-    def told(self) -> set[Note]:
-        """What this process has said of the records' unused keys."""
-        return set()
-
-    def fresh_notes(self, sample: Sample) -> list[Note]:
-        """What is to be told of a sample: each assumption, and unused keys that none before it had in this process."""
-        fresh = [note for note in sample.notes if note.kind != "unused" or note not in self.told]
-        self.told.update(fresh)
-        return fresh
-
     @property
     def root(self) -> Path:
         """The folder that image paths start from."""
@@ -77,7 +66,7 @@ class Source:
 
     def open(self) -> Sequence[Any]:
         """The records by number. Raises DataError; a record that is wrong by itself raises when it is asked for."""
-        return JsonLines(self.file) if self.file.suffix in (".jsonl", ".ndjson") else read_json_list(self.file)
+        return open_records(self.file, has_chat)
 
     def files(self) -> list[Path]:
         """The files that the source reads, in order. Raises DataError where one is missing."""
@@ -97,9 +86,12 @@ class Source:
             if not isinstance(record, dict):
                 raise DataError(f"{self.name}: a record is a {type(record).__name__}, expected an object")
             identity = record.get("id")
-            return self.sample(record, f"{self.name}:{index if identity is None else identity}")
+            sample = self.sample(record, f"{self.name}:{index if identity is None else identity}")
         except DataError as error:
             raise self.placed(error, index) from None
+        if isinstance(self.records, Records):
+            sample.notes += [Note("unused", f"the file's '{key}' beside its records") for key in self.records.unused]
+        return sample
 
     def place(self, index: int) -> str:
         """Where the record at `index` stands, as its file counts: a line, or a record's number from 1."""
@@ -109,8 +101,11 @@ class Source:
 
     def placed(self, error: DataError, index: int) -> DataError:
         """An error of the sample at `index` that says where its record stands."""
-        if "records" in vars(self) and self.file.name not in str(error):
-            error.args = (f"{error} ({self.place(index)})",)
+        if "records" not in vars(self):
+            return error
+        place = self.place(index)
+        if place not in str(error) and self.file.name not in str(error):
+            error.args = (f"{error} ({place})",)
         return error
 
     def first_record(self, index: int) -> int:
@@ -135,7 +130,7 @@ class Source:
         return fingerprint(self.files())
 
     def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in vars(self).items() if key not in ("records", "told")}
+        return {key: value for key, value in vars(self).items() if key != "records"}
 
 
 @dataclass(eq=False)
@@ -176,17 +171,6 @@ class VideoSource(PictureSource):
             self.video = None if self.video is None else VideoSampling.of(self.video)
         except DataError as error:
             raise DataError(f"{self.file}: {error}") from None
-
-
-def parts_of(text: str, videos: bool = False) -> list[dict[str, Any]]:
-    """Text with `<image>` placeholders -> text and image parts, every other character kept; with `videos`, `<video>`
-    placeholders become video parts too."""
-    kinds = {IMAGE: "image", VIDEO: "video"} if videos else {IMAGE: "image"}
-    parts: list[dict[str, Any]] = []
-    for piece in re.split(f"({'|'.join(kinds)})", text):
-        if piece:
-            parts.append({"type": kinds[piece]} if piece in kinds else {"type": "text", "text": piece})
-    return parts
 
 
 def without(record: dict[str, Any], *keys: str) -> dict[str, Any]:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import mmap
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,6 +22,7 @@ from owlfuse.data.records import (
     LOOKS_LIKE_FILE,
     QUESTION_KEYS,
     QUESTIONS,
+    TEXT,
     TOOLS,
     VIDEOS,
     read_chat,
@@ -94,13 +97,15 @@ class Parquet(VideoSource):
             if files[0].suffix == ".arrow":
                 parts = [open_arrow(file) for file in files]
                 places, unread = self.places(files, [part.data.schema for part in parts])
-                return Rows(
-                    datasets.concatenate_datasets([part.select_columns(columns_of(places)) for part in parts]), places, unread
-                )
-            rows, schemas = parquet_schemas(files)
+                whole = datasets.concatenate_datasets([part.select_columns(columns_of(places)) for part in parts])
+                return Rows(whole, places, unread, files, [len(part) for part in parts])
+            counts, schemas = parquet_schemas(files)
             places, unread = self.places(files, schemas)
             check_cells(files, places)
-            return Rows(open_parquet(files, schemas, columns_of(places), self.cache_dir), places, unread) if rows else []
+            if not sum(counts):
+                return []
+            whole = open_parquet(files, schemas, columns_of(places), self.cache_dir)
+            return Rows(whole, places, unread, files, counts)
         except DataError:
             raise
         except (pyarrow.ArrowException, OSError, ValueError, datasets.exceptions.DatasetGenerationError) as error:
@@ -122,7 +127,11 @@ class Parquet(VideoSource):
         there = {column for column in have if column in KNOWN}
         if self.messages_column or self.question_column:
             there -= {*CHATS, *QUESTION_KEYS}
-        elif not (there & {*CHATS} or any(there.issuperset(pair) for pair in QUESTIONS)):
+        elif there & {*CHATS} or any(there.issuperset(pair) for pair in QUESTIONS):
+            pass
+        elif TEXT in have:
+            there.add(TEXT)
+        else:
             raise DataError(
                 f"{files[0]} has no chat among its columns {', '.join(have)}; {EXPECTED}; other names are told by "
                 "messages_column, or question_column and answer_column"
@@ -155,7 +164,7 @@ class Parquet(VideoSource):
 
     def place(self, index: int) -> str:
         """See `Source`."""
-        return f"row {index + 1} of {self.file.name}"
+        return cast("Rows", self.records).place(index)
 
     def sample(self, record: dict[str, Any], name: str) -> Sample:
         """See `Source`."""
@@ -205,10 +214,19 @@ def holds_files(kind: Any) -> bool:
 
 
 class Rows(Sequence[dict[str, Any]]):
-    """The rows of a `datasets.Dataset`, as they are stored: pictures stay bytes."""
+    """The rows of a `datasets.Dataset`, as they are stored: pictures stay bytes.
 
-    def __init__(self, dataset: Any, places: dict[str, str], unread: list[Note]) -> None:
+    Args:
+        places: the column of each key of a record.
+        unread: the columns that are not read.
+        files: that the rows come from, in order.
+        counts: the rows of each file.
+    """
+
+    def __init__(self, dataset: Any, places: dict[str, str], unread: list[Note], files: list[Path], counts: list[int]) -> None:
         self.unread = unread
+        self.files = files
+        self.ends = list(accumulate(counts))
         self.table = dataset.select_columns(columns_of(places)).with_format("arrow")
         self.places = places
 
@@ -219,9 +237,15 @@ class Rows(Sequence[dict[str, Any]]):
         row = self.table[range(len(self))[index]]
         for key, column in self.places.items():
             limit = MAX_PICTURES if key in (*IMAGES, *VIDEOS) else MAX_RECORD
-            check_record(row.column(column).nbytes, f"row {index + 1}: {column}", limit)
+            check_record(row.column(column).nbytes, f"{self.place(index)}: {column}", limit)
         values = row.to_pylist()[0]
         return {key: values[column] for key, column in self.places.items()}
+
+    def place(self, index: int) -> str:
+        """Which row of which file a row is, from 1."""
+        file = bisect_right(self.ends, index)
+        before = self.ends[file - 1] if file else 0
+        return f"row {index - before + 1} of {self.files[file].name}"
 
 
 def columns_of(places: dict[str, str]) -> list[str]:
@@ -229,16 +253,16 @@ def columns_of(places: dict[str, str]) -> list[str]:
     return list(dict.fromkeys(places.values()))
 
 
-def parquet_schemas(files: list[Path]) -> tuple[int, list[Any]]:
-    """Rows in all, and the schema of each file, from their footers."""
+def parquet_schemas(files: list[Path]) -> tuple[list[int], list[Any]]:
+    """The rows and the schema of each file, from their footers."""
     from pyarrow.parquet import ParquetFile
 
-    rows, schemas = 0, []
+    counts, schemas = [], []
     for file in files:
         with ParquetFile(file) as parquet:
-            rows += parquet.metadata.num_rows
+            counts.append(parquet.metadata.num_rows)
             schemas.append(parquet.schema_arrow)
-    return rows, schemas
+    return counts, schemas
 
 
 def check_cells(files: list[Path], places: dict[str, str]) -> None:
@@ -256,7 +280,7 @@ def check_cells(files: list[Path], places: dict[str, str]) -> None:
                 for column in columns_of(places):
                     limit = MAX_PICTURES if column in visual else MAX_RECORD
                     check_record(
-                        sizes[column] // max(1, group.num_rows), f"{file}: row group {number}: a cell of {column}", limit
+                        sizes[column] // max(1, group.num_rows), f"{file}: row group {number + 1}: a cell of {column}", limit
                     )
 
 

@@ -59,9 +59,10 @@ class WebDataset(VideoSource):
                 yield index, cast("TarSamples", self.records).key(index)
 
     def place(self, index: int) -> str:
-        """See `Source`; a sample is known by its name, so the shard is enough."""
+        """See `Source`; of a shard, whose samples are counted from 1."""
         shards = cast("TarSamples", self.records)
-        return f"in {shards.files[int(np.searchsorted(shards.first, index, side='right')) - 1].name}"
+        shard = int(np.searchsorted(shards.first, index, side="right")) - 1
+        return f"sample {index - int(shards.first[shard]) + 1} of {shards.files[shard].name}"
 
     def sample(self, record: dict[str, Any], name: str) -> Sample:
         """See `Source`."""
