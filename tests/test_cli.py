@@ -248,6 +248,7 @@ def test_a_sweep_that_fails_still_prints_the_table_of_what_is_done(recorder, cap
 
 
 def test_interruption_is_exit_code_130_and_data_errors_are_1(recorder, capsys):
+    from owlfuse.packages import MissingPackage
     from owlfuse.types import DataError
 
     def exit_code(error: BaseException) -> int:
@@ -257,7 +258,7 @@ def test_interruption_is_exit_code_130_and_data_errors_are_1(recorder, capsys):
     assert exit_code(KeyboardInterrupt()) == 130
     assert exit_code(FileNotFoundError("no\nfile")) == 1
     assert exit_code(DataError("sample x is wrong")) == 1
-    assert exit_code(ModuleNotFoundError("Caught in worker 0.\nModuleNotFoundError: pip install 'owlfuse[video]'")) == 1
+    assert exit_code(MissingPackage("Caught in worker 0.\nMissingPackage: pip install 'owlfuse[video]'")) == 1
     assert capsys.readouterr().err.splitlines() == [
         "owlfuse: interrupted",
         "owlfuse: error: no file",

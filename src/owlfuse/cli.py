@@ -9,6 +9,7 @@ from pathlib import Path
 from owlfuse.bench.commands import run_bench
 from owlfuse.cli_parser import failed, make_parser
 from owlfuse.own_modules import import_own
+from owlfuse.packages import MissingPackage
 from owlfuse.terminal import guard_terminal, visible
 
 
@@ -61,8 +62,8 @@ def report_errors(call: Callable[[], None], command: str) -> int:
 
             if reason := why_not_written(error):
                 return failed(f"{command}: {reason}; make room or permit it, then run it again", 1)
-        if isinstance(error, ModuleNotFoundError) and "pip install 'owlfuse[" in str(error):
-            return failed(str(error).rpartition("ModuleNotFoundError: ")[2].strip(), 1)
+        if isinstance(error, MissingPackage):
+            return failed(str(error).rpartition("MissingPackage: ")[2].strip(), 1)
         raise
 
 

@@ -15,11 +15,15 @@ EXTRAS = {
 """Which extra of owlfuse brings a package."""
 
 
+class MissingPackage(ModuleNotFoundError):
+    """A package of an extra that is not installed. The message names the extra."""
+
+
 def packaged(name: str) -> str:
     """The path that a `package:` name stands for; any other text is given back as it is. The package is not imported.
 
     Raises:
-        ModuleNotFoundError: it is not installed; the message names the extra that brings it.
+        MissingPackage: it is not installed; the message names the extra that brings it.
         ValueError: it has no such file or folder.
     """
     if not name.startswith(PREFIX):
@@ -51,8 +55,8 @@ def check_not_missing(name: str) -> None:
         raise ValueError(f"there is no such file or folder (looked for in {Path.cwd()})")
 
 
-def missing(package: str, needed_by: str) -> ModuleNotFoundError:
+def missing(package: str, needed_by: str) -> MissingPackage:
     """What to raise where a package is not installed."""
     extra = EXTRAS.get(package)
     remedy = f": pip install 'owlfuse[{extra}]'" if extra else "; install it, or name a file in its place"
-    return ModuleNotFoundError(f"{needed_by} needs the package {package}, which is not installed{remedy}", name=package)
+    return MissingPackage(f"{needed_by} needs the package {package}, which is not installed{remedy}", name=package)

@@ -15,6 +15,7 @@ import numpy as np
 from PIL import Image
 
 from owlfuse.data.frames import fps_indices, keyframe_indices, uniform_indices
+from owlfuse.packages import MissingPackage
 from owlfuse.types import DataError
 
 if TYPE_CHECKING:
@@ -76,7 +77,7 @@ def read_frames(root: Path, path: str | bytes, name: str, sampling: VideoSamplin
     Raises:
         DataError: a path that leaves the root, no such file, no video, a video without frames, one that is corrupt anywhere
             that is read, or frames of more than `max_pixels`; names the sample `name`.
-        ModuleNotFoundError: PyAV is not installed.
+        MissingPackage: PyAV is not installed.
     """
     if isinstance(path, bytes):
         file: Path | bytes = path
@@ -168,7 +169,7 @@ def opened(file: Path | bytes, what: str) -> Iterator[tuple[av.container.InputCo
     try:
         import av
     except ModuleNotFoundError:
-        raise ModuleNotFoundError(f"{what} needs PyAV: pip install 'owlfuse[video]'", name="av") from None
+        raise MissingPackage(f"{what} needs PyAV: pip install 'owlfuse[video]'", name="av") from None
     options = {"protocol_whitelist": "file", "format_whitelist": FORMATS}
     try:
         with av.open(io.BytesIO(file) if isinstance(file, bytes) else str(file), "r", options=options) as container:

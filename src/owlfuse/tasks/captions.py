@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 from owlfuse.config_errors import ConfigError
+from owlfuse.packages import MissingPackage
 from owlfuse.tasks.base import Question, Task, read_json, value
 from owlfuse.types import DataError
 
@@ -65,7 +66,7 @@ class Captions(Task):
 
     Raises:
         ConfigError: `ptb` without a Java.
-        ModuleNotFoundError: pycocoevalcap is not installed.
+        MissingPackage: pycocoevalcap is not installed.
     """
 
     tokens: Literal["words", "ptb"] = "words"
@@ -77,7 +78,7 @@ class Captions(Task):
         try:
             import pycocoevalcap.cider.cider  # noqa: F401
         except ModuleNotFoundError as error:
-            raise ModuleNotFoundError("captions are scored by pycocoevalcap; pip install 'owlfuse[eval]'") from error
+            raise MissingPackage("captions are scored by pycocoevalcap; pip install 'owlfuse[eval]'") from error
         if self.tokens == "ptb" and shutil.which("java") is None:
             raise ConfigError("task.tokens: ptb needs Java, and there is no java on the PATH; install it, or task.tokens=words")
 
