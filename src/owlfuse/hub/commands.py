@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 from owlfuse.config import ConfigError
-from owlfuse.deferred import Deferred
 from owlfuse.hub.adapter import merge_lora
 from owlfuse.hub.export import ADAPTER, Trained, check_exported, export, load_exported, load_run
 from owlfuse.hub.importing import import_released
@@ -40,8 +39,8 @@ def export_command(source: str, out: str, words: list[str]) -> None:
     merge, shards = options["merge"] == "true", options["max_shard_size"]
     if options["layout"] == "released":
         if merge:
-            merge_lora(trained.model, trained.deferred)
-        save(trained.model, out, max_shard_size=shards, value=trained.value)
+            merge_lora(trained.model)
+        save(trained.model, out, max_shard_size=shards)
         print(visible(f"{out} is in the released layout"))
         return
     export(trained, Path(out), merge=merge, max_shard_size=shards, source=Path(source).name)
@@ -63,13 +62,11 @@ def import_command(source: str, out: str, words: list[str]) -> None:
 
 
 def read_trained(folder: Path, which: str = "last") -> Trained:
-    """The model of a run or of an exported folder, without memory."""
-    deferred = Deferred()
+    """The model of a run or of an exported folder."""
     if (folder / "config.yaml").exists():
-        return load_run(folder, deferred, which)
+        return load_run(folder, which)
     check_which(which, of_run=False)
-    with deferred:
-        wrapped, processor = load_exported(check_exported(folder))
+    wrapped, processor = load_exported(check_exported(folder))
     if processor is None:
-        return Trained(wrapped.model, None, None, deferred=deferred)
-    return Trained(wrapped.model, processor.tokenizer, None, processor.image_token, deferred)
+        return Trained(wrapped.model, None, None)
+    return Trained(wrapped.model, processor.tokenizer, None, processor.image_token)
