@@ -1,5 +1,6 @@
 """What sharded runs leave behind is whole."""
 
+import csv
 import json
 
 import pytest
@@ -31,6 +32,7 @@ CASES = {
     "full": ["experiment=shapes_owl3"],
     "lora": ["experiment=shapes_owl2", *LORA],
 }
+TWO = ["trainer=fsdp", "trainer.accelerator=cpu", "trainer.devices=2", "data.micro_batch_size=4"]
 LOWER = ["experiment=shapes_owl3", "trainer.precision=bf16-mixed", "evaluation.before=true", "optim.lr=1e-3"]
 
 
@@ -44,7 +46,7 @@ def folder(tmp_path_factory):
         data = f"data.folder={path / 'data/shapes'}"
         for name, overrides in CASES.items():
             train.run(compose([*SMALL, *overrides, data, "runs=alone", f"name={name}"]))
-        two = ["trainer=fsdp", "trainer.accelerator=cpu", "trainer.devices=2", "data.micro_batch_size=4", "runs=fsdp"]
+        two = [*TWO, "runs=fsdp"]
         cases = {**CASES, "lower": LOWER}
         by_processes(
             2, [[*SMALL, *overrides, *two, data, f"name={name}"] for name, overrides in cases.items()], path, "together"
@@ -117,3 +119,25 @@ def test_the_adapter_of_two_processes_folded_in_is_the_sum(folder, tmp_path):
         else:
             assert torch.equal(value, base[name]), name
     assert changed == len(adapter) // 2
+
+
+@pytest.mark.slow
+def test_two_processes_start_from_an_export_as_one_does(folder, tmp_path, monkeypatch):
+    """LoRA folded in, position embeddings resampled, and weights frozen that no checkpoint has."""
+    monkeypatch.chdir(tmp_path)
+    exported(folder, "fsdp", "lora", tmp_path / "base")
+    common = [*SMALL, *CASES["lora"], f"init_from={tmp_path / 'base'}", "model.vision.image_size=96", "trainer.max_steps=3"]
+    common += [f"data.folder={folder / 'data/shapes'}", "trainer.log_every_n_steps=1", "name=started"]
+    train.run(compose([*common, "runs=alone"]))
+    by_processes(2, [[*common, *TWO, "runs=fsdp"]], tmp_path, "started")
+    alone, together = (run_of(tmp_path, kind, "started") for kind in ("alone", "fsdp"))
+    assert losses(together) == pytest.approx(losses(alone), abs=1e-5)
+    check_close(
+        exported(tmp_path, "fsdp", "started", tmp_path / "two"), exported(tmp_path, "alone", "started", tmp_path / "one")
+    )
+    assert main(["eval", str(together)]) == 0
+
+
+def losses(run):
+    with (run / "metrics.csv").open() as file:
+        return [float(row["train/loss"]) for row in csv.DictReader(file) if row.get("train/loss")]
