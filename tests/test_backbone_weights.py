@@ -12,7 +12,6 @@ from torch.nn import functional as F
 
 from helpers import REPO
 from owlfuse.backbone_weights import by_order, load_weights, read_weights
-from owlfuse.deferred import Deferred
 from owlfuse.hub.configuration import OwlfuseConfig
 from owlfuse.packages import packaged
 from owlfuse.vision import TimmBackbone
@@ -110,15 +109,6 @@ def test_weights_under_timms_names_are_taken_by_name_in_any_order(state, file, t
     pixels = torch.randn(1, 3, 64, 64)
     with torch.no_grad():
         assert torch.equal(backbone(tmp_path / "timm.safetensors")(pixels), backbone(file)(pixels))
-
-
-def test_a_deferred_backbone_holds_the_files_weights(file):
-    expected = backbone(file)
-    with Deferred() as deferred:
-        later = TimmBackbone(NAME, weights=str(file), image_size=64)
-    assert all(p.is_meta for p in later.parameters())
-    assert all(torch.equal(deferred.value(later.get_parameter(name)), p) for name, p in expected.named_parameters())
-    assert all(torch.equal(deferred.value(later.get_buffer(name)), b) for name, b in expected.named_buffers())
 
 
 def changed(state, name, value):

@@ -191,7 +191,7 @@ class Recorder:
 def recorder(tmp_path, monkeypatch):
     """The commands with the composition cut short: `seed` alone is read, and seed=9 does not compose."""
 
-    def compose(overrides):
+    def compose_seed(overrides):
         if "seed=9" in overrides:
             raise ConfigError("command line: seed: 9 is refused")
         return OmegaConf.create({"overrides": overrides})
@@ -199,12 +199,16 @@ def recorder(tmp_path, monkeypatch):
     made = Recorder(tmp_path)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
-    monkeypatch.setattr(config, "compose", compose)
+    monkeypatch.setattr(config, "compose", compose_seed)
     monkeypatch.setattr(config, "sweep_cells", lambda overrides: config._product(overrides, config.find_folders()))
     checks = SimpleNamespace(check_machine=lambda config: None)
-    for name, stand_in in {"train": SimpleNamespace(run=made.run), "evaluation": made, "trainer_checks": checks}.items():
-        monkeypatch.setitem(sys.modules, f"owlfuse.{name}", stand_in)
-        monkeypatch.setattr(f"owlfuse.{name}", stand_in, raising=False)
+    for name, stand_in in {
+        "owlfuse.train": SimpleNamespace(run=made.run),
+        "owlfuse.evaluation": made,
+        "owlfuse.trainer_checks": checks,
+    }.items():
+        monkeypatch.setitem(sys.modules, name, stand_in)
+        monkeypatch.setattr(name, stand_in, raising=False)
     return made
 
 

@@ -8,9 +8,7 @@ import torch
 pytest.importorskip("gguf", reason="GGUF files need pip install gguf (the extras pretrained and dev have it)")
 
 from gguf_files import CONTROL, TOKENS, tiny_llm, write_gguf
-from helpers import make_model
 from owlfuse.data.chat_tokenizer import load_tokenizer
-from owlfuse.deferred import Deferred
 from owlfuse.llm import load_llm
 from owlfuse.types import DataError
 
@@ -34,18 +32,6 @@ def test_a_gguf_file_gives_the_weights_that_were_written_into_it(llm, folder):
     assert {name for name, _ in found.named_parameters()} == set(expected)
     for name, parameter in found.named_parameters():
         torch.testing.assert_close(parameter, expected[name], rtol=0, atol=1e-6)
-
-
-def test_a_gguf_file_loads_in_a_model_that_is_made_later(folder):
-    arguments = {"pretrained": str(folder), "gguf_file": FILE}
-    torch.manual_seed(4)
-    expected = make_model("concat", **arguments)
-    torch.manual_seed(4)
-    with Deferred() as deferred:
-        later = make_model("concat", **arguments)
-    assert {n for n, _ in later.named_parameters()} == {n for n, _ in expected.named_parameters()}
-    for name, parameter in expected.llm.named_parameters():
-        torch.testing.assert_close(deferred.value(later.llm.get_parameter(name)), parameter, rtol=0, atol=0)
 
 
 def test_on_the_meta_device_a_gguf_file_gives_the_shapes_alone(llm, folder):

@@ -8,8 +8,7 @@ import torch
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 
-from owlfuse.model_parallel import Shards
-from owlfuse.parallel_checkpoints import SafePlanner, SafeReader
+from owlfuse.parallel_checkpoints import SafePlanner, SafeReader, read_shards
 from owlfuse.types import DataError
 
 
@@ -43,14 +42,14 @@ def test_all_kinds_of_values_are_read_back(folder):
     for name, tensor in STATE["state_dict"].items():
         assert torch.equal(state["state_dict"][name], tensor)
     assert state["optimizer_0"] == STATE["optimizer_0"]
-    assert {name: tensor.dtype for name, tensor in Shards(folder).items()} == {"a": torch.float32, "b": torch.bfloat16}
+    assert {name: tensor.dtype for name, tensor in read_shards(folder).items()} == {"a": torch.float32, "b": torch.bfloat16}
 
 
 @pytest.mark.parametrize("content", [pickle.dumps(Bomb()), pickle.dumps([Bomb()], 0), b"", b"\x80", pickle.dumps({"a": 1})])
 def test_a_table_that_is_none_is_refused_and_runs_nothing(content, folder):
     (folder / ".metadata").write_bytes(content)
     with pytest.raises(DataError, match=r"\.metadata is no table of a checkpoint"):
-        Shards(folder)
+        read_shards(folder)
     assert not (folder.parent / "canary").exists()
 
 
@@ -63,5 +62,5 @@ def test_a_value_that_is_a_pickle_is_refused_and_runs_nothing(tmp_path, monkeypa
             {"optimizer_0": {"lr": 0.0}}, storage_reader=SafeReader(tmp_path / "evil"), planner=SafePlanner(), no_dist=True
         )
     with pytest.raises(DataError, match="expected a tensor"):
-        Shards(tmp_path / "evil")
+        read_shards(tmp_path / "evil")
     assert not (tmp_path / "canary").exists()

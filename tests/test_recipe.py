@@ -346,5 +346,7 @@ def test_under_torchrun_every_rank_goes_through_the_same_stages_and_one_writes()
     for name in ("first", "second", "third"):
         alone = weights(Path("runs/tiny/one") / name)
         for key, tensor in weights(Path("runs/tiny/ranks") / name).items():
+            if "key.bias" in key:  # no softmax depends on it: its gradient is rounding alone
+                continue
             apart = (tensor - alone[key]).abs() > 1e-4  # of a gradient of rounding alone Adam makes a whole step
             assert apart.double().mean() < 1e-3, (name, key)

@@ -1,14 +1,11 @@
-"""What sharded runs leave behind is whole, and is written out tensor by tensor."""
+"""What sharded runs leave behind is whole."""
 
+import csv
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
-from omegaconf import OmegaConf
 from safetensors.torch import load_file
-from torch.distributed import checkpoint as dcp
 
 from helpers import SHAPE_COUNTS, TINY_SHAPES
 from owlfuse import train
@@ -16,9 +13,7 @@ from owlfuse.cli import main
 from owlfuse.config import compose
 from owlfuse.data.shapes import write_shapes
 from owlfuse.hub.export import load_run
-from owlfuse.model import on_meta
-from owlfuse.parallel_checkpoints import META
-from owlfuse.runs import last_checkpoint, put_in_place, write_config
+from owlfuse.runs import last_checkpoint
 from ranks import by_processes
 
 SMALL = [
@@ -37,31 +32,8 @@ CASES = {
     "full": ["experiment=shapes_owl3"],
     "lora": ["experiment=shapes_owl2", *LORA],
 }
+TWO = ["trainer=fsdp", "trainer.accelerator=cpu", "trainer.devices=2", "data.micro_batch_size=4"]
 LOWER = ["experiment=shapes_owl3", "trainer.precision=bf16-mixed", "evaluation.before=true", "optim.lr=1e-3"]
-FIELDS = ("hidden_size=1024", "intermediate_size=4096", "num_hidden_layers=9", "num_attention_heads=8", "vocab_size=12500")
-FIELDS += ("num_key_value_heads=8", "head_dim=128", "tie_word_embeddings=true")
-BIG = [
-    "experiment=shapes_owl1",
-    *(
-        f"++model.llm.config.{field}"
-        for field in (*FIELDS, "num_key_value_heads=8", "head_dim=128", "tie_word_embeddings=true")
-    ),
-]
-"""An LLM of 610 MB in float32, whose largest tensor has 51 MB."""
-MEASURE = """
-import sys
-from pathlib import Path
-from owlfuse.cli import main
-import owlfuse.hub.commands, owlfuse.model_parallel, peft, timm, torch.distributed.checkpoint
-
-def status(key):
-    return int(Path("/proc/self/status").read_text().split(key + ":")[1].split()[0]) * 1024
-
-before = status("VmRSS")
-Path("/proc/self/clear_refs").write_text("5")  # the highest from here on
-assert main(["export", *sys.argv[1:]]) == 0
-print("grew", status("VmHWM") - before)
-"""
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +46,7 @@ def folder(tmp_path_factory):
         data = f"data.folder={path / 'data/shapes'}"
         for name, overrides in CASES.items():
             train.run(compose([*SMALL, *overrides, data, "runs=alone", f"name={name}"]))
-        two = ["trainer=fsdp", "trainer.accelerator=cpu", "trainer.devices=2", "data.micro_batch_size=4", "runs=fsdp"]
+        two = [*TWO, "runs=fsdp"]
         cases = {**CASES, "lower": LOWER}
         by_processes(
             2, [[*SMALL, *overrides, *two, data, f"name={name}"] for name, overrides in cases.items()], path, "together"
@@ -149,42 +121,23 @@ def test_the_adapter_of_two_processes_folded_in_is_the_sum(folder, tmp_path):
     assert changed == len(adapter) // 2
 
 
-def big_run(folder, sharded):
-    """A run whose checkpoint is written by hand, as training would, and its weights: a number for each tensor."""
-    write_shapes(folder / "shapes", **SHAPE_COUNTS)
-    config = compose([*SMALL, *BIG, f"data.folder={folder / 'shapes'}", f"runs={folder}", "name=big"])
-    run = folder / "big"
-    write_config(config, run)
-    model, _ = on_meta(OmegaConf.to_container(config.model, resolve=True), 1)
-    shapes = model.state_dict()
-    state = {
-        f"model.{name}": torch.full(tensor.shape, k, dtype=tensor.dtype) for k, (name, tensor) in enumerate(shapes.items())
-    }
-    state["model.llm.lm_head.weight"] = state["model.llm.model.embed_tokens.weight"]  # tied
-    rest = {"global_step": 1, "frozen": {}}
-    path = run / "checkpoints/step_00000001.ckpt"
-    path.parent.mkdir()
-    part = path.with_name(path.name + ".part")
-    if sharded:
-        dcp.save({"state_dict": state}, checkpoint_id=part, no_dist=True)
-        torch.save(rest, part / META)
-    else:
-        torch.save({**rest, "state_dict": state}, part)
-    put_in_place(part, path)
-    return run, state
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("sharded", [False, True], ids=["file", "folder"])
-def test_export_holds_a_few_tensors_of_the_model_at_a_time(sharded, tmp_path):
-    run, state = big_run(tmp_path, sharded)
-    size = sum(tensor.nbytes for name, tensor in state.items() if "lm_head" not in name)  # tied
-    assert size > 600e6
-    out = tmp_path / "out"
-    command = [sys.executable, "-c", MEASURE, str(run), str(out)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
-    assert done.returncode == 0, done.stderr
-    assert int(done.stdout.rpartition("grew ")[2]) < size / 3
-    found = load_file(out / "model.safetensors")
-    assert {name for name in state if "lm_head" not in name} == set(found)
-    assert all((value == state[name]).all() for name, value in found.items())
+def test_two_processes_start_from_an_export_as_one_does(folder, tmp_path, monkeypatch):
+    """LoRA folded in, position embeddings resampled, and weights frozen that no checkpoint has."""
+    monkeypatch.chdir(tmp_path)
+    exported(folder, "fsdp", "lora", tmp_path / "base")
+    common = [*SMALL, *CASES["lora"], f"init_from={tmp_path / 'base'}", "model.vision.image_size=96", "trainer.max_steps=3"]
+    common += [f"data.folder={folder / 'data/shapes'}", "trainer.log_every_n_steps=1", "name=started"]
+    train.run(compose([*common, "runs=alone"]))
+    by_processes(2, [[*common, *TWO, "runs=fsdp"]], tmp_path, "started")
+    alone, together = (run_of(tmp_path, kind, "started") for kind in ("alone", "fsdp"))
+    assert losses(together) == pytest.approx(losses(alone), abs=1e-5)
+    check_close(
+        exported(tmp_path, "fsdp", "started", tmp_path / "two"), exported(tmp_path, "alone", "started", tmp_path / "one")
+    )
+    assert main(["eval", str(together)]) == 0
+
+
+def losses(run):
+    with (run / "metrics.csv").open() as file:
+        return [float(row["train/loss"]) for row in csv.DictReader(file) if row.get("train/loss")]

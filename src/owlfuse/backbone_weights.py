@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pickle
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,6 @@ import torch
 from timm.models import load_state_dict
 from torch import Tensor, nn
 
-from owlfuse.deferred import Deferred, in_memory_after_all
 from owlfuse.packages import packaged
 
 
@@ -28,7 +26,7 @@ def load_weights(body: nn.Module, weights: str, name: str, kwargs: dict[str, Any
         ValueError: no such file, none of weights, or weights of another model: the first tensor that differs is named.
     """
     device = "meta" if torch.get_default_device().type == "meta" else "cpu"
-    with in_memory_after_all(), torch.device("meta"):
+    with torch.device("meta"):
         found = read_weights(Path(packaged(weights)).expanduser(), device)
         whole = timm.create_model(name, **kwargs).state_dict()
     head = set(whole) - set(body.state_dict())
@@ -36,13 +34,7 @@ def load_weights(body: nn.Module, weights: str, name: str, kwargs: dict[str, Any
         named = by_name(found, whole, head) if set(body.state_dict()) <= set(found) else by_order(found, whole, head)
     except ValueError as error:
         raise ValueError(f"weights: {weights}: {error}; expected the {len(whole)} tensors of timm's {name}") from error
-    if Deferred.current is not None:
-        for key, tensor in body.state_dict(keep_vars=True).items():
-            if tensor.is_meta:
-                Deferred.current.read(tensor, partial(named.__getitem__, key))
-            else:  # a count of batches, a single number, which is made in memory
-                tensor.copy_(named[key])
-    elif device != "meta":
+    if device != "meta":
         body.load_state_dict({key: tensor for key, tensor in named.items() if key not in head})
 
 

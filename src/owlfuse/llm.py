@@ -63,8 +63,7 @@ def load_llm(
         pretrained: a folder of weights, a hub name, or `package:<package>`.
         config: the keys of a transformers configuration with its `model_type` (llama, mistral, qwen2, ...), for random weights.
         attention: the kernel of transformers' attention; packed rows need `sdpa`.
-        gguf_file: the name of a GGUF file in the folder. Transformers turns it into weights as a whole, so that where the
-            model is sharded each rank has all of the LLM in memory while it is built.
+        gguf_file: the name of a GGUF file in the folder, which transformers turns into weights.
         gradient_checkpointing: activations inside of decoder layers are dropped and computed again in the backward pass.
         architecture: what the configuration of `pretrained` says, so that a run can be checked and planned where the hub is
             not at hand: it is read on the meta device alone, in the place of the folder's or the hub's.

@@ -3,22 +3,14 @@
 from __future__ import annotations
 
 import struct
-from collections import ChainMap
-from collections.abc import Mapping, MutableMapping
-from functools import partial
 from pathlib import Path
-from pickle import UnpicklingError
-from typing import Any, cast
+from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
-from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from owlfuse.deferred import Deferred, in_memory_after_all
 from owlfuse.hub_access import check_hub_has
 from owlfuse.packages import looks_local, missing, packaged
-from owlfuse.stored import Pickled, Safe
 
 
 def load_pretrained(pretrained: str, gguf_file: str | None, options: dict[str, Any]) -> PreTrainedModel:
@@ -33,14 +25,7 @@ def load_pretrained(pretrained: str, gguf_file: str | None, options: dict[str, A
             return AutoModelForCausalLM.from_config(
                 AutoConfig.from_pretrained(pretrained, trust_remote_code=False, **source), **options
             )
-        if (
-            Deferred.current is not None
-            and not gguf_file
-            and (later := read_later(pretrained, options, Deferred.current)) is not None
-        ):
-            return later
-        with in_memory_after_all():
-            llm, found = _loaded(pretrained, **source, **options)
+        llm, found = _loaded(pretrained, **source, **options)
     except ImportError as error:
         if not gguf_file:
             raise
@@ -55,33 +40,6 @@ def load_pretrained(pretrained: str, gguf_file: str | None, options: dict[str, A
 def _loaded(pretrained: str, **options: Any) -> tuple[PreTrainedModel, dict[str, Any]]:
     loaded: Any = AutoModelForCausalLM.from_pretrained(pretrained, **options, output_loading_info=True, trust_remote_code=False)
     return loaded
-
-
-def read_later(pretrained: str, options: dict[str, Any], deferred: Deferred) -> PreTrainedModel | None:
-    """The LLM without memory, each tensor to be read from safetensors files or, where there are none, those of torch.save on
-    its own (see `deferred`); None where the files do not have them by their names, so that transformers has to read them."""
-    folder = Path(pretrained).expanduser()
-    if not folder.is_dir():
-        folder = Path(snapshot_download(pretrained, allow_patterns=["*.json", "*.safetensors"]))
-        if not any(folder.glob("*.safetensors")):
-            folder = Path(snapshot_download(pretrained, allow_patterns=["*.json", "*.bin"]))
-    with torch.device("meta"), deferred.drawing_nothing():
-        llm = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder, trust_remote_code=False), **options)
-    try:
-        with in_memory_after_all():
-            files = Safe(sorted(folder.glob("*.safetensors"))) or pickled(folder)
-    except (RuntimeError, ValueError, EOFError, UnpicklingError):  # of an older form, or damaged, as transformers will say
-        return None
-    if set(dict(llm.named_parameters())) - set(files):
-        return None
-    for name, parameter in llm.named_parameters():
-        deferred.read(parameter, partial(files.__getitem__, name))
-    return llm
-
-
-def pickled(folder: Path) -> Mapping[str, Tensor]:
-    """The tensors of pytorch_model.bin or its shards."""
-    return ChainMap(*(cast("MutableMapping[str, Tensor]", Pickled(path)) for path in sorted(folder.glob("pytorch_model*.bin"))))
 
 
 def check_folder(pretrained: str, gguf_file: str | None = None) -> None:

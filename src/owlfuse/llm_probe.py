@@ -21,7 +21,6 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from owlfuse.deferred import in_memory_after_all
 from owlfuse.llm import FAILURES, KeyPath, decoder_layers, first_line, layer_type_of, rotary
 
 HEADS, GROUPS, HEAD_WIDTH, VOCABULARY = 4, 2, 16, 64
@@ -70,7 +69,7 @@ def aside() -> Iterator[None]:
     torch.set_default_dtype(torch.float32)
     nn.Module.register_parameter = REGISTER_PARAMETER  # type: ignore[method-assign]
     try:
-        with in_memory_after_all(), torch.device("cpu"), torch.random.fork_rng(devices=[]), torch.no_grad():
+        with torch.device("cpu"), torch.random.fork_rng(devices=[]), torch.no_grad():
             yield
     finally:
         nn.Module.register_parameter = registering  # type: ignore[method-assign]

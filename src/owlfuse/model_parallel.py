@@ -4,10 +4,10 @@ parallelism splits; here torch does it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import gc
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from functools import cached_property, partial
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,25 +15,18 @@ import torch.distributed as dist
 from lightning import LightningModule, Trainer
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
-from torch.distributed import checkpoint as dcp
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.distributed.tensor import Shard as SplitAlong
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from owlfuse.batch_norm import SyncedBatchNorm
-from owlfuse.deferred import Deferred
 from owlfuse.llm import check_split
 from owlfuse.model import MultimodalLM
-from owlfuse.parallel import Sharded, data_group, local
-from owlfuse.parallel_checkpoints import SafePlanner, SafeReader
-from owlfuse.types import DataError
-
-PREFIX = "state_dict.model."
-"""Before the model's own names in a checkpoint's folder."""
+from owlfuse.parallel import Sharded, data_group
 
 
 def shard(model: MultimodalLM, mesh: DeviceMesh, precision: str) -> None:
@@ -86,31 +79,12 @@ def split_projections(model: MultimodalLM, mesh: DeviceMesh) -> None:
             module.share = (mesh.get_local_rank(), mesh.size())  # type: ignore[assignment]  # numbers, no tensor
 
 
-def fill(model: MultimodalLM, before: dict[str, Tensor], deferred: Deferred, device: torch.device) -> None:
-    """Gives a model without memory its own shards of what it was built as, one tensor at a time.
+def tie_again(model: nn.Module, tied: dict[str, nn.Parameter]) -> None:
+    """Parameters that were one under several names are one again: `to_empty` makes one for each name.
 
     Args:
-        before: the parameters and buffers by name as they were before the model was shared out.
+        tied: the parameters by each of their names, before.
     """
-    with torch.no_grad():
-        tied = named(model)
-        model._apply(partial(empty, device=device))
-        tie_again(model, tied)
-        filled: set[int] = set()
-        for name, tensor in named(model).items():
-            if id(tensor) in filled or not before[name].is_meta:
-                continue
-            filled.add(id(tensor))
-            local(tensor).copy_(part_of(deferred.value(before[name]), tensor))
-
-
-def empty(tensor: Tensor, device: torch.device) -> Tensor:
-    """Memory for a tensor that has none."""
-    return torch.empty_like(tensor, device=device) if tensor.is_meta else tensor.to(device)
-
-
-def tie_again(model: nn.Module, tied: dict[str, Tensor]) -> None:
-    """Parameters that were one under several names are one again: `_apply` makes one for each name."""
     first: dict[int, str] = {}
     for name, tensor in tied.items():
         same = first.setdefault(id(tensor), name)
@@ -119,93 +93,72 @@ def tie_again(model: nn.Module, tied: dict[str, Tensor]) -> None:
             setattr(model.get_submodule(owner), own, model.get_parameter(same))
 
 
-def named(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers by name, each under all of its names."""
-    return dict([*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)])
-
-
-def part_of(value: Tensor, like: Tensor) -> Tensor:
-    """This rank's part of a whole value, which lies as `like` does: split by the tensor ranks first, then by the data ranks."""
-    if not isinstance(like, DTensor):
-        return value
-    mesh = like.device_mesh
-    for dimension in reversed(range(mesh.ndim)):
-        placement: Any = like.placements[dimension]
-        if placement.is_replicate():
-            continue
-        chunks = value.chunk(mesh.size(dimension), dim=placement.dim)
-        place = mesh.get_local_rank(dimension)
-        value = chunks[place] if place < len(chunks) else value.narrow(placement.dim, 0, 0)
-    return value
-
-
 def keep_rows(table: nn.Parameter, rows: list[int]) -> None:
     """Sets the gradient of a table (V, D) to zero but for some rows, each rank in its own part."""
-    if table.grad is None:
+    gradient = table.grad
+    if gradient is None:
         return
-    mask = torch.zeros(table.shape[0], 1, device=local(table.grad).device)
+    mask = torch.zeros(table.shape[0], 1, device=gradient.device)
     mask[rows] = 1
-    local(table.grad).mul_(part_of(mask.expand(table.shape), table.grad))
-
-
-class Shards(Mapping[str, Tensor]):
-    """The weights in a checkpoint's folder that a mesh has written, by the model's names: each is put together when it is
-    asked for, in one process."""
-
-    def __init__(self, path: Path) -> None:
-        self.reader = ShardReader(path)
-        saved = self.reader.saved.state_dict_metadata
-        self.entries = {name.removeprefix(PREFIX): entry for name, entry in saved.items() if name.startswith(PREFIX)}
-        for name, entry in self.entries.items():
-            if not isinstance(entry, TensorStorageMetadata):
-                raise DataError(f"checkpoint {path}: {name} is a {type(entry).__name__}, expected a tensor")
-
-    def __getitem__(self, name: str) -> Tensor:
-        entry: Any = self.entries[name]
-        whole = torch.empty(entry.size, dtype=entry.properties.dtype)
-        dcp.load({PREFIX + name: whole}, storage_reader=self.reader, planner=SafePlanner(), no_dist=True)
-        return whole
-
-    def __contains__(self, name: object) -> bool:
-        return name in self.entries
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.entries)
-
-    def __len__(self) -> int:
-        return len(self.entries)
-
-
-class ShardReader(SafeReader):
-    """Reads the folder's table of contents once, and not with each tensor."""
-
-    @cached_property
-    def saved(self) -> dcp.Metadata:
-        """What the folder holds, and where."""
-        return super().read_metadata()
-
-    def read_metadata(self, *args: Any, **kwargs: Any) -> dcp.Metadata:
-        """See torch's."""
-        return self.saved
+    if isinstance(gradient, DTensor):
+        # Every rank has made the same mask, so that nothing is sent.
+        mask = distribute_tensor(mask, gradient.device_mesh, gradient.placements, src_data_rank=None)
+    gradient.mul_(mask)
 
 
 def build_for(module: LightningModule, build: Callable[[], tuple[MultimodalLM, Any]]) -> tuple[MultimodalLM, Any]:
     """What `build` gives, a model and its summary, the model as the module's strategy needs it.
 
-    Where it is sharded no rank holds more of it than its own part and one whole tensor.
+    Where the model is sharded, rank 0 builds or loads it on the CPU. Every rank builds it on the meta device, shards that, and
+    receives its own parts of rank 0's weights.
     """
     strategy = module.trainer.strategy
     if not isinstance(strategy, Sharded):
         model, summary = build()
         synchronize_norms(model, module.trainer)
         return model, summary
-    with Deferred() as deferred:
+    whole = build()[0] if strategy.is_global_zero else None
+    generator = torch.get_rng_state()
+    with torch.device("meta"):
         model, summary = build()
     synchronize_norms(model, module.trainer)
-    before = named(model)
+    match_loaded(model, whole, strategy)
     shard(model, strategy.device_mesh, module.trainer.precision)
-    fill(model, before, deferred, strategy.root_device)
+    receive_weights(model, whole, strategy)
+    del whole
+    gc.collect()  # some modules refer to one another, and would keep the copy of all weights for long
+    torch.set_rng_state(strategy.broadcast(generator))  # dropout is that of a rank that has drawn the weights itself
     return model, summary
+
+
+def match_loaded(model: MultimodalLM, whole: MultimodalLM | None, strategy: Sharded) -> None:
+    """Gives a model on the meta device what transformers reads with the weights alone: the types of parameters, of which some
+    stay float32, and the tokens at which generation ends."""
+    loaded: Any = None
+    if whole is not None:
+        loaded = {name: parameter.dtype for name, parameter in whole.named_parameters()}, whole.llm.generation_config
+    types, model.llm.generation_config = strategy.broadcast(loaded)
+    for name, parameter in model.named_parameters():
+        parameter.data = parameter.data.to(types[name])
+
+
+def receive_weights(model: MultimodalLM, whole: MultimodalLM | None, strategy: Sharded) -> None:
+    """Gives a sharded model on the meta device memory, and each rank's parts of what rank 0 has.
+
+    Args:
+        whole: rank 0's model on the CPU, None on other ranks.
+    """
+    tied = dict(model.named_parameters(remove_duplicate=False))
+    model.to_empty(device=strategy.root_device)
+    tie_again(model, tied)
+    state = whole.state_dict() if whole is not None else {}
+    # A state dict lacks what is computed when a model is built, as rotary frequencies are.
+    computed = dict(whole.named_buffers(remove_duplicate=False)) if whole is not None else {}
+    computed = strategy.broadcast({name: buffer for name, buffer in computed.items() if name not in state})
+    for name, buffer in computed.items():
+        owner, _, attribute = name.rpartition(".")
+        setattr(model.get_submodule(owner), attribute, buffer.to(strategy.root_device))
+    set_model_state_dict(model, state, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True))
 
 
 def synchronize_norms(model: MultimodalLM, trainer: Any) -> None:

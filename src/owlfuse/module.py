@@ -105,8 +105,11 @@ class MultimodalModule(lightning.LightningModule):
 
     def build(self) -> tuple[MultimodalLM, list[PartSummary]]:
         """The model and what of it is trained."""
-        base = load_base(self.init_from, self.model_config, self.vocab_size) if self.init_from else None
-        return build_model(self.model_config, self.vocab_size, base, self.new_tokens)
+        # `architecture` stands for a configuration that may be out of reach; here it is read, on the meta device too.
+        llm = {key: value for key, value in self.model_config["llm"].items() if key != "architecture"}
+        nodes = {**self.model_config, "llm": llm}
+        base = load_base(self.init_from, nodes, self.vocab_size) if self.init_from else None
+        return build_model(nodes, self.vocab_size, base, self.new_tokens)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """The summed loss, scaled so that after Lightning's division by the accumulation steps, and the ranks' mean, the sum

@@ -15,10 +15,10 @@ import torch
 import torch.distributed as dist
 from lightning import Trainer
 from lightning.pytorch.strategies import ParallelStrategy
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
-from torch.distributed.checkpoint.metadata import StorageMeta
+from torch.distributed.checkpoint.metadata import StorageMeta, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import ReadItem
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict import (
@@ -35,7 +35,8 @@ from owlfuse.types import DataError
 META = "meta.pt"
 """What a checkpoint's folder holds beside shards, as Lightning names it."""
 BY_NAME = StateDictOptions(flatten_optimizer_state_dict=True)
-
+PREFIX = "state_dict.model."
+"""Before the model's own names in a checkpoint's folder."""
 
 TABLE = ".metadata"
 """torch's file of what lies where in a checkpoint's folder, a pickle."""
@@ -129,6 +130,23 @@ def load_shards(model: nn.Module, optimizers: list[Optimizer], path: Path) -> di
         schedule["_last_lr"] = [group["lr"] for group in groups]
         schedule["lr_lambdas"] = [None] * len(groups)
     return meta
+
+
+def read_shards(path: Path) -> dict[str, Tensor]:
+    """Reads the weights in a folder that any mesh has written, by the model's own names, in one process.
+
+    Raises:
+        DataError: one of them is no tensor.
+    """
+    weights = {}
+    for name, entry in SafeReader(path).read_metadata().state_dict_metadata.items():
+        if not name.startswith(PREFIX):
+            continue
+        if not isinstance(entry, TensorStorageMetadata):
+            raise DataError(f"checkpoint {path}: {name.removeprefix(PREFIX)} is a {type(entry).__name__}, expected a tensor")
+        weights[name] = torch.empty(entry.size, dtype=entry.properties.dtype)
+    dcp.load(weights, storage_reader=SafeReader(path), planner=SafePlanner(), no_dist=True)
+    return {name.removeprefix(PREFIX): tensor for name, tensor in weights.items()}
 
 
 def side_group(timeout: timedelta) -> Any:

@@ -24,10 +24,10 @@ from owlfuse.build import build
 from owlfuse.config import ConfigError, compose
 from owlfuse.config_errors import naming
 from owlfuse.config_plain import to_dict
-from owlfuse.deferred import Deferred
 from owlfuse.hub.export import export, load_run
 from owlfuse.identity import flat
 from owlfuse.model import MultimodalLM, on_meta
+from owlfuse.quiet import quiet_libraries
 from owlfuse.recipe_stages import compose_stages, split_dry_run
 from owlfuse.recipe_tables import print_plans, print_results, print_stages
 from owlfuse.runs import NAME, in_use, last_checkpoint, place
@@ -66,6 +66,7 @@ class Stage:
         return (self.weights / "config.json").exists()
 
 
+@quiet_libraries()
 def recipe_command(recipe: str, words: list[str]) -> None:
     """Composes and checks all stages, prints their table, and runs what is not finished. Every rank runs this; rank 0 writes.
 
@@ -175,7 +176,7 @@ def run_stage(stage: Stage, start: Path | None, words: list[str]) -> None:
     except KeyboardInterrupt as stop:
         raise KeyboardInterrupt(f"{stop}; the whole recipe goes on by the same command as before") from None
     if first:
-        export(load_run(stage.folder, Deferred()), stage.weights, merge=True, source=f"{config.experiment}, stage {stage.name}")
+        export(load_run(stage.folder), stage.weights, merge=True, source=f"{config.experiment}, stage {stage.name}")
     while not stage.finished:  # a barrier would time out while rank 0 writes a large model
         time.sleep(0.1)
     gc.collect()  # the next stage needs the memory of this one

@@ -18,8 +18,8 @@ from owlfuse.config_plain import to_dict
 from owlfuse.data.positions import StepPositions
 from owlfuse.identity import FREE, flat
 from owlfuse.parallel_checkpoints import META
-from owlfuse.stored import checkpoint_errors
 from owlfuse.types import DataError
+from owlfuse.weights import checkpoint_errors
 
 COMPUTING: tuple[str, ...] = (
     "model.compile",

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
-from functools import partial
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import lightning
@@ -13,12 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from owlfuse.adapters import PARTS
-from owlfuse.deferred import Deferred, in_memory_after_all
 from owlfuse.model import MultimodalLM, build_model
-from owlfuse.model_parallel import Shards
-from owlfuse.parallel_checkpoints import META
+from owlfuse.parallel_checkpoints import META, read_shards
 from owlfuse.runs import chosen_checkpoint
-from owlfuse.stored import Pickled, checkpoint_errors
 from owlfuse.types import DataError
 
 HALVES = {"bf16-true": torch.bfloat16, "16-true": torch.float16}
@@ -32,6 +30,18 @@ def set_precision(model: MultimodalLM, precision: Any) -> None:
         model.llm.config.dtype = HALVES[precision]  # by which an export is read back
 
 
+@contextmanager
+def checkpoint_errors(path: Path) -> Iterator[None]:
+    """Turns what reading a checkpoint raises into a DataError that names it: a file that is damaged, or that holds code."""
+    try:
+        yield
+    except UnpicklingError as error:
+        raise DataError(f"checkpoint {path} holds more than tensors and plain values, and its code was not run") from error
+    except (RuntimeError, EOFError, OSError, LookupError, TypeError, AttributeError) as error:
+        reason = " ".join(str(error).split())[:160]
+        raise DataError(f"checkpoint {path} is no checkpoint of a run: {reason or type(error).__name__}") from error
+
+
 def kept_names(model: nn.Module) -> list[str]:
     """Names of the state that a checkpoint holds: trained parameters and persistent buffers."""
     frozen = {name for name, p in model.named_parameters(remove_duplicate=False) if not p.requires_grad}
@@ -40,14 +50,13 @@ def kept_names(model: nn.Module) -> list[str]:
 
 def frozen_hashes(model: MultimodalLM) -> dict[str, str]:
     """sha256 over names, shapes, types and bytes of the frozen parameters, by part; parts without any are left out."""
-    deferred = Deferred.current
     hashes = {}
     for part in PARTS:
         frozen = {n: p for n, p in sorted(model.part(part).parameters.items()) if not p.requires_grad}
         digest = hashlib.sha256()
         for name, parameter in frozen.items():
             whole = parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
-            tensor = (whole if deferred is None else deferred.value(whole)).detach().cpu().contiguous()
+            tensor = whole.detach().cpu().contiguous()
             digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
             digest.update(tensor.flatten().view(torch.uint8).numpy().data)
         if frozen:
@@ -81,36 +90,27 @@ def weights_in(checkpoint: dict[str, Any]) -> dict[str, Tensor]:
 
 
 def read(path: Path) -> tuple[Mapping[str, Tensor], dict[str, Any]]:
-    """A checkpoint's weights by the model's names, a file's or those of a folder of shards, each read when it is asked for; and
+    """A checkpoint's weights by the model's names, those of a file (mapped into memory) or of a folder of shards (read); and
     its `global_step` and `frozen`. Raises DataError for a file that is none."""
-    with checkpoint_errors(path), in_memory_after_all():
+    with checkpoint_errors(path):
         if path.is_dir():
-            weights: Mapping[str, Tensor] = Shards(path)
+            weights = read_shards(path)
             rest = torch.load(path / META, map_location="cpu", weights_only=True)
         else:
-            weights = pickled = Pickled(path, "state_dict", "model.")
-            rest = pickled.content
+            rest = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            weights = weights_in(rest)
         return weights, {name: rest[name] for name in ("global_step", "frozen", "new_tokens") if name in rest}
 
 
 def take(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    """Gives the model the weights that it has a place for. One without memory reads each when it is asked for."""
-    for name, own in model.state_dict().items():
+    """Gives the model the weights that it has a place for. Raises DataError where one has another shape."""
+    for name, tensor in model.state_dict().items():
         if name not in weights:
             continue
-        load = partial(read_one, weights, name, own.shape)
-        if Deferred.current is not None:
-            Deferred.current.read(own, load)
-        else:
-            own.copy_(load())
-
-
-def read_one(weights: Mapping[str, Tensor], name: str, shape: torch.Size) -> Tensor:
-    """One of the weights. Raises DataError where it has another shape."""
-    tensor = weights[name]
-    if tensor.shape != shape:
-        raise DataError(f"the checkpoint has {name} with shape {tuple(tensor.shape)}, and the model needs {tuple(shape)}")
-    return tensor
+        found, expected = tuple(weights[name].shape), tuple(tensor.shape)
+        if found != expected:
+            raise DataError(f"the checkpoint has {name} with shape {found}, and the model needs {expected}")
+        tensor.copy_(weights[name])
 
 
 def needs_base(path: Path) -> bool:
@@ -122,7 +122,7 @@ def load_run_model(
     folder: Path, config: dict[str, Any], vocab_size: int, which: str = "last"
 ) -> tuple[MultimodalLM, dict[str, Any]]:
     """The model of a run's newest good checkpoint, or of its best (see `runs.chosen_checkpoint`), its frozen weights made anew
-    as training made them, and of the checkpoint what `read` gives. Within `Deferred` the model has no memory.
+    as training made them, and of the checkpoint what `read` gives.
 
     Raises:
         ConfigError: the run has no good checkpoint.

@@ -413,11 +413,11 @@ def test_a_folder_that_holds_something_is_not_touched(tmp_path):
 
 
 def test_a_write_that_fails_leaves_nothing(tmp_path, monkeypatch):
-    def fails(folder, *args):
+    def fails(tensors, folder, **options):
         (Path(folder) / "model-00001-of-00002.safetensors").write_bytes(b"half")
         raise OSError("disk full")
 
-    monkeypatch.setattr(saving, "write_weights", fails)
+    monkeypatch.setattr(saving, "save_torch_state_dict", fails)
     with pytest.raises(OSError, match="disk full"):
         save(load(GOLDENS / "owl1"), tmp_path / "out")
     assert list(tmp_path.iterdir()) == []

@@ -53,8 +53,8 @@ def write_export(folder: Path, out: str, options: dict[str, str]) -> None:
     merge, shards = options["merge"] == "true", options["max_shard_size"]
     if options["layout"] == "released":
         if merge:
-            merge_lora(trained.model, trained.deferred)
-        save(trained.model, out, max_shard_size=shards, value=trained.value)
+            merge_lora(trained.model)
+        save(trained.model, out, max_shard_size=shards)
         print(visible(f"{out} is in the released layout"))
         return
     export(trained, Path(out), merge=merge, max_shard_size=shards, source=folder.name)
@@ -83,16 +83,13 @@ def write_import(folder: Path, out: str, max_shard_size: str) -> None:
 
 
 def read_trained(folder: Path, which: str = "last") -> Trained:
-    """The model of a run or of an exported folder, without memory."""
-    from owlfuse.deferred import Deferred
+    """The model of a run or of an exported folder."""
     from owlfuse.hub.export import Trained, load_exported, load_run
 
-    deferred = Deferred()
     if (folder / "config.yaml").exists():
-        return load_run(folder, deferred, which)
+        return load_run(folder, which)
     check_which(which, of_run=False)
-    with deferred:
-        wrapped, processor = load_exported(check_exported(folder))
+    wrapped, processor = load_exported(check_exported(folder))
     if processor is None:
-        return Trained(wrapped.model, None, None, deferred=deferred)
-    return Trained(wrapped.model, processor.tokenizer, None, processor.image_token, deferred)
+        return Trained(wrapped.model, None, None)
+    return Trained(wrapped.model, processor.tokenizer, None, processor.image_token)

@@ -7,23 +7,18 @@ processor_config.json, README.md (the model card) and, of a run with LoRA, adapt
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
 from transformers import AutoProcessor
-from transformers.core_model_loading import revert_weight_conversion
 
 from owlfuse.config import read_run
 from owlfuse.data.answer_format import AnswerFormat
 from owlfuse.data.chat_tokenizer import prepare
 from owlfuse.data.formats.base import IMAGE
-from owlfuse.deferred import Deferred, storage_of
 from owlfuse.folder_kinds import check_exported
 from owlfuse.folders import whole_folder
 from owlfuse.foreign import MAX_CONFIG, read_json_object
@@ -40,10 +35,8 @@ from owlfuse.hub.checking import (
     header_shapes,
 )
 from owlfuse.hub.configuration import OwlfuseConfig
-from owlfuse.hub.later import exported_later
 from owlfuse.hub.modeling import OwlfuseForConditionalGeneration
 from owlfuse.hub.processing import OwlfuseImageProcessor, OwlfuseProcessor
-from owlfuse.hub.writing import write_weights
 from owlfuse.model import MultimodalLM
 from owlfuse.released.record import read_record, write_record
 from owlfuse.run_data import run_tokenizer
@@ -64,33 +57,21 @@ class Trained:
     """results.json, where the run has one."""
     image_token: str = IMAGE
     """What stands for an image in the tokenizer."""
-    deferred: Deferred | None = None
-    """What knows the tensors of a model without memory."""
-
-    def value(self, tensor: Tensor) -> Tensor:
-        """What a tensor of the model holds."""
-        return tensor if self.deferred is None else self.deferred.value(tensor)
 
 
-def load_run(folder: Path, deferred: Deferred | None = None, which: str = "last") -> Trained:
+def load_run(folder: Path, which: str = "last") -> Trained:
     """The model of a run's last or best checkpoint, in eval mode on the CPU. The run's data are not needed, but its
-    tokenizer is.
-
-    Args:
-        deferred: knows the tensors, and the model has no memory: for `export`.
-    """
+    tokenizer is."""
     config = read_run(folder)
     tokenizer = run_tokenizer(folder, config["data"])
-    with deferred or nullcontext():
-        model, _ = load_run_model(folder, config, len(tokenizer), which)
+    model, _ = load_run_model(folder, config, len(tokenizer), which)
     path = folder / "results.json"
     results = json.loads(path.read_text()) if path.exists() else None
-    return Trained(model.eval(), tokenizer, results, deferred=deferred)
+    return Trained(model.eval(), tokenizer, results)
 
 
 def export(trained: Trained, out: Path, merge: bool = False, max_shard_size: str = "5GB", source: str = "") -> Path:
-    """Writes OUT, whole or not at all. Of a model without memory one tensor is in memory at a time, and of a layer that LoRA's
-    update is folded into a few copies.
+    """Writes OUT, whole or not at all.
 
     Args:
         merge: fold LoRA's updates into the weights; else they are written apart, in `adapter/`.
@@ -102,43 +83,17 @@ def export(trained: Trained, out: Path, merge: bool = False, max_shard_size: str
     model = trained.model
     wrapped = wrap(trained)
     if merge:
-        merge_lora(model, trained.deferred)
+        merge_lora(model)
     with whole_folder(out) as folder:
-        save_weights(wrapped, folder, max_shard_size, trained.value)
+        wrapped.save_pretrained(folder, state_dict=without_lora(wrapped), max_shard_size=max_shard_size)
         if not merge:
-            save_lora(wrapped, folder / ADAPTER, trained.value)
+            save_lora(wrapped, folder / ADAPTER)
         if trained.tokenizer is not None:
             processor_of(trained).save_pretrained(folder)
         if released := model.released:
             write_record(released, folder / RELEASED)
         (folder / "README.md").write_text(model_card(model, trained.results, source, (folder / ADAPTER).exists()))
     return out
-
-
-def save_weights(
-    wrapped: OwlfuseForConditionalGeneration, folder: Path, max_shard_size: str, value: Callable[[Tensor], Tensor]
-) -> None:
-    """What `wrapped.save_pretrained` writes, without LoRA. An LLM that transformers has under other names than its files, as
-    it has mixtures of experts, is in memory as a whole."""
-    state = untied(without_lora(wrapped), wrapped)
-    if set(revert_weight_conversion(wrapped, state)) != set(state):
-        whole = {name: value(tensor) for name, tensor in state.items()}
-        wrapped.save_pretrained(folder, state_dict=whole, max_shard_size=max_shard_size)
-        return
-    wrapped.save_pretrained(folder, state_dict={})  # all but the weights
-    metadata = {"total_parameters": wrapped.num_parameters()}
-    write_weights(folder, state, lambda name: value(state[name]), max_shard_size, metadata)
-
-
-def untied(state: dict[str, Tensor], wrapped: OwlfuseForConditionalGeneration) -> dict[str, Tensor]:
-    """The state without the names of weights that are others' too, by which transformers does not look for them."""
-    tied = wrapped.get_expanded_tied_weights_keys(all_submodels=True)
-    twice = {name for name, source in tied.items() if {name, source} <= set(state)}
-    return {
-        name: tensor
-        for name, tensor in state.items()
-        if not (name in twice and storage_of(tensor) == storage_of(state[tied[name]]))
-    }
 
 
 def wrap(trained: Trained) -> OwlfuseForConditionalGeneration:
@@ -171,8 +126,7 @@ def processor_of(trained: Trained) -> OwlfuseProcessor:
 def load_exported(
     folder: Path, merge: bool = False, attention: str = "sdpa"
 ) -> tuple[OwlfuseForConditionalGeneration, OwlfuseProcessor | None]:
-    """The model and processor of OUT, LoRA's updates applied: beside the weights, or folded into them with `merge`. Within
-    `Deferred` the model has no memory.
+    """The model and processor of OUT, LoRA's updates applied: beside the weights, or folded into them with `merge`.
 
     Raises:
         DataError: a folder that is no export, or one that is damaged (the file is named).
@@ -184,19 +138,16 @@ def load_exported(
     check_counts(read_json_object(config_file, MAX_CONFIG), config_file, header_shapes(files))
     with describing(config_file):
         check_skeleton(folder, files)
-        if Deferred.current is None:
-            wrapped, found = OwlfuseForConditionalGeneration.from_pretrained(
-                folder,
-                attn_implementation=attention,
-                ignore_mismatched_sizes=True,
-                output_loading_info=True,
-                use_safetensors=True,
-                trust_remote_code=False,
-            )
-        else:
-            wrapped, found = exported_later(folder, attention)
+        wrapped, found = OwlfuseForConditionalGeneration.from_pretrained(
+            folder,
+            attn_implementation=attention,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+            use_safetensors=True,
+            trust_remote_code=False,
+        )
     if wrapped.config.dtype is not None:
-        wrapped.model.llm.config.dtype = wrapped.config.dtype  # by which it is exported again, in memory or not
+        wrapped.model.llm.config.dtype = wrapped.config.dtype  # by which it is exported again
     if wrong := [f"{name} ({what.removesuffix('_keys')})" for what in KEYS for name in map(name_of, found[what])]:
         raise DataError(f"{folder}: the weights do not fit config.json: {', '.join(sorted(wrong))}; export it anew")
     if (folder / ADAPTER).is_dir():
@@ -206,7 +157,7 @@ def load_exported(
         with describing(folder / ADAPTER):
             PeftModel.from_pretrained(wrapped, folder / ADAPTER, torch_device="cpu")
         if merge:
-            merge_lora(wrapped.model, Deferred.current)
+            merge_lora(wrapped.model)
     if (folder / RELEASED).is_dir():
         wrapped.model.released = read_record(folder / RELEASED)
     has_processor = (folder / "processor_config.json").exists()
@@ -217,8 +168,7 @@ def check_skeleton(folder: Path, files: list[Path]) -> None:
     """Builds the model of an exported folder without memory, and compares it with the headers of its weights. Numbers of
     config.json that have nothing to do with the weights would else ask for memory. Raises DataError."""
     config = OwlfuseConfig.from_pretrained(folder)
-    deferred = Deferred.current
-    with torch.device("meta"), deferred.drawing_nothing() if deferred is not None else nullcontext():
+    with torch.device("meta"):
         skeleton = OwlfuseForConditionalGeneration(config)
     tied = skeleton.get_expanded_tied_weights_keys(all_submodels=True)
     check_shapes(skeleton, folder, header_shapes(files), tied)

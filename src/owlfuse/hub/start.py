@@ -13,6 +13,7 @@ from owlfuse.config_plain import to_dict
 from owlfuse.folder_kinds import check_exported
 from owlfuse.hub.configuration import OwlfuseConfig
 from owlfuse.hub.export import load_exported
+from owlfuse.hub.modeling import OwlfuseForConditionalGeneration
 from owlfuse.llm import recompute_activations
 from owlfuse.model import MultimodalLM
 from owlfuse.types import DataError
@@ -65,20 +66,26 @@ def differences(asked: dict[str, Any], usual: dict[str, Any], given: dict[str, A
 
 def load_base(folder: str, nodes: dict[str, Any], vocab_size: int) -> MultimodalLM:
     """The folder's model for training: float32, LoRA's updates folded in, embeddings for at least `vocab_size` tokens, position
-    embeddings resampled where its pictures had another size. Within `Deferred` it has no memory. Reading it uses up no random
-    numbers.
+    embeddings resampled where its pictures had another size. Reading it uses up no random numbers. On the meta device only the
+    folder's config.json is read.
 
     Args:
         nodes: the configuration's `model`, for how the LLM computes (`attention`, `gradient_checkpointing`) and for the size.
     """
     llm, image_size = nodes["llm"], nodes["vision"].get("image_size")
     state = torch.get_rng_state()  # building a model draws some or none, as it is built
-    model = load_exported(Path(folder), merge=True, attention=llm.get("attention", "sdpa"))[0].model.float()
+    attention = llm.get("attention", "sdpa")
+    on_meta = torch.get_default_device().type == "meta"
+    if on_meta:
+        config = OwlfuseConfig.from_pretrained(check_exported(Path(folder)), attn_implementation=attention)
+        model = OwlfuseForConditionalGeneration(config).model.float()
+    else:
+        model = load_exported(Path(folder), merge=True, attention=attention)[0].model.float()
     torch.set_rng_state(state)
     if image_size and model.vision.preprocessing.size != (image_size, image_size):
         model.set_image_size(image_size)
     if model.llm.get_input_embeddings().num_embeddings < vocab_size:
-        model.llm.resize_token_embeddings(vocab_size)
+        model.llm.resize_token_embeddings(vocab_size, mean_resizing=not on_meta)
     if llm.get("gradient_checkpointing"):
         recompute_activations(model.llm)
     return model.train()

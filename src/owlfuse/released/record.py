@@ -6,10 +6,9 @@ import json
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 
-from owlfuse.hub.writing import write_file
 from owlfuse.released.loading import KEPT_FILES, Released
-from owlfuse.stored import Safe
 from owlfuse.types import DataError
 
 
@@ -19,7 +18,7 @@ def write_record(released: Released, folder: Path) -> None:
     for name, content in released.files.items():
         (folder / name).write_bytes(content)
     if released.kept:
-        write_file(folder / "kept.safetensors", released.kept, released.kept.__getitem__)
+        save_file(dict(released.kept), folder / "kept.safetensors", metadata={"format": "pt"})
     rest = {name: value for name, value in vars(released).items() if name not in ("kept", "files", "config")}
     rest["dtypes"] = {name: dtype and str(dtype).removeprefix("torch.") for name, dtype in released.dtypes.items()}
     rest["files"] = sorted(released.files)
@@ -34,7 +33,7 @@ def read_record(folder: Path) -> Released:
         if strange := set(names) - set(KEPT_FILES):
             raise ValueError(f"it names {min(map(str, strange))[:80]}")
         files = {name: (folder / name).read_bytes() for name in names}
-        kept = Safe([folder / "kept.safetensors"]) if (folder / "kept.safetensors").exists() else {}
+        kept = load_file(folder / "kept.safetensors") if (folder / "kept.safetensors").exists() else {}
         rest["dtypes"] = {name: dtype and getattr(torch, dtype) for name, dtype in rest["dtypes"].items()}
         rest["shapes"] = {name: tuple(shape) for name, shape in rest["shapes"].items()}
         return Released(**rest, config=json.loads(files["config.json"]), kept=kept, files=files)

@@ -2,36 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 import torch
+from huggingface_hub import save_torch_state_dict
 from torch import Tensor
 
 from owlfuse.folders import whole_folder
-from owlfuse.hub.writing import write_weights
 from owlfuse.model import MultimodalLM
 from owlfuse.released.forms import places_in
 from owlfuse.released.names import Place
 
 
-def itself(tensor: Tensor) -> Tensor:
-    """The tensor as it is."""
-    return tensor
-
-
-def save(
-    model: MultimodalLM, folder: Path | str, max_shard_size: str = "5GB", value: Callable[[Tensor], Tensor] = itself
-) -> Path:
+def save(model: MultimodalLM, folder: Path | str, max_shard_size: str = "5GB") -> Path:
     """Writes the released layout: the JSON files of the folder that the model came from byte for byte, and its tensors under
     their names and of their types, with the model's numbers now; in shards over a size. It appears whole or not at all.
 
     Tensors that the model does not use are written as they were, and so are those of another type than the model's as long as
     the model has the numbers that they were rounded to: what was loaded and not trained comes back bit for bit.
-
-    Args:
-        value: what a tensor of the model holds, for a model without memory.
 
     Raises:
         FileExistsError: the folder holds something.
@@ -40,25 +28,23 @@ def save(
     folder = Path(folder).expanduser()
     places = places_in(model)
     released = model.released
-    shapes = {
-        name: torch.empty(released.shapes[name], dtype=dtype, device="meta") if name in places else released.kept[name]
-        for name, dtype in released.dtypes.items()
-    }
     with whole_folder(folder) as beside:
         for name, content in released.files.items():
             (beside / name).write_bytes(content)
-        write_weights(beside, shapes, partial(released_tensor, model, places, value), max_shard_size)
+        # Copies, since the writer leaves out tensors that share memory, as tied embeddings do.
+        tensors = {name: released_tensor(model, places, name).clone() for name in released.dtypes}
+        save_torch_state_dict(tensors, beside, max_shard_size=max_shard_size)
     return folder
 
 
 @torch.no_grad()
-def released_tensor(model: MultimodalLM, places: dict[str, Place], value: Callable[[Tensor], Tensor], name: str) -> Tensor:
+def released_tensor(model: MultimodalLM, places: dict[str, Place], name: str) -> Tensor:
     """A tensor of the folder by its name there."""
     original = model.released.kept.get(name)
     if name not in places:
         return original
     place = places[name]
-    ours = place.take(value(model.state_dict()[place.name]))
+    ours = place.take(model.state_dict()[place.name])
     if original is not None and torch.equal(ours.cpu(), original.to(ours.dtype)):
         return original
     return ours.to(model.released.dtypes[name])
