@@ -1,4 +1,7 @@
-"""Sphinx builds these pages: `make docs`. Nothing is fetched, neither by the build nor by a page that is opened."""
+"""Sphinx builds these pages:
+
+`make docs`. Nothing is fetched, neither by the build nor by a page that is opened.
+"""
 
 import argparse
 import os
@@ -10,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import configuration_keys  # docs/configuration_keys.py
 
 import owlfuse
-from owlfuse.cli_parser import make_parser
+from owlfuse.__main__ import make_parser
 
 project = "owlfuse"
 release = version = owlfuse.__version__
@@ -45,12 +48,20 @@ set_aside: dict[str, list[str]] = {}
 
 
 def to_restructured(app, what, name, obj, options, lines: list[str]) -> None:
-    """Docstrings are plain text with `code` in single backticks; what else would mean something to Sphinx is escaped."""
+    """Docstrings are plain text with `code` in single backticks; what else would mean something
+    to Sphinx is escaped."""
     text = "\n".join(lines)
     pieces = re.split(r"(`[^`]+`)", text)
-    pieces = [f"`{p}`" if p.startswith("`") else re.sub(r"([*|\\])|(?<=\w)_(?!\w)", r"\\\g<0>", p) for p in pieces]
+    pieces = [
+        f"`{p}`" if p.startswith("`") else re.sub(r"([*|\\])|(?<=\w)_(?!\w)", r"\\\g<0>", p)
+        for p in pieces
+    ]
     lines[:] = "".join(pieces).split("\n")
-    if what in ("attribute", "data", "property"):  # napoleon takes words before a colon in the first line as a type
+    if what in (
+        "attribute",
+        "data",
+        "property",
+    ):  # napoleon takes words before a colon in the first line as a type
         set_aside[name] = lines[:]
         lines.clear()
 
@@ -64,7 +75,10 @@ def fill_in(app, docname: str, source: list[str]) -> None:
     """What is made from the code stands where a page has its mark."""
     if docname == "configuration":
         source[0] = source[0].replace(
-            "The tables stand here once `make docs` has made them; `python docs/configuration_keys.py` prints them.",
+            (
+                "The tables stand here once `make docs` has made them; `python "
+                "docs/configuration_keys.py` prints them."
+            ),
             configuration_keys.page(),
         )
     if docname == "commands":
@@ -84,7 +98,9 @@ def help_pages() -> str:
 
 def subparsers(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
     """The parsers of a parser's commands by name."""
-    actions = [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
+    actions = [
+        action for action in parser._actions if isinstance(action, argparse._SubParsersAction)
+    ]
     return {name: command for action in actions for name, command in action.choices.items()}
 
 

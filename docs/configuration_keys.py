@@ -1,5 +1,6 @@
-"""Every configuration key with its type, default and meaning, as tables: read from the yamls of `configs/`, and from the
-signatures and docstrings of what their `_target_`s name. `make docs` puts them into the page `configuration`."""
+"""Every configuration key with its type, default and meaning, as tables: read from the yamls of
+`configs/`, and from the signatures and docstrings of what their `_target_`s name. `make docs` puts
+them into the page `configuration`."""
 
 from __future__ import annotations
 
@@ -14,12 +15,12 @@ from typing import Any
 import docstring_parser
 import yaml
 
-from owlfuse.ablation import file as ablation_file
-from owlfuse.ablation import run as ablation_run
-from owlfuse.config import PlanOptions
-from owlfuse.config_files import find_folders
-from owlfuse.config_targets import SUPPLIED, annotation_of, describe, locate_target, parameters_of
-from owlfuse.recipe_file import RECIPE_KEYS, STAGE_KEYS
+from owlfuse.config.check import SUPPLIED, annotation_of, describe, locate_target, parameters_of
+from owlfuse.config.compose import PlanOptions
+from owlfuse.config.folders import find_folders
+from owlfuse.config.recipes import RECIPE_KEYS, STAGE_KEYS
+from owlfuse.studies.ablation import file as ablation_file
+from owlfuse.studies.ablation import run as ablation_run
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 UNSET = object()
@@ -30,7 +31,10 @@ WHAT_GROUPS_ARE = {
     "model/llm": "The LLM",
     "model/adapter": "What of a part is trained: `model/adapter@model.adapter.<part>=<policy>`",
     "data": "The data: tokenizer, mixture, batches",
-    "data/source": "A source: `/data/source@data.sources.<name>: <format>` among the defaults of an experiment's file",
+    "data/source": (
+        "A source: `/data/source@data.sources.<name>: <format>` among the defaults of an "
+        "experiment's file"
+    ),
     "trainer": "The trainer",
     "optim": "The optimizer and its schedule",
     "logger": "Loggers",
@@ -58,7 +62,8 @@ class Table:
     """The keys of one `_target_` at one place of the configuration."""
 
     place: str
-    """What stands before each key, as `model.fusion`; for adapters and sources the part or source is left open."""
+    """What stands before each key, as `model.fusion`; for adapters and sources the part or
+    source is left open."""
     target: str
     options: list[str]
     keys: dict[str, Key]
@@ -75,8 +80,13 @@ def group_tables(group: str) -> list[Table]:
         parent = parent_of(group, node)
         for path, content in nodes({**parent, **node}, place_of(group)):
             below = path.removeprefix(place_of(group)).strip(".")
-            own = {key.removeprefix(f"{below}.") if below else key: words for key, words in comments.items()}
-            table = tables.setdefault((path, content["_target_"]), Table(path, content["_target_"], [], {}, []))
+            own = {
+                key.removeprefix(f"{below}.") if below else key: words
+                for key, words in comments.items()
+            }
+            table = tables.setdefault(
+                (path, content["_target_"]), Table(path, content["_target_"], [], {}, [])
+            )
             table.options.append(option)
             if not below and (opening := opening_comment(text)):
                 table.comments.append(f"`{option}`: {opening}")
@@ -86,13 +96,21 @@ def group_tables(group: str) -> list[Table]:
 
 def parent_of(group: str, node: dict[str, Any]) -> dict[str, Any]:
     """What an option takes from another of its group by its defaults."""
-    names = [name for name in node.get("defaults", []) if isinstance(name, str) and name != "_self_"]
-    return {k: v for name in names for k, v in yaml.safe_load((CONFIGS / group / f"{name}.yaml").read_text()).items()}
+    names = [
+        name for name in node.get("defaults", []) if isinstance(name, str) and name != "_self_"
+    ]
+    return {
+        k: v
+        for name in names
+        for k, v in yaml.safe_load((CONFIGS / group / f"{name}.yaml").read_text()).items()
+    }
 
 
 def place_of(group: str) -> str:
     """Where a group's keys stand in the configuration."""
-    return {"model/adapter": "model.adapter.<part>", "data/source": "data.sources.<name>"}.get(group, group.replace("/", "."))
+    return {"model/adapter": "model.adapter.<part>", "data/source": "data.sources.<name>"}.get(
+        group, group.replace("/", ".")
+    )
 
 
 def nodes(node: dict[str, Any], path: str) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -105,7 +123,10 @@ def nodes(node: dict[str, Any], path: str) -> Iterator[tuple[str, dict[str, Any]
 
 
 def add_keys(table: Table, option: str, node: dict[str, Any], comments: dict[str, str]) -> None:
-    """Adds what one option says of the keys to their table. Of other libraries' classes those of the yaml."""
+    """Adds what one option says of the keys to their table.
+
+    Of other libraries' classes those of the yaml.
+    """
     target = locate_target(node["_target_"], "_target_", lambda key: str(CONFIGS))
     parameters, meanings = parameters_of(target) or {}, documented(target)
     ours = node["_target_"].startswith("owlfuse.")
@@ -113,7 +134,9 @@ def add_keys(table: Table, option: str, node: dict[str, Any], comments: dict[str
     given = {"data": (), **SUPPLIED}.get(place_key(table.place), ())
     for name in names:
         parameter = parameters.get(name)
-        if name in ("self", *given) or (parameter and parameter.kind is inspect.Parameter.VAR_KEYWORD):
+        if name in ("self", *given) or (
+            parameter and parameter.kind is inspect.Parameter.VAR_KEYWORD
+        ):
             continue
         meaning = meanings.get(name, "")
         if not meaning or meaning.lower().startswith("see "):
@@ -134,13 +157,20 @@ def place_key(place: str) -> str:
 
 
 def documented(target: Any) -> dict[str, str]:
-    """What docstrings say of the arguments, those of a class's bases too: the first sentence of other libraries' words."""
+    """What docstrings say of the arguments, those of a class's bases too: the first sentence of
+    other libraries' words."""
     classes = target.__mro__ if inspect.isclass(target) else ()
-    texts = [text for cls in classes for text in (cls.__dict__.get("__doc__"), doc_of(cls.__dict__.get("__init__")))]
+    texts = [
+        text
+        for cls in classes
+        for text in (cls.__dict__.get("__doc__"), doc_of(cls.__dict__.get("__init__")))
+    ]
     texts = texts if classes else [target.__doc__]
     found: dict[str, str] = {}
     for text in filter(None, texts):
-        for parameter in docstring_parser.parse(text, docstring_parser.DocstringStyle.GOOGLE).params:
+        for parameter in docstring_parser.parse(
+            text, docstring_parser.DocstringStyle.GOOGLE
+        ).params:
             for name in parameter.arg_name.split(", "):
                 words = " ".join((parameter.description or "").split())
                 ours = target.__module__.split(".")[0] == "owlfuse"
@@ -187,7 +217,9 @@ def root_keys(file: str, skip: tuple[str, ...] = ()) -> Table:
     text = (CONFIGS / f"{file}.yaml").read_text()
     comments = key_comments(text)
     keys = {}
-    for name, value in flat({k: v for k, v in yaml.safe_load(text).items() if k not in ("defaults", *skip)}):
+    for name, value in flat(
+        {k: v for k, v in yaml.safe_load(text).items() if k not in ("defaults", *skip)}
+    ):
         kind = describe(type(value)) if value is not None else "text (str) or null"
         if name.startswith("plan."):
             kind = describe(annotation_of(parameters_of(PlanOptions)[name[5:]], PlanOptions))
@@ -228,7 +260,10 @@ def undocumented(tables: dict[str, list[Table]]) -> list[str]:
     """Keys without a meaning, as `group: target.key`."""
     lists = [(heading, table) for heading, several in tables.items() for table in several]
     return [
-        f"{heading}: {table.target}.{key.name}" for heading, table in lists for key in table.keys.values() if not key.meaning
+        f"{heading}: {table.target}.{key.name}"
+        for heading, table in lists
+        for key in table.keys.values()
+        if not key.meaning
     ]
 
 
@@ -241,7 +276,11 @@ def written(value: Any) -> str:
     value = list(value) if isinstance(value, tuple) else value
     if isinstance(value, str) and "\n" in value:
         return f"`{json.dumps(value)}`"
-    text = yaml.safe_dump(value, default_flow_style=True, width=10**6, sort_keys=False).removesuffix("\n...\n").strip()
+    text = (
+        yaml.safe_dump(value, default_flow_style=True, width=10**6, sort_keys=False)
+        .removesuffix("\n...\n")
+        .strip()
+    )
     return f"`{text}`"
 
 
@@ -275,16 +314,31 @@ def escaped(cell: str) -> str:
 
 def plain_rows(keys: dict[str, str]) -> str:
     """A table of keys that have a meaning alone."""
-    return "\n".join(["| key | meaning |", "|---|---|", *(f"| `{key}` | {meaning} |" for key, meaning in keys.items())])
+    return "\n".join(
+        [
+            "| key | meaning |",
+            "|---|---|",
+            *(f"| `{key}` | {meaning} |" for key, meaning in keys.items()),
+        ]
+    )
 
 
 def section(table: Table, prefix: str) -> str:
     """One table with its options above it."""
     if not table.target:
         return rows(list(table.keys.values()))
-    name = f"{{py:obj}}`{table.target}`" if table.target.startswith("owlfuse.") else f"`{table.target}`"
+    name = (
+        f"{{py:obj}}`{table.target}`"
+        if table.target.startswith("owlfuse.")
+        else f"`{table.target}`"
+    )
     options = ", ".join(f"`{option}`" for option in table.options)
-    lines = [f"### `{prefix}` {options}" if prefix else f"### `{table.place}`", "", f"`_target_`: {name}", ""]
+    lines = [
+        f"### `{prefix}` {options}" if prefix else f"### `{table.place}`",
+        "",
+        f"`_target_`: {name}",
+        "",
+    ]
     lines += [f"- {comment}" for comment in table.comments] + [""]
     return "\n".join([*lines, rows(list(table.keys.values()), f"{table.place}."), ""])
 
@@ -297,20 +351,44 @@ def page() -> str:
     """
     tables = all_tables()
     if missing := undocumented(tables):
-        raise ValueError("keys without a word on them in a yaml or docstring: " + "; ".join(missing))
+        raise ValueError(
+            "keys without a word on them in a yaml or docstring: " + "; ".join(missing)
+        )
     parts: list[str] = []
     for heading, several in tables.items():
         parts += [f"## {WHAT_GROUPS_ARE.get(heading, heading)}", ""]
         if heading in WHAT_GROUPS_ARE:
             options = dict.fromkeys(option for table in several for option in table.options)
-            parts += [f"Group `{heading}`; options: {', '.join(f'`{option}`' for option in options)}.", ""]
+            parts += [
+                f"Group `{heading}`; options: {', '.join(f'`{option}`' for option in options)}.",
+                "",
+            ]
         for table in several:
-            prefix = f"{heading}=" if heading in WHAT_GROUPS_ARE and table.place == place_of(heading) else ""
+            prefix = (
+                f"{heading}="
+                if heading in WHAT_GROUPS_ARE and table.place == place_of(heading)
+                else ""
+            )
             parts += [section(table, prefix), ""]
-    parts += ["## A recipe's file, `experiments/<name>/recipe.yaml`", "", plain_rows(RECIPE_KEYS), ""]
+    parts += [
+        "## A recipe's file, `experiments/<name>/recipe.yaml`",
+        "",
+        plain_rows(RECIPE_KEYS),
+        "",
+    ]
     parts += ["Each of the stages:", "", plain_rows(STAGE_KEYS), ""]
-    parts += ["## An ablation's file, `experiments/<name>/ablation.yaml`", "", plain_rows(ablation_file.KEYS), ""]
-    parts += ["Settings of `owlfuse ablate` itself, on the command line:", "", plain_rows(ablation_run.OWN), ""]
+    parts += [
+        "## An ablation's file, `experiments/<name>/ablation.yaml`",
+        "",
+        plain_rows(ablation_file.KEYS),
+        "",
+    ]
+    parts += [
+        "Settings of `owlfuse ablate` itself, on the command line:",
+        "",
+        plain_rows(ablation_run.OWN),
+        "",
+    ]
     return "\n".join(parts)
 
 

@@ -1,5 +1,6 @@
-"""Every test starts from the same random state, on one thread: the models are so small that a second thread only waits. So do
-the processes that tests start: threads that wait for each other on a busy machine are ten times slower."""
+"""Every test starts from the same random state, on one thread: the models are so small that a
+second thread only waits. So do the processes that tests start: threads that wait for each other on
+a busy machine are ten times slower."""
 
 import os
 
@@ -17,11 +18,22 @@ def seeded():
 
 
 LONGEST = (
-    *("test_parallel.py", "test_ablate.py", "test_train.py", "test_checkpoints.py", "test_sharded_export.py", "test_recipe.py"),
+    *(
+        "test_parallel.py",
+        "test_ablate.py",
+        "test_train.py",
+        "test_checkpoints.py",
+        "test_sharded_export.py",
+        "test_recipe.py",
+    ),
     *("test_eval_task.py", "test_export.py"),
 )
 
 
 def pytest_collection_modifyitems(items):
     """The files that take longest come first: at the end one worker would be alone with them."""
-    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
+    items.sort(
+        key=lambda item: (
+            LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST)
+        )
+    )

@@ -1,4 +1,5 @@
-"""The command line: what is imported for help, exit codes by real processes, the sweep's order and its table."""
+"""The command line: what is imported for help, exit codes by real processes, the sweep's order
+and its table."""
 
 import json
 import subprocess
@@ -9,15 +10,29 @@ from types import SimpleNamespace
 import pytest
 from omegaconf import OmegaConf
 
-from owlfuse import cli, config
-from owlfuse.config_errors import ConfigError
+from owlfuse import __main__
+from owlfuse.config import compose
+from owlfuse.config.folders import find_folders
+from owlfuse.core.errors import ConfigError
 
 REPO = Path(__file__).resolve().parents[1]
-HEAVY = ("hydra", "omegaconf", "torch", "lightning", "transformers", "pydantic", "rich", "yaml", "numpy")
+HEAVY = (
+    "hydra",
+    "omegaconf",
+    "torch",
+    "lightning",
+    "transformers",
+    "pydantic",
+    "rich",
+    "yaml",
+    "numpy",
+)
 
 
 def owlfuse(*argv: str, cwd: Path) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, "-m", "owlfuse.cli", *argv], cwd=cwd, capture_output=True, text=True)
+    return subprocess.run(
+        [sys.executable, "-m", "owlfuse.__main__", *argv], cwd=cwd, capture_output=True, text=True
+    )
 
 
 def one_line(result: subprocess.CompletedProcess) -> str:
@@ -29,25 +44,36 @@ def one_line(result: subprocess.CompletedProcess) -> str:
 
 @pytest.mark.parametrize(
     "argv",
-    [["--help"], ["train", "--help"], ["recipe", "--help"], ["ablate", "--help"], ["data", "shapes", "--help"], ["tran"]],
+    [
+        ["--help"],
+        ["train", "--help"],
+        ["recipe", "--help"],
+        ["ablate", "--help"],
+        ["data", "shapes", "--help"],
+        ["tran"],
+    ],
 )
 def test_help_imports_nothing_heavy(argv, tmp_path):
     code = f"""
 import sys
-from owlfuse.cli import main
+from owlfuse.__main__ import main
 try:
     main({argv!r})
 except SystemExit:
     pass
 print("heavy:", [name for name in {HEAVY!r} if name in sys.modules])
 """
-    result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
     assert result.stdout.splitlines()[-1] == "heavy: []"
 
 
 MISTAKES = {
     "train optim.lrr=1": "optim.lrr: no such key",
-    "train evaluation=null evaluation.max_questions=2": "evaluation.max_questions=2: evaluation is null, so it has no keys",
+    "train evaluation=null evaluation.max_questions=2": (
+        "evaluation.max_questions=2: evaluation is null, so it has no keys"
+    ),
     "train +logger.csv.name=x logger=null": "+logger.csv.name=x: logger is null, so it has no keys",
     "train -m optim.lrr=1,2": "optim.lrr: no such key",
     "recipe nope": "recipe nope: no such recipe",
@@ -58,8 +84,12 @@ MISTAKES = {
     "ablate nope": "ablate nope: no such ablation",
     "ablate fusion optim.lrr=1": "optim.lrr: no such key",
     "ablate fusion jobs=x": "jobs=x: expected a number from 1",
-    "ablate fusion evaluation=null": "evaluation.max_questions=300: evaluation is null, so it has no keys",
-    "ablate text_ratio evaluation=null": "evaluation is null, and the ablation reports val/exact_match",
+    "ablate fusion evaluation=null": (
+        "evaluation.max_questions=300: evaluation is null, so it has no keys"
+    ),
+    "ablate text_ratio evaluation=null": (
+        "evaluation is null, and the ablation reports val/exact_match"
+    ),
     "report nope": "report nope: there is no runs/nope/ablation.json",
     "report nope base=x": "base=x: report takes a name or a folder",
     "eval nope": "nope: not a run",
@@ -82,19 +112,30 @@ MISTAKES = {
     "data shapes out x": "x: not an argument of data",
     "config optim.lrr=1": "optim.lrr: no such key",
 }
-"""Commands with a mistake, and what is said of it. MODEL is an exported folder, of which nothing but its kind is read."""
+"""Commands with a mistake, and what is said of it.
+
+MODEL is an exported folder, of which nothing but its kind is read.
+"""
 
 
-QUICK = ["recipe owl1 optim.lrr=1", "report nope", "export nope out", "chat nope", "eval nope task=pope"]
+QUICK = [
+    "recipe owl1 optim.lrr=1",
+    "report nope",
+    "export nope out",
+    "chat nope",
+    "eval nope task=pope",
+]
 
 
-@pytest.mark.parametrize("lines", [QUICK, pytest.param([*MISTAKES], marks=pytest.mark.slow)], ids=["quick", "all"])
+@pytest.mark.parametrize(
+    "lines", [QUICK, pytest.param([*MISTAKES], marks=pytest.mark.slow)], ids=["quick", "all"]
+)
 def test_a_mistake_of_any_command_is_told_before_a_heavy_import(lines, tmp_path):
     (tmp_path / "MODEL").mkdir()
     (tmp_path / "MODEL/config.json").write_text('{"model_type": "owlfuse"}')
     code = f"""
 import contextlib, io, json, sys
-from owlfuse.cli import main
+from owlfuse.__main__ import main
 said = {{}}
 for line in {lines!r}:
     error = io.StringIO()
@@ -107,7 +148,9 @@ for line in {lines!r}:
     said[line] = error.getvalue(), heavy
 print(json.dumps(said))
 """
-    result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
     said = json.loads(result.stdout)
     for line in lines:
         error, heavy = said[line]
@@ -118,16 +161,21 @@ print(json.dumps(said))
 
 
 def test_every_command_has_a_mistake_in_the_table():
-    assert {line.split()[0] for line in MISTAKES} == set(cli.COMMANDS) - {"demo", "completion"}  # demo asks for its extra first
+    assert {line.split()[0] for line in MISTAKES} == set(__main__.COMMANDS) - {
+        "demo",
+        "completion",
+    }  # demo asks for its extra first
 
 
-def test_help_of_train_lists_experiments_and_options_of_the_working_folder(tmp_path, monkeypatch, capsys):
+def test_help_of_train_lists_experiments_and_options_of_the_working_folder(
+    tmp_path, monkeypatch, capsys
+):
     for name in ("configs/model/connector/mine.yaml", "experiments/sweep/one.yaml"):
         (tmp_path / name).parent.mkdir(parents=True)
         (tmp_path / name).touch()
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as caught:
-        cli.main(["train", "--help"])
+        __main__.main(["train", "--help"])
     assert caught.value.code == 0
     lines = capsys.readouterr().out.splitlines()
     assert any("sweep/one" in line for line in lines)
@@ -145,18 +193,25 @@ def test_help_tells_the_exit_codes(tmp_path):
     ("argv", "line"),
     [
         (["trian"], "trian: no such command; did you mean 'train'?"),
-        (["zzz"], "zzz: no such command; the commands are train, recipe, ablate, report, eval, export, import, chat, demo, "
+        (["zzz"], "zzz: no such command; the commands are train, recipe, ablate, report, eval, "
+            "export, import, chat, demo, "
          "mixture, bench, data, config, completion"),
-        (["train", "--mutlirun"], "command line: --mutlirun: no such option of train; see owlfuse train --help"),
-        (["train", "experiment=mine1"], "command line: experiment=mine1: no such experiment; did you mean 'mine'?"),
-        (["train", "mine"], "command line: mine: not of the form key=value; did you mean experiment=mine?"),
-        (["train", "resume=nowhere"], "command line: nowhere: not a run: there is no nowhere/config.yaml"),
-        (["train", "-m", "experiment=mine,mine1"], "command line: experiment=mine1: no such experiment; did you mean 'mine'?"),
+        (["train", "--mutlirun"], ("command line: --mutlirun: no such option of train; see owlfuse train "
+            "--help")),
+        (["train", "experiment=mine1"], ("command line: experiment=mine1: no such experiment; did you mean "
+            "'mine'?")),
+        (["train", "mine"], ("command line: mine: not of the form key=value; did you mean "
+            "experiment=mine?")),
+        (["train", "resume=nowhere"], ("command line: nowhere: not a run: there is no "
+            "nowhere/config.yaml")),
+        (["train", "-m", "experiment=mine,mine1"], ("command line: experiment=mine1: no such experiment; did you mean "
+            "'mine'?")),
         (["config", "seed=[1,"], "command line: seed=[1,: a bracket or a quote is not closed; "
          "a value with special characters needs quotes: key='\"a=b\"'"),
         (["eval", "nowhere"], "command line: nowhere: not a run: there is no nowhere/config.yaml"),
         (["eval", "seed=1"], "command line: name the run's folder: owlfuse eval RUN [overrides]"),
-        (["data", "shapes", "d", "--pictures", "many"], "argument --pictures: invalid int value: 'many'"),
+        (["data", "shapes", "d", "--pictures", "many"], ("argument --pictures: invalid int value: "
+            "'many'")),
         (["data", "shapes", "d", "e"], "command line: e: not an argument of data; see its --help"),
     ],
 )  # fmt: skip
@@ -168,7 +223,8 @@ def test_a_mistake_is_one_line_and_exit_code_2(argv, line, tmp_path):
 
 
 class Recorder:
-    """Stands for owlfuse.train and owlfuse.evaluation: keeps what it is called with, writes results."""
+    """Stands for owlfuse.training.train and owlfuse.evaluation.validation: keeps what it is
+    called with, writes results."""
 
     def __init__(self, folder: Path):
         self.folder, self.configs, self.evaluated, self.error = folder, [], [], None
@@ -189,7 +245,10 @@ class Recorder:
 
 @pytest.fixture
 def recorder(tmp_path, monkeypatch):
-    """The commands with the composition cut short: `seed` alone is read, and seed=9 does not compose."""
+    """The commands with the composition cut short:
+
+    `seed` alone is read, and seed=9 does not compose.
+    """
 
     def compose_seed(overrides):
         if "seed=9" in overrides:
@@ -199,13 +258,15 @@ def recorder(tmp_path, monkeypatch):
     made = Recorder(tmp_path)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
-    monkeypatch.setattr(config, "compose", compose_seed)
-    monkeypatch.setattr(config, "sweep_cells", lambda overrides: config._product(overrides, config.find_folders()))
+    monkeypatch.setattr(compose, "compose", compose_seed)
+    monkeypatch.setattr(
+        compose, "sweep_cells", lambda overrides: compose._product(overrides, find_folders())
+    )
     checks = SimpleNamespace(check_machine=lambda config: None)
     for name, stand_in in {
-        "owlfuse.train": SimpleNamespace(run=made.run),
-        "owlfuse.evaluation": made,
-        "owlfuse.trainer_checks": checks,
+        "owlfuse.training.train": SimpleNamespace(run=made.run),
+        "owlfuse.evaluation.validation": made,
+        "owlfuse.training.machine_checks": checks,
     }.items():
         monkeypatch.setitem(sys.modules, name, stand_in)
         monkeypatch.setattr(name, stand_in, raising=False)
@@ -215,18 +276,24 @@ def recorder(tmp_path, monkeypatch):
 @pytest.mark.parametrize("by_module", [True, False])
 def test_a_module_of_the_working_folder_is_not_run_by_itself(by_module, tmp_path):
     (tmp_path / "hydra.py").write_text("print('code of the working folder')")
-    command = [sys.executable, "-m", "owlfuse"] if by_module else [str(Path(sys.executable).with_name("owlfuse"))]
-    result = subprocess.run([*command, "recipe", "nope"], cwd=tmp_path, capture_output=True, text=True)
+    command = (
+        [sys.executable, "-m", "owlfuse"]
+        if by_module
+        else [str(Path(sys.executable).with_name("owlfuse"))]
+    )
+    result = subprocess.run(
+        [*command, "recipe", "nope"], cwd=tmp_path, capture_output=True, text=True
+    )
     assert one_line(result).startswith("command line: recipe nope: no such recipe")
 
 
 def test_overrides_may_stand_anywhere_on_the_line(recorder):
-    assert cli.main(["train", "a=1", "-m", "b=2", "c=3"]) == 0
+    assert __main__.main(["train", "a=1", "-m", "b=2", "c=3"]) == 0
     assert recorder.configs == [{"overrides": ["a=1", "b=2", "c=3"]}]
 
 
 def test_a_sweep_runs_every_cell_and_prints_a_table(recorder, capsys):
-    assert cli.main(["train", "-m", "seed=1,2", "runs=r"]) == 0
+    assert __main__.main(["train", "-m", "seed=1,2", "runs=r"]) == 0
     assert [c.overrides for c in recorder.configs] == [["seed=1", "runs=r"], ["seed=2", "runs=r"]]
     out = capsys.readouterr().out
     rows = [line.split("│") for line in out.splitlines() if "seed=" in line]
@@ -239,7 +306,7 @@ def test_a_sweep_runs_every_cell_and_prints_a_table(recorder, capsys):
 
 
 def test_no_cell_is_trained_where_one_does_not_compose(recorder, capsys):
-    assert cli.main(["train", "-m", "seed=1,9"]) == 2
+    assert __main__.main(["train", "-m", "seed=1,9"]) == 2
     assert recorder.configs == []
     assert capsys.readouterr().err == "owlfuse: error: command line: seed: 9 is refused\n"
 
@@ -247,22 +314,27 @@ def test_no_cell_is_trained_where_one_does_not_compose(recorder, capsys):
 def test_a_sweep_that_fails_still_prints_the_table_of_what_is_done(recorder, capsys):
     recorder.error = RuntimeError("diverged")
     with pytest.raises(RuntimeError, match="diverged"):
-        cli.main(["train", "-m", "seed=1,2,3"])
+        __main__.main(["train", "-m", "seed=1,2,3"])
     assert "1 of 3 runs" in capsys.readouterr().out
 
 
 def test_interruption_is_exit_code_130_and_data_errors_are_1(recorder, capsys):
-    from owlfuse.packages import MissingPackage
-    from owlfuse.types import DataError
+    from owlfuse.core.errors import DataError
+    from owlfuse.core.packages import MissingPackage
 
     def exit_code(error: BaseException) -> int:
         recorder.configs[:], recorder.error = [None], error
-        return cli.main(["train", "seed=1"])
+        return __main__.main(["train", "seed=1"])
 
     assert exit_code(KeyboardInterrupt()) == 130
     assert exit_code(FileNotFoundError("no\nfile")) == 1
     assert exit_code(DataError("sample x is wrong")) == 1
-    assert exit_code(MissingPackage("Caught in worker 0.\nMissingPackage: pip install 'owlfuse[video]'")) == 1
+    assert (
+        exit_code(
+            MissingPackage("Caught in worker 0.\nMissingPackage: pip install 'owlfuse[video]'")
+        )
+        == 1
+    )
     assert capsys.readouterr().err.splitlines() == [
         "owlfuse: interrupted",
         "owlfuse: error: no file",
@@ -277,7 +349,7 @@ def test_eval_takes_a_run_and_overrides_in_any_order(recorder):
     run = recorder.folder / "lr=1"
     run.mkdir()
     (run / "config.yaml").touch()
-    assert cli.main(["eval", "seed=1", str(run), "name=x"]) == 0
+    assert __main__.main(["eval", "seed=1", str(run), "name=x"]) == 0
     assert recorder.evaluated == [(str(run), ["seed=1", "name=x"])]
 
 
@@ -289,16 +361,20 @@ def test_data_shapes_passes_its_arguments_on(recorder, monkeypatch, capsys):
         if arguments["train_pictures"] < 1:
             raise ValueError("train_pictures is 0:\nat least 1")
 
-    monkeypatch.setitem(sys.modules, "owlfuse.data.shapes", SimpleNamespace(write_shapes=write_shapes))
-    assert cli.main(["data", "shapes", "d", "--seed", "3", "--pictures", "40"]) == 0
+    monkeypatch.setitem(
+        sys.modules, "owlfuse.data.shapes.write", SimpleNamespace(write_shapes=write_shapes)
+    )
+    assert __main__.main(["data", "shapes", "d", "--seed", "3", "--pictures", "40"]) == 0
     assert calls == [{"folder": "d", "seed": 3, "train_pictures": 40}]
     with pytest.raises(SystemExit) as caught:
-        cli.main(["data", "shapes", "d", "--pictures", "0"])
+        __main__.main(["data", "shapes", "d", "--pictures", "0"])
     assert caught.value.code == 2
     assert capsys.readouterr().err == "owlfuse: error: train_pictures is 0: at least 1\n"
 
 
-@pytest.mark.skipif(not (REPO / "configs/trainer").is_dir(), reason="the groups are not written yet")
+@pytest.mark.skipif(
+    not (REPO / "configs/trainer").is_dir(), reason="the groups are not written yet"
+)
 def test_config_prints_the_composed_configuration_as_yaml_from_any_folder(tmp_path):
     result = owlfuse("config", "seed=3", "name=x", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
@@ -308,14 +384,19 @@ def test_config_prints_the_composed_configuration_as_yaml_from_any_folder(tmp_pa
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_module_that_is_trusted_is_imported_from_the_working_folder(tmp_path, monkeypatch, capsys):
+def test_a_module_that_is_trusted_is_imported_from_the_working_folder(
+    tmp_path, monkeypatch, capsys
+):
     (tmp_path / "parts_of_mine.py").touch()
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [*sys.path])
-    assert cli.main(["--trust", "parts_of", "eval"]) == 2
-    message = "owlfuse: error: command line: --trust parts_of: no such module in this folder or installed\n"
+    assert __main__.main(["--trust", "parts_of", "eval"]) == 2
+    message = (
+        "owlfuse: error: command line: --trust parts_of: no such module in this folder or "
+        "installed\n"
+    )
     assert capsys.readouterr().err == message
-    assert cli.main(["eval"]) == 2
+    assert __main__.main(["eval"]) == 2
     assert "parts_of_mine" not in sys.modules
-    cli.main(["--trust", "parts_of_mine", "eval"])
+    __main__.main(["--trust", "parts_of_mine", "eval"])
     assert sys.modules.pop("parts_of_mine").__file__ == str(tmp_path / "parts_of_mine.py")

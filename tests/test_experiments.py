@@ -4,13 +4,15 @@ import json
 
 import pytest
 
-from owlfuse import train
-from owlfuse.config import compose
+from owlfuse.config.compose import compose
+from owlfuse.training import train
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("experiment", ["shapes_owl1", "shapes_owl2", "shapes_owl3"])
-def test_an_experiment_learns_to_answer_from_the_picture_and_keeps_its_text_tasks(experiment, tmp_path, monkeypatch):
+def test_an_experiment_learns_to_answer_from_the_picture_and_keeps_its_text_tasks(
+    experiment, tmp_path, monkeypatch
+):
     monkeypatch.chdir(tmp_path)
     folder = train.run(compose([f"experiment={experiment}", "name=slow"]))
     metrics = json.loads((folder / "results.json").read_text())["metrics"]

@@ -11,15 +11,18 @@ FILES = sorted(SOURCE.rglob("*.py"))
 
 
 def name_of(path):
-    """`src/owlfuse/fusion/base.py` -> `owlfuse.fusion.base`."""
+    """`src/owlfuse/model/fusion/base.py` -> `owlfuse.model.fusion.base`."""
     parts = path.relative_to(SOURCE.parent).with_suffix("").parts
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
 def imports_of(path):
-    """Every module and name that a file imports, at its top and inside its functions, as dotted paths."""
+    """Every module and name that a file imports, at its top and inside its functions, as dotted
+    paths."""
     found = set()
-    package = name_of(path).split(".") if path.name == "__init__.py" else name_of(path).split(".")[:-1]
+    package = (
+        name_of(path).split(".") if path.name == "__init__.py" else name_of(path).split(".")[:-1]
+    )
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
@@ -37,7 +40,9 @@ def ours(path):
 def siblings(folder, path):
     """The other modules of a folder that a file imports, by name."""
     prefix = f"owlfuse.{folder.replace('/', '.')}."
-    inside = {name.removeprefix(prefix).split(".")[0] for name in ours(path) if name.startswith(prefix)}
+    inside = {
+        name.removeprefix(prefix).split(".")[0] for name in ours(path) if name.startswith(prefix)
+    }
     modules = {other.stem for other in (SOURCE / folder).glob("*.py")}
     return (inside & modules) - {path.stem, "base"}
 
@@ -69,19 +74,27 @@ def test_requires_grad_is_changed_in_adapters_alone(path):
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Attribute) and node.attr == "requires_grad_":
             changed.append(node.lineno)
-        if isinstance(node, ast.Attribute) and node.attr == "requires_grad" and isinstance(node.ctx, ast.Store):
+        if (
+            isinstance(node, ast.Attribute)
+            and node.attr == "requires_grad"
+            and isinstance(node.ctx, ast.Store)
+        ):
             changed.append(node.lineno)
         if isinstance(node, ast.keyword) and node.arg == "requires_grad":
             changed.append(node.value.lineno)
         if isinstance(node, ast.Constant) and node.value == "requires_grad":  # setattr
             changed.append(node.lineno)
-    if name_of(path) == "owlfuse.adapters":
+    if name_of(path) == "owlfuse.model.adapters":
         assert changed
     else:
         assert changed == []
 
 
-PARALLEL = ("owlfuse.parallel", "owlfuse.model_parallel", "owlfuse.parallel_checkpoints")
+PARALLEL = (
+    "owlfuse.parallel.strategies",
+    "owlfuse.parallel.sharding",
+    "owlfuse.parallel.checkpoints",
+)
 
 
 @every_file
@@ -90,10 +103,17 @@ def test_torch_distributed_is_named_in_the_parallel_files_alone(path):
     assert name_of(path) in PARALLEL or names == []
 
 
-@pytest.mark.parametrize("path", [p for p in FILES if p.parent.name in ("connectors", "fusion")], ids=name_of)
+@pytest.mark.parametrize(
+    "path", [p for p in FILES if p.parent.name in ("connectors", "fusion")], ids=name_of
+)
 def test_the_forward_path_reads_no_tensor_and_loops_over_no_rows(path):
-    """No `.item()`, `nonzero` or `.tolist()`, which wait for the device and make shapes depend on data."""
-    called = {node.attr for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Attribute)}
+    """No `.item()`, `nonzero` or `.tolist()`, which wait for the device and make shapes depend
+    on data."""
+    called = {
+        node.attr
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Attribute)
+    }
     assert called & {"item", "nonzero", "tolist", "masked_select"} == set()
 
 

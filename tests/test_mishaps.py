@@ -1,4 +1,5 @@
-"""What a user meets first: each mishap ends in one line that says what was found, what was expected and what to do."""
+"""What a user meets first: each mishap ends in one line that says what was found, what was
+expected and what to do."""
 
 import json
 import os
@@ -21,15 +22,24 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
 from helpers import REPO, SHAPE_COUNTS, SHORT_ANSWERS, SMALL_RUN
-from owlfuse import __version__, cli, hub_access
-from owlfuse.data.shapes import write_shapes
-from owlfuse.folders import whole_folder
-from owlfuse.full_disk import naming_full_disk, why_not_written
-from owlfuse.types import DataError
+from owlfuse import __main__, __version__
+from owlfuse.core import hub_access
+from owlfuse.core.errors import DataError, naming_full_disk, why_not_written
+from owlfuse.core.files import whole_folder
+from owlfuse.data.shapes.write import write_shapes
 
-TRAIN = ["train", "experiment=shapes_owl3", *SMALL_RUN, "trainer.max_steps=2", "trainer.val_check_interval=2", "name=x"]
+TRAIN = [
+    "train",
+    "experiment=shapes_owl3",
+    *SMALL_RUN,
+    "trainer.max_steps=2",
+    "trainer.val_check_interval=2",
+    "name=x",
+]
 CORES = len(os.sched_getaffinity(0))
-no_gpu = pytest.mark.skipif(torch.cuda.is_available() or torch.backends.mps.is_available(), reason="there is a GPU")
+no_gpu = pytest.mark.skipif(
+    torch.cuda.is_available() or torch.backends.mps.is_available(), reason="there is a GPU"
+)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -44,8 +54,10 @@ def folder(tmp_path_factory):
 
 def told(words, capsys):
     """Exit code and the one line of a command in this process."""
-    code = cli.main([str(word) for word in words])
-    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("owlfuse: error: ")]
+    code = __main__.main([str(word) for word in words])
+    lines = [
+        line for line in capsys.readouterr().err.splitlines() if line.startswith("owlfuse: error: ")
+    ]
     assert len(lines) == 1
     return code, lines[0].removeprefix("owlfuse: error: ")
 
@@ -55,36 +67,78 @@ MISHAPS = {
     "max_steps below 0": (["trainer.max_steps=-5"], f"trainer.max_steps is -5, {STEPS} from 1 on"),
     "no steps": (["trainer.max_steps=0"], f"trainer.max_steps is 0, {STEPS} from 1 on"),
     "endless": (["trainer.max_steps=-1"], f"trainer.max_steps is -1, {STEPS} from 1 on"),
-    "no interval": (["trainer.val_check_interval=0"], f"trainer.val_check_interval is 0, {STEPS} between two validations"),
-    "negative interval": (["trainer.val_check_interval=-3"], f"trainer.val_check_interval is -3, {STEPS} between"),
-    "a share as interval": (["trainer.val_check_interval=0.5"], f"trainer.val_check_interval is 0.5, {STEPS} between"),
-    "null as interval": (["trainer.val_check_interval=null"], f"trainer.val_check_interval is null, {STEPS} between"),
+    "no interval": (
+        ["trainer.val_check_interval=0"],
+        f"trainer.val_check_interval is 0, {STEPS} between two validations",
+    ),
+    "negative interval": (
+        ["trainer.val_check_interval=-3"],
+        f"trainer.val_check_interval is -3, {STEPS} between",
+    ),
+    "a share as interval": (
+        ["trainer.val_check_interval=0.5"],
+        f"trainer.val_check_interval is 0.5, {STEPS} between",
+    ),
+    "null as interval": (
+        ["trainer.val_check_interval=null"],
+        f"trainer.val_check_interval is null, {STEPS} between",
+    ),
     "no logging": (["trainer.log_every_n_steps=0"], f"trainer.log_every_n_steps is 0, {STEPS}"),
-    "gradients turned around": (["trainer.gradient_clip_val=-1"], "gradient_clip_val is -1, expected a norm of at least 0"),
-    "precision misspelt": (["trainer.precision=bf16-mixt"], "trainer.precision: 'bf16-mixt' is not one of"),
-    "strategy misspelt": (["trainer.strategy=ddpp"], "command line: trainer: You selected an invalid strategy name"),
-    "accelerator misspelt": (["trainer.accelerator=gpuu"], "trainer.accelerator is gpuu: expected one of auto, gpu, "),
-    "several machines": (["+trainer.num_nodes=2"], "num_nodes is 2: nothing has started this process on several machines"),
-    "devices of no number": (["trainer.devices=-3"], "command line: trainer: `devices` selected with `CPUAccelerator`"),
+    "gradients turned around": (
+        ["trainer.gradient_clip_val=-1"],
+        "gradient_clip_val is -1, expected a norm of at least 0",
+    ),
+    "precision misspelt": (
+        ["trainer.precision=bf16-mixt"],
+        "trainer.precision: 'bf16-mixt' is not one of",
+    ),
+    "strategy misspelt": (
+        ["trainer.strategy=ddpp"],
+        "command line: trainer: You selected an invalid strategy name",
+    ),
+    "accelerator misspelt": (
+        ["trainer.accelerator=gpuu"],
+        "trainer.accelerator is gpuu: expected one of auto, gpu, ",
+    ),
+    "several machines": (
+        ["+trainer.num_nodes=2"],
+        "num_nodes is 2: nothing has started this process on several machines",
+    ),
+    "devices of no number": (
+        ["trainer.devices=-3"],
+        "command line: trainer: `devices` selected with `CPUAccelerator`",
+    ),
     "no folder for runs": (["runs=/proc/none"], "/proc/none/shapes_owl3"),
     "a file for runs": (["runs=a_file"], "a_file"),
 }
 WITHOUT_GPU = {
-    "trainer=gpu": (["trainer=gpu"], "torch finds no GPU on this machine; to train on the CPU, write trainer=cpu"),
-    "cuda": (["trainer.accelerator=cuda"], "trainer.accelerator is cuda: torch finds no GPU on this machine"),
+    "trainer=gpu": (
+        ["trainer=gpu"],
+        "torch finds no GPU on this machine; to train on the CPU, write trainer=cpu",
+    ),
+    "cuda": (
+        ["trainer.accelerator=cuda"],
+        "trainer.accelerator is cuda: torch finds no GPU on this machine",
+    ),
     "tpu": (["trainer.accelerator=tpu"], "trainer.accelerator is tpu: torch finds no such device"),
     "mps": (["trainer.accelerator=mps"], "trainer.accelerator is mps: torch finds no such device"),
     "more processes than cores": (
         ["trainer=fsdp", f"trainer.devices={CORES + 1}"],
         f"there is no GPU, and this machine has {CORES} CPU core",
     ),
-    "ddp likewise": (["trainer=ddp", f"trainer.devices={CORES + 6}"], "say trainer.accelerator=cpu to start as many"),
+    "ddp likewise": (
+        ["trainer=ddp", f"trainer.devices={CORES + 6}"],
+        "say trainer.accelerator=cpu to start as many",
+    ),
 }
 
 
 @pytest.mark.parametrize(("words", "message"), MISHAPS.values(), ids=MISHAPS)
 def test_a_trainer_that_cannot_work_is_told_in_one_line(words, message, capsys, monkeypatch):
-    monkeypatch.setattr("owlfuse.module.MultimodalModule.configure_model", lambda _: pytest.fail("a weight is made"))
+    monkeypatch.setattr(
+        "owlfuse.training.module.MultimodalModule.configure_model",
+        lambda _: pytest.fail("a weight is made"),
+    )
     code, line = told([*TRAIN, *words], capsys)
     assert message in line
     assert code == (1 if words[0].startswith("runs=") else 2)
@@ -94,15 +148,19 @@ def test_a_trainer_that_cannot_work_is_told_in_one_line(words, message, capsys, 
 @no_gpu
 @pytest.mark.parametrize(("words", "message"), WITHOUT_GPU.values(), ids=WITHOUT_GPU)
 def test_what_this_machine_does_not_have_is_told_in_one_line(words, message, capsys, monkeypatch):
-    monkeypatch.setattr("owlfuse.module.MultimodalModule.configure_model", lambda _: pytest.fail("a weight is made"))
+    monkeypatch.setattr(
+        "owlfuse.training.module.MultimodalModule.configure_model",
+        lambda _: pytest.fail("a weight is made"),
+    )
     code, line = told([*TRAIN, *words], capsys)
     assert (code, message in line) == (2, True), line
 
 
 @pytest.mark.parametrize("wanted", [3, "3", [0, 1, 2]])
 def test_more_gpus_than_there_are_are_refused(wanted, monkeypatch):
-    from owlfuse.config import ConfigError, compose
-    from owlfuse.trainer_checks import check_machine
+    from owlfuse.config.compose import compose
+    from owlfuse.core.errors import ConfigError
+    from owlfuse.training.machine_checks import check_machine
 
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
@@ -114,16 +172,20 @@ def test_more_gpus_than_there_are_are_refused(wanted, monkeypatch):
 
 @no_gpu
 def test_processes_on_the_cpu_are_told_where_gpus_may_have_been_meant(monkeypatch):
-    from owlfuse.config import compose
-    from owlfuse.trainer_checks import check_machine
+    from owlfuse.config.compose import compose
+    from owlfuse.training.machine_checks import check_machine
 
     monkeypatch.setattr("os.sched_getaffinity", lambda _: range(16))
     for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID"):
         monkeypatch.delenv(name, raising=False)
     for kind in ("ddp", "fsdp", "tp"):
-        notice = check_machine(compose(["experiment=shapes_owl3", f"trainer={kind}", "trainer.devices=8"]))
+        notice = check_machine(
+            compose(["experiment=shapes_owl3", f"trainer={kind}", "trainer.devices=8"])
+        )
         assert notice == "there is no GPU: trainer.devices=8 starts 8 processes on the CPU"
-    asked = compose(["experiment=shapes_owl3", "trainer=ddp", "trainer.devices=99", "trainer.accelerator=cpu"])
+    asked = compose(
+        ["experiment=shapes_owl3", "trainer=ddp", "trainer.devices=99", "trainer.accelerator=cpu"]
+    )
     assert check_machine(asked) is None
 
 
@@ -131,7 +193,9 @@ def test_processes_on_the_cpu_are_told_where_gpus_may_have_been_meant(monkeypatc
 def silent_run(folder):
     """A run without evaluation, loggers and progress bar."""
     without = ["evaluation=null", "logger=null", "trainer.enable_progress_bar=false"]
-    assert cli.main([*(word for word in TRAIN if word != "name=x"), "name=silent", *without]) == 0
+    assert (
+        __main__.main([*(word for word in TRAIN if word != "name=x"), "name=silent", *without]) == 0
+    )
     return Path("runs/shapes_owl3/silent")
 
 
@@ -139,29 +203,42 @@ def test_a_run_without_evaluation_has_empty_metrics_and_can_be_evaluated_later(s
     results = json.loads((silent_run / "results.json").read_text())
     assert (results["metrics"], results["questions"], results["steps"]) == ({}, {}, 2)
     assert not (silent_run / "answers.jsonl").exists()
-    assert cli.main(["eval", str(silent_run)]) == 0
+    assert __main__.main(["eval", str(silent_run)]) == 0
     assert json.loads((silent_run / "results.json").read_text())["metrics"]["val/loss"] > 0
 
 
 def test_a_folder_of_another_kind_is_named_as_what_it_is(silent_run, capsys):
     if not Path("out").exists():
-        assert cli.main(["export", str(silent_run), "out"]) == 0
+        assert __main__.main(["export", str(silent_run), "out"]) == 0
     Path("runs/grid").mkdir()
     Path("runs/grid/ablation.json").write_text("{}")
     checkpoint = next((silent_run / "checkpoints").glob("step_*.ckpt"))
     capsys.readouterr()
-    export = "out is an exported model and no run; owlfuse eval out task=NAME evaluates it, and owlfuse train init_from=out"
-    run, of_run = f"{silent_run} is a run; owlfuse export {silent_run} OUT", f"is of the checkpoints of the run {silent_run}"
+    export = (
+        "out is an exported model and no run; owlfuse eval out task=NAME evaluates it, and "
+        "owlfuse train init_from=out"
+    )
+    run, of_run = (
+        f"{silent_run} is a run; owlfuse export {silent_run} OUT",
+        f"is of the checkpoints of the run {silent_run}",
+    )
     cases = [
         (["eval", "out"], export),
         (["train", "resume=out"], export),
         (["report", "out"], "it is an exported model and no run"),
         (["report", silent_run], "it is a run"),
         (["train", "experiment=shapes_owl3", f"init_from={silent_run}"], run),
-        *(([command, path], of_run) for command in ("eval", "chat") for path in (checkpoint, checkpoint.parent)),
+        *(
+            ([command, path], of_run)
+            for command in ("eval", "chat")
+            for path in (checkpoint, checkpoint.parent)
+        ),
         (["export", checkpoint, "other"], of_run),
         (["train", f"resume={checkpoint}"], of_run),
-        *(([command, "runs/shapes_owl3"], f"holds runs and is none; name one of {silent_run}") for command in ("eval", "chat")),
+        *(
+            ([command, "runs/shapes_owl3"], f"holds runs and is none; name one of {silent_run}")
+            for command in ("eval", "chat")
+        ),
         (["export", "runs/shapes_owl3", "other"], "holds runs and is none"),
         (["eval", "runs/grid"], "is the folder of an ablation"),
         (["chat", "runs/grid"], "is the folder of an ablation"),
@@ -175,7 +252,14 @@ def test_a_folder_of_another_kind_is_named_as_what_it_is(silent_run, capsys):
     shutil.rmtree("runs/grid")
 
 
-FILES = ("config.yaml.part", "metrics.csv", "answers.jsonl", "results.json.part", "mixture.json", "contact_sheet.png")
+FILES = (
+    "config.yaml.part",
+    "metrics.csv",
+    "answers.jsonl",
+    "results.json.part",
+    "mixture.json",
+    "contact_sheet.png",
+)
 
 
 @pytest.mark.slow
@@ -195,7 +279,10 @@ def test_a_full_disk_is_one_line_whatever_is_written(name, capsys):
 
 
 def test_only_errors_about_writing_are_taken_for_a_full_disk(tmp_path):
-    with pytest.raises(DataError, match=r"No space left on device; make room"), naming_full_disk(tmp_path):
+    with (
+        pytest.raises(DataError, match=r"No space left on device; make room"),
+        naming_full_disk(tmp_path),
+    ):
         raise OSError(28, "x")
     for error in (OSError(2, "x"), ConnectionError("x"), ValueError("x")):
         with pytest.raises(type(error)), naming_full_disk(tmp_path):
@@ -203,7 +290,9 @@ def test_only_errors_about_writing_are_taken_for_a_full_disk(tmp_path):
 
 
 WRITERS = {
-    "tokenizers": lambda path: Tokenizer(WordLevel({str(number): number for number in range(500)})).save(str(path / "t.json")),
+    "tokenizers": lambda path: Tokenizer(
+        WordLevel({str(number): number for number in range(500)})
+    ).save(str(path / "t.json")),
     "safetensors": lambda path: save_file({"a": torch.zeros(5000)}, path / "a.safetensors"),
 }
 
@@ -213,9 +302,14 @@ def test_a_folder_that_a_library_cannot_write_is_one_line_and_gone(write, tmp_pa
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
     try:
-        with pytest.raises(DataError, match="out could not be written: .*File too large.*; make room or permit it"):  # noqa: SIM117
-            with whole_folder(tmp_path / "out") as folder:
-                write(folder)
+        with (
+            pytest.raises(
+                DataError,
+                match="out could not be written: .*File too large.*; make room or permit it",
+            ),
+            whole_folder(tmp_path / "out") as folder,
+        ):
+            write(folder)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert list(tmp_path.iterdir()) == []
@@ -224,12 +318,14 @@ def test_a_folder_that_a_library_cannot_write_is_one_line_and_gone(write, tmp_pa
 def test_a_folder_below_a_file_is_told_as_a_place_that_cannot_be_written(tmp_path):
     (tmp_path / "file").touch()
     for make in (lambda: (tmp_path / "file/x").write_text("a"), lambda: tmp_path.write_text("a")):
-        with pytest.raises(OSError) as caught:  # noqa: PT011  # which of them is the system's to say
+        with pytest.raises(OSError) as caught:  # which of them is the system's to say
             make()
         assert why_not_written(caught.value)
 
 
-@pytest.mark.parametrize("argv", [[sys.executable, "-m", "owlfuse", "--version"], ["owlfuse", "--version"]])
+@pytest.mark.parametrize(
+    "argv", [[sys.executable, "-m", "owlfuse", "--version"], ["owlfuse", "--version"]]
+)
 def test_the_version_is_told_at_once(argv):
     argv = [shutil.which(argv[0], path=Path(sys.executable).parent) or argv[0], *argv[1:]]
     began = time.monotonic()
@@ -241,7 +337,11 @@ def test_the_version_is_told_at_once(argv):
 COMPLETED = {
     "owlfuse rec": ["recipe"],
     "owlfuse train exp": ["experiment="],
-    "owlfuse train experiment=shapes_owl": ["experiment=shapes_owl1", "experiment=shapes_owl2", "experiment=shapes_owl3"],
+    "owlfuse train experiment=shapes_owl": [
+        "experiment=shapes_owl1",
+        "experiment=shapes_owl2",
+        "experiment=shapes_owl3",
+    ],
     "owlfuse train seed=1 model/fusion=h": ["model/fusion=hyperattention"],
     "owlfuse config model/adapter@model.adapter.llm=lo": ["model/adapter@model.adapter.llm=lora"],
     "owlfuse recipe owl3": ["owl3", "owl3_paper"],
@@ -253,7 +353,7 @@ COMPLETED = {
 
 @pytest.mark.parametrize("line", COMPLETED)
 def test_words_are_completed(line, capsys):
-    assert cli.main(["completion", "words", line]) == 0
+    assert __main__.main(["completion", "words", line]) == 0
     assert capsys.readouterr().out.split() == COMPLETED[line]
 
 
@@ -304,7 +404,10 @@ def hub(request):
         if request.param in ("refuses", "hangs"):
             yield address, "no connection to the hub"
             return
-    answers = {"has none": (404, "RepoNotFound", "has no such model"), "gated": (403, "GatedRepo", "terms")}
+    answers = {
+        "has none": (404, "RepoNotFound", "has no such model"),
+        "gated": (403, "GatedRepo", "terms"),
+    }
     code, reason, message = answers[request.param]
     handler = type("Answer", (Hub,), {"code": code, "reason": reason})
     with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
@@ -313,13 +416,17 @@ def hub(request):
         server.shutdown()
 
 
-def test_what_cannot_be_had_from_the_hub_is_named_within_seconds(hub, monkeypatch, capsys, tmp_path):
+def test_what_cannot_be_had_from_the_hub_is_named_within_seconds(
+    hub, monkeypatch, capsys, tmp_path
+):
     address, message = hub
     endpoint = hub_access.constants.ENDPOINT
     monkeypatch.setattr(hub_access.constants, "ENDPOINT", address)
     monkeypatch.setattr(hub_access.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(hub_access, "SECONDS", 0.5)
-    monkeypatch.setattr(hub_access, "hf_hub_url", lambda name, file: f"{address}/{name}/resolve/main/{file}")
+    monkeypatch.setattr(
+        hub_access, "hf_hub_url", lambda name, file: f"{address}/{name}/resolve/main/{file}"
+    )
     assert endpoint != address
     llm = ["model/llm=qwen2_7b", "model.llm.pretrained=nobody/llm", "model.llm.architecture=null"]
     for words, name, remedy in (
@@ -342,7 +449,9 @@ def test_the_readmes_part_is_complete_as_it_stands(tmp_path):
     (code,) = re.findall(r"^```python\n(.*?)^```$", page, flags=re.MULTILINE | re.DOTALL)
     file = tmp_path / "mean.py"
     file.write_text(code)
-    connector = runpy.run_path(str(file))["MeanConnector"](in_width=6, out_width=4, patches=9, grid=(3, 3))
+    connector = runpy.run_path(str(file))["MeanConnector"](
+        in_width=6, out_width=4, patches=9, grid=(3, 3)
+    )
     features = torch.randn(2, 9, 6)
     torch.testing.assert_close(connector(features)[:, 0], connector.proj(features.mean(1)))
     assert connector.tokens == connector(features).shape[1]

@@ -10,13 +10,13 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
 from helpers import CONNECTORS, FUSIONS, VOCAB, llm_fields, model_node, perturb, policy
-from owlfuse.hub.export import Trained, export
-from owlfuse.hub.start import load_base
-from owlfuse.llm import load_llm
-from owlfuse.model import build_model
-from owlfuse.model_parallel import build_for, keep_rows
-from owlfuse.module import MultimodalModule
-from owlfuse.parallel import Sharded
+from owlfuse.artifacts.export import export
+from owlfuse.artifacts.load import Trained, load_base
+from owlfuse.model.llm import load_llm
+from owlfuse.model.multimodal import build_model
+from owlfuse.parallel.sharding import build_for, keep_rows
+from owlfuse.parallel.strategies import Sharded
+from owlfuse.training.module import MultimodalModule
 
 LORA = {"llm": policy("LoRA", r=2), "fusion": policy("Full")}
 
@@ -81,17 +81,25 @@ def test_pretrained_weights_are_read_and_new_embeddings_drawn(tied, module, tmp_
     perturb(llm.parameters())
     llm.generation_config.eos_token_id = [4, 5]  # which config.json does not say
     llm.save_pretrained(tmp_path, max_shard_size="20KB")
-    nodes = model_node(FUSIONS["modality_adaptive"], pretrained=str(tmp_path), adapter={"llm": policy("Frozen")})
+    nodes = model_node(
+        FUSIONS["modality_adaptive"], pretrained=str(tmp_path), adapter={"llm": policy("Frozen")}
+    )
     found, wanted = compare(module, lambda: build_model(nodes, VOCAB))
     assert found.new_rows
     assert found.llm.generation_config.eos_token_id == [4, 5]
     one = found.llm.get_input_embeddings().weight is found.llm.get_output_embeddings().weight
-    assert one == (wanted.llm.get_input_embeddings().weight is wanted.llm.get_output_embeddings().weight) == tied
+    assert (
+        one
+        == (wanted.llm.get_input_embeddings().weight is wanted.llm.get_output_embeddings().weight)
+        == tied
+    )
 
 
 def test_the_configuration_is_the_folders_and_not_what_the_yaml_says_of_it(module, tmp_path):
     """Else ranks would compute with other rotary frequencies than the weights were trained with."""
-    load_llm(VOCAB, config=llm_fields(rope_parameters={"rope_type": "default", "rope_theta": 500.0})).save_pretrained(tmp_path)
+    load_llm(
+        VOCAB, config=llm_fields(rope_parameters={"rope_type": "default", "rope_theta": 500.0})
+    ).save_pretrained(tmp_path)
     nodes = model_node("concat", pretrained=str(tmp_path), architecture=llm_fields())
     found, _ = compare(module, MultimodalModule(nodes, None, VOCAB).build)
     assert found.llm.config.rope_parameters["rope_theta"] == 500.0
@@ -125,7 +133,9 @@ def test_parameters_that_stay_float32_when_weights_are_read_do_so(module, tmp_pa
 def test_rows_of_a_sharded_table_keep_their_gradients(module):
     found, _ = compare(module, lambda: build_model(model_node("concat"), VOCAB))
     table = found.llm.get_input_embeddings().weight
-    table.grad = torch.distributed.tensor.distribute_tensor(torch.ones(table.shape), table.device_mesh, table.placements)
+    table.grad = torch.distributed.tensor.distribute_tensor(
+        torch.ones(table.shape), table.device_mesh, table.placements
+    )
     keep_rows(table, [2, 5])
     kept = table.grad.full_tensor()
     assert kept[[2, 5]].eq(1).all()

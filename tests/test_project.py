@@ -62,13 +62,21 @@ class TestWorkflow:
         assert [name for name in used if not re.fullmatch(r"actions/[a-z-]+@v\d+", name)] == []
 
     def test_it_runs_every_python_that_the_package_claims(self, path):
-        claimed = {line.rpartition(" ")[2] for line in PROJECT["classifiers"] if re.search(r":: Python :: 3\.\d+$", line)}
+        claimed = {
+            line.rpartition(" ")[2]
+            for line in PROJECT["classifiers"]
+            if re.search(r":: Python :: 3\.\d+$", line)
+        }
         assert set(workflow(path)["jobs"]["test"]["strategy"]["matrix"]["python"]) == claimed
 
 
 def test_every_package_that_the_code_imports_is_asked_for():
-    """An import that only works because another package happens to bring it breaks when that one stops."""
-    lines = [*PROJECT["dependencies"], *(line for extra in PROJECT["optional-dependencies"].values() for line in extra)]
+    """An import that only works because another package happens to bring it breaks when that one
+    stops."""
+    lines = [
+        *PROJECT["dependencies"],
+        *(line for extra in PROJECT["optional-dependencies"].values() for line in extra),
+    ]
     asked = {canonicalize_name(Requirement(line).name) for line in lines}
     missing = {}
     for path in (REPO / "src").rglob("*.py"):
@@ -76,7 +84,9 @@ def test_every_package_that_the_code_imports_is_asked_for():
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             if isinstance(node, ast.ImportFrom) and not node.level:
                 names = [node.module]
-            for top in {name.partition(".")[0] for name in names} - sys.stdlib_module_names - {"owlfuse"}:
+            for top in (
+                {name.partition(".")[0] for name in names} - sys.stdlib_module_names - {"owlfuse"}
+            ):
                 if canonicalize_name(PACKAGES.get(top, top)) not in asked:
                     missing.setdefault(top, set()).add(path.name)
     assert missing == {}

@@ -1,4 +1,5 @@
-"""Train, evaluate, export, chat and resume over tokenizers as families of LLMs have them: none has <image> or a pad token."""
+"""Train, evaluate, export, chat and resume over tokenizers as families of LLMs have them: none
+has <image> or a pad token."""
 
 import json
 import sys
@@ -7,7 +8,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from owlfuse.cli import main
+from owlfuse.__main__ import main
 
 sys.path.insert(0, str(Path(__file__).parent / "data"))
 from family_templates import FAMILIES, family_tokenizer
@@ -47,7 +48,11 @@ def work(tmp_path, monkeypatch):
         Image.new("RGB", (24, 24), color).save(tmp_path / "images" / f"{color}.png")
         asked = {"from": "human", "value": "<image>\nWhat color is the circle?"}
         records.append(
-            {"id": f"r{number}", "image": f"{color}.png", "conversations": [asked, {"from": "gpt", "value": f"It is {color}."}]}
+            {
+                "id": f"r{number}",
+                "image": f"{color}.png",
+                "conversations": [asked, {"from": "gpt", "value": f"It is {color}."}],
+            }
         )
     (tmp_path / "train.json").write_text(json.dumps(records))
     (tmp_path / "experiments").mkdir()
@@ -56,22 +61,45 @@ def work(tmp_path, monkeypatch):
 
 
 def exact_match(file):
-    return json.loads(file.read_text())["metrics"]["exact_match" if "tasks" in file.parts else "val/exact_match"]
+    return json.loads(file.read_text())["metrics"][
+        "exact_match" if "tasks" in file.parts else "val/exact_match"
+    ]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_family_of_tokenizers_trains_evaluates_exports_chats_and_resumes(family, work, capsys, monkeypatch):
+def test_a_family_of_tokenizers_trains_evaluates_exports_chats_and_resumes(
+    family, work, capsys, monkeypatch
+):
     family_tokenizer(family).save_pretrained(work / "tokenizer")
     run = work / "runs" / "family" / "a"
     assert main(["train", "experiment=family", "name=a"]) == 0
     assert exact_match(run / "results.json") == 1.0
     (work / "tokenizer").rename(work / "elsewhere")  # a run has its own
     monkeypatch.chdir(work / "images")
-    assert main(["eval", str(run), "task=exact_match", f"task.file={work}/train.json", f"task.image_root={work}/images"]) == 0
+    assert (
+        main(
+            [
+                "eval",
+                str(run),
+                "task=exact_match",
+                f"task.file={work}/train.json",
+                f"task.image_root={work}/images",
+            ]
+        )
+        == 0
+    )
     assert exact_match(run / "tasks" / "exact_match.json") == 1.0
     assert main(["export", str(run), str(work / "out")]) == 0
     assert (
-        main(["eval", str(work / "out"), "task=exact_match", f"task.file={work}/train.json", f"task.image_root={work}/images"])
+        main(
+            [
+                "eval",
+                str(work / "out"),
+                "task=exact_match",
+                f"task.file={work}/train.json",
+                f"task.image_root={work}/images",
+            ]
+        )
         == 0
     )
     assert exact_match(work / "out" / "tasks" / "exact_match.json") == 1.0
@@ -89,7 +117,18 @@ def test_a_family_of_tokenizers_trains_evaluates_exports_chats_and_resumes(famil
 def test_another_tokenizer_at_the_place_of_the_first_is_not_taken(work, capsys):
     family_tokenizer("qwen").save_pretrained(work / "tokenizer")
     run = work / "runs" / "family" / "a"
-    assert main(["train", "experiment=family", "name=a", "trainer.max_steps=2", "trainer.val_check_interval=2"]) == 0
+    assert (
+        main(
+            [
+                "train",
+                "experiment=family",
+                "name=a",
+                "trainer.max_steps=2",
+                "trainer.val_check_interval=2",
+            ]
+        )
+        == 0
+    )
     before = json.loads((run / "results.json").read_text())
     family_tokenizer("gemma", "unigram").save_pretrained(work / "tokenizer")
     assert main(["eval", str(run)]) == 0

@@ -1,4 +1,5 @@
-"""The wheel, built from the source archive and installed into an environment of its own, in a folder outside the repository."""
+"""The wheel, built from the source archive and installed into an environment of its own, in a
+folder outside the repository."""
 
 import os
 import shutil
@@ -48,22 +49,36 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
-    """As `make wheel` builds it, but in the running environment, which has what builds it only with the extra dev."""
+    """As `make wheel` builds it, but in the running environment, which has what builds it only
+    with the extra dev."""
     out = tmp_path_factory.mktemp("dist")
-    subprocess.run([sys.executable, "-m", "build", "--outdir", str(out), str(REPO)], check=True, capture_output=True)
+    subprocess.run(
+        [sys.executable, "-m", "build", "--outdir", str(out), str(REPO)],
+        check=True,
+        capture_output=True,
+    )
     (found,) = out.glob("owlfuse-*.whl")
     return found
 
 
 @pytest.fixture(scope="module")
 def installed(wheel, tmp_path_factory):
-    """The environment's folder of scripts. Its libraries are those of the running environment, without its owlfuse."""
+    """The environment's folder of scripts.
+
+    Its libraries are those of the running environment, without its owlfuse.
+    """
     folder = tmp_path_factory.mktemp("venv")
     venv.create(folder, with_pip=False)
     site = folder / "lib" / f"python{sysconfig.get_python_version()}" / "site-packages"
-    (site / "libraries.pth").write_text(sysconfig.get_paths()["purelib"] + "\n")  # after what lies in `site` itself
+    (site / "libraries.pth").write_text(
+        sysconfig.get_paths()["purelib"] + "\n"
+    )  # after what lies in `site` itself
     install = [sys.executable, "-m", "pip", "--python", str(folder / "bin" / "python"), "install"]
-    subprocess.run([*install, "--no-deps", "--ignore-installed", "--no-index", str(wheel)], check=True, capture_output=True)
+    subprocess.run(
+        [*install, "--no-deps", "--ignore-installed", "--no-index", str(wheel)],
+        check=True,
+        capture_output=True,
+    )
     return folder / "bin"
 
 
@@ -78,11 +93,19 @@ def place(tmp_path_factory):
 
 
 def owlfuse(installed, place, *words, fails=False):
-    """The console script's output: no PYTHONPATH, and no git, pytest or Python of ours on the path."""
-    environment = {key: value for key, value in os.environ.items() if not key.startswith(("PYTHON", "PYTEST"))}
+    """The console script's output: no PYTHONPATH, and no git, pytest or Python of ours on the
+    path."""
+    environment = {
+        key: value for key, value in os.environ.items() if not key.startswith(("PYTHON", "PYTEST"))
+    }
     environment |= {"PATH": str(installed), "HOME": str(place), "OMP_NUM_THREADS": "1"}
     result = subprocess.run(
-        [installed / "owlfuse", *words], cwd=place, env=environment, capture_output=True, text=True, timeout=600
+        [installed / "owlfuse", *words],
+        cwd=place,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=600,
     )
     assert (result.returncode != 0) == fails, result.stderr[-3000:]
     return result.stderr if fails else result.stdout
@@ -91,11 +114,19 @@ def owlfuse(installed, place, *words, fails=False):
 def test_it_carries_configs_experiments_and_their_files_and_nothing_else(wheel):
     with zipfile.ZipFile(wheel) as archive:
         carried = {name for name in archive.namelist() if not name.startswith("owlfuse-")}
-    tracked = subprocess.run(["git", "ls-files"], cwd=REPO, check=True, capture_output=True, text=True).stdout.splitlines()
+    tracked = subprocess.run(
+        ["git", "ls-files"], cwd=REPO, check=True, capture_output=True, text=True
+    ).stdout.splitlines()
     expected = {name.removeprefix("src/") for name in tracked if name.startswith("src/")}
-    expected |= {f"owlfuse/{name}" for name in tracked if name.startswith(("configs/", "experiments/"))}
+    expected |= {
+        f"owlfuse/{name}" for name in tracked if name.startswith(("configs/", "experiments/"))
+    }
     assert carried == expected
-    assert carried >= {"owlfuse/py.typed", "owlfuse/ablation/page.css", "owlfuse/experiments/fusion/README.md"}
+    assert carried >= {
+        "owlfuse/py.typed",
+        "owlfuse/studies/ablation/page.css",
+        "owlfuse/experiments/fusion/README.md",
+    }
     assert wheel.stat().st_size < 2**20
 
 
@@ -112,16 +143,31 @@ def test_its_metadata_name_licence_and_pythons_and_no_file_that_an_index_lacks(w
 
 
 def test_it_is_the_installed_package_that_runs(installed, place):
-    code = "import owlfuse, owlfuse.config_files as c; print(owlfuse.__file__, c.find_folders().configs[0])"
+    code = (
+        "import owlfuse, owlfuse.config.folders as c; print(owlfuse.__file__, "
+        "c.find_folders().configs[0])"
+    )
     printed = subprocess.run(
-        [installed / "python", "-I", "-c", code], cwd=place, check=True, capture_output=True, text=True
+        [installed / "python", "-I", "-c", code],
+        cwd=place,
+        check=True,
+        capture_output=True,
+        text=True,
     ).stdout.split()
     assert [Path(path).is_relative_to(installed.parent) for path in printed] == [True, True]
 
 
 def test_the_default_experiment_trains_in_an_empty_folder(installed, tmp_path):
     tiny = [f"+data.prepare.{pair.replace(': ', '=')}" for pair in TINY.strip("{}").split(", ")]
-    owlfuse(installed, tmp_path, "train", "experiment=shapes_owl3", "trainer.max_steps=2", "name=first", *tiny)
+    owlfuse(
+        installed,
+        tmp_path,
+        "train",
+        "experiment=shapes_owl3",
+        "trainer.max_steps=2",
+        "name=first",
+        *tiny,
+    )
     assert (tmp_path / "runs/shapes_owl3/first/results.json").is_file()
 
 
@@ -130,13 +176,27 @@ def test_own_experiments_parts_and_ablations_of_the_working_folder_are_found(ins
     owlfuse(installed, place, "ablate", "connectors")
     assert (place / "runs/connectors/report/index.html").is_file()
     owlfuse(installed, place, "export", "runs/mine/first", "out")
-    owlfuse(installed, place, "chat", "out", "What?", "--max-new-tokens", "2")  # a yaml of the folder names the part
+    owlfuse(
+        installed, place, "chat", "out", "What?", "--max-new-tokens", "2"
+    )  # a yaml of the folder names the part
     elsewhere = place / "elsewhere"
     elsewhere.mkdir()
     shutil.copy(place / "my_parts.py", elsewhere)
     refusal = owlfuse(installed, elsewhere, "chat", "../out", "What?", fails=True)
-    assert refusal.splitlines()[-1].endswith("if you trust it, import my_parts first, or write: owlfuse --trust my_parts ...")
-    owlfuse(installed, elsewhere, "--trust", "my_parts", "chat", "../out", "What?", "--max-new-tokens", "2")
+    assert refusal.splitlines()[-1].endswith(
+        "if you trust it, import my_parts first, or write: owlfuse --trust my_parts ..."
+    )
+    owlfuse(
+        installed,
+        elsewhere,
+        "--trust",
+        "my_parts",
+        "chat",
+        "../out",
+        "What?",
+        "--max-new-tokens",
+        "2",
+    )
 
 
 def test_every_recipe_and_ablation_that_it_carries_is_listed(installed, place):

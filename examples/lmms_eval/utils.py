@@ -1,5 +1,5 @@
-"""What the tasks of this folder ask: each question of a file of chats in LLaVA's format by itself, as `owlfuse eval RUN
-task=exact_match` does. The yamls name these functions."""
+"""What the tasks of this folder ask: each question of a file of chats in LLaVA's format by itself,
+as `owlfuse eval RUN task=exact_match` does. The yamls name these functions."""
 
 from pathlib import Path
 
@@ -8,17 +8,26 @@ from PIL import Image
 
 
 def questions(chats):
-    """A row for each question, with the picture that its chat is about, its kind, and the answers that questions of that kind
-    have in the file."""
+    """A row for each question, with the picture that its chat is about, its kind, and the answers
+    that questions of that kind have in the file."""
     rows = []
     for chat in chats:
         turns = [turn["value"] for turn in chat["conversations"]]
         for number, (asked, answer) in enumerate(zip(turns[::2], turns[1::2])):
             identity = f"{chat['id']}#{number}"
             rows.append(
-                {"id": identity, "image": chat["image"], "question": asked, "answer": answer, "kind": chat["kinds"][number]}
+                {
+                    "id": identity,
+                    "image": chat["image"],
+                    "question": asked,
+                    "answer": answer,
+                    "kind": chat["kinds"][number],
+                }
             )
-    choices = {kind: sorted({row["answer"] for row in rows if row["kind"] == kind}) for kind in {row["kind"] for row in rows}}
+    choices = {
+        kind: sorted({row["answer"] for row in rows if row["kind"] == kind})
+        for kind in {row["kind"] for row in rows}
+    }
     return Dataset.from_list([{**row, "choices": choices[row["kind"]]} for row in rows])
 
 

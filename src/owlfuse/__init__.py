@@ -8,18 +8,19 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from owlfuse.hub.registration import AfterImport
+from owlfuse.artifacts.hf.registration import AfterImport
 
 if TYPE_CHECKING:
-    from owlfuse.model import MultimodalLM
+    from owlfuse.model.multimodal import MultimodalLM
 
 __version__ = "0.1.0"
 
 
 def load(folder: str | Path) -> MultimodalLM:
-    """The `MultimodalLM` of a folder that `owlfuse export` or `owlfuse import` wrote, in eval mode on the CPU, a LoRA adapter
-    applied. Raises DataError (a ValueError) where the folder is no such one or damaged."""
-    from owlfuse.hub.export import load_exported
+    """The `MultimodalLM` of a folder that `owlfuse export` or `owlfuse import` wrote, in eval mode
+    on the CPU, a LoRA adapter applied. Raises DataError (a ValueError) where the folder is no such
+    one or damaged."""
+    from owlfuse.artifacts.load import load_exported
 
     return load_exported(Path(folder))[0].model
 

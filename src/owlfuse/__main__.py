@@ -1,11 +1,644 @@
-"""`python -m owlfuse` is the command `owlfuse`."""
+"""`owlfuse <command>`. Heavy imports stay inside the commands, so that `--help` answers at once."""
 
+from __future__ import annotations
+
+import argparse
+import difflib
 import os
 import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NoReturn
 
-if not sys.flags.safe_path and sys.path[:1] == [os.getcwd()]:
-    del sys.path[0]  # which `python -m` puts there: the command `owlfuse` runs no code of the working folder by itself either
+from owlfuse import __version__
+from owlfuse.config.folders import ConfigFolders, find_folders
+from owlfuse.config.own_modules import import_own
+from owlfuse.core.errors import failed, report_errors
+from owlfuse.core.terminal import LAYOUT, guard_terminal
+from owlfuse.planning.bench.commands import add_bench, run_bench
 
-from owlfuse.cli import main
 
-sys.exit(main())
+def main(argv: list[str] | None = None) -> int:
+    """Run one command and return its exit code.
+
+    Unexpected exceptions pass through with their traceback.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    parser = make_parser()
+    if not argv:
+        parser.print_help()
+        return 0
+    if not argv[0].startswith("-") and argv[0] not in COMMANDS:
+        match = difflib.get_close_matches(argv[0], COMMANDS, n=1)
+        guess = (
+            f"did you mean '{match[0]}'?" if match else f"the commands are {', '.join(COMMANDS)}"
+        )
+        return failed(f"{argv[0]}: no such command; {guess}", 2)
+    arguments, rest = parser.parse_known_args(argv)
+    if unknown := [word for word in rest if word.startswith("-")]:
+        command = arguments.command
+        return failed(
+            (
+                f"command line: {unknown[0]}: no such option of {command}; see owlfuse {command} "
+                "--help"
+            ),
+            2,
+        )
+    if rest and not hasattr(arguments, "overrides"):
+        return failed(
+            f"command line: {rest[0]}: not an argument of {arguments.command}; see its --help", 2
+        )
+    if rest:
+        arguments.overrides += rest  # words after an option, as in `a=1 -m b=2`
+    return report_errors(lambda: _run(arguments), arguments.command)
+
+
+def _run(arguments: argparse.Namespace) -> None:
+    guard_terminal()
+    for module in arguments.trust:
+        _trust(module)
+    COMMANDS[arguments.command](arguments)
+
+
+def _trust(module: str) -> None:
+    """Lets a model have parts of this module (or be a timm model of the hub).
+
+    Raises ConfigError: there is no such module.
+    """
+    from owlfuse.config.trust import trust
+    from owlfuse.core.errors import ConfigError
+
+    trust(module)
+    if ":" in module:
+        return
+    try:
+        import_own(module)
+    except ModuleNotFoundError as error:
+        if error.name not in (module, module.partition(".")[0]):
+            raise  # the module is there, and what it imports is not
+        raise ConfigError(
+            f"command line: --trust {module}: no such module in this folder or installed"
+        ) from None
+
+
+def _train(arguments: argparse.Namespace) -> None:
+    from owlfuse.config import compose
+
+    if arguments.multirun:
+        from owlfuse.studies.sweep import sweep
+
+        sweep(arguments.overrides)
+        return
+    composed = compose.compose(arguments.overrides)
+    if composed.get("dry_run"):
+        from owlfuse.planning.tables import dry_run
+
+        dry_run(composed)
+        return
+    from owlfuse.training import train
+
+    train.run(composed)
+
+
+def _eval(arguments: argparse.Namespace) -> None:
+    from owlfuse.config.compose import compose, find_run
+    from owlfuse.core.errors import ConfigError
+    from owlfuse.core.signals import signals_end_the_run
+
+    words = arguments.overrides
+    folder = next((word for word in words if "=" not in word or Path(word).is_dir()), None)
+    if folder is None:
+        raise ConfigError("command line: name the run's folder: owlfuse eval RUN [overrides]")
+    words.remove(folder)
+    if any(word.startswith("task=") for word in words):
+        from owlfuse.evaluation.benchmarks.options import check_model, compose_options
+
+        check_model(folder)
+        compose_options(words)  # mistakes, before heavy imports
+        from owlfuse.evaluation.benchmarks.run import evaluate_task
+
+        with signals_end_the_run():
+            return evaluate_task(folder, words)
+    find_run(folder)
+    compose(
+        [f"resume={folder}", *(word for word in words if not word.startswith("which="))]
+    )  # mistakes, before heavy imports
+    from owlfuse.evaluation import validation
+
+    with signals_end_the_run():
+        validation.evaluate_run(folder, words)
+
+
+def _data(arguments: argparse.Namespace) -> None:
+    from owlfuse.data.shapes.write import write_shapes
+
+    try:
+        write_shapes(
+            folder=arguments.folder, seed=arguments.seed, train_pictures=arguments.pictures
+        )
+    except ValueError as error:
+        raise SystemExit(failed(" ".join(str(error).split()), 2)) from None
+
+
+def _config(arguments: argparse.Namespace) -> None:
+    from omegaconf import OmegaConf
+
+    from owlfuse.config.compose import compose
+
+    print(OmegaConf.to_yaml(compose(arguments.overrides)), end="")
+
+
+def _export(arguments: argparse.Namespace) -> None:
+    from owlfuse.artifacts.commands import export_command
+
+    export_command(arguments.run, arguments.out, arguments.overrides)
+
+
+def _import(arguments: argparse.Namespace) -> None:
+    from owlfuse.artifacts.commands import import_command
+
+    import_command(arguments.folder, arguments.out, arguments.overrides)
+
+
+def _chat(arguments: argparse.Namespace) -> None:
+    from owlfuse.artifacts.runs import check_model, split_which
+    from owlfuse.serving.chat_checks import check_images, explanation_file
+
+    which, words = split_which(arguments.overrides)
+    question = " ".join(words) or None
+    folder = check_model(arguments.folder, which)
+    check_images(arguments.image)
+    has_pictures = question is None or bool(arguments.image)
+    out = explanation_file(arguments.explain, has_pictures) if arguments.explain else None
+    from owlfuse.serving.chat import chat
+
+    asked = arguments.max_new_tokens, arguments.temperature, out, arguments.thinking, which
+    chat(folder, arguments.image, question, *asked)
+
+
+def _demo(arguments: argparse.Namespace) -> None:
+    from owlfuse.serving.demo.command import demo_command
+
+    demo_command(arguments.folders, arguments.host, arguments.port)
+
+
+def _mixture(arguments: argparse.Namespace) -> None:
+    from owlfuse.config.compose import compose
+
+    compose(
+        [word for word in arguments.overrides if word.partition("=")[0] not in ("steps", "out")]
+    )  # before heavy imports
+    from owlfuse.planning.mixture import mixture_command
+
+    mixture_command(arguments.overrides)
+
+
+def _recipe(arguments: argparse.Namespace) -> None:
+    from owlfuse.studies.recipe.compose import compose_stages, split_dry_run
+
+    _, words = split_dry_run(arguments.overrides)
+    compose_stages(arguments.recipe, words, importing=False)  # mistakes, before heavy imports
+    from owlfuse.studies.recipe.run import recipe_command
+
+    recipe_command(arguments.recipe, arguments.overrides)
+
+
+def _ablate(arguments: argparse.Namespace) -> None:
+    from owlfuse.studies.ablation.run import ablate_command
+
+    ablate_command(arguments.ablation, arguments.overrides)
+
+
+def _report(arguments: argparse.Namespace) -> None:
+    from owlfuse.studies.ablation.page import report_command
+
+    report_command(arguments.ablation, arguments.overrides)
+
+
+def _completion(arguments: argparse.Namespace) -> None:
+    # REARRANGED
+
+    completion_command(arguments.shell, arguments.line, COMMANDS)
+
+
+COMMANDS = {
+    "train": _train,
+    "recipe": _recipe,
+    "ablate": _ablate,
+    "report": _report,
+    "eval": _eval,
+    "export": _export,
+    "import": _import,
+    "chat": _chat,
+    "demo": _demo,
+    "mixture": _mixture,
+    "bench": run_bench,
+    "data": _data,
+    "config": _config,
+    "completion": _completion,
+}
+
+
+COMPOSING = ("train", "config", "mixture", "recipe", "ablate")
+"""Commands whose words are overrides of a configuration."""
+READING = ("eval", "export", "chat", "demo")
+"""Commands whose words are folders of models."""
+KEYS = ("dry_run=true", "init_from=", "name=", "resume=", "seed=", "trainer.max_steps=")
+
+BASH = """\
+_owlfuse() {
+    local line="${COMP_LINE:0:COMP_POINT}" current="${COMP_WORDS[COMP_CWORD]}" IFS=$'\\n'
+    local typed="${line##* }"
+    [[ $current == [=:@] ]] && current=""
+    local done="${typed%"$current"}"  # bash ends words at = and @, and wants what follows
+    COMPREPLY=($(owlfuse completion words "$line" 2>/dev/null))
+    COMPREPLY=("${COMPREPLY[@]#"$done"}")
+    [[ ${COMPREPLY[0]} == *= ]] && compopt -o nospace 2>/dev/null
+    return 0
+}
+complete -o default -F _owlfuse owlfuse
+"""
+ZSH = """\
+#compdef owlfuse
+_owlfuse() {
+    local -a candidates
+    candidates=("${(@f)$(owlfuse completion words "${(j: :)words[1,CURRENT]}" 2>/dev/null)}")
+    compadd -S '' -- ${candidates:#} || _files
+}
+compdef _owlfuse owlfuse
+"""
+FISH = """\
+complete -c owlfuse -a '(owlfuse completion words (commandline -cp | string collect) 2>/dev/null)'
+"""
+SCRIPTS = {"bash": BASH, "zsh": ZSH, "fish": FISH}
+HELP = """\
+for bash, in ~/.bashrc:                    eval "$(owlfuse completion bash)"
+for zsh, in ~/.zshrc after compinit:       eval "$(owlfuse completion zsh)"
+for fish, in ~/.config/fish/config.fish:   owlfuse completion fish | source
+"""
+
+
+def completion_command(shell: str, line: str, commands: Iterable[str]) -> None:
+    """Prints a shell's script, or with `words` what the last word of a command line may become,
+    a line each."""
+    print(
+        SCRIPTS[shell] if shell in SCRIPTS else "\n".join(candidates(line, commands)),
+        end="" if shell in SCRIPTS else "\n",
+    )
+
+
+def candidates(line: str, commands: Iterable[str]) -> list[str]:
+    """Returns what the last word of a command line may become, the line being as it was typed up
+    to the cursor."""
+    words = line.split(" ")
+    last, before = words[-1], [word for word in words[1:-1] if word]
+    if not before:
+        return matching(last, [*commands, "--help", "--version"])
+    command, folders = before[0], find_folders()
+    if last.startswith(("resume=", "init_from=")):
+        key = last.partition("=")[0]
+        return matching(last, [f"{key}={run}" for run in runs()])
+    if command in ("recipe", "ablate") and len(before) == 1:
+        return matching(
+            last, folders.recipe_names if command == "recipe" else folders.ablation_names
+        )
+    if command == "report":
+        return matching(last, [file.parent.name for file in Path("runs").glob("*/ablation.json")])
+    if command in COMPOSING:
+        return matching(last, overrides(folders))
+    if command in READING:
+        tasks = (
+            [f"task={name}" for name in folders.options("task")]
+            if command == "eval" and len(before) > 1
+            else []
+        )
+        return matching(last, [*runs(), *tasks])
+    fixed = {"data": ["shapes"], "completion": list(SCRIPTS)}
+    return matching(last, fixed.get(command, []))
+
+
+def overrides(folders: ConfigFolders) -> list[str]:
+    """Every `<group>=<option>` and `experiment=<name>`, and a few keys."""
+    words = [f"experiment={name}" for name in folders.experiment_names]
+    for group, options in folders.groups.items():
+        if group == "model/adapter":
+            parts = ("vision", "connector", "fusion", "llm")
+            words += [
+                f"{group}@model.adapter.{part}={option}" for part in parts for option in options
+            ]
+        elif group not in ("task", "data/source"):
+            words += [f"{group}={option}" for option in options]
+    return [*words, *KEYS]
+
+
+def matching(last: str, words: Iterable[str]) -> list[str]:
+    """The words that begin as the last one, until its `=` alone where it has none yet."""
+    heads = (word if "=" in last else word[: word.find("=") + 1] or word for word in words)
+    return sorted({word for word in heads if word.startswith(last)})
+
+
+def runs() -> list[str]:
+    """The runs below ./runs."""
+    return sorted(
+        {
+            str(file.parent)
+            for pattern in ("*/*", "*/*/*")
+            for file in Path("runs").glob(f"{pattern}/config.yaml")
+        }
+    )
+
+
+EXIT_CODES = """\
+exit codes:
+  0    done
+  1    a file or the data is not as it should be (one line), or a fault of the program (a traceback)
+  2    the configuration or the command line is wrong (one line)
+  130  interrupted
+"""
+
+EXAMPLES = """\
+examples:
+  owlfuse train experiment=shapes_owl3
+  owlfuse train experiment=shapes_owl2 model/fusion=hyperattention seed=1 name=trial
+  owlfuse train model/adapter@model.adapter.llm=lora trainer.max_steps=100
+  owlfuse train -m experiment=shapes_owl1,shapes_owl3 seed=0,1,2   a run of each combination, and a table
+  owlfuse train experiment=mine dry_run=true plan.gpus=8 plan.gpu_memory=80   what a run would need, and stop
+  owlfuse train resume=runs/shapes_owl3/trial trainer.max_steps=200
+"""
+
+RECIPE = """\
+examples:
+  owlfuse recipe owl1
+  owlfuse recipe owl1_paper dry_run=true plan.gpus=32    what each stage trains and needs; nothing is trained
+  owlfuse recipe owl3 name=second seed=1 stages.instruct.optim.lr=1e-3
+  torchrun --nproc-per-node 8 -m owlfuse recipe owl1_paper trainer.devices=8 trainer.strategy=ddp data.folder=DIR
+
+The same command again goes on: finished stages are skipped, the one that was stopped resumes from its last checkpoint.
+"""
+
+EVAL_USAGE = "owlfuse eval MODEL [task=NAME] [overrides ...]"
+EVAL = """\
+examples:
+  owlfuse eval runs/shapes_owl3/trial                     the run's own validation sources again
+  owlfuse eval runs/shapes_owl3/trial which=best          of its best checkpoint by validation loss, not its last
+  owlfuse eval OUT task=gqa task.file=GQA/testdev_balanced_questions.json task.image_root=GQA/images batch_size=16
+  torchrun --nproc-per-node 8 -m owlfuse eval OUT task=mmbench task.file=mmbench_dev_20230712.tsv dtype=saved
+
+With task=<name>, MODEL may be a run, an export or an imported release. The tasks are vqav2, textvqa, gqa, docvqa, pope,
+scienceqa, mmbench, captions, exact_match and perplexity, or your own in configs/task/. Keys beside task.<key>: batch_size,
+max_questions, dtype, workers, out, name, which. An evaluation that was stopped goes on by the same command.
+"""
+
+
+ABLATE = """\
+examples:
+  owlfuse ablate fusion
+  owlfuse ablate fusion dry_run=true                      the cells and an estimate, nothing is trained
+  owlfuse ablate fusion seeds=[0] trainer.max_steps=100 name=trial
+  owlfuse ablate fusion jobs=2                            two cells at a time (pip install 'owlfuse[sweep]')
+  owlfuse ablate fusion launcher=submitit_slurm jobs=8 launcher.partition=gpu launcher.timeout_min=120
+  owlfuse report fusion                                   at any time, of what is finished
+  owlfuse report fusion baseline=owl3                     with differences to another cell
+
+Settings of its own: jobs=N; launcher=basic (one after another), joblib, submitit_local or submitit_slurm, and launcher.<key>=
+for its own keys; seeds=[0,1]; name= of the folder runs/<name>; dry_run=true; anew=true.
+
+The same command again goes on: finished cells are skipped, what was under way resumes from its last checkpoint, and failed
+cells are tried again. Runs of other code, configuration or data are never mixed in: it stops and says so. anew=true puts
+them aside into runs/<name>/old and runs them again.
+"""
+
+DEMO = """\
+examples:
+  owlfuse demo runs/shapes_owl3/trial
+  owlfuse demo runs/fusion/owl1-seed0 runs/fusion/owl3-seed0     the same question to both, answers side by side
+
+It needs the extra `demo` (pip install 'owlfuse[demo]') and no network. Ctrl-C ends it.
+"""
+
+
+class TrainHelp(argparse.Action):
+    """`owlfuse train --help` reads the folders, and only when asked."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: Any,
+        values: Any,
+        option_string: Any = None,
+    ) -> NoReturn:
+        from owlfuse.config.folders import find_folders
+
+        folders = find_folders()
+        lines = [
+            "experiments (experiment=<name>):",
+            "  " + (", ".join(folders.experiment_names) or "none"),
+            "",
+        ]
+        lines += [
+            "recipes (owlfuse recipe <name>):",
+            "  " + (", ".join(folders.recipe_names) or "none"),
+            "",
+        ]
+        lines += [
+            "ablations (owlfuse ablate <name>):",
+            "  " + (", ".join(folders.ablation_names) or "none"),
+            "",
+        ]
+        lines += ["groups (<group>=<option>):"]
+        lines += [f"  {group:<18}{', '.join(options)}" for group, options in folders.groups.items()]
+        parser.epilog = "\n".join([*lines, "", EXAMPLES])
+        parser.print_help()
+        raise SystemExit(0)
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with errors of one line and exit code 2."""
+
+    def error(self, message: str) -> NoReturn:
+        raise SystemExit(failed(message, 2))
+
+
+def make_parser() -> Parser:
+    """The parser of the whole command line."""
+    parser = Parser(
+        "owlfuse", description="Experiments on multimodal LLMs.", epilog=EXIT_CODES, **LAYOUT
+    )
+    text = (
+        "a module of yours: parts of it may stand in a model that chat, eval, export or load reads"
+    )
+    parser.add_argument("--trust", action="append", default=[], metavar="MODULE", help=text)
+    parser.add_argument("--version", action="version", version=f"owlfuse {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="<command>", required=True)
+    _add_runs(commands)
+    _add_models(commands)
+    add_bench(commands)
+    _add_data(commands)
+    return parser
+
+
+def _add_runs(commands: Any) -> None:
+    train = commands.add_parser(
+        "train", help="train one run, or a sweep with -m", add_help=False, **LAYOUT
+    )
+    train.add_argument("-h", "--help", action=TrainHelp, nargs=0, help="this page")
+    train.add_argument(
+        "-m", "--multirun", action="store_true", help="a run for every combination of listed values"
+    )
+    train.add_argument(
+        "overrides",
+        nargs="*",
+        help="experiment=<name>, <group>=<option>, <key>=<value>, resume=<run>",
+    )
+
+    recipe = commands.add_parser(
+        "recipe", help="run the stages of a recipe in order", epilog=RECIPE, **LAYOUT
+    )
+    recipe.add_argument(
+        "recipe", metavar="NAME", help="a folder with a recipe.yaml below experiments/"
+    )
+    recipe.add_argument(
+        "overrides",
+        nargs="*",
+        help="as of train for all stages; stages.<stage>.<key>=<value>; dry_run=true",
+    )
+
+    ablate = commands.add_parser(
+        "ablate", help="run a grid of cells, and report on it", epilog=ABLATE, **LAYOUT
+    )
+    ablate.add_argument(
+        "ablation", metavar="NAME", help="a folder with an ablation.yaml below experiments/"
+    )
+    ablate.add_argument(
+        "overrides",
+        nargs="*",
+        help="as of train, for all cells; jobs=, launcher=, seeds=, dry_run=, anew=, name=",
+    )
+
+    report = commands.add_parser(
+        "report", help="write the report of an ablation anew, finished or not", **LAYOUT
+    )
+    report.add_argument("ablation", metavar="NAME", help="an ablation, or its folder in runs/")
+    report.add_argument(
+        "overrides", nargs="*", metavar="baseline=CELL", help="the cell that differences are to"
+    )
+
+    evaluate = commands.add_parser(
+        "eval",
+        help="evaluate a run, or any model on a benchmark",
+        usage=EVAL_USAGE,
+        epilog=EVAL,
+        **LAYOUT,
+    )
+    evaluate.add_argument(
+        "overrides", nargs="*", metavar="RUN", help="the run's folder, then <key>=<value> to change"
+    )
+
+
+def _add_models(commands: Any) -> None:
+    export = commands.add_parser(
+        "export", help="write a run for transformers, peft and owlfuse", **LAYOUT
+    )
+    export.add_argument(
+        "run", metavar="RUN", help="a run's folder, or one that was exported or imported"
+    )
+    export.add_argument("out", metavar="OUT", help="a folder that is written")
+    export.add_argument(
+        "overrides",
+        nargs="*",
+        help="merge=true folds LoRA in; layout=released; max_shard_size=5GB; which=best",
+    )
+
+    released = commands.add_parser(
+        "import", help="read a released mPLUG-Owl1, 2 or 3 checkpoint", **LAYOUT
+    )
+    released.add_argument(
+        "folder", metavar="FOLDER", help="with a released config.json and weights"
+    )
+    released.add_argument(
+        "out", metavar="OUT", help="a folder that is written in owlfuse's own format"
+    )
+    released.add_argument("overrides", nargs="*", help="max_shard_size=5GB")
+
+    chat = commands.add_parser("chat", help="talk to a model about pictures", **LAYOUT)
+    chat.add_argument("folder", metavar="OUT", help="an exported or imported folder, or a run's")
+    chat.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="QUESTION",
+        help="without one it is a conversation; which=best: a run's best checkpoint",
+    )
+    chat.add_argument(
+        "--image",
+        action="append",
+        default=[],
+        metavar="PATH",
+        help="a picture to ask about; may be repeated",
+    )
+    chat.add_argument("--max-new-tokens", type=int, default=256, metavar="N")
+    chat.add_argument("--temperature", type=float, default=0.0, help="0: the likeliest answer")
+    chat.add_argument(
+        "--thinking",
+        action="store_true",
+        help="have the model think first, where its chat template knows how",
+    )
+    chat.add_argument(
+        "--explain",
+        metavar="PNG",
+        help="draw where the (last) answer looked in the pictures, into a file",
+    )
+
+    demo = commands.add_parser(
+        "demo", help="a page in the browser: several models side by side", epilog=DEMO, **LAYOUT
+    )
+    demo.add_argument(
+        "folders",
+        nargs="+",
+        metavar="OUT",
+        help="exported or imported folders, or runs'; which=best",
+    )
+    demo.add_argument(
+        "--host",
+        default="127.0.0.1",
+        metavar="ADDRESS",
+        help="by default only this machine reaches the page",
+    )
+    demo.add_argument(
+        "--port", type=int, metavar="N", help="by default the first free one from 7860 on"
+    )
+
+
+def _add_data(commands: Any) -> None:
+    mixture = commands.add_parser(
+        "mixture", help="print what a run would draw, and write mixture.json", **LAYOUT
+    )
+    mixture.add_argument("overrides", nargs="*", help="as of train, and steps=N, out=DIR")
+
+    data = commands.add_parser("data", help="write a dataset", **LAYOUT).add_subparsers(
+        metavar="<set>", required=True
+    )
+    shapes = data.add_parser("shapes", help="pictures of coloured shapes, with questions", **LAYOUT)
+    shapes.add_argument("folder", metavar="DIR", help="a folder that is written")
+    shapes.add_argument("--seed", type=int, default=0)
+    shapes.add_argument(
+        "--pictures", type=int, default=12000, metavar="N", help="pictures to train with"
+    )
+
+    completion = commands.add_parser(
+        "completion", help="print a script for a shell's Tab key", epilog=HELP, **LAYOUT
+    )
+    completion.add_argument("shell", choices=[*SCRIPTS, "words"], metavar="{bash,zsh,fish}")
+    completion.add_argument("line", nargs="?", default="", help=argparse.SUPPRESS)
+
+    config = commands.add_parser(
+        "config", help="print the composed configuration as yaml", **LAYOUT
+    )
+    config.add_argument("overrides", nargs="*", help="as of train")
+
+
+if __name__ == "__main__":
+    # `python -m` puts the working folder in front; like the command `owlfuse`, run no code of it by
+    # itself.
+    if not sys.flags.safe_path and sys.path[:1] == [os.getcwd()]:
+        del sys.path[0]
+    sys.exit(main())

@@ -1,4 +1,5 @@
-"""Batches: the same for any number of ranks and workers, with blank images and skips as the policies say."""
+"""Batches: the same for any number of ranks and workers, with blank images and skips as the
+policies say."""
 
 import json
 from types import SimpleNamespace
@@ -7,12 +8,13 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
+from owlfuse.core.errors import DataError
 from owlfuse.data.collate import Collator
-from owlfuse.data.datamodule import ChatData, GlobalBatchSampler
+from owlfuse.data.datamodule import ChatData
 from owlfuse.data.formats.alpaca import Alpaca
 from owlfuse.data.formats.llava import LLaVA
-from owlfuse.types import DataError
-from owlfuse.vision import Preprocessing
+from owlfuse.data.loading import GlobalBatchSampler
+from owlfuse.model.vision.backbone import Preprocessing
 
 PREPROCESS = Preprocessing((16, 16), (0.5,) * 3, (0.5,) * 3, "bilinear")
 
@@ -24,7 +26,10 @@ def make(shapes, **options):
     }
     options = {"global_batch_size": 8, "workers": 0, **options}
     data = ChatData(
-        str(shapes / "tokenizer"), options.pop("sources", sources), {"val": LLaVA(str(shapes / "val.json"))}, **options
+        str(shapes / "tokenizer"),
+        options.pop("sources", sources),
+        {"val": LLaVA(str(shapes / "val.json"))},
+        **options,
     )
     data.bind(PREPROCESS, 2)
     return data
@@ -32,7 +37,9 @@ def make(shapes, **options):
 
 def batches(data, rank=0, ranks=1, first=0, steps=4):
     place = {"rank": rank, "num_replicas": ranks}
-    data.trainer = SimpleNamespace(distributed_sampler_kwargs=place, max_steps=steps, global_step=first)
+    data.trainer = SimpleNamespace(
+        distributed_sampler_kwargs=place, max_steps=steps, global_step=first
+    )
     return list(data.train_dataloader())
 
 
@@ -42,17 +49,26 @@ def test_text_only_and_multimodal_rows_share_a_batch_in_their_ratio(shapes):
         assert batch.has_images
         assert batch.pixel_values.shape == (4, 3, 16, 16)
         assert batch.image_mask.all()
-        assert ((batch.image_index >= 0).sum(1) == torch.tensor([s == "shapes" for s in batch.sources])).all()
+        assert (
+            (batch.image_index >= 0).sum(1) == torch.tensor([s == "shapes" for s in batch.sources])
+        ).all()
 
 
 @pytest.mark.parametrize(("ranks", "micro"), [(1, 2), (2, None), (2, 2), (4, 1)])
-def test_the_global_batch_is_the_same_for_any_number_of_ranks_and_accumulation_steps(shapes, ranks, micro):
+def test_the_global_batch_is_the_same_for_any_number_of_ranks_and_accumulation_steps(
+    shapes, ranks, micro
+):
     expected = [set(batch.ids) for batch in batches(make(shapes))]
     data = make(shapes, micro_batch_size=micro)
     parts = [batches(data, rank, ranks) for rank in range(ranks)]
     accumulation = data.accumulation(ranks)
     for step, ids in enumerate(expected):
-        seen = [i for part in parts for b in part[step * accumulation : (step + 1) * accumulation] for i in b.ids]
+        seen = [
+            i
+            for part in parts
+            for b in part[step * accumulation : (step + 1) * accumulation]
+            for i in b.ids
+        ]
         assert len(seen) == len(ids)
         assert set(seen) == ids
 
@@ -78,7 +94,10 @@ def test_the_sampler_says_the_length_of_the_whole_run():
 
 
 def test_a_global_batch_that_does_not_divide_is_an_error(shapes):
-    with pytest.raises(ValueError, match="global_batch_size is 8, which 3 ranks of micro_batch_size 2 do not divide"):
+    with pytest.raises(
+        ValueError,
+        match="global_batch_size is 8, which 3 ranks of micro_batch_size 2 do not divide",
+    ):
         make(shapes, micro_batch_size=2).accumulation(3)
 
 
@@ -114,7 +133,11 @@ def broken(shapes, tmp_path):
     (tmp_path / "broken.json").write_text(json.dumps(records))
 
     def source(on_error):
-        return {"broken": LLaVA(str(tmp_path / "broken.json"), image_root=str(shapes), on_error=on_error)}
+        return {
+            "broken": LLaVA(
+                str(tmp_path / "broken.json"), image_root=str(shapes), on_error=on_error
+            )
+        }
 
     return source
 
@@ -148,7 +171,7 @@ def test_the_report_gives_hashes_shares_and_realised_counts(shapes):
 def test_prompts_are_padded_on_the_left(shapes):
     data = make(shapes)
     source = data.validation["val"]
-    from owlfuse.data.chat import question_samples
+    from owlfuse.evaluation.questions import question_samples
 
     questions = [(q, source) for i in range(2) for q, _, _ in question_samples(source[i])]
     batch = data.prompts(questions)

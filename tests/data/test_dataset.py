@@ -6,10 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
-from owlfuse.data import dataset as module
-from owlfuse.data.dataset import MixtureDataset
-from owlfuse.data.mixture import Mixture
-from owlfuse.data.sampler import GlobalBatchSampler
+from owlfuse.data import loading as module
+from owlfuse.data.loading import GlobalBatchSampler, MixtureDataset
+from owlfuse.data.mixture.mixture import Mixture
 
 SIZES, WEIGHTS = {"a": 50, "b": 7, "c": 90}, {"a": 0.5, "b": 0.2, "c": 0.3}
 
@@ -27,7 +26,9 @@ class Numbers(list):
 
 
 def dataset(mixture):
-    return MixtureDataset(mixture, {name: Numbers(name, size) for name, size in SIZES.items()}, load)
+    return MixtureDataset(
+        mixture, {name: Numbers(name, size) for name, size in SIZES.items()}, load
+    )
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)
@@ -37,7 +38,9 @@ def dataset(mixture):
     ahead=st.sampled_from([(1, 1), (8, 64), (64, 64)]),
     tokens=st.booleans(),
 )
-def test_whatever_is_asked_in_whatever_order_is_what_single_positions_give(starts, count, ahead, tokens):
+def test_whatever_is_asked_in_whatever_order_is_what_single_positions_give(
+    starts, count, ahead, tokens
+):
     lengths = {name: np.arange(size) % 9 + 1 for name, size in SIZES.items()} if tokens else None
     starts = [start % 3000 for start in starts] if tokens else starts
     mixture = Mixture(SIZES, WEIGHTS, 3, lengths=lengths)
@@ -48,16 +51,24 @@ def test_whatever_is_asked_in_whatever_order_is_what_single_positions_give(start
         for start in [*starts, starts[0] + 5]:
             positions = range(start, start + count)
             assert drawn.draws(positions) == [mixture[position] for position in positions]
-            assert drawn.draws(positions[::-3]) == [mixture[position] for position in positions[::-3]]
+            assert drawn.draws(positions[::-3]) == [
+                mixture[position] for position in positions[::-3]
+            ]
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_torch_asks_for_whole_micro_batches_and_no_position_is_looked_up_alone(workers, monkeypatch):
+def test_torch_asks_for_whole_micro_batches_and_no_position_is_looked_up_alone(
+    workers, monkeypatch
+):
     mixture = Mixture(SIZES, WEIGHTS, 3)
-    expected = [[mixture[position] for position in range(start, start + 4)] for start in range(0, 400, 8)]
+    expected = [
+        [mixture[position] for position in range(start, start + 4)] for start in range(0, 400, 8)
+    ]
     monkeypatch.setattr(Mixture, "__getitem__", lambda self, position: pytest.fail("one by one"))
     sampler = GlobalBatchSampler(8, 1, 0, 2, steps=50)
-    loader = DataLoader(dataset(mixture), batch_sampler=sampler, collate_fn=list, num_workers=workers)
+    loader = DataLoader(
+        dataset(mixture), batch_sampler=sampler, collate_fn=list, num_workers=workers
+    )
     assert [[(source.name, sample) for source, sample in batch] for batch in loader] == expected
 
 

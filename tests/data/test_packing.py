@@ -9,9 +9,10 @@ import pytest
 import torch
 from test_datamodule import batches, make
 
-from owlfuse.data.collate import Collator, Skipped
+from owlfuse.core.errors import DataError
+from owlfuse.core.types import Encoded, Skipped
+from owlfuse.data.collate import Collator
 from owlfuse.data.packing import Padding, best_fit, checked, join, least_padding, positions
-from owlfuse.types import DataError, Encoded
 
 
 def samples(lengths, images=0):
@@ -23,7 +24,9 @@ def samples(lengths, images=0):
         count = min(images, length)
         placeholder = torch.arange(length) < count
         pictures = [torch.full((3, 2, 2), 100.0 * k + i) for i in range(count)]
-        made.append(Encoded(f"s{k}", "source", ids, ids.clone(), placeholder, pictures, list(range(count))))
+        made.append(
+            Encoded(f"s{k}", "source", ids, ids.clone(), placeholder, pictures, list(range(count)))
+        )
     return made
 
 
@@ -56,7 +59,9 @@ def test_every_item_is_in_exactly_one_row_and_no_row_is_too_long(seed):
 @pytest.mark.parametrize("seed", range(10))
 def test_it_is_the_best_fit_of_each_item_from_the_longest_on(seed):
     chance = random.Random(seed)
-    lengths = chance.sample(range(1, 60), 40)  # all different, so that ties decide nothing but between equal spaces
+    lengths = chance.sample(
+        range(1, 60), 40
+    )  # all different, so that ties decide nothing but between equal spaces
     assert sum(map(len, best_fit(lengths, 64))) == 40
     assert len(best_fit(lengths, 64)) == len(slow_best_fit(lengths, 64))
     assert best_fit(lengths, 64) == slow_best_fit(lengths, 64)
@@ -68,7 +73,9 @@ def test_the_tightest_row_is_taken_and_not_the_first():
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_packed_rows_never_hold_more_padding_than_unpacked_ones_or_than_rows_of_the_full_length(seed):
+def test_packed_rows_never_hold_more_padding_than_unpacked_ones_or_than_rows_of_the_full_length(
+    seed,
+):
     chance = random.Random(seed)
     lengths = [chance.randint(40, 80) for _ in range(chance.choice([1, 3, 8, 32]))]
     rows = least_padding(lengths, 256)
@@ -82,7 +89,10 @@ def test_packed_rows_never_hold_more_padding_than_unpacked_ones_or_than_rows_of_
 def test_rows_are_as_long_as_leaves_no_row_half_empty():
     assert positions(best_fit([10] * 3, 20), [10] * 3) == 40
     assert least_padding([10] * 3, 20) == [[0], [1], [2]]
-    assert least_padding([10] * 4, 20) == [[0, 1], [2, 3]]  # no padding either way: as few rows as may be
+    assert least_padding([10] * 4, 20) == [
+        [0, 1],
+        [2, 3],
+    ]  # no padding either way: as few rows as may be
     assert least_padding([], 20) == []
     with pytest.raises(ValueError, match="item 0 is 21 long"):
         least_padding([21], 20)
@@ -98,7 +108,9 @@ def test_an_item_longer_than_a_row_is_an_error():
 def test_a_row_that_could_not_hold_the_longest_sample_is_refused_before_anything_is_read(shapes):
     assert checked(None, 512) is None
     assert checked(512, 512) == 512
-    with pytest.raises(ValueError, match="pack_to is 256 and max_length 512: a row must hold the longest sample"):
+    with pytest.raises(
+        ValueError, match="pack_to is 256 and max_length 512: a row must hold the longest sample"
+    ):
         make(shapes, max_length=512, pack_to=256)
 
 
@@ -136,7 +148,17 @@ def test_the_tokens_labels_and_pictures_of_a_packed_batch_are_those_of_its_sampl
 
 def test_joining_knows_every_field_of_a_sample():
     """A new field of `Encoded` wants a line in `join`, which would leave it out otherwise."""
-    known = {"id", "source", "input_ids", "labels", "placeholder", "pixel_values", "image_positions", "turns_removed", "notes"}
+    known = {
+        "id",
+        "source",
+        "input_ids",
+        "labels",
+        "placeholder",
+        "pixel_values",
+        "image_positions",
+        "turns_removed",
+        "notes",
+    }
     assert {field.name for field in dataclasses.fields(Encoded)} == known
 
 

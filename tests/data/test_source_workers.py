@@ -1,4 +1,5 @@
-"""Sources in DataLoader workers, forked and spawned, give what they give in the training process."""
+"""Sources in DataLoader workers, forked and spawned, give what they give in the training
+process."""
 
 import json
 
@@ -30,15 +31,21 @@ def test_forked_workers_share_an_open_file_without_disturbing_each_other(tmp_pat
     source = Captions(str(tmp_path / "a.jsonl"))
     if opened:
         assert len(source) == 400
-    loader = DataLoader(Ids(source), batch_size=5, num_workers=2, collate_fn=list, multiprocessing_context="fork")
+    loader = DataLoader(
+        Ids(source), batch_size=5, num_workers=2, collate_fn=list, multiprocessing_context="fork"
+    )
     again = Captions(str(tmp_path / "a.jsonl"))
     assert [item for batch in loader for item in batch] == [Ids(again)[i] for i in range(400)]
 
 
 def test_a_spawned_worker_opens_the_file_anew(tmp_path):
     chat = [{"from": "human", "value": "?"}, {"from": "gpt", "value": "!"}]
-    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"id": i, "conversations": chat}) + "\n" for i in range(20)))
+    (tmp_path / "a.jsonl").write_text(
+        "".join(json.dumps({"id": i, "conversations": chat}) + "\n" for i in range(20))
+    )
     source = LLaVA(str(tmp_path / "a.jsonl"))
     assert len(source) == 20
-    loader = DataLoader(Ids(source), batch_size=20, num_workers=1, collate_fn=list, multiprocessing_context="spawn")
+    loader = DataLoader(
+        Ids(source), batch_size=20, num_workers=1, collate_fn=list, multiprocessing_context="spawn"
+    )
     assert [identity for identity, _ in next(iter(loader))] == [f"a:{i}" for i in range(20)]

@@ -1,4 +1,5 @@
-"""A sample of questions has every kind in proportion, spread over the pictures, whatever the order of the file."""
+"""A sample of questions has every kind in proportion, spread over the pictures, whatever the
+order of the file."""
 
 from collections import Counter
 from types import SimpleNamespace
@@ -7,10 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from owlfuse.core.types import Sample
 from owlfuse.data.subset import stratified_sample
+from owlfuse.evaluation.benchmarks.base import Question, spread
 from owlfuse.evaluation.metrics import counts_of, sample_questions, score
-from owlfuse.tasks.base import Question, spread
-from owlfuse.types import Sample
 
 KINDS = ["color", "shape", "count", "position", "size", "presence"]
 
@@ -18,7 +19,11 @@ KINDS = ["color", "shape", "count", "position", "size", "presence"]
 def questions(pictures, kinds=KINDS, named=True):
     """As many questions of each picture as there are kinds, always in the same order."""
     return [
-        (Sample(f"val:{picture}#{number}", "val", [], [f"{picture}.png"]), "yes", kind if named else "")
+        (
+            Sample(f"val:{picture}#{number}", "val", [], [f"{picture}.png"]),
+            "yes",
+            kind if named else "",
+        )
         for picture in range(pictures)
         for number, kind in enumerate(kinds)
     ]
@@ -31,7 +36,10 @@ def number_of(question):
 @pytest.mark.parametrize("named", [True, False])
 @pytest.mark.parametrize("limit", [6, 20, 60, 600, 2399])
 def test_each_kind_is_asked_in_proportion_whatever_its_place_in_the_chats(limit, named):
-    """Six questions a picture, of which every (n / limit)-th were all of the first kind. Without names the places count."""
+    """Six questions a picture, of which every (n / limit)-th were all of the first kind.
+
+    Without names the places count.
+    """
     asked = sample_questions(questions(400, named=named), limit)
     counts = Counter(map(number_of, asked))
     assert len(asked) == len({question[0].id for question in asked}) == limit
@@ -55,7 +63,9 @@ def test_the_share_of_each_kind_is_within_one_of_its_share_of_all(items, limit):
         assert mine[kind] <= count
         if limit >= len(all_kinds):
             assert mine[kind] >= 1
-        raised = sum(size * limit < len(items) for size in all_kinds.values())  # to one of a small kind
+        raised = sum(
+            size * limit < len(items) for size in all_kinds.values()
+        )  # to one of a small kind
         assert abs(mine[kind] - count * min(limit, len(items)) / len(items)) <= 1 + raised
     assert stratified_sample(kinds, pictures, limit) == chosen
 
@@ -63,7 +73,10 @@ def test_the_share_of_each_kind_is_within_one_of_its_share_of_all(items, limit):
 def test_no_limit_and_a_limit_above_all_ask_everything_in_order():
     everything = questions(3)
     assert (
-        sample_questions(everything, None) == sample_questions(everything, 18) == sample_questions(everything, 99) == everything
+        sample_questions(everything, None)
+        == sample_questions(everything, 18)
+        == sample_questions(everything, 99)
+        == everything
     )
 
 
@@ -83,7 +96,14 @@ def test_what_was_not_measured_has_no_figure():
 def test_a_benchmark_is_sampled_by_its_groups_and_a_unit_stays_whole(limit):
     """Groups take turns in the file, and the four rotations of a question are one unit."""
     asked = [
-        Question(f"{number}-{rotation}", [], [f"{number // 3}.png"], "A", group=f"group {number % 3}", unit=str(number))
+        Question(
+            f"{number}-{rotation}",
+            [],
+            [f"{number // 3}.png"],
+            "A",
+            group=f"group {number % 3}",
+            unit=str(number),
+        )
         for number in range(300)
         for rotation in range(4)
     ]
@@ -98,9 +118,11 @@ def test_a_benchmark_is_sampled_by_its_groups_and_a_unit_stays_whole(limit):
 
 @pytest.mark.parametrize("limit", [0, -3])
 def test_a_limit_that_asks_nothing_is_refused(limit):
-    from owlfuse.evaluation import Evaluation
+    from owlfuse.evaluation.validation import Evaluation
 
-    with pytest.raises(ValueError, match="evaluation.max_questions is .* expected at least 1, or null for all"):
+    with pytest.raises(
+        ValueError, match="evaluation.max_questions is .* expected at least 1, or null for all"
+    ):
         Evaluation(max_questions=limit)
 
 
@@ -109,9 +131,13 @@ def test_validation_during_training_is_no_run_of_one_kind():
     from owlfuse.data.datamodule import ChatData
 
     source = [f"sample {index}" for index in range(400)]
-    data = SimpleNamespace(validation={"val": source}, load=None, loader=lambda dataset, **options: dataset)
+    data = SimpleNamespace(
+        validation={"val": source}, load=None, loader=lambda dataset, **options: dataset
+    )
     indices = ChatData.validation_loader(data, "val", 40).indices
     assert len(indices) == len(set(indices)) == 40
     assert list(indices) == sorted(indices)
-    assert all(sum(low <= index < low + 100 for index in indices) >= 2 for low in (0, 100, 200, 300))
+    assert all(
+        sum(low <= index < low + 100 for index in indices) >= 2 for low in (0, 100, 200, 300)
+    )
     assert list(ChatData.validation_loader(data, "val", None).indices) == list(range(400))

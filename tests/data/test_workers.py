@@ -13,14 +13,14 @@ from torch.multiprocessing import get_sharing_strategy
 
 from owlfuse.data.datamodule import ChatData
 from owlfuse.data.formats.llava import LLaVA
-from owlfuse.vision import Preprocessing
+from owlfuse.model.vision.backbone import Preprocessing
 
 RUN = """
 import os, signal, sys, time
 from types import SimpleNamespace
 from owlfuse.data.datamodule import ChatData
 from owlfuse.data.formats.llava import LLaVA
-from owlfuse.vision import Preprocessing
+from owlfuse.model.vision.backbone import Preprocessing
 folder, bad, out, *ends = sys.argv[1:]
 
 def train(end):
@@ -73,15 +73,30 @@ def test_no_process_is_left_behind(shapes, tmp_path):
     records = json.loads((shapes / "train.json").read_text())
     records[40]["image"] = "nowhere.png"
     (tmp_path / "bad.json").write_text(json.dumps(records))
-    expected = {"error": "on purpose", "sample": "no image nowhere.png", "Ctrl-C": "KeyboardInterrupt", "kill": ""}
-    command = [sys.executable, "-c", RUN, str(shapes), str(tmp_path / "bad.json"), str(tmp_path), *expected]
+    expected = {
+        "error": "on purpose",
+        "sample": "no image nowhere.png",
+        "Ctrl-C": "KeyboardInterrupt",
+        "kill": "",
+    }
+    command = [
+        sys.executable,
+        "-c",
+        RUN,
+        str(shapes),
+        str(tmp_path / "bad.json"),
+        str(tmp_path),
+        *expected,
+    ]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     programs = dict(zip(expected, map(int, process.stdout.readline().split())))
     assert len(programs) == 4
     workers = {}
     try:
         for end in programs:
-            started = wait_for(lambda file=tmp_path / f"{end}.out": file.exists() and file.read_text().split(), 60)
+            started = wait_for(
+                lambda file=tmp_path / f"{end}.out": file.exists() and file.read_text().split(), 60
+            )
             workers[end] = [int(pid) for pid in started or []]
             assert len(workers[end]) == 2, (tmp_path / f"{end}.err").read_text()
         os.killpg(programs["Ctrl-C"], signal.SIGINT)  # as a terminal does: to all processes
@@ -92,13 +107,23 @@ def test_no_process_is_left_behind(shapes, tmp_path):
             assert message in (tmp_path / f"{end}.err").read_text()
             assert wait_for(lambda end=end: not any(alive(pid) for pid in workers[end]), 15), end
     finally:
-        for pid in (process.pid, *programs.values(), *(pid for pids in workers.values() for pid in pids)):
+        for pid in (
+            process.pid,
+            *programs.values(),
+            *(pid for pids in workers.values() for pid in pids),
+        ):
             if alive(pid):
                 os.kill(pid, signal.SIGKILL)
 
 
 def test_workers_start_once_and_hand_pixels_over_in_shared_memory(shapes):
-    data = ChatData(str(shapes / "tokenizer"), {"s": LLaVA(str(shapes / "train.json"))}, {}, global_batch_size=4, workers=2)
+    data = ChatData(
+        str(shapes / "tokenizer"),
+        {"s": LLaVA(str(shapes / "train.json"))},
+        {},
+        global_batch_size=4,
+        workers=2,
+    )
     data.bind(Preprocessing((16, 16), (0.5,) * 3, (0.5,) * 3, "bilinear"), 2)
     data.trainer = SimpleNamespace(distributed_sampler_kwargs=None, max_steps=6, global_step=0)
     loader = data.train_dataloader()
@@ -117,14 +142,21 @@ def test_what_workers_do_not_use_is_told_once_whichever_of_them_reads_it(shapes,
     records = [{"image": image, "topic": f"t{n}", "conversations": chat} for n in range(16)]
     (shapes / "noted.json").write_text(json.dumps(records))
     source = LLaVA(str(shapes / "noted.json"), image_root=str(shapes))
-    data = ChatData(str(shapes / "tokenizer"), {"noted": source}, {}, global_batch_size=4, workers=2)
+    data = ChatData(
+        str(shapes / "tokenizer"), {"noted": source}, {}, global_batch_size=4, workers=2
+    )
     data.bind(Preprocessing((8, 8), (0.5,) * 3, (0.5,) * 3, "bilinear"), 2)
     data.trainer = SimpleNamespace(distributed_sampler_kwargs=None, max_steps=8, global_step=0)
     notes = [note for batch in data.train_dataloader() for note in batch.notes]
     data.notes.add(notes)
     assumed, unused = sorted(record.getMessage() for record in caplog.records)
-    assert assumed.startswith("source noted: a picture that no mark shows is put first in the first question (first in sample")
-    assert unused.startswith("source noted: not used: a turn's 'markdown', a record's 'topic' (first in sample noted:")
+    assert assumed.startswith(
+        "source noted: a picture that no mark shows is put first in the first question (first in "
+        "sample"
+    )
+    assert unused.startswith(
+        "source noted: not used: a turn's 'markdown', a record's 'topic' (first in sample noted:"
+    )
     row = data.report(8, [], notes=data.notes.counts)["sources"]["noted"]
     put_first = "a picture that no mark shows is put first in the first question"
     expected = {put_first, "not used: a turn's 'markdown'", "not used: a record's 'topic'"}

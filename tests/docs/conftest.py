@@ -29,8 +29,14 @@ def questions(examples):
     colors = ("red", "green", "blue", "white")
     for color in colors:
         Image.new("RGB", (40, 30), color).save(examples / "pictures" / f"{color}.png")
-    asked = [{"picture": f"{c}.png", "question": "What color is it?", "answer": c, "author": "me"} for c in colors]
+    asked = [
+        {"picture": f"{c}.png", "question": "What color is it?", "answer": c, "author": "me"}
+        for c in colors
+    ]
     (examples / "questions.json").write_text(json.dumps({"questions": asked}))
-    counted = [{"id": n, "image": f"{c}.png", "question": "How many?", "number": n} for n, c in enumerate(colors)]
+    counted = [
+        {"id": n, "image": f"{c}.png", "question": "How many?", "number": n}
+        for n, c in enumerate(colors)
+    ]
     (examples / "counts.json").write_text(json.dumps(counted))
     return examples

@@ -5,15 +5,15 @@ from pathlib import Path
 
 import pytest
 from omegaconf import OmegaConf
-from pages import PAGES, commands, files
 
 from helpers import REPO
-from owlfuse.ablation.file import read_ablation
-from owlfuse.ablation.run import split_words
-from owlfuse.cli_parser import make_parser
-from owlfuse.config import compose, compose_root, sweep_cells
-from owlfuse.config_files import find_folders
-from owlfuse.config_hydra import read_overrides
+from owlfuse.__main__ import make_parser
+from owlfuse.config.compose import compose, compose_root, sweep_cells
+from owlfuse.config.folders import find_folders
+from owlfuse.config.hydra import read_overrides
+from owlfuse.studies.ablation.file import read_ablation
+from owlfuse.studies.ablation.run import split_words
+from pages import PAGES, commands, files
 
 SHOWN = sorted({tuple(words) for page in PAGES for words in commands(page)})
 TAKES_OVERRIDES = ("train", "config", "mixture", "recipe", "ablate")
@@ -38,12 +38,20 @@ def overrides_of(arguments):
     if arguments.command == "recipe":
         assert arguments.recipe in find_folders().recipe_names
         stage = find_folders().stage_names(arguments.recipe)[0]
-        return [f"experiment={arguments.recipe}/{stage}", *(w for w in words if not w.startswith("stages."))]
+        return [
+            f"experiment={arguments.recipe}/{stage}",
+            *(w for w in words if not w.startswith("stages.")),
+        ]
     if arguments.command == "ablate":
         ablation = read_ablation(arguments.ablation, find_folders().ablation(arguments.ablation))
         levels = [next(iter(factor.levels.values())) for factor in ablation.factors]
         own = [word for word in split_words(words)[1] if not word.startswith("launcher.")]
-        return [f"experiment={ablation.base}", *ablation.overrides, *(w for level in levels for w in level), *own]
+        return [
+            f"experiment={ablation.base}",
+            *ablation.overrides,
+            *(w for level in levels for w in level),
+            *own,
+        ]
     return words if arguments.command in TAKES_OVERRIDES else None
 
 
@@ -61,7 +69,9 @@ def test_every_command_parses_and_names_options_that_there_are(shown_files):
     for program, *words in SHOWN:
         if program == "make":
             assert words[0] in targets, words
-        elif (overrides := overrides_of(arguments := parsed(words))) is not None and arguments.command != "eval":
+        elif (
+            overrides := overrides_of(arguments := parsed(words))
+        ) is not None and arguments.command != "eval":
             lines = [word for word in overrides if not word.startswith("resume=")]
             read_overrides(lines, find_folders(), sweep=getattr(arguments, "multirun", False))
 
@@ -83,7 +93,9 @@ def composed(words):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("words", [words for program, *words in SHOWN if program == "owlfuse"], ids=" ".join)
+@pytest.mark.parametrize(
+    "words", [words for program, *words in SHOWN if program == "owlfuse"], ids=" ".join
+)
 def test_the_command_composes(shown_files, words):
     composed(words)
 

@@ -30,7 +30,9 @@ def test_every_key_has_a_meaning(reference, tables):
 
 
 def test_a_key_without_a_word_on_it_is_found_by_its_name(reference):
-    table = reference.Table("model.x", "a.B", ["one"], {"k": reference.Key("k", "text (str)", "")}, [])
+    table = reference.Table(
+        "model.x", "a.B", ["one"], {"k": reference.Key("k", "text (str)", "")}, []
+    )
     assert reference.undocumented({"model/x": [table]}) == ["model/x: a.B.k"]
 
 
@@ -46,8 +48,14 @@ def test_every_key_of_every_yaml_is_in_a_table(tables):
 
 def test_defaults_are_those_of_the_yaml_and_else_of_the_signature(tables):
     [vision] = tables["model/vision"]
-    assert vision.keys["image_size"].defaults == {"convnet": 64, "efficientnet_lite0": 128, "timm": None}
-    abstractor = next(table for table in tables["model/connector"] if table.options[0] == "abstractor_owl1")
+    assert vision.keys["image_size"].defaults == {
+        "convnet": 64,
+        "efficientnet_lite0": 128,
+        "timm": None,
+    }
+    abstractor = next(
+        table for table in tables["model/connector"] if table.options[0] == "abstractor_owl1"
+    )
     assert abstractor.keys["eps"].defaults["abstractor_owl2"] == 1e-6  # in no yaml
     assert vision.keys["output"].kind == "one of 'last', 'penultimate'"
     assert "as mPLUG-Owl3 reads SigLIP" in vision.keys["output"].meaning

@@ -5,18 +5,31 @@ import subprocess
 import sys
 
 import pytest
-from pages import PAGES
 
 from helpers import REPO
+from pages import PAGES
 
-ELSEWHERE = re.compile(r"""<(?:script|img|link|iframe|source|video)\b[^>]*\b(?:src|href)=["'](?:https?:)?//[^"']*["'][^>]*>""")
+ELSEWHERE = re.compile(
+    r"""<(?:script|img|link|iframe|source|video)\b[^>]*\b(?:src|href)=["'](?:https?:)?//[^"']*["'][^>]*>"""
+)
 CSS_ELSEWHERE = re.compile(r"""(?:@import\s+(?:url\()?|url\()\s*["']?(?:https?:)?//""")
 
 
 @pytest.mark.slow
 def test_the_pages_build_without_a_warning_and_ask_no_other_machine(tmp_path):
     pytest.importorskip("sphinx")
-    command = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q", "-b", "html", REPO / "docs", tmp_path]
+    command = [
+        sys.executable,
+        "-m",
+        "sphinx",
+        "-W",
+        "--keep-going",
+        "-q",
+        "-b",
+        "html",
+        REPO / "docs",
+        tmp_path,
+    ]
     built = subprocess.run(command, capture_output=True, text=True)
     assert built.returncode == 0, built.stderr[-4000:]
     pages = sorted(tmp_path.rglob("*.html"))
@@ -45,5 +58,9 @@ def test_the_readme_is_one_screen_and_a_half():
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(REPO).as_posix())
 def test_links_between_the_files_lead_somewhere(page):
     text = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
-    links = [link for link in re.findall(r"\]\(([^)]+)\)", text) if "://" not in link and not link.startswith("#")]
+    links = [
+        link
+        for link in re.findall(r"\]\(([^)]+)\)", text)
+        if "://" not in link and not link.startswith("#")
+    ]
     assert [link for link in links if not (page.parent / link.partition("#")[0]).exists()] == []

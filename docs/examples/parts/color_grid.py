@@ -3,11 +3,12 @@
 import torch
 from torch import Tensor, nn
 
-from owlfuse.vision import Preprocessing
+from owlfuse.model.vision.backbone import Preprocessing
 
 
 class ColorGrid(nn.Module):
-    """A backbone of one layer: the mean and the variance of the colors in each cell of a grid, projected.
+    """A backbone of one layer: the mean and the variance of the colors in each cell of a grid,
+    projected.
 
     Args:
         side: cells in a row and in a column.
@@ -25,7 +26,9 @@ class ColorGrid(nn.Module):
         self.width = width
         self.patches = side * side
         self.grid = (side, side)
-        self.preprocessing = Preprocessing((image_size, image_size), (0.5, 0.5, 0.5), (0.5, 0.5, 0.5), "bicubic")
+        self.preprocessing = Preprocessing(
+            (image_size, image_size), (0.5, 0.5, 0.5), (0.5, 0.5, 0.5), "bicubic"
+        )
         self.pool = nn.AvgPool2d(image_size // side)
         self.proj = nn.Linear(6, width)
 

@@ -7,7 +7,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from owlfuse.tasks.base import Question, Task, mean, read_json, value
+from owlfuse.core.files import read_json
+from owlfuse.evaluation.benchmarks.base import Question, Task, mean, value
 
 
 @dataclass(kw_only=True)
@@ -15,7 +16,8 @@ class Counting(Task):
     """A list of `{"id", "image", "question", "number"}`.
 
     Args:
-        largest: the largest distance from the right number that counts; an answer without a number is so far away.
+        largest: the largest distance from the right number that counts; an answer without a number
+            is so far away.
     """
 
     largest: int = 10
@@ -28,7 +30,12 @@ class Counting(Task):
         """See `Task`."""
         image = value(record, "image", str, where)
         messages = self.asked(value(record, "question", str, where), [image])
-        yield Question(str(value(record, "id", (int, str), where)), messages, [image], value(record, "number", int, where))
+        yield Question(
+            str(value(record, "id", (int, str), where)),
+            messages,
+            [image],
+            value(record, "number", int, where),
+        )
 
     def distance(self, line: dict[str, Any]) -> int:
         """Between the first number of the answer and the right one."""
@@ -41,4 +48,7 @@ class Counting(Task):
 
     def metrics(self, lines: list[dict[str, Any]]) -> dict[str, float]:
         """The share that is right, and the mean distance."""
-        return {"accuracy": mean([line["score"] for line in lines]), "distance": mean([self.distance(line) for line in lines])}
+        return {
+            "accuracy": mean([line["score"] for line in lines]),
+            "distance": mean([self.distance(line) for line in lines]),
+        }

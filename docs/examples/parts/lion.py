@@ -5,11 +5,14 @@ from typing import Any
 from timm.optim import Lion
 from torch.optim import Optimizer
 
-from owlfuse.optim import AdamWCosine
+from owlfuse.training.optim import AdamWCosine
 
 
 class LionCosine(AdamWCosine):
-    """Lion (arXiv 2302.06675): the sign of a running mean. Its learning rate is a third to a tenth of AdamW's."""
+    """Lion (arXiv 2302.06675): the sign of a running mean.
+
+    Its learning rate is a third to a tenth of AdamW's.
+    """
 
     def optimizer(self, groups: list[dict[str, Any]]) -> Optimizer:
         """See `AdamWCosine`."""

@@ -7,13 +7,14 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from owlfuse.fusion.base import Fusion, splice
-from owlfuse.llm import width
-from owlfuse.types import Batch, VisualTokens
+from owlfuse.core.types import Batch, VisualTokens
+from owlfuse.model.fusion.base import Fusion, splice
+from owlfuse.model.llm import width
 
 
 class Pooled(Fusion):
-    """An image takes one text position, which holds the mean of its visual tokens, times a learned vector."""
+    """An image takes one text position, which holds the mean of its visual tokens, times a
+    learned vector."""
 
     tokens_per_image = 1
 
@@ -28,7 +29,12 @@ class Pooled(Fusion):
         self.scale = nn.Parameter(torch.ones(width(llm)))
 
     def forward(
-        self, embeddings: Tensor, visual: VisualTokens, batch: Batch, position_ids: Tensor, llm: PreTrainedModel
+        self,
+        embeddings: Tensor,
+        visual: VisualTokens,
+        batch: Batch,
+        position_ids: Tensor,
+        llm: PreTrainedModel,
     ) -> tuple[Tensor, dict[str, Any]]:
         """See `Fusion.forward`."""
         pooled = visual.tokens.mean(dim=1, keepdim=True) * self.scale  # (N, 1, D)

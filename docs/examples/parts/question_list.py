@@ -5,13 +5,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from owlfuse.core.errors import DataError
+from owlfuse.core.types import Sample
 from owlfuse.data.formats.base import PictureSource, field, without
-from owlfuse.types import DataError, Sample
 
 
 @dataclass(eq=False)
 class QuestionList(PictureSource):
-    """A list of questions, a chat each. Its fields are keys of the yaml, behind those of every source.
+    """A list of questions, a chat each. Its fields are keys of the yaml, behind those of every
+    source.
 
     Args:
         system: a text for the system turn; by default there is none.
@@ -34,6 +36,8 @@ class QuestionList(PictureSource):
             {"role": "assistant", "content": [{"type": "text", "text": answer}]},
         ]
         if self.system:
-            messages.insert(0, {"role": "system", "content": [{"type": "text", "text": self.system}]})
+            messages.insert(
+                0, {"role": "system", "content": [{"type": "text", "text": self.system}]}
+            )
         metadata = without(record, "picture", "question", "answer")
         return Sample(name, self.name, messages, [field(record, "picture", str, name)], metadata)

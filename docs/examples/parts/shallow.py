@@ -4,7 +4,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from owlfuse.llm import decoder_layers, load_llm
+from owlfuse.model.llm import decoder_layers, load_llm
 
 
 def load_shallow(

@@ -1,13 +1,14 @@
 """A policy of training: what is a vector."""
 
-from owlfuse.adapters import Frozen, Part
+from owlfuse.model.adapters import Frozen, Part
 
 
 class Vectors:
-    """Norms and biases are trained, matrices and kernels are not (BitFit, arXiv 2106.10199, with the norms)."""
+    """Norms and biases are trained, matrices and kernels are not (BitFit, arXiv 2106.10199, with
+    the norms)."""
 
     def apply(self, part: Part) -> None:
-        """See `owlfuse.adapters.Policy`.
+        """See `owlfuse.model.adapters.Policy`.
 
         Raises:
             ValueError: a part without vectors.

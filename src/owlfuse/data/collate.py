@@ -10,25 +10,16 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from owlfuse.core.types import Batch, Encoded, Note, Skipped
 from owlfuse.data.packing import join, pack
-from owlfuse.types import Batch, Encoded, Note
-
-
-@dataclass(frozen=True)
-class Skipped:
-    """A sample left out by its source's policy."""
-
-    source: str
-    sample: str
-    reason: str
 
 
 @dataclass
 class Collator:
     """Pads rows to the longest, and puts one blank image into a batch without images.
 
-    With `pack_to`, the samples of a batch share rows of at most so many tokens (see `packing.pack`). Nothing is carried over:
-    every sample of the batch is in one row of it.
+    With `pack_to`, the samples of a batch share rows of at most so many tokens (see
+    `packing.pack`). Nothing is carried over: every sample of the batch is in one row of it.
     """
 
     pad_id: int
@@ -38,11 +29,16 @@ class Collator:
     pack_to: int | None = None
 
     def __call__(self, items: Sequence[Encoded | Skipped]) -> Batch:
-        """A batch of the items that are not skipped; where all are, of one row without anything to learn, so that a rank goes
-        on with the others. Raises DataError for a sample longer than `pack_to`."""
+        """A batch of the items that are not skipped; where all are, of one row without anything to
+        learn, so that a rank goes on with the others. Raises DataError for a sample longer than
+        `pack_to`."""
         samples = [item for item in items if isinstance(item, Encoded)]
-        skipped = [(item.source, item.sample, item.reason) for item in items if isinstance(item, Skipped)]
-        truncated = [(one.source, one.id, one.turns_removed) for one in samples if one.turns_removed]
+        skipped = [
+            (item.source, item.sample, item.reason) for item in items if isinstance(item, Skipped)
+        ]
+        truncated = [
+            (one.source, one.id, one.turns_removed) for one in samples if one.turns_removed
+        ]
         segments: tuple[Any, ...] | None = None
         rows: Sequence[Encoded]
         if self.pack_to is None or not samples:
@@ -76,7 +72,9 @@ class Collator:
     def nothing(self) -> Encoded:
         """A row of one padding token, which nothing is learned from."""
         pad = torch.tensor([self.pad_id])
-        return Encoded("", "", pad, torch.full((1,), -100), torch.zeros(1, dtype=torch.bool), [], [])
+        return Encoded(
+            "", "", pad, torch.full((1,), -100), torch.zeros(1, dtype=torch.bool), [], []
+        )
 
     def pad(self, rows: Sequence[Tensor], length: int, value: int | bool) -> Tensor:
         """Rows (T_i,) -> (B, T)."""
@@ -87,7 +85,8 @@ class Collator:
         return out
 
     def places(self, rows: Sequence[Encoded], length: int) -> tuple[Tensor, Tensor]:
-        """Which images each row has (-1: none), and where their first placeholders stand (T: nowhere), (B, I) each."""
+        """Which images each row has (-1: none), and where their first placeholders stand (T:
+        nowhere), (B, I) each."""
         most = max(1, *(len(row.image_positions) for row in rows))
         index = torch.full((len(rows), most), -1)
         positions = torch.full((len(rows), most), length)
@@ -109,4 +108,6 @@ def counted_notes(samples: Sequence[Encoded]) -> list[tuple[str, str, Note, int]
         for note in sample.notes:
             firsts.setdefault((sample.source, note), sample.id)
             counts[sample.source, note] += 1
-    return [(source, sample, note, counts[source, note]) for (source, note), sample in firsts.items()]
+    return [
+        (source, sample, note, counts[source, note]) for (source, note), sample in firsts.items()
+    ]

@@ -10,24 +10,24 @@ from typing import Any, Literal
 import lightning
 from torch.utils.data import DataLoader, Dataset
 
-from owlfuse.data.chat import ChatEncoder
-from owlfuse.data.chat_tokenizer import chat_tokenizer
+from owlfuse.core.errors import DataError
+from owlfuse.core.types import Batch, Encoded, Sample
+from owlfuse.data.chat.encoder import ChatEncoder
+from owlfuse.data.chat.tokenizer import chat_tokenizer
+from owlfuse.data.chat.truncation import OnLength, check_policies, policy_of
 from owlfuse.data.collate import Collator
-from owlfuse.data.dataset import MixtureDataset, SourceDataset
 from owlfuse.data.formats.base import Source
-from owlfuse.data.images import MAX_PIXELS
-from owlfuse.data.lengths import Lengths, count_lengths
+from owlfuse.data.loading import GlobalBatchSampler, MixtureDataset, SourceDataset
+from owlfuse.data.media.images import MAX_PIXELS
+from owlfuse.data.media.pictures import Pictures, Preprocess
+from owlfuse.data.media.video import VideoSampling
+from owlfuse.data.mixture.lengths import Lengths, count_lengths
+from owlfuse.data.mixture.mixture import make_mixture
+from owlfuse.data.mixture.positions import StepPositions
+from owlfuse.data.mixture.report import mixture_report, validation_report
 from owlfuse.data.notes import NoteCounts, NotesLog
 from owlfuse.data.packing import Padding, checked
-from owlfuse.data.pictures import Pictures, Preprocess
-from owlfuse.data.positions import StepPositions
-from owlfuse.data.report import mixture_report, validation_report
-from owlfuse.data.sampler import GlobalBatchSampler
-from owlfuse.data.truncation import OnLength, check_policies, policy_of
-from owlfuse.data.video import VideoSampling
-from owlfuse.data.weighting import make_mixture
 from owlfuse.data.workers import DataWorkers, ignore_signals
-from owlfuse.types import Batch, DataError, Encoded, Sample
 
 LOOKED_AT = 16
 """Records of a source by which the line break behind its pictures is known."""
@@ -39,23 +39,31 @@ class ChatData(lightning.LightningDataModule):
     Args:
         tokenizer: a folder or a hub name.
         sources: what is trained on, by name.
-        validation: what is evaluated, by name. Results of `a_b` stand beside those of `a` (see `evaluation`).
+        validation: what is evaluated, by name. Results of `a_b` stand beside those of `a` (see
+            `evaluation`).
         global_batch_size: samples of one optimizer step, over all ranks and accumulation steps.
-        micro_batch_size: samples that one rank takes at a time; by default the global batch over the ranks.
+        micro_batch_size: samples that one rank takes at a time; by default the global batch over
+            the ranks.
         workers: processes that load data; 0 loads in the training process.
         max_length: in tokens, of a sample.
-        pack_to: the samples of a micro batch share rows of at most so many tokens in training; None: a row is one sample.
-        on_length: what becomes of a longer sample, for all sources or by source (see `data.truncation`).
-        chat_template: a template's name (see `data/templates`) or a .jinja file, in the place of the tokenizer's own.
+        pack_to: the samples of a micro batch share rows of at most so many tokens in training;
+            None: a row is one sample.
+        on_length: what becomes of a longer sample, for all sources or by source (see
+            `data.truncation`).
+        chat_template: a template's name (see `data/chat/templates`) or a .jinja file, in the place
+            of the tokenizer's own.
         max_pixels: of a picture; one with more is refused before it is decoded.
         seed: of the order in which samples are drawn, and of which pictures are tiled.
-        validation_samples: how many samples of each validation source are looked at during training.
+        validation_samples: how many samples of each validation source are looked at during
+            training.
         prepare: called before anything is read; it writes data that are made on the spot.
         folder: where the data lie, for the other keys of a yaml to refer to.
-        video: how frames of videos are chosen where a source does not say, the keys of a `VideoSampling`.
-        weights_by: what the shares are of: samples, or supervised tokens, which are counted once (see `lengths`).
-        thinking: whether a question asks for a thought before the answer, where the chat template knows of thoughts; an answer
-            is scored without it.
+        video: how frames of videos are chosen where a source does not say, the keys of a
+            `VideoSampling`.
+        weights_by: what the shares are of: samples, or supervised tokens, which are counted once
+            (see `lengths`).
+        thinking: whether a question asks for a thought before the answer, where the chat template
+            knows of thoughts; an answer is scored without it.
         temperature, at_end, weights_at: see `make_mixture`; `weights_at` counts in optimizer steps.
     """
 
@@ -90,7 +98,9 @@ class ChatData(lightning.LightningDataModule):
             source.name = name
         self.sources = sources
         self.validation = validation
-        self.validation_skipped: dict[tuple[str, str, str], None] = {}  # in the order in which they were found
+        self.validation_skipped: dict[
+            tuple[str, str, str], None
+        ] = {}  # in the order in which they were found
         self.validation_truncated: dict[tuple[str, str, int], None] = {}
         self.notes = NotesLog()
         self.global_batch_size = global_batch_size
@@ -108,22 +118,32 @@ class ChatData(lightning.LightningDataModule):
         self.weights_by = weights_by
         check_policies(on_length, [*sources, *validation])
         self.on_length = on_length
-        self.tokenizer = chat_tokenizer(tokenizer, chat_template, break_behind_images(sources.values()))
+        self.tokenizer = chat_tokenizer(
+            tokenizer, chat_template, break_behind_images(sources.values())
+        )
         self.thinking = thinking
         self.step_positions = StepPositions.of(global_batch_size)
-        self.mix = partial(make_mixture, sources, seed, weights_at=weights_at, at_end=at_end, temperature=temperature)
+        self.mix = partial(
+            make_mixture,
+            sources,
+            seed,
+            weights_at=weights_at,
+            at_end=at_end,
+            temperature=temperature,
+        )
         if weights_by == "samples":
             self.mixture = self.mix(self.step_positions)
 
     def go_on(self, step: int, before: StepPositions) -> None:
-        """Makes the mixture of a run that goes on at a step: the samples until there were drawn by global batches as they were
-        then. Call it before `bind`."""
+        """Makes the mixture of a run that goes on at a step: the samples until there were drawn by
+        global batches as they were then. Call it before `bind`."""
         self.step_positions = before.changed(step, self.global_batch_size)
         if self.weights_by == "samples":
             self.mixture = self.mix(self.step_positions)
 
     def bind(self, preprocess: Preprocess, tokens_per_image: int) -> None:
-        """Takes what only the model knows: how pictures become pixels, and how many positions an image takes."""
+        """Takes what only the model knows: how pictures become pixels, and how many positions an
+        image takes."""
         self.encoder = ChatEncoder(self.tokenizer, tokens_per_image, self.max_length, self.thinking)
         self.pictures = Pictures(preprocess, self.max_pixels, self.seed, self.video)
         if self.weights_by == "tokens":
@@ -133,7 +153,10 @@ class ChatData(lightning.LightningDataModule):
     def lengths(self) -> dict[str, Lengths]:
         """The counts of each source, from where they were kept or by encoding all samples."""
         policies = {name: policy_of(self.on_length, name) for name in self.sources}
-        return {name: count_lengths(one, self.encoder, on_length=policies[name]) for name, one in self.sources.items()}
+        return {
+            name: count_lengths(one, self.encoder, on_length=policies[name])
+            for name, one in self.sources.items()
+        }
 
     @property
     def vocab_size(self) -> int:
@@ -149,17 +172,20 @@ class ChatData(lightning.LightningDataModule):
         micro = self.micro_batch_size or max(1, self.global_batch_size // ranks)
         if self.global_batch_size % (micro * ranks):
             raise ValueError(
-                f"global_batch_size is {self.global_batch_size}, which {ranks} ranks of micro_batch_size {micro} do not divide"
+                f"global_batch_size is {self.global_batch_size}, which {ranks} ranks of "
+                f"micro_batch_size {micro} do not divide"
             )
         return self.global_batch_size // (micro * ranks)
 
     def steps(self, asked: int) -> int:
-        """Optimizer steps of a run: those asked for, or as many whole global batches as the schedule has. Raises DataError."""
+        """Optimizer steps of a run: those asked for, or as many whole global batches as the
+        schedule has. Raises DataError."""
         positions = self.mixture.available(self.step_positions.position(asked))
         steps = int(self.step_positions.step(positions))
         if steps == 0:
             raise DataError(
-                f"the schedule has {positions} samples and then ends (at_end); a global batch takes {self.global_batch_size}"
+                f"the schedule has {positions} samples and then ends (at_end); a global batch "
+                f"takes {self.global_batch_size}"
             )
         return steps
 
@@ -167,7 +193,10 @@ class ChatData(lightning.LightningDataModule):
         """From the trainer's step on, so that a resumed run goes on where it was."""
         trainer = self.trainer
         assert trainer is not None
-        place = trainer.distributed_sampler_kwargs or {"rank": 0, "num_replicas": 1}  # tensor ranks share their rows
+        place = trainer.distributed_sampler_kwargs or {
+            "rank": 0,
+            "num_replicas": 1,
+        }  # tensor ranks share their rows
         sampler = GlobalBatchSampler(
             self.global_batch_size,
             self.accumulation(place["num_replicas"]),
@@ -178,17 +207,25 @@ class ChatData(lightning.LightningDataModule):
             first_position=self.step_positions.position(trainer.global_step),
         )
         dataset = MixtureDataset(self.mixture, self.sources, self.load)
-        options: dict[str, Any] = {"num_workers": self.workers, "persistent_workers": self.workers > 0}
+        options: dict[str, Any] = {
+            "num_workers": self.workers,
+            "persistent_workers": self.workers > 0,
+        }
         if self.workers:
             options["multiprocessing_context"] = self.data_workers.context
         return self.loader(dataset, self.pack_to, batch_sampler=sampler, **options)
 
     def val_dataloader(self) -> dict[str, DataLoader]:
         """Samples of each validation source, whole chats, the same at every step."""
-        return {name: self.validation_loader(name, self.validation_samples) for name in self.validation}
+        return {
+            name: self.validation_loader(name, self.validation_samples) for name in self.validation
+        }
 
-    def validation_loader(self, name: str, limit: int | None = None, batch_size: int = 32) -> DataLoader:
-        """Whole chats of one validation source in their own order; with a limit, a seeded sample of them."""
+    def validation_loader(
+        self, name: str, limit: int | None = None, batch_size: int = 32
+    ) -> DataLoader:
+        """Whole chats of one validation source in their own order; with a limit, a seeded sample
+        of them."""
         source = self.validation[name]
         indices: Sequence[int] = range(len(source))
         if limit is not None and limit < len(source):  # the first ones may all be of one kind
@@ -220,7 +257,8 @@ class ChatData(lightning.LightningDataModule):
         return collator([self.load(sample, source, prompt=True) for sample, source in samples])
 
     def note_validation(self, batch: Batch) -> None:
-        """Keeps what a batch of a validation source lacks or has been cut, each sample once however often it is looked at."""
+        """Keeps what a batch of a validation source lacks or has been cut, each sample once
+        however often it is looked at."""
         self.notes.add(batch.notes)
         self.validation_skipped |= dict.fromkeys(batch.skipped)
         self.validation_truncated |= dict.fromkeys(batch.truncated)
@@ -233,19 +271,31 @@ class ChatData(lightning.LightningDataModule):
         notes: NoteCounts | None = None,
         padding: Padding | None = None,
     ) -> dict[str, Any]:
-        """What `mixture.json` holds after `steps`: the sources, their hashes, weights and realised counts, skips, cuts and
-        notes."""
-        report = mixture_report(self.mixture, self.sources, self.step_positions, steps, skipped, truncated, notes, padding)
+        """What `mixture.json` holds after `steps`: the sources, their hashes, weights and realised
+        counts, skips, cuts and notes."""
+        report = mixture_report(
+            self.mixture,
+            self.sources,
+            self.step_positions,
+            steps,
+            skipped,
+            truncated,
+            notes,
+            padding,
+        )
         return report | {"validation": self.validation_report()}
 
     def validation_report(self) -> dict[str, Any]:
         """Of the validation sources, what was left out or cut so far."""
-        return validation_report(self.validation, self.validation_skipped, self.validation_truncated)
+        return validation_report(
+            self.validation, self.validation_skipped, self.validation_truncated
+        )
 
 
 def break_behind_images(sources: Iterable[Source]) -> bool:
-    """Whether texts go on a line of their own behind the pictures that a turn begins with: so do those of all the first records
-    of the sources, as LLaVA's do. A text that begins with white space of another kind says nothing."""
+    """Whether texts go on a line of their own behind the pictures that a turn begins with: so do
+    those of all the first records of the sources, as LLaVA's do. A text that begins with white
+    space of another kind says nothing."""
     for source in sources:
         for index in range(min(LOOKED_AT, len(source))):
             try:

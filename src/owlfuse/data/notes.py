@@ -1,4 +1,5 @@
-"""What sources do not use of their records, or assume of them: told once for each source in the log, and counted."""
+"""What sources do not use of their records, or assume of them: told once for each source in the
+log, and counted."""
 
 from __future__ import annotations
 
@@ -7,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import TypeAlias
 
-from owlfuse.types import Note
+from owlfuse.core.types import Note
 
 log = logging.getLogger(__name__)
 
@@ -28,8 +29,8 @@ class NotesLog:
         self.counts: NoteCounts = Counter()
 
     def add(self, notes: Iterable[tuple[str, str, Note, int]]) -> None:
-        """Logs what is new of (source, first sample, note, draws) each: a line for all that a sample does not use, and one for
-        each assumption."""
+        """Logs what is new of (source, first sample, note, draws) each: a line for all that a
+        sample does not use, and one for each assumption."""
         new: dict[tuple[str, str], list[str]] = {}
         for source, sample, note, draws in notes:
             self.counts[source, text_of(note)] += draws
@@ -42,4 +43,6 @@ class NotesLog:
             else:
                 log.warning("source %s: %s (first in sample %s)", source, note.text, sample)
         for (source, sample), texts in new.items():
-            log.warning("source %s: not used: %s (first in sample %s)", source, ", ".join(texts), sample)
+            log.warning(
+                "source %s: not used: %s (first in sample %s)", source, ", ".join(texts), sample
+            )

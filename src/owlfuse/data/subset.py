@@ -7,12 +7,14 @@ from collections import Counter, defaultdict
 from collections.abc import Hashable, Sequence
 
 SEED = 0
-"""Of every sample: runs of other seeds are asked the same questions, so that they can be compared."""
+"""Of every sample: runs of other seeds are asked the same questions, so that they can be
+compared."""
 
 
 def stratified_sample(kinds: Sequence[str], pictures: Sequence[Hashable], limit: int) -> list[int]:
-    """The indices, in order, of at most `limit` items, drawn by a fixed seed: of each kind as many as its share of all (by
-    largest remainders), and within it from the pictures that were drawn least until then.
+    """The indices, in order, of at most `limit` items, drawn by a fixed seed: of each kind as many
+    as its share of all (by largest remainders), and within it from the pictures that were drawn
+    least until then.
 
     Args:
         kinds: of each item.
@@ -26,7 +28,9 @@ def stratified_sample(kinds: Sequence[str], pictures: Sequence[Hashable], limit:
         members[kinds[index]].append(index)
     drawn: Counter[Hashable] = Counter()
     chosen: list[int] = []
-    for kind, count in quotas({kind: len(indices) for kind, indices in members.items()}, limit).items():
+    for kind, count in quotas(
+        {kind: len(indices) for kind, indices in members.items()}, limit
+    ).items():
         left, times = members[kind], 0
         while count:
             later = []
@@ -42,7 +46,8 @@ def stratified_sample(kinds: Sequence[str], pictures: Sequence[Hashable], limit:
 
 
 def quotas(sizes: dict[str, int], limit: int) -> dict[str, int]:
-    """`limit` shared out in proportion to the sizes, at least one to each where it is enough for all."""
+    """`limit` shared out in proportion to the sizes, at least one to each where it is enough for
+    all."""
     total = sum(sizes.values())
     least = 1 if limit >= len(sizes) else 0
     counts = {kind: max(least, size * limit // total) for kind, size in sizes.items()}

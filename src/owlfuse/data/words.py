@@ -1,19 +1,22 @@
-"""The image token as a word of a text: hidden while a chat is rendered, and then written by ordinary tokens."""
+"""The image token as a word of a text: hidden while a chat is rendered, and then written by
+ordinary tokens."""
 
 from __future__ import annotations
 
 import re
 from typing import Any
 
-from owlfuse.data.borders import Offsets, inner_tokens
-from owlfuse.types import DataError
+from owlfuse.core.errors import DataError
+from owlfuse.data.chat.supervision import Offsets, inner_tokens
 
 WORD = "\ue010"
-"""Stands, while a chat is rendered, for each character of an image token that is a word of a text, so that no place moves."""
+"""Stands, while a chat is rendered, for each character of an image token that is a word of a
+text, so that no place moves."""
 
 
 def hide_words(text: str, image_token: str) -> str:
-    """A text whose image tokens are words, each as so many `WORD`s, which a chat template takes for no placeholder."""
+    """A text whose image tokens are words, each as so many `WORD`s, which a chat template takes
+    for no placeholder."""
     return text.replace(image_token, WORD * len(image_token))
 
 
@@ -28,12 +31,18 @@ def with_hidden_words(messages: list[dict[str, Any]], image_token: str) -> list[
     for message in messages:
         parts = []
         for part in message["content"]:
-            parts.append({**part, "text": hide_words(part["text"], image_token)} if part["type"] == "text" else part)
+            parts.append(
+                {**part, "text": hide_words(part["text"], image_token)}
+                if part["type"] == "text"
+                else part
+            )
         hidden.append({**message, "content": parts})
     return hidden
 
 
-def spell_words(tokenizer: Any, image_token: str, text: str, ids: list[int], offsets: Offsets, what: str) -> None:
+def spell_words(
+    tokenizer: Any, image_token: str, text: str, ids: list[int], offsets: Offsets, what: str
+) -> None:
     """Replaces, in place, each image token that is a word by ordinary tokens.
 
     Args:
@@ -56,10 +65,13 @@ def spell_words(tokenizer: Any, image_token: str, text: str, ids: list[int], off
         for start in starts:
             if first <= start < last:
                 word_at[place] = start
-    inside = [start for start in starts if offsets[0][0] <= start < offsets[-1][1]]  # else cut off by the caller's truncation
+    inside = [
+        start for start in starts if offsets[0][0] <= start < offsets[-1][1]
+    ]  # else cut off by the caller's truncation
     if len(word_at) != len(inside) or spelled is None or image_id in spelled[0]:
         raise DataError(
-            f"{what} has the word {image_token} in a text, which this tokenizer cannot write as a word; leave it out"
+            f"{what} has the word {image_token} in a text, which this tokenizer cannot write as a "
+            "word; leave it out"
         )
     for place, start in sorted(word_at.items(), reverse=True):
         ids[place : place + 1] = spelled[0]

@@ -15,8 +15,9 @@ from typing import Any
 class DataWorkers:
     """Starts the processes of a DataLoader and knows how each has ended.
 
-    A signal to the process group (Ctrl-C, `timeout`, systemd, SLURM) reaches the workers too. It is the training process's to
-    answer: its workers load on until it has written its checkpoint, and it ends them itself.
+    A signal to the process group (Ctrl-C, `timeout`, systemd, SLURM) reaches the workers too. It is
+    the training process's to answer: its workers load on until it has written its checkpoint, and
+    it ends them itself.
     """
 
     def __init__(self) -> None:
@@ -29,14 +30,17 @@ class DataWorkers:
         self.context: BaseContext = context
         """For the argument `multiprocessing_context` of a DataLoader."""
         self.pid = os.getpid()
-        atexit.register(self.end_all)  # before multiprocessing's own end, which sends SIGTERM and waits for them
+        atexit.register(
+            self.end_all
+        )  # before multiprocessing's own end, which sends SIGTERM and waits for them
 
     def __reduce__(self) -> Any:
         """A worker that is spawned gets the data with none of the processes."""
         return DataWorkers, ()
 
     def process(self, *arguments: Any, **keywords: Any) -> BaseProcess:
-        """A process that `terminate`, a SIGTERM for others, ends although it ignores that signal."""
+        """A process that `terminate`, a SIGTERM for others, ends although it ignores that
+        signal."""
         process = self.start_process(*arguments, **keywords)
         process.terminate = partial(self.end, process)
         self.processes.append(process)
@@ -54,12 +58,19 @@ class DataWorkers:
                 self.end(process)
 
     def failure(self) -> str | None:
-        """How a worker ended by itself, in words; None where all run or ended as they were told to."""
+        """How a worker ended by itself, in words; None where all run or ended as they were told
+        to."""
         for process in self.processes:
             code = process.exitcode
             if code and process.pid not in self.told_to_end:
-                how = f"was ended by signal {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
-                why = ", as the system does where memory runs out" if code == -signal.SIGKILL else ""
+                how = (
+                    f"was ended by signal {signal.Signals(-code).name}"
+                    if code < 0
+                    else f"ended with exit code {code}"
+                )
+                why = (
+                    ", as the system does where memory runs out" if code == -signal.SIGKILL else ""
+                )
                 return f"data worker {process.pid} {how}{why}"
         return None
 

@@ -11,18 +11,25 @@ import torch
 from torch import Tensor
 from transformers import TextStreamer
 
-from owlfuse.data.chat import ChatEncoder
-from owlfuse.hub.modeling import OwlfuseForConditionalGeneration
-from owlfuse.model import MultimodalLM
-from owlfuse.types import Batch
+from owlfuse.artifacts.hf.modeling import OwlfuseForConditionalGeneration
+from owlfuse.core.types import Batch
+from owlfuse.data.chat.encoder import ChatEncoder
+from owlfuse.model.multimodal import MultimodalLM
 
 
-@torch.no_grad()  # no inference_mode: FSDP keeps what its first forward makes, and training goes on with it
-@torch.compiler.set_stance("force_eager")  # compiled layers would be compiled again for cache and lengths, which takes longer
-def generate_greedy(model: MultimodalLM, batch: Batch, max_new_tokens: int, encoder: ChatEncoder) -> Tensor:
-    """The likeliest continuation of each row, (B, at most max_new_tokens) ids, with padding behind what ends it.
+# no inference_mode: FSDP keeps what its first forward makes, and training goes on with it
+@torch.no_grad()
+@torch.compiler.set_stance(
+    "force_eager"
+)  # compiled layers would be compiled again for cache and lengths, which takes longer
+def generate_greedy(
+    model: MultimodalLM, batch: Batch, max_new_tokens: int, encoder: ChatEncoder
+) -> Tensor:
+    """The likeliest continuation of each row, (B, at most max_new_tokens) ids, with padding behind
+    what ends it.
 
-    `batch` is padded on the left. The backbone and the connector run once, and visual keys and values are computed once.
+    `batch` is padded on the left. The backbone and the connector run once, and visual keys and
+    values are computed once.
     """
     ends = encoder.answer_format.generation(encoder.tokenizer, model.llm)
     wrapped = OwlfuseForConditionalGeneration.wrap(model, None, ends)
@@ -55,8 +62,11 @@ class Clock(TextStreamer):
 
 @torch.no_grad()
 @torch.compiler.set_stance("force_eager")
-def milliseconds_per_token(model: OwlfuseForConditionalGeneration, tokens: int, **prompt: Any) -> float:
-    """Median time between two tokens of one answer of `tokens` + 1; the first, which reads the prompt, apart.
+def milliseconds_per_token(
+    model: OwlfuseForConditionalGeneration, tokens: int, **prompt: Any
+) -> float:
+    """Median time between two tokens of one answer of `tokens` + 1; the first, which reads the
+    prompt, apart.
 
     `prompt` is what `generate` takes: (1, T) input_ids, and pictures.
     """

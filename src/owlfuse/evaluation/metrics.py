@@ -12,17 +12,17 @@ from typing import Any, TypeAlias
 
 import torch
 
-from owlfuse.data.chat import question_samples
-from owlfuse.data.collate import Skipped
+from owlfuse.artifacts.hf.modeling import OwlfuseForConditionalGeneration
+from owlfuse.core.errors import DataError
+from owlfuse.core.types import Batch, Sample, Skipped
+from owlfuse.data.chat.truncation import policy_of
 from owlfuse.data.datamodule import ChatData
-from owlfuse.data.policy import load_or_skip
+from owlfuse.data.loading import load_or_skip
 from owlfuse.data.subset import stratified_sample
-from owlfuse.data.truncation import policy_of
 from owlfuse.evaluation.generation import generate_greedy, milliseconds_per_token
-from owlfuse.hub.modeling import OwlfuseForConditionalGeneration
-from owlfuse.model import MultimodalLM
-from owlfuse.module import batch_loss
-from owlfuse.types import Batch, DataError, Sample
+from owlfuse.evaluation.questions import question_samples
+from owlfuse.model.loss import batch_loss
+from owlfuse.model.multimodal import MultimodalLM
 
 log = logging.getLogger(__name__)
 
@@ -47,7 +47,8 @@ class Answer:
 
     @property
     def right(self) -> bool:
-        """Exact match, but for case and white space; with `accepted`, whether one of these stands in the answer."""
+        """Exact match, but for case and white space; with `accepted`, whether one of these
+        stands in the answer."""
         if self.accepted:
             return holds_answer(self.answer, self.accepted)
         return normalize(self.answer) == normalize(self.expected)
@@ -59,35 +60,42 @@ def normalize(text: str) -> str:
 
 
 def holds_answer(text: str, accepted: Sequence[str]) -> bool:
-    """Whether one of the accepted answers stands in the text as whole words, but for case and white space."""
+    """Whether one of the accepted answers stands in the text as whole words, but for case and
+    white space."""
     whole = (rf"(?<!\w){re.escape(normalize(answer))}(?!\w)" for answer in accepted)
     return any(re.search(words, normalize(text)) for words in whole)
 
 
 def questions_of(data: ChatData, source: str, history: bool = False) -> list[Question]:
-    """The questions of a validation source, each by itself, with answer and kind. Of a chat that is cut to the length, those of
-    the turns that are left.
+    """The questions of a validation source, each by itself, with answer and kind. Of a chat that is
+    cut to the length, those of the turns that are left.
 
     Args:
         history: what was said before a question stands before it (see `question_samples`).
 
     Raises:
-        DataError: a wrong sample of a source that does not skip them, or more than its `max_skips` of one that does.
+        DataError: a wrong sample of a source that does not skip them, or more than its `max_skips`
+            of one that does.
     """
     samples = data.validation[source]
     as_it_is = samples.on_error == "error" and policy_of(data.on_length, source) == "error"
     removed = dict.fromkeys(range(len(samples)), 0) if as_it_is else right_samples(data, source)
     asked = {index: question_samples(samples[index], history) for index in removed}
-    return [question for index, mine in asked.items() for question in mine[: len(mine) - removed[index]]]
+    return [
+        question for index, mine in asked.items() for question in mine[: len(mine) - removed[index]]
+    ]
 
 
 def sample_questions(questions: list[Question], limit: int | None) -> list[Question]:
-    """At most `limit` of them, the same for every run: each kind in proportion, spread over the pictures. Where the data name
-    no kinds, the place of a question in its chat stands for one."""
+    """At most `limit` of them, the same for every run: each kind in proportion, spread over the
+    pictures. Where the data name no kinds, the place of a question in its chat stands for one."""
     if limit is None:
         return questions
     kinds = [kind or f"question {sample.id.rpartition('#')[2]}" for sample, _, kind in questions]
-    pictures = [sample.images[0] if sample.images else sample.id.rpartition("#")[0] for sample, _, _ in questions]
+    pictures = [
+        sample.images[0] if sample.images else sample.id.rpartition("#")[0]
+        for sample, _, _ in questions
+    ]
     return [questions[index] for index in stratified_sample(kinds, pictures, limit)]
 
 
@@ -99,11 +107,12 @@ def counts_of(questions: list[Question], asked: list[Question]) -> dict[str, Any
 
 
 def right_samples(data: ChatData, source: str) -> dict[int, int]:
-    """The indices of the samples that can be loaded, and how many turns each is cut by; the others are told in the log.
+    """The indices of the samples that can be loaded, and how many turns each is cut by; the others
+    are told in the log.
 
     Raises:
-        DataError: a wrong sample of a source that does not skip them, more than its `max_skips` of one that does, or nothing
-            but wrong samples.
+        DataError: a wrong sample of a source that does not skip them, more than its `max_skips` of
+            one that does, or nothing but wrong samples.
     """
     samples = data.validation[source]
     removed, skips = {}, 0
@@ -116,7 +125,8 @@ def right_samples(data: ChatData, source: str) -> dict[int, int]:
         log.warning("skipped %s of validation source %s: %s", item.sample, source, item.reason)
         if skips > samples.max_skips or skips == len(samples):
             raise DataError(
-                f"validation source {source} has {skips} wrong samples of {len(samples)}, and its max_skips is "
+                f"validation source {source} has {skips} wrong samples of {len(samples)}, and its "
+                "max_skips is "
                 f"{samples.max_skips}; the last: {item.reason}"
             )
     return removed
@@ -137,24 +147,33 @@ def answer_questions(
     answers = []
     for start in range(0, len(questions), batch_size):
         chunk = questions[start : start + batch_size]
-        batch = data.prompts([(sample, data.validation[source]) for sample, _, _ in chunk]).to(device)
+        batch = data.prompts([(sample, data.validation[source]) for sample, _, _ in chunk]).to(
+            device
+        )
         if blank:
             batch = replace(batch, pixel_values=torch.zeros_like(batch.pixel_values))
         ids = generate_greedy(model, batch, max_new_tokens, data.encoder)
         texts = data.encoder.answers(ids)
         for (sample, expected, kind), text in zip(chunk, texts, strict=True):
-            question = "".join(part.get("text", "") for part in sample.messages[-1]["content"]).strip()
+            question = "".join(
+                part.get("text", "") for part in sample.messages[-1]["content"]
+            ).strip()
             image = sample.images[0] if sample.images else None
             image = str(data.validation[source].root / image) if isinstance(image, str) else image
             accepted = tuple(sample.metadata.get("accepted", ()))
-            answers.append(Answer(source, sample.id, image, question, expected, text, kind, accepted))
+            answers.append(
+                Answer(source, sample.id, image, question, expected, text, kind, accepted)
+            )
         progress(len(chunk))
     return answers
 
 
-def time_answer(model: MultimodalLM, data: ChatData, tokens: int, history: bool = False, repeats: int = 2) -> float | None:
-    """Milliseconds per token of an answer to the first question that there is, by itself: the least of the repeats. None for 0
-    tokens, and without a question. All ranks of a model that is shared out take part."""
+def time_answer(
+    model: MultimodalLM, data: ChatData, tokens: int, history: bool = False, repeats: int = 2
+) -> float | None:
+    """Milliseconds per token of an answer to the first question that there is, by itself: the least
+    of the repeats. None for 0 tokens, and without a question. All ranks of a model that is shared
+    out take part."""
     for source, samples in data.validation.items():
         questions = questions_of(data, source, history) if tokens else []
         for sample, _, _ in questions[:1]:
@@ -172,11 +191,17 @@ def time_answer(model: MultimodalLM, data: ChatData, tokens: int, history: bool 
     return None
 
 
-@torch.no_grad()  # no inference_mode: FSDP keeps what its first forward makes, and training goes on with it
+# no inference_mode: FSDP keeps what its first forward makes, and training goes on with it
+@torch.no_grad()
 def mean_loss(
-    model: MultimodalLM, data: ChatData, source: str, batch_size: int, progress: Progress = lambda n: None
+    model: MultimodalLM,
+    data: ChatData,
+    source: str,
+    batch_size: int,
+    progress: Progress = lambda n: None,
 ) -> float | None:
-    """Cross-entropy per supervised token over the whole chats of a source, in nats; None where nothing is supervised."""
+    """Cross-entropy per supervised token over the whole chats of a source, in nats; None where
+    nothing is supervised."""
     device = next(model.parameters()).device
     total = torch.zeros((), dtype=torch.float64)
     tokens = torch.zeros((), dtype=torch.int64)
@@ -190,9 +215,12 @@ def mean_loss(
     return float(total / tokens) if tokens else None
 
 
-def score(answers: list[Answer], blank: list[Answer] | None = None, loss: float | None = None) -> dict[str, float]:
-    """Metrics of one source by the names they have behind `<source>/`: `contains` for a source that lists accepted answers,
-    `exact_match` for others. What was not measured, since no question was asked, is not among them."""
+def score(
+    answers: list[Answer], blank: list[Answer] | None = None, loss: float | None = None
+) -> dict[str, float]:
+    """Metrics of one source by the names they have behind `<source>/`: `contains` for a source that
+    lists accepted answers, `exact_match` for others. What was not measured, since no question was
+    asked, is not among them."""
     metrics: dict[str, float] = {}
     if loss is not None:
         metrics |= {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}
@@ -201,7 +229,9 @@ def score(answers: list[Answer], blank: list[Answer] | None = None, loss: float 
     rule = "contains" if any(answer.accepted for answer in answers) else "exact_match"
     metrics[rule] = share_right(answers)
     for kind in sorted({answer.kind for answer in answers} - {""}):
-        metrics[f"{rule}/{kind}"] = share_right([answer for answer in answers if answer.kind == kind])
+        metrics[f"{rule}/{kind}"] = share_right(
+            [answer for answer in answers if answer.kind == kind]
+        )
     if blank:
         metrics[f"{rule}_blank"] = share_right(blank)
     return metrics
@@ -213,8 +243,8 @@ def share_right(answers: list[Answer]) -> float:
 
 
 def metric_names(source: str, sources: list[str], metrics: dict[str, float]) -> dict[str, float]:
-    """Metrics under their full names: `<source>/<metric>`, and for a source `a_b` beside a source `a`, `a/<metric>_b`, so that
-    `val_held_out` gives `val/exact_match_held_out`."""
+    """Metrics under their full names: `<source>/<metric>`, and for a source `a_b` beside a source
+    `a`, `a/<metric>_b`, so that `val_held_out` gives `val/exact_match_held_out`."""
     base = next((name for name in sources if source.startswith(f"{name}_")), None)
     if base is None:
         return {f"{source}/{name}": value for name, value in metrics.items()}

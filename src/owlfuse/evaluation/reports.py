@@ -13,10 +13,10 @@ from PIL import Image, ImageOps
 from rich.table import Table
 from torch import Tensor
 
-from owlfuse.console import PlainConsole as Console
-from owlfuse.data.images import to_rgb
+from owlfuse.core.console import PlainConsole as Console
+from owlfuse.data.media.images import to_rgb
+from owlfuse.evaluation.explain.overlays import overlay
 from owlfuse.evaluation.metrics import Answer
-from owlfuse.evaluation.overlays import overlay
 
 
 def print_metrics(metrics: dict[str, float], title: str) -> None:
@@ -39,8 +39,8 @@ def write_answers(path: Path, answers: list[Answer]) -> None:
 
 
 def picked(answers: list[Answer], pictures: int) -> list[Answer]:
-    """At most so many pictures, spread evenly over the answers, with a question each, taken in turn, so that wrong ones appear
-    as often as they are."""
+    """At most so many pictures, spread evenly over the answers, with a question each, taken in
+    turn, so that wrong ones appear as often as they are."""
     by_picture = defaultdict(list)
     for answer in answers:
         by_picture[answer.image].append(answer)
@@ -51,13 +51,19 @@ def picked(answers: list[Answer], pictures: int) -> list[Answer]:
 
 
 def write_contact_sheet(
-    path: Path, answers: list[Answer], pictures: int, title: str, maps: dict[str, Tensor] | None = None
+    path: Path,
+    answers: list[Answer],
+    pictures: int,
+    title: str,
+    maps: dict[str, Tensor] | None = None,
 ) -> None:
-    """A PNG of pictures with a question each, the answer, and right (green, tick) or wrong (red, cross, what was expected).
+    """A PNG of pictures with a question each, the answer, and right (green, tick) or wrong (red,
+    cross, what was expected).
 
     Args:
         pictures: at most so many, see `picked`.
-        maps: by the id of an answer, where it looked in its picture (see `evaluation.explain`), which is drawn beside it.
+        maps: by the id of an answer, where it looked in its picture (see `evaluation.explain`),
+            which is drawn beside it.
     """
     import matplotlib
 
@@ -70,14 +76,20 @@ def write_contact_sheet(
     columns = min(3 if maps else 6, len(shown))
     rows = -(-len(shown) // columns)
     width = 4.4 if maps else 2.2
-    figure, axes = plt.subplots(rows, columns, figsize=(width * columns, 2.75 * rows + 0.5), squeeze=False)
+    figure, axes = plt.subplots(
+        rows, columns, figsize=(width * columns, 2.75 * rows + 0.5), squeeze=False
+    )
     figure.suptitle(title, fontsize=12)
     for axis in axes.flat:
         axis.axis("off")
     for axis, answer in zip(axes.flat, shown, strict=False):
         picture = picture_of(answer)
         axis.imshow(with_overlay(picture, maps[answer.id]) if answer.id in maps else picture)
-        text = f"✓ {answer.answer}" if answer.right else f"✗ {answer.answer or '(nothing)'}  (is: {answer.expected})"
+        text = (
+            f"✓ {answer.answer}"
+            if answer.right
+            else f"✗ {answer.answer or '(nothing)'}  (is: {answer.expected})"
+        )
         axis.set_title(wrap(answer.question), fontsize=8)
         axis.text(
             0.5,
@@ -98,7 +110,7 @@ def picture_of(answer: Answer) -> Image.Image:
     """The answer's picture, upright, as the model saw it."""
     shown: Any = BytesIO(answer.image) if isinstance(answer.image, bytes) else answer.image
     with Image.open(shown) as file:
-        with suppress(Exception):  # as in `owlfuse.data.images`
+        with suppress(Exception):  # as in `owlfuse.data.media.images`
             ImageOps.exif_transpose(file, in_place=True)
         return to_rgb(file)
 
@@ -112,7 +124,8 @@ def with_overlay(picture: Image.Image, map: Tensor) -> Image.Image:
 
 
 def wrap(text: str, width: int = 30) -> str:
-    """Text broken into lines, at most four, without what a plot would take as a formula or has no letter for."""
+    """Text broken into lines, at most four, without what a plot would take as a formula or has
+    no letter for."""
     import textwrap
 
     plain = "".join(letter if letter.isprintable() else " " for letter in text)

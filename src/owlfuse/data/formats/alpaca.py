@@ -4,24 +4,47 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from owlfuse.core.errors import DataError
+from owlfuse.core.types import Sample
 from owlfuse.data.formats.base import Source, field
-from owlfuse.data.marks import unescaped
-from owlfuse.data.records import CHATS, IMAGES, QUESTION_REFUSED, TOOLS, VIDEOS, check_rest, history_turns, system_turn
-from owlfuse.data.turn_keys import SYSTEM_KEYS, brief, is_absent, tools_of
-from owlfuse.types import DataError, Sample
+from owlfuse.data.formats.marks import unescaped
+from owlfuse.data.formats.records import (
+    CHATS,
+    IMAGES,
+    QUESTION_REFUSED,
+    TOOLS,
+    VIDEOS,
+    check_rest,
+    history_turns,
+    system_turn,
+)
+from owlfuse.data.formats.turn_keys import SYSTEM_KEYS, brief, is_absent, tools_of
 
-USED = frozenset(("id", "instruction", "input", "output", "history", *SYSTEM_KEYS, *TOOLS, *IMAGES, *VIDEOS, *CHATS))
+USED = frozenset(
+    (
+        "id",
+        "instruction",
+        "input",
+        "output",
+        "history",
+        *SYSTEM_KEYS,
+        *TOOLS,
+        *IMAGES,
+        *VIDEOS,
+        *CHATS,
+    )
+)
 
 
 @dataclass(eq=False)
 class Alpaca(Source):
-    """Instructions and answers. A non-empty `input` follows the instruction on a line of its own, `history` and
-    `system` stand before it. `<image>` and `\\<image>` are the word. Of a chat of one record, other fields are kept as
-    metadata.
+    """Instructions and answers. A non-empty `input` follows the instruction on a line of its own,
+    `history` and `system` stand before it. `<image>` and `\\<image>` are the word. Of a chat of one
+    record, other fields are kept as metadata.
 
     Args:
-        records_per_chat: how many records in a row make one chat, a turn each. Short instructions beside long chats about
-            pictures are mostly padding otherwise.
+        records_per_chat: how many records in a row make one chat, a turn each. Short instructions
+            beside long chats about pictures are mostly padding otherwise.
     """
 
     records_per_chat: int = 1
@@ -29,7 +52,9 @@ class Alpaca(Source):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.records_per_chat < 1:
-            raise DataError(f"{self.file}: records_per_chat is {self.records_per_chat}, expected at least 1")
+            raise DataError(
+                f"{self.file}: records_per_chat is {self.records_per_chat}, expected at least 1"
+            )
 
     def __len__(self) -> int:
         return -(-len(self.records) // self.records_per_chat)
@@ -37,13 +62,17 @@ class Alpaca(Source):
     def __getitem__(self, index: int) -> Sample:
         """See `Source`."""
         first = self.first_record(index)
-        samples = [self.read(i) for i in range(first, min(first + self.records_per_chat, len(self.records)))]
+        samples = [
+            self.read(i)
+            for i in range(first, min(first + self.records_per_chat, len(self.records)))
+        ]
         if len(samples) == 1:
             return samples[0]
         for sample in samples[1:]:
             if sample.messages[0]["role"] == "system" or sample.tools != samples[0].tools:
                 raise DataError(
-                    f"sample {sample.id} has a system text or tools, which a turn of a chat cannot have: set records_per_chat "
+                    f"sample {sample.id} has a system text or tools, which a turn of a chat "
+                    "cannot have: set records_per_chat "
                     "to 1"
                 )
         messages = [message for sample in samples for message in sample.messages]
@@ -59,7 +88,9 @@ class Alpaca(Source):
         """See `Source`."""
         for index in indices:
             first = self.first_record(index)
-            for _, identity in super().ids(range(first, min(first + self.records_per_chat, len(self.records)))):
+            for _, identity in super().ids(
+                range(first, min(first + self.records_per_chat, len(self.records)))
+            ):
                 yield index, identity
 
     def sample(self, record: dict[str, Any], name: str) -> Sample:
@@ -77,10 +108,20 @@ class Alpaca(Source):
         }
         answered = {"role": "assistant", "content": [text_part(field(record, "output", str, name))]}
         before = [*system_turn(record, name, []), *history_turns(record.get("history"), name)]
-        messages = [{"role": turn["role"], "content": [text_part(turn["content"])]} for turn in before]
+        messages = [
+            {"role": turn["role"], "content": [text_part(turn["content"])]} for turn in before
+        ]
         metadata = {key: value for key, value in record.items() if key not in USED}
         notes = check_rest(record, name, set(metadata))
-        return Sample(name, self.name, [*messages, asked, answered], [], metadata, tools=tools_of(record, name), notes=notes)
+        return Sample(
+            name,
+            self.name,
+            [*messages, asked, answered],
+            [],
+            metadata,
+            tools=tools_of(record, name),
+            notes=notes,
+        )
 
 
 def text_part(text: str) -> dict[str, str]:
@@ -89,10 +130,12 @@ def text_part(text: str) -> dict[str, str]:
 
 
 def check_text_alone(record: dict[str, Any], name: str) -> None:
-    """Raises DataError for a record with a picture, a chat or a context, which this format would leave out."""
+    """Raises DataError for a record with a picture, a chat or a context, which this format would
+    leave out."""
     for key in (*IMAGES, *VIDEOS, *CHATS, *QUESTION_REFUSED):
         if not is_absent(record.get(key)):
             raise DataError(
-                f"sample {name} has '{key}': {brief(record[key])}, and the format alpaca has instruction, input and output "
+                f"sample {name} has '{key}': {brief(record[key])}, and the format alpaca has "
+                "instruction, input and output "
                 "alone; expected the format llava, sharegpt or messages, or no such key"
             )

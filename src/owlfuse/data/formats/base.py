@@ -1,4 +1,5 @@
-"""What every source has: where it lies, its share of the mixture, and what happens to a sample that is wrong."""
+"""What every source has: where it lies, its share of the mixture, and what happens to a sample
+that is wrong."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
@@ -7,28 +8,31 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from owlfuse.data.files import expand_files, fingerprint
-from owlfuse.data.lines import JsonLines, Records, open_records
-from owlfuse.data.records import has_chat
-from owlfuse.data.video import VideoSampling
-from owlfuse.packages import packaged
-from owlfuse.types import DataError, Note, Sample
-
-IMAGE = "<image>"
+from owlfuse.core.errors import DataError
+from owlfuse.core.files import expand_files, fingerprint
+from owlfuse.core.packages import packaged
+from owlfuse.core.types import Note, Sample
+from owlfuse.data.formats.records import has_chat
+from owlfuse.data.media.video import VideoSampling
+from owlfuse.data.readers.lines import JsonLines, Records, open_records
 
 
 @dataclass(eq=False)
 class Source:
-    """A file of records, each a chat. Subclasses read a record in `sample`, and open other kinds of files in `open`. They are
-    dataclasses too: their fields are the keys of a yaml, behind those here.
+    """A file of records, each a chat. Subclasses read a record in `sample`, and open other kinds of
+    files in `open`. They are dataclasses too: their fields are the keys of a yaml, behind those
+    here.
 
-    The file is opened at first use, in each process that uses it: a source that was sent to another is its arguments alone.
+    The file is opened at first use, in each process that uses it: a source that was sent to another
+    is its arguments alone.
 
     Args:
-        file: JSON (a list of records, or an object with one such list, parsed whole) or JSON Lines (a record a line, found by
-            an index of offsets, each parsed when it is drawn), which its contents tell apart; UTF-8.
-            `package:<package>/<path>` is a file of an installed package.
-        image_root: the folder that image paths start from and cannot leave; by default the file's own.
+        file: JSON (a list of records, or an object with one such list, parsed whole) or JSON Lines
+            (a record a line, found by an index of offsets, each parsed when it is drawn), which its
+            contents tell apart; UTF-8. `package:<package>/<path>` is a file of an installed
+            package.
+        image_root: the folder that image paths start from and cannot leave; by default the file's
+            own.
         weight: the share of the mixture, relative to the other sources'.
         on_error: what a wrong sample does: `error` stops, `skip` leaves it out and counts it.
         max_skips: with `skip`, how many are left out before it is an error all the same.
@@ -48,7 +52,9 @@ class Source:
 
     def __post_init__(self) -> None:
         self.file = Path(packaged(str(self.file))).expanduser()
-        self.image_root = Path(self.image_root).expanduser() if self.image_root else self.file.parent
+        self.image_root = (
+            Path(self.image_root).expanduser() if self.image_root else self.file.parent
+        )
         self.name = self.file.stem
 
     @property
@@ -65,7 +71,10 @@ class Source:
         return records
 
     def open(self) -> Sequence[Any]:
-        """The records by number. Raises DataError; a record that is wrong by itself raises when it is asked for."""
+        """The records by number.
+
+        Raises DataError; a record that is wrong by itself raises when it is asked for.
+        """
         return open_records(self.file, has_chat)
 
     def files(self) -> list[Path]:
@@ -76,7 +85,10 @@ class Source:
         return len(self.records)
 
     def __getitem__(self, index: int) -> Sample:
-        """The sample at `index`. Raises DataError, naming source and sample, where the record is not what it should be."""
+        """The sample at `index`.
+
+        Raises DataError, naming source and sample, where the record is not what it should be.
+        """
         return self.read(index)
 
     def read(self, index: int) -> Sample:
@@ -84,17 +96,23 @@ class Source:
         record = self.records[index]
         try:
             if not isinstance(record, dict):
-                raise DataError(f"{self.name}: a record is a {type(record).__name__}, expected an object")
+                raise DataError(
+                    f"{self.name}: a record is a {type(record).__name__}, expected an object"
+                )
             identity = record.get("id")
             sample = self.sample(record, f"{self.name}:{index if identity is None else identity}")
         except DataError as error:
             raise self.placed(error, index) from None
         if isinstance(self.records, Records):
-            sample.notes += [Note("unused", f"the file's '{key}' beside its records") for key in self.records.unused]
+            sample.notes += [
+                Note("unused", f"the file's '{key}' beside its records")
+                for key in self.records.unused
+            ]
         return sample
 
     def place(self, index: int) -> str:
-        """Where the record at `index` stands, as its file counts: a line, or a record's number from 1."""
+        """Where the record at `index` stands, as its file counts: a line, or a record's number
+        from 1."""
         if isinstance(self.records, JsonLines):
             return f"line {self.records.lines.number(index)} of {self.file.name}"
         return f"record {index + 1} of {self.file.name}"
@@ -113,7 +131,8 @@ class Source:
         return index
 
     def ids(self, indices: Iterable[int]) -> Iterator[tuple[int, str]]:
-        """Index and id of each record of those samples, its place where it has no id; without those of wrong records."""
+        """Index and id of each record of those samples, its place where it has no id; without
+        those of wrong records."""
         for index in indices:
             with suppress(DataError):
                 record = self.records[index]
@@ -126,7 +145,10 @@ class Source:
         raise NotImplementedError(f"{type(self).__name__} reads no records")
 
     def fingerprint(self) -> str:
-        """What `mixture.json` knows the content by: SHA-256, above 1 GB of sizes and ends (see `files.fingerprint`)."""
+        """What `mixture.json` knows the content by:
+
+        SHA-256, above 1 GB of sizes and ends (see `files.fingerprint`).
+        """
         return fingerprint(self.files())
 
     def __getstate__(self) -> dict[str, Any]:
@@ -138,7 +160,8 @@ class PictureSource(Source):
     """A source with pictures.
 
     Args:
-        tile: the share of samples, 0 to 1, whose pictures become a global view and tiles (see `tiles`).
+        tile: the share of samples, 0 to 1, whose pictures become a global view and tiles (see
+            `tiles`).
 
     Raises:
         DataError: another `tile`.
@@ -157,7 +180,8 @@ class VideoSource(PictureSource):
     """A source with pictures and videos.
 
     Args:
-        video: how frames of videos are chosen, the keys of a `VideoSampling`; by default as `ChatData` says.
+        video: how frames of videos are chosen, the keys of a `VideoSampling`; by default as
+            `ChatData` says.
 
     Raises:
         DataError: a `video` that is no such thing.
@@ -181,7 +205,11 @@ def without(record: dict[str, Any], *keys: str) -> dict[str, Any]:
 def field(record: dict[str, Any], key: str, kind: type, name: str) -> Any:
     """A record's field, of the kind that it must have."""
     if key not in record:
-        raise DataError(f"sample {name} has no '{key}'; it has {', '.join(sorted(record)) or 'nothing'}")
+        raise DataError(
+            f"sample {name} has no '{key}'; it has {', '.join(sorted(record)) or 'nothing'}"
+        )
     if not isinstance(record[key], kind):
-        raise DataError(f"sample {name}: '{key}' is a {type(record[key]).__name__}, expected {kind.__name__}")
+        raise DataError(
+            f"sample {name}: '{key}' is a {type(record[key]).__name__}, expected {kind.__name__}"
+        )
     return record[key]

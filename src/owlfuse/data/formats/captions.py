@@ -7,25 +7,30 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from owlfuse.core.errors import DataError
+from owlfuse.core.files import decoded
+from owlfuse.core.types import Sample
 from owlfuse.data.formats.base import PictureSource, field
-from owlfuse.data.lines import Lines, decoded
-from owlfuse.data.records import CHATS, IMAGES, TOOLS, VIDEOS, check_rest, system_turn
-from owlfuse.data.turn_keys import SYSTEM_KEYS, brief, is_absent
-from owlfuse.data.turns import caption_messages, picture_of
-from owlfuse.types import DataError, Sample
+from owlfuse.data.formats.records import CHATS, IMAGES, TOOLS, VIDEOS, check_rest, system_turn
+from owlfuse.data.formats.turn_keys import SYSTEM_KEYS, brief, is_absent
+from owlfuse.data.formats.turns import caption_messages, picture_of
+from owlfuse.data.readers.lines import Lines
 
 
 @dataclass(eq=False)
 class Captions(PictureSource):
-    """Pictures and what is to be said of them. The user shows the picture, with an instruction if there are some.
+    """Pictures and what is to be said of them. The user shows the picture, with an instruction if
+    there are some.
 
-    A CSV or TSV has a header line and is found row by row, as JSONL is. In CSV a field in double quotes may hold commas and
-    newlines, `""` being a quote; in TSV a row is a line.
+    A CSV or TSV has a header line and is found row by row, as JSONL is. In CSV a field in double
+    quotes may hold commas and newlines, `""` being a quote; in TSV a row is a line.
 
     Args:
-        image_field: the field, or column, of the picture: a path below the image root, or a data: URI.
+        image_field: the field, or column, of the picture: a path below the image root, or a data:
+            URI.
         caption_field: the field, or column, of the caption.
-        instructions: one of them is put to each picture, chosen by a hash of the sample's id (its place where it has none).
+        instructions: one of them is put to each picture, chosen by a hash of the sample's id (its
+            place where it has none).
         others: see `Source`.
     """
 
@@ -38,9 +43,13 @@ class Captions(PictureSource):
         if self.file.suffix not in (".csv", ".tsv"):
             return super().open()
         rows = Rows(self.file, tabs=self.file.suffix == ".tsv")
-        missing = [column for column in (self.image_field, self.caption_field) if column not in rows.header]
+        missing = [
+            column for column in (self.image_field, self.caption_field) if column not in rows.header
+        ]
         if missing:
-            raise DataError(f"{self.file} has no column {missing[0]!r}; its header has {', '.join(rows.header)}")
+            raise DataError(
+                f"{self.file} has no column {missing[0]!r}; its header has {', '.join(rows.header)}"
+            )
         return rows
 
     def place(self, index: int) -> str:
@@ -53,30 +62,48 @@ class Captions(PictureSource):
         """See `Source`."""
         caption = field(record, self.caption_field, str, name)
         if self.image_field not in record:
-            raise DataError(f"sample {name} has no '{self.image_field}'; it has {', '.join(sorted(record))}")
+            raise DataError(
+                f"sample {name} has no '{self.image_field}'; it has {', '.join(sorted(record))}"
+            )
         image = picture_of(record[self.image_field], name, self.image_field)
         identity = name.removeprefix(f"{self.name}:")
         used = {"id", self.image_field, self.caption_field, *SYSTEM_KEYS}
         metadata = {key: value for key, value in record.items() if key not in used}
         check_caption(metadata, name)
-        rest = {key: value for key, value in metadata.items() if key not in IMAGES} | {"image": image}
+        rest = {key: value for key, value in metadata.items() if key not in IMAGES} | {
+            "image": image
+        }
         notes = check_rest(rest, name, rest.keys() - {"image"})
         messages = caption_messages(1, caption, self.instructions or [], identity, name)
         for turn in system_turn(record, name, []):
-            messages.insert(0, {"role": "system", "content": [{"type": "text", "text": turn["content"]}]})
+            messages.insert(
+                0, {"role": "system", "content": [{"type": "text", "text": turn["content"]}]}
+            )
         return Sample(name, self.name, messages, [image], metadata, notes=notes)
 
 
-ASKED = ("question", "prompt", "query", "instruction", "instructions", *VIDEOS, *TOOLS, *CHATS, *IMAGES)
+ASKED = (
+    "question",
+    "prompt",
+    "query",
+    "instruction",
+    "instructions",
+    *VIDEOS,
+    *TOOLS,
+    *CHATS,
+    *IMAGES,
+)
 """Fields of a record that is more than a caption."""
 
 
 def check_caption(metadata: dict[str, Any], name: str) -> None:
-    """Raises DataError for a record with a question or another picture, which a caption would leave out."""
+    """Raises DataError for a record with a question or another picture, which a caption would
+    leave out."""
     for key in ASKED:
         if not is_absent(metadata.get(key)):
             raise DataError(
-                f"sample {name} has '{key}': {brief(metadata[key])}, which is no part of a caption; expected the format llava "
+                f"sample {name} has '{key}': {brief(metadata[key])}, which is no part of a "
+                "caption; expected the format llava "
                 "or messages, or a file without it"
             )
 
@@ -85,7 +112,8 @@ class Rows(Sequence[dict[str, str]]):
     """The rows of a CSV or TSV file below its header, as dicts, by number.
 
     Raises:
-        DataError: no header; at `[k]`, a row of another width than the header or one that is not UTF-8.
+        DataError: no header; at `[k]`, a row of another width than the header or one that is not
+            UTF-8.
     """
 
     def __init__(self, file: Any, tabs: bool) -> None:
@@ -103,7 +131,8 @@ class Rows(Sequence[dict[str, str]]):
         fields = self.fields(index + 1)
         if len(fields) != len(self.header):
             raise DataError(
-                f"{self.place(index + 1)}, which begins {fields[0][:40]!r}, has {len(fields)} fields, the header has "
+                f"{self.place(index + 1)}, which begins {fields[0][:40]!r}, has {len(fields)} "
+                "fields, the header has "
                 f"{len(self.header)}"
             )
         return dict(zip(self.header, fields, strict=True))
@@ -125,12 +154,15 @@ class Rows(Sequence[dict[str, str]]):
         except csv.Error as error:
             raise DataError(f"{self.place(number)} is not CSV: {error}") from error
         if len(rows) != 1:
-            raise DataError(f"{self.place(number)} is {len(rows)} rows: a double quote opens and is not closed")
+            raise DataError(
+                f"{self.place(number)} is {len(rows)} rows: a double quote opens and is not closed"
+            )
         return rows[0]
 
 
 def unquoted(part: str) -> str:
-    """A TSV field without the quotes that some writers put around it; quotes that do not pair are part of the text."""
+    """A TSV field without the quotes that some writers put around it; quotes that do not pair
+    are part of the text."""
     inner = part[1:-1].replace('""', "")
     if len(part) >= 2 and part[0] == part[-1] == '"' and '"' not in inner:
         return part[1:-1].replace('""', '"')

@@ -1,17 +1,18 @@
-"""The LLaVA format: `{"id", "image", "conversations": [{"from": "human" | "gpt", "value": "<image>\\n..."}, ...]}`, and
-`video` with `<video>` likewise."""
+"""The LLaVA format: `{"id", "image", "conversations": [{"from": "human" | "gpt", "value":
+"<image>\n..."}, ...]}`, and `video` with `<video>` likewise."""
 
 from typing import Any
 
+from owlfuse.core.types import Sample
 from owlfuse.data.formats.base import VideoSource
-from owlfuse.data.records import read_chat
-from owlfuse.types import Sample
+from owlfuse.data.formats.records import read_chat
 
 
 class LLaVA(VideoSource):
-    """Chats about pictures and videos, as LLaVA's instruction data come, JSON or JSONL. `image` (or `images`) and `video` (or
-    `videos`) are a path, a list of paths, or absent. What else a record may hold, and what is refused, is told in
-    `records`; other fields are kept as metadata and listed in the log."""
+    """Chats about pictures and videos, as LLaVA's instruction data come, JSON or JSONL. `image` (or
+    `images`) and `video` (or `videos`) are a path, a list of paths, or absent. What else a record
+    may hold, and what is refused, is told in `records`; other fields are kept as metadata and
+    listed in the log."""
 
     def sample(self, record: dict[str, Any], name: str) -> Sample:
         """See `Source`."""

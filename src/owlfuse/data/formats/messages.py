@@ -1,18 +1,22 @@
-"""The `messages` format of OpenAI and Hugging Face: `{"messages": [{"role", "content": text or parts}, ...], "images"}`."""
+"""The `messages` format of OpenAI and Hugging Face:
+
+`{"messages": [{"role", "content": text or parts}, ...], "images"}`.
+"""
 
 from typing import Any
 
+from owlfuse.core.types import Sample
 from owlfuse.data.formats.base import VideoSource
-from owlfuse.data.records import read_chat
-from owlfuse.types import Sample
+from owlfuse.data.formats.records import read_chat
 
 
 class Messages(VideoSource):
     """Chats whose turns hold a text or a list of parts, JSONL or JSON. An image part is OpenAI's
-    `{"type": "image_url", "image_url": {"url"}}` or Hugging Face's `{"type": "image", "image" | "path" | "url"}`: a path below
-    the image root or a data: URI; one without a picture shows the next of the record's `images`. A URL is an error: nothing
-    is fetched. What else a record may hold, and what is refused, is told in `records`; other fields are kept as metadata and
-    listed in the log."""
+    `{"type": "image_url", "image_url": {"url"}}` or Hugging Face's `{"type": "image", "image" |
+    "path" | "url"}`: a path below the image root or a data: URI; one without a picture shows the
+    next of the record's `images`. A URL is an error: nothing is fetched. What else a record may
+    hold, and what is refused, is told in `records`; other fields are kept as metadata and listed in
+    the log."""
 
     def sample(self, record: dict[str, Any], name: str) -> Sample:
         """See `Source`."""

@@ -1,4 +1,5 @@
-"""Parquet and Arrow tables with chats, through Hugging Face `datasets`: rows stay on disk and are mapped into memory."""
+"""Parquet and Arrow tables with chats, through Hugging Face `datasets`: rows stay on disk and
+are mapped into memory."""
 
 from __future__ import annotations
 
@@ -12,9 +13,11 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any, cast
 
+from owlfuse.core.errors import DataError
+from owlfuse.core.files import MAX_RECORD, check_record
+from owlfuse.core.types import Note, Sample
 from owlfuse.data.formats.base import VideoSource
-from owlfuse.data.lines import MAX_RECORD, check_record
-from owlfuse.data.records import (
+from owlfuse.data.formats.records import (
     CHATS,
     EXPECTED,
     IMAGES,
@@ -27,39 +30,42 @@ from owlfuse.data.records import (
     VIDEOS,
     read_chat,
 )
-from owlfuse.data.turn_keys import SYSTEM_KEYS
-from owlfuse.types import DataError, Note, Sample
+from owlfuse.data.formats.turn_keys import SYSTEM_KEYS
 
 IDS_AT_ONCE = 4096
 ROWS_PER_BATCH = 50_000
 MAX_PICTURES = 2**29
-"""Of the Arrow copy. Opening touches each batch's header and the pages around it: with the 1000 that `datasets` takes, ten
-million rows of text would be in memory wholly."""
+"""Of the Arrow copy. Opening touches each batch's header and the pages around it: with the 1000
+that `datasets` takes, ten million rows of text would be in memory wholly."""
 
 
 @dataclass(eq=False)
 class Parquet(VideoSource):
     """Rows of Parquet files, Arrow files, or a folder that `Dataset.save_to_disk` wrote.
 
-    Parquet is written once as Arrow into a cache (the columns used alone), from which a row is reached without reading those
-    before it; the next opening finds it there. A picture is bytes, `{"bytes", "path"}` or a path below the image root, or a
-    list of these.
+    Parquet is written once as Arrow into a cache (the columns used alone), from which a row is
+    reached without reading those before it; the next opening finds it there. A picture is bytes,
+    `{"bytes", "path"}` or a path below the image root, or a list of these.
 
     Args:
         file: a path, a glob (`train-*.parquet`) or braces.
-        messages_column: chats as `turns.chat` takes them; by default `messages`, `conversations`, `conversation` or `texts`
-            (the_cauldron, FineVision), whichever is there, or a question and its answer as `records` tells.
-        question_column: with `answer_column` and instead of messages, a chat of one turn; pictures come first where the
-            question has no `<image>`. Of a list of answers the most frequent is learned.
+        messages_column: chats as `turns.chat` takes them; by default `messages`, `conversations`,
+            `conversation` or `texts` (the_cauldron, FineVision), whichever is there, or a question
+            and its answer as `records` tells.
+        question_column: with `answer_column` and instead of messages, a chat of one turn; pictures
+            come first where the question has no `<image>`. Of a list of answers the most frequent
+            is learned.
         answer_column: see `question_column`.
         system_column: a text for the system turn; by default `system` if it is there.
         image_column: by default `images` or `image`, whichever is there, or none.
         id_column: what samples are called; by default `id` if it is there, else their place.
-        cache_dir: where the Arrow copy of Parquet is kept; by default Hugging Face's own cache (HF_DATASETS_CACHE).
+        cache_dir: where the Arrow copy of Parquet is kept; by default Hugging Face's own cache
+            (HF_DATASETS_CACHE).
         others: see `Source`.
 
     Raises:
-        DataError: at first use, a missing or damaged file, a column that a file lacks, no row, or no `datasets` to import.
+        DataError: at first use, a missing or damaged file, a column that a file lacks, no row, or
+            no `datasets` to import.
     """
 
     messages_column: str | None = None
@@ -72,8 +78,13 @@ class Parquet(VideoSource):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if (self.question_column is None) != (self.answer_column is None) or (self.question_column and self.messages_column):
-            raise DataError(f"{self.file}: expected messages_column, or question_column and answer_column together")
+        if (self.question_column is None) != (self.answer_column is None) or (
+            self.question_column and self.messages_column
+        ):
+            raise DataError(
+                f"{self.file}: expected messages_column, or question_column and answer_column "
+                "together"
+            )
 
     def files(self) -> list[Path]:
         """See `Source`; of a folder, the Arrow files that its `state.json` names."""
@@ -83,7 +94,9 @@ class Parquet(VideoSource):
             state = json.loads((self.file / "state.json").read_text())
             return [self.file / str(data["filename"]) for data in state["_data_files"]]
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise DataError(f"{self.file}: expected a folder that Dataset.save_to_disk wrote, with a state.json") from error
+            raise DataError(
+                f"{self.file}: expected a folder that Dataset.save_to_disk wrote, with a state.json"
+            ) from error
 
     def open(self) -> Sequence[Any]:
         """See `Source`."""
@@ -91,13 +104,17 @@ class Parquet(VideoSource):
             import datasets
             import pyarrow
         except ImportError as error:
-            raise DataError(f"{self.file}: reading it needs the package datasets, which is not here: {error}") from error
+            raise DataError(
+                f"{self.file}: reading it needs the package datasets, which is not here: {error}"
+            ) from error
         files = self.files()
         try:
             if files[0].suffix == ".arrow":
                 parts = [open_arrow(file) for file in files]
                 places, unread = self.places(files, [part.data.schema for part in parts])
-                whole = datasets.concatenate_datasets([part.select_columns(columns_of(places)) for part in parts])
+                whole = datasets.concatenate_datasets(
+                    [part.select_columns(columns_of(places)) for part in parts]
+                )
                 return Rows(whole, places, unread, files, [len(part) for part in parts])
             counts, schemas = parquet_schemas(files)
             places, unread = self.places(files, schemas)
@@ -108,12 +125,18 @@ class Parquet(VideoSource):
             return Rows(whole, places, unread, files, counts)
         except DataError:
             raise
-        except (pyarrow.ArrowException, OSError, ValueError, datasets.exceptions.DatasetGenerationError) as error:
+        except (
+            pyarrow.ArrowException,
+            OSError,
+            ValueError,
+            datasets.exceptions.DatasetGenerationError,
+        ) as error:
             reason = str(error.__cause__ or error).partition("\n")[0]
             raise DataError(f"{self.file} cannot be read as one table: {reason}") from error
 
     def places(self, files: list[Path], schemas: list[Any]) -> tuple[dict[str, str], list[Note]]:
-        """Which column each key of a record is in, given the schema of each file, and which are not read. Raises DataError."""
+        """Which column each key of a record is in, given the schema of each file, and which are
+        not read. Raises DataError."""
         have = schemas[0].names
         asked = {
             "messages": self.messages_column,
@@ -133,7 +156,8 @@ class Parquet(VideoSource):
             there.add(TEXT)
         else:
             raise DataError(
-                f"{files[0]} has no chat among its columns {', '.join(have)}; {EXPECTED}; other names are told by "
+                f"{files[0]} has no chat among its columns {', '.join(have)}; {EXPECTED}; other "
+                "names are told by "
                 "messages_column, or question_column and answer_column"
             )
         there -= {*IMAGES} if self.image_column else set()
@@ -143,7 +167,9 @@ class Parquet(VideoSource):
         for file, schema in zip(files, schemas, strict=True):
             for column in found.values():
                 if column not in schema.names:
-                    raise DataError(f"{file} has no column {column!r}; it has {', '.join(schema.names)}")
+                    raise DataError(
+                        f"{file} has no column {column!r}; it has {', '.join(schema.names)}"
+                    )
         unread = [column for column in have if column not in found.values()]
         if not self.image_column:
             check_pictures(files[0], schemas[0], unread, bool(there & {*IMAGES}))
@@ -160,7 +186,10 @@ class Parquet(VideoSource):
         for start in range(0, len(indices), IDS_AT_ONCE):
             block = indices[start : start + IDS_AT_ONCE]
             values = column[block].column(0).to_pylist()
-            yield from ((i, str(i if value is None else value)) for i, value in zip(block, values, strict=True))
+            yield from (
+                (i, str(i if value is None else value))
+                for i, value in zip(block, values, strict=True)
+            )
 
     def place(self, index: int) -> str:
         """See `Source`."""
@@ -180,30 +209,36 @@ class Parquet(VideoSource):
 
 
 def without_nulls(value: Any) -> Any:
-    """A value without the None of other rows: a column has the keys of all its rows, and `datasets` fills in those that a row
-    has not."""
+    """A value without the None of other rows: a column has the keys of all its rows, and `datasets`
+    fills in those that a row has not."""
     if isinstance(value, dict):
         return {key: without_nulls(each) for key, each in value.items() if each is not None}
     return [without_nulls(each) for each in value] if isinstance(value, list) else value
 
 
 def check_pictures(file: Path, schema: Any, unread: list[str], has_images: bool) -> None:
-    """Raises DataError for columns of pictures that are not read, where none is called `image` or `images`, or where they are
-    numbered beside one that is."""
+    """Raises DataError for columns of pictures that are not read, where none is called `image` or
+    `images`, or where they are numbered beside one that is."""
     pictures = []
     for column in unread:
         like = LOOKS_LIKE_FILE.fullmatch(column.lower())
-        if (like and (like["number"] or not has_images)) or (not has_images and holds_files(schema.field(column).type)):
+        if (like and (like["number"] or not has_images)) or (
+            not has_images and holds_files(schema.field(column).type)
+        ):
             pictures.append(column)
     if pictures:
         raise DataError(
-            f"{file} has the columns {', '.join(pictures)} with pictures, videos or sound, which are not read; expected image, "
+            f"{file} has the columns {', '.join(pictures)} with pictures, videos or sound, which "
+            "are not read; expected image, "
             "images, video or videos, or name a column of pictures: image_column"
         )
 
 
 def holds_files(kind: Any) -> bool:
-    """Whether an Arrow type is that of a picture or a video: `{"bytes", "path"}`, or a list of these."""
+    """Whether an Arrow type is that of a picture or a video:
+
+    `{"bytes", "path"}`, or a list of these.
+    """
     import pyarrow
 
     while pyarrow.types.is_list(kind) or pyarrow.types.is_large_list(kind):
@@ -223,7 +258,14 @@ class Rows(Sequence[dict[str, Any]]):
         counts: the rows of each file.
     """
 
-    def __init__(self, dataset: Any, places: dict[str, str], unread: list[Note], files: list[Path], counts: list[int]) -> None:
+    def __init__(
+        self,
+        dataset: Any,
+        places: dict[str, str],
+        unread: list[Note],
+        files: list[Path],
+        counts: list[int],
+    ) -> None:
         self.unread = unread
         self.files = files
         self.ends = list(accumulate(counts))
@@ -266,7 +308,8 @@ def parquet_schemas(files: list[Path]) -> tuple[list[int], list[Any]]:
 
 
 def check_cells(files: list[Path], places: dict[str, str]) -> None:
-    """Raises DataError for a column whose cells are too large on the average of a row group, before any is read."""
+    """Raises DataError for a column whose cells are too large on the average of a row group,
+    before any is read."""
     from pyarrow.parquet import ParquetFile
 
     visual = {places[key] for key in (*IMAGES, *VIDEOS) if key in places}
@@ -280,11 +323,15 @@ def check_cells(files: list[Path], places: dict[str, str]) -> None:
                 for column in columns_of(places):
                     limit = MAX_PICTURES if column in visual else MAX_RECORD
                     check_record(
-                        sizes[column] // max(1, group.num_rows), f"{file}: row group {number + 1}: a cell of {column}", limit
+                        sizes[column] // max(1, group.num_rows),
+                        f"{file}: row group {number + 1}: a cell of {column}",
+                        limit,
                     )
 
 
-def open_parquet(files: list[Path], schemas: list[Any], columns: list[str], cache_dir: str | None) -> Any:
+def open_parquet(
+    files: list[Path], schemas: list[Any], columns: list[str], cache_dir: str | None
+) -> Any:
     """Parquet as a memory-mapped `datasets.Dataset`, by way of its Arrow copy."""
     import pyarrow
     from datasets import Dataset, Features
@@ -292,17 +339,21 @@ def open_parquet(files: list[Path], schemas: list[Any], columns: list[str], cach
     names = [str(file) for file in files]
     options: dict[str, Any] = {}
     if len(files) > 1:
-        # a shard without a picture has a column of the type null, and `datasets` takes the types of the first
+        # a shard without a picture has a column of the type null, and `datasets` takes the types of
+        # the first
         parts = [pyarrow.schema([schema.field(column) for column in columns]) for schema in schemas]
         options["features"] = Features.from_arrow_schema(pyarrow.unify_schemas(parts))
-    return Dataset.from_parquet(names, columns=columns, cache_dir=cache_dir, writer_batch_size=ROWS_PER_BATCH, **options)
+    return Dataset.from_parquet(
+        names, columns=columns, cache_dir=cache_dir, writer_batch_size=ROWS_PER_BATCH, **options
+    )
 
 
 def open_arrow(file: Path) -> Any:
-    """An Arrow file of either kind (a stream, as `datasets` writes; a file, as others do), mapped into memory.
+    """An Arrow file of either kind (a stream, as `datasets` writes; a file, as others do), mapped
+    into memory.
 
-    The pages that its batches' headers lie on are given back while they are read: of many small batches they are the whole
-    file.
+    The pages that its batches' headers lie on are given back while they are read: of many small
+    batches they are the whole file.
     """
     import pyarrow
     from datasets import Dataset
@@ -321,4 +372,6 @@ def open_arrow(file: Path) -> Any:
             mapped.madvise(mmap.MADV_DONTNEED)
     mapped.madvise(mmap.MADV_DONTNEED)
     table = pyarrow.Table.from_batches(batches, reader.schema)
-    return Dataset(table, fingerprint=file.name)  # without one, it would pickle the table for its hash
+    return Dataset(
+        table, fingerprint=file.name
+    )  # without one, it would pickle the table for its hash

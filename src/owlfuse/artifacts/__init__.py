@@ -1,0 +1,4 @@
+"""The form in which models leave owlfuse and come back: a folder that transformers and peft read.
+
+See `export`.
+"""

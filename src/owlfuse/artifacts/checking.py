@@ -1,0 +1,277 @@
+"""What is looked at in a model's folder before anything of it is built: its JSON files, and the
+headers of its weights."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from jinja2 import Environment, TemplateSyntaxError
+from safetensors import safe_open
+from transformers.core_model_loading import revert_weight_conversion
+
+from owlfuse.config.trust import nodes_of
+from owlfuse.core.errors import DataError
+from owlfuse.core.files import MAX_CONFIG, read_json_object, read_text
+
+MAX_TABLE = 512 * 2**20
+"""Bytes of a tokenizer or of an index of shards; the largest tokenizers have 40 MB."""
+MAX_TEMPLATE = 2**20
+"""Bytes of a chat template; the longest have 20 KB."""
+TEMPLATE_KEYS = ("chat_template", "template")
+FORBIDDEN = {
+    "auto_map": "names code to run",
+    "quantization_config": "is of a quantised model, and owlfuse exports plain weights",
+    "transformers_weights": "names another file of weights",
+}
+"""Keys of JSON files by which transformers would run code of the folder or read other files, and
+why they are refused."""
+KERNEL_KEY = re.compile(r"_?(attn|experts)_implementation(_internal)?")
+"""Keys whose value may be a kernel of the hub, which is code."""
+COUNTED = re.compile(r"(^|_)(n_)?(layers?|depths?|blocks?|experts?|stages?|repeats?)$")
+"""Keys that say how many modules are built."""
+QUICK = 1000
+"""Modules that are built within seconds, whatever the weights hold."""
+ADAPTER_KEYS = {
+    *(
+        "peft_type",
+        "task_type",
+        "peft_version",
+        "base_model_name_or_path",
+        "revision",
+        "inference_mode",
+        "r",
+        "lora_alpha",
+    ),
+    *(
+        "lora_dropout",
+        "target_modules",
+        "target_parameters",
+        "exclude_modules",
+        "rank_pattern",
+        "alpha_pattern",
+        "bias",
+    ),
+    *(
+        "fan_in_fan_out",
+        "use_rslora",
+        "use_dora",
+        "lora_bias",
+        "modules_to_save",
+        "init_lora_weights",
+        "layers_pattern",
+    ),
+    *("layers_to_transform", "trainable_token_indices", "ensure_weight_tying"),
+}
+"""Keys of an adapter_config.json that say which layers have an update and of which size. Others
+name modules to import or files to read, and are refused unless they are empty."""
+BUILD_ERRORS = (
+    *(
+        ArithmeticError,
+        AssertionError,
+        AttributeError,
+        ImportError,
+        LookupError,
+        MemoryError,
+        NotImplementedError,
+    ),
+    *(OSError, RuntimeError, StrictDataclassError, TypeError, ValueError),
+)
+"""What timm, transformers and torch raise for numbers that make no model."""
+
+
+def check_files(folder: Path) -> None:
+    """Checks the JSON files and chat templates of an exported folder.
+
+    Raises DataError with the file and what is wrong.
+    """
+    if (folder / "adapter_config.json").exists():
+        file = folder / "adapter_config.json"
+        raise DataError(
+            f"{file}: names another model; owlfuse's adapters lie in {folder / 'adapter'}; remove "
+            "the file"
+        )
+    for file in sorted(folder.glob("*.json")):
+        is_table = file.name in (
+            "tokenizer.json",
+            "vocab.json",
+            "added_tokens.json",
+        ) or file.name.endswith(".index.json")
+        content = read_json_object(file, MAX_TABLE if is_table else MAX_CONFIG)
+        if file.name != "tokenizer.json":
+            check_object(content, file)
+    for file in sorted(folder.rglob("*.jinja")):
+        check_template(read_text(file, MAX_TEMPLATE), str(file))
+
+
+def check_object(content: dict[str, Any], file: Path) -> None:
+    """Checks one JSON file's keys. Raises DataError."""
+    for path, node in nodes_of(content, ""):
+        prefix = f"{path}." if path else ""
+        for key, value in node.items():
+            if key in FORBIDDEN and value:
+                raise DataError(
+                    f"{file}: {prefix}{key}: {FORBIDDEN[key]}; such a folder is not read"
+                )
+            if KERNEL_KEY.fullmatch(key) and "/" in str(value):
+                raise DataError(
+                    f"{file}: {prefix}{key} is {str(value)[:80]}, a kernel of the hub; such a "
+                    "folder is not read"
+                )
+            if key in TEMPLATE_KEYS and isinstance(value, str):
+                check_template(value, f"{file}: {prefix}{key}")
+
+
+def check_template(text: str, where: str) -> None:
+    """Checks a chat template's size and syntax. Raises DataError."""
+    if len(text) > MAX_TEMPLATE:
+        raise DataError(
+            f"{where}: a chat template of {len(text):,} characters, over the limit of "
+            f"{MAX_TEMPLATE:,}"
+        )
+    plain = re.sub(
+        r"{%-?\s*(end)?generation\s*-?%}", "", text
+    )  # transformers' own block, which marks answers
+    try:
+        Environment(extensions=["jinja2.ext.loopcontrols"]).parse(plain)
+    except (TemplateSyntaxError, RecursionError) as error:
+        reason = (
+            f"line {error.lineno}: {error.message}"
+            if isinstance(error, TemplateSyntaxError)
+            else "nested too deep"
+        )
+        raise DataError(f"{where}: no chat template: {reason}") from None
+
+
+def check_counts(config: dict[str, Any], file: Path, shapes: dict[str, tuple[int, ...]]) -> None:
+    """Checks that no more layers are asked for than the weights hold, before any is built. Raises
+    DataError.
+
+    Args:
+        shapes: of the weights by name, from the files' headers.
+    """
+    most = max(QUICK, len(shapes))
+    for path, node in nodes_of(config, ""):
+        for key, value in node.items():
+            if not COUNTED.search(str(key)):
+                continue
+            numbers = value if isinstance(value, list) else [value]
+            if any(isinstance(number, int | float) and number > most for number in numbers):
+                full = f"{path}.{key}" if path else key
+                raise DataError(
+                    f"{file}: {full} is {str(value)[:80]}, and the weights have {len(shapes):,} "
+                    "tensors in all"
+                )
+    text_config = config.get("text_config")
+    asked = text_config.get("num_hidden_layers") if isinstance(text_config, dict) else None
+    indices = {
+        match[1] for name in shapes if (match := re.match(r"model\.llm\.[^\d]*\.(\d+)\.", name))
+    }
+    if isinstance(asked, int) and indices and asked != len(indices):
+        raise DataError(
+            f"{file}: text_config.num_hidden_layers is {asked:,}, and the weights have "
+            f"{len(indices):,} layers"
+        )
+
+
+def check_shapes(
+    wrapped: Any, folder: Path, shapes: dict[str, tuple[int, ...]], tied: dict[str, str]
+) -> None:
+    """Checks the weights' names and shapes against a model without memory, before memory is asked
+    for. Raises DataError.
+
+    Args:
+        tied: names that stand for others, which the files need not hold.
+    """
+    state = wrapped.state_dict()
+    if set(revert_weight_conversion(wrapped, dict(state))) != set(
+        state
+    ):  # transformers keeps these under other names
+        wanted, present = (
+            sum(map(prod, each)) for each in ([t.shape for t in state.values()], shapes.values())
+        )
+        if wanted > 2 * present:
+            raise DataError(
+                f"{folder}: config.json describes {wanted:,} numbers, and the weights have "
+                f"{present:,}"
+            )
+        return
+    missing = {name for name in set(state) - set(shapes) if tied.get(name) not in shapes}
+    wrong = [f"{name} (missing)" for name in missing]
+    wrong += [f"{name} (unexpected)" for name in set(shapes) - set(state)]
+    for name in set(state) & set(shapes):
+        expected = tuple(state[name].shape)
+        if shapes[name] != expected:
+            wrong.append(f"{name} {shapes[name]}, expected {expected} (mismatched)")
+    if wrong:
+        listed = ", ".join(sorted(wrong)[:8]) + (
+            f" and {len(wrong) - 8} more" if len(wrong) > 8 else ""
+        )
+        raise DataError(f"{folder}: the weights do not fit config.json: {listed}; export it anew")
+
+
+def check_adapter(folder: Path) -> None:
+    """Checks that an adapter's folder holds a LoRA update and nothing that names code or other
+    files. Raises DataError."""
+    file = folder / "adapter_config.json"
+    content = read_json_object(file, MAX_CONFIG)
+    if content.get("peft_type") != "LORA":
+        raise DataError(
+            f"{file}: peft_type is {str(content.get('peft_type'))[:40]}, and owlfuse exports LORA"
+        )
+    if strange := [
+        key
+        for key, value in content.items()
+        if key not in ADAPTER_KEYS and not is_default(key, value)
+    ]:
+        raise DataError(
+            f"{file}: {strange[0]}: no key of an adapter that owlfuse exports; such a folder is "
+            "not read"
+        )
+    if not isinstance(content.get("init_lora_weights", True), bool):
+        raise DataError(
+            f"{file}: init_lora_weights is {content['init_lora_weights']!r}, expected true or false"
+        )
+    if not (folder / "adapter_model.safetensors").is_file():
+        raise DataError(
+            f"{folder / 'adapter_model.safetensors'} is missing; export or copy the folder anew"
+        )
+
+
+def is_default(key: str, value: Any) -> bool:
+    """Whether peft's LoraConfig has the value by itself, which says nothing."""
+    from peft import LoraConfig
+
+    default = LoraConfig().to_dict()
+    return not value or (key in default and default[key] == value)
+
+
+def header_shapes(files: list[Path]) -> dict[str, tuple[int, ...]]:
+    """Shapes of the tensors in safetensors files by name, read from the headers."""
+    shapes = {}
+    for path in files:
+        with safe_open(path, "pt") as file:
+            for name in file.keys():
+                shapes[name] = tuple(file.get_slice(name).get_shape())
+    return shapes
+
+
+@contextmanager
+def describing(file: Path) -> Iterator[None]:
+    """Makes what timm, transformers and torch raise for wrong numbers or names a DataError that
+    names the file."""
+    try:
+        yield
+    except DataError:
+        raise
+    except torch.OutOfMemoryError:
+        raise
+    except BUILD_ERRORS as error:
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise DataError(f"{file} describes no model that can be built: {reason}") from error

@@ -1,0 +1,121 @@
+"""`owlfuse export` and `owlfuse import`.
+
+Heavy imports stay inside, so that a mistake is told at once.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from owlfuse.artifacts.runs import check_model, check_which
+from owlfuse.core.errors import ConfigError
+from owlfuse.core.folder_kinds import check_exported, check_released
+from owlfuse.core.progress import quiet_libraries
+from owlfuse.core.terminal import visible
+
+if TYPE_CHECKING:
+    from owlfuse.artifacts.load import Trained
+
+LAYOUTS = ("owlfuse", "released")
+
+
+def read_options(words: list[str], known: dict[str, str]) -> dict[str, str]:
+    """`key=value` words over the defaults, `max_shard_size` among them.
+
+    Raises ConfigError with the known keys.
+    """
+    options = dict(known)
+    for word in words:
+        key, sep, value = word.partition("=")
+        if not sep or key not in known:
+            raise ConfigError(
+                f"command line: {word}: not an option; the options are "
+                f"{', '.join(f'{k}=' for k in known)}"
+            )
+        options[key] = value
+    size = options["max_shard_size"]
+    if not re.fullmatch(r"0*[1-9]\d*[KMGT]B", size):
+        raise ConfigError(
+            f"command line: max_shard_size={size}: expected a number of KB, MB, GB or TB, as 5GB"
+        )
+    return options
+
+
+def export_command(source: str, out: str, words: list[str]) -> None:
+    """A run, or a folder that was exported or imported, into OUT. Raises ConfigError, DataError."""
+    options = read_options(
+        words, {"merge": "false", "layout": "owlfuse", "max_shard_size": "5GB", "which": "last"}
+    )
+    if options["merge"] not in ("true", "false"):
+        raise ConfigError(f"command line: merge={options['merge']}: true or false")
+    if options["layout"] not in LAYOUTS:
+        raise ConfigError(f"command line: layout={options['layout']}: one of {', '.join(LAYOUTS)}")
+    write_export(check_model(source, options["which"]), out, options)
+
+
+@quiet_libraries()
+def write_export(folder: Path, out: str, options: dict[str, str]) -> None:
+    """The model of a folder into OUT, as the options of `owlfuse export` say."""
+    from owlfuse.artifacts.export import export
+    from owlfuse.artifacts.load import ADAPTER
+    from owlfuse.artifacts.lora import merge_lora
+    from owlfuse.artifacts.released.saving import save
+
+    trained = read_trained(folder, options["which"])
+    merge, shards = options["merge"] == "true", options["max_shard_size"]
+    if options["layout"] == "released":
+        if merge:
+            merge_lora(trained.model)
+        save(trained.model, out, max_shard_size=shards)
+        print(visible(f"{out} is in the released layout"))
+        return
+    export(trained, Path(out), merge=merge, max_shard_size=shards, source=folder.name)
+    if (Path(out).expanduser() / ADAPTER).is_dir():
+        print(
+            visible(
+                f"the LoRA adapter is in {out}/{ADAPTER}, and {out}'s weights are those without "
+                "it; merge=true folds it in"
+            )
+        )
+    print(
+        visible(
+            f"{out}: chat with it by `owlfuse chat {out}`, start a run from it by init_from={out}"
+        )
+    )
+
+
+def import_command(source: str, out: str, words: list[str]) -> None:
+    """A released mPLUG-Owl into OUT. Raises ConfigError, DataError."""
+    options = read_options(words, {"max_shard_size": "5GB"})
+    write_import(check_released(Path(source)), out, options["max_shard_size"])
+
+
+@quiet_libraries()
+def write_import(folder: Path, out: str, max_shard_size: str) -> None:
+    """A folder's released model into OUT, and how far it is from the released code's numbers,
+    where they lie beside it."""
+    from owlfuse.artifacts.importing import import_released
+
+    differences = import_released(folder, Path(out), max_shard_size)
+    for name, value in differences.items():
+        print(visible(f"largest difference from io.safetensors, {name}: {value:.2e}"))
+    print(
+        visible(
+            f"{out}: chat with it by `owlfuse chat {out}`, start a run from it by init_from={out}"
+        )
+    )
+
+
+def read_trained(folder: Path, which: str = "last") -> Trained:
+    """The model of a run or of an exported folder."""
+    from owlfuse.artifacts.load import Trained, load_exported, load_run
+
+    if (folder / "config.yaml").exists():
+        return load_run(folder, which)
+    check_which(which, of_run=False)
+    wrapped, processor = load_exported(check_exported(folder))
+    if processor is None:
+        return Trained(wrapped.model, None, None)
+    return Trained(wrapped.model, processor.tokenizer, None, processor.image_token)

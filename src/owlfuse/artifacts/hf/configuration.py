@@ -1,0 +1,107 @@
+"""config.json of an exported model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig, PreTrainedConfig
+
+from owlfuse.config.check import check_targets
+from owlfuse.config.trust import check_backbone, check_names
+from owlfuse.core.errors import ConfigError, DataError
+
+PARTS = ("vision", "connector", "fusion")
+
+
+class OwlfuseConfig(PreTrainedConfig):
+    """An exported model: the nodes of three parts as in a run's configuration, and transformers'
+    configuration of the LLM.
+
+    Args:
+        vision, connector, fusion: nodes with a `_target_` in owlfuse, or in a module that is
+            imported already.
+        text_config: the LLM's, a dictionary with its `model_type` or a configuration.
+        image_token_id: the id of `<image>`, which stands at every position that an image takes.
+        tokens_per_image: positions that an image takes.
+    """
+
+    model_type = "owlfuse"
+    sub_configs = {"text_config": AutoConfig}
+    has_no_defaults_at_init = True
+
+    def __init__(
+        self,
+        vision: dict[str, Any] | None = None,
+        connector: dict[str, Any] | None = None,
+        fusion: dict[str, Any] | None = None,
+        text_config: Any = None,
+        image_token_id: int | None = None,
+        tokens_per_image: int = 1,
+        **kwargs: Any,
+    ) -> None:
+        if isinstance(text_config, dict):
+            text_config = AutoConfig.for_model(**text_config)
+        self.vision = vision
+        self.connector = connector
+        self.fusion = fusion
+        self.text_config = text_config
+        self.image_token_id = image_token_id
+        self.tokens_per_image = tokens_per_image
+        kwargs.setdefault(
+            "tie_word_embeddings", bool(getattr(text_config, "tie_word_embeddings", False))
+        )
+        super().__init__(**kwargs)
+
+    def nodes(self) -> dict[str, dict[str, Any]]:
+        """The model's four nodes, for `owlfuse.model.multimodal.assemble`; no weights are asked for
+        by them.
+
+        Raises:
+            DataError: a node is missing, or names something that is not accepted (see
+                `owlfuse.config.trust`).
+        """
+        nodes = {name: getattr(self, name) for name in PARTS}
+        check_nodes(nodes, Path(self._name_or_path or ".") / "config.json")
+        vision = {key: value for key, value in nodes["vision"].items() if key != "weights"}
+        nodes["vision"] = vision | ({"pretrained": False} if "pretrained" in vision else {})
+        attention = getattr(self.text_config, "_attn_implementation", None) or "sdpa"
+        llm = {**llm_node(self.text_config), "attention": attention}
+        dtype = self.text_config.dtype
+        if (
+            dtype is not None and dtype == self.dtype
+        ):  # all of the model is in it, as after a run in bf16-true
+            llm["dtype"] = str(dtype).removeprefix("torch.")
+        return {**nodes, "llm": llm}
+
+
+def check_nodes(nodes: dict[str, Any], file: Path) -> None:
+    """Checks the names and arguments of the parts in a config.json. Raises DataError."""
+    for name in PARTS:
+        if not isinstance(nodes.get(name), dict) or "_target_" not in nodes[name]:
+            raise DataError(
+                f"{file}: {name} has no _target_, so this is no folder that owlfuse exported"
+            )
+    model = {"model": {name: nodes[name] for name in PARTS}}
+    check_names(model, file)
+    check_backbone(nodes["vision"], file, hub=False)
+    try:
+        check_targets(model, lambda path: str(file))
+    except ConfigError as error:
+        raise DataError(str(error)) from error
+
+
+def llm_node(text_config: PreTrainedConfig) -> dict[str, Any]:
+    """The node that makes an LLM of this configuration with random weights."""
+    from owlfuse.model.llm import (
+        known_fields,
+    )  # here, since it imports transformers' models, which are not there yet
+
+    known = known_fields(type(text_config)) - {"transformers_version", "architectures", "dtype"}
+    fields = {
+        k: v for k, v in text_config.to_diff_dict().items() if k in known and not k.startswith("_")
+    }
+    return {
+        "_target_": "owlfuse.model.llm.load_llm",
+        "config": {**fields, "model_type": text_config.model_type},
+    }

@@ -1,0 +1,275 @@
+"""A `MultimodalLM` as a model of transformers: from_pretrained, save_pretrained and generate are
+transformers' own.
+
+N images, Q visual tokens per image, B rows, I the most images of a row, T text positions, V
+vocabulary.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any, cast
+
+import torch
+from accelerate import init_empty_weights
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import DynamicCache, GenerationMixin, PreTrainedModel
+from transformers.initialization import no_init_weights
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from owlfuse.artifacts.hf.configuration import OwlfuseConfig
+from owlfuse.core.errors import DataError
+from owlfuse.core.types import Batch, VisualTokens
+from owlfuse.model.llm import cache_argument
+from owlfuse.model.multimodal import MultimodalLM, assemble
+
+
+class OwlfuseForConditionalGeneration(PreTrainedModel, GenerationMixin):
+    """Text and pictures in, text out.
+
+    Args:
+        model: one that is there already; by default it is assembled from the configuration, with
+            random weights.
+    """
+
+    config_class = OwlfuseConfig
+    base_model_prefix = ""
+    main_input_name = "input_ids"
+    input_modalities = ("image", "text")  # type: ignore[assignment]  # any sequence
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = False
+
+    def __init__(self, config: OwlfuseConfig, model: MultimodalLM | None = None) -> None:
+        super().__init__(config)
+        self.model = (
+            assemble(config.nodes(), config.text_config.vocab_size) if model is None else model
+        )
+        with no_init_weights():  # the parts have initialised themselves, or are trained
+            self.post_init()
+
+    @classmethod
+    def wrap(
+        cls,
+        model: MultimodalLM,
+        image_token_id: int | None,
+        generation: dict[str, Any] | None = None,
+    ) -> OwlfuseForConditionalGeneration:
+        """A model that is in memory, for generation or export.
+
+        `generation`: fields of the generation configuration.
+        """
+        nodes = {name: node for name, node in (model.nodes or {}).items() if name != "llm"}
+        text_config = copy.deepcopy(model.llm.config)  # transformers writes its attention into it
+        if getattr(text_config, "quantization_config", None) is not None:
+            del (
+                text_config.quantization_config
+            )  # of the GGUF file that it was read from; the weights are plain by now
+        config = OwlfuseConfig(
+            **nodes,
+            text_config=text_config,
+            image_token_id=image_token_id,
+            tokens_per_image=model.fusion.tokens_per_image,
+        )
+        wrapped = cls(config, model)
+        wrapped.generation_config.update(**generation or {})
+        wrapped.generation_config._from_model_config = (
+            False  # what is set here counts, not what the LLM's configuration has
+        )
+        return wrapped
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """As transformers'. Buffers that no checkpoint holds (position tables, rotary frequencies)
+        are computed anew, since transformers makes the model on the meta device."""
+        loaded = super().from_pretrained(*args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        restore_buffers(model)
+        align(model)
+        return loaded
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """The parts initialise themselves."""
+
+    def get_expanded_tied_weights_keys(self, all_submodels: bool = False) -> dict[str, str]:
+        """Which weights are one: those that the LLM says, by their names here."""
+        tied = self.model.llm.get_expanded_tied_weights_keys(all_submodels=all_submodels)
+        return {f"model.llm.{name}": f"model.llm.{source}" for name, source in tied.items()}
+
+    def get_input_embeddings(self) -> nn.Module:
+        """Those of the LLM."""
+        return self.model.llm.get_input_embeddings()
+
+    def get_output_embeddings(self) -> nn.Module:
+        """Those of the LLM."""
+        return self.model.llm.get_output_embeddings()
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        labels: Tensor | None = None,
+        visual: VisualTokens | None = None,
+        cache: Any = None,
+        past_key_values: Any = None,
+        use_cache: bool = False,
+        logits_to_keep: int = 0,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """Logits (B, T, V), or of the last `logits_to_keep` positions; with labels (B, T) also the
+        mean loss of the next token.
+
+        Args:
+            pixel_values: (N, 3, H, W) of the images in the order of their placeholders. Not needed
+                with `visual`.
+            visual: what `encode` gave for the whole prompt; needed with a cache that holds a part
+                of it.
+            cache: or `past_key_values`, as older transformers call it: with one that holds earlier
+                positions, `input_ids` are the new ones and `attention_mask` (all ones by default)
+                covers both.
+        """
+        cache = cache if cache is not None else past_key_values
+        if cache is None and use_cache:
+            cache = DynamicCache(config=self.model.llm.config)
+        earlier = cache.get_seq_length() if cache is not None else 0
+        if attention_mask is None:
+            attention_mask = input_ids.new_ones(len(input_ids), earlier + input_ids.shape[1])
+        if visual is None:
+            if earlier:
+                raise ValueError(
+                    "the cache holds earlier positions: give `visual` too, which `encode` makes "
+                    "of the whole prompt"
+                )
+            visual = self.encode(input_ids, pixel_values)
+        batch = self.batch(input_ids, attention_mask, visual)
+        logits = self.model(batch, visual, cache, logits_to_keep)
+        loss = None
+        if labels is not None:
+            loss = F.cross_entropy(
+                logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=-100
+            )
+        return CausalLMOutputWithPast(
+            loss=loss, logits=logits, **{cache_argument(self.model.llm): cache}
+        )
+
+    def batch(self, input_ids: Tensor, attention_mask: Tensor, visual: VisualTokens) -> Batch:
+        """The rows as the model takes them: new ids (B, T) behind what a cache holds, the mask over
+        both. No pixels: the visual tokens are there already."""
+        placeholder = self.placeholder(visual, attention_mask.shape[1])[:, -input_ids.shape[1] :]
+        embeddings: Any = self.get_input_embeddings()
+        unknown = placeholder & (input_ids >= embeddings.num_embeddings)
+        return Batch(
+            input_ids=input_ids.masked_fill(
+                unknown, 0
+            ),  # an image's tokens stand there, the id does not matter
+            attention_mask=attention_mask,
+            labels=None,  # type: ignore[arg-type]  # nothing is learned, and there are no pixels
+            placeholder=placeholder,
+            pixel_values=None,  # type: ignore[arg-type]
+            image_mask=None,  # type: ignore[arg-type]
+            image_index=visual.image_index,
+            image_positions=visual.image_positions,
+            visual_count=int(placeholder.sum()),
+        )
+
+    def placeholder(self, visual: VisualTokens, length: int) -> Tensor:
+        """(B, length) bool, True at the positions that images take: known from where they begin,
+        since an answer may hold the id of `<image>` too."""
+        here = torch.arange(length, device=visual.image_positions.device)[None, :, None]
+        first = visual.image_positions[:, None]
+        taken = (
+            (here >= first)
+            & (here < first + self.config.tokens_per_image)
+            & (visual.image_index[:, None] >= 0)
+        )
+        return taken.any(-1)
+
+    def encode(self, input_ids: Tensor, pixel_values: Tensor | None) -> VisualTokens:
+        """Runs the backbone once for all images (N, 3, H, W), and finds where the rows (B, T) hold
+        them.
+
+        Raises:
+            DataError: placeholders that are no whole images, or more or fewer of them than images.
+        """
+        if self.config.image_token_id is None:
+            raise DataError(
+                "config.json has no image_token_id, the id that stands for an image; set "
+                "model.config.image_token_id"
+            )
+        taken = input_ids == self.config.image_token_id
+        per_image = self.config.tokens_per_image
+        found, rest = divmod(int(taken.sum()), per_image)
+        given = 0 if pixel_values is None else len(pixel_values)
+        if rest or found != given or (taken.sum(1) % per_image).any():
+            raise DataError(
+                f"the prompt has {int(taken.sum())} image positions, {per_image} to an image, and "
+                f"{given} images were given; "
+                "there must be one <image> for each"
+            )
+        ordinal = taken.cumsum(1) - 1
+        first = taken & (ordinal % per_image == 0)
+        count = first.sum(1)
+        most = max(1, int(count.max()))
+        slot = torch.arange(most, device=input_ids.device)[None]
+        missing = slot >= count[:, None]
+        order = first.int().argsort(dim=1, descending=True, stable=True)[:, :most]
+        positions = F.pad(order, (0, most - order.shape[1])).masked_fill(
+            missing, input_ids.shape[1]
+        )
+        index = (slot + (count.cumsum(0) - count)[:, None]).masked_fill(missing, -1)
+        if pixel_values is not None and given:
+            weight = next(self.model.vision.parameters())
+            tokens = self.model.connector(
+                self.model.vision(pixel_values.to(weight.device, weight.dtype))
+            )
+        else:
+            embeddings: Any = self.get_input_embeddings().weight
+            tokens = embeddings.new_zeros(1, self.model.connector.tokens, embeddings.shape[1])
+        return VisualTokens(tokens, index, positions)
+
+    def _expand_inputs_for_generation(  # type: ignore[override]  # by name, as generate calls it
+        self, expand_size: int = 1, input_ids: Any = None, **kwargs: Any
+    ) -> Any:
+        """The one place that generate passes through before its rows multiply: images are encoded
+        here, once for all beams and steps, and their keys and values are kept from the first step
+        on."""
+        if kwargs.get("visual") is None:
+            kwargs["visual"] = self.encode(input_ids, kwargs.pop("pixel_values", None))
+        visual: VisualTokens = kwargs["visual"]
+        index, positions = (
+            x.repeat_interleave(expand_size, dim=0)
+            for x in (visual.image_index, visual.image_positions)
+        )
+        kwargs["visual"] = VisualTokens(visual.tokens, index, positions, kept={})
+        above: Any = super()
+        return above._expand_inputs_for_generation(
+            expand_size=expand_size, input_ids=input_ids, **kwargs
+        )
+
+
+@torch.no_grad()
+def align(model: nn.Module) -> None:
+    """Moves weights that are a file mapped into memory, at odd addresses, to where torch puts its
+    own: the kernels of some processors round otherwise at odd ones, and logits would differ in the
+    last bit from those before the export."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.device.type == "cpu" and tensor.data_ptr() % 64:
+            tensor.data = tensor.data.clone()
+
+
+def restore_buffers(model: OwlfuseForConditionalGeneration) -> None:
+    """Sets the buffers that are not saved to what the model's constructor makes of them."""
+    with init_empty_weights(include_buffers=False), torch.device("cpu"):
+        fresh = OwlfuseForConditionalGeneration(cast("OwlfuseConfig", model.config))
+    persistent = set(fresh.state_dict())
+    for name, buffer in fresh.named_buffers():
+        if name not in persistent:
+            path, _, own = name.rpartition(".")
+            old: Any = model.get_submodule(path)._buffers[own]
+            model.get_submodule(path)._buffers[own] = buffer.to(
+                old.device, old.dtype if buffer.is_floating_point() else None
+            )

@@ -1,0 +1,213 @@
+"""Pictures and text -> the model's inputs, as transformers' pipelines call it.
+
+N images, H and W their size in pixels, B rows, T text positions.
+"""
+
+from __future__ import annotations
+
+import re
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from transformers import BatchFeature, ProcessorMixin
+from transformers.image_processing_utils import BaseImageProcessor
+from transformers.image_transforms import to_pil_image
+from transformers.image_utils import load_image
+
+from owlfuse.core.errors import DataError
+from owlfuse.core.types import IMAGE
+from owlfuse.data.chat.answer_format import AnswerFormat
+from owlfuse.data.chat.supervision import cut_at_borders
+from owlfuse.data.media.images import MAX_PIXELS, open_image, to_rgb
+from owlfuse.data.media.tiles import views_of
+from owlfuse.data.words import show_words, spell_words
+from owlfuse.model.vision.backbone import Preprocessing
+
+
+class OwlfuseImageProcessor(BaseImageProcessor):
+    """Pictures -> `pixel_values` (N, 3, H, W), by the very `Preprocessing` of training.
+
+    Args:
+        size: {"height", "width"} in pixels.
+        image_mean, image_std: of RGB values from 0 to 1.
+        interpolation: bicubic, bilinear, nearest, ...
+    """
+
+    model_input_names = ["pixel_values"]
+
+    def __init__(
+        self,
+        size: dict[str, int],
+        image_mean: list[float],
+        image_std: list[float],
+        interpolation: str,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        self.size = dict(size)
+        self.image_mean = list(image_mean)
+        self.image_std = list(image_std)
+        self.interpolation = interpolation
+
+    @classmethod
+    def of(cls, preprocessing: Preprocessing) -> OwlfuseImageProcessor:
+        """That of a backbone."""
+        height, width = preprocessing.size
+        size = {"height": height, "width": width}
+        return cls(
+            size, list(preprocessing.mean), list(preprocessing.std), preprocessing.interpolation
+        )
+
+    def __call__(  # type: ignore[override]  # one way for every release of transformers
+        self, images: Any, return_tensors: str | None = "pt", **kwargs: Any
+    ) -> BatchFeature:
+        """Pictures of any size and mode, one or a list, also nested: PIL, paths, URLs, arrays."""
+        size = (self.size["height"], self.size["width"])
+        preprocess = Preprocessing(
+            size, tuple(self.image_mean), tuple(self.image_std), self.interpolation
+        )
+        pixels = [preprocess(to_rgb(picture)) for picture in flat(images)]
+        return BatchFeature(
+            {"pixel_values": torch.stack(pixels)} if pixels else {}, tensor_type=return_tensors
+        )
+
+
+class OwlfuseProcessor(ProcessorMixin):
+    """Tokenizer and image processor together; each `<image>` grows to the positions that an image
+    takes.
+
+    Args:
+        tokens_per_image: the model's.
+        image_token: the tokenizer's token that stands for an image.
+        tile: whether a picture becomes a global view and tiles, an image each (see `tiles`), as of
+            a source with `tile: 1`.
+    """
+
+    def __init__(
+        self,
+        image_processor: OwlfuseImageProcessor,
+        tokenizer: Any,
+        chat_template: str | None = None,
+        tokens_per_image: int = 1,
+        image_token: str = IMAGE,
+        tile: bool = False,
+    ) -> None:
+        if image_token not in tokenizer.get_vocab():
+            raise DataError(
+                f"the tokenizer has no {image_token}, which stands for an image; take the one "
+                "that was exported"
+            )
+        self.tokens_per_image = tokens_per_image
+        self.image_token = image_token
+        self.tile = tile
+        super().__init__(image_processor, tokenizer, chat_template=chat_template)
+
+    def __call__(
+        self, images: Any = None, text: str | list[str] | None = None, **kwargs: Any
+    ) -> BatchFeature:
+        """`input_ids` and `attention_mask` (B, T), padded on the left, and `pixel_values` (N, 3, H,
+        W) if there are images.
+
+        Args:
+            images: pictures in the order of their `<image>`s (see `flat`); a list of lists, one for
+                each text, is the same.
+            text: with an `<image>` for each picture; one that is a word is hidden (see
+                `data.words`). Special tokens are not added: a chat template writes its own.
+
+        Raises:
+            DataError: another number of `<image>`s than of images.
+        """
+        texts = [text] if isinstance(text, str) else list(text or [])
+        pictures = flat(images)
+        token = self.image_token
+        found = sum(one.count(token) for one in texts)
+        if found != len(pictures):
+            raise DataError(
+                f"the text has {found} {token} and {len(pictures)} images were given; there must "
+                "be one for each"
+            )
+        options = {
+            k: v
+            for k, v in kwargs.items()
+            if k not in ("videos", "audio", "images_kwargs", "return_tensors")
+        }
+        options = {
+            "padding": len(texts) > 1,
+            "add_special_tokens": False,
+            **options,
+            **options.pop("text_kwargs", {}),
+        }
+        size = self.image_processor.size["height"], self.image_processor.size["width"]
+        views = [
+            views_of(to_rgb(picture), size) if self.tile else [picture] for picture in pictures
+        ]
+        counts = iter(views)
+        grown = [
+            re.sub(
+                re.escape(token), lambda _: token * self.tokens_per_image * len(next(counts)), one
+            )
+            for one in texts
+        ]
+        pictures = [view for each in views for view in each]
+        tensors = kwargs.get("return_tensors", "pt")
+        encoded = self.encode_texts(grown, tensors, **options)
+        pixels = self.image_processor(pictures, return_tensors=tensors) if pictures else {}
+        return BatchFeature({**encoded, **pixels})
+
+    @cached_property
+    def answer_format(self) -> AnswerFormat:
+        """What the chat template writes around an answer."""
+        return AnswerFormat.of(self.tokenizer)
+
+    def encode_texts(self, texts: list[str], tensors: str | None, **options: Any) -> dict[str, Any]:
+        """`input_ids` and `attention_mask` (B, T), padded on the left. As in training, what stands
+        before an answer has the tokens that it has as a prompt."""
+        padding = {
+            name: options.pop(name)
+            for name in PADDING
+            if name in options and not options.get("truncation")
+        }
+        shown = [show_words(text, self.image_token) for text in texts]
+        encoded = self.tokenizer(shown, return_offsets_mapping=True, verbose=False, **options)
+        rows = encoded["input_ids"]
+        for ids, offsets, text, hidden in zip(
+            rows, encoded["offset_mapping"], shown, texts, strict=True
+        ):
+            if self.tokenizer.chat_template:
+                cut_at_borders(self.tokenizer, text, ids, offsets, self.answer_format.starts(text))
+            spell_words(self.tokenizer, self.image_token, hidden, ids, offsets, "a prompt")
+        padded = self.tokenizer.pad(
+            {"input_ids": rows}, padding_side="left", return_tensors=tensors, **padding
+        )
+        return {name: padded[name] for name in ("input_ids", "attention_mask")}
+
+
+PADDING = ("padding", "max_length", "pad_to_multiple_of")
+
+
+def flat(images: Any) -> list[Image.Image]:
+    """One picture, a list or lists of them -> a list of PIL pictures.
+
+    A picture may be a path, a URL or an array.
+    """
+    if images is None:
+        return []
+    if isinstance(images, list | tuple):
+        return [picture for part in images for picture in flat(part)]
+    if isinstance(images, Image.Image):
+        return [images]
+    if isinstance(images, str | Path):
+        path = Path(images).expanduser()
+        if str(images).startswith(("http://", "https://", "data:")):
+            return [load_image(str(images))]
+        return [open_image(path.parent, path.name, "prompt", MAX_PIXELS)]
+    try:
+        return [to_pil_image(images)]
+    except (ValueError, TypeError) as error:
+        raise DataError(
+            f"an image is a {type(images).__name__}; give a PIL picture, a path, a URL or an "
+            f"array: {error}"
+        ) from None

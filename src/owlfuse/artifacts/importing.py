@@ -1,0 +1,110 @@
+"""`owlfuse import`: a released mPLUG-Owl in owlfuse's own format, with a chat template of its
+family."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from transformers import AutoTokenizer
+
+from owlfuse.artifacts.export import export
+from owlfuse.artifacts.load import Trained
+from owlfuse.artifacts.released.inputs import reference_logits, reference_loss
+from owlfuse.artifacts.released.loading import load
+from owlfuse.core.errors import DataError
+from owlfuse.core.types import IMAGE
+from owlfuse.data.chat.tokenizer import prepare
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
+
+# The prompts of the released code: mPLUG-Owl's examples, and the conversation `mplug_owl2` of
+# mPLUG-Owl2.
+TEMPLATES = {
+    "owl1": (
+        "{{ bos_token }}The following is a conversation between a curious human and AI assistant. "
+        "The assistant gives helpful, "
+        "detailed, and polite answers to the user's questions."
+        "{% for message in messages %}"
+        "{% if message.role == 'assistant' %}{{ '\\nAI: ' + message.content + eos_token }}"
+        "{% else %}{{ '\\nHuman: ' "
+        "+ message.content.replace('<image>\\n', '<image>').replace('<image>', '<image>\\nHuman: "
+        "') }}{% endif %}"
+        "{% endfor %}"
+        "{% if add_generation_prompt %}{{ '\\nAI: ' }}{% endif %}"
+    ),
+    "owl2": (
+        "{{ bos_token }}"
+        "{% for message in messages %}"
+        "{% if message.role == 'assistant' %}{{ ' ASSISTANT: ' + message.content + eos_token }}"
+        "{% else %}{{ 'USER: ' + message.content.replace('<image>\\n', '<image>') }}{% endif %}"
+        "{% endfor %}"
+        "{% if add_generation_prompt %}{{ ' ASSISTANT:' }}{% endif %}"
+    ),
+}
+
+
+def import_released(folder: Path, out: Path, max_shard_size: str = "5GB") -> dict[str, float]:
+    """Writes OUT. Where an io.safetensors lies beside the weights, the largest difference from its
+    logits, and that of the loss, are returned."""
+    model = load(folder)
+    differences = (
+        compare(model, folder / "io.safetensors") if (folder / "io.safetensors").exists() else {}
+    )
+    tokenizer, image_token = tokenizer_of(folder, model.released)
+    trained = Trained(model, tokenizer, None, image_token)
+    export(
+        trained,
+        out,
+        max_shard_size=max_shard_size,
+        source=f"{folder.name}, a released {model.released.family}",
+    )
+    return differences
+
+
+@torch.inference_mode()
+def compare(model: Any, io_file: Path) -> dict[str, float]:
+    """Largest absolute differences from what the released code gave."""
+    io = load_file(io_file)
+    valid = io["valid"].bool()
+    differences = {"logits": (reference_logits(model, io) - io["logits"]).abs()[valid].max().item()}
+    if "loss" in io:
+        differences["loss"] = (reference_loss(model, io) - io["loss"]).abs().max().item()
+    return differences
+
+
+def tokenizer_of(folder: Path, released: Any) -> tuple[Any, str]:
+    """The folder's tokenizer and the token that stands for an image; no tokenizer where the folder
+    has none.
+
+    Raises:
+        DataError: a tokenizer that cannot be read, or lacks the image token that config.json names.
+    """
+    if not any((folder / name).exists() for name in TOKENIZER_FILES):
+        return None, IMAGE
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise DataError(
+            f"the tokenizer of {folder} cannot be read: {str(error).splitlines()[0]}"
+        ) from error
+    image_token = IMAGE
+    if released.image_token_id is not None:
+        found: Any = tokenizer.convert_ids_to_tokens(released.image_token_id)
+        if found is None:
+            raise DataError(
+                f"the tokenizer of {folder} has {len(tokenizer)} tokens, and config.json's "
+                "image_token_id is "
+                f"{released.image_token_id}; take the tokenizer of that model"
+            )
+        image_token = found
+    if not tokenizer.chat_template:
+        if released.family not in TEMPLATES:
+            raise DataError(
+                f"the tokenizer of {folder} has no chat template; take the tokenizer_config.json "
+                "of that model"
+            )
+        tokenizer.chat_template = TEMPLATES[released.family]
+    return prepare(tokenizer, image_token), image_token

@@ -1,0 +1,308 @@
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning
+import torch
+from safetensors import SafetensorError, safe_open
+from transformers import AutoProcessor
+
+from owlfuse.artifacts.checking import (
+    BUILD_ERRORS,
+    MAX_TABLE,
+    check_adapter,
+    check_counts,
+    check_files,
+    check_shapes,
+    describing,
+    header_shapes,
+)
+from owlfuse.artifacts.hf.configuration import OwlfuseConfig
+from owlfuse.artifacts.hf.modeling import OwlfuseForConditionalGeneration
+from owlfuse.artifacts.hf.processing import OwlfuseImageProcessor, OwlfuseProcessor
+from owlfuse.artifacts.lora import merge_lora
+from owlfuse.artifacts.released.loading import read_record
+from owlfuse.artifacts.run_data import run_tokenizer
+from owlfuse.artifacts.runs import check_which, chosen_checkpoint
+from owlfuse.artifacts.weights import check_fits, read, set_precision, take
+from owlfuse.config.compose import read_run
+from owlfuse.core.errors import DataError
+from owlfuse.core.files import MAX_CONFIG, read_json_object
+from owlfuse.core.folder_kinds import check_exported
+from owlfuse.core.types import IMAGE
+from owlfuse.data.chat.answer_format import AnswerFormat
+from owlfuse.data.chat.tokenizer import prepare
+from owlfuse.model.llm import recompute_activations
+from owlfuse.model.multimodal import MultimodalLM, build_model
+
+
+def load_talker(
+    folder: Path, which: str = "last"
+) -> tuple[OwlfuseForConditionalGeneration, OwlfuseProcessor]:
+    """Model and processor of an exported or imported folder, or of a run's last or best checkpoint.
+
+    Raises:
+        DataError: neither, or a folder without a tokenizer.
+    """
+    if (folder / "config.yaml").exists():
+        trained = load_run(folder, which=which)
+        return wrap(trained), processor_of(trained)
+    check_which(which, of_run=False)
+    model, processor = load_exported(folder)
+    if processor is None:
+        raise DataError(
+            f"{folder} has no tokenizer, so there is nothing to chat with; import it from a "
+            "folder with one"
+        )
+    return model, processor
+
+
+KEYS = ("missing_keys", "unexpected_keys", "mismatched_keys")
+ADAPTER, RELEASED = "adapter", "released"
+
+
+@dataclass
+class Trained:
+    """A run's model with what is needed to talk to it."""
+
+    model: MultimodalLM
+    tokenizer: Any
+    results: dict[str, Any] | None
+    """results.json, where the run has one."""
+    image_token: str = IMAGE
+    """What stands for an image in the tokenizer."""
+
+
+def load_run(folder: Path, which: str = "last") -> Trained:
+    """The model of a run's last or best checkpoint, in eval mode on the CPU. The run's data are not
+    needed, but its tokenizer is."""
+    config = read_run(folder)
+    tokenizer = run_tokenizer(folder, config["data"])
+    model, _ = load_run_model(folder, config, len(tokenizer), which)
+    path = folder / "results.json"
+    results = json.loads(path.read_text()) if path.exists() else None
+    return Trained(model.eval(), tokenizer, results)
+
+
+def wrap(trained: Trained) -> OwlfuseForConditionalGeneration:
+    """As a model of transformers; answers end as the chat template and the LLM's own generation
+    configuration say."""
+    tokenizer = trained.tokenizer
+    if tokenizer is None:
+        released = trained.model.released
+        return OwlfuseForConditionalGeneration.wrap(
+            trained.model, released.image_token_id if released else None
+        )
+    prepare(tokenizer, trained.image_token)
+    image = tokenizer.get_vocab().get(trained.image_token)
+    if image is None:
+        raise DataError(
+            f"the tokenizer has no {trained.image_token}; give it: tokenizer.add_special_tokens"
+        )
+    ends = AnswerFormat.of(tokenizer).generation(tokenizer, trained.model.llm)
+    return OwlfuseForConditionalGeneration.wrap(
+        trained.model, image, {**ends, "max_new_tokens": 256}
+    )
+
+
+def processor_of(trained: Trained) -> OwlfuseProcessor:
+    """Preprocessing, tokenizer and chat template: the one of training, which takes texts and
+    parts."""
+    tokenizer, image_token = prepare(trained.tokenizer, trained.image_token), trained.image_token
+    tokenizer.padding_side = "left"
+    return OwlfuseProcessor(
+        OwlfuseImageProcessor.of(trained.model.vision.preprocessing),
+        tokenizer,
+        chat_template=tokenizer.chat_template,
+        tokens_per_image=trained.model.fusion.tokens_per_image,
+        image_token=image_token,
+    )
+
+
+def load_exported(
+    folder: Path, merge: bool = False, attention: str = "sdpa"
+) -> tuple[OwlfuseForConditionalGeneration, OwlfuseProcessor | None]:
+    """The model and processor of OUT, LoRA's updates applied: beside the weights, or folded into
+    them with `merge`.
+
+    Raises:
+        DataError: a folder that is no export, or one that is damaged (the file is named).
+    """
+    folder = check_exported(folder)
+    check_files(folder)
+    files = check_weights(folder)
+    config_file = folder / "config.json"
+    check_counts(read_json_object(config_file, MAX_CONFIG), config_file, header_shapes(files))
+    with describing(config_file):
+        check_skeleton(folder, files)
+        wrapped, found = OwlfuseForConditionalGeneration.from_pretrained(
+            folder,
+            attn_implementation=attention,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+            use_safetensors=True,
+            trust_remote_code=False,
+        )
+    if wrapped.config.dtype is not None:
+        wrapped.model.llm.config.dtype = wrapped.config.dtype  # by which it is exported again
+    if wrong := [
+        f"{name} ({what.removesuffix('_keys')})"
+        for what in KEYS
+        for name in map(name_of, found[what])
+    ]:
+        raise DataError(
+            f"{folder}: the weights do not fit config.json: {', '.join(sorted(wrong))}; export it "
+            "anew"
+        )
+    if (folder / ADAPTER).is_dir():
+        from peft import PeftModel
+
+        check_adapter(folder / ADAPTER)
+        with describing(folder / ADAPTER):
+            PeftModel.from_pretrained(wrapped, folder / ADAPTER, torch_device="cpu")
+        if merge:
+            merge_lora(wrapped.model)
+    if (folder / RELEASED).is_dir():
+        wrapped.model.released = read_record(folder / RELEASED)
+    has_processor = (folder / "processor_config.json").exists()
+    return wrapped.eval(), load_processor(folder) if has_processor else None
+
+
+def check_skeleton(folder: Path, files: list[Path]) -> None:
+    """Builds the model of an exported folder without memory, and compares it with the headers of
+    its weights. Numbers of config.json that have nothing to do with the weights would else ask for
+    memory. Raises DataError."""
+    config = OwlfuseConfig.from_pretrained(folder)
+    with torch.device("meta"):
+        skeleton = OwlfuseForConditionalGeneration(config)
+    tied = skeleton.get_expanded_tied_weights_keys(all_submodels=True)
+    check_shapes(skeleton, folder, header_shapes(files), tied)
+
+
+def load_processor(folder: Path) -> OwlfuseProcessor:
+    """The processor of an exported folder. Raises DataError where its files make none."""
+    try:
+        processor = AutoProcessor.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:
+        # tokenizers raises a plain Exception for a file that is not one of its own
+        if type(error) is not Exception and not isinstance(error, BUILD_ERRORS):
+            raise
+        if isinstance(error, DataError):
+            raise
+        reason = " ".join(str(error).split())[:200]
+        raise DataError(
+            f"{folder}: its tokenizer and processor_config.json make no processor: {reason}"
+        ) from error
+    if not isinstance(processor, OwlfuseProcessor):
+        raise DataError(
+            f"{folder / 'processor_config.json'}: makes a {type(processor).__name__}; export the "
+            "folder anew"
+        )
+    return processor
+
+
+def is_weight(name: str) -> bool:
+    """Not a counter, as batch norms have."""
+    return not name.endswith("num_batches_tracked")
+
+
+def name_of(entry: str | tuple) -> str:
+    """A tensor's name; with the shapes found and expected, where transformers gives them."""
+    return (
+        entry
+        if isinstance(entry, str)
+        else f"{entry[0]} {tuple(entry[1])}, expected {tuple(entry[2])}"
+    )
+
+
+def check_weights(folder: Path) -> list[Path]:
+    """The safetensors files of a folder, each opened, which reads its header alone. Raises
+    DataError with the file that is missing or damaged."""
+    index = folder / "model.safetensors.index.json"
+    shards = {"model.safetensors"}
+    if index.exists():
+        places = read_json_object(index, MAX_TABLE).get("weight_map")
+        names: list[Any] = list(places.values()) if isinstance(places, dict) else [None]
+        if not all(isinstance(name, str) and Path(name).name == name for name in names):
+            raise DataError(
+                f"{index}: weight_map: expected the name of a file beside it for each tensor; "
+                "export it anew"
+            )
+        shards = set(names)
+    for name in sorted(shards):
+        try:
+            with safe_open(folder / name, "pt") as file:
+                kinds = {name: file.get_slice(name).get_dtype() for name in file.keys()}
+        except FileNotFoundError:
+            raise DataError(f"{folder / name} is missing; export or copy the folder anew") from None
+        except (SafetensorError, OSError) as error:
+            raise DataError(
+                f"{folder / name} is damaged ({error}); export or copy it anew"
+            ) from error
+        if wrong := [
+            f"{own} is {kind}"
+            for own, kind in kinds.items()
+            if not kind.startswith(("F", "BF")) and is_weight(own)
+        ]:
+            raise DataError(
+                f"{folder / name}: {', '.join(wrong)}, and weights are floating-point numbers; "
+                "export it anew"
+            )
+    return [folder / name for name in sorted(shards)]
+
+
+def load_base(folder: str, nodes: dict[str, Any], vocab_size: int) -> MultimodalLM:
+    """The folder's model for training: float32, LoRA's updates folded in, embeddings for at least
+    `vocab_size` tokens, position embeddings resampled where its pictures had another size. Reading
+    it uses up no random numbers. On the meta device only the folder's config.json is read.
+
+    Args:
+        nodes: the configuration's `model`, for how the LLM computes (`attention`,
+            `gradient_checkpointing`) and for the size.
+    """
+    llm, image_size = nodes["llm"], nodes["vision"].get("image_size")
+    state = torch.get_rng_state()  # building a model draws some or none, as it is built
+    attention = llm.get("attention", "sdpa")
+    on_meta = torch.get_default_device().type == "meta"
+    if on_meta:
+        config = OwlfuseConfig.from_pretrained(
+            check_exported(Path(folder)), attn_implementation=attention
+        )
+        model = OwlfuseForConditionalGeneration(config).model.float()
+    else:
+        model = load_exported(Path(folder), merge=True, attention=attention)[0].model.float()
+    torch.set_rng_state(state)
+    if image_size and model.vision.preprocessing.size != (image_size, image_size):
+        model.set_image_size(image_size)
+    if model.llm.get_input_embeddings().num_embeddings < vocab_size:
+        model.llm.resize_token_embeddings(vocab_size, mean_resizing=not on_meta)
+    if llm.get("gradient_checkpointing"):
+        recompute_activations(model.llm)
+    return model.train()
+
+
+def load_run_model(
+    folder: Path, config: dict[str, Any], vocab_size: int, which: str = "last"
+) -> tuple[MultimodalLM, dict[str, Any]]:
+    """The model of a run's newest good checkpoint, or of its best (see `runs.chosen_checkpoint`),
+    its frozen weights made anew as training made them, and of the checkpoint what `read` gives.
+
+    Raises:
+        ConfigError: the run has no good checkpoint.
+        DataError: it does not fit the model, or the frozen weights are others now.
+    """
+    # REARRANGED  # which imports what reads a run
+
+    weights, checkpoint = read(chosen_checkpoint(folder, which))
+    frozen = checkpoint.get("frozen", {})
+    lightning.seed_everything(config["seed"], workers=True, verbose=False)
+    init_from = config.get("init_from") if frozen else None
+    base = load_base(init_from, config["model"], vocab_size) if init_from else None
+    model, _ = build_model(config["model"], vocab_size, base, checkpoint.get("new_tokens", {}))
+    set_precision(model, config["trainer"].get("precision"))
+    check_fits(model, weights, frozen)
+    take(model, weights)
+    return model, checkpoint

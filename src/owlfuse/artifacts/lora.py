@@ -1,0 +1,73 @@
+"""LoRA's updates of an exported model: written in peft's format, folded in, or left out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from peft import LoraConfig
+from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import ParamWrapper
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from owlfuse.model.adapters import without_base_layers
+
+NAME = "default"  # peft's, of the adapter that owlfuse trains
+
+
+def lora_layers(model: nn.Module) -> dict[str, LoraLayer]:
+    """The layers with a LoRA update, by name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
+
+
+def without_lora(model: nn.Module) -> dict[str, Tensor]:
+    """The model's state under the names it has without LoRA."""
+    return {without_base_layers(n): t for n, t in model.state_dict().items() if ".lora_" not in n}
+
+
+def merge_lora(model: nn.Module) -> None:
+    """Adds the updates to the weights, and takes the LoRA layers out."""
+    layers = lora_layers(model)
+    for layer in layers.values():
+        layer.merge(safe_merge=True)
+    for name, layer in layers.items():
+        if name.endswith(".base_layer"):  # inside of another, which is around the same module
+            continue
+        parent, _, own = name.rpartition(".")
+        setattr(model.get_submodule(parent), own, layer.get_base_layer())
+
+
+def save_lora(model: nn.Module, folder: Path) -> None:
+    """Writes adapter_config.json and adapter_model.safetensors, for
+    `PeftModel.from_pretrained(base, folder)`. Nothing is written where the model has no LoRA."""
+    layers = lora_layers(model)
+    if not layers:
+        return
+    ranks = {name: layer.r[NAME] for name, layer in layers.items()}
+    alphas = {name: layer.lora_alpha[NAME] for name, layer in layers.items()}
+    first = next(iter(layers))
+    targets = {
+        f"{without_base_layers(name)}.{layer.parameter_name}"
+        for name, layer in layers.items()
+        if isinstance(layer, ParamWrapper)
+    }
+    config = LoraConfig(
+        r=ranks[first],
+        lora_alpha=alphas[first],
+        target_modules=sorted(
+            name for name, layer in layers.items() if not isinstance(layer, ParamWrapper)
+        ),
+        target_parameters=sorted(targets) or None,
+        rank_pattern={name: rank for name, rank in ranks.items() if rank != ranks[first]},
+        alpha_pattern={name: alpha for name, alpha in alphas.items() if alpha != alphas[first]},
+        bias="none",
+    )
+    tensors = {}
+    for name, layer in layers.items():
+        for half in ("lora_A", "lora_B"):
+            tensors[f"base_model.model.{name}.{half}.weight"] = (
+                getattr(layer, half)[NAME].weight.detach().contiguous()
+            )
+    folder.mkdir(parents=True)
+    config.save_pretrained(str(folder))
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})

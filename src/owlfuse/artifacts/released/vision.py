@@ -1,0 +1,226 @@
+"""The released vision towers as timm models, and how pictures become their pixels."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from timm.data import (
+    IMAGENET_INCEPTION_MEAN,
+    IMAGENET_INCEPTION_STD,
+    OPENAI_CLIP_MEAN,
+    OPENAI_CLIP_STD,
+)
+from torch import nn
+
+from owlfuse.artifacts.released.weights import read_json
+from owlfuse.core.errors import DataError
+from owlfuse.model.vision.backbone import TimmBackbone
+
+CLIP = "vit_large_patch14_clip_quickgelu_224"
+SIGLIP = "vit_so400m_patch14_siglip_384"
+
+ACTIVATIONS = {
+    "gelu": "gelu",
+    "gelu_fast": "gelu_tanh",
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "quick_gelu": "quick_gelu",
+    "relu": "relu",
+    "silu": "silu",
+    "swish": "silu",
+}
+"""transformers' names -> timm's."""
+
+RESAMPLING = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}
+"""PIL's numbers, which preprocessor_config.json holds -> timm's names."""
+
+
+class TimmBackboneWithEps(TimmBackbone):
+    """A `TimmBackbone` whose layer norms have an epsilon that no name of timm has.
+
+    Args:
+        eps: of every layer norm.
+        backbone: the arguments of `TimmBackbone`.
+    """
+
+    def __init__(self, eps: float, **backbone: Any) -> None:
+        super().__init__(**backbone)
+        for module in self.body.modules():
+            if isinstance(module, nn.LayerNorm):
+                module.eps = eps
+
+
+def clip_node(folder: Path, fields: dict[str, Any], image_size: int) -> dict[str, Any]:
+    """The tower of mPLUG-Owl1 and 2: CLIP's ViT, whose features are all tokens after the last norm.
+    The released code has quick GELU whatever `hidden_act` says.
+
+    Args:
+        fields: of the released configuration; what it lacks has the default of the released code.
+        image_size: that default for the picture's side in pixels.
+    """
+    usual = {
+        "hidden_size": 1024,
+        "intermediate_size": 4096,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 16,
+    }
+    fields = {
+        **usual,
+        "image_size": image_size,
+        "patch_size": 14,
+        "layer_norm_eps": 1e-6,
+        **present(fields),
+    }
+    kwargs = {
+        **sizes(fields),
+        "act_layer": "quick_gelu",
+        **pixels(folder, fields, OPENAI_CLIP_MEAN, OPENAI_CLIP_STD),
+    }
+    return backbone_node(CLIP, fields["layer_norm_eps"], kwargs)
+
+
+def siglip_node(folder: Path, fields: dict[str, Any] | None) -> dict[str, Any]:
+    """The tower of mPLUG-Owl3: SigLIP, whose features are the output of the last block but one.
+
+    Args:
+        fields: `vision_config`, of which transformers' `SiglipVisionConfig` knows the defaults;
+            None: so400m at 384 pixels.
+
+    Raises:
+        DataError: an activation that timm does not have, or a single block.
+    """
+    usual: dict[str, Any] = {
+        "hidden_size": 768,
+        "intermediate_size": 3072,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 12,
+    }
+    usual |= {
+        "image_size": 224,
+        "patch_size": 16,
+        "layer_norm_eps": 1e-6,
+        "hidden_act": "gelu_pytorch_tanh",
+    }
+    if fields is None:
+        fields = {
+            "hidden_size": 1152,
+            "intermediate_size": 4304,
+            "num_hidden_layers": 27,
+            "num_attention_heads": 16,
+        }
+        fields |= {"image_size": 384, "patch_size": 14}
+    fields = {**usual, **present(fields)}
+    if fields["hidden_act"] not in ACTIVATIONS:
+        known = ", ".join(ACTIVATIONS)
+        raise DataError(
+            f"{folder / 'config.json'}: vision_config.hidden_act is {fields['hidden_act']}; known "
+            f"are {known}"
+        )
+    if fields["num_hidden_layers"] < 2:
+        raise DataError(
+            f"{folder / 'config.json'}: vision_config.num_hidden_layers is 1, and the last but "
+            "one is read"
+        )
+    form = {
+        "class_token": False,
+        "pre_norm": False,
+        "global_pool": "",
+        "act_layer": ACTIVATIONS[fields["hidden_act"]],
+    }
+    kwargs = {
+        **sizes(fields),
+        **form,
+        **pixels(folder, fields, IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD),
+    }
+    return {**backbone_node(SIGLIP, fields["layer_norm_eps"], kwargs), "output": "penultimate"}
+
+
+def present(fields: dict[str, Any]) -> dict[str, Any]:
+    """The fields that say something."""
+    return {name: value for name, value in fields.items() if value is not None}
+
+
+def backbone_node(name: str, eps: float, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """A backbone's node with that epsilon: of timm's ViTs, CLIP's have 1e-5 and others 1e-6."""
+    node: dict[str, Any] = {
+        "_target_": "owlfuse.model.vision.backbone.TimmBackbone",
+        "name": CLIP if eps == 1e-5 else name,
+        "kwargs": kwargs,
+    }
+    if eps == 1e-6:
+        kwargs["norm_layer"] = "layernorm"
+    elif eps != 1e-5:
+        node |= {"_target_": "owlfuse.artifacts.released.vision.TimmBackboneWithEps", "eps": eps}
+    return node
+
+
+def sizes(fields: dict[str, Any]) -> dict[str, Any]:
+    """timm's arguments for width, depth, heads, patches and the MLP's width, which timm takes as
+    a ratio and cuts."""
+    width, hidden = fields["hidden_size"], fields["intermediate_size"]
+    ratio = hidden / width
+    return {
+        "embed_dim": width,
+        "depth": fields["num_hidden_layers"],
+        "num_heads": fields["num_attention_heads"],
+        "patch_size": fields["patch_size"],
+        "mlp_ratio": ratio if int(width * ratio) == hidden else (hidden + 0.5) / width,
+    }
+
+
+def pixels(
+    folder: Path, fields: dict[str, Any], mean: tuple[float, ...], std: tuple[float, ...]
+) -> dict[str, Any]:
+    """timm's arguments for the picture's size and its preprocessing; `preprocessor_config.json` has
+    the first word.
+
+    A size that the patches do not divide is cut to one that they do: the released mPLUG-Owl3 has
+    384 in its configuration, and its processor makes 378 of them; the convolution would not read
+    the rest.
+
+    Raises:
+        DataError: a preprocessor_config.json whose pictures have another grid of patches than the
+            model.
+    """
+    patch = fields["patch_size"]
+    grid = fields["image_size"] // patch
+    side, file, resampling = grid * patch, folder / "preprocessor_config.json", "bicubic"
+    if file.exists():
+        found = present(read_json(file))
+        side = side_of(file, found, side)
+        mean, std = found.get("image_mean", mean), found.get("image_std", std)
+        resampling = RESAMPLING.get(found.get("resample", -1), resampling)
+        if side // patch != grid:
+            raise DataError(
+                f"{file}: pictures of {side} pixels have {side // patch} x {side // patch} "
+                "patches, and the model has "
+                f"{grid} x {grid}; correct the size or take the file away"
+            )
+        if any(not isinstance(x, list | tuple) or len(x) != 3 for x in (mean, std)):
+            raise DataError(
+                f"{file}: image_mean and image_std are {mean} and {std}; each is three numbers"
+            )
+    overlay = {
+        "input_size": [3, side, side],
+        "mean": list(mean),
+        "std": list(std),
+        "interpolation": resampling,
+    }
+    return {"img_size": side, "pretrained_cfg_overlay": overlay}
+
+
+def side_of(file: Path, found: dict[str, Any], usual: int) -> int:
+    """The side of the pictures that come out of a released processor.
+
+    Raises DataError for ones that are not square.
+    """
+    size = found.get("crop_size") if found.get("do_center_crop", True) else None
+    size = size or found.get("size") or found.get("image_size") or usual
+    lengths = set(size.values()) if isinstance(size, dict) else {size}
+    if len(lengths) != 1 or not all(isinstance(length, int) for length in lengths):
+        raise DataError(
+            f"{file}: the size is {size}; pictures of a released model are square, so give one "
+            "number of pixels"
+        )
+    return lengths.pop()

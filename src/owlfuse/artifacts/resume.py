@@ -1,0 +1,252 @@
+"""What a run that goes on may have otherwise than before, and what its checkpoints keep of the
+configuration.
+
+A key is applied from the step on at which the run goes on, or it is refused by name: none is
+ignored.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+
+from owlfuse.artifacts.weights import checkpoint_errors
+from owlfuse.config.build import to_dict
+from owlfuse.config.compose import origin_of, read_run
+from owlfuse.config.identity import FREE, flat
+from owlfuse.core.errors import ConfigError, DataError
+from owlfuse.data.mixture.positions import StepPositions
+from owlfuse.parallel.checkpoints import META
+
+COMPUTING: tuple[str, ...] = (
+    "model.compile",
+    "model.llm.attention",
+    "model.*.gradient_checkpointing",
+    "model.*.checkpointing",
+    "model.*.chunk",
+)
+"""How a part computes, not what."""
+PLACES: tuple[str, ...] = (
+    "data.*.file",
+    "data.*.image_root",
+    "data.*.cache_dir",
+    "data.tokenizer",
+    "init_from",
+    "model.vision.weights",
+)
+PLACES += ("model.llm.pretrained", "model.llm.gguf_file")
+"""Where something lies. Its contents are compared instead (see `owlfuse.data.identity`)."""
+ANYTHING: tuple[str, ...] = (
+    "resume",
+    "name",
+    "runs",
+    "experiment",
+    "dry_run",
+    "plan*",
+    "logger*",
+    "checkpoint*",
+    "accept_changed_data",
+)
+ANYTHING += ("data.workers", "data.max_pixels", "data.*.on_error", "data.*.max_skips")
+
+ON_RESUME: tuple[str, ...] = (
+    *ANYTHING,
+    *COMPUTING,
+    *PLACES,
+    "trainer.*",
+    "evaluation*",
+    "data.global_batch_size",
+    "data.micro_batch_size",
+)
+ON_RESUME += (
+    "data.pack_to",
+    "optim.lr",
+    "optim.part_lr.*",
+    "optim.weight_decay",
+    "optim.betas",
+    "optim.eps",
+)
+ON_RESUME += ("optim.warmup_steps", "optim.min_lr_ratio", "optim.newton_schulz")
+ON_EVALUATION: tuple[str, ...] = (
+    *ANYTHING,
+    *COMPUTING,
+    *PLACES,
+    "evaluation*",
+    "data.validation*",
+    "data.max_length",
+    "data.on_length*",
+)
+ON_EVALUATION += ("data.video*", "data.chat_template")
+"""Patterns of keys that may change."""
+
+REFUSED = {
+    "trainer._target_": "",
+    "evaluation.before": "; it is past its first step",
+    "data.sources.*.weight": (
+        "; other weights from a step on are data.weights_at={STEP: {SOURCE: WEIGHT}}"
+    ),
+}
+"""Keys that may not, though a pattern above has them, or with something better to do."""
+ANOTHER = "; begin another run, from this one's weights by init_from= of its export"
+WEIGHTS_OF_32_BITS = ("32-true", "32", "bf16-mixed", "16-mixed", "None")
+"""Precisions that a run can change between: its weights stay float32."""
+
+
+@dataclass
+class Past:
+    """What a checkpoint keeps of the run until its step."""
+
+    step: int
+    config: dict[str, Any]
+    """The resolved configuration of the step."""
+    positions: StepPositions
+    changes: list[dict[str, Any]] = field(default_factory=list)
+    """{"step", "changes": {key: [before, after]}} each time that it went on with other keys."""
+    identity: dict[str, str] = field(default_factory=dict)
+    """See `owlfuse.data.identity`."""
+    new_tokens: dict[str, int] = field(default_factory=dict)
+    """See `owlfuse.model.new_tokens`."""
+
+
+def read_past(checkpoint: Path) -> Past:
+    """What a checkpoint keeps; of one that was written before it kept anything, what the run's
+    config.yaml says."""
+    path = checkpoint / META if checkpoint.is_dir() else checkpoint
+    with checkpoint_errors(checkpoint):
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=path == checkpoint)
+        step, record = content["global_step"], content.get("run") or {}
+    config = record.get("config") or read_run(checkpoint.parent.parent)
+    positions = content.get("step_positions") or [(0, 0, config["data"]["global_batch_size"])]
+    changes, identity = record.get("changes", []), record.get("identity", {})
+    return Past(
+        step, config, StepPositions(positions), changes, identity, content.get("new_tokens", {})
+    )
+
+
+def changed_keys(past: Past, config: DictConfig) -> dict[str, list[Any]]:
+    """Keys that are not as they were until the step: {key: [before, after]}.
+
+    Raises:
+        ConfigError: a key that a run that goes on cannot change.
+    """
+    allowed = list(ON_RESUME)
+    if past.config["data"].get("weights_by", "samples") == "samples":
+        allowed += [
+            "data.max_length",
+            "data.on_length*",
+        ]  # else they change which sample stands where
+    return compared(past, config, allowed, "goes on")
+
+
+def check_evaluation_keys(past: Past, config: DictConfig) -> None:
+    """Raises ConfigError for a key that changes nothing of an evaluation, or changes the model."""
+    compared(past, config, list(ON_EVALUATION), "is evaluated")
+
+
+def compared(
+    past: Past, config: DictConfig, allowed: list[str], doing: str
+) -> dict[str, list[Any]]:
+    """See `changed_keys`."""
+    before, after = comparable(past.config, past.step), comparable(to_dict(config), past.step)
+    found = {
+        key: [before.get(key), after.get(key)]
+        for key in {**before, **after}
+        if before.get(key) != after.get(key)
+    }
+    for key, (old, new) in found.items():
+        hint = next((hint for pattern, hint in REFUSED.items() if fnmatchcase(key, pattern)), None)
+        if (
+            hint is None
+            and any(fnmatchcase(key, pattern) for pattern in allowed)
+            and not narrows(key, old, new)
+        ):
+            continue
+        raise ConfigError(
+            f"{origin_of(config, key)}: {key}: it is {old} until step {past.step} and {new} now, "
+            f"and a run that {doing} cannot "
+            f"change it{ANOTHER if hint is None else hint}"
+        )
+    return {
+        key: values
+        for key, values in found.items()
+        if not any(fnmatchcase(key, pattern) for pattern in ANYTHING)
+    }
+
+
+def narrows(key: str, old: Any, new: Any) -> bool:
+    """Whether a change of precision changes what numbers the weights can be."""
+    return key == "trainer.precision" and not {str(old), str(new)} <= set(WEIGHTS_OF_32_BITS)
+
+
+def comparable(config: dict[str, Any], step: int) -> dict[str, object]:
+    """Keys by their dotted paths.
+
+    Of `data.weights_at` only what was in force before the step: later phases may change.
+    """
+    data = dict(config["data"])
+    phases = data.pop("weights_at", None) or {}
+    data["weights_at"] = {int(first): phase for first, phase in phases.items() if int(first) < step}
+    return flat({**config, "data": data})
+
+
+def check_identity(
+    past: Past, identity: dict[str, str], config: DictConfig
+) -> dict[str, list[Any]]:
+    """What of the data and of the weights that the run starts from is other than until the step, as
+    `changed_keys` gives keys.
+
+    Raises:
+        DataError: something is, and `accept_changed_data` is not set.
+    """
+    changed = {
+        name: [old, identity[name]]
+        for name, old in past.identity.items()
+        if identity.get(name, old) != old
+    }
+    if changed and not config.get("accept_changed_data"):
+        name = next(iter(changed))
+        place = OmegaConf.select(config, f"{name.partition(',')[0]}")
+        place = place.get("file") if isinstance(place, DictConfig) else place
+        others = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
+        raise DataError(
+            f"{name} ({place}){others}: the contents are not those that the run had until step "
+            f"{past.step}; give the same "
+            "back, or go on with what is there by accept_changed_data=true"
+        )
+    return {f"{name} (contents)": [old[:16], new[:16]] for name, (old, new) in changed.items()}
+
+
+def recorded(past: Past | None, changes: dict[str, list[Any]]) -> list[dict[str, Any]]:
+    """The changes of the whole run, those of now among them."""
+    before = past.changes if past else []
+    return [*before, {"step": past.step, "changes": changes}] if past and changes else before
+
+
+def learned_changes(changes: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Those that change what is learned or how it is scored, which belong to the configuration's
+    hash."""
+    kept = []
+    for change in changes:
+        keys = {
+            key: values
+            for key, values in change["changes"].items()
+            if not matches(key, FREE) and not is_place(key)
+        }
+        if keys:
+            kept.append({**change, "changes": keys})
+    return kept
+
+
+def is_place(key: str) -> bool:
+    """Whether a key says where something lies."""
+    return any(fnmatchcase(key, pattern) for pattern in PLACES)
+
+
+def matches(key: str, prefixes: tuple[str, ...]) -> bool:
+    """Whether a key is one of these, or below one."""
+    return any(key == prefix or key.startswith(f"{prefix}.") for prefix in prefixes)

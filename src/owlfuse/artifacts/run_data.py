@@ -1,0 +1,74 @@
+"""The data of a run: a run keeps its tokenizer, so that it goes on and is evaluated with the one
+that it was trained with."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.utilities import rank_zero_only
+from omegaconf import DictConfig
+
+from owlfuse.config.build import build
+from owlfuse.config.compose import origin_of, read_run
+from owlfuse.core.errors import ConfigError
+from owlfuse.core.files import whole_folder
+from owlfuse.data.chat.tokenizer import chat_tokenizer
+
+FOLDER = "tokenizer"
+KEYS = ("tokenizer", "chat_template")
+
+
+def build_data(config: DictConfig) -> Any:
+    """Returns the data module of a configuration; of a run that is resumed or evaluated, with the
+    run's own tokenizer.
+
+    Raises:
+        ConfigError: another tokenizer or chat template is asked for than the run has.
+    """
+    kept = Path(config.resume) / FOLDER if config.resume else None
+    if kept is None or not kept.is_dir():
+        return build(config.data)
+    saved = read_run(Path(config.resume))["data"]
+    for key in KEYS:
+        if config.data.get(key) != saved.get(key):
+            raise ConfigError(
+                f"{origin_of(config, f'data.{key}')}: data.{key}: the run {config.resume} keeps "
+                "the tokenizer and "
+                "chat template that it was trained with; leave the key out, or start another run "
+                "from it by init_from"
+            )
+    return build(config.data, tokenizer=str(kept), chat_template=None)
+
+
+@rank_zero_only
+def save_tokenizer(tokenizer: Any, folder: Path) -> None:
+    """Writes a run's tokenizer with its chat template into the run, once."""
+    if not (folder / FOLDER).exists():
+        with whole_folder(folder / FOLDER) as beside:
+            tokenizer.save_pretrained(beside)
+
+
+def run_tokenizer(folder: Path, data: dict[str, Any]) -> Any:
+    """Returns the tokenizer of a run, its own where it keeps one; runs of before named theirs
+    alone.
+
+    Args:
+        data: the run's configuration of its data.
+    """
+    if (folder / FOLDER).is_dir():
+        return chat_tokenizer(str(folder / FOLDER))
+    return chat_tokenizer(data["tokenizer"], data.get("chat_template"))
+
+
+def tokenizer_files(folder: Path) -> list[Path]:
+    """The files of a run's tokenizer, none of a run of before."""
+    return sorted(file for file in (folder / FOLDER).glob("*") if file.is_file())
+
+
+def tokenizer_hash(folder: Path) -> str | None:
+    """12 hexadecimal digits of the sha256 over a run's tokenizer, None for a run of before."""
+    files = tokenizer_files(folder)
+    content = b"".join(hashlib.sha256(file.read_bytes()).digest() for file in files)
+    return hashlib.sha256(content).hexdigest()[:12] if files else None

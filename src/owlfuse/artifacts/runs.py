@@ -1,0 +1,390 @@
+"""A run's folder:
+
+`runs/<experiment>/<name>/` with config.yaml, checkpoints/, metrics.csv, mixture.json, results.json.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import itertools
+import json
+import logging
+import os
+import shutil
+import socket
+import zipfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from datetime import datetime
+from pathlib import Path
+from typing import Any, TextIO
+
+from omegaconf import DictConfig, OmegaConf
+
+from owlfuse.core.errors import ConfigError, DataError
+from owlfuse.core.files import files_of, sha256, sync
+from owlfuse.core.folder_kinds import check_exported
+
+log = logging.getLogger(__name__)
+
+NAME = "OWLFUSE_RUN_NAME"  # of the environment
+BEST = "best.ckpt"
+WHICH = ("last", "best")
+"""Which of a run's checkpoints is read."""
+LOCK = ".in_use"
+"""Of a run's folder, while a process trains it: who does."""
+BEGUN: tuple[str, ...] = (
+    "config.yaml",
+    "metrics.csv",
+    "hparams.yaml",
+    "events.out.tfevents.*",
+    "progress.json",
+    "mixture.json",
+    "before.json",
+)
+BEGUN += ("answers_before.jsonl",)
+"""What a run writes before its first checkpoint."""
+
+
+def run_folder(config: DictConfig) -> Path:
+    """Where the run lies. A folder that is named by the time is made here, so that no other run
+    gets the same.
+
+    Raises:
+        DataError: the folder for runs cannot be written into.
+    """
+    if config.resume:
+        return Path(config.resume)
+    runs = Path(config.runs).expanduser() / config.experiment
+    if is_first_rank():
+        os.environ[NAME] = config.name or make_timed_folder(runs).name
+    name = (
+        os.environ.get(NAME) or config.name or "unnamed"
+    )  # ranks that the first one starts inherit its name
+    return runs / name
+
+
+def is_first_rank() -> bool:
+    """Whether this process writes what there is one of."""
+    from lightning.pytorch.utilities import (
+        rank_zero_only,
+    )  # a mistake of a command is told before it is imported
+
+    return getattr(rank_zero_only, "rank", 0) == 0
+
+
+def make_timed_folder(runs: Path) -> Path:
+    """A new folder named by the time, and by a number where other runs began in the same second.
+
+    Raises DataError.
+    """
+    now = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+    for number in itertools.count(1):
+        folder = runs / (now if number == 1 else f"{now}_{number}")
+        try:
+            runs.mkdir(parents=True, exist_ok=True)
+            folder.mkdir()
+            return folder
+        except FileExistsError:
+            if not runs.is_dir():
+                raise DataError(f"runs: {runs} is no folder") from None
+        except OSError as error:
+            raise DataError(f"runs: {folder} cannot be made: {error.strerror}") from error
+    raise AssertionError("the numbers have no end")
+
+
+@contextmanager
+def in_use(folder: Path, resume: bool) -> Iterator[None]:
+    """Holds the run's folder against every other process as long as the block lasts; on the first
+    rank alone. The system itself lets go of what a process held that has died.
+
+    Raises:
+        ConfigError: another process holds it, or a new run would write over one that is there.
+        DataError: it cannot be written into.
+    """
+    if not is_first_rank():
+        yield
+        return
+    path = folder / LOCK
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = open_locked(path)
+    except BlockingIOError:
+        raise ConfigError(
+            f"{folder} is in use by {holder(path)}; wait until it ends, or choose another name="
+        ) from None
+    except OSError as error:
+        raise DataError(f"runs: {folder} cannot be written into: {error.strerror}") from error
+    with lock:
+        lock.truncate(0)
+        facts = {
+            "pid": os.getpid(),
+            "host": socket.gethostname(),
+            "since": datetime.now().isoformat(" ", "seconds"),
+        }
+        lock.write(json.dumps(facts) + "\n")
+        lock.flush()
+        try:
+            if not resume:
+                check_free(folder)
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+            with suppress(OSError):
+                folder.rmdir()  # what was refused before it began leaves nothing
+
+
+def open_locked(path: Path) -> TextIO:
+    """The file, opened and locked. Raises BlockingIOError where another process has locked it."""
+    while True:
+        lock = path.open("a+", encoding="utf-8")
+        try:
+            # of the process, not of what it forks: data workers that outlive a killed run hold
+            # nothing
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            lock.close()
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                raise BlockingIOError(*error.args) from error
+            raise
+        if path.exists() and os.path.samestat(path.stat(), os.fstat(lock.fileno())):
+            return lock
+        lock.close()  # who held it has ended in between and taken the file away
+
+
+def holder(path: Path) -> str:
+    """Who holds a lock, in words."""
+    try:
+        facts = json.loads(path.read_text(encoding="utf-8"))
+        return f"process {facts['pid']} on {facts['host']} since {facts['since']}"
+    except (OSError, ValueError, KeyError, TypeError):
+        return "another process"  # which is about to write or to end
+
+
+def check_free(folder: Path) -> None:
+    """Clears the folder of a run that ended before its first checkpoint.
+
+    Raises ConfigError for a run with more in it.
+    """
+    if not (folder / "config.yaml").exists():
+        return
+    if checkpoints_of(folder / "checkpoints") or (folder / "results.json").exists():
+        raise ConfigError(
+            f"name: the run {folder} exists; choose another name=, or go on with it by "
+            f"resume={folder}"
+        )
+    print(f"{folder} was begun and has no checkpoint yet, so it begins anew")
+    remove(folder / "checkpoints")
+    for pattern in BEGUN:
+        for path in folder.glob(pattern):
+            path.unlink()
+
+
+def write_config(config: DictConfig, folder: Path, changes: Sequence[dict[str, Any]] = ()) -> None:
+    """On the first rank: makes the folder and writes the resolved configuration, from which the run
+    can be repeated.
+
+    Args:
+        changes: what of it was otherwise until which step (see `resume`), written as comments.
+    """
+    if not is_first_rank():
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    saved: Any = OmegaConf.create(OmegaConf.to_container(config, resolve=True))
+    saved.resume = None
+    saved.name = folder.name
+    if saved.get("accept_changed_data"):
+        saved.accept_changed_data = False  # it was said of the data of now
+    lines = [
+        f"# until step {change['step']}: {key} was {before}, then {after}\n"
+        for change in changes
+        for key, (before, after) in change["changes"].items()
+    ]
+    beside = folder / "config.yaml.part"
+    beside.write_text("".join(lines) + OmegaConf.to_yaml(saved), encoding="utf-8")
+    beside.replace(folder / "config.yaml")
+
+
+def write_mixture(folder: Path, report: dict[str, Any]) -> None:
+    """mixture.json: what was drawn, left out and cut."""
+    (folder / "mixture.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+
+
+def last_checkpoint(folder: Path) -> Path:
+    """The newest good checkpoint of a run, a file or a folder; what is wrong with newer ones is
+    said in a warning.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    found = checkpoints_of(folder / "checkpoints")
+    bad: list[str] = []
+    for path in found:
+        wrong = what_is_wrong(path)
+        if wrong is None:
+            for line in bad:
+                log.warning("%s; going on from %s, the one before", line, path.name)
+            best = path.parent / BEST
+            if best.with_suffix(".json").exists() and (wrong := what_is_wrong(best)):
+                log.warning(
+                    "checkpoint %s %s; the next validation that is better writes it anew",
+                    best,
+                    wrong,
+                )
+            return path
+        bad.append(f"checkpoint {path} {wrong}")
+    if not bad:
+        raise ConfigError(
+            f"resume: {folder} has no checkpoint in checkpoints/; begin it again by the command "
+            "that began it"
+        )
+    raise ConfigError(f"resume: {'; '.join(bad)}; start it anew with another name=")
+
+
+def chosen_checkpoint(folder: Path, which: str) -> Path:
+    """The newest good checkpoint (`last`), or that of the lowest validation loss (`best`).
+
+    Raises ConfigError.
+    """
+    check_which(which)
+    if which == "last":
+        return last_checkpoint(folder)
+    best = folder / "checkpoints" / BEST
+    if not best.exists():
+        raise ConfigError(
+            f"which=best: {folder} has no {BEST}, as a run without a validation has none; take "
+            "which=last"
+        )
+    if wrong := what_is_wrong(best):
+        raise ConfigError(f"which=best: checkpoint {best} {wrong}; take which=last")
+    return best
+
+
+def split_which(words: list[str]) -> tuple[str, list[str]]:
+    """The value of `which=` among a command's words, `last` where there is none, and the other
+    words. Raises ConfigError."""
+    values = [word.partition("=")[2] for word in words if word.startswith("which=")]
+    which = values[-1] if values else "last"
+    check_which(which)
+    return which, [word for word in words if not word.startswith("which=")]
+
+
+def check_which(which: str, of_run: bool = True) -> None:
+    """Raises ConfigError for another word than those that name a checkpoint, and for a choice
+    where there is none."""
+    if which not in WHICH:
+        raise ConfigError(f"command line: which={which}: expected {' or '.join(WHICH)}")
+    if which != "last" and not of_run:
+        raise ConfigError(
+            f"command line: which={which}: an exported folder has no checkpoints; name a run's "
+            "folder"
+        )
+
+
+def check_model(folder: str | Path, which: str = "last") -> Path:
+    """The folder of a model: of a run, or one that was exported or imported. Nothing of it is read
+    but what it is.
+
+    Raises:
+        DataError: it is neither.
+        ConfigError: `which` is no checkpoint's name, or names one of a folder that has none.
+    """
+    place = Path(folder).expanduser()
+    is_run = (place / "config.yaml").exists()
+    if not is_run:
+        check_exported(place)
+    check_which(which, is_run)
+    return place
+
+
+def checkpoints_of(folder: Path) -> list[Path]:
+    """Those in `checkpoints/`, the newest first; last of all `last.ckpt`, as runs once had."""
+    last = folder / "last.ckpt"
+    return [*sorted(folder.glob("step_*.ckpt"), reverse=True), *([last] if last.exists() else [])]
+
+
+def step_of(path: Path) -> int:
+    """The optimizer steps that a checkpoint was written after."""
+    if path.name == "last.ckpt":
+        import torch
+
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)["global_step"]
+    return int(path.stem.removeprefix("step_"))
+
+
+def put_in_place(part: Path, path: Path) -> None:
+    """Renames a checkpoint that is written to where it belongs, with a manifest. At no moment is
+    there none that is good: a new one comes after its manifest, and one that replaces another
+    before, while its manifest waits in a `.json.part`."""
+    sync(part)
+    manifest = path.with_suffix(".json")
+    beside = manifest.with_name(manifest.name + ".part")
+    files = {
+        name: {"bytes": file.stat().st_size, "sha256": sha256(file)}
+        for name, file in files_of(part).items()
+    }
+    beside.write_text(json.dumps(files, indent=2) + "\n", encoding="utf-8")
+    sync(beside)
+    if not path.exists():
+        beside.replace(manifest)
+    old = path.with_name(path.name + ".old.part")
+    if path.is_dir():  # a folder is not renamed onto one that holds something
+        path.rename(old)
+    part.rename(path)
+    if beside.exists():
+        beside.replace(manifest)
+    remove(old)
+    sync(path.parent)
+
+
+def what_is_wrong(path: Path) -> str | None:
+    """Why a checkpoint is not to be read, None where it is good."""
+    if path.name == "last.ckpt":
+        return None if zipfile.is_zipfile(path) else "is truncated or no checkpoint"
+    manifest = path.with_suffix(".json")
+    wrong = differs_from(path, manifest)
+    waiting = manifest.with_name(manifest.name + ".part")
+    return None if wrong and waiting.exists() and differs_from(path, waiting) is None else wrong
+
+
+def differs_from(path: Path, manifest: Path) -> str | None:
+    """How a checkpoint is otherwise than its manifest says, None where it is not."""
+    try:
+        entries = json.loads(manifest.read_text(encoding="utf-8"))
+        wanted = {name: (entry["bytes"], entry["sha256"]) for name, entry in entries.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return f"has no manifest {manifest.name} that can be read"
+    found = files_of(path)
+    for name, (size, digest) in wanted.items():
+        label = "" if name == "." else f"{name} "
+        if name not in found:
+            return f"lacks {name}"
+        if (bytes_found := found[name].stat().st_size) != size:
+            return f"is damaged: {label}has {bytes_found} bytes of {size}"
+        if sha256(found[name]) != digest:
+            return f"is damaged: {label}has another sha256 than when it was written"
+    return None
+
+
+def remove(path: Path) -> None:
+    """A checkpoint, a file or a folder, with what stands beside it; none need be there."""
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+    if path.name.startswith("step_") and path.suffix == ".ckpt":
+        path.with_suffix(".json").unlink(missing_ok=True)
+        path.with_suffix(".csv").unlink(missing_ok=True)
+
+
+def metrics_of(folder: Path | None) -> dict[str, float]:
+    """The numbers of a run's results.json; none where there is no such file yet."""
+    with contextlib.suppress(FileNotFoundError):
+        if folder is not None:
+            metrics = json.loads((Path(folder) / "results.json").read_text())["metrics"]
+            return {
+                name: value for name, value in metrics.items() if isinstance(value, int | float)
+            }
+    return {}

@@ -1,0 +1,237 @@
+"""What a result is of: hashes of code, configuration and data.
+
+Results with different ones are not compared.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import importlib.util
+import json
+import sys
+import sysconfig
+from importlib.machinery import ModuleSpec
+from pathlib import Path
+from typing import Any
+
+from owlfuse.core.environment import LIBRARIES, versions
+from owlfuse.core.files import fingerprint
+from owlfuse.core.packages import packaged
+
+SOURCE = Path(__file__).resolve().parents[1]
+ASIDE = ("planning", "serving", "studies", "__main__.py")
+"""What of the code no training or evaluation runs through: changing it makes no other results."""
+
+FREE: tuple[str, ...] = (
+    "name",
+    "runs",
+    "experiment",
+    "resume",
+    "dry_run",
+    "plan",
+    "logger",
+    "checkpoint",
+    "data.workers",
+)
+FREE += ("trainer.log_every_n_steps", "trainer.enable_model_summary", "trainer.enable_progress_bar")
+FREE += (
+    "evaluation.contact_sheet",
+    "evaluation.decode_tokens",
+    "evaluation.explain",
+    "accept_changed_data",
+)
+"""Keys that change neither what is learned nor how it is scored."""
+
+
+def config_hash(config: dict[str, Any], changes: list[dict[str, Any]] | None = None) -> str:
+    """12 hexadecimal digits for a resolved configuration, its keys of FREE left out.
+
+    Args:
+        changes: what of it was otherwise until which step (see `resume.learned_changes`).
+    """
+    kept = {
+        key: value
+        for key, value in flat(config).items()
+        if not any(key == f or key.startswith(f"{f}.") for f in FREE)
+    }
+    content = [kept, changes] if changes else kept
+    return digest(json.dumps(content, sort_keys=True, default=str).encode())
+
+
+def code_hash(config: dict[str, Any]) -> str:
+    """12 hexadecimal digits for the code that a run of this configuration executes: owlfuse's
+    source files, those of the user's modules that a `_target_` names wherever they lie, with what
+    they import of the user's, and the versions of LIBRARIES."""
+    files = [file for file in sorted(SOURCE.rglob("*")) if file.suffix in (".py", ".jinja")]
+    files = [file for file in files if file.relative_to(SOURCE).parts[0] not in ASIDE]
+    named = {str(file.relative_to(SOURCE)): file for file in files}
+    targets = {
+        str(value) for key, value in flat(config).items() if key.rpartition(".")[2] == "_target_"
+    }
+    named |= user_files({target.partition(".")[0] for target in targets})
+    parts = [
+        f"{name} {hashlib.sha256(file.read_bytes()).hexdigest()}" for name, file in named.items()
+    ]
+    return digest("\n".join([*parts, json.dumps(versions())]).encode())
+
+
+def user_files(modules: set[str]) -> dict[str, Path]:
+    """The Python files of top-level modules, and of the user's modules that they import, by names
+    that do not depend on where they lie. A module that is installed counts where it is among the
+    first, and is not followed; those of LIBRARIES are known by their versions."""
+    found: dict[str, Path] = {}
+    known = {*LIBRARIES, *sys.stdlib_module_names}
+    waiting = sorted(modules - known)
+    while waiting:
+        module = waiting.pop()
+        known.add(module)
+        spec = spec_of(module)
+        if spec is None or not spec.origin or not spec.origin.endswith(".py"):
+            continue
+        file = Path(spec.origin).resolve()
+        files = sorted(file.parent.rglob("*.py")) if spec.submodule_search_locations else [file]
+        found |= {f"{module}/{path.relative_to(file.parent)}": path for path in files}
+        if not is_installed(file):
+            imported = (
+                {name for path in files for name in imported_modules(path)} - known - set(waiting)
+            )
+            waiting += sorted(name for name in imported if is_users(name))
+    return dict(sorted(found.items()))
+
+
+def spec_of(module: str) -> ModuleSpec | None:
+    """Where a top-level module is imported from."""
+    if module in sys.modules:
+        return sys.modules[module].__spec__
+    return importlib.util.find_spec(module)
+
+
+def is_users(module: str) -> bool:
+    """Whether a module is a file of the user's, and not installed."""
+    spec = spec_of(module)
+    return (
+        spec is not None
+        and bool(spec.origin)
+        and not is_installed(Path(str(spec.origin)).resolve())
+    )
+
+
+def is_installed(file: Path) -> bool:
+    """Whether a file is one of Python's or of an installed package."""
+    places = (sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib"))
+    return "site-packages" in file.parts or any(
+        file.is_relative_to(Path(place).resolve()) for place in places
+    )
+
+
+def imported_modules(file: Path) -> set[str]:
+    """The top-level modules that a file imports, at its top and inside its functions; none of a
+    file that does not parse."""
+    try:
+        tree = ast.parse(file.read_bytes())
+    except (SyntaxError, ValueError):
+        return set()
+    names: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            names.add(node.module)
+    return {name.partition(".")[0] for name in names}
+
+
+def differing_hash(
+    found: dict[str, Any], wanted: dict[str, Any], accept_changed_data: bool = False
+) -> str | None:
+    """Which of `config`, `code` and `data` is not the same; None where all are. Data count where
+    both know theirs: older results have no hash of them, and a plan opens none."""
+    for what in ("config", "code"):
+        if found.get(what) != wanted.get(what):
+            return what
+    known = found.get("data") and wanted.get("data")
+    return "data" if known and found["data"] != wanted["data"] and not accept_changed_data else None
+
+
+def data_hash(identity: dict[str, str]) -> str:
+    """12 hexadecimal digits for what `owlfuse.data.identity` and `weights_identity` find."""
+    return digest(json.dumps(identity, sort_keys=True).encode())
+
+
+def weights_identity(config: dict[str, Any]) -> dict[str, str]:
+    """Fingerprints of what a run starts from, by the keys that name it: `init_from`, and the parts'
+    own weights. Files count by their contents, the hub's by the commit that its name stands for
+    today, in the hub or else in the cache; what is in neither is left out."""
+    vision, llm = config["model"]["vision"], config["model"]["llm"]
+    named = {"init_from": config.get("init_from"), "model.vision.weights": vision.get("weights")}
+    named["model.llm.pretrained"] = llm.get("pretrained")
+    found = {}
+    for key, place in named.items():
+        if not isinstance(place, str):
+            continue
+        if files := weight_files(Path(packaged(place)).expanduser()):
+            found[key] = fingerprint(files)
+        elif key == "model.llm.pretrained" and (commit := hub_commit(place, LLM_FILES)):
+            found[key] = commit
+    if vision.get("pretrained") is True and (known := timm_weights(vision)):
+        found["model.vision.pretrained"] = known
+    return found
+
+
+LLM_FILES = ("config.json",)
+TIMM_FILES = ("model.safetensors", "pytorch_model.bin")
+"""Of the hub's repository of a timm model, the file that timm loads: the first that is there."""
+
+
+def timm_weights(vision: dict[str, Any]) -> str | None:
+    """What the weights that timm has for a backbone's name are known by; None where they are not to
+    be had, or lie elsewhere than in a file or on the hub."""
+    from owlfuse.core.hub_access import hub_name_of
+
+    overlay = (vision.get("kwargs") or {}).get("pretrained_cfg_overlay") or {}
+    if overlay.get("file"):
+        files = weight_files(Path(overlay["file"]))
+        return fingerprint(files) if files else None
+    name = hub_name_of(str(vision.get("name")), overlay)
+    return hub_commit(name, TIMM_FILES) if name else None
+
+
+def hub_commit(name: str, files: tuple[str, ...]) -> str | None:
+    """`hub:` and the commit at which the hub's name has the first of `files` that it has, None
+    where there is none."""
+    from owlfuse.core.hub_access import resolved_file
+
+    path = resolved_file(name, files)
+    return f"hub:{path.parent.name}" if path else None  # the cache has snapshots/<commit>/<file>
+
+
+def weight_files(place: Path) -> list[Path]:
+    """A file, or what of a folder decides a model."""
+    if place.is_file():
+        return [place]
+    kinds = (
+        "*.safetensors",
+        "*.bin",
+        "*.gguf",
+        "*.pt",
+        "*.pth",
+        "config.json",
+        "adapter/*.safetensors",
+        "adapter/*.json",
+    )
+    return sorted(file for kind in kinds for file in place.glob(kind)) if place.is_dir() else []
+
+
+def digest(content: bytes) -> str:
+    """The first 12 digits of its sha256."""
+    return hashlib.sha256(content).hexdigest()[:12]
+
+
+def flat(value: object, path: str = "") -> dict[str, object]:
+    """{"a": {"b": 1}} -> {"a.b": 1}."""
+    if not isinstance(value, dict):
+        return {path: value}
+    found: dict[str, object] = {}
+    for key, child in value.items():
+        found |= flat(child, f"{path}.{key}" if path else str(key))
+    return found

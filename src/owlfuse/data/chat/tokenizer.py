@@ -1,0 +1,498 @@
+"""The tokenizer of a chat model: loaded by name, with the special tokens and the one chat
+template that everything uses."""
+
+from __future__ import annotations
+
+import json
+import re
+import secrets
+import struct
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, TemplateError, TemplateSyntaxError, nodes
+from tokenizers import pre_tokenizers
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from owlfuse.core.errors import DataError
+from owlfuse.core.files import check_record
+from owlfuse.core.hub_access import check_hub_has
+from owlfuse.core.packages import check_not_missing, missing, packaged
+from owlfuse.core.types import IMAGE
+
+Message = dict[str, Any]
+
+DATE = "26 Jul 2024"
+"""The date that templates are told, so that a chat has the same tokens on every day: Llama 3.2's
+template has this one where nobody tells it another."""
+MAX_STEPS = 200_000
+"""Of all loops and macros of a template while one chat is rendered; templates loop over a chat's
+turns."""
+MAX_TEXT = 2**26
+"""Characters of a rendered chat; a record has 16 MiB."""
+PREPARED = "{#- prepared by owlfuse -#}"
+"""Begins a template that `prepare_template` has made."""
+
+# Templates take a message's content as a text, those of vision-language models as parts. Either way
+# an image or a video is the text <image> here, where it stands among the texts.
+JOIN_PARTS = (
+    "{%- set joined = namespace(messages=[], text='', pictures='') -%}"
+    "{%- for message in messages -%}"
+    "{%- set joined.text = message.content if message.content is string else '' -%}"
+    "{%- if message.content is not string -%}{%- for part in message.content or [] -%}"
+    "{%- if part.type in ('image', 'image_url', 'video') -%}{%- set joined.text = joined.text + "
+    "IMAGE_TOKEN -%}"
+    "{%- elif part.type == 'text' -%}{%- set joined.text = joined.text + part.text -%}"
+    "{%- else -%}{{- raise_exception('a part of the type ' ~ part.type ~ ', expected text, image "
+    "or video') -}}"
+    "{%- endif -%}{%- endfor -%}{%- endif -%}"
+    "LINE_BREAK"
+    "{%- set joined.messages = joined.messages + [dict(message, content=CONTENT)] -%}"
+    "{%- endfor -%}"
+    "{%- set messages = joined.messages -%}"
+)
+LINE_BREAK = (
+    "{%- set joined.pictures = '' -%}"
+    "{%- for _ in joined.text.split(IMAGE_TOKEN)[1:] -%}{%- if "
+    "joined.text.startswith(IMAGE_TOKEN) -%}"
+    "{%- set joined.pictures = joined.pictures + IMAGE_TOKEN -%}"
+    "{%- set joined.text = joined.text[IMAGE_TOKEN | length:] -%}"
+    "{%- endif -%}{%- endfor -%}"
+    "{%- if joined.pictures and joined.text[:1] | trim -%}{%- set joined.text = '\\n' + "
+    "joined.text -%}{%- endif -%}"
+    "{%- set joined.text = joined.pictures + joined.text -%}"
+)
+"""Puts a text behind the pictures that a turn begins with on a line of its own."""
+CONTENTS = {"text": "joined.text", "parts": "[{'type': 'text', 'text': joined.text}]"}
+GENERATION_TAG = re.compile(r"\{%-?\s*(end)?generation\s*-?%\}")
+"""transformers' own tag, which plain jinja2 does not know."""
+
+
+def chat_tokenizer(
+    name: str, chat_template: str | None = None, break_behind_images: bool = True
+) -> PreTrainedTokenizerBase:
+    """Returns the tokenizer `name` as every part of owlfuse uses it: see `load_tokenizer`,
+    `use_template` and `prepare`.
+
+    Raises:
+        DataError: there is none, or it cannot serve chats.
+        ModuleNotFoundError: it is a file of a package that is not installed.
+    """
+    tokenizer = use_template(load_tokenizer(name), chat_template)
+    return prepare(tokenizer, break_behind_images=break_behind_images)
+
+
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """Returns a tokenizer from a folder, a hub name or a GGUF file; `package:` names are those of
+    installed packages' files.
+
+    Raises:
+        DataError: there is none.
+        ModuleNotFoundError: a package that is not installed.
+    """
+    try:
+        path = packaged(name)
+        check_not_missing(path)
+        if path.endswith(".gguf"):
+            return gguf_tokenizer(Path(path).expanduser())
+        check_hub_has(
+            path, "name a folder with tokenizer.json, or set HF_HOME to a cache that has it"
+        )
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    except DataError as error:
+        raise DataError(f"tokenizer: {str(error).removeprefix('tokenizer: ')}") from error
+    except (OSError, ValueError) as error:
+        raise DataError(f"tokenizer: {name}: {str(error).splitlines()[0]}") from error
+
+
+def prepare(
+    tokenizer: PreTrainedTokenizerBase, image_token: str = IMAGE, break_behind_images: bool = True
+) -> PreTrainedTokenizerBase:
+    """Gives a tokenizer what it lacks for chats, in place, and returns it; a tokenizer that has all
+    of it stays as it is.
+
+    The padding token falls back to the end of sequence, `image_token` becomes one token, and the
+    chat template is made the one that training, evaluation, chat and exports render (see
+    `prepare_template`).
+
+    Args:
+        break_behind_images: a text that stands right behind the pictures that its turn begins with
+            goes on a line of its own, as LLaVA's data have it: for training and for whoever gives
+            pictures and a question. False for data that have it otherwise.
+
+    Raises:
+        DataError: a tokenizer without a chat template, an end of sequence or offsets; a template
+            that cannot be supervised.
+    """
+    if not tokenizer.chat_template:
+        raise DataError(
+            f"the tokenizer {tokenizer.name_or_path} has no chat template, which decides a chat's "
+            "text; name one: "
+            f"chat_template={'|'.join(template_names())}|<path of a .jinja file>"
+        )
+    if not tokenizer.is_fast:
+        raise DataError(
+            f"the tokenizer {tokenizer.name_or_path} is not a fast one, which character offsets "
+            "need"
+        )
+    if tokenizer.eos_token_id is None:
+        raise DataError(
+            f"the tokenizer {tokenizer.name_or_path} has no end-of-sequence token, which ends an "
+            "answer"
+        )
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if image_token not in tokenizer.get_vocab():
+        tokenizer.add_special_tokens(
+            {"additional_special_tokens": [image_token]}, replace_extra_special_tokens=False
+        )
+    templates = tokenizer.chat_template
+    if isinstance(
+        templates, dict
+    ):  # several, by name, of which transformers takes `default` or `tool_use`
+        tokenizer.chat_template = {
+            name: prepare_template(tokenizer, template, image_token, break_behind_images)
+            for name, template in templates.items()
+        }
+    else:
+        tokenizer.chat_template = prepare_template(
+            tokenizer, templates, image_token, break_behind_images
+        )
+    return tokenizer
+
+
+def prepare_template(
+    tokenizer: PreTrainedTokenizerBase,
+    template: str,
+    image_token: str = IMAGE,
+    break_behind_images: bool = True,
+) -> str:
+    """Returns a chat template that renders the same text wherever it is used, for training and for
+    generation.
+
+    To the template's own text it adds, only where that is needed: contents as texts or parts,
+    whichever it takes; a fixed date for `strftime_now`; and behind the generation prompt what the
+    template itself writes before an answer (the empty thought of Qwen3), since a model need not
+    write what the template writes.
+
+    Raises:
+        DataError: a template that does not write what the user says, or that takes a date in a form
+            that is not a constant.
+    """
+    if template.startswith(PREPARED):
+        return template
+    body = fixed_date(template) + template.removesuffix("\n")
+    for content in CONTENTS.values():
+        joined = JOIN_PARTS.replace("LINE_BREAK", LINE_BREAK if break_behind_images else "")
+        joined = joined.replace("IMAGE_TOKEN", json.dumps(image_token)).replace("CONTENT", content)
+        prepared = (
+            PREPARED + joined + "{{- '' }}" + body
+        )  # a block before it would take the body's first line break
+        if writes_question(tokenizer, prepared):
+            return prepared + written_before_answers(tokenizer, prepared)
+    raise DataError(
+        f"the chat template of the tokenizer {tokenizer.name_or_path} does not write what the "
+        "user says, neither of a text nor "
+        "of a list of parts: " + rendering_error(tokenizer, prepared)
+    )
+
+
+def fixed_date(template: str) -> str:
+    """Returns a macro that stands for the clock that a template reads, empty for one that reads
+    none. Raises DataError."""
+    try:
+        tree = Environment(extensions=["jinja2.ext.loopcontrols"]).parse(
+            GENERATION_TAG.sub("", template)
+        )
+    except TemplateSyntaxError as error:
+        raise DataError(
+            f"the chat template is no Jinja template: line {error.lineno}: {error.message}"
+        ) from error
+    calls = [
+        call
+        for call in tree.find_all(nodes.Call)
+        if getattr(call.node, "name", None) == "strftime_now"
+    ]
+    if not calls:
+        return ""
+    from datetime import datetime
+
+    day = datetime.strptime(DATE, "%d %b %Y")
+    dates = {}
+    for call in calls:
+        if len(call.args) != 1 or not isinstance(call.args[0], nodes.Const):
+            raise DataError(
+                f"the chat template asks for the date in line {call.lineno} by a format that is "
+                "no constant text"
+            )
+        dates[call.args[0].value] = day.strftime(call.args[0].value)
+    return f"{{%- macro strftime_now(format) -%}}{{{{- {json.dumps(dates)}[format] -}}}}{{%- endmacro -%}}"
+
+
+def writes_question(tokenizer: PreTrainedTokenizerBase, template: str) -> bool:
+    """Whether a template writes what a user says, once."""
+    try:
+        text = apply(
+            tokenizer, [{"role": "user", "content": "\ue000"}], template, add_generation_prompt=True
+        )
+    except DataError:
+        return False
+    return text.count("\ue000") == 1
+
+
+def rendering_error(tokenizer: PreTrainedTokenizerBase, template: str) -> str:
+    """What a template objects to a single question, for a message."""
+    try:
+        text = apply(
+            tokenizer, [{"role": "user", "content": "Hello"}], template, add_generation_prompt=True
+        )
+    except DataError as error:
+        return str(error)
+    return f"of the question Hello it makes {text[:80]!r}"
+
+
+def written_before_answers(tokenizer: PreTrainedTokenizerBase, template: str) -> str:
+    """Returns the end of a template that writes, behind the generation prompt, what the template
+    puts before an answer.
+
+    White space alone is left to the model, and so are spaces at the end: tokens of words begin with
+    them. A caller who says `enable_thinking`, or asks for the prompt as it was (`without_lead`),
+    gets it as it was.
+    """
+    question, answer = (
+        {"role": "user", "content": "\ue001"},
+        {"role": "assistant", "content": "\ue000"},
+    )
+    try:
+        prompt = apply(tokenizer, [question], template, add_generation_prompt=True)
+        whole = apply(tokenizer, [question, answer], template)
+    except DataError:
+        return ""  # whoever encodes a chat says what is wrong with it
+    if not whole.startswith(prompt) or whole.count("\ue000") != 1:
+        return ""
+    lead = whole[len(prompt) : whole.index("\ue000")].rstrip(" ")
+    if not lead.strip():
+        return ""
+    condition = (
+        "add_generation_prompt and without_lead is not defined and enable_thinking is not defined"
+    )
+    return f"{{% if {condition} %}}{{{{- {json.dumps(lead)} }}}}{{% endif %}}"
+
+
+def render(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: list[Message],
+    add_generation_prompt: bool = False,
+    thinking: bool = False,
+    **options: Any,
+) -> str:
+    """Returns a chat as text: the one place where owlfuse renders the tokenizer's chat template.
+
+    Args:
+        thinking: the model is to write its thoughts before its answer, where the template knows of
+            thoughts.
+        options: what else the template takes, `tools` for instance.
+
+    Raises:
+        DataError: what the template objects to, a system message for instance.
+    """
+    if thinking:
+        options["enable_thinking"] = True
+    return apply(tokenizer, messages, None, add_generation_prompt=add_generation_prompt, **options)
+
+
+def apply(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: list[Message],
+    template: str | None,
+    **options: Any,
+) -> str:
+    """Returns what a template, by default the tokenizer's own, makes of messages.
+
+    Raises DataError.
+    """
+    try:
+        template = counting_steps(tokenizer.get_chat_template(template, options.get("tools")))
+        text = str(
+            tokenizer.apply_chat_template(
+                messages, chat_template=template, tokenize=False, **options
+            )
+        )
+    except (
+        TemplateError,
+        TypeError,
+        ValueError,
+        LookupError,
+        AttributeError,
+        ArithmeticError,
+        RecursionError,
+    ) as error:
+        raise DataError(f"the chat template refuses it: {error}") from error
+    except MemoryError:
+        raise DataError(
+            "the chat template refuses it: it writes more than the memory holds"
+        ) from None
+    if len(text) > MAX_TEXT:
+        raise DataError(
+            f"the chat template writes {len(text):,} characters, over the limit of {MAX_TEXT:,}"
+        )
+    return text
+
+
+COUNTER = f"steps_{secrets.token_hex(8)}"
+"""A name that no template can know."""
+COUNT_STEP = (
+    f"{{% set {COUNTER}.count = {COUNTER}.count + 1 %}}{{% if {COUNTER}.count > {MAX_STEPS} %}}"
+    f"{{{{ raise_exception('its loops and macros take more than {MAX_STEPS:,} steps') }}}}{{% "
+    "endif "
+)
+
+
+@lru_cache(maxsize=64)
+def counting_steps(template: str) -> str:
+    """A template that writes the same and counts the steps of its loops and macros, so that one
+    from elsewhere cannot go on for hours: jinja2's sandbox limits each `range` alone, and loops
+    inside of loops multiply.
+
+    Raises:
+        TemplateSyntaxError: it is none.
+    """
+    pieces = [f"{{% set {COUNTER} = namespace(count=0) %}}\n"]
+    statement = ""
+    for _, kind, value in Environment().lex(template):
+        if kind == "block_begin":
+            statement = ""
+        elif kind == "name" and not statement:
+            statement = value
+        if kind == "block_end" and statement in ("for", "macro"):
+            value = (
+                f"%}}{COUNT_STEP}{value}"  # the last tag has the sign for the white space behind it
+            )
+        pieces.append(value)
+    return "".join(pieces)
+
+
+MAX_TEMPLATE = 2**20
+"""Bytes of a template; the longest have 20 KB."""
+FOLDER = Path(__file__).parent / "templates"
+
+CONTROL = {
+    "llama3": ["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"],
+    "chatml": ["<|im_start|>", "<|im_end|>"],
+}
+"""What a template writes as control tokens. The last one ends a turn, and so becomes the
+tokenizer's end of sequence; the templates that are not here end a turn with the end of sequence
+that the tokenizer has."""
+
+
+def template_names() -> list[str]:
+    """The templates that have a name."""
+    return sorted(path.stem for path in FOLDER.glob("*.jinja"))
+
+
+def use_template(tokenizer: Any, chat_template: str | None) -> Any:
+    """The tokenizer with a chat template, given by its name or as the path of a .jinja file; None
+    leaves it its own.
+
+    The control tokens of a named template are added where the tokenizer lacks them, so that each is
+    one token.
+
+    Raises:
+        DataError: no such name or file, a file that is no Jinja template, a tokenizer without what
+            the template needs.
+    """
+    if chat_template is None:
+        return tokenizer
+    tokenizer.chat_template = read_template(chat_template)
+    control = CONTROL.get(chat_template, [])
+    if missing := [token for token in control if token not in tokenizer.get_vocab()]:
+        tokenizer.add_special_tokens(
+            {"additional_special_tokens": missing}, replace_extra_special_tokens=False
+        )
+    if control:
+        tokenizer.add_special_tokens({"eos_token": control[-1]})
+    if tokenizer.eos_token is None:
+        raise DataError(
+            f"chat_template: {chat_template}: the tokenizer {tokenizer.name_or_path} has no "
+            "end-of-sequence token to end a turn"
+        )
+    return tokenizer
+
+
+def read_template(chat_template: str) -> str:
+    """The text of a template, by its name or path. Raises DataError, see `use_template`."""
+    from jinja2 import Environment, TemplateSyntaxError
+
+    named = chat_template in template_names()
+    path = FOLDER / f"{chat_template}.jinja" if named else Path(chat_template).expanduser()
+    if not named and path.suffix != ".jinja":
+        raise DataError(
+            f"chat_template: {chat_template} is none of {', '.join(template_names())}, nor the "
+            "path of a .jinja file"
+        )
+    try:
+        check_record(path.stat().st_size, f"chat_template: {path}", MAX_TEMPLATE)
+        text = path.read_text(encoding="utf-8").removesuffix("\n")
+        Environment(extensions=["jinja2.ext.loopcontrols"]).parse(
+            text.replace("{% generation %}", "").replace("{% endgeneration %}", "")
+        )
+    except FileNotFoundError:
+        raise DataError(f"chat_template: {path}: no such file") from None
+    except UnicodeDecodeError as error:
+        raise DataError(f"chat_template: {path}: not UTF-8 at byte {error.start}") from None
+    except OSError as error:
+        raise DataError(f"chat_template: {path}: {error.strerror}") from None
+    except TemplateSyntaxError as error:
+        raise DataError(f"chat_template: {path}: line {error.lineno}: {error.message}") from None
+    if not text.strip():
+        raise DataError(f"chat_template: {path} is empty")
+    return text
+
+
+SINGLE_DIGITS = ("smollm", "starcoder", "refact", "command-r", "codeshell")
+"""Kinds of byte-level tokenizers (`tokenizer.ggml.pre`) that take each digit by itself before
+anything else."""
+GGUF_CONTROL = 3
+"""The type of a control token (`tokenizer.ggml.token_type`)."""
+
+
+def gguf_tokenizer(file: Path) -> PreTrainedTokenizerBase:
+    """As transformers reads it, and with what that leaves out: that digits are split first, where
+    the kind of tokenizer does so (else several spaces or line breaks before a number become other
+    tokens), and which tokens are control tokens.
+
+    Raises:
+        DataError: no such file, or none with a tokenizer.
+        ModuleNotFoundError: the package gguf is not installed.
+    """
+    if not file.is_file():
+        raise DataError(f"tokenizer: {file}: no such file")
+    try:
+        from gguf import GGUFReader
+
+        tokenizer = AutoTokenizer.from_pretrained(
+            file.parent, gguf_file=file.name, trust_remote_code=False
+        )
+        fields = GGUFReader(file).fields
+    except ImportError as error:
+        raise missing("gguf", f"tokenizer: {file.name}") from error
+    except (KeyError, IndexError, TypeError, AttributeError, struct.error) as error:
+        raise DataError(
+            f"tokenizer: {file} is no GGUF file with a tokenizer: {type(error).__name__} {error}"
+        ) from error
+    kinds = fields.get("tokenizer.ggml.token_type")
+    if kinds is not None:
+        control = [number for number, kind in enumerate(kinds.contents()) if kind == CONTROL]
+        tokenizer.add_special_tokens(
+            {"additional_special_tokens": tokenizer.convert_ids_to_tokens(control)},
+            replace_extra_special_tokens=False,
+        )
+    pre = fields.get("tokenizer.ggml.pre")
+    if pre is not None and pre.contents() in SINGLE_DIGITS:
+        digits = pre_tokenizers.Digits(individual_digits=True)
+        backend = tokenizer.backend_tokenizer
+        backend.pre_tokenizer = pre_tokenizers.Sequence(
+            [digits, pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        )
+    return tokenizer

@@ -1,0 +1,153 @@
+"""Samples by position or number, encoded, as torch's DataLoader asks for them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+from torch.utils.data import Dataset, Sampler
+
+from owlfuse.core.errors import DataError, one_line
+from owlfuse.core.types import Encoded, Sample, Skipped
+from owlfuse.data.formats.base import Source
+from owlfuse.data.mixture.mixture import Mixture
+
+FIRST_BLOCK, BLOCK = 2**12, 2**18
+"""Positions that are looked up at a time: few for the first batch, then twice as many each time,
+at most 2.6 MB."""
+
+
+class MixtureDataset(Dataset):
+    """The samples at positions of the mixture's schedule.
+
+    Positions are looked up in blocks, which takes nanoseconds each where one alone takes tens of
+    microseconds. A block is kept for the micro batches that follow; what stands at a position does
+    not depend on it.
+    """
+
+    def __init__(
+        self,
+        mixture: Mixture,
+        sources: dict[str, Source],
+        load: Callable[[Sample, Source], Encoded],
+    ) -> None:
+        self.mixture = mixture
+        self.sources = sources
+        self.load = load
+        self.start = 0
+        self.block: tuple[np.ndarray, np.ndarray] = np.empty(0, np.uint16), np.empty(0, np.int64)
+
+    def __getitem__(self, position: int) -> Encoded | Skipped:
+        return self.__getitems__([position])[0]
+
+    def __getitems__(self, positions: Sequence[int]) -> list[Encoded | Skipped]:
+        """A micro batch: torch asks for it whole. Raises DataError."""
+        return [
+            load_or_skip(self.load, self.sources[name], index)
+            for name, index in self.draws(positions)
+        ]
+
+    def draws(self, positions: Sequence[int]) -> list[tuple[str, int]]:
+        """The source's name and the sample's index at each of some positions that lie together, as
+        by `mixture[position]`.
+
+        Raises:
+            IndexError: after the schedule's end.
+        """
+        in_turn = (
+            isinstance(positions, range) and positions.step == 1 and bool(positions)
+        )  # as the sampler asks
+        first, stop = (
+            (positions[0], positions[-1] + 1) if in_turn else (min(positions), max(positions) + 1)
+        )
+        if first < self.start or stop > self.start + len(self.block[0]):
+            ahead = min(BLOCK, max(FIRST_BLOCK, 2 * len(self.block[0])))
+            self.block = self.mixture.positions(
+                first, max(stop, self.mixture.available(first + ahead))
+            )
+            self.start = first
+        sources, indices = self.block
+        first, stop = first - self.start, stop - self.start
+        names = map(self.mixture.names.__getitem__, sources[first:stop].tolist())
+        found = list(zip(names, indices[first:stop].tolist()))
+        return (
+            found if in_turn else [found[position - self.start - first] for position in positions]
+        )
+
+
+class SourceDataset(Dataset):
+    """Samples of one source, by their indices."""
+
+    def __init__(
+        self, source: Source, indices: Sequence[int], load: Callable[[Sample, Source], Encoded]
+    ) -> None:
+        self.source = source
+        self.indices = indices
+        self.load = load
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, place: int) -> Encoded | Skipped:
+        return load_or_skip(self.load, self.source, self.indices[place])
+
+
+def load_or_skip(
+    load: Callable[[Sample, Source], Encoded], source: Source, index: int
+) -> Encoded | Skipped:
+    """One sample of a source under its policy for wrong samples.
+
+    Raises DataError where the policy is to stop.
+    """
+    try:
+        return load(source[index], source)
+    except DataError as error:
+        error = source.placed(error, source.first_record(index))
+        reason = one_line(str(error))
+        if source.on_error == "skip" or error.leave_out:
+            return Skipped(source.name, f"{source.name}:{index}", reason)
+        raise DataError(reason) from error
+
+
+class GlobalBatchSampler(Sampler[range]):
+    """Positions of one rank's micro batches. A step takes the next G positions, G the global batch
+    size, whatever the number of ranks; micro batches go to the ranks in turn.
+
+    Its length is that of all steps, and it starts at `first_step`, which is how Lightning counts a
+    resumed epoch.
+
+    Args:
+        first_position: of the first step's first sample; by default all steps before it took G
+            samples too.
+    """
+
+    def __init__(
+        self,
+        global_batch_size: int,
+        accumulation: int,
+        rank: int,
+        ranks: int,
+        steps: int,
+        first_step: int = 0,
+        first_position: int | None = None,
+    ):
+        self.global_batch_size = global_batch_size
+        self.accumulation = accumulation
+        self.rank = rank
+        self.ranks = ranks
+        self.steps = steps
+        self.first_step = first_step
+        self.first_position = (
+            first_step * global_batch_size if first_position is None else first_position
+        )
+        self.micro_batch_size = global_batch_size // (accumulation * ranks)
+
+    def __len__(self) -> int:
+        return self.steps * self.accumulation
+
+    def __iter__(self) -> Iterator[range]:
+        for step in range(self.first_step, self.steps):
+            for part in range(self.accumulation):
+                first = self.first_position + (step - self.first_step) * self.global_batch_size
+                first += (part * self.ranks + self.rank) * self.micro_batch_size
+                yield range(first, first + self.micro_batch_size)

@@ -1,0 +1,106 @@
+"""Plain exact match on a file of chats."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from owlfuse.core.errors import DataError
+from owlfuse.core.types import Sample
+from owlfuse.data.formats.alpaca import Alpaca
+from owlfuse.data.formats.base import Source
+from owlfuse.data.formats.llava import LLaVA
+from owlfuse.data.formats.marks import with_pictures
+from owlfuse.data.formats.messages import Messages
+from owlfuse.data.formats.sharegpt import ShareGPT
+from owlfuse.evaluation.benchmarks.base import QUESTION, Question, Task, by_group
+from owlfuse.evaluation.questions import question_samples
+
+FORMATS: dict[str, type[Source]] = {
+    "llava": LLaVA,
+    "messages": Messages,
+    "sharegpt": ShareGPT,
+    "alpaca": Alpaca,
+}
+
+
+@dataclass(kw_only=True)
+class ChatTask(Task):
+    """A file of chats, as training takes them.
+
+    Args:
+        format: one of FORMATS.
+    """
+
+    format: Literal["llava", "messages", "sharegpt", "alpaca"] = "llava"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.source = FORMATS[self.format](self.file, self.image_root)
+
+    def open(self) -> Sequence[Any]:
+        """See `Task`; of each record its number alone, since the source reads them."""
+        return range(len(self.source))
+
+    def place(self, number: int) -> str:
+        """See `Task`."""
+        return self.source.place(self.source.first_record(number)).removesuffix(
+            f" of {self.file.name}"
+        )
+
+    def sample(self, record: int, where: str) -> Sample:
+        """A chat.
+
+        Raises DataError that names the record, as for a video, which is not asked about.
+        """
+        try:
+            sample = self.source[record]
+        except DataError as error:
+            raise DataError(f"{self.file}: {error}") from error
+        if sample.videos:
+            raise DataError(
+                f"{where}: it has a video, and questions are asked about pictures alone"
+            )
+        return sample
+
+
+@dataclass(kw_only=True)
+class ExactMatch(ChatTask):
+    """Each question of a file of chats by itself, its answer compared with the file's.
+
+    Args:
+        history: what was said before a question in its chat stands before it, as few-shot examples
+            want it; else only the pictures that were shown do.
+    """
+
+    history: bool = False
+
+    def ask(self, record: Any, where: str) -> Iterator[Question]:
+        """See `Task`; the prompt's words stand around the last text of the user's turn."""
+        for sample, answer, kind in question_samples(self.sample(record, where), self.history):
+            *before, turn = sample.messages
+            content = list(turn["content"])
+            last = max(
+                (n for n, part in enumerate(content) if part["type"] == "text"), default=None
+            )
+            if last is not None:
+                # the source has read the text's own marks, so those of the prompt alone are left
+                prompt = "".join(part["text"] for part in with_pictures(self.prompt, 0))
+                content[last] = {
+                    "type": "text",
+                    "text": prompt.replace(QUESTION, content[last]["text"]),
+                }
+            messages = [*before, {"role": "user", "content": content}]
+            yield Question(sample.id, messages, sample.images, answer, kind)
+
+    def score(self, line: dict[str, Any]) -> float:
+        """1 where the answer is the expected one, but for case and white space."""
+        found, expected = (
+            " ".join(text.casefold().split()) for text in (line["answer"], line["expected"])
+        )
+        return float(found == expected)
+
+    def metrics(self, lines: list[dict[str, Any]]) -> dict[str, float]:
+        """`exact_match`, and by the questions' kinds where the file has them."""
+        return by_group(lines, "exact_match")

@@ -1,0 +1,43 @@
+"""GQA: the answer, word for word."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from owlfuse.core.files import read_json
+from owlfuse.evaluation.benchmarks.base import Question, Task, by_group, image_file, value
+
+
+@dataclass(kw_only=True)
+class GQA(Task):
+    """GQA (arXiv 1902.09506): <split>_balanced_questions.json, an object of questions by their ids.
+
+    Args:
+        image_name: a picture's file, from the record's `{image_id}`.
+    """
+
+    image_name: str = "{image_id}.jpg"
+
+    def open(self) -> Sequence[Any]:
+        """See `Task`."""
+        return list(read_json(self.file, dict).items())
+
+    def ask(self, record: Any, where: str) -> Iterator[Question]:
+        """See `Task`."""
+        identity, content = record
+        where = f"{where} ({identity})"
+        image = image_file(self.image_name, image_id=value(content, "imageId", str, where))
+        kind = value(value(content, "types", dict, where), "structural", str, f"{where}: types")
+        messages = self.asked(value(content, "question", str, where), [image])
+        yield Question(identity, messages, [image], value(content, "answer", str, where), kind)
+
+    def score(self, line: dict[str, Any]) -> float:
+        """1 where the answer is the expected one; its case and periods at its end do not matter, as
+        in LLaVA's convert_gqa_for_eval.py, whose output GQA's own eval.py compares."""
+        return float(line["answer"].rstrip(".").lower() == line["expected"])
+
+    def metrics(self, lines: list[dict[str, Any]]) -> dict[str, float]:
+        """`accuracy`, and by the structural type: verify, query, choose, logical, compare."""
+        return by_group(lines, "accuracy")

@@ -1,0 +1,88 @@
+"""What `owlfuse eval MODEL task=<name>` is asked for.
+
+Imports nothing heavy, so that a mistake is told at once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from omegaconf import DictConfig
+
+from owlfuse.config.build import to_dict
+from owlfuse.config.check import check_arguments
+from owlfuse.config.compose import compose_root, origin_of
+from owlfuse.config.messages import check_name
+from owlfuse.core.errors import ConfigError, DataError
+from owlfuse.core.folder_kinds import check_exported
+
+
+@dataclass(kw_only=True)
+class Options:
+    """The keys of eval.yaml.
+
+    Args:
+        name: of the results; None: the task's.
+        out: the folder for `<name>.json` and `<name>/predictions.jsonl`; None: `tasks` in the
+            model's.
+        batch_size: questions answered at a time on each rank; it does not change the answers in
+            float32.
+        max_questions: a seeded sample, of each group in proportion; None: all.
+        dtype: `float32`; or `saved`: as the model's folder has its weights.
+        thinking: prompts ask for a thought before the answer, which is scored without it.
+        workers: processes of each rank that open pictures; 0: its own.
+        which: of a run's checkpoints, `last`, or `best` by validation loss.
+    """
+
+    task: dict
+    name: str | None
+    out: str | None
+    batch_size: int
+    max_questions: int | None
+    dtype: Literal["float32", "saved"]
+    workers: int
+    thinking: bool = False
+    which: str = "last"
+
+    def __post_init__(self) -> None:
+        if (
+            self.batch_size < 1
+            or self.workers < 0
+            or (self.max_questions is not None and self.max_questions < 1)
+        ):
+            raise ConfigError(
+                "command line: batch_size and max_questions are at least 1, and workers at least 0"
+            )
+
+
+def check_model(folder: str) -> Path:
+    """A run's, an exported or an imported folder. Raises ConfigError."""
+    place = Path(folder).expanduser()
+    if (place / "config.yaml").is_file():
+        return place
+    if not (place / "config.json").is_file():
+        raise ConfigError(
+            f"command line: {folder}: no model: it has neither a run's config.yaml nor the "
+            "config.json that `owlfuse export` "
+            "and `owlfuse import` write"
+        )
+    try:
+        return check_exported(place)
+    except DataError as error:
+        raise ConfigError(f"command line: {folder}: {error}") from error
+
+
+def compose_options(words: list[str]) -> tuple[Options, DictConfig]:
+    """eval.yaml with the overrides, as options and as a configuration with the benchmark's node.
+
+    Raises ConfigError.
+    """
+    config = compose_root("eval", words)
+    plain = to_dict(config)
+    chosen = next(word for word in words if word.startswith("task="))[5:]
+    plain["name"] = str(plain["name"] or chosen.strip("'\"").replace("/", "_"))
+    check_arguments(Options, "", "", plain, lambda path: origin_of(config, path))
+    check_name(f"{origin_of(config, 'name')}: name", plain["name"])
+    return Options(**plain), config

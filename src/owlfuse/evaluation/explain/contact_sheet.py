@@ -1,0 +1,64 @@
+"""Where the answers on the contact sheet looked."""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+from torch import Tensor
+
+from owlfuse.core.errors import DataError
+from owlfuse.core.types import Sample
+from owlfuse.data.datamodule import ChatData
+from owlfuse.data.media.tiles import best_grid
+from owlfuse.evaluation.explain.attention import features_of, maps_of, whole_map, without_end
+from owlfuse.evaluation.generation import generate_greedy
+from owlfuse.evaluation.metrics import Answer
+from owlfuse.evaluation.reports import picture_of
+from owlfuse.model.multimodal import MultimodalLM
+
+log = logging.getLogger(__name__)
+
+
+def maps_of_answers(
+    model: MultimodalLM, data: ChatData, answers: list[tuple[Answer, Sample]], max_new_tokens: int
+) -> dict[str, Tensor]:
+    """Of answers with their questions, by their ids: the map (h, w) of where each looked in its
+    first picture (see `explain.attention_to_pictures`). None, and a warning, for a model whose
+    weights are shared out, and for one that has no such map: the rest of an evaluation is not lost
+    by it. No map for a question with a video.
+    """
+    if any(hasattr(parameter, "full_tensor") for parameter in model.parameters()):
+        log.warning(
+            "evaluation.explain: the model is shared out over ranks; evaluate the run by one "
+            "process for the overlays"
+        )
+        return {}
+    pictured = [(answer, sample) for answer, sample in answers if not sample.videos]
+    try:
+        return {
+            answer.id: map_of_answer(model, data, sample, answer, max_new_tokens)
+            for answer, sample in pictured
+        }
+    except DataError as error:
+        log.warning("evaluation.explain: the contact sheet has no overlays: %s", error)
+        return {}
+
+
+@torch.no_grad()
+@torch.compiler.set_stance("force_eager")
+def map_of_answer(
+    model: MultimodalLM, data: ChatData, sample: Sample, answer: Answer, max_new_tokens: int
+) -> Tensor:
+    """Answers the question again, by itself."""
+    source = data.validation[answer.source]
+    ends = data.encoder.answer_format.generation(data.tokenizer, model.llm)["eos_token_id"]
+    batch = data.prompts([(sample, source)]).to(next(model.parameters()).device)
+    ids = generate_greedy(model, batch, max_new_tokens, data.encoder)
+    with features_of(model.vision) as features:
+        visual = model.encode(batch)
+    maps = maps_of(model, batch, visual, features[0], without_end(ids, ends))
+    views = len(data.pictures(sample, source)[0])
+    return whole_map(
+        maps[:views], best_grid(picture_of(answer).size, model.vision.preprocessing.size)
+    )

@@ -1,0 +1,32 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from owlfuse.core.types import Batch
+
+
+def batch_loss(model: Callable[..., Tensor], batch: Batch) -> tuple[Tensor, Tensor]:
+    """`token_loss` of a batch.
+
+    Where its supervised places are known, logits are computed there alone.
+    """
+    if batch.supervised is None:
+        return token_loss(model(batch), batch.labels)
+    targets = batch.targets().index_select(0, batch.supervised)
+    return summed_loss(model(batch, logits_to_keep=batch.supervised), targets)
+
+
+def token_loss(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Cross-entropy of the next token summed over the supervised ones, and their number. logits
+    (B, T, V), labels (B, T)."""
+    return summed_loss(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+
+
+def summed_loss(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Cross-entropy summed over the targets (R,) that are not -100, and their number. logits (R,
+    V)."""
+    loss = F.cross_entropy(logits.float(), targets, ignore_index=-100, reduction="sum")
+    return loss, (targets != -100).sum()

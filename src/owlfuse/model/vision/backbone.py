@@ -1,0 +1,353 @@
+"""N images, P patches (class token included where asked), Dv vision width, H and W the picture's
+size in pixels."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from PIL import Image
+from timm.data import resolve_model_data_config
+from timm.data.transforms import str_to_pil_interp
+from timm.models import group_parameters
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.checkpoint import checkpoint
+from torchvision.transforms.v2 import functional as VF
+
+from owlfuse.model.positions import sincos_2d_spread
+from owlfuse.model.vision.batch_norm import allow_single_values, set_blank
+from owlfuse.model.vision.body import (
+    all_differentiable,
+    checkpoint_blocks,
+    count_prefix_tokens,
+    create_body,
+    remove_modules,
+    set_input_size,
+    unused_parameters,
+)
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """Picture -> pixels, as the backbone was trained: size (H, W), mean, std and interpolation of
+    timm's data configuration.
+
+    The whole picture is resized to the size (as mPLUG-Owl does), so that no border is cut off.
+    """
+
+    size: tuple[int, int]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    interpolation: str
+
+    def __call__(self, picture: Image.Image) -> Tensor:
+        """An RGB picture of any size -> normalised pixels (3, H, W), float32."""
+        resized = picture.resize(self.size[::-1], str_to_pil_interp(self.interpolation))
+        return VF.normalize(
+            VF.to_dtype(VF.pil_to_tensor(resized), torch.float32, scale=True), self.mean, self.std
+        )
+
+
+class TimmBackbone(nn.Module):
+    """Any timm model as a feature extractor: pixels (N, 3, H, W) -> features (N, P, Dv).
+
+    Width, token count, grid and preprocessing are read from the model. What the features do not use
+    (classifier, pooling, the blocks after `penultimate`) is taken out, so that every parameter left
+    has a gradient.
+
+    Args:
+        name: a name that `timm.create_model` knows, `hf-hub:` and `local-dir:` names included.
+        pretrained: load timm's weights for the name.
+        weights: a file of weights for the name instead, a path or `package:<package>/<path>` (see
+            `backbone_weights`).
+        output: `last`: what `forward_features` gives, after the last norm where the model has one
+            there; `penultimate`: the last block but one, without the final norm, as mPLUG-Owl3
+            reads SigLIP. For a hierarchical model a block is a stage.
+        class_token: keep the class (and register) tokens, first in the sequence, where the model
+            has them.
+        positions: add a fixed sin-cos table of the patches' places to the features: for
+            convolutional backbones, which have no position embeddings of their own, and fusions
+            that read an image's patches as a set.
+        norm: a batch norm over the features, before the positions: from random weights a backbone
+            gives nearly the same features for every picture, and the little that tells pictures
+            apart is learned several times faster at unit size.
+        image_size: side in pixels; by default that of the model's own data configuration.
+        kwargs: further keyword arguments of the timm model.
+        chunk: images that pass the model at a time, for less memory: in training, activations of a
+            chunk are dropped and computed again in the backward pass, unless the model is frozen.
+            Features and gradients stay the same, but for what dropout draws. A model with batch
+            norms in training mode takes all images at once whatever `chunk` says, because the
+            statistics of a chunk are others than those of the batch. Where parameters are sharded,
+            leave it null: ranks with other counts of images would gather them another number of
+            times.
+        gradient_checkpointing: activations inside of blocks are dropped and computed again in the
+            backward pass.
+
+    Raises:
+        ValueError: an unknown name, a model whose features are no single map, a chunk below 1, or
+            checkpointing of a model that has batch norms or does not support it.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        pretrained: bool = False,
+        output: Literal["last", "penultimate"] = "last",
+        class_token: bool = True,
+        positions: bool = False,
+        norm: bool = False,
+        image_size: int | None = None,
+        kwargs: dict[str, Any] | None = None,
+        chunk: int | None = None,
+        gradient_checkpointing: bool = False,
+        weights: str | None = None,
+    ) -> None:
+        super().__init__()
+        if chunk is not None and chunk < 1:
+            raise ValueError(
+                f"chunk is {chunk}, expected a number of images of at least 1, or null for all at "
+                "once"
+            )
+        self.chunk = chunk
+        self.output = output
+        self.body: Any = create_body(name, pretrained, image_size, kwargs or {}, weights)
+        self.prefix_tokens = count_prefix_tokens(self.body)
+        self.drop_prefix = 0 if class_token else self.prefix_tokens
+        self.preprocessing = preprocessing_of(self.body, image_size)
+        if output == "penultimate" and not hasattr(self.body, "forward_intermediates"):
+            raise ValueError(
+                f"timm's {name} gives no block's output but the last; choose output: last"
+            )
+        self.patches, self.width, self.grid = self.measure()
+        self.check_tokens(name)
+        if positions and self.width % 4:
+            raise ValueError(
+                f"positions need a width divisible by 4, and that of {name} is {self.width}"
+            )
+        self.norm = nn.BatchNorm1d(self.width) if norm else None
+        self.positions: Tensor | None
+        self.register_buffer("positions", self.table() if positions else None, persistent=False)
+        allow_single_values(self)
+        self.set_checkpointing(gradient_checkpointing)
+
+    def set_checkpointing(self, enable: bool) -> None:
+        """Turns `gradient_checkpointing` on or off. Raises ValueError where the model cannot."""
+        checkpoint_blocks(self.body, enable)
+
+    def table(self) -> Tensor:
+        """The fixed table (P, Dv) of the patches' places."""
+        return sincos_2d_spread(self.grid, self.patches, self.width)
+
+    def set_image_size(self, image_size: int) -> None:
+        """Goes on at another size: learned position embeddings are resampled as timm does, fixed
+        tables computed anew.
+
+        Raises:
+            ValueError: a size that the patches do not divide, or at which the model's features are
+                no longer as wide.
+        """
+        set_input_size(self.body, type(self.body).__name__, image_size)
+        size = (image_size, image_size)
+        self.preprocessing = replace(self.preprocessing, size=size)
+        self.patches, width, self.grid = self.measure()
+        self.check_tokens(type(self.body).__name__)
+        if width != self.width:
+            raise ValueError(
+                f"image_size {image_size} gives features of width {width}, and they were "
+                f"{self.width} wide"
+            )
+        if self.positions is not None:
+            self.positions = self.table().to(self.positions)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """(N, 3, H, W) -> (N, P, Dv)."""
+        features = (
+            self.in_chunks(pixels)
+            if self.chunkable(len(pixels))
+            else self.to_sequence(self.feature_map(pixels))
+        )
+        if self.norm is not None:
+            features = self.norm(features.transpose(1, 2)).transpose(1, 2)
+        return features if self.positions is None else features + self.positions.to(features.dtype)
+
+    def chunkable(self, images: int) -> bool:
+        """Whether so many images are more than a chunk, and chunks do not change the result."""
+        if self.chunk is None or images <= self.chunk:
+            return False
+        return not any(isinstance(m, _BatchNorm) and m.training for m in self.body.modules())
+
+    def in_chunks(self, pixels: Tensor) -> Tensor:
+        """(N, 3, H, W) -> (N, P, Dv), before norm and positions."""
+        features = lambda chunk: self.to_sequence(self.feature_map(chunk))
+        if torch.is_grad_enabled() and any(p.requires_grad for p in self.body.parameters()):
+            return torch.cat(
+                [
+                    checkpoint(features, chunk, use_reentrant=False)
+                    for chunk in pixels.split(self.chunk)
+                ]
+            )
+        return torch.cat([features(chunk) for chunk in pixels.split(self.chunk)])
+
+    def feature_map(self, pixels: Tensor) -> Tensor:
+        """The features as timm gives them: (N, P, Dv), (N, Dv, h, w) or (N, h, w, Dv)."""
+        if self.output == "last":
+            features = self.body.forward_features(pixels)
+            if not isinstance(features, Tensor):
+                raise ValueError(
+                    f"{type(self.body).__name__} gives {type(features).__name__} as its features, "
+                    "and one map is needed; "
+                    "choose output: penultimate or another model"
+                )
+            return features
+        takes_prefix = (
+            "return_prefix_tokens" in inspect.signature(self.body.forward_intermediates).parameters
+        )
+        prefix = {"return_prefix_tokens": True} if self.prefix_tokens and takes_prefix else {}
+        features = self.body.forward_intermediates(
+            pixels, indices=[-2], norm=False, stop_early=True, intermediates_only=True, **prefix
+        )[-1]
+        if isinstance(features, tuple):
+            patches, prefix = features
+            return torch.cat([prefix, patches.flatten(2).transpose(1, 2)], dim=1)
+        return features
+
+    def to_sequence(self, features: Tensor) -> Tensor:
+        """Any of timm's layouts -> (N, P, Dv), patches row by row."""
+        if features.ndim == 4:
+            features = (
+                features.flatten(1, 2)
+                if self.channels_last()
+                else features.flatten(2).transpose(1, 2)
+            )
+            return features
+        return features[:, self.drop_prefix :]
+
+    @torch.no_grad()
+    def measure(self) -> tuple[int, int, tuple[int, int]]:
+        """P, Dv and the patches' grid, by a forward pass of one picture; takes out what that
+        pass does not use."""
+        training = self.training
+        self.eval()
+        probe: Any = all_differentiable(copy.deepcopy(self).to("meta"))
+        with torch.enable_grad():
+            pixels = torch.zeros(1, 3, *self.preprocessing.size, device="meta")
+            features = probe.feature_map(pixels)
+            sequence = probe.to_sequence(features)
+            unused = unused_parameters(probe.body, sequence)
+        remove_modules(self.body, unused)
+        if left := unused.intersection(name for name, _ in self.body.named_parameters()):
+            raise ValueError(
+                f"output: {self.output} does not use {', '.join(sorted(left))}; choose the other "
+                "output"
+            )
+        self.train(training)
+        patches, width = sequence.shape[1:]
+        if features.ndim == 4:
+            grid = tuple(features.shape[1:3] if self.channels_last() else features.shape[2:])
+        else:
+            grid = self.patch_grid(patches)
+        return patches, width, grid
+
+    @torch.no_grad()
+    def check_tokens(self, name: str) -> None:
+        """Looks at the tokens of two pictures in training mode, which are as many as in evaluation,
+        and at what stands before the patches.
+
+        Raises:
+            ValueError: other tokens in training, no patches at all, or tokens among which the
+                patches cannot be told.
+        """
+        probe: Any = copy.deepcopy(self).to("meta").train()
+        with torch.random.fork_rng(devices=[]):
+            features = probe.feature_map(torch.zeros(2, 3, *self.preprocessing.size, device="meta"))
+        tokens = probe.to_sequence(features).shape[1]
+        if tokens != self.patches:
+            raise ValueError(
+                f"timm's {name} gives {tokens} tokens in training and {self.patches} in "
+                "evaluation, where as many are needed; "
+                "leave out what drops tokens (patch_drop_rate in kwargs)"
+            )
+        if features.ndim == 4:  # a map of patches alone
+            self.prefix_tokens = self.drop_prefix = 0
+            return
+        patches = self.patches - self.prefix_tokens + self.drop_prefix
+        if patches <= 0:
+            raise ValueError(
+                f"timm's {name} gives class tokens alone, and patches are needed; choose output: "
+                "penultimate or another model"
+            )
+        height, width = self.preprocessing.size
+        if (
+            self.drop_prefix == 0
+            and not self.prefix_tokens
+            and height == width
+            and math.isqrt(patches) ** 2 != patches
+        ):
+            raise ValueError(
+                f"timm's {name} gives {patches} tokens for a square picture and does not say "
+                "which of them are patches; "
+                "choose another model"
+            )
+
+    def channels_last(self) -> bool:
+        """Whether a feature map is (N, h, w, Dv):
+
+        Swin and its kin, whose intermediates timm gives as (N, Dv, h, w).
+        """
+        return self.output == "last" and str(getattr(self.body, "output_fmt", "NCHW")).endswith(
+            "NHWC"
+        )
+
+    def patch_grid(self, patches: int) -> tuple[int, int]:
+        """(h, w) of a ViT's patches; (1, P) where the tokens are no grid."""
+        grid = getattr(getattr(self.body, "patch_embed", None), "grid_size", None)
+        count = patches - self.prefix_tokens + self.drop_prefix
+        return tuple(grid) if grid and grid[0] * grid[1] == count else (1, patches)
+
+    def blocks(self) -> list[list[nn.Parameter]]:
+        """The parameters of the model's layers, first to last, in timm's own grouping; the norm
+        is with the last."""
+        parameters = dict(self.body.named_parameters())
+        groups = group_parameters(self.body, self.body.group_matcher(coarse=False), reverse=False)
+        blocks = [
+            [parameters[n] for n in names if n in parameters] for _, names in sorted(groups.items())
+        ]
+        if self.norm is not None:
+            blocks[-1] += self.norm.parameters()
+        return blocks
+
+    def sharding_units(self) -> list[nn.Module]:
+        """timm's blocks or stages, where the model has a list of them."""
+        lists = [getattr(self.body, name, None) for name in ("blocks", "stages", "layers")]
+        return [
+            unit
+            for found in lists
+            if isinstance(found, nn.ModuleList | nn.Sequential)
+            for unit in found
+        ]
+
+    @contextmanager
+    def statistics_kept(self) -> Iterator[None]:
+        """Inside, batch norms neither use nor move the batch's statistics: for the blank image
+        of a batch without images."""
+        norms = [m for m in self.modules() if isinstance(m, _BatchNorm) and m.training]
+        set_blank(norms, True)
+        try:
+            yield
+        finally:
+            set_blank(norms, False)
+
+
+def preprocessing_of(body: nn.Module, image_size: int | None) -> Preprocessing:
+    """Size, mean, std and interpolation of timm's data configuration for the model, at another
+    size where one is given."""
+    data = resolve_model_data_config(body)
+    size = (image_size, image_size) if image_size else tuple(data["input_size"][-2:])
+    return Preprocessing(size, tuple(data["mean"]), tuple(data["std"]), data["interpolation"])

@@ -1,0 +1,122 @@
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from lightning import Trainer
+from lightning.pytorch.strategies import ParallelStrategy
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from owlfuse.parallel.strategies import Sharded
+
+
+def data_ranks(trainer: Trainer) -> int:
+    """Ranks that have rows of their own, known before the processes talk to each other."""
+    strategy = trainer.strategy
+    return strategy.sizes()[0] if isinstance(strategy, Sharded) else trainer.world_size
+
+
+def data_rank(trainer: Trainer) -> int:
+    """Which of the `data_ranks` this process is; tensor ranks of the same rows are the same."""
+    place = trainer.distributed_sampler_kwargs
+    return place["rank"] if place else 0
+
+
+def data_group(trainer: Trainer) -> Any:
+    """The process group of the ranks with rows of their own, None for one process."""
+    strategy = trainer.strategy
+    if isinstance(strategy, Sharded):
+        return strategy.device_mesh["data_parallel"].get_group()
+    return (
+        dist.group.WORLD
+        if isinstance(strategy, ParallelStrategy) and dist.is_initialized()
+        else None
+    )
+
+
+def any_rank(trainer: Trainer, flag: bool) -> bool:
+    """Whether the flag is up on any rank."""
+    if not (isinstance(trainer.strategy, ParallelStrategy) and dist.is_initialized()):
+        return flag
+    up = torch.tensor(float(flag), device=trainer.strategy.root_device)
+    dist.all_reduce(up, op=dist.ReduceOp.MAX)
+    return bool(up)
+
+
+def all_rows(trainer: Trainer, row: Tensor) -> Tensor:
+    """A vector (n,) of each data rank, stacked: (ranks, n). For one process (1, n)."""
+    group = data_group(trainer)
+    if group is None:
+        return row[None]
+    rows = [torch.empty_like(row) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(rows, row.contiguous(), group=group)
+    return torch.stack(rows)
+
+
+def all_objects(trainer: Trainer, value: Any) -> list[Any]:
+    """A small object of each data rank, in their order."""
+    group = data_group(trainer)
+    if group is None:
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(values, value, group=group)
+    return values
+
+
+def local(tensor: Tensor) -> Tensor:
+    """A rank's own part of a tensor."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def divide(gradients: Sequence[Tensor], divisor: Tensor) -> None:
+    """Divides gradients in place, each rank its own parts."""
+    if gradients:
+        torch._foreach_div_([local(gradient) for gradient in gradients], divisor)
+
+
+def copies(tensor: Tensor) -> int:
+    """How many ranks hold the same part of a tensor."""
+    if not isinstance(tensor, DTensor):
+        return dist.get_world_size()
+    placed = list(zip(tensor.placements, tensor.device_mesh.shape, strict=True))
+    outside = dist.get_world_size() // tensor.device_mesh.size()
+    return outside * math.prod(size for placement, size in placed if placement.is_replicate())
+
+
+def total_norm(gradients: Sequence[Tensor]) -> Tensor:
+    """The 2-norm of all gradients together, over all ranks' parts."""
+    parts = [local(gradient) for gradient in gradients]
+    norms = torch.stack(torch._foreach_norm(parts))
+    if not any(isinstance(gradient, DTensor) for gradient in gradients):
+        return torch.linalg.vector_norm(norms)
+    total = (
+        norms.double().square()
+        / torch.tensor([copies(gradient) for gradient in gradients]).to(norms)
+    ).sum()
+    dist.all_reduce(total)
+    return total.sqrt().to(norms)
+
+
+def clip(gradients: Sequence[Tensor], limit: float) -> Tensor:
+    """Scales gradients in place so that their norm is at most `limit`, as torch's
+    `clip_grad_norm_`; gives the norm before."""
+    norm = total_norm(gradients)
+    torch._foreach_mul_(
+        [local(gradient) for gradient in gradients], (limit / (norm + 1e-6)).clamp(max=1.0)
+    )
+    return norm
+
+
+def add_up(parameters: Iterable[nn.Parameter], strategy: Any) -> None:
+    """Adds up the gradients of parameters that every tensor rank has whole and uses for its own
+    heads only."""
+    if not isinstance(strategy, Sharded) or strategy.device_mesh["tensor_parallel"].size() == 1:
+        return
+    group = strategy.device_mesh["tensor_parallel"].get_group()
+    for parameter in parameters:
+        if parameter.grad is not None:
+            dist.all_reduce(local(parameter.grad), group=group)

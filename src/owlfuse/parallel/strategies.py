@@ -1,0 +1,177 @@
+"""Strategies of many processes, and what they tell each other. With `model_parallel.py` and
+`parallel_checkpoints.py` the only file that names torch.distributed: everything else is written for
+one process."""
+
+from __future__ import annotations
+
+import atexit
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, Literal, cast
+
+from lightning import Trainer
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
+from torch import nn
+from torch.optim import Optimizer
+from transformers import PreTrainedModel
+
+from owlfuse.core.errors import DataError
+from owlfuse.model.llm import check_split
+from owlfuse.parallel.checkpoints import (
+    leave,
+    load_shards,
+    optimizer_by_name,
+    shards_writer,
+    side_group,
+)
+
+TIMEOUT_MINUTES = 10.0
+EXIT_SECONDS = 0.3  # for gloo's threads to let go of the last collective's tensors
+
+
+class Replicated(DDPStrategy):
+    """Every rank has the whole model and its own rows (DDP).
+
+    Args:
+        timeout_minutes: a rank that waits for longer ends the run.
+    """
+
+    def __init__(self, timeout_minutes: float = TIMEOUT_MINUTES) -> None:
+        super().__init__(timeout=timedelta(minutes=timeout_minutes), gradient_as_bucket_view=True)
+
+    def setup_environment(self) -> None:
+        """See Lightning's."""
+        wait_at_exit()
+        super().setup_environment()
+
+
+class Sharded(ModelParallelStrategy):
+    """Parameters, gradients and optimizer state are shared out: over `data` ranks that have rows of
+    their own (FSDP2), and over `tensor` ranks that compute on the same rows (tensor parallelism).
+    Their product is the number of processes.
+
+    Args:
+        data: ranks, or `auto`: all processes over `tensor`.
+        tensor: ranks, or `auto`: all processes over `data`. It divides the LLM's heads and
+            key-value heads.
+        timeout_minutes: a rank that waits for longer ends the run.
+    """
+
+    def __init__(
+        self,
+        data: int | Literal["auto"] = "auto",
+        tensor: int | Literal["auto"] = 1,
+        timeout_minutes: float = TIMEOUT_MINUTES,
+    ) -> None:
+        if data == tensor == "auto":
+            raise ValueError("data and tensor are both auto; give a number for one of them")
+        super().__init__(data, tensor, timeout=timedelta(minutes=timeout_minutes))
+        self.background = False
+        self.side: Any = None
+        self.write: Callable[[], None] | None = None
+
+    def sizes(self) -> tuple[int, int]:
+        """Data and tensor ranks.
+
+        Raises ValueError where their product is not the number of processes.
+        """
+        ranks = self.num_nodes * self.num_processes
+        data, tensor = cast(
+            "tuple[Any, Any]", (self._data_parallel_size, self._tensor_parallel_size)
+        )
+        data = ranks // tensor if data == "auto" else data
+        tensor = ranks // data if tensor == "auto" else tensor
+        if data * tensor != ranks:
+            raise ValueError(
+                f"trainer.strategy: {data} data x {tensor} tensor ranks are {data * tensor} "
+                f"processes, and there are {ranks} "
+                f"(devices {self.num_processes} x num_nodes {self.num_nodes})"
+            )
+        return data, tensor
+
+    def setup_environment(self) -> None:
+        """See Lightning's; `auto` is worked out here."""
+        self._data_parallel_size, self._tensor_parallel_size = self.sizes()
+        wait_at_exit()
+        super().setup_environment()
+
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        """See `optimizer_by_name`."""
+        return optimizer_by_name(cast("nn.Module", self.model), optimizer)
+
+    def load_checkpoint(
+        self, checkpoint_path: str | Path, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """A file of one process, or a folder: see `load_shards`, and what it raises."""
+        path, model = Path(checkpoint_path), cast("nn.Module", self.model)
+        return (
+            super().load_checkpoint(path, weights_only)
+            if path.is_file()
+            else load_shards(model, self.optimizers, path)
+        )
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None
+    ) -> None:
+        """Leaves in `write` what writes a folder of shards (see `shards_writer`), for
+        `writes.Writes` to call."""
+        path = Path(self.broadcast(filepath))
+        if self.background and self.side is None:
+            self.side = side_group(cast("timedelta", self._timeout))
+        self.write = shards_writer(checkpoint, path, self.is_global_zero, self.side)
+
+    def teardown(self) -> None:
+        """See Lightning's."""
+        if self.side is not None:
+            leave(self.side)
+            self.side = None
+        super().teardown()
+
+
+def wait_at_exit() -> None:
+    """Has this process wait a moment before it ends, once. Python's end under gloo's threads aborts
+    a process that is done, one in eight of those that end right after a collective (pytorch
+    #179291); the others are then ended as if it had failed."""
+    atexit.unregister(time.sleep)
+    atexit.register(time.sleep, EXIT_SECONDS)
+
+
+@contextmanager
+def naming_step(trainer: Trainer) -> Iterator[None]:
+    """A rank that waits in vain for another ends with a DataError that names the step, and not
+    in a backend's words alone."""
+    try:
+        yield
+    except RuntimeError as error:
+        said = str(error).strip().splitlines() or [""]
+        if not any(
+            word in said[0].lower()
+            for word in ("timed out", "timeout", "connection closed", "connection reset")
+        ):
+            raise
+        raise DataError(
+            f"rank {trainer.global_rank} waited in vain for another rank after step "
+            f"{trainer.global_step} ({said[0][-120:]}); "
+            f"see what the others say, and go on with resume={trainer.default_root_dir}"
+        ) from error
+
+
+def check_strategy(trainer: Trainer, llm: PreTrainedModel, checkpoint: Path | None) -> None:
+    """Raises ValueError for heads that the tensor ranks do not divide, or shards that the
+    strategy does not read."""
+    if isinstance(trainer.strategy, Sharded):
+        check_split(llm, trainer.strategy.sizes()[1])
+    if checkpoint is not None and checkpoint.is_dir() and not isinstance(trainer.strategy, Sharded):
+        raise ValueError(
+            f"resume: {checkpoint} is sharded, and this trainer is not; change trainer.devices "
+            "and trainer.strategy alone"
+        )
+
+
+def evaluates(trainer: Trainer) -> bool:
+    """Whether this rank takes part in answering the questions: all do where the model is shared
+    out."""
+    return trainer.is_global_zero or isinstance(trainer.strategy, Sharded)

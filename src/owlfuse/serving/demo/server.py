@@ -1,0 +1,218 @@
+"""The server: one port, loopback unless asked otherwise, and nothing from or to anywhere else."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+from owlfuse.core.errors import COMMAND_LINE, ConfigError
+from owlfuse.serving.demo.limits import MAX_STORED, MAX_UPLOAD
+from owlfuse.serving.demo.uploads import stored, sweep, uploads_only
+
+PORT = 7860
+TRIED = 40
+"""Ports from PORT on that are tried where none is named."""
+LOCAL_NAMES = ("localhost", "127.0.0.1", "::1")
+POLICY = "; ".join(
+    [
+        "default-src 'self'",
+        # Gradio's page has inline scripts, and templates that it compiles
+        "script-src 'self' 'unsafe-inline' 'unsafe-eval'",
+        "style-src 'self' 'unsafe-inline'",
+        "img-src 'self' data: blob:",
+        "font-src 'self' data:",
+        "media-src 'self' blob:",
+        "worker-src 'self' blob:",
+        "object-src 'none'",
+        "base-uri 'self'",
+        "form-action 'self'",
+        "frame-ancestors 'self'",
+    ]
+)
+HEADERS = {
+    "content-security-policy": POLICY,
+    "x-content-type-options": "nosniff",
+    "referrer-policy": "no-referrer",
+}
+
+
+def listen(host: str, port: int | None) -> socket.socket:
+    """A socket that listens; without a port the first free one from PORT on.
+
+    Raises:
+        ConfigError: the port is taken or may not be had, or there is no such host.
+    """
+    ports = range(PORT, PORT + TRIED) if port is None else [port]
+    for number in ports:
+        try:
+            family = socket.AF_INET6 if ":" in host else socket.AF_INET
+            return socket.create_server((host, number), family=family, backlog=128)
+        except OverflowError:
+            raise ConfigError(
+                f"{COMMAND_LINE}: --port {number}: expected a number from 0 to 65535"
+            ) from None
+        except OSError as error:
+            if (error.errno or -1) < 0:  # of the search for the host's address
+                raise ConfigError(
+                    f"{COMMAND_LINE}: --host {host}: no such address; 127.0.0.1 is this machine "
+                    "alone"
+                ) from None
+            reason = os.strerror(error.errno or 0)
+    if port is None:
+        raise ConfigError(
+            f"{COMMAND_LINE}: no port of {host} from {ports[0]} to {ports[-1]} is free "
+            f"({reason}); give --port N"
+        )
+    raise ConfigError(
+        f"{COMMAND_LINE}: --port {port} of {host}: {reason}; name another, or none for the next "
+        "free one"
+    )
+
+
+class Guard:
+    """Stands before the page: adds headers that keep the browser from asking elsewhere, and refuses
+    what is not the page's.
+
+    Refused are requests that another web site has a visitor's browser send, files and pages of
+    other servers, and uploads beyond what is stored at most.
+
+    Args:
+        uploads: the folder where uploaded files lie.
+        local: whether only this machine's names are answered to, which ends DNS rebinding.
+    """
+
+    def __init__(self, app: Callable, uploads: Path, local: bool) -> None:
+        self.app = app
+        self.uploads = uploads
+        self.local = local
+
+    async def __call__(self, scope: dict[str, Any], receive: Callable, send: Callable) -> None:
+        """See ASGI."""
+        if scope["type"] != "http":
+            if scope["type"] == "lifespan":
+                await self.app(scope, receive, send)
+            return
+        refusal = self.refusal(scope)
+        if refusal:
+            status, sentence = refusal
+            await send(
+                {
+                    "type": "http.response.start",
+                    "status": status,
+                    "headers": encoded({"content-type": "text/plain"}),
+                }
+            )
+            await send({"type": "http.response.body", "body": sentence.encode()})
+            return
+
+        async def sent(message: dict[str, Any]) -> None:
+            if message["type"] == "http.response.start":
+                kept = [
+                    (name, value)
+                    for name, value in message["headers"]
+                    if name.decode().lower() not in HEADERS
+                ]
+                message["headers"] = [*kept, *encoded(HEADERS)]
+            await send(message)
+
+        await self.app(scope, receive, sent)
+
+    def refusal(self, scope: dict[str, Any]) -> tuple[int, str] | None:
+        """Status and sentence for a request that is not answered."""
+        headers = {
+            name.decode().lower(): value.decode("latin-1") for name, value in scope["headers"]
+        }
+        host, origin = headers.get("host", ""), headers.get("origin")
+        if self.local and urlsplit(f"//{host}").hostname not in LOCAL_NAMES:
+            return 403, "this demo answers to this machine alone"
+        if origin is not None and urlsplit(origin).netloc != host:
+            return 403, "another web site asked, and only the demo's own page may"
+        path = unquote(scope["path"]).lower()
+        if "/proxy=" in path or any(
+            f"file{mark}{kind}" in path for mark in "=/" for kind in ("http:", "https:")
+        ):
+            return 403, "this demo fetches nothing from other servers"
+        if path.rstrip("/").endswith("/upload"):
+            sweep(self.uploads)
+            if stored(self.uploads) > MAX_STORED:
+                return 507, "too many files were uploaded; try again later"
+        return None
+
+
+def encoded(headers: dict[str, str]) -> list[tuple[bytes, bytes]]:
+    """As ASGI takes them."""
+    return [(name.encode(), value.encode()) for name, value in headers.items()]
+
+
+def mounted(page: Any, bound: socket.socket, uploads: Path) -> Any:
+    """The FastAPI application that has Gradio's page at its root, and of Gradio nothing that the
+    page does not need."""
+    import fastapi
+    import gradio
+
+    from owlfuse.serving.demo.page import HERE, THEME
+
+    app = fastapi.FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
+    gradio.mount_gradio_app(
+        app,
+        page,
+        path="/",
+        server_name=bound.getsockname()[0],
+        server_port=bound.getsockname()[1],
+        allowed_paths=[],
+        blocked_paths=[],
+        footer_links=[],
+        run_history=False,
+        enable_monitoring=False,
+        ssr_mode=False,
+        pwa=False,
+        mcp_server=False,
+        show_error=False,
+        max_file_size=MAX_UPLOAD,
+        theme=THEME,
+        # `css` would be rewritten
+        head=f"<style>{(HERE / 'page.css').read_text(encoding='utf-8')}</style>",
+        js=(HERE / "page.js").read_text(encoding="utf-8"),
+    )
+    uploads_only(page, uploads)
+    return app
+
+
+def serve(
+    page: Any, bound: socket.socket, uploads: Path, local: bool, ending: Callable[[], None]
+) -> None:
+    """Serves the page until Ctrl-C or SIGTERM, then returns.
+
+    Args:
+        ending: called once when it ends, before connections are closed.
+    """
+    import uvicorn
+
+    class Server(uvicorn.Server):
+        """Ends without a word: an open page holds a connection, which is cut after a second."""
+
+        async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+            """See `uvicorn.Server`."""
+            logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL + 1)
+            ending()
+            await super().shutdown(sockets)
+
+    guarded = Guard(mounted(page, bound, uploads), uploads, local)
+    config = uvicorn.Config(
+        guarded, log_level="error", access_log=False, timeout_graceful_shutdown=1, lifespan="on"
+    )
+    before = signal.signal(
+        signal.SIGTERM, signal.default_int_handler
+    )  # uvicorn raises the signal again when it has ended
+    try:
+        Server(config).run(sockets=[bound])
+    except KeyboardInterrupt:
+        pass
+    finally:
+        signal.signal(signal.SIGTERM, before)

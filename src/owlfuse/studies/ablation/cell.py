@@ -1,0 +1,84 @@
+"""One cell of an ablation in a process of its own: `python -m owlfuse.studies.ablation.cell FOLDER
+KEY`.
+
+FOLDER/ablation.json holds the cell's overrides and hash. Memory that is measured is the cell's own,
+and a crash is one cell's.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+
+from owlfuse.config.build import to_dict
+from owlfuse.core.errors import report_errors
+
+
+def train_cell(folder: Path, key: str) -> None:
+    """Trains the cell, or goes on with it where it has a checkpoint.
+
+    Raises:
+        DataError: code or configuration are not those that the ablation was begun with.
+    """
+    from omegaconf import open_dict
+
+    from owlfuse.config.compose import compose
+    from owlfuse.config.identity import code_hash, config_hash
+    from owlfuse.config.trust import accept
+    from owlfuse.core.errors import DataError
+
+    record = json.loads((folder / "ablation.json").read_text(encoding="utf-8"))
+    cell = next(cell for cell in record["cells"] if cell["key"] == key)
+    run = folder / key
+    resumes = (run / "config.yaml").exists()
+    with (run / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # a process that was left alone may still be ending
+        for word in cell["words"]:  # the user's, whose parts the run's config.yaml may name
+            override, _, value = word.partition("=")
+            if override.endswith("._target_"):
+                accept({"_target_": value.strip("'\"")})
+        config = compose([f"resume={run}"] if resumes else cell["words"])
+        with open_dict(config):
+            config.accept_changed_data = cell["config"].get("accept_changed_data", False)
+            config.runs, config.experiment, config.name = str(folder.parent), folder.name, key
+        from owlfuse.training import train
+
+        if config.get("init_from") and not resumes:
+            from owlfuse.artifacts.init_from import adopt_parts
+
+            adopt_parts(config)
+        plain = to_dict(config)
+        ours = {"code": code_hash(plain), "config": config_hash(plain)}
+        for what, digest in ours.items():
+            if digest != cell["hash"][what]:
+                name = "configuration" if what == "config" else "code"
+                raise DataError(
+                    f"the {name} has changed since the ablation began ({cell['hash'][what]} then, "
+                    f"{digest} now)"
+                )
+        train.run(config, cell["hash"].get("data"))
+
+
+def end_with_parent(parent: int) -> None:
+    """Ctrl-C to this process once the one that started it is gone: it ends after the step it is
+    in, with a checkpoint."""
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+def main() -> int:
+    """The exit codes are those of `owlfuse train`."""
+    folder, key, parent = sys.argv[1:]
+    threading.Thread(target=end_with_parent, args=(int(parent),), daemon=True).start()
+    return report_errors(lambda: train_cell(Path(folder), key), "train")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,245 @@
+from __future__ import annotations
+
+import json
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from lightning import Callback, LightningModule, Trainer
+
+from owlfuse.artifacts.runs import checkpoints_of
+from owlfuse.core.progress import Clock, Progress, duration
+from owlfuse.evaluation.reports import write_answers
+from owlfuse.evaluation.results import FILE
+from owlfuse.parallel.collectives import any_rank
+from owlfuse.parallel.sharding import as_trained
+from owlfuse.parallel.strategies import evaluates
+
+if TYPE_CHECKING:
+    from owlfuse.evaluation.validation import Evaluation
+
+
+class BeforeTraining(Callback):
+    """Evaluates the model before the first step, and leaves `before.json` and
+    `answers_before.jsonl` in the run's folder. The random numbers of the training stay what they
+    are without it."""
+
+    def __init__(self, evaluation: Evaluation, folder: Path) -> None:
+        self.evaluation = evaluation
+        self.folder = folder
+
+    def on_train_start(self, trainer: Any, module: LightningModule) -> None:
+        """The weights are there by now; a run that goes on has its metrics of before already."""
+        if trainer.global_step or not evaluates(trainer):
+            return
+        with torch.random.fork_rng(devices=[]), as_trained(trainer):
+            metrics, answers = self.evaluation(module.model, trainer.datamodule)
+        if trainer.is_global_zero:
+            write_answers(self.folder / "answers_before.jsonl", answers)
+            (self.folder / FILE).write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
+
+
+def raise_if_stopped(trainer: Any, folder: Path) -> None:
+    """Raises KeyboardInterrupt after a fit that Ctrl-C ended, which says how to go on."""
+    if any(
+        isinstance(callback, StopOnSignal) and callback.stopped for callback in trainer.callbacks
+    ):
+        raise KeyboardInterrupt(how_to_go_on(trainer.global_step, folder))
+
+
+def how_to_go_on(steps: int, folder: Path) -> str:
+    """The last line of a run that was stopped.
+
+    One that was stopped at once goes on from the checkpoint before.
+    """
+    how = f"go on with: owlfuse train resume={folder}"
+    if not checkpoints_of(folder / "checkpoints"):
+        how = "there is no checkpoint yet, so begin it again by the same command"
+    return f"stopped at step {steps}; {how}"
+
+
+class TrainingProgress(Callback):
+    """Says how far the training is, in optimizer steps as `max_steps` counts them, however many
+    micro batches each takes.
+
+    The time that is left is that of the steps, by their pace of late, and that of the validations
+    to come, by the mean of those until now; what is not known yet is named. A checkpoint is written
+    after a validation, and counts with it.
+
+    Args:
+        clock: seconds that only grow.
+    """
+
+    def __init__(self, clock: Clock = time.monotonic) -> None:
+        self.clock = clock
+        self.bar: Progress | None = None
+        self.validated_at: int | None = None
+        self.pauses: list[float] = []
+        """How much longer the steps took that a validation stood before."""
+
+    def on_train_batch_start(
+        self, trainer: Trainer, module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Begins with the first batch: what is said before, such as a learning rate that jumps,
+        has lines of its own."""
+        if self.bar is None:
+            shown = trainer.is_global_zero
+            self.first_step = trainer.global_step
+            self.bar = Progress("steps", trainer.max_steps, trainer.global_step, shown, self.clock)
+            self.bar.__enter__()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Moves when a step is whole."""
+        bar = self.bar
+        if bar is None or (batch_idx + 1) % trainer.accumulate_grad_batches:
+            return
+        now = self.clock()
+        pace = bar.pace.seconds()
+        if self.validated_at is None:
+            bar.pace.add(now - bar.last)
+        elif pace is not None:
+            self.pauses.append(max(0.0, now - bar.last - pace))
+        self.validated_at, bar.last, bar.done = None, now, trainer.global_step
+        if bar.due():
+            bar.show(self.described(trainer))
+
+    def on_validation_start(self, trainer: Trainer, module: LightningModule) -> None:
+        """The step after it is no measure of the pace."""
+        self.validated_at = trainer.global_step
+        if self.bar is not None and self.bar.live is not None:
+            self.bar.show("validating")
+
+    def on_validation_end(self, trainer: Trainer, module: LightningModule) -> None:
+        """A line of its own, on a terminal too: the losses of the validation sources."""
+        losses = [
+            f"{name} {float(value):.4g}"
+            for name, value in sorted(trainer.callback_metrics.items())
+            if name.partition("/")[0] in trainer.datamodule.validation and name.endswith("/loss")  # type: ignore[attr-defined]
+        ]
+        if self.bar is not None:
+            self.bar.say(
+                f"step {trainer.global_step:,} of {trainer.max_steps:,}: {', '.join(losses)}"
+            )
+
+    def described(self, trainer: Trainer) -> str:
+        """Loss, learning rate, samples per second, and the time that is left."""
+        assert self.bar is not None
+        said = []
+        if (loss := trainer.callback_metrics.get("train/loss")) is not None:
+            said.append(f"loss {float(loss):.4g}")
+        if pace := self.bar.pace.seconds():
+            said.append(self.time_left(trainer))  # before what a narrow terminal cuts off
+            said.append(f"{trainer.datamodule.global_batch_size / pace:.3g} samples/s")  # type: ignore[attr-defined]
+        rates = [
+            group["lr"] for optimizer in trainer.optimizers for group in optimizer.param_groups
+        ]
+        said.append(f"learning rate {max(rates):.2g}")
+        return ", ".join(said)
+
+    def time_left(self, trainer: Trainer) -> str:
+        """Of the training, and what is not in it."""
+        assert self.bar is not None
+        every = max(1, int(trainer.val_check_interval) // trainer.accumulate_grad_batches)
+        to_come = trainer.max_steps // every - trainer.global_step // every
+        seconds = self.bar.seconds_left() or 0.0
+        if self.pauses:
+            seconds += to_come * sum(self.pauses) / len(self.pauses)
+        without = "evaluation" if self.pauses or not to_come else "validations and evaluation"
+        return f"about {duration(seconds)} left without {without}"
+
+    def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
+        """A last line, with `enable_progress_bar=false` too."""
+        if self.bar is None:
+            return
+        self.bar.stop()
+        if trainer.is_global_zero:
+            steps = trainer.global_step - self.first_step
+            seconds = duration(self.clock() - self.bar.began)
+            loss = trainer.callback_metrics.get("train/loss")
+            more = f", {trainer.global_step:,} in all" if self.first_step else ""
+            last = "" if loss is None else f", loss {float(loss):.4g}"
+            print(f"trained {steps:,} steps in {seconds}{more}{last}", file=sys.stderr, flush=True)
+
+    def on_exception(
+        self, trainer: Trainer, module: LightningModule, exception: BaseException
+    ) -> None:
+        """Leaves the terminal as it was."""
+        if self.bar is not None:
+            self.bar.stop()
+
+
+class LoggedStep(Callback):
+    """Metrics are logged under the optimizer's step: after a resume Lightning may count one
+    more."""
+
+    def on_train_batch_start(
+        self, trainer: Trainer, module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Before anything of the batch is logged."""
+        trainer.fit_loop.epoch_loop._batches_that_stepped = trainer.global_step
+
+
+class StopOnSignal(Callback):
+    """The first Ctrl-C (or SIGTERM), to any rank, ends the run after the step it is in, a second
+    Ctrl-C at once. Further SIGTERMs change nothing: `timeout` and SLURM send more than one."""
+
+    def __init__(self) -> None:
+        self.stopped = False
+        self.workers_watched = False
+        self.handlers: dict[int, Any] = {}
+
+    def on_fit_start(self, trainer: Trainer, module: LightningModule) -> None:
+        """Listens to Ctrl-C in the place of Python's own handler."""
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self.handlers[number] = signal.signal(number, self.stop_after_step)
+
+    def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
+        """Takes SIGTERM back from Lightning, which would end the run without a checkpoint."""
+        signal.signal(signal.SIGTERM, self.stop_after_step)
+
+    def stop_after_step(self, number: int, frame: Any) -> None:
+        """The signals' handler."""
+        if self.stopped and number == signal.SIGTERM:
+            return
+        if self.stopped:
+            self.restore_handlers()
+            raise KeyboardInterrupt
+        self.stopped = True
+        print("stopping after this step; once more stops at once", file=sys.stderr, flush=True)
+
+    def on_train_batch_start(
+        self, trainer: Trainer, module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Has a worker that dies noticed where the next batch is fetched: torch's handler for
+        SIGCHLD raises wherever the training is, in the middle of an update of the weights too."""
+        if not self.workers_watched:
+            self.handlers.setdefault(signal.SIGCHLD, signal.signal(signal.SIGCHLD, signal.SIG_DFL))
+            self.workers_watched = True
+
+    def on_train_batch_end(
+        self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Ends the run between two optimizer steps, never inside one, and after the same step on
+        all ranks."""
+        if (batch_idx + 1) % trainer.accumulate_grad_batches == 0 and any_rank(
+            trainer, self.stopped
+        ):
+            self.stopped = trainer.should_stop = True
+            if (batch_idx + 1) % int(trainer.val_check_interval):
+                trainer.limit_val_batches = (
+                    0  # Lightning validates when it stops, where a run never stopped would not
+                )
+
+    def teardown(self, trainer: Trainer, module: LightningModule, stage: str) -> None:
+        """Gives the signals back."""
+        self.restore_handlers()
+
+    def restore_handlers(self) -> None:
+        """Puts the handlers back that stood before."""
+        while self.handlers:
+            signal.signal(*self.handlers.popitem())

@@ -1,0 +1,185 @@
+"""After the first steps: every part that is meant to train has moved, and nothing that is frozen
+has changed."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any, NamedTuple
+
+import torch
+from lightning import Callback, LightningModule, Trainer
+from torch import Tensor
+
+from owlfuse.model.adapters import PARTS
+
+log = logging.getLogger(__name__)
+CHUNK = 2**24
+"""Numbers that are summed up at a time."""
+BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+"""Whole numbers by their size in bytes."""
+
+
+class Watched(NamedTuple):
+    """A parameter, or a buffer of a part that is frozen as a whole."""
+
+    part: str
+    name: str
+    trained: bool
+
+
+class FirstStepsCheck(Callback):
+    """Compares checksums of every parameter, computed where it lies, before the first step and
+    after a few. Of a sharded one each rank looks at its own shard.
+
+    Of a part those steps count at which its learning rate is above 0 and, but for the LLM, a
+    picture is seen. A part that has not moved after `steps` of them is looked at again after
+    `patience`: at the start of a long warm-up, updates may be smaller than the last bit of the
+    parameters.
+    """
+
+    def __init__(self, steps: int = 2, patience: int = 50) -> None:
+        self.steps = steps
+        self.patience = patience
+
+    def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
+        """Notes the checksums (a resumed run has its checkpoint by now), and that the optimizer
+        has all that is to train."""
+        self.watched = watched_tensors(module.model)
+        self.before = checksums(self.watched)
+        self.pending = {watched.part for watched in self.watched if watched.trained}
+        self.frozen_checked = False
+        self.counted = dict.fromkeys(PARTS, 0)
+        self.picture_seen = False
+        held = [{id(p) for p in group["params"]} for group in trainer.optimizers[0].param_groups]
+        self.groups: dict[str, list[int]] = {part: [] for part in PARTS}
+        for watched, tensor in self.watched.items():
+            if watched.trained:
+                indices = [index for index, ids in enumerate(held) if id(tensor) in ids]
+                if not indices:
+                    raise RuntimeError(
+                        f"part {watched.part}: {watched.name} is meant to train, and the "
+                        "optimizer lacks it"
+                    )
+                self.groups[watched.part] += indices
+        self.rated: set[str] = set()
+        groups = trainer.optimizers[0].param_groups
+        for part in self.pending:
+            if not any(
+                groups[index].get("initial_lr", groups[index]["lr"]) for index in self.groups[part]
+            ):
+                raise RuntimeError(
+                    f"part {part} is meant to train, and its learning rate (optim.lr, "
+                    "optim.part_lr) is 0"
+                )
+
+    def on_train_batch_start(
+        self, trainer: Trainer, module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Notes whether the step sees a picture."""
+        self.picture_seen |= bool(batch.has_images)
+
+    def on_before_optimizer_step(
+        self, trainer: Trainer, module: LightningModule, optimizer: torch.optim.Optimizer
+    ) -> None:
+        """Counts the step for the parts that it can move."""
+        self.due = set()
+        for part in self.pending:
+            rate = max(optimizer.param_groups[index]["lr"] for index in self.groups[part])
+            if rate > 0:
+                self.rated.add(part)
+            if rate > 0 and (part == "llm" or self.picture_seen):
+                self.counted[part] += 1
+                self.due |= {part} if self.counted[part] in (self.steps, self.patience) else set()
+        self.picture_seen = False
+
+    def on_train_batch_end(
+        self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Checks the parts of which enough steps were counted."""
+        if (batch_idx + 1) % trainer.accumulate_grad_batches == 0 and self.pending and self.due:
+            self.check(self.due)
+
+    def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
+        """A run of fewer steps is checked for what is frozen at its end, and for parts that had
+        no step to move in."""
+        if not self.frozen_checked:
+            self.check(set())
+        if still := sorted(self.pending - self.rated):
+            log.warning(
+                "no step had a learning rate above 0 for %s; see optim.warmup_steps",
+                ", ".join(still),
+            )
+
+    def check(self, parts: set[str]) -> None:
+        """Looks at what is frozen, the first time, and at the trained parameters of the parts.
+
+        Raises:
+            RuntimeError: the part and the parameter that changed or did not.
+        """
+        looked_at = {
+            w: t
+            for w, t in self.watched.items()
+            if (w.part in parts if w.trained else not self.frozen_checked)
+        }
+        changed = {
+            watched
+            for watched, found in checksums(looked_at).items()
+            if found != self.before[watched]
+        }
+        for watched in changed:
+            if not watched.trained:
+                raise RuntimeError(
+                    f"part {watched.part}: {watched.name} is frozen, and the first steps have "
+                    "changed it"
+                )
+        self.frozen_checked = True
+        for part in parts:
+            still = [
+                watched.name
+                for watched in looked_at
+                if watched.part == part and watched.trained and watched not in changed
+            ]
+            if any(watched.part == part for watched in changed):
+                self.pending.discard(part)
+                log.info("part %s moves; not yet: %s", part, ", ".join(still) or "nothing")
+            elif self.counted[part] >= self.patience:
+                raise RuntimeError(
+                    f"part {part} is meant to train, and {self.patience} steps have not moved it, "
+                    f"{still[0]} for one; look at "
+                    "its learning rate (optim.lr, optim.part_lr) and at the precision"
+                )
+
+
+def watched_tensors(model: Any) -> dict[Watched, Tensor]:
+    """All parameters of the parts as they are on this rank, and buffers of a backbone or connector
+    that is frozen as a whole, such as statistics of batch norms."""
+    tensors: dict[Watched, Tensor] = {}
+    for part in PARTS:
+        parameters = model.part(part).parameters
+        tensors |= {Watched(part, name, p.requires_grad): p for name, p in parameters.items()}
+        if part in ("vision", "connector") and not any(
+            p.requires_grad for p in parameters.values()
+        ):
+            state = getattr(model, part).state_dict(keep_vars=True)
+            tensors |= {
+                Watched(part, name, False): tensor
+                for name, tensor in state.items()
+                if name not in parameters
+            }
+    return {watched: tensor for watched, tensor in tensors.items() if local(tensor).numel()}
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's shard of a DTensor, or the tensor."""
+    tensor = tensor.detach()
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+def checksums(tensors: dict[Watched, Tensor]) -> dict[Watched, int]:
+    """The sum of each tensor's bits as whole numbers: exact in any order, so that it changes
+    with any number."""
+    sums: dict[Watched, int] = {}
+    for watched, tensor in tensors.items():
+        bits = local(tensor).flatten().view(BITS[tensor.element_size()])
+        sums[watched] = sum(int(chunk.sum(dtype=torch.int64)) for chunk in bits.split(CHUNK))
+    return sums

@@ -1,0 +1,131 @@
+"""What of the key `trainer` cannot work, told before data are read and a weight is made."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Trainer
+from lightning.pytorch.accelerators import AcceleratorRegistry
+from lightning.pytorch.plugins.environments import LightningEnvironment
+from lightning.pytorch.strategies import ParallelStrategy
+from omegaconf import DictConfig
+
+from owlfuse.config.build import to_dict
+from owlfuse.config.compose import origin_of
+from owlfuse.core.errors import ConfigError
+
+REFUSALS = (MisconfigurationException, ValueError, TypeError, ImportError)
+"""What Lightning's Trainer raises for arguments that do not fit together, and for a library that
+a strategy lacks."""
+LAUNCHED = ("RANK", "LOCAL_RANK", "SLURM_PROCID")
+"""Of the environment where torchrun or SLURM has started the processes, or Lightning has started
+this one."""
+
+
+def refuse(config: DictConfig, key: str, message: str) -> ConfigError:
+    """The error about a key of `trainer`, with the file that sets it."""
+    path = f"trainer.{key}"
+    return ConfigError(f"{origin_of(config, path)}: {path} is {config.trainer.get(key)}: {message}")
+
+
+def check_machine(config: DictConfig) -> str | None:
+    """What the user is to be told of processes that are started on the CPU in the place of GPUs;
+    None where there are none.
+
+    Raises:
+        ConfigError: this machine does not have the accelerator or as many devices.
+    """
+    trainer = to_dict(config.trainer)
+    name, devices = trainer.get("accelerator", "auto"), trainer.get("devices", "auto")
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if isinstance(name, str) and name not in ("auto", "cpu", *(("gpu", "mps") if on_mps() else ())):
+        check_available(config, name, gpus)
+    if gpus and name in ("auto", "gpu", "cuda"):
+        check_gpus(config, devices, gpus)
+    elif name == "auto" and not on_mps():
+        return check_processes(config, devices)
+    return None
+
+
+def check_available(config: DictConfig, name: str, gpus: int) -> None:
+    """Raises ConfigError for an accelerator that is unknown or not there."""
+    if name in ("gpu", "cuda"):
+        if not gpus:
+            instead = "write trainer=cpu, or trainer.accelerator=cpu trainer.precision=32-true"
+            raise refuse(
+                config,
+                "accelerator",
+                f"torch finds no GPU on this machine; to train on the CPU, {instead}",
+            )
+        return
+    known = AcceleratorRegistry.available_accelerators()
+    if name not in known:
+        raise refuse(
+            config, "accelerator", f"expected one of auto, gpu, {', '.join(sorted(known))}"
+        )
+    if not AcceleratorRegistry[name]["accelerator"].is_available():
+        raise refuse(
+            config,
+            "accelerator",
+            "torch finds no such device on this machine; to train on the CPU, write trainer=cpu",
+        )
+
+
+def check_gpus(config: DictConfig, devices: Any, gpus: int) -> None:
+    """Raises ConfigError for more GPUs than there are."""
+    count = (
+        len(devices) if isinstance(devices, list) else int(devices) if str(devices).isdigit() else 0
+    )
+    if count > gpus:
+        raise refuse(config, "devices", f"this machine has {gpus} GPU{'s' * (gpus != 1)}")
+
+
+def check_processes(config: DictConfig, devices: Any) -> str | None:
+    """What to tell of a run that takes what there is, on a machine without a GPU. Raises
+    ConfigError for more processes than cores."""
+    if (
+        not str(devices).isdigit()
+        or int(devices) < 2
+        or any(name in os.environ for name in LAUNCHED)
+    ):
+        return None
+    count, cores = int(devices), len(os.sched_getaffinity(0))
+    if count > cores:
+        raise refuse(
+            config,
+            "devices",
+            f"there is no GPU, and this machine has {cores} CPU core{'s' * (cores != 1)}; take at "
+            "most as many devices, or say "
+            "trainer.accelerator=cpu to start as many processes on them all the same",
+        )
+    return f"there is no GPU: trainer.devices={count} starts {count} processes on the CPU"
+
+
+def check_launcher(trainer: Trainer, config: DictConfig) -> None:
+    """Raises ConfigError for several machines where nothing has started this process on each of
+    them."""
+    environment = (
+        trainer.strategy.cluster_environment
+        if isinstance(trainer.strategy, ParallelStrategy)
+        else None
+    )
+    if (
+        trainer.num_nodes > 1
+        and isinstance(environment, LightningEnvironment)
+        and "NODE_RANK" not in os.environ
+    ):
+        raise refuse(
+            config,
+            "num_nodes",
+            "nothing has started this process on several machines, so it would wait for the "
+            "others in vain; start it on each "
+            "by torchrun or SLURM (docs/scaling.md), or leave num_nodes at 1",
+        )
+
+
+def on_mps() -> bool:
+    """Whether this machine has a GPU of Apple's."""
+    return torch.backends.mps.is_available()

@@ -1,0 +1,390 @@
+"""The LightningModule: loss, logging, optimizer.
+
+B rows, T text positions, V vocabulary, R places of logits.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections import Counter
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import lightning
+import torch
+from torch import Tensor
+
+from owlfuse.artifacts.load import load_base
+from owlfuse.artifacts.weights import (
+    check_fits,
+    frozen_hashes,
+    kept_names,
+    set_precision,
+    weights_in,
+)
+from owlfuse.core.errors import DataError
+from owlfuse.core.types import Batch
+from owlfuse.data.datamodule import ChatData
+from owlfuse.data.notes import NoteCounts, NotesLog
+from owlfuse.data.packing import Padding
+from owlfuse.model.adapters import PartSummary, print_summary
+from owlfuse.model.llm import balancing_coefficient
+from owlfuse.model.loss import batch_loss
+from owlfuse.model.multimodal import MultimodalLM, build_model
+from owlfuse.parallel.collectives import add_up, all_objects, all_rows, clip, data_ranks, divide
+from owlfuse.parallel.sharding import build_for, keep_rows
+from owlfuse.training.finite import FiniteWatch
+from owlfuse.training.optim import AdamWCosine, renew_rates, settings_of
+
+log = logging.getLogger(__name__)
+
+Skips: TypeAlias = Counter[tuple[str, str, str]]
+Counts: TypeAlias = tuple[Skips, dict[str, int], NoteCounts]
+"""What was skipped, how many samples of each source were cut, and what was noted of how many."""
+
+
+class MultimodalModule(lightning.LightningModule):
+    """Trains a `MultimodalLM`, built in `configure_model` from the configuration's `model`.
+
+    The loss is summed over supervised tokens, and divided by the supervised tokens of the whole
+    global batch, over ranks and accumulation steps: gradients are those of the sum until just
+    before they are clipped.
+    """
+
+    def __init__(
+        self,
+        model_config: dict[str, Any],
+        optim: AdamWCosine,
+        vocab_size: int,
+        init_from: str | None = None,
+        new_tokens: dict[str, int] | None = None,
+    ) -> None:
+        super().__init__()
+        self.strict_loading = (
+            False  # frozen weights are in no checkpoint; on_load_checkpoint checks the others
+        )
+        self.frozen: dict[str, str] | None = None
+        self.init_from = init_from
+        self.model_config = model_config
+        self.optim = optim
+        self.vocab_size = vocab_size
+        self.new_tokens = new_tokens or {}
+        self.record: dict[str, Any] = {}
+        """What a checkpoint keeps of the run beside its state (see `owlfuse.artifacts.resume`)."""
+        self.rates_changed = False
+        """Whether a run that goes on has other keys of `optim` than before."""
+        self.fresh_groups: list[dict[str, Any]] = []
+        self.model: Any = None  # the MultimodalLM, from configure_model on
+        self.skipped: Skips = Counter()
+        """How many times each (source, sample, reason) was left out."""
+        self.truncated: dict[str, int] = {}
+        self.notes = NotesLog()
+        self.counted: Counts = (Counter(), {}, Counter())
+        """`skipped`, `truncated` and the notes' counts at the last whole step, which a
+        checkpoint goes on from."""
+        self.updated_at: int | None = None
+        """The trainer's step when the last update of the weights began; the step rises when the
+        update is done."""
+        self.finite = FiniteWatch()
+        self.loss_sum: Any = 0.0
+        self.token_count: Any = 0
+        self.balance_sum: Any = 0.0
+        self.images = 0
+        self.padding = Padding()
+        self.padded = Padding()
+        """Over all whole steps and ranks."""
+
+    def configure_model(self) -> None:
+        """Builds the model once, where Lightning wants it built."""
+        if self.model is None:
+            default = (
+                torch.get_default_dtype()
+            )  # Lightning's is bfloat16 by now in bf16-true, and random weights would be others
+            torch.set_default_dtype(torch.float32)
+            try:
+                self.model, summary = build_for(self, self.build)
+            finally:
+                torch.set_default_dtype(default)
+            set_precision(self.model, self.trainer.precision)
+            if self.global_rank == 0:
+                print_summary(summary, self.model_config)
+                if self.model.new_rows:
+                    print(new_rows_line(self.new_tokens, self.model.new_rows))
+
+    @property
+    def datamodule(self) -> ChatData:
+        """The data, which Lightning hangs on its trainer."""
+        return self.trainer.datamodule  # type: ignore[attr-defined]
+
+    def build(self) -> tuple[MultimodalLM, list[PartSummary]]:
+        """The model and what of it is trained."""
+        # `architecture` stands for a configuration that may be out of reach; here it is read, on
+        # the meta device too.
+        llm = {
+            key: value for key, value in self.model_config["llm"].items() if key != "architecture"
+        }
+        nodes = {**self.model_config, "llm": llm}
+        base = load_base(self.init_from, nodes, self.vocab_size) if self.init_from else None
+        return build_model(nodes, self.vocab_size, base, self.new_tokens)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """The summed loss, scaled so that after Lightning's division by the accumulation steps, and
+        the ranks' mean, the sum over both is left."""
+        loss, tokens = batch_loss(self.model, batch)
+        if self.model.balancing_loss is not None:  # times the tokens, by which the sum is divided
+            balance = self.model.balancing_loss * tokens
+            self.balance_sum = self.balance_sum + balance.detach()
+            loss_with_balance = loss + balancing_coefficient(self.model.llm) * balance
+        else:
+            loss_with_balance = loss
+        self.count_skipped(batch)
+        self.loss_sum = self.loss_sum + loss.detach()
+        self.token_count = self.token_count + tokens
+        self.images += len(batch.pixel_values) * batch.has_images
+        self.padding.add(batch)
+        return loss_with_balance * (
+            self.trainer.accumulate_grad_batches * data_ranks(self.trainer) * self.loss_scale
+        )
+
+    @property
+    def loss_scale(self) -> float:
+        """What the summed loss is multiplied by: gradients in float16 alone would overflow as sums
+        over a large batch. A power of two, by which only the exponent changes."""
+        return (
+            2.0 ** -int(math.log2(self.datamodule.global_batch_size))
+            if self.trainer.precision == "16-true"
+            else 1.0
+        )
+
+    def count_skipped(self, batch: Batch) -> None:
+        """Says each sample that was left out or cut.
+
+        Raises DataError past a source's `max_skips`.
+        """
+        self.notes.add(batch.notes)
+        for source, sample, turns in batch.truncated:
+            self.truncated[source] = self.truncated.get(source, 0) + 1
+            log.info(
+                "truncated %s by %d turns (%d of source %s so far)",
+                sample,
+                turns,
+                self.truncated[source],
+                source,
+            )
+        for source, sample, reason in batch.skipped:
+            self.skipped[source, sample, reason] += 1
+            count = distinct_samples(self.skipped)[source]
+            log.warning("skipped %s (%d of source %s so far): %s", sample, count, source, reason)
+            limit = self.datamodule.sources[source].max_skips
+            if count > limit:
+                raise DataError(
+                    f"source {source} had {count} wrong samples, over its max_skips of {limit}; "
+                    f"the last: {reason}"
+                )
+
+    def check_skips(self, counts: list[float]) -> None:
+        """Raises DataError, on every rank, where the ranks together skipped more samples of a
+        source than its `max_skips`.
+
+        Args:
+            counts: of each source, the ranks' own counts added up. A sample that several ranks met
+                is in them several times, so that the samples themselves are compared where this sum
+                is over the limit.
+        """
+        limits = [source.max_skips for source in self.datamodule.sources.values()]
+        if all(count <= limit for count, limit in zip(counts, limits, strict=True)):
+            return
+        samples = distinct_samples(self.over_ranks(self.skipped, {}, Counter())[0])
+        for name, limit in zip(self.datamodule.sources, limits, strict=True):
+            if samples[name] > limit:
+                raise DataError(
+                    f"source {name} had {samples[name]} wrong samples on all ranks together, over "
+                    f"its max_skips of {limit}; "
+                    "each is in the log of its rank"
+                )
+
+    def over_ranks(self, skipped: Skips, truncated: dict[str, int], notes: NoteCounts) -> Counts:
+        """What every rank has skipped, truncated and noted, put together."""
+        all_skips: Skips = Counter()
+        cuts: Counter[str] = Counter()
+        all_notes: NoteCounts = Counter()
+        for rank_skips, rank_cuts, rank_notes in all_objects(
+            self.trainer, (skipped, truncated, notes)
+        ):
+            all_skips.update(rank_skips)
+            cuts.update(rank_cuts)
+            all_notes.update(rank_notes)
+        return all_skips, dict(cuts), all_notes
+
+    def counts_now(self) -> Counts:
+        """A copy of what this rank has skipped, truncated and noted so far."""
+        return Counter(self.skipped), dict(self.truncated), Counter(self.notes.counts)
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Divides the gradients by the supervised tokens of the global batch, and logs its loss
+        and its share of padding."""
+        skips = distinct_samples(self.skipped)
+        counts = [self.images, self.padding.tokens, self.padding.unpacked, self.padding.positions]
+        counts += [skips[source] for source in self.datamodule.sources]
+        row = torch.stack(
+            [
+                self.loss_sum.double(),
+                self.token_count.double(),
+                *torch.tensor(counts).to(self.loss_sum.double()),
+            ]
+        )
+        rows = all_rows(self.trainer, row)
+        loss_sum, tokens, _, *padding = rows[:, :6].sum(0).to(self.loss_sum)
+        self.finite.note(loss_sum, self.trainer.global_step + 1)
+        for name, share in Padding(*padding).shares().items():
+            self.log(f"data/{name}", share)
+        every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]  # Lightning sets it
+        if self.trainer.global_step % every == 0:  # reading waits for the device, as logging does
+            self.finite.check(Path(self.trainer.default_root_dir))
+            if len(rows) > 1:
+                self.check_skips(rows[:, 6:].sum(0).tolist())
+        self.log_census(rows[:, 2])
+        tokens = tokens.clamp_min(1)
+        add_up(self.model.per_head(), self.trainer.strategy)
+        for table, new_rows in self.model.limited():
+            keep_rows(table, new_rows)
+        divide(gradients_of(optimizer), tokens * self.loss_scale)
+        self.log("train/loss", loss_sum / tokens, prog_bar=True)
+        if self.model.balancing_loss is not None:
+            balance = all_rows(self.trainer, self.balance_sum.double()[None]).sum().to(tokens)
+            self.log("train/router_loss", balance / tokens)
+        self.balance_sum = 0.0
+        self.loss_sum, self.token_count, self.images, self.padding = 0.0, 0, 0, Padding()
+        self.padded.include(*rows.sum(0)[3:6])
+        self.counted = self.counts_now()
+
+    def log_census(self, images: Tensor) -> None:
+        """Which ranks had images in a step: images (ranks,)."""
+        self.log("data/images", images.sum())
+        if len(images) > 1:
+            self.log("data/images_least", images.min())
+            self.log("data/images_most", images.max())
+            self.log("data/ranks_without_images", (images == 0).double().sum())
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """By the norm over all parameters and all ranks' shards, logged as `train/grad_norm`; by
+        value as Lightning does."""
+        if gradient_clip_algorithm == "value":
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+        elif gradient_clip_val:
+            norm = clip(gradients_of(optimizer), gradient_clip_val)
+            self.log("train/grad_norm", norm)
+            if (
+                self.trainer.precision != "16-mixed"
+            ):  # whose scaler leaves out steps with infinite gradients
+                self.finite.note(norm, self.trainer.global_step + 1)
+        self.updated_at = (
+            self.trainer.global_step
+        )  # Lightning calls nothing of ours between this and the update
+
+    @property
+    def updating(self) -> bool:
+        """Whether an error now finds weights of which some are already those of the next step."""
+        return self.updated_at == self.trainer.global_step
+
+    def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Loss per supervised token of the validation sources, `<source>/loss`."""
+        loss, tokens = batch_loss(self.model, batch)
+        self.datamodule.note_validation(batch)
+        name = list(self.datamodule.validation)[dataloader_idx]
+        self.log(
+            f"{name}/loss",
+            loss / tokens.clamp_min(1),
+            batch_size=int(tokens),
+            prog_bar=dataloader_idx == 0,
+            add_dataloader_idx=False,
+            sync_dist=True,
+        )
+
+    def configure_optimizers(self) -> Any:
+        """See `AdamWCosine`."""
+        built = self.optim.build(self.model, self.trainer.max_steps)
+        self.fresh_groups = settings_of(built["optimizer"])
+        return built
+
+    def on_train_start(self) -> None:
+        """A run that goes on gets the rates of the configuration as it is now; what a checkpoint
+        brought are those of then."""
+        if self.trainer.global_step:
+            scheduler = self.trainer.lr_scheduler_configs[0].scheduler
+            change = renew_rates(scheduler, self.fresh_groups if self.rates_changed else None)
+            if change is not None and self.trainer.is_global_zero:
+                log.warning(
+                    "the learning rate at step %d is %.3g by the schedule until now and %.3g by "
+                    "the one from here on "
+                    "(max_steps=%d)",
+                    *(self.trainer.global_step, *change, self.trainer.max_steps),
+                )
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Frozen weights stay out but for their hash; what was skipped, truncated and noted until
+        the last whole step goes in."""
+        if "state_dict" in checkpoint:
+            self.frozen = frozen_hashes(self.model) if self.frozen is None else self.frozen
+            kept = {f"model.{name}" for name in kept_names(self.model)}
+            checkpoint["state_dict"] = {
+                name: value for name, value in checkpoint["state_dict"].items() if name in kept
+            }
+            checkpoint["frozen"] = self.frozen
+        checkpoint["new_tokens"] = self.new_tokens
+        skipped, checkpoint["truncated"], notes = self.over_ranks(*self.counted)
+        checkpoint["notes"] = [[*note, draws] for note, draws in notes.items()]
+        checkpoint["skipped"] = [[*skip, times] for skip, times in skipped.items()]
+        checkpoint["run"] = self.record
+        checkpoint["step_positions"] = self.datamodule.step_positions.changes
+        checkpoint["padded"] = self.padded.counts()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """A checkpoint between two micro batches goes on from the last whole step, whose number
+        the sampler knows."""
+        self.configure_model()
+        if "state_dict" in checkpoint:
+            check_fits(self.model, weights_in(checkpoint), checkpoint.get("frozen", {}))
+        if self.trainer.is_global_zero:  # the checkpoint has those of all ranks
+            for source, sample, reason, *times in checkpoint.get(
+                "skipped", []
+            ):  # once had a row for each time
+                self.skipped[source, sample, reason] += times[0] if times else 1
+            self.truncated = dict(checkpoint.get("truncated", {}))
+            for source, text, draws in checkpoint.get("notes", []):
+                self.notes.counts[source, text] = draws
+        self.counted = self.counts_now()
+        self.padded = Padding(*checkpoint.get("padded", ()))
+        progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+        done = checkpoint["global_step"] * self.trainer.accumulate_grad_batches
+        for count in ("ready", "started", "processed", "completed"):
+            progress["current"][count] = progress["total"][count] = done
+        progress["is_last_batch"] = False
+
+
+def distinct_samples(skipped: Skips) -> Counter[str]:
+    """How many samples of each source were skipped, however often each was drawn."""
+    return Counter(source for source, _ in {(source, sample) for source, sample, _ in skipped})
+
+
+def new_rows_line(new_tokens: dict[str, int], tables: dict[str, list[int]]) -> str:
+    """What is trained of an LLM beside what its adapter says."""
+    names = list(new_tokens)
+    shown = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
+    return (
+        f"llm: new tokens ({len(names)}: {shown}), whose rows of {' and '.join(tables)} are "
+        "trained beside its adapter"
+    )
+
+
+def gradients_of(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    """Of all the parameters that an optimizer trains and that have one."""
+    return [
+        p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None
+    ]

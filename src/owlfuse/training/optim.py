@@ -1,0 +1,264 @@
+"""The optimizer and its schedule."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from timm.optim import Muon, muon
+from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import get_cosine_with_min_lr_schedule_with_warmup
+
+from owlfuse.model.adapters import PARTS, Part
+from owlfuse.model.multimodal import MultimodalLM
+
+FLOAT16_EPS = 1e-3
+"""Adam's least `eps` for weights in float16 alone (`16-true`): the mean square of a gradient below
+0.008 is 0 there, and an update divided by a smaller eps would be hundreds of times the learning
+rate."""
+NO_DECAY = ("queries", "end_token", "pos_embed", "cls_token", "reg_token", "slope", "gamma")
+
+
+@dataclass(eq=False)
+class AdamWCosine:
+    """AdamW (arXiv 1711.05101), warm-up, then a cosine to `min_lr_ratio` of the peak.
+
+    Args:
+        lr: peak learning rate.
+        part_lr: peaks of single parts (vision, connector, fusion, llm) where they differ.
+        layer_decay: of single parts with layers: the last layer has the part's rate, each layer
+            before it so many times that of the next, as with 0.9 in the ViT of mPLUG-Owl2 (arXiv
+            2311.04257).
+        weight_decay: of weight matrices; norms, biases, gates, queries and positions have none.
+        betas: of AdamW's running means of the gradient and its square; of Muon the first alone.
+        eps: added to the root of AdamW's mean square; at least 1e-3 for weights that are float16
+            alone (`16-true`).
+        warmup_steps: optimizer steps in which the rate rises from 0.
+        min_lr_ratio: the rate at the end, as a share of the peak.
+    """
+
+    lr: float = 1e-3
+    part_lr: dict[str, float | None] = field(default_factory=dict)
+    weight_decay: float = 0.05
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    warmup_steps: int = 0
+    min_lr_ratio: float = 0.0
+    layer_decay: dict[str, float | None] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name, rates in (("part_lr", self.part_lr), ("layer_decay", self.layer_decay)):
+            if unknown := set(rates) - set(PARTS):
+                raise ValueError(
+                    f"{name} names {', '.join(sorted(unknown))}; the parts are {', '.join(PARTS)}"
+                )
+
+    def groups(self, model: MultimodalLM) -> list[dict[str, Any]]:
+        """Parameter groups of the trained parameters: per part (and layer, with `layer_decay`),
+        with and without weight decay.
+
+        Raises:
+            ValueError: `layer_decay` for a part without layers; a part that is meant to train at a
+                rate that is not above 0.
+        """
+        groups = []
+        limited = {
+            id(table) for table, _ in model.limited()
+        }  # decay would shrink the rows that are not trained
+        for part in PARTS:
+            own_lr = self.part_lr.get(part)
+            peak = self.lr if own_lr is None else own_lr
+            for own_name, scale, trained in self.layers(model.part(part)):
+                if trained and not 0 < peak * scale < math.inf:
+                    key = "lr" if own_lr is None else f"part_lr.{part}"
+                    raise ValueError(
+                        f"optim.{key}: the learning rate of {own_name} is {peak * scale:g}, and "
+                        "it is meant to train; give a "
+                        f"rate above 0, or model/adapter@model.adapter.{part}=frozen"
+                    )
+                for decay in (True, False):
+                    parameters = [
+                        p
+                        for n, p in trained.items()
+                        if (has_decay(n, p) and id(p) not in limited) == decay
+                    ]
+                    for index, own in enumerate(by_kind(parameters)):
+                        weight_decay = self.weight_decay if decay else 0.0
+                        name = f"{own_name}{'_split' * index}{'' if decay else '_no_decay'}"
+                        groups.append(
+                            {
+                                "params": own,
+                                "lr": peak * scale,
+                                "weight_decay": weight_decay,
+                                "name": name,
+                            }
+                        )
+        return groups
+
+    def layers(self, part: Part) -> list[tuple[str, float, dict[str, nn.Parameter]]]:
+        """A part's trained parameters in one piece, or by layer, each with a name and its share
+        of the learning rate."""
+        trained = {n: p for n, p in part.parameters.items() if p.requires_grad}
+        decay = self.layer_decay.get(part.name)
+        if decay is None:
+            return [(part.name, 1.0, trained)]
+        if not part.blocks:
+            raise ValueError(f"layer_decay: {part.name} has no layers")
+        last = len(part.blocks) - 1
+        index = {id(p): i for i, block in enumerate(part.blocks) for p in block}
+        layers: dict[int, dict[str, nn.Parameter]] = {}
+        for name, parameter in trained.items():
+            layers.setdefault(index.get(id(parameter), last), {})[name] = parameter
+        return [(f"{part.name}_{i}", decay ** (last - i), layers[i]) for i in sorted(layers)]
+
+    def build(self, model: MultimodalLM, steps: int) -> dict[str, Any]:
+        """What Lightning's `configure_optimizers` returns."""
+        groups = self.groups(model)
+        if any(p.dtype == torch.float16 for group in groups for p in group["params"]):
+            self.eps = max(self.eps, FLOAT16_EPS)
+        optimizer = self.optimizer(groups)
+        scheduler = get_cosine_with_min_lr_schedule_with_warmup(
+            optimizer, self.warmup_steps, steps, min_lr_rate=self.min_lr_ratio
+        )
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
+        }
+
+    def optimizer(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+        """The optimizer of the groups."""
+        return torch.optim.AdamW(groups, lr=self.lr, betas=self.betas, eps=self.eps, fused=True)
+
+
+@dataclass(eq=False)
+class MuonCosine(AdamWCosine):
+    """Muon (arXiv 2502.16982, updates as large as AdamW's) for matrices between hidden widths;
+    AdamW, at half the learning rate, for kernels, embeddings and all that has no weight decay.
+    Other arguments and the schedule are AdamWCosine's.
+
+    Args:
+        newton_schulz: what a matrix is made orthogonal in: `float32`, or `bfloat16` as in the
+            paper, which takes half the time for wide matrices, and rounds so much that losses of
+            several processes leave those of one by 3e-4 in 20 steps.
+    """
+
+    newton_schulz: Literal["float32", "bfloat16"] = "float32"
+
+    def groups(self, model: MultimodalLM) -> list[dict[str, Any]]:
+        """The groups of AdamWCosine, those of matrices and kernels in two where Muon trains some
+        of them."""
+        ends = (model.llm.get_input_embeddings(), model.llm.get_output_embeddings())
+        tables = {id(end.weight) for end in ends if end is not None}
+        groups = []
+        for group in super().groups(model):
+            vectors = group["name"].endswith("_no_decay")
+            halves: dict[bool, list[nn.Parameter]] = {False: [], True: []}
+            for p in group["params"]:
+                halves[vectors or p.ndim != 2 or id(p) in tables].append(p)
+            for use_fallback, parameters in halves.items():
+                if parameters:
+                    name = group["name"] + ("" if use_fallback else "_muon")
+                    # timm's fallback with nesterov is NAdamW
+                    kind = {"use_fallback": use_fallback, "nesterov": not use_fallback}
+                    groups.append({**group, "params": parameters, "name": name, **kind})
+        return groups
+
+    def optimizer(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+        """See `AdamWCosine`."""
+        return MuonOfType(
+            groups,
+            getattr(torch, self.newton_schulz),
+            lr=self.lr,
+            betas=self.betas,
+            eps=self.eps,
+            adjust_lr_fn="match_rms_adamw",
+            fallback_lr_scale=0.5,
+        )
+
+
+class MuonOfType(Muon):
+    """timm's, with a choice of what matrices are made orthogonal in: its function for that is
+    told while a step is taken."""
+
+    def __init__(self, groups: list[dict[str, Any]], dtype: torch.dtype, **arguments: Any) -> None:
+        super().__init__(groups, **arguments)
+        self.dtype = dtype
+
+    def step(self, closure: Any = None) -> Any:
+        """See torch."""
+        plain = muon.zeropower_via_newtonschulz
+        muon.zeropower_via_newtonschulz = partial(plain, dtype=self.dtype)
+        try:
+            return super().step(closure)
+        finally:
+            muon.zeropower_via_newtonschulz = plain
+
+
+def settings_of(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
+    """What each parameter group has beside its parameters and its rate of the moment."""
+    return [
+        {key: value for key, value in group.items() if key not in ("params", "lr")}
+        for group in optimizer.param_groups
+    ]
+
+
+def renew_rates(
+    scheduler: Any, settings: list[dict[str, Any]] | None = None
+) -> tuple[float, float] | None:
+    """Sets the rates that the schedule has at its step. A checkpoint brings those that its own
+    schedule had, and only the step after it would have the new ones.
+
+    Args:
+        settings: those of the groups (`settings_of`) to take in the place of the checkpoint's.
+
+    Returns:
+        The old and the new rate of the group that changes most, None where none does.
+
+    Raises:
+        ValueError: a schedule that is no function of the step.
+    """
+    if not isinstance(scheduler, LambdaLR):
+        if settings is None:
+            return None
+        raise ValueError(
+            f"optim: a {type(scheduler).__name__} cannot go on with other rates; begin another run"
+        )
+    groups = scheduler.optimizer.param_groups
+    for group, given in zip(groups, settings or [{}] * len(groups), strict=True):
+        group.update(given)
+    base_lrs = [float(group["initial_lr"]) for group in groups]
+    before = [float(group["lr"]) for group in groups]
+    after = [
+        base * rate(scheduler.last_epoch)
+        for base, rate in zip(base_lrs, scheduler.lr_lambdas, strict=True)
+    ]
+    for group, lr in zip(groups, after, strict=True):
+        group["lr"] = lr
+    scheduler.base_lrs = [*base_lrs]
+    scheduler._last_lr = [*after]  # what get_last_lr gives, for which torch has no setter
+    changes = [
+        (abs(new - old) / max(new, old), old, new)
+        for old, new in zip(before, after, strict=True)
+        if new != old
+    ]
+    return max(changes)[1:] if changes and max(changes)[0] > 1e-6 else None
+
+
+def has_decay(name: str, parameter: nn.Parameter) -> bool:
+    """Matrices and kernels have weight decay; vectors, and what is learned in place of an input,
+    have none."""
+    return parameter.ndim > 1 and not any(part in NO_DECAY for part in name.split("."))
+
+
+def by_kind(tensors: Iterable[nn.Parameter]) -> list[list[nn.Parameter]]:
+    """The parameters in lists that one call of an optimizer may mix, each shared out over one
+    mesh or over none."""
+    kinds: dict[Any, list[nn.Parameter]] = {}
+    for tensor in tensors:
+        kinds.setdefault(getattr(tensor, "device_mesh", None), []).append(tensor)
+    return list(kinds.values())

@@ -1,0 +1,252 @@
+"""config -> data -> module -> trainer.fit -> evaluation."""
+
+import logging
+import time
+from pathlib import Path
+from typing import Any
+
+import lightning
+from omegaconf import DictConfig
+
+from owlfuse.artifacts.init_from import adopt_parts
+from owlfuse.artifacts.resume import changed_keys, check_identity, read_past, recorded
+from owlfuse.artifacts.run_data import build_data, save_tokenizer
+from owlfuse.artifacts.runs import (
+    in_use,
+    is_first_rank,
+    last_checkpoint,
+    run_folder,
+    step_of,
+    write_config,
+    write_mixture,
+)
+from owlfuse.artifacts.weights import needs_base
+from owlfuse.config.build import build, to_dict
+from owlfuse.config.compose import place
+from owlfuse.config.identity import data_hash, weights_identity
+from owlfuse.core.errors import ConfigError, DataError, naming_full_disk
+from owlfuse.core.progress import progress_hidden, quiet_libraries
+from owlfuse.core.signals import signals_end_the_run
+from owlfuse.core.terminal import visible
+from owlfuse.data.identity import data_identity
+from owlfuse.evaluation.results import write_results
+from owlfuse.model.llm_probe import check_packing
+from owlfuse.model.multimodal import on_meta
+from owlfuse.model.new_tokens import tokens_to_train
+from owlfuse.parallel.sharding import as_trained
+from owlfuse.parallel.strategies import check_strategy, evaluates, naming_step
+from owlfuse.training.callbacks import how_to_go_on, raise_if_stopped
+from owlfuse.training.machine_checks import check_machine
+from owlfuse.training.module import MultimodalModule
+from owlfuse.training.trainer import cost_of, make_trainer
+
+log = logging.getLogger(__name__)
+
+
+@quiet_libraries()
+def run(config: DictConfig, data_digest: str | None = None) -> Path:
+    """Trains what the configuration says, evaluates it, and returns the run's folder.
+
+    Args:
+        data_digest: what the data and the weights that it starts from must be known by
+            (`identity.data_hash`), where the run is one of several that are to have the same.
+
+    Raises:
+        ConfigError, DataError: parts that do not fit together, before a weight is made; what is
+            wrong with the data.
+        KeyboardInterrupt: after Ctrl-C or SIGTERM, with a checkpoint left in the run.
+    """
+    if config.get("init_from") and not config.resume:
+        adopt_parts(config)
+    if config.get("dry_run"):
+        raise ConfigError(
+            "dry_run: true trains nothing; print the plan by owlfuse.planning.tables.dry_run"
+        )
+    if notice := check_machine(config):
+        print(notice)
+    with signals_end_the_run():
+        folder = run_folder(config)
+        hidden = config.trainer.get("enable_progress_bar") is False
+        with in_use(folder, bool(config.resume)), naming_full_disk(folder), progress_hidden(hidden):
+            train(config, folder, data_digest)
+    return folder
+
+
+def train(config: DictConfig, folder: Path, data_digest: str | None) -> None:
+    """Trains and evaluates in a folder that this process holds. Raises as `run`."""
+    began = time.monotonic()
+    checkpoint = last_checkpoint(folder) if config.resume else None
+    past = read_past(checkpoint) if checkpoint else None
+    changes = changed_keys(past, config) if past else {}
+    rates_changed = any(key.startswith("optim.") for key in changes)
+    plain = to_dict(config)
+    try:
+        plan, _ = on_meta(plain["model"], vocab_size=1024)
+        optim, evaluation = build(config.optim), build(config.evaluation)
+        optim.groups(plan)  # which refuses a rate of 0 for what is to train
+        data = build_data(config)
+        if data.pack_to is not None:
+            check_packing(plan.llm)
+        if past:
+            data.go_on(past.step, past.positions)
+        data.bind(plan.vision.preprocessing, plan.fusion.tokens_per_image)
+        trainer = make_trainer(config, data, folder, checkpoint)
+        check_strategy(trainer, plan.llm, checkpoint)
+        if past:
+            new_tokens = past.new_tokens
+        else:
+            start = (
+                config.get("init_from"),
+                plain["model"]["llm"],
+                getattr(plan.llm, "trained_rows", None),
+            )
+            new_tokens = tokens_to_train(data.tokenizer, config.data.tokenizer, *start)
+    except (ConfigError, DataError):
+        raise
+    except ValueError as error:
+        raise ConfigError(place(config, str(error))) from error
+    identity = (
+        {**data_identity(data.sources, data.validation), **weights_identity(plain)}
+        if is_first_rank()
+        else {}
+    )
+    if past and identity:
+        changes |= check_identity(past, identity, config)
+        identity = {
+            **past.identity,
+            **identity,
+        }  # of what is no longer there, as a base whose weights are all trained
+    if (
+        data_digest
+        and identity
+        and data_hash(identity) != data_digest
+        and not config.get("accept_changed_data")
+    ):
+        raise DataError(
+            "the data have changed since the ablation began; give the same back, or go on with "
+            "these by "
+            "accept_changed_data=true"
+        )
+    history = recorded(past, changes)
+    print_start(config, data, trainer, folder, checkpoint)
+    lightning.seed_everything(config.seed, workers=True, verbose=False)
+    init_from = config.get("init_from") if checkpoint is None or needs_base(checkpoint) else None
+    module = MultimodalModule(plain["model"], optim, data.vocab_size, init_from, new_tokens)
+    module.rates_changed = rates_changed
+    module.record = {"config": plain, "changes": history, "identity": identity}
+    write_config(config, folder, history)
+    save_tokenizer(data.tokenizer, folder)
+    fit(trainer, module, data, checkpoint, folder)
+    left_out = module.over_ranks(*module.counts_now())
+    if trainer.is_global_zero:
+        report = data.report(trainer.global_step, *left_out, module.padded)
+        write_mixture(folder, report)
+    raise_if_stopped(trainer, folder)
+    metrics, answers = {}, []
+    if evaluation is not None and evaluates(trainer):
+        try:
+            with as_trained(trainer):
+                metrics, answers = evaluation(module.model, data, folder)
+        except KeyboardInterrupt:
+            done = (
+                "stopped while evaluating; the training is done, so go on with: owlfuse eval "
+                f"{folder}"
+            )
+            raise KeyboardInterrupt(done) from None
+    if trainer.is_global_zero:
+        write_mixture(folder, report | {"validation": data.validation_report()})
+        cost, seconds = cost_of(trainer, evaluation), time.monotonic() - began
+        counts = evaluation.counts if evaluation is not None else {}
+        write_results(
+            folder, config, trainer.global_step, metrics, cost, seconds, module.record, counts
+        )
+        if evaluation is None:
+            print(
+                visible(
+                    "evaluation is null, so results.json has no metrics; for them: owlfuse eval "
+                    f"{folder}"
+                )
+            )
+        else:
+            evaluation.write(
+                folder, metrics, answers, f"{config.experiment}, {trainer.global_step} steps"
+            )
+        print(visible(f"everything of this run is in {folder}"))
+
+
+def print_start(
+    config: DictConfig, data: Any, trainer: Any, folder: Path, checkpoint: Path | None
+) -> None:
+    """Says what run this is, what it learns from, and how it is stopped and gone on with. The parts
+    of the model follow when they are built (see `adapters.print_summary`)."""
+    if not trainer.is_global_zero:
+        return
+    device = trainer.strategy.root_device.type
+    processes = f"{trainer.world_size} processes on " if trainer.world_size > 1 else ""
+    every = trainer.val_check_interval // trainer.accumulate_grad_batches
+    print(visible(f"run: {folder}, experiment {config.experiment}, seed {config.seed}"))
+    if checkpoint is not None:
+        print(visible(f"going on from {checkpoint} at step {step_of(checkpoint)}"))
+    print(
+        visible(
+            f"  {trainer.max_steps:,} steps of {data.global_batch_size:,} samples, "
+            f"{processes}{device}, {trainer.precision}"
+        )
+    )
+    print(visible(f"  looks at the validation sources every {every:,} steps"))
+    print(visible(f"  Ctrl-C stops it after a step, and `owlfuse train resume={folder}` goes on"))
+    print("data, drawn by weight:")
+    shares = data.mixture.phases[0][1]
+    for name, source in data.sources.items():
+        share = float(shares.get(name, 0)) / (float(sum(shares.values())) or 1)
+        print(
+            visible(
+                f"  {name}: {share:.1%} of the {data.weights_by}, {len(source):,} samples of "
+                f"{source.file}"
+            )
+        )
+    print("validation:")
+    for name, source in data.validation.items():
+        print(visible(f"  {name}: {len(source):,} samples of {source.file}"))
+
+
+def fit(
+    trainer: Any, module: MultimodalModule, data: Any, checkpoint: Path | None, folder: Path
+) -> None:
+    """Trains, and leaves mixture.json behind an error too.
+
+    Raises:
+        DataError: what is wrong with the data; a data worker that was ended.
+        KeyboardInterrupt: in the place of the exit that Lightning makes of it.
+    """
+    try:
+        with naming_step(trainer):
+            trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True)
+    except SystemExit:
+        raise KeyboardInterrupt(how_to_go_on(trainer.global_step, folder)) from None
+    except Exception as error:
+        leave_mixture(trainer, module, data, folder, error)
+        failure = data.data_workers.failure()
+        if failure and not isinstance(error, DataError):
+            raise DataError(
+                f"{failure}, after step {trainer.global_step}; go on with resume={folder}"
+            ) from error
+        raise
+
+
+def leave_mixture(
+    trainer: Any, module: MultimodalModule, data: Any, folder: Path, error: Exception
+) -> None:
+    """mixture.json of the whole steps of a run that an error ends; of several processes, with
+    the first one's skips alone."""
+    if not trainer.is_global_zero:
+        return
+    try:
+        report = data.report(trainer.global_step, *module.counted, module.padded)
+    except DataError as missing:  # its files may be what is wrong
+        log.error("mixture.json is not written: %s", missing)
+        return
+    ended = {"ended_by": " ".join(str(error).split())[:600]}
+    write_mixture(
+        folder, report | ended | ({"skips_of_ranks": 1} if trainer.world_size > 1 else {})
+    )

@@ -1,0 +1,378 @@
+"""A run leaves owlfuse: what transformers, peft and owlfuse make of the folder."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+from peft import PeftModel
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForImageTextToText, AutoProcessor, pipeline
+
+import owlfuse
+from owlfuse.__main__ import main
+from owlfuse.artifacts.export import export
+from owlfuse.artifacts.init_from import adopt_parts
+from owlfuse.artifacts.load import load_base, load_exported, load_run
+from owlfuse.config.build import build
+from owlfuse.config.compose import compose
+from owlfuse.core.errors import ConfigError, DataError
+from owlfuse.model.multimodal import build_model, on_meta
+from owlfuse.training import train
+
+EXPERIMENTS = ("shapes_owl1", "shapes_owl2", "shapes_owl3")
+LORA = (
+    "model/adapter@model.adapter.llm=lora",
+    "model/adapter@model.adapter.fusion=lora",
+    "model.adapter.fusion.r=4",
+)
+QUESTION = "What color is the circle?"
+
+
+def of_run(folder):
+    """A question about a picture as the run's own data encode it, and its logits by the run's
+    model."""
+    trained = load_run(folder)
+    model = trained.model
+    config = compose([f"resume={folder}"])
+    data = build(config.data)
+    data.bind(model.vision.preprocessing, model.fusion.tokens_per_image)
+    loader = data.validation_loader("val", 2, batch_size=2)
+    batch = next(iter(loader))
+    with torch.no_grad():
+        return model, batch, model(batch)
+
+
+def exported(train_run, name, out, *options, overrides=()):
+    run = train_run(name, f"experiment={name.partition('-')[0]}", *overrides)
+    assert main(["export", str(run), str(out), *options]) == 0
+    return run
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_logits_are_identical_after_export_by_every_way_of_loading(experiment, train_run, tmp_path):
+    out = tmp_path / "out"
+    _, batch, expected = of_run(exported(train_run, experiment, out))
+    with torch.no_grad():
+        assert torch.equal(owlfuse.load(out)(batch), expected)
+        auto = AutoModelForImageTextToText.from_pretrained(out).eval()
+        logits = auto(batch.input_ids, batch.attention_mask, batch.pixel_values).logits
+    assert torch.equal(logits, expected)
+    files = {path.name for path in out.iterdir()}
+    assert {
+        "config.json",
+        "model.safetensors",
+        "generation_config.json",
+        "tokenizer.json",
+        "README.md",
+    } <= files
+    assert {"processor_config.json", "chat_template.jinja"} <= files
+    assert "val/exact_match" in (out / "README.md").read_text()
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_the_processor_makes_what_the_training_data_have(experiment, train_run, tmp_path):
+    out = tmp_path / "out"
+    run = exported(train_run, experiment, out)
+    config = compose([f"resume={run}"])
+    data = build(config.data)
+    model = load_run(run).model
+    data.bind(model.vision.preprocessing, model.fusion.tokens_per_image)
+    source = data.validation["val"]
+    from owlfuse.evaluation.questions import question_samples
+
+    sample = question_samples(source[0])[0][0]
+    picture = Image.open(source.image_root / sample.images[0])
+    question = sample.messages[0]["content"][-1]["text"].lstrip("\n")
+    content = [{"type": "image", "image": picture}, {"type": "text", "text": question}]
+    processor = AutoProcessor.from_pretrained(out)
+    options = {
+        "tokenize": True,
+        "add_generation_prompt": True,
+        "return_dict": True,
+        "return_tensors": "pt",
+    }
+    for tile, views in ((0.0, 1), (1.0, 5)):  # shapes are square: two rows of two tiles
+        source.tile = processor.tile = tile
+        expected = data.prompts([(sample, source)])
+        got = processor.apply_chat_template([{"role": "user", "content": content}], **options)
+        assert torch.equal(got["input_ids"], expected.input_ids)
+        assert torch.equal(got["pixel_values"], expected.pixel_values)
+        assert len(got["pixel_values"]) == views
+    processor.save_pretrained(tmp_path / "tiled")
+    assert AutoProcessor.from_pretrained(tmp_path / "tiled").tile
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_transformers_pipeline_answers_as_the_model_does(experiment, train_run, tmp_path):
+    out = tmp_path / "out"
+    exported(train_run, experiment, out)
+    picture = Image.new("RGB", (90, 60), "red")
+    picture.save(tmp_path / "a.png")
+    answer = pipeline("image-text-to-text", model=str(out))
+    got = []
+    for shown in ({"image": picture}, {"path": str(tmp_path / "a.png")}):
+        chat = [
+            {
+                "role": "user",
+                "content": [{"type": "image", **shown}, {"type": "text", "text": QUESTION}],
+            }
+        ]
+        got += answer(text=chat, return_full_text=False, max_new_tokens=5, do_sample=False)
+    model, processor = (
+        AutoModelForImageTextToText.from_pretrained(out),
+        AutoProcessor.from_pretrained(out),
+    )
+    inputs = processor(images=picture, text=f"<|user|><image>\n{QUESTION}<|assistant|>")
+    ids = model.generate(**inputs, max_new_tokens=5, do_sample=False)[
+        0, inputs["input_ids"].shape[1] :
+    ]
+    assert [one["generated_text"] for one in got] == [
+        processor.decode(ids, skip_special_tokens=True)
+    ] * 2
+
+
+def test_a_fresh_process_reads_it_after_import_owlfuse_in_either_order_of_imports(
+    train_run, tmp_path
+):
+    out = tmp_path / "out"
+    exported(train_run, "shapes_owl3", out)
+    for first, second in (
+        ("import owlfuse", "import transformers"),
+        ("import transformers", "import owlfuse"),
+    ):
+        code = (
+            f"{first}\n{second}\n"
+            "from transformers import AutoModelForImageTextToText, AutoProcessor, AutoConfig\n"
+            f"model = AutoModelForImageTextToText.from_pretrained({str(out)!r})\n"
+            "print(type(model).__name__, "
+            f"type(AutoProcessor.from_pretrained({str(out)!r})).__name__)\n"
+        )
+        done = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path
+        )
+        assert done.stdout.split() == ["OwlfuseForConditionalGeneration", "OwlfuseProcessor"], (
+            done.stderr
+        )
+
+
+@pytest.mark.parametrize("experiment", ["shapes_owl2", "shapes_owl3"])
+def test_lora_is_written_in_pefts_format_and_loads_onto_the_base(experiment, train_run, tmp_path):
+    out, merged = tmp_path / "out", tmp_path / "merged"
+    run = exported(train_run, f"{experiment}-lora", out, overrides=LORA)
+    assert main(["export", str(run), str(merged), "merge=true"]) == 0
+    model, batch, expected = of_run(run)
+    assert any(
+        ".lora_B" in name and value.abs().max() > 0 for name, value in model.named_parameters()
+    )
+    inputs = (batch.input_ids, batch.attention_mask, batch.pixel_values)
+    base = AutoModelForImageTextToText.from_pretrained(out).eval()
+    with torch.no_grad():
+        assert not torch.allclose(base(*inputs).logits, expected)
+        assert torch.equal(owlfuse.load(out)(batch), expected)
+        assert torch.equal(
+            PeftModel.from_pretrained(base, out / "adapter").eval()(*inputs).logits, expected
+        )
+        torch.testing.assert_close(owlfuse.load(merged)(batch), expected, rtol=1e-4, atol=1e-5)
+    config = json.loads((out / "adapter" / "adapter_config.json").read_text())
+    assert {config["r"], *config["rank_pattern"].values()} == {4, 8}
+    assert not (merged / "adapter").exists()
+    with safe_open(merged / "model.safetensors", "pt") as file:
+        assert not [name for name in file.keys() if "lora" in name or "base_layer" in name]
+
+
+def test_what_an_llm_from_elsewhere_has_in_its_configuration_does_not_keep_it_from_loading(
+    train_run, tmp_path
+):
+    """As one that was read from a GGUF file: how it was quantised, and a token that its class
+    does not know."""
+    trained = load_run(train_run("shapes_owl1", "experiment=shapes_owl1"))
+    trained.model.llm.config.quantization_config = {"quant_method": "gguf"}
+    trained.model.llm.config.unk_token_id = 0
+    export(trained, tmp_path / "out")
+    assert "quantization_config" not in (tmp_path / "out/config.json").read_text()
+    assert owlfuse.load(tmp_path / "out").llm.config.hidden_size == 128
+
+
+def test_large_weights_are_sharded(train_run, tmp_path):
+    out = tmp_path / "out"
+    run = exported(train_run, "shapes_owl1", out, "max_shard_size=1MB")
+    assert len(list(out.glob("model-*.safetensors"))) > 2
+    assert (out / "model.safetensors.index.json").exists()
+    _, batch, expected = of_run(run)
+    with torch.no_grad():
+        assert torch.equal(owlfuse.load(out)(batch), expected)
+
+
+@pytest.mark.parametrize("name", ["shapes_owl1", "shapes_owl3-lora"])
+def test_a_run_starts_from_an_export(name, train_run, tmp_path, work):
+    out = tmp_path / "out"
+    run = exported(train_run, name, out, overrides=LORA if name.endswith("lora") else ())
+    experiment = name.partition("-")[0]
+    started = train_run(
+        f"{experiment}-from-{name}",
+        f"init_from={out}",
+        "trainer.max_steps=1",
+        "optim.warmup_steps=1",
+    )
+    config = compose([f"resume={started}"])
+    assert config.model.fusion["_target_"] == compose([f"resume={run}"]).model.fusion["_target_"]
+    weights = dict(load_run(started).model.named_parameters())
+    base = load_exported(out, merge=True)[0].model
+    assert all(torch.equal(weights[own], value) for own, value in base.named_parameters())
+
+
+def test_a_run_from_an_export_may_ask_for_checkpointing(train_run, tmp_path):
+    out = tmp_path / "out"
+    exported(train_run, "shapes_owl1", out)
+    asked = ["model.connector.gradient_checkpointing=true", "model.llm.gradient_checkpointing=true"]
+    config = compose(["experiment=shapes_owl1", f"init_from={out}", *asked])
+    adopt_parts(config)
+    nodes = OmegaConf.to_container(config.model, resolve=True)
+    model, _ = build_model(nodes, 1, load_base(str(out), nodes, 1))
+    assert model.connector.gradient_checkpointing
+    assert model.llm.is_gradient_checkpointing
+    nodes["connector"]["gradient_checkpointing"] = False
+    assert not build_model(nodes, 1, model)[0].connector.gradient_checkpointing
+
+
+def test_init_from_refuses_parts_that_are_not_the_folders(train_run, tmp_path):
+    out = tmp_path / "out"
+    exported(train_run, "shapes_owl1", out)
+    for override, message in {
+        "model/fusion=modality_adaptive": (
+            "has model.fusion with _target_ .*Concat, and .*ModalityAdaptive is asked for"
+        ),
+        "model.vision.positions=false": (
+            "has model.vision with positions True, and False is asked for"
+        ),
+        "model.llm.config.hidden_size=64": (
+            "has model.llm with hidden_size 128, and 64 is asked for"
+        ),
+        "model.llm.pretrained=some/llm": (
+            "has model.llm with pretrained None, and some/llm is asked for"
+        ),
+    }.items():
+        with pytest.raises(ConfigError, match=message):
+            train.run(compose([f"init_from={out}", override]))
+    with pytest.raises(ConfigError, match="has no config.json"):
+        train.run(compose([f"init_from={tmp_path / 'nowhere'}"]))
+
+
+@pytest.mark.parametrize(
+    ("asked", "size"),
+    [([], 32), (["model.vision.image_size=64"], 64), (["model.vision.image_size=96"], 96)],
+)
+def test_init_from_takes_the_folders_size_of_pictures_unless_another_is_asked_for(
+    asked, size, train_run, tmp_path
+):
+    """Asked for is what is not the group's own yaml's, 64 included."""
+    out = tmp_path / "out"
+    exported(train_run, "shapes_owl1", out)
+    config = compose([f"init_from={out}", *asked])
+    adopt_parts(config)
+    assert config.model.vision.image_size == size
+    model = load_base(str(out), OmegaConf.to_container(config.model), vocab_size=8)
+    assert model.vision.preprocessing.size == (size, size)
+    assert model.vision.grid == on_meta(OmegaConf.to_container(config.model), 8)[0].vision.grid
+
+
+def test_an_existing_folder_is_kept_and_a_failed_export_leaves_none(
+    train_run, tmp_path, capsys, monkeypatch
+):
+    out = tmp_path / "out"
+    run = exported(train_run, "shapes_owl1", out)
+    before = sorted(path.name for path in out.iterdir())
+    assert main(["export", str(run), str(out)]) == 1
+    assert "exists and is not empty" in capsys.readouterr().err
+    assert sorted(path.name for path in out.iterdir()) == before
+
+    def fail(*args, **kwargs):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr("owlfuse.artifacts.export.model_card", fail)
+    with pytest.raises(OSError, match="no space"):
+        main(["export", str(run), str(tmp_path / "other")])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
+
+
+@pytest.mark.parametrize("cut", ["truncated", "no config", "other model", "not json"])
+def test_a_damaged_folder_is_told_in_one_line(cut, train_run, tmp_path):
+    out = tmp_path / "out"
+    exported(train_run, "shapes_owl1", out)
+    weights, config = out / "model.safetensors", out / "config.json"
+    if cut == "truncated":
+        weights.write_bytes(weights.read_bytes()[:-1000])
+    elif cut == "no config":
+        config.unlink()
+    elif cut == "other model":
+        config.write_text('{"model_type": "llama"}')
+    else:
+        config.write_text("{")
+    wanted = {"truncated": "model.safetensors", "no config": "no config.json"}.get(
+        cut, "config.json"
+    )
+    with pytest.raises(DataError, match=wanted) as caught:
+        owlfuse.load(out)
+    assert "\n" not in str(caught.value)
+
+
+def changed(weights, change):
+    """Rewrites a safetensors file."""
+    tensors = load_file(weights)
+    change(tensors)
+    save_file(tensors, weights, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda t: t.pop("model.connector.proj.weight"),
+            r"model.connector.proj.weight \(missing\)",
+        ),
+        (lambda t: t.update(extra=torch.ones(2)), r"extra \(unexpected\)"),
+        (
+            lambda t: t.update({"model.connector.proj.bias": torch.ones(3)}),
+            r"proj.bias \(3,\), expected \(128,\) \(",
+        ),
+        (
+            lambda t: t.update({"model.connector.proj.bias": torch.ones(128, dtype=torch.int32)}),
+            "proj.bias is I32",
+        ),
+    ],
+    ids=["missing", "left over", "wrong shape", "wrong type"],
+)
+def test_weights_that_do_not_fit_are_listed(change, message, train_run, tmp_path):
+    out = tmp_path / "out"
+    exported(train_run, "shapes_owl1", out)
+    changed(out / "model.safetensors", change)
+    with pytest.raises(DataError, match=message) as caught:
+        owlfuse.load(out)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_processor_whose_tokenizer_lost_the_placeholder_says_so(train_run, tmp_path):
+    out = tmp_path / "out"
+    exported(train_run, "shapes_owl1", out)
+    for file in (out / "tokenizer.json", out / "tokenizer_config.json"):
+        file.write_text(file.read_text().replace("<image>", "<elsewhere>"))
+    with pytest.raises(DataError, match="the tokenizer has no <image>"):
+        AutoProcessor.from_pretrained(out)
+
+
+@pytest.mark.parametrize(
+    "target", ["os.system", "owlfuse.data.shapes.write.write_shapes", "subprocess.Popen"]
+)
+def test_a_config_may_not_name_what_is_no_part_of_a_model(target, train_run, tmp_path):
+    out = tmp_path / "out"
+    exported(train_run, "shapes_owl1", out)
+    config = json.loads((out / "config.json").read_text())
+    config["connector"]["_target_"] = target
+    (out / "config.json").write_text(json.dumps(config))
+    with pytest.raises(DataError, match="connector"):
+        owlfuse.load(out)

@@ -1,0 +1,228 @@
+"""What results are known by: the user's own code wherever it lies, pictures, weights."""
+
+import importlib
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+from helpers import SHAPE_COUNTS
+from owlfuse.config.identity import (
+    code_hash,
+    config_hash,
+    data_hash,
+    differing_hash,
+    weights_identity,
+)
+from owlfuse.data import identity as data_identities
+from owlfuse.data.formats.llava import LLaVA
+from owlfuse.data.identity import data_identity
+from owlfuse.data.shapes.write import write_shapes
+
+
+@pytest.fixture
+def outside(tmp_path, monkeypatch):
+    """A folder on the path that is not the working folder, with a part and what it imports."""
+    place = tmp_path / "elsewhere"
+    (place / "userparts").mkdir(parents=True)
+    (place / "userparts" / "__init__.py").write_text("")
+    (place / "userparts" / "inner.py").write_text("import userhelpers\nclass Part: pass\n")
+    (place / "userhelpers.py").write_text("def late():\n    from userlate import value\n")
+    (place / "userlate.py").write_text("value = 1\n")
+    (place / "usersingle.py").write_text("import torch, json\n")
+    monkeypatch.syspath_prepend(place)
+    importlib.invalidate_caches()
+    yield place
+    for name in [
+        name
+        for name in sys.modules
+        if name.startswith("user") and hasattr(sys.modules[name], "__file__")
+    ]:
+        if str(sys.modules[name].__file__).startswith(str(tmp_path)):
+            del sys.modules[name]
+
+
+@pytest.mark.parametrize(
+    ("target", "file", "counts"),
+    [
+        ("userparts.inner.Part", "userparts/inner.py", True),
+        ("userparts.inner.Part", "userparts/__init__.py", True),
+        ("userparts.inner.Part", "userhelpers.py", True),
+        ("userparts.inner.Part", "userlate.py", True),
+        ("userparts.inner.Part", "usersingle.py", False),
+        ("usersingle.Part", "usersingle.py", True),
+        ("usersingle.Part", "userlate.py", False),
+        ("owlfuse.training.optim.AdamWCosine", "userlate.py", False),
+    ],
+)
+def test_the_users_own_modules_belong_to_the_hash_of_the_code(outside, target, file, counts):
+    config = {"model": {"fusion": {"_target_": target}}}
+    before = code_hash(config)
+    (outside / file).write_text((outside / file).read_text() + "\n# changed\n")
+    assert (code_hash(config) != before) == counts
+
+
+def test_the_hash_of_the_code_does_not_depend_on_where_it_lies(outside, tmp_path, monkeypatch):
+    config = {"model": {"fusion": {"_target_": "userparts.inner.Part"}}}
+    before = code_hash(config)
+    moved = Path(shutil.move(outside, tmp_path / "moved"))
+    monkeypatch.setattr(
+        sys, "path", [str(moved), *(entry for entry in sys.path if entry != str(outside))]
+    )
+    importlib.invalidate_caches()
+    assert code_hash(config) == before
+
+
+@pytest.fixture
+def shapes(tmp_path):
+    write_shapes(str(tmp_path / "shapes"), **SHAPE_COUNTS)
+    return tmp_path / "shapes"
+
+
+def identity_of(folder, root=None):
+    source = LLaVA(str(folder / "train.json"), image_root=root and str(root))
+    source.name = "shapes"
+    return data_identity({"shapes": source}, {})
+
+
+def test_data_are_known_by_contents_and_not_by_place_or_time(shapes, tmp_path):
+    before = identity_of(shapes)
+    assert set(before) == {"data.sources.shapes", "data.sources.shapes, its pictures"}
+    copy = Path(
+        shutil.copytree(shapes, tmp_path / "copy", copy_function=shutil.copyfile)
+    )  # with times of now
+    assert identity_of(copy) == before
+    assert identity_of(copy, root=shapes) == before
+
+
+def flip(path):
+    content = bytearray(path.read_bytes())
+    content[-9] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("limit", [2**27, 4000])
+@pytest.mark.parametrize(
+    "change", [flip, Path.unlink, lambda path: path.write_bytes(path.read_bytes() + b"x")]
+)
+def test_a_picture_that_changes_is_noticed(shapes, monkeypatch, limit, change):
+    """Above the limit by its size, or where it is of those that are read."""
+    monkeypatch.setattr(data_identities, "WHOLE", limit)
+    before = identity_of(shapes)
+    names = sorted(
+        {
+            sample
+            for index in range(48)
+            for sample in LLaVA(str(shapes / "train.json"))[index].images
+        }
+    )
+    for name in names if change is flip and limit == 4000 else names[7:8]:
+        change(shapes / name)
+    after = identity_of(shapes)
+    assert after["data.sources.shapes"] == before["data.sources.shapes"]
+    assert after["data.sources.shapes, its pictures"] != before["data.sources.shapes, its pictures"]
+
+
+@pytest.mark.parametrize(
+    ("key", "files"),
+    [
+        ("init_from", ["config.json", "model.safetensors", "adapter/adapter_model.safetensors"]),
+        (
+            "model.llm.pretrained",
+            ["config.json", "model-00001-of-00002.safetensors", "pytorch_model.bin", "a.gguf"],
+        ),
+        ("model.vision.weights", ["."]),
+    ],
+)
+def test_weights_that_a_run_starts_from_are_known_by_their_contents(tmp_path, key, files):
+    for name in files:
+        place = tmp_path / "weights" if name == "." else tmp_path / "weights" / name
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.write_bytes(b"0" * 100)
+    config = {"model": {"llm": {}, "vision": {}}}
+    node = config if key == "init_from" else config["model"][key.split(".")[1]]
+    node[key.rpartition(".")[2]] = str(tmp_path / "weights")
+    before = weights_identity(config)
+    assert set(before) == {key}
+    for name in files:
+        flip(tmp_path / "weights" / name)
+        after = weights_identity(config)
+        assert data_hash(after) != data_hash(before)
+        before = after
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """The hub's cache, and a function that has a name's file at a commit there, which the name
+    stands for from then on."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+
+    def put(name, file, commit):
+        folder = tmp_path / f"models--{name.replace('/', '--')}"
+        (folder / "snapshots" / commit).mkdir(parents=True)
+        (folder / "snapshots" / commit / file).write_text("{}")
+        (folder / "refs").mkdir(exist_ok=True)
+        (folder / "refs" / "main").write_text(commit)
+
+    return put
+
+
+@pytest.mark.parametrize(
+    ("key", "name", "file"),
+    [
+        ("model.llm.pretrained", "org/model", "config.json"),
+        ("model.vision.pretrained", "timm/resnet10t.c3_in1k", "model.safetensors"),
+        ("model.vision.pretrained", "timm/resnet10t.c3_in1k", "pytorch_model.bin"),
+    ],
+)
+def test_weights_of_the_hub_are_known_by_the_commit_that_is_loaded(hub, key, name, file):
+    config = {
+        "model": {
+            "llm": {"pretrained": "org/model"},
+            "vision": {"name": "resnet10t", "pretrained": True},
+        }
+    }
+    assert weights_identity(config) == {}  # neither is to be had
+    hub(name, file, "1" * 40)
+    before = weights_identity(config)
+    assert before == {key: f"hub:{'1' * 40}"}
+    assert weights_identity(config) == before
+    hub(name, file, "2" * 40)
+    assert weights_identity(config) == {key: f"hub:{'2' * 40}"}
+    assert data_hash(weights_identity(config)) != data_hash(before)
+
+
+def test_a_file_in_the_place_of_timms_weights_is_known_by_its_contents(tmp_path):
+    (tmp_path / "w.bin").write_bytes(b"0")
+    vision = {
+        "name": "resnet10t",
+        "pretrained": True,
+        "kwargs": {"pretrained_cfg_overlay": {"file": str(tmp_path / "w.bin")}},
+    }
+    before = weights_identity({"model": {"llm": {}, "vision": vision}})
+    (tmp_path / "w.bin").write_bytes(b"1")
+    assert before.keys() == {"model.vision.pretrained"}
+    assert weights_identity({"model": {"llm": {}, "vision": vision}}) != before
+
+
+def test_changes_belong_to_the_hash_of_the_configuration():
+    config = {"model": {}, "optim": {"lr": 1.0}}
+    changed = [{"step": 4, "changes": {"optim.lr": [2.0, 1.0]}}]
+    assert config_hash(config, []) == config_hash(config) != config_hash(config, changed)
+
+
+@pytest.mark.parametrize(
+    ("found", "accept", "what"),
+    [
+        ({"code": "a", "config": "b", "data": "c"}, False, None),
+        ({"code": "a", "config": "b"}, False, None),
+        ({"code": "a", "config": "b", "data": "x"}, False, "data"),
+        ({"code": "a", "config": "b", "data": "x"}, True, None),
+        ({"code": "x", "config": "b", "data": "x"}, True, "code"),
+        ({"code": "x", "config": "x", "data": "c"}, False, "config"),
+    ],
+)
+def test_results_of_other_hashes_are_told_by_what_differs(found, accept, what):
+    assert differing_hash(found, {"code": "a", "config": "b", "data": "c"}, accept) == what

@@ -1,0 +1,98 @@
+"""A chat template from elsewhere cannot loop for hours or fill the memory: it is refused in one
+line."""
+
+import time
+
+import pytest
+
+from owlfuse.core.errors import DataError
+from owlfuse.data.chat.tokenizer import apply, prepare, read_template, render, template_names
+from small_tokenizers import byte_level
+
+PLAIN = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}</s>{% endfor %}{% if "
+    "add_generation_prompt %}<assistant>{% endif %}"
+)
+NUMBERS = "range(100000)"
+LOOP = f"{{% for j in {NUMBERS} %}}{{% endfor %}}"
+TEXT = "('x' * 100000)"
+BOMBS = {
+    "one range": ("{% for i in range(10 ** 9) %}{% endfor %}", "Range too big"),
+    "a range that no number counts": ("{% for i in range(10 ** 30) %}{% endfor %}", "too large"),
+    "nested": (f"{{% for i in {NUMBERS} %}}{LOOP}{{% endfor %}}", "more than 200,000 steps"),
+    "kept": (
+        f"{{% set r = {NUMBERS} %}}{{% for i in r %}}{{% for j in r %}}x{{% endfor %}}{{% endfor %}}",
+        "200,000 steps",
+    ),
+    "characters": (
+        f"{{% for i in {TEXT} %}}{{% for j in {TEXT} -%}} x {{%- endfor %}}{{% endfor %}}",
+        "200,000 steps",
+    ),
+    "in a macro": (
+        f"{{% macro f() %}}{LOOP}{{% endmacro %}}{{% for i in {NUMBERS} %}}{{{{ f() }}}}{{% endfor %}}",
+        "more than 200,000 steps",
+    ),
+    "macros alone": (
+        (
+            "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ "
+            "f(60) "
+            "}}"
+        ),
+        "more than 200,000 steps",
+    ),
+    "a macro of itself": ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "recursion"),
+    "much text": ("{{ 'x' * 70000000 }}", "writes 70,.* characters"),
+    "text beyond all memory": ("{{ 'x' * (10 ** 16) }}", "memory"),
+}
+
+
+def with_template(template):
+    tokenizer = byte_level()
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bomb", BOMBS)
+@pytest.mark.parametrize("when", ["always", "in long chats"])
+def test_a_template_that_would_not_end_is_refused(bomb, when):
+    text, message = BOMBS[bomb]
+    hidden = text if when == "always" else f"{{% if messages | length > 4 %}}{text}{{% endif %}}"
+    turns = [{"role": ("user", "assistant")[number % 2], "content": "a"} for number in range(6)]
+    began = time.monotonic()
+    with pytest.raises(DataError, match=message) as error:
+        render(prepare(with_template(PLAIN + hidden)), turns)
+    assert time.monotonic() - began < 60  # the machine may be busy; without a limit it is hours
+    assert "\n" not in str(error.value)
+
+
+def test_a_template_may_use_range_as_it_is():
+    template = PLAIN.replace(
+        "for m in messages", "for i in range(messages | length) if i in range(0, 9, 1)"
+    )
+    template = template.replace("{{ m.role }}", "{% set m = messages[range(9)[i]] %}{{ m.role }}")
+    asked = [{"role": "user", "content": "a"}]
+    assert render(prepare(with_template(template)), asked, True) == render(
+        prepare(with_template(PLAIN)), asked, True
+    )
+
+
+@pytest.mark.parametrize("name", template_names())
+@pytest.mark.parametrize(
+    "edit",
+    [
+        str,
+        lambda text: "\n  " + text,
+        lambda text: text.replace("-%}", "%}").replace("%}", "-%}"),
+        lambda text: text + "\n",
+    ],
+)
+def test_counting_changes_no_character_of_what_a_template_writes(name, edit):
+    template = edit(read_template(name))
+    turns = [
+        {"role": ("user", "assistant")[number % 2], "content": f" a\n{number} "}
+        for number in range(4)
+    ]
+    tokenizer = byte_level()
+    counted = apply(tokenizer, turns, template)
+    assert counted == tokenizer.apply_chat_template(turns, chat_template=template, tokenize=False)

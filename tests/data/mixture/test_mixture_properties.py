@@ -1,0 +1,319 @@
+"""The schedule against brute force: any sizes, weights, ends, phases, positions, ranks."""
+
+from fractions import Fraction
+
+import numpy as np
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from owlfuse.data.loading import GlobalBatchSampler
+from owlfuse.data.mixture.mixture import Mixture, tempered
+from owlfuse.data.mixture.schedule import MAX_PERIOD, chairman_order, exact_shares
+from owlfuse.data.mixture.shuffle import PART, Shuffle
+
+few = settings(max_examples=25, deadline=None, derandomize=True)
+names = list("abcdef")
+weight = st.decimals(min_value="0.01", max_value=10, places=2).map(float)
+
+
+@st.composite
+def mixtures(draw, most=60):
+    """Sizes and weights of 1 to 6 sources."""
+    chosen = names[: draw(st.integers(1, 6))]
+    return {n: draw(st.integers(1, most)) for n in chosen}, {n: draw(weight) for n in chosen}
+
+
+def share(weights, name, left=None):
+    left = left or set(weights)
+    return (
+        Fraction(str(weights[name])) / sum(Fraction(str(weights[n])) for n in left)
+        if name in left
+        else Fraction(0)
+    )
+
+
+def walk(mixture, stop):
+    """What stands at the positions, one by one."""
+    return [mixture[position] for position in range(stop)]
+
+
+@few
+@given(
+    size=st.integers(1, 400),
+    seed=st.integers(0, 2**63),
+    source=st.integers(0, 50),
+    epoch=st.integers(0, 2**20),
+)
+def test_an_epoch_is_a_permutation_and_parts_of_it_are_what_single_draws_give(
+    size, seed, source, epoch
+):
+    shuffle = Shuffle(size, seed, source)
+    whole = shuffle.between(epoch * size, (epoch + 2) * size)
+    assert sorted(whole[:size]) == sorted(whole[size:]) == list(range(size))
+    assert [shuffle[epoch * size + i] for i in range(2 * size)] == whole.tolist()
+    assert (
+        shuffle.between(epoch * size + size // 2, (epoch + 1) * size).tolist()
+        == whole[size // 2 : size].tolist()
+    )
+
+
+@pytest.mark.parametrize("size", [PART - 1, PART + 3, 10_000_000, 2**32 - 1])
+def test_a_large_shuffle_is_reached_anywhere_without_an_array_of_its_size(size):
+    shuffle = Shuffle(size, 3, 1)
+    for start in (0, size - 700, 5 * size - 300, 10**6 * size + 17):
+        part = shuffle.between(start, start + 800)
+        assert part.tolist() == [shuffle[start + i] for i in range(800)]
+        assert part.min() >= 0
+        assert part.max() < size
+    if size < 10**8:
+        assert np.array_equal(np.sort(shuffle.between(size, 2 * size)), np.arange(size))
+
+
+def test_a_shuffle_is_even_over_seeds_and_neighbours_are_not_kept():
+    first = np.array([Shuffle(10, seed, 0).between(0, 10) for seed in range(4000)])
+    counts = np.array([np.bincount(first[:, place], minlength=10) for place in range(10)])
+    assert abs(counts - 400).max() < 100  # five deviations of a fair draw
+    assert len({tuple(Shuffle(4, seed, 0).between(0, 4)) for seed in range(1000)}) == 24
+    large = Shuffle(100_000, 0, 0).between(0, 100_000)
+    assert (np.abs(np.diff(large)) == 1).mean() < 1e-3
+    assert abs(np.corrcoef(large[:-1], large[1:])[0, 1]) < 0.02
+
+
+@few
+@given(counts=st.lists(st.integers(1, 40), min_size=2, max_size=9))
+def test_an_order_stays_within_tijdemans_bound_and_closes_its_period(counts):
+    shares = exact_shares(counts)
+    period = sum(counts)
+    order = chairman_order(shares, period)
+    drawn = np.cumsum(order[:, None] == np.arange(len(counts)), axis=0)
+    assert drawn[-1].tolist() == counts
+    bound = 1 - Fraction(1, 2 * len(counts) - 2)
+    for position in range(period):
+        for i, part in enumerate(shares):
+            assert abs(int(drawn[position, i]) - part * (position + 1)) <= bound
+
+
+@few
+@given(
+    case=mixtures(),
+    seed=st.integers(0, 1000),
+    start=st.integers(0, 10**12),
+    length=st.integers(0, 200),
+)
+def test_positions_are_those_of_single_lookups_at_any_distance(case, seed, start, length):
+    mixture = Mixture(*case, seed)
+    sources, indices = mixture.positions(start, start + length)
+    single = [mixture[position] for position in range(start, start + length)]
+    assert [(mixture.names[s], i) for s, i in zip(sources, indices.tolist())] == single
+
+
+@few
+@given(case=mixtures(), steps=st.integers(1, 5))
+def test_every_prefix_is_exact_and_every_epoch_covers_its_source(case, steps):
+    sizes, weights = case
+    mixture = Mixture(sizes, weights)
+    drawn = {name: [] for name in sizes}
+    for position, (name, index) in enumerate(walk(mixture, 400), 1):
+        drawn[name].append(index)
+        for other in sizes:
+            assert abs(len(drawn[other]) - share(weights, other) * position) < 1
+    assert mixture.counts(400) == {name: len(found) for name, found in drawn.items()}
+    for name, size in sizes.items():
+        for epoch in range(len(drawn[name]) // size):
+            assert sorted(drawn[name][epoch * size : (epoch + 1) * size]) == list(range(size))
+
+
+@few
+@given(case=mixtures(40), data=st.data())
+def test_a_source_that_is_drawn_once_drops_out_and_the_others_share_its_weight(case, data):
+    sizes, weights = case
+    ends = {name: data.draw(st.sampled_from(["repeat", "once"])) for name in sizes}
+    mixture = Mixture(sizes, weights, at_end=ends)
+    length = mixture.available(500)
+    assert length == (sum(sizes.values()) if set(ends.values()) == {"once"} else 500)
+    drawn, since, began = {name: [] for name in sizes}, dict.fromkeys(sizes, 0), 0
+    left = set(sizes)
+    for position, (name, index) in enumerate(walk(mixture, length), 1):
+        drawn[name].append(index)
+        since[name] += 1
+        assert name in left
+        for other in sizes:
+            assert abs(since[other] - share(weights, other, left) * (position - began)) < 1
+        if ends[name] == "once" and len(drawn[name]) == sizes[name]:
+            assert sorted(drawn[name]) == list(range(sizes[name]))
+            left, since, began = left - {name}, dict.fromkeys(sizes, 0), position
+    if length < 500:
+        with pytest.raises(IndexError, match=f"the schedule has {length:,} positions"):
+            mixture[length]
+
+
+@few
+@given(case=mixtures(40), stopping=st.sampled_from(names))
+def test_a_schedule_stops_after_the_last_sample_of_the_source_that_stops_it(case, stopping):
+    sizes, weights = case
+    assume(stopping in sizes)
+    mixture = Mixture(sizes, weights, at_end={stopping: "stop"})
+    length = mixture.available(10**9)
+    schedule = walk(mixture, length)
+    assert schedule[-1][0] == stopping
+    assert sorted(index for name, index in schedule if name == stopping) == list(
+        range(sizes[stopping])
+    )
+    assert schedule == walk(Mixture(sizes, weights), length)
+
+
+@few
+@given(
+    case=mixtures(), starts=st.lists(st.integers(1, 300), max_size=3, unique=True), data=st.data()
+)
+def test_every_prefix_of_every_phase_is_exact_and_epochs_go_on_across_phases(case, starts, data):
+    sizes, weights = case
+    at = {
+        start: {name: data.draw(st.one_of(st.just(0), weight)) for name in sizes}
+        for start in starts
+    }
+    assume(all(any(phase.values()) for phase in at.values()))
+    mixture = Mixture(sizes, weights, weights_at=at)
+    drawn = {name: [] for name in sizes}
+    phases = sorted({0: weights, **at}.items())
+    for (start, phase), stop in zip(phases, [*(s for s, _ in phases[1:]), 400]):
+        since = dict.fromkeys(sizes, 0)
+        for position in range(start, stop):
+            name, index = mixture[position]
+            drawn[name].append(index)
+            since[name] += 1
+            for other in sizes:
+                assert abs(since[other] - share(phase, other) * (position + 1 - start)) < 1
+    for name, size in sizes.items():
+        assert sorted(drawn[name][:size]) == list(range(size)) or len(drawn[name]) < size
+
+
+@few
+@given(case=mixtures(), data=st.data(), start=st.integers(0, 9000))
+def test_by_tokens_every_prefix_holds_each_source_within_one_samples_tokens(case, data, start):
+    sizes, weights = case
+    counts = st.integers(0, 300)
+    lengths = {
+        n: np.array(data.draw(st.lists(counts, min_size=size, max_size=size)))
+        for n, size in sizes.items()
+    }
+    assume(all(found.any() for found in lengths.values()))
+    mixture = Mixture(sizes, weights, lengths=lengths)
+    tokens, longest = dict.fromkeys(sizes, 0), max(int(found.max()) for found in lengths.values())
+    distance = dict(zip(mixture.names, mixture.schedule.distance(0)))
+    assert max(distance.values()) <= longest * (1 if len(sizes) < 5 else 1.25)
+    for name, index in walk(mixture, 400):
+        tokens[name] += int(lengths[name][index])
+        for other in sizes:
+            assert (
+                abs(share(weights, other) * sum(tokens.values()) - tokens[other])
+                <= distance[other] + 0.01
+            )
+    fresh = Mixture(sizes, weights, lengths=lengths)
+    sources, indices = fresh.positions(start, start + 50)
+    single = [Mixture(sizes, weights, lengths=lengths)[start + i] for i in (0, 49)]
+    assert [(mixture.names[sources[i]], int(indices[i])) for i in (0, 49)] == single
+
+
+@few
+@given(case=mixtures(30), data=st.data())
+def test_by_tokens_phases_and_ends_hold_too(case, data):
+    sizes, weights = case
+    lengths = {
+        n: np.array(data.draw(st.lists(st.integers(1, 50), min_size=s, max_size=s)))
+        for n, s in sizes.items()
+    }
+    ends = {name: data.draw(st.sampled_from(["repeat", "once", "stop"])) for name in sizes}
+    mixture = Mixture(
+        sizes, weights, weights_at={70: dict.fromkeys(sizes, 1)}, at_end=ends, lengths=lengths
+    )
+    length = mixture.available(6000)
+    schedule = [(mixture.names[s], int(i)) for s, i in zip(*mixture.positions(0, length))]
+    assert mixture.counts(length) == {name: sum(n == name for n, _ in schedule) for name in sizes}
+    for name, size in sizes.items():
+        drawn = [index for n, index in schedule if n == name]
+        assert ends[name] == "repeat" or len(drawn) <= size
+        assert sorted(drawn[:size]) == list(range(size)) or len(drawn) < size
+    if length < 6000:
+        last = schedule[-1][0]
+        assert ends[last] == "stop" or set(ends.values()) == {"once"}
+        assert sum(n == last for n, _ in schedule) == sizes[last]
+
+
+@few
+@given(
+    case=mixtures(), ranks=st.sampled_from([1, 2, 3, 4]), accumulation=st.integers(1, 3), micro=st.integers(1, 4),
+    first=st.integers(0, 3),
+)  # fmt: skip
+def test_ranks_and_accumulation_share_out_each_global_batch(
+    case, ranks, accumulation, micro, first
+):
+    size = ranks * accumulation * micro
+    mixture = Mixture(*case)
+    parts = [
+        list(GlobalBatchSampler(size, accumulation, rank, ranks, 5, first)) for rank in range(ranks)
+    ]
+    for step in range(first, 5):
+        at = (step - first) * accumulation
+        positions = sorted(
+            p for part in parts for batch in part[at : at + accumulation] for p in batch
+        )
+        assert positions == list(range(step * size, (step + 1) * size))
+        assert all(mixture[p] == Mixture(*case)[p] for p in positions[:2])
+
+
+@pytest.mark.parametrize("temperature", [1e-9, 0.01, 1e9])
+def test_an_extreme_temperature_neither_fails_nor_takes_a_source_out(temperature):
+    sizes = {"a": 10**7, "b": 3, "c": 1}
+    mixture = Mixture(sizes, tempered(sizes, dict.fromkeys(sizes, 1), temperature))
+    assert mixture.names == ["a", "b", "c"]
+    assert mixture.shares[0] == (
+        1 - Fraction(2, MAX_PERIOD)
+        if temperature < 1
+        else mixture.shares[1] + Fraction(1, MAX_PERIOD)
+    )
+
+
+def test_a_temperature_goes_from_the_sizes_to_even_shares():
+    sizes, weights = {"a": 900, "b": 100, "off": 7}, {"a": 1.0, "b": 1.0, "off": 0}
+    assert Mixture(sizes, tempered(sizes, weights, 1)).counts(1000) == {"a": 900, "b": 100}
+    assert Mixture(sizes, tempered(sizes, weights, 2)).counts(1000) == {"a": 750, "b": 250}
+    assert Mixture(sizes, tempered(sizes, weights, float("inf"))).counts(1000) == {
+        "a": 500,
+        "b": 500,
+    }
+    with pytest.raises(ValueError, match="temperature is 0"):
+        tempered(sizes, weights, 0)
+
+
+def test_the_longest_period_is_exact_at_its_end():
+    weights = {"a": 0.123456789123, "b": 1 / 3, "c": 0.7654321987}
+    mixture = Mixture({"a": 5, "b": 6, "c": 7}, weights)
+    for position in (10**3, 10**5, MAX_PERIOD):
+        for name, counted in mixture.counts(position).items():
+            assert abs(counted - share(weights, name) * position) < 1.5
+    assert mixture[10**15] == mixture[10**15]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"at_end": "twice"}, "at_end of source a is twice, expected repeat, stop, once"),
+        ({"at_end": {"z": "once"}}, "at_end names z, which is no source; they are a, b"),
+        ({"weights_at": {5: {"z": 1}}}, "weights_at 5 names z, which is no source; they are a, b"),
+        ({"weights_at": {5: {"a": 0, "b": 0}}}, r"the weights of all sources \(a, b\) are 0"),
+        ({"weights_at": {-5: {"a": 1}}}, "weights_at -5: expected a position from 0 on"),
+        (
+            {"lengths": {"a": np.ones(3, int), "b": np.ones(3, int)}},
+            "source b has 2 samples and 3 counts of their tokens",
+        ),
+        (
+            {"lengths": {"a": np.ones(3, int), "b": np.zeros(2, int)}},
+            "source b has a weight and no supervised token",
+        ),
+    ],
+)
+def test_what_makes_no_schedule_is_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        Mixture({"a": 3, "b": 2}, {"a": 1, "b": 1}, **options)

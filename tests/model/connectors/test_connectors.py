@@ -1,0 +1,222 @@
+"""What holds for every connector, those of every yaml included, and the abstractor against the
+released ones."""
+
+import math
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch.nn import functional as F
+
+from helpers import REPO, all_connectors, each
+from owlfuse.artifacts.released.loading import load
+from owlfuse.model.connectors.abstractor import Abstractor, SwiGLU
+from owlfuse.model.connectors.linear import LinearConnector
+from owlfuse.model.connectors.mlp import MLPConnector
+from owlfuse.model.multimodal import make_part
+from owlfuse.model.positions import sincos_1d, sincos_2d, sincos_2d_spread
+
+GOLDENS = REPO / "tests" / "goldens"
+
+# patches and grid: square, with a class token, not square, tokens that are no grid
+SHAPES = [(16, (4, 4)), (17, (4, 4)), (6, (2, 3)), (7, (1, 7))]
+
+
+def connector_of(node, in_width=64, out_width=24, patches=16, grid=(4, 4)):
+    supplied = {"in_width": in_width, "out_width": out_width, "patches": patches, "grid": grid}
+    return make_part("connector", {"connector": node}, **supplied)
+
+
+@each(all_connectors())
+@pytest.mark.parametrize(("patches", "grid"), SHAPES)
+def test_tokens_is_the_number_that_comes_out(node, patches, grid):
+    connector = connector_of(node, patches=patches, grid=grid)
+    assert connector(torch.randn(2, patches, 64)).shape == (2, connector.tokens, 24)
+
+
+@each(all_connectors())
+def test_every_parameter_has_a_gradient(node):
+    connector = connector_of(node)
+    connector(torch.randn(2, 16, 64)).square().sum().backward()
+    silent = [
+        n for n, p in connector.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0
+    ]
+    # a bias of the keys adds the same to every score of a query, and a softmax does not see it
+    assert [name for name in silent if not name.endswith("key.bias")] == []
+
+
+@each(all_connectors())
+def test_an_images_tokens_do_not_depend_on_the_others_in_the_batch(node):
+    connector = connector_of(node)
+    features = torch.randn(3, 16, 64)
+    together = connector(features)
+    for n in range(3):
+        torch.testing.assert_close(
+            together[n], connector(features[n : n + 1])[0], rtol=1e-5, atol=1e-6
+        )
+
+
+@each(all_connectors())
+def test_it_is_made_on_the_meta_device_with_the_same_shapes(node):
+    with torch.device("meta"):
+        connector = connector_of(node)
+        assert connector(torch.randn(2, 16, 64)).shape == (2, connector.tokens, 24)
+    assert all(p.is_meta for p in connector.parameters())
+
+
+@each(all_connectors())
+def test_state_is_restored_by_its_own_state_dict(node):
+    first, second = connector_of(node), connector_of(node)
+    features = torch.randn(1, 16, 64)
+    assert not torch.equal(first(features), second(features))
+    second.load_state_dict(first.state_dict())
+    assert torch.equal(first(features), second(features))
+
+
+def test_linear_is_one_matrix_a_patch_after_its_norm():
+    connector = LinearConnector(8, 5, 3, (1, 3), norm=True)
+    torch.nn.init.normal_(connector.norm.weight)
+    features = torch.randn(2, 3, 8)
+    for n in range(2):
+        for p in range(3):
+            x = features[n, p]
+            normed = (x - x.mean()) / torch.sqrt(
+                x.var(unbiased=False) + 1e-5
+            ) * connector.norm.weight + connector.norm.bias
+            expected = connector.proj.weight @ normed + connector.proj.bias
+            torch.testing.assert_close(connector(features)[n, p], expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3])
+def test_mlp_has_gelu_between_its_layers_and_none_after(depth):
+    connector = MLPConnector(8, 5, 3, (1, 3), depth=depth)
+    weights = [p for n, p in connector.named_parameters()]
+    assert len(weights) == 2 * depth
+    features = torch.randn(2, 3, 8)
+    x = features
+    for k in range(depth):
+        if k:
+            x = 0.5 * x * (1 + torch.erf(x / math.sqrt(2)))
+        x = x @ weights[2 * k].T + weights[2 * k + 1]
+    torch.testing.assert_close(connector(features), x, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("depth", [0, -1])
+def test_an_mlp_without_layers_is_an_error(depth):
+    with pytest.raises(ValueError, match=f"depth is {depth}"):
+        MLPConnector(8, 5, 3, (1, 3), depth=depth)
+
+
+# The abstractor
+
+
+@pytest.mark.parametrize("family", ["owl1", "owl2"])
+@torch.no_grad()
+def test_the_abstractor_gives_the_released_tokens(family):
+    io = load_file(GOLDENS / family / "io.safetensors")
+    got = load(GOLDENS / family).connector(io["vision_features"])
+    torch.testing.assert_close(got, io["abstractor_tokens"], rtol=0, atol=1e-5)
+
+
+def test_position_tables_are_those_of_the_released_checkpoint():
+    weights = load_file(GOLDENS / "owl2" / "model.safetensors")
+    abstractor = Abstractor(48, 64, 17, (4, 4), queries=8, layers=2, heads=4, positions=True)
+    for layer in range(2):
+        attention = f"model.visual_abstractor.encoder.layers.{layer}.crossattention.attention"
+        torch.testing.assert_close(
+            abstractor.query_positions, weights[f"{attention}.q_pos_embed"], rtol=0, atol=1e-6
+        )
+        torch.testing.assert_close(
+            abstractor.image_positions, weights[f"{attention}.k_pos_embed"], rtol=0, atol=1e-6
+        )
+    assert not any("positions" in name for name, _ in abstractor.named_parameters())
+
+
+def test_position_tables_tell_column_from_row_on_a_grid_that_is_not_square():
+    table = sincos_2d((2, 3), 7, 8)
+    assert torch.equal(table[0], torch.zeros(8))  # the class token
+    for row in range(2):
+        for column in range(3):
+            for i in range(2):
+                angles = [column / 10000 ** (i / 2), row / 10000 ** (i / 2)]
+                expected = [
+                    math.sin(angles[0]),
+                    math.cos(angles[0]),
+                    math.sin(angles[1]),
+                    math.cos(angles[1]),
+                ]
+                got = table[1 + row * 3 + column][[i, 2 + i, 4 + i, 6 + i]]
+                torch.testing.assert_close(got, torch.tensor(expected), rtol=0, atol=1e-6)
+    assert torch.equal(sincos_2d((4, 4), 5, 8), sincos_1d(torch.arange(5), 8))
+
+
+@pytest.mark.parametrize("grid", [(2, 2), (4, 4), (7, 5), (14, 14)])
+def test_the_table_for_backbones_tells_neighbours_apart_on_a_grid_of_any_size(grid):
+    patches = grid[0] * grid[1]
+    table = sincos_2d_spread(grid, patches + 1, 128)
+    assert torch.equal(table[0], torch.zeros(128))  # the class token
+    apart = torch.cdist(table[1:], table[1:]) + 100 * torch.eye(patches)
+    assert apart.min() > 6 / max(grid)  # the tables' norm is 8
+    column, row = 1, 0  # angles of the first frequency, 1
+    place = table[1 + row * grid[1] + column]
+    expected = [math.sin(2 * math.pi * 1.5 / grid[1]), math.cos(2 * math.pi * 1.5 / grid[1])]
+    expected += [math.sin(2 * math.pi * 0.5 / grid[0]), math.cos(2 * math.pi * 0.5 / grid[0])]
+    torch.testing.assert_close(place[[0, 32, 64, 96]], torch.tensor(expected), rtol=0, atol=1e-5)
+
+
+def test_a_learned_slope_starts_equal_to_the_fixed_one_and_then_follows_its_number():
+    torch.manual_seed(1)
+    fixed = SwiGLU(8, 12, learned_slope=False, eps=1e-6)
+    torch.manual_seed(1)
+    learned = SwiGLU(8, 12, learned_slope=True, eps=1e-6)
+    x = torch.randn(3, 8)
+    torch.testing.assert_close(learned(x), fixed(x), rtol=1e-5, atol=1e-6)
+    learned(x).square().sum().backward()
+    assert learned.slope.grad.abs() > 0
+    with torch.no_grad():
+        learned.slope.fill_(2.5)
+    gate, up = learned.w1(x), learned.w3(x)
+    expected = learned.w2(
+        F.layer_norm(
+            gate / (1 + torch.exp(-2.5 * gate)) * up,
+            (12,),
+            learned.norm.weight,
+            learned.norm.bias,
+            1e-6,
+        )
+    )
+    torch.testing.assert_close(learned(x), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_without_an_end_token_the_queries_alone_come_out():
+    torch.manual_seed(1)
+    without = Abstractor(16, 8, 4, (2, 2), queries=3, layers=1, heads=2, end_token=False)
+    torch.manual_seed(1)
+    abstractor = Abstractor(16, 8, 4, (2, 2), queries=3, layers=1, heads=2)
+    features = torch.randn(2, 4, 16)
+    assert without.tokens == 3
+    assert torch.equal(without(features), abstractor(features)[:, :3])
+    assert torch.equal(abstractor(features)[:, 3], abstractor.end_token[0].expand(2, -1))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"heads": 5}, "heads is 5.*width of 16"),
+        ({"queries": 0}, r"queries \(0\)"),
+        ({"layers": 0}, r"layers \(0\)"),
+        ({"in_width": 18, "heads": 3, "positions": True}, "divisible by 4, and it is 18"),
+    ],
+)
+def test_arguments_that_do_not_fit_are_errors_with_their_numbers(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        Abstractor(
+            **{
+                "in_width": 16,
+                "out_width": 8,
+                "patches": 4,
+                "grid": (2, 2),
+                "heads": 2,
+                **arguments,
+            }
+        )

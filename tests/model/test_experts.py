@@ -1,0 +1,163 @@
+"""Mixtures of experts: the router's balancing loss, and what LoRA reaches of fused experts."""
+
+import logging
+
+import pytest
+import torch
+
+from helpers import VOCAB, make_batch, model_node, policy
+from owlfuse.artifacts.export import export
+from owlfuse.artifacts.load import Trained, load_exported
+from owlfuse.model.llm import balancing_coefficient, load_llm
+from owlfuse.model.multimodal import build_model
+
+SMALL = {
+    "hidden_size": 32,
+    "intermediate_size": 40,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "initializer_range": 0.3,
+}
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+FAMILIES = {
+    "qwen3_moe": {**EXPERTS, "head_dim": 8},
+    "qwen2_moe": {**EXPERTS, "shared_expert_intermediate_size": 24},
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "olmoe": {"num_experts": 4, "num_experts_per_tok": 2},
+    "phimoe": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "granitemoe": {"num_local_experts": 4, "num_experts_per_tok": 2},
+}
+family = pytest.mark.parametrize("name", FAMILIES)
+
+
+def fields_of(name, coefficient=0.1):
+    return {"model_type": name, **SMALL, **FAMILIES[name], "router_aux_loss_coef": coefficient}
+
+
+def model_of(name, adapter=None, coefficient=0.1):
+    node = model_node(
+        "concat", llm=fields_of(name, coefficient), adapter={"llm": adapter} if adapter else None
+    )
+    return build_model(node, VOCAB)[0]
+
+
+@family
+def test_the_balancing_loss_is_transformers_own_with_padding_left_out(name):
+    model = model_of(name).train()
+    batch = make_batch([[11, 12, 13, 14, 15, 16], [21, 22, 23]], model.fusion.tokens_per_image)
+    model(batch)
+    own = model.llm(
+        input_ids=batch.input_ids,
+        attention_mask=batch.attention_mask,
+        labels=batch.labels,
+        output_router_logits=True,
+    )
+    assert balancing_coefficient(model.llm) == pytest.approx(0.1)
+    torch.testing.assert_close(model.balancing_loss, own.aux_loss, rtol=1e-4, atol=1e-4)
+    model.balancing_loss.backward()
+    routers = {
+        n: p
+        for n, p in model.llm.named_parameters()
+        if "gate" in n and p.ndim == 2 and p.shape[0] == 4
+    }
+    routers = routers or {n: p for n, p in model.llm.named_parameters() if "router" in n}
+    assert routers
+    assert all(p.grad is not None and p.grad.abs().max() > 0 for p in routers.values())
+
+
+@family
+def test_in_evaluation_for_a_frozen_llm_or_without_a_coefficient_there_is_none(name):
+    for model in (
+        model_of(name).eval(),
+        model_of(name, policy("Frozen")).train(),
+        model_of(name, coefficient=0.0).train(),
+    ):
+        model(make_batch([[11, 12, 13]], model.fusion.tokens_per_image))
+        assert model.balancing_loss is None
+
+
+def test_a_dense_llm_has_none():
+    assert balancing_coefficient(load_llm(VOCAB, config={"model_type": "llama", **SMALL})) == 0
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", "mixtral"])
+def test_all_linear_says_which_experts_it_does_not_reach_and_how_much_they_are(name, caplog):
+    with caplog.at_level(logging.WARNING):
+        model = model_of(name, policy("LoRA", r=2))
+    (record,) = [record for record in caplog.records if "all-linear" in record.message]
+    experts = sum(
+        p.numel() for n, p in model.llm.named_parameters() if ".experts." in n and ".lora_" not in n
+    )
+    total = sum(p.numel() for n, p in model.llm.named_parameters() if ".lora_" not in n)
+    assert f"{100 * experts / total:.0f} %" in record.message
+    assert "experts.gate_up_proj" in record.message
+    caplog.clear()
+    model_of(
+        name, policy("LoRA", r=2, target_parameters=["experts.gate_up_proj", "experts.down_proj"])
+    )
+    assert not [record for record in caplog.records if "all-linear" in record.message]
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", "mixtral"])
+@pytest.mark.parametrize("merge", [True, False], ids=["merged", "apart"])
+def test_lora_of_fused_experts_is_trained_and_exported(name, merge, tmp_path):
+    model = model_of(
+        name, policy("LoRA", r=2, target_parameters=["experts.gate_up_proj", "experts.down_proj"])
+    ).eval()
+    updates = {n: p for n, p in model.llm.named_parameters() if ".lora_" in n}
+    assert any("experts" in n for n in updates)
+    batch = make_batch([[11, "image", 12, 13]], model.fusion.tokens_per_image)
+    with torch.no_grad():
+        before = model(batch)
+        for parameter in updates.values():
+            parameter.normal_(std=0.3)
+        expected = model(batch)
+    assert (expected - before).abs().max() > 1e-2
+    model(batch).square().sum().backward()
+    assert all(p.grad is not None for n, p in updates.items())
+    assert all(p.grad is None for n, p in model.llm.named_parameters() if ".lora_" not in n)
+    tokenizer = None
+    model.released = None
+    out = export(Trained(model, tokenizer, None), tmp_path / "out", merge=merge)
+    with torch.no_grad():
+        torch.testing.assert_close(
+            load_exported(out)[0].model(batch), expected, rtol=1e-4, atol=1e-4
+        )
+
+
+def test_a_parameter_that_is_not_there_is_refused_with_those_that_are():
+    with pytest.raises(
+        ValueError, match=r"has no matrix experts\.w1; .* experts\.down_proj, experts\.gate_up_proj"
+    ):
+        model_of("mixtral", policy("LoRA", r=2, target_parameters=["experts.w1"]))
+
+
+@pytest.mark.parametrize("adapter", [policy("Full"), policy("LastN", n=2)], ids=["full", "last_n"])
+@pytest.mark.parametrize("name", ["ernie4_5_moe", "afmoe"])
+def test_biases_that_balance_a_router_without_gradients_are_not_among_what_is_trained(
+    name, adapter
+):
+    fields = (
+        {"moe_num_experts": 4, "moe_k": 2}
+        if name == "ernie4_5_moe"
+        else {"num_experts": 4, "num_experts_per_tok": 2}
+    )
+    llm = {
+        "model_type": name,
+        **SMALL,
+        **fields,
+        "moe_intermediate_size": 24,
+        "num_hidden_layers": 3,
+    }
+    model = build_model(model_node("concat", llm=llm, adapter={"llm": adapter}), VOCAB)[0].train()
+    rows = [[11 + (i * 7 + j) % 80 for j in range(20)] for i in range(8)]
+    model(make_batch(rows, model.fusion.tokens_per_image)).float().square().sum().backward()
+    biases = [
+        n
+        for n, p in model.llm.named_parameters()
+        if ("bias" in n and "expert" in n) or "e_score" in n
+    ]
+    assert biases
+    assert not any(dict(model.llm.named_parameters())[n].requires_grad for n in biases)
+    assert [n for n, p in model.llm.named_parameters() if p.requires_grad and p.grad is None] == []

@@ -1,0 +1,181 @@
+"""Loading a causal LM, and what `llm` says of its parts."""
+
+import math
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from helpers import VOCAB, llm_fields
+from owlfuse.model.llm import (
+    cache_argument,
+    check_split,
+    decoder_layers,
+    load_llm,
+    rotary,
+    rotate,
+    width,
+)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    torch.manual_seed(3)
+    load_llm(VOCAB, config=llm_fields("qwen2")).save_pretrained(tmp_path)
+    return str(tmp_path)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "mistral", "qwen2", "qwen3"])
+def test_a_configuration_gives_a_random_model_of_its_type_and_size(model_type):
+    llm = load_llm(VOCAB, config=llm_fields(model_type))
+    assert llm.config.model_type == model_type
+    assert llm.get_input_embeddings().weight.shape == (VOCAB, 32)
+    assert len(decoder_layers(llm)) == 3
+    assert width(llm) == 32
+    assert decoder_layers(llm)[0].self_attn.k_proj.out_features == 2 * 8
+    assert cache_argument(llm) in ("cache", "past_key_values")
+
+
+def test_a_folder_gives_its_weights_and_not_random_ones(folder):
+    llm = load_llm(VOCAB, pretrained=folder)
+    expected = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).state_dict()
+    assert llm.state_dict().keys() == expected.keys()
+    assert all(torch.equal(value, expected[name]) for name, value in llm.state_dict().items())
+
+
+def test_embeddings_grow_to_the_tokenizers_size_and_keep_what_they_were(folder):
+    llm = load_llm(VOCAB + 5, pretrained=folder)
+    before = load_llm(VOCAB, pretrained=folder)
+    assert (
+        llm.get_input_embeddings().weight.shape[0]
+        == llm.get_output_embeddings().weight.shape[0]
+        == VOCAB + 5
+    )
+    assert torch.equal(
+        llm.get_input_embeddings().weight[:VOCAB], before.get_input_embeddings().weight
+    )
+    assert load_llm(VOCAB - 5, pretrained=folder).get_input_embeddings().weight.shape[0] == VOCAB
+
+
+def test_on_the_meta_device_a_folder_is_read_for_its_configuration_alone(folder):
+    with torch.device("meta"):
+        llm = load_llm(VOCAB + 5, pretrained=folder)
+    assert all(parameter.is_meta for parameter in llm.parameters())
+    assert llm.get_input_embeddings().weight.shape[0] == VOCAB + 5
+    real = load_llm(VOCAB + 5, pretrained=folder)
+    assert {n: p.shape for n, p in llm.named_parameters()} == {
+        n: p.shape for n, p in real.named_parameters()
+    }
+
+
+@pytest.mark.parametrize(
+    ("dtype", "expected"), [(None, torch.float32), ("bfloat16", torch.bfloat16)]
+)
+def test_dtype_is_float32_unless_asked_otherwise(dtype, expected, folder):
+    assert load_llm(VOCAB, pretrained=folder, dtype=dtype).dtype == expected
+    assert load_llm(VOCAB, config=llm_fields(), dtype=dtype).dtype == expected
+
+
+@pytest.mark.parametrize("model_type", ["llama", "qwen3"])
+def test_rotary_and_rotate_turn_pairs_by_position(model_type):
+    llm = load_llm(VOCAB, config=llm_fields(model_type))
+    positions = torch.tensor([[0, 1, 5, 2], [3, 3, 0, 9]])
+    states = torch.randn(2, 2, 4, 8)
+    cos, sin = rotary(llm, states, positions)
+    got = rotate(decoder_layers(llm)[0].self_attn, states, cos, sin)
+    for b in range(2):
+        for t in range(4):
+            for j in range(4):
+                angle = positions[b, t].item() / 10000 ** (2 * j / 8)
+                x, y = states[b, :, t, j], states[b, :, t, j + 4]
+                torch.testing.assert_close(
+                    got[b, :, t, j], x * math.cos(angle) - y * math.sin(angle), rtol=1e-4, atol=1e-5
+                )
+                torch.testing.assert_close(
+                    got[b, :, t, j + 4],
+                    y * math.cos(angle) + x * math.sin(angle),
+                    rtol=1e-4,
+                    atol=1e-5,
+                )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({}, "one of pretrained .* and config"),
+        ({"pretrained": "x", "config": {"model_type": "llama"}}, "one of pretrained .* and config"),
+        ({"config": {"hidden_size": 32}}, "no model_type"),
+        ({"config": {"model_type": "lama"}}, "lama"),
+        ({"config": llm_fields(hiden_size=32)}, "hiden_size"),
+        (
+            {"config": {"model_type": "gpt2", "n_embd": 32, "n_head": 4, "n_layer": 1}},
+            "GPT2LMHeadModel",
+        ),
+        ({"pretrained": "/no/such/folder"}, "/no/such/folder is no folder"),
+        ({"pretrained": "./nowhere"}, "./nowhere is no folder"),
+    ],
+)
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_what_cannot_be_loaded_is_an_error_that_names_it(arguments, message, device):
+    with pytest.raises(ValueError, match=message), torch.device(device):
+        load_llm(VOCAB, **arguments)
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_a_folder_without_a_configuration_is_an_error_that_names_it(tmp_path, device):
+    with pytest.raises(ValueError, match=str(tmp_path)), torch.device(device):
+        load_llm(VOCAB, pretrained=str(tmp_path))
+
+
+def test_a_file_in_place_of_a_folder_is_an_error(tmp_path):
+    (tmp_path / "weights").write_text("")
+    with pytest.raises(ValueError, match="is no folder"):
+        load_llm(VOCAB, pretrained=str(tmp_path / "weights"))
+
+
+@pytest.mark.parametrize(
+    "fields", [{"num_attention_heads": 5, "head_dim": None}, {"num_key_value_heads": 3}]
+)
+def test_heads_that_do_not_fit_are_a_value_error(fields):
+    with pytest.raises(ValueError, match=r"^config: .*heads"), torch.device("meta"):
+        load_llm(VOCAB, config={k: v for k, v in llm_fields(**fields).items() if v is not None})
+
+
+@pytest.mark.parametrize("on", [False, True])
+def test_gradient_checkpointing_is_as_asked(on):
+    assert (
+        load_llm(VOCAB, config=llm_fields(), gradient_checkpointing=on).is_gradient_checkpointing
+        == on
+    )
+
+
+def test_on_the_meta_device_a_given_architecture_stands_for_the_hub_s_and_is_not_used_for_weights():
+    architecture = llm_fields(num_hidden_layers=2)
+    with torch.device("meta"):
+        planned = load_llm(VOCAB, pretrained="./not-there", architecture=architecture)
+    assert len(planned.model.layers) == 2
+    with pytest.raises(ValueError, match="pretrained: ./not-there is no folder"):
+        load_llm(VOCAB, pretrained="./not-there", architecture=architecture)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "fields", "message"),
+    [
+        ("olmoe", {"num_experts": 4, "num_experts_per_tok": 2}, "self_attn.q_norm.weight"),
+        ("glm", {}, "mlp.down_proj"),
+        ("diffllama", {}, "self_attn.lambda_q1"),
+        ("hunyuan_v1_dense", {}, None),
+        ("qwen3", {}, None),
+        ("llama", {}, None),
+    ],
+)
+def test_tensor_ranks_share_out_only_layers_whose_every_weight_they_split(
+    model_type, fields, message
+):
+    llm = load_llm(VOCAB, config=llm_fields(model_type, **fields))
+    check_split(llm, 1)
+    if message is None:
+        check_split(llm, 2)
+        return
+    with pytest.raises(ValueError, match=message):
+        check_split(llm, 2)

@@ -1,0 +1,148 @@
+"""`owlfuse mixture`: its numbers are those of the samples that training would load."""
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+
+from owlfuse.__main__ import main
+from owlfuse.config.compose import compose
+from owlfuse.core.errors import DataError
+from owlfuse.data.shapes.write import write_shapes
+from owlfuse.planning.mixture import mixture_command
+
+SIZES = {
+    "train_pictures": 48,
+    "val_pictures": 6,
+    "held_out_pictures": 6,
+    "text_train": 120,
+    "text_val": 8,
+}
+SMALL = [f"+data.prepare.{key}={value}" for key, value in SIZES.items()]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def folder(tmp_path_factory):
+    """A working folder with shapes, of which one text is too long and another has no answer."""
+    path = tmp_path_factory.mktemp("work")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(path)
+        write_shapes("data/shapes", **SIZES)
+        records = json.loads(Path("data/shapes/text_train.json").read_text())[:20]
+        records[2]["output"] = "word " * 600
+        del records[5]["output"]
+        Path("text.json").write_text(json.dumps(records))
+        yield path
+
+
+def words(*more):
+    text = [
+        "data.sources.text.file=text.json",
+        "data.sources.text.records_per_chat=1",
+        "data.sources.text.on_error=skip",
+    ]
+    return ["experiment=shapes_owl2", *SMALL, *text, "data.global_batch_size=8", *more]
+
+
+def loaded(overrides, steps):
+    """Samples drawn and supervised tokens by source, and the lengths, by loading each sample."""
+    from owlfuse.config.build import build
+    from owlfuse.model.multimodal import on_meta
+
+    config = compose(overrides)
+    plan, _ = on_meta(OmegaConf.to_container(config.model), 1024)
+    data = build(config.data)
+    data.bind(plan.vision.preprocessing, plan.fusion.tokens_per_image)
+    drawn, supervised, lengths, skips = {}, {}, [], []
+    for position in range(steps * 8):
+        name, index = data.mixture[position]
+        source = data.sources[name]
+        drawn[name] = drawn.get(name, 0) + 1
+        try:
+            encoded = data.encoder.encode(source[index])
+        except DataError as error:
+            skips.append((name, f"{name}:{index}", str(source.placed(error, index))))
+        else:
+            supervised[name] = supervised.get(name, 0) + int((encoded.labels != -100).sum())
+            lengths.append(len(encoded.input_ids))
+    return drawn, supervised, lengths, skips
+
+
+def test_it_tells_what_loading_every_sample_tells(capsys):
+    report = mixture_command(words("steps=20"))
+    drawn, supervised, lengths, skips = loaded(words(), 20)
+    assert {name: row["drawn"] for name, row in report["sources"].items()} == drawn
+    assert {name: row["supervised_tokens"] for name, row in report["sources"].items()} == supervised
+    found = {
+        (skip["source"], skip["sample"], skip["reason"]): skip["times"]
+        for skip in report["skipped"]
+    }
+    assert found == Counter(skips)
+    assert any("over max_length of 512" in reason for _, _, reason in skips)
+    assert report["sources"]["text"]["passes"] == drawn["text"] / 20
+    for row in report["histogram"]:
+        assert row["samples"] == sum(row["from"] <= length <= row["to"] for length in lengths)
+    assert sum(row["samples"] for row in report["histogram"]) == len(lengths)
+    assert json.loads(Path("runs/mixture/shapes_owl2/mixture.json").read_text()) == report
+    printed = capsys.readouterr().out
+    for text in ("shapes", "text", "65.00 %", "has no 'output'", "mixture.json is in"):
+        assert text in printed
+
+
+def test_out_names_the_folder_and_phases_and_ends_are_told(tmp_path, capsys):
+    more = [
+        "steps=50",
+        f"out={tmp_path}/here",
+        "data.at_end={shapes: stop}",
+        "+data.weights_at={2: {text: 1.95}}",
+    ]
+    report = mixture_command(words(*more))
+    assert (tmp_path / "here/mixture.json").exists()
+    assert report["samples"] < 400
+    printed = " ".join(capsys.readouterr().out.split())
+    rest = report["samples"] % 8
+    assert rest
+    left = {name: row["left_of_last_pass"] for name, row in report["sources"].items()}
+    assert (
+        f"after {report['samples']} samples of 400, the last {rest} of which make no whole global "
+        "batch"
+    ) in printed
+    assert (
+        f"never drawn of each source's last pass: shapes {left['shapes']}, text {left['text']}"
+        in printed
+    )
+    share = (16 * 0.35 + (report["samples"] - 16) * 0.75) / report["samples"]
+    assert report["sources"]["text"]["asked_share"] == pytest.approx(share)
+
+
+def test_a_wrong_sample_of_a_source_that_stops_is_told_with_its_step(capsys):
+    mixture_command([*words("steps=20"), "data.sources.text.on_error=error"])
+    assert "source text has on_error=error and a wrong sample at step" in capsys.readouterr().out
+
+
+def test_ids_that_several_samples_bear_are_told(capsys):
+    records = json.loads(Path("text.json").read_text())
+    for number in (1, 7, 9):
+        records[number]["id"] = "twin"
+    Path("twins.json").write_text(json.dumps(records))
+    report = mixture_command([*words("steps=40"), "data.sources.text.file=twins.json"])
+    found = {"count": 2, "looked_at": 20, "first": {"id": "twin", "samples": [1, 7]}}
+    assert report["sources"]["text"]["duplicate_ids"] == found
+    printed = " ".join(capsys.readouterr().out.split())
+    assert (
+        "source text: 2 records bear the id of another, of 20 samples that were compared" in printed
+    )
+    assert "the first is twin, of samples 2 and 8 as" in printed
+
+
+@pytest.mark.parametrize(("word", "line"), [
+    ("steps=many", "command line: steps=many: expected a number of steps from 1 on"),
+    ("data.at_end=twice", "at_end of source shapes is twice, expected repeat, stop, once"),
+])  # fmt: skip
+def test_a_mistake_is_one_line(word, line, capsys):
+    assert main(["mixture", *words(word)]) == 2
+    error = capsys.readouterr().err
+    assert line in error
+    assert error.count("\n") == 1

@@ -1,0 +1,372 @@
+"""The report of runs whose numbers are known: tables, plots, and a page that needs nothing else
+and reads well on a phone."""
+
+from __future__ import annotations
+
+import csv
+import fcntl
+import json
+import re
+import shutil
+import statistics
+import subprocess
+from html.parser import HTMLParser
+from xml.etree import ElementTree
+
+import pytest
+from PIL import Image
+
+from owlfuse.core.errors import ConfigError
+from owlfuse.evaluation.metrics import Answer, score
+from owlfuse.studies.ablation.page import report_command, write_report
+from owlfuse.studies.ablation.results import SHARES, load
+from reports import METRICS, NASTY, write_ablation
+
+CELLS = {
+    "first": 0.5,
+    "second": 0.9,
+    "a_third_with_a_name_that_is_much_longer_than_a_column-and_goes_on": 0.5,
+}
+PAPER = {"title": "Table <1>", "columns": ["GQA"], "rows": {"second": [57.6]}}
+CHROMIUM = (
+    shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+)
+PROBE = """<script>
+const errors = [];
+addEventListener('error', event => errors.push(event.message || 'a resource'), true);
+addEventListener('load', () => {
+  const pictures = [...document.images], room = document.documentElement.clientWidth;  // without a scroll bar
+  const wide = [...document.querySelectorAll('main > *')].filter(one => one.getBoundingClientRect().right > room + 0.5);
+  const measured = {
+    width: innerWidth, overflow: document.documentElement.scrollWidth - room, wide: wide.map(one => one.tagName),
+    pictures: pictures.length, loaded: pictures.filter(one => one.complete && one.naturalWidth > 0).length, errors,
+    requests: performance.getEntriesByType('resource').map(one => one.name).filter(name => !name.startsWith('data:')),
+    scrolls: [...document.querySelectorAll('.scroll')].filter(one => one.scrollWidth > one.clientWidth).length,
+  };
+  parent.document.title = 'probed ' + JSON.stringify(measured);
+});
+</script>"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """An ablation of three cells and three seeds, of which one run failed and one is of other
+    code; with its report."""
+    path = write_ablation(tmp_path_factory.mktemp("work") / "runs" / "drawn", CELLS, paper=PAPER)
+    shutil.rmtree(path / "first-seed2")
+    (path / "first-seed2").mkdir()
+    (path / "first-seed2" / "cell.json").write_text(
+        json.dumps({"state": "failed", "error": f"no luck {NASTY}", "began": 1})
+    )
+    other = path / "second-seed1" / "results.json"
+    other.write_text(
+        json.dumps(json.loads(other.read_text()) | {"hash": {"code": "else", "config": "c0nf"}})
+    )
+    assert write_report(path) == ["first-seed2"]
+    return path
+
+
+def results_of(folder, cell, seed):
+    return json.loads((folder / f"{cell}-seed{seed}" / "results.json").read_text())
+
+
+# Numbers
+
+
+def test_means_deviations_and_differences_are_over_the_runs_that_count(folder):
+    rows = {row.name: row for row in load(folder).rows}
+    third = next(name for name in CELLS if name.startswith("a_third"))
+    values = [results_of(folder, third, seed)["metrics"]["val/exact_match"] for seed in (0, 1, 2)]
+    score = rows[third].scores["val/exact_match"]
+    assert score.mean == pytest.approx(statistics.mean(values))
+    assert score.deviation == pytest.approx(statistics.stdev(values))
+    assert score.interval[0] < score.mean < score.interval[1]
+    # the baseline has seeds 0 and 1, the second cell 0 and 2: one pair
+    second = rows["second"].scores["val/exact_match"]
+    assert sorted(second.values) == [0, 2]
+    pair = [
+        results_of(folder, cell, 0)["metrics"]["val/exact_match"] for cell in ("second", "first")
+    ]
+    assert (second.seeds, second.difference) == (1, pytest.approx(pair[0] - pair[1]))
+    assert 0 < second.difference_interval[0] < second.difference < second.difference_interval[1]
+    assert rows["first"].scores["val/exact_match"].difference is None
+    loss = rows["second"].scores["val/loss"]
+    assert (loss.difference, loss.difference_interval) == (pytest.approx(pair[1] - pair[0]), None)
+
+
+def test_answers_that_are_right_by_what_they_contain_have_the_intervals_of_exact_matches(tmp_path):
+    path = write_ablation(tmp_path / "drawn", {"first": 0.5, "second": 0.9})
+    exact = load(path).rows[1].scores["val/exact_match"]
+    for file in path.rglob("*.json"):
+        file.write_text(file.read_text().replace("exact_match", "contains"))
+    assert exact.difference_interval is not None
+    assert load(path).rows[1].scores["val/contains"] == exact
+    answers = [
+        Answer("val", "i", None, "q", "4", "It is 4.", "", accepted) for accepted in ((), ("4",))
+    ]
+    assert {name for answer in answers for name in score([answer])} == set(
+        SHARES
+    )  # all that an evaluation scores answers by
+
+
+def test_cells_that_answered_other_questions_have_a_difference_without_an_interval(tmp_path):
+    path = write_ablation(tmp_path / "drawn", {"first": 0.5, "second": 0.9})
+    answers = path / "second-seed1" / "answers.jsonl"
+    answers.write_text("".join(answers.read_text().splitlines(keepends=True)[1:]))
+    score = load(path).rows[1].scores["val/exact_match"]
+    assert score.difference is not None
+    assert score.difference_interval is None
+
+
+def test_a_report_can_be_written_before_anything_is_finished(tmp_path, capsys):
+    path = write_ablation(tmp_path / "drawn", {"first": 0.5, "second": 0.9}, seeds=(0,))
+    for run in ("first-seed0", "second-seed0"):
+        shutil.rmtree(path / run)
+    (path / "first-seed0").mkdir()
+    (path / "first-seed0" / "cell.json").write_text(json.dumps({"state": "running", "began": 1}))
+    (path / "first-seed0" / "progress.json").write_text(
+        json.dumps({"step": 7, "steps": 20, "cost": {}})
+    )
+    with (path / ".lock").open("w") as lock:  # as `owlfuse ablate` has it
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert write_report(path) == []
+    assert "first-seed0: running, at step 7 of 20" in capsys.readouterr().out
+    write_report(path)  # it was killed
+    assert "first-seed0: interrupted, at step 7 of 20" in capsys.readouterr().out
+    assert "second-seed0" in (path / "report" / "index.html").read_text()
+
+
+def test_one_seed_is_said(tmp_path, capsys):
+    write_report(write_ablation(tmp_path / "drawn", {"first": 0.5, "second": 0.9}, seeds=(0,)))
+    assert "one seed: the intervals are for these training runs" in capsys.readouterr().out
+
+
+# Tables
+
+
+def test_tables_fit_a_terminal_of_a_hundred_columns_and_name_every_cell(folder, capsys):
+    write_report(folder)
+    shown = capsys.readouterr().out
+    assert max(map(len, shown.splitlines())) <= 100
+    assert "first-seed2: failed, no luck" in " ".join(shown.split())
+    assert "second-seed1: of other code" in shown
+    assert "…" not in shown  # nothing is cut
+
+
+def test_markdown_and_csv_have_every_cell_with_the_same_numbers(folder):
+    lines = (folder / "report" / "table.md").read_text().splitlines()
+    body = [line for line in lines if line.startswith("| ") and line.split("|")[1].strip() in CELLS]
+    assert len(body) == len(CELLS) + 1  # and the paper's row
+    with (folder / "report" / "table.csv").open() as file:
+        rows = {row["cell"]: row for row in csv.DictReader(file)}
+    assert list(rows) == list(CELLS)
+    for line in body[:3]:
+        cell, *_ = texts = [text.strip() for text in line.strip("|").split("|")]
+        assert float(rows[cell]["val/exact_match mean"]) == pytest.approx(
+            float(texts[2].split()[0]), abs=5e-4
+        )
+        assert rows[cell]["trained_parameters"] == "1234567.0"
+        assert "1,234,567" in texts
+    assert rows["first"]["val/exact_match difference"] == ""
+    low, middle, high = (
+        float(rows["second"][f"val/exact_match difference{part}"]) for part in (" low", "", " high")
+    )
+    assert low < middle < high
+
+
+def test_the_papers_numbers_stand_beside_ours(folder):
+    row = next(
+        line
+        for line in (folder / "report" / "table.md").read_text().splitlines()
+        if line.startswith("| second | 57.6")
+    )
+    mean = load(folder).rows[1].scores["val/exact_match"].mean
+    assert f"{mean:.3f}" in row
+
+
+# Plots
+
+
+@pytest.mark.parametrize("name", ["scores", "learning_curves", "score_against_cost"])
+def test_a_plot_is_a_png_and_an_svg_that_differ_from_cell_to_cell_by_more_than_color(folder, name):
+    with Image.open(folder / "report" / f"{name}.png") as picture:
+        assert picture.width >= 600
+        assert len(picture.convert("RGB").getcolors(1 << 24)) > 10  # something is drawn
+    tree = ElementTree.parse(folder / "report" / f"{name}.svg")
+    links = [
+        value for node in tree.iter() for key, value in node.attrib.items() if key.endswith("href")
+    ]
+    assert links
+    assert all(link.startswith("#") for link in links)
+
+
+def test_axes_have_labels_with_units_and_cells_their_own_marker(folder):
+    from owlfuse.studies.ablation.plots import learning_curves, score_against_cost, scores
+
+    results = load(folder)
+    figures = [draw(results) for draw in (scores, learning_curves, score_against_cost)]
+    labels = [axes.get_xlabel() for figure in figures for axes in figure.axes]
+    assert all(labels)
+    assert {"optimizer steps", "peak memory (MB)", "training throughput (tokens/s)"} <= set(labels)
+    assert any("nats per token" in axes.get_ylabel() for axes in figures[1].axes)
+    lines = figures[1].axes[0].lines
+    assert len(lines) == 3
+    for look in ("get_color", "get_marker", "get_linestyle"):
+        assert len({getattr(line, look)() for line in lines}) == 3
+
+
+# The page
+
+
+class Page(HTMLParser):
+    """Tags with their attributes, and the text outside of styles."""
+
+    VOID = ("meta", "link", "img", "br", "wbr", "input", "hr")
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.open, self.text = [], [], ""
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag  # well nested
+
+    def handle_data(self, data):
+        if "style" not in self.open:
+            self.text += data
+
+
+@pytest.fixture(scope="module")
+def page(folder):
+    return Page((folder / "report" / "index.html").read_text())
+
+
+def test_the_page_needs_nothing_else_and_runs_no_script(folder, page):
+    sources = [
+        value
+        for _, found in page.tags
+        for key, value in found.items()
+        if key in ("src", "href", "srcset", "data")
+    ]
+    assert sources
+    assert all(source.startswith("data:") for source in sources)
+    assert not {tag for tag, _ in page.tags} & {"script", "iframe", "object", "embed"}
+    assert not any(key.startswith("on") for _, found in page.tags for key in found)
+    style = re.search(r"<style>(.*)</style>", (folder / "report" / "index.html").read_text(), re.S)[
+        1
+    ]
+    assert not re.search(r"url\(|@import", style)
+    assert page.open == []
+
+
+def test_the_page_has_all_cells_plots_answers_and_where_they_come_from(folder, page):
+    for words in [
+        *CELLS,
+        *METRICS,
+        "model.fusion.gate",
+        "c0de",
+        "a machine",
+        "owlfuse ablate drawn",
+        "no luck",
+    ]:
+        assert words in page.text
+    assert NASTY in page.text  # as text: the answers', the question's and the error's
+    assert page.text.count("✓ right") + page.text.count("✗ wrong") == 8 * len(CELLS)
+    alts = [found["alt"] for tag, found in page.tags if tag == "img"]
+    assert len(alts) == 3 + 8
+    assert all(alts)
+    assert "7 of 9 runs are finished" in page.text
+
+
+def test_answers_stand_beside_each_other_to_the_same_question(folder):
+    text = (folder / "report" / "index.html").read_text()
+    asked = re.findall(r"<span>(Question \d+\?)</span></th>(.*?)</tr>", text)
+    assert len({question for question, _ in asked}) == 8
+    for question, line in asked:
+        shown = re.findall(r"class='(right|wrong)'", line)
+        for cell, kind in zip(CELLS, shown, strict=True):
+            answers = [
+                json.loads(one)
+                for one in (folder / f"{cell}-seed0" / "answers.jsonl").read_text().splitlines()
+            ]
+            assert next(one["right"] for one in answers if one["question"] == question) == (
+                kind == "right"
+            )
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here: apt-get install chromium")
+@pytest.mark.parametrize("width", [1200, 390])
+def test_the_page_in_chromium(folder, tmp_path, width):
+    """In a frame of that width, with a probe that the page itself does not have: nothing reaches
+    over the side, every picture is there, and nothing is asked of a network."""
+    probed = (folder / "report" / "index.html").read_text().replace("</head>", PROBE + "</head>")
+    (tmp_path / "page.html").write_text(probed)
+    (tmp_path / "frame.html").write_text(
+        f"<iframe src='page.html' style='width:{width}px;height:900px;border:0'></iframe>"
+    )
+    command = [
+        CHROMIUM,
+        "--headless=new",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--allow-file-access-from-files",
+    ]
+    command += [
+        f"--user-data-dir={tmp_path / 'profile'}",
+        "--disable-background-networking",
+        "--virtual-time-budget=20000",
+    ]
+    command += ["--enable-logging=stderr", "--dump-dom", f"file://{tmp_path}/frame.html"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    found = re.search(r"<title>probed (.*?)</title>", done.stdout)
+    assert found, done.stdout[:500] + done.stderr[-2000:]
+    measured = json.loads(found[1])
+    assert measured["width"] == width
+    assert (measured["overflow"], measured["wide"]) == (0, [])
+    assert measured["pictures"] == measured["loaded"] == 11
+    assert measured["requests"] == measured["errors"] == []
+    assert "CONSOLE" not in done.stderr
+    if width == 390:
+        assert measured["scrolls"] >= 2  # tables scroll by themselves
+
+
+# The command
+
+
+def test_report_takes_a_name_or_a_folder(folder, monkeypatch, capsys):
+    monkeypatch.chdir(folder.parent.parent)
+    report_command("drawn", [])
+    report_command("runs/drawn", [])
+    assert capsys.readouterr().out.count("the report is runs/drawn/report/index.html") == 2
+    with pytest.raises(
+        ConfigError,
+        match="report drown: there is no runs/drown/ablation.json; did you mean 'drawn'",
+    ):
+        report_command("drown", [])
+
+
+def test_differences_are_to_another_cell_where_one_is_named(tmp_path, monkeypatch, capsys):
+    write_ablation(tmp_path / "runs" / "drawn", {"first": 0.5, "second": 0.9})
+    monkeypatch.chdir(tmp_path)
+    plain = load(tmp_path / "runs" / "drawn").rows[1].scores["val/exact_match"]
+    report_command("drawn", ["baseline=second"])
+    assert "baseline: second" in capsys.readouterr().out
+    lines = (tmp_path / "runs" / "drawn" / "report" / "table.csv").read_text().splitlines()
+    first = dict(zip(lines[0].split(","), lines[2].split(",")))
+    assert first["cell"] == "first"
+    assert float(first["val/exact_match difference"]) == pytest.approx(-plain.difference)
+    assert float(first["val/exact_match difference low"]) == pytest.approx(
+        -plain.difference_interval[1]
+    )
+    with pytest.raises(
+        ConfigError,
+        match=r"baseline=secnd: no such cell; did you mean 'second'\? \(there are: first, second\)",
+    ):
+        report_command("drawn", ["baseline=secnd"])
+    with pytest.raises(ConfigError, match="baseline=: no such cell"):
+        report_command("drawn", ["baseline="])

@@ -1,0 +1,94 @@
+"""Tiny configurations of many families of LLMs."""
+
+from typing import Any
+
+SMALL: dict[str, Any] = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "initializer_range": 0.15,
+}
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2}
+LOCAL_EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
+ROUTED_EXPERTS = {
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "n_group": 1,
+    "topk_group": 1,
+    "first_k_dense_replace": 2,
+}
+
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "mistral": {"sliding_window": 8},
+    "qwen3": {"head_dim": 16},
+    "smollm3": {
+        "no_rope_layers": [1, 1, 1, 0],
+        "no_rope_layer_interval": 4,
+        "use_sliding_window": False,
+    },
+    "gemma3_text": {"head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 8},
+    "olmoe": EXPERTS,
+    "hunyuan_v1_dense": {"head_dim": 16},
+    "exaone_moe": {**EXPERTS, "moe_intermediate_size": 32},
+}
+"""All of whose layers every fusion can serve."""
+MORE_FAMILIES: dict[str, dict[str, Any]] = {
+    "qwen2": {},
+    "glm": {"head_dim": 16},
+    "ministral3": {},
+    "gemma": {"head_dim": 16},
+    "olmo": {},
+    "glm4": {"head_dim": 16},
+    "granite": {
+        "attention_multiplier": 0.3,
+        "embedding_multiplier": 3.0,
+        "logits_scaling": 2.0,
+        "residual_multiplier": 0.5,
+    },
+    "starcoder2": {},
+    "qwen2_moe": {**EXPERTS, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 32},
+    "qwen3_moe": {**EXPERTS, "moe_intermediate_size": 32, "head_dim": 16},
+    "mixtral": {"num_local_experts": 4},
+    "ernie4_5": {},
+    "seed_oss": {"head_dim": 16},
+    "helium": {"head_dim": 16},
+    "arcee": {},
+    "granitemoe": LOCAL_EXPERTS,
+    "phimoe": {"num_local_experts": 4},
+    "bitnet": {},
+    "nanochat": {},
+    "cwm": {"sliding_window": 8},
+    "doge": {},
+    "hunyuan_v1_moe": {"num_experts": 4, "moe_topk": 2, "head_dim": 16},
+    "dots1": {"moe_intermediate_size": 32, **ROUTED_EXPERTS, "head_dim": 16},
+    "glm4_moe": {"moe_intermediate_size": 32, **ROUTED_EXPERTS, "head_dim": 16},
+    "minimax_m2": {**LOCAL_EXPERTS, "head_dim": 16},
+    "mellum": {},
+}
+NO_PACKING: dict[str, dict[str, Any]] = {
+    "afmoe": {**EXPERTS, "moe_intermediate_size": 32},
+    "granitemoehybrid": {
+        **LOCAL_EXPERTS,
+        "layer_types": ["attention"] * 4,
+        "shared_intermediate_size": 64,
+        "mamba_n_heads": 4,
+        "mamba_d_head": 32,
+    },
+}
+"""Whose forward hands no position ids to its masks."""
+NO_HYPERATTENTION: dict[str, tuple[dict[str, Any], str]] = {
+    "nemotron": ({}, "hand no keyword arguments"),
+    "stablelm": ({}, "hand no keyword arguments"),
+    "diffllama": ({}, "calls transformers' attention functions 2 times"),
+    "olmoe": ({**EXPERTS, "clip_qkv": 2.0}, "changes the values after v_proj"),
+}
+"""What hyperattention refuses, and why."""
+
+
+def fields_of(family: str, **fields: Any) -> dict[str, Any]:
+    """The configuration of a tiny LLM of a family."""
+    return {"model_type": family, **SMALL, **fields}

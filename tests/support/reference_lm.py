@@ -1,0 +1,215 @@
+"""A multimodal LLM written out: one row, one token, one head at a time, in plain torch. Slow, and
+independent of transformers and of owlfuse. Weights are taken by their names in the LLM, so
+gradients reach them.
+
+Q visual tokens per image, T positions of the row, D LLM width, H query heads, K key-value heads, d
+head width.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Shape:
+    """What the weights alone do not tell."""
+
+    heads: int
+    head_width: int
+    theta: float = 10000.0
+    eps: float = 1e-6
+    windows: dict[int, int] | None = None
+    """Layer -> how many tokens, itself included, a token sees there; all earlier ones in other
+    layers."""
+
+
+class ReferenceLM:
+    """Logits of one row without padding.
+
+    Args:
+        fusion: `concat`, `modality_adaptive`, or a gate of hyperattention: `adaptive`, `static`,
+            `fused`, `none`.
+        layers: of hyperattention.
+        mi_rope: of hyperattention: an image's keys are turned by the position of its placeholder,
+            else not at all.
+    """
+
+    def __init__(
+        self,
+        weights: dict[str, Tensor],
+        shape: Shape,
+        fusion: str,
+        layers: tuple[int, ...] = (),
+        mi_rope: bool = True,
+    ) -> None:
+        self.weights = weights
+        self.shape = shape
+        self.fusion = fusion
+        self.hyper_layers = layers
+        self.mi_rope = mi_rope
+        self.depth = 1 + max(
+            int(name.split(".")[2]) for name in weights if name.startswith("model.layers.")
+        )
+
+    def logits(
+        self, ids: list[int], is_visual: list[bool], images: list[Tensor], starts: list[int]
+    ) -> Tensor:
+        """(T, V). `images` are (Q, D), and `starts` the index of each one's first placeholder."""
+        hidden = [self.weights["model.embed_tokens.weight"][token] for token in ids]
+        spliced = self.fusion in ("concat", "modality_adaptive")
+        if spliced:
+            for image, start in zip(images, starts):
+                for q in range(len(image)):
+                    hidden[start + q] = image[q]
+        for layer in range(self.depth):
+            hidden = self.layer(layer, hidden, is_visual, [] if spliced else images, starts)
+        head = self.weights.get("lm_head.weight", self.weights["model.embed_tokens.weight"])
+        return torch.stack([head @ self.norm(x, self.weights["model.norm.weight"]) for x in hidden])
+
+    def layer(
+        self,
+        layer: int,
+        hidden: list[Tensor],
+        visual: list[bool],
+        images: list[Tensor],
+        starts: list[int],
+    ):
+        """One decoder layer over the row."""
+        path = f"model.layers.{layer}"
+        normed = [
+            self.norm_by_name(f"{path}.input_layernorm", x, v) for x, v in zip(hidden, visual)
+        ]
+        query, key, value = [], [], []
+        for t, (x, v) in enumerate(zip(normed, visual)):
+            attention = f"{path}.self_attn"
+            query.append(
+                self.rotated_heads(self.project(f"{attention}.q_proj", x), t, f"{attention}.q_norm")
+            )
+            key.append(
+                self.rotated_heads(
+                    self.project_by(f"{attention}.k_proj", x, v), t, f"{attention}.k_norm"
+                )
+            )
+            value.append(self.split(self.project_by(f"{attention}.v_proj", x, v)))
+        hyper = layer in self.hyper_layers and bool(images)
+        image_key, image_value = self.image_keys_values(path, images, starts) if hyper else ([], [])
+        out = []
+        for t in range(len(hidden)):
+            attended = self.attend(layer, t, query[t], key, value, image_key, image_value, starts)
+            x = hidden[t] + self.project(f"{path}.self_attn.o_proj", attended)
+            mlp_in = self.norm_by_name(f"{path}.post_attention_layernorm", x, visual[t])
+            gate = self.project(f"{path}.mlp.gate_proj", mlp_in)
+            up = self.project(f"{path}.mlp.up_proj", mlp_in)
+            out.append(
+                x + self.project(f"{path}.mlp.down_proj", gate / (1 + torch.exp(-gate)) * up)
+            )
+        return out
+
+    def attend(self, layer, t, query, key, value, image_key, image_value, starts) -> Tensor:
+        """What token t gathers, its heads side by side, before the output projection."""
+        window = (self.shape.windows or {}).get(layer, t + 1)
+        seen = range(max(0, t + 1 - window), t + 1)
+        images = [i for i in range(len(image_key)) if starts[i] <= t]
+        text, cross, joint = [], [], []
+        for h in range(self.shape.heads):
+            k = h * len(key[0]) // self.shape.heads  # the key-value head of this query head
+            own = [(key[s][k], value[s][k]) for s in seen]
+            other = [
+                (image_key[i][p][k], image_value[i][p][k])
+                for i in images
+                for p in range(len(image_key[i]))
+            ]
+            text.append(self.softmax_sum(query[h], own))
+            if other:
+                cross.append(self.softmax_sum(query[h], other))
+                joint.append(self.softmax_sum(query[h], other + own))
+        text = torch.cat(text)
+        if not images:
+            return text
+        if self.fusion == "fused":
+            return torch.cat(joint)
+        visual = f"model.layers.{layer}.self_attn.visual"
+        if self.fusion == "none":
+            return torch.cat(cross) + text
+        gate = (
+            self.weights[f"{visual}.gate"]
+            if self.fusion == "static"
+            else self.project(f"{visual}.gate_proj", text)
+        )
+        gate = 1 / (1 + torch.exp(-gate))
+        return torch.cat(cross) * gate + text * (1 - gate)
+
+    def softmax_sum(self, query: Tensor, pairs: list[tuple[Tensor, Tensor]]) -> Tensor:
+        """(d): the values weighted by the softmax of query . key / sqrt(d)."""
+        scores = torch.stack([(query * key).sum() for key, _ in pairs]) / math.sqrt(
+            self.shape.head_width
+        )
+        weights = torch.exp(scores - scores.max().detach())
+        return sum(w * value for w, (_, value) in zip(weights / weights.sum(), pairs))
+
+    def image_keys_values(self, path: str, images: list[Tensor], starts: list[int]):
+        """Keys, rotated to the image's placeholder, and values: [image][patch][head] -> (d)."""
+        keys, values = [], []
+        d = self.shape.head_width
+        for image, start in zip(images, starts):
+            keys.append([])
+            values.append([])
+            for patch in image:
+                own, shared = (
+                    f"{path}.self_attn.visual.norm.weight",
+                    f"{path}.input_layernorm.weight",
+                )
+                normed = self.norm(patch, self.weights[own if own in self.weights else shared])
+                joint = self.project(f"{path}.self_attn.visual.kv_proj", normed)
+                heads = [joint[2 * d * k : 2 * d * (k + 1)] for k in range(len(joint) // (2 * d))]
+                turn = start if self.mi_rope else 0
+                keys[-1].append(
+                    self.rotated_heads(
+                        torch.cat([x[:d] for x in heads]), turn, f"{path}.self_attn.k_norm"
+                    )
+                )
+                values[-1].append([x[d:] for x in heads])
+        return keys, values
+
+    def rotated_heads(self, joined: Tensor, position: int, norm: str) -> list[Tensor]:
+        """The heads of a query or key, normed where the LLM does (Qwen3), and turned by their
+        position."""
+        heads = self.split(joined)
+        if f"{norm}.weight" in self.weights:
+            heads = [self.norm(x, self.weights[f"{norm}.weight"]) for x in heads]
+        return [self.rotate(x, position) for x in heads]
+
+    def rotate(self, x: Tensor, position: int) -> Tensor:
+        """Pairs (j, j + d/2) turned by position / theta^(2j/d)."""
+        half = len(x) // 2
+        angles = [position / self.shape.theta ** (2 * j / len(x)) for j in range(half)]
+        first = [x[j] * math.cos(a) - x[j + half] * math.sin(a) for j, a in enumerate(angles)]
+        second = [x[j + half] * math.cos(a) + x[j] * math.sin(a) for j, a in enumerate(angles)]
+        return torch.stack(first + second)
+
+    def split(self, joined: Tensor) -> list[Tensor]:
+        d = self.shape.head_width
+        return [joined[d * k : d * (k + 1)] for k in range(len(joined) // d)]
+
+    def norm(self, x: Tensor, weight: Tensor) -> Tensor:
+        """RMSNorm."""
+        return x / torch.sqrt((x * x).mean() + self.shape.eps) * weight
+
+    def norm_by_name(self, name: str, x: Tensor, visual: bool) -> Tensor:
+        return self.norm(x, self.weights[f"{name}{self.copy(visual)}.weight"])
+
+    def project(self, name: str, x: Tensor) -> Tensor:
+        out = self.weights[f"{name}.weight"] @ x
+        return out + self.weights[f"{name}.bias"] if f"{name}.bias" in self.weights else out
+
+    def project_by(self, name: str, x: Tensor, visual: bool) -> Tensor:
+        return self.project(f"{name}{self.copy(visual)}", x)
+
+    def copy(self, visual: bool) -> str:
+        """Which copy of a module a token passes, by its modality."""
+        return (".vision" if visual else ".text") if self.fusion == "modality_adaptive" else ""

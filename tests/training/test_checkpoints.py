@@ -1,0 +1,518 @@
+"""Checkpoints: a run killed at any moment goes on bit for bit, a damaged checkpoint is passed
+over, a full disk is told."""
+
+import csv
+import errno
+import json
+import logging
+import os
+import random
+import re
+import resource
+import signal
+import subprocess
+import sys
+import threading
+import time
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from lightning.fabric.plugins import TorchCheckpointIO
+
+from helpers import SHAPE_COUNTS, TINY_SHAPES
+from owlfuse.artifacts.load import load_run
+from owlfuse.artifacts.runs import (
+    checkpoints_of,
+    last_checkpoint,
+    put_in_place,
+    step_of,
+    what_is_wrong,
+)
+from owlfuse.config.compose import compose
+from owlfuse.core.errors import ConfigError, DataError
+from owlfuse.data.shapes.write import write_shapes
+from owlfuse.evaluation.validation import evaluate_run
+from owlfuse.training import checkpoints, train
+from owlfuse.training.checkpoints import delete_beyond
+from owlfuse.training.module import MultimodalModule
+
+TINY = [
+    "experiment=shapes_owl1",
+    *TINY_SHAPES,
+    "data.workers=0",
+    "data.global_batch_size=4",
+    "data.validation_samples=4",
+    "model.vision.image_size=32",
+    "evaluation.max_questions=1",
+    "evaluation.max_new_tokens=1",
+    "trainer.log_every_n_steps=1",
+    "trainer.max_steps=6",
+    "trainer.val_check_interval=3",
+    "model/adapter@model.adapter.llm=lora",
+    "model/adapter@model.adapter.vision=frozen",
+    "model.adapter.llm.dropout=0.2",
+]
+HARD = [
+    *TINY,
+    "model.vision.image_size=64",
+    "data.micro_batch_size=2",
+    "data.pack_to=512",
+    "data.workers=1",
+]
+HARD += ["trainer.max_steps=24", "checkpoint.every=2"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("checkpoints")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(path)
+        write_shapes("data/shapes", **SHAPE_COUNTS)
+        yield path
+
+
+@pytest.fixture(scope="module")
+def finished(folder):
+    return train.run(compose([*TINY, "name=finished", "checkpoint.every=2"]))
+
+
+@pytest.fixture
+def copy(finished, tmp_path):
+    """The finished run again, to be damaged."""
+    subprocess.run(["cp", "-r", str(finished), str(tmp_path / "run")], check=True)
+    return tmp_path / "run"
+
+
+def start(*overrides, limit=None):
+    command = [sys.executable, "-m", "owlfuse.__main__", "train", *overrides]
+    threads = {
+        **os.environ,
+        "OMP_NUM_THREADS": str(torch.get_num_threads()),
+    }  # other threads, other last bits
+    kept = (lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))) if limit else None
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen(command, env=threads, start_new_session=True, preexec_fn=kept, **pipes)
+
+
+def kill(process):
+    """SIGKILL, the loading processes too."""
+    assert process.poll() is None, process.communicate()[0]
+    os.killpg(process.pid, signal.SIGKILL)
+    return process.communicate()[0]
+
+
+def wait_for(process, condition, seconds=60):
+    end = time.monotonic() + seconds
+    while time.monotonic() < end and process.poll() is None and not condition():
+        time.sleep(0.0002)
+
+
+def rows(folder):
+    """Step, training loss and validation loss of each row that has one."""
+    with (folder / "metrics.csv").open() as file:
+        found = [(r["step"], r.get("train/loss"), r.get("val/loss")) for r in csv.DictReader(file)]
+    return [row for row in found if row[1] or row[2]]
+
+
+def assert_the_same(run, whole):
+    assert rows(run) == rows(whole)
+    a, b = (torch.load(last_checkpoint(folder), weights_only=True) for folder in (run, whole))
+    assert a["global_step"] == b["global_step"]
+    assert a["state_dict"].keys() == b["state_dict"].keys()
+    assert all(
+        torch.equal(tensor, b["state_dict"][name]) for name, tensor in a["state_dict"].items()
+    )
+    assert a["frozen"] == b["frozen"]
+
+
+def go_on(run):
+    return train.run(compose([f"resume={run}"]))
+
+
+def steps(run):
+    return [step_of(path) for path in checkpoints_of(run / "checkpoints")]
+
+
+def test_a_run_killed_twice_goes_on_bit_for_bit_with_lora_dropout_accumulation_packing_and_a_worker(
+    folder, capsys
+):
+    """The first time after some steps, the second while a checkpoint is being written in the
+    background."""
+    run = Path("runs/shapes_owl1/killed")
+    process = start(*HARD, "name=killed")
+    wait_for(process, lambda: len(steps(run)) >= 2)
+    kill(process)
+    before = steps(run)[0]
+    assert 0 < before < 24
+    process = start(f"resume={run}", "checkpoint.background=true")
+    wait_for(
+        process, lambda: steps(run)[0] > before and list((run / "checkpoints").glob("*.ckpt.part"))
+    )
+    output = kill(process)
+    assert f"going on from {run}/checkpoints/step_{before:08}.ckpt at step {before}" in output
+    between = step_of(last_checkpoint(run))
+    assert before < between < 24
+    go_on(run)
+    assert f"at step {between}" in capsys.readouterr().out
+    whole = train.run(compose([*HARD, "name=whole"]))
+    assert_the_same(run, whole)
+    assert list((run / "checkpoints").glob("*.part")) == []
+
+
+@pytest.mark.slow
+def test_twenty_kills_at_random_moments_change_no_bit(folder):
+    """Half of them while a checkpoint is being written."""
+    common = [*HARD, "trainer.max_steps=300", "checkpoint.every=3"]
+    run, chance = Path("runs/shapes_owl1/twenty"), random.Random(3)
+    seen = []
+    process = start(*common, "name=twenty")
+    for number in range(20):
+        was = steps(run)[0] if run.exists() and steps(run) else 0
+        wait_for(process, lambda was=was: bool(steps(run)) and steps(run)[0] > was)
+        time.sleep(chance.uniform(0, 0.4))
+        if number % 2:
+            wait_for(process, lambda: list((run / "checkpoints").glob("*.part")))
+        kill(process)
+        seen.append(step_of(last_checkpoint(run)))
+        process = start(f"resume={run}")
+    output = process.communicate()[0]
+    assert process.returncode == 0, output
+    assert seen == sorted(set(seen))
+    assert_the_same(run, train.run(compose([*common, "name=uninterrupted"])))
+
+
+def test_the_newest_are_kept_and_each_holds_what_is_trained_but_not_what_is_frozen(finished):
+    assert steps(finished) == [6, 4]
+    assert (finished / "checkpoints" / "best.ckpt").exists()
+    checkpoint = torch.load(last_checkpoint(finished), weights_only=True)
+    names = set(checkpoint["state_dict"])
+    assert any("lora_A" in name for name in names)
+    assert any(name.startswith("model.connector") for name in names)
+    assert not any("base_layer" in name or "embed_tokens" in name for name in names)
+    vision = {name.rpartition(".")[2] for name in names if name.startswith("model.vision")}
+    assert vision <= {"running_mean", "running_var", "num_batches_tracked"}
+    assert set(checkpoint["frozen"]) == {"vision", "llm"}
+
+
+def test_a_frozen_base_made_at_random_is_made_again_for_eval_and_export(finished):
+    before = json.loads((finished / "results.json").read_text())["metrics"]
+    torch.rand(7)
+    evaluate_run(str(finished), [])
+    after = json.loads((finished / "results.json").read_text())["metrics"]
+    assert after == pytest.approx(before, abs=1e-5, rel=1e-5)
+    torch.rand(7)
+    load_run(finished)
+
+
+def truncate(path):
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def flip(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("damage", "what"),
+    [
+        (truncate, r"is damaged: has \d+ bytes of \d+"),
+        (flip, "is damaged: has another sha256"),
+        (lambda path: path.with_suffix(".json").unlink(), "has no manifest step_00000006.json"),
+        (
+            lambda path: path.with_suffix(".json").write_text("{"),
+            "has no manifest step_00000006.json",
+        ),
+    ],
+)
+def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_is_used(
+    copy, damage, what, caplog
+):
+    damage(copy / "checkpoints" / "step_00000006.ckpt")
+    with caplog.at_level(logging.WARNING):
+        assert last_checkpoint(copy).name == "step_00000004.ckpt"
+    (record,) = caplog.records
+    assert record.getMessage().startswith(f"checkpoint {copy}/checkpoints/step_00000006.ckpt ")
+    assert re.search(what, record.getMessage())
+
+
+def test_a_run_goes_on_from_the_one_before_and_ends_the_same(copy, finished):
+    truncate(copy / "checkpoints" / "step_00000006.ckpt")
+    assert_the_same(go_on(copy), finished)
+
+
+def test_no_good_checkpoint_is_an_error_that_names_each(copy):
+    for path in checkpoints_of(copy / "checkpoints"):
+        truncate(path)
+    with pytest.raises(
+        ConfigError,
+        match=r"resume: checkpoint .*step_00000006.ckpt is damaged.*step_00000004.ckpt is damaged",
+    ):
+        last_checkpoint(copy)
+
+
+def test_a_folder_is_a_checkpoint_too(copy):
+    path = copy / "checkpoints" / "step_00000008.ckpt"
+    part = path.with_name(path.name + ".part")
+    part.mkdir()
+    (part / "shard0").write_bytes(b"abc")
+    put_in_place(part, path)
+    assert last_checkpoint(copy) == path
+    (path / "shard0").unlink()
+    assert what_is_wrong(path) == "lacks shard0"
+
+
+def test_a_flipped_byte_of_the_best_checkpoint_is_named(copy, caplog):
+    best = copy / "checkpoints" / "best.ckpt"
+    assert what_is_wrong(best) is None
+    flip(best)
+    with caplog.at_level(logging.WARNING):
+        assert last_checkpoint(copy).name == "step_00000006.ckpt"
+    (record,) = caplog.records
+    assert record.getMessage().startswith(f"checkpoint {best} is damaged: has another sha256")
+
+
+@pytest.mark.parametrize("moment", ["before", "after"])
+def test_a_checkpoint_that_is_replaced_is_good_if_the_run_is_killed_at_either_side_of_the_renaming(
+    copy, monkeypatch, moment
+):
+    best = copy / "checkpoints" / "best.ckpt"
+    part = best.with_name("best.ckpt.part")
+    part.write_bytes(best.read_bytes() + b"new")
+    rename = Path.rename
+
+    def killed(path, target):
+        if moment == "after":
+            rename(path, target)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "rename", killed)
+    with pytest.raises(KeyboardInterrupt):
+        put_in_place(part, best)
+    assert best.read_bytes().endswith(b"new") == (moment == "after")
+    assert what_is_wrong(best) is None
+
+
+def test_last_ckpt_of_an_old_run_is_read_and_a_truncated_one_is_not(copy):
+    newest = last_checkpoint(copy)
+    (copy / "checkpoints" / "last.ckpt").write_bytes(newest.read_bytes())
+    for path in (copy / "checkpoints").glob("step_*"):
+        path.unlink()
+    assert step_of(last_checkpoint(copy)) == 6
+    truncate(copy / "checkpoints" / "last.ckpt")
+    with pytest.raises(ConfigError, match=r"last.ckpt is truncated or no checkpoint"):
+        last_checkpoint(copy)
+
+
+def test_another_frozen_base_is_refused_and_its_part_named(copy):
+    config = (copy / "config.yaml").read_text()
+    (copy / "config.yaml").write_text(config.replace("\nseed: 0\n", "\nseed: 9\n"))
+    with pytest.raises(
+        DataError,
+        match=(
+            "the frozen weights of llm, vision are not those that the checkpoint was trained with"
+        ),
+    ):
+        load_run(copy)
+
+
+@pytest.mark.parametrize("background", ["false", "true"])
+def test_a_disk_that_is_full_ends_the_run_in_one_line_with_the_last_checkpoint_intact(
+    copy, background
+):
+    """No file may grow over half a checkpoint."""
+    size = (copy / "checkpoints" / "step_00000006.ckpt").stat().st_size
+    process = start(
+        f"resume={copy}",
+        "trainer.max_steps=8",
+        f"checkpoint.background={background}",
+        limit=size // 2,
+    )
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 1, output
+    (line,) = [line for line in output.splitlines() if "owlfuse: error" in line]
+    assert (
+        "step_00000008.ckpt could not be written: File too large; the checkpoints before it are "
+        "intact"
+    ) in line
+    assert "Traceback" not in output
+    assert list((copy / "checkpoints").glob("*.part")) == []
+    assert last_checkpoint(copy).name == "step_00000006.ckpt"
+
+
+@pytest.fixture
+def held(monkeypatch):
+    """Writes wait until the test lets them go on; a list of the files that are about to be
+    written."""
+    asked, event, write = [], threading.Event(), checkpoints.to_file
+
+    def late(checkpoint, path):
+        asked.append(path.name)
+        assert event.wait(60)
+        write(checkpoint, path)
+
+    monkeypatch.setattr(checkpoints, "to_file", late)
+    return asked, event
+
+
+def test_weights_that_change_while_a_checkpoint_is_written_do_not_reach_it(
+    finished, held, monkeypatch
+):
+    """It holds what a run that waited for the write has in it, and is written when two more
+    steps are done."""
+    asked, event = held
+    ended = MultimodalModule.on_before_optimizer_step
+
+    def step_and_release(module, optimizer):
+        ended(module, optimizer)
+        if module.global_step == 5:  # the sixth step: the checkpoint is of the fourth
+            assert asked == ["step_00000004.ckpt.part"]
+            event.set()
+
+    monkeypatch.setattr(MultimodalModule, "on_before_optimizer_step", step_and_release)
+    words = [
+        "name=late",
+        "checkpoint.every=4",
+        "checkpoint.background=true",
+        "trainer.val_check_interval=6",
+    ]
+    run = train.run(compose([*TINY, *words]))
+    assert steps(run) == [6, 4]
+    late, at_once = (
+        torch.load(folder / "checkpoints" / "step_00000004.ckpt", weights_only=True)
+        for folder in (run, finished)
+    )
+    assert differing(late["state_dict"], at_once["state_dict"]) == []
+    assert differing(late["optimizer_states"], at_once["optimizer_states"]) == []
+    assert differing(late["random_states"], at_once["random_states"]) == []
+    size = (finished / "checkpoints" / "step_00000004.ckpt").stat().st_size
+    assert (
+        abs((run / "checkpoints" / "step_00000004.ckpt").stat().st_size - size) < size / 50
+    )  # what is shared is there once
+
+
+def differing(mine, theirs, place=""):
+    """Where two nested states differ, bit for bit."""
+    if isinstance(mine, torch.Tensor):
+        return [] if torch.equal(mine, theirs) else [place]
+    if isinstance(mine, dict):
+        assert mine.keys() == theirs.keys(), place
+        return [
+            found for key in mine for found in differing(mine[key], theirs[key], f"{place}.{key}")
+        ]
+    if isinstance(mine, list | tuple):
+        assert len(mine) == len(theirs), place
+        return [
+            found
+            for i, (a, b) in enumerate(zip(mine, theirs))
+            for found in differing(a, b, f"{place}.{i}")
+        ]
+    return [] if mine == theirs else [place]
+
+
+class Bare:
+    """What `Writes` asks of a Trainer of one process."""
+
+    def __init__(self, folder, content):
+        self.default_root_dir, self.loggers, self.is_global_zero, self.world_size = (
+            folder,
+            [],
+            True,
+            1,
+        )
+        self.content, self.strategy = content, self
+        self.checkpoint_io = TorchCheckpointIO()
+
+    def broadcast(self, path):
+        return path
+
+    def save_checkpoint(self, path, weights_only):
+        self.checkpoint_io.save_checkpoint(self.content, path)
+
+
+def test_the_last_good_checkpoint_stays_until_the_new_one_is_whole_and_one_write_is_pending_at_most(
+    tmp_path, held
+):
+    asked, event = held
+    content = {"w": torch.zeros(4)}
+    trainer, one = Bare(tmp_path, content), checkpoints.Writes(background=True)
+    one.setup(trainer)
+    paths = [tmp_path / "checkpoints" / f"step_{step:08}.ckpt" for step in (1, 2, 3)]
+    event.set()
+    one.write(trainer, paths[0], partial(delete_beyond, 1, paths[0]))
+    one.finish(trainer)
+    event.clear()
+    content["w"] += 1
+    one.write(trainer, paths[1], partial(delete_beyond, 1, paths[1]))
+    assert checkpoints_of(tmp_path / "checkpoints") == [paths[0]]
+    threading.Timer(0.2, event.set).start()
+    one.write(trainer, paths[2], partial(delete_beyond, 1, paths[2]))
+    assert len(asked) >= 2
+    assert what_is_wrong(paths[1]) is None or what_is_wrong(paths[2]) is None
+    one.finish(trainer)
+    assert checkpoints_of(tmp_path / "checkpoints") == [paths[2]]
+    assert what_is_wrong(paths[2]) is None
+
+
+def test_an_error_of_the_background_is_told_by_the_next_write_and_what_was_there_stays(
+    tmp_path, held, monkeypatch
+):
+    trainer, one = Bare(tmp_path, {"w": torch.zeros(4)}), checkpoints.Writes(background=True)
+    one.setup(trainer)
+    held[1].set()
+    good, lost = (tmp_path / "checkpoints" / f"step_{step:08}.ckpt" for step in (1, 2))
+    one.write(trainer, good)
+    one.finish(trainer)
+
+    def full(checkpoint, path):
+        path.write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "no space")
+
+    monkeypatch.setattr(checkpoints, "to_file", full)
+    one.write(trainer, lost, partial(delete_beyond, 1, lost))
+    with pytest.raises(
+        DataError, match="step_00000002.ckpt could not be written: No space left on device; the"
+    ):
+        one.write(trainer, tmp_path / "checkpoints" / "step_00000003.ckpt")
+    assert [path.name for path in sorted((tmp_path / "checkpoints").iterdir())] == [
+        "step_00000001.ckpt",
+        "step_00000001.json",
+    ]
+    assert what_is_wrong(good) is None
+
+
+def test_ctrl_c_waits_for_the_write_that_is_pending(folder):
+    """After the step it is in the run ends with a whole checkpoint of it."""
+    run = Path("runs/shapes_owl1/stopped")
+    process = start(
+        *TINY,
+        "name=stopped",
+        "trainer.max_steps=400",
+        "checkpoint.every=1",
+        "checkpoint.background=true",
+    )
+    wait_for(
+        process, lambda: len(steps(run)) == 2 and list((run / "checkpoints").glob("*.ckpt.part"))
+    )
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 130, output
+    (stopped,) = re.findall(r"stopped at step (\d+)", output)
+    assert step_of(last_checkpoint(run)) == int(stopped)
+    assert list((run / "checkpoints").glob("*.part")) == []
+
+
+@pytest.mark.parametrize("wrong", ["checkpoint.every=0", "checkpoint.keep=0"])
+def test_options_out_of_range_are_refused(wrong):
+    with pytest.raises(ConfigError, match=wrong.replace("=", " is ")):
+        train.run(compose([*TINY, "name=wrong", wrong]))
+
+
+def test_an_unknown_option_is_refused():
+    with pytest.raises(
+        ConfigError, match="checkpoint.evry: no such key of .*; did you mean 'every'"
+    ):
+        compose([*TINY, "+checkpoint.evry=2"])

@@ -1,0 +1,101 @@
+"""Runs whose weights have half of float32's bits train, evaluate, go on and are exported."""
+
+import json
+import math
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from helpers import SHAPE_COUNTS, SMALL_RUN, llm_fields, make_batch, make_model
+from owlfuse.artifacts.export import export
+from owlfuse.artifacts.load import load_exported, load_run
+from owlfuse.artifacts.weights import HALVES, set_precision
+from owlfuse.config.compose import compose
+from owlfuse.data.shapes.write import write_shapes
+from owlfuse.training import train
+
+SMALL = [
+    *SMALL_RUN,
+    "evaluation.max_questions=4",
+    "evaluation.max_new_tokens=3",
+    "evaluation.contact_sheet=4",
+    "trainer.max_steps=6",
+    "trainer.val_check_interval=3",
+]
+
+
+@pytest.fixture
+def work(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_shapes("data/shapes", **SHAPE_COUNTS)
+    return tmp_path
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["bf16-true", "16-true", "bf16-mixed"])
+@pytest.mark.parametrize(
+    ("experiment", "overrides"),
+    [
+        ("shapes_owl1", []),
+        ("shapes_owl2", ["optim=muon"]),
+        ("shapes_owl3", ["model/adapter@model.adapter.llm=lora", "data.micro_batch_size=4"]),
+    ],
+)
+def test_a_run_of_half_precision_trains_evaluates_goes_on_and_is_exported(
+    work, precision, experiment, overrides
+):
+    common = [
+        *SMALL,
+        *overrides,
+        f"trainer.precision={precision}",
+        "name=half",
+        f"experiment={experiment}",
+    ]
+    folder = train.run(compose(common))
+    metrics = json.loads((folder / "results.json").read_text())["metrics"]
+    losses = [value for name, value in metrics.items() if name.endswith("/loss")]
+    assert losses
+    assert all(math.isfinite(loss) for loss in losses)
+    trained = load_run(folder)
+    dtype = HALVES.get(precision, torch.float32)
+    assert {parameter.dtype for parameter in trained.model.parameters()} == {dtype}
+    batch = make_batch([[5, 6, "image", 7, 8]], trained.model.fusion.tokens_per_image)
+    with torch.no_grad():
+        expected = trained.model(batch)
+    out = export(trained, work / "out")
+    with safe_open(out / "model.safetensors", "pt") as file:
+        stored = {file.get_slice(name).get_dtype() for name in file.keys()}
+    assert stored - {"I64"} == {
+        {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}[dtype]
+    }
+    loaded = load_exported(out)[0].model
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(batch), expected, rtol=0, atol=0)
+    resumed = compose([f"resume={folder}", "trainer.max_steps=8"])
+    assert train.run(resumed) == folder
+
+
+@pytest.mark.parametrize("dtype", HALVES.values(), ids=HALVES)
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "qwen3"])
+def test_rotary_frequencies_keep_their_precision_in_any_cast(dtype, family):
+    extra = (
+        {"layer_types": ["sliding_attention", "full_attention", "full_attention"]}
+        if family == "gemma3_text"
+        else {}
+    )
+    model = make_model("concat", llm=llm_fields(family, **extra))
+    before = {
+        name: buffer.clone() for name, buffer in model.llm.named_buffers() if "inv_freq" in name
+    }
+    precision = next(name for name, value in HALVES.items() if value == dtype)
+    set_precision(model, precision)
+    after = dict(model.llm.named_buffers())
+    assert before
+    assert all(
+        torch.equal(after[name], value) and after[name].dtype == torch.float32
+        for name, value in before.items()
+    )
+    assert {parameter.dtype for parameter in model.parameters()} == {dtype}
+    batch = make_batch([[5, 6, "image", 7, 8]], model.fusion.tokens_per_image)
+    assert model(batch).dtype == dtype
