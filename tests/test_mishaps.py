@@ -318,7 +318,7 @@ def test_a_folder_that_a_library_cannot_write_is_one_line_and_gone(write, tmp_pa
 def test_a_folder_below_a_file_is_told_as_a_place_that_cannot_be_written(tmp_path):
     (tmp_path / "file").touch()
     for make in (lambda: (tmp_path / "file/x").write_text("a"), lambda: tmp_path.write_text("a")):
-        with pytest.raises(OSError) as caught:  # which of them is the system's to say
+        with pytest.raises(OSError) as caught:  # which of them is the system's to say  # noqa: PT011
             make()
         assert why_not_written(caught.value)
 

@@ -182,7 +182,7 @@ def test_lora_is_written_in_pefts_format_and_loads_onto_the_base(experiment, tra
     assert {config["r"], *config["rank_pattern"].values()} == {4, 8}
     assert not (merged / "adapter").exists()
     with safe_open(merged / "model.safetensors", "pt") as file:
-        assert not [name for name in file.keys() if "lora" in name or "base_layer" in name]
+        assert not [name for name in file.keys() if "lora" in name or "base_layer" in name]  # noqa: SIM118
 
 
 def test_what_an_llm_from_elsewhere_has_in_its_configuration_does_not_keep_it_from_loading(

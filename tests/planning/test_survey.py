@@ -137,10 +137,13 @@ def test_ids_that_several_samples_bear_are_told(capsys):
     assert "the first is twin, of samples 2 and 8 as" in printed
 
 
-@pytest.mark.parametrize(("word", "line"), [
-    ("steps=many", "command line: steps=many: expected a number of steps from 1 on"),
-    ("data.at_end=twice", "at_end of source shapes is twice, expected repeat, stop, once"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("word", "line"),
+    [
+        ("steps=many", "command line: steps=many: expected a number of steps from 1 on"),
+        ("data.at_end=twice", "at_end of source shapes is twice, expected repeat, stop, once"),
+    ],
+)
 def test_a_mistake_is_one_line(word, line, capsys):
     assert main(["mixture", *words(word)]) == 2
     error = capsys.readouterr().err

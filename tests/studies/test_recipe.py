@@ -201,24 +201,43 @@ def test_overrides_are_for_all_stages_or_for_one():
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ("trains: {llm: full}", "trains: {lm: full}", "wrong/recipe.yaml: stage third: trains.lm: no such part; did "),
-        ("trains: {llm: full}", "trains: {llm: fulll}", ("stage third: .*wrong/recipe.yaml: model/adapter=fulll: no "
-            "such")),
-        ("trains: {llm: full}", "trains: {llm: full}\n    optim: {lrr: 1}", ("stage third: .*/recipe.yaml: optim.lrr: no "
-            "such")),
-        ("{image_size: 64}", "{image_size: 64}\n      connector: {queries: 4}",
-         ("stage third: model.connector.queries is 4, and 8 in stage second, whose weights it "
-             "starts from; set it in the base")),
+        (
+            "trains: {llm: full}",
+            "trains: {lm: full}",
+            "wrong/recipe.yaml: stage third: trains.lm: no such part; did ",
+        ),
+        (
+            "trains: {llm: full}",
+            "trains: {llm: fulll}",
+            ("stage third: .*wrong/recipe.yaml: model/adapter=fulll: no such"),
+        ),
+        (
+            "trains: {llm: full}",
+            "trains: {llm: full}\n    optim: {lrr: 1}",
+            ("stage third: .*/recipe.yaml: optim.lrr: no such"),
+        ),
+        (
+            "{image_size: 64}",
+            "{image_size: 64}\n      connector: {queries: 4}",
+            (
+                "stage third: model.connector.queries is 4, and 8 in stage second, whose weights "
+                "it "
+                "starts from; set it in the base"
+            ),
+        ),
         ("trains: {llm: full}", "trains: {}", "stage third: .*every part is frozen"),
-        ("{image_size: 64}", "{image_size: 70}", ("stage third: .*model.vision: image_size is 70, which .* do not "
-            "divide")),
+        (
+            "{image_size: 64}",
+            "{image_size: 70}",
+            ("stage third: .*model.vision: image_size is 70, which .* do not divide"),
+        ),
         ("- name: third", "- name: first", "stage first: the name stands twice"),
         ("- name: third", "- nam: third", "stage 3: expected a name of letters"),
         ("stages:", "stage:", "wrong/recipe.yaml: stages: expected a list of stages"),
         ("base:", "bass:", "wrong/recipe.yaml: bass: no such key of a recipe; did you mean 'base'"),
         ("- name: third", "- name: third: x", r"wrong/recipe.yaml:\d+: not YAML"),
     ],
-)  # fmt: skip
+)
 def test_a_mistake_in_the_last_stage_is_told_before_the_first_one_trains(old, new, message):
     write_recipe("wrong", new.join(TINY.rsplit(old, 1)))
     with pytest.raises(ConfigError, match=message) as error:

@@ -257,7 +257,7 @@ def header_shapes(files: list[Path]) -> dict[str, tuple[int, ...]]:
     shapes = {}
     for path in files:
         with safe_open(path, "pt") as file:
-            for name in file.keys():
+            for name in file.keys():  # noqa: SIM118
                 shapes[name] = tuple(file.get_slice(name).get_shape())
     return shapes
 

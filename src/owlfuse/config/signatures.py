@@ -281,7 +281,7 @@ def type_of(module: str, node: ast.AST) -> Any:
     if isinstance(node, ast.Name):
         return type_named(module, node.id)
     if isinstance(node, ast.BinOp) and isinstance(node.op, ast.BitOr):
-        return typing.Union[
+        return typing.Union[  # noqa: UP007
             type_of(module, node.left), type_of(module, node.right)
         ]  # of None and a type too
     if isinstance(node, ast.Subscript):

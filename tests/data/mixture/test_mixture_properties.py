@@ -243,9 +243,12 @@ def test_by_tokens_phases_and_ends_hold_too(case, data):
 
 @few
 @given(
-    case=mixtures(), ranks=st.sampled_from([1, 2, 3, 4]), accumulation=st.integers(1, 3), micro=st.integers(1, 4),
+    case=mixtures(),
+    ranks=st.sampled_from([1, 2, 3, 4]),
+    accumulation=st.integers(1, 3),
+    micro=st.integers(1, 4),
     first=st.integers(0, 3),
-)  # fmt: skip
+)
 def test_ranks_and_accumulation_share_out_each_global_batch(
     case, ranks, accumulation, micro, first
 ):

@@ -397,7 +397,7 @@ def test_chunks_keep_fewer_activations_for_the_backward_pass():
     def kept(chunk):
         model = TimmBackbone(**SMALL_VIT, chunk=chunk)
         sizes = {}
-        pack = lambda t: (
+        pack = lambda t: (  # noqa: E731
             sizes.update({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()}) or t
         )
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):

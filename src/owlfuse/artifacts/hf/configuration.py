@@ -27,7 +27,7 @@ class OwlfuseConfig(PreTrainedConfig):
     """
 
     model_type = "owlfuse"
-    sub_configs = {"text_config": AutoConfig}
+    sub_configs = {"text_config": AutoConfig}  # noqa: RUF012
     has_no_defaults_at_init = True
 
     def __init__(

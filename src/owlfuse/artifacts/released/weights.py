@@ -72,7 +72,7 @@ class Checkpoint:
         for file in self.files:
             if file.suffix == ".safetensors":
                 with safe_open(file, framework="pt") as opened:
-                    for name in opened.keys():
+                    for name in opened.keys():  # noqa: SIM118
                         yield name, opened.get_tensor(name)
             else:
                 yield from unpickled(file).items()
@@ -116,7 +116,7 @@ def stored_in(file: Path) -> list[tuple[str, Stored]]:
         ]
     try:
         with safe_open(file, framework="pt") as opened:
-            slices = {name: opened.get_slice(name) for name in opened.keys()}
+            slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
             return [
                 (name, Stored(file, part.get_dtype(), tuple(part.get_shape())))
                 for name, part in slices.items()
