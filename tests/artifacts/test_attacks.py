@@ -333,9 +333,8 @@ def test_a_strangers_export_runs_no_code(command, attack, stranger, tmp_path, ca
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "attack", list(RUN_ATTACKS)[::5]
-)  # all of them pass one gate, and each command must
+# all of them pass one gate, and each command must
+@pytest.mark.parametrize("attack", list(RUN_ATTACKS)[::5])
 @pytest.mark.parametrize("command", sorted(set(RUN_COMMANDS) - {"chat", "train resume="}))
 def test_a_strangers_run_runs_no_code_by_any_command(command, attack, stranger, tmp_path, capfd):
     refused(RUN_COMMANDS[command], stranger("run", RUN_ATTACKS[attack]), tmp_path, capfd)

@@ -78,12 +78,10 @@ def exported(folder, kind, name, out, *options):
 def check_close(mine, theirs):
     assert mine.keys() == theirs.keys()
     for name in mine:
-        if (
-            "key.bias" not in name
-        ):  # no softmax depends on it: its gradient is rounding, which Adam makes large
-            relative = (
-                1e-3 if "running_" in name else 0
-            )  # statistics are no weights, and may be large
+        # no softmax depends on it: its gradient is rounding, which Adam makes large
+        if "key.bias" not in name:
+            # statistics are no weights, and may be large
+            relative = 1e-3 if "running_" in name else 0
             torch.testing.assert_close(
                 mine[name],
                 theirs[name],

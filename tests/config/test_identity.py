@@ -89,9 +89,8 @@ def identity_of(folder, root=None):
 def test_data_are_known_by_contents_and_not_by_place_or_time(shapes, tmp_path):
     before = identity_of(shapes)
     assert set(before) == {"data.sources.shapes", "data.sources.shapes, its pictures"}
-    copy = Path(
-        shutil.copytree(shapes, tmp_path / "copy", copy_function=shutil.copyfile)
-    )  # with times of now
+    # with times of now
+    copy = Path(shutil.copytree(shapes, tmp_path / "copy", copy_function=shutil.copyfile))
     assert identity_of(copy) == before
     assert identity_of(copy, root=shapes) == before
 

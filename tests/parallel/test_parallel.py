@@ -161,12 +161,10 @@ def check(folder, scratch, case, split, accumulation):
     mine, theirs = weights(two, scratch), weights(one, scratch)
     assert mine.keys() == theirs.keys()
     for key in mine:
-        if (
-            "key.bias" not in key
-        ):  # no softmax depends on it: its gradient is rounding, which Adam makes large
-            relative = (
-                5e-3 if "running_" in key else 0
-            )  # statistics are no weights, and features that they are of may be large
+        # no softmax depends on it: its gradient is rounding, which Adam makes large
+        if "key.bias" not in key:
+            # statistics are no weights, and features that they are of may be large
+            relative = 5e-3 if "running_" in key else 0
             message = partial("{}: {}".format, key)
             torch.testing.assert_close(
                 mine[key], theirs[key], atol=1e-4, rtol=relative, msg=message

@@ -301,9 +301,8 @@ def test_a_recipe_of_two_steps_a_stage_leaves_a_whole_run_of_each(recipe, capsys
 
 def test_each_stage_starts_from_the_weights_of_the_one_before_and_position_embeddings_are_resampled():
     """With a learning rate of next to nothing in the later stages, they end where they began."""
-    still = [
-        f"stages.{name}.optim.lr=1e-60" for name in ("second", "third")
-    ]  # which moves no float32
+    # which moves no float32
+    still = [f"stages.{name}.optim.lr=1e-60" for name in ("second", "third")]
     recipe_command("tiny", [*SMALL, "name=pass", *still])
     first, second, third = (
         plain(weights(Path("runs/tiny/pass") / name)) for name in ("first", "second", "third")
@@ -348,18 +347,15 @@ def test_a_stage_that_was_begun_otherwise_is_not_gone_on_with(ran):
         match=r"stages.yaml: stage first was begun with optim.lr 0.002, and it is 0.001 now; choose",
     ):
         write_record(make_stages("tiny", [*RAN, "optim.lr=0.001"]))
-    write_record(
-        make_stages("tiny", [*RAN, "data.micro_batch_size=4"])
-    )  # changes nothing that is learned
+    # changes nothing that is learned
+    write_record(make_stages("tiny", [*RAN, "data.micro_batch_size=4"]))
     recipe_command("tiny", RAN)
 
 
 def start(*words):
     command = [sys.executable, "-m", "owlfuse.__main__", "recipe", "tiny", *SMALL, *words]
-    threads = {
-        **os.environ,
-        "OMP_NUM_THREADS": str(torch.get_num_threads()),
-    }  # other threads, other last bits
+    # other threads, other last bits
+    threads = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
     return subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=threads
     )
@@ -452,7 +448,6 @@ def test_under_torchrun_every_rank_goes_through_the_same_stages_and_one_writes()
         for key, tensor in weights(Path("runs/tiny/ranks") / name).items():
             if "key.bias" in key:  # no softmax depends on it: its gradient is rounding alone
                 continue
-            apart = (
-                tensor - alone[key]
-            ).abs() > 1e-4  # of a gradient of rounding alone Adam makes a whole step
+            # of a gradient of rounding alone Adam makes a whole step
+            apart = (tensor - alone[key]).abs() > 1e-4
             assert apart.double().mean() < 1e-3, (name, key)

@@ -87,10 +87,8 @@ def copy(finished, tmp_path):
 
 def start(*overrides, limit=None):
     command = [sys.executable, "-m", "owlfuse.__main__", "train", *overrides]
-    threads = {
-        **os.environ,
-        "OMP_NUM_THREADS": str(torch.get_num_threads()),
-    }  # other threads, other last bits
+    # other threads, other last bits
+    threads = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
     kept = (lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))) if limit else None
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     return subprocess.Popen(command, env=threads, start_new_session=True, preexec_fn=kept, **pipes)
@@ -389,9 +387,8 @@ def test_weights_that_change_while_a_checkpoint_is_written_do_not_reach_it(
     assert differing(late["optimizer_states"], at_once["optimizer_states"]) == []
     assert differing(late["random_states"], at_once["random_states"]) == []
     size = (finished / "checkpoints" / "step_00000004.ckpt").stat().st_size
-    assert (
-        abs((run / "checkpoints" / "step_00000004.ckpt").stat().st_size - size) < size / 50
-    )  # what is shared is there once
+    # what is shared is there once
+    assert abs((run / "checkpoints" / "step_00000004.ckpt").stat().st_size - size) < size / 50
 
 
 def differing(mine, theirs, place=""):

@@ -138,11 +138,8 @@ def test_accumulation_does_not_change_the_steps():
         "model/vision=timm",
         "model.vision.name=test_vit",
     )
-    common += (
-        "model.vision.pretrained=false",
-        "trainer.log_every_n_steps=1",
-        "optim=adamw",
-    )  # Muon rounds to bfloat16
+    # Muon rounds to bfloat16
+    common += ("model.vision.pretrained=false", "trainer.log_every_n_steps=1", "optim=adamw")
     whole = run(*common, "name=whole")
     parts = run(*common, "name=parts", "data.micro_batch_size=2")
     assert losses(parts) == pytest.approx(losses(whole), abs=1e-5)
@@ -204,10 +201,8 @@ def test_a_row_too_short_for_the_longest_sample_is_refused_in_one_line():
 
 def start(*overrides):
     command = [sys.executable, "-m", "owlfuse.__main__", "train", *SMALL, *overrides]
-    threads = {
-        **os.environ,
-        "OMP_NUM_THREADS": str(torch.get_num_threads()),
-    }  # other threads, other last bits
+    # other threads, other last bits
+    threads = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
     return subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=threads
     )
@@ -251,9 +246,8 @@ def test_a_finished_run_goes_on_when_it_is_given_more_steps():
     first = losses(run_folder)
     train.run(compose([f"resume={run_folder}", "trainer.max_steps=5"]))
     assert json.loads((run_folder / "results.json").read_text())["steps"] == 5
-    assert (
-        json.loads((run_folder / "mixture.json").read_text())["sources"]["shapes"]["drawn"] == 26
-    )  # 65 % of 40
+    # 65 % of 40
+    assert json.loads((run_folder / "mixture.json").read_text())["sources"]["shapes"]["drawn"] == 26
     after = losses(run_folder)
     assert sorted(after) == [0, 1, 2, 3, 4]
     assert {step: after[step] for step in first} == first

@@ -135,9 +135,8 @@ def check_template(text: str, where: str) -> None:
             f"{where}: a chat template of {len(text):,} characters, over the limit of "
             f"{MAX_TEMPLATE:,}"
         )
-    plain = re.sub(
-        r"{%-?\s*(end)?generation\s*-?%}", "", text
-    )  # transformers' own block, which marks answers
+    # transformers' own block, which marks answers
+    plain = re.sub(r"{%-?\s*(end)?generation\s*-?%}", "", text)
     try:
         Environment(extensions=["jinja2.ext.loopcontrols"]).parse(plain)
     except (TemplateSyntaxError, RecursionError) as error:
@@ -190,9 +189,8 @@ def check_shapes(
         tied: names that stand for others, which the files need not hold.
     """
     state = wrapped.state_dict()
-    if set(revert_weight_conversion(wrapped, dict(state))) != set(
-        state
-    ):  # transformers keeps these under other names
+    # transformers keeps these under other names
+    if set(revert_weight_conversion(wrapped, dict(state))) != set(state):
         wanted, present = (
             sum(map(prod, each)) for each in ([t.shape for t in state.values()], shapes.values())
         )

@@ -136,10 +136,8 @@ def changed_keys(past: Past, config: DictConfig) -> dict[str, list[Any]]:
     """
     allowed = list(ON_RESUME)
     if past.config["data"].get("weights_by", "samples") == "samples":
-        allowed += [
-            "data.max_length",
-            "data.on_length*",
-        ]  # else they change which sample stands where
+        # else they change which sample stands where
+        allowed += ["data.max_length", "data.on_length*"]
     return compared(past, config, allowed, "goes on")
 
 

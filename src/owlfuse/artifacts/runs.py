@@ -60,17 +60,15 @@ def run_folder(config: DictConfig) -> Path:
     runs = Path(config.runs).expanduser() / config.experiment
     if is_first_rank():
         os.environ[NAME] = config.name or make_timed_folder(runs).name
-    name = (
-        os.environ.get(NAME) or config.name or "unnamed"
-    )  # ranks that the first one starts inherit its name
+    # ranks that the first one starts inherit its name
+    name = os.environ.get(NAME) or config.name or "unnamed"
     return runs / name
 
 
 def is_first_rank() -> bool:
     """Whether this process writes what there is one of."""
-    from lightning.pytorch.utilities import (
-        rank_zero_only,
-    )  # a mistake of a command is told before it is imported
+    # a mistake of a command is told before it is imported
+    from lightning.pytorch.utilities import rank_zero_only
 
     return getattr(rank_zero_only, "rank", 0) == 0
 

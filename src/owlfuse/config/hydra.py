@@ -243,9 +243,8 @@ def _hydra(folders: ConfigFolders) -> Iterator[None]:
     Plugins.instance().register(ExperimentSource)
     GlobalHydra.instance().clear()
     with warnings.catch_warnings():
-        warnings.filterwarnings(
-            "ignore", "The version_base"
-        )  # hydra 1.3 warns where there is none, 1.4 where there is one
+        # hydra 1.3 warns where there is none, 1.4 where there is one
+        warnings.filterwarnings("ignore", "The version_base")
         initialized = hydra.initialize_config_dir(
             str(folders.configs[0]), job_name="owlfuse", version_base="1.3"
         )

@@ -140,9 +140,8 @@ def _reword(text: str, folders: ConfigFolders) -> str:
             f"{found[1]}: choose an option, {found[1]}=<option> (there are: "
             f"{', '.join(folders.options(group))})"
         )
-    text = re.sub(
-        r"^\w+ raised while \w+ \w+:\s*", "", text
-    )  # an exception's name tells a user nothing
+    # an exception's name tells a user nothing
+    text = re.sub(r"^\w+ raised while \w+ \w+:\s*", "", text)
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     useful = [
         line for line in lines if not line.startswith(("full_key", "object_type", "See http"))

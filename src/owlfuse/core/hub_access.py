@@ -71,9 +71,8 @@ def check_hub_has(name: str, instead: str) -> None:
         raise DataError(f"{name}: {reason}, and it is not in the cache; {instead}")
     if not constants.HF_HUB_OFFLINE:
         log.warning("%s: %s; it is taken from the cache (%s)", name, reason, constants.HF_HUB_CACHE)
-        constants.HF_HUB_OFFLINE = (
-            True  # what the environment's variable of this name sets: no more waiting for it
-        )
+        # what the environment's variable of this name sets: no more waiting for it
+        constants.HF_HUB_OFFLINE = True
 
 
 def resolved_file(name: str, files: tuple[str, ...]) -> Path | None:

@@ -98,9 +98,8 @@ class ChatData(lightning.LightningDataModule):
             source.name = name
         self.sources = sources
         self.validation = validation
-        self.validation_skipped: dict[
-            tuple[str, str, str], None
-        ] = {}  # in the order in which they were found
+        # in the order in which they were found
+        self.validation_skipped: dict[tuple[str, str, str], None] = {}
         self.validation_truncated: dict[tuple[str, str, int], None] = {}
         self.notes = NotesLog()
         self.global_batch_size = global_batch_size
@@ -193,10 +192,8 @@ class ChatData(lightning.LightningDataModule):
         """From the trainer's step on, so that a resumed run goes on where it was."""
         trainer = self.trainer
         assert trainer is not None
-        place = trainer.distributed_sampler_kwargs or {
-            "rank": 0,
-            "num_replicas": 1,
-        }  # tensor ranks share their rows
+        # tensor ranks share their rows
+        place = trainer.distributed_sampler_kwargs or {"rank": 0, "num_replicas": 1}
         sampler = GlobalBatchSampler(
             self.global_batch_size,
             self.accumulation(place["num_replicas"]),

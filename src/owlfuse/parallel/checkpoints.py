@@ -149,9 +149,8 @@ def load_shards(model: nn.Module, optimizers: list[Optimizer], path: Path) -> di
         dcp.load(
             {f"optimizer_{index}": moments}, storage_reader=SafeReader(path), planner=SafePlanner()
         )
-        names = [
-            group["name"] for group in optimizer.param_groups
-        ]  # of this mesh's groups, not of those that were saved
+        # of this mesh's groups, not of those that were saved
+        names = [group["name"] for group in optimizer.param_groups]
         set_optimizer_state_dict(model, optimizer, moments, options=BY_NAME)
         for group, name in zip(optimizer.param_groups, names, strict=True):
             group["name"] = name

@@ -231,9 +231,8 @@ class StopOnSignal(Callback):
         ):
             self.stopped = trainer.should_stop = True
             if (batch_idx + 1) % int(trainer.val_check_interval):
-                trainer.limit_val_batches = (
-                    0  # Lightning validates when it stops, where a run never stopped would not
-                )
+                # Lightning validates when it stops, where a run never stopped would not
+                trainer.limit_val_batches = 0
 
     def teardown(self, trainer: Trainer, module: LightningModule, stage: str) -> None:
         """Gives the signals back."""

@@ -112,10 +112,8 @@ def train(config: DictConfig, folder: Path, data_digest: str | None) -> None:
     )
     if past and identity:
         changes |= check_identity(past, identity, config)
-        identity = {
-            **past.identity,
-            **identity,
-        }  # of what is no longer there, as a base whose weights are all trained
+        # of what is no longer there, as a base whose weights are all trained
+        identity = {**past.identity, **identity}
     if (
         data_digest
         and identity

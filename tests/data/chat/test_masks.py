@@ -107,9 +107,8 @@ def sample_of(chat):
 def supervised(tokenizer, encoded):
     """The text of each run of supervised tokens, told apart by what is not supervised between
     them."""
-    anchor = tokenizer("a", add_special_tokens=False)[
-        "input_ids"
-    ]  # some decoders drop a space at the very start
+    # some decoders drop a space at the very start
+    anchor = tokenizer("a", add_special_tokens=False)["input_ids"]
     runs, run = [], []
     for label in [*encoded.labels.tolist(), -100]:
         if label != -100:

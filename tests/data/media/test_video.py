@@ -288,9 +288,8 @@ def test_frames_are_turned_upright(tmp_path):
     name = write_video(tmp_path / "a.mp4", 1, paint=paint, rotation=90)
     (frame,) = read_frames(tmp_path, name, "s:1", VideoSampling("uniform", 1), LIMIT)
     assert frame.size == (48, 64)
-    assert (
-        np.asarray(frame)[40:].mean() > 240
-    )  # a quarter turn counterclockwise brings the left side down
+    # a quarter turn counterclockwise brings the left side down
+    assert np.asarray(frame)[40:].mean() > 240
     assert np.asarray(frame)[:24].mean() < 120
 
 

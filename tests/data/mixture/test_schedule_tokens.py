@@ -47,9 +47,8 @@ def made_mixture(seed: int, most: int = 12, **options) -> Mixture:
     lengths = {name: made_lengths(generator, size) for name, size in sizes.items()}
     mixture = Mixture(sizes, weights, seed, lengths=lengths, **options)
     mixture.counted = [lengths[name] for name in mixture.names]
-    mixture.schedule = TokenSchedule(
-        mixture.schedule.rules, mixture.counted, mixture.shuffles
-    )  # where all are alike, too
+    # where all are alike, too
+    mixture.schedule = TokenSchedule(mixture.schedule.rules, mixture.counted, mixture.shuffles)
     return mixture
 
 

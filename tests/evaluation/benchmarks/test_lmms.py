@@ -345,6 +345,5 @@ def test_the_door_is_declared_and_imports_no_lmms_eval():
     ]
     assert door == {"owlfuse": "owlfuse.evaluation.lmms:manifests"}
     assert callable(owlfuse.evaluation.lmms.manifests)
-    assert (
-        "lmms_eval" not in sys.modules
-    )  # this file has imported all of owlfuse.evaluation.lmms but its models
+    # this file has imported all of owlfuse.evaluation.lmms but its models
+    assert "lmms_eval" not in sys.modules

@@ -100,9 +100,8 @@ def stopped(folder):
 def test_ctrl_c_ends_the_run_after_its_step_and_leaves_a_checkpoint(stopped):
     assert "1/4 plain-seed0: finished" in stopped
     assert "2/4 plain-seed1: interrupted" in stopped
-    assert (
-        "faulty" not in stopped.partition("plain-seed0: began")[2].partition("grid")[0]
-    )  # no further cell was begun
+    # no further cell was begun
+    assert "faulty" not in stopped.partition("plain-seed0: began")[2].partition("grid")[0]
     assert (
         read("plain-seed0", "cell.json")["state"],
         read("plain-seed1", "cell.json")["state"],
@@ -119,9 +118,8 @@ def test_results_say_what_the_run_cost_and_what_it_is_of(stopped):
     cost = results["cost"]
     assert cost["trained_parameters"] == cost["parameters"] > 1e6
     assert cost["tokens_per_s"] > 0
-    assert (
-        cost["peak_memory_bytes"] > 4 * 3 * cost["parameters"]
-    )  # weights, gradients and an optimizer's state at least
+    # weights, gradients and an optimizer's state at least
+    assert cost["peak_memory_bytes"] > 4 * 3 * cost["parameters"]
     assert cost["ms_per_generated_token"] > 0
     assert results["hash"] == read("plain-seed0", "cell.json")["hash"]
     assert (results["experiment"], results["seed"], results["steps"]) == ("grid", 0, 30)
@@ -148,9 +146,8 @@ def gone_on(stopped):
 
 
 def test_the_same_command_goes_on_and_a_cell_that_fails_does_not_end_the_others(gone_on):
-    assert (
-        Path("runs/grid/plain-seed0/results.json").stat().st_mtime_ns == gone_on
-    )  # finished: skipped
+    # finished: skipped
+    assert Path("runs/grid/plain-seed0/results.json").stat().st_mtime_ns == gone_on
     assert (
         "going on from runs/grid/plain-seed1/checkpoints/step_"
         in Path("runs/grid/plain-seed1/log.txt").read_text()
@@ -193,9 +190,8 @@ def test_runs_of_other_code_or_another_configuration_are_not_mixed_in(gone_on):
     finally:
         Path("faulty.py").write_text(FAULTY)
     assert not Path("runs/grid/old").exists()
-    with pytest.raises(
-        ConfigError, match="another configuration"
-    ):  # nothing was written by what was refused
+    # nothing was written by what was refused
+    with pytest.raises(ConfigError, match="another configuration"):
         ablate_command("grid", ["optim.lr=0.5", "dry_run=true"])
 
 

@@ -68,9 +68,8 @@ class OwlfuseConfig(PreTrainedConfig):
         attention = getattr(self.text_config, "_attn_implementation", None) or "sdpa"
         llm = {**llm_node(self.text_config), "attention": attention}
         dtype = self.text_config.dtype
-        if (
-            dtype is not None and dtype == self.dtype
-        ):  # all of the model is in it, as after a run in bf16-true
+        # all of the model is in it, as after a run in bf16-true
+        if dtype is not None and dtype == self.dtype:
             llm["dtype"] = str(dtype).removeprefix("torch.")
         return {**nodes, "llm": llm}
 
@@ -93,9 +92,8 @@ def check_nodes(nodes: dict[str, Any], file: Path) -> None:
 
 def llm_node(text_config: PreTrainedConfig) -> dict[str, Any]:
     """The node that makes an LLM of this configuration with random weights."""
-    from owlfuse.model.llm import (
-        known_fields,
-    )  # here, since it imports transformers' models, which are not there yet
+    # here, since it imports transformers' models, which are not there yet
+    from owlfuse.model.llm import known_fields
 
     known = known_fields(type(text_config)) - {"transformers_version", "architectures", "dtype"}
     fields = {

@@ -41,10 +41,11 @@ def register(name: str) -> None:
         by_backend: dict[str, Any] = {
             "image_processor_classes": dict.fromkeys(("pil", "torchvision"), OwlfuseImageProcessor)
         }
+        # before 5.2x
         if (
             "image_processor_classes"
             not in inspect.signature(AutoImageProcessor.register).parameters
-        ):  # before 5.2x
+        ):
             by_backend = {"slow_image_processor_class": OwlfuseImageProcessor}
         AutoImageProcessor.register(OwlfuseConfig, **by_backend, exist_ok=True)
     else:

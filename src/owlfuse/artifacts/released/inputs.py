@@ -178,6 +178,5 @@ def images_of(model: MultimodalLM, family: str, images: Tensor | None, counts: l
             f"images are {tuple(images.shape[2:])} pixels, and the model takes {(height, width)}; "
             "resize them"
         )
-    return images[..., :height, :width].to(
-        weight.dtype
-    )  # what is over, less than a patch, no released model reads either
+    # what is over, less than a patch, no released model reads either
+    return images[..., :height, :width].to(weight.dtype)

@@ -79,9 +79,8 @@ def load(folder: Path | str) -> MultimodalLM:
         model.llm.tie_weights()  # accelerate has untied them
     except DataError:
         raise
-    except (
-        Exception
-    ) as error:  # numbers that make no model fail anywhere inside timm and transformers
+    # numbers that make no model fail anywhere inside timm and transformers
+    except Exception as error:
         raise DataError(
             f"{folder / 'config.json'} describes no model ({one_line(error)}); take that of the "
             "weights"

@@ -148,9 +148,8 @@ def prepare(
             {"additional_special_tokens": [image_token]}, replace_extra_special_tokens=False
         )
     templates = tokenizer.chat_template
-    if isinstance(
-        templates, dict
-    ):  # several, by name, of which transformers takes `default` or `tool_use`
+    # several, by name, of which transformers takes `default` or `tool_use`
+    if isinstance(templates, dict):
         tokenizer.chat_template = {
             name: prepare_template(tokenizer, template, image_token, break_behind_images)
             for name, template in templates.items()
@@ -186,9 +185,8 @@ def prepare_template(
     for content in CONTENTS.values():
         joined = JOIN_PARTS.replace("LINE_BREAK", LINE_BREAK if break_behind_images else "")
         joined = joined.replace("IMAGE_TOKEN", json.dumps(image_token)).replace("CONTENT", content)
-        prepared = (
-            PREPARED + joined + "{{- '' }}" + body
-        )  # a block before it would take the body's first line break
+        # a block before it would take the body's first line break
+        prepared = PREPARED + joined + "{{- '' }}" + body
         if writes_question(tokenizer, prepared):
             return prepared + written_before_answers(tokenizer, prepared)
     raise DataError(
@@ -227,7 +225,8 @@ def fixed_date(template: str) -> str:
                 "no constant text"
             )
         dates[call.args[0].value] = day.strftime(call.args[0].value)
-    return f"{{%- macro strftime_now(format) -%}}{{{{- {json.dumps(dates)}[format] -}}}}{{%- endmacro -%}}"
+    table = json.dumps(dates)
+    return f"{{%- macro strftime_now(format) -%}}{{{{- {table}[format] -}}}}{{%- endmacro -%}}"
 
 
 def writes_question(tokenizer: PreTrainedTokenizerBase, template: str) -> bool:
@@ -366,9 +365,8 @@ def counting_steps(template: str) -> str:
         elif kind == "name" and not statement:
             statement = value
         if kind == "block_end" and statement in ("for", "macro"):
-            value = (
-                f"%}}{COUNT_STEP}{value}"  # the last tag has the sign for the white space behind it
-            )
+            # the last tag has the sign for the white space behind it
+            value = f"%}}{COUNT_STEP}{value}"
         pieces.append(value)
     return "".join(pieces)
 

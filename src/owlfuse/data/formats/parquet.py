@@ -372,6 +372,5 @@ def open_arrow(file: Path) -> Any:
             mapped.madvise(mmap.MADV_DONTNEED)
     mapped.madvise(mmap.MADV_DONTNEED)
     table = pyarrow.Table.from_batches(batches, reader.schema)
-    return Dataset(
-        table, fingerprint=file.name
-    )  # without one, it would pickle the table for its hash
+    # without one, it would pickle the table for its hash
+    return Dataset(table, fingerprint=file.name)

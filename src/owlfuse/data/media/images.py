@@ -95,9 +95,8 @@ def opened(root: Path, path: str, label: str) -> io.BufferedIOBase:
         return place_of(root, path, label).open("rb")
     try:
         folder = folder_below(os.getcwd(), root, path[: -len(name)])
-        descriptor = os.open(
-            folder + name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK
-        )  # a pipe would be waited for
+        # a pipe would be waited for
+        descriptor = os.open(folder + name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     except OSError:
         return place_of(root, path, label).open("rb")
     facts = os.fstat(descriptor)
@@ -154,9 +153,8 @@ def decoders() -> tuple[str, ...]:
 def decode(file: io.BufferedIOBase, label: str, max_pixels: int) -> Image.Image:
     """The picture of an open file. Raises DataError over `max_pixels`, before decoding."""
     with warnings.catch_warnings():
-        warnings.simplefilter(
-            "ignore", Image.DecompressionBombWarning
-        )  # the limit here is max_pixels
+        # the limit here is max_pixels
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
         picture = Image.open(cast("IO[bytes]", file), formats=decoders())
     with picture:
         pixels = picture.width * picture.height

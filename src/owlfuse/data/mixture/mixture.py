@@ -85,9 +85,8 @@ class Mixture:
             len({bound for tokens in counts for bound in (int(tokens.min()), int(tokens.max()))})
             == 1
         ):
-            self.schedule = SampleSchedule(
-                rules
-            )  # shares of tokens are shares of samples, and held as closely as those
+            # shares of tokens are shares of samples, and held as closely as those
+            self.schedule = SampleSchedule(rules)
         else:
             self.schedule = TokenSchedule(rules, counts, self.shuffles)
 

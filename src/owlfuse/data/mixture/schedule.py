@@ -146,9 +146,8 @@ class Order:
 
     def __init__(self, shares: tuple[Fraction, ...]) -> None:
         exact = math.lcm(*(share.denominator for share in shares))
-        times = -(
-            -LEAST_PERIOD // exact
-        )  # written out several times, so that long stretches are copied in long pieces
+        # written out several times, so that long stretches are copied in long pieces
+        times = -(-LEAST_PERIOD // exact)
         self.period = exact * times
         self.order = np.tile(chairman_order(list(shares), exact), times)
         self.places = [np.flatnonzero(self.order == i).astype(np.int32) for i in range(len(shares))]

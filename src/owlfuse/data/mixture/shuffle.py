@@ -163,9 +163,8 @@ class Shuffle:
             np.multiply(first, side, out=first)
             np.right_shift(first, np.uint32(16), out=first)
             moved += first
-            np.minimum(
-                moved, np.subtract(moved, side, out=second), out=moved
-            )  # modulo: below `side` it wraps to a large one
+            # modulo: below `side` it wraps to a large one
+            np.minimum(moved, np.subtract(moved, side, out=second), out=moved)
         np.multiply(left, np.uint32(self.columns), out=left)
         np.add(left, right, out=places)
 

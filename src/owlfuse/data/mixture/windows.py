@@ -110,9 +110,8 @@ class Windows:
                 int64 (K,).
         """
         number = max(0, low // self.frame)
-        if (
-            number and self.cut(number).tokens >= low
-        ):  # samples without tokens may end the frame before
+        # samples without tokens may end the frame before
+        if number and self.cut(number).tokens >= low:
             number -= 1
         first = self.cut(number)
         sources, tokens = [np.empty(0, dtype=np.uint16)], [np.empty(0, dtype=np.int64)]
@@ -436,9 +435,8 @@ class TokenSums:
                 del self.tables[next(iter(self.tables))]
             found = np.zeros(self.draws + 1, dtype=self.dtype)
             first = number * self.draws
-            for start in range(
-                0, self.draws, LEAST
-            ):  # in parts, which stay in the processor's cache
+            # in parts, which stay in the processor's cache
+            for start in range(0, self.draws, LEAST):
                 stop = min(start + LEAST, self.draws)
                 found[start + 1 : stop + 1] = self.lengths[
                     self.shuffle.between(first + start, first + stop)
@@ -457,9 +455,8 @@ class TokenSums:
         if tokens <= 0:
             return 0
         number = (tokens - 1) // self.tokens
-        sought = np.array(
-            tokens - number * self.tokens, dtype=self.dtype
-        )  # of the table's kind, or it would be converted
+        # of the table's kind, or it would be converted
+        sought = np.array(tokens - number * self.tokens, dtype=self.dtype)
         return number * self.draws + int(self.table(number).searchsorted(sought))
 
     def between(self, start: int, stop: int) -> np.ndarray:

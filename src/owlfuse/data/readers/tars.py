@@ -232,9 +232,8 @@ def tar_members(
         kind, data, length = header[156:157], offset + BLOCK, tarfile.nti(header[124:136])  # type: ignore[attr-defined]  # not in its stubs
         extends = kind in b"xLKg"
         length = length if size is None or extends else size
-        length = (
-            0 if kind in b"123456" else length
-        )  # of links, devices and folders: a size that nothing is stored of
+        # of links, devices and folders: a size that nothing is stored of
+        length = 0 if kind in b"123456" else length
         offset = data + -(-length // BLOCK) * BLOCK
         if length < 0 or offset > whole:
             raise ValueError(f"cut short: a member ends at byte {offset}, the file at {whole}")

@@ -55,9 +55,8 @@ def write_many(
     ]
     write(target / "train.json", train)
     for count in COUNTS:
-        asked = [
-            Random(f"many {seed} {i}") for i in range(questions)
-        ]  # the same pictures are asked about for every count
+        # the same pictures are asked about for every count
+        asked = [Random(f"many {seed} {i}") for i in range(questions)]
         write(
             target / f"val_{count}.json",
             [chat(f"val-{i:05d}", read["val"], count, 1, r) for i, r in enumerate(asked)],

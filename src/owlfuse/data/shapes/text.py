@@ -203,9 +203,8 @@ def make_texts(seed: int, train: int, val: int) -> tuple[list[dict], list[dict]]
     both = []
     for split, (name, count) in enumerate((("train", train), ("val", val))):
         drawn = [TEXT_KINDS[i % len(TEXT_KINDS)] for i in range(count)]
-        Random(f"text {seed} {name} order").shuffle(
-            drawn
-        )  # so that any kind may come first in a chat of several
+        # so that any kind may come first in a chat of several
+        Random(f"text {seed} {name} order").shuffle(drawn)
         both.append(
             [
                 {"id": f"text-{name}-{i:06d}", **next(sources[k][split]), "kind": k}

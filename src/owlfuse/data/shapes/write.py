@@ -82,9 +82,8 @@ def _is_written(folder: Path, arguments: dict) -> bool:
             raise ValueError(
                 f"{folder}/images/{split} has {count} pictures, expected {expected}: {remedy}"
             )
-    names = {
-        p.name for p in folder.iterdir() if p.name != ".owlfuse"
-    }  # where counts of tokens are kept
+    # where counts of tokens are kept
+    names = {p.name for p in folder.iterdir() if p.name != ".owlfuse"}
     if names != wanted:
         raise ValueError(
             f"{folder} lacks {sorted(wanted - names)} and has foreign {sorted(names - wanted)}: "

@@ -95,9 +95,8 @@ def ready(talker: Talker, batch: Batch) -> Batch:
     batch = batch.to(talker.device)
     embeddings: Any = talker.model.get_input_embeddings()
     unknown = batch.placeholder & (batch.input_ids >= embeddings.num_embeddings)
-    batch.input_ids = batch.input_ids.masked_fill(
-        unknown, 0
-    )  # an image's tokens stand there, the id does not matter
+    # an image's tokens stand there, the id does not matter
+    batch.input_ids = batch.input_ids.masked_fill(unknown, 0)
     batch.pixel_values = batch.pixel_values.to(next(talker.model.model.vision.parameters()).dtype)
     return batch
 

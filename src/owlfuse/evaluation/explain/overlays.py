@@ -10,9 +10,8 @@ import numpy as np
 from PIL import Image, ImageOps
 from torch import Tensor
 
-COLORS = (
-    "viridis"  # told apart with any kind of color vision, and lighter for more, so in print too
-)
+# told apart with any kind of color vision, and lighter for more, so in print too
+COLORS = "viridis"
 SHOWN = 16  # pictures on one sheet
 SIDE = 512  # pixels that a picture has on a sheet at most
 

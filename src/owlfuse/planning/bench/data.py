@@ -56,9 +56,8 @@ def bench_data(
         drawing, batching = drawers(folder, sources, samples), batchers(sources, samples)
         decoding = decoders(folder)
         found: dict[str, float] = {}
-        once = [*drawing.items(), *batching.items()] + [
-            *decoding.items()
-        ] * 4  # short, and close to each other
+        # short, and close to each other
+        once = [*drawing.items(), *batching.items()] + [*decoding.items()] * 4
         rounds = once * repeats
         for tool, run in track(rounds, "measuring", len(rounds)):
             found[tool] = max(found.get(tool, 0), pace(run))

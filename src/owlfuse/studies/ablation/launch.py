@@ -179,9 +179,8 @@ def run_cell(config: DictConfig) -> str:
         key,
         str(os.getpid()),
     ]
-    with log.open(
-        "ab"
-    ) as file:  # its own session: the terminal's Ctrl-C reaches it through us, once
+    # its own session: the terminal's Ctrl-C reaches it through us, once
+    with log.open("ab") as file:
         process = subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,
@@ -210,9 +209,8 @@ def watch(process: subprocess.Popen, folder: Path) -> int:
         try:
             time.sleep(0.1)
             wanted = presses(folder)
-        except (
-            KeyboardInterrupt
-        ):  # in a worker process, which the terminal reaches too; it is in STOP as well
+        # in a worker process, which the terminal reaches too; it is in STOP as well
+        except KeyboardInterrupt:
             continue
         while sent < min(wanted, 2) and process.poll() is None:
             process.send_signal(signal.SIGINT)

@@ -81,14 +81,12 @@ def table(
     Texts are escaped unless they are HTML already."""
     shown = (lambda text: text) if escaped else escape
     top = "".join(f"<th scope='col'>{breakable(text)}</th>" for text in head)
-    lines = "\n".join(
-        (
-            "<tr><th "
-            f"scope='row'>{shown(row[0])}</th>{''.join(f'<td>{shown(text)}</td>' for text in row[1:])}</tr>"
-        )
-        for row in rows
-    )
-    body = f"<thead><tr>{top}</tr></thead>\n<tbody>\n{lines}\n</tbody>"
+    lines = []
+    for first, *others in rows:
+        cells = "".join(f"<td>{shown(text)}</td>" for text in others)
+        lines.append(f"<tr><th scope='row'>{shown(first)}</th>{cells}</tr>")
+    body_rows = "\n".join(lines)
+    body = f"<thead><tr>{top}</tr></thead>\n<tbody>\n{body_rows}\n</tbody>"
     return f"<div class='scroll' tabindex='0'><table class='{kind}'>{body}</table></div>"
 
 
