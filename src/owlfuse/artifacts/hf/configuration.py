@@ -7,6 +7,7 @@ from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig
 
+from owlfuse.config.aliases import with_current_names
 from owlfuse.config.check import check_targets
 from owlfuse.config.trust import check_backbone, check_names
 from owlfuse.core.errors import ConfigError, DataError
@@ -42,9 +43,9 @@ class OwlfuseConfig(PreTrainedConfig):
     ) -> None:
         if isinstance(text_config, dict):
             text_config = AutoConfig.for_model(**text_config)
-        self.vision = vision
-        self.connector = connector
-        self.fusion = fusion
+        self.vision = with_current_names(vision)
+        self.connector = with_current_names(connector)
+        self.fusion = with_current_names(fusion)
         self.text_config = text_config
         self.image_token_id = image_token_id
         self.tokens_per_image = tokens_per_image
