@@ -31,7 +31,7 @@ HEAVY = (
 
 def owlfuse(*argv: str, cwd: Path) -> subprocess.CompletedProcess:
     return subprocess.run(
-        [sys.executable, "-m", "owlfuse.__main__", *argv], cwd=cwd, capture_output=True, text=True
+        [sys.executable, "-m", "owlfuse", *argv], cwd=cwd, capture_output=True, text=True
     )
 
 

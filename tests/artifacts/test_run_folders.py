@@ -167,7 +167,7 @@ def work(tmp_path_factory):
 
 def start(work, *words):
     """`owlfuse train` in a process group of its own."""
-    command = [sys.executable, "-m", "owlfuse.__main__", "train", *words]
+    command = [sys.executable, "-m", "owlfuse", "train", *words]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     return subprocess.Popen(command, cwd=work, env=environment, start_new_session=True, **pipes)

@@ -149,7 +149,7 @@ def test_all_parts_together_train_and_are_evaluated_and_exported(questions, monk
     def owlfuse(*words):
         environment = {**os.environ, "PYTHONPATH": str(REPO / "src")}
         ran = subprocess.run(
-            [sys.executable, "-m", "owlfuse.__main__", *words],
+            [sys.executable, "-m", "owlfuse", *words],
             env=environment,
             capture_output=True,
             text=True,

@@ -152,7 +152,7 @@ def test_skips_of_a_checkpoint_that_has_a_row_for_each_time_are_counted(module):
 def test_a_sample_that_two_ranks_met_counts_once(module, monkeypatch, ranks, raises):
     made = module(max_skips=2)
     skips = [(Counter(skip("a", number) for number in numbers), {}, Counter()) for numbers in ranks]
-    monkeypatch.setattr("owlfuse.parallel.collectives.all_objects", lambda trainer, value: skips)
+    monkeypatch.setattr("owlfuse.training.module.all_objects", lambda trainer, value: skips)
     if raises:
         with pytest.raises(
             DataError,

@@ -353,7 +353,7 @@ def test_a_stage_that_was_begun_otherwise_is_not_gone_on_with(ran):
 
 
 def start(*words):
-    command = [sys.executable, "-m", "owlfuse.__main__", "recipe", "tiny", *SMALL, *words]
+    command = [sys.executable, "-m", "owlfuse", "recipe", "tiny", *SMALL, *words]
     # other threads, other last bits
     threads = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
     return subprocess.Popen(
@@ -427,7 +427,7 @@ def test_under_torchrun_every_rank_goes_through_the_same_stages_and_one_writes()
     ]
     command += [
         "-m",
-        "owlfuse.__main__",
+        "owlfuse",
         "recipe",
         "tiny",
         *SMALL,

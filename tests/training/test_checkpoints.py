@@ -86,7 +86,7 @@ def copy(finished, tmp_path):
 
 
 def start(*overrides, limit=None):
-    command = [sys.executable, "-m", "owlfuse.__main__", "train", *overrides]
+    command = [sys.executable, "-m", "owlfuse", "train", *overrides]
     # other threads, other last bits
     threads = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
     kept = (lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))) if limit else None

@@ -292,7 +292,7 @@ def test_a_key_that_cannot_change_is_refused_by_name_and_leaves_the_run_as_it_wa
     first, override, monkeypatch
 ):
     monkeypatch.setattr(
-        "owlfuse.training.module.MultimodalModule", lambda *args: pytest.fail("a module was made")
+        "owlfuse.training.train.MultimodalModule", lambda *args: pytest.fail("a module was made")
     )
     before = {path: path.read_bytes() for path in first.rglob("*") if path.is_file()}
     words = override.split(" ") if "{" not in override else [override]
@@ -504,7 +504,7 @@ def test_a_rate_of_0_for_what_is_meant_to_train_is_refused_before_a_weight_is_ma
     override, key, monkeypatch
 ):
     monkeypatch.setattr(
-        "owlfuse.training.module.MultimodalModule", lambda *args: pytest.fail("a module was made")
+        "owlfuse.training.train.MultimodalModule", lambda *args: pytest.fail("a module was made")
     )
     with pytest.raises(ConfigError, match=key):
         train.run(compose([*SMALL, "name=rate", override]))

@@ -200,7 +200,7 @@ def test_a_row_too_short_for_the_longest_sample_is_refused_in_one_line():
 
 
 def start(*overrides):
-    command = [sys.executable, "-m", "owlfuse.__main__", "train", *SMALL, *overrides]
+    command = [sys.executable, "-m", "owlfuse", "train", *SMALL, *overrides]
     # other threads, other last bits
     threads = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
     return subprocess.Popen(
@@ -301,7 +301,7 @@ def test_what_does_not_fit_together_is_told_in_one_line_before_a_weight_is_made(
     overrides, message, monkeypatch
 ):
     monkeypatch.setattr(
-        "owlfuse.training.module.MultimodalModule", lambda *args: pytest.fail("a module was made")
+        "owlfuse.training.train.MultimodalModule", lambda *args: pytest.fail("a module was made")
     )
     with pytest.raises(ConfigError, match=message) as error:
         run("experiment=shapes_owl3", "name=wrong", *overrides)
@@ -547,9 +547,7 @@ def test_ctrl_c_on_a_terminal_gives_the_cursor_back_and_its_last_line_says_how_t
             "trainer.max_steps=2000",
             "data.workers=1",
         ]
-        os.execv(
-            sys.executable, [sys.executable, "-m", "owlfuse.__main__", "train", *SMALL, *words]
-        )
+        os.execv(sys.executable, [sys.executable, "-m", "owlfuse", "train", *SMALL, *words])
     output, pressed = "", False
     with suppress(OSError):  # Linux's answer when the other end is closed
         while chunk := os.read(terminal, 65536):

@@ -334,7 +334,7 @@ def test_two_ranks_share_the_questions_and_agree_with_one(model, files, tmp_path
         "--standalone",
         "--nproc-per-node=2",
         "-m",
-        "owlfuse.__main__",
+        "owlfuse",
     ]
     command = [*torchrun, "eval", str(model), "task=pope", *words, f"out={out}", "workers=0"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}

@@ -289,7 +289,7 @@ def test_what_cannot_be_shown_is_told_with_its_document(pictures, monkeypatch):
         opener.chat(
             "document 3", [{"role": "user", "content": [{"type": "audio", "url": "a.wav"}]}]
         )
-    monkeypatch.setattr("owlfuse.data.media.images.MAX_PIXELS", 1000)
+    monkeypatch.setattr("owlfuse.evaluation.lmms.prompts.MAX_PIXELS", 1000)
     with pytest.raises(
         DataError, match="document 3: a picture has 1,200 pixels, over the limit of 1,000"
     ):

@@ -174,7 +174,7 @@ def test_it_is_made_and_measured_on_the_meta_device(family):
 
 def test_on_the_meta_device_no_pretrained_weights_are_asked_for(monkeypatch):
     asked = []
-    monkeypatch.setattr("owlfuse.core.hub_access.check_hub_has", lambda *args: None)
+    monkeypatch.setattr("owlfuse.model.vision.body.check_hub_has", lambda *args: None)
     monkeypatch.setattr(
         "timm.models._builder.load_pretrained", lambda *args, **kwargs: asked.append(args)
     )

@@ -69,7 +69,7 @@ def folder(tmp_path_factory):
 
 
 def start(*words):
-    command = [sys.executable, "-m", "owlfuse.__main__", "ablate", "grid", *words]
+    command = [sys.executable, "-m", "owlfuse", "ablate", "grid", *words]
     return subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
     )
