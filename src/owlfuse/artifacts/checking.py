@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from jinja2 import Environment, TemplateSyntaxError
+from peft import LoraConfig
 from safetensors import safe_open
 from transformers.core_model_loading import revert_weight_conversion
 
@@ -244,8 +245,6 @@ def check_adapter(folder: Path) -> None:
 
 def is_default(key: str, value: Any) -> bool:
     """Whether peft's LoraConfig has the value by itself, which says nothing."""
-    from peft import LoraConfig
-
     default = LoraConfig().to_dict()
     return not value or (key in default and default[key] == value)
 

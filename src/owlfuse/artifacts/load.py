@@ -7,6 +7,7 @@ from typing import Any
 
 import lightning
 import torch
+from peft import PeftModel
 from safetensors import SafetensorError, safe_open
 from transformers import AutoProcessor
 
@@ -158,8 +159,6 @@ def load_exported(
             "anew"
         )
     if (folder / ADAPTER).is_dir():
-        from peft import PeftModel
-
         check_adapter(folder / ADAPTER)
         with describing(folder / ADAPTER):
             PeftModel.from_pretrained(wrapped, folder / ADAPTER, torch_device="cpu")

@@ -11,6 +11,7 @@ from hydra.errors import MissingConfigException
 from omegaconf.errors import OmegaConfBaseException
 
 from owlfuse.config.folders import EXPERIMENTS, ConfigFolders
+from owlfuse.config.recipes import read_stages
 from owlfuse.core.errors import COMMAND_LINE, ConfigError, hint, label, nearest
 
 
@@ -157,8 +158,6 @@ def _chooser(group: str, option: str, files: list[str]) -> str | None:
             content = yaml.safe_load(file) or {}
         defaults = content.get("defaults") or []
         if "stages" in content:
-            from owlfuse.config.recipes import read_stages  # which imports this file
-
             defaults = [
                 entry
                 for stage in read_stages(Path(name)).values()

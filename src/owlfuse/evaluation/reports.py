@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import textwrap
 from collections import defaultdict
 from contextlib import suppress
 from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+import matplotlib
+from matplotlib import pyplot as plt
 from PIL import Image, ImageOps
 from rich.table import Table
 from torch import Tensor
@@ -65,10 +68,7 @@ def write_contact_sheet(
         maps: by the id of an answer, where it looked in its picture (see `evaluation.explain`),
             which is drawn beside it.
     """
-    import matplotlib
-
     matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
 
     shown, maps = picked(answers, pictures), maps or {}
     if not shown:
@@ -126,7 +126,5 @@ def with_overlay(picture: Image.Image, map: Tensor) -> Image.Image:
 def wrap(text: str, width: int = 30) -> str:
     """Text broken into lines, at most four, without what a plot would take as a formula or has
     no letter for."""
-    import textwrap
-
     plain = "".join(letter if letter.isprintable() else " " for letter in text)
     return "\n".join(line.replace("$", r"\$") for line in textwrap.wrap(plain, width)[:4])

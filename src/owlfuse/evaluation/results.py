@@ -7,6 +7,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from owlfuse.artifacts.resume import learned_changes
+from owlfuse.artifacts.run_data import tokenizer_hash
 from owlfuse.config.build import to_dict
 from owlfuse.config.identity import code_hash, config_hash, data_hash
 from owlfuse.core.environment import git_state, versions
@@ -32,8 +33,6 @@ def write_results(
         questions: how many were asked of each validation source and kind.
         checkpoint: whose results these are.
     """
-    from owlfuse.artifacts.run_data import tokenizer_hash
-
     plain = to_dict(config)
     changes = record.get("changes", [])
     results = {

@@ -22,6 +22,7 @@ from owlfuse.data.chat.tokenizer import render
 from owlfuse.data.formats.marks import with_pictures
 from owlfuse.data.media.images import MAX_PIXELS, open_image
 from owlfuse.data.words import with_hidden_words
+from owlfuse.evaluation.explain.attention import explained
 
 HELP = """\
 /image PATH   show a picture with the next question
@@ -115,8 +116,6 @@ class Conversation:
 
         Raises DataError where there is none, or no picture was shown.
         """
-        from owlfuse.evaluation.explain.attention import explained
-
         if self.last is None:
             raise DataError("nothing was asked yet, so there is no answer to explain")
         question, inputs, ids = self.last

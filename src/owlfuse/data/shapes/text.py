@@ -7,6 +7,9 @@ from itertools import cycle
 from random import Random
 from typing import TYPE_CHECKING
 
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
@@ -219,9 +222,6 @@ def train_tokenizer(
 ) -> "PreTrainedTokenizerFast":
     """A fast byte-level BPE tokenizer with a chat template, trained on what train.json and
     text_train.json hold."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
     turns = (turn["value"] for record in records for turn in record["conversations"])
     lines = [value.removeprefix("<image>") for value in turns]
     for sample in texts:

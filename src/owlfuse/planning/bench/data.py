@@ -18,6 +18,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import datasets
 import torch
 from PIL import Image
 from torch.utils.data import BatchSampler, WeightedRandomSampler
@@ -149,8 +150,6 @@ def write_files(folder: Path, rows: dict[str, int]) -> dict[str, Source]:
 def drawers(folder: Path, sources: dict[str, Source], samples: int) -> dict[str, Callable[[], int]]:
     """What draws which sample comes next, files read: each from the making of its schedule to the
     last index. Ours in the blocks that `MixtureDataset` draws for training."""
-    import datasets
-
     sizes = {name: len(source) for name, source in sources.items()}
     read = [
         datasets.Dataset.from_json(str(source.file), cache_dir=str(folder / "cache"))

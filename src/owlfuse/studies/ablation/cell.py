@@ -16,8 +16,13 @@ import threading
 import time
 from pathlib import Path
 
+from omegaconf import open_dict
+
 from owlfuse.config.build import to_dict
-from owlfuse.core.errors import report_errors
+from owlfuse.config.compose import compose
+from owlfuse.config.identity import code_hash, config_hash
+from owlfuse.config.trust import accept
+from owlfuse.core.errors import DataError, report_errors
 
 
 def train_cell(folder: Path, key: str) -> None:
@@ -26,13 +31,6 @@ def train_cell(folder: Path, key: str) -> None:
     Raises:
         DataError: code or configuration are not those that the ablation was begun with.
     """
-    from omegaconf import open_dict
-
-    from owlfuse.config.compose import compose
-    from owlfuse.config.identity import code_hash, config_hash
-    from owlfuse.config.trust import accept
-    from owlfuse.core.errors import DataError
-
     record = json.loads((folder / "ablation.json").read_text(encoding="utf-8"))
     cell = next(cell for cell in record["cells"] if cell["key"] == key)
     run = folder / key
