@@ -1,3 +1,5 @@
+"""Models from folders: runs, exports, and what `owlfuse.load` reads."""
+
 from __future__ import annotations
 
 import json

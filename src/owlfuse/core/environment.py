@@ -1,3 +1,5 @@
+"""What results depend on beside code and data: versions of libraries, and the state of git."""
+
 from __future__ import annotations
 
 import platform

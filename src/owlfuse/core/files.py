@@ -1,4 +1,4 @@
-"""Folders that appear whole or not at all."""
+"""Reading and writing files: atomic directories, hashes, and JSON within limits."""
 
 from __future__ import annotations
 

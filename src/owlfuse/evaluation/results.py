@@ -1,3 +1,6 @@
+"""`results.json`: the metrics of a run, with the code, the data and the machine that they are
+of."""
+
 from __future__ import annotations
 
 import json

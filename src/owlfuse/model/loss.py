@@ -1,3 +1,8 @@
+"""The loss: cross-entropy summed over supervised tokens.
+
+Letters: B rows, T text positions, V vocabulary.
+"""
+
 from __future__ import annotations
 
 from collections.abc import Callable

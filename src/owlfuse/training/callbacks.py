@@ -1,3 +1,6 @@
+"""What stands beside the steps of a training: progress, signals, the evaluation before the first
+step."""
+
 from __future__ import annotations
 
 import json

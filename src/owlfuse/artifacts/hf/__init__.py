@@ -1,0 +1,1 @@
+"""The classes by which transformers reads an exported model."""
