@@ -136,6 +136,7 @@ def test_transformers_pipeline_answers_as_the_model_does(experiment, train_run, 
     ] * 2
 
 
+@pytest.mark.slow
 def test_a_fresh_process_reads_it_after_import_owlfuse_in_either_order_of_imports(
     train_run, tmp_path
 ):

@@ -141,6 +141,7 @@ def test_a_recipe_composes_and_trains_in_each_stage_what_its_paper_says(recipe):
     assert trained == TRAINED[recipe]
 
 
+@pytest.mark.slow
 def test_dry_run_prints_what_each_stage_trains_and_writes_nothing(capsys):
     before = sorted(Path().rglob("*"))
     recipe_command("owl2_paper", ["dry_run=true", "plan.gpus=8"])
@@ -299,6 +300,7 @@ def test_a_recipe_of_two_steps_a_stage_leaves_a_whole_run_of_each(recipe, capsys
     assert all(f"stage {name} is finished" in output for name in stages)
 
 
+@pytest.mark.slow
 def test_each_stage_starts_from_the_weights_of_the_one_before_and_position_embeddings_are_resampled():
     """With a learning rate of next to nothing in the later stages, they end where they began."""
     # which moves no float32
@@ -329,6 +331,7 @@ def ran(folder):
     return Path("runs/tiny/ran")
 
 
+@pytest.mark.slow
 def test_lora_of_a_stage_is_in_the_weights_of_the_next_and_frozen_parts_stay(ran):
     first, second, third = (weights(ran / name) for name in ("first", "second", "third"))
     name = "model.llm.model.layers.0.self_attn.q_proj"
@@ -341,6 +344,7 @@ def test_lora_of_a_stage_is_in_the_weights_of_the_next_and_frozen_parts_stay(ran
     assert all(torch.equal(first[key], third[key]) for key in vision)
 
 
+@pytest.mark.slow
 def test_a_stage_that_was_begun_otherwise_is_not_gone_on_with(ran):
     with pytest.raises(
         ConfigError,
@@ -394,6 +398,7 @@ def test_after_sigkill_the_same_command_goes_on_at_the_stage_and_step_and_ends_a
         assert losses(root / name) == losses(Path("runs/tiny/whole") / name)
 
 
+@pytest.mark.slow
 def test_a_stage_that_was_stopped_between_its_last_step_and_its_export_is_exported(ran, capsys):
     before = weights(ran / "third")
     shutil.rmtree(ran / "third" / "export")
@@ -405,6 +410,7 @@ def test_a_stage_that_was_stopped_between_its_last_step_and_its_export_is_export
     assert not list(ran.glob("third.*"))
 
 
+@pytest.mark.slow
 def test_a_stage_that_was_stopped_before_its_first_checkpoint_begins_anew_and_keeps_what_was_there(
     ran,
 ):

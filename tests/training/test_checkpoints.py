@@ -133,6 +133,7 @@ def steps(run):
     return [step_of(path) for path in checkpoints_of(run / "checkpoints")]
 
 
+@pytest.mark.slow
 def test_a_run_killed_twice_goes_on_bit_for_bit_with_lora_dropout_accumulation_packing_and_a_worker(
     folder, capsys
 ):
@@ -317,6 +318,7 @@ def test_another_frozen_base_is_refused_and_its_part_named(copy):
         load_run(copy)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("background", ["false", "true"])
 def test_a_disk_that_is_full_ends_the_run_in_one_line_with_the_last_checkpoint_intact(
     copy, background
@@ -481,6 +483,7 @@ def test_an_error_of_the_background_is_told_by_the_next_write_and_what_was_there
     assert what_is_wrong(good) is None
 
 
+@pytest.mark.slow
 def test_ctrl_c_waits_for_the_write_that_is_pending(folder):
     """After the step it is in the run ends with a whole checkpoint of it."""
     run = Path("runs/shapes_owl1/stopped")

@@ -102,6 +102,7 @@ def metrics(run, column):
         return [row["step"] for row in csv.DictReader(file) if row.get(column)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("size", "steps"), [(2, 8), (8, 6), (4, 8), (1, 6)])
 def test_another_global_batch_takes_up_the_very_next_sample(copy, seen, size, steps):
     """The schedule and its phase, which begins at step 6, are computed here from positions
@@ -132,6 +133,7 @@ def test_another_global_batch_takes_up_the_very_next_sample(copy, seen, size, st
     assert [tuple(row.values()) for row in report["global_batch_sizes"]] == expected
 
 
+@pytest.mark.slow
 def test_the_global_batch_may_change_again_and_back(copy, seen):
     for size, steps in ((2, 6), (8, 7), (4, 8)):
         go_on(copy, f"data.global_batch_size={size}", f"trainer.max_steps={steps}")
@@ -188,6 +190,7 @@ def cosine(step, peak, warmup, steps, least):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("overrides", "wanted"),
     [
@@ -356,6 +359,7 @@ def another_validation(data):
     (data / "val.json").write_text(json.dumps(records[:-1]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "name"),
     [
@@ -396,6 +400,7 @@ class Bad(RuntimeError):
     """What no one expects."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("accumulate", [1, 2])
 @pytest.mark.parametrize("moment", ["data", "forward", "backward", "after"])
 def test_an_error_leaves_a_checkpoint_of_the_last_whole_step_and_mixture_json(
@@ -463,6 +468,7 @@ def test_no_checkpoint_is_made_of_weights_of_which_some_are_those_of_the_next_st
     assert step_of(last_checkpoint(Path("runs/shapes_owl1/broken-update"))) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("step", [3, 4])
 def test_a_signal_adds_no_validation_that_the_run_would_not_have_had(monkeypatch, number, step):

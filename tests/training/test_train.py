@@ -129,6 +129,7 @@ def test_the_run_is_repeated_by_its_own_configuration():
     )
 
 
+@pytest.mark.slow
 def test_accumulation_does_not_change_the_steps():
     """The loss is divided by the supervised tokens of the global batch, whatever the micro batches'
     lengths; the backbone has no batch norm here, which sees micro batches by its nature."""
@@ -165,6 +166,7 @@ def test_a_compiled_run_has_the_losses_of_one_that_is_not_and_names_of_its_weigh
     assert list(weights(compiled)) == list(weights(plain))
 
 
+@pytest.mark.slow
 def test_packing_does_not_change_the_steps_and_says_what_padding_it_saves():
     """In two micro batches, whose rows may differ in number."""
     common = (
@@ -208,6 +210,7 @@ def start(*overrides):
     )
 
 
+@pytest.mark.slow
 def test_after_ctrl_c_a_resumed_run_ends_as_one_that_was_never_stopped():
     common = [
         "experiment=shapes_owl3",
@@ -236,6 +239,7 @@ def test_after_ctrl_c_a_resumed_run_ends_as_one_that_was_never_stopped():
     torch.testing.assert_close(weights(resumed), weights(whole), atol=0, rtol=0)
 
 
+@pytest.mark.slow
 def test_a_finished_run_goes_on_when_it_is_given_more_steps():
     run_folder = run(
         "experiment=shapes_owl1",
@@ -315,6 +319,7 @@ def test_a_name_that_is_taken_is_not_written_over():
         run("experiment=shapes_owl1", "name=taken", "trainer.max_steps=1")
 
 
+@pytest.mark.slow
 def test_a_wrong_sample_ends_the_command_in_one_line_that_names_it():
     records = json.loads(Path("data/shapes/train.json").read_text())
     records[7]["conversations"][0]["value"] += " <image>"
@@ -335,6 +340,7 @@ def test_a_wrong_sample_ends_the_command_in_one_line_that_names_it():
     assert "Traceback" not in output
 
 
+@pytest.mark.slow
 def test_skipped_samples_are_counted_in_mixture_json_over_a_resume_and_limited():
     records = json.loads(Path("data/shapes/train.json").read_text())
     for record in records[::4]:
@@ -373,6 +379,7 @@ def test_skipped_samples_are_counted_in_mixture_json_over_a_resume_and_limited()
         run(*overrides, "name=limited", "data.sources.shapes.max_skips=3")
 
 
+@pytest.mark.slow
 def test_what_validation_leaves_out_and_how_much_is_padding_are_in_mixture_json_over_a_resume():
     records = json.loads(Path("data/shapes/val.json").read_text())
     records[2]["image"] = records[5]["image"] = "none.png"
@@ -439,6 +446,7 @@ def test_every_experiment_composes_and_its_parts_fit_together(experiment):
     assert all(parameter.is_meta for parameter in model.parameters())
 
 
+@pytest.mark.slow
 def test_a_run_ends_with_the_schedule_where_a_source_stops_it(capsys):
     """48 pictures and 24 chats of text, 5.2 and 2.8 in a step: the text is used up in the ninth
     step."""

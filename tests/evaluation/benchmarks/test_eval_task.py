@@ -234,6 +234,7 @@ def test_a_few_questions_are_spread_over_the_file_and_taken_up_by_the_whole(
     assert whole["counts"]["questions"] == 9
 
 
+@pytest.mark.slow
 def test_a_missing_picture_stops_or_is_skipped_and_tried_again(model, files, tmp_path, capsys):
     words, out = [*files("gqa"), SHORT], tmp_path / "out"
     picture = tmp_path / "gqa files" / "images" / "n235859.jpg"
@@ -324,6 +325,7 @@ def test_a_folder_without_a_model_is_told(tmp_path, capsys):
     assert "it has neither a run's config.yaml nor the config.json" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_two_ranks_share_the_questions_and_agree_with_one(model, files, tmp_path):
     words, out = [*files("pope"), SHORT, "batch_size=2"], tmp_path / "two"
     one, expected = evaluate(model, tmp_path / "one", "pope", words)

@@ -97,6 +97,7 @@ def stopped(folder):
     return output
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_the_run_after_its_step_and_leaves_a_checkpoint(stopped):
     assert "1/4 plain-seed0: finished" in stopped
     assert "2/4 plain-seed1: interrupted" in stopped
@@ -113,6 +114,7 @@ def test_ctrl_c_ends_the_run_after_its_step_and_leaves_a_checkpoint(stopped):
     assert not Path("runs/grid/plain-seed1/results.json").exists()
 
 
+@pytest.mark.slow
 def test_results_say_what_the_run_cost_and_what_it_is_of(stopped):
     results = read("plain-seed0", "results.json")
     cost = results["cost"]
@@ -125,6 +127,7 @@ def test_results_say_what_the_run_cost_and_what_it_is_of(stopped):
     assert (results["experiment"], results["seed"], results["steps"]) == ("grid", 0, 30)
 
 
+@pytest.mark.slow
 def test_a_report_of_what_is_finished_can_be_written_at_any_time(stopped, capsys):
     report_command("grid", [])
     shown = capsys.readouterr().out
@@ -145,6 +148,7 @@ def gone_on(stopped):
     return before
 
 
+@pytest.mark.slow
 def test_the_same_command_goes_on_and_a_cell_that_fails_does_not_end_the_others(gone_on):
     # finished: skipped
     assert Path("runs/grid/plain-seed0/results.json").stat().st_mtime_ns == gone_on
@@ -174,6 +178,7 @@ def test_the_same_command_goes_on_and_a_cell_that_fails_does_not_end_the_others(
     assert "| faulty | 1 of 2 |" in table
 
 
+@pytest.mark.slow
 def test_runs_of_other_code_or_another_configuration_are_not_mixed_in(gone_on):
     with pytest.raises(
         ConfigError,
