@@ -11,6 +11,7 @@ import importlib.util
 import json
 import sys
 import sysconfig
+from functools import cache
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,8 @@ from owlfuse.core.files import fingerprint
 from owlfuse.core.packages import packaged
 
 SOURCE = Path(__file__).resolve().parents[1]
-ASIDE = ("planning", "serving", "studies", "__main__.py")
-"""What of the code no training or evaluation runs through: changing it makes no other results."""
+ENTRY = "owlfuse.training.train"
+"""The module whose imports are the code of a training and of its evaluation."""
 
 FREE: tuple[str, ...] = (
     "name",
@@ -60,20 +61,66 @@ def config_hash(config: dict[str, Any], changes: list[dict[str, Any]] | None = N
 
 
 def code_hash(config: dict[str, Any]) -> str:
-    """12 hexadecimal digits for the code that a run of this configuration executes: owlfuse's
-    source files, those of the user's modules that a `_target_` names wherever they lie, with what
-    they import of the user's, and the versions of LIBRARIES."""
-    files = [file for file in sorted(SOURCE.rglob("*")) if file.suffix in (".py", ".jinja")]
-    files = [file for file in files if file.relative_to(SOURCE).parts[0] not in ASIDE]
-    named = {str(file.relative_to(SOURCE)): file for file in files}
+    """12 hexadecimal digits for the code that a run of this configuration executes: the source
+    files of owlfuse that a training imports and that a `_target_` names, those of the user's
+    modules wherever they lie, with what they import of the user's, and the versions of LIBRARIES.
+    """
     targets = {
         str(value) for key, value in flat(config).items() if key.rpartition(".")[2] == "_target_"
     }
+    named = owlfuse_files({ENTRY, *targets})
     named |= user_files({target.partition(".")[0] for target in targets})
     parts = [
         f"{name} {hashlib.sha256(file.read_bytes()).hexdigest()}" for name, file in named.items()
     ]
     return digest("\n".join([*parts, json.dumps(versions())]).encode())
+
+
+def owlfuse_files(names: set[str], source: Path = SOURCE) -> dict[str, Path]:
+    """The files of owlfuse that the modules of these names import, by their paths in the package.
+
+    Args:
+        names: dotted names of modules, or of what is in them; names of other packages are left out.
+        source: the folder of the package.
+    """
+    files: dict[str, Path] = {}
+    waiting = sorted(names)
+    while waiting:
+        path = file_of(waiting.pop(), source)
+        if path is None or str(path.relative_to(source)) in files:
+            continue
+        files[str(path.relative_to(source))] = path
+        waiting += sorted(names_imported_by(path))
+    for template in source.glob("data/chat/templates/*.jinja"):
+        files[str(template.relative_to(source))] = template
+    return dict(sorted(files.items()))
+
+
+def file_of(name: str, source: Path) -> Path | None:
+    """The file of a module, or of the module that holds what is named."""
+    package, *parts = name.split(".")
+    if package != source.name:
+        return None
+    while parts:
+        path = source.joinpath(*parts)
+        if path.with_suffix(".py").is_file():
+            return path.with_suffix(".py")
+        if (path / "__init__.py").is_file():
+            return path / "__init__.py"
+        parts.pop()
+    return source / "__init__.py"
+
+
+@cache
+def names_imported_by(path: Path) -> frozenset[str]:
+    """Dotted names that a file imports, at its top and inside its functions."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_bytes())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return frozenset(names)
 
 
 def user_files(modules: set[str]) -> dict[str, Path]:
