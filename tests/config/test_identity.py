@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from helpers import SHAPE_COUNTS
+from owlfuse.artifacts.identity import weights_identity
 from owlfuse.config.identity import (
     ENTRY,
     SOURCE,
@@ -17,7 +18,6 @@ from owlfuse.config.identity import (
     differing_hash,
     names_imported_by,
     owlfuse_files,
-    weights_identity,
 )
 from owlfuse.data import identity as data_identities
 from owlfuse.data.formats.llava import LLaVA

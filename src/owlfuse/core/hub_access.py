@@ -8,7 +8,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import timm
 from huggingface_hub import (
     constants,
     get_hf_file_metadata,
@@ -120,19 +119,3 @@ def ask(name: str) -> str | None:
         except (TRANSPORT_ERROR, OSError) as error:
             failure = type(error).__name__
     return f"no connection to the hub ({constants.ENDPOINT}, {failure})"
-
-
-def hub_name_of(name: str, overlay: dict[str, Any]) -> str | None:
-    """The hub's name for the pretrained weights of a timm model; None where they come from
-    elsewhere.
-
-    Args:
-        overlay: what takes the place of timm's own fields of the weights, `file` for instance.
-    """
-    if overlay.get("file") or overlay.get("url") or "hf_hub_id" in overlay:
-        return overlay.get("hf_hub_id")
-    scheme, _, rest = name.rpartition(":")
-    if scheme in ("hf-hub", "hf_hub"):
-        return rest.partition("@")[0]
-    known = timm.get_pretrained_cfg(name, allow_unregistered=True) if not scheme else None
-    return getattr(known, "hf_hub_id", None) or None

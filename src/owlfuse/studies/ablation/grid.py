@@ -11,9 +11,10 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf, open_dict
 
+from owlfuse.artifacts.identity import weights_identity
 from owlfuse.config.build import to_dict
 from owlfuse.config.compose import check, compose
-from owlfuse.config.identity import code_hash, config_hash, data_hash, weights_identity
+from owlfuse.config.identity import code_hash, config_hash, data_hash
 from owlfuse.core.errors import COMMAND_LINE, ConfigError, hint
 from owlfuse.studies.ablation.file import Ablation
 
