@@ -147,3 +147,23 @@ def test_a_mistake_is_one_line(word, line, capsys):
     error = capsys.readouterr().err
     assert line in error
     assert error.count("\n") == 1
+
+
+def test_by_tokens_the_realised_shares_stand_beside_the_asked_ones(capsys):
+    report = mixture_command(words("steps=40", "data.weights_by=tokens"))
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "weights by tokens" in printed
+    for name, row in report["sources"].items():
+        assert row["asked_share"] == pytest.approx({"shapes": 0.65, "text": 0.35}[name])
+        assert row["supervised_share"] == pytest.approx(row["asked_share"], abs=0.02)
+        assert row["drawn_share"] != pytest.approx(row["asked_share"], abs=0.05)
+        assert f"{100 * row['supervised_share']:.2f} %" in printed
+
+
+def test_a_schedule_without_a_whole_global_batch_is_told(capsys):
+    more = ["data.at_end={text: stop}", "data.global_batch_size=800"]
+    report = mixture_command(words("steps=3", *more))
+    assert (report["steps"], report["samples"], report["histogram"][0]["samples"]) == (0, 0, 0)
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "of 2,400, the last" in printed
+    assert "make no whole global batch" in printed
