@@ -198,7 +198,7 @@ def test_a_source_without_supervised_tokens_is_named(source, temperature):
         ({"temperature": -1.0}, "temperature is -1.0, expected a number above 0"),
         (
             {"temperature": 2.0, "weights_at": {1: {"txt": 1}}},
-            "weights_at 8 names txt, which is no source; they are text, shapes",
+            "weights_at 1 names txt, which is no source; they are text, shapes",
         ),
         (
             {"at_end": {"pictures": "once"}},

@@ -349,6 +349,20 @@ def test_an_extreme_temperature_neither_fails_nor_takes_a_source_out(temperature
         assert shares["a"] == shares["b"] + Fraction(1, MAX_PERIOD)
 
 
+@pytest.mark.parametrize("temperature", [1, 2])
+@pytest.mark.parametrize(
+    ("sizes", "weights", "message"),
+    [
+        ({"a": 3, "b": 0}, {"a": 1, "b": 1}, "source b has weight 1 and no sample"),
+        ({"a": 3, "b": 2}, {"a": 1, "b": float("nan")}, "source b has weight nan, expected"),
+        ({}, {}, r"the weights of all sources \(none\) are 0"),
+    ],
+)
+def test_a_temperature_hides_no_weight_that_makes_no_mixture(temperature, sizes, weights, message):
+    with pytest.raises(ValueError, match=message):
+        Mixture(sizes, tempered(sizes, weights, temperature))
+
+
 def test_a_temperature_goes_from_the_sizes_to_even_shares():
     sizes, weights = {"a": 900, "b": 100, "off": 7}, {"a": 1.0, "b": 1.0, "off": 0}
     assert Mixture(sizes, tempered(sizes, weights, 1)).counts(1000) == {"a": 900, "b": 100}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from fractions import Fraction
 from typing import Any
 
@@ -174,20 +174,26 @@ def phases_of(
     Raises:
         ValueError: a phase before position 0, or one that names no source.
     """
-    phases = {0: dict(weights)}
+    check_phases(weights, weights_at)
     current = dict(weights)
+    phases = {0: current}
     for start in sorted(weights_at):
-        for name in weights_at[start]:
-            if name not in weights:
-                raise ValueError(
-                    f"weights_at {start} names {name}, which is no source; they are "
-                    f"{', '.join(weights)}"
-                )
-        if start < 0:
-            raise ValueError(f"weights_at {start}: expected a position from 0 on")
         current = {**current, **weights_at[start]}
         phases[start] = current
     return list(phases.items())
+
+
+def check_phases(names: Collection[str], weights_at: Mapping[int, Collection[str]]) -> None:
+    """Raise ValueError for a phase before 0 or of an unknown source."""
+    for start, phase in weights_at.items():
+        if start < 0:
+            raise ValueError(f"weights_at {start}: expected a position from 0 on")
+        for name in phase:
+            if name not in names:
+                raise ValueError(
+                    f"weights_at {start} names {name}, which is no source; they are "
+                    f"{', '.join(names)}"
+                )
 
 
 def check_weights(sizes: dict[str, int], weights: Mapping[str, float | Fraction]) -> None:
@@ -237,7 +243,7 @@ def tempered(
     """Return weights times size^(1 / temperature).
 
     A temperature of 1 draws in proportion to the sizes, a high one evenly. A weight that `Mixture`
-    refuses, of an empty or unknown source or no number, is returned as it is.
+    refuses, of an empty source or no number, is returned as it is.
 
     Raises:
         ValueError: a temperature that is not above 0.
@@ -247,7 +253,7 @@ def tempered(
     largest = max(sizes.values(), default=0)
     result: dict[str, float | Fraction] = {}
     for name, weight in weights.items():
-        size = sizes.get(name, 0)
+        size = sizes[name]
         if not size or not math.isfinite(weight):
             result[name] = weight
         elif temperature == 1:
@@ -289,6 +295,8 @@ def make_mixture(
         mean_tokens = {name: Fraction(sizes[name], max(samples[name], 1)) for name in samples}
     weights: dict[str, Any] = {name: source.weight for name, source in sources.items()}
     phases: dict[int, Any] = {as_step(step): phase for step, phase in (weights_at or {}).items()}
+    # Here the phases still begin at steps, as the user wrote them.
+    check_phases(sources, phases)
     if temperature is not None:
         weights = tempered(sizes, weights, temperature)
         phases = {step: tempered(sizes, phase, temperature) for step, phase in phases.items()}
