@@ -117,17 +117,15 @@ def test_weights_by_tokens_are_divided_by_the_mean_supervised_length(data):
         supervised[name] = [tokens for _, tokens in by_hand(source, data.encoder)]
     # A wrong sample is drawn and left out: it counts as one without tokens.
     means = {name: Fraction(sum(counts), len(counts)) for name, counts in supervised.items()}
-    for (start, shares), weight, share in zip(
-        data.mixture.sample_phases, (1, 3), (1 / 2, 3 / 4), strict=True
-    ):
+    for (_, shares), weight in zip(data.mixture.sample_phases, (1, 3), strict=True):
         text, shapes = weight / means["text"], 1 / means["shapes"]
         assert float(shares["text"]) == pytest.approx(text / (text + shapes), abs=2**-19)
-        sums = dict.fromkeys(supervised, 0)
-        for position in range(start, start + 4000) if start else range(80):
-            name, index = data.mixture[position]
-            sums[name] += supervised[name][index]
-        if start:
-            assert sums["text"] / sum(sums.values()) == pytest.approx(share, abs=0.01)
+    sums = dict.fromkeys(supervised, 0)
+    sources, indices = data.mixture.positions(80, 8080)
+    for source, index in zip(sources, indices, strict=True):
+        name = data.mixture.names[source]
+        sums[name] += supervised[name][index]
+    assert sums["text"] / sum(sums.values()) == pytest.approx(3 / 4, abs=0.005)
 
 
 def test_realised_shares_of_tokens_are_reported_of_the_very_samples(data):
