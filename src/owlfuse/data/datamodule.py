@@ -60,8 +60,8 @@ class ChatData(lightning.LightningDataModule):
         folder: where the data lie, for the other keys of a yaml to refer to.
         video: how frames of videos are chosen where a source does not say, the keys of a
             `VideoSampling`.
-        weights_by: what the shares are of: samples, or supervised tokens, which are counted once
-            (see `lengths`).
+        weights_by: what the shares are of: samples, or supervised tokens. Those are counted once
+            (see `mixture.lengths`), and a source's weight is divided by the mean of its samples.
         thinking: whether a question asks for a thought before the answer, where the chat template
             knows of thoughts; an answer is scored without it.
         temperature, at_end, weights_at: see `make_mixture`; `weights_at` counts in optimizer steps.
@@ -122,6 +122,7 @@ class ChatData(lightning.LightningDataModule):
         )
         self.thinking = thinking
         self.step_positions = StepPositions.of(global_batch_size)
+        self.counted: dict[str, Lengths] | None = None
         self.mix = partial(
             make_mixture,
             sources,
@@ -145,17 +146,19 @@ class ChatData(lightning.LightningDataModule):
         image takes."""
         self.encoder = ChatEncoder(self.tokenizer, tokens_per_image, self.max_length, self.thinking)
         self.pictures = Pictures(preprocess, self.max_pixels, self.seed, self.video)
+        self.counted = None
         if self.weights_by == "tokens":
             self.mixture = self.mix(self.step_positions, lengths=self.lengths())
         self.image_shape = (3, *preprocess.size)
 
     def lengths(self) -> dict[str, Lengths]:
-        """The counts of each source, from where they were kept or by encoding all samples."""
-        policies = {name: policy_of(self.on_length, name) for name in self.sources}
-        return {
-            name: count_lengths(one, self.encoder, on_length=policies[name])
-            for name, one in self.sources.items()
-        }
+        """Return the token counts of each source, from their cache or by encoding all samples."""
+        if self.counted is None:
+            self.counted = {
+                name: count_lengths(source, self.encoder, on_length=policy_of(self.on_length, name))
+                for name, source in self.sources.items()
+            }
+        return self.counted
 
     @property
     def vocab_size(self) -> int:
@@ -279,6 +282,7 @@ class ChatData(lightning.LightningDataModule):
             truncated,
             notes,
             padding,
+            self.counted,
         )
         return report | {"validation": self.validation_report()}
 
