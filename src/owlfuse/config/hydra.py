@@ -145,7 +145,8 @@ class Composition:
         with suppress(Exception):  # a second error would hide the first
             groups = [o for o in self.overrides if o not in self.values]
             config = Composition(self.folders, groups, self.experiment).compose()
-            del config._content["hydra"]  # type: ignore[union-attr]  # a dictionary, of a composed one
+            # a dictionary, of a composed one
+            del config._content["hydra"]  # type: ignore[union-attr]
             keys += dotted_keys(OmegaConf.to_container(config, resolve=False))
             key = next(
                 (k for k in dotted_keys(_embed(override.value(), key)) if k not in keys), key
@@ -187,7 +188,8 @@ def read_overrides(lines: list[str], folders: ConfigFolders, sweep: bool = False
             override = OverridesParser.create().parse_overrides([line])[0]
         except OverrideParseException as error:
             raise grammar_error(line, str(error)) from None
-        override.config_loader = folders  # type: ignore[assignment]  # glob(...) asks it for a group's options alone
+        # glob(...) asks it for a group's options alone
+        override.config_loader = folders  # type: ignore[assignment]
         if override.is_sweep_override():
             if not sweep:
                 raise ConfigError(

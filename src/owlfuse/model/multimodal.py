@@ -269,7 +269,8 @@ def linear_layers(module: nn.Module, path: tuple[str, ...] = ()) -> list[tuple[s
 
 def blocks_of(module: nn.Module) -> list[list[nn.Parameter]]:
     """The parameters of a part's layers, none where the part does not have layers."""
-    blocks: Any = module.blocks() if hasattr(module, "blocks") else []  # type: ignore[operator]  # of a part
+    # of a part
+    blocks: Any = module.blocks() if hasattr(module, "blocks") else []  # type: ignore[operator]
     return [list(b.parameters()) if isinstance(b, nn.Module) else b for b in blocks]
 
 

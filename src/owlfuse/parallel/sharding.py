@@ -86,7 +86,8 @@ def split_projections(model: MultimodalLM, mesh: DeviceMesh) -> None:
             parallelize_module(*((down, mesh, style) if role == "rows" else (up, mesh, style)))
     for module in model.modules():
         if hasattr(module, "share"):
-            module.share = (mesh.get_local_rank(), mesh.size())  # type: ignore[assignment]  # numbers, no tensor
+            # numbers, no tensor
+            module.share = (mesh.get_local_rank(), mesh.size())  # type: ignore[assignment]
 
 
 def tie_again(model: nn.Module, tied: dict[str, nn.Parameter]) -> None:

@@ -182,7 +182,8 @@ def chat(
     """One answer, or a conversation where no question is given. `out`: the file for where the
     (last) answer looked. `which`: of a run's checkpoints."""
     model, processor = load_talker(folder, which)
-    model.to("cuda" if torch.cuda.is_available() else "cpu")  # type: ignore[arg-type]  # lost in transformers' wrapper
+    # lost in transformers' wrapper
+    model.to("cuda" if torch.cuda.is_available() else "cpu")  # type: ignore[arg-type]
     sampling = (
         {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
     )

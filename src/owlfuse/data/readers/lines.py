@@ -368,7 +368,8 @@ class Text:
     def peek(self) -> str:
         """The next character that is no white space; empty at the end."""
         while True:
-            self.place = SPACE.match(self.text, self.place).end()  # type: ignore[union-attr]  # it matches nothing too
+            # it matches nothing too
+            self.place = SPACE.match(self.text, self.place).end()  # type: ignore[union-attr]
             if self.place < len(self.text) or self.ended:
                 return self.text[self.place : self.place + 1]
             self.more()

@@ -65,7 +65,8 @@ class Chats(Prompts):
         size = processor.image_processor.size
         self.collator = Collator(self.encoder.pad_id, (3, size["height"], size["width"]))
 
-    def prepare(self, question: Question) -> tuple[str, Encoded]:  # type: ignore[override]  # tokens in place of pictures
+    # tokens in place of pictures
+    def prepare(self, question: Question) -> tuple[str, Encoded]:  # type: ignore[override]
         """The chat as the template writes it, and encoded. Raises DataError."""
         sample = Sample(question.id, self.task.file.stem, question.messages, question.images)
         encoded = self.encoder.encode(sample)
