@@ -236,7 +236,8 @@ def check_weights(folder: Path) -> list[Path]:
     for name in sorted(shards):
         try:
             with safe_open(folder / name, "pt") as file:
-                kinds = {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
+                tensors = file.keys()
+                kinds = {tensor: file.get_slice(tensor).get_dtype() for tensor in tensors}
         except FileNotFoundError:
             raise DataError(f"{folder / name} is missing; export or copy the folder anew") from None
         except (SafetensorError, OSError) as error:

@@ -119,10 +119,11 @@ class TrainingProgress(Callback):
 
     def on_validation_end(self, trainer: Trainer, module: LightningModule) -> None:
         """A line of its own, on a terminal too: the losses of the validation sources."""
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
         losses = [
             f"{name} {float(value):.4g}"
             for name, value in sorted(trainer.callback_metrics.items())
-            if name.partition("/")[0] in trainer.datamodule.validation and name.endswith("/loss")  # type: ignore[attr-defined]
+            if name.partition("/")[0] in data.validation and name.endswith("/loss")
         ]
         if self.bar is not None:
             self.bar.say(
@@ -137,7 +138,8 @@ class TrainingProgress(Callback):
             said.append(f"loss {float(loss):.4g}")
         if pace := self.bar.pace.seconds():
             said.append(self.time_left(trainer))  # before what a narrow terminal cuts off
-            said.append(f"{trainer.datamodule.global_batch_size / pace:.3g} samples/s")  # type: ignore[attr-defined]
+            data: Any = trainer.datamodule  # type: ignore[attr-defined]
+            said.append(f"{data.global_batch_size / pace:.3g} samples/s")
         rates = [
             group["lr"] for optimizer in trainer.optimizers for group in optimizer.param_groups
         ]

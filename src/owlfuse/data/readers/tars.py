@@ -229,8 +229,8 @@ def tar_members(
     """
     name, size, offset, whole = None, None, start, os.fstat(descriptor).st_size
     while (end is None or offset < end) and (header := next_header(descriptor, offset)):
-        # not in its stubs
-        kind, data, length = header[156:157], offset + BLOCK, tarfile.nti(header[124:136])  # type: ignore[attr-defined]
+        kind, data = header[156:157], offset + BLOCK
+        length = tarfile.nti(header[124:136])  # type: ignore[attr-defined]
         extends = kind in b"xLKg"
         length = length if size is None or extends else size
         # of links, devices and folders: a size that nothing is stored of

@@ -183,8 +183,9 @@ def batchers(sources: dict[str, Source], samples: int) -> dict[str, Callable[[],
     names, starts = list(sizes), [0, *accumulate(sizes.values())][:-1]
 
     def owlfuse() -> int:
-        # never called
-        dataset = MixtureDataset(Mixture(sizes, WEIGHTS, seed=0), sources, ChatData.load)  # type: ignore[arg-type]
+        mixture = Mixture(sizes, WEIGHTS, seed=0)
+        # `load` is never called
+        dataset = MixtureDataset(mixture, sources, ChatData.load)  # type: ignore[arg-type]
         batches = GlobalBatchSampler(MICRO, 1, 0, 1, steps=samples // MICRO)
         return sum(len(dataset.draws(positions)) for positions in batches)
 
