@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from owlfuse.core.errors import DataError
+from owlfuse.core.files import atomic_write
 from owlfuse.core.progress import Progress
 from owlfuse.data.chat.encoder import ChatEncoder
 from owlfuse.data.chat.truncation import OnLength
@@ -112,16 +113,14 @@ def tokenizer_text(tokenizer: Any) -> str:
 
 def keep(path: Path, lengths: Lengths) -> None:
     """Writes the counts, whole or not at all."""
-    beside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     wrong = np.frombuffer(json.dumps(lengths.wrong).encode(), dtype=np.uint8)
     notes = np.frombuffer(json.dumps(lengths.notes).encode(), dtype=np.uint8)
     try:
         path.parent.mkdir(exist_ok=True)
-        with beside.open("wb") as file:
+        with atomic_write(path, "wb") as file:
             np.savez_compressed(
                 file, tokens=lengths.tokens, supervised=lengths.supervised, wrong=wrong, notes=notes
             )
-        beside.replace(path)
     except OSError as error:
         print(
             f"owlfuse: the token counts cannot be kept in {path.parent}: {error.strerror}",

@@ -8,7 +8,6 @@ and a crash is one cell's.
 from __future__ import annotations
 
 import fcntl
-import json
 import os
 import signal
 import sys
@@ -18,6 +17,7 @@ from pathlib import Path
 
 from owlfuse.config.build import to_dict
 from owlfuse.core.errors import report_errors
+from owlfuse.core.files import read_json
 
 
 def train_cell(folder: Path, key: str) -> None:
@@ -33,7 +33,7 @@ def train_cell(folder: Path, key: str) -> None:
     from owlfuse.config.trust import accept
     from owlfuse.core.errors import DataError
 
-    record = json.loads((folder / "ablation.json").read_text(encoding="utf-8"))
+    record = read_json(folder / "ablation.json")
     cell = next(cell for cell in record["cells"] if cell["key"] == key)
     run = folder / key
     resumes = (run / "config.yaml").exists()
