@@ -92,7 +92,12 @@ def model_card(
             "|---|---|",
         ]
         lines += [f"| {name} | {value:.4g} |" for name, value in results["metrics"].items()] + [""]
-    lines += ["## Use", "", "```python", "import owlfuse", "from transformers import pipeline", ""]
+    lines += ["## Use", "", "```python"]
+    lines += [
+        "import owlfuse.artifacts.hf  # registers the model",
+        "from transformers import pipeline",
+        "",
+    ]
     lines += ['answer = pipeline("image-text-to-text", model="THIS_FOLDER")']
     lines += [
         (
