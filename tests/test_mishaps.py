@@ -24,7 +24,7 @@ from helpers import REPO, SHAPE_COUNTS, SHORT_ANSWERS, SMALL_RUN
 from owlfuse import __main__, __version__
 from owlfuse.core import hub_access
 from owlfuse.core.errors import DataError, naming_full_disk, why_not_written
-from owlfuse.core.files import whole_folder
+from owlfuse.core.files import atomic_directory
 from owlfuse.data.shapes.write import write_shapes
 
 TRAIN = [
@@ -255,7 +255,6 @@ FILES = (
     "config.yaml.part",
     "metrics.csv",
     "answers.jsonl",
-    "results.json.part",
     "mixture.json",
     "contact_sheet.png",
 )
@@ -306,7 +305,7 @@ def test_a_folder_that_a_library_cannot_write_is_one_line_and_gone(write, tmp_pa
                 DataError,
                 match="out could not be written: .*File too large.*; make room or permit it",
             ),
-            whole_folder(tmp_path / "out") as folder,
+            atomic_directory(tmp_path / "out") as folder,
         ):
             write(folder)
     finally:

@@ -19,7 +19,7 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from owlfuse.config.trust import nodes_of
 from owlfuse.core.errors import DataError
-from owlfuse.core.files import MAX_CONFIG, read_json_object, read_text
+from owlfuse.core.files import MAX_CONFIG, read_json, read_text
 
 MAX_TABLE = 512 * 2**20
 """Bytes of a tokenizer or of an index of shards; the largest tokenizers have 40 MB."""
@@ -104,7 +104,7 @@ def check_files(folder: Path) -> None:
             "vocab.json",
             "added_tokens.json",
         ) or file.name.endswith(".index.json")
-        content = read_json_object(file, MAX_TABLE if is_table else MAX_CONFIG)
+        content = read_json(file, limit=MAX_TABLE if is_table else MAX_CONFIG)
         if file.name != "tokenizer.json":
             check_object(content, file)
     for file in sorted(folder.rglob("*.jinja")):
@@ -219,7 +219,7 @@ def check_adapter(folder: Path) -> None:
     """Checks that an adapter's folder holds a LoRA update and nothing that names code or other
     files. Raises DataError."""
     file = folder / "adapter_config.json"
-    content = read_json_object(file, MAX_CONFIG)
+    content = read_json(file, limit=MAX_CONFIG)
     if content.get("peft_type") != "LORA":
         raise DataError(
             f"{file}: peft_type is {str(content.get('peft_type'))[:40]}, and owlfuse exports LORA"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,7 +32,7 @@ from owlfuse.artifacts.runs import check_which, chosen_checkpoint
 from owlfuse.artifacts.weights import check_fits, read, set_precision, take
 from owlfuse.config.compose import read_run
 from owlfuse.core.errors import DataError
-from owlfuse.core.files import MAX_CONFIG, read_json_object
+from owlfuse.core.files import MAX_CONFIG, read_json
 from owlfuse.core.folder_kinds import check_exported
 from owlfuse.core.types import IMAGE
 from owlfuse.data.chat.answer_format import AnswerFormat
@@ -86,7 +85,7 @@ def load_run(folder: Path, which: str = "last") -> Trained:
     tokenizer = run_tokenizer(folder, config["data"])
     model, _ = load_run_model(folder, config, len(tokenizer), which)
     path = folder / "results.json"
-    results = json.loads(path.read_text()) if path.exists() else None
+    results = read_json(path) if path.exists() else None
     return Trained(model.eval(), tokenizer, results)
 
 
@@ -138,7 +137,7 @@ def load_exported(
     check_files(folder)
     files = check_weights(folder)
     config_file = folder / "config.json"
-    check_counts(read_json_object(config_file, MAX_CONFIG), config_file, header_shapes(files))
+    check_counts(read_json(config_file, limit=MAX_CONFIG), config_file, header_shapes(files))
     with describing(config_file):
         check_skeleton(folder, files)
         wrapped, found = OwlfuseForConditionalGeneration.from_pretrained(
@@ -225,7 +224,7 @@ def check_weights(folder: Path) -> list[Path]:
     index = folder / "model.safetensors.index.json"
     shards = {"model.safetensors"}
     if index.exists():
-        places = read_json_object(index, MAX_TABLE).get("weight_map")
+        places = read_json(index, limit=MAX_TABLE).get("weight_map")
         names: list[Any] = list(places.values()) if isinstance(places, dict) else [None]
         if not all(isinstance(name, str) and Path(name).name == name for name in names):
             raise DataError(

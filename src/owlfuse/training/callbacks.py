@@ -3,7 +3,6 @@ step."""
 
 from __future__ import annotations
 
-import json
 import signal
 import sys
 import time
@@ -14,6 +13,7 @@ import torch
 from lightning import Callback, LightningModule, Trainer
 
 from owlfuse.artifacts.runs import checkpoints_of
+from owlfuse.core.files import write_json
 from owlfuse.core.progress import Clock, Progress, duration
 from owlfuse.evaluation.reports import write_answers
 from owlfuse.evaluation.results import FILE
@@ -42,7 +42,7 @@ class BeforeTraining(Callback):
             metrics, answers = self.evaluation(module.model, trainer.datamodule)
         if trainer.is_global_zero:
             write_answers(self.folder / "answers_before.jsonl", answers)
-            (self.folder / FILE).write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
+            write_json(self.folder / FILE, metrics)
 
 
 def raise_if_stopped(trainer: Any, folder: Path) -> None:

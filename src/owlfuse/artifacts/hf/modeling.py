@@ -22,6 +22,7 @@ from owlfuse.artifacts.hf.configuration import OwlfuseConfig
 from owlfuse.core.errors import DataError
 from owlfuse.core.types import Batch, VisualTokens
 from owlfuse.model.llm import cache_argument
+from owlfuse.model.loss import mean_loss
 from owlfuse.model.multimodal import MultimodalLM, assemble
 
 
@@ -145,11 +146,7 @@ class OwlfuseForConditionalGeneration(PreTrainedModel, GenerationMixin):
             visual = self.encode(input_ids, pixel_values)
         batch = self.batch(input_ids, attention_mask, visual)
         logits = self.model(batch, visual, cache, logits_to_keep)
-        loss = None
-        if labels is not None:
-            loss = F.cross_entropy(
-                logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=-100
-            )
+        loss = None if labels is None else mean_loss(logits, labels)
         return CausalLMOutputWithPast(
             loss=loss, logits=logits, **{cache_argument(self.model.llm): cache}
         )

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from owlfuse.core.errors import DataError
+from owlfuse.core.files import atomic_write
 from owlfuse.core.progress import Progress
 from owlfuse.data.chat.encoder import ChatEncoder
 from owlfuse.data.chat.truncation import OnLength
@@ -131,16 +132,14 @@ def read_cache(path: Path, samples: int) -> Lengths | None:
 
 def write_cache(path: Path, lengths: Lengths) -> None:
     """Write the counts atomically."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     wrong = np.frombuffer(json.dumps(lengths.wrong).encode(), dtype=np.uint8)
     notes = np.frombuffer(json.dumps(lengths.notes).encode(), dtype=np.uint8)
     try:
         path.parent.mkdir(exist_ok=True)
-        with temporary.open("wb") as file:
+        with atomic_write(path, "wb") as file:
             np.savez_compressed(
                 file, tokens=lengths.tokens, supervised=lengths.supervised, wrong=wrong, notes=notes
             )
-        temporary.replace(path)
     except OSError as error:
         print(
             f"owlfuse: the token counts cannot be kept in {path.parent}: {error.strerror}",

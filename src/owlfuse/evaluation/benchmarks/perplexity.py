@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from torch.nn import functional as F
 
 from owlfuse.core.types import Batch, Encoded, Sample
 from owlfuse.data.chat.checks import flatten
@@ -21,6 +20,7 @@ from owlfuse.data.words import show_words
 from owlfuse.evaluation.benchmarks.answering import Prompts, Talker, Work, Wrong
 from owlfuse.evaluation.benchmarks.base import Question, Task
 from owlfuse.evaluation.benchmarks.exact import ChatTask
+from owlfuse.model.loss import summed_loss
 
 
 @dataclass(kw_only=True)
@@ -113,12 +113,12 @@ def measure(talker: Talker, task: Task, work: Work) -> list[dict[str, Any]]:
         work.questions, work.prompts, logits, labels, strict=True
     ):
         kept = wanted != -100
-        loss = F.cross_entropy(row[kept].double(), wanted[kept], reduction="sum")
+        loss, count = summed_loss(row[kept].double(), wanted[kept])
         line = {
             "id": question.id,
             "prompt": prompt,
             "loss": float(loss),
-            "tokens": int(kept.sum()),
+            "tokens": int(count),
             "group": question.group,
         }
         lines.append(line | {"score": task.score(line)})

@@ -128,13 +128,6 @@ def results_of(
     }
 
 
-def write_results(path: Path, results: dict[str, Any]) -> None:
-    """Written beside and renamed."""
-    beside = path.with_name(path.name + ".part")
-    beside.write_text(json.dumps(results, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    beside.replace(path)
-
-
 def print_results(results: dict[str, Any]) -> None:
     """One metric a line, below them the settings that made them, and what was skipped."""
     settings = results["settings"]

@@ -8,7 +8,6 @@ and a crash is one cell's.
 from __future__ import annotations
 
 import fcntl
-import json
 import os
 import signal
 import sys
@@ -23,6 +22,7 @@ from owlfuse.config.compose import compose
 from owlfuse.config.identity import code_hash, config_hash
 from owlfuse.config.trust import accept
 from owlfuse.core.errors import DataError, report_errors
+from owlfuse.core.files import read_json
 
 
 def train_cell(folder: Path, key: str) -> None:
@@ -31,7 +31,7 @@ def train_cell(folder: Path, key: str) -> None:
     Raises:
         DataError: code or configuration are not those that the ablation was begun with.
     """
-    record = json.loads((folder / "ablation.json").read_text(encoding="utf-8"))
+    record = read_json(folder / "ablation.json")
     cell = next(cell for cell in record["cells"] if cell["key"] == key)
     run = folder / key
     resumes = (run / "config.yaml").exists()

@@ -6,7 +6,6 @@ Each is a process that a task watches.
 from __future__ import annotations
 
 import importlib.util
-import json
 import os
 import re
 import signal
@@ -21,7 +20,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from owlfuse.core.errors import COMMAND_LINE, ConfigError, hint
-from owlfuse.core.files import read_json_if_there as read_json
+from owlfuse.core.files import read_json, write_json
 from owlfuse.studies.ablation.file import written
 
 LAUNCHERS = {
@@ -256,9 +255,7 @@ def put_aside(folder: Path, key: str) -> None:
 
 def write_state(run: Path, state: dict[str, Any]) -> str:
     """cell.json; returns the state's name."""
-    beside = run / f"{STATE}.part"
-    beside.write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
-    beside.replace(run / STATE)
+    write_json(run / STATE, state)
     return state["state"]
 
 
