@@ -165,10 +165,10 @@ def _chat(arguments: argparse.Namespace) -> None:
 
     which, words = split_which(arguments.overrides)
     question = " ".join(words) or None
-    folder = check_model(arguments.folder, which)
-    check_images(arguments.image)
     has_pictures = question is None or bool(arguments.image)
     out = explanation_file(arguments.explain, has_pictures) if arguments.explain else None
+    folder = check_model(arguments.folder, which)
+    check_images(arguments.image)
     from owlfuse.serving.chat import chat
 
     asked = arguments.max_new_tokens, arguments.temperature, out, arguments.thinking, which
