@@ -18,6 +18,7 @@ from owlfuse.config.identity import (
     differing_hash,
     names_imported_by,
     owlfuse_files,
+    parts_of_owlfuse,
 )
 from owlfuse.data import identity as data_identities
 from owlfuse.data.formats.llava import LLaVA
@@ -84,9 +85,10 @@ def test_the_hash_of_the_code_does_not_depend_on_where_it_lies(outside, tmp_path
         ("training/module.py", True),
         ("model/multimodal.py", True),
         ("data/mixture/schedule.py", True),
-        ("data/formats/llava.py", True),  # the `_target_` of a source
+        ("data/formats/llava.py", True),
         ("data/chat/templates/vicuna.jinja", True),
-        ("data/formats/alpaca.py", False),  # of other runs
+        ("data/formats/alpaca.py", True),  # whichever are chosen
+        ("model/fusion/concat.py", True),
         ("serving/demo/page.py", False),
         ("studies/ablation/page.py", False),
         ("evaluation/lmms/prompts.py", False),
@@ -95,7 +97,7 @@ def test_the_hash_of_the_code_does_not_depend_on_where_it_lies(outside, tmp_path
     ],
 )
 def test_the_code_of_a_run_is_what_its_training_imports(file, counts):
-    files = owlfuse_files({ENTRY, "owlfuse.data.formats.llava.LLaVA", "torch.nn.Linear"})
+    files = owlfuse_files({ENTRY, *parts_of_owlfuse(), "torch.nn.Linear"})
     assert (SOURCE / file).is_file()
     assert (file in files) == counts
 

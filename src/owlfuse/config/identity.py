@@ -60,18 +60,25 @@ def config_hash(config: dict[str, Any], changes: list[dict[str, Any]] | None = N
 
 def code_hash(config: dict[str, Any]) -> str:
     """12 hexadecimal digits for the code that a run of this configuration executes: the source
-    files of owlfuse that a training imports and that a `_target_` names, those of the user's
-    modules wherever they lie, with what they import of the user's, and the versions of LIBRARIES.
+    files of owlfuse that a training imports, its formats and parts whichever are chosen, so that
+    the cells of an ablation are of one code, those of the user's modules that a `_target_` names
+    wherever they lie, with what they import of the user's, and the versions of LIBRARIES.
     """
     targets = {
         str(value) for key, value in flat(config).items() if key.rpartition(".")[2] == "_target_"
     }
-    named = owlfuse_files({ENTRY, *targets})
+    named = owlfuse_files({ENTRY, *parts_of_owlfuse()})
     named |= user_files({target.partition(".")[0] for target in targets})
     parts = [
         f"{name} {hashlib.sha256(file.read_bytes()).hexdigest()}" for name, file in named.items()
     ]
     return digest("\n".join([*parts, json.dumps(versions())]).encode())
+
+
+def parts_of_owlfuse() -> set[str]:
+    """The modules below the packages of which a configuration chooses."""
+    files = [path for package in ("data", "model") for path in (SOURCE / package).rglob("*.py")]
+    return {f"owlfuse.{'.'.join(p.relative_to(SOURCE).with_suffix('').parts)}" for p in files}
 
 
 def owlfuse_files(names: set[str], source: Path = SOURCE) -> dict[str, Path]:
