@@ -79,9 +79,16 @@ def resolved_file(name: str, files: tuple[str, ...]) -> Path | None:
     None for a local path."""
     if looks_local(name):
         return None
+    try:
+        # Its libraries would try for a quarter of a minute at each file.
+        cached_only = ask(name) is not None
+    except HFValidationError:
+        return None
     for file in files:
         try:
-            return Path(hf_hub_download(name, file, etag_timeout=SECONDS))
+            return Path(
+                hf_hub_download(name, file, etag_timeout=SECONDS, local_files_only=cached_only)
+            )
         except (
             HFValidationError,
             OfflineModeIsEnabled,
