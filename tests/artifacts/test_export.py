@@ -175,6 +175,7 @@ def test_importing_owlfuse_alone_registers_nothing_and_imports_no_library():
     assert done.stdout.split() == ["True", "False", "False", "False"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("experiment", ["shapes_owl2", "shapes_owl3"])
 def test_lora_is_written_in_pefts_format_and_loads_onto_the_base(experiment, train_run, tmp_path):
     out, merged = tmp_path / "out", tmp_path / "merged"
@@ -223,6 +224,7 @@ def test_large_weights_are_sharded(train_run, tmp_path):
         assert torch.equal(owlfuse.load(out)(batch), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["shapes_owl1", "shapes_owl3-lora"])
 def test_a_run_starts_from_an_export(name, train_run, tmp_path, work):
     out = tmp_path / "out"

@@ -132,6 +132,7 @@ def test_every_recipe_is_known_to_these_tests():
         assert (find_folders().recipe(name).parent / "README.md").is_file()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", [*EMBEDDED, *PAPERS])
 def test_a_recipe_composes_and_trains_in_each_stage_what_its_paper_says(recipe):
     stages = make_stages(recipe, [])
@@ -180,6 +181,7 @@ def test_a_stage_is_an_experiment_too():
     assert "tiny/second" not in find_folders().experiment_names
 
 
+@pytest.mark.slow
 def test_overrides_are_for_all_stages_or_for_one():
     words = [
         "optim.lr=0.5",

@@ -182,6 +182,7 @@ def test_twenty_kills_at_random_moments_change_no_bit(folder):
     assert_the_same(run, train.run(compose([*common, "name=uninterrupted"])))
 
 
+@pytest.mark.slow
 def test_the_newest_are_kept_and_each_holds_what_is_trained_but_not_what_is_frozen(finished):
     assert steps(finished) == [6, 4]
     assert (finished / "checkpoints" / "best.ckpt").exists()
@@ -195,6 +196,7 @@ def test_the_newest_are_kept_and_each_holds_what_is_trained_but_not_what_is_froz
     assert set(checkpoint["frozen"]) == {"vision", "llm"}
 
 
+@pytest.mark.slow
 def test_a_frozen_base_made_at_random_is_made_again_for_eval_and_export(finished):
     before = json.loads((finished / "results.json").read_text())["metrics"]
     torch.rand(7)
@@ -215,6 +217,7 @@ def flip(path):
     path.write_bytes(content)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("damage", "what"),
     [
@@ -238,11 +241,13 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_is_used(
     assert re.search(what, record.getMessage())
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_from_the_one_before_and_ends_the_same(copy, finished):
     truncate(copy / "checkpoints" / "step_00000006.ckpt")
     assert_the_same(go_on(copy), finished)
 
 
+@pytest.mark.slow
 def test_no_good_checkpoint_is_an_error_that_names_each(copy):
     for path in checkpoints_of(copy / "checkpoints"):
         truncate(path)
@@ -253,6 +258,7 @@ def test_no_good_checkpoint_is_an_error_that_names_each(copy):
         last_checkpoint(copy)
 
 
+@pytest.mark.slow
 def test_a_folder_is_a_checkpoint_too(copy):
     path = copy / "checkpoints" / "step_00000008.ckpt"
     part = path.with_name(path.name + ".part")
@@ -264,6 +270,7 @@ def test_a_folder_is_a_checkpoint_too(copy):
     assert what_is_wrong(path) == "lacks shard0"
 
 
+@pytest.mark.slow
 def test_a_flipped_byte_of_the_best_checkpoint_is_named(copy, caplog):
     best = copy / "checkpoints" / "best.ckpt"
     assert what_is_wrong(best) is None
@@ -295,6 +302,7 @@ def test_a_checkpoint_that_is_replaced_is_good_if_the_run_is_killed_at_either_si
     assert what_is_wrong(best) is None
 
 
+@pytest.mark.slow
 def test_last_ckpt_of_an_old_run_is_read_and_a_truncated_one_is_not(copy):
     newest = last_checkpoint(copy)
     (copy / "checkpoints" / "last.ckpt").write_bytes(newest.read_bytes())
@@ -306,6 +314,7 @@ def test_last_ckpt_of_an_old_run_is_read_and_a_truncated_one_is_not(copy):
         last_checkpoint(copy)
 
 
+@pytest.mark.slow
 def test_another_frozen_base_is_refused_and_its_part_named(copy):
     config = (copy / "config.yaml").read_text()
     (copy / "config.yaml").write_text(config.replace("\nseed: 0\n", "\nseed: 9\n"))
@@ -358,6 +367,7 @@ def held(monkeypatch):
     return asked, event
 
 
+@pytest.mark.slow
 def test_weights_that_change_while_a_checkpoint_is_written_do_not_reach_it(
     finished, held, monkeypatch
 ):

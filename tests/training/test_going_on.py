@@ -159,6 +159,7 @@ def forget(run):
         other.unlink()
 
 
+@pytest.mark.slow
 def test_a_checkpoint_without_the_position_goes_on_where_it_was(copy, seen):
     forget(copy)
     go_on(copy, "data.global_batch_size=2", "trainer.max_steps=5")
@@ -244,6 +245,7 @@ def test_keys_of_the_optimizer_are_applied_to_schedule_and_groups(copy, seen, ov
     assert all(f"# until step 4: {key} was" in text for key in keys)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("steps", "told"), [(12, True), (STEPS, False)])
 def test_a_schedule_that_jumps_is_told_with_both_rates(copy, caplog, steps, told):
     with caplog.at_level(logging.WARNING, logger="owlfuse"):
@@ -451,6 +453,7 @@ def test_an_error_leaves_a_checkpoint_of_the_last_whole_step_and_mixture_json(
     assert all(torch.equal(tensor, b["state_dict"][key]) for key, tensor in a["state_dict"].items())
 
 
+@pytest.mark.slow
 def test_no_checkpoint_is_made_of_weights_of_which_some_are_those_of_the_next_step(monkeypatch):
     step = torch.optim.AdamW.step
     count = []
@@ -517,6 +520,7 @@ def test_a_rate_of_0_for_what_is_meant_to_train_is_refused_before_a_weight_is_ma
     assert not Path("runs/shapes_owl1/rate").exists()
 
 
+@pytest.mark.slow
 def test_the_best_checkpoint_is_read_where_it_is_asked_for(copy):
     from owlfuse.artifacts.load import load_run
 

@@ -120,6 +120,7 @@ def test_an_experiment_leaves_all_that_explains_it(experiment):
     assert metrics["val/exact_match"] == pytest.approx(sum(a["right"] for a in val) / len(val))
 
 
+@pytest.mark.slow
 def test_the_run_is_repeated_by_its_own_configuration():
     first = run("experiment=shapes_owl1", "name=repeat1", "trainer.max_steps=2")
     second = run("experiment=shapes_owl1", "name=repeat2", "trainer.max_steps=2")
@@ -257,6 +258,7 @@ def test_a_finished_run_goes_on_when_it_is_given_more_steps():
     assert {step: after[step] for step in first} == first
 
 
+@pytest.mark.slow
 def test_evaluating_a_run_again_gives_its_results_again():
     from owlfuse.evaluation.validation import evaluate_run
 
@@ -468,6 +470,7 @@ def test_a_run_ends_with_the_schedule_where_a_source_stops_it(capsys):
     assert sum(source["drawn"] for source in mixture["sources"].values()) == 64
 
 
+@pytest.mark.slow
 def test_weights_by_tokens_are_counted_once_and_trained_with(capsys):
     folder = run(
         "experiment=shapes_owl1",

@@ -69,6 +69,7 @@ def test_every_task_answers_and_scores_alike_for_any_batch_size(
         assert shown in printed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", ["gqa", "perplexity"])
 def test_visual_tokens_among_the_text_are_padded_alike_too(task, make_model, files, tmp_path):
     """With concat a picture takes many positions, and rows of a batch differ in length by it."""
@@ -152,6 +153,7 @@ def test_the_escaped_word_image_is_a_word_in_every_benchmark(task, model, tmp_pa
     assert "<image>" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_an_evaluation_that_was_stopped_goes_on_where_it_was(
     model, files, tmp_path, monkeypatch, capsys
 ):
@@ -189,6 +191,7 @@ def test_an_evaluation_that_was_stopped_goes_on_where_it_was(
     assert results["metrics"] == whole["metrics"]
 
 
+@pytest.mark.slow
 def test_answers_of_other_settings_are_neither_taken_nor_lost(model, files, tmp_path, monkeypatch):
     words, out = files("gqa"), tmp_path / "out"
     first, _ = evaluate(model, out, "gqa", words, SHORT)
