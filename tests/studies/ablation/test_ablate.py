@@ -45,9 +45,9 @@ seeds: [0, 1]
 metrics: [val/exact_match, val/loss]
 """
 FAULTY = """
-from owlfuse import evaluation
+from owlfuse.evaluation import validation
 
-class Evaluation(evaluation.Evaluation):
+class Evaluation(validation.Evaluation):
     def __call__(self, model, data, folder=None):
         if data.seed == 1:
             raise RuntimeError("no luck with <seed> 1")
