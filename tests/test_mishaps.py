@@ -431,6 +431,7 @@ def test_what_cannot_be_had_from_the_hub_is_named_within_seconds(
         (["model.vision.pretrained=true"], "timm/resnet10t", "set model.vision.weights"),
     ):
         hub_access.check_hub_has.cache_clear()
+        hub_access.ask.cache_clear()
         code, line = told([*TRAIN, *words], capsys)
         assert code in (1, 2)
         assert all(part in line for part in (name, message, remedy)), line

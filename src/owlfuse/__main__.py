@@ -216,8 +216,6 @@ def _report(arguments: argparse.Namespace) -> None:
 
 
 def _completion(arguments: argparse.Namespace) -> None:
-    # REARRANGED
-
     completion_command(arguments.shell, arguments.line, COMMANDS)
 
 

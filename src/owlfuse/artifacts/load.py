@@ -295,8 +295,6 @@ def load_run_model(
         ConfigError: the run has no good checkpoint.
         DataError: it does not fit the model, or the frozen weights are others now.
     """
-    # REARRANGED  # which imports what reads a run
-
     weights, checkpoint = read(chosen_checkpoint(folder, which))
     frozen = checkpoint.get("frozen", {})
     lightning.seed_everything(config["seed"], workers=True, verbose=False)

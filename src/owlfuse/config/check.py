@@ -203,8 +203,8 @@ def _check_value(
         return
     try:
         adapter = TypeAdapter(annotation, config=ConfigDict(arbitrary_types_allowed=True))
-    # pydantic raises many kinds for an annotation that it cannot read: there is nothing to check
-    # with
+    # For an annotation that it cannot read, pydantic raises its own errors and whatever a class's
+    # hooks raise: there is nothing to check with.
     except Exception:
         return
     if _valid(adapter, value):
@@ -262,7 +262,9 @@ def annotation_of(parameter: inspect.Parameter, callable_: Callable) -> Any:
         getattr(owner, "__globals__", {}),
         *(vars(sys.modules.get(module, types)) for module in modules),
     ):
-        with suppress(Exception):  # names under TYPE_CHECKING, or no type at all
+        # The text of an annotation is evaluated: names under TYPE_CHECKING are not there, and
+        # what is no type raises anything. What cannot be read is not checked.
+        with suppress(Exception):
             return typing.get_type_hints(holder, globalns=names, include_extras=True)["it"]
     return inspect.Parameter.empty
 

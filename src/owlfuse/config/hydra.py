@@ -142,7 +142,8 @@ class Composition:
         key = override.key_or_group
         parent, _, name = key.rpartition(".")
         keys: list[str] = list(self.folders.groups)
-        with suppress(Exception):  # a second error would hide the first
+        # This only looks for a better hint: an error of it would hide the one that is told.
+        with suppress(Exception):
             groups = [o for o in self.overrides if o not in self.values]
             config = Composition(self.folders, groups, self.experiment).compose()
             # a dictionary, of a composed one
@@ -255,6 +256,7 @@ def _hydra(folders: ConfigFolders) -> Iterator[None]:
 
 
 def _composes(composition: Composition) -> bool:
+    # As in `Composition.compose`, whatever is raised is about the configuration.
     with suppress(Exception), _hydra(composition.folders):
         hydra.compose(composition.folders.root, overrides=composition._lines)
         return True

@@ -101,6 +101,7 @@ def resolved_file(name: str, files: tuple[str, ...]) -> Path | None:
     return None
 
 
+@cache
 def ask(name: str) -> str | None:
     """Why the model cannot be had from the hub; None where it can, and where its libraries know
     better what is wrong."""

@@ -5,19 +5,18 @@ from __future__ import annotations
 import json
 import textwrap
 from collections import defaultdict
-from contextlib import suppress
 from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import matplotlib
 from matplotlib import pyplot as plt
-from PIL import Image, ImageOps
+from PIL import Image
 from rich.table import Table
 from torch import Tensor
 
 from owlfuse.core.console import PlainConsole as Console
-from owlfuse.data.media.images import to_rgb
+from owlfuse.data.media.images import to_rgb, turn_upright
 from owlfuse.evaluation.explain.overlays import overlay
 from owlfuse.evaluation.metrics import Answer
 
@@ -110,8 +109,7 @@ def picture_of(answer: Answer) -> Image.Image:
     """The answer's picture, upright, as the model saw it."""
     shown: Any = BytesIO(answer.image) if isinstance(answer.image, bytes) else answer.image
     with Image.open(shown) as file:
-        with suppress(Exception):  # as in `owlfuse.data.media.images`
-            ImageOps.exif_transpose(file, in_place=True)
+        turn_upright(file)
         return to_rgb(file)
 
 

@@ -7,6 +7,7 @@ import json
 import re
 import secrets
 import struct
+from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -455,6 +456,17 @@ GGUF_CONTROL = 3
 """The type of a control token (`tokenizer.ggml.token_type`)."""
 
 
+def control_ids(fields: Mapping[str, Any]) -> list[int]:
+    """Return the ids of the control tokens that the fields of a GGUF file name, in order.
+
+    Newer versions of transformers mark these tokens themselves.
+    """
+    types = fields.get("tokenizer.ggml.token_type")
+    if types is None:
+        return []
+    return [number for number, kind in enumerate(types.contents()) if kind == GGUF_CONTROL]
+
+
 def gguf_tokenizer(file: Path) -> PreTrainedTokenizerBase:
     """As transformers reads it, and with what that leaves out: that digits are split first, where
     the kind of tokenizer does so (else several spaces or line breaks before a number become other
@@ -479,13 +491,10 @@ def gguf_tokenizer(file: Path) -> PreTrainedTokenizerBase:
         raise DataError(
             f"tokenizer: {file} is no GGUF file with a tokenizer: {type(error).__name__} {error}"
         ) from error
-    kinds = fields.get("tokenizer.ggml.token_type")
-    if kinds is not None:
-        control = [number for number, kind in enumerate(kinds.contents()) if kind == CONTROL]
-        tokenizer.add_special_tokens(
-            {"additional_special_tokens": tokenizer.convert_ids_to_tokens(control)},
-            replace_extra_special_tokens=False,
-        )
+    tokenizer.add_special_tokens(
+        {"additional_special_tokens": tokenizer.convert_ids_to_tokens(control_ids(fields))},
+        replace_extra_special_tokens=False,
+    )
     pre = fields.get("tokenizer.ggml.pre")
     if pre is not None and pre.contents() in SINGLE_DIGITS:
         digits = pre_tokenizers.Digits(individual_digits=True)

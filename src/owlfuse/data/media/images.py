@@ -161,9 +161,16 @@ def decode(file: io.BufferedIOBase, label: str, max_pixels: int) -> Image.Image:
         if pixels > max_pixels:
             raise DataError(f"{label} has {pixels:,} pixels, over the limit of {max_pixels:,}")
         picture.load()
-        with suppress(Exception):  # EXIF that cannot be read turns nothing, as in every viewer
-            ImageOps.exif_transpose(picture, in_place=True)
+        turn_upright(picture)
         return to_rgb(picture)
+
+
+def turn_upright(picture: Image.Image) -> None:
+    """Turns a picture in place as its EXIF says."""
+    # Pillow raises whatever its parsers meet in a damaged EXIF, among them SyntaxError and
+    # struct.error. Such a picture is shown as it is stored, as in every viewer.
+    with suppress(Exception):
+        ImageOps.exif_transpose(picture, in_place=True)
 
 
 def to_rgb(picture: Image.Image) -> Image.Image:
