@@ -19,6 +19,7 @@ def terminal_table(frame: pd.DataFrame, title: str, text_columns: int = 1, **opt
         # A text that is too long goes on in the next line: nothing is cut.
         justify: Any = "left" if index < text_columns else "right"
         table.add_column(str(column), justify=justify, overflow="fold")
+    # A record may lack a column.
     for texts in frame.fillna("").itertuples(index=False):
         table.add_row(*texts)
     return table

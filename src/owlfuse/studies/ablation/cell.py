@@ -39,12 +39,14 @@ def train_cell(folder: Path, key: str) -> None:
     with (run / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # a process that was left alone may still be ending
         config = compose_cell(folder, run, cell, resumes)
+        # After the configuration: a mistake of it is reported before torch is imported.
         from owlfuse.training import train
 
         if config.get("init_from") and not resumes:
             from owlfuse.artifacts.init_from import adopt_parts
 
             adopt_parts(config)
+        # Hashed as this process would run it: a file may have changed since the command began.
         plain = to_dict(config)
         check_hash("configuration", cell["hash"]["config"], config_hash(plain))
         check_hash("code", cell["hash"]["code"], code_hash(plain))
@@ -57,6 +59,7 @@ def compose_cell(folder: Path, run: Path, cell: dict[str, Any], resumes: bool) -
         override, _, value = word.partition("=")
         if override.endswith("._target_"):
             accept({"_target_": value.strip("'\"")})
+    # A run that goes on has its configuration in its folder, its overrides included.
     config = compose([f"resume={run}"] if resumes else cell["words"])
     with open_dict(config):
         config.accept_changed_data = cell["config"].get("accept_changed_data", False)
@@ -75,6 +78,7 @@ def check_hash(name: str, expected: str, actual: str) -> None:
 def end_with_parent(parent: int) -> None:
     """Interrupts this process once the one that started it is gone: it ends after the step it is
     in, with a checkpoint."""
+    # The parent of an orphan is another process: init, or a subreaper.
     while os.getppid() == parent:
         time.sleep(0.5)
     os.kill(os.getpid(), signal.SIGINT)
@@ -83,6 +87,7 @@ def end_with_parent(parent: int) -> None:
 def main() -> int:
     """Trains the cell of the command line; the exit codes are those of `owlfuse train`."""
     folder, key, parent = sys.argv[1:]
+    # A daemon: it must not keep a process alive whose training has ended.
     threading.Thread(target=end_with_parent, args=(int(parent),), daemon=True).start()
     return report_errors(lambda: train_cell(Path(folder), key), "train")
 

@@ -10,6 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import yaml
+from omegaconf import OmegaConf
+
 from owlfuse.core.errors import ConfigError, hint, label
 
 KEYS = {
@@ -90,6 +93,7 @@ def read_ablation(name: str, file: Path) -> Ablation:
     factors = []
     for key, levels in content["factors"].items():
         factors.append(read_factor(str(key), levels, f"{location}: factors.{key}"))
+    # Two keys may end alike, as model.vision.layers and model.llm.layers: they keep their full key.
     names = [factor.name for factor in factors]
     for factor in factors:
         if names.count(factor.name) > 1:
@@ -113,6 +117,7 @@ def read_ablation(name: str, file: Path) -> Ablation:
             "[{fusion: owl1, gate: static}]"
         )
     budget = read_budget(content.get("budget"), location)
+    # The first level of each factor, unless the file names another.
     baseline = {factor.name: next(iter(factor.levels)) for factor in factors}
     baseline |= read_levels(content.get("baseline") or {}, factors, f"{location}: baseline")
     return Ablation(
@@ -140,10 +145,9 @@ def require(content: dict[str, Any], key: str, kind: type, expected: str, locati
 
 def read_yaml(file: Path) -> dict[str, Any]:
     """Return the file's content. Raises ConfigError with the line for what is no YAML."""
-    import yaml
-    from omegaconf import OmegaConf
-
     try:
+        # By OmegaConf, so that 1e-3 is a number as in every other configuration; unresolved, since
+        # ${...} is the experiment's.
         content = OmegaConf.to_container(OmegaConf.load(file), resolve=False)
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 0
@@ -152,6 +156,7 @@ def read_yaml(file: Path) -> dict[str, Any]:
         ) from None
     if not isinstance(content, dict):
         raise ConfigError(f"{label(file)}: expected keys ({', '.join(KEYS)})")
+    # YAML has keys that are numbers.
     return {str(key): value for key, value in content.items()}
 
 
@@ -167,6 +172,7 @@ def read_factor(key: str, levels: Any, location: str) -> Factor:
             f"{location}: expected levels, each a list of overrides, or a list of values, and it "
             f"is {levels!r}"
         )
+    # Two values with one name, as 1 and "1", would be one cell.
     values = {level_name(value): [f"{key}={override_literal(value)}"] for value in levels}
     if len(values) != len(levels):
         raise ConfigError(f"{location}: a value stands twice: {levels!r}")
@@ -193,6 +199,7 @@ def read_levels(entry: Any, factors: list[Factor], location: str) -> dict[str, s
     """
     if not isinstance(entry, dict):
         raise ConfigError(f"{location}: expected levels, as {{fusion: owl1}}, and it is {entry!r}")
+    # A factor is called by its name or by its full key; a name goes before a key.
     by_name = {factor.key: factor for factor in factors if factor.key}
     by_name |= {factor.name: factor for factor in factors}
     levels = {}
@@ -273,6 +280,7 @@ def override_literal(value: Any) -> str:
     if isinstance(value, dict):
         items = [f"{key}:{override_literal(child)}" for key, child in value.items()]
         return "{" + ",".join(items) + "}"
+    # What these characters make up needs no quotes in Hydra's grammar.
     if isinstance(value, int | float) or re.fullmatch(r"[\w./+-]+", value):
         return str(value)
     return "'" + value.replace("'", "\\'") + "'"

@@ -81,7 +81,7 @@ def make_cells(
     """
     check_words(words)
     combinations = all_combinations(ablation)
-    combinations.sort(key=lambda levels: levels != ablation.baseline)
+    combinations.sort(key=lambda levels: levels != ablation.baseline)  # stable: the file's order
     cells: list[Cell] = []
     names_by_hash: dict[str, str] = {}
     for combination in combinations:
@@ -95,6 +95,7 @@ def make_cells(
                     f"cell {name}: evaluation is null, and the ablation reports {metrics}; leave "
                     "it as it is"
                 )
+            # The seed is part of the hash: cells are compared under the same seed.
             same_name = names_by_hash.setdefault(cell.hash["config"], name)
             if same_name != name:
                 raise ConfigError(
@@ -102,6 +103,7 @@ def make_cells(
                     "changes nothing there"
                 )
             cells.append(cell)
+    # Signs that a folder's name cannot have are dropped, and levels may differ in them alone.
     if len({cell.key for cell in cells}) < len(cells):
         raise ConfigError(
             "factors: two cells would have the same name; give their levels names of letters and "
@@ -126,7 +128,7 @@ def all_combinations(ablation: Ablation) -> list[dict[str, str]]:
     combinations = []
     for product in itertools.product(*(factor.levels for factor in ablation.factors)):
         levels = dict(zip(names, product))
-        # An entry of `leave_out` names some of the factors.
+        # An entry of `leave_out` names some factors, and leaves out all that have those levels.
         if not any(entry.items() <= levels.items() for entry in ablation.leave_out):
             combinations.append(levels)
     if ablation.baseline not in combinations:
@@ -143,11 +145,13 @@ def mark_absent(
     """Return the levels of a cell, ABSENT for factors that `make_cells` does not set in it."""
     result = dict(levels)
     for factor in ablation.factors:
+        # The combinations that differ from this one in the factor alone.
         fixed = {name: level for name, level in levels.items() if name != factor.name}
         alternatives = [entry for entry in combinations if fixed.items() <= entry.items()]
         if factor.key is None or len(alternatives) > 1 or len(factor.levels) == 1:
             continue
         without = {**result, factor.name: ABSENT}
+        # Composed without it: does the configuration have the key by itself?
         overrides = cell_overrides(ablation, without, ablation.seeds[0], words)
         config = compose_cell(cell_name(without), overrides)
         if OmegaConf.select(config, factor.key.replace("/", "."), default=ABSENT) == ABSENT:
@@ -164,6 +168,7 @@ def make_cell(
     config = compose_cell(name, overrides)
     with open_dict(config):
         config.experiment, config.name = runs_name, f"{name}-seed{seed}"
+    # The parts come from that model: hashes must be of them.
     if config.get("init_from"):
         from owlfuse.artifacts.init_from import adopt_parts
 
@@ -182,7 +187,7 @@ def cell_overrides(
         level = levels[factor.name]
         if level != ABSENT:
             overrides += factor.levels[level]
-    return [*overrides, *words, f"seed={seed}"]
+    return [*overrides, *words, f"seed={seed}"]  # the last override of a key counts
 
 
 def compose_cell(name: str, overrides: list[str]) -> DictConfig:
@@ -255,6 +260,7 @@ def check_cell(
         trained = sum(part.trained for part in parts)
         if not open_data:
             return trained, None
+        # Lengths, and with them the steps, depend on the positions that an image takes.
         key = json.dumps([to_dict(cell.config.data), model.fusion.tokens_per_image])
         if key not in data_identities:
             data = build(cell.config.data)
@@ -293,6 +299,7 @@ def split_metric(metric: str, sources: list[str]) -> tuple[str, str]:
     of `val_held_out/exact_match`."""
     source, _, local_name = metric.partition("/")
     kind = local_name.partition("/")[0]
+    # results.json folds `val_held_out` into `val` with a suffix, see `metric_names`.
     for longer in sources:
         suffix = longer.removeprefix(source)  # `_held_out`
         if longer.startswith(f"{source}_") and suffix != "_" and kind.endswith(suffix):

@@ -146,6 +146,7 @@ def launch(
     """
     if not keys:
         return
+    # Each process would take all cores by itself.
     threads = None
     if jobs > 1 and "OMP_NUM_THREADS" not in os.environ:
         threads = max(1, (os.cpu_count() or 1) // jobs)
@@ -179,6 +180,7 @@ def run_by_submitit(
     """
     import submitit
 
+    # Names of one cluster alone need its prefix.
     executor = submitit.AutoExecutor(folder / ".submitit", cluster=cluster)
     parameters = {"timeout_min": 60, "name": "owlfuse"}
     for key, value in settings.items():
@@ -191,9 +193,10 @@ def run_by_submitit(
     except (AssertionError, NameError, ValueError) as error:
         message = " ".join(str(error).split())
         raise ConfigError(f"{COMMAND_LINE}: launcher settings: {message}") from None
-    submitted = executor.map_array(task, keys)
+    submitted = executor.map_array(task, keys)  # on SLURM one array of jobs
     for key, job in zip(keys, submitted, strict=True):
         job_error = job.exception()
+        # A time limit or the lack of memory ends a job without a word in cell.json.
         if job_error is not None and not interrupt_count(folder):
             run = folder / key
             run.mkdir(exist_ok=True)
@@ -211,6 +214,7 @@ def run_cell(folder: Path, key: str, deadline: float | None, threads: int | None
     run = folder / key
     if interrupt_count(folder):
         return "not begun"
+    # A worker of another machine knows the cell from the file alone.
     record = read_json(folder / "ablation.json")
     cell = next(cell for cell in record["cells"] if cell["key"] == key)
     state: dict[str, Any] = {"hash": cell["hash"], "began": time.time()}
@@ -226,11 +230,11 @@ def run_cell(folder: Path, key: str, deadline: float | None, threads: int | None
 
     log = run / "log.txt"
     code = train_in_process(folder, key, log, threads)
-    last_line = clean_log(log)
+    last_line = clean_log(log)  # of a cell that failed, its error
     state["ended"] = time.time()
     if code == 0:
         return write_state(run, {**state, "state": "finished"})
-    if code == 130 or interrupt_count(folder):
+    if code == 130 or interrupt_count(folder):  # 130 is Ctrl-C's exit code
         return write_state(run, {**state, "state": "interrupted"})
     error = last_line.removeprefix("owlfuse: error: ")
     if not error and code < 0:
@@ -273,7 +277,7 @@ def wait_and_interrupt(process: subprocess.Popen, folder: Path) -> int:
         while sent < count and process.poll() is None:
             process.send_signal(signal.SIGINT)
             sent += 1
-            time.sleep(0.1)
+            time.sleep(0.1)  # two signals at once may arrive as one
     return code
 
 
@@ -287,6 +291,7 @@ def interrupt_count(folder: Path) -> int:
 
 def record_interrupt(folder: Path) -> None:
     """Adds a Ctrl-C to those that tasks read."""
+    # Appended: two presses cannot overwrite each other.
     with (folder / STOP_FILE).open("ab") as file:
         file.write(b"x")
 
@@ -304,13 +309,14 @@ def clean_log(log: Path) -> str:
     log.write_text("\n".join([*lines, ""]), encoding="utf-8")
     errors = [line for line in lines if line.startswith("owlfuse: error: ")]
     last_lines = errors or lines or [""]
-    return last_lines[-1][:300]
+    return last_lines[-1][:300]  # a line of a table
 
 
 def archive_run(folder: Path, key: str) -> None:
     """Moves a cell's folder into `old/`."""
     archive = folder / "old"
     archive.mkdir(exist_ok=True)
+    # Microseconds: a cell may be put aside twice within a second.
     (folder / key).rename(archive / f"{key}.{datetime.now():%Y-%m-%d_%H-%M-%S.%f}")
 
 

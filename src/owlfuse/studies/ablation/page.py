@@ -42,7 +42,7 @@ def write_page(results: Results, plots: dict[str, Path], path: Path) -> None:
     """
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
+        autoescape=True,  # answers, questions and errors may hold tags
         trim_blocks=True,
         lstrip_blocks=True,
     )
@@ -64,12 +64,14 @@ def write_page(results: Results, plots: dict[str, Path], path: Path) -> None:
         origin=origin(results),
         **side_by_side(results),
     )
+    # A reader may have the page of before open.
     with atomic_write(path) as file:
         file.write(page)
 
 
 def breakable(name: str) -> Markup:
     """Return a metric's or cell's name that may go on in a new line after its signs."""
+    # str: Markup would escape the tag that joins its parts.
     return Markup(re.sub(r"([/_-])", r"\1<wbr>", str(escape(name))))
 
 
@@ -104,6 +106,7 @@ def side_by_side(results: Results) -> dict[str, Any]:
     seed = most_finished_seed(results)
     runs = [run for run in results.finished if run.seed == seed]
     answers = [run.answers(source) for run in runs]
+    # The question is the same for all cells: its picture and text are the first one's.
     questions = []
     for key in pick_questions(answers) if answers else ():
         first = answers[0][key]
@@ -137,6 +140,7 @@ def pick_questions(answers: list[dict[Question, dict[str, Any]]]) -> list[Questi
             continue
         verdicts = {run_answers[question]["right"] for run_answers in answers}
         (disputed if len(verdicts) > 1 else agreed).append(question)
+    # Evenly over the file: its first questions may be of one kind.
     picked = spread(disputed, QUESTION_COUNT * 3 // 4)
     return picked + spread(agreed, QUESTION_COUNT - len(picked))
 
@@ -165,10 +169,12 @@ def thumbnail(path: str | None) -> str | None:
 
 def config_differences(results: Results) -> pd.DataFrame:
     """Return the configuration keys that are not the same in all cells, a column for each cell."""
+    # The name is the cell's and seed's, and differs always.
     columns = {}
     for row in results.rows:
         texts = {key: str(value) for key, value in flat(row.config).items() if key != "name"}
         columns[row.name] = pd.Series(texts, dtype=object)
+    # A key that a cell does not have becomes a dash.
     frame = pd.DataFrame(columns).fillna("-").sort_index()
     return frame[frame.nunique(axis=1) > 1]
 

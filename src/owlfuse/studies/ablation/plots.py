@@ -24,7 +24,7 @@ COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#00
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<", ">")
 LINES = ("-", "--", "-.", ":")
 SETTINGS: dict[Any, Any] = {
-    "svg.hashsalt": "owlfuse",
+    "svg.hashsalt": "owlfuse",  # ids in an SVG are random without it
     "font.size": 10,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -46,6 +46,7 @@ def write_plots(results: Results, folder: Path) -> dict[str, Path]:
         for name, draw in plots.items():
             figure = draw(results)
             figure.savefig(folder / f"{name}.png", dpi=150)
+            # Without the date the same results give the same bytes.
             figure.savefig(folder / f"{name}.svg", metadata={"Date": None})
             files[name] = folder / f"{name}.svg"
     return files
@@ -53,6 +54,7 @@ def write_plots(results: Results, folder: Path) -> dict[str, Path]:
 
 def new_figure(width: float, height: float) -> Figure:
     """Return a figure that no window knows of."""
+    # pyplot would keep it, and may ask for a display.
     return Figure(figsize=(width, height), layout="constrained", facecolor="white")
 
 
@@ -85,7 +87,7 @@ def scores(results: Results) -> Figure:
         axes.grid(axis="x", **GRID)
         axes.set_axisbelow(True)
     panels[0].set_yticks(range(len(rows)), [wrapped(row.name) for row in rows])
-    panels[0].set_ylim(len(rows) - 0.5, -0.5)
+    panels[0].set_ylim(len(rows) - 0.5, -0.5)  # the baseline on top
     panels[0].set_ylabel("cell")
     figure.suptitle(
         "Scores: mean, 95% interval over questions and seeds, seeds as |; dotted: baseline",
@@ -118,6 +120,7 @@ def learning_curves(results: Results) -> Figure:
     for axes, (column, label) in zip(panels, labels.items()):
         for index, row in enumerate(results.rows):
             curves = shared_curves(row, column)
+            # Single batches are noisy: a window of a twentieth of the steps.
             if column == "train/loss":
                 curves = curves.rolling(max(1, len(curves) // 20)).mean().dropna()
             if not curves.empty:
@@ -132,6 +135,7 @@ def draw_curve(axes: Axes, curves: pd.DataFrame, name: str, index: int) -> None:
     """Draws the mean of a cell's curves, and their range where there are several."""
     marks = style(index)
     marks["linestyle"] = LINES[index % len(LINES)]
+    # About six markers: a marker at each step would hide the line.
     marks["markevery"] = max(1, len(curves) // 6)
     steps = curves.index.to_numpy()
     axes.plot(steps, curves.mean(axis=1), **marks, markersize=5, linewidth=1.6, label=name)
@@ -151,7 +155,7 @@ def shared_curves(row: Row, column: str) -> pd.DataFrame:
             # A resumed run may have a step twice: the later value counts.
             curve = metrics[column].dropna()
             curves[run.seed] = curve[~curve.index.duplicated(keep="last")]
-    frame = pd.DataFrame(curves).dropna()
+    frame = pd.DataFrame(curves).dropna()  # the steps that all seeds have
     frame.index = frame.index + 1
     return frame
 
@@ -175,7 +179,7 @@ def score_against_cost(results: Results) -> Figure:
             axes.plot([value, value], [low, high], color=marks["color"], linewidth=1.6)
             axes.plot([value], [score.mean], **marks, ms=8, linestyle="none", label=row.name)
         axes.set_xlabel(f"{cost.title} ({cost.unit})")
-        axes.margins(x=0.15)
+        axes.margins(x=0.15)  # no marker lies on the frame
         axes.locator_params(axis="x", nbins=4)
         axes.grid(**GRID)
         axes.set_axisbelow(True)

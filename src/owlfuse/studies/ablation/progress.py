@@ -33,6 +33,7 @@ QUIET_SECONDS = 300.0
 
 def console() -> Console:
     """Return a console at most WIDTH columns wide."""
+    # rich takes 80 columns where there is no terminal.
     return Console(width=min(WIDTH, Console().width) if sys.stdout.isatty() else WIDTH)
 
 
@@ -92,7 +93,7 @@ def seconds_per_step(folder: Path, cells: list[Cell]) -> float | None:
         state = read_json_if_there(folder / cell.key / STATE_FILE)
         if state.get("state") == "finished":
             rates.append((state["ended"] - state["began"]) / cell.steps)
-    base = cells[0].words[0].partition("=")[2]
+    base = cells[0].words[0].partition("=")[2]  # the first override is experiment=<base>
     if not rates and base:
         for path in (folder.parent / base).glob("*/results.json"):
             results = read_json_if_there(path)
@@ -117,7 +118,7 @@ def show_progress(folder: Path, cells: list[Cell]) -> Iterator[None]:
     def watch() -> None:
         while not ended.wait(0.5):
             view.update()
-        view.update()
+        view.update()  # what has changed since the last look
 
     thread = threading.Thread(target=watch, daemon=True)
     with view.progress:
@@ -148,7 +149,7 @@ class View:
             MofNCompleteColumn(),
             TextColumn("{task.fields[detail]}"),
             console=self.console,
-            disable=not self.live,
+            disable=not self.live,  # a log gets lines instead
             transient=True,
         )
         self.total_steps = sum(cell.steps for cell in cells)
@@ -160,6 +161,7 @@ class View:
 
     def update(self) -> None:
         """Reads the states and shows what is new."""
+        # Files are read again and again: tasks may run on other machines.
         steps_done = 0
         running: dict[str, tuple[int, int]] = {}
         for cell in self.cells:
@@ -198,7 +200,7 @@ class View:
     def time_left(self, steps_done: int) -> str:
         """Return the time for all cells at the pace until now; empty before the first step."""
         if not steps_done:
-            return ""
+            return ""  # there is no pace yet
         seconds = time.time() - self.began
         return f"about {duration(seconds * (self.total_steps - steps_done) / steps_done)} left"
 
@@ -228,6 +230,7 @@ class View:
             line += f" in {duration(state['ended'] - state['began'])}"
         if state.get("error"):
             line += f": {state['error']}"
+        # Of an interrupted command there is no time left to tell.
         steps_done = 0
         if state["state"] != "interrupted":
             for ended in self.cells:

@@ -17,6 +17,7 @@ def report_command(name: str, words: list[str]) -> None:
             raise ConfigError(
                 f"{COMMAND_LINE}: {word}: report takes a name or a folder, and baseline=<cell>"
             )
+    # A folder first: it may lie anywhere.
     for folder in (Path(name), Path("runs") / name):
         if (folder / "ablation.json").is_file():
             write_report(folder, words[-1].partition("=")[2] if words else None)
@@ -34,6 +35,7 @@ def report_command(name: str, words: list[str]) -> None:
 def write_report(folder: Path, baseline: str | None = None) -> list[str]:
     """Prints the tables and writes `report/`, with differences to the cell `baseline` (by default
     the ablation's), and returns the keys of cells that failed."""
+    # pandas, matplotlib and jinja2 take a second, which a wrong name should not cost.
     from owlfuse.studies.ablation.page import write_page
     from owlfuse.studies.ablation.plots import write_plots
     from owlfuse.studies.ablation.results import load

@@ -83,6 +83,7 @@ class Run:
         path = self.folder / "answers.jsonl"
         if not path.exists():
             return answers
+        # A chat may ask the same question twice.
         for line in path.read_text(encoding="utf-8").splitlines():
             answer = json.loads(line)
             if answer["source"] == source and kind in ("", answer["kind"]):
@@ -116,7 +117,7 @@ class Score:
         """The standard deviation over seeds (n - 1); None for fewer than two."""
         if len(self.values) < 2:
             return None
-        return float(np.std(list(self.values.values()), ddof=1))
+        return float(np.std(list(self.values.values()), ddof=1))  # of a sample of seeds
 
 
 @dataclass
@@ -191,6 +192,7 @@ def load(folder: Path, baseline: str | None = None) -> Results:
         )
     try:
         return results_of(folder, record, baseline)
+    # The form of foreign files is not checked key by key.
     except (AttributeError, IndexError, KeyError, TypeError) as error:
         raise DataError(
             f"{folder}: ablation.json and results are not as owlfuse writes them: {error!r}"
@@ -205,6 +207,7 @@ def results_of(folder: Path, record: dict[str, Any], baseline: str | None) -> Re
         name = cell["cell"]
         if name not in rows:
             rows[name] = Row(name, cell["levels"], [], cell["config"])
+        # The record may come from elsewhere: a key must not lead out of the folder.
         check_name(f"{folder / 'ablation.json'}: cell", cell["key"])
         rows[name].runs.append(read_run(folder / cell["key"], cell))
     baseline_row = rows.get(record["baseline"] if baseline is None else baseline)
@@ -239,6 +242,8 @@ def read_run(folder: Path, cell: dict[str, Any]) -> Run:
         return run
     if state["state"] != "finished":
         run.state = state["state"]
+    # A process that was killed leaves `running` behind, but its lock is free. Before a cell takes
+    # its lock, the command has one.
     if run.state == "running":
         locked = is_locked(folder / ".lock") or is_locked(folder.parent / ".lock")
         if not locked:
@@ -253,6 +258,7 @@ def is_locked(lock: Path) -> bool:
     """Return whether a process has the lock."""
     try:
         with lock.open("rb") as file:
+            # Shared: two reports at a time do not see each other as a run.
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return True
@@ -277,6 +283,7 @@ def score(row: Row, baseline: Row, metric: str, source: str, local_name: str) ->
         if matrix is not None:
             result.interval = paired_interval(matrix, clusters)
 
+    # Paired by seed: what a seed does to both cells cancels out.
     shared_seeds = [seed for seed in runs if seed in baseline_runs]
     if row is baseline or not shared_seeds:
         return result
@@ -314,6 +321,7 @@ def right_matrix(
     matrix = np.zeros((len(answers), len(questions)))
     for index, run_answers in enumerate(answers):
         matrix[index] = [run_answers[question]["right"] for question in questions]
+    # Questions of one picture are right or wrong together: they are resampled together.
     names = []
     for question in questions:
         chat = question[0].rpartition("#")[0] or question[0]

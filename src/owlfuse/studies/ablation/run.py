@@ -16,6 +16,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from owlfuse.config.folders import find_folders
 from owlfuse.config.identity import differing_hash
 from owlfuse.config.messages import check_name, naming
@@ -93,6 +95,7 @@ def ablate_command(name: str, words: list[str]) -> None:
         )
     options, words = split_words(words)
     options.name = options.name or name
+    # One job needs no package beyond owlfuse's own.
     options.launcher = options.launcher or ("joblib" if options.jobs > 1 else "basic")
     check_name(f"{COMMAND_LINE}: name", options.name)
     ablation = read_ablation(name, file)
@@ -100,6 +103,7 @@ def ablate_command(name: str, words: list[str]) -> None:
     launch.check_launcher(options.launcher, options.jobs, options.launcher_settings)
     if not options.dry_run:
         launch.check_cluster(options.launcher)
+    # A dry run writes nothing, and data may be made when they are opened.
     cells = make_cells(ablation, words, options.name, open_data=not options.dry_run)
     folder = Path(cells[0].config.runs).expanduser() / cells[0].config.experiment
     metrics = full_metrics(ablation.metrics, validation_sources(cells))
@@ -113,6 +117,7 @@ def ablate_command(name: str, words: list[str]) -> None:
     with run_lock(folder):
         record = make_record(cells, ablation, metrics)
         launch_all(ablation, folder, {**record, "words": words}, unfinished, options)
+    # Also of an ablation that was interrupted: what is finished counts.
     failed = write_report(folder)
     if launch.interrupt_count(folder):
         raise KeyboardInterrupt("stopped; the same command goes on")
@@ -152,8 +157,6 @@ def split_words(words: list[str]) -> tuple[Options, list[str]]:
 
 def read_setting(key: str, text: str) -> Any:
     """Return the value of a setting. Raises ConfigError for one of the wrong kind."""
-    import yaml
-
     try:
         value: Any = yaml.safe_load(text)
     except yaml.YAMLError:
@@ -204,7 +207,8 @@ def find_difference(run: Path, hashes: dict[str, str], accept_data: bool = False
     """Return in what a run's code, configuration or data are not those of `hashes`; None where
     there is no run, or where they are the same."""
     run_hashes = read_json_if_there(run / "results.json").get("hash")
-    if run_hashes is None and (run / "config.yaml").exists():  # not finished
+    # A run that is not finished has no results; its task wrote the hash.
+    if run_hashes is None and (run / "config.yaml").exists():
         run_hashes = read_json_if_there(run / launch.STATE_FILE).get("hash")
     if run_hashes is None:
         has_results = (run / "results.json").exists()
@@ -234,7 +238,7 @@ def launch_all(
 
     record = {**record, "machine": machine(), "jobs": options.jobs}
     write_json(folder / "ablation.json", record)
-    (folder / launch.STOP_FILE).unlink(missing_ok=True)
+    (folder / launch.STOP_FILE).unlink(missing_ok=True)  # of an earlier command
     to_train = within_budget(ablation, folder, unfinished)
     deadline = time.time() + 60 * ablation.minutes if ablation.minutes else None
     with progress.show_progress(folder, to_train), count_interrupts(folder):
@@ -254,6 +258,7 @@ def within_budget(ablation: Ablation, folder: Path, unfinished: list[Cell]) -> l
     to_train = []
     steps = 0
     for cell in unfinished:
+        # Those that did not fit count too: no later, shorter cell takes the place of one.
         steps += cell.steps
         if ablation.steps is None or steps <= ablation.steps:
             to_train.append(cell)
@@ -269,6 +274,7 @@ def within_budget(ablation: Ablation, folder: Path, unfinished: list[Cell]) -> l
 def run_lock(folder: Path) -> Iterator[None]:
     """Raises DataError while another process runs the ablation."""
     folder.mkdir(parents=True, exist_ok=True)
+    # The system releases a lock of a process that is killed.
     with (folder / ".lock").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -285,6 +291,7 @@ def count_interrupts(folder: Path) -> Iterator[None]:
     and the third raises KeyboardInterrupt."""
 
     def record(number: int, frame: Any) -> None:
+        # The tasks are beyond reach: leave without them.
         if launch.interrupt_count(folder) >= 2:
             raise KeyboardInterrupt
         launch.record_interrupt(folder)

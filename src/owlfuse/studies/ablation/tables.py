@@ -26,6 +26,7 @@ def notes(results: Results) -> list[str]:
     lines.append("±: standard deviation over seeds")
     if max((len(row.finished) for row in results.rows), default=0) == 1:
         lines.append(ONE_SEED)
+    # On a GPU it is the allocator's peak, on a CPU that of the process: they are not comparable.
     memory_kinds = {run.results.get("cost", {}).get("peak_memory_of") for run in results.finished}
     memory = ", ".join(sorted(memory_kinds - {None})) or "not measured"
     lines.append(f"peak memory of training: {memory}")
@@ -34,6 +35,7 @@ def notes(results: Results) -> list[str]:
         "answer at a time"
     )
     jobs = results.record.get("jobs", 1)
+    # Cells that share a machine are not measured as they would be alone.
     if jobs > 1:
         lines.append(
             f"{jobs} runs at a time shared the machine, which slows each: throughput and times "
@@ -56,6 +58,7 @@ def print_tables(results: Results) -> None:
     out.print(terminal_table(cost_frame(results), "costs"))
     lines = notes(results) + [f"{run.key}: {run.status}" for run in results.unfinished]
     for line in lines:
+        # As it is: rich would color numbers, and read brackets as markup.
         out.print(line, highlight=False, markup=False)
 
 
@@ -68,7 +71,7 @@ def score_frame(results: Results, metrics: list[str]) -> pd.DataFrame:
             score = row.scores[metric]
             # The interval has a line of its own.
             difference = difference_text(score).replace(" [", "\n[")
-            head = metric.replace("/", "/\n", 1)
+            head = metric.replace("/", "/\n", 1)  # a long name would widen the column
             record[head] = "\n".join(filter(None, [mean_text(score), difference]))
         records.append(record)
     return pd.DataFrame(records)
@@ -140,6 +143,7 @@ def row_texts(results: Results, row: Row) -> list[str]:
     texts.append(f"{len(row.finished)} of {len(row.runs)}")
     for metric in results.metrics:
         score = row.scores[metric]
+        # The first row is what all others are compared with.
         difference = "baseline" if row is results.rows[0] else difference_text(score) or "-"
         texts += [mean_text(score), difference]
     return [*texts, *cost_texts(row).values()]
@@ -150,6 +154,7 @@ def paper_frame(results: Results) -> pd.DataFrame:
     paper = results.record["paper"]
     records = []
     for name, values in paper["rows"].items():
+        # A level may stand in several cells: their mean is shown.
         rows = [row for row in results.rows if name in (row.name, *row.levels.values())]
         record = {"": name, **dict(zip(paper["columns"], (f"{value:g}" for value in values)))}
         for metric in results.metrics:
