@@ -6,6 +6,7 @@ import time
 
 import pytest
 
+from owlfuse.core.errors import ConfigError
 from owlfuse.studies.ablation import launch
 
 KEYS = ["a-seed0", "b-seed0", "c-seed0"]
@@ -73,6 +74,19 @@ def test_after_ctrl_c_and_after_the_deadline_no_cell_is_begun(folder, trained):
     launch.launch(folder, KEYS[1:], "basic", 1, [], None)
     assert trained.keys == []
     assert state(folder, KEYS[1]) == {}
+
+
+@pytest.mark.parametrize(
+    ("launcher", "setting"), [("joblib", "backend=nowhere"), ("submitit_local", "mem_gb=much")]
+)
+def test_a_value_that_a_launcher_does_not_take_is_refused_in_one_line(
+    folder, trained, launcher, setting
+):
+    pytest.importorskip(launcher.partition("_")[0])
+    with pytest.raises(ConfigError, match="launcher settings: .*(nowhere|much)") as error:
+        launch.launch(folder, KEYS, launcher, 2, [setting], None)
+    assert "\n" not in str(error.value)
+    assert trained.keys == []
 
 
 @pytest.mark.slow

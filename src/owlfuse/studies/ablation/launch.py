@@ -15,7 +15,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import datetime
 from functools import partial
 from pathlib import Path
@@ -160,10 +161,21 @@ def launch(
 
         # Threads are enough: a task only waits for the process of its cell.
         options = {"n_jobs": jobs, "prefer": "threads", "batch_size": 1, **values}
-        joblib.Parallel(**options)(joblib.delayed(task)(key) for key in keys)
+        with refusing_values():
+            parallel = joblib.Parallel(**options)
+        parallel(joblib.delayed(task)(key) for key in keys)
     else:
         cluster = launcher.removeprefix("submitit_")
         run_by_submitit(task, folder, keys, cluster, {"array_parallelism": jobs, **values})
+
+
+@contextmanager
+def refusing_values() -> Iterator[None]:
+    """Raises ConfigError for a value of a setting that joblib or submitit does not take."""
+    try:
+        yield
+    except (AssertionError, NameError, TypeError, ValueError) as error:
+        raise ConfigError(f"{COMMAND_LINE}: launcher settings: {error}") from None
 
 
 def run_by_submitit(
@@ -188,11 +200,8 @@ def run_by_submitit(
             parameters[key] = value
         else:
             parameters[f"slurm_{key}"] = value  # which the local executor leaves alone
-    try:
+    with refusing_values():
         executor.update_parameters(**parameters)
-    except (AssertionError, NameError, ValueError) as error:
-        message = " ".join(str(error).split())
-        raise ConfigError(f"{COMMAND_LINE}: launcher settings: {message}") from None
     submitted = executor.map_array(task, keys)  # on SLURM one array of jobs
     for key, job in zip(keys, submitted, strict=True):
         job_error = job.exception()
