@@ -45,6 +45,8 @@ WORKS: tuple[Work, ...] = ("step", "prefill")
 FUSIONS = tuple(fusion_configs([]))
 Points = dict[int, float]
 """By the number of images."""
+Turns = dict[int, list[float]]
+"""Each turn's measurement, by the number of images."""
 
 
 def llama(width: int, hidden: int, layers: int, heads: int) -> dict[str, Any]:
@@ -222,11 +224,11 @@ def peaks_of(
 
 def times_of(
     counts: list[int], llm: dict[str, Any], precision: str, repeats: int
-) -> dict[Work, dict[str, dict[int, list[float]]]]:
+) -> dict[Work, dict[str, Turns]]:
     """Return the milliseconds of every turn, the three fusions in turns for each number of
     images."""
     models = {name: make_model(name, llm) for name in FUSIONS}
-    times: dict[Work, dict[str, dict[int, list[float]]]] = {}
+    times: dict[Work, dict[str, Turns]] = {}
     # All models stay in memory: they run in turns.
     for work in WORKS:
         times[work] = {name: {} for name in FUSIONS}

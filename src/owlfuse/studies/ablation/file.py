@@ -42,6 +42,10 @@ KEYS = {
 """The keys of the file and what they mean."""
 
 
+Levels = dict[str, str]
+"""A level of factors, by the factors' names."""
+
+
 @dataclass
 class Factor:
     """What is varied.
@@ -69,8 +73,8 @@ class Ablation:
     """The first one is the score of the plots."""
     seeds: list[int] = field(default_factory=lambda: [0])
     overrides: list[str] = field(default_factory=list)
-    leave_out: list[dict[str, str]] = field(default_factory=list)
-    baseline: dict[str, str] = field(default_factory=dict)
+    leave_out: list[Levels] = field(default_factory=list)
+    baseline: Levels = field(default_factory=dict)
     """A level of every factor."""
     minutes: float | None = None
     """After so many minutes of one command no cell is begun."""
@@ -192,7 +196,7 @@ def read_overrides(overrides: Any, location: str) -> list[str]:
     return overrides
 
 
-def read_levels(entry: Any, factors: list[Factor], location: str) -> dict[str, str]:
+def read_levels(entry: Any, factors: list[Factor], location: str) -> Levels:
     """Return levels such as {fusion: owl1} by the factors' names.
 
     Raises ConfigError for a factor or level that does not exist.
@@ -202,7 +206,7 @@ def read_levels(entry: Any, factors: list[Factor], location: str) -> dict[str, s
     # A factor is called by its name or by its full key; a name goes before a key.
     by_name = {factor.key: factor for factor in factors if factor.key}
     by_name |= {factor.name: factor for factor in factors}
-    levels = {}
+    levels: Levels = {}
     for name, value in entry.items():
         if name not in by_name:
             names = [factor.name for factor in factors]

@@ -17,10 +17,12 @@ from owlfuse.config.build import build, to_dict
 from owlfuse.config.compose import check, compose, place
 from owlfuse.config.identity import code_hash, config_hash, data_hash
 from owlfuse.core.errors import COMMAND_LINE, ConfigError, DataError, hint
-from owlfuse.studies.ablation.file import Ablation
+from owlfuse.studies.ablation.file import Ablation, Levels
 
 ABSENT = "-"
 """The level of a factor that a cell has no use for."""
+Identity = dict[str, str]
+"""What data are known by, see `owlfuse.data.identity`."""
 
 
 @dataclass
@@ -28,7 +30,7 @@ class Cell:
     """One combination of levels under one seed: a run in the ablation's folder."""
 
     name: str
-    levels: dict[str, str]
+    levels: Levels
     seed: int
     words: list[str]
     """Overrides of `compose`."""
@@ -122,7 +124,7 @@ def check_words(words: list[str]) -> None:
             raise ConfigError(f"{COMMAND_LINE}: {word}: an ablation has no {key}=; {instead}")
 
 
-def all_combinations(ablation: Ablation) -> list[dict[str, str]]:
+def all_combinations(ablation: Ablation) -> list[Levels]:
     """Return the combinations that are not left out. Raises ConfigError where the baseline is."""
     names = [factor.name for factor in ablation.factors]
     combinations = []
@@ -140,8 +142,8 @@ def all_combinations(ablation: Ablation) -> list[dict[str, str]]:
 
 
 def mark_absent(
-    ablation: Ablation, levels: dict[str, str], combinations: list[dict[str, str]], words: list[str]
-) -> dict[str, str]:
+    ablation: Ablation, levels: Levels, combinations: list[Levels], words: list[str]
+) -> Levels:
     """Return the levels of a cell, ABSENT for factors that `make_cells` does not set in it."""
     result = dict(levels)
     for factor in ablation.factors:
@@ -160,7 +162,7 @@ def mark_absent(
 
 
 def make_cell(
-    ablation: Ablation, levels: dict[str, str], seed: int, words: list[str], runs_name: str
+    ablation: Ablation, levels: Levels, seed: int, words: list[str], runs_name: str
 ) -> Cell:
     """Return one cell, composed by itself."""
     name = cell_name(levels)
@@ -178,9 +180,7 @@ def make_cell(
     return Cell(name, levels, seed, overrides, config, hashes)
 
 
-def cell_overrides(
-    ablation: Ablation, levels: dict[str, str], seed: int, words: list[str]
-) -> list[str]:
+def cell_overrides(ablation: Ablation, levels: Levels, seed: int, words: list[str]) -> list[str]:
     """Return the base, then the file's overrides, then the levels', then the command line's."""
     overrides = [f"experiment={ablation.base}", *ablation.overrides]
     for factor in ablation.factors:
@@ -212,7 +212,7 @@ def naming_cell(name: str) -> Iterator[None]:
         raise ConfigError(f"cell {name}: {message}") from error
 
 
-def cell_name(levels: dict[str, str]) -> str:
+def cell_name(levels: Levels) -> str:
     """Return the levels as one name for folders: `owl3-adaptive`."""
     names = []
     for level in levels.values():
@@ -227,7 +227,7 @@ def check_parts(cells: list[Cell], open_data: bool) -> None:
     have the same."""
     from owlfuse.artifacts.identity import weights_identity
 
-    data_identities: dict[str, dict[str, str]] = {}
+    data_identities: dict[str, Identity] = {}
     cells_by_name: dict[str, list[Cell]] = {}
     for cell in cells:
         cells_by_name.setdefault(cell.name, []).append(cell)
@@ -242,8 +242,8 @@ def check_parts(cells: list[Cell], open_data: bool) -> None:
 
 
 def check_cell(
-    cell: Cell, data_identities: dict[str, dict[str, str]], open_data: bool
-) -> tuple[int, dict[str, str] | None]:
+    cell: Cell, data_identities: dict[str, Identity], open_data: bool
+) -> tuple[int, Identity | None]:
     """Return the parameters that a cell trains and, where its data are opened, their identity.
 
     Args:

@@ -20,7 +20,7 @@ from PIL import Image
 
 from owlfuse.config.identity import flat
 from owlfuse.core.files import atomic_write
-from owlfuse.studies.ablation.results import Question, Results, Run
+from owlfuse.studies.ablation.results import Question, Results, Run, RunAnswers
 from owlfuse.studies.ablation.tables import notes, paper_frame, text_frame
 
 QUESTION_COUNT = 8
@@ -130,7 +130,7 @@ def most_finished_seed(results: Results) -> int | None:
     return max(seeds, key=lambda seed: sum(run.seed == seed for run in finished))
 
 
-def pick_questions(answers: list[dict[Question, dict[str, Any]]]) -> list[Question]:
+def pick_questions(answers: list[RunAnswers]) -> list[Question]:
     """Return at most QUESTION_COUNT questions that all runs answered, three quarters of them such
     that not all runs are right or all wrong."""
     disputed: list[Question] = []

@@ -49,6 +49,8 @@ SHARE_METRICS = ("exact_match", "contains")
 (`owlfuse.evaluation.metrics.score`): they have intervals."""
 Question = tuple[str, str, int]
 """The id of a chat, the question, and how often that came before."""
+RunAnswers = dict[Question, dict[str, Any]]
+"""The lines of answers.jsonl by question."""
 
 
 @dataclass
@@ -76,9 +78,9 @@ class Run:
         """The state with its detail, as reports show it."""
         return f"{self.state}, {self.detail}" if self.detail else self.state
 
-    def answers(self, source: str, kind: str = "") -> dict[Question, dict[str, Any]]:
+    def answers(self, source: str, kind: str = "") -> RunAnswers:
         """Return the answers in answers.jsonl of one validation source and kind of question."""
-        answers: dict[Question, dict[str, Any]] = {}
+        answers: RunAnswers = {}
         repeats: Counter[tuple[str, str]] = Counter()
         path = self.folder / "answers.jsonl"
         if not path.exists():
@@ -310,7 +312,7 @@ def runs_with_metric(row: Row, metric: str) -> dict[int, Run]:
 
 
 def right_matrix(
-    answers: list[dict[Question, dict[str, Any]]],
+    answers: list[RunAnswers],
 ) -> tuple[np.ndarray | None, np.ndarray]:
     """Return 1 where an answer is right, (S, Q), and the cluster of each question: its picture, or
     else its chat. None where the runs did not answer the same questions."""
