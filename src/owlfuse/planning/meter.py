@@ -126,6 +126,7 @@ def measure_step(
             cost.forward = meter.flops
             run_backward(value)
             cost.backward = meter.flops - cost.forward
+    # The model is measured again, with other batches.
     finally:
         for hook in hooks:
             hook.remove()
@@ -215,6 +216,7 @@ class Meter(TorchDispatchMode):
         key, storage = storage_key(tensor), tensor.untyped_storage()
         if key in self.fixed or key in self.alive:
             return
+        # Called when the last tensor of the storage is gone, as the allocator would free it.
         reference = weakref.ref(storage, partial(self.remove, key))
         self.alive[key] = reference, storage.nbytes()
         self.bytes += storage.nbytes()
@@ -268,6 +270,7 @@ class OnMeta(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        # Real tensors meet real kernels and a real autocast.
         values = (*args, *kwargs.values())
         if not any(isinstance(value, Tensor) and value.is_meta for value in values):
             return func(*args, **kwargs)

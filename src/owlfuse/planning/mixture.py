@@ -117,7 +117,7 @@ def mixture_report(data: ChatData, lengths: dict[str, Lengths], steps: int) -> d
             notes.append(f"source {name}: {text} ({samples:,} samples)")
     for name, draws in wrong_draws.items():
         if draws and data.sources[name].on_error != "skip":
-            first_step = draws[0][0] // batch_size
+            first_step = draws[0][0] // batch_size  # draws are in the order of positions
             notes.append(
                 f"source {name} has on_error=error and a wrong sample at step {first_step}, "
                 "which ends the run"
@@ -182,6 +182,7 @@ def count_lengths(
             offsets = np.flatnonzero(sources == number)
             samples = indices[offsets]
             tokens = lengths[name].tokens[samples]
+            # Summed, not collected: a list of all lengths would grow with the run.
             length_counts += np.bincount(tokens, minlength=longest + 1)
             if len(wrong_indices[name]):
                 is_wrong = np.isin(samples, wrong_indices[name])
@@ -281,6 +282,7 @@ def draws_table(report: dict[str, Any]) -> Table:
 
 def skips_table(skipped: list[dict[str, str]]) -> Table:
     """Return the reasons, the most frequent first."""
+    # The same sample may be drawn and skipped several times.
     counts = Counter((skip["source"], skip["reason"]) for skip in skipped)
     title = f"{len(skipped):,} skipped of {len(counts):,} samples"
     table = Table("source", "times", "reason", title=title, title_justify="left")

@@ -17,6 +17,7 @@ from owlfuse.planning.plan import GB, Estimate, Plan, make_plan
 
 def print_plan(plan: Plan, experiment: str) -> None:
     """Prints the memory of a GPU, the work of a step, and what other layouts would need."""
+    # A file is as wide as the widest table.
     console = Console(width=None if sys.stdout.isatty() else 120)
     console.print(memory_table(plan, experiment))
     console.print(step_table(plan))
@@ -86,6 +87,7 @@ def memory_table(plan: Plan, experiment: str) -> Table:
         rows.append(("gathered layers", size, "whole while FSDP computes them"))
     activations = "the most at once, read off tensors without memory"
     rows.append(("activations", gigabytes(estimate.activations), activations))
+    # With a single micro batch gradients take the room that activations leave.
     at_once = "the most of these; gradients come while activations go"
     if estimate.accumulation > 1:
         at_once = "all of these"
@@ -158,6 +160,7 @@ def dry_run(config: DictConfig) -> None:
 
     Raises ConfigError, see `make_plan`.
     """
+    # The parts are those of the model that training starts from.
     if config.get("init_from") and not config.resume:
         adopt_parts(config)
     print_plan(make_plan(config), config.experiment)

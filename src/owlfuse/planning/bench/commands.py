@@ -20,6 +20,7 @@ SIDE_BY_SIDE = {
 
 def run_bench(arguments: argparse.Namespace) -> None:
     """Runs a benchmark."""
+    # A benchmark takes its options by their names on the command line.
     options = vars(arguments).copy()
     for name in ("command", "trust", "bench", "out", "overrides"):  # of every command
         options.pop(name, None)
@@ -137,6 +138,7 @@ def side_by_side(bench: Any) -> list[argparse.ArgumentParser]:
 
 def counts(text: str) -> list[int]:
     """Return [1, 2, 4] for `1,2,4`, for argparse."""
+    # Ascending: slopes and ratios are from the first to the last.
     numbers = sorted({int(word) for word in text.split(",")})
     if numbers[0] < 1:
         raise ValueError(text)

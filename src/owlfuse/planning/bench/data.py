@@ -73,6 +73,7 @@ def bench_data(
     drawn = {tool: rates[tool] for tool in drawing}
     batched = {tool: rates[tool] for tool in batching}
     decoded = {tool: rates[tool] for tool in decoding}
+    # Compared with the fastest, not with the one that is easiest to beat.
     fastest_peer = max(rate for tool, rate in drawn.items() if tool != "owlfuse")
     result = {
         "machine": machine(),
@@ -145,6 +146,7 @@ def write_files(folder: Path, rows: dict[str, int]) -> dict[str, Source]:
         instructions.append({"instruction": question, "input": "", "output": answer})
     (folder / "chats.json").write_text(json.dumps(chats))
     (folder / "text.json").write_text(json.dumps(instructions))
+    # The texts repeat after 64: more of them would teach it nothing.
     tokenizer = train_tokenizer(chats[:64], instructions[:64])
     tokenizer.save_pretrained(folder / "tokenizer")
     return {
@@ -160,6 +162,7 @@ def sizes_of(sources: dict[str, Source]) -> dict[str, int]:
 
 def weighted_sampler(sizes: dict[str, int], samples: int) -> WeightedRandomSampler:
     """Return torch's sampler of the mixture, over the samples of all sources in a row."""
+    # One weight for each sample, as torch wants them: a list as long as the data.
     weights = []
     for name, size in sizes.items():
         weights += [WEIGHTS[name] / size] * size
@@ -171,6 +174,7 @@ def drawers(folder: Path, sources: dict[str, Source], samples: int) -> Runs:
     to the last index. Ours in the blocks that `MixtureDataset` draws for training."""
     sizes = sizes_of(sources)
     cache = str(folder / "cache")
+    # Read before the clock starts, as ours are.
     tables = []
     for source in sources.values():
         tables.append(datasets.Dataset.from_json(str(source.file), cache_dir=cache))
@@ -213,6 +217,7 @@ def batchers(sources: dict[str, Source], samples: int) -> Runs:
     def weighted() -> int:
         count = 0
         for batch in BatchSampler(weighted_sampler(sizes, samples), MICRO, drop_last=True):
+            # A DataLoader's ConcatDataset looks each sample up like this.
             draws = []
             for index in batch:
                 source = bisect_right(starts, index) - 1
@@ -264,6 +269,7 @@ def first_batch(folder: Path, sources: dict[str, Source]) -> dict[str, float]:
             unread[name] = type(source)(source.file, weight=source.weight)
         data = ChatData(str(folder / "tokenizer"), unread, {}, workers=workers)
         data.bind(Crop(), 1)
+        # All that the data ask of a trainer: there is no model to train.
         trainer: Any = SimpleNamespace(
             distributed_sampler_kwargs=None, max_steps=1000, global_step=0
         )

@@ -58,6 +58,7 @@ def make_model(fusion: dict[str, Any]) -> OwlfuseForConditionalGeneration:
 def milliseconds(model: OwlfuseForConditionalGeneration, images: int, tokens: int) -> float:
     """Return the median time between two tokens of an answer about `images` pictures; the first
     token, which reads the prompt, apart."""
+    # Contents do not matter: random weights say nothing of them.
     placeholders = [IMAGE_TOKEN] * (images * model.config.tokens_per_image)
     ids = torch.tensor([placeholders + [7] * TEXT_TOKENS], device=model.device)
     size = VISION["image_size"]
@@ -74,11 +75,12 @@ def bench_decode(images: list[int], tokens: int, repeats: int, out: Path) -> dic
     models = {}
     for name, fusion in FUSIONS.items():
         models[name] = cast("Any", make_model(fusion)).to(device_name())
-        milliseconds(models[name], 1, 2)  # warm-up
+        milliseconds(models[name], 1, 2)  # kernels are chosen and memory is taken by the first
     cells = [(count, name) for count in images for name in models] * repeats
     times: dict[str, dict[int, float]] = {name: {} for name in models}
     for count, name in track(cells, "decoding", len(cells)):
         value = milliseconds(models[name], count, tokens)
+        # The least: what else the machine does makes a step slower, never faster.
         times[name][count] = min(value, times[name].get(count, value))
 
     first, last = images[0], images[-1]

@@ -140,7 +140,7 @@ def make_run(work: Work, model: MultimodalLM, images: int, precision: str) -> Ca
         (loss / tokens).backward()
         optimizer.step()
         optimizer.zero_grad()
-        visual.tokens.grad = None
+        visual.tokens.grad = None  # it is no parameter of the optimizer
 
     return step
 
@@ -150,6 +150,7 @@ def prefill(
     model: MultimodalLM, batch: Batch, visual: VisualTokens, precision: str
 ) -> tuple[Tensor, DynamicCache, VisualTokens]:
     """Does what the first step of generate does."""
+    # Empty, as before the first token: the second token would find what this one has left.
     cache = DynamicCache(config=model.llm.config)
     visual = replace(visual, kept={})
     with autocast(precision):
@@ -176,7 +177,7 @@ def measure_peak(cell: Cell) -> float:
 
     Called in a process of its own on a CPU, whose peak is never reset.
     """
-    torch.set_num_threads(cell.threads)
+    torch.set_num_threads(cell.threads)  # a forked process begins with torch's default
     model = make_model(cell.fusion, cell.llm)
     # The libraries' workspaces are made by a first prefill.
     batch, visual = make_batch(1, model.fusion.tokens_per_image, cell.llm["hidden_size"])
@@ -212,6 +213,7 @@ def peaks_of(
         # Its allocator knows the peak; to set a device up takes seconds a process.
         values = [measure_peak(cell) for cell in cells]
     else:
+        # A peak of resident memory never falls: a second cell in a process would show the first's.
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload([__name__])
         with ProcessPoolExecutor(1, mp_context=context, max_tasks_per_child=1) as pool:
@@ -281,6 +283,7 @@ def bench_images(
         precision: 32-true or bf16-mixed.
         size: of `SIZES`.
     """
+    # Peaks first: models in this process would take memory from those that are measured.
     llm = SIZES[size]
     memory = peaks_of(images, llm, precision)
     times = times_of(images, llm, precision, repeats)

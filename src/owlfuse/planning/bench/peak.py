@@ -103,6 +103,7 @@ def profile_step(step: Callable[[], Any], turns: int) -> tuple[dict[str, float],
             on_gpu = device == "cuda"
             time = event.self_device_time_total if on_gpu else event.self_cpu_time_total
             kinds[operation_kind(event.key)] += time * scale
+    # Operations nest: their own times do not overlap, and the rest is no operation's.
     kinds[BETWEEN] = max(wall - sum(kinds.values()), 0.0)
     return dict(kinds.most_common()), stages
 
@@ -110,6 +111,7 @@ def profile_step(step: Callable[[], Any], turns: int) -> tuple[dict[str, float],
 def floor_bytes(parameter_bytes: int, saved_bytes: int) -> dict[str, int]:
     """Return the bytes that a step moves at least: of what is as large as the parameters, and of
     what the forward saves."""
+    # Once written in the forward, once read in the backward pass.
     moved = {name: passes * parameter_bytes for name, passes in PARAMETER_PASSES.items()}
     moved["kept for the backward, written and read"] = 2 * saved_bytes
     return moved
@@ -127,6 +129,7 @@ def bench_peak(
     batch = make_batch(make_samples(data, sizes, sizes.visual_tokens), sizes, pack_to)
     model = owlfuse_model(sizes)
     inputs = [value for value in vars(batch).values() if isinstance(value, torch.Tensor)]
+    # On real tensors, so that autocast casts as it does in the step.
     with autocast(precision):
         cost = measure_step(model, lambda: batch_loss(model, batch)[0], inputs)
     model.zero_grad()
@@ -176,7 +179,7 @@ def make_yardsticks(precision: str, quick: bool) -> Yardsticks:
     dtype = torch.bfloat16 if precision == "bf16-mixed" else torch.float32
     size = 256 if quick else 1024
     if device == "cuda":
-        size = 8192
+        size = 8192  # a smaller product does not fill a large GPU
     a = torch.randn(size, size, device=device, dtype=dtype)
     b = torch.randn(size, size, device=device, dtype=dtype)
     length = 2**20 if quick else 2**26

@@ -172,9 +172,10 @@ def make_samples(data: Data, sizes: Sizes, tokens_per_image: int) -> list[Encode
     generator = torch.Generator().manual_seed(data.seed)
     samples = []
     for number in range(data.rows):
+        # Evenly on a logarithmic scale: most chats are short.
         length = round(math.exp(rng.uniform(math.log(data.shortest), math.log(data.longest))))
         answer_length = round(length * rng.uniform(*data.supervised))
-        has_image = number % 2 == 1
+        has_image = number % 2 == 1  # every second one, whatever the seed
         text = torch.randint(IMAGE_TOKEN + 1, sizes.vocabulary, (length,), generator=generator)
         placeholders = torch.full((tokens_per_image if has_image else 0,), IMAGE_TOKEN)
         ids = torch.cat([placeholders, text])
@@ -226,6 +227,7 @@ def make_steps(
     sizes: Sizes, padded: Batch, packed: Batch, precision: str
 ) -> dict[str, Callable[[], Tensor]]:
     """Return the peer's step and ours by name."""
+    # Both stay in memory, since their steps alternate.
     peer: Any = peer_model(sizes)
     model = owlfuse_model(sizes)
     peer_step = make_step(peer, precision)
@@ -271,6 +273,7 @@ def bench_step(
     """
     sizes, data = SIZES[size]
     samples = make_samples(data, sizes, sizes.visual_tokens)
+    # The same samples: only their arrangement in rows differs.
     padded = make_batch(samples, sizes, None)
     packed = make_batch(samples, sizes, pack_to)
     tokens = sum(padded.lengths)
@@ -280,6 +283,7 @@ def bench_step(
     records = []
     for name, turns in seconds.items():
         batch = padded if name in PADDED else packed
+        # Real tokens: padding is no work that anybody asked for.
         median = upper_median(turns)
         records.append(
             {

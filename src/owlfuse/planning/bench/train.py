@@ -129,6 +129,7 @@ def profiled_peak(step: Callable[[], Any]) -> int:
         profile.export_chrome_trace(str(path))
         trace = json.loads(path.read_text())["traceEvents"]
     events = [event for event in trace if event.get("name") == "[memory]"]
+    # Each event is a difference, in the order of time; their running sum is what is alive.
     events.sort(key=lambda event: event["ts"])
     return max(accumulate(event["args"]["Bytes"] for event in events))
 
@@ -173,6 +174,7 @@ def measure(
         model = build_model(configs, VOCABULARY)[0].to(precision.parameters).train()
     optimizer = AdamWCosine().build(model, steps)["optimizer"]
     batch = random_batch(model, rows, length, images, device)
+    # As Lightning casts inputs with a true half precision.
     batch.pixel_values = batch.pixel_values.to(next(model.parameters()).dtype)
     step = make_step(model, batch, optimizer, precision)
     for _ in range(2):  # the optimizer's state, compilation, and the libraries' workspaces
@@ -182,6 +184,7 @@ def measure(
         step()
         peak = torch.cuda.max_memory_allocated()
     else:
+        # The profiler counts from zero: what was there before is added.
         resident = [*model.parameters(), *model.buffers()]
         for state in optimizer.state.values():
             resident += filter(torch.is_tensor, state.values())
@@ -221,6 +224,7 @@ def bench_train(
         "trainer": {"precision": precision},
         "data": {"max_length": length, "global_batch_size": rows},
     }
+    # One GPU, all rows in one micro batch: as it is measured.
     workload = Workload(run_config, PlanOptions(images_per_sample=images))
     estimate = workload.estimate(Layout(1, 1, False, rows))
     measured = measure(configs, Precision.of(precision), rows, length, images, steps)
