@@ -29,7 +29,7 @@ def run_on_first_rank(work: Callable[[], object], name: str) -> None:
 
     Raises:
         Exception: on rank 0, what `work` raises.
-        DataError: on other ranks, where `work` failed.
+        DataError: on other ranks, where `work` failed or rank 0 is gone.
     """
     if not dist.is_initialized() or dist.get_world_size() == 1:
         work()
@@ -48,8 +48,11 @@ def run_on_first_rank(work: Callable[[], object], name: str) -> None:
         dist.destroy_process_group(group)
         future.result()
         return
-    while status == WORKING:
-        dist.broadcast(status, src=0, group=group)
+    try:
+        while status == WORKING:
+            dist.broadcast(status, src=0, group=group)
+    except RuntimeError as error:  # torch has no class for a connection that was closed
+        raise DataError(f"rank 0 has ended during {name}, without a message") from error
     dist.destroy_process_group(group)
     if status == FAILED:
         raise DataError(f"rank 0 could not finish {name}; its message says why")

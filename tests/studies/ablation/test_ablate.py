@@ -84,7 +84,7 @@ def read(*names):
 def stopped(folder):
     """After Ctrl-C in the middle of the second run."""
     process = start()
-    deadline = time.monotonic() + 400
+    deadline = time.monotonic() + 900
     while (
         time.monotonic() < deadline
         and not read("plain-seed1", "progress.json")
