@@ -386,7 +386,7 @@ def page() -> str:
     parts += [
         "Settings of `owlfuse ablate` itself, on the command line:",
         "",
-        plain_rows(ablation_run.OWN),
+        plain_rows(ablation_run.SETTINGS),
         "",
     ]
     return "\n".join(parts)

@@ -124,6 +124,8 @@ def test_it_carries_configs_experiments_and_their_files_and_nothing_else(wheel):
     assert carried >= {
         "owlfuse/py.typed",
         "owlfuse/studies/ablation/page.css",
+        "owlfuse/serving/demo/transcript.html.jinja",
+        "owlfuse/studies/ablation/page.html.jinja",
         "owlfuse/experiments/fusion/README.md",
     }
     assert wheel.stat().st_size < 2**20

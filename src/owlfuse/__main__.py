@@ -210,7 +210,7 @@ def _ablate(arguments: argparse.Namespace) -> None:
 
 
 def _report(arguments: argparse.Namespace) -> None:
-    from owlfuse.studies.ablation.page import report_command
+    from owlfuse.studies.ablation.report import report_command
 
     report_command(arguments.ablation, arguments.overrides)
 

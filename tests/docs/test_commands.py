@@ -45,12 +45,12 @@ def overrides_of(arguments):
     if arguments.command == "ablate":
         ablation = read_ablation(arguments.ablation, find_folders().ablation(arguments.ablation))
         levels = [next(iter(factor.levels.values())) for factor in ablation.factors]
-        own = [word for word in split_words(words)[1] if not word.startswith("launcher.")]
+        _, overrides = split_words(words)
         return [
             f"experiment={ablation.base}",
             *ablation.overrides,
             *(w for level in levels for w in level),
-            *own,
+            *overrides,
         ]
     return words if arguments.command in TAKES_OVERRIDES else None
 

@@ -24,7 +24,7 @@ from owlfuse.data.chat.encoder import ChatEncoder
 from owlfuse.data.chat.tokenizer import use_template
 from owlfuse.evaluation.generation import generate_greedy
 from owlfuse.model.multimodal import build_model
-from owlfuse.planning.step import read_step
+from owlfuse.planning.step import measure_batch
 from small_tokenizers import byte_level
 
 OPTION = "gradient_checkpointing"
@@ -66,7 +66,7 @@ def test_checkpointing_of_every_part_changes_no_gradient_and_keeps_less(node, ro
     first, second = twins(nodes, changed)
     batch = make_batch(rows, first.fusion.tokens_per_image)
     assert_same_gradients(first, second, batch)
-    assert read_step(second, batch).kept < read_step(first, batch).kept / 2
+    assert measure_batch(second, batch).saved < measure_batch(first, batch).saved / 2
 
 
 PARTS = {
@@ -85,9 +85,9 @@ def test_checkpointing_of_one_part_keeps_less_for_the_same_gradients(name):
     first, second = twins(model_node(**arguments), model_node(**changed))
     batch = make_batch(ROWS, first.fusion.tokens_per_image)
     assert_same_gradients(first, second, batch)
-    before, after = read_step(first, batch), read_step(second, batch)
+    before, after = measure_batch(first, batch), measure_batch(second, batch)
     assert after.backward > before.backward  # what is computed again
-    assert after.kept < before.kept or "chunk" in arguments.get("vision", {})
+    assert after.saved < before.saved or "chunk" in arguments.get("vision", {})
 
 
 def test_a_frozen_part_with_checkpointing_is_not_computed_again():
@@ -96,7 +96,7 @@ def test_a_frozen_part_with_checkpointing_is_not_computed_again():
         model_node(adapter=frozen), model_node(adapter=frozen, vision={**VIT, OPTION: True})
     )
     batch = make_batch(ROWS, first.fusion.tokens_per_image)
-    assert read_step(second, batch).backward == read_step(first, batch).backward
+    assert measure_batch(second, batch).backward == measure_batch(first, batch).backward
 
 
 def test_evaluation_with_checkpointing_is_as_without():

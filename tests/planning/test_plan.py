@@ -32,17 +32,24 @@ from owlfuse.core.errors import ConfigError
 from owlfuse.core.types import Batch
 from owlfuse.model.loss import token_loss
 from owlfuse.model.multimodal import MultimodalLM, build_model, on_meta
-from owlfuse.planning.meter import read
-from owlfuse.planning.plan import GB, Layout, Workload, asked_layout, checkpointing_keys, make_plan
+from owlfuse.planning.meter import measure_step
+from owlfuse.planning.plan import (
+    GB,
+    Layout,
+    Workload,
+    checkpointing_keys,
+    configured_layout,
+    make_plan,
+)
 from owlfuse.planning.step import (
     Precision,
-    checkpointed,
+    bytes_of,
+    measure_batch,
     meta_batch,
-    optimizer_state,
-    part_of_rank,
-    read_step,
-    size_of,
-    whole_model,
+    meta_model,
+    optimizer_bytes,
+    rank_model,
+    with_checkpointing,
 )
 from owlfuse.training import train
 from owlfuse.training.optim import AdamWCosine, MuonCosine
@@ -65,16 +72,16 @@ def test_what_is_read_off_meta_tensors_is_what_real_ones_need(node, checkpointin
     nodes = model_node(node, gradient_checkpointing=checkpointing)
     real, planned = build_model(nodes, VOCAB)[0].train(), on_meta(nodes, VOCAB)[0].train()
     batch = make_batch(ROWS, real.fusion.tokens_per_image)
-    reading = read_step(planned, batch.to("meta"))
-    truth = read(real, lambda: loss_of(real, batch), tensors_of(batch))
-    assert (reading.kept, reading.forward, reading.backward) == (
-        truth.kept,
+    reading = measure_batch(planned, batch.to("meta"))
+    truth = measure_step(real, lambda: loss_of(real, batch), tensors_of(batch))
+    assert (reading.saved, reading.forward, reading.backward) == (
+        truth.saved,
         truth.forward,
         truth.backward,
     )
     assert (reading.activations, reading.peak()) == (truth.activations, truth.peak())
-    assert reading.kept > 0
-    assert reading.peak() < reading.peak(size_of(real.parameters()))
+    assert reading.saved > 0
+    assert reading.peak() < reading.peak(bytes_of(real.parameters()))
 
 
 def profiled_peak(step, path: Path) -> int:
@@ -103,13 +110,15 @@ def test_the_peak_is_that_of_torchs_profiler_within_a_hundredth(tmp_path, checkp
     batch = make_batch(rows, real.fusion.tokens_per_image)
     truth = profiled_peak(lambda: loss_of(real, batch).backward(), tmp_path / "trace.json")
     inputs = sum(t.numel() * t.element_size() for t in tensors_of(batch))
-    assert read_step(planned, batch.to("meta")).peak() - inputs == pytest.approx(truth, rel=0.01)
+    assert measure_batch(planned, batch.to("meta")).peak() - inputs == pytest.approx(
+        truth, rel=0.01
+    )
 
 
 def test_flops_are_those_of_the_formula_and_less_for_what_is_frozen():
     """Two for each weight and token in the forward, four in the backward; two where only the
     input's gradient is needed."""
-    planned = whole_model(model_node("concat", llm=LLAMA), VOCAB)
+    planned = meta_model(model_node("concat", llm=LLAMA), VOCAB)
     batch = meta_batch(planned, rows=3, length=20, images=0)
     d, kv, hidden, tokens = 64, 32, 96, 3 * 20
     layer = d * d * 2 + d * kv * 2 + 3 * d * hidden
@@ -117,14 +126,14 @@ def test_flops_are_those_of_the_formula_and_less_for_what_is_frozen():
     attention = 2 * 2 * 3 * 4 * 20 * 20 * 16
     forward = 2 * (2 * tokens * layer + attention) + 2 * tokens * d * VOCAB
     picture = read_picture(planned)
-    reading = read_step(planned, batch)
+    reading = measure_batch(planned, batch)
     assert reading.forward - picture.forward == pytest.approx(
         forward, rel=1e-3
     )  # transformers' rotary tables, in some versions
     backward = 2 * (4 * tokens * layer + 5 * attention // 2) + 4 * tokens * d * VOCAB
     assert reading.backward - picture.backward == backward
-    frozen = whole_model(model_node("concat", llm=LLAMA, adapter={"llm": policy("Frozen")}), VOCAB)
-    less = read_step(frozen, batch)
+    frozen = meta_model(model_node("concat", llm=LLAMA, adapter={"llm": policy("Frozen")}), VOCAB)
+    less = measure_batch(frozen, batch)
     assert less.forward == reading.forward
     assert less.backward - picture.backward == backward - 2 * tokens * (2 * layer + d * VOCAB)
 
@@ -132,7 +141,7 @@ def test_flops_are_those_of_the_formula_and_less_for_what_is_frozen():
 def read_picture(model: MultimodalLM):
     """Of backbone and connector alone, on one picture."""
     pixels = torch.zeros(1, 3, *model.vision.preprocessing.size, device="meta")
-    reading = read(model, lambda: model.connector(model.vision(pixels)).sum())
+    reading = measure_step(model, lambda: model.connector(model.vision(pixels)).sum())
     model.zero_grad()
     return reading
 
@@ -142,7 +151,7 @@ def test_flops_of_a_step_without_attention_are_torchs_own_count():
     features = torch.randn(5, 7, 16, requires_grad=True)
     with FlopCounterMode(display=False) as counter:
         model(features).sum().backward()
-    reading = read(model, lambda: model(features).sum())
+    reading = measure_step(model, lambda: model(features).sum())
     assert reading.forward + reading.backward == counter.get_total_flops() > 0
 
 
@@ -153,8 +162,8 @@ def test_parameters_gradients_and_optimizer_state_are_those_after_a_real_step(op
     nodes = model_node(
         "hyperattention-adaptive", adapter={"llm": policy(llm), "vision": policy("Frozen")}
     )
-    real, planned = build_model(nodes, VOCAB)[0].train(), whole_model(nodes, VOCAB)
-    assert size_of(planned.parameters()) == size_of(real.parameters())
+    real, planned = build_model(nodes, VOCAB)[0].train(), meta_model(nodes, VOCAB)
+    assert bytes_of(planned.parameters()) == bytes_of(real.parameters())
     optimizer = optim.build(real, 10)["optimizer"]
     loss_of(real, make_batch(ROWS)).backward()
     optimizer.step()
@@ -167,16 +176,16 @@ def test_parameters_gradients_and_optimizer_state_are_those_after_a_real_step(op
         for value in entry.values()
         if isinstance(value, Tensor)
     ]
-    assert optimizer_state(planned, optim) == size_of(state)
-    assert size_of(p for p in planned.parameters() if p.requires_grad) == size_of(
+    assert optimizer_bytes(planned, optim) == bytes_of(state)
+    assert bytes_of(p for p in planned.parameters() if p.requires_grad) == bytes_of(
         p.grad for p in real.parameters() if p.requires_grad
     )
 
 
 def test_adamw_keeps_two_numbers_for_a_trained_one_and_muon_one_for_its_matrices():
-    planned = whole_model(model_node("concat"), VOCAB)
+    planned = meta_model(model_node("concat"), VOCAB)
     count = sum(p.numel() for p in planned.parameters())
-    assert optimizer_state(planned, AdamWCosine()) == pytest.approx(8 * count, rel=0.01)
+    assert optimizer_bytes(planned, AdamWCosine()) == pytest.approx(8 * count, rel=0.01)
     ends = {
         id(planned.llm.get_input_embeddings().weight),
         id(planned.llm.get_output_embeddings().weight),
@@ -190,7 +199,7 @@ def test_adamw_keeps_two_numbers_for_a_trained_one_and_muon_one_for_its_matrices
     matrices = sum(p.numel() for p in planned.parameters() if id(p) in decayed)
     assert not decayed & ends
     assert matrices > count // 2
-    assert optimizer_state(planned, MuonCosine()) == pytest.approx(
+    assert optimizer_bytes(planned, MuonCosine()) == pytest.approx(
         8 * count - 4 * matrices, rel=0.01
     )
 
@@ -198,12 +207,12 @@ def test_adamw_keeps_two_numbers_for_a_trained_one_and_muon_one_for_its_matrices
 def test_bf16_true_halves_what_bf16_mixed_keeps_in_float32_with_copies():
     nodes = model_node("concat", llm=LLAMA)
     full, half = (
-        whole_model(nodes, VOCAB),
-        part_of_rank(whole_model(nodes, VOCAB), dtype=torch.bfloat16),
+        meta_model(nodes, VOCAB),
+        rank_model(meta_model(nodes, VOCAB), dtype=torch.bfloat16),
     )
-    assert size_of(half.parameters()) * 2 == size_of(full.parameters())
-    assert optimizer_state(half, AdamWCosine()) == pytest.approx(
-        optimizer_state(full, AdamWCosine()) / 2, rel=0.01
+    assert bytes_of(half.parameters()) * 2 == bytes_of(full.parameters())
+    assert optimizer_bytes(half, AdamWCosine()) == pytest.approx(
+        optimizer_bytes(full, AdamWCosine()) / 2, rel=0.01
     )
     assert Precision.of("bf16-mixed") == Precision(None, torch.bfloat16)
     assert Precision.of("bf16-true") == Precision(torch.bfloat16, None)
@@ -215,7 +224,7 @@ def test_bf16_true_halves_what_bf16_mixed_keeps_in_float32_with_copies():
 def test_autocast_on_meta_keeps_what_autocast_keeps():
     """Of the LLM alone: on a CPU autocast treats a backbone's LayerNorm otherwise than on a GPU."""
     nodes = model_node("concat", llm=LLAMA)
-    real, planned = build_model(nodes, VOCAB)[0].train(), whole_model(nodes, VOCAB)
+    real, planned = build_model(nodes, VOCAB)[0].train(), meta_model(nodes, VOCAB)
     ids = torch.arange(40).view(2, 20) % VOCAB
     mask = torch.ones_like(ids)
     mask[1, 15:] = 0
@@ -232,22 +241,22 @@ def test_autocast_on_meta_keeps_what_autocast_keeps():
         with torch.autocast("cpu", torch.bfloat16):
             return loss(real.llm, ids, mask)
 
-    truth = read(real.llm, autocast_loss)
-    reading = read(
+    truth = measure_step(real.llm, autocast_loss)
+    reading = measure_step(
         planned.llm,
         lambda: loss(planned.llm, ids.to("meta"), mask.to("meta")),
         autocast=torch.bfloat16,
     )
-    assert reading.kept == pytest.approx(truth.kept, rel=0.02)
-    without = read(planned.llm, lambda: loss(planned.llm, ids.to("meta"), mask.to("meta")))
-    assert abs(without.kept - truth.kept) > 0.05 * truth.kept
+    assert reading.saved == pytest.approx(truth.saved, rel=0.02)
+    without = measure_step(planned.llm, lambda: loss(planned.llm, ids.to("meta"), mask.to("meta")))
+    assert abs(without.saved - truth.saved) > 0.05 * truth.saved
 
 
 @each(FUSIONS)
 @pytest.mark.parametrize("llm", ["Full", "LoRA"])
 def test_tensor_ranks_hold_a_part_of_each_projection_and_run(node, llm):
     nodes = model_node(node, adapter={"llm": policy(llm), "fusion": policy(llm)})
-    whole, part = whole_model(nodes, VOCAB), part_of_rank(whole_model(nodes, VOCAB), tensor=2)
+    whole, part = meta_model(nodes, VOCAB), rank_model(meta_model(nodes, VOCAB), tensor=2)
     shapes = {name: p.shape for name, p in whole.named_parameters()}
     cut = {name for name, p in part.named_parameters() if p.shape != shapes[name]}
     for layer in (
@@ -267,15 +276,15 @@ def test_tensor_ranks_hold_a_part_of_each_projection_and_run(node, llm):
         p.requires_grad for p in whole.parameters()
     }
     batch = meta_batch(part, rows=2, length=60, images=1)
-    assert read_step(part, batch).kept < read_step(whole, batch).kept
-    assert read_step(part, batch).forward < read_step(whole, batch).forward
+    assert measure_batch(part, batch).saved < measure_batch(whole, batch).saved
+    assert measure_batch(part, batch).forward < measure_batch(whole, batch).forward
 
 
 def test_tensor_ranks_that_do_not_divide_the_heads_are_refused():
     with pytest.raises(
         ValueError, match="num_key_value_heads of the LLM is 2, which 4 tensor ranks do not divide"
     ):
-        part_of_rank(whole_model(model_node("concat"), VOCAB), tensor=4)
+        rank_model(meta_model(model_node("concat"), VOCAB), tensor=4)
 
 
 SHARDED = "owlfuse.parallel.strategies.Sharded"
@@ -309,7 +318,7 @@ SHARDED = "owlfuse.parallel.strategies.Sharded"
     ],
 )
 def test_ranks_come_from_the_strategy(trainer, gpus, wanted):
-    assert asked_layout(trainer, {"global_batch_size": 32}, gpus) == wanted
+    assert configured_layout(trainer, {"global_batch_size": 32}, gpus) == wanted
 
 
 @pytest.mark.parametrize(
@@ -330,7 +339,7 @@ def test_ranks_come_from_the_strategy(trainer, gpus, wanted):
 )
 def test_a_layout_that_does_not_fit_the_gpus_is_refused(trainer, gpus, message):
     with pytest.raises(ConfigError, match=message):
-        asked_layout(trainer, {"global_batch_size": 32}, gpus)
+        configured_layout(trainer, {"global_batch_size": 32}, gpus)
 
 
 def plan_of(*overrides):
@@ -340,21 +349,23 @@ def plan_of(*overrides):
 def test_fsdp_divides_what_ddp_holds_whole_and_accumulation_keeps_gradients():
     plan = plan_of("plan.gpus=4", "data.micro_batch_size=2")
     fsdp = next(
-        other for other in plan.others if other.layout.sharded and not other.layout.checkpointing
+        other
+        for other in plan.alternatives
+        if other.layout.sharded and not other.layout.checkpointing
     )
-    assert plan.asked.accumulation == 4
+    assert plan.estimate.accumulation == 4
     assert (
-        plan.asked.peak
-        >= plan.asked.parameters
-        + plan.asked.gradients
-        + plan.asked.optimizer
-        + plan.asked.activations
+        plan.estimate.peak
+        >= plan.estimate.parameters
+        + plan.estimate.gradients
+        + plan.estimate.optimizer
+        + plan.estimate.activations
     )
     # DDP has them in buckets too
-    assert fsdp.gradients == pytest.approx(plan.asked.gradients / 2 / 4, rel=0.01)
-    assert fsdp.optimizer == pytest.approx(plan.asked.optimizer / 4, rel=0.01)
-    assert fsdp.parameters < plan.asked.parameters / 2
-    assert fsdp.gathered > 0 == plan.asked.gathered
+    assert fsdp.gradients == pytest.approx(plan.estimate.gradients / 2 / 4, rel=0.01)
+    assert fsdp.optimizer == pytest.approx(plan.estimate.optimizer / 4, rel=0.01)
+    assert fsdp.parameters < plan.estimate.parameters / 2
+    assert fsdp.gathered > 0 == plan.estimate.gathered
     single = estimate_of("plan.gpus=4")
     assert (
         single.peak < single.parameters + single.gradients + single.optimizer + single.activations
@@ -366,12 +377,12 @@ def estimate_of(*overrides):
     plain = OmegaConf.to_container(compose(["experiment=shapes_owl1", *overrides]), resolve=True)
     options = PlanOptions(**plain["plan"])
     return Workload(plain, options).estimate(
-        asked_layout(plain["trainer"], plain["data"], options.gpus)
+        configured_layout(plain["trainer"], plain["data"], options.gpus)
     )
 
 
 def test_what_is_advised_is_what_the_parts_accept():
-    """A backbone with batch norms cannot be checkpointed, a ViT can."""
+    """A backbone with batch norms cannot be with_checkpointing, a ViT can."""
     llm, vision, connector = (
         f"model.{part}.gradient_checkpointing=true" for part in ("llm", "vision", "connector")
     )
@@ -384,9 +395,9 @@ def test_what_is_advised_is_what_the_parts_accept():
         nodes = OmegaConf.to_container(
             compose(["experiment=shapes_owl1", *overrides]), resolve=True
         )["model"]
-        again = checkpointed(nodes, whole_model(nodes, VOCAB))
+        again = with_checkpointing(nodes, meta_model(nodes, VOCAB))
         assert checkpointing_keys(nodes, again) == advised
-        whole_model(again, VOCAB)
+        meta_model(again, VOCAB)
 
 
 def test_tokens_flops_and_seconds_are_of_the_global_batch():
@@ -395,12 +406,12 @@ def test_tokens_flops_and_seconds_are_of_the_global_batch():
     assert plan.text_tokens == 32 * (100 - 3 * 9)  # eight queries and an end token
     assert plan.visual_tokens == 32 * 3 * 9
     rate = plan.options.peak_tflops * 1e12 * plan.options.share_of_peak
-    assert plan.asked.seconds == pytest.approx(plan.asked.flops / rate)
+    assert plan.estimate.seconds == pytest.approx(plan.estimate.flops / rate)
     twice = estimate_of(
         *common, "data.global_batch_size=64", "plan.gpus=2", "data.micro_batch_size=8"
     )
-    assert twice.flops == pytest.approx(2 * plan.asked.flops)
-    assert twice.seconds == pytest.approx(plan.asked.seconds)
+    assert twice.flops == pytest.approx(2 * plan.estimate.flops)
+    assert twice.seconds == pytest.approx(plan.estimate.seconds)
 
 
 def test_a_dry_run_needs_no_data_makes_no_run_and_says_what_would_fit(
@@ -496,7 +507,9 @@ def test_a_7b_model_is_planned_in_a_minute_and_a_gigabyte_and_a_half(tmp_path):
 
 
 def test_what_is_read_grows_with_rows_in_proportion():
-    planned = whole_model(model_node("concat", vision=VIT), VOCAB)
-    one, two, three = (read_step(planned, meta_batch(planned, rows, 80, 1)) for rows in (1, 2, 3))
-    assert two.kept - one.kept == pytest.approx(three.kept - two.kept, rel=1e-4)
+    planned = meta_model(model_node("concat", vision=VIT), VOCAB)
+    one, two, three = (
+        measure_batch(planned, meta_batch(planned, rows, 80, 1)) for rows in (1, 2, 3)
+    )
+    assert two.saved - one.saved == pytest.approx(three.saved - two.saved, rel=1e-4)
     assert two.forward - one.forward == three.forward - two.forward == one.forward

@@ -124,7 +124,7 @@ def test_an_image_mark_is_where_a_picture_stands_and_escaped_it_is_a_word(traine
     conversation = Conversation(
         wrap(trained), processor_of(trained), max_new_tokens=3, do_sample=False
     )
-    conversation.shown.append(Image.new("RGB", (50, 40), "red"))
+    conversation.next_pictures.append(Image.new("RGB", (50, 40), "red"))
     said = conversation.ask(r"Write \<image> beside <image> here.", lambda piece: None)
     parts = [
         {"type": "text", "text": "Write <image> beside "},

@@ -58,11 +58,12 @@ def run_folder(config: DictConfig) -> Path:
     if config.resume:
         return Path(config.resume)
     runs = Path(config.runs).expanduser() / config.experiment
+    if config.name:
+        return runs / config.name
     if is_first_rank():
-        os.environ[NAME] = config.name or make_timed_folder(runs).name
+        os.environ[NAME] = make_timed_folder(runs).name
     # ranks that the first one starts inherit its name
-    name = os.environ.get(NAME) or config.name or "unnamed"
-    return runs / name
+    return runs / os.environ.get(NAME, "unnamed")
 
 
 def is_first_rank() -> bool:

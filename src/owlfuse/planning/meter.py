@@ -22,29 +22,30 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
+# The CPU's flash attention is the kernel that meta tensors have; its sizes are those of a GPU's.
 ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 ATTENTION_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-LOWER = {
+LOWER_PRECISION: set[Any] = {
     F.linear,
-    *(
-        getattr(torch, name)
-        for name in (
-            "conv1d",
-            "conv2d",
-            "conv3d",
-            "matmul",
-            "mm",
-            "bmm",
-            "addmm",
-            "baddbmm",
-            "einsum",
-        )
-    ),
-    *(getattr(Tensor, name) for name in ("matmul", "__matmul__", "mm", "bmm", "addmm", "baddbmm")),
+    torch.conv1d,
+    torch.conv2d,
+    torch.conv3d,
+    torch.matmul,
+    torch.mm,
+    torch.bmm,
+    torch.addmm,
+    torch.baddbmm,
+    torch.einsum,
+    Tensor.matmul,
+    Tensor.__matmul__,
+    Tensor.mm,
+    Tensor.bmm,
+    Tensor.addmm,
+    Tensor.baddbmm,
 }
 """What autocast runs in the lower precision on a GPU, and what it runs in float32, of what these
 models call."""
-FLOAT32 = {
+FLOAT32: set[Any] = {
     F.layer_norm,
     F.group_norm,
     F.softmax,
@@ -57,13 +58,13 @@ FLOAT32 = {
 
 
 @dataclass
-class Reading:
+class StepCost:
     """What one forward and backward pass needed, parameters and buffers apart.
 
     Bytes and floating-point operations.
     """
 
-    kept: int = 0
+    saved: int = 0
     """Bytes of the distinct storages that autograd keeps from the forward for the backward pass.
     With checkpointing: the inputs of what is computed again, and what is outside of it."""
     forward: int = 0
@@ -80,98 +81,111 @@ class Reading:
         """The most bytes alive at once, gradients of parameters apart."""
         return max((alive for alive, _ in self.moments), default=0)
 
-    def peak(self, gradients_there: int | None = None, share: float = 1.0) -> float:
-        """The most bytes alive at once, gradients of parameters among them.
+    def peak(self, earlier_gradients: int | None = None, share: float = 1.0) -> float:
+        """Return the most bytes alive at once, gradients of parameters among them.
 
         Args:
-            gradients_there: bytes of gradients from an earlier micro batch, which are there from
-                the beginning.
+            earlier_gradients: bytes of gradients of an earlier micro batch, which exist from the
+                beginning.
             share: the part of each gradient that this rank keeps, where gradients are sharded.
         """
-        if gradients_there is not None:
-            return self.activations + gradients_there * share
+        if earlier_gradients is not None:
+            return self.activations + earlier_gradients * share
         return max((alive + gradients * share for alive, gradients in self.moments), default=0)
 
 
-def read(
+def measure_step(
     model: nn.Module,
     loss: Callable[[], Tensor],
     inputs: Iterable[Tensor] = (),
     autocast: torch.dtype | None = None,
-) -> Reading:
-    """Runs `loss` and its backward pass and reads off what it needs. Gradients are left in the
-    model's parameters.
+) -> StepCost:
+    """Runs `loss` and its backward pass and returns what they need. Gradients stay in the model's
+    parameters.
 
     Args:
         inputs: what `loss` reads that is on the device too, the batch.
         autocast: the lower precision of a mixed one, as a GPU's autocast would cast; for meta
             tensors, which it leaves alone.
     """
-    reading = Reading()
+    cost = StepCost()
     fixed = [*model.parameters(), *model.buffers()]
-    meter = Meter(reading, fixed)
+    meter = Meter(cost, fixed)
     for tensor in inputs:
         meter.add(tensor)
-    hooks = [
-        p.register_post_accumulate_grad_hook(meter.count_gradient)
-        for p in model.parameters()
-        if p.requires_grad
-    ]
+    hooks = []
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            hook = parameter.register_post_accumulate_grad_hook(meter.count_gradient)
+            hooks.append(hook)
     try:
         with OnMeta(autocast) as kernels, meter:
-            with kept_for_backward(reading, fixed):
+            with count_saved(cost, fixed):
                 value = loss()
             kernels.copies = None  # autocast forgets its copies where its region ends
-            reading.forward = meter.flops
+            cost.forward = meter.flops
             run_backward(value)
-            reading.backward = meter.flops - reading.forward
+            cost.backward = meter.flops - cost.forward
+    # The model is measured again, with other batches.
     finally:
         for hook in hooks:
             hook.remove()
-    return reading
+    return cost
 
 
 def run_backward(value: Tensor) -> None:
-    """`value.backward()` with the function modes left on, which a forward that is computed again
-    needs: Tensor.backward and torch.autograd.backward are torch functions themselves, and a mode is
-    off inside of what it handles."""
-    once = False, False  # the graph is neither kept nor differentiated again
+    """Runs `value.backward()` with the function modes on, which a forward that is computed again
+    needs.
+
+    Tensor.backward and torch.autograd.backward are torch functions themselves, and a mode is off
+    inside of what it handles: hence the private function.
+    """
+    keep_graph = create_graph = False
     _engine_run_backward(
-        (value,), (torch.ones_like(value),), *once, (), allow_unreachable=True, accumulate_grad=True
+        (value,),
+        (torch.ones_like(value),),
+        keep_graph,
+        create_graph,
+        (),
+        allow_unreachable=True,
+        accumulate_grad=True,
     )
 
 
 @contextmanager
-def kept_for_backward(reading: Reading, fixed: Iterable[Tensor]) -> Iterator[None]:
+def count_saved(cost: StepCost, fixed: Iterable[Tensor]) -> Iterator[None]:
     """Counts the distinct storages that autograd saves inside, those of `fixed` apart."""
-    seen = {key_of(tensor) for tensor in fixed}
-    held = []  # so that no storage's place is taken by another while we count
+    counted = {storage_key(tensor) for tensor in fixed}
+    storages = []  # held, so that no other storage gets a key that is counted
 
     def pack(tensor: Tensor) -> Tensor:
-        if key_of(tensor) not in seen:
-            seen.add(key_of(tensor))
-            held.append(tensor.untyped_storage())
-            reading.kept += tensor.untyped_storage().nbytes()
+        key = storage_key(tensor)
+        if key not in counted:
+            counted.add(key)
+            storages.append(tensor.untyped_storage())
+            cost.saved += tensor.untyped_storage().nbytes()
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         yield
-    held.clear()  # autograd keeps `pack`, and with it the list
+    storages.clear()  # autograd keeps `pack`, and with it the list
 
 
-def key_of(tensor: Tensor) -> int:
-    """Which storage a tensor has; of meta tensors too, whose data have no address."""
+def storage_key(tensor: Tensor) -> int:
+    """Return which storage a tensor has, also of meta tensors, whose data have no address: hence
+    the private attribute."""
     return tensor.untyped_storage()._cdata
 
 
 class Meter(TorchDispatchMode):
-    """Notes what is alive after every operation, and counts FLOPs by the formulas of torch's
+    """Records what is alive after every operation, and counts FLOPs by the formulas of torch's
     FlopCounterMode."""
 
-    def __init__(self, reading: Reading, fixed: Iterable[Tensor]) -> None:
+    def __init__(self, cost: StepCost, fixed: Iterable[Tensor]) -> None:
         super().__init__()
-        self.reading = reading
-        self.fixed = {key_of(tensor) for tensor in fixed}
+        self.cost = cost
+        # Parameters and buffers are counted by the plan.
+        self.fixed = {storage_key(tensor) for tensor in fixed}
         self.alive: dict[int, tuple[weakref.ref, int]] = {}
         self.bytes = 0
         self.gradients: set[int] = set()
@@ -186,29 +200,29 @@ class Meter(TorchDispatchMode):
             # what a mask holds is not known: no shortcut for rows without padding is taken
             return 0
         out = func(*args, **kwargs)
+        # Views and results in place share a storage that is counted already.
         for tensor in tree_leaves(out):
             if isinstance(tensor, Tensor):
                 self.add(tensor)
-        count: Any = FORMULAS.get(func._overloadpacket) or flop_registry.get(func._overloadpacket)
-        if count is not None:
-            self.flops += count(*args, **kwargs, out_val=out)
-        self.reading.moments.append((self.bytes - self.gradient_bytes, self.gradient_bytes))
+        operation = func._overloadpacket  # what torch's own FlopCounterMode looks up
+        formula: Any = FORMULAS.get(operation) or flop_registry.get(operation)
+        if formula is not None:
+            self.flops += formula(*args, **kwargs, out_val=out)
+        self.cost.moments.append((self.bytes - self.gradient_bytes, self.gradient_bytes))
         return out
 
     def add(self, tensor: Tensor) -> None:
         """Counts the tensor's storage from now until it is freed."""
-        key, storage = key_of(tensor), tensor.untyped_storage()
+        key, storage = storage_key(tensor), tensor.untyped_storage()
         if key in self.fixed or key in self.alive:
             return
-        self.alive[key] = weakref.ref(storage, partial(self.forget, key)), storage.nbytes()
+        # Called when the last tensor of the storage is gone, as the allocator would free it.
+        reference = weakref.ref(storage, partial(self.remove, key))
+        self.alive[key] = reference, storage.nbytes()
         self.bytes += storage.nbytes()
 
-    def forget(self, key: int, _: Any) -> None:
-        """`remove`, as a weak reference calls it."""
-        self.remove(key)
-
-    def remove(self, key: int) -> None:
-        """A storage is freed."""
+    def remove(self, key: int, reference: Any) -> None:
+        """Counts a storage no longer, which is freed. Called by its weak reference."""
         size = self.alive.pop(key)[1]
         self.bytes -= size
         if key in self.gradients:
@@ -216,9 +230,10 @@ class Meter(TorchDispatchMode):
             self.gradient_bytes -= size
 
     def count_gradient(self, parameter: Tensor) -> None:
-        """The parameter's gradient is complete: it is no activation."""
+        """Counts a complete gradient as such, and no longer as an activation."""
         assert parameter.grad is not None
-        key = key_of(parameter.grad)
+        # A gradient that is accumulated in place is counted once.
+        key = storage_key(parameter.grad)
         if key in self.alive and key not in self.gradients:
             self.gradients.add(key)
             self.gradient_bytes += self.alive[key][1]
@@ -227,14 +242,14 @@ class Meter(TorchDispatchMode):
 def attention_flops(
     query: Tensor, key: Tensor, value: Tensor, *args: Any, out_val: Any = None, **kwargs: Any
 ) -> int:
-    """Of fused attention."""
+    """Return the FLOPs of fused attention."""
     return sdpa_flop_count(query.shape, key.shape, value.shape)
 
 
 def attention_backward_flops(
     grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any
 ) -> int:
-    """Of its backward pass, with the scores that it computes again."""
+    """Return the FLOPs of its backward pass, with the scores that it computes again."""
     return sdpa_backward_flop_count(grad.shape, query.shape, key.shape, value.shape)
 
 
@@ -255,33 +270,36 @@ class OnMeta(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if not any(isinstance(x, Tensor) and x.is_meta for x in (*args, *kwargs.values())):
+        # Real tensors meet real kernels and a real autocast.
+        values = (*args, *kwargs.values())
+        if not any(isinstance(value, Tensor) and value.is_meta for value in values):
             return func(*args, **kwargs)
         attends = func is F.scaled_dot_product_attention
-        if self.autocast is not None and (attends or func in LOWER):
+        if self.autocast is not None and (attends or func in LOWER_PRECISION):
             args, kwargs = tree_map(self.lower, (args, kwargs))
         elif self.autocast is not None and func in FLOAT32:
-            args, kwargs = tree_map(lambda x: x.float() if is_half(x) else x, (args, kwargs))
+            args, kwargs = tree_map(as_float32, (args, kwargs))
         return attend(*args, **kwargs) if attends else func(*args, **kwargs)
 
     def lower(self, value: Any) -> Any:
-        """A float tensor in the lower precision; anything else as it is."""
-        if (
-            not isinstance(value, Tensor)
-            or not value.is_floating_point()
-            or value.dtype == self.autocast
-        ):
+        """Return a float tensor in the lower precision, and anything else as it is."""
+        if not isinstance(value, Tensor) or not value.is_floating_point():
             return value
-        if self.copies is None or not (value.is_leaf and value.requires_grad):
+        if value.dtype == self.autocast:
+            return value
+        is_trained = value.is_leaf and value.requires_grad
+        # Autocast caches the copies of trained leaves alone.
+        if self.copies is None or not is_trained:
             return value.to(self.autocast)
         if id(value) not in self.copies:
             self.copies[id(value)] = value.to(self.autocast)
         return self.copies[id(value)]
 
 
-def is_half(value: Any) -> bool:
-    """Whether it is a tensor in a 16-bit float."""
-    return isinstance(value, Tensor) and value.dtype in (torch.float16, torch.bfloat16)
+def as_float32(value: Any) -> Any:
+    """Return a tensor of a 16-bit float in 32 bits, and anything else as it is."""
+    is_half = isinstance(value, Tensor) and value.dtype in (torch.float16, torch.bfloat16)
+    return value.float() if is_half else value
 
 
 def attend(
@@ -294,10 +312,11 @@ def attend(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    """`F.scaled_dot_product_attention` by the fused kernel, query (B, H, T, d).
+    """Return `F.scaled_dot_product_attention` by the fused kernel, query (B, H, T, d).
 
     A bool mask becomes a float one for it.
     """
+    # The kernel takes no bool mask.
     if attn_mask is not None and attn_mask.dtype == torch.bool:
         attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype)
     return ATTENTION(query, key, value, 0.0, is_causal, attn_mask=attn_mask, scale=scale)[0]

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 from omegaconf import DictConfig
 from rich.table import Table
 
@@ -22,9 +23,18 @@ from owlfuse.data.datamodule import ChatData
 from owlfuse.data.mixture.lengths import Lengths
 from owlfuse.data.mixture.mixture import Mixture
 from owlfuse.model.multimodal import on_meta
+from owlfuse.planning.frames import terminal_table
 
 BLOCK = 2**18
-"""Positions that are looked at at a time."""
+"""Positions that are drawn at a time."""
+MAX_REASONS = 12
+"""Lines of the table of skips; all of them are in mixture.json."""
+HISTOGRAM_BINS = 14
+"""At most."""
+BAR_WIDTH = 40
+"""Characters of the longest bar."""
+Draw = tuple[int, int]
+"""A position of the mixture, and the index of the sample there in its source."""
 
 
 class NoPictures:
@@ -43,13 +53,17 @@ def mixture_command(words: list[str]) -> dict[str, Any]:
     Raises:
         ConfigError: what is wrong with the words. DataError: what is wrong with the data.
     """
-    own = {
-        key: value
-        for key, _, value in (word.partition("=") for word in words)
-        if key in ("steps", "out")
-    }
-    config = compose([word for word in words if word.partition("=")[0] not in own])
-    steps = own.get("steps", str(config.trainer.max_steps))
+    settings: dict[str, str] = {}
+    overrides = []
+    for word in words:
+        key, _, value = word.partition("=")
+        if key in ("steps", "out"):
+            settings[key] = value
+        else:
+            overrides.append(word)
+    config = compose(overrides)
+    steps = settings.get("steps", str(config.trainer.max_steps))
+    # int() would take "-1", " 7" and "1_000" too.
     if not steps.isdigit() or not int(steps):
         raise ConfigError(f"command line: steps={steps}: expected a number of steps from 1 on")
     try:
@@ -59,169 +73,161 @@ def mixture_command(words: list[str]) -> dict[str, Any]:
         raise
     except ValueError as error:
         raise ConfigError(place(config, str(error))) from error
-    lengths = data.lengths()
-    report = survey(data, lengths, int(steps))
+    report = mixture_report(data, data.lengths(), int(steps))
     report["notes"] = notes + report["notes"]
-    folder = Path(own.get("out") or Path(config.runs) / "mixture" / config.experiment).expanduser()
+    default = Path(config.runs) / "mixture" / config.experiment
+    folder = Path(settings.get("out") or default).expanduser()
     folder.mkdir(parents=True, exist_ok=True)
     write_mixture(folder, report)
-    print_survey(report)
+    print_report(report)
     print(visible(f"mixture.json is in {folder}"))
     return report
 
 
 def bind(data: ChatData, config: DictConfig) -> list[str]:
-    """Tells the data how many positions an image takes, which the parts say without weights; a
-    note where they cannot."""
+    """Binds the data to how many positions an image takes, which the parts say without weights,
+    and returns a note where they cannot."""
     try:
-        plan, _ = on_meta(to_dict(config.model), vocab_size=1024)
+        # The vocabulary changes no count of positions.
+        model, _ = on_meta(to_dict(config.model), vocab_size=1024)
     except OSError as error:  # a part's configuration is not here
         data.bind(NoPictures(), 1)  # type: ignore[arg-type]  # never called: nothing is opened
-        return [
-            (
-                "an image counts as one position, for the model's parts are not at hand: "
-                f"{str(error).splitlines()[0]}"
-            )
-        ]
-    data.bind(plan.vision.preprocessing, plan.fusion.tokens_per_image)
+        reason = str(error).splitlines()[0]
+        return [f"an image counts as one position, for the model's parts are not at hand: {reason}"]
+    data.bind(model.vision.preprocessing, model.fusion.tokens_per_image)
     return []
 
 
-def survey(data: ChatData, lengths: dict[str, Lengths], steps: int) -> dict[str, Any]:
+def mixture_report(data: ChatData, lengths: dict[str, Lengths], steps: int) -> dict[str, Any]:
     """Return `ChatData.report` after some steps, with the lengths of the samples and what is left
-    out of them. Only whole global batches count, as in a run."""
-    mixture, size = data.mixture, data.global_batch_size
-    asked = steps * size
-    available = mixture.available(asked)
-    whole_steps = available // size
-    length_counts, wrong = lengths_and_errors(mixture, lengths, whole_steps * size)
-    report = data.report(whole_steps, left_out(data, wrong, lengths))
+    out of them. Only full global batches count, as in a run."""
+    mixture, batch_size = data.mixture, data.global_batch_size
+    requested = steps * batch_size
+    available = mixture.available(requested)
+    full_steps = available // batch_size  # a run takes no incomplete batch
+    length_counts, wrong_draws = count_lengths(mixture, lengths, full_steps * batch_size)
+    report = data.report(full_steps, skipped_samples(data, wrong_draws, lengths))
     # These two are of batches, and there are none.
     del report["validation"], report["padding"]
-    notes = [] if available == asked else [end_note(report, available, asked)]
+
+    notes = [] if available == requested else [end_note(report, available, requested)]
     notes += duplicate_notes(report)
     for name in mixture.names:
-        notes += [
-            f"source {name}: {text} ({samples:,} samples)"
-            for text, samples in lengths[name].notes.items()
-        ]
-    for name, first in first_errors(data, wrong).items():
-        notes.append(
-            f"source {name} has on_error=error and a wrong sample at step {first // size}, which "
-            "ends the run"
-        )
+        for text, samples in lengths[name].notes.items():
+            notes.append(f"source {name}: {text} ({samples:,} samples)")
+    for name, draws in wrong_draws.items():
+        if draws and data.sources[name].on_error != "skip":
+            first_step = draws[0][0] // batch_size  # draws are in the order of positions
+            notes.append(
+                f"source {name} has on_error=error and a wrong sample at step {first_step}, "
+                "which ends the run"
+            )
     for name, row in report["sources"].items():
-        counted = lengths[name]
         # Notes of draws are none without draws; those of all samples are in the report's notes.
         del row["notes"]
-        row["wrong_samples"] = len(counted.wrong)
+        row["wrong_samples"] = len(lengths[name].wrong)
         row["length"] = None
-        right = counted.tokens[counted.tokens > 0]
-        if len(right):
-            row["length"] = {"mean": float(right.mean()), "longest": int(right.max())}
+        tokens = lengths[name].tokens
+        tokens = tokens[tokens > 0]  # wrong samples have none
+        if len(tokens):
+            row["length"] = {"mean": float(tokens.mean()), "longest": int(tokens.max())}
     report.update(histogram=histogram(length_counts), notes=notes)
     return report
 
 
-def end_note(report: dict[str, Any], available: int, asked: int) -> str:
-    """Say where a schedule ends, and what it leaves."""
-    rest = available % report["global_batch_size"]
-    left = ", ".join(
-        f"{name} {row['left_of_last_pass']:,}" for name, row in report["sources"].items()
-    )
-    return (
-        f"the schedule ends (at_end) after {available:,} samples of {asked:,}"
-        + (f", the last {rest:,} of which make no whole global batch" if rest else "")
-        + f"; never drawn of each source's last pass: {left}"
-    )
+def end_note(report: dict[str, Any], available: int, requested: int) -> str:
+    """Return where a schedule ends, and what it leaves."""
+    incomplete = available % report["global_batch_size"]
+    line = f"the schedule ends (at_end) after {available:,} samples of {requested:,}"
+    if incomplete:
+        line += f", the last {incomplete:,} of which make no whole global batch"
+    undrawn = []
+    for name, row in report["sources"].items():
+        undrawn.append(f"{name} {row['left_of_last_pass']:,}")
+    return f"{line}; never drawn of each source's last pass: {', '.join(undrawn)}"
 
 
 def duplicate_notes(report: dict[str, Any]) -> list[str]:
-    """Sources in which several records have one id."""
+    """Return a line for each source in which several records have one id."""
     notes = []
     for name, row in report["sources"].items():
-        if first := row["duplicate_ids"]["first"]:
-            one, other = first["samples"]
-            count, looked_at = row["duplicate_ids"]["count"], row["duplicate_ids"]["looked_at"]
+        duplicates = row["duplicate_ids"]
+        if first := duplicates["first"]:
+            earlier, later = first["samples"]
             notes.append(
-                f"source {name}: {count:,} records bear the id of another, of {looked_at:,} "
-                "samples that were compared; "
-                f"the first is {first['id'][:80]}, of samples {one + 1} and {other + 1} as the "
-                "file counts them"
+                f"source {name}: {duplicates['count']:,} records bear the id of another, of "
+                f"{duplicates['looked_at']:,} samples that were compared; the first is "
+                f"{first['id'][:80]}, of samples {earlier + 1} and {later + 1} as the file counts "
+                "them"
             )
     return notes
 
 
-def lengths_and_errors(
+def count_lengths(
     mixture: Mixture, lengths: dict[str, Lengths], positions: int
-) -> tuple[np.ndarray, dict[str, list[tuple[int, int]]]]:
-    """Return how many of the first positions' samples have each length, and the positions and
-    indices of the wrong ones by source."""
-    longest = max(int(counted.tokens.max()) for counted in lengths.values())
+) -> tuple[np.ndarray, dict[str, list[Draw]]]:
+    """Return how many of the first positions' samples have each length, and the draws of wrong
+    ones by source."""
+    longest = max(int(source.tokens.max()) for source in lengths.values())
     length_counts = np.zeros(longest + 1, dtype=np.int64)
-    wrong: dict[str, list[tuple[int, int]]] = {}
-    wrong_indices = {
-        name: np.array(sorted(lengths[name].wrong), dtype=np.int64) for name in mixture.names
-    }
+    wrong_indices = {}
+    for name in mixture.names:
+        wrong_indices[name] = np.array(sorted(lengths[name].wrong), dtype=np.int64)
+    wrong_draws: dict[str, list[Draw]] = {}
     blocks = range(0, positions, BLOCK)
+    # In blocks, for a bounded memory: a run may draw billions of positions.
     for start in track(blocks, "drawing", len(blocks)):
         sources, indices = mixture.positions(start, min(start + BLOCK, positions))
         for number, name in enumerate(mixture.names):
             offsets = np.flatnonzero(sources == number)
             samples = indices[offsets]
             tokens = lengths[name].tokens[samples]
+            # Summed, not collected: a list of all lengths would grow with the run.
             length_counts += np.bincount(tokens, minlength=longest + 1)
             if len(wrong_indices[name]):
-                hits = np.isin(samples, wrong_indices[name])
-                wrong.setdefault(name, []).extend(
-                    zip((offsets[hits] + start).tolist(), samples[hits].tolist(), strict=True)
-                )
+                is_wrong = np.isin(samples, wrong_indices[name])
+                wrong_positions = (offsets[is_wrong] + start).tolist()
+                wrong_samples = samples[is_wrong].tolist()
+                draws = zip(wrong_positions, wrong_samples, strict=True)
+                wrong_draws.setdefault(name, []).extend(draws)
     # Wrong samples have no tokens.
     length_counts[0] = 0
-    return length_counts, wrong
+    return length_counts, wrong_draws
 
 
-def left_out(
-    data: ChatData, wrong: dict[str, list[tuple[int, int]]], lengths: dict[str, Lengths]
+def skipped_samples(
+    data: ChatData, wrong_draws: dict[str, list[Draw]], lengths: dict[str, Lengths]
 ) -> list[tuple[str, str, str]]:
-    """(source, sample, reason) of each draw that is skipped."""
-    return [
-        (name, f"{name}:{index}", lengths[name].wrong[index])
-        for name, found in wrong.items()
-        if data.sources[name].on_error == "skip"
-        for _, index in found
-    ]
-
-
-def first_errors(data: ChatData, wrong: dict[str, list[tuple[int, int]]]) -> dict[str, int]:
-    """The first position at which a source stops the run."""
-    return {
-        name: found[0][0]
-        for name, found in wrong.items()
-        if found and data.sources[name].on_error != "skip"
-    }
+    """Return (source, sample, reason) of each draw that is skipped."""
+    skipped = []
+    for name, draws in wrong_draws.items():
+        if data.sources[name].on_error == "skip":
+            for _, index in draws:
+                skipped.append((name, f"{name}:{index}", lengths[name].wrong[index]))
+    return skipped
 
 
 def histogram(counts: np.ndarray) -> list[dict[str, int]]:
-    """Samples by length in about a dozen bins of equal width, from the count of each length."""
+    """Return the samples by length in about a dozen bins of equal width, from the count of each
+    length."""
     longest = int(np.flatnonzero(counts).max(initial=0))
-    width = next(size for k in range(40) for size in (2**k * 4, 2**k * 6) if size * 14 > longest)
-    edges = range(0, longest + 1, width)
-    return [
-        {"from": edge, "to": edge + width - 1, "samples": int(counts[edge : edge + width].sum())}
-        for edge in edges
-    ]
+    # Widths are 4, 6, 8, 12, 16, 24, ...: the least with which the bins are few enough.
+    width = 4
+    while width * HISTOGRAM_BINS <= longest:
+        is_power = width & (width - 1) == 0
+        width = width * 3 // 2 if is_power else width * 4 // 3
+    bins = []
+    for start in range(0, longest + 1, width):
+        samples = int(counts[start : start + width].sum())
+        bins.append({"from": start, "to": start + width - 1, "samples": samples})
+    return bins
 
 
-REASONS = 12
-"""Lines of the table of skips; all of them are in mixture.json."""
-
-
-def print_survey(report: dict[str, Any]) -> None:
-    """Sources, skips with their reasons, and the lengths' histogram."""
+def print_report(report: dict[str, Any]) -> None:
+    """Prints sources, skips with their reasons, and the lengths' histogram."""
     console = Console()
     console.print(sources_table(report))
-    console.print(drawn_table(report))
+    console.print(draws_table(report))
     if report["skipped"]:
         console.print(skips_table(report["skipped"]))
     console.print(histogram_table(report["histogram"]))
@@ -230,81 +236,79 @@ def print_survey(report: dict[str, Any]) -> None:
 
 
 def sources_table(report: dict[str, Any]) -> Table:
-    """What each source is."""
-    table = table_of(
-        "sources", "source", "samples", "wrong", "mean length", "longest", "at end", "sha256"
-    )
+    """Return what each source is."""
+    records = []
     for name, row in report["sources"].items():
         length = row["length"] or {"mean": 0, "longest": 0}
-        sizes = (
-            f"{row['samples']:,}",
-            f"{row['wrong_samples']:,}",
-            f"{length['mean']:.1f}",
-            f"{length['longest']:,}",
+        records.append(
+            {
+                "source": name,
+                "samples": f"{row['samples']:,}",
+                "wrong": f"{row['wrong_samples']:,}",
+                "mean length": f"{length['mean']:.1f}",
+                "longest": f"{length['longest']:,}",
+                "at end": row["at_end"],
+                "sha256": row["sha256"][:12],
+            }
         )
-        table.add_row(name, *sizes, row["at_end"], row["sha256"][:12])
-    return table
+    return terminal_table(pd.DataFrame(records), "sources", padding=(0, 0, 0, 1))
 
 
-def drawn_table(report: dict[str, Any]) -> Table:
-    """What each source gives."""
-    by = report["weights_by"]
-    title = (
-        f"{report['samples']:,} samples, {report['steps']:,} steps of "
-        f"{report['global_batch_size']}, weights by {by}"
-    )
-    asked = f"asked, {by}"
-    table = table_of(
-        title, "source", asked, "samples", "tokens*", "drawn", "tokens*", "passes", "skipped"
-    )
+def draws_table(report: dict[str, Any]) -> Table:
+    """Return what each source gives."""
+    unit = report["weights_by"]
+    columns = ["source", f"asked, {unit}", "samples", "tokens*"]
+    columns += ["drawn", "tokens*", "passes", "skipped"]
+    rows = []
     for name, row in report["sources"].items():
-        shares = (percent(row[key]) for key in ("asked_share", "drawn_share", "supervised_share"))
-        counts = (
+        texts = [
+            name,
+            percent(row["asked_share"]),
+            percent(row["drawn_share"]),
+            percent(row["supervised_share"]),
             f"{row['drawn']:,}",
             f"{row['supervised_tokens']:,}",
             f"{row['passes']:.2f}",
             f"{row['skipped']:,}",
-        )
-        table.add_row(name, *shares, *counts)
-    table.caption, table.caption_justify = "* supervised", "left"
-    return table
-
-
-def table_of(title: str, *head: str) -> Table:
-    """An empty table, numbers to the right."""
-    table = Table(title=title, title_justify="left", padding=(0, 0, 0, 1))
-    for index, name in enumerate(head):
-        table.add_column(name, justify="right" if index else "left", no_wrap=True)
-    return table
+        ]
+        rows.append(texts)
+    title = (
+        f"{report['samples']:,} samples, {report['steps']:,} steps of "
+        f"{report['global_batch_size']}, weights by {unit}"
+    )
+    frame = pd.DataFrame(rows, columns=columns)
+    return terminal_table(frame, title, padding=(0, 0, 0, 1), caption="* supervised")
 
 
 def skips_table(skipped: list[dict[str, str]]) -> Table:
-    """The reasons, the most frequent first."""
-    counted = Counter((skip["source"], skip["reason"]) for skip in skipped)
-    table = Table(
-        title=f"{len(skipped):,} skipped of {len(counted):,} samples", title_justify="left"
-    )
-    for name in ("source", "times", "reason"):
-        table.add_column(name)
-    for (source, reason), times in counted.most_common(REASONS):
+    """Return the reasons, the most frequent first."""
+    # The same sample may be drawn and skipped several times.
+    counts = Counter((skip["source"], skip["reason"]) for skip in skipped)
+    title = f"{len(skipped):,} skipped of {len(counts):,} samples"
+    table = Table("source", "times", "reason", title=title, title_justify="left")
+    for (source, reason), times in counts.most_common(MAX_REASONS):
         table.add_row(source, str(times), reason)
-    if len(counted) > REASONS:
-        table.add_row("", "", f"and {len(counted) - REASONS} more, in mixture.json")
+    if len(counts) > MAX_REASONS:
+        table.add_row("", "", f"and {len(counts) - MAX_REASONS} more, in mixture.json")
     return table
 
 
 def histogram_table(bins: list[dict[str, int]]) -> Table:
-    """A bar for each bin of lengths."""
+    """Return a bar for each bin of lengths."""
     table = Table(title="lengths in tokens", title_justify="left")
-    for name, side in (("tokens", "right"), ("samples", "right"), ("", "left")):
-        table.add_column(name, justify="left" if side == "left" else "right")
+    table.add_column("tokens", justify="right")
+    table.add_column("samples", justify="right")
+    table.add_column("")
     most = max((row["samples"] for row in bins), default=0) or 1
     for row in bins:
-        bar = "█" * round(40 * row["samples"] / most) or ("▏" if row["samples"] else "")
+        # A bin with few samples shows a sliver instead of nothing.
+        bar = "█" * round(BAR_WIDTH * row["samples"] / most)
+        if row["samples"] and not bar:
+            bar = "▏"
         table.add_row(f"{row['from']:,}-{row['to']:,}", f"{row['samples']:,}", bar)
     return table
 
 
 def percent(share: float | None) -> str:
-    """0.5 -> 50.00 %."""
+    """Return `50.00 %` for 0.5."""
     return "" if share is None else f"{100 * share:.2f} %"

@@ -17,222 +17,20 @@ from owlfuse.config.build import build, to_dict
 from owlfuse.config.compose import PlanOptions, place
 from owlfuse.core.errors import ConfigError
 from owlfuse.model.multimodal import MultimodalLM
-from owlfuse.planning.meter import Reading
+from owlfuse.planning.meter import StepCost
 from owlfuse.planning.step import (
     Precision,
-    checkpointed,
-    gathered,
+    bytes_of,
+    gathered_bytes,
+    measure_batch,
     meta_batch,
-    optimizer_state,
-    part_of_rank,
-    read_step,
-    size_of,
-    whole_model,
+    meta_model,
+    optimizer_bytes,
+    rank_model,
+    with_checkpointing,
 )
 
 GB = 1e9
-
-
-@dataclass
-class Estimate:
-    """What a layout needs. Bytes are those of one GPU."""
-
-    layout: Layout
-    accumulation: int
-    parameters: int
-    gradients: int
-    optimizer: int
-    gathered: int
-    """Whole layers that FSDP holds while it computes them."""
-    activations: int
-    """The most at once, from the forward to the end of the backward pass."""
-    peak: int
-    """Of all of these together, the most at once: gradients of a single micro batch come while
-    activations go."""
-    flops: float
-    """Of an optimizer step, all GPUs together, what is computed again included."""
-    seconds: float
-    """Of an optimizer step at the stated share of the peak."""
-
-
-@dataclass
-class Plan:
-    """What a run will need, and what other layouts would."""
-
-    asked: Estimate
-    others: list[Estimate]
-    options: PlanOptions
-    length: int
-    global_batch: int
-    text_tokens: int
-    """Of a global batch, padding included; `visual_tokens` are those that the connector makes."""
-    visual_tokens: int
-    trained: int
-    total: int
-
-    def fits(self, estimate: Estimate) -> bool:
-        """Whether a layout's peak and what is kept in reserve are within the card."""
-        return estimate.peak / GB + self.options.reserve <= self.options.gpu_memory
-
-
-class Workload:
-    """A configuration's model, batch and optimizer, as any layout would run them.
-
-    Raises:
-        ValueError: parts that do not fit together.
-        ConfigError: images that do not fit into a sample.
-    """
-
-    def __init__(self, plain: dict[str, Any], options: PlanOptions) -> None:
-        self.nodes = plain["model"]
-        self.options = options
-        self.optim = build(plain["optim"])
-        gpu = plain["trainer"].get("accelerator") != "cpu"
-        self.precision = Precision.of(
-            plain["trainer"].get("precision") or ("bf16-mixed" if gpu else "32-true")
-        )
-        self.vocab_size = options.vocab_size or 32000
-        config = self.nodes["llm"].get("config") or {}
-        if options.vocab_size is None and (
-            "vocab_size" in config or self.nodes["llm"].get("pretrained")
-        ):
-            self.vocab_size = 1  # the LLM's own
-        self.length = options.length or plain["data"].get("max_length", 2048)
-        self.global_batch = plain["data"].get("global_batch_size", 32)
-        self.models: dict[tuple, MultimodalLM] = {}
-        self.readings: dict[tuple, Reading] = {}
-        self.model = self.model_of(1, False, self.precision.parameters)
-        taken = options.images_per_sample * self.model.fusion.tokens_per_image
-        if taken >= self.length:
-            raise ConfigError(
-                f"plan.images_per_sample: {options.images_per_sample} images take {taken} "
-                "positions, and a sample has "
-                f"{self.length} (plan.length, else data.max_length); take fewer images or a "
-                "greater length"
-            )
-
-    def estimate(self, layout: Layout) -> Estimate:
-        """What the layout needs.
-
-        Raises ValueError for tensor ranks that do not divide the LLM's heads.
-        """
-        model, reading = (
-            self.model_of(layout.tensor, False, self.precision.parameters),
-            self.reading(layout),
-        )
-        share = 1 / layout.data if layout.sharded else 1.0
-        accumulation = max(1, self.global_batch // (layout.micro * layout.data))
-        trained = size_of(p for p in model.parameters() if p.requires_grad)
-        whole = (
-            gathered(model, self.gathered_dtype(layout))
-            if layout.sharded and layout.data > 1
-            else 0
-        )
-        parameters = size_of(model.parameters()) * share + size_of(model.buffers())
-        optimizer = optimizer_state(model, self.optim) * share
-        buckets = trained if layout.buckets else 0
-        alive = reading.peak(trained if accumulation > 1 else None, share)
-        flops = (
-            float(reading.forward + reading.backward) * accumulation * layout.data * layout.tensor
-        )
-        per_second = (
-            self.options.peak_tflops
-            * 1e12
-            * self.options.share_of_peak
-            * layout.data
-            * layout.tensor
-        )
-        return Estimate(
-            layout=layout,
-            accumulation=accumulation,
-            parameters=int(parameters),
-            gradients=int(trained * share) + buckets,
-            optimizer=int(optimizer),
-            gathered=whole,
-            activations=reading.activations,
-            peak=int(parameters + optimizer + buckets + whole + max(alive, trained * share)),
-            flops=flops,
-            seconds=flops / per_second,
-        )
-
-    def gathered_dtype(self, layout: Layout) -> torch.dtype | None:
-        """What FSDP gathers parameters in: the lower precision of a mixed one."""
-        return self.precision.autocast if layout.sharded else None
-
-    def reading(self, layout: Layout) -> Reading:
-        """What a micro batch's step needs, read once. With FSDP in a mixed precision the layers
-        compute with parameters that were gathered in the lower one, and autocast makes no copies.
-        """
-        dtype = self.gathered_dtype(layout) or self.precision.parameters
-        key = layout.tensor, layout.checkpointing, dtype, layout.micro
-        if key not in self.readings:
-            model = self.model_of(layout.tensor, layout.checkpointing, dtype)
-            batch = meta_batch(model, layout.micro, self.length, self.options.images_per_sample)
-            self.readings[key] = read_step(model, batch, self.precision.autocast)
-        return self.readings[key]
-
-    def model_of(self, tensor: int, checkpointing: bool, dtype: torch.dtype | None) -> MultimodalLM:
-        """One rank's model, made once."""
-        if (1, checkpointing, None) not in self.models:
-            self.models[1, checkpointing, None] = whole_model(
-                checkpointed(self.nodes, self.model) if checkpointing else self.nodes,
-                self.vocab_size,
-            )
-        key = tensor, checkpointing, dtype
-        if key not in self.models:
-            self.models[key] = part_of_rank(self.models[1, checkpointing, None], tensor, dtype)
-        return self.models[key]
-
-    def others(self, layout: Layout) -> list[Estimate]:
-        """Other ways on the same GPUs."""
-        found = []
-        keys = checkpointing_keys(self.nodes, checkpointed(self.nodes, self.model))
-        for other in alternatives(layout, keys, self.global_batch):
-            try:
-                found.append(self.estimate(other))
-            except ValueError:  # heads that so many ranks do not divide
-                continue
-        return found
-
-
-def make_plan(config: DictConfig, compare: bool = True) -> Plan:
-    """The plan of a composed configuration: its `plan`, and of its data only `max_length` and batch
-    sizes, count.
-
-    Args:
-        compare: with other ways on the same GPUs.
-
-    Raises:
-        ConfigError: parts that do not fit together, a count of GPUs that the strategy or the batch
-            do not fit, or a precision that is not known here.
-    """
-    plain = to_dict(config)
-    options = PlanOptions(**(plain.get("plan") or {}))
-    try:
-        workload = Workload(plain, options)
-        layout = asked_layout(plain["trainer"], plain["data"], options.gpus)
-        asked = workload.estimate(layout)
-    except ConfigError:
-        raise
-    except ValueError as error:
-        raise ConfigError(place(config, str(error))) from error
-    others = workload.others(layout) if compare else []
-    parameters = list(workload.model.parameters())
-    images = workload.global_batch * options.images_per_sample
-    return Plan(
-        asked=asked,
-        others=others,
-        options=options,
-        length=workload.length,
-        global_batch=workload.global_batch,
-        text_tokens=workload.global_batch * workload.length
-        - images * workload.model.fusion.tokens_per_image,
-        visual_tokens=images * workload.model.connector.tokens,
-        trained=sum(p.numel() for p in parameters if p.requires_grad),
-        total=sum(p.numel() for p in parameters),
-    )
-
-
 TENSOR_RANKS = (2, 4, 8)
 """Tried as alternatives, where they divide the GPUs."""
 
@@ -250,7 +48,7 @@ class Layout:
     micro: int
     """Samples that a data rank takes at a time."""
     buckets: bool = False
-    """Whether gradients are there twice, in the buckets of Lightning's own DDP too."""
+    """Whether gradients exist twice, in the buckets of Lightning's own DDP too."""
     checkpointing: bool = False
     """Whether activations are computed again wherever a part can; False: as the configuration
     says."""
@@ -259,31 +57,231 @@ class Layout:
 
     @property
     def gpus(self) -> int:
-        """All of them."""
+        """The number of all GPUs."""
         return self.data * self.tensor
 
     def describe(self) -> str:
-        """In a few words: `FSDP 8 x TP 2, micro batch 4`."""
-        names = {
-            (False, True): "one GPU",
-            (False, False): f"DDP {self.data}",
-            (True, False): f"FSDP {self.data}",
-        }
-        parts = (
-            []
-            if self.data == 1 and self.tensor > 1
-            else [names[self.sharded and self.gpus > 1, self.gpus == 1]]
-        )
-        parts += [f"TP {self.tensor}"] if self.tensor > 1 else []
-        return (
-            f"{' x '.join(parts)}, micro batch "
-            f"{self.micro}{', checkpointing' if self.checkpointing else ''}"
-        )
+        """Return the layout in a few words: `FSDP 8 x TP 2, micro batch 4`."""
+        names = []
+        if self.gpus == 1:
+            names.append("one GPU")
+        elif self.data > 1:
+            names.append(f"FSDP {self.data}" if self.sharded else f"DDP {self.data}")
+        if self.tensor > 1:
+            names.append(f"TP {self.tensor}")
+        checkpointing = ", checkpointing" if self.checkpointing else ""
+        return f"{' x '.join(names)}, micro batch {self.micro}{checkpointing}"
 
 
-def asked_layout(trainer: dict[str, Any], data: dict[str, Any], gpus: int | None) -> Layout:
-    """What the trainer's strategy and the data's batch sizes come to on so many GPUs, by default
-    the trainer's own.
+@dataclass
+class Estimate:
+    """What a layout needs. Bytes are those of one GPU."""
+
+    layout: Layout
+    accumulation: int
+    parameters: int
+    gradients: int
+    optimizer: int
+    gathered: int
+    """Layers that FSDP holds unsharded while it computes them."""
+    activations: int
+    """The most at once, from the forward to the end of the backward pass."""
+    peak: int
+    """Of all of these together, the most at once: gradients of a single micro batch come while
+    activations go."""
+    flops: float
+    """Of an optimizer step, all GPUs together, what is computed again included."""
+    seconds: float
+    """Of an optimizer step at the stated share of the peak."""
+
+
+@dataclass
+class Plan:
+    """What a run will need, and what other layouts would."""
+
+    estimate: Estimate
+    """Of the configuration's layout."""
+    alternatives: list[Estimate]
+    options: PlanOptions
+    length: int
+    global_batch: int
+    text_tokens: int
+    """Of a global batch, padding included; `visual_tokens` are those that the connector makes."""
+    visual_tokens: int
+    trained: int
+    total: int
+
+    def fits(self, estimate: Estimate) -> bool:
+        """Return whether a layout's peak and the reserve are within the card."""
+        return estimate.peak / GB + self.options.reserve <= self.options.gpu_memory
+
+
+class Workload:
+    """A configuration's model, batch and optimizer, as any layout would run them.
+
+    Raises:
+        ValueError: parts that do not fit together.
+        ConfigError: images that do not fit into a sample.
+    """
+
+    def __init__(self, config: dict[str, Any], options: PlanOptions) -> None:
+        self.part_configs = config["model"]
+        self.options = options
+        self.optim = build(config["optim"])
+        trainer, data = config["trainer"], config["data"]
+        # What owlfuse trains in by default on each kind of device.
+        default = "32-true" if trainer.get("accelerator") == "cpu" else "bf16-mixed"
+        self.precision = Precision.of(trainer.get("precision") or default)
+        self.vocab_size = vocabulary_size(self.part_configs["llm"], options)
+        self.length = options.length or data.get("max_length", 2048)
+        self.global_batch = data.get("global_batch_size", 32)
+        # Layouts share models and measurements: each takes seconds for a 7B model.
+        self.unsplit_models: dict[bool, MultimodalLM] = {}
+        self.models: dict[tuple, MultimodalLM] = {}
+        self.costs: dict[tuple, StepCost] = {}
+        self.model = self.model_for(1, False, self.precision.parameters)
+        image_positions = options.images_per_sample * self.model.fusion.tokens_per_image
+        if image_positions >= self.length:
+            raise ConfigError(
+                f"plan.images_per_sample: {options.images_per_sample} images take "
+                f"{image_positions} positions, and a sample has {self.length} (plan.length, else "
+                "data.max_length); take fewer images or a greater length"
+            )
+
+    def estimate(self, layout: Layout) -> Estimate:
+        """Return what the layout needs.
+
+        Raises ValueError for tensor ranks that do not divide the LLM's heads.
+        """
+        model = self.model_for(layout.tensor, False, self.precision.parameters)
+        cost = self.step_cost(layout)
+        share = 1 / layout.data if layout.sharded else 1.0
+        accumulation = max(1, self.global_batch // (layout.micro * layout.data))
+
+        # FSDP shares out parameters, and every rank has the buffers.
+        parameters = bytes_of(model.parameters()) * share + bytes_of(model.buffers())
+        optimizer = optimizer_bytes(model, self.optim) * share
+        trained = bytes_of(p for p in model.parameters() if p.requires_grad)
+        buckets = trained if layout.buckets else 0
+        gathered = 0
+        if layout.sharded and layout.data > 1:
+            gathered = gathered_bytes(model, self.gathered_dtype(layout))
+        # From the second micro batch on, all gradients exist from the beginning.
+        earlier_gradients = trained if accumulation > 1 else None
+        # The optimizer steps with all gradients and no activations.
+        alive = max(cost.peak(earlier_gradients, share), trained * share)
+
+        flops = float(cost.forward + cost.backward) * accumulation * layout.gpus
+        flops_per_gpu_second = self.options.peak_tflops * 1e12 * self.options.share_of_peak
+        return Estimate(
+            layout=layout,
+            accumulation=accumulation,
+            parameters=int(parameters),
+            gradients=int(trained * share) + buckets,
+            optimizer=int(optimizer),
+            gathered=gathered,
+            activations=cost.activations,
+            peak=int(parameters + optimizer + buckets + gathered + alive),
+            flops=flops,
+            seconds=flops / (flops_per_gpu_second * layout.gpus),
+        )
+
+    def gathered_dtype(self, layout: Layout) -> torch.dtype | None:
+        """Return what FSDP gathers parameters in: the lower precision of a mixed one."""
+        return self.precision.autocast if layout.sharded else None
+
+    def step_cost(self, layout: Layout) -> StepCost:
+        """Return what a micro batch's step needs, measured once.
+
+        With FSDP in a mixed precision the layers compute with parameters that were gathered in the
+        lower one, and autocast makes no copies.
+        """
+        dtype = self.gathered_dtype(layout) or self.precision.parameters
+        key = layout.tensor, layout.checkpointing, dtype, layout.micro
+        if key not in self.costs:
+            model = self.model_for(layout.tensor, layout.checkpointing, dtype)
+            batch = meta_batch(model, layout.micro, self.length, self.options.images_per_sample)
+            self.costs[key] = measure_batch(model, batch, self.precision.autocast)
+        return self.costs[key]
+
+    def model_for(
+        self, tensor: int, checkpointing: bool, dtype: torch.dtype | None
+    ) -> MultimodalLM:
+        """Return the model that one of `tensor` ranks holds, made once."""
+        if checkpointing not in self.unsplit_models:
+            configs = self.part_configs
+            if checkpointing:
+                configs = with_checkpointing(configs, self.model)
+            self.unsplit_models[checkpointing] = meta_model(configs, self.vocab_size)
+        key = tensor, checkpointing, dtype
+        if key not in self.models:
+            self.models[key] = rank_model(self.unsplit_models[checkpointing], tensor, dtype)
+        return self.models[key]
+
+    def alternatives(self, layout: Layout) -> list[Estimate]:
+        """Return what other layouts on the same GPUs need."""
+        configs = with_checkpointing(self.part_configs, self.model)
+        keys = checkpointing_keys(self.part_configs, configs)
+        estimates = []
+        for alternative in alternative_layouts(layout, keys, self.global_batch):
+            try:
+                estimates.append(self.estimate(alternative))
+            # Heads that so many ranks do not divide are no alternative.
+            except ValueError:
+                continue
+        return estimates
+
+
+def vocabulary_size(llm: dict[str, Any], options: PlanOptions) -> int:
+    """Return the tokens of the tokenizer that the LLM is made for."""
+    if options.vocab_size is not None:
+        return options.vocab_size
+    if llm.get("pretrained") or "vocab_size" in (llm.get("config") or {}):
+        return 1  # the LLM has a greater one of its own
+    return 32000
+
+
+def make_plan(config: DictConfig, compare: bool = True) -> Plan:
+    """Return the plan of a composed configuration: its `plan`, and of its data only `max_length`
+    and batch sizes, count.
+
+    Args:
+        compare: with other layouts on the same GPUs.
+
+    Raises:
+        ConfigError: parts that do not fit together, a count of GPUs that the strategy or the batch
+            do not fit, or a precision that is not known here.
+    """
+    plain = to_dict(config)
+    options = PlanOptions(**(plain.get("plan") or {}))
+    try:
+        workload = Workload(plain, options)
+        layout = configured_layout(plain["trainer"], plain["data"], options.gpus)
+        estimate = workload.estimate(layout)
+    except ConfigError:
+        raise
+    except ValueError as error:
+        raise ConfigError(place(config, str(error))) from error
+    model = workload.model
+    # Placeholders of images are positions, and no text.
+    images = workload.global_batch * options.images_per_sample
+    positions = workload.global_batch * workload.length
+    return Plan(
+        estimate=estimate,
+        alternatives=workload.alternatives(layout) if compare else [],
+        options=options,
+        length=workload.length,
+        global_batch=workload.global_batch,
+        text_tokens=positions - images * model.fusion.tokens_per_image,
+        visual_tokens=images * model.connector.tokens,
+        trained=sum(p.numel() for p in model.parameters() if p.requires_grad),
+        total=sum(p.numel() for p in model.parameters()),
+    )
+
+
+def configured_layout(trainer: dict[str, Any], data: dict[str, Any], gpus: int | None) -> Layout:
+    """Return the layout of the trainer's strategy and the data's batch sizes on so many GPUs, by
+    default the trainer's own.
 
     Raises:
         ConfigError: GPUs that the strategy or the batch sizes do not fit, or a count that is not
@@ -292,29 +290,35 @@ def asked_layout(trainer: dict[str, Any], data: dict[str, Any], gpus: int | None
     gpus = gpus or trainer_devices(trainer)
     strategy = trainer.get("strategy") or "auto"
     sharded, tensor, ranks = False, 1, gpus
-    buckets = gpus > 1 and isinstance(strategy, str) and strategy.startswith(("auto", "ddp"))
+    buckets = False
     if isinstance(strategy, dict) and strategy["_target_"].endswith(".Sharded"):
-        ranks, tensor = mesh(strategy.get("data", "auto"), strategy.get("tensor", 1), gpus)
+        ranks, tensor = mesh_sizes(strategy.get("data", "auto"), strategy.get("tensor", 1), gpus)
         sharded = ranks > 1 or tensor == 1
     elif "FSDP" in str(strategy).upper():
         sharded = True
+    elif isinstance(strategy, str):
+        # Lightning's own DDP has gradients in buckets beside the parameters' own.
+        buckets = gpus > 1 and strategy.startswith(("auto", "ddp"))
+    # As the trainer shares out a batch: evenly, in one go where no micro batch is given.
     batch = data.get("global_batch_size", 32)
     micro = data.get("micro_batch_size") or max(1, batch // ranks)
     if batch % (micro * ranks):
         raise ConfigError(
             f"data.global_batch_size is {batch}, which {ranks} data ranks of micro_batch_size "
-            f"{micro} do not divide; "
-            f"choose a multiple of {micro * ranks}, or other plan.gpus"
+            f"{micro} do not divide; choose a multiple of {micro * ranks}, or other plan.gpus"
         )
     return Layout(ranks, tensor, sharded, micro, buckets)
 
 
 def trainer_devices(trainer: dict[str, Any]) -> int:
-    """Devices of all nodes. Raises ConfigError where the machine would have to be asked."""
+    """Return the devices of all nodes. Raises ConfigError where the machine would have to be
+    asked."""
     devices = trainer.get("devices", "auto")
-    count = (
-        len(devices) if isinstance(devices, list) else int(devices) if str(devices).isdigit() else 0
-    )
+    if isinstance(devices, list):
+        count = len(devices)
+    else:
+        count = int(devices) if str(devices).isdigit() else 0
+    # `auto` and -1 are known on the machine that trains.
     if count < 1:
         raise ConfigError(
             f"trainer.devices is {devices!r}: say for how many GPUs to plan, plan.gpus=8"
@@ -322,8 +326,8 @@ def trainer_devices(trainer: dict[str, Any]) -> int:
     return count * int(trainer.get("num_nodes") or 1)
 
 
-def mesh(data: int | str, tensor: int | str, gpus: int) -> tuple[int, int]:
-    """Data and tensor ranks of a sharded strategy.
+def mesh_sizes(data: int | str, tensor: int | str, gpus: int) -> tuple[int, int]:
+    """Return the data and tensor ranks of a sharded strategy.
 
     Raises ConfigError where their product is not the number of GPUs.
     """
@@ -331,63 +335,74 @@ def mesh(data: int | str, tensor: int | str, gpus: int) -> tuple[int, int]:
         raise ConfigError(
             "trainer.strategy: data and tensor are both auto; give a number for one of them"
         )
-    ranks = gpus // int(tensor) if data == "auto" else int(data)
-    parts = gpus // max(ranks, 1) if tensor == "auto" else int(tensor)
-    if ranks * parts != gpus:
+    data_ranks = gpus // int(tensor) if data == "auto" else int(data)
+    tensor_ranks = gpus // max(data_ranks, 1) if tensor == "auto" else int(tensor)
+    if data_ranks * tensor_ranks != gpus:
         raise ConfigError(
             f"trainer.strategy has data {data} and tensor {tensor} ranks, whose product is not "
-            f"the {gpus} GPUs; "
-            "set trainer.strategy.data=auto, or other plan.gpus"
+            f"the {gpus} GPUs; set trainer.strategy.data=auto, or other plan.gpus"
         )
-    return ranks, parts
+    return data_ranks, tensor_ranks
 
 
-def checkpointing_keys(nodes: dict[str, Any], again: dict[str, Any]) -> tuple[str, ...]:
-    """The overrides that make the model's `nodes` those of `again`, which have activation
-    checkpointing."""
-    names = [name for name in ("llm", "vision", "connector") if nodes[name] != again[name]]
-    return tuple(f"model.{name}.gradient_checkpointing=true" for name in names)
+def checkpointing_keys(
+    configs: dict[str, Any], checkpointed_configs: dict[str, Any]
+) -> tuple[str, ...]:
+    """Return the overrides that turn activation checkpointing on."""
+    keys = []
+    for name in ("llm", "vision", "connector"):
+        if configs[name] != checkpointed_configs[name]:
+            keys.append(f"model.{name}.gradient_checkpointing=true")
+    return tuple(keys)
 
 
-def alternatives(asked: Layout, keys: tuple[str, ...], batch: int) -> Iterator[Layout]:
-    """Other layouts on the same GPUs, from the least change to the greatest.
+def alternative_layouts(layout: Layout, keys: tuple[str, ...], batch: int) -> Iterator[Layout]:
+    """Yields other layouts on the same GPUs, from the least change to the greatest.
 
     Args:
-        keys: what turns activation checkpointing on, empty where it is.
+        keys: what turns activation checkpointing on, empty where it is on.
         batch: samples of a global batch.
     """
 
-    def again(layout: Layout) -> list[Layout]:
-        return (
-            [replace(layout, checkpointing=True, overrides=(*layout.overrides, *keys))]
-            if keys
-            else []
-        )
+    def checkpointed(plain: Layout) -> list[Layout]:
+        if not keys:
+            return []
+        return [replace(plain, checkpointing=True, overrides=(*plain.overrides, *keys))]
 
-    yield from again(asked)
-    if asked.micro > 1:
-        one = replace(asked, micro=1, overrides=("data.micro_batch_size=1",))
-        yield from (one, *again(one))
-    if asked.gpus > 1 and not asked.sharded and batch % (asked.micro * asked.gpus) == 0:
+    # Checkpointing changes no number of the training: it comes first.
+    yield from checkpointed(layout)
+    if layout.micro > 1:
+        single = replace(layout, micro=1, overrides=("data.micro_batch_size=1",))
+        yield single
+        yield from checkpointed(single)
+    fits_fsdp = batch % (layout.micro * layout.gpus) == 0
+    if layout.gpus > 1 and not layout.sharded and fits_fsdp:
         fsdp = replace(
-            asked,
-            data=asked.gpus,
+            layout,
+            data=layout.gpus,
             tensor=1,
             sharded=True,
             buckets=False,
             overrides=("trainer=fsdp",),
         )
-        yield from (fsdp, *again(fsdp))
+        yield fsdp
+        yield from checkpointed(fsdp)
     for ranks in TENSOR_RANKS:
-        if asked.gpus % ranks == 0 and ranks != asked.tensor:
-            data = asked.gpus // ranks
-            over: tuple[str, ...] = (
-                "trainer=fsdp_tp",
-                f"trainer.strategy.data={data}",
-                f"trainer.strategy.tensor={ranks}",
-            )
-            over += (f"data.micro_batch_size={asked.micro}",)
-            split = replace(
-                asked, data=data, tensor=ranks, sharded=data > 1, buckets=False, overrides=over
-            )
-            yield from again(split) or [split]
+        if layout.gpus % ranks == 0 and ranks != layout.tensor:
+            split = tensor_parallel(layout, ranks)
+            # One layout for each count: with checkpointing, unless that is on already.
+            yield from checkpointed(split) or [split]
+
+
+def tensor_parallel(layout: Layout, ranks: int) -> Layout:
+    """Return a layout of the same GPUs with so many tensor ranks."""
+    data = layout.gpus // ranks
+    overrides = (
+        "trainer=fsdp_tp",
+        f"trainer.strategy.data={data}",
+        f"trainer.strategy.tensor={ranks}",
+        f"data.micro_batch_size={layout.micro}",
+    )
+    return replace(
+        layout, data=data, tensor=ranks, sharded=data > 1, buckets=False, overrides=overrides
+    )

@@ -4,146 +4,153 @@ from __future__ import annotations
 
 import sys
 
+import pandas as pd
 from omegaconf import DictConfig
 from rich.table import Table
 
 from owlfuse.artifacts.init_from import adopt_parts
 from owlfuse.core.console import PlainConsole as Console
 from owlfuse.core.progress import quiet_libraries
+from owlfuse.planning.frames import terminal_table
 from owlfuse.planning.plan import GB, Estimate, Plan, make_plan
 
 
 def print_plan(plan: Plan, experiment: str) -> None:
-    """Memory of a GPU, work of a step, and what else could be done."""
+    """Prints the memory of a GPU, the work of a step, and what other layouts would need."""
+    # A file is as wide as the widest table.
     console = Console(width=None if sys.stdout.isatty() else 120)
     console.print(memory_table(plan, experiment))
     console.print(step_table(plan))
-    if plan.others:
-        console.print(others_table(plan))
-        for number, other in enumerate(plan.others, 1):
-            print(f"{number}: {' '.join(other.layout.overrides)}")
+    if plan.alternatives:
+        console.print(alternatives_table(plan))
+        for number, estimate in enumerate(plan.alternatives, 1):
+            print(f"{number}: {' '.join(estimate.layout.overrides)}")
     print(verdict(plan))
 
 
-def gigabytes(count: float) -> str:
-    """Of bytes; what is below a hundredth is written as it is."""
-    return f"{count / GB:,.2f}" if count >= 0.01 * GB or count == 0 else f"{count / GB:.2g}"
+def gigabytes(size: float) -> str:
+    """Return bytes in GB; what is below a hundredth is written as it is."""
+    if size == 0 or size >= 0.01 * GB:
+        return f"{size / GB:,.2f}"
+    return f"{size / GB:.2g}"
 
 
-def memory_table(plan: Plan, experiment: str) -> Table:
-    """One line for each thing that takes memory."""
-    asked, options = plan.asked, plan.options
-    table = Table(
-        title=f"{experiment}: GB on each of {asked.layout.gpus} GPUs ({asked.layout.describe()})",
-        title_justify="left",
-    )
+def spare_gigabytes(plan: Plan, estimate: Estimate) -> float:
+    """Return the memory of a card that a layout leaves, negative where it needs more."""
+    return plan.options.gpu_memory - plan.options.reserve - estimate.peak / GB
+
+
+def size_texts(estimate: Estimate) -> dict[str, str]:
+    """Return the memory of a GPU in GB by the names of columns."""
+    sizes = {
+        "param.": estimate.parameters,
+        "grad.": estimate.gradients,
+        "optim.": estimate.optimizer,
+        "activ.": estimate.activations,
+        "at once": estimate.peak,
+    }
+    return {name: f"{size / GB:,.1f}" for name, size in sizes.items()}
+
+
+def spare_text(plan: Plan, estimate: Estimate) -> str:
+    """Return what a layout leaves of a card in GB."""
+    return f"{spare_gigabytes(plan, estimate):,.1f}"
+
+
+def remarks_table(title: str, unit: str, rows: list[tuple[str, str, str]]) -> Table:
+    """Return a table of names, amounts in a unit, and remarks."""
+    table = Table("", title=title, title_justify="left")
+    table.add_column(unit, justify="right")
     table.add_column("")
-    table.add_column("GB", justify="right")
-    table.add_column("")
-    table.add_row(
-        "parameters",
-        gigabytes(asked.parameters),
-        f"{plan.total:,} in all, {plan.trained:,} trained",
-    )
-    table.add_row(
-        "gradients",
-        gigabytes(asked.gradients),
-        "of what is trained" + ", twice: in DDP's buckets too" * asked.layout.buckets,
-    )
-    table.add_row("optimizer state", gigabytes(asked.optimizer), "of what is trained")
-    if asked.gathered:
-        table.add_row(
-            "gathered layers", gigabytes(asked.gathered), "whole while FSDP computes them"
-        )
-    table.add_row(
-        "activations",
-        gigabytes(asked.activations),
-        "the most at once, read off tensors without memory",
-    )
-    table.add_row("at once", gigabytes(asked.peak), at_once(asked))
-    table.add_row(
-        "reserve",
-        f"{options.reserve:,.2f}",
-        "plan.reserve: CUDA, NCCL and what the allocator rounds up",
-    )
-    left = options.gpu_memory - options.reserve - asked.peak / GB
-    table.add_row(
-        "the card",
-        f"{options.gpu_memory:,.2f}",
-        f"fits, {left:,.1f} to spare" if left >= 0 else f"{-left:,.1f} too little",
-    )
+    for row in rows:
+        table.add_row(*row)
     return table
 
 
-def at_once(estimate: Estimate) -> str:
-    """Why the peak may be less than the sum of the lines above it."""
+def memory_table(plan: Plan, experiment: str) -> Table:
+    """Return a line for each thing that takes memory."""
+    estimate, options = plan.estimate, plan.options
+    gradients = "of what is trained"
+    if estimate.layout.buckets:
+        gradients += ", twice: in DDP's buckets too"
+    rows = [
+        (
+            "parameters",
+            gigabytes(estimate.parameters),
+            f"{plan.total:,} in all, {plan.trained:,} trained",
+        ),
+        ("gradients", gigabytes(estimate.gradients), gradients),
+        ("optimizer state", gigabytes(estimate.optimizer), "of what is trained"),
+    ]
+    if estimate.gathered:
+        size = gigabytes(estimate.gathered)
+        rows.append(("gathered layers", size, "whole while FSDP computes them"))
+    activations = "the most at once, read off tensors without memory"
+    rows.append(("activations", gigabytes(estimate.activations), activations))
+    # With a single micro batch gradients take the room that activations leave.
+    at_once = "the most of these; gradients come while activations go"
     if estimate.accumulation > 1:
-        return "all of these"
-    return "the most of these; gradients come while activations go"
+        at_once = "all of these"
+    rows.append(("at once", gigabytes(estimate.peak), at_once))
+    reserve = "plan.reserve: CUDA, NCCL and what the allocator rounds up"
+    rows.append(("reserve", f"{options.reserve:,.2f}", reserve))
+    spare = spare_gigabytes(plan, estimate)
+    fits = f"fits, {spare:,.1f} to spare" if spare >= 0 else f"{-spare:,.1f} too little"
+    rows.append(("the card", f"{options.gpu_memory:,.2f}", fits))
+    layout = estimate.layout
+    title = f"{experiment}: GB on each of {layout.gpus} GPUs ({layout.describe()})"
+    return remarks_table(title, "GB", rows)
 
 
 def step_table(plan: Plan) -> Table:
-    """What an optimizer step does."""
-    asked, options = plan.asked, plan.options
-    table = Table(title="An optimizer step", title_justify="left")
-    table.add_column("")
-    table.add_column("", justify="right")
-    table.add_column("")
-    micro = (
-        f"{asked.layout.data} data ranks x {asked.layout.micro} x {asked.accumulation} accumulated"
-    )
-    table.add_row("samples", f"{plan.global_batch:,}", micro)
-    each = f"{plan.length:,} a sample at most, {options.images_per_sample} images among them"
-    table.add_row("text tokens", f"{plan.text_tokens:,}", each)
-    table.add_row("visual tokens", f"{plan.visual_tokens:,}", "of the connector")
-    table.add_row(
-        "FLOPs", f"{asked.flops:.3g}", "forward and backward, attention as if not causal, all GPUs"
-    )
+    """Return what an optimizer step does."""
+    estimate, options = plan.estimate, plan.options
+    layout = estimate.layout
+    samples = f"{layout.data} data ranks x {layout.micro} x {estimate.accumulation} accumulated"
+    tokens = f"{plan.length:,} a sample at most, {options.images_per_sample} images among them"
+    flops = "forward and backward, attention as if not causal, all GPUs"
     rate = (
         f"at {options.share_of_peak:.0%} of {options.peak_tflops:,.0f} TFLOP/s "
         "(plan.share_of_peak, plan.peak_tflops)"
     )
-    table.add_row("seconds", f"{asked.seconds:.3g}", rate)
-    return table
+    rows = [
+        ("samples", f"{plan.global_batch:,}", samples),
+        ("text tokens", f"{plan.text_tokens:,}", tokens),
+        ("visual tokens", f"{plan.visual_tokens:,}", "of the connector"),
+        ("FLOPs", f"{estimate.flops:.3g}", flops),
+        ("seconds", f"{estimate.seconds:.3g}", rate),
+    ]
+    return remarks_table("An optimizer step", "", rows)
 
 
-def others_table(plan: Plan) -> Table:
-    """Other layouts of the same global batch on the same GPUs, in GB a GPU."""
-    table = Table(title="Other ways on the same GPUs (GB)", title_justify="left")
-    head = ("", "way", "param.", "grad.", "optim.", "activ.", "at once", "to spare", "seconds")
-    for name in head:
-        table.add_column(
-            name,
-            justify="left" if name in ("", "way") else "right",
-            no_wrap=name not in ("", "way"),
+def alternatives_table(plan: Plan) -> Table:
+    """Return other layouts of the same global batch on the same GPUs, in GB of a GPU."""
+    records = []
+    for number, estimate in enumerate(plan.alternatives, 1):
+        records.append(
+            {
+                "": str(number),
+                "way": estimate.layout.describe(),
+                **size_texts(estimate),
+                "to spare": spare_text(plan, estimate),
+                "seconds": f"{estimate.seconds:.3g}",
+            }
         )
-    for number, estimate in enumerate(plan.others, 1):
-        sizes = (
-            estimate.parameters,
-            estimate.gradients,
-            estimate.optimizer,
-            estimate.activations,
-            estimate.peak,
-        )
-        left = plan.options.gpu_memory - plan.options.reserve - estimate.peak / GB
-        mark = f"{left:,.1f}" if plan.fits(estimate) else f"[red]{left:,.1f}[/red]"
-        row = *(f"{size / GB:,.1f}" for size in sizes), mark, f"{estimate.seconds:.3g}"
-        table.add_row(str(number), estimate.layout.describe(), *row)
-    return table
+    title = "Other ways on the same GPUs (GB)"
+    return terminal_table(pd.DataFrame(records), title, text_columns=2)
 
 
 def verdict(plan: Plan) -> str:
-    """One line: whether it fits, and the least change with which it does."""
-    if plan.fits(plan.asked):
+    """Return one line: whether it fits, and the least change with which it does."""
+    if plan.fits(plan.estimate):
         return "It fits."
-    least = next((estimate for estimate in plan.others if plan.fits(estimate)), None)
-    if least is None:
-        return (
-            "It does not fit, and no other way on these GPUs does: take more or larger GPUs "
-            "(plan.gpus, plan.gpu_memory)."
-        )
+    for estimate in plan.alternatives:  # from the least change to the greatest
+        if plan.fits(estimate):
+            overrides = " ".join(estimate.layout.overrides)
+            return f"It does not fit. The least change with which it does: {overrides}"
     return (
-        f"It does not fit. The least change with which it does: {' '.join(least.layout.overrides)}"
+        "It does not fit, and no other way on these GPUs does: take more or larger GPUs "
+        "(plan.gpus, plan.gpu_memory)."
     )
 
 
@@ -153,6 +160,7 @@ def dry_run(config: DictConfig) -> None:
 
     Raises ConfigError, see `make_plan`.
     """
+    # The parts are those of the model that training starts from.
     if config.get("init_from") and not config.resume:
         adopt_parts(config)
     print_plan(make_plan(config), config.experiment)

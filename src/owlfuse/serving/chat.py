@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
@@ -31,6 +31,16 @@ HELP = """\
 """
 
 
+class Exchange(NamedTuple):
+    """A question with its answer, as the model read and made them."""
+
+    question: str
+    inputs: Any
+    """What the processor returned for the prompt, which holds all that was said before."""
+    answer_ids: Tensor
+    """Token ids (L,)."""
+
+
 class Conversation:
     """Messages and pictures so far, and the model that answers.
 
@@ -51,68 +61,81 @@ class Conversation:
         self.processor = processor
         self.thinking = thinking
         self.options = options
-        self.longest: int | None = getattr(
+        self.max_positions: int | None = getattr(
             model.config.text_config, "max_position_embeddings", None
         )
-        """Tokens that the model knows places for, of prompt and answer together; None where
+        """Tokens that the model has positions for, of prompt and answer together; None where
         nothing limits them."""
-        self.messages: list[dict[str, Any]] = []
-        self.pictures: list[Any] = []
-        self.shown: list[Any] = []
-        self.last: tuple[str, Any, Tensor] | None = None
-        """The last question, what the processor gave for the whole prompt, and the answer's ids
-        (L,)."""
-
-    def show(self, path: str) -> None:
-        """Puts a picture before the next question. Raises DataError where it cannot be read."""
-        place = Path(path).expanduser()
-        self.shown.append(open_image(place.parent, place.name, "chat", MAX_PIXELS))
+        self.restart()
 
     def restart(self) -> None:
         """Forgets all that was said and shown."""
-        self.messages, self.pictures, self.shown, self.last = [], [], [], None
+        self.messages: list[dict[str, Any]] = []
+        self.pictures: list[Image.Image] = []
+        self.next_pictures: list[Image.Image] = []
+        """Those that go with the next question."""
+        self.last: Exchange | None = None
 
-    def ask(self, question: str, write: Callable[[str], None]) -> str:
-        """The answer, each piece of it given to `write` as it comes. Pictures stand at the
-        question's `<image>` marks, or first where it has none; `\\<image>` is the word. Ctrl-C
-        ends it early, and what was said stays said.
+    def show(self, path: str) -> None:
+        """Puts a picture before the next question. Raises DataError where it cannot be read."""
+        file = Path(path).expanduser()
+        self.next_pictures.append(open_image(file.parent, file.name, "chat", MAX_PIXELS))
+
+    def ask(self, question: str, write: Callable[[str], None], **options: Any) -> str:
+        """Returns the answer, each piece of it given to `write` as it comes.
+
+        Pictures stand at the question's `<image>` marks, or first; `\\<image>` is the
+        word. Ctrl-C ends the answer early, and what was said stays said.
+
+        Args:
+            options: keyword arguments of `generate` for this answer, before the conversation's.
 
         Raises:
             DataError: as many `<image>` marks are not there as pictures, or the conversation is
                 longer than the model's positions; nothing of it is remembered.
         """
-        content = with_pictures(question, len(self.shown))
-        messages, pictures = (
-            [*self.messages, {"role": "user", "content": content}],
-            [*self.pictures, *self.shown],
-        )
-        hidden = with_hidden_words(messages, self.processor.image_token)
-        prompt = render(self.processor.tokenizer, hidden, True, self.thinking)
-        inputs = self.processor(images=pictures, text=prompt).to(self.model.device)
-        length = inputs["input_ids"].shape[1]
-        if self.longest is not None and length >= self.longest:
-            raise DataError(
-                f"the conversation has {length:,} tokens and the model knows {self.longest:,}; "
-                "begin a new one"
-            )
-        self.messages, self.pictures, self.shown = messages, pictures, []
+        content = with_pictures(question, len(self.next_pictures))
+        messages = [*self.messages, {"role": "user", "content": content}]
+        pictures = [*self.pictures, *self.next_pictures]
+        inputs = self.prompt_inputs(messages, pictures)
+        # Only now, so that a question that is refused changes nothing.
+        self.messages, self.pictures, self.next_pictures = messages, pictures, []
+
         tokenizer = self.processor.tokenizer
         answer_format = self.processor.answer_format
-        streamer = Pieces(tokenizer, write, "" if answer_format.end_ids else answer_format.end_mark)
+        # A mark that is no token of its own is found in the text.
+        end_mark = "" if answer_format.end_ids else answer_format.end_mark
+        streamer = AnswerStreamer(tokenizer, write, end_mark)
+        arguments = {**inputs, **self.options, **options}
         try:
             with torch.inference_mode():
-                self.model.generate(
-                    **inputs, streamer=streamer, tokenizer=tokenizer, **self.options
-                )
+                self.model.generate(streamer=streamer, tokenizer=tokenizer, **arguments)
         except KeyboardInterrupt:
-            streamer.end()
-        self.last = question, inputs, torch.tensor(streamer.ids, dtype=torch.long)
+            streamer.end()  # writes what it held back of the last word
+        self.last = Exchange(question, inputs, torch.tensor(streamer.ids, dtype=torch.long))
         answer = "".join(streamer.pieces)
         self.messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
         return answer
 
+    def prompt_inputs(self, messages: list[dict[str, Any]], pictures: list[Image.Image]) -> Any:
+        """Return what the model reads of a conversation that ends with a question.
+
+        Raises DataError where it is longer than the model's positions.
+        """
+        # The word `<image>` in a text must not become a placeholder.
+        hidden = with_hidden_words(messages, self.processor.image_token)
+        prompt = render(self.processor.tokenizer, hidden, True, self.thinking)
+        inputs = self.processor(images=pictures, text=prompt).to(self.model.device)
+        length = inputs["input_ids"].shape[1]
+        if self.max_positions is not None and length >= self.max_positions:
+            raise DataError(
+                f"the conversation has {length:,} tokens and the model knows "
+                f"{self.max_positions:,}; begin a new one"
+            )
+        return inputs
+
     def explain(self) -> Image.Image:
-        """Where the last answer looked, as a picture.
+        """Return where the last answer looked, as a picture.
 
         Raises DataError where there is none, or no picture was shown.
         """
@@ -122,7 +145,7 @@ class Conversation:
         return explained(self.model, self.processor, self.pictures, inputs, ids, question)
 
 
-class Pieces(TextStreamer):
+class AnswerStreamer(TextStreamer):
     """Collects the answer's text and ids, and hands the text on.
 
     Args:
@@ -134,38 +157,56 @@ class Pieces(TextStreamer):
         self.write = write
         self.end_mark = end_mark
         self.held_back = ""
+        """The end of the text so far, where it may be the beginning of the end mark."""
         self.pieces: list[str] = []
         self.ids: list[int] = []
 
     def put(self, value: Tensor) -> None:
-        """See `TextStreamer`; the first call brings the prompt."""
+        """Collects the ids of a token. See `TextStreamer`; the first call brings the prompt."""
         if not self.next_tokens_are_prompt:
             self.ids += value.flatten().tolist()
         super().put(value)
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        """See `TextStreamer`; what may be the beginning of the end mark is held back."""
+        """Collects and writes a text. See `TextStreamer`."""
         if self.end_mark:
-            text, ended, _ = (self.held_back + text).partition(self.end_mark)
-            kept = 0 if ended or stream_end else longest_overlap(text, self.end_mark)
-            text, self.held_back = (
-                text[: len(text) - kept],
-                self.end_mark if ended else text[len(text) - kept :],
-            )
+            # The mark may come in several pieces.
+            text = self.before_end_mark(text, stream_end)
         if text:
             self.pieces.append(text)
             self.write(text)
 
+    def before_end_mark(self, text: str, stream_end: bool) -> str:
+        """Return what of the text is certainly part of the answer, and hold the end back."""
+        text, mark, _ = (self.held_back + text).partition(self.end_mark)
+        if mark:
+            self.held_back = mark  # all that follows is behind it
+            return text
+        length = 0 if stream_end else longest_overlap(text, self.end_mark)
+        self.held_back = text[len(text) - length :]
+        return text[: len(text) - length]
+
 
 def longest_overlap(text: str, mark: str) -> int:
-    """How many characters at the end of a text are the beginning of a mark."""
-    return next((count for count in range(len(mark) - 1, 0, -1) if text.endswith(mark[:count])), 0)
+    """Return how many characters at the end of a text are the beginning of a mark."""
+    # The whole mark was looked for before.
+    for count in range(len(mark) - 1, 0, -1):
+        if text.endswith(mark[:count]):
+            return count
+    return 0
 
 
 def to_terminal(text: str) -> None:
-    """Writes at once, control characters as what they are."""
+    """Writes at once, control characters as escapes."""
     sys.stdout.write(visible(text))
-    sys.stdout.flush()
+    sys.stdout.flush()  # a piece of a line would wait for its end
+
+
+def sampling_options(temperature: float) -> dict[str, Any]:
+    """Return the arguments of `generate` for a temperature; 0 is the likeliest answer."""
+    if temperature > 0:
+        return {"do_sample": True, "temperature": temperature}
+    return {"do_sample": False}
 
 
 @quiet_libraries()
@@ -179,17 +220,17 @@ def chat(
     thinking: bool = False,
     which: str = "last",
 ) -> None:
-    """One answer, or a conversation where no question is given. `out`: the file for where the
-    (last) answer looked. `which`: of a run's checkpoints."""
+    """Prints one answer, or leads a conversation where no question is given.
+
+    Args:
+        out: the file for where the (last) answer looked.
+        which: of a run's checkpoints.
+    """
     model, processor = load_talker(folder, which)
     # lost in transformers' wrapper
     model.to("cuda" if torch.cuda.is_available() else "cpu")  # type: ignore[arg-type]
-    sampling = (
-        {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
-    )
-    conversation = Conversation(
-        model, processor, thinking, max_new_tokens=max_new_tokens, **sampling
-    )
+    options = {"max_new_tokens": max_new_tokens, **sampling_options(temperature)}
+    conversation = Conversation(model, processor, thinking, **options)
     for image in images:
         conversation.show(image)
     if question is not None:
@@ -200,6 +241,7 @@ def chat(
         try:
             line = input("> ").strip()
         except KeyboardInterrupt:
+            # Ctrl-C stops answers: it should not end a conversation by accident.
             print("\n/quit leaves")
             continue
         except EOFError:
@@ -211,7 +253,7 @@ def chat(
 
 
 def answer_question(conversation: Conversation, question: str, out: Path | None) -> None:
-    """The answer on the terminal, and where it looked in the file `out`, if there is one and a
+    """Prints the answer, and writes where it looked into the file `out`, if there is one and a
     picture was shown."""
     answer = conversation.ask(question, to_terminal)
     print("" if answer.strip() else "(the model ended its answer without a word)")
@@ -221,15 +263,16 @@ def answer_question(conversation: Conversation, question: str, out: Path | None)
 
 
 def answer_line(conversation: Conversation, line: str, out: Path | None = None) -> None:
-    """A command or a question of the conversation.
+    """Does a command or answers a question of the conversation.
 
-    A mistake is told, and the conversation goes on.
+    A mistake is printed, and the conversation goes on.
     """
-    command, _, rest = line.partition(" ")
+    command, _, argument = line.partition(" ")
+    argument = argument.strip()
     try:
         if command == "/image":
-            conversation.show(rest.strip())
-            print(visible(f"({rest.strip()} goes with the next question)"))
+            conversation.show(argument)
+            print(visible(f"({argument} goes with the next question)"))
         elif command == "/new":
             conversation.restart()
             print("(all forgotten)")

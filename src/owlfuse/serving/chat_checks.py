@@ -1,4 +1,4 @@
-"""What of a command `owlfuse chat` is looked at before a library is imported and a model is
+"""What of a command `owlfuse chat` is checked before a library is imported and a model is
 read."""
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ def check_images(paths: list[str]) -> None:
 
 
 def explanation_file(path: str, pictures: bool) -> Path:
-    """Where the explanation goes. Raises DataError, before a model is loaded, where it cannot be
-    written or there is nothing to look at."""
+    """Return the file of the explanation. Raises DataError, before a model is loaded, where it
+    cannot be written or there is nothing to look at."""
     file = Path(path).expanduser()
     if file.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
         raise DataError(

@@ -7,82 +7,90 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 from omegaconf import DictConfig
-from rich.table import Table
 
-from owlfuse.artifacts.runs import metrics_of
 from owlfuse.config import compose
 from owlfuse.config.messages import naming
-from owlfuse.core.console import PlainConsole as Console
+from owlfuse.core.console import show
+
+RANK_VARIABLES = ("RANK", "LOCAL_RANK", "SLURM_PROCID")
 
 
 def sweep(overrides: list[str]) -> None:
-    """Every cell is composed and checked before the first trains; the table stands at the end, also
-    after a failure.
+    """Trains every cell; each is composed and checked before the first one trains. The table
+    stands at the end, also after a failure.
 
     A run that starts processes is a command of its own, with its own port and process group. Under
-    torchrun or SLURM the processes are there and train every run one after the other.
+    torchrun or SLURM the processes exist and train every run one after the other.
     """
     cells = compose.sweep_cells(overrides)
-    composed = [compose.compose(cell) for cell in cells]
+    configs = [compose.compose(cell) for cell in cells]
+    # These import torch: a mistake is reported before.
     from owlfuse.planning.tables import dry_run
-    from owlfuse.training import train  # imports torch; a mistake is told before
+    from owlfuse.training import train
     from owlfuse.training.machine_checks import check_machine
 
-    for cell, configuration in zip(cells, composed, strict=True):
-        if not configuration.get("dry_run"):
+    for cell, config in zip(cells, configs, strict=True):
+        if not config.get("dry_run"):
             with naming(" ".join(cell)):
-                check_machine(configuration)
+                check_machine(config)
 
-    rows: list[tuple[list[str], Path | None]] = []
+    runs: list[tuple[list[str], Path | None]] = []
     try:
-        for cell, configuration in zip(cells, composed, strict=True):
-            if configuration.get("dry_run"):
-                dry_run(configuration)
-                rows.append((cell, None))
-            elif starts_processes(configuration):
-                rows.append((cell, by_itself(cell, configuration)))
+        for cell, config in zip(cells, configs, strict=True):
+            run: Path | None = None
+            if config.get("dry_run"):
+                dry_run(config)
+            elif starts_processes(config):
+                run = train_in_process(cell, config)
             else:
-                rows.append((cell, train.run(configuration)))
+                run = train.run(config)
+            runs.append((cell, run))
     finally:
         if os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")) == "0":
-            print_table(rows, len(cells))
+            print_table(runs, len(cells))
 
 
-def starts_processes(configuration: DictConfig) -> bool:
-    """Whether the run's Trainer may start more processes: each of them would run this whole
-    sweep."""
-    there = any(name in os.environ for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID"))
-    trainer = configuration.get("trainer", {})
-    return not there and (
-        trainer.get("strategy", "auto") != "auto" or trainer.get("devices", 1) not in (1, "1")
-    )
+def starts_processes(config: DictConfig) -> bool:
+    """Return whether the run's Trainer may start more processes: each of them would run this
+    whole sweep."""
+    # These processes were started by torchrun or SLURM, and none starts more.
+    if any(name in os.environ for name in RANK_VARIABLES):
+        return False
+    trainer = config.get("trainer", {})
+    return trainer.get("strategy", "auto") != "auto" or trainer.get("devices", 1) not in (1, "1")
 
 
-def by_itself(cell: list[str], configuration: DictConfig) -> Path:
+def train_in_process(cell: list[str], config: DictConfig) -> Path:
     """Trains a cell by a command of its own, which gets the signals that this one gets, and returns
     the run's folder.
 
     Raises:
         ConfigError: a name that is taken.
-        SystemExit: with the command's exit code; it has told its error.
+        SystemExit: with the command's exit code; it has reported its error.
         KeyboardInterrupt: after Ctrl-C, with a checkpoint left in the run.
     """
     from owlfuse.artifacts.runs import run_folder
 
-    folder = run_folder(configuration)
-    named = [] if configuration.get("name") else [f"name={folder.name}"]
-    command = [sys.executable, "-m", "owlfuse", "train", *cell, *named]
+    # Named here, so that the folder is known when the command has ended.
+    folder = run_folder(config)
+    command = [sys.executable, "-m", "owlfuse", "train", *cell]
+    if not config.get("name"):
+        command.append(f"name={folder.name}")
+    # A process group of its own: the terminal's Ctrl-C would reach it twice.
     with subprocess.Popen(command, process_group=0) as process:
-        before = {
-            n: signal.signal(n, lambda n, _: os.killpg(process.pid, n))
-            for n in (signal.SIGINT, signal.SIGTERM)
-        }
+
+        def forward(number: int, frame: Any) -> None:
+            os.killpg(process.pid, number)
+
+        signals = (signal.SIGINT, signal.SIGTERM)
+        handlers = {number: signal.signal(number, forward) for number in signals}
         try:
             code = process.wait()
         finally:
-            for number, handler in before.items():
+            for number, handler in handlers.items():
                 signal.signal(number, handler)
     if code == 130:
         raise KeyboardInterrupt(
@@ -90,23 +98,27 @@ def by_itself(cell: list[str], configuration: DictConfig) -> Path:
             "not begun"
         )
     if code:
-        raise SystemExit(code if code > 0 else 1)
+        raise SystemExit(code if code > 0 else 1)  # negative: ended by a signal
     return folder
 
 
-def print_table(rows: list[tuple[list[str], Path | None]], cells: int) -> None:
-    """One line a run, what differs between them in front."""
-    metrics = [metrics_of(folder) for _, folder in rows]
-    names = list(dict.fromkeys(name for row in metrics for name in row))
-    shared = set.intersection(*(set(cell) for cell, _ in rows)) if len(rows) > 1 else set()
-    table = Table(
-        "overrides",
-        "run",
-        *names,
-        title=f"{len(rows)} of {cells} runs",
-        caption=" ".join(sorted(shared)),
-    )
-    for (cell, folder), row in zip(rows, metrics, strict=True):
-        own = " ".join(o for o in cell if o not in shared)
-        table.add_row(own, str(folder or ""), *(f"{row[n]:.4g}" if n in row else "" for n in names))
-    Console(width=None if sys.stdout.isatty() else 200).print(table)
+def print_table(runs: list[tuple[list[str], Path | None]], cell_count: int) -> None:
+    """Prints a line for each run with what differs between them in front, then their metrics."""
+    import pandas as pd
+
+    from owlfuse.artifacts.runs import metrics_of
+    from owlfuse.planning.frames import terminal_table
+
+    shared = set()
+    # What all runs have in common stands below the table, once.
+    if len(runs) > 1:
+        shared = set.intersection(*(set(cell) for cell, _ in runs))
+    records = []
+    for cell, folder in runs:
+        overrides = " ".join(word for word in cell if word not in shared)
+        record = {"overrides": overrides, "run": str(folder or "")}
+        record |= {name: f"{value:.4g}" for name, value in metrics_of(folder).items()}
+        records.append(record)
+    frame = pd.DataFrame(records, columns=None if records else ["overrides", "run"])
+    title = f"{len(runs)} of {cell_count} runs"
+    show(terminal_table(frame, title, text_columns=2, caption=" ".join(sorted(shared))))

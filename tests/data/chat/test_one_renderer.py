@@ -333,10 +333,10 @@ def test_a_conversation_gives_the_prompt_of_training(monkeypatch):
 
 
 def test_an_end_mark_of_several_tokens_is_held_back_from_a_reader():
-    from owlfuse.serving.chat import Pieces
+    from owlfuse.serving.chat import AnswerStreamer
 
     shown = []
-    pieces = Pieces(family_tokenizer("text_mark"), shown.append, "###")
+    pieces = AnswerStreamer(family_tokenizer("text_mark"), shown.append, "###")
     for text in ("It is", " red.\n#", "#", "#\n"):
         pieces.on_finalized_text(text)
     pieces.on_finalized_text("", stream_end=True)

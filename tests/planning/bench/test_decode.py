@@ -48,7 +48,7 @@ def test_a_step_of_hyperattention_reads_the_images_in_four_layers_and_of_concat_
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", count)
     read = {}
     for name, fusion in decode.FUSIONS.items():
-        model, read[name] = decode.model_with(fusion), []
+        model, read[name] = decode.make_model(fusion), []
         for images in (1, 5):
             sizes.clear()
             decode.milliseconds(model, images, 1)

@@ -31,7 +31,7 @@ def test_step_tells_tokens_a_second_beside_the_peers(tmp_path):
 
 def test_the_peer_has_the_sizes_and_on_the_same_weights_the_loss_of_ours():
     sizes, data = step.SIZES["quick"]
-    ours, theirs = step.our_model(sizes).eval(), step.their_model(sizes).eval()
+    ours, theirs = step.owlfuse_model(sizes).eval(), step.peer_model(sizes).eval()
     for name, part in (
         ("language_model", ours.llm.model),
         ("multi_modal_projector", ours.connector),
@@ -43,10 +43,10 @@ def test_the_peer_has_the_sizes_and_on_the_same_weights_the_loss_of_ours():
     theirs.lm_head.load_state_dict(ours.llm.lm_head.state_dict())
     text = [
         sample
-        for sample in step.samples_of(data, sizes, sizes.visual_tokens)
+        for sample in step.make_samples(data, sizes, sizes.visual_tokens)
         if not sample.pixel_values
     ]
-    padded, packed = (step.batch_of(text, sizes, pack_to) for pack_to in (None, 320))
+    padded, packed = (step.make_batch(text, sizes, pack_to) for pack_to in (None, 320))
     with torch.no_grad():
         expected = theirs(
             input_ids=padded.input_ids, attention_mask=padded.attention_mask, labels=padded.labels
@@ -122,10 +122,10 @@ def test_operations_are_sorted_by_what_they_do():
     names = {
         "aten::mm": "matrix products",
         "aten::addmm": "matrix products",
-        "aten::mul": peak.REST,
+        "aten::mul": peak.REMAINDER,
         "aten::_scaled_dot_product_flash_attention_for_cpu_backward": "attention",
         "aten::index_copy": "gathering and scattering",
         "aten::_fused_adamw_": "optimizer",
         "aten::_log_softmax": "loss",
     }
-    assert {name: peak.kind_of(name) for name in names} == names
+    assert {name: peak.operation_kind(name) for name in names} == names

@@ -11,7 +11,7 @@ from owlfuse.artifacts.load import Trained
 from owlfuse.data.chat.tokenizer import load_tokenizer
 from owlfuse.data.shapes.write import write_shapes
 from owlfuse.model.multimodal import build_model
-from owlfuse.serving.demo.talkers import load_talkers
+from owlfuse.serving.demo.models import load_models
 
 
 @pytest.fixture(scope="session")
@@ -47,7 +47,8 @@ def loaded(exported):
     They never end an answer by themselves.
     """
     said = []
-    talkers = load_talkers([exported / "concat" / "out", exported / "hyper" / "out"], said.append)
-    for one in talkers:
-        one.model.generation_config.suppress_tokens = [one.processor.tokenizer.eos_token_id]
-    return talkers, said
+    models = load_models([exported / "concat" / "out", exported / "hyper" / "out"], said.append)
+    for model in models:
+        eos = model.processor.tokenizer.eos_token_id
+        model.model.generation_config.suppress_tokens = [eos]
+    return models, said

@@ -118,8 +118,8 @@ def test_a_taken_port_is_told_and_without_one_the_next_is_taken(monkeypatch):
             listen("127.0.0.1", port)
         monkeypatch.setattr(server, "PORT", port)
         with listen("127.0.0.1", None) as bound:
-            assert port < bound.getsockname()[1] < port + server.TRIED
-        monkeypatch.setattr(server, "TRIED", 1)
+            assert port < bound.getsockname()[1] < port + server.PORT_COUNT
+        monkeypatch.setattr(server, "PORT_COUNT", 1)
         with pytest.raises(ConfigError, match="no port of 127.0.0.1 from .* is free"):
             listen("127.0.0.1", None)
     with pytest.raises(ConfigError, match="--port 99999: expected a number from 0 to 65535"):

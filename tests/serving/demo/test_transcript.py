@@ -3,8 +3,8 @@
 from html.parser import HTMLParser
 
 from owlfuse.serving.demo import transcript
-from owlfuse.serving.demo.pictures import Look
-from owlfuse.serving.demo.talkers import Talker
+from owlfuse.serving.demo.models import DemoModel
+from owlfuse.serving.demo.pictures import AttentionPicture
 from owlfuse.serving.demo.visitors import ANSWERING, DONE, WAITING, Answer, Turn, Visitor
 
 EVIL = (
@@ -31,7 +31,7 @@ class Seen(HTMLParser):
 
 def visitor_with(monkeypatch, *turns):
     monkeypatch.setattr("owlfuse.serving.demo.visitors.Conversation", lambda model, processor: None)
-    visitor = Visitor([Talker(EVIL, [EVIL], None, None), Talker("b", [], None, None)])
+    visitor = Visitor([DemoModel(EVIL, [EVIL], None, None), DemoModel("b", [], None, None)])
     visitor.turns = list(turns)
     return visitor
 
@@ -41,14 +41,17 @@ def test_nothing_that_was_said_becomes_a_tag_or_an_attribute(monkeypatch):
         DONE,
         EVIL,
         EVIL,
-        [Look("data:image/png;base64,AA", 0.5), Look("data:image/png;base64,AA", 0.5)],
+        [
+            AttentionPicture("data:image/png;base64,AA", 0.5),
+            AttentionPicture("data:image/png;base64,AA", 0.5),
+        ],
     )
     visitor = visitor_with(
         monkeypatch, Turn(EVIL, [], ["data:image/png;base64,AA"], [answer, Answer(DONE)])
     )
     pages = [
         transcript.history(visitor),
-        transcript.heads(visitor.talkers),
+        transcript.heads(visitor.models),
         transcript.notice(EVIL),
     ]
     seen = Seen("".join(pages))
@@ -89,7 +92,7 @@ def test_a_turn_is_history_when_it_is_over_and_its_question_before(monkeypatch):
 
 
 def test_every_picture_says_what_it_is(monkeypatch):
-    answer = Answer(DONE, "red", "", [Look("data:,", 1.0)])
+    answer = Answer(DONE, "red", "", [AttentionPicture("data:,", 1.0)])
     html = transcript.history(
         visitor_with(monkeypatch, Turn("Hello", [], ["data:,", "data:,"], [answer, Answer(DONE)]))
     )

@@ -6,7 +6,13 @@ import time
 import pytest
 
 from owlfuse.core.errors import DataError
-from owlfuse.serving.demo.uploads import KEPT, check_uploaded, remove, stored, sweep
+from owlfuse.serving.demo.uploads import (
+    MAX_AGE_SECONDS,
+    check_uploaded,
+    remove,
+    remove_old,
+    stored_bytes,
+)
 
 
 @pytest.fixture
@@ -41,12 +47,12 @@ def test_a_file_beyond_the_uploads_is_refused_and_never_removed(folder):
 def test_stored_counts_files_in_all_folders(folder):
     (folder / "link.png").unlink()
     (folder / "c").write_bytes(b"45")
-    assert stored(folder) == 5
+    assert stored_bytes(folder) == 5
 
 
 def test_uploads_that_nobody_asks_about_go_after_an_hour(folder):
     (folder / "new.png").write_bytes(b"1")
-    os.utime(folder / "a" / "b.png", (0, time.time() - KEPT - 1))
-    sweep(folder)
+    os.utime(folder / "a" / "b.png", (0, time.time() - MAX_AGE_SECONDS - 1))
+    remove_old(folder)
     assert not (folder / "a" / "b.png").exists()
     assert (folder / "new.png").exists()

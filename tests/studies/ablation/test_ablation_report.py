@@ -18,8 +18,8 @@ from PIL import Image
 
 from owlfuse.core.errors import ConfigError
 from owlfuse.evaluation.metrics import Answer, score
-from owlfuse.studies.ablation.page import report_command, write_report
-from owlfuse.studies.ablation.results import SHARES, load
+from owlfuse.studies.ablation.report import report_command, write_report
+from owlfuse.studies.ablation.results import SHARE_METRICS, load
 from reports import METRICS, NASTY, write_ablation
 
 CELLS = {
@@ -105,7 +105,7 @@ def test_answers_that_are_right_by_what_they_contain_have_the_intervals_of_exact
         Answer("val", "i", None, "q", "4", "It is 4.", "", accepted) for accepted in ((), ("4",))
     ]
     # all that an evaluation scores answers by
-    assert {name for answer in answers for name in score([answer])} == set(SHARES)
+    assert {name for answer in answers for name in score([answer])} == set(SHARE_METRICS)
 
 
 def test_cells_that_answered_other_questions_have_a_difference_without_an_interval(tmp_path):

@@ -13,7 +13,7 @@ from owlfuse.config.folders import find_folders
 from owlfuse.core.errors import ConfigError
 from owlfuse.data.shapes.write import write_shapes
 from owlfuse.studies.ablation.file import read_ablation
-from owlfuse.studies.ablation.grid import full_metrics, make_cells, record_of, sources_of
+from owlfuse.studies.ablation.grid import full_metrics, make_cells, make_record, validation_sources
 from owlfuse.studies.ablation.run import ablate_command
 
 GATES = """
@@ -69,8 +69,8 @@ def test_cells_are_the_product_without_what_is_left_out_and_the_baseline_stands_
     assert len({cell.hash["config"] for cell in cells}) == 6
     assert len({cell.hash["code"] for cell in cells}) == 1
     assert (ablation.minutes, ablation.steps) == (40, None)
-    metrics = full_metrics(ablation.metrics, sources_of(cells))
-    assert record_of(cells, ablation, metrics)["baseline"] == "owl3-adaptive"
+    metrics = full_metrics(ablation.metrics, validation_sources(cells))
+    assert make_record(cells, ablation, metrics)["baseline"] == "owl3-adaptive"
 
 
 def test_metrics_go_by_the_names_of_results_json_or_by_their_source():
@@ -123,7 +123,7 @@ def test_every_cell_of_every_ablation_of_ours_composes(name):
     except ModuleNotFoundError as error:
         pytest.skip(str(error))
     assert len(cells) >= 2
-    full_metrics(ablation.metrics, sources_of(cells))
+    full_metrics(ablation.metrics, validation_sources(cells))
 
 
 @pytest.mark.parametrize(
@@ -218,6 +218,11 @@ def test_a_mistake_in_any_cell_is_told_in_one_line_before_the_first_one_trains(o
             "command line: launcher.partition: no such setting of the launcher basic",
         ),
         (
+            ["launcher=submitit_slurm", "launcher.partion=gpu"],
+            "launcher.partion: no such setting of the launcher submitit_slurm; did you mean 'parti",
+        ),
+        (["jobs=2", "launcher.backends=loky"], "joblib; did you mean 'backend'"),
+        (
             ["launcher=basic", "jobs=2"],
             "the basic launcher runs one cell after another; add launcher=joblib",
         ),
@@ -248,6 +253,13 @@ def test_every_cell_is_checked_for_this_machine_before_the_first_trains(monkeypa
         ConfigError, match="cell owl3-adaptive: .*torch finds no GPU on this machine"
     ):
         ablate_command("gates", [*TINY_SHAPES, "seeds=[0]"])
+
+
+def test_a_cluster_that_this_machine_is_not_part_of_is_refused(monkeypatch):
+    write("gates", GATES)
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    with pytest.raises(ConfigError, match="there is no srun on this machine"):
+        ablate_command("gates", ["launcher=submitit_slurm"])
 
 
 def test_an_ablation_without_evaluation_or_metrics_is_refused():

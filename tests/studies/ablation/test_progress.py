@@ -14,7 +14,7 @@ from owlfuse.studies.ablation import progress
 def view(tmp_path):
     """Of two cells of 20 steps, the first of which runs."""
     cells = [SimpleNamespace(key=f"plain-seed{seed}", steps=20) for seed in (0, 1)]
-    view = progress.View(tmp_path, cells, cells, jobs=1)
+    view = progress.View(tmp_path, cells)
     write(tmp_path / "plain-seed0", state="running")
     view.live = False
     view.began -= 60
@@ -35,7 +35,7 @@ def test_a_log_is_told_after_some_minutes_of_silence_how_far_a_cell_is_and_how_l
     view.update()
     view.update()
     assert capsys.readouterr().out == "1/2 plain-seed0: began, 20 steps\n"
-    monkeypatch.setattr(progress, "QUIET", 0.0)
+    monkeypatch.setattr(progress, "QUIET_SECONDS", 0.0)
     view.update()
     assert capsys.readouterr().out == "1/2 plain-seed0: starting\n"
     write(view.folder / "plain-seed0", step=10)

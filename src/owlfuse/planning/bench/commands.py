@@ -19,16 +19,18 @@ SIDE_BY_SIDE = {
 
 
 def run_bench(arguments: argparse.Namespace) -> None:
-    """Runs the benchmark that was named."""
-    ours = ("command", "trust", "bench", "out", "overrides")
-    given = {name: value for name, value in vars(arguments).items() if name not in ours}
-    function_of(arguments.bench)(
-        out=Path(arguments.out or f"benchmarks/{arguments.bench}"), **given
-    )
+    """Runs a benchmark."""
+    # A benchmark takes its options by their names on the command line.
+    options = vars(arguments).copy()
+    for name in ("command", "trust", "bench", "out", "overrides"):  # of every command
+        options.pop(name, None)
+    out = Path(arguments.out or f"benchmarks/{arguments.bench}")
+    bench_function(arguments.bench)(out=out, **options)
 
 
-def function_of(bench: str) -> Callable[..., dict[str, Any]]:
-    """What measures it, with its imports."""
+def bench_function(bench: str) -> Callable[..., dict[str, Any]]:
+    """Return the function that measures it, with its imports."""
+    # transformers, datasets and matplotlib take seconds, which `--help` should not cost.
     function: Callable[..., dict[str, Any]]
     if bench == "data":
         from owlfuse.planning.bench.data import bench_data as function
@@ -98,17 +100,16 @@ def add_bench(commands: Any) -> None:
 
 
 def side_by_side(bench: Any) -> list[argparse.ArgumentParser]:
-    """The parsers of what is measured in turns with what it is compared with."""
+    """Adds and returns the parsers of what is measured in turns with what it is compared with."""
     images = bench.add_parser(
         "images", help="time and memory of steps and prefill against the number of images", **LAYOUT
     )
     images.add_argument(
         "--images", type=counts, default="1,2,4,8,16,32,64", metavar="N,N", help="images of the row"
     )
-    parsers = {
-        name: bench.add_parser(name, help=text, **LAYOUT) for name, text in SIDE_BY_SIDE.items()
-    }
-    for parser in parsers.values():
+    parsers = {}
+    for name, text in SIDE_BY_SIDE.items():
+        parser = parsers[name] = bench.add_parser(name, help=text, **LAYOUT)
         parser.add_argument(
             "--pack-to", type=int, default=320, metavar="N", help="the most tokens of a row"
         )
@@ -136,8 +137,9 @@ def side_by_side(bench: Any) -> list[argparse.ArgumentParser]:
 
 
 def counts(text: str) -> list[int]:
-    """`1,2,4` -> [1, 2, 4], for argparse."""
-    found = sorted({int(word) for word in text.split(",")})
-    if found[0] < 1:
+    """Return [1, 2, 4] for `1,2,4`, for argparse."""
+    # Ascending: slopes and ratios are from the first to the last.
+    numbers = sorted({int(word) for word in text.split(",")})
+    if numbers[0] < 1:
         raise ValueError(text)
-    return found
+    return numbers

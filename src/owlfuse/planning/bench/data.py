@@ -19,6 +19,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import datasets
+import pandas as pd
 import torch
 from PIL import Image
 from torch.utils.data import BatchSampler, WeightedRandomSampler
@@ -33,13 +34,18 @@ from owlfuse.data.loading import BLOCK, GlobalBatchSampler, MixtureDataset
 from owlfuse.data.media.images import MAX_PIXELS, open_image
 from owlfuse.data.mixture.mixture import Mixture
 from owlfuse.data.shapes.text import train_tokenizer
-from owlfuse.planning.bench.report import machine, print_table
+from owlfuse.planning.bench.report import machine, print_table, write_result
 
 WEIGHTS = {"chats": 0.65, "text": 0.35}
 ROWS = {"chats": 40_000, "text": 20_000}
-PICTURES, SIZE = 48, (640, 480)
+PICTURES = 48
+WIDTH, HEIGHT = 640, 480
 MICRO = 32
 """Samples of a micro batch."""
+DECODING_REPEATS = 4
+"""Decodings are short: so many of them in each repeat."""
+Runs = dict[str, Callable[[], int]]
+"""By tool, what is measured: it returns how many of its things it did."""
 
 
 def bench_data(
@@ -54,120 +60,138 @@ def bench_data(
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         sources = write_files(folder, rows)
-        drawing, batching = drawers(folder, sources, samples), batchers(sources, samples)
+        drawing = drawers(folder, sources, samples)
+        batching = batchers(sources, samples)
         decoding = decoders(folder)
-        found: dict[str, float] = {}
-        # short, and close to each other
-        once = [*drawing.items(), *batching.items()] + [*decoding.items()] * 4
+        once = [*drawing.items(), *batching.items(), *list(decoding.items()) * DECODING_REPEATS]
         rounds = once * repeats
+        rates: dict[str, float] = {}
         for tool, run in track(rounds, "measuring", len(rounds)):
-            found[tool] = max(found.get(tool, 0), pace(run))
-        first = first_batch(folder, sources)
-    drawn, batched, decoded = (
-        {tool: found[tool] for tool in group} for group in (drawing, batching, decoding)
-    )
+            # The best of the repeats, see above.
+            rates[tool] = max(rates.get(tool, 0), measure_rate(run))
+        seconds = first_batch(folder, sources)
+    drawn = {tool: rates[tool] for tool in drawing}
+    batched = {tool: rates[tool] for tool in batching}
+    decoded = {tool: rates[tool] for tool in decoding}
+    # Compared with the fastest, not with the one that is easiest to beat.
+    fastest_peer = max(rate for tool, rate in drawn.items() if tool != "owlfuse")
     result = {
         "machine": machine(),
         "samples": samples,
         "rows": rows,
         "positions_per_second": drawn,
-        "ratio_to_the_faster": drawn["owlfuse"]
-        / max(value for tool, value in drawn.items() if tool != "owlfuse"),
+        "ratio_to_the_faster": drawn["owlfuse"] / fastest_peer,
         "micro_batch_positions_per_second": batched,
         "pictures_per_second_and_worker": decoded,
         "ratio_to_PIL": decoded["owlfuse, open_image"] / decoded["PIL, open and convert"],
-        "seconds_to_first_batch": first,
+        "seconds_to_first_batch": seconds,
     }
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "data.json").write_text(json.dumps(result, indent=2) + "\n")
-    print_paces(f"drawing positions of {sum(rows.values()):,} samples ({machine()})", drawn, 1)
-    print_paces(f"positions to micro batches of {MICRO} (source, sample)", batched, 1)
-    print_paces(f"decoding pictures of {SIZE[0]} x {SIZE[1]}, one worker", decoded, 2)
-    print_table(
-        "first batch, imports done",
-        ["", "seconds"],
-        [[tool, f"{value:.2f}"] for tool, value in first.items()],
-    )
+    write_result(out, "data", result)
+    print_rates(f"drawing positions of {sum(rows.values()):,} samples ({machine()})", drawn, 1)
+    print_rates(f"positions to micro batches of {MICRO} (source, sample)", batched, 1)
+    print_rates(f"decoding pictures of {WIDTH} x {HEIGHT}, one worker", decoded, 2)
+    texts = [f"{value:.2f}" for value in seconds.values()]
+    print_table("first batch, imports done", pd.DataFrame({"": list(seconds), "seconds": texts}))
     print(f"data.json is in {out}")
     return result
 
 
-def print_paces(title: str, paces: dict[str, float], digits: int) -> None:
-    """How many a second each tool does, and how many times as many ours does, which is the
-    first."""
-    ours = next(iter(paces.values()))
-    rows = [[tool, f"{value:,.0f}", f"{ours / value:.{digits}f}"] for tool, value in paces.items()]
-    print_table(title, ["", "a second", "owlfuse : it"], rows)
+def print_rates(title: str, rates: dict[str, float], digits: int) -> None:
+    """Prints how many a second each tool does, and how many times as many owlfuse does, which is
+    the first."""
+    owlfuse_rate = next(iter(rates.values()))
+    frame = pd.DataFrame(
+        {
+            "": list(rates),
+            "a second": [f"{rate:,.0f}" for rate in rates.values()],
+            "owlfuse : it": [f"{owlfuse_rate / rate:.{digits}f}" for rate in rates.values()],
+        }
+    )
+    print_table(title, frame)
 
 
-def pace(run: Callable[[], int]) -> float:
-    """How many a second, of what `run` says it did."""
+def measure_rate(run: Callable[[], int]) -> float:
+    """Return how many a second, of what `run` returns."""
     began = time.perf_counter()
-    done = run()
-    return done / (time.perf_counter() - began)
+    count = run()
+    return count / (time.perf_counter() - began)
 
 
 def write_files(folder: Path, rows: dict[str, int]) -> dict[str, Source]:
-    """A LLaVA and an Alpaca file, pictures that look like photographs to a decoder, and a
+    """Writes a LLaVA and an Alpaca file, pictures that look like photographs to a decoder, and a
     tokenizer."""
-    rng = random.Random(0)
-    noise = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(0)
+    # Smooth noise: JPEG compresses it as it does photographs.
     for number in range(PICTURES):
-        rough = torch.rand(1, 3, SIZE[1] // 8, SIZE[0] // 8, generator=noise)
-        smooth = torch.nn.functional.interpolate(rough, SIZE[::-1], mode="bicubic")[0].permute(
-            1, 2, 0
-        )
-        Image.fromarray((smooth.clamp(0, 1) * 255).byte().numpy()).save(
-            folder / f"{number}.jpg", quality=90
-        )
+        coarse = torch.rand(1, 3, HEIGHT // 8, WIDTH // 8, generator=generator)
+        smooth = torch.nn.functional.interpolate(coarse, (HEIGHT, WIDTH), mode="bicubic")[0]
+        pixels = (smooth.permute(1, 2, 0).clamp(0, 1) * 255).byte().numpy()
+        Image.fromarray(pixels).save(folder / f"{number}.jpg", quality=90)
+
+    rng = random.Random(0)
     words = [f"word{number}" for number in range(50)]
     texts = [" ".join(rng.choices(words, k=12)) for _ in range(64)]
-    chats = [
-        {
-            "id": str(number),
-            "image": f"{number % PICTURES}.jpg",
-            "conversations": [
-                {"from": "human", "value": f"<image>\n{texts[number % 64]}"},
-                {"from": "gpt", "value": texts[number % 63]},
-            ],
-        }
-        for number in range(rows["chats"])
-    ]
-    text = [
-        {"instruction": texts[number % 64], "input": "", "output": texts[number % 61]}
-        for number in range(rows["text"])
-    ]
+    chats = []
+    for number in range(rows["chats"]):
+        # 63 and 64 have no factor in common, so that questions meet many answers
+        turns = [
+            {"from": "human", "value": f"<image>\n{texts[number % 64]}"},
+            {"from": "gpt", "value": texts[number % 63]},
+        ]
+        image = f"{number % PICTURES}.jpg"
+        chats.append({"id": str(number), "image": image, "conversations": turns})
+    instructions = []
+    for number in range(rows["text"]):
+        question, answer = texts[number % 64], texts[number % 61]
+        instructions.append({"instruction": question, "input": "", "output": answer})
     (folder / "chats.json").write_text(json.dumps(chats))
-    (folder / "text.json").write_text(json.dumps(text))
-    train_tokenizer(chats[:64], text[:64]).save_pretrained(folder / "tokenizer")
-    files = str(folder / "chats.json"), str(folder / "text.json")
+    (folder / "text.json").write_text(json.dumps(instructions))
+    # The texts repeat after 64: more of them would teach it nothing.
+    tokenizer = train_tokenizer(chats[:64], instructions[:64])
+    tokenizer.save_pretrained(folder / "tokenizer")
     return {
-        "chats": LLaVA(Path(files[0]), weight=WEIGHTS["chats"]),
-        "text": Alpaca(Path(files[1]), weight=WEIGHTS["text"]),
+        "chats": LLaVA(folder / "chats.json", weight=WEIGHTS["chats"]),
+        "text": Alpaca(folder / "text.json", weight=WEIGHTS["text"]),
     }
 
 
-def drawers(folder: Path, sources: dict[str, Source], samples: int) -> dict[str, Callable[[], int]]:
-    """What draws which sample comes next, files read: each from the making of its schedule to the
-    last index. Ours in the blocks that `MixtureDataset` draws for training."""
-    sizes = {name: len(source) for name, source in sources.items()}
-    read = [
-        datasets.Dataset.from_json(str(source.file), cache_dir=str(folder / "cache"))
-        for source in sources.values()
-    ]
+def sizes_of(sources: dict[str, Source]) -> dict[str, int]:
+    """Return the samples of each source."""
+    return {name: len(source) for name, source in sources.items()}
+
+
+def weighted_sampler(sizes: dict[str, int], samples: int) -> WeightedRandomSampler:
+    """Return torch's sampler of the mixture, over the samples of all sources in a row."""
+    # One weight for each sample, as torch wants them: a list as long as the data.
+    weights = []
+    for name, size in sizes.items():
+        weights += [WEIGHTS[name] / size] * size
+    return WeightedRandomSampler(weights, samples)
+
+
+def drawers(folder: Path, sources: dict[str, Source], samples: int) -> Runs:
+    """Return what draws which sample comes next, files read: each from the making of its schedule
+    to the last index. Ours in the blocks that `MixtureDataset` draws for training."""
+    sizes = sizes_of(sources)
+    cache = str(folder / "cache")
+    # Read before the clock starts, as ours are.
+    tables = []
+    for source in sources.values():
+        tables.append(datasets.Dataset.from_json(str(source.file), cache_dir=cache))
 
     def owlfuse() -> int:
         mixture = Mixture(sizes, WEIGHTS, seed=0)
         for start in range(0, samples, BLOCK):
+            # Drawn and thrown away: what is measured is the drawing.
             mixture.positions(start, min(start + BLOCK, samples))
         return samples
 
     def interleave() -> int:
-        return len(datasets.interleave_datasets(read, probabilities=list(WEIGHTS.values()), seed=0))
+        weights = list(WEIGHTS.values())
+        return len(datasets.interleave_datasets(tables, probabilities=weights, seed=0))
 
     def weighted() -> int:
-        each = [WEIGHTS[name] / size for name, size in sizes.items() for _ in range(size)]
-        return sum(1 for _ in WeightedRandomSampler(each, samples))
+        return sum(1 for _ in weighted_sampler(sizes, samples))
 
     return {
         "owlfuse": owlfuse,
@@ -176,11 +200,12 @@ def drawers(folder: Path, sources: dict[str, Source], samples: int) -> dict[str,
     }
 
 
-def batchers(sources: dict[str, Source], samples: int) -> dict[str, Callable[[], int]]:
-    """What gives a DataLoader's workers the samples of each micro batch, by source and number:
-    in Python, one by one."""
-    sizes = {name: len(source) for name, source in sources.items()}
-    names, starts = list(sizes), [0, *accumulate(sizes.values())][:-1]
+def batchers(sources: dict[str, Source], samples: int) -> Runs:
+    """Return what gives a DataLoader's workers the samples of each micro batch, by source and
+    number: in Python, one by one."""
+    sizes = sizes_of(sources)
+    names = list(sizes)
+    starts = [0, *accumulate(sizes.values())][:-1]
 
     def owlfuse() -> int:
         mixture = Mixture(sizes, WEIGHTS, seed=0)
@@ -190,13 +215,15 @@ def batchers(sources: dict[str, Source], samples: int) -> dict[str, Callable[[],
         return sum(len(dataset.draws(positions)) for positions in batches)
 
     def weighted() -> int:
-        each = [WEIGHTS[name] / size for name, size in sizes.items() for _ in range(size)]
-        batches = BatchSampler(WeightedRandomSampler(each, samples), MICRO, drop_last=True)
-        found = (
-            [(names[k := bisect_right(starts, i) - 1], i - starts[k]) for i in batch]
-            for batch in batches
-        )
-        return sum(map(len, found))
+        count = 0
+        for batch in BatchSampler(weighted_sampler(sizes, samples), MICRO, drop_last=True):
+            # A DataLoader's ConcatDataset looks each sample up like this.
+            draws = []
+            for index in batch:
+                source = bisect_right(starts, index) - 1
+                draws.append((names[source], index - starts[source]))
+            count += len(draws)
+        return count
 
     return {
         "owlfuse, sampler and dataset": owlfuse,
@@ -204,8 +231,8 @@ def batchers(sources: dict[str, Source], samples: int) -> dict[str, Callable[[],
     }
 
 
-def decoders(folder: Path) -> dict[str, Callable[[], int]]:
-    """What opens every picture once, as RGB."""
+def decoders(folder: Path) -> Runs:
+    """Return what opens every picture once, as RGB."""
     names = [f"{number}.jpg" for number in range(PICTURES)]
 
     def owlfuse() -> int:
@@ -227,28 +254,28 @@ class Crop:
     size = (224, 224)
 
     def __call__(self, picture: Image.Image) -> torch.Tensor:
-        """(3, 224, 224) float32."""
+        """Return pixels (3, 224, 224) in float32."""
         return pil_to_tensor(picture.crop((0, 0, 224, 224))).float()
 
 
 def first_batch(folder: Path, sources: dict[str, Source]) -> dict[str, float]:
-    """Seconds from the data node to the first batch of 32, files read anew, by the number of
-    workers."""
-    found = {}
+    """Return the seconds from the data node to the first batch of 32, files read again, by the
+    number of workers."""
+    seconds = {}
     for workers in (0, 1, 2):
         began = time.perf_counter()
-        again = {
-            name: type(source)(source.file, weight=source.weight)
-            for name, source in sources.items()
-        }
-        data = ChatData(str(folder / "tokenizer"), again, {}, workers=workers)
+        unread = {}
+        for name, source in sources.items():
+            unread[name] = type(source)(source.file, weight=source.weight)
+        data = ChatData(str(folder / "tokenizer"), unread, {}, workers=workers)
         data.bind(Crop(), 1)
+        # All that the data ask of a trainer: there is no model to train.
         trainer: Any = SimpleNamespace(
             distributed_sampler_kwargs=None, max_steps=1000, global_step=0
         )
         data.trainer = trainer
         batches = iter(data.train_dataloader())
         next(batches)
-        found[f"{workers} workers"] = time.perf_counter() - began
-        del batches
-    return found
+        seconds[f"{workers} workers"] = time.perf_counter() - began
+        del batches  # ends the workers
+    return seconds

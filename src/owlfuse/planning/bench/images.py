@@ -12,13 +12,14 @@ from __future__ import annotations
 
 import multiprocessing
 import resource
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+import pandas as pd
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
@@ -27,22 +28,29 @@ from owlfuse.core.types import Batch, VisualTokens
 from owlfuse.model.llm import load_llm
 from owlfuse.model.loss import batch_loss
 from owlfuse.model.multimodal import MultimodalLM, make_part
-from owlfuse.planning.bench.pairs import device_name, in_turns, lowered, ratios, shown, slope
-from owlfuse.planning.bench.report import leave, plot_panels
+from owlfuse.planning.bench.pairs import (
+    autocast,
+    device_name,
+    fusion_configs,
+    ratio_text,
+    ratios,
+    slope,
+    time_interleaved,
+    upper_median,
+)
+from owlfuse.planning.bench.report import plot_panels, write_report
 
-What = Literal["step", "prefill"]
-FUSIONS: dict[str, dict[str, Any]] = {
-    "concat": {"_target_": "owlfuse.model.fusion.concat.Concat"},
-    "modality_adaptive": {"_target_": "owlfuse.model.fusion.modality_adaptive.ModalityAdaptive"},
-    "hyperattention": {
-        "_target_": "owlfuse.model.fusion.hyperattention.HyperAttention",
-        "layers": [0, 3, 6, 9],
-    },
-}
+Work = Literal["step", "prefill"]
+WORKS: tuple[Work, ...] = ("step", "prefill")
+FUSIONS = tuple(fusion_configs([]))
+Points = dict[int, float]
+"""By the number of images."""
+Turns = dict[int, list[float]]
+"""Each turn's measurement, by the number of images."""
 
 
 def llama(width: int, hidden: int, layers: int, heads: int) -> dict[str, Any]:
-    """Its configuration."""
+    """Return the configuration of a Llama."""
     return {
         "model_type": "llama",
         "hidden_size": width,
@@ -64,63 +72,75 @@ VOCABULARY, VISUAL_TOKENS, TEXT = 4096, 64, 64
 MIB = 2**20
 
 
-def model_of(fusion: str, llm: dict[str, Any]) -> MultimodalLM:
-    """The LLM with this fusion, random weights."""
+@dataclass(frozen=True)
+class Cell:
+    """One peak that is measured."""
+
+    work: Work
+    fusion: str
+    images: int
+    llm: dict[str, Any]
+    precision: str
+    threads: int
+
+
+def make_model(fusion: str, llm: dict[str, Any]) -> MultimodalLM:
+    """Return the LLM with this fusion, random weights; hyperattention in four layers."""
     torch.manual_seed(0)
-    layers = (
-        {"layers": [i * llm["num_hidden_layers"] // 4 for i in range(4)]}
-        if fusion == "hyperattention"
-        else {}
-    )
-    part = make_part(
-        "fusion", {"fusion": {**FUSIONS[fusion], **layers}}, connector_tokens=VISUAL_TOKENS
-    )
+    layers = [index * llm["num_hidden_layers"] // 4 for index in range(4)]
+    config = fusion_configs(layers)[fusion]
+    part = make_part("fusion", {"fusion": config}, connector_tokens=VISUAL_TOKENS)
     with torch.device(device_name()):
-        return MultimodalLM(
-            nn.Identity(), nn.Identity(), part, load_llm(VOCABULARY, config=llm)
-        ).to(device_name())
+        # No backbone and no connector: visual tokens are given.
+        model = MultimodalLM(nn.Identity(), nn.Identity(), part, load_llm(VOCABULARY, config=llm))
+    return model.to(device_name())
 
 
-def batch_of(images: int, per_image: int, width: int) -> tuple[Batch, VisualTokens]:
-    """One row: its images, each of `per_image` positions, then text of which the second half is
-    supervised."""
+def make_batch(images: int, positions_per_image: int, width: int) -> tuple[Batch, VisualTokens]:
+    """Return one row: its images, then text of which the second half is supervised."""
     generator = torch.Generator().manual_seed(images)
-    taken = images * per_image
-    ids = torch.randint(0, VOCABULARY, (1, taken + TEXT), generator=generator)
-    here = torch.arange(taken + TEXT)[None]
-    index, positions = torch.arange(images)[None], (torch.arange(images) * per_image)[None]
+    image_end = images * positions_per_image
+    length = image_end + TEXT
+    ids = torch.randint(0, VOCABULARY, (1, length), generator=generator)
+    index = torch.arange(images)[None]
+    positions = index * positions_per_image
+    labels = ids.clone()
+    labels[:, : image_end + TEXT // 2] = -100
     batch = Batch(
         input_ids=ids,
         attention_mask=torch.ones_like(ids),
-        labels=ids.masked_fill(here < taken + TEXT // 2, -100),
-        placeholder=here < taken,
+        labels=labels,
+        placeholder=torch.arange(length)[None] < image_end,
         pixel_values=torch.zeros(images, 3, 1, 1),
         image_mask=torch.ones(images, dtype=torch.bool),
         image_index=index,
         image_positions=positions,
     )
-    tokens = torch.randn(images, VISUAL_TOKENS, width, generator=generator).to(device_name())
-    visual = VisualTokens(tokens, index.to(device_name()), positions.to(device_name()))
-    return batch.with_places().to(device_name()), visual
+    device = device_name()
+    tokens = torch.randn(images, VISUAL_TOKENS, width, generator=generator).to(device)
+    visual = VisualTokens(tokens, index.to(device), positions.to(device))
+    return batch.with_places().to(device), visual
 
 
-def run_of(what: What, model: MultimodalLM, images: int, precision: str) -> Callable[[], Any]:
-    """What is measured: a step of AdamW with a gradient for the visual tokens too; or the prompt's
-    last logits, with the keys and values that its answer reads."""
-    batch, visual = batch_of(images, model.fusion.tokens_per_image, model.llm.config.hidden_size)
-    if what == "prefill":
+def make_run(work: Work, model: MultimodalLM, images: int, precision: str) -> Callable[[], Any]:
+    """Return what is measured: a step of AdamW with a gradient for the visual tokens too; or the
+    prompt's last logits, with the keys and values that its answer reads."""
+    width = model.llm.config.hidden_size
+    batch, visual = make_batch(images, model.fusion.tokens_per_image, width)
+    if work == "prefill":
         return lambda: prefill(model, batch, visual, precision)
+    # A leaf with a gradient, as the connector that makes them would need it.
     visual.tokens = nn.Parameter(visual.tokens)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     make_state(optimizer)
 
     def step() -> None:
-        with lowered(precision):
+        with autocast(precision):
             loss, tokens = batch_loss(partial(model, visual=visual), batch)
         (loss / tokens).backward()
         optimizer.step()
         optimizer.zero_grad()
-        visual.tokens.grad = None
+        visual.tokens.grad = None  # it is no parameter of the optimizer
 
     return step
 
@@ -129,17 +149,22 @@ def run_of(what: What, model: MultimodalLM, images: int, precision: str) -> Call
 def prefill(
     model: MultimodalLM, batch: Batch, visual: VisualTokens, precision: str
 ) -> tuple[Tensor, DynamicCache, VisualTokens]:
-    """What the first step of generate does."""
-    cache, visual = DynamicCache(config=model.llm.config), replace(visual, kept={})
-    with lowered(precision):
+    """Does what the first step of generate does."""
+    # Empty, as before the first token: the second token would find what this one has left.
+    cache = DynamicCache(config=model.llm.config)
+    visual = replace(visual, kept={})
+    with autocast(precision):
         return model(batch, visual, cache, logits_to_keep=1), cache, visual
 
 
 def make_state(optimizer: torch.optim.Optimizer) -> None:
-    """The optimizer's state, which is there before any step but the first: of one parameter after
-    the other, so that no more memory is taken for it."""
+    """Makes the optimizer's state, which exists before any step but the first.
+
+    One parameter after the other, so that no more memory is taken for it.
+    """
     for group in optimizer.param_groups:
-        rate, group["lr"] = group["lr"], 0.0
+        rate = group["lr"]
+        group["lr"] = 0.0  # the parameters stay as they are
         for parameter in group["params"]:
             parameter.grad = torch.zeros_like(parameter)
             optimizer.step()
@@ -147,98 +172,105 @@ def make_state(optimizer: torch.optim.Optimizer) -> None:
         group["lr"] = rate
 
 
-def peak_of(cell: tuple[What, str, int, dict[str, Any], str, int]) -> float:
-    """The most MiB that one run took above model, optimizer state and libraries.
+def measure_peak(cell: Cell) -> float:
+    """Return the most MiB that one run took above model, optimizer state and libraries.
 
-    Called in a process of its own.
+    Called in a process of its own on a CPU, whose peak is never reset.
     """
-    what, fusion, images, llm, precision, threads = cell
-    torch.set_num_threads(threads)
-    model = model_of(fusion, llm)
-    # the libraries' own workspaces
-    prefill(model, *batch_of(1, model.fusion.tokens_per_image, llm["hidden_size"]), precision)
-    run = run_of(what, model, images, precision)
+    torch.set_num_threads(cell.threads)  # a forked process begins with torch's default
+    model = make_model(cell.fusion, cell.llm)
+    # The libraries' workspaces are made by a first prefill.
+    batch, visual = make_batch(1, model.fusion.tokens_per_image, cell.llm["hidden_size"])
+    prefill(model, batch, visual, cell.precision)
+    run = make_run(cell.work, model, cell.images, cell.precision)
     if device_name() == "cuda":
         torch.cuda.reset_peak_memory_stats()
-        base = torch.cuda.memory_allocated()
+        before = torch.cuda.memory_allocated()
         run()
-        return (torch.cuda.max_memory_allocated() - base) / MIB
-    base = resident()
+        return (torch.cuda.max_memory_allocated() - before) / MIB
+    before = peak_resident()
     run()
-    return (resident() - base) / MIB
+    return (peak_resident() - before) / MIB
 
 
-def resident() -> int:
-    """The most bytes of this process that were ever in memory."""
+def peak_resident() -> int:
+    """Return the most bytes of this process that were ever in memory."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def peaks_of(
     counts: list[int], llm: dict[str, Any], precision: str
-) -> dict[What, dict[str, dict[int, float]]]:
-    """Of every cell; on a CPU each in a process of its own, which a server forks that has done
-    the imports and nothing else."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
-    same = llm, precision, torch.get_num_threads()
-    cells: Any = [
-        (what, fusion, n, *same)
-        for what in ("step", "prefill")
-        for fusion in FUSIONS
-        for n in counts
-    ]
-    # whose allocator tells the peak; to set a device up takes seconds a process
+) -> dict[Work, dict[str, Points]]:
+    """Return the peak of every cell in MiB; on a CPU each in a process of its own, which a server
+    forks that has done the imports and nothing else."""
+    threads = torch.get_num_threads()
+    cells = []
+    for work in WORKS:
+        for fusion in FUSIONS:
+            for count in counts:
+                cells.append(Cell(work, fusion, count, llm, precision, threads))
     if device_name() == "cuda":
-        values = [peak_of(cell) for cell in cells]
+        # Its allocator knows the peak; to set a device up takes seconds a process.
+        values = [measure_peak(cell) for cell in cells]
     else:
+        # A peak of resident memory never falls: a second cell in a process would show the first's.
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload([__name__])
         with ProcessPoolExecutor(1, mp_context=context, max_tasks_per_child=1) as pool:
-            values = list(pool.map(peak_of, cells))
-    found: dict[Any, dict[str, dict[int, float]]] = {"step": {}, "prefill": {}}
-    for (what, fusion, count, *_), value in zip(cells, values, strict=True):
-        found[what].setdefault(fusion, {})[count] = value
-    return found
+            values = list(pool.map(measure_peak, cells))
+    peaks: dict[Work, dict[str, Points]] = {"step": {}, "prefill": {}}
+    for cell, value in zip(cells, values, strict=True):
+        peaks[cell.work].setdefault(cell.fusion, {})[cell.images] = value
+    return peaks
 
 
 def times_of(
     counts: list[int], llm: dict[str, Any], precision: str, repeats: int
-) -> dict[What, dict[str, dict[int, list[float]]]]:
-    """Milliseconds of every turn, the three fusions in turns for each number of images."""
-    models = {name: model_of(name, llm) for name in FUSIONS}
-    found: dict[Any, dict[str, dict[int, list[float]]]] = {}
-    for what in ("step", "prefill"):
-        found[what] = {name: {} for name in FUSIONS}
+) -> dict[Work, dict[str, Turns]]:
+    """Return the milliseconds of every turn, the three fusions in turns for each number of
+    images."""
+    models = {name: make_model(name, llm) for name in FUSIONS}
+    times: dict[Work, dict[str, Turns]] = {}
+    # All models stay in memory: they run in turns.
+    for work in WORKS:
+        times[work] = {name: {} for name in FUSIONS}
         for count in counts:
-            runs = {name: run_of(what, model, count, precision) for name, model in models.items()}
-            for name, seconds in in_turns(runs, repeats).items():
-                found[what][name][count] = [1000 * value for value in seconds]
-    return found
+            runs = {}
+            for name, model in models.items():
+                runs[name] = make_run(work, model, count, precision)
+            for name, seconds in time_interleaved(runs, repeats).items():
+                times[work][name][count] = [1000 * value for value in seconds]
+    return times
 
 
-def over_concat(turns: dict[str, dict[int, list[float]]]) -> dict[str, dict[str, float]]:
-    """Of each fusion, concat's ratio to it with the most images."""
+def over_concat(
+    turns: Mapping[str, Mapping[int, Sequence[float]]],
+) -> dict[str, dict[str, float]]:
+    """Return concat's ratio to each fusion with the most images."""
     most = max(turns["concat"])
-    return {name: ratios(turns["concat"][most], own[most]) for name, own in turns.items()}
+    result = {}
+    for name, by_count in turns.items():
+        result[name] = ratios(turns["concat"][most], by_count[most])
+    return result
 
 
-def table_of(
-    what: str, points: dict[str, dict[int, float]], against: dict[str, Any]
-) -> tuple[str, list[str], list[list[str]]]:
-    """Title, head and rows: a fusion a row, then its slope and concat's ratio to it."""
-    (kind, unit), images, rows = what.split(", "), list(points["concat"]), []
-    for name, own in points.items():
-        ratio = against[f"{what}, {name}"]
-        last = shown(ratio, 1) if unit == "ms" else f"{ratio['median']:.1f}"
-        rows.append(
-            [
-                name,
-                *(f"{own[n]:.{1 if own[n] < 1000 else 0}f}" for n in images),
-                f"{slope(own):.2f}",
-                last,
-            ]
-        )
-    measured = "time, ms (medians)" if unit == "ms" else "peak memory above the process's own, MiB"
-    head = ["fusion", *map(str, images), f"{unit} an image", f"concat : it at {images[-1]}"]
-    return f"{kind}: {measured}, against images of {VISUAL_TOKENS} visual tokens", head, rows
+def work_frame(
+    unit: str, points_by_fusion: dict[str, Points], concat_ratios: dict[str, dict[str, float]]
+) -> pd.DataFrame:
+    """Return a row for each fusion: its points, their slope, and concat's ratio to it."""
+    most = max(points_by_fusion["concat"])
+    records = []
+    for name, points in points_by_fusion.items():
+        record = {"fusion": name}
+        for count, value in points.items():
+            record[str(count)] = f"{value:.1f}" if value < 1000 else f"{value:.0f}"
+        record[f"{unit} an image"] = f"{slope(points):.2f}"
+        ratio = concat_ratios[name]
+        # A peak is measured once: its ratio has no spread.
+        text = ratio_text(ratio, 1) if unit == "ms" else f"{ratio['median']:.1f}"
+        record[f"concat : it at {most}"] = text
+        records.append(record)
+    return pd.DataFrame(records)
 
 
 def bench_images(
@@ -251,46 +283,50 @@ def bench_images(
         precision: 32-true or bf16-mixed.
         size: of `SIZES`.
     """
+    # Peaks first: models in this process would take memory from those that are measured.
     llm = SIZES[size]
-    memory, times = peaks_of(images, llm, precision), times_of(images, llm, precision, repeats)
-    medians = {
-        what: {
-            name: {n: sorted(turns)[len(turns) // 2] for n, turns in by_count.items()}
-            for name, by_count in by_name.items()
-        }
-        for what, by_name in times.items()
-    }
-    against = {
-        f"{what}, ms, {name}": ratio
-        for what, own in times.items()
-        for name, ratio in over_concat(own).items()
-    }
-    for what, own in memory.items():  # measured once
-        once = {name: {n: [value] for n, value in points.items()} for name, points in own.items()}
-        against |= {f"{what}, MiB, {name}": ratio for name, ratio in over_concat(once).items()}
-    tables = [
-        table_of(f"{what}, {unit}", points, against)
-        for unit, measured in (("ms", medians), ("MiB", memory))
-        for what, points in measured.items()
-    ]
+    memory = peaks_of(images, llm, precision)
+    times = times_of(images, llm, precision, repeats)
+    tables: dict[str, pd.DataFrame] = {}
+    panels: dict[str, dict[str, Points]] = {}
+    slopes: dict[str, dict[str, float]] = {}
+    concat_over_it: dict[str, dict[str, float]] = {}
+
+    def add(work: str, unit: str, points: dict[str, Points], turns: Any) -> None:
+        """Adds a measurement to the report: its points, and the turns behind them."""
+        ms = unit == "ms"
+        measured = "time, ms (medians)" if ms else "peak memory above the process's own, MiB"
+        title = f"{work}: {measured}, against images of {VISUAL_TOKENS} visual tokens"
+        concat_ratios = over_concat(turns)
+        tables[title] = work_frame(unit, points, concat_ratios)
+        panels[f"{work}: {'time (ms)' if ms else 'peak memory (MiB)'}"] = points
+        slopes[f"{work}, {unit}"] = {name: slope(values) for name, values in points.items()}
+        for name, ratio in concat_ratios.items():
+            concat_over_it[f"{work}, {unit}, {name}"] = ratio
+
+    for work, turns in times.items():
+        add(work, "ms", map_points(turns, upper_median), turns)
+    for work, points in memory.items():
+        add(work, "MiB", points, map_points(points, lambda value: [value]))
     result = {
         "llm": {**llm, "vocab_size": VOCABULARY, "text": TEXT, "visual_tokens": VISUAL_TOKENS},
         "precision": precision,
         "milliseconds": times,
         "MiB": memory,
-        "slopes": {
-            f"{what}, {unit}": {name: slope(points) for name, points in measured[what].items()}
-            for what in times
-            for measured, unit in ((medians, "ms"), (memory, "MiB"))
-        },
-        "concat_over_it": against,
+        "slopes": slopes,
+        "concat_over_it": concat_over_it,
     }
-    leave(out, "images", result, tables)
-    panels = {
-        f"{what}: {label}": measured[what]
-        for label, measured in (("time (ms)", medians), ("peak memory (MiB)", memory))
-        for what in times
-    }
+    write_report(out, "images", result, tables)
     plot_panels(out / "images.png", panels, f"images of {VISUAL_TOKENS} visual tokens")
     print(f"images.png is in {out}")
+    return result
+
+
+def map_points(
+    by_fusion: Mapping[str, Mapping[int, Any]], function: Callable[[Any], Any]
+) -> dict[str, dict[int, Any]]:
+    """Return what a function makes of each point."""
+    result = {}
+    for name, points in by_fusion.items():
+        result[name] = {count: function(value) for count, value in points.items()}
     return result

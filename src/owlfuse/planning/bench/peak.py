@@ -9,18 +9,34 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import torch
 from torch.profiler import ProfilerActivity, profile
 
 from owlfuse.model.loss import batch_loss
-from owlfuse.planning.bench.pairs import device_name, in_turns, lowered, seconds_of
-from owlfuse.planning.bench.report import leave
-from owlfuse.planning.bench.step import SIZES, STAGES, batch_of, our_model, samples_of, step_of
-from owlfuse.planning.meter import read
+from owlfuse.planning.bench.pairs import (
+    autocast,
+    device_name,
+    seconds_of,
+    time_interleaved,
+    upper_median,
+)
+from owlfuse.planning.bench.report import write_report
+from owlfuse.planning.bench.step import (
+    SIZES,
+    STAGES,
+    make_batch,
+    make_samples,
+    make_step,
+    owlfuse_model,
+)
+from owlfuse.planning.meter import measure_step
+from owlfuse.planning.step import bytes_of
 
 KINDS = {
     "matrix products": ("mm", "addmm", "bmm", "baddbmm", "convolution", "mkldnn_convolution"),
@@ -31,18 +47,16 @@ KINDS = {
         "cudnn_attention",
     ),
     "loss": ("log_softmax", "nll_loss"),
-    "optimizer": ("_fused_adam",),
-    "clipping": ("_foreach", "linalg_vector_norm"),
+    "optimizer": ("fused_adam",),
+    "clipping": ("foreach", "linalg_vector_norm"),
     "gathering and scattering": ("index", "embedding", "gather"),
     "copies, fills and joins": ("copy_", "cat", "fill_", "zero_", "clone", "empty"),
 }
-"""How the names of torch's operations begin, by kind.
-
-All others are norms, activations, rotations and sums.
-"""
-REST = "norms, activations, rotations, sums"
+"""How the names of torch's operations begin, by kind, without a leading underscore."""
+REMAINDER = "norms, activations, rotations, sums"
+"""The kind of all other operations."""
 BETWEEN = "between operations: Python, autograd, dispatch"
-TERMS = {
+PARAMETER_PASSES = {
     "parameters, read forward and backward": 2,
     "gradients, written": 1,
     "gradients, divided and clipped": 5,
@@ -51,40 +65,56 @@ TERMS = {
 """How many times a step moves as many bytes as the parameters have, whatever its samples."""
 
 
-def kind_of(operation: str) -> str:
-    """The kind of one of torch's operations."""
+@dataclass
+class Yardsticks:
+    """What the machine is measured by: matrix products, and copies in memory."""
+
+    runs: dict[str, Callable[[], Any]]
+    flops: int
+    """Operations of the products."""
+    copied_bytes: int
+    """Bytes of the copies, read and written."""
+
+
+def operation_kind(operation: str) -> str:
+    """Return the kind of one of torch's operations."""
     name = operation.removeprefix("aten::").removeprefix("_")
-    for kind, begins in KINDS.items():
-        if any(name.startswith(begin.removeprefix("_")) for begin in begins):
+    for kind, prefixes in KINDS.items():
+        if name.startswith(prefixes):
             return kind
-    return REST
+    return REMAINDER
 
 
-def profile_of(step: Callable[[], Any], turns: int) -> tuple[dict[str, float], dict[str, float]]:
-    """Seconds of a step by kind of operation, and by stage."""
+def profile_step(step: Callable[[], Any], turns: int) -> tuple[dict[str, float], dict[str, float]]:
+    """Return the seconds of a step by kind of operation, and by stage."""
     device = device_name()
-    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device == "cuda" else [])]
-    with profile(activities=activities) as found:
+    activities = [ProfilerActivity.CPU]
+    if device == "cuda":
+        activities.append(ProfilerActivity.CUDA)
+    with profile(activities=activities) as profiler:
         wall = seconds_of(lambda: [step() for _ in range(turns)], device) / turns
     kinds: Any = Counter()  # of seconds
     stages = dict.fromkeys(STAGES, 0.0)
-    for event in found.key_averages():
-        own = event.self_device_time_total if device == "cuda" else event.self_cpu_time_total
+    scale = 1e-6 / turns  # the profiler's microseconds
+    for event in profiler.key_averages():
         if event.key in stages:
-            stages[event.key] += event.cpu_time_total / 1e6 / turns
+            stages[event.key] += event.cpu_time_total * scale
         elif event.key.startswith("aten::"):
-            kinds[kind_of(event.key)] += own / 1e6 / turns
+            on_gpu = device == "cuda"
+            time = event.self_device_time_total if on_gpu else event.self_cpu_time_total
+            kinds[operation_kind(event.key)] += time * scale
+    # Operations nest: their own times do not overlap, and the rest is no operation's.
     kinds[BETWEEN] = max(wall - sum(kinds.values()), 0.0)
     return dict(kinds.most_common()), stages
 
 
-def floor_of(parameters: int, kept: int) -> dict[str, int]:
-    """Bytes that a step moves at least: of what is as large as the parameters, and of what the
-    forward keeps."""
-    return {
-        **{name: times * parameters for name, times in TERMS.items()},
-        "kept for the backward, written and read": 2 * kept,
-    }
+def floor_bytes(parameter_bytes: int, saved_bytes: int) -> dict[str, int]:
+    """Return the bytes that a step moves at least: of what is as large as the parameters, and of
+    what the forward saves."""
+    # Once written in the forward, once read in the backward pass.
+    moved = {name: passes * parameter_bytes for name, passes in PARAMETER_PASSES.items()}
+    moved["kept for the backward, written and read"] = 2 * saved_bytes
+    return moved
 
 
 def bench_peak(
@@ -95,99 +125,115 @@ def bench_peak(
     Arguments are `bench_step`'s.
     """
     sizes, data = SIZES[size]
-    device, quick = device_name(), size == "quick"
-    batch = batch_of(samples_of(data, sizes, sizes.visual_tokens), sizes, pack_to)
-    model = our_model(sizes)
+    quick = size == "quick"
+    batch = make_batch(make_samples(data, sizes, sizes.visual_tokens), sizes, pack_to)
+    model = owlfuse_model(sizes)
     inputs = [value for value in vars(batch).values() if isinstance(value, torch.Tensor)]
-    with lowered(precision):
-        reading = read(model, lambda: batch_loss(model, batch)[0], inputs)
+    # On real tensors, so that autocast casts as it does in the step.
+    with autocast(precision):
+        cost = measure_step(model, lambda: batch_loss(model, batch)[0], inputs)
     model.zero_grad()
-    step = partial(step_of(model, precision), lambda: batch_loss(model, batch))
-    runs, flops, copied = yardsticks(
-        device, torch.bfloat16 if precision == "bf16-mixed" else torch.float32, quick
-    )
-    seconds = in_turns({"step": step, **runs}, repeats, warm_up=2)
-    middle = {name: sorted(turns)[len(turns) // 2] for name, turns in seconds.items()}
-    operations = reading.forward + reading.backward
-    rate, bandwidth = flops / middle["products"], copied / middle["copies"]
-    shares = sorted(
-        operations / own / (flops / other)
-        for own, other in zip(seconds["step"], seconds["products"], strict=True)
-    )
-    moved = floor_of(sum(p.numel() * p.element_size() for p in model.parameters()), reading.kept)
-    kinds, stages = profile_of(step, 1 if quick else 2)
+
+    step = partial(make_step(model, precision), lambda: batch_loss(model, batch))
+    yardsticks = make_yardsticks(precision, quick)
+    # In turns, since a processor's clock depends on its temperature.
+    seconds = time_interleaved({"step": step, **yardsticks.runs}, repeats, warm_up=2)
+    medians = {name: upper_median(turns) for name, turns in seconds.items()}
+    operations = cost.forward + cost.backward
+    matrix_rate = yardsticks.flops / medians["products"]
+    bandwidth = yardsticks.copied_bytes / medians["copies"]
+    shares = []
+    # By turn: a slow minute falls on the step and on its yardstick.
+    for step_seconds, product_seconds in zip(seconds["step"], seconds["products"], strict=True):
+        shares.append(operations / step_seconds / (yardsticks.flops / product_seconds))
+    moved = floor_bytes(bytes_of(model.parameters()), cost.saved)
+    floor_seconds = operations / matrix_rate + sum(moved.values()) / bandwidth
+    kinds, stages = profile_step(step, 1 if quick else 2)
     result = {
         "sizes": vars(sizes),
         "data": vars(data),
         "precision": precision,
         "seconds": seconds,
         "tokens": sum(batch.lengths),
-        "operations": {"forward": reading.forward, "backward": reading.backward},
+        "operations": {"forward": cost.forward, "backward": cost.backward},
         "bytes": moved,
-        "matrix_flops_per_second": rate,
+        "matrix_flops_per_second": matrix_rate,
         "copy_bytes_per_second": bandwidth,
-        "share_of_matrix_rate": shares[len(shares) // 2],
-        "share_of_floor": (operations / rate + sum(moved.values()) / bandwidth) / middle["step"],
+        "share_of_matrix_rate": upper_median(shares),
+        "share_of_floor": floor_seconds / medians["step"],
         "profile_seconds": kinds,
         "stage_seconds": stages,
     }
-    leave(out, "peak", result, tables_of(result, middle["step"]))
+    tables = {
+        floor_title(result): floor_frame(result, floor_seconds, medians["step"]),
+        profile_title("by kind of operation"): profile_frame(kinds),
+        profile_title("by stage"): profile_frame(stages),
+    }
+    write_report(out, "peak", result, tables)
     return result
 
 
-def yardsticks(
-    device: str, dtype: torch.dtype, quick: bool
-) -> tuple[dict[str, Callable[[], Any]], int, int]:
-    """What the machine is measured by, matrix products and copies; the operations of the one, and
-    the bytes of the other, read and written."""
-    size = 8192 if device == "cuda" else 256 if quick else 1024
-    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-    source, target = (torch.empty(2**20 if quick else 2**26, device=device) for _ in range(2))
-    products, copies = max(1, int(2e10 / 2 / size**3)), 4
-    runs = {
+def make_yardsticks(precision: str, quick: bool) -> Yardsticks:
+    """Return what the machine is measured by, in the precision of the step's products."""
+    device = device_name()
+    dtype = torch.bfloat16 if precision == "bf16-mixed" else torch.float32
+    size = 256 if quick else 1024
+    if device == "cuda":
+        size = 8192  # a smaller product does not fill a large GPU
+    a = torch.randn(size, size, device=device, dtype=dtype)
+    b = torch.randn(size, size, device=device, dtype=dtype)
+    length = 2**20 if quick else 2**26
+    source = torch.empty(length, device=device)
+    target = torch.empty(length, device=device)
+    flops = 2 * size**3
+    products = max(1, int(2e10 / flops))  # about a second of one core
+    copies = 4  # of 256 MB, more than any cache holds
+    runs: dict[str, Callable[[], Any]] = {
         "products": lambda: [a @ b for _ in range(products)],
         "copies": lambda: [target.copy_(source) for _ in range(copies)],
     }
-    return runs, products * 2 * size**3, copies * 8 * source.numel()
+    return Yardsticks(runs, products * flops, copies * 2 * 4 * length)
 
 
-def tables_of(result: dict[str, Any], step: float) -> list[tuple[str, list[str], list[list[str]]]]:
-    """The floor, and the profile."""
-    rate, bandwidth = result["matrix_flops_per_second"], result["copy_bytes_per_second"]
-    operations, moved = sum(result["operations"].values()), sum(result["bytes"].values())
-    floor = [
-        [f"operations, {k}", f"{n / 1e9:.1f} GFLOP", f"{1000 * n / rate:.1f}"]
-        for k, n in result["operations"].items()
-    ]
-    floor += [
-        [name, f"{n / 1e9:.3f} GB", f"{1000 * n / bandwidth:.1f}"]
-        for name, n in result["bytes"].items()
-    ]
-    floor += [
-        [
-            "operations and bytes, one after the other",
-            "",
-            f"{1000 * (operations / rate + moved / bandwidth):.1f}",
-        ],
-        ["the step, measured", "", f"{1000 * step:.1f}"],
-    ]
-    reached = (
-        f"the floor of a step: the machine multiplies matrices at {rate / 1e9:.0f} GFLOP/s and "
-        f"copies {bandwidth / 1e9:.1f} "
-        f"GB/s; the step reaches {result['share_of_matrix_rate']:.0%} of the matrix rate, and the "
-        "floor is "
-        f"{result['share_of_floor']:.0%} of it"
+def floor_title(result: dict[str, Any]) -> str:
+    """Return what of the machine's rates the step reaches."""
+    rate = result["matrix_flops_per_second"] / 1e9
+    bandwidth = result["copy_bytes_per_second"] / 1e9
+    return (
+        f"the floor of a step: the machine multiplies matrices at {rate:.0f} GFLOP/s and "
+        f"copies {bandwidth:.1f} GB/s; the step reaches {result['share_of_matrix_rate']:.0%} of "
+        f"the matrix rate, and the floor is {result['share_of_floor']:.0%} of it"
     )
-    tables = [(reached, ["", "amount", "ms at that rate"], floor)]
-    for title, parts in (
-        ("by kind of operation", result["profile_seconds"]),
-        ("by stage", result["stage_seconds"]),
-    ):
-        whole = sum(parts.values()) or 1.0
-        rows = [
-            [name, f"{1000 * value:.1f}", f"{value / whole:.1%}"] for name, value in parts.items()
-        ]
-        tables.append(
-            (f"where the step's time goes, {title} (torch's profiler)", ["", "ms", "share"], rows)
-        )
-    return tables
+
+
+def floor_frame(result: dict[str, Any], floor_seconds: float, step: float) -> pd.DataFrame:
+    """Return the operations and bytes of a step, and the time that they take at least."""
+    rows = []
+    for name, count in result["operations"].items():
+        seconds = count / result["matrix_flops_per_second"]
+        rows.append((f"operations, {name}", f"{count / 1e9:.1f} GFLOP", seconds))
+    for name, count in result["bytes"].items():
+        seconds = count / result["copy_bytes_per_second"]
+        rows.append((name, f"{count / 1e9:.3f} GB", seconds))
+    rows.append(("operations and bytes, one after the other", "", floor_seconds))
+    rows.append(("the step, measured", "", step))
+    frame = pd.DataFrame(rows, columns=["", "amount", "ms at that rate"])
+    frame["ms at that rate"] = [f"{1000 * seconds:.1f}" for _, _, seconds in rows]
+    return frame
+
+
+def profile_title(parts: str) -> str:
+    """Return the title of a profile's table."""
+    return f"where the step's time goes, {parts} (torch's profiler)"
+
+
+def profile_frame(seconds: dict[str, float]) -> pd.DataFrame:
+    """Return the parts of a step's time, with their shares."""
+    total = sum(seconds.values()) or 1.0
+    return pd.DataFrame(
+        {
+            "": list(seconds),
+            "ms": [f"{1000 * value:.1f}" for value in seconds.values()],
+            "share": [f"{value / total:.1%}" for value in seconds.values()],
+        }
+    )

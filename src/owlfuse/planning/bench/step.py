@@ -17,6 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import torch
 from torch import Tensor, nn
 from torch.profiler import record_function
@@ -27,17 +28,32 @@ from owlfuse.data.collate import Collator
 from owlfuse.model.loss import batch_loss, token_loss
 from owlfuse.model.multimodal import MultimodalLM, build_model
 from owlfuse.parallel.collectives import clip, divide
-from owlfuse.planning.bench.pairs import device_name, in_turns, lowered, ratios, shown
-from owlfuse.planning.bench.report import leave
+from owlfuse.planning.bench.pairs import (
+    autocast,
+    device_name,
+    full_adapters,
+    fusion_configs,
+    ratio_text,
+    ratios,
+    time_interleaved,
+    upper_median,
+)
+from owlfuse.planning.bench.report import write_report
 
 IMAGE_TOKEN = 5
 PEER = "LLaVA of transformers"
 STAGES = ("forward", "backward", "clipping", "optimizer")
+PADDED = (PEER, "owlfuse, without packing", "owlfuse, neither")
+"""Those whose rows are padded to the longest."""
+CONCAT, ADAPTIVE = "concat", "modality_adaptive"
+EVERYWHERE = "modality_adaptive, both copies everywhere"
+Loss = Callable[[], tuple[Tensor, Tensor | float]]
+"""Returns the sum over tokens and their count."""
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Of both models."""
+    """The sizes of both models."""
 
     width: int = 512
     hidden: int = 1376
@@ -53,7 +69,7 @@ class Sizes:
 
     @property
     def visual_tokens(self) -> int:
-        """Q."""
+        """Visual tokens per image, Q."""
         return (self.image_size // self.patch) ** 2
 
 
@@ -80,7 +96,7 @@ is a ViT-B/16."""
 
 
 def llm_config(sizes: Sizes) -> dict[str, Any]:
-    """The Llama of both."""
+    """Return the configuration of both models' Llama."""
     return {
         "hidden_size": sizes.width,
         "intermediate_size": sizes.hidden,
@@ -93,10 +109,10 @@ def llm_config(sizes: Sizes) -> dict[str, Any]:
     }
 
 
-def our_model(sizes: Sizes, fusion: dict[str, Any] | None = None, **options: Any) -> MultimodalLM:
-    """Ours with random weights, everything trained; by default the fusion is the peer's own,
-    concatenation."""
-    vision: dict[str, Any] = {
+def owlfuse_model(sizes: Sizes, fusion: str = CONCAT) -> MultimodalLM:
+    """Return our model with random weights, everything trained; by default the fusion is the
+    peer's own, concatenation."""
+    vision = {
         "_target_": "owlfuse.model.vision.backbone.TimmBackbone",
         "name": "vit_base_patch16_clip_224",
         "image_size": sizes.image_size,
@@ -105,33 +121,29 @@ def our_model(sizes: Sizes, fusion: dict[str, Any] | None = None, **options: Any
             "embed_dim": sizes.vision_width,
             "depth": sizes.vision_layers,
             "num_heads": sizes.vision_heads,
+            "patch_size": sizes.patch,
         },
     }
-    vision["kwargs"]["patch_size"] = sizes.patch
-    nodes = {
+    part_configs = {
         "vision": vision,
         "connector": {"_target_": "owlfuse.model.connectors.mlp.MLPConnector"},
-        "fusion": fusion or {"_target_": "owlfuse.model.fusion.concat.Concat"},
+        "fusion": fusion_configs([])[fusion],
         "llm": {
             "_target_": "owlfuse.model.llm.load_llm",
             "config": {"model_type": "llama", **llm_config(sizes)},
         },
-        "adapter": {
-            part: {"_target_": "owlfuse.model.adapters.Full"}
-            for part in ("vision", "connector", "fusion", "llm")
-        },
-        **options,
+        "adapter": full_adapters(),
     }
+    # Made on the device, without a copy on the CPU.
     torch.manual_seed(0)
     with torch.device(device_name()):
-        return build_model(nodes, sizes.vocabulary)[0].to(device_name()).train()
+        model, _ = build_model(part_configs, sizes.vocabulary)
+    return model.to(device_name()).train()
 
 
-def their_model(sizes: Sizes) -> LlavaForConditionalGeneration:
-    """The peer with random weights:
-
-    CLIP's vision transformer, whose last layer is read, an MLP and the same Llama.
-    """
+def peer_model(sizes: Sizes) -> LlavaForConditionalGeneration:
+    """Return the peer with random weights: CLIP's vision transformer, whose last layer is read, an
+    MLP and the same Llama."""
     vision = CLIPVisionConfig(
         hidden_size=sizes.vision_width,
         intermediate_size=4 * sizes.vision_width,
@@ -145,7 +157,7 @@ def their_model(sizes: Sizes) -> LlavaForConditionalGeneration:
         text_config=LlamaConfig(**llm_config(sizes)),
         image_token_index=IMAGE_TOKEN,
         image_seq_length=sizes.visual_tokens,
-        vision_feature_layer=-1,
+        vision_feature_layer=-1,  # as ours: LLaVA's default is the last but one
     )
     torch.manual_seed(0)
     with torch.device(device_name()):
@@ -153,57 +165,57 @@ def their_model(sizes: Sizes) -> LlavaForConditionalGeneration:
     return model.to(device_name()).train()
 
 
-def samples_of(data: Data, sizes: Sizes, per_image: int) -> list[Encoded]:
-    """The step's samples: the image's placeholders, the question, and the answer, which is
+def make_samples(data: Data, sizes: Sizes, tokens_per_image: int) -> list[Encoded]:
+    """Return the step's samples: the image's placeholders, the question, and the answer, which is
     supervised."""
-    rng, generator = random.Random(data.seed), torch.Generator().manual_seed(data.seed)
-    found = []
+    rng = random.Random(data.seed)
+    generator = torch.Generator().manual_seed(data.seed)
+    samples = []
     for number in range(data.rows):
-        text = round(math.exp(rng.uniform(math.log(data.shortest), math.log(data.longest))))
-        share = rng.uniform(*data.supervised)
-        taken = per_image if number % 2 else 0
-        words = torch.randint(IMAGE_TOKEN + 1, sizes.vocabulary, (text,), generator=generator)
-        ids = torch.cat([torch.full((taken,), IMAGE_TOKEN), words])
-        labels = torch.where(torch.arange(len(ids)) < len(ids) - round(text * share), -100, ids)
-        pixels = (
-            [torch.randn(3, sizes.image_size, sizes.image_size, generator=generator)]
-            if taken
-            else []
-        )
-        found.append(
-            Encoded(str(number), "", ids, labels, ids == IMAGE_TOKEN, pixels, [0] if taken else [])
-        )
-    return found
+        # Evenly on a logarithmic scale: most chats are short.
+        length = round(math.exp(rng.uniform(math.log(data.shortest), math.log(data.longest))))
+        answer_length = round(length * rng.uniform(*data.supervised))
+        has_image = number % 2 == 1  # every second one, whatever the seed
+        text = torch.randint(IMAGE_TOKEN + 1, sizes.vocabulary, (length,), generator=generator)
+        placeholders = torch.full((tokens_per_image if has_image else 0,), IMAGE_TOKEN)
+        ids = torch.cat([placeholders, text])
+        labels = ids.clone()
+        labels[: len(ids) - answer_length] = -100
+        pixels = []
+        if has_image:
+            shape = 3, sizes.image_size, sizes.image_size
+            pixels.append(torch.randn(shape, generator=generator))
+        offsets = [0] if has_image else []
+        sample = Encoded(str(number), "", ids, labels, ids == IMAGE_TOKEN, pixels, offsets)
+        samples.append(sample)
+    return samples
 
 
-def batch_of(samples: list[Encoded], sizes: Sizes, pack_to: int | None) -> Batch:
-    """The samples as ours and the peer read them, packed or each in a row of its own."""
-    return Collator(0, (3, sizes.image_size, sizes.image_size), pack_to=pack_to)(samples).to(
-        device_name()
-    )
+def make_batch(samples: list[Encoded], sizes: Sizes, pack_to: int | None) -> Batch:
+    """Return the samples as ours and the peer read them, packed or each in a row of its own."""
+    shape = 3, sizes.image_size, sizes.image_size
+    return Collator(0, shape, pack_to=pack_to)(samples).to(device_name())
 
 
-Loss = Callable[[], tuple[Tensor, Tensor | float]]
+def make_step(model: nn.Module, precision: str) -> Callable[[Loss], Tensor]:
+    """Return a training step of a loss: forward, backward, clipping and AdamW.
 
-
-def step_of(model: nn.Module, precision: str) -> Callable[[Loss], Tensor]:
-    """A training step of a loss: forward, backward, clipping and AdamW.
-
-    It gives the mean loss of its tokens.
+    It returns the mean loss of its tokens.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=True)
 
     def step(loss: Loss) -> Tensor:
-        with record_function(STAGES[0]), lowered(precision):
+        with record_function("forward"), autocast(precision):
             value, tokens = loss()
-        with record_function(STAGES[1]):
+        with record_function("backward"):
             value.backward()
-        with record_function(STAGES[2]):
+        with record_function("clipping"):
             gradients = [p.grad for p in parameters if p.grad is not None]
+            # As owlfuse trains: the sum's gradients are divided by the tokens.
             divide(gradients, torch.as_tensor(tokens))
             clip(gradients, 1.0)
-        with record_function(STAGES[3]):
+        with record_function("optimizer"):
             optimizer.step()
             optimizer.zero_grad()
         return value.detach() / tokens
@@ -211,32 +223,38 @@ def step_of(model: nn.Module, precision: str) -> Callable[[Loss], Tensor]:
     return step
 
 
-def steps_of(
-    sizes: Sizes, data: Data, pack_to: int, precision: str
-) -> tuple[dict[str, Callable[[], Tensor]], Batch, Batch]:
-    """The peer's step and ours by name, and the padded and the packed batch."""
-    samples = samples_of(data, sizes, sizes.visual_tokens)
-    padded, packed = batch_of(samples, sizes, None), batch_of(samples, sizes, pack_to)
-    theirs = their_model(sizes)
-    peers = {
-        name: getattr(padded, name)
-        for name in ("input_ids", "attention_mask", "labels", "pixel_values")
-    }
+def make_steps(
+    sizes: Sizes, padded: Batch, packed: Batch, precision: str
+) -> dict[str, Callable[[], Tensor]]:
+    """Return the peer's step and ours by name."""
+    # Both stay in memory, since their steps alternate.
+    peer: Any = peer_model(sizes)
+    model = owlfuse_model(sizes)
+    peer_step = make_step(peer, precision)
+    owlfuse_step = make_step(model, precision)
 
-    model = our_model(sizes)
+    def peer_loss() -> tuple[Tensor, float]:
+        output = peer(
+            input_ids=padded.input_ids,
+            attention_mask=padded.attention_mask,
+            labels=padded.labels,
+            pixel_values=padded.pixel_values,
+            use_cache=False,
+        )
+        return output.loss, 1.0  # a mean already
 
     def everywhere(batch: Batch) -> tuple[Tensor, Tensor]:
         return token_loss(model(batch), batch.labels)
 
-    their_step, our_step = step_of(theirs, precision), step_of(model, precision)
-    steps = {
-        PEER: lambda: their_step(lambda: (theirs(**peers, use_cache=False).loss, 1.0)),
-        "owlfuse": lambda: our_step(lambda: batch_loss(model, packed)),
-        "owlfuse, without packing": lambda: our_step(lambda: batch_loss(model, padded)),
-        "owlfuse, logits everywhere": lambda: our_step(lambda: everywhere(packed)),
-        "owlfuse, neither": lambda: our_step(lambda: everywhere(padded)),
+    losses: dict[str, Loss] = {
+        "owlfuse": lambda: batch_loss(model, packed),
+        "owlfuse, without packing": lambda: batch_loss(model, padded),
+        "owlfuse, logits everywhere": lambda: everywhere(packed),
+        "owlfuse, neither": lambda: everywhere(padded),
     }
-    return steps, padded, packed
+    steps: dict[str, Callable[[], Tensor]] = {PEER: partial(peer_step, peer_loss)}
+    steps |= {name: partial(owlfuse_step, loss) for name, loss in losses.items()}
+    return steps
 
 
 def bench_step(
@@ -254,31 +272,33 @@ def bench_step(
         size: of `SIZES`.
     """
     sizes, data = SIZES[size]
-    steps, padded, packed = steps_of(sizes, data, pack_to, precision)
-    tokens, supervised = sum(padded.lengths), int((padded.targets() != -100).sum())
-    seconds = in_turns(steps, repeats)
-    against = {name: ratios(seconds[PEER], own) for name, own in seconds.items()}
-    rows = []
-    for name, own in seconds.items():
-        batch = padded if name in (PEER, "owlfuse, without packing", "owlfuse, neither") else packed
-        median = sorted(own)[len(own) // 2]
-        share = 1 - tokens / batch.input_ids.numel()
-        rows.append(
-            [
-                name,
-                f"{1000 * median:.0f}",
-                f"{tokens / median:,.0f}",
-                f"{share:.0%}",
-                shown(against[name]),
-            ]
+    samples = make_samples(data, sizes, sizes.visual_tokens)
+    # The same samples: only their arrangement in rows differs.
+    padded = make_batch(samples, sizes, None)
+    packed = make_batch(samples, sizes, pack_to)
+    tokens = sum(padded.lengths)
+    supervised = int((padded.targets() != -100).sum())
+    seconds = time_interleaved(make_steps(sizes, padded, packed, precision), repeats)
+    speedups = {name: ratios(seconds[PEER], turns) for name, turns in seconds.items()}
+    records = []
+    for name, turns in seconds.items():
+        batch = padded if name in PADDED else packed
+        # Real tokens: padding is no work that anybody asked for.
+        median = upper_median(turns)
+        records.append(
+            {
+                "": name,
+                "ms a step": f"{1000 * median:.0f}",
+                "real tokens a second": f"{tokens / median:,.0f}",
+                "padding": f"{1 - tokens / batch.input_ids.numel():.0%}",
+                "times as fast as the peer": ratio_text(speedups[name]),
+            }
         )
     title = (
         f"a training step of {data.rows} samples, {tokens} tokens with {supervised} supervised, "
-        f"{len(padded.pixel_values)} "
-        f"images, {precision}: medians of {repeats} turns, and of the turns' ratios with their "
-        "middle half"
+        f"{len(padded.pixel_values)} images, {precision}: medians of {repeats} turns, and of the "
+        "turns' ratios with their middle half"
     )
-    head = ["", "ms a step", "real tokens a second", "padding", "times as fast as the peer"]
     result = {
         "sizes": vars(sizes),
         "data": vars(data),
@@ -288,32 +308,27 @@ def bench_step(
         "supervised": supervised,
         "positions": {"padded": padded.input_ids.numel(), "packed": packed.input_ids.numel()},
         "seconds": seconds,
-        "times_as_fast": against,
+        "times_as_fast": speedups,
     }
-    leave(out, "step", result, [(title, head, rows)])
+    write_report(out, "step", result, {title: pd.DataFrame(records)})
     return result
 
 
-FUSIONS = {
-    "concat": {"_target_": "owlfuse.model.fusion.concat.Concat"},
-    "modality_adaptive": {"_target_": "owlfuse.model.fusion.modality_adaptive.ModalityAdaptive"},
-}
-EVERYWHERE = "modality_adaptive, both copies everywhere"
-
-
-def runs_of(own: Sizes, batch: Batch, precision: str) -> dict[str, Callable[[], Tensor]]:
-    """The steps by name."""
-    models = {name: our_model(own, fusion) for name, fusion in FUSIONS.items()}
-    steps = {name: step_of(model, precision) for name, model in models.items()}
-    of = {
-        **{name: (name, batch) for name in FUSIONS},
-        EVERYWHERE: ("modality_adaptive", replace(batch, visual_count=None)),
-    }
+def adaptive_steps(sizes: Sizes, batch: Batch, precision: str) -> dict[str, Callable[[], Tensor]]:
+    """Return the steps of concatenation and of modality-adaptive layers by name."""
+    models = {name: owlfuse_model(sizes, name) for name in (CONCAT, ADAPTIVE)}
+    steps = {name: make_step(model, precision) for name, model in models.items()}
 
     def run(name: str, batch: Batch) -> Tensor:
         return steps[name](lambda: batch_loss(models[name], batch))
 
-    return {name: partial(run, *what) for name, what in of.items()}
+    # Without their count visual positions are not known to be few: both copies run everywhere.
+    uncounted = replace(batch, visual_count=None)
+    return {
+        CONCAT: partial(run, CONCAT, batch),
+        ADAPTIVE: partial(run, ADAPTIVE, batch),
+        EVERYWHERE: partial(run, ADAPTIVE, uncounted),
+    }
 
 
 def bench_modality_adaptive(
@@ -327,34 +342,37 @@ def bench_modality_adaptive(
         size: of `SIZES`.
     """
     sizes, data = SIZES[size]
-    rows: list[list[str]] = []
-    found: dict[str, dict[str, Any]] = {}
-    for groups in (1, 4):
-        own = replace(sizes, key_value_heads=sizes.heads // groups)
-        samples = samples_of(data, own, own.visual_tokens)
-        batch = batch_of(samples, own, pack_to)
-        seconds = in_turns(runs_of(own, batch, precision), repeats)
-        name = f"{own.heads} query heads, {own.key_value_heads} key-value heads"
-        found[name] = {
-            "seconds": seconds,
-            "over_concat": {k: ratios(v, seconds["concat"]) for k, v in seconds.items()},
-        }
-        for run, ratio in found[name]["over_concat"].items():
-            median = 1000 * sorted(seconds[run])[len(seconds[run]) // 2]
+    samples = make_samples(data, sizes, sizes.visual_tokens)
+    batch = make_batch(samples, sizes, pack_to)
+    records = []
+    steps: dict[str, dict[str, Any]] = {}
+    for group_size in (1, 4):  # query heads of a key-value head
+        grouped = replace(sizes, key_value_heads=sizes.heads // group_size)
+        seconds = time_interleaved(adaptive_steps(grouped, batch, precision), repeats)
+        over_concat = {name: ratios(turns, seconds[CONCAT]) for name, turns in seconds.items()}
+        heads = f"{grouped.heads} query heads, {grouped.key_value_heads} key-value heads"
+        steps[heads] = {"seconds": seconds, "over_concat": over_concat}
+        for name, ratio in over_concat.items():
             overhead = {key: 100 * (value - 1) for key, value in ratio.items()}
-            rows.append([f"{name}: {run}", f"{median:.0f}", shown(overhead, 1)])
-    visual = (batch.visual_count or 0) / sum(batch.lengths)
+            records.append(
+                {
+                    "": f"{heads}: {name}",
+                    "ms a step": f"{1000 * upper_median(seconds[name]):.0f}",
+                    "over concat, %": ratio_text(overhead, 1),
+                }
+            )
+    tokens = sum(batch.lengths)
+    visual = (batch.visual_count or 0) / tokens
     title = (
-        f"a training step of {data.rows} samples, {sum(batch.lengths)} tokens, {visual:.0%} of "
-        f"them visual, {precision}: "
-        f"medians of {repeats} turns, and of the turns' ratios with their middle half"
+        f"a training step of {data.rows} samples, {tokens} tokens, {visual:.0%} of them visual, "
+        f"{precision}: medians of {repeats} turns, and of the turns' ratios with their middle half"
     )
     result = {
         "sizes": vars(sizes),
         "data": vars(data),
         "precision": precision,
         "visual_share": visual,
-        "steps": found,
+        "steps": steps,
     }
-    leave(out, "modality_adaptive", result, [(title, ["", "ms a step", "over concat, %"], rows)])
+    write_report(out, "modality_adaptive", result, {title: pd.DataFrame(records)})
     return result

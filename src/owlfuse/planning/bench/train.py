@@ -10,11 +10,12 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import torch
 from matplotlib.figure import Figure
 
@@ -22,12 +23,20 @@ from owlfuse.config.compose import PlanOptions
 from owlfuse.core.types import Batch
 from owlfuse.model.loss import batch_loss
 from owlfuse.model.multimodal import MultimodalLM, build_model
-from owlfuse.planning.bench.pairs import seconds_of
-from owlfuse.planning.bench.report import machine, print_table
-from owlfuse.planning.plan import GB, Estimate, Layout, Workload
-from owlfuse.planning.step import Precision, meta_batch, size_of
+from owlfuse.parallel.collectives import divide
+from owlfuse.planning.bench.pairs import (
+    device_name,
+    full_adapters,
+    fusion_configs,
+    seconds_of,
+    upper_median,
+)
+from owlfuse.planning.bench.report import machine, print_table, write_result
+from owlfuse.planning.plan import GB, Layout, Workload
+from owlfuse.planning.step import Precision, bytes_of, meta_batch
 from owlfuse.training.optim import AdamWCosine
 
+VOCABULARY = 32000
 SIZES: dict[str, dict[str, Any]] = {
     "tiny": {
         "hidden_size": 256,
@@ -51,60 +60,50 @@ BACKBONES: dict[str, dict[str, Any]] = {
     },
     "1b": {"name": "vit_large_patch14_clip_224"},
 }
-FUSIONS: dict[str, dict[str, Any]] = {
-    "concat": {"_target_": "owlfuse.model.fusion.concat.Concat"},
-    "modality_adaptive": {"_target_": "owlfuse.model.fusion.modality_adaptive.ModalityAdaptive"},
-    "hyperattention": {
-        "_target_": "owlfuse.model.fusion.hyperattention.HyperAttention",
-        "layers": [0, 2, 4, 6],
-    },
-}
+FUSIONS = fusion_configs([0, 2, 4, 6])
+PARTS = ("parameters", "gradients", "optimizer", "activations")
+"""Fields of an estimate that the table shows."""
 
 
-def nodes_of(size: str, fusion: str, checkpointing: bool, compiled: bool) -> dict[str, Any]:
-    """The bench's model, everything trained."""
-    again = {"gradient_checkpointing": checkpointing}
+def make_configs(size: str, fusion: str, checkpointing: bool, compiled: bool) -> dict[str, Any]:
+    """Return the configurations of the bench's model, everything trained."""
+    options = {"gradient_checkpointing": checkpointing}
     llm = {
         "model_type": "llama",
         "num_key_value_heads": 4,
-        "vocab_size": 32000,
+        "vocab_size": VOCABULARY,
         "max_position_embeddings": 65536,
         **SIZES[size],
     }
+    vision = {"_target_": "owlfuse.model.vision.backbone.TimmBackbone", **BACKBONES[size]}
+    connector = {"_target_": "owlfuse.model.connectors.abstractor.Abstractor", "queries": 16}
     return {
-        "vision": {
-            "_target_": "owlfuse.model.vision.backbone.TimmBackbone",
-            **BACKBONES[size],
-            **again,
-        },
-        "connector": {
-            "_target_": "owlfuse.model.connectors.abstractor.Abstractor",
-            "queries": 16,
-            **again,
-        },
+        "vision": {**vision, **options},
+        "connector": {**connector, **options},
         "fusion": FUSIONS[fusion],
-        "llm": {"_target_": "owlfuse.model.llm.load_llm", "config": llm, **again},
-        "adapter": {
-            part: {"_target_": "owlfuse.model.adapters.Full"}
-            for part in ("vision", "connector", "fusion", "llm")
-        },
+        "llm": {"_target_": "owlfuse.model.llm.load_llm", "config": llm, **options},
+        "adapter": full_adapters(),
         "compile": compiled,
     }
 
 
 def random_batch(model: MultimodalLM, rows: int, length: int, images: int, device: str) -> Batch:
-    """B rows of T tokens, their I images at the front; the first row is padded by one, as a
+    """Return B rows of T tokens, their I images at the front; the first row is padded by one, as a
     batch of real lengths is."""
     shapes = meta_batch(model, rows, length, images)
-    ids = torch.randint(0, 32000, (rows, length))
+    # One padded position: without any, attention takes a path without a mask.
+    ids = torch.randint(0, VOCABULARY, (rows, length))
     mask = torch.ones_like(ids)
     mask[0, -1] = 0
-    taken = images * model.fusion.tokens_per_image
-    placeholder = (torch.arange(length) < taken).expand(rows, -1).clone()
-    index = torch.arange(rows * images).view(rows, images) if images else torch.full((rows, 1), -1)
-    positions = (
-        torch.arange(images) * model.fusion.tokens_per_image if images else torch.full((1,), length)
-    )
+    tokens_per_image = model.fusion.tokens_per_image
+    is_image = torch.arange(length) < images * tokens_per_image
+    placeholder = is_image.expand(rows, -1).clone()
+    if images:
+        index = torch.arange(rows * images).view(rows, images)
+        positions = torch.arange(images) * tokens_per_image
+    else:
+        index = torch.full((rows, 1), -1)
+        positions = torch.full((1,), length)
     batch = Batch(
         input_ids=ids,
         attention_mask=mask,
@@ -120,57 +119,64 @@ def random_batch(model: MultimodalLM, rows: int, length: int, images: int, devic
 
 
 def profiled_peak(step: Callable[[], Any]) -> int:
-    """The most bytes on the CPU at once on top of what was there, by torch's profiler, the
+    """Return the most bytes on the CPU at once on top of what was there, by torch's profiler, the
     kernels' own scratch included."""
-    with torch.profiler.profile(
-        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
-    ) as profile:
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
         step()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "trace.json"
         profile.export_chrome_trace(str(path))
-        events = [
-            event
-            for event in json.loads(path.read_text())["traceEvents"]
-            if event.get("name") == "[memory]"
-        ]
-    return max(
-        accumulate(
-            event["args"]["Bytes"] for event in sorted(events, key=lambda event: event["ts"])
-        )
-    )
+        trace = json.loads(path.read_text())["traceEvents"]
+    events = [event for event in trace if event.get("name") == "[memory]"]
+    # Each event is a difference, in the order of time; their running sum is what is alive.
+    events.sort(key=lambda event: event["ts"])
+    return max(accumulate(event["args"]["Bytes"] for event in events))
 
 
 def matmul_rate(device: str, dtype: torch.dtype, size: int) -> float:
-    """FLOP/s of the best of some products of two square matrices."""
-    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    """Return the FLOP/s of the best of some products of two square matrices."""
+    a = torch.randn(size, size, device=device, dtype=dtype)
+    b = torch.randn(size, size, device=device, dtype=dtype)
+    # The best: what else the machine does makes a product slower, never faster.
     seconds = min(seconds_of(lambda: a @ b, device) for _ in range(10))
     return 2 * size**3 / seconds
 
 
-def measure(
-    nodes: dict[str, Any], precision: Precision, rows: int, length: int, images: int, steps: int
-) -> dict[str, Any]:
-    """Real steps: the peak of one in bytes, the median of their seconds, and the rate of matrix
-    products in their precision."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    torch.manual_seed(0)
-    with torch.device(device):
-        model = build_model(nodes, 32000)[0].to(precision.parameters).train()
-    optimizer = AdamWCosine().build(model, steps)["optimizer"]
-    batch = random_batch(model, rows, length, images, device)
-    batch.pixel_values = batch.pixel_values.to(next(model.parameters()).dtype)
+def make_step(
+    model: MultimodalLM, batch: Batch, optimizer: torch.optim.Optimizer, precision: Precision
+) -> Callable[[], None]:
+    """Return a training step: forward, backward, clipping and the optimizer's."""
 
     def step() -> None:
-        lower = precision.autocast
-        with torch.autocast(device, lower) if lower else nullcontext():
+        context: AbstractContextManager = nullcontext()
+        if precision.autocast:
+            context = torch.autocast(batch.input_ids.device.type, precision.autocast)
+        with context:
             loss, tokens = batch_loss(model, batch)
         loss.backward()
-        torch._foreach_div_([p.grad for p in model.parameters() if p.grad is not None], tokens)
+        divide([p.grad for p in model.parameters() if p.grad is not None], tokens)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
 
+    return step
+
+
+def measure(
+    configs: dict[str, Any], precision: Precision, rows: int, length: int, images: int, steps: int
+) -> dict[str, Any]:
+    """Return of real steps: the peak of one in bytes, the median of their seconds, and the rate of
+    matrix products in their precision."""
+    device = device_name()
+    torch.manual_seed(0)
+    with torch.device(device):
+        model = build_model(configs, VOCABULARY)[0].to(precision.parameters).train()
+    optimizer = AdamWCosine().build(model, steps)["optimizer"]
+    batch = random_batch(model, rows, length, images, device)
+    # As Lightning casts inputs with a true half precision.
+    batch.pixel_values = batch.pixel_values.to(next(model.parameters()).dtype)
+    step = make_step(model, batch, optimizer, precision)
     for _ in range(2):  # the optimizer's state, compilation, and the libraries' workspaces
         step()
     if device == "cuda":
@@ -178,24 +184,16 @@ def measure(
         step()
         peak = torch.cuda.max_memory_allocated()
     else:
-        state = [
-            value
-            for entry in optimizer.state.values()
-            for value in entry.values()
-            if torch.is_tensor(value)
-        ]
-        there = [
-            *model.parameters(),
-            *model.buffers(),
-            *state,
-            *filter(torch.is_tensor, vars(batch).values()),
-        ]
-        peak = size_of(there) + profiled_peak(step)
-    seconds = sorted(seconds_of(step, device) for _ in range(steps))[steps // 2]
+        # The profiler counts from zero: what was there before is added.
+        resident = [*model.parameters(), *model.buffers()]
+        for state in optimizer.state.values():
+            resident += filter(torch.is_tensor, state.values())
+        resident += filter(torch.is_tensor, vars(batch).values())
+        peak = bytes_of(resident) + profiled_peak(step)
     dtype = precision.autocast or precision.parameters or torch.float32
     return {
         "peak": peak,
-        "seconds": seconds,
+        "seconds": upper_median([seconds_of(step, device) for _ in range(steps)]),
         "rate": matmul_rate(device, dtype, 8192 if device == "cuda" else 1024),
     }
 
@@ -219,17 +217,18 @@ def bench_train(
         precision: Lightning's.
         options: `checkpointing` and `compiled`.
     """
-    nodes = nodes_of(size, fusion, options["checkpointing"], options["compiled"])
-    plain = {
-        "model": nodes,
+    configs = make_configs(size, fusion, options["checkpointing"], options["compiled"])
+    run_config = {
+        "model": configs,
         "optim": {"_target_": "owlfuse.training.optim.AdamWCosine"},
         "trainer": {"precision": precision},
         "data": {"max_length": length, "global_batch_size": rows},
     }
-    estimate = Workload(plain, PlanOptions(images_per_sample=images)).estimate(
-        Layout(1, 1, False, rows)
-    )
-    found = measure(nodes, Precision.of(precision), rows, length, images, steps)
+    # One GPU, all rows in one micro batch: as it is measured.
+    workload = Workload(run_config, PlanOptions(images_per_sample=images))
+    estimate = workload.estimate(Layout(1, 1, False, rows))
+    measured = measure(configs, Precision.of(precision), rows, length, images, steps)
+    seconds, rate = measured["seconds"], measured["rate"]
     result = {
         "machine": machine(),
         "step": {
@@ -241,49 +240,46 @@ def bench_train(
             "precision": precision,
         },
         "options": options,
-        "peak_GB": {"measured": found["peak"] / GB, "planned": estimate.peak / GB},
+        "peak_GB": {"measured": measured["peak"] / GB, "planned": estimate.peak / GB},
         "planned_GB": {name: getattr(estimate, name) / GB for name in PARTS},
-        "seconds_per_step": found["seconds"],
-        "tokens_per_second": rows * length / found["seconds"],
+        "seconds_per_step": seconds,
+        "tokens_per_second": rows * length / seconds,
         "flops_per_step": estimate.flops,
-        "matmul_tflops": found["rate"] / 1e12,
-        "share_of_matmul_rate": estimate.flops / found["seconds"] / found["rate"],
+        "matmul_tflops": rate / 1e12,
+        "share_of_matmul_rate": estimate.flops / seconds / rate,
     }
-    report(result, estimate, out)
+    print_table(f"training steps ({result['machine']})", result_frame(result))
+    write_result(out, "train", result)
+    plot(out / "train.png", result)
+    print(f"train.json and train.png are in {out}")
     return result
 
 
-PARTS = ("parameters", "gradients", "optimizer", "activations")
-
-
-def report(result: dict[str, Any], estimate: Estimate, out: Path) -> None:
-    """The table, and the files."""
+def result_frame(result: dict[str, Any]) -> pd.DataFrame:
+    """Return what was measured beside what was planned."""
     peak = result["peak_GB"]
     rows = [
-        ["peak memory, GB", f"{peak['measured']:.3f}", f"{peak['planned']:.3f}"],
-        ["planned : measured", "", f"{peak['planned'] / peak['measured']:.3f}"],
-        *([f"  {name}, GB", "", f"{result['planned_GB'][name]:.3f}"] for name in PARTS),
-        ["seconds a step", f"{result['seconds_per_step']:.3f}", ""],
-        ["tokens a second", f"{result['tokens_per_second']:,.0f}", ""],
-        ["FLOPs a step", "", f"{estimate.flops:.3g}"],
-        ["TFLOP/s of matrix products", f"{result['matmul_tflops']:.3g}", ""],
-        ["share of that rate", f"{result['share_of_matmul_rate']:.1%}", ""],
+        ("peak memory, GB", f"{peak['measured']:.3f}", f"{peak['planned']:.3f}"),
+        ("planned : measured", "", f"{peak['planned'] / peak['measured']:.3f}"),
     ]
-    print_table(f"training steps ({result['machine']})", ["", "measured", "planned"], rows)
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "train.json").write_text(json.dumps(result, indent=2) + "\n")
-    plot(out / "train.png", result)
-    print(f"train.json and train.png are in {out}")
+    for name, size in result["planned_GB"].items():
+        rows.append((f"  {name}, GB", "", f"{size:.3f}"))
+    rows += [
+        ("seconds a step", f"{result['seconds_per_step']:.3f}", ""),
+        ("tokens a second", f"{result['tokens_per_second']:,.0f}", ""),
+        ("FLOPs a step", "", f"{result['flops_per_step']:.3g}"),
+        ("TFLOP/s of matrix products", f"{result['matmul_tflops']:.3g}", ""),
+        ("share of that rate", f"{result['share_of_matmul_rate']:.1%}", ""),
+    ]
+    return pd.DataFrame(rows, columns=["", "measured", "planned"])
 
 
 def plot(path: Path, result: dict[str, Any]) -> None:
-    """The peak as measured and as planned, beside the plan's parts."""
+    """Draws the peak as measured and as planned, beside the plan's parts."""
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
-    bars = {
-        **{f"peak, {name}": value for name, value in result["peak_GB"].items()},
-        **result["planned_GB"],
-    }
+    bars = {f"peak, {name}": value for name, value in result["peak_GB"].items()}
+    bars |= result["planned_GB"]
     axes.bar(list(bars), list(bars.values()), color=["C1", "C0", *["C7"] * len(PARTS)])
     axes.tick_params("x", rotation=30)
     axes.set(ylabel="GB", title=f"a training step on {result['machine']}")

@@ -14,83 +14,98 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 
 from owlfuse.serving.chat import Conversation
 
-BETWEEN = 0.08
-"""Seconds between two looks of the page at a growing answer."""
-ONE_AT_A_TIME = threading.Lock()
+REFRESH_SECONDS = 0.08
+"""Between two states of a growing answer that the page shows."""
+MODEL_LOCK = threading.Lock()
 """The models share one processor or GPU, and their times are compared: no two answers are made
 at once."""
 
 
-class Watch(StoppingCriteria):
-    """Counts an answer's tokens, and ends it early where that is asked or the model's positions are
-    used up.
+class AnswerLimits(StoppingCriteria):
+    """Counts an answer's tokens, and ends it early where that is requested or the model's positions
+    are used up.
 
     Args:
         stop: ends the answer when it is set.
-        longest: positions (T) that the model knows, prompt and answer together; None: no limit is
-            known.
+        max_positions: positions (T) that the model knows, prompt and answer together; None: no
+            limit is known.
         seconds: that the answer may take; None: any.
     """
 
     def __init__(
-        self, stop: threading.Event, longest: int | None, seconds: float | None = None
+        self, stop: threading.Event, max_positions: int | None, seconds: float | None = None
     ) -> None:
         self.stop = stop
-        self.longest = longest
+        self.max_positions = max_positions
         self.seconds = seconds
         self.late = False
-        self.tokens = 0
         self.full = False
-        self.begun = self.first = self.last = time.perf_counter()
+        self.tokens = 0
+        self.begun = self.first_token = self.last_token = time.perf_counter()
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
-        """See `StoppingCriteria`; called after each token."""
-        self.last = time.perf_counter()
+        """Return whether the answer ends. See `StoppingCriteria`; called after each token."""
+        self.last_token = time.perf_counter()
+        # The first token includes the reading of the prompt.
         if not self.tokens:
-            self.first = self.last
+            self.first_token = self.last_token
         self.tokens += 1
-        self.full = self.longest is not None and input_ids.shape[1] >= self.longest
-        self.late = self.seconds is not None and self.last - self.begun > self.seconds
+        if self.max_positions is not None:
+            self.full = input_ids.shape[1] >= self.max_positions
+        if self.seconds is not None:
+            self.late = self.last_token - self.begun > self.seconds
         ends = self.full or self.late or self.stop.is_set()
         return torch.full((len(input_ids),), ends, device=input_ids.device)
 
-    def told(self) -> str:
-        """Time and speed, for below the answer."""
-        seconds = self.last - self.begun
-        after = f" (first {self.first - self.begun:.2f} s)" if self.tokens > 1 else ""
-        rate = f" · {self.tokens / seconds:.1f} tokens/s" if seconds > 0 else ""
-        ended = " · stopped" if self.stop.is_set() else ""
-        ended += " · the model's longest text is reached" if self.full else ""
-        ended += f" · {self.seconds:.0f} s are over, the most for one answer" if self.late else ""
-        return (
-            f"{self.tokens} {'token' if self.tokens == 1 else 'tokens'} in {seconds:.2f} "
-            f"s{after}{rate}{ended}"
-        )
+    def summary(self) -> str:
+        """Return time and speed, for below the answer."""
+        seconds = self.last_token - self.begun
+        unit = "token" if self.tokens == 1 else "tokens"
+        text = f"{self.tokens} {unit} in {seconds:.2f} s"
+        if self.tokens > 1:
+            text += f" (first {self.first_token - self.begun:.2f} s)"
+        if seconds > 0:
+            text += f" · {self.tokens / seconds:.1f} tokens/s"
+        if self.stop.is_set():
+            text += " · stopped"
+        if self.full:
+            text += " · the model's longest text is reached"
+        if self.late:
+            text += f" · {self.seconds:.0f} s are over, the most for one answer"
+        return text
 
 
-def answer(conversation: Conversation, question: str, watch: Watch) -> Iterator[str]:
-    """The answer so far, again and again, and at last the whole of it.
+def stream_answer(
+    conversation: Conversation, question: str, limits: AnswerLimits, **options: Any
+) -> Iterator[str]:
+    """Yields the answer so far, again and again, and at last all of it.
 
-    Abandoned half-way (a visitor leaves, the page is closed), it goes on until `watch.stop` is set.
+    Abandoned half-way (a visitor leaves, the page is closed), it goes on until `limits.stop` is
+    set.
+
+    Args:
+        options: keyword arguments of `generate`.
 
     Raises:
         Exception: what asking raised, in the thread that reads.
     """
     pieces: queue.Queue[str | BaseException | None] = queue.Queue()
+    criteria = StoppingCriteriaList([limits])
 
     def ask() -> None:
         try:
-            with ONE_AT_A_TIME:
-                watch.begun = time.perf_counter()
-                conversation.ask(question, pieces.put)
+            with MODEL_LOCK:
+                limits.begun = time.perf_counter()  # the time of waiting is not the model's
+                conversation.ask(question, pieces.put, stopping_criteria=criteria, **options)
             pieces.put(None)
+        # Whatever ends the thread: the reader would wait for ever.
         except BaseException as error:
             pieces.put(error)
 
-    conversation.options["stopping_criteria"] = StoppingCriteriaList([watch])
     thread = threading.Thread(target=ask, name="answer", daemon=True)
     thread.start()
-    text, shown = "", 0.0
+    text = ""
+    refreshed = 0.0
     while True:
         piece = pieces.get()
         if isinstance(piece, BaseException):
@@ -100,6 +115,7 @@ def answer(conversation: Conversation, question: str, watch: Watch) -> Iterator[
             yield text
             return
         text += piece
-        if time.perf_counter() - shown >= BETWEEN:
-            shown = time.perf_counter()
+        # Each state is sent whole: one for every token would be too many.
+        if time.perf_counter() - refreshed >= REFRESH_SECONDS:
+            refreshed = time.perf_counter()
             yield text

@@ -29,58 +29,66 @@ def demo_command(folders: list[str], host: str, port: int | None) -> None:
         DataError, ConfigError: a folder is no model's, or the port cannot be had; before anything
             is loaded.
     """
+    # Before the folders: without it nothing else helps.
     if find_spec("gradio") is None:
         raise missing("gradio", "owlfuse demo")
     which, folders = split_which(folders)
-    places = check_folders(folders)
+    model_folders = check_folders(folders)
     from owlfuse.serving.demo.limits import is_loopback
+    from owlfuse.serving.demo.models import load_models
     from owlfuse.serving.demo.server import listen
-    from owlfuse.serving.demo.talkers import load_talkers
 
     local = is_loopback(host)
     with (
-        listen(host, port) as bound,
+        listen(host, port) as server_socket,
         tempfile.TemporaryDirectory(prefix="owlfuse-demo-") as uploads,
     ):
+        # Gradio reads these when it is imported.
         os.environ.update(
             GRADIO_TEMP_DIR=uploads, GRADIO_ANALYTICS_ENABLED="False", HF_HUB_OFFLINE="1"
-        )  # before it is imported
-        talkers = load_talkers(places, lambda line: print(visible(line), flush=True), which)
+        )
+        models = load_models(model_folders, report, which)
         from owlfuse.serving.demo.page import make_page
         from owlfuse.serving.demo.server import serve
         from owlfuse.serving.demo.visitors import Visitors
 
-        visitors = Visitors(talkers)
-        page = make_page(talkers, visitors, Path(uploads))
-        name, number = bound.getsockname()[:2]
-        address = f"http://{f'[{name}]' if ':' in name else name}:{number}"
+        visitors = Visitors(models)
+        page = make_page(models, visitors, Path(uploads))
+        name, number = server_socket.getsockname()[:2]
+        address = f"http://[{name}]:{number}" if ":" in name else f"http://{name}:{number}"
         if not local:
             print(WARNING.format(address=address), file=sys.stderr, flush=True)
         print(f"the demo is at {address} (Ctrl-C ends it)", flush=True)
-        serve(page, bound, Path(uploads), local, visitors.end)
+        serve(page, server_socket, Path(uploads), local, visitors.end)
     print("the demo has ended")
 
 
+def report(line: str) -> None:
+    """Prints a line at once."""
+    print(visible(line), flush=True)
+
+
 def check_folders(folders: list[str]) -> list[Path]:
-    """The folders, if each may be a model's; no weights are read.
+    """Return the folders, if each may be a model's; no weights are read.
 
     Raises:
         DataError: one is no run and no exported or imported folder.
         ConfigError: one is named twice.
     """
-    places = [Path(folder).expanduser() for folder in folders]
-    for place in places:
-        if not place.is_dir():
-            if kind := describe_path(place):
-                raise DataError(f"{place} {kind}")
+    paths = [Path(folder).expanduser() for folder in folders]
+    for path in paths:
+        if not path.is_dir():
+            if kind := describe_path(path):
+                raise DataError(f"{path} {kind}")
             raise DataError(
-                f"{place} is not a folder; name a run, or what `owlfuse export` or `owlfuse "
+                f"{path} is not a folder; name a run, or what `owlfuse export` or `owlfuse "
                 "import` wrote"
             )
-        if not (place / "config.yaml").exists():
-            check_exported(place)
-    resolved = [place.resolve() for place in places]
-    for place, real in zip(places, resolved):
-        if resolved.count(real) > 1:
-            raise ConfigError(f"{COMMAND_LINE}: {place} is named twice; name each model once")
-    return places
+        if not (path / "config.yaml").exists():
+            check_exported(path)
+    # `out` and `out/.` are one model, which would answer twice.
+    resolved = [path.resolve() for path in paths]
+    for path in paths:
+        if resolved.count(path.resolve()) > 1:
+            raise ConfigError(f"{COMMAND_LINE}: {path} is named twice; name each model once")
+    return paths

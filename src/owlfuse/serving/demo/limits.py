@@ -6,10 +6,11 @@ Every refusal is one sentence that a visitor can act on.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from ipaddress import ip_address
 from pathlib import Path
-from typing import Any
+
+from PIL import Image
 
 from owlfuse.core.errors import DataError
 from owlfuse.data.media.images import open_image
@@ -42,17 +43,16 @@ MAX_VISITORS = 64
 """Conversations that are kept; beyond it the one that was silent longest is forgotten."""
 
 
-def read_pictures(paths: Iterable[str], taken: int) -> list[Any]:
-    """The uploaded files as RGB pictures.
+def read_pictures(paths: Sequence[str], pixels: int) -> list[Image.Image]:
+    """Return the uploaded files as RGB pictures.
 
     Args:
-        taken: pixels that the conversation holds already.
+        pixels: that the conversation holds already.
 
     Raises:
         DataError: too many, too large, or one that is no picture; it is called by the name that its
             owner knows.
     """
-    paths = list(paths)
     if len(paths) > MAX_PICTURES:
         raise DataError(
             f"{len(paths)} pictures are too many for one question; show at most {MAX_PICTURES}"
@@ -67,30 +67,29 @@ def read_pictures(paths: Iterable[str], taken: int) -> list[Any]:
         try:
             picture = open_image(path.parent, path.name, "demo", MAX_PIXELS)
         except DataError as error:
-            raise DataError(told(error, path)) from None
-        taken += picture.width * picture.height
-        if taken > MAX_PIXELS:
+            raise DataError(public_message(error, path)) from None
+        # Of the whole conversation, whose pictures stay in memory.
+        pixels += picture.width * picture.height
+        if pixels > MAX_PIXELS:
             raise DataError(
-                f"with {path.name} the conversation's pictures have {taken:,} pixels, over the "
-                f"limit of {MAX_PIXELS:,}; "
-                "show smaller ones, or begin a new conversation"
+                f"with {path.name} the conversation's pictures have {pixels:,} pixels, over the "
+                f"limit of {MAX_PIXELS:,}; show smaller ones, or begin a new conversation"
             )
         pictures.append(picture)
     return pictures
 
 
-def told(error: DataError, path: Path) -> str:
-    """`open_image`'s message without the folder of the upload, which is nobody's business."""
-    message = (
-        " ".join(str(error).split())
-        .replace(f"{path.parent}{os.sep}", "")
-        .replace(str(path.parent), "the upload")
-    )
+def public_message(error: DataError, path: Path) -> str:
+    """Return `open_image`'s message without the folder of the upload, which is nobody's
+    business."""
+    message = " ".join(str(error).split())
+    message = message.replace(f"{path.parent}{os.sep}", "")
+    message = message.replace(str(path.parent), "the upload")
     return message.removeprefix("sample demo: image ").removeprefix("sample demo: ")
 
 
 def check_question(text: str, image_tokens: Iterable[str]) -> str:
-    """The question without blanks around it.
+    """Return the question without blanks around it.
 
     Raises:
         DataError: none, a very long one, or one with a token that stands for a picture.
@@ -112,7 +111,7 @@ def check_question(text: str, image_tokens: Iterable[str]) -> str:
 
 
 def is_loopback(host: str) -> bool:
-    """Whether only this machine can reach it."""
+    """Return whether only this machine can reach it."""
     try:
         return host == "localhost" or ip_address(host).is_loopback
     except ValueError:

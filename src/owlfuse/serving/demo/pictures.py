@@ -14,31 +14,27 @@ from owlfuse.serving.chat import Conversation
 
 SIDE = 320
 """Pixels of the longer side at most."""
-SMALL = 128
+SMALL_SIDE = 128
 """Pixels below which a picture is enlarged by a whole number, so that its own pixels are seen."""
 
 
 def fitted(picture: Image.Image) -> Image.Image:
-    """The picture in the page's size."""
+    """Return the picture in the page's size."""
     longest = max(picture.size)
-    if longest < SMALL:
-        factor = -(-SMALL // longest)
-        return picture.resize(
-            (picture.width * factor, picture.height * factor), Image.Resampling.NEAREST
-        )
+    if longest < SMALL_SIDE:
+        factor = -(-SMALL_SIDE // longest)  # rounded up
+        size = (picture.width * factor, picture.height * factor)
+        return picture.resize(size, Image.Resampling.NEAREST)
     if longest <= SIDE:
         return picture
     scale = SIDE / longest
-    return picture.resize(
-        (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
-    )
+    size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
+    return picture.resize(size)
 
 
 def data_uri(picture: Image.Image) -> str:
-    """A fitted RGB picture as a `data:` URI:
-
-    PNG, or JPEG where that is much smaller, as of a photograph.
-    """
+    """Return a fitted RGB picture as a `data:` URI: PNG, or JPEG where that is much smaller, as of
+    a photograph."""
     png, jpeg = io.BytesIO(), io.BytesIO()
     picture.save(png, "PNG")
     picture.save(jpeg, "JPEG", quality=88)
@@ -47,7 +43,7 @@ def data_uri(picture: Image.Image) -> str:
 
 
 @dataclass
-class Look:
+class AttentionPicture:
     """A picture with where the answer looked."""
 
     uri: str
@@ -56,18 +52,20 @@ class Look:
     """Of all that the answer looked at, over the conversation's pictures."""
 
 
-def looked_at(conversation: Conversation) -> list[Look]:
-    """One for each picture of the conversation, the same color for the same weight in all. No other
-    thread may use the model meanwhile. Raises as `attention_to_pictures`."""
+def attention_pictures(conversation: Conversation) -> list[AttentionPicture]:
+    """Return one for each picture of the conversation, the same color for the same weight in all.
+
+    No other thread may use the model meanwhile. Raises as `attention_to_pictures`.
+    """
     if conversation.last is None or not conversation.pictures:
         return []
     _, inputs, answer_ids = conversation.last
-    pictures, processor = conversation.pictures, conversation.processor
-    maps = whole_maps(
-        processor, pictures, attention_to_pictures(conversation.model, inputs, answer_ids)
-    )
-    peak = max(float(density(one).max()) for one in maps)
-    return [
-        Look(data_uri(overlay(fitted(picture), one, peak)), float(one.sum()))
-        for picture, one in zip(pictures, maps, strict=True)
-    ]
+    attention = attention_to_pictures(conversation.model, inputs, answer_ids)
+    maps = whole_maps(conversation.processor, conversation.pictures, attention)
+    # One scale for all: a picture that was hardly looked at stays dark.
+    peak = max(float(density(weights).max()) for weights in maps)
+    result = []
+    for picture, weights in zip(conversation.pictures, maps, strict=True):
+        uri = data_uri(overlay(fitted(picture), weights, peak))
+        result.append(AttentionPicture(uri, float(weights.sum())))
+    return result

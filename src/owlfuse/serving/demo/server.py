@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import signal
 import socket
 from collections.abc import Callable
@@ -13,10 +14,10 @@ from urllib.parse import unquote, urlsplit
 
 from owlfuse.core.errors import COMMAND_LINE, ConfigError
 from owlfuse.serving.demo.limits import MAX_STORED, MAX_UPLOAD
-from owlfuse.serving.demo.uploads import stored, sweep, uploads_only
+from owlfuse.serving.demo.uploads import remove_old, stored_bytes, uploads_only
 
 PORT = 7860
-TRIED = 40
+PORT_COUNT = 40
 """Ports from PORT on that are tried where none is named."""
 LOCAL_NAMES = ("localhost", "127.0.0.1", "::1")
 POLICY = "; ".join(
@@ -43,15 +44,16 @@ HEADERS = {
 
 
 def listen(host: str, port: int | None) -> socket.socket:
-    """A socket that listens; without a port the first free one from PORT on.
+    """Return a socket that listens; without a port the first free one from PORT on.
 
     Raises:
         ConfigError: the port is taken or may not be had, or there is no such host.
     """
-    ports = range(PORT, PORT + TRIED) if port is None else [port]
+    ports = range(PORT, PORT + PORT_COUNT) if port is None else [port]
     for number in ports:
         try:
             family = socket.AF_INET6 if ":" in host else socket.AF_INET
+            # Bound before models are loaded: a port that is taken is reported at once.
             return socket.create_server((host, number), family=family, backlog=128)
         except OverflowError:
             raise ConfigError(
@@ -93,78 +95,72 @@ class Guard:
         self.local = local
 
     async def __call__(self, scope: dict[str, Any], receive: Callable, send: Callable) -> None:
-        """See ASGI."""
+        """Passes a request on, or refuses it. See ASGI."""
+        if scope["type"] == "lifespan":
+            await self.app(scope, receive, send)
         if scope["type"] != "http":
-            if scope["type"] == "lifespan":
-                await self.app(scope, receive, send)
-            return
+            return  # no web socket is the page's
         refusal = self.refusal(scope)
         if refusal:
             status, sentence = refusal
-            await send(
-                {
-                    "type": "http.response.start",
-                    "status": status,
-                    "headers": encoded({"content-type": "text/plain"}),
-                }
-            )
+            headers = encoded({"content-type": "text/plain"})
+            await send({"type": "http.response.start", "status": status, "headers": headers})
             await send({"type": "http.response.body", "body": sentence.encode()})
             return
 
-        async def sent(message: dict[str, Any]) -> None:
+        async def send_guarded(message: dict[str, Any]) -> None:
             if message["type"] == "http.response.start":
-                kept = [
-                    (name, value)
-                    for name, value in message["headers"]
-                    if name.decode().lower() not in HEADERS
-                ]
-                message["headers"] = [*kept, *encoded(HEADERS)]
+                headers = encoded(HEADERS)
+                for name, value in message["headers"]:
+                    if name.decode().lower() not in HEADERS:
+                        headers.append((name, value))
+                message["headers"] = headers
             await send(message)
 
-        await self.app(scope, receive, sent)
+        await self.app(scope, receive, send_guarded)
 
     def refusal(self, scope: dict[str, Any]) -> tuple[int, str] | None:
-        """Status and sentence for a request that is not answered."""
-        headers = {
-            name.decode().lower(): value.decode("latin-1") for name, value in scope["headers"]
-        }
+        """Return status and sentence for a request that is not answered."""
+        headers = {}
+        for name, value in scope["headers"]:
+            headers[name.decode().lower()] = value.decode("latin-1")
         host, origin = headers.get("host", ""), headers.get("origin")
         if self.local and urlsplit(f"//{host}").hostname not in LOCAL_NAMES:
             return 403, "this demo answers to this machine alone"
         if origin is not None and urlsplit(origin).netloc != host:
             return 403, "another web site asked, and only the demo's own page may"
-        path = unquote(scope["path"]).lower()
-        if "/proxy=" in path or any(
-            f"file{mark}{kind}" in path for mark in "=/" for kind in ("http:", "https:")
-        ):
+        path = unquote(scope["path"]).lower()  # as Gradio reads it
+        if "/proxy=" in path or re.search("file[=/]https?:", path):
             return 403, "this demo fetches nothing from other servers"
         if path.rstrip("/").endswith("/upload"):
-            sweep(self.uploads)
-            if stored(self.uploads) > MAX_STORED:
+            # Here, so that no thread has to watch the folder.
+            remove_old(self.uploads)
+            if stored_bytes(self.uploads) > MAX_STORED:
                 return 507, "too many files were uploaded; try again later"
         return None
 
 
 def encoded(headers: dict[str, str]) -> list[tuple[bytes, bytes]]:
-    """As ASGI takes them."""
+    """Return headers as ASGI takes them."""
     return [(name.encode(), value.encode()) for name, value in headers.items()]
 
 
-def mounted(page: Any, bound: socket.socket, uploads: Path) -> Any:
-    """The FastAPI application that has Gradio's page at its root, and of Gradio nothing that the
-    page does not need."""
+def mount(page: Any, server_socket: socket.socket, uploads: Path) -> Any:
+    """Return the FastAPI application that has Gradio's page at its root, and of Gradio nothing that
+    the page does not need."""
     import fastapi
     import gradio
 
-    from owlfuse.serving.demo.page import HERE, THEME
+    from owlfuse.serving.demo.page import FOLDER, THEME
 
+    host, port = server_socket.getsockname()[:2]  # an IPv6 address has four parts
     app = fastapi.FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     gradio.mount_gradio_app(
         app,
         page,
         path="/",
-        server_name=bound.getsockname()[0],
-        server_port=bound.getsockname()[1],
+        server_name=host,
+        server_port=port,
         allowed_paths=[],
         blocked_paths=[],
         footer_links=[],
@@ -177,41 +173,45 @@ def mounted(page: Any, bound: socket.socket, uploads: Path) -> Any:
         max_file_size=MAX_UPLOAD,
         theme=THEME,
         # `css` would be rewritten
-        head=f"<style>{(HERE / 'page.css').read_text(encoding='utf-8')}</style>",
-        js=(HERE / "page.js").read_text(encoding="utf-8"),
+        head=f"<style>{(FOLDER / 'page.css').read_text(encoding='utf-8')}</style>",
+        js=(FOLDER / "page.js").read_text(encoding="utf-8"),
     )
     uploads_only(page, uploads)
     return app
 
 
 def serve(
-    page: Any, bound: socket.socket, uploads: Path, local: bool, ending: Callable[[], None]
+    page: Any,
+    server_socket: socket.socket,
+    uploads: Path,
+    local: bool,
+    on_shutdown: Callable[[], None],
 ) -> None:
     """Serves the page until Ctrl-C or SIGTERM, then returns.
 
     Args:
-        ending: called once when it ends, before connections are closed.
+        on_shutdown: called once when it ends, before connections are closed.
     """
     import uvicorn
 
     class Server(uvicorn.Server):
-        """Ends without a word: an open page holds a connection, which is cut after a second."""
+        """Ends without a log line: an open page holds a connection, which is cut after a second."""
 
         async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-            """See `uvicorn.Server`."""
+            """Ends all answers first. See `uvicorn.Server`."""
             logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL + 1)
-            ending()
+            on_shutdown()
             await super().shutdown(sockets)
 
-    guarded = Guard(mounted(page, bound, uploads), uploads, local)
+    app = Guard(mount(page, server_socket, uploads), uploads, local)
     config = uvicorn.Config(
-        guarded, log_level="error", access_log=False, timeout_graceful_shutdown=1, lifespan="on"
+        app, log_level="error", access_log=False, timeout_graceful_shutdown=1, lifespan="on"
     )
     # uvicorn raises the signal again when it has ended
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    handler = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        Server(config).run(sockets=[bound])
+        Server(config).run(sockets=[server_socket])
     except KeyboardInterrupt:
         pass
     finally:
-        signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGTERM, handler)

@@ -12,23 +12,20 @@ from typing import Any
 
 from owlfuse.core.errors import DataError
 
-KEPT = 3600
-"""Seconds that an upload waits for its question."""
+MAX_AGE_SECONDS = 3600
+"""How long an upload waits for its question."""
 
 
 def check_uploaded(path: str | Path, folder: Path) -> Path:
-    """The file.
+    """Return the file.
 
     Raises DataError where it does not lie below the folder of uploads, as no honest page asks.
     """
-    place = Path(os.path.realpath(path))
-    if (
-        "://" in str(path)
-        or not place.is_relative_to(os.path.realpath(folder))
-        or not place.is_file()
-    ):
+    file = Path(os.path.realpath(path))  # a link may lead out of the folder
+    is_below = file.is_relative_to(os.path.realpath(folder))
+    if "://" in str(path) or not is_below or not file.is_file():
         raise DataError(f"{Path(path).name} is not here any more; add it again")
-    return place
+    return file
 
 
 def uploads_only(page: Any, folder: Path) -> None:
@@ -40,35 +37,37 @@ def uploads_only(page: Any, folder: Path) -> None:
     """
     page.has_launched = page.is_running = True
 
-    async def moved(path: str | Path | None) -> str | None:
+    async def move_upload(path: str | Path | None) -> str | None:
         return None if path is None else str(check_uploaded(path, folder))
 
     for block in page.blocks.values():
-        block.async_move_resource_to_block_cache = moved
+        block.async_move_resource_to_block_cache = move_upload
 
 
-def files_of(folder: Path) -> Iterator[tuple[str, os.stat_result]]:
-    """Every file below a folder; those that vanish meanwhile are passed over."""
-    for place, _, names in os.walk(folder):
+def files_below(folder: Path) -> Iterator[tuple[str, os.stat_result]]:
+    """Yields every file below a folder, but for those that vanish meanwhile."""
+    # Gradio puts every upload into a folder named by its hash.
+    for directory, _, names in os.walk(folder):
         for name in names:
+            path = os.path.join(directory, name)
             with contextlib.suppress(FileNotFoundError):
-                yield os.path.join(place, name), os.stat(os.path.join(place, name))
+                yield path, os.stat(path)
 
 
-def stored(folder: Path) -> int:
-    """Bytes of all files below a folder."""
-    return sum(facts.st_size for _, facts in files_of(folder))
+def stored_bytes(folder: Path) -> int:
+    """Return the bytes of all files below a folder."""
+    return sum(stat.st_size for _, stat in files_below(folder))
 
 
 def remove(paths: Iterable[str], folder: Path) -> None:
     """Removes uploads that are in memory by now; a path beyond the folder is left alone."""
     for path in paths:
+        # It may be removed already, by the handler of another page.
         with contextlib.suppress(OSError, DataError):
             check_uploaded(path, folder).unlink()
 
 
-def sweep(folder: Path) -> None:
+def remove_old(folder: Path) -> None:
     """Removes uploads that nobody asked about for an hour."""
-    remove(
-        [path for path, facts in files_of(folder) if facts.st_mtime < time.time() - KEPT], folder
-    )
+    oldest = time.time() - MAX_AGE_SECONDS
+    remove([path for path, stat in files_below(folder) if stat.st_mtime < oldest], folder)

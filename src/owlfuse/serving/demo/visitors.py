@@ -8,15 +8,18 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+from PIL import Image
+
 from owlfuse.core.errors import DataError
 from owlfuse.core.terminal import print_exception
-from owlfuse.serving.chat import Conversation
+from owlfuse.serving.chat import Conversation, sampling_options
 from owlfuse.serving.demo import limits
-from owlfuse.serving.demo.answering import ONE_AT_A_TIME, Watch, answer
-from owlfuse.serving.demo.pictures import Look, data_uri, fitted, looked_at
-from owlfuse.serving.demo.talkers import Talker
+from owlfuse.serving.demo.answering import MODEL_LOCK, AnswerLimits, stream_answer
+from owlfuse.serving.demo.models import DemoModel
+from owlfuse.serving.demo.pictures import AttentionPicture, attention_pictures, data_uri, fitted
 
 WAITING, ANSWERING, DONE = "waiting", "answering", "done"
+NOT_READ = "stopped before its turn came; the model has not read the question"
 
 
 @dataclass
@@ -27,7 +30,7 @@ class Answer:
     text: str = ""
     note: str = ""
     """Time and speed, or why there is no answer."""
-    looks: list[Look] = field(default_factory=list)
+    attention: list[AttentionPicture] = field(default_factory=list)
     """Where it looked, of each picture of the conversation."""
 
 
@@ -36,9 +39,9 @@ class Turn:
     """A question with its pictures, and an answer of each model."""
 
     question: str
-    pictures: list[Any]
-    shown: list[str]
-    """The pictures as small data URIs."""
+    pictures: list[Image.Image]
+    picture_uris: list[str]
+    """The pictures, small, as data URIs."""
     answers: list[Answer]
     stop: threading.Event = field(default_factory=threading.Event)
     begun: bool = False
@@ -49,39 +52,43 @@ class Turn:
     @property
     def done(self) -> bool:
         """Whether nothing more comes."""
-        return all(one.state == DONE for one in self.answers)
+        return all(answer.state == DONE for answer in self.answers)
 
     def end(self, note: str) -> None:
-        """Closes the answers that are not there yet."""
-        for one in self.answers:
-            if one.state != DONE:
-                one.state, one.note = DONE, one.note or note
+        """Closes the answers that are not complete."""
+        for answer in self.answers:
+            if answer.state != DONE:
+                answer.state = DONE
+                answer.note = answer.note or note
 
 
 class Visitor:
     """What one open page has asked and heard.
 
     Args:
-        talkers: the models; each hears every question, in this order.
+        models: each hears every question, in this order.
     """
 
-    def __init__(self, talkers: list[Talker]) -> None:
-        self.talkers = talkers
-        self.seen = time.monotonic()
+    def __init__(self, models: list[DemoModel]) -> None:
+        self.models = models
+        self.last_seen = time.monotonic()
         self.address = ""
+        self.turns: list[Turn] = []
+        self.conversations: list[Conversation] = []
         self.restart()
 
     def restart(self) -> None:
         """Forgets all; an answer under way is ended."""
-        self.halt()
-        self.turns: list[Turn] = []
-        self.conversations = [Conversation(one.model, one.processor) for one in self.talkers]
+        self.halt()  # before its turn is forgotten
+        self.turns = []
+        self.conversations = [Conversation(model.model, model.processor) for model in self.models]
 
     @property
     def pending(self) -> Turn | None:
         """The question that is not answered yet."""
-        turns = getattr(self, "turns", [])
-        return turns[-1] if turns and not turns[-1].done else None
+        if self.turns and not self.turns[-1].done:
+            return self.turns[-1]
+        return None
 
     @property
     def waits(self) -> bool:
@@ -95,11 +102,9 @@ class Visitor:
     def give_up(self) -> None:
         """Ends a question whose answers no page has asked for."""
         turn = self.pending
-        if (
-            turn is not None
-            and not turn.begun
-            and time.monotonic() - turn.sent > limits.UNASKED_SECONDS
-        ):
+        if turn is None or turn.begun:
+            return
+        if time.monotonic() - turn.sent > limits.UNASKED_SECONDS:
             self.halt()
 
     def halt(self) -> None:
@@ -108,7 +113,7 @@ class Visitor:
         if turn := self.pending:
             turn.stop.set()
             if not turn.begun:
-                turn.end("stopped before its turn came; the model has not read the question")
+                turn.end(NOT_READ)
 
     def begin(self, text: str, paths: list[str], waiting: int) -> None:
         """Takes a question, which `answers` then answers. Raises DataError with a sentence, and
@@ -118,7 +123,7 @@ class Visitor:
             paths: of the uploaded pictures.
             waiting: questions of all visitors whose answers are waited for.
         """
-        self.seen = time.monotonic()
+        self.last_seen = time.monotonic()
         self.give_up()
         if self.pending:
             raise DataError("the last question is still being answered; wait for it, or press Stop")
@@ -126,19 +131,21 @@ class Visitor:
             raise DataError(
                 f"{waiting} questions of others are waiting already; try again in a moment"
             )
-        question = limits.check_question(text, {one.processor.image_token for one in self.talkers})
-        taken = sum(p.width * p.height for turn in self.turns for p in turn.pictures)
-        pictures = limits.read_pictures(paths, taken)
-        answers = [Answer() for _ in self.talkers]
-        self.turns.append(
-            Turn(question, pictures, [data_uri(fitted(picture)) for picture in pictures], answers)
-        )
+        # Any of them would open a placeholder without a picture.
+        image_tokens = {model.processor.image_token for model in self.models}
+        question = limits.check_question(text, image_tokens)
+        pixels = 0
+        for turn in self.turns:
+            pixels += sum(picture.width * picture.height for picture in turn.pictures)
+        pictures = limits.read_pictures(paths, pixels)
+        uris = [data_uri(fitted(picture)) for picture in pictures]
+        self.turns.append(Turn(question, pictures, uris, [Answer() for _ in self.models]))
 
     def answers(
         self, temperature: float, max_new_tokens: int, look: bool, waiting: int = 0
     ) -> Iterator[int]:
         """Answers the question that `begin` took, model after model, so that their times can be
-        compared. Gives the number of the model whose answer has grown.
+        compared. Yields the number of the model whose answer has grown.
 
         Args:
             look: also draw where each answer looked.
@@ -153,143 +160,155 @@ class Visitor:
             return
         turn.begun = True
         conversations = self.conversations  # `restart` makes new ones
+        options = generate_options(temperature, max_new_tokens)
         try:
             yield from wait_for_turn(turn)
             for number, conversation in enumerate(conversations):
                 if turn.stop.is_set():
                     break
-                conversation.options = options_of(temperature, max_new_tokens)
-                conversation.shown = list(turn.pictures)
-                for _ in answered(conversation, turn, turn.answers[number], look):
+                conversation.next_pictures = list(turn.pictures)
+                for _ in fill_answer(conversation, turn, turn.answers[number], look, options):
                     yield number
                 yield number
+        # Also when the page is gone, which closes this generator.
         finally:
-            TURNS.leave(turn)
+            QUEUE.leave(turn)
             turn.stop.set()
-            turn.end("stopped before its turn came; the model has not read the question")
-            self.seen = time.monotonic()
+            turn.end(NOT_READ)
+            self.last_seen = time.monotonic()
 
 
-class Turns:
+class TurnQueue:
     """The order in which questions are answered: as their pages asked for the answers, one
     question at a time."""
 
     def __init__(self) -> None:
-        self.queue: list[Turn] = []
+        self.turns: list[Turn] = []
         self.changed = threading.Condition()
 
     def join(self, turn: Turn) -> None:
-        """Goes to the end of the queue."""
+        """Puts a question at the end."""
         with self.changed:
-            self.queue.append(turn)
+            self.turns.append(turn)
 
-    def is_first(self, turn: Turn, seconds: float) -> bool:
-        """Waits until it is this question's turn, for so many seconds at most; says whether it
-        is."""
+    def wait_until_first(self, turn: Turn, seconds: float) -> bool:
+        """Waits until it is this question's turn, for so many seconds at most, and returns whether
+        it is."""
         with self.changed:
             return self.changed.wait_for(lambda: self.first() is turn, seconds)
 
     def first(self) -> Turn | None:
-        """Whose turn it is.
+        """Return whose turn it is.
 
         A question that is stopped is passed over, whether its page has left the queue or not.
         """
-        return next((turn for turn in self.queue if not turn.stop.is_set()), None)
+        for turn in self.turns:
+            if not turn.stop.is_set():
+                return turn
+        return None
 
     def leave(self, turn: Turn) -> None:
-        """Leaves the queue, wherever in it the question is."""
+        """Removes a question, wherever in the queue it is."""
+        # Another page waits for the change.
         with self.changed:
-            self.queue = [other for other in self.queue if other is not turn]
+            self.turns = [queued for queued in self.turns if queued is not turn]
             self.changed.notify_all()
 
 
-TURNS = Turns()
+QUEUE = TurnQueue()
 
 
 def wait_for_turn(turn: Turn) -> Iterator[int]:
     """Ends when it is this question's turn, or it is stopped.
 
-    Halts often, so that a page that is gone is noticed.
+    Yields often, so that a page that is gone is noticed.
     """
-    TURNS.join(turn)
-    while not turn.stop.is_set() and not TURNS.is_first(turn, seconds=0.5):
+    QUEUE.join(turn)
+    while not turn.stop.is_set() and not QUEUE.wait_until_first(turn, seconds=0.5):
         yield 0
 
 
-def options_of(temperature: float, max_new_tokens: int) -> dict[str, Any]:
-    """What `generate` is given; numbers outside the page's sliders are brought inside."""
+def generate_options(temperature: float, max_new_tokens: int) -> dict[str, Any]:
+    """Return the arguments of `generate`; numbers outside the page's sliders are brought inside."""
     tokens = int(min(max(max_new_tokens, 1), limits.MAX_NEW_TOKENS))
-    temperature = min(float(temperature), 2.0)
-    sampling = (
-        {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
-    )
-    return {"max_new_tokens": tokens, **sampling}
+    return {"max_new_tokens": tokens, **sampling_options(min(float(temperature), 2.0))}
 
 
-def answered(conversation: Conversation, turn: Turn, into: Answer, look: bool) -> Iterator[None]:
-    """Fills one answer, and halts wherever it has grown. A failure of one model is told below its
-    question, and the others go on; its traceback is on the terminal."""
-    into.state = ANSWERING
-    watch = Watch(turn.stop, conversation.longest, limits.ANSWER_SECONDS)
+def fill_answer(
+    conversation: Conversation, turn: Turn, answer: Answer, look: bool, options: dict[str, Any]
+) -> Iterator[None]:
+    """Fills one answer, and yields wherever it has grown.
+
+    A failure of one model is a note below its question, and the others go on; its traceback is on
+    the terminal.
+    """
+    answer.state = ANSWERING
+    answer_limits = AnswerLimits(turn.stop, conversation.max_positions, limits.ANSWER_SECONDS)
     try:
         yield
-        for text in answer(conversation, turn.question, watch):
-            into.text = text
+        for text in stream_answer(conversation, turn.question, answer_limits, **options):
+            answer.text = text
             yield
-        into.note = watch.told()
+        answer.note = answer_limits.summary()
         if look and conversation.pictures and not turn.stop.is_set():
             yield
-            with ONE_AT_A_TIME:
-                into.looks = looked_at(conversation)
-    except Exception as error:
-        into.note = " · ".join(filter(None, [into.note, sentence_of(error)]))
-    into.state = DONE
+            with MODEL_LOCK:
+                answer.attention = attention_pictures(conversation)
+    except Exception as error:  # of any model, which others share the page with
+        answer.note = " · ".join(filter(None, [answer.note, visitor_message(error)]))
+    answer.state = DONE
 
 
-def sentence_of(error: Exception) -> str:
-    """What a visitor is told.
-
-    Of what is no mistake of the visitor's, the terminal gets the traceback.
-    """
+def visitor_message(error: Exception) -> str:
+    """Return a sentence for the visitor; the terminal gets the traceback of what is no mistake of
+    the visitor's."""
     if isinstance(error, DataError):
         return " ".join(str(error).split())
     print_exception(type(error), error, error.__traceback__)
-    first = (str(error).splitlines() or [""])[0][:200]
-    return f"the model failed, {type(error).__name__}: {first}; the terminal tells more"
+    lines = str(error).splitlines() or [""]
+    return f"the model failed, {type(error).__name__}: {lines[0][:200]}; the terminal tells more"
 
 
 class Visitors:
     """Those whose page is open, by the key of their page."""
 
-    def __init__(self, talkers: list[Talker]) -> None:
-        self.talkers = talkers
-        self.here: dict[str, Visitor] = {}
+    def __init__(self, models: list[DemoModel]) -> None:
+        self.models = models
+        self.by_key: dict[str, Visitor] = {}
         self.lock = threading.Lock()
 
     def of(self, key: str) -> Visitor:
-        """The visitor of a page, a new one where there is none.
+        """Return the visitor of a page, a new one where there is none.
 
-        Of too many, one who waits for nothing is forgotten.
+        Of too many, those who wait for nothing are forgotten.
         """
         with self.lock:
-            if key not in self.here:
-                for visitor in self.here.values():
-                    visitor.give_up()
-                idle = sorted((v.seen, k) for k, v in self.here.items() if not v.pending)
-                for _, other in idle[: max(0, len(self.here) + 1 - limits.MAX_VISITORS)]:
-                    del self.here[other]
-                self.here[key] = Visitor(self.talkers)
-            return self.here[key]
+            if key not in self.by_key:
+                self.forget_idle(len(self.by_key) + 1 - limits.MAX_VISITORS)
+                self.by_key[key] = Visitor(self.models)
+            return self.by_key[key]
+
+    def forget_idle(self, count: int) -> None:
+        """Forgets so many visitors, those first who were silent longest."""
+        for visitor in self.by_key.values():
+            visitor.give_up()
+        idle = [key for key, visitor in self.by_key.items() if not visitor.pending]
+        idle.sort(key=lambda key: self.by_key[key].last_seen)
+        for key in idle[: max(0, count)]:
+            del self.by_key[key]
 
     def waiting(self, address: str | None = None) -> int:
-        """Questions whose answers are waited for, of all visitors or of those at one address."""
+        """Return the questions whose answers are waited for, of all visitors or of those at one
+        address."""
         with self.lock:
-            return sum(
-                other.waits for other in self.here.values() if address in (None, other.address)
-            )
+            count = 0
+            for visitor in self.by_key.values():
+                if address in (None, visitor.address):
+                    count += visitor.waits
+            return count
 
     def begin(self, key: str, text: str, paths: list[str], address: str = "") -> Visitor:
-        """`Visitor.begin` of a page.
+        """Takes a question of a page, see `Visitor.begin`.
 
         Args:
             address: of the page's machine; empty for this one, whose visitors are not told apart.
@@ -301,23 +320,25 @@ class Visitors:
                 f"{limits.MAX_OF_ONE_ADDRESS} questions from your address are waiting already; "
                 "try again in a moment"
             )
+        # Outside of the lock: pictures are read here, which takes time.
         visitor.begin(text, paths, self.waiting())
         return visitor
 
     def answers(
         self, key: str, temperature: float, max_new_tokens: int, look: bool
     ) -> Iterator[int]:
-        """`Visitor.answers` of a page."""
+        """Answers the question of a page, see `Visitor.answers`."""
         return self.of(key).answers(temperature, max_new_tokens, look, self.waiting())
 
     def leave(self, key: str | None) -> None:
         """Forgets one whose page is closed, and ends the answer that nobody reads."""
         with self.lock:
-            visitor = self.here.pop(key or "", None)
+            visitor = self.by_key.pop(key or "", None)
         if visitor:
             visitor.halt()
 
     def end(self) -> None:
         """Ends all answers."""
-        for visitor in list(self.here.values()):
+        # A copy: pages may come and go meanwhile.
+        for visitor in list(self.by_key.values()):
             visitor.halt()

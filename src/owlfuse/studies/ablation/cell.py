@@ -14,8 +14,9 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
-from omegaconf import open_dict
+from omegaconf import DictConfig, open_dict
 
 from owlfuse.config.build import to_dict
 from owlfuse.config.compose import compose
@@ -37,43 +38,56 @@ def train_cell(folder: Path, key: str) -> None:
     resumes = (run / "config.yaml").exists()
     with (run / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # a process that was left alone may still be ending
-        for word in cell["words"]:  # the user's, whose parts the run's config.yaml may name
-            override, _, value = word.partition("=")
-            if override.endswith("._target_"):
-                accept({"_target_": value.strip("'\"")})
-        config = compose([f"resume={run}"] if resumes else cell["words"])
-        with open_dict(config):
-            config.accept_changed_data = cell["config"].get("accept_changed_data", False)
-            config.runs, config.experiment, config.name = str(folder.parent), folder.name, key
+        config = compose_cell(folder, run, cell, resumes)
+        # After the configuration: a mistake of it is reported before torch is imported.
         from owlfuse.training import train
 
         if config.get("init_from") and not resumes:
             from owlfuse.artifacts.init_from import adopt_parts
 
             adopt_parts(config)
+        # Hashed as this process would run it: a file may have changed since the command began.
         plain = to_dict(config)
-        ours = {"code": code_hash(plain), "config": config_hash(plain)}
-        for what, digest in ours.items():
-            if digest != cell["hash"][what]:
-                name = "configuration" if what == "config" else "code"
-                raise DataError(
-                    f"the {name} has changed since the ablation began ({cell['hash'][what]} then, "
-                    f"{digest} now)"
-                )
+        check_hash("configuration", cell["hash"]["config"], config_hash(plain))
+        check_hash("code", cell["hash"]["code"], code_hash(plain))
         train.run(config, cell["hash"].get("data"))
 
 
+def compose_cell(folder: Path, run: Path, cell: dict[str, Any], resumes: bool) -> DictConfig:
+    """Return the cell's configuration, as its overrides or its checkpoint have it."""
+    for word in cell["words"]:  # the user's, whose parts the run's config.yaml may name
+        override, _, value = word.partition("=")
+        if override.endswith("._target_"):
+            accept({"_target_": value.strip("'\"")})
+    # A run that goes on has its configuration in its folder, its overrides included.
+    config = compose([f"resume={run}"] if resumes else cell["words"])
+    with open_dict(config):
+        config.accept_changed_data = cell["config"].get("accept_changed_data", False)
+        config.runs, config.experiment, config.name = str(folder.parent), folder.name, cell["key"]
+    return config
+
+
+def check_hash(name: str, expected: str, actual: str) -> None:
+    """Raises DataError where the hash is not that of the ablation's beginning."""
+    if actual != expected:
+        raise DataError(
+            f"the {name} has changed since the ablation began ({expected} then, {actual} now)"
+        )
+
+
 def end_with_parent(parent: int) -> None:
-    """Ctrl-C to this process once the one that started it is gone: it ends after the step it is
+    """Interrupts this process once the one that started it is gone: it ends after the step it is
     in, with a checkpoint."""
+    # The parent of an orphan is another process: init, or a subreaper.
     while os.getppid() == parent:
         time.sleep(0.5)
     os.kill(os.getpid(), signal.SIGINT)
 
 
 def main() -> int:
-    """The exit codes are those of `owlfuse train`."""
+    """Trains the cell of the command line; the exit codes are those of `owlfuse train`."""
     folder, key, parent = sys.argv[1:]
+    # A daemon: it must not keep a process alive whose training has ended.
     threading.Thread(target=end_with_parent, args=(int(parent),), daemon=True).start()
     return report_errors(lambda: train_cell(Path(folder), key), "train")
 

@@ -6,6 +6,8 @@ from __future__ import annotations
 import itertools
 import json
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,18 +17,20 @@ from owlfuse.config.build import build, to_dict
 from owlfuse.config.compose import check, compose, place
 from owlfuse.config.identity import code_hash, config_hash, data_hash
 from owlfuse.core.errors import COMMAND_LINE, ConfigError, DataError, hint
-from owlfuse.studies.ablation.file import Ablation
+from owlfuse.studies.ablation.file import Ablation, Levels
 
 ABSENT = "-"
 """The level of a factor that a cell has no use for."""
+Identity = dict[str, str]
+"""What data are known by, see `owlfuse.data.identity`."""
 
 
 @dataclass
 class Cell:
-    """One combination of levels under one seed: a run in `folder`."""
+    """One combination of levels under one seed: a run in the ablation's folder."""
 
     name: str
-    levels: dict[str, str]
+    levels: Levels
     seed: int
     words: list[str]
     """Overrides of `compose`."""
@@ -45,11 +49,24 @@ class Cell:
         """Optimizer steps."""
         return int(self.config.trainer.max_steps)
 
+    def to_record(self) -> dict[str, Any]:
+        """Return the entry of ablation.json from which the cell is trained and reported."""
+        return {
+            "key": self.key,
+            "cell": self.name,
+            "levels": self.levels,
+            "seed": self.seed,
+            "words": self.words,
+            "hash": self.hash,
+            "steps": self.steps,
+            "config": to_dict(self.config),
+        }
+
 
 def make_cells(
     ablation: Ablation, words: list[str], runs_name: str, open_data: bool = True
 ) -> list[Cell]:
-    """Cell by cell, and the seeds within a cell; the baseline's stands first.
+    """Return the cells in order, the seeds of each together; the baseline's stands first.
 
     A factor that is a configuration key is not set in a cell whose configuration has no such key,
     where `leave_out` leaves one level of it: its level is ABSENT.
@@ -64,29 +81,31 @@ def make_cells(
             cells that are the same.
         DataError: data that are wrong.
     """
-    reject(words)
+    check_words(words)
     combinations = all_combinations(ablation)
-    combinations.sort(key=lambda levels: levels != ablation.baseline)
+    combinations.sort(key=lambda levels: levels != ablation.baseline)  # stable: the file's order
     cells: list[Cell] = []
-    names: dict[str, str] = {}
-    for levels in combinations:
-        levels = without_absent(ablation, levels, combinations, words)
+    names_by_hash: dict[str, str] = {}
+    for combination in combinations:
+        levels = mark_absent(ablation, combination, combinations, words)
         name = cell_name(levels)
         for seed in ablation.seeds:
-            cell = make_cell(ablation, name, levels, seed, words, runs_name)
+            cell = make_cell(ablation, levels, seed, words, runs_name)
             if cell.config.evaluation is None:
-                reported = ", ".join(ablation.metrics)
+                metrics = ", ".join(ablation.metrics)
                 raise ConfigError(
-                    f"cell {name}: evaluation is null, and the ablation reports {reported}; leave "
+                    f"cell {name}: evaluation is null, and the ablation reports {metrics}; leave "
                     "it as it is"
                 )
-            same = names.setdefault(f"{cell.hash['config']}", name)
-            if same != name:
+            # The seed is part of the hash: cells are compared under the same seed.
+            same_name = names_by_hash.setdefault(cell.hash["config"], name)
+            if same_name != name:
                 raise ConfigError(
-                    f"cell {name}: its configuration is that of cell {same}; a factor changes "
-                    "nothing there"
+                    f"cell {name}: its configuration is that of cell {same_name}; a factor "
+                    "changes nothing there"
                 )
             cells.append(cell)
+    # Signs that a folder's name cannot have are dropped, and levels may differ in them alone.
     if len({cell.key for cell in cells}) < len(cells):
         raise ConfigError(
             "factors: two cells would have the same name; give their levels names of letters and "
@@ -96,206 +115,215 @@ def make_cells(
     return cells
 
 
-def reject(words: list[str]) -> None:
+def check_words(words: list[str]) -> None:
     """Raises ConfigError for overrides that a cell cannot have."""
     for word in words:
-        if word.partition("=")[0] in ("experiment", "resume", "seed"):
-            key = word.partition("=")[0]
+        key = word.partition("=")[0]
+        if key in ("experiment", "resume", "seed"):
             instead = "write seeds=[0,1]" if key == "seed" else "its cells are runs of their own"
             raise ConfigError(f"{COMMAND_LINE}: {word}: an ablation has no {key}=; {instead}")
 
 
-def all_combinations(ablation: Ablation) -> list[dict[str, str]]:
-    """Those that are not left out. Raises ConfigError where the baseline is."""
+def all_combinations(ablation: Ablation) -> list[Levels]:
+    """Return the combinations that are not left out. Raises ConfigError where the baseline is."""
     names = [factor.name for factor in ablation.factors]
-    product = [
-        dict(zip(names, levels))
-        for levels in itertools.product(*(factor.levels for factor in ablation.factors))
-    ]
-    kept = [
-        levels
-        for levels in product
-        if not any(out.items() <= levels.items() for out in ablation.leave_out)
-    ]
-    if ablation.baseline not in kept:
+    combinations = []
+    for product in itertools.product(*(factor.levels for factor in ablation.factors)):
+        levels = dict(zip(names, product))
+        # An entry of `leave_out` names some factors, and leaves out all that have those levels.
+        if not any(entry.items() <= levels.items() for entry in ablation.leave_out):
+            combinations.append(levels)
+    if ablation.baseline not in combinations:
         raise ConfigError(
             f"baseline: {cell_name(ablation.baseline)} is left out by leave_out; name another "
             "baseline"
         )
-    return kept
+    return combinations
 
 
-def without_absent(
-    ablation: Ablation, levels: dict[str, str], combinations: list[dict[str, str]], words: list[str]
-) -> dict[str, str]:
-    """See `make_cells`."""
+def mark_absent(
+    ablation: Ablation, levels: Levels, combinations: list[Levels], words: list[str]
+) -> Levels:
+    """Return the levels of a cell, ABSENT for factors that `make_cells` does not set in it."""
     result = dict(levels)
     for factor in ablation.factors:
-        others = {name: level for name, level in levels.items() if name != factor.name}
-        left = [other for other in combinations if others.items() <= other.items()]
-        if factor.key is None or len(left) > 1 or len(factor.levels) == 1:
+        # The combinations that differ from this one in the factor alone.
+        fixed = {name: level for name, level in levels.items() if name != factor.name}
+        alternatives = [entry for entry in combinations if fixed.items() <= entry.items()]
+        if factor.key is None or len(alternatives) > 1 or len(factor.levels) == 1:
             continue
         without = {**result, factor.name: ABSENT}
-        config = composed(
-            ablation, cell_name(without), overrides_of(ablation, without, ablation.seeds[0], words)
-        )
+        # Composed without it: does the configuration have the key by itself?
+        overrides = cell_overrides(ablation, without, ablation.seeds[0], words)
+        config = compose_cell(cell_name(without), overrides)
         if OmegaConf.select(config, factor.key.replace("/", "."), default=ABSENT) == ABSENT:
             result = without
     return result
 
 
 def make_cell(
-    ablation: Ablation,
-    name: str,
-    levels: dict[str, str],
-    seed: int,
-    words: list[str],
-    runs_name: str,
+    ablation: Ablation, levels: Levels, seed: int, words: list[str], runs_name: str
 ) -> Cell:
-    """One cell, composed by itself."""
-    overrides = overrides_of(ablation, levels, seed, words)
-    config = composed(ablation, name, overrides)
+    """Return one cell, composed by itself."""
+    name = cell_name(levels)
+    overrides = cell_overrides(ablation, levels, seed, words)
+    config = compose_cell(name, overrides)
     with open_dict(config):
         config.experiment, config.name = runs_name, f"{name}-seed{seed}"
+    # The parts come from that model: hashes must be of them.
     if config.get("init_from"):
         from owlfuse.artifacts.init_from import adopt_parts
 
         adopt_parts(config)
     plain = to_dict(config)
-    return Cell(
-        name,
-        levels,
-        seed,
-        overrides,
-        config,
-        {"code": code_hash(plain), "config": config_hash(plain)},
-    )
+    hashes = {"code": code_hash(plain), "config": config_hash(plain)}
+    return Cell(name, levels, seed, overrides, config, hashes)
 
 
-def overrides_of(
-    ablation: Ablation, levels: dict[str, str], seed: int, words: list[str]
-) -> list[str]:
-    """The base, then the file's, then the levels', then the command line's."""
-    own = [
-        word
-        for f in ablation.factors
-        if levels[f.name] != ABSENT
-        for word in f.levels[levels[f.name]]
-    ]
-    return [f"experiment={ablation.base}", *ablation.overrides, *own, *words, f"seed={seed}"]
+def cell_overrides(ablation: Ablation, levels: Levels, seed: int, words: list[str]) -> list[str]:
+    """Return the base, then the file's overrides, then the levels', then the command line's."""
+    overrides = [f"experiment={ablation.base}", *ablation.overrides]
+    for factor in ablation.factors:
+        level = levels[factor.name]
+        if level != ABSENT:
+            overrides += factor.levels[level]
+    return [*overrides, *words, f"seed={seed}"]  # the last override of a key counts
 
 
-def composed(ablation: Ablation, name: str, overrides: list[str]) -> DictConfig:
-    """`compose`, with the cell's name in its errors. Of its parts it knows what can be known
-    without importing them, so that a mistake in the last cell is told at once, too; see
-    `check_parts` for the rest."""
-    try:
+def compose_cell(name: str, overrides: list[str]) -> DictConfig:
+    """Return the configuration of a cell, whose name is in the errors.
+
+    Of its parts it knows what can be known without importing them, so that a mistake in the last
+    cell is told at once, too; `check_parts` checks the rest.
+    """
+    with naming_cell(name):
         return compose(overrides, importing=False)
+
+
+@contextmanager
+def naming_cell(name: str) -> Iterator[None]:
+    """Puts the cell's name before the message of a ConfigError or DataError."""
+    try:
+        yield
+    except DataError as error:
+        raise DataError(f"cell {name}: {error}") from error
     except ConfigError as error:
-        raise ConfigError(f"cell {name}: {str(error).removeprefix(f'{COMMAND_LINE}: ')}") from error
+        message = str(error).removeprefix(f"{COMMAND_LINE}: ")
+        raise ConfigError(f"cell {name}: {message}") from error
 
 
-def cell_name(levels: dict[str, str]) -> str:
-    """Levels as one name for folders: `owl3-adaptive`."""
-    words = [
-        re.sub(r"[^A-Za-z0-9_.+]+", "_", level).strip("_")
-        for level in levels.values()
-        if level != ABSENT
-    ]
-    return "-".join(word or "none" for word in words) or "all"
+def cell_name(levels: Levels) -> str:
+    """Return the levels as one name for folders: `owl3-adaptive`."""
+    names = []
+    for level in levels.values():
+        if level != ABSENT:
+            name = re.sub(r"[^A-Za-z0-9_.+]+", "_", level).strip("_")
+            names.append(name or "none")
+    return "-".join(names) or "all"
 
 
 def check_parts(cells: list[Cell], open_data: bool) -> None:
     """Builds every cell's model without weights, and opens its data, once for all cells that
     have the same."""
     from owlfuse.artifacts.identity import weights_identity
+
+    data_identities: dict[str, Identity] = {}
+    cells_by_name: dict[str, list[Cell]] = {}
+    for cell in cells:
+        cells_by_name.setdefault(cell.name, []).append(cell)
+    for name, same_cells in cells_by_name.items():
+        with naming_cell(name):
+            trained, identity = check_cell(same_cells[0], data_identities, open_data)
+        for cell in same_cells:
+            cell.trained = trained
+            if identity is not None:
+                weights = weights_identity(to_dict(cell.config))
+                cell.hash["data"] = data_hash({**identity, **weights})
+
+
+def check_cell(
+    cell: Cell, data_identities: dict[str, Identity], open_data: bool
+) -> tuple[int, Identity | None]:
+    """Return the parameters that a cell trains and, where its data are opened, their identity.
+
+    Args:
+        data_identities: of data that are opened already, by configuration; gets this cell's.
+    """
     from owlfuse.data.identity import data_identity
     from owlfuse.model.multimodal import on_meta
 
-    opened: dict[str, dict[str, str]] = {}
-    for cells_of_name in (
-        [cell for cell in cells if cell.name == name]
-        for name in dict.fromkeys(cell.name for cell in cells)
-    ):
-        cell = cells_of_name[0]
-        try:
-            check(cell.config)
-            plan, parts = on_meta(to_dict(cell.config.model), vocab_size=1024)
-            build(cell.config.optim), build(cell.config.evaluation)
-            data_key = json.dumps([to_dict(cell.config.data), plan.fusion.tokens_per_image])
-            if open_data and data_key not in opened:
-                data = build(cell.config.data)
-                data.bind(plan.vision.preprocessing, plan.fusion.tokens_per_image)
-                data.steps(cell.steps)
-                opened[data_key] = data_identity(data.sources, data.validation)
-        except DataError as error:
-            raise DataError(f"cell {cell.name}: {error}") from error
-        except ConfigError as error:
-            raise ConfigError(
-                f"cell {cell.name}: {str(error).removeprefix(f'{COMMAND_LINE}: ')}"
-            ) from error
-        except ValueError as error:
-            raise ConfigError(f"cell {cell.name}: {place(cell.config, str(error))}") from error
-        for one in cells_of_name:
-            one.trained = sum(part.trained for part in parts)
-            if open_data:
-                one.hash["data"] = data_hash(
-                    {**opened[data_key], **weights_identity(to_dict(one.config))}
-                )
+    try:
+        check(cell.config)
+        model, parts = on_meta(to_dict(cell.config.model), vocab_size=1024)
+        build(cell.config.optim)
+        build(cell.config.evaluation)
+        trained = sum(part.trained for part in parts)
+        if not open_data:
+            return trained, None
+        # Lengths, and with them the steps, depend on the positions that an image takes.
+        key = json.dumps([to_dict(cell.config.data), model.fusion.tokens_per_image])
+        if key not in data_identities:
+            data = build(cell.config.data)
+            data.bind(model.vision.preprocessing, model.fusion.tokens_per_image)
+            data.steps(cell.steps)
+            data_identities[key] = data_identity(data.sources, data.validation)
+        return trained, data_identities[key]
+    except (ConfigError, DataError):
+        raise
+    except ValueError as error:  # parts that do not fit together
+        raise ConfigError(place(cell.config, str(error))) from error
 
 
 def full_metrics(metrics: list[str], sources: list[str]) -> dict[str, tuple[str, str]]:
-    """Metrics by the names of results.json, each with its validation source and its name there:
-    `val_held_out/exact_match` and `val/exact_match_held_out` are one. Raises ConfigError for a
-    source that there is not."""
+    """Return metrics by the names of results.json, each with its validation source and its name
+    there: `val_held_out/exact_match` and `val/exact_match_held_out` are one.
+
+    Raises ConfigError for a source that does not exist.
+    """
     from owlfuse.evaluation.metrics import metric_names
 
-    found = {}
+    result = {}
     for metric in metrics:
-        source, _, own = metric.partition("/")
-        for other in sources:
-            suffix = other.removeprefix(f"{source}_") if other.startswith(f"{source}_") else None
-            kind = own.partition("/")[0]
-            if suffix and kind.endswith(f"_{suffix}"):
-                source, own = other, own.replace(f"_{suffix}", "", 1)
-                break
-        if source not in sources or not own:
+        source, local_name = split_metric(metric, sources)
+        if source not in sources or not local_name:
             raise ConfigError(
                 f"metrics: {metric}: no such validation source{hint(source, sources)}"
             )
-        found[next(iter(metric_names(source, sources, {own: 0.0})))] = (source, own)
-    return found
+        (name,) = metric_names(source, sources, {local_name: 0.0})
+        result[name] = source, local_name
+    return result
 
 
-def sources_of(cells: list[Cell]) -> list[str]:
-    """The validation sources of the first cell."""
+def split_metric(metric: str, sources: list[str]) -> tuple[str, str]:
+    """Return the validation source and the metric's name in it, of `val/exact_match_held_out` as
+    of `val_held_out/exact_match`."""
+    source, _, local_name = metric.partition("/")
+    kind = local_name.partition("/")[0]
+    # results.json folds `val_held_out` into `val` with a suffix, see `metric_names`.
+    for longer in sources:
+        suffix = longer.removeprefix(source)  # `_held_out`
+        if longer.startswith(f"{source}_") and suffix != "_" and kind.endswith(suffix):
+            return longer, local_name.replace(suffix, "", 1)
+    return source, local_name
+
+
+def validation_sources(cells: list[Cell]) -> list[str]:
+    """Return the validation sources of the first cell."""
     return list(cells[0].config.data.get("validation") or {})
 
 
-def record_of(
+def make_record(
     cells: list[Cell], ablation: Ablation, metrics: dict[str, tuple[str, str]]
 ) -> dict[str, Any]:
-    """What `runs/<name>/ablation.json` holds, from which the report is made."""
+    """Return the content of `runs/<name>/ablation.json`, from which the report is made."""
     return {
         "name": ablation.name,
         "question": ablation.question,
         "base": ablation.base,
         "factors": {factor.name: list(factor.levels) for factor in ablation.factors},
-        "baseline": next(cell.name for cell in cells),
+        "baseline": cells[0].name,
         "seeds": ablation.seeds,
         "metrics": metrics,
         "paper": ablation.paper,
-        "cells": [
-            {
-                "key": cell.key,
-                "cell": cell.name,
-                "levels": cell.levels,
-                "seed": cell.seed,
-                "words": cell.words,
-                "hash": cell.hash,
-                "steps": cell.steps,
-                "config": to_dict(cell.config),
-            }
-            for cell in cells
-        ],
+        "cells": [cell.to_record() for cell in cells],
     }

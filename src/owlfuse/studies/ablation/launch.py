@@ -1,49 +1,77 @@
-"""Cells through Hydra's multirun: one after another, by joblib, or by submitit.
+"""Starts the cells of an ablation: one after another, in joblib's workers, or by submitit.
 
-Each is a process that a task watches.
+Each cell is a process of its own that a task watches. Tasks run in threads, in other processes or
+on other machines, so that they and the command speak through files of the ablation's folder.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig
+import yaml
 
 from owlfuse.core.errors import COMMAND_LINE, ConfigError, hint
-from owlfuse.core.files import read_json, write_json
-from owlfuse.studies.ablation.file import written
+from owlfuse.core.files import read_json, read_json_if_there, write_json
 
 LAUNCHERS = {
-    "basic": "basic",
+    "basic": None,
     "joblib": "joblib",
-    "submitit_local": "submitit_local",
-    "submitit_slurm": "submitit_slurm",
+    "submitit_local": "submitit",
+    "submitit_slurm": "submitit",
 }
-PLUGINS = {"joblib": "hydra_joblib_launcher", "submitit_local": "hydra_submitit_launcher"}
-PLUGINS["submitit_slurm"] = PLUGINS["submitit_local"]
-STATE = "cell.json"
-"""Of a cell's folder: its state (running, finished, failed, interrupted, not begun), hash, times
+"""The package that each launcher needs."""
+COMMON_SETTINGS = (
+    "timeout_min",
+    "cpus_per_task",
+    "gpus_per_node",
+    "tasks_per_node",
+    "mem_gb",
+    "nodes",
+    "name",
+    "stderr_to_stdout",
+)
+"""Settings of submitit that do not depend on the cluster."""
+SLURM_SETTINGS = (
+    "partition",
+    "qos",
+    "comment",
+    "constraint",
+    "exclude",
+    "gres",
+    "cpus_per_gpu",
+    "gpus_per_task",
+    "mem_per_gpu",
+    "mem_per_cpu",
+    "account",
+    "signal_delay_s",
+    "additional_parameters",
+    "array_parallelism",
+    "setup",
+)
+STATE_FILE = "cell.json"
+"""In a cell's folder: its state (running, finished, failed, interrupted, not begun), hash, times
 and error."""
-STOP = ".stop"
-"""Of the ablation's folder: how often Ctrl-C was pressed.
-
-Tasks on other processes and machines read it.
-"""
+STOP_FILE = ".stop"
+"""In the ablation's folder: a byte for each Ctrl-C."""
 
 
 def check_launcher(launcher: str, jobs: int, settings: list[str]) -> None:
-    """Raises ConfigError: a launcher that there is not, that is not installed, or that has no
-    such setting."""
+    """Raises ConfigError for a launcher that does not exist, is not installed, or has no such
+    setting."""
     if launcher not in LAUNCHERS:
         raise ConfigError(
             f"{COMMAND_LINE}: launcher={launcher}: no such launcher{hint(launcher, LAUNCHERS)}"
@@ -53,32 +81,54 @@ def check_launcher(launcher: str, jobs: int, settings: list[str]) -> None:
             f"{COMMAND_LINE}: jobs={jobs}: the basic launcher runs one cell after another; add "
             "launcher=joblib"
         )
-    from hydra.core.config_store import ConfigStore
-    from hydra.core.plugins import Plugins
-
-    if launcher in PLUGINS and not installed(PLUGINS[launcher]):
+    package = LAUNCHERS[launcher]
+    if package and importlib.util.find_spec(package) is None:
         raise ConfigError(
             f"{COMMAND_LINE}: launcher={launcher}: not installed; pip install 'owlfuse[sweep]'"
         )
-    Plugins.instance()  # finds the launchers that are installed
-    keys = [
-        key
-        for key in ConfigStore.instance().load(f"hydra/launcher/{launcher}.yaml").node
-        if key != "_target_"
-    ]
-    for key in (setting.partition("=")[0] for setting in settings):
-        if key.partition(".")[0] not in keys:
+    keys = setting_names(launcher)
+    for key in read_settings(settings):
+        if key not in keys:
             raise ConfigError(
                 f"{COMMAND_LINE}: launcher.{key}: no such setting of the launcher "
-                f"{launcher}{hint(key, map(str, keys), 30)}"
+                f"{launcher}{hint(key, keys, 30)}"
             )
 
 
-def installed(plugin: str) -> bool:
-    """Whether a package of Hydra's plugins is there."""
-    with suppress(ModuleNotFoundError):
-        return importlib.util.find_spec(f"hydra_plugins.{plugin}") is not None
-    return False
+def check_cluster(launcher: str) -> None:
+    """Raises ConfigError for a launcher of SLURM on a machine that is not part of a cluster."""
+    if launcher == "submitit_slurm" and shutil.which("srun") is None:
+        raise ConfigError(
+            f"{COMMAND_LINE}: launcher={launcher}: there is no srun on this machine; start the "
+            "command on a node of the cluster"
+        )
+
+
+def setting_names(launcher: str) -> list[str]:
+    """Return the keys that may follow `launcher.`."""
+    if launcher == "basic":
+        return []
+    if launcher == "submitit_local":
+        return list(COMMON_SETTINGS)
+    if launcher == "submitit_slurm":
+        return [*COMMON_SETTINGS, *SLURM_SETTINGS]
+    import joblib
+
+    return list(inspect.signature(joblib.Parallel).parameters)
+
+
+def read_settings(settings: list[str]) -> dict[str, Any]:
+    """Return the values of `key=value` words by key. Raises ConfigError for what is not YAML."""
+    values = {}
+    for setting in settings:
+        key, _, text = setting.partition("=")
+        try:
+            values[key] = yaml.safe_load(text)
+        except yaml.YAMLError:
+            raise ConfigError(
+                f"{COMMAND_LINE}: launcher.{setting}: expected a value in YAML's notation"
+            ) from None
+    return values
 
 
 def launch(
@@ -89,176 +139,197 @@ def launch(
     settings: list[str],
     deadline: float | None,
 ) -> None:
-    """Runs the cells; returns when all have ended in some way, also after Ctrl-C.
+    """Runs the cells, and returns when all of them have ended, also after Ctrl-C.
 
     Args:
-        settings: overrides of `hydra.launcher`, without that prefix.
+        settings: `key=value` words of the launcher, without the prefix `launcher.`.
         deadline: seconds since 1970 after which no cell is begun.
     """
-    from hydra._internal.hydra import Hydra
-    from hydra._internal.utils import create_config_search_path
-    from hydra.core.config_store import ConfigStore
-    from hydra.core.global_hydra import GlobalHydra
-
     if not keys:
         return
-    node = {"cell": None, "folder": None, "deadline": None, "threads": None}
-    ConfigStore.instance().store(name="owlfuse_cell", node=node)
-    threads = (
-        max(1, (os.cpu_count() or 1) // jobs)
-        if jobs > 1 and "OMP_NUM_THREADS" not in os.environ
-        else None
-    )
-    words = [f"cell={','.join(quoted(key) for key in keys)}", f"folder={quoted(str(folder))}"]
-    words += [f"deadline={written(deadline)}", f"threads={written(threads)}"]
-    words += [
-        "hydra/hydra_logging=none",
-        "hydra/job_logging=none",
-        "hydra.output_subdir=null",
-        "hydra.job.chdir=false",
-    ]
-    words += [
-        f"hydra.sweep.dir={quoted(str(folder))}",
-        "hydra.sweep.subdir='.'",
-        f"hydra/launcher={LAUNCHERS[launcher]}",
-    ]
-    words += (
-        [f"hydra.launcher.n_jobs={jobs}", "hydra.launcher.batch_size=1"]
-        if launcher == "joblib"
-        else []
-    )
-    if launcher.startswith("submitit"):
-        words += [f"hydra.launcher.submitit_folder={quoted(str(folder / '.submitit'))}"]
-        words += (
-            [f"hydra.launcher.array_parallelism={jobs}"] if launcher == "submitit_slurm" else []
-        )
-    words += [f"hydra.launcher.{word}" for word in settings]
-    GlobalHydra.instance().clear()
+    # Each process would take all cores by itself.
+    threads = None
+    if jobs > 1 and "OMP_NUM_THREADS" not in os.environ:
+        threads = max(1, (os.cpu_count() or 1) // jobs)
+    task = partial(run_cell, folder, deadline=deadline, threads=threads)
+    values = read_settings(settings)
+    if launcher == "basic":
+        for key in keys:
+            task(key)
+    elif launcher == "joblib":
+        import joblib
+
+        # Threads are enough: a task only waits for the process of its cell.
+        options = {"n_jobs": jobs, "prefer": "threads", "batch_size": 1, **values}
+        with refusing_values():
+            parallel = joblib.Parallel(**options)
+        parallel(joblib.delayed(task)(key) for key in keys)
+    else:
+        cluster = launcher.removeprefix("submitit_")
+        run_by_submitit(task, folder, keys, cluster, {"array_parallelism": jobs, **values})
+
+
+@contextmanager
+def refusing_values() -> Iterator[None]:
+    """Raises ConfigError for a value of a setting that joblib or submitit does not take."""
     try:
-        hydra = Hydra.create_main_hydra2("owlfuse", create_config_search_path(None))
-        hydra.multirun("owlfuse_cell", run_cell, words, with_log_configuration=False)
-    except Exception as error:
-        if presses(folder):  # a worker that Ctrl-C reached too
-            return
-        if type(error).__module__.startswith("hydra.errors"):
-            said = " ".join(f"launcher.{setting}" for setting in settings)
-            raise ConfigError(f"{COMMAND_LINE}: {said}: {error}") from None
-        raise
-    finally:
-        GlobalHydra.instance().clear()
+        yield
+    except (AssertionError, NameError, TypeError, ValueError) as error:
+        raise ConfigError(f"{COMMAND_LINE}: launcher settings: {error}") from None
 
 
-def run_cell(config: DictConfig) -> str:
-    """Hydra's task: trains one cell in a process, and returns its state, which its folder's
-    cell.json holds too."""
-    folder, key = Path(config.folder), config.cell
+def run_by_submitit(
+    task: Callable[[str], str],
+    folder: Path,
+    keys: list[str],
+    cluster: str,
+    settings: dict[str, Any],
+) -> None:
+    """Submits a job for each cell and waits for all of them.
+
+    A job that the cluster ends is a cell that failed. Raises ConfigError for a value that submitit
+    does not take.
+    """
+    import submitit
+
+    # Names of one cluster alone need its prefix.
+    executor = submitit.AutoExecutor(folder / ".submitit", cluster=cluster)
+    parameters = {"timeout_min": 60, "name": "owlfuse"}
+    for key, value in settings.items():
+        if key in COMMON_SETTINGS:
+            parameters[key] = value
+        else:
+            parameters[f"slurm_{key}"] = value  # which the local executor leaves alone
+    with refusing_values():
+        executor.update_parameters(**parameters)
+    submitted = executor.map_array(task, keys)  # on SLURM one array of jobs
+    for key, job in zip(keys, submitted, strict=True):
+        job_error = job.exception()
+        # A time limit or the lack of memory ends a job without a word in cell.json.
+        if job_error is not None and not interrupt_count(folder):
+            run = folder / key
+            run.mkdir(exist_ok=True)
+            reason = " ".join(str(job_error).split())[-300:]
+            state = read_json_if_there(run / STATE_FILE)
+            write_state(run, {**state, "state": "failed", "error": reason})
+
+
+def run_cell(folder: Path, key: str, deadline: float | None, threads: int | None) -> str:
+    """Trains one cell in a process, and returns its state, which is in its cell.json too.
+
+    Args:
+        threads: of the process's OpenMP; None leaves the environment as it is.
+    """
     run = folder / key
-    hashes = next(
-        cell["hash"] for cell in read_json(folder / "ablation.json")["cells"] if cell["key"] == key
-    )
-    state: dict[str, Any] = {"hash": hashes, "began": time.time()}
-    if presses(folder):
+    if interrupt_count(folder):
         return "not begun"
+    # A worker of another machine knows the cell from the file alone.
+    record = read_json(folder / "ablation.json")
+    cell = next(cell for cell in record["cells"] if cell["key"] == key)
+    state: dict[str, Any] = {"hash": cell["hash"], "began": time.time()}
     run.mkdir(parents=True, exist_ok=True)
-    if config.deadline is not None and time.time() > config.deadline:
-        return write_state(
-            run, {**state, "state": "not begun", "error": "the budget's minutes were used up"}
-        )
-    if not any((run / "checkpoints").glob("*.ckpt")) and (run / "config.yaml").exists():
-        put_aside(folder, key)  # it was stopped before its first checkpoint
+    if deadline is not None and time.time() > deadline:
+        reason = "the budget's minutes were used up"
+        return write_state(run, {**state, "state": "not begun", "error": reason})
+    has_checkpoint = any((run / "checkpoints").glob("*.ckpt"))
+    if (run / "config.yaml").exists() and not has_checkpoint:
+        archive_run(folder, key)  # it was stopped before its first checkpoint
         run.mkdir()
     write_state(run, {**state, "state": "running"})
+
     log = run / "log.txt"
-    threads = {"OMP_NUM_THREADS": str(config.threads)} if config.threads else {}
-    command = [
-        sys.executable,
-        "-m",
-        "owlfuse.studies.ablation.cell",
-        str(folder),
-        key,
-        str(os.getpid()),
-    ]
-    # its own session: the terminal's Ctrl-C reaches it through us, once
+    code = train_in_process(folder, key, log, threads)
+    last_line = clean_log(log)  # of a cell that failed, its error
+    state["ended"] = time.time()
+    if code == 0:
+        return write_state(run, {**state, "state": "finished"})
+    if code == 130 or interrupt_count(folder):  # 130 is Ctrl-C's exit code
+        return write_state(run, {**state, "state": "interrupted"})
+    error = last_line.removeprefix("owlfuse: error: ")
+    if not error and code < 0:
+        error = f"ended by signal {signal.Signals(-code).name}"
+    elif not error:
+        error = f"exit code {code}"
+    return write_state(run, {**state, "state": "failed", "error": error})
+
+
+def train_in_process(folder: Path, key: str, log: Path, threads: int | None) -> int:
+    """Runs `owlfuse.studies.ablation.cell` to its end and returns its exit code."""
+    module = "owlfuse.studies.ablation.cell"
+    command = [sys.executable, "-m", module, str(folder), key, str(os.getpid())]
+    environment = dict(os.environ)
+    if threads is not None:
+        environment["OMP_NUM_THREADS"] = str(threads)
     with log.open("ab") as file:
         process = subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,
             stdout=file,
             stderr=file,
+            # A session of its own: the terminal's Ctrl-C reaches it through us, once.
             start_new_session=True,
-            env={**os.environ, **threads},
+            env=environment,
         )
-    code = watch(process, folder)
-    last = tidy(log)
-    state["ended"] = time.time()
-    if code == 0:
-        return write_state(run, {**state, "state": "finished"})
-    if code == 130 or presses(folder):
-        return write_state(run, {**state, "state": "interrupted"})
-    ended = f"ended by signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
-    return write_state(
-        run, {**state, "state": "failed", "error": last.removeprefix("owlfuse: error: ") or ended}
-    )
+    return wait_and_interrupt(process, folder)
 
 
-def watch(process: subprocess.Popen, folder: Path) -> int:
-    """Waits for the process, and hands each Ctrl-C on to it once. Its exit code."""
+def wait_and_interrupt(process: subprocess.Popen, folder: Path) -> int:
+    """Waits for the process, hands each Ctrl-C on to it once, and returns its exit code."""
     sent = 0
     while (code := process.poll()) is None:
         try:
             time.sleep(0.1)
-            wanted = presses(folder)
-        # in a worker process, which the terminal reaches too; it is in STOP as well
+            count = min(interrupt_count(folder), 2)
+        # In a worker process, which the terminal's Ctrl-C reaches too: it is in STOP_FILE as well.
         except KeyboardInterrupt:
             continue
-        while sent < min(wanted, 2) and process.poll() is None:
+        while sent < count and process.poll() is None:
             process.send_signal(signal.SIGINT)
             sent += 1
-            time.sleep(0.1)
+            time.sleep(0.1)  # two signals at once may arrive as one
     return code
 
 
-def presses(folder: Path) -> int:
-    """How often Ctrl-C was pressed."""
+def interrupt_count(folder: Path) -> int:
+    """Return how often Ctrl-C was pressed."""
     try:
-        return len((folder / STOP).read_bytes())
+        return len((folder / STOP_FILE).read_bytes())
     except OSError:
         return 0
 
 
-def press(folder: Path) -> None:
-    """Notes a Ctrl-C."""
-    with (folder / STOP).open("ab") as file:
+def record_interrupt(folder: Path) -> None:
+    """Adds a Ctrl-C to those that tasks read."""
+    # Appended: two presses cannot overwrite each other.
+    with (folder / STOP_FILE).open("ab") as file:
         file.write(b"x")
 
 
-def tidy(log: Path) -> str:
-    """Leaves of each line what a terminal would show at its end, progress bars written over
-    themselves; the last line that says something."""
-    lines = log.read_text(encoding="utf-8", errors="replace").split("\n")
-    lines = [
-        re.sub(r"\x1b?\[[0-9;]*[A-Za-z]", "", line.rstrip("\r").rpartition("\r")[2]).rstrip()
-        for line in lines
-    ]
-    lines = [line for line in lines if line]
+def clean_log(log: Path) -> str:
+    """Leaves of each line what a terminal would show at its end, and returns the last error, or
+    else the last line."""
+    lines = []
+    for line in log.read_text(encoding="utf-8", errors="replace").split("\n"):
+        # A progress bar is written over itself: what follows the last carriage return is seen.
+        visible = line.rstrip("\r").rpartition("\r")[2]
+        visible = re.sub(r"\x1b?\[[0-9;]*[A-Za-z]", "", visible).rstrip()
+        if visible:
+            lines.append(visible)
     log.write_text("\n".join([*lines, ""]), encoding="utf-8")
     errors = [line for line in lines if line.startswith("owlfuse: error: ")]
-    return (errors or lines or [""])[-1][:300]
+    last_lines = errors or lines or [""]
+    return last_lines[-1][:300]  # a line of a table
 
 
-def put_aside(folder: Path, key: str) -> None:
+def archive_run(folder: Path, key: str) -> None:
     """Moves a cell's folder into `old/`."""
-    old = folder / "old"
-    old.mkdir(exist_ok=True)
-    (folder / key).rename(old / f"{key}.{datetime.now():%Y-%m-%d_%H-%M-%S.%f}")
+    archive = folder / "old"
+    archive.mkdir(exist_ok=True)
+    # Microseconds: a cell may be put aside twice within a second.
+    (folder / key).rename(archive / f"{key}.{datetime.now():%Y-%m-%d_%H-%M-%S.%f}")
 
 
 def write_state(run: Path, state: dict[str, Any]) -> str:
-    """cell.json; returns the state's name."""
-    write_json(run / STATE, state)
+    """Writes cell.json and returns the state's name."""
+    write_json(run / STATE_FILE, state)
     return state["state"]
-
-
-def quoted(text: str) -> str:
-    """A string in Hydra's grammar."""
-    return "'" + text.replace("'", "\\'") + "'"

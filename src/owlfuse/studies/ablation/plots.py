@@ -7,94 +7,87 @@ tell the cells apart too.
 
 from __future__ import annotations
 
-import csv
 import textwrap
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
-from owlfuse.studies.ablation.results import COSTS, SHARES, Results, Row
+from owlfuse.studies.ablation.results import COSTS, SHARE_METRICS, Results, Row, Score
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<", ">")
 LINES = ("-", "--", "-.", ":")
 SETTINGS: dict[Any, Any] = {
-    "svg.hashsalt": "owlfuse",
+    "svg.hashsalt": "owlfuse",  # ids in an SVG are random without it
     "font.size": 10,
     "axes.spines.top": False,
     "axes.spines.right": False,
 }
-PANELS = 4
+GRID: dict[str, Any] = {"color": "#dddddd", "linewidth": 0.6}
+MAX_PANELS = 4
 """Metrics beside each other in the plot of scores."""
 
 
 def write_plots(results: Results, folder: Path) -> dict[str, Path]:
-    """Writes PNG and SVG of each plot; the SVGs by what they show."""
-    import matplotlib
-
+    """Writes PNG and SVG of each plot, and returns the SVGs by name."""
     plots = {
         "scores": scores,
         "learning_curves": learning_curves,
         "score_against_cost": score_against_cost,
     }
-    found = {}
+    files = {}
     with matplotlib.rc_context(SETTINGS):
         for name, draw in plots.items():
             figure = draw(results)
             figure.savefig(folder / f"{name}.png", dpi=150)
+            # Without the date the same results give the same bytes.
             figure.savefig(folder / f"{name}.svg", metadata={"Date": None})
-            found[name] = folder / f"{name}.svg"
-    return found
+            files[name] = folder / f"{name}.svg"
+    return files
 
 
-def new_figure(width: float, height: float) -> Any:
-    """A figure that no window knows of."""
-    from matplotlib.figure import Figure
-
+def new_figure(width: float, height: float) -> Figure:
+    """Return a figure that no window knows of."""
+    # pyplot would keep it, and may ask for a display.
     return Figure(figsize=(width, height), layout="constrained", facecolor="white")
 
 
 def style(index: int) -> dict[str, Any]:
-    """Of the cell at a place: no two of the first 70 are alike."""
+    """Return the color and marker of the cell with an index: no two of the first 70 are alike."""
     return {"color": COLORS[index % len(COLORS)], "marker": MARKERS[index % len(MARKERS)]}
 
 
 def wrapped(name: str, width: int = 22) -> str:
-    """A cell's name on lines of at most `width` characters."""
-    return "\n".join(textwrap.wrap(name.replace("-", "- "), width, break_long_words=True)).replace(
-        "- ", "-"
-    )
+    """Return a cell's name on lines of at most `width` characters."""
+    # textwrap breaks lines at blanks alone: each hyphen gets one, which is removed afterwards.
+    lines = textwrap.wrap(name.replace("-", "- "), width, break_long_words=True)
+    return "\n".join(lines).replace("- ", "-")
 
 
-def scores(results: Results) -> Any:
-    """A line a cell: the mean with its interval, and small marks for the seeds."""
-    metrics, rows = results.metrics[:PANELS], results.rows
+def scores(results: Results) -> Figure:
+    """Draws a line for each cell: the mean with its interval, and small marks for the seeds."""
+    metrics = results.metrics[:MAX_PANELS]
+    rows = results.rows
     figure = new_figure(2.2 + 2.6 * len(metrics), 1.3 + 0.5 * len(rows))
     panels = figure.subplots(1, len(metrics), sharey=True, squeeze=False)[0]
     for axes, metric in zip(panels, metrics):
-        base = rows[0].scores[metric].mean
-        if base is not None:
-            axes.axvline(base, color="#999999", linewidth=1, linestyle=":", zorder=0)
+        baseline = rows[0].scores[metric].mean
+        if baseline is not None:
+            axes.axvline(baseline, color="#999999", linewidth=1, linestyle=":", zorder=0)
         for index, row in enumerate(rows):
-            found, look = row.scores[metric], style(index)
-            axes.plot(
-                list(found.values.values()),
-                [index + 0.22] * len(found.values),
-                "|",
-                color=look["color"],
-                markersize=7,
-            )
-            if found.mean is not None:
-                low, high = found.interval or (found.mean, found.mean)
-                axes.plot([low, high], [index, index], color=look["color"], linewidth=2.2)
-                axes.plot([found.mean], [index], **look, markersize=8)
-        axes.set_xlabel(labelled(metric))
+            draw_score(axes, row.scores[metric], index)
+        axes.set_xlabel(metric_label(metric))
         axes.locator_params(axis="x", nbins=4)
-        axes.grid(axis="x", color="#dddddd", linewidth=0.6)
+        axes.grid(axis="x", **GRID)
         axes.set_axisbelow(True)
     panels[0].set_yticks(range(len(rows)), [wrapped(row.name) for row in rows])
-    panels[0].set_ylim(len(rows) - 0.5, -0.5)
+    panels[0].set_ylim(len(rows) - 0.5, -0.5)  # the baseline on top
     panels[0].set_ylabel("cell")
     figure.suptitle(
         "Scores: mean, 95% interval over questions and seeds, seeds as |; dotted: baseline",
@@ -103,116 +96,119 @@ def scores(results: Results) -> Any:
     return figure
 
 
-def learning_curves(results: Results) -> Any:
-    """Loss in training, a running mean, and on the score's validation source; mean over seeds,
-    their range shaded."""
+def draw_score(axes: Axes, score: Score, index: int) -> None:
+    """Draws a cell's score on the line with its index, the seeds a little below it."""
+    marks = style(index)
+    values = list(score.values.values())
+    axes.plot(values, [index + 0.22] * len(values), "|", color=marks["color"], markersize=7)
+    if score.mean is not None:
+        low, high = score.interval or (score.mean, score.mean)
+        axes.plot([low, high], [index, index], color=marks["color"], linewidth=2.2)
+        axes.plot([score.mean], [index], **marks, markersize=8)
+
+
+def learning_curves(results: Results) -> Figure:
+    """Draws the loss in training, a running mean, and on the score's validation source; mean over
+    seeds, their range shaded."""
     source = results.record["metrics"][results.metrics[0]][0]
     figure = new_figure(9, 4.2 + 0.16 * len(results.rows))
     panels = figure.subplots(1, 2)
-    named = (
-        ("train/loss", "training loss (nats per token)"),
-        (f"{source}/loss", f"loss on {source} (nats per token)"),
-    )
-    for axes, (column, label) in zip(panels, named):
+    labels = {
+        "train/loss": "training loss (nats per token)",
+        f"{source}/loss": f"loss on {source} (nats per token)",
+    }
+    for axes, (column, label) in zip(panels, labels.items()):
         for index, row in enumerate(results.rows):
-            steps, curves = shared_curve(row, column, smooth=column == "train/loss")
-            if not len(steps):
-                continue
-            look = style(index)
-            look |= {
-                "linestyle": LINES[index % len(LINES)],
-                "markevery": max(1, len(steps) // 6),
-                "markersize": 5,
-            }
-            axes.plot(steps, curves.mean(axis=0), **look, linewidth=1.6, label=row.name)
-            if len(curves) > 1:
-                axes.fill_between(
-                    steps,
-                    curves.min(axis=0),
-                    curves.max(axis=0),
-                    color=look["color"],
-                    alpha=0.15,
-                    linewidth=0,
-                )
+            curves = shared_curves(row, column)
+            # Single batches are noisy: a window of a twentieth of the steps.
+            if column == "train/loss":
+                curves = curves.rolling(max(1, len(curves) // 20)).mean().dropna()
+            if not curves.empty:
+                draw_curve(axes, curves, row.name, index)
         axes.set(xlabel="optimizer steps", ylabel=label)
-        axes.grid(color="#dddddd", linewidth=0.6)
-    legend(figure, panels)
+        axes.grid(**GRID)
+    add_legend(figure, panels)
     return figure
 
 
-def shared_curve(row: Row, column: str, smooth: bool) -> tuple[np.ndarray, np.ndarray]:
-    """Steps that all seeds have, and the values of each seed there, (seeds, steps)."""
-    found = [
-        curve for run in row.finished if (curve := read_curve(run.folder / "metrics.csv", column))
-    ]
-    if not found:
-        return np.zeros(0), np.zeros((0, 0))
-    steps = sorted(set.intersection(*(set(curve) for curve in found)))
-    curves = np.array([[curve[step] for step in steps] for curve in found])
-    width = max(1, len(steps) // 20) if smooth else 1
-    if width > 1:
-        kernel = np.ones(width) / width
-        curves = np.stack([np.convolve(curve, kernel, mode="valid") for curve in curves])
-        steps = steps[width - 1 :]
-    return np.array(steps), curves
+def draw_curve(axes: Axes, curves: pd.DataFrame, name: str, index: int) -> None:
+    """Draws the mean of a cell's curves, and their range where there are several."""
+    marks = style(index)
+    marks["linestyle"] = LINES[index % len(LINES)]
+    # About six markers: a marker at each step would hide the line.
+    marks["markevery"] = max(1, len(curves) // 6)
+    steps = curves.index.to_numpy()
+    axes.plot(steps, curves.mean(axis=1), **marks, markersize=5, linewidth=1.6, label=name)
+    if curves.shape[1] > 1:
+        low, high = curves.min(axis=1), curves.max(axis=1)
+        axes.fill_between(steps, low, high, color=marks["color"], alpha=0.15, linewidth=0)
 
 
-def read_curve(path: Path, column: str) -> dict[int, float]:
-    """A column of metrics.csv by optimizer step, counted from 1."""
-    try:
-        with path.open(newline="", encoding="utf-8") as file:
-            return {
-                int(line["step"]) + 1: float(line[column])
-                for line in csv.DictReader(file)
-                if line.get(column)
-            }
-    except FileNotFoundError:
-        return {}
+def shared_curves(row: Row, column: str) -> pd.DataFrame:
+    """Return a column of the runs' metrics.csv, a column for each seed, at the optimizer steps
+    that all of them have, counted from 1."""
+    curves = {}
+    for run in row.finished:
+        path = run.folder / "metrics.csv"
+        metrics = pd.read_csv(path, index_col="step") if path.exists() else pd.DataFrame()
+        if column in metrics:
+            # A resumed run may have a step twice: the later value counts.
+            curve = metrics[column].dropna()
+            curves[run.seed] = curve[~curve.index.duplicated(keep="last")]
+    frame = pd.DataFrame(curves).dropna()  # the steps that all seeds have
+    frame.index = frame.index + 1
+    return frame
 
 
-def score_against_cost(results: Results) -> Any:
-    """The score over throughput, memory, and time per generated token, each with its interval."""
+def score_against_cost(results: Results) -> Figure:
+    """Draws the score over throughput, memory, and time per generated token, each with its
+    interval."""
     names = [name for name in COSTS if name != "trained_parameters"]
     metric = results.metrics[0]
     figure = new_figure(10, 3.8 + 0.16 * len(results.rows))
     panels = figure.subplots(1, len(names), sharey=True)
     for axes, name in zip(panels, names):
+        cost = COSTS[name]
         for index, row in enumerate(results.rows):
-            found, cost = row.scores[metric], row.cost(name)
-            if found.mean is None or cost is None:
+            score, value = row.scores[metric], row.cost(name)
+            if score.mean is None or value is None:
                 continue
-            low, high = found.interval or (found.mean, found.mean)
-            look = style(index)
-            axes.plot([cost, cost], [low, high], color=look["color"], linewidth=1.6)
-            axes.plot([cost], [found.mean], **look, markersize=8, linestyle="none", label=row.name)
-        what, unit = COSTS[name]
-        axes.set_xlabel(f"{what} ({unit})")
-        axes.margins(x=0.15)
+            value *= cost.scale
+            low, high = score.interval or (score.mean, score.mean)
+            marks = style(index)
+            axes.plot([value, value], [low, high], color=marks["color"], linewidth=1.6)
+            axes.plot([value], [score.mean], **marks, ms=8, linestyle="none", label=row.name)
+        axes.set_xlabel(f"{cost.title} ({cost.unit})")
+        axes.margins(x=0.15)  # no marker lies on the frame
         axes.locator_params(axis="x", nbins=4)
-        axes.grid(color="#dddddd", linewidth=0.6)
+        axes.grid(**GRID)
         axes.set_axisbelow(True)
-    panels[0].set_ylabel(labelled(metric))
-    legend(figure, panels)
+    panels[0].set_ylabel(metric_label(metric))
+    add_legend(figure, panels)
     return figure
 
 
-def labelled(metric: str) -> str:
-    """With its unit where it has one."""
-    return f"{metric} (share right)" if any(name in metric for name in SHARES) else metric
+def metric_label(metric: str) -> str:
+    """Return a metric's name, with its unit where it has one."""
+    return f"{metric} (share right)" if any(name in metric for name in SHARE_METRICS) else metric
 
 
-def legend(figure: Any, panels: Any) -> None:
-    """One for all panels, below them."""
-    handles = {
-        label: handle for axes in panels for handle, label in zip(*axes.get_legend_handles_labels())
-    }
-    if handles:
-        columns = max(1, min(4, len(handles), 90 // (6 + max(map(len, handles)))))
-        figure.legend(
-            list(handles.values()),
-            list(handles),
-            loc="outside lower center",
-            ncols=columns,
-            fontsize=9,
-            frameon=False,
-        )
+def add_legend(figure: Figure, panels: Sequence[Axes] | np.ndarray) -> None:
+    """Draws one legend for all panels, below them."""
+    handles: dict[str, Any] = {}
+    for axes in panels:
+        artists, labels = axes.get_legend_handles_labels()
+        handles |= dict(zip(labels, artists))
+    if not handles:
+        return
+    # About 90 characters fit into a line, of which a line style and its gap take 6.
+    longest = max(len(label) for label in handles)
+    columns = max(1, min(4, len(handles), 90 // (6 + longest)))
+    figure.legend(
+        list(handles.values()),
+        list(handles),
+        loc="outside lower center",
+        ncols=columns,
+        fontsize=9,
+        frameon=False,
+    )

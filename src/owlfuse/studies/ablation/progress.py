@@ -1,4 +1,4 @@
-"""What a terminal shows of an ablation: the plan before it, and which cell is how far.
+"""What a terminal shows of an ablation: the plan before it, and how far each cell is.
 
 Without a terminal, plain lines.
 """
@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 from rich.table import Table
 from rich.text import Text
 
@@ -21,91 +21,106 @@ from owlfuse.core.console import PlainConsole as Console
 from owlfuse.core.console import count
 from owlfuse.core.files import read_json_if_there
 from owlfuse.core.terminal import cell as table_cell
-from owlfuse.studies.ablation import launch
 from owlfuse.studies.ablation.file import Ablation
 from owlfuse.studies.ablation.grid import Cell
+from owlfuse.studies.ablation.launch import STATE_FILE
 
 WIDTH = 100
 """Columns that all tables fit into."""
-QUIET = 300.0
-"""Seconds without a line after which a log, which has no bars, is told how far the running cells
-are."""
+QUIET_SECONDS = 300.0
+"""Silence after which a log, which has no bars, gets a line for each running cell."""
 
 
 def console() -> Console:
-    """At most WIDTH columns wide."""
+    """Return a console at most WIDTH columns wide."""
+    # rich takes 80 columns where there is no terminal.
     return Console(width=min(WIDTH, Console().width) if sys.stdout.isatty() else WIDTH)
 
 
 def print_plan(
-    ablation: Ablation, folder: Path, cells: list[Cell], left: list[Cell], jobs: int
+    ablation: Ablation, folder: Path, cells: list[Cell], unfinished: list[Cell], jobs: int
 ) -> None:
-    """The cells with parameters trained and steps, what is finished, and an estimate of the
+    """Prints the cells with parameters trained and steps, what is finished, and an estimate of the
     time."""
     out = console()
     out.print(Text.assemble((ablation.name, "bold"), f": {ablation.question}"), highlight=False)
-    table = Table(title_justify="left", caption_justify="left")
-    for name in ("cell", "seeds", "trained, about", "steps", "finished"):
-        table.add_column(name, justify="left" if name == "cell" else "right", overflow="fold")
-    for name in dict.fromkeys(cell.name for cell in cells):
-        mine = [cell for cell in cells if cell.name == name]
-        done = sum(cell not in left for cell in mine)
-        seeds = ",".join(str(cell.seed) for cell in mine)
+    table = Table()
+    for column in ("cell", "seeds", "trained, about", "steps", "finished"):
+        table.add_column(column, justify="left" if column == "cell" else "right", overflow="fold")
+    by_name: dict[str, list[Cell]] = {}
+    for cell in cells:
+        by_name.setdefault(cell.name, []).append(cell)
+    for name, runs in by_name.items():
+        finished = sum(cell not in unfinished for cell in runs)
         table.add_row(
-            name, seeds, count(mine[0].trained), f"{mine[0].steps:,}", f"{done} of {len(mine)}"
+            name,
+            ",".join(str(cell.seed) for cell in runs),
+            count(runs[0].trained),
+            f"{runs[0].steps:,}",
+            f"{finished} of {len(runs)}",
         )
     out.print(table)
-    steps = sum(cell.steps for cell in left)
     seconds = seconds_per_step(folder, cells)
-    said = f"{len(left)} of {len(cells)} runs are left, {steps:,} steps"
-    if left and seconds:
-        said += f", about {duration(steps * seconds / jobs)} by the finished runs"
-    elif left:
-        said += "; how long they take shows with the first"
+    out.print(estimate(ablation, cells, unfinished, seconds, jobs), highlight=False)
+
+
+def estimate(
+    ablation: Ablation,
+    cells: list[Cell],
+    unfinished: list[Cell],
+    seconds: float | None,
+    jobs: int,
+) -> str:
+    """Return a line on what is left to do, with the time where `seconds` per step are known."""
+    steps = sum(cell.steps for cell in unfinished)
+    line = f"{len(unfinished)} of {len(cells)} runs are left, {steps:,} steps"
+    if unfinished and seconds:
+        line += f", about {duration(steps * seconds / jobs)} by the finished runs"
+    elif unfinished:
+        line += "; how long they take shows with the first"
     if ablation.minutes:
-        said += f"; none is begun after {ablation.minutes:g} min"
+        line += f"; none is begun after {ablation.minutes:g} min"
     if ablation.steps:
-        said += f"; at most {ablation.steps:,} steps are begun"
-    out.print(said, highlight=False)
+        line += f"; at most {ablation.steps:,} steps are begun"
+    return line
 
 
 def seconds_per_step(folder: Path, cells: list[Cell]) -> float | None:
-    """With all that a run does beside its steps: of finished runs here, else of those of the same
-    experiment that were trained alone."""
-    states = [(cell.steps, read_json_if_there(folder / cell.key / launch.STATE)) for cell in cells]
-    here = [
-        (state["ended"] - state["began"]) / steps
-        for steps, state in states
-        if state.get("state") == "finished"
-    ]
-    if here:
-        return sum(here) / len(here)
-    found: list[dict[str, Any]] = []
-    if base := cells[0].words[0].partition("=")[2]:
-        found = [read_json_if_there(path) for path in (folder.parent / base).glob("*/results.json")]
-    rates = [results["wall_s"] / results["steps"] for results in found if results.get("steps")]
+    """Return the mean over runs, with all that a run does beside its steps: finished runs of this
+    ablation, else those of the same experiment that were trained alone."""
+    rates = []
+    for cell in cells:
+        state = read_json_if_there(folder / cell.key / STATE_FILE)
+        if state.get("state") == "finished":
+            rates.append((state["ended"] - state["began"]) / cell.steps)
+    base = cells[0].words[0].partition("=")[2]  # the first override is experiment=<base>
+    if not rates and base:
+        for path in (folder.parent / base).glob("*/results.json"):
+            results = read_json_if_there(path)
+            if results.get("steps"):
+                rates.append(results["wall_s"] / results["steps"])
     return sum(rates) / len(rates) if rates else None
 
 
 def duration(seconds: float) -> str:
-    """95 -> 2 min, 30 -> 30 s, 9000 -> 2.5 h."""
+    """Return `30 s`, `2 min` for 95 seconds, `2.5 h` for 9000."""
     if seconds < 60:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 @contextmanager
-def shown(folder: Path, cells: list[Cell], left: list[Cell], jobs: int) -> Iterator[None]:
-    """Watches the cells' files from a thread until the block is left."""
-    view = View(folder, cells, left, jobs)
+def show_progress(folder: Path, cells: list[Cell]) -> Iterator[None]:
+    """Watches the files of cells that are to be trained, in a thread until the block ends."""
+    view = View(folder, cells)
     ended = threading.Event()
 
-    def look() -> None:
+    def watch() -> None:
         while not ended.wait(0.5):
             view.update()
-        view.update()
+        view.update()  # what has changed since the last look
 
-    thread = threading.Thread(target=look, daemon=True)
+    thread = threading.Thread(target=watch, daemon=True)
     with view.progress:
         thread.start()
         try:
@@ -116,106 +131,123 @@ def shown(folder: Path, cells: list[Cell], left: list[Cell], jobs: int) -> Itera
 
 
 class View:
-    """A line for the whole and one for each running cell; a line stays for each that has ended."""
+    """A bar for all cells and one for each running cell; a line stays for each that has ended.
 
-    def __init__(self, folder: Path, cells: list[Cell], left: list[Cell], jobs: int) -> None:
-        self.folder, self.left, self.jobs = folder, left, jobs
-        self.began = time.time()
-        self.spoke = self.began
+    Args:
+        cells: those that are to be trained.
+    """
+
+    def __init__(self, folder: Path, cells: list[Cell]) -> None:
+        self.folder = folder
+        self.cells = cells
+        self.began = self.last_line = time.time()
         self.live = sys.stdout.isatty()
         self.console = console()
-        columns = (
+        self.progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(20),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[said]}"),
+            TextColumn("{task.fields[detail]}"),
+            console=self.console,
+            disable=not self.live,  # a log gets lines instead
+            transient=True,
         )
-        self.progress = Progress(
-            *columns, console=self.console, disable=not self.live, transient=True
+        self.total_steps = sum(cell.steps for cell in cells)
+        self.total_bar = self.progress.add_task(
+            f"{len(cells)} runs", total=self.total_steps, detail=""
         )
-        self.steps = sum(cell.steps for cell in left)
-        self.whole = self.progress.add_task(f"{len(left)} runs", total=self.steps, said="")
-        self.tasks: dict[str, Any] = {}
-        self.told: dict[str, str] = {}
+        self.bars: dict[str, TaskID] = {}
+        self.states: dict[str, str] = {}
 
     def update(self) -> None:
-        """Reads the states and says what is new."""
-        done, running = 0, {}
-        for cell in self.left:
+        """Reads the states and shows what is new."""
+        # Files are read again and again: tasks may run on other machines.
+        steps_done = 0
+        running: dict[str, tuple[int, int]] = {}
+        for cell in self.cells:
             run = self.folder / cell.key
-            state = read_json_if_there(run / launch.STATE)
+            state = read_json_if_there(run / STATE_FILE)
             if state.get("began", 0) < self.began:
-                continue
-            step = read_json_if_there(run / "progress.json").get("step", 0)
+                continue  # an earlier command wrote it
             if state["state"] == "running":
+                step = read_json_if_there(run / "progress.json").get("step", 0)
                 running[cell.key] = step, cell.steps
-                done += step
+                steps_done += step
             else:
-                done += cell.steps  # nothing of it is left to do
-            if self.told.get(cell.key) != state["state"]:
-                self.told[cell.key] = state["state"]
-                self.say(cell, state)
+                steps_done += cell.steps  # nothing of it is left to do
+            if self.states.get(cell.key) != state["state"]:
+                self.states[cell.key] = state["state"]
+                self.print_state(cell, state)
         if self.live:
-            self.show(done, running)
-        elif running and time.time() - self.spoke >= QUIET:
+            self.update_bars(steps_done, running)
+        elif running and time.time() - self.last_line >= QUIET_SECONDS:
             for key, (step, steps) in running.items():
-                self.line(
-                    f"{self.place(key)}: {phase(step, steps) or f'step {step:,} of {steps:,}'}",
-                    done,
-                )
+                progress = phase(step, steps) or f"step {step:,} of {steps:,}"
+                self.print_line(f"{self.label(key)}: {progress}", steps_done)
 
-    def line(self, said: str, done: int) -> None:
-        """A line, with the time that is left where anything is."""
-        left = self.time_left(done) if done < self.steps else ""
-        self.console.print(f"{said}; {left}" if left else said, highlight=False, markup=False)
-        self.spoke = time.time()
+    def print_line(self, text: str, steps_done: int) -> None:
+        """Prints a line, with the time that is left where anything is."""
+        time_left = self.time_left(steps_done) if steps_done < self.total_steps else ""
+        line = f"{text}; {time_left}" if time_left else text
+        self.console.print(line, highlight=False, markup=False)
+        self.last_line = time.time()
 
-    def place(self, key: str) -> str:
-        """Which of the cells."""
-        return f"{[cell.key for cell in self.left].index(key) + 1}/{len(self.left)} {key}"
+    def label(self, key: str) -> str:
+        """Return which of the cells it is: `1/4 owl3-seed0`."""
+        index = [cell.key for cell in self.cells].index(key)
+        return f"{index + 1}/{len(self.cells)} {key}"
 
-    def time_left(self, done: int) -> str:
-        """Of the whole, at the pace until now."""
-        return (
-            f"about {duration((time.time() - self.began) * (self.steps - done) / done)} left"
-            if done
-            else ""
+    def time_left(self, steps_done: int) -> str:
+        """Return the time for all cells at the pace until now; empty before the first step."""
+        if not steps_done:
+            return ""  # there is no pace yet
+        seconds = time.time() - self.began
+        return f"about {duration(seconds * (self.total_steps - steps_done) / steps_done)} left"
+
+    def update_bars(self, steps_done: int, running: dict[str, tuple[int, int]]) -> None:
+        """Moves the bars, and removes those of cells that have ended."""
+        self.progress.update(
+            self.total_bar, completed=steps_done, detail=self.time_left(steps_done)
         )
-
-    def show(self, done: int, running: dict[str, tuple[int, int]]) -> None:
-        """The bars."""
-        self.progress.update(self.whole, completed=done, said=self.time_left(done))
         for key, (step, steps) in running.items():
-            if key not in self.tasks:
-                self.tasks[key] = self.progress.add_task(
-                    table_cell(f"  {shortened(key)}"), total=steps, said=""
+            if key not in self.bars:
+                self.bars[key] = self.progress.add_task(
+                    table_cell(f"  {shortened(key)}"), total=steps, detail=""
                 )
-            self.progress.update(self.tasks[key], completed=step, said=phase(step, steps))
-        for key in [key for key in self.tasks if key not in running]:
-            self.progress.remove_task(self.tasks.pop(key))
+            self.progress.update(self.bars[key], completed=step, detail=phase(step, steps))
+        for key in self.bars.keys() - running.keys():
+            self.progress.remove_task(self.bars.pop(key))
 
-    def say(self, cell: Cell, state: dict[str, Any]) -> None:
-        """A line when a cell begins (where there are no bars) and when it has ended."""
+    def print_state(self, cell: Cell, state: dict[str, Any]) -> None:
+        """Prints a line when a cell begins (where there are no bars) and when it has ended."""
+        label = self.label(cell.key)
         if state["state"] == "running":
             if not self.live:
-                self.line(f"{self.place(cell.key)}: began, {cell.steps:,} steps", 0)
+                self.print_line(f"{label}: began, {cell.steps:,} steps", 0)
             return
-        took = f" in {duration(state['ended'] - state['began'])}" if "ended" in state else ""
-        error = f": {state['error']}" if state.get("error") else ""
-        done = sum(
-            other.steps for other in self.left if self.told.get(other.key) not in (None, "running")
-        )
-        self.line(
-            f"{self.place(cell.key)}: {state['state']}{took}{error}",
-            0 if state["state"] == "interrupted" else done,
-        )
+        line = f"{label}: {state['state']}"
+        if "ended" in state:
+            line += f" in {duration(state['ended'] - state['began'])}"
+        if state.get("error"):
+            line += f": {state['error']}"
+        # Of an interrupted command there is no time left to tell.
+        steps_done = 0
+        if state["state"] != "interrupted":
+            for ended in self.cells:
+                if self.states.get(ended.key, "running") != "running":
+                    steps_done += ended.steps
+        self.print_line(line, steps_done)
 
 
 def phase(step: int, steps: int) -> str:
-    """What a cell does that is not at its steps."""
-    return "evaluating" if step >= steps else "" if step else "starting"
+    """Return what a cell does that is not at its steps; empty for one that is."""
+    if step >= steps:
+        return "evaluating"
+    return "" if step else "starting"
 
 
 def shortened(key: str, width: int = 40) -> str:
-    """Its end stays: the seed."""
-    return key if len(key) <= width else f"{key[: width // 2 - 1]}…{key[-width // 2 :]}"
+    """Return a cell's name whose middle is left out where it is long; its end is the seed."""
+    if len(key) <= width:
+        return key
+    return f"{key[: width // 2 - 1]}…{key[-width // 2 :]}"

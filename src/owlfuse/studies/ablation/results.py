@@ -1,5 +1,8 @@
 """What the runs of an ablation hold: states, metrics, answers; and for each cell its numbers
-over seeds."""
+over seeds.
+
+S seeds, Q questions.
+"""
 
 from __future__ import annotations
 
@@ -16,21 +19,38 @@ from owlfuse.config.identity import differing_hash
 from owlfuse.config.messages import check_name
 from owlfuse.core.errors import COMMAND_LINE, ConfigError, DataError, hint
 from owlfuse.core.files import read_json_if_there
-from owlfuse.studies.ablation.launch import STATE
+from owlfuse.studies.ablation.launch import STATE_FILE
 from owlfuse.studies.ablation.statistics import paired_interval
 
-COSTS = {
-    "trained_parameters": ("parameters trained", ""),
-    "tokens_per_s": ("training throughput", "tokens/s"),
-    "peak_memory_bytes": ("peak memory", "MB"),
-    "ms_per_generated_token": ("time per generated token", "ms"),
-}
-"""By their names in results.json: what they are, and their unit in tables (bytes are shown as MB
-of 10^6)."""
 
-SHARES = ("exact_match", "contains")
+@dataclass(frozen=True)
+class Cost:
+    """A number of results.json's `cost`, and how tables show it."""
+
+    title: str
+    unit: str = ""
+    scale: float = 1.0
+    """What a number is multiplied by to be in `unit`."""
+
+    @property
+    def head(self) -> str:
+        """The title of its column."""
+        return f"{self.title}, {self.unit}" if self.unit else self.title
+
+
+COSTS = {
+    "trained_parameters": Cost("parameters trained"),
+    "tokens_per_s": Cost("training throughput", "tokens/s"),
+    "peak_memory_bytes": Cost("peak memory", "MB", 1e-6),
+    "ms_per_generated_token": Cost("time per generated token", "ms"),
+}
+SHARE_METRICS = ("exact_match", "contains")
 """Metrics that are shares of right answers in answers.jsonl
 (`owlfuse.evaluation.metrics.score`): they have intervals."""
+Question = tuple[str, str, int]
+"""The id of a chat, the question, and how often that came before."""
+RunAnswers = dict[Question, dict[str, Any]]
+"""The lines of answers.jsonl by question."""
 
 
 @dataclass
@@ -44,33 +64,35 @@ class Run:
     folder: Path
     steps: int
     state: str
-    said: str = ""
+    detail: str = ""
     """Of a run that is not finished: why, or how far it is."""
     results: dict[str, Any] = field(default_factory=dict)
 
     @property
     def finished(self) -> bool:
-        """Whether it counts."""
+        """Whether the run counts."""
         return self.state == "finished"
 
     @property
-    def why(self) -> str:
-        """`said` after a comma."""
-        return f", {self.said}" if self.said else ""
+    def status(self) -> str:
+        """The state with its detail, as reports show it."""
+        return f"{self.state}, {self.detail}" if self.detail else self.state
 
-    def answers(self, source: str, kind: str = "") -> dict[tuple[str, str, int], dict[str, Any]]:
-        """answers.jsonl by (id, question, how often it came before), of one validation source
-        and kind of question."""
-        found: dict[tuple[str, str, int], dict[str, Any]] = {}
-        seen: Counter[tuple[str, str]] = Counter()
+    def answers(self, source: str, kind: str = "") -> RunAnswers:
+        """Return the answers in answers.jsonl of one validation source and kind of question."""
+        answers: RunAnswers = {}
+        repeats: Counter[tuple[str, str]] = Counter()
         path = self.folder / "answers.jsonl"
-        for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+        if not path.exists():
+            return answers
+        # A chat may ask the same question twice.
+        for line in path.read_text(encoding="utf-8").splitlines():
             answer = json.loads(line)
             if answer["source"] == source and kind in ("", answer["kind"]):
                 question = answer["id"], answer["question"]
-                found[(*question, seen[question])] = answer
-                seen[question] += 1
-        return found
+                answers[(*question, repeats[question])] = answer
+                repeats[question] += 1
+        return answers
 
 
 @dataclass
@@ -89,13 +111,15 @@ class Score:
 
     @property
     def mean(self) -> float | None:
-        """Over seeds."""
+        """The mean over seeds."""
         return float(np.mean(list(self.values.values()))) if self.values else None
 
     @property
     def deviation(self) -> float | None:
         """The standard deviation over seeds (n - 1); None for fewer than two."""
-        return float(np.std(list(self.values.values()), ddof=1)) if len(self.values) > 1 else None
+        if len(self.values) < 2:
+            return None
+        return float(np.std(list(self.values.values()), ddof=1))  # of a sample of seeds
 
 
 @dataclass
@@ -114,37 +138,54 @@ class Row:
         return [run for run in self.runs if run.finished]
 
     def cost(self, name: str) -> float | None:
-        """Its mean over seeds, in the unit of COSTS."""
-        values = [run.results.get("cost", {}).get(name) for run in self.finished]
-        values = [value for value in values if value is not None]
-        scale = 1e-6 if name.endswith("_bytes") else 1.0
-        return float(np.mean(values)) * scale if values else None
+        """Return the mean of a cost over seeds, in the unit of results.json."""
+        costs = [run.results.get("cost", {}).get(name) for run in self.finished]
+        values = [cost for cost in costs if cost is not None]
+        return float(np.mean(values)) if values else None
 
 
 @dataclass
 class Results:
-    """All that a report says."""
+    """All that a report shows."""
 
     folder: Path
     record: dict[str, Any]
+    """The content of ablation.json."""
     rows: list[Row]
     """The baseline first."""
 
     @property
     def metrics(self) -> list[str]:
-        """By their names in results.json; the first is the score of the plots."""
+        """The metrics by their names in results.json; the first is the score of the plots."""
         return list(self.record["metrics"])
 
     @property
+    def factors(self) -> list[str]:
+        """The names of what is varied."""
+        return list(self.record["factors"])
+
+    @property
     def runs(self) -> list[Run]:
-        """All of them."""
+        """The runs of all cells."""
         return [run for row in self.rows for run in row.runs]
+
+    @property
+    def finished(self) -> list[Run]:
+        """The runs that count."""
+        return [run for run in self.runs if run.finished]
+
+    @property
+    def unfinished(self) -> list[Run]:
+        """The runs that do not count."""
+        return [run for run in self.runs if not run.finished]
 
 
 def load(folder: Path, baseline: str | None = None) -> Results:
-    """Reads an ablation's folder, finished or not.
+    """Return the results in an ablation's folder, finished or not.
 
-    Raises ConfigError where it is none, or has no cell `baseline`.
+    Raises:
+        ConfigError: the folder is no ablation's, or has no cell `baseline`.
+        DataError: its files are not as owlfuse writes them.
     """
     record = read_json_if_there(folder / "ablation.json")
     if not record:
@@ -153,6 +194,7 @@ def load(folder: Path, baseline: str | None = None) -> Results:
         )
     try:
         return results_of(folder, record, baseline)
+    # The form of foreign files is not checked key by key.
     except (AttributeError, IndexError, KeyError, TypeError) as error:
         raise DataError(
             f"{folder}: ablation.json and results are not as owlfuse writes them: {error!r}"
@@ -160,56 +202,65 @@ def load(folder: Path, baseline: str | None = None) -> Results:
 
 
 def results_of(folder: Path, record: dict[str, Any], baseline: str | None) -> Results:
-    """What `load` reads, of the record in ablation.json.
-
-    Raises ConfigError, and what a record of another form raises.
-    """
+    """Return the results that belong to a record. Raises as `load`, and what a record of another
+    form raises."""
     rows: dict[str, Row] = {}
     for cell in record["cells"]:
-        row = rows.setdefault(cell["cell"], Row(cell["cell"], cell["levels"], [], cell["config"]))
+        name = cell["cell"]
+        if name not in rows:
+            rows[name] = Row(name, cell["levels"], [], cell["config"])
+        # The record may come from elsewhere: a key must not lead out of the folder.
         check_name(f"{folder / 'ablation.json'}: cell", cell["key"])
-        row.runs.append(read_run(folder / cell["key"], cell))
-    base = rows.get(record["baseline"] if baseline is None else baseline)
-    if base is None:
+        rows[name].runs.append(read_run(folder / cell["key"], cell))
+    baseline_row = rows.get(record["baseline"] if baseline is None else baseline)
+    if baseline_row is None:
         raise ConfigError(
             f"{COMMAND_LINE}: baseline={baseline}: no such cell{hint(str(baseline), rows)}"
         )
     for row in rows.values():
-        for metric, (source, own) in record["metrics"].items():
-            row.scores[metric] = score(row, base, metric, source, own)
-    return Results(folder, record, sorted(rows.values(), key=lambda row: row is not base))
+        for metric, (source, local_name) in record["metrics"].items():
+            row.scores[metric] = score(row, baseline_row, metric, source, local_name)
+    return Results(folder, record, sorted(rows.values(), key=lambda row: row is not baseline_row))
 
 
 def read_run(folder: Path, cell: dict[str, Any]) -> Run:
-    """A run and its state. Results of other code or another configuration are not read."""
+    """Return a run with its state. Results of other code or another configuration are not read."""
     run = Run(cell["key"], cell["cell"], cell["seed"], folder, cell["steps"], "missing")
-    results, state = read_json_if_there(folder / "results.json"), read_json_if_there(folder / STATE)
+    results = read_json_if_there(folder / "results.json")
+    state = read_json_if_there(folder / STATE_FILE)
     step = read_json_if_there(folder / "progress.json").get("step", 0)
     if results:
-        accepted = bool(cell["config"].get("accept_changed_data"))
-        what = differing_hash(results.get("hash") or {}, cell["hash"], accepted)
-        if what is None:
+        accept_data = bool(cell["config"].get("accept_changed_data"))
+        kind = differing_hash(results.get("hash") or {}, cell["hash"], accept_data)
+        if kind is None:
             run.state, run.results = "finished", results
         else:
-            names = {"config": "configuration", "code": "code", "data": "data"}
-            run.state = f"of other {names[what]}"
-            run.said = f"its {names[what]} is not that of the ablation; it is not counted"
-    elif state:
-        run.state = state["state"] if state["state"] != "finished" else "missing"
-        if run.state == "running" and not any(
-            held(path / ".lock") for path in (folder, folder.parent)
-        ):
+            name = "configuration" if kind == "config" else kind
+            run.state = f"of other {name}"
+            run.detail = f"its {name} is not that of the ablation; it is not counted"
+        return run
+
+    if not state:
+        return run
+    if state["state"] != "finished":
+        run.state = state["state"]
+    # A process that was killed leaves `running` behind, but its lock is free. Before a cell takes
+    # its lock, the command has one.
+    if run.state == "running":
+        locked = is_locked(folder / ".lock") or is_locked(folder.parent / ".lock")
+        if not locked:
             run.state = "interrupted"  # killed, with no time to say so
-        run.said = state.get("error", "")
-        if run.state in ("running", "interrupted"):
-            run.said = f"at step {step:,} of {cell['steps']:,}"
+    run.detail = state.get("error", "")
+    if run.state in ("running", "interrupted"):
+        run.detail = f"at step {step:,} of {cell['steps']:,}"
     return run
 
 
-def held(lock: Path) -> bool:
-    """Whether a process has the lock."""
+def is_locked(lock: Path) -> bool:
+    """Return whether a process has the lock."""
     try:
         with lock.open("rb") as file:
+            # Shared: two reports at a time do not see each other as a run.
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return True
@@ -218,48 +269,63 @@ def held(lock: Path) -> bool:
     return False
 
 
-def score(row: Row, base: Row, metric: str, source: str, own: str) -> Score:
-    """Values by seed, and what the answers to the single questions say of intervals."""
-    values = {
-        run.seed: run.results["metrics"][metric]
-        for run in row.finished
-        if metric in run.results["metrics"]
-    }
-    found = Score(values)
-    others = {run.seed: run for run in base.finished if metric in run.results["metrics"]}
-    mine = {run.seed: run for run in row.finished if run.seed in values}
-    name, _, kind = own.partition("/")
-    if name in SHARES and mine:
-        matrix, clusters = right_matrix([run.answers(source, kind) for run in mine.values()])
-        found.interval = paired_interval(matrix, clusters) if matrix is not None else None
-    shared = [seed for seed in mine if seed in others]
-    if row is base or not shared:
-        return found
-    found.seeds = len(shared)
-    found.difference = float(
-        np.mean([values[seed] - others[seed].results["metrics"][metric] for seed in shared])
-    )
-    if name in SHARES:
-        asked = [run.answers(source, kind) for seed in shared for run in (mine[seed], others[seed])]
-        matrix, clusters = right_matrix(asked)
+def score(row: Row, baseline: Row, metric: str, source: str, local_name: str) -> Score:
+    """Return a metric's values by seed, with the intervals that single answers give.
+
+    Args:
+        local_name: of the metric within its validation source.
+    """
+    runs = runs_with_metric(row, metric)
+    baseline_runs = runs_with_metric(baseline, metric)
+    result = Score({seed: run.results["metrics"][metric] for seed, run in runs.items()})
+    name, _, kind = local_name.partition("/")
+    has_answers = name in SHARE_METRICS
+    if has_answers and runs:
+        matrix, clusters = right_matrix([run.answers(source, kind) for run in runs.values()])
         if matrix is not None:
-            found.difference_interval = paired_interval(matrix[0::2] - matrix[1::2], clusters)
-    return found
+            result.interval = paired_interval(matrix, clusters)
+
+    # Paired by seed: what a seed does to both cells cancels out.
+    shared_seeds = [seed for seed in runs if seed in baseline_runs]
+    if row is baseline or not shared_seeds:
+        return result
+    result.seeds = len(shared_seeds)
+    differences = []
+    answers = []
+    for seed in shared_seeds:
+        pair = runs[seed], baseline_runs[seed]
+        value, baseline_value = (run.results["metrics"][metric] for run in pair)
+        differences.append(value - baseline_value)
+        answers += [run.answers(source, kind) for run in pair]
+    result.difference = float(np.mean(differences))
+    if has_answers:
+        matrix, clusters = right_matrix(answers)
+        if matrix is not None:
+            # Rows alternate between the cell and the baseline.
+            result.difference_interval = paired_interval(matrix[0::2] - matrix[1::2], clusters)
+    return result
+
+
+def runs_with_metric(row: Row, metric: str) -> dict[int, Run]:
+    """Return the finished runs that have the metric, by seed."""
+    return {run.seed: run for run in row.finished if metric in run.results["metrics"]}
 
 
 def right_matrix(
-    asked: list[dict[tuple[str, str, int], dict[str, Any]]],
+    answers: list[RunAnswers],
 ) -> tuple[np.ndarray | None, np.ndarray]:
-    """1 where an answer is right, (runs, Q), and the cluster of each question: its picture, or else
-    its chat. None where the runs did not answer the same questions."""
-    questions = list(asked[0])
-    if not questions or any(set(one) != set(questions) for one in asked):
+    """Return 1 where an answer is right, (S, Q), and the cluster of each question: its picture, or
+    else its chat. None where the runs did not answer the same questions."""
+    questions = list(answers[0])
+    same_questions = all(set(run_answers) == set(questions) for run_answers in answers)
+    if not questions or not same_questions:
         return None, np.zeros(0, int)
-    matrix = np.array(
-        [[one[question]["right"] for question in questions] for one in asked], dtype=float
-    )
-    names = [
-        asked[0][question]["image"] or question[0].rpartition("#")[0] or question[0]
-        for question in questions
-    ]
+    matrix = np.zeros((len(answers), len(questions)))
+    for index, run_answers in enumerate(answers):
+        matrix[index] = [run_answers[question]["right"] for question in questions]
+    # Questions of one picture are right or wrong together: they are resampled together.
+    names = []
+    for question in questions:
+        chat = question[0].rpartition("#")[0] or question[0]
+        names.append(answers[0][question]["image"] or chat)
     return matrix, np.unique(names, return_inverse=True)[1]

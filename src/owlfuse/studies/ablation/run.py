@@ -1,4 +1,4 @@
-"""`owlfuse ablate`: what is left of the grid is trained, and the report is written.
+"""`owlfuse ablate`: trains what is left of the grid, and writes the report.
 
 runs/<name>/ holds ablation.json (what was asked for), a run for each cell, `report/`, and `old/`
 for runs that were put aside.
@@ -12,20 +12,29 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 from owlfuse.config.folders import find_folders
 from owlfuse.config.identity import differing_hash
 from owlfuse.config.messages import check_name, naming
 from owlfuse.core.errors import COMMAND_LINE, ConfigError, DataError, hint
-from owlfuse.core.files import read_json_if_there
+from owlfuse.core.files import read_json_if_there, write_json
 from owlfuse.studies.ablation import launch, progress
 from owlfuse.studies.ablation.file import Ablation, is_list, read_ablation
-from owlfuse.studies.ablation.grid import Cell, full_metrics, make_cells, record_of, sources_of
-from owlfuse.studies.ablation.page import write_report
+from owlfuse.studies.ablation.grid import (
+    Cell,
+    full_metrics,
+    make_cells,
+    make_record,
+    validation_sources,
+)
+from owlfuse.studies.ablation.report import write_report
 
-OWN = {
+SETTINGS = {
     "jobs": "cells at a time; by default 1",
     "launcher": (
         "what starts them: `basic`, `joblib`, `submitit_local` or `submitit_slurm`; "
@@ -37,6 +46,32 @@ OWN = {
     "name": "of the folder, `runs/<name>`; by default the ablation's",
 }
 """The command's own settings and what they mean."""
+EXPECTED = {
+    "jobs": "a number from 1",
+    "launcher": "a name",
+    "seeds": "[0,1]",
+    "dry_run": "true or false",
+    "anew": "true or false",
+    "name": "a name",
+}
+"""What a value of each has to be, for messages."""
+
+
+@dataclass
+class Options:
+    """The command's own settings.
+
+    Args:
+        launcher_settings: `key=value` words, without the prefix `launcher.`.
+    """
+
+    jobs: int = 1
+    launcher: str = ""
+    seeds: list[int] | None = None
+    dry_run: bool = False
+    anew: bool = False
+    name: str = ""
+    launcher_settings: list[str] = field(default_factory=list)
 
 
 def ablate_command(name: str, words: list[str]) -> None:
@@ -58,30 +93,33 @@ def ablate_command(name: str, words: list[str]) -> None:
         raise ConfigError(
             f"{COMMAND_LINE}: ablate {name}: no such ablation{hint(name, folders.ablation_names)}"
         )
-    own, words = split_words(words)
-    check_name(f"{COMMAND_LINE}: name", str(own.get("name", name)))
+    options, words = split_words(words)
+    options.name = options.name or name
+    # One job needs no package beyond owlfuse's own.
+    options.launcher = options.launcher or ("joblib" if options.jobs > 1 else "basic")
+    check_name(f"{COMMAND_LINE}: name", options.name)
     ablation = read_ablation(name, file)
-    ablation.seeds = own.get("seeds", ablation.seeds)
-    jobs = own.get("jobs", 1)
-    launcher = own.get("launcher", "joblib" if jobs > 1 else "basic")
-    settings = [word.removeprefix("launcher.") for word in words if word.startswith("launcher.")]
-    launch.check_launcher(launcher, jobs, settings)
-    words = [word for word in words if not word.startswith("launcher.")]
-    cells = make_cells(
-        ablation, words, str(own.get("name", name)), open_data=not own.get("dry_run")
-    )
+    ablation.seeds = options.seeds or ablation.seeds
+    launch.check_launcher(options.launcher, options.jobs, options.launcher_settings)
+    if not options.dry_run:
+        launch.check_cluster(options.launcher)
+    # A dry run writes nothing, and data may be made when they are opened.
+    cells = make_cells(ablation, words, options.name, open_data=not options.dry_run)
     folder = Path(cells[0].config.runs).expanduser() / cells[0].config.experiment
-    metrics = full_metrics(ablation.metrics, sources_of(cells))
-    if not own.get("dry_run") and launcher != "submitit_slurm":  # which trains on other machines
+    metrics = full_metrics(ablation.metrics, validation_sources(cells))
+    if not options.dry_run and options.launcher != "submitit_slurm":  # it uses other machines
         check_machines(cells)
-    left = unfinished(folder, cells, anew=own.get("anew", False) and not own.get("dry_run"))
-    progress.print_plan(ablation, folder, cells, left, jobs)
-    if own.get("dry_run"):
+    unfinished = find_unfinished(folder, cells, archive=options.anew and not options.dry_run)
+    progress.print_plan(ablation, folder, cells, unfinished, options.jobs)
+    if options.dry_run:
         return
-    with only_one(folder):
-        launch_all(ablation, folder, cells, left, metrics, (launcher, jobs, settings), words)
+
+    with run_lock(folder):
+        record = make_record(cells, ablation, metrics)
+        launch_all(ablation, folder, {**record, "words": words}, unfinished, options)
+    # Also of an ablation that was interrupted: what is finished counts.
     failed = write_report(folder)
-    if launch.presses(folder):
+    if launch.interrupt_count(folder):
         raise KeyboardInterrupt("stopped; the same command goes on")
     if failed:
         raise DataError(
@@ -99,133 +137,144 @@ def check_machines(cells: list[Cell]) -> None:
             check_machine(cell.config)
 
 
-def split_words(words: list[str]) -> tuple[dict[str, Any], list[str]]:
-    """The command's own settings, and overrides.
+def split_words(words: list[str]) -> tuple[Options, list[str]]:
+    """Return the command's own settings, and overrides.
 
     Raises ConfigError for a value of the wrong kind.
     """
-    import yaml
-
-    kinds = {
-        "jobs": int,
-        "seeds": list,
-        "dry_run": bool,
-        "anew": bool,
-        "launcher": str,
-        "name": str,
-    }
-    own: dict[str, Any] = {}
+    options = Options()
+    overrides = []
     for word in words:
         key, _, text = word.partition("=")
-        if key not in OWN:
-            continue
-        try:
-            value: Any = yaml.safe_load(text)
-        except yaml.YAMLError:
-            value = None
-        value = text if kinds[key] is str and text else value
-        right = is_list(value, int) if key == "seeds" else isinstance(value, kinds[key])
-        if not right or (key == "jobs" and (isinstance(value, bool) or value < 1)):
-            expected = {
-                "jobs": "a number from 1",
-                "seeds": "[0,1]",
-                "dry_run": "true or false",
-                "anew": "true or false",
-            }
-            raise ConfigError(f"{COMMAND_LINE}: {word}: expected {expected.get(key, 'a name')}")
-        own[key] = value
-    return own, [word for word in words if word.partition("=")[0] not in OWN]
+        if key in SETTINGS:
+            setattr(options, key, read_setting(key, text))
+        elif word.startswith("launcher."):
+            options.launcher_settings.append(word.removeprefix("launcher."))
+        else:
+            overrides.append(word)
+    return options, overrides
 
 
-def unfinished(folder: Path, cells: list[Cell], anew: bool) -> list[Cell]:
-    """Those without results of this code and configuration.
+def read_setting(key: str, text: str) -> Any:
+    """Return the value of a setting. Raises ConfigError for one of the wrong kind."""
+    try:
+        value: Any = yaml.safe_load(text)
+    except yaml.YAMLError:
+        value = None
+    if key == "jobs":
+        valid = is_list([value], int) and value >= 1
+    elif key == "seeds":
+        valid = is_list(value, int)
+    elif key in ("dry_run", "anew"):
+        valid = isinstance(value, bool)
+    else:
+        value = text  # a name may look like a number
+        valid = bool(text)
+    if not valid:
+        raise ConfigError(f"{COMMAND_LINE}: {key}={text}: expected {EXPECTED[key]}")
+    return value
+
+
+def find_unfinished(folder: Path, cells: list[Cell], archive: bool) -> list[Cell]:
+    """Return the cells without results of this code and configuration.
+
+    Args:
+        archive: whether runs of other code, configuration or data are put aside.
 
     Raises:
-        ConfigError: runs in the folder are of other code, configuration or data, unless `anew`,
-            which puts them aside.
+        ConfigError: there are such runs, and they are not to be put aside.
     """
-    others = {
-        cell.key: other
-        for cell in cells
-        if (
-            other := differs(
-                folder / cell.key, cell.hash, bool(cell.config.get("accept_changed_data"))
-            )
-        )
-    }
-    if others and not anew:
-        first, what = next(iter(others.items()))
+    differences = {}
+    for cell in cells:
+        accept_data = bool(cell.config.get("accept_changed_data"))
+        difference = find_difference(folder / cell.key, cell.hash, accept_data)
+        if difference is not None:
+            differences[cell.key] = difference
+    if differences and not archive:
+        first, difference = next(iter(differences.items()))
+        more = ", ..." if len(differences) > 1 else ""
         raise ConfigError(
-            f"{folder}: {len(others)} of {len(cells)} runs are of {what} "
-            f"({first}{', ...' if len(others) > 1 else ''}); "
-            "they are not mixed: name=<another> begins a folder of its own, anew=true puts them "
-            "aside and runs them again"
+            f"{folder}: {len(differences)} of {len(cells)} runs are of {difference} "
+            f"({first}{more}); they are not mixed: name=<another> begins a folder of its own, "
+            "anew=true puts them aside and runs them again"
         )
-    for key in others:
-        launch.put_aside(folder, key)
+    for key in differences:
+        launch.archive_run(folder, key)
     return [cell for cell in cells if not (folder / cell.key / "results.json").exists()]
 
 
-def differs(run: Path, hashes: dict[str, str], accept_changed_data: bool = False) -> str | None:
-    """In what a run's code, configuration or data are not those of `hashes`; None where there is
-    no run, or where they are."""
-    found = read_json_if_there(run / "results.json").get("hash")
-    if found is None and (run / "config.yaml").exists():  # not finished
-        found = read_json_if_there(run / launch.STATE).get("hash")
-    if found is None:
-        return "an older owlfuse, which left no hash" if (run / "results.json").exists() else None
-    names = {
-        "config": "another configuration",
-        "code": "other code",
-        "data": (
-            "other data (files, pictures or weights have changed; accept_changed_data=true "
-            "goes on with them)"
-        ),
-    }
-    return names.get(differing_hash(found, hashes, accept_changed_data) or "")
+def find_difference(run: Path, hashes: dict[str, str], accept_data: bool = False) -> str | None:
+    """Return in what a run's code, configuration or data are not those of `hashes`; None where
+    there is no run, or where they are the same."""
+    run_hashes = read_json_if_there(run / "results.json").get("hash")
+    # A run that is not finished has no results; its task wrote the hash.
+    if run_hashes is None and (run / "config.yaml").exists():
+        run_hashes = read_json_if_there(run / launch.STATE_FILE).get("hash")
+    if run_hashes is None:
+        has_results = (run / "results.json").exists()
+        return "an older owlfuse, which left no hash" if has_results else None
+    kind = differing_hash(run_hashes, hashes, accept_data)
+    if kind == "config":
+        return "another configuration"
+    if kind == "code":
+        return "other code"
+    if kind == "data":
+        return (
+            "other data (files, pictures or weights have changed; accept_changed_data=true goes "
+            "on with them)"
+        )
+    return None
 
 
 def launch_all(
     ablation: Ablation,
     folder: Path,
-    cells: list[Cell],
-    left: list[Cell],
-    metrics: dict[str, tuple[str, str]],
-    how: tuple[str, int, list[str]],
-    words: list[str],
+    record: dict[str, Any],
+    unfinished: list[Cell],
+    options: Options,
 ) -> None:
-    """Writes ablation.json, and trains the cells that are left and within the budget."""
-    from owlfuse.core.files import write_json
+    """Writes ablation.json, and trains the unfinished cells that are within the budget."""
     from owlfuse.planning.bench.report import machine
 
-    record = record_of(cells, ablation, metrics)
-    write_json(
-        folder / "ablation.json", {**record, "words": words, "machine": machine(), "jobs": how[1]}
-    )
-    (folder / launch.STOP).unlink(missing_ok=True)
-    within, used = [], 0
-    for cell in left:
-        used += cell.steps
-        if ablation.steps is None or used <= ablation.steps:
-            within.append(cell)
+    record = {**record, "machine": machine(), "jobs": options.jobs}
+    write_json(folder / "ablation.json", record)
+    (folder / launch.STOP_FILE).unlink(missing_ok=True)  # of an earlier command
+    to_train = within_budget(ablation, folder, unfinished)
+    deadline = time.time() + 60 * ablation.minutes if ablation.minutes else None
+    with progress.show_progress(folder, to_train), count_interrupts(folder):
+        launch.launch(
+            folder,
+            [cell.key for cell in to_train],
+            options.launcher,
+            options.jobs,
+            options.launcher_settings,
+            deadline,
+        )
+
+
+def within_budget(ablation: Ablation, folder: Path, unfinished: list[Cell]) -> list[Cell]:
+    """Return the first cells whose steps together are within the budget; the others get a state
+    that says so."""
+    to_train = []
+    steps = 0
+    for cell in unfinished:
+        # Those that did not fit count too: no later, shorter cell takes the place of one.
+        steps += cell.steps
+        if ablation.steps is None or steps <= ablation.steps:
+            to_train.append(cell)
             continue
         (folder / cell.key).mkdir(exist_ok=True)
-        state = {
-            "hash": cell.hash,
-            "state": "not begun",
-            "error": f"the budget's {ablation.steps} steps were used up",
-        }
+        error = f"the budget's {ablation.steps} steps were used up"
+        state = {"hash": cell.hash, "state": "not begun", "error": error}
         launch.write_state(folder / cell.key, state)
-    deadline = time.time() + 60 * ablation.minutes if ablation.minutes else None
-    launcher, jobs, settings = how
-    with progress.shown(folder, cells, within, jobs), interrupts(folder):
-        launch.launch(folder, [cell.key for cell in within], launcher, jobs, settings, deadline)
+    return to_train
 
 
 @contextmanager
-def only_one(folder: Path) -> Iterator[None]:
+def run_lock(folder: Path) -> Iterator[None]:
     """Raises DataError while another process runs the ablation."""
     folder.mkdir(parents=True, exist_ok=True)
+    # The system releases a lock of a process that is killed.
     with (folder / ".lock").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -237,21 +286,23 @@ def only_one(folder: Path) -> Iterator[None]:
 
 
 @contextmanager
-def interrupts(folder: Path) -> Iterator[None]:
-    """Ctrl-C and SIGTERM are noted for the tasks: once stops after a step, twice at once, and a
-    third time leaves."""
+def count_interrupts(folder: Path) -> Iterator[None]:
+    """Records Ctrl-C and SIGTERM for the tasks: the first stops after a step, the second at once,
+    and the third raises KeyboardInterrupt."""
 
-    def note(number: int, frame: Any) -> None:
-        if launch.presses(folder) >= 2:
+    def record(number: int, frame: Any) -> None:
+        # The tasks are beyond reach: leave without them.
+        if launch.interrupt_count(folder) >= 2:
             raise KeyboardInterrupt
-        launch.press(folder)
+        launch.record_interrupt(folder)
 
     if threading.current_thread() is not threading.main_thread():
-        yield
+        yield  # signals are the main thread's
         return
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    signals = (signal.SIGINT, signal.SIGTERM)
+    handlers = {number: signal.signal(number, record) for number in signals}
     try:
         yield
     finally:
-        for number, handler in before.items():
+        for number, handler in handlers.items():
             signal.signal(number, handler)

@@ -26,16 +26,18 @@ import numpy as np
 
 RESAMPLES = 10_000
 SEED = 0
-"""Of the resampling: the same answers give the same interval."""
+"""Seed of the resampling: the same answers give the same interval."""
+BLOCK_ELEMENTS = 2_000_000
+"""Counts that are in memory at a time."""
 
 
 def paired_interval(
     differences: np.ndarray, clusters: np.ndarray, resamples: int = RESAMPLES
 ) -> tuple[float, float]:
-    """The 95% interval of the mean of `differences` (S, Q), whose question q is of cluster
+    """Return the 95% interval of the mean of `differences` (S, Q), whose question q is of cluster
     `clusters[q]`, 0 to C - 1.
 
-    With zeros for the other cell it is the interval of one cell's score.
+    With zeros for the second cell it is the interval of one cell's score.
     """
     generator = np.random.default_rng(SEED)
     means = resampled_means(differences, clusters, resamples, generator)
@@ -46,20 +48,26 @@ def paired_interval(
 def resampled_means(
     differences: np.ndarray, clusters: np.ndarray, resamples: int, generator: np.random.Generator
 ) -> np.ndarray:
-    """D* of each resample, (R,).
+    """Return D* of each resample, (R,).
 
     How often a cluster or seed is drawn is multinomial, so that no list of draws is made.
     """
-    seeds, count = len(differences), int(clusters.max()) + 1
-    # (S, C)
-    sums = np.stack([np.bincount(clusters, weights=row, minlength=count) for row in differences])
-    sizes = np.bincount(clusters, minlength=count)
-    drawn_seeds = generator.multinomial(seeds, np.full(seeds, 1 / seeds), size=resamples)
+    seeds = len(differences)
+    cluster_count = int(clusters.max()) + 1
+    sums = np.zeros((seeds, cluster_count))
+    for seed, row in enumerate(differences):
+        sums[seed] = np.bincount(clusters, weights=row, minlength=cluster_count)
+    sizes = np.bincount(clusters, minlength=cluster_count)
+    seed_shares = np.full(seeds, 1 / seeds)
+    cluster_shares = np.full(cluster_count, 1 / cluster_count)
+    seed_counts = generator.multinomial(seeds, seed_shares, size=resamples)  # (R, S)
+
     means = np.empty(resamples)
-    step = max(1, 2_000_000 // count)  # resamples at a time, for a bounded memory
-    for start in range(0, resamples, step):
-        part = drawn_seeds[start : start + step]
-        drawn = generator.multinomial(count, np.full(count, 1 / count), size=len(part))  # (R, C)
-        totals = (drawn @ sums.T * part).sum(axis=1)
-        means[start : start + step] = totals / (seeds * (drawn @ sizes))
+    block = max(1, BLOCK_ELEMENTS // cluster_count)
+    for start in range(0, resamples, block):
+        seed_block = seed_counts[start : start + block]
+        # (R of the block, C)
+        cluster_counts = generator.multinomial(cluster_count, cluster_shares, size=len(seed_block))
+        totals = (cluster_counts @ sums.T * seed_block).sum(axis=1)
+        means[start : start + block] = totals / (seeds * (cluster_counts @ sizes))
     return means

@@ -1,17 +1,19 @@
-"""The table of an ablation: on the terminal, as Markdown, and as CSV."""
+"""The tables of an ablation: on the terminal, as Markdown, and as CSV."""
 
 from __future__ import annotations
 
-import csv
-from io import StringIO
 from pathlib import Path
+from typing import Any
 
-from rich.table import Table
+import pandas as pd
 
+from owlfuse.planning.frames import markdown_table, terminal_table
 from owlfuse.studies.ablation.progress import console
 from owlfuse.studies.ablation.results import COSTS, Results, Row, Score
 
-NOTE = (
+METRICS_PER_TABLE = 3
+"""So many metrics fit into a terminal of 100 columns."""
+DIFFERENCE_NOTE = (
     "difference: to the baseline, with a 95% interval of a paired bootstrap over questions (by "
     "picture) and seeds"
 )
@@ -19,82 +21,83 @@ ONE_SEED = "one seed: the intervals are for these training runs, and say nothing
 
 
 def notes(results: Results) -> list[str]:
-    """What a reader of the numbers must know."""
-    said = [f"baseline: {results.rows[0].name}", NOTE, "±: standard deviation over seeds"]
+    """Return what a reader of the numbers must know, a line each."""
+    lines = [f"baseline: {results.rows[0].name}", DIFFERENCE_NOTE]
+    lines.append("±: standard deviation over seeds")
     if max((len(row.finished) for row in results.rows), default=0) == 1:
-        said.append(ONE_SEED)
-    kinds = {
-        run.results.get("cost", {}).get("peak_memory_of") for run in results.runs if run.finished
-    } - {None}
-    said.append(f"peak memory of training: {', '.join(sorted(kinds)) or 'not measured'}")
-    said.append(
+        lines.append(ONE_SEED)
+    # On a GPU it is the allocator's peak, on a CPU that of the process: they are not comparable.
+    memory_kinds = {run.results.get("cost", {}).get("peak_memory_of") for run in results.finished}
+    memory = ", ".join(sorted(memory_kinds - {None})) or "not measured"
+    lines.append(f"peak memory of training: {memory}")
+    lines.append(
         "tokens/s: of text, without padding and places of images; time per generated token: one "
         "answer at a time"
     )
-    if results.record.get("jobs", 1) > 1:
-        said.append(
-            f"{results.record['jobs']} runs at a time shared the machine, which slows each: "
-            "throughput and times are of that"
+    jobs = results.record.get("jobs", 1)
+    # Cells that share a machine are not measured as they would be alone.
+    if jobs > 1:
+        lines.append(
+            f"{jobs} runs at a time shared the machine, which slows each: throughput and times "
+            "are of that"
         )
-    if any(len(row.finished) < len(row.runs) for row in results.rows):
-        said.append(
+    if results.unfinished:
+        lines.append(
             "not all runs are finished: the differences are over the seeds that both cells have"
         )
-    return said
+    return lines
 
 
 def print_tables(results: Results) -> None:
-    """Scores, three metrics at a time, then costs, then the runs that do not count; within 100
-    columns."""
+    """Prints scores, then costs, then the runs that do not count; within 100 columns."""
     out = console()
     metrics = results.metrics
-    for start in range(0, len(metrics), 3):
-        table = Table(title=results.record["name"], title_justify="left", show_lines=True)
-        table.add_column("cell", overflow="fold", max_width=26)
-        table.add_column("seeds", justify="right")
-        for metric in metrics[start : start + 3]:
-            table.add_column(metric.replace("/", "/\n", 1), justify="right", overflow="fold")
-        for row in results.rows:
-            table.add_row(
-                row.name,
-                str(len(row.finished)),
-                *(cell_text(row, metric) for metric in metrics[start : start + 3]),
-            )
-        out.print(table)
-    table = Table(title="costs", title_justify="left")
-    table.add_column("cell", overflow="fold", max_width=36)
-    for what, unit in COSTS.values():
-        table.add_column(f"{what}, {unit}" if unit else what, justify="right", overflow="fold")
-    for row in results.rows:
-        table.add_row(row.name, *(amount(row.cost(name)) for name in COSTS))
-    out.print(table)
-    for line in notes(results):
+    for start in range(0, len(metrics), METRICS_PER_TABLE):
+        frame = score_frame(results, metrics[start : start + METRICS_PER_TABLE])
+        out.print(terminal_table(frame, results.record["name"], show_lines=True))
+    out.print(terminal_table(cost_frame(results), "costs"))
+    lines = notes(results) + [f"{run.key}: {run.status}" for run in results.unfinished]
+    for line in lines:
+        # As it is: rich would color numbers, and read brackets as markup.
         out.print(line, highlight=False, markup=False)
-    for run in results.runs:
-        if not run.finished:
-            out.print(f"{run.key}: {run.state}{run.why}", highlight=False, markup=False)
 
 
-def cell_text(row: Row, metric: str) -> str:
-    """Mean and deviation, and below them the difference."""
-    found = row.scores[metric]
-    difference = difference_text(found).replace(" [", "\n[")  # the interval has a line of its own
-    return "\n".join(line for line in (mean_text(found), difference) if line)
+def score_frame(results: Results, metrics: list[str]) -> pd.DataFrame:
+    """Return some metrics as texts: mean and deviation, below them the difference."""
+    records = []
+    for row in results.rows:
+        record = {"cell": row.name, "seeds": str(len(row.finished))}
+        for metric in metrics:
+            score = row.scores[metric]
+            # The interval has a line of its own.
+            difference = difference_text(score).replace(" [", "\n[")
+            head = metric.replace("/", "/\n", 1)  # a long name would widen the column
+            record[head] = "\n".join(filter(None, [mean_text(score), difference]))
+        records.append(record)
+    return pd.DataFrame(records)
+
+
+def cost_frame(results: Results) -> pd.DataFrame:
+    """Return the costs of the cells as texts."""
+    return pd.DataFrame([{"cell": row.name, **cost_texts(row)} for row in results.rows])
+
+
+def cost_texts(row: Row) -> dict[str, str]:
+    """Return the costs of a cell by the titles of their columns."""
+    return {cost.head: amount(row.cost(name), cost.scale) for name, cost in COSTS.items()}
 
 
 def mean_text(score: Score) -> str:
-    """0.812 ± 0.014."""
+    """Return `0.812 ± 0.014`."""
     if score.mean is None:
         return "-"
-    return (
-        f"{number(score.mean)} ± {number(score.deviation)}"
-        if score.deviation is not None
-        else number(score.mean)
-    )
+    if score.deviation is None:
+        return number(score.mean)
+    return f"{number(score.mean)} ± {number(score.deviation)}"
 
 
 def difference_text(score: Score) -> str:
-    """+0.031 [+0.011, +0.052]."""
+    """Return `+0.031 [+0.011, +0.052]`, and nothing where there is no difference."""
     if score.difference is None:
         return ""
     signed = f"{score.difference:+.3f}"
@@ -105,131 +108,99 @@ def difference_text(score: Score) -> str:
 
 
 def number(value: float) -> str:
-    """Three places; large ones fewer."""
+    """Return a number with three decimals, a large one with one."""
     return f"{value:.3f}" if abs(value) < 100 else f"{value:.1f}"
 
 
-def amount(value: float | None) -> str:
-    """1129596 -> 1,129,596; 4253.5 -> 4,254; 2.486 -> 2.49."""
+def amount(value: float | None, scale: float = 1.0) -> str:
+    """Return 1,129,596 for 1129596, 4,254 for 4253.5 and 2.49 for 2.486."""
     if value is None:
         return "-"
+    value *= scale
     return f"{value:,.0f}" if value >= 100 else f"{value:.2f}"
 
 
-def factors_shown(results: Results) -> list[str]:
-    """The factors with a column of their own: a single one is the cell's name."""
-    factors = list(results.record["factors"])
-    return factors if len(factors) > 1 else []
+def text_frame(results: Results) -> pd.DataFrame:
+    """Return all numbers as texts, a row for each cell.
 
-
-def heads(results: Results) -> list[str]:
-    """The columns of the Markdown and HTML tables."""
-    factors = factors_shown(results)
-    metrics = [head for metric in results.metrics for head in (metric, "difference")]
-    return [
-        "cell",
-        *factors,
-        "seeds",
-        *metrics,
-        *(f"{what}, {unit}" if unit else what for what, unit in COSTS.values()),
-    ]
-
-
-def cells_of(results: Results, row: Row) -> list[str]:
-    """A row of them."""
-    scores = [row.scores[metric] for metric in results.metrics]
-    base = row is results.rows[0]
-    texts = [
-        text
-        for score in scores
-        for text in (mean_text(score), "baseline" if base else difference_text(score) or "-")
-    ]
-    levels = [row.levels[factor] for factor in factors_shown(results)]
-    return [
-        row.name,
-        *levels,
-        f"{len(row.finished)} of {len(row.runs)}",
-        *texts,
-        *(amount(row.cost(name)) for name in COSTS),
-    ]
-
-
-def markdown(results: Results) -> str:
-    """table.md: the question, the table, the paper's, the notes, and the runs that do not count."""
-    lines = [f"# {results.record['name']}", "", f"**Question.** {results.record['question']}", ""]
-    head = heads(results)
-    lines += markdown_table(head, [cells_of(results, row) for row in results.rows]) + [""]
-    if results.record.get("paper"):
-        title, paper_head, rows = paper_table(results)
-        lines += [f"In the paper, {title}:", "", *markdown_table(paper_head, rows), ""]
-    lines += [f"- {line}" for line in notes(results)]
-    left = [run for run in results.runs if not run.finished]
-    lines += ["", "Runs that do not count:", ""] if left else []
-    lines += [f"- {run.key}: {run.state}{run.why}" for run in left]
-    return "\n".join(lines) + "\n"
-
-
-def markdown_table(head: list[str], rows: list[list[str]]) -> list[str]:
-    """Lines of a table; a bar in a text is escaped."""
-    body = [head, ["---"] * len(head), *rows]
-    return ["| " + " | ".join(text.replace("|", "\\|") for text in line) + " |" for line in body]
-
-
-def paper_table(results: Results) -> tuple[str, list[str], list[list[str]]]:
-    """Title, columns and rows: the paper's numbers beside ours for the cells that have the
-    level, or are the cell."""
-    paper, rows = results.record["paper"], []
-    metrics = results.metrics
-    for name, numbers in paper["rows"].items():
-        mine = [row for row in results.rows if name in (row.name, *row.levels.values())]
-        ours = []
-        for metric in metrics:
-            means = [mean for row in mine if (mean := row.scores[metric].mean) is not None]
-            ours.append(number(sum(means) / len(means)) if means else "-")
-        rows.append([name, *(f"{value:g}" for value in numbers), *ours])
-    return paper["title"], ["", *paper["columns"], *(f"ours: {metric}" for metric in metrics)], rows
-
-
-def csv_text(results: Results) -> str:
-    """table.csv: a line a cell, plain numbers, empty where there is none."""
-    file = StringIO()
-    factors = list(results.record["factors"])
-    head = ["cell", *factors, "seeds"]
+    A factor has a column of its own where there are several: a single one is the cell's name.
+    """
+    columns = ["cell"]
+    if len(results.factors) > 1:
+        columns += results.factors
+    columns.append("seeds")
     for metric in results.metrics:
-        head += [
-            f"{metric} {part}"
-            for part in (
-                "mean",
-                "sd",
-                "low",
-                "high",
-                "difference",
-                "difference low",
-                "difference high",
-            )
-        ]
-    writer = csv.writer(file, lineterminator="\n")
-    writer.writerow([*head, *COSTS])
-    for row in results.rows:
-        line: list[object] = [
-            row.name,
-            *(row.levels[factor] for factor in factors),
-            len(row.finished),
-        ]
+        columns += [metric, "difference"]  # several columns have that name
+    columns += [cost.head for cost in COSTS.values()]
+    return pd.DataFrame([row_texts(results, row) for row in results.rows], columns=columns)
+
+
+def row_texts(results: Results, row: Row) -> list[str]:
+    """Return the texts of a cell in the order of `text_frame`'s columns."""
+    texts = [row.name]
+    if len(results.factors) > 1:
+        texts += [row.levels[factor] for factor in results.factors]
+    texts.append(f"{len(row.finished)} of {len(row.runs)}")
+    for metric in results.metrics:
+        score = row.scores[metric]
+        # The first row is what all others are compared with.
+        difference = "baseline" if row is results.rows[0] else difference_text(score) or "-"
+        texts += [mean_text(score), difference]
+    return [*texts, *cost_texts(row).values()]
+
+
+def paper_frame(results: Results) -> pd.DataFrame:
+    """Return the paper's numbers beside ours, for the cells that have the level or its name."""
+    paper = results.record["paper"]
+    records = []
+    for name, values in paper["rows"].items():
+        # A level may stand in several cells: their mean is shown.
+        rows = [row for row in results.rows if name in (row.name, *row.levels.values())]
+        record = {"": name, **dict(zip(paper["columns"], (f"{value:g}" for value in values)))}
         for metric in results.metrics:
-            found = row.scores[metric]
-            line += [found.mean, found.deviation, *(found.interval or (None, None))]
-            line += [found.difference, *(found.difference_interval or (None, None))]
-        costs = [row.cost(name) for name in COSTS]
-        scaled = [
-            c * 1e6 if c is not None and name.endswith("_bytes") else c
-            for c, name in zip(costs, COSTS)
-        ]
-        writer.writerow(["" if value is None else value for value in [*line, *scaled]])
-    return file.getvalue()
+            means = pd.Series([row.scores[metric].mean for row in rows], dtype=float)
+            mean = means.mean()  # of those that are finished
+            record[f"ours: {metric}"] = "-" if pd.isna(mean) else number(mean)
+        records.append(record)
+    return pd.DataFrame(records)
+
+
+def number_frame(results: Results) -> pd.DataFrame:
+    """Return the plain numbers of table.csv, a row for each cell, NaN where there is none."""
+    records = []
+    for row in results.rows:
+        record: dict[str, Any] = {"cell": row.name}
+        record |= {factor: row.levels[factor] for factor in results.factors}
+        record["seeds"] = len(row.finished)
+        for metric in results.metrics:
+            score = row.scores[metric]
+            low, high = score.interval or (None, None)
+            difference_low, difference_high = score.difference_interval or (None, None)
+            record |= {
+                f"{metric} mean": score.mean,
+                f"{metric} sd": score.deviation,
+                f"{metric} low": low,
+                f"{metric} high": high,
+                f"{metric} difference": score.difference,
+                f"{metric} difference low": difference_low,
+                f"{metric} difference high": difference_high,
+            }
+        record |= {name: row.cost(name) for name in COSTS}
+        records.append(record)
+    return pd.DataFrame(records)
 
 
 def write_tables(results: Results, folder: Path) -> None:
-    """table.md and table.csv."""
-    (folder / "table.md").write_text(markdown(results), encoding="utf-8")
-    (folder / "table.csv").write_text(csv_text(results), encoding="utf-8")
+    """Writes table.md and table.csv."""
+    record = results.record
+    parts = [f"# {record['name']}\n", f"**Question.** {record['question']}\n"]
+    parts.append(markdown_table(text_frame(results)))
+    if record.get("paper"):
+        parts.append(f"In the paper, {record['paper']['title']}:\n")
+        parts.append(markdown_table(paper_frame(results)))
+    parts.append("".join(f"- {line}\n" for line in notes(results)))
+    if results.unfinished:
+        parts.append("Runs that do not count:\n")
+        parts.append("".join(f"- {run.key}: {run.status}\n" for run in results.unfinished))
+    (folder / "table.md").write_text("\n".join(parts), encoding="utf-8")
+    number_frame(results).to_csv(folder / "table.csv", index=False)

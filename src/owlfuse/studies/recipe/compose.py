@@ -1,6 +1,6 @@
 """The stages of a recipe as configurations, composed and compared.
 
-Imports nothing heavy, so that a mistake is told at once.
+Imports nothing heavy, so that a mistake is shown at once.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from owlfuse.config.compose import PARTS, compose
 from owlfuse.config.folders import find_folders
 from owlfuse.core.errors import COMMAND_LINE, ConfigError, hint
 
-FREE = {
+UNCOMPARED_KEYS = {
     "pretrained",
     "weights",
     "gguf_file",
@@ -22,15 +22,15 @@ FREE = {
     "dtype",
     "attention",
     "gradient_checkpointing",
-    "checkpointing",
+    "chunk",
+    "image_size",
 }
-FREE |= {"chunk", "image_size"}
 """Keys of a part that a stage may have otherwise than the one before: how it computes, and where
 weights came from."""
 
 
 def compose_stages(recipe: str, words: list[str], importing: bool = True) -> dict[str, DictConfig]:
-    """The configuration of each stage by its name, in order.
+    """Return the configuration of each stage by its name, in order.
 
     Args:
         words: overrides for every stage, and `stages.<stage>.<override>` for one.
@@ -48,67 +48,84 @@ def compose_stages(recipe: str, words: list[str], importing: bool = True) -> dic
     configs: dict[str, DictConfig] = {}
     for name in names:
         config = compose_stage(recipe, name, words_for(name, names, words), importing)
+        # All stages lie in the first one's folder, whatever one of them has as its seed.
         first = next(iter(configs.values()), config)
-        # all stages lie in one folder, whatever one of them has as its seed
+        recipe_name = Path(first.name).parent if configs else first.name or f"seed{first.seed}"
         with open_dict(config):
             config.experiment = recipe
             config.runs = first.runs
-            recipe_name = Path(first.name).parent if configs else first.name or f"seed{first.seed}"
             config.name = f"{recipe_name}/{name}"
         if configs:
             config.init_from = None  # given, it is for the first stage
-            check_chain(*list(configs.items())[-1], name, config)
+            earlier_name, earlier_config = list(configs.items())[-1]
+            check_chain(earlier_name, earlier_config, name, config)
         configs[name] = config
     return configs
 
 
 def words_for(stage: str, names: list[str], words: list[str]) -> list[str]:
-    """The overrides of one stage: those of all, then its own without `stages.<stage>.`."""
-    common, own = [], []
+    """Return the overrides of one stage: those of all, then its own without `stages.<stage>.`."""
+    common_words = []
+    stage_words = []
     for word in words:
-        if word.partition("=")[0] in ("experiment", "resume"):
-            key = word.partition("=")[0]
+        key = word.partition("=")[0]
+        if key in ("experiment", "resume"):
             raise ConfigError(
                 f"{COMMAND_LINE}: {word}: a recipe has no {key}=; its stages are {', '.join(names)}"
             )
         if not word.startswith("stages."):
-            common.append(word)
+            common_words.append(word)
             continue
-        name, _, rest = word.removeprefix("stages.").partition(".")
-        if name not in names or not rest:
+        name, _, override = word.removeprefix("stages.").partition(".")
+        if name not in names or not override:
             raise ConfigError(
                 f"{COMMAND_LINE}: {word}: no stage {name}{hint(name, names)}; write "
                 "stages.<stage>.<key>=<value>"
             )
-        own += [rest] if name == stage else []
-    return common + own
+        if name == stage:
+            stage_words.append(override)
+    return common_words + stage_words  # the last override of a key counts
 
 
 def split_dry_run(words: list[str]) -> tuple[bool, list[str]]:
-    """The value of the command's own `dry_run=` and the other words. Raises ConfigError."""
-    values = [word.partition("=")[2] for word in words if word.startswith("dry_run=")]
-    if values and values[-1] not in ("true", "false"):
-        raise ConfigError(f"{COMMAND_LINE}: dry_run={values[-1]}: true or false")
-    return values[-1:] == ["true"], [word for word in words if not word.startswith("dry_run=")]
+    """Return the value of the command's own `dry_run=` and the other words. Raises ConfigError."""
+    dry_run = False
+    overrides = []
+    for word in words:
+        key, _, value = word.partition("=")
+        if key != "dry_run":
+            overrides.append(word)
+            continue
+        if value not in ("true", "false"):
+            raise ConfigError(f"{COMMAND_LINE}: {word}: true or false")
+        dry_run = value == "true"
+    return dry_run, overrides
 
 
 def compose_stage(recipe: str, name: str, words: list[str], importing: bool) -> DictConfig:
-    """`compose`, with the stage's name in its errors where its file is at fault."""
+    """Return a stage's configuration, with its name in errors where its file is at fault."""
     try:
         return compose([f"experiment={recipe}/{name}", *words], importing=importing)
     except ConfigError as error:
-        of_command_line = str(error).startswith(COMMAND_LINE)
-        raise error if of_command_line else ConfigError(f"stage {name}: {error}") from error
+        # A word for all stages is at fault in each of them.
+        if str(error).startswith(COMMAND_LINE):
+            raise
+        raise ConfigError(f"stage {name}: {error}") from error
 
 
-def check_chain(earlier: str, before: DictConfig, later: str, config: DictConfig) -> None:
-    """The parts must be those of the stage before, whose weights they take. Raises ConfigError."""
+def check_chain(
+    earlier_name: str, earlier_config: DictConfig, name: str, config: DictConfig
+) -> None:
+    """Raises ConfigError for parts that are not those of the stage before, whose weights they
+    take."""
     for part in PARTS:
-        old, new = to_dict(before.model[part]), to_dict(config.model[part])
-        for key in sorted({*old, *new} - FREE):
-            if old.get(key) != new.get(key):
+        earlier = to_dict(earlier_config.model[part])
+        later = to_dict(config.model[part])
+        # Sorted: the same mistake always gives the same message.
+        for key in sorted({*earlier, *later} - UNCOMPARED_KEYS):
+            if earlier.get(key) != later.get(key):
                 raise ConfigError(
-                    f"stage {later}: model.{part}.{key} is {new.get(key)}, and {old.get(key)} in "
-                    f"stage {earlier}, "
-                    "whose weights it starts from; set it in the base"
+                    f"stage {name}: model.{part}.{key} is {later.get(key)}, and "
+                    f"{earlier.get(key)} in stage {earlier_name}, whose weights it starts from; "
+                    "set it in the base"
                 )

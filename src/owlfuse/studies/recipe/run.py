@@ -9,29 +9,27 @@ finished.
 from __future__ import annotations
 
 import gc
-import os
-import time
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from owlfuse.artifacts.export import export
 from owlfuse.artifacts.load import load_run
-from owlfuse.artifacts.runs import NAME, in_use, last_checkpoint
+from owlfuse.artifacts.runs import in_use, is_first_rank, last_checkpoint
 from owlfuse.config.build import to_dict
 from owlfuse.config.compose import compose
 from owlfuse.config.identity import flat
 from owlfuse.config.messages import naming
-from owlfuse.core.errors import ConfigError
+from owlfuse.core.errors import ConfigError, DataError
 from owlfuse.core.files import atomic_write
 from owlfuse.core.progress import quiet_libraries
 from owlfuse.core.terminal import visible
+from owlfuse.parallel.first_rank import run_on_first_rank
 from owlfuse.studies.recipe.compose import split_dry_run
-from owlfuse.studies.recipe.stages import MOVABLE, Stage, check_data, make_stages
+from owlfuse.studies.recipe.stages import MOVABLE_KEYS, Stage, check_data, make_stages
 from owlfuse.studies.recipe.tables import print_plans, print_results, print_stages
 from owlfuse.training import train
 from owlfuse.training.machine_checks import check_machine
@@ -39,8 +37,9 @@ from owlfuse.training.machine_checks import check_machine
 
 @quiet_libraries()
 def recipe_command(recipe: str, words: list[str]) -> None:
-    """Composes and checks all stages, prints their table, and runs what is not finished. Every rank
-    runs this; rank 0 writes.
+    """Composes and checks all stages, prints their table, and runs those that are not finished.
+
+    Every rank runs this; rank 0 writes.
 
     Args:
         words: overrides for every stage, `stages.<stage>.<override>` for one, and `dry_run=true`:
@@ -53,99 +52,116 @@ def recipe_command(recipe: str, words: list[str]) -> None:
     """
     dry_run, words = split_dry_run(words)
     stages = make_stages(recipe, words)
-    if getattr(rank_zero_only, "rank", 0) == 0:
+    if is_first_rank():
         print_stages(recipe, stages)
     if dry_run:
         return print_plans(recipe, stages)
     for stage in stages:
         with naming(f"stage {stage.name}"):
             check_machine(stage.config)
+    # Before the first one trains, which may take days.
     for stage in stages:
         check_data(stage)
-    if getattr(rank_zero_only, "rank", 0) == 0:
+    if is_first_rank():
         write_record(stages)
-    start: Path | None = None
+    # A checkpoint has the configuration; only these may differ from it.
+    movable_words = [word for word in words if word.partition("=")[0] in MOVABLE_KEYS]
+    weights: Path | None = None
     for stage in stages:
-        run_stage(stage, start, [word for word in words if word.partition("=")[0] in MOVABLE])
-        start = stage.weights
-    if getattr(rank_zero_only, "rank", 0) == 0:
+        run_stage(stage, weights, movable_words)
+        weights = stage.weights
+    if is_first_rank():
         print_results(recipe, stages)
-        print(visible(f"the model is in {start}; talk to it by: owlfuse chat {start}"))
+    print_once(f"the model is in {weights}; talk to it by: owlfuse chat {weights}")
 
 
 def write_record(stages: list[Stage]) -> None:
-    """stages.yaml, or a comparison with the one that is there.
-
-    Raises ConfigError where a stage was begun otherwise.
-    """
+    """Writes stages.yaml. Raises ConfigError where a stage was begun with other values of it."""
     path = stages[0].folder.parent / "stages.yaml"
-    ours = {stage.name: to_dict(stage.config) for stage in stages}
+    configs = {stage.name: to_dict(stage.config) for stage in stages}
     if path.exists():
-        theirs: Any = OmegaConf.to_container(OmegaConf.load(path))
-        begun = [stage.name for stage in stages if (stage.folder / "config.yaml").exists()]
-        for name in begun:
-            old, new = (flat(one.get(name) or {}) for one in (theirs, ours))
-            for key in sorted({*old, *new}):
-                if old.get(key) != new.get(key) and key not in MOVABLE:
-                    raise ConfigError(
-                        f"{path}: stage {name} was begun with {key} {old.get(key)}, and it is "
-                        f"{new.get(key)} now; "
-                        "choose another name=, or go on as it was begun"
-                    )
+        recorded: Any = OmegaConf.to_container(OmegaConf.load(path))
+        for stage in stages:
+            if (stage.folder / "config.yaml").exists():
+                check_same(path, stage.name, recorded.get(stage.name) or {}, configs[stage.name])
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(path) as file:
-        OmegaConf.save(OmegaConf.create(ours), file)
+        OmegaConf.save(OmegaConf.create(configs), file)
 
 
-def run_stage(stage: Stage, start: Path | None, words: list[str]) -> None:
-    """Trains a stage from the weights in `start`, or goes on with it from its last checkpoint,
-    and exports its weights."""
-    first = getattr(rank_zero_only, "rank", 0) == 0
+def check_same(path: Path, stage: str, recorded: dict[str, Any], config: dict[str, Any]) -> None:
+    """Raises ConfigError where a key that changes what is learned is not as it was recorded."""
+    before, now = flat(recorded), flat(config)
+    for key in sorted({*before, *now}):
+        if before.get(key) != now.get(key) and key not in MOVABLE_KEYS:
+            raise ConfigError(
+                f"{path}: stage {stage} was begun with {key} {before.get(key)}, and it is "
+                f"{now.get(key)} now; choose another name=, or go on as it was begun"
+            )
+
+
+def run_stage(stage: Stage, weights: Path | None, words: list[str]) -> None:
+    """Trains a stage from exported weights, or goes on with it from its last checkpoint, and
+    exports its own.
+
+    Args:
+        words: overrides for a stage that goes on.
+    """
     if stage.finished:
-        if first:
-            print(visible(f"stage {stage.name} is finished: {stage.folder}"))
+        print_once(f"stage {stage.name} is finished: {stage.folder}")
         return
-    os.environ.pop(NAME, None)  # the name of the stage before, which ranks inherit
     if any((stage.folder / "checkpoints").glob("*")):
-        last_checkpoint(stage.folder)
+        last_checkpoint(stage.folder)  # raises for a folder without a usable one
         config = compose([f"resume={stage.folder}", *words])
     else:
-        if first and stage.folder.exists():  # it was stopped before its first checkpoint
-            with in_use(stage.folder, resume=True):  # and no other process is at it
-                pass
-            aside = stage.folder.with_name(f"{stage.name}.{datetime.now():%Y-%m-%d_%H-%M-%S}")
-            if stage.folder.exists():
-                stage.folder.rename(aside)
+        if is_first_rank() and stage.folder.exists():  # it was stopped before its first checkpoint
+            archive_stage(stage)
         config = stage.config
-        start_from(config, start)
-    if first:
-        print(visible(f"stage {stage.name}{f', from the weights in {start}' if start else ''}"))
+        start_from(config, weights)
+    origin = f", from the weights in {weights}" if weights else ""
+    print_once(f"stage {stage.name}{origin}")
     try:
         train.run(config)
     except KeyboardInterrupt as stop:
         raise KeyboardInterrupt(
             f"{stop}; the whole recipe goes on by the same command as before"
         ) from None
-    if first:
-        export(
-            load_run(stage.folder),
-            stage.weights,
-            merge=True,
-            source=f"{config.experiment}, stage {stage.name}",
+    # LoRA is merged: the next stage may train other parts, or with other ranks.
+    source = f"{config.experiment}, stage {stage.name}"
+    run_on_first_rank(
+        lambda: export(load_run(stage.folder), stage.weights, merge=True, source=source),
+        f"the export of stage {stage.name}",
+    )
+    if not stage.finished:
+        raise DataError(
+            f"{stage.weights} is not there on this rank, and rank 0 has written it; let all nodes "
+            "share the disk of runs="
         )
-    while not stage.finished:  # a barrier would time out while rank 0 writes a large model
-        time.sleep(0.1)
     gc.collect()  # the next stage needs the memory of this one
     torch.cuda.empty_cache()
 
 
-def start_from(config: DictConfig, start: Path | None) -> None:
-    """Puts the weights of the stage before in the place of those that the parts would load by
-    themselves."""
-    if start is None:
+def archive_stage(stage: Stage) -> None:
+    """Moves a stage's folder out of the way. Raises DataError while another process uses it."""
+    with in_use(stage.folder, resume=True):  # raises while another process has the lock
+        pass
+    if stage.folder.exists():
+        name = f"{stage.name}.{datetime.now():%Y-%m-%d_%H-%M-%S}"
+        stage.folder.rename(stage.folder.with_name(name))
+
+
+def start_from(config: DictConfig, weights: Path | None) -> None:
+    """Puts exported weights in the place of those that the parts would load by themselves."""
+    if weights is None:
         return
     with open_dict(config):
-        config.init_from = str(start)
+        config.init_from = str(weights)
         for key in ("vision.pretrained", "vision.weights", "llm.pretrained", "llm.gguf_file"):
             if OmegaConf.select(config.model, key) is not None:
                 OmegaConf.update(config.model, key, False if key == "vision.pretrained" else None)
+
+
+def print_once(line: str) -> None:
+    """Prints a line on the first rank."""
+    if is_first_rank():
+        print(visible(line))

@@ -14,7 +14,7 @@ from owlfuse.model.adapters import PartSummary
 from owlfuse.model.multimodal import MultimodalLM, on_meta
 from owlfuse.studies.recipe.compose import compose_stages
 
-MOVABLE = (
+MOVABLE_KEYS = (
     "trainer.devices",
     "trainer.num_nodes",
     "trainer.log_every_n_steps",
@@ -37,22 +37,22 @@ class Stage:
 
     @property
     def folder(self) -> Path:
-        """The run's."""
+        """The folder of the run."""
         return Path(self.config.runs).expanduser() / self.config.experiment / self.config.name
 
     @property
     def weights(self) -> Path:
-        """What the next stage starts from. It appears whole, at the stage's end."""
+        """The export that the next stage starts from. It appears at once, at the stage's end."""
         return self.folder / "export"
 
     @property
     def finished(self) -> bool:
         """Whether nothing is left to do."""
-        return (self.weights / "config.json").exists()
+        return (self.weights / "config.json").exists()  # the export is atomic
 
 
 def make_stages(recipe: str, words: list[str]) -> list[Stage]:
-    """All stages, composed and checked on the meta device; no weight is made or loaded.
+    """Return all stages, composed and checked on the meta device; no weight is made or loaded.
 
     Raises ConfigError.
     """
@@ -60,20 +60,23 @@ def make_stages(recipe: str, words: list[str]) -> list[Stage]:
 
 
 def make_stage(name: str, config: DictConfig) -> Stage:
-    """One stage, its parts checked by themselves."""
+    """Return one stage, its parts checked by themselves."""
     try:
         plan, parts = on_meta(to_dict(config.model), vocab_size=1024)
-        build(config.optim), build(config.evaluation)
+        # Their arguments are checked by building them; they need no model.
+        build(config.optim)
+        build(config.evaluation)
     except ValueError as error:
         raise ConfigError(f"stage {name}: {place(config, str(error))}") from error
     return Stage(name, config, plan, parts)
 
 
 def check_data(stage: Stage) -> None:
-    """Opens the data of a stage, so that a file that is missing is told before an earlier stage
-    has trained for days."""
+    """Opens the data of a stage, so that a file that is missing is reported before an earlier
+    stage has trained for days."""
     try:
         data = build(stage.config.data)
+        # Lengths count the positions of images, and steps depend on lengths.
         data.bind(stage.plan.vision.preprocessing, stage.plan.fusion.tokens_per_image)
         data.steps(stage.config.trainer.max_steps)
     except DataError as error:

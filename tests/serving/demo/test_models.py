@@ -8,31 +8,31 @@ from owlfuse import __main__
 from owlfuse.core import packages
 from owlfuse.core.errors import ConfigError, DataError
 from owlfuse.serving.demo.command import check_folders
-from owlfuse.serving.demo.talkers import distinct
+from owlfuse.serving.demo.models import unique_names
 
 
 def test_models_are_told_apart_by_the_shortest_ends_of_their_paths(tmp_path):
-    assert distinct([tmp_path / "owl1", tmp_path / "owl3"]) == ["owl1", "owl3"]
-    assert distinct([tmp_path / "a" / "out", tmp_path / "b" / "out", tmp_path / "c"]) == [
+    assert unique_names([tmp_path / "owl1", tmp_path / "owl3"]) == ["owl1", "owl3"]
+    assert unique_names([tmp_path / "a" / "out", tmp_path / "b" / "out", tmp_path / "c"]) == [
         "a/out",
         "b/out",
         "c",
     ]
-    assert distinct([tmp_path / "x" / "a" / "out", tmp_path / "y" / "a" / "out"]) == [
+    assert unique_names([tmp_path / "x" / "a" / "out", tmp_path / "y" / "a" / "out"]) == [
         "x/a/out",
         "y/a/out",
     ]
 
 
 def test_each_model_says_its_fusion_and_where_it_is_from(loaded):
-    talkers, said = loaded
-    assert [one.name for one in talkers] == ["concat/out", "hyper/out"]
-    assert talkers[0].facts == [
+    models, said = loaded
+    assert [model.name for model in models] == ["concat/out", "hyper/out"]
+    assert models[0].facts == [
         "fusion: Concat",
         "export of run_concat",
         "vit_tiny_patch16_224, LinearConnector, qwen2",
     ]
-    assert talkers[1].facts[:2] == ["fusion: HyperAttention (adaptive)", "export of run_hyper"]
+    assert models[1].facts[:2] == ["fusion: HyperAttention (adaptive)", "export of run_hyper"]
     assert [line.split(":")[0] for line in said[1::2]] == ["  concat/out", "  hyper/out"]
     assert re.fullmatch(r"loading .*/hyper/out \(2 of 2\)", said[2])
 

@@ -1,0 +1,99 @@
+"""How cells are started, with a stand-in for the process that trains one."""
+
+import json
+import threading
+import time
+
+import pytest
+
+from owlfuse.core.errors import ConfigError
+from owlfuse.studies.ablation import launch
+
+KEYS = ["a-seed0", "b-seed0", "c-seed0"]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    cells = [{"key": key, "hash": {"code": "c0de"}} for key in KEYS]
+    (tmp_path / "ablation.json").write_text(json.dumps({"cells": cells}))
+    return tmp_path
+
+
+@pytest.fixture
+def trained(monkeypatch):
+    """The keys of cells in the order in which they began, with the most that ran at a time."""
+
+    class Trained:
+        def __init__(self):
+            self.keys = []
+            self.running = self.most = 0
+            self.lock = threading.Lock()
+
+        def __call__(self, folder, key, log, threads):
+            with self.lock:
+                self.keys.append((key, threads))
+                self.running += 1
+                self.most = max(self.most, self.running)
+            time.sleep(0.3)
+            log.write_text("owlfuse: error: no luck\n" if key.startswith("b") else "done\n")
+            with self.lock:
+                self.running -= 1
+            return 1 if key.startswith("b") else 0
+
+    stand_in = Trained()
+    monkeypatch.setattr(launch, "train_in_process", stand_in)
+    return stand_in
+
+
+def state(folder, key):
+    path = folder / key / "cell.json"
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+@pytest.mark.parametrize(("launcher", "jobs"), [("basic", 1), ("joblib", 2)])
+def test_cells_run_so_many_at_a_time_and_one_that_fails_does_not_end_the_others(
+    folder, trained, launcher, jobs, monkeypatch
+):
+    if launcher == "joblib":
+        pytest.importorskip("joblib")
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    launch.launch(folder, KEYS, launcher, jobs, [], None)
+    assert sorted(key for key, _ in trained.keys) == KEYS
+    assert trained.most == jobs
+    assert all((threads is None) == (jobs == 1) for _, threads in trained.keys)
+    assert [state(folder, key)["state"] for key in KEYS] == ["finished", "failed", "finished"]
+    assert state(folder, KEYS[1])["error"] == "no luck"
+    assert state(folder, KEYS[1])["hash"] == {"code": "c0de"}
+
+
+def test_after_ctrl_c_and_after_the_deadline_no_cell_is_begun(folder, trained):
+    launch.launch(folder, KEYS[:1], "basic", 1, [], time.time() - 1)
+    assert state(folder, KEYS[0])["state"] == "not begun"
+    assert "minutes were used up" in state(folder, KEYS[0])["error"]
+    launch.record_interrupt(folder)
+    launch.launch(folder, KEYS[1:], "basic", 1, [], None)
+    assert trained.keys == []
+    assert state(folder, KEYS[1]) == {}
+
+
+@pytest.mark.parametrize(
+    ("launcher", "setting"), [("joblib", "backend=nowhere"), ("submitit_local", "mem_gb=much")]
+)
+def test_a_value_that_a_launcher_does_not_take_is_refused_in_one_line(
+    folder, trained, launcher, setting
+):
+    pytest.importorskip(launcher.partition("_")[0])
+    with pytest.raises(ConfigError, match="launcher settings: .*(nowhere|much)") as error:
+        launch.launch(folder, KEYS, launcher, 2, [setting], None)
+    assert "\n" not in str(error.value)
+    assert trained.keys == []
+
+
+@pytest.mark.slow
+def test_submitit_runs_cells_in_processes_and_a_failure_is_in_the_cells_state(folder):
+    """The process of a cell ends at once: its record has no overrides."""
+    pytest.importorskip("submitit")
+    launch.launch(folder, KEYS[:2], "submitit_local", 1, ["timeout_min=10"], None)
+    states = [state(folder, key) for key in KEYS[:2]]
+    assert [entry["state"] for entry in states] == ["failed", "failed"]
+    assert all("KeyError" in entry["error"] for entry in states)
