@@ -131,17 +131,13 @@ def meta_batch(model: MultimodalLM, rows: int, length: int, images: int) -> Batc
     taken = count * model.fusion.tokens_per_image
     with torch.device("meta"):
         ids = torch.zeros(rows, length, dtype=torch.long)
-        return Batch(
-            input_ids=ids,
-            attention_mask=torch.zeros_like(ids),
-            labels=torch.zeros_like(ids),
-            placeholder=torch.zeros_like(ids, dtype=torch.bool),
+        return Batch.of(
+            ids,
+            torch.zeros_like(ids, dtype=torch.bool),
+            torch.zeros(rows, max(images, 1), dtype=torch.long),
             pixel_values=torch.zeros(
                 max(count, 1), 3, *size, dtype=next(model.vision.parameters()).dtype
             ),
-            image_mask=torch.zeros(max(count, 1), dtype=torch.bool),
-            image_index=torch.zeros(rows, max(images, 1), dtype=torch.long),
-            image_positions=torch.zeros(rows, max(images, 1), dtype=torch.long),
             has_images=images > 0,
             supervised=torch.zeros(max(rows * length - taken, 1), dtype=torch.long),
             visual_count=taken,

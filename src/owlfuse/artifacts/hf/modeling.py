@@ -157,16 +157,14 @@ class OwlfuseForConditionalGeneration(PreTrainedModel, GenerationMixin):
         placeholder = self.placeholder(visual, attention_mask.shape[1])[:, -input_ids.shape[1] :]
         embeddings: Any = self.get_input_embeddings()
         unknown = placeholder & (input_ids >= embeddings.num_embeddings)
-        return Batch(
+        return Batch.of(
             # an image's tokens stand there, the id does not matter
-            input_ids=input_ids.masked_fill(unknown, 0),
+            input_ids.masked_fill(unknown, 0),
+            placeholder,
+            visual.image_positions,
             attention_mask=attention_mask,
-            labels=None,  # type: ignore[arg-type]  # nothing is learned, and there are no pixels
-            placeholder=placeholder,
-            pixel_values=None,  # type: ignore[arg-type]
-            image_mask=None,  # type: ignore[arg-type]
             image_index=visual.image_index,
-            image_positions=visual.image_positions,
+            has_images=True,
             visual_count=int(placeholder.sum()),
         )
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from owlfuse.artifacts.released.names import family_in
 from owlfuse.core.errors import DataError
-from owlfuse.core.types import Batch
+from owlfuse.core.types import Batch, image_starts
 from owlfuse.model.loss import mean_loss
 from owlfuse.model.multimodal import MultimodalLM
 
@@ -70,23 +70,13 @@ def batch_of(model: MultimodalLM, io: dict[str, Tensor]) -> Batch:
     positions = starts(is_image, per_image)
     counts = [len(row) for row in positions]
     pixels = images_of(model, family, images, counts)
-    most = max(1, *counts)
-    image_index = torch.full((len(ids), most), -1)
-    image_positions = torch.full((len(ids), most), ids.shape[1])
-    for row, found in enumerate(positions):
-        image_index[row, : len(found)] = torch.arange(len(found)) + sum(counts[:row])
-        image_positions[row, : len(found)] = torch.tensor(found, dtype=torch.long)
-    has_images = sum(counts) > 0
-    return Batch(
-        input_ids=ids.where(~is_image, ids.clamp_min(0)),
+    return Batch.of(
+        ids.where(~is_image, ids.clamp_min(0)),
+        is_image,
+        image_starts(positions, ids.shape[1]),
+        pixel_values=pixels,
         attention_mask=mask.long(),
         labels=labels.masked_fill(is_image, -100),
-        placeholder=is_image,
-        pixel_values=pixels,
-        image_mask=torch.full((len(pixels),), has_images),
-        image_index=image_index,
-        image_positions=image_positions,
-        has_images=has_images,
     )
 
 

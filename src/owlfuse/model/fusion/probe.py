@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from owlfuse.core.types import Batch, VisualTokens
+from owlfuse.core.types import Batch, VisualTokens, image_starts
 from owlfuse.model.fusion.base import Fusion, fused_logits
 from owlfuse.model.llm import FAILURES, first_line, width
 from owlfuse.model.llm_probe import aside, configuration_key, fill, same, tiny_copy
@@ -126,17 +126,11 @@ def rows(fusion: Fusion, images: Tensor, side: str) -> tuple[Batch, VisualTokens
     input_ids[0, first : first + len(TEXT)] = torch.tensor(TEXT)
     mask[0, first : first + len(TEXT)] = 1
     input_ids[1], mask[1], placeholder[1] = torch.tensor(ids), 1, torch.tensor(holds)
-    image_index = torch.tensor([[-1, -1], [0, 1]])
-    image_positions = torch.tensor([[length, length], starts])
-    batch = Batch(
-        input_ids=input_ids,
+    batch = Batch.of(
+        input_ids,
+        placeholder,
+        image_starts([[], starts], length),
         attention_mask=mask,
-        labels=torch.full_like(input_ids, -100),
-        placeholder=placeholder,
-        pixel_values=torch.zeros(2, 3, 1, 1),
-        image_mask=torch.ones(2, dtype=torch.bool),
-        image_index=image_index,
-        image_positions=image_positions,
         visual_count=int(placeholder.sum()),
     )
-    return batch, VisualTokens(images, image_index, image_positions)
+    return batch, VisualTokens(images, batch.image_index, batch.image_positions)

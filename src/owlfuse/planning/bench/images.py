@@ -88,20 +88,15 @@ def batch_of(images: int, per_image: int, width: int) -> tuple[Batch, VisualToke
     taken = images * per_image
     ids = torch.randint(0, VOCABULARY, (1, taken + TEXT), generator=generator)
     here = torch.arange(taken + TEXT)[None]
-    index, positions = torch.arange(images)[None], (torch.arange(images) * per_image)[None]
-    batch = Batch(
-        input_ids=ids,
-        attention_mask=torch.ones_like(ids),
+    batch = Batch.of(
+        ids,
+        here < taken,
+        (torch.arange(images) * per_image)[None],
         labels=ids.masked_fill(here < taken + TEXT // 2, -100),
-        placeholder=here < taken,
-        pixel_values=torch.zeros(images, 3, 1, 1),
-        image_mask=torch.ones(images, dtype=torch.bool),
-        image_index=index,
-        image_positions=positions,
     )
+    batch = batch.with_places().to(device_name())
     tokens = torch.randn(images, VISUAL_TOKENS, width, generator=generator).to(device_name())
-    visual = VisualTokens(tokens, index.to(device_name()), positions.to(device_name()))
-    return batch.with_places().to(device_name()), visual
+    return batch, VisualTokens(tokens, batch.image_index, batch.image_positions)
 
 
 def run_of(what: What, model: MultimodalLM, images: int, precision: str) -> Callable[[], Any]:

@@ -19,7 +19,7 @@ import torch
 from matplotlib.figure import Figure
 
 from owlfuse.config.compose import PlanOptions
-from owlfuse.core.types import Batch
+from owlfuse.core.types import Batch, image_starts
 from owlfuse.model.loss import batch_loss
 from owlfuse.model.multimodal import MultimodalLM, build_model
 from owlfuse.planning.bench.pairs import seconds_of
@@ -101,20 +101,14 @@ def random_batch(model: MultimodalLM, rows: int, length: int, images: int, devic
     mask[0, -1] = 0
     taken = images * model.fusion.tokens_per_image
     placeholder = (torch.arange(length) < taken).expand(rows, -1).clone()
-    index = torch.arange(rows * images).view(rows, images) if images else torch.full((rows, 1), -1)
-    positions = (
-        torch.arange(images) * model.fusion.tokens_per_image if images else torch.full((1,), length)
-    )
-    batch = Batch(
-        input_ids=ids,
+    starts = [image * model.fusion.tokens_per_image for image in range(images)]
+    batch = Batch.of(
+        ids,
+        placeholder,
+        image_starts([starts] * rows, length),
+        pixel_values=torch.randn(shapes.pixel_values.shape),
         attention_mask=mask,
         labels=ids.masked_fill(placeholder | (mask == 0), -100),
-        placeholder=placeholder,
-        pixel_values=torch.randn(shapes.pixel_values.shape),
-        image_mask=torch.full(shapes.image_mask.shape, images > 0),
-        image_index=index,
-        image_positions=positions.expand(rows, -1).clone(),
-        has_images=images > 0,
     )
     return batch.with_places().to(device)
 
