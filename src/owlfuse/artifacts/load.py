@@ -41,7 +41,7 @@ from owlfuse.model.llm import recompute_activations
 from owlfuse.model.multimodal import MultimodalLM, build_model
 
 
-def load_talker(
+def load_with_processor(
     folder: Path, which: str = "last"
 ) -> tuple[OwlfuseForConditionalGeneration, OwlfuseProcessor]:
     """Model and processor of an exported or imported folder, or of a run's last or best checkpoint.

@@ -20,7 +20,7 @@ from owlfuse.data.datamodule import ChatData
 from owlfuse.data.loading import load_or_skip
 from owlfuse.data.subset import stratified_sample
 from owlfuse.evaluation.generation import generate_greedy, milliseconds_per_token
-from owlfuse.evaluation.questions import question_samples
+from owlfuse.evaluation.questions import normalize, question_samples
 from owlfuse.model.loss import batch_loss
 from owlfuse.model.multimodal import MultimodalLM
 
@@ -52,11 +52,6 @@ class Answer:
         if self.accepted:
             return holds_answer(self.answer, self.accepted)
         return normalize(self.answer) == normalize(self.expected)
-
-
-def normalize(text: str) -> str:
-    """Case-folded, runs of white space as one space."""
-    return " ".join(text.casefold().split())
 
 
 def holds_answer(text: str, accepted: Sequence[str]) -> bool:

@@ -10,6 +10,11 @@ from owlfuse.core.types import VISUAL, Sample
 from owlfuse.data.chat.encoder import led_by_break, said_in
 
 
+def normalize(text: str) -> str:
+    """Returns the text case-folded, runs of white space as one space."""
+    return " ".join(text.casefold().split())
+
+
 def accepted_by(sample: Sample, turns: int) -> dict[str, Any]:
     """The sample's list `accepted`, of what its one answer may hold to be right; nothing where it
     has none.

@@ -155,11 +155,8 @@ class OwlfuseForConditionalGeneration(PreTrainedModel, GenerationMixin):
         """The rows as the model takes them: new ids (B, T) behind what a cache holds, the mask over
         both. No pixels: the visual tokens are there already."""
         placeholder = self.placeholder(visual, attention_mask.shape[1])[:, -input_ids.shape[1] :]
-        embeddings: Any = self.get_input_embeddings()
-        unknown = placeholder & (input_ids >= embeddings.num_embeddings)
         return Batch.of(
-            # an image's tokens stand there, the id does not matter
-            input_ids.masked_fill(unknown, 0),
+            self.embeddable_ids(input_ids, placeholder),
             placeholder,
             visual.image_positions,
             attention_mask=attention_mask,
@@ -167,6 +164,13 @@ class OwlfuseForConditionalGeneration(PreTrainedModel, GenerationMixin):
             has_images=True,
             visual_count=int(placeholder.sum()),
         )
+
+    def embeddable_ids(self, input_ids: Tensor, placeholder: Tensor) -> Tensor:
+        """Returns the ids (B, T), 0 at placeholders whose id has no embedding: visual tokens stand
+        there, so that the id does not matter."""
+        embeddings: Any = self.get_input_embeddings()
+        unknown = placeholder & (input_ids >= embeddings.num_embeddings)
+        return input_ids.masked_fill(unknown, 0)
 
     def placeholder(self, visual: VisualTokens, length: int) -> Tensor:
         """(B, length) bool, True at the positions that images take: known from where they begin,

@@ -12,7 +12,7 @@ import torch
 
 from owlfuse.artifacts.hf.modeling import OwlfuseForConditionalGeneration
 from owlfuse.artifacts.hf.processing import OwlfuseProcessor
-from owlfuse.artifacts.load import load_talker
+from owlfuse.artifacts.load import load_with_processor
 from owlfuse.config.trust import read_run_config
 from owlfuse.core.progress import quiet_libraries
 from owlfuse.serving.chat import Conversation
@@ -34,7 +34,8 @@ class Talker:
 def load_talkers(
     folders: list[Path], say: Callable[[str], None], which: str = "last"
 ) -> list[Talker]:
-    """Every model, on the GPU where there is one, after a first token. Raises as `load_talker`.
+    """Every model, on the GPU where there is one, after a first token. Raises as
+    `load_with_processor`.
 
     Args:
         say: gets a line before each is loaded, and one after it.
@@ -45,7 +46,7 @@ def load_talkers(
     for count, (folder, name) in enumerate(zip(folders, distinct(folders)), start=1):
         say(f"loading {folder} ({count} of {len(folders)})")
         start = time.perf_counter()
-        model, processor = load_talker(
+        model, processor = load_with_processor(
             folder, which if (folder / "config.yaml").exists() else "last"
         )
         model.to(device)  # type: ignore[arg-type]  # lost in transformers' wrapper
