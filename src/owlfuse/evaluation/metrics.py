@@ -148,7 +148,7 @@ def answer_questions(
         if blank:
             batch = replace(batch, pixel_values=torch.zeros_like(batch.pixel_values))
         ids = generate_greedy(model, batch, max_new_tokens, data.encoder)
-        texts = data.encoder.answers(ids)
+        texts = data.encoder.answers(list(ids))
         for (sample, expected, kind), text in zip(chunk, texts, strict=True):
             question = "".join(
                 part.get("text", "") for part in sample.messages[-1]["content"]
