@@ -12,6 +12,7 @@ from owlfuse.config.build import to_dict
 from owlfuse.config.compose import compose, origin_of
 from owlfuse.core.errors import ConfigError, DataError
 from owlfuse.core.folder_kinds import check_exported
+from owlfuse.model.parts import compute_only, loading_options
 
 
 def adopt_parts(config: DictConfig) -> None:
@@ -29,15 +30,10 @@ def adopt_parts(config: DictConfig) -> None:
         raise ConfigError(f"init_from: {error}") from error
     default = to_dict(compose(["experiment=null"]).model)
     asked = to_dict(config.model)
-    for part in ("vision", "connector"):  # how a part computes may be asked for
-        if (
-            "gradient_checkpointing" in asked[part]
-            and asked[part]["_target_"] == nodes[part]["_target_"]
-        ):
-            nodes[part] = {
-                **nodes[part],
-                "gradient_checkpointing": asked[part]["gradient_checkpointing"],
-            }
+    for part in ("vision", "connector"):
+        if asked[part]["_target_"] == nodes[part]["_target_"]:
+            options = compute_only(asked[part]) & set(asked[part])
+            nodes[part] = {**nodes[part], **{name: asked[part][name] for name in options}}
     # asked for, and not the group's own
     if Path(origin_of(config, "model.vision.image_size")).parent.name != "vision":
         nodes["vision"] = {**nodes["vision"], "image_size": asked["vision"].get("image_size")}
@@ -69,15 +65,9 @@ def differences(
 ) -> dict[str, tuple[Any, Any]]:
     """The keys that are asked for otherwise than by default and than the folder has them: what it
     has, and what is asked for. How a part computes or is loaded is not among them."""
-    free = (
-        "pretrained",
-        "weights",
-        "gguf_file",
-        "dtype",
-        "attention",
-        "gradient_checkpointing",
-        "config",
-    )
+    free = {"config"}
+    if "_target_" in asked:
+        free |= compute_only(asked) | loading_options(asked)
     names = [
         name
         for name in asked

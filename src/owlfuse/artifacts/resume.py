@@ -22,16 +22,10 @@ from owlfuse.config.compose import origin_of, read_run
 from owlfuse.config.identity import FREE, flat
 from owlfuse.core.errors import ConfigError, DataError
 from owlfuse.data.mixture.positions import StepPositions
+from owlfuse.model.adapters import PARTS
+from owlfuse.model.parts import compute_only
 from owlfuse.parallel.checkpoints import META
 
-COMPUTING: tuple[str, ...] = (
-    "model.compile",
-    "model.llm.attention",
-    "model.*.gradient_checkpointing",
-    "model.*.checkpointing",
-    "model.*.chunk",
-)
-"""How a part computes, not what."""
 PLACES: tuple[str, ...] = (
     "data.*.file",
     "data.*.image_root",
@@ -57,7 +51,7 @@ ANYTHING += ("data.workers", "data.max_pixels", "data.*.on_error", "data.*.max_s
 
 ON_RESUME: tuple[str, ...] = (
     *ANYTHING,
-    *COMPUTING,
+    "model.compile",
     *PLACES,
     "trainer.*",
     "evaluation*",
@@ -75,7 +69,7 @@ ON_RESUME += (
 ON_RESUME += ("optim.warmup_steps", "optim.min_lr_ratio", "optim.newton_schulz")
 ON_EVALUATION: tuple[str, ...] = (
     *ANYTHING,
-    *COMPUTING,
+    "model.compile",
     *PLACES,
     "evaluation*",
     "data.validation*",
@@ -135,7 +129,7 @@ def changed_keys(past: Past, config: DictConfig) -> dict[str, list[Any]]:
     Raises:
         ConfigError: a key that a run that goes on cannot change.
     """
-    allowed = list(ON_RESUME)
+    allowed = [*ON_RESUME, *computing_keys(config)]
     if past.config["data"].get("weights_by", "samples") == "samples":
         # else they change which sample stands where
         allowed += ["data.max_length", "data.on_length*"]
@@ -144,7 +138,16 @@ def changed_keys(past: Past, config: DictConfig) -> dict[str, list[Any]]:
 
 def check_evaluation_keys(past: Past, config: DictConfig) -> None:
     """Raises ConfigError for a key that changes nothing of an evaluation, or changes the model."""
-    compared(past, config, list(ON_EVALUATION), "is evaluated")
+    compared(past, config, [*ON_EVALUATION, *computing_keys(config)], "is evaluated")
+
+
+def computing_keys(config: DictConfig) -> list[str]:
+    """Returns the keys of the model's parts that change only how they compute, as their classes
+    say."""
+    keys = []
+    for name in PARTS:
+        keys += [f"model.{name}.{option}" for option in compute_only(config.model[name])]
+    return keys
 
 
 def compared(

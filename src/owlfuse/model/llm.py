@@ -115,6 +115,11 @@ def load_llm(
     return llm
 
 
+# a function, whose attributes mypy does not know; see `parts.ModelPart` for what these are
+load_llm.COMPUTE_ONLY = ("attention", "gradient_checkpointing")  # type: ignore[attr-defined]
+load_llm.ORIGIN = ("pretrained", "gguf_file", "architecture", "dtype")  # type: ignore[attr-defined]
+
+
 def random_config(config: dict[str, Any], vocab_size: int) -> PreTrainedConfig:
     """The transformers configuration for `config`, whose keys are those of its model type."""
     fields = {"vocab_size": vocab_size, "pad_token_id": None, **config}

@@ -21,6 +21,7 @@ from owlfuse.config.build import build
 from owlfuse.core.errors import DataError
 from owlfuse.core.types import Batch, VisualTokens
 from owlfuse.model.adapters import PARTS, Part, PartSummary, apply_adapters
+from owlfuse.model.connectors.base import Connector
 from owlfuse.model.fusion.base import Fusion, fused_output
 from owlfuse.model.fusion.probe import check_fusion
 from owlfuse.model.llm import (
@@ -32,6 +33,8 @@ from owlfuse.model.llm import (
     width,
 )
 from owlfuse.model.llm_probe import check_packing
+from owlfuse.model.parts import ModelPart
+from owlfuse.model.vision.base import Backbone
 
 
 class MultimodalLM(nn.Module):
@@ -51,12 +54,11 @@ class MultimodalLM(nn.Module):
     released: Any = None
 
     def __init__(
-        self, vision: nn.Module, connector: nn.Module, fusion: Fusion, llm: PreTrainedModel
+        self, vision: Backbone, connector: Connector, fusion: Fusion, llm: PreTrainedModel
     ) -> None:
         super().__init__()
-        # parts of the user's too: what is asked of them depends on what they have
-        self.vision: Any = vision
-        self.connector: Any = connector
+        self.vision = vision
+        self.connector = connector
         self.fusion = fusion
         self.llm = llm
         self.packing_checked = False
@@ -116,23 +118,11 @@ class MultimodalLM(nn.Module):
         A batch without images passes its blank one, times zero, so that every parameter has a
         gradient and every rank issues the same collectives.
         """
-        keeping = (
-            nullcontext
-            if batch.has_images
-            else getattr(self.vision, "statistics_kept", nullcontext)
-        )
-        with keeping():
+        with nullcontext() if batch.has_images else self.vision.statistics_kept():
             features = self.vision(in_dtype_of(self.vision, batch.pixel_values))
+        check_token_count("vision", self.vision, features, self.vision.patches)
         tokens = self.connector(features)
-        for part, found, expected in (
-            ("vision", features.shape[1], getattr(self.vision, "patches", None)),
-            ("connector", tokens.shape[1], getattr(self.connector, "tokens", None)),
-        ):
-            if expected not in (None, found):
-                raise ValueError(
-                    f"{part}: {type(getattr(self, part)).__name__} gives {found} tokens, and says "
-                    f"{expected}"
-                )
+        check_token_count("connector", self.connector, tokens, self.connector.tokens)
         tokens = tokens * batch.image_mask[:, None, None].to(features.dtype)
         return VisualTokens(tokens, batch.image_index, batch.image_positions)
 
@@ -145,14 +135,12 @@ class MultimodalLM(nn.Module):
         """
         try:
             self.vision.set_image_size(image_size)
-        except (ValueError, AttributeError) as error:
+        except ValueError as error:
             raise ValueError(f"vision: image_size: {error}") from error
-        if not hasattr(self.connector, "set_grid"):
-            raise ValueError(
-                f"connector: {type(self.connector).__name__} has no set_grid, and pictures of "
-                "another size need it"
-            )
-        self.connector.set_grid(self.vision.patches, self.vision.grid)
+        try:
+            self.connector.set_grid(self.vision.patches, self.vision.grid)
+        except ValueError as error:
+            raise ValueError(f"connector: {error}") from error
         self.fusion.set_connector_tokens(self.connector.tokens)
         if self.nodes is not None:
             self.nodes = {
@@ -163,8 +151,8 @@ class MultimodalLM(nn.Module):
     def part(self, name: str) -> Part:
         """One of `adapters.PARTS`. What the fusion put into the LLM belongs to `fusion`."""
         if name in ("vision", "connector"):
-            module = getattr(self, name)
-            return Part(name, module, dict(module.named_parameters()), blocks_of(module))
+            module: ModelPart = getattr(self, name)
+            return Part(name, module, dict(module.named_parameters()), module.blocks())
         owned = {id(p) for module in self.fusion.owned(self.llm) for p in module.parameters()}
         parameters = {
             n: p for n, p in self.llm.named_parameters() if (id(p) in owned) == (name == "fusion")
@@ -191,13 +179,27 @@ class MultimodalLM(nn.Module):
     def sharding_units(self) -> list[nn.Module]:
         """The modules that FSDP gathers one after the other; what is in none of them is gathered
         for the whole forward."""
-        parts = [
-            module for module in (self.vision, self.connector) if hasattr(module, "sharding_units")
-        ]
         return [
-            *(unit for part in parts for unit in part.sharding_units()),
+            *self.vision.sharding_units(),
+            *self.connector.sharding_units(),
             *decoder_layers(self.llm),
         ]
+
+    def check_training(self, sharded: bool) -> None:
+        """Checks that the parts can be trained with their options, before a weight is made.
+
+        Args:
+            sharded: parameters are split over ranks.
+
+        Raises:
+            ValueError: a part that cannot; the message begins with it.
+        """
+        for name in ("vision", "connector"):
+            part: ModelPart = getattr(self, name)
+            try:
+                part.check_training(sharded)
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from error
 
     def projections(self) -> list[tuple[nn.Module, str]]:
         """The linear layers that tensor parallelism splits, each with its role (see
@@ -267,11 +269,12 @@ def linear_layers(module: nn.Module, path: tuple[str, ...] = ()) -> list[tuple[s
     ]
 
 
-def blocks_of(module: nn.Module) -> list[list[nn.Parameter]]:
-    """The parameters of a part's layers, none where the part does not have layers."""
-    # of a part
-    blocks: Any = module.blocks() if hasattr(module, "blocks") else []  # type: ignore[operator]
-    return [list(b.parameters()) if isinstance(b, nn.Module) else b for b in blocks]
+def check_token_count(name: str, part: ModelPart, output: Tensor, expected: int) -> None:
+    """Raises ValueError where a part's output (N, tokens, width) has other tokens than it says."""
+    if output.shape[1] != expected:
+        raise ValueError(
+            f"{name}: {type(part).__name__} gives {output.shape[1]} tokens, and says {expected}"
+        )
 
 
 def build_model(
@@ -293,19 +296,19 @@ def build_model(
     """
     model = assemble(config, vocab_size) if base is None else base
     if base is not None:
-        # how they compute is the configuration's, as for the LLM
+        # how the parts compute is the configuration's, as for the LLM
         for name in ("vision", "connector"):
-            if hasattr(getattr(base, name), "set_checkpointing"):
-                getattr(base, name).set_checkpointing(
-                    config[name].get("gradient_checkpointing", False)
-                )
+            part: ModelPart = getattr(base, name)
+            for option in part.COMPUTE_ONLY:
+                if option in config[name]:
+                    part.set_compute_option(option, config[name][option])
     policies = {name: build(policy) for name, policy in config["adapter"].items()}
     if new_tokens is None:
         rows = getattr(model.llm, "trained_rows", vocab_size)
         new_tokens = {f"token {index}": index for index in range(rows, vocab_size)}
     summary = apply_adapters(model, policies, new_tokens)
     if config.get("compile"):
-        compile_layers(decoder_layers(model.llm), getattr(model.vision, "body", model.vision))
+        compile_layers(decoder_layers(model.llm), model.vision.inner_model())
     # batch norms that are frozen by now keep their statistics; Lightning leaves modes alone
     model.train(model.training)
     return model, summary
@@ -319,6 +322,7 @@ def assemble(nodes: dict[str, Any], vocab_size: int) -> MultimodalLM:
         ValueError: parts that do not fit together; the message begins with the part.
     """
     vision = make_part("vision", nodes)
+    check_class("vision", vision, Backbone)
     llm = make_part("llm", nodes, vocab_size=vocab_size)
     connector = make_part(
         "connector",
@@ -328,7 +332,9 @@ def assemble(nodes: dict[str, Any], vocab_size: int) -> MultimodalLM:
         patches=vision.patches,
         grid=vision.grid,
     )
+    check_class("connector", connector, Connector)
     fusion = make_part("fusion", nodes, connector_tokens=connector.tokens)
+    check_class("fusion", fusion, Fusion)
     try:
         model = MultimodalLM(vision, connector, fusion, llm)
     except ValueError as error:
@@ -346,6 +352,15 @@ def make_part(name: str, config: dict[str, Any], **supplied: Any) -> Any:
         raise DataError(f"model.{name}: {error}") from error
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
+
+
+def check_class(name: str, part: Any, base: type[nn.Module]) -> None:
+    """Raises ValueError for a part that is not derived from its base class."""
+    if not isinstance(part, base):
+        raise ValueError(
+            f"{name}: {type(part).__name__} is no {base.__name__}; derive it from "
+            f"{base.__module__}.{base.__name__}"
+        )
 
 
 def on_meta(config: dict[str, Any], vocab_size: int) -> tuple[MultimodalLM, list[PartSummary]]:

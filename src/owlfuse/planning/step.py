@@ -64,7 +64,7 @@ def checkpointed(nodes: dict[str, Any], model: MultimodalLM) -> dict[str, Any]:
     nodes = copy.deepcopy(nodes)
     for name in ("vision", "connector"):
         part = copy.deepcopy(getattr(model, name))
-        if "gradient_checkpointing" not in nodes[name] or not hasattr(part, "set_checkpointing"):
+        if "gradient_checkpointing" not in nodes[name]:
             continue
         with suppress(ValueError):
             part.set_checkpointing(True)

@@ -37,7 +37,7 @@ from owlfuse.data.datamodule import ChatData
 from owlfuse.data.formats.llava import LLaVA
 from owlfuse.data.media.tiles import views_of
 from owlfuse.data.shapes.write import write_shapes
-from owlfuse.evaluation.explain.attention import attention_to_pictures, patch_shares, whole_maps
+from owlfuse.evaluation.explain.attention import attention_to_pictures, whole_maps
 from owlfuse.evaluation.explain.overlays import COLORS, overlay
 from owlfuse.evaluation.validation import Evaluation
 from owlfuse.model.connectors.abstractor import Abstractor
@@ -206,7 +206,7 @@ def test_an_abstractors_tokens_are_shared_out_by_attention_rollout():
 def test_every_connector_says_of_which_patches_its_tokens_are_made(node):
     supplied = {"in_width": 64, "out_width": 24, "patches": 17, "grid": (4, 4)}
     connector = make_part("connector", {"connector": node}, **supplied)
-    shares = patch_shares(connector, torch.randn(2, 17, 64))
+    shares = connector.patch_shares(torch.randn(2, 17, 64))
     assert shares.shape == (2, connector.tokens, 17)
     sums = shares.sum(-1).round(decimals=4).unique().tolist()
     assert sums in ([1.0], [0.0, 1.0])  # an end token has nothing of the picture

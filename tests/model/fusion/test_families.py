@@ -19,11 +19,13 @@ from helpers import (
 )
 from owlfuse.core.types import Encoded
 from owlfuse.data.collate import Collator
+from owlfuse.model.connectors.base import Connector
 from owlfuse.model.fusion.base import Fusion, splice
 from owlfuse.model.fusion.probe import check_fusion
 from owlfuse.model.llm import cache_argument, decoder_layers, load_llm, rotary
 from owlfuse.model.llm_probe import aside, check_packing, key_paths, tiny_copy
 from owlfuse.model.multimodal import MultimodalLM, on_meta
+from owlfuse.model.vision.base import Backbone
 
 TOKENS = 3
 EVERY_LAYER = {"_target_": HYPERATTENTION, "layers": [0, 1, 2, 3], "gate": "adaptive"}
@@ -152,12 +154,12 @@ def test_hyperattention_refuses_an_llm_that_it_cannot_serve_with_its_class_and_t
     with torch.device(device):
         llm = load_llm(VOCAB, config=fields_of(name, **fields))
         with pytest.raises(ValueError, match=reason) as refusal:
-            MultimodalLM(torch.nn.Identity(), torch.nn.Identity(), fusion_of("hyperattention"), llm)
+            MultimodalLM(Backbone(), Connector(), fusion_of("hyperattention"), llm)
     assert type(llm).__name__ in str(refusal.value)
     assert "\n" not in str(refusal.value)
     MultimodalLM(
-        torch.nn.Identity(),
-        torch.nn.Identity(),
+        Backbone(),
+        Connector(),
         fusion_of("concat"),
         load_llm(VOCAB, config=fields_of(name, **fields)),
     )

@@ -6,6 +6,8 @@ V vocabulary.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -162,7 +164,8 @@ def images_of(model: MultimodalLM, family: str, images: Tensor | None, counts: l
     weight = next(model.vision.parameters())
     if images is None or not wanted:
         return torch.zeros(1, 3, height, width, dtype=weight.dtype)
-    patch = model.vision.body.patch_embed.patch_size[0]
+    body: Any = model.vision.inner_model()
+    patch = body.patch_embed.patch_size[0]
     if not (0 <= images.shape[2] - height < patch and 0 <= images.shape[3] - width < patch):
         raise DataError(
             f"images are {tuple(images.shape[2:])} pixels, and the model takes {(height, width)}; "

@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 from torch import Tensor
 
@@ -161,11 +162,10 @@ def vision_tensors(model: MultimodalLM, family: str, name: str, ours: Tensor) ->
         else:
             yield released, first if stem == "pos_embed" else whole
     else:
-        view = (
-            partial(by_head, model.vision.body.blocks[0].attn.num_heads)
-            if stem == "attn.qkv"
-            else whole
-        )
+        view = whole
+        if stem == "attn.qkv":
+            body: Any = model.vision.inner_model()
+            view = partial(by_head, body.blocks[0].attn.num_heads)
         yield layer + CLIP_NAMES[stem] + kind, view
 
 
@@ -187,7 +187,7 @@ def connector_tensors(model: MultimodalLM, family: str, name: str, ours: Tensor)
     layer, stem, kind = split(name, r"(layers\.\d+\.)?")
     if name in ("query_positions", "image_positions"):
         table = "q_pos_embed" if name == "query_positions" else "k_pos_embed"
-        for index in range(len(model.connector.layers)):
+        for index in range(len(model.connector.blocks())):
             yield f"encoder.layers.{index}.crossattention.attention.{table}", whole
     elif layer:
         yield f"encoder.{layer}crossattention.{ABSTRACTOR_NAMES[stem]}{kind}", whole

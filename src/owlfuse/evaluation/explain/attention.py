@@ -26,6 +26,7 @@ from owlfuse.evaluation.explain.notes import Notes, noting
 from owlfuse.evaluation.explain.overlays import side_by_side
 from owlfuse.model.llm import decoder_layers
 from owlfuse.model.multimodal import MultimodalLM
+from owlfuse.model.vision.base import Backbone
 
 
 @torch.no_grad()
@@ -103,7 +104,10 @@ def maps_of(
     with noting(model.llm, notes):
         model(longer, visual, logits_to_keep=1)
     weights = torch.stack([notes.found[layer] for layer in chosen]).mean((0, 1))  # (S,)
-    shares = patch_shares(model.connector, features).float()
+    try:
+        shares = model.connector.patch_shares(features).float()
+    except ValueError as error:
+        raise DataError(f"connector: {error}") from error
     on_patches = torch.einsum("nq,nqp->np", weights.view(len(features), -1), shares)
     on_grid = on_patches[:, -grid[0] * grid[1] :].double().cpu()  # class tokens stand first
     if not on_grid.sum() > 0:
@@ -191,28 +195,14 @@ def features_of(vision: nn.Module) -> Iterator[list[Tensor]]:
         handle.remove()
 
 
-def patch_shares(connector: Any, features: Tensor) -> Tensor:
-    """(N, Q, P) of which patches each visual token is made."""
-    if hasattr(connector, "patch_shares"):
-        return connector.patch_shares(features)
-    patches = features.shape[1]
-    if connector.tokens != patches:
-        raise DataError(
-            f"connector: {type(connector).__name__} makes {connector.tokens} tokens of {patches} "
-            "patches, and has no "
-            "patch_shares that says of which; see owlfuse.model.connectors"
-        )
-    return torch.eye(patches, device=features.device).expand(len(features), -1, -1)
-
-
-def grid_of(vision: Any) -> tuple[int, int]:
+def grid_of(vision: Backbone) -> tuple[int, int]:
     """(h, w) of the patches, class tokens before them apart.
 
     Raises DataError where they are no rectangle.
     """
     rows, columns = vision.grid
     if rows == 1 and columns > 1:  # what a backbone says of tokens that are no grid
-        name = type(getattr(vision, "body", vision)).__name__
+        name = type(vision.inner_model()).__name__
         raise DataError(
             f"vision: timm does not tell that the {vision.patches} tokens of {name} are a "
             "rectangle of patches, row by row, so "

@@ -1,17 +1,18 @@
 """N images, P patches, Q queries, Dv vision width (the abstractor's own width too), D LLM width,
 H heads, d head width."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from owlfuse.model.connectors.base import Connector
 from owlfuse.model.positions import sincos_1d, sincos_2d
 
 
-class Abstractor(nn.Module):
+class Abstractor(Connector):
     """The visual abstractor of mPLUG-Owl (arXiv 2304.14178) and mPLUG-Owl2 (arXiv 2311.04257, eq.
     1-2), as released.
 
@@ -39,6 +40,8 @@ class Abstractor(nn.Module):
     Raises:
         ValueError: heads that do not divide Dv, or a count under 1.
     """
+
+    COMPUTE_ONLY: ClassVar = ("gradient_checkpointing",)
 
     def __init__(
         self,
@@ -110,12 +113,12 @@ class Abstractor(nn.Module):
                 self.image_positions
             )
 
-    def blocks(self) -> list[nn.Module]:
-        """The layers in order, for adapters that train the last of them."""
-        return list(self.layers)
+    def blocks(self) -> list[list[nn.Parameter]]:
+        """Returns the parameters of each layer, in order."""
+        return [list(layer.parameters()) for layer in self.layers]
 
     def sharding_units(self) -> list[nn.Module]:
-        """The layers, each gathered on its own."""
+        """Returns the layers, each gathered on its own."""
         return list(self.layers)
 
     def forward(self, features: Tensor) -> Tensor:

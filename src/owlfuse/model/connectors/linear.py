@@ -2,8 +2,10 @@
 
 from torch import Tensor, nn
 
+from owlfuse.model.connectors.base import Connector
 
-class LinearConnector(nn.Module):
+
+class LinearConnector(Connector):
     """One linear layer a patch, as mPLUG-Owl3's 7B-240728 `vision2text_model` (arXiv 2408.04840): Q
     = P.
 

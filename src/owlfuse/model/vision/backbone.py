@@ -8,20 +8,18 @@ import inspect
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from dataclasses import replace
+from typing import Any, ClassVar, Literal
 
 import torch
-from PIL import Image
 from timm.data import resolve_model_data_config
-from timm.data.transforms import str_to_pil_interp
 from timm.models import group_parameters
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
-from torchvision.transforms.v2 import functional as VF
 
 from owlfuse.model.positions import sincos_2d_spread
+from owlfuse.model.vision.base import Backbone, Preprocessing
 from owlfuse.model.vision.batch_norm import allow_single_values, set_blank
 from owlfuse.model.vision.body import (
     all_differentiable,
@@ -34,28 +32,7 @@ from owlfuse.model.vision.body import (
 )
 
 
-@dataclass(frozen=True)
-class Preprocessing:
-    """Picture -> pixels, as the backbone was trained: size (H, W), mean, std and interpolation of
-    timm's data configuration.
-
-    The whole picture is resized to the size (as mPLUG-Owl does), so that no border is cut off.
-    """
-
-    size: tuple[int, int]
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    interpolation: str
-
-    def __call__(self, picture: Image.Image) -> Tensor:
-        """An RGB picture of any size -> normalised pixels (3, H, W), float32."""
-        resized = picture.resize(self.size[::-1], str_to_pil_interp(self.interpolation))
-        return VF.normalize(
-            VF.to_dtype(VF.pil_to_tensor(resized), torch.float32, scale=True), self.mean, self.std
-        )
-
-
-class TimmBackbone(nn.Module):
+class TimmBackbone(Backbone):
     """Any timm model as a feature extractor: pixels (N, 3, H, W) -> features (N, P, Dv).
 
     Width, token count, grid and preprocessing are read from the model. What the features do not use
@@ -82,11 +59,10 @@ class TimmBackbone(nn.Module):
         kwargs: further keyword arguments of the timm model.
         chunk: images that pass the model at a time, for less memory: in training, activations of a
             chunk are dropped and computed again in the backward pass, unless the model is frozen.
-            Features and gradients stay the same, but for what dropout draws. A model with batch
-            norms in training mode takes all images at once whatever `chunk` says, because the
-            statistics of a chunk are others than those of the batch. Where parameters are sharded,
-            leave it null: ranks with other counts of images would gather them another number of
-            times.
+            Features and gradients stay the same, but for what dropout draws. It is refused in
+            training where batch norms are trained, because the statistics of a chunk are others
+            than those of the batch, and where parameters are sharded, because ranks with other
+            counts of images would gather them another number of times.
         gradient_checkpointing: activations inside of blocks are dropped and computed again in the
             backward pass.
 
@@ -94,6 +70,12 @@ class TimmBackbone(nn.Module):
         ValueError: an unknown name, a model whose features are no single map, a chunk below 1, or
             checkpointing of a model that has batch norms or does not support it.
     """
+
+    COMPUTE_ONLY: ClassVar = ("chunk", "gradient_checkpointing")
+    ORIGIN: ClassVar = ("pretrained", "weights")
+
+    body: Any
+    """timm's model."""
 
     def __init__(
         self,
@@ -117,7 +99,7 @@ class TimmBackbone(nn.Module):
             )
         self.chunk = chunk
         self.output = output
-        self.body: Any = create_body(name, pretrained, image_size, kwargs or {}, weights)
+        self.body = create_body(name, pretrained, image_size, kwargs or {}, weights)
         self.prefix_tokens = count_prefix_tokens(self.body)
         self.drop_prefix = 0 if class_token else self.prefix_tokens
         self.preprocessing = preprocessing_of(self.body, image_size)
@@ -140,6 +122,26 @@ class TimmBackbone(nn.Module):
     def set_checkpointing(self, enable: bool) -> None:
         """Turns `gradient_checkpointing` on or off. Raises ValueError where the model cannot."""
         checkpoint_blocks(self.body, enable)
+
+    def check_training(self, sharded: bool) -> None:
+        """Raises ValueError for chunks of a model whose batch norms are trained, or whose
+        parameters are split over ranks."""
+        if self.chunk is None:
+            return
+        if sharded:
+            raise ValueError(
+                f"chunk is {self.chunk}, and parameters are split over ranks: those with other "
+                "counts of images would wait for each other for ever; set model.vision.chunk=null"
+            )
+        if any(isinstance(module, _BatchNorm) and module.training for module in self.modules()):
+            raise ValueError(
+                f"chunk is {self.chunk}, and batch norms are trained, whose statistics are those "
+                "of all images; set model.vision.chunk=null, or freeze the backbone"
+            )
+
+    def inner_model(self) -> nn.Module:
+        """Returns timm's model."""
+        return self.body
 
     def table(self) -> Tensor:
         """The fixed table (P, Dv) of the patches' places."""

@@ -24,9 +24,11 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from owlfuse.core.types import Batch, VisualTokens
+from owlfuse.model.connectors.base import Connector
 from owlfuse.model.llm import load_llm
 from owlfuse.model.loss import batch_loss
 from owlfuse.model.multimodal import MultimodalLM, make_part
+from owlfuse.model.vision.base import Backbone
 from owlfuse.planning.bench.pairs import device_name, in_turns, lowered, ratios, shown, slope
 from owlfuse.planning.bench.report import leave, plot_panels
 
@@ -76,9 +78,9 @@ def model_of(fusion: str, llm: dict[str, Any]) -> MultimodalLM:
         "fusion", {"fusion": {**FUSIONS[fusion], **layers}}, connector_tokens=VISUAL_TOKENS
     )
     with torch.device(device_name()):
-        return MultimodalLM(
-            nn.Identity(), nn.Identity(), part, load_llm(VOCABULARY, config=llm)
-        ).to(device_name())
+        return MultimodalLM(Backbone(), Connector(), part, load_llm(VOCABULARY, config=llm)).to(
+            device_name()
+        )
 
 
 def batch_of(images: int, per_image: int, width: int) -> tuple[Batch, VisualTokens]:

@@ -9,24 +9,9 @@ from pathlib import Path
 
 from omegaconf import DictConfig, open_dict
 
-from owlfuse.config.build import to_dict
-from owlfuse.config.compose import PARTS, compose
+from owlfuse.config.compose import compose
 from owlfuse.config.folders import find_folders
 from owlfuse.core.errors import COMMAND_LINE, ConfigError, hint
-
-FREE = {
-    "pretrained",
-    "weights",
-    "gguf_file",
-    "architecture",
-    "dtype",
-    "attention",
-    "gradient_checkpointing",
-    "checkpointing",
-}
-FREE |= {"chunk", "image_size"}
-"""Keys of a part that a stage may have otherwise than the one before: how it computes, and where
-weights came from."""
 
 
 def compose_stages(recipe: str, words: list[str], importing: bool = True) -> dict[str, DictConfig]:
@@ -57,7 +42,6 @@ def compose_stages(recipe: str, words: list[str], importing: bool = True) -> dic
             config.name = f"{recipe_name}/{name}"
         if configs:
             config.init_from = None  # given, it is for the first stage
-            check_chain(*list(configs.items())[-1], name, config)
         configs[name] = config
     return configs
 
@@ -99,16 +83,3 @@ def compose_stage(recipe: str, name: str, words: list[str], importing: bool) -> 
     except ConfigError as error:
         of_command_line = str(error).startswith(COMMAND_LINE)
         raise error if of_command_line else ConfigError(f"stage {name}: {error}") from error
-
-
-def check_chain(earlier: str, before: DictConfig, later: str, config: DictConfig) -> None:
-    """The parts must be those of the stage before, whose weights they take. Raises ConfigError."""
-    for part in PARTS:
-        old, new = to_dict(before.model[part]), to_dict(config.model[part])
-        for key in sorted({*old, *new} - FREE):
-            if old.get(key) != new.get(key):
-                raise ConfigError(
-                    f"stage {later}: model.{part}.{key} is {new.get(key)}, and {old.get(key)} in "
-                    f"stage {earlier}, "
-                    "whose weights it starts from; set it in the base"
-                )
