@@ -29,7 +29,7 @@ from helpers import (
 from owlfuse.__main__ import main
 from owlfuse.artifacts.export import export
 from owlfuse.artifacts.hf.modeling import OwlfuseForConditionalGeneration
-from owlfuse.artifacts.load import Trained, processor_of, wrap
+from owlfuse.artifacts.load import TrainedModel, make_processor, wrap
 from owlfuse.config.identity import config_hash
 from owlfuse.core.errors import DataError
 from owlfuse.data.chat.tokenizer import load_tokenizer
@@ -359,13 +359,13 @@ def trained_on(shapes, fusion="hyperattention-adaptive", **kwargs):
     """A random model with the shapes' own tokenizer."""
     tokenizer = load_tokenizer(str(shapes / "tokenizer"))
     torch.manual_seed(0)
-    return Trained(
+    return TrainedModel(
         build_model(model_node(fusion, **kwargs), len(tokenizer))[0].eval(), tokenizer, None
     )
 
 
 def test_views_of_a_tiled_picture_lie_over_the_part_that_they_show(shapes):
-    processor = processor_of(trained_on(shapes))
+    processor = make_processor(trained_on(shapes))
     processor.tile = True
     picture = Image.new("RGB", (70, 40))
     views = views_of(picture, (IMAGE_SIZE, IMAGE_SIZE))
@@ -386,7 +386,7 @@ def test_views_of_a_tiled_picture_lie_over_the_part_that_they_show(shapes):
 def test_a_conversation_explains_its_last_answer(shapes):
     trained = trained_on(shapes)
     conversation = Conversation(
-        wrap(trained), processor_of(trained), max_new_tokens=4, do_sample=False
+        wrap(trained), make_processor(trained), max_new_tokens=4, do_sample=False
     )
     with pytest.raises(DataError, match="nothing was asked"):
         conversation.explain()
@@ -421,7 +421,7 @@ def test_chat_writes_where_the_answer_looked(shapes, tmp_path, capsys):
 def test_a_conversation_writes_where_it_looked_once_a_picture_is_shown(shapes, tmp_path, capsys):
     trained, out = trained_on(shapes), tmp_path / "seen.png"
     conversation = Conversation(
-        wrap(trained), processor_of(trained), max_new_tokens=3, do_sample=False
+        wrap(trained), make_processor(trained), max_new_tokens=3, do_sample=False
     )
     answer_line(conversation, "Hello", out)
     assert not out.exists()

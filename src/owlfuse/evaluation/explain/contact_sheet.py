@@ -16,6 +16,7 @@ from owlfuse.evaluation.generation import generate_greedy
 from owlfuse.evaluation.metrics import Answer
 from owlfuse.evaluation.reports import picture_of
 from owlfuse.model.multimodal import MultimodalLM
+from owlfuse.parallel.collectives import is_sharded
 
 log = logging.getLogger(__name__)
 
@@ -28,7 +29,7 @@ def maps_of_answers(
     weights are shared out, and for one that has no such map: the rest of an evaluation is not lost
     by it. No map for a question with a video.
     """
-    if any(hasattr(parameter, "full_tensor") for parameter in model.parameters()):
+    if is_sharded(model):
         log.warning(
             "evaluation.explain: the model is shared out over ranks; evaluate the run by one "
             "process for the overlays"
