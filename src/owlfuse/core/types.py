@@ -163,12 +163,11 @@ class Batch:
             labels = torch.full_like(input_ids, -100)
         if pixel_values is None:
             pixel_values = torch.zeros(0, 3, 0, 0, device=input_ids.device)
-        is_image = image_positions < attention_mask.shape[1]
+        length = attention_mask.shape[1]
         if image_index is None:
-            numbers = is_image.flatten().cumsum(0).view_as(image_positions) - 1
-            image_index = numbers.masked_fill(~is_image, -1)
+            image_index = number_images(image_positions, length)
         if has_images is None:
-            has_images = bool(is_image.any())
+            has_images = bool((image_positions < length).any())
         return cls(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -240,6 +239,14 @@ def image_starts(starts_by_row: Sequence[Sequence[int]], length: int) -> Tensor:
     return positions
 
 
+def number_images(image_positions: Tensor, length: int) -> Tensor:
+    """Returns (B, I) the images' numbers in the order of their rows, -1 for none: where a position
+    is `length`."""
+    is_image = image_positions < length
+    numbers = is_image.flatten().cumsum(0).view_as(image_positions) - 1
+    return numbers.masked_fill(~is_image, -1)
+
+
 @dataclass
 class VisualTokens:
     """What the connector made of the images, and where the rows hold them."""
@@ -250,10 +257,10 @@ class VisualTokens:
     """(B, I) as in `Batch`."""
     image_positions: Tensor
     """(B, I) as in `Batch`."""
-    kept: dict[int, tuple[Tensor, Tensor]] | None = None
+    kv_cache: dict[int, tuple[Tensor, Tensor]] | None = None
     """In generation: the visual keys and values of each layer, computed once.
 
-    None: nothing is kept.
+    None: nothing is cached.
     """
 
 

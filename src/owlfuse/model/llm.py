@@ -130,7 +130,7 @@ def random_config(config: dict[str, Any], vocab_size: int) -> PreTrainedConfig:
         made = AutoConfig.for_model(model_type, **fields)
     except (*FAILURES, StrictDataclassError) as error:
         raise ValueError(f"config: {str(error).splitlines()[-1].strip()[:200]}") from error
-    if unknown := sorted(set(fields) - known_fields(type(made))):
+    if unknown := sorted(set(fields) - config_fields(type(made))):
         raise ValueError(f"config: {', '.join(unknown)} unknown to {type(made).__name__}")
     heads, groups = (
         getattr(made, name, None) for name in ("num_attention_heads", "num_key_value_heads")
@@ -143,7 +143,7 @@ def random_config(config: dict[str, Any], vocab_size: int) -> PreTrainedConfig:
     return made
 
 
-def known_fields(kind: type) -> set[str]:
+def config_fields(kind: type) -> set[str]:
     """The keys of a configuration class of transformers."""
     return set(inspect.signature(kind).parameters) | set(vars(kind())) | {"head_dim"}
 

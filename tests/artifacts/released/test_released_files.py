@@ -343,13 +343,19 @@ from owlfuse.artifacts.released import load
 torch.set_num_threads(1)
 load(sys.argv[2])  # what is imported and allocated once
 def status(name):
-    return int(next(line for line in open("/proc/self/status") if line.startswith(name)).split()[1])
-    * 1024 open("/proc/self/clear_refs", "w").write("5")  # the peak begins anew before, anonymous,
-    done = status("VmRSS"), status("RssAnon"), [] peak = [anonymous] def watch(): while not done:
-    peak[0] = max(peak[0], status("RssAnon")) time.sleep(0.001) thread =
-    threading.Thread(target=watch); thread.start() model = load(sys.argv[1]) done.append(1);
-    thread.join() size = sum(t.nbytes for t in model.state_dict().values()) print(size,
-    status("VmHWM") - before, peak[0] - anonymous)
+    return int(next(line for line in open("/proc/self/status") if line.startswith(name)).split()[1]) * 1024
+open("/proc/self/clear_refs", "w").write("5")  # the peak begins anew
+before, anonymous, done = status("VmRSS"), status("RssAnon"), []
+peak = [anonymous]
+def watch():
+    while not done:
+        peak[0] = max(peak[0], status("RssAnon"))
+        time.sleep(0.001)
+thread = threading.Thread(target=watch); thread.start()
+model = load(sys.argv[1])
+done.append(1); thread.join()
+size = sum(t.nbytes for t in model.state_dict().values())
+print(size, status("VmHWM") - before, peak[0] - anonymous)
 """
 
 

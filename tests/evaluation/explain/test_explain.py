@@ -37,7 +37,7 @@ from owlfuse.data.datamodule import ChatData
 from owlfuse.data.formats.llava import LLaVA
 from owlfuse.data.media.tiles import views_of
 from owlfuse.data.shapes.write import write_shapes
-from owlfuse.evaluation.explain.attention import attention_to_pictures, whole_maps
+from owlfuse.evaluation.explain.attention import attention_to_pictures, picture_maps
 from owlfuse.evaluation.explain.overlays import COLORS, overlay
 from owlfuse.evaluation.validation import Evaluation
 from owlfuse.model.connectors.abstractor import Abstractor
@@ -373,14 +373,14 @@ def test_views_of_a_tiled_picture_lie_over_the_part_that_they_show(shapes):
     empty = torch.zeros(2, 2)
     for view in range(7):
         maps = [torch.full((2, 2), 1 / 4) if i == view else empty for i in range(7)]
-        (whole,) = whole_maps(processor, [picture], maps)
+        (whole,) = picture_maps(processor, [picture], maps)
         assert whole.shape == (4, 6)
         assert whole.sum().item() == pytest.approx(1)
         row, column = divmod(view - 1, 3)
         part = whole if view == 0 else whole[2 * row :][:2, 2 * column :][:, :2]
         assert part.sum().item() == pytest.approx(1)
     small = Image.new("RGB", (1, 1))
-    assert len(whole_maps(processor, [small, picture], [empty] * 8)) == 2
+    assert len(picture_maps(processor, [small, picture], [empty] * 8)) == 2
 
 
 def test_a_conversation_explains_its_last_answer(shapes):

@@ -111,7 +111,7 @@ def test_a_cache_gives_the_logits_of_the_whole_row(name, kind):
     visual = visual_tokens(whole, torch.randn(1, TOKENS, 64))
     expected = model(whole, visual)[0, -1]
     cache = DynamicCache(config=model.llm.config)
-    visual.kept = {}
+    visual.kv_cache = {}
     first = make_batch([[11, 12, IMAGE, 13, 14]], model.fusion.tokens_per_image)
     model(first, visual, cache)
     step = make_batch([[11, 12, IMAGE, 13, 14, 15]], model.fusion.tokens_per_image)

@@ -40,13 +40,18 @@ import os, socket
 def watched(name, place):
     own = getattr(socket.socket, name)
     def call(self, address, *rest):
-        if self.family in (socket.AF_INET, socket.AF_INET6) and not
-        str(address[place]).startswith(("127.", "::1")): open(os.environ["ASKED"],
-        "a").write(f"{name} {address}\\n") return own(self, address, *rest) setattr(socket.socket,
-        name, call) watched("connect", 0) watched("connect_ex", 0) own_look = socket.getaddrinfo def
-        look(host, *rest, **options): if host not in (None, "127.0.0.1", "localhost", "::1",
-        b"127.0.0.1"): open(os.environ["ASKED"], "a").write(f"getaddrinfo {host}\\n") return
-        own_look(host, *rest, **options) socket.getaddrinfo = look
+        if self.family in (socket.AF_INET, socket.AF_INET6) and not str(address[place]).startswith(("127.", "::1")):
+            open(os.environ["ASKED"], "a").write(f"{name} {address}\\n")
+        return own(self, address, *rest)
+    setattr(socket.socket, name, call)
+watched("connect", 0)
+watched("connect_ex", 0)
+own_look = socket.getaddrinfo
+def look(host, *rest, **options):
+    if host not in (None, "127.0.0.1", "localhost", "::1", b"127.0.0.1"):
+        open(os.environ["ASKED"], "a").write(f"getaddrinfo {host}\\n")
+    return own_look(host, *rest, **options)
+socket.getaddrinfo = look
 """
 EVIL = "<img src=x onerror=alert(1)>**b**"
 TEXT = ".answer .text"
@@ -457,15 +462,18 @@ def test_files_outside_the_uploads_are_not_served_and_uploads_are_not_active(dem
     stored.unlink()
 
 
-SEND = """async ([path, name]) => { const config = window.gradio_config; const box =
-config.components.find((one) => one.props.elem_id === "question").id; const event =
-config.dependencies.find((one) => one.targets.some(([id, kind]) => id === box && kind ===
-"submit")); const file = { path, meta: { _type: "gradio.FileData" } }; const data = { begin: [{
-text: "What is it?", files: [file] }], slider: [file, 8, false] }[name]; const index = name ===
-"begin" ? event.id : config.dependencies.find((one) => one.inputs.length === 3).id; const body =
-JSON.stringify({ data, fn_index: index, session_hash: "probe" }); const headers = { "content-type":
-"application/json" }; const answer = await fetch("gradio_api/run/predict", { method: "POST",
-headers, body }); return [answer.status, await answer.text()]; }"""
+SEND = """async ([path, name]) => {
+    const config = window.gradio_config;
+    const box = config.components.find((one) => one.props.elem_id === "question").id;
+    const event = config.dependencies.find((one) => one.targets.some(([id, kind]) => id === box && kind === "submit"));
+    const file = { path, meta: { _type: "gradio.FileData" } };
+    const data = { begin: [{ text: "What is it?", files: [file] }], slider: [file, 8, false] }[name];
+    const index = name === "begin" ? event.id : config.dependencies.find((one) => one.inputs.length === 3).id;
+    const body = JSON.stringify({ data, fn_index: index, session_hash: "probe" });
+    const headers = { "content-type": "application/json" };
+    const answer = await fetch("gradio_api/run/predict", { method: "POST", headers, body });
+    return [answer.status, await answer.text()];
+}"""
 
 
 def test_a_file_of_the_server_cannot_be_named_as_a_picture(demo, visit, exported):

@@ -1,4 +1,4 @@
-"""Where the answers on the contact sheet looked."""
+"""Attention maps of the answers on the contact sheet."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from owlfuse.core.errors import DataError
 from owlfuse.core.types import Sample
 from owlfuse.data.datamodule import ChatData
 from owlfuse.data.media.tiles import best_grid
-from owlfuse.evaluation.explain.attention import features_of, maps_of, whole_map, without_end
+from owlfuse.evaluation.explain.attention import features_of, join_views, maps_of, without_end
 from owlfuse.evaluation.generation import generate_greedy
 from owlfuse.evaluation.metrics import Answer
 from owlfuse.evaluation.reports import picture_of
@@ -24,10 +24,9 @@ log = logging.getLogger(__name__)
 def maps_of_answers(
     model: MultimodalLM, data: ChatData, answers: list[tuple[Answer, Sample]], max_new_tokens: int
 ) -> dict[str, Tensor]:
-    """Of answers with their questions, by their ids: the map (h, w) of where each looked in its
-    first picture (see `explain.attention_to_pictures`). None, and a warning, for a model whose
-    weights are shared out, and for one that has no such map: the rest of an evaluation is not lost
-    by it. No map for a question with a video.
+    """Returns the attention maps (h, w) of answers over their first pictures, by their ids (see
+    `explain.attention_to_pictures`). None, and a warning, for a sharded model and for one that has
+    no such map: an evaluation does not end by it. No map for a question with a video.
     """
     if is_sharded(model):
         log.warning(
@@ -51,7 +50,7 @@ def maps_of_answers(
 def map_of_answer(
     model: MultimodalLM, data: ChatData, sample: Sample, answer: Answer, max_new_tokens: int
 ) -> Tensor:
-    """Answers the question again, by itself."""
+    """Returns the map of one answer, which is generated again by itself."""
     source = data.validation[answer.source]
     ends = data.encoder.answer_format.generation(data.tokenizer, model.llm)["eos_token_id"]
     batch = data.prompts([(sample, source)]).to(next(model.parameters()).device)
@@ -60,6 +59,5 @@ def map_of_answer(
         visual = model.encode(batch)
     maps = maps_of(model, batch, visual, features[0], without_end(ids, ends))
     views = len(data.pictures(sample, source)[0])
-    return whole_map(
-        maps[:views], best_grid(picture_of(answer).size, model.vision.preprocessing.size)
-    )
+    tiles = best_grid(picture_of(answer).size, model.vision.preprocessing.size)
+    return join_views(maps[:views], tiles)

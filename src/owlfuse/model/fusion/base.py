@@ -67,17 +67,15 @@ class Fusion(nn.Module):
         """
         raise NotImplementedError(f"{type(self).__name__} has no forward")
 
-    def looking_layers(self, layers: int) -> list[int]:
-        """Of an LLM of so many decoder layers, those in which text attends to visual tokens.
-
-        By default all of them.
-        """
+    def visual_attention_layers(self, layers: int) -> list[int]:
+        """Returns the indices of the decoder layers, of so many, in which text attends to visual
+        tokens. By default all of them."""
         return list(range(layers))
 
-    def looks(self, call: AttentionCall) -> Tensor:
-        """How much each head reads from each visual token in one of the `looking_layers`: (1, H, R,
-        S), images in order. By default the self-attention's weights at the placeholders, for visual
-        tokens that stand among the text."""
+    def visual_attention(self, call: AttentionCall) -> Tensor:
+        """Returns how much each head reads from each visual token in one of the
+        `visual_attention_layers`: (1, H, R, S), images in order. By default the self-attention's
+        weights at the placeholders, for visual tokens that stand among the text."""
         return call.weights[..., call.placeholder]
 
 

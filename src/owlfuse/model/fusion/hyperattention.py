@@ -131,8 +131,8 @@ class HyperAttention(Fusion):
             visible &= (
                 batch.segment_ids.gather(1, begins)[:, None, :] == batch.segment_ids[:, :, None]
             )
-        if visual.kept:
-            return embeddings, {"visual": RowVisual(None, None, visible, visual.kept)}
+        if visual.kv_cache:
+            return embeddings, {"visual": RowVisual(None, None, visible, visual.kv_cache)}
         # (B, S, D)
         tokens = visual.tokens[visual.image_index.clamp(0)].flatten(1, 2).to(embeddings.dtype)
         # MI-RoPE: all patches of an image take the position of its placeholder
@@ -141,7 +141,7 @@ class HyperAttention(Fusion):
         positions = positions.repeat_interleave(self.connector_tokens, dim=1) * self.mi_rope
         return embeddings, {
             "visual": RowVisual(
-                tokens, self.rotations(llm, tokens, positions), visible, visual.kept
+                tokens, self.rotations(llm, tokens, positions), visible, visual.kv_cache
             )
         }
 
@@ -155,12 +155,12 @@ class HyperAttention(Fusion):
         types = {path.layer_type for path in paths if path.rotation != "none"}
         return {name: rotary(llm, tokens, positions, name) for name in sorted(types, key=str)}
 
-    def looking_layers(self, layers: int) -> list[int]:
-        """See `Fusion`."""
+    def visual_attention_layers(self, layers: int) -> list[int]:
+        """Returns the layers that have a visual attention."""
         return self.layer_indices
 
-    def looks(self, call: AttentionCall) -> Tensor:
-        """See `Fusion`: the weights of the attention to the visual tokens, times the gate's mean
+    def visual_attention(self, call: AttentionCall) -> Tensor:
+        """Returns the weights of the attention to the visual tokens, times the gate's mean
         over a head's width; of a fused softmax, its visual part."""
         key, _, visible = call.visual
         mask = visible[:, -call.query.shape[2] :].repeat_interleave(self.connector_tokens, dim=2)[
@@ -186,13 +186,13 @@ class RowVisual:
     """A batch's visual tokens as the layers need them."""
 
     tokens: Tensor | None
-    """(B, S, D), not needed once keys and values are kept."""
+    """(B, S, D), not needed once keys and values are cached."""
     rotations: dict[str | None, tuple[Tensor, Tensor]] | None
     """Rotary cosines and sines of the tokens, (B, S, d) each, by `KeyPath.layer_type`; none
     where no layer rotates its keys."""
     visible: Tensor
     """(B, T, I) which token sees which image."""
-    kept: dict[int, tuple[Tensor, Tensor]] | None
+    kv_cache: dict[int, tuple[Tensor, Tensor]] | None
     """In generation: keys and values of each layer, from the first step on."""
 
 
@@ -276,14 +276,14 @@ def hand_visual_down(
     if row is None:
         return args, kwargs
     attention = layer.self_attn
-    keys_values = row.kept.get(attention.layer_idx) if row.kept else None
+    keys_values = row.kv_cache.get(attention.layer_idx) if row.kv_cache else None
     if keys_values is None:
         assert row.rotations is not None
         norm = attention.visual.norm or layer.input_layernorm
         turn = row.rotations.get(attention.visual.key_path.layer_type, ())
         keys_values = attention.visual.keys_values(norm(row.tokens), attention, *turn)
-        if row.kept is not None:
-            row.kept[attention.layer_idx] = keys_values
+        if row.kv_cache is not None:
+            row.kv_cache[attention.layer_idx] = keys_values
     return args, {**kwargs, "visual": (*keys_values, row.visible)}
 
 

@@ -127,7 +127,7 @@ def prefill(
     model: MultimodalLM, batch: Batch, visual: VisualTokens, precision: str
 ) -> tuple[Tensor, DynamicCache, VisualTokens]:
     """What the first step of generate does."""
-    cache, visual = DynamicCache(config=model.llm.config), replace(visual, kept={})
+    cache, visual = DynamicCache(config=model.llm.config), replace(visual, kv_cache={})
     with lowered(precision):
         return model(batch, visual, cache, logits_to_keep=1), cache, visual
 

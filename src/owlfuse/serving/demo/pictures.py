@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from PIL import Image
 
-from owlfuse.evaluation.explain.attention import attention_to_pictures, whole_maps
+from owlfuse.evaluation.explain.attention import attention_to_pictures, picture_maps
 from owlfuse.evaluation.explain.overlays import density, overlay
 from owlfuse.serving.chat import Conversation
 
@@ -63,7 +63,7 @@ def looked_at(conversation: Conversation) -> list[Look]:
         return []
     _, inputs, answer_ids = conversation.last
     pictures, processor = conversation.pictures, conversation.processor
-    maps = whole_maps(
+    maps = picture_maps(
         processor, pictures, attention_to_pictures(conversation.model, inputs, answer_ids)
     )
     peak = max(float(density(one).max()) for one in maps)

@@ -1,4 +1,4 @@
-"""Noting what the LLM's attention reads from the visual tokens.
+"""Capturing how much the LLM's attention reads from the visual tokens.
 
 T text positions, H query heads, d head width, R the last positions of the row, S visual tokens.
 """
@@ -21,8 +21,8 @@ from owlfuse.model.fusion.base import AttentionCall, Fusion, attention_weights, 
 
 
 @dataclass
-class Notes:
-    """What the last positions of the one row read from the visual tokens."""
+class AttentionCapture:
+    """How much the last positions of the one row read from the visual tokens."""
 
     fusion: Fusion
     placeholder: Tensor
@@ -30,25 +30,27 @@ class Notes:
     rows: int
     """R."""
     layers: list[int]
-    found: dict[int, Tensor] = field(default_factory=dict)
+    weights: dict[int, Tensor] = field(default_factory=dict)
     """Of each of the layers (R, S) float32, the mean over heads."""
 
 
-ACTIVE: ContextVar[Notes | None] = ContextVar("notes", default=None)
-"""Of this thread, so that another one that uses the model meanwhile notes nothing."""
+ACTIVE: ContextVar[AttentionCapture | None] = ContextVar("capture", default=None)
+"""Of this thread, so that nothing is captured of another one that uses the model meanwhile."""
 
 
 @contextmanager
-def noting(llm: PreTrainedModel, notes: Notes) -> Iterator[None]:
-    """Inside, the LLM's attention is as before, and noted."""
+def capture_attention(llm: PreTrainedModel, capture: AttentionCapture) -> Iterator[None]:
+    """Captures the weights of the LLM's attention inside the block, which is otherwise as
+    before."""
+    # private: transformers has a setter for it, and no getter
     before = llm.config._attn_implementation
     # flash attention has no mask that says who sees whom
-    own = "sdpa" if before.startswith("flash") else before
-    name = f"owlfuse_notes_{own}"
-    ALL_ATTENTION_FUNCTIONS.register(name, partial(attend_and_note, own))
-    ALL_MASK_ATTENTION_FUNCTIONS.register(name, ALL_MASK_ATTENTION_FUNCTIONS[own])
+    plain = "sdpa" if before.startswith("flash") else before
+    name = f"owlfuse_capture_{plain}"
+    ALL_ATTENTION_FUNCTIONS.register(name, partial(attend_and_capture, plain))
+    ALL_MASK_ATTENTION_FUNCTIONS.register(name, ALL_MASK_ATTENTION_FUNCTIONS[plain])
     llm.set_attn_implementation(name)
-    token = ACTIVE.set(notes)
+    token = ACTIVE.set(capture)
     try:
         yield
     finally:
@@ -56,8 +58,8 @@ def noting(llm: PreTrainedModel, notes: Notes) -> Iterator[None]:
         llm.set_attn_implementation(before)
 
 
-def attend_and_note(
-    own: str,
+def attend_and_capture(
+    plain: str,
     module: nn.Module,
     query: Tensor,
     key: Tensor,
@@ -65,21 +67,29 @@ def attend_and_note(
     attention_mask: Tensor | None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """An attention function of transformers that does what `own` does.
+    """Computes what the attention function `plain` of transformers does.
 
     Shapes as of `hyperattention.attend`.
     """
-    notes = ACTIVE.get()
+    capture = ACTIVE.get()
     layer: Any = module.layer_idx
-    if notes is not None and layer in notes.layers:
-        last = query[:, :, -notes.rows :]
-        mask = text_mask(attention_mask, last, key)[:, :, -notes.rows :]
+    if capture is not None and layer in capture.layers:
+        last = query[:, :, -capture.rows :]
+        mask = text_mask(attention_mask, last, key)[:, :, -capture.rows :]
         scaling = kwargs.get("scaling") or query.shape[3] ** -0.5
         weights = attention_weights(last, key, mask, scaling)
         values = value.repeat_interleave(query.shape[1] // value.shape[1], dim=1)
         text = (weights.to(value.dtype) @ values).transpose(1, 2).flatten(2)
         call = AttentionCall(
-            module, last, key, mask, weights, text, scaling, notes.placeholder, kwargs.get("visual")
+            module,
+            last,
+            key,
+            mask,
+            weights,
+            text,
+            scaling,
+            capture.placeholder,
+            kwargs.get("visual"),
         )
-        notes.found[layer] = notes.fusion.looks(call)[0].mean(0)
-    return ALL_ATTENTION_FUNCTIONS[own](module, query, key, value, attention_mask, **kwargs)
+        capture.weights[layer] = capture.fusion.visual_attention(call)[0].mean(0)
+    return ALL_ATTENTION_FUNCTIONS[plain](module, query, key, value, attention_mask, **kwargs)
