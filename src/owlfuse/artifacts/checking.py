@@ -90,6 +90,7 @@ def check_files(folder: Path) -> None:
 
     Raises DataError with the file and what is wrong.
     """
+    # transformers would load the base model that it names
     if (folder / "adapter_config.json").exists():
         file = folder / "adapter_config.json"
         raise DataError(
@@ -115,6 +116,7 @@ def check_object(content: dict[str, Any], file: Path) -> None:
                 raise DataError(
                     f"{file}: {prefix}{key}: {FORBIDDEN[key]}; such a folder is not read"
                 )
+            # a plain name is a kernel of transformers itself
             if KERNEL_KEY.fullmatch(key) and "/" in str(value):
                 raise DataError(
                     f"{file}: {prefix}{key} is {str(value)[:80]}, a kernel of the hub; such a "
@@ -149,6 +151,7 @@ def check_counts(config: dict[str, Any], file: Path, shapes: dict[str, tuple[int
     Args:
         shapes: of the weights by name, from the files' headers.
     """
+    # each layer, block or expert has at least one tensor
     most = max(ALWAYS_ALLOWED, len(shapes))
     for path, node in nodes_of(config, ""):
         for key, value in node.items():
@@ -175,7 +178,10 @@ def check_counts(config: dict[str, Any], file: Path, shapes: dict[str, tuple[int
 
 
 def check_shapes(
-    wrapped: Any, folder: Path, shapes: dict[str, tuple[int, ...]], tied: dict[str, str]
+    wrapped: Any,
+    folder: Path,
+    shapes: dict[str, tuple[int, ...]],
+    tied: dict[str, str],
 ) -> None:
     """Checks the weights' names and shapes against a model without memory, before memory is
     allocated. Raises DataError.
@@ -188,6 +194,7 @@ def check_shapes(
     if set(revert_weight_conversion(wrapped, dict(state))) != set(state):
         model_numel = sum(tensor.numel() for tensor in state.values())
         file_numel = sum(map(prod, shapes.values()))
+        # twice: tied weights are saved once
         if model_numel > 2 * file_numel:
             raise DataError(
                 f"{folder}: config.json describes {model_numel:,} numbers, and the weights have "
@@ -224,6 +231,7 @@ def check_adapter(folder: Path) -> None:
                 f"{file}: {key}: no key of an adapter that owlfuse exports; such a folder is not "
                 "read"
             )
+    # strings name methods that read other files
     if not isinstance(content.get("init_lora_weights", True), bool):
         raise DataError(
             f"{file}: init_lora_weights is {content['init_lora_weights']!r}, expected true or false"

@@ -63,6 +63,7 @@ def write_export(folder: Path, out: str, options: dict[str, str]) -> None:
 
     trained = read_trained(folder, options["which"])
     merge, shards = options["merge"] == "true", options["max_shard_size"]
+    # the released layout has no place for adapters
     if options["layout"] == "released":
         if merge:
             merge_lora(trained.model)

@@ -107,7 +107,10 @@ def export(
 
 
 def model_card(
-    model: MultimodalLM, results: dict[str, Any] | None, source: str, has_adapter: bool
+    model: MultimodalLM,
+    results: dict[str, Any] | None,
+    source: str,
+    has_adapter: bool,
 ) -> str:
     """Returns the card's text: what the model is made of, its results, and how to use it."""
     nodes = model.nodes or {}

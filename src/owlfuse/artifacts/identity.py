@@ -29,6 +29,7 @@ def weights_identity(config: dict[str, Any]) -> dict[str, str]:
             identities[key] = fingerprint(files)
         elif key == "model.llm.pretrained" and (commit := hub_commit(source, LLM_FILES)):
             identities[key] = commit
+    # timm's weights may change under the same name
     if vision.get("pretrained") is True and (identity := timm_identity(vision)):
         identities["model.vision.pretrained"] = identity
     return identities

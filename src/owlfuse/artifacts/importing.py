@@ -63,6 +63,7 @@ def import_released(folder: Path, out: Path, max_shard_size: str = "5GB") -> dic
 def compare(model: Any, io_file: Path) -> dict[str, float]:
     """Returns the largest absolute differences from the released code's results."""
     io = load_file(io_file)
+    # logits of padding differ, and mean nothing
     valid = io["valid"].bool()
     logit_errors = (reference_logits(model, io) - io["logits"]).abs()
     differences = {"logits": logit_errors[valid].max().item()}
@@ -96,6 +97,7 @@ def load_released_tokenizer(folder: Path, released: Any) -> tuple[Any, str]:
                 f"image_token_id is {released.image_token_id}; take the tokenizer of that model"
             )
         image_token = token
+    # released tokenizers come without one, their prompts being in the released code
     if not tokenizer.chat_template:
         if released.family not in TEMPLATES:
             raise DataError(

@@ -28,6 +28,7 @@ def adopt_parts(config: DictConfig) -> None:
         nodes = OwlfuseConfig.from_pretrained(check_exported(Path(config.init_from))).nodes()
     except DataError as error:
         raise ConfigError(f"init_from: {error}") from error
+    # a key at its default is not the user's wish
     default = to_dict(compose(["experiment=null"]).model)
     requested = to_dict(config.model)
     for part in ("vision", "connector"):
@@ -56,6 +57,7 @@ def adopt_parts(config: DictConfig) -> None:
         # the folder's, whose ids its weights were trained with
         config.data.tokenizer = config.init_from
     llm = {**requested["llm"], "pretrained": None, "config": nodes["llm"]["config"]}
+    # the folder's parts may have keys that the group's yaml lacks
     with open_dict(config):
         config.model.update({**nodes, "llm": llm})
 

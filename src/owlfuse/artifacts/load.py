@@ -134,12 +134,15 @@ def load_exported(
         DataError: a folder that is no export, or one that is damaged (the file is named).
     """
     folder = check_exported(folder)
+    # in this order: nothing is built of a folder whose files name code, and no memory is taken for
+    # one whose numbers do not fit its weights
     check_files(folder)
     files = check_weights(folder)
     config_file = folder / "config.json"
     check_counts(read_json(config_file, limit=MAX_CONFIG), config_file, header_shapes(files))
     with build_errors(config_file):
         check_skeleton(folder, files)
+        # mismatched sizes are collected, and reported together below
         wrapped, loading_info = OwlfuseForConditionalGeneration.from_pretrained(
             folder,
             attn_implementation=attention,
@@ -162,6 +165,7 @@ def load_exported(
     if (folder / ADAPTER).is_dir():
         check_adapter(folder / ADAPTER)
         with build_errors(folder / ADAPTER):
+            # injects its layers into `wrapped` itself
             PeftModel.from_pretrained(wrapped, folder / ADAPTER, torch_device="cpu")
         if merge:
             merge_lora(wrapped.model)
@@ -265,10 +269,12 @@ def load_base(folder: str, nodes: dict[str, Any], vocab_size: int) -> Multimodal
         )
         model = OwlfuseForConditionalGeneration(config).model.float()
     else:
+        # merged: a new run may have other adapters
         model = load_exported(Path(folder), merge=True, attention=attention)[0].model.float()
     torch.set_rng_state(state)
     if image_size and model.vision.preprocessing.size != (image_size, image_size):
         model.set_image_size(image_size)
+    # the new run's tokenizer may have more tokens
     if model.llm.get_input_embeddings().num_embeddings < vocab_size:
         model.llm.resize_token_embeddings(vocab_size, mean_resizing=not on_meta)
     if llm.get("gradient_checkpointing"):
@@ -277,7 +283,10 @@ def load_base(folder: str, nodes: dict[str, Any], vocab_size: int) -> Multimodal
 
 
 def load_run_model(
-    folder: Path, config: dict[str, Any], vocab_size: int, which: str = "last"
+    folder: Path,
+    config: dict[str, Any],
+    vocab_size: int,
+    which: str = "last",
 ) -> tuple[MultimodalLM, dict[str, Any]]:
     """Returns the model of a run's newest good checkpoint, or of its best (see
     `runs.chosen_checkpoint`), its frozen weights made anew as training made them, and of the
@@ -289,10 +298,13 @@ def load_run_model(
     """
     weights, checkpoint = read(chosen_checkpoint(folder, which))
     frozen = checkpoint.get("frozen", {})
+    # frozen random weights are made again, not stored: the same draws as in training
     lightning.seed_everything(config["seed"], workers=True, verbose=False)
+    # a checkpoint without frozen parameters has all weights
     init_from = config.get("init_from") if frozen else None
     base = load_base(init_from, config["model"], vocab_size) if init_from else None
     model, _ = build_model(config["model"], vocab_size, base, checkpoint.get("new_tokens", {}))
+    # before check_fits, which hashes bytes
     set_precision(model, config["trainer"].get("precision"))
     check_fits(model, weights, frozen)
     load_weights(model, weights)

@@ -62,6 +62,7 @@ def save_lora(model: nn.Module, folder: Path) -> None:
         lora_alpha=alphas[first],
         target_modules=sorted(target_modules),
         target_parameters=sorted(set(target_parameters)) or None,
+        # peft's per-layer overrides of r and lora_alpha
         rank_pattern={name: rank for name, rank in ranks.items() if rank != ranks[first]},
         alpha_pattern={name: alpha for name, alpha in alphas.items() if alpha != alphas[first]},
         bias="none",

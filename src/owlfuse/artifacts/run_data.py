@@ -39,6 +39,7 @@ def build_data(config: DictConfig) -> Any:
                 "chat template that it was trained with; leave the key out, or start another run "
                 "from it by init_from"
             )
+    # its template is in the folder, as its tokens are
     return build(config.data, tokenizer=str(run_tokenizer_dir), chat_template=None)
 
 

@@ -27,6 +27,7 @@ def set_precision(model: MultimodalLM, precision: Any) -> None:
     """Casts a model that was built in float32 to the one dtype of a run's precision, where it
     has one."""
     if precision in HALVES:
+        # cast after it was built in float32, so that random weights are those of a float32 run
         model.to(HALVES[precision])
         model.llm.config.dtype = HALVES[precision]  # by which an export is read back
 
@@ -37,6 +38,7 @@ def checkpoint_errors(path: Path) -> Iterator[None]:
     damaged, or that holds code."""
     try:
         yield
+    # weights_only refuses anything but tensors and plain values
     except UnpicklingError as error:
         raise DataError(
             f"checkpoint {path} holds more than tensors and plain values, and its code was not run"
@@ -72,6 +74,7 @@ def frozen_hashes(model: MultimodalLM) -> dict[str, str]:
                 continue
             any_frozen = True
             tensor = full_tensor(parameter).detach().cpu().contiguous()
+            # bytes alone would not tell a transposed matrix
             digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
             digest.update(tensor.flatten().view(torch.uint8).numpy().data)
         if any_frozen:
@@ -84,7 +87,7 @@ def check_fits(model: MultimodalLM, weights: Mapping[str, Tensor], frozen: dict[
     those of the training."""
     if missing := [name for name in saved_names(model) if name not in weights]:
         raise DataError(
-            f"the checkpoint has no weights for {part_of(missing[0])}: {missing[0]} and "
+            f"the checkpoint has no weights for {part_name(missing[0])}: {missing[0]} and "
             f"{len(missing) - 1} more"
         )
     state = model.state_dict()
@@ -101,7 +104,7 @@ def check_fits(model: MultimodalLM, weights: Mapping[str, Tensor], frozen: dict[
         )
 
 
-def part_of(name: str) -> str:
+def part_name(name: str) -> str:
     """Returns the part whose module has a parameter."""
     return name.partition(".")[0]
 
@@ -142,6 +145,7 @@ def load_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
             raise DataError(
                 f"the checkpoint has {name} with shape {shape}, and the model needs {expected}"
             )
+        # in place: tied parameters and optimizers keep theirs
         tensor.copy_(weights[name])
 
 

@@ -42,10 +42,14 @@ def generate(
 
 
 def generate_greedy(
-    model: MultimodalLM, batch: Batch, max_new_tokens: int, encoder: ChatEncoder
+    model: MultimodalLM,
+    batch: Batch,
+    max_new_tokens: int,
+    encoder: ChatEncoder,
 ) -> Tensor:
     """Returns the likeliest continuation of each row of a batch (see `generate`), with the ends
     of the chat template. The backbone and the connector run once."""
+    # the template's end of turn, which may be another token than the LLM's end of text
     ends = encoder.answer_format.generation(encoder.tokenizer, model.llm)
     wrapped = OwlfuseForConditionalGeneration.wrap(model, None, ends)
     with torch.no_grad():
@@ -60,19 +64,20 @@ def generate_greedy(
 
 
 class Clock(TextStreamer):
-    """Notes when each token comes."""
+    """Records the time of each token."""
 
     def __init__(self) -> None:
         self.times: list[float] = []
 
     def put(self, value: Tensor) -> None:
-        """See `TextStreamer`; the first call brings the prompt."""
+        """Records a time; the first call, of transformers' `generate`, has the prompt."""
+        # a GPU's kernels run after the call that starts them
         if value.is_cuda:
             torch.cuda.synchronize()
         self.times.append(time.perf_counter())
 
     def end(self) -> None:
-        """See `TextStreamer`."""
+        """Does nothing: there is no text to flush."""
 
 
 def milliseconds_per_token(
@@ -92,5 +97,6 @@ def milliseconds_per_token(
         do_sample=False,
         streamer=clock,
     )
+    # without the prompt's own call
     answered = clock.times[1:]
     return 1000 * statistics.median(b - a for a, b in pairwise(answered))

@@ -131,6 +131,7 @@ def usable_samples(data: ChatData, source: str) -> dict[int, int]:
             continue
         skips += 1
         log.warning("skipped %s of validation source %s: %s", item.sample, source, item.reason)
+        # a source without any sample left has no loss
         if skips > samples.max_skips or skips == len(samples):
             raise DataError(
                 f"validation source {source} has {skips} wrong samples of {len(samples)}, and its "
@@ -176,11 +177,16 @@ def answer_questions(
 
 
 def time_answer(
-    model: MultimodalLM, data: ChatData, tokens: int, history: bool = False, repeats: int = 2
+    model: MultimodalLM,
+    data: ChatData,
+    tokens: int,
+    history: bool = False,
+    repeats: int = 2,
 ) -> float | None:
     """Returns the milliseconds per token of an answer to the first question that there is, by
     itself: the least of the repeats. None for 0 tokens, and without a question. All ranks of a
     sharded model take part."""
+    # the first source may have no question
     for source, samples in data.validation.items():
         questions = questions_of(data, source, history) if tokens else []
         for sample, _, _ in questions[:1]:
@@ -210,6 +216,7 @@ def mean_loss(
     """Returns the cross-entropy per supervised token over the whole chats of a source, in nats;
     None where nothing is supervised."""
     device = next(model.parameters()).device
+    # float64: a sum over millions of tokens
     total = torch.zeros((), dtype=torch.float64)
     tokens = torch.zeros((), dtype=torch.int64)
     batch: Batch

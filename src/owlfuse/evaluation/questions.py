@@ -58,6 +58,7 @@ def question_samples(sample: Sample, history: bool = False) -> list[tuple[Sample
     image_count = count_parts(system, "image")
     video_count = count_parts(system, "video")
     number = -1
+    # overlapping pairs: an answer is followed by the next question
     for index, (question, answer) in enumerate(pairwise(turns)):
         content = list(question["content"])
         image_count += count_parts([question], "image")

@@ -74,11 +74,15 @@ def write_contact_sheet(
     answers, maps = sample_for_sheet(answers, pictures), maps or {}
     if not answers:
         return
+    # a picture with its overlay is twice as wide
     columns = min(3 if maps else 6, len(answers))
     rows = -(-len(answers) // columns)
     width = 4.4 if maps else 2.2
     figure, axes = plt.subplots(
-        rows, columns, figsize=(width * columns, 2.75 * rows + 0.5), squeeze=False
+        rows,
+        columns,
+        figsize=(width * columns, 2.75 * rows + 0.5),
+        squeeze=False,
     )
     figure.suptitle(title, fontsize=12)
     for axis in axes.flat:

@@ -47,6 +47,7 @@ def write_results(
         "hash": {
             "code": code_hash(plain),
             "config": config_hash(plain, learned_changes(changes)),
+            # none of a run from before identities were recorded
             "data": data_hash(record["identity"]) if record.get("identity") else None,
         },
         "tokenizer": tokenizer_hash(folder),

@@ -92,6 +92,7 @@ class Evaluation:
         """Returns metrics by their full names and all answers, and shows progress; with a run's
         folder, its metrics before the first step too."""
         training = model.training
+        # no dropout, and batch norms use their running statistics
         model.eval()
         metrics: dict[str, float] = metrics_before(folder) if folder else {}
         all_answers: list[Answer] = []
@@ -111,6 +112,7 @@ class Evaluation:
                 answers = answer_questions(
                     model, data, source, questions, *settings, progress.advance
                 )
+            # asked again without information from the pictures: the difference is what they add
             blank = None
             if self.blank and any(sample.images or sample.videos for sample, _, _ in questions):
                 title = f"evaluating {source}, answers to blank pictures"
@@ -122,6 +124,7 @@ class Evaluation:
             all_answers += answers
             for sample, _, _ in questions:
                 samples[source, sample.id] = sample
+        # after the answers, when kernels are compiled and memory is allocated
         self.milliseconds = time_answer(model, data, self.decode_tokens, self.history)
         if self.explain and folder and shown:
             on_sheet = sample_for_sheet(pictured_answers(all_answers), self.contact_sheet)
@@ -131,7 +134,11 @@ class Evaluation:
         return dict(sorted(metrics.items())), all_answers
 
     def write(
-        self, folder: Path, metrics: dict[str, float], answers: list[Answer], title: str
+        self,
+        folder: Path,
+        metrics: dict[str, float],
+        answers: list[Answer],
+        title: str,
     ) -> None:
         """Prints the table, and writes `answers.jsonl` and `contact_sheet.png` into the folder."""
         print_metrics(metrics, title)
@@ -171,6 +178,7 @@ def evaluate_run(folder: str, overrides: list[str]) -> None:
     plain = to_dict(config)
     data = build_data(config)
     model, _ = load_run_model(run_dir, plain, data.vocab_size, which)
+    # pictures are prepared as the model's backbone needs them
     data.bind(model.vision.preprocessing, model.fusion.tokens_per_image)
     identity = {**past.identity, **data_identity({}, data.validation)}
     changed = [name for name, digest in past.identity.items() if identity[name] != digest]
@@ -194,6 +202,7 @@ def evaluate_run(folder: str, overrides: list[str]) -> None:
         evaluation.counts,
         checkpoint.name,
     )
+    # of other code than the training: both are named
     results = read_results(run_dir)
     training_code = earlier.get("hash", {}).get("code", "unknown")
     if training_code != results["hash"]["code"]:

@@ -246,7 +246,7 @@ class MultimodalModule(lightning.LightningModule):
         self.log_census(rows[:, 2])
         tokens = tokens.clamp_min(1)
         add_up(self.model.per_head(), self.trainer.strategy)
-        for table, new_rows in self.model.limited():
+        for table, new_rows in self.model.row_limits():
             keep_rows(table, new_rows)
         divide(gradients_of(optimizer), tokens * self.loss_scale)
         self.log("train/loss", loss_sum / tokens, prog_bar=True)

@@ -23,7 +23,7 @@ from owlfuse.model.connectors.base import Connector
 from owlfuse.model.fusion.base import Fusion, splice
 from owlfuse.model.fusion.probe import check_fusion
 from owlfuse.model.llm import cache_argument, decoder_layers, load_llm, rotary
-from owlfuse.model.llm_probe import aside, check_packing, key_paths, tiny_copy
+from owlfuse.model.llm_probe import check_packing, key_paths, plain_cpu, tiny_copy
 from owlfuse.model.multimodal import MultimodalLM, on_meta
 from owlfuse.model.vision.base import Backbone
 
@@ -261,5 +261,5 @@ def test_every_llm_of_transformers_with_its_usual_size_is_served_or_refused_in_o
         except ValueError as error:
             assert "\n" not in str(error)  # noqa: PT017
             continue
-        with aside():
+        with plain_cpu():
             assert len(decoder_layers(tiny_copy(model.llm))) == len(decoder_layers(model.llm))

@@ -62,7 +62,9 @@ class OwlfuseForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
         `generation`: fields of the generation configuration.
         """
+        # the LLM's node is made of text_config, which transformers reads too
         nodes = {name: node for name, node in (model.nodes or {}).items() if name != "llm"}
+        # the LLM's own is not to be changed
         text_config = copy.deepcopy(model.llm.config)  # transformers writes its attention into it
         if getattr(text_config, "quantization_config", None) is not None:
             # of the GGUF file that it was read from; the weights are plain by now
@@ -85,6 +87,7 @@ class OwlfuseForConditionalGeneration(PreTrainedModel, GenerationMixin):
         are computed anew, since transformers makes the model on the meta device."""
         loaded = super().from_pretrained(*args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
+        # both after loading, which replaces parameters
         restore_buffers(model)
         align(model)
         return loaded
@@ -133,6 +136,7 @@ class OwlfuseForConditionalGeneration(PreTrainedModel, GenerationMixin):
         cache = cache if cache is not None else past_key_values
         if cache is None and use_cache:
             cache = DynamicCache(config=self.model.llm.config)
+        # positions that the cache holds
         earlier = cache.get_seq_length() if cache is not None else 0
         if attention_mask is None:
             attention_mask = input_ids.new_ones(len(input_ids), earlier + input_ids.shape[1])
@@ -144,6 +148,7 @@ class OwlfuseForConditionalGeneration(PreTrainedModel, GenerationMixin):
                 )
             visual = self.encode(input_ids, pixel_values)
         batch = self.batch(input_ids, attention_mask, visual)
+        # one forward for training, evaluation and generation
         logits = self.model(batch, visual, cache, logits_to_keep)
         loss = None if labels is None else mean_loss(logits, labels)
         return CausalLMOutputWithPast(

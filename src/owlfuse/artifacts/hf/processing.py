@@ -58,7 +58,10 @@ class OwlfuseImageProcessor(BaseImageProcessor):
         height, width = preprocessing.size
         size = {"height": height, "width": width}
         return cls(
-            size, list(preprocessing.mean), list(preprocessing.std), preprocessing.interpolation
+            size,
+            list(preprocessing.mean),
+            list(preprocessing.std),
+            preprocessing.interpolation,
         )
 
     def __call__(  # type: ignore[override]  # one way for every release of transformers
@@ -67,7 +70,10 @@ class OwlfuseImageProcessor(BaseImageProcessor):
         """Pictures of any size and mode, one or a list, also nested: PIL, paths, URLs, arrays."""
         size = (self.size["height"], self.size["width"])
         preprocess = Preprocessing(
-            size, tuple(self.image_mean), tuple(self.image_std), self.interpolation
+            size,
+            tuple(self.image_mean),
+            tuple(self.image_std),
+            self.interpolation,
         )
         pixels = [preprocess(to_rgb(picture)) for picture in open_images(images)]
         return BatchFeature(
@@ -136,10 +142,10 @@ class OwlfuseProcessor(ProcessorMixin):
         view_counts = iter([len(picture_views) for picture_views in views])
         expanded = []
         for text in texts:
-            first, *rest = text.split(token)
-            for behind in rest:
-                first += token * (self.tokens_per_image * next(view_counts)) + behind
-            expanded.append(first)
+            row, *texts_behind = text.split(token)
+            for text_behind in texts_behind:
+                row += token * (self.tokens_per_image * next(view_counts)) + text_behind
+            expanded.append(row)
         # pipelines pass options for modalities that this model does not have
         options = {name: value for name, value in kwargs.items() if name not in IGNORED_OPTIONS}
         text_options = options.pop("text_kwargs", {})
@@ -172,11 +178,16 @@ class OwlfuseProcessor(ProcessorMixin):
         encoded = self.tokenizer(plain_texts, return_offsets_mapping=True, verbose=False, **options)
         rows, all_offsets = encoded["input_ids"], encoded["offset_mapping"]
         for ids, offsets, text, hidden in zip(rows, all_offsets, plain_texts, texts, strict=True):
+            # without a template there are no answers whose borders matter
             if self.tokenizer.chat_template:
                 cut_at_borders(self.tokenizer, text, ids, offsets, self.answer_format.starts(text))
             spell_words(self.tokenizer, self.image_token, hidden, ids, offsets, "a prompt")
+        # now that the rows have their final lengths
         padded = self.tokenizer.pad(
-            {"input_ids": rows}, padding_side="left", return_tensors=tensors, **padding
+            {"input_ids": rows},
+            padding_side="left",
+            return_tensors=tensors,
+            **padding,
         )
         return {name: padded[name] for name in ("input_ids", "attention_mask")}
 
@@ -198,6 +209,7 @@ def open_images(images: Any) -> list[Image.Image]:
         return [images]
     if isinstance(images, str | Path):
         path = Path(images).expanduser()
+        # transformers' own loader, which pipelines use
         if str(images).startswith(("http://", "https://", "data:")):
             return [load_image(str(images))]
         return [open_image(path.parent, path.name, "prompt", MAX_PIXELS)]

@@ -62,6 +62,7 @@ def make_batch(model: MultimodalLM, io: dict[str, Tensor]) -> Batch:
     mask = padding_mask(io)
     labels = io.get("labels", torch.full_like(ids, -100))
     is_image = ids == image_id(model, family)
+    # its images have a token of the vocabulary, which padding may have, too
     if family == "owl3":
         is_image &= mask
     if family == "owl2":
@@ -79,6 +80,7 @@ def make_batch(model: MultimodalLM, io: dict[str, Tensor]) -> Batch:
         image_starts(starts_by_row, ids.shape[1]),
         pixel_values=pixels,
         attention_mask=mask.long(),
+        # the released code supervises no image
         labels=labels.masked_fill(is_image, -100),
     )
 
@@ -142,7 +144,10 @@ def find_image_starts(is_image: Tensor, per_image: int) -> list[list[int]]:
 
 
 def make_pixels(
-    model: MultimodalLM, family: str, images: Tensor | None, counts: list[int]
+    model: MultimodalLM,
+    family: str,
+    images: Tensor | None,
+    counts: list[int],
 ) -> Tensor:
     """Returns the images that rows show, (N, 3, H, W) in the model's type, or a blank one.
 

@@ -81,6 +81,7 @@ def load(folder: Path | str) -> MultimodalLM:
     try:
         dtype_name = str(dtype).removeprefix("torch.")
         nodes = nodes_of(folder, family, config, set(shapes), dtype_name)
+        # on meta: memory is taken once, in the weights' own type
         with init_empty_weights(include_buffers=False):
             model = assemble(nodes, nodes["llm"]["config"]["vocab_size"])
         model.llm.tie_weights()  # accelerate has untied them
@@ -229,6 +230,7 @@ def read_record(folder: Path) -> Released:
     try:
         fields = read_json(folder / "record.json")
         names = fields.pop("files")
+        # a name such as ../x would be read outside of the folder
         if strange := set(names) - set(JSON_FILES):
             raise ValueError(f"it names {min(map(str, strange))[:80]}")
         files = {name: (folder / name).read_bytes() for name in names}

@@ -136,6 +136,7 @@ def tensor_mappings(model: MultimodalLM, family: str) -> dict[str, TensorMapping
                 ) from None
             for released, view in names_and_views:
                 by_heads = isinstance(view, partial) and view.func is by_head
+                # by_head only permutes, and its view is no longer two-dimensional
                 shape = tensor.shape if by_heads else view(tensor).shape
                 # mPLUG-Owl1's queries stand outside of its abstractor
                 full_name = released if released == "query_tokens" else prefix + released
@@ -197,6 +198,7 @@ def llm_names(model: MultimodalLM, family: str, name: str) -> NamesAndViews:
     """Yields those of a causal LM with its fusion inside. Raises KeyError for an adapter's."""
     if "lora_" in name or ".base_layer." in name:
         raise KeyError(name)
+    # in order: `visual.kv_proj` before `visual`
     for inside, released in LLM_NAMES:
         name = name.replace(inside, released)
     yield name, identity

@@ -45,7 +45,11 @@ def family_of(folder: Path, config: dict[str, Any]) -> str:
 
 
 def nodes_of(
-    folder: Path, family: str, config: dict[str, Any], keys: set[str], dtype: str
+    folder: Path,
+    family: str,
+    config: dict[str, Any],
+    keys: set[str],
+    dtype: str,
 ) -> dict[str, dict[str, Any]]:
     """Returns the nodes of vision, connector, fusion and llm, plain enough for a yaml.
 
@@ -131,6 +135,7 @@ def llm_node(model_type: str, text: dict[str, Any]) -> dict[str, Any]:
     """Returns the LLM's node. Keys that the configuration lacks have transformers' defaults."""
     fields = {name: text.get(name) for name in (*LLM_FIELDS, *FAMILY_LLM_FIELDS[model_type])}
     fields = {"model_type": model_type, **present(fields), "rope_parameters": rope_of(text)}
+    # older configurations leave defaults out
     fields.setdefault("vocab_size", AutoConfig.for_model(model_type).vocab_size)
     return {"_target_": "owlfuse.model.llm.load_llm", "config": fields}
 
@@ -142,5 +147,6 @@ def rope_of(text: dict[str, Any]) -> dict[str, Any]:
         **(text.get("rope_scaling") or {}),
     }
     rope |= text.get("rope_parameters") or {}
+    # the older name of rope_type
     kind = rope.pop("type", None)
     return {**rope, "rope_type": rope.get("rope_type") or kind or "default"}

@@ -136,12 +136,12 @@ def check_shapes(
     missing = sorted(set(released.shapes) - set(mappings) - set(released.original_tensors))
     if missing:
         raise DataError(
-            f"{part_of(missing[0])}: the released folder had {', '.join(missing)}, and the model "
+            f"{part_name(missing[0])}: the released folder had {', '.join(missing)}, and the model "
             "does not; load the model anew"
         )
 
 
-def part_of(name: str) -> str:
+def part_name(name: str) -> str:
     """Returns the part that a released tensor belongs to, by its name."""
     if "abstractor." in name:
         return "connector"

@@ -139,6 +139,7 @@ def backbone_node(name: str, eps: float, kwargs: dict[str, Any]) -> dict[str, An
     1e-6."""
     node: dict[str, Any] = {
         "_target_": "owlfuse.model.vision.backbone.TimmBackbone",
+        # timm's CLIP models have 1e-5 built in
         "name": CLIP if eps == 1e-5 else name,
         "kwargs": kwargs,
     }
@@ -159,12 +160,16 @@ def sizes(fields: dict[str, Any]) -> dict[str, Any]:
         "depth": fields["num_hidden_layers"],
         "num_heads": fields["num_attention_heads"],
         "patch_size": fields["patch_size"],
+        # timm takes int(width * ratio), which rounding may lower by one
         "mlp_ratio": ratio if int(width * ratio) == hidden else (hidden + 0.5) / width,
     }
 
 
 def pixels(
-    folder: Path, fields: dict[str, Any], mean: tuple[float, ...], std: tuple[float, ...]
+    folder: Path,
+    fields: dict[str, Any],
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
 ) -> dict[str, Any]:
     """Returns timm's arguments for the picture's size and its preprocessing, which are those of
     `preprocessor_config.json` where there is one.

@@ -53,6 +53,7 @@ class LoadedModel:
     ) -> None:
         self.model, self.processor = load_with_processor(folder, which)
         module: Any = self.model  # transformers' wrapper of `to` hides the types of torch's
+        # rotary frequencies keep float32 (see `MultimodalLM._apply`)
         if dtype != "saved":
             module.to(getattr(torch, dtype))
         module.to(device).eval()
@@ -219,7 +220,10 @@ class QuestionDataset(Dataset):
 def answer(model: LoadedModel, task: Task, batch: QuestionBatch) -> list[dict[str, Any]]:
     """Returns the likeliest answer to each question, greedily: what predictions.jsonl holds."""
     ids = model.generate(
-        batch.inputs, max_new_tokens=task.max_new_tokens, do_sample=False, num_beams=1
+        batch.inputs,
+        max_new_tokens=task.max_new_tokens,
+        do_sample=False,
+        num_beams=1,
     )
     outputs = [
         {"answer": text, "expected": question.expected}

@@ -75,6 +75,8 @@ class Task:
 
     generates: ClassVar[bool] = True
     """Whether answers are written; else the likelihood of those that are there is measured."""
+    unhashed_fields: ClassVar[tuple[str, ...]] = ("file", "on_error", "max_skips")
+    """Fields that locate files, whose contents are hashed instead, or change no answer."""
     has_question: ClassVar[bool] = True
     """Whether the file has something that is asked, beside the pictures."""
 
@@ -84,6 +86,7 @@ class Task:
         return self.image_root or self.file.parent
 
     def __post_init__(self) -> None:
+        # Hydra gives texts
         self.file = Path(self.file).expanduser()
         self.image_root = (
             Path(self.image_root).expanduser() if self.image_root else self.file.parent
@@ -230,10 +233,11 @@ def image_file(pattern: str, **facts: Any) -> str:
     """
     try:
         return pattern.format(**facts)
+    # all that str.format raises for a pattern of a user's
     except (KeyError, IndexError, ValueError, AttributeError) as error:
-        known = ", ".join(f"{{{name}}}" for name in facts)
+        fields = ", ".join(f"{{{name}}}" for name in facts)
         raise ConfigError(
-            f"task.image_name: {pattern!r} cannot be filled in ({error!r}); its fields are {known}"
+            f"task.image_name: {pattern!r} cannot be filled in ({error!r}); its fields are {fields}"
         ) from error
 
 

@@ -55,6 +55,7 @@ def caption_metrics(
     from pycocoevalcap.cider.cider import Cider
     from pycocoevalcap.rouge.rouge import Rouge
 
+    # verbose=0: it prints to the terminal otherwise
     bleu, _ = Bleu(4).compute_score(expected, written, verbose=0)
     rouge, _ = Rouge().compute_score(expected, written)
     cider, cider_by_image = Cider().compute_score(expected, written)
@@ -96,7 +97,7 @@ class Captions(Task):
             )
 
     def open(self) -> Sequence[Any]:
-        """See `Task`."""
+        """Returns the records of the file."""
         content = read_json(self.file, dict)
         self.captions: dict[int, list[str]] = {}
         for number, annotation in enumerate(
@@ -117,7 +118,7 @@ class Captions(Task):
         return images
 
     def ask(self, record: Any, where: str) -> Iterator[Question]:
-        """See `Task`."""
+        """Yields the record's question."""
         identity = require_field(record, "id", int, where)
         image = require_field(record, "file_name", str, where)
         if identity in self.captions:

@@ -40,18 +40,18 @@ class DocVQA(Task):
     """DocVQA's single documents (arXiv 2007.00398): val_v1.0_withQT.json."""
 
     def open(self) -> Sequence[Any]:
-        """See `Task`."""
+        """Returns the records of the file."""
         return require_field(read_json(self.file, dict), "data", list, f"{self.file}")
 
     def ask(self, record: Any, where: str) -> Iterator[Question]:
-        """See `Task`."""
+        """Yields the record's question."""
         identity = str(require_field(record, "questionId", (int, str), where))
         image = require_field(record, "image", str, where)
         messages = self.user_turn(require_field(record, "question", str, where), [image])
         yield Question(identity, messages, [image], require_texts(record, "answers", where))
 
     def score(self, line: dict[str, Any]) -> float:
-        """See `Task`."""
+        """Returns the score of one answer."""
         return anls(line["answer"], line["expected"])
 
     def metrics(self, lines: list[dict[str, Any]]) -> dict[str, float]:

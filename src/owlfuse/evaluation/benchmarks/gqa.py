@@ -27,20 +27,27 @@ class GQA(Task):
     image_name: str = "{image_id}.jpg"
 
     def open(self) -> Sequence[Any]:
-        """See `Task`."""
+        """Returns the records of the file."""
         return list(read_json(self.file, dict).items())
 
     def ask(self, record: Any, where: str) -> Iterator[Question]:
-        """See `Task`."""
+        """Yields the record's question."""
         identity, content = record
         where = f"{where} ({identity})"
         image = image_file(self.image_name, image_id=require_field(content, "imageId", str, where))
         kind = require_field(
-            require_field(content, "types", dict, where), "structural", str, f"{where}: types"
+            require_field(content, "types", dict, where),
+            "structural",
+            str,
+            f"{where}: types",
         )
         messages = self.user_turn(require_field(content, "question", str, where), [image])
         yield Question(
-            identity, messages, [image], require_field(content, "answer", str, where), kind
+            identity,
+            messages,
+            [image],
+            require_field(content, "answer", str, where),
+            kind,
         )
 
     def score(self, line: dict[str, Any]) -> float:

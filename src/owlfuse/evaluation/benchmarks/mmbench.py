@@ -42,6 +42,7 @@ def letter_among(answer: str, options: dict[str, str]) -> str | None:
     if len(named) == 1 and not (named == ["A"] and len(words) > 3):
         return named[0]
     text = answer.lower()
+    # MMBench's own limit: a long answer may mention several options
     if len(text) > 2 * sum(map(len, options.values())):
         return None
     inside = [letter for letter, option in options.items() if option.lower() in text]
@@ -61,7 +62,8 @@ class MMBench(Task):
     circular: bool = True
 
     def open(self) -> Sequence[Any]:
-        """See `Task`."""
+        """Returns the records of the file."""
+        # a picture in base64 is longer than csv's limit of 128 KB
         csv.field_size_limit(sys.maxsize)
         self.lines = Lines(self.file, quoted=True)
         if not len(self.lines):
@@ -148,6 +150,7 @@ class MMBench(Task):
         circular_scores, first_scores = [], []
         scores_by_category: dict[str, list[float]] = {}
         for rotations in units.values():
+            # right only where every rotation is
             score = min(line["score"] for line in rotations)
             circular_scores.append(score)
             first_scores.append(rotations[0]["score"])

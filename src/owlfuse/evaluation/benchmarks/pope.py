@@ -40,7 +40,8 @@ class POPE(Task):
     `file` takes braces and globs; what a file's name ends in is its category."""
 
     def open(self) -> Sequence[Any]:
-        """See `Task`."""
+        """Returns the records of the file."""
+        # coco_pope_random.json -> random
         files = [(file.stem.rpartition("_")[2], JsonLines(file)) for file in self.files()]
         self.records = JoinedRecords(files)
         return self.records
@@ -50,7 +51,7 @@ class POPE(Task):
         return self.records.line_name(number)
 
     def ask(self, record: Any, where: str) -> Iterator[Question]:
-        """See `Task`."""
+        """Yields the record's question."""
         category, content = record
         where = f"{where} ({category})"
         identity = require_field(content, "question_id", (int, str), where)

@@ -74,6 +74,7 @@ class Predictions:
     def append(self, lines: list[dict[str, Any]]) -> None:
         """Adds predictions, on the disk when this returns."""
         with self.path.open("a+b") as file:
+            # in append mode the position of reading is not the end
             file.seek(0, os.SEEK_END)
             if file.tell():
                 file.seek(-1, os.SEEK_END)
@@ -81,6 +82,7 @@ class Predictions:
                     file.write(b"\n")
             file.write(b"".join(self.encoded(line) for line in lines))
             file.flush()
+            # an answer may have taken minutes: it is not to be lost by a crash of the machine
             os.fsync(file.fileno())
 
     def encoded(self, line: dict[str, Any]) -> bytes:

@@ -20,9 +20,6 @@ from owlfuse.core.environment import git_state, versions
 from owlfuse.core.files import files_of, fingerprint
 from owlfuse.evaluation.benchmarks.base import Task
 
-UNHASHED_FIELDS = ("file", "on_error", "max_skips", "annotations", "splits")
-"""Fields of a benchmark that locate its files, whose contents are hashed instead, or change no
-answer."""
 MAX_LISTED_SKIPS = 10
 """Skipped records whose reasons are written."""
 
@@ -70,14 +67,19 @@ class Settings:
 
     @classmethod
     def of(
-        cls, model_dir: Path, task: Task, dtype: str, thinking: bool = False, which: str = "last"
+        cls,
+        model_dir: Path,
+        task: Task,
+        dtype: str,
+        thinking: bool = False,
+        which: str = "last",
     ) -> Settings:
         """Returns the settings of a model's folder and a benchmark."""
         weights, checkpoint = model_fingerprint(model_dir, which)
         options: dict[str, Any] = {"_target_": f"{type(task).__module__}.{type(task).__qualname__}"}
         for field in fields(task):
             value = getattr(task, field.name)
-            if field.name not in UNHASHED_FIELDS:
+            if field.name not in task.unhashed_fields:
                 options[field.name] = str(value) if isinstance(value, Path) else value
         return cls(
             str(model_dir),
@@ -93,6 +95,7 @@ class Settings:
     @property
     def key(self) -> str:
         """16 hexadecimal digits that change where an answer may."""
+        # the same folder by another path has the same pictures
         root = str(Path(self.task["image_root"]).resolve())
         content = [
             self.weights,

@@ -46,6 +46,7 @@ def evaluate_task(folder: str, words: list[str]) -> None:
     model_dir = check_model(folder)
     ranks = Ranks()
     questions, skipped = task.questions()
+    # before the share of a rank, so that the sample is the same for any number of ranks
     questions = sample_units(questions, options.max_questions)
     settings = Settings.of(model_dir, task, options.dtype, options.thinking, options.which)
     out = Path(options.out).expanduser() if options.out else model_dir / "tasks"
@@ -114,6 +115,7 @@ def answer_share(
         collate_fn=dataset.collate,
         num_workers=options.workers,
         worker_init_fn=ignore_signals,
+        # forked workers would copy a CUDA context
         multiprocessing_context=DataWorkers().context if options.workers else None,
     )
     skip_count = 0
@@ -162,6 +164,7 @@ def finish(
     skipped += [(line["id"], line["skipped"]) for line in lines if "skipped" in line]
     if not answered or len(skipped) > task.max_skips:
         task.check_skips(len(skipped) if answered else task.max_skips + 1, skipped[-1][1])
+    # scored here and not when they were written: a mended rule applies to old answers
     for line in answered:
         line["score"] = task.score(line)
     metrics = task.metrics(answered)

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from owlfuse.core.errors import DataError
 from owlfuse.core.files import read_json
@@ -48,6 +48,8 @@ class ScienceQA(Task):
         hint: what stands before the context of a question that has one.
     """
 
+    unhashed_fields: ClassVar = (*Task.unhashed_fields, "splits")
+
     splits: Path
     split: str = "test"
     with_pictures: bool = False
@@ -58,11 +60,11 @@ class ScienceQA(Task):
         self.splits = Path(self.splits).expanduser()
 
     def files(self) -> list[Path]:
-        """See `Task`."""
+        """Returns both files of the benchmark."""
         return [self.file, self.splits]
 
     def open(self) -> Sequence[Any]:
-        """See `Task`."""
+        """Returns the records of the file."""
         problems = read_json(self.file, dict)
         pids = require_texts(read_json(self.splits, dict), self.split, f"{self.splits}")
         if missing := [pid for pid in pids if pid not in problems]:
@@ -74,7 +76,7 @@ class ScienceQA(Task):
         return [(pid, problems[pid]) for pid in pids]
 
     def ask(self, record: Any, where: str) -> Iterator[Question]:
-        """See `Task`."""
+        """Yields the record's question."""
         pid, problem = record
         where = f"{where} ({pid})"
         options, right = (

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from owlfuse.core.errors import DataError
 from owlfuse.core.files import read_json
@@ -88,6 +88,7 @@ def vqa_accuracy(answer: str, answers: Sequence[str]) -> float:
     """VQAv2's accuracy of an answer, 0 to 1 (github.com/GT-Vision-Lab/VQA, vqaEval.py). Nothing is
     normalised where all people gave the same answer, as there."""
     answer, answers = on_one_line(answer), [on_one_line(text) for text in answers]
+    # as the official script does, an oddity that scores depend on
     if len(set(answers)) > 1:
         answer, answers = normalized(answer), [normalized(text) for text in answers]
     return agreement(answer, answers)
@@ -116,6 +117,8 @@ class VQAv2(Task):
         image_name: a picture's file, from the questions' `{subset}` and `{image_id}`.
     """
 
+    unhashed_fields: ClassVar = (*Task.unhashed_fields, "annotations")
+
     annotations: Path
     image_name: str = "COCO_{subset}_{image_id:012d}.jpg"
 
@@ -124,16 +127,20 @@ class VQAv2(Task):
         self.annotations = Path(self.annotations).expanduser()
 
     def files(self) -> list[Path]:
-        """See `Task`."""
+        """Returns both files of the benchmark."""
         return [self.file, self.annotations]
 
     def open(self) -> Sequence[Any]:
-        """See `Task`."""
+        """Returns the records of the file."""
         content = read_json(self.file, dict)
         self.subset = require_field(content, "data_subtype", str, f"{self.file}")
         annotations = require_field(
-            read_json(self.annotations, dict), "annotations", list, f"{self.annotations}"
+            read_json(self.annotations, dict),
+            "annotations",
+            list,
+            f"{self.annotations}",
         )
+        # by question: both files are in different orders
         self.answers = {}
         for number, annotation in enumerate(annotations):
             where = f"{self.annotations}: record {number + 1}"
@@ -142,7 +149,7 @@ class VQAv2(Task):
         return require_field(content, "questions", list, f"{self.file}")
 
     def ask(self, record: Any, where: str) -> Iterator[Question]:
-        """See `Task`."""
+        """Yields the record's question."""
         identity = require_field(record, "question_id", int, where)
         if identity not in self.answers:
             raise DataError(
@@ -162,7 +169,7 @@ class VQAv2(Task):
         yield Question(str(identity), messages, [image], answers, answer_type)
 
     def score(self, line: dict[str, Any]) -> float:
-        """See `Task`."""
+        """Returns the score of one answer."""
         return vqa_accuracy(line["answer"], line["expected"])
 
     def metrics(self, lines: list[dict[str, Any]]) -> dict[str, float]:
@@ -182,11 +189,11 @@ class TextVQA(Task):
     image_name: str = "{image_id}.jpg"
 
     def open(self) -> Sequence[Any]:
-        """See `Task`."""
+        """Returns the records of the file."""
         return require_field(read_json(self.file, dict), "data", list, f"{self.file}")
 
     def ask(self, record: Any, where: str) -> Iterator[Question]:
-        """See `Task`."""
+        """Yields the record's question."""
         identity = str(require_field(record, "question_id", (int, str), where))
         answers = require_texts(record, "answers", where)
         check_ten(answers, where)
@@ -195,7 +202,7 @@ class TextVQA(Task):
         yield Question(identity, messages, [image], answers)
 
     def score(self, line: dict[str, Any]) -> float:
-        """See `Task`."""
+        """Returns the score of one answer."""
         return textvqa_accuracy(line["answer"], line["expected"])
 
     def metrics(self, lines: list[dict[str, Any]]) -> dict[str, float]:

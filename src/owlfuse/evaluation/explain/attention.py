@@ -70,6 +70,7 @@ def attention_to_pictures(
     if pixels is None:
         raise DataError("the prompt has no picture, so there is nothing that the answer looked at")
     answer = without_end(answer_ids, model.generation_config.eos_token_id)
+    # the backbone runs once, and its features are needed for patch_shares
     with evaluating(model), features_of(model.model.vision) as features:
         visual = model.encode(prompt, pixels)
         mask = inputs.get("attention_mask")
@@ -85,7 +86,7 @@ def maps_of(
     answer: Tensor,
     layers: list[int] | None = None,
 ) -> list[Tensor]:
-    """See `attention_to_pictures`.
+    """Returns the maps of `attention_to_pictures`, of a model without transformers' wrapper.
 
     Args:
         batch: one prompt.
@@ -105,6 +106,7 @@ def maps_of(
     capture = AttentionCapture(model.fusion, placeholder[0], rows, layers)
     with capture_attention(model.llm, capture):
         model(longer, visual, logits_to_keep=1)
+    # the mean over layers and answer tokens; heads are averaged already
     weights = torch.stack([capture.weights[layer] for layer in layers]).mean((0, 1))  # (S,)
     try:
         shares = model.connector.patch_shares(features).float()
@@ -240,6 +242,7 @@ def without_end(answer_ids: Tensor, end: int | list[int] | None) -> Tensor:
     if not ids:
         raise DataError("the answer has no token, so there is nothing to explain")
     ends = [end] if isinstance(end, int) else end or []
+    # padding behind an answer is an end of sequence, too
     while len(ids) > 1 and ids[-1] in ends:
         ids.pop()
     return torch.tensor(ids)

@@ -75,9 +75,11 @@ def attend_and_capture(
     layer: Any = module.layer_idx
     if capture is not None and layer in capture.layers:
         last = query[:, :, -capture.rows :]
+        # the mask has a row for each position of the prompt, and only the last ones are captured
         mask = text_mask(attention_mask, last, key)[:, :, -capture.rows :]
         scaling = kwargs.get("scaling") or query.shape[3] ** -0.5
         weights = attention_weights(last, key, mask, scaling)
+        # grouped heads share values
         values = value.repeat_interleave(query.shape[1] // value.shape[1], dim=1)
         text = (weights.to(value.dtype) @ values).transpose(1, 2).flatten(2)
         call = AttentionCall(

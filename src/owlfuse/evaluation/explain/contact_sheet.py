@@ -22,7 +22,10 @@ log = logging.getLogger(__name__)
 
 
 def maps_of_answers(
-    model: MultimodalLM, data: ChatData, answers: list[tuple[Answer, Sample]], max_new_tokens: int
+    model: MultimodalLM,
+    data: ChatData,
+    answers: list[tuple[Answer, Sample]],
+    max_new_tokens: int,
 ) -> dict[str, Tensor]:
     """Returns the attention maps (h, w) of answers over their first pictures, by their ids (see
     `explain.attention_to_pictures`). None, and a warning, for a sharded model and for one that has
@@ -48,12 +51,17 @@ def maps_of_answers(
 @torch.no_grad()
 @torch.compiler.set_stance("force_eager")
 def map_of_answer(
-    model: MultimodalLM, data: ChatData, sample: Sample, answer: Answer, max_new_tokens: int
+    model: MultimodalLM,
+    data: ChatData,
+    sample: Sample,
+    answer: Answer,
+    max_new_tokens: int,
 ) -> Tensor:
     """Returns the map of one answer, which is generated again by itself."""
     source = data.validation[answer.source]
     ends = data.encoder.answer_format.generation(data.tokenizer, model.llm)["eos_token_id"]
     batch = data.prompts([(sample, source)]).to(next(model.parameters()).device)
+    # alone, without the padding of a batch, which the map would include
     ids = generate_greedy(model, batch, max_new_tokens, data.encoder)
     with features_of(model.vision) as features:
         visual = model.encode(batch)

@@ -33,6 +33,7 @@ def overlay(picture: Image.Image, map: Tensor, peak: float | None = None) -> Ima
     """
     level = density(map) / (peak or float(density(map).max()) or 1.0)
     colors = (colormaps[COLORS](level.clip(0, 1))[..., :3] * 255).round().astype(np.uint8)
+    # NEAREST: a patch is one number, and smoothing would invent others
     blocks = Image.fromarray(colors).resize(picture.size, Image.Resampling.NEAREST)
     return Image.blend(ImageOps.grayscale(picture).convert("RGB"), blocks, 0.6)
 
@@ -44,7 +45,10 @@ def density(map: Tensor) -> np.ndarray:
 
 
 def side_by_side(
-    pictures: list[Image.Image], maps: list[Tensor], question: str, answer: str
+    pictures: list[Image.Image],
+    maps: list[Tensor],
+    question: str,
+    answer: str,
 ) -> Image.Image:
     """Returns each picture beside its overlay, with its share of the weight where there are
     several; question, answer and a legend. Of more than 16 pictures those with most weight.
@@ -54,6 +58,7 @@ def side_by_side(
     """
     by_weight = sorted(range(len(maps)), key=lambda i: -float(maps[i].sum()))
     order = sorted(by_weight[:MAX_PICTURES])
+    # one scale for all pictures, so that they can be compared
     peak = max(float(density(maps[i]).max()) for i in order) or 1.0
     pairs = 4  # in a row
     if len(order) <= 4:

@@ -120,6 +120,7 @@ def batches(requests: list[Request], batch_size: int) -> Iterable[list[int]]:
     for index, request in enumerate(requests):
         groups.setdefault(request.options, []).append(index)
     for options, indices in groups.items():
+        # the longest first: memory that is too small shows at once
         indices.sort(key=lambda index: -requests[index].size)
         size = 1 if options.sampled else batch_size
         for start in range(0, len(indices), size):
@@ -141,6 +142,7 @@ def answer(model: LoadedModel, requests: list[Request], seed: int) -> tuple[list
     limits = []
     for prompt, used in zip(prompts, inputs["attention_mask"].sum(1).tolist(), strict=True):
         limits.append(min(options.max_new_tokens, free_positions(model, prompt, used)))
+    # the seed of one request is not to change another's, nor lmms-eval's own random state
     with torch.random.fork_rng(enabled=options.sampled):
         if options.sampled:
             torch.manual_seed(seed_of(seed, requests[0]))

@@ -36,11 +36,13 @@ class Likelihoods:
 
         Raises DataError for an empty answer or too long a chat.
         """
+        # an <image> of the answer is a word, not a picture
         answer = hide_words(answer.strip(), self.encoder.image_token)
         if not answer:
             raise DataError(f"{prompt.name}: an answer whose likelihood is asked for is empty")
         question = render_prompt(prompt, self.processor)
         text = question + self.templated_answer(prompt, question, answer)
+        # split at the answer: a token over the border would belong to both
         ids, offsets = self.encoder.tokenize(text, [len(question)], prompt.name)
         labels = []
         for token, (start, _) in zip(ids, offsets, strict=True):
@@ -83,6 +85,7 @@ class Likelihoods:
         positions: Any = batch.supervised
         logits = self.model.model.model(batch, logits_to_keep=positions)
         targets = batch.targets()[positions]
+        # float64: differences between choices may be small
         losses = token_losses(logits.double(), targets)
         differs = (logits.argmax(-1) != targets) & (targets != -100)
         rows = positions // batch.input_ids.shape[1]

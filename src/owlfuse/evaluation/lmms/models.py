@@ -97,6 +97,7 @@ class Owlfuse(lmms):
 
     def find_device(self, device: str | None) -> torch.device:
         """Returns the device that the model goes to. Raises DataError for no such device."""
+        # several processes have a GPU each, whatever --device says
         if self._world_size > 1 or device is None:
             return self.accelerator.device
         try:
@@ -117,14 +118,14 @@ class Owlfuse(lmms):
         """The answer to each request; greedily, unless the task's generation_kwargs ask for
         sampling."""
         turns: Counter[str] = Counter()
-        made = []
+        parsed = []
         with exit_on_user_error():
             for request in requests:
                 name, make_prompt, options = self.parse(request)
                 size = len(request.args[0])
-                made.append(Request(name, size, make_prompt, options, turns[name]))
+                parsed.append(Request(name, size, make_prompt, options, turns[name]))
                 turns[name] += 1
-            return self.answer_all(made)
+            return self.answer_all(parsed)
 
     def parse(self, request: Instance) -> tuple[str, Callable[[], Prompt], Options]:
         """Returns a request's name, what makes its prompt, and how it is answered.
@@ -137,7 +138,13 @@ class Owlfuse(lmms):
         return name, make_prompt, Options.of(generation or {}, name)
 
     def question(
-        self, name: str, text: str, visuals: Callable | None, doc_id: int, task: str, split: str
+        self,
+        name: str,
+        text: str,
+        visuals: Callable | None,
+        doc_id: int,
+        task: str,
+        split: str,
     ) -> Prompt:
         """Returns a document's question, by its text and the task's doc_to_visual. Raises
         DataError."""
@@ -176,6 +183,7 @@ class Owlfuse(lmms):
             Progress("owlfuse", len(requests), shown=self.rank == 0) as progress,
         ):
             likelihoods = Likelihoods(self.loaded)
+            # by length, so that little is padded
             order = sorted(range(len(requests)), key=lambda index: -len(requests[index].args[0]))
             for start in range(0, len(order), self.batch_size):
                 indices = order[start : start + self.batch_size]
@@ -299,7 +307,11 @@ class Rounds:
             return
         make_prompt = partial(self.model.prompt_maker.question, self.name, question, visuals)
         self.next = Request(
-            self.name, len(question), make_prompt, self.options, turn=len(self.answers)
+            self.name,
+            len(question),
+            make_prompt,
+            self.options,
+            turn=len(self.answers),
         )
 
 

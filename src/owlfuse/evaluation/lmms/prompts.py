@@ -109,6 +109,7 @@ class PromptMaker:
             DataError: sound, a file that cannot be read, a picture of more than `MAX_PIXELS`.
         """
         if isinstance(visual, Image.Image):
+            # a picture in memory, which open_image never checked
             if visual.width * visual.height > MAX_PIXELS:
                 raise DataError(
                     f"{name}: a picture has {visual.width * visual.height:,} pixels, over the "
@@ -156,7 +157,10 @@ def image_parts(count: int) -> list[Message]:
 
 
 def render_prompt(
-    prompt: Prompt, processor: Any, answer: str | None = None, thinking: bool = False
+    prompt: Prompt,
+    processor: Any,
+    answer: str | None = None,
+    thinking: bool = False,
 ) -> str:
     """Returns a prompt as the chat template writes it, words hidden (see `data.words`): up to where
     the assistant answers, or with its answer.

@@ -15,7 +15,12 @@ class LinearConnector(Connector):
     """
 
     def __init__(
-        self, in_width: int, out_width: int, patches: int, grid: tuple[int, int], norm: bool = False
+        self,
+        in_width: int,
+        out_width: int,
+        patches: int,
+        grid: tuple[int, int],
+        norm: bool = False,
     ) -> None:
         super().__init__()
         self.tokens = patches
