@@ -109,6 +109,7 @@ def check_files(folder: Path) -> None:
 
 def check_object(content: dict[str, Any], file: Path) -> None:
     """Checks one JSON file's keys. Raises DataError."""
+    # nested keys, too: transformers reads sub-configurations
     for path, node in nodes_of(content, ""):
         prefix = f"{path}." if path else ""
         for key, value in node.items():
@@ -165,6 +166,7 @@ def check_counts(config: dict[str, Any], file: Path, shapes: dict[str, tuple[int
                     f"{len(shapes):,} tensors in all"
                 )
     text_config = config.get("text_config")
+    # transformers builds as many layers before it looks at the weights
     layers = text_config.get("num_hidden_layers") if isinstance(text_config, dict) else None
     indices = set()
     for name in shapes:
@@ -258,6 +260,11 @@ def header_shapes(files: list[Path]) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
+def error_reason(error: Exception) -> str:
+    """Returns an error's message on one line, cut off; its class where it has no message."""
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
 @contextmanager
 def build_errors(file: Path) -> Iterator[None]:
     """Turns what timm, transformers and torch raise for wrong numbers or names into a DataError
@@ -268,5 +275,6 @@ def build_errors(file: Path) -> Iterator[None]:
     except (DataError, torch.OutOfMemoryError):
         raise
     except BUILD_ERRORS as error:
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise DataError(f"{file} describes no model that can be built: {reason}") from error
+        raise DataError(
+            f"{file} describes no model that can be built: {error_reason(error)}"
+        ) from error

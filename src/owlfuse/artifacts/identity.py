@@ -27,6 +27,7 @@ def weights_identity(config: dict[str, Any]) -> dict[str, str]:
             continue
         if files := model_files(Path(packaged(source)).expanduser()):
             identities[key] = fingerprint(files)
+        # no file of this machine: a name of the hub
         elif key == "model.llm.pretrained" and (commit := hub_commit(source, LLM_FILES)):
             identities[key] = commit
     # timm's weights may change under the same name

@@ -51,6 +51,7 @@ def import_released(folder: Path, out: Path, max_shard_size: str = "5GB") -> dic
     the loss; nothing where there is no such file beside the weights."""
     model = load(folder)
     io_file = folder / "io.safetensors"
+    # before the export, so that a wrong reading is seen by its numbers
     differences = compare(model, io_file) if io_file.exists() else {}
     tokenizer, image_token = load_released_tokenizer(folder, model.released)
     trained = TrainedModel(model, tokenizer, None, image_token)

@@ -41,6 +41,7 @@ def adopt_parts(config: DictConfig) -> None:
     for part, node in nodes.items():
         conflicts = find_conflicts(requested[part], default[part], node)
         if part == "llm":
+            # its fields one by one: most are the folder's, and a few may be set
             llm_config = requested[part].get("config") or {}
             conflicts |= find_conflicts(llm_config, default[part]["config"], node["config"])
         if conflicts:
@@ -78,6 +79,7 @@ def find_conflicts(
         if value != default.get(name) and value != in_folder[name]:
             conflicts[name] = (in_folder[name], value)
     if "_target_" in requested:
+        # other weights than the folder's were asked for in words
         pretrained = requested.get("pretrained")
         if pretrained not in (None, False, default.get("pretrained")):
             conflicts["pretrained"] = (None, pretrained)

@@ -20,6 +20,7 @@ from owlfuse.artifacts.checking import (
     check_counts,
     check_files,
     check_shapes,
+    error_reason,
     header_shapes,
 )
 from owlfuse.artifacts.hf.configuration import OwlfuseConfig
@@ -83,6 +84,7 @@ class TrainedModel:
 def load_run(folder: Path, which: str = "last") -> TrainedModel:
     """Returns the model of a run's last or best checkpoint, in eval mode on the CPU. The run's data
     are not needed, but its tokenizer is."""
+    # only names that owlfuse knows are imported
     config = read_run(folder)
     tokenizer = run_tokenizer(folder, config["data"])
     model, _ = load_run_model(folder, config, len(tokenizer), which)
@@ -99,6 +101,7 @@ def wrap(trained: TrainedModel) -> OwlfuseForConditionalGeneration:
         released = trained.model.released
         image_token_id = released.image_token_id if released else None
         return OwlfuseForConditionalGeneration.wrap(trained.model, image_token_id)
+    # the padding token, the image token and the chat template of training
     prepare(tokenizer, trained.image_token)
     image_token_id = tokenizer.get_vocab().get(trained.image_token)
     if image_token_id is None:
@@ -196,9 +199,9 @@ def load_processor(folder: Path) -> OwlfuseProcessor:
             raise
         if isinstance(error, DataError):
             raise
-        reason = " ".join(str(error).split())[:200]
         raise DataError(
-            f"{folder}: its tokenizer and processor_config.json make no processor: {reason}"
+            f"{folder}: its tokenizer and processor_config.json make no processor: "
+            f"{error_reason(error)}"
         ) from error
     if not isinstance(processor, OwlfuseProcessor):
         raise DataError(
@@ -272,6 +275,7 @@ def load_base(folder: str, nodes: dict[str, Any], vocab_size: int) -> Multimodal
         # merged: a new run may have other adapters
         model = load_exported(Path(folder), merge=True, attention=attention)[0].model.float()
     torch.set_rng_state(state)
+    # position embeddings are resampled before training, not by it
     if image_size and model.vision.preprocessing.size != (image_size, image_size):
         model.set_image_size(image_size)
     # the new run's tokenizer may have more tokens

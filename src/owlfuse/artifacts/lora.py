@@ -72,6 +72,7 @@ def save_lora(model: nn.Module, folder: Path) -> None:
         for matrix in ("lora_A", "lora_B"):
             weight = getattr(layer, matrix)[NAME].weight
             tensors[f"base_model.model.{name}.{matrix}.weight"] = weight.detach().contiguous()
+    # inside of the export's temporary folder
     folder.mkdir(parents=True)
     config.save_pretrained(str(folder))
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from owlfuse.artifacts.checking import error_reason
 from owlfuse.core.errors import DataError
 from owlfuse.model.adapters import PARTS
 from owlfuse.model.multimodal import MultimodalLM
@@ -44,9 +45,8 @@ def checkpoint_errors(path: Path) -> Iterator[None]:
             f"checkpoint {path} holds more than tensors and plain values, and its code was not run"
         ) from error
     except (RuntimeError, EOFError, OSError, LookupError, TypeError, AttributeError) as error:
-        reason = " ".join(str(error).split())[:160]
         raise DataError(
-            f"checkpoint {path} is no checkpoint of a run: {reason or type(error).__name__}"
+            f"checkpoint {path} is no checkpoint of a run: {error_reason(error)}"
         ) from error
 
 
@@ -91,6 +91,7 @@ def check_fits(model: MultimodalLM, weights: Mapping[str, Tensor], frozen: dict[
             f"{len(missing) - 1} more"
         )
     state = model.state_dict()
+    # another architecture, of which only a part would be loaded
     if extra := [name for name in weights if name not in state]:
         raise DataError(
             f"the checkpoint has weights that the model lacks: {extra[0]} and {len(extra) - 1} more"

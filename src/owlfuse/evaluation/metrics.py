@@ -196,6 +196,7 @@ def time_answer(
             wrapped = OwlfuseForConditionalGeneration.wrap(model, None, end)
             prompt = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
             times = []
+            # the first repeat includes the allocation of memory
             for _ in range(repeats):
                 with torch.no_grad():
                     visual = model.encode(batch)
@@ -221,6 +222,7 @@ def mean_loss(
     tokens = torch.zeros((), dtype=torch.int64)
     batch: Batch
     for batch in data.validation_loader(source, batch_size=batch_size):
+        # what was skipped or cut is reported by source
         data.note_validation(batch)
         loss, count = batch_loss(model, batch.to(device))
         total += loss.double().cpu()
@@ -258,6 +260,7 @@ def share_right(answers: list[Answer]) -> float:
 def metric_names(source: str, sources: list[str], metrics: dict[str, float]) -> dict[str, float]:
     """Returns metrics under their full names: `<source>/<metric>`, and for a source `a_b` beside a
     source `a`, `a/<metric>_b`, so that `val_held_out` gives `val/exact_match_held_out`."""
+    # the first source whose name this one extends
     base = next((name for name in sources if source.startswith(f"{name}_")), None)
     if base is None:
         return {f"{source}/{name}": value for name, value in metrics.items()}

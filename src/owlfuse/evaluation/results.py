@@ -50,6 +50,7 @@ def write_results(
             # none of a run from before identities were recorded
             "data": data_hash(record["identity"]) if record.get("identity") else None,
         },
+        # another tokenizer makes losses per token incomparable
         "tokenizer": tokenizer_hash(folder),
         "changes": changes,
         "versions": versions(),

@@ -101,6 +101,7 @@ class Evaluation:
         for source in data.validation:
             all_questions = questions_of(data, source, self.history)
             questions = sample_questions(all_questions, self.max_questions)
+            # of the questions, not of the samples, of which one may have several
             self.counts[source] = counts_of(all_questions, questions)
             # the three take different times, so that each has its own estimate
             with Progress(
@@ -180,6 +181,7 @@ def evaluate_run(folder: str, overrides: list[str]) -> None:
     model, _ = load_run_model(run_dir, plain, data.vocab_size, which)
     # pictures are prepared as the model's backbone needs them
     data.bind(model.vision.preprocessing, model.fusion.tokens_per_image)
+    # of the training data as recorded, of validation data as they are now
     identity = {**past.identity, **data_identity({}, data.validation)}
     changed = [name for name, digest in past.identity.items() if identity[name] != digest]
     if changed:
@@ -189,6 +191,7 @@ def evaluate_run(folder: str, overrides: list[str]) -> None:
     evaluation = build(config.evaluation) or Evaluation()  # of a run that trained without one
     metrics, answers = evaluation(model, data, run_dir)
     earlier = read_results(run_dir)
+    # the training's own costs stay
     cost = {**earlier.get("cost", {}), "ms_per_generated_token": evaluation.milliseconds}
     record = {"changes": past.changes, "identity": identity}
     write_results(

@@ -76,6 +76,7 @@ class OwlfuseForConditionalGeneration(PreTrainedModel, GenerationMixin):
             tokens_per_image=model.fusion.tokens_per_image,
         )
         wrapped = cls(config, model)
+        # ends of the chat template, and lengths
         wrapped.generation_config.update(**generation or {})
         # what is set here counts, not what the LLM's configuration has
         wrapped.generation_config._from_model_config = False
@@ -138,6 +139,7 @@ class OwlfuseForConditionalGeneration(PreTrainedModel, GenerationMixin):
             cache = DynamicCache(config=self.model.llm.config)
         # positions that the cache holds
         earlier = cache.get_seq_length() if cache is not None else 0
+        # new positions and those of the cache
         if attention_mask is None:
             attention_mask = input_ids.new_ones(len(input_ids), earlier + input_ids.shape[1])
         if visual is None:
@@ -229,6 +231,7 @@ class OwlfuseForConditionalGeneration(PreTrainedModel, GenerationMixin):
         here, once for all beams and steps, and their keys and values are kept from the first step
         on."""
         if kwargs.get("visual") is None:
+            # the pixels themselves are not repeated for every beam
             kwargs["visual"] = self.encode(input_ids, kwargs.pop("pixel_values", None))
         visual: VisualTokens = kwargs["visual"]
         kwargs["visual"] = VisualTokens(

@@ -16,7 +16,7 @@ from accelerate import init_empty_weights
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from owlfuse.artifacts.checking import check_counts
+from owlfuse.artifacts.checking import build_errors, check_counts
 from owlfuse.artifacts.released.names import (
     TensorMapping,
     optional_name,
@@ -24,7 +24,7 @@ from owlfuse.artifacts.released.names import (
     unused_names,
 )
 from owlfuse.artifacts.released.nodes import family_of, nodes_of
-from owlfuse.artifacts.released.weights import FLOATS, Checkpoint, one_line
+from owlfuse.artifacts.released.weights import FLOATS, Checkpoint
 from owlfuse.core.errors import DataError
 from owlfuse.core.files import MAX_CONFIG, read_json
 from owlfuse.core.folder_kinds import check_released
@@ -73,26 +73,20 @@ def load(folder: Path | str) -> MultimodalLM:
     """
     folder = check_released(Path(folder))
     config = read_json(folder / "config.json", limit=MAX_CONFIG)
+    # first, since the other checks depend on it
     family = family_of(folder, config)
     checkpoint = Checkpoint(folder)
     shapes = {name: info.shape for name, info in checkpoint.tensors.items()}
     check_counts(config, folder / "config.json", shapes)
     dtype = common_dtype(checkpoint)
-    try:
-        dtype_name = str(dtype).removeprefix("torch.")
+    dtype_name = str(dtype).removeprefix("torch.")
+    # numbers that make no model fail anywhere inside timm and transformers
+    with build_errors(folder / "config.json"):
         nodes = nodes_of(folder, family, config, set(shapes), dtype_name)
         # on meta: memory is taken once, in the weights' own type
         with init_empty_weights(include_buffers=False):
             model = assemble(nodes, nodes["llm"]["config"]["vocab_size"])
         model.llm.tie_weights()  # accelerate has untied them
-    except DataError:
-        raise
-    # numbers that make no model fail anywhere inside timm and transformers
-    except Exception as error:
-        raise DataError(
-            f"{folder / 'config.json'} describes no model ({one_line(error)}); take that of the "
-            "weights"
-        ) from error
     mappings = tensor_mappings(model, family)
     ignored = unused_names(family, nodes["vision"]["kwargs"]["depth"])
     # all differences are told together, and before any memory is taken
@@ -211,6 +205,7 @@ def load_tensors(
         cast = tensor.to(dtype)
         view = mapping.view(parameter)
         key = (view.data_ptr(), view.shape)
+        # by memory, since several names may be views of one tensor
         if key not in loaded_views:
             loaded_views[key] = name
             mapping.write(parameter, tensor)

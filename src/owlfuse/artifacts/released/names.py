@@ -151,6 +151,7 @@ NamesAndViews = Iterator[tuple[str, View]]
 def vision_names(model: MultimodalLM, family: str, name: str) -> NamesAndViews:
     """Yields those of `TimmBackbone`'s ViT. Raises KeyError for an unknown tensor."""
     inside, stem, kind = split(name, r"body\.(blocks\.\d+\.)?")
+    # timm's blocks.3. -> encoder.layers.3.
     layer = inside.replace("blocks", "encoder.layers")
     if family == "owl3":
         released = layer + SIGLIP_NAMES[stem] + kind
@@ -228,6 +229,7 @@ def unused_names(family: str, vision_layers: int) -> re.Pattern[str]:
 def optional_name(model: MultimodalLM, family: str) -> str | None:
     """Returns the released name that a file need not have: the output layer's, where the LLM's is
     its embedding."""
+    # by identity: a file may hold a tied weight twice
     tied = model.llm.get_output_embeddings().weight is model.llm.get_input_embeddings().weight
     return PREFIXES[family]["llm"] + "lm_head.weight" if tied else None
 

@@ -116,6 +116,7 @@ def abstractor_node(config: dict[str, Any], queries: int, positions: bool) -> di
 def vision2text_node(keys: set[str]) -> dict[str, Any]:
     """Returns mPLUG-Owl3's connector: one linear layer (240728), or linear layers with GELU between
     them (241101)."""
+    # config.json does not say which of the two it is
     if "vision2text_model.weight" in keys:
         return {"_target_": "owlfuse.model.connectors.linear.LinearConnector"}
     depth = sum(re.fullmatch(r"vision2text_model\.\d+\.weight", key) is not None for key in keys)
@@ -125,6 +126,7 @@ def vision2text_node(keys: set[str]) -> dict[str, Any]:
 def gate_of(keys: set[str]) -> str:
     """Returns mPLUG-Owl3's gate: a `gate_proj` is that of the paper, a `gate` the vector of 240728,
     neither the 241101 form."""
+    # the forms differ by their tensors alone
     endings = {key.partition(".self_attn.")[2] for key in keys}
     if "gate_proj.weight" in endings:
         return "adaptive"

@@ -80,6 +80,7 @@ def checked_mappings(model: MultimodalLM) -> dict[str, TensorMapping]:
             begins with it), or a model that came from elsewhere.
     """
     released: Released | None = model.released
+    # by the fusion as it is now: the user may have replaced a part
     family = family_in(model)
     check_fusion(model)
     if released is not None and released.family != family:
@@ -169,4 +170,5 @@ def write_record(released: Released, folder: Path) -> None:
         "shapes": released.shapes,
         "files": sorted(released.files),
     }
+    # inside of an export, which is written atomically
     (folder / "record.json").write_text(json.dumps(record) + "\n")

@@ -183,6 +183,7 @@ def pixels(
             model.
     """
     patch = fields["patch_size"]
+    # whole patches: 384 pixels have 27 of 14
     grid = fields["image_size"] // patch
     image_size = grid * patch
     interpolation = "bicubic"

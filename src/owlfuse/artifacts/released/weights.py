@@ -15,6 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from owlfuse.artifacts.checking import error_reason
 from owlfuse.core.errors import DataError
 from owlfuse.core.files import read_json
 
@@ -136,7 +137,7 @@ def tensors_in(file: Path) -> list[tuple[str, TensorInfo]]:
             return infos
     except (SafetensorError, OSError) as error:
         raise DataError(
-            f"{file} is damaged or cut off ({one_line(error)}); copy it anew"
+            f"{file} is damaged or cut off ({error_reason(error)}); copy it anew"
         ) from error
 
 
@@ -153,9 +154,9 @@ def load_pickle(file: Path) -> dict[str, Tensor]:
             "safetensors"
         ) from error
     except (RuntimeError, OSError, EOFError, ValueError, KeyError) as error:
-        reason = one_line(error)
         raise DataError(
-            f"{file} is damaged or no zip of torch.save ({reason}); copy it anew or get safetensors"
+            f"{file} is damaged or no zip of torch.save ({error_reason(error)}); copy it anew or "
+            "get safetensors"
         ) from error
     is_state_dict = isinstance(content, dict) and all(
         isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in content.items()
@@ -163,8 +164,3 @@ def load_pickle(file: Path) -> dict[str, Tensor]:
     if not is_state_dict:
         raise DataError(f"{file} is no dictionary of tensors by name; get the model as safetensors")
     return content
-
-
-def one_line(error: Exception) -> str:
-    """Returns the beginning of an error's message."""
-    return " ".join(str(error).split())[:120]

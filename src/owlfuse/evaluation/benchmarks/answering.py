@@ -142,6 +142,7 @@ class QuestionDataset(Dataset):
         self.processor = processor
         self.max_positions = max_positions
         self.thinking = thinking
+        # once: the same for every question
         self.control = control_tokens(processor.tokenizer, processor.image_token)
 
     def __len__(self) -> int:
@@ -164,6 +165,7 @@ class QuestionDataset(Dataset):
             DataError: a control token in the question, a picture that cannot be read, a prompt that
                 is too long.
         """
+        # as training renders chats, so that a prompt has the tokens that were learned
         messages = flatten(self.sample(question), self.control, self.processor.image_token)
         text = render(self.processor.tokenizer, messages, True, self.thinking)
         self.check_length(question, text)
@@ -185,6 +187,7 @@ class QuestionDataset(Dataset):
         """Raises DataError where the model has no positions for the prompt and an answer."""
         if self.max_positions is None:
             return
+        # without pictures, which are opened later and may be large
         ids = self.processor.encode_texts([text], None, add_special_tokens=False)["input_ids"][0]
         # an image's placeholder is one of the ids already
         tokens = len(ids) + len(question.images) * (self.processor.tokens_per_image - 1)

@@ -85,6 +85,7 @@ class Captions(Task):
     def __post_init__(self) -> None:
         super().__post_init__()
         try:
+            # before the model is loaded and answers for an hour
             import pycocoevalcap.cider.cider  # noqa: F401
         except ModuleNotFoundError as error:
             raise MissingPackage(
@@ -131,6 +132,7 @@ class Captions(Task):
 
     def metrics(self, lines: list[dict[str, Any]]) -> dict[str, float]:
         """Returns `bleu_1` to `bleu_4`, `rouge_l`, `cider`; a line's score becomes its CIDEr."""
+        # both by the same tokeniser
         expected = tokenized({line["id"]: line["expected"] for line in lines}, self.tokens)
         written = tokenized({line["id"]: [line["answer"]] for line in lines}, self.tokens)
         metrics, cider_by_image = caption_metrics(expected, written)

@@ -24,9 +24,11 @@ def anls(answer: str, answers: Sequence[str]) -> float:
     distances = []
     for expected in answers:
         distance = edit_distance(single_spaced(answer), single_spaced(expected), reduction="sum")
+        # at least 1: two empty texts are equal
         longer = max(len(answer), len(expected), 1)
         distances.append(int(distance) / longer)
     similarity = 1 - min(distances)
+    # below it an answer counts as wrong and not as badly read
     return similarity if similarity >= THRESHOLD else 0.0
 
 

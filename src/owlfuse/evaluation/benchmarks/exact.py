@@ -57,6 +57,7 @@ class ChatTask(Task):
             sample = self.source[record]
         except DataError as error:
             raise DataError(f"{self.file}: {error}") from error
+        # a benchmark's pictures are opened by `open_image` alone
         if sample.videos:
             raise DataError(
                 f"{where}: it has a video, and questions are asked about pictures alone"
@@ -78,6 +79,7 @@ class ExactMatch(ChatTask):
     def ask(self, record: Any, where: str) -> Iterator[Question]:
         """Yields the chat's questions, the prompt's words around the last text of each turn."""
         for sample, answer, kind in question_samples(self.sample(record, where), self.history):
+            # the question is the last turn, whatever stands before it
             *before, turn = sample.messages
             content = list(turn["content"])
             text_indices = [n for n, part in enumerate(content) if part["type"] == "text"]

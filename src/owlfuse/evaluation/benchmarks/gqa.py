@@ -35,6 +35,7 @@ class GQA(Task):
         identity, content = record
         where = f"{where} ({identity})"
         image = image_file(self.image_name, image_id=require_field(content, "imageId", str, where))
+        # the question's structural type, which accuracy is reported by
         kind = require_field(
             require_field(content, "types", dict, where),
             "structural",

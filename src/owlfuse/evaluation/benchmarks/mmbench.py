@@ -37,6 +37,7 @@ def letter_among(answer: str, options: dict[str, str]) -> str | None:
     An A among more than three words may be an article and is no letter, as in MMBench's script;
     VLMEvalKit takes it.
     """
+    # the punctuation that MMBench's script removes
     words = re.sub(r"[.()\[\],:;!*#{}]", " ", answer).split()
     named = [letter for letter in options if letter in words]
     if len(named) == 1 and not (named == ["A"] and len(words) > 3):
@@ -80,6 +81,7 @@ class MMBench(Task):
             where = f"{self.file}: line {self.lines.number(line)}"
             fields = cells(self.lines[line], where, column)
             self.rows[fields[column]] = line
+        # a file with rotations is not to be rotated again
         self.has_rotations = any(
             int(index) >= ROTATION_OFFSET for index in self.rows if index.isdigit()
         )
@@ -128,6 +130,7 @@ class MMBench(Task):
         index = str(question.images[0])
         where = f"{self.file}: index {index}"
         image = self.row(self.rows[index], where)["image"]
+        # rotations refer to the picture of the row they were made of
         if len(image) <= MAX_REFERENCE and image in self.rows:
             image = self.row(self.rows[image], where)["image"]
         try:

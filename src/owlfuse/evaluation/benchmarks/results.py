@@ -125,6 +125,7 @@ def results_of(
     listed_skips = []
     for record, reason in skipped[:MAX_LISTED_SKIPS]:
         listed_skips.append({"record": record, "reason": reason})
+    # their versions may change a score
     scorers = [package for package in ("torchmetrics", "pycocoevalcap") if find_spec(package)]
     return {
         "task": name,

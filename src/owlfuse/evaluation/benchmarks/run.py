@@ -42,6 +42,7 @@ def evaluate_task(folder: str, words: list[str]) -> None:
         DataError: a wrong file or record, more skips than may be.
     """
     start = time.monotonic()
+    # all mistakes of the command before the model is loaded
     options, task = read_options(words)
     model_dir = check_model(folder)
     ranks = Ranks()
@@ -124,6 +125,7 @@ def answer_share(
         for batch in loader:
             lines = [{"id": skip.question.id, "skipped": skip.reason} for skip in batch.skipped]
             lines += predict(model, task, batch)
+            # each batch at once, so that a stop loses one batch at most
             store.append(lines)
             # after the lines are on the disk: an evaluation that stops here goes on behind them
             if batch.skipped:
@@ -183,8 +185,10 @@ def finish(
         "ranks": ranks.count,
         "max_questions": options.max_questions,
     }
+    # beside the folder of predictions
     path = store.folder.with_name(f"{options.name}.json")
     results = results_of(str(options.name), metrics, counts, skipped, settings, run_options)
+    # the time is not part of the results that are printed
     write_json(path, {**results, "wall_s": round(seconds, 1)})
     print_results(results)
     print(visible(f"{path}, and each answer in {store.folder / 'predictions.jsonl'}"))

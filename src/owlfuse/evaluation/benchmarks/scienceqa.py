@@ -66,6 +66,7 @@ class ScienceQA(Task):
     def open(self) -> Sequence[Any]:
         """Returns the records of the file."""
         problems = read_json(self.file, dict)
+        # of the split, in the published order
         pids = require_texts(read_json(self.splits, dict), self.split, f"{self.splits}")
         if missing := [pid for pid in pids if pid not in problems]:
             raise DataError(

@@ -52,6 +52,7 @@ def without_punctuation(text: str) -> str:
     """Each mark goes where it stands beside a space anywhere in the text, or where a number has a
     comma; else it becomes a space. Periods go unless a digit follows (`processPunctuation` of VQA's
     vqaEval.py)."""
+    # of the whole text, as the official script does: 1,000 becomes 1000
     numeric = COMMA_IN_NUMBER.search(text) is not None
     out = text
     for mark in PUNCTUATION:
@@ -87,6 +88,7 @@ def agreement(answer: str, answers: Sequence[str]) -> float:
 def vqa_accuracy(answer: str, answers: Sequence[str]) -> float:
     """VQAv2's accuracy of an answer, 0 to 1 (github.com/GT-Vision-Lab/VQA, vqaEval.py). Nothing is
     normalised where all people gave the same answer, as there."""
+    # before the comparison, as the script does
     answer, answers = on_one_line(answer), [on_one_line(text) for text in answers]
     # as the official script does, an oddity that scores depend on
     if len(set(answers)) > 1:

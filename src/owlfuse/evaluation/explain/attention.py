@@ -73,6 +73,7 @@ def attention_to_pictures(
     # the backbone runs once, and its features are needed for patch_shares
     with evaluating(model), features_of(model.model.vision) as features:
         visual = model.encode(prompt, pixels)
+        # a prompt by itself has no padding, and may come without a mask
         mask = inputs.get("attention_mask")
         batch = model.batch(prompt, torch.ones_like(prompt) if mask is None else mask, visual)
         return maps_of(model.model, batch, visual, features[0], answer, layers)
@@ -112,6 +113,7 @@ def maps_of(
         shares = model.connector.patch_shares(features).float()
     except ValueError as error:
         raise DataError(f"connector: {error}") from error
+    # (N, P): tokens' weights go to the patches they are made of
     on_patches = torch.einsum("nq,nqp->np", weights.view(len(features), -1), shares)
     on_grid = on_patches[:, -grid[0] * grid[1] :].double().cpu()  # class tokens stand first
     if not on_grid.sum() > 0:
@@ -207,6 +209,7 @@ def grid_of(vision: Backbone) -> tuple[int, int]:
 
     Raises DataError where they are no rectangle.
     """
+    # (h, w) of the patches
     rows, columns = vision.grid
     if rows == 1 and columns > 1:  # a backbone's grid for tokens that are none
         name = type(vision.inner_model()).__name__

@@ -31,6 +31,7 @@ def overlay(picture: Image.Image, map: Tensor, peak: float | None = None) -> Ima
         map: (h, w), over the whole picture.
         peak: the density (see `density`) that is drawn lightest; by default the map's own highest.
     """
+    # relative to the highest, so that small maps are visible too
     level = density(map) / (peak or float(density(map).max()) or 1.0)
     colors = (colormaps[COLORS](level.clip(0, 1))[..., :3] * 255).round().astype(np.uint8)
     # NEAREST: a patch is one number, and smoothing would invent others
@@ -81,6 +82,7 @@ def side_by_side(
             overlay_axis.set_title(f"{float(maps[i].sum()):.0%} of the weight", fontsize=8)
     figure.suptitle(title_of(question, answer, len(order), len(maps), 46 * pairs), fontsize=10)
     legend(figure, axes, peak * len(maps))
+    # no pyplot: the demo draws in several threads
     canvas = FigureCanvasAgg(figure)
     figure.set_dpi(110)
     canvas.draw()

@@ -82,6 +82,7 @@ class Likelihoods:
         """(the answer's log-likelihood in nats, whether it is what greedy generation begins
         with) of each row."""
         batch = self.model.to_device(self.collator(items))
+        # logits of the answers alone: all of a batch would take much memory
         positions: Any = batch.supervised
         logits = self.model.model.model(batch, logits_to_keep=positions)
         targets = batch.targets()[positions]

@@ -69,6 +69,7 @@ class Owlfuse(lmms):
         SystemExit: with one line, for a wrong argument or folder.
     """
 
+    # lmms-eval asks which kind of requests a model takes
     is_simple = True
 
     def __init__(
@@ -83,6 +84,7 @@ class Owlfuse(lmms):
     ) -> None:
         super().__init__()
         self.accelerator = Accelerator()
+        # names that lmms-eval's base class reads
         self._rank, self._world_size = (
             self.accelerator.process_index,
             self.accelerator.num_processes,
@@ -124,6 +126,7 @@ class Owlfuse(lmms):
                 name, make_prompt, options = self.parse(request)
                 size = len(request.args[0])
                 parsed.append(Request(name, size, make_prompt, options, turns[name]))
+                # tasks may repeat a request for several samples, each with its own random numbers
                 turns[name] += 1
             return self.answer_all(parsed)
 

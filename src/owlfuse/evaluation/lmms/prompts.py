@@ -84,6 +84,7 @@ class PromptMaker:
         pictures: list[Image.Image] = []
         for message in messages:
             content = message["content"]
+            # doc_to_messages may give a text as it is
             if isinstance(content, str):
                 content = [{"type": "text", "text": content}]
             parts: list[Message] = []
