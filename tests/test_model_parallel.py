@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor
 
 from helpers import CONNECTORS, FUSIONS, VOCAB, llm_fields, model_node, perturb, policy
 from owlfuse.artifacts.export import export
-from owlfuse.artifacts.load import Trained, load_base
+from owlfuse.artifacts.load import TrainedModel, load_base
 from owlfuse.model.llm import load_llm
 from owlfuse.model.multimodal import build_model
 from owlfuse.parallel.sharding import build_for, keep_rows
@@ -110,7 +110,7 @@ def test_an_exported_base_is_resized_and_its_lora_folded_in(dtype, module, tmp_p
     parts = {"fusion": FUSIONS["hyperattention-adaptive"], "connector": CONNECTORS["abstractor"]}
     model, _ = build_model(model_node(**parts, adapter=LORA), VOCAB)
     perturb(model.parameters())
-    out = export(Trained(model.eval().to(dtype), None, None), tmp_path / "out")
+    out = export(TrainedModel(model.eval().to(dtype), None, None), tmp_path / "out")
     nodes = model_node(**parts)
     nodes["vision"] = {**nodes["vision"], "image_size": 48}
     size = VOCAB + 20

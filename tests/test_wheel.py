@@ -17,8 +17,9 @@ REPO = Path(__file__).resolve().parents[1]
 TINY = "{train_pictures: 24, val_pictures: 4, held_out_pictures: 4, text_train: 40, text_val: 4}"
 CONNECTOR = """
 from torch import nn
+from owlfuse.model.connectors.base import Connector
 
-class MeanConnector(nn.Module):
+class MeanConnector(Connector):
     def __init__(self, in_width, out_width, patches, grid):
         super().__init__()
         self.tokens = 1

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from owlfuse.data.chat.encoder import load_tokenizer
+from owlfuse.data.chat.tokenizer import load_tokenizer
 from owlfuse.evaluation.metrics import holds_answer
 from owlfuse.model.llm import load_llm
 

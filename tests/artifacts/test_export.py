@@ -243,16 +243,18 @@ def test_a_run_starts_from_an_export(name, train_run, tmp_path, work):
     assert all(torch.equal(weights[own], value) for own, value in base.named_parameters())
 
 
-def test_a_run_from_an_export_may_ask_for_checkpointing(train_run, tmp_path):
+def test_a_run_from_an_export_may_say_how_its_parts_compute(train_run, tmp_path):
     out = tmp_path / "out"
     exported(train_run, "shapes_owl1", out)
     asked = ["model.connector.gradient_checkpointing=true", "model.llm.gradient_checkpointing=true"]
+    asked.append("model.vision.chunk=4")
     config = compose(["experiment=shapes_owl1", f"init_from={out}", *asked])
     adopt_parts(config)
     nodes = OmegaConf.to_container(config.model, resolve=True)
     model, _ = build_model(nodes, 1, load_base(str(out), nodes, 1))
     assert model.connector.gradient_checkpointing
     assert model.llm.is_gradient_checkpointing
+    assert model.vision.chunk == 4
     nodes["connector"]["gradient_checkpointing"] = False
     assert not build_model(nodes, 1, model)[0].connector.gradient_checkpointing
 

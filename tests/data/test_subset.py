@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from owlfuse.core.types import Sample
 from owlfuse.data.subset import stratified_sample
-from owlfuse.evaluation.benchmarks.base import Question, spread
+from owlfuse.evaluation.benchmarks.base import Question, sample_units
 from owlfuse.evaluation.metrics import counts_of, sample_questions, score
 
 KINDS = ["color", "shape", "count", "position", "size", "presence"]
@@ -106,13 +106,13 @@ def test_a_benchmark_is_sampled_by_its_groups_and_a_unit_stays_whole(limit):
         for number in range(300)
         for rotation in range(4)
     ]
-    kept = spread(asked, limit)
+    kept = sample_units(asked, limit)
     units = Counter(question.unit for question in kept)
     assert len(units) == limit
     assert set(units.values()) == {4}
     groups = Counter(int(unit) % 3 for unit in units)
     assert max(groups.values()) - min(groups[group] for group in range(3)) <= 1
-    assert spread(asked, None) == spread(asked, 300) == asked
+    assert sample_units(asked, None) == sample_units(asked, 300) == asked
 
 
 @pytest.mark.parametrize("limit", [0, -3])

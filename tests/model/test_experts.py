@@ -7,7 +7,7 @@ import torch
 
 from helpers import VOCAB, make_batch, model_node, policy
 from owlfuse.artifacts.export import export
-from owlfuse.artifacts.load import Trained, load_exported
+from owlfuse.artifacts.load import TrainedModel, load_exported
 from owlfuse.model.llm import balancing_coefficient, load_llm
 from owlfuse.model.multimodal import build_model
 
@@ -119,7 +119,7 @@ def test_lora_of_fused_experts_is_trained_and_exported(name, merge, tmp_path):
     assert all(p.grad is None for n, p in model.llm.named_parameters() if ".lora_" not in n)
     tokenizer = None
     model.released = None
-    out = export(Trained(model, tokenizer, None), tmp_path / "out", merge=merge)
+    out = export(TrainedModel(model, tokenizer, None), tmp_path / "out", merge=merge)
     with torch.no_grad():
         torch.testing.assert_close(
             load_exported(out)[0].model(batch), expected, rtol=1e-4, atol=1e-4

@@ -26,7 +26,9 @@ from helpers import (
     policy,
     visual_tokens,
 )
+from owlfuse.model.connectors.linear import LinearConnector
 from owlfuse.model.multimodal import build_model, on_meta
+from owlfuse.model.vision.base import Backbone
 
 TEXT_ONLY = [[11, 12, 13, 14, 15], [21, 22, 23]]
 RESNET = {
@@ -252,7 +254,7 @@ def test_widths_and_counts_flow_from_backbone_to_llm(connector):
     assert model.connector.tokens == (model.vision.patches if connector is LINEAR else 5)
 
 
-class Shrinking(nn.Module):
+class Shrinking(Backbone):
     """A backbone of a user's that gives fewer tokens in training than it says."""
 
     width, patches, grid = 16, 4, (2, 2)
@@ -263,7 +265,8 @@ class Shrinking(nn.Module):
 
 def test_a_backbone_that_gives_other_tokens_than_it_says_is_an_error_and_not_a_shift():
     model = make_model("concat")
-    model.vision, model.connector = Shrinking(), nn.Linear(16, 32)
+    model.vision = Shrinking()
+    model.connector = LinearConnector(16, 32, 4, (2, 2))
     batch = make_batch(ROWS, model.fusion.tokens_per_image)
     model.vision.eval()
     assert model.encode(batch).tokens.shape[1] == 4

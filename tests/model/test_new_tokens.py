@@ -57,7 +57,7 @@ def test_of_a_table_that_is_not_trained_only_the_new_rows_change(tied, name, kin
         batch = make_batch(ROWS, model.fusion.tokens_per_image)
         optimizer.zero_grad()
         loss_of(model(batch), batch).backward()
-        for table, rows in model.limited():
+        for table, rows in model.row_limits():
             keep_rows(table, rows)
         optimizer.step()
     after = model.llm.state_dict()

@@ -13,7 +13,7 @@ from PIL import Image
 from helpers import llm_fields, model_node
 from owlfuse.__main__ import main
 from owlfuse.artifacts.export import export
-from owlfuse.artifacts.load import Trained, load_exported, processor_of, wrap
+from owlfuse.artifacts.load import TrainedModel, load_exported, make_processor, wrap
 from owlfuse.core.errors import DataError
 from owlfuse.core.terminal import visible
 from owlfuse.core.types import Sample
@@ -41,7 +41,7 @@ def trained(tmp_path_factory):
     model = build_model(
         model_node("hyperattention-adaptive", llm=llm_fields("qwen2")), len(tokenizer)
     )[0].eval()
-    return Trained(model, tokenizer, None)
+    return TrainedModel(model, tokenizer, None)
 
 
 @pytest.fixture(scope="module")
@@ -122,7 +122,7 @@ def test_an_image_mark_is_where_a_picture_stands_and_escaped_it_is_a_word(traine
     its mark."""
     encoder = ChatEncoder(copy.deepcopy(trained.tokenizer), trained.model.fusion.tokens_per_image)
     conversation = Conversation(
-        wrap(trained), processor_of(trained), max_new_tokens=3, do_sample=False
+        wrap(trained), make_processor(trained), max_new_tokens=3, do_sample=False
     )
     conversation.next_pictures.append(Image.new("RGB", (50, 40), "red"))
     said = conversation.ask(r"Write \<image> beside <image> here.", lambda piece: None)
@@ -161,7 +161,7 @@ def test_a_mistake_is_told_and_the_conversation_goes_on(folder, capsys, monkeypa
 
 def test_ctrl_c_stops_the_answer_and_keeps_what_was_said(trained):
     conversation = Conversation(
-        wrap(trained), processor_of(trained), max_new_tokens=50, do_sample=False
+        wrap(trained), make_processor(trained), max_new_tokens=50, do_sample=False
     )
     conversation.model.generation_config.suppress_tokens = [trained.tokenizer.eos_token_id]
     pieces = []

@@ -17,9 +17,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from owlfuse.core.types import Batch, VisualTokens
+from owlfuse.model.connectors.base import Connector
 from owlfuse.model.fusion.base import Fusion
 from owlfuse.model.llm import load_llm
 from owlfuse.model.multimodal import MultimodalLM, build_model, make_part
+from owlfuse.model.vision.base import Backbone
 
 REPO = Path(__file__).resolve().parents[2]
 VOCAB = 97
@@ -172,7 +174,7 @@ def fused_llm(fusion: dict[str, Any], llm: dict[str, Any], tokens: int) -> Multi
     parts = {"fusion": fusion, "llm": {"_target_": "owlfuse.model.llm.load_llm", "config": llm}}
     attached: Fusion = make_part("fusion", parts, connector_tokens=tokens)
     loaded: PreTrainedModel = make_part("llm", parts, vocab_size=VOCAB)
-    return MultimodalLM(nn.Identity(), nn.Identity(), attached, loaded).eval()
+    return MultimodalLM(Backbone(), Connector(), attached, loaded).eval()
 
 
 def plain_llm(model: MultimodalLM, llm: dict[str, Any]) -> PreTrainedModel:

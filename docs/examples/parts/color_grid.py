@@ -3,10 +3,10 @@
 import torch
 from torch import Tensor, nn
 
-from owlfuse.model.vision.backbone import Preprocessing
+from owlfuse.model.vision.base import Backbone, Preprocessing
 
 
-class ColorGrid(nn.Module):
+class ColorGrid(Backbone):
     """A backbone of one layer: the mean and the variance of the colors in each cell of a grid,
     projected.
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from owlfuse.core.files import read_json
-from owlfuse.evaluation.benchmarks.base import Question, Task, mean, value
+from owlfuse.evaluation.benchmarks.base import Question, Task, mean, require_field
 
 
 @dataclass(kw_only=True)
@@ -28,13 +28,13 @@ class Counting(Task):
 
     def ask(self, record: Any, where: str) -> Iterator[Question]:
         """See `Task`."""
-        image = value(record, "image", str, where)
-        messages = self.asked(value(record, "question", str, where), [image])
+        image = require_field(record, "image", str, where)
+        messages = self.user_turn(require_field(record, "question", str, where), [image])
         yield Question(
-            str(value(record, "id", (int, str), where)),
+            str(require_field(record, "id", (int, str), where)),
             messages,
             [image],
-            value(record, "number", int, where),
+            require_field(record, "number", int, where),
         )
 
     def distance(self, line: dict[str, Any]) -> int:

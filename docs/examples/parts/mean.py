@@ -2,8 +2,10 @@
 
 from torch import Tensor, nn
 
+from owlfuse.model.connectors.base import Connector
 
-class MeanConnector(nn.Module):
+
+class MeanConnector(Connector):
     """One visual token an image: the mean of its patches, projected."""
 
     def __init__(self, in_width: int, out_width: int, patches: int, grid: tuple[int, int]) -> None:

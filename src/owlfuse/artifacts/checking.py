@@ -1,5 +1,5 @@
-"""What is looked at in a model's folder before anything of it is built: its JSON files, and the
-headers of its weights."""
+"""Checks of a model's folder before anything of it is built: of its JSON files, and of the headers
+of its weights."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ MAX_TABLE = 512 * 2**20
 """Bytes of a tokenizer or of an index of shards; the largest tokenizers have 40 MB."""
 MAX_TEMPLATE = 2**20
 """Bytes of a chat template; the longest have 20 KB."""
+TABLE_FILES = ("tokenizer.json", "vocab.json", "added_tokens.json")
 TEMPLATE_KEYS = ("chat_template", "template")
 FORBIDDEN = {
     "auto_map": "names code to run",
@@ -35,54 +36,51 @@ FORBIDDEN = {
 why they are refused."""
 KERNEL_KEY = re.compile(r"_?(attn|experts)_implementation(_internal)?")
 """Keys whose value may be a kernel of the hub, which is code."""
-COUNTED = re.compile(r"(^|_)(n_)?(layers?|depths?|blocks?|experts?|stages?|repeats?)$")
+COUNT_KEY = re.compile(r"(^|_)(n_)?(layers?|depths?|blocks?|experts?|stages?|repeats?)$")
 """Keys that say how many modules are built."""
-QUICK = 1000
+ALWAYS_ALLOWED = 1000
 """Modules that are built within seconds, whatever the weights hold."""
 ADAPTER_KEYS = {
-    *(
-        "peft_type",
-        "task_type",
-        "peft_version",
-        "base_model_name_or_path",
-        "revision",
-        "inference_mode",
-        "r",
-        "lora_alpha",
-    ),
-    *(
-        "lora_dropout",
-        "target_modules",
-        "target_parameters",
-        "exclude_modules",
-        "rank_pattern",
-        "alpha_pattern",
-        "bias",
-    ),
-    *(
-        "fan_in_fan_out",
-        "use_rslora",
-        "use_dora",
-        "lora_bias",
-        "modules_to_save",
-        "init_lora_weights",
-        "layers_pattern",
-    ),
-    *("layers_to_transform", "trainable_token_indices", "ensure_weight_tying"),
+    "peft_type",
+    "task_type",
+    "peft_version",
+    "base_model_name_or_path",
+    "revision",
+    "inference_mode",
+    "r",
+    "lora_alpha",
+    "lora_dropout",
+    "target_modules",
+    "target_parameters",
+    "exclude_modules",
+    "rank_pattern",
+    "alpha_pattern",
+    "bias",
+    "fan_in_fan_out",
+    "use_rslora",
+    "use_dora",
+    "lora_bias",
+    "modules_to_save",
+    "init_lora_weights",
+    "layers_pattern",
+    "layers_to_transform",
+    "trainable_token_indices",
+    "ensure_weight_tying",
 }
 """Keys of an adapter_config.json that say which layers have an update and of which size. Others
 name modules to import or files to read, and are refused unless they are empty."""
 BUILD_ERRORS = (
-    *(
-        ArithmeticError,
-        AssertionError,
-        AttributeError,
-        ImportError,
-        LookupError,
-        MemoryError,
-        NotImplementedError,
-    ),
-    *(OSError, RuntimeError, StrictDataclassError, TypeError, ValueError),
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    ImportError,
+    LookupError,
+    MemoryError,
+    OSError,
+    RuntimeError,
+    StrictDataclassError,
+    TypeError,
+    ValueError,
 )
 """What timm, transformers and torch raise for numbers that make no model."""
 
@@ -92,6 +90,7 @@ def check_files(folder: Path) -> None:
 
     Raises DataError with the file and what is wrong.
     """
+    # transformers would load the base model that it names
     if (folder / "adapter_config.json").exists():
         file = folder / "adapter_config.json"
         raise DataError(
@@ -99,12 +98,9 @@ def check_files(folder: Path) -> None:
             "the file"
         )
     for file in sorted(folder.glob("*.json")):
-        is_table = file.name in (
-            "tokenizer.json",
-            "vocab.json",
-            "added_tokens.json",
-        ) or file.name.endswith(".index.json")
+        is_table = file.name in TABLE_FILES or file.name.endswith(".index.json")
         content = read_json(file, limit=MAX_TABLE if is_table else MAX_CONFIG)
+        # a tokenizer's keys are tokens, and any word may be one
         if file.name != "tokenizer.json":
             check_object(content, file)
     for file in sorted(folder.rglob("*.jinja")):
@@ -113,6 +109,7 @@ def check_files(folder: Path) -> None:
 
 def check_object(content: dict[str, Any], file: Path) -> None:
     """Checks one JSON file's keys. Raises DataError."""
+    # nested keys, too: transformers reads sub-configurations
     for path, node in nodes_of(content, ""):
         prefix = f"{path}." if path else ""
         for key, value in node.items():
@@ -120,6 +117,7 @@ def check_object(content: dict[str, Any], file: Path) -> None:
                 raise DataError(
                     f"{file}: {prefix}{key}: {FORBIDDEN[key]}; such a folder is not read"
                 )
+            # a plain name is a kernel of transformers itself
             if KERNEL_KEY.fullmatch(key) and "/" in str(value):
                 raise DataError(
                     f"{file}: {prefix}{key} is {str(value)[:80]}, a kernel of the hub; such a "
@@ -136,82 +134,87 @@ def check_template(text: str, where: str) -> None:
             f"{where}: a chat template of {len(text):,} characters, over the limit of "
             f"{MAX_TEMPLATE:,}"
         )
-    # transformers' own block, which marks answers
+    # transformers' own block, which marks answers, and which jinja does not know
     plain = re.sub(r"{%-?\s*(end)?generation\s*-?%}", "", text)
     try:
         Environment(extensions=["jinja2.ext.loopcontrols"]).parse(plain)
     except (TemplateSyntaxError, RecursionError) as error:
-        reason = (
-            f"line {error.lineno}: {error.message}"
-            if isinstance(error, TemplateSyntaxError)
-            else "nested too deep"
-        )
+        reason = "nested too deep"
+        if isinstance(error, TemplateSyntaxError):
+            reason = f"line {error.lineno}: {error.message}"
         raise DataError(f"{where}: no chat template: {reason}") from None
 
 
 def check_counts(config: dict[str, Any], file: Path, shapes: dict[str, tuple[int, ...]]) -> None:
-    """Checks that no more layers are asked for than the weights hold, before any is built. Raises
-    DataError.
+    """Checks that a configuration has no more layers than the weights hold, before any is built.
+    Raises DataError.
 
     Args:
         shapes: of the weights by name, from the files' headers.
     """
-    most = max(QUICK, len(shapes))
+    # each layer, block or expert has at least one tensor
+    most = max(ALWAYS_ALLOWED, len(shapes))
     for path, node in nodes_of(config, ""):
         for key, value in node.items():
-            if not COUNTED.search(str(key)):
+            if not COUNT_KEY.search(str(key)):
                 continue
             numbers = value if isinstance(value, list) else [value]
             if any(isinstance(number, int | float) and number > most for number in numbers):
-                full = f"{path}.{key}" if path else key
+                full_key = f"{path}.{key}" if path else key
                 raise DataError(
-                    f"{file}: {full} is {str(value)[:80]}, and the weights have {len(shapes):,} "
-                    "tensors in all"
+                    f"{file}: {full_key} is {str(value)[:80]}, and the weights have "
+                    f"{len(shapes):,} tensors in all"
                 )
     text_config = config.get("text_config")
-    asked = text_config.get("num_hidden_layers") if isinstance(text_config, dict) else None
-    indices = {
-        match[1] for name in shapes if (match := re.match(r"model\.llm\.[^\d]*\.(\d+)\.", name))
-    }
-    if isinstance(asked, int) and indices and asked != len(indices):
+    # transformers builds as many layers before it looks at the weights
+    layers = text_config.get("num_hidden_layers") if isinstance(text_config, dict) else None
+    indices = set()
+    for name in shapes:
+        if match := re.match(r"model\.llm\.[^\d]*\.(\d+)\.", name):
+            indices.add(match[1])
+    if isinstance(layers, int) and indices and layers != len(indices):
         raise DataError(
-            f"{file}: text_config.num_hidden_layers is {asked:,}, and the weights have "
+            f"{file}: text_config.num_hidden_layers is {layers:,}, and the weights have "
             f"{len(indices):,} layers"
         )
 
 
 def check_shapes(
-    wrapped: Any, folder: Path, shapes: dict[str, tuple[int, ...]], tied: dict[str, str]
+    wrapped: Any,
+    folder: Path,
+    shapes: dict[str, tuple[int, ...]],
+    tied: dict[str, str],
 ) -> None:
-    """Checks the weights' names and shapes against a model without memory, before memory is asked
-    for. Raises DataError.
+    """Checks the weights' names and shapes against a model without memory, before memory is
+    allocated. Raises DataError.
 
     Args:
         tied: names that stand for others, which the files need not hold.
     """
     state = wrapped.state_dict()
-    # transformers keeps these under other names
+    # transformers saves these under other names, so that only their total size can be compared
     if set(revert_weight_conversion(wrapped, dict(state))) != set(state):
-        wanted, present = (
-            sum(map(prod, each)) for each in ([t.shape for t in state.values()], shapes.values())
-        )
-        if wanted > 2 * present:
+        model_numel = sum(tensor.numel() for tensor in state.values())
+        file_numel = sum(map(prod, shapes.values()))
+        # twice: tied weights are saved once
+        if model_numel > 2 * file_numel:
             raise DataError(
-                f"{folder}: config.json describes {wanted:,} numbers, and the weights have "
-                f"{present:,}"
+                f"{folder}: config.json describes {model_numel:,} numbers, and the weights have "
+                f"{file_numel:,}"
             )
         return
-    missing = {name for name in set(state) - set(shapes) if tied.get(name) not in shapes}
-    wrong = [f"{name} (missing)" for name in missing]
-    wrong += [f"{name} (unexpected)" for name in set(shapes) - set(state)]
-    for name in set(state) & set(shapes):
-        expected = tuple(state[name].shape)
-        if shapes[name] != expected:
-            wrong.append(f"{name} {shapes[name]}, expected {expected} (mismatched)")
-    if wrong:
-        listed = ", ".join(sorted(wrong)[:8]) + (
-            f" and {len(wrong) - 8} more" if len(wrong) > 8 else ""
-        )
+    problems = [f"{name} (unexpected)" for name in set(shapes) - set(state)]
+    for name, tensor in state.items():
+        expected = tuple(tensor.shape)
+        if name not in shapes:
+            if tied.get(name) not in shapes:
+                problems.append(f"{name} (missing)")
+        elif shapes[name] != expected:
+            problems.append(f"{name} {shapes[name]}, expected {expected} (mismatched)")
+    if problems:
+        listed = ", ".join(sorted(problems)[:8])
+        if len(problems) > 8:
+            listed += f" and {len(problems) - 8} more"
         raise DataError(f"{folder}: the weights do not fit config.json: {listed}; export it anew")
 
 
@@ -224,15 +227,13 @@ def check_adapter(folder: Path) -> None:
         raise DataError(
             f"{file}: peft_type is {str(content.get('peft_type'))[:40]}, and owlfuse exports LORA"
         )
-    if strange := [
-        key
-        for key, value in content.items()
-        if key not in ADAPTER_KEYS and not is_default(key, value)
-    ]:
-        raise DataError(
-            f"{file}: {strange[0]}: no key of an adapter that owlfuse exports; such a folder is "
-            "not read"
-        )
+    for key, value in content.items():
+        if key not in ADAPTER_KEYS and not is_default(key, value):
+            raise DataError(
+                f"{file}: {key}: no key of an adapter that owlfuse exports; such a folder is not "
+                "read"
+            )
+    # strings name methods that read other files
     if not isinstance(content.get("init_lora_weights", True), bool):
         raise DataError(
             f"{file}: init_lora_weights is {content['init_lora_weights']!r}, expected true or false"
@@ -244,13 +245,13 @@ def check_adapter(folder: Path) -> None:
 
 
 def is_default(key: str, value: Any) -> bool:
-    """Whether peft's LoraConfig has the value by itself, which says nothing."""
+    """Returns whether a value is empty or the default of peft's LoraConfig."""
     default = LoraConfig().to_dict()
     return not value or (key in default and default[key] == value)
 
 
 def header_shapes(files: list[Path]) -> dict[str, tuple[int, ...]]:
-    """Shapes of the tensors in safetensors files by name, read from the headers."""
+    """Returns the shapes of the tensors in safetensors files by name, read from the headers."""
     shapes = {}
     for path in files:
         with safe_open(path, "pt") as file:
@@ -259,16 +260,21 @@ def header_shapes(files: list[Path]) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
+def error_reason(error: Exception) -> str:
+    """Returns an error's message on one line, cut off; its class where it has no message."""
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
 @contextmanager
-def describing(file: Path) -> Iterator[None]:
-    """Makes what timm, transformers and torch raise for wrong numbers or names a DataError that
-    names the file."""
+def build_errors(file: Path) -> Iterator[None]:
+    """Turns what timm, transformers and torch raise for wrong numbers or names into a DataError
+    that names the file."""
     try:
         yield
-    except DataError:
-        raise
-    except torch.OutOfMemoryError:
+    # the first says what is wrong already; the second, a RuntimeError, is no fault of the file
+    except (DataError, torch.OutOfMemoryError):
         raise
     except BUILD_ERRORS as error:
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise DataError(f"{file} describes no model that can be built: {reason}") from error
+        raise DataError(
+            f"{file} describes no model that can be built: {error_reason(error)}"
+        ) from error

@@ -1,6 +1,6 @@
 """`owlfuse export` and `owlfuse import`.
 
-Heavy imports stay inside, so that a mistake is told at once.
+Heavy imports stay inside, so that mistakes are reported at once.
 """
 
 from __future__ import annotations
@@ -16,24 +16,22 @@ from owlfuse.core.progress import quiet_libraries
 from owlfuse.core.terminal import visible
 
 if TYPE_CHECKING:
-    from owlfuse.artifacts.load import Trained
+    from owlfuse.artifacts.load import TrainedModel
 
 LAYOUTS = ("owlfuse", "released")
 
 
-def read_options(words: list[str], known: dict[str, str]) -> dict[str, str]:
-    """`key=value` words over the defaults, `max_shard_size` among them.
+def read_options(words: list[str], defaults: dict[str, str]) -> dict[str, str]:
+    """Returns `key=value` words over the defaults, `max_shard_size` among them.
 
-    Raises ConfigError with the known keys.
+    Raises ConfigError with the possible keys.
     """
-    options = dict(known)
+    options = dict(defaults)
     for word in words:
         key, sep, value = word.partition("=")
-        if not sep or key not in known:
-            raise ConfigError(
-                f"command line: {word}: not an option; the options are "
-                f"{', '.join(f'{k}=' for k in known)}"
-            )
+        if not sep or key not in defaults:
+            keys = ", ".join(f"{name}=" for name in defaults)
+            raise ConfigError(f"command line: {word}: not an option; the options are {keys}")
         options[key] = value
     size = options["max_shard_size"]
     if not re.fullmatch(r"0*[1-9]\d*[KMGT]B", size):
@@ -44,10 +42,10 @@ def read_options(words: list[str], known: dict[str, str]) -> dict[str, str]:
 
 
 def export_command(source: str, out: str, words: list[str]) -> None:
-    """A run, or a folder that was exported or imported, into OUT. Raises ConfigError, DataError."""
-    options = read_options(
-        words, {"merge": "false", "layout": "owlfuse", "max_shard_size": "5GB", "which": "last"}
-    )
+    """Exports a run, or a folder that was exported or imported, to OUT. Raises ConfigError,
+    DataError."""
+    defaults = {"merge": "false", "layout": "owlfuse", "max_shard_size": "5GB", "which": "last"}
+    options = read_options(words, defaults)
     if options["merge"] not in ("true", "false"):
         raise ConfigError(f"command line: merge={options['merge']}: true or false")
     if options["layout"] not in LAYOUTS:
@@ -57,7 +55,7 @@ def export_command(source: str, out: str, words: list[str]) -> None:
 
 @quiet_libraries()
 def write_export(folder: Path, out: str, options: dict[str, str]) -> None:
-    """The model of a folder into OUT, as the options of `owlfuse export` say."""
+    """Writes the model of a folder to OUT, as the options of `owlfuse export` say."""
     from owlfuse.artifacts.export import export
     from owlfuse.artifacts.load import ADAPTER
     from owlfuse.artifacts.lora import merge_lora
@@ -65,6 +63,7 @@ def write_export(folder: Path, out: str, options: dict[str, str]) -> None:
 
     trained = read_trained(folder, options["which"])
     merge, shards = options["merge"] == "true", options["max_shard_size"]
+    # the released layout has no place for adapters
     if options["layout"] == "released":
         if merge:
             merge_lora(trained.model)
@@ -73,12 +72,16 @@ def write_export(folder: Path, out: str, options: dict[str, str]) -> None:
         return
     export(trained, Path(out), merge=merge, max_shard_size=shards, source=folder.name)
     if (Path(out).expanduser() / ADAPTER).is_dir():
-        print(
-            visible(
-                f"the LoRA adapter is in {out}/{ADAPTER}, and {out}'s weights are those without "
-                "it; merge=true folds it in"
-            )
+        adapter_note = (
+            f"the LoRA adapter is in {out}/{ADAPTER}, and {out}'s weights are those without it; "
+            "merge=true folds it in"
         )
+        print(visible(adapter_note))
+    print_next_steps(out)
+
+
+def print_next_steps(out: str) -> None:
+    """Prints what can be done with an exported folder."""
     print(
         visible(
             f"{out}: chat with it by `owlfuse chat {out}`, start a run from it by init_from={out}"
@@ -87,35 +90,31 @@ def write_export(folder: Path, out: str, options: dict[str, str]) -> None:
 
 
 def import_command(source: str, out: str, words: list[str]) -> None:
-    """A released mPLUG-Owl into OUT. Raises ConfigError, DataError."""
+    """Imports a released mPLUG-Owl to OUT. Raises ConfigError, DataError."""
     options = read_options(words, {"max_shard_size": "5GB"})
     write_import(check_released(Path(source)), out, options["max_shard_size"])
 
 
 @quiet_libraries()
 def write_import(folder: Path, out: str, max_shard_size: str) -> None:
-    """A folder's released model into OUT, and how far it is from the released code's numbers,
-    where they lie beside it."""
+    """Writes a folder's released model to OUT, and prints how far it is from the released code's
+    numbers, where the folder has them."""
     from owlfuse.artifacts.importing import import_released
 
     differences = import_released(folder, Path(out), max_shard_size)
     for name, value in differences.items():
         print(visible(f"largest difference from io.safetensors, {name}: {value:.2e}"))
-    print(
-        visible(
-            f"{out}: chat with it by `owlfuse chat {out}`, start a run from it by init_from={out}"
-        )
-    )
+    print_next_steps(out)
 
 
-def read_trained(folder: Path, which: str = "last") -> Trained:
+def read_trained(folder: Path, which: str = "last") -> TrainedModel:
     """The model of a run or of an exported folder."""
-    from owlfuse.artifacts.load import Trained, load_exported, load_run
+    from owlfuse.artifacts.load import TrainedModel, load_exported, load_run
 
     if (folder / "config.yaml").exists():
         return load_run(folder, which)
     check_which(which, of_run=False)
     wrapped, processor = load_exported(check_exported(folder))
     if processor is None:
-        return Trained(wrapped.model, None, None)
-    return Trained(wrapped.model, processor.tokenizer, None, processor.image_token)
+        return TrainedModel(wrapped.model, None, None)
+    return TrainedModel(wrapped.model, processor.tokenizer, None, processor.image_token)

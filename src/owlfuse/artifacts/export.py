@@ -10,17 +10,74 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from owlfuse.artifacts.load import ADAPTER, RELEASED, Trained, processor_of, wrap
+from jinja2 import Environment
+
+from owlfuse.artifacts.load import ADAPTER, RELEASED, TrainedModel, make_processor, wrap
 from owlfuse.artifacts.lora import merge_lora, save_lora, without_lora
 from owlfuse.artifacts.released.saving import write_record
 from owlfuse.core.files import atomic_directory
 from owlfuse.model.multimodal import MultimodalLM
 
+CARD = """\
+---
+library_name: transformers
+pipeline_tag: image-text-to-text
+tags: [owlfuse]
+---
+
+# A vision-language model of owlfuse
+
+{% if source %}
+From {{ source }}.
+
+{% endif %}
+| part | |
+|---|---|
+| vision | {{ vision }} |
+| connector | {{ connector }} |
+| fusion | {{ fusion }} |
+| llm | {{ llm }} |
+| parameters | {{ parameters }} |
+
+{% if results %}
+## Results after {{ results.steps }} steps
+
+| metric | value |
+|---|---|
+{% for name, value in metrics.items() %}
+| {{ name }} | {{ value }} |
+{% endfor %}
+
+{% endif %}
+## Use
+
+```python
+import owlfuse.artifacts.hf  # registers the model
+from transformers import pipeline
+
+answer = pipeline("image-text-to-text", model="THIS_FOLDER")
+content = [{"type": "image", "path": "a.png"}, {"type": "text", "text": "What is in the picture?"}]
+print(answer(text=[{"role": "user", "content": content}], return_full_text=False))
+```
+{% if has_adapter %}
+
+The weights are those *without* the LoRA adapter in `adapter/`. `owlfuse.load` and `owlfuse chat` \
+apply it; with
+transformers: `PeftModel.from_pretrained(AutoModelForImageTextToText.from_pretrained(FOLDER), \
+FOLDER/adapter)`.
+{% endif %}
+"""
+"""README.md of an export, a jinja template."""
+
 
 def export(
-    trained: Trained, out: Path, merge: bool = False, max_shard_size: str = "5GB", source: str = ""
+    trained: TrainedModel,
+    out: Path,
+    merge: bool = False,
+    max_shard_size: str = "5GB",
+    source: str = "",
 ) -> Path:
-    """Writes OUT, whole or not at all.
+    """Writes OUT atomically.
 
     Args:
         merge: fold LoRA's updates into the weights; else they are written apart, in `adapter/`.
@@ -40,7 +97,7 @@ def export(
         if not merge:
             save_lora(wrapped, folder / ADAPTER)
         if trained.tokenizer is not None:
-            processor_of(trained).save_pretrained(folder)
+            make_processor(trained).save_pretrained(folder)
         if released := model.released:
             write_record(released, folder / RELEASED)
         (folder / "README.md").write_text(
@@ -50,79 +107,29 @@ def export(
 
 
 def model_card(
-    model: MultimodalLM, results: dict[str, Any] | None, source: str, has_adapter: bool
+    model: MultimodalLM,
+    results: dict[str, Any] | None,
+    source: str,
+    has_adapter: bool,
 ) -> str:
-    """The card's text: what the model is made of, its results, and how to use it."""
+    """Returns the card's text: what the model is made of, its results, and how to use it."""
     nodes = model.nodes or {}
     vision = (nodes.get("vision") or {}).get("name", type(model.vision).__name__)
-    size = sum(p.numel() for p in model.parameters())
-    rows = {
-        "vision": vision,
-        "connector": type(model.connector).__name__,
-        "fusion": " ".join(
-            filter(None, [type(model.fusion).__name__, (nodes.get("fusion") or {}).get("gate")])
-        ),
-        "llm": type(model.llm).__name__,
-        "parameters": f"{size:,}",
-    }
-    lines = [
-        "---",
-        "library_name: transformers",
-        "pipeline_tag: image-text-to-text",
-        "tags: [owlfuse]",
-        "---",
-        "",
-    ]
-    lines += [
-        "# A vision-language model of owlfuse",
-        "",
-        *([f"From {source}.", ""] if source else []),
-    ]
-    lines += [
-        "| part | |",
-        "|---|---|",
-        *(f"| {name} | {value} |" for name, value in rows.items()),
-        "",
-    ]
+    gate = (nodes.get("fusion") or {}).get("gate")
+    fusion = type(model.fusion).__name__
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    metrics = {}
     if results is not None:
-        lines += [
-            f"## Results after {results['steps']} steps",
-            "",
-            "| metric | value |",
-            "|---|---|",
-        ]
-        lines += [f"| {name} | {value:.4g} |" for name, value in results["metrics"].items()] + [""]
-    lines += ["## Use", "", "```python"]
-    lines += [
-        "import owlfuse.artifacts.hf  # registers the model",
-        "from transformers import pipeline",
-        "",
-    ]
-    lines += ['answer = pipeline("image-text-to-text", model="THIS_FOLDER")']
-    lines += [
-        (
-            'content = [{"type": "image", "path": "a.png"}, {"type": "text", "text": "What is in '
-            "the "
-            'picture?"}]'
-        )
-    ]
-    lines += [
-        'print(answer(text=[{"role": "user", "content": content}], return_full_text=False))',
-        "```",
-        "",
-    ]
-    if has_adapter:
-        lines += [
-            (
-                "The weights are those *without* the LoRA adapter in `adapter/`. `owlfuse.load` "
-                "and "
-                "`owlfuse chat` apply it; with"
-            ),
-            (
-                "transformers: "
-                "`PeftModel.from_pretrained(AutoModelForImageTextToText.from_pretrained(FOLDER), "
-                "FOLDER/adapter)`."
-            ),
-            "",
-        ]
-    return "\n".join(lines)
+        metrics = {name: f"{value:.4g}" for name, value in results["metrics"].items()}
+    template = Environment(trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True)
+    return template.from_string(CARD).render(
+        source=source,
+        vision=vision,
+        connector=type(model.connector).__name__,
+        fusion=f"{fusion} {gate}" if gate else fusion,
+        llm=type(model.llm).__name__,
+        parameters=f"{parameters:,}",
+        results=results,
+        metrics=metrics,
+        has_adapter=has_adapter,
+    )

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 from owlfuse.artifacts.export import export
-from owlfuse.artifacts.load import Trained
+from owlfuse.artifacts.load import TrainedModel
 from owlfuse.artifacts.released.inputs import reference_logits, reference_loss
 from owlfuse.artifacts.released.loading import load
 from owlfuse.core.errors import DataError
@@ -47,37 +47,36 @@ TEMPLATES = {
 
 
 def import_released(folder: Path, out: Path, max_shard_size: str = "5GB") -> dict[str, float]:
-    """Writes OUT. Where an io.safetensors lies beside the weights, the largest difference from its
-    logits, and that of the loss, are returned."""
+    """Writes OUT. Returns the largest difference from the logits of an io.safetensors, and that of
+    the loss; nothing where there is no such file beside the weights."""
     model = load(folder)
-    differences = (
-        compare(model, folder / "io.safetensors") if (folder / "io.safetensors").exists() else {}
-    )
-    tokenizer, image_token = tokenizer_of(folder, model.released)
-    trained = Trained(model, tokenizer, None, image_token)
-    export(
-        trained,
-        out,
-        max_shard_size=max_shard_size,
-        source=f"{folder.name}, a released {model.released.family}",
-    )
+    io_file = folder / "io.safetensors"
+    # before the export, so that a wrong reading is seen by its numbers
+    differences = compare(model, io_file) if io_file.exists() else {}
+    tokenizer, image_token = load_released_tokenizer(folder, model.released)
+    trained = TrainedModel(model, tokenizer, None, image_token)
+    source = f"{folder.name}, a released {model.released.family}"
+    export(trained, out, max_shard_size=max_shard_size, source=source)
     return differences
 
 
 @torch.inference_mode()
 def compare(model: Any, io_file: Path) -> dict[str, float]:
-    """Largest absolute differences from what the released code gave."""
+    """Returns the largest absolute differences from the released code's results."""
     io = load_file(io_file)
+    # logits of padding differ, and mean nothing
     valid = io["valid"].bool()
-    differences = {"logits": (reference_logits(model, io) - io["logits"]).abs()[valid].max().item()}
+    logit_errors = (reference_logits(model, io) - io["logits"]).abs()
+    differences = {"logits": logit_errors[valid].max().item()}
     if "loss" in io:
-        differences["loss"] = (reference_loss(model, io) - io["loss"]).abs().max().item()
+        loss_errors = (reference_loss(model, io) - io["loss"]).abs()
+        differences["loss"] = loss_errors.max().item()
     return differences
 
 
-def tokenizer_of(folder: Path, released: Any) -> tuple[Any, str]:
-    """The folder's tokenizer and the token that stands for an image; no tokenizer where the folder
-    has none.
+def load_released_tokenizer(folder: Path, released: Any) -> tuple[Any, str]:
+    """Returns the folder's tokenizer, None where it has none, and the token that stands for an
+    image.
 
     Raises:
         DataError: a tokenizer that cannot be read, or lacks the image token that config.json names.
@@ -92,14 +91,14 @@ def tokenizer_of(folder: Path, released: Any) -> tuple[Any, str]:
         ) from error
     image_token = IMAGE
     if released.image_token_id is not None:
-        found: Any = tokenizer.convert_ids_to_tokens(released.image_token_id)
-        if found is None:
+        token: Any = tokenizer.convert_ids_to_tokens(released.image_token_id)
+        if token is None:
             raise DataError(
                 f"the tokenizer of {folder} has {len(tokenizer)} tokens, and config.json's "
-                "image_token_id is "
-                f"{released.image_token_id}; take the tokenizer of that model"
+                f"image_token_id is {released.image_token_id}; take the tokenizer of that model"
             )
-        image_token = found
+        image_token = token
+    # released tokenizers come without one, their prompts being in the released code
     if not tokenizer.chat_template:
         if released.family not in TEMPLATES:
             raise DataError(

@@ -12,81 +12,75 @@ from owlfuse.config.build import to_dict
 from owlfuse.config.compose import compose, origin_of
 from owlfuse.core.errors import ConfigError, DataError
 from owlfuse.core.folder_kinds import check_exported
+from owlfuse.model.parts import compute_only, loading_options
 
 
 def adopt_parts(config: DictConfig) -> None:
-    """Puts the parts of the folder `init_from` into the configuration, in place of those it has by
-    default. Only the size of the pictures may be asked for anew, outside of the group's own yaml:
-    `load_base` then resamples position embeddings.
+    """Puts the parts of the folder `init_from` into the configuration, in place of the default
+    ones. Only how a part computes and the size of the pictures may differ: `load_base` then
+    resamples position embeddings.
 
     Raises:
-        ConfigError: no such folder, or the configuration asks for a part that is neither the
-            default nor the folder's.
+        ConfigError: no such folder, or the configuration sets a part that is neither the default
+            nor the folder's.
     """
     try:
         nodes = OwlfuseConfig.from_pretrained(check_exported(Path(config.init_from))).nodes()
     except DataError as error:
         raise ConfigError(f"init_from: {error}") from error
+    # a key at its default is not the user's wish
     default = to_dict(compose(["experiment=null"]).model)
-    asked = to_dict(config.model)
-    for part in ("vision", "connector"):  # how a part computes may be asked for
-        if (
-            "gradient_checkpointing" in asked[part]
-            and asked[part]["_target_"] == nodes[part]["_target_"]
-        ):
-            nodes[part] = {
-                **nodes[part],
-                "gradient_checkpointing": asked[part]["gradient_checkpointing"],
-            }
-    # asked for, and not the group's own
+    requested = to_dict(config.model)
+    for part in ("vision", "connector"):
+        if requested[part]["_target_"] == nodes[part]["_target_"]:
+            options = compute_only(requested[part]) & set(requested[part])
+            nodes[part] = {**nodes[part], **{name: requested[part][name] for name in options}}
+    # the size of the group's own yaml is a default, not a wish
     if Path(origin_of(config, "model.vision.image_size")).parent.name != "vision":
-        nodes["vision"] = {**nodes["vision"], "image_size": asked["vision"].get("image_size")}
+        nodes["vision"] = {**nodes["vision"], "image_size": requested["vision"].get("image_size")}
     for part, node in nodes.items():
-        differing = differences(asked[part], default[part], node)
+        conflicts = find_conflicts(requested[part], default[part], node)
         if part == "llm":
-            differing |= differences(
-                asked[part].get("config") or {}, default[part]["config"], node["config"]
-            )
-        if differing:
-            key, (found, wanted) = next(iter(differing.items()))
+            # its fields one by one: most are the folder's, and a few may be set
+            llm_config = requested[part].get("config") or {}
+            conflicts |= find_conflicts(llm_config, default[part]["config"], node["config"])
+        if conflicts:
+            key, (in_folder, in_config) = next(iter(conflicts.items()))
             raise ConfigError(
-                f"init_from: {config.init_from} has model.{part} with {key} {found}, and {wanted} "
-                "is asked for; leave it out"
+                f"init_from: {config.init_from} has model.{part} with {key} {in_folder}, and "
+                f"{in_config} is asked for; leave it out"
             )
-    if (
+    tokenizer_is_default = (
         OmegaConf.is_missing(config.data, "tokenizer")
         or Path(origin_of(config, "data.tokenizer")).parent.name == "data"
-    ):
-        # not asked for: its own, whose ids its weights know
+    )
+    if tokenizer_is_default:
+        # the folder's, whose ids its weights were trained with
         config.data.tokenizer = config.init_from
-    llm = {**asked["llm"], "pretrained": None, "config": nodes["llm"]["config"]}
+    llm = {**requested["llm"], "pretrained": None, "config": nodes["llm"]["config"]}
+    # the folder's parts may have keys that the group's yaml lacks
     with open_dict(config):
         config.model.update({**nodes, "llm": llm})
 
 
-def differences(
-    asked: dict[str, Any], usual: dict[str, Any], given: dict[str, Any]
+def find_conflicts(
+    requested: dict[str, Any], default: dict[str, Any], in_folder: dict[str, Any]
 ) -> dict[str, tuple[Any, Any]]:
-    """The keys that are asked for otherwise than by default and than the folder has them: what it
-    has, and what is asked for. How a part computes or is loaded is not among them."""
-    free = (
-        "pretrained",
-        "weights",
-        "gguf_file",
-        "dtype",
-        "attention",
-        "gradient_checkpointing",
-        "config",
-    )
-    names = [
-        name
-        for name in asked
-        if name not in free and asked[name] != usual.get(name) and name in {*given, "_target_"}
-    ]
-    found = {name: (given[name], asked[name]) for name in names if asked[name] != given[name]}
-    if (
-        asked.get("pretrained") not in (None, False, usual.get("pretrained"))
-        and "_target_" in asked
-    ):
-        found["pretrained"] = (None, asked["pretrained"])
-    return found
+    """Returns the keys that the configuration has otherwise than by default and than the folder:
+    the folder's value, and the configuration's. How a part computes or is loaded is left out."""
+    free = {"config"}
+    if "_target_" in requested:
+        free |= compute_only(requested) | loading_options(requested)
+    conflicts: dict[str, tuple[Any, Any]] = {}
+    for name, value in requested.items():
+        # the folder may lack a key that a later release added
+        if name in free or name not in {*in_folder, "_target_"}:
+            continue
+        if value != default.get(name) and value != in_folder[name]:
+            conflicts[name] = (in_folder[name], value)
+    if "_target_" in requested:
+        # other weights than the folder's were asked for in words
+        pretrained = requested.get("pretrained")
+        if pretrained not in (None, False, default.get("pretrained")):
+            conflicts["pretrained"] = (None, pretrained)
+    return conflicts

@@ -15,11 +15,12 @@ from transformers import AutoProcessor
 from owlfuse.artifacts.checking import (
     BUILD_ERRORS,
     MAX_TABLE,
+    build_errors,
     check_adapter,
     check_counts,
     check_files,
     check_shapes,
-    describing,
+    error_reason,
     header_shapes,
 )
 from owlfuse.artifacts.hf.configuration import OwlfuseConfig
@@ -27,9 +28,10 @@ from owlfuse.artifacts.hf.modeling import OwlfuseForConditionalGeneration
 from owlfuse.artifacts.hf.processing import OwlfuseImageProcessor, OwlfuseProcessor
 from owlfuse.artifacts.lora import merge_lora
 from owlfuse.artifacts.released.loading import read_record
+from owlfuse.artifacts.released.weights import shard_names
 from owlfuse.artifacts.run_data import run_tokenizer
 from owlfuse.artifacts.runs import check_which, chosen_checkpoint
-from owlfuse.artifacts.weights import check_fits, read, set_precision, take
+from owlfuse.artifacts.weights import check_fits, load_weights, read, set_precision
 from owlfuse.config.compose import read_run
 from owlfuse.core.errors import DataError
 from owlfuse.core.files import MAX_CONFIG, read_json
@@ -41,17 +43,18 @@ from owlfuse.model.llm import recompute_activations
 from owlfuse.model.multimodal import MultimodalLM, build_model
 
 
-def load_talker(
+def load_with_processor(
     folder: Path, which: str = "last"
 ) -> tuple[OwlfuseForConditionalGeneration, OwlfuseProcessor]:
-    """Model and processor of an exported or imported folder, or of a run's last or best checkpoint.
+    """Returns model and processor of an exported or imported folder, or of a run's last or best
+    checkpoint.
 
     Raises:
         DataError: neither, or a folder without a tokenizer.
     """
     if (folder / "config.yaml").exists():
         trained = load_run(folder, which=which)
-        return wrap(trained), processor_of(trained)
+        return wrap(trained), make_processor(trained)
     check_which(which, of_run=False)
     model, processor = load_exported(folder)
     if processor is None:
@@ -62,13 +65,13 @@ def load_talker(
     return model, processor
 
 
-KEYS = ("missing_keys", "unexpected_keys", "mismatched_keys")
 ADAPTER, RELEASED = "adapter", "released"
+"""Folders in an export."""
 
 
 @dataclass
-class Trained:
-    """A run's model with what is needed to talk to it."""
+class TrainedModel:
+    """A run's model with what is needed to chat with it or to export it."""
 
     model: MultimodalLM
     tokenizer: Any
@@ -78,43 +81,43 @@ class Trained:
     """What stands for an image in the tokenizer."""
 
 
-def load_run(folder: Path, which: str = "last") -> Trained:
-    """The model of a run's last or best checkpoint, in eval mode on the CPU. The run's data are not
-    needed, but its tokenizer is."""
+def load_run(folder: Path, which: str = "last") -> TrainedModel:
+    """Returns the model of a run's last or best checkpoint, in eval mode on the CPU. The run's data
+    are not needed, but its tokenizer is."""
+    # only names that owlfuse knows are imported
     config = read_run(folder)
     tokenizer = run_tokenizer(folder, config["data"])
     model, _ = load_run_model(folder, config, len(tokenizer), which)
     path = folder / "results.json"
     results = read_json(path) if path.exists() else None
-    return Trained(model.eval(), tokenizer, results)
+    return TrainedModel(model.eval(), tokenizer, results)
 
 
-def wrap(trained: Trained) -> OwlfuseForConditionalGeneration:
-    """As a model of transformers; answers end as the chat template and the LLM's own generation
-    configuration say."""
+def wrap(trained: TrainedModel) -> OwlfuseForConditionalGeneration:
+    """Returns the model as one of transformers; answers end as the chat template and the LLM's own
+    generation configuration say."""
     tokenizer = trained.tokenizer
     if tokenizer is None:
         released = trained.model.released
-        return OwlfuseForConditionalGeneration.wrap(
-            trained.model, released.image_token_id if released else None
-        )
+        image_token_id = released.image_token_id if released else None
+        return OwlfuseForConditionalGeneration.wrap(trained.model, image_token_id)
+    # the padding token, the image token and the chat template of training
     prepare(tokenizer, trained.image_token)
-    image = tokenizer.get_vocab().get(trained.image_token)
-    if image is None:
+    image_token_id = tokenizer.get_vocab().get(trained.image_token)
+    if image_token_id is None:
         raise DataError(
             f"the tokenizer has no {trained.image_token}; give it: tokenizer.add_special_tokens"
         )
-    ends = AnswerFormat.of(tokenizer).generation(tokenizer, trained.model.llm)
-    return OwlfuseForConditionalGeneration.wrap(
-        trained.model, image, {**ends, "max_new_tokens": 256}
-    )
+    generation = AnswerFormat.of(tokenizer).generation(tokenizer, trained.model.llm)
+    generation["max_new_tokens"] = 256
+    return OwlfuseForConditionalGeneration.wrap(trained.model, image_token_id, generation)
 
 
-def processor_of(trained: Trained) -> OwlfuseProcessor:
-    """Preprocessing, tokenizer and chat template: the one of training, which takes texts and
-    parts."""
+def make_processor(trained: TrainedModel) -> OwlfuseProcessor:
+    """Returns preprocessing, tokenizer and chat template: the one of training, which takes texts
+    and parts."""
     tokenizer, image_token = prepare(trained.tokenizer, trained.image_token), trained.image_token
-    tokenizer.padding_side = "left"
+    tokenizer.padding_side = "left"  # answers are generated behind the rows
     return OwlfuseProcessor(
         OwlfuseImageProcessor.of(trained.model.vision.preprocessing),
         tokenizer,
@@ -127,20 +130,23 @@ def processor_of(trained: Trained) -> OwlfuseProcessor:
 def load_exported(
     folder: Path, merge: bool = False, attention: str = "sdpa"
 ) -> tuple[OwlfuseForConditionalGeneration, OwlfuseProcessor | None]:
-    """The model and processor of OUT, LoRA's updates applied: beside the weights, or folded into
-    them with `merge`.
+    """Returns the model and processor of OUT, LoRA's updates applied: beside the weights, or folded
+    into them with `merge`.
 
     Raises:
         DataError: a folder that is no export, or one that is damaged (the file is named).
     """
     folder = check_exported(folder)
+    # in this order: nothing is built of a folder whose files name code, and no memory is taken for
+    # one whose numbers do not fit its weights
     check_files(folder)
     files = check_weights(folder)
     config_file = folder / "config.json"
     check_counts(read_json(config_file, limit=MAX_CONFIG), config_file, header_shapes(files))
-    with describing(config_file):
+    with build_errors(config_file):
         check_skeleton(folder, files)
-        wrapped, found = OwlfuseForConditionalGeneration.from_pretrained(
+        # mismatched sizes are collected, and reported together below
+        wrapped, loading_info = OwlfuseForConditionalGeneration.from_pretrained(
             folder,
             attn_implementation=attention,
             ignore_mismatched_sizes=True,
@@ -150,18 +156,19 @@ def load_exported(
         )
     if wrapped.config.dtype is not None:
         wrapped.model.llm.config.dtype = wrapped.config.dtype  # by which it is exported again
-    if wrong := [
-        f"{name} ({what.removesuffix('_keys')})"
-        for what in KEYS
-        for name in map(name_of, found[what])
-    ]:
+    problems = []
+    for problem in ("missing", "unexpected", "mismatched"):
+        for entry in loading_info[f"{problem}_keys"]:
+            problems.append(f"{describe_tensor(entry)} ({problem})")
+    if problems:
         raise DataError(
-            f"{folder}: the weights do not fit config.json: {', '.join(sorted(wrong))}; export it "
-            "anew"
+            f"{folder}: the weights do not fit config.json: {', '.join(sorted(problems))}; export "
+            "it anew"
         )
     if (folder / ADAPTER).is_dir():
         check_adapter(folder / ADAPTER)
-        with describing(folder / ADAPTER):
+        with build_errors(folder / ADAPTER):
+            # injects its layers into `wrapped` itself
             PeftModel.from_pretrained(wrapped, folder / ADAPTER, torch_device="cpu")
         if merge:
             merge_lora(wrapped.model)
@@ -173,7 +180,7 @@ def load_exported(
 
 def check_skeleton(folder: Path, files: list[Path]) -> None:
     """Builds the model of an exported folder without memory, and compares it with the headers of
-    its weights. Numbers of config.json that have nothing to do with the weights would else ask for
+    its weights. Numbers of config.json that have nothing to do with the weights would else take
     memory. Raises DataError."""
     config = OwlfuseConfig.from_pretrained(folder)
     with torch.device("meta"):
@@ -183,7 +190,7 @@ def check_skeleton(folder: Path, files: list[Path]) -> None:
 
 
 def load_processor(folder: Path) -> OwlfuseProcessor:
-    """The processor of an exported folder. Raises DataError where its files make none."""
+    """Returns the processor of an exported folder. Raises DataError where its files make none."""
     try:
         processor = AutoProcessor.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:
@@ -192,9 +199,9 @@ def load_processor(folder: Path) -> OwlfuseProcessor:
             raise
         if isinstance(error, DataError):
             raise
-        reason = " ".join(str(error).split())[:200]
         raise DataError(
-            f"{folder}: its tokenizer and processor_config.json make no processor: {reason}"
+            f"{folder}: its tokenizer and processor_config.json make no processor: "
+            f"{error_reason(error)}"
         ) from error
     if not isinstance(processor, OwlfuseProcessor):
         raise DataError(
@@ -205,67 +212,58 @@ def load_processor(folder: Path) -> OwlfuseProcessor:
 
 
 def is_weight(name: str) -> bool:
-    """Not a counter, as batch norms have."""
+    """Returns whether a tensor is not a counter, as batch norms have."""
     return not name.endswith("num_batches_tracked")
 
 
-def name_of(entry: str | tuple) -> str:
-    """A tensor's name; with the shapes found and expected, where transformers gives them."""
-    return (
-        entry
-        if isinstance(entry, str)
-        else f"{entry[0]} {tuple(entry[1])}, expected {tuple(entry[2])}"
-    )
+def describe_tensor(entry: str | tuple) -> str:
+    """Returns a tensor's name, with both shapes where transformers gives them."""
+    if isinstance(entry, str):
+        return entry
+    name, shape, expected = entry
+    return f"{name} {tuple(shape)}, expected {tuple(expected)}"
 
 
 def check_weights(folder: Path) -> list[Path]:
-    """The safetensors files of a folder, each opened, which reads its header alone. Raises
+    """Returns the safetensors files of a folder, each opened, which reads its header alone. Raises
     DataError with the file that is missing or damaged."""
     index = folder / "model.safetensors.index.json"
-    shards = {"model.safetensors"}
-    if index.exists():
-        places = read_json(index, limit=MAX_TABLE).get("weight_map")
-        names: list[Any] = list(places.values()) if isinstance(places, dict) else [None]
-        if not all(isinstance(name, str) and Path(name).name == name for name in names):
-            raise DataError(
-                f"{index}: weight_map: expected the name of a file beside it for each tensor; "
-                "export it anew"
-            )
-        shards = set(names)
-    for name in sorted(shards):
+    names = shard_names(index, MAX_TABLE) if index.exists() else ["model.safetensors"]
+    for name in names:
         try:
             with safe_open(folder / name, "pt") as file:
-                tensors = file.keys()
-                kinds = {tensor: file.get_slice(tensor).get_dtype() for tensor in tensors}
+                dtypes = {}
+                for tensor in file.keys():  # noqa: SIM118
+                    dtypes[tensor] = file.get_slice(tensor).get_dtype()
         except FileNotFoundError:
             raise DataError(f"{folder / name} is missing; export or copy the folder anew") from None
         except (SafetensorError, OSError) as error:
             raise DataError(
                 f"{folder / name} is damaged ({error}); export or copy it anew"
             ) from error
-        if wrong := [
-            f"{own} is {kind}"
-            for own, kind in kinds.items()
-            if not kind.startswith(("F", "BF")) and is_weight(own)
-        ]:
+        problems = []
+        for tensor, dtype in dtypes.items():
+            if is_weight(tensor) and not dtype.startswith(("F", "BF")):
+                problems.append(f"{tensor} is {dtype}")
+        if problems:
             raise DataError(
-                f"{folder / name}: {', '.join(wrong)}, and weights are floating-point numbers; "
+                f"{folder / name}: {', '.join(problems)}, and weights are floating-point numbers; "
                 "export it anew"
             )
-    return [folder / name for name in sorted(shards)]
+    return [folder / name for name in names]
 
 
 def load_base(folder: str, nodes: dict[str, Any], vocab_size: int) -> MultimodalLM:
-    """The folder's model for training: float32, LoRA's updates folded in, embeddings for at least
-    `vocab_size` tokens, position embeddings resampled where its pictures had another size. Reading
-    it uses up no random numbers. On the meta device only the folder's config.json is read.
+    """Returns the folder's model for training: float32, LoRA's updates folded in, embeddings for at
+    least `vocab_size` tokens, position embeddings resampled where its pictures had another size.
+    Reading it uses up no random numbers. On the meta device only the folder's config.json is read.
 
     Args:
         nodes: the configuration's `model`, for how the LLM computes (`attention`,
             `gradient_checkpointing`) and for the size.
     """
     llm, image_size = nodes["llm"], nodes["vision"].get("image_size")
-    state = torch.get_rng_state()  # building a model draws some or none, as it is built
+    state = torch.get_rng_state()  # a model from files draws fewer random numbers than a new one
     attention = llm.get("attention", "sdpa")
     on_meta = torch.get_default_device().type == "meta"
     if on_meta:
@@ -274,10 +272,13 @@ def load_base(folder: str, nodes: dict[str, Any], vocab_size: int) -> Multimodal
         )
         model = OwlfuseForConditionalGeneration(config).model.float()
     else:
+        # merged: a new run may have other adapters
         model = load_exported(Path(folder), merge=True, attention=attention)[0].model.float()
     torch.set_rng_state(state)
+    # position embeddings are resampled before training, not by it
     if image_size and model.vision.preprocessing.size != (image_size, image_size):
         model.set_image_size(image_size)
+    # the new run's tokenizer may have more tokens
     if model.llm.get_input_embeddings().num_embeddings < vocab_size:
         model.llm.resize_token_embeddings(vocab_size, mean_resizing=not on_meta)
     if llm.get("gradient_checkpointing"):
@@ -286,10 +287,14 @@ def load_base(folder: str, nodes: dict[str, Any], vocab_size: int) -> Multimodal
 
 
 def load_run_model(
-    folder: Path, config: dict[str, Any], vocab_size: int, which: str = "last"
+    folder: Path,
+    config: dict[str, Any],
+    vocab_size: int,
+    which: str = "last",
 ) -> tuple[MultimodalLM, dict[str, Any]]:
-    """The model of a run's newest good checkpoint, or of its best (see `runs.chosen_checkpoint`),
-    its frozen weights made anew as training made them, and of the checkpoint what `read` gives.
+    """Returns the model of a run's newest good checkpoint, or of its best (see
+    `runs.chosen_checkpoint`), its frozen weights made anew as training made them, and of the
+    checkpoint what `read` gives.
 
     Raises:
         ConfigError: the run has no good checkpoint.
@@ -297,11 +302,14 @@ def load_run_model(
     """
     weights, checkpoint = read(chosen_checkpoint(folder, which))
     frozen = checkpoint.get("frozen", {})
+    # frozen random weights are made again, not stored: the same draws as in training
     lightning.seed_everything(config["seed"], workers=True, verbose=False)
+    # a checkpoint without frozen parameters has all weights
     init_from = config.get("init_from") if frozen else None
     base = load_base(init_from, config["model"], vocab_size) if init_from else None
     model, _ = build_model(config["model"], vocab_size, base, checkpoint.get("new_tokens", {}))
+    # before check_fits, which hashes bytes
     set_precision(model, config["trainer"].get("precision"))
     check_fits(model, weights, frozen)
-    take(model, weights)
+    load_weights(model, weights)
     return model, checkpoint

@@ -1,8 +1,8 @@
-"""What a run that goes on may have otherwise than before, and what its checkpoints keep of the
-configuration.
+"""The keys of a configuration that a resumed run may change, and the record of the configuration in
+its checkpoints.
 
-A key is applied from the step on at which the run goes on, or it is refused by name: none is
-ignored.
+A changed key is applied from the step at which the run is resumed, or it is refused by name: none
+is ignored.
 """
 
 from __future__ import annotations
@@ -22,17 +22,11 @@ from owlfuse.config.compose import origin_of, read_run
 from owlfuse.config.identity import FREE, flat
 from owlfuse.core.errors import ConfigError, DataError
 from owlfuse.data.mixture.positions import StepPositions
+from owlfuse.model.adapters import PARTS
+from owlfuse.model.parts import compute_only
 from owlfuse.parallel.checkpoints import META
 
-COMPUTING: tuple[str, ...] = (
-    "model.compile",
-    "model.llm.attention",
-    "model.*.gradient_checkpointing",
-    "model.*.checkpointing",
-    "model.*.chunk",
-)
-"""How a part computes, not what."""
-PLACES: tuple[str, ...] = (
+PATH_KEYS: tuple[str, ...] = (
     "data.*.file",
     "data.*.image_root",
     "data.*.cache_dir",
@@ -40,8 +34,8 @@ PLACES: tuple[str, ...] = (
     "init_from",
     "model.vision.weights",
 )
-PLACES += ("model.llm.pretrained", "model.llm.gguf_file")
-"""Where something lies. Its contents are compared instead (see `owlfuse.data.identity`)."""
+PATH_KEYS += ("model.llm.pretrained", "model.llm.gguf_file")
+"""Keys whose values are paths. The contents are compared instead (see `owlfuse.data.identity`)."""
 ANYTHING: tuple[str, ...] = (
     "resume",
     "name",
@@ -57,8 +51,8 @@ ANYTHING += ("data.workers", "data.max_pixels", "data.*.on_error", "data.*.max_s
 
 ON_RESUME: tuple[str, ...] = (
     *ANYTHING,
-    *COMPUTING,
-    *PLACES,
+    "model.compile",
+    *PATH_KEYS,
     "trainer.*",
     "evaluation*",
     "data.global_batch_size",
@@ -75,8 +69,8 @@ ON_RESUME += (
 ON_RESUME += ("optim.warmup_steps", "optim.min_lr_ratio", "optim.newton_schulz")
 ON_EVALUATION: tuple[str, ...] = (
     *ANYTHING,
-    *COMPUTING,
-    *PLACES,
+    "model.compile",
+    *PATH_KEYS,
     "evaluation*",
     "data.validation*",
     "data.max_length",
@@ -125,7 +119,12 @@ def read_past(checkpoint: Path) -> Past:
     positions = content.get("step_positions") or [(0, 0, config["data"]["global_batch_size"])]
     changes, identity = record.get("changes", []), record.get("identity", {})
     return Past(
-        step, config, StepPositions(positions), changes, identity, content.get("new_tokens", {})
+        step,
+        config,
+        StepPositions(positions),
+        changes,
+        identity,
+        content.get("new_tokens", {}),
     )
 
 
@@ -135,7 +134,7 @@ def changed_keys(past: Past, config: DictConfig) -> dict[str, list[Any]]:
     Raises:
         ConfigError: a key that a run that goes on cannot change.
     """
-    allowed = list(ON_RESUME)
+    allowed = [*ON_RESUME, *computing_keys(config)]
     if past.config["data"].get("weights_by", "samples") == "samples":
         # else they change which sample stands where
         allowed += ["data.max_length", "data.on_length*"]
@@ -144,41 +143,48 @@ def changed_keys(past: Past, config: DictConfig) -> dict[str, list[Any]]:
 
 def check_evaluation_keys(past: Past, config: DictConfig) -> None:
     """Raises ConfigError for a key that changes nothing of an evaluation, or changes the model."""
-    compared(past, config, list(ON_EVALUATION), "is evaluated")
+    compared(past, config, [*ON_EVALUATION, *computing_keys(config)], "is evaluated")
+
+
+def computing_keys(config: DictConfig) -> list[str]:
+    """Returns the keys of the model's parts that change only how they compute, as their classes
+    say."""
+    keys = []
+    for name in PARTS:
+        keys += [f"model.{name}.{option}" for option in compute_only(config.model[name])]
+    return keys
 
 
 def compared(
-    past: Past, config: DictConfig, allowed: list[str], doing: str
+    past: Past,
+    config: DictConfig,
+    allowed: list[str],
+    doing: str,
 ) -> dict[str, list[Any]]:
-    """See `changed_keys`."""
+    """Returns `changed_keys`, for a command that the user is `doing`."""
     before, after = comparable(past.config, past.step), comparable(to_dict(config), past.step)
-    found = {
-        key: [before.get(key), after.get(key)]
-        for key in {**before, **after}
-        if before.get(key) != after.get(key)
-    }
-    for key, (old, new) in found.items():
+    changes = {}
+    for key in {**before, **after}:
+        if before.get(key) != after.get(key):
+            changes[key] = [before.get(key), after.get(key)]
+    for key, (old, new) in changes.items():
         hint = next((hint for pattern, hint in REFUSED.items() if fnmatchcase(key, pattern)), None)
-        if (
-            hint is None
-            and any(fnmatchcase(key, pattern) for pattern in allowed)
-            and not narrows(key, old, new)
-        ):
+        is_allowed = any(fnmatchcase(key, pattern) for pattern in allowed)
+        if hint is None and is_allowed and not narrows(key, old, new):
             continue
         raise ConfigError(
             f"{origin_of(config, key)}: {key}: it is {old} until step {past.step} and {new} now, "
-            f"and a run that {doing} cannot "
-            f"change it{ANOTHER if hint is None else hint}"
+            f"and a run that {doing} cannot change it{ANOTHER if hint is None else hint}"
         )
     return {
         key: values
-        for key, values in found.items()
+        for key, values in changes.items()
         if not any(fnmatchcase(key, pattern) for pattern in ANYTHING)
     }
 
 
 def narrows(key: str, old: Any, new: Any) -> bool:
-    """Whether a change of precision changes what numbers the weights can be."""
+    """Returns whether a change of precision changes the type of the weights."""
     return key == "trainer.precision" and not {str(old), str(new)} <= set(WEIGHTS_OF_32_BITS)
 
 
@@ -188,6 +194,7 @@ def comparable(config: dict[str, Any], step: int) -> dict[str, object]:
     Of `data.weights_at` only what was in force before the step: later phases may change.
     """
     data = dict(config["data"])
+    # a YAML key may be a text or a number
     phases = data.pop("weights_at", None) or {}
     data["weights_at"] = {int(first): phase for first, phase in phases.items() if int(first) < step}
     return flat({**config, "data": data})
@@ -209,43 +216,42 @@ def check_identity(
     }
     if changed and not config.get("accept_changed_data"):
         name = next(iter(changed))
-        place = OmegaConf.select(config, f"{name.partition(',')[0]}")
-        place = place.get("file") if isinstance(place, DictConfig) else place
-        others = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
+        path = OmegaConf.select(config, f"{name.partition(',')[0]}")
+        if isinstance(path, DictConfig):
+            path = path.get("file")
+        more = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
         raise DataError(
-            f"{name} ({place}){others}: the contents are not those that the run had until step "
-            f"{past.step}; give the same "
-            "back, or go on with what is there by accept_changed_data=true"
+            f"{name} ({path}){more}: the contents are not those that the run had until step "
+            f"{past.step}; give the same back, or go on with what is there by "
+            "accept_changed_data=true"
         )
     return {f"{name} (contents)": [old[:16], new[:16]] for name, (old, new) in changed.items()}
 
 
 def recorded(past: Past | None, changes: dict[str, list[Any]]) -> list[dict[str, Any]]:
-    """The changes of the whole run, those of now among them."""
+    """Returns the changes of the whole run, with those of this resumption."""
     before = past.changes if past else []
     return [*before, {"step": past.step, "changes": changes}] if past and changes else before
 
 
 def learned_changes(changes: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Those that change what is learned or how it is scored, which belong to the configuration's
-    hash."""
-    kept = []
+    """Returns the changes of training or scoring, which belong to the configuration's hash."""
+    learned = []
     for change in changes:
-        keys = {
-            key: values
-            for key, values in change["changes"].items()
-            if not matches(key, FREE) and not is_place(key)
-        }
+        keys = {}
+        for key, values in change["changes"].items():
+            if not matches(key, FREE) and not is_path(key):
+                keys[key] = values
         if keys:
-            kept.append({**change, "changes": keys})
-    return kept
+            learned.append({**change, "changes": keys})
+    return learned
 
 
-def is_place(key: str) -> bool:
-    """Whether a key says where something lies."""
-    return any(fnmatchcase(key, pattern) for pattern in PLACES)
+def is_path(key: str) -> bool:
+    """Returns whether the value of a key is a path, whose contents are compared instead."""
+    return any(fnmatchcase(key, pattern) for pattern in PATH_KEYS)
 
 
 def matches(key: str, prefixes: tuple[str, ...]) -> bool:
-    """Whether a key is one of these, or below one."""
+    """Returns whether a key is one of these, or below one."""
     return any(key == prefix or key.startswith(f"{prefix}.") for prefix in prefixes)

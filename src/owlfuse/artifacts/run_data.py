@@ -27,8 +27,8 @@ def build_data(config: DictConfig) -> Any:
     Raises:
         ConfigError: another tokenizer or chat template is asked for than the run has.
     """
-    kept = Path(config.resume) / FOLDER if config.resume else None
-    if kept is None or not kept.is_dir():
+    run_tokenizer_dir = Path(config.resume) / FOLDER if config.resume else None
+    if run_tokenizer_dir is None or not run_tokenizer_dir.is_dir():
         return build(config.data)
     saved = read_run(Path(config.resume))["data"]
     for key in KEYS:
@@ -39,15 +39,16 @@ def build_data(config: DictConfig) -> Any:
                 "chat template that it was trained with; leave the key out, or start another run "
                 "from it by init_from"
             )
-    return build(config.data, tokenizer=str(kept), chat_template=None)
+    # its template is in the folder, as its tokens are
+    return build(config.data, tokenizer=str(run_tokenizer_dir), chat_template=None)
 
 
 @rank_zero_only
 def save_tokenizer(tokenizer: Any, folder: Path) -> None:
     """Writes a run's tokenizer with its chat template into the run, once."""
     if not (folder / FOLDER).exists():
-        with atomic_directory(folder / FOLDER) as beside:
-            tokenizer.save_pretrained(beside)
+        with atomic_directory(folder / FOLDER) as temporary:
+            tokenizer.save_pretrained(temporary)
 
 
 def run_tokenizer(folder: Path, data: dict[str, Any]) -> Any:

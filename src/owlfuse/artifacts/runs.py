@@ -24,17 +24,18 @@ from typing import Any, TextIO
 from omegaconf import DictConfig, OmegaConf
 
 from owlfuse.core.errors import ConfigError, DataError
-from owlfuse.core.files import files_of, sha256, sync
+from owlfuse.core.files import atomic_write, files_of, sha256, sync, write_json
 from owlfuse.core.folder_kinds import check_exported
 
 log = logging.getLogger(__name__)
 
-NAME = "OWLFUSE_RUN_NAME"  # of the environment
+NAME = "OWLFUSE_RUN_NAME"
+"""The environment variable with the run's name, for ranks that the first one starts."""
 BEST = "best.ckpt"
 WHICH = ("last", "best")
-"""Which of a run's checkpoints is read."""
+"""The values of `which=`, a run's checkpoint."""
 LOCK = ".in_use"
-"""Of a run's folder, while a process trains it: who does."""
+"""The file in a run's folder that its process locks, with the process in it."""
 BEGUN: tuple[str, ...] = (
     "config.yaml",
     "metrics.csv",
@@ -49,8 +50,8 @@ BEGUN += ("answers_before.jsonl",)
 
 
 def run_folder(config: DictConfig) -> Path:
-    """Where the run lies. A folder that is named by the time is made here, so that no other run
-    gets the same.
+    """Returns the run's folder. One that is named by the time is made here, so that no other run
+    has the same.
 
     Raises:
         DataError: the folder for runs cannot be written into.
@@ -67,15 +68,15 @@ def run_folder(config: DictConfig) -> Path:
 
 
 def is_first_rank() -> bool:
-    """Whether this process writes what there is one of."""
-    # a mistake of a command is told before it is imported
+    """Returns whether this process is the one that writes files."""
+    # lightning takes seconds, and mistakes of a command are reported before
     from lightning.pytorch.utilities import rank_zero_only
 
     return getattr(rank_zero_only, "rank", 0) == 0
 
 
 def make_timed_folder(runs: Path) -> Path:
-    """A new folder named by the time, and by a number where other runs began in the same second.
+    """Makes a folder named by the time, and by a number where another run began in the same second.
 
     Raises DataError.
     """
@@ -96,8 +97,8 @@ def make_timed_folder(runs: Path) -> Path:
 
 @contextmanager
 def in_use(folder: Path, resume: bool) -> Iterator[None]:
-    """Holds the run's folder against every other process as long as the block lasts; on the first
-    rank alone. The system itself lets go of what a process held that has died.
+    """Locks the run's folder against every other process inside the block; on the first rank alone.
+    The system unlocks it if the process dies.
 
     Raises:
         ConfigError: another process holds it, or a new run would write over one that is there.
@@ -132,16 +133,16 @@ def in_use(folder: Path, resume: bool) -> Iterator[None]:
         finally:
             path.unlink(missing_ok=True)
             with suppress(OSError):
-                folder.rmdir()  # what was refused before it began leaves nothing
+                folder.rmdir()  # a run that was refused leaves no empty folder
 
 
 def open_locked(path: Path) -> TextIO:
-    """The file, opened and locked. Raises BlockingIOError where another process has locked it."""
+    """Returns the file, opened and locked. Raises BlockingIOError where another process has locked
+    it."""
     while True:
         lock = path.open("a+", encoding="utf-8")
         try:
-            # of the process, not of what it forks: data workers that outlive a killed run hold
-            # nothing
+            # lockf, not flock, whose lock forked data workers would hold after the run is killed
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             lock.close()
@@ -150,16 +151,16 @@ def open_locked(path: Path) -> TextIO:
             raise
         if path.exists() and os.path.samestat(path.stat(), os.fstat(lock.fileno())):
             return lock
-        lock.close()  # who held it has ended in between and taken the file away
+        lock.close()  # its process ended in between and deleted the file
 
 
 def holder(path: Path) -> str:
-    """Who holds a lock, in words."""
+    """Returns the process that holds a lock, in words."""
     try:
         facts = json.loads(path.read_text(encoding="utf-8"))
         return f"process {facts['pid']} on {facts['host']} since {facts['since']}"
     except (OSError, ValueError, KeyError, TypeError):
-        return "another process"  # which is about to write or to end
+        return "another process"  # it is about to write the file or to end
 
 
 def check_free(folder: Path) -> None:
@@ -182,11 +183,12 @@ def check_free(folder: Path) -> None:
 
 
 def write_config(config: DictConfig, folder: Path, changes: Sequence[dict[str, Any]] = ()) -> None:
-    """On the first rank: makes the folder and writes the resolved configuration, from which the run
-    can be repeated.
+    """Makes the folder and writes the resolved configuration, from which the run can be repeated;
+    on the first rank alone.
 
     Args:
-        changes: what of it was otherwise until which step (see `resume`), written as comments.
+        changes: earlier values of changed keys, and their steps (see `resume`), written as
+            comments.
     """
     if not is_first_rank():
         return
@@ -195,20 +197,18 @@ def write_config(config: DictConfig, folder: Path, changes: Sequence[dict[str, A
     saved.resume = None
     saved.name = folder.name
     if saved.get("accept_changed_data"):
-        saved.accept_changed_data = False  # it was said of the data of now
-    lines = [
-        f"# until step {change['step']}: {key} was {before}, then {after}\n"
-        for change in changes
-        for key, (before, after) in change["changes"].items()
-    ]
-    beside = folder / "config.yaml.part"
-    beside.write_text("".join(lines) + OmegaConf.to_yaml(saved), encoding="utf-8")
-    beside.replace(folder / "config.yaml")
+        # the user has accepted this change of the data, not the next one
+        saved.accept_changed_data = False
+    with atomic_write(folder / "config.yaml") as file:
+        for change in changes:
+            for key, (before, after) in change["changes"].items():
+                file.write(f"# until step {change['step']}: {key} was {before}, then {after}\n")
+        file.write(OmegaConf.to_yaml(saved))
 
 
 def write_mixture(folder: Path, report: dict[str, Any]) -> None:
-    """mixture.json: what was drawn, left out and cut."""
-    (folder / "mixture.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    """Writes mixture.json: the samples that were drawn, skipped and cut."""
+    write_json(folder / "mixture.json", report)
 
 
 def last_checkpoint(folder: Path) -> Path:
@@ -290,12 +290,12 @@ def check_model(folder: str | Path, which: str = "last") -> Path:
         DataError: it is neither.
         ConfigError: `which` is no checkpoint's name, or names one of a folder that has none.
     """
-    place = Path(folder).expanduser()
-    is_run = (place / "config.yaml").exists()
+    model_dir = Path(folder).expanduser()
+    is_run = (model_dir / "config.yaml").exists()
     if not is_run:
-        check_exported(place)
+        check_exported(model_dir)
     check_which(which, is_run)
-    return place
+    return model_dir
 
 
 def checkpoints_of(folder: Path) -> list[Path]:

@@ -7,6 +7,7 @@ text positions, D LLM width, R supervised places, K visual positions.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -130,6 +131,56 @@ class Batch:
     """K, how many positions images take in all rows. A plain number: shapes depend on it, and no
     tensor is read to know it. None: not known."""
 
+    @classmethod
+    def of(
+        cls,
+        input_ids: Tensor,
+        placeholder: Tensor,
+        image_positions: Tensor,
+        *,
+        pixel_values: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        image_index: Tensor | None = None,
+        has_images: bool | None = None,
+        **fields: Any,
+    ) -> Batch:
+        """Returns a batch of rows whose images begin at `image_positions` (see `image_starts`).
+
+        Args:
+            pixel_values: none by default, for a batch whose visual tokens are computed already.
+            attention_mask: all ones by default.
+            labels: by default nothing is supervised.
+            image_index: by default images are numbered in the order of their rows.
+            has_images: needed on the meta device; by default whether any row has an image.
+            fields: the other fields of a batch.
+        """
+        import torch
+
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+        if labels is None:
+            labels = torch.full_like(input_ids, -100)
+        if pixel_values is None:
+            pixel_values = torch.zeros(0, 3, 0, 0, device=input_ids.device)
+        length = attention_mask.shape[1]
+        if image_index is None:
+            image_index = number_images(image_positions, length)
+        if has_images is None:
+            has_images = bool((image_positions < length).any())
+        return cls(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            labels=labels,
+            placeholder=placeholder,
+            pixel_values=pixel_values,
+            image_mask=torch.full((len(pixel_values),), has_images, device=pixel_values.device),
+            image_index=image_index,
+            image_positions=image_positions,
+            has_images=has_images,
+            **fields,
+        )
+
     def targets(self) -> Tensor:
         """(B * T,) of each place the label of the next token of its row, -100 at the last of a
         row."""
@@ -170,13 +221,30 @@ class Batch:
         """The same batch with its tensors on `device`."""
         from torch import Tensor
 
-        moved: dict[str, Any] = {
-            k: v.to(device, non_blocking=True)
-            for k, v in vars(self).items()
-            if isinstance(v, Tensor)
-        }
-        rest = {k: v for k, v in vars(self).items() if not isinstance(v, Tensor)}
-        return Batch(**moved, **rest)
+        moved: dict[str, Any] = {}
+        for name, value in vars(self).items():
+            if isinstance(value, Tensor):
+                moved[name] = value.to(device, non_blocking=True)
+        return replace(self, **moved)
+
+
+def image_starts(starts_by_row: Sequence[Sequence[int]], length: int) -> Tensor:
+    """Returns (B, I) where the images of each row begin, padded with `length`: T for none."""
+    import torch
+
+    most = max(1, *(len(starts) for starts in starts_by_row))
+    positions = torch.full((len(starts_by_row), most), length)
+    for row, starts in zip(positions, starts_by_row, strict=True):
+        row[: len(starts)] = torch.tensor(starts, dtype=torch.long)
+    return positions
+
+
+def number_images(image_positions: Tensor, length: int) -> Tensor:
+    """Returns (B, I) the images' numbers in the order of their rows, -1 for none: where a position
+    is `length`."""
+    is_image = image_positions < length
+    numbers = is_image.flatten().cumsum(0).view_as(image_positions) - 1
+    return numbers.masked_fill(~is_image, -1)
 
 
 @dataclass
@@ -189,10 +257,10 @@ class VisualTokens:
     """(B, I) as in `Batch`."""
     image_positions: Tensor
     """(B, I) as in `Batch`."""
-    kept: dict[int, tuple[Tensor, Tensor]] | None = None
+    kv_cache: dict[int, tuple[Tensor, Tensor]] | None = None
     """In generation: the visual keys and values of each layer, computed once.
 
-    None: nothing is kept.
+    None: nothing is cached.
     """
 
 

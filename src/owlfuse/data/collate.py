@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from owlfuse.core.types import Batch, Encoded, Note, Skipped
+from owlfuse.core.types import Batch, Encoded, Note, Skipped, image_starts
 from owlfuse.data.packing import join, pack
 
 
@@ -49,18 +49,15 @@ class Collator:
             rows, segments = zip(*(join(row) for row in packed), strict=True)
         length = max(len(row.input_ids) for row in rows)
         pixels = [image for row in rows for image in row.pixel_values]
-        image_index, image_positions = self.places(rows, length)
-        return Batch(
+        starts_by_row = [self.starts(row, length) for row in rows]
+        return Batch.of(
             input_ids=self.pad([row.input_ids for row in rows], length, self.pad_id),
             attention_mask=self.pad([torch.ones_like(row.input_ids) for row in rows], length, 0),
             labels=self.pad([row.labels for row in rows], length, -100),
             placeholder=self.pad([row.placeholder for row in rows], length, False),
             pixel_values=torch.stack(pixels or [torch.zeros(self.image_shape)]),
-            image_mask=torch.full((max(len(pixels), 1),), bool(pixels)),
-            image_index=image_index,
-            image_positions=image_positions,
+            image_positions=image_starts(starts_by_row, length),
             segment_ids=None if segments is None else self.pad(segments, length, 0),
-            has_images=bool(pixels),
             ids=[sample.id for sample in samples],
             sources=[sample.source for sample in samples],
             lengths=[len(sample.input_ids) for sample in samples],
@@ -84,20 +81,10 @@ class Collator:
             filled[start : start + len(row)] = row
         return out
 
-    def places(self, rows: Sequence[Encoded], length: int) -> tuple[Tensor, Tensor]:
-        """Which images each row has (-1: none), and where their first placeholders stand (T:
-        nowhere), (B, I) each."""
-        most = max(1, *(len(row.image_positions) for row in rows))
-        index = torch.full((len(rows), most), -1)
-        positions = torch.full((len(rows), most), length)
-        before = 0
-        for i, row in enumerate(rows):
-            count = len(row.image_positions)
-            start = length - len(row.input_ids) if self.side == "left" else 0
-            index[i, :count] = torch.arange(before, before + count)
-            positions[i, :count] = torch.tensor(row.image_positions, dtype=torch.long) + start
-            before += count
-        return index, positions
+    def starts(self, row: Encoded, length: int) -> list[int]:
+        """Returns where the images of a row begin once it is padded to `length`."""
+        padding = length - len(row.input_ids) if self.side == "left" else 0
+        return [position + padding for position in row.image_positions]
 
 
 def counted_notes(samples: Sequence[Encoded]) -> list[tuple[str, str, Note, int]]:

@@ -1,9 +1,10 @@
-"""Greedy answers by transformers' generate. B rows, T text positions."""
+"""Answers by transformers' generate. B rows, T text positions."""
 
 from __future__ import annotations
 
 import statistics
 import time
+from collections.abc import Mapping
 from itertools import pairwise
 from typing import Any
 
@@ -21,56 +22,81 @@ from owlfuse.model.multimodal import MultimodalLM
 @torch.no_grad()
 # compiled layers would be compiled again for cache and lengths, which takes longer
 @torch.compiler.set_stance("force_eager")
-def generate_greedy(
-    model: MultimodalLM, batch: Batch, max_new_tokens: int, encoder: ChatEncoder
+def generate(
+    model: OwlfuseForConditionalGeneration,
+    inputs: Mapping[str, Any],
+    tokenizer: Any = None,
+    **options: Any,
 ) -> Tensor:
-    """The likeliest continuation of each row, (B, at most max_new_tokens) ids, with padding behind
-    what ends it.
+    """Returns the ids (B, at most max_new_tokens) that the model writes after its rows, with
+    padding behind what ends them.
 
-    `batch` is padded on the left. The backbone and the connector run once, and visual keys and
-    values are computed once.
+    Args:
+        inputs: `input_ids` (B, T), padded on the left, their `attention_mask`, and pictures or
+            visual tokens.
+        tokenizer: needed for an end mark of several tokens.
+        options: of transformers' `generate`.
     """
+    rows = model.generate(**inputs, tokenizer=tokenizer, **options)
+    return rows[:, inputs["input_ids"].shape[1] :]
+
+
+def generate_greedy(
+    model: MultimodalLM,
+    batch: Batch,
+    max_new_tokens: int,
+    encoder: ChatEncoder,
+) -> Tensor:
+    """Returns the likeliest continuation of each row of a batch (see `generate`), with the ends
+    of the chat template. The backbone and the connector run once."""
+    # the template's end of turn, which may be another token than the LLM's end of text
     ends = encoder.answer_format.generation(encoder.tokenizer, model.llm)
     wrapped = OwlfuseForConditionalGeneration.wrap(model, None, ends)
-    rows = wrapped.generate(
-        input_ids=batch.input_ids,
-        attention_mask=batch.attention_mask,
-        visual=model.encode(batch),
+    with torch.no_grad():
+        visual = model.encode(batch)
+    return generate(
+        wrapped,
+        {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "visual": visual},
+        encoder.tokenizer,
         max_new_tokens=max_new_tokens,
         do_sample=False,
-        tokenizer=encoder.tokenizer,  # for an end mark of several tokens
     )
-    return rows[:, batch.input_ids.shape[1] :]
 
 
 class Clock(TextStreamer):
-    """Notes when each token comes."""
+    """Records the time of each token."""
 
     def __init__(self) -> None:
         self.times: list[float] = []
 
     def put(self, value: Tensor) -> None:
-        """See `TextStreamer`; the first call brings the prompt."""
+        """Records a time; the first call, of transformers' `generate`, has the prompt."""
+        # a GPU's kernels run after the call that starts them
         if value.is_cuda:
             torch.cuda.synchronize()
         self.times.append(time.perf_counter())
 
     def end(self) -> None:
-        """See `TextStreamer`."""
+        """Does nothing: there is no text to flush."""
 
 
-@torch.no_grad()
-@torch.compiler.set_stance("force_eager")
 def milliseconds_per_token(
     model: OwlfuseForConditionalGeneration, tokens: int, **prompt: Any
 ) -> float:
-    """Median time between two tokens of one answer of `tokens` + 1; the first, which reads the
-    prompt, apart.
+    """Returns the median time between two tokens of one answer of `tokens` + 1; the first, which
+    reads the prompt, apart.
 
     `prompt` is what `generate` takes: (1, T) input_ids, and pictures.
     """
     clock = Clock()
-    count = {"max_new_tokens": tokens + 1, "min_new_tokens": tokens + 1}
-    model.generate(**prompt, **count, do_sample=False, streamer=clock)
+    generate(
+        model,
+        prompt,
+        max_new_tokens=tokens + 1,
+        min_new_tokens=tokens + 1,
+        do_sample=False,
+        streamer=clock,
+    )
+    # without the prompt's own call
     answered = clock.times[1:]
     return 1000 * statistics.median(b - a for a, b in pairwise(answered))

@@ -10,12 +10,17 @@ from owlfuse.core.types import VISUAL, Sample
 from owlfuse.data.chat.encoder import led_by_break, said_in
 
 
+def normalize(text: str) -> str:
+    """Returns the text case-folded, runs of white space as one space."""
+    return " ".join(text.casefold().split())
+
+
 def accepted_by(sample: Sample, turns: int) -> dict[str, Any]:
-    """The sample's list `accepted`, of what its one answer may hold to be right; nothing where it
-    has none.
+    """Returns the sample's list `accepted`, the texts of which a right answer holds one; nothing
+    where it has none.
 
     Raises:
-        DataError: another thing than a list of texts, or one for a chat of several questions.
+        DataError: it is no list of texts, or belongs to a chat of several questions.
     """
     accepted = sample.metadata.get("accepted")
     if accepted is None:
@@ -36,55 +41,55 @@ def accepted_by(sample: Sample, turns: int) -> dict[str, Any]:
 
 
 def question_samples(sample: Sample, history: bool = False) -> list[tuple[Sample, str, str]]:
-    """Each question of a chat by itself, with its answer and its kind ("" where the data name
-    none).
+    """Returns each question of a chat by itself, with its answer and its kind ("" where the data
+    name none).
 
-    Pictures of the turns before it come first, its own stay where they stand in its text. What was
-    said in between is left out, so that no answer gives another away; with `history` it is kept, as
-    few-shot examples want it. A last question without an answer is left out, and so are an answer
-    that the data exclude from the loss, and turns with tools.
+    Pictures of the turns before it come first, those of the question stay where they stand in its
+    text. The texts in between are left out, so that no answer gives another away; with `history`
+    they stay, as few-shot examples need them. A last question without an answer is left out, and so
+    are an answer that the data exclude from the loss, and turns with tools.
     """
     questions = []
-    visual_before: list[dict[str, Any]] = []
+    earlier_visuals: list[dict[str, Any]] = []
     system = [message for message in sample.messages if message["role"] == "system"]
-    in_system = [part["type"] for message in system for part in message["content"]]
-    kinds: list[Any] = sample.metadata.get("kinds") or [sample.metadata.get("kind", "")]
     turns = [message for message in sample.messages if message["role"] != "system"]
+    kinds: list[Any] = sample.metadata.get("kinds") or [sample.metadata.get("kind", "")]
+    # of the pictures in the order of the chat, a question has those up to its own
+    image_count = count_parts(system, "image")
+    video_count = count_parts(system, "video")
     number = -1
-    for place, (asked, answered) in enumerate(pairwise(turns)):
-        own = list(asked["content"])
-        if asked["role"] == "user" and answered["role"] == "assistant":
+    # overlapping pairs: an answer is followed by the next question
+    for index, (question, answer) in enumerate(pairwise(turns)):
+        content = list(question["content"])
+        image_count += count_parts([question], "image")
+        video_count += count_parts([question], "video")
+        if question["role"] == "user" and answer["role"] == "assistant":
             number += 1
-            if answered.get("supervised", True) and not answered.get("tool_calls"):
+            if answer.get("supervised", True) and not answer.get("tool_calls"):
                 if history:
-                    messages = [*system, *turns[: place + 1]]
+                    messages = [*system, *turns[: index + 1]]
                 else:
-                    messages = [
-                        *system,
-                        {
-                            "role": "user",
-                            "content": [*visual_before, *led_by_break(own, bool(visual_before))],
-                        },
-                    ]
-                types = [
-                    *in_system,
-                    *(part["type"] for part in visual_before),
-                    *(part["type"] for part in own),
-                ]
-                images, videos = (
-                    sample.images[: types.count("image")],
-                    sample.videos[: types.count("video")],
-                )
-                metadata = accepted_by(sample, len(turns))
-                question = Sample(
+                    after_visuals = led_by_break(content, bool(earlier_visuals))
+                    turn = {"role": "user", "content": [*earlier_visuals, *after_visuals]}
+                    messages = [*system, turn]
+                question_sample = Sample(
                     f"{sample.id}#{number}",
                     sample.source,
                     messages,
-                    images,
-                    metadata,
-                    videos,
+                    sample.images[:image_count],
+                    accepted_by(sample, len(turns)),
+                    sample.videos[:video_count],
                     sample.tools,
                 )
-                questions.append((question, said_in(answered), str(kinds[number % len(kinds)])))
-        visual_before += [part for part in own if part["type"] in VISUAL]
+                kind = str(kinds[number % len(kinds)])
+                questions.append((question_sample, said_in(answer), kind))
+        earlier_visuals += [part for part in content if part["type"] in VISUAL]
     return questions
+
+
+def count_parts(messages: list[dict[str, Any]], part_type: str) -> int:
+    """Returns how many parts of a type messages have."""
+    count = 0
+    for message in messages:
+        count += sum(part["type"] == part_type for part in message["content"])
+    return count

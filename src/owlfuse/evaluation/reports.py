@@ -1,4 +1,4 @@
-"""What a person looks at after a run: the table of metrics and the contact sheet."""
+"""Reports for people: the table of metrics and the contact sheet."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from owlfuse.evaluation.metrics import Answer
 
 
 def print_metrics(metrics: dict[str, float], title: str) -> None:
-    """One metric a line."""
+    """Prints one metric a line."""
     table = Table(title=title, title_justify="left")
     table.add_column("metric")
     table.add_column("value", justify="right")
@@ -32,24 +32,27 @@ def print_metrics(metrics: dict[str, float], title: str) -> None:
 
 
 def write_answers(path: Path, answers: list[Answer]) -> None:
-    """One JSON object a line for each answer; a picture without a file of its own is left out."""
+    """Writes one JSON object a line for each answer; a picture without a file is left out."""
     with path.open("w", encoding="utf-8") as file:
         for answer in answers:
-            facts = {**vars(answer), "right": answer.right}
-            facts["image"] = None if isinstance(answer.image, bytes) else answer.image
-            file.write(json.dumps(facts, ensure_ascii=False) + "\n")
+            record = {**vars(answer), "right": answer.right}
+            record["image"] = None if isinstance(answer.image, bytes) else answer.image
+            file.write(json.dumps(record, ensure_ascii=False) + "\n")
 
 
-def picked(answers: list[Answer], pictures: int) -> list[Answer]:
-    """At most so many pictures, spread evenly over the answers, with a question each, taken in
-    turn, so that wrong ones appear as often as they are."""
+def sample_for_sheet(answers: list[Answer], pictures: int) -> list[Answer]:
+    """Returns an answer each for at most so many pictures, spread evenly over all; of the answers
+    to a picture the first, second, ... in turn, so that wrong ones are as frequent as among all."""
     by_picture = defaultdict(list)
     for answer in answers:
         by_picture[answer.image].append(answer)
-    count = min(pictures, len(by_picture))
     groups = list(by_picture.values())
-    chosen = [groups[i * len(groups) // count] for i in range(count)]
-    return [group[i % len(group)] for i, group in enumerate(chosen)]
+    count = min(pictures, len(groups))
+    sampled = []
+    for index in range(count):
+        group = groups[index * len(groups) // count]
+        sampled.append(group[index % len(group)])
+    return sampled
 
 
 def write_contact_sheet(
@@ -59,36 +62,40 @@ def write_contact_sheet(
     title: str,
     maps: dict[str, Tensor] | None = None,
 ) -> None:
-    """A PNG of pictures with a question each, the answer, and right (green, tick) or wrong (red,
-    cross, what was expected).
+    """Writes a PNG of pictures with a question each, the answer, and right (green, tick) or wrong
+    (red, cross, what was expected).
 
     Args:
-        pictures: at most so many, see `picked`.
-        maps: by the id of an answer, where it looked in its picture (see `evaluation.explain`),
+        pictures: at most so many, see `sample_for_sheet`.
+        maps: by the id of an answer, its attention map over the picture (see `evaluation.explain`),
             which is drawn beside it.
     """
-    matplotlib.use("Agg")
-
-    shown, maps = picked(answers, pictures), maps or {}
-    if not shown:
+    matplotlib.use("Agg")  # no window: most machines that train have no screen
+    answers, maps = sample_for_sheet(answers, pictures), maps or {}
+    if not answers:
         return
-    columns = min(3 if maps else 6, len(shown))
-    rows = -(-len(shown) // columns)
+    # a picture with its overlay is twice as wide
+    columns = min(3 if maps else 6, len(answers))
+    rows = -(-len(answers) // columns)
     width = 4.4 if maps else 2.2
     figure, axes = plt.subplots(
-        rows, columns, figsize=(width * columns, 2.75 * rows + 0.5), squeeze=False
+        rows,
+        columns,
+        figsize=(width * columns, 2.75 * rows + 0.5),
+        squeeze=False,
     )
     figure.suptitle(title, fontsize=12)
     for axis in axes.flat:
         axis.axis("off")
-    for axis, answer in zip(axes.flat, shown, strict=False):
+    for axis, answer in zip(axes.flat, answers, strict=False):
         picture = picture_of(answer)
-        axis.imshow(with_overlay(picture, maps[answer.id]) if answer.id in maps else picture)
-        text = (
-            f"✓ {answer.answer}"
-            if answer.right
-            else f"✗ {answer.answer or '(nothing)'}  (is: {answer.expected})"
-        )
+        if answer.id in maps:
+            picture = with_overlay(picture, maps[answer.id])
+        axis.imshow(picture)
+        if answer.right:
+            text = f"✓ {answer.answer}"
+        else:
+            text = f"✗ {answer.answer or '(nothing)'}  (is: {answer.expected})"
         axis.set_title(wrap(answer.question), fontsize=8)
         axis.text(
             0.5,
@@ -106,15 +113,15 @@ def write_contact_sheet(
 
 
 def picture_of(answer: Answer) -> Image.Image:
-    """The answer's picture, upright, as the model saw it."""
-    shown: Any = BytesIO(answer.image) if isinstance(answer.image, bytes) else answer.image
-    with Image.open(shown) as file:
+    """Returns the answer's picture, upright, as the model saw it."""
+    source: Any = BytesIO(answer.image) if isinstance(answer.image, bytes) else answer.image
+    with Image.open(source) as file:
         turn_upright(file)
         return to_rgb(file)
 
 
 def with_overlay(picture: Image.Image, map: Tensor) -> Image.Image:
-    """The picture, and beside it the overlay of where the answer looked."""
+    """Returns the picture, and beside it the overlay of the answer's attention."""
     both = Image.new("RGB", (2 * picture.width, picture.height))
     both.paste(picture)
     both.paste(overlay(picture, map), (picture.width, 0))
@@ -122,7 +129,7 @@ def with_overlay(picture: Image.Image, map: Tensor) -> Image.Image:
 
 
 def wrap(text: str, width: int = 30) -> str:
-    """Text broken into lines, at most four, without what a plot would take as a formula or has
-    no letter for."""
+    """Returns text broken into lines, at most four, without signs that a plot would read as a
+    formula or has no letter for."""
     plain = "".join(letter if letter.isprintable() else " " for letter in text)
     return "\n".join(line.replace("$", r"\$") for line in textwrap.wrap(plain, width)[:4])

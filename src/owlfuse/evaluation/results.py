@@ -1,5 +1,4 @@
-"""`results.json`: the metrics of a run, with the code, the data and the machine that they are
-of."""
+"""`results.json`: the metrics of a run, with its code, data and machine."""
 
 from __future__ import annotations
 
@@ -27,13 +26,13 @@ def write_results(
     questions: dict[str, Any] | None = None,
     checkpoint: str = "last",
 ) -> None:
-    """`results.json`, written beside and renamed. `hash` says of which code, configuration and data
-    they are (see `identity`).
+    """Writes `results.json` atomically. `hash` identifies code, configuration and data (see
+    `config.identity`).
 
     Args:
-        record: what the run's checkpoints keep beside its state (see `resume`).
+        record: the changes and the identity in the run's checkpoints (see `artifacts.resume`).
         questions: how many were asked of each validation source and kind.
-        checkpoint: whose results these are.
+        checkpoint: the name of the checkpoint that was evaluated.
     """
     plain = to_dict(config)
     changes = record.get("changes", [])
@@ -48,8 +47,10 @@ def write_results(
         "hash": {
             "code": code_hash(plain),
             "config": config_hash(plain, learned_changes(changes)),
+            # none of a run from before identities were recorded
             "data": data_hash(record["identity"]) if record.get("identity") else None,
         },
+        # another tokenizer makes losses per token incomparable
         "tokenizer": tokenizer_hash(folder),
         "changes": changes,
         "versions": versions(),
@@ -60,17 +61,17 @@ def write_results(
 
 
 def read_results(folder: Path) -> dict[str, Any]:
-    """What `results.json` of a run holds, nothing where there is none yet."""
+    """Returns the content of a run's `results.json`, nothing where there is none yet."""
     path = folder / "results.json"
     return read_json(path) if path.exists() else {}
 
 
-FILE = "before.json"
+BEFORE_FILE = "before.json"
 
 
 def metrics_before(folder: Path) -> dict[str, float]:
-    """The metrics of a run before its first step, as `before/<name>`; none where it was not
+    """Returns the metrics of a run before its first step, as `before/<name>`; none where it was not
     evaluated then."""
-    path = folder / FILE
+    path = folder / BEFORE_FILE
     metrics = read_json(path) if path.exists() else {}
     return {f"before/{name}": value for name, value in metrics.items()}

@@ -8,13 +8,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
 from owlfuse.artifacts.load import load_run_model
 from owlfuse.artifacts.resume import check_evaluation_keys, read_past
 from owlfuse.artifacts.run_data import build_data
-from owlfuse.artifacts.runs import chosen_checkpoint, split_which
+from owlfuse.artifacts.runs import chosen_checkpoint, is_first_rank, split_which
 from owlfuse.config.build import build, to_dict
 from owlfuse.config.compose import compose
 from owlfuse.core.files import write_json
@@ -34,7 +33,12 @@ from owlfuse.evaluation.metrics import (
     share_right,
     time_answer,
 )
-from owlfuse.evaluation.reports import picked, print_metrics, write_answers, write_contact_sheet
+from owlfuse.evaluation.reports import (
+    print_metrics,
+    sample_for_sheet,
+    write_answers,
+    write_contact_sheet,
+)
 from owlfuse.evaluation.results import metrics_before, read_results, write_results
 
 log = logging.getLogger(__name__)
@@ -53,11 +57,10 @@ class Evaluation:
         contact_sheet: pictures on the sheet.
         decode_tokens: of one answer, timed after the others (`milliseconds`); 0: none.
         before: evaluate a run before its first step too; those metrics are named `before/...`.
-        explain: draw beside each picture of the sheet where the answer looked (see
+        explain: draw beside each picture of the sheet the answer's attention to it (see
             `explain.attention_to_pictures`).
-        history: what was said before a question in its chat stands before it, as few-shot examples
-            want it; else only the pictures that were shown do, so that no answer gives another
-            away.
+        history: earlier turns of its chat stand before a question, as few-shot examples need them;
+            else only earlier pictures do, so that no answer gives another away.
     """
 
     batch_size: int = 64
@@ -74,8 +77,7 @@ class Evaluation:
     counts: dict[str, dict[str, Any]] = field(default_factory=dict, init=False)
     """Of each validation source how many questions were asked, of how many, and of each kind."""
     maps: dict[str, Tensor] = field(default_factory=dict, init=False)
-    """With `explain`: of the answers on the sheet by their ids, where they looked in their
-    pictures."""
+    """With `explain`: the attention maps of the answers on the sheet, by their ids."""
 
     def __post_init__(self) -> None:
         if self.max_questions is not None and self.max_questions < 1:
@@ -87,19 +89,21 @@ class Evaluation:
     def __call__(
         self, model: Any, data: Any, folder: Path | None = None
     ) -> tuple[dict[str, float], list[Answer]]:
-        """Metrics by their full names and all answers, progress shown; with a run's folder, its
-        metrics of before too."""
+        """Returns metrics by their full names and all answers, and shows progress; with a run's
+        folder, its metrics before the first step too."""
         training = model.training
+        # no dropout, and batch norms use their running statistics
         model.eval()
         metrics: dict[str, float] = metrics_before(folder) if folder else {}
-        everything: list[Answer] = []
-        asked: dict[tuple[str, str], Sample] = {}
-        shown = getattr(rank_zero_only, "rank", 0) == 0
+        all_answers: list[Answer] = []
+        samples: dict[tuple[str, str], Sample] = {}
+        shown = is_first_rank()
         for source in data.validation:
             all_questions = questions_of(data, source, self.history)
             questions = sample_questions(all_questions, self.max_questions)
+            # of the questions, not of the samples, of which one may have several
             self.counts[source] = counts_of(all_questions, questions)
-            # the three take times of their own, so that each says what is left of it alone
+            # the three take different times, so that each has its own estimate
             with Progress(
                 f"evaluating {source}, loss", len(data.validation[source]), shown=shown
             ) as progress:
@@ -109,6 +113,7 @@ class Evaluation:
                 answers = answer_questions(
                     model, data, source, questions, *settings, progress.advance
                 )
+            # asked again without information from the pictures: the difference is what they add
             blank = None
             if self.blank and any(sample.images or sample.videos for sample, _, _ in questions):
                 title = f"evaluating {source}, answers to blank pictures"
@@ -117,90 +122,94 @@ class Evaluation:
                         model, data, source, questions, *settings, progress.advance, blank=True
                     )
             metrics |= metric_names(source, list(data.validation), score(answers, blank, loss))
-            everything += answers
-            asked |= {(source, sample.id): sample for sample, _, _ in questions}
+            all_answers += answers
+            for sample, _, _ in questions:
+                samples[source, sample.id] = sample
+        # after the answers, when kernels are compiled and memory is allocated
         self.milliseconds = time_answer(model, data, self.decode_tokens, self.history)
         if self.explain and folder and shown:
-            drawn = [
-                (answer, asked[answer.source, answer.id])
-                for answer in picked(on_sheet(everything), self.contact_sheet)
-            ]
-            self.maps = maps_of_answers(model, data, drawn, self.max_new_tokens)
+            on_sheet = sample_for_sheet(pictured_answers(all_answers), self.contact_sheet)
+            pairs = [(answer, samples[answer.source, answer.id]) for answer in on_sheet]
+            self.maps = maps_of_answers(model, data, pairs, self.max_new_tokens)
         model.train(training)
-        return dict(sorted(metrics.items())), everything
+        return dict(sorted(metrics.items())), all_answers
 
     def write(
-        self, folder: Path, metrics: dict[str, float], answers: list[Answer], title: str
+        self,
+        folder: Path,
+        metrics: dict[str, float],
+        answers: list[Answer],
+        title: str,
     ) -> None:
-        """The table on the terminal; `answers.jsonl` and `contact_sheet.png` in the folder."""
+        """Prints the table, and writes `answers.jsonl` and `contact_sheet.png` into the folder."""
         print_metrics(metrics, title)
         write_answers(folder / "answers.jsonl", answers)
-        if self.contact_sheet:
-            mine = on_sheet(answers)
-            if mine:
-                right = share_right(
-                    [answer for answer in answers if answer.source == mine[0].source]
-                )
-                title = f"{title}: {right:.0%} right"
-            write_contact_sheet(
-                folder / "contact_sheet.png", mine, self.contact_sheet, title, self.maps
-            )
+        if not self.contact_sheet:
+            return
+        pictured = pictured_answers(answers)
+        if pictured:
+            # of the whole source, whose answers without a picture are not on the sheet
+            of_source = [answer for answer in answers if answer.source == pictured[0].source]
+            title = f"{title}: {share_right(of_source):.0%} right"
+        path = folder / "contact_sheet.png"
+        write_contact_sheet(path, pictured, self.contact_sheet, title, self.maps)
 
 
-def on_sheet(answers: list[Answer]) -> list[Answer]:
-    """Those with a picture, of the first source that has any."""
+def pictured_answers(answers: list[Answer]) -> list[Answer]:
+    """Returns the answers with a picture, of the first source that has any."""
     pictured = [answer for answer in answers if answer.image]
     return [answer for answer in pictured if answer.source == pictured[0].source]
 
 
 @quiet_libraries()
 def evaluate_run(folder: str, overrides: list[str]) -> None:
-    """`owlfuse eval`: evaluates a run's last checkpoint again, or its best with `which=best`, and
-    writes its results anew. Other overrides are those of `train` that say how it is evaluated, and
-    on what.
+    """Evaluates a run's last checkpoint again, or its best with `which=best`, and rewrites its
+    results. Other overrides are those of `train` that say how it is evaluated, and on which data.
 
     Raises:
         ConfigError: a key that changes nothing of an evaluation, or the model.
     """
-    began = time.monotonic()
+    start = time.monotonic()
+    run_dir = Path(folder)
     which, overrides = split_which(overrides)
     config = compose([f"resume={folder}", *overrides])
-    checkpoint = chosen_checkpoint(Path(folder), which)
+    checkpoint = chosen_checkpoint(run_dir, which)
     past = read_past(checkpoint)
     check_evaluation_keys(past, config)
     plain = to_dict(config)
     data = build_data(config)
-    model, _ = load_run_model(Path(folder), plain, data.vocab_size, which)
+    model, _ = load_run_model(run_dir, plain, data.vocab_size, which)
+    # pictures are prepared as the model's backbone needs them
     data.bind(model.vision.preprocessing, model.fusion.tokens_per_image)
+    # of the training data as recorded, of validation data as they are now
     identity = {**past.identity, **data_identity({}, data.validation)}
-    if other := [name for name, found in past.identity.items() if identity[name] != found]:
+    changed = [name for name, digest in past.identity.items() if identity[name] != digest]
+    if changed:
         log.warning(
-            "%s: the contents are not those that were evaluated in training", ", ".join(other)
+            "%s: the contents are not those that were evaluated in training", ", ".join(changed)
         )
     evaluation = build(config.evaluation) or Evaluation()  # of a run that trained without one
-    metrics, answers = evaluation(model, data, Path(folder))
-    before = read_results(Path(folder))
-    cost = {**before.get("cost", {}), "ms_per_generated_token": evaluation.milliseconds}
+    metrics, answers = evaluation(model, data, run_dir)
+    earlier = read_results(run_dir)
+    # the training's own costs stay
+    cost = {**earlier.get("cost", {}), "ms_per_generated_token": evaluation.milliseconds}
     record = {"changes": past.changes, "identity": identity}
     write_results(
-        Path(folder),
+        run_dir,
         config,
         past.step,
         metrics,
         cost,
-        time.monotonic() - began,
+        time.monotonic() - start,
         record,
         evaluation.counts,
         checkpoint.name,
     )
-    results = read_results(Path(folder))
-    trained = before.get("hash", {}).get("code", "unknown")
-    if trained != results["hash"]["code"]:
-        results["hash"]["code"] = f"{trained}, evaluated by {results['hash']['code']}"
-        write_json(Path(folder) / "results.json", results)
-    evaluation.write(
-        Path(folder),
-        metrics,
-        answers,
-        f"{config.experiment}, {past.step} steps ({which} checkpoint)",
-    )
+    # of other code than the training: both are named
+    results = read_results(run_dir)
+    training_code = earlier.get("hash", {}).get("code", "unknown")
+    if training_code != results["hash"]["code"]:
+        results["hash"]["code"] = f"{training_code}, evaluated by {results['hash']['code']}"
+        write_json(run_dir / "results.json", results)
+    title = f"{config.experiment}, {past.step} steps ({which} checkpoint)"
+    evaluation.write(run_dir, metrics, answers, title)

@@ -1,9 +1,11 @@
-"""What of each part is trained, and how. The only place where requires_grad changes."""
+"""How each part is trained. The only place where requires_grad changes."""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any, Protocol
 
 from peft import LoraConfig, inject_adapter_in_model
@@ -19,8 +21,7 @@ PARTS = ("vision", "connector", "fusion", "llm")
 
 @dataclass
 class Part:
-    """One part of a model as adapters see it: its parameters by name, those it shares with
-    another part left out."""
+    """One part of a model: its parameters by name, without those it shares with another part."""
 
     name: str
     root: nn.Module
@@ -30,19 +31,18 @@ class Part:
     blocks: list[list[nn.Parameter]] = field(default_factory=list)
     """Layers from first to last, for the parts that have them."""
     tables: dict[str, nn.Parameter] = field(default_factory=dict)
-    """Of an LLM the embeddings of its tokens and its head, with a row for each token; one where
-    they are tied."""
-    fixed: set[str] = field(default_factory=set)
+    """Of an LLM the embeddings of its tokens and its head, with a row for each token; one table
+    where they are tied."""
+    untrainable: set[str] = field(default_factory=set)
     """Parameters that the model itself never trains by gradients, as the biases that balance a
     router."""
 
 
 class PartedModel(Protocol):
-    """A model that says which of its parameters belong to which part."""
+    """A model whose parameters are grouped into parts."""
 
     new_rows: dict[str, list[int]]
-    """Of the LLM's tables by name the rows that are trained, where they are not trained as a
-    whole."""
+    """Of the LLM's tables by name the rows that are trained, where not all rows are."""
 
     def part(self, name: str) -> Part:
         """The part as it is now."""
@@ -59,7 +59,7 @@ class Frozen:
     """Nothing of the part is trained."""
 
     def apply(self, part: Part) -> None:
-        """See `Policy`."""
+        """Freezes every parameter."""
         for parameter in part.parameters.values():
             parameter.requires_grad_(False)
 
@@ -68,9 +68,9 @@ class Full:
     """All of the part is trained."""
 
     def apply(self, part: Part) -> None:
-        """See `Policy`."""
+        """Trains every parameter that can be."""
         for name, parameter in part.parameters.items():
-            parameter.requires_grad_(name not in part.fixed)
+            parameter.requires_grad_(name not in part.untrainable)
 
 
 class LastN:
@@ -85,7 +85,7 @@ class LastN:
         self.n = n
 
     def apply(self, part: Part) -> None:
-        """See `Policy`.
+        """Trains the last layers and freezes the others.
 
         Raises:
             ValueError: the part has fewer layers than n, or none.
@@ -95,10 +95,10 @@ class LastN:
                 f"n is {self.n}, and the part has {len(part.blocks)} layers to choose from"
             )
         Frozen().apply(part)
-        fixed = {id(part.parameters[name]) for name in part.fixed}
+        untrainable = {id(part.parameters[name]) for name in part.untrainable}
         for block in part.blocks[-self.n :]:
             for parameter in block:
-                parameter.requires_grad_(id(parameter) not in fixed)
+                parameter.requires_grad_(id(parameter) not in untrainable)
 
 
 class LoRA:
@@ -133,7 +133,7 @@ class LoRA:
         self.target_parameters = target_parameters or []
 
     def apply(self, part: Part) -> None:
-        """See `Policy`.
+        """Freezes the part and adds the updates.
 
         Raises:
             ValueError: a target that no linear layer or parameter of the part has as its name, or
@@ -142,10 +142,11 @@ class LoRA:
         if self.r < 1:
             raise ValueError(f"r is {self.r}, and a rank is at least 1")
         Frozen().apply(part)
-        names = self.find(part)
-        parameters = self.find_parameters(part)
+        names = self.target_layers(part)
+        parameters = self.target_matrices(part)
         if self.targets == "all-linear":
             warn_of_unreached(part, parameters)
+        # of the whole LLM, whose other part is in the same module
         before = {name: parameter.requires_grad for name, parameter in part.root.named_parameters()}
         alpha: Any = self.alpha  # peft, which says an int, takes any number
         config = LoraConfig(
@@ -157,80 +158,86 @@ class LoRA:
             bias="none",
         )
         inject_adapter_in_model(config, part.root)
-        # peft freezes all of the root but its adapters: the other parts in it go back to what they
-        # were
+        # peft freezes all of the root but its adapters: the other parts in it are set back
         for name, parameter in part.root.named_parameters():
             parameter.requires_grad_(before.get(name, before.get(without_base_layers(name), True)))
 
-    def find(self, part: Part) -> list[str]:
-        """Full names of the part's linear layers that the targets mean, the LLM's head never."""
-        linear: dict[str, list[str]] = {}
-        for name, module in part.root.named_modules():
-            if isinstance(module, nn.Linear) and f"{name}.weight" in part.parameters:
-                linear.setdefault(layer_name(name), []).append(name)
-        linear.pop("lm_head", None)
-        named = self.targets if isinstance(self.targets, list) else [self.targets]
-        wanted = list(linear) if self.targets == "all-linear" else named
-        if missing := [name for name in wanted if name not in linear]:
+    def target_layers(self, part: Part) -> list[str]:
+        """Returns the full names of the part's linear layers that are targets, the LLM's head
+        never."""
+        paths_by_name: dict[str, list[str]] = {}
+        for path, module in part.root.named_modules():
+            if isinstance(module, nn.Linear) and f"{path}.weight" in part.parameters:
+                paths_by_name.setdefault(layer_name(path), []).append(path)
+        # an update of the head is trained by `train_rows` or `full` alone
+        paths_by_name.pop("lm_head", None)
+        if self.targets == "all-linear":
+            targets = list(paths_by_name)
+        else:
+            targets = self.targets if isinstance(self.targets, list) else [self.targets]
+        if missing := [name for name in targets if name not in paths_by_name]:
             raise ValueError(
                 f"targets {missing} are no linear layers of {part.name}, which has "
-                f"{', '.join(sorted(linear)) or 'none'}"
+                f"{', '.join(sorted(paths_by_name)) or 'none'}"
             )
-        if not wanted:
+        if not targets:
             raise ValueError(f"{part.name} has no linear layer for lora")
-        return [name for key in wanted for name in linear[key]]
+        return list(chain.from_iterable(paths_by_name[name] for name in targets))
 
-    def find_parameters(self, part: Part) -> list[str]:
-        """Full names of the parameters that `target_parameters` mean."""
-        found = []
+    def target_matrices(self, part: Part) -> list[str]:
+        """Returns the full names of the parameters that `target_parameters` names."""
+        names = []
         for target in self.target_parameters:
-            names = [
-                name
-                for name, p in part.parameters.items()
-                if f".{name}".endswith(f".{target}") and p.ndim in (2, 3)
-            ]
-            if not names:
-                fused = sorted({".".join(name.split(".")[-2:]) for name in stacked(part)})
+            matching = []
+            for name, parameter in part.parameters.items():
+                if f".{name}".endswith(f".{target}") and parameter.ndim in (2, 3):
+                    matching.append(name)
+            if not matching:
                 raise ValueError(
                     f"target_parameters: {part.name} has no matrix {target}; matrices that are no "
-                    "linear layers are "
-                    f"{', '.join(fused) or 'none'}"
+                    f"linear layers are {', '.join(short_names(stacked_matrices(part))) or 'none'}"
                 )
-            found += names
-        return found
+            names += matching
+        return names
 
 
-def stacked(part: Part) -> dict[str, nn.Parameter]:
-    """The part's matrices of which several are one parameter, as those of a mixture's experts
-    are."""
-    return {name: p for name, p in part.parameters.items() if p.ndim == 3 and min(p.shape) > 1}
+def stacked_matrices(part: Part) -> dict[str, nn.Parameter]:
+    """Returns the part's parameters that hold several matrices, as those of a mixture's experts."""
+    stacked = {}
+    for name, parameter in part.parameters.items():
+        if parameter.ndim == 3 and min(parameter.shape) > 1:
+            stacked[name] = parameter
+    return stacked
+
+
+def short_names(names: Iterable[str]) -> list[str]:
+    """Returns the last two parts of dotted names, sorted, each once."""
+    return sorted({".".join(name.split(".")[-2:]) for name in names})
 
 
 def warn_of_unreached(part: Part, reached: list[str]) -> None:
-    """Says which matrices of an LLM `all-linear` does not reach."""
-    missed = {name: p for name, p in stacked(part).items() if name not in reached}
+    """Logs which matrices of an LLM `all-linear` does not reach."""
+    missed = {name: p for name, p in stacked_matrices(part).items() if name not in reached}
     if part.name == "llm" and missed:
-        kinds = sorted({".".join(name.split(".")[-2:]) for name in missed})
-        share = sum(p.numel() for p in missed.values()) / sum(
-            p.numel() for p in part.parameters.values()
-        )
+        total = sum(parameter.numel() for parameter in part.parameters.values())
+        share = sum(parameter.numel() for parameter in missed.values()) / total
         log.warning(
             "adapter.llm: all-linear reaches linear layers, and %s, which hold %.0f %% of the "
-            "LLM's parameters, are none: they "
-            "stay frozen; name them in target_parameters to train them too",
-            ", ".join(kinds),
+            "LLM's parameters, are none: they stay frozen; name them in target_parameters to train "
+            "them too",
+            ", ".join(short_names(missed)),
             100 * share,
         )
 
 
 def without_base_layers(name: str) -> str:
-    """The name that a parameter has where no LoRA layer is put around its module."""
+    """Returns the name that a parameter has where no LoRA layer is put around its module."""
     return name.replace(".base_layer", "")
 
 
 def layer_name(path: str) -> str:
-    """`layers.0.self_attn.k_proj` -> `k_proj`, and the same for its copies by modality,
-    `....k_proj.vision`."""
+    """Returns the last name of a path, `layers.0.self_attn.k_proj` -> `k_proj`, and the same for
+    its copies by modality, `....k_proj.vision`."""
     *_, parent, name = ["", *path.split(".")]
     return parent if name in ("text", "vision") else name
 
@@ -246,7 +253,7 @@ class PartSummary:
 
 
 def train_rows(part: Part) -> list[str]:
-    """Has the tables of an LLM trained that its policy has frozen, for their new tokens' rows
+    """Makes the tables of an LLM that its policy has frozen trainable, for the rows of new tokens
     alone. Returns their names."""
     names = [name for name, table in part.tables.items() if not table.requires_grad]
     for name in names:
@@ -257,12 +264,12 @@ def train_rows(part: Part) -> list[str]:
 def apply_adapters(
     model: PartedModel, policies: dict[str, Policy], new_tokens: dict[str, int] | None = None
 ) -> list[PartSummary]:
-    """Applies each part's policy and counts. Of an LLM that is not trained as a whole the rows of
-    `new_tokens` are trained in its embeddings and its head, which have no meaning yet;
-    `model.new_rows` then says of which tables and which rows.
+    """Applies each part's policy and counts parameters. Where the embeddings and the head of an LLM
+    are not trained, the rows of `new_tokens` are, which have no meaning yet; `model.new_rows` then
+    lists the rows by table.
 
     Raises:
-        ValueError: nothing is left to train, or a policy does not fit its part (which is named).
+        ValueError: nothing is trained, or a policy does not fit its part (which is named).
     """
     for name in PARTS:
         part = model.part(name)
@@ -273,6 +280,7 @@ def apply_adapters(
             policies[name].apply(part)
         except ValueError as error:
             raise ValueError(f"adapter.{name}: {error}") from error
+    # after the policies, which freeze the tables
     names = train_rows(model.part("llm")) if new_tokens else []
     model.new_rows = {name: sorted((new_tokens or {}).values()) for name in names}
     summaries = []
@@ -283,11 +291,10 @@ def apply_adapters(
         if name == "llm":
             for table, rows in model.new_rows.items():
                 weight = part.parameters[table]
+                # the gradient of the other rows is masked, so they count as frozen
                 trained -= weight.numel() - len(rows) * weight.shape[1]
-        policy = type(policies[name]).__name__
-        summaries.append(
-            PartSummary(name, policy, trained, sum(p.numel() for p in parameters) - trained)
-        )
+        frozen = sum(p.numel() for p in parameters) - trained
+        summaries.append(PartSummary(name, type(policies[name]).__name__, trained, frozen))
     if not any(summary.trained for summary in summaries):
         raise ValueError(
             "adapter: every part is frozen, so there is nothing to train; give one of them full, "
@@ -303,31 +310,28 @@ def print_summary(summaries: list[PartSummary], nodes: dict[str, Any] | None = N
         nodes: the configuration's `model`, whose parts are named.
     """
     table = Table(box=SIMPLE_HEAD)
-    left = ("part", "which", "policy")
-    for column in (*left, "trained", "frozen"):
-        table.add_column(column, justify="left" if column in left else "right", overflow="fold")
-    total = PartSummary(
-        "all", "", sum(s.trained for s in summaries), sum(s.frozen for s in summaries)
-    )
-    for summary in (*summaries, total):
-        which = described_part((nodes or {}).get(summary.part))
-        table.add_row(
-            summary.part, which, summary.policy, f"{summary.trained:,}", f"{summary.frozen:,}"
-        )
+    for column in ("part", "which", "policy"):
+        table.add_column(column, overflow="fold")
+    for column in ("trained", "frozen"):
+        table.add_column(column, justify="right", overflow="fold")
+    trained = sum(summary.trained for summary in summaries)
+    frozen = sum(summary.frozen for summary in summaries)
+    for summary in (*summaries, PartSummary("all", "", trained, frozen)):
+        description = describe_node((nodes or {}).get(summary.part))
+        counts = f"{summary.trained:,}", f"{summary.frozen:,}"
+        table.add_row(summary.part, description, summary.policy, *counts)
     Console().print(table)
 
 
-def described_part(node: dict[str, Any] | None) -> str:
-    """`TimmBackbone vit_tiny_patch16_224`: the class of a part, where a class makes it, and
-    which model it is of."""
+def describe_node(node: dict[str, Any] | None) -> str:
+    """Returns the class of a part, unless a function makes it, and its model's name, as in
+    `TimmBackbone vit_tiny_patch16_224`."""
     if not node:
         return ""
-    kind = str(node.get("_target_", "")).rpartition(".")[2]
-    config = node.get("config") or {}
-    model = (
-        node.get("pretrained")
-        or node.get("name")
-        or (config.get("model_type") if isinstance(config, dict) else None)
-    )
-    words = [kind] if kind[:1].isupper() or not model else []
-    return " ".join([*words, str(model)] if model else words)
+    target = str(node.get("_target_", "")).rpartition(".")[2]
+    config = node.get("config")
+    model_type = config.get("model_type") if isinstance(config, dict) else None
+    model = node.get("pretrained") or node.get("name") or model_type
+    if not model:
+        return target
+    return f"{target} {model}" if target[:1].isupper() else str(model)

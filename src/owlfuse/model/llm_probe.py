@@ -1,10 +1,9 @@
-"""What owlfuse assumes of an LLM, tried on a tiny copy of it: how its layers make keys, and whether
-packed rows stay apart.
+"""Probes of an LLM on a tiny copy of it: how its layers make keys, and whether packed rows are
+independent.
 
 The copy has the LLM's class, configuration and number of layers, other widths and random weights.
 It takes a tenth of a second to build, and needs neither the LLM's weights nor its memory, so that
-an LLM on the meta device or shared out over ranks is tried as one in memory is. What was found is
-kept for each configuration.
+it works for an LLM on the meta device or sharded over ranks. Results are cached by configuration.
 
 B rows, T text positions, D width, K key-value heads, d head width.
 """
@@ -30,49 +29,48 @@ TOLERANCE = 1e-3
 """Of the largest number, between two ways to compute the same in float32 over many random
 layers."""
 KEY_NORMS = ("k_norm", "key_layernorm", "k_layernorm")
-WAYS = [
-    KeyPath(norm, place, rotation)
+CANDIDATES = [
+    KeyPath(norm, norm_over, rotation)
     for norm in (None, *KEY_NORMS)
-    for place in ("heads", "width", "rotated")
+    for norm_over in ("heads", "width", "rotated")
     for rotation in ("whole", "part", "none")
-    if norm is not None or place == "heads"
+    if norm is not None or norm_over == "heads"
 ]
-"""How keys may come from the key projection; the first that gives a layer's own keys is taken."""
+"""How keys may come from the key projection; the first that gives a layer's own keys is used."""
 
-Found = TypeVar("Found")
+Result = TypeVar("Result")
 
 REGISTER_PARAMETER = nn.Module.register_parameter
-"""torch's own: accelerate's `init_empty_weights` puts another in its place, which makes
-parameters without memory."""
+"""torch's own: accelerate's `init_empty_weights` replaces it by one that makes parameters without
+memory."""
 
 
-def kept_by_configuration(
-    probe: Callable[[PreTrainedModel], Found],
-) -> Callable[[PreTrainedModel], Found]:
-    """Has a probe of an LLM run once for each configuration and class. It gets the tiny copy."""
-    results: dict[Any, Found] = {}
+def cached_by_configuration(
+    probe: Callable[[PreTrainedModel], Result],
+) -> Callable[[PreTrainedModel], Result]:
+    """Decorates a probe, which gets the tiny copy, to run once for each configuration and class."""
+    results: dict[Any, Result] = {}
 
     @wraps(probe)
-    def once(llm: PreTrainedModel) -> Found:
+    def cached_probe(llm: PreTrainedModel) -> Result:
         key = configuration_key(llm)
         if key not in results:
-            with aside():
+            with plain_cpu():
                 results[key] = probe(tiny_copy(llm))
         return results[key]
 
-    return once
+    return cached_probe
 
 
 def configuration_key(llm: PreTrainedModel) -> tuple[type, str]:
-    """What decides about the tiny copy of an LLM."""
+    """Returns all that the tiny copy of an LLM depends on."""
     return type(llm), tiny_config(llm.config).to_json_string(use_diff=False)
 
 
 @contextmanager
-def aside() -> Iterator[None]:
-    """Inside, models are made in memory and on the CPU, whatever is built around.
-
-    Torch's random numbers stay as they are.
+def plain_cpu() -> Iterator[None]:
+    """Makes models in memory and on the CPU inside the block, also inside of a block for the meta
+    device. Torch's random state does not change.
     """
     default, registering = torch.get_default_dtype(), nn.Module.register_parameter
     torch.set_default_dtype(torch.float32)
@@ -86,28 +84,29 @@ def aside() -> Iterator[None]:
 
 
 def tiny_copy(llm: PreTrainedModel) -> PreTrainedModel:
-    """An LLM of the same class, layers and options, with other widths and random weights, in
-    evaluation mode.
+    """Returns an LLM of the same class, layers and options, with other widths and random weights,
+    in evaluation mode.
 
     Raises:
-        ValueError: the class takes no such widths.
+        ValueError: the class cannot be built with such widths.
     """
     try:
+        # float32 and no dropout, so that differences are no noise
         tiny = type(llm)(tiny_config(llm.config)).float().eval()
         decoder_layers(tiny)
     except FAILURES as error:
         raise ValueError(
             f"{type(llm).__name__} cannot be tried at a small width: {first_line(error)}"
         ) from error
-    fill(tiny)
+    randomize(tiny)
     return tiny
 
 
 def tiny_config(config: Any) -> PreTrainedConfig:
-    """The configuration with small widths.
-
-    All that is said of single layers, positions, norms and experts stays.
+    """Returns the configuration with small widths; fields of single layers, positions, norms and
+    experts stay.
     """
+    # the LLM keeps its own
     tiny = copy.deepcopy(config)
     grouped = getattr(config, "num_key_value_heads", None) not in (None, config.num_attention_heads)
     widths = {
@@ -116,48 +115,49 @@ def tiny_config(config: Any) -> PreTrainedConfig:
         "num_key_value_heads": GROUPS if grouped else HEADS,
         "head_dim": HEAD_WIDTH,
     }
-    # Gemma 4 has several
-    widths |= {name: VOCABULARY for name in vars(config) if name.startswith("vocab_size")}
-    widths |= {
-        name: 32
-        for name, value in vars(config).items()
-        if name.endswith("intermediate_size") and type(value) is int
-    }
-    # not by getattr, which configurations with keys of single layers refuse
-    for name in set(widths) & {
-        name for name, value in vars(config).items() if isinstance(value, int)
-    }:
-        setattr(tiny, name, widths[name])
-    if isinstance(config.pad_token_id, int):  # an embedding takes none outside of its table
+    # vars, not getattr, which configurations with keys of single layers refuse
+    for name, value in vars(config).items():
+        if not isinstance(value, int):
+            continue
+        if name.startswith("vocab_size"):  # Gemma 4 has several
+            setattr(tiny, name, VOCABULARY)
+        elif name.endswith("intermediate_size") and not isinstance(value, bool):
+            setattr(tiny, name, 32)
+        elif name in widths:
+            setattr(tiny, name, widths[name])
+    if isinstance(config.pad_token_id, int):  # the embedding's table has to hold it
         tiny.pad_token_id = 0
     cut_rotary_factors(tiny)
-    tiny._attn_implementation = "sdpa"  # an attached fusion has put its own there
+    tiny._attn_implementation = "sdpa"  # an attached fusion has its own
     tiny.use_cache = False
     return tiny
 
 
 def cut_rotary_factors(config: Any) -> None:
-    """Shortens the lists of factors, one for each pair of a head's numbers, that longrope has."""
+    """Shortens longrope's lists of factors, one for each pair of a head's numbers."""
     parameters = getattr(config, "rope_parameters", None) or {}
+    # one factor for two numbers, which are rotated together
     pairs = int(HEAD_WIDTH * parameters.get("partial_rotary_factor", 1.0)) // 2
     for name in ("short_factor", "long_factor"):
         if name in parameters:
             parameters[name] = parameters[name][:pairs]
 
 
-def fill(model: nn.Module) -> None:
-    """Random weights with which each part of a model matters: nothing is zero, and no norm has the
-    weight of one that is left out."""
+def randomize(model: nn.Module) -> None:
+    """Sets random weights with which each part of a model changes the result: none is zero, and no
+    norm's weights are all ones."""
+    # the same weights in every process: all ranks come to the same result
     generator = torch.Generator().manual_seed(0)
     for parameter in model.parameters():
         if parameter.ndim > 1:
             parameter.normal_(std=parameter.shape[-1] ** -0.5, generator=generator)
         else:
+            # norms and biases; far from zero, where a norm would hide the rest
             parameter.uniform_(0.5, 1.5, generator=generator)
 
 
 class Call(NamedTuple):
-    """What a layer's attention hands to transformers' attention function."""
+    """The arguments of a layer's call of transformers' attention function."""
 
     key: Tensor
     """(B, K, T, d)."""
@@ -166,43 +166,47 @@ class Call(NamedTuple):
     arguments: dict[str, Any]
 
 
-@kept_by_configuration
+@cached_by_configuration
 def key_paths(llm: PreTrainedModel) -> list[KeyPath | str]:
-    """Of each decoder layer how its keys come from its key projection, or what stands in the way of
-    further keys that are made like them."""
+    """Returns for each decoder layer how its keys come from its key projection, or why further keys
+    cannot be made like them."""
     layers: list[Any] = list(decoder_layers(llm))
     if not all(isinstance(layer.self_attn.k_proj, nn.Linear) for layer in layers):
         return ["its key projection is no plain linear layer"] * len(layers)
     for layer in layers:  # so large that a limit of keys and values shows, as olmoe may have
         layer.self_attn.k_proj.weight.mul_(10)
         layer.self_attn.v_proj.weight.mul_(10)
+    # not from 0, where a rotation does nothing
     position_ids = torch.arange(2, 9)[None]
     ids = torch.arange(10, 17)[None]
-    with noting_attention(llm) as notes:
+    with record_inputs(llm) as recorded:
         try:
             llm(input_ids=ids, position_ids=position_ids, visual="visual", use_cache=False)
         except FAILURES as error:
-            return [
-                f"its forward fails with a further keyword argument ({first_line(error)})"
-            ] * len(layers)
-    return [key_path(llm, index, layer, notes, position_ids) for index, layer in enumerate(layers)]
+            reason = f"its forward fails with a further keyword argument ({first_line(error)})"
+            return [reason] * len(layers)
+    paths = []
+    for index, layer in enumerate(layers):
+        paths.append(key_path(llm, index, layer, recorded, position_ids))
+    return paths
 
 
-class Notes(NamedTuple):
-    """What went into decoder layers and their attention, by layer."""
+class RecordedInputs(NamedTuple):
+    """The inputs of decoder layers and of their attention, by layer."""
 
-    inputs: dict[int, Tensor]
+    layers: dict[int, Tensor]
     """(B, T, D) of the layer."""
-    normed: dict[int, Tensor]
+    attentions: dict[int, Tensor]
     """(B, T, D) of its attention."""
     calls: dict[int, list[Call]]
 
 
 @contextmanager
-def noting_attention(llm: PreTrainedModel) -> Iterator[Notes]:
-    """Inside, what the LLM's layers and attention get is noted."""
-    notes = Notes({}, {}, {})
+def record_inputs(llm: PreTrainedModel) -> Iterator[RecordedInputs]:
+    """Records the inputs of the LLM's layers and their attention inside the block."""
+    recorded = RecordedInputs({}, {}, {})
     layers: list[Any] = list(decoder_layers(llm))
+    # by identity: layer_idx may be wrong or missing in modelling files
     index_of = {id(layer.self_attn): index for index, layer in enumerate(layers)}
     plain = ALL_ATTENTION_FUNCTIONS["sdpa"]
 
@@ -214,19 +218,14 @@ def noting_attention(llm: PreTrainedModel) -> Iterator[Notes]:
         attention_mask: Tensor | None,
         **arguments: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        notes.calls.setdefault(index_of.get(id(module), -1), []).append(Call(key, value, arguments))
-        return plain(
-            module,
-            query,
-            key,
-            value,
-            attention_mask,
-            **{k: v for k, v in arguments.items() if k != "visual"},
-        )
+        calls = recorded.calls.setdefault(index_of.get(id(module), -1), [])
+        calls.append(Call(key, value, arguments))
+        options = {name: value for name, value in arguments.items() if name != "visual"}
+        return plain(module, query, key, value, attention_mask, **options)
 
-    def note(into: dict[int, Tensor], index: int) -> Callable[..., None]:
+    def record(inputs: dict[int, Tensor], index: int) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-            into[index] = args[0] if args else kwargs["hidden_states"]
+            inputs[index] = args[0] if args else kwargs["hidden_states"]
 
         return hook
 
@@ -236,22 +235,28 @@ def noting_attention(llm: PreTrainedModel) -> Iterator[Notes]:
     llm.set_attn_implementation(name)
     handles = []
     for index, layer in enumerate(layers):
-        handles.append(layer.register_forward_pre_hook(note(notes.inputs, index), with_kwargs=True))
-        handles.append(
-            layer.self_attn.register_forward_pre_hook(note(notes.normed, index), with_kwargs=True)
-        )
+        for module, inputs in (
+            (layer, recorded.layers),
+            (layer.self_attn, recorded.attentions),
+        ):
+            hook = record(inputs, index)
+            handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
     try:
-        yield notes
+        yield recorded
     finally:
         for handle in handles:
             handle.remove()
 
 
 def key_path(
-    llm: PreTrainedModel, index: int, layer: Any, notes: Notes, position_ids: Tensor
+    llm: PreTrainedModel,
+    index: int,
+    layer: Any,
+    recorded: RecordedInputs,
+    position_ids: Tensor,
 ) -> KeyPath | str:
-    """See `key_paths`, for one layer."""
-    calls = notes.calls.get(index, [])
+    """Returns the item of `key_paths` for one layer."""
+    calls = recorded.calls.get(index, [])
     if len(calls) != 1:
         return (
             f"its attention calls transformers' attention functions {len(calls)} times, and "
@@ -263,43 +268,44 @@ def key_path(
             "its decoder layers hand no keyword arguments to the attention, so that pictures "
             "do not reach it"
         )
-    normed = notes.normed[index]
-    if not same(layer.input_layernorm(notes.inputs[index]), normed):
+    normed = recorded.attentions[index]
+    if not same(layer.input_layernorm(recorded.layers[index]), normed):
         return "its attention reads something else than what input_layernorm gives"
     heads = (-1, attention.head_dim)
     projected_key = attention.k_proj(normed).unflatten(-1, heads)
     projected_value = attention.v_proj(normed).unflatten(-1, heads)
+    # olmoe clips its values
     if not same(projected_value.transpose(1, 2), call.value):
         return "its attention changes the values after v_proj"
-    for way in WAYS:
-        path = way._replace(layer_type=layer_type_of(llm, index))
+    for candidate in CANDIDATES:
+        path = candidate._replace(layer_type=layer_type_of(llm, index))
         try:
-            turn = (
-                rotary(llm, normed, position_ids, path.layer_type)
-                if path.rotation != "none"
-                else None
-            )
+            turn = None
+            if path.rotation != "none":
+                turn = rotary(llm, normed, position_ids, path.layer_type)
             key = path.keys(attention, projected_key, turn)
-        except FAILURES:  # a way that this attention has no part for
+        except FAILURES:  # a candidate with a module that this attention lacks
             continue
         if same(key, call.key):
             return path
     return "its keys are more than k_proj, a key norm and the rotary embedding"
 
 
-def same(one: Tensor, other: Tensor) -> bool:
-    """Whether two tensors are equal but for rounding."""
-    if one.shape != other.shape or not torch.isfinite(other).all():
+def same(tensor: Tensor, expected: Tensor) -> bool:
+    """Returns whether two tensors are equal but for rounding."""
+    if tensor.shape != expected.shape or not torch.isfinite(expected).all():
         return False
-    return bool((one - other).abs().max() <= TOLERANCE * other.abs().max())
+    return bool((tensor - expected).abs().max() <= TOLERANCE * expected.abs().max())
 
 
-@kept_by_configuration
+@cached_by_configuration
 def packing_leak(llm: PreTrainedModel) -> str | None:
-    """What packed rows of this LLM do wrong, None where a sample's logits are those that it has
-    alone."""
+    """Returns how packed rows of this LLM differ from single ones, None where a sample's logits are
+    the same."""
     first, second = [11, 12, 13, 14], [21, 22, 23, 24, 25, 26]
+    # two samples in a row, each from position 0
     position_ids = torch.tensor([[*range(4), *range(6)]] * 2)
+    # the second sample behind two different first ones
     packed = torch.tensor([first + second, [31, 32, 33, 34, *second]])
     try:
         logits = llm(input_ids=packed, position_ids=position_ids, use_cache=False).logits[:, 4:]
@@ -316,7 +322,7 @@ def packing_leak(llm: PreTrainedModel) -> str | None:
 
 
 def check_packing(llm: PreTrainedModel) -> None:
-    """Raises ValueError where the samples of a packed row do not stay apart in this LLM."""
+    """Raises ValueError where the samples of a packed row are not independent in this LLM."""
     leak = packing_leak(llm)
     if leak:
         raise ValueError(

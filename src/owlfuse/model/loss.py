@@ -21,6 +21,7 @@ def batch_loss(model: Callable[..., Tensor], batch: Batch) -> tuple[Tensor, Tens
     """
     if batch.supervised is None:
         return token_loss(model(batch), batch.labels)
+    # padded positions have the target -100, and count for nothing
     targets = batch.targets().index_select(0, batch.supervised)
     return summed_loss(model(batch, logits_to_keep=batch.supervised), targets)
 
@@ -48,5 +49,6 @@ def token_losses(logits: Tensor, targets: Tensor) -> Tensor:
 
     In float32 at least, in float64 where the logits are.
     """
+    # a softmax over a large vocabulary in bfloat16 loses the small terms
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     return F.cross_entropy(logits, targets, ignore_index=-100, reduction="none")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from contextlib import nullcontext
+from itertools import chain
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from owlfuse.config.build import build
 from owlfuse.core.errors import DataError
 from owlfuse.core.types import Batch, VisualTokens
 from owlfuse.model.adapters import PARTS, Part, PartSummary, apply_adapters
+from owlfuse.model.connectors.base import Connector
 from owlfuse.model.fusion.base import Fusion, fused_output
 from owlfuse.model.fusion.probe import check_fusion
 from owlfuse.model.llm import (
@@ -32,6 +34,8 @@ from owlfuse.model.llm import (
     width,
 )
 from owlfuse.model.llm_probe import check_packing
+from owlfuse.model.parts import ModelPart
+from owlfuse.model.vision.base import Backbone
 
 
 class MultimodalLM(nn.Module):
@@ -41,8 +45,7 @@ class MultimodalLM(nn.Module):
         nodes: the configuration of each part that the model was assembled from; None for one put
             together by hand.
         balancing_loss: of the last forward in training, how unevenly a mixture of experts used its
-            experts (see `llm.balancing_loss`); None for other LLMs, and where nothing of the LLM is
-            trained.
+            experts (see `llm.balancing_loss`); None for other LLMs, and for a frozen one.
         released: an `owlfuse.artifacts.released.loading.Released`, of a model that was read from a
             released checkpoint.
     """
@@ -51,20 +54,23 @@ class MultimodalLM(nn.Module):
     released: Any = None
 
     def __init__(
-        self, vision: nn.Module, connector: nn.Module, fusion: Fusion, llm: PreTrainedModel
+        self,
+        vision: Backbone,
+        connector: Connector,
+        fusion: Fusion,
+        llm: PreTrainedModel,
     ) -> None:
         super().__init__()
-        # parts of the user's too: what is asked of them depends on what they have
-        self.vision: Any = vision
-        self.connector: Any = connector
+        self.vision = vision
+        self.connector = connector
         self.fusion = fusion
         self.llm = llm
         self.packing_checked = False
         self.balancing_loss: Tensor | None = None
         self.new_rows: dict[str, list[int]] = {}
-        self.fixed = {
-            id(parameter) for parameter in llm.parameters() if not parameter.requires_grad
-        }
+        # of the LLM's own class, as the biases that balance a router: no policy trains them
+        self.untrainable = {id(p) for p in llm.parameters() if not p.requires_grad}
+        # before it is attached: a fusion that fails leaves this LLM unchanged
         check_fusion(fusion, llm)
         fusion.attach(llm)
 
@@ -75,7 +81,7 @@ class MultimodalLM(nn.Module):
         cache: Any = None,
         logits_to_keep: int | Tensor = 0,
     ) -> Tensor:
-        """Logits (B, T, V) of a batch.
+        """Returns the logits (B, T, V) of a batch.
 
         Args:
             visual: the batch's visual tokens where they are known already; by default they are made
@@ -87,52 +93,47 @@ class MultimodalLM(nn.Module):
         """
         if visual is None:
             visual = self.encode(batch)
+        # at the first packed batch alone, for models that were built by hand
         if batch.segment_ids is not None and not self.packing_checked:
             check_packing(self.llm)
             self.packing_checked = True
         balances = self.training and self.balances_experts()
         options = {"output_router_logits": True} if balances else {}
         output = fused_output(
-            self.llm, self.fusion, batch, visual, cache, logits_to_keep, **options
+            self.llm,
+            self.fusion,
+            batch,
+            visual,
+            cache,
+            logits_to_keep,
+            **options,
         )
-        self.balancing_loss = (
-            balancing_loss(self.llm, output.router_logits, batch.attention_mask)
-            if balances
-            else None
-        )
+        self.balancing_loss = None
+        if balances:
+            mask = batch.attention_mask
+            self.balancing_loss = balancing_loss(self.llm, output.router_logits, mask)
         return output.logits[0] if isinstance(logits_to_keep, Tensor) else output.logits
 
     def balances_experts(self) -> bool:
-        """Whether the LLM is a mixture of experts with a balancing loss, and something of it is
-        trained."""
-        return balancing_coefficient(self.llm) > 0 and any(
-            parameter.requires_grad for parameter in self.llm.parameters()
-        )
+        """Returns whether the LLM is a mixture of experts with a balancing loss, and trained."""
+        if balancing_coefficient(self.llm) == 0:
+            return False
+        return any(parameter.requires_grad for parameter in self.llm.parameters())
 
     def encode(self, batch: Batch) -> VisualTokens:
-        """Pixels (N, 3, H, W) -> visual tokens (N, Q, D), the backbone once for all images of the
-        batch.
+        """Returns the visual tokens (N, Q, D) of pixels (N, 3, H, W), the backbone once for all
+        images of the batch.
 
         A batch without images passes its blank one, times zero, so that every parameter has a
         gradient and every rank issues the same collectives.
         """
-        keeping = (
-            nullcontext
-            if batch.has_images
-            else getattr(self.vision, "statistics_kept", nullcontext)
-        )
-        with keeping():
+        with nullcontext() if batch.has_images else self.vision.statistics_kept():
             features = self.vision(in_dtype_of(self.vision, batch.pixel_values))
+        check_token_count("vision", self.vision, features, self.vision.patches)
         tokens = self.connector(features)
-        for part, found, expected in (
-            ("vision", features.shape[1], getattr(self.vision, "patches", None)),
-            ("connector", tokens.shape[1], getattr(self.connector, "tokens", None)),
-        ):
-            if expected not in (None, found):
-                raise ValueError(
-                    f"{part}: {type(getattr(self, part)).__name__} gives {found} tokens, and says "
-                    f"{expected}"
-                )
+        check_token_count("connector", self.connector, tokens, self.connector.tokens)
+        # zero for a blank image, and multiplied rather than selected, so that its gradients are
+        # zero and not missing
         tokens = tokens * batch.image_mask[:, None, None].to(features.dtype)
         return VisualTokens(tokens, batch.image_index, batch.image_positions)
 
@@ -145,133 +146,148 @@ class MultimodalLM(nn.Module):
         """
         try:
             self.vision.set_image_size(image_size)
-        except (ValueError, AttributeError) as error:
+        except ValueError as error:
             raise ValueError(f"vision: image_size: {error}") from error
-        if not hasattr(self.connector, "set_grid"):
-            raise ValueError(
-                f"connector: {type(self.connector).__name__} has no set_grid, and pictures of "
-                "another size need it"
-            )
-        self.connector.set_grid(self.vision.patches, self.vision.grid)
+        try:
+            self.connector.set_grid(self.vision.patches, self.vision.grid)
+        except ValueError as error:
+            raise ValueError(f"connector: {error}") from error
         self.fusion.set_connector_tokens(self.connector.tokens)
         if self.nodes is not None:
-            self.nodes = {
-                **self.nodes,
-                "vision": {**self.nodes["vision"], "image_size": image_size},
-            }
+            vision = {**self.nodes["vision"], "image_size": image_size}
+            self.nodes = {**self.nodes, "vision": vision}
 
     def part(self, name: str) -> Part:
-        """One of `adapters.PARTS`. What the fusion put into the LLM belongs to `fusion`."""
+        """Returns one of `adapters.PARTS`. Modules that the fusion put into the LLM belong to
+        `fusion`."""
         if name in ("vision", "connector"):
-            module = getattr(self, name)
-            return Part(name, module, dict(module.named_parameters()), blocks_of(module))
-        owned = {id(p) for module in self.fusion.owned(self.llm) for p in module.parameters()}
-        parameters = {
-            n: p for n, p in self.llm.named_parameters() if (id(p) in owned) == (name == "fusion")
-        }
+            part: ModelPart = getattr(self, name)
+            return Part(name, part, dict(part.named_parameters()), part.blocks())
+        in_fusion: set[int] = set()
+        for module in self.fusion.owned(self.llm):
+            in_fusion.update(id(parameter) for parameter in module.parameters())
+        parameters = {}
+        for path, parameter in self.llm.named_parameters():
+            if (id(parameter) in in_fusion) == (name == "fusion"):
+                parameters[path] = parameter
         if name == "fusion":
-            return Part(name, self.llm, {**parameters, **dict(self.fusion.named_parameters())})
-        blocks = [
-            [p for p in layer.parameters() if id(p) not in owned]
-            for layer in decoder_layers(self.llm)
-        ]
-        ends = [
-            end.weight
-            for end in (self.llm.get_input_embeddings(), self.llm.get_output_embeddings())
-            if end is not None
-        ]
-        tables = {n: p for n, p in parameters.items() if any(p is end for end in ends)}
-        fixed = {n for n, p in parameters.items() if id(p) in self.fixed}
-        return Part(name, self.llm, parameters, blocks, tables, fixed)
+            parameters.update(self.fusion.named_parameters())
+            return Part(name, self.llm, parameters)
+        blocks = []
+        for layer in decoder_layers(self.llm):
+            blocks.append([p for p in layer.parameters() if id(p) not in in_fusion])
+        table_ids = set()
+        for module in (self.llm.get_input_embeddings(), self.llm.get_output_embeddings()):
+            if module is not None:
+                table_ids.add(id(module.weight))
+        tables = {path: p for path, p in parameters.items() if id(p) in table_ids}
+        untrainable = {path for path, p in parameters.items() if id(p) in self.untrainable}
+        return Part(name, self.llm, parameters, blocks, tables, untrainable)
 
-    def limited(self) -> list[tuple[nn.Parameter, list[int]]]:
-        """The LLM's tables of which only some rows are trained, with those rows."""
+    def row_limits(self) -> list[tuple[nn.Parameter, list[int]]]:
+        """Returns the LLM's tables of which only some rows are trained, with those rows."""
         return [(self.llm.get_parameter(name), rows) for name, rows in self.new_rows.items()]
 
     def sharding_units(self) -> list[nn.Module]:
-        """The modules that FSDP gathers one after the other; what is in none of them is gathered
-        for the whole forward."""
-        parts = [
-            module for module in (self.vision, self.connector) if hasattr(module, "sharding_units")
-        ]
+        """Returns the modules that FSDP gathers one after the other; parameters in none of them are
+        gathered for the whole forward."""
         return [
-            *(unit for part in parts for unit in part.sharding_units()),
+            *self.vision.sharding_units(),
+            *self.connector.sharding_units(),
             *decoder_layers(self.llm),
         ]
 
+    def check_training(self, sharded: bool) -> None:
+        """Checks that the parts can be trained with their options, before a weight is made.
+
+        Args:
+            sharded: parameters are split over ranks.
+
+        Raises:
+            ValueError: a part that cannot; the message begins with it.
+        """
+        for name in ("vision", "connector"):
+            part: ModelPart = getattr(self, name)
+            try:
+                part.check_training(sharded)
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from error
+
     def projections(self) -> list[tuple[nn.Module, str]]:
-        """The linear layers that tensor parallelism splits, each with its role (see
+        """Returns the linear layers that tensor parallelism splits, each with its role (see
         `llm.TENSOR_ROLES`)."""
         roles = {**TENSOR_ROLES, **self.fusion.tensor_roles}
-        layers = [found for layer in decoder_layers(self.llm) for found in linear_layers(layer)]
-        return [(module, roles[name]) for name, module in layers if name in roles]
+        projections = []
+        for layer in decoder_layers(self.llm):
+            for name, module in linear_layers(layer):
+                if name in roles:
+                    projections.append((module, roles[name]))
+        return projections
 
     def per_head(self) -> list[nn.Parameter]:
-        """Parameters that every tensor rank has whole and uses for its own heads alone."""
-        norms = [
-            getattr(layer.self_attn, name, None)
-            for layer in decoder_layers(self.llm)
-            for name in PER_HEAD_NORMS
-        ]
-        return [
-            *(p for norm in norms if norm is not None for p in norm.parameters()),
-            *self.fusion.per_head(self.llm),
-        ]
+        """Returns the parameters that every tensor rank has in full and uses for its own heads
+        alone."""
+        parameters: list[nn.Parameter] = []
+        layer: Any
+        for layer in decoder_layers(self.llm):
+            for name, norm in layer.self_attn.named_children():
+                if name in PER_HEAD_NORMS:
+                    parameters += norm.parameters()
+        return parameters + self.fusion.per_head(self.llm)
 
     def _apply(self, fn: Any, recurse: bool = True) -> MultimodalLM:
-        """As torch's, which `to` goes through, but the rotary frequencies of the LLM keep their
-        precision: in half of it, they would turn far positions wrongly. A private name of torch's,
-        and the one place that every way to cast passes."""
+        """Casts and moves as torch's, which `to` goes through, but the rotary frequencies of the
+        LLM keep their precision: in half of it, they would turn far positions wrongly. A private
+        name of torch's, and the one method that every way to cast goes through."""
         frequencies = {
             name: buffer for name, buffer in self.llm.named_buffers() if "inv_freq" in name
         }
+        # torch casts every buffer, these too: they are put back afterwards
         super()._apply(fn, recurse)
         for name, before in frequencies.items():
-            path, _, own = name.rpartition(".")
+            path, _, attribute = name.rpartition(".")
             module: Any = self.llm.get_submodule(path)
-            after = module._buffers[own]
+            after = module._buffers[attribute]
             if after.dtype != before.dtype:
-                module._buffers[own] = before.to(after.device)
+                module._buffers[attribute] = before.to(after.device)
         return self
 
     def train(self, mode: bool = True) -> MultimodalLM:
-        """As torch's, but a batch norm whose weight is frozen keeps its statistics."""
+        """Sets modes as torch's, but a batch norm whose weight is frozen keeps its statistics."""
         super().train(mode)
         for module in self.modules():
-            if (
-                isinstance(module, _BatchNorm)
-                and module.weight is not None
-                and not module.weight.requires_grad
-            ):
+            is_norm = isinstance(module, _BatchNorm) and module.weight is not None
+            if is_norm and not module.weight.requires_grad:
                 module.eval()
         return self
 
 
 def in_dtype_of(module: nn.Module, tensor: Tensor) -> Tensor:
-    """The tensor in the dtype of a module's weights, as they are in a run of half precision
-    alone (`bf16-true`)."""
+    """Returns the tensor in the dtype of a module's weights, which is a half precision in a run of
+    `bf16-true`."""
     weight = next(module.parameters(), None)
     return tensor if weight is None else tensor.to(weight.dtype)
 
 
 def linear_layers(module: nn.Module, path: tuple[str, ...] = ()) -> list[tuple[str, nn.Module]]:
-    """The linear layers below a module, LoRA's around them taken as one, with the last two parts of
-    their paths; a copy by modality has the name of what it copies."""
+    """Returns the linear layers below a module, LoRA's around them counted as one, with the last
+    two parts of their paths; a copy by modality has the name of the layer that it copies."""
     if isinstance(module, nn.Linear | LoraLayer):
-        own = path[:-1] if path[-1] in ("text", "vision") else path
-        return [(".".join(own[-2:]), module)]
-    return [
-        found
-        for name, child in module.named_children()
-        for found in linear_layers(child, (*path, name))
-    ]
+        # `k_proj.vision` has the role of `k_proj`
+        layer_path = path[:-1] if path[-1] in ("text", "vision") else path
+        return [(".".join(layer_path[-2:]), module)]
+    layers = []
+    for name, child in module.named_children():
+        layers += linear_layers(child, (*path, name))
+    return layers
 
 
-def blocks_of(module: nn.Module) -> list[list[nn.Parameter]]:
-    """The parameters of a part's layers, none where the part does not have layers."""
-    # of a part
-    blocks: Any = module.blocks() if hasattr(module, "blocks") else []  # type: ignore[operator]
-    return [list(b.parameters()) if isinstance(b, nn.Module) else b for b in blocks]
+def check_token_count(name: str, part: ModelPart, output: Tensor, expected: int) -> None:
+    """Raises ValueError where a part's output (N, tokens, width) has other tokens than it says."""
+    if output.shape[1] != expected:
+        raise ValueError(
+            f"{name}: {type(part).__name__} gives {output.shape[1]} tokens, and says {expected}"
+        )
 
 
 def build_model(
@@ -280,46 +296,50 @@ def build_model(
     base: MultimodalLM | None = None,
     new_tokens: dict[str, int] | None = None,
 ) -> tuple[MultimodalLM, list[PartSummary]]:
-    """The model that a configuration's `model` describes, adapters applied, and the table of what
-    is trained.
+    """Returns the model that a configuration's `model` describes, adapters applied, and the counts
+    of trained parameters.
 
-    `new_tokens`, with their ids, are those that the LLM does not know (see `apply_adapters`); by
-    default those behind the rows of pretrained weights. `base` is a model of these parts whose
-    weights are there already. Without it, under `with torch.device("meta")`, no weight is made or
-    loaded.
+    `new_tokens`, with their ids, are those that the LLM was not trained with (see
+    `apply_adapters`); by default those behind the rows of pretrained weights. `base` is a model of
+    these parts whose weights are loaded. Without it, under `with torch.device("meta")`, no weight
+    is made or loaded.
 
     Raises:
         ValueError: parts that do not fit together; the message begins with the part.
     """
     model = assemble(config, vocab_size) if base is None else base
     if base is not None:
-        # how they compute is the configuration's, as for the LLM
+        # how the parts compute is the configuration's, as for the LLM
         for name in ("vision", "connector"):
-            if hasattr(getattr(base, name), "set_checkpointing"):
-                getattr(base, name).set_checkpointing(
-                    config[name].get("gradient_checkpointing", False)
-                )
+            part: ModelPart = getattr(base, name)
+            for option in part.COMPUTE_ONLY:
+                if option in config[name]:
+                    part.set_compute_option(option, config[name][option])
+    # after the weights are there: LoRA starts from them
     policies = {name: build(policy) for name, policy in config["adapter"].items()}
     if new_tokens is None:
+        # an attribute of `load_llm`, for pretrained weights
         rows = getattr(model.llm, "trained_rows", vocab_size)
         new_tokens = {f"token {index}": index for index in range(rows, vocab_size)}
     summary = apply_adapters(model, policies, new_tokens)
     if config.get("compile"):
-        compile_layers(decoder_layers(model.llm), getattr(model.vision, "body", model.vision))
+        compile_layers(decoder_layers(model.llm), model.vision.inner_model())
     # batch norms that are frozen by now keep their statistics; Lightning leaves modes alone
     model.train(model.training)
     return model, summary
 
 
 def assemble(nodes: dict[str, Any], vocab_size: int) -> MultimodalLM:
-    """The four parts put together, from their nodes of the configuration (`vision`, `connector`,
+    """Returns a model of four parts, from their nodes of the configuration (`vision`, `connector`,
     `fusion`, `llm`).
 
     Raises:
         ValueError: parts that do not fit together; the message begins with the part.
     """
     vision = make_part("vision", nodes)
+    check_class("vision", vision, Backbone)
     llm = make_part("llm", nodes, vocab_size=vocab_size)
+    # after backbone and LLM, whose widths it connects
     connector = make_part(
         "connector",
         nodes,
@@ -328,17 +348,22 @@ def assemble(nodes: dict[str, Any], vocab_size: int) -> MultimodalLM:
         patches=vision.patches,
         grid=vision.grid,
     )
+    check_class("connector", connector, Connector)
     fusion = make_part("fusion", nodes, connector_tokens=connector.tokens)
+    check_class("fusion", fusion, Fusion)
     try:
         model = MultimodalLM(vision, connector, fusion, llm)
     except ValueError as error:
         raise ValueError(f"fusion: {error}") from error
+    # an export's config.json has them
     model.nodes = {name: nodes[name] for name in PARTS}
     return model
 
 
 def make_part(name: str, config: dict[str, Any], **supplied: Any) -> Any:
-    """One part from its node of the configuration and what the other parts tell it."""
+    """Returns one part, from its node of the configuration and the arguments that other parts
+    give."""
+    # Hydra's own keys, such as `_target_`
     arguments = {key: value for key, value in config[name].items() if not key.startswith("_")}
     try:
         return get_object(config[name]["_target_"])(**arguments, **supplied)
@@ -348,19 +373,29 @@ def make_part(name: str, config: dict[str, Any], **supplied: Any) -> Any:
         raise ValueError(f"{name}: {error}") from error
 
 
+def check_class(name: str, part: Any, base: type[nn.Module]) -> None:
+    """Raises ValueError for a part that is not derived from its base class."""
+    if not isinstance(part, base):
+        raise ValueError(
+            f"{name}: {type(part).__name__} is no {base.__name__}; derive it from "
+            f"{base.__module__}.{base.__name__}"
+        )
+
+
 def on_meta(config: dict[str, Any], vocab_size: int) -> tuple[MultimodalLM, list[PartSummary]]:
-    """`build_model` without weights: what is wrong with a configuration shows here, before
-    anything is loaded."""
+    """Returns `build_model` without weights, which raises for a wrong configuration before anything
+    is loaded."""
     with torch.device("meta"):
         return build_model(config, vocab_size)
 
 
 def compile_layers(decoder: Iterable[nn.Module], body: nn.Module) -> None:
-    """Has torch compile decoder layers and a timm model's blocks where they stand, each at its
-    first call: names of parameters stay. A backbone that calls its blocks neither `blocks`,
-    `stages` nor `layers` runs as it is."""
-    blocks = next(
-        (getattr(body, name) for name in ("blocks", "stages", "layers") if hasattr(body, name)), ()
-    )
-    for layer in (*decoder, *blocks):
+    """Compiles decoder layers and a timm model's blocks in place, each at its first call: names of
+    parameters stay. A backbone whose blocks are called neither `blocks`, `stages` nor `layers` is
+    not compiled."""
+    children = dict(body.named_children())
+    block_lists: list[Any] = [
+        children[name] for name in ("blocks", "stages", "layers") if name in children
+    ]
+    for layer in (*decoder, *chain.from_iterable(block_lists[:1])):
         layer.compile()

@@ -1,5 +1,5 @@
-"""Tokenizer and LLM have to fit: the same token behind every id, and tokens that the LLM does
-not know are trained."""
+"""Checks that tokenizer and LLM fit, with the same token behind every id, and finds the tokens that
+the LLM was not trained with."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ TOKENIZER_FILES = (
 def tokenizer_of_weights(
     init_from: str | None, llm: Mapping[str, Any]
 ) -> tuple[str, PreTrainedTokenizerBase] | None:
-    """The tokenizer that lies beside the weights a run starts from, with what to call it: that of
-    the folder `init_from`, or of the node `model.llm`'s `pretrained` or GGUF file. None for random
-    weights, and where there is none."""
+    """Returns the tokenizer beside the weights that a run starts from, and its name for messages:
+    that of the folder `init_from`, or of the node `model.llm`'s `pretrained` or GGUF file. None for
+    random weights, and for weights without a tokenizer."""
     if init_from:
-        return found_in(init_from, f"init_from={init_from}")
+        return tokenizer_in(init_from, f"init_from={init_from}")
     pretrained = llm.get("pretrained")
     if not pretrained:
         return None
@@ -40,11 +40,12 @@ def tokenizer_of_weights(
     if gguf_file := llm.get("gguf_file"):
         path = Path(packaged(pretrained)).expanduser() / gguf_file
         return (name, load_tokenizer(str(path))) if path.is_file() else None
-    return found_in(pretrained, name)
+    return tokenizer_in(pretrained, name)
 
 
-def found_in(source: str, name: str) -> tuple[str, PreTrainedTokenizerBase] | None:
-    """The tokenizer of a folder or a hub name."""
+def tokenizer_in(source: str, name: str) -> tuple[str, PreTrainedTokenizerBase] | None:
+    """Returns the tokenizer of a folder or a hub name with its name for messages, None for a folder
+    without one."""
     folder = Path(packaged(source)).expanduser()
     if folder.is_dir() and not any((folder / file).exists() for file in TOKENIZER_FILES):
         return None
@@ -56,37 +57,43 @@ def found_in(source: str, name: str) -> tuple[str, PreTrainedTokenizerBase] | No
 
 
 def check_same_tokens(
-    tokenizer: PreTrainedTokenizerBase, name: str, other: PreTrainedTokenizerBase, source: str
+    tokenizer: PreTrainedTokenizerBase,
+    name: str,
+    weights_tokenizer: PreTrainedTokenizerBase,
+    source: str,
 ) -> None:
     """Raises ValueError where an id that both tokenizers have is another token in one of them."""
-    tokens, others = by_id(tokenizer), by_id(other)
-    for index in sorted(set(tokens) & set(others)):
-        if tokens[index] != others[index]:
+    tokens, expected = tokens_by_id(tokenizer), tokens_by_id(weights_tokenizer)
+    # either may have grown: only ids that both have can differ
+    for index in sorted(set(tokens) & set(expected)):
+        if tokens[index] != expected[index]:
             raise ValueError(
                 f"data.tokenizer={name} is not the tokenizer of {source}: token {index} is "
-                f"{tokens[index]!r}, and "
-                f"{others[index]!r} there; leave data.tokenizer out or name that one"
+                f"{tokens[index]!r}, and {expected[index]!r} there; leave data.tokenizer out or "
+                "name that one"
             )
 
 
-def by_id(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
-    """The tokenizer's tokens by their ids."""
+def tokens_by_id(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
+    """Returns the tokenizer's tokens by their ids."""
     return {index: token for token, index in tokenizer.get_vocab().items()}
 
 
 def unknown_tokens(
-    tokenizer: PreTrainedTokenizerBase, known: PreTrainedTokenizerBase, rows: int | None
+    tokenizer: PreTrainedTokenizerBase,
+    weights_tokenizer: PreTrainedTokenizerBase,
+    rows: int | None,
 ) -> dict[str, int]:
-    """The tokens, with their ids, that the LLM was never trained with: those that its own tokenizer
-    does not have or that lie behind the rows of its embeddings. `<image>` is none of them, since
+    """Returns the tokens, with their ids, that the LLM was never trained with: those that its own
+    tokenizer lacks or that lie behind the rows of its embeddings. `<image>` is none of them, since
     visual tokens stand in its place."""
-    vocabulary = known.get_vocab()
-    new = {
-        token: index
-        for token, index in tokenizer.get_vocab().items()
-        if token != IMAGE and (token not in vocabulary or (rows is not None and index >= rows))
-    }
-    return dict(sorted(new.items(), key=lambda item: item[1]))
+    vocabulary = weights_tokenizer.get_vocab()
+    new_tokens = {}
+    for token, index in tokenizer.get_vocab().items():
+        is_new = token not in vocabulary or (rows is not None and index >= rows)
+        if is_new and token != IMAGE:
+            new_tokens[token] = index
+    return dict(sorted(new_tokens.items(), key=lambda item: item[1]))
 
 
 def tokens_to_train(
@@ -96,7 +103,7 @@ def tokens_to_train(
     llm: Mapping[str, Any],
     rows: int | None,
 ) -> dict[str, int]:
-    """`unknown_tokens` of a run that starts from trained weights, none of random ones.
+    """Returns the `unknown_tokens` of a run that starts from trained weights, none of random ones.
 
     Args:
         tokenizer: the data's, with all that was added to it, loaded from `name`.
@@ -108,10 +115,10 @@ def tokens_to_train(
     """
     if not init_from and not llm.get("pretrained"):
         return {}
-    beside = tokenizer_of_weights(init_from, llm)
-    if beside is not None:
-        source, known = beside
-        check_same_tokens(tokenizer, name, known, source)
-    else:
-        known = load_tokenizer(name)
-    return unknown_tokens(tokenizer, known, rows)
+    named_tokenizer = tokenizer_of_weights(init_from, llm)
+    if named_tokenizer is None:
+        # the data's own, without the tokens that were added to it
+        return unknown_tokens(tokenizer, load_tokenizer(name), rows)
+    source, weights_tokenizer = named_tokenizer
+    check_same_tokens(tokenizer, name, weights_tokenizer, source)
+    return unknown_tokens(tokenizer, weights_tokenizer, rows)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def sincos_1d(positions: Tensor, width: int, temperature: float = 10000) -> Tensor:
-    """Fixed table (len(positions), width): sines, then cosines, of positions over
+    """Returns a fixed table (len(positions), width): sines, then cosines, of positions over
     temperature^(2i/width)."""
     frequencies = 1 / temperature ** (torch.arange(width // 2, dtype=torch.float64) / (width / 2))
     angles = positions.double()[:, None] * frequencies
@@ -15,32 +15,31 @@ def sincos_1d(positions: Tensor, width: int, temperature: float = 10000) -> Tens
 
 
 def sincos_2d(grid: tuple[int, int], patches: int, width: int) -> Tensor:
-    """The released mPLUG-Owl2 abstractor's table (patches, width): half of the width for the
-    column, half for the row; zero for tokens before the grid's (the class token). Backbones whose
-    tokens are no such grid get a table along the sequence."""
+    """Returns the released mPLUG-Owl2 abstractor's table (patches, width): half of the width for
+    the column, half for the row; zero for tokens before the grid's (the class token). Backbones
+    whose tokens are no such grid get a table along the sequence."""
     rows, columns = grid
-    before = patches - rows * columns
-    if before < 0:
+    prefix_tokens = patches - rows * columns
+    if prefix_tokens < 0:
         return sincos_1d(torch.arange(patches), width)
     row, column = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
-    table = torch.cat(
-        [sincos_1d(column.flatten(), width // 2), sincos_1d(row.flatten(), width // 2)], dim=1
-    )
-    return torch.cat([torch.zeros(before, width), table])
+    column_table = sincos_1d(column.flatten(), width // 2)
+    row_table = sincos_1d(row.flatten(), width // 2)
+    table = torch.cat([column_table, row_table], dim=1)
+    return torch.cat([torch.zeros(prefix_tokens, width), table])
 
 
 def sincos_2d_spread(grid: tuple[int, int], patches: int, width: int) -> Tensor:
-    """A table (patches, width) of places relative to the whole grid: patches of a grid of any size
-    are far apart.
+    """Returns a table (patches, width) of positions relative to the grid: patches of a grid of any
+    size are far apart.
 
     Half of the width for the column, half for the row, each scaled to 0..2 pi as in DETR (arXiv
     2005.12872), with the temperature of 20 of DAB-DETR (arXiv 2201.12329). Zero for tokens before
     the grid's.
     """
-    row, column = torch.meshgrid(
-        *(2 * math.pi * (torch.arange(n) + 0.5) / n for n in grid), indexing="ij"
-    )
-    table = torch.cat(
-        [sincos_1d(place.flatten(), width // 2, temperature=20) for place in (column, row)], dim=1
-    )
+    centers = [2 * math.pi * (torch.arange(n) + 0.5) / n for n in grid]
+    row, column = torch.meshgrid(*centers, indexing="ij")
+    column_table = sincos_1d(column.flatten(), width // 2, temperature=20)
+    row_table = sincos_1d(row.flatten(), width // 2, temperature=20)
+    table = torch.cat([column_table, row_table], dim=1)
     return torch.cat([torch.zeros(patches - len(table), width), table])

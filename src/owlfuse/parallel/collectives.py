@@ -75,6 +75,16 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
+def full_tensor(tensor: Tensor) -> Tensor:
+    """Returns the whole of a tensor; of one that is sharded, all ranks take part."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def is_sharded(module: nn.Module) -> bool:
+    """Returns whether a module's parameters are split over ranks."""
+    return any(isinstance(parameter, DTensor) for parameter in module.parameters())
+
+
 def divide(gradients: Sequence[Tensor], divisor: Tensor) -> None:
     """Divides gradients in place, each rank its own parts."""
     if gradients:

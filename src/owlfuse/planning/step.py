@@ -68,8 +68,7 @@ def with_checkpointing(part_configs: dict[str, Any], model: MultimodalLM) -> dic
     for name in ("vision", "connector"):
         # A copy: the model is measured without checkpointing too.
         part = copy.deepcopy(getattr(model, name))
-        has_option = "gradient_checkpointing" in configs[name]
-        if not has_option or not hasattr(part, "set_checkpointing"):
+        if "gradient_checkpointing" not in configs[name]:
             continue
         # A backbone whose blocks timm does not know refuses.
         with suppress(ValueError):
@@ -142,16 +141,11 @@ def meta_batch(model: MultimodalLM, rows: int, length: int, images: int) -> Batc
     dtype = next(model.vision.parameters()).dtype
     with torch.device("meta"):
         ids = torch.zeros(rows, length, dtype=torch.long)
-        per_image = torch.zeros(rows, max(images, 1), dtype=torch.long)
-        return Batch(
-            input_ids=ids,
-            attention_mask=torch.zeros_like(ids),
-            labels=torch.zeros_like(ids),
-            placeholder=torch.zeros_like(ids, dtype=torch.bool),
+        return Batch.of(
+            ids,
+            torch.zeros_like(ids, dtype=torch.bool),
+            torch.zeros(rows, max(images, 1), dtype=torch.long),
             pixel_values=torch.zeros(image_shape, dtype=dtype),
-            image_mask=torch.zeros(max(count, 1), dtype=torch.bool),
-            image_index=per_image,
-            image_positions=torch.zeros_like(per_image),
             has_images=images > 0,
             # Flattened indices of the positions that logits are computed at.
             supervised=torch.zeros(max(rows * length - visual_count, 1), dtype=torch.long),

@@ -14,7 +14,7 @@ from transformers import TextStreamer
 
 from owlfuse.artifacts.hf.modeling import OwlfuseForConditionalGeneration
 from owlfuse.artifacts.hf.processing import OwlfuseProcessor
-from owlfuse.artifacts.load import load_talker
+from owlfuse.artifacts.load import load_with_processor
 from owlfuse.core.errors import DataError
 from owlfuse.core.progress import quiet_libraries
 from owlfuse.core.terminal import visible
@@ -23,6 +23,7 @@ from owlfuse.data.formats.marks import with_pictures
 from owlfuse.data.media.images import MAX_PIXELS, open_image
 from owlfuse.data.words import with_hidden_words
 from owlfuse.evaluation.explain.attention import explained
+from owlfuse.evaluation.generation import generate
 
 HELP = """\
 /image PATH   show a picture with the next question
@@ -106,10 +107,9 @@ class Conversation:
         # A mark that is no token of its own is found in the text.
         end_mark = "" if answer_format.end_ids else answer_format.end_mark
         streamer = AnswerStreamer(tokenizer, write, end_mark)
-        arguments = {**inputs, **self.options, **options}
+        options = {**self.options, **options}
         try:
-            with torch.inference_mode():
-                self.model.generate(streamer=streamer, tokenizer=tokenizer, **arguments)
+            generate(self.model, inputs, tokenizer, streamer=streamer, **options)
         except KeyboardInterrupt:
             streamer.end()  # writes what it held back of the last word
         self.last = Exchange(question, inputs, torch.tensor(streamer.ids, dtype=torch.long))
@@ -226,7 +226,7 @@ def chat(
         out: the file for where the (last) answer looked.
         which: of a run's checkpoints.
     """
-    model, processor = load_talker(folder, which)
+    model, processor = load_with_processor(folder, which)
     # lost in transformers' wrapper
     model.to("cuda" if torch.cuda.is_available() else "cpu")  # type: ignore[arg-type]
     options = {"max_new_tokens": max_new_tokens, **sampling_options(temperature)}

@@ -16,7 +16,7 @@ from owlfuse.artifacts.runs import checkpoints_of
 from owlfuse.core.files import write_json
 from owlfuse.core.progress import Clock, Progress, duration
 from owlfuse.evaluation.reports import write_answers
-from owlfuse.evaluation.results import FILE
+from owlfuse.evaluation.results import BEFORE_FILE
 from owlfuse.parallel.collectives import any_rank
 from owlfuse.parallel.sharding import as_trained
 from owlfuse.parallel.strategies import evaluates
@@ -42,7 +42,7 @@ class BeforeTraining(Callback):
             metrics, answers = self.evaluation(module.model, trainer.datamodule)
         if trainer.is_global_zero:
             write_answers(self.folder / "answers_before.jsonl", answers)
-            write_json(self.folder / FILE, metrics)
+            write_json(self.folder / BEFORE_FILE, metrics)
 
 
 def raise_if_stopped(trainer: Any, folder: Path) -> None:

@@ -19,9 +19,9 @@ from owlfuse.artifacts.load import load_base
 from owlfuse.artifacts.weights import (
     check_fits,
     frozen_hashes,
-    kept_names,
+    model_state,
+    saved_names,
     set_precision,
-    weights_in,
 )
 from owlfuse.core.errors import DataError
 from owlfuse.core.types import Batch
@@ -246,7 +246,7 @@ class MultimodalModule(lightning.LightningModule):
         self.log_census(rows[:, 2])
         tokens = tokens.clamp_min(1)
         add_up(self.model.per_head(), self.trainer.strategy)
-        for table, new_rows in self.model.limited():
+        for table, new_rows in self.model.row_limits():
             keep_rows(table, new_rows)
         divide(gradients_of(optimizer), tokens * self.loss_scale)
         self.log("train/loss", loss_sum / tokens, prog_bar=True)
@@ -329,7 +329,7 @@ class MultimodalModule(lightning.LightningModule):
         the last whole step goes in."""
         if "state_dict" in checkpoint:
             self.frozen = frozen_hashes(self.model) if self.frozen is None else self.frozen
-            kept = {f"model.{name}" for name in kept_names(self.model)}
+            kept = {f"model.{name}" for name in saved_names(self.model)}
             checkpoint["state_dict"] = {
                 name: value for name, value in checkpoint["state_dict"].items() if name in kept
             }
@@ -347,7 +347,7 @@ class MultimodalModule(lightning.LightningModule):
         the sampler knows."""
         self.configure_model()
         if "state_dict" in checkpoint:
-            check_fits(self.model, weights_in(checkpoint), checkpoint.get("frozen", {}))
+            check_fits(self.model, model_state(checkpoint), checkpoint.get("frozen", {}))
         if self.trainer.is_global_zero:  # the checkpoint has those of all ranks
             # once had a row for each time
             for source, sample, reason, *times in checkpoint.get("skipped", []):

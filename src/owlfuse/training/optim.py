@@ -68,7 +68,7 @@ class AdamWCosine:
         """
         groups = []
         # decay would shrink the rows that are not trained
-        limited = {id(table) for table, _ in model.limited()}
+        limited = {id(table) for table, _ in model.row_limits()}
         for part in PARTS:
             own_lr = self.part_lr.get(part)
             peak = self.lr if own_lr is None else own_lr

@@ -35,7 +35,7 @@ from owlfuse.model.llm_probe import check_packing
 from owlfuse.model.multimodal import on_meta
 from owlfuse.model.new_tokens import tokens_to_train
 from owlfuse.parallel.sharding import as_trained
-from owlfuse.parallel.strategies import check_strategy, evaluates, naming_step
+from owlfuse.parallel.strategies import Sharded, check_strategy, evaluates, naming_step
 from owlfuse.training.callbacks import how_to_go_on, raise_if_stopped
 from owlfuse.training.machine_checks import check_machine
 from owlfuse.training.module import MultimodalModule
@@ -93,6 +93,7 @@ def train(config: DictConfig, folder: Path, data_digest: str | None) -> None:
         data.bind(plan.vision.preprocessing, plan.fusion.tokens_per_image)
         trainer = make_trainer(config, data, folder, checkpoint)
         check_strategy(trainer, plan.llm, checkpoint)
+        plan.check_training(isinstance(trainer.strategy, Sharded))
         if past:
             new_tokens = past.new_tokens
         else:

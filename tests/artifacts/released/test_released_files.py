@@ -458,7 +458,7 @@ def test_trained_numbers_of_another_type_than_the_models_are_written_too(tmp_pat
     )
     model = load(folder)
     name = "language_model.model.norm.weight"
-    assert name in model.released.kept
+    assert name in model.released.original_tensors
     with torch.no_grad():
         model.llm.model.norm.weight.fill_(3)
     save(model, tmp_path / "out")

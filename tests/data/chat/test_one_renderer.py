@@ -15,7 +15,7 @@ from owlfuse.core.types import Sample
 from owlfuse.data.chat.answer_format import AnswerFormat
 from owlfuse.data.chat.encoder import ChatEncoder
 from owlfuse.data.chat.tokenizer import prepare, render
-from owlfuse.evaluation.lmms.prompts import Prompt, written
+from owlfuse.evaluation.lmms.prompts import Prompt, render_prompt
 from owlfuse.evaluation.questions import question_samples
 from owlfuse.serving.chat import Conversation
 
@@ -90,7 +90,8 @@ def test_every_prompt_is_the_beginning_of_what_was_trained(family, kind, break_b
             "evaluation": encoder.encode_prompt(asked).input_ids.tolist(),
             "tasks and chat": tokens_of(processor, render(tokenizer, asked.messages, True)),
             "lmms-eval": tokens_of(
-                processor, written(Prompt("s:1", asked.messages, list(asked.images)), processor)
+                processor,
+                render_prompt(Prompt("s:1", asked.messages, list(asked.images)), processor),
             ),
             "pipelines": tokens_of(
                 processor, processor.apply_chat_template(asked.messages, add_generation_prompt=True)

@@ -5,7 +5,7 @@ import torch
 
 from helpers import llm_fields, model_node
 from owlfuse.artifacts.export import export
-from owlfuse.artifacts.load import Trained
+from owlfuse.artifacts.load import TrainedModel
 from owlfuse.data.chat.encoder import ChatEncoder
 from owlfuse.model.multimodal import build_model
 from task_files import BENCHMARKS, small_tokenizer
@@ -23,7 +23,7 @@ def make_model(tmp_path_factory):
             tokenizer = ChatEncoder(small_tokenizer(), 1).tokenizer
             model = build_model(model_node(fusion, llm=llm_fields()), len(tokenizer))[0].eval()
             made[fusion] = export(
-                Trained(model, tokenizer, None), tmp_path_factory.mktemp("model") / "out"
+                TrainedModel(model, tokenizer, None), tmp_path_factory.mktemp("model") / "out"
             )
         return made[fusion]
 

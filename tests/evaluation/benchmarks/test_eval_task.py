@@ -199,7 +199,7 @@ def test_answers_of_other_settings_are_neither_taken_nor_lost(model, files, tmp_
         model, out, "gqa", words, SHORT, "task.prompt='{question} Say it shortly.'"
     )
     assert first["settings"]["key"] != second["settings"]["key"]
-    monkeypatch.setattr(run, "Talker", None)  # everything is there: no model is loaded
+    monkeypatch.setattr(run, "LoadedModel", None)  # everything is there: no model is loaded
     again, _ = evaluate(model, out, "gqa", words, SHORT, "batch_size=1")
     assert again["metrics"] == first["metrics"]
     keys = [
@@ -316,7 +316,7 @@ def test_a_batch_that_is_too_large_for_the_gpu_is_told(model, files, tmp_path, m
 def test_a_wrong_command_is_told_in_a_line_before_anything_is_loaded(
     words, expected, model, capsys, monkeypatch
 ):
-    monkeypatch.setattr(run, "Talker", None)
+    monkeypatch.setattr(run, "LoadedModel", None)
     assert main(["eval", str(model), *words]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1

@@ -13,10 +13,10 @@ import owlfuse.evaluation.lmms
 from helpers import REPO
 from owlfuse.artifacts.load import load_exported
 from owlfuse.core.errors import DataError
-from owlfuse.evaluation.benchmarks.answering import Talker, cast, generated
+from owlfuse.evaluation.benchmarks.answering import LoadedModel
 from owlfuse.evaluation.lmms.answers import Options, Request, answer, batches
 from owlfuse.evaluation.lmms.likelihoods import Likelihoods
-from owlfuse.evaluation.lmms.prompts import Opener
+from owlfuse.evaluation.lmms.prompts import PromptMaker
 from owlfuse.serving.chat import Conversation
 
 COLORS = ("red", "green", "blue")
@@ -42,17 +42,17 @@ def pictures(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def talkers(make_model):
+def loaded_models(make_model):
     """A model with hyperattention, and one whose pictures take several positions."""
     return [
-        Talker(make_model(fusion), "float32", torch.device("cpu"))
+        LoadedModel(make_model(fusion), "float32", torch.device("cpu"))
         for fusion in ("hyperattention-adaptive", "concat")
     ]
 
 
 @pytest.fixture(params=[0, 1], ids=["hyperattention", "concat"])
-def talker(request, talkers):
-    return talkers[request.param]
+def loaded(request, loaded_models):
+    return loaded_models[request.param]
 
 
 def prompts(pictures, asked=ASKED):
@@ -61,11 +61,11 @@ def prompts(pictures, asked=ASKED):
     for number, (text, colors) in enumerate(asked):
         paths = [pictures / f"{color}.png" for color in colors]
         visuals = [Image.open(path) if i % 2 else str(path) for i, path in enumerate(paths)]
-        made.append(Opener().question(f"document {number}", text, visuals or None))
+        made.append(PromptMaker().question(f"document {number}", text, visuals or None))
     return made
 
 
-def answered(talker, made, options, batch_size, seed=0, turns=None):
+def answered(loaded, made, options, batch_size, seed=0, turns=None):
     requests = [
         Request(one.name, len(one.name), lambda one=one: one, options, turn)
         for one, turn in zip(made, turns or [0] * len(made))
@@ -73,28 +73,28 @@ def answered(talker, made, options, batch_size, seed=0, turns=None):
     answers = {}
     for places in batches(requests, batch_size):
         answers.update(
-            zip(places, answer(talker, [requests[place] for place in places], seed)[0], strict=True)
+            zip(places, answer(loaded, [requests[place] for place in places], seed)[0], strict=True)
         )
     return [answers[place] for place in range(len(made))]
 
 
-def test_answers_are_those_of_the_chat_for_any_batch_size(talker, pictures):
+def test_answers_are_those_of_the_chat_for_any_batch_size(loaded, pictures):
     made = prompts(pictures, ASKED + ESCAPED)
     expected = []
     for text, colors in ASKED + ESCAPED:
         conversation = Conversation(
-            talker.model, talker.processor, max_new_tokens=6, do_sample=False
+            loaded.model, loaded.processor, max_new_tokens=6, do_sample=False
         )
         for color in colors:
             conversation.show(str(pictures / f"{color}.png"))
         expected.append(conversation.ask(text, lambda piece: None).strip())
     assert len(set(expected)) == len(expected)
     for batch_size in (1, 2, 5):
-        assert answered(talker, made, Options(max_new_tokens=6), batch_size) == expected
+        assert answered(loaded, made, Options(max_new_tokens=6), batch_size) == expected
 
 
-def test_the_word_image_in_a_prompt_or_answer_is_measured_as_a_word(talkers, pictures):
-    measure = Likelihoods(talkers[1])
+def test_the_word_image_in_a_prompt_or_answer_is_measured_as_a_word(loaded_models, pictures):
+    measure = Likelihoods(loaded_models[1])
     for prompt in prompts(pictures, ESCAPED):
         encoded = measure.encode(prompt, "an <image> too")
         assert (
@@ -109,14 +109,14 @@ def test_the_word_image_in_a_prompt_or_answer_is_measured_as_a_word(talkers, pic
         )
 
 
-def reference(talker, prompt, ids):
+def reference(loaded, prompt, ids):
     """Of one answer's ids alone, by a loop in float64."""
-    text = talker.processor.apply_chat_template(prompt.messages, add_generation_prompt=True)
-    inputs = talker.processor(images=prompt.pictures, text=text)
+    text = loaded.processor.apply_chat_template(prompt.messages, add_generation_prompt=True)
+    inputs = loaded.processor(images=prompt.pictures, text=text)
     row = torch.cat([inputs["input_ids"], torch.tensor([ids])], dim=1)
     with torch.no_grad():
         logits = (
-            talker.model(input_ids=row, pixel_values=inputs.get("pixel_values"))
+            loaded.model(input_ids=row, pixel_values=inputs.get("pixel_values"))
             .logits[0]
             .log_softmax(-1)
         )
@@ -126,24 +126,21 @@ def reference(talker, prompt, ids):
     )
 
 
-def test_a_log_likelihood_is_the_sum_over_the_answers_tokens_for_any_batch_size(talker, pictures):
+def test_a_log_likelihood_is_the_sum_over_the_answers_tokens_for_any_batch_size(loaded, pictures):
     made, words = (
         prompts(pictures),
         ["red", " no: it is not", "question", "a single word", "Answer"],
     )
-    measure = Likelihoods(talker)
+    measure = Likelihoods(loaded)
     items = [measure.encode(prompt, word) for prompt, word in zip(made, words, strict=True)]
     # the chat template writes a space before an answer, which the model has to write too
     answers = [
-        talker.processor.tokenizer(f" {word.strip()}", add_special_tokens=False)["input_ids"]
+        loaded.processor.tokenizer(f" {word.strip()}", add_special_tokens=False)["input_ids"]
         for word in words
     ]
-    text = talker.processor.apply_chat_template(made[0].messages, add_generation_prompt=True)
-    greedy = generated(
-        talker,
-        talker.processor(images=made[0].pictures, text=text),
-        max_new_tokens=3,
-        do_sample=False,
+    text = loaded.processor.apply_chat_template(made[0].messages, add_generation_prompt=True)
+    greedy = loaded.generate(
+        loaded.processor(images=made[0].pictures, text=text), max_new_tokens=3, do_sample=False
     )[0]
     begun = torch.cat([items[0].input_ids[: -len(answers[0])], greedy])
     labels = torch.cat([torch.full((len(begun) - len(greedy),), -100), greedy])
@@ -158,9 +155,9 @@ def test_a_log_likelihood_is_the_sum_over_the_answers_tokens_for_any_batch_size(
         ]
         for size in (1, 4, 9)
     ]
-    talker.model.double()
-    expected = [reference(talker, prompt, ids) for prompt, ids in zip(made, answers, strict=True)]
-    talker.model.float()
+    loaded.model.double()
+    expected = [reference(loaded, prompt, ids) for prompt, ids in zip(made, answers, strict=True)]
+    loaded.model.float()
     assert [same for _, same in expected] == [False] * 5 + [True]
     for pairs in found:
         assert [number for number, _ in pairs] == pytest.approx(
@@ -169,43 +166,43 @@ def test_a_log_likelihood_is_the_sum_over_the_answers_tokens_for_any_batch_size(
         assert [same for _, same in pairs] == [same for _, same in expected]
 
 
-def test_sampling_is_known_by_the_request_and_not_by_its_batch(talkers, pictures):
-    talker = talkers[0]
+def test_sampling_is_known_by_the_request_and_not_by_its_batch(loaded_models, pictures):
+    loaded = loaded_models[0]
     made, options = (
         prompts(pictures),
         Options.of({"do_sample": True, "temperature": 1.5, "max_new_tokens": 4}, "task"),
     )
-    once = answered(talker, made, options, 1)
-    assert answered(talker, made[::-1], options, 4) == once[::-1]
-    assert answered(talker, made, options, 1, seed=1) != once
-    assert answered(talker, made, options, 1, turns=[1] * len(made)) != once
+    once = answered(loaded, made, options, 1)
+    assert answered(loaded, made[::-1], options, 4) == once[::-1]
+    assert answered(loaded, made, options, 1, seed=1) != once
+    assert answered(loaded, made, options, 1, turns=[1] * len(made)) != once
 
 
 def test_an_answer_ends_before_the_first_of_until_and_where_the_model_has_no_more_positions(
-    talkers, pictures, monkeypatch
+    loaded_models, pictures, monkeypatch
 ):
-    talker = talkers[1]
+    loaded = loaded_models[1]
     made = prompts(pictures)
-    whole = answered(talker, made, Options(max_new_tokens=12), 5)
-    ended = answered(talker, made, Options(max_new_tokens=12, until=("zzz", whole[0][2:4])), 5)
+    whole = answered(loaded, made, Options(max_new_tokens=12), 5)
+    ended = answered(loaded, made, Options(max_new_tokens=12, until=("zzz", whole[0][2:4])), 5)
     assert ended[0] == whole[0][: whole[0].index(whole[0][2:4])].strip()
     assert all(text.startswith(short) for text, short in zip(whole, ended, strict=True))
     requests = [
         Request(one.name, 0, lambda one=one: one, Options(max_new_tokens=12)) for one in made
     ]
-    used = Likelihoods(talker)
+    used = Likelihoods(loaded)
     lengths = [len(used.encode(one, "a").input_ids) - 1 for one in made]
-    monkeypatch.setattr(talker, "longest", max(lengths) + 3)
-    texts, cut = answer(talker, requests, 0)
-    alone = [answer(talker, [request], 0)[0][0] for request in requests]
+    monkeypatch.setattr(loaded, "max_positions", max(lengths) + 3)
+    texts, cut = answer(loaded, requests, 0)
+    alone = [answer(loaded, [request], 0)[0][0] for request in requests]
     assert texts == alone
     assert cut >= 1
     assert len(texts[lengths.index(max(lengths))]) < len(whole[lengths.index(max(lengths))])
-    monkeypatch.setattr(talker, "longest", max(lengths))
+    monkeypatch.setattr(loaded, "max_positions", max(lengths))
     with pytest.raises(
         DataError, match=f"takes {max(lengths)} positions, and the model has {max(lengths)}"
     ):
-        answer(talker, requests, 0)
+        answer(loaded, requests, 0)
 
 
 @pytest.mark.parametrize(
@@ -248,15 +245,15 @@ def test_a_wrong_generation_key_is_told(given, told):
 
 def test_pictures_stand_where_the_text_or_the_messages_put_them(pictures):
     red, blue = Image.open(pictures / "red.png"), Image.open(pictures / "blue.png")
-    before = Opener().question("one", "Which?", [[red], blue])
-    inside = Opener().question("two", "A <image>, a <image>?", [red, blue])
+    before = PromptMaker().question("one", "Which?", [[red], blue])
+    inside = PromptMaker().question("two", "A <image>, a <image>?", [red, blue])
     parts = [
         {"type": "text", "text": "A "},
         {"type": "image", "url": red},
         {"type": "text", "text": "?"},
     ]
     turns = [{"role": "system", "content": "Be short."}, {"role": "user", "content": parts}]
-    chat = Opener().chat("three", turns)
+    chat = PromptMaker().chat("three", turns)
     kinds = [
         [part["type"] for part in made.messages[-1]["content"]] for made in (before, inside, chat)
     ]
@@ -273,27 +270,25 @@ def test_pictures_stand_where_the_text_or_the_messages_put_them(pictures):
 
 
 def test_what_cannot_be_shown_is_told_with_its_document(pictures, monkeypatch):
-    opener, red = Opener(), Image.open(pictures / "red.png")
+    maker, red = PromptMaker(), Image.open(pictures / "red.png")
     with pytest.raises(
         DataError, match="document 3: the text has 1 <image> and 2 pictures are shown with it"
     ):
-        opener.question("document 3", "a <image>", [red, red])
+        maker.question("document 3", "a <image>", [red, red])
     with pytest.raises(
         DataError,
         match="document 3: a visual of the type audio, and this model takes pictures and videos",
     ):
-        opener.question("document 3", "a", [{"type": "audio", "array": [0.1]}])
+        maker.question("document 3", "a", [{"type": "audio", "array": [0.1]}])
     with pytest.raises(DataError, match="document 3: no image none.png in"):
-        opener.question("document 3", "a", str(pictures / "none.png"))
+        maker.question("document 3", "a", str(pictures / "none.png"))
     with pytest.raises(DataError, match="document 3: a part of the type audio"):
-        opener.chat(
-            "document 3", [{"role": "user", "content": [{"type": "audio", "url": "a.wav"}]}]
-        )
+        maker.chat("document 3", [{"role": "user", "content": [{"type": "audio", "url": "a.wav"}]}])
     monkeypatch.setattr("owlfuse.evaluation.lmms.prompts.MAX_PIXELS", 1000)
     with pytest.raises(
         DataError, match="document 3: a picture has 1,200 pixels, over the limit of 1,000"
     ):
-        opener.question("document 3", "a", red)
+        maker.question("document 3", "a", red)
 
 
 def test_a_video_is_as_many_pictures_as_frames_are_asked_for(tmp_path):
@@ -306,7 +301,7 @@ def test_a_video_is_as_many_pictures_as_frames_are_asked_for(tmp_path):
                 stream.encode(av.VideoFrame.from_image(Image.new("RGB", (32, 32), (shade, 0, 0))))
             )
         file.mux(stream.encode(None))
-    made = Opener(frames=3).question(
+    made = PromptMaker(frames=3).question(
         "film", "Before <image> and after", [str(tmp_path / "film.mp4")]
     )
     assert [part["type"] for part in made.messages[0]["content"]] == [
@@ -328,14 +323,14 @@ def test_another_dtype_leaves_the_rotary_frequencies_as_they_are(model):
         if name.endswith("inv_freq")
     }
     assert known
-    cast(exported, torch.bfloat16)
+    exported.to(torch.bfloat16)
     assert {parameter.dtype for parameter in exported.parameters()} == {torch.bfloat16}
     for name, buffer in exported.named_buffers():
         if name in known:
             assert torch.equal(buffer, known[name])
-    talker = Talker(model, "bfloat16", torch.device("cpu"))
+    loaded = LoadedModel(model, "bfloat16", torch.device("cpu"))
     assert answered(
-        talker, [Opener().question("one", "Which?", None)], Options(max_new_tokens=2), 1
+        loaded, [PromptMaker().question("one", "Which?", None)], Options(max_new_tokens=2), 1
     )
 
 

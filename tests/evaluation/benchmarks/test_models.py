@@ -13,7 +13,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from helpers import REPO, TINY_SHAPES, llm_fields, model_node
 from owlfuse.__main__ import main
 from owlfuse.artifacts.export import export
-from owlfuse.artifacts.load import Trained
+from owlfuse.artifacts.load import TrainedModel
 from owlfuse.config.compose import compose
 from owlfuse.data.chat.encoder import ChatEncoder
 from owlfuse.model.multimodal import build_model
@@ -102,7 +102,7 @@ def test_weights_of_16_bits_are_read_as_float32_or_as_they_are(tmp_path, capsys)
     made = build_model(model_node("hyperattention-adaptive", llm=llm_fields()), len(tokenizer))[
         0
     ].eval()
-    out = export(Trained(made.bfloat16(), tokenizer, None), tmp_path / "model")
+    out = export(TrainedModel(made.bfloat16(), tokenizer, None), tmp_path / "model")
     files = [f"task.{key}='{path}'" for key, path in BENCHMARKS["perplexity"](tmp_path).items()]
     whole, _ = evaluate(out, tmp_path / "results", "perplexity", *files)
     assert "may give another answer" not in capsys.readouterr().out

@@ -12,7 +12,7 @@ from PIL import Image
 from helpers import REPO
 from owlfuse.config.build import build
 from owlfuse.core.errors import ConfigError, DataError
-from owlfuse.evaluation.benchmarks.base import Task, spread
+from owlfuse.evaluation.benchmarks.base import Task, sample_units
 from owlfuse.evaluation.benchmarks.predictions import Predictions
 from owlfuse.evaluation.benchmarks.run import read_options
 from task_files import BENCHMARKS
@@ -170,7 +170,7 @@ def test_rotations_that_the_publisher_made_are_taken_as_they_are(tmp_path):
     for line in lines:
         line["score"] = task.score(line)
     assert task.metrics(lines)["accuracy"] == 0.0
-    assert len(spread(questions, 1)) == 2
+    assert len(sample_units(questions, 1)) == 2
 
 
 def test_captions_ask_once_for_each_picture(tmp_path):

@@ -29,7 +29,7 @@ from helpers import (
 from owlfuse.__main__ import main
 from owlfuse.artifacts.export import export
 from owlfuse.artifacts.hf.modeling import OwlfuseForConditionalGeneration
-from owlfuse.artifacts.load import Trained, processor_of, wrap
+from owlfuse.artifacts.load import TrainedModel, make_processor, wrap
 from owlfuse.config.identity import config_hash
 from owlfuse.core.errors import DataError
 from owlfuse.data.chat.tokenizer import load_tokenizer
@@ -37,7 +37,7 @@ from owlfuse.data.datamodule import ChatData
 from owlfuse.data.formats.llava import LLaVA
 from owlfuse.data.media.tiles import views_of
 from owlfuse.data.shapes.write import write_shapes
-from owlfuse.evaluation.explain.attention import attention_to_pictures, patch_shares, whole_maps
+from owlfuse.evaluation.explain.attention import attention_to_pictures, picture_maps
 from owlfuse.evaluation.explain.overlays import COLORS, overlay
 from owlfuse.evaluation.validation import Evaluation
 from owlfuse.model.connectors.abstractor import Abstractor
@@ -206,7 +206,7 @@ def test_an_abstractors_tokens_are_shared_out_by_attention_rollout():
 def test_every_connector_says_of_which_patches_its_tokens_are_made(node):
     supplied = {"in_width": 64, "out_width": 24, "patches": 17, "grid": (4, 4)}
     connector = make_part("connector", {"connector": node}, **supplied)
-    shares = patch_shares(connector, torch.randn(2, 17, 64))
+    shares = connector.patch_shares(torch.randn(2, 17, 64))
     assert shares.shape == (2, connector.tokens, 17)
     sums = shares.sum(-1).round(decimals=4).unique().tolist()
     assert sums in ([1.0], [0.0, 1.0])  # an end token has nothing of the picture
@@ -359,13 +359,13 @@ def trained_on(shapes, fusion="hyperattention-adaptive", **kwargs):
     """A random model with the shapes' own tokenizer."""
     tokenizer = load_tokenizer(str(shapes / "tokenizer"))
     torch.manual_seed(0)
-    return Trained(
+    return TrainedModel(
         build_model(model_node(fusion, **kwargs), len(tokenizer))[0].eval(), tokenizer, None
     )
 
 
 def test_views_of_a_tiled_picture_lie_over_the_part_that_they_show(shapes):
-    processor = processor_of(trained_on(shapes))
+    processor = make_processor(trained_on(shapes))
     processor.tile = True
     picture = Image.new("RGB", (70, 40))
     views = views_of(picture, (IMAGE_SIZE, IMAGE_SIZE))
@@ -373,20 +373,20 @@ def test_views_of_a_tiled_picture_lie_over_the_part_that_they_show(shapes):
     empty = torch.zeros(2, 2)
     for view in range(7):
         maps = [torch.full((2, 2), 1 / 4) if i == view else empty for i in range(7)]
-        (whole,) = whole_maps(processor, [picture], maps)
+        (whole,) = picture_maps(processor, [picture], maps)
         assert whole.shape == (4, 6)
         assert whole.sum().item() == pytest.approx(1)
         row, column = divmod(view - 1, 3)
         part = whole if view == 0 else whole[2 * row :][:2, 2 * column :][:, :2]
         assert part.sum().item() == pytest.approx(1)
     small = Image.new("RGB", (1, 1))
-    assert len(whole_maps(processor, [small, picture], [empty] * 8)) == 2
+    assert len(picture_maps(processor, [small, picture], [empty] * 8)) == 2
 
 
 def test_a_conversation_explains_its_last_answer(shapes):
     trained = trained_on(shapes)
     conversation = Conversation(
-        wrap(trained), processor_of(trained), max_new_tokens=4, do_sample=False
+        wrap(trained), make_processor(trained), max_new_tokens=4, do_sample=False
     )
     with pytest.raises(DataError, match="nothing was asked"):
         conversation.explain()
@@ -421,7 +421,7 @@ def test_chat_writes_where_the_answer_looked(shapes, tmp_path, capsys):
 def test_a_conversation_writes_where_it_looked_once_a_picture_is_shown(shapes, tmp_path, capsys):
     trained, out = trained_on(shapes), tmp_path / "seen.png"
     conversation = Conversation(
-        wrap(trained), processor_of(trained), max_new_tokens=3, do_sample=False
+        wrap(trained), make_processor(trained), max_new_tokens=3, do_sample=False
     )
     answer_line(conversation, "Hello", out)
     assert not out.exists()

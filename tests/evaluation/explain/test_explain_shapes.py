@@ -14,7 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
-from owlfuse.artifacts.load import load_talker
+from owlfuse.artifacts.load import load_with_processor
 from owlfuse.config.compose import compose
 from owlfuse.data.shapes.scenes import PICTURE_SIZE, draw_scene, make_scene
 from owlfuse.evaluation.explain.attention import attention_to_pictures
@@ -103,7 +103,7 @@ def asked_things(scene):
 def looks_of(folder, pictures, layers=None):
     """What a run looks at in pictures of the validation split, which it has not seen, of those
     that show several shapes."""
-    model, processor = load_talker(Path(folder))
+    model, processor = load_with_processor(Path(folder))
     rows = []
     for index in range(pictures):
         scene = make_scene(0, "val", index)

@@ -19,11 +19,13 @@ from helpers import (
 )
 from owlfuse.core.types import Encoded
 from owlfuse.data.collate import Collator
+from owlfuse.model.connectors.base import Connector
 from owlfuse.model.fusion.base import Fusion, splice
 from owlfuse.model.fusion.probe import check_fusion
 from owlfuse.model.llm import cache_argument, decoder_layers, load_llm, rotary
-from owlfuse.model.llm_probe import aside, check_packing, key_paths, tiny_copy
+from owlfuse.model.llm_probe import check_packing, key_paths, plain_cpu, tiny_copy
 from owlfuse.model.multimodal import MultimodalLM, on_meta
+from owlfuse.model.vision.base import Backbone
 
 TOKENS = 3
 EVERY_LAYER = {"_target_": HYPERATTENTION, "layers": [0, 1, 2, 3], "gate": "adaptive"}
@@ -109,7 +111,7 @@ def test_a_cache_gives_the_logits_of_the_whole_row(name, kind):
     visual = visual_tokens(whole, torch.randn(1, TOKENS, 64))
     expected = model(whole, visual)[0, -1]
     cache = DynamicCache(config=model.llm.config)
-    visual.kept = {}
+    visual.kv_cache = {}
     first = make_batch([[11, 12, IMAGE, 13, 14]], model.fusion.tokens_per_image)
     model(first, visual, cache)
     step = make_batch([[11, 12, IMAGE, 13, 14, 15]], model.fusion.tokens_per_image)
@@ -152,12 +154,12 @@ def test_hyperattention_refuses_an_llm_that_it_cannot_serve_with_its_class_and_t
     with torch.device(device):
         llm = load_llm(VOCAB, config=fields_of(name, **fields))
         with pytest.raises(ValueError, match=reason) as refusal:
-            MultimodalLM(torch.nn.Identity(), torch.nn.Identity(), fusion_of("hyperattention"), llm)
+            MultimodalLM(Backbone(), Connector(), fusion_of("hyperattention"), llm)
     assert type(llm).__name__ in str(refusal.value)
     assert "\n" not in str(refusal.value)
     MultimodalLM(
-        torch.nn.Identity(),
-        torch.nn.Identity(),
+        Backbone(),
+        Connector(),
         fusion_of("concat"),
         load_llm(VOCAB, config=fields_of(name, **fields)),
     )
@@ -259,5 +261,5 @@ def test_every_llm_of_transformers_with_its_usual_size_is_served_or_refused_in_o
         except ValueError as error:
             assert "\n" not in str(error)  # noqa: PT017
             continue
-        with aside():
+        with plain_cpu():
             assert len(decoder_layers(tiny_copy(model.llm))) == len(decoder_layers(model.llm))

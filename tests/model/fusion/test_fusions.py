@@ -357,7 +357,7 @@ def test_cached_steps_give_the_logits_of_whole_rows_and_project_the_images_once(
 
     batch = make_batch(prompts, per_image, left)
     visual = model.encode(batch)
-    visual.kept = {}
+    visual.kv_cache = {}
     cache = DynamicCache(config=model.llm.config)
     prompt_logits = model(batch, visual, cache)
     steps, step = [], batch
@@ -388,7 +388,7 @@ def test_a_prompt_given_in_two_pieces_has_the_logits_of_the_whole(node, cut):
     )
     expected = model(batch)
     visual = model.encode(batch)
-    visual.kept = {}
+    visual.kv_cache = {}
     cache = DynamicCache(config=model.llm.config)
     length = cut + per_image
     first = model(prefix(batch, length), visual, cache)

@@ -14,7 +14,7 @@ from helpers import REPO
 from owlfuse.artifacts.hf.configuration import OwlfuseConfig
 from owlfuse.core.packages import packaged
 from owlfuse.model.vision.backbone import TimmBackbone
-from owlfuse.model.vision.body import by_order, load_weights, read_weights
+from owlfuse.model.vision.body import load_weights, read_weights, rename_by_order
 
 NAME = "tf_efficientnet_lite0"
 BLOCKS = [  # of EfficientNet-Lite0: input and output channels, expansion, kernel, stride
@@ -136,7 +136,7 @@ def test_weights_under_the_packages_names_give_the_features_that_its_own_network
 
 
 def test_weights_under_timms_names_are_taken_by_name_in_any_order(state, file, tmp_path):
-    named = by_order(state, timm.create_model(NAME).state_dict(), set())
+    named = rename_by_order(state, timm.create_model(NAME).state_dict(), set())
     save_file(dict(reversed(named.items())), tmp_path / "timm.safetensors")
     pixels = torch.randn(1, 3, 64, 64)
     with torch.no_grad():
@@ -183,7 +183,9 @@ def test_tensors_of_one_shape_in_another_order_are_told_by_their_last_words(stat
     with pytest.raises(
         ValueError, match=r"tensor 1 is _bn0\.bias \(32,\), where bn1\.weight \(32,\) comes"
     ):
-        by_order({key: state[key] for key in keys}, timm.create_model(NAME).state_dict(), set())
+        rename_by_order(
+            {key: state[key] for key in keys}, timm.create_model(NAME).state_dict(), set()
+        )
 
 
 def test_another_number_of_classes_does_no_harm(state, file, tmp_path):

@@ -429,6 +429,18 @@ def test_a_blank_image_in_chunks_of_one_does_not_move_batch_statistics():
         assert torch.equal(value, before[name]), name
 
 
+def test_chunks_are_refused_in_training_where_they_would_change_it_or_wait_for_ever():
+    model = backbone("resnet", chunk=2).train()
+    with pytest.raises(ValueError, match="chunk is 2, and batch norms are trained"):
+        model.check_training(sharded=False)
+    model.eval().check_training(sharded=False)
+    plain = TimmBackbone(**SMALL_VIT, chunk=2).train()
+    plain.check_training(sharded=False)
+    with pytest.raises(ValueError, match="chunk is 2, and parameters are split over ranks"):
+        plain.check_training(sharded=True)
+    TimmBackbone(**SMALL_VIT).check_training(sharded=True)
+
+
 def test_a_chunk_below_one_is_refused():
     with pytest.raises(ValueError, match="chunk is 0, expected a number of images of at least 1"):
         TimmBackbone(**SMALL_VIT, chunk=0)

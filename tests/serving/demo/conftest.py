@@ -7,7 +7,7 @@ from PIL import Image
 
 from helpers import llm_fields, model_node
 from owlfuse.artifacts.export import export
-from owlfuse.artifacts.load import Trained
+from owlfuse.artifacts.load import TrainedModel
 from owlfuse.data.chat.tokenizer import load_tokenizer
 from owlfuse.data.shapes.write import write_shapes
 from owlfuse.model.multimodal import build_model
@@ -31,7 +31,7 @@ def exported(tmp_path_factory):
         torch.manual_seed(0)
         node = model_node(fusion, llm=llm_fields("qwen2", max_position_embeddings=4000))
         export(
-            Trained(build_model(node, len(tokenizer))[0].eval(), tokenizer, None),
+            TrainedModel(build_model(node, len(tokenizer))[0].eval(), tokenizer, None),
             work / name / "out",
             source=f"run_{name}",
         )

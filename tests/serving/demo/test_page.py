@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from owlfuse.artifacts.load import load_talker
+from owlfuse.artifacts.load import load_with_processor
 from owlfuse.serving.chat import Conversation
 
 REPO = Path(__file__).resolve().parents[3]
@@ -115,7 +115,7 @@ def models(exported, tmp_path_factory):
     for name in ("concat", "hyper"):
         shutil.copytree(exported / name / "out", work / name / "out")
     shutil.copytree(exported / "concat" / "out", work / "evil")
-    tokenizer = load_talker(work / "evil")[1].tokenizer
+    tokenizer = load_with_processor(work / "evil")[1].tokenizer
     for folder in (work / "concat" / "out", work / "hyper" / "out"):
         change(folder, suppress_tokens=[tokenizer.eos_token_id])
     ids = [*tokenizer.encode(EVIL, add_special_tokens=False), tokenizer.eos_token_id]
@@ -242,7 +242,7 @@ def test_upload_ask_and_see_the_streamed_answers_side_by_side(demo, visit, expor
     for number, name in enumerate(("concat", "hyper")):
         assert len({len(text) for text in seen[number] if "waiting" not in text}) >= 4, seen[number]
         alone = Conversation(
-            *load_talker(models / name / "out"), max_new_tokens=1200, do_sample=False
+            *load_with_processor(models / name / "out"), max_new_tokens=1200, do_sample=False
         )
         for color in ("red", "blue"):
             alone.show(str(exported / f"{color}.png"))

@@ -64,8 +64,11 @@ class OwlfuseConfig(PreTrainedConfig):
         """
         nodes = {name: getattr(self, name) for name in PARTS}
         check_nodes(nodes, Path(self._name_or_path or ".") / "config.json")
+        # the weights are those of this folder
         vision = {key: value for key, value in nodes["vision"].items() if key != "weights"}
-        nodes["vision"] = vision | ({"pretrained": False} if "pretrained" in vision else {})
+        if "pretrained" in vision:
+            vision["pretrained"] = False
+        nodes["vision"] = vision
         attention = getattr(self.text_config, "_attn_implementation", None) or "sdpa"
         llm = {**llm_node(self.text_config), "attention": attention}
         dtype = self.text_config.dtype
@@ -94,13 +97,12 @@ def check_nodes(nodes: dict[str, Any], file: Path) -> None:
 def llm_node(text_config: PreTrainedConfig) -> dict[str, Any]:
     """The node that makes an LLM of this configuration with random weights."""
     # here, since it imports transformers' models, which are not there yet
-    from owlfuse.model.llm import known_fields
+    from owlfuse.model.llm import config_fields
 
-    known = known_fields(type(text_config)) - {"transformers_version", "architectures", "dtype"}
-    fields = {
-        k: v for k, v in text_config.to_diff_dict().items() if k in known and not k.startswith("_")
-    }
-    return {
-        "_target_": "owlfuse.model.llm.load_llm",
-        "config": {**fields, "model_type": text_config.model_type},
-    }
+    names = config_fields(type(text_config)) - {"transformers_version", "architectures", "dtype"}
+    fields = {}
+    for name, value in text_config.to_diff_dict().items():
+        if name in names and not name.startswith("_"):
+            fields[name] = value
+    fields["model_type"] = text_config.model_type
+    return {"_target_": "owlfuse.model.llm.load_llm", "config": fields}

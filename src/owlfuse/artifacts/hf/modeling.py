@@ -13,14 +13,13 @@ from typing import Any, cast
 import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers import DynamicCache, GenerationMixin, PreTrainedModel
 from transformers.initialization import no_init_weights
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from owlfuse.artifacts.hf.configuration import OwlfuseConfig
 from owlfuse.core.errors import DataError
-from owlfuse.core.types import Batch, VisualTokens
+from owlfuse.core.types import Batch, VisualTokens, image_starts, number_images
 from owlfuse.model.llm import cache_argument
 from owlfuse.model.loss import mean_loss
 from owlfuse.model.multimodal import MultimodalLM, assemble
@@ -63,7 +62,9 @@ class OwlfuseForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
         `generation`: fields of the generation configuration.
         """
+        # the LLM's node is made of text_config, which transformers reads too
         nodes = {name: node for name, node in (model.nodes or {}).items() if name != "llm"}
+        # the LLM's own is not to be changed
         text_config = copy.deepcopy(model.llm.config)  # transformers writes its attention into it
         if getattr(text_config, "quantization_config", None) is not None:
             # of the GGUF file that it was read from; the weights are plain by now
@@ -75,6 +76,7 @@ class OwlfuseForConditionalGeneration(PreTrainedModel, GenerationMixin):
             tokens_per_image=model.fusion.tokens_per_image,
         )
         wrapped = cls(config, model)
+        # ends of the chat template, and lengths
         wrapped.generation_config.update(**generation or {})
         # what is set here counts, not what the LLM's configuration has
         wrapped.generation_config._from_model_config = False
@@ -86,6 +88,7 @@ class OwlfuseForConditionalGeneration(PreTrainedModel, GenerationMixin):
         are computed anew, since transformers makes the model on the meta device."""
         loaded = super().from_pretrained(*args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
+        # both after loading, which replaces parameters
         restore_buffers(model)
         align(model)
         return loaded
@@ -94,16 +97,16 @@ class OwlfuseForConditionalGeneration(PreTrainedModel, GenerationMixin):
         """The parts initialise themselves."""
 
     def get_expanded_tied_weights_keys(self, all_submodels: bool = False) -> dict[str, str]:
-        """Which weights are one: those that the LLM says, by their names here."""
+        """Returns which weights are tied: those that the LLM names, by their names here."""
         tied = self.model.llm.get_expanded_tied_weights_keys(all_submodels=all_submodels)
         return {f"model.llm.{name}": f"model.llm.{source}" for name, source in tied.items()}
 
     def get_input_embeddings(self) -> nn.Module:
-        """Those of the LLM."""
+        """Returns those of the LLM."""
         return self.model.llm.get_input_embeddings()
 
     def get_output_embeddings(self) -> nn.Module:
-        """Those of the LLM."""
+        """Returns those of the LLM."""
         return self.model.llm.get_output_embeddings()
 
     def forward(
@@ -134,7 +137,9 @@ class OwlfuseForConditionalGeneration(PreTrainedModel, GenerationMixin):
         cache = cache if cache is not None else past_key_values
         if cache is None and use_cache:
             cache = DynamicCache(config=self.model.llm.config)
+        # positions that the cache holds
         earlier = cache.get_seq_length() if cache is not None else 0
+        # new positions and those of the cache
         if attention_mask is None:
             attention_mask = input_ids.new_ones(len(input_ids), earlier + input_ids.shape[1])
         if visual is None:
@@ -145,6 +150,7 @@ class OwlfuseForConditionalGeneration(PreTrainedModel, GenerationMixin):
                 )
             visual = self.encode(input_ids, pixel_values)
         batch = self.batch(input_ids, attention_mask, visual)
+        # one forward for training, evaluation and generation
         logits = self.model(batch, visual, cache, logits_to_keep)
         loss = None if labels is None else mean_loss(logits, labels)
         return CausalLMOutputWithPast(
@@ -152,35 +158,35 @@ class OwlfuseForConditionalGeneration(PreTrainedModel, GenerationMixin):
         )
 
     def batch(self, input_ids: Tensor, attention_mask: Tensor, visual: VisualTokens) -> Batch:
-        """The rows as the model takes them: new ids (B, T) behind what a cache holds, the mask over
-        both. No pixels: the visual tokens are there already."""
+        """Returns the rows as the model takes them: new ids (B, T) behind what a cache holds, the
+        mask over both. No pixels: the visual tokens are there already."""
         placeholder = self.placeholder(visual, attention_mask.shape[1])[:, -input_ids.shape[1] :]
-        embeddings: Any = self.get_input_embeddings()
-        unknown = placeholder & (input_ids >= embeddings.num_embeddings)
-        return Batch(
-            # an image's tokens stand there, the id does not matter
-            input_ids=input_ids.masked_fill(unknown, 0),
+        return Batch.of(
+            self.embeddable_ids(input_ids, placeholder),
+            placeholder,
+            visual.image_positions,
             attention_mask=attention_mask,
-            labels=None,  # type: ignore[arg-type]  # nothing is learned, and there are no pixels
-            placeholder=placeholder,
-            pixel_values=None,  # type: ignore[arg-type]
-            image_mask=None,  # type: ignore[arg-type]
             image_index=visual.image_index,
-            image_positions=visual.image_positions,
+            has_images=True,
             visual_count=int(placeholder.sum()),
         )
+
+    def embeddable_ids(self, input_ids: Tensor, placeholder: Tensor) -> Tensor:
+        """Returns the ids (B, T), 0 at placeholders whose id has no embedding: visual tokens stand
+        there, so that the id does not matter."""
+        embeddings: Any = self.get_input_embeddings()
+        unknown = placeholder & (input_ids >= embeddings.num_embeddings)
+        return input_ids.masked_fill(unknown, 0)
 
     def placeholder(self, visual: VisualTokens, length: int) -> Tensor:
         """(B, length) bool, True at the positions that images take: known from where they begin,
         since an answer may hold the id of `<image>` too."""
-        here = torch.arange(length, device=visual.image_positions.device)[None, :, None]
+        positions = torch.arange(length, device=visual.image_positions.device)[None, :, None]
         first = visual.image_positions[:, None]
-        taken = (
-            (here >= first)
-            & (here < first + self.config.tokens_per_image)
-            & (visual.image_index[:, None] >= 0)
-        )
-        return taken.any(-1)
+        last = first + self.config.tokens_per_image - 1
+        in_image = (positions >= first) & (positions <= last)  # (B, length, I)
+        in_image &= visual.image_index[:, None] >= 0
+        return in_image.any(-1)
 
     def encode(self, input_ids: Tensor, pixel_values: Tensor | None) -> VisualTokens:
         """Runs the backbone once for all images (N, 3, H, W), and finds where the rows (B, T) hold
@@ -194,32 +200,25 @@ class OwlfuseForConditionalGeneration(PreTrainedModel, GenerationMixin):
                 "config.json has no image_token_id, the id that stands for an image; set "
                 "model.config.image_token_id"
             )
-        taken = input_ids == self.config.image_token_id
+        placeholder = input_ids == self.config.image_token_id
         per_image = self.config.tokens_per_image
-        found, rest = divmod(int(taken.sum()), per_image)
-        given = 0 if pixel_values is None else len(pixel_values)
-        if rest or found != given or (taken.sum(1) % per_image).any():
+        counts = placeholder.sum(1)  # (B,) positions that images take in each row
+        total = int(counts.sum())
+        images = 0 if pixel_values is None else len(pixel_values)
+        if total != images * per_image or (counts % per_image).any():
             raise DataError(
-                f"the prompt has {int(taken.sum())} image positions, {per_image} to an image, and "
-                f"{given} images were given; "
-                "there must be one <image> for each"
+                f"the prompt has {total} image positions, {per_image} to an image, and {images} "
+                "images were given; there must be one <image> for each"
             )
-        ordinal = taken.cumsum(1) - 1
-        first = taken & (ordinal % per_image == 0)
-        count = first.sum(1)
-        most = max(1, int(count.max()))
-        slot = torch.arange(most, device=input_ids.device)[None]
-        missing = slot >= count[:, None]
-        order = first.int().argsort(dim=1, descending=True, stable=True)[:, :most]
-        positions = F.pad(order, (0, most - order.shape[1])).masked_fill(
-            missing, input_ids.shape[1]
-        )
-        index = (slot + (count.cumsum(0) - count)[:, None]).masked_fill(missing, -1)
-        if pixel_values is not None and given:
+        starts_by_row = []
+        for row in placeholder.cpu():  # one wait for the device, not one a row
+            starts_by_row.append(row.nonzero().flatten()[::per_image].tolist())
+        positions = image_starts(starts_by_row, input_ids.shape[1]).to(input_ids.device)
+        index = number_images(positions, input_ids.shape[1])
+        if pixel_values is not None and images:
             weight = next(self.model.vision.parameters())
-            tokens = self.model.connector(
-                self.model.vision(pixel_values.to(weight.device, weight.dtype))
-            )
+            features = self.model.vision(pixel_values.to(weight.device, weight.dtype))
+            tokens = self.model.connector(features)
         else:
             embeddings: Any = self.get_input_embeddings().weight
             tokens = embeddings.new_zeros(1, self.model.connector.tokens, embeddings.shape[1])
@@ -232,13 +231,15 @@ class OwlfuseForConditionalGeneration(PreTrainedModel, GenerationMixin):
         here, once for all beams and steps, and their keys and values are kept from the first step
         on."""
         if kwargs.get("visual") is None:
+            # the pixels themselves are not repeated for every beam
             kwargs["visual"] = self.encode(input_ids, kwargs.pop("pixel_values", None))
         visual: VisualTokens = kwargs["visual"]
-        index, positions = (
-            x.repeat_interleave(expand_size, dim=0)
-            for x in (visual.image_index, visual.image_positions)
+        kwargs["visual"] = VisualTokens(
+            visual.tokens,
+            visual.image_index.repeat_interleave(expand_size, dim=0),
+            visual.image_positions.repeat_interleave(expand_size, dim=0),
+            kv_cache={},
         )
-        kwargs["visual"] = VisualTokens(visual.tokens, index, positions, kept={})
         above: Any = super()
         return above._expand_inputs_for_generation(
             expand_size=expand_size, input_ids=input_ids, **kwargs
@@ -261,9 +262,11 @@ def restore_buffers(model: OwlfuseForConditionalGeneration) -> None:
         fresh = OwlfuseForConditionalGeneration(cast("OwlfuseConfig", model.config))
     persistent = set(fresh.state_dict())
     for name, buffer in fresh.named_buffers():
-        if name not in persistent:
-            path, _, own = name.rpartition(".")
-            old: Any = model.get_submodule(path)._buffers[own]
-            model.get_submodule(path)._buffers[own] = buffer.to(
-                old.device, old.dtype if buffer.is_floating_point() else None
-            )
+        if name in persistent:
+            continue
+        path, _, attribute = name.rpartition(".")
+        # torch's own table: setattr would make a buffer that is not persistent persistent
+        buffers: Any = model.get_submodule(path)._buffers
+        old = buffers[attribute]
+        dtype = old.dtype if buffer.is_floating_point() else None
+        buffers[attribute] = buffer.to(old.device, dtype)

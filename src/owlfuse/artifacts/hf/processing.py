@@ -5,8 +5,8 @@ N images, H and W their size in pixels, B rows, T text positions.
 
 from __future__ import annotations
 
-import re
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +58,10 @@ class OwlfuseImageProcessor(BaseImageProcessor):
         height, width = preprocessing.size
         size = {"height": height, "width": width}
         return cls(
-            size, list(preprocessing.mean), list(preprocessing.std), preprocessing.interpolation
+            size,
+            list(preprocessing.mean),
+            list(preprocessing.std),
+            preprocessing.interpolation,
         )
 
     def __call__(  # type: ignore[override]  # one way for every release of transformers
@@ -67,9 +70,12 @@ class OwlfuseImageProcessor(BaseImageProcessor):
         """Pictures of any size and mode, one or a list, also nested: PIL, paths, URLs, arrays."""
         size = (self.size["height"], self.size["width"])
         preprocess = Preprocessing(
-            size, tuple(self.image_mean), tuple(self.image_std), self.interpolation
+            size,
+            tuple(self.image_mean),
+            tuple(self.image_std),
+            self.interpolation,
         )
-        pixels = [preprocess(to_rgb(picture)) for picture in flat(images)]
+        pixels = [preprocess(to_rgb(picture)) for picture in open_images(images)]
         return BatchFeature(
             {"pixel_values": torch.stack(pixels)} if pixels else {}, tensor_type=return_tensors
         )
@@ -108,12 +114,12 @@ class OwlfuseProcessor(ProcessorMixin):
     def __call__(
         self, images: Any = None, text: str | list[str] | None = None, **kwargs: Any
     ) -> BatchFeature:
-        """`input_ids` and `attention_mask` (B, T), padded on the left, and `pixel_values` (N, 3, H,
-        W) if there are images.
+        """Returns `input_ids` and `attention_mask` (B, T), padded on the left, and `pixel_values`
+        (N, 3, H, W) if there are images.
 
         Args:
-            images: pictures in the order of their `<image>`s (see `flat`); a list of lists, one for
-                each text, is the same.
+            images: pictures in the order of their `<image>`s (see `open_images`); a list of lists,
+                one for each text, is the same.
             text: with an `<image>` for each picture; one that is a word is hidden (see
                 `data.words`). Special tokens are not added: a chat template writes its own.
 
@@ -121,86 +127,89 @@ class OwlfuseProcessor(ProcessorMixin):
             DataError: another number of `<image>`s than of images.
         """
         texts = [text] if isinstance(text, str) else list(text or [])
-        pictures = flat(images)
+        pictures = open_images(images)
         token = self.image_token
-        found = sum(one.count(token) for one in texts)
-        if found != len(pictures):
+        placeholders = sum(text.count(token) for text in texts)
+        if placeholders != len(pictures):
             raise DataError(
-                f"the text has {found} {token} and {len(pictures)} images were given; there must "
-                "be one for each"
+                f"the text has {placeholders} {token} and {len(pictures)} images were given; there "
+                "must be one for each"
             )
-        options = {
-            k: v
-            for k, v in kwargs.items()
-            if k not in ("videos", "audio", "images_kwargs", "return_tensors")
-        }
+        views = [[picture] for picture in pictures]
+        if self.tile:
+            size = self.image_processor.size["height"], self.image_processor.size["width"]
+            views = [views_of(to_rgb(picture), size) for picture in pictures]
+        view_counts = iter([len(picture_views) for picture_views in views])
+        expanded = []
+        for text in texts:
+            row, *texts_behind = text.split(token)
+            for text_behind in texts_behind:
+                row += token * (self.tokens_per_image * next(view_counts)) + text_behind
+            expanded.append(row)
+        # pipelines pass options for modalities that this model does not have
+        options = {name: value for name, value in kwargs.items() if name not in IGNORED_OPTIONS}
+        text_options = options.pop("text_kwargs", {})
         options = {
             "padding": len(texts) > 1,
             "add_special_tokens": False,
             **options,
-            **options.pop("text_kwargs", {}),
+            **text_options,
         }
-        size = self.image_processor.size["height"], self.image_processor.size["width"]
-        views = [
-            views_of(to_rgb(picture), size) if self.tile else [picture] for picture in pictures
-        ]
-        counts = iter(views)
-        grown = [
-            re.sub(
-                re.escape(token), lambda _: token * self.tokens_per_image * len(next(counts)), one
-            )
-            for one in texts
-        ]
-        pictures = [view for each in views for view in each]
         tensors = kwargs.get("return_tensors", "pt")
-        encoded = self.encode_texts(grown, tensors, **options)
-        pixels = self.image_processor(pictures, return_tensors=tensors) if pictures else {}
-        return BatchFeature({**encoded, **pixels})
+        features = self.encode_texts(expanded, tensors, **options)
+        if pictures:
+            all_views = list(chain.from_iterable(views))
+            features |= self.image_processor(all_views, return_tensors=tensors)
+        return BatchFeature(features)
 
     @cached_property
     def answer_format(self) -> AnswerFormat:
-        """What the chat template writes around an answer."""
+        """The texts that the chat template writes around an answer."""
         return AnswerFormat.of(self.tokenizer)
 
     def encode_texts(self, texts: list[str], tensors: str | None, **options: Any) -> dict[str, Any]:
-        """`input_ids` and `attention_mask` (B, T), padded on the left. As in training, what stands
-        before an answer has the tokens that it has as a prompt."""
-        padding = {
-            name: options.pop(name)
-            for name in PADDING
-            if name in options and not options.get("truncation")
-        }
-        shown = [show_words(text, self.image_token) for text in texts]
-        encoded = self.tokenizer(shown, return_offsets_mapping=True, verbose=False, **options)
-        rows = encoded["input_ids"]
-        for ids, offsets, text, hidden in zip(
-            rows, encoded["offset_mapping"], shown, texts, strict=True
-        ):
+        """Returns `input_ids` and `attention_mask` (B, T), padded on the left. As in training, the
+        text before an answer has the tokens that it has as a prompt."""
+        padding = {}
+        if not options.get("truncation"):
+            # rows are padded once words are spelled out, which changes their lengths
+            padding = {name: options.pop(name) for name in PADDING if name in options}
+        plain_texts = [show_words(text, self.image_token) for text in texts]
+        encoded = self.tokenizer(plain_texts, return_offsets_mapping=True, verbose=False, **options)
+        rows, all_offsets = encoded["input_ids"], encoded["offset_mapping"]
+        for ids, offsets, text, hidden in zip(rows, all_offsets, plain_texts, texts, strict=True):
+            # without a template there are no answers whose borders matter
             if self.tokenizer.chat_template:
                 cut_at_borders(self.tokenizer, text, ids, offsets, self.answer_format.starts(text))
             spell_words(self.tokenizer, self.image_token, hidden, ids, offsets, "a prompt")
+        # now that the rows have their final lengths
         padded = self.tokenizer.pad(
-            {"input_ids": rows}, padding_side="left", return_tensors=tensors, **padding
+            {"input_ids": rows},
+            padding_side="left",
+            return_tensors=tensors,
+            **padding,
         )
         return {name: padded[name] for name in ("input_ids", "attention_mask")}
 
 
 PADDING = ("padding", "max_length", "pad_to_multiple_of")
+IGNORED_OPTIONS = ("videos", "audio", "images_kwargs", "return_tensors")
 
 
-def flat(images: Any) -> list[Image.Image]:
-    """One picture, a list or lists of them -> a list of PIL pictures.
+def open_images(images: Any) -> list[Image.Image]:
+    """Returns one picture, a list or lists of them as a list of PIL pictures.
 
     A picture may be a path, a URL or an array.
     """
     if images is None:
         return []
     if isinstance(images, list | tuple):
-        return [picture for part in images for picture in flat(part)]
+        return list(chain.from_iterable(map(open_images, images)))
     if isinstance(images, Image.Image):
         return [images]
     if isinstance(images, str | Path):
         path = Path(images).expanduser()
+        # transformers' own loader, which pipelines use
         if str(images).startswith(("http://", "https://", "data:")):
             return [load_image(str(images))]
         return [open_image(path.parent, path.name, "prompt", MAX_PIXELS)]

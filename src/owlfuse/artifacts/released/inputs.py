@@ -6,12 +6,14 @@ V vocabulary.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from owlfuse.artifacts.released.names import family_in
 from owlfuse.core.errors import DataError
-from owlfuse.core.types import Batch
+from owlfuse.core.types import Batch, image_starts
 from owlfuse.model.loss import mean_loss
 from owlfuse.model.multimodal import MultimodalLM
 
@@ -19,7 +21,7 @@ OWL1_IMAGE, OWL2_IMAGE = -1, -200
 
 
 def reference_logits(model: MultimodalLM, io: dict[str, Tensor]) -> Tensor:
-    """Logits (B, T, V) for inputs in the convention of the model's family.
+    """Returns logits (B, T, V) for inputs in the convention of the model's family.
 
     Args:
         io: `input_ids` (B, T) and `images` (N, 3, H, W) in the order of their placeholders; of an
@@ -34,64 +36,57 @@ def reference_logits(model: MultimodalLM, io: dict[str, Tensor]) -> Tensor:
         DataError: more or fewer images than placeholders, with both numbers; a run of -1 that is no
             whole number of images; images of another size than the model's.
     """
-    return logits_of(model, batch_of(model, io))
+    return compute_logits(model, make_batch(model, io))
 
 
 def reference_loss(model: MultimodalLM, io: dict[str, Tensor]) -> Tensor:
-    """The mean cross-entropy of the next token, where `labels` (B, T) are not -100; an image is
-    never supervised.
+    """Returns the mean cross-entropy of the next token, where `labels` (B, T) are not -100; an
+    image is never supervised.
 
     The other inputs are those of `reference_logits`.
     """
-    batch = batch_of(model, io)
-    logits = logits_of(model, batch)
-    return mean_loss(logits, batch.labels)
+    batch = make_batch(model, io)
+    return mean_loss(compute_logits(model, batch), batch.labels)
 
 
 @torch.no_grad()
-def logits_of(model: MultimodalLM, batch: Batch) -> Tensor:
-    """The model's logits on its own device."""
+def compute_logits(model: MultimodalLM, batch: Batch) -> Tensor:
+    """Returns the model's logits, on its own device."""
     return model(batch.to(next(model.parameters()).device))
 
 
-def batch_of(model: MultimodalLM, io: dict[str, Tensor]) -> Batch:
-    """A batch of `reference_logits`' inputs."""
+def make_batch(model: MultimodalLM, io: dict[str, Tensor]) -> Batch:
+    """Returns a batch of `reference_logits`' inputs."""
     family, per_image = family_in(model), model.fusion.tokens_per_image
     ids, images = io["input_ids"], io.get("images")
     mask = padding_mask(io)
     labels = io.get("labels", torch.full_like(ids, -100))
     is_image = ids == image_id(model, family)
+    # its images have a token of the vocabulary, which padding may have, too
     if family == "owl3":
         is_image &= mask
     if family == "owl2":
         lengths = torch.where(is_image, per_image, 1)
-        labels = grown(labels, lengths, -100)
-        ids, mask, is_image = (grown(x, lengths, 0) for x in (ids, mask, is_image))
-    positions = starts(is_image, per_image)
-    counts = [len(row) for row in positions]
-    pixels = images_of(model, family, images, counts)
-    most = max(1, *counts)
-    image_index = torch.full((len(ids), most), -1)
-    image_positions = torch.full((len(ids), most), ids.shape[1])
-    for row, found in enumerate(positions):
-        image_index[row, : len(found)] = torch.arange(len(found)) + sum(counts[:row])
-        image_positions[row, : len(found)] = torch.tensor(found, dtype=torch.long)
-    has_images = sum(counts) > 0
-    return Batch(
-        input_ids=ids.where(~is_image, ids.clamp_min(0)),
-        attention_mask=mask.long(),
-        labels=labels.masked_fill(is_image, -100),
-        placeholder=is_image,
+        labels = repeat_positions(labels, lengths, -100)
+        ids = repeat_positions(ids, lengths, 0)
+        mask = repeat_positions(mask, lengths, 0)
+        is_image = repeat_positions(is_image, lengths, 0)
+    starts_by_row = find_image_starts(is_image, per_image)
+    counts = [len(starts) for starts in starts_by_row]
+    pixels = make_pixels(model, family, images, counts)
+    return Batch.of(
+        ids.where(~is_image, ids.clamp_min(0)),  # an image's ids are negative, and no embedding's
+        is_image,
+        image_starts(starts_by_row, ids.shape[1]),
         pixel_values=pixels,
-        image_mask=torch.full((len(pixels),), has_images),
-        image_index=image_index,
-        image_positions=image_positions,
-        has_images=has_images,
+        attention_mask=mask.long(),
+        # the released code supervises no image
+        labels=labels.masked_fill(is_image, -100),
     )
 
 
 def image_id(model: MultimodalLM, family: str) -> int:
-    """The id that stands for an image.
+    """Returns the id that stands for an image.
 
     Raises DataError where mPLUG-Owl3's config.json does not say it.
     """
@@ -115,26 +110,27 @@ def padding_mask(io: dict[str, Tensor]) -> Tensor:
     return torch.ones_like(ids, dtype=torch.bool)
 
 
-def grown(values: Tensor, lengths: Tensor, pad: int) -> Tensor:
-    """Each of `values` (B, T) repeated `lengths` (B, T) times, rows padded on the right to the
-    longest."""
+def repeat_positions(values: Tensor, lengths: Tensor, pad: int) -> Tensor:
+    """Returns each of `values` (B, T) repeated `lengths` (B, T) times, rows padded on the right to
+    the longest."""
     rows = [row.repeat_interleave(times) for row, times in zip(values, lengths)]
     return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=pad)
 
 
-def starts(is_image: Tensor, per_image: int) -> list[list[int]]:
-    """For each row of (B, T) bool, where its images begin.
+def find_image_starts(is_image: Tensor, per_image: int) -> list[list[int]]:
+    """Returns for each row of (B, T) bool where its images begin.
 
     Raises DataError for a run that is no whole number of images.
     """
-    found = []
+    starts_by_row = []
     for number, row in enumerate(is_image.tolist()):
-        begun: list[int] = []
+        starts: list[int] = []
         run = 0
-        for index, here in enumerate([*row, False]):
-            if here:
+        # one more position, which ends a run at the row's end
+        for index, in_image in enumerate([*row, False]):
+            if in_image:
                 if run % per_image == 0:
-                    begun.append(index)
+                    starts.append(index)
                 run += 1
             elif run % per_image:
                 raise DataError(
@@ -143,36 +139,39 @@ def starts(is_image: Tensor, per_image: int) -> list[list[int]]:
                 )
             else:
                 run = 0
-        found.append(begun)
-    return found
+        starts_by_row.append(starts)
+    return starts_by_row
 
 
-def images_of(model: MultimodalLM, family: str, images: Tensor | None, counts: list[int]) -> Tensor:
-    """The images that rows show, (N, 3, H, W) in the model's type, or a blank one.
+def make_pixels(
+    model: MultimodalLM,
+    family: str,
+    images: Tensor | None,
+    counts: list[int],
+) -> Tensor:
+    """Returns the images that rows show, (N, 3, H, W) in the model's type, or a blank one.
 
     Raises DataError for another number.
     """
-    wanted, given = sum(counts), 0 if images is None else len(images)
-    unused = [
-        sum(max(c, 1) for c in counts[:row]) for row, count in enumerate(counts) if count == 0
-    ]
-    if images is not None and family == "owl2" and unused and given == wanted + len(unused):
-        images = images[[n for n in range(given) if n not in unused]]
-    elif given != wanted:
-        extra = (
-            f" (or {wanted + len(unused)}, one unused for each row of text alone)"
-            if family == "owl2" and unused
-            else ""
-        )
+    placeholders, available = sum(counts), 0 if images is None else len(images)
+    unused = unused_images(counts) if family == "owl2" else []
+    if images is not None and unused and available == placeholders + len(unused):
+        images = images[[n for n in range(available) if n not in unused]]
+    elif available != placeholders:
+        alternative = ""
+        if unused:
+            with_unused = placeholders + len(unused)
+            alternative = f" (or {with_unused}, one unused for each row of text alone)"
         raise DataError(
-            f"input_ids have {wanted} image placeholders, and there are {given} images; give "
-            f"{wanted}{extra}"
+            f"input_ids have {placeholders} image placeholders, and there are {available} images; "
+            f"give {placeholders}{alternative}"
         )
     height, width = model.vision.preprocessing.size
     weight = next(model.vision.parameters())
-    if images is None or not wanted:
+    if images is None or not placeholders:
         return torch.zeros(1, 3, height, width, dtype=weight.dtype)
-    patch = model.vision.body.patch_embed.patch_size[0]
+    body: Any = model.vision.inner_model()
+    patch = body.patch_embed.patch_size[0]
     if not (0 <= images.shape[2] - height < patch and 0 <= images.shape[3] - width < patch):
         raise DataError(
             f"images are {tuple(images.shape[2:])} pixels, and the model takes {(height, width)}; "
@@ -180,3 +179,18 @@ def images_of(model: MultimodalLM, family: str, images: Tensor | None, counts: l
         )
     # what is over, less than a patch, no released model reads either
     return images[..., :height, :width].to(weight.dtype)
+
+
+def unused_images(counts: list[int]) -> list[int]:
+    """Returns the indices of the images that the released mPLUG-Owl2 code has for rows without any.
+
+    Args:
+        counts: of each row's images.
+    """
+    unused = []
+    index = 0
+    for count in counts:
+        if count == 0:
+            unused.append(index)
+        index += max(count, 1)
+    return unused

@@ -1,4 +1,4 @@
-"""Where the tensors of a released file stand in owlfuse's model.
+"""How the tensors of a released file correspond to those of owlfuse's model.
 
 P patches, Dv vision width, H heads, d head width.
 """
@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 from torch import Tensor
 
@@ -67,116 +68,115 @@ PREFIXES = {
 }
 
 
-def whole(ours: Tensor) -> Tensor:
-    """All of our tensor."""
-    return ours
+View = Callable[[Tensor], Tensor]
+"""Of a tensor of the model, the view that holds a released tensor's numbers in their order."""
 
 
-def first(ours: Tensor) -> Tensor:
+def identity(tensor: Tensor) -> Tensor:
+    """Returns the tensor itself."""
+    return tensor
+
+
+def first_row(tensor: Tensor) -> Tensor:
     """(1, P, Dv) -> (P, Dv)."""
-    return ours[0]
+    return tensor[0]
 
 
-def third(index: int, ours: Tensor) -> Tensor:
-    """The query's, key's or value's part of timm's joint projection (3 * H * d, ...)."""
-    return ours.chunk(3)[index]
+def third(index: int, tensor: Tensor) -> Tensor:
+    """Returns the query's, key's or value's part of timm's joint projection (3 * H * d, ...)."""
+    return tensor.chunk(3)[index]
 
 
-def by_head(heads: int, ours: Tensor) -> Tensor:
-    """timm's joint projection [q; k; v], (3 * H * d, ...), in the order of mPLUG-Owl1 and 2, per
-    head [q; k; v]: (H, 3, d, ...)."""
-    return ours.unflatten(0, (3, heads, -1)).transpose(0, 1)
+def by_head(heads: int, tensor: Tensor) -> Tensor:
+    """Returns timm's joint projection [q; k; v], (3 * H * d, ...), in the order of mPLUG-Owl1 and
+    2, per head [q; k; v]: (H, 3, d, ...)."""
+    return tensor.unflatten(0, (3, heads, -1)).transpose(0, 1)
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where a released tensor stands."""
+class TensorMapping:
+    """How a released tensor corresponds to one of the model."""
 
     name: str
-    """Of our tensor, in the model's state dict."""
+    """In the model's state dict."""
     shape: tuple[int, ...]
     """The released tensor's."""
-    part: Callable[[Tensor], Tensor] = whole
-    """The view of our tensor that holds the released numbers in their order."""
+    view: View = identity
 
-    def put(self, ours: Tensor, released: Tensor) -> None:
-        """Copies the released tensor into ours, in our type."""
-        view = self.part(ours)
+    def write(self, tensor: Tensor, released: Tensor) -> None:
+        """Copies the released tensor into the model's, in the model's type."""
+        view = self.view(tensor)
         view.copy_(released.reshape(view.shape))
 
-    def take(self, ours: Tensor) -> Tensor:
-        """The released tensor."""
-        return self.part(ours).reshape(self.shape)
+    def read(self, tensor: Tensor) -> Tensor:
+        """Returns the released tensor, from the model's."""
+        return self.view(tensor).reshape(self.shape)
 
 
-def places_of(model: MultimodalLM, family: str) -> dict[str, Place]:
-    """Released name -> place, for every tensor of the model's state dict. One of ours may be
-    released under several names.
+def tensor_mappings(model: MultimodalLM, family: str) -> dict[str, TensorMapping]:
+    """Returns the mapping of every tensor of the model's state dict by its released name. A tensor
+    may be released under several names.
 
     Raises:
         DataError: a tensor that no released model of the family has; the message begins with the
             part.
     """
-    places = {}
-    for part, tensors in (
-        ("vision", vision_tensors),
-        ("connector", connector_tensors),
-        ("llm", llm_tensors),
-    ):
+    mappings = {}
+    names_by_part = {"vision": vision_names, "connector": connector_names, "llm": llm_names}
+    for part, released_names in names_by_part.items():
         prefix = PREFIXES[family][part]
         state = getattr(model, part).state_dict()
-        for name, ours in state.items():
+        for name, tensor in state.items():
             try:
-                found = list(tensors(model, family, name, ours))
+                names_and_views = list(released_names(model, family, name))
             except KeyError:
                 raise DataError(
                     f"{part}: a released {family} has no {name}; merge adapters, or load the "
                     "model anew"
                 ) from None
-            for released, view in found:
-                shape = (
-                    ours.shape
-                    if isinstance(view, partial) and view.func is by_head
-                    else view(ours).shape
-                )
-                outside = "" if released == "query_tokens" else prefix
-                places[outside + released] = Place(f"{part}.{name}", tuple(shape), view)
-    return places
+            for released, view in names_and_views:
+                by_heads = isinstance(view, partial) and view.func is by_head
+                # by_head only permutes, and its view is no longer two-dimensional
+                shape = tensor.shape if by_heads else view(tensor).shape
+                # mPLUG-Owl1's queries stand outside of its abstractor
+                full_name = released if released == "query_tokens" else prefix + released
+                mappings[full_name] = TensorMapping(f"{part}.{name}", tuple(shape), view)
+    return mappings
 
 
-Named = Iterator[tuple[str, Callable[[Tensor], Tensor]]]
-"""Released names without their prefix, and the view of our tensor."""
+NamesAndViews = Iterator[tuple[str, View]]
+"""Released names without their prefix, and the view of the model's tensor."""
 
 
-def vision_tensors(model: MultimodalLM, family: str, name: str, ours: Tensor) -> Named:
-    """Those of `TimmBackbone`'s ViT. KeyError for an unknown one."""
+def vision_names(model: MultimodalLM, family: str, name: str) -> NamesAndViews:
+    """Yields those of `TimmBackbone`'s ViT. Raises KeyError for an unknown tensor."""
     inside, stem, kind = split(name, r"body\.(blocks\.\d+\.)?")
+    # timm's blocks.3. -> encoder.layers.3.
     layer = inside.replace("blocks", "encoder.layers")
     if family == "owl3":
         released = layer + SIGLIP_NAMES[stem] + kind
         if stem == "attn.qkv":
-            yield from (
-                (released.format(letter), partial(third, i)) for i, letter in enumerate("qkv")
-            )
+            for index, letter in enumerate("qkv"):
+                yield released.format(letter), partial(third, index)
         else:
-            yield released, first if stem == "pos_embed" else whole
+            yield released, first_row if stem == "pos_embed" else identity
     else:
-        view = (
-            partial(by_head, model.vision.body.blocks[0].attn.num_heads)
-            if stem == "attn.qkv"
-            else whole
-        )
+        view: View = identity
+        if stem == "attn.qkv":
+            body: Any = model.vision.inner_model()
+            view = partial(by_head, body.blocks[0].attn.num_heads)
         yield layer + CLIP_NAMES[stem] + kind, view
 
 
-def connector_tensors(model: MultimodalLM, family: str, name: str, ours: Tensor) -> Named:
-    """Those of the abstractor, or of mPLUG-Owl3's linear layers. KeyError for an unknown one."""
+def connector_names(model: MultimodalLM, family: str, name: str) -> NamesAndViews:
+    """Yields those of the abstractor, or of mPLUG-Owl3's linear layers. Raises KeyError for an
+    unknown tensor."""
     if family == "owl3":
         _, stem, kind = split(name, r"(layers\.)?")
         # an MLP's first module is its norm, which none has
         if stem != "proj" and (not stem.isdecimal() or stem == "0"):
             raise KeyError(name)
-        yield ("" if stem == "proj" else f".{int(stem) - 1}") + kind, whole
+        yield ("" if stem == "proj" else f".{int(stem) - 1}") + kind, identity
         return
     outside = {
         "queries": "query_tokens" if family == "owl1" else "query_embeds",
@@ -187,35 +187,37 @@ def connector_tensors(model: MultimodalLM, family: str, name: str, ours: Tensor)
     layer, stem, kind = split(name, r"(layers\.\d+\.)?")
     if name in ("query_positions", "image_positions"):
         table = "q_pos_embed" if name == "query_positions" else "k_pos_embed"
-        for index in range(len(model.connector.layers)):
-            yield f"encoder.layers.{index}.crossattention.attention.{table}", whole
+        for index in range(len(model.connector.blocks())):
+            yield f"encoder.layers.{index}.crossattention.attention.{table}", identity
     elif layer:
-        yield f"encoder.{layer}crossattention.{ABSTRACTOR_NAMES[stem]}{kind}", whole
+        yield f"encoder.{layer}crossattention.{ABSTRACTOR_NAMES[stem]}{kind}", identity
     else:
-        yield outside[name], whole
+        yield outside[name], identity
 
 
-def llm_tensors(model: MultimodalLM, family: str, name: str, ours: Tensor) -> Named:
-    """Those of a causal LM with its fusion inside. KeyError for one of an adapter."""
+def llm_names(model: MultimodalLM, family: str, name: str) -> NamesAndViews:
+    """Yields those of a causal LM with its fusion inside. Raises KeyError for an adapter's."""
     if "lora_" in name or ".base_layer." in name:
         raise KeyError(name)
+    # in order: `visual.kv_proj` before `visual`
     for inside, released in LLM_NAMES:
         name = name.replace(inside, released)
-    yield name, whole
+    yield name, identity
 
 
 def split(name: str, beginning: str) -> tuple[str, str, str]:
     """`body.blocks.3.norm1.weight` -> the group of `beginning` (`blocks.3.`), `norm1`,
     `.weight`."""
-    found = re.fullmatch(beginning + r"(.+?)(\.weight|\.bias)?", name)
-    if found is None:
+    match = re.fullmatch(beginning + r"(.+?)(\.weight|\.bias)?", name)
+    if match is None:
         raise KeyError(name)
-    return found[1] or "", found[2], found[3] or ""
+    return match[1] or "", match[2], match[3] or ""
 
 
-def unused(family: str, vision_layers: int) -> re.Pattern[str]:
-    """Full names that released files carry and nobody reads: rotary frequencies, position ids, and
-    of SigLIP its pooling head, last block and last norm, since features are taken before them."""
+def unused_names(family: str, vision_layers: int) -> re.Pattern[str]:
+    """Returns a pattern of full names that released files carry and nobody reads: rotary
+    frequencies, position ids, and of SigLIP its pooling head, last block and last norm, since
+    features are taken before them."""
     kinds = [r".*rotary_emb\.inv_freq", r".*position_ids"]
     if family == "owl3":
         kinds.append(
@@ -224,22 +226,24 @@ def unused(family: str, vision_layers: int) -> re.Pattern[str]:
     return re.compile("|".join(kinds))
 
 
-def optional(model: MultimodalLM, family: str) -> str | None:
-    """The released name that a file need not have: the output layer's, where the LLM's is its
-    embedding."""
+def optional_name(model: MultimodalLM, family: str) -> str | None:
+    """Returns the released name that a file need not have: the output layer's, where the LLM's is
+    its embedding."""
+    # by identity: a file may hold a tied weight twice
     tied = model.llm.get_output_embeddings().weight is model.llm.get_input_embeddings().weight
     return PREFIXES[family]["llm"] + "lm_head.weight" if tied else None
 
 
-FUSIONS = {Concat: "owl1", ModalityAdaptive: "owl2", HyperAttention: "owl3"}
-
-
-ELSE = "export it in owlfuse's own layout"
+FAMILY_OF_FUSION = {Concat: "owl1", ModalityAdaptive: "owl2", HyperAttention: "owl3"}
+OTHER_LAYOUT = "export it in owlfuse's own layout"
+"""What to do instead, in errors."""
 
 
 def family_in(model: MultimodalLM) -> str:
-    """owl1, owl2 or owl3, by the model's fusion. Raises DataError for a fusion of none."""
-    kind = type(model.fusion)
-    if kind not in FUSIONS:
-        raise DataError(f"fusion: {kind.__name__} is that of no released mPLUG-Owl; {ELSE}")
-    return FUSIONS[kind]
+    """Returns owl1, owl2 or owl3, by the model's fusion. Raises DataError for another fusion."""
+    fusion_class = type(model.fusion)
+    if fusion_class not in FAMILY_OF_FUSION:
+        raise DataError(
+            f"fusion: {fusion_class.__name__} is that of no released mPLUG-Owl; {OTHER_LAYOUT}"
+        )
+    return FAMILY_OF_FUSION[fusion_class]

@@ -14,45 +14,44 @@ from owlfuse.core.errors import DataError
 FAMILIES = {"mplug-owl": "owl1", "mplug_owl2": "owl2", "mplugowl3": "owl3"}
 
 LLM_FIELDS = (
-    *(
-        "vocab_size",
-        "hidden_size",
-        "intermediate_size",
-        "num_hidden_layers",
-        "num_attention_heads",
-        "num_key_value_heads",
-    ),
-    *(
-        "head_dim",
-        "hidden_act",
-        "max_position_embeddings",
-        "initializer_range",
-        "rms_norm_eps",
-        "tie_word_embeddings",
-    ),
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "hidden_act",
+    "max_position_embeddings",
+    "initializer_range",
+    "rms_norm_eps",
+    "tie_word_embeddings",
 )
-OWN_LLM_FIELDS = {
+FAMILY_LLM_FIELDS = {
     "llama": ("attention_bias", "mlp_bias"),
     "qwen2": ("use_sliding_window", "sliding_window", "max_window_layers"),
 }
 
 
 def family_of(folder: Path, config: dict[str, Any]) -> str:
-    """owl1, owl2 or owl3. Raises DataError for another model."""
-    found = config.get("model_type")
-    if found not in FAMILIES:
-        known = ", ".join(FAMILIES)
+    """Returns owl1, owl2 or owl3. Raises DataError for another model."""
+    model_type = config.get("model_type")
+    if model_type not in FAMILIES:
         raise DataError(
-            f"{folder / 'config.json'}: model_type is {found}, and is one of {known} in a "
-            "released mPLUG-Owl"
+            f"{folder / 'config.json'}: model_type is {model_type}, and is one of "
+            f"{', '.join(FAMILIES)} in a released mPLUG-Owl"
         )
-    return FAMILIES[found]
+    return FAMILIES[model_type]
 
 
 def nodes_of(
-    folder: Path, family: str, config: dict[str, Any], keys: set[str], dtype: str
+    folder: Path,
+    family: str,
+    config: dict[str, Any],
+    keys: set[str],
+    dtype: str,
 ) -> dict[str, dict[str, Any]]:
-    """The nodes of vision, connector, fusion and llm, plain enough for a yaml.
+    """Returns the nodes of vision, connector, fusion and llm, plain enough for a yaml.
 
     Args:
         keys: names of the tensors, which tell mPLUG-Owl3's gate and its connector.
@@ -61,16 +60,16 @@ def nodes_of(
     fusion: dict[str, Any]
     if family == "owl1":
         vision = clip_node(folder, config.get("vision_config") or {}, image_size=224)
-        own = config.get("visual_abstractor_config") or {}
-        connector = abstractor_node(
-            {"intermediate_size": 4096, **own}, config.get("num_query_tokens", 64), positions=False
-        )
+        abstractor = {"intermediate_size": 4096, **(config.get("visual_abstractor_config") or {})}
+        queries = config.get("num_query_tokens", 64)
+        connector = abstractor_node(abstractor, queries, positions=False)
         fusion = {"_target_": "owlfuse.model.fusion.concat.Concat"}
     elif family == "owl2":
         visual = config.get("visual_config") or {}
         vision = clip_node(folder, visual.get("visual_model") or {}, image_size=448)
-        own = {"intermediate_size": 2816, **(visual.get("visual_abstractor") or {})}
-        connector = abstractor_node(own, own.get("num_learnable_queries", 64), positions=True)
+        abstractor = {"intermediate_size": 2816, **(visual.get("visual_abstractor") or {})}
+        queries = abstractor.get("num_learnable_queries", 64)
+        connector = abstractor_node(abstractor, queries, positions=True)
         fusion = {"_target_": "owlfuse.model.fusion.modality_adaptive.ModalityAdaptive"}
     else:
         vision = siglip_node(folder, config.get("vision_config"))
@@ -85,10 +84,9 @@ def nodes_of(
     if family == "owl1":
         text = config.get("text_config") or {}
         if text.get("model_type", "llama") != "llama":
-            found = text["model_type"]
             raise DataError(
-                f"{folder / 'config.json'}: text_config.model_type is {found}, and mPLUG-Owl1 "
-                "runs on a llama"
+                f"{folder / 'config.json'}: text_config.model_type is {text['model_type']}, and "
+                "mPLUG-Owl1 runs on a llama"
             )
     else:
         text = config
@@ -101,22 +99,24 @@ def nodes_of(
     }
 
 
-def abstractor_node(own: dict[str, Any], queries: int, positions: bool) -> dict[str, Any]:
-    """The abstractor's; what the configuration lacks has the default of the released code."""
+def abstractor_node(config: dict[str, Any], queries: int, positions: bool) -> dict[str, Any]:
+    """Returns the abstractor's node; keys that the configuration lacks have the defaults of the
+    released code."""
     return {
         "_target_": "owlfuse.model.connectors.abstractor.Abstractor",
         "queries": queries,
-        "layers": own.get("num_hidden_layers", 6),
-        "heads": own.get("num_attention_heads", 16),
-        "hidden": own["intermediate_size"],
+        "layers": config.get("num_hidden_layers", 6),
+        "heads": config.get("num_attention_heads", 16),
+        "hidden": config["intermediate_size"],
         "positions": positions,
-        "eps": own.get("layer_norm_eps", 1e-6),
+        "eps": config.get("layer_norm_eps", 1e-6),
     }
 
 
 def vision2text_node(keys: set[str]) -> dict[str, Any]:
-    """mPLUG-Owl3's connector: one linear layer (240728), or linear layers with GELU between them
-    (241101)."""
+    """Returns mPLUG-Owl3's connector: one linear layer (240728), or linear layers with GELU between
+    them (241101)."""
+    # config.json does not say which of the two it is
     if "vision2text_model.weight" in keys:
         return {"_target_": "owlfuse.model.connectors.linear.LinearConnector"}
     depth = sum(re.fullmatch(r"vision2text_model\.\d+\.weight", key) is not None for key in keys)
@@ -124,8 +124,9 @@ def vision2text_node(keys: set[str]) -> dict[str, Any]:
 
 
 def gate_of(keys: set[str]) -> str:
-    """mPLUG-Owl3's gate: a `gate_proj` is that of the paper, a `gate` the vector of 240728,
+    """Returns mPLUG-Owl3's gate: a `gate_proj` is that of the paper, a `gate` the vector of 240728,
     neither the 241101 form."""
+    # the forms differ by their tensors alone
     endings = {key.partition(".self_attn.")[2] for key in keys}
     if "gate_proj.weight" in endings:
         return "adaptive"
@@ -133,19 +134,21 @@ def gate_of(keys: set[str]) -> str:
 
 
 def llm_node(model_type: str, text: dict[str, Any]) -> dict[str, Any]:
-    """The LLM's. What the configuration lacks has transformers' default."""
-    fields = {name: text.get(name) for name in (*LLM_FIELDS, *OWN_LLM_FIELDS[model_type])}
+    """Returns the LLM's node. Keys that the configuration lacks have transformers' defaults."""
+    fields = {name: text.get(name) for name in (*LLM_FIELDS, *FAMILY_LLM_FIELDS[model_type])}
     fields = {"model_type": model_type, **present(fields), "rope_parameters": rope_of(text)}
+    # older configurations leave defaults out
     fields.setdefault("vocab_size", AutoConfig.for_model(model_type).vocab_size)
     return {"_target_": "owlfuse.model.llm.load_llm", "config": fields}
 
 
 def rope_of(text: dict[str, Any]) -> dict[str, Any]:
-    """transformers' rotary parameters from the older `rope_theta` and `rope_scaling`."""
+    """Returns transformers' rotary parameters from the older `rope_theta` and `rope_scaling`."""
     rope = {
         "rope_theta": float(text.get("rope_theta") or 10000.0),
         **(text.get("rope_scaling") or {}),
     }
     rope |= text.get("rope_parameters") or {}
+    # the older name of rope_type
     kind = rope.pop("type", None)
     return {**rope, "rope_type": rope.get("rope_type") or kind or "default"}

@@ -52,26 +52,23 @@ class TimmBackboneWithEps(TimmBackbone):
 
 
 def clip_node(folder: Path, fields: dict[str, Any], image_size: int) -> dict[str, Any]:
-    """The tower of mPLUG-Owl1 and 2: CLIP's ViT, whose features are all tokens after the last norm.
-    The released code has quick GELU whatever `hidden_act` says.
+    """Returns the node of the tower of mPLUG-Owl1 and 2: CLIP's ViT, whose features are all tokens
+    after the last norm. The released code has quick GELU whatever `hidden_act` says.
 
     Args:
         fields: of the released configuration; what it lacks has the default of the released code.
         image_size: that default for the picture's side in pixels.
     """
-    usual = {
+    defaults = {
         "hidden_size": 1024,
         "intermediate_size": 4096,
         "num_hidden_layers": 24,
         "num_attention_heads": 16,
-    }
-    fields = {
-        **usual,
         "image_size": image_size,
         "patch_size": 14,
         "layer_norm_eps": 1e-6,
-        **present(fields),
     }
+    fields = {**defaults, **present(fields)}
     kwargs = {
         **sizes(fields),
         "act_layer": "quick_gelu",
@@ -81,7 +78,8 @@ def clip_node(folder: Path, fields: dict[str, Any], image_size: int) -> dict[str
 
 
 def siglip_node(folder: Path, fields: dict[str, Any] | None) -> dict[str, Any]:
-    """The tower of mPLUG-Owl3: SigLIP, whose features are the output of the last block but one.
+    """Returns the node of the tower of mPLUG-Owl3: SigLIP, whose features are the output of the
+    last block but one.
 
     Args:
         fields: `vision_config`, of which transformers' `SiglipVisionConfig` knows the defaults;
@@ -90,13 +88,11 @@ def siglip_node(folder: Path, fields: dict[str, Any] | None) -> dict[str, Any]:
     Raises:
         DataError: an activation that timm does not have, or a single block.
     """
-    usual: dict[str, Any] = {
+    defaults: dict[str, Any] = {
         "hidden_size": 768,
         "intermediate_size": 3072,
         "num_hidden_layers": 12,
         "num_attention_heads": 12,
-    }
-    usual |= {
         "image_size": 224,
         "patch_size": 16,
         "layer_norm_eps": 1e-6,
@@ -108,43 +104,42 @@ def siglip_node(folder: Path, fields: dict[str, Any] | None) -> dict[str, Any]:
             "intermediate_size": 4304,
             "num_hidden_layers": 27,
             "num_attention_heads": 16,
+            "image_size": 384,
+            "patch_size": 14,
         }
-        fields |= {"image_size": 384, "patch_size": 14}
-    fields = {**usual, **present(fields)}
+    fields = {**defaults, **present(fields)}
     if fields["hidden_act"] not in ACTIVATIONS:
-        known = ", ".join(ACTIVATIONS)
         raise DataError(
             f"{folder / 'config.json'}: vision_config.hidden_act is {fields['hidden_act']}; known "
-            f"are {known}"
+            f"are {', '.join(ACTIVATIONS)}"
         )
     if fields["num_hidden_layers"] < 2:
         raise DataError(
             f"{folder / 'config.json'}: vision_config.num_hidden_layers is 1, and the last but "
             "one is read"
         )
-    form = {
+    kwargs = {
+        **sizes(fields),
         "class_token": False,
         "pre_norm": False,
         "global_pool": "",
         "act_layer": ACTIVATIONS[fields["hidden_act"]],
-    }
-    kwargs = {
-        **sizes(fields),
-        **form,
         **pixels(folder, fields, IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD),
     }
     return {**backbone_node(SIGLIP, fields["layer_norm_eps"], kwargs), "output": "penultimate"}
 
 
 def present(fields: dict[str, Any]) -> dict[str, Any]:
-    """The fields that say something."""
+    """Returns the fields that are not null."""
     return {name: value for name, value in fields.items() if value is not None}
 
 
 def backbone_node(name: str, eps: float, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """A backbone's node with that epsilon: of timm's ViTs, CLIP's have 1e-5 and others 1e-6."""
+    """Returns a backbone's node with that epsilon: of timm's ViTs, CLIP's have 1e-5 and others
+    1e-6."""
     node: dict[str, Any] = {
         "_target_": "owlfuse.model.vision.backbone.TimmBackbone",
+        # timm's CLIP models have 1e-5 built in
         "name": CLIP if eps == 1e-5 else name,
         "kwargs": kwargs,
     }
@@ -156,8 +151,8 @@ def backbone_node(name: str, eps: float, kwargs: dict[str, Any]) -> dict[str, An
 
 
 def sizes(fields: dict[str, Any]) -> dict[str, Any]:
-    """timm's arguments for width, depth, heads, patches and the MLP's width, which timm takes as
-    a ratio and cuts."""
+    """Returns timm's arguments for width, depth, heads, patches and the MLP's width, which timm
+    takes as a ratio and cuts."""
     width, hidden = fields["hidden_size"], fields["intermediate_size"]
     ratio = hidden / width
     return {
@@ -165,15 +160,19 @@ def sizes(fields: dict[str, Any]) -> dict[str, Any]:
         "depth": fields["num_hidden_layers"],
         "num_heads": fields["num_attention_heads"],
         "patch_size": fields["patch_size"],
+        # timm takes int(width * ratio), which rounding may lower by one
         "mlp_ratio": ratio if int(width * ratio) == hidden else (hidden + 0.5) / width,
     }
 
 
 def pixels(
-    folder: Path, fields: dict[str, Any], mean: tuple[float, ...], std: tuple[float, ...]
+    folder: Path,
+    fields: dict[str, Any],
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
 ) -> dict[str, Any]:
-    """timm's arguments for the picture's size and its preprocessing; `preprocessor_config.json` has
-    the first word.
+    """Returns timm's arguments for the picture's size and its preprocessing, which are those of
+    `preprocessor_config.json` where there is one.
 
     A size that the patches do not divide is cut to one that they do: the released mPLUG-Owl3 has
     384 in its configuration, and its processor makes 378 of them; the convolution would not read
@@ -184,39 +183,43 @@ def pixels(
             model.
     """
     patch = fields["patch_size"]
+    # whole patches: 384 pixels have 27 of 14
     grid = fields["image_size"] // patch
-    side, file, resampling = grid * patch, folder / "preprocessor_config.json", "bicubic"
+    image_size = grid * patch
+    interpolation = "bicubic"
+    file = folder / "preprocessor_config.json"
     if file.exists():
-        found = present(read_json(file, limit=MAX_CONFIG))
-        side = side_of(file, found, side)
-        mean, std = found.get("image_mean", mean), found.get("image_std", std)
-        resampling = RESAMPLING.get(found.get("resample", -1), resampling)
-        if side // patch != grid:
+        processor = present(read_json(file, limit=MAX_CONFIG))
+        image_size = processor_image_size(file, processor, image_size)
+        mean, std = processor.get("image_mean", mean), processor.get("image_std", std)
+        interpolation = RESAMPLING.get(processor.get("resample", -1), interpolation)
+        if image_size // patch != grid:
+            patches = image_size // patch
             raise DataError(
-                f"{file}: pictures of {side} pixels have {side // patch} x {side // patch} "
-                "patches, and the model has "
-                f"{grid} x {grid}; correct the size or take the file away"
+                f"{file}: pictures of {image_size} pixels have {patches} x {patches} patches, and "
+                f"the model has {grid} x {grid}; correct the size or take the file away"
             )
-        if any(not isinstance(x, list | tuple) or len(x) != 3 for x in (mean, std)):
-            raise DataError(
-                f"{file}: image_mean and image_std are {mean} and {std}; each is three numbers"
-            )
+        for numbers in (mean, std):
+            if not isinstance(numbers, list | tuple) or len(numbers) != 3:
+                raise DataError(
+                    f"{file}: image_mean and image_std are {mean} and {std}; each is three numbers"
+                )
     overlay = {
-        "input_size": [3, side, side],
+        "input_size": [3, image_size, image_size],
         "mean": list(mean),
         "std": list(std),
-        "interpolation": resampling,
+        "interpolation": interpolation,
     }
-    return {"img_size": side, "pretrained_cfg_overlay": overlay}
+    return {"img_size": image_size, "pretrained_cfg_overlay": overlay}
 
 
-def side_of(file: Path, found: dict[str, Any], usual: int) -> int:
-    """The side of the pictures that come out of a released processor.
+def processor_image_size(file: Path, processor: dict[str, Any], default: int) -> int:
+    """Returns the side of the pictures that come out of a released processor.
 
-    Raises DataError for ones that are not square.
+    Raises DataError for pictures that are not square.
     """
-    size = found.get("crop_size") if found.get("do_center_crop", True) else None
-    size = size or found.get("size") or found.get("image_size") or usual
+    size = processor.get("crop_size") if processor.get("do_center_crop", True) else None
+    size = size or processor.get("size") or processor.get("image_size") or default
     lengths = set(size.values()) if isinstance(size, dict) else {size}
     if len(lengths) != 1 or not all(isinstance(length, int) for length in lengths):
         raise DataError(

@@ -15,6 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from owlfuse.artifacts.checking import error_reason
 from owlfuse.core.errors import DataError
 from owlfuse.core.files import read_json
 
@@ -29,12 +30,12 @@ SOURCES = (
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
-"""Where weights lie, the first that is there."""
+"""Files of weights; of several the first counts."""
 
 
 @dataclass(frozen=True)
-class Stored:
-    """A tensor in a file."""
+class TensorInfo:
+    """A tensor in a file, which is not read."""
 
     file: Path
     dtype: str
@@ -46,7 +47,7 @@ class Checkpoint:
     """The tensors of a folder; none is in memory.
 
     Attributes:
-        tensors: what is in the files, by name.
+        tensors: of the files, by name.
 
     Raises:
         DataError: no weights, or a file that is missing, damaged or no file of tensors; it is
@@ -55,100 +56,111 @@ class Checkpoint:
 
     def __init__(self, folder: Path) -> None:
         self.files = weight_files(folder)
-        self.tensors: dict[str, Stored] = {}
+        self.tensors: dict[str, TensorInfo] = {}
         for file in self.files:
-            for name, stored in stored_in(file):
+            for name, info in tensors_in(file):
                 if name in self.tensors:
                     raise DataError(
                         f"{file} holds {name}, and so does {self.tensors[name].file.name}; take "
                         "one of them away"
                     )
-                self.tensors[name] = stored
+                self.tensors[name] = info
 
     def read(self) -> Iterator[tuple[str, Tensor]]:
-        """Every tensor, file by file, mapped and not yet read from the disk."""
+        """Yields every tensor by name, file by file, mapped and not yet read from the disk."""
         for file in self.files:
             if file.suffix == ".safetensors":
                 with safe_open(file, framework="pt") as opened:
                     for name in opened.keys():  # noqa: SIM118
                         yield name, opened.get_tensor(name)
             else:
-                yield from unpickled(file).items()
+                yield from load_pickle(file).items()
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The one file, or the shards that an index names. Raises DataError where one is missing."""
-    found = next((folder / name for name in SOURCES if (folder / name).exists()), None)
-    if found is None:
+    """Returns the one file, or the shards that an index names. Raises DataError where one is
+    missing."""
+    present = [folder / name for name in SOURCES if (folder / name).exists()]
+    if not present:
         raise DataError(
             f"{folder} has no weights; put {', '.join(SOURCES[:3])} or {SOURCES[3]} there"
         )
-    if found.suffix != ".json":
-        return [found]
-    listed = read_json(found, limit=MAX_JSON).get("weight_map")
-    if (
-        not isinstance(listed, dict)
-        or not listed
-        or not all(isinstance(name, str) for name in listed.values())
-    ):
-        raise DataError(f"{found} has no weight_map of tensors to files; copy it anew")
-    names = sorted(set(listed.values()))
-    if gone := [name for name in names if Path(name).name != name or not (folder / name).is_file()]:
+    source = present[0]
+    if source.suffix != ".json":
+        return [source]
+    names = shard_names(source, MAX_JSON)
+    if missing := [name for name in names if not (folder / name).is_file()]:
         raise DataError(
-            f"{found} names {', '.join(gone)}, and {folder} does not hold it; copy the missing "
+            f"{source} names {', '.join(missing)}, and {folder} does not hold it; copy the missing "
             "shards there"
         )
     return [folder / name for name in names]
 
 
-def stored_in(file: Path) -> list[tuple[str, Stored]]:
-    """Name, type and shape of a file's tensors.
+def shard_names(index: Path, limit: int) -> list[str]:
+    """Returns the files that an index of shards names, each once. Raises DataError for an index
+    that names none, or files elsewhere than beside it.
+
+    Args:
+        limit: bytes of the index.
+    """
+    weight_map = read_json(index, limit=limit).get("weight_map")
+    names = list(weight_map.values()) if isinstance(weight_map, dict) else []
+    # a name such as ../x is refused: nothing is read outside of the folder
+    if not names or not all(isinstance(name, str) and Path(name).name == name for name in names):
+        raise DataError(
+            f"{index}: weight_map: expected the name of a file beside it for each tensor; copy or "
+            "export it anew"
+        )
+    return sorted(set(names))
+
+
+def tensors_in(file: Path) -> list[tuple[str, TensorInfo]]:
+    """Returns name, type and shape of a file's tensors.
 
     Raises DataError for a damaged file, or one with more than tensors.
     """
     if file.suffix != ".safetensors":
-        kinds = {dtype: name for name, dtype in FLOATS.items()}
-        return [
-            (name, Stored(file, kinds.get(tensor.dtype, str(tensor.dtype)), tuple(tensor.shape)))
-            for name, tensor in unpickled(file).items()
-        ]
+        dtype_names = {dtype: name for name, dtype in FLOATS.items()}
+        infos = []
+        for name, tensor in load_pickle(file).items():
+            dtype_name = dtype_names.get(tensor.dtype, str(tensor.dtype))
+            infos.append((name, TensorInfo(file, dtype_name, tuple(tensor.shape))))
+        return infos
     try:
         with safe_open(file, framework="pt") as opened:
-            slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
-            return [
-                (name, Stored(file, part.get_dtype(), tuple(part.get_shape())))
-                for name, part in slices.items()
-            ]
+            infos = []
+            for name in opened.keys():  # noqa: SIM118
+                header = opened.get_slice(name)
+                info = TensorInfo(file, header.get_dtype(), tuple(header.get_shape()))
+                infos.append((name, info))
+            return infos
     except (SafetensorError, OSError) as error:
         raise DataError(
-            f"{file} is damaged or cut off ({one_line(error)}); copy it anew"
+            f"{file} is damaged or cut off ({error_reason(error)}); copy it anew"
         ) from error
 
 
-def unpickled(file: Path) -> dict[str, Tensor]:
-    """The tensors of a .bin, mapped.
+def load_pickle(file: Path) -> dict[str, Tensor]:
+    """Returns the tensors of a .bin, mapped.
 
     Raises DataError for one with code in it, a damaged one, or one of the old format.
     """
     try:
-        found = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError as error:
         raise DataError(
             f"{file} holds more than tensors, and its code was not run; get the model as "
             "safetensors"
         ) from error
     except (RuntimeError, OSError, EOFError, ValueError, KeyError) as error:
-        reason = one_line(error)
         raise DataError(
-            f"{file} is damaged or no zip of torch.save ({reason}); copy it anew or get safetensors"
+            f"{file} is damaged or no zip of torch.save ({error_reason(error)}); copy it anew or "
+            "get safetensors"
         ) from error
-    if not isinstance(found, dict) or not all(
-        isinstance(k, str) and isinstance(v, Tensor) for k, v in found.items()
-    ):
+    is_state_dict = isinstance(content, dict) and all(
+        isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in content.items()
+    )
+    if not is_state_dict:
         raise DataError(f"{file} is no dictionary of tensors by name; get the model as safetensors")
-    return found
-
-
-def one_line(error: Exception) -> str:
-    """The beginning of what an error says."""
-    return " ".join(str(error).split())[:120]
+    return content

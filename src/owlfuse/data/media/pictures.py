@@ -23,7 +23,9 @@ if TYPE_CHECKING:
 class Preprocess(Protocol):
     """A picture becomes pixels (3, H, W) of `size` (H, W)."""
 
-    size: tuple[int, int]
+    @property
+    def size(self) -> tuple[int, int]:
+        """(H, W)."""
 
     def __call__(self, picture: Image.Image) -> Tensor:
         """RGB picture -> float32 pixels."""

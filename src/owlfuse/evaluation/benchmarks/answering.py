@@ -11,21 +11,27 @@ from typing import Any
 
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import Dataset
 
-from owlfuse.artifacts.load import load_talker
+from owlfuse.artifacts.load import load_with_processor
 from owlfuse.core.errors import DataError, one_line
-from owlfuse.core.types import Sample
+from owlfuse.core.types import Batch, Sample
 from owlfuse.data.chat.checks import control_tokens, flatten
+from owlfuse.data.chat.encoder import ChatEncoder
 from owlfuse.data.chat.tokenizer import render
+from owlfuse.data.collate import Collator
 from owlfuse.data.media.images import open_image
 from owlfuse.data.words import show_words
 from owlfuse.evaluation.benchmarks.base import Question, Task
+from owlfuse.evaluation.generation import generate
+
+UNLIMITED = 2**31
+"""Positions of an LLM whose configuration names no limit."""
 
 
-class Talker:
-    """A run's, an exported or an imported model, on a device, with its processor.
+class LoadedModel:
+    """A run's, an exported or an imported model on a device, with its processor.
 
     Args:
         which: of a run's checkpoints.
@@ -45,29 +51,50 @@ class Talker:
         thinking: bool = False,
         which: str = "last",
     ) -> None:
-        self.model, self.processor = load_talker(folder, which)
+        self.model, self.processor = load_with_processor(folder, which)
+        module: Any = self.model  # transformers' wrapper of `to` hides the types of torch's
+        # rotary frequencies keep float32 (see `MultimodalLM._apply`)
         if dtype != "saved":
-            cast(self.model, getattr(torch, dtype))
-        self.model.to(device).eval()  # type: ignore[arg-type]  # lost in transformers' wrapper
+            module.to(getattr(torch, dtype))
+        module.to(device).eval()
         self.device = device
         self.thinking = thinking
         text = self.model.model.llm.config.get_text_config()
-        self.longest: int | None = getattr(text, "max_position_embeddings", None)
+        self.max_positions: int | None = getattr(text, "max_position_embeddings", None)
         """The most positions that the LLM has, None where its configuration does not say."""
 
-    def answers(self, rows: Any) -> list[str]:
-        """The answers in rows of generated ids."""
+    def generate(self, inputs: Any, **options: Any) -> Tensor:
+        """Returns the ids that follow the processor's `inputs` (see `evaluation.generation`)."""
+        return generate(self.model, inputs.to(self.device), self.processor.tokenizer, **options)
+
+    def decode(self, rows: Any) -> list[str]:
+        """Returns the answers in rows of generated ids."""
         return self.processor.answer_format.answers(self.processor.tokenizer, rows, self.thinking)
 
+    def to_device(self, batch: Batch) -> Batch:
+        """Returns the batch on the model's device and in its dtype, every id one that it has an
+        embedding of."""
+        batch = batch.to(self.device)
+        batch.input_ids = self.model.embeddable_ids(batch.input_ids, batch.placeholder)
+        dtype = next(self.model.model.vision.parameters()).dtype
+        batch.pixel_values = batch.pixel_values.to(dtype)
+        return batch
 
-def cast(model: nn.Module, dtype: torch.dtype) -> None:
-    """Weights and buffers in a dtype, rotary frequencies as they are (see
-    `MultimodalLM._apply`)."""
-    model.to(dtype)
+
+def chat_encoder(processor: Any, max_positions: int | None) -> tuple[ChatEncoder, Collator]:
+    """Returns what makes batches of whole chats for a processor's model, as in training."""
+    encoder = ChatEncoder(
+        processor.tokenizer,
+        processor.tokens_per_image,
+        max_positions or UNLIMITED,
+        image_token=processor.image_token,
+    )
+    size = processor.image_processor.size
+    return encoder, Collator(encoder.pad_id, (3, size["height"], size["width"]))
 
 
 @dataclass
-class Wrong:
+class SkippedQuestion:
     """A question that is left out."""
 
     question: Question
@@ -75,22 +102,31 @@ class Wrong:
 
 
 @dataclass
-class Work:
-    """A batch: the questions that can be answered, what the model takes of them, and those that
+class QuestionBatch:
+    """The questions of a batch that can be answered, what the model takes of them, and those that
     are left out."""
 
     questions: list[Question]
     prompts: list[str]
     inputs: Any
-    wrong: list[Wrong]
+    skipped: list[SkippedQuestion]
+
+    def predictions(self, task: Task, outputs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Returns the lines of predictions.jsonl: the model's output for each question, scored."""
+        lines = []
+        for question, prompt, output in zip(self.questions, self.prompts, outputs, strict=True):
+            line = {"id": question.id, "prompt": prompt, **output, "group": question.group}
+            line["score"] = task.score(line)
+            lines.append(line)
+        return lines
 
 
-class Prompts(Dataset):
+class QuestionDataset(Dataset):
     """Questions as the model's text, their pictures opened, under the benchmark's policy for wrong
     ones.
 
     Args:
-        longest: the most positions that prompt and answer may take.
+        max_positions: the most positions that prompt and answer may take.
     """
 
     def __init__(
@@ -98,44 +134,49 @@ class Prompts(Dataset):
         task: Task,
         questions: list[Question],
         processor: Any,
-        longest: int | None,
+        max_positions: int | None,
         thinking: bool = False,
     ) -> None:
         self.task = task
         self.questions = questions
         self.processor = processor
-        self.longest = longest
+        self.max_positions = max_positions
         self.thinking = thinking
+        # once: the same for every question
         self.control = control_tokens(processor.tokenizer, processor.image_token)
 
     def __len__(self) -> int:
         return len(self.questions)
 
-    def __getitem__(self, index: int) -> tuple[Question, str, Any] | Wrong:
+    def __getitem__(self, index: int) -> tuple[Question, str, Any] | SkippedQuestion:
         question = self.questions[index]
         try:
             return question, *self.prepare(question)
         except DataError as error:
             reason = one_line(str(error))
             if self.task.on_error == "error":
-                raise DataError(f"{self.task.file}: {question.place}: {reason}") from error
-            return Wrong(question, reason)
+                raise DataError(f"{self.task.file}: {question.record_name}: {reason}") from error
+            return SkippedQuestion(question, reason)
 
-    def prepare(self, question: Question) -> tuple[str, list[Image.Image]]:
-        """The prompt as the chat template writes it, and the pictures.
+    def prepare(self, question: Question) -> tuple[str, Any]:
+        """Returns the prompt as the chat template writes it, and the pictures.
 
         Raises:
             DataError: a control token in the question, a picture that cannot be read, a prompt that
                 is too long.
         """
-        sample = Sample(question.id, self.task.file.stem, question.messages, question.images)
-        messages = flatten(sample, self.control, self.processor.image_token)
+        # as training renders chats, so that a prompt has the tokens that were learned
+        messages = flatten(self.sample(question), self.control, self.processor.image_token)
         text = render(self.processor.tokenizer, messages, True, self.thinking)
         self.check_length(question, text)
-        return text, self.opened(question)
+        return text, self.open_pictures(question)
 
-    def opened(self, question: Question) -> list[Image.Image]:
-        """The pictures of a question, RGB. Raises DataError."""
+    def sample(self, question: Question) -> Sample:
+        """Returns the question as a chat."""
+        return Sample(question.id, self.task.file.stem, question.messages, question.images)
+
+    def open_pictures(self, question: Question) -> list[Image.Image]:
+        """Returns the pictures of a question, RGB. Raises DataError."""
         root, limit = self.task.root, self.task.max_pixels
         return [
             open_image(root, picture, question.id, limit)
@@ -144,47 +185,51 @@ class Prompts(Dataset):
 
     def check_length(self, question: Question, text: str) -> None:
         """Raises DataError where the model has no positions for the prompt and an answer."""
-        if self.longest is None:
+        if self.max_positions is None:
             return
+        # without pictures, which are opened later and may be large
         ids = self.processor.encode_texts([text], None, add_special_tokens=False)["input_ids"][0]
+        # an image's placeholder is one of the ids already
         tokens = len(ids) + len(question.images) * (self.processor.tokens_per_image - 1)
-        if tokens + self.task.max_new_tokens > self.longest:
+        if tokens + self.task.max_new_tokens > self.max_positions:
             raise DataError(
                 f"sample {question.id}: its prompt takes {tokens} positions and the answer "
-                f"{self.task.max_new_tokens}, and the "
-                f"model has {self.longest}"
+                f"{self.task.max_new_tokens}, and the model has {self.max_positions}"
             )
 
-    def collate(self, items: list[Any]) -> Work:
-        """A batch of what `__getitem__` gives, padded on the left."""
-        wrong = [item for item in items if isinstance(item, Wrong)]
-        right = [item for item in items if not isinstance(item, Wrong)]
-        inputs: Any = None
-        if right:
-            pictures = [picture for _, _, mine in right for picture in mine]
-            inputs = self.processor(images=pictures, text=[text for _, text, _ in right])
-        prompts = [show_words(text, self.processor.image_token) for _, text, _ in right]
-        return Work([question for question, _, _ in right], prompts, inputs, wrong)
+    def collate(self, items: list[Any]) -> QuestionBatch:
+        """Returns a batch of what `__getitem__` gives."""
+        batch = QuestionBatch([], [], None, [])
+        texts, contents = [], []
+        for item in items:
+            if isinstance(item, SkippedQuestion):
+                batch.skipped.append(item)
+                continue
+            question, text, content = item
+            batch.questions.append(question)
+            batch.prompts.append(show_words(text, self.processor.image_token))
+            texts.append(text)
+            contents.append(content)
+        if texts:
+            batch.inputs = self.model_inputs(texts, contents)
+        return batch
+
+    def model_inputs(self, texts: list[str], contents: list[Any]) -> Any:
+        """Returns what the model takes of prompts and their pictures, padded on the left."""
+        pictures = [picture for content in contents for picture in content]
+        return self.processor(images=pictures, text=texts)
 
 
-@torch.inference_mode()
-@torch.compiler.set_stance("force_eager")  # see evaluation.generation
-def generated(talker: Talker, inputs: Any, **options: Any) -> Tensor:
-    """What `generate` writes after the rows (B, T) of `inputs`: (B, at most max_new_tokens) ids."""
-    tokenizer = talker.processor.tokenizer  # for an end mark of several tokens
-    rows = talker.model.generate(**inputs.to(talker.device), tokenizer=tokenizer, **options)
-    return rows[:, inputs["input_ids"].shape[1] :]
-
-
-def answer(talker: Talker, task: Task, work: Work) -> list[dict[str, Any]]:
-    """The likeliest answer to each question, greedily: what predictions.jsonl holds of it."""
-    new = generated(
-        talker, work.inputs, max_new_tokens=task.max_new_tokens, do_sample=False, num_beams=1
+def answer(model: LoadedModel, task: Task, batch: QuestionBatch) -> list[dict[str, Any]]:
+    """Returns the likeliest answer to each question, greedily: what predictions.jsonl holds."""
+    ids = model.generate(
+        batch.inputs,
+        max_new_tokens=task.max_new_tokens,
+        do_sample=False,
+        num_beams=1,
     )
-    texts = talker.answers(new)
-    lines = []
-    for question, prompt, text in zip(work.questions, work.prompts, texts, strict=True):
-        line = {"id": question.id, "prompt": prompt, "answer": text}
-        line |= {"expected": question.expected, "group": question.group}
-        lines.append(line | {"score": task.score(line)})
-    return lines
+    outputs = [
+        {"answer": text, "expected": question.expected}
+        for question, text in zip(batch.questions, model.decode(ids), strict=True)
+    ]
+    return batch.predictions(task, outputs)

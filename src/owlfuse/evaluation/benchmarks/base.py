@@ -30,18 +30,20 @@ class Question:
     expected: Any
     """What the rule compares with; JSON."""
     group: str = ""
-    """What metrics are also told by: a category, a question's type."""
+    """What metrics are also reported by: a category, a question's type."""
     unit: str = ""
     """Questions of one unit count together, as the rotations of a multiple choice do; by default
     the id."""
-    place: str = ""
-    """Where its record stands in the file, for messages."""
+    record_name: str = ""
+    """What messages call its record (see `Task.record_name`)."""
 
     @property
     def size(self) -> tuple[int, int]:
-        """How long it is, roughly: pictures and characters."""
-        parts = [part for message in self.messages for part in message["content"]]
-        return len(self.images), sum(len(part.get("text", "")) for part in parts)
+        """The number of pictures and of characters, by which questions are sorted."""
+        characters = 0
+        for message in self.messages:
+            characters += sum(len(part.get("text", "")) for part in message["content"])
+        return len(self.images), characters
 
 
 @dataclass(kw_only=True)
@@ -73,6 +75,8 @@ class Task:
 
     generates: ClassVar[bool] = True
     """Whether answers are written; else the likelihood of those that are there is measured."""
+    unhashed_fields: ClassVar[tuple[str, ...]] = ("file", "on_error", "max_skips")
+    """Fields that locate files, whose contents are hashed instead, or change no answer."""
     has_question: ClassVar[bool] = True
     """Whether the file has something that is asked, beside the pictures."""
 
@@ -82,6 +86,7 @@ class Task:
         return self.image_root or self.file.parent
 
     def __post_init__(self) -> None:
+        # Hydra gives texts
         self.file = Path(self.file).expanduser()
         self.image_root = (
             Path(self.image_root).expanduser() if self.image_root else self.file.parent
@@ -92,84 +97,80 @@ class Task:
             )
 
     def files(self) -> list[Path]:
-        """The files that are read. Raises DataError where one is missing."""
+        """Returns the files that are read. Raises DataError where one is missing."""
         return expand_files(str(self.file))
 
     def fingerprint(self) -> str:
-        """What the files' contents are known by (see `data.files.fingerprint`)."""
+        """Returns a hash of the files' contents (see `core.files.fingerprint`)."""
         return fingerprint(self.files())
 
     def open(self) -> Sequence[Any]:
-        """The records by number. Raises DataError."""
+        """Returns the records by number. Raises DataError."""
         raise NotImplementedError(f"{type(self).__name__} reads no records")
 
-    def place(self, number: int) -> str:
-        """How a message names the record of a number from 0: as one counts in the file, from 1."""
+    def record_name(self, number: int) -> str:
+        """Returns what messages call the record of a number from 0; people count from 1."""
         return f"record {number + 1}"
 
     def ask(self, record: Any, where: str) -> Iterator[Question]:
-        """The questions of a record. Raises DataError that begins with `where`."""
+        """Yields the questions of a record. Raises DataError that begins with `where`."""
         raise NotImplementedError(f"{type(self).__name__} asks nothing")
 
     def pictures(self, question: Question) -> list[str | bytes]:
-        """The pictures of a question, as `open_image` takes them."""
+        """Returns the pictures of a question, as `open_image` takes them."""
         return question.images
 
     def score(self, line: dict[str, Any]) -> float | None:
-        """What a prediction is worth by itself; None where the rule looks at all of them
+        """Returns what a prediction is worth by itself; None where the rule needs all of them
         together."""
         raise NotImplementedError(f"{type(self).__name__} has no score")
 
     def metrics(self, lines: list[dict[str, Any]]) -> dict[str, float]:
-        """The benchmark's figures of its predictions, at least one, in the order of its
+        """Returns the benchmark's figures of its predictions, at least one, in the order of its
         questions."""
         raise NotImplementedError(f"{type(self).__name__} has no metrics")
 
-    def asked(self, question: str, images: list[str | bytes]) -> list[dict[str, Any]]:
-        """The user's turn: the question in the prompt's words, the pictures at its `<image>` marks,
-        or first where it has none. Raises DataError for another number of them."""
-        return [
-            {
-                "role": "user",
-                "content": with_pictures(self.prompt.replace(QUESTION, question), len(images)),
-            }
-        ]
+    def user_turn(self, question: str, images: list[str | bytes]) -> list[dict[str, Any]]:
+        """Returns the user's turn: the question in the prompt's words, the pictures at its
+        `<image>` marks, or first where it has none. Raises DataError for another number of them."""
+        prompt = self.prompt.replace(QUESTION, question)
+        return [{"role": "user", "content": with_pictures(prompt, len(images))}]
 
     def questions(self) -> tuple[list[Question], list[tuple[str, str]]]:
-        """All questions in their own order, and (record, reason) of the records that are left out.
+        """Returns all questions in their own order, and (record, reason) of the records that are
+        left out.
 
         Raises:
             DataError: a wrong record where the policy is to stop, more than `max_skips`, two
                 questions of one id, none at all.
         """
         records = self.open()
-        found: dict[str, Question] = {}
-        wrong: list[tuple[str, str]] = []
+        questions: dict[str, Question] = {}
+        skipped: list[tuple[str, str]] = []
         for number in range(len(records)):
-            where = f"{self.file}: {self.place(number)}"
+            where = f"{self.file}: {self.record_name(number)}"
             try:
+                # a list: no question of a record counts where a later one of it is wrong
                 for question in list(self.ask(records[number], where)):
-                    question.place = self.place(number)
-                    if found.setdefault(question.id, question) is not question:
+                    question.record_name = self.record_name(number)
+                    if questions.setdefault(question.id, question) is not question:
                         raise DataError(
                             f"{where}: a question with the id {question.id} stands before it; ids "
                             "are unique"
                         )
             except DataError as error:
                 message = str(error)
-                reason = one_line(
-                    message if message.startswith(str(self.file)) else f"{where}: {message}"
-                )
+                if not message.startswith(str(self.file)):
+                    message = f"{where}: {message}"
+                reason = one_line(message)
                 if self.on_error == "error":
                     raise DataError(reason) from error
-                wrong.append((f"{self.file.name}:{number + 1}", reason))
-                self.check_skips(len(wrong), reason)
-        if not found:
-            raise DataError(
-                f"{self.file}: holds no question"
-                + (f"; the last record: {wrong[-1][1]}" if wrong else "")
-            )
-        return list(found.values()), wrong
+                skipped.append((f"{self.file.name}:{number + 1}", reason))
+                self.check_skips(len(skipped), reason)
+        if not questions:
+            last_reason = f"; the last record: {skipped[-1][1]}" if skipped else ""
+            raise DataError(f"{self.file}: holds no question{last_reason}")
+        return list(questions.values()), skipped
 
     def check_skips(self, count: int, reason: str) -> None:
         """Raises DataError where more is left out than may be."""
@@ -180,25 +181,25 @@ class Task:
             )
 
 
-def spread(questions: list[Question], limit: int | None) -> list[Question]:
-    """The questions of at most `limit` units: a sample by a fixed seed, of each group in
+def sample_units(questions: list[Question], limit: int | None) -> list[Question]:
+    """Returns the questions of at most `limit` units: a sample by a fixed seed, of each group in
     proportion, spread over the pictures."""
-    firsts: dict[str, Question] = {}
+    first_of_unit: dict[str, Question] = {}
     for question in questions:
-        firsts.setdefault(question.unit or question.id, question)
-    if limit is None or limit >= len(firsts):
+        first_of_unit.setdefault(question.unit or question.id, question)
+    if limit is None or limit >= len(first_of_unit):
         return questions
-    units = list(firsts)
-    groups = [question.group for question in firsts.values()]
-    pictures = [
-        question.images[0] if question.images else question.id for question in firsts.values()
-    ]
-    kept = {units[index] for index in stratified_sample(groups, pictures, limit)}
-    return [question for question in questions if (question.unit or question.id) in kept]
+    units, groups, pictures = [], [], []
+    for unit, question in first_of_unit.items():
+        units.append(unit)
+        groups.append(question.group)
+        pictures.append(question.images[0] if question.images else question.id)
+    sampled = {units[index] for index in stratified_sample(groups, pictures, limit)}
+    return [question for question in questions if (question.unit or question.id) in sampled]
 
 
-def value(record: Any, key: str, kind: type | tuple[type, ...], where: str) -> Any:
-    """A record's field, of the kind that it must have.
+def require_field(record: Any, key: str, kind: type | tuple[type, ...], where: str) -> Any:
+    """Returns a record's field, of the kind that it must have.
 
     Raises DataError that begins with `where`.
     """
@@ -209,44 +210,49 @@ def value(record: Any, key: str, kind: type | tuple[type, ...], where: str) -> A
         raise DataError(
             f"{where} has no '{key}'; it has {', '.join(sorted(map(str, record))) or 'nothing'}"
         )
-    found = record[key]
-    if not isinstance(found, kinds) or (isinstance(found, bool) and bool not in kinds):
-        wanted = " or ".join(WORDS[one] for one in kinds)
-        raise DataError(f"{where}: '{key}' is a {type(found).__name__}, expected {wanted}")
-    return found
+    field = record[key]
+    # True is an int to Python, and none to who wrote the file
+    if not isinstance(field, kinds) or (isinstance(field, bool) and bool not in kinds):
+        expected = " or ".join(WORDS[kind] for kind in kinds)
+        raise DataError(f"{where}: '{key}' is a {type(field).__name__}, expected {expected}")
+    return field
 
 
-def texts(record: Any, key: str, where: str) -> list[str]:
-    """A field that is a list of texts, at least one. Raises DataError."""
-    found = value(record, key, list, where)
-    if not found or not all(isinstance(one, str) for one in found):
-        raise DataError(f"{where}: '{key}' is {str(found)[:80]}, expected a list of texts")
-    return found
+def require_texts(record: Any, key: str, where: str) -> list[str]:
+    """Returns a field that is a list of texts, at least one. Raises DataError."""
+    field = require_field(record, key, list, where)
+    if not field or not all(isinstance(text, str) for text in field):
+        raise DataError(f"{where}: '{key}' is {str(field)[:80]}, expected a list of texts")
+    return field
 
 
 def image_file(pattern: str, **facts: Any) -> str:
-    """A picture's file of a record, by the task's `image_name`.
+    """Returns a picture's file of a record, by the task's `image_name`.
 
     Raises ConfigError for a pattern of other fields.
     """
     try:
         return pattern.format(**facts)
+    # all that str.format raises for a pattern of a user's
     except (KeyError, IndexError, ValueError, AttributeError) as error:
-        known = ", ".join(f"{{{name}}}" for name in facts)
+        fields = ", ".join(f"{{{name}}}" for name in facts)
         raise ConfigError(
-            f"task.image_name: {pattern!r} cannot be filled in ({error!r}); its fields are {known}"
+            f"task.image_name: {pattern!r} cannot be filled in ({error!r}); its fields are {fields}"
         ) from error
 
 
 def mean(values: Sequence[float]) -> float:
-    """The arithmetic mean."""
+    """Returns the arithmetic mean."""
     return sum(values) / len(values)
 
 
-def by_group(lines: list[dict[str, Any]], name: str) -> dict[str, float]:
-    """The mean score, `name`, and that of each group, `name/<group>`."""
-    groups = sorted({line["group"] for line in lines} - {""})
-    return {name: mean([line["score"] for line in lines])} | {
-        f"{name}/{group}": mean([line["score"] for line in lines if line["group"] == group])
-        for group in groups
-    }
+def scores_by_group(lines: list[dict[str, Any]], name: str) -> dict[str, float]:
+    """Returns the mean score as `name`, and that of each group as `name/<group>`."""
+    scores: dict[str, list[float]] = {}
+    for line in lines:
+        if line["group"]:
+            scores.setdefault(line["group"], []).append(line["score"])
+    metrics = {name: mean([line["score"] for line in lines])}
+    for group in sorted(scores):
+        metrics[f"{name}/{group}"] = mean(scores[group])
+    return metrics

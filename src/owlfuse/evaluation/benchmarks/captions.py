@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Literal
 from owlfuse.core.errors import ConfigError, DataError
 from owlfuse.core.files import read_json
 from owlfuse.core.packages import MissingPackage
-from owlfuse.evaluation.benchmarks.base import Question, Task, value
+from owlfuse.evaluation.benchmarks.base import Question, Task, require_field
 
 MARKS = {"''", "'", "``", "`", ".", "?", "!", ",", ":", "-", "--", "...", ";", '"'}
 """What is no word, after PTBTokenizer's list of coco-caption; its brackets, in lower case by
@@ -27,42 +27,41 @@ def words(caption: str) -> str:
     Stanford's PTBTokenizer makes of plain English: contractions in two (`do n't`, `man 's`, `can
     not`), hyphenated words and numbers whole, the periods of abbreviations kept."""
     text = caption.lower().replace("\u2019", "'").replace("\n", " ")
-    kept: list[str] = []
-    for piece in IN_TWO.sub(
-        lambda found: f" {' '.join(filter(None, found.groups()))} ", text
-    ).split():
-        kept += [piece] if IN_TWO.fullmatch(piece) else TOKEN.findall(piece)
-    return " ".join(BRACKETS.get(token, token) for token in kept if token not in MARKS)
+    text = IN_TWO.sub(lambda match: f" {' '.join(filter(None, match.groups()))} ", text)
+    tokens: list[str] = []
+    for piece in text.split():
+        # `n't` and `'s` are words, which TOKEN would cut at the apostrophe
+        tokens += [piece] if IN_TWO.fullmatch(piece) else TOKEN.findall(piece)
+    return " ".join(BRACKETS.get(token, token) for token in tokens if token not in MARKS)
 
 
 def tokenized(captions: dict[str, list[str]], tokens: str) -> dict[str, list[str]]:
-    """All captions by the tokeniser's name, see `Captions`."""
+    """Returns all captions by image, tokenised by the tokeniser's name (see `Captions`)."""
     if tokens == "words":
-        return {key: [words(one) for one in mine] for key, mine in captions.items()}
+        return {image: [words(text) for text in texts] for image, texts in captions.items()}
     from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
 
-    return PTBTokenizer().tokenize(
-        {key: [{"caption": one} for one in mine] for key, mine in captions.items()}
-    )
+    records = {image: [{"caption": text} for text in texts] for image, texts in captions.items()}
+    return PTBTokenizer().tokenize(records)
 
 
 def caption_metrics(
-    expected: dict[str, list[str]], found: dict[str, list[str]]
+    expected: dict[str, list[str]], written: dict[str, list[str]]
 ) -> tuple[dict[str, float], dict[str, float]]:
-    """BLEU-1 to 4, ROUGE-L and CIDEr of tokenised captions by image, and CIDEr of each image:
-    COCO's own code (arXiv 1504.00325), as the package pycocoevalcap keeps it. CIDEr's document
-    frequencies are those of `expected`."""
+    """Returns BLEU-1 to 4, ROUGE-L and CIDEr of tokenised captions by image, and CIDEr of each
+    image: COCO's own code (arXiv 1504.00325), as the package pycocoevalcap keeps it. CIDEr's
+    document frequencies are those of `expected`."""
     from pycocoevalcap.bleu.bleu import Bleu
     from pycocoevalcap.cider.cider import Cider
     from pycocoevalcap.rouge.rouge import Rouge
 
-    bleu, _ = Bleu(4).compute_score(expected, found, verbose=0)
-    rouge, _ = Rouge().compute_score(expected, found)
-    cider, each = Cider().compute_score(expected, found)
-    names = {f"bleu_{n}": float(score) for n, score in enumerate(bleu, 1)}
-    return {**names, "rouge_l": float(rouge), "cider": float(cider)}, dict(
-        zip(expected, map(float, each))
-    )
+    # verbose=0: it prints to the terminal otherwise
+    bleu, _ = Bleu(4).compute_score(expected, written, verbose=0)
+    rouge, _ = Rouge().compute_score(expected, written)
+    cider, cider_by_image = Cider().compute_score(expected, written)
+    metrics = {f"bleu_{n}": float(score) for n, score in enumerate(bleu, 1)}
+    metrics |= {"rouge_l": float(rouge), "cider": float(cider)}
+    return metrics, dict(zip(expected, map(float, cider_by_image)))
 
 
 @dataclass(kw_only=True)
@@ -86,6 +85,7 @@ class Captions(Task):
     def __post_init__(self) -> None:
         super().__post_init__()
         try:
+            # before the model is loaded and answers for an hour
             import pycocoevalcap.cider.cider  # noqa: F401
         except ModuleNotFoundError as error:
             raise MissingPackage(
@@ -98,16 +98,20 @@ class Captions(Task):
             )
 
     def open(self) -> Sequence[Any]:
-        """See `Task`."""
+        """Returns the records of the file."""
         content = read_json(self.file, dict)
         self.captions: dict[int, list[str]] = {}
-        for number, annotation in enumerate(value(content, "annotations", list, f"{self.file}")):
+        for number, annotation in enumerate(
+            require_field(content, "annotations", list, f"{self.file}")
+        ):
             where = f"{self.file}: annotation {number + 1}"
-            caption = value(annotation, "caption", str, where)
-            self.captions.setdefault(value(annotation, "image_id", int, where), []).append(caption)
-        images = value(content, "images", list, f"{self.file}")
-        known = {image.get("id") for image in images if isinstance(image, dict)}
-        if missing := [identity for identity in self.captions if identity not in known]:
+            caption = require_field(annotation, "caption", str, where)
+            self.captions.setdefault(require_field(annotation, "image_id", int, where), []).append(
+                caption
+            )
+        images = require_field(content, "images", list, f"{self.file}")
+        image_ids = {image.get("id") for image in images if isinstance(image, dict)}
+        if missing := [identity for identity in self.captions if identity not in image_ids]:
             raise DataError(
                 f"{self.file}: 'images' has no image_id {missing[0]}, which has captions in "
                 "'annotations'"
@@ -115,20 +119,23 @@ class Captions(Task):
         return images
 
     def ask(self, record: Any, where: str) -> Iterator[Question]:
-        """See `Task`."""
-        identity, image = value(record, "id", int, where), value(record, "file_name", str, where)
+        """Yields the record's question."""
+        identity = require_field(record, "id", int, where)
+        image = require_field(record, "file_name", str, where)
         if identity in self.captions:
-            yield Question(str(identity), self.asked("", [image]), [image], self.captions[identity])
+            messages = self.user_turn("", [image])
+            yield Question(str(identity), messages, [image], self.captions[identity])
 
     def score(self, line: dict[str, Any]) -> None:
-        """None: a caption's CIDEr depends on those of all pictures."""
+        """Returns None: a caption's CIDEr depends on those of all pictures."""
         return None
 
     def metrics(self, lines: list[dict[str, Any]]) -> dict[str, float]:
-        """`bleu_1` to `bleu_4`, `rouge_l`, `cider`; a line's score becomes its CIDEr."""
+        """Returns `bleu_1` to `bleu_4`, `rouge_l`, `cider`; a line's score becomes its CIDEr."""
+        # both by the same tokeniser
         expected = tokenized({line["id"]: line["expected"] for line in lines}, self.tokens)
-        found = tokenized({line["id"]: [line["answer"]] for line in lines}, self.tokens)
-        metrics, each = caption_metrics(expected, found)
+        written = tokenized({line["id"]: [line["answer"]] for line in lines}, self.tokens)
+        metrics, cider_by_image = caption_metrics(expected, written)
         for line in lines:
-            line["score"] = each[line["id"]]
+            line["score"] = cider_by_image[line["id"]]
         return metrics

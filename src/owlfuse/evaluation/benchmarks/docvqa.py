@@ -9,7 +9,7 @@ from typing import Any
 from torchmetrics.functional.text import edit_distance
 
 from owlfuse.core.files import read_json
-from owlfuse.evaluation.benchmarks.base import Question, Task, mean, texts, value
+from owlfuse.evaluation.benchmarks.base import Question, Task, mean, require_field, require_texts
 
 THRESHOLD = 0.5
 
@@ -23,13 +23,18 @@ def anls(answer: str, answers: Sequence[str]) -> float:
     """
     distances = []
     for expected in answers:
-        ours, theirs = (" ".join(text.lower().split()) for text in (answer, expected))
-        longer = max(len(answer), len(expected))
-        distances.append(
-            int(edit_distance(ours, theirs, reduction="sum")) / longer if longer else 0.0
-        )
+        distance = edit_distance(single_spaced(answer), single_spaced(expected), reduction="sum")
+        # at least 1: two empty texts are equal
+        longer = max(len(answer), len(expected), 1)
+        distances.append(int(distance) / longer)
     similarity = 1 - min(distances)
+    # below it an answer counts as wrong and not as badly read
     return similarity if similarity >= THRESHOLD else 0.0
+
+
+def single_spaced(text: str) -> str:
+    """Returns the text in lower case, runs of white space as one space."""
+    return " ".join(text.lower().split())
 
 
 @dataclass(kw_only=True)
@@ -37,18 +42,18 @@ class DocVQA(Task):
     """DocVQA's single documents (arXiv 2007.00398): val_v1.0_withQT.json."""
 
     def open(self) -> Sequence[Any]:
-        """See `Task`."""
-        return value(read_json(self.file, dict), "data", list, f"{self.file}")
+        """Returns the records of the file."""
+        return require_field(read_json(self.file, dict), "data", list, f"{self.file}")
 
     def ask(self, record: Any, where: str) -> Iterator[Question]:
-        """See `Task`."""
-        identity = str(value(record, "questionId", (int, str), where))
-        image = value(record, "image", str, where)
-        messages = self.asked(value(record, "question", str, where), [image])
-        yield Question(identity, messages, [image], texts(record, "answers", where))
+        """Yields the record's question."""
+        identity = str(require_field(record, "questionId", (int, str), where))
+        image = require_field(record, "image", str, where)
+        messages = self.user_turn(require_field(record, "question", str, where), [image])
+        yield Question(identity, messages, [image], require_texts(record, "answers", where))
 
     def score(self, line: dict[str, Any]) -> float:
-        """See `Task`."""
+        """Returns the score of one answer."""
         return anls(line["answer"], line["expected"])
 
     def metrics(self, lines: list[dict[str, Any]]) -> dict[str, float]:

@@ -14,8 +14,8 @@ from owlfuse.data.formats.llava import LLaVA
 from owlfuse.data.formats.marks import with_pictures
 from owlfuse.data.formats.messages import Messages
 from owlfuse.data.formats.sharegpt import ShareGPT
-from owlfuse.evaluation.benchmarks.base import QUESTION, Question, Task, by_group
-from owlfuse.evaluation.questions import question_samples
+from owlfuse.evaluation.benchmarks.base import QUESTION, Question, Task, scores_by_group
+from owlfuse.evaluation.questions import normalize, question_samples
 
 FORMATS: dict[str, type[Source]] = {
     "llava": LLaVA,
@@ -40,17 +40,16 @@ class ChatTask(Task):
         self.source = FORMATS[self.format](self.file, self.image_root)
 
     def open(self) -> Sequence[Any]:
-        """See `Task`; of each record its number alone, since the source reads them."""
+        """Returns of each record its number alone, since the source reads them."""
         return range(len(self.source))
 
-    def place(self, number: int) -> str:
-        """See `Task`."""
-        return self.source.place(self.source.first_record(number)).removesuffix(
-            f" of {self.file.name}"
-        )
+    def record_name(self, number: int) -> str:
+        """Returns what the source calls the record, without the file's name."""
+        name = self.source.place(self.source.first_record(number))
+        return name.removesuffix(f" of {self.file.name}")
 
     def sample(self, record: int, where: str) -> Sample:
-        """A chat.
+        """Returns a chat.
 
         Raises DataError that names the record, as for a video, which is not asked about.
         """
@@ -58,6 +57,7 @@ class ChatTask(Task):
             sample = self.source[record]
         except DataError as error:
             raise DataError(f"{self.file}: {error}") from error
+        # a benchmark's pictures are opened by `open_image` alone
         if sample.videos:
             raise DataError(
                 f"{where}: it has a video, and questions are asked about pictures alone"
@@ -77,30 +77,25 @@ class ExactMatch(ChatTask):
     history: bool = False
 
     def ask(self, record: Any, where: str) -> Iterator[Question]:
-        """See `Task`; the prompt's words stand around the last text of the user's turn."""
+        """Yields the chat's questions, the prompt's words around the last text of each turn."""
         for sample, answer, kind in question_samples(self.sample(record, where), self.history):
+            # the question is the last turn, whatever stands before it
             *before, turn = sample.messages
             content = list(turn["content"])
-            last = max(
-                (n for n, part in enumerate(content) if part["type"] == "text"), default=None
-            )
-            if last is not None:
+            text_indices = [n for n, part in enumerate(content) if part["type"] == "text"]
+            if text_indices:
+                last = text_indices[-1]
                 # the source has read the text's own marks, so those of the prompt alone are left
                 prompt = "".join(part["text"] for part in with_pictures(self.prompt, 0))
-                content[last] = {
-                    "type": "text",
-                    "text": prompt.replace(QUESTION, content[last]["text"]),
-                }
+                text = prompt.replace(QUESTION, content[last]["text"])
+                content[last] = {"type": "text", "text": text}
             messages = [*before, {"role": "user", "content": content}]
             yield Question(sample.id, messages, sample.images, answer, kind)
 
     def score(self, line: dict[str, Any]) -> float:
-        """1 where the answer is the expected one, but for case and white space."""
-        found, expected = (
-            " ".join(text.casefold().split()) for text in (line["answer"], line["expected"])
-        )
-        return float(found == expected)
+        """Returns 1 where the answer is the expected one, but for case and white space."""
+        return float(normalize(line["answer"]) == normalize(line["expected"]))
 
     def metrics(self, lines: list[dict[str, Any]]) -> dict[str, float]:
-        """`exact_match`, and by the questions' kinds where the file has them."""
-        return by_group(lines, "exact_match")
+        """Returns `exact_match`, and by the questions' kinds where the file has them."""
+        return scores_by_group(lines, "exact_match")

@@ -7,7 +7,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from owlfuse.core.files import read_json
-from owlfuse.evaluation.benchmarks.base import Question, Task, by_group, image_file, value
+from owlfuse.evaluation.benchmarks.base import (
+    Question,
+    Task,
+    image_file,
+    require_field,
+    scores_by_group,
+)
 
 
 @dataclass(kw_only=True)
@@ -21,17 +27,29 @@ class GQA(Task):
     image_name: str = "{image_id}.jpg"
 
     def open(self) -> Sequence[Any]:
-        """See `Task`."""
+        """Returns the records of the file."""
         return list(read_json(self.file, dict).items())
 
     def ask(self, record: Any, where: str) -> Iterator[Question]:
-        """See `Task`."""
+        """Yields the record's question."""
         identity, content = record
         where = f"{where} ({identity})"
-        image = image_file(self.image_name, image_id=value(content, "imageId", str, where))
-        kind = value(value(content, "types", dict, where), "structural", str, f"{where}: types")
-        messages = self.asked(value(content, "question", str, where), [image])
-        yield Question(identity, messages, [image], value(content, "answer", str, where), kind)
+        image = image_file(self.image_name, image_id=require_field(content, "imageId", str, where))
+        # the question's structural type, which accuracy is reported by
+        kind = require_field(
+            require_field(content, "types", dict, where),
+            "structural",
+            str,
+            f"{where}: types",
+        )
+        messages = self.user_turn(require_field(content, "question", str, where), [image])
+        yield Question(
+            identity,
+            messages,
+            [image],
+            require_field(content, "answer", str, where),
+            kind,
+        )
 
     def score(self, line: dict[str, Any]) -> float:
         """1 where the answer is the expected one; its case and periods at its end do not matter, as
@@ -40,4 +58,4 @@ class GQA(Task):
 
     def metrics(self, lines: list[dict[str, Any]]) -> dict[str, float]:
         """`accuracy`, and by the structural type: verify, query, choose, logical, compare."""
-        return by_group(lines, "accuracy")
+        return scores_by_group(lines, "accuracy")

@@ -1,6 +1,6 @@
-"""What `owlfuse eval MODEL task=<name>` is asked for.
+"""The options of `owlfuse eval MODEL task=<name>`.
 
-Imports nothing heavy, so that a mistake is told at once.
+Imports nothing heavy, so that mistakes are reported at once.
 """
 
 from __future__ import annotations
@@ -58,24 +58,24 @@ class Options:
 
 
 def check_model(folder: str) -> Path:
-    """A run's, an exported or an imported folder. Raises ConfigError."""
-    place = Path(folder).expanduser()
-    if (place / "config.yaml").is_file():
-        return place
-    if not (place / "config.json").is_file():
+    """Returns a run's, an exported or an imported folder. Raises ConfigError."""
+    model_dir = Path(folder).expanduser()
+    if (model_dir / "config.yaml").is_file():
+        return model_dir
+    if not (model_dir / "config.json").is_file():
         raise ConfigError(
             f"command line: {folder}: no model: it has neither a run's config.yaml nor the "
-            "config.json that `owlfuse export` "
-            "and `owlfuse import` write"
+            "config.json that `owlfuse export` and `owlfuse import` write"
         )
     try:
-        return check_exported(place)
+        return check_exported(model_dir)
     except DataError as error:
         raise ConfigError(f"command line: {folder}: {error}") from error
 
 
 def compose_options(words: list[str]) -> tuple[Options, DictConfig]:
-    """eval.yaml with the overrides, as options and as a configuration with the benchmark's node.
+    """Returns eval.yaml with the overrides, as options and as a configuration with the benchmark's
+    node.
 
     Raises ConfigError.
     """

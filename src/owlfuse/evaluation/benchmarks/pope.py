@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain
 from typing import Any
 
 import torch
@@ -12,7 +11,7 @@ from torchmetrics.functional import classification
 
 from owlfuse.core.errors import DataError
 from owlfuse.data.readers.lines import JsonLines
-from owlfuse.evaluation.benchmarks.base import Question, Task, mean, value
+from owlfuse.evaluation.benchmarks.base import Question, Task, mean, require_field
 
 
 def says_yes(answer: str) -> bool:
@@ -25,15 +24,14 @@ def says_yes(answer: str) -> bool:
 def yes_no_metrics(answers: Sequence[bool], labels: Sequence[bool]) -> dict[str, float]:
     """accuracy, precision, recall and f1 with yes as the positive, and the share of answers that
     are yes."""
-    found, wanted = torch.tensor(answers).int(), torch.tensor(labels).int()
-    rules = {
-        name: getattr(classification, f"binary_{name}")
-        for name in ("accuracy", "precision", "recall", "f1_score")
+    predicted, expected = torch.tensor(answers).int(), torch.tensor(labels).int()
+    return {
+        "accuracy": float(classification.binary_accuracy(predicted, expected)),
+        "precision": float(classification.binary_precision(predicted, expected)),
+        "recall": float(classification.binary_recall(predicted, expected)),
+        "f1": float(classification.binary_f1_score(predicted, expected)),
+        "yes_share": mean([float(answer) for answer in answers]),
     }
-    scores = {
-        name.removesuffix("_score"): float(rule(found, wanted)) for name, rule in rules.items()
-    }
-    return scores | {"yes_share": mean([float(answer) for answer in answers])}
 
 
 @dataclass(kw_only=True)
@@ -42,25 +40,28 @@ class POPE(Task):
     `file` takes braces and globs; what a file's name ends in is its category."""
 
     def open(self) -> Sequence[Any]:
-        """See `Task`."""
-        self.joined = Joined(
-            [(file.stem.rpartition("_")[2], JsonLines(file)) for file in self.files()]
-        )
-        return self.joined
+        """Returns the records of the file."""
+        # coco_pope_random.json -> random
+        files = [(file.stem.rpartition("_")[2], JsonLines(file)) for file in self.files()]
+        self.records = JoinedRecords(files)
+        return self.records
 
-    def place(self, number: int) -> str:
-        """See `Task`; the line in the file of its category."""
-        return self.joined.place(number)
+    def record_name(self, number: int) -> str:
+        """Returns the line in the file of its category."""
+        return self.records.line_name(number)
 
     def ask(self, record: Any, where: str) -> Iterator[Question]:
-        """See `Task`."""
+        """Yields the record's question."""
         category, content = record
         where = f"{where} ({category})"
-        identity = value(content, "question_id", (int, str), where)
-        image, label = value(content, "image", str, where), value(content, "label", str, where)
+        identity = require_field(content, "question_id", (int, str), where)
+        image, label = (
+            require_field(content, "image", str, where),
+            require_field(content, "label", str, where),
+        )
         if label not in ("yes", "no"):
             raise DataError(f"{where}: 'label' is {label[:40]!r}, expected yes or no")
-        messages = self.asked(value(content, "text", str, where), [image])
+        messages = self.user_turn(require_field(content, "text", str, where), [image])
         yield Question(f"{category}:{identity}", messages, [image], label, category)
 
     def score(self, line: dict[str, Any]) -> float:
@@ -68,25 +69,21 @@ class POPE(Task):
         return float(says_yes(line["answer"]) == (line["expected"] == "yes"))
 
     def metrics(self, lines: list[dict[str, Any]]) -> dict[str, float]:
-        """Of each category, and of several their mean."""
-        categories = {}
-        for name in dict.fromkeys(line["group"] for line in lines):
-            mine = [line for line in lines if line["group"] == name]
-            answers, labels = (
-                [says_yes(one["answer"]) for one in mine],
-                [one["expected"] == "yes" for one in mine],
-            )
-            categories[name] = yes_no_metrics(answers, labels)
-        names = next(iter(categories.values()))
-        means = {name: mean([found[name] for found in categories.values()]) for name in names}
-        each = (
-            {f"{metric}/{name}": number for metric, number in found.items()}
-            for name, found in categories.items()
-        )
-        return means | dict(chain.from_iterable(found.items() for found in each))
+        """Returns the figures of each category, and first their means over the categories."""
+        metrics: dict[str, float] = {}
+        values_by_metric: dict[str, list[float]] = {}
+        for category in dict.fromkeys(line["group"] for line in lines):
+            in_category = [line for line in lines if line["group"] == category]
+            answers = [says_yes(line["answer"]) for line in in_category]
+            labels = [line["expected"] == "yes" for line in in_category]
+            for name, value in yes_no_metrics(answers, labels).items():
+                values_by_metric.setdefault(name, []).append(value)
+                metrics[f"{name}/{category}"] = value
+        means = {name: mean(values) for name, values in values_by_metric.items()}
+        return means | metrics
 
 
-class Joined(Sequence[Any]):
+class JoinedRecords(Sequence[Any]):
     """Records of several files one after the other, each with its file's category."""
 
     def __init__(self, files: list[tuple[str, JsonLines]]) -> None:
@@ -95,8 +92,8 @@ class Joined(Sequence[Any]):
     def __len__(self) -> int:
         return sum(len(records) for _, records in self.files)
 
-    def place(self, index: int) -> str:
-        """Which line of its file a record is."""
+    def line_name(self, index: int) -> str:
+        """Returns which line of its file a record is."""
         for _, records in self.files:
             if index < len(records):
                 return f"line {records.lines.number(index)}"

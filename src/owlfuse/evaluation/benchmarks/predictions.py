@@ -20,7 +20,7 @@ class Predictions:
     to a file of its own, and `finish` joins them.
 
     Args:
-        key: of the settings; lines of other settings are left alone.
+        key: of the settings; lines of other settings stay in the file.
 
     Raises:
         DataError: a folder that cannot be made.
@@ -36,31 +36,28 @@ class Predictions:
             raise DataError(f"{folder}: {error.strerror}; name another folder: out=DIR") from error
 
     def files(self) -> list[Path]:
-        """Of all ranks of this and earlier runs, the first rank's first."""
-        return [
-            file
-            for file in [self.folder / NAME, *sorted(self.folder.glob("predictions.rank*.jsonl"))]
-            if file.exists()
-        ]
+        """Returns the files of all ranks of this and earlier runs, the first rank's first."""
+        files = [self.folder / NAME, *sorted(self.folder.glob("predictions.rank*.jsonl"))]
+        return [file for file in files if file.exists()]
 
     def read(self) -> tuple[dict[str, dict[str, Any]], list[str]]:
-        """The predictions of these settings by their ids, an answer before a skip, and the lines of
-        others.
+        """Returns the predictions of these settings by their ids, an answer before a skip, and the
+        lines of other settings.
 
         A line that was cut as the power went is left out. Raises DataError for a file that holds
         something else.
         """
-        mine: dict[str, dict[str, Any]] = {}
-        others: list[str] = []
+        predictions: dict[str, dict[str, Any]] = {}
+        other_settings: list[str] = []
         for file in self.files():
-            for number, text in enumerate(
-                file.read_text(encoding="utf-8", errors="replace").split("\n"), 1
-            ):
+            # by line feeds alone: an answer may hold the other characters that end a line
+            lines = file.read_text(encoding="utf-8", errors="replace").split("\n")
+            for number, text in enumerate(lines, 1):
                 if not text.strip():
                     continue
                 try:
                     line = json.loads(text)
-                    found = (line["settings"], line["id"])
+                    settings, identity = line["settings"], line["id"]
                 except ValueError:
                     continue
                 except (KeyError, TypeError):
@@ -68,15 +65,16 @@ class Predictions:
                         f"{file}: line {number} is no prediction of ours; name another folder: "
                         "out=DIR"
                     ) from None
-                if found[0] != self.key:
-                    others.append(text)
-                elif "skipped" not in line or found[1] not in mine:
-                    mine[found[1]] = line
-        return mine, others
+                if settings != self.key:
+                    other_settings.append(text)
+                elif "skipped" not in line or identity not in predictions:
+                    predictions[identity] = line
+        return predictions, other_settings
 
     def append(self, lines: list[dict[str, Any]]) -> None:
         """Adds predictions, on the disk when this returns."""
         with self.path.open("a+b") as file:
+            # in append mode the position of reading is not the end
             file.seek(0, os.SEEK_END)
             if file.tell():
                 file.seek(-1, os.SEEK_END)
@@ -84,25 +82,24 @@ class Predictions:
                     file.write(b"\n")
             file.write(b"".join(self.encoded(line) for line in lines))
             file.flush()
+            # an answer may have taken minutes: it is not to be lost by a crash of the machine
             os.fsync(file.fileno())
 
     def encoded(self, line: dict[str, Any]) -> bytes:
-        """A line of the file."""
-        return (
-            json.dumps({"settings": self.key, **line}, ensure_ascii=False).encode(
-                "utf-8", "replace"
-            )
-            + b"\n"
-        )
+        """Returns a line of the file."""
+        text = json.dumps({"settings": self.key, **line}, ensure_ascii=False)
+        # an answer may hold half a surrogate pair, which is no UTF-8
+        return text.encode("utf-8", "replace") + b"\n"
 
-    def finish(self, lines: list[dict[str, Any]], others: list[str]) -> None:
-        """Writes predictions.jsonl anew, these lines last and in their order, and takes the
-        other ranks' files away."""
-        parts = self.files()[1:]
+    def finish(self, lines: list[dict[str, Any]], other_settings: list[str]) -> None:
+        """Writes predictions.jsonl anew, these lines last and in their order, and deletes the
+        other ranks' files."""
+        rank_files = self.files()[1:]
         with atomic_write(self.folder / NAME, "wb") as file:
-            file.writelines(text.encode("utf-8", "replace") + b"\n" for text in others)
-            file.writelines(
-                self.encoded({k: v for k, v in line.items() if k != "settings"}) for line in lines
-            )
-        for part in parts:
-            part.unlink()
+            for text in other_settings:
+                file.write(text.encode("utf-8", "replace") + b"\n")
+            for line in lines:
+                file.write(self.encoded(line))
+        # only now: until the joined file is there, these have the only copy of their answers
+        for rank_file in rank_files:
+            rank_file.unlink()

@@ -1,10 +1,10 @@
-"""What made the results, and how they are told: the table and tasks/<name>.json."""
+"""The results of a benchmark and the settings that made them: the table and tasks/<name>.json."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,45 +20,46 @@ from owlfuse.core.environment import git_state, versions
 from owlfuse.core.files import files_of, fingerprint
 from owlfuse.evaluation.benchmarks.base import Task
 
-ASIDE = ("file", "on_error", "max_skips", "annotations", "splits")
-"""Fields of a benchmark that say where its files lie, which are known by their contents, or
-change no answer."""
-TOLD = 10
+MAX_LISTED_SKIPS = 10
 """Skipped records whose reasons are written."""
 
 
-def weights_of(place: Path, which: str) -> tuple[str, str]:
-    """What a model's weights, configuration and tokenizer are known by, and where they are from,
-    in words."""
-    if (place / "config.yaml").is_file():
-        checkpoint = chosen_checkpoint(place, which)
-        files = [place / "config.yaml", *files_of(checkpoint).values(), *tokenizer_files(place)]
-        return fingerprint(files), checkpoint.name
+EXPORT_FILES = (
+    "*.safetensors",
+    "*.json",
+    "*.jinja",
+    "*.model",
+    f"{ADAPTER}/*.safetensors",
+    f"{ADAPTER}/*.json",
+)
+"""Patterns of the files of an export that decide its answers."""
+
+
+def model_fingerprint(model_dir: Path, which: str) -> tuple[str, str]:
+    """Returns a hash of a model's weights, configuration and tokenizer, and their origin in
+    words."""
+    if (model_dir / "config.yaml").is_file():
+        checkpoint = chosen_checkpoint(model_dir, which)
+        files = [model_dir / "config.yaml", *files_of(checkpoint).values()]
+        return fingerprint([*files, *tokenizer_files(model_dir)]), checkpoint.name
     check_which(which, of_run=False)
-    kinds = (
-        "*.safetensors",
-        "*.json",
-        "*.jinja",
-        "*.model",
-        f"{ADAPTER}/*.safetensors",
-        f"{ADAPTER}/*.json",
-    )
-    return fingerprint(
-        sorted(file for kind in kinds for file in place.glob(kind))
-    ), "exported or imported"
+    files = []
+    for pattern in EXPORT_FILES:
+        files += model_dir.glob(pattern)
+    return fingerprint(sorted(files)), "exported or imported"
 
 
 @dataclass
 class Settings:
-    """What an answer depends on."""
+    """All that an answer depends on."""
 
     model: str
     checkpoint: str
     weights: str
-    """What the model's files are known by (see `data.files.fingerprint`)."""
+    """A hash of the model's files (see `core.files.fingerprint`)."""
     files: list[str]
     data: str
-    """What the benchmark's files are known by."""
+    """A hash of the benchmark's files."""
     task: dict[str, Any]
     """The benchmark's other fields."""
     dtype: str
@@ -66,30 +67,35 @@ class Settings:
 
     @classmethod
     def of(
-        cls, place: Path, task: Task, dtype: str, thinking: bool = False, which: str = "last"
+        cls,
+        model_dir: Path,
+        task: Task,
+        dtype: str,
+        thinking: bool = False,
+        which: str = "last",
     ) -> Settings:
-        """Of a model's folder and a benchmark."""
-        weights, checkpoint = weights_of(place, which)
-        fields = {k: v for k, v in vars(task).items() if k in type(task).__dataclass_fields__}
-        plain = {
-            k: str(v) if isinstance(v, Path) else v for k, v in fields.items() if k not in ASIDE
-        }
-        target = f"{type(task).__module__}.{type(task).__qualname__}"
-        files = [str(file) for file in task.files()]
+        """Returns the settings of a model's folder and a benchmark."""
+        weights, checkpoint = model_fingerprint(model_dir, which)
+        options: dict[str, Any] = {"_target_": f"{type(task).__module__}.{type(task).__qualname__}"}
+        for field in fields(task):
+            value = getattr(task, field.name)
+            if field.name not in task.unhashed_fields:
+                options[field.name] = str(value) if isinstance(value, Path) else value
         return cls(
-            str(place),
+            str(model_dir),
             checkpoint,
             weights,
-            files,
+            [str(file) for file in task.files()],
             task.fingerprint(),
-            {"_target_": target, **plain},
+            options,
             dtype,
             thinking,
         )
 
     @property
     def key(self) -> str:
-        """16 hexadecimal digits that are others where an answer may be."""
+        """16 hexadecimal digits that change where an answer may."""
+        # the same folder by another path has the same pictures
         root = str(Path(self.task["image_root"]).resolve())
         content = [
             self.weights,
@@ -107,55 +113,65 @@ def results_of(
     counts: dict[str, int],
     skipped: list[tuple[str, str]],
     settings: Settings,
-    how: dict[str, Any],
+    run_options: dict[str, Any],
 ) -> dict[str, Any]:
-    """What `tasks/<name>.json` holds.
+    """Returns the content of `tasks/<name>.json`.
 
     Args:
         counts: of questions.
         skipped: records and reasons.
-        how: what was asked for beside the settings, and changes no answer.
+        run_options: further options, which change no answer.
     """
+    listed_skips = []
+    for record, reason in skipped[:MAX_LISTED_SKIPS]:
+        listed_skips.append({"record": record, "reason": reason})
+    # their versions may change a score
     scorers = [package for package in ("torchmetrics", "pycocoevalcap") if find_spec(package)]
     return {
         "task": name,
         "metrics": metrics,
         "counts": counts,
-        "skipped": [{"record": record, "reason": reason} for record, reason in skipped[:TOLD]],
-        "settings": {**vars(settings), "key": settings.key, **how},
+        "skipped": [
+            {"record": record, "reason": reason} for record, reason in skipped[:MAX_LISTED_SKIPS]
+        ],
+        "settings": {**vars(settings), "key": settings.key, **run_options},
         "versions": {**versions(), **{package: version(package) for package in scorers}},
         "git": git_state(),
     }
 
 
 def print_results(results: dict[str, Any]) -> None:
-    """One metric a line, below them the settings that made them, and what was skipped."""
+    """Prints one metric a line, below them the settings that made them, and what was skipped."""
     settings = results["settings"]
     table = Table(title=f"{results['task']}: {settings['model']}", title_justify="left")
     table.add_column("metric")
     table.add_column("value", justify="right")
     for metric, number in results["metrics"].items():
         table.add_row(metric, f"{number:,}" if isinstance(number, int) else f"{number:.4f}")
-    made = Table(title="made by", title_justify="left", show_header=False)
-    made.add_column()
-    made.add_column(overflow="fold")
-    weights = f"{settings['checkpoint']}, {settings['dtype']}"
-    apart = ("model", "checkpoint", "weights", "files", "data", "task", "dtype")
-    rows = {"weights": weights, "files": ", ".join(settings["files"]), **settings["task"]}
-    rows |= {key: found for key, found in settings.items() if key not in apart} | results["counts"]
-    for key, found in rows.items():
-        if found is not None:
-            made.add_row(
-                key, repr(found) if isinstance(found, str) and "\n" in found else str(found)
-            )
+    made_by = Table(title="made by", title_justify="left", show_header=False)
+    made_by.add_column()
+    made_by.add_column(overflow="fold")
+    rows = {
+        "weights": f"{settings['checkpoint']}, {settings['dtype']}",
+        "files": ", ".join(settings["files"]),
+        **settings["task"],
+    }
+    # hashes are for the file alone, and the others are in the title and the rows above
+    in_other_rows = ("model", "checkpoint", "weights", "files", "data", "task", "dtype")
+    rows |= {key: value for key, value in settings.items() if key not in in_other_rows}
+    rows |= results["counts"]
+    for key, value in rows.items():
+        if value is not None:
+            has_lines = isinstance(value, str) and "\n" in value
+            made_by.add_row(key, repr(value) if has_lines else str(value))
     console = Console()
     console.print(table)
-    console.print(made)
+    console.print(made_by)
     if settings["dtype"] != "float32":
-        told = (
+        note = (
             "weights below float32 round by the batch: another batch_size may give another "
             "answer here and there"
         )
-        console.print(told, soft_wrap=True)
-    for one in results["skipped"]:
-        console.print(f"skipped {one['record']}: {one['reason']}", markup=False, soft_wrap=True)
+        console.print(note, soft_wrap=True)
+    for skip in results["skipped"]:
+        console.print(f"skipped {skip['record']}: {skip['reason']}", markup=False, soft_wrap=True)

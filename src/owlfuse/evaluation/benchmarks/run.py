@@ -19,10 +19,15 @@ from owlfuse.core.files import write_json
 from owlfuse.core.progress import Progress, quiet_libraries
 from owlfuse.core.terminal import visible
 from owlfuse.data.workers import DataWorkers, ignore_signals
-from owlfuse.evaluation.benchmarks.answering import Prompts, Talker, Work, answer
-from owlfuse.evaluation.benchmarks.base import Question, Task, spread
+from owlfuse.evaluation.benchmarks.answering import (
+    LoadedModel,
+    QuestionBatch,
+    QuestionDataset,
+    answer,
+)
+from owlfuse.evaluation.benchmarks.base import Question, Task, sample_units
 from owlfuse.evaluation.benchmarks.options import Options, check_model, compose_options
-from owlfuse.evaluation.benchmarks.perplexity import Chats, measure
+from owlfuse.evaluation.benchmarks.perplexity import ChatDataset, measure
 from owlfuse.evaluation.benchmarks.predictions import Predictions
 from owlfuse.evaluation.benchmarks.results import Settings, print_results, results_of
 from owlfuse.parallel.torchrun import Ranks
@@ -36,38 +41,39 @@ def evaluate_task(folder: str, words: list[str]) -> None:
         ConfigError: no such model or task, a wrong option.
         DataError: a wrong file or record, more skips than may be.
     """
-    began = time.monotonic()
+    start = time.monotonic()
+    # all mistakes of the command before the model is loaded
     options, task = read_options(words)
-    place = check_model(folder)
+    model_dir = check_model(folder)
     ranks = Ranks()
-    questions, wrong = task.questions()
-    questions = spread(questions, options.max_questions)
-    settings = Settings.of(place, task, options.dtype, options.thinking, options.which)
-    out = Path(options.out).expanduser() if options.out else place / "tasks"
+    questions, skipped = task.questions()
+    # before the share of a rank, so that the sample is the same for any number of ranks
+    questions = sample_units(questions, options.max_questions)
+    settings = Settings.of(model_dir, task, options.dtype, options.thinking, options.which)
+    out = Path(options.out).expanduser() if options.out else model_dir / "tasks"
     store = Predictions(out / str(options.name), settings.key, ranks.rank)
-    done, _ = store.read()
+    answered = answered_ids(store)
     ranks.wait()  # each has read what is there, before one adds to it
-    todo = [
-        question
-        for question in questions
-        if question.id not in done or "skipped" in done[question.id]
-    ]
+    todo = [question for question in questions if question.id not in answered]
     try:
-        answer_share(place, task, ranks.share(longest_first(todo)), store, options, ranks)
+        answer_share(model_dir, task, ranks.share(longest_first(todo)), store, options, ranks)
         ranks.wait()
     except KeyboardInterrupt:
-        kept, _ = store.read()
-        count = sum(
-            "skipped" not in kept.get(question.id, {"skipped": ""}) for question in questions
-        )
-        told = (
-            f"{count} of {len(questions)} answers are in {store.folder}, and the same command "
-            "goes on"
-        )
-        raise KeyboardInterrupt(f"stopped; {told}") from None
+        count = len(answered_ids(store) & {question.id for question in questions})
+        raise KeyboardInterrupt(
+            f"stopped; {count} of {len(questions)} answers are in {store.folder}, and the same "
+            "command goes on"
+        ) from None
     if ranks.first:
-        finish(options, task, questions, wrong, store, settings, ranks, time.monotonic() - began)
+        seconds = time.monotonic() - start
+        finish(options, task, questions, skipped, store, settings, ranks, seconds)
     ranks.wait()
+
+
+def answered_ids(store: Predictions) -> set[str]:
+    """Returns the ids of the questions that have an answer; one that was skipped has none."""
+    predictions, _ = store.read()
+    return {identity for identity, line in predictions.items() if "skipped" not in line}
 
 
 def read_options(words: list[str]) -> tuple[Options, Task]:
@@ -84,13 +90,13 @@ def read_options(words: list[str]) -> tuple[Options, Task]:
 
 
 def longest_first(questions: list[Question]) -> list[Question]:
-    """Questions of a length beside each other, so that little is padded; a memory that is too
-    small shows at once."""
+    """Returns the questions by length, so that little is padded and too small a memory shows at
+    once."""
     return sorted(questions, key=lambda question: question.size, reverse=True)
 
 
 def answer_share(
-    place: Path,
+    model_dir: Path,
     task: Task,
     questions: list[Question],
     store: Predictions,
@@ -101,41 +107,44 @@ def answer_share(
     if not questions:
         return
     device = torch.device(f"cuda:{ranks.local}" if torch.cuda.is_available() else "cpu")
-    talker = Talker(place, options.dtype, device, options.thinking, options.which)
-    kind = Prompts if task.generates else Chats
-    prompts = kind(task, questions, talker.processor, talker.longest, options.thinking)
+    model = LoadedModel(model_dir, options.dtype, device, options.thinking, options.which)
+    dataset_class = QuestionDataset if task.generates else ChatDataset
+    dataset = dataset_class(task, questions, model.processor, model.max_positions, options.thinking)
     loader = DataLoader(
-        prompts,
+        dataset,
         batch_size=options.batch_size,
-        collate_fn=prompts.collate,
+        collate_fn=dataset.collate,
         num_workers=options.workers,
         worker_init_fn=ignore_signals,
+        # forked workers would copy a CUDA context
         multiprocessing_context=DataWorkers().context if options.workers else None,
     )
-    skipped = 0
+    skip_count = 0
     label = str(options.name) if ranks.count == 1 else f"{options.name}, rank 1 of {ranks.count}"
     with Progress(label, len(questions), shown=ranks.first) as progress:
-        for work in loader:
-            lines = [{"id": wrong.question.id, "skipped": wrong.reason} for wrong in work.wrong]
-            lines += lines_of(talker, task, work)
+        for batch in loader:
+            lines = [{"id": skip.question.id, "skipped": skip.reason} for skip in batch.skipped]
+            lines += predict(model, task, batch)
+            # each batch at once, so that a stop loses one batch at most
             store.append(lines)
-            if work.wrong:
-                skipped += len(work.wrong)
-                task.check_skips(skipped, work.wrong[-1].reason)
+            # after the lines are on the disk: an evaluation that stops here goes on behind them
+            if batch.skipped:
+                skip_count += len(batch.skipped)
+                task.check_skips(skip_count, batch.skipped[-1].reason)
             progress.advance(len(lines))
 
 
-def lines_of(talker: Talker, task: Task, work: Work) -> list[dict[str, Any]]:
-    """The predictions of a batch. Raises DataError where the GPU's memory is too small for it."""
-    if not work.questions:
+def predict(model: LoadedModel, task: Task, batch: QuestionBatch) -> list[dict[str, Any]]:
+    """Returns the predictions of a batch. Raises DataError where it does not fit the GPU."""
+    if not batch.questions:
         return []
     try:
-        return answer(talker, task, work) if task.generates else measure(talker, task, work)
+        return answer(model, task, batch) if task.generates else measure(model, task, batch)
     except torch.OutOfMemoryError as error:
         raise DataError(
-            f"a batch of {len(work.questions)} is more than the GPU's memory holds; go on by the "
-            "same command with a smaller "
-            "batch_size, or with dtype=saved where the weights are of 16 bits"
+            f"a batch of {len(batch.questions)} is more than the GPU's memory holds; go on by the "
+            "same command with a smaller batch_size, or with dtype=saved where the weights are of "
+            "16 bits"
         ) from error
 
 
@@ -143,44 +152,43 @@ def finish(
     options: Options,
     task: Task,
     questions: list[Question],
-    wrong: list[tuple[str, str]],
+    wrong_records: list[tuple[str, str]],
     store: Predictions,
     settings: Settings,
     ranks: Ranks,
     seconds: float,
 ) -> None:
-    """Joins the ranks' predictions, scores them, and tells."""
-    done, others = store.read()
-    asked = {question.id for question in questions}
-    lines = [done[question.id] for question in questions]
+    """Joins the ranks' predictions, scores them, and prints and writes the results."""
+    predictions, other_settings = store.read()
+    lines = [predictions.pop(question.id) for question in questions]
     answered = [line for line in lines if "skipped" not in line]
-    skipped = wrong + [(line["id"], line["skipped"]) for line in lines if "skipped" in line]
+    skipped = list(wrong_records)
+    skipped += [(line["id"], line["skipped"]) for line in lines if "skipped" in line]
     if not answered or len(skipped) > task.max_skips:
         task.check_skips(len(skipped) if answered else task.max_skips + 1, skipped[-1][1])
+    # scored here and not when they were written: a mended rule applies to old answers
     for line in answered:
         line["score"] = task.score(line)
     metrics = task.metrics(answered)
-    store.finish(
-        [*lines, *(line for identity, line in done.items() if identity not in asked)], others
-    )
+    # the predictions of questions that were not asked this time, as by a smaller max_questions
+    store.finish([*lines, *predictions.values()], other_settings)
     counts: dict[str, Any] = {
         "questions": len(questions),
         "answered": len(answered),
         "skipped": len(skipped),
     }
-    groups = Counter(
-        question.group
-        for question in questions
-        if question.group and "skipped" not in done[question.id]
-    )
-    counts |= {f"answered, {group}": number for group, number in sorted(groups.items())}
-    how = {
+    groups = Counter(line["group"] for line in answered if line["group"])
+    for group, count in sorted(groups.items()):
+        counts[f"answered, {group}"] = count
+    run_options = {
         "batch_size": options.batch_size,
         "ranks": ranks.count,
         "max_questions": options.max_questions,
     }
+    # beside the folder of predictions
     path = store.folder.with_name(f"{options.name}.json")
-    results = results_of(str(options.name), metrics, counts, skipped, settings, how)
+    results = results_of(str(options.name), metrics, counts, skipped, settings, run_options)
+    # the time is not part of the results that are printed
     write_json(path, {**results, "wall_s": round(seconds, 1)})
     print_results(results)
     print(visible(f"{path}, and each answer in {store.folder / 'predictions.jsonl'}"))

@@ -6,11 +6,11 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from owlfuse.core.errors import DataError
 from owlfuse.core.files import read_json
-from owlfuse.evaluation.benchmarks.base import Question, Task, mean, texts, value
+from owlfuse.evaluation.benchmarks.base import Question, Task, mean, require_field, require_texts
 
 LETTERS = "ABCDE"
 SUBJECTS = {"natural science": "NAT", "social science": "SOC", "language science": "LAN"}
@@ -24,10 +24,11 @@ def letter_of(answer: str) -> str | None:
         return answer.strip()
     if len(answer) >= 3 and answer[0] in LETTERS and answer[1:3] == ". ":
         return answer[0]
-    found = re.search(r"The answer is ([A-E])\.", answer) or re.search(
-        r"The answer is ([A-E])", answer
-    )
-    return found[1] if found else None
+    # the one with a period first, as the script does
+    for pattern in (r"The answer is ([A-E])\.", r"The answer is ([A-E])"):
+        if match := re.search(pattern, answer):
+            return match[1]
+    return None
 
 
 def with_options(question: str, hint: str, options: Sequence[str]) -> str:
@@ -47,6 +48,8 @@ class ScienceQA(Task):
         hint: what stands before the context of a question that has one.
     """
 
+    unhashed_fields: ClassVar = (*Task.unhashed_fields, "splits")
+
     splits: Path
     split: str = "test"
     with_pictures: bool = False
@@ -57,72 +60,67 @@ class ScienceQA(Task):
         self.splits = Path(self.splits).expanduser()
 
     def files(self) -> list[Path]:
-        """See `Task`."""
+        """Returns both files of the benchmark."""
         return [self.file, self.splits]
 
     def open(self) -> Sequence[Any]:
-        """See `Task`."""
+        """Returns the records of the file."""
         problems = read_json(self.file, dict)
-        pids = texts(read_json(self.splits, dict), self.split, f"{self.splits}")
+        # of the split, in the published order
+        pids = require_texts(read_json(self.splits, dict), self.split, f"{self.splits}")
         if missing := [pid for pid in pids if pid not in problems]:
             raise DataError(
                 f"{self.file} has no problem {missing[0]}, which {self.splits} has in {self.split}"
             )
-        return [
-            (pid, problems[pid])
-            for pid in pids
-            if not self.with_pictures or has_picture(problems[pid])
-        ]
+        if self.with_pictures:
+            pids = [pid for pid in pids if has_picture(problems[pid])]
+        return [(pid, problems[pid]) for pid in pids]
 
     def ask(self, record: Any, where: str) -> Iterator[Question]:
-        """See `Task`."""
+        """Yields the record's question."""
         pid, problem = record
         where = f"{where} ({pid})"
-        options, right = texts(problem, "choices", where), value(problem, "answer", int, where)
+        options, right = (
+            require_texts(problem, "choices", where),
+            require_field(problem, "answer", int, where),
+        )
         if not 0 <= right < len(options) <= len(LETTERS):
             raise DataError(
                 f"{where}: 'answer' is {right}, and there are {len(options)} 'choices' (at most "
                 f"{len(LETTERS)})"
             )
-        images: list[str | bytes] = (
-            [f"{value(problem, 'split', str, where)}/{pid}/{problem['image']}"]
-            if has_picture(problem)
-            else []
-        )
-        hint = value(problem, "hint", str, where).strip()
-        text = with_options(
-            value(problem, "question", str, where), f"{self.hint}{hint}" if hint else "", options
-        )
-        expected = {
-            "letter": LETTERS[right],
-            "context": [name for name, there in (("TXT", hint), ("IMG", images)) if there]
-            or ["NO"],
-        }
-        subject = value(problem, "subject", str, where)
-        yield Question(
-            pid, self.asked(text, images), images, expected, SUBJECTS.get(subject, subject)
-        )
+        images: list[str | bytes] = []
+        context = []
+        hint = require_field(problem, "hint", str, where).strip()
+        if hint:
+            hint = f"{self.hint}{hint}"
+            context.append("TXT")
+        if has_picture(problem):
+            split = require_field(problem, "split", str, where)
+            images.append(f"{split}/{pid}/{problem['image']}")
+            context.append("IMG")
+        text = with_options(require_field(problem, "question", str, where), hint, options)
+        expected = {"letter": LETTERS[right], "context": context or ["NO"]}
+        subject = require_field(problem, "subject", str, where)
+        group = SUBJECTS.get(subject, subject)
+        yield Question(pid, self.user_turn(text, images), images, expected, group)
 
     def score(self, line: dict[str, Any]) -> float:
-        """1 where the answer's letter is the right one."""
+        """Returns 1 where the answer's letter is the right one."""
         return float(letter_of(line["answer"]) == line["expected"]["letter"])
 
     def metrics(self, lines: list[dict[str, Any]]) -> dict[str, float]:
         """`accuracy`, by subject, and by what comes with the question: a hint (TXT), a picture
         (IMG), neither (NO)."""
         metrics = {"accuracy": mean([line["score"] for line in lines])}
-        groups = {
-            name: [line for line in lines if line["group"] == name] for name in SUBJECTS.values()
-        }
-        groups |= {
-            name: [line for line in lines if name in line["expected"]["context"]]
-            for name in ("TXT", "IMG", "NO")
-        }
-        return metrics | {
-            f"accuracy/{k}": mean([one["score"] for one in mine])
-            for k, mine in groups.items()
-            if mine
-        }
+        for name in (*SUBJECTS.values(), "TXT", "IMG", "NO"):
+            scores = []
+            for line in lines:
+                if line["group"] == name or name in line["expected"]["context"]:
+                    scores.append(line["score"])
+            if scores:
+                metrics[f"accuracy/{name}"] = mean(scores)
+        return metrics
 
 
 def has_picture(problem: Any) -> bool:

@@ -7,11 +7,18 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from owlfuse.core.errors import DataError
 from owlfuse.core.files import read_json
-from owlfuse.evaluation.benchmarks.base import Question, Task, by_group, image_file, texts, value
+from owlfuse.evaluation.benchmarks.base import (
+    Question,
+    Task,
+    image_file,
+    require_field,
+    require_texts,
+    scores_by_group,
+)
 
 CONTRACTED = """
 aren't ain't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't
@@ -25,9 +32,9 @@ why's won't would've wouldn't wouldn't've y'all y'all'll y'all'd've you'd you'd'
 you've
 """
 CONTRACTIONS = {
-    word[:place] + word[place + 1 :]: word
+    word[:index] + word[index + 1 :]: word
     for word in CONTRACTED.split()
-    for place, letter in enumerate(word)
+    for index, letter in enumerate(word)
     if letter == "'"
 } | {"somebody'd": "somebodyd"}
 """A contraction that lacks one apostrophe -> with it; the last is the official table's own slip,
@@ -45,6 +52,7 @@ def without_punctuation(text: str) -> str:
     """Each mark goes where it stands beside a space anywhere in the text, or where a number has a
     comma; else it becomes a space. Periods go unless a digit follows (`processPunctuation` of VQA's
     vqaEval.py)."""
+    # of the whole text, as the official script does: 1,000 becomes 1000
     numeric = COMMA_IN_NUMBER.search(text) is not None
     out = text
     for mark in PUNCTUATION:
@@ -73,16 +81,18 @@ def on_one_line(text: str) -> str:
 def agreement(answer: str, answers: Sequence[str]) -> float:
     """min(people who gave the answer / 3, 1), averaged over all ways to leave one person out
     (visualqa.org/evaluation)."""
-    same = [other == answer for other in answers]
-    return sum(min((sum(same) - mine) / 3, 1.0) for mine in same) / len(same)
+    agrees = [text == answer for text in answers]
+    return sum(min((sum(agrees) - left_out) / 3, 1.0) for left_out in agrees) / len(agrees)
 
 
 def vqa_accuracy(answer: str, answers: Sequence[str]) -> float:
     """VQAv2's accuracy of an answer, 0 to 1 (github.com/GT-Vision-Lab/VQA, vqaEval.py). Nothing is
     normalised where all people gave the same answer, as there."""
-    answer, answers = on_one_line(answer), [on_one_line(one) for one in answers]
+    # before the comparison, as the script does
+    answer, answers = on_one_line(answer), [on_one_line(text) for text in answers]
+    # as the official script does, an oddity that scores depend on
     if len(set(answers)) > 1:
-        answer, answers = normalized(answer), [normalized(one) for one in answers]
+        answer, answers = normalized(answer), [normalized(text) for text in answers]
     return agreement(answer, answers)
 
 
@@ -96,7 +106,7 @@ def textvqa_normalized(text: str) -> str:
 def textvqa_accuracy(answer: str, answers: Sequence[str]) -> float:
     """TextVQA's accuracy of an answer, 0 to 1 (`TextVQAAccuracyEvaluator` of
     facebookresearch/mmf)."""
-    return agreement(textvqa_normalized(answer), [textvqa_normalized(one) for one in answers])
+    return agreement(textvqa_normalized(answer), [textvqa_normalized(text) for text in answers])
 
 
 @dataclass(kw_only=True)
@@ -109,6 +119,8 @@ class VQAv2(Task):
         image_name: a picture's file, from the questions' `{subset}` and `{image_id}`.
     """
 
+    unhashed_fields: ClassVar = (*Task.unhashed_fields, "annotations")
+
     annotations: Path
     image_name: str = "COCO_{subset}_{image_id:012d}.jpg"
 
@@ -117,56 +129,54 @@ class VQAv2(Task):
         self.annotations = Path(self.annotations).expanduser()
 
     def files(self) -> list[Path]:
-        """See `Task`."""
+        """Returns both files of the benchmark."""
         return [self.file, self.annotations]
 
     def open(self) -> Sequence[Any]:
-        """See `Task`."""
+        """Returns the records of the file."""
         content = read_json(self.file, dict)
-        self.subset = value(content, "data_subtype", str, f"{self.file}")
-        annotations = value(
-            read_json(self.annotations, dict), "annotations", list, f"{self.annotations}"
+        self.subset = require_field(content, "data_subtype", str, f"{self.file}")
+        annotations = require_field(
+            read_json(self.annotations, dict),
+            "annotations",
+            list,
+            f"{self.annotations}",
         )
+        # by question: both files are in different orders
         self.answers = {}
         for number, annotation in enumerate(annotations):
-            self.answers[
-                value(annotation, "question_id", int, f"{self.annotations}: record {number + 1}")
-            ] = (
-                number,
-                annotation,
-            )
-        return value(content, "questions", list, f"{self.file}")
+            where = f"{self.annotations}: record {number + 1}"
+            identity = require_field(annotation, "question_id", int, where)
+            self.answers[identity] = (number, annotation)
+        return require_field(content, "questions", list, f"{self.file}")
 
     def ask(self, record: Any, where: str) -> Iterator[Question]:
-        """See `Task`."""
-        identity = value(record, "question_id", int, where)
+        """Yields the record's question."""
+        identity = require_field(record, "question_id", int, where)
         if identity not in self.answers:
             raise DataError(
                 f"{where}: {self.annotations} has no answers for question_id {identity}; are both "
                 "of one split?"
             )
         number, annotation = self.answers[identity]
-        place = f"{self.annotations}: record {number + 1}"
-        answers = [
-            value(one, "answer", str, f"{place}: an answer")
-            for one in value(annotation, "answers", list, place)
-        ]
-        check_ten(answers, place)
-        image = image_file(
-            self.image_name, subset=self.subset, image_id=value(record, "image_id", int, where)
-        )
-        messages = self.asked(value(record, "question", str, where), [image])
-        yield Question(
-            str(identity), messages, [image], answers, value(annotation, "answer_type", str, place)
-        )
+        annotation_name = f"{self.annotations}: record {number + 1}"
+        answers = []
+        for item in require_field(annotation, "answers", list, annotation_name):
+            answers.append(require_field(item, "answer", str, f"{annotation_name}: an answer"))
+        check_ten(answers, annotation_name)
+        image_id = require_field(record, "image_id", int, where)
+        image = image_file(self.image_name, subset=self.subset, image_id=image_id)
+        messages = self.user_turn(require_field(record, "question", str, where), [image])
+        answer_type = require_field(annotation, "answer_type", str, annotation_name)
+        yield Question(str(identity), messages, [image], answers, answer_type)
 
     def score(self, line: dict[str, Any]) -> float:
-        """See `Task`."""
+        """Returns the score of one answer."""
         return vqa_accuracy(line["answer"], line["expected"])
 
     def metrics(self, lines: list[dict[str, Any]]) -> dict[str, float]:
         """`accuracy`, and by the type of answer: yes/no, number, other."""
-        return by_group(lines, "accuracy")
+        return scores_by_group(lines, "accuracy")
 
 
 @dataclass(kw_only=True)
@@ -181,26 +191,25 @@ class TextVQA(Task):
     image_name: str = "{image_id}.jpg"
 
     def open(self) -> Sequence[Any]:
-        """See `Task`."""
-        return value(read_json(self.file, dict), "data", list, f"{self.file}")
+        """Returns the records of the file."""
+        return require_field(read_json(self.file, dict), "data", list, f"{self.file}")
 
     def ask(self, record: Any, where: str) -> Iterator[Question]:
-        """See `Task`."""
-        identity = str(value(record, "question_id", (int, str), where))
-        answers = texts(record, "answers", where)
+        """Yields the record's question."""
+        identity = str(require_field(record, "question_id", (int, str), where))
+        answers = require_texts(record, "answers", where)
         check_ten(answers, where)
-        image = image_file(self.image_name, image_id=value(record, "image_id", str, where))
-        yield Question(
-            identity, self.asked(value(record, "question", str, where), [image]), [image], answers
-        )
+        image = image_file(self.image_name, image_id=require_field(record, "image_id", str, where))
+        messages = self.user_turn(require_field(record, "question", str, where), [image])
+        yield Question(identity, messages, [image], answers)
 
     def score(self, line: dict[str, Any]) -> float:
-        """See `Task`."""
+        """Returns the score of one answer."""
         return textvqa_accuracy(line["answer"], line["expected"])
 
     def metrics(self, lines: list[dict[str, Any]]) -> dict[str, float]:
         """`accuracy`."""
-        return by_group(lines, "accuracy")
+        return scores_by_group(lines, "accuracy")
 
 
 def check_ten(answers: list[str], where: str) -> None:

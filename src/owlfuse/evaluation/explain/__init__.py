@@ -1,1 +1,1 @@
-"""Which parts of a picture an answer looked at, as maps and as a contact sheet."""
+"""The attention of an answer to the pictures of its prompt, as maps and as a contact sheet."""

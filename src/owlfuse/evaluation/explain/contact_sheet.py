@@ -1,4 +1,4 @@
-"""Where the answers on the contact sheet looked."""
+"""Attention maps of the answers on the contact sheet."""
 
 from __future__ import annotations
 
@@ -11,24 +11,27 @@ from owlfuse.core.errors import DataError
 from owlfuse.core.types import Sample
 from owlfuse.data.datamodule import ChatData
 from owlfuse.data.media.tiles import best_grid
-from owlfuse.evaluation.explain.attention import features_of, maps_of, whole_map, without_end
+from owlfuse.evaluation.explain.attention import features_of, join_views, maps_of, without_end
 from owlfuse.evaluation.generation import generate_greedy
 from owlfuse.evaluation.metrics import Answer
 from owlfuse.evaluation.reports import picture_of
 from owlfuse.model.multimodal import MultimodalLM
+from owlfuse.parallel.collectives import is_sharded
 
 log = logging.getLogger(__name__)
 
 
 def maps_of_answers(
-    model: MultimodalLM, data: ChatData, answers: list[tuple[Answer, Sample]], max_new_tokens: int
+    model: MultimodalLM,
+    data: ChatData,
+    answers: list[tuple[Answer, Sample]],
+    max_new_tokens: int,
 ) -> dict[str, Tensor]:
-    """Of answers with their questions, by their ids: the map (h, w) of where each looked in its
-    first picture (see `explain.attention_to_pictures`). None, and a warning, for a model whose
-    weights are shared out, and for one that has no such map: the rest of an evaluation is not lost
-    by it. No map for a question with a video.
+    """Returns the attention maps (h, w) of answers over their first pictures, by their ids (see
+    `explain.attention_to_pictures`). None, and a warning, for a sharded model and for one that has
+    no such map: an evaluation does not end by it. No map for a question with a video.
     """
-    if any(hasattr(parameter, "full_tensor") for parameter in model.parameters()):
+    if is_sharded(model):
         log.warning(
             "evaluation.explain: the model is shared out over ranks; evaluate the run by one "
             "process for the overlays"
@@ -48,17 +51,21 @@ def maps_of_answers(
 @torch.no_grad()
 @torch.compiler.set_stance("force_eager")
 def map_of_answer(
-    model: MultimodalLM, data: ChatData, sample: Sample, answer: Answer, max_new_tokens: int
+    model: MultimodalLM,
+    data: ChatData,
+    sample: Sample,
+    answer: Answer,
+    max_new_tokens: int,
 ) -> Tensor:
-    """Answers the question again, by itself."""
+    """Returns the map of one answer, which is generated again by itself."""
     source = data.validation[answer.source]
     ends = data.encoder.answer_format.generation(data.tokenizer, model.llm)["eos_token_id"]
     batch = data.prompts([(sample, source)]).to(next(model.parameters()).device)
+    # alone, without the padding of a batch, which the map would include
     ids = generate_greedy(model, batch, max_new_tokens, data.encoder)
     with features_of(model.vision) as features:
         visual = model.encode(batch)
     maps = maps_of(model, batch, visual, features[0], without_end(ids, ends))
     views = len(data.pictures(sample, source)[0])
-    return whole_map(
-        maps[:views], best_grid(picture_of(answer).size, model.vision.preprocessing.size)
-    )
+    tiles = best_grid(picture_of(answer).size, model.vision.preprocessing.size)
+    return join_views(maps[:views], tiles)

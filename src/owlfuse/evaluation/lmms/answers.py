@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from owlfuse.core.errors import DataError
-from owlfuse.evaluation.benchmarks.answering import Talker, generated
-from owlfuse.evaluation.lmms.prompts import Prompt, written
+from owlfuse.evaluation.benchmarks.answering import UNLIMITED, LoadedModel
+from owlfuse.evaluation.lmms.prompts import Prompt, render_prompt
 
 LONGEST_ANSWER = 256
 """Tokens, where a task does not say."""
@@ -25,9 +25,9 @@ PASSED = (
     "length_penalty",
     "min_new_tokens",
 )
-ASIDE = ("image_aspect_ratio", "skip_special_tokens", "seed", "max_agentic_steps")
+IGNORED = ("image_aspect_ratio", "skip_special_tokens", "seed", "max_agentic_steps")
 """Keys of generation_kwargs that shipped tasks have for other models, or that mean nothing here."""
-KNOWN = ("max_new_tokens", "until", "do_sample", "stop_sequences", *PASSED, *ASIDE)
+GENERATION_KEYS = ("max_new_tokens", "until", "do_sample", "stop_sequences", *PASSED, *IGNORED)
 
 
 @dataclass(frozen=True)
@@ -45,41 +45,50 @@ class Options:
     arguments: tuple[tuple[str, Any], ...] = (("do_sample", False), ("num_beams", 1))
 
     @classmethod
-    def of(cls, given: dict[str, Any], name: str) -> Options:
-        """Of a task's generation_kwargs. Without `do_sample` a temperature above 0 asks for
-        sampling; 0 never does.
+    def of(cls, generation_kwargs: dict[str, Any], name: str) -> Options:
+        """Returns the options of a task's generation_kwargs. Without `do_sample` a temperature
+        above 0 asks for sampling; 0 never does.
 
         Raises:
             DataError: an unknown key, or a max_new_tokens below 1.
         """
-        if unknown := sorted(set(given) - set(KNOWN)):
-            match = difflib.get_close_matches(unknown[0], KNOWN, n=1)
-            guess = f"did you mean '{match[0]}'?" if match else f"the keys are {', '.join(KNOWN)}"
+        if unknown := sorted(set(generation_kwargs) - set(GENERATION_KEYS)):
+            match = difflib.get_close_matches(unknown[0], GENERATION_KEYS, n=1)
+            guess = (
+                f"did you mean '{match[0]}'?"
+                if match
+                else f"the keys are {', '.join(GENERATION_KEYS)}"
+            )
             raise DataError(f"{name}: generation_kwargs: {unknown[0]}: no such key; {guess}")
-        given = {key: value for key, value in given.items() if value is not None}
-        temperature = float(given.get("temperature", 1.0 if given.get("do_sample") else 0.0))
-        sample = bool(given.get("do_sample", True)) and temperature > 0
-        arguments = {"num_beams": 1} | {
-            key: given[key] for key in PASSED if key in given and (sample or key not in SAMPLING)
-        }
-        arguments |= {"do_sample": sample} | ({"temperature": temperature} if sample else {})
-        tokens = given.get("max_new_tokens", LONGEST_ANSWER)
+        options = {key: value for key, value in generation_kwargs.items() if value is not None}
+        temperature = float(options.get("temperature", 1.0 if options.get("do_sample") else 0.0))
+        sample = bool(options.get("do_sample", True)) and temperature > 0
+        arguments: dict[str, Any] = {"num_beams": 1, "do_sample": sample}
+        for key in PASSED:
+            # transformers warns of sampling options where nothing is sampled
+            if key in options and (sample or key not in SAMPLING):
+                arguments[key] = options[key]
+        if sample:
+            arguments["temperature"] = temperature
+        tokens = options.get("max_new_tokens", LONGEST_ANSWER)
         if not isinstance(tokens, int) or tokens < 1:
             raise DataError(
                 f"{name}: generation_kwargs: max_new_tokens is {tokens}, expected a whole number "
                 "of at least 1"
             )
-        ends = [given[key] for key in ("until", "stop_sequences") if key in given]
-        until = [end for one in ends for end in ([one] if isinstance(one, str) else one) if end]
-        return cls(tokens, tuple(until), tuple(sorted(arguments.items())))
+        until: list[str] = []
+        for key in ("until", "stop_sequences"):
+            ends = options.get(key, [])
+            until += [ends] if isinstance(ends, str) else ends
+        return cls(tokens, tuple(filter(None, until)), tuple(sorted(arguments.items())))
 
     @property
     def sampled(self) -> bool:
-        """Whether chance decides."""
+        """Whether the answer is sampled."""
         return bool(dict(self.arguments)["do_sample"])
 
-    def ended(self, text: str) -> str:
-        """The answer up to the first of `until`, without white space around it."""
+    def cut_at_end(self, text: str) -> str:
+        """Returns the answer up to the first of `until`, without white space around it."""
         text = text.strip()
         for end in self.until:
             text = text.partition(end)[0]
@@ -104,61 +113,64 @@ class Request:
 
 
 def batches(requests: list[Request], batch_size: int) -> Iterable[list[int]]:
-    """Places of requests of the same options, the longest first, so that little is padded and a
-    memory that is too small shows at once. What is sampled is alone, so that it does not depend on
-    the batch."""
+    """Yields the indices of requests of the same options, the longest first, so that little is
+    padded and a memory that is too small shows at once. What is sampled is alone, so that it does
+    not depend on the batch."""
     groups: dict[Options, list[int]] = {}
-    for place, request in enumerate(requests):
-        groups.setdefault(request.options, []).append(place)
-    for options, places in groups.items():
-        places.sort(key=lambda place: -requests[place].size)
+    for index, request in enumerate(requests):
+        groups.setdefault(request.options, []).append(index)
+    for options, indices in groups.items():
+        # the longest first: memory that is too small shows at once
+        indices.sort(key=lambda index: -requests[index].size)
         size = 1 if options.sampled else batch_size
-        yield from (places[start : start + size] for start in range(0, len(places), size))
+        for start in range(0, len(indices), size):
+            yield indices[start : start + size]
 
 
-def answer(talker: Talker, requests: list[Request], seed: int) -> tuple[list[str], int]:
-    """The answers to a batch of requests of the same options, and how many of them ended where the
-    model has no more positions.
+def answer(model: LoadedModel, requests: list[Request], seed: int) -> tuple[list[str], int]:
+    """Returns the answers to a batch of requests of the same options, and how many of them ended
+    where the model has no more positions.
 
     Raises:
         DataError: a prompt that cannot be made or has no room for an answer.
     """
     options = requests[0].options
     prompts = [request.make() for request in requests]
-    texts = [written(prompt, talker.processor, thinking=talker.thinking) for prompt in prompts]
-    inputs = talker.processor(
-        images=[picture for prompt in prompts for picture in prompt.pictures], text=texts
-    )
-    rooms = [
-        room(talker, prompt, int(used))
-        for prompt, used in zip(prompts, inputs["attention_mask"].sum(1), strict=True)
-    ]
-    limits = [min(options.max_new_tokens, left) for left in rooms]
+    texts = [render_prompt(prompt, model.processor, thinking=model.thinking) for prompt in prompts]
+    pictures = [picture for prompt in prompts for picture in prompt.pictures]
+    inputs = model.processor(images=pictures, text=texts)
+    limits = []
+    for prompt, used in zip(prompts, inputs["attention_mask"].sum(1).tolist(), strict=True):
+        limits.append(min(options.max_new_tokens, free_positions(model, prompt, used)))
+    # the seed of one request is not to change another's, nor lmms-eval's own random state
     with torch.random.fork_rng(enabled=options.sampled):
         if options.sampled:
             torch.manual_seed(seed_of(seed, requests[0]))
-        new = generated(talker, inputs, max_new_tokens=max(limits), **dict(options.arguments))
-    ends = talker.model.generation_config.eos_token_id
+        generated = model.generate(inputs, max_new_tokens=max(limits), **dict(options.arguments))
+    ends = model.model.generation_config.eos_token_id
     ends = set(ends if isinstance(ends, list) else [ends])
-    rows = [row[:limit].tolist() for row, limit in zip(new, limits, strict=True)]
-    cut = [
-        limit < options.max_new_tokens and len(row) == limit and not ends & set(row)
-        for row, limit in zip(rows, limits, strict=True)
-    ]
-    return [options.ended(text) for text in talker.answers(rows)], sum(cut)
+    rows = []
+    cut_count = 0
+    for row, limit in zip(generated.tolist(), limits, strict=True):
+        row = row[:limit]
+        rows.append(row)
+        if limit < options.max_new_tokens and len(row) == limit and not ends & set(row):
+            cut_count += 1
+    return [options.cut_at_end(text) for text in model.decode(rows)], cut_count
 
 
-def room(talker: Talker, prompt: Prompt, used: int) -> int:
-    """The positions that a prompt leaves for its answer. Raises DataError where there is none."""
-    longest = talker.longest or 2**31
-    if used >= longest:
+def free_positions(model: LoadedModel, prompt: Prompt, used: int) -> int:
+    """Returns how many positions a prompt leaves for its answer. Raises DataError for none."""
+    limit = model.max_positions or UNLIMITED
+    if used >= limit:
         raise DataError(
-            f"{prompt.name}: its prompt takes {used} positions, and the model has {longest}"
+            f"{prompt.name}: its prompt takes {used} positions, and the model has {limit}"
         )
-    return longest - used
+    return limit - used
 
 
 def seed_of(seed: int, request: Request) -> int:
-    """Of a request's own random numbers, which do not depend on the requests before it."""
+    """Returns the seed of a request's own random numbers, which do not depend on the requests
+    before it."""
     words = f"{seed} {request.name} {request.turn}"
     return int.from_bytes(hashlib.sha256(words.encode()).digest()[:7], "little")

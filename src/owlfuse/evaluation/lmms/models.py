@@ -17,11 +17,11 @@ from loguru import logger
 
 from owlfuse.core.errors import ConfigError, DataError
 from owlfuse.core.progress import Progress
-from owlfuse.evaluation.benchmarks.answering import Talker
+from owlfuse.evaluation.benchmarks.answering import LoadedModel
 from owlfuse.evaluation.benchmarks.options import check_model
 from owlfuse.evaluation.lmms.answers import Options, Request, answer, batches
 from owlfuse.evaluation.lmms.likelihoods import Likelihoods
-from owlfuse.evaluation.lmms.prompts import Opener, Prompt
+from owlfuse.evaluation.lmms.prompts import Prompt, PromptMaker
 
 if TYPE_CHECKING:
     from lmms_eval.api.instance import Instance
@@ -31,8 +31,8 @@ ARGUMENTS = ("pretrained", "batch_size", "device", "dtype", "frames")
 
 
 @contextmanager
-def told() -> Iterator[None]:
-    """What is wrong with the user's words or data ends the program with a line and exit code 1.
+def exit_on_user_error() -> Iterator[None]:
+    """Ends the program with one line and exit code 1 where the user's words or data are wrong;
     lmms-eval would print a traceback and end with 0."""
     try:
         yield
@@ -46,9 +46,9 @@ def told() -> Iterator[None]:
         raise SystemExit(f"owlfuse: error: {words}") from None
 
 
-class Measured(tuple):
-    """(number, bool) that lmms-eval's response cache takes for an empty answer and so does not
-    keep: it would give the pair back as a text, which no task can score."""
+class UncachedPair(tuple):
+    """A pair (number, bool) that lmms-eval's response cache takes for an empty answer and so does
+    not store: it would give the pair back as a text, which no task can score."""
 
     def strip(self) -> str:
         """What the cache asks an answer for."""
@@ -69,6 +69,7 @@ class Owlfuse(lmms):
         SystemExit: with one line, for a wrong argument or folder.
     """
 
+    # lmms-eval asks which kind of requests a model takes
     is_simple = True
 
     def __init__(
@@ -83,20 +84,22 @@ class Owlfuse(lmms):
     ) -> None:
         super().__init__()
         self.accelerator = Accelerator()
+        # names that lmms-eval's base class reads
         self._rank, self._world_size = (
             self.accelerator.process_index,
             self.accelerator.num_processes,
         )
-        with told():
+        with exit_on_user_error():
             check_arguments(unknown, pretrained, dtype, frames)
-            self.batch_size = number(batch_size, "batch_size")
-            self.device = self.place(device)
-            self.talker = Talker(check_model(str(pretrained)), dtype, self.device)
-        self.opener = Opener(frames)
-        self.cut = 0
+            self.batch_size = positive_int(batch_size, "batch_size")
+            self.device = self.find_device(device)
+            self.loaded = LoadedModel(check_model(str(pretrained)), dtype, self.device)
+        self.prompt_maker = PromptMaker(frames)
+        self.cut_count = 0
 
-    def place(self, device: str | None) -> torch.device:
-        """Where the model goes. Raises DataError for no such device."""
+    def find_device(self, device: str | None) -> torch.device:
+        """Returns the device that the model goes to. Raises DataError for no such device."""
+        # several processes have a GPU each, whatever --device says
         if self._world_size > 1 or device is None:
             return self.accelerator.device
         try:
@@ -117,52 +120,56 @@ class Owlfuse(lmms):
         """The answer to each request; greedily, unless the task's generation_kwargs ask for
         sampling."""
         turns: Counter[str] = Counter()
-        asked = []
-        with told():
+        parsed = []
+        with exit_on_user_error():
             for request in requests:
-                name, prompt, options = self.asked(request)
-                asked.append(Request(name, len(request.args[0]), prompt, options, turns[name]))
+                name, make_prompt, options = self.parse(request)
+                size = len(request.args[0])
+                parsed.append(Request(name, size, make_prompt, options, turns[name]))
+                # tasks may repeat a request for several samples, each with its own random numbers
                 turns[name] += 1
-            return self.answered(asked)
+            return self.answer_all(parsed)
 
-    def asked(self, request: Instance) -> tuple[str, Callable[[], Prompt], Options]:
-        """A request's name, its prompt when it is wanted, and how it is answered.
+    def parse(self, request: Instance) -> tuple[str, Callable[[], Prompt], Options]:
+        """Returns a request's name, what makes its prompt, and how it is answered.
 
         Raises DataError.
         """
-        text, generation, visuals, *where = request.args
-        name = name_of(*where)
-        return (
-            name,
-            partial(self.question, name, text, visuals, *where),
-            Options.of(generation or {}, name),
-        )
+        text, generation, visuals, *document = request.args
+        name = document_name(*document)
+        make_prompt = partial(self.question, name, text, visuals, *document)
+        return name, make_prompt, Options.of(generation or {}, name)
 
     def question(
-        self, name: str, text: str, visuals: Callable | None, doc_id: int, task: str, split: str
+        self,
+        name: str,
+        text: str,
+        visuals: Callable | None,
+        doc_id: int,
+        task: str,
+        split: str,
     ) -> Prompt:
-        """A document's question, by its text and the task's doc_to_visual. Raises DataError."""
-        return self.opener.question(
-            name, text, visuals(self.task_dict[task][split][doc_id]) if visuals else None
-        )
+        """Returns a document's question, by its text and the task's doc_to_visual. Raises
+        DataError."""
+        pictures = visuals(self.task_dict[task][split][doc_id]) if visuals else None
+        return self.prompt_maker.question(name, text, pictures)
 
-    def answered(self, requests: list[Request]) -> list[str]:
-        """The answers in the requests' order. Raises DataError."""
+    def answer_all(self, requests: list[Request]) -> list[str]:
+        """Returns the answers in the requests' order. Raises DataError."""
         answers = [""] * len(requests)
         with Progress("owlfuse", len(requests), shown=self.rank == 0) as progress:
-            for places in batches(requests, self.batch_size):
-                found, cut = answer(
-                    self.talker, [requests[place] for place in places], torch.initial_seed()
-                )
-                self.cut += cut
-                for place, text in zip(places, found, strict=True):
-                    answers[place] = text
-                progress.advance(len(places))
-        if self.cut:
+            for indices in batches(requests, self.batch_size):
+                batch = [requests[index] for index in indices]
+                texts, cut_count = answer(self.loaded, batch, torch.initial_seed())
+                self.cut_count += cut_count
+                for index, text in zip(indices, texts, strict=True):
+                    answers[index] = text
+                progress.advance(len(indices))
+        if self.cut_count:
             logger.warning(
-                f"owlfuse: {self.cut} answers were cut where the model has no more positions"
+                f"owlfuse: {self.cut_count} answers were cut where the model has no more positions"
             )
-            self.cut = 0
+            self.cut_count = 0
         return answers
 
     def loglikelihood(self, requests: list[Instance]) -> list[GenerationResult]:
@@ -174,36 +181,37 @@ class Owlfuse(lmms):
         models give the loss there).
         """
         results: list[Any] = [None] * len(requests)
-        with told(), Progress("owlfuse", len(requests), shown=self.rank == 0) as progress:
-            measure = Likelihoods(self.talker)
-            order = sorted(range(len(requests)), key=lambda place: -len(requests[place].args[0]))
+        with (
+            exit_on_user_error(),
+            Progress("owlfuse", len(requests), shown=self.rank == 0) as progress,
+        ):
+            likelihoods = Likelihoods(self.loaded)
+            # by length, so that little is padded
+            order = sorted(range(len(requests)), key=lambda index: -len(requests[index].args[0]))
             for start in range(0, len(order), self.batch_size):
-                places = order[start : start + self.batch_size]
-                made = [self.continued(requests[place]) for place in places]
-                measured = measure.measure(
-                    [measure.encode(prompt, text) for prompt, text, _ in made]
-                )
-                for place, (_, _, sign), (number, greedy) in zip(
-                    places, made, measured, strict=True
-                ):
-                    results[place] = GenerationResult(Measured((sign * number, greedy)))
-                progress.advance(len(places))
+                indices = order[start : start + self.batch_size]
+                encoded, signs = [], []
+                for index in indices:
+                    prompt, continuation, sign = self.parse_continuation(requests[index])
+                    encoded.append(likelihoods.encode(prompt, continuation))
+                    signs.append(sign)
+                pairs = likelihoods.measure(encoded)
+                for index, sign, (number, greedy) in zip(indices, signs, pairs, strict=True):
+                    results[index] = GenerationResult(UncachedPair((sign * number, greedy)))
+                progress.advance(len(indices))
         return results
 
-    def continued(self, request: Instance) -> tuple[Prompt, str, int]:
-        """A request's prompt, its continuation, and the sign that lmms-eval expects.
+    def parse_continuation(self, request: Instance) -> tuple[Prompt, str, int]:
+        """Returns a request's prompt, its continuation, and the sign that lmms-eval expects.
 
         Raises DataError.
         """
-        text, target, *rest = request.args
-        if not rest:  # a choice without its question
-            return (
-                self.opener.question(name_of(request.doc_id, request.task_name), text, None),
-                target,
-                -1,
-            )
-        visuals, doc_id, task, split = rest
-        prompt = self.question(name_of(doc_id, task), text, visuals, doc_id, task, split)
+        text, target, *document = request.args
+        if not document:  # a choice without its question
+            name = document_name(request.doc_id, request.task_name)
+            return self.prompt_maker.question(name, text, None), target, -1
+        visuals, doc_id, task, split = document
+        prompt = self.question(document_name(doc_id, task), text, visuals, doc_id, task, split)
         if isinstance(target, str):
             return prompt, target, -1
         return prompt, str(target(self.task_dict[task][split][doc_id])), 1
@@ -211,20 +219,17 @@ class Owlfuse(lmms):
     def generate_until_multi_round(self, requests: list[Instance]) -> list[list[str]]:
         """The answers of each request's rounds. After a round the task's doc_to_text says what
         comes next, or that it was the last."""
-        with told():
+        with exit_on_user_error():
             rounds = [Rounds(self, request) for request in requests]
-            while going := [one for one in rounds if one.next is not None]:
-                for one, text in zip(
-                    going,
-                    self.answered([one.next for one in going if one.next is not None]),
-                    strict=True,
-                ):
-                    one.go_on(text)
-            return [one.answers for one in rounds]
+            while open_rounds := [item for item in rounds if item.next is not None]:
+                requests_now = [item.next for item in open_rounds if item.next is not None]
+                for item, text in zip(open_rounds, self.answer_all(requests_now), strict=True):
+                    item.advance(text)
+            return [item.answers for item in rounds]
 
     def clean(self) -> None:
         """Frees the model's memory, once all is answered."""
-        del self.talker
+        del self.loaded
         super().clean()
 
 
@@ -234,28 +239,29 @@ class OwlfuseChat(Owlfuse):
 
     is_simple = False
 
-    def asked(self, request: Instance) -> tuple[str, Callable[[], Prompt], Options]:
-        """See `Owlfuse`."""
-        _, messages, generation, *where = request.args
-        name = name_of(*where)
-        return name, partial(self.chat, name, messages, *where), Options.of(generation or {}, name)
+    def parse(self, request: Instance) -> tuple[str, Callable[[], Prompt], Options]:
+        """Returns what `Owlfuse.parse` does, of a task's messages."""
+        _, messages, generation, *document = request.args
+        name = document_name(*document)
+        make_prompt = partial(self.chat, name, messages, *document)
+        return name, make_prompt, Options.of(generation or {}, name)
 
     def chat(self, name: str, messages: Callable, doc_id: int, task: str, split: str) -> Prompt:
-        """A document's chat. Raises DataError."""
-        return self.opener.chat(name, messages(self.task_dict[task][split][doc_id]))
+        """Returns a document's chat. Raises DataError."""
+        return self.prompt_maker.chat(name, messages(self.task_dict[task][split][doc_id]))
 
     def generate_until_multi_round(self, requests: list[Instance]) -> list[list[str]]:
-        """See `Owlfuse`."""
+        """Ends the program: tasks of several rounds give no messages."""
         raise SystemExit(
             "owlfuse: error: owlfuse_chat: a task of several rounds is answered by --model owlfuse"
         )
 
 
-def number(given: Any, name: str) -> int:
-    """A whole number of at least 1. Raises DataError."""
-    if not str(given).isdecimal() or int(given) < 1:
-        raise DataError(f"{name} is {given}, expected a whole number of at least 1")
-    return int(given)
+def positive_int(value: Any, name: str) -> int:
+    """Returns a whole number of at least 1. Raises DataError for another value."""
+    if not str(value).isdecimal() or int(value) < 1:
+        raise DataError(f"{name} is {value}, expected a whole number of at least 1")
+    return int(value)
 
 
 def check_arguments(unknown: dict[str, Any], pretrained: str, dtype: str, frames: Any) -> None:
@@ -268,7 +274,7 @@ def check_arguments(unknown: dict[str, Any], pretrained: str, dtype: str, frames
         raise DataError("--model_args: name the model's folder: pretrained=OUT")
     if dtype not in DTYPES:
         raise DataError(f"--model_args: dtype is {dtype}, expected {', '.join(DTYPES)}")
-    number(frames, "--model_args: frames")
+    positive_int(frames, "--model_args: frames")
 
 
 class Rounds:
@@ -280,30 +286,38 @@ class Rounds:
     """
 
     def __init__(self, model: Owlfuse, request: Instance) -> None:
-        text, generation, visuals, self.said, *self.where = request.args
+        text, generation, visuals, self.doc_to_text, *self.document = request.args
         self.model = model
-        self.name = name_of(*self.where)
+        self.name = document_name(*self.document)
         self.options = Options.of(generation or {}, self.name)
         self.answers: list[str] = []
-        self.info: Any = None
-        make = partial(model.question, self.name, text, visuals, *self.where)
-        self.next: Request | None = Request(self.name, len(text), make, self.options)
+        self.round_info: Any = None
+        make_prompt = partial(model.question, self.name, text, visuals, *self.document)
+        self.next: Request | None = Request(self.name, len(text), make_prompt, self.options)
 
-    def go_on(self, text: str) -> None:
-        """Takes the round's answer, and asks the task for the next."""
+    def advance(self, text: str) -> None:
+        """Takes the round's answer, and gets the next round from the task."""
         self.answers.append(text)
-        doc_id, task, split = self.where
-        step = {"round_idx": len(self.answers), "previous_round_info": self.info}
-        visuals, question, last, answers, self.info = self.said(
-            self.model.task_dict[task][split][doc_id], previous_output=list(self.answers), **step
+        doc_id, task, split = self.document
+        visuals, question, is_last, answers, self.round_info = self.doc_to_text(
+            self.model.task_dict[task][split][doc_id],
+            previous_output=list(self.answers),
+            round_idx=len(self.answers),
+            previous_round_info=self.round_info,
         )
-        if last:
+        if is_last:
             self.answers, self.next = list(answers), None
             return
-        make = partial(self.model.opener.question, self.name, question, visuals)
-        self.next = Request(self.name, len(question), make, self.options, turn=len(self.answers))
+        make_prompt = partial(self.model.prompt_maker.question, self.name, question, visuals)
+        self.next = Request(
+            self.name,
+            len(question),
+            make_prompt,
+            self.options,
+            turn=len(self.answers),
+        )
 
 
-def name_of(doc_id: Any, task: Any, split: Any = None) -> str:
-    """A document's name in messages."""
+def document_name(doc_id: Any, task: Any, split: Any = None) -> str:
+    """Returns what messages call a document."""
     return f"task {task}, document {doc_id}" + (f" of {split}" if split else "")

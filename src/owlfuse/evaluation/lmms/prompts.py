@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +37,8 @@ class Prompt:
 
 
 @dataclass(frozen=True)
-class Opener:
-    """Makes prompts, their pictures opened.
+class PromptMaker:
+    """Makes prompts of what a task gives, their pictures opened.
 
     Args:
         frames: of a video, spread evenly over it; each is a picture to the model.
@@ -55,31 +56,39 @@ class Opener:
 
         Raises:
             DataError: a count of placeholders that is neither 0 nor that of the pictures; what
-                `shown` raises.
+                `open_visual` raises.
         """
-        shown = [self.shown(name, visual) for visual in listed(visuals)]
-        pictures = [picture for each in shown for picture in each]
+        pictures_by_visual = [self.open_visual(name, visual) for visual in flattened(visuals)]
         try:
-            parts = with_pictures(text, len(shown), ("image", "video"))
+            parts = with_pictures(text, len(pictures_by_visual), ("image", "video"))
         except DataError as error:
             raise DataError(f"{name}: {error}") from None
-        return Prompt(name, [user(filled(parts, [len(each) for each in shown]))], pictures)
+        content: list[Message] = []
+        visuals_left = iter(pictures_by_visual)
+        for part in parts:
+            if part["type"] == "image":
+                content += image_parts(len(next(visuals_left)))
+            else:
+                content.append(part)
+        pictures = list(chain.from_iterable(pictures_by_visual))
+        return Prompt(name, [{"role": "user", "content": content}], pictures)
 
     def chat(self, name: str, messages: Sequence[Message]) -> Prompt:
         """Messages as lmms-eval's `doc_to_messages` gives them: contents are lists of `{"type":
         "text", "text"}`, `{"type": "image", "url"}` and `{"type": "video", "url"}`, or a text.
 
         Raises:
-            DataError: another part; what `shown` raises.
+            DataError: another part; what `open_visual` raises.
         """
-        made: list[Message] = []
+        turns: list[Message] = []
         pictures: list[Image.Image] = []
         for message in messages:
             content = message["content"]
+            # doc_to_messages may give a text as it is
+            if isinstance(content, str):
+                content = [{"type": "text", "text": content}]
             parts: list[Message] = []
-            for part in (
-                [{"type": "text", "text": content}] if isinstance(content, str) else content
-            ):
+            for part in content:
                 if part["type"] == "text":
                     parts.append({"type": "text", "text": unescaped(part["text"])})
                     continue
@@ -88,19 +97,20 @@ class Opener:
                         f"{name}: a part of the type {part['type']}, and this model takes text, "
                         "images and videos"
                     )
-                found = self.shown(name, part["url"])
-                parts += placeholders(len(found))
-                pictures += found
-            made.append({"role": message["role"], "content": parts})
-        return Prompt(name, made, pictures)
+                opened = self.open_visual(name, part["url"])
+                parts += image_parts(len(opened))
+                pictures += opened
+            turns.append({"role": message["role"], "content": parts})
+        return Prompt(name, turns, pictures)
 
-    def shown(self, name: str, visual: Any) -> list[Image.Image]:
-        """The pictures that a visual of a task is: one, or a video's frames.
+    def open_visual(self, name: str, visual: Any) -> list[Image.Image]:
+        """Returns the pictures that a visual of a task is: one, or a video's frames.
 
         Raises:
             DataError: sound, a file that cannot be read, a picture of more than `MAX_PIXELS`.
         """
         if isinstance(visual, Image.Image):
+            # a picture in memory, which open_image never checked
             if visual.width * visual.height > MAX_PIXELS:
                 raise DataError(
                     f"{name}: a picture has {visual.width * visual.height:,} pixels, over the "
@@ -120,50 +130,41 @@ class Opener:
                 f"{name}: a visual is a {type(visual).__name__}, expected a picture, or the path "
                 "of one or of a video"
             )
-        place = Path(visual).expanduser()
-        if place.suffix.lower() in PICTURES:
-            return [open_image(place.parent, place.name, name, MAX_PIXELS)]
+        path = Path(visual).expanduser()
+        if path.suffix.lower() in PICTURES:
+            return [open_image(path.parent, path.name, name, MAX_PIXELS)]
+        # PyAV is an optional extra
         from owlfuse.data.media.video import VideoSampling, read_frames
 
-        return read_frames(
-            place.parent, place.name, name, VideoSampling(frames=self.frames), MAX_PIXELS
-        )
+        sampling = VideoSampling(frames=self.frames)
+        return read_frames(path.parent, path.name, name, sampling, MAX_PIXELS)
 
 
-def listed(visuals: Any) -> list[Any]:
-    """None, one, or nested lists -> a list."""
+def flattened(visuals: Any) -> list[Any]:
+    """Returns None, one visual, or nested lists of them as a list."""
     if visuals is None:
         return []
-    if isinstance(visuals, list | tuple):
-        return [one for part in visuals for one in listed(part)]
-    return [visuals]
+    if not isinstance(visuals, list | tuple):
+        return [visuals]
+    flat: list[Any] = []
+    for part in visuals:
+        flat += flattened(part)
+    return flat
 
 
-def user(content: list[Message]) -> Message:
-    """A turn of the user."""
-    return {"role": "user", "content": content}
-
-
-def placeholders(count: int) -> list[Message]:
-    """So many image parts."""
+def image_parts(count: int) -> list[Message]:
+    """Returns so many image parts of a message."""
     return [{"type": "image"} for _ in range(count)]
 
 
-def filled(parts: list[Message], counts: list[int]) -> list[Message]:
-    """Each image part as many times as its visual has pictures."""
-    rest = iter(counts)
-    return [
-        one
-        for part in parts
-        for one in (placeholders(next(rest)) if part["type"] == "image" else [part])
-    ]
-
-
-def written(
-    prompt: Prompt, processor: Any, answer: str | None = None, thinking: bool = False
+def render_prompt(
+    prompt: Prompt,
+    processor: Any,
+    answer: str | None = None,
+    thinking: bool = False,
 ) -> str:
-    """A prompt as the chat template writes it, words hidden (see `data.words`): up to where the
-    assistant answers, or with its answer.
+    """Returns a prompt as the chat template writes it, words hidden (see `data.words`): up to where
+    the assistant answers, or with its answer.
 
     Args:
         thinking: it asks for a thought before the answer, where the template knows of thoughts.
@@ -174,9 +175,8 @@ def written(
     messages = prompt.messages
     if answer is not None:
         messages = [*messages, {"role": "assistant", "content": [{"type": "text", "text": answer}]}]
-    pictures: list[Any] = prompt.pictures  # read already
+    pictures: list[Any] = prompt.pictures  # opened already, where `Sample` names files
     special = control_tokens(processor.tokenizer, processor.image_token)
-    flat = flatten(
-        Sample(prompt.name, "lmms-eval", messages, pictures), special, processor.image_token
-    )
+    sample = Sample(prompt.name, "lmms-eval", messages, pictures)
+    flat = flatten(sample, special, processor.image_token)
     return render(processor.tokenizer, flat, answer is None, thinking)

@@ -1,17 +1,18 @@
 """N images, P patches, Q queries, Dv vision width (the abstractor's own width too), D LLM width,
 H heads, d head width."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from owlfuse.model.connectors.base import Connector
 from owlfuse.model.positions import sincos_1d, sincos_2d
 
 
-class Abstractor(nn.Module):
+class Abstractor(Connector):
     """The visual abstractor of mPLUG-Owl (arXiv 2304.14178) and mPLUG-Owl2 (arXiv 2311.04257, eq.
     1-2), as released.
 
@@ -39,6 +40,8 @@ class Abstractor(nn.Module):
     Raises:
         ValueError: heads that do not divide Dv, or a count under 1.
     """
+
+    COMPUTE_ONLY: ClassVar = ("gradient_checkpointing",)
 
     def __init__(
         self,
@@ -72,6 +75,7 @@ class Abstractor(nn.Module):
         self.tokens = queries + int(end_token)
         self.set_checkpointing(gradient_checkpointing)
         self.queries = nn.Parameter(torch.randn(1, queries, in_width) * 0.02)
+        # a SwiGLU has three matrices: as many weights as an MLP of 4 Dv
         hidden = hidden or in_width * 8 // 3
         self.layers = nn.ModuleList(
             AbstractorLayer(in_width, heads, hidden, learned_slope, eps) for _ in range(layers)
@@ -95,6 +99,7 @@ class Abstractor(nn.Module):
                 nn.init.zeros_(module.bias)
         for layer in self.layers:
             assert isinstance(layer, AbstractorLayer)
+            # a quarter the size, and four times the projection: attention is as before
             layer.query_norm.weight.fill_(0.25)
             layer.query.weight.mul_(4)
 
@@ -103,42 +108,44 @@ class Abstractor(nn.Module):
         self.gradient_checkpointing = enable
 
     def set_grid(self, patches: int, grid: tuple[int, int]) -> None:
-        """Goes on with another grid of patches: the fixed table of their places is computed
-        anew."""
+        """Goes on with another grid of patches: the fixed table of their positions is
+        recomputed."""
         if self.image_positions is not None:
-            self.image_positions = sincos_2d(grid, patches, self.image_positions.shape[1]).to(
-                self.image_positions
-            )
+            table = sincos_2d(grid, patches, self.image_positions.shape[1])
+            self.image_positions = table.to(self.image_positions)
 
-    def blocks(self) -> list[nn.Module]:
-        """The layers in order, for adapters that train the last of them."""
-        return list(self.layers)
+    def blocks(self) -> list[list[nn.Parameter]]:
+        """Returns the parameters of each layer, in order."""
+        return [list(layer.parameters()) for layer in self.layers]
 
     def sharding_units(self) -> list[nn.Module]:
-        """The layers, each gathered on its own."""
+        """Returns the layers, each gathered on its own."""
         return list(self.layers)
 
     def forward(self, features: Tensor) -> Tensor:
-        """(N, P, Dv) -> (N, Q + 1, D), the last being the end token; (N, Q, D) without one."""
+        """Returns the tokens (N, Q + 1, D) of features (N, P, Dv), the last being the end token;
+        (N, Q, D) without one."""
         queries = self.queries.expand(features.shape[0], -1, -1)
-        again = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
+        checkpointing = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
         for layer in self.layers:
             inputs = queries, features, self.query_positions, self.image_positions
-            queries = checkpoint(layer, *inputs, use_reentrant=False) if again else layer(*inputs)
+            if checkpointing:
+                queries = checkpoint(layer, *inputs, use_reentrant=False)
+            else:
+                queries = layer(*inputs)
         tokens = self.proj(queries)
         if self.end_token is None:
             return tokens
-        return torch.cat(
-            [tokens, self.end_token.expand(tokens.shape[0], -1, -1).to(tokens.dtype)], dim=1
-        )
+        end_tokens = self.end_token.expand(tokens.shape[0], -1, -1).to(tokens.dtype)
+        return torch.cat([tokens, end_tokens], dim=1)
 
     def patch_shares(self, features: Tensor) -> Tensor:
-        """Of which patches each token is made, by its attention: (N, P, Dv) -> (N, Q + 1, P), each
-        row with sum 1, that of the end token zero.
+        """Returns (N, Q + 1, P) of which patches each token is made, by its attention, each row
+        with sum 1, that of the end token zero.
 
-        Attention rollout (arXiv 2005.00928) through all layers: in each a query keeps one half and
-        takes the other, the mean over heads, from the queries and the image. What it has of the
-        learned queries is left out, and the rest scaled to 1.
+        Attention rollout (arXiv 2005.00928) through all layers: in each a query is half itself, and
+        half the mean over heads of its attention to the queries and the image. The share of the
+        learned queries is left out, and the patches' scaled to sum 1.
         """
         queries = self.queries.expand(features.shape[0], -1, -1)
         count = queries.shape[1]
@@ -158,7 +165,12 @@ class AbstractorLayer(nn.Module):
     the released code."""
 
     def __init__(
-        self, width: int, heads: int, hidden: int, learned_slope: bool, eps: float
+        self,
+        width: int,
+        heads: int,
+        hidden: int,
+        learned_slope: bool,
+        eps: float,
     ) -> None:
         super().__init__()
         self.heads = heads
@@ -193,14 +205,22 @@ class AbstractorLayer(nn.Module):
         query_positions: Tensor | None,
         image_positions: Tensor | None,
     ) -> list[Tensor]:
-        """Normed queries and the image -> query (N, H, Q, d), key and value (N, H, Q + P, d)."""
+        """Returns query (N, H, Q, d), key and value (N, H, Q + P, d) of normed queries and the
+        image."""
+        # the released code has the queries among the keys
         values = torch.cat([queries, self.image_norm(features)], dim=1)
         query_input, key_input = queries, values
         if query_positions is not None and image_positions is not None:
             query_input = queries + query_positions.to(queries.dtype)
             key_input = values + torch.cat([query_positions, image_positions]).to(values.dtype)
-        pairs = ((self.query, query_input), (self.key, key_input), (self.value, values))
-        return [linear(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for linear, x in pairs]
+        heads = []
+        for projection, inputs in (
+            (self.query, query_input),
+            (self.key, key_input),
+            (self.value, values),
+        ):
+            heads.append(projection(inputs).unflatten(-1, (self.heads, -1)).transpose(1, 2))
+        return heads
 
     def weights(
         self,
@@ -209,15 +229,12 @@ class AbstractorLayer(nn.Module):
         query_positions: Tensor | None,
         image_positions: Tensor | None,
     ) -> Tensor:
-        """The attention's weights (N, Q, Q + P), the mean over heads, of what `forward` takes."""
-        query, key, _ = self.heads_of(
-            self.query_norm(queries), features, query_positions, image_positions
-        )
-        return (
-            (query.float() @ key.float().transpose(2, 3) / query.shape[3] ** 0.5)
-            .softmax(-1)
-            .mean(1)
-        )
+        """Returns the attention's weights (N, Q, Q + P), the mean over heads, for the inputs of
+        `forward`."""
+        queries = self.query_norm(queries)
+        query, key, _ = self.heads_of(queries, features, query_positions, image_positions)
+        scores = query.float() @ key.float().transpose(2, 3) / query.shape[3] ** 0.5
+        return scores.softmax(-1).mean(1)
 
 
 class SwiGLU(nn.Module):

@@ -2,8 +2,10 @@
 
 from torch import Tensor, nn
 
+from owlfuse.model.connectors.base import Connector
 
-class LinearConnector(nn.Module):
+
+class LinearConnector(Connector):
     """One linear layer a patch, as mPLUG-Owl3's 7B-240728 `vision2text_model` (arXiv 2408.04840): Q
     = P.
 
@@ -13,7 +15,12 @@ class LinearConnector(nn.Module):
     """
 
     def __init__(
-        self, in_width: int, out_width: int, patches: int, grid: tuple[int, int], norm: bool = False
+        self,
+        in_width: int,
+        out_width: int,
+        patches: int,
+        grid: tuple[int, int],
+        norm: bool = False,
     ) -> None:
         super().__init__()
         self.tokens = patches

@@ -2,8 +2,10 @@
 
 from torch import Tensor, nn
 
+from owlfuse.model.connectors.base import Connector
 
-class MLPConnector(nn.Module):
+
+class MLPConnector(Connector):
     """Linear layers with GELU between them, a patch at a time: Q = P. With depth 2, mPLUG-Owl3's
     241101 `vision2text_model`.
 

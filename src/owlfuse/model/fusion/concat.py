@@ -26,5 +26,5 @@ class Concat(Fusion):
         position_ids: Tensor,
         llm: PreTrainedModel,
     ) -> tuple[Tensor, dict[str, Any]]:
-        """See `Fusion.forward`."""
+        """Returns the embeddings with visual tokens among them."""
         return splice(embeddings, visual, batch), {}

@@ -64,53 +64,57 @@ class HyperAttention(Fusion):
         self.mi_rope = mi_rope
 
     def set_connector_tokens(self, connector_tokens: int) -> None:
-        """See `Fusion`. An image stays one text position."""
+        """Goes on with another number of visual tokens; an image stays one text position."""
         self.connector_tokens = connector_tokens
 
     def attach(self, llm: PreTrainedModel) -> None:
-        """Adds a `VisualAttention` to each of the layers, and has transformers call `attend` for
+        """Adds a `VisualAttention` to each of the layers, and makes transformers call `attend` for
         the LLM's attention."""
         layers = decoder_layers(llm)
-        wanted = self.layer_indices
-        if (
-            not wanted
-            or len(set(wanted)) < len(wanted)
-            or wanted[0] < 0
-            or wanted[-1] >= len(layers)
-        ):
+        indices = self.layer_indices
+        in_range = set(indices) <= set(range(len(layers)))
+        if not indices or not in_range or len(set(indices)) < len(indices):
             raise ValueError(
-                f"layers {wanted}: the LLM has {len(layers)} layers, 0 to {len(layers) - 1}; each "
+                f"layers {indices}: the LLM has {len(layers)} layers, 0 to {len(layers) - 1}; each "
                 "at most once"
             )
         paths = key_paths(llm)
-        for index in wanted:
+        for index in indices:
             path = paths[index]
             if isinstance(path, str):
                 raise ValueError(
                     f"hyperattention cannot make visual keys for {type(llm).__name__}, layer "
-                    f"{index}: {path}; "
-                    "choose another LLM, other layers or another fusion"
+                    f"{index}: {path}; choose another LLM, other layers or another fusion"
                 )
             layer: Any = layers[index]
-            own_norm = deepcopy(layer.input_layernorm) if self.norm == "own" else None
+            norm = deepcopy(layer.input_layernorm) if self.norm == "own" else None
             layer.self_attn.visual = VisualAttention(
-                layer.self_attn, width(llm), self.gate, own_norm, path
+                layer.self_attn,
+                width(llm),
+                self.gate,
+                norm,
+                path,
             )
-            layer.register_forward_pre_hook(hand_visual_down, with_kwargs=True)
+            layer.register_forward_pre_hook(project_visual_kv_hook, with_kwargs=True)
+        # private: transformers has a setter for it, and no getter
         plain = llm.config._attn_implementation
         name = f"owlfuse_hyperattention_{plain}"
         ALL_ATTENTION_FUNCTIONS.register(name, partial(attend, plain))
         ALL_MASK_ATTENTION_FUNCTIONS.register(name, ALL_MASK_ATTENTION_FUNCTIONS[plain])
+        # registered functions are global, this setting is the LLM's own
         llm.set_attn_implementation(name)
 
     def owned(self, llm: PreTrainedModel) -> list[nn.Module]:
-        """The visual key-value projections, gates and norms."""
+        """Returns the visual key-value projections, gates and norms."""
         return [module for module in llm.modules() if isinstance(module, VisualAttention)]
 
     def per_head(self, llm: PreTrainedModel) -> list[nn.Parameter]:
-        """The static gates."""
-        own = [module for module in llm.modules() if isinstance(module, VisualAttention)]
-        return [module.gate for module in own if module.gate is not None]
+        """Returns the static gates."""
+        gates = []
+        for module in llm.modules():
+            if isinstance(module, VisualAttention) and module.gate is not None:
+                gates.append(module.gate)
+        return gates
 
     def forward(
         self,
@@ -120,64 +124,58 @@ class HyperAttention(Fusion):
         position_ids: Tensor,
         llm: PreTrainedModel,
     ) -> tuple[Tensor, dict[str, Any]]:
-        """See `Fusion.forward`. The text stays as it is; the layers get the visual tokens, where
-        they stand and who sees them."""
+        """Returns the text embeddings unchanged, and for the layers the visual tokens with their
+        rotation and visibility."""
         steps, length = embeddings.shape[1], batch.attention_mask.shape[1]
-        here = torch.arange(length - steps, length, device=embeddings.device)
-        visible = visual.image_positions[:, None, :] <= here[:, None]
+        token_positions = torch.arange(length - steps, length, device=embeddings.device)
+        visible = visual.image_positions[:, None, :] <= token_positions[:, None]
         visible &= visual.image_index[:, None, :] >= 0  # (B, T, I)
-        begins = visual.image_positions.clamp(0, length - 1)
-        if batch.segment_ids is not None:  # packed rows, which no cache goes with
-            visible &= (
-                batch.segment_ids.gather(1, begins)[:, None, :] == batch.segment_ids[:, :, None]
-            )
-        if visual.kept:
-            return embeddings, {"visual": RowVisual(None, None, visible, visual.kept)}
+        starts = visual.image_positions.clamp(0, length - 1)  # T, for none, is no index
+        if batch.segment_ids is not None:  # packed rows, which are refused with a cache
+            image_segments = batch.segment_ids.gather(1, starts)
+            visible &= image_segments[:, None, :] == batch.segment_ids[:, :, None]
+        if visual.kv_cache:
+            return embeddings, {"visual": RowVisual(None, None, visible, visual.kv_cache)}
         # (B, S, D)
+        # rows with fewer images get the first one, which `visible` hides
         tokens = visual.tokens[visual.image_index.clamp(0)].flatten(1, 2).to(embeddings.dtype)
-        # MI-RoPE: all patches of an image take the position of its placeholder
-        # of earlier positions too, which a cache may hold
-        positions = batch.positions().gather(1, begins)
+        # MI-RoPE: all patches of an image have the position of its placeholder; by the batch's
+        # positions, not `position_ids`, which lack those that a cache holds
+        positions = batch.positions().gather(1, starts)
         positions = positions.repeat_interleave(self.connector_tokens, dim=1) * self.mi_rope
-        return embeddings, {
-            "visual": RowVisual(
-                tokens, self.rotations(llm, tokens, positions), visible, visual.kept
-            )
-        }
+        rotations = self.rotations(llm, tokens, positions)
+        return embeddings, {"visual": RowVisual(tokens, rotations, visible, visual.kv_cache)}
 
     def rotations(
         self, llm: PreTrainedModel, tokens: Tensor, positions: Tensor
     ) -> dict[str | None, tuple[Tensor, Tensor]]:
-        """Cosines and sines at `positions` (B, S), once for each of the rotary embeddings that
-        the layers have."""
+        """Returns cosines and sines at `positions` (B, S), once for each of the rotary embeddings
+        that the layers have."""
         layers: Any = decoder_layers(llm)
         paths = [layers[index].self_attn.visual.key_path for index in self.layer_indices]
         types = {path.layer_type for path in paths if path.rotation != "none"}
         return {name: rotary(llm, tokens, positions, name) for name in sorted(types, key=str)}
 
-    def looking_layers(self, layers: int) -> list[int]:
-        """See `Fusion`."""
+    def visual_attention_layers(self, layers: int) -> list[int]:
+        """Returns the layers that have a visual attention."""
         return self.layer_indices
 
-    def looks(self, call: AttentionCall) -> Tensor:
-        """See `Fusion`: the weights of the attention to the visual tokens, times the gate's mean
+    def visual_attention(self, call: AttentionCall) -> Tensor:
+        """Returns the weights of the attention to the visual tokens, times the gate's mean
         over a head's width; of a fused softmax, its visual part."""
         key, _, visible = call.visual
-        mask = visible[:, -call.query.shape[2] :].repeat_interleave(self.connector_tokens, dim=2)[
-            :, None
-        ]
+        mask = visible[:, -call.query.shape[2] :]  # (1, R, I)
+        mask = mask.repeat_interleave(self.connector_tokens, dim=2)[:, None]  # (1, 1, R, S)
         if self.gate == "fused":
-            keys, mask = torch.cat([key, call.key], dim=2), torch.cat([mask, call.mask], dim=3)
+            keys = torch.cat([key, call.key], dim=2)
+            mask = torch.cat([mask, call.mask], dim=3)
             return attention_weights(call.query, keys, mask, call.scaling)[..., : key.shape[2]]
         weights = attention_weights(call.query, key, mask, call.scaling)
         if self.gate == "none":
             return weights
         attention: Any = call.module
-        gate = (
-            attention.visual.gate_of(call.text)
-            .expand_as(call.text)
-            .unflatten(2, (call.query.shape[1], -1))
-        )
+        gate = attention.visual.gate_of(call.text).expand_as(call.text)
+        gate = gate.unflatten(2, (call.query.shape[1], -1))  # (1, R, H, d)
         return weights * gate.float().mean(-1).transpose(1, 2)[..., None]
 
 
@@ -186,22 +184,27 @@ class RowVisual:
     """A batch's visual tokens as the layers need them."""
 
     tokens: Tensor | None
-    """(B, S, D), not needed once keys and values are kept."""
+    """(B, S, D), not needed once keys and values are cached."""
     rotations: dict[str | None, tuple[Tensor, Tensor]] | None
     """Rotary cosines and sines of the tokens, (B, S, d) each, by `KeyPath.layer_type`; none
     where no layer rotates its keys."""
     visible: Tensor
     """(B, T, I) which token sees which image."""
-    kept: dict[int, tuple[Tensor, Tensor]] | None
+    kv_cache: dict[int, tuple[Tensor, Tensor]] | None
     """In generation: keys and values of each layer, from the first step on."""
 
 
 class VisualAttention(nn.Module):
-    """What a hyperattention layer has of its own: one projection of visual tokens to keys and
-    values, the gate, a norm."""
+    """The modules of a hyperattention layer: one projection of visual tokens to keys and values,
+    the gate, a norm."""
 
     def __init__(
-        self, attention: Any, width: int, gate: Gate, norm: nn.Module | None, key_path: KeyPath
+        self,
+        attention: Any,
+        width: int,
+        gate: Gate,
+        norm: nn.Module | None,
+        key_path: KeyPath,
     ) -> None:
         super().__init__()
         self.head_width = attention.head_dim
@@ -217,38 +220,42 @@ class VisualAttention(nn.Module):
         self.norm = norm
         self.kind = gate
         self.share = (0, 1)
-        """Which of how many tensor ranks this is: it has so many of the heads."""
+        """The tensor rank, and the number of ranks, each of which has as many of the heads."""
         with torch.no_grad():
+            # visual keys and values start as the text's
             self.kv_proj.weight.copy_(self.interleave(key.weight, value.weight))
             if key.bias is not None:
                 self.kv_proj.bias.copy_(self.interleave(key.bias, value.bias))
             if self.gate_proj is not None:
+                # a gate of one half at first: neither attention is shut off
                 nn.init.normal_(self.gate_proj.weight, std=0.02)
                 nn.init.zeros_(self.gate_proj.bias)
 
     def interleave(self, key: Tensor, value: Tensor) -> Tensor:
-        """Rows of the key and value projections in the released layout: per key-value head [k;
-        v]."""
-        heads = (x.unflatten(0, (-1, self.head_width)) for x in (key, value))
-        return torch.cat(list(heads), dim=1).flatten(0, 1)
+        """Returns rows of the key and value projections in the released layout: per key-value head
+        [k; v]."""
+        key_heads = key.unflatten(0, (-1, self.head_width))
+        value_heads = value.unflatten(0, (-1, self.head_width))
+        return torch.cat([key_heads, value_heads], dim=1).flatten(0, 1)
 
     def keys_values(
-        self, tokens: Tensor, attention: Any, cos: Tensor | None = None, sin: Tensor | None = None
+        self,
+        tokens: Tensor,
+        attention: Any,
+        cos: Tensor | None = None,
+        sin: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Normed tokens (B, S, D) -> keys and values (B, K, S, d). Keys go the way of the
-        attention's text keys: its own norm and rotation where it has them, in its own order."""
-        key, value = (
-            self.kv_proj(tokens)
-            .unflatten(-1, (-1, 2 * self.head_width))
-            .split(self.head_width, dim=-1)
-        )
+        """Returns keys and values (B, K, S, d) of normed tokens (B, S, D). Keys have the norm and
+        rotation of the attention's text keys, in the same order."""
+        heads = self.kv_proj(tokens).unflatten(-1, (-1, 2 * self.head_width))
+        key, value = heads.split(self.head_width, dim=-1)
         turn = None if cos is None or sin is None else (cos, sin)
         # a copy, where a view of keys and values together would keep the unrotated keys until the
         # backward pass
         return self.key_path.keys(attention, key, turn), value.transpose(1, 2).contiguous()
 
     def join(self, text: Tensor, visual: Tensor) -> Tensor:
-        """The two attentions' outputs (B, T, H * d), gated: visual * g + text * (1 - g), or
+        """Returns the two attentions' outputs (B, T, H * d), gated: visual * g + text * (1 - g), or
         their sum without a gate."""
         if self.kind == "none":
             return visual + text
@@ -256,34 +263,33 @@ class VisualAttention(nn.Module):
         return visual * gate + text * (1 - gate)
 
     def gate_of(self, text: Tensor) -> Tensor:
-        """How much of the visual attention goes in, from 0 to 1:
-
-        (B, T, H * d), or (H * d,) where it is the same for all.
-        """
+        """Returns the weight of the visual attention, from 0 to 1: (B, T, H * d), or (H * d,) where
+        it is the same for all tokens."""
+        if self.gate is None:
+            return torch.sigmoid(self.gate_proj(text))
         rank, ranks = self.share
-        return torch.sigmoid(
-            self.gate_proj(text) if self.gate is None else self.gate.chunk(ranks)[rank]
-        )
+        return torch.sigmoid(self.gate.chunk(ranks)[rank])
 
 
-def hand_visual_down(
+def project_visual_kv_hook(
     layer: Any, args: tuple, kwargs: dict[str, Any]
 ) -> tuple[tuple, dict[str, Any]]:
-    """Puts the visual keys and values of this layer in place of the visual tokens. A hook on the
-    layer, since the layer's input norm (unless it is not shared) comes before the projection, and
-    the attention does not know it."""
+    """Replaces the visual tokens by the visual keys and values of this layer. A hook on the layer,
+    since the layer's input norm (unless it is not shared) comes before the projection, and the
+    attention has no access to it."""
     row: RowVisual | None = kwargs.get("visual")
     if row is None:
         return args, kwargs
     attention = layer.self_attn
-    keys_values = row.kept.get(attention.layer_idx) if row.kept else None
+    # in generation after the first step
+    keys_values = row.kv_cache.get(attention.layer_idx) if row.kv_cache else None
     if keys_values is None:
         assert row.rotations is not None
         norm = attention.visual.norm or layer.input_layernorm
         turn = row.rotations.get(attention.visual.key_path.layer_type, ())
         keys_values = attention.visual.keys_values(norm(row.tokens), attention, *turn)
-        if row.kept is not None:
-            row.kept[attention.layer_idx] = keys_values
+        if row.kv_cache is not None:
+            row.kv_cache[attention.layer_idx] = keys_values
     return args, {**kwargs, "visual": (*keys_values, row.visible)}
 
 
@@ -297,14 +303,15 @@ def attend(
     visual: Any = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """An attention function of transformers: self-attention as `plain` does it, joined with
+    """Computes an attention function of transformers: self-attention by `plain`, joined with
     attention to the visual tokens in the layers that have a `VisualAttention`. query (B, H, T, d),
     rotated; key, value (B, K, T', d); out (B, T, H, d).
 
-    A token that sees no image keeps its self-attention output exactly.
+    A token that sees no image has exactly its self-attention output.
     """
     attention = ALL_ATTENTION_FUNCTIONS[plain]
     text, weights = attention(module, query, key, value, attention_mask, **kwargs)
+    # a layer without visual attention, or a text alone
     if visual is None or not hasattr(module, "visual"):
         return text, weights
     visual_key, visual_value, visible = visual
@@ -312,16 +319,15 @@ def attend(
     per_image = visual_key.shape[2] // max(visible.shape[2], 1)
     mask = visible.repeat_interleave(per_image, dim=2)[:, None]  # (B, 1, T, S)
     if module.visual.kind == "fused":
-        mask = torch.cat(
-            [mask, text_mask(attention_mask, query, key).expand(*mask.shape[:3], -1)], dim=-1
-        )
-        keys, values = torch.cat([visual_key, key], dim=2), torch.cat([visual_value, value], dim=2)
+        text_part = text_mask(attention_mask, query, key).expand(*mask.shape[:3], -1)
+        mask = torch.cat([mask, text_part], dim=-1)
+        keys = torch.cat([visual_key, key], dim=2)
+        values = torch.cat([visual_value, value], dim=2)
         joined, _ = attention(module, query, keys, values, mask, **kwargs)
     else:
-        # a token that sees none attends to all, so that its softmax is defined; its result is not
-        # used
-        cross, _ = attention(
-            module, query, visual_key, visual_value, mask | ~sees_any.transpose(1, 2), **kwargs
-        )
+        # a token that sees no image attends to all, so that its softmax is defined; its result is
+        # not used
+        mask = mask | ~sees_any.transpose(1, 2)
+        cross, _ = attention(module, query, visual_key, visual_value, mask, **kwargs)
         joined = module.visual.join(text.flatten(2), cross.flatten(2)).view_as(text)
     return torch.where(sees_any, joined, text), weights

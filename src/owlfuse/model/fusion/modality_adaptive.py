@@ -32,16 +32,18 @@ class ModalityAdaptive(Fusion):
         self.tokens_per_image = connector_tokens
 
     def attach(self, llm: PreTrainedModel) -> None:
-        """Puts a `ByModality` in the place of each norm and of each key and value projection."""
+        """Replaces each norm and each key and value projection by a `ByModality`."""
+        layer: Any
         for layer in decoder_layers(llm):
-            kinds = ((layer, NORMS, ByModality), (layer.self_attn, KEY_VALUE, ProjectionByModality))
-            for module, names, kind in kinds:
-                for name in names:
-                    setattr(module, name, kind(getattr(module, name)))
-            layer.register_forward_pre_hook(hand_modality_down, with_kwargs=True)
+            for name in NORMS:
+                setattr(layer, name, ByModality(getattr(layer, name)))
+            for name in KEY_VALUE:
+                projection = getattr(layer.self_attn, name)
+                setattr(layer.self_attn, name, ProjectionByModality(projection))
+            layer.register_forward_pre_hook(set_modality_hook, with_kwargs=True)
 
     def owned(self, llm: PreTrainedModel) -> list[nn.Module]:
-        """The visual copies."""
+        """Returns the visual copies."""
         return [module.vision for module in llm.modules() if isinstance(module, ByModality)]
 
     def forward(
@@ -52,7 +54,8 @@ class ModalityAdaptive(Fusion):
         position_ids: Tensor,
         llm: PreTrainedModel,
     ) -> tuple[Tensor, dict[str, Any]]:
-        """See `Fusion.forward`."""
+        """Returns the embeddings with visual tokens among them, and for the layers the modality of
+        each token."""
         return splice(embeddings, visual, batch), {"modality": Modality.of(batch)}
 
 
@@ -67,16 +70,17 @@ class Modality(NamedTuple):
     count: int | None = None  # type: ignore[assignment]  # a tuple's own count is not needed
     """K, of the visual positions; None: not known, and both copies run everywhere."""
     order: Tensor | None = None
-    """(B * T,) places b * T + t, those of text first, each kind ascending."""
+    """(B * T,) positions b * T + t, those of text first, both ascending."""
     inverse: Tensor | None = None
-    """(B * T,) where in `order` each place is."""
+    """(B * T,) the index of each position in `order`."""
 
     @classmethod
     def of(cls, batch: Batch) -> Modality:
-        """The batch's."""
+        """Returns the modality of a batch's positions."""
         is_visual = batch.placeholder[..., None]
         if batch.visual_count is None:
             return cls(is_visual)
+        # stable: each kind stays in the rows' order, and the sort reads no tensor back
         order = is_visual.flatten().byte().argsort(stable=True)
         return cls(is_visual, batch.visual_count, order, order.argsort())
 
@@ -92,57 +96,58 @@ class ByModality(nn.Module):
         self.modality: Modality | None = None
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        """(B, T, D) -> (B, T, the module's width). Without an indicator every token is text."""
+        """Returns (B, T, the module's width) of (B, T, D). Without an indicator every token is
+        text."""
         if self.modality is None:
             return self.text_alone(hidden_states)
+        # decoding, where a count would wait for the device in every step
         if self.modality.count is None:
             return torch.where(
                 self.modality.is_visual, self.vision(hidden_states), self.text(hidden_states)
             )
         if self.modality.count == 0:
             return self.text_alone(hidden_states)
-        return self.each(hidden_states, self.modality)
+        return self.split_by_modality(hidden_states, self.modality)
 
     def text_alone(self, hidden_states: Tensor) -> Tensor:
-        """Every token is text.
-
-        While gradients are computed the visual copy has some too, of zero, from one token.
-        """
+        """Returns the text copy's result. While gradients are computed the visual copy has some
+        too, of zero, from one token: every rank has to have the same gradients."""
         text = self.text(hidden_states)
         if not torch.is_grad_enabled():
             return text
+        # added to the text, times zero: autograd drops a result that nothing uses
         return text.index_add(
             1, text.new_zeros(1, dtype=torch.long), self.vision(hidden_states[:, :1]) * 0
         )
 
-    def each(self, hidden_states: Tensor, modality: Modality) -> Tensor:
-        """The text copy at every position, which is cheaper for a norm than to part them, and
-        the visual one at its own."""
+    def split_by_modality(self, hidden_states: Tensor, modality: Modality) -> Tensor:
+        """Returns the text copy's result at every position, which is cheaper for a norm than to
+        gather them, and the visual one's at visual positions."""
         assert modality.order is not None
         assert modality.count is not None
-        places = modality.order[-modality.count :]
+        visual_positions = modality.order[-modality.count :]
         text = self.text(hidden_states)
-        visual = self.vision(hidden_states.flatten(0, 1).index_select(0, places)[None])[0]
-        return text.flatten(0, 1).index_copy(0, places, visual).view_as(text)
+        visual_states = hidden_states.flatten(0, 1).index_select(0, visual_positions)
+        visual = self.vision(visual_states[None])[0]
+        return text.flatten(0, 1).index_copy(0, visual_positions, visual).view_as(text)
 
 
 class ProjectionByModality(ByModality):
-    """Two copies of a projection, each of which multiplies its own tokens alone."""
+    """Two copies of a projection, each of which multiplies the tokens of its modality alone."""
 
-    def each(self, hidden_states: Tensor, modality: Modality) -> Tensor:
-        """See `ByModality`."""
+    def split_by_modality(self, hidden_states: Tensor, modality: Modality) -> Tensor:
+        """Returns each copy's result at the positions of its modality."""
         assert modality.count is not None
         flat = Permuted.apply(hidden_states.flatten(0, 1), modality.order, modality.inverse)
         text, visual = flat.split([len(flat) - modality.count, modality.count])
         joined = torch.cat([self.text(text[None]), self.vision(visual[None])], dim=1)[0]
-        return Permuted.apply(joined, modality.inverse, modality.order).view(
-            *hidden_states.shape[:2], -1
-        )
+        restored = Permuted.apply(joined, modality.inverse, modality.order)
+        return restored.view(*hidden_states.shape[:2], -1)
 
 
 class Permuted(torch.autograd.Function):
-    """The rows of a matrix in another order. Its gradient is put back in order, where that of an
-    index is added up row by row, as if one could occur twice."""
+    """Permutes the rows of a matrix. Its gradient is permuted back, where that of `index_select` is
+    added up row by row, as if an index could occur twice."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
@@ -156,11 +161,13 @@ class Permuted(torch.autograd.Function):
         return gradient.index_select(0, *ctx.saved_tensors), None, None
 
 
-def hand_modality_down(layer: Any, args: tuple, kwargs: dict[str, Any]) -> None:
-    """Gives the layer's `ByModality` modules the indicator of this very call. A hook on the layer,
-    since norms and projections receive hidden states alone."""
+def set_modality_hook(layer: Any, args: tuple, kwargs: dict[str, Any]) -> None:
+    """Gives the layer's `ByModality` modules the indicator of this call. A hook on the layer, since
+    norms and projections receive hidden states alone."""
     set_modality(layer, kwargs.get("modality"))
     if getattr(layer, "gradient_checkpointing", False):
+        # private: transformers has no other way to replace a layer's checkpointing
+        # set by transformers at each call of gradient_checkpointing_enable
         checkpoint = layer._gradient_checkpointing_func
         if not isinstance(checkpoint, CheckpointByModality):
             layer._gradient_checkpointing_func = CheckpointByModality(layer, checkpoint)

@@ -1,142 +1,136 @@
 """B rows, T text positions, Q visual tokens per image, D LLM width, V vocabulary.
 
-What a fusion promises, tried on a tiny copy of the LLM that it is to be attached to (see
-`owlfuse.model.llm_probe`).
+Probes of a fusion on a tiny copy of the LLM that it is attached to (see `owlfuse.model.llm_probe`).
 """
 
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from owlfuse.core.types import Batch, VisualTokens
+from owlfuse.core.types import Batch, VisualTokens, image_starts
 from owlfuse.model.fusion.base import Fusion, fused_logits
 from owlfuse.model.llm import FAILURES, first_line, width
-from owlfuse.model.llm_probe import aside, configuration_key, fill, same, tiny_copy
+from owlfuse.model.llm_probe import configuration_key, plain_cpu, randomize, same, tiny_copy
 
 VISUAL_TOKENS = 3
 """Q of the probe."""
 TEXT, IMAGE_ROW = [11, 12, 13, 14], [[21, 22], [23, 24, 25], [26, 27]]
 """A row without an image, and the texts around the images of another."""
-VISIBLE = 1e-5
-"""Of the largest logit: a change that is no rounding."""
+MIN_CHANGE = 1e-5
+"""Relative to the largest logit: a smaller change is rounding."""
 results: dict[Any, str | None] = {}
 
 
 def check_fusion(fusion: Fusion, llm: PreTrainedModel) -> None:
-    """Tries a fusion that is not attached yet, once for each configuration: a row without images
+    """Checks a fusion that is not attached yet, once for each configuration: a row without images
     has the logits of the plain LLM, with padding on either side, and a picture changes logits
     behind it and none before it.
 
     Raises:
-        ValueError: the LLM's class, and what does not hold.
+        ValueError: one of these does not hold for the LLM's class.
     """
     arguments = {name: value for name, value in vars(fusion).items() if not name.startswith("_")}
+    # all that a result depends on
     key = type(fusion), repr(fusion), repr(arguments), *configuration_key(llm)
     if key not in results:
+        # the caller's own is attached to the real LLM
         attached = copy.deepcopy(fusion)
-        with aside():
-            results[key] = broken_promise(attached, tiny_copy(llm))
-    if broken := results[key]:
+        with plain_cpu():
+            results[key] = find_failure(attached, tiny_copy(llm))
+    if failure := results[key]:
         raise ValueError(
-            f"{type(fusion).__name__} does not work with {type(llm).__name__}: {broken}"
+            f"{type(fusion).__name__} does not work with {type(llm).__name__}: {failure}"
         )
 
 
-def broken_promise(fusion: Fusion, llm: PreTrainedModel) -> str | None:
-    """What of `check_fusion` does not hold, None where all does."""
+def find_failure(fusion: Fusion, llm: PreTrainedModel) -> str | None:
+    """Returns which check of `check_fusion` fails, None where all hold."""
     try:
         alone = llm(
             input_ids=torch.tensor([TEXT]), attention_mask=torch.ones(1, len(TEXT)), use_cache=False
         ).logits[0]
     except FAILURES as error:
         return f"a forward pass of the LLM fails ({first_line(error)})"
+    # few, so that rows stay short
     fusion.set_connector_tokens(VISUAL_TOKENS)
     fusion.attach(llm)
     fusion.eval()
     images = torch.randn(2, VISUAL_TOKENS, width(llm), generator=torch.Generator().manual_seed(1))
     try:
-        text_rows = {side: text_logits(fusion, llm, images, side) for side in ("right", "left")}
+        padded = {}
+        for padding_side in ("right", "left"):
+            padded[padding_side] = text_logits(fusion, llm, images, padding_side)
         for module in (fusion, *fusion.owned(llm)):  # a gate may begin closed
-            fill(module)
+            randomize(module)
         differences, behind = changes(fusion, llm, images)
     except FAILURES as error:
         return f"a forward pass with a picture fails ({first_line(error)})"
-    for side, logits in text_rows.items():
+    for padding_side, logits in padded.items():
         if not same(logits, alone):
             return (
-                f"a row without pictures, padded on the {side}, has other logits than in the "
-                "plain LLM"
+                f"a row without pictures, padded on the {padding_side}, has other logits than in "
+                "the plain LLM"
             )
     if not torch.isfinite(differences).all():
         return "logits are not finite"
-    if differences[~behind].max() > VISIBLE:
+    if differences[~behind].max() > MIN_CHANGE:
         return "a picture changes logits of the text before it"
-    if differences[behind].max() <= VISIBLE:
+    if differences[behind].max() <= MIN_CHANGE:
         return "pictures do not change the logits of the text behind them"
     return None
 
 
-def text_logits(fusion: Fusion, llm: PreTrainedModel, images: Tensor, side: str) -> Tensor:
-    """Logits (T, V) of TEXT in a batch whose other row has images."""
-    batch, visual = rows(fusion, images, side)
+def text_logits(fusion: Fusion, llm: PreTrainedModel, images: Tensor, padding_side: str) -> Tensor:
+    """Returns logits (T, V) of TEXT in a batch whose second row has images."""
+    batch, visual = make_rows(fusion, images, padding_side)
     return fused_logits(llm, fusion, batch, visual)[0][batch.attention_mask[0].bool()]
 
 
 def changes(fusion: Fusion, llm: PreTrainedModel, images: Tensor) -> tuple[Tensor, Tensor]:
-    """How much each position's logits change with the second picture of the row of images, relative
-    to the largest logit; and which positions are behind the picture's placeholders. (T,) each."""
-    batch, visual = rows(fusion, images, "right")
-    other = torch.stack([images[0], -images[1]])
-    logits = [
-        fused_logits(
-            llm, fusion, batch, VisualTokens(tokens, visual.image_index, visual.image_positions)
-        )[1]
-        for tokens in (visual.tokens, other)
-    ]
-    differences = (logits[0] - logits[1]).abs().amax(-1) / logits[0].abs().max()
-    begins = batch.image_positions[1, 1]
-    here = torch.arange(len(differences))
-    # what a placeholder itself predicts counts as behind: it may hold the picture
-    return differences, here >= begins
+    """Returns how much each position's logits change with the second picture of the row of images,
+    relative to the largest logit; and which positions are behind the picture's start. (T,) each."""
+    batch, visual = make_rows(fusion, images, "right")
+    changed = replace(visual, tokens=torch.stack([images[0], -images[1]]))
+    logits = fused_logits(llm, fusion, batch, visual)[1]
+    changed_logits = fused_logits(llm, fusion, batch, changed)[1]
+    differences = (logits - changed_logits).abs().amax(-1) / logits.abs().max()
+    first = batch.image_positions[1, 1]
+    # the prediction of a placeholder itself may depend on the picture, too
+    return differences, torch.arange(len(differences)) >= first
 
 
-def rows(fusion: Fusion, images: Tensor, side: str) -> tuple[Batch, VisualTokens]:
-    """A batch of two rows: TEXT, and IMAGE_ROW with an image between its texts."""
+def make_rows(fusion: Fusion, images: Tensor, padding_side: str) -> tuple[Batch, VisualTokens]:
+    """Returns a batch of two rows: TEXT, and IMAGE_ROW with an image between its texts."""
     per_image = fusion.tokens_per_image
     ids: list[int] = []
-    holds: list[bool] = []
+    in_image: list[bool] = []
     starts: list[int] = []
     for index, text in enumerate(IMAGE_ROW):
         if index:
             starts.append(len(ids))
             ids += [1] * per_image
-            holds += [True] * per_image
+            in_image += [True] * per_image
         ids += text
-        holds += [False] * len(text)
+        in_image += [False] * len(text)
     length = len(ids)
-    first = 0 if side == "right" else length - len(TEXT)
+    first = 0 if padding_side == "right" else length - len(TEXT)
     input_ids = torch.ones(2, length, dtype=torch.long)
     mask = torch.zeros(2, length, dtype=torch.long)
     placeholder = torch.zeros(2, length, dtype=torch.bool)
     input_ids[0, first : first + len(TEXT)] = torch.tensor(TEXT)
     mask[0, first : first + len(TEXT)] = 1
-    input_ids[1], mask[1], placeholder[1] = torch.tensor(ids), 1, torch.tensor(holds)
-    image_index = torch.tensor([[-1, -1], [0, 1]])
-    image_positions = torch.tensor([[length, length], starts])
-    batch = Batch(
-        input_ids=input_ids,
+    input_ids[1], mask[1], placeholder[1] = torch.tensor(ids), 1, torch.tensor(in_image)
+    batch = Batch.of(
+        input_ids,
+        placeholder,
+        image_starts([[], starts], length),
         attention_mask=mask,
-        labels=torch.full_like(input_ids, -100),
-        placeholder=placeholder,
-        pixel_values=torch.zeros(2, 3, 1, 1),
-        image_mask=torch.ones(2, dtype=torch.bool),
-        image_index=image_index,
-        image_positions=image_positions,
         visual_count=int(placeholder.sum()),
     )
-    return batch, VisualTokens(images, image_index, image_positions)
+    return batch, VisualTokens(images, batch.image_index, batch.image_positions)

@@ -8,20 +8,18 @@ import inspect
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from dataclasses import replace
+from typing import Any, ClassVar, Literal
 
 import torch
-from PIL import Image
 from timm.data import resolve_model_data_config
-from timm.data.transforms import str_to_pil_interp
 from timm.models import group_parameters
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
-from torchvision.transforms.v2 import functional as VF
 
 from owlfuse.model.positions import sincos_2d_spread
+from owlfuse.model.vision.base import Backbone, Preprocessing
 from owlfuse.model.vision.batch_norm import allow_single_values, set_blank
 from owlfuse.model.vision.body import (
     all_differentiable,
@@ -33,29 +31,10 @@ from owlfuse.model.vision.body import (
     unused_parameters,
 )
 
-
-@dataclass(frozen=True)
-class Preprocessing:
-    """Picture -> pixels, as the backbone was trained: size (H, W), mean, std and interpolation of
-    timm's data configuration.
-
-    The whole picture is resized to the size (as mPLUG-Owl does), so that no border is cut off.
-    """
-
-    size: tuple[int, int]
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    interpolation: str
-
-    def __call__(self, picture: Image.Image) -> Tensor:
-        """An RGB picture of any size -> normalised pixels (3, H, W), float32."""
-        resized = picture.resize(self.size[::-1], str_to_pil_interp(self.interpolation))
-        return VF.normalize(
-            VF.to_dtype(VF.pil_to_tensor(resized), torch.float32, scale=True), self.mean, self.std
-        )
+LISTS = (nn.ModuleList, nn.Sequential)
 
 
-class TimmBackbone(nn.Module):
+class TimmBackbone(Backbone):
     """Any timm model as a feature extractor: pixels (N, 3, H, W) -> features (N, P, Dv).
 
     Width, token count, grid and preprocessing are read from the model. What the features do not use
@@ -82,11 +61,10 @@ class TimmBackbone(nn.Module):
         kwargs: further keyword arguments of the timm model.
         chunk: images that pass the model at a time, for less memory: in training, activations of a
             chunk are dropped and computed again in the backward pass, unless the model is frozen.
-            Features and gradients stay the same, but for what dropout draws. A model with batch
-            norms in training mode takes all images at once whatever `chunk` says, because the
-            statistics of a chunk are others than those of the batch. Where parameters are sharded,
-            leave it null: ranks with other counts of images would gather them another number of
-            times.
+            Features and gradients stay the same, but for what dropout draws. It is refused in
+            training where batch norms are trained, because the statistics of a chunk are others
+            than those of the batch, and where parameters are sharded, because ranks with other
+            counts of images would gather them another number of times.
         gradient_checkpointing: activations inside of blocks are dropped and computed again in the
             backward pass.
 
@@ -94,6 +72,12 @@ class TimmBackbone(nn.Module):
         ValueError: an unknown name, a model whose features are no single map, a chunk below 1, or
             checkpointing of a model that has batch norms or does not support it.
     """
+
+    COMPUTE_ONLY: ClassVar = ("chunk", "gradient_checkpointing")
+    ORIGIN: ClassVar = ("pretrained", "weights")
+
+    body: Any
+    """timm's model."""
 
     def __init__(
         self,
@@ -117,7 +101,8 @@ class TimmBackbone(nn.Module):
             )
         self.chunk = chunk
         self.output = output
-        self.body: Any = create_body(name, pretrained, image_size, kwargs or {}, weights)
+        # without a classifier, whose parameters would have no gradient
+        self.body = create_body(name, pretrained, image_size, kwargs or {}, weights)
         self.prefix_tokens = count_prefix_tokens(self.body)
         self.drop_prefix = 0 if class_token else self.prefix_tokens
         self.preprocessing = preprocessing_of(self.body, image_size)
@@ -125,6 +110,7 @@ class TimmBackbone(nn.Module):
             raise ValueError(
                 f"timm's {name} gives no block's output but the last; choose output: last"
             )
+        # measured, since timm states them for few models and not for other sizes
         self.patches, self.width, self.grid = self.measure()
         self.check_tokens(name)
         if positions and self.width % 4:
@@ -141,18 +127,39 @@ class TimmBackbone(nn.Module):
         """Turns `gradient_checkpointing` on or off. Raises ValueError where the model cannot."""
         checkpoint_blocks(self.body, enable)
 
+    def check_training(self, sharded: bool) -> None:
+        """Raises ValueError for chunks of a model whose batch norms are trained, or whose
+        parameters are split over ranks."""
+        if self.chunk is None:
+            return
+        if sharded:
+            raise ValueError(
+                f"chunk is {self.chunk}, and parameters are split over ranks: those with other "
+                "counts of images would wait for each other for ever; set model.vision.chunk=null"
+            )
+        if any(isinstance(module, _BatchNorm) and module.training for module in self.modules()):
+            raise ValueError(
+                f"chunk is {self.chunk}, and batch norms are trained, whose statistics are those "
+                "of all images; set model.vision.chunk=null, or freeze the backbone"
+            )
+
+    def inner_model(self) -> nn.Module:
+        """Returns timm's model."""
+        return self.body
+
     def table(self) -> Tensor:
-        """The fixed table (P, Dv) of the patches' places."""
+        """Returns the fixed table (P, Dv) of the patches' positions."""
         return sincos_2d_spread(self.grid, self.patches, self.width)
 
     def set_image_size(self, image_size: int) -> None:
         """Goes on at another size: learned position embeddings are resampled as timm does, fixed
-        tables computed anew.
+        tables are recomputed.
 
         Raises:
             ValueError: a size that the patches do not divide, or at which the model's features are
                 no longer as wide.
         """
+        # timm resamples the position embeddings here
         set_input_size(self.body, type(self.body).__name__, image_size)
         size = (image_size, image_size)
         self.preprocessing = replace(self.preprocessing, size=size)
@@ -167,51 +174,59 @@ class TimmBackbone(nn.Module):
             self.positions = self.table().to(self.positions)
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """(N, 3, H, W) -> (N, P, Dv)."""
-        features = (
-            self.in_chunks(pixels)
-            if self.chunkable(len(pixels))
-            else self.to_sequence(self.feature_map(pixels))
-        )
+        """Returns the features (N, P, Dv) of pixels (N, 3, H, W)."""
+        if self.can_chunk(len(pixels)):
+            features = self.chunked_features(pixels)
+        else:
+            features = self.sequence_features(pixels)
         if self.norm is not None:
+            # a batch norm is over the second dimension
             features = self.norm(features.transpose(1, 2)).transpose(1, 2)
         return features if self.positions is None else features + self.positions.to(features.dtype)
 
-    def chunkable(self, images: int) -> bool:
-        """Whether so many images are more than a chunk, and chunks do not change the result."""
+    def can_chunk(self, images: int) -> bool:
+        """Returns whether so many images are more than a chunk, and chunks do not change the
+        result."""
         if self.chunk is None or images <= self.chunk:
             return False
         return not any(isinstance(m, _BatchNorm) and m.training for m in self.body.modules())
 
-    def in_chunks(self, pixels: Tensor) -> Tensor:
-        """(N, 3, H, W) -> (N, P, Dv), before norm and positions."""
-        features = lambda chunk: self.to_sequence(self.feature_map(chunk))  # noqa: E731
-        if torch.is_grad_enabled() and any(p.requires_grad for p in self.body.parameters()):
-            return torch.cat(
-                [
-                    checkpoint(features, chunk, use_reentrant=False)
-                    for chunk in pixels.split(self.chunk)
-                ]
-            )
-        return torch.cat([features(chunk) for chunk in pixels.split(self.chunk)])
+    def chunked_features(self, pixels: Tensor) -> Tensor:
+        """Returns `sequence_features`, computed a chunk at a time."""
+        trained = any(parameter.requires_grad for parameter in self.body.parameters())
+        features = []
+        for chunk in pixels.split(self.chunk):
+            if trained and torch.is_grad_enabled():
+                features.append(checkpoint(self.sequence_features, chunk, use_reentrant=False))
+            else:
+                features.append(self.sequence_features(chunk))
+        return torch.cat(features)
+
+    def sequence_features(self, pixels: Tensor) -> Tensor:
+        """Returns the features (N, P, Dv) of pixels (N, 3, H, W), before norm and positions."""
+        return self.to_sequence(self.feature_map(pixels))
 
     def feature_map(self, pixels: Tensor) -> Tensor:
-        """The features as timm gives them: (N, P, Dv), (N, Dv, h, w) or (N, h, w, Dv)."""
+        """Returns the features in timm's layout: (N, P, Dv), (N, Dv, h, w) or (N, h, w, Dv)."""
         if self.output == "last":
             features = self.body.forward_features(pixels)
             if not isinstance(features, Tensor):
                 raise ValueError(
                     f"{type(self.body).__name__} gives {type(features).__name__} as its features, "
-                    "and one map is needed; "
-                    "choose output: penultimate or another model"
+                    "and one map is needed; choose output: penultimate or another model"
                 )
             return features
-        takes_prefix = (
-            "return_prefix_tokens" in inspect.signature(self.body.forward_intermediates).parameters
-        )
-        prefix = {"return_prefix_tokens": True} if self.prefix_tokens and takes_prefix else {}
+        options = {}
+        parameters = inspect.signature(self.body.forward_intermediates).parameters
+        if self.prefix_tokens and "return_prefix_tokens" in parameters:
+            options["return_prefix_tokens"] = True
         features = self.body.forward_intermediates(
-            pixels, indices=[-2], norm=False, stop_early=True, intermediates_only=True, **prefix
+            pixels,
+            indices=[-2],
+            norm=False,
+            stop_early=True,
+            intermediates_only=True,
+            **options,
         )[-1]
         if isinstance(features, tuple):
             patches, prefix = features
@@ -219,33 +234,32 @@ class TimmBackbone(nn.Module):
         return features
 
     def to_sequence(self, features: Tensor) -> Tensor:
-        """Any of timm's layouts -> (N, P, Dv), patches row by row."""
-        if features.ndim == 4:
-            features = (
-                features.flatten(1, 2)
-                if self.channels_last()
-                else features.flatten(2).transpose(1, 2)
-            )
-            return features
-        return features[:, self.drop_prefix :]
+        """Returns features of any of timm's layouts as (N, P, Dv), patches row by row."""
+        if features.ndim == 3:
+            return features[:, self.drop_prefix :]
+        if self.channels_last():
+            return features.flatten(1, 2)
+        return features.flatten(2).transpose(1, 2)
 
     @torch.no_grad()
     def measure(self) -> tuple[int, int, tuple[int, int]]:
-        """P, Dv and the patches' grid, by a forward pass of one picture; takes out what that
-        pass does not use."""
+        """Returns P, Dv and the patches' grid, by a forward pass of one picture; removes the
+        modules that the pass does not use."""
         training = self.training
         self.eval()
         probe: Any = all_differentiable(copy.deepcopy(self).to("meta"))
         with torch.enable_grad():
+            # shapes and gradients alone: nothing is computed
             pixels = torch.zeros(1, 3, *self.preprocessing.size, device="meta")
             features = probe.feature_map(pixels)
             sequence = probe.to_sequence(features)
             unused = unused_parameters(probe.body, sequence)
         remove_modules(self.body, unused)
-        if left := unused.intersection(name for name, _ in self.body.named_parameters()):
+        remaining = unused.intersection(name for name, _ in self.body.named_parameters())
+        if remaining:
             raise ValueError(
-                f"output: {self.output} does not use {', '.join(sorted(left))}; choose the other "
-                "output"
+                f"output: {self.output} does not use {', '.join(sorted(remaining))}; choose the "
+                "other output"
             )
         self.train(training)
         patches, width = sequence.shape[1:]
@@ -257,22 +271,22 @@ class TimmBackbone(nn.Module):
 
     @torch.no_grad()
     def check_tokens(self, name: str) -> None:
-        """Looks at the tokens of two pictures in training mode, which are as many as in evaluation,
-        and at what stands before the patches.
+        """Checks by a pass in training mode that there are as many tokens as in evaluation, and
+        that patches can be distinguished from other tokens.
 
         Raises:
-            ValueError: other tokens in training, no patches at all, or tokens among which the
-                patches cannot be told.
+            ValueError: other tokens in training, no patches at all, or unknown tokens among them.
         """
         probe: Any = copy.deepcopy(self).to("meta").train()
+        # drop path draws random numbers in training mode
         with torch.random.fork_rng(devices=[]):
             features = probe.feature_map(torch.zeros(2, 3, *self.preprocessing.size, device="meta"))
         tokens = probe.to_sequence(features).shape[1]
         if tokens != self.patches:
             raise ValueError(
                 f"timm's {name} gives {tokens} tokens in training and {self.patches} in "
-                "evaluation, where as many are needed; "
-                "leave out what drops tokens (patch_drop_rate in kwargs)"
+                "evaluation, where as many are needed; leave out what drops tokens "
+                "(patch_drop_rate in kwargs)"
             )
         if features.ndim == 4:  # a map of patches alone
             self.prefix_tokens = self.drop_prefix = 0
@@ -292,46 +306,42 @@ class TimmBackbone(nn.Module):
         ):
             raise ValueError(
                 f"timm's {name} gives {patches} tokens for a square picture and does not say "
-                "which of them are patches; "
-                "choose another model"
+                "which of them are patches; choose another model"
             )
 
     def channels_last(self) -> bool:
-        """Whether a feature map is (N, h, w, Dv):
-
-        Swin and its kin, whose intermediates timm gives as (N, Dv, h, w).
-        """
+        """Returns whether a feature map is (N, h, w, Dv), as Swin's, whose intermediates are
+        (N, Dv, h, w)."""
         return self.output == "last" and str(getattr(self.body, "output_fmt", "NCHW")).endswith(
             "NHWC"
         )
 
     def patch_grid(self, patches: int) -> tuple[int, int]:
-        """(h, w) of a ViT's patches; (1, P) where the tokens are no grid."""
+        """Returns (h, w) of a ViT's patches; (1, P) where the tokens are no grid."""
         grid = getattr(getattr(self.body, "patch_embed", None), "grid_size", None)
+        # P counts the prefix tokens unless they are dropped
         count = patches - self.prefix_tokens + self.drop_prefix
         return tuple(grid) if grid and grid[0] * grid[1] == count else (1, patches)
 
     def blocks(self) -> list[list[nn.Parameter]]:
-        """The parameters of the model's layers, first to last, in timm's own grouping; the norm
-        is with the last."""
+        """Returns the parameters of the model's layers, first to last, in timm's own grouping; the
+        norm is with the last."""
         parameters = dict(self.body.named_parameters())
         groups = group_parameters(self.body, self.body.group_matcher(coarse=False), reverse=False)
-        blocks = [
-            [parameters[n] for n in names if n in parameters] for _, names in sorted(groups.items())
-        ]
+        blocks = []
+        for _, names in sorted(groups.items()):
+            blocks.append([parameters[name] for name in names if name in parameters])
         if self.norm is not None:
             blocks[-1] += self.norm.parameters()
         return blocks
 
     def sharding_units(self) -> list[nn.Module]:
-        """timm's blocks or stages, where the model has a list of them."""
-        lists = [getattr(self.body, name, None) for name in ("blocks", "stages", "layers")]
-        return [
-            unit
-            for found in lists
-            if isinstance(found, nn.ModuleList | nn.Sequential)
-            for unit in found
-        ]
+        """Returns timm's blocks or stages, where the model has a list of them."""
+        units: list[nn.Module] = []
+        for name, child in self.body.named_children():
+            if name in ("blocks", "stages", "layers") and isinstance(child, LISTS):
+                units += child
+        return units
 
     @contextmanager
     def statistics_kept(self) -> Iterator[None]:
@@ -346,8 +356,8 @@ class TimmBackbone(nn.Module):
 
 
 def preprocessing_of(body: nn.Module, image_size: int | None) -> Preprocessing:
-    """Size, mean, std and interpolation of timm's data configuration for the model, at another
-    size where one is given."""
+    """Returns size, mean, std and interpolation of timm's data configuration for the model; with
+    `image_size`, at that size."""
     data = resolve_model_data_config(body)
     size = (image_size, image_size) if image_size else tuple(data["input_size"][-2:])
     return Preprocessing(size, tuple(data["mean"]), tuple(data["std"]), data["interpolation"])

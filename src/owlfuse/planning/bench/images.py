@@ -25,9 +25,11 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from owlfuse.core.types import Batch, VisualTokens
+from owlfuse.model.connectors.base import Connector
 from owlfuse.model.llm import load_llm
 from owlfuse.model.loss import batch_loss
 from owlfuse.model.multimodal import MultimodalLM, make_part
+from owlfuse.model.vision.base import Backbone
 from owlfuse.planning.bench.pairs import (
     autocast,
     device_name,
@@ -91,8 +93,8 @@ def make_model(fusion: str, llm: dict[str, Any]) -> MultimodalLM:
     config = fusion_configs(layers)[fusion]
     part = make_part("fusion", {"fusion": config}, connector_tokens=VISUAL_TOKENS)
     with torch.device(device_name()):
-        # No backbone and no connector: visual tokens are given.
-        model = MultimodalLM(nn.Identity(), nn.Identity(), part, load_llm(VOCABULARY, config=llm))
+        # No backbone and no connector that compute: visual tokens are given.
+        model = MultimodalLM(Backbone(), Connector(), part, load_llm(VOCABULARY, config=llm))
     return model.to(device_name())
 
 
@@ -102,24 +104,16 @@ def make_batch(images: int, positions_per_image: int, width: int) -> tuple[Batch
     image_end = images * positions_per_image
     length = image_end + TEXT
     ids = torch.randint(0, VOCABULARY, (1, length), generator=generator)
-    index = torch.arange(images)[None]
-    positions = index * positions_per_image
-    labels = ids.clone()
-    labels[:, : image_end + TEXT // 2] = -100
-    batch = Batch(
-        input_ids=ids,
-        attention_mask=torch.ones_like(ids),
-        labels=labels,
-        placeholder=torch.arange(length)[None] < image_end,
-        pixel_values=torch.zeros(images, 3, 1, 1),
-        image_mask=torch.ones(images, dtype=torch.bool),
-        image_index=index,
-        image_positions=positions,
+    position = torch.arange(length)[None]
+    batch = Batch.of(
+        ids,
+        position < image_end,
+        (torch.arange(images) * positions_per_image)[None],
+        labels=ids.masked_fill(position < image_end + TEXT // 2, -100),
     )
-    device = device_name()
-    tokens = torch.randn(images, VISUAL_TOKENS, width, generator=generator).to(device)
-    visual = VisualTokens(tokens, index.to(device), positions.to(device))
-    return batch.with_places().to(device), visual
+    batch = batch.with_places().to(device_name())
+    tokens = torch.randn(images, VISUAL_TOKENS, width, generator=generator).to(device_name())
+    return batch, VisualTokens(tokens, batch.image_index, batch.image_positions)
 
 
 def make_run(work: Work, model: MultimodalLM, images: int, precision: str) -> Callable[[], Any]:
@@ -152,7 +146,7 @@ def prefill(
     """Does what the first step of generate does."""
     # Empty, as before the first token: the second token would find what this one has left.
     cache = DynamicCache(config=model.llm.config)
-    visual = replace(visual, kept={})
+    visual = replace(visual, kv_cache={})
     with autocast(precision):
         return model(batch, visual, cache, logits_to_keep=1), cache, visual
 

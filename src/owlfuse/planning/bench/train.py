@@ -20,7 +20,7 @@ import torch
 from matplotlib.figure import Figure
 
 from owlfuse.config.compose import PlanOptions
-from owlfuse.core.types import Batch
+from owlfuse.core.types import Batch, image_starts
 from owlfuse.model.loss import batch_loss
 from owlfuse.model.multimodal import MultimodalLM, build_model
 from owlfuse.parallel.collectives import divide
@@ -98,22 +98,14 @@ def random_batch(model: MultimodalLM, rows: int, length: int, images: int, devic
     tokens_per_image = model.fusion.tokens_per_image
     is_image = torch.arange(length) < images * tokens_per_image
     placeholder = is_image.expand(rows, -1).clone()
-    if images:
-        index = torch.arange(rows * images).view(rows, images)
-        positions = torch.arange(images) * tokens_per_image
-    else:
-        index = torch.full((rows, 1), -1)
-        positions = torch.full((1,), length)
-    batch = Batch(
-        input_ids=ids,
+    starts = [image * tokens_per_image for image in range(images)]
+    batch = Batch.of(
+        ids,
+        placeholder,
+        image_starts([starts] * rows, length),
+        pixel_values=torch.randn(shapes.pixel_values.shape),
         attention_mask=mask,
         labels=ids.masked_fill(placeholder | (mask == 0), -100),
-        placeholder=placeholder,
-        pixel_values=torch.randn(shapes.pixel_values.shape),
-        image_mask=torch.full(shapes.image_mask.shape, images > 0),
-        image_index=index,
-        image_positions=positions.expand(rows, -1).clone(),
-        has_images=images > 0,
     )
     return batch.with_places().to(device)
 

@@ -12,7 +12,7 @@ import torch
 
 from owlfuse.artifacts.hf.modeling import OwlfuseForConditionalGeneration
 from owlfuse.artifacts.hf.processing import OwlfuseProcessor
-from owlfuse.artifacts.load import load_talker
+from owlfuse.artifacts.load import load_with_processor
 from owlfuse.config.trust import read_run_config
 from owlfuse.core.progress import quiet_libraries
 from owlfuse.serving.chat import Conversation
@@ -35,7 +35,7 @@ def load_models(
     folders: list[Path], report: Callable[[str], None], which: str = "last"
 ) -> list[DemoModel]:
     """Return every model, on the GPU where there is one, after a first token. Raises as
-    `load_talker`.
+    `load_with_processor`.
 
     Args:
         report: gets a line before each is loaded, and one after it.
@@ -47,7 +47,7 @@ def load_models(
         report(f"loading {folder} ({count} of {len(folders)})")
         start = time.perf_counter()
         is_run = (folder / "config.yaml").exists()
-        model, processor = load_talker(folder, which if is_run else "last")
+        model, processor = load_with_processor(folder, which if is_run else "last")
         model.to(device)  # type: ignore[arg-type]  # lost in transformers' wrapper
         # The first answer is a slow one: no visitor waits for it.
         Conversation(model, processor, max_new_tokens=1).ask("Hello", lambda text: None)

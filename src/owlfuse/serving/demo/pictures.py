@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from PIL import Image
 
-from owlfuse.evaluation.explain.attention import attention_to_pictures, whole_maps
+from owlfuse.evaluation.explain.attention import attention_to_pictures, picture_maps
 from owlfuse.evaluation.explain.overlays import density, overlay
 from owlfuse.serving.chat import Conversation
 
@@ -61,7 +61,7 @@ def attention_pictures(conversation: Conversation) -> list[AttentionPicture]:
         return []
     _, inputs, answer_ids = conversation.last
     attention = attention_to_pictures(conversation.model, inputs, answer_ids)
-    maps = whole_maps(conversation.processor, conversation.pictures, attention)
+    maps = picture_maps(conversation.processor, conversation.pictures, attention)
     # One scale for all: a picture that was hardly looked at stays dark.
     peak = max(float(density(weights).max()) for weights in maps)
     result = []

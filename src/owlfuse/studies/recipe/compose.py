@@ -9,24 +9,9 @@ from pathlib import Path
 
 from omegaconf import DictConfig, open_dict
 
-from owlfuse.config.build import to_dict
-from owlfuse.config.compose import PARTS, compose
+from owlfuse.config.compose import compose
 from owlfuse.config.folders import find_folders
 from owlfuse.core.errors import COMMAND_LINE, ConfigError, hint
-
-UNCOMPARED_KEYS = {
-    "pretrained",
-    "weights",
-    "gguf_file",
-    "architecture",
-    "dtype",
-    "attention",
-    "gradient_checkpointing",
-    "chunk",
-    "image_size",
-}
-"""Keys of a part that a stage may have otherwise than the one before: how it computes, and where
-weights came from."""
 
 
 def compose_stages(recipe: str, words: list[str], importing: bool = True) -> dict[str, DictConfig]:
@@ -57,8 +42,6 @@ def compose_stages(recipe: str, words: list[str], importing: bool = True) -> dic
             config.name = f"{recipe_name}/{name}"
         if configs:
             config.init_from = None  # given, it is for the first stage
-            earlier_name, earlier_config = list(configs.items())[-1]
-            check_chain(earlier_name, earlier_config, name, config)
         configs[name] = config
     return configs
 
@@ -111,21 +94,3 @@ def compose_stage(recipe: str, name: str, words: list[str], importing: bool) -> 
         if str(error).startswith(COMMAND_LINE):
             raise
         raise ConfigError(f"stage {name}: {error}") from error
-
-
-def check_chain(
-    earlier_name: str, earlier_config: DictConfig, name: str, config: DictConfig
-) -> None:
-    """Raises ConfigError for parts that are not those of the stage before, whose weights they
-    take."""
-    for part in PARTS:
-        earlier = to_dict(earlier_config.model[part])
-        later = to_dict(config.model[part])
-        # Sorted: the same mistake always gives the same message.
-        for key in sorted({*earlier, *later} - UNCOMPARED_KEYS):
-            if earlier.get(key) != later.get(key):
-                raise ConfigError(
-                    f"stage {name}: model.{part}.{key} is {later.get(key)}, and "
-                    f"{earlier.get(key)} in stage {earlier_name}, whose weights it starts from; "
-                    "set it in the base"
-                )

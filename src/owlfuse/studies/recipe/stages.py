@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 from omegaconf import DictConfig
 
 from owlfuse.config.build import build, to_dict
-from owlfuse.config.compose import place
+from owlfuse.config.compose import PARTS, place
 from owlfuse.core.errors import ConfigError, DataError
 from owlfuse.model.adapters import PartSummary
 from owlfuse.model.multimodal import MultimodalLM, on_meta
+from owlfuse.model.parts import compute_only, loading_options
 from owlfuse.studies.recipe.compose import compose_stages
 
 MOVABLE_KEYS = (
@@ -56,7 +58,25 @@ def make_stages(recipe: str, words: list[str]) -> list[Stage]:
 
     Raises ConfigError.
     """
-    return [make_stage(name, config) for name, config in compose_stages(recipe, words).items()]
+    configs = compose_stages(recipe, words)
+    for (earlier, before), (later, config) in pairwise(configs.items()):
+        check_chain(earlier, before, later, config)
+    return [make_stage(name, config) for name, config in configs.items()]
+
+
+def check_chain(earlier: str, before: DictConfig, later: str, config: DictConfig) -> None:
+    """Checks that the parts are those of the stage before, whose weights they take: but for how
+    they compute, where weights come from, and the size of pictures. Raises ConfigError."""
+    for part in PARTS:
+        old, new = to_dict(before.model[part]), to_dict(config.model[part])
+        free = compute_only(new) | loading_options(new) | {"image_size"}
+        for key in sorted({*old, *new} - free):
+            if old.get(key) != new.get(key):
+                raise ConfigError(
+                    f"stage {later}: model.{part}.{key} is {new.get(key)}, and {old.get(key)} in "
+                    f"stage {earlier}, "
+                    "whose weights it starts from; set it in the base"
+                )
 
 
 def make_stage(name: str, config: DictConfig) -> Stage:

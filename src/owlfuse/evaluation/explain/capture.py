@@ -1,0 +1,97 @@
+"""Capturing how much the LLM's attention reads from the visual tokens.
+
+T text positions, H query heads, d head width, R the last positions of the row, S visual tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from owlfuse.model.fusion.base import AttentionCall, Fusion, attention_weights, text_mask
+
+
+@dataclass
+class AttentionCapture:
+    """How much the last positions of the one row read from the visual tokens."""
+
+    fusion: Fusion
+    placeholder: Tensor
+    """(T,) bool, True at the positions that images take."""
+    rows: int
+    """R."""
+    layers: list[int]
+    weights: dict[int, Tensor] = field(default_factory=dict)
+    """Of each of the layers (R, S) float32, the mean over heads."""
+
+
+ACTIVE: ContextVar[AttentionCapture | None] = ContextVar("capture", default=None)
+"""Of this thread, so that nothing is captured of another one that uses the model meanwhile."""
+
+
+@contextmanager
+def capture_attention(llm: PreTrainedModel, capture: AttentionCapture) -> Iterator[None]:
+    """Captures the weights of the LLM's attention inside the block, which is otherwise as
+    before."""
+    # private: transformers has a setter for it, and no getter
+    before = llm.config._attn_implementation
+    # flash attention has no mask that says who sees whom
+    plain = "sdpa" if before.startswith("flash") else before
+    name = f"owlfuse_capture_{plain}"
+    ALL_ATTENTION_FUNCTIONS.register(name, partial(attend_and_capture, plain))
+    ALL_MASK_ATTENTION_FUNCTIONS.register(name, ALL_MASK_ATTENTION_FUNCTIONS[plain])
+    llm.set_attn_implementation(name)
+    token = ACTIVE.set(capture)
+    try:
+        yield
+    finally:
+        ACTIVE.reset(token)
+        llm.set_attn_implementation(before)
+
+
+def attend_and_capture(
+    plain: str,
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """Computes what the attention function `plain` of transformers does.
+
+    Shapes as of `hyperattention.attend`.
+    """
+    capture = ACTIVE.get()
+    layer: Any = module.layer_idx
+    if capture is not None and layer in capture.layers:
+        last = query[:, :, -capture.rows :]
+        # the mask has a row for each position of the prompt, and only the last ones are captured
+        mask = text_mask(attention_mask, last, key)[:, :, -capture.rows :]
+        scaling = kwargs.get("scaling") or query.shape[3] ** -0.5
+        weights = attention_weights(last, key, mask, scaling)
+        # grouped heads share values
+        values = value.repeat_interleave(query.shape[1] // value.shape[1], dim=1)
+        text = (weights.to(value.dtype) @ values).transpose(1, 2).flatten(2)
+        call = AttentionCall(
+            module,
+            last,
+            key,
+            mask,
+            weights,
+            text,
+            scaling,
+            capture.placeholder,
+            kwargs.get("visual"),
+        )
+        capture.weights[layer] = capture.fusion.visual_attention(call)[0].mean(0)
+    return ALL_ATTENTION_FUNCTIONS[plain](module, query, key, value, attention_mask, **kwargs)

@@ -1,0 +1,68 @@
+"""What the rest of the code may ask of a backbone or a connector, with defaults, and what a part's
+class says of its own options."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from hydra.utils import get_object
+from torch import nn
+
+
+class ModelPart(nn.Module):
+    """The base of backbones and connectors."""
+
+    COMPUTE_ONLY: ClassVar[tuple[str, ...]] = ()
+    """Arguments of the class that change how the part computes and not what: a run may go on with
+    others, and a model that was exported may be trained with others."""
+    ORIGIN: ClassVar[tuple[str, ...]] = ()
+    """Arguments that say where the part's weights came from, which count no longer once they are
+    loaded."""
+
+    def set_checkpointing(self, enable: bool) -> None:
+        """Turns gradient checkpointing on or off.
+
+        Raises:
+            ValueError: the part has none, as by default.
+        """
+        if enable:
+            raise ValueError(
+                f"gradient_checkpointing: {type(self).__name__} does not support it; leave it false"
+            )
+
+    def set_compute_option(self, name: str, value: Any) -> None:
+        """Changes one of `COMPUTE_ONLY` of a part that is built already."""
+        if name == "gradient_checkpointing":
+            self.set_checkpointing(value)
+        else:
+            setattr(self, name, value)
+
+    def blocks(self) -> list[list[nn.Parameter]]:
+        """Returns the parameters of the part's layers, first to last, which the adapter `last_n`
+        counts; none by default."""
+        return []
+
+    def sharding_units(self) -> list[nn.Module]:
+        """Returns the modules that FSDP gathers one after the other; none by default."""
+        return []
+
+    def check_training(self, sharded: bool) -> None:
+        """Checks that the part can be trained with its options.
+
+        Args:
+            sharded: parameters are split over ranks.
+
+        Raises:
+            ValueError: it cannot; never by default.
+        """
+
+
+def compute_only(node: Mapping[str, Any]) -> frozenset[str]:
+    """Returns the options of a node's part that change only how it computes."""
+    return frozenset(getattr(get_object(node["_target_"]), "COMPUTE_ONLY", ()))
+
+
+def loading_options(node: Mapping[str, Any]) -> frozenset[str]:
+    """Returns the options of a node's part that say where its weights come from."""
+    return frozenset(getattr(get_object(node["_target_"]), "ORIGIN", ()))
