@@ -48,11 +48,11 @@ NAMES = {
     list: "a list",
     type(None): "null",
 }
-Where = Callable[[str], str]  # a key's path -> the file that sets it, or "command line"
+Origin = Callable[[str], str]  # a key's path -> the file that sets it, or "command line"
 
 
 def check_targets(
-    config: dict[str, Any], where: Where = lambda path: "configuration", importing: bool = True
+    config: dict[str, Any], where: Origin = lambda path: "configuration", importing: bool = True
 ) -> None:
     """Bind the arguments of every node with a `_target_` without calling it. Raises ConfigError.
 
@@ -75,7 +75,7 @@ def check_arguments(
     name: str,
     path: str,
     arguments: dict[str, Any],
-    where: Where,
+    where: Origin,
     partial: bool = False,
 ) -> None:
     """Unknown, supplied, missing and mistyped arguments of one call are errors.
@@ -126,7 +126,7 @@ def check_arguments(
             )
 
 
-def locate_target(target: Any, key: str, where: Where) -> Any:
+def locate_target(target: Any, key: str, where: Origin) -> Any:
     """Import the object at a dotted path.
 
     Raises ConfigError with the nearest name where the path is wrong.
@@ -179,19 +179,19 @@ def parameters_of(callable_: Callable) -> dict[str, inspect.Parameter] | None:
         return None
 
 
-def _check_target(path: str, node: dict[str, Any], where: Where) -> None:
+def _check_target(path: str, node: dict[str, Any], where: Origin) -> None:
     key = f"{path}._target_" if path else "_target_"
     _check_call(locate_target(node["_target_"], key, where), path, node, where)
 
 
-def _check_call(callable_: Callable, path: str, node: dict[str, Any], where: Where) -> None:
+def _check_call(callable_: Callable, path: str, node: dict[str, Any], where: Origin) -> None:
     check_arguments(
         callable_, f" of {node['_target_']}", path, node, where, partial=bool(node.get("_partial_"))
     )
 
 
 def _check_value(
-    value: Any, parameter: inspect.Parameter, callable_: Callable, key: str, where: Where
+    value: Any, parameter: inspect.Parameter, callable_: Callable, key: str, where: Origin
 ) -> None:
     annotation = annotation_of(parameter, callable_)
     if annotation is inspect.Parameter.empty or any(

@@ -10,9 +10,13 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from owlfuse.core.packages import MissingPackage
 from owlfuse.core.terminal import visible
+
+if TYPE_CHECKING:
+    import yaml
 
 COMMAND_LINE = "command line"
 
@@ -22,6 +26,13 @@ class ConfigError(ValueError):
 
     def __init__(self, message: str) -> None:
         super().__init__(" ".join(message.split()))
+
+
+def yaml_error(error: yaml.MarkedYAMLError) -> ConfigError:
+    """Return the error of a file that is no YAML, with the file and the line."""
+    mark = error.problem_mark
+    location = f"{label(mark.name)}:{mark.line + 1}" if mark else COMMAND_LINE
+    return ConfigError(f"{location}: not YAML: {error.problem or error.context}")
 
 
 LONGEST = 600

@@ -184,6 +184,15 @@ def decoded(raw: bytes, where: str) -> str:
         raise DataError(f"{where}: not UTF-8 at byte {error.start}") from error
 
 
+def parse_json(raw: bytes, where: str) -> Any:
+    """Return the value of a JSON text. Raises DataError that begins with `where`."""
+    text = decoded(raw, where)
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{where}: not JSON: {json_reason(error)}") from error
+
+
 def write_json(path: Path, content: Any) -> None:
     """Writes a JSON file with an indentation of two, atomically."""
     with atomic_write(path) as file:

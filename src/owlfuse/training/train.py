@@ -23,7 +23,7 @@ from owlfuse.artifacts.runs import (
 )
 from owlfuse.artifacts.weights import needs_base
 from owlfuse.config.build import build, to_dict
-from owlfuse.config.compose import place
+from owlfuse.config.compose import with_config_origin
 from owlfuse.config.identity import data_hash
 from owlfuse.core.errors import ConfigError, DataError, naming_full_disk
 from owlfuse.core.progress import progress_hidden, quiet_libraries
@@ -105,7 +105,7 @@ def train(config: DictConfig, folder: Path, data_digest: str | None) -> None:
     except (ConfigError, DataError):
         raise
     except ValueError as error:
-        raise ConfigError(place(config, str(error))) from error
+        raise ConfigError(with_config_origin(config, str(error))) from error
     identity = (
         {**data_identity(data.sources, data.validation), **weights_identity(plain)}
         if is_first_rank()

@@ -10,8 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-import numpy as np
-
 from owlfuse.core.errors import DataError
 from owlfuse.core.files import decoded, json_reason
 from owlfuse.core.types import Note, Sample
@@ -75,7 +73,7 @@ class WebDataset(VideoSource):
     def place(self, index: int) -> str:
         """See `Source`; of a shard, whose samples are counted from 1."""
         shards = cast("TarSamples", self.records)
-        shard = int(np.searchsorted(shards.first, index, side="right")) - 1
+        shard = shards.shard_of(index)
         return f"sample {index - int(shards.first[shard]) + 1} of {shards.files[shard].name}"
 
     def sample(self, record: dict[str, Any], name: str) -> Sample:

@@ -12,7 +12,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from owlfuse.config.build import build, to_dict
-from owlfuse.config.compose import check, compose, place
+from owlfuse.config.compose import check, compose, with_config_origin
 from owlfuse.config.identity import code_hash, config_hash, data_hash
 from owlfuse.core.errors import COMMAND_LINE, ConfigError, DataError, hint
 from owlfuse.studies.ablation.file import Ablation
@@ -235,7 +235,9 @@ def check_parts(cells: list[Cell], open_data: bool) -> None:
                 f"cell {cell.name}: {str(error).removeprefix(f'{COMMAND_LINE}: ')}"
             ) from error
         except ValueError as error:
-            raise ConfigError(f"cell {cell.name}: {place(cell.config, str(error))}") from error
+            raise ConfigError(
+                f"cell {cell.name}: {with_config_origin(cell.config, str(error))}"
+            ) from error
         for one in cells_of_name:
             one.trained = sum(part.trained for part in parts)
             if open_data:
