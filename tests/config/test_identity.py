@@ -149,7 +149,7 @@ def flip(path):
 )
 def test_a_picture_that_changes_is_noticed(shapes, monkeypatch, limit, change):
     """Above the limit by its size, or where it is of those that are read."""
-    monkeypatch.setattr(data_identities, "WHOLE", limit)
+    monkeypatch.setattr(data_identities, "MAX_BYTES", limit)
     before = identity_of(shapes)
     names = sorted(
         {

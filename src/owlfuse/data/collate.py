@@ -1,4 +1,5 @@
-"""Encoded samples -> a batch. B rows, T text positions, N images, I the most images of a row."""
+"""Encoded samples become a batch. B rows, T text positions, N images, I the most images of a
+row."""
 
 from __future__ import annotations
 
@@ -29,27 +30,31 @@ class Collator:
     pack_to: int | None = None
 
     def __call__(self, items: Sequence[Encoded | Skipped]) -> Batch:
-        """A batch of the items that are not skipped; where all are, of one row without anything to
-        learn, so that a rank goes on with the others. Raises DataError for a sample longer than
-        `pack_to`."""
-        samples = [item for item in items if isinstance(item, Encoded)]
-        skipped = [
-            (item.source, item.sample, item.reason) for item in items if isinstance(item, Skipped)
-        ]
-        truncated = [
-            (one.source, one.id, one.turns_removed) for one in samples if one.turns_removed
-        ]
+        """Return a batch of the items that are not skipped; where all are, a batch of one row
+        without a supervised token, so that a rank goes on with the others. Raises DataError for a
+        sample longer than `pack_to`."""
+        samples, skipped = [], []
+        for item in items:
+            if isinstance(item, Encoded):
+                samples.append(item)
+            else:
+                skipped.append((item.source, item.sample, item.reason))
+        truncated = []
+        for sample in samples:
+            if sample.turns_removed:
+                truncated.append((sample.source, sample.id, sample.turns_removed))
         segments: tuple[Any, ...] | None = None
-        rows: Sequence[Encoded]
-        if self.pack_to is None or not samples:
-            rows = samples or [self.nothing()]
-        else:
+        rows: Sequence[Encoded] = samples or [self.empty_row()]
+        if self.pack_to is not None and samples:
             packed = pack(samples, self.pack_to)
+            # The batch names its samples in the order of its rows.
             samples = [sample for row in packed for sample in row]
             rows, segments = zip(*(join(row) for row in packed), strict=True)
         length = max(len(row.input_ids) for row in rows)
-        pixels = [image for row in rows for image in row.pixel_values]
-        image_index, image_positions = self.places(rows, length)
+        pixels = []
+        for row in rows:
+            pixels += row.pixel_values
+        image_index, image_positions = self.image_places(rows, length)
         return Batch(
             input_ids=self.pad([row.input_ids for row in rows], length, self.pad_id),
             attention_mask=self.pad([torch.ones_like(row.input_ids) for row in rows], length, 0),
@@ -66,27 +71,26 @@ class Collator:
             lengths=[len(sample.input_ids) for sample in samples],
             skipped=skipped,
             truncated=truncated,
-            notes=counted_notes(samples),
+            notes=count_notes(samples),
         ).with_places()
 
-    def nothing(self) -> Encoded:
-        """A row of one padding token, which nothing is learned from."""
-        pad = torch.tensor([self.pad_id])
-        return Encoded(
-            "", "", pad, torch.full((1,), -100), torch.zeros(1, dtype=torch.bool), [], []
-        )
+    def empty_row(self) -> Encoded:
+        """Return a row of one padding token, which is not supervised."""
+        ids = torch.tensor([self.pad_id])
+        placeholder = torch.zeros(1, dtype=torch.bool)
+        return Encoded("", "", ids, torch.full((1,), -100), placeholder, [], [])
 
     def pad(self, rows: Sequence[Tensor], length: int, value: int | bool) -> Tensor:
-        """Rows (T_i,) -> (B, T)."""
-        out = torch.full((len(rows), length), value, dtype=rows[0].dtype)
-        for filled, row in zip(out, rows, strict=True):
+        """Pad rows (T_i,) -> (B, T)."""
+        padded = torch.full((len(rows), length), value, dtype=rows[0].dtype)
+        for padded_row, row in zip(padded, rows, strict=True):
             start = length - len(row) if self.side == "left" else 0
-            filled[start : start + len(row)] = row
-        return out
+            padded_row[start : start + len(row)] = row
+        return padded
 
-    def places(self, rows: Sequence[Encoded], length: int) -> tuple[Tensor, Tensor]:
-        """Which images each row has (-1: none), and where their first placeholders stand (T:
-        nowhere), (B, I) each."""
+    def image_places(self, rows: Sequence[Encoded], length: int) -> tuple[Tensor, Tensor]:
+        """Return the images of each row (-1: none), and the positions of their first placeholders
+        (T: none), (B, I) each."""
         most = max(1, *(len(row.image_positions) for row in rows))
         index = torch.full((len(rows), most), -1)
         positions = torch.full((len(rows), most), length)
@@ -100,14 +104,15 @@ class Collator:
         return index, positions
 
 
-def counted_notes(samples: Sequence[Encoded]) -> list[tuple[str, str, Note, int]]:
-    """Each note of a source once, with the first sample that has it and how many do."""
+def count_notes(samples: Sequence[Encoded]) -> list[tuple[str, str, Note, int]]:
+    """Return each note of a source once, with the first sample that has it and their number."""
     firsts: dict[tuple[str, Note], str] = {}
     counts: Counter[tuple[str, Note]] = Counter()
     for sample in samples:
         for note in sample.notes:
             firsts.setdefault((sample.source, note), sample.id)
             counts[sample.source, note] += 1
-    return [
-        (source, sample, note, counts[source, note]) for (source, note), sample in firsts.items()
-    ]
+    notes = []
+    for (source, note), sample_id in firsts.items():
+        notes.append((source, sample_id, note, counts[source, note]))
+    return notes

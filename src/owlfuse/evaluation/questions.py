@@ -7,7 +7,7 @@ from typing import Any
 
 from owlfuse.core.errors import DataError
 from owlfuse.core.types import VISUAL, Sample
-from owlfuse.data.chat.encoder import led_by_break, said_in
+from owlfuse.data.chat.encoder import answer_text, led_by_break
 
 
 def accepted_by(sample: Sample, turns: int) -> dict[str, Any]:
@@ -85,6 +85,6 @@ def question_samples(sample: Sample, history: bool = False) -> list[tuple[Sample
                     videos,
                     sample.tools,
                 )
-                questions.append((question, said_in(answered), str(kinds[number % len(kinds)])))
+                questions.append((question, answer_text(answered), str(kinds[number % len(kinds)])))
         visual_before += [part for part in own if part["type"] in VISUAL]
     return questions

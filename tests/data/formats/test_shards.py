@@ -359,7 +359,7 @@ def test_members_that_a_sample_cannot_show_are_refused(tmp_path, members, messag
         ([("a.png", b"x")], r"sample t:a has .png, expected a picture .* with .txt, or .json"),
         ([("a.png", b"x"), ("a.json", {"url": 1})], r"sample t:a has .png, .json, expected"),
         ([("a.png", b""), ("a.txt", b"x")], "sample t:a has a picture of 0 bytes"),
-        ([("a.png", b"x"), ("a.json", b"{")], "sample t:a: its .json is not JSON"),
+        ([("a.png", b"x"), ("a.json", b"{")], "sample t:a: its .json: not JSON"),
         (
             [("a.png", b"x"), ("a.json", [1])],
             "sample t:a: its .json holds a list, expected an object",

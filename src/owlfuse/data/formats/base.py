@@ -1,5 +1,5 @@
-"""What every source has: where it lies, its share of the mixture, and what happens to a sample
-that is wrong."""
+"""The base class of all sources: a file of records, its share of the mixture, and the policy for
+samples that are wrong."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
@@ -47,7 +47,7 @@ class Source:
     on_error: Literal["error", "skip"] = "error"
     max_skips: int = 100
 
-    tile: ClassVar[float] = 0.0  # of those whose pictures may be tiled, a field
+    tile: ClassVar[float] = 0.0  # a field of sources whose pictures may be tiled
     video: ClassVar[VideoSampling | None] = None
 
     def __post_init__(self) -> None:
@@ -64,35 +64,36 @@ class Source:
 
     @cached_property
     def records(self) -> Sequence[Any]:
-        """The file's records, opened at first use: data that are made on the spot exist by then."""
+        """The file's records, opened at first use: data that `prepare` writes exist by then."""
         records = self.open()
         if not len(records):
             raise DataError(f"{self.file}: holds no record")
         return records
 
     def open(self) -> Sequence[Any]:
-        """The records by number.
+        """Return the records by number.
 
         Raises DataError; a record that is wrong by itself raises when it is asked for.
         """
         return open_records(self.file, has_chat)
 
     def files(self) -> list[Path]:
-        """The files that the source reads, in order. Raises DataError where one is missing."""
+        """Return the files that the source reads, in order. Raises DataError where one is
+        missing."""
         return expand_files(str(self.file))
 
     def __len__(self) -> int:
         return len(self.records)
 
     def __getitem__(self, index: int) -> Sample:
-        """The sample at `index`.
+        """Return the sample at `index`.
 
         Raises DataError, naming source and sample, where the record is not what it should be.
         """
         return self.read(index)
 
     def read(self, index: int) -> Sample:
-        """The record at `index` as a sample."""
+        """Return the record at `index` as a sample."""
         record = self.records[index]
         try:
             if not isinstance(record, dict):
@@ -102,37 +103,36 @@ class Source:
             identity = record.get("id")
             sample = self.sample(record, f"{self.name}:{index if identity is None else identity}")
         except DataError as error:
-            raise self.placed(error, index) from None
+            raise self.with_location(error, index) from None
         if isinstance(self.records, Records):
-            sample.notes += [
-                Note("unused", f"the file's '{key}' beside its records")
-                for key in self.records.unused
-            ]
+            for key in self.records.unused:
+                sample.notes.append(Note("unused", f"the file's '{key}' beside its records"))
         return sample
 
-    def place(self, index: int) -> str:
-        """Where the record at `index` stands, as its file counts: a line, or a record's number
-        from 1."""
+    def location(self, index: int) -> str:
+        """Return the line or the record's number, from 1, that the record at `index` has in its
+        file."""
         if isinstance(self.records, JsonLines):
             return f"line {self.records.lines.number(index)} of {self.file.name}"
         return f"record {index + 1} of {self.file.name}"
 
-    def placed(self, error: DataError, index: int) -> DataError:
-        """An error of the sample at `index` that says where its record stands."""
+    def with_location(self, error: DataError, index: int) -> DataError:
+        """Return an error of the sample at `index` whose message says where its record is."""
+        # An error of opening the file is of no record.
         if "records" not in vars(self):
             return error
-        place = self.place(index)
-        if place not in str(error) and self.file.name not in str(error):
-            error.args = (f"{error} ({place})",)
+        location = self.location(index)
+        if location not in str(error) and self.file.name not in str(error):
+            error.args = (f"{error} ({location})",)
         return error
 
     def first_record(self, index: int) -> int:
-        """The first record of the sample at `index`."""
+        """Return the index of the first record of the sample at `index`."""
         return index
 
     def ids(self, indices: Iterable[int]) -> Iterator[tuple[int, str]]:
-        """Index and id of each record of those samples, its place where it has no id; without
-        those of wrong records."""
+        """Yield the index and the id of each record of some samples, without wrong records; a
+        record without an id goes by its index."""
         for index in indices:
             with suppress(DataError):
                 record = self.records[index]
@@ -141,14 +141,12 @@ class Source:
                     yield index, str(index if identity is None else identity)
 
     def sample(self, record: dict[str, Any], name: str) -> Sample:
-        """The record as a sample called `name`."""
+        """Return the record as a sample called `name`."""
         raise NotImplementedError(f"{type(self).__name__} reads no records")
 
     def fingerprint(self) -> str:
-        """What `mixture.json` knows the content by:
-
-        SHA-256, above 1 GB of sizes and ends (see `files.fingerprint`).
-        """
+        """Return a hash of the content: SHA-256, above 1 GB of sizes and ends (see
+        `files.fingerprint`)."""
         return fingerprint(self.files())
 
     def __getstate__(self) -> dict[str, Any]:
@@ -187,7 +185,7 @@ class VideoSource(PictureSource):
         DataError: a `video` that is no such thing.
     """
 
-    # VideoSampling once it is made
+    # a VideoSampling after __post_init__
     video: VideoSampling | dict[str, Any] | None = None  # type: ignore[misc, assignment]
 
     def __post_init__(self) -> None:
@@ -199,12 +197,12 @@ class VideoSource(PictureSource):
 
 
 def without(record: dict[str, Any], *keys: str) -> dict[str, Any]:
-    """What a record has beside `id` and `keys`, for a sample's metadata."""
+    """Return a record without `id` and `keys`, for a sample's metadata."""
     return {key: value for key, value in record.items() if key != "id" and key not in keys}
 
 
 def field(record: dict[str, Any], key: str, kind: type, name: str) -> Any:
-    """A record's field, of the kind that it must have."""
+    """Return a record's field. Raises DataError where it is not there or of another kind."""
     if key not in record:
         raise DataError(
             f"sample {name} has no '{key}'; it has {', '.join(sorted(record)) or 'nothing'}"

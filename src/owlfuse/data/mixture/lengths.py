@@ -188,7 +188,7 @@ def count_chunk(source: Source, encoder: ChatEncoder, on_length: OnLength, start
             sample = source[index]
             encoded = encoder.encode(sample, on_length=on_length)
         except DataError as error:
-            wrong[index] = str(source.placed(error, source.first_record(index)))
+            wrong[index] = str(source.with_location(error, source.first_record(index)))
             tokens.append(0)
             supervised.append(0)
         else:

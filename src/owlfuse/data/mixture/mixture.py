@@ -75,9 +75,9 @@ class Mixture:
         self.phases: list[tuple[int, dict[str, Fraction]]] = []
         self.sample_phases: list[tuple[int, dict[str, Fraction]]] = []
         for start, phase in phases:
-            asked = {name: phase[name] for name in self.names}
-            self.phases.append((start, shares_by_name(asked)))
-            by_sample = sample_weights(asked, self.sample_amounts)
+            phase_weights = {name: phase[name] for name in self.names}
+            self.phases.append((start, shares_by_name(phase_weights)))
+            by_sample = sample_weights(phase_weights, self.sample_amounts)
             self.sample_phases.append((start, shares_by_name(by_sample)))
         self.schedule = Schedule(
             [(start, list(shares.values())) for start, shares in self.sample_phases],
@@ -140,21 +140,20 @@ class Mixture:
         A phase counts by its samples, or by the tokens that they have on average where the weights
         are shares of tokens.
         """
-        asked = dict.fromkeys(self.names, 0.0)
+        amounts = dict.fromkeys(self.names, 0.0)
         starts = [start for start, _ in self.phases]
         stops = [*starts[1:], positions]
-        total = 0.0
         for (start, shares), (_, sample_shares), stop in zip(
             self.phases, self.sample_phases, stops, strict=True
         ):
             samples = max(0, min(stop, positions) - start)
-            amount = samples * float(
-                sum(share * self.sample_amounts[name] for name, share in sample_shares.items())
-            )
-            total += amount
+            mean_amount = Fraction(0)
+            for name, share in sample_shares.items():
+                mean_amount += share * self.sample_amounts[name]
             for name, share in shares.items():
-                asked[name] += float(share) * amount
-        return {name: amount / total for name, amount in asked.items()} if total else asked
+                amounts[name] += float(share) * samples * float(mean_amount)
+        total = sum(amounts.values())
+        return {name: amount / total for name, amount in amounts.items()} if total else amounts
 
     def check_range(self, start: int, stop: int) -> None:
         """Raise IndexError for positions that are not there."""

@@ -1,4 +1,4 @@
-"""What came of a mixture, in numbers: the contents of `mixture.json`."""
+"""The report of a mixture: the contents of `mixture.json`."""
 
 from __future__ import annotations
 
@@ -49,19 +49,18 @@ def mixture_report(
     for name, source in sources.items():
         row = source_row(mixture, source, counts.get(name, 0), positions)
         row["asked_share"] = asked_shares.get(name, 0.0) if positions else None
-        source_skips = [
-            (sample, times)
-            for (skip_source, sample, _), times in skips.items()
-            if skip_source == name
-        ]
-        row["skipped"] = sum(times for _, times in source_skips)
-        row["skipped_samples"] = len({sample for sample, _ in source_skips})
+        skipped_samples = set()
+        row["skipped"] = 0
+        for (skip_source, sample, _), times in skips.items():
+            if skip_source == name:
+                row["skipped"] += times
+                skipped_samples.add(sample)
+        row["skipped_samples"] = len(skipped_samples)
         row["truncated"] = (truncated or {}).get(name, 0)
-        row["notes"] = {
-            text: draws
-            for (note_source, text), draws in sorted((notes or {}).items())
-            if note_source == name
-        }
+        row["notes"] = {}
+        for (note_source, text), draws in sorted((notes or {}).items()):
+            if note_source == name:
+                row["notes"][text] = draws
         rows[name] = row
     add_token_shares(rows, mixture, counts, lengths)
     return {
@@ -140,8 +139,8 @@ def add_token_shares(
 
 def supervised_tokens(lengths: Lengths, shuffle: Shuffle, draws: int) -> int:
     """Return the supervised tokens of a source's first draws."""
-    epochs, rest = divmod(draws, shuffle.size)
-    last_epoch = lengths.supervised[shuffle.between(draws - rest, draws)]
+    epochs, remainder = divmod(draws, shuffle.size)
+    last_epoch = lengths.supervised[shuffle.between(draws - remainder, draws)]
     return epochs * lengths.total_supervised + int(last_epoch.sum(dtype=np.int64))
 
 

@@ -67,10 +67,9 @@ class Shuffle:
     def __getitem__(self, draw: int) -> int:
         """Return the sample at a draw from 0, in constant time."""
         epoch, cell = divmod(draw, self.size)
-        keys = [
-            mixed(self.key + (epoch * ROUNDS + number) * STEP & MASK) >> 32
-            for number in range(ROUNDS)
-        ]
+        keys = []
+        for number in range(ROUNDS):
+            keys.append(mixed(self.key + (epoch * ROUNDS + number) * STEP & MASK) >> 32)
         while True:
             left, right = divmod(cell, self.columns)
             for number in range(self.rounds):

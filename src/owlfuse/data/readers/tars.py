@@ -11,7 +11,7 @@ from array import array
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Self
 
 import numpy as np
 
@@ -229,7 +229,8 @@ def sample_members(
         raise ValueError(f"not an uncompressed tar: {error}") from error
     member = tar.next()
     while member is not None:
-        tar.members.clear()  # where tarfile would keep all of them
+        # tarfile would keep all of them; typeshed does not know the attribute
+        tar.members.clear()  # type: ignore[attr-defined]
         # tar.offset is where the next header has to be.
         if tar.offset > size:
             raise ValueError(f"cut short: a member ends at byte {tar.offset}, the file at {size}")
@@ -257,7 +258,7 @@ class LimitedHeader(tarfile.TarInfo):
     """A member's header. tarfile would read a long name of any size into memory."""
 
     @classmethod
-    def frombuf(cls, buf: bytes | bytearray, encoding: str | None, errors: str) -> LimitedHeader:
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
         """See `tarfile.TarInfo`."""
         header = super().frombuf(buf, encoding, errors)
         # a negative size would lead backwards, and tarfile round and round

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from owlfuse.core.errors import ConfigError, DataError, one_line
-from owlfuse.core.files import WORDS, expand_files, fingerprint
+from owlfuse.core.files import KIND_NAMES, expand_files, fingerprint
 from owlfuse.data.formats.marks import with_pictures
 from owlfuse.data.media.images import MAX_PIXELS
 from owlfuse.data.subset import stratified_sample
@@ -211,7 +211,7 @@ def value(record: Any, key: str, kind: type | tuple[type, ...], where: str) -> A
         )
     found = record[key]
     if not isinstance(found, kinds) or (isinstance(found, bool) and bool not in kinds):
-        wanted = " or ".join(WORDS[one] for one in kinds)
+        wanted = " or ".join(KIND_NAMES[one] for one in kinds)
         raise DataError(f"{where}: '{key}' is a {type(found).__name__}, expected {wanted}")
     return found
 

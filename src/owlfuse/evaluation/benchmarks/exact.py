@@ -45,7 +45,7 @@ class ChatTask(Task):
 
     def place(self, number: int) -> str:
         """See `Task`."""
-        return self.source.place(self.source.first_record(number)).removesuffix(
+        return self.source.location(self.source.first_record(number)).removesuffix(
             f" of {self.file.name}"
         )
 
