@@ -248,12 +248,12 @@ COMMANDS = {
 }
 
 
+# Commands whose words are overrides of a configuration.
 COMMANDS_OF_OVERRIDES = ("train", "config", "mixture", "recipe", "ablate")
-"""Commands whose words are overrides of a configuration."""
+# Commands whose words are folders of models.
 COMMANDS_OF_MODELS = ("eval", "export", "chat", "demo")
-"""Commands whose words are folders of models."""
+# Keys that are completed.
 KEYS = ("dry_run=true", "init_from=", "name=", "resume=", "seed=", "trainer.max_steps=")
-"""Keys that are completed."""
 
 BASH = """\
 _owlfuse() {
@@ -471,12 +471,21 @@ class Parser(argparse.ArgumentParser):
 def make_parser() -> Parser:
     """Return the parser of the whole command line."""
     parser = Parser(
-        "owlfuse", description="Experiments on multimodal LLMs.", epilog=EXIT_CODES, **LAYOUT
+        "owlfuse",
+        description="Experiments on multimodal LLMs.",
+        epilog=EXIT_CODES,
+        **LAYOUT,
     )
     text = (
         "a module of yours: parts of it may stand in a model that chat, eval, export or load reads"
     )
-    parser.add_argument("--trust", action="append", default=[], metavar="MODULE", help=text)
+    parser.add_argument(
+        "--trust",
+        action="append",
+        default=[],
+        metavar="MODULE",
+        help=text,
+    )
     parser.add_argument("--version", action="version", version=f"owlfuse {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="<command>", required=True)
     _add_runs(commands)
@@ -488,11 +497,23 @@ def make_parser() -> Parser:
 
 def _add_runs(commands: Any) -> None:
     train = commands.add_parser(
-        "train", help="train one run, or a sweep with -m", add_help=False, **LAYOUT
+        "train",
+        help="train one run, or a sweep with -m",
+        add_help=False,
+        **LAYOUT,
     )
-    train.add_argument("-h", "--help", action=TrainHelp, nargs=0, help="this page")
     train.add_argument(
-        "-m", "--multirun", action="store_true", help="a run for every combination of listed values"
+        "-h",
+        "--help",
+        action=TrainHelp,
+        nargs=0,
+        help="this page",
+    )
+    train.add_argument(
+        "-m",
+        "--multirun",
+        action="store_true",
+        help="a run for every combination of listed values",
     )
     train.add_argument(
         "overrides",
@@ -501,7 +522,10 @@ def _add_runs(commands: Any) -> None:
     )
 
     recipe = commands.add_parser(
-        "recipe", help="run the stages of a recipe in order", epilog=RECIPE, **LAYOUT
+        "recipe",
+        help="run the stages of a recipe in order",
+        epilog=RECIPE,
+        **LAYOUT,
     )
     recipe.add_argument(
         "recipe", metavar="NAME", help="a folder with a recipe.yaml below experiments/"
@@ -513,7 +537,10 @@ def _add_runs(commands: Any) -> None:
     )
 
     ablate = commands.add_parser(
-        "ablate", help="run a grid of cells, and report on it", epilog=ABLATE, **LAYOUT
+        "ablate",
+        help="run a grid of cells, and report on it",
+        epilog=ABLATE,
+        **LAYOUT,
     )
     ablate.add_argument(
         "ablation", metavar="NAME", help="a folder with an ablation.yaml below experiments/"
@@ -529,7 +556,10 @@ def _add_runs(commands: Any) -> None:
     )
     report.add_argument("ablation", metavar="NAME", help="an ablation, or its folder in runs/")
     report.add_argument(
-        "overrides", nargs="*", metavar="baseline=CELL", help="the cell that differences are to"
+        "overrides",
+        nargs="*",
+        metavar="baseline=CELL",
+        help="the cell that differences are to",
     )
 
     evaluate = commands.add_parser(
@@ -540,7 +570,10 @@ def _add_runs(commands: Any) -> None:
         **LAYOUT,
     )
     evaluate.add_argument(
-        "overrides", nargs="*", metavar="RUN", help="the run's folder, then <key>=<value> to change"
+        "overrides",
+        nargs="*",
+        metavar="RUN",
+        help="the run's folder, then <key>=<value> to change",
     )
 
 
@@ -584,8 +617,18 @@ def _add_models(commands: Any) -> None:
         metavar="PATH",
         help="a picture to ask about; may be repeated",
     )
-    chat.add_argument("--max-new-tokens", type=int, default=256, metavar="N")
-    chat.add_argument("--temperature", type=float, default=0.0, help="0: the likeliest answer")
+    chat.add_argument(
+        "--max-new-tokens",
+        type=int,
+        default=256,
+        metavar="N",
+    )
+    chat.add_argument(
+        "--temperature",
+        type=float,
+        default=0.0,
+        help="0: the likeliest answer",
+    )
     chat.add_argument(
         "--thinking",
         action="store_true",
@@ -598,7 +641,10 @@ def _add_models(commands: Any) -> None:
     )
 
     demo = commands.add_parser(
-        "demo", help="a page in the browser: several models side by side", epilog=DEMO, **LAYOUT
+        "demo",
+        help="a page in the browser: several models side by side",
+        epilog=DEMO,
+        **LAYOUT,
     )
     demo.add_argument(
         "folders",
@@ -613,7 +659,10 @@ def _add_models(commands: Any) -> None:
         help="by default only this machine reaches the page",
     )
     demo.add_argument(
-        "--port", type=int, metavar="N", help="by default the first free one from 7860 on"
+        "--port",
+        type=int,
+        metavar="N",
+        help="by default the first free one from 7860 on",
     )
 
 
@@ -630,14 +679,26 @@ def _add_data(commands: Any) -> None:
     shapes.add_argument("folder", metavar="DIR", help="a folder that is written")
     shapes.add_argument("--seed", type=int, default=0)
     shapes.add_argument(
-        "--pictures", type=int, default=12000, metavar="N", help="pictures to train with"
+        "--pictures",
+        type=int,
+        default=12000,
+        metavar="N",
+        help="pictures to train with",
     )
 
     completion = commands.add_parser(
-        "completion", help="print a script for a shell's Tab key", epilog=HELP, **LAYOUT
+        "completion",
+        help="print a script for a shell's Tab key",
+        epilog=HELP,
+        **LAYOUT,
     )
     completion.add_argument("shell", choices=[*SCRIPTS, "words"], metavar="{bash,zsh,fish}")
-    completion.add_argument("line", nargs="?", default="", help=argparse.SUPPRESS)
+    completion.add_argument(
+        "line",
+        nargs="?",
+        default="",
+        help=argparse.SUPPRESS,
+    )
 
     config = commands.add_parser(
         "config", help="print the composed configuration as yaml", **LAYOUT

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+# The old beginning of a name or a packaged file, and the new one.
 MOVED = {
     "owlfuse.adapters.": "owlfuse.model.adapters.",
     "owlfuse.checkpoints.": "owlfuse.training.checkpoints.",
@@ -25,7 +26,6 @@ MOVED = {
     "owlfuse.vision.TimmBackbone": "owlfuse.model.vision.backbone.TimmBackbone",
     "package:owlfuse/data/everyday/": "package:owlfuse/data/shapes/everyday/",
 }
-"""The old beginning of a name or a packaged file, and the new one."""
 
 
 def with_current_names(value: Any) -> Any:

@@ -17,6 +17,7 @@ def build(node: Any, **supplied: Any) -> Any:
         return instantiate(node, _convert_="all", **supplied)
     except InstantiationException as error:
         cause: BaseException = error
+        # Nested targets wrap the error once a level.
         while isinstance(cause, InstantiationException) and cause.__cause__ is not None:
             cause = cause.__cause__
         raise cause from None

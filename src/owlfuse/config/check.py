@@ -37,8 +37,8 @@ SUPPLIED: dict[str, tuple[str, ...]] = {
 }
 
 HYDRA_KEYS = ("_target_", "_args_", "_partial_", "_convert_", "_recursive_")
+# Packages that are suggested for a misspelled one.
 TOP_MODULES = ("owlfuse", "lightning", "torch", "timm", "transformers", "peft", "torchmetrics")
-"""Packages that are suggested for a misspelled one."""
 TYPE_NAMES = {
     int: "a whole number (int)",
     float: "a number (float)",
@@ -48,8 +48,8 @@ TYPE_NAMES = {
     list: "a list",
     type(None): "null",
 }
+# Returns the file that sets a key, given by its path, or "command line".
 Origin = Callable[[str], str]
-"""Returns the file that sets a key, given by its path, or "command line"."""
 
 
 def check_targets(
@@ -67,8 +67,12 @@ def check_targets(
     Raises:
         ConfigError: the first mistake.
     """
-    nodes = [(path, node) for path, node in nodes_of(config, "") if "_target_" in node]
+    nodes = []
+    for path, node in nodes_of(config, ""):
+        if "_target_" in node:
+            nodes.append((path, node))
     for path, node in nodes:
+        # All of these before the first import: a typo is answered in a tenth of a second.
         if (signature := read_signature(node["_target_"])) is not None:
             _check_call(signature, path, node, origin)
     if not importing:
@@ -105,6 +109,7 @@ def check_arguments(
     prefix = f"{path}." if path else ""
     for key, value in arguments.items():
         full = f"{prefix}{key}"
+        # They are instructions for Hydra, and no arguments of the target.
         if key in HYDRA_KEYS:
             continue
         if key in supplied:
@@ -112,14 +117,21 @@ def check_arguments(
                 f"{origin(full)}: {full}: the code gives this argument; remove the key"
             )
         if key in named:
-            _check_value(value, named[key], callable_, full, origin)
+            _check_value(
+                value,
+                named[key],
+                callable_,
+                full,
+                origin,
+            )
         elif not takes_any:
             raise ConfigError(f"{origin(full)}: {full}: no such key{name}{hint(str(key), allowed)}")
     if partial:
         return
     positional = list(named)[: len(arguments.get("_args_", []))]
     for key in allowed:
-        if key in arguments or key in positional or named[key].default is not named[key].empty:
+        has_default = named[key].default is not inspect.Parameter.empty
+        if key in arguments or key in positional or has_default:
             continue
         source = origin(f"{prefix}_target_" if name else f"{prefix}{key}")
         by = f" by {name.removeprefix(' of ')}" if name else ""
@@ -193,13 +205,29 @@ def _check_target(path: str, node: dict[str, Any], origin: Origin) -> None:
     _check_call(locate_target(node["_target_"], key, origin), path, node, origin)
 
 
-def _check_call(callable_: Callable, path: str, node: dict[str, Any], origin: Origin) -> None:
+def _check_call(
+    callable_: Callable,
+    path: str,
+    node: dict[str, Any],
+    origin: Origin,
+) -> None:
     is_partial = bool(node.get("_partial_"))
-    check_arguments(callable_, f" of {node['_target_']}", path, node, origin, is_partial)
+    check_arguments(
+        callable_,
+        f" of {node['_target_']}",
+        path,
+        node,
+        origin,
+        is_partial,
+    )
 
 
 def _check_value(
-    value: Any, parameter: inspect.Parameter, callable_: Callable, key: str, origin: Origin
+    value: Any,
+    parameter: inspect.Parameter,
+    callable_: Callable,
+    key: str,
+    origin: Origin,
 ) -> None:
     annotation = annotation_of(parameter, callable_)
     holds_target = any("_target_" in node for _, node in nodes_of(value, ""))
@@ -236,6 +264,7 @@ def _is_valid(adapter: TypeAdapter, value: Any) -> bool:
     except ValidationError:
         pass
     try:
+        # JSON's strict mode takes a list for a tuple, and a text for a Path.
         adapter.validate_json(json.dumps(value), strict=True)
         return True
     except (ValidationError, TypeError):
@@ -304,5 +333,7 @@ def nodes_of(value: Any, path: str) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _public_names(parent: Any) -> list[str]:
-    modules = [module.name for module in pkgutil.iter_modules(getattr(parent, "__path__", []))]
-    return [name for name in [*dir(parent), *modules] if not name.startswith("_")]
+    names = dir(parent)
+    for module in pkgutil.iter_modules(getattr(parent, "__path__", [])):
+        names.append(module.name)
+    return [name for name in names if not name.startswith("_")]

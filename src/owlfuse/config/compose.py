@@ -158,13 +158,37 @@ def check(config: DictConfig, importing: bool = True) -> None:
 
 def check_levels(plain: dict[str, Any], origin: Origin) -> None:
     """Check keys and types of the levels that every configuration has. Raises ConfigError."""
-    check_arguments(Root, "", "", plain, origin)
+    check_arguments(
+        Root,
+        "",
+        "",
+        plain,
+        origin,
+    )
     for key in ("experiment", "name"):
         if plain.get(key) is not None:
             check_name(f"{origin(key)}: {key}", plain[key])
-    check_arguments(Model, "", "model", plain["model"], origin)
-    check_arguments(Adapters, "", "model.adapter", plain["model"]["adapter"], origin)
-    check_arguments(PlanOptions, "", "plan", plain.get("plan") or {}, origin)
+    check_arguments(
+        Model,
+        "",
+        "model",
+        plain["model"],
+        origin,
+    )
+    check_arguments(
+        Adapters,
+        "",
+        "model.adapter",
+        plain["model"]["adapter"],
+        origin,
+    )
+    check_arguments(
+        PlanOptions,
+        "",
+        "plan",
+        plain.get("plan") or {},
+        origin,
+    )
     for part in PARTS:
         if "_target_" not in plain["model"][part]:
             raise ConfigError(
@@ -273,7 +297,9 @@ def find_run(folder: str | Path) -> Path:
     files += Path("runs").glob("*/*/*/config.yaml")  # stages of recipes
     runs = {str(file.parent) for file in files}
     runs_by_name = {Path(path).name: path for path in runs}
-    match = nearest(str(run), runs) or runs_by_name.get(nearest(run.name, runs_by_name) or "")
+    match = nearest(str(run), runs)
+    if match is None:
+        match = runs_by_name.get(nearest(run.name, runs_by_name) or "")
     guess = f"; did you mean '{match}'?" if match else ""
     raise ConfigError(
         f"{COMMAND_LINE}: {folder}: not a run: there is no {run / 'config.yaml'}{guess}"
@@ -318,7 +344,8 @@ def _compose_resumed(lines: list[str], run: Path, folders: ConfigFolders) -> Com
                 f"{COMMAND_LINE}: {override.input_line}: a resumed run stays in its folder, {run}"
             )
         overrides.append(override)
-    return Composition(ConfigFolders(configs=(run.resolve(),), root="config"), overrides)
+    run_folders = ConfigFolders(configs=(run.resolve(),), root="config")
+    return Composition(run_folders, overrides)
 
 
 def _resumed_run(overrides: list[str]) -> Path | None:

@@ -38,7 +38,11 @@ class ConfigFolders:
         """Names for experiment=<name>, in subfolders as `folder/name`, without recipes and
         ablations."""
         names = _yamls(self.experiments)
-        return sorted(name for name in names if name.rpartition("/")[2] not in (RECIPE, ABLATION))
+        experiments = []
+        for name in names:
+            if name.rpartition("/")[2] not in (RECIPE, ABLATION):
+                experiments.append(name)
+        return sorted(experiments)
 
     @cached_property
     def recipe_names(self) -> list[str]:
@@ -91,7 +95,8 @@ class ConfigFolders:
         "experiments/shapes_owl1" or "train". That of a recipe's stage is the recipe's."""
         file = self._single_file(config_path)
         if file is None and self.stage(config_path) is not None:
-            return self.recipe(config_path.partition("/")[2].rpartition("/")[0])
+            name = config_path.partition("/")[2]
+            return self.recipe(name.rpartition("/")[0])
         return file
 
     def _single_file(self, config_path: str) -> Path | None:
@@ -113,16 +118,23 @@ def find_folders(config_dir: str | Path | None = None) -> ConfigFolders:
         package = Path(__file__).resolve().parents[1]
         # A wheel has the configuration in the package, a checkout at its top.
         base = package if (package / "configs").is_dir() else package.parents[1]
-        roots = list(dict.fromkeys([base / "configs", Path.cwd().resolve() / "configs"]))
+        roots = [base / "configs"]
+        working_root = Path.cwd().resolve() / "configs"
+        if working_root not in roots:
+            roots.append(working_root)
     experiments = [root.parent / EXPERIMENTS for root in roots]
     return ConfigFolders(
-        configs=(roots[0], *(root for root in roots[1:] if root.is_dir())),
-        experiments=tuple(folder for folder in experiments if folder.is_dir()),
+        # Without the first, there is nothing to compose: Hydra's error names it.
+        configs=(roots[0], *filter(Path.is_dir, roots[1:])),
+        experiments=tuple(filter(Path.is_dir, experiments)),
     )
 
 
 def _first_file(folders: tuple[Path, ...], name: str) -> Path | None:
-    return next((folder / name for folder in folders if (folder / name).is_file()), None)
+    for folder in folders:
+        if (folder / name).is_file():
+            return folder / name
+    return None
 
 
 def _yamls(folders: tuple[Path, ...]) -> set[str]:

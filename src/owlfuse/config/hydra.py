@@ -24,8 +24,8 @@ from owlfuse.config.messages import no_such_option
 from owlfuse.config.signatures import read_signature
 from owlfuse.core.errors import COMMAND_LINE, ConfigError, hint, label, nearest_key, yaml_error
 
+# Groups that a run can do without: <group>=null.
 OPTIONAL_GROUPS = ("evaluation", "logger")
-"""Groups that a run can do without: <group>=null."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,7 @@ class Composition:
         Raises:
             ConfigError: what Hydra, OmegaConf or yaml object to, in one line.
         """
+        # Hydra's own error would be about the key, and not about the group that is null.
         self._check_null_groups()
         try:
             with self._initialized():
@@ -58,6 +59,7 @@ class Composition:
         of its nearest parent."""
         parts = path.split(".") if path else []
         for length in range(len(parts), 0, -1):
+            # The last layer wins, as in Hydra's merge.
             for source, content in reversed(self._layers):
                 if has_key(content, parts[:length]):
                     return source
@@ -106,6 +108,7 @@ class Composition:
             file = self.folders.file(entry.config_path) if entry.config_path else None
             if file is None:
                 continue
+            # A stage's file is the recipe's, which holds other stages too.
             content: Any = self.folders.stage(str(entry.config_path))
             if content is None:
                 content = OmegaConf.to_container(OmegaConf.load(file), resolve=False)
@@ -122,6 +125,7 @@ class Composition:
         if stage is not None:
             group, _, name = path.rpartition("/")
             ConfigStore.instance().store(name, stage, group)
+        # Hydra allows one initialization a process, and a recipe composes several stages.
         GlobalHydra.instance().clear()
         with warnings.catch_warnings():
             # hydra 1.3 warns where there is none, 1.4 where there is one
@@ -189,6 +193,7 @@ class Composition:
             return None
         with open_dict(config):
             del config["hydra"]
+        # Unresolved, since the interpolations may need the very overrides that are left out here.
         keys = set(dotted_items(OmegaConf.to_container(config, resolve=False)))
         for override in self.key_overrides:
             key, line = override.key_or_group, str(override.input_line)
@@ -203,11 +208,16 @@ class Composition:
                 unknown = [set_key for set_key in set_keys if set_key not in keys]
                 if unknown:
                     return self._unknown_key_error(unknown[0], line, config, keys)
+            # A later override may change a key that an earlier one has added.
             keys.update(set_keys)
         return None
 
     def _unknown_key_error(
-        self, key: str, line: str, config: DictConfig, keys: set[str]
+        self,
+        key: str,
+        line: str,
+        config: DictConfig,
+        keys: set[str],
     ) -> ConfigError:
         """Return the error of a key that no file sets: an argument that may be added, or a
         misspelling."""
@@ -244,6 +254,7 @@ def read_overrides(lines: list[str], folders: ConfigFolders, sweep: bool = False
     """
     overrides = []
     for line in lines:
+        # Before Hydra's grammar, whose message about a lone word is of tokens.
         if not re.match(r"~.|[^=]+=", line):
             match = nearest_key(line, folders.experiment_names)
             guess = f"; did you mean experiment={match}?" if match else ""

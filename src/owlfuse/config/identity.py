@@ -20,9 +20,10 @@ from typing import Any
 from owlfuse.core.environment import LIBRARIES, versions
 
 SOURCE = Path(__file__).resolve().parents[1]
+# The module whose imports are the code of a training and of its evaluation.
 ENTRY = "owlfuse.training.train"
-"""The module whose imports are the code of a training and of its evaluation."""
 
+# Keys that change neither the trained model nor its scores.
 IGNORED_KEYS = (
     "name",
     "runs",
@@ -41,7 +42,6 @@ IGNORED_KEYS = (
     "evaluation.explain",
     "accept_changed_data",
 )
-"""Keys that change neither the trained model nor its scores."""
 
 
 def config_hash(config: dict[str, Any], changes: list[dict[str, Any]] | None = None) -> str:
@@ -102,6 +102,7 @@ def owlfuse_files(names: set[str], source: Path = SOURCE) -> dict[str, Path]:
             continue
         files[str(path.relative_to(source))] = path
         waiting += sorted(names_imported_by(path))
+    # Templates are code too: they decide every token of a chat.
     for template in source.glob("data/chat/templates/*.jinja"):
         files[str(template.relative_to(source))] = template
     return dict(sorted(files.items()))
@@ -113,6 +114,7 @@ def file_of(name: str, source: Path) -> Path | None:
     if package != source.name:
         return None
     while parts:
+        # A dotted name may end in a class or function: the longest path that is a file counts.
         path = source.joinpath(*parts)
         if path.with_suffix(".py").is_file():
             return path.with_suffix(".py")
@@ -148,6 +150,7 @@ def user_files(modules: set[str]) -> dict[str, Path]:
         module = waiting.pop()
         visited.add(module)
         spec = spec_of(module)
+        # Compiled extensions are known by the version of their package alone.
         if spec is None or not spec.origin or not spec.origin.endswith(".py"):
             continue
         file = Path(spec.origin).resolve()
@@ -159,6 +162,7 @@ def user_files(modules: set[str]) -> dict[str, Path]:
             if not is_installed(file):
                 imported |= imported_modules(path)
         new_modules = imported - visited - set(waiting)
+        # Sorted, so that the order of the walk does not depend on hashes.
         waiting += sorted(name for name in new_modules if is_users(name))
     return dict(sorted(files.items()))
 

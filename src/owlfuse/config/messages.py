@@ -45,7 +45,12 @@ def check_name(key: str, name: object) -> None:
         )
 
 
-def no_such_option(source: str, group: str, option: str, folders: ConfigFolders) -> ConfigError:
+def no_such_option(
+    source: str,
+    group: str,
+    option: str,
+    folders: ConfigFolders,
+) -> ConfigError:
     """Return the error of a group that has no such option, or of an experiment that is not there.
 
     Args:

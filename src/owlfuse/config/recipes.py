@@ -63,6 +63,7 @@ def read_stages(file: Path) -> dict[str, dict[str, Any]]:
                 f"{label(file)}: stage {name}: the name stands twice; a stage's folder is called "
                 "by it"
             )
+        # `trains` freezes what it does not name, so that a stage cannot train a part by oversight.
         settings = stage_settings(stage, f"{label(file)}: stage {name}")
         stages[name] = merged(content.get("base") or {}, settings)
     return stages
@@ -74,8 +75,9 @@ def stage_settings(stage: dict[str, Any], label: str) -> dict[str, Any]:
     Args:
         label: the file and the stage, as messages begin.
     """
-    settings = {key: value for key, value in stage.items() if key not in ("name", "trains")}
-    policies = stage.get("trains")
+    settings = dict(stage)
+    del settings["name"]
+    policies = settings.pop("trains", None)
     if policies is None:
         return settings
     is_table = isinstance(policies, dict)
@@ -96,6 +98,7 @@ def stage_settings(stage: dict[str, Any], label: str) -> dict[str, Any]:
 def merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     """Return `over` merged over `base`, group by group; of two defaults for one group the later
     counts."""
+    # The base is shared by all stages, and Hydra's store keeps what it is given.
     result = copy.deepcopy(base)
     for key, value in over.items():
         if key == "defaults":

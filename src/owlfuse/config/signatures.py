@@ -19,12 +19,12 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+# Packages whose files are read; tests/config/test_config_signatures.py compares every configured
+# target with the class itself.
 PACKAGES = ("owlfuse", "lightning")
-"""Packages whose files are read; tests/config/test_config_signatures.py compares every configured
-target with the class itself."""
+# Decorators of `__init__` that leave the signature as it is: lightning's, which uses
+# functools.wraps.
 WRAPPERS = ("_defaults_from_env_vars",)
-"""Decorators of `__init__` that leave the signature as it is: lightning's, which uses
-functools.wraps."""
 REQUIRED = inspect.Parameter.empty
 
 
@@ -122,6 +122,7 @@ def parameters_of_class(module: str, node: ast.AST) -> list[inspect.Parameter]:
     if not isinstance(node, ast.ClassDef) or node.keywords:
         raise UnknownError("no class, or one with a metaclass")
     methods = {child.name: child for child in node.body if isinstance(child, ast.FunctionDef)}
+    # `__new__` may take other arguments than `__init__`.
     if "__new__" in methods:
         raise UnknownError("__new__")
     if node.decorator_list and not is_dataclass(node):
@@ -130,9 +131,11 @@ def parameters_of_class(module: str, node: ast.AST) -> list[inspect.Parameter]:
         return arguments_of(module, methods["__init__"], skip=1)
     if is_dataclass(node):
         # keyword-only ones last
-        return sorted(dataclass_fields(module, node).values(), key=lambda field: field.kind)
+        fields = dataclass_fields(module, node).values()
+        return sorted(fields, key=lambda field: field.kind)
     if not node.bases:
         return []
+    # Which `__init__` counts would take the whole method resolution order.
     if len(node.bases) > 1:
         raise UnknownError("no __init__ of its own, and several bases")
     return parameters_of_class(*base_of(module, node.bases[0]))
@@ -163,7 +166,9 @@ def dataclass_fields(module: str, node: ast.AST) -> dict[str, inspect.Parameter]
     """Return the arguments of a dataclass, those of its bases first. Raises UnknownError."""
     if not isinstance(node, ast.ClassDef) or len(node.bases) > 1:
         raise UnknownError("no class, or one with several bases")
-    fields = dataclass_fields(*base_of(module, node.bases[0])) if node.bases else {}
+    fields = {}
+    if node.bases:
+        fields = dataclass_fields(*base_of(module, node.bases[0]))
     if not is_dataclass(node):
         if not node.decorator_list:
             return fields  # a plain class between dataclasses adds none
@@ -176,6 +181,7 @@ def dataclass_fields(module: str, node: ast.AST) -> dict[str, inspect.Parameter]
             continue
         name, value = child.target.id, child.value
         annotation = ast.unparse(child.annotation)
+        # By the text of the annotation, as dataclasses does it for postponed annotations.
         if "ClassVar" in annotation:
             continue
         if "InitVar" in annotation or "KW_ONLY" in annotation:
@@ -185,7 +191,13 @@ def dataclass_fields(module: str, node: ast.AST) -> dict[str, inspect.Parameter]
             if "init" in options:  # init=False
                 continue
             value = options.get("default", options.get("default_factory"))
-        fields[name] = parameter(module, name, kind, child.annotation, default_of(value))
+        fields[name] = parameter(
+            module,
+            name,
+            kind,
+            child.annotation,
+            default_of(value),
+        )
     return fields
 
 
@@ -211,15 +223,30 @@ def arguments_of(module: str, node: ast.AST, skip: int) -> list[inspect.Paramete
     positional += [(a, kinds.POSITIONAL_ONLY) for a in arguments.posonlyargs]
     positional += [(a, kinds.POSITIONAL_OR_KEYWORD) for a in arguments.args]
     # defaults belong to the last arguments
-    defaults = [None] * (len(positional) - len(arguments.defaults)) + list(arguments.defaults)
+    without_default = len(positional) - len(arguments.defaults)
+    defaults = [None] * without_default + list(arguments.defaults)
     parameters = []
     for (a, kind), default in zip(positional, defaults, strict=True):
-        parameters.append(parameter(module, a.arg, kind, a.annotation, default_of(default)))
+        parameters.append(
+            parameter(
+                module,
+                a.arg,
+                kind,
+                a.annotation,
+                default_of(default),
+            )
+        )
     parameters = parameters[skip:]
     if arguments.vararg:
         parameters.append(inspect.Parameter(arguments.vararg.arg, kinds.VAR_POSITIONAL))
     for a, default in zip(arguments.kwonlyargs, arguments.kw_defaults, strict=True):
-        keyword = parameter(module, a.arg, kinds.KEYWORD_ONLY, a.annotation, default_of(default))
+        keyword = parameter(
+            module,
+            a.arg,
+            kinds.KEYWORD_ONLY,
+            a.annotation,
+            default_of(default),
+        )
         parameters.append(keyword)
     if arguments.kwarg:
         parameters.append(inspect.Parameter(arguments.kwarg.arg, kinds.VAR_KEYWORD))
@@ -239,7 +266,11 @@ def default_of(node: ast.expr | None) -> Any:
 
 
 def parameter(
-    module: str, name: str, kind: Any, annotation: ast.expr | None, default: Any
+    module: str,
+    name: str,
+    kind: Any,
+    annotation: ast.expr | None,
+    default: Any,
 ) -> inspect.Parameter:
     """Return a parameter, without its type where that cannot be known."""
     parameter_type: Any = REQUIRED
@@ -247,7 +278,12 @@ def parameter(
         # TypeError: typing refuses it, as it would for the class itself
         with suppress(UnknownError, TypeError):
             parameter_type = type_of(module, annotation)
-    return inspect.Parameter(name, kind, annotation=parameter_type, default=default)
+    return inspect.Parameter(
+        name,
+        kind,
+        annotation=parameter_type,
+        default=default,
+    )
 
 
 def type_of(module: str, node: ast.AST) -> Any:

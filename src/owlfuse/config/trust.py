@@ -35,14 +35,15 @@ from owlfuse.config.user_modules import import_user_module
 from owlfuse.core.errors import DataError
 from owlfuse.core.files import MAX_CONFIG, read_text
 
+# The environment variable with the names of `--trust`, for the processes that a command starts.
 ENVIRONMENT = "OWLFUSE_TRUST"
-"""The environment variable with the names of `--trust`, for the processes that a command starts."""
 
 
+# Depth of brackets in a config.yaml.
 MAX_DEPTH = 100
-"""Depth of brackets in a config.yaml."""
+# Names of timm that are no entry of its own registry: `hf-hub:`, `local-dir:` and paths.
 HUB_NAME = re.compile(r"[A-Za-z-_]+:|.*/")
-"""Names of timm that are no entry of its own registry: `hf-hub:`, `local-dir:` and paths."""
+# Keys of timm's `pretrained_cfg_overlay` about preprocessing; others name files and addresses.
 PREPROCESSING = {
     "input_size",
     "fixed_input_size",
@@ -52,10 +53,9 @@ PREPROCESSING = {
     "crop_pct",
     "crop_mode",
 }
-"""Keys of timm's `pretrained_cfg_overlay` about preprocessing; others name files and addresses."""
 
+# Names that the user's own configuration has asked for in this process.
 accepted: set[str] = set()
-"""Names that the user's own configuration has asked for in this process."""
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,16 @@ SLOTS = (
         "owlfuse.model.fusion.base.Fusion",
     ),
     Slot("model.llm", ("owlfuse.model.llm.load_llm",)),
-    Slot("model.adapter.*", below("owlfuse.model.adapters", "Frozen", "Full", "LastN", "LoRA")),
+    Slot(
+        "model.adapter.*",
+        below(
+            "owlfuse.model.adapters",
+            "Frozen",
+            "Full",
+            "LastN",
+            "LoRA",
+        ),
+    ),
     Slot("data", ("owlfuse.data.datamodule.ChatData",), "lightning.LightningDataModule"),
     Slot("data.prepare", below("owlfuse.data.shapes", "write.write_shapes", "many.write_many")),
     Slot("data.video", ("owlfuse.data.media.video.VideoSampling",)),
@@ -141,15 +150,16 @@ SLOTS = (
     Slot("evaluation", ("owlfuse.evaluation.validation.Evaluation",)),
     Slot("checkpoint", ("owlfuse.training.checkpoints.Checkpoints",)),
 )
+# Packages whose parts are accepted by their base class, and not because a yaml names them for
+# another key.
 SLOT_PACKAGES = ("owlfuse", "lightning")
-"""Packages whose parts are accepted by their base class, and not because a yaml names them for
-another key."""
 
 
 def trust(*names: str) -> None:
     """Accept the parts of modules (`parts.mean`), or a timm model of the hub
     (`hf-hub:<owner>/<name>`), in files of models. A module is imported when a part of it is built.
     """
+    # The environment carries them to data workers, ranks and the cells of ablations.
     words = [*trusted(), *names]
     os.environ[ENVIRONMENT] = ",".join(dict.fromkeys(words))
 
@@ -195,6 +205,7 @@ def read_run_config(folder: Path) -> Any:
                 f"{file}: {path} is {value[:80]!r}, an interpolation; a run's config.yaml is "
                 "written resolved"
             )
+    # Before the check, which knows the current names alone.
     content = with_current_names(content)
     check_names(content, file)
     return content
@@ -283,12 +294,26 @@ def check_target(path: str, target: Any, file: Path) -> None:
             f"{key}: {target} is no part of {module}, which only imports it from {defined_in}"
         )
     if slot is not None:
-        check_base(slot, part, target, path, key, is_trusted)
+        check_base(
+            slot,
+            part,
+            target,
+            path,
+            key,
+            is_trusted,
+        )
     elif is_within(module, "owlfuse"):
         raise DataError(f"{key}: {target} is not what {path} takes")
 
 
-def check_base(slot: Slot, part: Any, target: str, path: str, key: str, is_trusted: bool) -> None:
+def check_base(
+    slot: Slot,
+    part: Any,
+    target: str,
+    path: str,
+    key: str,
+    is_trusted: bool,
+) -> None:
     """Raise DataError for a part that is not of the base class of its slot."""
     if slot.base is None:
         is_part, expected = is_trusted, "one of " + ", ".join(slot.targets)
@@ -335,9 +360,11 @@ def named_by_user(word: str, file: Path) -> bool:
     folders = find_folders()
     model_dir = file.resolve().parent
     for folder in (*folders.configs, *folders.experiments):
+        # Else a downloaded model could bring the yaml that accepts its own names.
         if folder.resolve().is_relative_to(model_dir):
             continue
         for path in folder.rglob("*.yaml"):
+            # The bytes first: parsing every yaml takes seconds.
             if word.encode() in path.read_bytes() and word in yaml_values(path):
                 return True
     return False

@@ -35,8 +35,8 @@ def yaml_error(error: yaml.MarkedYAMLError) -> ConfigError:
     return ConfigError(f"{location}: not YAML: {error.problem or error.context}")
 
 
+# Characters of a message. A path or an id may have any number.
 MAX_MESSAGE = 600
-"""Characters of a message. A path or an id may have any number."""
 
 
 class DataError(ValueError):
@@ -50,6 +50,7 @@ class DataError(ValueError):
     says."""
 
 
+# Errors of the system about a disk or a path, and not about the program.
 DISK_ERRORS = (
     errno.ENOSPC,
     errno.EDQUOT,
@@ -63,7 +64,6 @@ DISK_ERRORS = (
     errno.ENAMETOOLONG,
     errno.ELOOP,
 )
-"""Errors of the system about a disk or a path, and not about the program."""
 
 
 def disk_error_reason(error: BaseException) -> str | None:
@@ -149,6 +149,7 @@ def nearest_key(key: str, keys: Iterable[str]) -> str | None:
             siblings[candidate_name] = candidate
         if re.split(r"[./]", candidate)[-1] == name:
             elsewhere.append(candidate)
+    # A misspelled key is most often in its right group.
     match = nearest(name, siblings) if parent else None
     if match:
         return siblings[match]

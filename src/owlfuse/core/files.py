@@ -34,6 +34,7 @@ def atomic_write(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
     try:
         with temporary.open(mode, encoding=None if "b" in mode else "utf-8") as file:
             yield file
+            # Without fsync, a rename may reach the disk before the content.
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
@@ -72,12 +73,12 @@ def atomic_directory(path: Path | str) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+# Bytes up to which a source's whole content is hashed.
 MAX_HASHED = 2**30
-"""Bytes up to which a source's whole content is hashed."""
+# Bytes of each end of a larger file that are hashed, divided by the number of files.
 END_BYTES = 2**24
-"""Bytes of each end of a larger file that are hashed, divided by the number of files."""
+# The least bytes of an end.
 MIN_END_BYTES = 2**16
-"""The least bytes of an end."""
 
 
 def expand_files(pattern: str) -> list[Path]:
@@ -109,6 +110,7 @@ def expand_braces(pattern: str) -> list[str]:
     choices = match[1].split(",")
     bounds = re.fullmatch(r"(\d+)\.\.(\d+)", match[1])
     if bounds:
+        # As in a shell, {08..10} keeps its zeros and {8..10} has none.
         has_zeros = any(bound.startswith("0") and len(bound) > 1 for bound in bounds.groups())
         width = max(map(len, bounds.groups())) if has_zeros else 0
         first, last = int(bounds[1]), int(bounds[2])
@@ -155,9 +157,9 @@ def hash_of_ends(files: Sequence[Path], sizes: Sequence[int]) -> str:
     return digest.hexdigest()
 
 
+# Bytes of one record of text: parsed JSON takes up to 30 times its size in memory, so a longer one
+# is refused unread.
 MAX_RECORD = 2**24
-"""Bytes of one record of text: parsed JSON takes up to 30 times its size in memory, so a longer
-one is refused unread."""
 
 
 def check_record(size: int, name: str, limit: int = MAX_RECORD) -> None:
@@ -200,8 +202,8 @@ def write_json(path: Path, content: Any) -> None:
         file.write(json.dumps(content, indent=2) + "\n")
 
 
+# Bytes of a config.yaml or config.json.
 MAX_CONFIG = 2**20
-"""Bytes of a config.yaml or config.json."""
 
 
 def read_text(file: Path, limit: int) -> str:
@@ -211,6 +213,7 @@ def read_text(file: Path, limit: int) -> str:
     """
     try:
         with file.open("rb") as stream:
+            # One byte more than allowed shows that there is more, whatever the file's size says.
             raw = stream.read(limit + 1)
     except FileNotFoundError:
         raise DataError(f"{file}: no such file") from None
@@ -221,8 +224,8 @@ def read_text(file: Path, limit: int) -> str:
     return decoded(raw, str(file))
 
 
+# Bytes of a JSON file, which is parsed whole.
 MAX_JSON = 2**30
-"""Bytes of a JSON file, which is parsed whole."""
 
 
 def read_json(file: Path, kind: type = dict, limit: int = MAX_JSON) -> Any:

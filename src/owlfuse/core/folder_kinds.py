@@ -12,6 +12,7 @@ from owlfuse.core.files import MAX_CONFIG, read_json, read_json_if_there
 def describe_path(path: Path) -> str | None:
     """Return the kind of a path and what to do with it, in words that follow its name; None where
     owlfuse knows no such kind."""
+    # First, since a checkpoint's folder may hold files of other kinds.
     if (run := run_of_checkpoint(path)) is not None:
         return (
             f"is of the checkpoints of the run {run}; name the run itself (with which=best for "

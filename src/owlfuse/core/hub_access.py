@@ -29,8 +29,8 @@ from owlfuse.core.packages import looks_local
 
 log = logging.getLogger(__name__)
 
+# Seconds until an answer; the hub is asked twice.
 TIMEOUT = 3.0
-"""Seconds until an answer; the hub is asked twice."""
 CACHED_FILES = (
     "config.json",
     "tokenizer_config.json",
@@ -38,8 +38,8 @@ CACHED_FILES = (
     "model.safetensors",
     "pytorch_model.bin",
 )
+# HTTPError of httpx, or of the package that this version of huggingface_hub uses instead.
 TRANSPORT_ERROR: Any = HfHubHTTPError.__bases__[0]
-"""HTTPError of httpx, or of the package that this version of huggingface_hub uses instead."""
 
 
 @cache
@@ -87,7 +87,12 @@ def resolved_file(name: str, files: tuple[str, ...]) -> Path | None:
     for file in files:
         try:
             return Path(
-                hf_hub_download(name, file, etag_timeout=TIMEOUT, local_files_only=cached_only)
+                hf_hub_download(
+                    name,
+                    file,
+                    etag_timeout=TIMEOUT,
+                    local_files_only=cached_only,
+                )
             )
         except (
             HFValidationError,
@@ -105,6 +110,7 @@ def resolved_file(name: str, files: tuple[str, ...]) -> Path | None:
 def ask(name: str) -> str | None:
     """Return why the hub does not give a model; None where it does, and where its libraries have a
     better message."""
+    # A single timeout may be chance.
     for _ in range(2):
         try:
             get_hf_file_metadata(hf_hub_url(name, "config.json"), timeout=TIMEOUT)

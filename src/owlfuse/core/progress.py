@@ -19,14 +19,14 @@ from owlfuse.core.terminal import visible
 T = TypeVar("T")
 Clock = Callable[[], float]
 
+# Seconds until the first line of a log, and the least between two.
 MIN_INTERVAL = 30.0
-"""Seconds until the first line of a log, and the least between two."""
+# Seconds between two lines of the log of a long run.
 MAX_INTERVAL = 600.0
-"""Seconds between two lines of the log of a long run."""
+# Seconds between two states of a bar: the loss is read from the device for each.
 REDRAW_INTERVAL = 0.5
-"""Seconds between two states of a bar: the loss is read from the device for each."""
+# Steps in the average of a pace.
 WINDOW = 100
-"""Steps in the average of a pace."""
 BLOCKS = 5
 
 _hidden: ContextVar[bool] = ContextVar("hidden", default=False)
@@ -79,6 +79,7 @@ class Pace:
             block = latest[max(0, stop - size) : stop]
             total_seconds = sum(seconds for seconds, _ in block)
             means.append(total_seconds / sum(steps for _, steps in block))
+        # The median ignores one block with a pause, where a mean would not.
         return statistics.median_low(means)
 
 
@@ -113,6 +114,7 @@ class Progress:
         self.began = self.last = self.drawn = self.line_at = clock()
 
     def __enter__(self) -> Progress:
+        # Again at entry: between construction and the first step there may be minutes.
         self.began = self.last = self.line_at = self.clock()
         if self.shown and on_terminal():
             self.live = live_bar()
@@ -144,6 +146,7 @@ class Progress:
             return False
         now = self.clock()
         if self.live is not None:
+            # The last step is always drawn, so that a bar ends full.
             return now - self.drawn >= REDRAW_INTERVAL or self.done >= self.total
         silence = max(MIN_INTERVAL, min((now - self.began) / 20, MAX_INTERVAL))
         return now - self.line_at >= silence
@@ -157,7 +160,10 @@ class Progress:
         if self.live is not None:
             self.drawn = self.clock()
             self.live.update(
-                self.task, completed=self.done, description=self.text(note), refresh=True
+                self.task,
+                completed=self.done,
+                description=self.text(note),
+                refresh=True,
             )
         elif self.shown:
             self.say(self.text(note))
@@ -193,10 +199,21 @@ def live_bar() -> Any:
     column = Column(no_wrap=True, overflow="ellipsis")
     text = TextColumn("{task.description}", markup=False, table_column=column)
     console = Console(stderr=True)
-    return Bars(BarColumn(10), text, console=console, auto_refresh=False, transient=True)
+    return Bars(
+        BarColumn(10),
+        text,
+        console=console,
+        auto_refresh=False,
+        transient=True,
+    )
 
 
-def track(items: Iterable[T], title: str, total: int, shown: bool = True) -> Iterator[T]:
+def track(
+    items: Iterable[T],
+    title: str,
+    total: int,
+    shown: bool = True,
+) -> Iterator[T]:
     """Yield the items, and show the progress."""
     with Progress(title, total, shown=shown) as progress:
         for item in items:
@@ -215,9 +232,10 @@ def duration(seconds: float) -> str:
     return f"{seconds / 86400:.1f} days"
 
 
+# Loggers whose warnings stay. Their lines below warnings list accelerators, advertise, and repeat
+# commands.
 LOGGERS = ("lightning.pytorch", "lightning.fabric")
-"""Loggers whose warnings stay. Their lines below warnings list accelerators, advertise, and repeat
-commands."""
+# Beginnings of Lightning's warnings about what owlfuse does on purpose.
 MESSAGES = (
     # data.workers is the user's choice, and the step time shows what it costs
     r"The '.*' does not have many workers",
@@ -228,12 +246,11 @@ MESSAGES = (
     # the sampler goes on where it was
     r"You're resuming from a checkpoint that ended before the epoch ended",
 )
-"""Beginnings of Lightning's warnings about what owlfuse does on purpose."""
+# Libraries whose own deprecation warnings are hidden.
 LIBRARIES = (
     r"(lightning|torch|torchvision|transformers|huggingface_hub|peft|timm|accelerate|hydra"
     r"|omegaconf)\b"
 )
-"""Libraries whose own deprecation warnings are hidden."""
 
 
 @contextmanager
@@ -249,6 +266,7 @@ def quiet_libraries() -> Iterator[None]:
     levels = [logger.level for logger in loggers]
     bars = transformers_logging.is_progress_bar_enabled()
     if hasattr(sys.stdout, "reconfigure"):
+        # A file is buffered in blocks otherwise, and its lines come behind those of stderr.
         sys.stdout.reconfigure(line_buffering=True)
     with warnings.catch_warnings():
         for message in MESSAGES:

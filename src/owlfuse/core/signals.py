@@ -16,6 +16,7 @@ def signals_end_the_run() -> Iterator[None]:
     During the steps see `callbacks.StopOnSignal`. Afterwards both signals, and SIGCHLD, have their
     former handlers: Lightning and torch leave some of theirs.
     """
+    # Python allows handlers in the main thread alone.
     if threading.current_thread() is not threading.main_thread():
         yield
         return

@@ -12,8 +12,8 @@ import warnings
 from types import TracebackType
 from typing import Any
 
+# Marks that change the order in which characters are shown, so that a line may read as another.
 BIDI = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
-"""Marks that change the order in which characters are shown, so that a line may read as another."""
 LINE_BREAKS = frozenset("\u2028\u2029")
 
 
@@ -24,6 +24,7 @@ def visible(text: str) -> str:
     A terminal obeys control characters: it sets its title, moves the cursor, or answers with keys
     that a shell then reads. Surrogates, which no encoding can send, are written as escapes too.
     """
+    # Nearly all texts, and the check is in C.
     if text.isprintable():
         return text
     return "".join(c if is_harmless(c) else escaped(c) for c in text)
@@ -35,6 +36,7 @@ def is_harmless(character: str) -> bool:
         return True
     if character in BIDI or character in LINE_BREAKS:
         return False
+    # Cc: control characters; Cs: surrogates.
     return unicodedata.category(character) not in ("Cc", "Cs")
 
 

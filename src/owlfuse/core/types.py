@@ -10,15 +10,24 @@ text positions, D LLM width, R supervised positions, K visual positions.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+# An object of JSON: a record of a data file, a turn, a tool.
+JsonObject: TypeAlias = dict[str, Any]
+# A message of a `Sample`, or as chat templates take it.
+Message: TypeAlias = dict[str, Any]
+# A part of a message's content.
+Part: TypeAlias = dict[str, Any]
+# A picture or a video: a path below the image root, or its encoded bytes.
+Media: TypeAlias = str | bytes
+
+# The number of `Batch.supervised` is a multiple of this: few shapes, and sizes that suit matrix
+# units.
 SUPERVISED_BLOCK = 64
-"""The number of `Batch.supervised` is a multiple of this: few shapes, and sizes that suit matrix
-units."""
 
 
 class Note(NamedTuple):
@@ -44,10 +53,10 @@ class Sample:
 
     id: str
     source: str
-    messages: list[dict[str, Any]]
-    images: list[str | bytes] = field(default_factory=list)
-    metadata: dict[str, Any] = field(default_factory=dict)
-    videos: list[str | bytes] = field(default_factory=list)
+    messages: list[Message]
+    images: list[Media] = field(default_factory=list)
+    metadata: JsonObject = field(default_factory=dict)
+    videos: list[Media] = field(default_factory=list)
     tools: list[Any] | None = None
     notes: list[Note] = field(default_factory=list)
 
@@ -136,6 +145,7 @@ class Batch:
         row, (B * T,)."""
         from torch.nn.functional import pad
 
+        # The label of a token is predicted at the position before it.
         return pad(self.labels[:, 1:], (0, 1), value=-100).flatten()
 
     def with_places(self) -> Batch:
@@ -157,6 +167,7 @@ class Batch:
         rows, length = self.segment_ids.shape
         position_in_row = torch.arange(length, device=self.segment_ids.device).expand(rows, length)
         before_first = self.segment_ids.new_full((rows, 1), -1)
+        # A sample begins where the segment changes; -1 makes the first position one.
         begins = self.segment_ids.diff(dim=1, prepend=before_first) != 0
         first = torch.where(begins, position_in_row, 0).cummax(1).values
         return (position_in_row - first) * self.attention_mask
@@ -201,5 +212,5 @@ class Skipped:
 IMAGE = "<image>"
 
 
+# The types of message parts that stand for pictures.
 VISUAL = ("image", "video")
-"""The types of message parts that stand for pictures."""

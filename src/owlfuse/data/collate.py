@@ -50,18 +50,24 @@ class Collator:
             # The batch names its samples in the order of its rows.
             samples = [sample for row in packed for sample in row]
             rows, segments = zip(*(join(row) for row in packed), strict=True)
+        # Each batch is as long as its longest row: padding to a fixed length would cost more than
+        # new shapes.
         length = max(len(row.input_ids) for row in rows)
+        input_ids = [row.input_ids for row in rows]
+        attention = [torch.ones_like(ids) for ids in input_ids]
         pixels = []
         for row in rows:
             pixels += row.pixel_values
         image_index, image_positions = self.image_places(rows, length)
         return Batch(
-            input_ids=self.pad([row.input_ids for row in rows], length, self.pad_id),
-            attention_mask=self.pad([torch.ones_like(row.input_ids) for row in rows], length, 0),
+            input_ids=self.pad(input_ids, length, self.pad_id),
+            attention_mask=self.pad(attention, length, 0),
             labels=self.pad([row.labels for row in rows], length, -100),
             placeholder=self.pad([row.placeholder for row in rows], length, False),
+            # The vision tower runs on every rank in every step, else collectives of sharded
+            # parameters hang.
             pixel_values=torch.stack(pixels or [torch.zeros(self.image_shape)]),
-            image_mask=torch.full((max(len(pixels), 1),), bool(pixels)),
+            image_mask=torch.full((len(pixels) or 1,), bool(pixels)),
             image_index=image_index,
             image_positions=image_positions,
             segment_ids=None if segments is None else self.pad(segments, length, 0),
@@ -78,7 +84,15 @@ class Collator:
         """Return a row of one padding token, which is not supervised."""
         ids = torch.tensor([self.pad_id])
         placeholder = torch.zeros(1, dtype=torch.bool)
-        return Encoded("", "", ids, torch.full((1,), -100), placeholder, [], [])
+        return Encoded(
+            "",
+            "",
+            ids,
+            torch.full((1,), -100),
+            placeholder,
+            [],
+            [],
+        )
 
     def pad(self, rows: Sequence[Tensor], length: int, value: int | bool) -> Tensor:
         """Pad rows (T_i,) -> (B, T)."""
@@ -99,7 +113,8 @@ class Collator:
             count = len(row.image_positions)
             start = length - len(row.input_ids) if self.side == "left" else 0
             index[i, :count] = torch.arange(before, before + count)
-            positions[i, :count] = torch.tensor(row.image_positions, dtype=torch.long) + start
+            row_positions = torch.tensor(row.image_positions, dtype=torch.long)
+            positions[i, :count] = row_positions + start
             before += count
         return index, positions
 

@@ -11,7 +11,7 @@ import lightning
 from torch.utils.data import DataLoader, Dataset
 
 from owlfuse.core.errors import DataError
-from owlfuse.core.types import Batch, Encoded, Sample
+from owlfuse.core.types import Batch, Encoded, Message, Sample
 from owlfuse.data.chat.encoder import ChatEncoder
 from owlfuse.data.chat.tokenizer import chat_tokenizer
 from owlfuse.data.chat.truncation import OnLength, check_policies, policy_of
@@ -29,8 +29,8 @@ from owlfuse.data.notes import NoteCounts, NotesLog
 from owlfuse.data.packing import Padding, check_pack_to
 from owlfuse.data.workers import DataWorkers, ignore_signals
 
+# Records of a source that show whether texts begin on a new line behind pictures.
 FIRST_RECORDS = 16
-"""Records of a source that show whether texts begin on a new line behind pictures."""
 
 
 class ChatData(lightning.LightningDataModule):
@@ -92,6 +92,7 @@ class ChatData(lightning.LightningDataModule):
         thinking: bool = False,
     ) -> None:
         super().__init__()
+        # Before any source opens its file.
         if prepare is not None:
             prepare()
         for name, source in (*sources.items(), *validation.items()):
@@ -131,6 +132,7 @@ class ChatData(lightning.LightningDataModule):
             at_end=at_end,
             temperature=temperature,
         )
+        # Shares of tokens need the encoder, which `bind` makes.
         if weights_by == "samples":
             self.mixture = self.make_mixture(self.step_positions)
 
@@ -146,6 +148,7 @@ class ChatData(lightning.LightningDataModule):
         image takes."""
         self.encoder = ChatEncoder(self.tokenizer, tokens_per_image, self.max_length, self.thinking)
         self.pictures = Pictures(preprocess, self.max_pixels, self.seed, self.video)
+        # The positions of an image, and so all lengths, are another model's.
         self.token_counts = None
         if self.weights_by == "tokens":
             self.mixture = self.make_mixture(self.step_positions, lengths=self.lengths())
@@ -211,11 +214,17 @@ class ChatData(lightning.LightningDataModule):
         dataset = MixtureDataset(self.mixture, self.sources, self.load)
         options: dict[str, Any] = {
             "num_workers": self.workers,
+            # A run is one epoch, but validation would start the workers again.
             "persistent_workers": self.workers > 0,
         }
         if self.workers:
             options["multiprocessing_context"] = self.data_workers.context
-        return self.loader(dataset, self.pack_to, batch_sampler=sampler, **options)
+        return self.loader(
+            dataset,
+            self.pack_to,
+            batch_sampler=sampler,
+            **options,
+        )
 
     def val_dataloader(self) -> dict[str, DataLoader]:
         """Return a loader for each validation source, of the same samples at every step."""
@@ -240,7 +249,12 @@ class ChatData(lightning.LightningDataModule):
     def loader(self, dataset: Dataset, pack_to: int | None = None, **options: Any) -> DataLoader:
         """Return a DataLoader of batches, a row to each sample unless they are packed."""
         collator = Collator(self.encoder.pad_id, self.image_shape, pack_to=pack_to)
-        return DataLoader(dataset, collate_fn=collator, worker_init_fn=ignore_signals, **options)
+        return DataLoader(
+            dataset,
+            collate_fn=collator,
+            worker_init_fn=ignore_signals,
+            **options,
+        )
 
     def load(self, sample: Sample, source: Source, prompt: bool = False) -> Encoded:
         """Return a sample of a source encoded, its pictures opened and preprocessed. Raises
@@ -259,6 +273,7 @@ class ChatData(lightning.LightningDataModule):
 
     def prompts(self, samples: list[tuple[Sample, Source]]) -> Batch:
         """Return questions as one batch, padded on the left, for generation."""
+        # Generation appends on the right, where all rows must end.
         collator = Collator(self.encoder.pad_id, self.image_shape, side="left")
         return collator([self.load(sample, source, prompt=True) for sample, source in samples])
 
@@ -314,7 +329,7 @@ def break_behind_images(sources: Iterable[Source]) -> bool:
     return True
 
 
-def begins_in_line(message: dict[str, Any]) -> bool:
+def begins_in_line(message: Message) -> bool:
     """Whether the first text of a message continues the line of the pictures before it."""
     for number, part in enumerate(message["content"]):
         if part["type"] == "text":

@@ -15,14 +15,14 @@ from pathlib import Path
 from owlfuse.core.errors import DataError
 from owlfuse.data.formats.base import Source
 
+# Records of a source whose pictures count; of more, a seeded sample of so many.
 MAX_RECORDS = 10_000
-"""Records of a source whose pictures count; of more, a seeded sample of so many."""
+# Records after which a source none of whose pictures has a path is taken to hold its pictures in
+# its own files.
 FIRST_RECORDS = 64
-"""Records after which a source none of whose pictures has a path is taken to hold its pictures in
-its own files."""
+# Bytes of pictures that are read. Of more, all sizes count, and the contents of a seeded sample of
+# so many bytes.
 MAX_BYTES = 2**27
-"""Bytes of pictures that are read. Of more, all sizes count, and the contents of a seeded sample of
-so many bytes."""
 
 
 def data_identity(
@@ -48,6 +48,7 @@ def pictures_fingerprint(source: Source) -> str | None:
     size = len(source)
     indices: Sequence[int] = range(size)
     if size > MAX_RECORDS:
+        # The seed is the size alone, so that the same file gives the same sample everywhere.
         indices = sorted(random.Random(size).sample(range(size), MAX_RECORDS))
     paths: dict[str, None] = {}
     for number, index in enumerate(indices):

@@ -12,9 +12,9 @@ from owlfuse.core.types import Encoded, Sample, Skipped
 from owlfuse.data.formats.base import Source
 from owlfuse.data.mixture.mixture import Mixture
 
+# Positions that are looked up at a time: few for the first batch, then twice as many each time, at
+# most 2.6 MB.
 FIRST_BLOCK, BLOCK = 2**12, 2**18
-"""Positions that are looked up at a time: few for the first batch, then twice as many each time, at
-most 2.6 MB."""
 
 
 class MixtureDataset(Dataset):
@@ -101,7 +101,9 @@ def load_or_skip(
         return load(source[index], source)
     except DataError as error:
         error = source.with_location(error, source.first_record(index))
+        # Messages hold ids and paths of the data, which may have line breaks.
         reason = one_line(str(error))
+        # `leave_out`: the policy for long chats is by length and not by source.
         if source.on_error == "skip" or error.leave_out:
             return Skipped(source.name, f"{source.name}:{index}", reason)
         raise DataError(reason) from error

@@ -11,8 +11,8 @@ from owlfuse.core.types import Note
 
 log = logging.getLogger(__name__)
 
+# In how many draws a source had a note, by (source, note's text).
 NoteCounts: TypeAlias = Counter[tuple[str, str]]
-"""In how many draws a source had a note, by (source, note's text)."""
 
 
 def text_of(note: Note) -> str:
@@ -34,6 +34,7 @@ class NotesLog:
         for source, sample, note, draws in notes:
             self.counts[source, text_of(note)] += draws
             logged = self.logged.setdefault(source, set())
+            # A note of a whole source comes with every sample.
             if note in logged:
                 continue
             logged.add(note)

@@ -17,8 +17,8 @@ from torch import Tensor
 from owlfuse.core.errors import DataError
 from owlfuse.core.types import Batch, Encoded
 
+# Row lengths that are tried for a batch.
 ROW_LENGTHS = 32
-"""Row lengths that are tried for a batch."""
 
 
 def check_pack_to(pack_to: int | None, max_length: int) -> int | None:
@@ -126,6 +126,7 @@ def join(samples: Sequence[Encoded]) -> tuple[Encoded, Tensor]:
     segment_ids = torch.zeros_like(joined.labels)
     start = 0
     for number, sample in enumerate(samples, start=1):
+        # It would be predicted from the last token of another sample.
         joined.labels[start : start + 1] = -100
         joined.pixel_values += sample.pixel_values
         joined.image_positions += [start + position for position in sample.image_positions]

@@ -6,9 +6,9 @@ import random
 from collections import Counter, defaultdict
 from collections.abc import Hashable, Sequence
 
+# The seed of every sample: runs of other seeds answer the same questions, so that they can be
+# compared.
 SEED = 0
-"""The seed of every sample: runs of other seeds answer the same questions, so that they can be
-compared."""
 
 
 def stratified_sample(kinds: Sequence[str], pictures: Sequence[Hashable], limit: int) -> list[int]:
@@ -24,6 +24,7 @@ def stratified_sample(kinds: Sequence[str], pictures: Sequence[Hashable], limit:
         return list(range(len(kinds)))
     rng = random.Random(SEED)
     members: dict[str, list[int]] = defaultdict(list)
+    # random order within each kind, from one generator
     for index in rng.sample(range(len(kinds)), len(kinds)):
         members[kinds[index]].append(index)
     sizes = {kind: len(indices) for kind, indices in members.items()}

@@ -7,11 +7,12 @@ import re
 from typing import Any
 
 from owlfuse.core.errors import DataError
+from owlfuse.core.types import Message
 from owlfuse.data.chat.supervision import Offsets, inner_tokens, shifted
 
+# The character that replaces, while a chat is rendered, each character of an image token that is a
+# word of a text, so that no offset changes.
 WORD = "\ue010"
-"""The character that replaces, while a chat is rendered, each character of an image token that is a
-word of a text, so that no offset changes."""
 
 
 def hide_words(text: str, image_token: str) -> str:
@@ -25,7 +26,7 @@ def show_words(text: str, image_token: str) -> str:
     return text.replace(WORD * len(image_token), image_token)
 
 
-def with_hidden_words(messages: list[dict[str, Any]], image_token: str) -> list[dict[str, Any]]:
+def with_hidden_words(messages: list[Message], image_token: str) -> list[Message]:
     """Return messages of parts with the image tokens in their texts hidden."""
     hidden = []
     for message in messages:
@@ -39,7 +40,12 @@ def with_hidden_words(messages: list[dict[str, Any]], image_token: str) -> list[
 
 
 def spell_words(
-    tokenizer: Any, image_token: str, text: str, ids: list[int], offsets: Offsets, name: str
+    tokenizer: Any,
+    image_token: str,
+    text: str,
+    ids: list[int],
+    offsets: Offsets,
+    name: str,
 ) -> None:
     """Replace, in place, each image token that is a word by ordinary tokens.
 

@@ -29,6 +29,7 @@ class DataWorkers:
         context.Process = self.process
         self.context: BaseContext = context
         """For the argument `multiprocessing_context` of a DataLoader."""
+        # A forked worker inherits the exit handler, and must not kill its siblings.
         self.pid = os.getpid()
         # before multiprocessing's own end, which sends SIGTERM and waits for them
         atexit.register(self.kill_all)

@@ -22,7 +22,7 @@ from owlfuse.data.shapes.scenes import (
     KINDS,
     SHAPES,
     Scene,
-    Thing,
+    Shape,
     draw_scene,
     make_scene,
 )
@@ -91,12 +91,12 @@ def differing_files(one: Path, other: Path) -> list[str]:
     return differing + failed
 
 
-def only(things: list[Thing]) -> Thing:
+def only(things: list[Shape]) -> Shape:
     assert len(things) == 1, f"the question names one thing, the picture has {len(things)}"
     return things[0]
 
 
-def named(scene: Scene, name: str) -> list[Thing]:
+def named(scene: Scene, name: str) -> list[Shape]:
     """The things that "star", "red thing", "stars", "red things" or "things" names."""
     words = name.split()
     if words[-1] in ("thing", "things"):
@@ -198,7 +198,7 @@ def test_shapes_differ_at_64_pixels_whatever_their_size():
     share 81%."""
 
     def mask(shape: str, size: int) -> np.ndarray:
-        scene = Scene((255, 255, 255), (Thing("black", shape, 0, 64, 64, size, (0, 0, 0)),))
+        scene = Scene((255, 255, 255), (Shape("black", shape, 0, 64, 64, size, (0, 0, 0)),))
         return (
             np.asarray(draw_scene(scene).convert("L").resize((64, 64), Image.Resampling.BILINEAR))
             < 128

@@ -11,10 +11,10 @@ from typing import Any
 from owlfuse.core.errors import DataError
 from owlfuse.data.chat.tokenizer import render
 
+# Private characters, which templates write as they are.
 QUESTION, ANSWER, THOUGHT = "\ue001", "\ue000", "\ue002"
-"""Private characters, which templates write as they are."""
+# Tags around a thought inside of a content, as Qwen's, DeepSeek's and GLM's data have it.
 THINK_TAGS = ("<think>", "</think>")
-"""Tags around a thought inside of a content, as Qwen's, DeepSeek's and GLM's data have it."""
 
 
 @dataclass(frozen=True)
@@ -148,6 +148,7 @@ class AnswerFormat:
         def thought_ended(count: int) -> bool:
             return self.thought_end in tokenizer.decode(ids[:count], skip_special_tokens=False)
 
+        # By decoded prefixes: the mark may be several tokens, which depend on their neighbours.
         end = bisect_left(range(len(ids) + 1), True, key=thought_ended)
         return ids[end:] if end <= len(ids) else ids
 
@@ -156,6 +157,7 @@ def find_end_mark(tokenizer: Any, chat: list[dict[str, str]], text: str) -> str:
     """Return the text that a template writes behind every answer, without white space: the tokens
     that are the same behind the last answer and an earlier one."""
     closing = text.partition(ANSWER)[2]
+    # Another answer shows which text is behind every answer and which behind the last.
     following = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     try:
         longer_text = render(tokenizer, [*chat, *following])
@@ -173,14 +175,24 @@ def find_end_mark(tokenizer: Any, chat: list[dict[str, str]], text: str) -> str:
 
 def tokens_of(tokenizer: Any, text: str) -> list[tuple[int, int, int]]:
     """Return (id, start, end) of each token of a text, in characters."""
-    encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    encoding = tokenizer(
+        text,
+        add_special_tokens=False,
+        return_offsets_mapping=True,
+        verbose=False,
+    )
     tokens = []
     for token, (start, end) in zip(encoding["input_ids"], encoding["offset_mapping"], strict=True):
         tokens.append((token, start, end))
     return tokens
 
 
-def end_tokens(tokenizer: Any, text: str, start: int, end_mark: str) -> tuple[int, ...]:
+def end_tokens(
+    tokenizer: Any,
+    text: str,
+    start: int,
+    end_mark: str,
+) -> tuple[int, ...]:
     """Return the one token that marks an end at `start`; none where the end mark is several
     ordinary tokens."""
     end = start + len(end_mark)

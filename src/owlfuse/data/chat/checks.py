@@ -7,16 +7,16 @@ from collections.abc import Sequence
 from typing import Any
 
 from owlfuse.core.errors import DataError
-from owlfuse.core.types import IMAGE, VISUAL, Sample
+from owlfuse.core.types import IMAGE, VISUAL, Message, Sample
 from owlfuse.data.media.pictures import visual_parts
 from owlfuse.data.words import hide_words
 
 ROLES = ("system", "user", "assistant", "tool")
+# Keys of a message, beside role and content, that a chat template or the supervision reads.
 TEMPLATE_KEYS = ("reasoning_content", "tool_calls", "tool_call_id", "name", "supervised")
-"""Keys of a message, beside role and content, that a chat template or the supervision reads."""
+# Control characters that no text holds (all but tab, line feed, vertical tab, form feed and
+# carriage return), and lone surrogates, which no tokenizer takes.
 NOT_TEXT = re.compile("[\x00-\x08\x0e-\x1f\x7f\ud800-\udfff]")
-"""Control characters that no text holds (all but tab, line feed, vertical tab, form feed and
-carriage return), and lone surrogates, which no tokenizer takes."""
 
 
 def control_tokens(tokenizer: Any, image_token: str) -> list[str]:
@@ -28,9 +28,7 @@ def control_tokens(tokenizer: Any, image_token: str) -> list[str]:
     return [token for token in special if token != image_token]
 
 
-def flatten(
-    sample: Sample, control: Sequence[str], image_token: str = IMAGE
-) -> list[dict[str, Any]]:
+def flatten(sample: Sample, control: Sequence[str], image_token: str = IMAGE) -> list[Message]:
     """Return messages with the parts of each joined to one text, `image_token` in the place of each
     image or video.
 
@@ -93,6 +91,7 @@ def check_order(sample: Sample) -> None:
         )
     for number in range(first + 1, len(roles)):
         before, role = roles[number - 1], roles[number]
+        # Several results may follow one answer with several calls.
         if role == before and role != "tool":
             raise DataError(
                 f"sample {sample.id}: turns {number} and {number + 1} are both the {role}'s, "
@@ -117,7 +116,12 @@ def check_pictures(sample: Sample) -> None:
                 )
 
 
-def check_text(sample: Sample, number: int, text: str, control: Sequence[str]) -> None:
+def check_text(
+    sample: Sample,
+    number: int,
+    text: str,
+    control: Sequence[str],
+) -> None:
     """Raise DataError for a text of turn `number` with control tokens, control characters or lone
     surrogates."""
     if match := NOT_TEXT.search(text):

@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from owlfuse.core.errors import DataError
-from owlfuse.core.types import IMAGE, Encoded, Sample
+from owlfuse.core.types import IMAGE, Encoded, Message, Part, Sample
 from owlfuse.data.chat.answer_format import THINK_TAGS, AnswerFormat
 from owlfuse.data.chat.checks import control_tokens, flatten
 from owlfuse.data.chat.supervision import cut_at_borders, encode, supervised_spans
@@ -65,6 +65,7 @@ class ChatEncoder:
         Raises:
             DataError: names the sample, what was found and what was expected.
         """
+        # Its length is known only when it is encoded.
         encoded = self.encode_any_length(sample, views)
         if len(encoded.input_ids) <= self.max_length:
             return encoded
@@ -81,9 +82,16 @@ class ChatEncoder:
         """
         messages = flatten(sample, self.control_tokens, self.image_token)
         text = self.render(sample, messages)
+        # Before the spans, whose error would not say what the template leaves out.
         self.check_written(sample, messages, text)
         render_sample = partial(self.render, sample)
-        spans = supervised_spans(sample, messages, text, render_sample, self.answer_format)
+        spans = supervised_spans(
+            sample,
+            messages,
+            text,
+            render_sample,
+            self.answer_format,
+        )
         ids, offsets = self.tokenize(text, [start for start, _ in spans], sample.id)
         return self.expand(sample, ids, self.labels(sample, ids, offsets, spans), views)
 
@@ -94,6 +102,7 @@ class ChatEncoder:
         """
         messages = flatten(sample, self.control_tokens, self.image_token)
         text = self.render(sample, messages, True, thinking=self.thinking)
+        # No borders: where the prompt ends, nothing follows that a token could cross.
         ids, _ = self.tokenize(text, name=sample.id)
         encoded = self.expand(sample, ids, [-100] * len(ids), views)
         if len(encoded.input_ids) > self.max_length:
@@ -103,7 +112,7 @@ class ChatEncoder:
     def render(
         self,
         sample: Sample,
-        messages: list[dict[str, Any]],
+        messages: list[Message],
         add_generation_prompt: bool = False,
         **options: Any,
     ) -> str:
@@ -119,7 +128,7 @@ class ChatEncoder:
         except DataError as error:
             raise DataError(f"sample {sample.id}: {error}") from error
 
-    def check_written(self, sample: Sample, messages: list[dict[str, Any]], text: str) -> None:
+    def check_written(self, sample: Sample, messages: list[Message], text: str) -> None:
         """Raise DataError where the template leaves out tools, their calls or thoughts: the text is
         the same without them."""
         unwritten = []
@@ -136,7 +145,7 @@ class ChatEncoder:
                 "not write; take a chat_template that does, or leave them out of the data"
             )
 
-    def render_or_none(self, sample: Sample, messages: list[dict[str, Any]]) -> str | None:
+    def render_or_none(self, sample: Sample, messages: list[Message]) -> str | None:
         """Return a chat as text, None where the template refuses it."""
         try:
             return self.render(sample, messages)
@@ -160,8 +169,21 @@ class ChatEncoder:
         shown = show_words(text, self.image_token)
         ids, offsets = encode(self.tokenizer, shown)
         all_borders = [*self.answer_format.starts(shown), *(borders or [])]
-        cut_at_borders(self.tokenizer, shown, ids, offsets, all_borders)
-        spell_words(self.tokenizer, self.image_token, text, ids, offsets, f"sample {name}")
+        cut_at_borders(
+            self.tokenizer,
+            shown,
+            ids,
+            offsets,
+            all_borders,
+        )
+        spell_words(
+            self.tokenizer,
+            self.image_token,
+            text,
+            ids,
+            offsets,
+            f"sample {name}",
+        )
         return ids, offsets
 
     def labels(
@@ -196,7 +218,11 @@ class ChatEncoder:
         return self.answer_format.answers(self.tokenizer, rows, self.thinking)
 
     def expand(
-        self, sample: Sample, ids: list[int], labels: list[int], views: list[int] | None = None
+        self,
+        sample: Sample,
+        ids: list[int],
+        labels: list[int],
+        views: list[int] | None = None,
     ) -> Encoded:
         """Return a sample with each placeholder as `tokens_per_image` positions for each of its
         `views` (by default one)."""
@@ -232,12 +258,12 @@ class ChatEncoder:
         )
 
 
-def without_key(message: dict[str, Any], key: str) -> dict[str, Any]:
+def without_key(message: Message, key: str) -> dict[str, Any]:
     """Return a message without one of its keys."""
     return {name: value for name, value in message.items() if name != key}
 
 
-def led_by_break(content: list[dict[str, Any]], after_pictures: bool) -> list[dict[str, Any]]:
+def led_by_break(content: list[Part], after_pictures: bool) -> list[Message]:
     """Return a question's parts, whose first text begins with a line break behind pictures of
     earlier turns, and with none elsewhere."""
     if not content or content[0]["type"] != "text":
@@ -246,7 +272,7 @@ def led_by_break(content: list[dict[str, Any]], after_pictures: bool) -> list[di
     return [{"type": "text", "text": text}, *content[1:]]
 
 
-def answer_text(message: dict[str, Any]) -> str:
+def answer_text(message: Message) -> str:
     """Return the text of an answer, without a thought inside of it."""
     text = "".join(part.get("text", "") for part in message["content"])
     if THINK_TAGS[1] not in text:

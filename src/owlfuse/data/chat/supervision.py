@@ -9,18 +9,21 @@ from collections.abc import Callable
 from typing import Any
 
 from owlfuse.core.errors import DataError
-from owlfuse.core.types import Sample
+from owlfuse.core.types import Message, Sample
 from owlfuse.data.chat.answer_format import THINK_TAGS, AnswerFormat
 
-Message = dict[str, Any]
+# Messages, and what else a template takes -> text.
 Render = Callable[..., str]
-"""Messages, and what else a template takes -> text."""
+# (turn, mark, text) of each text of the assistant that is replaced by a mark.
 Marked = list[tuple[int, str, str]]
-"""(turn, mark, text) of each text of the assistant that is replaced by a mark."""
 
 
 def supervised_spans(
-    sample: Sample, messages: list[Message], text: str, render: Render, answer_format: AnswerFormat
+    sample: Sample,
+    messages: list[Message],
+    text: str,
+    render: Render,
+    answer_format: AnswerFormat,
 ) -> list[tuple[int, int]]:
     """Return start and end of each supervised assistant turn in `text`, the whole chat rendered.
 
@@ -60,7 +63,14 @@ def supervised_spans(
         position += len(before) + len(answer)
         if not is_last:
             continue
-        end = answer_end(sample, messages, turn, text, position, answer_format)
+        end = answer_end(
+            sample,
+            messages,
+            turn,
+            text,
+            position,
+            answer_format,
+        )
         if messages[turn].get("supervised", True):
             spans.append((start, end))
     if not spans:
@@ -71,9 +81,15 @@ def supervised_spans(
     return spans
 
 
-def check_prompt(sample: Sample, prompt: list[Message], text: str, render: Render) -> None:
+def check_prompt(
+    sample: Sample,
+    prompt: list[Message],
+    text: str,
+    render: Render,
+) -> None:
     """Raise DataError where the messages before the last answer are rendered otherwise alone than
     in the whole chat."""
+    # Generation renders the prompt alone, and must give the model what it was trained on.
     if not text.startswith(render(prompt, True, without_lead=True)):
         raise DataError(
             f"sample {sample.id}: the chat template renders what comes before turn "
@@ -107,18 +123,29 @@ def answer_end(
 
 
 def surroundings(
-    sample: Sample, messages: list[Message], text: str, render: Render
+    sample: Sample,
+    messages: list[Message],
+    text: str,
+    render: Render,
 ) -> tuple[list[str], Marked]:
     """Return the texts that are rendered before the first text of the assistant, between two, and
     behind the last; and the texts of the assistant."""
     unused = "\ue000"
+    # Private-use characters, which a template writes as they are; no text of the chat may have
+    # them.
     while unused in text:
         unused += "\ue000"
     marked: Marked = []
     replaced = []
     for turn, message in enumerate(messages):
         if message["role"] == "assistant":
-            message = with_marks(sample, turn, message, unused, marked)
+            message = with_marks(
+                sample,
+                turn,
+                message,
+                unused,
+                marked,
+            )
         replaced.append(message)
     remaining = render(replaced)
     around = []
@@ -142,7 +169,13 @@ def unsupervisable(sample: Sample, turn: int, message: Message) -> DataError:
     )
 
 
-def with_marks(sample: Sample, turn: int, message: Message, unused: str, marked: Marked) -> Message:
+def with_marks(
+    sample: Sample,
+    turn: int,
+    message: Message,
+    unused: str,
+    marked: Marked,
+) -> Message:
     """Return an assistant's message with a mark in the place of each of its texts, and add these to
     `marked`.
 
@@ -173,6 +206,8 @@ def with_marks(sample: Sample, turn: int, message: Message, unused: str, marked:
     elif message.get("tool_calls"):
         call = message["tool_calls"][0]
         function = call.get("function", call)
+        # An answer of tool calls alone has no text; the first text that the template writes is a
+        # name.
         function["name"] = mark_of(str(function.get("name", "")))
     if not marked or marked[-1][0] != turn:
         raise DataError(f"sample {sample.id}: turn {turn + 1} is an empty answer")
@@ -181,12 +216,16 @@ def with_marks(sample: Sample, turn: int, message: Message, unused: str, marked:
 
 Offsets = list[tuple[int, int]]
 
+# Texts before which a piece may be encoded; a tokenizer may join some of them to the piece.
 ANCHORS = ("a", "\n", ".", "0", "é")
-"""Texts before which a piece may be encoded; a tokenizer may join some of them to the piece."""
 
 
 def cut_at_borders(
-    tokenizer: Any, text: str, ids: list[int], offsets: Offsets, borders: list[int]
+    tokenizer: Any,
+    text: str,
+    ids: list[int],
+    offsets: Offsets,
+    borders: list[int],
 ) -> None:
     """Replace, in place, a text's tokens by those of its pieces between the borders.
 
@@ -198,7 +237,13 @@ def cut_at_borders(
     added = tokenizer.added_tokens_decoder
     previous_border = 0
     for border in sorted(set(borders)):
-        split_token(tokenizer, text, ids, offsets, border)
+        split_token(
+            tokenizer,
+            text,
+            ids,
+            offsets,
+            border,
+        )
         end = bisect_left(offsets, (border, 0))
         begin = end
         # An added token is encoded by itself, so that the tokens behind it do not depend on the
@@ -227,7 +272,13 @@ def shifted(offsets: Offsets, distance: int) -> Offsets:
     return [(start + distance, end + distance) for start, end in offsets]
 
 
-def split_token(tokenizer: Any, text: str, ids: list[int], offsets: Offsets, border: int) -> None:
+def split_token(
+    tokenizer: Any,
+    text: str,
+    ids: list[int],
+    offsets: Offsets,
+    border: int,
+) -> None:
     """Replace, in place, a token across character `border` of the text by the tokens of its two
     sides.
 
@@ -275,6 +326,10 @@ def inner_tokens(tokenizer: Any, piece: str, **options: Any) -> tuple[list[int],
 def encode(tokenizer: Any, text: str, **options: Any) -> tuple[list[int], Offsets]:
     """Return ids and the characters that each stands for."""
     encoding = tokenizer(
-        text, add_special_tokens=False, return_offsets_mapping=True, verbose=False, **options
+        text,
+        add_special_tokens=False,
+        return_offsets_mapping=True,
+        verbose=False,
+        **options,
     )
     return list(encoding["input_ids"]), [tuple(pair) for pair in encoding["offset_mapping"]]

@@ -21,20 +21,18 @@ from owlfuse.core.errors import DataError
 from owlfuse.core.files import check_record
 from owlfuse.core.hub_access import check_hub_has
 from owlfuse.core.packages import check_not_missing, missing, packaged
-from owlfuse.core.types import IMAGE
+from owlfuse.core.types import IMAGE, Message
 
-Message = dict[str, Any]
-
+# The date that templates write, so that a chat has the same tokens on every day: Llama 3.2's
+# default.
 DATE = "26 Jul 2024"
-"""The date that templates write, so that a chat has the same tokens on every day: Llama 3.2's
-default."""
+# Steps of all loops and macros of a template while one chat is rendered; templates loop over a
+# chat's turns.
 MAX_STEPS = 200_000
-"""Steps of all loops and macros of a template while one chat is rendered; templates loop over a
-chat's turns."""
+# Characters of a rendered chat; a record has 16 MiB.
 MAX_TEXT = 2**26
-"""Characters of a rendered chat; a record has 16 MiB."""
+# The beginning of a template that `prepare_template` has made.
 PREPARED = "{#- prepared by owlfuse -#}"
-"""The beginning of a template that `prepare_template` has made."""
 
 # Templates take a message's content as a text, those of vision-language models as parts. Either way
 # an image or a video is the text <image> here, where it stands among the texts.
@@ -54,6 +52,7 @@ JOIN_PARTS = (
     "{%- endfor -%}"
     "{%- set messages = joined.messages -%}"
 )
+# Puts a text behind the pictures that a turn begins with on a line of its own.
 LINE_BREAK = (
     "{%- set joined.pictures = '' -%}"
     "{%- for _ in joined.text.split(IMAGE_TOKEN)[1:] -%}{%- if "
@@ -65,10 +64,9 @@ LINE_BREAK = (
     "joined.text -%}{%- endif -%}"
     "{%- set joined.text = joined.pictures + joined.text -%}"
 )
-"""Puts a text behind the pictures that a turn begins with on a line of its own."""
 CONTENTS = {"text": "joined.text", "parts": "[{'type': 'text', 'text': joined.text}]"}
+# transformers' own tag, which plain jinja2 does not know.
 GENERATION_TAG = re.compile(r"\{%-?\s*(end)?generation\s*-?%\}")
-"""transformers' own tag, which plain jinja2 does not know."""
 
 
 def chat_tokenizer(
@@ -101,6 +99,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
         check_hub_has(
             path, "name a folder with tokenizer.json, or set HF_HOME to a cache that has it"
         )
+        # Explicitly, since transformers asks on a terminal otherwise.
         return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except DataError as error:
         raise DataError(f"tokenizer: {str(error).removeprefix('tokenizer: ')}") from error
@@ -133,6 +132,7 @@ def prepare(
             "text; name one: "
             f"chat_template={'|'.join(template_names())}|<path of a .jinja file>"
         )
+    # Supervision maps characters to tokens, and only fast tokenizers have offsets.
     if not tokenizer.is_fast:
         raise DataError(
             f"the tokenizer {tokenizer.name_or_path} is not a fast one, which character offsets "
@@ -144,6 +144,7 @@ def prepare(
             "answer"
         )
     if tokenizer.pad_token_id is None:
+        # Padding is masked, so that any id serves.
         tokenizer.pad_token = tokenizer.eos_token
     if image_token not in tokenizer.get_vocab():
         tokenizer.add_special_tokens(
@@ -184,6 +185,7 @@ def prepare_template(
     """
     if template.startswith(PREPARED):
         return template
+    # Jinja drops one line break at a template's end itself.
     body = fixed_date(template) + template.removesuffix("\n")
     join_parts = JOIN_PARTS.replace("LINE_BREAK", LINE_BREAK if break_behind_images else "")
     join_parts = join_parts.replace("IMAGE_TOKEN", json.dumps(image_token))
@@ -292,7 +294,13 @@ def render(
     """
     if thinking:
         options["enable_thinking"] = True
-    return apply(tokenizer, messages, None, add_generation_prompt=add_generation_prompt, **options)
+    return apply(
+        tokenizer,
+        messages,
+        None,
+        add_generation_prompt=add_generation_prompt,
+        **options,
+    )
 
 
 def apply(
@@ -309,7 +317,10 @@ def apply(
         counting = counting_steps(tokenizer.get_chat_template(template, options.get("tools")))
         text = str(
             tokenizer.apply_chat_template(
-                messages, chat_template=counting, tokenize=False, **options
+                messages,
+                chat_template=counting,
+                tokenize=False,
+                **options,
             )
         )
     # A template is a program: jinja2 passes on whatever its expressions raise.
@@ -334,8 +345,8 @@ def apply(
     return text
 
 
+# A variable whose name no template can guess.
 COUNTER = f"steps_{secrets.token_hex(8)}"
-"""A variable whose name no template can guess."""
 COUNT_STEP = (
     f"{{% set {COUNTER}.count = {COUNTER}.count + 1 %}}{{% if {COUNTER}.count > {MAX_STEPS} %}}"
     f"{{{{ raise_exception('its loops and macros take more than {MAX_STEPS:,} steps') }}}}{{% "
@@ -367,16 +378,16 @@ def counting_steps(template: str) -> str:
     return "".join(pieces)
 
 
+# Bytes of a template; the longest have 20 KB.
 MAX_TEMPLATE = 2**20
-"""Bytes of a template; the longest have 20 KB."""
 FOLDER = Path(__file__).parent / "templates"
 
+# The control tokens of templates. The last one ends a turn, and so becomes the tokenizer's end of
+# sequence; other templates end a turn with the end of sequence that the tokenizer has.
 CONTROL_TOKENS = {
     "llama3": ["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"],
     "chatml": ["<|im_start|>", "<|im_end|>"],
 }
-"""The control tokens of templates. The last one ends a turn, and so becomes the tokenizer's end of
-sequence; other templates end a turn with the end of sequence that the tokenizer has."""
 
 
 def template_names() -> list[str]:
@@ -440,11 +451,11 @@ def read_template(chat_template: str) -> str:
     return text
 
 
+# Names of byte-level tokenizers (`tokenizer.ggml.pre`) that take each digit by itself before
+# anything else.
 SINGLE_DIGITS = ("smollm", "starcoder", "refact", "command-r", "codeshell")
-"""Names of byte-level tokenizers (`tokenizer.ggml.pre`) that take each digit by itself before
-anything else."""
+# The type of a control token (`tokenizer.ggml.token_type`).
 GGUF_CONTROL = 3
-"""The type of a control token (`tokenizer.ggml.token_type`)."""
 
 
 def control_ids(fields: Mapping[str, Any]) -> list[int]:

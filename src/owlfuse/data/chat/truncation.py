@@ -9,10 +9,10 @@ from typing import Literal
 from owlfuse.core.errors import DataError
 from owlfuse.core.types import Encoded, Sample
 
+# `error`: a longer chat is a wrong sample, for which its source has `on_error`; `skip`: it is left
+# out and counted among the skips; `truncate_turns`: it is cut to the first questions with their
+# answers that fit, and the images of the others are dropped.
 OnLength = Literal["error", "skip", "truncate_turns"]
-"""`error`: a longer chat is a wrong sample, for which its source has `on_error`; `skip`: it is left
-out and counted among the skips; `truncate_turns`: it is cut to the first questions with their
-answers that fit, and the images of the others are dropped."""
 
 
 def policy_of(on_length: OnLength | dict[str, OnLength], source: str) -> OnLength:
@@ -32,12 +32,18 @@ def check_policies(on_length: OnLength | dict[str, OnLength], sources: list[str]
             raise DataError(f"on_length: {policy}, expected error, skip or truncate_turns")
 
 
-def over_length(sample: Sample, length: int, max_length: int, policy: OnLength) -> DataError:
+def over_length(
+    sample: Sample,
+    length: int,
+    max_length: int,
+    policy: OnLength,
+) -> DataError:
     """Return the error of a chat that is too long; with the policy `skip` its `leave_out` is
     True."""
     error = DataError(
         f"sample {sample.id} is {length} tokens long, over max_length of {max_length}"
     )
+    # An attribute, since the data loader decides on it and not on the message.
     error.leave_out = policy == "skip"
     return error
 
@@ -58,7 +64,12 @@ def first_turns(sample: Sample, questions: int) -> Sample:
     messages = sample.messages[: answer_turns(sample)[questions - 1] + 1]
     kinds = [part["type"] for message in messages for part in message["content"]]
     images, videos = sample.images[: kinds.count("image")], sample.videos[: kinds.count("video")]
-    return replace(sample, messages=messages, images=images, videos=videos)
+    return replace(
+        sample,
+        messages=messages,
+        images=images,
+        videos=videos,
+    )
 
 
 def truncate(encode: Callable[[Sample], Encoded], sample: Sample, max_length: int) -> Encoded:

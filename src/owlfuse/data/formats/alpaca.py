@@ -2,10 +2,9 @@
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 from owlfuse.core.errors import DataError
-from owlfuse.core.types import Sample
+from owlfuse.core.types import JsonObject, Sample
 from owlfuse.data.formats.base import Source, field
 from owlfuse.data.formats.marks import unescaped
 from owlfuse.data.formats.records import (
@@ -66,6 +65,7 @@ class Alpaca(Source):
         if len(samples) == 1:
             return first
         for sample in samples[1:]:
+            # A chat has one system text and one list of tools, at its start.
             if sample.messages[0]["role"] == "system" or sample.tools != first.tools:
                 raise DataError(
                     f"sample {sample.id} has a system text or tools, which a turn of a chat "
@@ -92,7 +92,7 @@ class Alpaca(Source):
             for _, identity in super().ids(self.records_of(index)):
                 yield index, identity
 
-    def sample(self, record: dict[str, Any], name: str) -> Sample:
+    def sample(self, record: JsonObject, name: str) -> Sample:
         """See `Source`."""
         check_text_alone(record, name)
         question = field(record, "instruction", str, name)
@@ -114,10 +114,18 @@ class Alpaca(Source):
         metadata = {key: value for key, value in record.items() if key not in USED_KEYS}
         notes = check_unused(record, name, set(metadata))
         tools = tools_of(record, name)
-        return Sample(name, self.name, messages, [], metadata, tools=tools, notes=notes)
+        return Sample(
+            name,
+            self.name,
+            messages,
+            [],
+            metadata,
+            tools=tools,
+            notes=notes,
+        )
 
 
-def check_text_alone(record: dict[str, Any], name: str) -> None:
+def check_text_alone(record: JsonObject, name: str) -> None:
     """Raise DataError for a record with a picture, a chat or a context, which this format would
     leave out."""
     for key in (*IMAGES, *VIDEOS, *CHATS, *QUESTION_REFUSED):

@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Literal
 from owlfuse.core.errors import DataError
 from owlfuse.core.files import expand_files, fingerprint
 from owlfuse.core.packages import packaged
-from owlfuse.core.types import Note, Sample
+from owlfuse.core.types import JsonObject, Note, Sample
 from owlfuse.data.formats.records import has_chat
 from owlfuse.data.media.video import VideoSampling
 from owlfuse.data.readers.lines import JsonLines, Records, open_records
@@ -55,6 +55,7 @@ class Source:
         self.image_root = (
             Path(self.image_root).expanduser() if self.image_root else self.file.parent
         )
+        # ChatData sets the name that the configuration gives; alone, a source is known by its file.
         self.name = self.file.stem
 
     @property
@@ -75,6 +76,7 @@ class Source:
 
         Raises DataError; a record that is wrong by itself raises when it is asked for.
         """
+        # A file of one object may be a single record, which only its keys tell from a wrapped list.
         return open_records(self.file, has_chat)
 
     def files(self) -> list[Path]:
@@ -104,6 +106,7 @@ class Source:
             sample = self.sample(record, f"{self.name}:{index if identity is None else identity}")
         except DataError as error:
             raise self.with_location(error, index) from None
+        # Only a file that is parsed as a whole has keys around its list of records.
         if isinstance(self.records, Records):
             for key in self.records.unused:
                 sample.notes.append(Note("unused", f"the file's '{key}' beside its records"))
@@ -134,13 +137,14 @@ class Source:
         """Yield the index and the id of each record of some samples, without wrong records; a
         record without an id goes by its index."""
         for index in indices:
+            # A wrong record has no id to compare; it is reported when it is drawn.
             with suppress(DataError):
                 record = self.records[index]
                 if isinstance(record, dict):
                     identity = record.get("id")
                     yield index, str(index if identity is None else identity)
 
-    def sample(self, record: dict[str, Any], name: str) -> Sample:
+    def sample(self, record: JsonObject, name: str) -> Sample:
         """Return the record as a sample called `name`."""
         raise NotImplementedError(f"{type(self).__name__} reads no records")
 
@@ -149,7 +153,8 @@ class Source:
         `files.fingerprint`)."""
         return fingerprint(self.files())
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> JsonObject:
+        # Open files and parsed records do not travel to data workers, each of which opens its own.
         return {key: value for key, value in vars(self).items() if key != "records"}
 
 
@@ -186,7 +191,7 @@ class VideoSource(PictureSource):
     """
 
     # a VideoSampling after __post_init__
-    video: VideoSampling | dict[str, Any] | None = None  # type: ignore[misc, assignment]
+    video: VideoSampling | JsonObject | None = None  # type: ignore[misc, assignment]
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -196,12 +201,17 @@ class VideoSource(PictureSource):
             raise DataError(f"{self.file}: {error}") from None
 
 
-def without(record: dict[str, Any], *keys: str) -> dict[str, Any]:
+def without(record: JsonObject, *keys: str) -> JsonObject:
     """Return a record without `id` and `keys`, for a sample's metadata."""
     return {key: value for key, value in record.items() if key != "id" and key not in keys}
 
 
-def field(record: dict[str, Any], key: str, kind: type, name: str) -> Any:
+def field(
+    record: JsonObject,
+    key: str,
+    kind: type,
+    name: str,
+) -> Any:
     """Return a record's field. Raises DataError where it is not there or of another kind."""
     if key not in record:
         raise DataError(

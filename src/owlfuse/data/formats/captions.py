@@ -9,7 +9,7 @@ from typing import Any
 
 from owlfuse.core.errors import DataError
 from owlfuse.core.files import decoded
-from owlfuse.core.types import Sample
+from owlfuse.core.types import JsonObject, Sample
 from owlfuse.data.formats.base import PictureSource, field
 from owlfuse.data.formats.records import CHATS, IMAGES, TOOLS, VIDEOS, check_unused, system_turn
 from owlfuse.data.formats.turn_keys import SYSTEM_KEYS, brief, is_absent
@@ -55,7 +55,7 @@ class Captions(PictureSource):
             return f"line {self.records.lines.number(index + 1)} of {self.file.name}"
         return super().location(index)
 
-    def sample(self, record: dict[str, Any], name: str) -> Sample:
+    def sample(self, record: JsonObject, name: str) -> Sample:
         """See `Source`."""
         caption = field(record, self.caption_field, str, name)
         if self.image_field not in record:
@@ -70,13 +70,27 @@ class Captions(PictureSource):
         unused = {key: value for key, value in metadata.items() if key not in IMAGES}
         # The picture is there for the check alone: a key such as `photo` is no second one.
         notes = check_unused({**unused, "image": image}, name, set(unused))
-        messages = caption_messages(1, caption, self.instructions or [], identity, name)
+        messages = caption_messages(
+            1,
+            caption,
+            self.instructions or [],
+            identity,
+            name,
+        )
         for turn in system_turn(record, name, []):
             part = {"type": "text", "text": turn["content"]}
             messages.insert(0, {"role": "system", "content": [part]})
-        return Sample(name, self.name, messages, [image], metadata, notes=notes)
+        return Sample(
+            name,
+            self.name,
+            messages,
+            [image],
+            metadata,
+            notes=notes,
+        )
 
 
+# Fields of a record that is more than a caption.
 CHAT_KEYS = (
     "question",
     "prompt",
@@ -88,10 +102,9 @@ CHAT_KEYS = (
     *CHATS,
     *IMAGES,
 )
-"""Fields of a record that is more than a caption."""
 
 
-def check_caption(metadata: dict[str, Any], name: str) -> None:
+def check_caption(metadata: JsonObject, name: str) -> None:
     """Raise DataError for a record with a question or another picture, which a caption would leave
     out."""
     for key in CHAT_KEYS:
@@ -139,6 +152,7 @@ class Rows(Sequence[dict[str, str]]):
         raw = self.lines[number]
         try:
             text = decoded(raw, "")
+            # A TSV has no quoting rule; csv.reader would join lines at a lone quote.
             if self.tabs:
                 return [unquoted(part) for part in text.split("\t")]
             rows = list(csv.reader(text.splitlines(keepends=True), strict=True))
@@ -146,6 +160,8 @@ class Rows(Sequence[dict[str, str]]):
             raise DataError(f"{self.location(number)}{error}") from error
         except csv.Error as error:
             raise DataError(f"{self.location(number)} is not CSV: {error}") from error
+        # Lines ends a row at a newline outside of quotes, so csv sees another row only where quotes
+        # do not pair.
         if len(rows) != 1:
             raise DataError(
                 f"{self.location(number)} is {len(rows)} rows: a double quote opens and is not "

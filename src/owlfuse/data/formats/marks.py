@@ -4,30 +4,26 @@ words."""
 from __future__ import annotations
 
 import re
-from typing import Any
 
 from owlfuse.core.errors import DataError
+from owlfuse.core.types import Message, Part
 
-Part = dict[str, Any]
-
+# Marks of a picture or a video in a text.
+# `<|image|>` is that of mPLUG-Owl2, mPLUG-Owl3 and DocOwl.
 MARKS = {"<image>": "image", "<|image|>": "image", "<video>": "video", "<|video|>": "video"}
-"""Marks of a picture or a video in a text.
-
-`<|image|>` is that of mPLUG-Owl2, mPLUG-Owl3 and DocOwl.
-"""
 
 MARK = re.compile(r"\\?(?:" + "|".join(map(re.escape, MARKS)) + ")")
 
+# Marks of other projects (`<image_1>`, `<|image_pad|>`, `<ImageHere>`): a picture that they show
+# must not be put elsewhere.
 OTHER_MARK = re.compile(
     r"<\|?(?:image|img|picture|video|vision|media)"
     r"(?:_start|_pad|_placeholder|_token|here)?[ _]?\d*\|?>|\[(?:img|image)\]",
     re.IGNORECASE,
 )
-"""Marks of other projects (`<image_1>`, `<|image_pad|>`, `<ImageHere>`): a picture that they
-show must not be put elsewhere."""
 
+# A picture's path in a text, as Qwen-VL's first data have it.
 PATH_IN_TEXT = re.compile(r"<img>[^<>]{1,500}\.(?:jpe?g|png|webp|gif|bmp)</img>", re.IGNORECASE)
-"""A picture's path in a text, as Qwen-VL's first data have it."""
 
 FIELDS = {"image": "'image' or 'images'", "video": "'video' or 'videos'"}
 
@@ -107,7 +103,7 @@ class VisualParts:
         other_marks: marks in the texts of others.
     """
 
-    def __init__(self, messages: list[dict[str, Any]], kind: str) -> None:
+    def __init__(self, messages: list[Message], kind: str) -> None:
         self.typed: list[Part] = []
         self.user_marks: list[Part] = []
         self.other_marks: list[Part] = []
@@ -126,7 +122,10 @@ class VisualParts:
 
 
 def settle_marks(
-    messages: list[dict[str, Any]], listed: set[int], counts: dict[str, int], name: str
+    messages: list[Message],
+    listed: set[int],
+    counts: dict[str, int],
+    name: str,
 ) -> list[str]:
     """Decide of each mark whether it is a picture, a video or a word, in place; pictures without a
     mark are put first.
@@ -153,6 +152,7 @@ def settle_marks(
     notes: list[str] = []
     check_paths(messages, name)
     has_files = any(counts.values())
+    # Most chats of text-only data: there is nothing to settle.
     if not has_files and not has_visual_part(messages):
         return notes
     if has_files:
@@ -169,6 +169,7 @@ def settle_marks(
         parts = VisualParts(messages, kind)
         if len(parts.user_marks) == max(parts.without_part(count), 0):
             words += parts.other_marks
+        # A mark of the user without any picture is a mistake in most data, and a word in few.
         elif not count and not parts.typed:
             mark = parts.user_marks[0]["mark"]
             raise DataError(
@@ -181,6 +182,7 @@ def settle_marks(
             notes.append(f"{article} that no mark shows is put first in the first question")
     if unmarked:
         put_first(messages, unmarked, name)
+    # By identity: two marks of one kind are equal as dictionaries.
     is_word = {id(part) for part in words}
     for message in messages:
         if any("mark" in part for part in message["content"]):
@@ -188,7 +190,7 @@ def settle_marks(
     return notes
 
 
-def has_visual_part(messages: list[dict[str, Any]]) -> bool:
+def has_visual_part(messages: list[Message]) -> bool:
     """Whether a message has another part than texts."""
     for message in messages:
         for part in message["content"]:
@@ -197,7 +199,7 @@ def has_visual_part(messages: list[dict[str, Any]]) -> bool:
     return False
 
 
-def check_paths(messages: list[dict[str, Any]], name: str) -> None:
+def check_paths(messages: list[Message], name: str) -> None:
     """Raise DataError where the user's text holds a picture's path."""
     for message in messages:
         if message["role"] != "user":
@@ -211,7 +213,7 @@ def check_paths(messages: list[dict[str, Any]], name: str) -> None:
                 )
 
 
-def split_listed(messages: list[dict[str, Any]], listed: set[int], kinds: set[str]) -> None:
+def split_listed(messages: list[Message], listed: set[int], kinds: set[str]) -> None:
     """Split the text parts of the user's lists at their marks of some kinds, in place."""
     for number in listed:
         if messages[number]["role"] != "user":
@@ -229,7 +231,7 @@ def split_listed(messages: list[dict[str, Any]], listed: set[int], kinds: set[st
         messages[number]["content"] = parts
 
 
-def turn_image_marks_into_videos(messages: list[dict[str, Any]], videos: int) -> bool:
+def turn_image_marks_into_videos(messages: list[Message], videos: int) -> bool:
     """Make the image marks of a record with `videos` and without pictures marks of its videos,
     where they are as many.
 
@@ -245,12 +247,13 @@ def turn_image_marks_into_videos(messages: list[dict[str, Any]], videos: int) ->
     return True
 
 
-def put_first(messages: list[dict[str, Any]], parts: list[Part], name: str) -> None:
+def put_first(messages: list[Message], parts: list[Part], name: str) -> None:
     """Put pictures and videos before the user's first text, which goes on a new line. Raises
     DataError where a text has another project's mark."""
     questions = [message for message in messages if message["role"] == "user"]
     for message in questions:
         for part in message["content"]:
+            # A picture that another project's mark shows in the middle must not be put first.
             match = OTHER_MARK.search(part["text"]) if part["type"] == "text" else None
             if match:
                 raise DataError(

@@ -19,7 +19,7 @@ from pyarrow.parquet import ParquetFile
 
 from owlfuse.core.errors import DataError
 from owlfuse.core.files import MAX_RECORD, check_record, read_json
-from owlfuse.core.types import Note, Sample
+from owlfuse.core.types import JsonObject, Note, Sample
 from owlfuse.data.formats.base import VideoSource
 from owlfuse.data.formats.records import (
     CHATS,
@@ -37,11 +37,11 @@ from owlfuse.data.formats.records import (
 from owlfuse.data.formats.turn_keys import SYSTEM_KEYS
 
 IDS_AT_ONCE = 4096
+# Rows in a batch of the Arrow copy. Opening touches each batch's header and the pages around it:
+# with the 1000 that `datasets` takes, ten million rows of text would be in memory wholly.
 ROWS_PER_BATCH = 50_000
-"""Rows in a batch of the Arrow copy. Opening touches each batch's header and the pages around it:
-with the 1000 that `datasets` takes, ten million rows of text would be in memory wholly."""
+# Bytes of a row's pictures.
 MAX_PICTURES = 2**29
-"""Bytes of a row's pictures."""
 
 
 @dataclass(eq=False)
@@ -121,19 +121,32 @@ class Parquet(VideoSource):
 
     def open_files(self, files: list[Path]) -> Sequence[Any]:
         """Return the rows of files of one format. Raises DataError, and what `datasets` raises."""
+        # Arrow is mapped as it is; Parquet is compressed, and a row of it cannot be reached alone.
         if files[0].suffix == ".arrow":
             tables = [open_arrow(file) for file in files]
             columns, unread = self.find_columns(files, [table.data.schema for table in tables])
             names = distinct_columns(columns)
             rows = concatenate_datasets([table.select_columns(names) for table in tables])
-            return Rows(rows, columns, unread, files, [len(table) for table in tables])
+            return Rows(
+                rows,
+                columns,
+                unread,
+                files,
+                [len(table) for table in tables],
+            )
         counts, schemas = parquet_schemas(files)
         columns, unread = self.find_columns(files, schemas)
         check_cells(files, columns)
         if not sum(counts):
             return []
         rows = open_parquet(files, schemas, distinct_columns(columns), self.cache_dir)
-        return Rows(rows, columns, unread, files, counts)
+        return Rows(
+            rows,
+            columns,
+            unread,
+            files,
+            counts,
+        )
 
     def find_columns(
         self, files: list[Path], schemas: list[Any]
@@ -203,7 +216,7 @@ class Parquet(VideoSource):
         """See `Source`."""
         return cast("Rows", self.records).location(index)
 
-    def sample(self, record: dict[str, Any], name: str) -> Sample:
+    def sample(self, record: JsonObject, name: str) -> Sample:
         """See `Source`."""
         for key in TOOLS:
             if key in record:
@@ -226,7 +239,12 @@ def without_nulls(value: Any) -> Any:
     return value
 
 
-def check_pictures(file: Path, schema: Any, unread: list[str], has_images: bool) -> None:
+def check_pictures(
+    file: Path,
+    schema: Any,
+    unread: list[str],
+    has_images: bool,
+) -> None:
     """Raise DataError for columns of pictures that are not read, where none is called `image` or
     `images`, or where they are numbered beside one that is."""
     pictures = []
@@ -249,12 +267,13 @@ def holds_files(kind: Any) -> bool:
     of these."""
     while pyarrow.types.is_list(kind) or pyarrow.types.is_large_list(kind):
         kind = kind.value_type
+    # The type that `datasets` stores pictures and videos as.
     if pyarrow.types.is_struct(kind):
         return {field.name for field in kind} == {"bytes", "path"}
     return pyarrow.types.is_binary(kind) or pyarrow.types.is_large_binary(kind)
 
 
-class Rows(Sequence[dict[str, Any]]):
+class Rows(Sequence[JsonObject]):
     """The rows of a `datasets.Dataset`, as they are stored: pictures stay bytes.
 
     Args:
@@ -281,7 +300,8 @@ class Rows(Sequence[dict[str, Any]]):
     def __len__(self) -> int:
         return len(self.table)
 
-    def __getitem__(self, index: int) -> dict[str, Any]:  # type: ignore[override]  # no slices
+    def __getitem__(self, index: int) -> JsonObject:  # type: ignore[override]  # no slices
+        # range() checks the index and turns a negative one.
         row = self.table[range(len(self))[index]]
         # Before the row becomes Python objects, which take many times the memory.
         for key, column in self.columns.items():
@@ -332,10 +352,13 @@ def check_cells(files: list[Path], columns: dict[str, str]) -> None:
 
 
 def open_parquet(
-    files: list[Path], schemas: list[Any], columns: list[str], cache_dir: str | None
+    files: list[Path],
+    schemas: list[Any],
+    columns: list[str],
+    cache_dir: str | None,
 ) -> Any:
     """Return Parquet as a memory-mapped `datasets.Dataset`, by way of its Arrow copy."""
-    options: dict[str, Any] = {}
+    options: JsonObject = {}
     if len(files) > 1:
         # A shard without a picture has a column of the type null, and `datasets` takes the types of
         # the first.

@@ -9,7 +9,7 @@ from collections import Counter
 from typing import Any
 
 from owlfuse.core.errors import DataError
-from owlfuse.core.types import Note, Sample
+from owlfuse.core.types import JsonObject, Media, Note, Sample
 from owlfuse.data.formats.turn_keys import (
     LEARN_KEYS,
     NOT_LEARN_KEYS,
@@ -24,9 +24,11 @@ from owlfuse.data.formats.turn_keys import (
 )
 from owlfuse.data.formats.turns import EXPECTED_TURN, pictures_of, read_turns, videos_of
 
+# Keys of a record's turns: a list, its JSON text, or a dict of lists of the same length.
 CHATS = ("messages", "conversations", "conversation", "texts")
-"""Keys of a record's turns: a list, its JSON text, or a dict of lists of the same length."""
 
+# Keys of a question and its answer in a record without turns: texts, lists of turns (trl), or a
+# list of answers (VQA).
 QUESTIONS = (
     ("prompt", "completion"),
     ("prompt", "response"),
@@ -35,20 +37,19 @@ QUESTIONS = (
     ("question", "answers"),
     ("question", "response"),
 )
-"""Keys of a question and its answer in a record without turns: texts, lists of turns (trl), or a
-list of answers (VQA)."""
 
 QUESTION_KEYS = tuple(dict.fromkeys(key for pair in QUESTIONS for key in pair))
 
 IMAGES = ("image", "images")
 VIDEOS = ("video", "videos")
 TOOLS = ("tools", "functions")
+# Keys by which a validation source's questions are grouped and judged (see `evaluation`).
 METADATA = ("kind", "kinds", "accepted")
-"""Keys by which a validation source's questions are grouped and judged (see `evaluation`)."""
 
+# Keys that would weight a whole record. Every record counts the same, so another value than 1 or
+# true is refused.
 WEIGHTS = ("sample_weight", "label", *LEARN_KEYS)
-"""Keys that would weight a whole record. Every record counts the same, so another value than 1 or
-true is refused."""
+# Keys of a record that would change what is learned if they were left out, and what they are.
 RECORD_REFUSED = {
     "instruction": "a text beside the chat; write it as 'system', or into the question",
     "instructions": "a text beside the chat; write it as 'system', or into the question",
@@ -61,11 +62,11 @@ RECORD_REFUSED = {
         for key in ("mask", "audio", "audios", "documents", "attachments", "rejected", "chosen")
     },
 }
-"""Keys of a record that would change what is learned if they were left out, and what they are."""
 
+# Keys beside a question that belong to it and are not part of its text.
 QUESTION_REFUSED = ("choices", "options", "context", "passage", "hint")
-"""Keys beside a question that belong to it and are not part of its text."""
 
+# All keys of a record that some format reads or refuses; of a table, the columns that are read.
 READ_KEYS = frozenset(
     {
         *CHATS,
@@ -83,22 +84,21 @@ READ_KEYS = frozenset(
         "id",
     }
 )
-"""All keys of a record that some format reads or refuses; of a table, the columns that are read."""
 
+# Names of keys that hold a picture, a video or sound, except those of IMAGES and VIDEOS.
 MEDIA_KEY = re.compile(
     r"(?P<kind>image|img|picture|photo|video|clip|audio|sound|speech)s?"
     r"(?P<number>_?\d+)?(?:_(?:paths?|files?|urls?|bytes|list|names?))?"
 )
-"""Names of keys that hold a picture, a video or sound, except those of IMAGES and VIDEOS."""
 
 
 def read_chat(
-    record: dict[str, Any],
+    record: JsonObject,
     name: str,
     source: str,
     chat_key: str,
-    images: list[str | bytes] | None = None,
-    videos: list[str | bytes] | None = None,
+    images: list[Media] | None = None,
+    videos: list[Media] | None = None,
 ) -> Sample:
     """Return a record with a chat, or with a question and its answer, as a sample called `name`.
 
@@ -110,9 +110,11 @@ def read_chat(
         DataError: a record that is no chat, that has two, or that has what would change its meaning
             if it were left out.
     """
+    # First, so that a key that cannot be honored is named whatever else is wrong.
     check_refused(record, RECORD_REFUSED, name, "the record")
     turns, used, answers = find_turns(record, name, chat_key)
     turns = [*system_turn(record, name, turns), *turns]
+    # A tar's members are given by the caller, and its record names none of them.
     if images is None:
         images = pictures_of(record, name)
     if videos is None:
@@ -121,6 +123,8 @@ def read_chat(
 
     metadata = {}
     for key, value in record.items():
+        # Metadata go into results and may be large; keys that are shown or rendered are not
+        # repeated.
         if key not in used and key not in NOT_METADATA:
             metadata[key] = value
     notes = [*chat.notes, *check_unused(record, name, set(metadata))]
@@ -143,7 +147,7 @@ def read_chat(
 NOT_METADATA = frozenset(("id", *SYSTEM_KEYS, *IMAGES, *VIDEOS, *TOOLS))
 
 
-def has_chat(record: dict[str, Any]) -> bool:
+def has_chat(record: JsonObject) -> bool:
     """Whether a record has turns, a question with an answer, or a conversation in one text."""
     present = {key for key, value in record.items() if not is_absent(value)}
     if present & {*CHATS} or any(present.issuperset(pair) for pair in QUESTIONS):
@@ -152,7 +156,7 @@ def has_chat(record: dict[str, Any]) -> bool:
 
 
 def find_turns(
-    record: dict[str, Any], name: str, chat_key: str
+    record: JsonObject, name: str, chat_key: str
 ) -> tuple[list[Any], set[str], list[str]]:
     """Return a record's turns, the keys that they are under, and the answers that are right where
     it has several.
@@ -179,17 +183,17 @@ def find_turns(
     raise DataError(f"sample {name} has no '{chat_key}'; it has {keys}; {EXPECTED}")
 
 
+# The key of a whole conversation as one text, `Human: ...` and `AI: ...` a line each, as in
+# mPLUG-Owl1's data.
 TEXT = "text"
-"""The key of a whole conversation as one text, `Human: ...` and `AI: ...` a line each, as in
-mPLUG-Owl1's data."""
+# The beginning of each of these texts. The chat template that belongs to them writes it.
 OPENING = (
     "The following is a conversation between a curious human and AI assistant. The assistant "
     "gives helpful, detailed, and polite answers to the user's questions."
 )
-"""The beginning of each of these texts. The chat template that belongs to them writes it."""
 SPEAKERS = re.compile(r"(?:\A|\n)[ \t]*(Human|AI):")
+# For a text without line breaks.
 SPEAKERS_IN_LINE = re.compile(r"(?:\A|\s)(Human|AI):(?=\s|\Z)")
-"""For a text without line breaks."""
 
 
 def is_conversation(text: Any) -> bool:
@@ -220,6 +224,7 @@ def text_turns(text: str) -> list[dict[str, str]]:
         turns.append({"role": "system", "content": opening})
     for speaker, words in speeches:
         role = "user" if speaker == "Human" else "assistant"
+        # A chat template refuses two turns of the user in a row.
         if turns and turns[-1]["role"] == role == "user":
             turns[-1]["content"] += f"\n{words}"
         else:
@@ -244,6 +249,7 @@ def turns_of(value: Any, name: str, key: str) -> list[Any]:
                 f"sample {name}: '{key}' is a str, expected list or its JSON text"
             ) from None
     if isinstance(value, dict):
+        # datasets stores a list of dicts as a dict of lists, one for each key.
         columns = [column for column in value.values() if isinstance(column, list)]
         lengths = {len(column) for column in columns}
         if len(columns) == len(value) and len(lengths) == 1:
@@ -259,7 +265,10 @@ def turns_of(value: Any, name: str, key: str) -> list[Any]:
 
 
 def question_turns(
-    record: dict[str, Any], name: str, question_key: str, answer_key: str
+    record: JsonObject,
+    name: str,
+    question_key: str,
+    answer_key: str,
 ) -> tuple[list[Any], set[str], list[str]]:
     """Return the turns of a record with a question and its answer, `history` before them; see
     `find_turns`."""
@@ -275,6 +284,7 @@ def question_turns(
     if answer_key == "answer" and not is_absent(record.get("answers")):
         accepted = record["answers"]
         used.add("answers")
+    # Under `prompt` (trl) a list holds turns; under a question it holds the answers of annotators.
     if isinstance(answer, list) and question_key != "prompt":
         accepted, answer = answer, most_frequent(answer, name, answer_key)
     answers: list[str] = []
@@ -296,7 +306,7 @@ def question_turns(
     return turns, used, answers if len(answers) > 1 else []
 
 
-def not_learned(turn: dict[str, Any]) -> dict[str, Any]:
+def not_learned(turn: JsonObject) -> JsonObject:
     """Return a turn of a prompt, of which nothing is learned."""
     role = turn.get("role") if turn.get("role") is not None else turn.get("from")
     return {**turn, "loss": False} if role in ("assistant", "gpt") else turn
@@ -326,6 +336,7 @@ def most_frequent(answers: list[Any], name: str, key: str) -> str:
     texts = [text_of(answer, name, key) for answer in answers]
     if not texts:
         raise DataError(f"sample {name}: '{key}' holds no answer")
+    # Counter keeps the order of first occurrence, so that equal counts do not depend on hashes.
     return Counter(texts).most_common(1)[0][0]
 
 
@@ -337,7 +348,7 @@ def text_of(answer: Any, name: str, key: str) -> str:
     return text
 
 
-def system_turn(record: dict[str, Any], name: str, turns: list[Any]) -> list[Any]:
+def system_turn(record: JsonObject, name: str, turns: list[Any]) -> list[Any]:
     """Return the system text beside the turns as a turn, or nothing.
 
     Raises DataError where a turn has one too.
@@ -354,7 +365,7 @@ def system_turn(record: dict[str, Any], name: str, turns: list[Any]) -> list[Any
     return [{"role": "system", "content": text}]
 
 
-def check_unused(record: dict[str, Any], name: str, keys: set[str]) -> list[Note]:
+def check_unused(record: JsonObject, name: str, keys: set[str]) -> list[Note]:
     """Return notes of a record's keys that are not used.
 
     Raises DataError for those that would change what is learned.
@@ -378,6 +389,7 @@ def check_weight(value: Any, name: str, key: str) -> None:
     others."""
     is_number = isinstance(value, int | float)
     if isinstance(value, bool):
+        # False of `train` and true of `ignore` both exclude the record.
         is_weighted = value == (key in NOT_LEARN_KEYS)
     elif isinstance(value, list | dict):
         is_weighted = key != "label"  # a weight of each turn or token
@@ -392,7 +404,7 @@ def check_weight(value: Any, name: str, key: str) -> None:
         )
 
 
-def check_media_key(record: dict[str, Any], name: str, key: str) -> None:
+def check_media_key(record: JsonObject, name: str, key: str) -> None:
     """Raise DataError for a key that holds a picture, a video or sound by its name, and is not
     read."""
     match = MEDIA_KEY.fullmatch(key.lower())
@@ -404,6 +416,7 @@ def check_media_key(record: dict[str, Any], name: str, key: str) -> None:
             "here hears"
         )
     keys = VIDEOS if match["kind"] in ("video", "clip") else IMAGES
+    # Beside `image`, an `image_path` often names the same picture, but an `image_2` is another one.
     if match["number"] or all(is_absent(record.get(read_key)) for read_key in keys):
         raise DataError(
             f"sample {name}: the record has '{key}': {brief(record[key])}, which is not read; "

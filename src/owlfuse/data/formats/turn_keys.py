@@ -7,7 +7,9 @@ import json
 from typing import Any
 
 from owlfuse.core.errors import DataError
+from owlfuse.core.types import JsonObject
 
+# The names of the four roles in the data of others.
 ROLES = {
     **dict.fromkeys(("system", "developer", "system_prompt", "system_message"), "system"),
     **dict.fromkeys(("user", "human", "prompter"), "user"),
@@ -16,12 +18,12 @@ ROLES = {
         ("tool", "function", "observation", "tool_response", "function_response", "ipython"), "tool"
     ),
 }
-"""The names of the four roles in the data of others."""
 
+# Roles of turns whose text is an assistant's tool call, or a list of them, in JSON (ShareGPT's
+# heirs).
 CALL_ROLES = ("function_call", "tool_call", "tool_calls")
-"""Roles of turns whose text is an assistant's tool call, or a list of them, in JSON (ShareGPT's
-heirs)."""
 
+# Keys of a turn that are 1 or true where its answer is learned from, and 0 or false where not.
 LEARN_KEYS = (
     "loss",
     "train",
@@ -49,8 +51,8 @@ LEARN_KEYS = (
     "train_weight",
     "token_weight",
 )
-"""Keys of a turn that are 1 or true where its answer is learned from, and 0 or false where not."""
 
+# Keys of a turn that are true where its answer is not learned from.
 NOT_LEARN_KEYS = (
     "masked",
     "ignore",
@@ -62,11 +64,11 @@ NOT_LEARN_KEYS = (
     "exclude",
     "excluded",
 )
-"""Keys of a turn that are true where its answer is not learned from."""
 
 THOUGHT_KEYS = ("reasoning_content", "reasoning", "thinking")
 SYSTEM_KEYS = ("system", "system_prompt", "system_message")
 
+# Keys of a turn that would change what is learned if they were left out, and what they are.
 REFUSED_KEYS = {
     "mask": (
         "which some read as 'not learned from' and others as 'learned from'; write loss: true "
@@ -89,7 +91,6 @@ REFUSED_KEYS = {
     "rejected": "an answer that is not to be given; preference pairs are not read",
     "chosen": "one of a preference pair; preference pairs are not read",
 }
-"""Keys of a turn that would change what is learned if they were left out, and what they are."""
 
 
 def is_absent(value: Any) -> bool:
@@ -100,7 +101,12 @@ def is_absent(value: Any) -> bool:
     return isinstance(value, str | list | dict) and not value
 
 
-def check_refused(node: dict[str, Any], refused: dict[str, str], name: str, owner: str) -> None:
+def check_refused(
+    node: JsonObject,
+    refused: dict[str, str],
+    name: str,
+    owner: str,
+) -> None:
     """Raise DataError for a key of a turn or a record that cannot be honored and changes what is
     learned.
 
@@ -115,7 +121,10 @@ def check_refused(node: dict[str, Any], refused: dict[str, str], name: str, owne
 
 
 def single_value(
-    node: dict[str, Any], keys: tuple[str, ...], name: str, owner: str
+    node: JsonObject,
+    keys: tuple[str, ...],
+    name: str,
+    owner: str,
 ) -> tuple[str | None, Any]:
     """Return the first of `keys` that a turn or a record has, and its value; None where it has
     none.
@@ -136,7 +145,7 @@ def single_value(
     return first, node[first]
 
 
-def is_supervised(turn: dict[str, Any], role: str, name: str) -> bool:
+def is_supervised(turn: JsonObject, role: str, name: str) -> bool:
     """Whether a turn's answer is learned from, by any of LEARN_KEYS and NOT_LEARN_KEYS.
 
     Raises:
@@ -153,7 +162,9 @@ def is_supervised(turn: dict[str, Any], role: str, name: str) -> bool:
                 f"sample {name}: a turn has '{key}': {brief(repr(value))}, expected 1 or true, 0 "
                 "or false: an answer is learned from or not, it has no weight"
             )
+        # The two lists of keys have opposite meanings.
         verdicts[key] = bool(value) != (key in NOT_LEARN_KEYS)
+    # Which of two contradicting keys was meant cannot be known.
     if len(set(verdicts.values())) > 1:
         keys = " and ".join(f"'{key}': {brief(turn[key])}" for key in sorted(verdicts))
         raise DataError(f"sample {name}: a turn has {keys}, which contradict each other")
@@ -168,10 +179,10 @@ def is_supervised(turn: dict[str, Any], role: str, name: str) -> bool:
     return True
 
 
-def extras_of(turn: dict[str, Any], role: str, name: str) -> dict[str, Any]:
+def extras_of(turn: JsonObject, role: str, name: str) -> JsonObject:
     """Return the keys of a `Sample`'s message beside `role` and `content`. Raises DataError."""
     check_refused(turn, REFUSED_KEYS, name, "a turn")
-    extras: dict[str, Any] = {}
+    extras: JsonObject = {}
     key, thought = single_value(turn, THOUGHT_KEYS, name, "a turn")
     if key is not None:
         if not isinstance(thought, str) or role != "assistant":
@@ -197,12 +208,13 @@ def extras_of(turn: dict[str, Any], role: str, name: str) -> dict[str, Any]:
                 f"sample {name}: '{text_key}' of a turn is {brief(value)}, expected a text"
             )
         extras[text_key] = value
+    # Absent means supervised, so that usual messages have no further key.
     if not is_supervised(turn, role, name):
         extras["supervised"] = False
     return extras
 
 
-def tool_calls_of(value: Any, name: str) -> list[dict[str, Any]]:
+def tool_calls_of(value: Any, name: str) -> list[JsonObject]:
     """Return tool calls as chat templates take them, `{"type": "function", "function": {"name",
     "arguments": {...}}}`, from a list, one call, or a JSON text of either.
 
@@ -228,7 +240,7 @@ def tool_calls_of(value: Any, name: str) -> list[dict[str, Any]]:
     return calls
 
 
-def call_arguments(function: dict[str, Any], name: str) -> dict[str, Any]:
+def call_arguments(function: JsonObject, name: str) -> JsonObject:
     """Return the arguments of a tool call, which may be a JSON text. Raises DataError."""
     arguments = function.get("arguments")
     if arguments is None:
@@ -244,7 +256,7 @@ def call_arguments(function: dict[str, Any], name: str) -> dict[str, Any]:
     return arguments
 
 
-def tools_of(record: dict[str, Any], name: str) -> list[Any] | None:
+def tools_of(record: JsonObject, name: str) -> list[Any] | None:
     """Return a record's `tools` or `functions`, a list or its JSON text, as chat templates take
     them.
 
@@ -265,6 +277,7 @@ def tools_of(record: dict[str, Any], name: str) -> list[Any] | None:
             raise DataError(
                 f"sample {name}: a tool is {brief(tool)}, expected an object with its name"
             )
+        # Some data list bare functions, and templates expect the wrapped form of OpenAI.
         if "function" not in tool and "type" not in tool:
             tool = {"type": "function", "function": tool}
         tools.append(tool)
@@ -283,4 +296,5 @@ def from_json(value: Any, name: str, subject: str) -> Any:
 
 def brief(value: Any) -> str:
     """Return the beginning of a value, on one line, for a message."""
+    # Cut before the split: a value may have megabytes.
     return " ".join(str(value)[:80].split())

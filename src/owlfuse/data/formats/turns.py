@@ -13,7 +13,7 @@ from typing import Any
 from urllib.parse import unquote_to_bytes
 
 from owlfuse.core.errors import DataError
-from owlfuse.core.types import Note
+from owlfuse.core.types import JsonObject, Media, Message, Note, Part
 from owlfuse.data.formats.marks import on_new_line, settle_marks, split_marks, unescaped
 from owlfuse.data.formats.turn_keys import (
     CALL_ROLES,
@@ -30,12 +30,14 @@ from owlfuse.data.formats.turn_keys import (
     tool_calls_of,
 )
 
+# Keys of an image part that hold its picture; without one of them it shows the next of the sample's
+# pictures.
 PICTURE_KEYS = ("image_url", "image", "bytes", "path", "url", "base64")
-"""Keys of an image part that hold its picture; without one of them it shows the next of the
-sample's pictures."""
 
 VIDEO_KEYS = ("video", "video_url", "bytes", "path", "url")
 
+# Keys of an element of a chat that is a question with its answer (the_cauldron, FineVision,
+# xtuner).
 PAIRS = (
     ("user", "assistant"),
     ("human", "gpt"),
@@ -47,14 +49,13 @@ PAIRS = (
     ("instruction", "output"),
     ("input", "output"),
 )
-"""Keys of an element of a chat that is a question with its answer (the_cauldron, FineVision,
-xtuner)."""
 
+# The keys of a turn that has nothing beside its role and its content.
 SIMPLE_TURNS = ({"from", "value"}, {"role", "content"})
-"""The keys of a turn that has nothing beside its role and its content."""
 
 PAIR_KEYS = frozenset(key for pair in PAIRS for key in pair)
 
+# Keys of a turn that are used or refused.
 TURN_KEYS = frozenset(
     {
         "from",
@@ -76,11 +77,11 @@ TURN_KEYS = frozenset(
         *REFUSED_KEYS,
     }
 )
-"""Keys of a turn that are used or refused."""
 
 EXPECTED_TURN = f"expected from or role ({', '.join(ROLES)}) and value or content"
 
 PART_KEYS = frozenset(("type", "text", "index", *PICTURE_KEYS, *VIDEO_KEYS, *THOUGHT_KEYS))
+# Keys of an image or video part that choose a piece of it, which is not done.
 PART_REFUSED = (
     "video_start",
     "video_end",
@@ -96,21 +97,23 @@ PART_REFUSED = (
     "audio",
     "citations",
 )
-"""Keys of an image or video part that choose a piece of it, which is not done."""
 
 
 @dataclass
 class Chat:
     """Messages of a `Sample`, its pictures and videos, and notes of what was not used."""
 
-    messages: list[dict[str, Any]]
-    images: list[str | bytes]
-    videos: list[str | bytes]
+    messages: list[Message]
+    images: list[Media]
+    videos: list[Media]
     notes: list[Note]
 
 
 def read_turns(
-    turns: Sequence[Any], pictures: list[str | bytes], name: str, videos: Sequence[str | bytes] = ()
+    turns: Sequence[Any],
+    pictures: list[Media],
+    name: str,
+    videos: Sequence[Media] = (),
 ) -> Chat:
     """Return turns as messages of a `Sample`, with the pictures in the order of their image parts,
     and the videos likewise.
@@ -126,18 +129,21 @@ def read_turns(
     Raises:
         DataError: names the sample `name` and the turn that is wrong.
     """
-    messages: list[dict[str, Any]] = []
+    messages: list[Message] = []
     listed: set[int] = set()
     unused: set[str] = set()
     for number, turn in plain_turns(turns, name):
         try:
             message = message_of(turn, name, unused)
             if isinstance(message["content"], list):
+                # A text in a list of parts may hold `<image>` as a word, so its marks are settled
+                # later.
                 listed.add(len(messages))
                 message["content"] = [part_of(part, name, unused) for part in message["content"]]
                 move_thoughts(message, name)
             else:
                 message["content"] = split_marks(message["content"])
+            # Turns of two keys, role and content, have no pictures of their own.
             if isinstance(turn, dict) and len(turn) > 2:
                 show_turn_pictures(turn, message, name)
         except DataError as error:
@@ -197,7 +203,7 @@ def plain_turns(turns: Sequence[Any], name: str) -> list[tuple[int, Any]]:
     return plain
 
 
-def question_and_answer(turn: dict[str, Any], name: str) -> list[dict[str, Any]]:
+def question_and_answer(turn: JsonObject, name: str) -> list[JsonObject]:
     """Return the two turns of one that is a question with its answer (see PAIRS); another turn as
     it is.
 
@@ -208,8 +214,8 @@ def question_and_answer(turn: dict[str, Any], name: str) -> list[dict[str, Any]]
         pair = next((keys for keys in PAIRS if keys[0] in turn and keys[1] in turn), None)
     if pair is None:
         return [turn]
-    question: dict[str, Any] = {"role": "user", "content": turn[pair[0]]}
-    answer: dict[str, Any] = {"role": "assistant", "content": turn[pair[1]]}
+    question: JsonObject = {"role": "user", "content": turn[pair[0]]}
+    answer: JsonObject = {"role": "assistant", "content": turn[pair[1]]}
     for key in sorted(turn.keys() - {*pair}):
         if key in PAIR_KEYS and not is_absent(turn[key]):
             raise DataError(
@@ -217,11 +223,12 @@ def question_and_answer(turn: dict[str, Any], name: str) -> list[dict[str, Any]]
                 "question and an answer"
             )
         is_visual = key in ("image", "images", "video", "videos")
+        # Pictures belong to the question; weights, thoughts and tool calls to the answer.
         (question if is_visual else answer)[key] = turn[key]
     return [question, answer]
 
 
-def join_tool_calls(messages: list[dict[str, Any]], message: dict[str, Any]) -> bool:
+def join_tool_calls(messages: list[Message], message: Message) -> bool:
     """Join tool calls in a turn without a text to the assistant's turn before them, as one answer.
 
     Returns whether they could be joined.
@@ -231,13 +238,14 @@ def join_tool_calls(messages: list[dict[str, Any]], message: dict[str, Any]) -> 
     last = messages[-1]
     if last["role"] != "assistant" or "reasoning_content" in message:
         return False
+    # One answer is learned from as a whole or not at all.
     if last.get("supervised") != message.get("supervised"):
         return False
     last["tool_calls"] = [*last.get("tool_calls", []), *message["tool_calls"]]
     return True
 
 
-def move_thoughts(message: dict[str, Any], name: str) -> None:
+def move_thoughts(message: Message, name: str) -> None:
     """Move parts that hold a thought into the message's `reasoning_content`.
 
     Raises DataError outside an answer.
@@ -254,7 +262,7 @@ def move_thoughts(message: dict[str, Any], name: str) -> None:
     message["content"] = [part for part in message["content"] if part["type"] != "thought"]
 
 
-def show_turn_pictures(turn: dict[str, Any], message: dict[str, Any], name: str) -> None:
+def show_turn_pictures(turn: JsonObject, message: Message, name: str) -> None:
     """Show pictures and videos that a turn names at its marks, or first in it.
 
     Raises DataError.
@@ -273,11 +281,17 @@ def show_turn_pictures(turn: dict[str, Any], message: dict[str, Any], name: str)
                 f"<{kind}> placeholders"
             )
         for part, picture in zip(empty_parts, pictures, strict=True):
+            # A part with a picture is no mark any more, and needs no settling.
             part.pop("mark", None)
             part["picture"] = picture
 
 
-def resolve(shown: list[Any], pictures: list[Any], name: str, kind: str) -> list[Any]:
+def resolve(
+    shown: list[Any],
+    pictures: list[Any],
+    name: str,
+    kind: str,
+) -> list[Any]:
     """Return the picture of each image or video part: its own, that of its index, or the next of
     the sample's. Where no part has its own, all of the sample's are returned, and the encoder
     compares their number with that of the parts."""
@@ -302,6 +316,7 @@ def resolve(shown: list[Any], pictures: list[Any], name: str, kind: str) -> list
             )
         resolved.append(picture)
     remaining = len(list(unshown))
+    # With indices, pictures may be shown twice or never.
     if remaining and not any(isinstance(picture, int) for picture in shown):
         raise DataError(
             f"sample {name} has {len(shown)} {kind} parts and {remaining} {kind}s that none of "
@@ -310,7 +325,7 @@ def resolve(shown: list[Any], pictures: list[Any], name: str, kind: str) -> list
     return resolved
 
 
-def message_of(turn: Any, name: str, unused: set[str]) -> dict[str, Any]:
+def message_of(turn: Any, name: str, unused: set[str]) -> JsonObject:
     """Return role, content (a text or a list) and the other keys of one turn, in either spelling.
     Raises DataError.
 
@@ -348,7 +363,7 @@ def message_of(turn: Any, name: str, unused: set[str]) -> dict[str, Any]:
     return {"role": ROLES[role], "content": content, **extras}
 
 
-def part_of(part: Any, name: str, unused: set[str]) -> dict[str, Any]:
+def part_of(part: Any, name: str, unused: set[str]) -> JsonObject:
     """Return a part of a content as `{"type": "text", "text"}`, `{"type": "image"}` with its
     `picture` where it has one, a video likewise, or `{"type": "thought", "thought"}`. Raises
     DataError."""
@@ -357,6 +372,8 @@ def part_of(part: Any, name: str, unused: set[str]) -> dict[str, Any]:
         for key in sorted(part.keys() - PART_KEYS):
             if is_absent(part[key]):
                 continue
+            # A crop or a span of time that is ignored would show another picture than the data
+            # mean.
             if key in PART_REFUSED and kind != "text":
                 raise DataError(
                     f"sample {name}: a part is {brief(part)}; its '{key}' chooses a piece, and a "
@@ -380,6 +397,7 @@ def part_of(part: Any, name: str, unused: set[str]) -> dict[str, Any]:
         value = part.get(key)
         if value is not None:
             if key == "base64":
+                # Without a media type: PIL looks at the bytes alone.
                 value = f"data:;base64,{value}"
             return {"type": "image", "picture": picture_of(value, name)}
     if kind != "image":
@@ -388,7 +406,7 @@ def part_of(part: Any, name: str, unused: set[str]) -> dict[str, Any]:
     return {"type": "image", "picture": index} if type(index) is int else {"type": "image"}
 
 
-def video_part(part: dict[str, Any], name: str) -> dict[str, Any]:
+def video_part(part: Part, name: str) -> JsonObject:
     """Return `{"type": "video"}`, with its file as `picture` where it has one. Raises
     DataError."""
     value = next((part[key] for key in VIDEO_KEYS if part.get(key) is not None), None)
@@ -402,7 +420,7 @@ def video_part(part: dict[str, Any], name: str) -> dict[str, Any]:
     return {"type": "video", "picture": picture_of(value, name, "video")}
 
 
-def videos_of(record: dict[str, Any], name: str) -> list[str | bytes]:
+def videos_of(record: JsonObject, name: str) -> list[Media]:
     """Return the videos in a record's or a turn's `video` or `videos`, read as `pictures_of` reads
     pictures.
 
@@ -411,7 +429,7 @@ def videos_of(record: dict[str, Any], name: str) -> list[str | bytes]:
     return files_of(record, ("video", "videos"), name)
 
 
-def pictures_of(record: dict[str, Any], name: str) -> list[str | bytes]:
+def pictures_of(record: JsonObject, name: str) -> list[Media]:
     """Return the pictures in a record's or a turn's `image` or `images`: one or a list of paths,
     data: URIs, bytes or `{"bytes", "path"}`.
 
@@ -421,7 +439,7 @@ def pictures_of(record: dict[str, Any], name: str) -> list[str | bytes]:
     return files_of(record, ("image", "images"), name)
 
 
-def files_of(record: dict[str, Any], keys: tuple[str, str], name: str) -> list[str | bytes]:
+def files_of(record: JsonObject, keys: tuple[str, str], name: str) -> list[Media]:
     """Return the pictures or videos under one of two keys. Raises DataError."""
     present = [key for key in keys if not is_absent(record.get(key))]
     if not present:
@@ -433,7 +451,7 @@ def files_of(record: dict[str, Any], keys: tuple[str, str], name: str) -> list[s
     return [picture_of(file, name, present[0]) for file in files]
 
 
-def picture_of(value: Any, name: str, key: str = "image") -> str | bytes:
+def picture_of(value: Any, name: str, key: str = "image") -> Media:
     """Return a path as it is, a data: URI or bytes as bytes; of `{"bytes", "path"}` the first that
     is present.
 
@@ -454,6 +472,7 @@ def picture_of(value: Any, name: str, key: str = "image") -> str | bytes:
         return bytes(value)
     if isinstance(value, str) and value[:5].lower() == "data:":
         return data_uri(value, name, kind)
+    # Nothing is fetched in training: a host that is down, or changed, would change the data.
     if isinstance(value, str) and re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", value):
         raise DataError(
             f"sample {name}: {kind} {value.split()[0][:80]} is a URL; fetch it, and name its path "
@@ -461,7 +480,7 @@ def picture_of(value: Any, name: str, key: str = "image") -> str | bytes:
         )
     if isinstance(value, str) and value:
         return value
-    shown = "empty" if isinstance(value, str | bytes) else brief(value)
+    shown = "empty" if isinstance(value, Media) else brief(value)
     raise DataError(
         f"sample {name}: '{key}' is {shown}, expected a path or a list of paths, a data: URI or "
         "bytes"
@@ -491,7 +510,7 @@ def caption_messages(
     identity: str,
     name: str,
     videos: int = 0,
-) -> list[dict[str, Any]]:
+) -> list[JsonObject]:
     """Return a chat that asks for a caption: the images, the videos, one of the `instructions`
     (none: nothing more), and the caption. Which instruction is a hash of `identity`, so that it is
     the same in every run and whatever the other samples are.
@@ -501,9 +520,10 @@ def caption_messages(
     """
     if not isinstance(caption, str):
         raise DataError(f"sample {name}: the caption is {brief(caption)}, expected a text")
-    question: list[dict[str, Any]] = [{"type": "image"} for _ in range(images)]
+    question: list[Message] = [{"type": "image"} for _ in range(images)]
     question += [{"type": "video"} for _ in range(videos)]
     if instructions:
+        # Python's hash() differs between processes.
         digest = hashlib.sha256(identity.encode("utf-8", "surrogatepass")).digest()
         number = int.from_bytes(digest[:8], "little")
         text = f"\n{instructions[number % len(instructions)]}"

@@ -11,7 +11,7 @@ from typing import Any, cast
 
 from owlfuse.core.errors import DataError
 from owlfuse.core.files import decoded, parse_json
-from owlfuse.core.types import Note, Sample
+from owlfuse.core.types import JsonObject, Media, Note, Sample
 from owlfuse.data.formats.base import VideoSource
 from owlfuse.data.formats.records import (
     IMAGES,
@@ -75,27 +75,42 @@ class WebDataset(VideoSource):
         shard = shards.shard_of(index)
         return f"sample {index - int(shards.first[shard]) + 1} of {shards.files[shard].name}"
 
-    def sample(self, record: dict[str, Any], name: str) -> Sample:
+    def sample(self, record: JsonObject, name: str) -> Sample:
         """See `Source`."""
         members = Members(record, name)
         fields = parse_object(record[members.json], name) if members.json else {}
         images, videos, notes = members.visuals(fields, name)
         if not has_chat(fields):
-            return self.caption(record, members, fields, images, videos, notes, name)
+            return self.caption(
+                record,
+                members,
+                fields,
+                images,
+                videos,
+                notes,
+                name,
+            )
         if members.text:
             notes.append(Note("unused", f"a member .{members.text} beside a chat"))
         chat = {key: value for key, value in fields.items() if key not in (*IMAGES, *VIDEOS)}
-        sample = read_chat(chat, name, self.name, "conversations", images, videos)
+        sample = read_chat(
+            chat,
+            name,
+            self.name,
+            "conversations",
+            images,
+            videos,
+        )
         sample.notes += notes
         return sample
 
     def caption(
         self,
-        record: dict[str, Any],
+        record: JsonObject,
         members: Members,
-        fields: dict[str, Any],
-        images: list[str | bytes],
-        videos: list[str | bytes],
+        fields: JsonObject,
+        images: list[Media],
+        videos: list[Media],
         notes: list[Note],
         name: str,
     ) -> Sample:
@@ -104,6 +119,7 @@ class WebDataset(VideoSource):
         if members.text:
             if caption is not None:
                 notes.append(Note("unused", "the caption of a .json beside a .txt"))
+            # img2dataset ends captions with a line break, which is none of the caption's.
             caption = decoded(record[members.text], f"sample {name}: its .{members.text}").strip()
         if not (images or videos) or caption is None:
             extensions = ", ".join(f".{key}" for key in record if key != "id")
@@ -113,7 +129,12 @@ class WebDataset(VideoSource):
             )
         members.check_numbered(name)
         messages = caption_messages(
-            len(images), caption, self.instructions or [], record["id"], name, len(videos)
+            len(images),
+            caption,
+            self.instructions or [],
+            record["id"],
+            name,
+            len(videos),
         )
         for turn in system_turn(fields, name, []):
             part = {"type": "text", "text": turn["content"]}
@@ -128,7 +149,15 @@ class WebDataset(VideoSource):
                 )
         visuals = {"image": images, "video": videos}
         notes += check_unused({**metadata, **visuals}, name, set(metadata))
-        return Sample(name, self.name, messages, images, metadata, videos, notes=notes)
+        return Sample(
+            name,
+            self.name,
+            messages,
+            images,
+            metadata,
+            videos,
+            notes=notes,
+        )
 
 
 class Members:
@@ -143,7 +172,7 @@ class Members:
         DataError: sound, an empty picture or video, or several .json or .txt.
     """
 
-    def __init__(self, record: dict[str, Any], name: str) -> None:
+    def __init__(self, record: JsonObject, name: str) -> None:
         self.record = record
         self.pictures: list[str] = []
         self.clips: list[str] = []
@@ -156,6 +185,7 @@ class Members:
             extension = key.rsplit(".", 1)[-1]
             if extension in SOUNDS:
                 raise DataError(f"sample {name} has .{key}, sound, which no model here hears")
+            # By the last extension, so that `seg.png` is a picture like `png`.
             lists.get(extension, self.others).append(key)
         self.json = single_name(json_names, "json", name)
         self.text = single_name(text_names, "txt", name)
@@ -163,25 +193,35 @@ class Members:
             if not all(record[key] for key in keys):
                 raise DataError(f"sample {name} has a {kind} of 0 bytes")
 
-    def visuals(
-        self, fields: dict[str, Any], name: str
-    ) -> tuple[list[str | bytes], list[str | bytes], list[Note]]:
+    def visuals(self, fields: JsonObject, name: str) -> tuple[list[Media], list[Media], list[Note]]:
         """Return pictures, videos and notes of what is not used.
 
         They are the members, or where there are none, those that the .json names below the image
         root. Raises DataError where members and names are not as many.
         """
         notes = [Note("unused", f"a member .{key}") for key in self.others]
-        images: list[str | bytes] = [self.record[key] for key in self.pictures]
-        videos: list[str | bytes] = [self.record[key] for key in self.clips]
+        images: list[Media] = [self.record[key] for key in self.pictures]
+        videos: list[Media] = [self.record[key] for key in self.clips]
         if not images:
             images = pictures_of(fields, name)
         else:
-            notes += check_names(fields, "picture", IMAGES, self.pictures, name)
+            notes += check_names(
+                fields,
+                "picture",
+                IMAGES,
+                self.pictures,
+                name,
+            )
         if not videos:
             videos = videos_of(fields, name)
         else:
-            notes += check_names(fields, "video", VIDEOS, self.clips, name)
+            notes += check_names(
+                fields,
+                "video",
+                VIDEOS,
+                self.clips,
+                name,
+            )
         return images, videos, notes
 
     def check_numbered(self, name: str) -> None:
@@ -197,7 +237,11 @@ class Members:
 
 
 def check_names(
-    fields: dict[str, Any], kind: str, keys: tuple[str, ...], members: list[str], name: str
+    fields: JsonObject,
+    kind: str,
+    keys: tuple[str, ...],
+    members: list[str],
+    name: str,
 ) -> list[Note]:
     """Return a note where the .json names pictures or videos that are members too. Raises DataError
     where it names another number of them."""
@@ -223,7 +267,7 @@ def single_name(keys: list[str], extension: str, name: str) -> str:
     return keys[0] if keys else ""
 
 
-def parse_object(raw: bytes, name: str) -> dict[str, Any]:
+def parse_object(raw: bytes, name: str) -> JsonObject:
     """Return the object in a .json member. Raises DataError."""
     fields = parse_json(raw, f"sample {name}: its .json")
     if not isinstance(fields, dict):

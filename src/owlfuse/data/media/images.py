@@ -16,13 +16,16 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from owlfuse.core.errors import DataError
+from owlfuse.core.types import Media
 
+# The default limit for a picture.
 MAX_PIXELS = 100_000_000
-"""The default limit for a picture."""
 
+# Bytes up to which a file is read at once; a larger one is read as its decoder asks.
 SMALL_FILE = 2**26
-"""Bytes up to which a file is read at once; a larger one is read as its decoder asks."""
 
+# Formats that are decoded, whatever a file's name ends in.
+# PIL knows others, of which EPS is a program that is run.
 FORMATS = (
     "PNG",
     "JPEG",
@@ -37,15 +40,16 @@ FORMATS = (
     "JPEG2000",
     "ICO",
 )
-"""Formats that are decoded, whatever a file's name ends in.
-
-PIL knows others, of which EPS is a program that is run.
-"""
 
 _URL = re.compile(r"[a-z][a-z0-9+.-]+://|data:", re.IGNORECASE)
 
 
-def open_image(root: Path, image: str | bytes, name: str, max_pixels: int) -> Image.Image:
+def open_image(
+    root: Path,
+    image: Media,
+    name: str,
+    max_pixels: int,
+) -> Image.Image:
     """Return the picture at the path `image` below `root`, or of the encoded bytes `image`: RGB,
     EXIF rotation applied, transparency on white, the first frame of several, 16-bit grey scaled to
     8 bits.
@@ -136,7 +140,7 @@ def resolve_path(root: Path, path: str, label: str) -> Path:
     return resolved
 
 
-def describe_content(root: Path, image: str | bytes) -> str:
+def describe_content(root: Path, image: Media) -> str:
     """Return what a file that is no picture holds, for a message."""
     size = len(image) if isinstance(image, bytes) else (root / image).stat().st_size
     if not size:
@@ -159,6 +163,7 @@ def decode(file: io.BufferedIOBase, label: str, max_pixels: int) -> Image.Image:
         picture = Image.open(cast("IO[bytes]", file), formats=decoders())
     with picture:
         pixels = picture.width * picture.height
+        # The header alone has been read: a bomb of gigapixels is not decoded.
         if pixels > max_pixels:
             raise DataError(f"{label} has {pixels:,} pixels, over the limit of {max_pixels:,}")
         picture.load()
@@ -194,6 +199,7 @@ def from_grey(picture: Image.Image) -> Image.Image:
     values = np.asarray(picture)
     if picture.mode == "F" or values.min() < 0 or values.max() > 65535:
         raise ValueError(f"its pixels are of 32 bits (mode {picture.mode}), expected 8 or 16")
+    # uint16 would overflow in the sum.
     values = values.astype(np.uint32)
     grey = ((values + 128) // 257).astype(np.uint8)  # 65535 = 255 * 257
     transparent = picture.info.get("transparency")

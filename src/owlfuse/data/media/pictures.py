@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from owlfuse.core.errors import DataError
-from owlfuse.core.types import VISUAL, Sample
+from owlfuse.core.types import VISUAL, Media, Sample
 from owlfuse.data.media.images import MAX_PIXELS, open_image
 from owlfuse.data.media.tiles import is_tiled, views_of
 from owlfuse.data.media.video import VideoSampling, read_frames
@@ -29,7 +29,7 @@ class Preprocess(Protocol):
         """Return an RGB picture as float32 pixels."""
 
 
-def visual_parts(sample: Sample) -> list[tuple[str, str | bytes]]:
+def visual_parts(sample: Sample) -> list[tuple[str, Media]]:
     """Return (`image` or `video`, path or bytes) of each placeholder of a chat, in order.
 
     Raises:
@@ -38,7 +38,7 @@ def visual_parts(sample: Sample) -> list[tuple[str, str | bytes]]:
     kinds = []
     for message in sample.messages:
         kinds += [part["type"] for part in message["content"] if part["type"] in VISUAL]
-    files: dict[str, list[str | bytes]] = {"image": sample.images, "video": sample.videos}
+    files: dict[str, list[Media]] = {"image": sample.images, "video": sample.videos}
     for kind, kind_files in files.items():
         if kinds.count(kind) != len(kind_files):
             raise DataError(
@@ -70,20 +70,38 @@ class Pictures:
         Raises:
             DataError: see `visual_parts`, `open_image`, `read_frames`.
         """
+        # By the sample and not by chance, so that a resumed run tiles the same ones.
         tiled = is_tiled(source.tile, self.seed, sample.id)
         pixels = []
         for kind, file in visual_parts(sample):
-            views = self.views(kind, file, sample.id, source, tiled)
+            views = self.views(
+                kind,
+                file,
+                sample.id,
+                source,
+                tiled,
+            )
             pixels.append([self.preprocess(view) for view in views])
         return pixels
 
     def views(
-        self, kind: str, path: str | bytes, name: str, source: Source, tiled: bool
+        self,
+        kind: str,
+        path: Media,
+        name: str,
+        source: Source,
+        tiled: bool,
     ) -> Iterator[Image.Image]:
         """Yield the RGB pictures of one placeholder."""
         if kind == "video":
             sampling = source.video or self.video
-            yield from read_frames(source.root, path, name, sampling, self.max_pixels)
+            yield from read_frames(
+                source.root,
+                path,
+                name,
+                sampling,
+                self.max_pixels,
+            )
             return
         picture = open_image(source.root, path, name, self.max_pixels)
         if tiled:

@@ -8,8 +8,8 @@ from fractions import Fraction
 
 from PIL import Image
 
+# (rows, columns) that a picture may be cut into.
 GRIDS = ((2, 2), (1, 3), (1, 4), (3, 1), (4, 1), (2, 3), (3, 2))
-"""(rows, columns) that a picture may be cut into."""
 
 
 def is_tiled(share: float, seed: int, sample: str) -> bool:
@@ -64,5 +64,6 @@ def views_of(picture: Image.Image, view: tuple[int, int]) -> list[Image.Image]:
     views = [picture]
     for row in range(rows):
         for column in range(columns):
-            views.append(picture.crop((x[column], y[row], x[column + 1], y[row + 1])))
+            box = x[column], y[row], x[column + 1], y[row + 1]
+            views.append(picture.crop(box))
     return views

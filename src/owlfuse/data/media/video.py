@@ -22,16 +22,16 @@ if TYPE_CHECKING:
     import av
 
 SAMPLINGS = Literal["uniform", "fps", "keyframes"]
+# Side in pixels of the small frames that changes are measured on. They have colors: a red object
+# may be as bright as the grey that it appears on.
 SMALL = 20
-"""Side in pixels of the small frames that changes are measured on. They have colors: a red object
-may be as bright as the grey that it appears on."""
+# Frames a second of a video without times of its frames.
 USUAL_RATE = 25.0
-"""Frames a second of a video without times of its frames."""
+# Formats that may be opened. A playlist, which would name further files, is none of them.
 FORMATS = (
     "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,flv,asf,ogg,gif,apng,nut,"
     "h264,hevc,ivf,m4v,mjpeg"
 )
-"""Formats that may be opened. A playlist, which would name further files, is none of them."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,11 @@ class VideoSampling:
 
 
 def read_frames(
-    root: Path, path: str | bytes, name: str, sampling: VideoSampling, max_pixels: int
+    root: Path,
+    path: str | bytes,
+    name: str,
+    sampling: VideoSampling,
+    max_pixels: int,
 ) -> list[Image.Image]:
     """Return the chosen frames of the video at `path` below `root`, or of its encoded bytes, in
     order, RGB and upright.
@@ -107,10 +111,22 @@ def read_frames(
             chosen = uniform_indices(times, sampling.frames)
     marks = [index.marks[k] for k in chosen]
     try:
-        frames = frames_at(file, label, marks, index.keys, max_pixels)
+        frames = frames_at(
+            file,
+            label,
+            marks,
+            index.keys,
+            max_pixels,
+        )
     # A frame after a key frame may need some from before it (an open group of pictures).
     except DataError:
-        frames = frames_at(file, label, marks, index.keys[:1], max_pixels)
+        frames = frames_at(
+            file,
+            label,
+            marks,
+            index.keys[:1],
+            max_pixels,
+        )
     if not frames:
         raise DataError(f"{label} has no frames that can be decoded")
     return frames
@@ -157,7 +173,11 @@ class Index:
 
 
 def frames_at(
-    file: Path | bytes, label: str, marks: list[int], keys: list[int], max_pixels: int
+    file: Path | bytes,
+    label: str,
+    marks: list[int],
+    keys: list[int],
+    max_pixels: int,
 ) -> list[Image.Image]:
     """Return the frames at `marks`, ascending, as pictures. Frames between them are skipped, from
     one of `keys` to another; where the file's own index is wrong, everything is decoded."""
@@ -179,8 +199,15 @@ def frames_at(
                     position = number
                 elif frame.pts is not None:
                     position = frame.pts
+                # The index led past the frame, so that all is decoded from the start.
                 if has_sought and number == 0 and position > mark:
-                    return frames_at(file, label, marks, keys[:1], max_pixels)
+                    return frames_at(
+                        file,
+                        label,
+                        marks,
+                        keys[:1],
+                        max_pixels,
+                    )
                 if position >= mark:
                     pictures.append(upright(frame))
                     break
@@ -262,12 +289,19 @@ def small_frames(file: Path | bytes, label: str, max_pixels: int) -> tuple[np.nd
         # One for all frames: setting it up takes longer than decoding a frame.
         scaler = VideoReformatter()
         for frame in container.decode(stream):
-            scaled = scaler.reformat(frame, SMALL, SMALL, "rgb24", interpolation="AREA")
+            scaled = scaler.reformat(
+                frame,
+                SMALL,
+                SMALL,
+                "rgb24",
+                interpolation="AREA",
+            )
             small += scaled.to_ndarray().tobytes()
             frames.append((frame.pts, frame.key_frame))
     if not frames:
         raise DataError(f"{label} has no frames")
-    return np.frombuffer(small, np.uint8).reshape(len(frames), -1), Index.of(frames)
+    rows = np.frombuffer(small, np.uint8).reshape(len(frames), -1)
+    return rows, Index.of(frames)
 
 
 def check_size(stream: av.VideoStream, label: str, max_pixels: int) -> None:
@@ -284,8 +318,8 @@ def upright(frame: av.VideoFrame) -> Image.Image:
     return frame.to_image().rotate(frame.rotation, expand=True)
 
 
+# Small frames compared at a time.
 BLOCK = 4096
-"""Small frames compared at a time."""
 
 
 def fps_indices(times: list[float], fps: float, frames: int) -> list[int]:
@@ -300,7 +334,11 @@ def fps_indices(times: list[float], fps: float, frames: int) -> list[int]:
     count = max(1, int(end * fps + 1e-6))
     if count > frames:
         return uniform_indices(times, frames)
-    return sorted({max(0, bisect_right(shown, k / fps + 1e-6) - 1) for k in range(count)})
+    chosen = set()
+    for k in range(count):
+        moment = k / fps + 1e-6
+        chosen.add(max(0, bisect_right(shown, moment) - 1))
+    return sorted(chosen)
 
 
 def uniform_indices(times: list[float], frames: int) -> list[int]:
@@ -337,6 +375,7 @@ def keyframe_indices(small: np.ndarray, frames: int) -> list[int]:
     for start in starts:
         following = small[start + 1 : start + 1 + BLOCK]
         steps.append(mean_squares(small[start : start + BLOCK], following))
+    # The median: most frames follow another of the same scene. 1: rounding of uint8.
     usual = 1.25 * np.median(np.concatenate(steps)) + 1
     nearest = np.full(len(small), np.inf)
     chosen = {0}
@@ -355,8 +394,11 @@ def keyframe_indices(small: np.ndarray, frames: int) -> list[int]:
 def mean_squares(rows: np.ndarray, others: np.ndarray) -> np.ndarray:
     """Return the mean squared differences of rows (K, P) and (K or 1, P) -> (K,); surplus rows of
     the longer one are left out."""
-    count = len(rows) if len(others) == 1 else min(len(rows), len(others))
-    return np.square(rows[:count].astype(np.float32) - others[:count]).mean(1)
+    count = len(rows)
+    if len(others) > 1:
+        count = min(count, len(others))
+    differences = rows[:count].astype(np.float32) - others[:count]
+    return np.square(differences).mean(1)
 
 
 def fill_gaps(chosen: set[int], count: int, frames: int) -> list[int]:

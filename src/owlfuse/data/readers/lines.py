@@ -17,10 +17,11 @@ import numpy as np
 
 from owlfuse.core.errors import DataError
 from owlfuse.core.files import MAX_RECORD, check_record, json_reason, parse_json
+from owlfuse.core.types import JsonObject
 
+# Bytes read at a time while the offsets are found; not mapped, so that the file's size does not
+# count as memory.
 CHUNK = 2**22
-"""Bytes read at a time while the offsets are found; not mapped, so that the file's size does not
-count as memory."""
 
 
 class Lines(Sequence[bytes]):
@@ -41,6 +42,7 @@ class Lines(Sequence[bytes]):
         self.file = file
         self.quoted = quoted
         try:
+            # Windows has no O_CLOEXEC.
             self.descriptor = os.open(file, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
             self.size = os.fstat(self.descriptor).st_size
             starts, doubtful = line_starts(self.descriptor, quoted)
@@ -69,6 +71,7 @@ class Lines(Sequence[bytes]):
         # A line's number is for the error alone: it may take reading the whole file.
         if end - start > MAX_RECORD:
             check_record(end - start, f"{self.file}: line {self.number(index)}")
+        # pread moves no shared offset, so that forked workers do not disturb each other.
         raw = os.pread(self.descriptor, end - start, start)
         if len(raw) < end - start:
             raise DataError(
@@ -100,6 +103,7 @@ class Lines(Sequence[bytes]):
         return np.concatenate(offsets)
 
     def __reduce__(self) -> tuple[Any, ...]:
+        # A spawned worker reads the offsets again: sending them takes longer for large files.
         return Lines, (self.file, self.quoted)
 
     def __del__(self) -> None:
@@ -111,6 +115,7 @@ def line_starts(descriptor: int, quoted: bool) -> tuple[np.ndarray, np.ndarray]:
     """Return the offset of each line, int64, and the indices of those that begin with white space,
     so that they may be blank."""
     starts, doubtful = array("q"), array("q")
+    # One buffer for all chunks: allocating 4 MB for each takes longer than scanning them.
     buffer = bytearray(CHUNK)
     offset = quotes = 0
     at_start = True
@@ -176,7 +181,7 @@ class Records(list[Any]):
 
 
 def open_records(
-    file: Path, is_record: Callable[[dict[str, Any]], bool] = lambda _: False
+    file: Path, is_record: Callable[[JsonObject], bool] = lambda _: False
 ) -> Sequence[Any]:
     """Return the records of a JSON or JSON Lines file: a list, a record a line, or an object with
     one list of records. Which it is, its contents decide and not its name.
@@ -199,8 +204,8 @@ def open_records(
     return JsonLines(file) if is_lines else read_json_records(file, is_record)
 
 
+# The beginning of a list of objects, which no line of JSON Lines has.
 STARTS_LIST = re.compile(rb"(?:\xef\xbb\xbf)?\s*\[\s*(?:\{|$)")
-"""The beginning of a list of objects, which no line of JSON Lines has."""
 
 
 def starts_with_line(head: bytes) -> bool:
@@ -221,7 +226,7 @@ def reason_of(error: OSError) -> str:
 
 
 def read_json_records(
-    file: Path, is_record: Callable[[dict[str, Any]], bool] = lambda _: False
+    file: Path, is_record: Callable[[JsonObject], bool] = lambda _: False
 ) -> Records:
     """Return the records of a JSON file that holds a list, or an object with one list of records,
     parsed record by record; see `open_records`. Raises DataError."""
@@ -239,8 +244,9 @@ def read_json_records(
     return wrapped_records(value, file)
 
 
-def wrapped_records(value: dict[str, Any], file: Path) -> Records:
+def wrapped_records(value: JsonObject, file: Path) -> Records:
     """Return the one list of records in an object. Raises DataError for none or several."""
+    # Which list holds the records cannot be guessed where there are several.
     lists = []
     for key, inner in value.items():
         if isinstance(inner, list) and inner and isinstance(inner[0], dict):
@@ -347,6 +353,7 @@ class JsonText:
         chunk = self.stream.read(size)
         self.at_end = not chunk
         try:
+            # The incremental decoder keeps the bytes of a character that a chunk cuts.
             self.text = self.text[self.offset :] + self.decoder.decode(chunk, final=self.at_end)
         except UnicodeDecodeError as error:
             position = self.bytes_read + error.start
@@ -408,6 +415,7 @@ class JsonText:
     def is_wrong(self, position: int) -> bool:
         """Whether an error at a position of the chunk would stay one if the text went on: not at
         its end, nor at a text that is not closed yet."""
+        # 100: longer than any token but texts and numbers, which fail at their beginning.
         return position < len(self.text) - 100 and self.text[position] != '"'
 
     def check_length(self) -> None:

@@ -18,13 +18,13 @@ import numpy as np
 from owlfuse.core.errors import DataError
 from owlfuse.core.files import atomic_write, check_record
 
+# A key, up to the first dot of the file's name, and an extension.
 SAMPLE_MEMBER = re.compile(r"(?:\./)?((?:.*/)?[^./][^./]*)\.([^/]+)", re.DOTALL)
-"""A key, up to the first dot of the file's name, and an extension."""
 TEXT_EXTENSIONS = ("json", "txt", "text", "caption", "cls", "jsonl", "html", "xml", "csv", "tsv")
+# Bytes of a sample's members together.
 MAX_SAMPLE = 2**29
-"""Bytes of a sample's members together."""
+# Bytes of a header that holds a member's long name.
 MAX_HEADER = 2**20
-"""Bytes of a header that holds a member's long name."""
 LONG_HEADERS = (
     tarfile.GNUTYPE_LONGNAME,
     tarfile.GNUTYPE_LONGLINK,
@@ -32,8 +32,8 @@ LONG_HEADERS = (
     tarfile.XGLTYPE,
     tarfile.SOLARIS_XHDTYPE,
 )
+# GNU tar's type of a member that began in another file.
 MULTIVOLUME = b"M"
-"""GNU tar's type of a member that began in another file."""
 
 
 class TarSamples(Sequence[dict[str, Any]]):
@@ -93,13 +93,19 @@ class TarSamples(Sequence[dict[str, Any]]):
             raise ValueError(f"no sample at byte {start}: it has changed since it was opened")
 
 
-def check_member(name: str, extension: str, size: int, total: int) -> None:
+def check_member(
+    name: str,
+    extension: str,
+    size: int,
+    total: int,
+) -> None:
     """Raise ValueError for a member that is too large to be read: texts are parsed, and all of a
     sample is in memory at once.
 
     Args:
         total: bytes of the sample's members so far, with this one.
     """
+    # Parsed JSON takes many times its bytes, so texts have a lower limit than media.
     if extension.rpartition(".")[2] in TEXT_EXTENSIONS:
         check_record(size, name)
     if total > MAX_SAMPLE:
@@ -176,6 +182,7 @@ def cached_index(files: list[Path], folder: Path) -> dict[str, np.ndarray]:
     digest = hashlib.sha256()
     for file in files:
         with opened(file) as stream:
+            # by the open file, since a path may be replaced between two looks
             status = os.fstat(stream.fileno())
         identity = f"{file.resolve()}\0{status.st_size}\0{status.st_mtime_ns}\n"
         digest.update(identity.encode("utf-8", "surrogateescape"))
@@ -190,6 +197,7 @@ def cached_index(files: list[Path], folder: Path) -> dict[str, np.ndarray]:
         with atomic_write(path, "wb") as stream:
             np.savez(stream, **index)  # type: ignore[arg-type]  # none is called allow_pickle
     except OSError as error:
+        # The user asked for the cache, so that a folder that cannot be written is an error.
         raise DataError(f"index_dir: {folder}: {error.strerror}") from error
     return index
 

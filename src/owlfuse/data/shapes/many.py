@@ -4,13 +4,13 @@
 import json
 from pathlib import Path
 from random import Random
-from typing import Any
 
 from owlfuse.core.files import atomic_write, read_json
+from owlfuse.core.types import JsonObject
 from owlfuse.data.shapes.write import write_shapes
 
+# Numbers of pictures in a validation chat; each has a file.
 COUNTS = (1, 2, 4, 8, 16, 32)
-"""Numbers of pictures in a validation chat; each has a file."""
 
 
 def write_many(
@@ -20,7 +20,7 @@ def write_many(
     chats: int = 6000,
     most: int = 8,
     questions: int = 100,
-    shapes: dict[str, Any] | None = None,
+    shapes: JsonObject | None = None,
 ) -> None:
     """Write train.json and val_<n>.json for n of `COUNTS` into `folder`, in LLaVA's format; the
     pictures stay in `shapes_folder`, which is written first where it is missing. The files are the
@@ -50,20 +50,40 @@ def write_many(
     rng = Random(f"many {seed}")
     train = []
     for number in range(chats):
-        train.append(chat(f"train-{number:05d}", records["train"], rng.choice(counts), 3, rng))
+        train.append(
+            chat(
+                f"train-{number:05d}",
+                records["train"],
+                rng.choice(counts),
+                3,
+                rng,
+            )
+        )
     write(target / "train.json", train)
     for count in COUNTS:
         val = []
         for number in range(questions):
             # the same questions for every count
             question_rng = Random(f"many {seed} {number}")
-            val.append(chat(f"val-{number:05d}", records["val"], count, 1, question_rng))
+            val.append(
+                chat(
+                    f"val-{number:05d}",
+                    records["val"],
+                    count,
+                    1,
+                    question_rng,
+                )
+            )
         write(target / f"val_{count}.json", val)
 
 
 def chat(
-    name: str, records: list[dict[str, Any]], count: int, turns: int, rng: Random
-) -> dict[str, Any]:
+    name: str,
+    records: list[JsonObject],
+    count: int,
+    turns: int,
+    rng: Random,
+) -> JsonObject:
     """Return a chat about `count` pictures, with a question about each of at most `turns` of
     them."""
     targets = []
@@ -99,7 +119,7 @@ def chat(
     }
 
 
-def write(path: Path, records: list[dict[str, Any]]) -> None:
+def write(path: Path, records: list[JsonObject]) -> None:
     """Write a file atomically; one of the same content is not replaced, so that cached counts of
     its tokens stay valid."""
     text = json.dumps(records, indent=1) + "\n"

@@ -91,18 +91,26 @@ class Question:
 def _place_pairs(pairs: list[tuple[str, str]], rng: Random) -> tuple[Shape, ...]:
     """Put each (color, shape) into a cell, moved at random as far as the cell has room."""
     shapes = []
-    for (color, shape), cell in zip(pairs, rng.sample(range(GRID**2), len(pairs)), strict=True):
+    cells = rng.sample(range(GRID**2), len(pairs))
+    for (color, shape), cell in zip(pairs, cells, strict=True):
         size = rng.randint(40, 54)
         # at least two pixels stay between neighbours
         margin = (PICTURE_SIZE // GRID - 2 - size) // 2
-        column, row = cell % GRID, cell // GRID
-        x = PICTURE_SIZE * (2 * column + 1) // (2 * GRID) + rng.randint(-margin, margin)
-        y = PICTURE_SIZE * (2 * row + 1) // (2 * GRID) + rng.randint(-margin, margin)
-        red, green, blue = (
-            min(255, max(0, value + rng.randint(-12, 12))) for value in COLORS[color]
-        )
+        row, column = divmod(cell, GRID)
+        x = _cell_center(column) + rng.randint(-margin, margin)
+        y = _cell_center(row) + rng.randint(-margin, margin)
+        rgb = []
+        for value in COLORS[color]:
+            jittered = value + rng.randint(-12, 12)
+            rgb.append(min(255, max(0, jittered)))
+        red, green, blue = rgb
         shapes.append(Shape(color, shape, cell, x, y, size, (red, green, blue)))
     return tuple(shapes)
+
+
+def _cell_center(index: int) -> int:
+    """Return the pixel at the middle of a row or column of cells."""
+    return PICTURE_SIZE * (2 * index + 1) // (2 * GRID)
 
 
 def _draw_pairs(count: int, rng: Random) -> list[tuple[str, str]]:
@@ -143,15 +151,19 @@ def make_scene(seed: int, split: str, index: int) -> Scene:
     in its chat.
     """
     rng = Random(f"scene {seed} {split} {index}")
-    background = rng.randint(226, 255), rng.randint(226, 255), rng.randint(226, 255)
+    red, green, blue = (rng.randint(226, 255) for _ in range(3))
+    background = red, green, blue
     count = rng.choices((1, 2, 3), weights=(30, 40, 30))[0]
     first_question = _ASK[KINDS[index % len(KINDS)]]
     while True:
         pairs = _draw_pairs(count, rng)
         if split == "held_out":
             color, shape = HELD_OUT_PAIRS[index % len(HELD_OUT_PAIRS)]
-            others = [pair for pair in pairs[1:] if pair[0] != color and pair[1] != shape]
-            return Scene(background, _place_pairs([(color, shape), *others], rng))
+            held_out_pairs = [(color, shape)]
+            for other_color, other_shape in pairs[1:]:
+                if other_color != color and other_shape != shape:
+                    held_out_pairs.append((other_color, other_shape))
+            return Scene(background, _place_pairs(held_out_pairs, rng))
         shapes = _place_pairs(pairs, rng)
         if _belongs(shapes, split) and first_question(shapes, rng) is not None:
             return Scene(background, shapes)
@@ -161,14 +173,16 @@ def make_scene(seed: int, split: str, index: int) -> Scene:
 def _mask(shape: str, size: int) -> Image.Image:
     """Return the antialiased (size, size) mask of a shape: drawn at four times the size, then
     reduced."""
-    mask = Image.new("L", (4 * size, 4 * size))
+    width = 4 * size
+    mask = Image.new("L", (width, width))
     draw = ImageDraw.Draw(mask)
     if shape == "circle":
-        draw.ellipse((0, 0, 4 * size - 1, 4 * size - 1), fill=255)
+        draw.ellipse((0, 0, width - 1, width - 1), fill=255)
     else:
-        draw.polygon(
-            [((x + 1) * 2 * size, (y + 1) * 2 * size) for x, y in _CORNERS[shape]], fill=255
-        )
+        corners = []
+        for x, y in _CORNERS[shape]:
+            corners.append(((x + 1) * width / 2, (y + 1) * width / 2))
+        draw.polygon(corners, fill=255)
     return mask.reduce(4)
 
 
@@ -213,7 +227,9 @@ def _ask_count(shapes: tuple[Shape, ...], rng: Random) -> Question:
     else:
         counts = Counter(getattr(shape, attribute) for shape in shapes)
         # The count is drawn before the counted name: else nearly all answers would be 0 or 1.
-        count = 0 if rng.random() < 0.25 else rng.choice(sorted(set(counts.values())))
+        count = 0
+        if rng.random() >= 0.25:
+            count = rng.choice(sorted(set(counts.values())))
         names = SHAPES if attribute == "shape" else COLORS
         name = rng.choice([name for name in names if counts[name] == count])
         if attribute == "color":
@@ -224,7 +240,12 @@ def _ask_count(shapes: tuple[Shape, ...], rng: Random) -> Question:
     return Question("count", (name,), text, str(count))
 
 
-def _presence(color: str, shape: str, answer: str, rng: Random) -> Question:
+def _presence(
+    color: str,
+    shape: str,
+    answer: str,
+    rng: Random,
+) -> Question:
     article = "an" if color == "orange" else "a"
     text = f"{rng.choice(('Is there', 'Do you see'))} {article} {color} {shape}?"
     return Question("presence", (color, shape), text, answer)
@@ -265,8 +286,10 @@ def _ask_position(shapes: tuple[Shape, ...], rng: Random) -> Question | None:
     if apart and rng.random() < 0.6:
         reference = rng.choice(apart)
         reference_position = getattr(singles[reference], axis)
-    less, more, of = ("left", "right", " of") if axis == "x" else ("above", "below", "")
-    text = f"Is the {name} {less} or {more}{of} the {reference}?"
+    less, more, relation = "above", "below", "above or below"
+    if axis == "x":
+        less, more, relation = "left", "right", "left or right of"
+    text = f"Is the {name} {relation} the {reference}?"
     answer = less if position < reference_position else more
     return Question("position", (axis, frozenset((name, reference))), text, answer)
 
@@ -288,7 +311,8 @@ def ask(scene: Scene, first: str, rng: Random) -> list[Question]:
 
     A kind that the scene does not allow, or whose questions are used up, gives way to another.
     """
-    kinds = rng.sample([kind for kind in KINDS if kind != first], len(KINDS) - 1)
+    other_kinds = [kind for kind in KINDS if kind != first]
+    kinds = rng.sample(other_kinds, len(other_kinds))
     questions: dict[tuple, Question] = {}
     while len(questions) < TURNS:
         if not questions:

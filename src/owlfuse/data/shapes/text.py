@@ -170,7 +170,8 @@ def _comparisons(rng: Random, for_val: bool) -> Iterator[dict]:
         if is_for_val == for_val:
             which = rng.choice(("larger", "smaller"))
             answer = max(a, b) if which == "larger" else min(a, b)
-            yield _say(rng.choice(_COMPARE), {"which": which, "a": a, "b": b}, str(answer))
+            fields = {"which": which, "a": a, "b": b}
+            yield _say(rng.choice(_COMPARE), fields, str(answer))
 
 
 def _closed(kind: str, rng: Random, train_count: int) -> tuple[Iterator[dict], Iterator[dict]]:
@@ -182,10 +183,14 @@ def _closed(kind: str, rng: Random, train_count: int) -> tuple[Iterator[dict], I
     facts = list(_facts(kind))
     orders = [rng.sample(wordings, len(wordings)) for wordings, _, _ in facts]
     visits = rng.sample(range(len(facts)), len(facts))
-    train = []
+    train, val = [], []
     for turn in range(1, len(_PLUS)):
-        train += [_say(orders[i][turn], *facts[i][1:]) for i in visits]
-    val = [_say(orders[i][0], *facts[i][1:]) for i in visits[:train_count]]
+        for i in visits:
+            _, fields, answer = facts[i]
+            train.append(_say(orders[i][turn], fields, answer))
+    for i in visits[:train_count]:
+        _, fields, answer = facts[i]
+        val.append(_say(orders[i][0], fields, answer))
     return cycle(train), cycle(val)
 
 
@@ -215,7 +220,7 @@ def make_texts(seed: int, train: int, val: int) -> tuple[list[dict], list[dict]]
         else:
             sources[kind] = _closed(kind, rng, train // len(TEXT_KINDS))
     splits = []
-    for split, (name, count) in enumerate((("train", train), ("val", val))):
+    for split, (name, count) in enumerate({"train": train, "val": val}.items()):
         kinds = [TEXT_KINDS[i % len(TEXT_KINDS)] for i in range(count)]
         # so that any kind may come first in a chat of several
         Random(f"text {seed} {name} order").shuffle(kinds)

@@ -36,7 +36,10 @@ def _write_picture(folder: Path, seed: int, picture: tuple[str, int]) -> dict:
 
 
 def _write_pictures(
-    folder: Path, seed: int, sizes: dict[str, int], workers: int
+    folder: Path,
+    seed: int,
+    sizes: dict[str, int],
+    workers: int,
 ) -> dict[str, list[dict]]:
     pictures = []
     records: dict[str, list[dict]] = {}
