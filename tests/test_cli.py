@@ -221,7 +221,8 @@ def test_help_tells_the_exit_codes(tmp_path):
         ),
         (
             ["config", "seed=[1,"],
-            "command line: seed=[1,: a bracket or a quote is not closed; "
+            "command line: seed=[1,: no viable alternative at input '[1,' See "
+            "https://hydra.cc/docs/1.2/advanced/override_grammar/basic for details; "
             "a value with special characters needs quotes: key='\"a=b\"'",
         ),
         (["eval", "nowhere"], "command line: nowhere: not a run: there is no nowhere/config.yaml"),

@@ -23,7 +23,7 @@ from tokenizers.models import WordLevel
 from helpers import REPO, SHAPE_COUNTS, SHORT_ANSWERS, SMALL_RUN
 from owlfuse import __main__, __version__
 from owlfuse.core import hub_access
-from owlfuse.core.errors import DataError, naming_full_disk, why_not_written
+from owlfuse.core.errors import DataError, disk_error_reason, disk_errors_as_data_errors
 from owlfuse.core.files import atomic_directory
 from owlfuse.data.shapes.write import write_shapes
 
@@ -279,11 +279,11 @@ def test_a_full_disk_is_one_line_whatever_is_written(name, capsys):
 def test_only_errors_about_writing_are_taken_for_a_full_disk(tmp_path):
     with (
         pytest.raises(DataError, match=r"No space left on device; make room"),
-        naming_full_disk(tmp_path),
+        disk_errors_as_data_errors(tmp_path),
     ):
         raise OSError(28, "x")
     for error in (OSError(2, "x"), ConnectionError("x"), ValueError("x")):
-        with pytest.raises(type(error)), naming_full_disk(tmp_path):
+        with pytest.raises(type(error)), disk_errors_as_data_errors(tmp_path):
             raise error
 
 
@@ -318,7 +318,7 @@ def test_a_folder_below_a_file_is_told_as_a_place_that_cannot_be_written(tmp_pat
     for make in (lambda: (tmp_path / "file/x").write_text("a"), lambda: tmp_path.write_text("a")):
         with pytest.raises(OSError) as caught:  # which of them is the system's to say  # noqa: PT011
             make()
-        assert why_not_written(caught.value)
+        assert disk_error_reason(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -419,7 +419,7 @@ def test_what_cannot_be_had_from_the_hub_is_named_within_seconds(
     endpoint = hub_access.constants.ENDPOINT
     monkeypatch.setattr(hub_access.constants, "ENDPOINT", address)
     monkeypatch.setattr(hub_access.constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(hub_access, "SECONDS", 0.5)
+    monkeypatch.setattr(hub_access, "TIMEOUT", 0.5)
     monkeypatch.setattr(
         hub_access, "hf_hub_url", lambda name, file: f"{address}/{name}/resolve/main/{file}"
     )

@@ -12,7 +12,8 @@ from typing import Any, NoReturn
 
 from owlfuse import __version__
 from owlfuse.config.folders import ConfigFolders, find_folders
-from owlfuse.config.own_modules import import_own
+from owlfuse.config.recipes import PARTS
+from owlfuse.config.user_modules import import_user_module
 from owlfuse.core.errors import failed, report_errors
 from owlfuse.core.terminal import LAYOUT, guard_terminal
 from owlfuse.planning.bench.commands import add_bench, run_bench
@@ -30,27 +31,25 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     if not argv[0].startswith("-") and argv[0] not in COMMANDS:
         match = difflib.get_close_matches(argv[0], COMMANDS, n=1)
-        guess = (
-            f"did you mean '{match[0]}'?" if match else f"the commands are {', '.join(COMMANDS)}"
-        )
+        guess = f"the commands are {', '.join(COMMANDS)}"
+        if match:
+            guess = f"did you mean '{match[0]}'?"
         return failed(f"{argv[0]}: no such command; {guess}", 2)
-    arguments, rest = parser.parse_known_args(argv)
-    if unknown := [word for word in rest if word.startswith("-")]:
-        command = arguments.command
+    arguments, unparsed = parser.parse_known_args(argv)
+    command = arguments.command
+    for word in unparsed:
+        if word.startswith("-"):
+            return failed(
+                f"command line: {word}: no such option of {command}; see owlfuse {command} --help",
+                2,
+            )
+    if unparsed and not hasattr(arguments, "overrides"):
         return failed(
-            (
-                f"command line: {unknown[0]}: no such option of {command}; see owlfuse {command} "
-                "--help"
-            ),
-            2,
+            f"command line: {unparsed[0]}: not an argument of {command}; see its --help", 2
         )
-    if rest and not hasattr(arguments, "overrides"):
-        return failed(
-            f"command line: {rest[0]}: not an argument of {arguments.command}; see its --help", 2
-        )
-    if rest:
-        arguments.overrides += rest  # words after an option, as in `a=1 -m b=2`
-    return report_errors(lambda: _run(arguments), arguments.command)
+    if unparsed:
+        arguments.overrides += unparsed  # words after an option, as in `a=1 -m b=2`
+    return report_errors(lambda: _run(arguments), command)
 
 
 def _run(arguments: argparse.Namespace) -> None:
@@ -61,7 +60,7 @@ def _run(arguments: argparse.Namespace) -> None:
 
 
 def _trust(module: str) -> None:
-    """Lets a model have parts of this module (or be a timm model of the hub).
+    """Accept parts of this module in models (or a timm model of the hub).
 
     Raises ConfigError: there is no such module.
     """
@@ -72,10 +71,10 @@ def _trust(module: str) -> None:
     if ":" in module:
         return
     try:
-        import_own(module)
+        import_user_module(module)
     except ModuleNotFoundError as error:
         if error.name not in (module, module.partition(".")[0]):
-            raise  # the module is there, and what it imports is not
+            raise  # the module exists and imports one that does not
         raise ConfigError(
             f"command line: --trust {module}: no such module in this folder or installed"
         ) from None
@@ -114,14 +113,15 @@ def _eval(arguments: argparse.Namespace) -> None:
         from owlfuse.evaluation.benchmarks.options import check_model, compose_options
 
         check_model(folder)
-        compose_options(words)  # mistakes, before heavy imports
+        compose_options(words)  # it reports mistakes before the heavy imports
         from owlfuse.evaluation.benchmarks.run import evaluate_task
 
         with signals_end_the_run():
             return evaluate_task(folder, words)
     find_run(folder)
-    # mistakes, before heavy imports
-    compose([f"resume={folder}", *(word for word in words if not word.startswith("which="))])
+    # It reports mistakes before the heavy imports.
+    overrides = [word for word in words if not word.startswith("which=")]
+    compose([f"resume={folder}", *overrides])
     from owlfuse.evaluation import validation
 
     with signals_end_the_run():
@@ -171,8 +171,16 @@ def _chat(arguments: argparse.Namespace) -> None:
     check_images(arguments.image)
     from owlfuse.serving.chat import chat
 
-    asked = arguments.max_new_tokens, arguments.temperature, out, arguments.thinking, which
-    chat(folder, arguments.image, question, *asked)
+    chat(
+        folder,
+        arguments.image,
+        question,
+        arguments.max_new_tokens,
+        arguments.temperature,
+        out,
+        arguments.thinking,
+        which,
+    )
 
 
 def _demo(arguments: argparse.Namespace) -> None:
@@ -184,10 +192,12 @@ def _demo(arguments: argparse.Namespace) -> None:
 def _mixture(arguments: argparse.Namespace) -> None:
     from owlfuse.config.compose import compose
 
-    # before heavy imports
-    compose(
-        [word for word in arguments.overrides if word.partition("=")[0] not in ("steps", "out")]
-    )
+    # It reports mistakes before the heavy imports.
+    overrides = []
+    for word in arguments.overrides:
+        if word.partition("=")[0] not in ("steps", "out"):
+            overrides.append(word)
+    compose(overrides)
     from owlfuse.planning.mixture import mixture_command
 
     mixture_command(arguments.overrides)
@@ -197,7 +207,8 @@ def _recipe(arguments: argparse.Namespace) -> None:
     from owlfuse.studies.recipe.compose import compose_stages, split_dry_run
 
     _, words = split_dry_run(arguments.overrides)
-    compose_stages(arguments.recipe, words, importing=False)  # mistakes, before heavy imports
+    # It reports mistakes before the heavy imports.
+    compose_stages(arguments.recipe, words, importing=False)
     from owlfuse.studies.recipe.run import recipe_command
 
     recipe_command(arguments.recipe, arguments.overrides)
@@ -237,10 +248,11 @@ COMMANDS = {
 }
 
 
-COMPOSING = ("train", "config", "mixture", "recipe", "ablate")
-"""Commands whose words are overrides of a configuration."""
-READING = ("eval", "export", "chat", "demo")
-"""Commands whose words are folders of models."""
+# Commands whose words are overrides of a configuration.
+COMMANDS_OF_OVERRIDES = ("train", "config", "mixture", "recipe", "ablate")
+# Commands whose words are folders of models.
+COMMANDS_OF_MODELS = ("eval", "export", "chat", "demo")
+# Keys that are completed.
 KEYS = ("dry_run=true", "init_from=", "name=", "resume=", "seed=", "trainer.max_steps=")
 
 BASH = """\
@@ -277,17 +289,16 @@ for fish, in ~/.config/fish/config.fish:   owlfuse completion fish | source
 
 
 def completion_command(shell: str, line: str, commands: Iterable[str]) -> None:
-    """Prints a shell's script, or with `words` what the last word of a command line may become,
+    """Print a shell's script, or with `words` the completions of the last word of a command line,
     a line each."""
-    print(
-        SCRIPTS[shell] if shell in SCRIPTS else "\n".join(candidates(line, commands)),
-        end="" if shell in SCRIPTS else "\n",
-    )
+    if shell in SCRIPTS:
+        print(SCRIPTS[shell], end="")
+    else:
+        print("\n".join(completions(line, commands)))
 
 
-def candidates(line: str, commands: Iterable[str]) -> list[str]:
-    """Returns what the last word of a command line may become, the line being as it was typed up
-    to the cursor."""
+def completions(line: str, commands: Iterable[str]) -> list[str]:
+    """Return the completions of the last word of a command line up to the cursor."""
     words = line.split(" ")
     last, before = words[-1], [word for word in words[1:-1] if word]
     if not before:
@@ -296,54 +307,52 @@ def candidates(line: str, commands: Iterable[str]) -> list[str]:
     if last.startswith(("resume=", "init_from=")):
         key = last.partition("=")[0]
         return matching(last, [f"{key}={run}" for run in runs()])
-    if command in ("recipe", "ablate") and len(before) == 1:
-        return matching(
-            last, folders.recipe_names if command == "recipe" else folders.ablation_names
-        )
+    if command == "recipe" and len(before) == 1:
+        return matching(last, folders.recipe_names)
+    if command == "ablate" and len(before) == 1:
+        return matching(last, folders.ablation_names)
     if command == "report":
         return matching(last, [file.parent.name for file in Path("runs").glob("*/ablation.json")])
-    if command in COMPOSING:
-        return matching(last, overrides(folders))
-    if command in READING:
-        tasks = (
-            [f"task={name}" for name in folders.options("task")]
-            if command == "eval" and len(before) > 1
-            else []
-        )
+    if command in COMMANDS_OF_OVERRIDES:
+        return matching(last, override_words(folders))
+    if command in COMMANDS_OF_MODELS:
+        tasks = []
+        if command == "eval" and len(before) > 1:
+            tasks = [f"task={name}" for name in folders.options("task")]
         return matching(last, [*runs(), *tasks])
     fixed = {"data": ["shapes"], "completion": list(SCRIPTS)}
     return matching(last, fixed.get(command, []))
 
 
-def overrides(folders: ConfigFolders) -> list[str]:
-    """Every `<group>=<option>` and `experiment=<name>`, and a few keys."""
+def override_words(folders: ConfigFolders) -> list[str]:
+    """Return every `<group>=<option>` and `experiment=<name>`, and a few keys."""
     words = [f"experiment={name}" for name in folders.experiment_names]
     for group, options in folders.groups.items():
+        keys = [group]
         if group == "model/adapter":
-            parts = ("vision", "connector", "fusion", "llm")
-            words += [
-                f"{group}@model.adapter.{part}={option}" for part in parts for option in options
-            ]
-        elif group not in ("task", "data/source"):
-            words += [f"{group}={option}" for option in options]
+            keys = [f"{group}@model.adapter.{part}" for part in PARTS]
+        elif group in ("task", "data/source"):
+            continue
+        for key in keys:
+            words += [f"{key}={option}" for option in options]
     return [*words, *KEYS]
 
 
 def matching(last: str, words: Iterable[str]) -> list[str]:
-    """The words that begin as the last one, until its `=` alone where it has none yet."""
-    heads = (word if "=" in last else word[: word.find("=") + 1] or word for word in words)
-    return sorted({word for word in heads if word.startswith(last)})
+    """Return the words that begin as the last one; only up to their `=` where it has none yet."""
+    matches = set()
+    for word in words:
+        if "=" in word and "=" not in last:
+            word = word[: word.index("=") + 1]
+        if word.startswith(last):
+            matches.add(word)
+    return sorted(matches)
 
 
 def runs() -> list[str]:
-    """The runs below ./runs."""
-    return sorted(
-        {
-            str(file.parent)
-            for pattern in ("*/*", "*/*/*")
-            for file in Path("runs").glob(f"{pattern}/config.yaml")
-        }
-    )
+    """Return the runs below ./runs."""
+    files = [*Path("runs").glob("*/*/config.yaml"), *Path("runs").glob("*/*/*/config.yaml")]
+    return sorted({str(file.parent) for file in files})
 
 
 EXIT_CODES = """\
@@ -427,7 +436,7 @@ It needs the extra `demo` (pip install 'owlfuse[demo]') and no network. Ctrl-C e
 
 
 class TrainHelp(argparse.Action):
-    """`owlfuse train --help` reads the folders, and only when asked."""
+    """Prints `owlfuse train --help`, for which alone the folders are read."""
 
     def __call__(
         self,
@@ -436,26 +445,17 @@ class TrainHelp(argparse.Action):
         values: Any,
         option_string: Any = None,
     ) -> NoReturn:
-        from owlfuse.config.folders import find_folders
-
         folders = find_folders()
-        lines = [
-            "experiments (experiment=<name>):",
-            "  " + (", ".join(folders.experiment_names) or "none"),
-            "",
-        ]
-        lines += [
-            "recipes (owlfuse recipe <name>):",
-            "  " + (", ".join(folders.recipe_names) or "none"),
-            "",
-        ]
-        lines += [
-            "ablations (owlfuse ablate <name>):",
-            "  " + (", ".join(folders.ablation_names) or "none"),
-            "",
-        ]
-        lines += ["groups (<group>=<option>):"]
-        lines += [f"  {group:<18}{', '.join(options)}" for group, options in folders.groups.items()]
+        lines = []
+        for title, names in (
+            ("experiments (experiment=<name>):", folders.experiment_names),
+            ("recipes (owlfuse recipe <name>):", folders.recipe_names),
+            ("ablations (owlfuse ablate <name>):", folders.ablation_names),
+        ):
+            lines += [title, "  " + (", ".join(names) or "none"), ""]
+        lines.append("groups (<group>=<option>):")
+        for group, options in folders.groups.items():
+            lines.append(f"  {group:<18}{', '.join(options)}")
         parser.epilog = "\n".join([*lines, "", EXAMPLES])
         parser.print_help()
         raise SystemExit(0)
@@ -469,14 +469,23 @@ class Parser(argparse.ArgumentParser):
 
 
 def make_parser() -> Parser:
-    """The parser of the whole command line."""
+    """Return the parser of the whole command line."""
     parser = Parser(
-        "owlfuse", description="Experiments on multimodal LLMs.", epilog=EXIT_CODES, **LAYOUT
+        "owlfuse",
+        description="Experiments on multimodal LLMs.",
+        epilog=EXIT_CODES,
+        **LAYOUT,
     )
     text = (
         "a module of yours: parts of it may stand in a model that chat, eval, export or load reads"
     )
-    parser.add_argument("--trust", action="append", default=[], metavar="MODULE", help=text)
+    parser.add_argument(
+        "--trust",
+        action="append",
+        default=[],
+        metavar="MODULE",
+        help=text,
+    )
     parser.add_argument("--version", action="version", version=f"owlfuse {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="<command>", required=True)
     _add_runs(commands)
@@ -488,11 +497,23 @@ def make_parser() -> Parser:
 
 def _add_runs(commands: Any) -> None:
     train = commands.add_parser(
-        "train", help="train one run, or a sweep with -m", add_help=False, **LAYOUT
+        "train",
+        help="train one run, or a sweep with -m",
+        add_help=False,
+        **LAYOUT,
     )
-    train.add_argument("-h", "--help", action=TrainHelp, nargs=0, help="this page")
     train.add_argument(
-        "-m", "--multirun", action="store_true", help="a run for every combination of listed values"
+        "-h",
+        "--help",
+        action=TrainHelp,
+        nargs=0,
+        help="this page",
+    )
+    train.add_argument(
+        "-m",
+        "--multirun",
+        action="store_true",
+        help="a run for every combination of listed values",
     )
     train.add_argument(
         "overrides",
@@ -501,7 +522,10 @@ def _add_runs(commands: Any) -> None:
     )
 
     recipe = commands.add_parser(
-        "recipe", help="run the stages of a recipe in order", epilog=RECIPE, **LAYOUT
+        "recipe",
+        help="run the stages of a recipe in order",
+        epilog=RECIPE,
+        **LAYOUT,
     )
     recipe.add_argument(
         "recipe", metavar="NAME", help="a folder with a recipe.yaml below experiments/"
@@ -513,7 +537,10 @@ def _add_runs(commands: Any) -> None:
     )
 
     ablate = commands.add_parser(
-        "ablate", help="run a grid of cells, and report on it", epilog=ABLATE, **LAYOUT
+        "ablate",
+        help="run a grid of cells, and report on it",
+        epilog=ABLATE,
+        **LAYOUT,
     )
     ablate.add_argument(
         "ablation", metavar="NAME", help="a folder with an ablation.yaml below experiments/"
@@ -529,7 +556,10 @@ def _add_runs(commands: Any) -> None:
     )
     report.add_argument("ablation", metavar="NAME", help="an ablation, or its folder in runs/")
     report.add_argument(
-        "overrides", nargs="*", metavar="baseline=CELL", help="the cell that differences are to"
+        "overrides",
+        nargs="*",
+        metavar="baseline=CELL",
+        help="the cell that differences are to",
     )
 
     evaluate = commands.add_parser(
@@ -540,7 +570,10 @@ def _add_runs(commands: Any) -> None:
         **LAYOUT,
     )
     evaluate.add_argument(
-        "overrides", nargs="*", metavar="RUN", help="the run's folder, then <key>=<value> to change"
+        "overrides",
+        nargs="*",
+        metavar="RUN",
+        help="the run's folder, then <key>=<value> to change",
     )
 
 
@@ -584,8 +617,18 @@ def _add_models(commands: Any) -> None:
         metavar="PATH",
         help="a picture to ask about; may be repeated",
     )
-    chat.add_argument("--max-new-tokens", type=int, default=256, metavar="N")
-    chat.add_argument("--temperature", type=float, default=0.0, help="0: the likeliest answer")
+    chat.add_argument(
+        "--max-new-tokens",
+        type=int,
+        default=256,
+        metavar="N",
+    )
+    chat.add_argument(
+        "--temperature",
+        type=float,
+        default=0.0,
+        help="0: the likeliest answer",
+    )
     chat.add_argument(
         "--thinking",
         action="store_true",
@@ -598,7 +641,10 @@ def _add_models(commands: Any) -> None:
     )
 
     demo = commands.add_parser(
-        "demo", help="a page in the browser: several models side by side", epilog=DEMO, **LAYOUT
+        "demo",
+        help="a page in the browser: several models side by side",
+        epilog=DEMO,
+        **LAYOUT,
     )
     demo.add_argument(
         "folders",
@@ -613,7 +659,10 @@ def _add_models(commands: Any) -> None:
         help="by default only this machine reaches the page",
     )
     demo.add_argument(
-        "--port", type=int, metavar="N", help="by default the first free one from 7860 on"
+        "--port",
+        type=int,
+        metavar="N",
+        help="by default the first free one from 7860 on",
     )
 
 
@@ -630,14 +679,26 @@ def _add_data(commands: Any) -> None:
     shapes.add_argument("folder", metavar="DIR", help="a folder that is written")
     shapes.add_argument("--seed", type=int, default=0)
     shapes.add_argument(
-        "--pictures", type=int, default=12000, metavar="N", help="pictures to train with"
+        "--pictures",
+        type=int,
+        default=12000,
+        metavar="N",
+        help="pictures to train with",
     )
 
     completion = commands.add_parser(
-        "completion", help="print a script for a shell's Tab key", epilog=HELP, **LAYOUT
+        "completion",
+        help="print a script for a shell's Tab key",
+        epilog=HELP,
+        **LAYOUT,
     )
     completion.add_argument("shell", choices=[*SCRIPTS, "words"], metavar="{bash,zsh,fish}")
-    completion.add_argument("line", nargs="?", default="", help=argparse.SUPPRESS)
+    completion.add_argument(
+        "line",
+        nargs="?",
+        default="",
+        help=argparse.SUPPRESS,
+    )
 
     config = commands.add_parser(
         "config", help="print the composed configuration as yaml", **LAYOUT
@@ -646,7 +707,7 @@ def _add_data(commands: Any) -> None:
 
 
 if __name__ == "__main__":
-    # `python -m` puts the working folder in front; like the command `owlfuse`, run no code of it by
+    # `python -m` puts the working folder first, from which the command `owlfuse` imports nothing by
     # itself.
     if not sys.flags.safe_path and sys.path[:1] == [os.getcwd()]:
         del sys.path[0]

@@ -220,6 +220,10 @@ def test_the_origin_of_a_key_is_the_last_place_that_sets_it(tree):
     assert {key: origin_of(config, key) for key in origins} == origins
 
 
+GRAMMAR = (
+    "See https://hydra.cc/docs/1.2/advanced/override_grammar/basic for details; a value with "
+    "special characters needs quotes: key='\"a=b\"'"
+)
 COMMAND_LINE_ERRORS = {
     "trainer.max_stps=3": "trainer.max_stps: no such key; did you mean 'trainer.max_steps'?",
     "max_steps=3": "max_steps: no such key; did you mean 'trainer.max_steps'?",
@@ -272,10 +276,10 @@ COMMAND_LINE_ERRORS = {
     "model/fuson=concat": "model/fuson: no such group; did you mean 'model/fusion'? (there are: data, "
     "evaluation, logger, "
     "model/adapter, model/connector, model/fusion, model/llm, model/vision, optim, trainer)",
-    "model/adapter=full": "model/adapter: it stands more than once or under another key; did you mean one of "
+    "model/adapter=full": "Could not override 'model/adapter'. Did you mean to override one of "
     "model/adapter@model.adapter.connector, model/adapter@model.adapter.fusion, "
-    "model/adapter@model.adapter.llm, "
-    "model/adapter@model.adapter.vision?",
+    "model/adapter@model.adapter.llm, model/adapter@model.adapter.vision? To append to your "
+    "default list use +model/adapter=full",
     "model.fusion=concat": (
         "model.fusion=concat: this replaces a whole group; did you mean model/fusion=concat?"
     ),
@@ -287,15 +291,9 @@ COMMAND_LINE_ERRORS = {
     ),
     "experiments=shapes_owl1": "experiments: no such key; did you mean 'experiment'?",
     "shapes_owl1": "shapes_owl1: not of the form key=value; did you mean experiment=shapes_owl1?",
-    "a=[1,": (
-        "a=[1,: a bracket or a quote is not closed; a value with special characters needs "
-        "quotes: key='\"a=b\"'"
-    ),
-    "name=a=b": (
-        "name=a=b: mismatched input '=' expecting the end; a value with special characters "
-        "needs quotes: key='\"a=b\"'"
-    ),
-    "a b=3": "a b=3: unexpected ' '; a value with special characters needs quotes: key='\"a=b\"'",
+    "a=[1,": f"a=[1,: no viable alternative at input '[1,' {GRAMMAR}",
+    "name=a=b": f"name=a=b: mismatched input '=' expecting <EOF> {GRAMMAR}",
+    "a b=3": f"a b=3: LexerNoViableAltException: a b=3 ^ {GRAMMAR}",
     "seed=1,2": "seed=1,2: several values; add -m for a run of each, or write a list as key=[a,b]",
     "hydra.job.name=x": (
         "hydra.job.name: Hydra's own settings cannot be changed; owlfuse runs sweeps itself"
@@ -306,7 +304,7 @@ COMMAND_LINE_ERRORS = {
         "model.fusion.layrs: no such key; did you mean 'model.fusion.layers'?"
     ),
     "=3": "=3: not of the form key=value",
-    "~sed": "Could not delete from config. 'sed' does not exist",
+    "~sed": "Could not delete from config. 'sed' does not exist.",
 }
 
 
@@ -334,17 +332,26 @@ FILE_ERRORS = {
     "trainer: 3\n": "trainer: 3 is not a group of keys",
     "defaults:\n  - override /model/fusion: hyperatention\n": "model/fusion=hyperatention: no such option; "
     "did you mean 'hyperattention'? (there are: concat, hyperattention, modality_adaptive)",
-    "defaults:\n  - override /model/fuson: concat\n": "model/fuson: no such group; did you mean 'model/fusion'? "
-    "(there are: data, evaluation, logger, model/adapter, model/connector, model/fusion, "
-    "model/llm, model/vision, "
-    "optim, trainer)",
-    "defaults:\n  - override /model/fusion: concat\n  - shapes_owl1\n": "Override 'model/fusion : concat' is defined "
-    "before 'shapes_owl1'; Overrides must be at the end of the defaults list",
+    "defaults:\n  - override /model/fuson: concat\n": (
+        "In 'experiments/mine': Could not override 'model/fuson'. No match in the defaults list."
+    ),
+    "defaults:\n  - override /model/fusion: concat\n  - shapes_owl1\n": (
+        "In experiments/mine: Override 'model/fusion : concat' is defined before "
+        "'experiments@_global_: shapes_owl1'. Overrides must be at the end of the defaults list"
+    ),
     "defaults:\n  - /model/fusion: concat\n": "Multiple values for model/fusion. To override a value use "
     "'override model/fusion: concat'",
-    "trainer: {max_steps: '${seed'}\n": "no viable alternative at input '${seed'",
-    "- a\n": "Cannot merge DictConfig with ListConfig",
-    "name: ${oc.env:NOT_SET}\n": "name: \"Environment variable 'NOT_SET' not found\"",
+    "trainer: {max_steps: '${seed'}\n": (
+        "no viable alternative at input '${seed' full_key: trainer.max_steps object_type=dict"
+    ),
+    "- a\n": (
+        "In 'experiments/mine': ConfigTypeError raised while composing config: Cannot merge "
+        "DictConfig with ListConfig full_key: object_type=dict"
+    ),
+    "name: ${oc.env:NOT_SET}\n": (
+        "name: KeyError raised while resolving interpolation: \"Environment variable 'NOT_SET' "
+        'not found"'
+    ),
     "defaults:\n  - shapes_owl4\n": (
         "experiment=shapes_owl4: no such experiment; did you mean 'shapes_owl3'?"
     ),
@@ -374,8 +381,8 @@ def test_a_mistake_in_a_groups_file_names_the_file(tree):
     )
     write(tree, {"configs/trainer/cpu.yaml": "defaults:\n  - /optim@o: ???\n"})
     assert message() == (
-        "command line: optim@trainer.o: choose an option, optim@trainer.o=<option> (there are: "
-        "adamw)"
+        "configs/train.yaml: You must specify 'optim@trainer.o', e.g, optim@trainer.o=<OPTION> "
+        "Available options: adamw"
     )
 
 

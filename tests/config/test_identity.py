@@ -12,15 +12,15 @@ from owlfuse.artifacts.identity import weights_identity
 from owlfuse.config.identity import (
     ENTRY,
     SOURCE,
+    choosable_modules,
     code_hash,
     config_hash,
     data_hash,
     differing_hash,
     names_imported_by,
     owlfuse_files,
-    parts_of_owlfuse,
 )
-from owlfuse.config.own_modules import import_own
+from owlfuse.config.user_modules import import_user_module
 from owlfuse.data import identity as data_identities
 from owlfuse.data.formats.llava import LLaVA
 from owlfuse.data.identity import data_identity
@@ -62,7 +62,7 @@ def outside(tmp_path, monkeypatch):
         ("owlfuse.training.optim.AdamWCosine", "userlate.py", False),
     ],
 )
-def test_the_users_own_modules_belong_to_the_hash_of_the_code(outside, target, file, counts):
+def test_the_users_user_modules_belong_to_the_hash_of_the_code(outside, target, file, counts):
     config = {"model": {"fusion": {"_target_": target}}}
     before = code_hash(config)
     (outside / file).write_text((outside / file).read_text() + "\n# changed\n")
@@ -76,7 +76,7 @@ def test_a_module_in_the_working_folder_counts_before_it_is_imported_too(tmp_pat
     monkeypatch.chdir(tmp_path)
     before = code_hash(config)
     monkeypatch.setattr(sys, "path", [*sys.path])
-    import_own("userlocal")
+    import_user_module("userlocal")
     assert absent != before == code_hash(config)
     del sys.modules["userlocal"]
 
@@ -110,7 +110,7 @@ def test_the_hash_of_the_code_does_not_depend_on_where_it_lies(outside, tmp_path
     ],
 )
 def test_the_code_of_a_run_is_what_its_training_imports(file, counts):
-    files = owlfuse_files({ENTRY, *parts_of_owlfuse(), "torch.nn.Linear"})
+    files = owlfuse_files({ENTRY, *choosable_modules(), "torch.nn.Linear"})
     assert (SOURCE / file).is_file()
     assert (file in files) == counts
 
@@ -162,7 +162,7 @@ def flip(path):
 )
 def test_a_picture_that_changes_is_noticed(shapes, monkeypatch, limit, change):
     """Above the limit by its size, or where it is of those that are read."""
-    monkeypatch.setattr(data_identities, "WHOLE", limit)
+    monkeypatch.setattr(data_identities, "MAX_BYTES", limit)
     before = identity_of(shapes)
     names = sorted(
         {

@@ -12,7 +12,7 @@ from test_datamodule import batches, make
 from owlfuse.core.errors import DataError
 from owlfuse.core.types import Encoded, Skipped
 from owlfuse.data.collate import Collator
-from owlfuse.data.packing import Padding, best_fit, checked, join, least_padding, positions
+from owlfuse.data.packing import Padding, best_fit, check_pack_to, join, least_padding, positions
 
 
 def samples(lengths, images=0):
@@ -103,8 +103,8 @@ def test_an_item_longer_than_a_row_is_an_error():
 
 
 def test_a_row_that_could_not_hold_the_longest_sample_is_refused_before_anything_is_read(shapes):
-    assert checked(None, 512) is None
-    assert checked(512, 512) == 512
+    assert check_pack_to(None, 512) is None
+    assert check_pack_to(512, 512) == 512
     with pytest.raises(
         ValueError, match="pack_to is 256 and max_length 512: a row must hold the longest sample"
     ):

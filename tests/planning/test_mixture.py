@@ -62,7 +62,7 @@ def loaded(overrides, steps):
         try:
             encoded = data.encoder.encode(source[index])
         except DataError as error:
-            skips.append((name, f"{name}:{index}", str(source.placed(error, index))))
+            skips.append((name, f"{name}:{index}", str(source.with_location(error, index))))
         else:
             supervised[name] = supervised.get(name, 0) + int((encoded.labels != -100).sum())
             lengths.append(len(encoded.input_ids))

@@ -19,7 +19,7 @@ from owlfuse.artifacts.weights import checkpoint_errors
 from owlfuse.config.aliases import with_current_names
 from owlfuse.config.build import to_dict
 from owlfuse.config.compose import origin_of, read_run
-from owlfuse.config.identity import FREE, flat
+from owlfuse.config.identity import IGNORED_KEYS, flat
 from owlfuse.core.errors import ConfigError, DataError
 from owlfuse.data.mixture.positions import StepPositions
 from owlfuse.model.adapters import PARTS
@@ -240,7 +240,7 @@ def learned_changes(changes: list[dict[str, Any]]) -> list[dict[str, Any]]:
     for change in changes:
         keys = {}
         for key, values in change["changes"].items():
-            if not matches(key, FREE) and not is_path(key):
+            if not matches(key, IGNORED_KEYS) and not is_path(key):
                 keys[key] = values
         if keys:
             learned.append({**change, "changes": keys})

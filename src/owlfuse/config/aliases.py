@@ -1,4 +1,5 @@
-"""Old names of what has moved. Runs and exports record their parts by name, and are read for years.
+"""Old names of classes that moved: runs and exports record their parts by name, and are read for
+years.
 
 An entry stays for one release after the move.
 """
@@ -7,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+# The old beginning of a name or a packaged file, and the new one.
 MOVED = {
     "owlfuse.adapters.": "owlfuse.model.adapters.",
     "owlfuse.checkpoints.": "owlfuse.training.checkpoints.",
@@ -24,15 +26,14 @@ MOVED = {
     "owlfuse.vision.TimmBackbone": "owlfuse.model.vision.backbone.TimmBackbone",
     "package:owlfuse/data/everyday/": "package:owlfuse/data/shapes/everyday/",
 }
-"""What a name or a packaged file began with, and what it begins with now."""
 
 
 def with_current_names(value: Any) -> Any:
-    """Return a copy of a configuration in which what has moved is named as it is today.
+    """Return a copy of a configuration with the current names.
 
     Args:
-        value: nested dictionaries and lists; of texts, those that begin as an entry of `MOVED`
-            does are changed.
+        value: nested dictionaries and lists; texts that begin as an entry of `MOVED` does are
+            changed.
     """
     if isinstance(value, dict):
         return {key: with_current_names(item) for key, item in value.items()}

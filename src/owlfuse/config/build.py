@@ -1,4 +1,4 @@
-"""Objects from nodes of the configuration."""
+"""Builds objects from nodes of the configuration."""
 
 from typing import Any, cast
 
@@ -8,20 +8,21 @@ from omegaconf import OmegaConf
 
 
 def build(node: Any, **supplied: Any) -> Any:
-    """What the node's `_target_` makes of its arguments and those supplied, as plain Python
+    """Return what a node's `_target_` makes of its arguments and those supplied, as plain Python
     containers.
 
-    An error is the target's own, not Hydra's about it.
+    Errors are the target's own, not Hydra's about them.
     """
     try:
         return instantiate(node, _convert_="all", **supplied)
     except InstantiationException as error:
         cause: BaseException = error
+        # Nested targets wrap the error once a level.
         while isinstance(cause, InstantiationException) and cause.__cause__ is not None:
             cause = cause.__cause__
         raise cause from None
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """The content of a mapping of OmegaConf, references resolved."""
+    """Return the content of a mapping of OmegaConf, interpolations resolved."""
     return cast("dict[str, Any]", OmegaConf.to_container(config, resolve=True))

@@ -13,12 +13,12 @@ from typing import Any, Literal, Union
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from owlfuse.config.own_modules import import_own
 from owlfuse.config.signatures import read_signature
+from owlfuse.config.user_modules import import_user_module
 from owlfuse.core.errors import ConfigError, hint
 
-# Arguments that the code gives when it builds a part, by config path (or a pattern of it): neither
-# required in a yaml nor allowed there.
+# Arguments that the code supplies when it builds a part, by config path (or a pattern of it):
+# neither required in a yaml nor allowed there.
 SUPPLIED: dict[str, tuple[str, ...]] = {
     "model.connector": ("in_width", "out_width", "patches", "grid"),
     "model.fusion": ("connector_tokens",),
@@ -37,9 +37,9 @@ SUPPLIED: dict[str, tuple[str, ...]] = {
 }
 
 HYDRA_KEYS = ("_target_", "_args_", "_partial_", "_convert_", "_recursive_")
-# to suggest
+# Packages that are suggested for a misspelled one.
 TOP_MODULES = ("owlfuse", "lightning", "torch", "timm", "transformers", "peft", "torchmetrics")
-NAMES = {
+TYPE_NAMES = {
     int: "a whole number (int)",
     float: "a number (float)",
     str: "text (str)",
@@ -48,26 +48,37 @@ NAMES = {
     list: "a list",
     type(None): "null",
 }
-Where = Callable[[str], str]  # a key's path -> the file that sets it, or "command line"
+# Returns the file that sets a key, given by its path, or "command line".
+Origin = Callable[[str], str]
 
 
 def check_targets(
-    config: dict[str, Any], where: Where = lambda path: "configuration", importing: bool = True
+    config: dict[str, Any],
+    origin: Origin = lambda path: "configuration",
+    importing: bool = True,
 ) -> None:
-    """Bind the arguments of every node with a `_target_` without calling it. Raises ConfigError.
+    """Bind the arguments of every node with a `_target_` without calling it.
 
-    What the source files say is checked first: the classes themselves take seconds to import.
+    The signatures in source files are checked first: the classes themselves take seconds to import.
 
-    importing: False checks that alone.
+    Args:
+        importing: False checks those alone.
+
+    Raises:
+        ConfigError: the first mistake.
     """
-    nodes = [(path, node) for path, node in _nodes(config, "") if "_target_" in node]
+    nodes = []
+    for path, node in nodes_of(config, ""):
+        if "_target_" in node:
+            nodes.append((path, node))
     for path, node in nodes:
+        # All of these before the first import: a typo is answered in a tenth of a second.
         if (signature := read_signature(node["_target_"])) is not None:
-            _check_call(signature, path, node, where)
+            _check_call(signature, path, node, origin)
     if not importing:
         return
     for path, node in nodes:
-        _check_target(path, node, where)
+        _check_target(path, node, origin)
 
 
 def check_arguments(
@@ -75,130 +86,154 @@ def check_arguments(
     name: str,
     path: str,
     arguments: dict[str, Any],
-    where: Where,
+    origin: Origin,
     partial: bool = False,
 ) -> None:
-    """Unknown, supplied, missing and mistyped arguments of one call are errors.
+    """Raise ConfigError for unknown, supplied, missing and mistyped arguments of one call.
 
-    `name`: "" or " of <target>".
+    Args:
+        name: "" or " of <target>".
     """
     parameters = parameters_of(callable_)
-    if parameters is None:  # a builtin tells nothing of its arguments
+    if parameters is None:  # a builtin, which has no signature
         return
-    named = {
-        key: p
-        for key, p in parameters.items()
-        if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
-    }
-    open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-    given = [
-        key
-        for pattern, keys in SUPPLIED.items()
-        if fnmatch.fnmatchcase(path, pattern)
-        for key in keys
-    ]
-    supplied = [key for key in given if key in named or open_ended]
+    named = {}
+    for key, parameter in parameters.items():
+        if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
+            named[key] = parameter
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    supplied = _supplied_arguments(path)
+    if not takes_any:
+        supplied = [key for key in supplied if key in named]
     allowed = [key for key in named if key not in supplied]
-    positional = list(named)[: len(arguments.get("_args_", []))]
     prefix = f"{path}." if path else ""
     for key, value in arguments.items():
         full = f"{prefix}{key}"
+        # They are instructions for Hydra, and no arguments of the target.
         if key in HYDRA_KEYS:
             continue
         if key in supplied:
             raise ConfigError(
-                f"{where(full)}: {full}: the code gives this argument; remove the key"
+                f"{origin(full)}: {full}: the code gives this argument; remove the key"
             )
-        if key not in named and not open_ended:
-            raise ConfigError(f"{where(full)}: {full}: no such key{name}{hint(str(key), allowed)}")
         if key in named:
-            _check_value(value, named[key], callable_, full, where)
-    for key in allowed:
-        missing = (
-            key not in arguments
-            and key not in positional
-            and named[key].default is inspect.Parameter.empty
-        )
-        if missing and not partial:
-            place = where(f"{prefix}_target_" if name else f"{prefix}{key}")
-            raise ConfigError(
-                f"{place}: {prefix}{key}: not set, and required{f' by {name[4:]}' if name else ''}"
+            _check_value(
+                value,
+                named[key],
+                callable_,
+                full,
+                origin,
             )
+        elif not takes_any:
+            raise ConfigError(f"{origin(full)}: {full}: no such key{name}{hint(str(key), allowed)}")
+    if partial:
+        return
+    positional = list(named)[: len(arguments.get("_args_", []))]
+    for key in allowed:
+        has_default = named[key].default is not inspect.Parameter.empty
+        if key in arguments or key in positional or has_default:
+            continue
+        source = origin(f"{prefix}_target_" if name else f"{prefix}{key}")
+        by = f" by {name.removeprefix(' of ')}" if name else ""
+        raise ConfigError(f"{source}: {prefix}{key}: not set, and required{by}")
 
 
-def locate_target(target: Any, key: str, where: Where) -> Any:
+def _supplied_arguments(path: str) -> list[str]:
+    arguments: list[str] = []
+    for pattern, keys in SUPPLIED.items():
+        if fnmatch.fnmatchcase(path, pattern):
+            arguments += keys
+    return arguments
+
+
+def locate_target(target: Any, key: str, origin: Origin) -> Any:
     """Import the object at a dotted path.
 
     Raises ConfigError with the nearest name where the path is wrong.
     """
 
-    def place() -> str:  # for an error alone: to find it, the files are read once more
-        return f"{where(key)}: {key}"
+    def error(reason: str) -> ConfigError:  # only here, since an origin takes reading the files
+        return ConfigError(f"{origin(key)}: {key}: {reason}")
 
     if not isinstance(target, str) or not all(part.isidentifier() for part in target.split(".")):
-        raise ConfigError(f"{place()}: {target!r} is not a dotted path to a class or function")
-    found: Any = None
-    parts = target.split(".")
-    for n, part in enumerate(parts):
-        name, parent = ".".join(parts[: n + 1]), found
-        found = getattr(parent, part, None) if n else None
-        if found is None and (n == 0 or inspect.ismodule(parent)):
-            found = _import(name, place)
-        if found is None:
-            what = (
-                f"{'.'.join(parts[:n])} has no '{part}'"
-                if n
-                else f"no module '{part}' can be imported"
-            )
-            raise ConfigError(
-                f"{place()}: {what}{hint(part, _names_in(parent) if n else TOP_MODULES, listed=0)}"
-            )
-    if not callable(found):
-        raise ConfigError(f"{place()}: {target} is not a class or function")
-    return found
+        raise error(f"{target!r} is not a dotted path to a class or function")
+    part: Any = None
+    names = target.split(".")
+    for number, name in enumerate(names):
+        module_name, parent = ".".join(names[: number + 1]), part
+        part = getattr(parent, name, None) if number else None
+        if part is None and (number == 0 or inspect.ismodule(parent)):
+            try:
+                part = _import(module_name)
+            except ModuleNotFoundError as missing:
+                raise error(
+                    f"{module_name} needs the module '{missing.name}', which is not installed"
+                ) from None
+        if part is None and number == 0:
+            guess = hint(name, TOP_MODULES, listed=0)
+            raise error(f"no module '{name}' can be imported{guess}")
+        if part is None:
+            guess = hint(name, _public_names(parent), listed=0)
+            raise error(f"{'.'.join(names[:number])} has no '{name}'{guess}")
+    if not callable(part):
+        raise error(f"{target} is not a class or function")
+    return part
 
 
-def _import(name: str, place: Callable[[], str]) -> Any:
-    """The module, or None where there is no such module; a module that it imports and that is
-    missing is an error."""
+def _import(name: str) -> Any:
+    """Return the module, or None where there is no such module. Raises ModuleNotFoundError for a
+    module that it imports and that is missing."""
     try:
-        return import_own(name)
+        return import_user_module(name)
     except ModuleNotFoundError as error:
         # itself, or its parent is no package
         if error.name and f"{name}.".startswith(f"{error.name}."):
             return None
-        raise ConfigError(
-            f"{place()}: {name} needs the module '{error.name}', which is not installed"
-        ) from None
+        raise
 
 
 def parameters_of(callable_: Callable) -> dict[str, inspect.Parameter] | None:
+    """Return the parameters of a call; None of a builtin without a signature."""
     try:
         return dict(inspect.signature(callable_).parameters)
     except (TypeError, ValueError):
         return None
 
 
-def _check_target(path: str, node: dict[str, Any], where: Where) -> None:
+def _check_target(path: str, node: dict[str, Any], origin: Origin) -> None:
     key = f"{path}._target_" if path else "_target_"
-    _check_call(locate_target(node["_target_"], key, where), path, node, where)
+    _check_call(locate_target(node["_target_"], key, origin), path, node, origin)
 
 
-def _check_call(callable_: Callable, path: str, node: dict[str, Any], where: Where) -> None:
+def _check_call(
+    callable_: Callable,
+    path: str,
+    node: dict[str, Any],
+    origin: Origin,
+) -> None:
+    is_partial = bool(node.get("_partial_"))
     check_arguments(
-        callable_, f" of {node['_target_']}", path, node, where, partial=bool(node.get("_partial_"))
+        callable_,
+        f" of {node['_target_']}",
+        path,
+        node,
+        origin,
+        is_partial,
     )
 
 
 def _check_value(
-    value: Any, parameter: inspect.Parameter, callable_: Callable, key: str, where: Where
+    value: Any,
+    parameter: inspect.Parameter,
+    callable_: Callable,
+    key: str,
+    origin: Origin,
 ) -> None:
     annotation = annotation_of(parameter, callable_)
-    if annotation is inspect.Parameter.empty or any(
-        "_target_" in node for _, node in _nodes(value, "")
-    ):
+    holds_target = any("_target_" in node for _, node in nodes_of(value, ""))
+    if annotation is inspect.Parameter.empty or holds_target:
         return
-    # `x: int = None` is common, and means what it says
+    # `x: int = None` is common, and allows None.
     if value is None and parameter.default is None:
         return
     try:
@@ -207,28 +242,29 @@ def _check_value(
     # hooks raise: there is nothing to check with.
     except Exception:
         return
-    if _valid(adapter, value):
+    if _is_valid(adapter, value):
         return
     choices = _literals(annotation)
-    if choices and (isinstance(value, str) or all(isinstance(choice, str) for choice in choices)):
-        guess = hint(
-            str(value), [choice for choice in choices if isinstance(choice, str)], listed=0
-        )
+    texts = [choice for choice in choices if isinstance(choice, str)]
+    if choices and (isinstance(value, str) or len(texts) == len(choices)):
+        options = ", ".join(map(repr, choices))
         raise ConfigError(
-            f"{where(key)}: {key}: {value!r} is not one of {', '.join(map(repr, choices))}{guess}"
+            f"{origin(key)}: {key}: {value!r} is not one of {options}"
+            f"{hint(str(value), texts, listed=0)}"
         )
-    raise ConfigError(f"{where(key)}: {key}: {value!r} is not {describe(annotation)}")
+    raise ConfigError(f"{origin(key)}: {key}: {value!r} is not {describe(annotation)}")
 
 
-def _valid(adapter: TypeAdapter, value: Any) -> bool:
-    """Strict in Python's or in JSON's sense: a yaml list may be a tuple and a text a Path, but
-    "3" is no number."""
+def _is_valid(adapter: TypeAdapter, value: Any) -> bool:
+    """Whether a value is of a type, strictly in Python's or in JSON's sense: a yaml list may be a
+    tuple and a text a Path, but "3" is no number."""
     try:
         adapter.validate_python(value, strict=True)
         return True
     except ValidationError:
         pass
     try:
+        # JSON's strict mode takes a list for a tuple, and a text for a Path.
         adapter.validate_json(json.dumps(value), strict=True)
         return True
     except (ValidationError, TypeError):
@@ -236,64 +272,68 @@ def _valid(adapter: TypeAdapter, value: Any) -> bool:
 
 
 def describe(annotation: Any) -> str:
-    """A type in words: "a number (float) or null". Of a union, the members that a yaml can hold."""
+    """Return a type in words: "a number (float) or null"; of a union, the members that a yaml can
+    hold."""
     if typing.get_origin(annotation) in (Union, types.UnionType):
         members = typing.get_args(annotation)
-        plain = [m for m in members if m in NAMES or typing.get_origin(m) is not None]
+        plain = []
+        for member in members:
+            if member in TYPE_NAMES or typing.get_origin(member) is not None:
+                plain.append(member)
         return " or ".join(describe(member) for member in plain or members)
     if typing.get_origin(annotation) is Literal:
         return "one of " + ", ".join(map(repr, typing.get_args(annotation)))
-    if annotation in NAMES:
-        return NAMES[annotation]
+    if annotation in TYPE_NAMES:
+        return TYPE_NAMES[annotation]
     return f"a {inspect.formatannotation(annotation).replace('typing.', '')}"
 
 
 def annotation_of(parameter: inspect.Parameter, callable_: Callable) -> Any:
-    """The parameter's type; a text is resolved where it was written, and `empty` stands for what
-    cannot be resolved."""
+    """Return the parameter's type, a text resolved in its module; `empty` where it cannot be
+    resolved."""
     holder = types.SimpleNamespace(__annotations__={"it": parameter.annotation})
-    owner = inspect.unwrap(callable_.__init__ if inspect.isclass(callable_) else callable_)
-    # a dataclass has its bases' fields among its arguments, whose types are texts of the bases'
-    # modules
-    modules = [cls.__module__ for cls in getattr(callable_, "__mro__", ())] or [
-        getattr(callable_, "__module__", "")
-    ]
-    for names in (
-        getattr(owner, "__globals__", {}),
-        *(vars(sys.modules.get(module, types)) for module in modules),
-    ):
-        # The text of an annotation is evaluated: names under TYPE_CHECKING are not there, and
-        # what is no type raises anything. What cannot be read is not checked.
+    function = inspect.unwrap(callable_.__init__ if inspect.isclass(callable_) else callable_)
+    # A dataclass has its bases' fields among its arguments, whose types are texts of the bases'
+    # modules.
+    classes = getattr(callable_, "__mro__", (callable_,))
+    namespaces = [getattr(function, "__globals__", {})]
+    for cls in classes:
+        module = sys.modules.get(getattr(cls, "__module__", ""), types)
+        namespaces.append(vars(module))
+    for names in namespaces:
+        # The text of an annotation is evaluated: names under TYPE_CHECKING are missing, and what is
+        # no type raises anything. An annotation that cannot be read is not checked.
         with suppress(Exception):
             return typing.get_type_hints(holder, globalns=names, include_extras=True)["it"]
     return inspect.Parameter.empty
 
 
 def _literals(annotation: Any) -> list[Any]:
-    """Every value that the Literals of a type allow, through unions."""
+    """Return every value that the Literals of a type allow, through unions."""
     if typing.get_origin(annotation) is Literal:
         return list(typing.get_args(annotation))
+    values: list[Any] = []
     if typing.get_origin(annotation) in (Union, types.UnionType):
-        return [value for member in typing.get_args(annotation) for value in _literals(member)]
-    return []
+        for member in typing.get_args(annotation):
+            values += _literals(member)
+    return values
 
 
-def _nodes(value: Any, path: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Every dictionary below a value with its dotted path, parents first; an index of a list is
-    a part of the path."""
+def nodes_of(value: Any, path: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield every dictionary below a value with its dotted path, parents first; an index of a list
+    is a part of the path."""
+    children: Any = ()
     if isinstance(value, dict):
         yield path, value
-    items = (
-        value.items()
-        if isinstance(value, dict)
-        else enumerate(value)
-        if isinstance(value, list)
-        else ()
-    )
-    for key, child in items:
-        yield from _nodes(child, f"{path}.{key}" if path else str(key))
+        children = value.items()
+    elif isinstance(value, list):
+        children = enumerate(value)
+    for key, child in children:
+        yield from nodes_of(child, f"{path}.{key}" if path else str(key))
 
 
-def _names_in(found: Any) -> list[str]:
-    modules = [module.name for module in pkgutil.iter_modules(getattr(found, "__path__", []))]
-    return [name for name in [*dir(found), *modules] if not name.startswith("_")]
+def _public_names(parent: Any) -> list[str]:
+    names = dir(parent)
+    for module in pkgutil.iter_modules(getattr(parent, "__path__", [])):
+        names.append(module.name)
+    return [name for name in names if not name.startswith("_")]

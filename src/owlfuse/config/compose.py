@@ -3,19 +3,20 @@ checks before building."""
 
 from __future__ import annotations
 
+import itertools
 import math
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from owlfuse.config.build import to_dict
-from owlfuse.config.check import Where, check_arguments, check_targets
+from owlfuse.config.check import Origin, check_arguments, check_targets
 from owlfuse.config.folders import EXPERIMENTS, ConfigFolders, find_folders
-from owlfuse.config.hydra import OPTIONAL_GROUPS, Composition, dotted_keys, read_overrides
+from owlfuse.config.hydra import OPTIONAL_GROUPS, Composition, dotted_items, read_overrides
 from owlfuse.config.messages import check_name, no_such_option
 from owlfuse.config.trust import accept, read_run_config
 from owlfuse.core.errors import COMMAND_LINE, ConfigError, DataError, label, nearest, nearest_key
@@ -85,24 +86,32 @@ class Root:
 def compose(
     overrides: list[str], config_dir: str | Path | None = None, importing: bool = True
 ) -> DictConfig:
-    """The configuration of `overrides`, composed, resolved and checked. Raises ConfigError.
+    """Return the configuration of `overrides`, composed, resolved and checked.
 
     With `resume=<run>` among the overrides it starts from the run's config.yaml instead of the
-    groups. config_dir: a folder with train.yaml and groups, in place of the package's and the
-    working folder's. importing: False leaves out the checks for which the modules of the parts are
-    imported; `check` does them.
+    groups.
+
+    Args:
+        config_dir: a folder with train.yaml and groups, in place of the package's and the working
+            folder's.
+        importing: False leaves out the checks for which the modules of the parts are imported;
+            `check` does them.
+
+    Raises:
+        ConfigError: a mistake, in one line.
     """
     folders = find_folders(config_dir)
     run = _resumed_run(overrides)
     lines = [line for line in overrides if not line.startswith("resume=")]
     if run is None:
         composition = _choose_experiment(lines, folders)
-        config = _without_hydra(composition, experiment=composition.experiment or "default")
+        config = _without_hydra(composition)
+        config.experiment = composition.experiment or "default"
     else:
-        composition = _on_resume(lines, run, folders)
-        config = _without_hydra(composition, resume=str(run))
-    # beside the content: where each key comes from, for origin_of
-    config.__dict__["_composition"] = composition
+        composition = _compose_resumed(lines, run, folders)
+        config = _without_hydra(composition)
+        config.resume = str(run)
+    _remember_origins(config, composition)
     _resolve(config)
     if isinstance(config.get("name"), int) and not isinstance(config.name, bool):
         config.name = str(config.name)  # name=1 is a name
@@ -113,104 +122,146 @@ def compose(
 
 
 def compose_root(root: str, overrides: list[str]) -> DictConfig:
-    """A configuration with a root of its own, `configs/<root>.yaml`: composed and resolved, every
-    `_target_` checked as far as that needs no import. Raises ConfigError."""
+    """Return a configuration with another root, `configs/<root>.yaml`: composed and resolved, every
+    `_target_` checked as far as that needs no import.
+
+    Raises:
+        ConfigError: a mistake, in one line.
+    """
     folders = replace(find_folders(), root=root)
     composition = Composition(folders, read_overrides(overrides, folders))
     config = _without_hydra(composition)
-    config.__dict__["_composition"] = composition
+    _remember_origins(config, composition)
     _resolve(config)
     check_targets(to_dict(config), lambda path: origin_of(config, path), importing=False)
     return config
 
 
 def check(config: DictConfig, importing: bool = True) -> None:
-    """Keys and types of the fixed levels, then every `_target_`'s arguments. Raises ConfigError.
+    """Check keys and types of the fixed levels, then every `_target_`'s arguments.
 
-    importing: False checks only what is known of a `_target_` without importing it.
+    Args:
+        importing: False checks only what is known of a `_target_` without importing it.
+
+    Raises:
+        ConfigError: the first mistake.
     """
     plain = to_dict(config)
 
-    def where(path: str) -> str:
+    def origin(path: str) -> str:
         return origin_of(config, path)
 
-    check_levels(plain, where)
-    check_steps(plain["trainer"], where)
-    check_targets(plain, where, importing)
+    check_levels(plain, origin)
+    check_steps(plain["trainer"], origin)
+    check_targets(plain, origin, importing)
 
 
-def check_levels(plain: dict[str, Any], where: Where) -> None:
-    """Checks keys and types of the levels that every configuration has. Raises ConfigError."""
-    check_arguments(Root, "", "", plain, where)
+def check_levels(plain: dict[str, Any], origin: Origin) -> None:
+    """Check keys and types of the levels that every configuration has. Raises ConfigError."""
+    check_arguments(
+        Root,
+        "",
+        "",
+        plain,
+        origin,
+    )
     for key in ("experiment", "name"):
         if plain.get(key) is not None:
-            check_name(f"{where(key)}: {key}", plain[key])
-    check_arguments(Model, "", "model", plain["model"], where)
-    check_arguments(Adapters, "", "model.adapter", plain["model"]["adapter"], where)
-    check_arguments(PlanOptions, "", "plan", plain.get("plan") or {}, where)
+            check_name(f"{origin(key)}: {key}", plain[key])
+    check_arguments(
+        Model,
+        "",
+        "model",
+        plain["model"],
+        origin,
+    )
+    check_arguments(
+        Adapters,
+        "",
+        "model.adapter",
+        plain["model"]["adapter"],
+        origin,
+    )
+    check_arguments(
+        PlanOptions,
+        "",
+        "plan",
+        plain.get("plan") or {},
+        origin,
+    )
     for part in PARTS:
         if "_target_" not in plain["model"][part]:
             raise ConfigError(
-                f"{where(f'model.{part}')}: model.{part}._target_: not set, and required"
+                f"{origin(f'model.{part}')}: model.{part}._target_: not set, and required"
             )
 
 
 def read_run(folder: Path) -> dict[str, Any]:
-    """A run's configuration, for reading its model: the names in it checked (see `foreign`), and
-    the model's arguments.
+    """Return a run's configuration, for reading its model: the names in it checked (see `trust`),
+    and the model's arguments.
 
     Raises:
-        ConfigError, DataError: what is wrong with config.yaml, in one line.
+        ConfigError, DataError: a mistake in config.yaml, in one line.
     """
     plain = read_run_config(folder)
 
-    def where(path: str) -> str:
+    def origin(path: str) -> str:
         return label(folder / "config.yaml")
 
-    check_levels(plain, where)
-    check_targets({"model": plain["model"]}, where)
+    check_levels(plain, origin)
+    check_targets({"model": plain["model"]}, origin)
     return plain
 
 
-def check_steps(trainer: dict[str, Any], where: Where) -> None:
-    """Raises ConfigError for numbers that no run can be made of, though Lightning's types allow
+def check_steps(trainer: dict[str, Any], origin: Origin) -> None:
+    """Raise ConfigError for numbers that no run can be made of, though Lightning's types allow
     them."""
 
-    def refuse(key: str, expected: str) -> ConfigError:
+    def refusal(key: str, expected: str) -> ConfigError:
         value = "null" if trainer[key] is None else trainer[key]
         return ConfigError(
-            f"{where(f'trainer.{key}')}: trainer.{key} is {value}, expected {expected}"
+            f"{origin(f'trainer.{key}')}: trainer.{key} is {value}, expected {expected}"
         )
 
     for key in ("max_steps", "log_every_n_steps"):
         if type(trainer.get(key)) is int and trainer[key] < 1:
-            raise refuse(key, "a whole number of optimizer steps from 1 on")
+            raise refusal(key, "a whole number of optimizer steps from 1 on")
     interval = trainer.get("val_check_interval", 1)
-    # of Lightning's other ways to say it a run has no use
+    # Lightning also takes shares of an epoch and times, but the data are an endless stream.
     if type(interval) is not int or interval < 1:
-        raise refuse(
+        raise refusal(
             "val_check_interval",
             "a whole number of optimizer steps between two validations, from 1 on",
         )
     limit = trainer.get("gradient_clip_val")
-    # Lightning takes a negative one, which turns gradients
+    # Lightning takes a negative one, which turns gradients.
     if isinstance(limit, int | float) and not 0 <= limit < math.inf:
-        raise refuse("gradient_clip_val", "a norm of at least 0, or null")
+        raise refusal("gradient_clip_val", "a norm of at least 0, or null")
 
 
 def origin_of(config: DictConfig, path: str) -> str:
-    """Which file (or "command line") set a key, as messages name it: origin_of(config,
+    """Return which file (or "command line") set a key, as messages name it: origin_of(config,
     "model.fusion.gate").
 
-    For a group of keys the last place that set any of them. A copy of a composed configuration no
-    longer knows.
+    Of a group of keys it is the last file that set any of them. A copy of a composed configuration
+    does not know its origins.
     """
     composition = config.__dict__.get("_composition")
     return composition.origin(path) if composition else "configuration"
 
 
+def with_config_origin(config: DictConfig, message: str) -> str:
+    """Return a message that begins with a part of the model, with the file that configures the
+    part before it."""
+    part = message.partition(":")[0]
+    if part.partition(".")[0] not in config.model:
+        return f"experiment {config.experiment}: {message}"
+    return f"{origin_of(config, f'model.{part}')}: model.{message}"
+
+
 def sweep_cells(overrides: list[str], config_dir: str | Path | None = None) -> list[list[str]]:
-    """The runs of a sweep, each as its overrides: the product of all comma lists, ranges and globs.
+    """Return the runs of a sweep, each as its overrides: the product of all comma lists, ranges
+    and globs.
 
     An experiment's `hydra.sweeper.params` are swept over too, where the command line does not set
     the key.
@@ -221,33 +272,34 @@ def sweep_cells(overrides: list[str], config_dir: str | Path | None = None) -> l
             f"{COMMAND_LINE}: resume: a sweep cannot be resumed; resume one run at a time, "
             "without -m"
         )
+    # All experiments are looked up before the first one is composed.
+    compositions = []
+    for words in _product(overrides, folders):
+        compositions.append((words, _choose_experiment(words, folders)))
     cells = []
-    chosen = [(cell, _choose_experiment(cell, folders)) for cell in _product(overrides, folders)]
-    for cell, composition in chosen:
-        node = composition.compose()
-        params = OmegaConf.select(node, "hydra.sweeper.params") or {}
-        given = {o.get_key_element() for o in read_overrides(cell, folders)}
-        cells += _product(
-            cell + [f"{key}={value}" for key, value in params.items() if key not in given], folders
-        )
+    for words, composition in compositions:
+        params = OmegaConf.select(composition.compose(), "hydra.sweeper.params") or {}
+        set_keys = {override.get_key_element() for override in read_overrides(words, folders)}
+        swept = [f"{key}={value}" for key, value in params.items() if key not in set_keys]
+        cells += _product(words + swept, folders)
     return cells
 
 
 def find_run(folder: str | Path) -> Path:
-    """A run's folder, known by its config.yaml. Raises ConfigError with the nearest run."""
+    """Return a run's folder, known by its config.yaml. Raises ConfigError with the nearest run."""
     run = Path(folder).expanduser()
     if (run / "config.yaml").is_file():
         return run
     if kind := describe_path(run):
         raise ConfigError(f"{COMMAND_LINE}: {folder} {kind}")
-    beside = run.parent.glob("*/config.yaml")  # no deeper: above it may be the whole disk
-    of_experiments, of_recipes = (
-        Path("runs").glob("*/*/config.yaml"),
-        Path("runs").glob("*/*/*/config.yaml"),
-    )
-    runs = {str(file.parent) for files in (beside, of_experiments, of_recipes) for file in files}
-    by_name = {Path(r).name: r for r in runs}
-    match = nearest(str(run), runs) or by_name.get(nearest(run.name, by_name) or "")
+    files = list(run.parent.glob("*/config.yaml"))  # no deeper: above it may be the whole disk
+    files += Path("runs").glob("*/*/config.yaml")
+    files += Path("runs").glob("*/*/*/config.yaml")  # stages of recipes
+    runs = {str(file.parent) for file in files}
+    runs_by_name = {Path(path).name: path for path in runs}
+    match = nearest(str(run), runs)
+    if match is None:
+        match = runs_by_name.get(nearest(run.name, runs_by_name) or "")
     guess = f"; did you mean '{match}'?" if match else ""
     raise ConfigError(
         f"{COMMAND_LINE}: {folder}: not a run: there is no {run / 'config.yaml'}{guess}"
@@ -255,91 +307,90 @@ def find_run(folder: str | Path) -> Path:
 
 
 def _choose_experiment(lines: list[str], folders: ConfigFolders) -> Composition:
-    """The last `experiment=` apart from the other overrides; without one, `default` where there
-    is such a file."""
-    overrides = read_overrides(lines, folders)
+    """Return the composition of the last `experiment=` and the other overrides; without one it is
+    of `default`, where there is such a file."""
     name: Any = "default" if "default" in folders.experiment_names else None
-    for override in (o for o in overrides if o.key_or_group == "experiment"):
+    overrides = []
+    for override in read_overrides(lines, folders):
+        if override.key_or_group != "experiment":
+            overrides.append(override)
+            continue
         name = override.value()
-        if name is not None and (
-            isinstance(name, dict | list) or not folders.file(f"{EXPERIMENTS}/{name}")
-        ):
+        is_group = isinstance(name, dict | list)
+        if name is not None and (is_group or not folders.file(f"{EXPERIMENTS}/{name}")):
             raise no_such_option(COMMAND_LINE, EXPERIMENTS, str(name), folders)
-    others = [o for o in overrides if o.key_or_group != "experiment"]
-    return Composition(folders, others, None if name is None else str(name))
+    return Composition(folders, overrides, None if name is None else str(name))
 
 
-def _on_resume(lines: list[str], run: Path, folders: ConfigFolders) -> Composition:
-    """The run's own configuration with overrides of keys; what it was composed of stays."""
+def _compose_resumed(lines: list[str], run: Path, folders: ConfigFolders) -> Composition:
+    """Return the composition of a run's own configuration with overrides of keys. Raises
+    ConfigError for overrides that would make another run of it."""
     try:
         saved = read_run_config(run)
     except DataError as error:
         raise ConfigError(str(error)) from error
-    overrides = read_overrides(lines, folders)
-    for override in overrides:
-        same_experiment = override.key_or_group == "experiment" and override.value() == saved.get(
-            "experiment"
-        )
-        group = override.key_or_group in (*folders.groups, "experiment") and not isinstance(
-            override.value(), dict
-        )
-        if group and not same_experiment:
+    overrides = []
+    for override in read_overrides(lines, folders):
+        key, value = override.key_or_group, override.value()
+        if key == "experiment" and value == saved.get("experiment"):
+            continue
+        if key in (*folders.groups, "experiment") and not isinstance(value, dict):
             raise ConfigError(
                 f"{COMMAND_LINE}: {override.input_line}: a resumed run keeps its experiment and "
                 "groups; only keys can change"
             )
-        if override.key_or_group in ("name", "runs") and override.value() not in (
-            saved.get(override.key_or_group),
-            run.name,
-        ):
+        if key in ("name", "runs") and value not in (saved.get(key), run.name):
             raise ConfigError(
                 f"{COMMAND_LINE}: {override.input_line}: a resumed run stays in its folder, {run}"
             )
-    others = [o for o in overrides if o.key_or_group != "experiment"]
-    return Composition(ConfigFolders(configs=(run.resolve(),), root="config"), others)
+        overrides.append(override)
+    run_folders = ConfigFolders(configs=(run.resolve(),), root="config")
+    return Composition(run_folders, overrides)
 
 
 def _resumed_run(overrides: list[str]) -> Path | None:
-    """The folder of the last `resume=`, read outside of Hydra's grammar: a folder may be named
-    `lr=1,2`."""
-    values = [
-        line.partition("=")[2].strip("'\"") for line in overrides if line.startswith("resume=")
-    ]
-    return find_run(values[-1]) if values and values[-1] not in ("", "null") else None
+    """Return the folder of the last `resume=`, read outside of Hydra's grammar: a folder may be
+    named `lr=1,2`."""
+    values = []
+    for line in overrides:
+        if line.startswith("resume="):
+            values.append(line.partition("=")[2].strip("'\""))
+    if not values or values[-1] in ("", "null"):
+        return None
+    return find_run(values[-1])
 
 
-def _without_hydra(composition: Composition, **root_keys: str) -> DictConfig:
+def _without_hydra(composition: Composition) -> DictConfig:
     config = composition.compose()
     with open_dict(config):
         del config["hydra"]
         if "model" in config:  # of a run, and not of another root
             for group in OPTIONAL_GROUPS:
                 config.setdefault(group, None)  # Hydra leaves out a group that is null
-            for group in composition.left_out:
+            for group in composition.null_groups:
                 config[group] = None  # and keeps what an experiment's file sets in it
-        config.update(root_keys)
     return config
 
 
-def _resolve(config: DictConfig) -> None:
-    """Fill in the interpolations.
+def _remember_origins(config: DictConfig, composition: Composition) -> None:
+    # Beside the content, where OmegaConf neither prints nor saves it.
+    config.__dict__["_composition"] = composition
 
-    Values that are missing (`???`) and interpolations that lead nowhere are errors.
-    """
-    keys = dotted_keys(OmegaConf.to_container(config, resolve=False))
-    for key in keys:
+
+def _resolve(config: DictConfig) -> None:
+    """Fill in the interpolations. Raises ConfigError for values that are missing (`???`) and
+    interpolations that lead nowhere."""
+    values = dotted_items(OmegaConf.to_container(config, resolve=False))
+    for key, value in values.items():
         try:
             OmegaConf.select(config, key)
         except OmegaConfBaseException as error:
-            what = (
-                (error.msg or str(error))
-                .splitlines()[0]
-                .split("while resolving interpolation: ")[-1]
-            )
-            wanted = what.split("'")[1] if what.startswith("Interpolation key '") else ""
-            match = nearest_key(wanted, keys) if wanted else None
-            guess = f"; did you mean '{match}'?" if match else ""
-            raise ConfigError(f"{origin_of(config, key)}: {key}: {what}{guess}") from None
+            reason = (error.msg or str(error)).splitlines()[0]
+            for reference in re.findall(r"\$\{([\w.]+)\}", str(value)):
+                match = nearest_key(reference, values)
+                if reference not in values and match:
+                    reason += f"; did you mean '{match}'?"
+            raise ConfigError(f"{origin_of(config, key)}: {key}: {reason}") from None
     OmegaConf.resolve(config)
     for key in sorted(OmegaConf.missing_keys(config)):
         raise ConfigError(
@@ -348,13 +399,17 @@ def _resolve(config: DictConfig) -> None:
 
 
 def _product(lines: list[str], folders: ConfigFolders) -> list[list[str]]:
-    return BasicSweeper.split_arguments(read_overrides(lines, folders, sweep=True), None)[0]
-
-
-def place(config: DictConfig, message: str) -> str:
-    """A message that begins with a part of the model, with the file that configures the part
-    before it."""
-    part = message.partition(":")[0]
-    if part.partition(".")[0] not in config.model:
-        return f"experiment {config.experiment}: {message}"
-    return f"{origin_of(config, f'model.{part}')}: model.{message}"
+    """Return every combination of the values that overrides list."""
+    choices = []
+    for override in read_overrides(lines, folders, sweep=True):
+        key = override.get_key_element()
+        if not override.is_sweep_override():
+            choices.append([f"{key}={override.get_value_element_as_str()}"])
+        elif override.is_discrete_sweep():
+            choices.append([f"{key}={value}" for value in override.sweep_string_iterator()])
+        else:
+            raise ConfigError(
+                f"{COMMAND_LINE}: {override.input_line}: no list of values; a sweep takes a,b, "
+                "range(...), choice(...) or glob(...)"
+            )
+    return [list(combination) for combination in itertools.product(*choices)]

@@ -1,7 +1,5 @@
-"""Where configuration lies:
-
-`configs/` (groups) and `experiments/`, ours and the user's. Imports nothing heavy.
-"""
+"""The folders of configuration: `configs/` (groups) and `experiments/`, of owlfuse and of the user.
+Imports nothing heavy."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -27,8 +25,7 @@ class ConfigFolders:
 
     @cached_property
     def groups(self) -> dict[str, list[str]]:
-        """Each group and its options: {"model/fusion": ["concat", ...]}, without the
-        experiments."""
+        """The options of each group: {"model/fusion": ["concat", ...]}, without the experiments."""
         groups: dict[str, set[str]] = {}
         for name in _yamls(self.configs):
             group, _, option = name.rpartition("/")
@@ -38,94 +35,80 @@ class ConfigFolders:
 
     @cached_property
     def experiment_names(self) -> list[str]:
-        """Names as experiment=<name> takes them, in subfolders as `folder/name`, without recipes
-        and ablations."""
+        """Names for experiment=<name>, in subfolders as `folder/name`, without recipes and
+        ablations."""
         names = _yamls(self.experiments)
-        return sorted(name for name in names if name.rpartition("/")[2] not in (RECIPE, ABLATION))
+        experiments = []
+        for name in names:
+            if name.rpartition("/")[2] not in (RECIPE, ABLATION):
+                experiments.append(name)
+        return sorted(experiments)
 
     @cached_property
     def recipe_names(self) -> list[str]:
-        """Names as `owlfuse recipe <name>` takes them."""
-        return self._folders_of(RECIPE)
+        """Names for `owlfuse recipe <name>`."""
+        return self._folders_with(RECIPE)
 
     @cached_property
     def ablation_names(self) -> list[str]:
-        """Names as `owlfuse ablate <name>` takes them."""
-        return self._folders_of(ABLATION)
+        """Names for `owlfuse ablate <name>`."""
+        return self._folders_with(ABLATION)
 
     def recipe(self, name: str) -> Path | None:
-        """The file of a recipe."""
-        return next(
-            (
-                path
-                for folder in self.experiments
-                if (path := folder / name / f"{RECIPE}.yaml").is_file()
-            ),
-            None,
-        )
+        """Return the file of a recipe."""
+        return _first_file(self.experiments, f"{name}/{RECIPE}.yaml")
 
     def ablation(self, name: str) -> Path | None:
-        """The file of an ablation."""
-        return next(
-            (
-                path
-                for folder in self.experiments
-                if (path := folder / name / f"{ABLATION}.yaml").is_file()
-            ),
-            None,
-        )
+        """Return the file of an ablation."""
+        return _first_file(self.experiments, f"{name}/{ABLATION}.yaml")
 
-    def _folders_of(self, file: str) -> list[str]:
-        return sorted(
-            name.rpartition("/")[0]
-            for name in _yamls(self.experiments)
-            if name.rpartition("/")[2] == file
-        )
+    def _folders_with(self, stem: str) -> list[str]:
+        names = [name.rpartition("/") for name in _yamls(self.experiments)]
+        return sorted(folder for folder, _, file_stem in names if file_stem == stem)
 
     def stage(self, config_path: str) -> dict[str, Any] | None:
-        """The content of "experiments/<recipe>/<stage>", which a recipe's file holds; None where
-        there is none, or where the name has a file of its own. Raises ConfigError for a recipe that
+        """Return the content of "experiments/<recipe>/<stage>" in a recipe's file; None where there
+        is none, or where the name has a file of its own. Raises ConfigError for a recipe that
         cannot be read."""
-        head, _, rest = config_path.partition("/")
-        recipe, _, stage = rest.rpartition("/")
-        file = self.recipe(recipe) if head == EXPERIMENTS and recipe else None
-        if file is None or self._own_file(config_path):
+        group, _, name = config_path.partition("/")
+        recipe, _, stage = name.rpartition("/")
+        file = self.recipe(recipe) if group == EXPERIMENTS and recipe else None
+        if file is None or self._single_file(config_path):
             return None
-
         return read_stages(file).get(stage)
 
     def stage_names(self, recipe: str) -> list[str]:
-        """The stages of a recipe in order; none where there is no such recipe."""
+        """Return the stages of a recipe in order; none where there is no such recipe."""
         file = self.recipe(recipe) if recipe else None
         return list(read_stages(file)) if file else []
 
     def options(self, group: str) -> list[str]:
+        """Return the options of a group, or the names of experiments."""
         return self.experiment_names if group == EXPERIMENTS else self.groups.get(group, [])
 
     def get_group_options(self, group_name: str, results_filter: object = None) -> list[str]:
-        """`options` under the name that Hydra's glob(...) asks for."""
+        """Return `options`, under the name that Hydra's glob(...) calls."""
         return self.options(EXPERIMENTS if group_name == "experiment" else group_name)
 
     def file(self, config_path: str) -> Path | None:
-        """The file of one entry of a defaults list: "model/fusion/concat",
+        """Return the file of one entry of a defaults list: "model/fusion/concat",
         "experiments/shapes_owl1" or "train". That of a recipe's stage is the recipe's."""
-        own = self._own_file(config_path)
-        if own is None and self.stage(config_path) is not None:
-            return self.recipe(config_path.partition("/")[2].rpartition("/")[0])
-        return own
+        file = self._single_file(config_path)
+        if file is None and self.stage(config_path) is not None:
+            name = config_path.partition("/")[2]
+            return self.recipe(name.rpartition("/")[0])
+        return file
 
-    def _own_file(self, config_path: str) -> Path | None:
-        head, _, rest = config_path.partition("/")
-        folders, name = (
-            (self.experiments, rest) if head == EXPERIMENTS else (self.configs, config_path)
-        )
-        return next(
-            (path for folder in folders if (path := folder / f"{name}.yaml").is_file()), None
-        )
+    def _single_file(self, config_path: str) -> Path | None:
+        """Return the yaml that holds this entry alone."""
+        group, _, name = config_path.partition("/")
+        if group == EXPERIMENTS:
+            return _first_file(self.experiments, f"{name}.yaml")
+        return _first_file(self.configs, f"{config_path}.yaml")
 
 
 def find_folders(config_dir: str | Path | None = None) -> ConfigFolders:
-    """The package's or the repository's folders, then those of the working folder.
+    """Return the package's or the repository's folders, then those of the working folder.
 
     With `config_dir` only it and the `experiments` beside it.
     """
@@ -133,18 +116,30 @@ def find_folders(config_dir: str | Path | None = None) -> ConfigFolders:
         roots = [Path(config_dir).resolve()]
     else:
         package = Path(__file__).resolve().parents[1]
-        ours = package if (package / "configs").is_dir() else package.parents[1]
-        roots = list(dict.fromkeys([ours / "configs", Path.cwd().resolve() / "configs"]))
+        # A wheel has the configuration in the package, a checkout at its top.
+        base = package if (package / "configs").is_dir() else package.parents[1]
+        roots = [base / "configs"]
+        working_root = Path.cwd().resolve() / "configs"
+        if working_root not in roots:
+            roots.append(working_root)
     experiments = [root.parent / EXPERIMENTS for root in roots]
     return ConfigFolders(
-        configs=tuple(roots[:1] + [root for root in roots[1:] if root.is_dir()]),
-        experiments=tuple(folder for folder in experiments if folder.is_dir()),
+        # Without the first, there is nothing to compose: Hydra's error names it.
+        configs=(roots[0], *filter(Path.is_dir, roots[1:])),
+        experiments=tuple(filter(Path.is_dir, experiments)),
     )
 
 
+def _first_file(folders: tuple[Path, ...], name: str) -> Path | None:
+    for folder in folders:
+        if (folder / name).is_file():
+            return folder / name
+    return None
+
+
 def _yamls(folders: tuple[Path, ...]) -> set[str]:
-    return {
-        path.relative_to(folder).with_suffix("").as_posix()
-        for folder in folders
-        for path in folder.rglob("*.yaml")
-    }
+    names = set()
+    for folder in folders:
+        for path in folder.rglob("*.yaml"):
+            names.add(path.relative_to(folder).with_suffix("").as_posix())
+    return names

@@ -1,36 +1,31 @@
-"""Composition by Hydra: overrides read and checked, the folders searched, and for every key the
-file that set it."""
+"""Composition by Hydra: overrides are read and checked, and each key's origin is known."""
 
 import re
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import hydra
 import yaml
-from hydra._internal.core_plugins.file_config_source import FileConfigSource
+from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
-from hydra.core.object_type import ObjectType
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
-from hydra.core.plugins import Plugins
-from hydra.errors import OverrideParseException
-from hydra.plugins.config_source import ConfigResult
+from hydra.errors import MissingConfigException, OverrideParseException
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 
 from owlfuse.config.check import locate_target, parameters_of
 from owlfuse.config.folders import EXPERIMENTS, ConfigFolders
-from owlfuse.config.messages import explain, grammar_error, no_such_option
+from owlfuse.config.messages import no_such_option
 from owlfuse.config.signatures import read_signature
-from owlfuse.core.errors import COMMAND_LINE, ConfigError, hint, label, nearest_key
+from owlfuse.core.errors import COMMAND_LINE, ConfigError, hint, label, nearest_key, yaml_error
 
+# Groups that a run can do without: <group>=null.
 OPTIONAL_GROUPS = ("evaluation", "logger")
-"""Groups that a run can do without: <group>=null."""
 
 
 @dataclass(frozen=True)
@@ -42,143 +37,224 @@ class Composition:
     experiment: str | None = None
 
     def compose(self) -> DictConfig:
-        """Composed, not resolved, with Hydra's own node. Raises ConfigError."""
-        for override in self.values:
+        """Return the configuration, composed and not resolved, with Hydra's own node.
+
+        Raises:
+            ConfigError: what Hydra, OmegaConf or yaml object to, in one line.
+        """
+        # Hydra's own error would be about the key, and not about the group that is null.
+        self._check_null_groups()
+        try:
+            with self._initialized():
+                return hydra.compose(
+                    self.folders.root, overrides=self._lines, return_hydra_config=True
+                )
+        # What Hydra, OmegaConf and yaml raise has no common base, and is always about the
+        # configuration: no other code runs in between.
+        except Exception as error:
+            raise self._config_error(error) from None
+
+    def origin(self, path: str) -> str:
+        """Return the last file that sets a key, or "command line"; for a key that none sets, that
+        of its nearest parent."""
+        parts = path.split(".") if path else []
+        for length in range(len(parts), 0, -1):
+            # The last layer wins, as in Hydra's merge.
+            for source, content in reversed(self._layers):
+                if has_key(content, parts[:length]):
+                    return source
+        return self._root_label
+
+    @cached_property
+    def key_overrides(self) -> list[Override]:
+        """Overrides of keys, without those that choose an option of a group."""
+        selected = []
+        for override in self.overrides:
+            chooses_option = override.key_or_group in self.folders.groups
+            if not chooses_option or isinstance(override.value(), dict):
+                selected.append(override)
+        return selected
+
+    @cached_property
+    def null_groups(self) -> set[str]:
+        """Groups that the overrides set to null."""
+        return {o.key_or_group for o in self.overrides if is_null_group(o)}
+
+    @property
+    def _root_label(self) -> str:
+        return label(self.folders.file(self.folders.root) or self.folders.root)
+
+    @cached_property
+    def _lines(self) -> list[str]:
+        """The overrides as Hydra is given them."""
+        lines = [_search_path(self.folders)]
+        if self.experiment:
+            # An experiment's file is for the root, whichever group it lies in.
+            lines.append(f"{EXPERIMENTS}@_global_={_quoted(self.experiment)}")
+        for override in self.overrides:
+            # Hydra knows only ~<group> for <group>=null.
+            is_null = is_null_group(override)
+            lines.append(f"~{override.key_or_group}" if is_null else str(override.input_line))
+        return lines
+
+    @cached_property
+    def _layers(self) -> list[tuple[str, Any]]:
+        """(file or "command line", content) in the order in which Hydra merges; later ones win."""
+        with self._initialized():
+            loader = GlobalHydra.instance().config_loader()
+            defaults = loader.compute_defaults_list(self.folders.root, self._lines, RunMode.RUN)
+        layers = []
+        for entry in defaults.defaults:
+            file = self.folders.file(entry.config_path) if entry.config_path else None
+            if file is None:
+                continue
+            # A stage's file is the recipe's, which holds other stages too.
+            content: Any = self.folders.stage(str(entry.config_path))
+            if content is None:
+                content = OmegaConf.to_container(OmegaConf.load(file), resolve=False)
+            layers.append((label(file), nested(content, entry.package or "")))
+        for override in self.key_overrides:
+            layers.append((COMMAND_LINE, nested(override.value(), override.key_or_group)))
+        return layers
+
+    @contextmanager
+    def _initialized(self) -> Iterator[None]:
+        """Hydra's global state for the folders, the stages of a recipe among its configurations."""
+        path = f"{EXPERIMENTS}/{self.experiment}"
+        stage = self.folders.stage(path) if self.experiment else None
+        if stage is not None:
+            group, _, name = path.rpartition("/")
+            ConfigStore.instance().store(name, stage, group)
+        # Hydra allows one initialization a process, and a recipe composes several stages.
+        GlobalHydra.instance().clear()
+        with warnings.catch_warnings():
+            # hydra 1.3 warns where there is none, 1.4 where there is one
+            warnings.filterwarnings("ignore", "The version_base")
+            initialized = hydra.initialize_config_dir(
+                str(self.folders.configs[0]), job_name="owlfuse", version_base="1.3"
+            )
+        with initialized:
+            yield
+
+    def _check_null_groups(self) -> None:
+        for override in self.key_overrides:
             group = override.key_or_group.partition(".")[0]
-            if group in self.left_out:
+            if group in self.null_groups:
                 line = override.input_line
                 raise ConfigError(
                     f"{COMMAND_LINE}: {line}: {group} is null, so it has no keys; leave out "
                     f"{line} or {group}=null"
                 )
+
+    def _config_error(self, error: Exception) -> ConfigError:
+        """Return an error of Hydra as it is, with the file in front that is at fault."""
+        if isinstance(error, yaml.MarkedYAMLError):
+            return yaml_error(error)
+        key_error = self._find_key_error()
+        if key_error is not None:
+            return key_error
+        source = self._faulty_source()
+        if isinstance(error, MissingConfigException) and error.missing_cfg_file:
+            group, _, option = error.missing_cfg_file.rpartition("/")
+            if group.split("/")[0] == EXPERIMENTS:  # one group for us, with names such as a/b
+                group, _, option = error.missing_cfg_file.partition("/")
+            if group in (EXPERIMENTS, *self.folders.groups):
+                return no_such_option(source, group, option, self.folders)
+        # Hydra raises some errors of OmegaConf again without their message.
+        return ConfigError(f"{source}: {str(error) or error.__cause__}")
+
+    def _faulty_source(self) -> str:
+        """Return the source that does not compose: the command line if all is well without it,
+        the experiment if the groups alone compose, or the root file."""
+        if self.overrides and Composition(self.folders, [], self.experiment).composes():
+            return COMMAND_LINE
+        file = self.folders.file(f"{EXPERIMENTS}/{self.experiment}") if self.experiment else None
+        if file and Composition(self.folders, []).composes():
+            return label(file)
+        return self._root_label
+
+    def composes(self) -> bool:
+        """Whether Hydra composes it."""
         try:
-            with _hydra(self.folders):
-                config_name = self.folders.root
-                return hydra.compose(config_name, overrides=self._lines, return_hydra_config=True)
-        except Exception as error:
-            # Whatever Hydra, OmegaConf or yaml raise here is about the configuration: nothing of
-            # ours runs in between.
-            raise self._explained(error) from None
+            self.compose()
+        except ConfigError:
+            return False
+        return True
 
-    def origin(self, path: str) -> str:
-        """The last file that sets a key, or "command line"; for a key that none sets, that of
-        its nearest parent."""
-        parts = path.split(".") if path else []
-        for n in range(len(parts), 0, -1):
-            for place, content in reversed(self._layers):
-                if _contains(content, parts[:n]):
-                    return place
-        return label(self.folders.file(self.folders.root) or self.folders.root)
-
-    @cached_property
-    def values(self) -> list[Override]:
-        """Overrides of keys, without those that choose an option of a group."""
-        return [
-            o
-            for o in self.overrides
-            if o.key_or_group not in self.folders.groups or isinstance(o.value(), dict)
-        ]
-
-    @cached_property
-    def left_out(self) -> set[str]:
-        """Groups that are null."""
-        return {o.key_or_group for o in self.overrides if is_left_out(o)}
-
-    @cached_property
-    def _lines(self) -> list[str]:
-        chosen = [f"{EXPERIMENTS}={_quoted(self.experiment)}"] if self.experiment else []
-        # Hydra knows only ~<group> for <group>=null
-        lines = [
-            f"~{o.key_or_group}" if is_left_out(o) else str(o.input_line) for o in self.overrides
-        ]
-        return [_search_path(self.folders), *chosen, *lines]
-
-    @cached_property
-    def _layers(self) -> list[tuple[str, Any]]:
-        """(place, content) in the order in which Hydra merges; later ones win."""
-        with _hydra(self.folders):
-            loader = GlobalHydra.instance().config_loader()
-            entries = loader.compute_defaults_list(
-                self.folders.root, self._lines, RunMode.RUN
-            ).defaults
-        layers = []
-        for entry in entries:
-            if entry.config_path and (file := self.folders.file(entry.config_path)):
-                stage = self.folders.stage(entry.config_path)
-                content = (
-                    OmegaConf.to_container(OmegaConf.load(file), resolve=False)
-                    if stage is None
-                    else stage
-                )
-                layers.append((label(file), _embed(content, entry.package or "")))
-        return layers + [(COMMAND_LINE, _embed(o.value(), o.key_or_group)) for o in self.values]
-
-    def _explained(self, error: Exception) -> ConfigError:
-        for override in self.values:
-            if str(error).startswith(f"Could not override '{override.key_or_group}'.\nTo append"):
-                return self._unknown_key(override)
-            if str(error).startswith(
-                f"Could not append to config. An item is already at '{override.key_or_group}'"
-            ):
-                line = str(override.input_line)
+    def _find_key_error(self) -> ConfigError | None:
+        """Return the error of the first override of a key that is not there, or that is added and
+        is there; None where the keys are right or the files themselves do not compose."""
+        if not self.key_overrides:
+            return None
+        group_overrides = [o for o in self.overrides if o not in self.key_overrides]
+        try:
+            config = Composition(self.folders, group_overrides, self.experiment).compose()
+        except ConfigError:
+            return None
+        with open_dict(config):
+            del config["hydra"]
+        # Unresolved, since the interpolations may need the very overrides that are left out here.
+        keys = set(dotted_items(OmegaConf.to_container(config, resolve=False)))
+        for override in self.key_overrides:
+            key, line = override.key_or_group, str(override.input_line)
+            if override.is_delete():
+                continue
+            if override.is_add() and key in keys:
                 return ConfigError(
                     f"{COMMAND_LINE}: {line}: the key exists; write {line.lstrip('+')}"
                 )
-        file = self.folders.file(f"{EXPERIMENTS}/{self.experiment}") if self.experiment else None
-        return explain(error, self.folders, self._blamed(file), [str(file)] if file else [])
+            set_keys = dotted_items(nested(override.value(), key))
+            if not override.is_add() and not override.is_force_add():
+                unknown = [set_key for set_key in set_keys if set_key not in keys]
+                if unknown:
+                    return self._unknown_key_error(unknown[0], line, config, keys)
+            # A later override may change a key that an earlier one has added.
+            keys.update(set_keys)
+        return None
 
-    def _blamed(self, file: Path | None) -> str:
-        """Where the mistake lies, found by leaving out the command line, and then the
-        experiment."""
-        if self.overrides and _composes(Composition(self.folders, [], self.experiment)):
-            return COMMAND_LINE
-        if file and _composes(Composition(self.folders, [])):
-            return label(file)
-        return label(self.folders.file(self.folders.root) or self.folders.root)
-
-    def _unknown_key(self, override: Override) -> ConfigError:
-        """An override of a key that no file sets: an argument that may be added, or a
+    def _unknown_key_error(
+        self,
+        key: str,
+        line: str,
+        config: DictConfig,
+        keys: set[str],
+    ) -> ConfigError:
+        """Return the error of a key that no file sets: an argument that may be added, or a
         misspelling."""
-        key = override.key_or_group
         parent, _, name = key.rpartition(".")
-        keys: list[str] = list(self.folders.groups)
-        # This only looks for a better hint: an error of it would hide the one that is told.
-        with suppress(Exception):
-            groups = [o for o in self.overrides if o not in self.values]
-            config = Composition(self.folders, groups, self.experiment).compose()
-            # a dictionary, of a composed one
-            del config._content["hydra"]  # type: ignore[union-attr]
-            keys += dotted_keys(OmegaConf.to_container(config, resolve=False))
-            key = next(
-                (k for k in dotted_keys(_embed(override.value(), key)) if k not in keys), key
+        arguments = self._target_arguments(config, parent)
+        if name in arguments:
+            return ConfigError(
+                f"{COMMAND_LINE}: {key}: no file sets this argument; to add it, write +{line}"
             )
-            parent, _, name = key.rpartition(".")
-            target = OmegaConf.select(config, f"{parent}._target_")
-            callable_ = (
-                (read_signature(target) or locate_target(target, key, self.origin))
-                if target
-                else None
-            )
-            arguments = parameters_of(callable_) if callable_ else None
-            if name in (arguments or {}):
-                line = f"+{override.input_line}"
-                return ConfigError(
-                    f"{COMMAND_LINE}: {key}: no file sets this argument; to add it, write {line}"
-                )
-            keys += [f"{parent}.{argument}" for argument in arguments or {}]
-        match = nearest_key(key, keys)
-        return ConfigError(
-            f"{COMMAND_LINE}: {key}: no such key" + (f"; did you mean '{match}'?" if match else "")
-        )
+        names = [*self.folders.groups, *sorted(keys)]
+        names += [f"{parent}.{argument}" for argument in arguments]
+        match = nearest_key(key, names)
+        guess = f"; did you mean '{match}'?" if match else ""
+        return ConfigError(f"{COMMAND_LINE}: {key}: no such key{guess}")
+
+    def _target_arguments(self, config: DictConfig, path: str) -> list[str]:
+        """Return what the `_target_` at a path takes; nothing where there is none or it is
+        wrong."""
+        target = OmegaConf.select(config, f"{path}._target_")
+        if target is None:
+            return []
+        try:
+            function = read_signature(target) or locate_target(target, path, self.origin)
+        except ConfigError:
+            return []
+        return list(parameters_of(function) or {})
 
 
 def read_overrides(lines: list[str], folders: ConfigFolders, sweep: bool = False) -> list[Override]:
-    """Arguments in Hydra's grammar.
+    """Parse arguments by Hydra's grammar.
 
-    Raises ConfigError for what is wrong with them by themselves.
+    Raises:
+        ConfigError: an argument that is wrong whatever the others are.
     """
     overrides = []
     for line in lines:
+        # Before Hydra's grammar, whose message about a lone word is of tokens.
         if not re.match(r"~.|[^=]+=", line):
             match = nearest_key(line, folders.experiment_names)
             guess = f"; did you mean experiment={match}?" if match else ""
@@ -188,35 +264,35 @@ def read_overrides(lines: list[str], folders: ConfigFolders, sweep: bool = False
         try:
             override = OverridesParser.create().parse_overrides([line])[0]
         except OverrideParseException as error:
-            raise grammar_error(line, str(error)) from None
+            raise ConfigError(
+                f"{COMMAND_LINE}: {line}: {error}; a value with special characters needs quotes: "
+                "key='\"a=b\"'"
+            ) from None
         # glob(...) asks it for a group's options alone
         override.config_loader = folders  # type: ignore[assignment]
-        if override.is_sweep_override():
-            if not sweep:
-                raise ConfigError(
-                    f"{COMMAND_LINE}: {line}: several values; add -m for a run of each, or write "
-                    "a list as key=[a,b]"
-                )
-        else:
+        if not override.is_sweep_override():
             _check_override(override, folders)
+        elif not sweep:
+            raise ConfigError(
+                f"{COMMAND_LINE}: {line}: several values; add -m for a run of each, or write a "
+                "list as key=[a,b]"
+            )
         overrides.append(override)
     return overrides
 
 
-def is_left_out(override: Override) -> bool:
+def is_null_group(override: Override) -> bool:
     """Whether it is <group>=null of a group that a run can do without."""
-    return (
-        override.key_or_group in OPTIONAL_GROUPS
-        and not override.is_delete()
-        and override.value() is None
-    )
+    if override.key_or_group not in OPTIONAL_GROUPS or override.is_delete():
+        return False
+    return override.value() is None
 
 
 def _check_override(override: Override, folders: ConfigFolders) -> None:
     key, value = override.key_or_group, override.value()
-    if key.split(".")[0].split("/")[0] in ("hydra", EXPERIMENTS):
-        if key == EXPERIMENTS:
-            raise ConfigError(f"{COMMAND_LINE}: {key}: no such key; did you mean 'experiment'?")
+    if key == EXPERIMENTS:
+        raise ConfigError(f"{COMMAND_LINE}: {key}: no such key; did you mean 'experiment'?")
+    if re.split(r"[./]", key)[0] in ("hydra", EXPERIMENTS):
         raise ConfigError(
             f"{COMMAND_LINE}: {key}: Hydra's own settings cannot be changed; owlfuse runs sweeps "
             "itself"
@@ -224,71 +300,49 @@ def _check_override(override: Override, folders: ConfigFolders) -> None:
     if key == "experiment" or override.is_delete() or isinstance(value, dict):
         return
     if key in folders.groups:
-        if is_left_out(override):
-            return
-        for option in value if isinstance(value, list) else [value]:
-            if not isinstance(option, str) or folders.file(f"{key}/{option}") is None:
-                raise no_such_option(
-                    COMMAND_LINE, override.get_key_element(), _plain(option), folders
-                )
+        _check_options(override, folders)
     elif "/" in key or override.package is not None:
         raise ConfigError(f"{COMMAND_LINE}: {key}: no such group{hint(key, folders.groups)}")
     elif key.replace(".", "/") in folders.groups and isinstance(value, str):
-        line = f"{key.replace('.', '/')}={value}"
         raise ConfigError(
             f"{COMMAND_LINE}: {override.input_line}: this replaces a whole group; did you mean "
-            f"{line}?"
+            f"{key.replace('.', '/')}={value}?"
         )
 
 
-@contextmanager
-def _hydra(folders: ConfigFolders) -> Iterator[None]:
-    Plugins.instance().register(ExperimentSource)
-    GlobalHydra.instance().clear()
-    with warnings.catch_warnings():
-        # hydra 1.3 warns where there is none, 1.4 where there is one
-        warnings.filterwarnings("ignore", "The version_base")
-        initialized = hydra.initialize_config_dir(
-            str(folders.configs[0]), job_name="owlfuse", version_base="1.3"
-        )
-    with initialized:
-        yield
-
-
-def _composes(composition: Composition) -> bool:
-    # As in `Composition.compose`, whatever is raised is about the configuration.
-    with suppress(Exception), _hydra(composition.folders):
-        hydra.compose(composition.folders.root, overrides=composition._lines)
-        return True
-    return False
+def _check_options(override: Override, folders: ConfigFolders) -> None:
+    """Raise ConfigError where an override chooses an option that its group does not have."""
+    if is_null_group(override):
+        return
+    value = override.value()
+    for option in value if isinstance(value, list) else [value]:
+        if isinstance(option, str) and folders.file(f"{override.key_or_group}/{option}"):
+            continue
+        if not isinstance(option, str):
+            option = yaml.safe_dump(option, default_flow_style=True).split("\n")[0]
+        raise no_such_option(COMMAND_LINE, override.get_key_element(), option, folders)
 
 
 def _search_path(folders: ConfigFolders) -> str:
-    """The folders after the first as an override: Hydra has no other public way in."""
-    paths = [f"file://{folder}" for folder in folders.configs[1:]]
-    paths += [f"{ExperimentSource.scheme()}://{folder}" for folder in folders.experiments]
-    return f"hydra.searchpath=[{','.join(map(_quoted, paths))}]"
+    """Return an override that adds the folders after the first: Hydra has no other public way."""
+    paths = [*folders.configs[1:], *(folder.parent for folder in folders.experiments)]
+    quoted = [_quoted(f"file://{path}") for path in paths]
+    return f"hydra.searchpath=[{','.join(quoted)}]"
 
 
 def _quoted(text: str) -> str:
     return "'" + text.replace("'", "\\'") + "'"
 
 
-def _plain(value: Any) -> str:
-    return (
-        value
-        if isinstance(value, str)
-        else yaml.safe_dump(value, default_flow_style=True).split("\n")[0]
-    )
-
-
-def _embed(content: Any, package: str) -> Any:
-    for part in reversed(package.split(".") if package else []):
+def nested(content: Any, path: str) -> Any:
+    """Return a value below the keys of a dotted path: 1 at "a.b" is {"a": {"b": 1}}."""
+    for part in reversed(path.split(".") if path else []):
         content = {part: content}
     return content
 
 
-def _contains(content: Any, parts: list[str]) -> bool:
+def has_key(content: Any, parts: list[str]) -> bool:
+    """Whether nested dictionaries and lists have a key."""
     for part in parts:
         if isinstance(content, list) and part.isdigit() and int(part) < len(content):
             content = content[int(part)]
@@ -299,65 +353,14 @@ def _contains(content: Any, parts: list[str]) -> bool:
     return True
 
 
-def dotted_keys(value: Any, path: str = "") -> list[str]:
-    """Every dotted key below a dictionary or list."""
-    items = (
-        value.items()
-        if isinstance(value, dict)
-        else enumerate(value)
-        if isinstance(value, list)
-        else ()
-    )
-    full = {f"{path}{key}": child for key, child in items}
-    return [
-        *full,
-        *(below for key, child in full.items() for below in dotted_keys(child, f"{key}.")),
-    ]
-
-
-class ExperimentSource(FileConfigSource):
-    """A folder as Hydra's group `experiments`; its files are for the root (`@package _global_`)
-    unless they say otherwise. The stages of `<recipe>/recipe.yaml` are files too,
-    `<recipe>/<stage>`."""
-
-    @staticmethod
-    def scheme() -> str:
-        return "experiments"
-
-    def load_config(self, config_path: str) -> ConfigResult:
-        if (stage := self._stage(config_path)) is not None:
-            where = f"{self.scheme()}://{self.path}"
-            return ConfigResult(
-                self.provider, where, OmegaConf.create(stage), header={"package": "_global_"}
-            )
-        result = super().load_config(self._inside(config_path))
-        result.header["package"] = result.header["package"] or "_global_"
-        return result
-
-    def is_group(self, config_path: str) -> bool:
-        return config_path == "" or (
-            _is_experiment(config_path) and super().is_group(self._inside(config_path))
-        )
-
-    def is_config(self, config_path: str) -> bool:
-        if not _is_experiment(config_path):
-            return False
-        return super().is_config(self._inside(config_path)) or self._stage(config_path) is not None
-
-    def list(self, config_path: str, results_filter: ObjectType | None) -> "list[str]":
-        return (
-            super().list(self._inside(config_path), results_filter)
-            if _is_experiment(config_path)
-            else []
-        )
-
-    def _stage(self, config_path: str) -> dict[str, Any] | None:
-        return ConfigFolders(configs=(), experiments=(Path(self.path),)).stage(config_path)
-
-    @staticmethod
-    def _inside(config_path: str) -> str:
-        return config_path.partition("/")[2]
-
-
-def _is_experiment(config_path: str) -> bool:
-    return config_path.split("/")[0] == EXPERIMENTS
+def dotted_items(value: Any, prefix: str = "") -> dict[str, Any]:
+    """Return every dotted key below a dictionary or list with its value, parents before their
+    children."""
+    if isinstance(value, list):
+        value = dict(enumerate(value))
+    if not isinstance(value, dict):
+        return {}
+    items = {f"{prefix}{key}": child for key, child in value.items()}
+    for key, child in value.items():
+        items |= dotted_items(child, f"{prefix}{key}.")
+    return items

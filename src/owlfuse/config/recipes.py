@@ -1,5 +1,5 @@
-"""`experiments/<recipe>/recipe.yaml`: a base and stages, each as an experiment's file would have
-it. Imports nothing heavy."""
+"""`experiments/<recipe>/recipe.yaml`: a base and stages, each with the content of an experiment's
+file. Imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from owlfuse.core.errors import ConfigError, hint, label
+from owlfuse.core.errors import ConfigError, hint, label, yaml_error
 
 RECIPE_KEYS = {
     "base": "what all stages have in common, as an experiment's file",
@@ -26,8 +26,8 @@ PARTS = ("vision", "connector", "fusion", "llm")
 
 
 def read_stages(file: Path) -> dict[str, dict[str, Any]]:
-    """The stages of a recipe by name, in order, each as the content of an experiment's file: the
-    base with the stage over it.
+    """Return the stages of a recipe by name, in order, each as the content of an experiment's file:
+    the base with the stage merged over it.
 
     A stage's `trains` is short for the defaults `override /model/adapter@model.adapter.<part>:
     <policy>`; parts that it does not name are frozen.
@@ -41,23 +41,17 @@ def read_stages(file: Path) -> dict[str, dict[str, Any]]:
     try:
         content = OmegaConf.to_container(OmegaConf.load(file), resolve=False)
     except yaml.MarkedYAMLError as error:
-        line = error.problem_mark.line + 1 if error.problem_mark else 0
-        raise ConfigError(
-            f"{label(file)}:{line}: not YAML: {error.problem or error.context}"
-        ) from None
-    if (
-        not isinstance(content, dict)
-        or not isinstance(content.get("stages"), list)
-        or not content["stages"]
-    ):
+        raise yaml_error(error) from None
+    entries = content.get("stages") if isinstance(content, dict) else None
+    if not isinstance(content, dict) or not isinstance(entries, list) or not entries:
         raise ConfigError(f"{label(file)}: stages: expected a list of stages, each with a name")
     if unknown := set(content) - set(RECIPE_KEYS):
+        key = min(unknown)
         raise ConfigError(
-            f"{label(file)}: {min(unknown)}: no such key of a "
-            f"recipe{hint(min(unknown), list(RECIPE_KEYS))}"
+            f"{label(file)}: {key}: no such key of a recipe{hint(key, list(RECIPE_KEYS))}"
         )
     stages: dict[str, dict[str, Any]] = {}
-    for number, stage in enumerate(content["stages"], 1):
+    for number, stage in enumerate(entries, 1):
         name = stage.get("name") if isinstance(stage, dict) else None
         if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_-]+", name):
             raise ConfigError(
@@ -69,46 +63,51 @@ def read_stages(file: Path) -> dict[str, dict[str, Any]]:
                 f"{label(file)}: stage {name}: the name stands twice; a stage's folder is called "
                 "by it"
             )
-        stages[name] = merged(
-            content.get("base") or {}, expanded(stage, f"{label(file)}: stage {name}")
-        )
+        # `trains` freezes what it does not name, so that a stage cannot train a part by oversight.
+        settings = stage_settings(stage, f"{label(file)}: stage {name}")
+        stages[name] = merged(content.get("base") or {}, settings)
     return stages
 
 
-def expanded(stage: dict[str, Any], place: str) -> dict[str, Any]:
-    """A stage without `name`, and with defaults in the place of `trains`."""
-    content = {key: value for key, value in stage.items() if key not in ("name", "trains")}
-    trains = stage.get("trains")
-    if trains is None:
-        return content
-    if not isinstance(trains, dict) or not all(
-        isinstance(policy, str) for policy in trains.values()
-    ):
+def stage_settings(stage: dict[str, Any], label: str) -> dict[str, Any]:
+    """Return a stage without `name`, and with defaults instead of `trains`.
+
+    Args:
+        label: the file and the stage, as messages begin.
+    """
+    settings = dict(stage)
+    del settings["name"]
+    policies = settings.pop("trains", None)
+    if policies is None:
+        return settings
+    is_table = isinstance(policies, dict)
+    if not is_table or not all(isinstance(policy, str) for policy in policies.values()):
         raise ConfigError(
-            f"{place}: trains: expected a policy for parts, as {{connector: full, llm: lora}}"
+            f"{label}: trains: expected a policy for parts, as {{connector: full, llm: lora}}"
         )
-    if unknown := set(trains) - set(PARTS):
-        raise ConfigError(
-            f"{place}: trains.{min(unknown)}: no such part{hint(min(unknown), PARTS)}"
-        )
-    chosen = [
-        {f"override /model/adapter@model.adapter.{part}": trains.get(part, "frozen")}
-        for part in PARTS
-    ]
-    return {**content, "defaults": [*content.get("defaults", []), *chosen]}
+    if unknown := set(policies) - set(PARTS):
+        part = min(unknown)
+        raise ConfigError(f"{label}: trains.{part}: no such part{hint(part, PARTS)}")
+    defaults = list(settings.get("defaults", []))
+    for part in PARTS:
+        group = f"override /model/adapter@model.adapter.{part}"
+        defaults.append({group: policies.get(part, "frozen")})
+    return {**settings, "defaults": defaults}
 
 
 def merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    """`over` laid over `base`, group by group; of two defaults for one group the later counts."""
+    """Return `over` merged over `base`, group by group; of two defaults for one group the later
+    counts."""
+    # The base is shared by all stages, and Hydra's store keeps what it is given.
     result = copy.deepcopy(base)
     for key, value in over.items():
         if key == "defaults":
-            entries = [*result.get(key, []), *value]
-            named = {
-                next(iter(entry)) if isinstance(entry, dict) else entry: entry for entry in entries
-            }
-            # Hydra wants these last
-            result[key] = sorted(named.values(), key=lambda entry: "override " in str(entry))
+            entry_by_group = {}
+            for entry in [*result.get(key, []), *value]:
+                group = next(iter(entry)) if isinstance(entry, dict) else entry
+                entry_by_group[group] = entry
+            # Hydra requires overrides to be last.
+            result[key] = sorted(entry_by_group.values(), key=lambda e: "override " in str(e))
         elif isinstance(value, dict) and isinstance(result.get(key), dict):
             result[key] = merged(result[key], value)
         else:

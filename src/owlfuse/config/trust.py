@@ -1,12 +1,11 @@
-"""What the files of a model may name: its parts, and nothing else that Python could run.
+"""The names that the files of a model may hold: its parts, and nothing else that Python could run.
 
 A run's config.yaml and an export's config.json name the classes of their parts by `_target_`, and
-such a folder may come from anybody. Before anything in it is imported, built or loaded, its files
-pass this gate. A name is accepted where it is
+such a folder may come from anybody. Its files are checked here before anything in them is imported,
+built or loaded. A name is accepted where it is
 
 - a part of owlfuse or Lightning that the key is for (see SLOTS),
-- a name that the user's own yamls hold (configs/ and experiments/, owlfuse's and the working
-  folder's), or
+- a name in the user's yamls (configs/ and experiments/, owlfuse's and the working folder's), or
 - of a module that the user has named by `--trust`, or, in Python, of a file of the user's that has
   been imported.
 """
@@ -30,19 +29,21 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from owlfuse.config.aliases import with_current_names
+from owlfuse.config.check import nodes_of
 from owlfuse.config.folders import find_folders
-from owlfuse.config.own_modules import import_own
+from owlfuse.config.user_modules import import_user_module
 from owlfuse.core.errors import DataError
 from owlfuse.core.files import MAX_CONFIG, read_text
 
+# The environment variable with the names of `--trust`, for the processes that a command starts.
 ENVIRONMENT = "OWLFUSE_TRUST"
-"""Of the environment: what `--trust` named, for the processes that a command starts."""
 
 
+# Depth of brackets in a config.yaml.
 MAX_DEPTH = 100
-"""Of brackets in a config.yaml."""
+# Names of timm that are no entry of its own registry: `hf-hub:`, `local-dir:` and paths.
 HUB_NAME = re.compile(r"[A-Za-z-_]+:|.*/")
-"""Names of timm that are no entry of its own registry: `hf-hub:`, `local-dir:` and paths."""
+# Keys of timm's `pretrained_cfg_overlay` about preprocessing; others name files and addresses.
 PREPROCESSING = {
     "input_size",
     "fixed_input_size",
@@ -52,24 +53,19 @@ PREPROCESSING = {
     "crop_pct",
     "crop_mode",
 }
-"""Keys of timm's `pretrained_cfg_overlay` that say how pictures become pixels.
 
-Others name files and addresses.
-"""
-
+# Names that the user's own configuration has asked for in this process.
 accepted: set[str] = set()
-"""Names that the user's own configuration has asked for in this process."""
 
 
 @dataclass(frozen=True)
 class Slot:
-    """What stands at a key of the configuration.
+    """The parts that a key of the configuration takes.
 
     Args:
         path: of the key, a pattern.
-        targets: the names that are accepted without a further look.
-        base: the class that other parts are derived from; None: any class or function of a module
-            that is trusted.
+        targets: the names that are always accepted.
+        base: the base class of other parts; None: any class or function of a trusted module.
     """
 
     path: str
@@ -78,20 +74,18 @@ class Slot:
 
 
 def below(package: str, *names: str) -> tuple[str, ...]:
-    """Dotted paths of names in a package or module."""
+    """Return dotted paths of names in a package or module."""
     return tuple(f"{package}.{name}" for name in names)
 
 
 FORMATS = below(
     "owlfuse.data.formats",
-    *(
-        "alpaca.Alpaca",
-        "captions.Captions",
-        "llava.LLaVA",
-        "messages.Messages",
-        "parquet.Parquet",
-        "sharegpt.ShareGPT",
-    ),
+    "alpaca.Alpaca",
+    "captions.Captions",
+    "llava.LLaVA",
+    "messages.Messages",
+    "parquet.Parquet",
+    "sharegpt.ShareGPT",
     "webdataset.WebDataset",
 )
 SLOTS = (
@@ -125,7 +119,16 @@ SLOTS = (
         "owlfuse.model.fusion.base.Fusion",
     ),
     Slot("model.llm", ("owlfuse.model.llm.load_llm",)),
-    Slot("model.adapter.*", below("owlfuse.model.adapters", "Frozen", "Full", "LastN", "LoRA")),
+    Slot(
+        "model.adapter.*",
+        below(
+            "owlfuse.model.adapters",
+            "Frozen",
+            "Full",
+            "LastN",
+            "LoRA",
+        ),
+    ),
     Slot("data", ("owlfuse.data.datamodule.ChatData",), "lightning.LightningDataModule"),
     Slot("data.prepare", below("owlfuse.data.shapes", "write.write_shapes", "many.write_many")),
     Slot("data.video", ("owlfuse.data.media.video.VideoSampling",)),
@@ -147,69 +150,45 @@ SLOTS = (
     Slot("evaluation", ("owlfuse.evaluation.validation.Evaluation",)),
     Slot("checkpoint", ("owlfuse.training.checkpoints.Checkpoints",)),
 )
+# Packages whose parts are accepted by their base class, and not because a yaml names them for
+# another key.
 SLOT_PACKAGES = ("owlfuse", "lightning")
-"""Packages of which parts are accepted by what they are, and not because a yaml names them for
-another key."""
 
 
 def trust(*names: str) -> None:
-    """Accepts the parts of modules (`parts.mean`), or a timm model of the hub
-    (`hf-hub:<owner>/<name>`), that files of models name. The modules are not imported before a part
-    of theirs is asked for."""
+    """Accept the parts of modules (`parts.mean`), or a timm model of the hub
+    (`hf-hub:<owner>/<name>`), in files of models. A module is imported when a part of it is built.
+    """
+    # The environment carries them to data workers, ranks and the cells of ablations.
     words = [*trusted(), *names]
     os.environ[ENVIRONMENT] = ",".join(dict.fromkeys(words))
 
 
 def trusted() -> list[str]:
-    """What `--trust` and `trust` have named."""
+    """Return the names of `--trust` and `trust`."""
     return [word for word in os.environ.get(ENVIRONMENT, "").split(",") if word]
 
 
 def accept(config: Any) -> None:
-    """Accepts every `_target_` of a configuration that is the user's own, so that what is made
-    from it can be read back."""
-    accepted.update(
-        node["_target_"]
-        for _, node in nodes_of(config, "")
-        if isinstance(node.get("_target_"), str)
-    )
+    """Accept every `_target_` of a configuration that is the user's own, so that the runs made of
+    it can be read back."""
+    for _, node in nodes_of(config, ""):
+        if isinstance(node.get("_target_"), str):
+            accepted.add(node["_target_"])
 
 
 def read_run_config(folder: Path) -> Any:
-    """A run's config.yaml, every name in it checked.
+    """Return a run's config.yaml, every name in it checked.
 
     It is written resolved, by `owlfuse train`: interpolations, which read the environment, and
-    Hydra's own keys, which read other files, do not stand in it.
+    Hydra's own keys, which read other files, are not in it.
 
     Raises:
         DataError: in one line: a file that is no run's configuration, or that names what is not
             accepted.
     """
     file = folder / "config.yaml"
-    text = read_text(file, MAX_CONFIG)
-    if flow_depth(text) > MAX_DEPTH:
-        raise DataError(f"{file}: nested too deep for a run's configuration")
-    try:
-        if any(
-            isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, Loader=yaml.SafeLoader)
-        ):
-            raise DataError(
-                f"{file}: has a reference (*name) to another place, which no run's config.yaml has"
-            )
-        content: Any = OmegaConf.to_container(OmegaConf.load(StringIO(text)), resolve=False)
-    except yaml.MarkedYAMLError as error:
-        line = error.problem_mark.line + 1 if error.problem_mark else 1
-        raise DataError(
-            f"{file}: line {line}: not YAML: {error.problem or error.context}"
-        ) from None
-    except RecursionError:
-        raise DataError(f"{file}: nested too deep for a run's configuration") from None
-    except (yaml.YAMLError, OmegaConfBaseException, ValueError, OSError) as error:
-        if isinstance(error, DataError):
-            raise
-        raise DataError(
-            f"{file}: no run's configuration: {' '.join(str(error).split())[:200]}"
-        ) from None
+    content = parse_run_config(file)
     if not isinstance(content, dict) or not isinstance(content.get("model"), dict):
         raise DataError(
             f"{file}: no run's configuration: it has no model; name a folder that owlfuse train "
@@ -226,13 +205,43 @@ def read_run_config(folder: Path) -> Any:
                 f"{file}: {path} is {value[:80]!r}, an interpolation; a run's config.yaml is "
                 "written resolved"
             )
+    # Before the check, which knows the current names alone.
     content = with_current_names(content)
     check_names(content, file)
     return content
 
 
+def parse_run_config(file: Path) -> Any:
+    """Return the content of a run's config.yaml, unresolved. Raises DataError."""
+    text = read_text(file, MAX_CONFIG)
+    too_deep = DataError(f"{file}: nested too deep for a run's configuration")
+    if flow_depth(text) > MAX_DEPTH:
+        raise too_deep
+    try:
+        # An alias may make a small file a huge value.
+        for event in yaml.parse(text, Loader=yaml.SafeLoader):
+            if isinstance(event, yaml.AliasEvent):
+                raise DataError(
+                    f"{file}: has a reference (*name) to another place, which no run's config.yaml "
+                    "has"
+                )
+        return OmegaConf.to_container(OmegaConf.load(StringIO(text)), resolve=False)
+    except DataError:
+        raise
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else 1
+        raise DataError(
+            f"{file}: line {line}: not YAML: {error.problem or error.context}"
+        ) from None
+    except RecursionError:
+        raise too_deep from None
+    except (yaml.YAMLError, OmegaConfBaseException, ValueError, OSError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise DataError(f"{file}: no run's configuration: {reason}") from None
+
+
 def flow_depth(text: str) -> int:
-    """How many brackets are open at once; yaml takes time by the square of it."""
+    """Return how many brackets are open at once; yaml takes time by the square of it."""
     depth = deepest = 0
     for bracket in re.findall(r"[\[\]{}]", text):
         depth = max(0, depth + (1 if bracket in "[{" else -1))
@@ -241,7 +250,7 @@ def flow_depth(text: str) -> int:
 
 
 def check_names(config: dict[str, Any], file: Path) -> None:
-    """Checks every name of a configuration that is read from a file. Nothing is imported that is
+    """Check every name of a configuration that is read from a file. Nothing is imported that is
     not accepted.
 
     Args:
@@ -259,16 +268,13 @@ def check_names(config: dict[str, Any], file: Path) -> None:
 
 
 def check_target(path: str, target: Any, file: Path) -> None:
-    """Checks that a `_target_` is accepted at a key, and is what the key is for.
+    """Check that a `_target_` is accepted at a key, and is a part that the key takes.
 
     Raises DataError.
     """
     key = f"{file}: {path}._target_"
-    if (
-        not isinstance(target, str)
-        or not all(part.isidentifier() for part in target.split("."))
-        or "." not in target
-    ):
+    is_dotted = isinstance(target, str) and "." in target
+    if not is_dotted or not all(part.isidentifier() for part in target.split(".")):
         raise DataError(f"{key}: {str(target)[:80]!r} is no dotted path to a class")
     slot = next((slot for slot in SLOTS if fnmatch.fnmatchcase(path, slot.path)), None)
     if slot is not None and target in slot.targets:
@@ -280,25 +286,46 @@ def check_target(path: str, target: Any, file: Path) -> None:
     is_trusted = any(is_within(module, word) for word in trusted()) or imported_by_user(module)
     if not (is_users or is_trusted):
         raise DataError(f"{key}: {target} is no part of owlfuse{remedy(module)}")
-    part = located(target, key)
+    part = locate(target, key)
+    # A module that merely imports os.system does not make it a part.
     defined_in = getattr(part, "__module__", None) or "elsewhere"
     if not is_within(defined_in, module.partition(".")[0]):
         raise DataError(
             f"{key}: {target} is no part of {module}, which only imports it from {defined_in}"
         )
-    if slot is None and not is_within(module, "owlfuse"):
-        return
-    if slot is None:
+    if slot is not None:
+        check_base(
+            slot,
+            part,
+            target,
+            path,
+            key,
+            is_trusted,
+        )
+    elif is_within(module, "owlfuse"):
         raise DataError(f"{key}: {target} is not what {path} takes")
-    base = located(slot.base, key) if slot.base else None
-    is_part = inspect.isclass(part) and issubclass(part, base) if base is not None else is_trusted
+
+
+def check_base(
+    slot: Slot,
+    part: Any,
+    target: str,
+    path: str,
+    key: str,
+    is_trusted: bool,
+) -> None:
+    """Raise DataError for a part that is not of the base class of its slot."""
+    if slot.base is None:
+        is_part, expected = is_trusted, "one of " + ", ".join(slot.targets)
+    else:
+        base = locate(slot.base, key)
+        is_part, expected = inspect.isclass(part) and issubclass(part, base), f"a {base.__name__}"
     if not is_part:
-        wanted = f"a {base.__name__}" if base is not None else "one of " + ", ".join(slot.targets)
-        raise DataError(f"{key}: {target} is not what {path} takes: {wanted}")
+        raise DataError(f"{key}: {target} is not what {path} takes: {expected}")
 
 
 def remedy(module: str) -> str:
-    """What to do about a name that is not accepted.
+    """Return the advice about a name that is not accepted.
 
     Modules of Python itself are never a model's part.
     """
@@ -324,52 +351,52 @@ def imported_by_user(module: str) -> bool:
     path = Path(file).resolve()
     standard = [Path(sysconfig.get_path(name)).resolve() for name in ("stdlib", "platstdlib")]
     is_installed = not {"site-packages", "dist-packages"}.isdisjoint(path.parts)
-    return not is_installed and not any(path.is_relative_to(place) for place in standard)
+    return not is_installed and not any(path.is_relative_to(folder) for folder in standard)
 
 
 def named_by_user(word: str, file: Path) -> bool:
     """Whether a yaml of the user's own configuration holds the word as a value. A `configs` folder
-    inside of the folder that is read is a part of it, and not the user's."""
+    inside of the model's folder is a part of the model, and not the user's."""
     folders = find_folders()
-    foreign = file.resolve().parent
+    model_dir = file.resolve().parent
     for folder in (*folders.configs, *folders.experiments):
-        if folder.resolve().is_relative_to(foreign):
+        # Else a downloaded model could bring the yaml that accepts its own names.
+        if folder.resolve().is_relative_to(model_dir):
             continue
         for path in folder.rglob("*.yaml"):
+            # The bytes first: parsing every yaml takes seconds.
             if word.encode() in path.read_bytes() and word in yaml_values(path):
                 return True
     return False
 
 
 def yaml_values(path: Path) -> list[Any]:
-    """The values of a yaml; none of one that cannot be read, which is told where it is used."""
+    """Return the values of a yaml; none of one that cannot be read, which is an error elsewhere."""
     try:
-        return [
-            value for _, value in values_of(yaml.safe_load(path.read_text(encoding="utf-8")), "")
-        ]
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, ValueError):
         return []
+    return [value for _, value in values_of(content, "")]
 
 
-def located(target: str, key: str) -> Any:
-    """The object of a module, by its dotted path. Raises DataError where there is none."""
+def locate(target: str, key: str) -> Any:
+    """Return the object of a module, by its dotted path. Raises DataError where there is none."""
     module, _, name = target.rpartition(".")
     try:
-        found = getattr(import_own(module), name, None)
+        part = getattr(import_user_module(module), name, None)
     except ModuleNotFoundError as error:
         raise DataError(f"{key}: {target}: no module '{error.name}' can be imported") from None
-    if not callable(found):
+    if not callable(part):
         raise DataError(f"{key}: {module} has no class or function '{name}'")
-    return found
+    return part
 
 
 def check_backbone(vision: dict[str, Any], file: Path, hub: bool = True) -> None:
-    """Checks the arguments of a timm model, which can name files and addresses that weights are
-    read from.
+    """Check the arguments of a timm model, which can name files and addresses of weights.
 
     Args:
-        hub: whether `name` may be a model of the hub, as it may in a run, whose backbone is made
-            anew from pretrained weights.
+        hub: whether `name` may be a model of the hub, as it may in a run, whose backbone is built
+            again from pretrained weights.
 
     Raises:
         DataError: a key that names a file or an address; a model of the hub.
@@ -380,58 +407,36 @@ def check_backbone(vision: dict[str, Any], file: Path, hub: bool = True) -> None
             f"{file}: vision.kwargs is a {type(kwargs).__name__}, expected a group of keys"
         )
     for key, value in kwargs.items():
-        is_overlay = (
-            key == "pretrained_cfg_overlay"
-            and isinstance(value, dict)
-            and set(value) <= PREPROCESSING
-        )
-        names_file = str(key).startswith(("pretrained", "checkpoint", "cache")) and not is_overlay
-        if names_file:
+        is_overlay = key == "pretrained_cfg_overlay" and isinstance(value, dict)
+        if is_overlay and set(value) <= PREPROCESSING:
+            continue
+        if str(key).startswith(("pretrained", "checkpoint", "cache")):
             raise DataError(
                 f"{file}: vision.kwargs.{key}: a file or address of weights, which a model's "
                 "folder may not name"
             )
     name = vision.get("name")
-    if (
-        isinstance(name, str)
-        and not hub
-        and HUB_NAME.match(name)
-        and name not in trusted()
-        and not named_by_user(name, file)
-    ):
+    if hub or not isinstance(name, str) or not HUB_NAME.match(name):
+        return
+    if name not in trusted() and not named_by_user(name, file):
         raise DataError(
             f"{file}: vision.name is {name[:120]}, which would be fetched from elsewhere; "
             f"if you trust it, write: owlfuse --trust {name[:120]} ..."
         )
 
 
-def nodes_of(value: Any, path: str) -> Iterator[tuple[str, dict[Any, Any]]]:
-    """Every dictionary below a value with its dotted path, parents first; an index of a list is
-    a part of the path."""
-    if isinstance(value, dict):
-        yield path, value
-    for key, child in items_of(value):
-        yield from nodes_of(child, f"{path}.{key}" if path else str(key))
-
-
 def values_of(value: Any, path: str) -> Iterator[tuple[str, Any]]:
-    """Every value below a dictionary or list that is neither, and every key, with its dotted
+    """Yield every value below a dictionary or list that is neither, and every key, with its dotted
     path."""
-    if not isinstance(value, dict | list):
+    children: Any = ()
+    if isinstance(value, dict):
+        children = value.items()
+    elif isinstance(value, list):
+        children = enumerate(value)
+    else:
         yield path, value
-    for key, child in items_of(value):
-        full = f"{path}.{key}" if path else str(key)
+    for key, child in children:
+        child_path = f"{path}.{key}" if path else str(key)
         if isinstance(key, str):
-            yield full, key
-        yield from values_of(child, full)
-
-
-def items_of(value: Any) -> Any:
-    """Keys or indices of a dictionary or list with what stands there."""
-    return (
-        value.items()
-        if isinstance(value, dict)
-        else enumerate(value)
-        if isinstance(value, list)
-        else ()
-    )
+            yield child_path, key
+        yield from values_of(child, child_path)

@@ -1,4 +1,4 @@
-"""rich's console for tables of what models and data are called and say."""
+"""rich's console for tables with texts of models and data."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class PlainConsole(Console):
 
 
 def count(parameters: int) -> str:
-    """12345678 -> 12.3 M."""
+    """Return a count of parameters in words: 12345678 as 12.3 M."""
     for size, unit in ((1e9, "B"), (1e6, "M")):
         if parameters >= size:
             return f"{parameters / size:.1f} {unit}"
@@ -37,5 +37,5 @@ def count(parameters: int) -> str:
 
 
 def show(table: Table) -> None:
-    """On the terminal; in a file as wide as it needs."""
+    """Print a table, in a file without the width of a terminal."""
     Console(width=None if sys.stdout.isatty() else 200).print(table)

@@ -1,4 +1,4 @@
-"""What results depend on beside code and data: versions of libraries, and the state of git."""
+"""The environment of a result: versions of libraries, and the state of git."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 def git_state() -> str | None:
-    """The commit that the code is at, with `-dirty` where files differ from it; None outside a
+    """Return the commit of the code, with `-dirty` where files differ from it; None outside a
     checkout."""
     command = [
         "git",
@@ -22,15 +22,21 @@ def git_state() -> str | None:
         "--exclude=*",
     ]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=10)
+        result = subprocess.run(
+            command,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=10,
+        )
     except (OSError, subprocess.TimeoutExpired):
         return None
-    return done.stdout.strip() or None
+    return result.stdout.strip() or None
 
 
 LIBRARIES = ("owlfuse", "torch", "lightning", "transformers", "timm", "peft")
 
 
 def versions() -> dict[str, str]:
-    """Of owlfuse, Python and the libraries that decide results."""
+    """Return the versions of owlfuse, Python and the libraries that affect results."""
     return {"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}}

@@ -1,4 +1,4 @@
-"""A disk that is full or cannot be written to ends a command with one line."""
+"""The errors of owlfuse, and their one-line messages and exit codes."""
 
 from __future__ import annotations
 
@@ -10,26 +10,37 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from owlfuse.core.packages import MissingPackage
 from owlfuse.core.terminal import visible
+
+if TYPE_CHECKING:
+    import yaml
 
 COMMAND_LINE = "command line"
 
 
 class ConfigError(ValueError):
-    """A mistake of the configuration or of the command line, told in one line."""
+    """A mistake of the configuration or of the command line; its message is one line."""
 
     def __init__(self, message: str) -> None:
         super().__init__(" ".join(message.split()))
 
 
-LONGEST = 600
-"""Characters of a message. A path or an id may have any number."""
+def yaml_error(error: yaml.MarkedYAMLError) -> ConfigError:
+    """Return the error of a file that is no YAML, with the file and the line."""
+    mark = error.problem_mark
+    location = f"{label(mark.name)}:{mark.line + 1}" if mark else COMMAND_LINE
+    return ConfigError(f"{location}: not YAML: {error.problem or error.context}")
+
+
+# Characters of a message. A path or an id may have any number.
+MAX_MESSAGE = 600
 
 
 class DataError(ValueError):
-    """Something is wrong with the data.
+    """A mistake in the data.
 
     The message names the file or the sample, what was found and what was expected.
     """
@@ -39,7 +50,8 @@ class DataError(ValueError):
     says."""
 
 
-REASONS: tuple[int, ...] = (
+# Errors of the system about a disk or a path, and not about the program.
+DISK_ERRORS = (
     errno.ENOSPC,
     errno.EDQUOT,
     errno.EFBIG,
@@ -47,52 +59,49 @@ REASONS: tuple[int, ...] = (
     errno.EACCES,
     errno.EPERM,
     errno.EIO,
+    errno.ENOTDIR,
+    errno.EISDIR,
+    errno.ENAMETOOLONG,
+    errno.ELOOP,
 )
-REASONS += (errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP)
-"""Errors of the system that are about the place where a file is written, and not about the
-program."""
 
 
-def why_not_written(error: BaseException) -> str | None:
-    """What the system says, with the file where it is known; None for an error that is about
-    something else."""
+def disk_error_reason(error: BaseException) -> str | None:
+    """Return the system's reason why a file could not be written, with the file where it is known;
+    None for another error."""
     cause: BaseException | None = error
     while cause is not None:
-        if isinstance(cause, OSError) and cause.errno in REASONS:
-            place = f"{cause.filename}: " if cause.filename else ""
-            return place + os.strerror(cause.errno)
+        if isinstance(cause, OSError) and cause.errno in DISK_ERRORS:
+            file = f"{cause.filename}: " if cause.filename else ""
+            return file + os.strerror(cause.errno)
         cause = cause.__cause__
     return None
 
 
 @contextmanager
-def naming_full_disk(folder: Path) -> Iterator[None]:
-    """Raises DataError, with what is left of the run, where anything that is written in its
-    folder cannot be."""
+def disk_errors_as_data_errors(folder: Path) -> Iterator[None]:
+    """Raise DataError, with what can be done, where a file in a run's folder cannot be written."""
     try:
         yield
     except DataError:
         raise
     except OSError as error:
-        reason = why_not_written(error)
+        reason = disk_error_reason(error)
         if reason is None:
             raise
-        checkpoints = any((folder / "checkpoints").glob("step_*.ckpt"))
-        again = (
-            f"go on with: owlfuse train resume={folder}"
-            if checkpoints
-            else "run the same command again"
-        )
-        kept = "its checkpoints are as they were; " if checkpoints else ""
-        raise DataError(
-            f"{folder} could not be written: {reason}; {kept}make room or permit it, then {again}"
-        ) from error
+        advice = "make room or permit it, then run the same command again"
+        if any((folder / "checkpoints").glob("step_*.ckpt")):
+            advice = (
+                "its checkpoints are as they were; make room or permit it, then go on with: "
+                f"owlfuse train resume={folder}"
+            )
+        raise DataError(f"{folder} could not be written: {reason}; {advice}") from error
 
 
 def report_errors(call: Callable[[], None], command: str) -> int:
-    """Runs a command and returns its exit code.
+    """Run a command and return its exit code.
 
-    What a user can mend is said in one line; other exceptions pass through.
+    Errors that a user can mend become one line; other exceptions pass through.
     """
     try:
         call()
@@ -103,59 +112,80 @@ def report_errors(call: Callable[[], None], command: str) -> int:
     except ConfigError as error:
         return failed(str(error), 2)
     except (DataError, FileNotFoundError, FileExistsError) as error:
-        # Of a data worker, torch hands on the whole traceback as the message.
+        # torch makes the whole traceback of a data worker the message of the error.
         message = str(error).rpartition("DataError: ")[2]
         return failed(" ".join(message.split()), 1)
     except MissingPackage as error:
         return failed(str(error).rpartition("MissingPackage: ")[2].strip(), 1)
     except OSError as error:
-        reason = why_not_written(error)
+        reason = disk_error_reason(error)
         if reason is None:
             raise
         return failed(f"{command}: {reason}; make room or permit it, then run it again", 1)
 
 
 def failed(message: str, code: int) -> int:
-    """Tells an error in one line, and gives the exit code back."""
+    """Print an error in one line, and return the exit code."""
     print(f"owlfuse: error: {visible(message)}", file=sys.stderr)
     return code
 
 
 def nearest(word: str, words: Iterable[str]) -> str | None:
-    """The word nearest to `word`, compared without case, or None where none is near."""
-    lower = {w.lower(): w for w in words}
-    matches = difflib.get_close_matches(word.lower(), lower, n=1)
-    return lower[matches[0]] if matches else None
+    """Return the word nearest to `word`, compared without case, or None where none is near."""
+    by_lower_case = {candidate.lower(): candidate for candidate in words}
+    matches = difflib.get_close_matches(word.lower(), by_lower_case, n=1)
+    return by_lower_case[matches[0]] if matches else None
 
 
 def nearest_key(key: str, keys: Iterable[str]) -> str | None:
-    """The nearest dotted key: a sibling first, then a key of the same name elsewhere, then any."""
+    """Return the nearest dotted key: a sibling first, then a key of the same name elsewhere, then
+    any."""
     keys = list(keys)
     parent, _, name = key.rpartition(".")
-    siblings = {k.rpartition(".")[2]: k for k in keys if k.rpartition(".")[0] == parent}
-    if parent and (match := nearest(name, siblings)):
+    siblings, elsewhere = {}, []
+    for candidate in keys:
+        candidate_parent, _, candidate_name = candidate.rpartition(".")
+        if candidate_parent == parent:
+            siblings[candidate_name] = candidate
+        if re.split(r"[./]", candidate)[-1] == name:
+            elsewhere.append(candidate)
+    # A misspelled key is most often in its right group.
+    match = nearest(name, siblings) if parent else None
+    if match:
         return siblings[match]
-    elsewhere = [k for k in keys if re.split(r"[./]", k)[-1] == name]
-    return nearest(key, elsewhere) or (elsewhere[0] if elsewhere else nearest(key, keys))
+    if elsewhere:
+        return nearest(key, elsewhere) or elsewhere[0]
+    return nearest(key, keys)
 
 
 def hint(word: str, words: Iterable[str], listed: int = 14) -> str:
-    """`; did you mean 'x'? (there are: ...)`; the list only where it is short, and nothing where
-    there are no words."""
+    """Return `; did you mean 'x'? (there are: ...)`; the list only where it is short, and nothing
+    where there are no words."""
     words = sorted(words)
     match = nearest(word, words)
     guess = f"; did you mean '{match}'?" if match else ""
-    return guess + (f" (there are: {', '.join(words)})" if 0 < len(words) <= listed else "")
+    if 0 < len(words) <= listed:
+        guess += f" (there are: {', '.join(words)})"
+    return guess
 
 
 def label(path: str | Path) -> str:
-    """A path as messages show it: relative to the working folder where it lies below it."""
+    """Return a path for messages: relative to the working folder where it is below it."""
     path = Path(path)
-    return os.path.relpath(path) if path.absolute().is_relative_to(Path.cwd()) else str(path)
+    if path.absolute().is_relative_to(Path.cwd()):
+        return os.path.relpath(path)
+    return str(path)
 
 
 def one_line(message: str) -> str:
-    """A message that can be printed: what a sample's id or path holds of line breaks and control
-    characters is written out."""
-    shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in message)
-    return shown if len(shown) <= LONGEST else f"{shown[: LONGEST - 200]} ... {shown[-195:]}"
+    """Return a message that can be printed: line breaks and control characters of a sample's id or
+    path become escapes."""
+    characters = []
+    for character in message:
+        if not character.isprintable():
+            character = character.encode("unicode_escape").decode()
+        characters.append(character)
+    line = "".join(characters)
+    if len(line) <= MAX_MESSAGE:
+        return line
+    return f"{line[: MAX_MESSAGE - 200]} ... {line[-195:]}"

@@ -21,7 +21,7 @@ from owlfuse.core.errors import DataError
 
 @contextmanager
 def atomic_write(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
-    """Yields a file that replaces `path` when the block succeeds, and is deleted when it fails.
+    """Yield a file that replaces `path` when the block succeeds, and is deleted when it fails.
 
     Its content is on the disk before it takes its name, so that a reader, or a machine that lost
     its power, sees the file of before or the new file, never a part of it.
@@ -34,6 +34,7 @@ def atomic_write(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
     try:
         with temporary.open(mode, encoding=None if "b" in mode else "utf-8") as file:
             yield file
+            # Without fsync, a rename may reach the disk before the content.
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
@@ -43,7 +44,7 @@ def atomic_write(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
 
 @contextmanager
 def atomic_directory(path: Path | str) -> Iterator[Path]:
-    """Yields a temporary directory that takes the name `path` when the block succeeds, and is
+    """Yield a temporary directory that takes the name `path` when the block succeeds, and is
     deleted when it fails.
 
     Raises:
@@ -60,8 +61,8 @@ def atomic_directory(path: Path | str) -> Iterator[Path]:
         yield temporary
         temporary.rename(path)  # onto an empty folder too
     except Exception as error:
-        # tokenizers and safetensors write by themselves: one raises a bare Exception, the other its
-        # own, and no OSError
+        # tokenizers raises a bare Exception, and safetensors its own, where the system raises an
+        # OSError.
         if type(error) is Exception or isinstance(error, SafetensorError):
             reason = " ".join(str(error).split())
             raise DataError(
@@ -72,17 +73,17 @@ def atomic_directory(path: Path | str) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-WHOLE = 2**30
-"""Bytes up to which a source's whole content is hashed."""
-ENDS = 2**24
-"""Bytes of each end of a larger file, shared out where there are several files."""
-SHARE = 2**16
-"""The least that a file gets of them."""
+# Bytes up to which a source's whole content is hashed.
+MAX_HASHED = 2**30
+# Bytes of each end of a larger file that are hashed, divided by the number of files.
+END_BYTES = 2**24
+# The least bytes of an end.
+MIN_END_BYTES = 2**16
 
 
 def expand_files(pattern: str) -> list[Path]:
-    """The files that a path, braces (`{000..127}`, `{a,b}`) or a glob (`*`, `?`, `[...]`) stand
-    for. Braces keep their order, a glob's matches are sorted.
+    """Return the files of a path, braces (`{000..127}`, `{a,b}`) or a glob (`*`, `?`, `[...]`).
+    Braces keep their order, a glob's matches are sorted.
 
     Raises:
         DataError: a file that is missing, or a glob without a match.
@@ -101,125 +102,134 @@ def expand_files(pattern: str) -> list[Path]:
 
 
 def expand_braces(pattern: str) -> list[str]:
-    """`a{0..2}` and `a{0,1,2}` -> a0, a1, a2, several braces as their product; leading zeros are
-    kept."""
-    found = re.search(r"\{([^{}]*)\}", pattern)
-    if not found:
+    """Return a0, a1, a2 for `a{0..2}` and `a{0,1,2}`, several braces as their product; leading
+    zeros stay."""
+    match = re.search(r"\{([^{}]*)\}", pattern)
+    if not match:
         return [pattern]
-    bounds = re.fullmatch(r"(\d+)\.\.(\d+)", found[1])
+    choices = match[1].split(",")
+    bounds = re.fullmatch(r"(\d+)\.\.(\d+)", match[1])
     if bounds:
-        width = (
-            max(map(len, bounds.groups()))
-            if any(b.startswith("0") and len(b) > 1 for b in bounds.groups())
-            else 0
-        )
+        # As in a shell, {08..10} keeps its zeros and {8..10} has none.
+        has_zeros = any(bound.startswith("0") and len(bound) > 1 for bound in bounds.groups())
+        width = max(map(len, bounds.groups())) if has_zeros else 0
         first, last = int(bounds[1]), int(bounds[2])
         step = 1 if last >= first else -1
         choices = [f"{number:0{width}d}" for number in range(first, last + step, step)]
-    else:
-        choices = found[1].split(",")
-    before, after = pattern[: found.start()], pattern[found.end() :]
-    return [path for choice in choices for path in expand_braces(f"{before}{choice}{after}")]
+    before, after = pattern[: match.start()], pattern[match.end() :]
+    paths = []
+    for choice in choices:
+        paths += expand_braces(f"{before}{choice}{after}")
+    return paths
 
 
 def fingerprint(files: Sequence[Path]) -> str:
-    """What the contents are told by. Up to 1 GB in all it is the SHA-256 of the content, as hex; of
-    more files than one, `files:` and the SHA-256 of their digests in order. Above, `ends:` and the
-    SHA-256 of each file's size and its first and last bytes (16 MB each of one file, shared out
-    over more, at least 64 kB).
+    """Return a fingerprint of the content of some files.
+
+    Up to 1 GB in all it is the SHA-256 of the content, as hex; of more files than one, `files:` and
+    the SHA-256 of their digests in order. Above, it is `ends:` and the SHA-256 of each file's size
+    and its first and last bytes (16 MB each of one file, divided among more, at least 64 kB).
 
     Raises:
         DataError: a file that cannot be read.
     """
     try:
         sizes = [file.stat().st_size for file in files]
-        if sum(sizes) > WHOLE:
-            ends = max(SHARE, ENDS // len(files))
-            whole = hashlib.sha256()
-            for file, size in zip(files, sizes, strict=True):
-                with file.open("rb") as stream:
-                    whole.update(size.to_bytes(8, "little") + stream.read(ends))
-                    stream.seek(max(0, size - ends))
-                    whole.update(stream.read(ends))
-            return f"ends:{whole.hexdigest()}"
-        digests = []
-        for file in files:
-            with file.open("rb") as stream:
-                digests.append(hashlib.file_digest(stream, "sha256").hexdigest())
+        if sum(sizes) > MAX_HASHED:
+            return f"ends:{hash_of_ends(files, sizes)}"
+        digests = [sha256(file) for file in files]
     except OSError as error:
         raise DataError(f"{error.filename}: {error.strerror}") from error
-    return (
-        digests[0]
-        if len(digests) == 1
-        else f"files:{hashlib.sha256(' '.join(digests).encode()).hexdigest()}"
-    )
+    if len(digests) == 1:
+        return digests[0]
+    return f"files:{hashlib.sha256(' '.join(digests).encode()).hexdigest()}"
 
 
+def hash_of_ends(files: Sequence[Path], sizes: Sequence[int]) -> str:
+    """Return the SHA-256 of the sizes and the ends of files, in hexadecimal."""
+    end_bytes = max(MIN_END_BYTES, END_BYTES // len(files))
+    digest = hashlib.sha256()
+    for file, size in zip(files, sizes, strict=True):
+        with file.open("rb") as stream:
+            digest.update(size.to_bytes(8, "little") + stream.read(end_bytes))
+            stream.seek(max(0, size - end_bytes))
+            digest.update(stream.read(end_bytes))
+    return digest.hexdigest()
+
+
+# Bytes of one record of text: parsed JSON takes up to 30 times its size in memory, so a longer one
+# is refused unread.
 MAX_RECORD = 2**24
-"""Bytes of one record of text: parsed JSON takes up to 30 times its size in memory, so a longer
-one is refused unread."""
 
 
-def check_record(size: int, what: str, limit: int = MAX_RECORD) -> None:
-    """Raises DataError that begins with `what` for a record of more than `limit` bytes."""
+def check_record(size: int, name: str, limit: int = MAX_RECORD) -> None:
+    """Raise DataError that begins with `name` for a record of more than `limit` bytes."""
     if size > limit:
         raise DataError(
-            f"{what} has {size:,} bytes, over the limit of {limit:,} for one record; split it, or "
+            f"{name} has {size:,} bytes, over the limit of {limit:,} for one record; split it, or "
             "leave it out"
         )
 
 
 def json_reason(error: Exception) -> str:
-    """What was wrong with a text that is not JSON."""
+    """Return why a text is not JSON, from the error of parsing it."""
     if isinstance(error, json.JSONDecodeError):
         return f"{error.msg} at column {error.colno}"
     return "nested too deep" if isinstance(error, RecursionError) else str(error)
 
 
 def decoded(raw: bytes, where: str) -> str:
-    """UTF-8, with or without a byte order mark. Raises DataError that says `where`."""
+    """Return UTF-8, with or without a byte order mark, as a text. Raises DataError that begins with
+    `where`."""
     try:
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise DataError(f"{where}: not UTF-8 at byte {error.start}") from error
 
 
+def parse_json(raw: bytes, where: str) -> Any:
+    """Return the value of a JSON text. Raises DataError that begins with `where`."""
+    text = decoded(raw, where)
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{where}: not JSON: {json_reason(error)}") from error
+
+
 def write_json(path: Path, content: Any) -> None:
-    """Writes a JSON file with an indentation of two, atomically."""
+    """Write a JSON file with an indentation of two, atomically."""
     with atomic_write(path) as file:
         file.write(json.dumps(content, indent=2) + "\n")
 
 
+# Bytes of a config.yaml or config.json.
 MAX_CONFIG = 2**20
-"""Bytes of a config.yaml or config.json."""
 
 
 def read_text(file: Path, limit: int) -> str:
-    """A text file.
+    """Return the content of a text file.
 
     Raises DataError for one that is missing, larger than `limit` bytes, or not UTF-8.
     """
     try:
-        with file.open("rb") as opened:
-            raw = opened.read(limit + 1)
+        with file.open("rb") as stream:
+            # One byte more than allowed shows that there is more, whatever the file's size says.
+            raw = stream.read(limit + 1)
     except FileNotFoundError:
         raise DataError(f"{file}: no such file") from None
     except OSError as error:
         raise DataError(f"{file}: {error.strerror}") from error
     if len(raw) > limit:
         raise DataError(f"{file}: more than {limit:,} bytes, the limit for such a file")
-    try:
-        return raw.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{file}: not UTF-8 at byte {error.start}") from None
+    return decoded(raw, str(file))
 
 
+# Bytes of a JSON file, which is parsed whole.
 MAX_JSON = 2**30
-"""Bytes of a JSON file, which is parsed whole."""
 
 
 def read_json(file: Path, kind: type = dict, limit: int = MAX_JSON) -> Any:
-    """Returns the content of a JSON file that holds a `kind`.
+    """Return the content of a JSON file that holds a `kind`.
 
     Raises DataError for one that is missing, over `limit` bytes, no JSON, or holds something else.
     """
@@ -231,12 +241,12 @@ def read_json(file: Path, kind: type = dict, limit: int = MAX_JSON) -> Any:
     except (RecursionError, ValueError) as error:  # ValueError: a number of thousands of digits
         raise DataError(f"{file}: not JSON: {json_reason(error)[:120]}") from error
     if not isinstance(content, kind):
-        raise DataError(f"{file}: holds a {type(content).__name__}, expected {WORDS[kind]}")
+        raise DataError(f"{file}: holds a {type(content).__name__}, expected {KIND_NAMES[kind]}")
     return content
 
 
 def read_json_if_there(file: Path) -> dict[str, Any]:
-    """Returns the object that a JSON file holds, and an empty one where `read_json` raises."""
+    """Return the object that a JSON file holds, and an empty one where `read_json` raises."""
     try:
         return read_json(file)
     except DataError:
@@ -244,23 +254,29 @@ def read_json_if_there(file: Path) -> dict[str, Any]:
 
 
 def files_of(path: Path) -> dict[str, Path]:
-    """The files of a checkpoint: `.` where it is one file, else by their places in the folder."""
+    """Return the files of a checkpoint by their paths in its folder, `.` where it is one file."""
     if path.is_file():
         return {".": path}
-    return {str(file.relative_to(path)): file for file in sorted(path.rglob("*")) if file.is_file()}
+    files = {}
+    for file in sorted(path.rglob("*")):
+        if file.is_file():
+            files[str(file.relative_to(path))] = file
+    return files
 
 
 def sha256(path: Path) -> str:
-    """In hexadecimal."""
+    """Return the SHA-256 of a file, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def sync(path: Path) -> None:
-    """Waits until a file, or a folder's names and files, are on the disk."""
-    for file in (
-        [*files_of(path).values(), path] if path.is_dir() and path.name != "checkpoints" else [path]
-    ):
+    """Wait until a file, or a folder's names and files, are on the disk."""
+    files = [path]
+    # The folder of all checkpoints needs its own names alone.
+    if path.is_dir() and path.name != "checkpoints":
+        files = [*files_of(path).values(), path]
+    for file in files:
         handle = os.open(file, os.O_RDONLY)
         try:
             os.fsync(handle)
@@ -268,7 +284,7 @@ def sync(path: Path) -> None:
             os.close(handle)
 
 
-WORDS = {
+KIND_NAMES = {
     dict: "an object",
     list: "a list",
     str: "a text",

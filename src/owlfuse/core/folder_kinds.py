@@ -1,7 +1,5 @@
-"""What a path is, for the error where a command is given a folder of another kind.
-
-Imports nothing heavy.
-"""
+"""The kind of a folder, for the error of a command that takes another kind. Imports nothing
+heavy."""
 
 from __future__ import annotations
 
@@ -12,8 +10,9 @@ from owlfuse.core.files import MAX_CONFIG, read_json, read_json_if_there
 
 
 def describe_path(path: Path) -> str | None:
-    """Returns what a path is and what to do with it, in words that go on from its name; None where
+    """Return the kind of a path and what to do with it, in words that follow its name; None where
     owlfuse knows no such kind."""
+    # First, since a checkpoint's folder may hold files of other kinds.
     if (run := run_of_checkpoint(path)) is not None:
         return (
             f"is of the checkpoints of the run {run}; name the run itself (with which=best for "
@@ -47,13 +46,11 @@ def describe_path(path: Path) -> str | None:
 
 
 def run_of_checkpoint(path: Path) -> Path | None:
-    """The run that a checkpoint, or its folder of checkpoints, belongs to."""
+    """Return the run of a checkpoint, or of a folder of checkpoints."""
+    if not path.exists():
+        return None
     for folder in (path, path.parent):
-        if (
-            path.exists()
-            and folder.name == "checkpoints"
-            and (folder.parent / "config.yaml").is_file()
-        ):
+        if folder.name == "checkpoints" and (folder.parent / "config.yaml").is_file():
             return folder.parent
     return None
 
@@ -64,21 +61,21 @@ def is_export(path: Path) -> bool:
 
 
 def runs_in(path: Path) -> list[str]:
-    """The runs right below a folder, by their paths."""
+    """Return the paths of the runs right below a folder."""
     return sorted(str(file.parent) for file in path.glob("*/config.yaml"))
 
 
 def listed(path: Path, limit: int = 4) -> str:
-    """The first of the runs below a folder."""
+    """Return the first of the runs below a folder, for a message."""
     runs = runs_in(path)
-    return (
-        ", ".join(runs[:limit]) + (f" and {len(runs) - limit} more" if len(runs) > limit else "")
-        or "not there yet"
-    )
+    if not runs:
+        return "not there yet"
+    more = f" and {len(runs) - limit} more" if len(runs) > limit else ""
+    return ", ".join(runs[:limit]) + more
 
 
 def check_exported(folder: Path) -> Path:
-    """The folder, if it is one that `export` wrote. Raises DataError."""
+    """Return the folder, if `export` wrote it. Raises DataError."""
     folder = Path(folder).expanduser()
     config = folder / "config.json"
     if not config.is_file():
@@ -98,7 +95,7 @@ def check_exported(folder: Path) -> Path:
 
 
 def check_released(folder: Path) -> Path:
-    """The folder, if it may hold a released checkpoint. Raises DataError."""
+    """Return the folder, if it may hold a released checkpoint. Raises DataError."""
     folder = Path(folder).expanduser()
     if not folder.is_dir():
         raise DataError(f"{folder} is no folder; name one with a released config.json and weights")

@@ -1,5 +1,5 @@
-"""Whether the hub has a model, asked once and without patience: its libraries try for a minute and
-then name neither the model nor what can be done."""
+"""Whether the hub has a model: it is asked once, with a short timeout, since its libraries try for
+a minute and then name neither the model nor a remedy."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ from owlfuse.core.packages import looks_local
 
 log = logging.getLogger(__name__)
 
-SECONDS = 3.0
-"""For which an answer is waited for, twice."""
+# Seconds until an answer; the hub is asked twice.
+TIMEOUT = 3.0
 CACHED_FILES = (
     "config.json",
     "tokenizer_config.json",
@@ -38,18 +38,18 @@ CACHED_FILES = (
     "model.safetensors",
     "pytorch_model.bin",
 )
+# HTTPError of httpx, or of the package that this version of huggingface_hub uses instead.
 TRANSPORT_ERROR: Any = HfHubHTTPError.__bases__[0]
-"""httpx's HTTPError, in whichever of httpx's packages this version of the hub's library uses."""
 
 
 @cache
 def check_hub_has(name: str, instead: str) -> None:
-    """Asks the hub for a model. Where it does not answer and the model is in the cache, the hub is
+    """Ask the hub for a model. Where it does not answer and the model is in the cache, the hub is
     not asked again.
 
     Args:
         name: as `owner/name`; a local path is not asked for.
-        instead: what to set in its place, for the error.
+        instead: the remedy, for the error.
 
     Raises:
         DataError: no such model, no permission, or no answer and nothing in the cache.
@@ -70,24 +70,29 @@ def check_hub_has(name: str, instead: str) -> None:
         raise DataError(f"{name}: {reason}, and it is not in the cache; {instead}")
     if not constants.HF_HUB_OFFLINE:
         log.warning("%s: %s; it is taken from the cache (%s)", name, reason, constants.HF_HUB_CACHE)
-        # what the environment's variable of this name sets: no more waiting for it
+        # as the environment's variable of this name does: transformers would wait for the hub too
         constants.HF_HUB_OFFLINE = True
 
 
 def resolved_file(name: str, files: tuple[str, ...]) -> Path | None:
-    """The first of some files of a model that can be had, in the cache's folder of its commit;
-    None for a local path."""
+    """Return the first of some files of a model that the hub or the cache has, in the cache's
+    folder of its commit; None for a local path."""
     if looks_local(name):
         return None
     try:
-        # Its libraries would try for a quarter of a minute at each file.
+        # Without an answer, huggingface_hub would try for a quarter of a minute at each file.
         cached_only = ask(name) is not None
     except HFValidationError:
         return None
     for file in files:
         try:
             return Path(
-                hf_hub_download(name, file, etag_timeout=SECONDS, local_files_only=cached_only)
+                hf_hub_download(
+                    name,
+                    file,
+                    etag_timeout=TIMEOUT,
+                    local_files_only=cached_only,
+                )
             )
         except (
             HFValidationError,
@@ -103,11 +108,12 @@ def resolved_file(name: str, files: tuple[str, ...]) -> Path | None:
 
 @cache
 def ask(name: str) -> str | None:
-    """Why the model cannot be had from the hub; None where it can, and where its libraries know
-    better what is wrong."""
+    """Return why the hub does not give a model; None where it does, and where its libraries have a
+    better message."""
+    # A single timeout may be chance.
     for _ in range(2):
         try:
-            get_hf_file_metadata(hf_hub_url(name, "config.json"), timeout=SECONDS)
+            get_hf_file_metadata(hf_hub_url(name, "config.json"), timeout=TIMEOUT)
             return None
         except GatedRepoError:
             return (
@@ -122,7 +128,7 @@ def ask(name: str) -> str | None:
         except OfflineModeIsEnabled:
             return "HF_HUB_OFFLINE is set"
         except (EntryNotFoundError, HfHubHTTPError):
-            # there is such a model, or the hub is busy, for which its libraries have patience
+            # There is such a model, or the hub is busy, for which its libraries try again.
             return None
         except (TRANSPORT_ERROR, OSError) as error:
             failure = type(error).__name__

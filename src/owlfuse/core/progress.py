@@ -1,4 +1,4 @@
-"""How far a command is: a bar on a terminal, and elsewhere a plain line every so often."""
+"""Progress of a command: a bar on a terminal, and elsewhere a plain line from time to time."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from owlfuse.core.terminal import visible
 T = TypeVar("T")
 Clock = Callable[[], float]
 
-FIRST_LINE = 30.0
-"""Seconds until the first line of a log, and the least between two."""
-LONGEST_SILENCE = 600.0
-"""Seconds between two lines of the log of a long run."""
-REDRAW = 0.5
-"""Seconds between two pictures of a bar: the loss is read from the device for each."""
+# Seconds until the first line of a log, and the least between two.
+MIN_INTERVAL = 30.0
+# Seconds between two lines of the log of a long run.
+MAX_INTERVAL = 600.0
+# Seconds between two states of a bar: the loss is read from the device for each.
+REDRAW_INTERVAL = 0.5
+# Steps in the average of a pace.
 WINDOW = 100
-"""Steps that a pace is of."""
 BLOCKS = 5
 
 _hidden: ContextVar[bool] = ContextVar("hidden", default=False)
@@ -34,7 +34,7 @@ _hidden: ContextVar[bool] = ContextVar("hidden", default=False)
 
 @contextmanager
 def progress_hidden(hidden: bool = True) -> Iterator[None]:
-    """Inside, nothing says how far it is, as with `trainer.enable_progress_bar=false`."""
+    """Hide progress inside, as with `trainer.enable_progress_bar=false`."""
     token = _hidden.set(hidden or _hidden.get())
     try:
         yield
@@ -48,7 +48,7 @@ def on_terminal() -> bool:
 
 
 class Pace:
-    """How long a step took of late.
+    """The mean time of the last steps.
 
     The last steps are cut into blocks, and the pace is the median of the blocks' means: a slow step
     (compilation, the start of workers, a file system that hung) is in one block only, and workers
@@ -57,44 +57,43 @@ class Pace:
 
     def __init__(self) -> None:
         self.steps: deque[tuple[float, int]] = deque(maxlen=WINDOW)
-        self.seen = 0
+        self.calls = 0
 
     def add(self, seconds: float, steps: int = 1) -> None:
-        """Notes how long so many steps took.
+        """Add the time of some steps.
 
-        The first call is left out: it holds compilation and the start of workers.
+        The first call is left out: it includes compilation and the start of workers.
         """
-        self.seen += 1
-        if self.seen > 1 and steps > 0:
+        self.calls += 1
+        if self.calls > 1 and steps > 0:
             self.steps.append((seconds, steps))
 
     def seconds(self) -> float | None:
-        """Of one step; None until it is known."""
+        """Return the seconds of one step; None until they are known."""
         if not self.steps:
             return None
-        size = max(1, len(self.steps) // BLOCKS)
         latest = list(self.steps)
-        blocks = [latest[max(0, stop - size) : stop] for stop in range(len(latest), 0, -size)][
-            :BLOCKS
-        ]
-        means = [
-            sum(seconds for seconds, _ in block) / sum(steps for _, steps in block)
-            for block in blocks
-        ]
+        size = max(1, len(latest) // BLOCKS)
+        means = []
+        for stop in list(range(len(latest), 0, -size))[:BLOCKS]:
+            block = latest[max(0, stop - size) : stop]
+            total_seconds = sum(seconds for seconds, _ in block)
+            means.append(total_seconds / sum(steps for _, steps in block))
+        # The median ignores one block with a pause, where a mean would not.
         return statistics.median_low(means)
 
 
 class Progress:
-    """Says how far something is, as a context manager. On a terminal it draws a bar, which what is
-    printed meanwhile stands above. Elsewhere it prints a line after 30 s, and then one whenever a
-    twentieth of the time until then has passed, at least every ten minutes.
+    """Shows progress, as a context manager. On a terminal it draws a bar, below all that is printed
+    meanwhile. Elsewhere it prints a line after 30 s, and then one whenever a twentieth of the time
+    until then has passed, at least every ten minutes.
 
     Args:
-        title: what is done.
-        total: how many steps there are.
-        start: how many are done already.
-        shown: False says nothing, as on other ranks than the first.
-        clock: seconds that only grow.
+        title: of the work.
+        total: number of steps.
+        start: number of steps that are done already.
+        shown: False shows nothing, as on other ranks than the first.
+        clock: a monotonic clock, in seconds.
     """
 
     def __init__(
@@ -115,6 +114,7 @@ class Progress:
         self.began = self.last = self.drawn = self.line_at = clock()
 
     def __enter__(self) -> Progress:
+        # Again at entry: between construction and the first step there may be minutes.
         self.began = self.last = self.line_at = self.clock()
         if self.shown and on_terminal():
             self.live = live_bar()
@@ -126,13 +126,13 @@ class Progress:
         self.stop()
 
     def stop(self) -> None:
-        """Takes the bar away."""
+        """Remove the bar."""
         if self.live is not None:
             self.live.stop()
             self.live = None
 
     def advance(self, steps: int = 1) -> None:
-        """So many steps more are done."""
+        """Add finished steps."""
         now = self.clock()
         self.pace.add(now - self.last, steps)
         self.last = now
@@ -141,67 +141,80 @@ class Progress:
             self.show()
 
     def due(self) -> bool:
-        """Whether it is time to say how far it is."""
+        """Whether it is time to show the progress."""
         if not self.shown:
             return False
         now = self.clock()
         if self.live is not None:
-            return now - self.drawn >= REDRAW or self.done >= self.total
-        silence = max(FIRST_LINE, min((now - self.began) / 20, LONGEST_SILENCE))
+            # The last step is always drawn, so that a bar ends full.
+            return now - self.drawn >= REDRAW_INTERVAL or self.done >= self.total
+        silence = max(MIN_INTERVAL, min((now - self.began) / 20, MAX_INTERVAL))
         return now - self.line_at >= silence
 
     def show(self, note: str = "") -> None:
-        """Redraws the bar, or prints a line.
+        """Redraw the bar, or print a line.
 
         Args:
-            note: what is said behind the count; else the time left.
+            note: a text behind the count, instead of the remaining time.
         """
         if self.live is not None:
             self.drawn = self.clock()
             self.live.update(
-                self.task, completed=self.done, description=self.text(note), refresh=True
+                self.task,
+                completed=self.done,
+                description=self.text(note),
+                refresh=True,
             )
         elif self.shown:
             self.say(self.text(note))
 
     def say(self, line: str) -> None:
-        """Prints a line, above the bar where there is one."""
+        """Print a line, above the bar where there is one."""
         if self.shown:
             self.line_at = self.clock()
             print(line, file=sys.stderr, flush=True)
 
     def text(self, note: str = "") -> str:
-        """How far it is."""
-        left = self.seconds_left()
-        note = note or (f"about {duration(left)} left" if left else "")
-        return visible(
-            f"{self.title}: {self.done:,} of {self.total:,}" + (f", {note}" if note else "")
-        )
+        """Return the title, the count and the remaining time."""
+        seconds = self.seconds_left()
+        if not note and seconds:
+            note = f"about {duration(seconds)} left"
+        count = f"{self.title}: {self.done:,} of {self.total:,}"
+        return visible(f"{count}, {note}" if note else count)
 
     def seconds_left(self) -> float | None:
-        """For the steps that are left; None where the pace is not known."""
+        """Return the seconds of the remaining steps; None where the pace is not known."""
         pace = self.pace.seconds()
         return None if pace is None else pace * max(0, self.total - self.done)
 
 
 def live_bar() -> Any:
-    """A bar that redraws when it is told to: a thread that drew it could hold a lock while data
-    workers are forked."""
+    """Return a bar without a thread: one that redraws it could hold a lock while data workers are
+    forked."""
     from rich.console import Console
     from rich.progress import BarColumn, TextColumn
     from rich.progress import Progress as Bars
     from rich.table import Column
 
-    text = TextColumn(
-        "{task.description}", markup=False, table_column=Column(no_wrap=True, overflow="ellipsis")
-    )
+    column = Column(no_wrap=True, overflow="ellipsis")
+    text = TextColumn("{task.description}", markup=False, table_column=column)
+    console = Console(stderr=True)
     return Bars(
-        BarColumn(10), text, console=Console(stderr=True), auto_refresh=False, transient=True
+        BarColumn(10),
+        text,
+        console=console,
+        auto_refresh=False,
+        transient=True,
     )
 
 
-def track(items: Iterable[T], title: str, total: int, shown: bool = True) -> Iterator[T]:
-    """Yields the items, and says how far it is."""
+def track(
+    items: Iterable[T],
+    title: str,
+    total: int,
+    shown: bool = True,
+) -> Iterator[T]:
+    """Yield the items, and show the progress."""
     with Progress(title, total, shown=shown) as progress:
         for item in items:
             yield item
@@ -209,19 +222,20 @@ def track(items: Iterable[T], title: str, total: int, shown: bool = True) -> Ite
 
 
 def duration(seconds: float) -> str:
-    """95 -> 2 min, 30 -> 30 s, 9000 -> 2.5 h, 300000 -> 3.5 days."""
+    """Return seconds in words: 30 as 30 s, 95 as 2 min, 9000 as 2.5 h, 300000 as 3.5 days."""
     if seconds < 60:
         return f"{seconds:.0f} s"
     if seconds < 5400:
         return f"{seconds / 60:.0f} min"
-    return f"{seconds / 3600:.1f} h" if seconds < 48 * 3600 else f"{seconds / 86400:.1f} days"
+    if seconds < 48 * 3600:
+        return f"{seconds / 3600:.1f} h"
+    return f"{seconds / 86400:.1f} days"
 
 
+# Loggers whose warnings stay. Their lines below warnings list accelerators, advertise, and repeat
+# commands.
 LOGGERS = ("lightning.pytorch", "lightning.fabric")
-"""Their warnings stay.
-
-What is below a warning tells which accelerators there are, advertises, and repeats the commands.
-"""
+# Beginnings of Lightning's warnings about what owlfuse does on purpose.
 MESSAGES = (
     # data.workers is the user's choice, and the step time shows what it costs
     r"The '.*' does not have many workers",
@@ -232,25 +246,27 @@ MESSAGES = (
     # the sampler goes on where it was
     r"You're resuming from a checkpoint that ended before the epoch ended",
 )
-"""Beginnings of Lightning's warnings about what owlfuse does on purpose."""
+# Libraries whose own deprecation warnings are hidden.
 LIBRARIES = (
     r"(lightning|torch|torchvision|transformers|huggingface_hub|peft|timm|accelerate|hydra"
     r"|omegaconf)\b"
 )
-"""Whose calls of what will be no more are for their makers to change."""
 
 
 @contextmanager
 def quiet_libraries() -> Iterator[None]:
-    """Inside, libraries neither advertise nor tell of what a user cannot change; what a user can
-    act on they say as ever. Lines come in the order in which they were printed where output goes
-    into a file, too. It decorates the functions behind the commands."""
+    """Hide, inside, the advertisements of libraries and warnings that a user cannot act on.
+
+    Lines come in the order in which they were printed where output goes into a file, too. It
+    decorates the functions behind the commands.
+    """
     from transformers.utils import logging as transformers_logging
 
     loggers = [logging.getLogger(name) for name in LOGGERS]
     levels = [logger.level for logger in loggers]
     bars = transformers_logging.is_progress_bar_enabled()
     if hasattr(sys.stdout, "reconfigure"):
+        # A file is buffered in blocks otherwise, and its lines come behind those of stderr.
         sys.stdout.reconfigure(line_buffering=True)
     with warnings.catch_warnings():
         for message in MESSAGES:
@@ -271,8 +287,8 @@ def quiet_libraries() -> Iterator[None]:
 
 
 def hide_weight_bars() -> None:
-    """No bars of weights that are read from or written to the disk. Those of downloads, which take
-    minutes, stay: transformers can only turn off both."""
+    """Hide bars of weights that are read or written, and no bars of downloads, which take minutes:
+    transformers can only turn off both."""
     from huggingface_hub import utils
     from transformers.utils import logging as transformers_logging
 

@@ -1,4 +1,4 @@
-"""What SIGTERM does outside of a training's steps."""
+"""The handler of SIGTERM outside of a training's steps."""
 
 from __future__ import annotations
 
@@ -11,16 +11,18 @@ from typing import Any
 
 @contextmanager
 def signals_end_the_run() -> Iterator[None]:
-    """Before and after the steps SIGTERM does what Ctrl-C does: it raises KeyboardInterrupt, and
-    the run ends with a line. In the steps see `trainer.StopOnSignal`. Afterwards both signals, and
-    SIGCHLD, do what they did before: Lightning and torch leave handlers of theirs."""
+    """Make SIGTERM do what Ctrl-C does: it raises KeyboardInterrupt, and the run ends with a line.
+
+    During the steps see `callbacks.StopOnSignal`. Afterwards both signals, and SIGCHLD, have their
+    former handlers: Lightning and torch leave some of theirs.
+    """
+    # Python allows handlers in the main thread alone.
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {
-        number: signal.getsignal(number)
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGCHLD)
-    }
+    before = {}
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGCHLD):
+        before[number] = signal.getsignal(number)
     signal.signal(signal.SIGTERM, interrupt)
     try:
         yield
@@ -30,5 +32,5 @@ def signals_end_the_run() -> Iterator[None]:
 
 
 def interrupt(number: int, frame: Any) -> None:
-    """A signal's handler that does what Ctrl-C does."""
+    """Handle a signal as Ctrl-C."""
     raise KeyboardInterrupt

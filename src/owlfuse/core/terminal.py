@@ -1,4 +1,4 @@
-"""Text from models, data and files as a terminal may be given it."""
+"""Makes text from models, data and files safe to print on a terminal."""
 
 from __future__ import annotations
 
@@ -12,23 +12,22 @@ import warnings
 from types import TracebackType
 from typing import Any
 
+# Marks that change the order in which characters are shown, so that a line may read as another.
 BIDI = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
-"""Marks that change the order in which characters are shown, so that a line may read otherwise
-than it is."""
 LINE_BREAKS = frozenset("\u2028\u2029")
 
 
 def visible(text: str) -> str:
-    """The text with control characters written as escapes (`\\x1b`), except for newlines and tabs.
+    """Return the text with control characters written as escapes (`\\x1b`), except for newlines and
+    tabs.
 
     A terminal obeys control characters: it sets its title, moves the cursor, or answers with keys
     that a shell then reads. Surrogates, which no encoding can send, are written as escapes too.
     """
+    # Nearly all texts, and the check is in C.
     if text.isprintable():
         return text
-    return "".join(
-        character if is_harmless(character) else escaped(character) for character in text
-    )
+    return "".join(c if is_harmless(c) else escaped(c) for c in text)
 
 
 def is_harmless(character: str) -> bool:
@@ -37,18 +36,19 @@ def is_harmless(character: str) -> bool:
         return True
     if character in BIDI or character in LINE_BREAKS:
         return False
+    # Cc: control characters; Cs: surrogates.
     return unicodedata.category(character) not in ("Cc", "Cs")
 
 
 def escaped(character: str) -> str:
-    """The character as Python would write it in a string."""
+    """Return the character as Python would write it in a string."""
     code = ord(character)
     return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}"
 
 
 def cell(text: str) -> str:
-    """Text for a table of rich: neither control characters nor the square brackets of rich's
-    markup have an effect."""
+    """Return text for a table of rich, without effect of control characters and of the square
+    brackets of rich's markup."""
     from rich.markup import escape
 
     return escape(visible(text))
@@ -67,12 +67,13 @@ class VisibleFormatter(logging.Formatter):
 
 
 def guard_terminal() -> None:
-    """Makes logged lines, warnings and tracebacks of this process visible text.
+    """Make logged lines, warnings and tracebacks of this process visible text.
 
-    Called once, by the command line.
+    The command line calls it once.
     """
-    last_resort = logging.lastResort
-    handlers = [*logging.getLogger().handlers, *([last_resort] if last_resort else [])]
+    handlers: list[logging.Handler] = [*logging.getLogger().handlers]
+    if logging.lastResort:
+        handlers.append(logging.lastResort)
     for name in ("lightning", "lightning.pytorch", "transformers", "owlfuse"):
         handlers += logging.getLogger(name).handlers
     for handler in handlers:
@@ -80,7 +81,7 @@ def guard_terminal() -> None:
             handler.setFormatter(VisibleFormatter(handler.formatter or logging.Formatter()))
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            # a terminal that lacks a letter is no reason to stop
+            # A terminal that lacks a letter would end the command otherwise.
             stream.reconfigure(errors="backslashreplace")
     warnings.formatwarning = format_warning
     sys.excepthook = print_exception
@@ -93,14 +94,14 @@ def format_warning(
     lineno: int,
     line: str | None = None,
 ) -> str:
-    """As Python's, visible."""
+    """Return a warning as Python writes it, visible."""
     return visible(f"{filename}:{lineno}: {category.__name__}: {message}\n")
 
 
 def print_exception(
     kind: type[BaseException], error: BaseException, trace: TracebackType | None
 ) -> None:
-    """As Python's, visible."""
+    """Print an exception as Python does, visible."""
     sys.stderr.write(visible("".join(traceback.format_exception(kind, error, trace))))
 
 

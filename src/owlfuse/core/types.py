@@ -1,27 +1,38 @@
-"""What passes between the parts: samples, batches, visual tokens. Imports nothing of ours, and
-torch where tensors are made: who only reads samples does not wait for it, nor holds its 500 MB.
+"""The types that pass between the parts: samples, batches, visual tokens.
+
+It imports torch only in methods of tensors: who only reads samples neither waits for it nor holds
+its 500 MB.
 
 N images in the batch, P patches, Q visual tokens per image, B rows, I the most images of a row, T
-text positions, D LLM width, R supervised places, K visual positions.
+text positions, D LLM width, R supervised positions, K visual positions.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+# An object of JSON: a record of a data file, a turn, a tool.
+JsonObject: TypeAlias = dict[str, Any]
+# A message of a `Sample`, or as chat templates take it.
+Message: TypeAlias = dict[str, Any]
+# A part of a message's content.
+Part: TypeAlias = dict[str, Any]
+# A picture or a video: a path below the image root, or its encoded bytes.
+Media: TypeAlias = str | bytes
+
+# The number of `Batch.supervised` is a multiple of this: few shapes, and sizes that suit matrix
+# units.
 SUPERVISED_BLOCK = 64
-"""`Batch.supervised` has a multiple of so many places: few shapes, and sizes that matrix units
-like."""
 
 
 class Note(NamedTuple):
-    """What of a sample's record is not used, or was assumed: told once for a source, and no
+    """An unused key of a sample's record, or an assumption about it: logged once a source, and no
     error."""
 
     kind: Literal["unused", "assumed"]
@@ -43,10 +54,10 @@ class Sample:
 
     id: str
     source: str
-    messages: list[dict[str, Any]]
-    images: list[str | bytes] = field(default_factory=list)
-    metadata: dict[str, Any] = field(default_factory=dict)
-    videos: list[str | bytes] = field(default_factory=list)
+    messages: list[Message]
+    images: list[Media] = field(default_factory=list)
+    metadata: JsonObject = field(default_factory=dict)
+    videos: list[Media] = field(default_factory=list)
     tools: list[Any] | None = None
     notes: list[Note] = field(default_factory=list)
 
@@ -65,16 +76,16 @@ class Encoded:
     pixel_values: list[Tensor]
     image_positions: list[int]
     turns_removed: int = 0
-    """Questions with their answers that were taken from the end, where the policy for the length
+    """Questions with their answers that were removed from the end, where the policy for the length
     is `truncate_turns`."""
     notes: list[Note] = field(default_factory=list)
-    """What of its record is not used or was assumed."""
+    """Notes about its record."""
 
 
 @dataclass
 class Batch:
-    """Rows of equal length. Images stand in the order of their rows, and within a row in the order
-    of its placeholders.
+    """Rows of equal length. Images are in the order of their rows, and within a row in the order of
+    its placeholders.
 
     A batch without images holds one blank image, for which `image_mask` is False and which no row
     points to.
@@ -101,8 +112,8 @@ class Batch:
     right then. None: a row is one sample. Samples of a row see nothing of each other, images
     included."""
     ids: list[str] = field(default_factory=list)
-    """Of the samples, in the order of their rows and within a row in the order of its samples;
-    `sources`, `lengths` too."""
+    """Ids of the samples, in the order of their rows and within a row in the order of its samples;
+    `sources` and `lengths` likewise."""
     sources: list[str] = field(default_factory=list)
     lengths: list[int] = field(default_factory=list)
     """The tokens of each sample.
@@ -115,8 +126,7 @@ class Batch:
     truncated: list[tuple[str, str, int]] = field(default_factory=list)
     """(source, sample, turns removed) of the samples that were cut to `max_length`."""
     notes: list[tuple[str, str, Note, int]] = field(default_factory=list)
-    """(source, first sample, note, how many samples) of what records hold that is not used, or
-    what was assumed of them."""
+    """(source, first sample, note, number of samples) of each note about the records."""
 
     has_images: bool = True
     """False for the batch with a blank image.
@@ -124,12 +134,12 @@ class Batch:
     A plain bool, so that no tensor is read to know it.
     """
     supervised: Tensor | None = None
-    """(R,) places b * T + t of the tokens whose next one is supervised, filled up to a multiple of
-    `SUPERVISED_BLOCK` with the last place of all, which has no next token. Made where the labels
-    are read anyway, so that logits are computed there alone. None: not known."""
+    """(R,) positions b * T + t of the tokens whose next one is supervised, filled up to a multiple
+    of `SUPERVISED_BLOCK` with the last position of all, which has no next token. Computed on the
+    CPU, so that logits are computed there alone. None: unknown."""
     visual_count: int | None = None
     """K, how many positions images take in all rows. A plain number: shapes depend on it, and no
-    tensor is read to know it. None: not known."""
+    tensor is read to know it. None: unknown."""
 
     @classmethod
     def of(
@@ -182,50 +192,46 @@ class Batch:
         )
 
     def targets(self) -> Tensor:
-        """(B * T,) of each place the label of the next token of its row, -100 at the last of a
-        row."""
+        """Return for each position the label of the next token of its row, -100 at the last of a
+        row, (B * T,)."""
         from torch.nn.functional import pad
 
+        # The label of a token is predicted at the position before it.
         return pad(self.labels[:, 1:], (0, 1), value=-100).flatten()
 
     def with_places(self) -> Batch:
-        """The same batch with `supervised` and `visual_count`, of tensors on the CPU."""
+        """Return the same batch with `supervised` and `visual_count`, of tensors on the CPU."""
         from torch.nn.functional import pad
 
         supervised = (self.targets() != -100).nonzero().flatten()
-        supervised = pad(
-            supervised, (0, -len(supervised) % SUPERVISED_BLOCK), value=self.labels.numel() - 1
-        )
+        missing = -len(supervised) % SUPERVISED_BLOCK
+        supervised = pad(supervised, (0, missing), value=self.labels.numel() - 1)
         return replace(self, supervised=supervised, visual_count=int(self.placeholder.sum()))
 
     def positions(self) -> Tensor:
-        """(B, T) the place of each token in its sample, from 0. Padding has 0, or on the right of a
-        row that is one sample the place of its last token."""
+        """Return the position of each token in its sample, from 0, (B, T). Padding has 0, or on the
+        right of a row that is one sample the position of its last token."""
         import torch
 
         if self.segment_ids is None:
             return (self.attention_mask.cumsum(1) - 1).clamp_min(0)
-        here = torch.arange(self.segment_ids.shape[1], device=self.segment_ids.device).expand_as(
-            self.segment_ids
-        )
-        begins = (
-            self.segment_ids.diff(
-                dim=1, prepend=self.segment_ids.new_full((len(self.segment_ids), 1), -1)
-            )
-            != 0
-        )
-        first = torch.where(begins, here, 0).cummax(1).values
-        return (here - first) * self.attention_mask
+        rows, length = self.segment_ids.shape
+        position_in_row = torch.arange(length, device=self.segment_ids.device).expand(rows, length)
+        before_first = self.segment_ids.new_full((rows, 1), -1)
+        # A sample begins where the segment changes; -1 makes the first position one.
+        begins = self.segment_ids.diff(dim=1, prepend=before_first) != 0
+        first = torch.where(begins, position_in_row, 0).cummax(1).values
+        return (position_in_row - first) * self.attention_mask
 
     def to(self, device: torch.device | str) -> Batch:
-        """The same batch with its tensors on `device`."""
+        """Return the same batch with its tensors on `device`."""
         from torch import Tensor
 
-        moved: dict[str, Any] = {}
-        for name, value in vars(self).items():
+        fields = dict(vars(self))
+        for name, value in fields.items():
             if isinstance(value, Tensor):
-                moved[name] = value.to(device, non_blocking=True)
-        return replace(self, **moved)
+                fields[name] = value.to(device, non_blocking=True)
+        return Batch(**fields)
 
 
 def image_starts(starts_by_row: Sequence[Sequence[int]], length: int) -> Tensor:
@@ -249,7 +255,7 @@ def number_images(image_positions: Tensor, length: int) -> Tensor:
 
 @dataclass
 class VisualTokens:
-    """What the connector made of the images, and where the rows hold them."""
+    """The connector's output for the images, and their positions in the rows."""
 
     tokens: Tensor
     """(N, Q, D); zero for a blank image."""
@@ -276,5 +282,5 @@ class Skipped:
 IMAGE = "<image>"
 
 
+# The types of message parts that stand for pictures.
 VISUAL = ("image", "video")
-"""The types of message parts that stand for pictures."""

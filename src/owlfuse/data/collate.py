@@ -1,4 +1,5 @@
-"""Encoded samples -> a batch. B rows, T text positions, N images, I the most images of a row."""
+"""Encoded samples become a batch. B rows, T text positions, N images, I the most images of a
+row."""
 
 from __future__ import annotations
 
@@ -29,32 +30,42 @@ class Collator:
     pack_to: int | None = None
 
     def __call__(self, items: Sequence[Encoded | Skipped]) -> Batch:
-        """A batch of the items that are not skipped; where all are, of one row without anything to
-        learn, so that a rank goes on with the others. Raises DataError for a sample longer than
-        `pack_to`."""
-        samples = [item for item in items if isinstance(item, Encoded)]
-        skipped = [
-            (item.source, item.sample, item.reason) for item in items if isinstance(item, Skipped)
-        ]
-        truncated = [
-            (one.source, one.id, one.turns_removed) for one in samples if one.turns_removed
-        ]
+        """Return a batch of the items that are not skipped; where all are, a batch of one row
+        without a supervised token, so that a rank goes on with the others. Raises DataError for a
+        sample longer than `pack_to`."""
+        samples, skipped = [], []
+        for item in items:
+            if isinstance(item, Encoded):
+                samples.append(item)
+            else:
+                skipped.append((item.source, item.sample, item.reason))
+        truncated = []
+        for sample in samples:
+            if sample.turns_removed:
+                truncated.append((sample.source, sample.id, sample.turns_removed))
         segments: tuple[Any, ...] | None = None
-        rows: Sequence[Encoded]
-        if self.pack_to is None or not samples:
-            rows = samples or [self.nothing()]
-        else:
+        rows: Sequence[Encoded] = samples or [self.empty_row()]
+        if self.pack_to is not None and samples:
             packed = pack(samples, self.pack_to)
+            # The batch names its samples in the order of its rows.
             samples = [sample for row in packed for sample in row]
             rows, segments = zip(*(join(row) for row in packed), strict=True)
+        # Each batch is as long as its longest row: padding to a fixed length would cost more than
+        # new shapes.
         length = max(len(row.input_ids) for row in rows)
-        pixels = [image for row in rows for image in row.pixel_values]
+        input_ids = [row.input_ids for row in rows]
+        attention = [torch.ones_like(ids) for ids in input_ids]
+        pixels = []
+        for row in rows:
+            pixels += row.pixel_values
         starts_by_row = [self.starts(row, length) for row in rows]
         return Batch.of(
-            input_ids=self.pad([row.input_ids for row in rows], length, self.pad_id),
-            attention_mask=self.pad([torch.ones_like(row.input_ids) for row in rows], length, 0),
+            input_ids=self.pad(input_ids, length, self.pad_id),
+            attention_mask=self.pad(attention, length, 0),
             labels=self.pad([row.labels for row in rows], length, -100),
             placeholder=self.pad([row.placeholder for row in rows], length, False),
+            # The vision tower runs on every rank in every step, else collectives of sharded
+            # parameters hang.
             pixel_values=torch.stack(pixels or [torch.zeros(self.image_shape)]),
             image_positions=image_starts(starts_by_row, length),
             segment_ids=None if segments is None else self.pad(segments, length, 0),
@@ -63,23 +74,30 @@ class Collator:
             lengths=[len(sample.input_ids) for sample in samples],
             skipped=skipped,
             truncated=truncated,
-            notes=counted_notes(samples),
+            notes=count_notes(samples),
         ).with_places()
 
-    def nothing(self) -> Encoded:
-        """A row of one padding token, which nothing is learned from."""
-        pad = torch.tensor([self.pad_id])
+    def empty_row(self) -> Encoded:
+        """Return a row of one padding token, which is not supervised."""
+        ids = torch.tensor([self.pad_id])
+        placeholder = torch.zeros(1, dtype=torch.bool)
         return Encoded(
-            "", "", pad, torch.full((1,), -100), torch.zeros(1, dtype=torch.bool), [], []
+            "",
+            "",
+            ids,
+            torch.full((1,), -100),
+            placeholder,
+            [],
+            [],
         )
 
     def pad(self, rows: Sequence[Tensor], length: int, value: int | bool) -> Tensor:
-        """Rows (T_i,) -> (B, T)."""
-        out = torch.full((len(rows), length), value, dtype=rows[0].dtype)
-        for filled, row in zip(out, rows, strict=True):
+        """Pad rows (T_i,) -> (B, T)."""
+        padded = torch.full((len(rows), length), value, dtype=rows[0].dtype)
+        for padded_row, row in zip(padded, rows, strict=True):
             start = length - len(row) if self.side == "left" else 0
-            filled[start : start + len(row)] = row
-        return out
+            padded_row[start : start + len(row)] = row
+        return padded
 
     def starts(self, row: Encoded, length: int) -> list[int]:
         """Returns where the images of a row begin once it is padded to `length`."""
@@ -87,14 +105,15 @@ class Collator:
         return [position + padding for position in row.image_positions]
 
 
-def counted_notes(samples: Sequence[Encoded]) -> list[tuple[str, str, Note, int]]:
-    """Each note of a source once, with the first sample that has it and how many do."""
+def count_notes(samples: Sequence[Encoded]) -> list[tuple[str, str, Note, int]]:
+    """Return each note of a source once, with the first sample that has it and their number."""
     firsts: dict[tuple[str, Note], str] = {}
     counts: Counter[tuple[str, Note]] = Counter()
     for sample in samples:
         for note in sample.notes:
             firsts.setdefault((sample.source, note), sample.id)
             counts[sample.source, note] += 1
-    return [
-        (source, sample, note, counts[source, note]) for (source, note), sample in firsts.items()
-    ]
+    notes = []
+    for (source, note), sample_id in firsts.items():
+        notes.append((source, sample_id, note, counts[source, note]))
+    return notes

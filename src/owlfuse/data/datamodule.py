@@ -11,7 +11,7 @@ import lightning
 from torch.utils.data import DataLoader, Dataset
 
 from owlfuse.core.errors import DataError
-from owlfuse.core.types import Batch, Encoded, Sample
+from owlfuse.core.types import Batch, Encoded, Message, Sample
 from owlfuse.data.chat.encoder import ChatEncoder
 from owlfuse.data.chat.tokenizer import chat_tokenizer
 from owlfuse.data.chat.truncation import OnLength, check_policies, policy_of
@@ -26,11 +26,11 @@ from owlfuse.data.mixture.mixture import make_mixture
 from owlfuse.data.mixture.positions import StepPositions
 from owlfuse.data.mixture.report import mixture_report, validation_report
 from owlfuse.data.notes import NoteCounts, NotesLog
-from owlfuse.data.packing import Padding, checked
+from owlfuse.data.packing import Padding, check_pack_to
 from owlfuse.data.workers import DataWorkers, ignore_signals
 
-LOOKED_AT = 16
-"""Records of a source by which the line break behind its pictures is known."""
+# Records of a source that show whether texts begin on a new line behind pictures.
+FIRST_RECORDS = 16
 
 
 class ChatData(lightning.LightningDataModule):
@@ -38,9 +38,9 @@ class ChatData(lightning.LightningDataModule):
 
     Args:
         tokenizer: a folder or a hub name.
-        sources: what is trained on, by name.
-        validation: what is evaluated, by name. Results of `a_b` stand beside those of `a` (see
-            `evaluation`).
+        sources: the sources of training, by name.
+        validation: the sources of evaluation, by name. Results of `a_b` are shown beside those of
+            `a` (see `evaluation`).
         global_batch_size: samples of one optimizer step, over all ranks and accumulation steps.
         micro_batch_size: samples that one rank takes at a time; by default the global batch over
             the ranks.
@@ -48,22 +48,22 @@ class ChatData(lightning.LightningDataModule):
         max_length: in tokens, of a sample.
         pack_to: the samples of a micro batch share rows of at most so many tokens in training;
             None: a row is one sample.
-        on_length: what becomes of a longer sample, for all sources or by source (see
-            `data.truncation`).
-        chat_template: a template's name (see `data/chat/templates`) or a .jinja file, in the place
-            of the tokenizer's own.
+        on_length: the policy for a longer sample, for all sources or by source (see
+            `data.chat.truncation`).
+        chat_template: a template's name (see `data/chat/templates`) or a .jinja file, which
+            replaces the tokenizer's own.
         max_pixels: of a picture; one with more is refused before it is decoded.
         seed: of the order in which samples are drawn, and of which pictures are tiled.
-        validation_samples: how many samples of each validation source are looked at during
+        validation_samples: how many samples of each validation source are evaluated during
             training.
-        prepare: called before anything is read; it writes data that are made on the spot.
-        folder: where the data lie, for the other keys of a yaml to refer to.
-        video: how frames of videos are chosen where a source does not say, the keys of a
-            `VideoSampling`.
-        weights_by: what the shares are of: samples, or supervised tokens. Those are counted once
+        prepare: called before anything is read; it writes generated data.
+        folder: of the data, for the other keys of a yaml to refer to.
+        video: how frames of videos are chosen for sources without a setting of their own, the keys
+            of a `VideoSampling`.
+        weights_by: whether shares are of samples or of supervised tokens. Tokens are counted once
             (see `mixture.lengths`), and a source's weight is divided by the mean of its samples.
-        thinking: whether a question asks for a thought before the answer, where the chat template
-            knows of thoughts; an answer is scored without it.
+        thinking: whether the model is asked for a thought before the answer, where the chat
+            template knows of thoughts; an answer is scored without it.
         temperature, at_end, weights_at: see `make_mixture`; `weights_at` counts in optimizer steps.
     """
 
@@ -92,13 +92,14 @@ class ChatData(lightning.LightningDataModule):
         thinking: bool = False,
     ) -> None:
         super().__init__()
+        # Before any source opens its file.
         if prepare is not None:
             prepare()
         for name, source in (*sources.items(), *validation.items()):
             source.name = name
         self.sources = sources
         self.validation = validation
-        # in the order in which they were found
+        # dictionaries in the place of sets, for their order
         self.validation_skipped: dict[tuple[str, str, str], None] = {}
         self.validation_truncated: dict[tuple[str, str, int], None] = {}
         self.notes = NotesLog()
@@ -107,7 +108,7 @@ class ChatData(lightning.LightningDataModule):
         self.workers = workers
         self.data_workers = DataWorkers()
         self.max_length = max_length
-        self.pack_to = checked(pack_to, max_length)
+        self.pack_to = check_pack_to(pack_to, max_length)
         self.max_pixels = max_pixels
         self.video = VideoSampling.of(video or {})
         self.seed = seed
@@ -122,8 +123,8 @@ class ChatData(lightning.LightningDataModule):
         )
         self.thinking = thinking
         self.step_positions = StepPositions.of(global_batch_size)
-        self.counted: dict[str, Lengths] | None = None
-        self.mix = partial(
+        self.token_counts: dict[str, Lengths] | None = None
+        self.make_mixture = partial(
             make_mixture,
             sources,
             seed,
@@ -131,42 +132,45 @@ class ChatData(lightning.LightningDataModule):
             at_end=at_end,
             temperature=temperature,
         )
+        # Shares of tokens need the encoder, which `bind` makes.
         if weights_by == "samples":
-            self.mixture = self.mix(self.step_positions)
+            self.mixture = self.make_mixture(self.step_positions)
 
     def go_on(self, step: int, before: StepPositions) -> None:
-        """Makes the mixture of a run that goes on at a step: the samples until there were drawn by
-        global batches as they were then. Call it before `bind`."""
+        """Make the mixture of a run that goes on at a step, whose global batches were of other
+        sizes until there. Call it before `bind`."""
         self.step_positions = before.changed(step, self.global_batch_size)
         if self.weights_by == "samples":
-            self.mixture = self.mix(self.step_positions)
+            self.mixture = self.make_mixture(self.step_positions)
 
     def bind(self, preprocess: Preprocess, tokens_per_image: int) -> None:
-        """Takes what only the model knows: how pictures become pixels, and how many positions an
+        """Set what only the model knows: how pictures become pixels, and how many positions an
         image takes."""
         self.encoder = ChatEncoder(self.tokenizer, tokens_per_image, self.max_length, self.thinking)
         self.pictures = Pictures(preprocess, self.max_pixels, self.seed, self.video)
-        self.counted = None
+        # The positions of an image, and so all lengths, are another model's.
+        self.token_counts = None
         if self.weights_by == "tokens":
-            self.mixture = self.mix(self.step_positions, lengths=self.lengths())
+            self.mixture = self.make_mixture(self.step_positions, lengths=self.lengths())
         self.image_shape = (3, *preprocess.size)
 
     def lengths(self) -> dict[str, Lengths]:
         """Return the token counts of each source, from their cache or by encoding all samples."""
-        if self.counted is None:
-            self.counted = {
-                name: count_lengths(source, self.encoder, on_length=policy_of(self.on_length, name))
-                for name, source in self.sources.items()
-            }
-        return self.counted
+        if self.token_counts is None:
+            counts = {}
+            for name, source in self.sources.items():
+                policy = policy_of(self.on_length, name)
+                counts[name] = count_lengths(source, self.encoder, on_length=policy)
+            self.token_counts = counts
+        return self.token_counts
 
     @property
     def vocab_size(self) -> int:
-        """Ids that the tokenizer may give."""
+        """The number of the tokenizer's ids."""
         return len(self.tokenizer)
 
     def accumulation(self, ranks: int) -> int:
-        """Micro batches per optimizer step and rank.
+        """Return the micro batches per optimizer step and rank.
 
         Raises:
             ValueError: a global batch that the ranks and micro batches do not divide.
@@ -179,10 +183,10 @@ class ChatData(lightning.LightningDataModule):
             )
         return self.global_batch_size // (micro * ranks)
 
-    def steps(self, asked: int) -> int:
-        """Optimizer steps of a run: those asked for, or as many whole global batches as the
+    def steps(self, max_steps: int) -> int:
+        """Return the optimizer steps of a run: `max_steps`, or as many whole global batches as the
         schedule has. Raises DataError."""
-        positions = self.mixture.available(self.step_positions.position(asked))
+        positions = self.mixture.available(self.step_positions.position(max_steps))
         steps = int(self.step_positions.step(positions))
         if steps == 0:
             raise DataError(
@@ -192,16 +196,17 @@ class ChatData(lightning.LightningDataModule):
         return steps
 
     def train_dataloader(self) -> DataLoader:
-        """From the trainer's step on, so that a resumed run goes on where it was."""
+        """Return the batches from the trainer's step on, so that a resumed run goes on where it
+        was."""
         trainer = self.trainer
         assert trainer is not None
-        # tensor ranks share their rows
-        place = trainer.distributed_sampler_kwargs or {"rank": 0, "num_replicas": 1}
+        # Lightning's, and not torch's: ranks of one tensor-parallel group share their rows.
+        ranks = trainer.distributed_sampler_kwargs or {"rank": 0, "num_replicas": 1}
         sampler = GlobalBatchSampler(
             self.global_batch_size,
-            self.accumulation(place["num_replicas"]),
-            place["rank"],
-            place["num_replicas"],
+            self.accumulation(ranks["num_replicas"]),
+            ranks["rank"],
+            ranks["num_replicas"],
             steps=trainer.max_steps,
             first_step=trainer.global_step,
             first_position=self.step_positions.position(trainer.global_step),
@@ -209,56 +214,72 @@ class ChatData(lightning.LightningDataModule):
         dataset = MixtureDataset(self.mixture, self.sources, self.load)
         options: dict[str, Any] = {
             "num_workers": self.workers,
+            # A run is one epoch, but validation would start the workers again.
             "persistent_workers": self.workers > 0,
         }
         if self.workers:
             options["multiprocessing_context"] = self.data_workers.context
-        return self.loader(dataset, self.pack_to, batch_sampler=sampler, **options)
+        return self.loader(
+            dataset,
+            self.pack_to,
+            batch_sampler=sampler,
+            **options,
+        )
 
     def val_dataloader(self) -> dict[str, DataLoader]:
-        """Samples of each validation source, whole chats, the same at every step."""
-        return {
-            name: self.validation_loader(name, self.validation_samples) for name in self.validation
-        }
+        """Return a loader for each validation source, of the same samples at every step."""
+        loaders = {}
+        for name in self.validation:
+            loaders[name] = self.validation_loader(name, self.validation_samples)
+        return loaders
 
     def validation_loader(
         self, name: str, limit: int | None = None, batch_size: int = 32
     ) -> DataLoader:
-        """Whole chats of one validation source in their own order; with a limit, a seeded sample
-        of them."""
+        """Return a loader of one validation source in its own order; with a limit, of a seeded
+        sample of it."""
         source = self.validation[name]
         indices: Sequence[int] = range(len(source))
-        if limit is not None and limit < len(source):  # the first ones may all be of one kind
+        # A random sample, since the first ones may all be of one kind.
+        if limit is not None and limit < len(source):
             indices = sorted(random.Random(0).sample(indices, limit))
         dataset = SourceDataset(source, indices, self.load)
         return self.loader(dataset, batch_size=batch_size)
 
     def loader(self, dataset: Dataset, pack_to: int | None = None, **options: Any) -> DataLoader:
-        """A DataLoader of batches, a row to each sample unless they are packed."""
+        """Return a DataLoader of batches, a row to each sample unless they are packed."""
         collator = Collator(self.encoder.pad_id, self.image_shape, pack_to=pack_to)
-        return DataLoader(dataset, collate_fn=collator, worker_init_fn=ignore_signals, **options)
+        return DataLoader(
+            dataset,
+            collate_fn=collator,
+            worker_init_fn=ignore_signals,
+            **options,
+        )
 
     def load(self, sample: Sample, source: Source, prompt: bool = False) -> Encoded:
-        """A sample of a source encoded, its pictures opened and preprocessed. Raises DataError."""
+        """Return a sample of a source encoded, its pictures opened and preprocessed. Raises
+        DataError."""
         views = self.pictures(sample, source)
         counts = [len(pixels) for pixels in views]
         if prompt:
             encoded = self.encoder.encode_prompt(sample, counts)
         else:
             encoded = self.encoder.encode(sample, counts, policy_of(self.on_length, sample.source))
-        kept = [view for pixels in views for view in pixels][: len(encoded.image_positions)]
-        encoded.pixel_values = kept
+        pixel_values = [view for pixels in views for view in pixels]
+        # Truncation may have removed the last pictures.
+        encoded.pixel_values = pixel_values[: len(encoded.image_positions)]
         encoded.notes = sample.notes
         return encoded
 
     def prompts(self, samples: list[tuple[Sample, Source]]) -> Batch:
-        """Questions as one batch, padded on the left, for generation."""
+        """Return questions as one batch, padded on the left, for generation."""
+        # Generation appends on the right, where all rows must end.
         collator = Collator(self.encoder.pad_id, self.image_shape, side="left")
         return collator([self.load(sample, source, prompt=True) for sample, source in samples])
 
     def note_validation(self, batch: Batch) -> None:
-        """Keeps what a batch of a validation source lacks or has been cut, each sample once
-        however often it is looked at."""
+        """Remember the skips, cuts and notes of a validation batch, each sample once however often
+        it is evaluated."""
         self.notes.add(batch.notes)
         self.validation_skipped |= dict.fromkeys(batch.skipped)
         self.validation_truncated |= dict.fromkeys(batch.truncated)
@@ -271,8 +292,8 @@ class ChatData(lightning.LightningDataModule):
         notes: NoteCounts | None = None,
         padding: Padding | None = None,
     ) -> dict[str, Any]:
-        """What `mixture.json` holds after `steps`: the sources, their hashes, weights and realised
-        counts, skips, cuts and notes."""
+        """Return the content of `mixture.json` after `steps`: the sources, their hashes, weights
+        and realised counts, skips, cuts and notes."""
         report = mixture_report(
             self.mixture,
             self.sources,
@@ -282,30 +303,35 @@ class ChatData(lightning.LightningDataModule):
             truncated,
             notes,
             padding,
-            self.counted,
+            self.token_counts,
         )
         return report | {"validation": self.validation_report()}
 
     def validation_report(self) -> dict[str, Any]:
-        """Of the validation sources, what was left out or cut so far."""
+        """Return the skips and cuts of the validation sources so far."""
         return validation_report(
             self.validation, self.validation_skipped, self.validation_truncated
         )
 
 
 def break_behind_images(sources: Iterable[Source]) -> bool:
-    """Whether texts go on a line of their own behind the pictures that a turn begins with: so do
-    those of all the first records of the sources, as LLaVA's do. A text that begins with white
-    space of another kind says nothing."""
+    """Whether texts begin on a new line behind the pictures that a turn begins with, as in LLaVA's
+    data: in all the first records of the sources. A text that begins with other white space does
+    not count."""
     for source in sources:
-        for index in range(min(LOOKED_AT, len(source))):
+        for index in range(min(FIRST_RECORDS, len(source))):
             try:
                 messages = source[index].messages
-            except DataError:  # told or counted when it is drawn
+            except DataError:  # reported when it is drawn
                 continue
-            for message in messages:
-                kinds = [part["type"] for part in message["content"]]
-                first = next((place for place, kind in enumerate(kinds) if kind == "text"), 0)
-                if first and not message["content"][first]["text"][:1].isspace():
-                    return False
+            if any(begins_in_line(message) for message in messages):
+                return False
     return True
+
+
+def begins_in_line(message: Message) -> bool:
+    """Whether the first text of a message continues the line of the pictures before it."""
+    for number, part in enumerate(message["content"]):
+        if part["type"] == "text":
+            return number > 0 and not part["text"][:1].isspace()
+    return False

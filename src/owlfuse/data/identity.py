@@ -1,92 +1,91 @@
-"""What the data of a run are known by, so that a run that goes on, and the cells of an ablation,
-have the same.
+"""Fingerprints of a run's data, which a run that goes on and the cells of an ablation compare.
 
-A source is known by its files (`files.fingerprint`) and by the pictures and videos that its records
-name by paths. Of these the contents count, and neither places nor times, so that data may be moved
-or copied.
+They are of a source's files (`files.fingerprint`) and of the pictures and videos that its records
+name by paths. Contents count, and neither paths of folders nor times, so that data may be moved or
+copied.
 """
 
 from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from owlfuse.core.errors import DataError
 from owlfuse.data.formats.base import Source
 
-RECORDS = 10_000
-"""Records of a source whose pictures are looked at; of more, a seeded sample of so many."""
-LOOK = 64
-"""Records after which a source none of whose pictures has a path is taken to hold its pictures
-in its own files."""
-WHOLE = 2**27
-"""Bytes of pictures that are read whole.
-
-Of more, all sizes count, and the contents of a seeded sample of so many bytes.
-"""
+# Records of a source whose pictures count; of more, a seeded sample of so many.
+MAX_RECORDS = 10_000
+# Records after which a source none of whose pictures has a path is taken to hold its pictures in
+# its own files.
+FIRST_RECORDS = 64
+# Bytes of pictures that are read. Of more, all sizes count, and the contents of a seeded sample of
+# so many bytes.
+MAX_BYTES = 2**27
 
 
 def data_identity(
     sources: Mapping[str, Source], validation: Mapping[str, Source]
 ) -> dict[str, str]:
-    """Fingerprints by names as `data.sources.shapes` and `data.sources.shapes, its pictures`.
+    """Return fingerprints by names as `data.sources.shapes` and `data.sources.shapes, its
+    pictures`.
 
     Raises DataError.
     """
-    found = {}
+    fingerprints = {}
     for group, members in (("sources", sources), ("validation", validation)):
         for name, source in members.items():
-            found[f"data.{group}.{name}"] = source.fingerprint()
+            fingerprints[f"data.{group}.{name}"] = source.fingerprint()
             if pictures := pictures_fingerprint(source):
-                found[f"data.{group}.{name}, its pictures"] = pictures
-    return found
+                fingerprints[f"data.{group}.{name}, its pictures"] = pictures
+    return fingerprints
 
 
 def pictures_fingerprint(source: Source) -> str | None:
-    """What the pictures and videos that a source names by paths are known by; None where it
+    """Return a fingerprint of the pictures and videos that a source names by paths; None where it
     names none."""
     size = len(source)
-    indices = (
-        range(size) if size <= RECORDS else sorted(random.Random(size).sample(range(size), RECORDS))
-    )
+    indices: Sequence[int] = range(size)
+    if size > MAX_RECORDS:
+        # The seed is the size alone, so that the same file gives the same sample everywhere.
+        indices = sorted(random.Random(size).sample(range(size), MAX_RECORDS))
     paths: dict[str, None] = {}
     for number, index in enumerate(indices):
-        if number == LOOK and not paths:
+        if number == FIRST_RECORDS and not paths:
             return None
         try:
             sample = source[index]
         except DataError:
             continue  # it is skipped or ends the run when it is drawn
-        paths |= dict.fromkeys(
-            path for path in (*sample.images, *sample.videos) if isinstance(path, str)
-        )
-    return contents(source.root, paths) if paths else None
+        for path in (*sample.images, *sample.videos):
+            if isinstance(path, str):
+                paths[path] = None
+    return content_hash(source.root, paths) if paths else None
 
 
-def contents(root: Path, paths: Iterable[str]) -> str:
-    """A hash of files below a folder: of their names, sizes, and contents where they are no more
-    than WHOLE together."""
+def content_hash(root: Path, paths: Iterable[str]) -> str:
+    """Return a hash of files below a folder: of their names, sizes, and contents where they are no
+    more than MAX_BYTES together."""
     sizes = {path: size_of(root / path) for path in sorted(paths)}
-    whole = hashlib.sha256()
+    digest = hashlib.sha256()
     for path, size in sizes.items():
-        whole.update(f"{path} {size}\n".encode())
+        digest.update(f"{path} {size}\n".encode())
     readable = [path for path, size in sizes.items() if size is not None]
-    if sum(size or 0 for size in sizes.values()) > WHOLE:
+    if sum(size or 0 for size in sizes.values()) > MAX_BYTES:
         random.Random(len(readable)).shuffle(readable)
-    left = WHOLE
+    bytes_read = 0
     for path in readable:
-        left -= sizes[path] or 0
-        if left < 0:
+        bytes_read += sizes[path] or 0
+        if bytes_read > MAX_BYTES:
             break
         with (root / path).open("rb") as file:
-            whole.update(hashlib.file_digest(file, "sha256").digest())
-    return whole.hexdigest()
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
 
 
 def size_of(path: Path) -> int | None:
-    """Bytes of a file, None where there is none."""
+    """Return the bytes of a file, None where there is none."""
     try:
         return path.stat().st_size if path.is_file() else None
     except OSError:

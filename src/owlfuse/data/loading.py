@@ -12,17 +12,16 @@ from owlfuse.core.types import Encoded, Sample, Skipped
 from owlfuse.data.formats.base import Source
 from owlfuse.data.mixture.mixture import Mixture
 
+# Positions that are looked up at a time: few for the first batch, then twice as many each time, at
+# most 2.6 MB.
 FIRST_BLOCK, BLOCK = 2**12, 2**18
-"""Positions that are looked up at a time: few for the first batch, then twice as many each time,
-at most 2.6 MB."""
 
 
 class MixtureDataset(Dataset):
     """The samples at positions of the mixture's schedule.
 
     Positions are looked up in blocks, which takes nanoseconds each where one alone takes tens of
-    microseconds. A block is kept for the micro batches that follow; what stands at a position does
-    not depend on it.
+    microseconds. A block is cached for the micro batches that follow.
     """
 
     def __init__(
@@ -41,37 +40,37 @@ class MixtureDataset(Dataset):
         return self.__getitems__([position])[0]
 
     def __getitems__(self, positions: Sequence[int]) -> list[Encoded | Skipped]:
-        """A micro batch: torch asks for it whole. Raises DataError."""
-        return [
-            load_or_skip(self.load, self.sources[name], index)
-            for name, index in self.draws(positions)
-        ]
+        """Return a micro batch, which torch asks for as a whole. Raises DataError."""
+        items = []
+        for name, index in self.draws(positions):
+            items.append(load_or_skip(self.load, self.sources[name], index))
+        return items
 
     def draws(self, positions: Sequence[int]) -> list[tuple[str, int]]:
-        """The source's name and the sample's index at each of some positions that lie together, as
-        by `mixture[position]`.
+        """Return (name of the source, index of the sample) at each of some positions that are close
+        together, as by `mixture[position]`.
 
         Raises:
             IndexError: after the schedule's end.
         """
-        # as the sampler asks
-        in_turn = isinstance(positions, range) and positions.step == 1 and bool(positions)
-        first, stop = (
-            (positions[0], positions[-1] + 1) if in_turn else (min(positions), max(positions) + 1)
-        )
+        # The sampler asks for ranges, whose ends need no search.
+        is_range = isinstance(positions, range) and positions.step == 1 and bool(positions)
+        if is_range:
+            first, stop = positions[0], positions[-1] + 1
+        else:
+            first, stop = min(positions), max(positions) + 1
         if first < self.start or stop > self.start + len(self.block[0]):
             ahead = min(BLOCK, max(FIRST_BLOCK, 2 * len(self.block[0])))
-            self.block = self.mixture.positions(
-                first, max(stop, self.mixture.available(first + ahead))
-            )
+            last = max(stop, self.mixture.available(first + ahead))
+            self.block = self.mixture.positions(first, last)
             self.start = first
         sources, indices = self.block
-        first, stop = first - self.start, stop - self.start
-        names = map(self.mixture.names.__getitem__, sources[first:stop].tolist())
-        found = list(zip(names, indices[first:stop].tolist()))
-        return (
-            found if in_turn else [found[position - self.start - first] for position in positions]
-        )
+        inside = slice(first - self.start, stop - self.start)
+        names = map(self.mixture.names.__getitem__, sources[inside].tolist())
+        draws = list(zip(names, indices[inside].tolist()))
+        if is_range:
+            return draws
+        return [draws[position - first] for position in positions]
 
 
 class SourceDataset(Dataset):
@@ -87,30 +86,32 @@ class SourceDataset(Dataset):
     def __len__(self) -> int:
         return len(self.indices)
 
-    def __getitem__(self, place: int) -> Encoded | Skipped:
-        return load_or_skip(self.load, self.source, self.indices[place])
+    def __getitem__(self, number: int) -> Encoded | Skipped:
+        return load_or_skip(self.load, self.source, self.indices[number])
 
 
 def load_or_skip(
     load: Callable[[Sample, Source], Encoded], source: Source, index: int
 ) -> Encoded | Skipped:
-    """One sample of a source under its policy for wrong samples.
+    """Load a sample of a source under its policy for wrong samples.
 
     Raises DataError where the policy is to stop.
     """
     try:
         return load(source[index], source)
     except DataError as error:
-        error = source.placed(error, source.first_record(index))
+        error = source.with_location(error, source.first_record(index))
+        # Messages hold ids and paths of the data, which may have line breaks.
         reason = one_line(str(error))
+        # `leave_out`: the policy for long chats is by length and not by source.
         if source.on_error == "skip" or error.leave_out:
             return Skipped(source.name, f"{source.name}:{index}", reason)
         raise DataError(reason) from error
 
 
 class GlobalBatchSampler(Sampler[range]):
-    """Positions of one rank's micro batches. A step takes the next G positions, G the global batch
-    size, whatever the number of ranks; micro batches go to the ranks in turn.
+    """Yields the positions of one rank's micro batches. A step takes the next G positions, G the
+    global batch size, whatever the number of ranks; micro batches go to the ranks in turn.
 
     Its length is that of all steps, and it starts at `first_step`, which is how Lightning counts a
     resumed epoch.
@@ -146,7 +147,8 @@ class GlobalBatchSampler(Sampler[range]):
 
     def __iter__(self) -> Iterator[range]:
         for step in range(self.first_step, self.steps):
-            for part in range(self.accumulation):
-                first = self.first_position + (step - self.first_step) * self.global_batch_size
-                first += (part * self.ranks + self.rank) * self.micro_batch_size
+            step_start = self.first_position + (step - self.first_step) * self.global_batch_size
+            for micro_batch in range(self.accumulation):
+                number = micro_batch * self.ranks + self.rank
+                first = step_start + number * self.micro_batch_size
                 yield range(first, first + self.micro_batch_size)

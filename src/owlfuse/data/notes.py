@@ -1,5 +1,4 @@
-"""What sources do not use of their records, or assume of them: told once for each source in the
-log, and counted."""
+"""Notes about unused keys and assumptions of sources: each is logged once a source, and counted."""
 
 from __future__ import annotations
 
@@ -12,29 +11,30 @@ from owlfuse.core.types import Note
 
 log = logging.getLogger(__name__)
 
+# In how many draws a source had a note, by (source, note's text).
 NoteCounts: TypeAlias = Counter[tuple[str, str]]
-"""In how many draws each (source, note's text) was met."""
 
 
 def text_of(note: Note) -> str:
-    """A note as `mixture.json` has it."""
+    """Return a note as `mixture.json` has it."""
     return f"not used: {note.text}" if note.kind == "unused" else note.text
 
 
 class NotesLog:
-    """Says each note of a source once, with the first sample that has it, and counts its draws."""
+    """Logs each note of a source once, with the first sample that has it, and counts its draws."""
 
     def __init__(self) -> None:
         self.logged: dict[str, set[Note]] = {}
         self.counts: NoteCounts = Counter()
 
     def add(self, notes: Iterable[tuple[str, str, Note, int]]) -> None:
-        """Logs what is new of (source, first sample, note, draws) each: a line for all that a
-        sample does not use, and one for each assumption."""
+        """Log the new ones of (source, first sample, note, draws): a line for all unused keys of a
+        sample, and one for each assumption."""
         new: dict[tuple[str, str], list[str]] = {}
         for source, sample, note, draws in notes:
             self.counts[source, text_of(note)] += draws
             logged = self.logged.setdefault(source, set())
+            # A note of a whole source comes with every sample.
             if note in logged:
                 continue
             logged.add(note)

@@ -1,9 +1,8 @@
 """Several samples in one row, so that less of a batch is padding. T text positions.
 
 Packing is a pure function of the samples of one batch, and with several ranks or accumulation steps
-of one micro batch: what is drawn for a step is the same for any number of ranks, and only the rows
-that it lies in are not. What the samples of a row must not share is told apart by
-`Batch.segment_ids`.
+of one micro batch: the samples of a step are the same for any number of ranks, and only their rows
+are not. `Batch.segment_ids` separates the samples of a row.
 """
 
 from __future__ import annotations
@@ -18,46 +17,46 @@ from torch import Tensor
 from owlfuse.core.errors import DataError
 from owlfuse.core.types import Batch, Encoded
 
-TRIED = 32
-"""Row lengths looked at for a batch."""
+# Row lengths that are tried for a batch.
+ROW_LENGTHS = 32
 
 
-def checked(pack_to: int | None, max_length: int) -> int | None:
-    """`pack_to`, in tokens.
+def check_pack_to(pack_to: int | None, max_length: int) -> int | None:
+    """Return `pack_to`, in tokens.
 
     Raises ValueError where a row could not hold a sample of `max_length`.
     """
     if pack_to is not None and pack_to < max_length:
         raise ValueError(
             f"pack_to is {pack_to} and max_length {max_length}: a row must hold the longest "
-            "sample; "
-            "raise pack_to or lower max_length"
+            "sample; raise pack_to or lower max_length"
         )
     return pack_to
 
 
 def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """Best-fit decreasing: from the longest on, each item goes into the row with the least space
-    left that holds it.
+    """Pack items by best-fit decreasing: from the longest on, each item goes into the row with the
+    least free space that holds it.
 
     Returns:
         For each row the indices of its items in ascending order, the rows in the order of their
-            first items. Of equal
-        lengths the earlier comes first, and of equal rows the older is taken, so that the result
-            depends on nothing else.
+            first items. Of equal lengths the earlier comes first, and of equal rows the older is
+            used, so that the result depends on nothing else.
 
     Raises:
         ValueError: an item longer than `capacity`.
     """
     rows: list[list[int]] = []
-    spaces: list[tuple[int, int]] = []  # (space left, row), ascending
+    spaces: list[tuple[int, int]] = []  # (free space, row), ascending
     for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
         length = lengths[index]
         if length > capacity:
             raise ValueError(f"item {index} is {length} long, and a row holds {capacity}")
-        place = bisect_left(spaces, (length, -1))
-        space, row = spaces.pop(place) if place < len(spaces) else (capacity, len(rows))
-        if row == len(rows):
+        fitting = bisect_left(spaces, (length, -1))
+        if fitting < len(spaces):
+            space, row = spaces.pop(fitting)
+        else:
+            space, row = capacity, len(rows)
             rows.append([])
         rows[row].append(index)
         insort(spaces, (space - length, row))
@@ -65,8 +64,8 @@ def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
 
 
 def least_padding(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """`best_fit` to the row length that takes the fewest positions, of `TRIED` ones spread from the
-    longest item to `capacity`; of equal ones the longest.
+    """Pack by `best_fit` to the row length that takes the fewest positions, of `ROW_LENGTHS` ones
+    spread from the longest item to `capacity`; of equal ones the longest.
 
     Rows of the full capacity often leave the last one half empty, and rows are padded to the
     longest of their batch. Since the longest item is one of the lengths, there is never more
@@ -76,90 +75,97 @@ def least_padding(lengths: Sequence[int], capacity: int) -> list[list[int]]:
         ValueError: an item longer than `capacity`.
     """
     longest = min(max(lengths, default=capacity), capacity)
-    tried = sorted(
-        {longest + (capacity - longest) * k // (TRIED - 1) for k in range(TRIED)}, reverse=True
-    )
-    return min(
-        (best_fit(lengths, each) for each in tried), key=lambda rows: positions(rows, lengths)
-    )
+    row_lengths = set()
+    for number in range(ROW_LENGTHS):
+        row_lengths.add(longest + (capacity - longest) * number // (ROW_LENGTHS - 1))
+    best: list[list[int]] = []
+    for row_length in sorted(row_lengths, reverse=True):
+        rows = best_fit(lengths, row_length)
+        if not best or positions(rows, lengths) < positions(best, lengths):
+            best = rows
+    return best
 
 
 def positions(rows: list[list[int]], lengths: Sequence[int]) -> int:
-    """What rows of those items take, padded to the longest."""
-    return len(rows) * max((sum(lengths[i] for i in row) for row in rows), default=0)
+    """Return the positions of rows of those items, padded to the longest."""
+    row_lengths = [sum(lengths[index] for index in row) for row in rows]
+    return len(rows) * max(row_lengths, default=0)
 
 
 def pack(samples: Sequence[Encoded], pack_to: int) -> list[list[Encoded]]:
-    """The samples of each row, by `least_padding`.
+    """Return the samples of each row, by `least_padding`.
 
     Raises DataError for a sample longer than `pack_to` tokens.
     """
-    for sample in samples:
-        if len(sample.input_ids) > pack_to:
+    lengths = [len(sample.input_ids) for sample in samples]
+    for sample, length in zip(samples, lengths, strict=True):
+        if length > pack_to:
             raise DataError(
-                f"sample {sample.id} is {len(sample.input_ids)} tokens long, over pack_to of "
-                f"{pack_to}: raise pack_to, "
-                "or have it left out by a lower max_length"
+                f"sample {sample.id} is {length} tokens long, over pack_to of {pack_to}: raise "
+                "pack_to, or have it left out by a lower max_length"
             )
-    return [
-        [samples[i] for i in row]
-        for row in least_padding([len(sample.input_ids) for sample in samples], pack_to)
-    ]
+    return [[samples[index] for index in row] for row in least_padding(lengths, pack_to)]
 
 
 def join(samples: Sequence[Encoded]) -> tuple[Encoded, Tensor]:
-    """Samples as one, end to end, and their segment ids (T,): k, from 1, at the tokens of the k-th.
+    """Return samples as one, end to end, and their segment ids (T,): k, from 1, at the tokens of
+    the k-th.
 
     The first token of a sample is not supervised, as it would be predicted from the last of the one
     before.
     """
-    labels = [sample.labels.clone() for sample in samples]
-    positions, before = [], 0
-    for own, sample in zip(labels, samples, strict=True):
-        own[:1] = -100
-        positions += [before + position for position in sample.image_positions]
-        before += len(own)
     joined = Encoded(
         id=" ".join(sample.id for sample in samples),
         source=" ".join(sample.source for sample in samples),
         input_ids=torch.cat([sample.input_ids for sample in samples]),
-        labels=torch.cat(labels),
+        labels=torch.cat([sample.labels for sample in samples]),
         placeholder=torch.cat([sample.placeholder for sample in samples]),
-        pixel_values=[image for sample in samples for image in sample.pixel_values],
-        image_positions=positions,
-        turns_removed=sum(sample.turns_removed for sample in samples),
-        notes=[note for sample in samples for note in sample.notes],
+        pixel_values=[],
+        image_positions=[],
     )
-    return joined, torch.cat([torch.full((len(own),), k) for k, own in enumerate(labels, start=1)])
+    segment_ids = torch.zeros_like(joined.labels)
+    start = 0
+    for number, sample in enumerate(samples, start=1):
+        # It would be predicted from the last token of another sample.
+        joined.labels[start : start + 1] = -100
+        joined.pixel_values += sample.pixel_values
+        joined.image_positions += [start + position for position in sample.image_positions]
+        joined.turns_removed += sample.turns_removed
+        joined.notes += sample.notes
+        stop = start + len(sample.input_ids)
+        segment_ids[start:stop] = number
+        start = stop
+    return joined, segment_ids
 
 
 @dataclass
 class Padding:
-    """How much of some batches is padding: their tokens, the positions they would take with each
-    sample in a row of its own (padded to the longest of its batch), and the positions they take."""
+    """Counts of padding in some batches: their tokens, their positions with each sample in a row by
+    itself (padded to the longest of its batch), and their actual positions."""
 
     tokens: int | Tensor = 0
     unpacked: int | Tensor = 0
     positions: int | Tensor = 0
 
     def add(self, batch: Batch) -> None:
-        """Counts a batch, from plain numbers alone."""
+        """Count a batch, from plain numbers alone."""
         self.tokens += sum(batch.lengths)
         self.unpacked += len(batch.lengths) * max(batch.lengths, default=0)
         self.positions += batch.input_ids.numel()
 
     def include(self, tokens: Tensor, unpacked: Tensor, positions: Tensor) -> None:
-        """Counts what was counted elsewhere, as whole numbers that do not lose any by growing
-        large."""
-        self.tokens, self.unpacked = self.tokens + tokens.long(), self.unpacked + unpacked.long()
+        """Add counts of other ranks."""
+        # As whole numbers, which stay exact when they grow large.
+        self.tokens = self.tokens + tokens.long()
+        self.unpacked = self.unpacked + unpacked.long()
         self.positions = self.positions + positions.long()
 
     def counts(self) -> tuple[int, int, int]:
-        """The three as plain numbers."""
+        """Return the three as plain numbers."""
         return int(self.tokens), int(self.unpacked), int(self.positions)
 
     def shares(self) -> dict[str, float | Tensor]:
-        """Of the positions those without a token, 0 to 1: `padding` as the batches are,
+        """Return the share of positions without a token, 0 to 1: `padding` as the batches are,
         `padding_unpacked` without packing.
 
         Raises:

@@ -1,4 +1,4 @@
-"""The processes that load data: which signals they answer, and how they ended."""
+"""The processes that load data: the signals they ignore, and how they ended."""
 
 from __future__ import annotations
 
@@ -15,66 +15,69 @@ from typing import Any
 class DataWorkers:
     """Starts the processes of a DataLoader and knows how each has ended.
 
-    A signal to the process group (Ctrl-C, `timeout`, systemd, SLURM) reaches the workers too. It is
-    the training process's to answer: its workers load on until it has written its checkpoint, and
-    it ends them itself.
+    A signal to the process group (Ctrl-C, `timeout`, systemd, SLURM) reaches the workers too, and
+    they ignore it: they load on until the training process has written its checkpoint, which then
+    ends them.
     """
 
     def __init__(self) -> None:
         self.processes: list[BaseProcess] = []
-        self.told_to_end: set[int | None] = set()
+        self.killed: set[int | None] = set()
         context: Any = multiprocessing.get_context()
-        context = type(context)()  # its own instance, which may be changed
+        context = type(context)()  # a new one, since the global one must not be changed
         self.start_process = context.Process
         context.Process = self.process
         self.context: BaseContext = context
         """For the argument `multiprocessing_context` of a DataLoader."""
+        # A forked worker inherits the exit handler, and must not kill its siblings.
         self.pid = os.getpid()
         # before multiprocessing's own end, which sends SIGTERM and waits for them
-        atexit.register(self.end_all)
+        atexit.register(self.kill_all)
 
     def __reduce__(self) -> Any:
         """A worker that is spawned gets the data with none of the processes."""
         return DataWorkers, ()
 
     def process(self, *arguments: Any, **keywords: Any) -> BaseProcess:
-        """A process that `terminate`, a SIGTERM for others, ends although it ignores that
-        signal."""
+        """Return a process whose `terminate` kills it, since it ignores the usual SIGTERM."""
         process = self.start_process(*arguments, **keywords)
-        process.terminate = partial(self.end, process)
+        process.terminate = partial(self.kill, process)
         self.processes.append(process)
         return process
 
-    def end(self, process: BaseProcess) -> None:
-        """Ends a process that does not end by being asked through its queue."""
-        self.told_to_end.add(process.pid)
+    def kill(self, process: BaseProcess) -> None:
+        """Kill a process that did not end when its queue closed."""
+        self.killed.add(process.pid)
         process.kill()
 
-    def end_all(self) -> None:
-        """Ends the processes that are left when this one ends."""
-        for process in self.processes if os.getpid() == self.pid else ():
+    def kill_all(self) -> None:
+        """Kill the processes that still run when this one ends."""
+        if os.getpid() != self.pid:
+            return
+        for process in self.processes:
             if process.is_alive():
-                self.end(process)
+                self.kill(process)
 
     def failure(self) -> str | None:
-        """How a worker ended by itself, in words; None where all run or ended as they were told
-        to."""
+        """Return a sentence about a worker that ended by itself; None where all run or were
+        killed here."""
         for process in self.processes:
             code = process.exitcode
-            if code and process.pid not in self.told_to_end:
-                how = (
-                    f"was ended by signal {signal.Signals(-code).name}"
-                    if code < 0
-                    else f"ended with exit code {code}"
+            if not code or process.pid in self.killed:
+                continue
+            if code == -signal.SIGKILL:
+                return (
+                    f"data worker {process.pid} was ended by signal SIGKILL, as the system does "
+                    "where memory runs out"
                 )
-                why = (
-                    ", as the system does where memory runs out" if code == -signal.SIGKILL else ""
-                )
-                return f"data worker {process.pid} {how}{why}"
+            if code < 0:
+                name = signal.Signals(-code).name
+                return f"data worker {process.pid} was ended by signal {name}"
+            return f"data worker {process.pid} ended with exit code {code}"
         return None
 
 
 def ignore_signals(worker: int) -> None:
-    """What a DataLoader's worker begins with."""
+    """Set up a DataLoader's worker process: it ignores Ctrl-C and SIGTERM."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)

@@ -7,7 +7,7 @@ from typing import Any
 
 from owlfuse.core.errors import DataError
 from owlfuse.core.types import VISUAL, Sample
-from owlfuse.data.chat.encoder import led_by_break, said_in
+from owlfuse.data.chat.encoder import answer_text, led_by_break
 
 
 def normalize(text: str) -> str:
@@ -82,7 +82,7 @@ def question_samples(sample: Sample, history: bool = False) -> list[tuple[Sample
                     sample.tools,
                 )
                 kind = str(kinds[number % len(kinds)])
-                questions.append((question_sample, said_in(answer), kind))
+                questions.append((question_sample, answer_text(answer), kind))
         earlier_visuals += [part for part in content if part["type"] in VISUAL]
     return questions
 

@@ -14,7 +14,7 @@ from rich.table import Table
 
 from owlfuse.artifacts.runs import write_mixture
 from owlfuse.config.build import build, to_dict
-from owlfuse.config.compose import compose, place
+from owlfuse.config.compose import compose, with_config_origin
 from owlfuse.core.console import PlainConsole as Console
 from owlfuse.core.errors import ConfigError, DataError
 from owlfuse.core.progress import track
@@ -72,7 +72,7 @@ def mixture_command(words: list[str]) -> dict[str, Any]:
     except DataError:
         raise
     except ValueError as error:
-        raise ConfigError(place(config, str(error))) from error
+        raise ConfigError(with_config_origin(config, str(error))) from error
     report = mixture_report(data, data.lengths(), int(steps))
     report["notes"] = notes + report["notes"]
     default = Path(config.runs) / "mixture" / config.experiment

@@ -14,7 +14,7 @@ import torch
 from omegaconf import DictConfig
 
 from owlfuse.config.build import build, to_dict
-from owlfuse.config.compose import PlanOptions, place
+from owlfuse.config.compose import PlanOptions, with_config_origin
 from owlfuse.core.errors import ConfigError
 from owlfuse.model.multimodal import MultimodalLM
 from owlfuse.planning.meter import StepCost
@@ -261,7 +261,7 @@ def make_plan(config: DictConfig, compare: bool = True) -> Plan:
     except ConfigError:
         raise
     except ValueError as error:
-        raise ConfigError(place(config, str(error))) from error
+        raise ConfigError(with_config_origin(config, str(error))) from error
     model = workload.model
     # Placeholders of images are positions, and no text.
     images = workload.global_batch * options.images_per_sample

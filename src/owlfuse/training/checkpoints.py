@@ -456,7 +456,7 @@ def agree(trainer: Trainer, path: Path, future: Future[Any]) -> None:
     )
     if reason is None:
         return
-    if error is not None and why_not_written(error) is None:
+    if error is not None and disk_error_reason(error) is None:
         raise error
     where = f" by rank {rank}" if trainer.world_size > 1 else ""
     raise DataError(
@@ -468,10 +468,10 @@ def agree(trainer: Trainer, path: Path, future: Future[Any]) -> None:
 
 def said(error: BaseException) -> str:
     """One line."""
-    return why_not_written(error) or f"{type(error).__name__}: {str(error)[:200]}".splitlines()[0]
+    return disk_error_reason(error) or f"{type(error).__name__}: {str(error)[:200]}".splitlines()[0]
 
 
-def why_not_written(error: BaseException) -> str | None:
+def disk_error_reason(error: BaseException) -> str | None:
     """What the system said, which torch hides behind an error of its own; None: it is not about
     writing."""
     for failure in failures_of(error):

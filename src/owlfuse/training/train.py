@@ -23,9 +23,9 @@ from owlfuse.artifacts.runs import (
 )
 from owlfuse.artifacts.weights import needs_base
 from owlfuse.config.build import build, to_dict
-from owlfuse.config.compose import place
+from owlfuse.config.compose import with_config_origin
 from owlfuse.config.identity import data_hash
-from owlfuse.core.errors import ConfigError, DataError, naming_full_disk
+from owlfuse.core.errors import ConfigError, DataError, disk_errors_as_data_errors
 from owlfuse.core.progress import progress_hidden, quiet_libraries
 from owlfuse.core.signals import signals_end_the_run
 from owlfuse.core.terminal import visible
@@ -68,7 +68,11 @@ def run(config: DictConfig, data_digest: str | None = None) -> Path:
     with signals_end_the_run():
         folder = run_folder(config)
         hidden = config.trainer.get("enable_progress_bar") is False
-        with in_use(folder, bool(config.resume)), naming_full_disk(folder), progress_hidden(hidden):
+        with (
+            in_use(folder, bool(config.resume)),
+            disk_errors_as_data_errors(folder),
+            progress_hidden(hidden),
+        ):
             train(config, folder, data_digest)
     return folder
 
@@ -106,7 +110,7 @@ def train(config: DictConfig, folder: Path, data_digest: str | None) -> None:
     except (ConfigError, DataError):
         raise
     except ValueError as error:
-        raise ConfigError(place(config, str(error))) from error
+        raise ConfigError(with_config_origin(config, str(error))) from error
     identity = (
         {**data_identity(data.sources, data.validation), **weights_identity(plain)}
         if is_first_rank()

@@ -326,7 +326,7 @@ FILE_FAULTS = {
         "bad.json: line 2: not JSON: Extra data",
     ),
     "wrong-encoding": ("[“é”]".encode("cp1252"), "bad.json: not UTF-8 at byte 1"),
-    "nested-deep": (b"[" * 100_000, "bad.json: not JSON"),
+    "nested-deep": (b"[" * 100_000, "bad.json: line 1: not JSON"),
     "picture": (b"\x89PNG\r\n\x1a\n", "bad.json: not UTF-8 at byte 0"),
     "folder": (..., "bad.json: "),
 }

@@ -219,10 +219,3 @@ def test_columns_that_contradict_each_other_are_refused():
             match="expected messages_column, or question_column and answer_column together",
         ):
             Parquet("a.parquet", **wrong)
-
-
-def test_without_datasets_the_source_says_what_it_needs(tmp_path, monkeypatch):
-    pq.write_table(table([0]), tmp_path / "a.parquet")
-    monkeypatch.setitem(__import__("sys").modules, "datasets", None)
-    with pytest.raises(DataError, match="needs the package datasets"):
-        len(Parquet(str(tmp_path / "a.parquet")))

@@ -81,7 +81,7 @@ def test_pixels_are_those_of_plain_pil_however_the_file_is_read(
 ):
     (tmp_path / "a").mkdir()
     noise(size=(60, 40)).save(tmp_path / f"a/b.{suffix}")
-    monkeypatch.setattr(images, "AT_ONCE", at_once)
+    monkeypatch.setattr(images, "SMALL_FILE", at_once)
     with Image.open(tmp_path / f"a/b.{suffix}") as plain:
         assert (
             open_image(tmp_path, f"a/b.{suffix}", "s", 10**6).tobytes()

@@ -116,7 +116,7 @@ def test_keyframes_are_the_same_whatever_block_they_are_compared_in(monkeypatch)
     slow = [0]
     while distances[slow].min(0).max() > usual:
         slow.append(int(distances[slow].min(0).argmax()))
-    assert expected == frames_of.fill(set(slow), 50, 8)
+    assert expected == frames_of.fill_gaps(set(slow), 50, 8)
     for block in (1, 7, 49, 50):
         monkeypatch.setattr(frames_of, "BLOCK", block)
         assert frames_of.keyframe_indices(small, 8) == expected

@@ -22,7 +22,7 @@ from owlfuse.data.shapes.scenes import (
     KINDS,
     SHAPES,
     Scene,
-    Thing,
+    Shape,
     draw_scene,
     make_scene,
 )
@@ -78,7 +78,7 @@ def scene_of(record: dict) -> Scene:
 
 
 def content(scene: Scene) -> frozenset:
-    return frozenset((t.color, t.shape, t.cell) for t in scene.things)
+    return frozenset((t.color, t.shape, t.cell) for t in scene.shapes)
 
 
 def files(folder: Path) -> list[str]:
@@ -91,19 +91,19 @@ def differing_files(one: Path, other: Path) -> list[str]:
     return differing + failed
 
 
-def only(things: list[Thing]) -> Thing:
+def only(things: list[Shape]) -> Shape:
     assert len(things) == 1, f"the question names one thing, the picture has {len(things)}"
     return things[0]
 
 
-def named(scene: Scene, name: str) -> list[Thing]:
+def named(scene: Scene, name: str) -> list[Shape]:
     """The things that "star", "red thing", "stars", "red things" or "things" names."""
     words = name.split()
     if words[-1] in ("thing", "things"):
-        return [t for t in scene.things if words[:-1] in ([], [t.color])]
+        return [t for t in scene.shapes if words[:-1] in ([], [t.color])]
     shape = PLURALS.get(words[-1], words[-1])
     assert shape in SHAPES
-    return [t for t in scene.things if t.shape == shape]
+    return [t for t in scene.shapes if t.shape == shape]
 
 
 def answer_from_scene(scene: Scene, kind: str, question: str) -> str:
@@ -122,7 +122,7 @@ def answer_from_scene(scene: Scene, kind: str, question: str) -> str:
         )
     if kind == "presence":
         color, shape = re.fullmatch(r"(?:Is there|Do you see) an? (\w+) (\w+)\?", question).groups()
-        return "yes" if any((t.color, t.shape) == (color, shape) for t in scene.things) else "no"
+        return "yes" if any((t.color, t.shape) == (color, shape) for t in scene.shapes) else "no"
     pattern = r"Is the (.+) (left or right of|above or below) the (.+)\?"
     first, axis, second = re.fullmatch(pattern, question).groups()
     a = only(named(scene, first))
@@ -187,10 +187,10 @@ def test_center_of_each_thing_has_its_color_and_things_do_not_touch(folder):
         scene = scene_of(record)
         with Image.open(folder / record["image"]) as picture:
             pixels = np.asarray(picture).astype(int)
-        for t in scene.things:
+        for t in scene.shapes:
             assert names[np.abs(palette - pixels[t.y, t.x]).sum(1).argmin()] == t.color
         count = components(np.abs(pixels - scene.background).sum(-1) > 20)
-        assert count == len(scene.things), record["id"]
+        assert count == len(scene.shapes), record["id"]
 
 
 def test_shapes_differ_at_64_pixels_whatever_their_size():
@@ -198,7 +198,7 @@ def test_shapes_differ_at_64_pixels_whatever_their_size():
     share 81%."""
 
     def mask(shape: str, size: int) -> np.ndarray:
-        scene = Scene((255, 255, 255), (Thing("black", shape, 0, 64, 64, size, (0, 0, 0)),))
+        scene = Scene((255, 255, 255), (Shape("black", shape, 0, 64, 64, size, (0, 0, 0)),))
         return (
             np.asarray(draw_scene(scene).convert("L").resize((64, 64), Image.Resampling.BILINEAR))
             < 128
@@ -247,7 +247,7 @@ def test_many_of_the_noes_are_hard(folder):
     there, but not together."""
     hard = []
     for record in read(folder, "train"):
-        things = scene_of(record).things
+        things = scene_of(record).shapes
         colors, shapes = {t.color for t in things}, {t.shape for t in things}
         for kind, question, answer in turns(record):
             if (kind, answer) == ("presence", "no") and len(colors) > 1 and len(shapes) > 1:
@@ -260,11 +260,11 @@ def test_many_of_the_noes_are_hard(folder):
 def test_held_out_pairs_are_neither_shown_nor_asked_in_train_and_val(folder):
     for split in ("train", "val"):
         for record in read(folder, split):
-            assert not {(t.color, t.shape) for t in scene_of(record).things} & set(HELD_OUT_PAIRS)
+            assert not {(t.color, t.shape) for t in scene_of(record).shapes} & set(HELD_OUT_PAIRS)
             text = json.dumps(record)
             assert not [pair for pair in HELD_OUT_PAIRS if " ".join(pair) in text]
     assert len(set(HELD_OUT_PAIRS)) == 6
-    shown = [t for record in read(folder, "train") for t in scene_of(record).things]
+    shown = [t for record in read(folder, "train") for t in scene_of(record).shapes]
     pairs = {(t.color, t.shape) for t in shown}
     assert pairs == {(c, s) for c in COLORS for s in SHAPES} - set(HELD_OUT_PAIRS)
 
@@ -272,7 +272,7 @@ def test_held_out_pairs_are_neither_shown_nor_asked_in_train_and_val(folder):
 def test_held_out_chats_are_about_a_thing_of_a_held_out_pair(folder):
     asked = set()
     for record in read(folder, "held_out"):
-        (thing,) = [t for t in scene_of(record).things if (t.color, t.shape) in HELD_OUT_PAIRS]
+        (thing,) = [t for t in scene_of(record).shapes if (t.color, t.shape) in HELD_OUT_PAIRS]
         asked.add((thing.color, thing.shape))
         assert 2 <= len(turns(record)) <= 3
         for kind, question, answer in turns(record):
@@ -295,7 +295,7 @@ def test_val_pictures_are_unseen(folder):
     assert len({content(scene) for scene in train}) > 200
     assert not set(train) & set(val)
     several = [
-        {content(scene) for scene in scenes if len(scene.things) > 1} for scenes in (train, val)
+        {content(scene) for scene in scenes if len(scene.shapes) > 1} for scenes in (train, val)
     ]
     assert all(several)
     assert not several[0] & several[1]
@@ -305,7 +305,7 @@ def test_train_and_val_show_as_many_things():
     """The contents kept for val do not change how many things its pictures have."""
     shares = {}
     for split in ("train", "val"):
-        counts = Counter(len(make_scene(0, split, index).things) for index in range(1500))
+        counts = Counter(len(make_scene(0, split, index).shapes) for index in range(1500))
         shares[split] = [counts[n] / 1500 for n in (1, 2, 3)]
     assert shares["train"] == pytest.approx(shares["val"], abs=0.06)
 

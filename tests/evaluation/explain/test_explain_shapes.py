@@ -96,8 +96,8 @@ def half(x):
 
 def asked_things(scene):
     """The things that a question can name by their shape."""
-    shapes = [thing.shape for thing in scene.things]
-    return [thing for thing in scene.things if shapes.count(thing.shape) == 1]
+    shapes = [thing.shape for thing in scene.shapes]
+    return [thing for thing in scene.shapes if shapes.count(thing.shape) == 1]
 
 
 def looks_of(folder, pictures, layers=None):
@@ -107,7 +107,7 @@ def looks_of(folder, pictures, layers=None):
     rows = []
     for index in range(pictures):
         scene = make_scene(0, "val", index)
-        if len(scene.things) > 1 and asked_things(scene):
+        if len(scene.shapes) > 1 and asked_things(scene):
             rows.append(
                 np.mean(
                     [look(model, processor, scene, thing, layers) for thing in asked_things(scene)],
@@ -129,9 +129,9 @@ def look(model, processor, scene, thing, layers=None):
         0, inputs["input_ids"].shape[1] :
     ]
     (map,) = attention_to_pictures(model, inputs, ids, layers)
-    shares = {other: share_in(map, box_of(other), SIZE) for other in scene.things}
-    areas = {other: other.size**2 / PICTURE_SIZE**2 for other in scene.things}
-    rest = [other for other in scene.things if other is not thing]
+    shares = {other: share_in(map, box_of(other), SIZE) for other in scene.shapes}
+    areas = {other: other.size**2 / PICTURE_SIZE**2 for other in scene.shapes}
+    rest = [other for other in scene.shapes if other is not thing]
     ahead = all(shares[thing] / areas[thing] > shares[other] / areas[other] for other in rest)
     right = processor.tokenizer.decode(ids, skip_special_tokens=True).strip() == thing.color
     others, others_area = (np.mean([values[other] for other in rest]) for values in (shares, areas))
@@ -144,7 +144,7 @@ def test_a_box_holds_all_of_its_thing_and_nothing_of_the_others():
         pixels = np.asarray(draw_scene(scene)).astype(int)
         drawn = np.abs(pixels - np.array(scene.background)).sum(-1) > 0
         inside = np.zeros_like(drawn)
-        for thing in scene.things:
+        for thing in scene.shapes:
             left, top, right, bottom = box_of(thing)
             part = drawn[top:bottom, left:right]
             assert part.any(0).sum() >= 0.6 * thing.size

@@ -1,4 +1,4 @@
-"""What a chat must be before it is given to a chat template."""
+"""Checks of a chat before a chat template renders it."""
 
 from __future__ import annotations
 
@@ -7,21 +7,20 @@ from collections.abc import Sequence
 from typing import Any
 
 from owlfuse.core.errors import DataError
-from owlfuse.core.types import IMAGE, VISUAL, Sample
+from owlfuse.core.types import IMAGE, VISUAL, Message, Sample
 from owlfuse.data.media.pictures import visual_parts
 from owlfuse.data.words import hide_words
 
 ROLES = ("system", "user", "assistant", "tool")
-CARRIED = ("reasoning_content", "tool_calls", "tool_call_id", "name", "supervised")
-"""What of a message, beside role and content, goes on to the chat template or decides what is
-supervised."""
-NO_TEXT = re.compile("[\x00-\x08\x0e-\x1f\x7f\ud800-\udfff]")
-"""Control characters that no text holds (all but tab, line feed, vertical tab, form feed and
-carriage return), and lone surrogates, which no tokenizer takes."""
+# Keys of a message, beside role and content, that a chat template or the supervision reads.
+TEMPLATE_KEYS = ("reasoning_content", "tool_calls", "tool_call_id", "name", "supervised")
+# Control characters that no text holds (all but tab, line feed, vertical tab, form feed and
+# carriage return), and lone surrogates, which no tokenizer takes.
+NOT_TEXT = re.compile("[\x00-\x08\x0e-\x1f\x7f\ud800-\udfff]")
 
 
 def control_tokens(tokenizer: Any, image_token: str) -> list[str]:
-    """The special tokens, which no text may hold.
+    """Return the special tokens, which no text may hold.
 
     The image token is not among them: in a text it is an ordinary word.
     """
@@ -29,11 +28,9 @@ def control_tokens(tokenizer: Any, image_token: str) -> list[str]:
     return [token for token in special if token != image_token]
 
 
-def flatten(
-    sample: Sample, control: Sequence[str], image_token: str = IMAGE
-) -> list[dict[str, Any]]:
-    """Messages with the parts of each joined to one text, `image_token` in the place of each image
-    or video.
+def flatten(sample: Sample, control: Sequence[str], image_token: str = IMAGE) -> list[Message]:
+    """Return messages with the parts of each joined to one text, `image_token` in the place of each
+    image or video.
 
     Where a text itself has `image_token`, it is hidden (see `words`), so that the chat template
     takes it for no placeholder.
@@ -43,36 +40,36 @@ def flatten(
             token, so it is refused.
 
     Raises:
-        DataError: names the sample, and what of it is no chat: see `check_order`, `check_text` and
+        DataError: names the sample and the fault: see `check_order`, `check_text` and
             `check_pictures`.
     """
     check_order(sample)
     check_pictures(sample)
     messages = []
     for number, message in enumerate(sample.messages):
-        # joined, so that a control token is found that two parts make together
-        check_text(
-            sample,
-            number,
-            "".join(part["text"] for part in message["content"] if part["type"] == "text"),
-            control,
-        )
-        texts = []
+        texts, pieces = [], []
         for part in message["content"]:
-            texts.append(
-                image_token if part["type"] in VISUAL else hide_words(part["text"], image_token)
-            )
-        content = "".join(texts)
-        carried = {key: message[key] for key in CARRIED if message.get(key) is not None}
-        if "reasoning_content" in carried:
-            check_text(sample, number, carried["reasoning_content"], control)
-        messages.append({"role": message["role"], "content": content, **carried})
+            if part["type"] == "text":
+                texts.append(part["text"])
+                pieces.append(hide_words(part["text"], image_token))
+            elif part["type"] in VISUAL:
+                pieces.append(image_token)
+        # Joined, so that a control token is found that two parts make together.
+        check_text(sample, number, "".join(texts), control)
+        flat = {"role": message["role"], "content": "".join(pieces)}
+        for key in TEMPLATE_KEYS:
+            if message.get(key) is not None:
+                flat[key] = message[key]
+        if "reasoning_content" in flat:
+            check_text(sample, number, flat["reasoning_content"], control)
+        messages.append(flat)
     return messages
 
 
 def check_order(sample: Sample) -> None:
-    """A system message or none, then user and assistant in turn, a user first; results of tools
-    stand between two turns of the assistant. The last question may lack its answer."""
+    """Raise DataError unless there is a system message or none, then user and assistant in turn, a
+    user first; results of tools come between two turns of the assistant. The last question may lack
+    its answer."""
     if not sample.messages:
         raise DataError(f"sample {sample.id} has no messages")
     roles = [message["role"] for message in sample.messages]
@@ -94,11 +91,11 @@ def check_order(sample: Sample) -> None:
         )
     for number in range(first + 1, len(roles)):
         before, role = roles[number - 1], roles[number]
+        # Several results may follow one answer with several calls.
         if role == before and role != "tool":
             raise DataError(
                 f"sample {sample.id}: turns {number} and {number + 1} are both the {role}'s, "
-                "expected user and "
-                "assistant in turn"
+                "expected user and assistant in turn"
             )
         if role == "tool" and before == "user":
             raise DataError(
@@ -108,23 +105,29 @@ def check_order(sample: Sample) -> None:
 
 
 def check_pictures(sample: Sample) -> None:
-    """A placeholder for each image and video, in what the user says."""
+    """Raise DataError unless each image and video has a placeholder, in a text of the user."""
     visual_parts(sample)
     for number, message in enumerate(sample.messages, start=1):
         for part in message["content"]:
             if part["type"] in VISUAL and message["role"] != "user":
-                what = f"<{part['type']}> in a turn of the {message['role']} (turn {number})"
                 raise DataError(
-                    f"sample {sample.id} has an {what}; images go with what the user says"
+                    f"sample {sample.id} has an <{part['type']}> in a turn of the "
+                    f"{message['role']} (turn {number}); images go with what the user says"
                 )
 
 
-def check_text(sample: Sample, number: int, text: str, control: Sequence[str]) -> None:
-    """Text of turn `number` without control tokens, control characters or lone surrogates."""
-    if found := NO_TEXT.search(text):
-        kind = "lone surrogate" if found[0] >= "\ud800" else "control character"
+def check_text(
+    sample: Sample,
+    number: int,
+    text: str,
+    control: Sequence[str],
+) -> None:
+    """Raise DataError for a text of turn `number` with control tokens, control characters or lone
+    surrogates."""
+    if match := NOT_TEXT.search(text):
+        kind = "lone surrogate" if match[0] >= "\ud800" else "control character"
         raise DataError(
-            f"sample {sample.id}: turn {number + 1} holds the {kind} U+{ord(found[0]):04X}, "
+            f"sample {sample.id}: turn {number + 1} holds the {kind} U+{ord(match[0]):04X}, "
             "expected text"
         )
     if tokens := [token for token in control if token in text]:

@@ -1,4 +1,4 @@
-"""Chats -> token ids and labels, by the tokenizer's own chat template."""
+"""Chats become token ids and labels, by the tokenizer's own chat template."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from owlfuse.core.errors import DataError
-from owlfuse.core.types import IMAGE, Encoded, Sample
+from owlfuse.core.types import IMAGE, Encoded, Message, Part, Sample
 from owlfuse.data.chat.answer_format import THINK_TAGS, AnswerFormat
 from owlfuse.data.chat.checks import control_tokens, flatten
 from owlfuse.data.chat.supervision import cut_at_borders, encode, supervised_spans
@@ -26,8 +26,7 @@ class ChatEncoder:
 
     Args:
         tokenizer: gets what it lacks for chats, see `chat_tokenizer.prepare`.
-        max_length: in tokens, placeholders expanded. What becomes of a longer sample, `encode` is
-            told.
+        max_length: in tokens, placeholders expanded. For a longer sample see `encode`.
         thinking: prompts ask for a thought before the answer, where the template knows of thoughts.
         image_token: what stands for an image in the tokenizer.
 
@@ -49,7 +48,7 @@ class ChatEncoder:
         self.image_token = image_token
         self.image_id: Any = tokenizer.convert_tokens_to_ids(image_token)
         self.pad_id: Any = tokenizer.pad_token_id
-        self.control = control_tokens(tokenizer, image_token)
+        self.control_tokens = control_tokens(tokenizer, image_token)
         self.tokens_per_image = tokens_per_image
         self.max_length = max_length
         self.thinking = thinking
@@ -57,8 +56,8 @@ class ChatEncoder:
     def encode(
         self, sample: Sample, views: list[int] | None = None, on_length: OnLength = "error"
     ) -> Encoded:
-        """The whole chat, its assistant turns supervised; with `truncate_turns`, its first turns
-        that fit.
+        """Return the whole chat, its assistant turns supervised; with `truncate_turns`, its first
+        turns that fit.
 
         Args:
             views: how many images each placeholder stands for; by default one each.
@@ -66,34 +65,44 @@ class ChatEncoder:
         Raises:
             DataError: names the sample, what was found and what was expected.
         """
-        encoded = self.encode_whole(sample, views)
+        # Its length is known only when it is encoded.
+        encoded = self.encode_any_length(sample, views)
         if len(encoded.input_ids) <= self.max_length:
             return encoded
         if on_length == "truncate_turns":
-            return truncate(partial(self.encode_whole, views=views), sample, self.max_length)
+            encode = partial(self.encode_any_length, views=views)
+            return truncate(encode, sample, self.max_length)
         raise over_length(sample, len(encoded.input_ids), self.max_length, on_length)
 
-    def encode_whole(self, sample: Sample, views: list[int] | None = None) -> Encoded:
-        """The chat whatever its length; of `views` those of its own placeholders, the first.
+    def encode_any_length(self, sample: Sample, views: list[int] | None = None) -> Encoded:
+        """Return the chat whatever its length is; where `views` has more entries than the chat
+        placeholders, the first count.
 
         Raises DataError.
         """
-        messages = flatten(sample, self.control, self.image_token)
+        messages = flatten(sample, self.control_tokens, self.image_token)
         text = self.render(sample, messages)
+        # Before the spans, whose error would not say what the template leaves out.
         self.check_written(sample, messages, text)
+        render_sample = partial(self.render, sample)
         spans = supervised_spans(
-            sample, messages, text, partial(self.render, sample), self.answer_format
+            sample,
+            messages,
+            text,
+            render_sample,
+            self.answer_format,
         )
         ids, offsets = self.tokenize(text, [start for start, _ in spans], sample.id)
         return self.expand(sample, ids, self.labels(sample, ids, offsets, spans), views)
 
     def encode_prompt(self, sample: Sample, views: list[int] | None = None) -> Encoded:
-        """The chat up to where the assistant answers next; nothing is supervised.
+        """Return the chat up to where the assistant answers next; nothing is supervised.
 
         Raises DataError.
         """
-        messages = flatten(sample, self.control, self.image_token)
+        messages = flatten(sample, self.control_tokens, self.image_token)
         text = self.render(sample, messages, True, thinking=self.thinking)
+        # No borders: where the prompt ends, nothing follows that a token could cross.
         ids, _ = self.tokenize(text, name=sample.id)
         encoded = self.expand(sample, ids, [-100] * len(ids), views)
         if len(encoded.input_ids) > self.max_length:
@@ -103,46 +112,41 @@ class ChatEncoder:
     def render(
         self,
         sample: Sample,
-        messages: list[dict[str, Any]],
+        messages: list[Message],
         add_generation_prompt: bool = False,
         **options: Any,
     ) -> str:
-        """A chat as text.
+        """Return a chat as text.
 
         Raises DataError with what the template objects to, a system message for instance.
         """
-        tools: dict[str, Any] = {"tools": sample.tools} if sample.tools else {}
-        messages = [
-            {key: value for key, value in message.items() if key != "supervised"}
-            for message in messages
-        ]
+        if sample.tools:
+            options["tools"] = sample.tools
+        messages = [without_key(message, "supervised") for message in messages]
         try:
-            return render(self.tokenizer, messages, add_generation_prompt, **tools, **options)
+            return render(self.tokenizer, messages, add_generation_prompt, **options)
         except DataError as error:
             raise DataError(f"sample {sample.id}: {error}") from error
 
-    def check_written(self, sample: Sample, messages: list[dict[str, Any]], text: str) -> None:
-        """Raises DataError where the template leaves out tools, their calls or thoughts."""
-        left_out = [
-            key
-            for key in ("tool_calls", "reasoning_content")
-            if any(key in message for message in messages)
-            and text
-            == self.rendered_or_none(
-                sample, [{k: v for k, v in m.items() if k != key} for m in messages]
-            )
-        ]
-        if sample.tools and text == self.rendered_or_none(replace(sample, tools=None), messages):
-            left_out.append("tools")
-        if left_out:
+    def check_written(self, sample: Sample, messages: list[Message], text: str) -> None:
+        """Raise DataError where the template leaves out tools, their calls or thoughts: the text is
+        the same without them."""
+        unwritten = []
+        for key in ("tool_calls", "reasoning_content"):
+            if any(key in message for message in messages):
+                without = [without_key(message, key) for message in messages]
+                if text == self.render_or_none(sample, without):
+                    unwritten.append(key)
+        if sample.tools and text == self.render_or_none(replace(sample, tools=None), messages):
+            unwritten.append("tools")
+        if unwritten:
             raise DataError(
-                f"sample {sample.id} has {' and '.join(left_out)}, which the chat template does "
-                "not write; take a "
-                "chat_template that does, or leave them out of the data"
+                f"sample {sample.id} has {' and '.join(unwritten)}, which the chat template does "
+                "not write; take a chat_template that does, or leave them out of the data"
             )
 
-    def rendered_or_none(self, sample: Sample, messages: list[dict[str, Any]]) -> str | None:
-        """A chat as text, None where the template refuses it."""
+    def render_or_none(self, sample: Sample, messages: list[Message]) -> str | None:
+        """Return a chat as text, None where the template refuses it."""
         try:
             return self.render(sample, messages)
         except DataError:
@@ -151,12 +155,12 @@ class ChatEncoder:
     def tokenize(
         self, text: str, borders: list[int] | None = None, name: str = ""
     ) -> tuple[list[int], list[tuple[int, int]]]:
-        """Ids and the characters that each stands for. What stands before an answer has the tokens
-        that it has as a prompt.
+        """Return ids and the characters that each stands for. What comes before an answer has the
+        tokens that it has as a prompt.
 
         Args:
             text: rendered, words hidden as `flatten` hides them.
-            borders: where answers begin, beside the places that their header shows.
+            borders: where answers begin, beside those that their header marks.
             name: the sample's, for messages.
 
         Raises:
@@ -164,14 +168,22 @@ class ChatEncoder:
         """
         shown = show_words(text, self.image_token)
         ids, offsets = encode(self.tokenizer, shown)
+        all_borders = [*self.answer_format.starts(shown), *(borders or [])]
         cut_at_borders(
             self.tokenizer,
             shown,
             ids,
             offsets,
-            [*self.answer_format.starts(shown), *(borders or [])],
+            all_borders,
         )
-        spell_words(self.tokenizer, self.image_token, text, ids, offsets, f"sample {name}")
+        spell_words(
+            self.tokenizer,
+            self.image_token,
+            text,
+            ids,
+            offsets,
+            f"sample {name}",
+        )
         return ids, offsets
 
     def labels(
@@ -181,7 +193,7 @@ class ChatEncoder:
         offsets: list[tuple[int, int]],
         spans: list[tuple[int, int]],
     ) -> list[int]:
-        """The ids of the tokens that begin inside the spans, -100 elsewhere.
+        """Return the ids of the tokens that begin inside the spans, -100 elsewhere.
 
         A token that ends behind a span is the end mark with the white space that some tokenizers
         count to it (Phi-3's). One across a span's start, which could not be split, is a DataError.
@@ -202,54 +214,67 @@ class ChatEncoder:
         return labels
 
     def answers(self, rows: Sequence[Any]) -> list[str]:
-        """The answers in rows of generated ids: see `AnswerFormat.answers`."""
+        """Return the answers in rows of generated ids: see `AnswerFormat.answers`."""
         return self.answer_format.answers(self.tokenizer, rows, self.thinking)
 
     def expand(
-        self, sample: Sample, ids: list[int], labels: list[int], views: list[int] | None = None
+        self,
+        sample: Sample,
+        ids: list[int],
+        labels: list[int],
+        views: list[int] | None = None,
     ) -> Encoded:
-        """Each placeholder as `tokens_per_image` positions for each of its `views` (by default
-        one)."""
-        found, expected = ids.count(self.image_id), len(sample.images) + len(sample.videos)
+        """Return a sample with each placeholder as `tokens_per_image` positions for each of its
+        `views` (by default one)."""
+        placeholders = ids.count(self.image_id)
+        expected = len(sample.images) + len(sample.videos)
         views = [1] * expected if views is None else views[:expected]
-        if found != expected or len(views) != expected:
+        if placeholders != expected or len(views) != expected:
             raise DataError(
                 f"sample {sample.id}: {len(sample.images)} images and {len(sample.videos)} videos "
-                f"became {found} placeholders"
+                f"became {placeholders} placeholders"
             )
-        out_ids: list[int] = []
-        out_labels: list[int] = []
+        expanded_ids: list[int] = []
+        expanded_labels: list[int] = []
         positions: list[int] = []
         counts = iter(views)
         for token, label in zip(ids, labels, strict=True):
             repeat = 1
             if token == self.image_id:
                 repeat = next(counts) * self.tokens_per_image
-                positions += range(len(out_ids), len(out_ids) + repeat, self.tokens_per_image)
-            out_ids += [token] * repeat
-            out_labels += [label] * repeat
-        input_ids = torch.tensor(out_ids)
+                start = len(expanded_ids)
+                positions += range(start, start + repeat, self.tokens_per_image)
+            expanded_ids += [token] * repeat
+            expanded_labels += [label] * repeat
+        input_ids = torch.tensor(expanded_ids)
         return Encoded(
             sample.id,
             sample.source,
             input_ids,
-            torch.tensor(out_labels),
+            torch.tensor(expanded_labels),
             input_ids == self.image_id,
             [],
             positions,
         )
 
 
-def led_by_break(content: list[dict[str, Any]], after_pictures: bool) -> list[dict[str, Any]]:
-    """A question's parts, its first text on a line of its own behind pictures of earlier turns,
-    and without one elsewhere."""
+def without_key(message: Message, key: str) -> dict[str, Any]:
+    """Return a message without one of its keys."""
+    return {name: value for name, value in message.items() if name != key}
+
+
+def led_by_break(content: list[Part], after_pictures: bool) -> list[Message]:
+    """Return a question's parts, whose first text begins with a line break behind pictures of
+    earlier turns, and with none elsewhere."""
     if not content or content[0]["type"] != "text":
         return content
     text = ("\n" if after_pictures else "") + content[0]["text"].lstrip("\n")
     return [{"type": "text", "text": text}, *content[1:]]
 
 
-def said_in(message: dict[str, Any]) -> str:
-    """What an answer says, without a thought inside of it."""
+def answer_text(message: Message) -> str:
+    """Return the text of an answer, without a thought inside of it."""
     text = "".join(part.get("text", "") for part in message["content"])
-    return text.rpartition(THINK_TAGS[1])[2].lstrip("\n") if THINK_TAGS[1] in text else text
+    if THINK_TAGS[1] not in text:
+        return text
+    return text.rpartition(THINK_TAGS[1])[2].lstrip("\n")

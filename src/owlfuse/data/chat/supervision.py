@@ -1,4 +1,4 @@
-"""Which characters of a rendered chat are supervised: each answer as rendered, its thought and
+"""The characters of a rendered chat that are supervised: each answer as rendered, its thought and
 tool calls, and its end mark."""
 
 from __future__ import annotations
@@ -9,26 +9,29 @@ from collections.abc import Callable
 from typing import Any
 
 from owlfuse.core.errors import DataError
-from owlfuse.core.types import Sample
+from owlfuse.core.types import Message, Sample
 from owlfuse.data.chat.answer_format import THINK_TAGS, AnswerFormat
 
-Message = dict[str, Any]
+# Messages, and what else a template takes -> text.
 Render = Callable[..., str]
-"""Messages, and what else a template takes -> text."""
+# (turn, mark, text) of each text of the assistant that is replaced by a mark.
 Marked = list[tuple[int, str, str]]
-"""Of each text that the assistant writes: its turn, the mark in its place, and the text."""
 
 
 def supervised_spans(
-    sample: Sample, messages: list[Message], text: str, render: Render, answer_format: AnswerFormat
+    sample: Sample,
+    messages: list[Message],
+    text: str,
+    render: Render,
+    answer_format: AnswerFormat,
 ) -> list[tuple[int, int]]:
-    """Returns start and end of each supervised assistant turn in `text`, the whole chat rendered.
+    """Return start and end of each supervised assistant turn in `text`, the whole chat rendered.
 
-    The chat is rendered again with a mark in the place of each text that the assistant writes. What
-    stands around the marks is the template's and the user's, and must give `text` with the texts
-    put back, to the character: so nothing that a text says is mistaken for the template's own. A
-    span begins where the generation prompt ends, and what the template writes there by itself
-    belongs to the prompt (see `AnswerFormat`); it ends behind the end mark.
+    The chat is rendered again with a mark in the place of each text of the assistant. The text
+    around the marks is the template's and the user's, and must give `text` with the assistant's
+    texts put back, to the character: so nothing that a text says is mistaken for the template's
+    own. A span begins where the generation prompt ends, and what the template writes there by
+    itself belongs to the prompt (see `AnswerFormat`); it ends behind the end mark.
 
     Raises:
         DataError: no answer, an empty one, none that is supervised, or a template that leaves out
@@ -40,27 +43,34 @@ def supervised_spans(
             f"sample {sample.id} has no assistant turn, so there is nothing to learn from it"
         )
     around, marked = surroundings(sample, messages, text, render)
-    if (
-        around[0]
-        + "".join(written + rest for (_, _, written), rest in zip(marked, around[1:], strict=True))
-        != text
-    ):
+    pieces = [around[0]]
+    for (_, _, answer), following in zip(marked, around[1:], strict=True):
+        pieces += [answer, following]
+    if "".join(pieces) != text:
         raise DataError(
             f"sample {sample.id}: the chat template changes an answer otherwise than by stripping "
             "it of white space"
         )
     check_prompt(sample, messages[: turns[-1]], text, render)
     spans = []
-    place = 0
-    for number, (turn, _, written) in enumerate(marked):
+    position = 0
+    for number, (turn, _, answer) in enumerate(marked):
         before = around[number]
-        place += len(before)
-        if number == 0 or marked[number - 1][0] != turn:  # the first text of its turn
-            start = place - len(before) + answer_format.answer_start(before)
-        place += len(written)
-        if number + 1 < len(marked) and marked[number + 1][0] == turn:
+        is_first = number == 0 or marked[number - 1][0] != turn
+        is_last = number + 1 == len(marked) or marked[number + 1][0] != turn
+        if is_first:
+            start = position + answer_format.answer_start(before)
+        position += len(before) + len(answer)
+        if not is_last:
             continue
-        end = answer_end(sample, messages, turn, text, place, answer_format)
+        end = answer_end(
+            sample,
+            messages,
+            turn,
+            text,
+            position,
+            answer_format,
+        )
         if messages[turn].get("supervised", True):
             spans.append((start, end))
     if not spans:
@@ -71,14 +81,20 @@ def supervised_spans(
     return spans
 
 
-def check_prompt(sample: Sample, asked: list[Message], text: str, render: Render) -> None:
-    """Raises DataError where what comes before the last answer is rendered otherwise alone than
+def check_prompt(
+    sample: Sample,
+    prompt: list[Message],
+    text: str,
+    render: Render,
+) -> None:
+    """Raise DataError where the messages before the last answer are rendered otherwise alone than
     in the whole chat."""
-    if not text.startswith(render(asked, True, without_lead=True)):
+    # Generation renders the prompt alone, and must give the model what it was trained on.
+    if not text.startswith(render(prompt, True, without_lead=True)):
         raise DataError(
             f"sample {sample.id}: the chat template renders what comes before turn "
-            f"{len(asked) + 1} otherwise alone than in "
-            "the whole chat, so that its answer cannot be told from the prompt"
+            f"{len(prompt) + 1} otherwise alone than in the whole chat, so that its answer cannot "
+            "be told from the prompt"
         )
 
 
@@ -87,74 +103,90 @@ def answer_end(
     messages: list[Message],
     turn: int,
     text: str,
-    place: int,
+    text_end: int,
     answer_format: AnswerFormat,
 ) -> int:
-    """Returns where the end mark of a turn ends, whose last text ends at `place`.
+    """Return where the end mark of a turn ends, whose last text ends at `text_end`.
 
     Raises DataError.
     """
     mark = answer_format.end_mark
-    start = text.find(mark, place)
-    between = text[place:start]
-    if start < 0 or (between.strip() and not messages[turn].get("tool_calls")):
+    start = text.find(mark, text_end)
+    # Behind the name of a tool, the template writes the rest of the call.
+    is_separated = text[text_end:start].strip() and not messages[turn].get("tool_calls")
+    if start < 0 or is_separated:
         raise DataError(
             f"sample {sample.id}: the chat template does not end turn {turn + 1} with {mark!r}, "
-            "with which it ends "
-            "other answers"
+            "with which it ends other answers"
         )
     return start + len(mark)
 
 
 def surroundings(
-    sample: Sample, messages: list[Message], text: str, render: Render
+    sample: Sample,
+    messages: list[Message],
+    text: str,
+    render: Render,
 ) -> tuple[list[str], Marked]:
-    """Returns what is rendered before the first text of the assistant, between two, and behind
-    the last; and these texts."""
+    """Return the texts that are rendered before the first text of the assistant, between two, and
+    behind the last; and the texts of the assistant."""
     unused = "\ue000"
+    # Private-use characters, which a template writes as they are; no text of the chat may have
+    # them.
     while unused in text:
         unused += "\ue000"
     marked: Marked = []
     replaced = []
     for turn, message in enumerate(messages):
         if message["role"] == "assistant":
-            message = with_marks(sample, turn, message, unused, marked)
+            message = with_marks(
+                sample,
+                turn,
+                message,
+                unused,
+                marked,
+            )
         replaced.append(message)
-    rest = render(replaced)
-    pieces = []
+    remaining = render(replaced)
+    around = []
     for turn, mark, _ in marked:
-        piece, found, rest = rest.partition(mark)
-        if not found or mark in rest:
-            thought = (
-                messages[turn].get("reasoning_content")
-                or THINK_TAGS[1] in messages[turn]["content"]
-            )
-            remedy = (
-                "; take another chat_template, or leave thoughts of earlier turns out of the data"
-                if thought
-                else ""
-            )
-            raise DataError(
-                f"sample {sample.id}: the chat template writes "
-                f"{'a text' if thought else 'the text'} of turn {turn + 1} not "
-                f"once, so it cannot be supervised{remedy}"
-            )
-        pieces.append(piece)
-    return [*pieces, rest], marked
+        before, found, remaining = remaining.partition(mark)
+        if not found or mark in remaining:
+            raise unsupervisable(sample, turn, messages[turn])
+        around.append(before)
+    return [*around, remaining], marked
 
 
-def with_marks(sample: Sample, turn: int, message: Message, unused: str, marked: Marked) -> Message:
-    """Returns an assistant's message with a mark in the place of each of its texts, and adds these
-    to `marked`.
+def unsupervisable(sample: Sample, turn: int, message: Message) -> DataError:
+    """Return the error of a turn that a template does not write once."""
+    article, remedy = "the text", ""
+    if message.get("reasoning_content") or THINK_TAGS[1] in message["content"]:
+        article = "a text"
+        remedy = "; take another chat_template, or leave thoughts of earlier turns out of the data"
+    return DataError(
+        f"sample {sample.id}: the chat template writes {article} of turn {turn + 1} not once, so "
+        f"it cannot be supervised{remedy}"
+    )
+
+
+def with_marks(
+    sample: Sample,
+    turn: int,
+    message: Message,
+    unused: str,
+    marked: Marked,
+) -> Message:
+    """Return an assistant's message with a mark in the place of each of its texts, and add these to
+    `marked`.
 
     White space around a text stays, so that a template strips the mark of what it strips the text
     of. Raises DataError.
     """
 
-    def mark_of(written: str) -> str:
+    def mark_of(text: str) -> str:
         mark = f"\ue001{unused}{len(marked)}\ue001"
-        marked.append((turn, mark, written.strip()))
-        return written.replace(written.strip(), mark, 1)
+        marked.append((turn, mark, text.strip()))
+        return text.replace(text.strip(), mark, 1)
 
     message = copy.deepcopy(message) if message.get("tool_calls") else dict(message)
     content, thought = message["content"], message.get("reasoning_content")
@@ -162,20 +194,20 @@ def with_marks(sample: Sample, turn: int, message: Message, unused: str, marked:
         message["reasoning_content"] = mark_of(thought)
     elif THINK_TAGS[1] in content:
         thought, _, content = content.partition(THINK_TAGS[1])
-        opened, tag, thought = thought.rpartition(THINK_TAGS[0])
-        thought = mark_of(thought) if thought.strip() else thought
-        message["content"] = (
-            opened
-            + tag
-            + thought
-            + THINK_TAGS[1]
-            + (mark_of(content) if content.strip() else content)
-        )
+        before, tag, thought = thought.rpartition(THINK_TAGS[0])
+        # in the order in which they are rendered
+        if thought.strip():
+            thought = mark_of(thought)
+        answer = mark_of(content) if content.strip() else content
+        message["content"] = before + tag + thought + THINK_TAGS[1] + answer
         content = ""
     if content.strip():
         message["content"] = mark_of(content)
-    if not content.strip() and message.get("tool_calls"):
-        function = message["tool_calls"][0].get("function", message["tool_calls"][0])
+    elif message.get("tool_calls"):
+        call = message["tool_calls"][0]
+        function = call.get("function", call)
+        # An answer of tool calls alone has no text; the first text that the template writes is a
+        # name.
         function["name"] = mark_of(str(function.get("name", "")))
     if not marked or marked[-1][0] != turn:
         raise DataError(f"sample {sample.id}: turn {turn + 1} is an empty answer")
@@ -184,45 +216,71 @@ def with_marks(sample: Sample, turn: int, message: Message, unused: str, marked:
 
 Offsets = list[tuple[int, int]]
 
+# Texts before which a piece may be encoded; a tokenizer may join some of them to the piece.
 ANCHORS = ("a", "\n", ".", "0", "é")
 
 
 def cut_at_borders(
-    tokenizer: Any, text: str, ids: list[int], offsets: Offsets, borders: list[int]
+    tokenizer: Any,
+    text: str,
+    ids: list[int],
+    offsets: Offsets,
+    borders: list[int],
 ) -> None:
-    """Makes, in place, of a text's tokens those of its pieces between the borders.
+    """Replace, in place, a text's tokens by those of its pieces between the borders.
 
-    So what stands before a border has the tokens that it has as a prompt, whatever follows: none
-    stands across the border, and none is another because of what comes behind (GPT-2's pattern
-    takes two line breaks at a text's end as one token, and before a word as two). Where a piece
-    cannot be encoded by itself nothing is changed.
+    So the text before a border has the tokens that it has as a prompt, whatever follows: none
+    crosses the border, and none is another because of the text behind (GPT-2's pattern takes two
+    line breaks at a text's end as one token, and before a word as two). Where a piece cannot be
+    encoded by itself nothing is changed.
     """
     added = tokenizer.added_tokens_decoder
-    before = 0
+    previous_border = 0
     for border in sorted(set(borders)):
-        split_token(tokenizer, text, ids, offsets, border)
+        split_token(
+            tokenizer,
+            text,
+            ids,
+            offsets,
+            border,
+        )
         end = bisect_left(offsets, (border, 0))
         begin = end
-        # an added token is encoded by itself, so that what stands behind it does not depend on what
-        # stands before it
-        while begin and offsets[begin - 1][0] >= before:
+        # An added token is encoded by itself, so that the tokens behind it do not depend on the
+        # text before it.
+        while begin and offsets[begin - 1][0] >= previous_border:
             begin -= 1
             if ids[begin] in added:
                 break
-        if begin < end and offsets[end - 1][1] <= border:
-            piece = text[offsets[begin][0] : border]
-            anchored = begin == 0 or ids[begin] in added
-            encoded = encode(tokenizer, piece) if anchored else inner_tokens(tokenizer, piece)
-            if encoded is not None and encoded[0] != ids[begin:end]:
-                start = offsets[begin][0]
-                ids[begin:end] = encoded[0]
-                offsets[begin:end] = [(first + start, last + start) for first, last in encoded[1]]
-        before = border
+        previous_border = border
+        if begin == end or offsets[end - 1][1] > border:
+            continue
+        start = offsets[begin][0]
+        piece = text[start:border]
+        encoded: tuple[list[int], Offsets] | None
+        if begin == 0 or ids[begin] in added:
+            encoded = encode(tokenizer, piece)
+        else:
+            encoded = inner_tokens(tokenizer, piece)
+        if encoded is not None and encoded[0] != ids[begin:end]:
+            ids[begin:end] = encoded[0]
+            offsets[begin:end] = shifted(encoded[1], start)
 
 
-def split_token(tokenizer: Any, text: str, ids: list[int], offsets: Offsets, border: int) -> None:
-    """Replaces, in place, what stands across character `border` of the text by the tokens of its
-    two sides.
+def shifted(offsets: Offsets, distance: int) -> Offsets:
+    """Return offsets moved by a number of characters."""
+    return [(start + distance, end + distance) for start, end in offsets]
+
+
+def split_token(
+    tokenizer: Any,
+    text: str,
+    ids: list[int],
+    offsets: Offsets,
+    border: int,
+) -> None:
+    """Replace, in place, a token across character `border` of the text by the tokens of its two
+    sides.
 
     Where the sides cannot be encoded by themselves nothing is changed.
     """
@@ -232,50 +290,46 @@ def split_token(tokenizer: Any, text: str, ids: list[int], offsets: Offsets, bor
     if first < 0 or offsets[first][1] <= border:
         return
     start, end = offsets[first]
-    # tokens of one character's bytes overlap: all that do belong together
+    # Tokens of one character's bytes overlap: all that do belong together.
     while first and offsets[first - 1][1] > start:
         first -= 1
         start = offsets[first][0]
     while last < len(ids) and offsets[last][0] < end:
         end = max(end, offsets[last][1])
         last += 1
-    before, after = (
-        inner_tokens(tokenizer, text[start:border]),
-        inner_tokens(tokenizer, text[border:end]),
-    )
+    before = inner_tokens(tokenizer, text[start:border])
+    after = inner_tokens(tokenizer, text[border:end])
     if before is None or after is None:
         return
     ids[first:last] = before[0] + after[0]
-    offsets[first:last] = [(a + start, b + start) for a, b in before[1]] + [
-        (a + border, b + border) for a, b in after[1]
-    ]
+    offsets[first:last] = shifted(before[1], start) + shifted(after[1], border)
 
 
 def inner_tokens(tokenizer: Any, piece: str, **options: Any) -> tuple[list[int], Offsets] | None:
-    """A piece's tokens as they are inside a text, without the space that some tokenizers put at a
-    text's start.
+    """Return a piece's tokens as they are inside a text, without the space that some tokenizers put
+    at a text's start; None where the piece cannot be encoded by itself.
 
-    `options` are the tokenizer's. None: the piece cannot be encoded by itself.
+    Args:
+        options: the tokenizer's.
     """
     for anchor in ANCHORS:
+        length = len(anchor)
         ids, offsets = encode(tokenizer, anchor + piece, **options)
-        count = sum(start < len(anchor) for start, _ in offsets)
-        aligned = all(end <= len(anchor) for _, end in offsets[:count])
-        if (
-            aligned
-            and offsets[count:]
-            and offsets[count][0] == len(anchor)
-            and offsets[-1][1] == len(anchor) + len(piece)
-        ):
-            return ids[count:], [
-                (start - len(anchor), end - len(anchor)) for start, end in offsets[count:]
-            ]
+        count = sum(start < length for start, _ in offsets)
+        if not offsets[count:] or any(end > length for _, end in offsets[:count]):
+            continue
+        if offsets[count][0] == length and offsets[-1][1] == length + len(piece):
+            return ids[count:], shifted(offsets[count:], -length)
     return None
 
 
 def encode(tokenizer: Any, text: str, **options: Any) -> tuple[list[int], Offsets]:
-    """Ids and the characters that each stands for."""
+    """Return ids and the characters that each stands for."""
     encoding = tokenizer(
-        text, add_special_tokens=False, return_offsets_mapping=True, verbose=False, **options
+        text,
+        add_special_tokens=False,
+        return_offsets_mapping=True,
+        verbose=False,
+        **options,
     )
     return list(encoding["input_ids"]), [tuple(pair) for pair in encoding["offset_mapping"]]

@@ -8,7 +8,8 @@ import re
 import secrets
 import struct
 from collections.abc import Mapping
-from functools import lru_cache
+from datetime import datetime
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -20,20 +21,18 @@ from owlfuse.core.errors import DataError
 from owlfuse.core.files import check_record
 from owlfuse.core.hub_access import check_hub_has
 from owlfuse.core.packages import check_not_missing, missing, packaged
-from owlfuse.core.types import IMAGE
+from owlfuse.core.types import IMAGE, Message
 
-Message = dict[str, Any]
-
+# The date that templates write, so that a chat has the same tokens on every day: Llama 3.2's
+# default.
 DATE = "26 Jul 2024"
-"""The date that templates are told, so that a chat has the same tokens on every day: Llama 3.2's
-template has this one where nobody tells it another."""
+# Steps of all loops and macros of a template while one chat is rendered; templates loop over a
+# chat's turns.
 MAX_STEPS = 200_000
-"""Of all loops and macros of a template while one chat is rendered; templates loop over a chat's
-turns."""
+# Characters of a rendered chat; a record has 16 MiB.
 MAX_TEXT = 2**26
-"""Characters of a rendered chat; a record has 16 MiB."""
+# The beginning of a template that `prepare_template` has made.
 PREPARED = "{#- prepared by owlfuse -#}"
-"""Begins a template that `prepare_template` has made."""
 
 # Templates take a message's content as a text, those of vision-language models as parts. Either way
 # an image or a video is the text <image> here, where it stands among the texts.
@@ -53,6 +52,7 @@ JOIN_PARTS = (
     "{%- endfor -%}"
     "{%- set messages = joined.messages -%}"
 )
+# Puts a text behind the pictures that a turn begins with on a line of its own.
 LINE_BREAK = (
     "{%- set joined.pictures = '' -%}"
     "{%- for _ in joined.text.split(IMAGE_TOKEN)[1:] -%}{%- if "
@@ -64,16 +64,15 @@ LINE_BREAK = (
     "joined.text -%}{%- endif -%}"
     "{%- set joined.text = joined.pictures + joined.text -%}"
 )
-"""Puts a text behind the pictures that a turn begins with on a line of its own."""
 CONTENTS = {"text": "joined.text", "parts": "[{'type': 'text', 'text': joined.text}]"}
+# transformers' own tag, which plain jinja2 does not know.
 GENERATION_TAG = re.compile(r"\{%-?\s*(end)?generation\s*-?%\}")
-"""transformers' own tag, which plain jinja2 does not know."""
 
 
 def chat_tokenizer(
     name: str, chat_template: str | None = None, break_behind_images: bool = True
 ) -> PreTrainedTokenizerBase:
-    """Returns the tokenizer `name` as every part of owlfuse uses it: see `load_tokenizer`,
+    """Return the tokenizer `name` as every part of owlfuse uses it: see `load_tokenizer`,
     `use_template` and `prepare`.
 
     Raises:
@@ -85,7 +84,7 @@ def chat_tokenizer(
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    """Returns a tokenizer from a folder, a hub name or a GGUF file; `package:` names are those of
+    """Return a tokenizer from a folder, a hub name or a GGUF file; `package:` names are those of
     installed packages' files.
 
     Raises:
@@ -100,6 +99,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
         check_hub_has(
             path, "name a folder with tokenizer.json, or set HF_HOME to a cache that has it"
         )
+        # Explicitly, since transformers asks on a terminal otherwise.
         return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except DataError as error:
         raise DataError(f"tokenizer: {str(error).removeprefix('tokenizer: ')}") from error
@@ -110,7 +110,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
 def prepare(
     tokenizer: PreTrainedTokenizerBase, image_token: str = IMAGE, break_behind_images: bool = True
 ) -> PreTrainedTokenizerBase:
-    """Gives a tokenizer what it lacks for chats, in place, and returns it; a tokenizer that has all
+    """Give a tokenizer what it lacks for chats, in place, and returns it; a tokenizer that has all
     of it stays as it is.
 
     The padding token falls back to the end of sequence, `image_token` becomes one token, and the
@@ -132,6 +132,7 @@ def prepare(
             "text; name one: "
             f"chat_template={'|'.join(template_names())}|<path of a .jinja file>"
         )
+    # Supervision maps characters to tokens, and only fast tokenizers have offsets.
     if not tokenizer.is_fast:
         raise DataError(
             f"the tokenizer {tokenizer.name_or_path} is not a fast one, which character offsets "
@@ -143,22 +144,24 @@ def prepare(
             "answer"
         )
     if tokenizer.pad_token_id is None:
+        # Padding is masked, so that any id serves.
         tokenizer.pad_token = tokenizer.eos_token
     if image_token not in tokenizer.get_vocab():
         tokenizer.add_special_tokens(
             {"additional_special_tokens": [image_token]}, replace_extra_special_tokens=False
         )
+    prepared = partial(
+        prepare_template,
+        tokenizer,
+        image_token=image_token,
+        break_behind_images=break_behind_images,
+    )
     templates = tokenizer.chat_template
-    # several, by name, of which transformers takes `default` or `tool_use`
+    # Of several, by name, transformers takes `default` or `tool_use`.
     if isinstance(templates, dict):
-        tokenizer.chat_template = {
-            name: prepare_template(tokenizer, template, image_token, break_behind_images)
-            for name, template in templates.items()
-        }
+        tokenizer.chat_template = {name: prepared(text) for name, text in templates.items()}
     else:
-        tokenizer.chat_template = prepare_template(
-            tokenizer, templates, image_token, break_behind_images
-        )
+        tokenizer.chat_template = prepared(templates)
     return tokenizer
 
 
@@ -168,7 +171,7 @@ def prepare_template(
     image_token: str = IMAGE,
     break_behind_images: bool = True,
 ) -> str:
-    """Returns a chat template that renders the same text wherever it is used, for training and for
+    """Return a chat template that renders the same text wherever it is used, for training and for
     generation.
 
     To the template's own text it adds, only where that is needed: contents as texts or parts,
@@ -182,23 +185,24 @@ def prepare_template(
     """
     if template.startswith(PREPARED):
         return template
+    # Jinja drops one line break at a template's end itself.
     body = fixed_date(template) + template.removesuffix("\n")
+    join_parts = JOIN_PARTS.replace("LINE_BREAK", LINE_BREAK if break_behind_images else "")
+    join_parts = join_parts.replace("IMAGE_TOKEN", json.dumps(image_token))
     for content in CONTENTS.values():
-        joined = JOIN_PARTS.replace("LINE_BREAK", LINE_BREAK if break_behind_images else "")
-        joined = joined.replace("IMAGE_TOKEN", json.dumps(image_token)).replace("CONTENT", content)
-        # a block before it would take the body's first line break
-        prepared = PREPARED + joined + "{{- '' }}" + body
+        # An empty output between the two: a block would take the body's first line break.
+        prepared = PREPARED + join_parts.replace("CONTENT", content) + "{{- '' }}" + body
         if writes_question(tokenizer, prepared):
             return prepared + written_before_answers(tokenizer, prepared)
     raise DataError(
         f"the chat template of the tokenizer {tokenizer.name_or_path} does not write what the "
-        "user says, neither of a text nor "
-        "of a list of parts: " + rendering_error(tokenizer, prepared)
+        "user says, neither of a text nor of a list of parts: "
+        + rendering_error(tokenizer, prepared)
     )
 
 
 def fixed_date(template: str) -> str:
-    """Returns a macro that stands for the clock that a template reads, empty for one that reads
+    """Return a macro that stands for the clock that a template reads, empty for one that reads
     none. Raises DataError."""
     try:
         tree = Environment(extensions=["jinja2.ext.loopcontrols"]).parse(
@@ -208,70 +212,61 @@ def fixed_date(template: str) -> str:
         raise DataError(
             f"the chat template is no Jinja template: line {error.lineno}: {error.message}"
         ) from error
-    calls = [
-        call
-        for call in tree.find_all(nodes.Call)
-        if getattr(call.node, "name", None) == "strftime_now"
-    ]
-    if not calls:
-        return ""
-    from datetime import datetime
-
     day = datetime.strptime(DATE, "%d %b %Y")
     dates = {}
-    for call in calls:
+    for call in tree.find_all(nodes.Call):
+        if getattr(call.node, "name", None) != "strftime_now":
+            continue
         if len(call.args) != 1 or not isinstance(call.args[0], nodes.Const):
             raise DataError(
                 f"the chat template asks for the date in line {call.lineno} by a format that is "
                 "no constant text"
             )
         dates[call.args[0].value] = day.strftime(call.args[0].value)
+    if not dates:
+        return ""
     table = json.dumps(dates)
     return f"{{%- macro strftime_now(format) -%}}{{{{- {table}[format] -}}}}{{%- endmacro -%}}"
 
 
 def writes_question(tokenizer: PreTrainedTokenizerBase, template: str) -> bool:
-    """Whether a template writes what a user says, once."""
+    """Whether a template writes a user's text, once."""
+    question = [{"role": "user", "content": "\ue000"}]
     try:
-        text = apply(
-            tokenizer, [{"role": "user", "content": "\ue000"}], template, add_generation_prompt=True
-        )
+        text = apply(tokenizer, question, template, add_generation_prompt=True)
     except DataError:
         return False
     return text.count("\ue000") == 1
 
 
 def rendering_error(tokenizer: PreTrainedTokenizerBase, template: str) -> str:
-    """What a template objects to a single question, for a message."""
+    """Return what a template makes of a single question, or objects to it, for a message."""
+    question = [{"role": "user", "content": "Hello"}]
     try:
-        text = apply(
-            tokenizer, [{"role": "user", "content": "Hello"}], template, add_generation_prompt=True
-        )
+        text = apply(tokenizer, question, template, add_generation_prompt=True)
     except DataError as error:
         return str(error)
     return f"of the question Hello it makes {text[:80]!r}"
 
 
 def written_before_answers(tokenizer: PreTrainedTokenizerBase, template: str) -> str:
-    """Returns the end of a template that writes, behind the generation prompt, what the template
+    """Return the end of a template that writes, behind the generation prompt, what the template
     puts before an answer.
 
     White space alone is left to the model, and so are spaces at the end: tokens of words begin with
     them. A caller who says `enable_thinking`, or asks for the prompt as it was (`without_lead`),
     gets it as it was.
     """
-    question, answer = (
-        {"role": "user", "content": "\ue001"},
-        {"role": "assistant", "content": "\ue000"},
-    )
+    question = {"role": "user", "content": "\ue001"}
+    answer = {"role": "assistant", "content": "\ue000"}
     try:
         prompt = apply(tokenizer, [question], template, add_generation_prompt=True)
-        whole = apply(tokenizer, [question, answer], template)
+        chat = apply(tokenizer, [question, answer], template)
     except DataError:
-        return ""  # whoever encodes a chat says what is wrong with it
-    if not whole.startswith(prompt) or whole.count("\ue000") != 1:
+        return ""  # whoever encodes a chat gets the error
+    if not chat.startswith(prompt) or chat.count("\ue000") != 1:
         return ""
-    lead = whole[len(prompt) : whole.index("\ue000")].rstrip(" ")
+    lead = chat[len(prompt) : chat.index("\ue000")].rstrip(" ")
     if not lead.strip():
         return ""
     condition = (
@@ -287,19 +282,25 @@ def render(
     thinking: bool = False,
     **options: Any,
 ) -> str:
-    """Returns a chat as text: the one place where owlfuse renders the tokenizer's chat template.
+    """Return a chat as text: the one place where owlfuse renders the tokenizer's chat template.
 
     Args:
         thinking: the model is to write its thoughts before its answer, where the template knows of
             thoughts.
-        options: what else the template takes, `tools` for instance.
+        options: other variables of the template, `tools` for instance.
 
     Raises:
         DataError: what the template objects to, a system message for instance.
     """
     if thinking:
         options["enable_thinking"] = True
-    return apply(tokenizer, messages, None, add_generation_prompt=add_generation_prompt, **options)
+    return apply(
+        tokenizer,
+        messages,
+        None,
+        add_generation_prompt=add_generation_prompt,
+        **options,
+    )
 
 
 def apply(
@@ -308,17 +309,21 @@ def apply(
     template: str | None,
     **options: Any,
 ) -> str:
-    """Returns what a template, by default the tokenizer's own, makes of messages.
+    """Return what a template, by default the tokenizer's own, makes of messages.
 
     Raises DataError.
     """
     try:
-        template = counting_steps(tokenizer.get_chat_template(template, options.get("tools")))
+        counting = counting_steps(tokenizer.get_chat_template(template, options.get("tools")))
         text = str(
             tokenizer.apply_chat_template(
-                messages, chat_template=template, tokenize=False, **options
+                messages,
+                chat_template=counting,
+                tokenize=False,
+                **options,
             )
         )
+    # A template is a program: jinja2 passes on whatever its expressions raise.
     except (
         TemplateError,
         TypeError,
@@ -340,8 +345,8 @@ def apply(
     return text
 
 
+# A variable whose name no template can guess.
 COUNTER = f"steps_{secrets.token_hex(8)}"
-"""A name that no template can know."""
 COUNT_STEP = (
     f"{{% set {COUNTER}.count = {COUNTER}.count + 1 %}}{{% if {COUNTER}.count > {MAX_STEPS} %}}"
     f"{{{{ raise_exception('its loops and macros take more than {MAX_STEPS:,} steps') }}}}{{% "
@@ -351,9 +356,10 @@ COUNT_STEP = (
 
 @lru_cache(maxsize=64)
 def counting_steps(template: str) -> str:
-    """A template that writes the same and counts the steps of its loops and macros, so that one
-    from elsewhere cannot go on for hours: jinja2's sandbox limits each `range` alone, and loops
-    inside of loops multiply.
+    """Return a template that writes the same and counts the steps of its loops and macros.
+
+    So one from elsewhere cannot go on for hours: jinja2's sandbox limits each `range` alone, and
+    loops inside of loops multiply.
 
     Raises:
         TemplateSyntaxError: it is none.
@@ -372,27 +378,26 @@ def counting_steps(template: str) -> str:
     return "".join(pieces)
 
 
+# Bytes of a template; the longest have 20 KB.
 MAX_TEMPLATE = 2**20
-"""Bytes of a template; the longest have 20 KB."""
 FOLDER = Path(__file__).parent / "templates"
 
-CONTROL = {
+# The control tokens of templates. The last one ends a turn, and so becomes the tokenizer's end of
+# sequence; other templates end a turn with the end of sequence that the tokenizer has.
+CONTROL_TOKENS = {
     "llama3": ["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"],
     "chatml": ["<|im_start|>", "<|im_end|>"],
 }
-"""What a template writes as control tokens. The last one ends a turn, and so becomes the
-tokenizer's end of sequence; the templates that are not here end a turn with the end of sequence
-that the tokenizer has."""
 
 
 def template_names() -> list[str]:
-    """The templates that have a name."""
+    """Return the names of the templates of owlfuse."""
     return sorted(path.stem for path in FOLDER.glob("*.jinja"))
 
 
 def use_template(tokenizer: Any, chat_template: str | None) -> Any:
-    """The tokenizer with a chat template, given by its name or as the path of a .jinja file; None
-    leaves it its own.
+    """Return the tokenizer with a chat template, given by its name or as the path of a .jinja file;
+    with None the template stays.
 
     The control tokens of a named template are added where the tokenizer lacks them, so that each is
     one token.
@@ -404,10 +409,11 @@ def use_template(tokenizer: Any, chat_template: str | None) -> Any:
     if chat_template is None:
         return tokenizer
     tokenizer.chat_template = read_template(chat_template)
-    control = CONTROL.get(chat_template, [])
-    if missing := [token for token in control if token not in tokenizer.get_vocab()]:
+    control = CONTROL_TOKENS.get(chat_template, [])
+    new_tokens = [token for token in control if token not in tokenizer.get_vocab()]
+    if new_tokens:
         tokenizer.add_special_tokens(
-            {"additional_special_tokens": missing}, replace_extra_special_tokens=False
+            {"additional_special_tokens": new_tokens}, replace_extra_special_tokens=False
         )
     if control:
         tokenizer.add_special_tokens({"eos_token": control[-1]})
@@ -420,12 +426,10 @@ def use_template(tokenizer: Any, chat_template: str | None) -> Any:
 
 
 def read_template(chat_template: str) -> str:
-    """The text of a template, by its name or path. Raises DataError, see `use_template`."""
-    from jinja2 import Environment, TemplateSyntaxError
-
-    named = chat_template in template_names()
-    path = FOLDER / f"{chat_template}.jinja" if named else Path(chat_template).expanduser()
-    if not named and path.suffix != ".jinja":
+    """Return the text of a template, by its name or path. Raises DataError, see `use_template`."""
+    is_named = chat_template in template_names()
+    path = FOLDER / f"{chat_template}.jinja" if is_named else Path(chat_template).expanduser()
+    if not is_named and path.suffix != ".jinja":
         raise DataError(
             f"chat_template: {chat_template} is none of {', '.join(template_names())}, nor the "
             "path of a .jinja file"
@@ -433,9 +437,7 @@ def read_template(chat_template: str) -> str:
     try:
         check_record(path.stat().st_size, f"chat_template: {path}", MAX_TEMPLATE)
         text = path.read_text(encoding="utf-8").removesuffix("\n")
-        Environment(extensions=["jinja2.ext.loopcontrols"]).parse(
-            text.replace("{% generation %}", "").replace("{% endgeneration %}", "")
-        )
+        Environment(extensions=["jinja2.ext.loopcontrols"]).parse(GENERATION_TAG.sub("", text))
     except FileNotFoundError:
         raise DataError(f"chat_template: {path}: no such file") from None
     except UnicodeDecodeError as error:
@@ -449,11 +451,11 @@ def read_template(chat_template: str) -> str:
     return text
 
 
+# Names of byte-level tokenizers (`tokenizer.ggml.pre`) that take each digit by itself before
+# anything else.
 SINGLE_DIGITS = ("smollm", "starcoder", "refact", "command-r", "codeshell")
-"""Kinds of byte-level tokenizers (`tokenizer.ggml.pre`) that take each digit by itself before
-anything else."""
+# The type of a control token (`tokenizer.ggml.token_type`).
 GGUF_CONTROL = 3
-"""The type of a control token (`tokenizer.ggml.token_type`)."""
 
 
 def control_ids(fields: Mapping[str, Any]) -> list[int]:
@@ -468,9 +470,11 @@ def control_ids(fields: Mapping[str, Any]) -> list[int]:
 
 
 def gguf_tokenizer(file: Path) -> PreTrainedTokenizerBase:
-    """As transformers reads it, and with what that leaves out: that digits are split first, where
-    the kind of tokenizer does so (else several spaces or line breaks before a number become other
-    tokens), and which tokens are control tokens.
+    """Return the tokenizer of a GGUF file.
+
+    transformers leaves out that digits are split first, where the kind of tokenizer does so (else
+    several spaces or line breaks before a number become other tokens), and which tokens are control
+    tokens.
 
     Raises:
         DataError: no such file, or none with a tokenizer.

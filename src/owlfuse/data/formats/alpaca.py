@@ -2,10 +2,9 @@
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 from owlfuse.core.errors import DataError
-from owlfuse.core.types import Sample
+from owlfuse.core.types import JsonObject, Sample
 from owlfuse.data.formats.base import Source, field
 from owlfuse.data.formats.marks import unescaped
 from owlfuse.data.formats.records import (
@@ -14,14 +13,14 @@ from owlfuse.data.formats.records import (
     QUESTION_REFUSED,
     TOOLS,
     VIDEOS,
-    check_rest,
+    check_unused,
     history_turns,
     system_turn,
 )
 from owlfuse.data.formats.turn_keys import SYSTEM_KEYS, brief, is_absent, tools_of
 
-USED = frozenset(
-    (
+USED_KEYS = frozenset(
+    {
         "id",
         "instruction",
         "input",
@@ -32,7 +31,7 @@ USED = frozenset(
         *IMAGES,
         *VIDEOS,
         *CHATS,
-    )
+    }
 )
 
 
@@ -61,39 +60,39 @@ class Alpaca(Source):
 
     def __getitem__(self, index: int) -> Sample:
         """See `Source`."""
-        first = self.first_record(index)
-        samples = [
-            self.read(i)
-            for i in range(first, min(first + self.records_per_chat, len(self.records)))
-        ]
+        samples = [self.read(record) for record in self.records_of(index)]
+        first = samples[0]
         if len(samples) == 1:
-            return samples[0]
+            return first
         for sample in samples[1:]:
-            if sample.messages[0]["role"] == "system" or sample.tools != samples[0].tools:
+            # A chat has one system text and one list of tools, at its start.
+            if sample.messages[0]["role"] == "system" or sample.tools != first.tools:
                 raise DataError(
                     f"sample {sample.id} has a system text or tools, which a turn of a chat "
-                    "cannot have: set records_per_chat "
-                    "to 1"
+                    "cannot have: set records_per_chat to 1"
                 )
-        messages = [message for sample in samples for message in sample.messages]
-        notes = [note for sample in samples for note in sample.notes]
-        identity = f"{samples[0].id}+{len(samples) - 1}"
-        return Sample(identity, self.name, messages, tools=samples[0].tools, notes=notes)
+        chat = Sample(f"{first.id}+{len(samples) - 1}", self.name, [], tools=first.tools)
+        for sample in samples:
+            chat.messages += sample.messages
+            chat.notes += sample.notes
+        return chat
 
     def first_record(self, index: int) -> int:
         """See `Source`."""
         return index * self.records_per_chat
 
+    def records_of(self, index: int) -> range:
+        """Return the indices of a chat's records."""
+        first = self.first_record(index)
+        return range(first, min(first + self.records_per_chat, len(self.records)))
+
     def ids(self, indices: Iterable[int]) -> Iterator[tuple[int, str]]:
         """See `Source`."""
         for index in indices:
-            first = self.first_record(index)
-            for _, identity in super().ids(
-                range(first, min(first + self.records_per_chat, len(self.records)))
-            ):
+            for _, identity in super().ids(self.records_of(index)):
                 yield index, identity
 
-    def sample(self, record: dict[str, Any], name: str) -> Sample:
+    def sample(self, record: JsonObject, name: str) -> Sample:
         """See `Source`."""
         check_text_alone(record, name)
         question = field(record, "instruction", str, name)
@@ -102,40 +101,37 @@ class Alpaca(Source):
             if not isinstance(extra, str):
                 raise DataError(f"sample {name}: 'input' is {brief(extra)}, expected a text")
             question = f"{question}\n{extra}"
-        asked = {
-            "role": "user",
-            "content": [text_part(question)],
-        }
-        answered = {"role": "assistant", "content": [text_part(field(record, "output", str, name))]}
-        before = [*system_turn(record, name, []), *history_turns(record.get("history"), name)]
-        messages = [
-            {"role": turn["role"], "content": [text_part(turn["content"])]} for turn in before
+        turns = [
+            *system_turn(record, name, []),
+            *history_turns(record.get("history"), name),
+            {"role": "user", "content": question},
+            {"role": "assistant", "content": field(record, "output", str, name)},
         ]
-        metadata = {key: value for key, value in record.items() if key not in USED}
-        notes = check_rest(record, name, set(metadata))
+        messages = []
+        for turn in turns:
+            part = {"type": "text", "text": unescaped(turn["content"])}
+            messages.append({"role": turn["role"], "content": [part]})
+        metadata = {key: value for key, value in record.items() if key not in USED_KEYS}
+        notes = check_unused(record, name, set(metadata))
+        tools = tools_of(record, name)
         return Sample(
             name,
             self.name,
-            [*messages, asked, answered],
+            messages,
             [],
             metadata,
-            tools=tools_of(record, name),
+            tools=tools,
             notes=notes,
         )
 
 
-def text_part(text: str) -> dict[str, str]:
-    """A text as a part of a message."""
-    return {"type": "text", "text": unescaped(text)}
-
-
-def check_text_alone(record: dict[str, Any], name: str) -> None:
-    """Raises DataError for a record with a picture, a chat or a context, which this format would
+def check_text_alone(record: JsonObject, name: str) -> None:
+    """Raise DataError for a record with a picture, a chat or a context, which this format would
     leave out."""
     for key in (*IMAGES, *VIDEOS, *CHATS, *QUESTION_REFUSED):
         if not is_absent(record.get(key)):
             raise DataError(
                 f"sample {name} has '{key}': {brief(record[key])}, and the format alpaca has "
-                "instruction, input and output "
-                "alone; expected the format llava, sharegpt or messages, or no such key"
+                "instruction, input and output alone; expected the format llava, sharegpt or "
+                "messages, or no such key"
             )

@@ -1,5 +1,5 @@
-"""What every source has: where it lies, its share of the mixture, and what happens to a sample
-that is wrong."""
+"""The base class of all sources: a file of records, its share of the mixture, and the policy for
+samples that are wrong."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Literal
 from owlfuse.core.errors import DataError
 from owlfuse.core.files import expand_files, fingerprint
 from owlfuse.core.packages import packaged
-from owlfuse.core.types import Note, Sample
+from owlfuse.core.types import JsonObject, Note, Sample
 from owlfuse.data.formats.records import has_chat
 from owlfuse.data.media.video import VideoSampling
 from owlfuse.data.readers.lines import JsonLines, Records, open_records
@@ -47,7 +47,7 @@ class Source:
     on_error: Literal["error", "skip"] = "error"
     max_skips: int = 100
 
-    tile: ClassVar[float] = 0.0  # of those whose pictures may be tiled, a field
+    tile: ClassVar[float] = 0.0  # a field of sources whose pictures may be tiled
     video: ClassVar[VideoSampling | None] = None
 
     def __post_init__(self) -> None:
@@ -55,6 +55,7 @@ class Source:
         self.image_root = (
             Path(self.image_root).expanduser() if self.image_root else self.file.parent
         )
+        # ChatData sets the name that the configuration gives; alone, a source is known by its file.
         self.name = self.file.stem
 
     @property
@@ -64,35 +65,37 @@ class Source:
 
     @cached_property
     def records(self) -> Sequence[Any]:
-        """The file's records, opened at first use: data that are made on the spot exist by then."""
+        """The file's records, opened at first use: data that `prepare` writes exist by then."""
         records = self.open()
         if not len(records):
             raise DataError(f"{self.file}: holds no record")
         return records
 
     def open(self) -> Sequence[Any]:
-        """The records by number.
+        """Return the records by number.
 
         Raises DataError; a record that is wrong by itself raises when it is asked for.
         """
+        # A file of one object may be a single record, which only its keys tell from a wrapped list.
         return open_records(self.file, has_chat)
 
     def files(self) -> list[Path]:
-        """The files that the source reads, in order. Raises DataError where one is missing."""
+        """Return the files that the source reads, in order. Raises DataError where one is
+        missing."""
         return expand_files(str(self.file))
 
     def __len__(self) -> int:
         return len(self.records)
 
     def __getitem__(self, index: int) -> Sample:
-        """The sample at `index`.
+        """Return the sample at `index`.
 
         Raises DataError, naming source and sample, where the record is not what it should be.
         """
         return self.read(index)
 
     def read(self, index: int) -> Sample:
-        """The record at `index` as a sample."""
+        """Return the record at `index` as a sample."""
         record = self.records[index]
         try:
             if not isinstance(record, dict):
@@ -102,56 +105,56 @@ class Source:
             identity = record.get("id")
             sample = self.sample(record, f"{self.name}:{index if identity is None else identity}")
         except DataError as error:
-            raise self.placed(error, index) from None
+            raise self.with_location(error, index) from None
+        # Only a file that is parsed as a whole has keys around its list of records.
         if isinstance(self.records, Records):
-            sample.notes += [
-                Note("unused", f"the file's '{key}' beside its records")
-                for key in self.records.unused
-            ]
+            for key in self.records.unused:
+                sample.notes.append(Note("unused", f"the file's '{key}' beside its records"))
         return sample
 
-    def place(self, index: int) -> str:
-        """Where the record at `index` stands, as its file counts: a line, or a record's number
-        from 1."""
+    def location(self, index: int) -> str:
+        """Return the line or the record's number, from 1, that the record at `index` has in its
+        file."""
         if isinstance(self.records, JsonLines):
             return f"line {self.records.lines.number(index)} of {self.file.name}"
         return f"record {index + 1} of {self.file.name}"
 
-    def placed(self, error: DataError, index: int) -> DataError:
-        """An error of the sample at `index` that says where its record stands."""
+    def with_location(self, error: DataError, index: int) -> DataError:
+        """Return an error of the sample at `index` whose message says where its record is."""
+        # An error of opening the file is of no record.
         if "records" not in vars(self):
             return error
-        place = self.place(index)
-        if place not in str(error) and self.file.name not in str(error):
-            error.args = (f"{error} ({place})",)
+        location = self.location(index)
+        if location not in str(error) and self.file.name not in str(error):
+            error.args = (f"{error} ({location})",)
         return error
 
     def first_record(self, index: int) -> int:
-        """The first record of the sample at `index`."""
+        """Return the index of the first record of the sample at `index`."""
         return index
 
     def ids(self, indices: Iterable[int]) -> Iterator[tuple[int, str]]:
-        """Index and id of each record of those samples, its place where it has no id; without
-        those of wrong records."""
+        """Yield the index and the id of each record of some samples, without wrong records; a
+        record without an id goes by its index."""
         for index in indices:
+            # A wrong record has no id to compare; it is reported when it is drawn.
             with suppress(DataError):
                 record = self.records[index]
                 if isinstance(record, dict):
                     identity = record.get("id")
                     yield index, str(index if identity is None else identity)
 
-    def sample(self, record: dict[str, Any], name: str) -> Sample:
-        """The record as a sample called `name`."""
+    def sample(self, record: JsonObject, name: str) -> Sample:
+        """Return the record as a sample called `name`."""
         raise NotImplementedError(f"{type(self).__name__} reads no records")
 
     def fingerprint(self) -> str:
-        """What `mixture.json` knows the content by:
-
-        SHA-256, above 1 GB of sizes and ends (see `files.fingerprint`).
-        """
+        """Return a hash of the content: SHA-256, above 1 GB of sizes and ends (see
+        `files.fingerprint`)."""
         return fingerprint(self.files())
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> JsonObject:
+        # Open files and parsed records do not travel to data workers, each of which opens its own.
         return {key: value for key, value in vars(self).items() if key != "records"}
 
 
@@ -187,8 +190,8 @@ class VideoSource(PictureSource):
         DataError: a `video` that is no such thing.
     """
 
-    # VideoSampling once it is made
-    video: VideoSampling | dict[str, Any] | None = None  # type: ignore[misc, assignment]
+    # a VideoSampling after __post_init__
+    video: VideoSampling | JsonObject | None = None  # type: ignore[misc, assignment]
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -198,13 +201,18 @@ class VideoSource(PictureSource):
             raise DataError(f"{self.file}: {error}") from None
 
 
-def without(record: dict[str, Any], *keys: str) -> dict[str, Any]:
-    """What a record has beside `id` and `keys`, for a sample's metadata."""
+def without(record: JsonObject, *keys: str) -> JsonObject:
+    """Return a record without `id` and `keys`, for a sample's metadata."""
     return {key: value for key, value in record.items() if key != "id" and key not in keys}
 
 
-def field(record: dict[str, Any], key: str, kind: type, name: str) -> Any:
-    """A record's field, of the kind that it must have."""
+def field(
+    record: JsonObject,
+    key: str,
+    kind: type,
+    name: str,
+) -> Any:
+    """Return a record's field. Raises DataError where it is not there or of another kind."""
     if key not in record:
         raise DataError(
             f"sample {name} has no '{key}'; it has {', '.join(sorted(record)) or 'nothing'}"

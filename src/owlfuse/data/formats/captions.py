@@ -9,9 +9,9 @@ from typing import Any
 
 from owlfuse.core.errors import DataError
 from owlfuse.core.files import decoded
-from owlfuse.core.types import Sample
+from owlfuse.core.types import JsonObject, Sample
 from owlfuse.data.formats.base import PictureSource, field
-from owlfuse.data.formats.records import CHATS, IMAGES, TOOLS, VIDEOS, check_rest, system_turn
+from owlfuse.data.formats.records import CHATS, IMAGES, TOOLS, VIDEOS, check_unused, system_turn
 from owlfuse.data.formats.turn_keys import SYSTEM_KEYS, brief, is_absent
 from owlfuse.data.formats.turns import caption_messages, picture_of
 from owlfuse.data.readers.lines import Lines
@@ -19,8 +19,7 @@ from owlfuse.data.readers.lines import Lines
 
 @dataclass(eq=False)
 class Captions(PictureSource):
-    """Pictures and what is to be said of them. The user shows the picture, with an instruction if
-    there are some.
+    """Pictures with captions. The user shows the picture, with an instruction if there are some.
 
     A CSV or TSV has a header line and is found row by row, as JSONL is. In CSV a field in double
     quotes may hold commas and newlines, `""` being a quote; in TSV a row is a line.
@@ -43,22 +42,20 @@ class Captions(PictureSource):
         if self.file.suffix not in (".csv", ".tsv"):
             return super().open()
         rows = Rows(self.file, tabs=self.file.suffix == ".tsv")
-        missing = [
-            column for column in (self.image_field, self.caption_field) if column not in rows.header
-        ]
-        if missing:
-            raise DataError(
-                f"{self.file} has no column {missing[0]!r}; its header has {', '.join(rows.header)}"
-            )
+        for column in (self.image_field, self.caption_field):
+            if column not in rows.header:
+                raise DataError(
+                    f"{self.file} has no column {column!r}; its header has {', '.join(rows.header)}"
+                )
         return rows
 
-    def place(self, index: int) -> str:
+    def location(self, index: int) -> str:
         """See `Source`."""
         if isinstance(self.records, Rows):
             return f"line {self.records.lines.number(index + 1)} of {self.file.name}"
-        return super().place(index)
+        return super().location(index)
 
-    def sample(self, record: dict[str, Any], name: str) -> Sample:
+    def sample(self, record: JsonObject, name: str) -> Sample:
         """See `Source`."""
         caption = field(record, self.caption_field, str, name)
         if self.image_field not in record:
@@ -70,19 +67,31 @@ class Captions(PictureSource):
         used = {"id", self.image_field, self.caption_field, *SYSTEM_KEYS}
         metadata = {key: value for key, value in record.items() if key not in used}
         check_caption(metadata, name)
-        rest = {key: value for key, value in metadata.items() if key not in IMAGES} | {
-            "image": image
-        }
-        notes = check_rest(rest, name, rest.keys() - {"image"})
-        messages = caption_messages(1, caption, self.instructions or [], identity, name)
+        unused = {key: value for key, value in metadata.items() if key not in IMAGES}
+        # The picture is there for the check alone: a key such as `photo` is no second one.
+        notes = check_unused({**unused, "image": image}, name, set(unused))
+        messages = caption_messages(
+            1,
+            caption,
+            self.instructions or [],
+            identity,
+            name,
+        )
         for turn in system_turn(record, name, []):
-            messages.insert(
-                0, {"role": "system", "content": [{"type": "text", "text": turn["content"]}]}
-            )
-        return Sample(name, self.name, messages, [image], metadata, notes=notes)
+            part = {"type": "text", "text": turn["content"]}
+            messages.insert(0, {"role": "system", "content": [part]})
+        return Sample(
+            name,
+            self.name,
+            messages,
+            [image],
+            metadata,
+            notes=notes,
+        )
 
 
-ASKED = (
+# Fields of a record that is more than a caption.
+CHAT_KEYS = (
     "question",
     "prompt",
     "query",
@@ -93,18 +102,16 @@ ASKED = (
     *CHATS,
     *IMAGES,
 )
-"""Fields of a record that is more than a caption."""
 
 
-def check_caption(metadata: dict[str, Any], name: str) -> None:
-    """Raises DataError for a record with a question or another picture, which a caption would
-    leave out."""
-    for key in ASKED:
+def check_caption(metadata: JsonObject, name: str) -> None:
+    """Raise DataError for a record with a question or another picture, which a caption would leave
+    out."""
+    for key in CHAT_KEYS:
         if not is_absent(metadata.get(key)):
             raise DataError(
                 f"sample {name} has '{key}': {brief(metadata[key])}, which is no part of a "
-                "caption; expected the format llava "
-                "or messages, or a file without it"
+                "caption; expected the format llava or messages, or a file without it"
             )
 
 
@@ -131,38 +138,41 @@ class Rows(Sequence[dict[str, str]]):
         fields = self.fields(index + 1)
         if len(fields) != len(self.header):
             raise DataError(
-                f"{self.place(index + 1)}, which begins {fields[0][:40]!r}, has {len(fields)} "
-                "fields, the header has "
-                f"{len(self.header)}"
+                f"{self.location(index + 1)}, which begins {fields[0][:40]!r}, has {len(fields)} "
+                f"fields, the header has {len(self.header)}"
             )
         return dict(zip(self.header, fields, strict=True))
 
-    def place(self, number: int) -> str:
-        """Which line of the file the k-th is, the header being 0, for a message."""
+    def location(self, number: int) -> str:
+        """Return the file and the line of a row, the header being row 0, for a message."""
         return f"{self.lines.file}: line {self.lines.number(number)}"
 
     def fields(self, number: int) -> list[str]:
-        """Of a line by its number, the header's being 0."""
+        """Return the fields of a row, the header being row 0."""
         raw = self.lines[number]
         try:
             text = decoded(raw, "")
+            # A TSV has no quoting rule; csv.reader would join lines at a lone quote.
             if self.tabs:
                 return [unquoted(part) for part in text.split("\t")]
             rows = list(csv.reader(text.splitlines(keepends=True), strict=True))
         except DataError as error:
-            raise DataError(f"{self.place(number)}{error}") from error
+            raise DataError(f"{self.location(number)}{error}") from error
         except csv.Error as error:
-            raise DataError(f"{self.place(number)} is not CSV: {error}") from error
+            raise DataError(f"{self.location(number)} is not CSV: {error}") from error
+        # Lines ends a row at a newline outside of quotes, so csv sees another row only where quotes
+        # do not pair.
         if len(rows) != 1:
             raise DataError(
-                f"{self.place(number)} is {len(rows)} rows: a double quote opens and is not closed"
+                f"{self.location(number)} is {len(rows)} rows: a double quote opens and is not "
+                "closed"
             )
         return rows[0]
 
 
 def unquoted(part: str) -> str:
-    """A TSV field without the quotes that some writers put around it; quotes that do not pair
-    are part of the text."""
+    """Return a TSV field without the quotes that some writers put around it; quotes that do not
+    pair are part of the text."""
     inner = part[1:-1].replace('""', "")
     if len(part) >= 2 and part[0] == part[-1] == '"' and '"' not in inner:
         return part[1:-1].replace('""', '"')

@@ -1,9 +1,7 @@
 """The LLaVA format: `{"id", "image", "conversations": [{"from": "human" | "gpt", "value":
 "<image>\n..."}, ...]}`, and `video` with `<video>` likewise."""
 
-from typing import Any
-
-from owlfuse.core.types import Sample
+from owlfuse.core.types import JsonObject, Sample
 from owlfuse.data.formats.base import VideoSource
 from owlfuse.data.formats.records import read_chat
 
@@ -14,6 +12,6 @@ class LLaVA(VideoSource):
     may hold, and what is refused, is told in `records`; other fields are kept as metadata and
     listed in the log."""
 
-    def sample(self, record: dict[str, Any], name: str) -> Sample:
+    def sample(self, record: JsonObject, name: str) -> Sample:
         """See `Source`."""
         return read_chat(record, name, self.name, "conversations")

@@ -3,9 +3,7 @@
 `{"messages": [{"role", "content": text or parts}, ...], "images"}`.
 """
 
-from typing import Any
-
-from owlfuse.core.types import Sample
+from owlfuse.core.types import JsonObject, Sample
 from owlfuse.data.formats.base import VideoSource
 from owlfuse.data.formats.records import read_chat
 
@@ -18,6 +16,6 @@ class Messages(VideoSource):
     hold, and what is refused, is told in `records`; other fields are kept as metadata and listed in
     the log."""
 
-    def sample(self, record: dict[str, Any], name: str) -> Sample:
+    def sample(self, record: JsonObject, name: str) -> Sample:
         """See `Source`."""
         return read_chat(record, name, self.name, "messages")

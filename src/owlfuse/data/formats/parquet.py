@@ -3,7 +3,6 @@ are mapped into memory."""
 
 from __future__ import annotations
 
-import json
 import mmap
 from bisect import bisect_right
 from collections import Counter
@@ -14,21 +13,22 @@ from pathlib import Path
 from typing import Any, cast
 
 import pyarrow
-from datasets import Dataset, Features
+from datasets import Dataset, Features, concatenate_datasets
+from datasets.exceptions import DatasetGenerationError
 from pyarrow.parquet import ParquetFile
 
 from owlfuse.core.errors import DataError
-from owlfuse.core.files import MAX_RECORD, check_record
-from owlfuse.core.types import Note, Sample
+from owlfuse.core.files import MAX_RECORD, check_record, read_json
+from owlfuse.core.types import JsonObject, Note, Sample
 from owlfuse.data.formats.base import VideoSource
 from owlfuse.data.formats.records import (
     CHATS,
     EXPECTED,
     IMAGES,
-    KNOWN,
-    LOOKS_LIKE_FILE,
+    MEDIA_KEY,
     QUESTION_KEYS,
     QUESTIONS,
+    READ_KEYS,
     TEXT,
     TOOLS,
     VIDEOS,
@@ -37,10 +37,11 @@ from owlfuse.data.formats.records import (
 from owlfuse.data.formats.turn_keys import SYSTEM_KEYS
 
 IDS_AT_ONCE = 4096
+# Rows in a batch of the Arrow copy. Opening touches each batch's header and the pages around it:
+# with the 1000 that `datasets` takes, ten million rows of text would be in memory wholly.
 ROWS_PER_BATCH = 50_000
+# Bytes of a row's pictures.
 MAX_PICTURES = 2**29
-"""Of the Arrow copy. Opening touches each batch's header and the pages around it: with the 1000
-that `datasets` takes, ten million rows of text would be in memory wholly."""
 
 
 @dataclass(eq=False)
@@ -62,14 +63,14 @@ class Parquet(VideoSource):
         answer_column: see `question_column`.
         system_column: a text for the system turn; by default `system` if it is there.
         image_column: by default `images` or `image`, whichever is there, or none.
-        id_column: what samples are called; by default `id` if it is there, else their place.
+        id_column: the samples' ids; by default `id` if it is there, else their row numbers.
         cache_dir: where the Arrow copy of Parquet is kept; by default Hugging Face's own cache
             (HF_DATASETS_CACHE).
         others: see `Source`.
 
     Raises:
-        DataError: at first use, a missing or damaged file, a column that a file lacks, no row, or
-            no `datasets` to import.
+        DataError: at first use, a missing or damaged file, a column that a file lacks, or no
+            row.
     """
 
     messages_column: str | None = None
@@ -82,9 +83,8 @@ class Parquet(VideoSource):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if (self.question_column is None) != (self.answer_column is None) or (
-            self.question_column and self.messages_column
-        ):
+        has_half = (self.question_column is None) != (self.answer_column is None)
+        if has_half or (self.question_column and self.messages_column):
             raise DataError(
                 f"{self.file}: expected messages_column, or question_column and answer_column "
                 "together"
@@ -95,54 +95,66 @@ class Parquet(VideoSource):
         if not self.file.is_dir():
             return super().files()
         try:
-            state = json.loads((self.file / "state.json").read_text())
+            state = read_json(self.file / "state.json")
+            # a name of `datasets` that it has written since its first version
             return [self.file / str(data["filename"]) for data in state["_data_files"]]
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (DataError, KeyError, TypeError) as error:
             raise DataError(
                 f"{self.file}: expected a folder that Dataset.save_to_disk wrote, with a state.json"
             ) from error
 
     def open(self) -> Sequence[Any]:
         """See `Source`."""
-        try:
-            import datasets
-            import pyarrow
-        except ImportError as error:
-            raise DataError(
-                f"{self.file}: reading it needs the package datasets, which is not here: {error}"
-            ) from error
         files = self.files()
         try:
-            if files[0].suffix == ".arrow":
-                parts = [open_arrow(file) for file in files]
-                places, unread = self.places(files, [part.data.schema for part in parts])
-                whole = datasets.concatenate_datasets(
-                    [part.select_columns(columns_of(places)) for part in parts]
-                )
-                return Rows(whole, places, unread, files, [len(part) for part in parts])
-            counts, schemas = parquet_schemas(files)
-            places, unread = self.places(files, schemas)
-            check_cells(files, places)
-            if not sum(counts):
-                return []
-            whole = open_parquet(files, schemas, columns_of(places), self.cache_dir)
-            return Rows(whole, places, unread, files, counts)
+            return self.open_files(files)
         except DataError:
             raise
         except (
             pyarrow.ArrowException,
             OSError,
             ValueError,
-            datasets.exceptions.DatasetGenerationError,
+            DatasetGenerationError,
         ) as error:
             reason = str(error.__cause__ or error).partition("\n")[0]
             raise DataError(f"{self.file} cannot be read as one table: {reason}") from error
 
-    def places(self, files: list[Path], schemas: list[Any]) -> tuple[dict[str, str], list[Note]]:
-        """Which column each key of a record is in, given the schema of each file, and which are
-        not read. Raises DataError."""
-        have = schemas[0].names
-        asked = {
+    def open_files(self, files: list[Path]) -> Sequence[Any]:
+        """Return the rows of files of one format. Raises DataError, and what `datasets` raises."""
+        # Arrow is mapped as it is; Parquet is compressed, and a row of it cannot be reached alone.
+        if files[0].suffix == ".arrow":
+            tables = [open_arrow(file) for file in files]
+            columns, unread = self.find_columns(files, [table.data.schema for table in tables])
+            names = distinct_columns(columns)
+            rows = concatenate_datasets([table.select_columns(names) for table in tables])
+            return Rows(
+                rows,
+                columns,
+                unread,
+                files,
+                [len(table) for table in tables],
+            )
+        counts, schemas = parquet_schemas(files)
+        columns, unread = self.find_columns(files, schemas)
+        check_cells(files, columns)
+        if not sum(counts):
+            return []
+        rows = open_parquet(files, schemas, distinct_columns(columns), self.cache_dir)
+        return Rows(
+            rows,
+            columns,
+            unread,
+            files,
+            counts,
+        )
+
+    def find_columns(
+        self, files: list[Path], schemas: list[Any]
+    ) -> tuple[dict[str, str], list[Note]]:
+        """Return the column of each key of a record, given the schema of each file, and notes of
+        the columns that are not read. Raises DataError."""
+        names = schemas[0].names
+        chosen = {
             "messages": self.messages_column,
             "question": self.question_column,
             "answer": self.answer_column,
@@ -150,56 +162,61 @@ class Parquet(VideoSource):
             "images": self.image_column,
             "id": self.id_column,
         }
-        found = {key: column for key, column in asked.items() if column is not None}
-        there = {column for column in have if column in KNOWN}
-        if self.messages_column or self.question_column:
-            there -= {*CHATS, *QUESTION_KEYS}
-        elif there & {*CHATS} or any(there.issuperset(pair) for pair in QUESTIONS):
-            pass
-        elif TEXT in have:
-            there.add(TEXT)
-        else:
-            raise DataError(
-                f"{files[0]} has no chat among its columns {', '.join(have)}; {EXPECTED}; other "
-                "names are told by "
-                "messages_column, or question_column and answer_column"
-            )
-        there -= {*IMAGES} if self.image_column else set()
-        there -= {*SYSTEM_KEYS} if self.system_column else set()
-        there -= {"id"} if self.id_column else set()
-        found |= {column: column for column in have if column in there}
+        columns = {key: column for key, column in chosen.items() if column is not None}
+        defaults = self.default_columns(files[0], names)
+        columns |= {column: column for column in names if column in defaults}
         for file, schema in zip(files, schemas, strict=True):
-            for column in found.values():
+            for column in columns.values():
                 if column not in schema.names:
                     raise DataError(
                         f"{file} has no column {column!r}; it has {', '.join(schema.names)}"
                     )
-        unread = [column for column in have if column not in found.values()]
+        unread = [column for column in names if column not in columns.values()]
         if not self.image_column:
-            check_pictures(files[0], schemas[0], unread, bool(there & {*IMAGES}))
-        return found, [Note("unused", f"the column '{column}'") for column in unread]
+            check_pictures(files[0], schemas[0], unread, bool(defaults & {*IMAGES}))
+        return columns, [Note("unused", f"the column '{column}'") for column in unread]
+
+    def default_columns(self, file: Path, names: list[str]) -> set[str]:
+        """Return the columns that are read by their names, without those in whose place an option
+        names another. Raises DataError where there is no chat."""
+        columns = {column for column in names if column in READ_KEYS}
+        if self.messages_column or self.question_column:
+            columns -= {*CHATS, *QUESTION_KEYS}
+        elif not columns & {*CHATS} and not any(columns.issuperset(pair) for pair in QUESTIONS):
+            if TEXT not in names:
+                raise DataError(
+                    f"{file} has no chat among its columns {', '.join(names)}; {EXPECTED}; other "
+                    "names are told by messages_column, or question_column and answer_column"
+                )
+            columns.add(TEXT)
+        if self.image_column:
+            columns -= {*IMAGES}
+        if self.system_column:
+            columns -= {*SYSTEM_KEYS}
+        if self.id_column:
+            columns -= {"id"}
+        return columns
 
     def ids(self, indices: Iterable[int]) -> Iterator[tuple[int, str]]:
         """See `Source`; of other columns nothing is read."""
         rows: Any = self.records
         indices = list(indices)
-        if "id" not in rows.places:
-            yield from ((index, str(index)) for index in indices)
+        if "id" not in rows.columns:
+            for index in indices:
+                yield index, str(index)
             return
-        column = rows.table.select_columns([rows.places["id"]])
+        column = rows.table.select_columns([rows.columns["id"]])
         for start in range(0, len(indices), IDS_AT_ONCE):
             block = indices[start : start + IDS_AT_ONCE]
             values = column[block].column(0).to_pylist()
-            yield from (
-                (i, str(i if value is None else value))
-                for i, value in zip(block, values, strict=True)
-            )
+            for index, value in zip(block, values, strict=True):
+                yield index, str(index if value is None else value)
 
-    def place(self, index: int) -> str:
+    def location(self, index: int) -> str:
         """See `Source`."""
-        return cast("Rows", self.records).place(index)
+        return cast("Rows", self.records).location(index)
 
-    def sample(self, record: dict[str, Any], name: str) -> Sample:
+    def sample(self, record: JsonObject, name: str) -> Sample:
         """See `Source`."""
         for key in TOOLS:
             if key in record:
@@ -213,49 +230,55 @@ class Parquet(VideoSource):
 
 
 def without_nulls(value: Any) -> Any:
-    """A value without the None of other rows: a column has the keys of all its rows, and `datasets`
-    fills in those that a row has not."""
+    """Return a value without the None of other rows: a column has the keys of all its rows, and
+    `datasets` fills in those that a row does not have."""
     if isinstance(value, dict):
-        return {key: without_nulls(each) for key, each in value.items() if each is not None}
-    return [without_nulls(each) for each in value] if isinstance(value, list) else value
+        return {key: without_nulls(item) for key, item in value.items() if item is not None}
+    if isinstance(value, list):
+        return [without_nulls(item) for item in value]
+    return value
 
 
-def check_pictures(file: Path, schema: Any, unread: list[str], has_images: bool) -> None:
-    """Raises DataError for columns of pictures that are not read, where none is called `image` or
+def check_pictures(
+    file: Path,
+    schema: Any,
+    unread: list[str],
+    has_images: bool,
+) -> None:
+    """Raise DataError for columns of pictures that are not read, where none is called `image` or
     `images`, or where they are numbered beside one that is."""
     pictures = []
     for column in unread:
-        like = LOOKS_LIKE_FILE.fullmatch(column.lower())
-        if (like and (like["number"] or not has_images)) or (
-            not has_images and holds_files(schema.field(column).type)
-        ):
+        match = MEDIA_KEY.fullmatch(column.lower())
+        is_numbered = bool(match and match["number"])
+        is_media = bool(match) or holds_files(schema.field(column).type)
+        if is_numbered or (is_media and not has_images):
             pictures.append(column)
     if pictures:
         raise DataError(
             f"{file} has the columns {', '.join(pictures)} with pictures, videos or sound, which "
-            "are not read; expected image, "
-            "images, video or videos, or name a column of pictures: image_column"
+            "are not read; expected image, images, video or videos, or name a column of pictures: "
+            "image_column"
         )
 
 
 def holds_files(kind: Any) -> bool:
-    """Whether an Arrow type is that of a picture or a video:
-
-    `{"bytes", "path"}`, or a list of these.
-    """
+    """Whether an Arrow type is that of a picture or a video: bytes, `{"bytes", "path"}`, or a list
+    of these."""
     while pyarrow.types.is_list(kind) or pyarrow.types.is_large_list(kind):
         kind = kind.value_type
+    # The type that `datasets` stores pictures and videos as.
     if pyarrow.types.is_struct(kind):
         return {field.name for field in kind} == {"bytes", "path"}
     return pyarrow.types.is_binary(kind) or pyarrow.types.is_large_binary(kind)
 
 
-class Rows(Sequence[dict[str, Any]]):
+class Rows(Sequence[JsonObject]):
     """The rows of a `datasets.Dataset`, as they are stored: pictures stay bytes.
 
     Args:
-        places: the column of each key of a record.
-        unread: the columns that are not read.
+        columns: the column of each key of a record.
+        unread: notes of the columns that are not read.
         files: that the rows come from, in order.
         counts: the rows of each file.
     """
@@ -263,7 +286,7 @@ class Rows(Sequence[dict[str, Any]]):
     def __init__(
         self,
         dataset: Any,
-        places: dict[str, str],
+        columns: dict[str, str],
         unread: list[Note],
         files: list[Path],
         counts: list[int],
@@ -271,34 +294,36 @@ class Rows(Sequence[dict[str, Any]]):
         self.unread = unread
         self.files = files
         self.ends = list(accumulate(counts))
-        self.table = dataset.select_columns(columns_of(places)).with_format("arrow")
-        self.places = places
+        self.table = dataset.select_columns(distinct_columns(columns)).with_format("arrow")
+        self.columns = columns
 
     def __len__(self) -> int:
         return len(self.table)
 
-    def __getitem__(self, index: int) -> dict[str, Any]:  # type: ignore[override]  # no slices
+    def __getitem__(self, index: int) -> JsonObject:  # type: ignore[override]  # no slices
+        # range() checks the index and turns a negative one.
         row = self.table[range(len(self))[index]]
-        for key, column in self.places.items():
+        # Before the row becomes Python objects, which take many times the memory.
+        for key, column in self.columns.items():
             limit = MAX_PICTURES if key in (*IMAGES, *VIDEOS) else MAX_RECORD
-            check_record(row.column(column).nbytes, f"{self.place(index)}: {column}", limit)
+            check_record(row.column(column).nbytes, f"{self.location(index)}: {column}", limit)
         values = row.to_pylist()[0]
-        return {key: values[column] for key, column in self.places.items()}
+        return {key: values[column] for key, column in self.columns.items()}
 
-    def place(self, index: int) -> str:
-        """Which row of which file a row is, from 1."""
+    def location(self, index: int) -> str:
+        """Return the number of a row in its file, from 1, and the file."""
         file = bisect_right(self.ends, index)
         before = self.ends[file - 1] if file else 0
         return f"row {index - before + 1} of {self.files[file].name}"
 
 
-def columns_of(places: dict[str, str]) -> list[str]:
-    """The columns that hold some field, each once."""
-    return list(dict.fromkeys(places.values()))
+def distinct_columns(columns: dict[str, str]) -> list[str]:
+    """Return the columns that hold some key, each once."""
+    return list(dict.fromkeys(columns.values()))
 
 
 def parquet_schemas(files: list[Path]) -> tuple[list[int], list[Any]]:
-    """The rows and the schema of each file, from their footers."""
+    """Return the number of rows and the schema of each file, from their footers."""
     counts, schemas = [], []
     for file in files:
         with ParquetFile(file) as parquet:
@@ -307,62 +332,70 @@ def parquet_schemas(files: list[Path]) -> tuple[list[int], list[Any]]:
     return counts, schemas
 
 
-def check_cells(files: list[Path], places: dict[str, str]) -> None:
-    """Raises DataError for a column whose cells are too large on the average of a row group,
-    before any is read."""
-    visual = {places[key] for key in (*IMAGES, *VIDEOS) if key in places}
+def check_cells(files: list[Path], columns: dict[str, str]) -> None:
+    """Raise DataError for a column whose cells are too large on the average of a row group, before
+    any is read."""
+    visual = {columns[key] for key in (*IMAGES, *VIDEOS) if key in columns}
     for file in files:
         with ParquetFile(file) as parquet:
             for number in range(parquet.metadata.num_row_groups):
                 group = parquet.metadata.row_group(number)
                 sizes: Counter[str] = Counter()
-                for part in map(group.column, range(group.num_columns)):
-                    sizes[part.path_in_schema.partition(".")[0]] += part.total_uncompressed_size
-                for column in columns_of(places):
+                for chunk in map(group.column, range(group.num_columns)):
+                    column = chunk.path_in_schema.partition(".")[0]
+                    sizes[column] += chunk.total_uncompressed_size
+                for column in distinct_columns(columns):
                     limit = MAX_PICTURES if column in visual else MAX_RECORD
-                    check_record(
-                        sizes[column] // max(1, group.num_rows),
-                        f"{file}: row group {number + 1}: a cell of {column}",
-                        limit,
-                    )
+                    mean_size = sizes[column] // max(1, group.num_rows)
+                    name = f"{file}: row group {number + 1}: a cell of {column}"
+                    check_record(mean_size, name, limit)
 
 
 def open_parquet(
-    files: list[Path], schemas: list[Any], columns: list[str], cache_dir: str | None
+    files: list[Path],
+    schemas: list[Any],
+    columns: list[str],
+    cache_dir: str | None,
 ) -> Any:
-    """Parquet as a memory-mapped `datasets.Dataset`, by way of its Arrow copy."""
-    names = [str(file) for file in files]
-    options: dict[str, Any] = {}
+    """Return Parquet as a memory-mapped `datasets.Dataset`, by way of its Arrow copy."""
+    options: JsonObject = {}
     if len(files) > 1:
-        # a shard without a picture has a column of the type null, and `datasets` takes the types of
-        # the first
-        parts = [pyarrow.schema([schema.field(column) for column in columns]) for schema in schemas]
-        options["features"] = Features.from_arrow_schema(pyarrow.unify_schemas(parts))
+        # A shard without a picture has a column of the type null, and `datasets` takes the types of
+        # the first.
+        selected = []
+        for schema in schemas:
+            selected.append(pyarrow.schema([schema.field(column) for column in columns]))
+        options["features"] = Features.from_arrow_schema(pyarrow.unify_schemas(selected))
     return Dataset.from_parquet(
-        names, columns=columns, cache_dir=cache_dir, writer_batch_size=ROWS_PER_BATCH, **options
+        [str(file) for file in files],
+        columns=columns,
+        cache_dir=cache_dir,
+        writer_batch_size=ROWS_PER_BATCH,
+        **options,
     )
 
 
 def open_arrow(file: Path) -> Any:
-    """An Arrow file of either kind (a stream, as `datasets` writes; a file, as others do), mapped
-    into memory.
+    """Return an Arrow file of either kind (a stream, as `datasets` writes; a file, as others do),
+    mapped into memory.
 
-    The pages that its batches' headers lie on are given back while they are read: of many small
-    batches they are the whole file.
+    The pages that its batches' headers are on are freed while they are read: of many small batches
+    they are the whole file.
     """
     with file.open("rb") as stream:
         mapped = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
+    reader: Any
     if mapped[:6] == b"ARROW1":
         reader = pyarrow.ipc.open_file(pyarrow.py_buffer(mapped))
-        each = (reader.get_batch(number) for number in range(reader.num_record_batches))
+        stored = (reader.get_batch(number) for number in range(reader.num_record_batches))
     else:
-        each = reader = pyarrow.ipc.open_stream(pyarrow.py_buffer(mapped))
+        stored = reader = pyarrow.ipc.open_stream(pyarrow.py_buffer(mapped))
     batches = []
-    for number, batch in enumerate(each):
+    for number, batch in enumerate(stored):
         batches.append(batch)
         if number % 256 == 255:
             mapped.madvise(mmap.MADV_DONTNEED)
     mapped.madvise(mmap.MADV_DONTNEED)
     table = pyarrow.Table.from_batches(batches, reader.schema)
-    # without one, it would pickle the table for its hash
+    # Without a fingerprint, it would pickle the table for its hash.
     return Dataset(table, fingerprint=file.name)

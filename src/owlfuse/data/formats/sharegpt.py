@@ -3,9 +3,7 @@
 `{"id", "system", "conversations": [{"from", "value"} or {"role", "content"}, ...], "images"}`.
 """
 
-from typing import Any
-
-from owlfuse.core.types import Sample
+from owlfuse.core.types import JsonObject, Sample
 from owlfuse.data.formats.base import VideoSource
 from owlfuse.data.formats.records import read_chat
 
@@ -17,6 +15,6 @@ class ShareGPT(VideoSource):
     or `images`, shown by `<image>` marks. What else a record may hold, and what is refused, is told
     in `records`; other fields are kept as metadata and listed in the log."""
 
-    def sample(self, record: dict[str, Any], name: str) -> Sample:
+    def sample(self, record: JsonObject, name: str) -> Sample:
         """See `Source`."""
         return read_chat(record, name, self.name, "conversations")

@@ -1,4 +1,4 @@
-"""What a turn holds beside its text: its role, tool calls, a thought, and whether its answer is
+"""The keys of a turn beside its text: its role, tool calls, a thought, and whether its answer is
 learned from."""
 
 from __future__ import annotations
@@ -7,7 +7,9 @@ import json
 from typing import Any
 
 from owlfuse.core.errors import DataError
+from owlfuse.core.types import JsonObject
 
+# The names of the four roles in the data of others.
 ROLES = {
     **dict.fromkeys(("system", "developer", "system_prompt", "system_message"), "system"),
     **dict.fromkeys(("user", "human", "prompter"), "user"),
@@ -16,47 +18,41 @@ ROLES = {
         ("tool", "function", "observation", "tool_response", "function_response", "ipython"), "tool"
     ),
 }
-"""The names of the four roles in the data of others."""
 
+# Roles of turns whose text is an assistant's tool call, or a list of them, in JSON (ShareGPT's
+# heirs).
 CALL_ROLES = ("function_call", "tool_call", "tool_calls")
-"""Roles of turns whose text is an assistant's tool call, or a list of them, in JSON (ShareGPT's
-heirs)."""
 
+# Keys of a turn that are 1 or true where its answer is learned from, and 0 or false where not.
 LEARN_KEYS = (
-    *(
-        "loss",
-        "train",
-        "training",
-        "trainable",
-        "trained",
-        "learn",
-        "supervise",
-        "supervised",
-        "compute_loss",
-        "loss_mask",
-    ),
-    *(
-        "train_on",
-        "train_on_turn",
-        "train_on_this",
-        "learnable",
-        "is_trainable",
-        "use_loss",
-        "has_loss",
-        "calculate_loss",
-    ),
-    *(
-        "weight",
-        "weights",
-        "loss_weight",
-        "loss_weights",
-        "loss_scale",
-        "train_weight",
-        "token_weight",
-    ),
+    "loss",
+    "train",
+    "training",
+    "trainable",
+    "trained",
+    "learn",
+    "supervise",
+    "supervised",
+    "compute_loss",
+    "loss_mask",
+    "train_on",
+    "train_on_turn",
+    "train_on_this",
+    "learnable",
+    "is_trainable",
+    "use_loss",
+    "has_loss",
+    "calculate_loss",
+    "weight",
+    "weights",
+    "loss_weight",
+    "loss_weights",
+    "loss_scale",
+    "train_weight",
+    "token_weight",
 )
-"""Of a turn: 1 or true where its answer is learned from, 0 or false where it is not."""
 
+# Keys of a turn that are true where its answer is not learned from.
 NOT_LEARN_KEYS = (
     "masked",
     "ignore",
@@ -68,11 +64,11 @@ NOT_LEARN_KEYS = (
     "exclude",
     "excluded",
 )
-"""Of a turn: true where its answer is not learned from."""
 
 THOUGHT_KEYS = ("reasoning_content", "reasoning", "thinking")
 SYSTEM_KEYS = ("system", "system_prompt", "system_message")
 
+# Keys of a turn that would change what is learned if they were left out, and what they are.
 REFUSED_KEYS = {
     "mask": (
         "which some read as 'not learned from' and others as 'learned from'; write loss: true "
@@ -95,49 +91,61 @@ REFUSED_KEYS = {
     "rejected": "an answer that is not to be given; preference pairs are not read",
     "chosen": "one of a preference pair; preference pairs are not read",
 }
-"""Keys of a turn that would change what is learned if they were left out, and what they are."""
 
 
 def is_absent(value: Any) -> bool:
-    """Whether a key's value says nothing:
+    """Whether a key's value says nothing: `datasets` fills the keys that a row does not have with
+    None."""
+    if value is None or value is False:
+        return True
+    return isinstance(value, str | list | dict) and not value
 
-    `datasets` fills the keys that a row does not have with None.
+
+def check_refused(
+    node: JsonObject,
+    refused: dict[str, str],
+    name: str,
+    owner: str,
+) -> None:
+    """Raise DataError for a key of a turn or a record that cannot be honored and changes what is
+    learned.
+
+    Args:
+        owner: `a turn` or `the record`, for the message.
     """
-    return value is None or value is False or (isinstance(value, str | list | dict) and not value)
-
-
-def check_refused(node: dict[str, Any], refused: dict[str, str], name: str, what: str) -> None:
-    """Raises DataError for a key of a turn or a record that cannot be honored and changes what
-    is learned."""
     for key in node.keys() & refused.keys():
         if not is_absent(node[key]):
             raise DataError(
-                f"sample {name}: {what} has '{key}': {brief(node[key])}, {refused[key]}"
+                f"sample {name}: {owner} has '{key}': {brief(node[key])}, {refused[key]}"
             )
 
 
-def one_of(
-    node: dict[str, Any], keys: tuple[str, ...], name: str, what: str
+def single_value(
+    node: JsonObject,
+    keys: tuple[str, ...],
+    name: str,
+    owner: str,
 ) -> tuple[str | None, Any]:
-    """The key of `keys` that a turn or a record has, and its value.
+    """Return the first of `keys` that a turn or a record has, and its value; None where it has
+    none.
 
-    Raises DataError where several are there and differ.
+    Raises DataError where several are present and differ.
     """
-    if node.keys().isdisjoint(keys):
+    if node.keys().isdisjoint(keys):  # most turns of most data
         return None, None
-    there = [key for key in keys if key in node and not is_absent(node[key])]
-    if not there:
+    present = [key for key in keys if not is_absent(node.get(key))]
+    if not present:
         return None, None
-    first = there[0]
-    for key in there[1:]:
+    first = present[0]
+    for key in present[1:]:
         if node[key] != node[first]:
             raise DataError(
-                f"sample {name}: {what} has '{first}' and '{key}', expected one of them"
+                f"sample {name}: {owner} has '{first}' and '{key}', expected one of them"
             )
     return first, node[first]
 
 
-def is_supervised(turn: dict[str, Any], role: str, name: str) -> bool:
+def is_supervised(turn: JsonObject, role: str, name: str) -> bool:
     """Whether a turn's answer is learned from, by any of LEARN_KEYS and NOT_LEARN_KEYS.
 
     Raises:
@@ -152,10 +160,11 @@ def is_supervised(turn: dict[str, Any], role: str, name: str) -> bool:
         if not isinstance(value, bool | int | float) or value not in (0, 1):
             raise DataError(
                 f"sample {name}: a turn has '{key}': {brief(repr(value))}, expected 1 or true, 0 "
-                "or false: an answer is "
-                "learned from or not, it has no weight"
+                "or false: an answer is learned from or not, it has no weight"
             )
+        # The two lists of keys have opposite meanings.
         verdicts[key] = bool(value) != (key in NOT_LEARN_KEYS)
+    # Which of two contradicting keys was meant cannot be known.
     if len(set(verdicts.values())) > 1:
         keys = " and ".join(f"'{key}': {brief(turn[key])}" for key in sorted(verdicts))
         raise DataError(f"sample {name}: a turn has {keys}, which contradict each other")
@@ -170,113 +179,122 @@ def is_supervised(turn: dict[str, Any], role: str, name: str) -> bool:
     return True
 
 
-def extras_of(turn: dict[str, Any], role: str, name: str) -> dict[str, Any]:
-    """The keys of a `Sample`'s message beside `role` and `content`. Raises DataError."""
+def extras_of(turn: JsonObject, role: str, name: str) -> JsonObject:
+    """Return the keys of a `Sample`'s message beside `role` and `content`. Raises DataError."""
     check_refused(turn, REFUSED_KEYS, name, "a turn")
-    extras: dict[str, Any] = {}
-    thought_key, thought = one_of(turn, THOUGHT_KEYS, name, "a turn")
-    if thought_key is not None:
+    extras: JsonObject = {}
+    key, thought = single_value(turn, THOUGHT_KEYS, name, "a turn")
+    if key is not None:
         if not isinstance(thought, str) or role != "assistant":
             raise DataError(
-                f"sample {name}: '{thought_key}' in a turn of the {role} is {brief(thought)}, "
-                "expected an answer's text"
+                f"sample {name}: '{key}' in a turn of the {role} is {brief(thought)}, expected an "
+                "answer's text"
             )
         extras["reasoning_content"] = thought
-    calls_key, calls = one_of(turn, ("tool_calls", "function_call"), name, "a turn")
-    if calls_key is not None:
+    key, calls = single_value(turn, ("tool_calls", "function_call"), name, "a turn")
+    if key is not None:
         if role != "assistant":
             raise DataError(
-                f"sample {name}: a turn of the {role} has '{calls_key}', which only the "
-                "assistant's may have"
+                f"sample {name}: a turn of the {role} has '{key}', which only the assistant's may "
+                "have"
             )
         extras["tool_calls"] = tool_calls_of(calls, name)
-    for key in ("tool_call_id", "name"):
-        value = turn.get(key)
+    for text_key in ("tool_call_id", "name"):
+        value = turn.get(text_key)
         if is_absent(value):
             continue
         if not isinstance(value, str):
-            raise DataError(f"sample {name}: '{key}' of a turn is {brief(value)}, expected a text")
-        extras[key] = value
+            raise DataError(
+                f"sample {name}: '{text_key}' of a turn is {brief(value)}, expected a text"
+            )
+        extras[text_key] = value
+    # Absent means supervised, so that usual messages have no further key.
     if not is_supervised(turn, role, name):
         extras["supervised"] = False
     return extras
 
 
-def tool_calls_of(value: Any, name: str) -> list[dict[str, Any]]:
-    """Tool calls as chat templates take them, `{"type": "function", "function": {"name",
-    "arguments": {...}}}`, from a list, one call, or a JSON text of either; `arguments` too may be a
-    JSON text. Raises DataError."""
+def tool_calls_of(value: Any, name: str) -> list[JsonObject]:
+    """Return tool calls as chat templates take them, `{"type": "function", "function": {"name",
+    "arguments": {...}}}`, from a list, one call, or a JSON text of either.
+
+    Raises DataError.
+    """
     value = from_json(value, name, "a tool call")
     calls = []
-    for call in value if isinstance(value, list) else [value]:
-        call = from_json(call, name, "a tool call")
-        function = (
-            call.get("function")
-            if isinstance(call, dict) and isinstance(call.get("function"), dict)
-            else call
-        )
+    for entry in value if isinstance(value, list) else [value]:
+        call = from_json(entry, name, "a tool call")
+        function = call
+        if isinstance(call, dict) and isinstance(call.get("function"), dict):
+            function = call["function"]
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
             raise DataError(
                 f"sample {name}: a tool call is {brief(call)}, expected a name and arguments"
             )
-        arguments: Any = next(
-            (function[key] for key in ("arguments", "parameters") if function.get(key) is not None),
-            {},
+        arguments = call_arguments(function, name)
+        calls.append(
+            {"type": "function", "function": {"name": function["name"], "arguments": arguments}}
         )
-        arguments = (
-            from_json(arguments, name, "the arguments of a tool call") if arguments != "" else {}
-        )
-        if not isinstance(arguments, dict):
-            raise DataError(
-                f"sample {name}: the arguments of a tool call are {brief(arguments)}, expected an "
-                "object"
-            )
-        read: dict[str, Any] = {
-            "type": "function",
-            "function": {"name": function["name"], "arguments": arguments},
-        }
         if isinstance(call.get("id"), str):
-            read["id"] = call["id"]
-        calls.append(read)
+            calls[-1]["id"] = call["id"]
     return calls
 
 
-def tools_of(record: dict[str, Any], name: str) -> list[Any] | None:
-    """A record's `tools` or `functions`, a list or its JSON text, as chat templates take them.
+def call_arguments(function: JsonObject, name: str) -> JsonObject:
+    """Return the arguments of a tool call, which may be a JSON text. Raises DataError."""
+    arguments = function.get("arguments")
+    if arguments is None:
+        arguments = function.get("parameters")
+    if arguments is None or arguments == "":
+        return {}
+    arguments = from_json(arguments, name, "the arguments of a tool call")
+    if not isinstance(arguments, dict):
+        raise DataError(
+            f"sample {name}: the arguments of a tool call are {brief(arguments)}, expected an "
+            "object"
+        )
+    return arguments
+
+
+def tools_of(record: JsonObject, name: str) -> list[Any] | None:
+    """Return a record's `tools` or `functions`, a list or its JSON text, as chat templates take
+    them.
 
     Raises DataError.
     """
-    key, value = one_of(record, ("tools", "functions"), name, "the record")
+    key, value = single_value(record, ("tools", "functions"), name, "the record")
     if key is None:
         return None
-    tools = from_json(value, name, f"'{key}'")
-    if isinstance(tools, dict):
-        tools = [tools]
-    if not isinstance(tools, list):
+    entries = from_json(value, name, f"'{key}'")
+    if isinstance(entries, dict):
+        entries = [entries]
+    if not isinstance(entries, list):
         raise DataError(f"sample {name}: '{key}' is {brief(value)}, expected a list of tools")
-    read = []
-    for tool in tools:
-        tool = from_json(tool, name, "a tool")
+    tools = []
+    for entry in entries:
+        tool = from_json(entry, name, "a tool")
         if not isinstance(tool, dict):
             raise DataError(
                 f"sample {name}: a tool is {brief(tool)}, expected an object with its name"
             )
+        # Some data list bare functions, and templates expect the wrapped form of OpenAI.
         if "function" not in tool and "type" not in tool:
             tool = {"type": "function", "function": tool}
-        read.append(tool)
-    return read or None
+        tools.append(tool)
+    return tools or None
 
 
-def from_json(value: Any, name: str, what: str) -> Any:
-    """What a JSON text holds; other values as they are. Raises DataError."""
+def from_json(value: Any, name: str, subject: str) -> Any:
+    """Return the value of a JSON text; other values as they are. Raises DataError."""
     if not isinstance(value, str):
         return value
     try:
         return json.loads(value)
     except (ValueError, RecursionError):
-        raise DataError(f"sample {name}: {what} is {brief(value)}, expected JSON") from None
+        raise DataError(f"sample {name}: {subject} is {brief(value)}, expected JSON") from None
 
 
 def brief(value: Any) -> str:
-    """The beginning of what was found, on one line."""
+    """Return the beginning of a value, on one line, for a message."""
+    # Cut before the split: a value may have megabytes.
     return " ".join(str(value)[:80].split())

@@ -1,4 +1,4 @@
-"""Turns as the formats write them -> messages of text and image parts, and the pictures that
+"""Turns as the formats write them become messages of text and image parts, and the pictures that
 they show."""
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from typing import Any
 from urllib.parse import unquote_to_bytes
 
 from owlfuse.core.errors import DataError
-from owlfuse.core.types import Note
-from owlfuse.data.formats.marks import settle_marks, split_marks, unescaped
+from owlfuse.core.types import JsonObject, Media, Message, Note, Part
+from owlfuse.data.formats.marks import on_new_line, settle_marks, split_marks, unescaped
 from owlfuse.data.formats.turn_keys import (
     CALL_ROLES,
     LEARN_KEYS,
@@ -26,16 +26,18 @@ from owlfuse.data.formats.turn_keys import (
     brief,
     extras_of,
     is_absent,
-    one_of,
+    single_value,
     tool_calls_of,
 )
 
+# Keys of an image part that hold its picture; without one of them it shows the next of the sample's
+# pictures.
 PICTURE_KEYS = ("image_url", "image", "bytes", "path", "url", "base64")
-"""Where an image part holds its picture; without one of them it shows the next of the sample's
-pictures."""
 
 VIDEO_KEYS = ("video", "video_url", "bytes", "path", "url")
 
+# Keys of an element of a chat that is a question with its answer (the_cauldron, FineVision,
+# xtuner).
 PAIRS = (
     ("user", "assistant"),
     ("human", "gpt"),
@@ -47,59 +49,74 @@ PAIRS = (
     ("instruction", "output"),
     ("input", "output"),
 )
-"""Keys of an element of a chat that is a question with its answer (the_cauldron, FineVision,
-xtuner)."""
 
+# The keys of a turn that has nothing beside its role and its content.
 SIMPLE_TURNS = ({"from", "value"}, {"role", "content"})
-"""The keys of a turn that has nothing beside its role and its content."""
 
 PAIR_KEYS = frozenset(key for pair in PAIRS for key in pair)
 
+# Keys of a turn that are used or refused.
 TURN_KEYS = frozenset(
-    (
-        *("from", "role", "value", "content", "image", "images", "video", "videos"),
-        *("tool_calls", "function_call", "tool_call_id", "name"),
-        *(*LEARN_KEYS, *NOT_LEARN_KEYS, *THOUGHT_KEYS, *SYSTEM_KEYS, *REFUSED_KEYS),
-    )
+    {
+        "from",
+        "role",
+        "value",
+        "content",
+        "image",
+        "images",
+        "video",
+        "videos",
+        "tool_calls",
+        "function_call",
+        "tool_call_id",
+        "name",
+        *LEARN_KEYS,
+        *NOT_LEARN_KEYS,
+        *THOUGHT_KEYS,
+        *SYSTEM_KEYS,
+        *REFUSED_KEYS,
+    }
 )
-"""Keys of a turn that are used or refused."""
 
 EXPECTED_TURN = f"expected from or role ({', '.join(ROLES)}) and value or content"
 
 PART_KEYS = frozenset(("type", "text", "index", *PICTURE_KEYS, *VIDEO_KEYS, *THOUGHT_KEYS))
+# Keys of an image or video part that choose a piece of it, which is not done.
 PART_REFUSED = (
-    *(
-        "video_start",
-        "video_end",
-        "start",
-        "end",
-        "start_time",
-        "end_time",
-        "clip",
-        "bbox",
-        "crop",
-        "page",
-    ),
-    *("rotation", "audio", "citations"),
+    "video_start",
+    "video_end",
+    "start",
+    "end",
+    "start_time",
+    "end_time",
+    "clip",
+    "bbox",
+    "crop",
+    "page",
+    "rotation",
+    "audio",
+    "citations",
 )
-"""Keys of an image or video part that choose a piece of it, which is not done."""
 
 
 @dataclass
 class Chat:
-    """Turns as a `Sample` has them."""
+    """Messages of a `Sample`, its pictures and videos, and notes of what was not used."""
 
-    messages: list[dict[str, Any]]
-    images: list[str | bytes]
-    videos: list[str | bytes]
+    messages: list[Message]
+    images: list[Media]
+    videos: list[Media]
     notes: list[Note]
 
 
-def chat(
-    turns: Sequence[Any], pictures: list[str | bytes], name: str, videos: Sequence[str | bytes] = ()
+def read_turns(
+    turns: Sequence[Any],
+    pictures: list[Media],
+    name: str,
+    videos: Sequence[Media] = (),
 ) -> Chat:
-    """Turns -> messages as `Sample` has them, the pictures in the order of their image parts, and
-    the videos likewise.
+    """Return turns as messages of a `Sample`, with the pictures in the order of their image parts,
+    and the videos likewise.
 
     A turn has a role (`from` or `role`, see ROLES) and a content (`value` or `content`), or is a
     question with its answer (see PAIRS). A content is a text with `<image>` and `<video>` marks
@@ -107,31 +124,35 @@ def chat(
     are OpenAI's `{"type": "image_url", "image_url": {"url"}}` or Hugging Face's `{"type": "image",
     "image" | "path" | "url"}`. An image part or mark without a picture of its own shows the next of
     `pictures`, or the one of its `index`. Video parts are `{"type": "video", "video" | "path" |
-    "url"}`. The other keys of a turn are told in `turn_keys`; what is not used is noted.
+    "url"}`. For the other keys of a turn see `turn_keys`; unused ones are noted.
 
     Raises:
         DataError: names the sample `name` and the turn that is wrong.
     """
-    messages: list[dict[str, Any]] = []
+    messages: list[Message] = []
     listed: set[int] = set()
     unused: set[str] = set()
     for number, turn in plain_turns(turns, name):
         try:
             message = message_of(turn, name, unused)
             if isinstance(message["content"], list):
+                # A text in a list of parts may hold `<image>` as a word, so its marks are settled
+                # later.
                 listed.add(len(messages))
                 message["content"] = [part_of(part, name, unused) for part in message["content"]]
-                take_thoughts(message, name)
+                move_thoughts(message, name)
             else:
                 message["content"] = split_marks(message["content"])
+            # Turns of two keys, role and content, have no pictures of their own.
             if isinstance(turn, dict) and len(turn) > 2:
-                show_own_pictures(turn, message, name)
+                show_turn_pictures(turn, message, name)
         except DataError as error:
-            raise of_turn(error, number) from None
-        if not joined_to_answer(messages, message):
+            raise with_turn(error, number) from None
+        if not join_tool_calls(messages, message):
             messages.append(message)
     assumed = settle_marks(messages, listed, {"image": len(pictures), "video": len(videos)}, name)
-    for number in listed:  # only now is it known that what is left in their texts are words
+    # Only now is it known that the marks that remain in the texts of lists are words.
+    for number in listed:
         for part in messages[number]["content"]:
             if part["type"] == "text":
                 part["text"] = unescaped(part["text"])
@@ -140,9 +161,8 @@ def chat(
         for part in message["content"]:
             if part["type"] in shown:
                 shown[part["type"]].append(part.pop("picture", None))
-    notes = [Note("unused", key) for key in sorted(unused)] + [
-        Note("assumed", text) for text in assumed
-    ]
+    notes = [Note("unused", key) for key in sorted(unused)]
+    notes += [Note("assumed", text) for text in assumed]
     return Chat(
         messages,
         resolve(shown["image"], pictures, name, "image"),
@@ -151,15 +171,15 @@ def chat(
     )
 
 
-def of_turn(error: DataError, number: int) -> DataError:
-    """An error that says in which turn it is, from 1."""
+def with_turn(error: DataError, number: int) -> DataError:
+    """Return an error whose message says in which turn it is, from 1."""
     error.args = (f"{error} (turn {number})",)
     return error
 
 
 def plain_turns(turns: Sequence[Any], name: str) -> list[tuple[int, Any]]:
-    """Turns with a role each, and the numbers from 1 of those that they come from: a system text
-    that the first turn holds is one of its own, a question with its answer two."""
+    """Return turns with a role each, and the numbers from 1 of those that they come from: a system
+    text in the first turn becomes a turn, and a question with its answer two."""
     plain: list[tuple[int, Any]] = []
     system: Any = None
     for number, turn in enumerate(turns, start=1):
@@ -167,7 +187,7 @@ def plain_turns(turns: Sequence[Any], name: str) -> list[tuple[int, Any]]:
             plain.append((number, turn))
             continue
         try:
-            key, text = one_of(turn, SYSTEM_KEYS, name, "a turn")
+            key, text = single_value(turn, SYSTEM_KEYS, name, "a turn")
             if key is not None and text != system:
                 if number > 1 or not isinstance(text, str):
                     raise DataError(
@@ -176,14 +196,16 @@ def plain_turns(turns: Sequence[Any], name: str) -> list[tuple[int, Any]]:
                     )
                 system = text
                 plain.append((number, {"role": "system", "content": text}))
-            plain += [(number, each) for each in question_and_answer(turn, name)]
+            for plain_turn in question_and_answer(turn, name):
+                plain.append((number, plain_turn))
         except DataError as error:
-            raise of_turn(error, number) from None
+            raise with_turn(error, number) from None
     return plain
 
 
-def question_and_answer(turn: dict[str, Any], name: str) -> list[dict[str, Any]]:
-    """The two turns of one that is a question with its answer (see PAIRS); another as it is.
+def question_and_answer(turn: JsonObject, name: str) -> list[JsonObject]:
+    """Return the two turns of one that is a question with its answer (see PAIRS); another turn as
+    it is.
 
     Raises DataError.
     """
@@ -192,37 +214,39 @@ def question_and_answer(turn: dict[str, Any], name: str) -> list[dict[str, Any]]
         pair = next((keys for keys in PAIRS if keys[0] in turn and keys[1] in turn), None)
     if pair is None:
         return [turn]
-    rest = {key: value for key, value in turn.items() if key not in pair}
-    if left := sorted(key for key in rest if key in PAIR_KEYS and not is_absent(rest[key])):
-        raise DataError(
-            f"sample {name}: a turn has '{pair[0]}', '{pair[1]}' and '{left[0]}', expected a "
-            "question and an answer"
-        )
-    pictures: dict[str, Any] = {
-        key: rest.pop(key) for key in ("image", "images", "video", "videos") if key in rest
-    }
-    asked: dict[str, Any] = {"role": "user", "content": turn[pair[0]], **pictures}
-    return [asked, {"role": "assistant", "content": turn[pair[1]], **rest}]
+    question: JsonObject = {"role": "user", "content": turn[pair[0]]}
+    answer: JsonObject = {"role": "assistant", "content": turn[pair[1]]}
+    for key in sorted(turn.keys() - {*pair}):
+        if key in PAIR_KEYS and not is_absent(turn[key]):
+            raise DataError(
+                f"sample {name}: a turn has '{pair[0]}', '{pair[1]}' and '{key}', expected a "
+                "question and an answer"
+            )
+        is_visual = key in ("image", "images", "video", "videos")
+        # Pictures belong to the question; weights, thoughts and tool calls to the answer.
+        (question if is_visual else answer)[key] = turn[key]
+    return [question, answer]
 
 
-def joined_to_answer(messages: list[dict[str, Any]], message: dict[str, Any]) -> bool:
-    """Joins tool calls that have a turn of their own to the assistant's turn before them, as one
-    answer, where they can be."""
+def join_tool_calls(messages: list[Message], message: Message) -> bool:
+    """Join tool calls in a turn without a text to the assistant's turn before them, as one answer.
+
+    Returns whether they could be joined.
+    """
     if not messages or "tool_calls" not in message or message["content"]:
         return False
     last = messages[-1]
-    if (
-        last["role"] != "assistant"
-        or last.get("supervised") != message.get("supervised")
-        or "reasoning_content" in message
-    ):
+    if last["role"] != "assistant" or "reasoning_content" in message:
+        return False
+    # One answer is learned from as a whole or not at all.
+    if last.get("supervised") != message.get("supervised"):
         return False
     last["tool_calls"] = [*last.get("tool_calls", []), *message["tool_calls"]]
     return True
 
 
-def take_thoughts(message: dict[str, Any], name: str) -> None:
-    """Parts that hold a thought become the message's `reasoning_content`.
+def move_thoughts(message: Message, name: str) -> None:
+    """Move parts that hold a thought into the message's `reasoning_content`.
 
     Raises DataError outside an answer.
     """
@@ -238,99 +262,98 @@ def take_thoughts(message: dict[str, Any], name: str) -> None:
     message["content"] = [part for part in message["content"] if part["type"] != "thought"]
 
 
-def show_own_pictures(turn: dict[str, Any], message: dict[str, Any], name: str) -> None:
-    """Pictures and videos that a turn itself names are shown by its marks, or come first in it.
+def show_turn_pictures(turn: JsonObject, message: Message, name: str) -> None:
+    """Show pictures and videos that a turn names at its marks, or first in it.
 
     Raises DataError.
     """
-    for kind, own in (("image", pictures_of(turn, name)), ("video", videos_of(turn, name))):
-        if not own:
+    for kind, pictures in (("image", pictures_of(turn, name)), ("video", videos_of(turn, name))):
+        if not pictures:
             continue
-        places = [
-            part
-            for part in message["content"]
-            if part["type"] == kind and part.get("picture") is None
-        ]
-        if not places and not any(part["type"] == kind for part in message["content"]):
-            content = message["content"]
-            if content and content[0]["type"] == "text" and not content[0]["text"].startswith("\n"):
-                content = [{"type": "text", "text": "\n" + content[0]["text"]}, *content[1:]]
-            places = [{"type": kind} for _ in own]
-            message["content"] = [*places, *content]
-        if len(places) != len(own):
+        parts = [part for part in message["content"] if part["type"] == kind]
+        empty_parts = [part for part in parts if part.get("picture") is None]
+        if not parts:
+            empty_parts = [{"type": kind} for _ in pictures]
+            message["content"] = [*empty_parts, *on_new_line(message["content"])]
+        if len(empty_parts) != len(pictures):
             raise DataError(
-                f"sample {name}: a turn has {len(own)} {kind}s and {len(places)} <{kind}> "
-                "placeholders"
+                f"sample {name}: a turn has {len(pictures)} {kind}s and {len(empty_parts)} "
+                f"<{kind}> placeholders"
             )
-        for part, picture in zip(places, own, strict=True):
+        for part, picture in zip(empty_parts, pictures, strict=True):
+            # A part with a picture is no mark any more, and needs no settling.
             part.pop("mark", None)
             part["picture"] = picture
 
 
-def resolve(shown: list[Any], pictures: list[Any], name: str, kind: str) -> list[Any]:
-    """Each image or video part's picture: its own, that of its index, or the next of the sample's.
-    Where no part has its own, the sample's are taken as they are, and whoever encodes it counts
-    them."""
+def resolve(
+    shown: list[Any],
+    pictures: list[Any],
+    name: str,
+    kind: str,
+) -> list[Any]:
+    """Return the picture of each image or video part: its own, that of its index, or the next of
+    the sample's. Where no part has its own, all of the sample's are returned, and the encoder
+    compares their number with that of the parts."""
     if all(picture is None for picture in shown):
         return pictures
-    rest = iter(pictures)
-    found: list[Any] = []
+    unshown = iter(pictures)
+    resolved: list[Any] = []
     for picture in shown:
-        if isinstance(picture, int) and not 0 <= picture < len(pictures):
-            raise DataError(
-                f"sample {name}: an {kind} part has index {picture}, and there are "
-                f"{len(pictures)} {kind}s"
-            )
-        taken = (
-            pictures[picture]
-            if isinstance(picture, int)
-            else next(rest, None)
-            if picture is None
-            else picture
-        )
-        if taken is None:
+        if isinstance(picture, int):
+            if not 0 <= picture < len(pictures):
+                raise DataError(
+                    f"sample {name}: an {kind} part has index {picture}, and there are "
+                    f"{len(pictures)} {kind}s"
+                )
+            picture = pictures[picture]
+        elif picture is None:
+            picture = next(unshown, None)
+        if picture is None:
             raise DataError(
                 f"sample {name} has more {kind} parts without a file than its {len(pictures)} "
                 f"{kind}s"
             )
-        found.append(taken)
-    left = len(list(rest))
-    if left and not any(isinstance(picture, int) for picture in shown):
+        resolved.append(picture)
+    remaining = len(list(unshown))
+    # With indices, pictures may be shown twice or never.
+    if remaining and not any(isinstance(picture, int) for picture in shown):
         raise DataError(
-            f"sample {name} has {len(shown)} {kind} parts and {left} {kind}s that none of them "
-            "shows"
+            f"sample {name} has {len(shown)} {kind} parts and {remaining} {kind}s that none of "
+            "them shows"
         )
-    return found
+    return resolved
 
 
-def message_of(turn: Any, name: str, unused: set[str]) -> dict[str, Any]:
-    """Role, content (a text or a list) and the other keys of one turn, in either spelling. Raises
-    DataError.
+def message_of(turn: Any, name: str, unused: set[str]) -> JsonObject:
+    """Return role, content (a text or a list) and the other keys of one turn, in either spelling.
+    Raises DataError.
 
     Args:
-        unused: takes what of the turn is not used.
+        unused: a set to which unused keys are added.
     """
     if not isinstance(turn, dict):
         raise DataError(f"sample {name}: a turn is {brief(turn)}, {EXPECTED_TURN}")
-    if turn.keys() in SIMPLE_TURNS:  # most turns of most data: nothing else is to be looked for
-        role, content = (
-            turn.values() if next(iter(turn)) in ("from", "role") else reversed(turn.values())
-        )
-        if isinstance(role, str) and isinstance(content, str) and (read := ROLES.get(role.lower())):
-            return {"role": read, "content": content}
-    if (found := turn.keys() - TURN_KEYS) and (
-        found := {key for key in found if not is_absent(turn[key])}
-    ):
-        unused |= {f"a turn's '{key}'" for key in found}
+    # Most turns of most data have no other key that would have to be looked at.
+    if turn.keys() in SIMPLE_TURNS:
+        role_first = next(iter(turn)) in ("from", "role")
+        role, content = turn.values() if role_first else reversed(turn.values())
+        known_role = ROLES.get(role.lower()) if isinstance(role, str) else None
+        if known_role and isinstance(content, str):
+            return {"role": known_role, "content": content}
+    for key in turn.keys() - TURN_KEYS:
+        if not is_absent(turn[key]):
+            unused.add(f"a turn's '{key}'")
     role = turn["from"] if turn.get("from") is not None else turn.get("role")
-    _, content = one_of(turn, ("value", "content"), name, "a turn")
+    role = role.lower().replace("-", "_") if isinstance(role, str) else None
+    _, content = single_value(turn, ("value", "content"), name, "a turn")
     if content is None:
+        # an empty text, which says nothing but is a content
         content = turn["value"] if turn.get("value") is not None else turn.get("content")
-    role = role.lower().replace("-", "_") if isinstance(role, str) else role
-    if isinstance(role, str) and role in CALL_ROLES and isinstance(content, str | list | dict):
+    if role in CALL_ROLES and isinstance(content, str | list | dict):
         extras = extras_of(turn, "assistant", name) | {"tool_calls": tool_calls_of(content, name)}
         return {"role": "assistant", "content": [], **extras}
-    if not isinstance(role, str) or role not in ROLES:
+    if role not in ROLES:
         raise DataError(f"sample {name}: a turn is {brief(turn)}, {EXPECTED_TURN}")
     extras = extras_of(turn, ROLES[role], name)
     if content is None and "tool_calls" in extras:
@@ -340,12 +363,17 @@ def message_of(turn: Any, name: str, unused: set[str]) -> dict[str, Any]:
     return {"role": ROLES[role], "content": content, **extras}
 
 
-def part_of(part: Any, name: str, unused: set[str]) -> dict[str, Any]:
-    """A part of a content -> `{"type": "text", "text"}`, `{"type": "image"}` with its `picture`
-    where it has one, a video likewise, or `{"type": "thought", "thought"}`. Raises DataError."""
+def part_of(part: Any, name: str, unused: set[str]) -> JsonObject:
+    """Return a part of a content as `{"type": "text", "text"}`, `{"type": "image"}` with its
+    `picture` where it has one, a video likewise, or `{"type": "thought", "thought"}`. Raises
+    DataError."""
     kind = part.get("type") if isinstance(part, dict) else None
-    if isinstance(part, dict) and (found := part.keys() - PART_KEYS):
-        for key in sorted(key for key in found if not is_absent(part[key])):
+    if isinstance(part, dict):
+        for key in sorted(part.keys() - PART_KEYS):
+            if is_absent(part[key]):
+                continue
+            # A crop or a span of time that is ignored would show another picture than the data
+            # mean.
             if key in PART_REFUSED and kind != "text":
                 raise DataError(
                     f"sample {name}: a part is {brief(part)}; its '{key}' chooses a piece, and a "
@@ -355,11 +383,9 @@ def part_of(part: Any, name: str, unused: set[str]) -> dict[str, Any]:
     if kind in ("text", "input_text", "output_text") and isinstance(part.get("text"), str):
         return {"type": "text", "text": part["text"]}
     if kind in ("thinking", "reasoning"):
-        thought = next(
-            (part[key] for key in (*THOUGHT_KEYS, "text") if isinstance(part.get(key), str)), None
-        )
-        if thought is not None:
-            return {"type": "thought", "thought": thought}
+        for key in (*THOUGHT_KEYS, "text"):
+            if isinstance(part.get(key), str):
+                return {"type": "thought", "thought": part[key]}
     if kind in ("video", "video_url"):
         return video_part(part, name)
     if kind not in ("image", "image_url", "input_image"):
@@ -371,6 +397,7 @@ def part_of(part: Any, name: str, unused: set[str]) -> dict[str, Any]:
         value = part.get(key)
         if value is not None:
             if key == "base64":
+                # Without a media type: PIL looks at the bytes alone.
                 value = f"data:;base64,{value}"
             return {"type": "image", "picture": picture_of(value, name)}
     if kind != "image":
@@ -379,32 +406,32 @@ def part_of(part: Any, name: str, unused: set[str]) -> dict[str, Any]:
     return {"type": "image", "picture": index} if type(index) is int else {"type": "image"}
 
 
-def video_part(part: dict[str, Any], name: str) -> dict[str, Any]:
-    """`{"type": "video"}`, with its file as `picture` where it has one. Raises DataError."""
+def video_part(part: Part, name: str) -> JsonObject:
+    """Return `{"type": "video"}`, with its file as `picture` where it has one. Raises
+    DataError."""
     value = next((part[key] for key in VIDEO_KEYS if part.get(key) is not None), None)
+    if value is None:
+        return {"type": "video"}
     if isinstance(value, list):
         raise DataError(
             f"sample {name}: a video part is {brief(part)}, a list of frames; give each as an "
             "image part"
         )
-    return (
-        {"type": "video"}
-        if value is None
-        else {"type": "video", "picture": picture_of(value, name, "video")}
-    )
+    return {"type": "video", "picture": picture_of(value, name, "video")}
 
 
-def videos_of(record: dict[str, Any], name: str) -> list[str | bytes]:
-    """The videos in a record's or a turn's `video` or `videos`, as `pictures_of` reads pictures.
+def videos_of(record: JsonObject, name: str) -> list[Media]:
+    """Return the videos in a record's or a turn's `video` or `videos`, read as `pictures_of` reads
+    pictures.
 
     Raises DataError.
     """
     return files_of(record, ("video", "videos"), name)
 
 
-def pictures_of(record: dict[str, Any], name: str) -> list[str | bytes]:
-    """The pictures in a record's or a turn's `image` or `images`: one or a list of paths, data:
-    URIs, bytes or `{"bytes", "path"}`.
+def pictures_of(record: JsonObject, name: str) -> list[Media]:
+    """Return the pictures in a record's or a turn's `image` or `images`: one or a list of paths,
+    data: URIs, bytes or `{"bytes", "path"}`.
 
     Raises:
         DataError: something else, or both fields.
@@ -412,28 +439,26 @@ def pictures_of(record: dict[str, Any], name: str) -> list[str | bytes]:
     return files_of(record, ("image", "images"), name)
 
 
-def files_of(record: dict[str, Any], keys: tuple[str, str], name: str) -> list[str | bytes]:
-    """The pictures or videos under one of two keys. Raises DataError."""
-    there = [key for key in keys if key in record and not is_absent(record[key])]
-    if not there:
+def files_of(record: JsonObject, keys: tuple[str, str], name: str) -> list[Media]:
+    """Return the pictures or videos under one of two keys. Raises DataError."""
+    present = [key for key in keys if not is_absent(record.get(key))]
+    if not present:
         return []
-    if len(there) == 2:
+    if len(present) == 2:
         raise DataError(f"sample {name} has '{keys[0]}' and '{keys[1]}', expected one of them")
-    value = record[there[0]]
-    return [
-        picture_of(file, name, there[0])
-        for file in (value if isinstance(value, list | tuple) else [value])
-    ]
+    value = record[present[0]]
+    files = value if isinstance(value, list | tuple) else [value]
+    return [picture_of(file, name, present[0]) for file in files]
 
 
-def picture_of(value: Any, name: str, key: str = "image") -> str | bytes:
-    """A path as it is, a data: URI or bytes as bytes; of `{"bytes", "path"}` the first that is
-    there.
+def picture_of(value: Any, name: str, key: str = "image") -> Media:
+    """Return a path as it is, a data: URI or bytes as bytes; of `{"bytes", "path"}` the first that
+    is present.
 
     Raises:
         DataError: a URL, nothing, or something else.
     """
-    what = "video" if key.startswith("video") else "image"
+    kind = "video" if key.startswith("video") else "image"
     if isinstance(value, dict):
         for piece in value.keys() & {*PART_REFUSED}:
             if not is_absent(value[piece]):
@@ -441,41 +466,41 @@ def picture_of(value: Any, name: str, key: str = "image") -> str | bytes:
                     f"sample {name}: '{key}' is {brief(value)}; its '{piece}' chooses a piece, "
                     "and it is shown whole"
                 )
-        value = next(
-            (value[k] for k in ("bytes", "url", "path") if value.get(k) is not None), value
-        )
+        contents = (value.get("bytes"), value.get("url"), value.get("path"))
+        value = next((content for content in contents if content is not None), value)
     if isinstance(value, bytes | bytearray | memoryview) and len(value):
         return bytes(value)
     if isinstance(value, str) and value[:5].lower() == "data:":
-        return data_uri(value, name, what)
+        return data_uri(value, name, kind)
+    # Nothing is fetched in training: a host that is down, or changed, would change the data.
     if isinstance(value, str) and re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", value):
         raise DataError(
-            f"sample {name}: {what} {value.split()[0][:80]} is a URL; fetch it, and name its path "
+            f"sample {name}: {kind} {value.split()[0][:80]} is a URL; fetch it, and name its path "
             "below the image root"
         )
     if isinstance(value, str) and value:
         return value
-    found = "empty" if isinstance(value, str | bytes) else brief(value)
+    shown = "empty" if isinstance(value, Media) else brief(value)
     raise DataError(
-        f"sample {name}: '{key}' is {found}, expected a path or a list of paths, a data: URI or "
+        f"sample {name}: '{key}' is {shown}, expected a path or a list of paths, a data: URI or "
         "bytes"
     )
 
 
-def data_uri(uri: str, name: str, what: str) -> bytes:
-    """The bytes of `data:image/png;base64,...` (RFC 2397). Raises DataError."""
+def data_uri(uri: str, name: str, kind: str) -> bytes:
+    """Return the bytes of `data:image/png;base64,...` (RFC 2397). Raises DataError."""
     header, comma, payload = uri.partition(",")
     try:
-        encoded = unquote_to_bytes(payload)
+        content = unquote_to_bytes(payload)
         if header.lower().endswith(";base64"):
-            encoded = base64.b64decode(re.sub(rb"\s", b"", encoded), validate=True)
+            content = base64.b64decode(re.sub(rb"\s", b"", content), validate=True)
     except (binascii.Error, ValueError) as error:
         raise DataError(
-            f"sample {name}: the {what}'s data: URI {uri[:40]}... is not base64: {error}"
+            f"sample {name}: the {kind}'s data: URI {uri[:40]}... is not base64: {error}"
         ) from error
-    if not comma or not encoded:
-        raise DataError(f"sample {name}: the {what}'s data: URI {uri[:40]} holds no data")
-    return encoded
+    if not comma or not content:
+        raise DataError(f"sample {name}: the {kind}'s data: URI {uri[:40]} holds no data")
+    return content
 
 
 def caption_messages(
@@ -485,22 +510,23 @@ def caption_messages(
     identity: str,
     name: str,
     videos: int = 0,
-) -> list[dict[str, Any]]:
-    """A chat that asks for a caption: the images, the videos, one of the `instructions` (none:
-    nothing more), and the caption. Which instruction is a hash of `identity`, so that it is the
-    same in every run and whatever stands around the sample.
+) -> list[JsonObject]:
+    """Return a chat that asks for a caption: the images, the videos, one of the `instructions`
+    (none: nothing more), and the caption. Which instruction is a hash of `identity`, so that it is
+    the same in every run and whatever the other samples are.
 
     Raises:
         DataError: a caption that is no text.
     """
     if not isinstance(caption, str):
         raise DataError(f"sample {name}: the caption is {brief(caption)}, expected a text")
-    asked: list[dict[str, Any]] = [{"type": "image"} for _ in range(images)]
-    asked += [{"type": "video"} for _ in range(videos)]
+    question: list[Message] = [{"type": "image"} for _ in range(images)]
+    question += [{"type": "video"} for _ in range(videos)]
     if instructions:
-        number = int.from_bytes(
-            hashlib.sha256(identity.encode("utf-8", "surrogatepass")).digest()[:8], "little"
-        )
-        asked.append({"type": "text", "text": f"\n{instructions[number % len(instructions)]}"})
+        # Python's hash() differs between processes.
+        digest = hashlib.sha256(identity.encode("utf-8", "surrogatepass")).digest()
+        number = int.from_bytes(digest[:8], "little")
+        text = f"\n{instructions[number % len(instructions)]}"
+        question.append({"type": "text", "text": text})
     answer = [{"type": "text", "text": unescaped(caption)}]
-    return [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}]
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]

@@ -3,24 +3,21 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-import numpy as np
-
 from owlfuse.core.errors import DataError
-from owlfuse.core.files import decoded, json_reason
-from owlfuse.core.types import Note, Sample
+from owlfuse.core.files import decoded, parse_json
+from owlfuse.core.types import JsonObject, Media, Note, Sample
 from owlfuse.data.formats.base import VideoSource
 from owlfuse.data.formats.records import (
     IMAGES,
     TOOLS,
     VIDEOS,
-    check_rest,
+    check_unused,
     has_chat,
     read_chat,
     system_turn,
@@ -73,174 +70,218 @@ class WebDataset(VideoSource):
             with suppress(DataError):
                 yield index, cast("TarSamples", self.records).key(index)
 
-    def place(self, index: int) -> str:
+    def location(self, index: int) -> str:
         """See `Source`; of a shard, whose samples are counted from 1."""
         shards = cast("TarSamples", self.records)
-        shard = int(np.searchsorted(shards.first, index, side="right")) - 1
+        shard = shards.shard_of(index)
         return f"sample {index - int(shards.first[shard]) + 1} of {shards.files[shard].name}"
 
-    def sample(self, record: dict[str, Any], name: str) -> Sample:
+    def sample(self, record: JsonObject, name: str) -> Sample:
         """See `Source`."""
         members = Members(record, name)
-        facts = parsed(record[members.json], name) if members.json else {}
-        images, videos, notes = members.shown(facts, name)
-        if has_chat(facts):
-            if members.text:
-                notes.append(Note("unused", f"a member .{members.text} beside a chat"))
-            rest = {key: value for key, value in facts.items() if key not in (*IMAGES, *VIDEOS)}
-            sample = read_chat(rest, name, self.name, "conversations", images, videos)
-            sample.notes += notes
-            return sample
-        return self.caption(record, members, facts, images, videos, notes, name)
+        fields = parse_object(record[members.json], name) if members.json else {}
+        images, videos, notes = members.visuals(fields, name)
+        if not has_chat(fields):
+            return self.caption(
+                record,
+                members,
+                fields,
+                images,
+                videos,
+                notes,
+                name,
+            )
+        if members.text:
+            notes.append(Note("unused", f"a member .{members.text} beside a chat"))
+        chat = {key: value for key, value in fields.items() if key not in (*IMAGES, *VIDEOS)}
+        sample = read_chat(
+            chat,
+            name,
+            self.name,
+            "conversations",
+            images,
+            videos,
+        )
+        sample.notes += notes
+        return sample
 
     def caption(
         self,
-        record: dict[str, Any],
+        record: JsonObject,
         members: Members,
-        facts: dict[str, Any],
-        images: list[str | bytes],
-        videos: list[str | bytes],
+        fields: JsonObject,
+        images: list[Media],
+        videos: list[Media],
         notes: list[Note],
         name: str,
     ) -> Sample:
-        """A sample with a caption. Raises DataError."""
-        caption = facts.get("caption")
+        """Return a sample with a caption. Raises DataError."""
+        caption = fields.get("caption")
         if members.text:
             if caption is not None:
                 notes.append(Note("unused", "the caption of a .json beside a .txt"))
+            # img2dataset ends captions with a line break, which is none of the caption's.
             caption = decoded(record[members.text], f"sample {name}: its .{members.text}").strip()
         if not (images or videos) or caption is None:
-            there = ", ".join(f".{key}" for key in record if key != "id")
+            extensions = ", ".join(f".{key}" for key in record if key != "id")
             raise DataError(
-                f"sample {name} has {there}, expected a picture (.jpg, .png, .webp) or a video "
-                "(.mp4, ...) with .txt, or .json "
-                "with conversations, messages or caption"
+                f"sample {name} has {extensions}, expected a picture (.jpg, .png, .webp) or a "
+                "video (.mp4, ...) with .txt, or .json with conversations, messages or caption"
             )
         members.check_numbered(name)
         messages = caption_messages(
-            len(images), caption, self.instructions or [], record["id"], name, len(videos)
+            len(images),
+            caption,
+            self.instructions or [],
+            record["id"],
+            name,
+            len(videos),
         )
-        for turn in system_turn(facts, name, []):
-            messages.insert(
-                0, {"role": "system", "content": [{"type": "text", "text": turn["content"]}]}
-            )
-        left_out = ("id", "caption", *SYSTEM_KEYS, *IMAGES, *VIDEOS)
-        metadata = {key: value for key, value in facts.items() if key not in left_out}
+        for turn in system_turn(fields, name, []):
+            part = {"type": "text", "text": turn["content"]}
+            messages.insert(0, {"role": "system", "content": [part]})
+        used = ("id", "caption", *SYSTEM_KEYS, *IMAGES, *VIDEOS)
+        metadata = {key: value for key, value in fields.items() if key not in used}
         for key in ("question", "prompt", "query", *TOOLS):
             if not is_absent(metadata.get(key)):
                 raise DataError(
                     f"sample {name}: its .json has '{key}' and no answer, and a caption answers "
                     "none"
                 )
-        shown = {"image": images, "video": videos}
-        notes += check_rest({**metadata, **shown}, name, set(metadata))
-        return Sample(name, self.name, messages, images, metadata, videos, notes=notes)
+        visuals = {"image": images, "video": videos}
+        notes += check_unused({**metadata, **visuals}, name, set(metadata))
+        return Sample(
+            name,
+            self.name,
+            messages,
+            images,
+            metadata,
+            videos,
+            notes=notes,
+        )
 
 
 class Members:
-    """Which of a sample's members is what.
+    """The members of a sample by what they hold.
 
     Attributes:
         pictures, clips: the names (`0.jpg`) of its pictures and videos, in their order.
         json, text: the names of its .json and its .txt, "" where it has none.
+        others: the names of all others.
 
     Raises:
         DataError: sound, an empty picture or video, or several .json or .txt.
     """
 
-    def __init__(self, record: dict[str, Any], name: str) -> None:
-        kinds: dict[str, list[str]] = {}
-        for key in sorted(record.keys() - {"id"}, key=natural):
-            kinds.setdefault(key.rsplit(".", 1)[-1], []).append(key)
+    def __init__(self, record: JsonObject, name: str) -> None:
         self.record = record
-        self.pictures = sorted(
-            (key for kind in PICTURES for key in kinds.pop(kind, [])), key=natural
-        )
-        self.clips = sorted((key for kind in CLIPS for key in kinds.pop(kind, [])), key=natural)
-        self.json = only(kinds.pop("json", []), "json", name)
-        self.text = only(kinds.pop("txt", []), "txt", name)
-        for kind in SOUNDS:
-            if kind in kinds:
-                raise DataError(
-                    f"sample {name} has .{kinds[kind][0]}, sound, which no model here hears"
-                )
-        for key, kind in [(key, "picture") for key in self.pictures] + [
-            (key, "video") for key in self.clips
-        ]:
-            if not record[key]:
+        self.pictures: list[str] = []
+        self.clips: list[str] = []
+        self.others: list[str] = []
+        json_names: list[str] = []
+        text_names: list[str] = []
+        lists = {"json": json_names, "txt": text_names}
+        lists |= dict.fromkeys(PICTURES, self.pictures) | dict.fromkeys(CLIPS, self.clips)
+        for key in sorted(record.keys() - {"id"}, key=natural):
+            extension = key.rsplit(".", 1)[-1]
+            if extension in SOUNDS:
+                raise DataError(f"sample {name} has .{key}, sound, which no model here hears")
+            # By the last extension, so that `seg.png` is a picture like `png`.
+            lists.get(extension, self.others).append(key)
+        self.json = single_name(json_names, "json", name)
+        self.text = single_name(text_names, "txt", name)
+        for kind, keys in (("picture", self.pictures), ("video", self.clips)):
+            if not all(record[key] for key in keys):
                 raise DataError(f"sample {name} has a {kind} of 0 bytes")
-        self.others = [key for keys in kinds.values() for key in keys]
 
-    def shown(
-        self, facts: dict[str, Any], name: str
-    ) -> tuple[list[str | bytes], list[str | bytes], list[Note]]:
-        """Pictures and videos: the members, or where there are none, those that the .json names
-        below the image root; and notes of what is not used. Raises DataError where members and
-        names are not as many."""
+    def visuals(self, fields: JsonObject, name: str) -> tuple[list[Media], list[Media], list[Note]]:
+        """Return pictures, videos and notes of what is not used.
+
+        They are the members, or where there are none, those that the .json names below the image
+        root. Raises DataError where members and names are not as many.
+        """
         notes = [Note("unused", f"a member .{key}") for key in self.others]
-        files: dict[str, list[str | bytes]] = {}
-        for what, keys, members in (
-            ("picture", IMAGES, self.pictures),
-            ("video", VIDEOS, self.clips),
-        ):
-            named = [key for key in keys if not is_absent(facts.get(key))]
-            if not members or not named:
-                files[what] = [self.record[key] for key in members]
-                if named:
-                    files[what] = (
-                        pictures_of(facts, name) if what == "picture" else videos_of(facts, name)
-                    )
-                continue
-            value = facts[named[0]]
-            count = len(value) if isinstance(value, list) else 1
-            if count != len(members):
-                shown = ", ".join(f".{key}" for key in members)
-                raise DataError(
-                    f"sample {name} has the {what}s {shown}, and its .json names {count} in "
-                    f"'{named[0]}'"
-                )
-            files[what] = [self.record[key] for key in members]
-            notes.append(Note("unused", f"a .json's '{named[0]}' beside the members that it names"))
-        return files["picture"], files["video"], notes
+        images: list[Media] = [self.record[key] for key in self.pictures]
+        videos: list[Media] = [self.record[key] for key in self.clips]
+        if not images:
+            images = pictures_of(fields, name)
+        else:
+            notes += check_names(
+                fields,
+                "picture",
+                IMAGES,
+                self.pictures,
+                name,
+            )
+        if not videos:
+            videos = videos_of(fields, name)
+        else:
+            notes += check_names(
+                fields,
+                "video",
+                VIDEOS,
+                self.clips,
+                name,
+            )
+        return images, videos, notes
 
     def check_numbered(self, name: str) -> None:
-        """Raises DataError for several pictures or videos of one caption that are not numbered:
-        a mask, for instance."""
+        """Raise DataError for several pictures or videos of one caption that are not numbered: a
+        mask, for instance."""
         for keys in (self.pictures, self.clips):
             if len(keys) > 1 and not all(key.partition(".")[0].isdigit() for key in keys):
-                shown = ", ".join(f".{key}" for key in keys)
+                extensions = ", ".join(f".{key}" for key in keys)
                 raise DataError(
-                    f"sample {name} has {shown} and one caption, expected one of them, or "
+                    f"sample {name} has {extensions} and one caption, expected one of them, or "
                     "numbers: .0.jpg, .1.jpg"
                 )
 
 
-def only(keys: list[str], kind: str, name: str) -> str:
-    """The one member of a kind, or "". Raises DataError for several."""
-    if len(keys) > 1:
+def check_names(
+    fields: JsonObject,
+    kind: str,
+    keys: tuple[str, ...],
+    members: list[str],
+    name: str,
+) -> list[Note]:
+    """Return a note where the .json names pictures or videos that are members too. Raises DataError
+    where it names another number of them."""
+    present = [key for key in keys if not is_absent(fields.get(key))]
+    if not present:
+        return []
+    value = fields[present[0]]
+    count = len(value) if isinstance(value, list) else 1
+    if count != len(members):
+        extensions = ", ".join(f".{key}" for key in members)
         raise DataError(
-            f"sample {name} has {', '.join(f'.{key}' for key in keys)}, expected one .{kind}"
+            f"sample {name} has the {kind}s {extensions}, and its .json names {count} in "
+            f"'{present[0]}'"
         )
+    return [Note("unused", f"a .json's '{present[0]}' beside the members that it names")]
+
+
+def single_name(keys: list[str], extension: str, name: str) -> str:
+    """Return the one member with an extension, or "". Raises DataError for several."""
+    if len(keys) > 1:
+        members = ", ".join(f".{key}" for key in keys)
+        raise DataError(f"sample {name} has {members}, expected one .{extension}")
     return keys[0] if keys else ""
 
 
-def parsed(raw: bytes, name: str) -> dict[str, Any]:
-    """A .json member. Raises DataError."""
-    try:
-        facts = json.loads(decoded(raw, f"sample {name}: its .json"))
-    except DataError:
-        raise
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"sample {name}: its .json is not JSON: {json_reason(error)}") from error
-    if not isinstance(facts, dict):
+def parse_object(raw: bytes, name: str) -> JsonObject:
+    """Return the object in a .json member. Raises DataError."""
+    fields = parse_json(raw, f"sample {name}: its .json")
+    if not isinstance(fields, dict):
         raise DataError(
-            f"sample {name}: its .json holds a {type(facts).__name__}, expected an object"
+            f"sample {name}: its .json holds a {type(fields).__name__}, expected an object"
         )
-    return facts
+    return fields
 
 
 def natural(name: str) -> list[tuple[bool, int, str]]:
-    """A sort key by which 2.jpg stands before 10.jpg."""
-    return [
-        (piece.isdigit(), int(piece) if piece.isdigit() else 0, piece) for piece in name.split(".")
-    ]
+    """Return a sort key by which 2.jpg comes before 10.jpg."""
+    key = []
+    for piece in name.split("."):
+        is_number = piece.isdigit()
+        key.append((is_number, int(piece) if is_number else 0, piece))
+    return key

@@ -16,14 +16,16 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from owlfuse.core.errors import DataError
+from owlfuse.core.types import Media
 
+# The default limit for a picture.
 MAX_PIXELS = 100_000_000
-"""Of a picture, where nothing else is said."""
 
-AT_ONCE = 2**26
-"""Bytes of a file that is read whole before its header is looked at; a larger one is read as its
-decoder asks."""
+# Bytes up to which a file is read at once; a larger one is read as its decoder asks.
+SMALL_FILE = 2**26
 
+# Formats that are decoded, whatever a file's name ends in.
+# PIL knows others, of which EPS is a program that is run.
 FORMATS = (
     "PNG",
     "JPEG",
@@ -38,18 +40,19 @@ FORMATS = (
     "JPEG2000",
     "ICO",
 )
-"""What is decoded, whatever a file's name ends in.
-
-PIL knows others, of which EPS is a program that is run.
-"""
 
 _URL = re.compile(r"[a-z][a-z0-9+.-]+://|data:", re.IGNORECASE)
 
 
-def open_image(root: Path, image: str | bytes, name: str, max_pixels: int) -> Image.Image:
-    """The picture at the path `image` below `root`, or of the encoded bytes `image`: RGB, EXIF
-    rotation applied, transparency on white, the first frame of several, 16-bit grey scaled to 8
-    bits.
+def open_image(
+    root: Path,
+    image: Media,
+    name: str,
+    max_pixels: int,
+) -> Image.Image:
+    """Return the picture at the path `image` below `root`, or of the encoded bytes `image`: RGB,
+    EXIF rotation applied, transparency on white, the first frame of several, 16-bit grey scaled to
+    8 bits.
 
     The size is read from the header, before anything is decoded.
 
@@ -57,9 +60,10 @@ def open_image(root: Path, image: str | bytes, name: str, max_pixels: int) -> Im
         DataError: a path that leaves the root, a URL, no such file, no picture, or more than
             `max_pixels`; names the sample `name`.
     """
-    label = f"sample {name}: image " + (
-        f"of {len(image):,} bytes" if isinstance(image, bytes) else image[:200]
-    )
+    if isinstance(image, bytes):
+        label = f"sample {name}: image of {len(image):,} bytes"
+    else:
+        label = f"sample {name}: image {image[:200]}"
     try:
         if isinstance(image, bytes):
             return decode(io.BytesIO(image), label, max_pixels)
@@ -71,7 +75,7 @@ def open_image(root: Path, image: str | bytes, name: str, max_pixels: int) -> Im
         raise DataError(f"sample {name}: no image {image!s} in {root}") from None
     except Image.UnidentifiedImageError:
         raise DataError(
-            f"{label} cannot be read: {found_instead(root, image)}, expected a picture"
+            f"{label} cannot be read: {describe_content(root, image)}, expected a picture"
         ) from None
     except Exception as error:  # PIL's decoders raise whatever a broken file leads them to
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
@@ -79,11 +83,11 @@ def open_image(root: Path, image: str | bytes, name: str, max_pixels: int) -> Im
 
 
 def opened(root: Path, path: str, label: str) -> io.BufferedIOBase:
-    """The file at `path` below `root`, read in one go where it is small. Raises as `place_of`, and
-    OSError.
+    """Open the file at `path` below `root`; a small one is read at once. Raises as `resolve_path`,
+    and OSError.
 
     The usual file costs one look at its folder, which is remembered, and one opening that follows
-    no link; whatever that does not answer is left to `place_of`.
+    no link; other files take `resolve_path`.
     """
     if _URL.match(path):
         raise DataError(
@@ -92,72 +96,74 @@ def opened(root: Path, path: str, label: str) -> io.BufferedIOBase:
         )
     name = path[path.rfind("/") + 1 :]
     if name in ("", ".", ".."):
-        return place_of(root, path, label).open("rb")
+        return resolve_path(root, path, label).open("rb")
     try:
         folder = folder_below(os.getcwd(), root, path[: -len(name)])
-        # a pipe would be waited for
+        # Without O_NONBLOCK, opening a pipe would wait for a writer.
         descriptor = os.open(folder + name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     except OSError:
-        return place_of(root, path, label).open("rb")
-    facts = os.fstat(descriptor)
-    if not stat.S_ISREG(facts.st_mode) or facts.st_size > AT_ONCE:
-        os.close(descriptor)
-        return place_of(root, path, label).open("rb")
+        return resolve_path(root, path, label).open("rb")
     try:
-        return io.BytesIO(os.read(descriptor, facts.st_size))
+        status = os.fstat(descriptor)
+        if stat.S_ISREG(status.st_mode) and status.st_size <= SMALL_FILE:
+            return io.BytesIO(os.read(descriptor, status.st_size))
     finally:
         os.close(descriptor)
+    return resolve_path(root, path, label).open("rb")
 
 
 @lru_cache(maxsize=4096)
-def folder_below(here: str, root: Path, folder: str) -> str:
-    """A folder of `root` with its links followed, with a slash at its end. Raises OSError where it
-    is not there or not below `root`; what is raised is not remembered.
+def folder_below(working_dir: str, root: Path, folder: str) -> str:
+    """Return a folder of `root` with its links followed, with a slash at its end. Raises OSError
+    where it is missing or not below `root`, which is not remembered.
 
     Args:
-        here: where relative roots start from.
+        working_dir: where relative roots start from.
     """
-    place = (Path(here) / root / folder).resolve(strict=True)
-    if not place.is_relative_to((Path(here) / root).resolve()):
+    path = (Path(working_dir) / root / folder).resolve(strict=True)
+    if not path.is_relative_to((Path(working_dir) / root).resolve()):
         raise OSError(f"{folder} is not below {root}")
-    return os.path.join(place, "")
+    return os.path.join(path, "")
 
 
-def place_of(root: Path, path: str, label: str) -> Path:
-    """The file below `root`, links followed.
+def resolve_path(root: Path, path: str, label: str) -> Path:
+    """Return the file below `root`, links followed.
 
     Raises DataError where it is not below it, or no file.
     """
-    place = (root / path).resolve()
-    if not place.is_relative_to(root.resolve()):
+    resolved = (root / path).resolve()
+    if not resolved.is_relative_to(root.resolve()):
         raise DataError(f"{label} leaves the image root {root}")
-    if not place.is_file() and place.exists():  # a pipe would be waited for
-        what = "a folder" if place.is_dir() else "no ordinary file"
-        raise DataError(f"{label} cannot be read: it is {what}, expected a picture")
-    return place
+    if not resolved.is_file() and resolved.exists():  # opening a pipe would wait for a writer
+        kind = "a folder" if resolved.is_dir() else "no ordinary file"
+        raise DataError(f"{label} cannot be read: it is {kind}, expected a picture")
+    return resolved
 
 
-def found_instead(root: Path, image: str | bytes) -> str:
-    """What lies where no picture lies, for a message."""
+def describe_content(root: Path, image: Media) -> str:
+    """Return what a file that is no picture holds, for a message."""
     size = len(image) if isinstance(image, bytes) else (root / image).stat().st_size
-    return "it is empty" if not size else f"its {size:,} bytes are none of {', '.join(FORMATS)}"
+    if not size:
+        return "it is empty"
+    return f"its {size:,} bytes are none of {', '.join(FORMATS)}"
 
 
 @cache
 def decoders() -> tuple[str, ...]:
-    """Those of FORMATS that this PIL has."""
+    """Return those of FORMATS that this PIL has."""
     Image.init()
     return tuple(name for name in FORMATS if name in Image.OPEN)
 
 
 def decode(file: io.BufferedIOBase, label: str, max_pixels: int) -> Image.Image:
-    """The picture of an open file. Raises DataError over `max_pixels`, before decoding."""
+    """Return the picture of an open file. Raises DataError over `max_pixels`, before decoding."""
     with warnings.catch_warnings():
-        # the limit here is max_pixels
+        # PIL warns of a limit of its own; max_pixels is the one here.
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
         picture = Image.open(cast("IO[bytes]", file), formats=decoders())
     with picture:
         pixels = picture.width * picture.height
+        # The header alone has been read: a bomb of gigapixels is not decoded.
         if pixels > max_pixels:
             raise DataError(f"{label} has {pixels:,} pixels, over the limit of {max_pixels:,}")
         picture.load()
@@ -166,7 +172,7 @@ def decode(file: io.BufferedIOBase, label: str, max_pixels: int) -> Image.Image:
 
 
 def turn_upright(picture: Image.Image) -> None:
-    """Turns a picture in place as its EXIF says."""
+    """Turn a picture in place as its EXIF says."""
     # Pillow raises whatever its parsers meet in a damaged EXIF, among them SyntaxError and
     # struct.error. Such a picture is shown as it is stored, as in every viewer.
     with suppress(Exception):
@@ -174,7 +180,7 @@ def turn_upright(picture: Image.Image) -> None:
 
 
 def to_rgb(picture: Image.Image) -> Image.Image:
-    """RGB of 8 bits, with what is transparent shown on white.
+    """Return a picture as RGB of 8 bits, transparent pixels on white.
 
     Raises ValueError for pixels of 32 bits.
     """
@@ -189,13 +195,14 @@ def to_rgb(picture: Image.Image) -> Image.Image:
 
 
 def from_grey(picture: Image.Image) -> Image.Image:
-    """16-bit grey as RGB, 65535 as 255, which PIL's own conversion would clip."""
+    """Return 16-bit grey as RGB, 65535 as 255, which PIL's own conversion would clip."""
     values = np.asarray(picture)
     if picture.mode == "F" or values.min() < 0 or values.max() > 65535:
         raise ValueError(f"its pixels are of 32 bits (mode {picture.mode}), expected 8 or 16")
+    # uint16 would overflow in the sum.
     values = values.astype(np.uint32)
-    grey = ((values + 128) // 257).astype(np.uint8)
-    clear = picture.info.get("transparency")
-    if isinstance(clear, int):
-        grey[values == clear] = 255
+    grey = ((values + 128) // 257).astype(np.uint8)  # 65535 = 255 * 257
+    transparent = picture.info.get("transparency")
+    if isinstance(transparent, int):
+        grey[values == transparent] = 255
     return Image.fromarray(grey).convert("RGB")

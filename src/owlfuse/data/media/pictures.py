@@ -1,17 +1,17 @@
-"""A chat's pictures and videos become pixels: one view for a picture, several for a tiled one or
-a video's frames."""
+"""A chat's pictures and videos become pixels: one view for a picture, several for a tiled picture
+or a video."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from PIL import Image
 from torch import Tensor
 
 from owlfuse.core.errors import DataError
-from owlfuse.core.types import VISUAL, Sample
+from owlfuse.core.types import VISUAL, Media, Sample
 from owlfuse.data.media.images import MAX_PIXELS, open_image
 from owlfuse.data.media.tiles import is_tiled, views_of
 from owlfuse.data.media.video import VideoSampling, read_frames
@@ -21,36 +21,34 @@ if TYPE_CHECKING:
 
 
 class Preprocess(Protocol):
-    """A picture becomes pixels (3, H, W) of `size` (H, W)."""
+    """Makes pixels (3, H, W) of `size` (H, W) from a picture."""
 
     @property
     def size(self) -> tuple[int, int]:
         """(H, W)."""
 
     def __call__(self, picture: Image.Image) -> Tensor:
-        """RGB picture -> float32 pixels."""
+        """Return an RGB picture as float32 pixels."""
 
 
-def visual_parts(sample: Sample) -> list[tuple[str, str | bytes]]:
-    """(`image` or `video`, path or bytes) of each placeholder of a chat, in order.
+def visual_parts(sample: Sample) -> list[tuple[str, Media]]:
+    """Return (`image` or `video`, path or bytes) of each placeholder of a chat, in order.
 
     Raises:
         DataError: other counts of placeholders than of images or videos.
     """
-    kinds = [
-        part["type"]
-        for message in sample.messages
-        for part in message["content"]
-        if part["type"] in VISUAL
-    ]
-    for kind, paths in (("image", sample.images), ("video", sample.videos)):
-        if kinds.count(kind) != len(paths):
+    kinds = []
+    for message in sample.messages:
+        kinds += [part["type"] for part in message["content"] if part["type"] in VISUAL]
+    files: dict[str, list[Media]] = {"image": sample.images, "video": sample.videos}
+    for kind, kind_files in files.items():
+        if kinds.count(kind) != len(kind_files):
             raise DataError(
                 f"sample {sample.id} has {kinds.count(kind)} <{kind}> placeholders and "
-                f"{len(paths)} {kind}s"
+                f"{len(kind_files)} {kind}s"
             )
-    left: dict[str, Iterator[Any]] = {"image": iter(sample.images), "video": iter(sample.videos)}
-    return [(kind, next(left[kind])) for kind in kinds]
+    iterators = {kind: iter(kind_files) for kind, kind_files in files.items()}
+    return [(kind, next(iterators[kind])) for kind in kinds]
 
 
 @dataclass
@@ -59,7 +57,7 @@ class Pictures:
 
     Args:
         seed: decides with the sample's id which samples are tiled.
-        video: how frames are chosen where a source does not say.
+        video: how frames are chosen where a source has no setting of its own.
     """
 
     preprocess: Preprocess
@@ -68,26 +66,47 @@ class Pictures:
     video: VideoSampling = field(default_factory=VideoSampling)
 
     def __call__(self, sample: Sample, source: Source) -> list[list[Tensor]]:
-        """For each placeholder its views as pixels (3, H, W): a picture, a tiled picture's global
-        view and tiles, or a video's frames in order.
+        """Return for each placeholder its views as pixels (3, H, W): a picture, a tiled picture's
+        global view and tiles, or a video's frames in order.
 
         Raises:
             DataError: see `visual_parts`, `open_image`, `read_frames`.
         """
+        # By the sample and not by chance, so that a resumed run tiles the same ones.
         tiled = is_tiled(source.tile, self.seed, sample.id)
-        return [
-            [self.preprocess(view) for view in self.views(kind, path, sample.id, source, tiled)]
-            for kind, path in visual_parts(sample)
-        ]
+        pixels = []
+        for kind, file in visual_parts(sample):
+            views = self.views(
+                kind,
+                file,
+                sample.id,
+                source,
+                tiled,
+            )
+            pixels.append([self.preprocess(view) for view in views])
+        return pixels
 
     def views(
-        self, kind: str, path: str | bytes, name: str, source: Source, tiled: bool
+        self,
+        kind: str,
+        path: Media,
+        name: str,
+        source: Source,
+        tiled: bool,
     ) -> Iterator[Image.Image]:
-        """The RGB pictures that one placeholder stands for."""
+        """Yield the RGB pictures of one placeholder."""
         if kind == "video":
+            sampling = source.video or self.video
             yield from read_frames(
-                source.root, path, name, source.video or self.video, self.max_pixels
+                source.root,
+                path,
+                name,
+                sampling,
+                self.max_pixels,
             )
             return
         picture = open_image(source.root, path, name, self.max_pixels)
-        yield from views_of(picture, self.preprocess.size) if tiled else [picture]
+        if tiled:
+            yield from views_of(picture, self.preprocess.size)
+        else:
+            yield picture

@@ -8,22 +8,21 @@ from fractions import Fraction
 
 from PIL import Image
 
+# (rows, columns) that a picture may be cut into.
 GRIDS = ((2, 2), (1, 3), (1, 4), (3, 1), (4, 1), (2, 3), (3, 2))
-"""(rows, columns) that a picture may be cut into."""
 
 
 def is_tiled(share: float, seed: int, sample: str) -> bool:
     """Whether a sample's pictures are tiled, where a `share` (0 to 1) of the samples is: the same
     for the same seed and sample id, in any worker, rank and repeat."""
-    digest = hashlib.blake2b(
-        f"{seed} {sample}".encode("utf-8", "surrogatepass"), digest_size=8
-    ).digest()
+    key = f"{seed} {sample}".encode("utf-8", "surrogatepass")
+    digest = hashlib.blake2b(key, digest_size=8).digest()
     return int.from_bytes(digest) < share * 2**64
 
 
 def best_grid(picture: tuple[int, int], view: tuple[int, int]) -> tuple[int, int] | None:
-    """The (rows, columns) of GRIDS whose tiles change the picture's aspect ratio least when each is
-    resized to a view.
+    """Return the (rows, columns) of GRIDS whose tiles change the picture's aspect ratio least when
+    each is resized to a view.
 
     Of grids that change it equally, the one that keeps more of the picture's pixels, then the one
     of fewer tiles.
@@ -39,19 +38,18 @@ def best_grid(picture: tuple[int, int], view: tuple[int, int]) -> tuple[int, int
 
     def rank(grid: tuple[int, int]) -> tuple[Fraction, Fraction, int]:
         rows, columns = grid
-        stretch = Fraction(width * rows * view[0], height * columns * view[1])
-        scale = min(
-            Fraction(columns * view[1], width), Fraction(rows * view[0], height), Fraction(1)
-        )
+        grid_width, grid_height = columns * view[1], rows * view[0]
+        stretch = Fraction(width * grid_height, height * grid_width)
+        # fractions, so that equal grids compare as equal
+        scale = min(Fraction(grid_width, width), Fraction(grid_height, height), Fraction(1))
         return max(stretch, 1 / stretch), -scale, rows * columns
 
-    return min(
-        (grid for grid in GRIDS if grid[0] <= height and grid[1] <= width), key=rank, default=None
-    )
+    grids = [grid for grid in GRIDS if grid[0] <= height and grid[1] <= width]
+    return min(grids, key=rank, default=None)
 
 
 def views_of(picture: Image.Image, view: tuple[int, int]) -> list[Image.Image]:
-    """The whole picture first, then the tiles of its best grid row by row. Every pixel is in
+    """Return the whole picture first, then the tiles of its best grid row by row. Every pixel is in
     exactly one tile; tiles differ by at most one pixel a side, and are not resized yet.
 
     Args:
@@ -63,5 +61,9 @@ def views_of(picture: Image.Image, view: tuple[int, int]) -> list[Image.Image]:
     rows, columns = grid
     x = [picture.width * column // columns for column in range(columns + 1)]
     y = [picture.height * row // rows for row in range(rows + 1)]
-    boxes = [(x[c], y[r], x[c + 1], y[r + 1]) for r in range(rows) for c in range(columns)]
-    return [picture, *(picture.crop(box) for box in boxes)]
+    views = [picture]
+    for row in range(rows):
+        for column in range(columns):
+            box = x[column], y[row], x[column + 1], y[row + 1]
+            views.append(picture.crop(box))
+    return views

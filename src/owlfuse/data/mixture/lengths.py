@@ -26,12 +26,12 @@ from owlfuse.data.notes import text_of
 
 CACHE_FOLDER = ".owlfuse"
 CHUNK = 512
+# Samples up to which a source is counted in this process: starting others would take longer.
 SMALL_SOURCE = 2048
-"""Samples up to which a source is counted in this process: starting others would take longer."""
+# Raised when a record is read or encoded otherwise than before, so that it is counted anew.
 CACHE_VERSION = 3
-"""Raised when a record is read or encoded otherwise than before, so that it is counted anew."""
+# Options of a source that do not change its chats.
 KEYS_NOT_OF_CHATS = ("name", "weight", "on_error", "max_skips", "image_root", "file")
-"""Options of a source that do not change its chats."""
 
 
 @dataclass
@@ -53,12 +53,15 @@ class Lengths:
         return int(self.supervised.sum(dtype=np.int64))
 
 
+# The fields of `Lengths` of some samples; `wrong` by the index in the source.
 Chunk = tuple[list[int], list[int], dict[int, str], dict[str, int]]
-"""The fields of `Lengths` of some samples; `wrong` by the index in the source."""
 
 
 def count_lengths(
-    source: Source, encoder: ChatEncoder, workers: int | None = None, on_length: OnLength = "error"
+    source: Source,
+    encoder: ChatEncoder,
+    workers: int | None = None,
+    on_length: OnLength = "error",
 ) -> Lengths:
     """Return the counts of a source, from their cache, else by encoding every sample, with a
     progress bar.
@@ -101,7 +104,8 @@ def cache_path(source: Source, encoder: ChatEncoder, on_length: OnLength = "erro
         tokenizer.chat_template,
         tokenizer_text(tokenizer),
     ]
-    digest = hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
+    content = json.dumps(parts, sort_keys=True, default=str)
+    digest = hashlib.sha256(content.encode()).hexdigest()
     file = Path(source.file)
     return file.parent / CACHE_FOLDER / f"{file.name}.{digest[:16]}.lengths.npz"
 
@@ -132,13 +136,18 @@ def read_cache(path: Path, samples: int) -> Lengths | None:
 
 def write_cache(path: Path, lengths: Lengths) -> None:
     """Write the counts atomically."""
-    wrong = np.frombuffer(json.dumps(lengths.wrong).encode(), dtype=np.uint8)
-    notes = np.frombuffer(json.dumps(lengths.notes).encode(), dtype=np.uint8)
+    # JSON as bytes: an array of texts would need pickle
+    wrong = np.frombuffer(json.dumps(lengths.wrong).encode(), np.uint8)
+    notes = np.frombuffer(json.dumps(lengths.notes).encode(), np.uint8)
     try:
         path.parent.mkdir(exist_ok=True)
         with atomic_write(path, "wb") as file:
             np.savez_compressed(
-                file, tokens=lengths.tokens, supervised=lengths.supervised, wrong=wrong, notes=notes
+                file,
+                tokens=lengths.tokens,
+                supervised=lengths.supervised,
+                wrong=wrong,
+                notes=notes,
             )
     except OSError as error:
         print(
@@ -148,13 +157,17 @@ def write_cache(path: Path, lengths: Lengths) -> None:
 
 
 def encode_all(
-    source: Source, encoder: ChatEncoder, workers: int, on_length: OnLength = "error"
+    source: Source,
+    encoder: ChatEncoder,
+    workers: int,
+    on_length: OnLength = "error",
 ) -> Lengths:
     """Count the tokens of every sample, in several processes where there are many samples."""
     starts = range(0, len(source), CHUNK)
     if workers < 2 or len(source) <= SMALL_SOURCE:
         chunks = (count_chunk(source, encoder, on_length, start) for start in starts)
         return joined(source, starts, chunks)
+    # A forked worker shares the tokenizer and the open files, and starts at once.
     method = "fork" if "fork" in multiprocessing.get_all_start_methods() else None
     context = multiprocessing.get_context(method)
     with context.Pool(workers, start_worker, (source, encoder, on_length)) as pool:
@@ -164,7 +177,8 @@ def encode_all(
 def joined(source: Source, starts: Iterable[int], chunks: Iterable[Chunk]) -> Lengths:
     """Return the counts of a source from those of its chunks, with a progress bar."""
     size = len(source)
-    lengths = Lengths(np.zeros(size, np.int32), np.zeros(size, np.int32), {})
+    zeros = np.zeros(size, np.int32)
+    lengths = Lengths(zeros, zeros.copy(), {})
     with Progress(f"counting tokens of {source.name}", size) as progress:
         for start, (tokens, supervised, wrong, notes) in zip(starts, chunks, strict=True):
             stop = start + len(tokens)
@@ -177,7 +191,12 @@ def joined(source: Source, starts: Iterable[int], chunks: Iterable[Chunk]) -> Le
     return lengths
 
 
-def count_chunk(source: Source, encoder: ChatEncoder, on_length: OnLength, start: int) -> Chunk:
+def count_chunk(
+    source: Source,
+    encoder: ChatEncoder,
+    on_length: OnLength,
+    start: int,
+) -> Chunk:
     """Return the counts of CHUNK samples from `start` on."""
     tokens: list[int] = []
     supervised: list[int] = []
@@ -188,7 +207,7 @@ def count_chunk(source: Source, encoder: ChatEncoder, on_length: OnLength, start
             sample = source[index]
             encoded = encoder.encode(sample, on_length=on_length)
         except DataError as error:
-            wrong[index] = str(source.placed(error, source.first_record(index)))
+            wrong[index] = str(source.with_location(error, source.first_record(index)))
             tokens.append(0)
             supervised.append(0)
         else:
@@ -198,8 +217,8 @@ def count_chunk(source: Source, encoder: ChatEncoder, on_length: OnLength, start
     return tokens, supervised, wrong, dict(notes)
 
 
+# What a worker process counts: the source, the encoder and the policy for the length.
 WORKER_ARGUMENTS: list[Any] = []
-"""What a worker process counts: the source, the encoder and the policy for the length."""
 
 
 def start_worker(source: Source, encoder: ChatEncoder, on_length: OnLength) -> None:

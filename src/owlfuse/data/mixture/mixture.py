@@ -15,9 +15,9 @@ from owlfuse.data.mixture.positions import StepPositions
 from owlfuse.data.mixture.schedule import AT_END, Schedule, shares_by_name
 from owlfuse.data.mixture.shuffle import Shuffle, reused_samples
 
+# The least factor of a temperature, so that a low one takes no source out: `exact_shares` gives
+# every weight at least 2^-20.
 MIN_SIZE_FACTOR = 1e-60
-"""The least factor of a temperature, so that a low one takes no source out: `exact_shares` gives
-every weight at least 2^-20."""
 
 
 class Mixture:
@@ -68,27 +68,30 @@ class Mixture:
         self.sizes = sizes
         self.seed = seed
         self.at_end = {name: at_end.get(name, "repeat") for name in sizes}
-        self.names = [name for name in sizes if any(phase[name] for _, phase in phases)]
+        self.names = []
+        for name in sizes:
+            if any(phase[name] for _, phase in phases):
+                self.names.append(name)
         self.weights_by = "samples" if mean_tokens is None else "tokens"
         self.sample_amounts = mean_tokens or dict.fromkeys(sizes, Fraction(1))
         """How much of what the weights share out a sample of each source has on average."""
         self.phases: list[tuple[int, dict[str, Fraction]]] = []
         self.sample_phases: list[tuple[int, dict[str, Fraction]]] = []
         for start, phase in phases:
-            asked = {name: phase[name] for name in self.names}
-            self.phases.append((start, shares_by_name(asked)))
-            by_sample = sample_weights(asked, self.sample_amounts)
+            phase_weights = {name: phase[name] for name in self.names}
+            self.phases.append((start, shares_by_name(phase_weights)))
+            by_sample = sample_weights(phase_weights, self.sample_amounts)
             self.sample_phases.append((start, shares_by_name(by_sample)))
         self.schedule = Schedule(
             [(start, list(shares.values())) for start, shares in self.sample_phases],
             [sizes[name] for name in self.names],
             [self.at_end[name] for name in self.names],
         )
-        self.shuffles = [
-            Shuffle(size, seed, number)
-            for number, (name, size) in enumerate(sizes.items())
-            if name in self.names
-        ]
+        self.shuffles = []
+        for number, (name, size) in enumerate(sizes.items()):
+            # By its number among all sources, so that a weight of 0 changes no other order.
+            if name in self.names:
+                self.shuffles.append(Shuffle(size, seed, number))
 
     def __getitem__(self, position: int) -> tuple[str, int]:
         """Return the source's name and the sample's index in it, at a position from 0.
@@ -140,21 +143,20 @@ class Mixture:
         A phase counts by its samples, or by the tokens that they have on average where the weights
         are shares of tokens.
         """
-        asked = dict.fromkeys(self.names, 0.0)
+        amounts = dict.fromkeys(self.names, 0.0)
         starts = [start for start, _ in self.phases]
         stops = [*starts[1:], positions]
-        total = 0.0
         for (start, shares), (_, sample_shares), stop in zip(
             self.phases, self.sample_phases, stops, strict=True
         ):
             samples = max(0, min(stop, positions) - start)
-            amount = samples * float(
-                sum(share * self.sample_amounts[name] for name, share in sample_shares.items())
-            )
-            total += amount
+            mean_amount = Fraction(0)
+            for name, share in sample_shares.items():
+                mean_amount += share * self.sample_amounts[name]
             for name, share in shares.items():
-                asked[name] += float(share) * amount
-        return {name: amount / total for name, amount in asked.items()} if total else asked
+                amounts[name] += float(share) * samples * float(mean_amount)
+        total = sum(amounts.values())
+        return {name: amount / total for name, amount in amounts.items()} if total else amounts
 
     def check_range(self, start: int, stop: int) -> None:
         """Raise IndexError for positions that are not there."""
@@ -233,7 +235,9 @@ def sample_weights(
                 f"source {name} has weight {weight} and no supervised token, of which "
                 "weights_by=tokens makes shares; give it weight 0"
             )
-        by_sample[name] = Fraction(str(weight)) / sample_amounts[name] if weight else Fraction(0)
+        by_sample[name] = Fraction(0)
+        if weight:
+            by_sample[name] = Fraction(str(weight)) / sample_amounts[name]
     return by_sample
 
 
@@ -291,20 +295,27 @@ def make_mixture(
     sizes = samples
     mean_tokens = None
     if lengths is not None:
-        sizes = {name: counted.total_supervised for name, counted in lengths.items()}
-        mean_tokens = {name: Fraction(sizes[name], max(samples[name], 1)) for name in samples}
+        sizes = {name: counts.total_supervised for name, counts in lengths.items()}
+        mean_tokens = {}
+        for name, size in samples.items():
+            mean_tokens[name] = Fraction(sizes[name], max(size, 1))
     weights: dict[str, Any] = {name: source.weight for name, source in sources.items()}
-    phases: dict[int, Any] = {as_step(step): phase for step, phase in (weights_at or {}).items()}
+    phases: dict[int, Any] = {}
+    for step, phase in (weights_at or {}).items():
+        phases[as_step(step)] = phase
     # Here the phases still begin at steps, as the user wrote them.
     check_phases(sources, phases)
     if temperature is not None:
         weights = tempered(sizes, weights, temperature)
         phases = {step: tempered(sizes, phase, temperature) for step, phase in phases.items()}
+    weights_at_positions = {}
+    for step, phase in phases.items():
+        weights_at_positions[step_positions.position(step)] = phase
     return Mixture(
         samples,
         weights,
         seed,
-        weights_at={step_positions.position(step): phase for step, phase in phases.items()},
+        weights_at=weights_at_positions,
         at_end=at_end,
         mean_tokens=mean_tokens,
     )

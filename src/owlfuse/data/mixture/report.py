@@ -1,10 +1,11 @@
-"""What came of a mixture, in numbers: the contents of `mixture.json`."""
+"""The report of a mixture: the contents of `mixture.json`."""
 
 from __future__ import annotations
 
 from array import array
 from collections import Counter
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -18,8 +19,8 @@ from owlfuse.data.mixture.shuffle import Shuffle
 from owlfuse.data.notes import NoteCounts
 from owlfuse.data.packing import Padding
 
+# (source, sample, reason) of each draw that was left out, or a Counter of them.
 Skips = Iterable[tuple[str, str, str]]
-"""(source, sample, reason) of each draw that was left out, or a Counter of them."""
 
 
 def mixture_report(
@@ -49,21 +50,24 @@ def mixture_report(
     for name, source in sources.items():
         row = source_row(mixture, source, counts.get(name, 0), positions)
         row["asked_share"] = asked_shares.get(name, 0.0) if positions else None
-        source_skips = [
-            (sample, times)
-            for (skip_source, sample, _), times in skips.items()
-            if skip_source == name
-        ]
-        row["skipped"] = sum(times for _, times in source_skips)
-        row["skipped_samples"] = len({sample for sample, _ in source_skips})
+        skipped_samples = set()
+        row["skipped"] = 0
+        for (skip_source, sample, _), times in skips.items():
+            if skip_source == name:
+                row["skipped"] += times
+                skipped_samples.add(sample)
+        row["skipped_samples"] = len(skipped_samples)
         row["truncated"] = (truncated or {}).get(name, 0)
-        row["notes"] = {
-            text: draws
-            for (note_source, text), draws in sorted((notes or {}).items())
-            if note_source == name
-        }
+        row["notes"] = {}
+        for (note_source, text), draws in sorted((notes or {}).items()):
+            if note_source == name:
+                row["notes"][text] = draws
         rows[name] = row
     add_token_shares(rows, mixture, counts, lengths)
+    padding_shares = None
+    if padding and padding.positions:
+        # as plain numbers, for JSON
+        padding_shares = Padding(*padding.counts()).shares()
     return {
         "steps": steps,
         "samples": positions,
@@ -76,7 +80,7 @@ def mixture_report(
         "weights_by": mixture.weights_by,
         "phases": phase_rows(mixture, step_positions),
         "sources": rows,
-        "padding": Padding(*padding.counts()).shares() if padding and padding.positions else None,
+        "padding": padding_shares,
         "skipped": skip_rows(skips),
     }
 
@@ -85,19 +89,28 @@ def phase_rows(mixture: Mixture, step_positions: StepPositions) -> list[dict[str
     """Return the first step of each phase, the shares that were asked for, of what `weights_by`
     says, and the shares of samples that the schedule follows."""
     rows = []
-    for (start, shares), (_, sample_shares) in zip(
-        mixture.phases, mixture.sample_phases, strict=True
-    ):
+    phases = zip(mixture.phases, mixture.sample_phases, strict=True)
+    for (start, shares), (_, sample_shares) in phases:
         row = {
             "step": step_positions.step(start),
-            "shares": {name: float(share) for name, share in shares.items()},
-            "sample_shares": {name: float(share) for name, share in sample_shares.items()},
+            "shares": as_floats(shares),
+            "sample_shares": as_floats(sample_shares),
         }
         rows.append(row)
     return rows
 
 
-def source_row(mixture: Mixture, source: Source, draws: int, positions: int) -> dict[str, Any]:
+def as_floats(shares: Mapping[str, Fraction]) -> dict[str, float]:
+    """Return exact shares as JSON can have them."""
+    return {name: float(share) for name, share in shares.items()}
+
+
+def source_row(
+    mixture: Mixture,
+    source: Source,
+    draws: int,
+    positions: int,
+) -> dict[str, Any]:
     """Return the row of a source that gave `draws` of the first `positions` samples."""
     size = len(source)
     return {
@@ -140,8 +153,8 @@ def add_token_shares(
 
 def supervised_tokens(lengths: Lengths, shuffle: Shuffle, draws: int) -> int:
     """Return the supervised tokens of a source's first draws."""
-    epochs, rest = divmod(draws, shuffle.size)
-    last_epoch = lengths.supervised[shuffle.between(draws - rest, draws)]
+    epochs, remainder = divmod(draws, shuffle.size)
+    last_epoch = lengths.supervised[shuffle.between(draws - remainder, draws)]
     return epochs * lengths.total_supervised + int(last_epoch.sum(dtype=np.int64))
 
 
@@ -177,10 +190,10 @@ def skip_rows(skipped: Skips) -> list[dict[str, Any]]:
     ]
 
 
+# Samples of a source whose ids are read and compared: the first that are drawn.
 MAX_COMPARED = 2**20
-"""Samples of a source whose ids are read and compared: the first that are drawn."""
+# Samples from which on reading ids shows its progress.
 PROGRESS_FROM = 2**15
-"""Samples from which on reading ids shows its progress."""
 
 
 def duplicate_ids(mixture: Mixture, source: Source, draws: int) -> dict[str, Any]:
@@ -205,11 +218,14 @@ def duplicate_ids(mixture: Mixture, source: Source, draws: int) -> dict[str, Any
     hashes, sample_of = hashed_ids(source, samples)
     # A stable sort keeps records of one id in the order of the file.
     order = np.argsort(hashes, kind="stable")
-    repeated = np.flatnonzero(hashes[order][1:] == hashes[order][:-1])
+    in_order = hashes[order]
+    repeated = np.flatnonzero(in_order[1:] == in_order[:-1])
     if len(repeated):
         first = repeated[order[repeated + 1].argmin()]
         pair = sample_of[order[first : first + 2]].tolist()
-        ids = Counter(identity for _, identity in source.ids(sorted(set(pair))))
+        ids: Counter[str] = Counter()
+        for _, identity in source.ids(sorted(set(pair))):
+            ids[identity] += 1
         shared_id = ids.most_common(1)[0][0]
         report["count"] = len(repeated)
         report["first"] = {"id": shared_id, "samples": pair}
@@ -224,6 +240,7 @@ def hashed_ids(source: Source, samples: Sequence[int]) -> tuple[np.ndarray, np.n
     if len(samples) >= PROGRESS_FROM:
         ids = track(ids, f"comparing ids of {source.name}", len(samples))
     for sample, identity in ids:
+        # 64 bits: among a million ids, two different ones collide with a chance of 3e-8.
         hashes.append(hash(identity) & 2**64 - 1)
         sample_of.append(sample)
     return np.frombuffer(hashes, dtype=np.uint64), np.frombuffer(sample_of, dtype=np.int64)

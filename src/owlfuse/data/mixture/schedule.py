@@ -13,10 +13,10 @@ from functools import lru_cache
 
 import numpy as np
 
+# Positions of the longest period. Shares that need a longer one are rounded.
 MAX_PERIOD = 2**20
-"""Positions of the longest period. Shares that need a longer one are rounded."""
+# A shorter period is repeated up to this length, so that long ranges are copied in long pieces.
 MIN_PERIOD = 2**12
-"""A shorter period is repeated up to this length, so that long ranges are copied in long pieces."""
 AT_END = ("repeat", "stop", "once")
 
 
@@ -77,7 +77,8 @@ class Schedule:
         while start < stop:
             stretch = self.stretch_at(start)
             last = stop if stretch.stop is None else min(stop, stretch.stop)
-            parts.append(stretch.order.sources(start - stretch.start, last - stretch.start))
+            first_offset, last_offset = start - stretch.start, last - stretch.start
+            parts.append(stretch.order.sources(first_offset, last_offset))
             start = last
         return np.concatenate(parts)
 
@@ -108,7 +109,8 @@ class Schedule:
             if self.at_end[source] != "repeat" and shares[source]:
                 last_draw = size - int(counts[source]) - 1
                 ends.append(start + order.position_of(source, last_draw) + 1)
-        self.stretches.append(Stretch(start, min(ends, default=None), counts, order))
+        stop = min(ends, default=None)
+        self.stretches.append(Stretch(start, stop, counts, order))
 
     def shares_at(self, position: int, counts: np.ndarray) -> list[Fraction]:
         """Return the shares from a position on, 0 for a source that has dropped out.
@@ -134,9 +136,10 @@ class PeriodicOrder:
         repeats = math.ceil(MIN_PERIOD / shortest)
         self.period = shortest * repeats
         self.order = np.tile(chairman_order(shares, shortest), repeats)
-        self.positions = [
-            np.flatnonzero(self.order == source).astype(np.int32) for source in range(len(shares))
-        ]
+        self.positions = []
+        for source in range(len(shares)):
+            positions = np.flatnonzero(self.order == source)
+            self.positions.append(positions.astype(np.int32))
         self.counts = np.array([len(positions) for positions in self.positions])
 
     def counts_before(self, offset: int) -> np.ndarray:
@@ -180,10 +183,14 @@ def exact_shares(weights: Iterable[float | Fraction | int]) -> list[Fraction]:
     shares = [weight / total for weight in exact]
     if math.lcm(*(share.denominator for share in shares)) <= MAX_PERIOD:
         return shares
-    counts = [max(1, int(share * MAX_PERIOD)) if share else 0 for share in shares]
+    counts = []
+    for share in shares:
+        least = 1 if share else 0
+        counts.append(max(least, int(share * MAX_PERIOD)))
     missing = MAX_PERIOD - sum(counts)
     # Those that rounding down has cut most come first: each is then within one of its exact count.
-    by_cut = sorted(range(len(shares)), key=lambda i: counts[i] - shares[i] * MAX_PERIOD)
+    rounding = [count - share * MAX_PERIOD for count, share in zip(counts, shares, strict=True)]
+    by_cut = sorted(range(len(shares)), key=rounding.__getitem__)
     for source in by_cut[: max(missing, 0)]:
         counts[source] += 1
     # Where many were raised to 1, too many are handed out: the largest share gives them back.
@@ -213,11 +220,14 @@ def chairman_order(shares: Sequence[Fraction], period: int) -> np.ndarray:
     slack = 2 * active - 2
     source = np.repeat(np.arange(len(counts)), counts)
     draw = np.concatenate([np.arange(count) for count in counts])
-    release = -((-(1 + draw * slack) * period) // (counts[source] * slack))
-    deadline = (slack - 1 + draw * slack) * period // (counts[source] * slack)
+    pace = counts[source] * slack
+    # -(-a // b) rounds up
+    release = -((-(1 + draw * slack) * period) // pace)
+    deadline = (slack - 1 + draw * slack) * period // pace
     by_release = np.lexsort((deadline, release))
     releases = release[by_release].tolist()
-    draws = list(zip(deadline[by_release].tolist(), source[by_release].tolist(), strict=True))
+    deadlines = deadline[by_release].tolist()
+    draws = list(zip(deadlines, source[by_release].tolist(), strict=True))
     order = np.empty(period, dtype=np.uint16)
     ready: list[tuple[int, int]] = []
     added = 0

@@ -15,15 +15,15 @@ from itertools import pairwise
 
 import numpy as np
 
+# Rounds of the network of a small source; keys are made for so many.
 ROUNDS = 4
-"""Rounds of the network of a small source; keys are made for so many."""
+# Samples below which a source takes all rounds, and a key for each draw instead of each epoch.
 SMALL = 2**12
-"""Samples below which a source takes all rounds, and a key for each draw instead of each epoch."""
 MAX_SIZE = 2**32
 STEP = 0x9E3779B97F4A7C15
 MASK = 2**64 - 1
+# Draws that are computed at a time, so that they stay in the processor's cache.
 PART = 2**16
-"""Draws that are computed at a time, so that they stay in the processor's cache."""
 
 
 class Scratch(threading.local):
@@ -67,10 +67,9 @@ class Shuffle:
     def __getitem__(self, draw: int) -> int:
         """Return the sample at a draw from 0, in constant time."""
         epoch, cell = divmod(draw, self.size)
-        keys = [
-            mixed(self.key + (epoch * ROUNDS + number) * STEP & MASK) >> 32
-            for number in range(ROUNDS)
-        ]
+        keys = []
+        for number in range(ROUNDS):
+            keys.append(mixed(self.key + (epoch * ROUNDS + number) * STEP & MASK) >> 32)
         while True:
             left, right = divmod(cell, self.columns)
             for number in range(self.rounds):
@@ -131,21 +130,31 @@ class Shuffle:
     def round_keys(self, epoch: int, epochs: int) -> np.ndarray:
         """Return the keys of the epochs from `epoch` on, uint32 (ROUNDS, epochs)."""
         first_numbers = np.arange(epochs, dtype=np.uint64) * np.uint64(ROUNDS)
-        numbers = first_numbers + np.arange(ROUNDS, dtype=np.uint64)[:, None]
-        keys = numbers * np.uint64(STEP) + np.uint64(self.key + epoch * ROUNDS * STEP & MASK)
-        keys = (keys ^ (keys >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        keys = (keys ^ (keys >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        return ((keys ^ (keys >> np.uint64(31))) >> np.uint64(32)).astype(np.uint32)
+        rounds = np.arange(ROUNDS, dtype=np.uint64)
+        numbers = first_numbers + rounds[:, None]
+        first_key = np.uint64(self.key + epoch * ROUNDS * STEP & MASK)
+        keys = numbers * np.uint64(STEP) + first_key
+        # SplitMix64, as in `mixed`; uint64 wraps by itself
+        keys ^= keys >> np.uint64(30)
+        keys *= np.uint64(0xBF58476D1CE4E5B9)
+        keys ^= keys >> np.uint64(27)
+        keys *= np.uint64(0x94D049BB133111EB)
+        keys ^= keys >> np.uint64(31)
+        return (keys >> np.uint64(32)).astype(np.uint32)
 
     def permute(self, cells: np.ndarray, keys: np.ndarray, edges: list[int] | None = None) -> None:
         """Take an array of cells through the network, in place; `keys` has a column for each cell,
         or for each of the stretches between `edges`."""
         left, right, first, second = (array[: len(cells)] for array in SCRATCH.arrays[1:])
-        np.floor_divide(cells, np.uint32(self.columns), out=left)
-        np.subtract(cells, np.multiply(left, np.uint32(self.columns), out=first), out=right)
+        columns = np.uint32(self.columns)
+        np.floor_divide(cells, columns, out=left)
+        np.multiply(left, columns, out=first)
+        np.subtract(cells, first, out=right)
         for number in range(self.rounds):
-            side = np.uint32(self.columns if number % 2 else self.rows)
-            fixed, moved = (left, right) if number % 2 else (right, left)
+            if number % 2:
+                size, fixed, moved = columns, left, right
+            else:
+                size, fixed, moved = np.uint32(self.rows), right, left
             if edges is None:
                 np.bitwise_xor(fixed, keys[number], out=first)
             else:
@@ -156,13 +165,13 @@ class Shuffle:
             np.bitwise_xor(first, second, out=first)
             np.multiply(first, np.uint32(0xC2B2AE35), out=first)
             np.right_shift(first, np.uint32(16), out=first)
-            np.multiply(first, side, out=first)
+            np.multiply(first, size, out=first)
             np.right_shift(first, np.uint32(16), out=first)
             moved += first
-            # The modulo: where `moved` is below `side`, the difference wraps to a large number.
-            np.subtract(moved, side, out=second)
+            # The modulo: where `moved` is below `size`, the difference wraps to a large number.
+            np.subtract(moved, size, out=second)
             np.minimum(moved, second, out=moved)
-        np.multiply(left, np.uint32(self.columns), out=left)
+        np.multiply(left, columns, out=left)
         np.add(left, right, out=cells)
 
 
@@ -179,6 +188,6 @@ def hashed(value: int, key: int) -> int:
     return (value ^ (value >> 15)) * 0xC2B2AE35 & 0xFFFFFFFF
 
 
-def reduced(number: int, side: int) -> int:
-    """Map 32 bits to a number below `side`, which is at most 2^16."""
-    return (number >> 16) * side >> 16
+def reduced(number: int, size: int) -> int:
+    """Map 32 bits to a number below `size`, which is at most 2^16."""
+    return (number >> 16) * size >> 16

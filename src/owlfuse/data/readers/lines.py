@@ -11,16 +11,17 @@ from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, BinaryIO, TypeAlias
+from typing import Any, BinaryIO
 
 import numpy as np
 
 from owlfuse.core.errors import DataError
-from owlfuse.core.files import MAX_RECORD, check_record, decoded, json_reason
+from owlfuse.core.files import MAX_RECORD, check_record, json_reason, parse_json
+from owlfuse.core.types import JsonObject
 
+# Bytes read at a time while the offsets are found; not mapped, so that the file's size does not
+# count as memory.
 CHUNK = 2**22
-"""Bytes read at a time while the offsets are found; not mapped, so that the file's size does not
-count as memory."""
 
 
 class Lines(Sequence[bytes]):
@@ -41,6 +42,7 @@ class Lines(Sequence[bytes]):
         self.file = file
         self.quoted = quoted
         try:
+            # Windows has no O_CLOEXEC.
             self.descriptor = os.open(file, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
             self.size = os.fstat(self.descriptor).st_size
             starts, doubtful = line_starts(self.descriptor, quoted)
@@ -48,8 +50,11 @@ class Lines(Sequence[bytes]):
             raise DataError(f"{file}: no such file") from None
         except OSError as error:
             raise DataError(f"{file}: {error.strerror}") from error
-        ends = np.append(starts[1:], self.size) if len(doubtful) else starts[:0]
-        blank = [k for k in doubtful if is_blank(self.descriptor, int(starts[k]), int(ends[k]))]
+        blank = []
+        for number in doubtful:
+            end = starts[number + 1] if number + 1 < len(starts) else self.size
+            if is_blank(self.descriptor, int(starts[number]), int(end)):
+                blank.append(number)
         self.blank_before = np.array(blank, dtype=np.int64) - np.arange(len(blank))
         """For each blank line, how many lines that are not stand before it."""
         self.starts = np.delete(starts, blank) if blank else starts
@@ -58,14 +63,15 @@ class Lines(Sequence[bytes]):
         return len(self.starts)
 
     def __getitem__(self, index: int) -> bytes:  # type: ignore[override]  # no slices
-        """Without its newline and the blank lines after it. Raises IndexError, and DataError where
-        the file became shorter, or for a line that is too long."""
+        """Return a line without its newline and the blank lines after it. Raises IndexError, and
+        DataError where the file became shorter, or for a line that is too long."""
         index = range(len(self))[index]
         start = int(self.starts[index])
         end = int(self.starts[index + 1]) if index + 1 < len(self) else self.size
-        # asked first, since a line's number may take a look at the whole file
+        # A line's number is for the error alone: it may take reading the whole file.
         if end - start > MAX_RECORD:
             check_record(end - start, f"{self.file}: line {self.number(index)}")
+        # pread moves no shared offset, so that forked workers do not disturb each other.
         raw = os.pread(self.descriptor, end - start, start)
         if len(raw) < end - start:
             raise DataError(
@@ -77,7 +83,7 @@ class Lines(Sequence[bytes]):
         return raw if newline < 0 else raw[:newline].removesuffix(b"\r")
 
     def number(self, index: int) -> int:
-        """The line's number in the file, from 1, blank lines counted, and those that a quoted
+        """Return the line's number in the file, from 1, with blank lines and those that a quoted
         field goes over."""
         if self.quoted:
             return 1 + int(np.searchsorted(self.newlines, self.starts[index]))
@@ -85,17 +91,19 @@ class Lines(Sequence[bytes]):
 
     @cached_property
     def newlines(self) -> np.ndarray:
-        """The offset of every newline of the file, of those in quotes too.
+        """The offset of every newline of the file, also inside quotes, int64.
 
-        Read when a message first needs it.
+        It is computed when a message first needs it.
         """
-        found, offset = [np.empty(0, np.int64)], 0
+        offset, offsets = 0, [np.empty(0, np.int64)]
         while chunk := os.pread(self.descriptor, CHUNK, offset):
-            found.append(np.flatnonzero(np.frombuffer(chunk, np.uint8) == ord("\n")) + offset)
+            positions = np.flatnonzero(np.frombuffer(chunk, np.uint8) == ord("\n"))
+            offsets.append(positions + offset)
             offset += len(chunk)
-        return np.concatenate(found)
+        return np.concatenate(offsets)
 
     def __reduce__(self) -> tuple[Any, ...]:
+        # A spawned worker reads the offsets again: sending them takes longer for large files.
         return Lines, (self.file, self.quoted)
 
     def __del__(self) -> None:
@@ -104,9 +112,10 @@ class Lines(Sequence[bytes]):
 
 
 def line_starts(descriptor: int, quoted: bool) -> tuple[np.ndarray, np.ndarray]:
-    """The offset of each line, int64, and the indices of those that begin with white space, so
-    that they may be blank."""
+    """Return the offset of each line, int64, and the indices of those that begin with white space,
+    so that they may be blank."""
     starts, doubtful = array("q"), array("q")
+    # One buffer for all chunks: allocating 4 MB for each takes longer than scanning them.
     buffer = bytearray(CHUNK)
     offset = quotes = 0
     at_start = True
@@ -114,27 +123,29 @@ def line_starts(descriptor: int, quoted: bool) -> tuple[np.ndarray, np.ndarray]:
         chunk = np.frombuffer(buffer, dtype=np.uint8, count=count)
         ends = np.flatnonzero(chunk == ord("\n"))
         if quoted:
+            # A newline ends a line only behind an even number of quotes.
             marks = np.flatnonzero(chunk == ord('"'))
-            ends = ends[(np.searchsorted(marks, ends) + quotes) % 2 == 0]
+            quotes_before = np.searchsorted(marks, ends) + quotes
+            ends = ends[quotes_before % 2 == 0]
             quotes += len(marks)
         begins = np.concatenate([[0] if at_start else [], ends + 1]).astype(np.int64)
         at_start = bool(len(begins)) and int(begins[-1]) == count
-        begins = begins[:-1] if at_start else begins
-        doubtful.frombytes(
-            (np.flatnonzero(chunk[begins] <= ord(" ")) + len(starts)).astype(np.int64).tobytes()
-        )
+        if at_start:
+            begins = begins[:-1]
+        spaced = np.flatnonzero(chunk[begins] <= ord(" ")) + len(starts)
+        doubtful.frombytes(spaced.astype(np.int64).tobytes())
         starts.frombytes((begins + offset).tobytes())
         offset += count
     return np.frombuffer(starts, dtype=np.int64), np.frombuffer(doubtful, dtype=np.int64)
 
 
 def is_blank(descriptor: int, start: int, end: int) -> bool:
-    """Whether a line holds white space alone, which is read a piece at a time."""
+    """Whether a line holds white space alone; it is read a chunk at a time."""
     while start < end:
-        piece = os.pread(descriptor, min(CHUNK, end - start), start)
-        if not piece or piece.strip():
-            return not piece
-        start += len(piece)
+        chunk = os.pread(descriptor, min(CHUNK, end - start), start)
+        if not chunk or chunk.strip():
+            return not chunk
+        start += len(chunk)
     return True
 
 
@@ -153,18 +164,8 @@ class JsonLines(Sequence[Any]):
         return len(self.lines)
 
     def __getitem__(self, index: int) -> Any:  # type: ignore[override]  # no slices
-        raw = self.lines[index]
-        try:
-            return json.loads(decoded(raw, ""))
-        except (ValueError, RecursionError) as error:
-            reason = (
-                str(error).lstrip(": ")
-                if isinstance(error, DataError)
-                else f"not JSON: {json_reason(error)}"
-            )
-            raise DataError(
-                f"{self.lines.file}: line {self.lines.number(index)}: {reason}"
-            ) from error
+        line = self.lines[index]
+        return parse_json(line, f"{self.lines.file}: line {self.lines.number(index)}")
 
 
 class Records(list[Any]):
@@ -180,10 +181,10 @@ class Records(list[Any]):
 
 
 def open_records(
-    file: Path, is_record: Callable[[dict[str, Any]], bool] = lambda _: False
+    file: Path, is_record: Callable[[JsonObject], bool] = lambda _: False
 ) -> Sequence[Any]:
-    """The records of a JSON or JSON Lines file, which its contents tell apart and not its name: a
-    list, a record a line, or an object with one list of records.
+    """Return the records of a JSON or JSON Lines file: a list, a record a line, or an object with
+    one list of records. Which it is, its contents decide and not its name.
 
     Args:
         is_record: whether an object is a record by itself.
@@ -192,17 +193,19 @@ def open_records(
         DataError: a file that is missing, is not valid or holds something else.
     """
     try:
-        with file.open("rb") as opened:
-            head = opened.read(CHUNK)
+        with file.open("rb") as stream:
+            head = stream.read(CHUNK)
     except OSError as error:
         raise DataError(f"{file}: {reason_of(error)}") from error
-    named_lines = file.suffix in (".jsonl", ".ndjson")
-    as_lines = not STARTS_LIST.match(head) if named_lines else starts_with_line(head)
-    return JsonLines(file) if as_lines else read_json_records(file, is_record)
+    if file.suffix in (".jsonl", ".ndjson"):
+        is_lines = not STARTS_LIST.match(head)
+    else:
+        is_lines = starts_with_line(head)
+    return JsonLines(file) if is_lines else read_json_records(file, is_record)
 
 
+# The beginning of a list of objects, which no line of JSON Lines has.
 STARTS_LIST = re.compile(rb"(?:\xef\xbb\xbf)?\s*\[\s*(?:\{|$)")
-"""The beginning of a list of objects, which no line of JSON Lines has."""
 
 
 def starts_with_line(head: bytes) -> bool:
@@ -218,22 +221,18 @@ def starts_with_line(head: bytes) -> bool:
 
 
 def reason_of(error: OSError) -> str:
-    """Why a file cannot be read."""
+    """Return why a file cannot be read."""
     return "no such file" if isinstance(error, FileNotFoundError) else str(error.strerror)
 
 
 def read_json_records(
-    file: Path, is_record: Callable[[dict[str, Any]], bool] = lambda _: False
+    file: Path, is_record: Callable[[JsonObject], bool] = lambda _: False
 ) -> Records:
-    """The records of a JSON file that holds a list, or an object with one list of records, parsed
-    record by record; see `open_records`. Raises DataError."""
+    """Return the records of a JSON file that holds a list, or an object with one list of records,
+    parsed record by record; see `open_records`. Raises DataError."""
     try:
-        size = file.stat().st_size
-        if size <= MAX_RECORD:
-            value = small_json(decoded(file.read_bytes(), str(file)), file)
-        else:
-            with file.open("rb") as opened:
-                value = streamed_json(Text(opened, file))
+        with file.open("rb") as stream:
+            value = stream_json(JsonText(stream, file))
     except OSError as error:
         raise DataError(f"{file}: {reason_of(error)}") from error
     if isinstance(value, list):
@@ -245,13 +244,13 @@ def read_json_records(
     return wrapped_records(value, file)
 
 
-def wrapped_records(value: dict[str, Any], file: Path) -> Records:
-    """The one list of records in an object. Raises DataError for none or several."""
-    lists = [
-        key
-        for key, inner in value.items()
-        if isinstance(inner, list) and inner and isinstance(inner[0], dict)
-    ]
+def wrapped_records(value: JsonObject, file: Path) -> Records:
+    """Return the one list of records in an object. Raises DataError for none or several."""
+    # Which list holds the records cannot be guessed where there are several.
+    lists = []
+    for key, inner in value.items():
+        if isinstance(inner, list) and inner and isinstance(inner[0], dict):
+            lists.append(key)
     if not lists:
         raise DataError(
             f"{file}: holds a dict, expected a list of records, or an object with one such list"
@@ -265,177 +264,173 @@ def wrapped_records(value: dict[str, Any], file: Path) -> Records:
     return Records(value[lists[0]], [key for key in value if key != lists[0]])
 
 
-def small_json(text: str, file: Path) -> Any:
-    """What a JSON text holds. Raises DataError."""
-    if not text.strip():
-        raise DataError(f"{file}: holds no record")
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise DataError(f"{file}: line {error.lineno}: not JSON: {error.msg}") from error
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{file}: not JSON: {json_reason(error)}") from error
-
-
-Decode: TypeAlias = Callable[[str, int], tuple[Any, int]]
 SPACE = re.compile(r"[ \t\n\r]*")  # what JSON calls white space
 
 
-def streamed_json(text: Text) -> Any:
-    """A list of records, or an object with lists of them, each record parsed by itself, so that one
-    that is too long is refused before it is parsed and the text is never in memory as a whole.
+def stream_json(text: JsonText) -> Any:
+    """Return a list of records, or an object with lists of them, each record parsed by itself, so
+    that one that is too long is refused before it is parsed and the text is never in memory as a
+    whole.
 
     Raises:
         DataError: what is wrong, with its line.
     """
-    decode = json.JSONDecoder().raw_decode
     value: Any
-    if text.peek() == "[":
-        value = list(streamed_list(text, decode))
-    elif text.peek() == "{":
-        value = dict(streamed_object(text, decode))
+    first = text.peek()
+    if not first:
+        raise DataError(f"{text.file}: holds no record")
+    if first == "[":
+        value = list(stream_list(text))
+    elif first == "{":
+        value = dict(stream_object(text))
     else:
-        value = text.record(decode)
+        value = text.next_value()
     if text.peek():
         raise text.error("Extra data")
     return value
 
 
-def streamed_list(text: Text, decode: Decode) -> Iterator[Any]:
-    """The records of a list that comes next. Raises DataError."""
-    text.take()
+def stream_list(text: JsonText) -> Iterator[Any]:
+    """Yield the records of a list that comes next. Raises DataError."""
+    text.skip()
     text.records = 0
     if text.peek() == "]":
-        text.take()
+        text.skip()
         return
     while True:
-        yield text.record(decode)
+        yield text.next_value()
         if text.ends("]"):
             return
 
 
-def streamed_object(text: Text, decode: Decode) -> Iterator[tuple[str, Any]]:
-    """Keys and values of an object that comes next, its lists record by record.
+def stream_object(text: JsonText) -> Iterator[tuple[str, Any]]:
+    """Yield keys and values of an object that comes next, its lists record by record.
 
     Raises DataError.
     """
-    text.take()
+    text.skip()
     if text.peek() == "}":
-        text.take()
+        text.skip()
         return
     while True:
         if text.peek() != '"':
             raise text.error("Expecting property name enclosed in double quotes")
-        key = text.record(decode)
-        if text.take() != ":":
+        key = text.next_value()
+        if text.skip() != ":":
             raise text.error("Expecting ':' delimiter")
-        yield key, list(streamed_list(text, decode)) if text.peek() == "[" else text.record(decode)
+        if text.peek() == "[":
+            yield key, list(stream_list(text))
+        else:
+            yield key, text.next_value()
         if text.ends("}"):
             return
 
 
-class Text:
-    """The text of a JSON file, of which a piece is in memory.
+class JsonText:
+    """The text of a JSON file, of which a chunk is in memory.
 
     Args:
-        opened: the file, UTF-8.
+        stream: the file, UTF-8.
         file: its name, for messages.
     """
 
-    def __init__(self, opened: BinaryIO, file: Path) -> None:
-        self.opened = opened
+    def __init__(self, stream: BinaryIO, file: Path) -> None:
+        self.stream = stream
         self.file = file
+        self.decode_json = json.JSONDecoder().raw_decode
         self.decoder = codecs.getincrementaldecoder("utf-8-sig")()
         self.text = ""
-        self.place = 0
+        self.offset = 0
+        """Of the next character in `text`."""
         self.lines = 1
-        self.read = 0
-        self.ended = False
+        self.bytes_read = 0
+        self.at_end = False
         self.records = 0
 
-    def more(self, size: int = CHUNK) -> None:
-        """Reads on; what was used is dropped."""
-        self.lines += self.text.count("\n", 0, self.place)
-        raw = self.opened.read(size)
-        self.ended = not raw
+    def read(self, size: int = CHUNK) -> None:
+        """Read on; the part of `text` before `offset` is dropped."""
+        self.lines += self.text.count("\n", 0, self.offset)
+        chunk = self.stream.read(size)
+        self.at_end = not chunk
         try:
-            self.text = self.text[self.place :] + self.decoder.decode(raw, final=self.ended)
+            # The incremental decoder keeps the bytes of a character that a chunk cuts.
+            self.text = self.text[self.offset :] + self.decoder.decode(chunk, final=self.at_end)
         except UnicodeDecodeError as error:
-            raise DataError(f"{self.file}: not UTF-8 at byte {self.read + error.start}") from error
-        self.read += len(raw)
-        self.place = 0
+            position = self.bytes_read + error.start
+            raise DataError(f"{self.file}: not UTF-8 at byte {position}") from error
+        self.bytes_read += len(chunk)
+        self.offset = 0
 
     def peek(self) -> str:
-        """The next character that is no white space; empty at the end."""
+        """Return the next character that is no white space; empty at the end."""
         while True:
-            # it matches nothing too
-            self.place = SPACE.match(self.text, self.place).end()  # type: ignore[union-attr]
-            if self.place < len(self.text) or self.ended:
-                return self.text[self.place : self.place + 1]
-            self.more()
+            # The pattern matches the empty text too.
+            self.offset = SPACE.match(self.text, self.offset).end()  # type: ignore[union-attr]
+            if self.offset < len(self.text) or self.at_end:
+                return self.text[self.offset : self.offset + 1]
+            self.read()
 
-    def take(self) -> str:
-        """`peek`, and goes past it."""
-        taken = self.peek()
-        self.place += len(taken)
-        return taken
+    def skip(self) -> str:
+        """Return `peek`, and go past it."""
+        character = self.peek()
+        self.offset += len(character)
+        return character
 
     def ends(self, closing: str) -> bool:
-        """Whether a list or an object ends, else goes past the comma.
+        """Whether a list or an object ends; else go past the comma.
 
         Raises DataError for anything else.
         """
-        mark = self.take()
-        if mark not in (",", closing):
+        character = self.skip()
+        if character not in (",", closing):
             raise self.error("Expecting ',' delimiter")
-        return mark == closing
+        return character == closing
 
-    def record(self, decode: Decode) -> Any:
-        """The JSON value that comes next. Raises DataError for one that is too long or no JSON."""
+    def next_value(self) -> Any:
+        """Return the JSON value that comes next. Raises DataError for one that is too long or no
+        JSON."""
         self.peek()
         while True:
+            end = -1
             try:
-                value, end = decode(self.text, self.place)
-            except RecursionError as error:
-                raise self.error(json_reason(error)) from error
+                value, end = self.decode_json(self.text, self.offset)
             except json.JSONDecodeError as error:
-                if self.ended or self.is_wrong(error.pos):
-                    self.place = min(error.pos, len(self.text))
+                if self.at_end or self.is_wrong(error.pos):
+                    self.offset = min(error.pos, len(self.text))
                     raise self.error(error.msg) from error
-                end = -1
-            except ValueError as error:  # a number of thousands of digits
+            except (RecursionError, ValueError) as error:  # ValueError: thousands of digits
                 raise self.error(json_reason(error)) from error
-            # a number may go on in the next piece
-            if end >= 0 and (end < len(self.text) or self.ended):
-                check_record(
-                    end - self.place,
-                    f"{self.file}: record {self.records + 1}, in line {self.line()}",
-                )
-                self.place = end
+            # A number at the end of the chunk may go on in the next one.
+            if end >= 0 and (end < len(self.text) or self.at_end):
+                if end - self.offset > MAX_RECORD:  # counting lines for each would take long
+                    name = f"{self.file}: record {self.records + 1}, in line {self.line()}"
+                    check_record(end - self.offset, name)
+                self.offset = end
                 self.records += 1
                 return value
             self.check_length()
-            # all that one record may have, so that it is not parsed over and over
-            self.more(MAX_RECORD)
+            # As much as one record may have, so that it is not parsed over and over.
+            self.read(MAX_RECORD)
 
-    def is_wrong(self, place: int) -> bool:
-        """Whether an error at this place of the piece would stay one if the text went on: not at
+    def is_wrong(self, position: int) -> bool:
+        """Whether an error at a position of the chunk would stay one if the text went on: not at
         its end, nor at a text that is not closed yet."""
-        return place < len(self.text) - 100 and self.text[place] != '"'
+        # 100: longer than any token but texts and numbers, which fail at their beginning.
+        return position < len(self.text) - 100 and self.text[position] != '"'
 
     def check_length(self) -> None:
-        """Raises DataError where the record is longer than one may be."""
-        if len(self.text) - self.place > MAX_RECORD:
+        """Raise DataError where the record is longer than one may be."""
+        if len(self.text) - self.offset > MAX_RECORD:
             raise DataError(
                 f"{self.file}: record {self.records + 1}, in line {self.line()}, has more than "
-                f"{MAX_RECORD:,} bytes, the limit "
-                "for one record, or is no JSON; split it, or leave it out"
+                f"{MAX_RECORD:,} bytes, the limit for one record, or is no JSON; split it, or "
+                "leave it out"
             )
 
     def line(self) -> int:
-        """The number of the line that is being read, from 1."""
-        return self.lines + self.text.count("\n", 0, self.place)
+        """Return the number of the line that is being read, from 1."""
+        return self.lines + self.text.count("\n", 0, self.offset)
 
     def error(self, reason: str) -> DataError:
-        """What is wrong at the place that is being read."""
+        """Return the error of the text at `offset`."""
         return DataError(f"{self.file}: line {self.line()}: not JSON: {reason}")

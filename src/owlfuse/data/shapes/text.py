@@ -1,6 +1,7 @@
 """The text half of *shapes*: four kinds of closed tasks in Alpaca's format, and the tokenizer of
 the whole set."""
 
+import itertools
 import zlib
 from collections.abc import Iterator
 from itertools import cycle
@@ -36,7 +37,7 @@ _NAMES = (
     "Tina Vera"
 )
 
-# Each task has four wordings, (instruction, input): two name the thing in the instruction and two
+# Each task has four wordings, (instruction, input): two name the subject in the instruction and two
 # in the input, so that with one wording kept for validation, training still shows every fact both
 # ways.
 _PLUS = (
@@ -70,7 +71,7 @@ _FIRST_LETTER = (
     ("Say the first letter.", "{a}"),
 )
 _LAST_LETTER = tuple(
-    (instruction.replace("first", "last"), given) for instruction, given in _FIRST_LETTER
+    (instruction.replace("first", "last"), text) for instruction, text in _FIRST_LETTER
 )
 _OPPOSITE = (
     ("What is the opposite of {a}?", ""),
@@ -79,7 +80,7 @@ _OPPOSITE = (
     ("Say the opposite.", "{a}"),
 )
 _PLURAL = tuple(
-    (instruction.replace("opposite", "plural"), given) for instruction, given in _OPPOSITE
+    (instruction.replace("opposite", "plural"), text) for instruction, text in _OPPOSITE
 )
 _DAY_AFTER = (
     ("What day is after {a}?", ""),
@@ -88,7 +89,7 @@ _DAY_AFTER = (
     ("Say the day after.", "{a}"),
 )
 _DAY_BEFORE = tuple(
-    (instruction.replace("after", "before"), given) for instruction, given in _DAY_AFTER
+    (instruction.replace("after", "before"), text) for instruction, text in _DAY_AFTER
 )
 _TWICE = (
     ("Say {a} twice.", ""),
@@ -103,7 +104,7 @@ _HELLO = (
     ("Can you say hello?", "{a}"),
 )
 
-# One token a turn tells who speaks, and an answer has an end mark: short chats train fast.
+# One token a turn names the speaker, and an answer has an end mark: short chats train fast.
 _CHAT_TEMPLATE = (
     "{% for message in messages %}"
     "{{ '<|' + message.role + '|>' }}"
@@ -122,65 +123,80 @@ _SPECIAL_TOKENS = ("<|pad|>", "<|end|>", "<image>", "<|system|>", "<|user|>", "<
 
 
 def _facts(kind: str) -> Iterator[tuple[tuple, dict, str]]:
-    """All (wordings, what fills them, answer) of a closed kind; comparison has no such list."""
+    """Yield all (wordings, fields, answer) of a closed kind; comparison has no such list."""
     if kind == "arithmetic":
-        pairs = [(a, b) for a in range(10) for b in range(10)]
-        yield from ((_PLUS, {"a": a, "b": b}, str(a + b)) for a, b in pairs)
-        yield from ((_MINUS, {"a": a, "b": b}, str(a - b)) for a, b in pairs if a >= b)
+        pairs = list(itertools.product(range(10), range(10)))
+        for a, b in pairs:
+            yield _PLUS, {"a": a, "b": b}, str(a + b)
+        for a, b in pairs:
+            if a >= b:
+                yield _MINUS, {"a": a, "b": b}, str(a - b)
     elif kind == "spelling":
         for word in _WORDS.split():
             yield _SPELL, {"a": word}, " ".join(word)
             yield _FIRST_LETTER, {"a": word}, word[0]
             yield _LAST_LETTER, {"a": word}, word[-1]
     else:
+        for pair in _OPPOSITES.split(", "):
+            word, opposite = pair.split()
+            yield _OPPOSITE, {"a": word}, opposite
+            yield _OPPOSITE, {"a": opposite}, word
         days = _DAYS.split()
-        for one, other in map(str.split, _OPPOSITES.split(", ")):
-            yield _OPPOSITE, {"a": one}, other
-            yield _OPPOSITE, {"a": other}, one
         for day, following in zip(days, days[1:] + days[:1], strict=True):
             yield _DAY_AFTER, {"a": day}, following
             yield _DAY_BEFORE, {"a": following}, day
-        yield from (
-            (_PLURAL, {"a": one}, many) for one, many in map(str.split, _PLURALS.split(", "))
-        )
-        yield from ((_TWICE, {"a": word}, f"{word} {word}") for word in _WORDS.split()[:24])
-        yield from ((_HELLO, {"a": name}, f"hello {name}") for name in _NAMES.split())
+        for pair in _PLURALS.split(", "):
+            singular, plural = pair.split()
+            yield _PLURAL, {"a": singular}, plural
+        for word in _WORDS.split()[:24]:
+            yield _TWICE, {"a": word}, f"{word} {word}"
+        for name in _NAMES.split():
+            yield _HELLO, {"a": name}, f"hello {name}"
 
 
 def _say(wording: tuple[str, str], fields: dict, answer: str) -> dict:
-    instruction, given = (text.format(**fields) for text in wording)
-    return {"instruction": instruction, "input": given, "output": answer}
+    instruction, extra = (text.format(**fields) for text in wording)
+    return {"instruction": instruction, "input": extra, "output": answer}
 
 
 def _comparisons(rng: Random, for_val: bool) -> Iterator[dict]:
-    """Endless comparisons of two numbers below 30.
+    """Yield comparisons of two numbers below 30 without end.
 
     A ninth of all pairs, in either order, is asked in val only.
     """
     while True:
         a, b = rng.sample(range(30), 2)
-        if (zlib.crc32(f"{min(a, b)} {max(a, b)}".encode()) % 9 == 0) == for_val:
+        is_for_val = zlib.crc32(f"{min(a, b)} {max(a, b)}".encode()) % 9 == 0
+        if is_for_val == for_val:
             which = rng.choice(("larger", "smaller"))
             answer = max(a, b) if which == "larger" else min(a, b)
-            yield _say(rng.choice(_COMPARE), {"which": which, "a": a, "b": b}, str(answer))
+            fields = {"which": which, "a": a, "b": b}
+            yield _say(rng.choice(_COMPARE), fields, str(answer))
 
 
 def _closed(kind: str, rng: Random, train_count: int) -> tuple[Iterator[dict], Iterator[dict]]:
-    """Endless train and val samples of a closed kind: each fact keeps one wording for val, and
-    training goes round the facts, one of the other wordings at a time. Val asks only for facts that
-    `train_count` samples have reached."""
+    """Return endless train and val samples of a closed kind.
+
+    Each fact keeps one wording for val, and training goes round the facts, one of the other
+    wordings at a time. Val asks only for facts that `train_count` samples have reached.
+    """
     facts = list(_facts(kind))
     orders = [rng.sample(wordings, len(wordings)) for wordings, _, _ in facts]
     visits = rng.sample(range(len(facts)), len(facts))
-    rounds = [
-        [_say(orders[i][turn], *facts[i][1:]) for i in visits] for turn in range(1, len(_PLUS))
-    ]
-    reached = [_say(orders[i][0], *facts[i][1:]) for i in visits[:train_count]]
-    return cycle([sample for once in rounds for sample in once]), cycle(reached)
+    train, val = [], []
+    for turn in range(1, len(_PLUS)):
+        for i in visits:
+            _, fields, answer = facts[i]
+            train.append(_say(orders[i][turn], fields, answer))
+    for i in visits[:train_count]:
+        _, fields, answer = facts[i]
+        val.append(_say(orders[i][0], fields, answer))
+    return cycle(train), cycle(val)
 
 
 def make_texts(seed: int, train: int, val: int) -> tuple[list[dict], list[dict]]:
-    """The samples of text_train.json and text_val.json, in Alpaca's format plus an id and a kind.
+    """Return the samples of text_train.json and text_val.json, in Alpaca's format plus an id and a
+    kind.
 
     No instruction of val (with its input) is in train. Its fact is, in other words; a comparison is
     of an unseen pair.
@@ -203,27 +219,28 @@ def make_texts(seed: int, train: int, val: int) -> tuple[list[dict], list[dict]]
             )
         else:
             sources[kind] = _closed(kind, rng, train // len(TEXT_KINDS))
-    both = []
-    for split, (name, count) in enumerate((("train", train), ("val", val))):
-        drawn = [TEXT_KINDS[i % len(TEXT_KINDS)] for i in range(count)]
+    splits = []
+    for split, (name, count) in enumerate({"train": train, "val": val}.items()):
+        kinds = [TEXT_KINDS[i % len(TEXT_KINDS)] for i in range(count)]
         # so that any kind may come first in a chat of several
-        Random(f"text {seed} {name} order").shuffle(drawn)
-        both.append(
-            [
-                {"id": f"text-{name}-{i:06d}", **next(sources[k][split]), "kind": k}
-                for i, k in enumerate(drawn)
-            ]
-        )
-    return both[0], both[1]
+        Random(f"text {seed} {name} order").shuffle(kinds)
+        samples = []
+        for i, kind in enumerate(kinds):
+            task = next(sources[kind][split])
+            samples.append({"id": f"text-{name}-{i:06d}", **task, "kind": kind})
+        splits.append(samples)
+    return splits[0], splits[1]
 
 
 def train_tokenizer(
     records: list[dict], texts: list[dict], vocabulary: int = 600
 ) -> "PreTrainedTokenizerFast":
-    """A fast byte-level BPE tokenizer with a chat template, trained on what train.json and
-    text_train.json hold."""
-    turns = (turn["value"] for record in records for turn in record["conversations"])
-    lines = [value.removeprefix("<image>") for value in turns]
+    """Return a fast byte-level BPE tokenizer with a chat template, trained on the texts of
+    train.json and text_train.json."""
+    lines = []
+    for record in records:
+        for turn in record["conversations"]:
+            lines.append(turn["value"].removeprefix("<image>"))
     for sample in texts:
         lines += [f"{sample['instruction']}\n{sample['input']}", sample["output"]]
     tokenizer = Tokenizer(models.BPE())

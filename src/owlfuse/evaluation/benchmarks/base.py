@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from owlfuse.core.errors import ConfigError, DataError, one_line
-from owlfuse.core.files import WORDS, expand_files, fingerprint
+from owlfuse.core.files import KIND_NAMES, expand_files, fingerprint
 from owlfuse.data.formats.marks import with_pictures
 from owlfuse.data.media.images import MAX_PIXELS
 from owlfuse.data.subset import stratified_sample
@@ -213,7 +213,7 @@ def require_field(record: Any, key: str, kind: type | tuple[type, ...], where: s
     field = record[key]
     # True is an int to Python, and none to who wrote the file
     if not isinstance(field, kinds) or (isinstance(field, bool) and bool not in kinds):
-        expected = " or ".join(WORDS[kind] for kind in kinds)
+        expected = " or ".join(KIND_NAMES[kind] for kind in kinds)
         raise DataError(f"{where}: '{key}' is a {type(field).__name__}, expected {expected}")
     return field
 

@@ -45,7 +45,7 @@ class ChatTask(Task):
 
     def record_name(self, number: int) -> str:
         """Returns what the source calls the record, without the file's name."""
-        name = self.source.place(self.source.first_record(number))
+        name = self.source.location(self.source.first_record(number))
         return name.removesuffix(f" of {self.file.name}")
 
     def sample(self, record: int, where: str) -> Sample:

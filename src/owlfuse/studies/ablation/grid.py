@@ -14,7 +14,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from owlfuse.config.build import build, to_dict
-from owlfuse.config.compose import check, compose, place
+from owlfuse.config.compose import check, compose, with_config_origin
 from owlfuse.config.identity import code_hash, config_hash, data_hash
 from owlfuse.core.errors import COMMAND_LINE, ConfigError, DataError, hint
 from owlfuse.studies.ablation.file import Ablation, Levels
@@ -271,7 +271,7 @@ def check_cell(
     except (ConfigError, DataError):
         raise
     except ValueError as error:  # parts that do not fit together
-        raise ConfigError(place(cell.config, str(error))) from error
+        raise ConfigError(with_config_origin(cell.config, str(error))) from error
 
 
 def full_metrics(metrics: list[str], sources: list[str]) -> dict[str, tuple[str, str]]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from owlfuse.config.build import build, to_dict
-from owlfuse.config.compose import PARTS, place
+from owlfuse.config.compose import PARTS, with_config_origin
 from owlfuse.core.errors import ConfigError, DataError
 from owlfuse.model.adapters import PartSummary
 from owlfuse.model.multimodal import MultimodalLM, on_meta
@@ -87,7 +87,7 @@ def make_stage(name: str, config: DictConfig) -> Stage:
         build(config.optim)
         build(config.evaluation)
     except ValueError as error:
-        raise ConfigError(f"stage {name}: {place(config, str(error))}") from error
+        raise ConfigError(f"stage {name}: {with_config_origin(config, str(error))}") from error
     return Stage(name, config, plan, parts)
 
 
@@ -102,4 +102,6 @@ def check_data(stage: Stage) -> None:
     except DataError as error:
         raise DataError(f"stage {stage.name}: {error}") from error
     except ValueError as error:
-        raise ConfigError(f"stage {stage.name}: {place(stage.config, str(error))}") from error
+        raise ConfigError(
+            f"stage {stage.name}: {with_config_origin(stage.config, str(error))}"
+        ) from error
