@@ -226,22 +226,13 @@ def files_of(path: Path) -> dict[str, Path]:
     return {str(file.relative_to(path)): file for file in sorted(path.rglob("*")) if file.is_file()}
 
 
-def sha256(path: Path) -> str:
-    """In hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def sync(path: Path) -> None:
-    """Waits until a file, or a folder's names and files, are on the disk."""
-    for file in (
-        [*files_of(path).values(), path] if path.is_dir() and path.name != "checkpoints" else [path]
-    ):
-        handle = os.open(file, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+    """Waits until a file, or the names in a folder, are on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 MAX_FILE = 2**30

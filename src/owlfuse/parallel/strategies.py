@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import atexit
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -18,12 +18,16 @@ from torch import nn
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
+from owlfuse.core.checkpoint_files import partial_path, remove_checkpoint
 from owlfuse.core.errors import DataError
 from owlfuse.model.llm import check_split
 from owlfuse.parallel.checkpoints import (
+    CheckpointWriter,
     leave,
     load_shards,
+    naming_checkpoint,
     optimizer_by_name,
+    raised_on_every_rank,
     shards_writer,
     side_group,
 )
@@ -47,6 +51,13 @@ class Replicated(DDPStrategy):
         wait_at_exit()
         super().setup_environment()
 
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None
+    ) -> None:
+        """Has the first rank write a file; raises on every rank what fails there."""
+        with raised_on_every_rank(self):
+            super().save_checkpoint(checkpoint, filepath, storage_options)
+
 
 class Sharded(ModelParallelStrategy):
     """Parameters, gradients and optimizer state are shared out: over `data` ranks that have rows of
@@ -69,9 +80,9 @@ class Sharded(ModelParallelStrategy):
         if data == tensor == "auto":
             raise ValueError("data and tensor are both auto; give a number for one of them")
         super().__init__(data, tensor, timeout=timedelta(minutes=timeout_minutes))
-        self.background = False
+        self.writer = CheckpointWriter()
+        self.checkpoint_io = self.writer
         self.side: Any = None
-        self.write: Callable[[], None] | None = None
 
     def sizes(self) -> tuple[int, int]:
         """Data and tensor ranks.
@@ -116,15 +127,25 @@ class Sharded(ModelParallelStrategy):
     def save_checkpoint(
         self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None
     ) -> None:
-        """Leaves in `write` what writes a folder of shards (see `shards_writer`), for
-        `writes.Writes` to call."""
-        path = Path(self.broadcast(filepath))
-        if self.background and self.side is None:
+        """Writes a folder of shards; raises on every rank what fails on any. With the
+        `storage_options` `BACKGROUND` it returns when the state is copied."""
+        path, first = Path(self.broadcast(filepath)), self.is_global_zero
+        part, background = partial_path(path), bool(storage_options)
+        if background and self.side is None:
             self.side = side_group(cast("timedelta", self._timeout))
-        self.write = shards_writer(checkpoint, path, self.is_global_zero, self.side)
+        with raised_on_every_rank(self):
+            self.writer.wait()
+            if first:
+                with naming_checkpoint(path):
+                    remove_checkpoint(part)
+                    part.mkdir(parents=True)
+        with raised_on_every_rank(self):
+            write = shards_writer(checkpoint, part, first, self.side if background else None)
+            self.writer.write(path, write, background, commits=first)
 
     def teardown(self) -> None:
-        """See Lightning's."""
+        """See Lightning's; a write in the background is finished first."""
+        self.writer.teardown()
         if self.side is not None:
             leave(self.side)
             self.side = None

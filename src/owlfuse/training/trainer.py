@@ -4,6 +4,7 @@ and Ctrl-C."""
 from __future__ import annotations
 
 import csv
+import io
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.loggers import CSVLogger
 from omegaconf import DictConfig
 
-from owlfuse.artifacts.runs import step_of
+from owlfuse.artifacts.resume import Past
 from owlfuse.config.build import build
 from owlfuse.config.compose import origin_of
 from owlfuse.core.errors import ConfigError
@@ -28,21 +29,17 @@ from owlfuse.training.machine_checks import REFUSALS, check_launcher
 
 
 def make_trainer(
-    config: DictConfig, data: ChatData, folder: Path, checkpoint: Path | None = None
+    config: DictConfig, data: ChatData, folder: Path, past: Past | None = None
 ) -> Trainer:
     """The Trainer, its accumulation made of batch sizes and ranks, its validation interval in
     optimizer steps.
 
     Args:
-        checkpoint: what the run goes on from; metrics logged after it are dropped, since they come
-            again.
+        past: what the run goes on from; metrics logged after it are dropped, since they come again.
     """
-    # what CSVLogger deletes of a resumed run has been read before
-    before = read_metrics(folder, checkpoint) if checkpoint else []
+    before = logged_rows(past) if past else []
     loggers = [
-        make_logger(logger, folder, checkpoint)
-        for logger in (config.logger or {}).values()
-        if logger
+        make_logger(logger, folder, past) for logger in (config.logger or {}).values() if logger
     ]
     for logger in loggers:
         if isinstance(logger, CSVLogger) and before:  # Lightning would begin the file anew
@@ -97,29 +94,22 @@ def precision_for(accelerator: str) -> str:
     return "bf16-mixed" if gpus else "32-true"
 
 
-def make_logger(node: DictConfig, folder: Path, checkpoint: Path | None) -> Any:
+def make_logger(node: DictConfig, folder: Path, past: Past | None) -> Any:
     """A logger into the run's folder. TensorBoard drops what it showed after the checkpoint."""
     purge = (
-        {"purge_step": step_of(checkpoint)}
-        if checkpoint and node._target_.endswith("TensorBoardLogger")
-        else {}
+        {"purge_step": past.step} if past and node._target_.endswith("TensorBoardLogger") else {}
     )
     return build(node, save_dir=folder, name="", version="", **purge)
 
 
-def read_metrics(folder: Path, checkpoint: Path) -> list[dict[str, str]]:
-    """The rows of metrics.csv until a checkpoint, as they were when it was written; none where
-    there is no such file."""
-    kept, step = checkpoint.with_suffix(".csv"), step_of(checkpoint)
-    try:
-        with (kept if kept.exists() else folder / "metrics.csv").open(newline="") as file:
-            return [
-                row
-                for row in csv.DictReader(file)
-                if (row["step"] or "").isdigit() and int(row["step"]) < step
-            ]
-    except FileNotFoundError:
-        return []
+def logged_rows(past: Past) -> list[dict[str, str]]:
+    """Returns the rows of metrics.csv until the step that a run goes on from."""
+    rows = []
+    for row in csv.DictReader(io.StringIO(past.metrics or "")):
+        step = row["step"] or ""  # the last row may be half written
+        if step.isdigit() and int(step) < past.step:
+            rows.append(row)
+    return rows
 
 
 def make_callbacks(checkpoint: DictConfig | None, watched: str | None) -> list[Callback]:
@@ -133,7 +123,7 @@ def make_callbacks(checkpoint: DictConfig | None, watched: str | None) -> list[C
     ]
     checkpoints = build(checkpoint) if checkpoint else Checkpoints()
     callbacks += [FirstStepsCheck(), Cost(), checkpoints]
-    return [*callbacks, Best(watched, checkpoints.writes)] if watched else callbacks
+    return [*callbacks, Best(watched, checkpoints.storage_options)] if watched else callbacks
 
 
 def cost_of(trainer: Any, evaluation: Any) -> dict[str, Any]:
