@@ -18,6 +18,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from lightning import Trainer
 
 from helpers import SHAPE_COUNTS, TINY_SHAPES
 from owlfuse.artifacts.load import load_run
@@ -30,6 +31,7 @@ from owlfuse.evaluation.validation import evaluate_run
 from owlfuse.parallel import checkpoints
 from owlfuse.parallel.checkpoints import BACKGROUND, CheckpointWriter
 from owlfuse.training import train
+from owlfuse.training.checkpoints import Best
 from owlfuse.training.module import MultimodalModule
 
 TINY = [
@@ -353,6 +355,18 @@ def differing(mine, theirs, place=""):
             for found in differing(a, b, f"{place}.{i}")
         ]
     return [] if mine == theirs else [place]
+
+
+def test_the_best_value_is_remembered_where_a_run_was_moved(tmp_path):
+    """Lightning's ModelCheckpoint forgets it, and a worse validation would replace best.ckpt."""
+    before, after = Best("val/loss"), Best("val/loss")
+    before.best_model_score = torch.tensor(0.3)
+    after.dirpath = str(tmp_path / "moved")
+    after.load_state_dict(before.state_dict())
+    trainer = Trainer(accelerator="cpu", logger=False, enable_progress_bar=False)
+    assert not after.check_monitor_top_k(trainer, torch.tensor(0.3))
+    assert after.check_monitor_top_k(trainer, torch.tensor(0.29))
+    assert after.best_model_path == str(tmp_path / "moved" / "best.ckpt")
 
 
 def test_one_write_is_pending_at_most_and_nothing_is_deleted_before_it_has_succeeded(

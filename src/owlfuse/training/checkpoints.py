@@ -11,12 +11,13 @@ import time
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
+from weakref import proxy
 
 import numpy as np
 import torch
 from lightning import LightningModule, Trainer
 from lightning.fabric.plugins import TorchCheckpointIO
-from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from owlfuse.artifacts.runs import BEST, checkpoints_of
@@ -32,13 +33,51 @@ from owlfuse.parallel.collectives import data_rank, data_ranks
 log = logging.getLogger(__name__)
 
 
-class Checkpoints(Checkpoint):
-    """Keeps `checkpoints/step_<n>.ckpt` of a run, the newest ones, each written beside and renamed
-    when it is whole.
+class RunCheckpoint(ModelCheckpoint):
+    """Lightning's ModelCheckpoint, which writes into the run's `checkpoints/`.
+
+    Args:
+        background: training goes on while a checkpoint is written.
+        options: of ModelCheckpoint.
+    """
+
+    def __init__(self, background: bool = False, **options: Any) -> None:
+        super().__init__(
+            auto_insert_metric_name=False,
+            enable_version_counter=False,  # a damaged checkpoint of the same step is replaced
+            save_on_train_epoch_end=False,
+            **options,
+        )
+        self.background = background
+        self.storage_options = BACKGROUND if background else None
+
+    def setup(self, trainer: Trainer, module: LightningModule, stage: str) -> None:
+        """The folder is the run's, whichever logger comes first."""
+        self.dirpath = str(Path(trainer.default_root_dir) / "checkpoints")
+        super().setup(trainer, module, stage)
+
+    def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
+        # Private in Lightning. All triggers of ModelCheckpoint end here, and its own method has no
+        # `storage_options`, without which every caller's checkpoints would go to the background.
+        trainer.save_checkpoint(filepath, weights_only=False, storage_options=self.storage_options)
+        self._last_global_step_saved = trainer.global_step
+        if trainer.is_global_zero:
+            for logger in trainer.loggers:
+                logger.after_save_checkpoint(proxy(self))
+
+
+class Checkpoints(RunCheckpoint):
+    """Keeps `checkpoints/step_<n>.ckpt` of a run, the newest ones.
 
     Between two steps the random states stand as the step left them: validation and saving use up
     none. Those of every rank are kept, and given back to it where as many ranks share the rows as
     before.
+
+    ModelCheckpoint says which steps are saved, and this class when: at the start of the next batch
+    and not at the end of the last, where the step's row of metrics.csv is missing and its
+    validation is still to come, so that a run that goes on would have neither. It also says which
+    are deleted: ModelCheckpoint never deletes the one that a run went on from, of each of many
+    kills one, and forgets all when the folder is moved.
 
     Args:
         every: optimizer steps between two checkpoints; None: one at each validation. There is one
@@ -56,13 +95,13 @@ class Checkpoints(Checkpoint):
             )
         if keep < 1:
             raise ValueError(f"checkpoint.keep is {keep}, expected at least 1")
-        self.every = every
+        super().__init__(
+            background, filename="step_{step:08d}", every_n_train_steps=every, save_top_k=-1
+        )
         self.keep = keep
-        self.storage_options = BACKGROUND if background else None
         self.writer: CheckpointWriter | None = None
         self.seconds = 0.0
         """For which training waited."""
-        self.saved: int | None = None
         self.validated = False
         self.random: dict[str, Any] | None = None
         self.random_of_step: dict[str, Any] | None = None
@@ -78,6 +117,7 @@ class Checkpoints(Checkpoint):
 
         Raises ConfigError where a strategy writes by itself, and at once.
         """
+        super().setup(trainer, module, stage)
         with suppress(NotImplementedError):  # of such a strategy
             if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
                 trainer.strategy.checkpoint_io = CheckpointWriter()
@@ -88,6 +128,10 @@ class Checkpoints(Checkpoint):
                 f"checkpoint.background: {type(trainer.strategy).__name__} writes checkpoints by "
                 "itself; expected false"
             )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing: which checkpoints there are is read from the folder."""
+        return {}
 
     def on_save_checkpoint(
         self, trainer: Trainer, module: LightningModule, checkpoint: dict[str, Any]
@@ -111,7 +155,7 @@ class Checkpoints(Checkpoint):
             )
         states, ranks = checkpoint.get("random_states"), data_ranks(trainer)
         if states is None:  # of runs that kept those of the first rank only
-            states = [checkpoint["callbacks"][self.state_key]["random"]]
+            states = [checkpoint["callbacks"]["Checkpoints"]["random"]]
         if len(states) == trainer.world_size and checkpoint.get("data_ranks", 1) == ranks:
             self.random = states[trainer.global_rank]
             return
@@ -132,7 +176,8 @@ class Checkpoints(Checkpoint):
 
         Ranks that begin with other rows drop out others.
         """
-        self.saved = trainer.global_step or None
+        super().on_train_start(trainer, module)
+        self._last_global_step_saved = trainer.global_step
         self.random_of_step = self.random
         if self.random is None and data_rank(trainer):
             self.random = derived_states(
@@ -149,9 +194,11 @@ class Checkpoints(Checkpoint):
         step = trainer.global_step
         if trainer.world_size == 1 and batch_idx % trainer.accumulate_grad_batches == 0:
             self.statistics = step, [buffer.clone() for buffer in statistics_of(module)]
-        due = self.validated if self.every is None else step % self.every == 0
-        if due and step and batch_idx % trainer.accumulate_grad_batches == 0:
-            self.save(trainer, module)
+        if batch_idx % trainer.accumulate_grad_batches == 0:
+            super().on_train_batch_end(trainer, module, None, batch, batch_idx)
+            if self.validated:
+                super().on_validation_end(trainer, module)
+            self.validated = False
 
     def on_train_batch_end(
         self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -162,15 +209,15 @@ class Checkpoints(Checkpoint):
             self.random_of_step = self.random
 
     def on_validation_end(self, trainer: Trainer, module: LightningModule) -> None:
-        """Validation makes a checkpoint due."""
+        """Has the next batch's start call ModelCheckpoint's hook."""
         self.validated = True
 
     def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
         """Saves, waits until all is written, and says what saving took.
 
-        Raises DataError as `save` does.
+        Raises DataError as `_save_checkpoint` does.
         """
-        self.save(trainer, module)
+        self.save(trainer)
         self.finish(trainer)
         if trainer.is_global_zero and self.count:
             how = " in the background; training waited for" if self.storage_options else " in"
@@ -209,34 +256,35 @@ class Checkpoints(Checkpoint):
             for buffer, before in zip(statistics_of(module), self.statistics[1]):
                 buffer.copy_(before)
         try:
-            self.save(trainer, module)
+            self.save(trainer)
             self.finish(trainer)
         except DataError as error:
             log.error("%s", error)
 
-    def save(self, trainer: Trainer, module: Any) -> None:
-        """Writes the checkpoint of the trainer's step, unless it is there, and deletes those beyond
-        `keep`. All ranks call it.
+    def save(self, trainer: Trainer) -> None:
+        """Writes the checkpoint of the trainer's step, unless it is there. All ranks call it."""
+        if trainer.global_step != self._last_global_step_saved:
+            step = torch.tensor(trainer.global_step)
+            self._save_checkpoint(trainer, self.format_checkpoint_name({"step": step}))
+
+    def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
+        """Writes a checkpoint, and deletes those beyond `keep`.
 
         Raises:
             DataError: it, or the one before, could not be written, or a loss was no finite number;
                 the ones before are intact.
         """
-        self.validated = False
-        step = trainer.global_step
-        if step == self.saved:
-            return
+        module: Any = trainer.lightning_module
         module.finite.check(Path(trainer.default_root_dir))
-        path = Path(trainer.default_root_dir) / "checkpoints" / f"step_{step:08}.ckpt"
         self.can_write = False  # until it is written: after an error of writing none is tried again
         began = time.monotonic()
-        trainer.save_checkpoint(path, weights_only=False, storage_options=self.storage_options)
+        super()._save_checkpoint(trainer, filepath)
         self.seconds += time.monotonic() - began
-        log.info("saving %s took %.2f s of training's time", path, time.monotonic() - began)
+        log.info("saving %s took %.2f s of training's time", filepath, time.monotonic() - began)
         self.can_write = True
-        self.saved, self.count = step, self.count + 1
+        self.count += 1
         if trainer.is_global_zero:
-            for outdated in outdated_checkpoints(self.keep, path):
+            for outdated in outdated_checkpoints(self.keep, Path(filepath)):
                 trainer.strategy.remove_checkpoint(outdated)
 
     def finish(self, trainer: Trainer) -> None:
@@ -275,30 +323,27 @@ def outdated_checkpoints(keep: int, newest: Path) -> list[Path]:
     return [path for path in present if path not in retained]
 
 
-class Best(Checkpoint):
+class Best(RunCheckpoint):
     """Keeps `checkpoints/best.ckpt`, of the validation with the lowest value of the metric
     `watched`."""
 
-    def __init__(self, watched: str, storage_options: dict[str, bool] | None = None) -> None:
-        self.watched = watched
-        self.storage_options = storage_options
-        self.lowest = float("inf")
+    def __init__(self, watched: str, background: bool = False) -> None:
+        super().__init__(background, filename=Path(BEST).stem, monitor=watched)
+
+    @property
+    def state_key(self) -> str:
+        """The same whatever is watched, as Lightning's is not."""
+        return "Best"
 
     def state_dict(self) -> dict[str, Any]:
-        """The lowest value so far."""
-        return {"lowest": self.lowest}
+        """The lowest value so far, without Lightning's paths: a run's folder may be moved."""
+        return {} if self.best_model_score is None else {"lowest": float(self.best_model_score)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """See `state_dict`."""
-        self.lowest = state_dict["lowest"]
-
-    def on_validation_end(self, trainer: Trainer, module: LightningModule) -> None:
-        """Saves where the metric fell. Raises DataError where it cannot be written."""
-        value = float(trainer.callback_metrics.get(self.watched, float("inf")))
-        if value < self.lowest:
-            self.lowest = value
-            path = Path(trainer.default_root_dir) / "checkpoints" / BEST
-            trainer.save_checkpoint(path, weights_only=False, storage_options=self.storage_options)
+        self.best_model_path = self.kth_best_model_path = self.format_checkpoint_name({})
+        self.best_model_score = self.kth_value = torch.tensor(state_dict["lowest"])
+        self.best_k_models = {self.best_model_path: self.kth_value}
 
 
 def derived_states(seed: int, rank: int, step: int) -> dict[str, Any]:

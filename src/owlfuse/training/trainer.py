@@ -123,7 +123,7 @@ def make_callbacks(checkpoint: DictConfig | None, watched: str | None) -> list[C
     ]
     checkpoints = build(checkpoint) if checkpoint else Checkpoints()
     callbacks += [FirstStepsCheck(), Cost(), checkpoints]
-    return [*callbacks, Best(watched, checkpoints.storage_options)] if watched else callbacks
+    return [*callbacks, Best(watched, checkpoints.background)] if watched else callbacks
 
 
 def cost_of(trainer: Any, evaluation: Any) -> dict[str, Any]:
