@@ -57,11 +57,8 @@ def to_restructured(app, what, name, obj, options, lines: list[str]) -> None:
         for p in pieces
     ]
     lines[:] = "".join(pieces).split("\n")
-    if what in (
-        "attribute",
-        "data",
-        "property",
-    ):  # napoleon takes words before a colon in the first line as a type
+    # napoleon takes words before a colon in the first line as a type
+    if what in ("attribute", "data", "property"):
         set_aside[name] = lines[:]
         lines.clear()
 

@@ -31,7 +31,7 @@ HEAVY = (
 
 def owlfuse(*argv: str, cwd: Path) -> subprocess.CompletedProcess:
     return subprocess.run(
-        [sys.executable, "-m", "owlfuse.__main__", *argv], cwd=cwd, capture_output=True, text=True
+        [sys.executable, "-m", "owlfuse", *argv], cwd=cwd, capture_output=True, text=True
     )
 
 
@@ -193,28 +193,46 @@ def test_help_tells_the_exit_codes(tmp_path):
     ("argv", "line"),
     [
         (["trian"], "trian: no such command; did you mean 'train'?"),
-        (["zzz"], "zzz: no such command; the commands are train, recipe, ablate, report, eval, "
+        (
+            ["zzz"],
+            "zzz: no such command; the commands are train, recipe, ablate, report, eval, "
             "export, import, chat, demo, "
-         "mixture, bench, data, config, completion"),
-        (["train", "--mutlirun"], ("command line: --mutlirun: no such option of train; see owlfuse train "
-            "--help")),
-        (["train", "experiment=mine1"], ("command line: experiment=mine1: no such experiment; did you mean "
-            "'mine'?")),
-        (["train", "mine"], ("command line: mine: not of the form key=value; did you mean "
-            "experiment=mine?")),
-        (["train", "resume=nowhere"], ("command line: nowhere: not a run: there is no "
-            "nowhere/config.yaml")),
-        (["train", "-m", "experiment=mine,mine1"], ("command line: experiment=mine1: no such experiment; did you mean "
-            "'mine'?")),
-        (["config", "seed=[1,"], "command line: seed=[1,: a bracket or a quote is not closed; "
-         "a value with special characters needs quotes: key='\"a=b\"'"),
+            "mixture, bench, data, config, completion",
+        ),
+        (
+            ["train", "--mutlirun"],
+            ("command line: --mutlirun: no such option of train; see owlfuse train --help"),
+        ),
+        (
+            ["train", "experiment=mine1"],
+            ("command line: experiment=mine1: no such experiment; did you mean 'mine'?"),
+        ),
+        (
+            ["train", "mine"],
+            ("command line: mine: not of the form key=value; did you mean experiment=mine?"),
+        ),
+        (
+            ["train", "resume=nowhere"],
+            ("command line: nowhere: not a run: there is no nowhere/config.yaml"),
+        ),
+        (
+            ["train", "-m", "experiment=mine,mine1"],
+            ("command line: experiment=mine1: no such experiment; did you mean 'mine'?"),
+        ),
+        (
+            ["config", "seed=[1,"],
+            "command line: seed=[1,: a bracket or a quote is not closed; "
+            "a value with special characters needs quotes: key='\"a=b\"'",
+        ),
         (["eval", "nowhere"], "command line: nowhere: not a run: there is no nowhere/config.yaml"),
         (["eval", "seed=1"], "command line: name the run's folder: owlfuse eval RUN [overrides]"),
-        (["data", "shapes", "d", "--pictures", "many"], ("argument --pictures: invalid int value: "
-            "'many'")),
+        (
+            ["data", "shapes", "d", "--pictures", "many"],
+            ("argument --pictures: invalid int value: 'many'"),
+        ),
         (["data", "shapes", "d", "e"], "command line: e: not an argument of data; see its --help"),
     ],
-)  # fmt: skip
+)
 def test_a_mistake_is_one_line_and_exit_code_2(argv, line, tmp_path):
     (tmp_path / "experiments").mkdir()
     (tmp_path / "experiments/mine.yaml").touch()

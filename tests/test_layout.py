@@ -1,4 +1,4 @@
-"""What may know of what, and how long a file may be."""
+"""Which package may import which, and what may be done in one place only."""
 
 import ast
 import re
@@ -7,7 +7,23 @@ from pathlib import Path
 import pytest
 
 SOURCE = Path(__file__).resolve().parents[1] / "src" / "owlfuse"
+TESTS = Path(__file__).resolve().parent
 FILES = sorted(SOURCE.rglob("*.py"))
+PACKAGES = (
+    "core",
+    "config",
+    "data",
+    "model",
+    "parallel",
+    "artifacts",
+    "evaluation",
+    "training",
+    "planning",
+    "serving",
+    "studies",
+    "__main__",
+)
+"""From the ground up: a package imports none that stands behind it."""
 
 
 def name_of(path):
@@ -16,56 +32,76 @@ def name_of(path):
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
+MODULES = {name_of(path): path for path in FILES}
+
+
 def imports_of(path):
-    """Every module and name that a file imports, at its top and inside its functions, as dotted
-    paths."""
-    found = set()
-    package = (
-        name_of(path).split(".") if path.name == "__init__.py" else name_of(path).split(".")[:-1]
-    )
+    """The modules of owlfuse that a file imports, at its top and inside its functions."""
+    modules = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
+            names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
-            above = package[: len(package) - node.level + 1] if node.level else []
-            module = ".".join([*above, *filter(None, [node.module])])
-            found |= {module} | {f"{module}.{alias.name}" for alias in node.names}
-    return found
+            assert node.level == 0, f"{name_of(path)}:{node.lineno}: a relative import"
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+            names = [name if name in MODULES else node.module for name in names]
+        else:
+            continue
+        modules |= {name for name in names if name in MODULES}
+    return modules - {name_of(path), "owlfuse"}
 
 
-def ours(path):
-    return {name for name in imports_of(path) if name.split(".")[0] == "owlfuse"}
-
-
-def siblings(folder, path):
-    """The other modules of a folder that a file imports, by name."""
-    prefix = f"owlfuse.{folder.replace('/', '.')}."
-    inside = {
-        name.removeprefix(prefix).split(".")[0] for name in ours(path) if name.startswith(prefix)
-    }
-    modules = {other.stem for other in (SOURCE / folder).glob("*.py")}
-    return (inside & modules) - {path.stem, "base"}
+def package_of(module):
+    return module.split(".")[1]
 
 
 every_file = pytest.mark.parametrize("path", FILES, ids=name_of)
 
 
-def test_types_imports_nothing_of_ours():
-    assert ours(SOURCE / "types.py") == set()
+def test_the_root_has_the_packages_and_the_command_alone():
+    names = {path.stem for path in SOURCE.iterdir() if path.suffix == ".py" or path.is_dir()}
+    assert names - {"__pycache__"} == {*PACKAGES, "__init__"}
+    assert len(names - {"__pycache__"}) <= 13
 
 
-@pytest.mark.parametrize("folder", ["connectors", "fusion", "data/formats"])
-def test_siblings_do_not_import_each_other(folder):
-    files = sorted((SOURCE / folder).glob("*.py"))
+@pytest.mark.parametrize("path", [p for p in FILES if name_of(p) != "owlfuse"], ids=name_of)
+def test_imports_run_downward(path):
+    rank = PACKAGES.index(package_of(name_of(path)))
+    upward = {name for name in imports_of(path) if PACKAGES.index(package_of(name)) > rank}
+    assert upward == set()
+
+
+def test_no_module_imports_one_that_imports_it():
+    """Modules are taken away whose imports are all taken away already; a circle is what is left."""
+    imports = {name: imports_of(path) for name, path in MODULES.items()}
+    waiting = dict(imports)
+    while free := [name for name, names in waiting.items() if not names & waiting.keys()]:
+        for name in free:
+            del waiting[name]
+    assert waiting == {}
+
+
+@pytest.mark.parametrize("folder", ["model/connectors", "model/fusion", "data/formats"])
+def test_parts_do_not_import_their_siblings(folder):
+    shared = ("base", "probe", "records", "turns", "turn_keys", "marks")
+    files = [path for path in (SOURCE / folder).glob("*.py") if path.stem not in shared]
     assert len(files) >= 4
-    assert {path.stem: siblings(folder, path) for path in files if siblings(folder, path)} == {}
+    prefix = f"owlfuse.{folder.replace('/', '.')}."
+    siblings = {prefix + path.stem for path in files}
+    assert {name_of(path): imports_of(path) & siblings for path in files} == {
+        name_of(path): set() for path in files
+    }
 
 
-def test_data_does_not_import_model():
-    parts = ("model", "module", "fusion", "connectors", "llm", "adapters")
-    for path in (SOURCE / "data").rglob("*.py"):
-        found = {name.split(".")[1] for name in ours(path) if "." in name} & set(parts)
-        assert not found, f"{name_of(path)} imports {found}"
+def test_a_test_lies_where_its_package_does():
+    """Below `tests/` are the packages, the documentation's tests and what tests share."""
+    shared = {"support", "docs", "goldens", "__pycache__"}
+    folders = {path.name for path in TESTS.iterdir() if path.is_dir()} - shared
+    assert folders <= {*PACKAGES}
+    for path in TESTS.rglob("test_*.py"):
+        parts = path.relative_to(TESTS).parts[:-1]
+        if parts and parts[0] in PACKAGES:
+            assert (SOURCE / Path(*parts)).is_dir(), path.relative_to(TESTS)
 
 
 @every_file
@@ -90,36 +126,26 @@ def test_requires_grad_is_changed_in_adapters_alone(path):
         assert changed == []
 
 
-PARALLEL = (
-    "owlfuse.parallel.strategies",
-    "owlfuse.parallel.sharding",
-    "owlfuse.parallel.checkpoints",
-)
-
-
 @every_file
-def test_torch_distributed_is_named_in_the_parallel_files_alone(path):
+def test_torch_distributed_is_named_in_the_package_parallel_alone(path):
     names = re.findall(r"torch\.distributed|from torch import .*\bdistributed\b", path.read_text())
-    assert name_of(path) in PARALLEL or names == []
+    assert package_of(f"{name_of(path)}.") == "parallel" or names == []
 
 
 @pytest.mark.parametrize(
     "path", [p for p in FILES if p.parent.name in ("connectors", "fusion")], ids=name_of
 )
 def test_the_forward_path_reads_no_tensor_and_loops_over_no_rows(path):
-    """No `.item()`, `nonzero` or `.tolist()`, which wait for the device and make shapes depend
-    on data."""
-    called = {
-        node.attr
-        for node in ast.walk(ast.parse(path.read_text()))
-        if isinstance(node, ast.Attribute)
-    }
+    """No `.item()`, `nonzero` or `.tolist()`, which wait for the device and make shapes depend on
+    data."""
+    nodes = ast.walk(ast.parse(path.read_text()))
+    called = {node.attr for node in nodes if isinstance(node, ast.Attribute)}
     assert called & {"item", "nonzero", "tolist", "masked_select"} == set()
 
 
 def test_a_file_that_handles_tensors_opens_with_its_letters():
     for folder in ("connectors", "fusion"):
-        for path in (SOURCE / folder).glob("*.py"):
+        for path in (SOURCE / "model" / folder).glob("*.py"):
             if path.name != "__init__.py":
                 opening = ast.get_docstring(ast.parse(path.read_text())) or ""
                 assert re.search(r"\b[A-Z] ", opening), name_of(path)

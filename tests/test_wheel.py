@@ -70,9 +70,8 @@ def installed(wheel, tmp_path_factory):
     folder = tmp_path_factory.mktemp("venv")
     venv.create(folder, with_pip=False)
     site = folder / "lib" / f"python{sysconfig.get_python_version()}" / "site-packages"
-    (site / "libraries.pth").write_text(
-        sysconfig.get_paths()["purelib"] + "\n"
-    )  # after what lies in `site` itself
+    # after what lies in `site` itself
+    (site / "libraries.pth").write_text(sysconfig.get_paths()["purelib"] + "\n")
     install = [sys.executable, "-m", "pip", "--python", str(folder / "bin" / "python"), "install"]
     subprocess.run(
         [*install, "--no-deps", "--ignore-installed", "--no-index", str(wheel)],
@@ -176,9 +175,8 @@ def test_own_experiments_parts_and_ablations_of_the_working_folder_are_found(ins
     owlfuse(installed, place, "ablate", "connectors")
     assert (place / "runs/connectors/report/index.html").is_file()
     owlfuse(installed, place, "export", "runs/mine/first", "out")
-    owlfuse(
-        installed, place, "chat", "out", "What?", "--max-new-tokens", "2"
-    )  # a yaml of the folder names the part
+    # a yaml of the folder names the part
+    owlfuse(installed, place, "chat", "out", "What?", "--max-new-tokens", "2")
     elsewhere = place / "elsewhere"
     elsewhere.mkdir()
     shutil.copy(place / "my_parts.py", elsewhere)

@@ -1,14 +1,13 @@
 """owlfuse: experiments on multimodal LLMs of the mPLUG-Owl family.
 
-After `import owlfuse`, transformers' Auto classes and pipelines read what `owlfuse export` writes.
+After `import owlfuse.artifacts.hf`, transformers' Auto classes and pipelines read what `owlfuse
+export` writes.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import TYPE_CHECKING
-
-from owlfuse.artifacts.hf.registration import AfterImport
 
 if TYPE_CHECKING:
     from owlfuse.model.multimodal import MultimodalLM
@@ -23,6 +22,3 @@ def load(folder: str | Path) -> MultimodalLM:
     from owlfuse.artifacts.load import load_exported
 
     return load_exported(Path(folder))[0].model
-
-
-AfterImport.install()

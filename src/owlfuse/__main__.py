@@ -120,9 +120,8 @@ def _eval(arguments: argparse.Namespace) -> None:
         with signals_end_the_run():
             return evaluate_task(folder, words)
     find_run(folder)
-    compose(
-        [f"resume={folder}", *(word for word in words if not word.startswith("which="))]
-    )  # mistakes, before heavy imports
+    # mistakes, before heavy imports
+    compose([f"resume={folder}", *(word for word in words if not word.startswith("which="))])
     from owlfuse.evaluation import validation
 
     with signals_end_the_run():
@@ -166,10 +165,10 @@ def _chat(arguments: argparse.Namespace) -> None:
 
     which, words = split_which(arguments.overrides)
     question = " ".join(words) or None
-    folder = check_model(arguments.folder, which)
-    check_images(arguments.image)
     has_pictures = question is None or bool(arguments.image)
     out = explanation_file(arguments.explain, has_pictures) if arguments.explain else None
+    folder = check_model(arguments.folder, which)
+    check_images(arguments.image)
     from owlfuse.serving.chat import chat
 
     asked = arguments.max_new_tokens, arguments.temperature, out, arguments.thinking, which
@@ -185,9 +184,10 @@ def _demo(arguments: argparse.Namespace) -> None:
 def _mixture(arguments: argparse.Namespace) -> None:
     from owlfuse.config.compose import compose
 
+    # before heavy imports
     compose(
         [word for word in arguments.overrides if word.partition("=")[0] not in ("steps", "out")]
-    )  # before heavy imports
+    )
     from owlfuse.planning.mixture import mixture_command
 
     mixture_command(arguments.overrides)
@@ -216,8 +216,6 @@ def _report(arguments: argparse.Namespace) -> None:
 
 
 def _completion(arguments: argparse.Namespace) -> None:
-    # REARRANGED
-
     completion_command(arguments.shell, arguments.line, COMMANDS)
 
 
@@ -361,57 +359,68 @@ examples:
   owlfuse train experiment=shapes_owl3
   owlfuse train experiment=shapes_owl2 model/fusion=hyperattention seed=1 name=trial
   owlfuse train model/adapter@model.adapter.llm=lora trainer.max_steps=100
-  owlfuse train -m experiment=shapes_owl1,shapes_owl3 seed=0,1,2   a run of each combination, and a table
-  owlfuse train experiment=mine dry_run=true plan.gpus=8 plan.gpu_memory=80   what a run would need, and stop
+  owlfuse train -m experiment=shapes_owl1,shapes_owl3 seed=0,1,2
+      a run of each combination, and a table
+  owlfuse train experiment=mine dry_run=true plan.gpus=8 plan.gpu_memory=80
+      what a run would need, and stop
   owlfuse train resume=runs/shapes_owl3/trial trainer.max_steps=200
 """
 
 RECIPE = """\
 examples:
   owlfuse recipe owl1
-  owlfuse recipe owl1_paper dry_run=true plan.gpus=32    what each stage trains and needs; nothing is trained
+  owlfuse recipe owl1_paper dry_run=true plan.gpus=32
+      what each stage trains and needs; nothing is trained
   owlfuse recipe owl3 name=second seed=1 stages.instruct.optim.lr=1e-3
-  torchrun --nproc-per-node 8 -m owlfuse recipe owl1_paper trainer.devices=8 trainer.strategy=ddp data.folder=DIR
+  torchrun --nproc-per-node 8 -m owlfuse recipe owl1_paper trainer.devices=8 \\
+      trainer.strategy=ddp data.folder=DIR
 
-The same command again goes on: finished stages are skipped, the one that was stopped resumes from its last checkpoint.
+The same command again goes on: finished stages are skipped, the one that was stopped resumes from
+its last checkpoint.
 """
 
 EVAL_USAGE = "owlfuse eval MODEL [task=NAME] [overrides ...]"
 EVAL = """\
 examples:
   owlfuse eval runs/shapes_owl3/trial                     the run's own validation sources again
-  owlfuse eval runs/shapes_owl3/trial which=best          of its best checkpoint by validation loss, not its last
-  owlfuse eval OUT task=gqa task.file=GQA/testdev_balanced_questions.json task.image_root=GQA/images batch_size=16
-  torchrun --nproc-per-node 8 -m owlfuse eval OUT task=mmbench task.file=mmbench_dev_20230712.tsv dtype=saved
+  owlfuse eval runs/shapes_owl3/trial which=best          its best checkpoint by validation loss
+  owlfuse eval OUT task=gqa task.file=GQA/testdev_balanced_questions.json \\
+      task.image_root=GQA/images batch_size=16
+  torchrun --nproc-per-node 8 -m owlfuse eval OUT task=mmbench \\
+      task.file=mmbench_dev_20230712.tsv dtype=saved
 
-With task=<name>, MODEL may be a run, an export or an imported release. The tasks are vqav2, textvqa, gqa, docvqa, pope,
-scienceqa, mmbench, captions, exact_match and perplexity, or your own in configs/task/. Keys beside task.<key>: batch_size,
-max_questions, dtype, workers, out, name, which. An evaluation that was stopped goes on by the same command.
+With task=<name>, MODEL may be a run, an export or an imported release. The tasks are vqav2,
+textvqa, gqa, docvqa, pope, scienceqa, mmbench, captions, exact_match and perplexity, or your own in
+configs/task/. Keys beside task.<key>: batch_size, max_questions, dtype, workers, out, name, which.
+An evaluation that was stopped goes on by the same command.
 """
 
 
 ABLATE = """\
 examples:
   owlfuse ablate fusion
-  owlfuse ablate fusion dry_run=true                      the cells and an estimate, nothing is trained
+  owlfuse ablate fusion dry_run=true         the cells and an estimate, nothing is trained
   owlfuse ablate fusion seeds=[0] trainer.max_steps=100 name=trial
-  owlfuse ablate fusion jobs=2                            two cells at a time (pip install 'owlfuse[sweep]')
-  owlfuse ablate fusion launcher=submitit_slurm jobs=8 launcher.partition=gpu launcher.timeout_min=120
-  owlfuse report fusion                                   at any time, of what is finished
-  owlfuse report fusion baseline=owl3                     with differences to another cell
+  owlfuse ablate fusion jobs=2               two cells at a time (pip install 'owlfuse[sweep]')
+  owlfuse ablate fusion launcher=submitit_slurm jobs=8 launcher.partition=gpu \\
+      launcher.timeout_min=120
+  owlfuse report fusion                      at any time, of what is finished
+  owlfuse report fusion baseline=owl3        with differences to another cell
 
-Settings of its own: jobs=N; launcher=basic (one after another), joblib, submitit_local or submitit_slurm, and launcher.<key>=
-for its own keys; seeds=[0,1]; name= of the folder runs/<name>; dry_run=true; anew=true.
+Settings of its own: jobs=N; launcher=basic (one after another), joblib, submitit_local or
+submitit_slurm, and launcher.<key>= for its own keys; seeds=[0,1]; name= of the folder runs/<name>;
+dry_run=true; anew=true.
 
-The same command again goes on: finished cells are skipped, what was under way resumes from its last checkpoint, and failed
-cells are tried again. Runs of other code, configuration or data are never mixed in: it stops and says so. anew=true puts
-them aside into runs/<name>/old and runs them again.
+The same command again goes on: finished cells are skipped, what was under way resumes from its last
+checkpoint, and failed cells are tried again. Runs of other code, configuration or data are never
+mixed in: it stops and says so. anew=true puts them aside into runs/<name>/old and runs them again.
 """
 
 DEMO = """\
 examples:
   owlfuse demo runs/shapes_owl3/trial
-  owlfuse demo runs/fusion/owl1-seed0 runs/fusion/owl3-seed0     the same question to both, answers side by side
+  owlfuse demo runs/fusion/owl1-seed0 runs/fusion/owl3-seed0
+      the same question to both, answers side by side
 
 It needs the extra `demo` (pip install 'owlfuse[demo]') and no network. Ctrl-C ends it.
 """

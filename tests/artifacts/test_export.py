@@ -136,30 +136,46 @@ def test_transformers_pipeline_answers_as_the_model_does(experiment, train_run, 
     ] * 2
 
 
-def test_a_fresh_process_reads_it_after_import_owlfuse_in_either_order_of_imports(
-    train_run, tmp_path
-):
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "registering",
+    [
+        "import owlfuse.artifacts.hf\nimport transformers",
+        "import transformers\nimport owlfuse.artifacts.hf",
+        "import owlfuse\nowlfuse.load({out!r})",
+    ],
+    ids=["first", "second", "load"],
+)
+def test_a_fresh_process_reads_it_after_an_import_that_registers(registering, train_run, tmp_path):
     out = tmp_path / "out"
     exported(train_run, "shapes_owl3", out)
-    for first, second in (
-        ("import owlfuse", "import transformers"),
-        ("import transformers", "import owlfuse"),
-    ):
-        code = (
-            f"{first}\n{second}\n"
-            "from transformers import AutoModelForImageTextToText, AutoProcessor, AutoConfig\n"
-            f"model = AutoModelForImageTextToText.from_pretrained({str(out)!r})\n"
-            "print(type(model).__name__, "
-            f"type(AutoProcessor.from_pretrained({str(out)!r})).__name__)\n"
-        )
-        done = subprocess.run(
-            [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path
-        )
-        assert done.stdout.split() == ["OwlfuseForConditionalGeneration", "OwlfuseProcessor"], (
-            done.stderr
-        )
+    code = (
+        f"{registering.format(out=str(out))}\n"
+        "from transformers import AutoModelForImageTextToText, AutoProcessor, AutoConfig\n"
+        f"model = AutoModelForImageTextToText.from_pretrained({str(out)!r})\n"
+        "print(type(model).__name__, "
+        f"type(AutoProcessor.from_pretrained({str(out)!r})).__name__)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path
+    )
+    assert done.stdout.split() == ["OwlfuseForConditionalGeneration", "OwlfuseProcessor"], (
+        done.stderr
+    )
 
 
+@pytest.mark.slow
+def test_importing_owlfuse_alone_registers_nothing_and_imports_no_library():
+    code = (
+        "import sys\nbefore = list(sys.meta_path)\nimport owlfuse\n"
+        "print(sys.meta_path == before, 'torch' in sys.modules, 'transformers' in sys.modules)\n"
+        "from transformers import CONFIG_MAPPING\nprint('owlfuse' in CONFIG_MAPPING)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["True", "False", "False", "False"]
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("experiment", ["shapes_owl2", "shapes_owl3"])
 def test_lora_is_written_in_pefts_format_and_loads_onto_the_base(experiment, train_run, tmp_path):
     out, merged = tmp_path / "out", tmp_path / "merged"
@@ -182,7 +198,7 @@ def test_lora_is_written_in_pefts_format_and_loads_onto_the_base(experiment, tra
     assert {config["r"], *config["rank_pattern"].values()} == {4, 8}
     assert not (merged / "adapter").exists()
     with safe_open(merged / "model.safetensors", "pt") as file:
-        assert not [name for name in file.keys() if "lora" in name or "base_layer" in name]
+        assert not [name for name in file.keys() if "lora" in name or "base_layer" in name]  # noqa: SIM118
 
 
 def test_what_an_llm_from_elsewhere_has_in_its_configuration_does_not_keep_it_from_loading(
@@ -208,6 +224,7 @@ def test_large_weights_are_sharded(train_run, tmp_path):
         assert torch.equal(owlfuse.load(out)(batch), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["shapes_owl1", "shapes_owl3-lora"])
 def test_a_run_starts_from_an_export(name, train_run, tmp_path, work):
     out = tmp_path / "out"

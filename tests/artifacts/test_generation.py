@@ -32,11 +32,8 @@ LATER = [[11, "image", 12, 13, 14, "image", 15, "image", 16]]
 def wrapped(node, family="llama"):
     model = make_model(node, llm=llm_fields(family))
     perturb(fusion_of(model).values())
-    settings = {
-        "eos_token_id": END,
-        "pad_token_id": 0,
-        "suppress_tokens": [END],
-    }  # answers of one length compare whole
+    # answers of one length compare whole
+    settings = {"eos_token_id": END, "pad_token_id": 0, "suppress_tokens": [END]}
     return OwlfuseForConditionalGeneration.wrap(model, PLACEHOLDER, settings).eval()
 
 

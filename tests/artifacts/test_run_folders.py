@@ -52,6 +52,7 @@ def hold(tmp_path):
         process.wait()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", [True, False])
 def test_the_second_command_says_who_holds_the_folder(tmp_path, hold, how):
     run = tmp_path / "run"
@@ -64,6 +65,7 @@ def test_the_second_command_says_who_holds_the_folder(tmp_path, hold, how):
     assert (run / LOCK).exists()  # still the other's
 
 
+@pytest.mark.slow
 def test_what_a_dead_process_held_is_free(tmp_path, hold):
     run = tmp_path / "run"
     holder = hold(run)
@@ -75,6 +77,7 @@ def test_what_a_dead_process_held_is_free(tmp_path, hold):
     assert not run.exists()  # there was nothing in it
 
 
+@pytest.mark.slow
 def test_a_process_that_was_forked_holds_nothing(tmp_path):
     """As data workers are, which outlive a killed run by some seconds."""
     run = tmp_path / "run"
@@ -167,7 +170,7 @@ def work(tmp_path_factory):
 
 def start(work, *words):
     """`owlfuse train` in a process group of its own."""
-    command = [sys.executable, "-m", "owlfuse.__main__", "train", *words]
+    command = [sys.executable, "-m", "owlfuse", "train", *words]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     return subprocess.Popen(command, cwd=work, env=environment, start_new_session=True, **pipes)

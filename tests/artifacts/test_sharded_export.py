@@ -78,12 +78,10 @@ def exported(folder, kind, name, out, *options):
 def check_close(mine, theirs):
     assert mine.keys() == theirs.keys()
     for name in mine:
-        if (
-            "key.bias" not in name
-        ):  # no softmax depends on it: its gradient is rounding, which Adam makes large
-            relative = (
-                1e-3 if "running_" in name else 0
-            )  # statistics are no weights, and may be large
+        # no softmax depends on it: its gradient is rounding, which Adam makes large
+        if "key.bias" not in name:
+            # statistics are no weights, and may be large
+            relative = 1e-3 if "running_" in name else 0
             torch.testing.assert_close(
                 mine[name],
                 theirs[name],
@@ -93,11 +91,13 @@ def check_close(mine, theirs):
             )
 
 
+@pytest.mark.slow
 def test_a_sharded_run_in_bf16_is_evaluated_before_and_after(folder):
     metrics = json.loads((run_of(folder, "fsdp", "lower") / "results.json").read_text())["metrics"]
     assert 0 < metrics["val/loss"] < metrics["before/val/loss"] < 20
 
 
+@pytest.mark.slow
 def test_a_sharded_run_is_exported_as_that_of_one_process(folder, tmp_path):
     assert last_checkpoint(run_of(folder, "fsdp", "full")).is_dir()
     mine = exported(folder, "fsdp", "full", tmp_path / "two")
@@ -108,6 +108,7 @@ def test_a_sharded_run_is_exported_as_that_of_one_process(folder, tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_an_adapter_that_two_processes_trained_is_whole(folder, tmp_path):
     base = exported(folder, "fsdp", "lora", tmp_path / "two")
     alone = exported(folder, "alone", "lora", tmp_path / "one")
@@ -127,6 +128,7 @@ def test_an_adapter_that_two_processes_trained_is_whole(folder, tmp_path):
         assert torch.equal(whole[f"{part}.default.{rest}"], value)
 
 
+@pytest.mark.slow
 def test_the_adapter_of_two_processes_folded_in_is_the_sum(folder, tmp_path):
     base = exported(folder, "fsdp", "lora", tmp_path / "two")
     merged = exported(folder, "fsdp", "lora", tmp_path / "merged", "merge=true")

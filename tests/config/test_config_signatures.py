@@ -85,8 +85,8 @@ def test_errors_are_those_of_the_class_itself(mistake, monkeypatch):
     words = ["experiment=shapes_owl3", mistake]
     with pytest.raises(ConfigError) as quick:
         compose(words)
-    monkeypatch.setattr("owlfuse.config.signatures.read_signature", lambda target: None)
-    monkeypatch.setattr("owlfuse.config.signatures.read_signature", lambda target: None)
+    monkeypatch.setattr("owlfuse.config.check.read_signature", lambda target: None)
+    monkeypatch.setattr("owlfuse.config.hydra.read_signature", lambda target: None)
     with pytest.raises(ConfigError) as full:
         compose(words)
     assert str(quick.value) == str(full.value)

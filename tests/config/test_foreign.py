@@ -67,7 +67,7 @@ def test_the_default_configuration_passes():
         "os.system",
         "subprocess.run",
         "builtins.exec",
-        "owlfuse.runs.os.system",
+        "owlfuse.artifacts.runs.os.system",
         "owlfuse.data.shapes.write.write_shapes",
         "torch.nn.Linear",
     ],

@@ -8,12 +8,17 @@ from pathlib import Path
 import pytest
 
 from helpers import SHAPE_COUNTS
+from owlfuse.artifacts.identity import weights_identity
 from owlfuse.config.identity import (
+    ENTRY,
+    SOURCE,
     code_hash,
     config_hash,
     data_hash,
     differing_hash,
-    weights_identity,
+    names_imported_by,
+    owlfuse_files,
+    parts_of_owlfuse,
 )
 from owlfuse.data import identity as data_identities
 from owlfuse.data.formats.llava import LLaVA
@@ -74,6 +79,43 @@ def test_the_hash_of_the_code_does_not_depend_on_where_it_lies(outside, tmp_path
     assert code_hash(config) == before
 
 
+@pytest.mark.parametrize(
+    ("file", "counts"),
+    [
+        ("training/module.py", True),
+        ("model/multimodal.py", True),
+        ("data/mixture/schedule.py", True),
+        ("data/formats/llava.py", True),
+        ("data/chat/templates/vicuna.jinja", True),
+        ("data/formats/alpaca.py", True),  # whichever are chosen
+        ("model/fusion/concat.py", True),
+        ("serving/demo/page.py", False),
+        ("studies/ablation/page.py", False),
+        ("evaluation/lmms/prompts.py", False),
+        ("planning/bench/step.py", False),
+        ("__main__.py", False),
+    ],
+)
+def test_the_code_of_a_run_is_what_its_training_imports(file, counts):
+    files = owlfuse_files({ENTRY, *parts_of_owlfuse(), "torch.nn.Linear"})
+    assert (SOURCE / file).is_file()
+    assert (file in files) == counts
+
+
+def test_a_module_that_is_imported_through_another_counts_wherever_the_package_lies(tmp_path):
+    source = tmp_path / "owlfuse"
+    (source / "inner").mkdir(parents=True)
+    (source / "__init__.py").write_text("")
+    (source / "first.py").write_text("def late():\n    from owlfuse.inner import second\n")
+    (source / "inner/__init__.py").write_text("")
+    (source / "inner/second.py").write_text("import owlfuse.third\n")
+    (source / "third.py").write_text("from owlfuse.first import late\nimport json\n")
+    (source / "alone.py").write_text("import owlfuse.first\n")
+    names_imported_by.cache_clear()
+    files = owlfuse_files({"owlfuse.first.late"}, source)
+    assert list(files) == ["first.py", "inner/second.py", "third.py"]
+
+
 @pytest.fixture
 def shapes(tmp_path):
     write_shapes(str(tmp_path / "shapes"), **SHAPE_COUNTS)
@@ -89,9 +131,8 @@ def identity_of(folder, root=None):
 def test_data_are_known_by_contents_and_not_by_place_or_time(shapes, tmp_path):
     before = identity_of(shapes)
     assert set(before) == {"data.sources.shapes", "data.sources.shapes, its pictures"}
-    copy = Path(
-        shutil.copytree(shapes, tmp_path / "copy", copy_function=shutil.copyfile)
-    )  # with times of now
+    # with times of now
+    copy = Path(shutil.copytree(shapes, tmp_path / "copy", copy_function=shutil.copyfile))
     assert identity_of(copy) == before
     assert identity_of(copy, root=shapes) == before
 

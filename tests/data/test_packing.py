@@ -59,9 +59,8 @@ def test_every_item_is_in_exactly_one_row_and_no_row_is_too_long(seed):
 @pytest.mark.parametrize("seed", range(10))
 def test_it_is_the_best_fit_of_each_item_from_the_longest_on(seed):
     chance = random.Random(seed)
-    lengths = chance.sample(
-        range(1, 60), 40
-    )  # all different, so that ties decide nothing but between equal spaces
+    # all different, so that ties decide nothing but between equal spaces
+    lengths = chance.sample(range(1, 60), 40)
     assert sum(map(len, best_fit(lengths, 64))) == 40
     assert len(best_fit(lengths, 64)) == len(slow_best_fit(lengths, 64))
     assert best_fit(lengths, 64) == slow_best_fit(lengths, 64)
@@ -89,10 +88,8 @@ def test_packed_rows_never_hold_more_padding_than_unpacked_ones_or_than_rows_of_
 def test_rows_are_as_long_as_leaves_no_row_half_empty():
     assert positions(best_fit([10] * 3, 20), [10] * 3) == 40
     assert least_padding([10] * 3, 20) == [[0], [1], [2]]
-    assert least_padding([10] * 4, 20) == [
-        [0, 1],
-        [2, 3],
-    ]  # no padding either way: as few rows as may be
+    # no padding either way: as few rows as may be
+    assert least_padding([10] * 4, 20) == [[0, 1], [2, 3]]
     assert least_padding([], 20) == []
     with pytest.raises(ValueError, match="item 0 is 21 long"):
         least_padding([21], 20)

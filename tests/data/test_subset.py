@@ -63,9 +63,8 @@ def test_the_share_of_each_kind_is_within_one_of_its_share_of_all(items, limit):
         assert mine[kind] <= count
         if limit >= len(all_kinds):
             assert mine[kind] >= 1
-        raised = sum(
-            size * limit < len(items) for size in all_kinds.values()
-        )  # to one of a small kind
+        # to one of a small kind
+        raised = sum(size * limit < len(items) for size in all_kinds.values())
         assert abs(mine[kind] - count * min(limit, len(items)) / len(items)) <= 1 + raised
     assert stratified_sample(kinds, pictures, limit) == chosen
 

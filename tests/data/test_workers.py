@@ -68,6 +68,7 @@ def wait_for(found, seconds):
     return value
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not os.path.isdir("/proc"), reason="reads /proc")
 def test_no_process_is_left_behind(shapes, tmp_path):
     records = json.loads((shapes / "train.json").read_text())

@@ -74,9 +74,8 @@ def test_the_pooled_fusion_lets_the_text_after_an_image_see_it_and_nothing_befor
 def test_the_shallow_llm_has_the_first_layers_and_says_when_there_are_fewer(examples):
     llm = model_of("experiment=parts", "model.llm.keep=3").llm
     assert len(llm.model.layers) == 3
-    assert (
-        type(llm.config)(**llm.config.to_dict()).num_hidden_layers == 3
-    )  # as an exported folder is read
+    # as an exported folder is read
+    assert type(llm.config)(**llm.config.to_dict()).num_hidden_layers == 3
     with pytest.raises(ValueError, match="llm: keep is 9, and the LLM has 4 layers"):
         model_of("experiment=parts", "model.llm.keep=9")
 
@@ -150,7 +149,7 @@ def test_all_parts_together_train_and_are_evaluated_and_exported(questions, monk
     def owlfuse(*words):
         environment = {**os.environ, "PYTHONPATH": str(REPO / "src")}
         ran = subprocess.run(
-            [sys.executable, "-m", "owlfuse.__main__", *words],
+            [sys.executable, "-m", "owlfuse", *words],
             env=environment,
             capture_output=True,
             text=True,

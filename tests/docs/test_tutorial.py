@@ -29,9 +29,8 @@ def test_the_tutorial_runs_word_for_word_in_an_empty_folder(tmp_path):
         ["bash", "-x"], input=script, cwd=tmp_path, env=environment, capture_output=True, text=True
     )
     assert ran.returncode == 0, ran.stdout[-2000:] + ran.stderr[-4000:]
-    assert (
-        "will be deleted" not in ran.stderr
-    )  # Lightning's words on a folder that two loggers share
+    # Lightning's words on a folder that two loggers share
+    assert "will be deleted" not in ran.stderr
     for file in (
         "shapes_owl3/first/contact_sheet.png",
         "flags/second/results.json",

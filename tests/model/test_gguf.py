@@ -9,9 +9,11 @@ pytest.importorskip(
     "gguf", reason="GGUF files need pip install gguf (the extras pretrained and dev have it)"
 )
 
+from gguf import GGUFReader
+
 from gguf_files import CONTROL, TOKENS, tiny_llm, write_gguf
 from owlfuse.core.errors import DataError
-from owlfuse.data.chat.tokenizer import load_tokenizer
+from owlfuse.data.chat.tokenizer import control_ids, load_tokenizer
 from owlfuse.model.llm import load_llm
 
 FILE = "tiny.gguf"
@@ -90,6 +92,12 @@ def test_the_tokenizer_of_a_gguf_file_splits_digits_first_where_its_kind_does(
     assert smollm.decode(smollm(text).input_ids) == text
     gpt2 = load_tokenizer(str(write_gguf(tmp_path / FILE, llm, pre="gpt-2")))
     assert pieces(gpt2, text) == ["a", "Ġ", "Ġ", "1", "Ċ", "Ċ", "1", "2"]
+
+
+def test_control_tokens_are_those_that_the_file_names(folder):
+    """Asked of the file, since newer versions of transformers mark them whatever is added here."""
+    assert control_ids(GGUFReader(folder / FILE).fields) == list(range(len(CONTROL)))
+    assert control_ids({}) == []
 
 
 def test_the_tokenizer_of_a_gguf_file_knows_its_template_and_control_tokens(folder):

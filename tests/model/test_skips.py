@@ -74,9 +74,8 @@ def test_a_resumed_run_goes_on_counting_from_the_last_whole_step(module, tmp_pat
     second.on_load_checkpoint(torch.load(tmp_path / "last.ckpt", weights_only=True))
     assert second.skipped == Counter([skip("a", 1), skip("b", 2)])
     assert second.truncated == {"a": 1}
-    assert second.notes.counts == {
-        ("a", "not used: a record's 'topic'"): 6
-    }  # two micro batches of a whole step
+    # two micro batches of a whole step
+    assert second.notes.counts == {("a", "not used: a record's 'topic'"): 6}
     assert second.padded.counts() == first.padded.counts() != (0, 0, 0)
     once = first.padded.counts()
     train(second, ([skip("a", 3)], [("a", "a:8", 2)]), ([], []))
@@ -153,7 +152,7 @@ def test_skips_of_a_checkpoint_that_has_a_row_for_each_time_are_counted(module):
 def test_a_sample_that_two_ranks_met_counts_once(module, monkeypatch, ranks, raises):
     made = module(max_skips=2)
     skips = [(Counter(skip("a", number) for number in numbers), {}, Counter()) for numbers in ranks]
-    monkeypatch.setattr("owlfuse.parallel.collectives.all_objects", lambda trainer, value: skips)
+    monkeypatch.setattr("owlfuse.training.module.all_objects", lambda trainer, value: skips)
     if raises:
         with pytest.raises(
             DataError,

@@ -19,6 +19,7 @@ from owlfuse.training import train
 SCRIPT = Path(__file__).resolve().parents[2] / "experiments" / "many_gpus" / "torchrun.sh"
 
 
+@pytest.mark.slow
 def test_two_nodes_train_as_one_process_does_and_only_rank_0_writes(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_shapes("data/shapes", **SHAPE_COUNTS)

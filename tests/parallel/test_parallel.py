@@ -161,18 +161,17 @@ def check(folder, scratch, case, split, accumulation):
     mine, theirs = weights(two, scratch), weights(one, scratch)
     assert mine.keys() == theirs.keys()
     for key in mine:
-        if (
-            "key.bias" not in key
-        ):  # no softmax depends on it: its gradient is rounding, which Adam makes large
-            relative = (
-                5e-3 if "running_" in key else 0
-            )  # statistics are no weights, and features that they are of may be large
+        # no softmax depends on it: its gradient is rounding, which Adam makes large
+        if "key.bias" not in key:
+            # statistics are no weights, and features that they are of may be large
+            relative = 5e-3 if "running_" in key else 0
             message = partial("{}: {}".format, key)
             torch.testing.assert_close(
                 mine[key], theirs[key], atol=1e-4, rtol=relative, msg=message
             )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("case", "split", "accumulation"), sorted(FAST))
 def test_two_processes_follow_one(folder, tmp_path, case, split, accumulation):
     check(folder, tmp_path, case, split, accumulation)
@@ -236,11 +235,13 @@ def test_processes_that_end_right_after_a_collective_end_well(tmp_path):
         assert done.returncode == 0, done.stderr[-2000:]
 
 
+@pytest.mark.slow
 def test_some_steps_had_pictures_on_one_rank_alone_and_some_on_none(folder):
     without = column(run_of(folder, "fsdp", "owl3-scarce-1"), "data/ranks_without_images")
     assert {1, 2} <= set(without)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "split"), [("owl3-1", "ddp"), ("owl2-1", "fsdp"), ("owl3-1", "tp")]
 )

@@ -14,7 +14,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 import saved_by_callers
 from owlfuse.core.errors import DataError
-from owlfuse.parallel.checkpoints import SafePlanner, SafeReader, read_shards
+from owlfuse.parallel.checkpoints import SafePlanner, SafeReader, naming_damaged_parts, read_shards
 
 
 class Bomb:
@@ -68,6 +68,24 @@ def test_all_kinds_of_values_are_read_back(folder):
         "a": torch.float32,
         "b": torch.bfloat16,
     }
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("state_dict.model.a", torch.arange(6.0)), ("optimizer_0.step", torch.tensor(3.0))],
+)
+def test_a_flipped_bit_of_a_part_that_is_loaded_is_named(name, value, folder):
+    table = SafeReader(folder).read_metadata()
+    part = next(part for index, part in table.storage_data.items() if index.fqn == name)
+    file = folder / part.relative_path
+    content = bytearray(file.read_bytes())
+    content[content.index(value.numpy().tobytes(), part.offset)] ^= 1
+    file.write_bytes(content)
+    state = {"state_dict": {"model.a": torch.zeros(2, 3), "model.b": torch.zeros(2, 3)}}
+    state["optimizer_0"] = {"step": torch.tensor(0.0)}
+    error = f"{name} differs from its checksum; delete {folder} to go on from the checkpoint before"
+    with pytest.raises(DataError, match=error), naming_damaged_parts():
+        dcp.load(state, storage_reader=SafeReader(folder), planner=SafePlanner(), no_dist=True)
 
 
 @pytest.mark.parametrize(

@@ -88,7 +88,7 @@ def whole_of(folder, name):
 
 def start(folder, *overrides):
     """`owlfuse train`, which starts the second rank itself."""
-    command = [sys.executable, "-m", "owlfuse.__main__", "train", *overrides]
+    command = [sys.executable, "-m", "owlfuse", "train", *overrides]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     return subprocess.Popen(command, cwd=folder, env=environment, start_new_session=True, **pipes)

@@ -12,7 +12,7 @@ from helpers import SHAPE_COUNTS
 from owlfuse.data.shapes.write import write_shapes
 
 SWEEP = [*SMALL, *OWL3, *TWO, "data.global_batch_size=8", "trainer.max_steps=2", "seed=1,2"]
-COMMAND = ["-m", "owlfuse.__main__", "train", "-m", *SWEEP]
+COMMAND = ["-m", "owlfuse", "train", "-m", *SWEEP]
 
 
 def output_of(words, folder):

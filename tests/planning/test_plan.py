@@ -113,9 +113,8 @@ def test_flops_are_those_of_the_formula_and_less_for_what_is_frozen():
     batch = meta_batch(planned, rows=3, length=20, images=0)
     d, kv, hidden, tokens = 64, 32, 96, 3 * 20
     layer = d * d * 2 + d * kv * 2 + 3 * d * hidden
-    attention = (
-        2 * 2 * 3 * 4 * 20 * 20 * 16
-    )  # two products of (20, 16) and (16, 20) for each of 3 rows and 4 heads
+    # two products of (20, 16) and (16, 20) for each of 3 rows and 4 heads
+    attention = 2 * 2 * 3 * 4 * 20 * 20 * 16
     forward = 2 * (2 * tokens * layer + attention) + 2 * tokens * d * VOCAB
     picture = read_picture(planned)
     reading = read_step(planned, batch)
@@ -351,9 +350,8 @@ def test_fsdp_divides_what_ddp_holds_whole_and_accumulation_keeps_gradients():
         + plan.asked.optimizer
         + plan.asked.activations
     )
-    assert fsdp.gradients == pytest.approx(
-        plan.asked.gradients / 2 / 4, rel=0.01
-    )  # DDP has them in buckets too
+    # DDP has them in buckets too
+    assert fsdp.gradients == pytest.approx(plan.asked.gradients / 2 / 4, rel=0.01)
     assert fsdp.optimizer == pytest.approx(plan.asked.optimizer / 4, rel=0.01)
     assert fsdp.parameters < plan.asked.parameters / 2
     assert fsdp.gathered > 0 == plan.asked.gathered

@@ -8,9 +8,11 @@ import pytest
 from omegaconf import OmegaConf
 
 from owlfuse.__main__ import main
+from owlfuse.config.build import build
 from owlfuse.config.compose import compose
 from owlfuse.core.errors import DataError
 from owlfuse.data.shapes.write import write_shapes
+from owlfuse.model.multimodal import on_meta
 from owlfuse.planning.mixture import mixture_command
 
 SIZES = {
@@ -48,9 +50,6 @@ def words(*more):
 
 def loaded(overrides, steps):
     """Samples drawn and supervised tokens by source, and the lengths, by loading each sample."""
-    from owlfuse.config.build import build
-    from owlfuse.model.multimodal import on_meta
-
     config = compose(overrides)
     plan, _ = on_meta(OmegaConf.to_container(config.model), 1024)
     data = build(config.data)
@@ -100,14 +99,16 @@ def test_out_names_the_folder_and_phases_and_ends_are_told(tmp_path, capsys):
     ]
     report = mixture_command(words(*more))
     assert (tmp_path / "here/mixture.json").exists()
-    assert report["samples"] < 400
     printed = " ".join(capsys.readouterr().out.split())
-    rest = report["samples"] % 8
+    data = build(compose(words(*more[2:])).data)
+    available = data.mixture.available(400)
+    rest = available % 8
     assert rest
+    assert report["samples"] == available - rest < 400
+    assert sum(row["drawn"] for row in report["sources"].values()) == report["samples"]
     left = {name: row["left_of_last_pass"] for name, row in report["sources"].items()}
     assert (
-        f"after {report['samples']} samples of 400, the last {rest} of which make no whole global "
-        "batch"
+        f"after {available} samples of 400, the last {rest} of which make no whole global batch"
     ) in printed
     assert (
         f"never drawn of each source's last pass: shapes {left['shapes']}, text {left['text']}"
@@ -137,12 +138,35 @@ def test_ids_that_several_samples_bear_are_told(capsys):
     assert "the first is twin, of samples 2 and 8 as" in printed
 
 
-@pytest.mark.parametrize(("word", "line"), [
-    ("steps=many", "command line: steps=many: expected a number of steps from 1 on"),
-    ("data.at_end=twice", "at_end of source shapes is twice, expected repeat, stop, once"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("word", "line"),
+    [
+        ("steps=many", "command line: steps=many: expected a number of steps from 1 on"),
+        ("data.at_end=twice", "at_end of source shapes is twice, expected repeat, stop, once"),
+    ],
+)
 def test_a_mistake_is_one_line(word, line, capsys):
     assert main(["mixture", *words(word)]) == 2
     error = capsys.readouterr().err
     assert line in error
     assert error.count("\n") == 1
+
+
+def test_by_tokens_the_realised_shares_stand_beside_the_asked_ones(capsys):
+    report = mixture_command(words("steps=40", "data.weights_by=tokens"))
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "weights by tokens" in printed
+    for name, row in report["sources"].items():
+        assert row["asked_share"] == pytest.approx({"shapes": 0.65, "text": 0.35}[name])
+        assert row["supervised_share"] == pytest.approx(row["asked_share"], abs=0.02)
+        assert row["drawn_share"] != pytest.approx(row["asked_share"], abs=0.05)
+        assert f"{100 * row['supervised_share']:.2f} %" in printed
+
+
+def test_a_schedule_without_a_whole_global_batch_is_told(capsys):
+    more = ["data.at_end={text: stop}", "data.global_batch_size=800"]
+    report = mixture_command(words("steps=3", *more))
+    assert (report["steps"], report["samples"], report["histogram"][0]["samples"]) == (0, 0, 0)
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "of 2,400, the last" in printed
+    assert "make no whole global batch" in printed

@@ -136,9 +136,8 @@ def test_an_image_mark_is_where_a_picture_stands_and_escaped_it_is_a_word(traine
     assert conversation.last[1]["input_ids"][0].tolist() == asked.input_ids.tolist()
     messages.append({"role": "assistant", "content": [{"type": "text", "text": said}]})
     messages.append({"role": "user", "content": [{"type": "text", "text": "<image>?"}]})
-    conversation.messages[-1]["content"][0]["text"] = said = (
-        "It is <image>."  # a model may write the word, letter by letter
-    )
+    # a model may write the word, letter by letter
+    conversation.messages[-1]["content"][0]["text"] = said = "It is <image>."
     messages[1]["content"][0]["text"] = said
     conversation.ask(r"\<image>?", lambda piece: None)
     asked = encoder.encode_prompt(Sample("s:1", "s", messages, ["red.png"]))

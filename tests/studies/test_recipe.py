@@ -132,6 +132,7 @@ def test_every_recipe_is_known_to_these_tests():
         assert (find_folders().recipe(name).parent / "README.md").is_file()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", [*EMBEDDED, *PAPERS])
 def test_a_recipe_composes_and_trains_in_each_stage_what_its_paper_says(recipe):
     stages = make_stages(recipe, [])
@@ -141,6 +142,7 @@ def test_a_recipe_composes_and_trains_in_each_stage_what_its_paper_says(recipe):
     assert trained == TRAINED[recipe]
 
 
+@pytest.mark.slow
 def test_dry_run_prints_what_each_stage_trains_and_writes_nothing(capsys):
     before = sorted(Path().rglob("*"))
     recipe_command("owl2_paper", ["dry_run=true", "plan.gpus=8"])
@@ -179,6 +181,7 @@ def test_a_stage_is_an_experiment_too():
     assert "tiny/second" not in find_folders().experiment_names
 
 
+@pytest.mark.slow
 def test_overrides_are_for_all_stages_or_for_one():
     words = [
         "optim.lr=0.5",
@@ -201,24 +204,43 @@ def test_overrides_are_for_all_stages_or_for_one():
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ("trains: {llm: full}", "trains: {lm: full}", "wrong/recipe.yaml: stage third: trains.lm: no such part; did "),
-        ("trains: {llm: full}", "trains: {llm: fulll}", ("stage third: .*wrong/recipe.yaml: model/adapter=fulll: no "
-            "such")),
-        ("trains: {llm: full}", "trains: {llm: full}\n    optim: {lrr: 1}", ("stage third: .*/recipe.yaml: optim.lrr: no "
-            "such")),
-        ("{image_size: 64}", "{image_size: 64}\n      connector: {queries: 4}",
-         ("stage third: model.connector.queries is 4, and 8 in stage second, whose weights it "
-             "starts from; set it in the base")),
+        (
+            "trains: {llm: full}",
+            "trains: {lm: full}",
+            "wrong/recipe.yaml: stage third: trains.lm: no such part; did ",
+        ),
+        (
+            "trains: {llm: full}",
+            "trains: {llm: fulll}",
+            ("stage third: .*wrong/recipe.yaml: model/adapter=fulll: no such"),
+        ),
+        (
+            "trains: {llm: full}",
+            "trains: {llm: full}\n    optim: {lrr: 1}",
+            ("stage third: .*/recipe.yaml: optim.lrr: no such"),
+        ),
+        (
+            "{image_size: 64}",
+            "{image_size: 64}\n      connector: {queries: 4}",
+            (
+                "stage third: model.connector.queries is 4, and 8 in stage second, whose weights "
+                "it "
+                "starts from; set it in the base"
+            ),
+        ),
         ("trains: {llm: full}", "trains: {}", "stage third: .*every part is frozen"),
-        ("{image_size: 64}", "{image_size: 70}", ("stage third: .*model.vision: image_size is 70, which .* do not "
-            "divide")),
+        (
+            "{image_size: 64}",
+            "{image_size: 70}",
+            ("stage third: .*model.vision: image_size is 70, which .* do not divide"),
+        ),
         ("- name: third", "- name: first", "stage first: the name stands twice"),
         ("- name: third", "- nam: third", "stage 3: expected a name of letters"),
         ("stages:", "stage:", "wrong/recipe.yaml: stages: expected a list of stages"),
         ("base:", "bass:", "wrong/recipe.yaml: bass: no such key of a recipe; did you mean 'base'"),
         ("- name: third", "- name: third: x", r"wrong/recipe.yaml:\d+: not YAML"),
     ],
-)  # fmt: skip
+)
 def test_a_mistake_in_the_last_stage_is_told_before_the_first_one_trains(old, new, message):
     write_recipe("wrong", new.join(TINY.rsplit(old, 1)))
     with pytest.raises(ConfigError, match=message) as error:
@@ -280,11 +302,11 @@ def test_a_recipe_of_two_steps_a_stage_leaves_a_whole_run_of_each(recipe, capsys
     assert all(f"stage {name} is finished" in output for name in stages)
 
 
+@pytest.mark.slow
 def test_each_stage_starts_from_the_weights_of_the_one_before_and_position_embeddings_are_resampled():
     """With a learning rate of next to nothing in the later stages, they end where they began."""
-    still = [
-        f"stages.{name}.optim.lr=1e-60" for name in ("second", "third")
-    ]  # which moves no float32
+    # which moves no float32
+    still = [f"stages.{name}.optim.lr=1e-60" for name in ("second", "third")]
     recipe_command("tiny", [*SMALL, "name=pass", *still])
     first, second, third = (
         plain(weights(Path("runs/tiny/pass") / name)) for name in ("first", "second", "third")
@@ -311,6 +333,7 @@ def ran(folder):
     return Path("runs/tiny/ran")
 
 
+@pytest.mark.slow
 def test_lora_of_a_stage_is_in_the_weights_of_the_next_and_frozen_parts_stay(ran):
     first, second, third = (weights(ran / name) for name in ("first", "second", "third"))
     name = "model.llm.model.layers.0.self_attn.q_proj"
@@ -323,24 +346,22 @@ def test_lora_of_a_stage_is_in_the_weights_of_the_next_and_frozen_parts_stay(ran
     assert all(torch.equal(first[key], third[key]) for key in vision)
 
 
+@pytest.mark.slow
 def test_a_stage_that_was_begun_otherwise_is_not_gone_on_with(ran):
     with pytest.raises(
         ConfigError,
         match=r"stages.yaml: stage first was begun with optim.lr 0.002, and it is 0.001 now; choose",
     ):
         write_record(make_stages("tiny", [*RAN, "optim.lr=0.001"]))
-    write_record(
-        make_stages("tiny", [*RAN, "data.micro_batch_size=4"])
-    )  # changes nothing that is learned
+    # changes nothing that is learned
+    write_record(make_stages("tiny", [*RAN, "data.micro_batch_size=4"]))
     recipe_command("tiny", RAN)
 
 
 def start(*words):
-    command = [sys.executable, "-m", "owlfuse.__main__", "recipe", "tiny", *SMALL, *words]
-    threads = {
-        **os.environ,
-        "OMP_NUM_THREADS": str(torch.get_num_threads()),
-    }  # other threads, other last bits
+    command = [sys.executable, "-m", "owlfuse", "recipe", "tiny", *SMALL, *words]
+    # other threads, other last bits
+    threads = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
     return subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=threads
     )
@@ -379,6 +400,7 @@ def test_after_sigkill_the_same_command_goes_on_at_the_stage_and_step_and_ends_a
         assert losses(root / name) == losses(Path("runs/tiny/whole") / name)
 
 
+@pytest.mark.slow
 def test_a_stage_that_was_stopped_between_its_last_step_and_its_export_is_exported(ran, capsys):
     before = weights(ran / "third")
     shutil.rmtree(ran / "third" / "export")
@@ -390,6 +412,7 @@ def test_a_stage_that_was_stopped_between_its_last_step_and_its_export_is_export
     assert not list(ran.glob("third.*"))
 
 
+@pytest.mark.slow
 def test_a_stage_that_was_stopped_before_its_first_checkpoint_begins_anew_and_keeps_what_was_there(
     ran,
 ):
@@ -412,7 +435,7 @@ def test_under_torchrun_every_rank_goes_through_the_same_stages_and_one_writes()
     ]
     command += [
         "-m",
-        "owlfuse.__main__",
+        "owlfuse",
         "recipe",
         "tiny",
         *SMALL,
@@ -433,7 +456,6 @@ def test_under_torchrun_every_rank_goes_through_the_same_stages_and_one_writes()
         for key, tensor in weights(Path("runs/tiny/ranks") / name).items():
             if "key.bias" in key:  # no softmax depends on it: its gradient is rounding alone
                 continue
-            apart = (
-                tensor - alone[key]
-            ).abs() > 1e-4  # of a gradient of rounding alone Adam makes a whole step
+            # of a gradient of rounding alone Adam makes a whole step
+            apart = (tensor - alone[key]).abs() > 1e-4
             assert apart.double().mean() < 1e-3, (name, key)

@@ -102,9 +102,8 @@ def write_odd(root):
     add("moving.png", Image.new("RGB", SIZE, RED), RED, **moving)
     add("pages.tiff", Image.new("RGB", SIZE, RED), RED, **moving)
     turned = Image.new("RGB", SIZE, "blue")
-    turned.paste(
-        RED, (0, 5, 10, 10)
-    )  # bottom left, which a quarter turn to the right brings to the top left
+    # bottom left, which a quarter turn to the right brings to the top left
+    turned.paste(RED, (0, 5, 10, 10))
     exif = turned.getexif()
     exif[0x0112] = 6
     add("turned.jpg", turned, RED, SIZE[::-1], 6, exif=exif, quality=95)

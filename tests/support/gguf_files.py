@@ -8,7 +8,7 @@ from tokenizers import pre_tokenizers
 from helpers import llm_fields
 from owlfuse.model.llm import load_llm
 
-CONTROL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+CONTROL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<jupyter_start>"]
 MERGES = ["Ġ Ġ", "Ċ Ċ"]
 TOKENS = [
     *CONTROL,

@@ -43,19 +43,7 @@ def commands(page):
             ):
                 assert (REPO / words[script]).is_file()
                 words = ["owlfuse", "train", *words[script + 1 :]]
-            start = next(
-                (
-                    n
-                    for n, word in enumerate(words)
-                    if word in ("owlfuse", "owlfuse.__main__", "make")
-                ),
-                None,
-            )
+            start = next((n for n, word in enumerate(words) if word in ("owlfuse", "make")), None)
             if start is not None:
-                found.append(
-                    [
-                        "owlfuse" if words[start] == "owlfuse.__main__" else words[start],
-                        *words[start + 1 :],
-                    ]
-                )
+                found.append(words[start:])
     return found

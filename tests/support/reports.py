@@ -32,8 +32,18 @@ def write_ablation(
                 "seed": seed,
                 "name": key,
             }
-            keys.append({"key": key, "cell": cell, "levels": {"fusion": cell}, "seed": seed, "words": [], "hash": HASH,
-                         "steps": 20, "config": config})  # fmt: skip
+            keys.append(
+                {
+                    "key": key,
+                    "cell": cell,
+                    "levels": {"fusion": cell},
+                    "seed": seed,
+                    "words": [],
+                    "hash": HASH,
+                    "steps": 20,
+                    "config": config,
+                }
+            )
             write_run(
                 folder / key, seed, share, pictures, questions, random.Random(f"{cell} {seed}")
             )
@@ -76,7 +86,6 @@ def write_run(
             "id": f"val:{q // 4}#{q % 4}",
             "image": pictures[q // 4],
             "question": (f"Question {q}?"),
-            # fmt: skip
             "expected": "yes",
             "answer": "yes" if right else NASTY,
             "kind": "presence",
@@ -96,7 +105,6 @@ def write_run(
         "seed": seed,
         "steps": 20,
         "metrics": {"val/exact_match": right, "val/loss": 2 - right},
-        # fmt: skip
         "cost": cost,
         "hash": HASH,
         "versions": {"torch": "2"},

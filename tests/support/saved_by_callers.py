@@ -71,7 +71,8 @@ class SaveInTheMiddle(Callback):
         blocked.touch()
         with pytest.raises(DataError, match="x.ckpt could not be written: (File exists|Not a dir)"):
             trainer.save_checkpoint(blocked / "x.ckpt")
-        with pytest.raises(DataError, match="x.ckpt could not be written: (File exists|Not a dir)"):
+        # In the background the error comes here, or with the next checkpoint.
+        with pytest.raises(DataError, match="x.ckpt could not be written: (File exists|Not a dir)"):  # noqa: PT012
             trainer.save_checkpoint(blocked / "x.ckpt", storage_options=BACKGROUND)
             trainer.save_checkpoint(self.path, storage_options=BACKGROUND)
 

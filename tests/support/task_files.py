@@ -328,17 +328,45 @@ def mmbench(folder):
         "split",
     ]
     rows = [
-        {"index": 241, "question": ("Identify the question that Madelyn and Tucker's experiment can best "
-            "answer."), "answer": "B",
-         "hint": "The passage below describes an experiment.", "A": "Does it slide faster?", "B": ("Does wax "
-             "matter?"),
-         "category": "identity_reasoning", "image": encoded("red"), "l2-category": "attribute_reasoning"},
-        {"index": 252, "question": "Which one is the correct caption of this image?", "answer": "D", "hint": "nan",
-         "A": "A cat", "B": "A dog", "C": "A bowl, full", "D": "A \"stop\" sign", "category": "image_topic",
-         "image": encoded("blue"), "l2-category": "coarse_perception"},
-        {"index": 253, "question": "What is right?\nChoose.", "answer": "A", "hint": "", "A": "yes", "B": "no", "C": "maybe",
-         "category": "image_topic", "image": "241", "l2-category": "coarse_perception"},
-    ]  # fmt: skip
+        {
+            "index": 241,
+            "question": (
+                "Identify the question that Madelyn and Tucker's experiment can best answer."
+            ),
+            "answer": "B",
+            "hint": "The passage below describes an experiment.",
+            "A": "Does it slide faster?",
+            "B": ("Does wax matter?"),
+            "category": "identity_reasoning",
+            "image": encoded("red"),
+            "l2-category": "attribute_reasoning",
+        },
+        {
+            "index": 252,
+            "question": "Which one is the correct caption of this image?",
+            "answer": "D",
+            "hint": "nan",
+            "A": "A cat",
+            "B": "A dog",
+            "C": "A bowl, full",
+            "D": 'A "stop" sign',
+            "category": "image_topic",
+            "image": encoded("blue"),
+            "l2-category": "coarse_perception",
+        },
+        {
+            "index": 253,
+            "question": "What is right?\nChoose.",
+            "answer": "A",
+            "hint": "",
+            "A": "yes",
+            "B": "no",
+            "C": "maybe",
+            "category": "image_topic",
+            "image": "241",
+            "l2-category": "coarse_perception",
+        },
+    ]
     with (folder / "mmbench_dev_20230712.tsv").open("w", newline="") as file:
         writer = csv.DictWriter(file, columns, delimiter="\t", lineterminator="\n")
         writer.writeheader()

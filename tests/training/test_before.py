@@ -160,9 +160,8 @@ def test_no_everyday_question_that_is_evaluated_is_trained_on():
     assert all(
         holds_answer(record["messages"][1]["content"], record["accepted"]) for record in records
     )
-    assert not [
-        q for q, r in zip(asked, records) if holds_answer(q, r["accepted"])
-    ]  # no question gives its answer away
+    # no question gives its answer away
+    assert not [q for q, r in zip(asked, records) if holds_answer(q, r["accepted"])]
 
 
 def test_the_everyday_files_are_those_of_the_candidates():

@@ -8,8 +8,8 @@ from helpers import SHAPE_COUNTS, SMALL_RUN
 from owlfuse.config.compose import compose
 from owlfuse.core.errors import DataError
 from owlfuse.data.shapes.write import write_shapes
-from owlfuse.model import loss
 from owlfuse.model.loss import batch_loss
+from owlfuse.training import module as training
 from owlfuse.training import train
 from owlfuse.training.finite import FiniteWatch
 
@@ -43,7 +43,7 @@ def test_a_run_ends_and_the_checkpoints_before_are_as_they_were(every, tmp_path,
         batches.extend([1] * model.training)
         return (loss * float("nan") if model.training and len(batches) == 3 else loss), tokens
 
-    monkeypatch.setattr(loss, "batch_loss", lost_in_step_3)
+    monkeypatch.setattr(training, "batch_loss", lost_in_step_3)
     words = [
         "experiment=shapes_owl3",
         *SMALL_RUN,

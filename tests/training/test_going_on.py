@@ -102,6 +102,7 @@ def metrics(run, column):
         return [row["step"] for row in csv.DictReader(file) if row.get(column)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("size", "steps"), [(2, 8), (8, 6), (4, 8), (1, 6)])
 def test_another_global_batch_takes_up_the_very_next_sample(copy, seen, size, steps):
     """The schedule and its phase, which begins at step 6, are computed here from positions
@@ -132,6 +133,7 @@ def test_another_global_batch_takes_up_the_very_next_sample(copy, seen, size, st
     assert [tuple(row.values()) for row in report["global_batch_sizes"]] == expected
 
 
+@pytest.mark.slow
 def test_the_global_batch_may_change_again_and_back(copy, seen):
     for size, steps in ((2, 6), (8, 7), (4, 8)):
         go_on(copy, f"data.global_batch_size={size}", f"trainer.max_steps={steps}")
@@ -157,6 +159,7 @@ def forget(run):
         other.unlink()
 
 
+@pytest.mark.slow
 def test_a_checkpoint_without_the_position_goes_on_where_it_was(copy, seen):
     forget(copy)
     go_on(copy, "data.global_batch_size=2", "trainer.max_steps=5")
@@ -188,6 +191,7 @@ def cosine(step, peak, warmup, steps, least):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("overrides", "wanted"),
     [
@@ -241,6 +245,7 @@ def test_keys_of_the_optimizer_are_applied_to_schedule_and_groups(copy, seen, ov
     assert all(f"# until step 4: {key} was" in text for key in keys)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("steps", "told"), [(12, True), (STEPS, False)])
 def test_a_schedule_that_jumps_is_told_with_both_rates(copy, caplog, steps, told):
     with caplog.at_level(logging.WARNING, logger="owlfuse"):
@@ -292,7 +297,7 @@ def test_a_key_that_cannot_change_is_refused_by_name_and_leaves_the_run_as_it_wa
     first, override, monkeypatch
 ):
     monkeypatch.setattr(
-        "owlfuse.training.module.MultimodalModule", lambda *args: pytest.fail("a module was made")
+        "owlfuse.training.train.MultimodalModule", lambda *args: pytest.fail("a module was made")
     )
     before = {path: path.read_bytes() for path in first.rglob("*") if path.is_file()}
     words = override.split(" ") if "{" not in override else [override]
@@ -356,6 +361,7 @@ def another_validation(data):
     (data / "val.json").write_text(json.dumps(records[:-1]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "name"),
     [
@@ -396,6 +402,7 @@ class Bad(RuntimeError):
     """What no one expects."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("accumulate", [1, 2])
 @pytest.mark.parametrize("moment", ["data", "forward", "backward", "after"])
 def test_an_error_leaves_a_checkpoint_of_the_last_whole_step_and_mixture_json(
@@ -446,6 +453,7 @@ def test_an_error_leaves_a_checkpoint_of_the_last_whole_step_and_mixture_json(
     assert all(torch.equal(tensor, b["state_dict"][key]) for key, tensor in a["state_dict"].items())
 
 
+@pytest.mark.slow
 def test_no_checkpoint_is_made_of_weights_of_which_some_are_those_of_the_next_step(monkeypatch):
     step = torch.optim.AdamW.step
     count = []
@@ -463,6 +471,7 @@ def test_no_checkpoint_is_made_of_weights_of_which_some_are_those_of_the_next_st
     assert step_of(last_checkpoint(Path("runs/shapes_owl1/broken-update"))) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("step", [3, 4])
 def test_a_signal_adds_no_validation_that_the_run_would_not_have_had(monkeypatch, number, step):
@@ -504,13 +513,14 @@ def test_a_rate_of_0_for_what_is_meant_to_train_is_refused_before_a_weight_is_ma
     override, key, monkeypatch
 ):
     monkeypatch.setattr(
-        "owlfuse.training.module.MultimodalModule", lambda *args: pytest.fail("a module was made")
+        "owlfuse.training.train.MultimodalModule", lambda *args: pytest.fail("a module was made")
     )
     with pytest.raises(ConfigError, match=key):
         train.run(compose([*SMALL, "name=rate", override]))
     assert not Path("runs/shapes_owl1/rate").exists()
 
 
+@pytest.mark.slow
 def test_the_best_checkpoint_is_read_where_it_is_asked_for(copy):
     from owlfuse.artifacts.load import load_run
 

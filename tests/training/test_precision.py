@@ -65,7 +65,7 @@ def test_a_run_of_half_precision_trains_evaluates_goes_on_and_is_exported(
         expected = trained.model(batch)
     out = export(trained, work / "out")
     with safe_open(out / "model.safetensors", "pt") as file:
-        stored = {file.get_slice(name).get_dtype() for name in file.keys()}
+        stored = {file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
     assert stored - {"I64"} == {
         {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}[dtype]
     }

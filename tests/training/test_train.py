@@ -120,6 +120,7 @@ def test_an_experiment_leaves_all_that_explains_it(experiment):
     assert metrics["val/exact_match"] == pytest.approx(sum(a["right"] for a in val) / len(val))
 
 
+@pytest.mark.slow
 def test_the_run_is_repeated_by_its_own_configuration():
     first = run("experiment=shapes_owl1", "name=repeat1", "trainer.max_steps=2")
     second = run("experiment=shapes_owl1", "name=repeat2", "trainer.max_steps=2")
@@ -129,6 +130,7 @@ def test_the_run_is_repeated_by_its_own_configuration():
     )
 
 
+@pytest.mark.slow
 def test_accumulation_does_not_change_the_steps():
     """The loss is divided by the supervised tokens of the global batch, whatever the micro batches'
     lengths; the backbone has no batch norm here, which sees micro batches by its nature."""
@@ -138,11 +140,8 @@ def test_accumulation_does_not_change_the_steps():
         "model/vision=timm",
         "model.vision.name=test_vit",
     )
-    common += (
-        "model.vision.pretrained=false",
-        "trainer.log_every_n_steps=1",
-        "optim=adamw",
-    )  # Muon rounds to bfloat16
+    # Muon rounds to bfloat16
+    common += ("model.vision.pretrained=false", "trainer.log_every_n_steps=1", "optim=adamw")
     whole = run(*common, "name=whole")
     parts = run(*common, "name=parts", "data.micro_batch_size=2")
     assert losses(parts) == pytest.approx(losses(whole), abs=1e-5)
@@ -168,6 +167,7 @@ def test_a_compiled_run_has_the_losses_of_one_that_is_not_and_names_of_its_weigh
     assert list(weights(compiled)) == list(weights(plain))
 
 
+@pytest.mark.slow
 def test_packing_does_not_change_the_steps_and_says_what_padding_it_saves():
     """In two micro batches, whose rows may differ in number."""
     common = (
@@ -203,16 +203,15 @@ def test_a_row_too_short_for_the_longest_sample_is_refused_in_one_line():
 
 
 def start(*overrides):
-    command = [sys.executable, "-m", "owlfuse.__main__", "train", *SMALL, *overrides]
-    threads = {
-        **os.environ,
-        "OMP_NUM_THREADS": str(torch.get_num_threads()),
-    }  # other threads, other last bits
+    command = [sys.executable, "-m", "owlfuse", "train", *SMALL, *overrides]
+    # other threads, other last bits
+    threads = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
     return subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=threads
     )
 
 
+@pytest.mark.slow
 def test_after_ctrl_c_a_resumed_run_ends_as_one_that_was_never_stopped():
     common = [
         "experiment=shapes_owl3",
@@ -241,6 +240,7 @@ def test_after_ctrl_c_a_resumed_run_ends_as_one_that_was_never_stopped():
     torch.testing.assert_close(weights(resumed), weights(whole), atol=0, rtol=0)
 
 
+@pytest.mark.slow
 def test_a_finished_run_goes_on_when_it_is_given_more_steps():
     run_folder = run(
         "experiment=shapes_owl1",
@@ -251,14 +251,14 @@ def test_a_finished_run_goes_on_when_it_is_given_more_steps():
     first = losses(run_folder)
     train.run(compose([f"resume={run_folder}", "trainer.max_steps=5"]))
     assert json.loads((run_folder / "results.json").read_text())["steps"] == 5
-    assert (
-        json.loads((run_folder / "mixture.json").read_text())["sources"]["shapes"]["drawn"] == 26
-    )  # 65 % of 40
+    # 65 % of 40
+    assert json.loads((run_folder / "mixture.json").read_text())["sources"]["shapes"]["drawn"] == 26
     after = losses(run_folder)
     assert sorted(after) == [0, 1, 2, 3, 4]
     assert {step: after[step] for step in first} == first
 
 
+@pytest.mark.slow
 def test_evaluating_a_run_again_gives_its_results_again():
     from owlfuse.evaluation.validation import evaluate_run
 
@@ -307,7 +307,7 @@ def test_what_does_not_fit_together_is_told_in_one_line_before_a_weight_is_made(
     overrides, message, monkeypatch
 ):
     monkeypatch.setattr(
-        "owlfuse.training.module.MultimodalModule", lambda *args: pytest.fail("a module was made")
+        "owlfuse.training.train.MultimodalModule", lambda *args: pytest.fail("a module was made")
     )
     with pytest.raises(ConfigError, match=message) as error:
         run("experiment=shapes_owl3", "name=wrong", *overrides)
@@ -321,6 +321,7 @@ def test_a_name_that_is_taken_is_not_written_over():
         run("experiment=shapes_owl1", "name=taken", "trainer.max_steps=1")
 
 
+@pytest.mark.slow
 def test_a_wrong_sample_ends_the_command_in_one_line_that_names_it():
     records = json.loads(Path("data/shapes/train.json").read_text())
     records[7]["conversations"][0]["value"] += " <image>"
@@ -341,6 +342,7 @@ def test_a_wrong_sample_ends_the_command_in_one_line_that_names_it():
     assert "Traceback" not in output
 
 
+@pytest.mark.slow
 def test_skipped_samples_are_counted_in_mixture_json_over_a_resume_and_limited():
     records = json.loads(Path("data/shapes/train.json").read_text())
     for record in records[::4]:
@@ -379,6 +381,7 @@ def test_skipped_samples_are_counted_in_mixture_json_over_a_resume_and_limited()
         run(*overrides, "name=limited", "data.sources.shapes.max_skips=3")
 
 
+@pytest.mark.slow
 def test_what_validation_leaves_out_and_how_much_is_padding_are_in_mixture_json_over_a_resume():
     records = json.loads(Path("data/shapes/val.json").read_text())
     records[2]["image"] = records[5]["image"] = "none.png"
@@ -445,6 +448,7 @@ def test_every_experiment_composes_and_its_parts_fit_together(experiment):
     assert all(parameter.is_meta for parameter in model.parameters())
 
 
+@pytest.mark.slow
 def test_a_run_ends_with_the_schedule_where_a_source_stops_it(capsys):
     """48 pictures and 24 chats of text, 5.2 and 2.8 in a step: the text is used up in the ninth
     step."""
@@ -466,6 +470,7 @@ def test_a_run_ends_with_the_schedule_where_a_source_stops_it(capsys):
     assert sum(source["drawn"] for source in mixture["sources"].values()) == 64
 
 
+@pytest.mark.slow
 def test_weights_by_tokens_are_counted_once_and_trained_with(capsys):
     folder = run(
         "experiment=shapes_owl1",
@@ -553,9 +558,7 @@ def test_ctrl_c_on_a_terminal_gives_the_cursor_back_and_its_last_line_says_how_t
             "trainer.max_steps=2000",
             "data.workers=1",
         ]
-        os.execv(
-            sys.executable, [sys.executable, "-m", "owlfuse.__main__", "train", *SMALL, *words]
-        )
+        os.execv(sys.executable, [sys.executable, "-m", "owlfuse", "train", *SMALL, *words])
     output, pressed = "", False
     with suppress(OSError):  # Linux's answer when the other end is closed
         while chunk := os.read(terminal, 65536):

@@ -13,12 +13,13 @@ from typing import Any
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from jinja2 import Environment, TemplateSyntaxError
+from peft import LoraConfig
 from safetensors import safe_open
 from transformers.core_model_loading import revert_weight_conversion
 
 from owlfuse.config.trust import nodes_of
 from owlfuse.core.errors import DataError
-from owlfuse.core.files import MAX_CONFIG, read_json_object, read_text
+from owlfuse.core.files import MAX_CONFIG, read_json, read_text
 
 MAX_TABLE = 512 * 2**20
 """Bytes of a tokenizer or of an index of shards; the largest tokenizers have 40 MB."""
@@ -103,7 +104,7 @@ def check_files(folder: Path) -> None:
             "vocab.json",
             "added_tokens.json",
         ) or file.name.endswith(".index.json")
-        content = read_json_object(file, MAX_TABLE if is_table else MAX_CONFIG)
+        content = read_json(file, limit=MAX_TABLE if is_table else MAX_CONFIG)
         if file.name != "tokenizer.json":
             check_object(content, file)
     for file in sorted(folder.rglob("*.jinja")):
@@ -135,9 +136,8 @@ def check_template(text: str, where: str) -> None:
             f"{where}: a chat template of {len(text):,} characters, over the limit of "
             f"{MAX_TEMPLATE:,}"
         )
-    plain = re.sub(
-        r"{%-?\s*(end)?generation\s*-?%}", "", text
-    )  # transformers' own block, which marks answers
+    # transformers' own block, which marks answers
+    plain = re.sub(r"{%-?\s*(end)?generation\s*-?%}", "", text)
     try:
         Environment(extensions=["jinja2.ext.loopcontrols"]).parse(plain)
     except (TemplateSyntaxError, RecursionError) as error:
@@ -190,9 +190,8 @@ def check_shapes(
         tied: names that stand for others, which the files need not hold.
     """
     state = wrapped.state_dict()
-    if set(revert_weight_conversion(wrapped, dict(state))) != set(
-        state
-    ):  # transformers keeps these under other names
+    # transformers keeps these under other names
+    if set(revert_weight_conversion(wrapped, dict(state))) != set(state):
         wanted, present = (
             sum(map(prod, each)) for each in ([t.shape for t in state.values()], shapes.values())
         )
@@ -220,7 +219,7 @@ def check_adapter(folder: Path) -> None:
     """Checks that an adapter's folder holds a LoRA update and nothing that names code or other
     files. Raises DataError."""
     file = folder / "adapter_config.json"
-    content = read_json_object(file, MAX_CONFIG)
+    content = read_json(file, limit=MAX_CONFIG)
     if content.get("peft_type") != "LORA":
         raise DataError(
             f"{file}: peft_type is {str(content.get('peft_type'))[:40]}, and owlfuse exports LORA"
@@ -246,8 +245,6 @@ def check_adapter(folder: Path) -> None:
 
 def is_default(key: str, value: Any) -> bool:
     """Whether peft's LoraConfig has the value by itself, which says nothing."""
-    from peft import LoraConfig
-
     default = LoraConfig().to_dict()
     return not value or (key in default and default[key] == value)
 
@@ -257,7 +254,7 @@ def header_shapes(files: list[Path]) -> dict[str, tuple[int, ...]]:
     shapes = {}
     for path in files:
         with safe_open(path, "pt") as file:
-            for name in file.keys():
+            for name in file.keys():  # noqa: SIM118
                 shapes[name] = tuple(file.get_slice(name).get_shape())
     return shapes
 

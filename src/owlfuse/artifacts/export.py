@@ -13,7 +13,7 @@ from typing import Any
 from owlfuse.artifacts.load import ADAPTER, RELEASED, Trained, processor_of, wrap
 from owlfuse.artifacts.lora import merge_lora, save_lora, without_lora
 from owlfuse.artifacts.released.saving import write_record
-from owlfuse.core.files import whole_folder
+from owlfuse.core.files import atomic_directory
 from owlfuse.model.multimodal import MultimodalLM
 
 
@@ -33,7 +33,7 @@ def export(
     wrapped = wrap(trained)
     if merge:
         merge_lora(model)
-    with whole_folder(out) as folder:
+    with atomic_directory(out) as folder:
         wrapped.save_pretrained(
             folder, state_dict=without_lora(wrapped), max_shard_size=max_shard_size
         )
@@ -92,7 +92,12 @@ def model_card(
             "|---|---|",
         ]
         lines += [f"| {name} | {value:.4g} |" for name, value in results["metrics"].items()] + [""]
-    lines += ["## Use", "", "```python", "import owlfuse", "from transformers import pipeline", ""]
+    lines += ["## Use", "", "```python"]
+    lines += [
+        "import owlfuse.artifacts.hf  # registers the model",
+        "from transformers import pipeline",
+        "",
+    ]
     lines += ['answer = pipeline("image-text-to-text", model="THIS_FOLDER")']
     lines += [
         (

@@ -38,9 +38,8 @@ def adopt_parts(config: DictConfig) -> None:
                 **nodes[part],
                 "gradient_checkpointing": asked[part]["gradient_checkpointing"],
             }
-    if (
-        Path(origin_of(config, "model.vision.image_size")).parent.name != "vision"
-    ):  # asked for, and not the group's own
+    # asked for, and not the group's own
+    if Path(origin_of(config, "model.vision.image_size")).parent.name != "vision":
         nodes["vision"] = {**nodes["vision"], "image_size": asked["vision"].get("image_size")}
     for part, node in nodes.items():
         differing = differences(asked[part], default[part], node)
@@ -58,9 +57,8 @@ def adopt_parts(config: DictConfig) -> None:
         OmegaConf.is_missing(config.data, "tokenizer")
         or Path(origin_of(config, "data.tokenizer")).parent.name == "data"
     ):
-        config.data.tokenizer = (
-            config.init_from
-        )  # not asked for: its own, whose ids its weights know
+        # not asked for: its own, whose ids its weights know
+        config.data.tokenizer = config.init_from
     llm = {**asked["llm"], "pretrained": None, "config": nodes["llm"]["config"]}
     with open_dict(config):
         config.model.update({**nodes, "llm": llm})

@@ -1,12 +1,14 @@
+"""Models from folders: runs, exports, and what `owlfuse.load` reads."""
+
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import lightning
 import torch
+from peft import PeftModel
 from safetensors import SafetensorError, safe_open
 from transformers import AutoProcessor
 
@@ -30,7 +32,7 @@ from owlfuse.artifacts.runs import check_which, chosen_checkpoint
 from owlfuse.artifacts.weights import check_fits, read, set_precision, take
 from owlfuse.config.compose import read_run
 from owlfuse.core.errors import DataError
-from owlfuse.core.files import MAX_CONFIG, read_json_object
+from owlfuse.core.files import MAX_CONFIG, read_json
 from owlfuse.core.folder_kinds import check_exported
 from owlfuse.core.types import IMAGE
 from owlfuse.data.chat.answer_format import AnswerFormat
@@ -83,7 +85,7 @@ def load_run(folder: Path, which: str = "last") -> Trained:
     tokenizer = run_tokenizer(folder, config["data"])
     model, _ = load_run_model(folder, config, len(tokenizer), which)
     path = folder / "results.json"
-    results = json.loads(path.read_text()) if path.exists() else None
+    results = read_json(path) if path.exists() else None
     return Trained(model.eval(), tokenizer, results)
 
 
@@ -135,7 +137,7 @@ def load_exported(
     check_files(folder)
     files = check_weights(folder)
     config_file = folder / "config.json"
-    check_counts(read_json_object(config_file, MAX_CONFIG), config_file, header_shapes(files))
+    check_counts(read_json(config_file, limit=MAX_CONFIG), config_file, header_shapes(files))
     with describing(config_file):
         check_skeleton(folder, files)
         wrapped, found = OwlfuseForConditionalGeneration.from_pretrained(
@@ -158,8 +160,6 @@ def load_exported(
             "anew"
         )
     if (folder / ADAPTER).is_dir():
-        from peft import PeftModel
-
         check_adapter(folder / ADAPTER)
         with describing(folder / ADAPTER):
             PeftModel.from_pretrained(wrapped, folder / ADAPTER, torch_device="cpu")
@@ -224,7 +224,7 @@ def check_weights(folder: Path) -> list[Path]:
     index = folder / "model.safetensors.index.json"
     shards = {"model.safetensors"}
     if index.exists():
-        places = read_json_object(index, MAX_TABLE).get("weight_map")
+        places = read_json(index, limit=MAX_TABLE).get("weight_map")
         names: list[Any] = list(places.values()) if isinstance(places, dict) else [None]
         if not all(isinstance(name, str) and Path(name).name == name for name in names):
             raise DataError(
@@ -235,7 +235,8 @@ def check_weights(folder: Path) -> list[Path]:
     for name in sorted(shards):
         try:
             with safe_open(folder / name, "pt") as file:
-                kinds = {name: file.get_slice(name).get_dtype() for name in file.keys()}
+                tensors = file.keys()
+                kinds = {tensor: file.get_slice(tensor).get_dtype() for tensor in tensors}
         except FileNotFoundError:
             raise DataError(f"{folder / name} is missing; export or copy the folder anew") from None
         except (SafetensorError, OSError) as error:
@@ -294,8 +295,6 @@ def load_run_model(
         ConfigError: the run has no good checkpoint.
         DataError: it does not fit the model, or the frozen weights are others now.
     """
-    # REARRANGED  # which imports what reads a run
-
     weights, checkpoint = read(chosen_checkpoint(folder, which))
     frozen = checkpoint.get("frozen", {})
     lightning.seed_everything(config["seed"], workers=True, verbose=False)

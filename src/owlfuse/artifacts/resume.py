@@ -16,6 +16,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from owlfuse.artifacts.weights import checkpoint_errors
+from owlfuse.config.aliases import with_current_names
 from owlfuse.config.build import to_dict
 from owlfuse.config.compose import origin_of, read_run
 from owlfuse.config.identity import FREE, flat
@@ -122,7 +123,7 @@ def read_past(checkpoint: Path) -> Past:
     with checkpoint_errors(checkpoint):
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=path == checkpoint)
         step, record = content["global_step"], content.get("run") or {}
-    config = record.get("config") or read_run(checkpoint.parent.parent)
+    config = with_current_names(record.get("config")) or read_run(checkpoint.parent.parent)
     positions = content.get("step_positions") or [(0, 0, config["data"]["global_batch_size"])]
     changes, identity = record.get("changes", []), record.get("identity", {})
     if "metrics" in content:
@@ -150,10 +151,8 @@ def changed_keys(past: Past, config: DictConfig) -> dict[str, list[Any]]:
     """
     allowed = list(ON_RESUME)
     if past.config["data"].get("weights_by", "samples") == "samples":
-        allowed += [
-            "data.max_length",
-            "data.on_length*",
-        ]  # else they change which sample stands where
+        # else they change which sample stands where
+        allowed += ["data.max_length", "data.on_length*"]
     return compared(past, config, allowed, "goes on")
 
 

@@ -13,7 +13,7 @@ from omegaconf import DictConfig
 from owlfuse.config.build import build
 from owlfuse.config.compose import origin_of, read_run
 from owlfuse.core.errors import ConfigError
-from owlfuse.core.files import whole_folder
+from owlfuse.core.files import atomic_directory
 from owlfuse.data.chat.tokenizer import chat_tokenizer
 
 FOLDER = "tokenizer"
@@ -46,7 +46,7 @@ def build_data(config: DictConfig) -> Any:
 def save_tokenizer(tokenizer: Any, folder: Path) -> None:
     """Writes a run's tokenizer with its chat template into the run, once."""
     if not (folder / FOLDER).exists():
-        with whole_folder(folder / FOLDER) as beside:
+        with atomic_directory(folder / FOLDER) as beside:
             tokenizer.save_pretrained(beside)
 
 

@@ -21,7 +21,7 @@ from typing import Any, TextIO
 
 from omegaconf import DictConfig, OmegaConf
 
-from owlfuse.core.checkpoint_files import find_checkpoint_error, remove_checkpoint
+from owlfuse.core.checkpoint_files import find_checkpoint_error, find_damage, remove_checkpoint
 from owlfuse.core.errors import ConfigError, DataError
 from owlfuse.core.folder_kinds import check_exported
 
@@ -58,17 +58,15 @@ def run_folder(config: DictConfig) -> Path:
     runs = Path(config.runs).expanduser() / config.experiment
     if is_first_rank():
         os.environ[NAME] = config.name or make_timed_folder(runs).name
-    name = (
-        os.environ.get(NAME) or config.name or "unnamed"
-    )  # ranks that the first one starts inherit its name
+    # ranks that the first one starts inherit its name
+    name = os.environ.get(NAME) or config.name or "unnamed"
     return runs / name
 
 
 def is_first_rank() -> bool:
     """Whether this process writes what there is one of."""
-    from lightning.pytorch.utilities import (
-        rank_zero_only,
-    )  # a mistake of a command is told before it is imported
+    # a mistake of a command is told before it is imported
+    from lightning.pytorch.utilities import rank_zero_only
 
     return getattr(rank_zero_only, "rank", 0) == 0
 
@@ -220,7 +218,7 @@ def last_checkpoint(folder: Path) -> Path:
     found = checkpoints_of(folder / "checkpoints")
     bad: list[str] = []
     for path in found:
-        wrong = find_checkpoint_error(path)
+        wrong = find_checkpoint_error(path) or find_damage(path)
         if wrong is None:
             for line in bad:
                 log.warning("%s; going on from %s, the one before", line, path.name)
@@ -255,7 +253,7 @@ def chosen_checkpoint(folder: Path, which: str) -> Path:
             f"which=best: {folder} has no {BEST}, as a run without a validation has none; take "
             "which=last"
         )
-    if wrong := find_checkpoint_error(best):
+    if wrong := find_checkpoint_error(best) or find_damage(best):
         raise ConfigError(f"which=best: checkpoint {best} {wrong}; take which=last")
     return best
 

@@ -1,0 +1,2 @@
+"""A configuration: composed from yamls and overrides, checked, built from, and known by its
+hash."""

@@ -37,15 +37,8 @@ SUPPLIED: dict[str, tuple[str, ...]] = {
 }
 
 HYDRA_KEYS = ("_target_", "_args_", "_partial_", "_convert_", "_recursive_")
-TOP_MODULES = (
-    "owlfuse",
-    "lightning",
-    "torch",
-    "timm",
-    "transformers",
-    "peft",
-    "torchmetrics",
-)  # to suggest
+# to suggest
+TOP_MODULES = ("owlfuse", "lightning", "torch", "timm", "transformers", "peft", "torchmetrics")
 NAMES = {
     int: "a whole number (int)",
     float: "a number (float)",
@@ -171,9 +164,8 @@ def _import(name: str, place: Callable[[], str]) -> Any:
     try:
         return import_own(name)
     except ModuleNotFoundError as error:
-        if error.name and f"{name}.".startswith(
-            f"{error.name}."
-        ):  # itself, or its parent is no package
+        # itself, or its parent is no package
+        if error.name and f"{name}.".startswith(f"{error.name}."):
             return None
         raise ConfigError(
             f"{place()}: {name} needs the module '{error.name}', which is not installed"
@@ -206,14 +198,13 @@ def _check_value(
         "_target_" in node for _, node in _nodes(value, "")
     ):
         return
-    if (
-        value is None and parameter.default is None
-    ):  # `x: int = None` is common, and means what it says
+    # `x: int = None` is common, and means what it says
+    if value is None and parameter.default is None:
         return
     try:
         adapter = TypeAdapter(annotation, config=ConfigDict(arbitrary_types_allowed=True))
-    # pydantic raises many kinds for an annotation that it cannot read: there is nothing to check
-    # with
+    # For an annotation that it cannot read, pydantic raises its own errors and whatever a class's
+    # hooks raise: there is nothing to check with.
     except Exception:
         return
     if _valid(adapter, value):
@@ -271,7 +262,9 @@ def annotation_of(parameter: inspect.Parameter, callable_: Callable) -> Any:
         getattr(owner, "__globals__", {}),
         *(vars(sys.modules.get(module, types)) for module in modules),
     ):
-        with suppress(Exception):  # names under TYPE_CHECKING, or no type at all
+        # The text of an annotation is evaluated: names under TYPE_CHECKING are not there, and
+        # what is no type raises anything. What cannot be read is not checked.
+        with suppress(Exception):
             return typing.get_type_hints(holder, globalns=names, include_extras=True)["it"]
     return inspect.Parameter.empty
 

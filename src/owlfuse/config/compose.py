@@ -101,9 +101,8 @@ def compose(
     else:
         composition = _on_resume(lines, run, folders)
         config = _without_hydra(composition, resume=str(run))
-    config.__dict__["_composition"] = (
-        composition  # beside the content: where each key comes from, for origin_of
-    )
+    # beside the content: where each key comes from, for origin_of
+    config.__dict__["_composition"] = composition
     _resolve(config)
     if isinstance(config.get("name"), int) and not isinstance(config.name, bool):
         config.name = str(config.name)  # name=1 is a name
@@ -187,17 +186,15 @@ def check_steps(trainer: dict[str, Any], where: Where) -> None:
         if type(trainer.get(key)) is int and trainer[key] < 1:
             raise refuse(key, "a whole number of optimizer steps from 1 on")
     interval = trainer.get("val_check_interval", 1)
-    if (
-        type(interval) is not int or interval < 1
-    ):  # of Lightning's other ways to say it a run has no use
+    # of Lightning's other ways to say it a run has no use
+    if type(interval) is not int or interval < 1:
         raise refuse(
             "val_check_interval",
             "a whole number of optimizer steps between two validations, from 1 on",
         )
     limit = trainer.get("gradient_clip_val")
-    if (
-        isinstance(limit, int | float) and not 0 <= limit < math.inf
-    ):  # Lightning takes a negative one, which turns gradients
+    # Lightning takes a negative one, which turns gradients
+    if isinstance(limit, int | float) and not 0 <= limit < math.inf:
         raise refuse("gradient_clip_val", "a norm of at least 0, or null")
 
 

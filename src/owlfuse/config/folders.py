@@ -8,6 +8,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from owlfuse.config.recipes import read_stages
+
 EXPERIMENTS = "experiments"  # Hydra's name for the group that `experiment=<name>` chooses from
 # experiments/<recipe>/recipe.yaml holds stages, which are experiments `<recipe>/<stage>`
 RECIPE = "recipe"
@@ -89,14 +91,11 @@ class ConfigFolders:
         file = self.recipe(recipe) if head == EXPERIMENTS and recipe else None
         if file is None or self._own_file(config_path):
             return None
-        from owlfuse.config.recipes import read_stages  # reads yaml, which `--help` has no need of
 
         return read_stages(file).get(stage)
 
     def stage_names(self, recipe: str) -> list[str]:
         """The stages of a recipe in order; none where there is no such recipe."""
-        from owlfuse.config.recipes import read_stages
-
         file = self.recipe(recipe) if recipe else None
         return list(read_stages(file)) if file else []
 

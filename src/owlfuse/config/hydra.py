@@ -142,10 +142,12 @@ class Composition:
         key = override.key_or_group
         parent, _, name = key.rpartition(".")
         keys: list[str] = list(self.folders.groups)
-        with suppress(Exception):  # a second error would hide the first
+        # This only looks for a better hint: an error of it would hide the one that is told.
+        with suppress(Exception):
             groups = [o for o in self.overrides if o not in self.values]
             config = Composition(self.folders, groups, self.experiment).compose()
-            del config._content["hydra"]  # type: ignore[union-attr]  # a dictionary, of a composed one
+            # a dictionary, of a composed one
+            del config._content["hydra"]  # type: ignore[union-attr]
             keys += dotted_keys(OmegaConf.to_container(config, resolve=False))
             key = next(
                 (k for k in dotted_keys(_embed(override.value(), key)) if k not in keys), key
@@ -187,7 +189,8 @@ def read_overrides(lines: list[str], folders: ConfigFolders, sweep: bool = False
             override = OverridesParser.create().parse_overrides([line])[0]
         except OverrideParseException as error:
             raise grammar_error(line, str(error)) from None
-        override.config_loader = folders  # type: ignore[assignment]  # glob(...) asks it for a group's options alone
+        # glob(...) asks it for a group's options alone
+        override.config_loader = folders  # type: ignore[assignment]
         if override.is_sweep_override():
             if not sweep:
                 raise ConfigError(
@@ -243,9 +246,8 @@ def _hydra(folders: ConfigFolders) -> Iterator[None]:
     Plugins.instance().register(ExperimentSource)
     GlobalHydra.instance().clear()
     with warnings.catch_warnings():
-        warnings.filterwarnings(
-            "ignore", "The version_base"
-        )  # hydra 1.3 warns where there is none, 1.4 where there is one
+        # hydra 1.3 warns where there is none, 1.4 where there is one
+        warnings.filterwarnings("ignore", "The version_base")
         initialized = hydra.initialize_config_dir(
             str(folders.configs[0]), job_name="owlfuse", version_base="1.3"
         )
@@ -254,6 +256,7 @@ def _hydra(folders: ConfigFolders) -> Iterator[None]:
 
 
 def _composes(composition: Composition) -> bool:
+    # As in `Composition.compose`, whatever is raised is about the configuration.
     with suppress(Exception), _hydra(composition.folders):
         hydra.compose(composition.folders.root, overrides=composition._lines)
         return True

@@ -11,17 +11,16 @@ import importlib.util
 import json
 import sys
 import sysconfig
+from functools import cache
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from typing import Any
 
 from owlfuse.core.environment import LIBRARIES, versions
-from owlfuse.core.files import fingerprint
-from owlfuse.core.packages import packaged
 
 SOURCE = Path(__file__).resolve().parents[1]
-ASIDE = ("planning", "serving", "studies", "__main__.py")
-"""What of the code no training or evaluation runs through: changing it makes no other results."""
+ENTRY = "owlfuse.training.train"
+"""The module whose imports are the code of a training and of its evaluation."""
 
 FREE: tuple[str, ...] = (
     "name",
@@ -60,20 +59,73 @@ def config_hash(config: dict[str, Any], changes: list[dict[str, Any]] | None = N
 
 
 def code_hash(config: dict[str, Any]) -> str:
-    """12 hexadecimal digits for the code that a run of this configuration executes: owlfuse's
-    source files, those of the user's modules that a `_target_` names wherever they lie, with what
-    they import of the user's, and the versions of LIBRARIES."""
-    files = [file for file in sorted(SOURCE.rglob("*")) if file.suffix in (".py", ".jinja")]
-    files = [file for file in files if file.relative_to(SOURCE).parts[0] not in ASIDE]
-    named = {str(file.relative_to(SOURCE)): file for file in files}
+    """12 hexadecimal digits for the code that a run of this configuration executes: the source
+    files of owlfuse that a training imports, its formats and parts whichever are chosen, so that
+    the cells of an ablation are of one code, those of the user's modules that a `_target_` names
+    wherever they lie, with what they import of the user's, and the versions of LIBRARIES.
+    """
     targets = {
         str(value) for key, value in flat(config).items() if key.rpartition(".")[2] == "_target_"
     }
+    named = owlfuse_files({ENTRY, *parts_of_owlfuse()})
     named |= user_files({target.partition(".")[0] for target in targets})
     parts = [
         f"{name} {hashlib.sha256(file.read_bytes()).hexdigest()}" for name, file in named.items()
     ]
     return digest("\n".join([*parts, json.dumps(versions())]).encode())
+
+
+def parts_of_owlfuse() -> set[str]:
+    """The modules below the packages of which a configuration chooses."""
+    files = [path for package in ("data", "model") for path in (SOURCE / package).rglob("*.py")]
+    return {f"owlfuse.{'.'.join(p.relative_to(SOURCE).with_suffix('').parts)}" for p in files}
+
+
+def owlfuse_files(names: set[str], source: Path = SOURCE) -> dict[str, Path]:
+    """The files of owlfuse that the modules of these names import, by their paths in the package.
+
+    Args:
+        names: dotted names of modules, or of what is in them; names of other packages are left out.
+        source: the folder of the package.
+    """
+    files: dict[str, Path] = {}
+    waiting = sorted(names)
+    while waiting:
+        path = file_of(waiting.pop(), source)
+        if path is None or str(path.relative_to(source)) in files:
+            continue
+        files[str(path.relative_to(source))] = path
+        waiting += sorted(names_imported_by(path))
+    for template in source.glob("data/chat/templates/*.jinja"):
+        files[str(template.relative_to(source))] = template
+    return dict(sorted(files.items()))
+
+
+def file_of(name: str, source: Path) -> Path | None:
+    """The file of a module, or of the module that holds what is named."""
+    package, *parts = name.split(".")
+    if package != source.name:
+        return None
+    while parts:
+        path = source.joinpath(*parts)
+        if path.with_suffix(".py").is_file():
+            return path.with_suffix(".py")
+        if (path / "__init__.py").is_file():
+            return path / "__init__.py"
+        parts.pop()
+    return source / "__init__.py"
+
+
+@cache
+def names_imported_by(path: Path) -> frozenset[str]:
+    """Dotted names that a file imports, at its top and inside its functions."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_bytes())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return frozenset(names)
 
 
 def user_files(modules: set[str]) -> dict[str, Path]:
@@ -154,72 +206,8 @@ def differing_hash(
 
 
 def data_hash(identity: dict[str, str]) -> str:
-    """12 hexadecimal digits for what `owlfuse.data.identity` and `weights_identity` find."""
+    """12 hexadecimal digits for what `data.identity` and `artifacts.identity` find."""
     return digest(json.dumps(identity, sort_keys=True).encode())
-
-
-def weights_identity(config: dict[str, Any]) -> dict[str, str]:
-    """Fingerprints of what a run starts from, by the keys that name it: `init_from`, and the parts'
-    own weights. Files count by their contents, the hub's by the commit that its name stands for
-    today, in the hub or else in the cache; what is in neither is left out."""
-    vision, llm = config["model"]["vision"], config["model"]["llm"]
-    named = {"init_from": config.get("init_from"), "model.vision.weights": vision.get("weights")}
-    named["model.llm.pretrained"] = llm.get("pretrained")
-    found = {}
-    for key, place in named.items():
-        if not isinstance(place, str):
-            continue
-        if files := weight_files(Path(packaged(place)).expanduser()):
-            found[key] = fingerprint(files)
-        elif key == "model.llm.pretrained" and (commit := hub_commit(place, LLM_FILES)):
-            found[key] = commit
-    if vision.get("pretrained") is True and (known := timm_weights(vision)):
-        found["model.vision.pretrained"] = known
-    return found
-
-
-LLM_FILES = ("config.json",)
-TIMM_FILES = ("model.safetensors", "pytorch_model.bin")
-"""Of the hub's repository of a timm model, the file that timm loads: the first that is there."""
-
-
-def timm_weights(vision: dict[str, Any]) -> str | None:
-    """What the weights that timm has for a backbone's name are known by; None where they are not to
-    be had, or lie elsewhere than in a file or on the hub."""
-    from owlfuse.core.hub_access import hub_name_of
-
-    overlay = (vision.get("kwargs") or {}).get("pretrained_cfg_overlay") or {}
-    if overlay.get("file"):
-        files = weight_files(Path(overlay["file"]))
-        return fingerprint(files) if files else None
-    name = hub_name_of(str(vision.get("name")), overlay)
-    return hub_commit(name, TIMM_FILES) if name else None
-
-
-def hub_commit(name: str, files: tuple[str, ...]) -> str | None:
-    """`hub:` and the commit at which the hub's name has the first of `files` that it has, None
-    where there is none."""
-    from owlfuse.core.hub_access import resolved_file
-
-    path = resolved_file(name, files)
-    return f"hub:{path.parent.name}" if path else None  # the cache has snapshots/<commit>/<file>
-
-
-def weight_files(place: Path) -> list[Path]:
-    """A file, or what of a folder decides a model."""
-    if place.is_file():
-        return [place]
-    kinds = (
-        "*.safetensors",
-        "*.bin",
-        "*.gguf",
-        "*.pt",
-        "*.pth",
-        "config.json",
-        "adapter/*.safetensors",
-        "adapter/*.json",
-    )
-    return sorted(file for kind in kinds for file in place.glob(kind)) if place.is_dir() else []
 
 
 def digest(content: bytes) -> str:

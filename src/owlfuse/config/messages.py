@@ -11,6 +11,7 @@ from hydra.errors import MissingConfigException
 from omegaconf.errors import OmegaConfBaseException
 
 from owlfuse.config.folders import EXPERIMENTS, ConfigFolders
+from owlfuse.config.recipes import read_stages
 from owlfuse.core.errors import COMMAND_LINE, ConfigError, hint, label, nearest
 
 
@@ -140,9 +141,8 @@ def _reword(text: str, folders: ConfigFolders) -> str:
             f"{found[1]}: choose an option, {found[1]}=<option> (there are: "
             f"{', '.join(folders.options(group))})"
         )
-    text = re.sub(
-        r"^\w+ raised while \w+ \w+:\s*", "", text
-    )  # an exception's name tells a user nothing
+    # an exception's name tells a user nothing
+    text = re.sub(r"^\w+ raised while \w+ \w+:\s*", "", text)
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     useful = [
         line for line in lines if not line.startswith(("full_key", "object_type", "See http"))
@@ -158,8 +158,6 @@ def _chooser(group: str, option: str, files: list[str]) -> str | None:
             content = yaml.safe_load(file) or {}
         defaults = content.get("defaults") or []
         if "stages" in content:
-            from owlfuse.config.recipes import read_stages  # which imports this file
-
             defaults = [
                 entry
                 for stage in read_stages(Path(name)).values()

@@ -107,9 +107,8 @@ def merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
             named = {
                 next(iter(entry)) if isinstance(entry, dict) else entry: entry for entry in entries
             }
-            result[key] = sorted(
-                named.values(), key=lambda entry: "override " in str(entry)
-            )  # Hydra wants these last
+            # Hydra wants these last
+            result[key] = sorted(named.values(), key=lambda entry: "override " in str(entry))
         elif isinstance(value, dict) and isinstance(result.get(key), dict):
             result[key] = merged(result[key], value)
         else:

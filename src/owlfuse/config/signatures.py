@@ -46,10 +46,8 @@ def read_signature(target: Any) -> Callable | None:
             else parameters_of_class(home, node)
         )
         signature = inspect.Signature(parameters)
-    except (
-        UnknownError,
-        ValueError,
-    ):  # ValueError: parameters in an order that Python does not allow
+    # ValueError: parameters in an order that Python does not allow
+    except (UnknownError, ValueError):
         return None
 
     def stand_in() -> None:
@@ -130,9 +128,8 @@ def parameters_of_class(module: str, node: ast.AST) -> list[inspect.Parameter]:
     if "__init__" in methods:
         return arguments_of(module, methods["__init__"], skip=1)
     if is_dataclass(node):
-        return sorted(
-            dataclass_fields(module, node).values(), key=lambda field: field.kind
-        )  # keyword-only ones last
+        # keyword-only ones last
+        return sorted(dataclass_fields(module, node).values(), key=lambda field: field.kind)
     if not node.bases:
         return []
     if len(node.bases) > 1:
@@ -259,10 +256,8 @@ def parameter(
     if annotation is not None:
         try:
             known = type_of(module, annotation)
-        except (
-            UnknownError,
-            TypeError,
-        ):  # TypeError: what typing refuses, as it would for the class itself
+        # TypeError: what typing refuses, as it would for the class itself
+        except (UnknownError, TypeError):
             known = REQUIRED
     return inspect.Parameter(name, kind, annotation=known, default=default)
 
@@ -281,7 +276,7 @@ def type_of(module: str, node: ast.AST) -> Any:
     if isinstance(node, ast.Name):
         return type_named(module, node.id)
     if isinstance(node, ast.BinOp) and isinstance(node.op, ast.BitOr):
-        return typing.Union[
+        return typing.Union[  # noqa: UP007
             type_of(module, node.left), type_of(module, node.right)
         ]  # of None and a type too
     if isinstance(node, ast.Subscript):

@@ -29,6 +29,7 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from owlfuse.config.aliases import with_current_names
 from owlfuse.config.folders import find_folders
 from owlfuse.config.own_modules import import_own
 from owlfuse.core.errors import DataError
@@ -225,6 +226,7 @@ def read_run_config(folder: Path) -> Any:
                 f"{file}: {path} is {value[:80]!r}, an interpolation; a run's config.yaml is "
                 "written resolved"
             )
+    content = with_current_names(content)
     check_names(content, file)
     return content
 

@@ -1,6 +1,9 @@
+"""What results depend on beside code and data: versions of libraries, and the state of git."""
+
 from __future__ import annotations
 
 import platform
+import subprocess
 from importlib.metadata import version
 from pathlib import Path
 
@@ -8,8 +11,6 @@ from pathlib import Path
 def git_state() -> str | None:
     """The commit that the code is at, with `-dirty` where files differ from it; None outside a
     checkout."""
-    import subprocess
-
     command = [
         "git",
         "-C",

@@ -1,4 +1,4 @@
-"""Folders that appear whole or not at all."""
+"""Reading and writing files: atomic writes, fingerprints, and JSON within limits."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from safetensors import SafetensorError
 
@@ -20,33 +20,56 @@ from owlfuse.core.errors import DataError
 
 
 @contextmanager
-def whole_folder(out: Path | str) -> Iterator[Path]:
-    """A folder beside `out` that takes its name at the end, and is gone if anything fails.
+def atomic_write(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
+    """Yields a file that replaces `path` when the block succeeds, and is deleted when it fails.
+
+    Its content is on the disk before it takes its name, so that a reader, or a machine that lost
+    its power, sees the file of before or the new file, never a part of it.
+
+    Args:
+        mode: `w` for text in UTF-8, `wb` for bytes.
+    """
+    # Each writer has a temporary file by itself: ranks may write the same file at the same time.
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    try:
+        with temporary.open(mode, encoding=None if "b" in mode else "utf-8") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_directory(path: Path | str) -> Iterator[Path]:
+    """Yields a temporary directory that takes the name `path` when the block succeeds, and is
+    deleted when it fails.
 
     Raises:
-        FileExistsError: `out` holds something.
+        FileExistsError: `path` holds something.
         DataError: a library could not write into it.
     """
-    out = Path(out).expanduser()
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise FileExistsError(f"{out} exists and is not empty; choose another folder or delete it")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    beside = out.with_name(f".{out.name}.{uuid.uuid4().hex}")
-    beside.mkdir()
+    path = Path(path).expanduser()
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise FileExistsError(f"{path} exists and is not empty; choose another folder or delete it")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    temporary.mkdir()
     try:
-        yield beside
-        beside.rename(out)  # onto an empty folder too
+        yield temporary
+        temporary.rename(path)  # onto an empty folder too
     except Exception as error:
         # tokenizers and safetensors write by themselves: one raises a bare Exception, the other its
         # own, and no OSError
         if type(error) is Exception or isinstance(error, SafetensorError):
             reason = " ".join(str(error).split())
             raise DataError(
-                f"{out} could not be written: {reason}; make room or permit it, then run it again"
+                f"{path} could not be written: {reason}; make room or permit it, then run it again"
             ) from error
         raise
     finally:
-        shutil.rmtree(beside, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 WHOLE = 2**30
@@ -132,14 +155,6 @@ def fingerprint(files: Sequence[Path]) -> str:
     )
 
 
-def read_json_if_there(path: Path) -> dict[str, Any]:
-    """A file's content, nothing where it is not there or half written."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return {}
-
-
 MAX_RECORD = 2**24
 """Bytes of one record of text: parsed JSON takes up to 30 times its size in memory, so a longer
 one is refused unread."""
@@ -170,10 +185,9 @@ def decoded(raw: bytes, where: str) -> str:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Written beside and renamed."""
-    beside = path.with_name(path.name + ".part")
-    beside.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    beside.replace(path)
+    """Writes a JSON file with an indentation of two, atomically."""
+    with atomic_write(path) as file:
+        file.write(json.dumps(content, indent=2) + "\n")
 
 
 MAX_CONFIG = 2**20
@@ -200,23 +214,33 @@ def read_text(file: Path, limit: int) -> str:
         raise DataError(f"{file}: not UTF-8 at byte {error.start}") from None
 
 
-def read_json_object(file: Path, limit: int) -> dict[str, Any]:
-    """A JSON file that holds an object.
+MAX_JSON = 2**30
+"""Bytes of a JSON file, which is parsed whole."""
 
-    Raises DataError for one that is missing, over `limit` bytes, or no such file.
+
+def read_json(file: Path, kind: type = dict, limit: int = MAX_JSON) -> Any:
+    """Returns the content of a JSON file that holds a `kind`.
+
+    Raises DataError for one that is missing, over `limit` bytes, no JSON, or holds something else.
     """
     text = read_text(file, limit)
     try:
         content = json.loads(text)
     except json.JSONDecodeError as error:
-        raise DataError(f"{file}: line {error.lineno}: not JSON: {error.msg}") from None
-    except RecursionError:
-        raise DataError(f"{file}: not JSON of a model: nested too deep") from None
-    except ValueError as error:  # a number of thousands of digits
-        raise DataError(f"{file}: not JSON of a model: {str(error)[:120]}") from None
-    if not isinstance(content, dict):
-        raise DataError(f"{file}: holds a {type(content).__name__}, expected a JSON object")
+        raise DataError(f"{file}: line {error.lineno}: not JSON: {error.msg}") from error
+    except (RecursionError, ValueError) as error:  # ValueError: a number of thousands of digits
+        raise DataError(f"{file}: not JSON: {json_reason(error)[:120]}") from error
+    if not isinstance(content, kind):
+        raise DataError(f"{file}: holds a {type(content).__name__}, expected {WORDS[kind]}")
     return content
+
+
+def read_json_if_there(file: Path) -> dict[str, Any]:
+    """Returns the object that a JSON file holds, and an empty one where `read_json` raises."""
+    try:
+        return read_json(file)
+    except DataError:
+        return {}
 
 
 def files_of(path: Path) -> dict[str, Path]:
@@ -233,28 +257,6 @@ def sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-MAX_FILE = 2**30
-"""Bytes of a benchmark's JSON file, which is parsed whole."""
-
-
-def read_json(file: Path, kind: type) -> Any:
-    """A JSON file that holds a `kind`. Raises DataError."""
-    try:
-        check_record(file.stat().st_size, str(file), MAX_FILE)
-        value = json.loads(decoded(file.read_bytes(), str(file)))
-    except FileNotFoundError:
-        raise DataError(f"{file}: no such file") from None
-    except OSError as error:
-        raise DataError(f"{file}: {error.strerror}") from error
-    except json.JSONDecodeError as error:
-        raise DataError(f"{file}: line {error.lineno}: not JSON: {error.msg}") from error
-    except RecursionError as error:
-        raise DataError(f"{file}: not JSON: {json_reason(error)}") from error
-    if not isinstance(value, kind):
-        raise DataError(f"{file}: holds a {type(value).__name__}, expected {WORDS[kind]}")
-    return value
 
 
 WORDS = {

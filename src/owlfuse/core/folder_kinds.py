@@ -5,11 +5,10 @@ Imports nothing heavy.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from owlfuse.core.errors import DataError
-from owlfuse.core.files import MAX_CONFIG, read_json_object
+from owlfuse.core.files import MAX_CONFIG, read_json, read_json_if_there
 
 
 def describe_path(path: Path) -> str | None:
@@ -61,11 +60,7 @@ def run_of_checkpoint(path: Path) -> Path | None:
 
 def is_export(path: Path) -> bool:
     """Whether `owlfuse export` or `owlfuse import` wrote the folder."""
-    try:
-        content = json.loads((path / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return False
-    return isinstance(content, dict) and content.get("model_type") == "owlfuse"
+    return read_json_if_there(path / "config.json").get("model_type") == "owlfuse"
 
 
 def runs_in(path: Path) -> list[str]:
@@ -93,7 +88,7 @@ def check_exported(folder: Path) -> Path:
             f"{folder} has no config.json; name a folder that `owlfuse export` or `owlfuse "
             "import` wrote"
         )
-    model_type = read_json_object(config, MAX_CONFIG).get("model_type")
+    model_type = read_json(config, limit=MAX_CONFIG).get("model_type")
     if model_type != "owlfuse":
         raise DataError(
             f"{config} is of a {model_type} model; a released mPLUG-Owl is read by `owlfuse "

@@ -8,7 +8,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import timm
 from huggingface_hub import (
     constants,
     get_hf_file_metadata,
@@ -71,9 +70,8 @@ def check_hub_has(name: str, instead: str) -> None:
         raise DataError(f"{name}: {reason}, and it is not in the cache; {instead}")
     if not constants.HF_HUB_OFFLINE:
         log.warning("%s: %s; it is taken from the cache (%s)", name, reason, constants.HF_HUB_CACHE)
-        constants.HF_HUB_OFFLINE = (
-            True  # what the environment's variable of this name sets: no more waiting for it
-        )
+        # what the environment's variable of this name sets: no more waiting for it
+        constants.HF_HUB_OFFLINE = True
 
 
 def resolved_file(name: str, files: tuple[str, ...]) -> Path | None:
@@ -81,9 +79,16 @@ def resolved_file(name: str, files: tuple[str, ...]) -> Path | None:
     None for a local path."""
     if looks_local(name):
         return None
+    try:
+        # Its libraries would try for a quarter of a minute at each file.
+        cached_only = ask(name) is not None
+    except HFValidationError:
+        return None
     for file in files:
         try:
-            return Path(hf_hub_download(name, file, etag_timeout=SECONDS))
+            return Path(
+                hf_hub_download(name, file, etag_timeout=SECONDS, local_files_only=cached_only)
+            )
         except (
             HFValidationError,
             OfflineModeIsEnabled,
@@ -96,6 +101,7 @@ def resolved_file(name: str, files: tuple[str, ...]) -> Path | None:
     return None
 
 
+@cache
 def ask(name: str) -> str | None:
     """Why the model cannot be had from the hub; None where it can, and where its libraries know
     better what is wrong."""
@@ -121,19 +127,3 @@ def ask(name: str) -> str | None:
         except (TRANSPORT_ERROR, OSError) as error:
             failure = type(error).__name__
     return f"no connection to the hub ({constants.ENDPOINT}, {failure})"
-
-
-def hub_name_of(name: str, overlay: dict[str, Any]) -> str | None:
-    """The hub's name for the pretrained weights of a timm model; None where they come from
-    elsewhere.
-
-    Args:
-        overlay: what takes the place of timm's own fields of the weights, `file` for instance.
-    """
-    if overlay.get("file") or overlay.get("url") or "hf_hub_id" in overlay:
-        return overlay.get("hf_hub_id")
-    scheme, _, rest = name.rpartition(":")
-    if scheme in ("hf-hub", "hf_hub"):
-        return rest.partition("@")[0]
-    known = timm.get_pretrained_cfg(name, allow_unregistered=True) if not scheme else None
-    return getattr(known, "hf_hub_id", None) or None

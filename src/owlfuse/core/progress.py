@@ -235,7 +235,10 @@ MESSAGES = (
     r"You're resuming from a checkpoint that ended before the epoch ended",
 )
 """Beginnings of Lightning's warnings about what owlfuse does on purpose."""
-LIBRARIES = r"(lightning|torch|torchvision|transformers|huggingface_hub|peft|timm|accelerate|hydra|omegaconf)\b"
+LIBRARIES = (
+    r"(lightning|torch|torchvision|transformers|huggingface_hub|peft|timm|accelerate|hydra"
+    r"|omegaconf)\b"
+)
 """Whose calls of what will be no more are for their makers to change."""
 
 

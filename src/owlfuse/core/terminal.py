@@ -80,9 +80,8 @@ def guard_terminal() -> None:
             handler.setFormatter(VisibleFormatter(handler.formatter or logging.Formatter()))
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(
-                errors="backslashreplace"
-            )  # a terminal that lacks a letter is no reason to stop
+            # a terminal that lacks a letter is no reason to stop
+            stream.reconfigure(errors="backslashreplace")
     warnings.formatwarning = format_warning
     sys.excepthook = print_exception
 

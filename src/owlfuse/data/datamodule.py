@@ -60,8 +60,8 @@ class ChatData(lightning.LightningDataModule):
         folder: where the data lie, for the other keys of a yaml to refer to.
         video: how frames of videos are chosen where a source does not say, the keys of a
             `VideoSampling`.
-        weights_by: what the shares are of: samples, or supervised tokens, which are counted once
-            (see `lengths`).
+        weights_by: what the shares are of: samples, or supervised tokens. Those are counted once
+            (see `mixture.lengths`), and a source's weight is divided by the mean of its samples.
         thinking: whether a question asks for a thought before the answer, where the chat template
             knows of thoughts; an answer is scored without it.
         temperature, at_end, weights_at: see `make_mixture`; `weights_at` counts in optimizer steps.
@@ -98,9 +98,8 @@ class ChatData(lightning.LightningDataModule):
             source.name = name
         self.sources = sources
         self.validation = validation
-        self.validation_skipped: dict[
-            tuple[str, str, str], None
-        ] = {}  # in the order in which they were found
+        # in the order in which they were found
+        self.validation_skipped: dict[tuple[str, str, str], None] = {}
         self.validation_truncated: dict[tuple[str, str, int], None] = {}
         self.notes = NotesLog()
         self.global_batch_size = global_batch_size
@@ -123,6 +122,7 @@ class ChatData(lightning.LightningDataModule):
         )
         self.thinking = thinking
         self.step_positions = StepPositions.of(global_batch_size)
+        self.counted: dict[str, Lengths] | None = None
         self.mix = partial(
             make_mixture,
             sources,
@@ -146,17 +146,19 @@ class ChatData(lightning.LightningDataModule):
         image takes."""
         self.encoder = ChatEncoder(self.tokenizer, tokens_per_image, self.max_length, self.thinking)
         self.pictures = Pictures(preprocess, self.max_pixels, self.seed, self.video)
+        self.counted = None
         if self.weights_by == "tokens":
             self.mixture = self.mix(self.step_positions, lengths=self.lengths())
         self.image_shape = (3, *preprocess.size)
 
     def lengths(self) -> dict[str, Lengths]:
-        """The counts of each source, from where they were kept or by encoding all samples."""
-        policies = {name: policy_of(self.on_length, name) for name in self.sources}
-        return {
-            name: count_lengths(one, self.encoder, on_length=policies[name])
-            for name, one in self.sources.items()
-        }
+        """Return the token counts of each source, from their cache or by encoding all samples."""
+        if self.counted is None:
+            self.counted = {
+                name: count_lengths(source, self.encoder, on_length=policy_of(self.on_length, name))
+                for name, source in self.sources.items()
+            }
+        return self.counted
 
     @property
     def vocab_size(self) -> int:
@@ -193,10 +195,8 @@ class ChatData(lightning.LightningDataModule):
         """From the trainer's step on, so that a resumed run goes on where it was."""
         trainer = self.trainer
         assert trainer is not None
-        place = trainer.distributed_sampler_kwargs or {
-            "rank": 0,
-            "num_replicas": 1,
-        }  # tensor ranks share their rows
+        # tensor ranks share their rows
+        place = trainer.distributed_sampler_kwargs or {"rank": 0, "num_replicas": 1}
         sampler = GlobalBatchSampler(
             self.global_batch_size,
             self.accumulation(place["num_replicas"]),
@@ -282,6 +282,7 @@ class ChatData(lightning.LightningDataModule):
             truncated,
             notes,
             padding,
+            self.counted,
         )
         return report | {"validation": self.validation_report()}
 

@@ -54,9 +54,8 @@ class MixtureDataset(Dataset):
         Raises:
             IndexError: after the schedule's end.
         """
-        in_turn = (
-            isinstance(positions, range) and positions.step == 1 and bool(positions)
-        )  # as the sampler asks
+        # as the sampler asks
+        in_turn = isinstance(positions, range) and positions.step == 1 and bool(positions)
         first, stop = (
             (positions[0], positions[-1] + 1) if in_turn else (min(positions), max(positions) + 1)
         )

@@ -65,9 +65,8 @@ def spell_words(
         for start in starts:
             if first <= start < last:
                 word_at[place] = start
-    inside = [
-        start for start in starts if offsets[0][0] <= start < offsets[-1][1]
-    ]  # else cut off by the caller's truncation
+    # else cut off by the caller's truncation
+    inside = [start for start in starts if offsets[0][0] <= start < offsets[-1][1]]
     if len(word_at) != len(inside) or spelled is None or image_id in spelled[0]:
         raise DataError(
             f"{what} has the word {image_token} in a text, which this tokenizer cannot write as a "

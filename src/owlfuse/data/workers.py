@@ -30,9 +30,8 @@ class DataWorkers:
         self.context: BaseContext = context
         """For the argument `multiprocessing_context` of a DataLoader."""
         self.pid = os.getpid()
-        atexit.register(
-            self.end_all
-        )  # before multiprocessing's own end, which sends SIGTERM and waits for them
+        # before multiprocessing's own end, which sends SIGTERM and waits for them
+        atexit.register(self.end_all)
 
     def __reduce__(self) -> Any:
         """A worker that is spawned gets the data with none of the processes."""

@@ -1,0 +1,1 @@
+"""How good a model is: validation, questions, benchmarks, and where its answers look."""

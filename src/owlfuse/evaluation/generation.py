@@ -19,9 +19,8 @@ from owlfuse.model.multimodal import MultimodalLM
 
 # no inference_mode: FSDP keeps what its first forward makes, and training goes on with it
 @torch.no_grad()
-@torch.compiler.set_stance(
-    "force_eager"
-)  # compiled layers would be compiled again for cache and lengths, which takes longer
+# compiled layers would be compiled again for cache and lengths, which takes longer
+@torch.compiler.set_stance("force_eager")
 def generate_greedy(
     model: MultimodalLM, batch: Batch, max_new_tokens: int, encoder: ChatEncoder
 ) -> Tensor:

@@ -1,3 +1,5 @@
+"""The questions of a source that are asked of a model, and the answers that are accepted."""
+
 from __future__ import annotations
 
 from itertools import pairwise

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import json
+import textwrap
 from collections import defaultdict
-from contextlib import suppress
 from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, ImageOps
+import matplotlib
+from matplotlib import pyplot as plt
+from PIL import Image
 from rich.table import Table
 from torch import Tensor
 
 from owlfuse.core.console import PlainConsole as Console
-from owlfuse.data.media.images import to_rgb
+from owlfuse.data.media.images import to_rgb, turn_upright
 from owlfuse.evaluation.explain.overlays import overlay
 from owlfuse.evaluation.metrics import Answer
 
@@ -65,10 +67,7 @@ def write_contact_sheet(
         maps: by the id of an answer, where it looked in its picture (see `evaluation.explain`),
             which is drawn beside it.
     """
-    import matplotlib
-
     matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
 
     shown, maps = picked(answers, pictures), maps or {}
     if not shown:
@@ -110,8 +109,7 @@ def picture_of(answer: Answer) -> Image.Image:
     """The answer's picture, upright, as the model saw it."""
     shown: Any = BytesIO(answer.image) if isinstance(answer.image, bytes) else answer.image
     with Image.open(shown) as file:
-        with suppress(Exception):  # as in `owlfuse.data.media.images`
-            ImageOps.exif_transpose(file, in_place=True)
+        turn_upright(file)
         return to_rgb(file)
 
 
@@ -126,7 +124,5 @@ def with_overlay(picture: Image.Image, map: Tensor) -> Image.Image:
 def wrap(text: str, width: int = 30) -> str:
     """Text broken into lines, at most four, without what a plot would take as a formula or has
     no letter for."""
-    import textwrap
-
     plain = "".join(letter if letter.isprintable() else " " for letter in text)
     return "\n".join(line.replace("$", r"\$") for line in textwrap.wrap(plain, width)[:4])

@@ -1,16 +1,19 @@
+"""`results.json`: the metrics of a run, with the code, the data and the machine that they are
+of."""
+
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig
 
 from owlfuse.artifacts.resume import learned_changes
+from owlfuse.artifacts.run_data import tokenizer_hash
 from owlfuse.config.build import to_dict
 from owlfuse.config.identity import code_hash, config_hash, data_hash
 from owlfuse.core.environment import git_state, versions
-from owlfuse.core.files import write_json
+from owlfuse.core.files import read_json, write_json
 
 
 def write_results(
@@ -32,8 +35,6 @@ def write_results(
         questions: how many were asked of each validation source and kind.
         checkpoint: whose results these are.
     """
-    from owlfuse.artifacts.run_data import tokenizer_hash
-
     plain = to_dict(config)
     changes = record.get("changes", [])
     results = {
@@ -61,7 +62,7 @@ def write_results(
 def read_results(folder: Path) -> dict[str, Any]:
     """What `results.json` of a run holds, nothing where there is none yet."""
     path = folder / "results.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    return read_json(path) if path.exists() else {}
 
 
 FILE = "before.json"
@@ -70,8 +71,6 @@ FILE = "before.json"
 def metrics_before(folder: Path) -> dict[str, float]:
     """The metrics of a run before its first step, as `before/<name>`; none where it was not
     evaluated then."""
-    try:
-        metrics = json.loads((folder / FILE).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
+    path = folder / FILE
+    metrics = read_json(path) if path.exists() else {}
     return {f"before/{name}": value for name, value in metrics.items()}

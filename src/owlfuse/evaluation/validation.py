@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import logging
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
+from owlfuse.artifacts.load import load_run_model
 from owlfuse.artifacts.resume import check_evaluation_keys, read_past
+from owlfuse.artifacts.run_data import build_data
 from owlfuse.artifacts.runs import chosen_checkpoint, split_which
-from owlfuse.config.build import to_dict
+from owlfuse.config.build import build, to_dict
+from owlfuse.config.compose import compose
 from owlfuse.core.files import write_json
 from owlfuse.core.progress import Progress, quiet_libraries
 from owlfuse.core.types import Sample
@@ -84,8 +89,6 @@ class Evaluation:
     ) -> tuple[dict[str, float], list[Answer]]:
         """Metrics by their full names and all answers, progress shown; with a run's folder, its
         metrics of before too."""
-        from lightning.pytorch.utilities import rank_zero_only
-
         training = model.training
         model.eval()
         metrics: dict[str, float] = metrics_before(folder) if folder else {}
@@ -159,13 +162,6 @@ def evaluate_run(folder: str, overrides: list[str]) -> None:
     Raises:
         ConfigError: a key that changes nothing of an evaluation, or the model.
     """
-    import time
-
-    from owlfuse.artifacts.load import load_run_model
-    from owlfuse.artifacts.run_data import build_data
-    from owlfuse.config.build import build
-    from owlfuse.config.compose import compose
-
     began = time.monotonic()
     which, overrides = split_which(overrides)
     config = compose([f"resume={folder}", *overrides])

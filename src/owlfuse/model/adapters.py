@@ -266,9 +266,8 @@ def apply_adapters(
     """
     for name in PARTS:
         part = model.part(name)
-        if (
-            not part.parameters
-        ):  # concat has none: a policy for it is not wrong, there is nothing to do
+        # concat has none: a policy for it is not wrong, there is nothing to do
+        if not part.parameters:
             continue
         try:
             policies[name].apply(part)

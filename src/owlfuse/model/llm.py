@@ -105,9 +105,8 @@ def load_llm(
     else:
         llm = load_pretrained(str(pretrained), gguf_file, options)
     if pretrained:
-        llm.trained_rows = (
-            llm.get_input_embeddings().num_embeddings
-        )  # how many tokens the weights know
+        # how many tokens the weights know
+        llm.trained_rows = llm.get_input_embeddings().num_embeddings
     if llm.get_input_embeddings().num_embeddings < vocab_size:
         llm.resize_token_embeddings(vocab_size, mean_resizing=not on_meta)
     if gradient_checkpointing:
@@ -146,9 +145,10 @@ def known_fields(kind: type) -> set[str]:
 
 def recompute_activations(llm: PreTrainedModel) -> None:
     """Activations inside of decoder layers are computed again in the backward pass."""
+    # before 5.24
     enable = (
         getattr(llm, "activation_checkpointing_enable", None) or llm.gradient_checkpointing_enable
-    )  # before 5.24
+    )
     enable({"use_reentrant": False})
 
 
@@ -397,13 +397,8 @@ def load_pretrained(
         if not gguf_file:
             raise
         raise missing("gguf", gguf_file) from error
-    except (
-        OSError,
-        KeyError,
-        IndexError,
-        ValueError,
-        struct.error,
-    ) as error:  # the last three of a GGUF file that is cut off
+    # the last three of a GGUF file that is cut off
+    except (OSError, KeyError, IndexError, ValueError, struct.error) as error:
         raise ValueError(f"pretrained: {pretrained}: {str(error).splitlines()[0][:200]}") from error
     if lacking := sorted(found["missing_keys"]):  # transformers makes them up, with a warning
         raise ValueError(

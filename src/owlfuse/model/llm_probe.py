@@ -116,9 +116,8 @@ def tiny_config(config: Any) -> PreTrainedConfig:
         "num_key_value_heads": GROUPS if grouped else HEADS,
         "head_dim": HEAD_WIDTH,
     }
-    widths |= {
-        name: VOCABULARY for name in vars(config) if name.startswith("vocab_size")
-    }  # Gemma 4 has several
+    # Gemma 4 has several
+    widths |= {name: VOCABULARY for name in vars(config) if name.startswith("vocab_size")}
     widths |= {
         name: 32
         for name, value in vars(config).items()

@@ -1,7 +1,13 @@
+"""The loss: cross-entropy summed over supervised tokens.
+
+Letters: B rows, T text positions, V vocabulary.
+"""
+
 from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -25,8 +31,22 @@ def token_loss(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     return summed_loss(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
 
 
+def mean_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Returns the mean of `token_loss` over the supervised tokens."""
+    loss, count = token_loss(logits, labels)
+    return loss / count
+
+
 def summed_loss(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """Cross-entropy summed over the targets (R,) that are not -100, and their number. logits (R,
     V)."""
-    loss = F.cross_entropy(logits.float(), targets, ignore_index=-100, reduction="sum")
-    return loss, (targets != -100).sum()
+    return token_losses(logits, targets).sum(), (targets != -100).sum()
+
+
+def token_losses(logits: Tensor, targets: Tensor) -> Tensor:
+    """Returns the cross-entropy (R,) of each target (R,), 0 where it is -100. logits (R, V).
+
+    In float32 at least, in float64 where the logits are.
+    """
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return F.cross_entropy(logits, targets, ignore_index=-100, reduction="none")

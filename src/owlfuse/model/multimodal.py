@@ -54,9 +54,8 @@ class MultimodalLM(nn.Module):
         self, vision: nn.Module, connector: nn.Module, fusion: Fusion, llm: PreTrainedModel
     ) -> None:
         super().__init__()
-        self.vision: Any = (
-            vision  # parts of the user's too: what is asked of them depends on what they have
-        )
+        # parts of the user's too: what is asked of them depends on what they have
+        self.vision: Any = vision
         self.connector: Any = connector
         self.fusion = fusion
         self.llm = llm
@@ -270,7 +269,8 @@ def linear_layers(module: nn.Module, path: tuple[str, ...] = ()) -> list[tuple[s
 
 def blocks_of(module: nn.Module) -> list[list[nn.Parameter]]:
     """The parameters of a part's layers, none where the part does not have layers."""
-    blocks: Any = module.blocks() if hasattr(module, "blocks") else []  # type: ignore[operator]  # of a part
+    # of a part
+    blocks: Any = module.blocks() if hasattr(module, "blocks") else []  # type: ignore[operator]
     return [list(b.parameters()) if isinstance(b, nn.Module) else b for b in blocks]
 
 
@@ -293,10 +293,8 @@ def build_model(
     """
     model = assemble(config, vocab_size) if base is None else base
     if base is not None:
-        for name in (
-            "vision",
-            "connector",
-        ):  # how they compute is the configuration's, as for the LLM
+        # how they compute is the configuration's, as for the LLM
+        for name in ("vision", "connector"):
             if hasattr(getattr(base, name), "set_checkpointing"):
                 getattr(base, name).set_checkpointing(
                     config[name].get("gradient_checkpointing", False)
@@ -308,9 +306,8 @@ def build_model(
     summary = apply_adapters(model, policies, new_tokens)
     if config.get("compile"):
         compile_layers(decoder_layers(model.llm), getattr(model.vision, "body", model.vision))
-    model.train(
-        model.training
-    )  # batch norms that are frozen by now keep their statistics; Lightning leaves modes alone
+    # batch norms that are frozen by now keep their statistics; Lightning leaves modes alone
+    model.train(model.training)
     return model, summary
 
 

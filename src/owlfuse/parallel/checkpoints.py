@@ -34,7 +34,12 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.optim import Optimizer
 
-from owlfuse.core.checkpoint_files import commit_checkpoint, partial_path, remove_checkpoint
+from owlfuse.core.checkpoint_files import (
+    commit_checkpoint,
+    find_damaged_record,
+    partial_path,
+    remove_checkpoint,
+)
 from owlfuse.core.errors import DataError
 
 log = logging.getLogger(__name__)
@@ -99,6 +104,25 @@ class SafeReader(dcp.FileSystemReader):
             ) from error
         return table
 
+    def read_data(self, plan: dcp.LoadPlan, planner: dcp.LoadPlanner) -> torch.futures.Future[None]:
+        """See torch's. The parts that this rank loads are first compared with the checksums that
+        were written with them, which torch does not do.
+
+        Raises DataError for a part that differs.
+        """
+        for item in plan.items:
+            part = self.storage_data[item.storage_index]
+            file_path = Path(self.path) / part.relative_path
+            with file_path.open("rb") as file:
+                file.seek(part.offset)
+                record = find_damaged_record(io.BytesIO(file.read(part.length)))
+            if record is not None:
+                raise DataError(
+                    f"{file_path} is damaged: {item.storage_index.fqn} differs from its checksum; "
+                    f"delete {file_path.parent} to go on from the checkpoint before it"
+                )
+        return super().read_data(plan, planner)
+
 
 class SafePlanner(DefaultLoadPlanner):
     """torch's plan of what to read, in which values that are no tensors are plain ones, and no
@@ -134,12 +158,26 @@ def optimizer_by_name(model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
     )
 
 
+@contextmanager
+def naming_damaged_parts() -> Iterator[None]:
+    """Raises the DataError of a rank in place of torch's CheckpointException, which every rank
+    gets."""
+    try:
+        yield
+    except dcp.api.CheckpointException as error:
+        for failure, _ in error.failures.values():
+            if isinstance(failure, DataError):
+                raise DataError(str(failure)) from error
+        raise
+
+
+@naming_damaged_parts()
 def load_shards(model: nn.Module, optimizers: list[Optimizer], path: Path) -> dict[str, Any]:
     """Reads each rank's own parts of a folder that any mesh has written, in place; gives what
     stands beside the shards.
 
     Raises:
-        DataError: a trained weight of the model is not in it.
+        DataError: a trained weight of the model is not in it, or a part is damaged.
     """
     saved = SafeReader(path).read_metadata().state_dict_metadata
     state = {k: v for k, v in get_model_state_dict(model).items() if f"state_dict.{k}" in saved}
@@ -155,9 +193,8 @@ def load_shards(model: nn.Module, optimizers: list[Optimizer], path: Path) -> di
         dcp.load(
             {f"optimizer_{index}": moments}, storage_reader=SafeReader(path), planner=SafePlanner()
         )
-        names = [
-            group["name"] for group in optimizer.param_groups
-        ]  # of this mesh's groups, not of those that were saved
+        # of this mesh's groups, not of those that were saved
+        names = [group["name"] for group in optimizer.param_groups]
         set_optimizer_state_dict(model, optimizer, moments, options=BY_NAME)
         for group, name in zip(optimizer.param_groups, names, strict=True):
             group["name"] = name
@@ -170,12 +207,13 @@ def load_shards(model: nn.Module, optimizers: list[Optimizer], path: Path) -> di
     return meta
 
 
+@naming_damaged_parts()
 def read_shards(path: Path) -> dict[str, Tensor]:
     """Reads the weights in a folder that any mesh has written, by the model's own names, in one
     process.
 
     Raises:
-        DataError: one of them is no tensor.
+        DataError: one of them is no tensor, or damaged.
     """
     weights = {}
     for name, entry in SafeReader(path).read_metadata().state_dict_metadata.items():

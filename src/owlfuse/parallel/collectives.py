@@ -1,3 +1,6 @@
+"""What processes tell each other: sums, gathered rows and objects, and who has which part of the
+data."""
+
 from __future__ import annotations
 
 import math

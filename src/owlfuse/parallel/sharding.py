@@ -46,9 +46,8 @@ def shard(model: MultimodalLM, mesh: DeviceMesh, precision: str) -> None:
         split_projections(model, tensor)
     if data.size() > 1 or tensor.size() == 1:
         policy = MixedPrecisionPolicy()
-        if (
-            precision == "bf16-mixed" and mesh.device_type != "cpu"
-        ):  # whose norms take no weights of another type
+        # whose norms take no weights of another type
+        if precision == "bf16-mixed" and mesh.device_type != "cpu":
             policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
         for unit in model.sharding_units():
             fully_shard(unit, mesh=data, mp_policy=policy)
@@ -77,9 +76,8 @@ def split_projections(model: MultimodalLM, mesh: DeviceMesh) -> None:
         elif role == "columns":
             style = ColwiseParallel()
         else:
-            style = ColwiseParallel(
-                input_layouts=SplitAlong(-1)
-            )  # what comes in is split already, and needed whole
+            # what comes in is split already, and needed whole
+            style = ColwiseParallel(input_layouts=SplitAlong(-1))
         if not isinstance(projection, LoraLayer):
             parallelize_module(projection, mesh, style)
             continue
@@ -88,7 +86,8 @@ def split_projections(model: MultimodalLM, mesh: DeviceMesh) -> None:
             parallelize_module(*((down, mesh, style) if role == "rows" else (up, mesh, style)))
     for module in model.modules():
         if hasattr(module, "share"):
-            module.share = (mesh.get_local_rank(), mesh.size())  # type: ignore[assignment]  # numbers, no tensor
+            # numbers, no tensor
+            module.share = (mesh.get_local_rank(), mesh.size())  # type: ignore[assignment]
 
 
 def tie_again(model: nn.Module, tied: dict[str, nn.Parameter]) -> None:
@@ -145,9 +144,8 @@ def build_for(
     del whole
     # some modules refer to one another, and would keep the copy of all weights for long
     gc.collect()
-    torch.set_rng_state(
-        strategy.broadcast(generator)
-    )  # dropout is that of a rank that has drawn the weights itself
+    # dropout is that of a rank that has drawn the weights itself
+    torch.set_rng_state(strategy.broadcast(generator))
     return model, summary
 
 

@@ -1,6 +1,4 @@
-"""Strategies of many processes, and what they tell each other. With `model_parallel.py` and
-`parallel_checkpoints.py` the only file that names torch.distributed: everything else is written for
-one process."""
+"""Lightning strategies for several processes, replicated or sharded."""
 
 from __future__ import annotations
 

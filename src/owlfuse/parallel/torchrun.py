@@ -6,6 +6,9 @@ import os
 from datetime import timedelta
 from typing import Any
 
+from lightning import Fabric
+from lightning.fabric.strategies import DDPStrategy
+
 LONGEST_WAIT = timedelta(days=7)
 """A rank with easy questions waits for one with hard ones; where one dies, torchrun ends the
 others."""
@@ -20,9 +23,6 @@ class Ranks:
         self.local = int(os.environ.get("LOCAL_RANK", "0"))
         self.fabric: Any = None
         if self.count > 1:
-            from lightning import Fabric
-            from lightning.fabric.strategies import DDPStrategy
-
             # ranks tell each other nothing but that they are there, which gloo does on any machine
             strategy = DDPStrategy(process_group_backend="gloo", timeout=LONGEST_WAIT)
             each = int(os.environ.get("LOCAL_WORLD_SIZE", self.count))

@@ -183,9 +183,8 @@ class Meter(TorchDispatchMode):
     ) -> Any:
         kwargs = kwargs or {}
         if func is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:
-            return (
-                0  # what a mask holds is not known: no shortcut for rows without padding is taken
-            )
+            # what a mask holds is not known: no shortcut for rows without padding is taken
+            return 0
         out = func(*args, **kwargs)
         for tensor in tree_leaves(out):
             if isinstance(tensor, Tensor):

@@ -88,49 +88,49 @@ def bind(data: ChatData, config: DictConfig) -> list[str]:
 
 
 def survey(data: ChatData, lengths: dict[str, Lengths], steps: int) -> dict[str, Any]:
-    """`ChatData.report` after `steps`, with supervised tokens, lengths and what is left out, as
-    its samples would give."""
+    """Return `ChatData.report` after some steps, with the lengths of the samples and what is left
+    out of them. Only whole global batches count, as in a run."""
     mixture, size = data.mixture, data.global_batch_size
-    asked, positions = steps * size, mixture.available(steps * size)
-    drawn = realised(mixture, lengths, positions)
-    report = data.report(positions // size, left_out(data, drawn["wrong"], lengths))
-    del report["validation"], report["padding"]  # of batches, and there are none
-    notes = [] if positions == asked else [end_note(report, positions, asked)]
+    asked = steps * size
+    available = mixture.available(asked)
+    whole_steps = available // size
+    length_counts, wrong = lengths_and_errors(mixture, lengths, whole_steps * size)
+    report = data.report(whole_steps, left_out(data, wrong, lengths))
+    # These two are of batches, and there are none.
+    del report["validation"], report["padding"]
+    notes = [] if available == asked else [end_note(report, available, asked)]
     notes += duplicate_notes(report)
     for name in mixture.names:
         notes += [
             f"source {name}: {text} ({samples:,} samples)"
             for text, samples in lengths[name].notes.items()
         ]
-    for name, first in first_errors(data, drawn["wrong"]).items():
+    for name, first in first_errors(data, wrong).items():
         notes.append(
             f"source {name} has on_error=error and a wrong sample at step {first // size}, which "
             "ends the run"
         )
-    total = sum(drawn["supervised"].values())
     for name, row in report["sources"].items():
         counted = lengths[name]
-        del row["notes"]  # of draws; those of all samples are in the report's own notes
-        row["asked_share"] = asked_share(mixture, name, positions)
-        row["supervised_tokens"] = drawn["supervised"].get(name, 0)
-        row["supervised_share"] = row["supervised_tokens"] / total if total else None
+        # Notes of draws are none without draws; those of all samples are in the report's notes.
+        del row["notes"]
         row["wrong_samples"] = len(counted.wrong)
+        row["length"] = None
         right = counted.tokens[counted.tokens > 0]
-        row["length"] = (
-            {"mean": float(right.mean()), "longest": int(right.max())} if len(right) else None
-        )
-    report.update(samples=positions, histogram=histogram(drawn["lengths"]), notes=notes)
+        if len(right):
+            row["length"] = {"mean": float(right.mean()), "longest": int(right.max())}
+    report.update(histogram=histogram(length_counts), notes=notes)
     return report
 
 
-def end_note(report: dict[str, Any], positions: int, asked: int) -> str:
-    """Where a schedule ends, and what it leaves."""
-    rest = positions % report["global_batch_size"]
+def end_note(report: dict[str, Any], available: int, asked: int) -> str:
+    """Say where a schedule ends, and what it leaves."""
+    rest = available % report["global_batch_size"]
     left = ", ".join(
         f"{name} {row['left_of_last_pass']:,}" for name, row in report["sources"].items()
     )
     return (
-        f"the schedule ends (at_end) after {positions:,} samples of {asked:,}"
+        f"the schedule ends (at_end) after {available:,} samples of {asked:,}"
         + (f", the last {rest:,} of which make no whole global batch" if rest else "")
         + f"; never drawn of each source's last pass: {left}"
     )
@@ -152,28 +152,33 @@ def duplicate_notes(report: dict[str, Any]) -> list[str]:
     return notes
 
 
-def realised(mixture: Mixture, lengths: dict[str, Lengths], positions: int) -> dict[str, Any]:
-    """Of the first positions: `supervised` tokens by source, how many samples have each of the
-    `lengths`, and the positions and indices of the `wrong` samples by source."""
-    longest = max(int(found.tokens.max()) for found in lengths.values())
-    counts, supervised = np.zeros(longest + 1, dtype=np.int64), dict.fromkeys(mixture.names, 0)
+def lengths_and_errors(
+    mixture: Mixture, lengths: dict[str, Lengths], positions: int
+) -> tuple[np.ndarray, dict[str, list[tuple[int, int]]]]:
+    """Return how many of the first positions' samples have each length, and the positions and
+    indices of the wrong ones by source."""
+    longest = max(int(counted.tokens.max()) for counted in lengths.values())
+    length_counts = np.zeros(longest + 1, dtype=np.int64)
     wrong: dict[str, list[tuple[int, int]]] = {}
-    bad = {name: np.array(sorted(lengths[name].wrong), dtype=np.int64) for name in mixture.names}
+    wrong_indices = {
+        name: np.array(sorted(lengths[name].wrong), dtype=np.int64) for name in mixture.names
+    }
     blocks = range(0, positions, BLOCK)
     for start in track(blocks, "drawing", len(blocks)):
         sources, indices = mixture.positions(start, min(start + BLOCK, positions))
         for number, name in enumerate(mixture.names):
-            places = np.flatnonzero(sources == number)
-            mine = indices[places]
-            supervised[name] += int(lengths[name].supervised[mine].sum(dtype=np.int64))
-            counts += np.bincount(lengths[name].tokens[mine], minlength=longest + 1)
-            if len(bad[name]):
-                hit = np.isin(mine, bad[name])
+            offsets = np.flatnonzero(sources == number)
+            samples = indices[offsets]
+            tokens = lengths[name].tokens[samples]
+            length_counts += np.bincount(tokens, minlength=longest + 1)
+            if len(wrong_indices[name]):
+                hits = np.isin(samples, wrong_indices[name])
                 wrong.setdefault(name, []).extend(
-                    zip((places[hit] + start).tolist(), mine[hit].tolist())
+                    zip((offsets[hits] + start).tolist(), samples[hits].tolist(), strict=True)
                 )
-    counts[0] = 0  # these are the wrong ones
-    return {"supervised": supervised, "lengths": counts, "wrong": wrong}
+    # Wrong samples have no tokens.
+    length_counts[0] = 0
+    return length_counts, wrong
 
 
 def left_out(
@@ -195,18 +200,6 @@ def first_errors(data: ChatData, wrong: dict[str, list[tuple[int, int]]]) -> dic
         for name, found in wrong.items()
         if found and data.sources[name].on_error != "skip"
     }
-
-
-def asked_share(mixture: Mixture, name: str, positions: int) -> float:
-    """A source's share by the weights, over the phases up to a position, each as long as it
-    lasts."""
-    starts = [start for start, _ in mixture.phases]
-    spans = zip(mixture.phases, [*starts[1:], positions])
-    parts = [
-        float(shares.get(name, 0)) * max(0, min(stop, positions) - start)
-        for (start, shares), stop in spans
-    ]
-    return sum(parts) / positions
 
 
 def histogram(counts: np.ndarray) -> list[dict[str, int]]:

@@ -53,11 +53,8 @@ def whole_model(nodes: dict[str, Any], vocab_size: int) -> MultimodalLM:
 
     Raises ValueError: parts that do not fit together.
     """
-    nodes = {
-        **nodes,
-        "compile": False,
-        "llm": {**nodes["llm"], "attention": "sdpa"},
-    }  # as much as flash attention needs
+    # as much as flash attention needs
+    nodes = {**nodes, "compile": False, "llm": {**nodes["llm"], "attention": "sdpa"}}
     return on_meta(nodes, vocab_size)[0].train()
 
 

@@ -22,6 +22,7 @@ from owlfuse.data.chat.tokenizer import render
 from owlfuse.data.formats.marks import with_pictures
 from owlfuse.data.media.images import MAX_PIXELS, open_image
 from owlfuse.data.words import with_hidden_words
+from owlfuse.evaluation.explain.attention import explained
 
 HELP = """\
 /image PATH   show a picture with the next question
@@ -115,8 +116,6 @@ class Conversation:
 
         Raises DataError where there is none, or no picture was shown.
         """
-        from owlfuse.evaluation.explain.attention import explained
-
         if self.last is None:
             raise DataError("nothing was asked yet, so there is no answer to explain")
         question, inputs, ids = self.last
@@ -183,7 +182,8 @@ def chat(
     """One answer, or a conversation where no question is given. `out`: the file for where the
     (last) answer looked. `which`: of a run's checkpoints."""
     model, processor = load_talker(folder, which)
-    model.to("cuda" if torch.cuda.is_available() else "cpu")  # type: ignore[arg-type]  # lost in transformers' wrapper
+    # lost in transformers' wrapper
+    model.to("cuda" if torch.cuda.is_available() else "cpu")  # type: ignore[arg-type]
     sampling = (
         {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
     )

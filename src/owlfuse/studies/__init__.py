@@ -1,0 +1,1 @@
+"""Several runs with one question: sweeps, recipes and ablations."""

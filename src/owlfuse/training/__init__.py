@@ -1,0 +1,1 @@
+"""Training: the module, its optimizers and callbacks, and the checkpoints of a run."""

@@ -1,6 +1,8 @@
+"""What stands beside the steps of a training: progress, signals, the evaluation before the first
+step."""
+
 from __future__ import annotations
 
-import json
 import signal
 import sys
 import time
@@ -11,6 +13,7 @@ import torch
 from lightning import Callback, LightningModule, Trainer
 
 from owlfuse.artifacts.runs import checkpoints_of
+from owlfuse.core.files import write_json
 from owlfuse.core.progress import Clock, Progress, duration
 from owlfuse.evaluation.reports import write_answers
 from owlfuse.evaluation.results import FILE
@@ -39,7 +42,7 @@ class BeforeTraining(Callback):
             metrics, answers = self.evaluation(module.model, trainer.datamodule)
         if trainer.is_global_zero:
             write_answers(self.folder / "answers_before.jsonl", answers)
-            (self.folder / FILE).write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
+            write_json(self.folder / FILE, metrics)
 
 
 def raise_if_stopped(trainer: Any, folder: Path) -> None:
@@ -116,10 +119,11 @@ class TrainingProgress(Callback):
 
     def on_validation_end(self, trainer: Trainer, module: LightningModule) -> None:
         """A line of its own, on a terminal too: the losses of the validation sources."""
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
         losses = [
             f"{name} {float(value):.4g}"
             for name, value in sorted(trainer.callback_metrics.items())
-            if name.partition("/")[0] in trainer.datamodule.validation and name.endswith("/loss")  # type: ignore[attr-defined]
+            if name.partition("/")[0] in data.validation and name.endswith("/loss")
         ]
         if self.bar is not None:
             self.bar.say(
@@ -134,7 +138,8 @@ class TrainingProgress(Callback):
             said.append(f"loss {float(loss):.4g}")
         if pace := self.bar.pace.seconds():
             said.append(self.time_left(trainer))  # before what a narrow terminal cuts off
-            said.append(f"{trainer.datamodule.global_batch_size / pace:.3g} samples/s")  # type: ignore[attr-defined]
+            data: Any = trainer.datamodule  # type: ignore[attr-defined]
+            said.append(f"{data.global_batch_size / pace:.3g} samples/s")
         rates = [
             group["lr"] for optimizer in trainer.optimizers for group in optimizer.param_groups
         ]
@@ -231,9 +236,8 @@ class StopOnSignal(Callback):
         ):
             self.stopped = trainer.should_stop = True
             if (batch_idx + 1) % int(trainer.val_check_interval):
-                trainer.limit_val_batches = (
-                    0  # Lightning validates when it stops, where a run never stopped would not
-                )
+                # Lightning validates when it stops, where a run never stopped would not
+                trainer.limit_val_batches = 0
 
     def teardown(self, trainer: Trainer, module: LightningModule, stage: str) -> None:
         """Gives the signals back."""

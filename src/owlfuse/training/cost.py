@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 import time
 from collections import deque
@@ -13,6 +12,7 @@ from typing import Any
 import torch
 from lightning import Callback, LightningModule, Trainer
 
+from owlfuse.core.files import read_json_if_there, write_json
 from owlfuse.core.types import Batch
 from owlfuse.parallel.collectives import data_ranks
 
@@ -48,8 +48,8 @@ class Cost(Callback):
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
         """A run that goes on has what it measured before; its own measure takes its place where
         it has steps enough."""
-        with suppress(OSError, ValueError):
-            self.cost = json.loads((Path(trainer.default_root_dir) / PROGRESS).read_text())["cost"]
+        progress = read_json_if_there(Path(trainer.default_root_dir) / PROGRESS)
+        self.cost = progress.get("cost", {})
         self.first, self.began = trainer.global_step, time.perf_counter()
 
     def on_train_batch_end(
@@ -113,14 +113,12 @@ class Cost(Callback):
         return round(statistics.median(rates) * ranks, 1) if rates else None
 
     def write(self, trainer: Trainer) -> None:
-        """`progress.json`, written beside and renamed."""
+        """`progress.json`, written atomically."""
         self.written = time.perf_counter()
         path = Path(trainer.default_root_dir) / PROGRESS
         progress = {"step": trainer.global_step, "steps": trainer.max_steps, "cost": self.cost}
         with suppress(OSError):  # a full disk is told by what must be written
-            beside = path.with_suffix(".part")
-            beside.write_text(json.dumps(progress) + "\n", encoding="utf-8")
-            beside.replace(path)
+            write_json(path, progress)
 
 
 def resident(name: str) -> int:

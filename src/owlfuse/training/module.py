@@ -61,9 +61,8 @@ class MultimodalModule(lightning.LightningModule):
         new_tokens: dict[str, int] | None = None,
     ) -> None:
         super().__init__()
-        self.strict_loading = (
-            False  # frozen weights are in no checkpoint; on_load_checkpoint checks the others
-        )
+        # frozen weights are in no checkpoint; on_load_checkpoint checks the others
+        self.strict_loading = False
         self.frozen: dict[str, str] | None = None
         self.init_from = init_from
         self.model_config = model_config
@@ -280,13 +279,11 @@ class MultimodalModule(lightning.LightningModule):
         elif gradient_clip_val:
             norm = clip(gradients_of(optimizer), gradient_clip_val)
             self.log("train/grad_norm", norm)
-            if (
-                self.trainer.precision != "16-mixed"
-            ):  # whose scaler leaves out steps with infinite gradients
+            # whose scaler leaves out steps with infinite gradients
+            if self.trainer.precision != "16-mixed":
                 self.finite.note(norm, self.trainer.global_step + 1)
-        self.updated_at = (
-            self.trainer.global_step
-        )  # Lightning calls nothing of ours between this and the update
+        # Lightning calls nothing of ours between this and the update
+        self.updated_at = self.trainer.global_step
 
     @property
     def updating(self) -> bool:
@@ -352,9 +349,8 @@ class MultimodalModule(lightning.LightningModule):
         if "state_dict" in checkpoint:
             check_fits(self.model, weights_in(checkpoint), checkpoint.get("frozen", {}))
         if self.trainer.is_global_zero:  # the checkpoint has those of all ranks
-            for source, sample, reason, *times in checkpoint.get(
-                "skipped", []
-            ):  # once had a row for each time
+            # once had a row for each time
+            for source, sample, reason, *times in checkpoint.get("skipped", []):
                 self.skipped[source, sample, reason] += times[0] if times else 1
             self.truncated = dict(checkpoint.get("truncated", {}))
             for source, text, draws in checkpoint.get("notes", []):

@@ -67,9 +67,8 @@ class AdamWCosine:
                 rate that is not above 0.
         """
         groups = []
-        limited = {
-            id(table) for table, _ in model.limited()
-        }  # decay would shrink the rows that are not trained
+        # decay would shrink the rows that are not trained
+        limited = {id(table) for table, _ in model.limited()}
         for part in PARTS:
             own_lr = self.part_lr.get(part)
             peak = self.lr if own_lr is None else own_lr

@@ -8,6 +8,7 @@ from typing import Any
 import lightning
 from omegaconf import DictConfig
 
+from owlfuse.artifacts.identity import weights_identity
 from owlfuse.artifacts.init_from import adopt_parts
 from owlfuse.artifacts.resume import changed_keys, check_identity, read_past, recorded
 from owlfuse.artifacts.run_data import build_data, save_tokenizer
@@ -23,7 +24,7 @@ from owlfuse.artifacts.runs import (
 from owlfuse.artifacts.weights import needs_base
 from owlfuse.config.build import build, to_dict
 from owlfuse.config.compose import place
-from owlfuse.config.identity import data_hash, weights_identity
+from owlfuse.config.identity import data_hash
 from owlfuse.core.errors import ConfigError, DataError, naming_full_disk
 from owlfuse.core.progress import progress_hidden, quiet_libraries
 from owlfuse.core.signals import signals_end_the_run
@@ -112,10 +113,8 @@ def train(config: DictConfig, folder: Path, data_digest: str | None) -> None:
     )
     if past and identity:
         changes |= check_identity(past, identity, config)
-        identity = {
-            **past.identity,
-            **identity,
-        }  # of what is no longer there, as a base whose weights are all trained
+        # of what is no longer there, as a base whose weights are all trained
+        identity = {**past.identity, **identity}
     if (
         data_digest
         and identity

@@ -266,9 +266,9 @@ def test_a_truncated_pickle_is_named(tmp_path):
     ("content", "expected"),
     [
         (None, "config.json is missing"),
-        (b"", "config.json is not JSON"),
-        (b"\xff\xfe{", "config.json is not JSON"),
-        (b"[1, 2]", "config.json holds a list"),
+        (b"", "config.json: line 1: not JSON"),
+        (b"\xff\xfe{", "config.json: not UTF-8"),
+        (b"[1, 2]", "config.json: holds a list"),
         (
             b'{"model_type": "llava"}',
             "model_type is llava, and is one of mplug-owl, mplug_owl2, mplugowl3",

@@ -23,11 +23,38 @@ TEMPLATES = {
     "mistral": lambda answer, end: f" {answer}{end}",
 }
 LOOK_ALIKE = (
-    "ASSISTANT:", " ASSISTANT: yes", "USER: ", "[INST] ", " [/INST]", "<<SYS>>", "<|im_start", "im_end|>", "assistant\n",
-    "\n\n",    "\nHuman: ", "### Response:", "</ s>", "\n", " ", "  ", "\t", "A dog", "red", "the", "é", "e\u0301", "日本語",
+    "ASSISTANT:",
+    " ASSISTANT: yes",
+    "USER: ",
+    "[INST] ",
+    " [/INST]",
+    "<<SYS>>",
+    "<|im_start",
+    "im_end|>",
+    "assistant\n",
+    "\n\n",
+    "\nHuman: ",
+    "### Response:",
+    "</ s>",
+    "\n",
+    " ",
+    "  ",
+    "\t",
+    "A dog",
+    "red",
+    "the",
+    "é",
+    "e\u0301",
+    "日本語",
     "🙂",
-    "👩‍👩‍👧",    "\u00a0", "\u2028", "{{ x }}", "{% if %}", "\ue000", "\ue0011\ue001",
-)  # fmt: skip
+    "👩‍👩‍👧",
+    "\u00a0",
+    "\u2028",
+    "{{ x }}",
+    "{% if %}",
+    "\ue000",
+    "\ue0011\ue001",
+)
 CHARACTERS = st.characters(exclude_categories=["Cs", "Cc"], exclude_characters="▁")
 CONTROL = (
     "<s>",
@@ -40,7 +67,6 @@ CONTROL = (
     "<|user|>",
     "<|assistant|>",
     "<|im_start|>",
-    # fmt: skip
     "<|im_end|>",
     "<|eot_id|>",
     "<|start_header_id|>",
@@ -81,9 +107,8 @@ def sample_of(chat):
 def supervised(tokenizer, encoded):
     """The text of each run of supervised tokens, told apart by what is not supervised between
     them."""
-    anchor = tokenizer("a", add_special_tokens=False)[
-        "input_ids"
-    ]  # some decoders drop a space at the very start
+    # some decoders drop a space at the very start
+    anchor = tokenizer("a", add_special_tokens=False)["input_ids"]
     runs, run = [], []
     for label in [*encoded.labels.tolist(), -100]:
         if label != -100:

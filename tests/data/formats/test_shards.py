@@ -236,9 +236,8 @@ def test_members_are_those_that_tarfile_finds(tmp_path):
                 if form == tarfile.USTAR_FORMAT:
                     info.name, info.mtime = "f/" * (length // 2) + "x", 7
                 kinds = [tarfile.REGTYPE, tarfile.REGTYPE, tarfile.DIRTYPE, tarfile.SYMTYPE]
-                kind = rng.choice(
-                    [*kinds, tarfile.AREGTYPE] if length < 90 else kinds
-                )  # tarfile takes a cut name for a folder
+                # tarfile takes a cut name for a folder
+                kind = rng.choice([*kinds, tarfile.AREGTYPE] if length < 90 else kinds)
                 if kind != tarfile.REGTYPE:
                     info.type, info.size = kind, 0
                     info.linkname = "y" * rng.choice([3, 100]) if kind == tarfile.SYMTYPE else ""

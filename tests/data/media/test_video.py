@@ -264,7 +264,7 @@ def check_middles(folder, name):
 def test_little_of_a_long_video_is_decoded_where_key_frames_allow(tmp_path, monkeypatch):
     name = write_video(tmp_path / "a.mp4", 60, paint=clock(60), options={"g": "10"})
     decoded = []
-    enumerated = lambda frames: ((decoded.append(1) or k, frame) for k, frame in enumerate(frames))
+    enumerated = lambda frames: ((decoded.append(1) or k, frame) for k, frame in enumerate(frames))  # noqa: E731
     monkeypatch.setattr(video, "enumerate", enumerated, raising=False)
     read_frames(tmp_path, name, "s:1", VideoSampling("uniform", 4), LIMIT)
     assert 4 <= len(decoded) <= 4 * 11
@@ -288,9 +288,8 @@ def test_frames_are_turned_upright(tmp_path):
     name = write_video(tmp_path / "a.mp4", 1, paint=paint, rotation=90)
     (frame,) = read_frames(tmp_path, name, "s:1", VideoSampling("uniform", 1), LIMIT)
     assert frame.size == (48, 64)
-    assert (
-        np.asarray(frame)[40:].mean() > 240
-    )  # a quarter turn counterclockwise brings the left side down
+    # a quarter turn counterclockwise brings the left side down
+    assert np.asarray(frame)[40:].mean() > 240
     assert np.asarray(frame)[:24].mean() < 120
 
 

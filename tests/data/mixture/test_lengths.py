@@ -2,6 +2,7 @@
 all that they depend on."""
 
 import json
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from owlfuse.data.formats.alpaca import Alpaca
 from owlfuse.data.formats.captions import Captions
 from owlfuse.data.formats.llava import LLaVA
 from owlfuse.data.mixture import lengths as module
-from owlfuse.data.mixture.lengths import FOLDER, count_lengths, kept_path
+from owlfuse.data.mixture.lengths import CACHE_FOLDER, cache_path, count_lengths
 from owlfuse.data.mixture.mixture import make_mixture
 from owlfuse.data.mixture.positions import StepPositions
 from owlfuse.model.vision.backbone import Preprocessing
@@ -62,7 +63,7 @@ def by_hand(source, encoder):
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_counts_are_the_encoders_whatever_the_processes(data, source, workers, monkeypatch):
-    monkeypatch.setattr(module, "FEW", 0)
+    monkeypatch.setattr(module, "SMALL_SOURCE", 0)
     monkeypatch.setattr(module, "CHUNK", 7)
     encoder = data().encoder
     found = count_lengths(source, encoder, workers)
@@ -77,8 +78,8 @@ def test_they_are_counted_once_and_again_when_what_they_depend_on_changes(
     data, source, monkeypatch
 ):
     counted = []
-    count = module.count
-    monkeypatch.setattr(module, "count", lambda *args: counted.append(1) or count(*args))
+    count = module.encode_all
+    monkeypatch.setattr(module, "encode_all", lambda *args: counted.append(1) or count(*args))
     encoder = data().encoder
     first = count_lengths(source, encoder)
     again = count_lengths(Alpaca(str(source.file), weight=3, on_error="error"), encoder)
@@ -98,55 +99,90 @@ def test_they_are_counted_once_and_again_when_what_they_depend_on_changes(
 def test_a_file_of_counts_that_is_broken_is_counted_anew(data, source):
     encoder = data().encoder
     first = count_lengths(source, encoder)
-    (kept,) = (source.file.parent / FOLDER).iterdir()
+    (kept,) = (source.file.parent / CACHE_FOLDER).iterdir()
     kept.write_bytes(b"PK broken")
     assert np.array_equal(count_lengths(source, encoder).tokens, first.tokens)
 
 
 def test_a_folder_that_cannot_be_written_is_no_error(data, source, capsys):
-    (source.file.parent / FOLDER).write_text("a file in the folder's place")
+    (source.file.parent / CACHE_FOLDER).write_text("a file in the folder's place")
     assert count_lengths(source, data().encoder).tokens.sum() > 0
     assert "the token counts cannot be kept" in capsys.readouterr().err
 
 
-def test_weights_by_tokens_share_out_supervised_tokens(data):
+def test_weights_by_tokens_are_divided_by_the_mean_supervised_length(data):
     data = data(weights_by="tokens", weights_at={10: {"text": 3}})
-    counts = {
-        name: count_lengths(source, data.encoder).supervised
-        for name, source in data.sources.items()
-    }
-    longest = max(int(found.max()) for found in counts.values())
-    for start, stop, share in ((0, 80, 1 / 2), (80, 400, 3 / 4)):
-        sums = dict.fromkeys(counts, 0)
-        for position in range(start, stop):
-            name, index = data.mixture[position]
-            sums[name] += int(counts[name][index])
-            assert abs(sums["text"] - share * sum(sums.values())) <= longest
+    supervised = {}
+    for name, source in data.sources.items():
+        supervised[name] = [tokens for _, tokens in by_hand(source, data.encoder)]
+    # A wrong sample is drawn and left out: it counts as one without tokens.
+    means = {name: Fraction(sum(counts), len(counts)) for name, counts in supervised.items()}
+    for (_, shares), weight in zip(data.mixture.sample_phases, (1, 3), strict=True):
+        text, shapes = weight / means["text"], 1 / means["shapes"]
+        assert float(shares["text"]) == pytest.approx(text / (text + shapes), abs=2**-19)
+    sums = dict.fromkeys(supervised, 0)
+    sources, indices = data.mixture.positions(80, 8080)
+    for source, index in zip(sources, indices, strict=True):
+        name = data.mixture.names[source]
+        sums[name] += supervised[name][index]
+    assert sums["text"] / sum(sums.values()) == pytest.approx(3 / 4, abs=0.005)
 
 
-def test_a_temperature_weighs_by_supervised_tokens_where_the_shares_are_of_tokens(source):
-    other = Alpaca(str(source.file))
-    one = module.Lengths(np.full(40, 9), np.full(40, 9), {})
-    two = module.Lengths(np.full(40, 1), np.full(40, 1), {})
-    sources, lengths = {"a": source, "b": other}, {"a": one, "b": two}
-    assert [
-        float(s)
-        for s in make_mixture(
-            sources, 0, StepPositions.of(8), temperature=1.0, lengths=lengths
-        ).shares
-    ] == [
-        0.9,
-        0.1,
-    ]
-    assert [
-        float(s)
-        for s in make_mixture(
-            sources, 0, StepPositions.of(8), temperature=2.0, lengths=lengths
-        ).shares
-    ] == pytest.approx([0.75, 0.25])
-    assert [
-        float(s) for s in make_mixture(sources, 0, StepPositions.of(8), temperature=2.0).shares
-    ] == [0.5, 0.5]
+def test_realised_shares_of_tokens_are_reported_of_the_very_samples(data):
+    data = data(weights_by="tokens")
+    steps = 37
+    report = data.report(steps, [])
+    tokens = dict.fromkeys(data.sources, 0)
+    counts = data.lengths()
+    for position in range(8 * steps):
+        name, index = data.mixture[position]
+        tokens[name] += int(counts[name].supervised[index])
+    for name, row in report["sources"].items():
+        assert row["supervised_tokens"] == tokens[name]
+        assert row["supervised_share"] == pytest.approx(tokens[name] / sum(tokens.values()))
+        assert row["asked_share"] == row["share"] == 0.5
+        assert row["mean_supervised"] == pytest.approx(counts[name].supervised.mean())
+    assert report["phases"][0]["shares"] == {"text": 0.5, "shapes": 0.5}
+    drawn = report["phases"][0]["sample_shares"]
+    assert drawn["text"] * counts["text"].supervised.mean() == pytest.approx(
+        drawn["shapes"] * counts["shapes"].supervised.mean(), rel=1e-4
+    )
+
+
+def test_shares_of_tokens_that_were_not_counted_are_none(data):
+    report = data().report(3, [])
+    assert [row["supervised_share"] for row in report["sources"].values()] == [None, None]
+    assert [row["supervised_tokens"] for row in report["sources"].values()] == [None, None]
+
+
+def of_lengths(*tokens, samples=40):
+    return module.Lengths(*(np.full(samples, count) for count in tokens), {})
+
+
+@pytest.mark.parametrize(
+    ("temperature", "tokens", "share_by_tokens", "share_by_samples"),
+    [(1.0, (9, 1), 0.9, 0.5), (2.0, (9, 1), 0.75, 0.25), (2.0, (7, 7), 0.5, 0.5)],
+)
+def test_a_temperature_weighs_by_supervised_tokens_where_the_shares_are_of_tokens(
+    source, temperature, tokens, share_by_tokens, share_by_samples
+):
+    sources = {"a": source, "b": Alpaca(str(source.file))}
+    lengths = {name: of_lengths(count, count) for name, count in zip("ab", tokens, strict=True)}
+    options = {"temperature": temperature, "weights_at": {5: {"b": 1.0}}}
+    mixture = make_mixture(sources, 0, StepPositions.of(8), lengths=lengths, **options)
+    for (_, shares), (_, sample_shares) in zip(mixture.phases, mixture.sample_phases, strict=True):
+        assert float(shares["a"]) == pytest.approx(share_by_tokens)
+        assert float(sample_shares["a"]) == pytest.approx(share_by_samples)
+    by_samples = make_mixture(sources, 0, StepPositions.of(8), **options)
+    assert [float(share) for share in by_samples.phases[0][1].values()] == [0.5, 0.5]
+
+
+@pytest.mark.parametrize("temperature", [None, 1.0, 2.0])
+def test_a_source_without_supervised_tokens_is_named(source, temperature):
+    sources = {"a": source, "b": Alpaca(str(source.file))}
+    lengths = {"a": of_lengths(9, 9), "b": of_lengths(9, 0)}
+    with pytest.raises(ValueError, match="source b has weight 1.0 and no supervised token"):
+        make_mixture(sources, 0, StepPositions.of(8), temperature=temperature, lengths=lengths)
 
 
 @pytest.mark.parametrize(
@@ -158,6 +194,10 @@ def test_a_temperature_weighs_by_supervised_tokens_where_the_shares_are_of_token
             "weights_at: soon: expected an optimizer step from 0 on",
         ),
         ({"temperature": -1.0}, "temperature is -1.0, expected a number above 0"),
+        (
+            {"temperature": 2.0, "weights_at": {1: {"txt": 1}}},
+            "weights_at 1 names txt, which is no source; they are text, shapes",
+        ),
         (
             {"at_end": {"pictures": "once"}},
             "at_end names pictures, which is no source; they are text, shapes",
@@ -192,6 +232,6 @@ def test_counts_are_kept_apart_for_sources_that_make_other_chats_of_one_file(
     file.write_text('[{"image": "a.png", "caption": "A dog.", "text": "A very large dog."}]')
     tokenizer = ChatEncoder(load_tokenizer(str(shapes / "tokenizer")), tokens_per_image=1)
     plain, other = Captions(str(file)), Captions(str(file), **options)
-    assert kept_path(plain, tokenizer) != kept_path(other, tokenizer)
+    assert cache_path(plain, tokenizer) != cache_path(other, tokenizer)
     len(plain), plain[0]
-    assert kept_path(plain, tokenizer) == kept_path(Captions(str(file)), tokenizer)
+    assert cache_path(plain, tokenizer) == cache_path(Captions(str(file)), tokenizer)

@@ -189,63 +189,137 @@ def test_every_prefix_of_every_phase_is_exact_and_epochs_go_on_across_phases(cas
         assert sorted(drawn[name][:size]) == list(range(size)) or len(drawn[name]) < size
 
 
-@few
-@given(case=mixtures(), data=st.data(), start=st.integers(0, 9000))
-def test_by_tokens_every_prefix_holds_each_source_within_one_samples_tokens(case, data, start):
-    sizes, weights = case
-    counts = st.integers(0, 300)
-    lengths = {
-        n: np.array(data.draw(st.lists(counts, min_size=size, max_size=size)))
-        for n, size in sizes.items()
-    }
-    assume(all(found.any() for found in lengths.values()))
-    mixture = Mixture(sizes, weights, lengths=lengths)
-    tokens, longest = dict.fromkeys(sizes, 0), max(int(found.max()) for found in lengths.values())
-    distance = dict(zip(mixture.names, mixture.schedule.distance(0)))
-    assert max(distance.values()) <= longest * (1 if len(sizes) < 5 else 1.25)
-    for name, index in walk(mixture, 400):
+@st.composite
+def counted_mixtures(draw):
+    """Supervised tokens of each sample of 1 to 5 sources, whose lengths differ up to a hundredfold,
+    and how many epochs of each source to draw."""
+    lengths, epochs = {}, {}
+    for name in names[: draw(st.integers(1, 5))]:
+        longest = draw(st.sampled_from([3, 30, 300]))
+        counts = draw(st.lists(st.integers(0, longest), min_size=1, max_size=40))
+        lengths[name] = np.array([*counts, longest])
+        epochs[name] = draw(st.integers(1, 4))
+    return lengths, epochs
+
+
+def by_tokens(lengths, weights, seed=0, **options):
+    sizes = {name: len(counts) for name, counts in lengths.items()}
+    means = {name: Fraction(int(counts.sum()), len(counts)) for name, counts in lengths.items()}
+    return Mixture(sizes, weights, seed, mean_tokens=means, **options)
+
+
+def tokens_of(schedule, lengths):
+    tokens = dict.fromkeys(lengths, 0)
+    for name, index in schedule:
         tokens[name] += int(lengths[name][index])
-        for other in sizes:
-            assert (
-                abs(share(weights, other) * sum(tokens.values()) - tokens[other])
-                <= distance[other] + 0.01
-            )
-    fresh = Mixture(sizes, weights, lengths=lengths)
-    sources, indices = fresh.positions(start, start + 50)
-    single = [Mixture(sizes, weights, lengths=lengths)[start + i] for i in (0, 49)]
-    assert [(mixture.names[sources[i]], int(indices[i])) for i in (0, 49)] == single
+    return tokens
 
 
 @few
-@given(case=mixtures(30), data=st.data())
-def test_by_tokens_phases_and_ends_hold_too(case, data):
-    sizes, weights = case
+@given(case=counted_mixtures(), seed=st.integers(0, 1000))
+def test_by_tokens_whole_epochs_hold_exactly_the_shares_and_every_prefix_those_of_samples(
+    case, seed
+):
+    lengths, epochs = case
+    weights = {name: epochs[name] * int(counts.sum()) for name, counts in lengths.items()}
+    mixture = by_tokens(lengths, weights, seed)
+    draws = {name: epochs[name] * len(counts) for name, counts in lengths.items()}
+    total = sum(draws.values())
+    schedule = walk(mixture, total)
+    assert tokens_of(schedule, lengths) == weights
+    drawn = dict.fromkeys(lengths, 0)
+    for position, (name, _) in enumerate(schedule, 1):
+        drawn[name] += 1
+        for source, count in draws.items():
+            assert abs(drawn[source] - Fraction(count, total) * position) < 1
+    asked = mixture.asked_shares(total)
+    for name, weight in weights.items():
+        assert asked[name] == pytest.approx(weight / sum(weights.values()), abs=2 / MAX_PERIOD)
+
+
+@pytest.mark.parametrize(("asked", "scale"), [(0.6, 300), (0.9, 300), (0.2, 40)])
+def test_by_tokens_sources_of_very_different_lengths_have_the_asked_share_after_an_epoch_of_one(
+    asked, scale
+):
+    generator = np.random.default_rng(0)
     lengths = {
-        n: np.array(data.draw(st.lists(st.integers(1, 50), min_size=s, max_size=s)))
-        for n, s in sizes.items()
+        "small": generator.integers(1, scale, 40),
+        "large": generator.integers(1, 12, 20_000),
     }
-    ends = {name: data.draw(st.sampled_from(["repeat", "once", "stop"])) for name in sizes}
-    mixture = Mixture(
-        sizes, weights, weights_at={70: dict.fromkeys(sizes, 1)}, at_end=ends, lengths=lengths
+    mixture = by_tokens(lengths, {"small": asked, "large": round(1 - asked, 1)})
+    means = {name: counts.mean() for name, counts in lengths.items()}
+    drawn, position = 0, 0
+    while drawn < 40:
+        drawn += mixture[position][0] == "small"
+        position += 1
+    counts = mixture.counts(position)
+    ratio = (asked / means["small"]) / (asked / means["small"] + (1 - asked) / means["large"])
+    assert abs(counts["small"] - ratio * position) < 1
+    tokens = tokens_of(walk(mixture, position), lengths)
+    # An epoch of the small source has exactly its tokens. The other's are a part of its epoch: as
+    # many samples as they must be, but not all of them.
+    assert tokens["small"] == lengths["small"].sum()
+    assert abs(counts["large"] * means["large"] - tokens["small"] * (1 - asked) / asked) <= (
+        means["small"] / asked
     )
-    length = mixture.available(6000)
-    schedule = [(mixture.names[s], int(i)) for s, i in zip(*mixture.positions(0, length))]
-    assert mixture.counts(length) == {name: sum(n == name for n, _ in schedule) for name in sizes}
-    for name, size in sizes.items():
-        drawn = [index for n, index in schedule if n == name]
-        assert ends[name] == "repeat" or len(drawn) <= size
-        assert sorted(drawn[:size]) == list(range(size)) or len(drawn) < size
-    if length < 6000:
-        last = schedule[-1][0]
-        assert ends[last] == "stop" or set(ends.values()) == {"once"}
-        assert sum(n == last for n, _ in schedule) == sizes[last]
+    assert tokens["small"] / sum(tokens.values()) == pytest.approx(asked, abs=0.015)
+
+
+@few
+@given(case=mixtures(), mean=st.fractions(min_value=Fraction(1, 9), max_value=900), data=st.data())
+def test_by_tokens_sources_of_one_mean_length_are_drawn_as_by_samples(case, mean, data):
+    sizes, weights = case
+    ends = {name: data.draw(st.sampled_from(["repeat", "once", "stop"])) for name in sizes}
+    options = {"weights_at": {70: dict.fromkeys(sizes, 1)}, "at_end": ends}
+    mixture = Mixture(sizes, weights, **options, mean_tokens=dict.fromkeys(sizes, mean))
+    expected = Mixture(sizes, weights, **options)
+    assert mixture.sample_phases == expected.sample_phases == expected.phases
+    length = expected.available(500)
+    assert mixture.available(500) == length
+    assert walk(mixture, length) == walk(expected, length)
+
+
+@settings(few, max_examples=5)  # a period of 2^20 takes up to a second
+@given(case=counted_mixtures(), data=st.data())
+def test_by_tokens_phases_and_ends_are_those_of_the_divided_weights(case, data):
+    lengths, _ = case
+    weights = {name: data.draw(weight) for name in lengths}
+    later = {name: data.draw(weight) for name in list(lengths)[:1]}
+    ends = {name: data.draw(st.sampled_from(["repeat", "once", "stop"])) for name in lengths}
+    mixture = by_tokens(lengths, weights, weights_at={70: later}, at_end=ends)
+
+    def divided(shares):
+        return {
+            name: Fraction(str(share)) * len(lengths[name]) / int(lengths[name].sum())
+            for name, share in shares.items()
+        }
+
+    sizes = {name: len(counts) for name, counts in lengths.items()}
+    expected = Mixture(sizes, divided(weights), weights_at={70: divided(later)}, at_end=ends)
+    length = expected.available(400)
+    assert mixture.available(400) == length
+    assert walk(mixture, length) == walk(expected, length)
+
+
+def test_asked_shares_of_tokens_count_a_phase_by_its_tokens():
+    lengths = {"a": np.full(10, 90), "b": np.full(10, 10)}
+    mixture = by_tokens(lengths, {"a": 0.5, "b": 0.5}, weights_at={100: {"a": 0}})
+    # In the first phase a tenth of the samples are of `a`: 18 tokens a sample; then 10.
+    assert mixture.counts(100) == {"a": 10, "b": 90}
+    assert mixture.asked_shares(100) == pytest.approx({"a": 0.5, "b": 0.5})
+    assert mixture.asked_shares(190)["a"] == pytest.approx(0.5 * 1800 / 2700)
+    by_samples = Mixture({"a": 10, "b": 10}, {"a": 1, "b": 3}, weights_at={100: {"a": 0}})
+    assert by_samples.asked_shares(200)["a"] == pytest.approx(0.125)
 
 
 @few
 @given(
-    case=mixtures(), ranks=st.sampled_from([1, 2, 3, 4]), accumulation=st.integers(1, 3), micro=st.integers(1, 4),
+    case=mixtures(),
+    ranks=st.sampled_from([1, 2, 3, 4]),
+    accumulation=st.integers(1, 3),
+    micro=st.integers(1, 4),
     first=st.integers(0, 3),
-)  # fmt: skip
+)
 def test_ranks_and_accumulation_share_out_each_global_batch(
     case, ranks, accumulation, micro, first
 ):
@@ -268,11 +342,25 @@ def test_an_extreme_temperature_neither_fails_nor_takes_a_source_out(temperature
     sizes = {"a": 10**7, "b": 3, "c": 1}
     mixture = Mixture(sizes, tempered(sizes, dict.fromkeys(sizes, 1), temperature))
     assert mixture.names == ["a", "b", "c"]
-    assert mixture.shares[0] == (
-        1 - Fraction(2, MAX_PERIOD)
-        if temperature < 1
-        else mixture.shares[1] + Fraction(1, MAX_PERIOD)
-    )
+    shares = mixture.phases[0][1]
+    if temperature < 1:
+        assert shares["a"] == 1 - Fraction(2, MAX_PERIOD)
+    else:
+        assert shares["a"] == shares["b"] + Fraction(1, MAX_PERIOD)
+
+
+@pytest.mark.parametrize("temperature", [1, 2])
+@pytest.mark.parametrize(
+    ("sizes", "weights", "message"),
+    [
+        ({"a": 3, "b": 0}, {"a": 1, "b": 1}, "source b has weight 1 and no sample"),
+        ({"a": 3, "b": 2}, {"a": 1, "b": float("nan")}, "source b has weight nan, expected"),
+        ({}, {}, r"the weights of all sources \(none\) are 0"),
+    ],
+)
+def test_a_temperature_hides_no_weight_that_makes_no_mixture(temperature, sizes, weights, message):
+    with pytest.raises(ValueError, match=message):
+        Mixture(sizes, tempered(sizes, weights, temperature))
 
 
 def test_a_temperature_goes_from_the_sizes_to_even_shares():
@@ -305,12 +393,8 @@ def test_the_longest_period_is_exact_at_its_end():
         ({"weights_at": {5: {"a": 0, "b": 0}}}, r"the weights of all sources \(a, b\) are 0"),
         ({"weights_at": {-5: {"a": 1}}}, "weights_at -5: expected a position from 0 on"),
         (
-            {"lengths": {"a": np.ones(3, int), "b": np.ones(3, int)}},
-            "source b has 2 samples and 3 counts of their tokens",
-        ),
-        (
-            {"lengths": {"a": np.ones(3, int), "b": np.zeros(2, int)}},
-            "source b has a weight and no supervised token",
+            {"mean_tokens": {"a": Fraction(1), "b": Fraction(0)}},
+            "source b has weight 1 and no supervised token",
         ),
     ],
 )

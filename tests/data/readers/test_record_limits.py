@@ -160,14 +160,13 @@ def test_a_json_list_that_is_read_in_pieces_tells_what_is_wrong_and_in_which_lin
     assert "byte" in told or "line 402" in str(caught.value)
 
 
-def test_other_files_of_a_run_have_a_limit_too(tmp_path, monkeypatch):
+def test_other_files_of_a_run_have_a_limit_too(tmp_path):
     (tmp_path / "a.jinja").write_text("{{ 'x' }}" + " " * 2**21)
     with pytest.raises(DataError, match="over the limit"):
         read_template(str(tmp_path / "a.jinja"))
-    monkeypatch.setattr("owlfuse.core.files.MAX_FILE", 10)
     (tmp_path / "a.json").write_text('{"questions": []}')
-    with pytest.raises(DataError, match="over the limit"):
-        read_json(tmp_path / "a.json", dict)
+    with pytest.raises(DataError, match="more than 10 bytes, the limit"):
+        read_json(tmp_path / "a.json", limit=10)
 
 
 def test_a_line_of_blanks_is_no_record_however_long_it_is(tmp_path):

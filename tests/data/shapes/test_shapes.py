@@ -492,7 +492,7 @@ def test_a_failed_write_leaves_nothing_behind(tmp_path, monkeypatch):
     def broken(*_):
         raise RuntimeError("disk full")
 
-    monkeypatch.setattr("owlfuse.data.shapes.scenes.draw_scene", broken)
+    monkeypatch.setattr("owlfuse.data.shapes.write.draw_scene", broken)
     with pytest.raises(RuntimeError, match="disk full"):
         write_shapes(str(tmp_path / "set"), **TINY)
     assert list(tmp_path.iterdir()) == []
@@ -519,7 +519,7 @@ def test_the_slower_writer_keeps_the_set_of_the_faster(tmp_path, monkeypatch):
             stamps["theirs"] = target.stat().st_ino
         return real(scene)
 
-    monkeypatch.setattr("owlfuse.data.shapes.scenes.draw_scene", overtaken)
+    monkeypatch.setattr("owlfuse.data.shapes.write.draw_scene", overtaken)
     write_shapes(str(target), workers=1, **TINY)
     assert target.stat().st_ino == stamps["theirs"]
     assert [p.name for p in tmp_path.iterdir()] == ["set"]

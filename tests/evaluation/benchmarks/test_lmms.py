@@ -289,7 +289,7 @@ def test_what_cannot_be_shown_is_told_with_its_document(pictures, monkeypatch):
         opener.chat(
             "document 3", [{"role": "user", "content": [{"type": "audio", "url": "a.wav"}]}]
         )
-    monkeypatch.setattr("owlfuse.data.media.images.MAX_PIXELS", 1000)
+    monkeypatch.setattr("owlfuse.evaluation.lmms.prompts.MAX_PIXELS", 1000)
     with pytest.raises(
         DataError, match="document 3: a picture has 1,200 pixels, over the limit of 1,000"
     ):
@@ -345,6 +345,5 @@ def test_the_door_is_declared_and_imports_no_lmms_eval():
     ]
     assert door == {"owlfuse": "owlfuse.evaluation.lmms:manifests"}
     assert callable(owlfuse.evaluation.lmms.manifests)
-    assert (
-        "lmms_eval" not in sys.modules
-    )  # this file has imported all of owlfuse.evaluation.lmms but its models
+    # this file has imported all of owlfuse.evaluation.lmms but its models
+    assert "lmms_eval" not in sys.modules

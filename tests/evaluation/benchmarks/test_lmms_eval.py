@@ -57,10 +57,15 @@ def place(tmp_path_factory):
     ]
     (data / "text.json").write_text(json.dumps(texts))
     pope = [
-        {"question_id": one["id"], "question": one["conversations"][0]["value"].removeprefix("<image>\n"), "answer": "yes",
-         "category": "random", "image": {"path": None, "bytes": (data / "shapes" / one["image"]).read_bytes()}}
+        {
+            "question_id": one["id"],
+            "question": one["conversations"][0]["value"].removeprefix("<image>\n"),
+            "answer": "yes",
+            "category": "random",
+            "image": {"path": None, "bytes": (data / "shapes" / one["image"]).read_bytes()},
+        }
         for one in chats
-    ]  # fmt: skip
+    ]
     columns = Features(
         {
             **dict.fromkeys(("question_id", "question", "answer", "category"), Value("string")),
@@ -94,8 +99,15 @@ def lmms_eval(place, tasks, *words, launcher=(), code=0):
         "HF_HOME": str(place / "hf"),
         "OMP_NUM_THREADS": "1",
     }
-    done = subprocess.run([*command, "--log_samples", *words], cwd=place, env=environment, capture_output=True, text=True,
-                          timeout=900, check=False)  # fmt: skip
+    done = subprocess.run(
+        [*command, "--log_samples", *words],
+        cwd=place,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=900,
+        check=False,
+    )
     assert done.returncode == code, (done.stdout + done.stderr)[-6000:]
     if code:
         return done.stderr
@@ -130,8 +142,16 @@ def ours(place, model, name, file, tokens):
 def test_its_tasks_give_the_answers_and_scores_of_owlfuse_eval(place, model):
     """Of one picture, of several, of none; in one batch of 7 and, as a chat, in batches of 2."""
     arguments = ["--model_args", f"pretrained={model}", "--include_path"]
-    results, samples = lmms_eval(place, ["shapes_exact_match", "shapes_choice"], "--model", "owlfuse", *arguments, "example",
-                                 "--batch_size", "7")  # fmt: skip
+    results, samples = lmms_eval(
+        place,
+        ["shapes_exact_match", "shapes_choice"],
+        "--model",
+        "owlfuse",
+        *arguments,
+        "example",
+        "--batch_size",
+        "7",
+    )
     score, answers = ours(place, model, "shapes", "shapes/val.json", 32)
     assert [line["filtered_resps"] for line in samples["shapes_exact_match"]] == answers
     assert len(set(answers)) > 3

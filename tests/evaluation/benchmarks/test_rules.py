@@ -80,14 +80,17 @@ def test_vqa_answers_are_normalized_as_by_the_official_code(answer, expected):
     assert normalized(answer) == expected
 
 
-@pytest.mark.parametrize(("answer", "expected"), [
-    ("10,000", "10000"),  # a comma in a number takes every mark out, COMMA_STRIP
-    ("10,000 t-shirts", "10000 tshirts"),
-    ("1.5 dollars.", "1.5 dollars"),  # a period before a digit stays, PERIOD_STRIP
-    ("He dont know", "he don't know"),
-    ("youre an Owl", "you're owl"),
-    ("somebody'd", "somebodyd"),  # the table's own slip
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("answer", "expected"),
+    [
+        ("10,000", "10000"),  # a comma in a number takes every mark out, COMMA_STRIP
+        ("10,000 t-shirts", "10000 tshirts"),
+        ("1.5 dollars.", "1.5 dollars"),  # a period before a digit stays, PERIOD_STRIP
+        ("He dont know", "he don't know"),
+        ("youre an Owl", "you're owl"),
+        ("somebody'd", "somebodyd"),  # the table's own slip
+    ],
+)
 def test_numbers_periods_and_contractions_follow_vqa_eval_py(answer, expected):
     assert normalized(answer) == expected
 
@@ -121,12 +124,15 @@ def test_vqa_leaves_answers_alone_on_which_all_agree():
     assert vqa_accuracy("two", ["2"] * 9 + ["3"]) == 1.0
 
 
-@pytest.mark.parametrize(("answer", "expected"), [
-    # the example below LLaVA's m4c_evaluator.py
-    ("The poster shows a 10% discount.", "poster shows 10% discount"),
-    ("Simon's, really?", "simon 's really"),  # word_tokenize sets the possessive apart
-    ("1,000", "1000"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("answer", "expected"),
+    [
+        # the example below LLaVA's m4c_evaluator.py
+        ("The poster shows a 10% discount.", "poster shows 10% discount"),
+        ("Simon's, really?", "simon 's really"),  # word_tokenize sets the possessive apart
+        ("1,000", "1000"),
+    ],
+)
 def test_textvqa_answers_are_normalized_as_by_eval_ai(answer, expected):
     assert textvqa_normalized(answer) == expected
 
@@ -141,12 +147,15 @@ def test_textvqa_normalizes_what_all_agree_on_too():
     assert textvqa_accuracy("two", ["2"] * 10) == 1.0
 
 
-@pytest.mark.parametrize(("answer", "expected", "score"), [
-    ("No.", "no", 1.0),
-    ("no, it is not", "no", 0.0),
-    ("Woman", "woman", 1.0),
-    ("the woman", "woman", 0.0),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("answer", "expected", "score"),
+    [
+        ("No.", "no", 1.0),
+        ("no, it is not", "no", 0.0),
+        ("Woman", "woman", 1.0),
+        ("the woman", "woman", 0.0),
+    ],
+)
 def test_gqa_takes_the_exact_word_alone(answer, expected, score):
     """LLaVA's convert_gqa_for_eval.py:
 
@@ -162,16 +171,19 @@ def edits(a, b):
     return min(edits(a[1:], b) + 1, edits(a, b[1:]) + 1, edits(a[1:], b[1:]) + (a[0] != b[0]))
 
 
-@pytest.mark.parametrize(("answer", "answers", "expected"), [
-    # this and two more: huggingface/evaluate, metrics/anls
-    ("Denver Broncos", ["Denver Broncos", "Denver R. Broncos"], 1.0),
-    ("12/15/89", ["12/15/88"], 7 / 8),
-    ("Dear dr. Lobo", ["Dear Dr. Lobo", "Dr. Lobo"], 1.0),
-    ("kitten", ["sitting"], 1 - 3 / 7),  # Levenshtein's textbook pair
-    ("abcd", ["ab"], 0.5),  # at the threshold, which is kept
-    ("abcde", ["ab"], 0.0),
-    ("", ["x"], 0.0),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("answer", "answers", "expected"),
+    [
+        # this and two more: huggingface/evaluate, metrics/anls
+        ("Denver Broncos", ["Denver Broncos", "Denver R. Broncos"], 1.0),
+        ("12/15/89", ["12/15/88"], 7 / 8),
+        ("Dear dr. Lobo", ["Dear Dr. Lobo", "Dr. Lobo"], 1.0),
+        ("kitten", ["sitting"], 1 - 3 / 7),  # Levenshtein's textbook pair
+        ("abcd", ["ab"], 0.5),  # at the threshold, which is kept
+        ("abcde", ["ab"], 0.0),
+        ("", ["x"], 0.0),
+    ],
+)
 def test_anls_of_documents(answer, answers, expected):
     assert anls(answer, answers) == pytest.approx(expected)
 
@@ -182,16 +194,19 @@ def test_anls_agrees_with_the_distance_by_its_definition():
         assert anls(a, [b]) == pytest.approx(similarity if similarity >= 0.5 else 0.0)
 
 
-@pytest.mark.parametrize(("answer", "yes"), [
-    ("Yes, there is a person.", True),
-    ("No, there is no car in the image.", False),
-    ("There is not a car", False),
-    ("no", False),
-    ("NO", True),  # the published script knows `No` and `no` alone
-    ("It is a car. There is no dog.", True),  # and looks at the first sentence
-    ("", True),
-    ("nothing", True),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("answer", "yes"),
+    [
+        ("Yes, there is a person.", True),
+        ("No, there is no car in the image.", False),
+        ("There is not a car", False),
+        ("no", False),
+        ("NO", True),  # the published script knows `No` and `no` alone
+        ("It is a car. There is no dog.", True),  # and looks at the first sentence
+        ("", True),
+        ("nothing", True),
+    ],
+)
 def test_pope_reads_answers_as_the_published_script(answer, yes):
     """github.com/AoiDragon/POPE, evaluate.py."""
     assert says_yes(answer) == yes
@@ -224,17 +239,20 @@ def test_pope_metrics_by_category_and_their_mean():
     assert metrics["yes_share/popular"] == 0.5
 
 
-@pytest.mark.parametrize(("answer", "letter"), [
-    ("B", "B"),
-    (" B\n", None),  # the line break becomes ". ", and then nothing matches
-    ("C. Louisiana", "C"),
-    ("C\nLouisiana", "C"),
-    ("The answer is D.", "D"),
-    ("I think. The answer is A", "A"),
-    ("b", None),
-    ("Because", None),
-    ("F", None),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("answer", "letter"),
+    [
+        ("B", "B"),
+        (" B\n", None),  # the line break becomes ". ", and then nothing matches
+        ("C. Louisiana", "C"),
+        ("C\nLouisiana", "C"),
+        ("The answer is D.", "D"),
+        ("I think. The answer is A", "A"),
+        ("b", None),
+        ("Because", None),
+        ("F", None),
+    ],
+)
 def test_scienceqa_finds_the_letter_by_llavas_rule(answer, letter):
     """llava/eval/eval_science_qa.py."""
     assert letter_of(answer) == letter
@@ -259,17 +277,20 @@ def test_scienceqa_is_told_by_subject_and_context_as_in_its_paper():
     }
 
 
-@pytest.mark.parametrize(("answer", "letter"), [
-    ("B", "B"),
-    ("(B) a dog.", "B"),
-    ("A", "A"),
-    ("The answer is B: it barks", "B"),
-    ("A or B", None),
-    ("there is A dog here", "B"),  # A is an article here, and the option's text decides
-    ("It is a dog", "B"),
-    ("a cat, not a dog", None),
-    ("owl", None),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("answer", "letter"),
+    [
+        ("B", "B"),
+        ("(B) a dog.", "B"),
+        ("A", "A"),
+        ("The answer is B: it barks", "B"),
+        ("A or B", None),
+        ("there is A dog here", "B"),  # A is an article here, and the option's text decides
+        ("It is a dog", "B"),
+        ("a cat, not a dog", None),
+        ("owl", None),
+    ],
+)
 def test_mmbench_finds_the_option_by_exact_matching(answer, letter):
     """can_infer_option and can_infer_text of MMBench's evaluation script and VLMEvalKit's
     vlmeval/utils/matching_util.py."""

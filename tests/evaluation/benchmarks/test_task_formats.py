@@ -247,34 +247,67 @@ def damaged(folder, task, change):
     return task
 
 
-@pytest.mark.parametrize(("task", "change", "expected"), [
-    ("gqa", lambda text: "[]", "questions.json: holds a list, expected an object"),
-    ("gqa", lambda text: text[:40], "questions.json: line 1: not JSON"),
-    ("gqa", lambda text: "{}", "questions.json: holds no question"),
-    ("vqav2", lambda text: text.replace("262148001", "7"), ("has no answers for question_id 7; are both of one "
-        "split?")),
-    ("vqav2", lambda text: text.replace("262148001", "262148000"), ("a question with the id 262148000 stands before "
-        "it")),
-    ("textvqa", lambda text: text.replace('["nous les gosses", ', "["), ("'answers' has 9 answers, expected ten "
-        "people's")),
-    ("textvqa", lambda text: text.replace('"003a8ae2ef43b901"', "3"), ("record 1: 'image_id' is a int, expected a "
-        "text")),
-    ("pope", lambda text: text.replace('"yes"', '"maybe"'), ("line 1 (random): 'label' is 'maybe', expected yes or "
-        "no")),
-    ("pope", lambda text: "{\n" + text, "coco_pope_random.json: line 1: not JSON"),
-    ("scienceqa", lambda text: text.replace('"answer": 1', '"answer": 5'), ("'answer' is 5, and there are 2 "
-        "'choices'")),
-    ("scienceqa", lambda text: text.replace('"11"', '"12"'), "has no problem 11, which"),
-    ("mmbench", lambda text: text.replace("answer\t", "key\t"), ("line 1 has no column 'answer'; it has index, "
-        "question")),
-    ("mmbench", lambda text: text.replace("\tD\timage", "\tQ\timage"), ("line 3: 'index' '252', 4 options and 'answer' "
-        "'Q'")),
-    ("mmbench", lambda text: text.replace("A cat\tA dog", "A cat"), ("line 3 has 13 fields, and line 1 names "
-        "14")),
-    ("captions", lambda text: text.replace('"id": 522418', '"id": 5'), ("'images' has no image_id "
-        "522418")),
-    ("exact_match", lambda text: text.replace('"gpt"', '"owl"'), "(record 1 of chats.json)"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("task", "change", "expected"),
+    [
+        ("gqa", lambda text: "[]", "questions.json: holds a list, expected an object"),
+        ("gqa", lambda text: text[:40], "questions.json: line 1: not JSON"),
+        ("gqa", lambda text: "{}", "questions.json: holds no question"),
+        (
+            "vqav2",
+            lambda text: text.replace("262148001", "7"),
+            ("has no answers for question_id 7; are both of one split?"),
+        ),
+        (
+            "vqav2",
+            lambda text: text.replace("262148001", "262148000"),
+            ("a question with the id 262148000 stands before it"),
+        ),
+        (
+            "textvqa",
+            lambda text: text.replace('["nous les gosses", ', "["),
+            ("'answers' has 9 answers, expected ten people's"),
+        ),
+        (
+            "textvqa",
+            lambda text: text.replace('"003a8ae2ef43b901"', "3"),
+            ("record 1: 'image_id' is a int, expected a text"),
+        ),
+        (
+            "pope",
+            lambda text: text.replace('"yes"', '"maybe"'),
+            ("line 1 (random): 'label' is 'maybe', expected yes or no"),
+        ),
+        ("pope", lambda text: "{\n" + text, "coco_pope_random.json: line 1: not JSON"),
+        (
+            "scienceqa",
+            lambda text: text.replace('"answer": 1', '"answer": 5'),
+            ("'answer' is 5, and there are 2 'choices'"),
+        ),
+        ("scienceqa", lambda text: text.replace('"11"', '"12"'), "has no problem 11, which"),
+        (
+            "mmbench",
+            lambda text: text.replace("answer\t", "key\t"),
+            ("line 1 has no column 'answer'; it has index, question"),
+        ),
+        (
+            "mmbench",
+            lambda text: text.replace("\tD\timage", "\tQ\timage"),
+            ("line 3: 'index' '252', 4 options and 'answer' 'Q'"),
+        ),
+        (
+            "mmbench",
+            lambda text: text.replace("A cat\tA dog", "A cat"),
+            ("line 3 has 13 fields, and line 1 names 14"),
+        ),
+        (
+            "captions",
+            lambda text: text.replace('"id": 522418', '"id": 5'),
+            ("'images' has no image_id 522418"),
+        ),
+        ("exact_match", lambda text: text.replace('"gpt"', '"owl"'), "(record 1 of chats.json)"),
+    ],
+)
 def test_what_is_wrong_with_a_file_is_told_in_a_line(task, change, expected, tmp_path):
     with pytest.raises(DataError) as caught:
         damaged(tmp_path, task, change).questions()

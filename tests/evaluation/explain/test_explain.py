@@ -190,9 +190,8 @@ def test_an_abstractors_tokens_are_shared_out_by_attention_rollout():
             for head in (slice(0, 8), slice(8, 16)):
                 scores = torch.stack([query[head] @ layer.key(key)[head] for key in keys]) / 8**0.5
                 rows[q] += scores.softmax(0) / 2
-        whole = (
-            torch.cat([rows, torch.eye(9)[3:]]) / 2 + torch.eye(9) / 2
-        )  # an image's patch stays what it is
+        # an image's patch stays what it is
+        whole = torch.cat([rows, torch.eye(9)[3:]]) / 2 + torch.eye(9) / 2
         before = torch.cat([reached, torch.eye(9)[3:]])
         reached = (whole @ before)[:3]
         queries = layer(queries, features, model.query_positions, model.image_positions)
@@ -340,9 +339,8 @@ def test_an_overlay_has_the_pictures_size_and_is_lightest_where_most_weight_is()
     seen = overlay(picture, torch.tensor([[0.1, 0.2, 0.0], [0.0, 0.6, 0.1]]))
     assert (seen.size, seen.mode) == (picture.size, "RGB")
     values = np.asarray(seen).astype(int)
-    assert (
-        len({tuple(values[y, x]) for x in range(26, 49) for y in range(21, 40)}) == 1
-    )  # a patch is a block
+    # a patch is a block
+    assert len({tuple(values[y, x]) for x in range(26, 49) for y in range(21, 40)}) == 1
     top = [round(255 * c) for c in colormaps[COLORS](1.0)[:3]]
     distance = np.abs(values - np.array(top)).sum(-1)
     assert np.unravel_index(distance.argmin(), distance.shape)[0] >= 20
@@ -493,7 +491,6 @@ def test_a_contact_sheet_has_overlays_where_they_are_asked_for(shapes, tmp_path,
 
 def test_the_overlay_of_a_tiled_picture_is_as_fine_as_its_tiles(shapes, tmp_path):
     evaluation, _, _ = evaluated(shapes, tmp_path, trained_on(shapes).model, tile=1.0, explain=True)
-    assert [map.shape for map in evaluation.maps.values()] == [
-        (4, 4)
-    ] * 2  # 2 x 2 tiles of 2 x 2 patches
+    # 2 x 2 tiles of 2 x 2 patches
+    assert [map.shape for map in evaluation.maps.values()] == [(4, 4)] * 2
     assert [map.sum().item() for map in evaluation.maps.values()] == pytest.approx([1, 1])

@@ -80,7 +80,7 @@ def test_visual_keys_are_the_text_keys_of_the_same_state_at_the_same_position(na
     ALL_ATTENTION_FUNCTIONS.register("test_families", note)
     llm.set_attn_implementation("test_families")
     for index, layer in enumerate(decoder_layers(llm)):
-        keep = lambda module, args, kwargs, index=index: states.update(
+        keep = lambda module, args, kwargs, index=index: states.update(  # noqa: E731
             {index: args[0] if args else kwargs["hidden_states"]}
         )
         layer.self_attn.register_forward_pre_hook(keep, with_kwargs=True)
@@ -257,7 +257,7 @@ def test_every_llm_of_transformers_with_its_usual_size_is_served_or_refused_in_o
         try:
             model, _ = on_meta({**parts, "fusion": KINDS[kind], "llm": llm}, 64)
         except ValueError as error:
-            assert "\n" not in str(error)
+            assert "\n" not in str(error)  # noqa: PT017
             continue
         with aside():
             assert len(decoder_layers(tiny_copy(model.llm))) == len(decoder_layers(model.llm))

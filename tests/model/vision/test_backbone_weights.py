@@ -81,9 +81,8 @@ def reference(state, pixels, blocks=16):
 
     def conv(x, name, stride=1, groups=1):
         weight, size = state[f"{name}.weight"], x.shape[-1]
-        padding = max(
-            0, (-(-size // stride) - 1) * stride + weight.shape[-1] - size
-        )  # TensorFlow's: the odd one at the end
+        # TensorFlow's: the odd one at the end
+        padding = max(0, (-(-size // stride) - 1) * stride + weight.shape[-1] - size)
         x = F.pad(x, (padding // 2, padding - padding // 2) * 2)
         return F.conv2d(x, weight, stride=stride, groups=groups)
 

@@ -99,9 +99,8 @@ def test_last_is_what_timms_forward_features_gives(family):
 @torch.no_grad()
 def test_penultimate_is_timms_last_intermediate_but_one_and_not_the_last(family):
     model = backbone(family, output="penultimate").eval()
-    for (
-        parameter
-    ) in model.parameters():  # layer scales start near zero, and a block would change nothing
+    # layer scales start near zero, and a block would change nothing
+    for parameter in model.parameters():
         parameter.add_(torch.randn_like(parameter) * 0.1)
     twin, missing = timm_twin(family, model)
     assert missing  # the last block was taken out
@@ -175,7 +174,7 @@ def test_it_is_made_and_measured_on_the_meta_device(family):
 
 def test_on_the_meta_device_no_pretrained_weights_are_asked_for(monkeypatch):
     asked = []
-    monkeypatch.setattr("owlfuse.core.hub_access.check_hub_has", lambda *args: None)
+    monkeypatch.setattr("owlfuse.model.vision.body.check_hub_has", lambda *args: None)
     monkeypatch.setattr(
         "timm.models._builder.load_pretrained", lambda *args, **kwargs: asked.append(args)
     )
@@ -191,9 +190,8 @@ def test_on_the_meta_device_no_pretrained_weights_are_asked_for(monkeypatch):
 @torch.no_grad()
 def test_pretrained_weights_are_loaded_whatever_head_they_came_with(family, output, tmp_path):
     name, size, kwargs = FAMILIES[family]
-    source = timm.create_model(
-        name, **kwargs
-    )  # with the pooling and the classifier that timm's own weights have
+    # with the pooling and the classifier that timm's own weights have
+    source = timm.create_model(name, **kwargs)
     torch.save(source.state_dict(), tmp_path / "weights.pth")
     overlay = {"file": str(tmp_path / "weights.pth"), "hf_hub_id": None, "url": ""}
     kwargs = {**kwargs, "pretrained_cfg_overlay": overlay}
@@ -203,9 +201,8 @@ def test_pretrained_weights_are_loaded_whatever_head_they_came_with(family, outp
         n for n, p in model.body.named_parameters() if n in weights and torch.equal(p, weights[n])
     ]
     differ = {n for n, _ in model.body.named_parameters()} - set(loaded)
-    assert not {
-        n for n in differ if "pos_embed" not in n
-    }  # position tables are interpolated to the size
+    # position tables are interpolated to the size
+    assert not {n for n in differ if "pos_embed" not in n}
 
 
 def test_measuring_leaves_mode_and_batch_statistics_as_they_were():
@@ -397,7 +394,7 @@ def test_chunks_keep_fewer_activations_for_the_backward_pass():
     def kept(chunk):
         model = TimmBackbone(**SMALL_VIT, chunk=chunk)
         sizes = {}
-        pack = lambda t: (
+        pack = lambda t: (  # noqa: E731
             sizes.update({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()}) or t
         )
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):

@@ -30,7 +30,5 @@ def test_every_tool_draws_from_the_same_files_as_many_as_it_is_counted_for(tmp_p
     drawers = data.drawers(tmp_path, sources, 500)
     assert drawers["owlfuse"]() == drawers["torch WeightedRandomSampler"]() == 500
     assert 30 < drawers["datasets.interleave_datasets"]() <= 200
-    assert [batcher() for batcher in data.batchers(sources, 500).values()] == [
-        480,
-        480,
-    ]  # whole micro batches
+    # whole micro batches
+    assert [batcher() for batcher in data.batchers(sources, 500).values()] == [480, 480]

@@ -55,6 +55,5 @@ def test_a_step_of_hyperattention_reads_the_images_in_four_layers_and_of_concat_
             read[name].append(sum(sizes))
     grown = {name: many - few for name, (few, many) in read.items()}
     assert grown["concat"] == grown["modality_adaptive"] == 4 * 64 * 8
-    assert (
-        grown["hyperattention"] == 4 * 64 * 4 + 4 * 8
-    )  # the placeholders of four more images in each of eight layers
+    # the placeholders of four more images in each of eight layers
+    assert grown["hyperattention"] == 4 * 64 * 4 + 4 * 8

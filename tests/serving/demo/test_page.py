@@ -77,7 +77,7 @@ class Demo:
             "OMP_NUM_THREADS": "1",
         }
         self.out, self.err = (work / "out.txt").open("w+"), (work / "err.txt").open("w+")
-        command = [sys.executable, "-m", "owlfuse.__main__", "demo", *map(str, folders)]
+        command = [sys.executable, "-m", "owlfuse", "demo", *map(str, folders)]
         self.process = subprocess.Popen(
             command, stdout=self.out, stderr=self.err, env=env, cwd=work, start_new_session=True
         )

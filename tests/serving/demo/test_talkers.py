@@ -58,9 +58,8 @@ def test_a_wrong_folder_is_told_before_anything_is_loaded(exported, tmp_path):
 )
 def test_the_command_line_is_answered_in_one_line(argv, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(
-        "owlfuse.demo.command.find_spec", lambda name: object()
-    )  # whether or not the extra is installed
+    # whether or not the extra is installed
+    monkeypatch.setattr("owlfuse.serving.demo.command.find_spec", lambda name: object())
     try:
         code = __main__.main(argv)
     except SystemExit as end:
@@ -72,7 +71,7 @@ def test_the_command_line_is_answered_in_one_line(argv, message, tmp_path, monke
 
 
 def test_a_missing_extra_is_told_in_one_line(exported, monkeypatch, capsys):
-    monkeypatch.setattr("owlfuse.demo.command.find_spec", lambda name: None)
+    monkeypatch.setattr("owlfuse.serving.demo.command.find_spec", lambda name: None)
     assert __main__.main(["demo", str(exported / "concat" / "out")]) == 1
     error = capsys.readouterr().err
     assert error.startswith(

@@ -30,7 +30,7 @@ class Seen(HTMLParser):
 
 
 def visitor_with(monkeypatch, *turns):
-    monkeypatch.setattr("owlfuse.serving.chat.Conversation", lambda model, processor: None)
+    monkeypatch.setattr("owlfuse.serving.demo.visitors.Conversation", lambda model, processor: None)
     visitor = Visitor([Talker(EVIL, [EVIL], None, None), Talker("b", [], None, None)])
     visitor.turns = list(turns)
     return visitor

@@ -45,9 +45,9 @@ seeds: [0, 1]
 metrics: [val/exact_match, val/loss]
 """
 FAULTY = """
-from owlfuse import evaluation
+from owlfuse.evaluation import validation
 
-class Evaluation(evaluation.Evaluation):
+class Evaluation(validation.Evaluation):
     def __call__(self, model, data, folder=None):
         if data.seed == 1:
             raise RuntimeError("no luck with <seed> 1")
@@ -69,7 +69,7 @@ def folder(tmp_path_factory):
 
 
 def start(*words):
-    command = [sys.executable, "-m", "owlfuse.__main__", "ablate", "grid", *words]
+    command = [sys.executable, "-m", "owlfuse", "ablate", "grid", *words]
     return subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
     )
@@ -97,12 +97,12 @@ def stopped(folder):
     return output
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_the_run_after_its_step_and_leaves_a_checkpoint(stopped):
     assert "1/4 plain-seed0: finished" in stopped
     assert "2/4 plain-seed1: interrupted" in stopped
-    assert (
-        "faulty" not in stopped.partition("plain-seed0: began")[2].partition("grid")[0]
-    )  # no further cell was begun
+    # no further cell was begun
+    assert "faulty" not in stopped.partition("plain-seed0: began")[2].partition("grid")[0]
     assert (
         read("plain-seed0", "cell.json")["state"],
         read("plain-seed1", "cell.json")["state"],
@@ -114,19 +114,20 @@ def test_ctrl_c_ends_the_run_after_its_step_and_leaves_a_checkpoint(stopped):
     assert not Path("runs/grid/plain-seed1/results.json").exists()
 
 
+@pytest.mark.slow
 def test_results_say_what_the_run_cost_and_what_it_is_of(stopped):
     results = read("plain-seed0", "results.json")
     cost = results["cost"]
     assert cost["trained_parameters"] == cost["parameters"] > 1e6
     assert cost["tokens_per_s"] > 0
-    assert (
-        cost["peak_memory_bytes"] > 4 * 3 * cost["parameters"]
-    )  # weights, gradients and an optimizer's state at least
+    # weights, gradients and an optimizer's state at least
+    assert cost["peak_memory_bytes"] > 4 * 3 * cost["parameters"]
     assert cost["ms_per_generated_token"] > 0
     assert results["hash"] == read("plain-seed0", "cell.json")["hash"]
     assert (results["experiment"], results["seed"], results["steps"]) == ("grid", 0, 30)
 
 
+@pytest.mark.slow
 def test_a_report_of_what_is_finished_can_be_written_at_any_time(stopped, capsys):
     report_command("grid", [])
     shown = capsys.readouterr().out
@@ -147,10 +148,10 @@ def gone_on(stopped):
     return before
 
 
+@pytest.mark.slow
 def test_the_same_command_goes_on_and_a_cell_that_fails_does_not_end_the_others(gone_on):
-    assert (
-        Path("runs/grid/plain-seed0/results.json").stat().st_mtime_ns == gone_on
-    )  # finished: skipped
+    # finished: skipped
+    assert Path("runs/grid/plain-seed0/results.json").stat().st_mtime_ns == gone_on
     assert (
         "going on from runs/grid/plain-seed1/checkpoints/step_"
         in Path("runs/grid/plain-seed1/log.txt").read_text()
@@ -177,6 +178,7 @@ def test_the_same_command_goes_on_and_a_cell_that_fails_does_not_end_the_others(
     assert "| faulty | 1 of 2 |" in table
 
 
+@pytest.mark.slow
 def test_runs_of_other_code_or_another_configuration_are_not_mixed_in(gone_on):
     with pytest.raises(
         ConfigError,
@@ -193,9 +195,8 @@ def test_runs_of_other_code_or_another_configuration_are_not_mixed_in(gone_on):
     finally:
         Path("faulty.py").write_text(FAULTY)
     assert not Path("runs/grid/old").exists()
-    with pytest.raises(
-        ConfigError, match="another configuration"
-    ):  # nothing was written by what was refused
+    # nothing was written by what was refused
+    with pytest.raises(ConfigError, match="another configuration"):
         ablate_command("grid", ["optim.lr=0.5", "dry_run=true"])
 
 

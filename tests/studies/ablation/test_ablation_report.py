@@ -104,9 +104,8 @@ def test_answers_that_are_right_by_what_they_contain_have_the_intervals_of_exact
     answers = [
         Answer("val", "i", None, "q", "4", "It is 4.", "", accepted) for accepted in ((), ("4",))
     ]
-    assert {name for answer in answers for name in score([answer])} == set(
-        SHARES
-    )  # all that an evaluation scores answers by
+    # all that an evaluation scores answers by
+    assert {name for answer in answers for name in score([answer])} == set(SHARES)
 
 
 def test_cells_that_answered_other_questions_have_a_difference_without_an_interval(tmp_path):

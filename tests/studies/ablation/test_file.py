@@ -129,38 +129,70 @@ def test_every_cell_of_every_ablation_of_ours_composes(name):
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ("question:", "qestion:", ("wrong/ablation.yaml: qestion: no such key of an ablation; did you mean "
-            "'question'")),
-        ("base: shapes_owl3", "base: shapes_owl4", ("cell owl3-adaptive: experiment=shapes_owl4: no such "
-            "experiment")),
+        (
+            "question:",
+            "qestion:",
+            ("wrong/ablation.yaml: qestion: no such key of an ablation; did you mean 'question'"),
+        ),
+        (
+            "base: shapes_owl3",
+            "base: shapes_owl4",
+            ("cell owl3-adaptive: experiment=shapes_owl4: no such experiment"),
+        ),
         ("base: shapes_owl3", "", "wrong/ablation.yaml: base: expected the name of an experiment"),
-        ("model/fusion=concat", "model/fusion=conct", ("cell owl1: model/fusion=conct: no such option; did you mean "
-            "'concat'")),
-        ("model/connector=linear", "'model.fusion.layers=[9]'", ("cell owl3-adaptive: .*model.fusion: "
-            ".*9")),
-        ("[adaptive, static]\nleave_out: [", "[adaptive, static, statik]\nleave_out: [{fusion: owl1, gate: statik}, ",
-         "cell owl3-statik: .*gate.*statik"),
-        ("[adaptive, static]", "[adaptive, adaptive]", ("factors.model.fusion.gate: a value stands "
-            "twice")),
+        (
+            "model/fusion=concat",
+            "model/fusion=conct",
+            ("cell owl1: model/fusion=conct: no such option; did you mean 'concat'"),
+        ),
+        (
+            "model/connector=linear",
+            "'model.fusion.layers=[9]'",
+            ("cell owl3-adaptive: .*model.fusion: .*9"),
+        ),
+        (
+            "[adaptive, static]\nleave_out: [",
+            "[adaptive, static, statik]\nleave_out: [{fusion: owl1, gate: statik}, ",
+            "cell owl3-statik: .*gate.*statik",
+        ),
+        (
+            "[adaptive, static]",
+            "[adaptive, adaptive]",
+            ("factors.model.fusion.gate: a value stands twice"),
+        ),
         ("[adaptive, static]", "3", "factors.model.fusion.gate: expected levels"),
-        ("gate: static}", "gate: statik}", ("leave_out.gate: statik: no such level; did you mean "
-            "'static'")),
-        ("{fusion: owl3}", "{fusoin: owl3}", ("baseline.fusoin: no such factor; did you mean "
-            "'fusion'")),
+        (
+            "gate: static}",
+            "gate: statik}",
+            ("leave_out.gate: statik: no such level; did you mean 'static'"),
+        ),
+        (
+            "{fusion: owl3}",
+            "{fusoin: owl3}",
+            ("baseline.fusoin: no such factor; did you mean 'fusion'"),
+        ),
         ("{fusion: owl3}", "{fusion: owl1, gate: static}", "baseline: owl1-static is left out"),
         ("seeds: [0, 1]", "seeds: [0, 0]", "seeds: expected a list of different whole numbers"),
-        ("text/loss", "txt/loss", ("metrics: txt/loss: no such validation source; did you mean "
-            "'text'")),
+        (
+            "text/loss",
+            "txt/loss",
+            ("metrics: txt/loss: no such validation source; did you mean 'text'"),
+        ),
         ("{minutes: 40}", "{minutes: -1}", "budget.minutes: expected a positive number"),
         ("{minutes: 40}", "{hours: 1}", "budget: expected minutes and steps"),
-        ("trainer.max_steps=7", "optim.lrr=7", ("cell owl3-adaptive: optim.lrr: no such key; did you mean "
-            "'optim.lr'")),
+        (
+            "trainer.max_steps=7",
+            "optim.lrr=7",
+            ("cell owl3-adaptive: optim.lrr: no such key; did you mean 'optim.lr'"),
+        ),
         ("question: Which", "question: Which: x", r"wrong/ablation.yaml:\d+: not YAML"),
-        ("  model.fusion.gate: [adaptive, static]\nleave_out: [{fusion: owl1, gate: static}]",
-         "  same: {a: [optim.lr=0.5], b: [optim.lr=5e-1]}",
-         "its configuration is that of cell"),
+        (
+            "  model.fusion.gate: [adaptive, static]\nleave_out: [{fusion: owl1, gate: static}]",
+            "  same: {a: [optim.lr=0.5], b: [optim.lr=5e-1]}",
+            "its configuration is that of cell",
+        ),
     ],
-)  # fmt: skip
+)
 def test_a_mistake_in_any_cell_is_told_in_one_line_before_the_first_one_trains(old, new, message):
     assert old in GATES
     write("wrong", GATES.replace(old, new, 1))

@@ -40,9 +40,8 @@ def test_a_log_is_told_after_some_minutes_of_silence_how_far_a_cell_is_and_how_l
     assert capsys.readouterr().out == "1/2 plain-seed0: starting\n"
     write(view.folder / "plain-seed0", step=10)
     view.update()
-    assert (
-        capsys.readouterr().out == "1/2 plain-seed0: step 10 of 20; about 3 min left\n"
-    )  # a minute for 10 of 40
+    # a minute for 10 of 40
+    assert capsys.readouterr().out == "1/2 plain-seed0: step 10 of 20; about 3 min left\n"
     write(view.folder / "plain-seed0", step=20)
     view.update()
     assert capsys.readouterr().out == "1/2 plain-seed0: evaluating; about 1 min left\n"

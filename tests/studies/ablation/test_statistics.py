@@ -68,9 +68,8 @@ def test_the_same_answers_give_the_same_interval_and_more_memory_than_one_part_i
     assert paired_interval(differences, clusters, 2000) == paired_interval(
         differences, clusters, 2000
     )
-    parts = resampled_means(
-        differences, clusters, 2000, np.random.default_rng(0)
-    )  # 3000 clusters: more than one part
+    # 3000 clusters: more than one part
+    parts = resampled_means(differences, clusters, 2000, np.random.default_rng(0))
     draw = np.random.default_rng(1)
     slow = [
         differences[draw.integers(0, 2, 2)][:, draw.integers(0, 3000, 3000)].mean()

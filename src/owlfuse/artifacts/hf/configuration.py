@@ -7,6 +7,7 @@ from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig
 
+from owlfuse.config.aliases import with_current_names
 from owlfuse.config.check import check_targets
 from owlfuse.config.trust import check_backbone, check_names
 from owlfuse.core.errors import ConfigError, DataError
@@ -27,7 +28,7 @@ class OwlfuseConfig(PreTrainedConfig):
     """
 
     model_type = "owlfuse"
-    sub_configs = {"text_config": AutoConfig}
+    sub_configs = {"text_config": AutoConfig}  # noqa: RUF012
     has_no_defaults_at_init = True
 
     def __init__(
@@ -42,9 +43,9 @@ class OwlfuseConfig(PreTrainedConfig):
     ) -> None:
         if isinstance(text_config, dict):
             text_config = AutoConfig.for_model(**text_config)
-        self.vision = vision
-        self.connector = connector
-        self.fusion = fusion
+        self.vision = with_current_names(vision)
+        self.connector = with_current_names(connector)
+        self.fusion = with_current_names(fusion)
         self.text_config = text_config
         self.image_token_id = image_token_id
         self.tokens_per_image = tokens_per_image
@@ -68,9 +69,8 @@ class OwlfuseConfig(PreTrainedConfig):
         attention = getattr(self.text_config, "_attn_implementation", None) or "sdpa"
         llm = {**llm_node(self.text_config), "attention": attention}
         dtype = self.text_config.dtype
-        if (
-            dtype is not None and dtype == self.dtype
-        ):  # all of the model is in it, as after a run in bf16-true
+        # all of the model is in it, as after a run in bf16-true
+        if dtype is not None and dtype == self.dtype:
             llm["dtype"] = str(dtype).removeprefix("torch.")
         return {**nodes, "llm": llm}
 
@@ -93,9 +93,8 @@ def check_nodes(nodes: dict[str, Any], file: Path) -> None:
 
 def llm_node(text_config: PreTrainedConfig) -> dict[str, Any]:
     """The node that makes an LLM of this configuration with random weights."""
-    from owlfuse.model.llm import (
-        known_fields,
-    )  # here, since it imports transformers' models, which are not there yet
+    # here, since it imports transformers' models, which are not there yet
+    from owlfuse.model.llm import known_fields
 
     known = known_fields(type(text_config)) - {"transformers_version", "architectures", "dtype"}
     fields = {

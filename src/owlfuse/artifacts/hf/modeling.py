@@ -22,6 +22,7 @@ from owlfuse.artifacts.hf.configuration import OwlfuseConfig
 from owlfuse.core.errors import DataError
 from owlfuse.core.types import Batch, VisualTokens
 from owlfuse.model.llm import cache_argument
+from owlfuse.model.loss import mean_loss
 from owlfuse.model.multimodal import MultimodalLM, assemble
 
 
@@ -65,9 +66,8 @@ class OwlfuseForConditionalGeneration(PreTrainedModel, GenerationMixin):
         nodes = {name: node for name, node in (model.nodes or {}).items() if name != "llm"}
         text_config = copy.deepcopy(model.llm.config)  # transformers writes its attention into it
         if getattr(text_config, "quantization_config", None) is not None:
-            del (
-                text_config.quantization_config
-            )  # of the GGUF file that it was read from; the weights are plain by now
+            # of the GGUF file that it was read from; the weights are plain by now
+            del text_config.quantization_config
         config = OwlfuseConfig(
             **nodes,
             text_config=text_config,
@@ -76,9 +76,8 @@ class OwlfuseForConditionalGeneration(PreTrainedModel, GenerationMixin):
         )
         wrapped = cls(config, model)
         wrapped.generation_config.update(**generation or {})
-        wrapped.generation_config._from_model_config = (
-            False  # what is set here counts, not what the LLM's configuration has
-        )
+        # what is set here counts, not what the LLM's configuration has
+        wrapped.generation_config._from_model_config = False
         return wrapped
 
     @classmethod
@@ -147,11 +146,7 @@ class OwlfuseForConditionalGeneration(PreTrainedModel, GenerationMixin):
             visual = self.encode(input_ids, pixel_values)
         batch = self.batch(input_ids, attention_mask, visual)
         logits = self.model(batch, visual, cache, logits_to_keep)
-        loss = None
-        if labels is not None:
-            loss = F.cross_entropy(
-                logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=-100
-            )
+        loss = None if labels is None else mean_loss(logits, labels)
         return CausalLMOutputWithPast(
             loss=loss, logits=logits, **{cache_argument(self.model.llm): cache}
         )
@@ -163,9 +158,8 @@ class OwlfuseForConditionalGeneration(PreTrainedModel, GenerationMixin):
         embeddings: Any = self.get_input_embeddings()
         unknown = placeholder & (input_ids >= embeddings.num_embeddings)
         return Batch(
-            input_ids=input_ids.masked_fill(
-                unknown, 0
-            ),  # an image's tokens stand there, the id does not matter
+            # an image's tokens stand there, the id does not matter
+            input_ids=input_ids.masked_fill(unknown, 0),
             attention_mask=attention_mask,
             labels=None,  # type: ignore[arg-type]  # nothing is learned, and there are no pixels
             placeholder=placeholder,

@@ -36,7 +36,7 @@ class OwlfuseImageProcessor(BaseImageProcessor):
         interpolation: bicubic, bilinear, nearest, ...
     """
 
-    model_input_names = ["pixel_values"]
+    model_input_names = ["pixel_values"]  # noqa: RUF012
 
     def __init__(
         self,

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from owlfuse.artifacts.released.names import family_in
 from owlfuse.core.errors import DataError
 from owlfuse.core.types import Batch
+from owlfuse.model.loss import mean_loss
 from owlfuse.model.multimodal import MultimodalLM
 
 OWL1_IMAGE, OWL2_IMAGE = -1, -200
@@ -45,7 +45,7 @@ def reference_loss(model: MultimodalLM, io: dict[str, Tensor]) -> Tensor:
     """
     batch = batch_of(model, io)
     logits = logits_of(model, batch)
-    return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), batch.labels[:, 1:].flatten())
+    return mean_loss(logits, batch.labels)
 
 
 @torch.no_grad()
@@ -178,6 +178,5 @@ def images_of(model: MultimodalLM, family: str, images: Tensor | None, counts: l
             f"images are {tuple(images.shape[2:])} pixels, and the model takes {(height, width)}; "
             "resize them"
         )
-    return images[..., :height, :width].to(
-        weight.dtype
-    )  # what is over, less than a patch, no released model reads either
+    # what is over, less than a patch, no released model reads either
+    return images[..., :height, :width].to(weight.dtype)

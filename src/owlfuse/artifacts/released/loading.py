@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from owlfuse.artifacts.checking import check_counts
 from owlfuse.artifacts.released.names import Place, optional, places_of, unused
 from owlfuse.artifacts.released.nodes import family_of, nodes_of
-from owlfuse.artifacts.released.weights import FLOATS, Checkpoint, one_line, read_json
+from owlfuse.artifacts.released.weights import FLOATS, Checkpoint, one_line
 from owlfuse.core.errors import DataError
+from owlfuse.core.files import MAX_CONFIG, read_json
 from owlfuse.core.folder_kinds import check_released
 from owlfuse.model.multimodal import MultimodalLM, assemble
 
@@ -61,7 +62,7 @@ def load(folder: Path | str) -> MultimodalLM:
             config.json: all of them are listed, with the shapes found and expected.
     """
     folder = check_released(Path(folder))
-    config = read_json(folder / "config.json")
+    config = read_json(folder / "config.json", limit=MAX_CONFIG)
     family = family_of(folder, config)
     checkpoint = Checkpoint(folder)
     check_counts(
@@ -79,9 +80,8 @@ def load(folder: Path | str) -> MultimodalLM:
         model.llm.tie_weights()  # accelerate has untied them
     except DataError:
         raise
-    except (
-        Exception
-    ) as error:  # numbers that make no model fail anywhere inside timm and transformers
+    # numbers that make no model fail anywhere inside timm and transformers
+    except Exception as error:
         raise DataError(
             f"{folder / 'config.json'} describes no model ({one_line(error)}); take that of the "
             "weights"
@@ -212,7 +212,7 @@ def fill(
 def read_record(folder: Path) -> Released:
     """What `write_record` wrote. Raises DataError where it is damaged."""
     try:
-        rest = json.loads((folder / "record.json").read_text())
+        rest = read_json(folder / "record.json")
         names = rest.pop("files")
         if strange := set(names) - set(KEPT_FILES):
             raise ValueError(f"it names {min(map(str, strange))[:80]}")

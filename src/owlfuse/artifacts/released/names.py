@@ -173,9 +173,8 @@ def connector_tensors(model: MultimodalLM, family: str, name: str, ours: Tensor)
     """Those of the abstractor, or of mPLUG-Owl3's linear layers. KeyError for an unknown one."""
     if family == "owl3":
         _, stem, kind = split(name, r"(layers\.)?")
-        if stem != "proj" and (
-            not stem.isdecimal() or stem == "0"
-        ):  # an MLP's first module is its norm, which none has
+        # an MLP's first module is its norm, which none has
+        if stem != "proj" and (not stem.isdecimal() or stem == "0"):
             raise KeyError(name)
         yield ("" if stem == "proj" else f".{int(stem) - 1}") + kind, whole
         return

@@ -75,9 +75,8 @@ def nodes_of(
     else:
         vision = siglip_node(folder, config.get("vision_config"))
         connector = vision2text_node(keys)
-        layers = sorted(
-            layer - 1 for layer in config.get("hyper_layers", [1, 9, 17, 25])
-        )  # released ones count from 1
+        # released ones count from 1
+        layers = sorted(layer - 1 for layer in config.get("hyper_layers", [1, 9, 17, 25]))
         fusion = {
             "_target_": "owlfuse.model.fusion.hyperattention.HyperAttention",
             "layers": layers,

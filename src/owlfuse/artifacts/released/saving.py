@@ -13,7 +13,7 @@ from torch import Tensor
 from owlfuse.artifacts.released.loading import Released
 from owlfuse.artifacts.released.names import ELSE, Place, family_in, optional, places_of
 from owlfuse.core.errors import DataError
-from owlfuse.core.files import whole_folder
+from owlfuse.core.files import atomic_directory
 from owlfuse.model.connectors.abstractor import Abstractor
 from owlfuse.model.connectors.linear import LinearConnector
 from owlfuse.model.connectors.mlp import MLPConnector
@@ -39,7 +39,7 @@ def save(model: MultimodalLM, folder: Path | str, max_shard_size: str = "5GB") -
     folder = Path(folder).expanduser()
     places = places_in(model)
     released = model.released
-    with whole_folder(folder) as beside:
+    with atomic_directory(folder) as beside:
         for name, content in released.files.items():
             (beside / name).write_bytes(content)
         # Copies, since the writer leaves out tensors that share memory, as tied embeddings do.

@@ -13,8 +13,8 @@ from timm.data import (
 )
 from torch import nn
 
-from owlfuse.artifacts.released.weights import read_json
 from owlfuse.core.errors import DataError
+from owlfuse.core.files import MAX_CONFIG, read_json
 from owlfuse.model.vision.backbone import TimmBackbone
 
 CLIP = "vit_large_patch14_clip_quickgelu_224"
@@ -187,7 +187,7 @@ def pixels(
     grid = fields["image_size"] // patch
     side, file, resampling = grid * patch, folder / "preprocessor_config.json", "bicubic"
     if file.exists():
-        found = present(read_json(file))
+        found = present(read_json(file, limit=MAX_CONFIG))
         side = side_of(file, found, side)
         mean, std = found.get("image_mean", mean), found.get("image_std", std)
         resampling = RESAMPLING.get(found.get("resample", -1), resampling)

@@ -6,19 +6,17 @@ Tensors are read one by one from mapped files. No code in a pickle is run.
 
 from __future__ import annotations
 
-import json
 import pickle
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from owlfuse.core.errors import DataError
-from owlfuse.core.files import check_record
+from owlfuse.core.files import read_json
 
 MAX_JSON = 64 * 2**20
 """Bytes of a JSON file; the longest are indices of shards."""
@@ -72,7 +70,7 @@ class Checkpoint:
         for file in self.files:
             if file.suffix == ".safetensors":
                 with safe_open(file, framework="pt") as opened:
-                    for name in opened.keys():
+                    for name in opened.keys():  # noqa: SIM118
                         yield name, opened.get_tensor(name)
             else:
                 yield from unpickled(file).items()
@@ -87,7 +85,7 @@ def weight_files(folder: Path) -> list[Path]:
         )
     if found.suffix != ".json":
         return [found]
-    listed = read_json(found).get("weight_map")
+    listed = read_json(found, limit=MAX_JSON).get("weight_map")
     if (
         not isinstance(listed, dict)
         or not listed
@@ -116,7 +114,7 @@ def stored_in(file: Path) -> list[tuple[str, Stored]]:
         ]
     try:
         with safe_open(file, framework="pt") as opened:
-            slices = {name: opened.get_slice(name) for name in opened.keys()}
+            slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
             return [
                 (name, Stored(file, part.get_dtype(), tuple(part.get_shape())))
                 for name, part in slices.items()
@@ -148,24 +146,6 @@ def unpickled(file: Path) -> dict[str, Tensor]:
         isinstance(k, str) and isinstance(v, Tensor) for k, v in found.items()
     ):
         raise DataError(f"{file} is no dictionary of tensors by name; get the model as safetensors")
-    return found
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """A JSON object. Raises DataError that names the file."""
-    try:
-        check_record(file.stat().st_size, str(file), MAX_JSON)
-        found = json.loads(file.read_bytes())
-    except FileNotFoundError:
-        raise DataError(f"{file} is missing; copy it there, a released folder has one") from None
-    except (OSError, ValueError, RecursionError) as error:
-        if isinstance(error, DataError):
-            raise
-        raise DataError(f"{file} is not JSON ({one_line(error)}); copy it anew") from error
-    if not isinstance(found, dict):
-        raise DataError(
-            f"{file} holds a {type(found).__name__}, and a JSON object is needed; copy it anew"
-        )
     return found
 
 

@@ -1,0 +1,1 @@
+"""A chat as tokens and labels: tokenizer, template, encoder, supervision and truncation."""

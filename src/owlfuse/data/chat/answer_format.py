@@ -60,10 +60,8 @@ class AnswerFormat:
                 f"{whole[:120]!r}"
             )
         generation_prompt = prompt.removeprefix(question_alone)
-        if generation_prompt in (
-            "",
-            prompt,
-        ):  # none, or a question that is rendered otherwise alone
+        # none, or a question that is rendered otherwise alone
+        if generation_prompt in ("", prompt):
             generation_prompt = prompt.rpartition(QUESTION)[2]
         end_mark = ended_by(tokenizer, answered, whole)
         if not end_mark:

@@ -226,9 +226,8 @@ def split_token(tokenizer: Any, text: str, ids: list[int], offsets: Offsets, bor
 
     Where the sides cannot be encoded by themselves nothing is changed.
     """
-    last = bisect_left(
-        offsets, (border, 0)
-    )  # the first token that begins at the border or behind it
+    # the first token that begins at the border or behind it
+    last = bisect_left(offsets, (border, 0))
     first = last - 1
     if first < 0 or offsets[first][1] <= border:
         return

@@ -7,6 +7,7 @@ import json
 import re
 import secrets
 import struct
+from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -148,9 +149,8 @@ def prepare(
             {"additional_special_tokens": [image_token]}, replace_extra_special_tokens=False
         )
     templates = tokenizer.chat_template
-    if isinstance(
-        templates, dict
-    ):  # several, by name, of which transformers takes `default` or `tool_use`
+    # several, by name, of which transformers takes `default` or `tool_use`
+    if isinstance(templates, dict):
         tokenizer.chat_template = {
             name: prepare_template(tokenizer, template, image_token, break_behind_images)
             for name, template in templates.items()
@@ -186,9 +186,8 @@ def prepare_template(
     for content in CONTENTS.values():
         joined = JOIN_PARTS.replace("LINE_BREAK", LINE_BREAK if break_behind_images else "")
         joined = joined.replace("IMAGE_TOKEN", json.dumps(image_token)).replace("CONTENT", content)
-        prepared = (
-            PREPARED + joined + "{{- '' }}" + body
-        )  # a block before it would take the body's first line break
+        # a block before it would take the body's first line break
+        prepared = PREPARED + joined + "{{- '' }}" + body
         if writes_question(tokenizer, prepared):
             return prepared + written_before_answers(tokenizer, prepared)
     raise DataError(
@@ -227,7 +226,8 @@ def fixed_date(template: str) -> str:
                 "no constant text"
             )
         dates[call.args[0].value] = day.strftime(call.args[0].value)
-    return f"{{%- macro strftime_now(format) -%}}{{{{- {json.dumps(dates)}[format] -}}}}{{%- endmacro -%}}"
+    table = json.dumps(dates)
+    return f"{{%- macro strftime_now(format) -%}}{{{{- {table}[format] -}}}}{{%- endmacro -%}}"
 
 
 def writes_question(tokenizer: PreTrainedTokenizerBase, template: str) -> bool:
@@ -366,9 +366,8 @@ def counting_steps(template: str) -> str:
         elif kind == "name" and not statement:
             statement = value
         if kind == "block_end" and statement in ("for", "macro"):
-            value = (
-                f"%}}{COUNT_STEP}{value}"  # the last tag has the sign for the white space behind it
-            )
+            # the last tag has the sign for the white space behind it
+            value = f"%}}{COUNT_STEP}{value}"
         pieces.append(value)
     return "".join(pieces)
 
@@ -457,6 +456,17 @@ GGUF_CONTROL = 3
 """The type of a control token (`tokenizer.ggml.token_type`)."""
 
 
+def control_ids(fields: Mapping[str, Any]) -> list[int]:
+    """Return the ids of the control tokens that the fields of a GGUF file name, in order.
+
+    Newer versions of transformers mark these tokens themselves.
+    """
+    types = fields.get("tokenizer.ggml.token_type")
+    if types is None:
+        return []
+    return [number for number, kind in enumerate(types.contents()) if kind == GGUF_CONTROL]
+
+
 def gguf_tokenizer(file: Path) -> PreTrainedTokenizerBase:
     """As transformers reads it, and with what that leaves out: that digits are split first, where
     the kind of tokenizer does so (else several spaces or line breaks before a number become other
@@ -481,13 +491,10 @@ def gguf_tokenizer(file: Path) -> PreTrainedTokenizerBase:
         raise DataError(
             f"tokenizer: {file} is no GGUF file with a tokenizer: {type(error).__name__} {error}"
         ) from error
-    kinds = fields.get("tokenizer.ggml.token_type")
-    if kinds is not None:
-        control = [number for number, kind in enumerate(kinds.contents()) if kind == CONTROL]
-        tokenizer.add_special_tokens(
-            {"additional_special_tokens": tokenizer.convert_ids_to_tokens(control)},
-            replace_extra_special_tokens=False,
-        )
+    tokenizer.add_special_tokens(
+        {"additional_special_tokens": tokenizer.convert_ids_to_tokens(control_ids(fields))},
+        replace_extra_special_tokens=False,
+    )
     pre = fields.get("tokenizer.ggml.pre")
     if pre is not None and pre.contents() in SINGLE_DIGITS:
         digits = pre_tokenizers.Digits(individual_digits=True)

@@ -187,7 +187,8 @@ class VideoSource(PictureSource):
         DataError: a `video` that is no such thing.
     """
 
-    video: VideoSampling | dict[str, Any] | None = None  # type: ignore[misc, assignment]  # VideoSampling once it is made
+    # VideoSampling once it is made
+    video: VideoSampling | dict[str, Any] | None = None  # type: ignore[misc, assignment]
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -19,7 +19,8 @@ MARKS = {"<image>": "image", "<|image|>": "image", "<video>": "video", "<|video|
 MARK = re.compile(r"\\?(?:" + "|".join(map(re.escape, MARKS)) + ")")
 
 OTHER_MARK = re.compile(
-    r"<\|?(?:image|img|picture|video|vision|media)(?:_start|_pad|_placeholder|_token|here)?[ _]?\d*\|?>|\[(?:img|image)\]",
+    r"<\|?(?:image|img|picture|video|vision|media)"
+    r"(?:_start|_pad|_placeholder|_token|here)?[ _]?\d*\|?>|\[(?:img|image)\]",
     re.IGNORECASE,
 )
 """Marks of other projects (`<image_1>`, `<|image_pad|>`, `<ImageHere>`): a picture that they

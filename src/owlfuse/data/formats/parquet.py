@@ -13,6 +13,10 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any, cast
 
+import pyarrow
+from datasets import Dataset, Features
+from pyarrow.parquet import ParquetFile
+
 from owlfuse.core.errors import DataError
 from owlfuse.core.files import MAX_RECORD, check_record
 from owlfuse.core.types import Note, Sample
@@ -239,8 +243,6 @@ def holds_files(kind: Any) -> bool:
 
     `{"bytes", "path"}`, or a list of these.
     """
-    import pyarrow
-
     while pyarrow.types.is_list(kind) or pyarrow.types.is_large_list(kind):
         kind = kind.value_type
     if pyarrow.types.is_struct(kind):
@@ -297,8 +299,6 @@ def columns_of(places: dict[str, str]) -> list[str]:
 
 def parquet_schemas(files: list[Path]) -> tuple[list[int], list[Any]]:
     """The rows and the schema of each file, from their footers."""
-    from pyarrow.parquet import ParquetFile
-
     counts, schemas = [], []
     for file in files:
         with ParquetFile(file) as parquet:
@@ -310,8 +310,6 @@ def parquet_schemas(files: list[Path]) -> tuple[list[int], list[Any]]:
 def check_cells(files: list[Path], places: dict[str, str]) -> None:
     """Raises DataError for a column whose cells are too large on the average of a row group,
     before any is read."""
-    from pyarrow.parquet import ParquetFile
-
     visual = {places[key] for key in (*IMAGES, *VIDEOS) if key in places}
     for file in files:
         with ParquetFile(file) as parquet:
@@ -333,9 +331,6 @@ def open_parquet(
     files: list[Path], schemas: list[Any], columns: list[str], cache_dir: str | None
 ) -> Any:
     """Parquet as a memory-mapped `datasets.Dataset`, by way of its Arrow copy."""
-    import pyarrow
-    from datasets import Dataset, Features
-
     names = [str(file) for file in files]
     options: dict[str, Any] = {}
     if len(files) > 1:
@@ -355,9 +350,6 @@ def open_arrow(file: Path) -> Any:
     The pages that its batches' headers lie on are given back while they are read: of many small
     batches they are the whole file.
     """
-    import pyarrow
-    from datasets import Dataset
-
     with file.open("rb") as stream:
         mapped = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
     if mapped[:6] == b"ARROW1":
@@ -372,6 +364,5 @@ def open_arrow(file: Path) -> Any:
             mapped.madvise(mmap.MADV_DONTNEED)
     mapped.madvise(mmap.MADV_DONTNEED)
     table = pyarrow.Table.from_batches(batches, reader.schema)
-    return Dataset(
-        table, fingerprint=file.name
-    )  # without one, it would pickle the table for its hash
+    # without one, it would pickle the table for its hash
+    return Dataset(table, fingerprint=file.name)

@@ -95,9 +95,8 @@ def opened(root: Path, path: str, label: str) -> io.BufferedIOBase:
         return place_of(root, path, label).open("rb")
     try:
         folder = folder_below(os.getcwd(), root, path[: -len(name)])
-        descriptor = os.open(
-            folder + name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK
-        )  # a pipe would be waited for
+        # a pipe would be waited for
+        descriptor = os.open(folder + name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     except OSError:
         return place_of(root, path, label).open("rb")
     facts = os.fstat(descriptor)
@@ -154,18 +153,24 @@ def decoders() -> tuple[str, ...]:
 def decode(file: io.BufferedIOBase, label: str, max_pixels: int) -> Image.Image:
     """The picture of an open file. Raises DataError over `max_pixels`, before decoding."""
     with warnings.catch_warnings():
-        warnings.simplefilter(
-            "ignore", Image.DecompressionBombWarning
-        )  # the limit here is max_pixels
+        # the limit here is max_pixels
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
         picture = Image.open(cast("IO[bytes]", file), formats=decoders())
     with picture:
         pixels = picture.width * picture.height
         if pixels > max_pixels:
             raise DataError(f"{label} has {pixels:,} pixels, over the limit of {max_pixels:,}")
         picture.load()
-        with suppress(Exception):  # EXIF that cannot be read turns nothing, as in every viewer
-            ImageOps.exif_transpose(picture, in_place=True)
+        turn_upright(picture)
         return to_rgb(picture)
+
+
+def turn_upright(picture: Image.Image) -> None:
+    """Turns a picture in place as its EXIF says."""
+    # Pillow raises whatever its parsers meet in a damaged EXIF, among them SyntaxError and
+    # struct.error. Such a picture is shown as it is stored, as in every viewer.
+    with suppress(Exception):
+        ImageOps.exif_transpose(picture, in_place=True)
 
 
 def to_rgb(picture: Image.Image) -> Image.Image:

@@ -28,7 +28,10 @@ SMALL = 20
 may be as bright as the grey that it appears on."""
 USUAL_RATE = 25.0
 """Frames a second of a video that does not say when its frames are shown."""
-FORMATS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,flv,asf,ogg,gif,apng,nut,h264,hevc,ivf,m4v,mjpeg"
+FORMATS = (
+    "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,flv,asf,ogg,gif,apng,nut,"
+    "h264,hevc,ivf,m4v,mjpeg"
+)
 """What may be opened. A playlist, which would name further files, is none of them."""
 
 
@@ -109,9 +112,8 @@ def read_frames(
     marks = [index.marks[k] for k in chosen]
     try:
         found = frames_at(file, what, marks, index.keys, max_pixels)
-    except (
-        DataError
-    ):  # a frame after a key frame may need some from before it (an open group of pictures)
+    # a frame after a key frame may need some from before it (an open group of pictures)
+    except DataError:
         found = frames_at(file, what, marks, index.keys[:1], max_pixels)
     if not found:
         raise DataError(f"{what} has no frames that can be decoded")
@@ -153,9 +155,8 @@ class Index:
         if len(timed) < len(shown):
             return cls(list(range(len(shown))), [])
         marks = sorted(mark for mark, _ in timed)
-        return cls(
-            marks, sorted({marks[0], *(mark for mark, key in timed if key)})
-        )  # a clip may begin after a key frame
+        # a clip may begin after a key frame
+        return cls(marks, sorted({marks[0], *(mark for mark, key in timed if key)}))
 
 
 def frames_at(
@@ -210,9 +211,8 @@ def opened(
                 raise DataError(f"{what} has no video stream{only_cover}")
             best = container.streams.best("video")
             stream = next((stream for stream in streams if stream is best), streams[0])
-            stream.codec_context.options = {
-                "err_detect": "explode"
-            }  # a decoder paints over what is broken otherwise
+            # a decoder paints over what is broken otherwise
+            stream.codec_context.options = {"err_detect": "explode"}
             yield container, stream
     except (av.FFmpegError, ValueError, OSError) as error:
         if isinstance(error, DataError):
@@ -253,9 +253,8 @@ def small_frames(file: Path | bytes, what: str, max_pixels: int) -> tuple[np.nda
         from av.video.reformatter import VideoReformatter
 
         check_size(stream, what, max_pixels)
-        scaler = (
-            VideoReformatter()
-        )  # one for all frames: setting it up takes longer than decoding a frame
+        # one for all frames: setting it up takes longer than decoding a frame
+        scaler = VideoReformatter()
         for frame in container.decode(stream):
             small += (
                 scaler.reformat(frame, SMALL, SMALL, "rgb24", interpolation="AREA")

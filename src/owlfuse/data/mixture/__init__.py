@@ -1,0 +1,1 @@
+"""Which sample of which source is drawn at which position."""

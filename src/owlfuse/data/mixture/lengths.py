@@ -1,4 +1,4 @@
-"""How many tokens each sample of a source has, counted once and kept in a file beside the data."""
+"""The token counts of a source's samples, made once and cached in a file beside the data."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,26 +17,26 @@ from typing import Any
 import numpy as np
 
 from owlfuse.core.errors import DataError
+from owlfuse.core.files import atomic_write
 from owlfuse.core.progress import Progress
 from owlfuse.data.chat.encoder import ChatEncoder
 from owlfuse.data.chat.truncation import OnLength
 from owlfuse.data.formats.base import Source
 from owlfuse.data.notes import text_of
 
-FOLDER = ".owlfuse"
+CACHE_FOLDER = ".owlfuse"
 CHUNK = 512
-FEW = 2048
-"""Samples that are counted in this process: starting others would take longer."""
-READING = 3
-"""Raised when a record is read or encoded otherwise than before, so that counts from before are
-made anew."""
-SHARES = ("name", "weight", "on_error", "max_skips", "image_root", "file")
-"""Of a source, what does not change its chats."""
+SMALL_SOURCE = 2048
+"""Samples up to which a source is counted in this process: starting others would take longer."""
+CACHE_VERSION = 3
+"""Raised when a record is read or encoded otherwise than before, so that it is counted anew."""
+KEYS_NOT_OF_CHATS = ("name", "weight", "on_error", "max_skips", "image_root", "file")
+"""Options of a source that do not change its chats."""
 
 
 @dataclass
 class Lengths:
-    """Counts of a source of N samples, as the encoder makes them; pictures are not opened."""
+    """Token counts of a source of N samples, as the encoder makes them; pictures are not opened."""
 
     tokens: np.ndarray
     """(N,) int32 positions in the row, placeholders expanded; 0 for a sample that is wrong."""
@@ -44,51 +45,54 @@ class Lengths:
     wrong: dict[int, str]
     """Why a sample is left out, by its index."""
     notes: dict[str, int] = field(default_factory=dict)
-    """What of the records is not used or was assumed, as sentences, and of how many samples."""
+    """Sentences about what of the records is not used or was assumed, with their samples."""
+
+    @property
+    def total_supervised(self) -> int:
+        """Supervised tokens of all samples."""
+        return int(self.supervised.sum(dtype=np.int64))
+
+
+Chunk = tuple[list[int], list[int], dict[int, str], dict[str, int]]
+"""The fields of `Lengths` of some samples; `wrong` by the index in the source."""
 
 
 def count_lengths(
     source: Source, encoder: ChatEncoder, workers: int | None = None, on_length: OnLength = "error"
 ) -> Lengths:
-    """The counts of a source, from the file where they were kept, else by encoding every sample,
-    with a progress bar.
+    """Return the counts of a source, from their cache, else by encoding every sample, with a
+    progress bar.
 
-    They are kept in `.owlfuse/` beside the source's file, under a name made of its fingerprint, the
-    tokenizer, the template and what else changes a chat; where that folder cannot be written, they
-    are counted each time.
+    The cache is a file in `.owlfuse/` beside the source's file, whose name holds a hash of the
+    source's fingerprint, the tokenizer, the template and what else changes a chat. Where that
+    folder cannot be written, samples are counted each time.
 
     Args:
         workers: processes that encode; by default one for each core.
         on_length: what becomes of a chat over the length; one that is cut has the counts of what is
             left.
     """
-    path = kept_path(source, encoder, on_length)
-    try:
-        with np.load(path, allow_pickle=False) as kept:
-            wrong = {
-                int(index): reason for index, reason in json.loads(kept["wrong"].tobytes()).items()
-            }
-            notes = json.loads(kept["notes"].tobytes())
-            if len(kept["tokens"]) == len(kept["supervised"]) == len(source):
-                return Lengths(kept["tokens"], kept["supervised"], wrong, notes)
-    except (OSError, ValueError, KeyError, EOFError):
-        pass
-    found = count(source, encoder, workers or os.cpu_count() or 1, on_length)
-    keep(path, found)
-    return found
+    path = cache_path(source, encoder, on_length)
+    lengths = read_cache(path, len(source))
+    if lengths is None:
+        lengths = encode_all(source, encoder, workers or os.cpu_count() or 1, on_length)
+        write_cache(path, lengths)
+    return lengths
 
 
-def kept_path(source: Source, encoder: ChatEncoder, on_length: OnLength = "error") -> Path:
-    """The file of the counts."""
+def cache_path(source: Source, encoder: ChatEncoder, on_length: OnLength = "error") -> Path:
+    """Return the path of a source's cached counts."""
     tokenizer = encoder.tokenizer
-    options = {key: value for key, value in source.__getstate__().items() if key not in SHARES}
-    limits = {
-        key: value
-        for key, value in vars(encoder).items()
-        if isinstance(value, str | int | float | bool | None)
-    }
-    key = [
-        READING,
+    options = {}
+    for key, value in source.__getstate__().items():
+        if key not in KEYS_NOT_OF_CHATS:
+            options[key] = value
+    limits = {}
+    for key, value in vars(encoder).items():
+        if isinstance(value, str | int | float | bool | None):
+            limits[key] = value
+    parts = [
+        CACHE_VERSION,
         on_length,
         source.fingerprint(),
         type(source).__qualname__,
@@ -97,31 +101,45 @@ def kept_path(source: Source, encoder: ChatEncoder, on_length: OnLength = "error
         tokenizer.chat_template,
         tokenizer_text(tokenizer),
     ]
-    digest = hashlib.sha256(json.dumps(key, sort_keys=True, default=str).encode()).hexdigest()
-    return Path(source.file).parent / FOLDER / f"{Path(source.file).name}.{digest[:16]}.lengths.npz"
+    digest = hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
+    file = Path(source.file)
+    return file.parent / CACHE_FOLDER / f"{file.name}.{digest[:16]}.lengths.npz"
 
 
 def tokenizer_text(tokenizer: Any) -> str:
-    """All of a fast tokenizer: vocabulary, merges, added tokens."""
+    """Return all of a fast tokenizer as JSON: vocabulary, merges, added tokens."""
     backend = json.loads(tokenizer.backend_tokenizer.to_str())
-    return json.dumps(
-        {key: value for key, value in backend.items() if key not in ("padding", "truncation")},
-        sort_keys=True,
-    )
+    # Batches set these two, and neither changes how a chat is encoded.
+    backend.pop("padding", None)
+    backend.pop("truncation", None)
+    return json.dumps(backend, sort_keys=True)
 
 
-def keep(path: Path, lengths: Lengths) -> None:
-    """Writes the counts, whole or not at all."""
-    beside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+def read_cache(path: Path, samples: int) -> Lengths | None:
+    """Return cached counts, or None where there are none of so many samples that can be read."""
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            tokens, supervised = arrays["tokens"], arrays["supervised"]
+            wrong = json.loads(arrays["wrong"].tobytes())
+            notes = json.loads(arrays["notes"].tobytes())
+            reasons = {int(index): reason for index, reason in wrong.items()}
+    except (OSError, ValueError, KeyError, EOFError):
+        return None
+    if not len(tokens) == len(supervised) == samples:
+        return None
+    return Lengths(tokens, supervised, reasons, notes)
+
+
+def write_cache(path: Path, lengths: Lengths) -> None:
+    """Write the counts atomically."""
     wrong = np.frombuffer(json.dumps(lengths.wrong).encode(), dtype=np.uint8)
     notes = np.frombuffer(json.dumps(lengths.notes).encode(), dtype=np.uint8)
     try:
         path.parent.mkdir(exist_ok=True)
-        with beside.open("wb") as file:
+        with atomic_write(path, "wb") as file:
             np.savez_compressed(
                 file, tokens=lengths.tokens, supervised=lengths.supervised, wrong=wrong, notes=notes
             )
-        beside.replace(path)
     except OSError as error:
         print(
             f"owlfuse: the token counts cannot be kept in {path.parent}: {error.strerror}",
@@ -129,40 +147,41 @@ def keep(path: Path, lengths: Lengths) -> None:
         )
 
 
-def count(
+def encode_all(
     source: Source, encoder: ChatEncoder, workers: int, on_length: OnLength = "error"
 ) -> Lengths:
-    """Encodes every sample, in other processes where there are many."""
+    """Count the tokens of every sample, in several processes where there are many samples."""
     starts = range(0, len(source), CHUNK)
-    lengths = Lengths(np.zeros(len(source), np.int32), np.zeros(len(source), np.int32), {})
-
-    def take(parts: Any) -> None:
-        with Progress(f"counting tokens of {source.name}", len(source)) as progress:
-            for start, (tokens, supervised, wrong, notes) in zip(starts, parts):
-                lengths.tokens[start : start + len(tokens)] = tokens
-                lengths.supervised[start : start + len(tokens)] = supervised
-                lengths.wrong.update(wrong)
-                for text, samples in notes.items():
-                    lengths.notes[text] = lengths.notes.get(text, 0) + samples
-                progress.advance(len(tokens))
-
-    if workers < 2 or len(source) <= FEW:
-        take(count_part(source, encoder, on_length, start) for start in starts)
-        return lengths
+    if workers < 2 or len(source) <= SMALL_SOURCE:
+        chunks = (count_chunk(source, encoder, on_length, start) for start in starts)
+        return joined(source, starts, chunks)
     method = "fork" if "fork" in multiprocessing.get_all_start_methods() else None
-    with multiprocessing.get_context(method).Pool(
-        workers, begin_worker, (source, encoder, on_length)
-    ) as pool:
-        take(pool.imap(count_part_here, starts))
+    context = multiprocessing.get_context(method)
+    with context.Pool(workers, start_worker, (source, encoder, on_length)) as pool:
+        return joined(source, starts, pool.imap(count_chunk_in_worker, starts))
+
+
+def joined(source: Source, starts: Iterable[int], chunks: Iterable[Chunk]) -> Lengths:
+    """Return the counts of a source from those of its chunks, with a progress bar."""
+    size = len(source)
+    lengths = Lengths(np.zeros(size, np.int32), np.zeros(size, np.int32), {})
+    with Progress(f"counting tokens of {source.name}", size) as progress:
+        for start, (tokens, supervised, wrong, notes) in zip(starts, chunks, strict=True):
+            stop = start + len(tokens)
+            lengths.tokens[start:stop] = tokens
+            lengths.supervised[start:stop] = supervised
+            lengths.wrong.update(wrong)
+            for text, samples in notes.items():
+                lengths.notes[text] = lengths.notes.get(text, 0) + samples
+            progress.advance(len(tokens))
     return lengths
 
 
-def count_part(
-    source: Source, encoder: ChatEncoder, on_length: OnLength, start: int
-) -> tuple[list[int], list[int], dict[int, str], dict[str, int]]:
-    """Tokens, supervised tokens, what is wrong, and notes with their counts, of CHUNK samples
-    from `start` on."""
-    tokens, supervised, wrong = [], [], {}
+def count_chunk(source: Source, encoder: ChatEncoder, on_length: OnLength, start: int) -> Chunk:
+    """Return the counts of CHUNK samples from `start` on."""
+    tokens: list[int] = []
+    supervised: list[int] = []
+    wrong: dict[int, str] = {}
     notes: Counter[str] = Counter()
     for index in range(start, min(start + CHUNK, len(source))):
         try:
@@ -179,20 +198,23 @@ def count_part(
     return tokens, supervised, wrong, dict(notes)
 
 
-WORK: list[Any] = []
+WORKER_ARGUMENTS: list[Any] = []
 """What a worker process counts: the source, the encoder and the policy for the length."""
 
 
-def begin_worker(source: Source, encoder: ChatEncoder, on_length: OnLength) -> None:
-    """Ctrl-C is the main process's to answer: it ends its workers, by a SIGTERM that no handler
-    of its own may swallow."""
+def start_worker(source: Source, encoder: ChatEncoder, on_length: OnLength) -> None:
+    """Prepare a worker process.
+
+    Ctrl-C is the main process's to answer: it ends its workers by a SIGTERM, which no inherited
+    handler may swallow.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    WORK[:] = [source, encoder, on_length]
+    WORKER_ARGUMENTS[:] = [source, encoder, on_length]
 
 
-def count_part_here(start: int) -> tuple[list[int], list[int], dict[int, str], dict[str, int]]:
-    """`count_part` in a worker process."""
-    source, encoder, on_length = WORK
-    return count_part(source, encoder, on_length, start)
+def count_chunk_in_worker(start: int) -> Chunk:
+    """Return `count_chunk` of what the worker process was started with."""
+    source, encoder, on_length = WORKER_ARGUMENTS
+    return count_chunk(source, encoder, on_length, start)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection, Mapping
 from fractions import Fraction
 from typing import Any
 
@@ -11,33 +12,37 @@ import numpy as np
 from owlfuse.data.formats.base import Source
 from owlfuse.data.mixture.lengths import Lengths
 from owlfuse.data.mixture.positions import StepPositions
-from owlfuse.data.mixture.schedule import ENDS, Rules, SampleSchedule, exact_shares
-from owlfuse.data.mixture.shuffle import SCRATCH, Shuffle
-from owlfuse.data.mixture.tokens import TokenSchedule
+from owlfuse.data.mixture.schedule import AT_END, Schedule, shares_by_name
+from owlfuse.data.mixture.shuffle import Shuffle, reused_samples
 
-LEAST = 1e-60
-"""What a power of a size is at least, so that a low temperature takes no source out: a share is
-2^-20 at least."""
+MIN_SIZE_FACTOR = 1e-60
+"""The least factor of a temperature, so that a low one takes no source out: `exact_shares` gives
+every weight at least 2^-20."""
 
 
 class Mixture:
     """Says for every position which sample of which source stands there, without state.
 
-    By samples, every prefix of a phase holds each source within one sample of its weight's share.
-    By supervised tokens (`lengths` given), every prefix of a phase holds each source's tokens
-    within the longest sample's of any source of its share (`merging`; `schedule.distance` says how
-    many tokens). Each epoch of a source is a new shuffle, which covers every sample once.
+    Every prefix of a phase holds each source within one sample of its share. Each epoch of a source
+    is a new shuffle, which covers every sample once.
 
     Args:
         sizes: samples of each source.
         weights: relative shares from position 0 on. They are taken as the decimal fractions they
-            are written as; where the period would be longer than 2^20, as multiples of 2^-20.
+            are written as; where the period would be longer than 2^20, shares of samples are
+            rounded to multiples of 2^-20.
         weights_at: other weights from a position on. A source that is not named keeps its weight of
             before.
         at_end: what happens when a source is used up, by source or for all: `repeat` it with a new
             shuffle, `stop` the schedule after its last sample, or use it `once` and give its share
             to the others from there on.
-        lengths: supervised tokens of each sample, by source; with them the shares are of tokens.
+        mean_tokens: mean supervised tokens of each source's samples. With them the weights are
+            shares of tokens, and those of samples are proportional to weight / mean.
+
+    Attributes:
+        names: the sources that are drawn, in the order of their numbers.
+        phases: the first position of each phase and the shares that were asked for, by source.
+        sample_phases: the same with the shares of samples, which the schedule follows.
 
     Raises:
         ValueError: a weight that is negative or no number, all weights zero, a source with a weight
@@ -47,93 +52,112 @@ class Mixture:
     def __init__(
         self,
         sizes: dict[str, int],
-        weights: dict[str, float],
+        weights: Mapping[str, float | Fraction],
         seed: int = 0,
         *,
-        weights_at: dict[int, dict[str, float]] | None = None,
+        weights_at: Mapping[int, Mapping[str, float | Fraction]] | None = None,
         at_end: str | dict[str, str] = "repeat",
-        lengths: dict[str, np.ndarray] | None = None,
+        mean_tokens: dict[str, Fraction] | None = None,
     ) -> None:
         phases = phases_of(weights, weights_at or {})
         for _, phase in phases:
             check_weights(sizes, phase)
-        ends = at_end if isinstance(at_end, dict) else dict.fromkeys(sizes, at_end)
-        check_ends(sizes, ends)
-        numbers = {name: number for number, name in enumerate(sizes)}
-        self.names = [name for name in sizes if any(phase[name] for _, phase in phases)]
+        if isinstance(at_end, str):
+            at_end = dict.fromkeys(sizes, at_end)
+        check_at_end(sizes, at_end)
         self.sizes = sizes
         self.seed = seed
-        self.ends = ends
-        self.weights_by = "samples" if lengths is None else "tokens"
-        self.phases = [
-            (start, dict(zip(self.names, exact_shares([p[n] for n in self.names]))))
-            for start, p in phases
-        ]
-        self.shares = list(self.phases[0][1].values())
-        rules = Rules(
-            [(start, list(shares.values())) for start, shares in self.phases],
+        self.at_end = {name: at_end.get(name, "repeat") for name in sizes}
+        self.names = [name for name in sizes if any(phase[name] for _, phase in phases)]
+        self.weights_by = "samples" if mean_tokens is None else "tokens"
+        self.sample_amounts = mean_tokens or dict.fromkeys(sizes, Fraction(1))
+        """How much of what the weights share out a sample of each source has on average."""
+        self.phases: list[tuple[int, dict[str, Fraction]]] = []
+        self.sample_phases: list[tuple[int, dict[str, Fraction]]] = []
+        for start, phase in phases:
+            asked = {name: phase[name] for name in self.names}
+            self.phases.append((start, shares_by_name(asked)))
+            by_sample = sample_weights(asked, self.sample_amounts)
+            self.sample_phases.append((start, shares_by_name(by_sample)))
+        self.schedule = Schedule(
+            [(start, list(shares.values())) for start, shares in self.sample_phases],
             [sizes[name] for name in self.names],
-            [ends.get(name, "repeat") for name in self.names],
+            [self.at_end[name] for name in self.names],
         )
-        self.shuffles = [Shuffle(sizes[name], seed, numbers[name]) for name in self.names]
-        if lengths is None:
-            self.schedule: SampleSchedule | TokenSchedule = SampleSchedule(rules)
-            return
-        check_lengths(sizes, lengths, self.names)
-        counts = [lengths[name] for name in self.names]
-        if (
-            len({bound for tokens in counts for bound in (int(tokens.min()), int(tokens.max()))})
-            == 1
-        ):
-            self.schedule = SampleSchedule(
-                rules
-            )  # shares of tokens are shares of samples, and held as closely as those
-        else:
-            self.schedule = TokenSchedule(rules, counts, self.shuffles)
+        self.shuffles = [
+            Shuffle(size, seed, number)
+            for number, (name, size) in enumerate(sizes.items())
+            if name in self.names
+        ]
 
     def __getitem__(self, position: int) -> tuple[str, int]:
-        """The source's name and the sample's index in it, at a position from 0.
+        """Return the source's name and the sample's index in it, at a position from 0.
 
-        Raises IndexError after the schedule's end.
+        Raises:
+            IndexError: the schedule ends before.
         """
         self.check_range(position, position + 1)
         source = int(self.schedule.sources(position, position + 1)[0])
-        return self.names[source], self.shuffles[source][int(self.schedule.drawn(position)[source])]
+        draw = int(self.schedule.counts_before(position)[source])
+        return self.names[source], self.shuffles[source][draw]
 
     def positions(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
-        """The positions from `start` to before `stop`, each as by `mixture[position]`, in
-        nanoseconds each.
+        """Return what stands at the positions from `start` to before `stop`, as `mixture[position]`
+        does, in nanoseconds each.
 
         Returns:
             numbers of the sources, uint16 (stop - start,), which `names` has in this order; and the
-                samples' indices, int64.
+                samples' indices, int64 (stop - start,).
 
         Raises:
             IndexError: the schedule ends before `stop`.
         """
         self.check_range(start, stop)
         sources = self.schedule.sources(start, stop)
-        before, after = self.schedule.drawn(start).tolist(), self.schedule.drawn(stop).tolist()
+        first_draws = self.schedule.counts_before(start).tolist()
+        last_draws = self.schedule.counts_before(stop).tolist()
         indices = np.empty(stop - start, dtype=np.int64)
         for source, shuffle in enumerate(self.shuffles):
-            if after[source] > before[source]:
-                room = SCRATCH.room(after[source] - before[source])
-                np.place(
-                    indices, sources == source, shuffle.between(before[source], after[source], room)
-                )
+            first, last = first_draws[source], last_draws[source]
+            if last > first:
+                samples = shuffle.between(first, last, out=reused_samples(last - first))
+                np.place(indices, sources == source, samples)
         return sources, indices
 
     def counts(self, positions: int) -> dict[str, int]:
-        """How many of the first `positions` samples each source gives; of all samples, where the
+        """Return how many of the first positions each source gives; of all positions, where the
         schedule ends before."""
-        return dict(zip(self.names, self.schedule.drawn(self.available(positions)).tolist()))
+        counts = self.schedule.counts_before(self.available(positions))
+        return dict(zip(self.names, counts.tolist(), strict=True))
 
     def available(self, positions: int) -> int:
-        """`positions`, or how many there are where the schedule ends before."""
+        """Return `positions`, or how many there are where the schedule ends before."""
         return self.schedule.available(positions)
 
+    def asked_shares(self, positions: int) -> dict[str, float]:
+        """Return each source's share by the weights over the phases of the first positions.
+
+        A phase counts by its samples, or by the tokens that they have on average where the weights
+        are shares of tokens.
+        """
+        asked = dict.fromkeys(self.names, 0.0)
+        starts = [start for start, _ in self.phases]
+        stops = [*starts[1:], positions]
+        total = 0.0
+        for (start, shares), (_, sample_shares), stop in zip(
+            self.phases, self.sample_phases, stops, strict=True
+        ):
+            samples = max(0, min(stop, positions) - start)
+            amount = samples * float(
+                sum(share * self.sample_amounts[name] for name, share in sample_shares.items())
+            )
+            total += amount
+            for name, share in shares.items():
+                asked[name] += float(share) * amount
+        return {name: amount / total for name, amount in asked.items()} if total else asked
+
     def check_range(self, start: int, stop: int) -> None:
-        """Raises IndexError for positions that are not there."""
+        """Raise IndexError for positions that are not there."""
         if start < 0 or self.available(stop) < stop:
             raise IndexError(
                 f"position {stop - 1 if start >= 0 else start}: the schedule has "
@@ -142,25 +166,38 @@ class Mixture:
 
 
 def phases_of(
-    weights: dict[str, float], weights_at: dict[int, dict[str, float]]
-) -> list[tuple[int, dict[str, float]]]:
-    """The weights of all sources from each phase's first position on."""
-    phases = {0: dict(weights)}
+    weights: Mapping[str, float | Fraction],
+    weights_at: Mapping[int, Mapping[str, float | Fraction]],
+) -> list[tuple[int, dict[str, float | Fraction]]]:
+    """Return the weights of all sources from each phase's first position on.
+
+    Raises:
+        ValueError: a phase before position 0, or one that names no source.
+    """
+    check_phases(weights, weights_at)
+    current = dict(weights)
+    phases = {0: current}
     for start in sorted(weights_at):
-        for name in weights_at[start]:
-            if name not in weights:
-                raise ValueError(
-                    f"weights_at {start} names {name}, which is no source; they are "
-                    f"{', '.join(weights)}"
-                )
-        if start < 0:
-            raise ValueError(f"weights_at {start}: expected a position from 0 on")
-        phases[start] = {**list(phases.values())[-1], **weights_at[start]}
+        current = {**current, **weights_at[start]}
+        phases[start] = current
     return list(phases.items())
 
 
-def check_weights(sizes: dict[str, int], weights: dict[str, float]) -> None:
-    """Raises ValueError for weights that make no mixture, naming the source."""
+def check_phases(names: Collection[str], weights_at: Mapping[int, Collection[str]]) -> None:
+    """Raise ValueError for a phase before 0 or of an unknown source."""
+    for start, phase in weights_at.items():
+        if start < 0:
+            raise ValueError(f"weights_at {start}: expected a position from 0 on")
+        for name in phase:
+            if name not in names:
+                raise ValueError(
+                    f"weights_at {start} names {name}, which is no source; they are "
+                    f"{', '.join(names)}"
+                )
+
+
+def check_weights(sizes: dict[str, int], weights: Mapping[str, float | Fraction]) -> None:
+    """Raise ValueError for weights that make no mixture, naming the source."""
     for name, weight in weights.items():
         if not math.isfinite(weight) or weight < 0:
             raise ValueError(f"source {name} has weight {weight}, expected a number of at least 0")
@@ -170,50 +207,61 @@ def check_weights(sizes: dict[str, int], weights: dict[str, float]) -> None:
         raise ValueError(f"the weights of all sources ({', '.join(weights) or 'none'}) are 0")
 
 
-def check_ends(sizes: dict[str, int], ends: dict[str, str]) -> None:
-    """Raises ValueError for an `at_end` that is none."""
-    for name, end in ends.items():
+def check_at_end(sizes: dict[str, int], at_end: dict[str, str]) -> None:
+    """Raise ValueError for an `at_end` of an unknown source or kind."""
+    for name, policy in at_end.items():
         if name not in sizes:
             raise ValueError(
                 f"at_end names {name}, which is no source; they are {', '.join(sizes)}"
             )
-        if end not in ENDS:
-            raise ValueError(f"at_end of source {name} is {end}, expected {', '.join(ENDS)}")
+        if policy not in AT_END:
+            raise ValueError(f"at_end of source {name} is {policy}, expected {', '.join(AT_END)}")
 
 
-def check_lengths(sizes: dict[str, int], lengths: dict[str, np.ndarray], names: list[str]) -> None:
-    """Raises ValueError where shares of tokens cannot be made."""
-    for name in names:
-        if name not in lengths or len(lengths[name]) != sizes[name]:
+def sample_weights(
+    weights: Mapping[str, float | Fraction], sample_amounts: Mapping[str, Fraction]
+) -> dict[str, Fraction]:
+    """Return the weights of samples that share out, on average, what the samples have by `weights`.
+
+    Raises:
+        ValueError: a source with a weight whose samples have nothing of it.
+    """
+    by_sample = {}
+    for name, weight in weights.items():
+        if weight and not sample_amounts[name]:
             raise ValueError(
-                f"source {name} has {sizes[name]} samples and {len(lengths.get(name, ()))} counts "
-                "of their tokens"
+                f"source {name} has weight {weight} and no supervised token, of which "
+                "weights_by=tokens makes shares; give it weight 0"
             )
-        if not lengths[name].any():
-            raise ValueError(f"source {name} has a weight and no supervised token")
+        by_sample[name] = Fraction(str(weight)) / sample_amounts[name] if weight else Fraction(0)
+    return by_sample
 
 
 def tempered(
-    sizes: dict[str, int], weights: dict[str, float], temperature: float
-) -> dict[str, Any]:
-    """Weights times size^(1 / temperature): 1 draws in proportion to the sizes, a high one evenly.
+    sizes: Mapping[str, int], weights: Mapping[str, float], temperature: float
+) -> dict[str, float | Fraction]:
+    """Return weights times size^(1 / temperature).
+
+    A temperature of 1 draws in proportion to the sizes, a high one evenly. A weight that `Mixture`
+    refuses, of an empty source or no number, is returned as it is.
 
     Raises:
         ValueError: a temperature that is not above 0.
     """
     if not temperature > 0:
         raise ValueError(f"temperature is {temperature}, expected a number above 0")
-    if temperature == 1:
-        return {name: Fraction(str(weights[name])) * size for name, size in sizes.items()}
-    largest = max(sizes.values())
-    powers = {
-        name: math.exp(math.log(size / largest) / temperature) if size else 0.0
-        for name, size in sizes.items()
-    }
-    return {
-        name: weights[name] * max(power, LEAST) if sizes[name] else 0.0
-        for name, power in powers.items()
-    }
+    largest = max(sizes.values(), default=0)
+    result: dict[str, float | Fraction] = {}
+    for name, weight in weights.items():
+        size = sizes[name]
+        if not size or not math.isfinite(weight):
+            result[name] = weight
+        elif temperature == 1:
+            result[name] = Fraction(str(weight)) * size
+        else:
+            factor = math.exp(math.log(size / largest) / temperature)
+            result[name] = weight * max(factor, MIN_SIZE_FACTOR)
+    return result
 
 
 def make_mixture(
@@ -225,7 +273,7 @@ def make_mixture(
     temperature: float | None = None,
     lengths: dict[str, Lengths] | None = None,
 ) -> Mixture:
-    """The mixture of sources by their weights.
+    """Return the mixture of sources by their weights.
 
     Args:
         step_positions: where optimizer steps stand in the schedule.
@@ -233,37 +281,37 @@ def make_mixture(
         at_end: as of `Mixture`.
         temperature: multiplies each weight with size^(1 / temperature), the size in samples, or in
             supervised tokens with `lengths`.
-        lengths: what each source's samples hold; with them the shares are of supervised tokens.
+        lengths: tokens of each source's samples; with them the weights are shares of supervised
+            tokens. A wrong sample counts as one without tokens, which it gives when it is drawn.
 
     Raises:
         ValueError: as of `Mixture`.
     """
-    sizes = {name: len(source) for name, source in sources.items()}
+    samples = {name: len(source) for name, source in sources.items()}
+    sizes = samples
+    mean_tokens = None
+    if lengths is not None:
+        sizes = {name: counted.total_supervised for name, counted in lengths.items()}
+        mean_tokens = {name: Fraction(sizes[name], max(samples[name], 1)) for name in samples}
     weights: dict[str, Any] = {name: source.weight for name, source in sources.items()}
-    phases = {as_step(step): dict(phase) for step, phase in (weights_at or {}).items()}
-    supervised = (
-        None
-        if lengths is None
-        else {name: found.supervised.astype(np.int64) for name, found in lengths.items()}
-    )
+    phases: dict[int, Any] = {as_step(step): phase for step, phase in (weights_at or {}).items()}
+    # Here the phases still begin at steps, as the user wrote them.
+    check_phases(sources, phases)
     if temperature is not None:
-        large = (
-            sizes
-            if supervised is None
-            else {name: int(counts.sum()) for name, counts in supervised.items()}
-        )
-        known = {name: {**weights, **phase} for name, phase in phases.items()}
-        phases = {
-            step: {n: tempered(large, known[step], temperature)[n] for n in phase}
-            for step, phase in phases.items()
-        }
-        weights = tempered(large, weights, temperature)
-    positions = {step_positions.position(step): phase for step, phase in phases.items()}
-    return Mixture(sizes, weights, seed, weights_at=positions, at_end=at_end, lengths=supervised)
+        weights = tempered(sizes, weights, temperature)
+        phases = {step: tempered(sizes, phase, temperature) for step, phase in phases.items()}
+    return Mixture(
+        samples,
+        weights,
+        seed,
+        weights_at={step_positions.position(step): phase for step, phase in phases.items()},
+        at_end=at_end,
+        mean_tokens=mean_tokens,
+    )
 
 
 def as_step(key: Any) -> int:
-    """A key of `weights_at` as an optimizer step."""
+    """Return a key of `weights_at` as an optimizer step."""
     if isinstance(key, bool) or not str(key).isdigit():
         raise ValueError(f"weights_at: {key}: expected an optimizer step from 0 on")
     return int(key)

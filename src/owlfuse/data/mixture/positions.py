@@ -20,11 +20,8 @@ class StepPositions:
 
     def __init__(self, changes: Iterable[Sequence[int]]) -> None:
         self.changes = [(int(step), int(position), int(size)) for step, position, size in changes]
-        if (
-            not self.changes
-            or self.changes[0][:2] != (0, 0)
-            or any(size < 1 for _, _, size in self.changes)
-        ):
+        starts_at_zero = bool(self.changes) and self.changes[0][:2] == (0, 0)
+        if not starts_at_zero or any(size < 1 for _, _, size in self.changes):
             raise ValueError(
                 "expected global batches of at least 1 sample, the first at step 0, not "
                 f"{self.changes}"
@@ -32,29 +29,27 @@ class StepPositions:
 
     @classmethod
     def of(cls, global_batch_size: int) -> StepPositions:
-        """Global batches that all have one size."""
+        """Return the positions of global batches that all have one size."""
         return cls([(0, 0, global_batch_size)])
 
     def position(self, step: int) -> int:
-        """How many samples the steps before this one took."""
-        first_step, position, size = self.changes[
-            bisect_right([change[0] for change in self.changes], step) - 1
-        ]
-        return position + (step - first_step) * size
+        """Return how many samples the steps before this one took."""
+        first_steps = [change[0] for change in self.changes]
+        first_step, first_position, size = self.changes[bisect_right(first_steps, step) - 1]
+        return first_position + (step - first_step) * size
 
     def step(self, position: int) -> float:
-        """The step that takes the sample at a position; a fraction where the sample is not the
-        step's first."""
-        first_step, first, size = self.changes[
-            bisect_right([change[1] for change in self.changes], position) - 1
-        ]
-        return first_step + (position - first) / size
+        """Return the step that takes the sample at a position; a fraction where the sample is not
+        the step's first."""
+        first_positions = [change[1] for change in self.changes]
+        first_step, first_position, size = self.changes[bisect_right(first_positions, position) - 1]
+        return first_step + (position - first_position) / size
 
     def changed(self, step: int, global_batch_size: int) -> StepPositions:
-        """These positions until a step, and global batches of another size from it on."""
+        """Return these positions until a step, and global batches of another size from it on."""
         if step == 0:
             return StepPositions.of(global_batch_size)
-        before = [change for change in self.changes if change[0] < step]
-        if before[-1][2] != global_batch_size:
-            before.append((step, self.position(step), global_batch_size))
-        return StepPositions(before)
+        changes = [change for change in self.changes if change[0] < step]
+        if changes[-1][2] != global_batch_size:
+            changes.append((step, self.position(step), global_batch_size))
+        return StepPositions(changes)

@@ -11,8 +11,10 @@ import numpy as np
 
 from owlfuse.core.progress import track
 from owlfuse.data.formats.base import Source
+from owlfuse.data.mixture.lengths import Lengths
 from owlfuse.data.mixture.mixture import Mixture
 from owlfuse.data.mixture.positions import StepPositions
+from owlfuse.data.mixture.shuffle import Shuffle
 from owlfuse.data.notes import NoteCounts
 from owlfuse.data.packing import Padding
 
@@ -29,30 +31,39 @@ def mixture_report(
     truncated: dict[str, int] | None = None,
     notes: NoteCounts | None = None,
     padding: Padding | None = None,
+    lengths: dict[str, Lengths] | None = None,
 ) -> dict[str, Any]:
-    """What `mixture.json` holds after `steps`: the sources, their hashes, weights and realised
-    counts, skips, cuts, in how many draws a key was not used or something was assumed, padding."""
+    """Return what `mixture.json` holds after some steps: the sources, their hashes, the shares that
+    were asked for and the realised ones, skips, cuts, notes and padding.
+
+    Args:
+        notes: in how many draws a key was not used or something was assumed.
+        lengths: tokens of the sources' samples where they were counted; the realised shares of
+            supervised tokens are computed from them, and are None without.
+    """
     positions = mixture.available(step_positions.position(steps))
     counts = mixture.counts(positions)
+    asked_shares = mixture.asked_shares(positions)
     skips = Counter(skipped)
-    rows = {
-        name: source_row(mixture, source, counts.get(name, 0), positions)
-        for name, source in sources.items()
-    }
-    for name, row in rows.items():
-        mine = [(sample, times) for (source, sample, _), times in skips.items() if source == name]
-        row.update(
-            skipped=sum(times for _, times in mine),
-            skipped_samples=len({sample for sample, _ in mine}),
-        )
-        row.update(truncated=(truncated or {}).get(name, 0))
-        row.update(
-            notes={
-                text: draws
-                for (source, text), draws in sorted((notes or {}).items())
-                if source == name
-            }
-        )
+    rows = {}
+    for name, source in sources.items():
+        row = source_row(mixture, source, counts.get(name, 0), positions)
+        row["asked_share"] = asked_shares.get(name, 0.0) if positions else None
+        source_skips = [
+            (sample, times)
+            for (skip_source, sample, _), times in skips.items()
+            if skip_source == name
+        ]
+        row["skipped"] = sum(times for _, times in source_skips)
+        row["skipped_samples"] = len({sample for sample, _ in source_skips})
+        row["truncated"] = (truncated or {}).get(name, 0)
+        row["notes"] = {
+            text: draws
+            for (note_source, text), draws in sorted((notes or {}).items())
+            if note_source == name
+        }
+        rows[name] = row
+    add_token_shares(rows, mixture, counts, lengths)
     return {
         "steps": steps,
         "samples": positions,
@@ -63,36 +74,75 @@ def mixture_report(
         ],
         "seed": mixture.seed,
         "weights_by": mixture.weights_by,
-        "phases": [
-            {
-                "step": step_positions.step(start),
-                "shares": {name: float(share) for name, share in phase.items()},
-            }
-            for start, phase in mixture.phases
-        ],
+        "phases": phase_rows(mixture, step_positions),
         "sources": rows,
         "padding": Padding(*padding.counts()).shares() if padding and padding.positions else None,
         "skipped": skip_rows(skips),
     }
 
 
-def source_row(mixture: Mixture, source: Source, drawn: int, positions: int) -> dict[str, Any]:
-    """A source of the mixture, of which `positions` samples were drawn in all and `drawn` from
-    it."""
+def phase_rows(mixture: Mixture, step_positions: StepPositions) -> list[dict[str, Any]]:
+    """Return the first step of each phase, the shares that were asked for, of what `weights_by`
+    says, and the shares of samples that the schedule follows."""
+    rows = []
+    for (start, shares), (_, sample_shares) in zip(
+        mixture.phases, mixture.sample_phases, strict=True
+    ):
+        row = {
+            "step": step_positions.step(start),
+            "shares": {name: float(share) for name, share in shares.items()},
+            "sample_shares": {name: float(share) for name, share in sample_shares.items()},
+        }
+        rows.append(row)
+    return rows
+
+
+def source_row(mixture: Mixture, source: Source, draws: int, positions: int) -> dict[str, Any]:
+    """Return the row of a source that gave `draws` of the first `positions` samples."""
     size = len(source)
     return {
         "file": str(source.file),
         "sha256": source.fingerprint(),
         "samples": size,
         "weight": source.weight,
-        "share": float(dict(zip(mixture.names, mixture.shares, strict=True)).get(source.name, 0)),
-        "drawn": drawn,
-        "drawn_share": drawn / positions if positions else None,
-        "passes": drawn / size,
-        "left_of_last_pass": size - drawn if drawn < size else -drawn % size,
-        "at_end": mixture.ends.get(source.name, "repeat"),
-        "duplicate_ids": duplicate_ids(mixture, source, drawn),
+        "share": float(mixture.phases[0][1].get(source.name, 0)),
+        "drawn": draws,
+        "drawn_share": draws / positions if positions else None,
+        "passes": draws / size,
+        "left_of_last_pass": size - draws if draws < size else -draws % size,
+        "at_end": mixture.at_end[source.name],
+        "duplicate_ids": duplicate_ids(mixture, source, draws),
     }
+
+
+def add_token_shares(
+    rows: dict[str, dict[str, Any]],
+    mixture: Mixture,
+    counts: dict[str, int],
+    lengths: dict[str, Lengths] | None,
+) -> None:
+    """Add the mean supervised tokens of each source's samples, the supervised tokens of its draws
+    and their share of all sources', or None where tokens were not counted."""
+    for name, row in rows.items():
+        row["mean_supervised"] = row["supervised_tokens"] = row["supervised_share"] = None
+        if lengths is None:
+            continue
+        row["mean_supervised"] = lengths[name].total_supervised / max(row["samples"], 1)
+        row["supervised_tokens"] = 0
+        if name in counts:
+            shuffle = mixture.shuffles[mixture.names.index(name)]
+            row["supervised_tokens"] = supervised_tokens(lengths[name], shuffle, counts[name])
+    total = sum(row["supervised_tokens"] or 0 for row in rows.values())
+    if total:
+        for row in rows.values():
+            row["supervised_share"] = row["supervised_tokens"] / total
+
+
+def supervised_tokens(lengths: Lengths, shuffle: Shuffle, draws: int) -> int:
+    """Return the supervised tokens of a source's first draws."""
+    epochs, rest = divmod(draws, shuffle.size)
+    last_epoch = lengths.supervised[shuffle.between(draws - rest, draws)]
+    return epochs * lengths.total_supervised + int(last_epoch.sum(dtype=np.int64))
 
 
 def validation_report(
@@ -100,80 +150,80 @@ def validation_report(
     skipped: Collection[tuple[str, str, str]],
     truncated: Collection[tuple[str, str, int]],
 ) -> dict[str, Any]:
-    """The validation sources, and what was left out of them or cut."""
-    skips, cuts = (Counter(source for source, *_ in found) for found in (skipped, truncated))
-    rows = {
-        name: {
+    """Return the validation sources, and what was left out of them or cut."""
+    skip_counts = Counter(source for source, _, _ in skipped)
+    cut_counts = Counter(source for source, _, _ in truncated)
+    rows = {}
+    for name, source in sources.items():
+        rows[name] = {
             "file": str(source.file),
             "sha256": source.fingerprint(),
             "samples": len(source),
-            "skipped": skips[name],
-            "truncated": cuts[name],
+            "skipped": skip_counts[name],
+            "truncated": cut_counts[name],
         }
-        for name, source in sources.items()
-    }
-    cut = [
+    cuts = [
         {"source": source, "sample": sample, "turns_removed": turns}
         for source, sample, turns in truncated
     ]
-    return {"sources": rows, "skipped": skip_rows(skipped), "truncated": cut}
+    return {"sources": rows, "skipped": skip_rows(skipped), "truncated": cuts}
 
 
 def skip_rows(skipped: Skips) -> list[dict[str, Any]]:
-    """A row for each sample that was left out, and how many times it was drawn."""
+    """Return a row for each sample that was left out, with how many times it was drawn."""
     return [
         {"source": source, "sample": sample, "reason": reason, "times": times}
         for (source, sample, reason), times in Counter(skipped).items()
     ]
 
 
-LOOKED_AT = 2**20
+MAX_COMPARED = 2**20
 """Samples of a source whose ids are read and compared: the first that are drawn."""
-LONG = 2**15
-"""Samples whose reading shows its progress."""
+PROGRESS_FROM = 2**15
+"""Samples from which on reading ids shows its progress."""
 
 
-def duplicate_ids(mixture: Mixture, source: Source, drawn: int) -> dict[str, Any]:
-    """How many records of the samples that a source gave bear an id that one before them in the
-    file bears too.
+def duplicate_ids(mixture: Mixture, source: Source, draws: int) -> dict[str, Any]:
+    """Return how many records of the samples that a source gave have the id of an earlier record.
 
-    Ids are compared by hashes of 64 bits, 16 bytes of memory a record; a record without an id is
-    called by its place.
+    Ids are compared by hashes of 64 bits, 16 bytes of memory a record; a record without an id goes
+    by its number in the file.
 
     Args:
-        drawn: how many times the source was drawn from.
+        draws: how many times the source was drawn from.
 
     Returns:
         `count`; `looked_at`: samples that were compared; `first`: `{"id", "samples"}`, the indices
             of the first two, or None.
     """
-    looked_at = min(drawn, len(source), LOOKED_AT)
-    found: dict[str, Any] = {"count": 0, "looked_at": looked_at, "first": None}
-    if not looked_at:
-        return found
+    compared = min(draws, len(source), MAX_COMPARED)
+    report: dict[str, Any] = {"count": 0, "looked_at": compared, "first": None}
+    if not compared:
+        return report
     shuffle = mixture.shuffles[mixture.names.index(source.name)]
-    hashes, owners = hashed_ids(source, np.sort(shuffle.between(0, looked_at)).tolist())
-    order = np.argsort(hashes, kind="stable")  # of equal ones the earlier stays before the later
-    again = np.flatnonzero(hashes[order][1:] == hashes[order][:-1])
-    if len(again):
-        first = again[order[again + 1].argmin()]
-        pair = owners[order[first : first + 2]].tolist()
-        shared = Counter(identity for _, identity in source.ids(sorted(set(pair)))).most_common(1)[
-            0
-        ][0]
-        found.update(count=len(again), first={"id": shared, "samples": pair})
-    return found
+    samples = np.sort(shuffle.between(0, compared)).tolist()
+    hashes, sample_of = hashed_ids(source, samples)
+    # A stable sort keeps records of one id in the order of the file.
+    order = np.argsort(hashes, kind="stable")
+    repeated = np.flatnonzero(hashes[order][1:] == hashes[order][:-1])
+    if len(repeated):
+        first = repeated[order[repeated + 1].argmin()]
+        pair = sample_of[order[first : first + 2]].tolist()
+        ids = Counter(identity for _, identity in source.ids(sorted(set(pair))))
+        shared_id = ids.most_common(1)[0][0]
+        report["count"] = len(repeated)
+        report["first"] = {"id": shared_id, "samples": pair}
+    return report
 
 
-def hashed_ids(source: Source, indices: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-    """A hash of each record's id, uint64, and the index of the sample that it is in; a record
-    that is wrong is left out."""
-    hashes, owners = array("Q"), array("q")
-    found: Iterable[tuple[int, str]] = source.ids(indices)
-    if len(indices) >= LONG:
-        title = f"comparing ids of {source.name}"
-        found = track(found, title, len(indices))
-    for index, identity in found:
+def hashed_ids(source: Source, samples: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+    """Return a hash of each record's id, uint64, and the index of the sample that it is in, int64;
+    a record that is wrong is left out."""
+    hashes, sample_of = array("Q"), array("q")
+    ids: Iterable[tuple[int, str]] = source.ids(samples)
+    if len(samples) >= PROGRESS_FROM:
+        ids = track(ids, f"comparing ids of {source.name}", len(samples))
+    for sample, identity in ids:
         hashes.append(hash(identity) & 2**64 - 1)
-        owners.append(index)
-    return np.frombuffer(hashes, dtype=np.uint64), np.frombuffer(owners, dtype=np.int64)
+        sample_of.append(sample)
+    return np.frombuffer(hashes, dtype=np.uint64), np.frombuffer(sample_of, dtype=np.int64)

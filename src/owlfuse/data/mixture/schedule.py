@@ -1,4 +1,4 @@
-"""Which source stands at each position: phases of constant weights, in each of which every
+"""The source at each position of a mixture: phases of constant weights, in each of which every
 prefix is exact."""
 
 from __future__ import annotations
@@ -6,7 +6,7 @@ from __future__ import annotations
 import heapq
 import math
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
@@ -14,224 +14,216 @@ from functools import lru_cache
 import numpy as np
 
 MAX_PERIOD = 2**20
-LEAST_PERIOD = 2**12
-ENDS = ("repeat", "stop", "once")
-
-
-@dataclass(frozen=True)
-class Rules:
-    """What a schedule is made of: `weights` of each phase (first position, weight of each source),
-    and by source its `sizes` in samples and what happens when it is used up (`ends`: repeat, stop
-    or once)."""
-
-    phases: list[tuple[int, list[Fraction]]]
-    sizes: list[int]
-    ends: list[str]
-
-    def shares(self, position: int, drawn: np.ndarray) -> list[Fraction]:
-        """Shares from `position` on, 0 for a source that is used up and drops out. Empty where none
-        is left, or where a source is used up that stops the schedule."""
-        if self.stopped(drawn) is not None:
-            return []
-        phase = bisect_right([start for start, _ in self.phases], position) - 1
-        left = [
-            Fraction(0) if self.used_up(i, drawn) else weight
-            for i, weight in enumerate(self.phases[phase][1])
-        ]
-        return exact_shares(left) if any(left) else []
-
-    def stopped(self, drawn: np.ndarray) -> int | None:
-        """The source that has ended the schedule."""
-        found = (
-            i for i, end in enumerate(self.ends) if end == "stop" and drawn[i] >= self.sizes[i]
-        )
-        return next(found, None)
-
-    def used_up(self, source: int, drawn: np.ndarray) -> bool:
-        """Whether a source has dropped out."""
-        return self.ends[source] == "once" and bool(drawn[source] >= self.sizes[source])
-
-    def phase_end(self, position: int) -> int | None:
-        """Where the phase that holds `position` ends."""
-        return next((start for start, _ in self.phases if start > position), None)
+"""Positions of the longest period. Shares that need a longer one are rounded."""
+MIN_PERIOD = 2**12
+"""A shorter period is repeated up to this length, so that long ranges are copied in long pieces."""
+AT_END = ("repeat", "stop", "once")
 
 
 @dataclass
 class Stretch:
-    """Positions from `start` to before `stop` (None: without end) that have one order; `drawn`
-    of each source before."""
+    """Positions of constant shares, from `start` to before `stop` (None: without end).
+
+    `counts` holds how many samples of each source stand before `start`.
+    """
 
     start: int
     stop: int | None
-    drawn: np.ndarray
-    order: Order
+    counts: np.ndarray
+    order: PeriodicOrder
 
 
-class SampleSchedule:
-    """Shares in samples. Stretches are found when a position in them, or after them, is first asked
-    for.
+class Schedule:
+    """Assigns a source to every position, without state.
 
-    An order takes 6 bytes a position of its period, 6 MB at most; a stretch is a phase, or its part
-    up to where a source drops out, so that memory is bounded by phases and sources, not by
+    A stretch is a phase, or its part up to the position where a source drops out. Stretches are
+    computed when a position in or behind them is first asked for. An order takes 6 bytes a position
+    of its period, 6 MB at most. Memory is therefore bounded by phases and sources, not by
     positions.
+
+    Args:
+        phases: the first position of each phase and the share of each source in it.
+        sizes: samples of each source.
+        at_end: what happens when a source is used up, one of `AT_END` for each source.
     """
 
-    def __init__(self, rules: Rules) -> None:
-        self.rules = rules
+    def __init__(
+        self,
+        phases: Sequence[tuple[int, Sequence[Fraction]]],
+        sizes: Sequence[int],
+        at_end: Sequence[str],
+    ) -> None:
+        self.phases = phases
+        self.sizes = sizes
+        self.at_end = at_end
         self.stretches: list[Stretch] = []
         self.length: int | None = None
-        self.extend(0, np.zeros(len(rules.sizes), dtype=np.int64))
-
-    def extend(self, position: int, drawn: np.ndarray) -> None:
-        """Adds the stretch from `position` on, or notes that the schedule ends there."""
-        shares = self.rules.shares(position, drawn)
-        if not shares:
-            self.length = position
-            return
-        order = self.order(shares, drawn)
-        lasts = {  # of each source that is ever used up, its last draw, counted from here
-            i: size - int(drawn[i]) - 1
-            for i, size in enumerate(self.rules.sizes)
-            if self.rules.ends[i] != "repeat" and shares[i]
-        }
-        ends = [
-            self.rules.phase_end(position),
-            position + order.first_of(lasts) + 1 if lasts else None,
-        ]
-        stop = min((end for end in ends if end is not None), default=None)
-        self.stretches.append(Stretch(position, stop, drawn, order))
-
-    def order(self, shares: list[Fraction], drawn: np.ndarray) -> Order:
-        """The order of a stretch in which all sources stand even at its start, where `drawn` of
-        each were drawn before."""
-        return order_of(tuple(shares))
-
-    def reach(self, position: int) -> None:
-        """Finds the stretches up to the one that holds `position`."""
-        while (
-            self.length is None
-            and (last := self.stretches[-1]).stop is not None
-            and last.stop <= position
-        ):
-            self.extend(last.stop, last.drawn + last.order.drawn(last.stop - last.start))
+        """Positions of the whole schedule, once its end has been reached."""
+        self.add_stretch(0, np.zeros(len(sizes), dtype=np.int64))
 
     def available(self, positions: int) -> int:
-        """`positions`, or how many there are where the schedule ends before."""
-        self.reach(positions)
+        """Return `positions`, or how many there are where the schedule ends before."""
+        self.extend_to(positions)
         return positions if self.length is None else min(positions, self.length)
 
-    def stretch(self, position: int) -> Stretch:
-        """The stretch that holds a position."""
-        self.reach(position)
-        return self.stretches[bisect_right([s.start for s in self.stretches], position) - 1]
-
-    def drawn(self, position: int) -> np.ndarray:
-        """(S,) how many of the first `position` samples each source gives."""
-        stretch = self.stretch(position)
-        return stretch.drawn + stretch.order.drawn(position - stretch.start)
+    def counts_before(self, position: int) -> np.ndarray:
+        """Return how many samples of each source stand before a position, int64 (sources,)."""
+        stretch = self.stretch_at(position)
+        return stretch.counts + stretch.order.counts_before(position - stretch.start)
 
     def sources(self, start: int, stop: int) -> np.ndarray:
-        """(stop - start,) the sources' numbers."""
-        parts = []
+        """Return the sources' numbers from `start` to before `stop`, uint16 (stop - start,)."""
+        parts = [np.empty(0, dtype=np.uint16)]
         while start < stop:
-            stretch = self.stretch(start)
+            stretch = self.stretch_at(start)
             last = stop if stretch.stop is None else min(stop, stretch.stop)
             parts.append(stretch.order.sources(start - stretch.start, last - stretch.start))
             start = last
-        return np.concatenate(parts) if parts else np.empty(0, dtype=np.uint16)
+        return np.concatenate(parts)
+
+    def stretch_at(self, position: int) -> Stretch:
+        """Return the stretch that holds a position."""
+        self.extend_to(position)
+        starts = [stretch.start for stretch in self.stretches]
+        return self.stretches[bisect_right(starts, position) - 1]
+
+    def extend_to(self, position: int) -> None:
+        """Compute the stretches up to the one that holds a position."""
+        while self.length is None:
+            last = self.stretches[-1]
+            if last.stop is None or last.stop > position:
+                return
+            counts = last.counts + last.order.counts_before(last.stop - last.start)
+            self.add_stretch(last.stop, counts)
+
+    def add_stretch(self, start: int, counts: np.ndarray) -> None:
+        """Add the stretch from `start` on, or set `length` where the schedule ends there."""
+        shares = self.shares_at(start, counts)
+        if not shares:
+            self.length = start
+            return
+        order = order_of(tuple(shares))
+        ends = [first for first, _ in self.phases if first > start]
+        for source, size in enumerate(self.sizes):
+            if self.at_end[source] != "repeat" and shares[source]:
+                last_draw = size - int(counts[source]) - 1
+                ends.append(start + order.position_of(source, last_draw) + 1)
+        self.stretches.append(Stretch(start, min(ends, default=None), counts, order))
+
+    def shares_at(self, position: int, counts: np.ndarray) -> list[Fraction]:
+        """Return the shares from a position on, 0 for a source that has dropped out.
+
+        The list is empty where the schedule ends: no source is left, or one with `stop` is used up.
+        """
+        phase = bisect_right([start for start, _ in self.phases], position) - 1
+        shares = list(self.phases[phase][1])
+        for source, size in enumerate(self.sizes):
+            if self.at_end[source] == "repeat" or counts[source] < size:
+                continue
+            if self.at_end[source] == "stop":
+                return []
+            shares[source] = Fraction(0)
+        return exact_shares(shares) if any(shares) else []
 
 
-class Order:
-    """The order of a period in which each source has exactly its share, and its repetition."""
+class PeriodicOrder:
+    """An order of sources whose period holds each of them in exactly its share."""
 
-    def __init__(self, shares: tuple[Fraction, ...]) -> None:
-        exact = math.lcm(*(share.denominator for share in shares))
-        times = -(
-            -LEAST_PERIOD // exact
-        )  # written out several times, so that long stretches are copied in long pieces
-        self.period = exact * times
-        self.order = np.tile(chairman_order(list(shares), exact), times)
-        self.places = [np.flatnonzero(self.order == i).astype(np.int32) for i in range(len(shares))]
-        self.counts = np.array([len(places) for places in self.places])
+    def __init__(self, shares: Sequence[Fraction]) -> None:
+        shortest = math.lcm(*(share.denominator for share in shares))
+        repeats = math.ceil(MIN_PERIOD / shortest)
+        self.period = shortest * repeats
+        self.order = np.tile(chairman_order(shares, shortest), repeats)
+        self.positions = [
+            np.flatnonzero(self.order == source).astype(np.int32) for source in range(len(shares))
+        ]
+        self.counts = np.array([len(positions) for positions in self.positions])
 
-    def drawn(self, offset: int) -> np.ndarray:
-        """How often each source stands before an offset."""
-        rounds, offset = divmod(offset, self.period)
-        within = np.int32(offset)  # of the places' own kind, or all of them would be converted
-        return rounds * self.counts + np.array(
-            [places.searchsorted(within) for places in self.places]
-        )
+    def counts_before(self, offset: int) -> np.ndarray:
+        """Return how often each source stands before an offset."""
+        periods, offset = divmod(offset, self.period)
+        # A number of another type would make searchsorted convert the whole array.
+        within = np.int32(offset)
+        counts = [positions.searchsorted(within) for positions in self.positions]
+        return periods * self.counts + np.array(counts)
 
     def position_of(self, source: int, draw: int) -> int:
-        """Where the source's k-th draw stands, from 0."""
-        rounds, place = divmod(draw, int(self.counts[source]))
-        return rounds * self.period + int(self.places[source][place])
-
-    def first_of(self, draws: dict[int, int]) -> int:
-        """Where the first of some draws stands, one of each source that is named."""
-        return min(self.position_of(source, draw) for source, draw in draws.items())
+        """Return where a source's draw stands, both counted from 0."""
+        periods, index = divmod(draw, int(self.counts[source]))
+        return periods * self.period + int(self.positions[source][index])
 
     def sources(self, start: int, stop: int) -> np.ndarray:
-        """The sources' numbers from one offset to another, uint16."""
+        """Return the sources' numbers from `start` to before `stop`, uint16."""
         first = start % self.period
-        if first + stop - start <= self.period:
-            return self.order[first : first + stop - start]
-        whole = np.empty(
-            (-(-(first + stop - start) // self.period), self.period), dtype=self.order.dtype
-        )
-        whole[:] = self.order
-        return whole.reshape(-1)[first : first + stop - start]
+        last = first + stop - start
+        if last <= self.period:
+            return self.order[first:last]
+        periods = math.ceil(last / self.period)
+        return np.tile(self.order, periods)[first:last]
 
 
 @lru_cache(maxsize=32)
-def order_of(shares: tuple[Fraction, ...]) -> Order:
-    """The order of these shares; phases and mixtures of the same shares have one."""
-    return Order(shares)
+def order_of(shares: tuple[Fraction, ...]) -> PeriodicOrder:
+    """Return the order of some shares, the same object for phases and mixtures of equal shares."""
+    return PeriodicOrder(shares)
 
 
-def exact_shares(weights: Sequence[float | Fraction | int]) -> list[Fraction]:
-    """Weights as fractions that add up to 1, with a common denominator of at most MAX_PERIOD."""
+def exact_shares(weights: Iterable[float | Fraction | int]) -> list[Fraction]:
+    """Return weights as fractions that add up to 1, of a common denominator up to MAX_PERIOD.
+
+    A number is taken as the decimal fraction that it is written as. Where the denominator would be
+    larger, shares are rounded to multiples of 1 / MAX_PERIOD, of which no weight gets fewer than
+    one.
+    """
     exact = [Fraction(str(weight)) for weight in weights]
     total = sum(exact)
     shares = [weight / total for weight in exact]
     if math.lcm(*(share.denominator for share in shares)) <= MAX_PERIOD:
         return shares
-    rounded = [max(1, int(share * MAX_PERIOD)) if share else 0 for share in shares]
-    left = MAX_PERIOD - sum(rounded)
-    most_cut = sorted(range(len(shares)), key=lambda i: rounded[i] - shares[i] * MAX_PERIOD)
-    for i in most_cut[: max(left, 0)]:  # so that each is within one of what it should be
-        rounded[i] += 1
-    rounded[rounded.index(max(rounded))] += min(left, 0)  # where many were raised to 1
-    return [Fraction(count, MAX_PERIOD) for count in rounded]
+    counts = [max(1, int(share * MAX_PERIOD)) if share else 0 for share in shares]
+    missing = MAX_PERIOD - sum(counts)
+    # Those that rounding down has cut most come first: each is then within one of its exact count.
+    by_cut = sorted(range(len(shares)), key=lambda i: counts[i] - shares[i] * MAX_PERIOD)
+    for source in by_cut[: max(missing, 0)]:
+        counts[source] += 1
+    # Where many were raised to 1, too many are handed out: the largest share gives them back.
+    counts[counts.index(max(counts))] += min(missing, 0)
+    return [Fraction(count, MAX_PERIOD) for count in counts]
 
 
-def chairman_order(shares: list[Fraction], period: int) -> np.ndarray:
-    """Which source stands at each position of a period: of those that have fallen behind enough,
-    the one that must come soonest (Tijdeman, The chairman assignment problem, 1980). A source is
-    within 1 - 1 / (2n - 2) of its share everywhere.
+def shares_by_name(weights: Mapping[str, float | Fraction]) -> dict[str, Fraction]:
+    """Return `exact_shares` of named weights."""
+    return dict(zip(weights, exact_shares(weights.values()), strict=True))
 
-    The k-th draw of a source with c draws in a period of P may come once c * t / P exceeds k by 1 /
-    (2n - 2), and must have come before it exceeds k by 2 - 2 / (2n - 2).
+
+def chairman_order(shares: Sequence[Fraction], period: int) -> np.ndarray:
+    """Return which source stands at each position of a period, uint16 (period,).
+
+    Of the sources that have fallen behind enough, the one that must come soonest is next (Tijdeman,
+    The chairman assignment problem, 1980). A source is within 1 - 1 / (2n - 2) samples of its share
+    everywhere, n the number of sources.
+
+    The k-th draw of a source with c draws in a period of P may come once c * t / P exceeds k by
+    1 / (2n - 2), and must have come before it exceeds k by 2 - 2 / (2n - 2).
     """
     counts = np.array([int(share * period) for share in shares], dtype=np.int64)
-    if (counts > 0).sum() == 1:
+    active = int((counts > 0).sum())
+    if active == 1:
         return np.full(period, counts.argmax(), dtype=np.uint16)
-    slack = 2 * int((counts > 0).sum()) - 2
+    slack = 2 * active - 2
     source = np.repeat(np.arange(len(counts)), counts)
     draw = np.concatenate([np.arange(count) for count in counts])
     release = -((-(1 + draw * slack) * period) // (counts[source] * slack))
     deadline = (slack - 1 + draw * slack) * period // (counts[source] * slack)
-    jobs = np.lexsort((deadline, release))
-    release, waiting = (
-        release[jobs].tolist(),
-        list(zip(deadline[jobs].tolist(), source[jobs].tolist())),
-    )
+    by_release = np.lexsort((deadline, release))
+    releases = release[by_release].tolist()
+    draws = list(zip(deadline[by_release].tolist(), source[by_release].tolist(), strict=True))
     order = np.empty(period, dtype=np.uint16)
     ready: list[tuple[int, int]] = []
-    job = 0
-    for position in range(1, period + 1):
-        while job < period and release[job] <= position:
-            heapq.heappush(ready, waiting[job])
-            job += 1
-        order[position - 1] = heapq.heappop(ready)[1]
+    added = 0
+    for position in range(period):
+        while added < period and releases[added] <= position + 1:
+            heapq.heappush(ready, draws[added])
+            added += 1
+        order[position] = heapq.heappop(ready)[1]
     return order

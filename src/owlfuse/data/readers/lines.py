@@ -63,9 +63,8 @@ class Lines(Sequence[bytes]):
         index = range(len(self))[index]
         start = int(self.starts[index])
         end = int(self.starts[index + 1]) if index + 1 < len(self) else self.size
-        if (
-            end - start > MAX_RECORD
-        ):  # asked first, since a line's number may take a look at the whole file
+        # asked first, since a line's number may take a look at the whole file
+        if end - start > MAX_RECORD:
             check_record(end - start, f"{self.file}: line {self.number(index)}")
         raw = os.pread(self.descriptor, end - start, start)
         if len(raw) < end - start:
@@ -369,7 +368,8 @@ class Text:
     def peek(self) -> str:
         """The next character that is no white space; empty at the end."""
         while True:
-            self.place = SPACE.match(self.text, self.place).end()  # type: ignore[union-attr]  # it matches nothing too
+            # it matches nothing too
+            self.place = SPACE.match(self.text, self.place).end()  # type: ignore[union-attr]
             if self.place < len(self.text) or self.ended:
                 return self.text[self.place : self.place + 1]
             self.more()
@@ -405,9 +405,8 @@ class Text:
                 end = -1
             except ValueError as error:  # a number of thousands of digits
                 raise self.error(json_reason(error)) from error
-            if end >= 0 and (
-                end < len(self.text) or self.ended
-            ):  # a number may go on in the next piece
+            # a number may go on in the next piece
+            if end >= 0 and (end < len(self.text) or self.ended):
                 check_record(
                     end - self.place,
                     f"{self.file}: record {self.records + 1}, in line {self.line()}",
@@ -416,9 +415,8 @@ class Text:
                 self.records += 1
                 return value
             self.check_length()
-            self.more(
-                MAX_RECORD
-            )  # all that one record may have, so that it is not parsed over and over
+            # all that one record may have, so that it is not parsed over and over
+            self.more(MAX_RECORD)
 
     def is_wrong(self, place: int) -> bool:
         """Whether an error at this place of the piece would stay one if the text went on: not at

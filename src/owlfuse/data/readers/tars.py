@@ -6,7 +6,6 @@ import hashlib
 import os
 import re
 import tarfile
-import uuid
 import zipfile
 from array import array
 from collections.abc import Iterator, Sequence
@@ -17,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from owlfuse.core.errors import DataError
-from owlfuse.core.files import check_record
+from owlfuse.core.files import atomic_write, check_record
 
 BLOCK = 512
 SAMPLE_MEMBER = re.compile(r"(?:\./)?((?:.*/)?[^./][^./]*)\.([^/]+)", re.DOTALL)
@@ -191,9 +190,8 @@ def kept_index(files: list[Path], folder: Path) -> dict[str, np.ndarray]:
         index = find_samples(files)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        ours = path.with_name(f".{path.stem}.{uuid.uuid4().hex}.npz")
-        np.savez(ours, **index)  # type: ignore[arg-type]  # none is called allow_pickle
-        ours.rename(path)
+        with atomic_write(path, "wb") as stream:
+            np.savez(stream, **index)  # type: ignore[arg-type]  # none is called allow_pickle
     except OSError as error:
         raise DataError(f"index_dir: {folder}: {error.strerror}") from error
     return index
@@ -229,12 +227,12 @@ def tar_members(
     """
     name, size, offset, whole = None, None, start, os.fstat(descriptor).st_size
     while (end is None or offset < end) and (header := next_header(descriptor, offset)):
-        kind, data, length = header[156:157], offset + BLOCK, tarfile.nti(header[124:136])  # type: ignore[attr-defined]  # not in its stubs
+        kind, data = header[156:157], offset + BLOCK
+        length = tarfile.nti(header[124:136])  # type: ignore[attr-defined]
         extends = kind in b"xLKg"
         length = length if size is None or extends else size
-        length = (
-            0 if kind in b"123456" else length
-        )  # of links, devices and folders: a size that nothing is stored of
+        # of links, devices and folders: a size that nothing is stored of
+        length = 0 if kind in b"123456" else length
         offset = data + -(-length // BLOCK) * BLOCK
         if length < 0 or offset > whole:
             raise ValueError(f"cut short: a member ends at byte {offset}, the file at {whole}")

@@ -2,12 +2,11 @@
 2408.04840, section 4.3)."""
 
 import json
-import os
-import uuid
 from pathlib import Path
 from random import Random
 from typing import Any
 
+from owlfuse.core.files import atomic_write
 from owlfuse.data.shapes.write import write_shapes
 
 COUNTS = (1, 2, 4, 8, 16, 32)
@@ -55,9 +54,8 @@ def write_many(
     ]
     write(target / "train.json", train)
     for count in COUNTS:
-        asked = [
-            Random(f"many {seed} {i}") for i in range(questions)
-        ]  # the same pictures are asked about for every count
+        # the same pictures are asked about for every count
+        asked = [Random(f"many {seed} {i}") for i in range(questions)]
         write(
             target / f"val_{count}.json",
             [chat(f"val-{i:05d}", read["val"], count, 1, r) for i, r in enumerate(asked)],
@@ -106,11 +104,10 @@ def chat(
 
 
 def write(path: Path, records: list[dict[str, Any]]) -> None:
-    """Written beside and renamed; a file that says the same is left alone, so that counts of its
+    """Writes a file atomically; one that says the same is left alone, so that counts of its
     tokens stay good."""
     text = json.dumps(records, indent=1) + "\n"
     if path.exists() and path.read_text() == text:
         return
-    beside = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    beside.write_text(text)
-    os.replace(beside, path)
+    with atomic_write(path) as file:
+        file.write(text)

@@ -7,6 +7,9 @@ from itertools import cycle
 from random import Random
 from typing import TYPE_CHECKING
 
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
@@ -203,9 +206,8 @@ def make_texts(seed: int, train: int, val: int) -> tuple[list[dict], list[dict]]
     both = []
     for split, (name, count) in enumerate((("train", train), ("val", val))):
         drawn = [TEXT_KINDS[i % len(TEXT_KINDS)] for i in range(count)]
-        Random(f"text {seed} {name} order").shuffle(
-            drawn
-        )  # so that any kind may come first in a chat of several
+        # so that any kind may come first in a chat of several
+        Random(f"text {seed} {name} order").shuffle(drawn)
         both.append(
             [
                 {"id": f"text-{name}-{i:06d}", **next(sources[k][split]), "kind": k}
@@ -220,9 +222,6 @@ def train_tokenizer(
 ) -> "PreTrainedTokenizerFast":
     """A fast byte-level BPE tokenizer with a chat template, trained on what train.json and
     text_train.json hold."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
     turns = (turn["value"] for record in records for turn in record["conversations"])
     lines = [value.removeprefix("<image>") for value in turns]
     for sample in texts:

@@ -2,13 +2,12 @@
 tokenizer for both."""
 
 import json
-import shutil
-import uuid
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from random import Random
 
+from owlfuse.core.files import atomic_directory
 from owlfuse.core.progress import track
 from owlfuse.data.shapes.scenes import KINDS, ask, ask_held_out, draw_scene, make_scene
 from owlfuse.data.shapes.text import make_texts, train_tokenizer
@@ -82,9 +81,8 @@ def _is_written(folder: Path, arguments: dict) -> bool:
             raise ValueError(
                 f"{folder}/images/{split} has {count} pictures, expected {expected}: {remedy}"
             )
-    names = {
-        p.name for p in folder.iterdir() if p.name != ".owlfuse"
-    }  # where counts of tokens are kept
+    # where counts of tokens are kept
+    names = {p.name for p in folder.iterdir() if p.name != ".owlfuse"}
     if names != wanted:
         raise ValueError(
             f"{folder} lacks {sorted(wanted - names)} and has foreign {sorted(names - wanted)}: "
@@ -131,21 +129,16 @@ def write_shapes(
     target = Path(folder).expanduser().resolve()
     if _is_written(target, arguments):
         return
-    target.parent.mkdir(parents=True, exist_ok=True)
-    ours = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
+    texts = dict(
+        zip(("text_train", "text_val"), make_texts(seed, text_train, text_val), strict=True)
+    )
     try:
-        texts = dict(
-            zip(("text_train", "text_val"), make_texts(seed, text_train, text_val), strict=True)
-        )
-        ours.mkdir()
-        records = _write_pictures(ours, seed, sizes, workers) | texts
-        for name, content in {**records, "shapes": arguments}.items():
-            (ours / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n")
-        train_tokenizer(records["train"], records["text_train"]).save_pretrained(ours / "tokenizer")
-        try:
-            ours.rename(target)
-        except OSError:
-            if not _is_written(target, arguments):  # another process was first, and wrote the same
-                raise
-    finally:
-        shutil.rmtree(ours, ignore_errors=True)
+        with atomic_directory(target) as temporary:
+            records = _write_pictures(temporary, seed, sizes, workers) | texts
+            for name, content in {**records, "shapes": arguments}.items():
+                (temporary / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n")
+            tokenizer = train_tokenizer(records["train"], records["text_train"])
+            tokenizer.save_pretrained(temporary / "tokenizer")
+    except OSError:
+        if not _is_written(target, arguments):  # another process was first, and wrote the same
+            raise

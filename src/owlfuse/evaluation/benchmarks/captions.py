@@ -86,7 +86,7 @@ class Captions(Task):
     def __post_init__(self) -> None:
         super().__post_init__()
         try:
-            import pycocoevalcap.cider.cider
+            import pycocoevalcap.cider.cider  # noqa: F401
         except ModuleNotFoundError as error:
             raise MissingPackage(
                 "captions are scored by pycocoevalcap; pip install 'owlfuse[eval]'"

@@ -6,6 +6,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from torchmetrics.functional.text import edit_distance
+
 from owlfuse.core.files import read_json
 from owlfuse.evaluation.benchmarks.base import Question, Task, mean, texts, value
 
@@ -19,8 +21,6 @@ def anls(answer: str, answers: Sequence[str]) -> float:
     Case and runs of white space do not matter to the distance, but the lengths are those of the
     texts as they are, as in the challenge's own script (rrc.cvc.uab.es, tasks of ch=17).
     """
-    from torchmetrics.functional.text import edit_distance
-
     distances = []
     for expected in answers:
         ours, theirs = (" ".join(text.lower().split()) for text in (answer, expected))

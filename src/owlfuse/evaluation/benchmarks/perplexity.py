@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from torch.nn import functional as F
 
 from owlfuse.core.types import Batch, Encoded, Sample
 from owlfuse.data.chat.checks import flatten
@@ -21,6 +20,7 @@ from owlfuse.data.words import show_words
 from owlfuse.evaluation.benchmarks.answering import Prompts, Talker, Work, Wrong
 from owlfuse.evaluation.benchmarks.base import Question, Task
 from owlfuse.evaluation.benchmarks.exact import ChatTask
+from owlfuse.model.loss import summed_loss
 
 
 @dataclass(kw_only=True)
@@ -65,7 +65,8 @@ class Chats(Prompts):
         size = processor.image_processor.size
         self.collator = Collator(self.encoder.pad_id, (3, size["height"], size["width"]))
 
-    def prepare(self, question: Question) -> tuple[str, Encoded]:  # type: ignore[override]  # tokens in place of pictures
+    # tokens in place of pictures
+    def prepare(self, question: Question) -> tuple[str, Encoded]:  # type: ignore[override]
         """The chat as the template writes it, and encoded. Raises DataError."""
         sample = Sample(question.id, self.task.file.stem, question.messages, question.images)
         encoded = self.encoder.encode(sample)
@@ -95,9 +96,8 @@ def ready(talker: Talker, batch: Batch) -> Batch:
     batch = batch.to(talker.device)
     embeddings: Any = talker.model.get_input_embeddings()
     unknown = batch.placeholder & (batch.input_ids >= embeddings.num_embeddings)
-    batch.input_ids = batch.input_ids.masked_fill(
-        unknown, 0
-    )  # an image's tokens stand there, the id does not matter
+    # an image's tokens stand there, the id does not matter
+    batch.input_ids = batch.input_ids.masked_fill(unknown, 0)
     batch.pixel_values = batch.pixel_values.to(next(talker.model.model.vision.parameters()).dtype)
     return batch
 
@@ -113,12 +113,12 @@ def measure(talker: Talker, task: Task, work: Work) -> list[dict[str, Any]]:
         work.questions, work.prompts, logits, labels, strict=True
     ):
         kept = wanted != -100
-        loss = F.cross_entropy(row[kept].double(), wanted[kept], reduction="sum")
+        loss, count = summed_loss(row[kept].double(), wanted[kept])
         line = {
             "id": question.id,
             "prompt": prompt,
             "loss": float(loss),
-            "tokens": int(kept.sum()),
+            "tokens": int(count),
             "group": question.group,
         }
         lines.append(line | {"score": task.score(line)})

@@ -7,6 +7,9 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
+import torch
+from torchmetrics.functional import classification
+
 from owlfuse.core.errors import DataError
 from owlfuse.data.readers.lines import JsonLines
 from owlfuse.evaluation.benchmarks.base import Question, Task, mean, value
@@ -22,9 +25,6 @@ def says_yes(answer: str) -> bool:
 def yes_no_metrics(answers: Sequence[bool], labels: Sequence[bool]) -> dict[str, float]:
     """accuracy, precision, recall and f1 with yes as the positive, and the share of answers that
     are yes."""
-    import torch
-    from torchmetrics.functional import classification
-
     found, wanted = torch.tensor(answers).int(), torch.tensor(labels).int()
     rules = {
         name: getattr(classification, f"binary_{name}")

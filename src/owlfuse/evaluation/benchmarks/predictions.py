@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from owlfuse.core.errors import DataError
+from owlfuse.core.files import atomic_write
 
 NAME = "predictions.jsonl"
 
@@ -97,13 +98,11 @@ class Predictions:
     def finish(self, lines: list[dict[str, Any]], others: list[str]) -> None:
         """Writes predictions.jsonl anew, these lines last and in their order, and takes the
         other ranks' files away."""
-        beside = self.folder / f"{NAME}.part"
-        with beside.open("wb") as file:
+        parts = self.files()[1:]
+        with atomic_write(self.folder / NAME, "wb") as file:
             file.writelines(text.encode("utf-8", "replace") + b"\n" for text in others)
             file.writelines(
                 self.encoded({k: v for k, v in line.items() if k != "settings"}) for line in lines
             )
-        parts = self.files()[1:]
-        beside.replace(self.folder / NAME)
         for part in parts:
             part.unlink()

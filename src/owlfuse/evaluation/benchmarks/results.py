@@ -10,9 +10,13 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from rich.table import Table
+
 from owlfuse.artifacts.load import ADAPTER
 from owlfuse.artifacts.run_data import tokenizer_files
 from owlfuse.artifacts.runs import check_which, chosen_checkpoint
+from owlfuse.core.console import PlainConsole as Console
+from owlfuse.core.environment import git_state, versions
 from owlfuse.core.files import files_of, fingerprint
 from owlfuse.evaluation.benchmarks.base import Task
 
@@ -112,8 +116,6 @@ def results_of(
         skipped: records and reasons.
         how: what was asked for beside the settings, and changes no answer.
     """
-    from owlfuse.core.environment import git_state, versions
-
     scorers = [package for package in ("torchmetrics", "pycocoevalcap") if find_spec(package)]
     return {
         "task": name,
@@ -126,19 +128,8 @@ def results_of(
     }
 
 
-def write_results(path: Path, results: dict[str, Any]) -> None:
-    """Written beside and renamed."""
-    beside = path.with_name(path.name + ".part")
-    beside.write_text(json.dumps(results, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    beside.replace(path)
-
-
 def print_results(results: dict[str, Any]) -> None:
     """One metric a line, below them the settings that made them, and what was skipped."""
-    from rich.table import Table
-
-    from owlfuse.core.console import PlainConsole as Console
-
     settings = results["settings"]
     table = Table(title=f"{results['task']}: {settings['model']}", title_justify="left")
     table.add_column("metric")

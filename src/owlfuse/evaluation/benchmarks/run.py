@@ -15,6 +15,7 @@ from owlfuse.config.build import build, to_dict
 from owlfuse.config.check import check_targets
 from owlfuse.config.compose import origin_of
 from owlfuse.core.errors import ConfigError, DataError
+from owlfuse.core.files import write_json
 from owlfuse.core.progress import Progress, quiet_libraries
 from owlfuse.core.terminal import visible
 from owlfuse.data.workers import DataWorkers, ignore_signals
@@ -23,7 +24,7 @@ from owlfuse.evaluation.benchmarks.base import Question, Task, spread
 from owlfuse.evaluation.benchmarks.options import Options, check_model, compose_options
 from owlfuse.evaluation.benchmarks.perplexity import Chats, measure
 from owlfuse.evaluation.benchmarks.predictions import Predictions
-from owlfuse.evaluation.benchmarks.results import Settings, print_results, results_of, write_results
+from owlfuse.evaluation.benchmarks.results import Settings, print_results, results_of
 from owlfuse.parallel.torchrun import Ranks
 
 
@@ -180,6 +181,6 @@ def finish(
     }
     path = store.folder.with_name(f"{options.name}.json")
     results = results_of(str(options.name), metrics, counts, skipped, settings, how)
-    write_results(path, {**results, "wall_s": round(seconds, 1)})
+    write_json(path, {**results, "wall_s": round(seconds, 1)})
     print_results(results)
     print(visible(f"{path}, and each answer in {store.folder / 'predictions.jsonl'}"))

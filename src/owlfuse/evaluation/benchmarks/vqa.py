@@ -14,13 +14,15 @@ from owlfuse.core.files import read_json
 from owlfuse.evaluation.benchmarks.base import Question, Task, by_group, image_file, texts, value
 
 CONTRACTED = """
-aren't ain't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't he'd he'd've he's how'd
-how'll how's I'd've I'm I've isn't it'd it'd've it'll ma'am mightn't mightn't've might've mustn't must've needn't not've o'clock
-oughtn't 'ow's'at shan't she'd've should've shouldn't shouldn't've somebody'd've somebody'll somebody's someone'd someone'd've
-someone'll someone's something'd something'd've something'll that's there'd there'd've there're there's they'd they'd've they'll
-they're they've 'twas wasn't we'd've we've weren't what'll what're what's what've when's where'd where's where've who'd who'd've
-who'll who's who've why'll why're why's won't would've wouldn't wouldn't've y'all y'all'll y'all'd've you'd you'd've you'll
-you're you've
+aren't ain't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't
+haven't he'd he'd've he's how'd how'll how's I'd've I'm I've isn't it'd it'd've it'll ma'am mightn't
+mightn't've might've mustn't must've needn't not've o'clock oughtn't 'ow's'at shan't she'd've
+should've shouldn't shouldn't've somebody'd've somebody'll somebody's someone'd someone'd've
+someone'll someone's something'd something'd've something'll that's there'd there'd've there're
+there's they'd they'd've they'll they're they've 'twas wasn't we'd've we've weren't what'll what're
+what's what've when's where'd where's where've who'd who'd've who'll who's who've why'll why're
+why's won't would've wouldn't wouldn't've y'all y'all'll y'all'd've you'd you'd've you'll you're
+you've
 """
 CONTRACTIONS = {
     word[:place] + word[place + 1 :]: word
@@ -34,9 +36,8 @@ DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight"
 NUMBERS = {"none": "0"} | {word: str(number) for number, word in enumerate(DIGITS)}
 ARTICLES = ("a", "an", "the")
 PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
-PERIOD = re.compile(
-    r"\.(?!\d)"
-)  # the official pattern means to spare one after a digit too, and does not
+# the official pattern means to spare one after a digit too, and does not
+PERIOD = re.compile(r"\.(?!\d)")
 COMMA_IN_NUMBER = re.compile(r"\d,\d")
 
 

@@ -29,9 +29,8 @@ from owlfuse.model.multimodal import MultimodalLM
 
 
 @torch.no_grad()
-@torch.compiler.set_stance(
-    "force_eager"
-)  # compiled layers would keep the attention function that they were compiled with
+# compiled layers would keep the attention function that they were compiled with
+@torch.compiler.set_stance("force_eager")
 def attention_to_pictures(
     model: OwlfuseForConditionalGeneration,
     inputs: Any,

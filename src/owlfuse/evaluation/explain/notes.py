@@ -42,9 +42,8 @@ ACTIVE: ContextVar[Notes | None] = ContextVar("notes", default=None)
 def noting(llm: PreTrainedModel, notes: Notes) -> Iterator[None]:
     """Inside, the LLM's attention is as before, and noted."""
     before = llm.config._attn_implementation
-    own = (
-        "sdpa" if before.startswith("flash") else before
-    )  # flash attention has no mask that says who sees whom
+    # flash attention has no mask that says who sees whom
+    own = "sdpa" if before.startswith("flash") else before
     name = f"owlfuse_notes_{own}"
     ALL_ATTENTION_FUNCTIONS.register(name, partial(attend_and_note, own))
     ALL_MASK_ATTENTION_FUNCTIONS.register(name, ALL_MASK_ATTENTION_FUNCTIONS[own])

@@ -7,12 +7,16 @@ import textwrap
 from typing import Any
 
 import numpy as np
+from matplotlib import colormaps
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize
+from matplotlib.figure import Figure
 from PIL import Image, ImageOps
 from torch import Tensor
 
-COLORS = (
-    "viridis"  # told apart with any kind of color vision, and lighter for more, so in print too
-)
+# told apart with any kind of color vision, and lighter for more, so in print too
+COLORS = "viridis"
 SHOWN = 16  # pictures on one sheet
 SIDE = 512  # pixels that a picture has on a sheet at most
 
@@ -25,8 +29,6 @@ def overlay(picture: Image.Image, map: Tensor, peak: float | None = None) -> Ima
         map: (h, w), over the whole picture.
         peak: the density (see `density`) that is drawn lightest; by default the map's own highest.
     """
-    from matplotlib import colormaps
-
     level = density(map) / (peak or float(density(map).max()) or 1.0)
     colors = (colormaps[COLORS](level.clip(0, 1))[..., :3] * 255).round().astype(np.uint8)
     blocks = Image.fromarray(colors).resize(picture.size, Image.Resampling.NEAREST)
@@ -48,9 +50,6 @@ def side_by_side(
     Args:
         maps: one per picture, over all with sum 1.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure  # not pyplot, which is one for all threads
-
     order = sorted(sorted(range(len(maps)), key=lambda i: -float(maps[i].sum()))[:SHOWN])
     peak = max(float(density(maps[i]).max()) for i in order) or 1.0
     pairs = min(len(order), 1 if len(order) == 1 else 2 if len(order) <= 4 else 4)
@@ -93,9 +92,6 @@ def title_of(question: str, answer: str, shown: int, pictures: int, width: int) 
 def legend(figure: Any, axes: Any, peak: float) -> None:
     """A bar of the colors, in the figure, to `peak` times what each place has when the weight is
     even over all pictures."""
-    from matplotlib.cm import ScalarMappable
-    from matplotlib.colors import Normalize
-
     bar = figure.colorbar(
         ScalarMappable(Normalize(0, peak), COLORS),
         ax=axes,

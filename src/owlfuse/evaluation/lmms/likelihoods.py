@@ -8,7 +8,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch.nn import functional as F
 
 from owlfuse.core.errors import DataError
 from owlfuse.core.types import Encoded, Sample
@@ -19,6 +18,7 @@ from owlfuse.data.words import hide_words
 from owlfuse.evaluation.benchmarks.answering import Talker
 from owlfuse.evaluation.benchmarks.perplexity import ready
 from owlfuse.evaluation.lmms.prompts import Prompt, written
+from owlfuse.model.loss import token_losses
 
 
 class Likelihoods:
@@ -85,7 +85,7 @@ class Likelihoods:
         places: Any = batch.supervised
         logits = self.talker.model.model(batch, logits_to_keep=places)
         wanted = batch.targets()[places]
-        losses = F.cross_entropy(logits.double(), wanted, reduction="none", ignore_index=-100)
+        losses = token_losses(logits.double(), wanted)
         missed = (logits.argmax(-1) != wanted) & (wanted != -100)
         rows = places // batch.input_ids.shape[1]
         return [

@@ -108,9 +108,8 @@ class Opener:
                 )
             return [to_rgb(visual)]
         if isinstance(visual, dict):
-            kind = visual.get(
-                "type", "audio" if "array" in visual else "video"
-            )  # datasets give sound as an array
+            # datasets give sound as an array
+            kind = visual.get("type", "audio" if "array" in visual else "video")
             if kind not in ("image", "video"):
                 raise DataError(
                     f"{name}: a visual of the type {kind}, and this model takes pictures and videos"

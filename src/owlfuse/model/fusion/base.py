@@ -130,9 +130,8 @@ def splice(embeddings: Tensor, visual: VisualTokens, batch: Batch) -> Tensor:
     per_image, width = visual.tokens.shape[1:]
     length, steps = batch.attention_mask.shape[1], embeddings.shape[1]
     here = torch.arange(length - steps, length, device=embeddings.device)
-    begun = (
-        visual.image_positions[:, None] <= here[:, None]
-    )  # (B, T, I); a row's images stand in order
+    # (B, T, I); a row's images stand in order
+    begun = visual.image_positions[:, None] <= here[:, None]
     slot = (begun.sum(-1) - 1).clamp_min(0)  # (B, T) the last image that has begun
     offset = here - visual.image_positions.gather(1, slot)
     order = visual.image_index.gather(1, slot) * per_image + offset

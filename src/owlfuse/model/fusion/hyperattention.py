@@ -133,13 +133,11 @@ class HyperAttention(Fusion):
             )
         if visual.kept:
             return embeddings, {"visual": RowVisual(None, None, visible, visual.kept)}
-        tokens = (
-            visual.tokens[visual.image_index.clamp(0)].flatten(1, 2).to(embeddings.dtype)
-        )  # (B, S, D)
+        # (B, S, D)
+        tokens = visual.tokens[visual.image_index.clamp(0)].flatten(1, 2).to(embeddings.dtype)
         # MI-RoPE: all patches of an image take the position of its placeholder
-        positions = batch.positions().gather(
-            1, begins
-        )  # of earlier positions too, which a cache may hold
+        # of earlier positions too, which a cache may hold
+        positions = batch.positions().gather(1, begins)
         positions = positions.repeat_interleave(self.connector_tokens, dim=1) * self.mi_rope
         return embeddings, {
             "visual": RowVisual(

@@ -1,0 +1,1 @@
+"""Vision backbones: pixels (N, 3, H, W) -> features (N, P, Dv)."""

@@ -185,7 +185,7 @@ class TimmBackbone(nn.Module):
 
     def in_chunks(self, pixels: Tensor) -> Tensor:
         """(N, 3, H, W) -> (N, P, Dv), before norm and positions."""
-        features = lambda chunk: self.to_sequence(self.feature_map(chunk))
+        features = lambda chunk: self.to_sequence(self.feature_map(chunk))  # noqa: E731
         if torch.is_grad_enabled() and any(p.requires_grad for p in self.body.parameters()):
             return torch.cat(
                 [

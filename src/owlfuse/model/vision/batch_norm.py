@@ -94,7 +94,8 @@ def keep_statistics(norm: _BatchNorm, args: tuple[Tensor]) -> None:
     """Before a norm's forward."""
     if norm.training and args[0].numel() == norm.num_features:
         norm.eval()
-        norm.had_single_value = True  # type: ignore[assignment]  # of torch, any name may be a tensor or a module
+        # of torch, any name may be a tensor or a module
+        norm.had_single_value = True  # type: ignore[assignment]
 
 
 def take_statistics(norm: _BatchNorm, args: tuple[Tensor], output: Tensor) -> None:

@@ -13,7 +13,7 @@ from timm.models import load_state_dict
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from owlfuse.core.hub_access import check_hub_has, hub_name_of
+from owlfuse.core.hub_access import check_hub_has
 from owlfuse.core.packages import packaged
 
 PREFIX_TOKENS = ("cls_token", "class_token", "dist_token", "reg_token", "register_tokens")
@@ -217,3 +217,19 @@ def checkpoint_blocks(body: Any, enable: bool) -> None:
             raise ValueError(
                 f"gradient_checkpointing: timm's {name} does not support it; leave it false"
             ) from error
+
+
+def hub_name_of(name: str, overlay: dict[str, Any]) -> str | None:
+    """The hub's name for the pretrained weights of a timm model; None where they come from
+    elsewhere.
+
+    Args:
+        overlay: what takes the place of timm's own fields of the weights, `file` for instance.
+    """
+    if overlay.get("file") or overlay.get("url") or "hf_hub_id" in overlay:
+        return overlay.get("hf_hub_id")
+    scheme, _, rest = name.rpartition(":")
+    if scheme in ("hf-hub", "hf_hub"):
+        return rest.partition("@")[0]
+    known = timm.get_pretrained_cfg(name, allow_unregistered=True) if not scheme else None
+    return getattr(known, "hf_hub_id", None) or None

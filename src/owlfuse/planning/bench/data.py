@@ -18,6 +18,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import datasets
 import torch
 from PIL import Image
 from torch.utils.data import BatchSampler, WeightedRandomSampler
@@ -56,9 +57,8 @@ def bench_data(
         drawing, batching = drawers(folder, sources, samples), batchers(sources, samples)
         decoding = decoders(folder)
         found: dict[str, float] = {}
-        once = [*drawing.items(), *batching.items()] + [
-            *decoding.items()
-        ] * 4  # short, and close to each other
+        # short, and close to each other
+        once = [*drawing.items(), *batching.items()] + [*decoding.items()] * 4
         rounds = once * repeats
         for tool, run in track(rounds, "measuring", len(rounds)):
             found[tool] = max(found.get(tool, 0), pace(run))
@@ -150,8 +150,6 @@ def write_files(folder: Path, rows: dict[str, int]) -> dict[str, Source]:
 def drawers(folder: Path, sources: dict[str, Source], samples: int) -> dict[str, Callable[[], int]]:
     """What draws which sample comes next, files read: each from the making of its schedule to the
     last index. Ours in the blocks that `MixtureDataset` draws for training."""
-    import datasets
-
     sizes = {name: len(source) for name, source in sources.items()}
     read = [
         datasets.Dataset.from_json(str(source.file), cache_dir=str(folder / "cache"))
@@ -185,7 +183,9 @@ def batchers(sources: dict[str, Source], samples: int) -> dict[str, Callable[[],
     names, starts = list(sizes), [0, *accumulate(sizes.values())][:-1]
 
     def owlfuse() -> int:
-        dataset = MixtureDataset(Mixture(sizes, WEIGHTS, seed=0), sources, ChatData.load)  # type: ignore[arg-type]  # never called
+        mixture = Mixture(sizes, WEIGHTS, seed=0)
+        # `load` is never called
+        dataset = MixtureDataset(mixture, sources, ChatData.load)  # type: ignore[arg-type]
         batches = GlobalBatchSampler(MICRO, 1, 0, 1, steps=samples // MICRO)
         return sum(len(dataset.draws(positions)) for positions in batches)
 

@@ -155,9 +155,8 @@ def peak_of(cell: tuple[What, str, int, dict[str, Any], str, int]) -> float:
     what, fusion, images, llm, precision, threads = cell
     torch.set_num_threads(threads)
     model = model_of(fusion, llm)
-    prefill(
-        model, *batch_of(1, model.fusion.tokens_per_image, llm["hidden_size"]), precision
-    )  # the libraries' own workspaces
+    # the libraries' own workspaces
+    prefill(model, *batch_of(1, model.fusion.tokens_per_image, llm["hidden_size"]), precision)
     run = run_of(what, model, images, precision)
     if device_name() == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -188,9 +187,8 @@ def peaks_of(
         for fusion in FUSIONS
         for n in counts
     ]
-    if (
-        device_name() == "cuda"
-    ):  # whose allocator tells the peak; to set a device up takes seconds a process
+    # whose allocator tells the peak; to set a device up takes seconds a process
+    if device_name() == "cuda":
         values = [peak_of(cell) for cell in cells]
     else:
         with ProcessPoolExecutor(1, mp_context=context, max_tasks_per_child=1) as pool:

@@ -11,6 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from matplotlib.figure import Figure
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+
+from owlfuse.core.console import PlainConsole as Console
 
 COLOURS = {"concat": "#E69F00", "modality_adaptive": "#56B4E9", "hyperattention": "#009E73"}
 """Of Okabe and Ito's palette, which people who see few colours tell apart."""
@@ -71,11 +76,6 @@ def leave(
 
 def print_table(title: str, head: list[str], rows: list[list[str]]) -> None:
     """A table, the first column to the left and the numbers to the right."""
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
-
-    from owlfuse.core.console import PlainConsole as Console
-
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
     for index, name in enumerate(head):
         table.add_column(name, justify="right" if index else "left", no_wrap=not index)
@@ -86,8 +86,6 @@ def print_table(title: str, head: list[str], rows: list[list[str]]) -> None:
 
 def plot_lines(path: Path, series: dict[str, dict[int, float]], x: str, y: str, title: str) -> None:
     """One line a series, x in powers of two."""
-    from matplotlib.figure import Figure
-
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
     for name, points in series.items():
@@ -106,8 +104,6 @@ def plot_lines(path: Path, series: dict[str, dict[int, float]], x: str, y: str, 
 def plot_panels(path: Path, panels: dict[str, dict[str, dict[int, float]]], x: str) -> None:
     """Panels two in a row, each with one line a series, both axes in powers. A panel's name,
     `title: quantity (unit)`, is its title and the name of its upright axis."""
-    from matplotlib.figure import Figure
-
     figure = Figure(figsize=(9, 3.4 * -(-len(panels) // 2)), layout="constrained")
     for axes, (name, series) in zip(
         figure.subplots(-(-len(panels) // 2), 2).flat, panels.items(), strict=False

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from matplotlib.figure import Figure
 
 from owlfuse.config.compose import PlanOptions
 from owlfuse.core.types import Batch
@@ -277,8 +278,6 @@ def report(result: dict[str, Any], estimate: Estimate, out: Path) -> None:
 
 def plot(path: Path, result: dict[str, Any]) -> None:
     """The peak as measured and as planned, beside the plan's parts."""
-    from matplotlib.figure import Figure
-
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
     bars = {

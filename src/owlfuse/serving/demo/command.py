@@ -15,8 +15,9 @@ from owlfuse.core.packages import missing
 from owlfuse.core.terminal import visible
 
 WARNING = """\
-WARNING: this page is not on loopback. Everyone who can reach {address} can upload pictures and ask, without a password, and
-what they send is not encrypted. Ctrl-C ends it; without --host it is for this machine alone.
+WARNING: this page is not on loopback. Everyone who can reach {address} can upload pictures and ask,
+without a password, and what they send is not encrypted. Ctrl-C ends it; without --host it is for
+this machine alone.
 """
 
 

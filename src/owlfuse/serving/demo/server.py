@@ -207,9 +207,8 @@ def serve(
     config = uvicorn.Config(
         guarded, log_level="error", access_log=False, timeout_graceful_shutdown=1, lifespan="on"
     )
-    before = signal.signal(
-        signal.SIGTERM, signal.default_int_handler
-    )  # uvicorn raises the signal again when it has ended
+    # uvicorn raises the signal again when it has ended
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         Server(config).run(sockets=[bound])
     except KeyboardInterrupt:

@@ -49,9 +49,8 @@ def load_talkers(
             folder, which if (folder / "config.yaml").exists() else "last"
         )
         model.to(device)  # type: ignore[arg-type]  # lost in transformers' wrapper
-        Conversation(model, processor, max_new_tokens=1).ask(
-            "Hello", lambda text: None
-        )  # the first answer is a slow one
+        # the first answer is a slow one
+        Conversation(model, processor, max_new_tokens=1).ask("Hello", lambda text: None)
         talkers.append(Talker(name, facts_of(folder, model), model, processor))
         size = sum(p.numel() for p in model.parameters())
         say(f"  {name}: {size:,} parameters on {device}, {time.perf_counter() - start:.1f} s")

@@ -8,7 +8,6 @@ and a crash is one cell's.
 from __future__ import annotations
 
 import fcntl
-import json
 import os
 import signal
 import sys
@@ -16,8 +15,14 @@ import threading
 import time
 from pathlib import Path
 
+from omegaconf import open_dict
+
 from owlfuse.config.build import to_dict
-from owlfuse.core.errors import report_errors
+from owlfuse.config.compose import compose
+from owlfuse.config.identity import code_hash, config_hash
+from owlfuse.config.trust import accept
+from owlfuse.core.errors import DataError, report_errors
+from owlfuse.core.files import read_json
 
 
 def train_cell(folder: Path, key: str) -> None:
@@ -26,14 +31,7 @@ def train_cell(folder: Path, key: str) -> None:
     Raises:
         DataError: code or configuration are not those that the ablation was begun with.
     """
-    from omegaconf import open_dict
-
-    from owlfuse.config.compose import compose
-    from owlfuse.config.identity import code_hash, config_hash
-    from owlfuse.config.trust import accept
-    from owlfuse.core.errors import DataError
-
-    record = json.loads((folder / "ablation.json").read_text(encoding="utf-8"))
+    record = read_json(folder / "ablation.json")
     cell = next(cell for cell in record["cells"] if cell["key"] == key)
     run = folder / key
     resumes = (run / "config.yaml").exists()

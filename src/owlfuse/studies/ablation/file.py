@@ -112,7 +112,8 @@ def read_ablation(name: str, file: Path) -> Ablation:
     leave_out = content.get("leave_out") or []
     if not isinstance(leave_out, list):
         raise ConfigError(
-            f"{place}: leave_out: expected a list of combinations, as [{{fusion: owl1, gate: static}}]"
+            f"{place}: leave_out: expected a list of combinations, as "
+            "[{fusion: owl1, gate: static}]"
         )
     return Ablation(
         name=name,

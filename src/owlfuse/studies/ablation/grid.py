@@ -11,10 +11,10 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from owlfuse.config.build import to_dict
-from owlfuse.config.compose import check, compose
-from owlfuse.config.identity import code_hash, config_hash, data_hash, weights_identity
-from owlfuse.core.errors import COMMAND_LINE, ConfigError, hint
+from owlfuse.config.build import build, to_dict
+from owlfuse.config.compose import check, compose, place
+from owlfuse.config.identity import code_hash, config_hash, data_hash
+from owlfuse.core.errors import COMMAND_LINE, ConfigError, DataError, hint
 from owlfuse.studies.ablation.file import Ablation
 
 ABSENT = "-"
@@ -208,9 +208,7 @@ def cell_name(levels: dict[str, str]) -> str:
 def check_parts(cells: list[Cell], open_data: bool) -> None:
     """Builds every cell's model without weights, and opens its data, once for all cells that
     have the same."""
-    from owlfuse.config.build import build
-    from owlfuse.config.compose import place
-    from owlfuse.core.errors import DataError
+    from owlfuse.artifacts.identity import weights_identity
     from owlfuse.data.identity import data_identity
     from owlfuse.model.multimodal import on_meta
 

@@ -6,7 +6,6 @@ Each is a process that a task watches.
 from __future__ import annotations
 
 import importlib.util
-import json
 import os
 import re
 import signal
@@ -21,7 +20,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from owlfuse.core.errors import COMMAND_LINE, ConfigError, hint
-from owlfuse.core.files import read_json_if_there as read_json
+from owlfuse.core.files import read_json, write_json
 from owlfuse.studies.ablation.file import written
 
 LAUNCHERS = {
@@ -179,9 +178,8 @@ def run_cell(config: DictConfig) -> str:
         key,
         str(os.getpid()),
     ]
-    with log.open(
-        "ab"
-    ) as file:  # its own session: the terminal's Ctrl-C reaches it through us, once
+    # its own session: the terminal's Ctrl-C reaches it through us, once
+    with log.open("ab") as file:
         process = subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,
@@ -210,9 +208,8 @@ def watch(process: subprocess.Popen, folder: Path) -> int:
         try:
             time.sleep(0.1)
             wanted = presses(folder)
-        except (
-            KeyboardInterrupt
-        ):  # in a worker process, which the terminal reaches too; it is in STOP as well
+        # in a worker process, which the terminal reaches too; it is in STOP as well
+        except KeyboardInterrupt:
             continue
         while sent < min(wanted, 2) and process.poll() is None:
             process.send_signal(signal.SIGINT)
@@ -258,9 +255,7 @@ def put_aside(folder: Path, key: str) -> None:
 
 def write_state(run: Path, state: dict[str, Any]) -> str:
     """cell.json; returns the state's name."""
-    beside = run / f"{STATE}.part"
-    beside.write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
-    beside.replace(run / STATE)
+    write_json(run / STATE, state)
     return state["state"]
 
 

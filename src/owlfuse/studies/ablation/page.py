@@ -12,6 +12,7 @@ from typing import Any
 
 from owlfuse.config.identity import flat
 from owlfuse.core.errors import COMMAND_LINE, ConfigError, hint
+from owlfuse.core.files import atomic_write
 from owlfuse.core.folder_kinds import describe_path
 from owlfuse.core.terminal import visible
 from owlfuse.studies.ablation.plots import write_plots
@@ -39,7 +40,7 @@ STYLE = (Path(__file__).parent / "page.css").read_text(encoding="utf-8")
 
 
 def write_page(results: Results, plots: dict[str, Path], path: Path) -> None:
-    """The page, written beside and renamed."""
+    """The page, written atomically."""
     record = results.record
     body = [
         f"<h1>{escape(record['name'])}</h1>",
@@ -67,11 +68,8 @@ def write_page(results: Results, plots: dict[str, Path], path: Path) -> None:
         "<link rel='icon' href='data:,'>\n"
         f"<title>{escape(record['name'])}: ablation</title>\n<style>\n{STYLE}</style>\n</head>\n"
     )
-    beside = path.with_name(path.name + ".part")
-    beside.write_text(
-        f"{head}<body>\n<main>\n{chr(10).join(body)}\n</main>\n</body>\n</html>\n", encoding="utf-8"
-    )
-    beside.replace(path)
+    with atomic_write(path) as file:
+        file.write(f"{head}<body>\n<main>\n{chr(10).join(body)}\n</main>\n</body>\n</html>\n")
 
 
 def table(
@@ -81,14 +79,12 @@ def table(
     Texts are escaped unless they are HTML already."""
     shown = (lambda text: text) if escaped else escape
     top = "".join(f"<th scope='col'>{breakable(text)}</th>" for text in head)
-    lines = "\n".join(
-        (
-            "<tr><th "
-            f"scope='row'>{shown(row[0])}</th>{''.join(f'<td>{shown(text)}</td>' for text in row[1:])}</tr>"
-        )
-        for row in rows
-    )
-    body = f"<thead><tr>{top}</tr></thead>\n<tbody>\n{lines}\n</tbody>"
+    lines = []
+    for first, *others in rows:
+        cells = "".join(f"<td>{shown(text)}</td>" for text in others)
+        lines.append(f"<tr><th scope='row'>{shown(first)}</th>{cells}</tr>")
+    body_rows = "\n".join(lines)
+    body = f"<thead><tr>{top}</tr></thead>\n<tbody>\n{body_rows}\n</tbody>"
     return f"<div class='scroll' tabindex='0'><table class='{kind}'>{body}</table></div>"
 
 

@@ -15,7 +15,7 @@ import numpy as np
 from owlfuse.config.identity import differing_hash
 from owlfuse.config.messages import check_name
 from owlfuse.core.errors import COMMAND_LINE, ConfigError, DataError, hint
-from owlfuse.core.files import read_json_if_there as read_json
+from owlfuse.core.files import read_json_if_there
 from owlfuse.studies.ablation.launch import STATE
 from owlfuse.studies.ablation.statistics import paired_interval
 
@@ -146,7 +146,7 @@ def load(folder: Path, baseline: str | None = None) -> Results:
 
     Raises ConfigError where it is none, or has no cell `baseline`.
     """
-    record = read_json(folder / "ablation.json")
+    record = read_json_if_there(folder / "ablation.json")
     if not record:
         raise ConfigError(
             f"{COMMAND_LINE}: {folder}: not an ablation's folder: there is no ablation.json in it"
@@ -183,8 +183,8 @@ def results_of(folder: Path, record: dict[str, Any], baseline: str | None) -> Re
 def read_run(folder: Path, cell: dict[str, Any]) -> Run:
     """A run and its state. Results of other code or another configuration are not read."""
     run = Run(cell["key"], cell["cell"], cell["seed"], folder, cell["steps"], "missing")
-    results, state = read_json(folder / "results.json"), read_json(folder / STATE)
-    step = read_json(folder / "progress.json").get("step", 0)
+    results, state = read_json_if_there(folder / "results.json"), read_json_if_there(folder / STATE)
+    step = read_json_if_there(folder / "progress.json").get("step", 0)
     if results:
         accepted = bool(cell["config"].get("accept_changed_data"))
         what = differing_hash(results.get("hash") or {}, cell["hash"], accepted)

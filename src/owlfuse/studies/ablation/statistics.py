@@ -51,9 +51,8 @@ def resampled_means(
     How often a cluster or seed is drawn is multinomial, so that no list of draws is made.
     """
     seeds, count = len(differences), int(clusters.max()) + 1
-    sums = np.stack(
-        [np.bincount(clusters, weights=row, minlength=count) for row in differences]
-    )  # (S, C)
+    # (S, C)
+    sums = np.stack([np.bincount(clusters, weights=row, minlength=count) for row in differences])
     sizes = np.bincount(clusters, minlength=count)
     drawn_seeds = generator.multinomial(seeds, np.full(seeds, 1 / seeds), size=resamples)
     means = np.empty(resamples)

@@ -1,0 +1,1 @@
+"""`owlfuse recipe`: stages in order, each from the weights of the one before."""

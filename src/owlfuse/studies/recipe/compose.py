@@ -49,12 +49,12 @@ def compose_stages(recipe: str, words: list[str], importing: bool = True) -> dic
     for name in names:
         config = compose_stage(recipe, name, words_for(name, names, words), importing)
         first = next(iter(configs.values()), config)
-        with open_dict(
-            config
-        ):  # all stages lie in one folder, whatever one of them has as its seed
+        # all stages lie in one folder, whatever one of them has as its seed
+        with open_dict(config):
             config.experiment = recipe
             config.runs = first.runs
-            config.name = f"{Path(first.name).parent if configs else first.name or f'seed{first.seed}'}/{name}"
+            recipe_name = Path(first.name).parent if configs else first.name or f"seed{first.seed}"
+            config.name = f"{recipe_name}/{name}"
         if configs:
             config.init_from = None  # given, it is for the first stage
             check_chain(*list(configs.items())[-1], name, config)

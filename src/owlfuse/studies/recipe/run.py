@@ -27,6 +27,7 @@ from owlfuse.config.compose import compose
 from owlfuse.config.identity import flat
 from owlfuse.config.messages import naming
 from owlfuse.core.errors import ConfigError
+from owlfuse.core.files import atomic_write
 from owlfuse.core.progress import quiet_libraries
 from owlfuse.core.terminal import visible
 from owlfuse.studies.recipe.compose import split_dry_run
@@ -92,9 +93,8 @@ def write_record(stages: list[Stage]) -> None:
                         "choose another name=, or go on as it was begun"
                     )
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_suffix(".part")
-    OmegaConf.save(OmegaConf.create(ours), beside)
-    beside.replace(path)
+    with atomic_write(path) as file:
+        OmegaConf.save(OmegaConf.create(ours), file)
 
 
 def run_stage(stage: Stage, start: Path | None, words: list[str]) -> None:

@@ -1,3 +1,5 @@
+"""The stages of a recipe, each with its model on the meta device."""
+
 from __future__ import annotations
 
 from dataclasses import dataclass

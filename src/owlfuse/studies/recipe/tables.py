@@ -9,6 +9,7 @@ from rich.table import Table
 from owlfuse.artifacts.runs import metrics_of
 from owlfuse.config.build import to_dict
 from owlfuse.core.console import count, show
+from owlfuse.planning.plan import GB, make_plan
 
 if TYPE_CHECKING:
     from owlfuse.studies.recipe.stages import Stage
@@ -46,8 +47,6 @@ def print_stages(recipe: str, stages: list[Stage]) -> None:
 def print_plans(recipe: str, stages: list[Stage]) -> None:
     """A line a stage: what its step needs of each GPU, and its time, for the GPUs that `plan`
     names (see `owlfuse.planning.plan`)."""
-    from owlfuse.planning.plan import GB, make_plan  # which imports torch
-
     if not all(
         stage.config.plan.gpus or isinstance(stage.config.trainer.devices, int) for stage in stages
     ):
