@@ -20,6 +20,7 @@ from owlfuse.config.identity import (
     owlfuse_files,
     parts_of_owlfuse,
 )
+from owlfuse.config.own_modules import import_own
 from owlfuse.data import identity as data_identities
 from owlfuse.data.formats.llava import LLaVA
 from owlfuse.data.identity import data_identity
@@ -66,6 +67,18 @@ def test_the_users_own_modules_belong_to_the_hash_of_the_code(outside, target, f
     before = code_hash(config)
     (outside / file).write_text((outside / file).read_text() + "\n# changed\n")
     assert (code_hash(config) != before) == counts
+
+
+def test_a_module_in_the_working_folder_counts_before_it_is_imported_too(tmp_path, monkeypatch):
+    (tmp_path / "userlocal.py").write_text("class Part: pass\n")
+    config = {"model": {"_target_": "userlocal.Part"}}
+    absent = code_hash(config)
+    monkeypatch.chdir(tmp_path)
+    before = code_hash(config)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    import_own("userlocal")
+    assert absent != before == code_hash(config)
+    del sys.modules["userlocal"]
 
 
 def test_the_hash_of_the_code_does_not_depend_on_where_it_lies(outside, tmp_path, monkeypatch):

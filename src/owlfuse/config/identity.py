@@ -9,10 +9,11 @@ import ast
 import hashlib
 import importlib.util
 import json
+import os
 import sys
 import sysconfig
 from functools import cache
-from importlib.machinery import ModuleSpec
+from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 from typing import Any
 
@@ -153,10 +154,14 @@ def user_files(modules: set[str]) -> dict[str, Path]:
 
 
 def spec_of(module: str) -> ModuleSpec | None:
-    """Where a top-level module is imported from."""
+    """Where a top-level module is imported from, or would be.
+
+    The working folder comes last, as in `own_modules.import_own`, and also before a module is
+    imported from it: else the hash would depend on what was imported when it was made.
+    """
     if module in sys.modules:
         return sys.modules[module].__spec__
-    return importlib.util.find_spec(module)
+    return importlib.util.find_spec(module) or PathFinder.find_spec(module, [os.getcwd()])
 
 
 def is_users(module: str) -> bool:
