@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from omegaconf import OmegaConf
+from omegaconf import OmegaConf, open_dict
 
 from owlfuse.config.check import check_targets
 from owlfuse.config.compose import check, compose, find_run, origin_of, sweep_cells
@@ -452,6 +452,18 @@ def test_resume_starts_from_the_runs_own_configuration(tree):
     assert config.resume == "runs/shapes_owl1/lr=1,2"
     assert origin_of(config, "seed") == "runs/shapes_owl1/lr=1,2/config.yaml"
     assert origin_of(config, "trainer.max_steps") == "command line"
+
+
+def test_a_run_of_before_loses_the_type_of_newton_schulz_with_a_notice(tree, caplog):
+    save_run(tree / "runs/x/y", "experiment=shapes_owl1")
+    saved = OmegaConf.load(tree / "runs/x/y/config.yaml")
+    assert "newton_schulz" not in saved.optim
+    with open_dict(saved):
+        saved.optim.newton_schulz = "float32"
+    OmegaConf.save(saved, tree / "runs/x/y/config.yaml")
+    config = composed("resume=runs/x/y")
+    assert "newton_schulz" not in config.optim
+    assert caplog.messages == ["runs/x/y: optim.newton_schulz is ignored: Muon is in bfloat16"]
 
 
 KEEPS = "a resumed run keeps its experiment and groups; only keys can change"

@@ -72,7 +72,7 @@ ON_RESUME += (
     "optim.betas",
     "optim.eps",
 )
-ON_RESUME += ("optim.warmup_steps", "optim.min_lr_ratio", "optim.newton_schulz")
+ON_RESUME += ("optim.warmup_steps", "optim.min_lr_ratio")
 ON_EVALUATION: tuple[str, ...] = (
     *ANYTHING,
     *COMPUTING,
@@ -204,7 +204,9 @@ def comparable(config: dict[str, Any], step: int) -> dict[str, object]:
     data = dict(config["data"])
     phases = data.pop("weights_at", None) or {}
     data["weights_at"] = {int(first): phase for first, phase in phases.items() if int(first) < step}
-    return flat({**config, "data": data})
+    keys = flat({**config, "data": data})
+    keys.pop("optim.newton_schulz", None)  # a former option, which compose ignores too
+    return keys
 
 
 def check_identity(

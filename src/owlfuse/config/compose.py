@@ -3,6 +3,7 @@ checks before building."""
 
 from __future__ import annotations
 
+import logging
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,6 +21,8 @@ from owlfuse.config.messages import check_name, no_such_option
 from owlfuse.config.trust import accept, read_run_config
 from owlfuse.core.errors import COMMAND_LINE, ConfigError, DataError, label, nearest, nearest_key
 from owlfuse.core.folder_kinds import describe_path
+
+log = logging.getLogger(__name__)
 
 PARTS = ("vision", "connector", "fusion", "llm")
 
@@ -101,6 +104,10 @@ def compose(
     else:
         composition = _on_resume(lines, run, folders)
         config = _without_hydra(composition, resume=str(run))
+        # Runs from before torch's Muon name the type that timm's computed in.
+        with open_dict(config.optim):
+            if config.optim.pop("newton_schulz", None):
+                log.warning("%s: optim.newton_schulz is ignored: Muon is in bfloat16", run)
     # beside the content: where each key comes from, for origin_of
     config.__dict__["_composition"] = composition
     _resolve(config)

@@ -5,15 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from timm.optim import Muon, muon
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import get_cosine_with_min_lr_schedule_with_warmup
 
+from owlfuse.core.errors import ConfigError
 from owlfuse.model.adapters import PARTS, Part
 from owlfuse.model.multimodal import MultimodalLM
 
@@ -35,7 +34,7 @@ class AdamWCosine:
             before it so many times that of the next, as with 0.9 in the ViT of mPLUG-Owl2 (arXiv
             2311.04257).
         weight_decay: of weight matrices; norms, biases, gates, queries and positions have none.
-        betas: of AdamW's running means of the gradient and its square; of Muon the first alone.
+        betas: of AdamW's running means of the gradient and its square.
         eps: added to the root of AdamW's mean square; at least 1e-3 for weights that are float16
             alone (`16-true`).
         warmup_steps: optimizer steps in which the rate rises from 0.
@@ -138,15 +137,11 @@ class AdamWCosine:
 class MuonCosine(AdamWCosine):
     """Muon (arXiv 2502.16982, updates as large as AdamW's) for matrices between hidden widths;
     AdamW, at half the learning rate, for kernels, embeddings and all that has no weight decay.
-    Other arguments and the schedule are AdamWCosine's.
+    Arguments and the schedule are AdamWCosine's; `betas` and `eps` are of AdamW alone.
 
-    Args:
-        newton_schulz: what a matrix is made orthogonal in: `float32`, or `bfloat16` as in the
-            paper, which takes half the time for wide matrices, and rounds so much that losses of
-            several processes leave those of one by 3e-4 in 20 steps.
+    Matrices are made orthogonal in bfloat16, as in the paper, so the losses of several processes
+    leave those of one sooner than with AdamW.
     """
-
-    newton_schulz: Literal["float32", "bfloat16"] = "float32"
 
     def groups(self, model: MultimodalLM) -> list[dict[str, Any]]:
         """The groups of AdamWCosine, those of matrices and kernels in two where Muon trains some
@@ -156,46 +151,63 @@ class MuonCosine(AdamWCosine):
         groups = []
         for group in super().groups(model):
             vectors = group["name"].endswith("_no_decay")
-            halves: dict[bool, list[nn.Parameter]] = {False: [], True: []}
-            for p in group["params"]:
-                halves[vectors or p.ndim != 2 or id(p) in tables].append(p)
-            for use_fallback, parameters in halves.items():
+            for muon in (False, True):
+                parameters = [
+                    p
+                    for p in group["params"]
+                    if (p.ndim == 2 and not vectors and id(p) not in tables) == muon
+                ]
                 if parameters:
-                    name = group["name"] + ("" if use_fallback else "_muon")
-                    # timm's fallback with nesterov is NAdamW
-                    kind = {"use_fallback": use_fallback, "nesterov": not use_fallback}
-                    groups.append({**group, "params": parameters, "name": name, **kind})
+                    name = group["name"] + "_muon" * muon
+                    lr = group["lr"] if muon else group["lr"] / 2
+                    changes = {"params": parameters, "name": name, "lr": lr, "muon": muon}
+                    groups.append({**group, **changes})
         return groups
 
     def optimizer(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-        """See `AdamWCosine`."""
-        return MuonOfType(
-            groups,
-            getattr(torch, self.newton_schulz),
-            lr=self.lr,
-            betas=self.betas,
-            eps=self.eps,
-            adjust_lr_fn="match_rms_adamw",
-            fallback_lr_scale=0.5,
-        )
+        """Returns the optimizer of the groups."""
+        optimizers: list[torch.optim.Optimizer] = []
+        if matrices := [group for group in groups if group["muon"]]:
+            optimizers.append(torch.optim.Muon(matrices, self.lr, adjust_lr_fn="match_rms_adamw"))
+        if rest := [group for group in groups if not group["muon"]]:
+            optimizers.append(super().optimizer(rest))
+        return MuonAndAdamW(optimizers)
 
 
-class MuonOfType(Muon):
-    """timm's, with a choice of what matrices are made orthogonal in: its function for that is
-    told while a step is taken."""
+class MuonAndAdamW(torch.optim.Optimizer):
+    """torch's Muon and AdamW as one optimizer: Lightning trains several only by hand, and a
+    checkpoint, the schedule and clipping of gradients know one list of groups and one state.
 
-    def __init__(self, groups: list[dict[str, Any]], dtype: torch.dtype, **arguments: Any) -> None:
-        super().__init__(groups, **arguments)
-        self.dtype = dtype
+    Args:
+        optimizers: one of each or one of them; a group's `muon` says whose it is.
+    """
+
+    def __init__(self, optimizers: list[torch.optim.Optimizer]) -> None:
+        self.optimizers = optimizers
+        super().__init__([group for part in optimizers for group in part.param_groups], {})
 
     def step(self, closure: Any = None) -> Any:
         """See torch."""
-        plain = muon.zeropower_via_newtonschulz
-        muon.zeropower_via_newtonschulz = partial(plain, dtype=self.dtype)
-        try:
-            return super().step(closure)
-        finally:
-            muon.zeropower_via_newtonschulz = plain
+        loss = None if closure is None else torch.enable_grad()(closure)()
+        for optimizer in self.optimizers:
+            # Set anew in each step, since load_state_dict replaces both.
+            is_muon = isinstance(optimizer, torch.optim.Muon)
+            optimizer.state = self.state
+            optimizer.param_groups = [g for g in self.param_groups if g["muon"] == is_muon]
+            optimizer.step()
+        return loss
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """See torch.
+
+        Raises ConfigError for the state of timm's Muon, which runs of before were trained with.
+        """
+        if not all("muon" in group for group in state_dict["param_groups"]):
+            raise ConfigError(
+                "optim: the checkpoint holds the state of timm's Muon, expected torch's; start "
+                "another run from its weights by init_from=RUN"
+            )
+        super().load_state_dict(state_dict)
 
 
 def settings_of(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
