@@ -29,6 +29,7 @@ from owlfuse.core.errors import ConfigError, DataError, naming_full_disk
 from owlfuse.core.progress import progress_hidden, quiet_libraries
 from owlfuse.core.signals import signals_end_the_run
 from owlfuse.core.terminal import visible
+from owlfuse.data.datamodule import ChatData
 from owlfuse.data.identity import data_identity
 from owlfuse.evaluation.results import write_results
 from owlfuse.model.llm_probe import check_packing
@@ -39,6 +40,7 @@ from owlfuse.parallel.strategies import check_strategy, evaluates, naming_step
 from owlfuse.training.callbacks import how_to_go_on, raise_if_stopped
 from owlfuse.training.machine_checks import check_machine
 from owlfuse.training.module import MultimodalModule
+from owlfuse.training.sample_counts import SampleTotals, over_ranks
 from owlfuse.training.trainer import cost_of, make_trainer
 
 log = logging.getLogger(__name__)
@@ -136,9 +138,9 @@ def train(config: DictConfig, folder: Path, data_digest: str | None) -> None:
     write_config(config, folder, history)
     save_tokenizer(data.tokenizer, folder)
     fit(trainer, module, data, checkpoint, folder)
-    left_out = module.over_ranks(*module.counts_now())
+    totals = over_ranks(trainer, module.samples.totals())
     if trainer.is_global_zero:
-        report = data.report(trainer.global_step, *left_out, module.padded)
+        report = mixture_report(data, trainer.global_step, totals, module)
         write_mixture(folder, report)
     raise_if_stopped(trainer, folder)
     metrics, answers = {}, []
@@ -233,6 +235,14 @@ def fit(
         raise
 
 
+def mixture_report(
+    data: ChatData, step: int, totals: SampleTotals, module: MultimodalModule
+) -> dict[str, Any]:
+    """Returns what mixture.json holds of a training until a step."""
+    padding = module.samples.total_padding
+    return data.report(step, totals.skipped, totals.truncated, totals.notes, padding)
+
+
 def leave_mixture(
     trainer: Any, module: MultimodalModule, data: Any, folder: Path, error: Exception
 ) -> None:
@@ -241,7 +251,7 @@ def leave_mixture(
     if not trainer.is_global_zero:
         return
     try:
-        report = data.report(trainer.global_step, *module.counted, module.padded)
+        report = mixture_report(data, trainer.global_step, module.samples.of_last_step, module)
     except DataError as missing:  # its files may be what is wrong
         log.error("mixture.json is not written: %s", missing)
         return
