@@ -16,7 +16,7 @@ from owlfuse.artifacts.export import export
 from owlfuse.artifacts.load import Trained, load_base
 from owlfuse.model.llm import load_llm
 from owlfuse.model.multimodal import build_model
-from owlfuse.parallel.sharding import build_for, keep_rows, synchronize_batch_norms
+from owlfuse.parallel.sharding import build_for, synchronize_batch_norms, zero_other_rows
 from owlfuse.parallel.strategies import Sharded
 from owlfuse.training.module import MultimodalModule
 
@@ -138,7 +138,7 @@ def test_rows_of_a_sharded_table_keep_their_gradients(module):
     table.grad = torch.distributed.tensor.distribute_tensor(
         torch.ones(table.shape), table.device_mesh, table.placements
     )
-    keep_rows(table, [2, 5])
+    zero_other_rows(table, [2, 5])
     kept = table.grad.full_tensor()
     assert kept[[2, 5]].eq(1).all()
     assert kept.sum() == 2 * table.shape[1]

@@ -83,6 +83,7 @@ TREE = {
     "configs/trainer/cpu.yaml": "_target_: toyparts.Trainer\nmax_steps: 10\n",
     "configs/optim/adamw.yaml": "_target_: toyparts.AdamW\nlr: 1e-3\nbetas: [0.9, 0.95]\n",
     "configs/logger/csv_tensorboard.yaml": "csv: {}\n",
+    "configs/callbacks/none.yaml": "{}\n",
     "configs/evaluation/default.yaml": "metrics: [accuracy]\n",
     "experiments/shapes_owl1.yaml": (
         "# @package _global_\ndefaults:\n  - override /model/fusion: concat\n\ntrainer:\n  "
@@ -269,7 +270,7 @@ COMMAND_LINE_ERRORS = {
         "model/fusion=null: no such option (there are: concat, hyperattention, modality_adaptive)"
     ),
     "trainer=5": "trainer=5: no such option (there are: cpu)",
-    "model/fuson=concat": "model/fuson: no such group; did you mean 'model/fusion'? (there are: data, "
+    "model/fuson=concat": "model/fuson: no such group; did you mean 'model/fusion'? (there are: callbacks, data, "
     "evaluation, logger, "
     "model/adapter, model/connector, model/fusion, model/llm, model/vision, optim, trainer)",
     "model/adapter=full": "model/adapter: it stands more than once or under another key; did you mean one of "
@@ -335,7 +336,7 @@ FILE_ERRORS = {
     "defaults:\n  - override /model/fusion: hyperatention\n": "model/fusion=hyperatention: no such option; "
     "did you mean 'hyperattention'? (there are: concat, hyperattention, modality_adaptive)",
     "defaults:\n  - override /model/fuson: concat\n": "model/fuson: no such group; did you mean 'model/fusion'? "
-    "(there are: data, evaluation, logger, model/adapter, model/connector, model/fusion, "
+    "(there are: callbacks, data, evaluation, logger, model/adapter, model/connector, model/fusion, "
     "model/llm, model/vision, "
     "optim, trainer)",
     "defaults:\n  - override /model/fusion: concat\n  - shapes_owl1\n": "Override 'model/fusion : concat' is defined "

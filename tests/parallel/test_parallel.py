@@ -187,8 +187,8 @@ import sys, torch, torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from owlfuse.parallel.strategies import wait_at_exit
-wait_at_exit()
+from owlfuse.parallel.strategies import delay_exit
+delay_exit()
 dist.init_process_group("gloo")
 mesh = init_device_mesh("cpu", (2,))
 model = nn.Sequential(*[fully_shard(nn.Linear(64, 64), mesh=mesh) for _ in range(4)])

@@ -61,6 +61,7 @@ ON_RESUME: tuple[str, ...] = (
     *PLACES,
     "trainer.*",
     "evaluation*",
+    "callbacks*",
     "data.global_batch_size",
     "data.micro_batch_size",
 )

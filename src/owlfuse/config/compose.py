@@ -82,6 +82,7 @@ class Root:
     dry_run: bool = False
     plan: dict | None = None  # PlanOptions
     checkpoint: dict | None = None
+    callbacks: dict | None = None
     accept_changed_data: bool = False
 
 

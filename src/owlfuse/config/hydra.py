@@ -29,7 +29,7 @@ from owlfuse.config.messages import explain, grammar_error, no_such_option
 from owlfuse.config.signatures import read_signature
 from owlfuse.core.errors import COMMAND_LINE, ConfigError, hint, label, nearest_key
 
-OPTIONAL_GROUPS = ("evaluation", "logger")
+OPTIONAL_GROUPS = ("evaluation", "logger", "callbacks")
 """Groups that a run can do without: <group>=null."""
 
 

@@ -229,14 +229,14 @@ def read_shards(path: Path) -> dict[str, Tensor]:
     return {name.removeprefix(PREFIX): tensor for name, tensor in weights.items()}
 
 
-def side_group(timeout: timedelta) -> Any:
+def new_gloo_group(timeout: timedelta) -> Any:
     """All ranks once more, on the CPU: a write in the background must not mix with what training
     sends."""
     return dist.new_group(timeout=timeout, backend="gloo")
 
 
 def leave(group: Any) -> None:
-    """Ends a `side_group`."""
+    """Ends a `new_gloo_group`."""
     dist.destroy_process_group(group)
 
 
@@ -248,8 +248,8 @@ def shards_writer(
     Args:
         checkpoint: as Lightning has it.
         first: whether this rank writes what is not sharded.
-        group: a `side_group`, with which the state is copied to the CPU now and written from now
-            on, and what is returned waits for that; or None.
+        group: a `new_gloo_group`, with which the state is copied to the CPU now and written from
+            now on, and what is returned waits for that; or None.
     """
     state = {"state_dict": checkpoint["state_dict"]}
     for index, moments in enumerate(checkpoint["optimizer_states"]):
@@ -259,7 +259,7 @@ def shards_writer(
     if group is None:
         write: Callable[[], Any] = partial(dcp.save, state, checkpoint_id=folder)
     else:
-        meta = in_memory(meta)
+        meta = copy_to_cpu(meta)
         pending = dcp.async_save(state, checkpoint_id=folder, process_group=group)
         write = pending.result if isinstance(pending, Future) else pending.upload_completion.result
 
@@ -355,7 +355,7 @@ class CheckpointWriter(TorchCheckpointIO):
         self.wait()
         path = Path(path)
         if storage_options:
-            checkpoint = in_memory(checkpoint)
+            checkpoint = copy_to_cpu(checkpoint)
         write = partial(write_file, checkpoint, partial_path(path))
         self.write(path, write, background=bool(storage_options))
 
@@ -403,7 +403,7 @@ def remove_after(written: Future[None], path: Path) -> None:
     remove_checkpoint(path)
 
 
-def in_memory(checkpoint: dict[str, Any]) -> dict[str, Any]:
+def copy_to_cpu(checkpoint: dict[str, Any]) -> dict[str, Any]:
     """A copy on the CPU that training does not change; tensors that share memory still do."""
     stager = DefaultStager(StagingOptions(False, False, False, False))
     copy: Any = stager.stage(checkpoint)
@@ -411,7 +411,7 @@ def in_memory(checkpoint: dict[str, Any]) -> dict[str, Any]:
     return copy
 
 
-def every_rank(strategy: Strategy, value: Any) -> list[Any]:
+def gather_from_ranks(strategy: Strategy, value: Any) -> list[Any]:
     """Returns a small object of each rank, in their order."""
     if not (isinstance(strategy, ParallelStrategy) and dist.is_initialized()):
         return [value]
@@ -433,7 +433,7 @@ def raised_on_every_rank(strategy: Strategy) -> Iterator[None]:
     except BaseException as error:  # is raised again below, when the others know of it
         failure = error
     reason = None if failure is None else f"{type(failure).__name__}: {str(failure)[:300]}"
-    reasons = every_rank(strategy, reason)
+    reasons = gather_from_ranks(strategy, reason)
     if failure is not None:
         raise failure
     for rank, text in enumerate(reasons):

@@ -55,7 +55,7 @@ def shard(model: MultimodalLM, mesh: DeviceMesh, precision: str) -> None:
         register_fsdp_forward_method(model, "encode")
 
 
-def as_trained(trainer: Trainer) -> AbstractContextManager:
+def evaluation_precision(trainer: Trainer) -> AbstractContextManager:
     """Under which a trained model is evaluated: where it is shared out, weights are gathered in the
     training's lower precision, so what they meet has to be in it too; elsewhere weights are
     float32, and nothing is lowered."""
@@ -90,7 +90,7 @@ def split_projections(model: MultimodalLM, mesh: DeviceMesh) -> None:
             module.share = (mesh.get_local_rank(), mesh.size())  # type: ignore[assignment]
 
 
-def tie_again(model: nn.Module, tied: dict[str, nn.Parameter]) -> None:
+def restore_ties(model: nn.Module, tied: dict[str, nn.Parameter]) -> None:
     """Parameters that were one under several names are one again: `to_empty` makes one for each
     name.
 
@@ -101,11 +101,11 @@ def tie_again(model: nn.Module, tied: dict[str, nn.Parameter]) -> None:
     for name, tensor in tied.items():
         same = first.setdefault(id(tensor), name)
         if same != name:
-            owner, _, own = name.rpartition(".")
-            setattr(model.get_submodule(owner), own, model.get_parameter(same))
+            owner, _, attribute = name.rpartition(".")
+            setattr(model.get_submodule(owner), attribute, model.get_parameter(same))
 
 
-def keep_rows(table: nn.Parameter, rows: list[int]) -> None:
+def zero_other_rows(table: nn.Parameter, rows: list[int]) -> None:
     """Sets the gradient of a table (V, D) to zero but for some rows, each rank in its own part."""
     gradient = table.grad
     if gradient is None:
@@ -133,15 +133,15 @@ def build_for(
         model, summary = build()
         synchronize_batch_norms(model, module.trainer)
         return model, summary
-    whole = build()[0] if strategy.is_global_zero else None
+    source = build()[0] if strategy.is_global_zero else None
     generator = torch.get_rng_state()
     with torch.device("meta"):
         model, summary = build()
     synchronize_batch_norms(model, module.trainer)
-    match_loaded(model, whole, strategy)
+    match_loaded(model, source, strategy)
     shard(model, strategy.device_mesh, module.trainer.precision)
-    receive_weights(model, whole, strategy)
-    del whole
+    receive_weights(model, source, strategy)
+    del source
     # some modules refer to one another, and would keep the copy of all weights for long
     gc.collect()
     # dropout is that of a rank that has drawn the weights itself
@@ -149,32 +149,32 @@ def build_for(
     return model, summary
 
 
-def match_loaded(model: MultimodalLM, whole: MultimodalLM | None, strategy: Sharded) -> None:
+def match_loaded(model: MultimodalLM, source: MultimodalLM | None, strategy: Sharded) -> None:
     """Gives a model on the meta device what transformers reads with the weights alone: the types of
     parameters, of which some stay float32, and the tokens at which generation ends."""
     loaded: Any = None
-    if whole is not None:
+    if source is not None:
         loaded = (
-            {name: parameter.dtype for name, parameter in whole.named_parameters()},
-            whole.llm.generation_config,
+            {name: parameter.dtype for name, parameter in source.named_parameters()},
+            source.llm.generation_config,
         )
     types, model.llm.generation_config = strategy.broadcast(loaded)
     for name, parameter in model.named_parameters():
         parameter.data = parameter.data.to(types[name])
 
 
-def receive_weights(model: MultimodalLM, whole: MultimodalLM | None, strategy: Sharded) -> None:
+def receive_weights(model: MultimodalLM, source: MultimodalLM | None, strategy: Sharded) -> None:
     """Gives a sharded model on the meta device memory, and each rank's parts of what rank 0 has.
 
     Args:
-        whole: rank 0's model on the CPU, None on other ranks.
+        source: rank 0's model on the CPU, None on other ranks.
     """
     tied = dict(model.named_parameters(remove_duplicate=False))
     model.to_empty(device=strategy.root_device)
-    tie_again(model, tied)
-    state = whole.state_dict() if whole is not None else {}
+    restore_ties(model, tied)
+    state = source.state_dict() if source is not None else {}
     # A state dict lacks what is computed when a model is built, as rotary frequencies are.
-    computed = dict(whole.named_buffers(remove_duplicate=False)) if whole is not None else {}
+    computed = dict(source.named_buffers(remove_duplicate=False)) if source is not None else {}
     computed = strategy.broadcast(
         {name: buffer for name, buffer in computed.items() if name not in state}
     )

@@ -25,10 +25,10 @@ from owlfuse.parallel.checkpoints import (
     leave,
     load_shards,
     naming_checkpoint,
+    new_gloo_group,
     optimizer_by_name,
     raised_on_every_rank,
     shards_writer,
-    side_group,
 )
 
 TIMEOUT_MINUTES = 10.0
@@ -47,7 +47,7 @@ class Replicated(DDPStrategy):
 
     def setup_environment(self) -> None:
         """See Lightning's."""
-        wait_at_exit()
+        delay_exit()
         super().setup_environment()
 
     def save_checkpoint(
@@ -105,7 +105,7 @@ class Sharded(ModelParallelStrategy):
     def setup_environment(self) -> None:
         """See Lightning's; `auto` is worked out here."""
         self._data_parallel_size, self._tensor_parallel_size = self.sizes()
-        wait_at_exit()
+        delay_exit()
         super().setup_environment()
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
@@ -131,7 +131,7 @@ class Sharded(ModelParallelStrategy):
         path, first = Path(self.broadcast(filepath)), self.is_global_zero
         part, background = partial_path(path), bool(storage_options)
         if background and self.side is None:
-            self.side = side_group(cast("timedelta", self._timeout))
+            self.side = new_gloo_group(cast("timedelta", self._timeout))
         with raised_on_every_rank(self):
             self.writer.wait()
             if first:
@@ -151,7 +151,7 @@ class Sharded(ModelParallelStrategy):
         super().teardown()
 
 
-def wait_at_exit() -> None:
+def delay_exit() -> None:
     """Has this process wait a moment before it ends, once. Python's end under gloo's threads aborts
     a process that is done, one in eight of those that end right after a collective (pytorch
     #179291); the others are then ended as if it had failed."""
@@ -160,21 +160,21 @@ def wait_at_exit() -> None:
 
 
 @contextmanager
-def naming_step(trainer: Trainer) -> Iterator[None]:
+def rank_timeouts_as_data_errors(trainer: Trainer) -> Iterator[None]:
     """A rank that waits in vain for another ends with a DataError that names the step, and not
     in a backend's words alone."""
     try:
         yield
     except RuntimeError as error:
-        said = str(error).strip().splitlines() or [""]
+        lines = str(error).strip().splitlines() or [""]
         if not any(
-            word in said[0].lower()
+            word in lines[0].lower()
             for word in ("timed out", "timeout", "connection closed", "connection reset")
         ):
             raise
         raise DataError(
             f"rank {trainer.global_rank} waited in vain for another rank after step "
-            f"{trainer.global_step} ({said[0][-120:]}); "
+            f"{trainer.global_step} ({lines[0][-120:]}); "
             f"see what the others say, and go on with resume={trainer.default_root_dir}"
         ) from error
 
@@ -214,7 +214,7 @@ def trained_batch_norms(model: nn.Module) -> list[str]:
     ]
 
 
-def evaluates(trainer: Trainer) -> bool:
+def takes_part_in_evaluation(trainer: Trainer) -> bool:
     """Whether this rank takes part in answering the questions: all do where the model is shared
     out."""
     return trainer.is_global_zero or isinstance(trainer.strategy, Sharded)

@@ -25,7 +25,7 @@ from owlfuse.core.errors import ConfigError, DataError
 from owlfuse.parallel.checkpoints import (
     BACKGROUND,
     CheckpointWriter,
-    every_rank,
+    gather_from_ranks,
     raised_on_every_rank,
 )
 from owlfuse.parallel.collectives import data_rank, data_ranks
@@ -137,7 +137,8 @@ class Checkpoints(RunCheckpoint):
         self, trainer: Trainer, module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """The random states of every rank as of the step, and metrics.csv as it is now."""
-        checkpoint["random_states"] = every_rank(trainer.strategy, self.random or random_states())
+        states = self.random or random_states()
+        checkpoint["random_states"] = gather_from_ranks(trainer.strategy, states)
         checkpoint["data_ranks"] = data_ranks(trainer)
         with raised_on_every_rank(trainer.strategy):
             checkpoint["metrics"] = logged_metrics(trainer) if trainer.is_global_zero else None
@@ -147,7 +148,7 @@ class Checkpoints(RunCheckpoint):
     ) -> None:
         """See `on_save_checkpoint`; they are set when the next batch begins, after all that is
         built until then."""
-        steps = every_rank(trainer.strategy, checkpoint["global_step"])
+        steps = gather_from_ranks(trainer.strategy, checkpoint["global_step"])
         if len(set(steps)) > 1:  # of a shared disk that does not show all of them the same files
             raise DataError(
                 f"resume: the ranks have found checkpoints of the steps {steps}, expected one step;"
@@ -364,18 +365,21 @@ def random_states() -> dict[str, Any]:
     """Of Python, numpy, torch and this rank's CUDA device, in types that
     `torch.load(weights_only=True)` reads."""
     legacy: Any = np.random.get_state()
-    kind, keys, *rest = legacy
-    states: dict[str, Any] = {"python": random.getstate(), "numpy": (kind, keys.tolist(), *rest)}
-    cuda = [torch.cuda.get_rng_state()] if torch.cuda.is_available() else []
-    return {**states, "torch": torch.get_rng_state(), "cuda": cuda}
+    kind, keys, *position = legacy
+    return {
+        "python": random.getstate(),
+        "numpy": (kind, keys.tolist(), *position),
+        "torch": torch.get_rng_state(),
+        "cuda": [torch.cuda.get_rng_state()] if torch.cuda.is_available() else [],
+    }
 
 
 def set_random_states(states: dict[str, Any]) -> None:
     """Those of `random_states`."""
     version, numbers, gauss = states["python"]
     random.setstate((version, tuple(numbers), gauss))
-    kind, keys, *rest = states["numpy"]
-    np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))
+    kind, keys, *position = states["numpy"]
+    np.random.set_state((kind, np.array(keys, dtype=np.uint32), *position))
     torch.set_rng_state(states["torch"])
     if states["cuda"] and torch.cuda.is_available():
         torch.cuda.set_rng_state(states["cuda"][0])

@@ -29,10 +29,16 @@ from owlfuse.model.adapters import PartSummary, print_summary
 from owlfuse.model.llm import balancing_coefficient
 from owlfuse.model.loss import batch_loss
 from owlfuse.model.multimodal import MultimodalLM, build_model
-from owlfuse.parallel.collectives import add_up, all_rows, clip, data_ranks, divide
-from owlfuse.parallel.sharding import build_for, keep_rows
+from owlfuse.parallel.collectives import (
+    all_gather_rows,
+    all_reduce_gradients,
+    clip,
+    data_ranks,
+    divide,
+)
+from owlfuse.parallel.sharding import build_for, zero_other_rows
 from owlfuse.training.finite import FiniteWatch
-from owlfuse.training.optim import AdamWCosine, renew_rates, settings_of
+from owlfuse.training.optim import AdamWCosine, apply_schedule, group_settings
 from owlfuse.training.sample_counts import SampleCounts
 
 log = logging.getLogger(__name__)
@@ -67,7 +73,7 @@ class MultimodalModule(lightning.LightningModule):
         """What a checkpoint keeps of the run beside its state (see `owlfuse.artifacts.resume`)."""
         self.rates_changed = False
         """Whether a run that goes on has other keys of `optim` than before."""
-        self.fresh_groups: list[dict[str, Any]] = []
+        self.configured_groups: list[dict[str, Any]] = []
         self.model: Any = None  # the MultimodalLM, from configure_model on
         self.updated_at: int | None = None
         """The trainer's step when the last update of the weights began; the step rises when the
@@ -143,7 +149,7 @@ class MultimodalModule(lightning.LightningModule):
         and what it held."""
         sums = torch.stack([self.loss_sum.double(), self.token_count.double()])
         counts = torch.tensor(self.samples.row()).to(sums)
-        rows = all_rows(self.trainer, torch.cat([sums, counts]))
+        rows = all_gather_rows(self.trainer, torch.cat([sums, counts]))
         loss_sum, tokens = rows[:, :2].sum(0).to(self.loss_sum)
         self.finite.note(loss_sum, self.trainer.global_step + 1)
 
@@ -158,15 +164,17 @@ class MultimodalModule(lightning.LightningModule):
         self.divide_gradients(optimizer, tokens)
         self.log("train/loss", loss_sum / tokens, prog_bar=True)
         if self.model.balancing_loss is not None:
-            balance = all_rows(self.trainer, self.balance_sum.double()[None]).sum().to(tokens)
+            balance = (
+                all_gather_rows(self.trainer, self.balance_sum.double()[None]).sum().to(tokens)
+            )
             self.log("train/router_loss", balance / tokens)
         self.loss_sum, self.token_count, self.balance_sum = 0.0, 0, 0.0
 
     def divide_gradients(self, optimizer: torch.optim.Optimizer, tokens: Tensor) -> None:
         """Turns gradients of the summed loss into those of its mean over the global batch."""
-        add_up(self.model.per_head(), self.trainer.strategy)
+        all_reduce_gradients(self.model.per_head(), self.trainer.strategy)
         for table, new_rows in self.model.limited():
-            keep_rows(table, new_rows)
+            zero_other_rows(table, new_rows)
         divide(gradients_of(optimizer), tokens * self.loss_scale)
 
     def configure_gradient_clipping(
@@ -210,7 +218,7 @@ class MultimodalModule(lightning.LightningModule):
     def configure_optimizers(self) -> Any:
         """See `AdamWCosine`."""
         built = self.optim.build(self.model, self.trainer.max_steps)
-        self.fresh_groups = settings_of(built["optimizer"])
+        self.configured_groups = group_settings(built["optimizer"])
         return built
 
     def on_train_start(self) -> None:
@@ -218,7 +226,8 @@ class MultimodalModule(lightning.LightningModule):
         brought are those of then."""
         if self.trainer.global_step:
             scheduler = self.trainer.lr_scheduler_configs[0].scheduler
-            change = renew_rates(scheduler, self.fresh_groups if self.rates_changed else None)
+            groups = self.configured_groups if self.rates_changed else None
+            change = apply_schedule(scheduler, groups)
             if change is not None and self.trainer.is_global_zero:
                 log.warning(
                     "the learning rate at step %d is %.3g by the schedule until now and %.3g by "
@@ -253,6 +262,9 @@ class MultimodalModule(lightning.LightningModule):
         for count in ("ready", "started", "processed", "completed"):
             progress["current"][count] = progress["total"][count] = done
         progress["is_last_batch"] = False
+        # Metrics are logged under it, and Lightning's own count may be a step behind or ahead.
+        epoch_loop = checkpoint["loops"]["fit_loop"].setdefault("epoch_loop.state_dict", {})
+        epoch_loop["_batches_that_stepped"] = checkpoint["global_step"]
 
 
 def new_rows_line(new_tokens: dict[str, int], tables: dict[str, list[int]]) -> str:

@@ -67,35 +67,31 @@ class AdamWCosine:
         """
         groups = []
         # decay would shrink the rows that are not trained
-        limited = {id(table) for table, _ in model.limited()}
+        without_decay = {id(table) for table, _ in model.limited()}
         for part in PARTS:
-            own_lr = self.part_lr.get(part)
-            peak = self.lr if own_lr is None else own_lr
-            for own_name, scale, trained in self.layers(model.part(part)):
+            part_lr = self.part_lr.get(part)
+            peak = self.lr if part_lr is None else part_lr
+            for layer_name, scale, trained in self.layers(model.part(part)):
                 if trained and not 0 < peak * scale < math.inf:
-                    key = "lr" if own_lr is None else f"part_lr.{part}"
+                    key = "lr" if part_lr is None else f"part_lr.{part}"
                     raise ValueError(
-                        f"optim.{key}: the learning rate of {own_name} is {peak * scale:g}, and "
-                        "it is meant to train; give a "
-                        f"rate above 0, or model/adapter@model.adapter.{part}=frozen"
+                        f"optim.{key}: the learning rate of {layer_name} is {peak * scale:g}, and "
+                        "it is meant to train; give a rate above 0, or "
+                        f"model/adapter@model.adapter.{part}=frozen"
                     )
-                for decay in (True, False):
-                    parameters = [
-                        p
-                        for n, p in trained.items()
-                        if (has_decay(n, p) and id(p) not in limited) == decay
-                    ]
-                    for index, own in enumerate(by_kind(parameters)):
-                        weight_decay = self.weight_decay if decay else 0.0
-                        name = f"{own_name}{'_split' * index}{'' if decay else '_no_decay'}"
-                        groups.append(
-                            {
-                                "params": own,
-                                "lr": peak * scale,
-                                "weight_decay": weight_decay,
-                                "name": name,
-                            }
-                        )
+                decayed, undecayed = [], []
+                for name, parameter in trained.items():
+                    decays = has_decay(name, parameter) and id(parameter) not in without_decay
+                    (decayed if decays else undecayed).append(parameter)
+                common = {"lr": peak * scale}
+                for index, parameters in enumerate(by_mesh(decayed)):
+                    name = f"{layer_name}{'_split' * index}"
+                    decay = {"weight_decay": self.weight_decay, "name": name}
+                    groups.append({"params": parameters, **common, **decay})
+                for index, parameters in enumerate(by_mesh(undecayed)):
+                    name = f"{layer_name}{'_split' * index}_no_decay"
+                    decay = {"weight_decay": 0.0, "name": name}
+                    groups.append({"params": parameters, **common, **decay})
         return groups
 
     def layers(self, part: Part) -> list[tuple[str, float, dict[str, nn.Parameter]]]:
@@ -169,8 +165,8 @@ class MuonCosine(AdamWCosine):
         optimizers: list[torch.optim.Optimizer] = []
         if matrices := [group for group in groups if group["muon"]]:
             optimizers.append(torch.optim.Muon(matrices, self.lr, adjust_lr_fn="match_rms_adamw"))
-        if rest := [group for group in groups if not group["muon"]]:
-            optimizers.append(super().optimizer(rest))
+        if others := [group for group in groups if not group["muon"]]:
+            optimizers.append(super().optimizer(others))
         return MuonAndAdamW(optimizers)
 
 
@@ -210,7 +206,7 @@ class MuonAndAdamW(torch.optim.Optimizer):
         super().load_state_dict(state_dict)
 
 
-def settings_of(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
+def group_settings(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
     """What each parameter group has beside its parameters and its rate of the moment."""
     return [
         {key: value for key, value in group.items() if key not in ("params", "lr")}
@@ -218,14 +214,14 @@ def settings_of(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
     ]
 
 
-def renew_rates(
+def apply_schedule(
     scheduler: Any, settings: list[dict[str, Any]] | None = None
 ) -> tuple[float, float] | None:
     """Sets the rates that the schedule has at its step. A checkpoint brings those that its own
     schedule had, and only the step after it would have the new ones.
 
     Args:
-        settings: those of the groups (`settings_of`) to take in the place of the checkpoint's.
+        settings: those of the groups (`group_settings`) to take in the place of the checkpoint's.
 
     Returns:
         The old and the new rate of the group that changes most, None where none does.
@@ -240,8 +236,8 @@ def renew_rates(
             f"optim: a {type(scheduler).__name__} cannot go on with other rates; begin another run"
         )
     groups = scheduler.optimizer.param_groups
-    for group, given in zip(groups, settings or [{}] * len(groups), strict=True):
-        group.update(given)
+    for group, configured in zip(groups, settings or [{}] * len(groups), strict=True):
+        group.update(configured)
     base_lrs = [float(group["initial_lr"]) for group in groups]
     before = [float(group["lr"]) for group in groups]
     after = [
@@ -266,10 +262,10 @@ def has_decay(name: str, parameter: nn.Parameter) -> bool:
     return parameter.ndim > 1 and not any(part in NO_DECAY for part in name.split("."))
 
 
-def by_kind(tensors: Iterable[nn.Parameter]) -> list[list[nn.Parameter]]:
+def by_mesh(tensors: Iterable[nn.Parameter]) -> list[list[nn.Parameter]]:
     """The parameters in lists that one call of an optimizer may mix, each shared out over one
     mesh or over none."""
-    kinds: dict[Any, list[nn.Parameter]] = {}
+    lists: dict[Any, list[nn.Parameter]] = {}
     for tensor in tensors:
-        kinds.setdefault(getattr(tensor, "device_mesh", None), []).append(tensor)
-    return list(kinds.values())
+        lists.setdefault(getattr(tensor, "device_mesh", None), []).append(tensor)
+    return list(lists.values())

@@ -16,7 +16,7 @@ from owlfuse.core.types import Batch
 from owlfuse.data.formats.base import Source
 from owlfuse.data.notes import NoteCounts, NotesLog
 from owlfuse.data.packing import Padding
-from owlfuse.parallel.collectives import all_objects
+from owlfuse.parallel.collectives import all_gather_objects
 
 log = logging.getLogger(__name__)
 
@@ -33,11 +33,11 @@ class SampleTotals:
     """How many samples of each source were cut."""
     notes: NoteCounts = field(default_factory=Counter)
 
-    def update(self, other: SampleTotals) -> None:
+    def update(self, totals: SampleTotals) -> None:
         """Adds those of another rank."""
-        self.skipped.update(other.skipped)
-        self.truncated.update(other.truncated)
-        self.notes.update(other.notes)
+        self.skipped.update(totals.skipped)
+        self.truncated.update(totals.truncated)
+        self.notes.update(totals.notes)
 
 
 class SampleCounts:
@@ -168,7 +168,7 @@ class SampleCounts:
 def over_ranks(trainer: Trainer, totals: SampleTotals) -> SampleTotals:
     """Returns the totals of all ranks together. All ranks call it."""
     merged = SampleTotals()
-    for rank_totals in all_objects(trainer, totals):
+    for rank_totals in all_gather_objects(trainer, totals):
         merged.update(rank_totals)
     return merged
 

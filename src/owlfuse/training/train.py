@@ -35,13 +35,17 @@ from owlfuse.evaluation.results import write_results
 from owlfuse.model.llm_probe import check_packing
 from owlfuse.model.multimodal import on_meta
 from owlfuse.model.new_tokens import tokens_to_train
-from owlfuse.parallel.sharding import as_trained
-from owlfuse.parallel.strategies import check_strategy, evaluates, naming_step
-from owlfuse.training.callbacks import how_to_go_on, raise_if_stopped
+from owlfuse.parallel.sharding import evaluation_precision
+from owlfuse.parallel.strategies import (
+    check_strategy,
+    rank_timeouts_as_data_errors,
+    takes_part_in_evaluation,
+)
+from owlfuse.training.callbacks import raise_if_stopped, resume_hint
 from owlfuse.training.machine_checks import check_machine
 from owlfuse.training.module import MultimodalModule
 from owlfuse.training.sample_counts import SampleTotals, over_ranks
-from owlfuse.training.trainer import cost_of, make_trainer
+from owlfuse.training.trainer import make_trainer, run_cost
 
 log = logging.getLogger(__name__)
 
@@ -144,9 +148,9 @@ def train(config: DictConfig, folder: Path, data_digest: str | None) -> None:
         write_mixture(folder, report)
     raise_if_stopped(trainer, folder)
     metrics, answers = {}, []
-    if evaluation is not None and evaluates(trainer):
+    if evaluation is not None and takes_part_in_evaluation(trainer):
         try:
-            with as_trained(trainer):
+            with evaluation_precision(trainer):
                 metrics, answers = evaluation(module.model, data, folder)
         except KeyboardInterrupt:
             done = (
@@ -156,7 +160,7 @@ def train(config: DictConfig, folder: Path, data_digest: str | None) -> None:
             raise KeyboardInterrupt(done) from None
     if trainer.is_global_zero:
         write_mixture(folder, report | {"validation": data.validation_report()})
-        cost, seconds = cost_of(trainer, evaluation), time.monotonic() - began
+        cost, seconds = run_cost(trainer, evaluation), time.monotonic() - began
         counts = evaluation.counts if evaluation is not None else {}
         write_results(
             folder, config, trainer.global_step, metrics, cost, seconds, module.record, counts
@@ -221,10 +225,10 @@ def fit(
         KeyboardInterrupt: in the place of the exit that Lightning makes of it.
     """
     try:
-        with naming_step(trainer):
+        with rank_timeouts_as_data_errors(trainer):
             trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True)
     except SystemExit:
-        raise KeyboardInterrupt(how_to_go_on(trainer.global_step, folder)) from None
+        raise KeyboardInterrupt(resume_hint(trainer.global_step, folder)) from None
     except Exception as error:
         leave_mixture(trainer, module, data, folder, error)
         failure = data.data_workers.failure()

@@ -21,7 +21,7 @@ from owlfuse.core.errors import ConfigError
 from owlfuse.core.terminal import visible
 from owlfuse.data.datamodule import ChatData
 from owlfuse.parallel.collectives import data_ranks
-from owlfuse.training.callbacks import BeforeTraining, LoggedStep, StopOnSignal, TrainingProgress
+from owlfuse.training.callbacks import BeforeTraining, StopOnSignal, TrainingProgress
 from owlfuse.training.checkpoints import Best, Checkpoints
 from owlfuse.training.cost import Cost
 from owlfuse.training.first_steps import FirstStepsCheck
@@ -53,15 +53,19 @@ def make_trainer(
     )
     callbacks = [
         *make_callbacks(config.get("checkpoint"), watched),
-        *evaluating_first(config, folder),
+        *evaluation_callbacks(config, folder),
+        *(build(callback) for callback in (config.get("callbacks") or {}).values() if callback),
     ]
     if not loggers:  # Lightning refuses a LearningRateMonitor beside no logger
         callbacks = [
             callback for callback in callbacks if not isinstance(callback, LearningRateMonitor)
         ]
+    configured_steps = config.trainer.max_steps
+    steps = data.steps(configured_steps)
     try:
         trainer = build(
             config.trainer,
+            max_steps=steps,
             **precision,
             logger=loggers,
             enable_progress_bar=False,  # Lightning's: see TrainingProgress
@@ -75,12 +79,9 @@ def make_trainer(
     except REFUSALS as error:
         raise ConfigError(f"{origin_of(config, 'trainer')}: trainer: {error}") from error
     check_launcher(trainer, config)
-    asked, steps = trainer.max_steps, data.steps(trainer.max_steps)
-    if steps < asked and trainer.is_global_zero:
-        print(
-            visible(f"the data end (at_end) after {steps} whole steps of {asked}, so the run does")
-        )
-    trainer.fit_loop.epoch_loop.max_steps = steps
+    if steps < configured_steps and trainer.is_global_zero:
+        line = f"the data end (at_end) after {steps} whole steps of {configured_steps}"
+        print(visible(f"{line}, so the run does"))
     trainer.accumulate_grad_batches = data.accumulation(data_ranks(trainer))
     trainer.val_check_interval = (
         min(config.trainer.val_check_interval, trainer.max_steps) * trainer.accumulate_grad_batches
@@ -116,7 +117,6 @@ def make_callbacks(checkpoint: DictConfig | None, watched: str | None) -> list[C
     """Progress, learning rates, signals, a look at the first steps, checkpoints, and the best by
     the metric `watched`."""
     callbacks: list[Callback] = [
-        LoggedStep(),
         TrainingProgress(),
         LearningRateMonitor("step"),
         StopOnSignal(),
@@ -126,14 +126,15 @@ def make_callbacks(checkpoint: DictConfig | None, watched: str | None) -> list[C
     return [*callbacks, Best(watched, checkpoints.background)] if watched else callbacks
 
 
-def cost_of(trainer: Any, evaluation: Any) -> dict[str, Any]:
+def run_cost(trainer: Any, evaluation: Any) -> dict[str, Any]:
     """What `results.json` holds as `cost`: that of training, and milliseconds per token of an
     answer."""
     mine = next((callback.cost for callback in trainer.callbacks if isinstance(callback, Cost)), {})
     return {**mine, "ms_per_generated_token": getattr(evaluation, "milliseconds", None)}
 
 
-def evaluating_first(config: DictConfig, folder: Path) -> list[Callback]:
+def evaluation_callbacks(config: DictConfig, folder: Path) -> list[Callback]:
     """An evaluation before the first step, where `evaluation.before` asks for one."""
-    asked = config.evaluation and config.evaluation.get("before")
-    return [BeforeTraining(build(config.evaluation), folder)] if asked else []
+    if not config.evaluation or not config.evaluation.get("before"):
+        return []
+    return [BeforeTraining(build(config.evaluation), folder)]
