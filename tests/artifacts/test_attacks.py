@@ -5,7 +5,6 @@ An attack's code would write a file, the canary. A command must refuse the folde
 leave no canary.
 """
 
-import hashlib
 import json
 import os
 import pickle
@@ -85,20 +84,15 @@ def both(*attacks):
 
 
 def manifest(folder):
-    """Makes a changed checkpoint one that its manifest knows."""
+    """Makes a folder of shards one that its manifest knows."""
     (path,) = (folder / "checkpoints").glob("step_*.ckpt")
-    files = {".": path} if path.is_file() else {file.name: file for file in path.iterdir()}
-    facts = {
-        name: {"bytes": f.stat().st_size, "sha256": hashlib.sha256(f.read_bytes()).hexdigest()}
-        for name, f in files.items()
-    }
-    path.with_suffix(".json").write_text(json.dumps(facts))
+    sizes = {file.name: {"bytes": file.stat().st_size} for file in path.iterdir()}
+    (path / "manifest.json").write_text(json.dumps(sizes))
 
 
 def pickled_checkpoint(folder):
     (path,) = (folder / "checkpoints").glob("step_*.ckpt")
     torch.save({"state_dict": {"model.x": torch.ones(1)}, "global_step": 3, "frozen": Bomb()}, path)
-    manifest(folder)
 
 
 def pickled_table(folder):

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from omegaconf import OmegaConf
+from omegaconf import OmegaConf, open_dict
 
 from owlfuse.config.check import check_targets
 from owlfuse.config.compose import check, compose, find_run, origin_of, sweep_cells
@@ -83,6 +83,7 @@ TREE = {
     "configs/trainer/cpu.yaml": "_target_: toyparts.Trainer\nmax_steps: 10\n",
     "configs/optim/adamw.yaml": "_target_: toyparts.AdamW\nlr: 1e-3\nbetas: [0.9, 0.95]\n",
     "configs/logger/csv_tensorboard.yaml": "csv: {}\n",
+    "configs/callbacks/none.yaml": "{}\n",
     "configs/evaluation/default.yaml": "metrics: [accuracy]\n",
     "experiments/shapes_owl1.yaml": (
         "# @package _global_\ndefaults:\n  - override /model/fusion: concat\n\ntrainer:\n  "
@@ -273,7 +274,7 @@ COMMAND_LINE_ERRORS = {
         "model/fusion=null: no such option (there are: concat, hyperattention, modality_adaptive)"
     ),
     "trainer=5": "trainer=5: no such option (there are: cpu)",
-    "model/fuson=concat": "model/fuson: no such group; did you mean 'model/fusion'? (there are: data, "
+    "model/fuson=concat": "model/fuson: no such group; did you mean 'model/fusion'? (there are: callbacks, data, "
     "evaluation, logger, "
     "model/adapter, model/connector, model/fusion, model/llm, model/vision, optim, trainer)",
     "model/adapter=full": "Could not override 'model/adapter'. Did you mean to override one of "
@@ -459,6 +460,18 @@ def test_resume_starts_from_the_runs_own_configuration(tree):
     assert config.resume == "runs/shapes_owl1/lr=1,2"
     assert origin_of(config, "seed") == "runs/shapes_owl1/lr=1,2/config.yaml"
     assert origin_of(config, "trainer.max_steps") == "command line"
+
+
+def test_a_run_of_before_loses_the_type_of_newton_schulz_with_a_notice(tree, caplog):
+    save_run(tree / "runs/x/y", "experiment=shapes_owl1")
+    saved = OmegaConf.load(tree / "runs/x/y/config.yaml")
+    assert "newton_schulz" not in saved.optim
+    with open_dict(saved):
+        saved.optim.newton_schulz = "float32"
+    OmegaConf.save(saved, tree / "runs/x/y/config.yaml")
+    config = composed("resume=runs/x/y")
+    assert "newton_schulz" not in config.optim
+    assert caplog.messages == ["runs/x/y: optim.newton_schulz is ignored: Muon is in bfloat16"]
 
 
 KEEPS = "a resumed run keeps its experiment and groups; only keys can change"

@@ -11,7 +11,7 @@ from helpers import VOCAB, llm_fields, loss_of, make_batch, model_node, policy
 from owlfuse.model.llm import load_llm
 from owlfuse.model.multimodal import build_model
 from owlfuse.model.new_tokens import check_same_tokens, tokens_to_train, unknown_tokens
-from owlfuse.parallel.sharding import keep_rows
+from owlfuse.parallel.sharding import zero_other_rows
 from owlfuse.training.optim import AdamWCosine, MuonCosine
 
 KNOWN = 40
@@ -58,7 +58,7 @@ def test_of_a_table_that_is_not_trained_only_the_new_rows_change(tied, name, kin
         optimizer.zero_grad()
         loss_of(model(batch), batch).backward()
         for table, rows in model.row_limits():
-            keep_rows(table, rows)
+            zero_other_rows(table, rows)
         optimizer.step()
     after = model.llm.state_dict()
     for table in ("model.embed_tokens.weight", "lm_head.weight"):

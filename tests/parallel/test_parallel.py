@@ -51,30 +51,17 @@ LORA = [
     f"model/adapter@model.adapter.{policy}"
     for policy in ("fusion=lora", "llm=lora", "vision=frozen")
 ]
-NO_BATCH_NORMS = [
-    "model/vision=timm",
-    "model.vision.name=vit_tiny_patch16_224",
-    "model.vision.pretrained=false",
-    "model.vision.image_size=32",
-    "model.vision.kwargs={embed_dim: 32, depth: 2, num_heads: 2}",
-]
-"""Batch norms of the few pictures of a micro batch have places where rounding decides: one process
-whose weights are nudged by a ten millionth then differs from itself by 6e-5, as several processes
-do from one."""
 SCARCE = [
-    *NO_BATCH_NORMS,
-    *(
-        "data.sources.shapes.weight=0.1",
-        "data.sources.text.weight=0.9",
-        "data.sources.text.records_per_chat=8",
-    ),
+    "data.sources.shapes.weight=0.1",
+    "data.sources.text.weight=0.9",
+    "data.sources.text.records_per_chat=8",
 ]
 """Some steps have a picture on one rank, some on none, and the ranks' lengths are very unequal."""
 CASES = {
     "owl1": ["experiment=shapes_owl1"],
     "owl2": ["experiment=shapes_owl2"],
     "owl3": OWL3,
-    "owl1-muon": ["experiment=shapes_owl1", *NO_BATCH_NORMS, "optim=muon", "optim.lr=4e-3"],
+    "owl1-muon": ["experiment=shapes_owl1", "optim=muon", "optim.lr=4e-3"],
     "owl3-static": [*OWL3, "model.fusion.gate=static"],
     "owl2-lora": ["experiment=shapes_owl2", *LORA],
     "owl1-scarce": ["experiment=shapes_owl1", *SCARCE],
@@ -98,12 +85,11 @@ FAST = {
 def overrides(case, accumulation, ranks):
     """Micro batches have two pictures or so at least."""
     size = 8 * (2 if accumulation > 1 else 1)
-    vision = NO_BATCH_NORMS if accumulation > 1 else []
     rows = [
         f"data.global_batch_size={size}",
         f"data.micro_batch_size={size // accumulation // ranks}",
     ]
-    return [*SMALL, *CASES[case], *vision, *rows]
+    return [*SMALL, *CASES[case], *rows]
 
 
 def train_both(folder, chosen, splits, processes):
@@ -153,22 +139,23 @@ def weights(run, scratch):
 
 
 def check(folder, scratch, case, split, accumulation):
-    """The losses of 20 steps agree within 1e-5, and the weights after them within 1e-4."""
+    """The losses of 20 steps agree within 1e-5, and the weights after them within 1e-4; those of
+    Muon within 1e-3 and 2e-3."""
+    # torch's Muon makes matrices orthogonal in bfloat16, which rounds a difference of 1e-7 in a
+    # gradient up to one of 2**-9. Measured after 20 steps of two processes: losses 3.3e-4 apart,
+    # weights 7.6e-4 (with FSDP and with tensor parallelism alike).
+    in_losses, in_weights = (1e-3, 2e-3) if "muon" in case else (1e-5, 1e-4)
     name = f"{case}-{accumulation}"
     one, two = run_of(folder, "alone", name), run_of(folder, split, name)
     assert len(column(two, "train/loss")) == 20
-    assert column(two, "train/loss") == pytest.approx(column(one, "train/loss"), abs=1e-5)
+    assert column(two, "train/loss") == pytest.approx(column(one, "train/loss"), abs=in_losses)
     mine, theirs = weights(two, scratch), weights(one, scratch)
     assert mine.keys() == theirs.keys()
     for key in mine:
         # no softmax depends on it: its gradient is rounding, which Adam makes large
         if "key.bias" not in key:
-            # statistics are no weights, and features that they are of may be large
-            relative = 5e-3 if "running_" in key else 0
             message = partial("{}: {}".format, key)
-            torch.testing.assert_close(
-                mine[key], theirs[key], atol=1e-4, rtol=relative, msg=message
-            )
+            torch.testing.assert_close(mine[key], theirs[key], atol=in_weights, rtol=0, msg=message)
 
 
 @pytest.mark.slow
@@ -200,8 +187,8 @@ import sys, torch, torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from owlfuse.parallel.strategies import wait_at_exit
-wait_at_exit()
+from owlfuse.parallel.strategies import delay_exit
+delay_exit()
 dist.init_process_group("gloo")
 mesh = init_device_mesh("cpu", (2,))
 model = nn.Sequential(*[fully_shard(nn.Linear(64, 64), mesh=mesh) for _ in range(4)])
@@ -264,6 +251,14 @@ def test_evaluation_of_the_processes_agrees_with_one(folder, name, split):
         (
             ["trainer=fsdp_tp", "trainer.devices=2", "trainer.strategy.data=3"],
             "3 data x 4 tensor ranks are 12 processes",
+        ),
+        (
+            ["trainer=ddp", "trainer.devices=2", "model.vision.name=resnet10t"],
+            r"2 processes on CPUs would train batch norms \(vision\.body\.\S+ and \d+ more\)",
+        ),
+        (
+            ["trainer=fsdp", "trainer.devices=2", "model.vision.norm=true"],
+            r"2 processes on CPUs would train batch norms \(vision\.norm and 0 more\)",
         ),
     ],
 )

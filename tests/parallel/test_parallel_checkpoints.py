@@ -1,16 +1,20 @@
 """Reading a checkpoint's folder gives what torch wrote, and runs nothing that somebody else
-wrote."""
+wrote; whoever saves a checkpoint gets a whole one."""
 
 import os
 import pickle
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 
+import saved_by_callers
 from owlfuse.core.errors import DataError
-from owlfuse.parallel.checkpoints import SafePlanner, SafeReader, read_shards
+from owlfuse.parallel.checkpoints import SafePlanner, SafeReader, naming_damaged_parts, read_shards
 
 
 class Bomb:
@@ -67,6 +71,24 @@ def test_all_kinds_of_values_are_read_back(folder):
 
 
 @pytest.mark.parametrize(
+    ("name", "value"),
+    [("state_dict.model.a", torch.arange(6.0)), ("optimizer_0.step", torch.tensor(3.0))],
+)
+def test_a_flipped_bit_of_a_part_that_is_loaded_is_named(name, value, folder):
+    table = SafeReader(folder).read_metadata()
+    part = next(part for index, part in table.storage_data.items() if index.fqn == name)
+    file = folder / part.relative_path
+    content = bytearray(file.read_bytes())
+    content[content.index(value.numpy().tobytes(), part.offset)] ^= 1
+    file.write_bytes(content)
+    state = {"state_dict": {"model.a": torch.zeros(2, 3), "model.b": torch.zeros(2, 3)}}
+    state["optimizer_0"] = {"step": torch.tensor(0.0)}
+    error = f"{name} differs from its checksum; delete {folder} to go on from the checkpoint before"
+    with pytest.raises(DataError, match=error), naming_damaged_parts():
+        dcp.load(state, storage_reader=SafeReader(folder), planner=SafePlanner(), no_dist=True)
+
+
+@pytest.mark.parametrize(
     "content",
     [pickle.dumps(Bomb()), pickle.dumps([Bomb()], 0), b"", b"\x80", pickle.dumps({"a": 1})],
 )
@@ -95,3 +117,34 @@ def test_a_value_that_is_a_pickle_is_refused_and_runs_nothing(tmp_path, monkeypa
     with pytest.raises(DataError, match="expected a tensor"):
         read_shards(tmp_path / "evil")
     assert not (tmp_path / "canary").exists()
+
+
+@pytest.fixture
+def no_group_left():
+    """Ends the process group of a strategy that ran in this process."""
+    before = dict(os.environ)
+    yield
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+    os.environ.clear()
+    os.environ.update(before)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("with_ours", [True, False], ids=["beside our callback", "without it"])
+@pytest.mark.parametrize("strategy", ["auto", "replicated", "sharded"])
+def test_whoever_saves_a_checkpoint_gets_a_whole_one(strategy, with_ours, tmp_path, no_group_left):
+    saved_by_callers.train(strategy, tmp_path, with_ours=with_ours)
+    assert len(list(tmp_path.glob("checkpoints/step_*.ckpt"))) == 2 * with_ours
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["replicated", "sharded"])
+def test_whoever_saves_a_checkpoint_on_two_ranks_gets_a_whole_one(strategy, tmp_path):
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    script = Path(saved_by_callers.__file__)
+    command = [*torchrun, str(script), strategy, str(tmp_path)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert len(list((tmp_path / "mine").iterdir())) == 2

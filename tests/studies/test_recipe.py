@@ -375,7 +375,7 @@ def test_after_sigkill_the_same_command_goes_on_at_the_stage_and_step_and_ends_a
     deadline = time.monotonic() + 120
     while (
         time.monotonic() < deadline
-        and not list(root.glob("second/checkpoints/step_*.json"))
+        and not list(root.glob("second/checkpoints/step_*.ckpt"))
         and process.poll() is None
     ):
         time.sleep(0.02)

@@ -14,29 +14,28 @@ import subprocess
 import sys
 import threading
 import time
-from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from lightning.fabric.plugins import TorchCheckpointIO
+from lightning import Trainer
 
 from helpers import SHAPE_COUNTS, TINY_SHAPES
 from owlfuse.artifacts.load import load_run
-from owlfuse.artifacts.runs import (
-    checkpoints_of,
-    last_checkpoint,
-    put_in_place,
-    step_of,
-    what_is_wrong,
-)
+from owlfuse.artifacts.runs import checkpoints_of, last_checkpoint, step_of
 from owlfuse.config.compose import compose
+from owlfuse.core.checkpoint_files import find_checkpoint_error
 from owlfuse.core.errors import ConfigError, DataError
 from owlfuse.data.shapes.write import write_shapes
 from owlfuse.evaluation.validation import evaluate_run
-from owlfuse.training import checkpoints, train
-from owlfuse.training.checkpoints import delete_beyond
+from owlfuse.parallel import checkpoints
+from owlfuse.parallel.checkpoints import BACKGROUND, CheckpointWriter
+from owlfuse.training import train
+from owlfuse.training.checkpoints import Best
 from owlfuse.training.module import MultimodalModule
+
+# Every test here trains, or damages what a training has left.
+pytestmark = pytest.mark.slow
 
 TINY = [
     "experiment=shapes_owl1",
@@ -133,7 +132,6 @@ def steps(run):
     return [step_of(path) for path in checkpoints_of(run / "checkpoints")]
 
 
-@pytest.mark.slow
 def test_a_run_killed_twice_goes_on_bit_for_bit_with_lora_dropout_accumulation_packing_and_a_worker(
     folder, capsys
 ):
@@ -160,7 +158,6 @@ def test_a_run_killed_twice_goes_on_bit_for_bit_with_lora_dropout_accumulation_p
     assert list((run / "checkpoints").glob("*.part")) == []
 
 
-@pytest.mark.slow
 def test_twenty_kills_at_random_moments_change_no_bit(folder):
     """Half of them while a checkpoint is being written."""
     common = [*HARD, "trainer.max_steps=300", "checkpoint.every=3"]
@@ -182,7 +179,6 @@ def test_twenty_kills_at_random_moments_change_no_bit(folder):
     assert_the_same(run, train.run(compose([*common, "name=uninterrupted"])))
 
 
-@pytest.mark.slow
 def test_the_newest_are_kept_and_each_holds_what_is_trained_but_not_what_is_frozen(finished):
     assert steps(finished) == [6, 4]
     assert (finished / "checkpoints" / "best.ckpt").exists()
@@ -196,7 +192,6 @@ def test_the_newest_are_kept_and_each_holds_what_is_trained_but_not_what_is_froz
     assert set(checkpoint["frozen"]) == {"vision", "llm"}
 
 
-@pytest.mark.slow
 def test_a_frozen_base_made_at_random_is_made_again_for_eval_and_export(finished):
     before = json.loads((finished / "results.json").read_text())["metrics"]
     torch.rand(7)
@@ -211,98 +206,46 @@ def truncate(path):
     os.truncate(path, path.stat().st_size // 2)
 
 
-def flip(path):
+def flip_byte(path):
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
-    ("damage", "what"),
+    ("damage", "error"),
     [
-        (truncate, r"is damaged: has \d+ bytes of \d+"),
-        (flip, "is damaged: has another sha256"),
-        (lambda path: path.with_suffix(".json").unlink(), "has no manifest step_00000006.json"),
-        (
-            lambda path: path.with_suffix(".json").write_text("{"),
-            "has no manifest step_00000006.json",
-        ),
+        (truncate, "is truncated or no checkpoint"),
+        (flip_byte, r"is damaged: \S+ differs from its checksum"),
     ],
 )
-def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_is_used(
-    copy, damage, what, caplog
-):
-    damage(copy / "checkpoints" / "step_00000006.ckpt")
+def test_a_run_goes_on_from_the_one_before_and_ends_the_same(copy, finished, caplog, damage, error):
+    path = copy / "checkpoints" / "step_00000006.ckpt"
+    damage(path)
     with caplog.at_level(logging.WARNING):
-        assert last_checkpoint(copy).name == "step_00000004.ckpt"
-    (record,) = caplog.records
-    assert record.getMessage().startswith(f"checkpoint {copy}/checkpoints/step_00000006.ckpt ")
-    assert re.search(what, record.getMessage())
+        assert_the_same(go_on(copy), finished)
+    messages = [record.getMessage() for record in caplog.records]
+    line = f"checkpoint {re.escape(str(path))} {error}; going on from step_00000004.ckpt, the one"
+    assert any(re.match(line, message) for message in messages)
+    assert steps(copy) == [6, 4]
 
 
-@pytest.mark.slow
-def test_a_run_goes_on_from_the_one_before_and_ends_the_same(copy, finished):
-    truncate(copy / "checkpoints" / "step_00000006.ckpt")
-    assert_the_same(go_on(copy), finished)
+def test_a_flipped_byte_of_the_best_checkpoint_is_named(copy):
+    flip_byte(copy / "checkpoints" / "best.ckpt")
+    with pytest.raises(ConfigError, match=r"best\.ckpt is damaged: .*; take which=last"):
+        load_run(copy, which="best")
 
 
-@pytest.mark.slow
 def test_no_good_checkpoint_is_an_error_that_names_each(copy):
     for path in checkpoints_of(copy / "checkpoints"):
         truncate(path)
     with pytest.raises(
         ConfigError,
-        match=r"resume: checkpoint .*step_00000006.ckpt is damaged.*step_00000004.ckpt is damaged",
+        match=r"resume: checkpoint .*step_00000006.ckpt is truncated.*step_00000004.ckpt is trunc",
     ):
         last_checkpoint(copy)
 
 
-@pytest.mark.slow
-def test_a_folder_is_a_checkpoint_too(copy):
-    path = copy / "checkpoints" / "step_00000008.ckpt"
-    part = path.with_name(path.name + ".part")
-    part.mkdir()
-    (part / "shard0").write_bytes(b"abc")
-    put_in_place(part, path)
-    assert last_checkpoint(copy) == path
-    (path / "shard0").unlink()
-    assert what_is_wrong(path) == "lacks shard0"
-
-
-@pytest.mark.slow
-def test_a_flipped_byte_of_the_best_checkpoint_is_named(copy, caplog):
-    best = copy / "checkpoints" / "best.ckpt"
-    assert what_is_wrong(best) is None
-    flip(best)
-    with caplog.at_level(logging.WARNING):
-        assert last_checkpoint(copy).name == "step_00000006.ckpt"
-    (record,) = caplog.records
-    assert record.getMessage().startswith(f"checkpoint {best} is damaged: has another sha256")
-
-
-@pytest.mark.parametrize("moment", ["before", "after"])
-def test_a_checkpoint_that_is_replaced_is_good_if_the_run_is_killed_at_either_side_of_the_renaming(
-    copy, monkeypatch, moment
-):
-    best = copy / "checkpoints" / "best.ckpt"
-    part = best.with_name("best.ckpt.part")
-    part.write_bytes(best.read_bytes() + b"new")
-    rename = Path.rename
-
-    def killed(path, target):
-        if moment == "after":
-            rename(path, target)
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(Path, "rename", killed)
-    with pytest.raises(KeyboardInterrupt):
-        put_in_place(part, best)
-    assert best.read_bytes().endswith(b"new") == (moment == "after")
-    assert what_is_wrong(best) is None
-
-
-@pytest.mark.slow
 def test_last_ckpt_of_an_old_run_is_read_and_a_truncated_one_is_not(copy):
     newest = last_checkpoint(copy)
     (copy / "checkpoints" / "last.ckpt").write_bytes(newest.read_bytes())
@@ -314,7 +257,6 @@ def test_last_ckpt_of_an_old_run_is_read_and_a_truncated_one_is_not(copy):
         last_checkpoint(copy)
 
 
-@pytest.mark.slow
 def test_another_frozen_base_is_refused_and_its_part_named(copy):
     config = (copy / "config.yaml").read_text()
     (copy / "config.yaml").write_text(config.replace("\nseed: 0\n", "\nseed: 9\n"))
@@ -327,7 +269,6 @@ def test_another_frozen_base_is_refused_and_its_part_named(copy):
         load_run(copy)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("background", ["false", "true"])
 def test_a_disk_that_is_full_ends_the_run_in_one_line_with_the_last_checkpoint_intact(
     copy, background
@@ -356,18 +297,17 @@ def test_a_disk_that_is_full_ends_the_run_in_one_line_with_the_last_checkpoint_i
 def held(monkeypatch):
     """Writes wait until the test lets them go on; a list of the files that are about to be
     written."""
-    asked, event, write = [], threading.Event(), checkpoints.to_file
+    asked, event, write = [], threading.Event(), checkpoints.write_file
 
     def late(checkpoint, path):
         asked.append(path.name)
         assert event.wait(60)
         write(checkpoint, path)
 
-    monkeypatch.setattr(checkpoints, "to_file", late)
+    monkeypatch.setattr(checkpoints, "write_file", late)
     return asked, event
 
 
-@pytest.mark.slow
 def test_weights_that_change_while_a_checkpoint_is_written_do_not_reach_it(
     finished, held, monkeypatch
 ):
@@ -422,78 +362,66 @@ def differing(mine, theirs, place=""):
     return [] if mine == theirs else [place]
 
 
-class Bare:
-    """What `Writes` asks of a Trainer of one process."""
-
-    def __init__(self, folder, content):
-        self.default_root_dir, self.loggers, self.is_global_zero, self.world_size = (
-            folder,
-            [],
-            True,
-            1,
-        )
-        self.content, self.strategy = content, self
-        self.checkpoint_io = TorchCheckpointIO()
-
-    def broadcast(self, path):
-        return path
-
-    def save_checkpoint(self, path, weights_only):
-        self.checkpoint_io.save_checkpoint(self.content, path)
+def test_the_best_value_is_remembered_where_a_run_was_moved(tmp_path):
+    """Lightning's ModelCheckpoint forgets it, and a worse validation would replace best.ckpt."""
+    before, after = Best("val/loss"), Best("val/loss")
+    before.best_model_score = torch.tensor(0.3)
+    after.dirpath = str(tmp_path / "moved")
+    after.load_state_dict(before.state_dict())
+    trainer = Trainer(accelerator="cpu", logger=False, enable_progress_bar=False)
+    assert not after.check_monitor_top_k(trainer, torch.tensor(0.3))
+    assert after.check_monitor_top_k(trainer, torch.tensor(0.29))
+    assert after.best_model_path == str(tmp_path / "moved" / "best.ckpt")
 
 
-def test_the_last_good_checkpoint_stays_until_the_new_one_is_whole_and_one_write_is_pending_at_most(
+def test_one_write_is_pending_at_most_and_nothing_is_deleted_before_it_has_succeeded(
     tmp_path, held
 ):
     asked, event = held
-    content = {"w": torch.zeros(4)}
-    trainer, one = Bare(tmp_path, content), checkpoints.Writes(background=True)
-    one.setup(trainer)
+    writer, content = CheckpointWriter(), {"w": torch.zeros(4)}
     paths = [tmp_path / "checkpoints" / f"step_{step:08}.ckpt" for step in (1, 2, 3)]
     event.set()
-    one.write(trainer, paths[0], partial(delete_beyond, 1, paths[0]))
-    one.finish(trainer)
+    writer.save_checkpoint(content, paths[0])
     event.clear()
     content["w"] += 1
-    one.write(trainer, paths[1], partial(delete_beyond, 1, paths[1]))
+    writer.save_checkpoint(content, paths[1], BACKGROUND)
+    writer.remove_checkpoint(paths[0])
+    content["w"] += 1
     assert checkpoints_of(tmp_path / "checkpoints") == [paths[0]]
     threading.Timer(0.2, event.set).start()
-    one.write(trainer, paths[2], partial(delete_beyond, 1, paths[2]))
-    assert len(asked) >= 2
-    assert what_is_wrong(paths[1]) is None or what_is_wrong(paths[2]) is None
-    one.finish(trainer)
+    writer.save_checkpoint(content, paths[2], BACKGROUND)
+    assert checkpoints_of(tmp_path / "checkpoints")[-1] == paths[1]
+    writer.remove_checkpoint(paths[1])
+    writer.wait()
     assert checkpoints_of(tmp_path / "checkpoints") == [paths[2]]
-    assert what_is_wrong(paths[2]) is None
+    assert torch.load(paths[2], weights_only=True)["w"].tolist() == [2.0] * 4
+    assert asked == [f"{path.name}.part" for path in paths]
+    writer.teardown()
 
 
-def test_an_error_of_the_background_is_told_by_the_next_write_and_what_was_there_stays(
-    tmp_path, held, monkeypatch
+def test_an_error_of_the_background_is_raised_by_the_next_write_and_what_was_there_stays(
+    tmp_path, monkeypatch
 ):
-    trainer, one = Bare(tmp_path, {"w": torch.zeros(4)}), checkpoints.Writes(background=True)
-    one.setup(trainer)
-    held[1].set()
-    good, lost = (tmp_path / "checkpoints" / f"step_{step:08}.ckpt" for step in (1, 2))
-    one.write(trainer, good)
-    one.finish(trainer)
+    writer, content = CheckpointWriter(), {"w": torch.zeros(4)}
+    good, lost, late = (tmp_path / f"step_{step:08}.ckpt" for step in (1, 2, 3))
+    writer.save_checkpoint(content, good)
 
     def full(checkpoint, path):
         path.write_bytes(b"half")
         raise OSError(errno.ENOSPC, "no space")
 
-    monkeypatch.setattr(checkpoints, "to_file", full)
-    one.write(trainer, lost, partial(delete_beyond, 1, lost))
+    monkeypatch.setattr(checkpoints, "write_file", full)
+    writer.save_checkpoint(content, lost, BACKGROUND)
+    writer.remove_checkpoint(good)
     with pytest.raises(
         DataError, match="step_00000002.ckpt could not be written: No space left on device; the"
     ):
-        one.write(trainer, tmp_path / "checkpoints" / "step_00000003.ckpt")
-    assert [path.name for path in sorted((tmp_path / "checkpoints").iterdir())] == [
-        "step_00000001.ckpt",
-        "step_00000001.json",
-    ]
-    assert what_is_wrong(good) is None
+        writer.save_checkpoint(content, late, BACKGROUND)
+    assert [path.name for path in tmp_path.iterdir()] == ["step_00000001.ckpt"]
+    assert find_checkpoint_error(good) is None
+    writer.teardown()
 
 
-@pytest.mark.slow
 def test_ctrl_c_waits_for_the_write_that_is_pending(folder):
     """After the step it is in the run ends with a whole checkpoint of it."""
     run = Path("runs/shapes_owl1/stopped")

@@ -23,6 +23,7 @@ from owlfuse.data.shapes.write import write_shapes
 from owlfuse.evaluation.validation import evaluate_run
 from owlfuse.training import train
 from owlfuse.training.module import MultimodalModule
+from owlfuse.training.sample_counts import SampleCounts
 
 BATCH, STEPS = 4, 4
 SMALL = [
@@ -425,18 +426,15 @@ def test_an_error_leaves_a_checkpoint_of_the_last_whole_step_and_mixture_json(
             raise DataError("sample x is wrong") if moment == "data" else Bad("out of luck")
 
     hooks = {
-        "data": "count_skipped",
-        "forward": "training_step",
-        "backward": "on_after_backward",
-        "after": "on_train_batch_end",
+        "data": (SampleCounts, "add"),
+        "forward": (MultimodalModule, "training_step"),
+        "backward": (MultimodalModule, "on_after_backward"),
+        "after": (MultimodalModule, "on_train_batch_end"),
     }
+    owner, hook = hooks[moment]
     with pytest.MonkeyPatch.context() as patch:
-        plain = getattr(MultimodalModule, hooks[moment])
-        patch.setattr(
-            MultimodalModule,
-            hooks[moment],
-            lambda *args, **kwargs: (fail(), plain(*args, **kwargs))[1],
-        )
+        plain = getattr(owner, hook)
+        patch.setattr(owner, hook, lambda *args, **kwargs: (fail(), plain(*args, **kwargs))[1])
         with pytest.raises((Bad, DataError)):
             train.run(compose([*common, f"name={name}"]))
     run = Path(f"runs/shapes_owl1/{name}")

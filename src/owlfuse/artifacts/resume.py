@@ -55,6 +55,7 @@ ON_RESUME: tuple[str, ...] = (
     *PATH_KEYS,
     "trainer.*",
     "evaluation*",
+    "callbacks*",
     "data.global_batch_size",
     "data.micro_batch_size",
 )
@@ -66,7 +67,7 @@ ON_RESUME += (
     "optim.betas",
     "optim.eps",
 )
-ON_RESUME += ("optim.warmup_steps", "optim.min_lr_ratio", "optim.newton_schulz")
+ON_RESUME += ("optim.warmup_steps", "optim.min_lr_ratio")
 ON_EVALUATION: tuple[str, ...] = (
     *ANYTHING,
     "model.compile",
@@ -106,6 +107,8 @@ class Past:
     """See `owlfuse.data.identity`."""
     new_tokens: dict[str, int] = field(default_factory=dict)
     """See `owlfuse.model.new_tokens`."""
+    metrics: str | None = None
+    """metrics.csv as it was when the checkpoint was written, if there was one."""
 
 
 def read_past(checkpoint: Path) -> Past:
@@ -118,14 +121,21 @@ def read_past(checkpoint: Path) -> Past:
     config = with_current_names(record.get("config")) or read_run(checkpoint.parent.parent)
     positions = content.get("step_positions") or [(0, 0, config["data"]["global_batch_size"])]
     changes, identity = record.get("changes", []), record.get("identity", {})
-    return Past(
-        step,
-        config,
-        StepPositions(positions),
-        changes,
-        identity,
-        content.get("new_tokens", {}),
-    )
+    if "metrics" in content:
+        metrics = content["metrics"]
+    else:  # a run of before November 2026, which has it in a file beside
+        metrics = read_if_there(checkpoint.with_suffix(".csv"))
+        metrics = metrics or read_if_there(checkpoint.parent.parent / "metrics.csv")
+    new_tokens = content.get("new_tokens", {})
+    return Past(step, config, StepPositions(positions), changes, identity, new_tokens, metrics)
+
+
+def read_if_there(file: Path) -> str | None:
+    """Returns a file's text, None where there is no such file."""
+    try:
+        return file.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return None
 
 
 def changed_keys(past: Past, config: DictConfig) -> dict[str, list[Any]]:
@@ -197,7 +207,9 @@ def comparable(config: dict[str, Any], step: int) -> dict[str, object]:
     # a YAML key may be a text or a number
     phases = data.pop("weights_at", None) or {}
     data["weights_at"] = {int(first): phase for first, phase in phases.items() if int(first) < step}
-    return flat({**config, "data": data})
+    keys = flat({**config, "data": data})
+    keys.pop("optim.newton_schulz", None)  # a former option, which compose ignores too
+    return keys
 
 
 def check_identity(

@@ -12,9 +12,7 @@ import itertools
 import json
 import logging
 import os
-import shutil
 import socket
-import zipfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import datetime
@@ -23,8 +21,9 @@ from typing import Any, TextIO
 
 from omegaconf import DictConfig, OmegaConf
 
+from owlfuse.core.checkpoint_files import find_checkpoint_error, find_damage, remove_checkpoint
 from owlfuse.core.errors import ConfigError, DataError
-from owlfuse.core.files import atomic_write, files_of, sha256, sync, write_json
+from owlfuse.core.files import atomic_write, write_json
 from owlfuse.core.folder_kinds import check_exported
 
 log = logging.getLogger(__name__)
@@ -176,7 +175,7 @@ def check_free(folder: Path) -> None:
             f"resume={folder}"
         )
     print(f"{folder} was begun and has no checkpoint yet, so it begins anew")
-    remove(folder / "checkpoints")
+    remove_checkpoint(folder / "checkpoints")
     for pattern in BEGUN:
         for path in folder.glob(pattern):
             path.unlink()
@@ -221,12 +220,12 @@ def last_checkpoint(folder: Path) -> Path:
     found = checkpoints_of(folder / "checkpoints")
     bad: list[str] = []
     for path in found:
-        wrong = what_is_wrong(path)
+        wrong = find_checkpoint_error(path) or find_damage(path)
         if wrong is None:
             for line in bad:
                 log.warning("%s; going on from %s, the one before", line, path.name)
             best = path.parent / BEST
-            if best.with_suffix(".json").exists() and (wrong := what_is_wrong(best)):
+            if best.exists() and (wrong := find_checkpoint_error(best)):
                 log.warning(
                     "checkpoint %s %s; the next validation that is better writes it anew",
                     best,
@@ -256,7 +255,7 @@ def chosen_checkpoint(folder: Path, which: str) -> Path:
             f"which=best: {folder} has no {BEST}, as a run without a validation has none; take "
             "which=last"
         )
-    if wrong := what_is_wrong(best):
+    if wrong := find_checkpoint_error(best) or find_damage(best):
         raise ConfigError(f"which=best: checkpoint {best} {wrong}; take which=last")
     return best
 
@@ -311,71 +310,6 @@ def step_of(path: Path) -> int:
 
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)["global_step"]
     return int(path.stem.removeprefix("step_"))
-
-
-def put_in_place(part: Path, path: Path) -> None:
-    """Renames a checkpoint that is written to where it belongs, with a manifest. At no moment is
-    there none that is good: a new one comes after its manifest, and one that replaces another
-    before, while its manifest waits in a `.json.part`."""
-    sync(part)
-    manifest = path.with_suffix(".json")
-    beside = manifest.with_name(manifest.name + ".part")
-    files = {
-        name: {"bytes": file.stat().st_size, "sha256": sha256(file)}
-        for name, file in files_of(part).items()
-    }
-    beside.write_text(json.dumps(files, indent=2) + "\n", encoding="utf-8")
-    sync(beside)
-    if not path.exists():
-        beside.replace(manifest)
-    old = path.with_name(path.name + ".old.part")
-    if path.is_dir():  # a folder is not renamed onto one that holds something
-        path.rename(old)
-    part.rename(path)
-    if beside.exists():
-        beside.replace(manifest)
-    remove(old)
-    sync(path.parent)
-
-
-def what_is_wrong(path: Path) -> str | None:
-    """Why a checkpoint is not to be read, None where it is good."""
-    if path.name == "last.ckpt":
-        return None if zipfile.is_zipfile(path) else "is truncated or no checkpoint"
-    manifest = path.with_suffix(".json")
-    wrong = differs_from(path, manifest)
-    waiting = manifest.with_name(manifest.name + ".part")
-    return None if wrong and waiting.exists() and differs_from(path, waiting) is None else wrong
-
-
-def differs_from(path: Path, manifest: Path) -> str | None:
-    """How a checkpoint is otherwise than its manifest says, None where it is not."""
-    try:
-        entries = json.loads(manifest.read_text(encoding="utf-8"))
-        wanted = {name: (entry["bytes"], entry["sha256"]) for name, entry in entries.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return f"has no manifest {manifest.name} that can be read"
-    found = files_of(path)
-    for name, (size, digest) in wanted.items():
-        label = "" if name == "." else f"{name} "
-        if name not in found:
-            return f"lacks {name}"
-        if (bytes_found := found[name].stat().st_size) != size:
-            return f"is damaged: {label}has {bytes_found} bytes of {size}"
-        if sha256(found[name]) != digest:
-            return f"is damaged: {label}has another sha256 than when it was written"
-    return None
-
-
-def remove(path: Path) -> None:
-    """A checkpoint, a file or a folder, with what stands beside it; none need be there."""
-    if path.is_dir():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)
-    if path.name.startswith("step_") and path.suffix == ".ckpt":
-        path.with_suffix(".json").unlink(missing_ok=True)
-        path.with_suffix(".csv").unlink(missing_ok=True)
 
 
 def metrics_of(folder: Path | None) -> dict[str, float]:

@@ -4,6 +4,7 @@ checks before building."""
 from __future__ import annotations
 
 import itertools
+import logging
 import math
 import re
 from dataclasses import dataclass, replace
@@ -21,6 +22,8 @@ from owlfuse.config.messages import check_name, no_such_option
 from owlfuse.config.trust import accept, read_run_config
 from owlfuse.core.errors import COMMAND_LINE, ConfigError, DataError, label, nearest, nearest_key
 from owlfuse.core.folder_kinds import describe_path
+
+log = logging.getLogger(__name__)
 
 PARTS = ("vision", "connector", "fusion", "llm")
 
@@ -80,6 +83,7 @@ class Root:
     dry_run: bool = False
     plan: dict | None = None  # PlanOptions
     checkpoint: dict | None = None
+    callbacks: dict | None = None
     accept_changed_data: bool = False
 
 
@@ -111,6 +115,10 @@ def compose(
         composition = _compose_resumed(lines, run, folders)
         config = _without_hydra(composition)
         config.resume = str(run)
+        # Runs from before torch's Muon name the type that timm's computed in.
+        with open_dict(config.optim):
+            if config.optim.pop("newton_schulz", None):
+                log.warning("%s: optim.newton_schulz is ignored: Muon is in bfloat16", run)
     _remember_origins(config, composition)
     _resolve(config)
     if isinstance(config.get("name"), int) and not isinstance(config.name, bool):

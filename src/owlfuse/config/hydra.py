@@ -25,7 +25,7 @@ from owlfuse.config.signatures import read_signature
 from owlfuse.core.errors import COMMAND_LINE, ConfigError, hint, label, nearest_key, yaml_error
 
 # Groups that a run can do without: <group>=null.
-OPTIONAL_GROUPS = ("evaluation", "logger")
+OPTIONAL_GROUPS = ("evaluation", "logger", "callbacks")
 
 
 @dataclass(frozen=True)

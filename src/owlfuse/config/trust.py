@@ -147,6 +147,18 @@ SLOTS = (
         below("lightning.pytorch.loggers", "CSVLogger", "TensorBoardLogger"),
         "lightning.pytorch.loggers.Logger",
     ),
+    Slot(
+        "callbacks.*",
+        below(
+            "lightning.pytorch.callbacks",
+            "DeviceStatsMonitor",
+            "EarlyStopping",
+            "EMAWeightAveraging",
+            "ThroughputMonitor",
+            "Timer",
+        ),
+        "lightning.Callback",
+    ),
     Slot("evaluation", ("owlfuse.evaluation.validation.Evaluation",)),
     Slot("checkpoint", ("owlfuse.training.checkpoints.Checkpoints",)),
 )

@@ -271,17 +271,12 @@ def sha256(path: Path) -> str:
 
 
 def sync(path: Path) -> None:
-    """Wait until a file, or a folder's names and files, are on the disk."""
-    files = [path]
-    # The folder of all checkpoints needs its own names alone.
-    if path.is_dir() and path.name != "checkpoints":
-        files = [*files_of(path).values(), path]
-    for file in files:
-        handle = os.open(file, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+    """Wait until a file, or the names in a folder, are on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 KIND_NAMES = {

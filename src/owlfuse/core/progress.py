@@ -243,6 +243,8 @@ MESSAGES = (
     r"Consider setting `persistent_workers=True`",
     # two loggers write into the run's folder
     r"Experiment logs directory .* exists and is not empty",
+    # those of a run that goes on
+    r"Checkpoint directory .* exists and is not empty",
     # the sampler goes on where it was
     r"You're resuming from a checkpoint that ended before the epoch ended",
 )

@@ -4,9 +4,12 @@ background."""
 from __future__ import annotations
 
 import io
+import logging
+import os
 import pickle
-from collections.abc import Callable
-from concurrent.futures import Future
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -14,8 +17,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from lightning import Trainer
-from lightning.pytorch.strategies import ParallelStrategy
+from lightning.fabric.plugins import TorchCheckpointIO
+from lightning.pytorch.strategies import ParallelStrategy, Strategy
 from torch import Tensor, nn
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
@@ -31,7 +34,15 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.optim import Optimizer
 
+from owlfuse.core.checkpoint_files import (
+    commit_checkpoint,
+    find_damaged_record,
+    partial_path,
+    remove_checkpoint,
+)
 from owlfuse.core.errors import DataError
+
+log = logging.getLogger(__name__)
 
 META = "meta.pt"
 """What a checkpoint's folder holds beside shards, as Lightning names it."""
@@ -93,6 +104,25 @@ class SafeReader(dcp.FileSystemReader):
             ) from error
         return table
 
+    def read_data(self, plan: dcp.LoadPlan, planner: dcp.LoadPlanner) -> torch.futures.Future[None]:
+        """See torch's. The parts that this rank loads are first compared with the checksums that
+        were written with them, which torch does not do.
+
+        Raises DataError for a part that differs.
+        """
+        for item in plan.items:
+            part = self.storage_data[item.storage_index]
+            file_path = Path(self.path) / part.relative_path
+            with file_path.open("rb") as file:
+                file.seek(part.offset)
+                record = find_damaged_record(io.BytesIO(file.read(part.length)))
+            if record is not None:
+                raise DataError(
+                    f"{file_path} is damaged: {item.storage_index.fqn} differs from its checksum; "
+                    f"delete {file_path.parent} to go on from the checkpoint before it"
+                )
+        return super().read_data(plan, planner)
+
 
 class SafePlanner(DefaultLoadPlanner):
     """torch's plan of what to read, in which values that are no tensors are plain ones, and no
@@ -128,12 +158,26 @@ def optimizer_by_name(model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
     )
 
 
+@contextmanager
+def naming_damaged_parts() -> Iterator[None]:
+    """Raises the DataError of a rank in place of torch's CheckpointException, which every rank
+    gets."""
+    try:
+        yield
+    except dcp.api.CheckpointException as error:
+        for failure, _ in error.failures.values():
+            if isinstance(failure, DataError):
+                raise DataError(str(failure)) from error
+        raise
+
+
+@naming_damaged_parts()
 def load_shards(model: nn.Module, optimizers: list[Optimizer], path: Path) -> dict[str, Any]:
     """Reads each rank's own parts of a folder that any mesh has written, in place; gives what
     stands beside the shards.
 
     Raises:
-        DataError: a trained weight of the model is not in it.
+        DataError: a trained weight of the model is not in it, or a part is damaged.
     """
     saved = SafeReader(path).read_metadata().state_dict_metadata
     state = {k: v for k, v in get_model_state_dict(model).items() if f"state_dict.{k}" in saved}
@@ -163,12 +207,13 @@ def load_shards(model: nn.Module, optimizers: list[Optimizer], path: Path) -> di
     return meta
 
 
+@naming_damaged_parts()
 def read_shards(path: Path) -> dict[str, Tensor]:
     """Reads the weights in a folder that any mesh has written, by the model's own names, in one
     process.
 
     Raises:
-        DataError: one of them is no tensor.
+        DataError: one of them is no tensor, or damaged.
     """
     weights = {}
     for name, entry in SafeReader(path).read_metadata().state_dict_metadata.items():
@@ -184,56 +229,181 @@ def read_shards(path: Path) -> dict[str, Tensor]:
     return {name.removeprefix(PREFIX): tensor for name, tensor in weights.items()}
 
 
-def side_group(timeout: timedelta) -> Any:
+def new_gloo_group(timeout: timedelta) -> Any:
     """All ranks once more, on the CPU: a write in the background must not mix with what training
     sends."""
     return dist.new_group(timeout=timeout, backend="gloo")
 
 
 def leave(group: Any) -> None:
-    """Ends a `side_group`."""
+    """Ends a `new_gloo_group`."""
     dist.destroy_process_group(group)
 
 
 def shards_writer(
-    checkpoint: dict[str, Any], path: Path, first: bool, group: Any
+    checkpoint: dict[str, Any], folder: Path, first: bool, group: Any
 ) -> Callable[[], None]:
-    """What writes a checkpoint into the folder `path`; all ranks call it. With a `group` of its own
-    the state is copied to the CPU now and is written from then on, and the writer waits until it
-    is.
+    """Returns what writes a checkpoint into `folder`; all ranks call it.
 
     Args:
         checkpoint: as Lightning has it.
         first: whether this rank writes what is not sharded.
+        group: a `new_gloo_group`, with which the state is copied to the CPU now and written from
+            now on, and what is returned waits for that; or None.
     """
     state = {"state_dict": checkpoint["state_dict"]}
-    state.update(
-        {
-            f"optimizer_{index}": moments
-            for index, moments in enumerate(checkpoint["optimizer_states"])
-        }
-    )
-    meta = {
-        key: value
-        for key, value in checkpoint.items()
-        if key not in ("state_dict", "optimizer_states")
-    }
+    for index, moments in enumerate(checkpoint["optimizer_states"]):
+        state[f"optimizer_{index}"] = moments
+    sharded = ("state_dict", "optimizer_states")
+    meta = {key: value for key, value in checkpoint.items() if key not in sharded}
     if group is None:
-        write: Callable[[], Any] = partial(dcp.save, state, checkpoint_id=path)
+        write: Callable[[], Any] = partial(dcp.save, state, checkpoint_id=folder)
     else:
-        meta = in_memory(meta)
-        pending = dcp.async_save(state, checkpoint_id=path, process_group=group)
+        meta = copy_to_cpu(meta)
+        pending = dcp.async_save(state, checkpoint_id=folder, process_group=group)
         write = pending.result if isinstance(pending, Future) else pending.upload_completion.result
 
     def write_all() -> None:
         write()
         if first:
-            torch.save(meta, path / META)
+            write_file(meta, folder / META)
 
     return write_all
 
 
-def in_memory(checkpoint: dict[str, Any]) -> dict[str, Any]:
+def write_file(checkpoint: dict[str, Any], path: Path) -> None:
+    """Writes one file. Lightning would pass it through memory, and torch, which is given an open
+    file here, would hide the system's error behind its own."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    remove_checkpoint(path)  # what a killed process left
+    with path.open("wb") as file:
+        torch.save(checkpoint, file)
+
+
+def write_atomically(path: Path, write: Callable[[], None], commits: bool) -> None:
+    """Calls `write`, which writes to `partial_path(path)`, and puts that in its place.
+
+    Args:
+        commits: whether this rank does the latter, after all have written.
+
+    Raises:
+        DataError: the system could not write it. What was there before is intact.
+    """
+    try:
+        with naming_checkpoint(path):
+            write()
+            if commits:
+                commit_checkpoint(path)
+    except BaseException:
+        if commits:
+            with suppress(OSError):
+                remove_checkpoint(partial_path(path))
+        raise
+
+
+@contextmanager
+def naming_checkpoint(path: Path) -> Iterator[None]:
+    """Raises DataError that names the checkpoint where the system could not write it."""
+    try:
+        yield
+    except Exception as error:
+        reason = system_error(error)
+        if reason is None:
+            raise
+        raise DataError(
+            f"{path} could not be written: {reason}; the checkpoints before it are intact, so make "
+            "room and go on with resume="
+        ) from error
+
+
+def system_error(error: BaseException) -> str | None:
+    """Returns what the system said, which torch hides behind errors of its own; None where the
+    system said nothing."""
+    failures = [error]
+    if isinstance(error, dcp.api.CheckpointException):  # errors of several ranks
+        failures = [failure[0] for failure in error.failures.values()]
+    for failure in failures:
+        cause: BaseException | None = failure
+        while cause is not None:
+            if isinstance(cause, OSError):
+                return os.strerror(cause.errno) if cause.errno else str(cause)
+            cause = cause.__cause__ or cause.__context__
+    return None
+
+
+BACKGROUND = {"background": True}
+"""The `storage_options` of a checkpoint that is written while training goes on."""
+
+
+class CheckpointWriter(TorchCheckpointIO):
+    """Writes checkpoints to a temporary sibling, which takes its name when it is on the disk.
+
+    A checkpoint is complete when `save_checkpoint` returns, except with the `storage_options`
+    `BACKGROUND`: it is then copied to the CPU and written by a thread, at most one at a time.
+    Lightning's AsyncCheckpointIO copies on the GPU, tensors that share memory several times, lets
+    any number of copies wait, and tells an error only after the next one has begun.
+    """
+
+    def __init__(self) -> None:
+        self.executor: ThreadPoolExecutor | None = None
+        self.pending: Future[None] | None = None
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None
+    ) -> None:
+        """Writes a file. Raises DataError where it, or the one before, could not be written."""
+        self.wait()
+        path = Path(path)
+        if storage_options:
+            checkpoint = copy_to_cpu(checkpoint)
+        write = partial(write_file, checkpoint, partial_path(path))
+        self.write(path, write, background=bool(storage_options))
+
+    def write(
+        self, path: Path, write: Callable[[], None], background: bool, commits: bool = True
+    ) -> None:
+        """See `write_atomically`; in the background it returns at once."""
+        if not background:
+            write_atomically(path, write, commits)
+            return
+        if self.executor is None:
+            self.executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        self.pending = self.executor.submit(write_atomically, path, write, commits)
+
+    def wait(self) -> None:
+        """Waits for the pending write, and raises its error."""
+        if self.pending is not None:
+            wait([self.pending])
+            pending, self.pending = self.pending, None
+            pending.result()
+
+    def remove_checkpoint(self, path: str | Path) -> None:
+        """Deletes a checkpoint, after the pending write and only if that succeeds: until then this
+        may be the newest."""
+        if self.pending is None or self.executor is None:
+            remove_checkpoint(Path(path))
+        else:
+            self.pending = self.executor.submit(remove_after, self.pending, Path(path))
+
+    def teardown(self) -> None:
+        """Waits for the pending write. A run that ended well has waited before, so an error here
+        comes on top of another and is only logged."""
+        if self.pending is not None:
+            if error := self.pending.exception():
+                log.error("%s", error)
+            self.pending = None
+        if self.executor is not None:
+            self.executor.shutdown()
+            self.executor = None
+
+
+def remove_after(written: Future[None], path: Path) -> None:
+    """Deletes a checkpoint, or raises the error of the one that was to replace it."""
+    written.result()
+    remove_checkpoint(path)
+
+
+def copy_to_cpu(checkpoint: dict[str, Any]) -> dict[str, Any]:
     """A copy on the CPU that training does not change; tensors that share memory still do."""
     stager = DefaultStager(StagingOptions(False, False, False, False))
     copy: Any = stager.stage(checkpoint)
@@ -241,17 +411,31 @@ def in_memory(checkpoint: dict[str, Any]) -> dict[str, Any]:
     return copy
 
 
-def every_rank(trainer: Trainer, value: Any) -> list[Any]:
-    """A small object of each rank, in their order."""
-    if not (isinstance(trainer.strategy, ParallelStrategy) and dist.is_initialized()):
+def gather_from_ranks(strategy: Strategy, value: Any) -> list[Any]:
+    """Returns a small object of each rank, in their order."""
+    if not (isinstance(strategy, ParallelStrategy) and dist.is_initialized()):
         return [value]
     values: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values
 
 
-def failures_of(error: BaseException) -> list[BaseException]:
-    """What failed on each rank, where torch has put errors of several ranks into one."""
-    if isinstance(error, dcp.api.CheckpointException):
-        return [failure[0] for failure in error.failures.values()]
-    return [error]
+@contextmanager
+def raised_on_every_rank(strategy: Strategy) -> Iterator[None]:
+    """Raises an error of the block on every rank, so that none waits for one that has failed.
+
+    Raises:
+        DataError: on the ranks that have not failed themselves.
+    """
+    failure: BaseException | None = None
+    try:
+        yield
+    except BaseException as error:  # is raised again below, when the others know of it
+        failure = error
+    reason = None if failure is None else f"{type(failure).__name__}: {str(failure)[:300]}"
+    reasons = gather_from_ranks(strategy, reason)
+    if failure is not None:
+        raise failure
+    for rank, text in enumerate(reasons):
+        if text is not None:
+            raise DataError(f"rank {rank} has failed: {text}")

@@ -25,8 +25,8 @@ def data_ranks(trainer: Trainer) -> int:
 
 def data_rank(trainer: Trainer) -> int:
     """Which of the `data_ranks` this process is; tensor ranks of the same rows are the same."""
-    place = trainer.distributed_sampler_kwargs
-    return place["rank"] if place else 0
+    sampler_options = trainer.distributed_sampler_kwargs
+    return sampler_options["rank"] if sampler_options else 0
 
 
 def data_group(trainer: Trainer) -> Any:
@@ -41,7 +41,7 @@ def data_group(trainer: Trainer) -> Any:
     )
 
 
-def any_rank(trainer: Trainer, flag: bool) -> bool:
+def true_on_any_rank(trainer: Trainer, flag: bool) -> bool:
     """Whether the flag is up on any rank."""
     if not (isinstance(trainer.strategy, ParallelStrategy) and dist.is_initialized()):
         return flag
@@ -50,7 +50,7 @@ def any_rank(trainer: Trainer, flag: bool) -> bool:
     return bool(up)
 
 
-def all_rows(trainer: Trainer, row: Tensor) -> Tensor:
+def all_gather_rows(trainer: Trainer, row: Tensor) -> Tensor:
     """A vector (n,) of each data rank, stacked: (ranks, n). For one process (1, n)."""
     group = data_group(trainer)
     if group is None:
@@ -60,7 +60,7 @@ def all_rows(trainer: Trainer, row: Tensor) -> Tensor:
     return torch.stack(rows)
 
 
-def all_objects(trainer: Trainer, value: Any) -> list[Any]:
+def all_gather_objects(trainer: Trainer, value: Any) -> list[Any]:
     """A small object of each data rank, in their order."""
     group = data_group(trainer)
     if group is None:
@@ -124,7 +124,7 @@ def clip(gradients: Sequence[Tensor], limit: float) -> Tensor:
     return norm
 
 
-def add_up(parameters: Iterable[nn.Parameter], strategy: Any) -> None:
+def all_reduce_gradients(parameters: Iterable[nn.Parameter], strategy: Any) -> None:
     """Adds up the gradients of parameters that every tensor rank has whole and uses for its own
     heads only."""
     if not isinstance(strategy, Sharded) or strategy.device_mesh["tensor_parallel"].size() == 1:

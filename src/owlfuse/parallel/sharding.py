@@ -5,29 +5,29 @@ projections tensor parallelism splits; here torch does it.
 from __future__ import annotations
 
 import gc
+import logging
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from lightning import LightningModule, Trainer
 from peft.tuners.lora import LoraLayer
-from torch import Tensor, nn
+from timm.layers import convert_sync_batchnorm
+from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.distributed.tensor import Shard as SplitAlong
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from owlfuse.model.llm import check_split
 from owlfuse.model.multimodal import MultimodalLM
-from owlfuse.model.vision.batch_norm import SyncedBatchNorm
 from owlfuse.parallel.collectives import data_group
-from owlfuse.parallel.strategies import Sharded
+from owlfuse.parallel.strategies import Sharded, trained_batch_norms
+
+log = logging.getLogger(__name__)
 
 
 def shard(model: MultimodalLM, mesh: DeviceMesh, precision: str) -> None:
@@ -55,7 +55,7 @@ def shard(model: MultimodalLM, mesh: DeviceMesh, precision: str) -> None:
         register_fsdp_forward_method(model, "encode")
 
 
-def as_trained(trainer: Trainer) -> AbstractContextManager:
+def evaluation_precision(trainer: Trainer) -> AbstractContextManager:
     """Under which a trained model is evaluated: where it is shared out, weights are gathered in the
     training's lower precision, so what they meet has to be in it too; elsewhere weights are
     float32, and nothing is lowered."""
@@ -90,7 +90,7 @@ def split_projections(model: MultimodalLM, mesh: DeviceMesh) -> None:
             module.share = (mesh.get_local_rank(), mesh.size())  # type: ignore[assignment]
 
 
-def tie_again(model: nn.Module, tied: dict[str, nn.Parameter]) -> None:
+def restore_ties(model: nn.Module, tied: dict[str, nn.Parameter]) -> None:
     """Parameters that were one under several names are one again: `to_empty` makes one for each
     name.
 
@@ -101,11 +101,11 @@ def tie_again(model: nn.Module, tied: dict[str, nn.Parameter]) -> None:
     for name, tensor in tied.items():
         same = first.setdefault(id(tensor), name)
         if same != name:
-            owner, _, own = name.rpartition(".")
-            setattr(model.get_submodule(owner), own, model.get_parameter(same))
+            owner, _, attribute = name.rpartition(".")
+            setattr(model.get_submodule(owner), attribute, model.get_parameter(same))
 
 
-def keep_rows(table: nn.Parameter, rows: list[int]) -> None:
+def zero_other_rows(table: nn.Parameter, rows: list[int]) -> None:
     """Sets the gradient of a table (V, D) to zero but for some rows, each rank in its own part."""
     gradient = table.grad
     if gradient is None:
@@ -131,17 +131,17 @@ def build_for(
     strategy = module.trainer.strategy
     if not isinstance(strategy, Sharded):
         model, summary = build()
-        synchronize_norms(model, module.trainer)
+        synchronize_batch_norms(model, module.trainer)
         return model, summary
-    whole = build()[0] if strategy.is_global_zero else None
+    source = build()[0] if strategy.is_global_zero else None
     generator = torch.get_rng_state()
     with torch.device("meta"):
         model, summary = build()
-    synchronize_norms(model, module.trainer)
-    match_loaded(model, whole, strategy)
+    synchronize_batch_norms(model, module.trainer)
+    match_loaded(model, source, strategy)
     shard(model, strategy.device_mesh, module.trainer.precision)
-    receive_weights(model, whole, strategy)
-    del whole
+    receive_weights(model, source, strategy)
+    del source
     # some modules refer to one another, and would keep the copy of all weights for long
     gc.collect()
     # dropout is that of a rank that has drawn the weights itself
@@ -149,32 +149,32 @@ def build_for(
     return model, summary
 
 
-def match_loaded(model: MultimodalLM, whole: MultimodalLM | None, strategy: Sharded) -> None:
+def match_loaded(model: MultimodalLM, source: MultimodalLM | None, strategy: Sharded) -> None:
     """Gives a model on the meta device what transformers reads with the weights alone: the types of
     parameters, of which some stay float32, and the tokens at which generation ends."""
     loaded: Any = None
-    if whole is not None:
+    if source is not None:
         loaded = (
-            {name: parameter.dtype for name, parameter in whole.named_parameters()},
-            whole.llm.generation_config,
+            {name: parameter.dtype for name, parameter in source.named_parameters()},
+            source.llm.generation_config,
         )
     types, model.llm.generation_config = strategy.broadcast(loaded)
     for name, parameter in model.named_parameters():
         parameter.data = parameter.data.to(types[name])
 
 
-def receive_weights(model: MultimodalLM, whole: MultimodalLM | None, strategy: Sharded) -> None:
+def receive_weights(model: MultimodalLM, source: MultimodalLM | None, strategy: Sharded) -> None:
     """Gives a sharded model on the meta device memory, and each rank's parts of what rank 0 has.
 
     Args:
-        whole: rank 0's model on the CPU, None on other ranks.
+        source: rank 0's model on the CPU, None on other ranks.
     """
     tied = dict(model.named_parameters(remove_duplicate=False))
     model.to_empty(device=strategy.root_device)
-    tie_again(model, tied)
-    state = whole.state_dict() if whole is not None else {}
+    restore_ties(model, tied)
+    state = source.state_dict() if source is not None else {}
     # A state dict lacks what is computed when a model is built, as rotary frequencies are.
-    computed = dict(whole.named_buffers(remove_duplicate=False)) if whole is not None else {}
+    computed = dict(source.named_buffers(remove_duplicate=False)) if source is not None else {}
     computed = strategy.broadcast(
         {name: buffer for name, buffer in computed.items() if name not in state}
     )
@@ -186,34 +186,18 @@ def receive_weights(model: MultimodalLM, whole: MultimodalLM | None, strategy: S
     )
 
 
-def synchronize_norms(model: MultimodalLM, trainer: Any) -> None:
-    """Batch norms take the statistics of all ranks' rows, as one process would."""
+def synchronize_batch_norms(model: MultimodalLM, trainer: Trainer) -> None:
+    """Has batch norms that are trained take the statistics of all ranks' pictures, as torch does
+    on GPUs.
+
+    A rank without pictures passes a blank one, as every rank must take part, and it counts.
+    """
     group = data_group(trainer)
-    if group is None:
+    if group is None or not trained_batch_norms(model):
         return
-    for module in list(model.modules()):
-        for name, child in module.named_children():
-            if isinstance(child, _BatchNorm):
-                setattr(module, name, SyncedBatchNorm(child, partial(add_over, group=group)))
-
-
-class SumOverRanks(torch.autograd.Function):
-    """The sum of a tensor over a group's ranks, and backward the sum of its gradients."""
-
-    @staticmethod
-    def forward(ctx: Any, tensor: Tensor, group: Any) -> Tensor:
-        ctx.group = group
-        total = tensor.clone()
-        dist.all_reduce(total, group=group)
-        return total
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        total = gradient.contiguous().clone()
-        dist.all_reduce(total, group=ctx.group)
-        return total, None
-
-
-def add_over(tensor: Tensor, group: Any) -> Tensor:
-    """The tensor's sum over a group's ranks, with a gradient."""
-    return SumOverRanks.apply(tensor, group)
+    convert_sync_batchnorm(model, group)  # timm's: its norms hold an activation, too
+    if trainer.is_global_zero:
+        log.info(
+            "batch norms take the statistics of all ranks' pictures; the blank picture of a micro "
+            "batch without pictures counts among them"
+        )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import atexit
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -13,17 +13,22 @@ from typing import Any, Literal, cast
 from lightning import Trainer
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
-from transformers import PreTrainedModel
 
+from owlfuse.core.checkpoint_files import partial_path, remove_checkpoint
 from owlfuse.core.errors import DataError
 from owlfuse.model.llm import check_split
+from owlfuse.model.multimodal import MultimodalLM
 from owlfuse.parallel.checkpoints import (
+    CheckpointWriter,
     leave,
     load_shards,
+    naming_checkpoint,
+    new_gloo_group,
     optimizer_by_name,
+    raised_on_every_rank,
     shards_writer,
-    side_group,
 )
 
 TIMEOUT_MINUTES = 10.0
@@ -42,8 +47,15 @@ class Replicated(DDPStrategy):
 
     def setup_environment(self) -> None:
         """See Lightning's."""
-        wait_at_exit()
+        delay_exit()
         super().setup_environment()
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None
+    ) -> None:
+        """Has the first rank write a file; raises on every rank what fails there."""
+        with raised_on_every_rank(self):
+            super().save_checkpoint(checkpoint, filepath, storage_options)
 
 
 class Sharded(ModelParallelStrategy):
@@ -67,9 +79,9 @@ class Sharded(ModelParallelStrategy):
         if data == tensor == "auto":
             raise ValueError("data and tensor are both auto; give a number for one of them")
         super().__init__(data, tensor, timeout=timedelta(minutes=timeout_minutes))
-        self.background = False
+        self.writer = CheckpointWriter()
+        self.checkpoint_io = self.writer
         self.side: Any = None
-        self.write: Callable[[], None] | None = None
 
     def sizes(self) -> tuple[int, int]:
         """Data and tensor ranks.
@@ -93,7 +105,7 @@ class Sharded(ModelParallelStrategy):
     def setup_environment(self) -> None:
         """See Lightning's; `auto` is worked out here."""
         self._data_parallel_size, self._tensor_parallel_size = self.sizes()
-        wait_at_exit()
+        delay_exit()
         super().setup_environment()
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
@@ -114,22 +126,32 @@ class Sharded(ModelParallelStrategy):
     def save_checkpoint(
         self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None
     ) -> None:
-        """Leaves in `write` what writes a folder of shards (see `shards_writer`), for
-        `writes.Writes` to call."""
-        path = Path(self.broadcast(filepath))
-        if self.background and self.side is None:
-            self.side = side_group(cast("timedelta", self._timeout))
-        self.write = shards_writer(checkpoint, path, self.is_global_zero, self.side)
+        """Writes a folder of shards; raises on every rank what fails on any. With the
+        `storage_options` `BACKGROUND` it returns when the state is copied."""
+        path, first = Path(self.broadcast(filepath)), self.is_global_zero
+        part, background = partial_path(path), bool(storage_options)
+        if background and self.side is None:
+            self.side = new_gloo_group(cast("timedelta", self._timeout))
+        with raised_on_every_rank(self):
+            self.writer.wait()
+            if first:
+                with naming_checkpoint(path):
+                    remove_checkpoint(part)
+                    part.mkdir(parents=True)
+        with raised_on_every_rank(self):
+            write = shards_writer(checkpoint, part, first, self.side if background else None)
+            self.writer.write(path, write, background, commits=first)
 
     def teardown(self) -> None:
-        """See Lightning's."""
+        """See Lightning's; a write in the background is finished first."""
+        self.writer.teardown()
         if self.side is not None:
             leave(self.side)
             self.side = None
         super().teardown()
 
 
-def wait_at_exit() -> None:
+def delay_exit() -> None:
     """Has this process wait a moment before it ends, once. Python's end under gloo's threads aborts
     a process that is done, one in eight of those that end right after a collective (pytorch
     #179291); the others are then ended as if it had failed."""
@@ -138,30 +160,44 @@ def wait_at_exit() -> None:
 
 
 @contextmanager
-def naming_step(trainer: Trainer) -> Iterator[None]:
+def rank_timeouts_as_data_errors(trainer: Trainer) -> Iterator[None]:
     """A rank that waits in vain for another ends with a DataError that names the step, and not
     in a backend's words alone."""
     try:
         yield
     except RuntimeError as error:
-        said = str(error).strip().splitlines() or [""]
+        lines = str(error).strip().splitlines() or [""]
         if not any(
-            word in said[0].lower()
+            word in lines[0].lower()
             for word in ("timed out", "timeout", "connection closed", "connection reset")
         ):
             raise
         raise DataError(
             f"rank {trainer.global_rank} waited in vain for another rank after step "
-            f"{trainer.global_step} ({said[0][-120:]}); "
+            f"{trainer.global_step} ({lines[0][-120:]}); "
             f"see what the others say, and go on with resume={trainer.default_root_dir}"
         ) from error
 
 
-def check_strategy(trainer: Trainer, llm: PreTrainedModel, checkpoint: Path | None) -> None:
-    """Raises ValueError for heads that the tensor ranks do not divide, or shards that the
-    strategy does not read."""
+def check_strategy(trainer: Trainer, model: MultimodalLM, checkpoint: Path | None) -> None:
+    """Asks whether the trainer's strategy can train a model, which may be on the meta device.
+
+    Raises:
+        ValueError: heads that the tensor ranks do not divide, batch norms that several processes
+            would train on CPUs, or shards that the strategy does not read.
+    """
+    ranks = trainer.world_size
     if isinstance(trainer.strategy, Sharded):
-        check_split(llm, trainer.strategy.sizes()[1])
+        ranks, tensor_ranks = trainer.strategy.sizes()
+        check_split(model.llm, tensor_ranks)
+    norms = trained_batch_norms(model)
+    if ranks > 1 and norms and trainer.strategy.root_device.type == "cpu":
+        raise ValueError(
+            f"trainer.devices: {ranks} processes on CPUs would train batch norms ({norms[0]} and "
+            f"{len(norms) - 1} more), each with statistics of its own pictures; torch shares these "
+            "out on GPUs alone, so freeze the part, take a backbone without batch norms, or one "
+            "process"
+        )
     if checkpoint is not None and checkpoint.is_dir() and not isinstance(trainer.strategy, Sharded):
         raise ValueError(
             f"resume: {checkpoint} is sharded, and this trainer is not; change trainer.devices "
@@ -169,7 +205,16 @@ def check_strategy(trainer: Trainer, llm: PreTrainedModel, checkpoint: Path | No
         )
 
 
-def evaluates(trainer: Trainer) -> bool:
+def trained_batch_norms(model: nn.Module) -> list[str]:
+    """Returns the names of batch norms whose statistics training moves."""
+    return [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, _BatchNorm) and module.weight.requires_grad
+    ]
+
+
+def takes_part_in_evaluation(trainer: Trainer) -> bool:
     """Whether this rank takes part in answering the questions: all do where the model is shared
     out."""
     return trainer.is_global_zero or isinstance(trainer.strategy, Sharded)

@@ -17,9 +17,9 @@ from owlfuse.core.files import write_json
 from owlfuse.core.progress import Clock, Progress, duration
 from owlfuse.evaluation.reports import write_answers
 from owlfuse.evaluation.results import BEFORE_FILE
-from owlfuse.parallel.collectives import any_rank
-from owlfuse.parallel.sharding import as_trained
-from owlfuse.parallel.strategies import evaluates
+from owlfuse.parallel.collectives import true_on_any_rank
+from owlfuse.parallel.sharding import evaluation_precision
+from owlfuse.parallel.strategies import takes_part_in_evaluation
 
 if TYPE_CHECKING:
     from owlfuse.evaluation.validation import Evaluation
@@ -36,9 +36,9 @@ class BeforeTraining(Callback):
 
     def on_train_start(self, trainer: Any, module: LightningModule) -> None:
         """The weights are there by now; a run that goes on has its metrics of before already."""
-        if trainer.global_step or not evaluates(trainer):
+        if trainer.global_step or not takes_part_in_evaluation(trainer):
             return
-        with torch.random.fork_rng(devices=[]), as_trained(trainer):
+        with torch.random.fork_rng(devices=[]), evaluation_precision(trainer):
             metrics, answers = self.evaluation(module.model, trainer.datamodule)
         if trainer.is_global_zero:
             write_answers(self.folder / "answers_before.jsonl", answers)
@@ -50,10 +50,10 @@ def raise_if_stopped(trainer: Any, folder: Path) -> None:
     if any(
         isinstance(callback, StopOnSignal) and callback.stopped for callback in trainer.callbacks
     ):
-        raise KeyboardInterrupt(how_to_go_on(trainer.global_step, folder))
+        raise KeyboardInterrupt(resume_hint(trainer.global_step, folder))
 
 
-def how_to_go_on(steps: int, folder: Path) -> str:
+def resume_hint(steps: int, folder: Path) -> str:
     """The last line of a run that was stopped.
 
     One that was stopped at once goes on from the checkpoint before.
@@ -133,18 +133,18 @@ class TrainingProgress(Callback):
     def described(self, trainer: Trainer) -> str:
         """Loss, learning rate, samples per second, and the time that is left."""
         assert self.bar is not None
-        said = []
+        parts = []
         if (loss := trainer.callback_metrics.get("train/loss")) is not None:
-            said.append(f"loss {float(loss):.4g}")
+            parts.append(f"loss {float(loss):.4g}")
         if pace := self.bar.pace.seconds():
-            said.append(self.time_left(trainer))  # before what a narrow terminal cuts off
+            parts.append(self.time_left(trainer))  # before what a narrow terminal cuts off
             data: Any = trainer.datamodule  # type: ignore[attr-defined]
-            said.append(f"{data.global_batch_size / pace:.3g} samples/s")
+            parts.append(f"{data.global_batch_size / pace:.3g} samples/s")
         rates = [
             group["lr"] for optimizer in trainer.optimizers for group in optimizer.param_groups
         ]
-        said.append(f"learning rate {max(rates):.2g}")
-        return ", ".join(said)
+        parts.append(f"learning rate {max(rates):.2g}")
+        return ", ".join(parts)
 
     def time_left(self, trainer: Trainer) -> str:
         """Of the training, and what is not in it."""
@@ -176,17 +176,6 @@ class TrainingProgress(Callback):
         """Leaves the terminal as it was."""
         if self.bar is not None:
             self.bar.stop()
-
-
-class LoggedStep(Callback):
-    """Metrics are logged under the optimizer's step: after a resume Lightning may count one
-    more."""
-
-    def on_train_batch_start(
-        self, trainer: Trainer, module: LightningModule, batch: Any, batch_idx: int
-    ) -> None:
-        """Before anything of the batch is logged."""
-        trainer.fit_loop.epoch_loop._batches_that_stepped = trainer.global_step
 
 
 class StopOnSignal(Callback):
@@ -231,7 +220,7 @@ class StopOnSignal(Callback):
     ) -> None:
         """Ends the run between two optimizer steps, never inside one, and after the same step on
         all ranks."""
-        if (batch_idx + 1) % trainer.accumulate_grad_batches == 0 and any_rank(
+        if (batch_idx + 1) % trainer.accumulate_grad_batches == 0 and true_on_any_rank(
             trainer, self.stopped
         ):
             self.stopped = trainer.should_stop = True

@@ -1,44 +1,83 @@
 """Checkpoints of a run: when they are written, and with which random states.
 
-How: `writes`; the model in them: `weights`.
+How: `owlfuse.parallel.checkpoints`; the model in them: `owlfuse.artifacts.weights`.
 """
 
 from __future__ import annotations
 
 import logging
-import os
 import random
 import time
-from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
-from functools import partial
 from pathlib import Path
 from typing import Any
+from weakref import proxy
 
 import numpy as np
 import torch
 from lightning import LightningModule, Trainer
 from lightning.fabric.plugins import TorchCheckpointIO
-from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from owlfuse.artifacts.runs import checkpoints_of, put_in_place, remove
-from owlfuse.core.errors import DataError
-from owlfuse.parallel.checkpoints import every_rank, failures_of, in_memory
+from owlfuse.artifacts.runs import BEST, checkpoints_of
+from owlfuse.core.errors import ConfigError, DataError
+from owlfuse.parallel.checkpoints import (
+    BACKGROUND,
+    CheckpointWriter,
+    gather_from_ranks,
+    raised_on_every_rank,
+)
 from owlfuse.parallel.collectives import data_rank, data_ranks
-from owlfuse.parallel.strategies import Sharded
 
 log = logging.getLogger(__name__)
 
 
-class Checkpoints(Checkpoint):
-    """Keeps `checkpoints/step_<n>.ckpt` of a run, the newest ones, each written beside and renamed
-    when it is whole.
+class RunCheckpoint(ModelCheckpoint):
+    """Lightning's ModelCheckpoint, which writes into the run's `checkpoints/`.
+
+    Args:
+        background: training goes on while a checkpoint is written.
+        options: of ModelCheckpoint.
+    """
+
+    def __init__(self, background: bool = False, **options: Any) -> None:
+        super().__init__(
+            auto_insert_metric_name=False,
+            enable_version_counter=False,  # a damaged checkpoint of the same step is replaced
+            save_on_train_epoch_end=False,
+            **options,
+        )
+        self.background = background
+        self.storage_options = BACKGROUND if background else None
+
+    def setup(self, trainer: Trainer, module: LightningModule, stage: str) -> None:
+        """The folder is the run's, whichever logger comes first."""
+        self.dirpath = str(Path(trainer.default_root_dir) / "checkpoints")
+        super().setup(trainer, module, stage)
+
+    def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
+        # Private in Lightning. All triggers of ModelCheckpoint end here, and its own method has no
+        # `storage_options`, without which every caller's checkpoints would go to the background.
+        trainer.save_checkpoint(filepath, weights_only=False, storage_options=self.storage_options)
+        self._last_global_step_saved = trainer.global_step
+        if trainer.is_global_zero:
+            for logger in trainer.loggers:
+                logger.after_save_checkpoint(proxy(self))
+
+
+class Checkpoints(RunCheckpoint):
+    """Keeps `checkpoints/step_<n>.ckpt` of a run, the newest ones.
 
     Between two steps the random states stand as the step left them: validation and saving use up
     none. Those of every rank are kept, and given back to it where as many ranks share the rows as
     before.
+
+    ModelCheckpoint says which steps are saved, and this class when: at the start of the next batch
+    and not at the end of the last, where the step's row of metrics.csv is missing and its
+    validation is still to come, so that a run that goes on would have neither. It also says which
+    are deleted: ModelCheckpoint never deletes the one that a run went on from, of each of many
+    kills one, and forgets all when the folder is moved.
 
     Args:
         every: optimizer steps between two checkpoints; None: one at each validation. There is one
@@ -56,10 +95,13 @@ class Checkpoints(Checkpoint):
             )
         if keep < 1:
             raise ValueError(f"checkpoint.keep is {keep}, expected at least 1")
-        self.every = every
+        super().__init__(
+            background, filename="step_{step:08d}", every_n_train_steps=every, save_top_k=-1
+        )
         self.keep = keep
-        self.writes = Writes(background)
-        self.saved: int | None = None
+        self.writer: CheckpointWriter | None = None
+        self.seconds = 0.0
+        """For which training waited."""
         self.validated = False
         self.random: dict[str, Any] | None = None
         self.random_of_step: dict[str, Any] | None = None
@@ -71,24 +113,50 @@ class Checkpoints(Checkpoint):
         self.can_write = True
 
     def setup(self, trainer: Trainer, module: LightningModule, stage: str) -> None:
-        """See `Writes.setup`."""
-        self.writes.setup(trainer)
+        """Puts our `CheckpointWriter` in the place of Lightning's.
+
+        Raises ConfigError where a strategy writes by itself, and at once.
+        """
+        super().setup(trainer, module, stage)
+        with suppress(NotImplementedError):  # of such a strategy
+            if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
+                trainer.strategy.checkpoint_io = CheckpointWriter()
+            if isinstance(trainer.strategy.checkpoint_io, CheckpointWriter):
+                self.writer = trainer.strategy.checkpoint_io
+        if self.storage_options and self.writer is None:
+            raise ConfigError(
+                f"checkpoint.background: {type(trainer.strategy).__name__} writes checkpoints by "
+                "itself; expected false"
+            )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing: which checkpoints there are is read from the folder."""
+        return {}
 
     def on_save_checkpoint(
         self, trainer: Trainer, module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """The random states of every rank as of the step."""
-        checkpoint["random_states"] = every_rank(trainer, self.random or random_states())
+        """The random states of every rank as of the step, and metrics.csv as it is now."""
+        states = self.random or random_states()
+        checkpoint["random_states"] = gather_from_ranks(trainer.strategy, states)
         checkpoint["data_ranks"] = data_ranks(trainer)
+        with raised_on_every_rank(trainer.strategy):
+            checkpoint["metrics"] = logged_metrics(trainer) if trainer.is_global_zero else None
 
     def on_load_checkpoint(
         self, trainer: Trainer, module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """See `on_save_checkpoint`; they are set when the next batch begins, after all that is
         built until then."""
+        steps = gather_from_ranks(trainer.strategy, checkpoint["global_step"])
+        if len(set(steps)) > 1:  # of a shared disk that does not show all of them the same files
+            raise DataError(
+                f"resume: the ranks have found checkpoints of the steps {steps}, expected one step;"
+                " go on when all machines see the same files"
+            )
         states, ranks = checkpoint.get("random_states"), data_ranks(trainer)
         if states is None:  # of runs that kept those of the first rank only
-            states = [checkpoint["callbacks"][self.state_key]["random"]]
+            states = [checkpoint["callbacks"]["Checkpoints"]["random"]]
         if len(states) == trainer.world_size and checkpoint.get("data_ranks", 1) == ranks:
             self.random = states[trainer.global_rank]
             return
@@ -109,7 +177,8 @@ class Checkpoints(Checkpoint):
 
         Ranks that begin with other rows drop out others.
         """
-        self.saved = trainer.global_step or None
+        super().on_train_start(trainer, module)
+        self._last_global_step_saved = trainer.global_step
         self.random_of_step = self.random
         if self.random is None and data_rank(trainer):
             self.random = derived_states(
@@ -126,9 +195,11 @@ class Checkpoints(Checkpoint):
         step = trainer.global_step
         if trainer.world_size == 1 and batch_idx % trainer.accumulate_grad_batches == 0:
             self.statistics = step, [buffer.clone() for buffer in statistics_of(module)]
-        due = self.validated if self.every is None else step % self.every == 0
-        if due and step and batch_idx % trainer.accumulate_grad_batches == 0:
-            self.save(trainer, module)
+        if batch_idx % trainer.accumulate_grad_batches == 0:
+            super().on_train_batch_end(trainer, module, None, batch, batch_idx)
+            if self.validated:
+                super().on_validation_end(trainer, module)
+            self.validated = False
 
     def on_train_batch_end(
         self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -139,29 +210,28 @@ class Checkpoints(Checkpoint):
             self.random_of_step = self.random
 
     def on_validation_end(self, trainer: Trainer, module: LightningModule) -> None:
-        """Validation makes a checkpoint due."""
+        """Has the next batch's start call ModelCheckpoint's hook."""
         self.validated = True
 
     def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
         """Saves, waits until all is written, and says what saving took.
 
-        Raises DataError as `save` does.
+        Raises DataError as `_save_checkpoint` does.
         """
-        self.save(trainer, module)
-        began = time.monotonic()
-        self.writes.finish(trainer)
-        seconds = self.writes.seconds + time.monotonic() - began
+        self.save(trainer)
+        self.finish(trainer)
         if trainer.is_global_zero and self.count:
-            how = " in the background; training waited for" if self.writes.background else " in"
-            print(f"{self.count} checkpoint{'s' * (self.count > 1)} written{how} {seconds:.1f} s")
+            how = " in the background; training waited for" if self.storage_options else " in"
+            plural = "s" * (self.count > 1)
+            print(f"{self.count} checkpoint{plural} written{how} {self.seconds:.1f} s")
 
     def on_exception(self, trainer: Trainer, module: Any, exception: BaseException) -> None:
-        """What is being written is not broken off, and the last whole step gets a checkpoint.
+        """The last whole step gets a checkpoint; the pending one is finished when Lightning tears
+        the strategy down.
 
         Not of several processes, of which the others may wait elsewhere: they go on from the
         checkpoint before. Not after a second Ctrl-C, which asks for the end at once.
         """
-        self.writes.leave()
         step = trainer.global_step
         if (
             trainer.world_size > 1
@@ -187,29 +257,54 @@ class Checkpoints(Checkpoint):
             for buffer, before in zip(statistics_of(module), self.statistics[1]):
                 buffer.copy_(before)
         try:
-            self.save(trainer, module)
-            self.writes.finish(trainer)
+            self.save(trainer)
+            self.finish(trainer)
         except DataError as error:
             log.error("%s", error)
 
-    def save(self, trainer: Trainer, module: Any) -> None:
-        """Writes the checkpoint of the trainer's step, unless it is there, and deletes those beyond
-        `keep`. All ranks call it.
+    def save(self, trainer: Trainer) -> None:
+        """Writes the checkpoint of the trainer's step, unless it is there. All ranks call it."""
+        if trainer.global_step != self._last_global_step_saved:
+            step = torch.tensor(trainer.global_step)
+            self._save_checkpoint(trainer, self.format_checkpoint_name({"step": step}))
+
+    def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
+        """Writes a checkpoint, and deletes those beyond `keep`.
 
         Raises:
             DataError: it, or the one before, could not be written, or a loss was no finite number;
                 the ones before are intact.
         """
-        self.validated = False
-        step = trainer.global_step
-        if step == self.saved:
-            return
+        module: Any = trainer.lightning_module
         module.finite.check(Path(trainer.default_root_dir))
-        path = Path(trainer.default_root_dir) / "checkpoints" / f"step_{step:08}.ckpt"
         self.can_write = False  # until it is written: after an error of writing none is tried again
-        self.writes.write(trainer, path, partial(delete_beyond, self.keep, path))
+        began = time.monotonic()
+        super()._save_checkpoint(trainer, filepath)
+        self.seconds += time.monotonic() - began
+        log.info("saving %s took %.2f s of training's time", filepath, time.monotonic() - began)
         self.can_write = True
-        self.saved, self.count = step, self.count + 1
+        self.count += 1
+        if trainer.is_global_zero:
+            for outdated in outdated_checkpoints(self.keep, Path(filepath)):
+                trainer.strategy.remove_checkpoint(outdated)
+
+    def finish(self, trainer: Trainer) -> None:
+        """Waits until all is written. All ranks call it; raises on every rank what failed on
+        any."""
+        began = time.monotonic()
+        if self.writer is not None:
+            with raised_on_every_rank(trainer.strategy):
+                self.writer.wait()
+        self.seconds += time.monotonic() - began
+
+
+def logged_metrics(trainer: Trainer) -> str | None:
+    """Returns what metrics.csv holds now, which a kill may leave half written later; None where
+    nothing writes it."""
+    for logger in trainer.loggers:
+        logger.save()
+    file = Path(trainer.default_root_dir) / "metrics.csv"
+    return file.read_text(encoding="utf-8") if file.exists() else None
 
 
 def statistics_of(module: torch.nn.Module) -> list[torch.Tensor]:
@@ -218,38 +313,38 @@ def statistics_of(module: torch.nn.Module) -> list[torch.Tensor]:
     return [buffer for norm in norms for buffer in norm.buffers()]
 
 
-def delete_beyond(keep: int, newest: Path) -> None:
-    """Deletes all but the newest checkpoints; `newest` stands whole in its place."""
-    found = checkpoints_of(newest.parent)
-    # later ones were bad, or this run would have gone on from them
-    kept = [other for other in found if other.name <= newest.name][:keep]
-    for other in set(found) - set(kept):
-        remove(other)
+def outdated_checkpoints(keep: int, newest: Path) -> list[Path]:
+    """Returns all checkpoints but `newest` and the `keep - 1` before it.
+
+    Later ones are damaged, or this run would have gone on from them.
+    """
+    present = [path for path in checkpoints_of(newest.parent) if path != newest]
+    earlier = [path for path in present if path.name < newest.name]
+    retained = earlier[: keep - 1]
+    return [path for path in present if path not in retained]
 
 
-class Best(Checkpoint):
+class Best(RunCheckpoint):
     """Keeps `checkpoints/best.ckpt`, of the validation with the lowest value of the metric
     `watched`."""
 
-    def __init__(self, watched: str, writes: Writes) -> None:
-        self.watched = watched
-        self.writes = writes
-        self.lowest = float("inf")
+    def __init__(self, watched: str, background: bool = False) -> None:
+        super().__init__(background, filename=Path(BEST).stem, monitor=watched)
+
+    @property
+    def state_key(self) -> str:
+        """The same whatever is watched, as Lightning's is not."""
+        return "Best"
 
     def state_dict(self) -> dict[str, Any]:
-        """The lowest value so far."""
-        return {"lowest": self.lowest}
+        """The lowest value so far, without Lightning's paths: a run's folder may be moved."""
+        return {} if self.best_model_score is None else {"lowest": float(self.best_model_score)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """See `state_dict`."""
-        self.lowest = state_dict["lowest"]
-
-    def on_validation_end(self, trainer: Trainer, module: LightningModule) -> None:
-        """Saves where the metric fell. Raises DataError where it cannot be written."""
-        value = float(trainer.callback_metrics.get(self.watched, float("inf")))
-        if value < self.lowest:
-            self.lowest = value
-            self.writes.write(trainer, Path(trainer.default_root_dir) / "checkpoints" / "best.ckpt")
+        self.best_model_path = self.kth_best_model_path = self.format_checkpoint_name({})
+        self.best_model_score = self.kth_value = torch.tensor(state_dict["lowest"])
+        self.best_k_models = {self.best_model_path: self.kth_value}
 
 
 def derived_states(seed: int, rank: int, step: int) -> dict[str, Any]:
@@ -270,217 +365,21 @@ def random_states() -> dict[str, Any]:
     """Of Python, numpy, torch and this rank's CUDA device, in types that
     `torch.load(weights_only=True)` reads."""
     legacy: Any = np.random.get_state()
-    kind, keys, *rest = legacy
-    states: dict[str, Any] = {"python": random.getstate(), "numpy": (kind, keys.tolist(), *rest)}
-    cuda = [torch.cuda.get_rng_state()] if torch.cuda.is_available() else []
-    return {**states, "torch": torch.get_rng_state(), "cuda": cuda}
+    kind, keys, *position = legacy
+    return {
+        "python": random.getstate(),
+        "numpy": (kind, keys.tolist(), *position),
+        "torch": torch.get_rng_state(),
+        "cuda": [torch.cuda.get_rng_state()] if torch.cuda.is_available() else [],
+    }
 
 
 def set_random_states(states: dict[str, Any]) -> None:
     """Those of `random_states`."""
     version, numbers, gauss = states["python"]
     random.setstate((version, tuple(numbers), gauss))
-    kind, keys, *rest = states["numpy"]
-    np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))
+    kind, keys, *position = states["numpy"]
+    np.random.set_state((kind, np.array(keys, dtype=np.uint32), *position))
     torch.set_rng_state(states["torch"])
     if states["cuda"] and torch.cuda.is_available():
         torch.cuda.set_rng_state(states["cuda"][0])
-
-
-class FileWriter(TorchCheckpointIO):
-    """Leaves in `write` what writes a checkpoint straight into its file: Lightning would pass it
-    through memory.
-
-    Args:
-        background: it is copied now, and written as it is now whatever becomes of the weights.
-    """
-
-    def __init__(self, background: bool) -> None:
-        self.background = background
-        self.write: Callable[[], None] | None = None
-
-    def save_checkpoint(
-        self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None
-    ) -> None:
-        """See `CheckpointIO`."""
-        self.write = partial(
-            to_file, in_memory(checkpoint) if self.background else checkpoint, Path(path)
-        )
-
-
-def to_file(checkpoint: dict[str, Any], path: Path) -> None:
-    """One file."""
-    with path.open("wb") as file:
-        torch.save(checkpoint, file)
-
-
-class Writes:
-    """Writes a run's checkpoints, one at a time.
-
-    Args:
-        background: training goes on while a copy of the checkpoint on the CPU is written by a
-            thread of each rank.
-    """
-
-    def __init__(self, background: bool = False) -> None:
-        self.background = background
-        self.thread = (
-            ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
-            if background
-            else None
-        )
-        self.writer: Sharded | FileWriter | None = None
-        self.pending: tuple[Path, Future[None]] | None = None
-        self.seconds = 0.0
-        """For which training waited."""
-
-    def setup(self, trainer: Trainer) -> None:
-        """Lightning collects a checkpoint; writing it is left to `write`."""
-        if isinstance(trainer.strategy, Sharded):
-            trainer.strategy.background = self.background
-            self.writer = trainer.strategy
-            return
-        with suppress(NotImplementedError):  # a strategy that writes by itself, at once
-            if isinstance(trainer.strategy.checkpoint_io, TorchCheckpointIO):
-                self.writer = trainer.strategy.checkpoint_io = FileWriter(self.background)
-
-    def write(self, trainer: Trainer, path: Path, after: Callable[[], None] | None = None) -> None:
-        """Saves beside `path` (`.part`), and renames when all is on the disk, its manifest with it.
-        All ranks call it. In the background it returns as soon as the one before is written and
-        this one is copied.
-
-        Args:
-            after: what the first rank does when the checkpoint stands in its place.
-
-        Raises:
-            DataError: it, or the one before, could not be written; what was there is intact.
-        """
-        began = time.monotonic()
-        self.finish(trainer)
-        path, first = Path(trainer.strategy.broadcast(path)), trainer.is_global_zero
-        part = path.with_name(path.name + ".part")
-        ready: Future[bytes | None] = attempt(partial(begin, trainer, part) if first else no_rows)
-        agree(trainer, path, ready)
-        trainer.save_checkpoint(part, weights_only=False)  # said, or Lightning says it at each
-        write = self.writer.write if self.writer is not None else None
-        whole = partial(complete, write, path, ready.result(), first, after)
-        if self.writer is not None:
-            self.writer.write = None  # it holds the copy
-        self.pending = path, self.thread.submit(whole) if self.thread else attempt(whole)
-        if not self.thread:
-            self.finish(trainer)
-        self.seconds += time.monotonic() - began
-        log.info("saving %s took %.2f s of training's time", path, time.monotonic() - began)
-
-    def finish(self, trainer: Trainer) -> None:
-        """Waits for the pending write.
-
-        All ranks call it. Raises DataError, on every rank, where it failed on any.
-        """
-        if self.pending is not None:
-            path, future = self.pending
-            wait([future])
-            self.pending = None
-            agree(trainer, path, future)
-
-    def leave(self) -> None:
-        """Waits for the pending write of this rank, of a run that ends by another error."""
-        if self.pending is not None:
-            path, future = self.pending
-            if error := future.exception():
-                log.error("%s could not be written either: %s", path, said(error))
-            self.pending = None
-
-
-def begin(trainer: Trainer, part: Path) -> bytes | None:
-    """Makes room, and gives metrics.csv as it is now, which a kill may leave half written later."""
-    part.parent.mkdir(parents=True, exist_ok=True)
-    remove(part)
-    for logger in trainer.loggers:
-        logger.save()
-    source = Path(trainer.default_root_dir) / "metrics.csv"
-    return source.read_bytes() if source.exists() else None
-
-
-def no_rows() -> None:
-    """Of a rank that has no metrics.csv."""
-
-
-def complete(
-    write: Callable[[], None] | None,
-    path: Path,
-    rows: bytes | None,
-    first: bool,
-    after: Callable[[], None] | None,
-) -> None:
-    """Writes this rank's part; the first rank then puts the whole into its place."""
-    part = path.with_name(path.name + ".part")
-    try:
-        if write is not None:  # where one file is written the other ranks have nothing to do
-            write()
-        if first:
-            if rows is not None and path.name.startswith("step_"):
-                path.with_suffix(".csv").write_bytes(rows)
-            put_in_place(part, path)
-            if after is not None:
-                after()
-    except BaseException:
-        if first:
-            remove(part)
-        raise
-
-
-def attempt(call: Callable[[], Any]) -> Future[Any]:
-    """What a call gives or raises."""
-    future: Future[Any] = Future()
-    try:
-        future.set_result(call())
-    except BaseException as error:
-        future.set_exception(error)
-    return future
-
-
-def agree(trainer: Trainer, path: Path, future: Future[Any]) -> None:
-    """Raises on every rank what failed on any:
-
-    DataError where it is about writing, else the error itself where it arose.
-    """
-    error = future.exception()
-    rank, reason = next(
-        (
-            (rank, reason)
-            for rank, reason in enumerate(every_rank(trainer, said(error) if error else None))
-            if reason
-        ),
-        (0, None),
-    )
-    if reason is None:
-        return
-    if error is not None and disk_error_reason(error) is None:
-        raise error
-    where = f" by rank {rank}" if trainer.world_size > 1 else ""
-    raise DataError(
-        f"{path} could not be written{where}: {reason}; the checkpoints before it are intact, so "
-        "make room and go on with "
-        f"resume={trainer.default_root_dir}"
-    ) from error
-
-
-def said(error: BaseException) -> str:
-    """One line."""
-    return disk_error_reason(error) or f"{type(error).__name__}: {str(error)[:200]}".splitlines()[0]
-
-
-def disk_error_reason(error: BaseException) -> str | None:
-    """What the system said, which torch hides behind an error of its own; None: it is not about
-    writing."""
-    for failure in failures_of(error):
-        cause: BaseException | None = failure
-        while cause is not None:
-            if isinstance(cause, OSError):
-                return os.strerror(cause.errno) if cause.errno else str(cause)
-            cause = cause.__cause__ or cause.__context__
-        first_line = str(failure).splitlines()[0] if str(failure) else ""
-        if any(word in first_line for word in ("Writer", "inline_container", "failed writing")):
-            return first_line
-    return None

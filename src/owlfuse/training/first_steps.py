@@ -50,11 +50,12 @@ class FirstStepsCheck(Callback):
         self.frozen_checked = False
         self.counted = dict.fromkeys(PARTS, 0)
         self.picture_seen = False
-        held = [{id(p) for p in group["params"]} for group in trainer.optimizers[0].param_groups]
+        groups = trainer.optimizers[0].param_groups
+        group_ids = [{id(parameter) for parameter in group["params"]} for group in groups]
         self.groups: dict[str, list[int]] = {part: [] for part in PARTS}
         for watched, tensor in self.watched.items():
             if watched.trained:
-                indices = [index for index, ids in enumerate(held) if id(tensor) in ids]
+                indices = [index for index, ids in enumerate(group_ids) if id(tensor) in ids]
                 if not indices:
                     raise RuntimeError(
                         f"part {watched.part}: {watched.name} is meant to train, and the "
@@ -62,11 +63,9 @@ class FirstStepsCheck(Callback):
                     )
                 self.groups[watched.part] += indices
         self.rated: set[str] = set()
-        groups = trainer.optimizers[0].param_groups
         for part in self.pending:
-            if not any(
-                groups[index].get("initial_lr", groups[index]["lr"]) for index in self.groups[part]
-            ):
+            part_groups = [groups[index] for index in self.groups[part]]
+            if not any(group.get("initial_lr", group["lr"]) for group in part_groups):
                 raise RuntimeError(
                     f"part {part} is meant to train, and its learning rate (optim.lr, "
                     "optim.part_lr) is 0"
@@ -116,16 +115,13 @@ class FirstStepsCheck(Callback):
         Raises:
             RuntimeError: the part and the parameter that changed or did not.
         """
-        looked_at = {
-            w: t
-            for w, t in self.watched.items()
-            if (w.part in parts if w.trained else not self.frozen_checked)
-        }
-        changed = {
-            watched
-            for watched, found in checksums(looked_at).items()
-            if found != self.before[watched]
-        }
+        due = {}
+        for watched, tensor in self.watched.items():
+            if watched.part in parts if watched.trained else not self.frozen_checked:
+                due[watched] = tensor
+
+        now = checksums(due)
+        changed = {watched for watched in due if now[watched] != self.before[watched]}
         for watched in changed:
             if not watched.trained:
                 raise RuntimeError(
@@ -136,7 +132,7 @@ class FirstStepsCheck(Callback):
         for part in parts:
             still = [
                 watched.name
-                for watched in looked_at
+                for watched in due
                 if watched.part == part and watched.trained and watched not in changed
             ]
             if any(watched.part == part for watched in changed):

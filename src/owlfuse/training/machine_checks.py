@@ -61,10 +61,10 @@ def check_available(config: DictConfig, name: str, gpus: int) -> None:
                 f"torch finds no GPU on this machine; to train on the CPU, {instead}",
             )
         return
-    known = AcceleratorRegistry.available_accelerators()
-    if name not in known:
+    accelerators = AcceleratorRegistry.available_accelerators()
+    if name not in accelerators:
         raise refuse(
-            config, "accelerator", f"expected one of auto, gpu, {', '.join(sorted(known))}"
+            config, "accelerator", f"expected one of auto, gpu, {', '.join(sorted(accelerators))}"
         )
     if not AcceleratorRegistry[name]["accelerator"].is_available():
         raise refuse(

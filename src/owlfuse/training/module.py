@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import logging
 import math
-from collections import Counter
+from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import lightning
 import torch
@@ -23,25 +23,25 @@ from owlfuse.artifacts.weights import (
     saved_names,
     set_precision,
 )
-from owlfuse.core.errors import DataError
 from owlfuse.core.types import Batch
 from owlfuse.data.datamodule import ChatData
-from owlfuse.data.notes import NoteCounts, NotesLog
-from owlfuse.data.packing import Padding
 from owlfuse.model.adapters import PartSummary, print_summary
 from owlfuse.model.llm import balancing_coefficient
 from owlfuse.model.loss import batch_loss
 from owlfuse.model.multimodal import MultimodalLM, build_model
-from owlfuse.parallel.collectives import add_up, all_objects, all_rows, clip, data_ranks, divide
-from owlfuse.parallel.sharding import build_for, keep_rows
+from owlfuse.parallel.collectives import (
+    all_gather_rows,
+    all_reduce_gradients,
+    clip,
+    data_ranks,
+    divide,
+)
+from owlfuse.parallel.sharding import build_for, zero_other_rows
 from owlfuse.training.finite import FiniteWatch
-from owlfuse.training.optim import AdamWCosine, renew_rates, settings_of
+from owlfuse.training.optim import AdamWCosine, apply_schedule, group_settings
+from owlfuse.training.sample_counts import SampleCounts
 
 log = logging.getLogger(__name__)
-
-Skips: TypeAlias = Counter[tuple[str, str, str]]
-Counts: TypeAlias = tuple[Skips, dict[str, int], NoteCounts]
-"""What was skipped, how many samples of each source were cut, and what was noted of how many."""
 
 
 class MultimodalModule(lightning.LightningModule):
@@ -73,15 +73,9 @@ class MultimodalModule(lightning.LightningModule):
         """What a checkpoint keeps of the run beside its state (see `owlfuse.artifacts.resume`)."""
         self.rates_changed = False
         """Whether a run that goes on has other keys of `optim` than before."""
-        self.fresh_groups: list[dict[str, Any]] = []
-        self.model: Any = None  # the MultimodalLM, from configure_model on
-        self.skipped: Skips = Counter()
-        """How many times each (source, sample, reason) was left out."""
-        self.truncated: dict[str, int] = {}
-        self.notes = NotesLog()
-        self.counted: Counts = (Counter(), {}, Counter())
-        """`skipped`, `truncated` and the notes' counts at the last whole step, which a
-        checkpoint goes on from."""
+        self.configured_groups: list[dict[str, Any]] = []
+        # None until configure_model, where Lightning wants it built
+        self.model: MultimodalLM = None  # type: ignore[assignment]
         self.updated_at: int | None = None
         """The trainer's step when the last update of the weights began; the step rises when the
         update is done."""
@@ -89,17 +83,17 @@ class MultimodalModule(lightning.LightningModule):
         self.loss_sum: Any = 0.0
         self.token_count: Any = 0
         self.balance_sum: Any = 0.0
-        self.images = 0
-        self.padding = Padding()
-        self.padded = Padding()
-        """Over all whole steps and ranks."""
+
+    @cached_property
+    def samples(self) -> SampleCounts:
+        """What the data held so far; there is none before Lightning has the data."""
+        return SampleCounts(self.datamodule.sources)
 
     def configure_model(self) -> None:
         """Builds the model once, where Lightning wants it built."""
         if self.model is None:
-            default = (
-                torch.get_default_dtype()
-            )  # Lightning's is bfloat16 by now in bf16-true, and random weights would be others
+            # Lightning's default is bfloat16 by now in bf16-true: other random weights
+            default = torch.get_default_dtype()
             torch.set_default_dtype(torch.float32)
             try:
                 self.model, summary = build_for(self, self.build)
@@ -131,140 +125,58 @@ class MultimodalModule(lightning.LightningModule):
         """The summed loss, scaled so that after Lightning's division by the accumulation steps, and
         the ranks' mean, the sum over both is left."""
         loss, tokens = batch_loss(self.model, batch)
-        if self.model.balancing_loss is not None:  # times the tokens, by which the sum is divided
-            balance = self.model.balancing_loss * tokens
-            self.balance_sum = self.balance_sum + balance.detach()
-            loss_with_balance = loss + balancing_coefficient(self.model.llm) * balance
-        else:
-            loss_with_balance = loss
-        self.count_skipped(batch)
+        self.samples.add(batch)
         self.loss_sum = self.loss_sum + loss.detach()
         self.token_count = self.token_count + tokens
-        self.images += len(batch.pixel_values) * batch.has_images
-        self.padding.add(batch)
-        return loss_with_balance * (
-            self.trainer.accumulate_grad_batches * data_ranks(self.trainer) * self.loss_scale
-        )
+        if self.model.balancing_loss is not None:
+            # times the tokens, by which the sum is divided
+            balance = self.model.balancing_loss * tokens
+            self.balance_sum = self.balance_sum + balance.detach()
+            loss = loss + balancing_coefficient(self.model.llm) * balance
+
+        divided_later = self.trainer.accumulate_grad_batches * data_ranks(self.trainer)
+        return loss * (divided_later * self.loss_scale)
 
     @property
     def loss_scale(self) -> float:
         """What the summed loss is multiplied by: gradients in float16 alone would overflow as sums
         over a large batch. A power of two, by which only the exponent changes."""
-        return (
-            2.0 ** -int(math.log2(self.datamodule.global_batch_size))
-            if self.trainer.precision == "16-true"
-            else 1.0
-        )
-
-    def count_skipped(self, batch: Batch) -> None:
-        """Says each sample that was left out or cut.
-
-        Raises DataError past a source's `max_skips`.
-        """
-        self.notes.add(batch.notes)
-        for source, sample, turns in batch.truncated:
-            self.truncated[source] = self.truncated.get(source, 0) + 1
-            log.info(
-                "truncated %s by %d turns (%d of source %s so far)",
-                sample,
-                turns,
-                self.truncated[source],
-                source,
-            )
-        for source, sample, reason in batch.skipped:
-            self.skipped[source, sample, reason] += 1
-            count = distinct_samples(self.skipped)[source]
-            log.warning("skipped %s (%d of source %s so far): %s", sample, count, source, reason)
-            limit = self.datamodule.sources[source].max_skips
-            if count > limit:
-                raise DataError(
-                    f"source {source} had {count} wrong samples, over its max_skips of {limit}; "
-                    f"the last: {reason}"
-                )
-
-    def check_skips(self, counts: list[float]) -> None:
-        """Raises DataError, on every rank, where the ranks together skipped more samples of a
-        source than its `max_skips`.
-
-        Args:
-            counts: of each source, the ranks' own counts added up. A sample that several ranks met
-                is in them several times, so that the samples themselves are compared where this sum
-                is over the limit.
-        """
-        limits = [source.max_skips for source in self.datamodule.sources.values()]
-        if all(count <= limit for count, limit in zip(counts, limits, strict=True)):
-            return
-        samples = distinct_samples(self.over_ranks(self.skipped, {}, Counter())[0])
-        for name, limit in zip(self.datamodule.sources, limits, strict=True):
-            if samples[name] > limit:
-                raise DataError(
-                    f"source {name} had {samples[name]} wrong samples on all ranks together, over "
-                    f"its max_skips of {limit}; "
-                    "each is in the log of its rank"
-                )
-
-    def over_ranks(self, skipped: Skips, truncated: dict[str, int], notes: NoteCounts) -> Counts:
-        """What every rank has skipped, truncated and noted, put together."""
-        all_skips: Skips = Counter()
-        cuts: Counter[str] = Counter()
-        all_notes: NoteCounts = Counter()
-        for rank_skips, rank_cuts, rank_notes in all_objects(
-            self.trainer, (skipped, truncated, notes)
-        ):
-            all_skips.update(rank_skips)
-            cuts.update(rank_cuts)
-            all_notes.update(rank_notes)
-        return all_skips, dict(cuts), all_notes
-
-    def counts_now(self) -> Counts:
-        """A copy of what this rank has skipped, truncated and noted so far."""
-        return Counter(self.skipped), dict(self.truncated), Counter(self.notes.counts)
+        if self.trainer.precision != "16-true":
+            return 1.0
+        return 2.0 ** -int(math.log2(self.datamodule.global_batch_size))
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Divides the gradients by the supervised tokens of the global batch, and logs its loss
-        and its share of padding."""
-        skips = distinct_samples(self.skipped)
-        counts = [self.images, self.padding.tokens, self.padding.unpacked, self.padding.positions]
-        counts += [skips[source] for source in self.datamodule.sources]
-        row = torch.stack(
-            [
-                self.loss_sum.double(),
-                self.token_count.double(),
-                *torch.tensor(counts).to(self.loss_sum.double()),
-            ]
-        )
-        rows = all_rows(self.trainer, row)
-        loss_sum, tokens, _, *padding = rows[:, :6].sum(0).to(self.loss_sum)
+        and what it held."""
+        sums = torch.stack([self.loss_sum.double(), self.token_count.double()])
+        counts = torch.tensor(self.samples.row()).to(sums)
+        rows = all_gather_rows(self.trainer, torch.cat([sums, counts]))
+        loss_sum, tokens = rows[:, :2].sum(0).to(self.loss_sum)
         self.finite.note(loss_sum, self.trainer.global_step + 1)
-        for name, share in Padding(*padding).shares().items():
-            self.log(f"data/{name}", share)
+
         every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]  # Lightning sets it
         if self.trainer.global_step % every == 0:  # reading waits for the device, as logging does
             self.finite.check(Path(self.trainer.default_root_dir))
             if len(rows) > 1:
-                self.check_skips(rows[:, 6:].sum(0).tolist())
-        self.log_census(rows[:, 2])
+                self.samples.check_ranks(self.trainer, rows[:, 2:])
+
+        self.log_dict(self.samples.end_step(rows[:, 2:]))
         tokens = tokens.clamp_min(1)
-        add_up(self.model.per_head(), self.trainer.strategy)
-        for table, new_rows in self.model.row_limits():
-            keep_rows(table, new_rows)
-        divide(gradients_of(optimizer), tokens * self.loss_scale)
+        self.divide_gradients(optimizer, tokens)
         self.log("train/loss", loss_sum / tokens, prog_bar=True)
         if self.model.balancing_loss is not None:
-            balance = all_rows(self.trainer, self.balance_sum.double()[None]).sum().to(tokens)
+            balance = (
+                all_gather_rows(self.trainer, self.balance_sum.double()[None]).sum().to(tokens)
+            )
             self.log("train/router_loss", balance / tokens)
-        self.balance_sum = 0.0
-        self.loss_sum, self.token_count, self.images, self.padding = 0.0, 0, 0, Padding()
-        self.padded.include(*rows.sum(0)[3:6])
-        self.counted = self.counts_now()
+        self.loss_sum, self.token_count, self.balance_sum = 0.0, 0, 0.0
 
-    def log_census(self, images: Tensor) -> None:
-        """Which ranks had images in a step: images (ranks,)."""
-        self.log("data/images", images.sum())
-        if len(images) > 1:
-            self.log("data/images_least", images.min())
-            self.log("data/images_most", images.max())
-            self.log("data/ranks_without_images", (images == 0).double().sum())
+    def divide_gradients(self, optimizer: torch.optim.Optimizer, tokens: Tensor) -> None:
+        """Turns gradients of the summed loss into those of its mean over the global batch."""
+        all_reduce_gradients(self.model.per_head(), self.trainer.strategy)
+        for table, new_rows in self.model.row_limits():
+            zero_other_rows(table, new_rows)
+        divide(gradients_of(optimizer), tokens * self.loss_scale)
 
     def configure_gradient_clipping(
         self,
@@ -307,7 +219,7 @@ class MultimodalModule(lightning.LightningModule):
     def configure_optimizers(self) -> Any:
         """See `AdamWCosine`."""
         built = self.optim.build(self.model, self.trainer.max_steps)
-        self.fresh_groups = settings_of(built["optimizer"])
+        self.configured_groups = group_settings(built["optimizer"])
         return built
 
     def on_train_start(self) -> None:
@@ -315,7 +227,8 @@ class MultimodalModule(lightning.LightningModule):
         brought are those of then."""
         if self.trainer.global_step:
             scheduler = self.trainer.lr_scheduler_configs[0].scheduler
-            change = renew_rates(scheduler, self.fresh_groups if self.rates_changed else None)
+            groups = self.configured_groups if self.rates_changed else None
+            change = apply_schedule(scheduler, groups)
             if change is not None and self.trainer.is_global_zero:
                 log.warning(
                     "the learning rate at step %d is %.3g by the schedule until now and %.3g by "
@@ -329,18 +242,16 @@ class MultimodalModule(lightning.LightningModule):
         the last whole step goes in."""
         if "state_dict" in checkpoint:
             self.frozen = frozen_hashes(self.model) if self.frozen is None else self.frozen
-            kept = {f"model.{name}" for name in saved_names(self.model)}
+            names = {f"model.{name}" for name in saved_names(self.model)}
+            state = checkpoint["state_dict"]
             checkpoint["state_dict"] = {
-                name: value for name, value in checkpoint["state_dict"].items() if name in kept
+                name: value for name, value in state.items() if name in names
             }
             checkpoint["frozen"] = self.frozen
         checkpoint["new_tokens"] = self.new_tokens
-        skipped, checkpoint["truncated"], notes = self.over_ranks(*self.counted)
-        checkpoint["notes"] = [[*note, draws] for note, draws in notes.items()]
-        checkpoint["skipped"] = [[*skip, times] for skip, times in skipped.items()]
+        self.samples.save(self.trainer, checkpoint)
         checkpoint["run"] = self.record
         checkpoint["step_positions"] = self.datamodule.step_positions.changes
-        checkpoint["padded"] = self.padded.counts()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """A checkpoint between two micro batches goes on from the last whole step, whose number
@@ -348,25 +259,15 @@ class MultimodalModule(lightning.LightningModule):
         self.configure_model()
         if "state_dict" in checkpoint:
             check_fits(self.model, model_state(checkpoint), checkpoint.get("frozen", {}))
-        if self.trainer.is_global_zero:  # the checkpoint has those of all ranks
-            # once had a row for each time
-            for source, sample, reason, *times in checkpoint.get("skipped", []):
-                self.skipped[source, sample, reason] += times[0] if times else 1
-            self.truncated = dict(checkpoint.get("truncated", {}))
-            for source, text, draws in checkpoint.get("notes", []):
-                self.notes.counts[source, text] = draws
-        self.counted = self.counts_now()
-        self.padded = Padding(*checkpoint.get("padded", ()))
+        self.samples.load(self.trainer, checkpoint)
         progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
         done = checkpoint["global_step"] * self.trainer.accumulate_grad_batches
         for count in ("ready", "started", "processed", "completed"):
             progress["current"][count] = progress["total"][count] = done
         progress["is_last_batch"] = False
-
-
-def distinct_samples(skipped: Skips) -> Counter[str]:
-    """How many samples of each source were skipped, however often each was drawn."""
-    return Counter(source for source, _ in {(source, sample) for source, sample, _ in skipped})
+        # Metrics are logged under it, and Lightning's own count may be a step behind or ahead.
+        epoch_loop = checkpoint["loops"]["fit_loop"].setdefault("epoch_loop.state_dict", {})
+        epoch_loop["_batches_that_stepped"] = checkpoint["global_step"]
 
 
 def new_rows_line(new_tokens: dict[str, int], tables: dict[str, list[int]]) -> str:

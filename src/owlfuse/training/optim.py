@@ -5,15 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from timm.optim import Muon, muon
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import get_cosine_with_min_lr_schedule_with_warmup
 
+from owlfuse.core.errors import ConfigError
 from owlfuse.model.adapters import PARTS, Part
 from owlfuse.model.multimodal import MultimodalLM
 
@@ -35,7 +34,7 @@ class AdamWCosine:
             before it so many times that of the next, as with 0.9 in the ViT of mPLUG-Owl2 (arXiv
             2311.04257).
         weight_decay: of weight matrices; norms, biases, gates, queries and positions have none.
-        betas: of AdamW's running means of the gradient and its square; of Muon the first alone.
+        betas: of AdamW's running means of the gradient and its square.
         eps: added to the root of AdamW's mean square; at least 1e-3 for weights that are float16
             alone (`16-true`).
         warmup_steps: optimizer steps in which the rate rises from 0.
@@ -68,35 +67,32 @@ class AdamWCosine:
         """
         groups = []
         # decay would shrink the rows that are not trained
-        limited = {id(table) for table, _ in model.row_limits()}
+        without_decay = {id(table) for table, _ in model.row_limits()}
         for part in PARTS:
-            own_lr = self.part_lr.get(part)
-            peak = self.lr if own_lr is None else own_lr
-            for own_name, scale, trained in self.layers(model.part(part)):
+            part_lr = self.part_lr.get(part)
+            peak = self.lr if part_lr is None else part_lr
+            for layer_name, scale, trained in self.layers(model.part(part)):
                 if trained and not 0 < peak * scale < math.inf:
-                    key = "lr" if own_lr is None else f"part_lr.{part}"
+                    key = "lr" if part_lr is None else f"part_lr.{part}"
                     raise ValueError(
-                        f"optim.{key}: the learning rate of {own_name} is {peak * scale:g}, and "
-                        "it is meant to train; give a "
-                        f"rate above 0, or model/adapter@model.adapter.{part}=frozen"
+                        f"optim.{key}: the learning rate of {layer_name} is {peak * scale:g}, and "
+                        "it is meant to train; give a rate above 0, or "
+                        f"model/adapter@model.adapter.{part}=frozen"
                     )
-                for decay in (True, False):
-                    parameters = [
-                        p
-                        for n, p in trained.items()
-                        if (has_decay(n, p) and id(p) not in limited) == decay
-                    ]
-                    for index, own in enumerate(by_kind(parameters)):
-                        weight_decay = self.weight_decay if decay else 0.0
-                        name = f"{own_name}{'_split' * index}{'' if decay else '_no_decay'}"
-                        groups.append(
-                            {
-                                "params": own,
-                                "lr": peak * scale,
-                                "weight_decay": weight_decay,
-                                "name": name,
-                            }
-                        )
+                decayed: list[nn.Parameter] = []
+                undecayed: list[nn.Parameter] = []
+                for name, parameter in trained.items():
+                    decays = has_decay(name, parameter) and id(parameter) not in without_decay
+                    (decayed if decays else undecayed).append(parameter)
+                common = {"lr": peak * scale}
+                for index, parameters in enumerate(by_mesh(decayed)):
+                    name = f"{layer_name}{'_split' * index}"
+                    decay = {"weight_decay": self.weight_decay, "name": name}
+                    groups.append({"params": parameters, **common, **decay})
+                for index, parameters in enumerate(by_mesh(undecayed)):
+                    name = f"{layer_name}{'_split' * index}_no_decay"
+                    decay = {"weight_decay": 0.0, "name": name}
+                    groups.append({"params": parameters, **common, **decay})
         return groups
 
     def layers(self, part: Part) -> list[tuple[str, float, dict[str, nn.Parameter]]]:
@@ -138,15 +134,11 @@ class AdamWCosine:
 class MuonCosine(AdamWCosine):
     """Muon (arXiv 2502.16982, updates as large as AdamW's) for matrices between hidden widths;
     AdamW, at half the learning rate, for kernels, embeddings and all that has no weight decay.
-    Other arguments and the schedule are AdamWCosine's.
+    Arguments and the schedule are AdamWCosine's; `betas` and `eps` are of AdamW alone.
 
-    Args:
-        newton_schulz: what a matrix is made orthogonal in: `float32`, or `bfloat16` as in the
-            paper, which takes half the time for wide matrices, and rounds so much that losses of
-            several processes leave those of one by 3e-4 in 20 steps.
+    Matrices are made orthogonal in bfloat16, as in the paper, so the losses of several processes
+    leave those of one sooner than with AdamW.
     """
-
-    newton_schulz: Literal["float32", "bfloat16"] = "float32"
 
     def groups(self, model: MultimodalLM) -> list[dict[str, Any]]:
         """The groups of AdamWCosine, those of matrices and kernels in two where Muon trains some
@@ -156,49 +148,66 @@ class MuonCosine(AdamWCosine):
         groups = []
         for group in super().groups(model):
             vectors = group["name"].endswith("_no_decay")
-            halves: dict[bool, list[nn.Parameter]] = {False: [], True: []}
-            for p in group["params"]:
-                halves[vectors or p.ndim != 2 or id(p) in tables].append(p)
-            for use_fallback, parameters in halves.items():
+            for muon in (False, True):
+                parameters = [
+                    p
+                    for p in group["params"]
+                    if (p.ndim == 2 and not vectors and id(p) not in tables) == muon
+                ]
                 if parameters:
-                    name = group["name"] + ("" if use_fallback else "_muon")
-                    # timm's fallback with nesterov is NAdamW
-                    kind = {"use_fallback": use_fallback, "nesterov": not use_fallback}
-                    groups.append({**group, "params": parameters, "name": name, **kind})
+                    name = group["name"] + "_muon" * muon
+                    lr = group["lr"] if muon else group["lr"] / 2
+                    changes = {"params": parameters, "name": name, "lr": lr, "muon": muon}
+                    groups.append({**group, **changes})
         return groups
 
     def optimizer(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-        """See `AdamWCosine`."""
-        return MuonOfType(
-            groups,
-            getattr(torch, self.newton_schulz),
-            lr=self.lr,
-            betas=self.betas,
-            eps=self.eps,
-            adjust_lr_fn="match_rms_adamw",
-            fallback_lr_scale=0.5,
-        )
+        """Returns the optimizer of the groups."""
+        optimizers: list[torch.optim.Optimizer] = []
+        if matrices := [group for group in groups if group["muon"]]:
+            optimizers.append(torch.optim.Muon(matrices, self.lr, adjust_lr_fn="match_rms_adamw"))
+        if others := [group for group in groups if not group["muon"]]:
+            optimizers.append(super().optimizer(others))
+        return MuonAndAdamW(optimizers)
 
 
-class MuonOfType(Muon):
-    """timm's, with a choice of what matrices are made orthogonal in: its function for that is
-    told while a step is taken."""
+class MuonAndAdamW(torch.optim.Optimizer):
+    """torch's Muon and AdamW as one optimizer: Lightning trains several only by hand, and a
+    checkpoint, the schedule and clipping of gradients know one list of groups and one state.
 
-    def __init__(self, groups: list[dict[str, Any]], dtype: torch.dtype, **arguments: Any) -> None:
-        super().__init__(groups, **arguments)
-        self.dtype = dtype
+    Args:
+        optimizers: one of each or one of them; a group's `muon` says whose it is.
+    """
+
+    def __init__(self, optimizers: list[torch.optim.Optimizer]) -> None:
+        self.optimizers = optimizers
+        super().__init__([group for part in optimizers for group in part.param_groups], {})
 
     def step(self, closure: Any = None) -> Any:
         """See torch."""
-        plain = muon.zeropower_via_newtonschulz
-        muon.zeropower_via_newtonschulz = partial(plain, dtype=self.dtype)
-        try:
-            return super().step(closure)
-        finally:
-            muon.zeropower_via_newtonschulz = plain
+        loss = None if closure is None else torch.enable_grad()(closure)()
+        for optimizer in self.optimizers:
+            # Set anew in each step, since load_state_dict replaces both.
+            is_muon = isinstance(optimizer, torch.optim.Muon)
+            optimizer.state = self.state
+            optimizer.param_groups = [g for g in self.param_groups if g["muon"] == is_muon]
+            optimizer.step()
+        return loss
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """See torch.
+
+        Raises ConfigError for the state of timm's Muon, which runs of before were trained with.
+        """
+        if not all("muon" in group for group in state_dict["param_groups"]):
+            raise ConfigError(
+                "optim: the checkpoint holds the state of timm's Muon, expected torch's; start "
+                "another run from its weights by init_from=RUN"
+            )
+        super().load_state_dict(state_dict)
 
 
-def settings_of(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
+def group_settings(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
     """What each parameter group has beside its parameters and its rate of the moment."""
     return [
         {key: value for key, value in group.items() if key not in ("params", "lr")}
@@ -206,14 +215,14 @@ def settings_of(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
     ]
 
 
-def renew_rates(
+def apply_schedule(
     scheduler: Any, settings: list[dict[str, Any]] | None = None
 ) -> tuple[float, float] | None:
     """Sets the rates that the schedule has at its step. A checkpoint brings those that its own
     schedule had, and only the step after it would have the new ones.
 
     Args:
-        settings: those of the groups (`settings_of`) to take in the place of the checkpoint's.
+        settings: those of the groups (`group_settings`) to take in the place of the checkpoint's.
 
     Returns:
         The old and the new rate of the group that changes most, None where none does.
@@ -228,8 +237,8 @@ def renew_rates(
             f"optim: a {type(scheduler).__name__} cannot go on with other rates; begin another run"
         )
     groups = scheduler.optimizer.param_groups
-    for group, given in zip(groups, settings or [{}] * len(groups), strict=True):
-        group.update(given)
+    for group, configured in zip(groups, settings or [{}] * len(groups), strict=True):
+        group.update(configured)
     base_lrs = [float(group["initial_lr"]) for group in groups]
     before = [float(group["lr"]) for group in groups]
     after = [
@@ -254,10 +263,10 @@ def has_decay(name: str, parameter: nn.Parameter) -> bool:
     return parameter.ndim > 1 and not any(part in NO_DECAY for part in name.split("."))
 
 
-def by_kind(tensors: Iterable[nn.Parameter]) -> list[list[nn.Parameter]]:
+def by_mesh(tensors: Iterable[nn.Parameter]) -> list[list[nn.Parameter]]:
     """The parameters in lists that one call of an optimizer may mix, each shared out over one
     mesh or over none."""
-    kinds: dict[Any, list[nn.Parameter]] = {}
+    lists: dict[Any, list[nn.Parameter]] = {}
     for tensor in tensors:
-        kinds.setdefault(getattr(tensor, "device_mesh", None), []).append(tensor)
-    return list(kinds.values())
+        lists.setdefault(getattr(tensor, "device_mesh", None), []).append(tensor)
+    return list(lists.values())

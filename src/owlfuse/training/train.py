@@ -29,17 +29,23 @@ from owlfuse.core.errors import ConfigError, DataError, disk_errors_as_data_erro
 from owlfuse.core.progress import progress_hidden, quiet_libraries
 from owlfuse.core.signals import signals_end_the_run
 from owlfuse.core.terminal import visible
+from owlfuse.data.datamodule import ChatData
 from owlfuse.data.identity import data_identity
 from owlfuse.evaluation.results import write_results
 from owlfuse.model.llm_probe import check_packing
 from owlfuse.model.multimodal import on_meta
 from owlfuse.model.new_tokens import tokens_to_train
-from owlfuse.parallel.sharding import as_trained
-from owlfuse.parallel.strategies import Sharded, check_strategy, evaluates, naming_step
-from owlfuse.training.callbacks import how_to_go_on, raise_if_stopped
+from owlfuse.parallel.sharding import evaluation_precision
+from owlfuse.parallel.strategies import (
+    check_strategy,
+    rank_timeouts_as_data_errors,
+    takes_part_in_evaluation,
+)
+from owlfuse.training.callbacks import raise_if_stopped, resume_hint
 from owlfuse.training.machine_checks import check_machine
 from owlfuse.training.module import MultimodalModule
-from owlfuse.training.trainer import cost_of, make_trainer
+from owlfuse.training.sample_counts import SampleTotals, over_ranks
+from owlfuse.training.trainer import make_trainer, run_cost
 
 log = logging.getLogger(__name__)
 
@@ -95,9 +101,8 @@ def train(config: DictConfig, folder: Path, data_digest: str | None) -> None:
         if past:
             data.go_on(past.step, past.positions)
         data.bind(plan.vision.preprocessing, plan.fusion.tokens_per_image)
-        trainer = make_trainer(config, data, folder, checkpoint)
-        check_strategy(trainer, plan.llm, checkpoint)
-        plan.check_training(isinstance(trainer.strategy, Sharded))
+        trainer = make_trainer(config, data, folder, past)
+        check_strategy(trainer, plan, checkpoint)
         if past:
             new_tokens = past.new_tokens
         else:
@@ -141,15 +146,15 @@ def train(config: DictConfig, folder: Path, data_digest: str | None) -> None:
     write_config(config, folder, history)
     save_tokenizer(data.tokenizer, folder)
     fit(trainer, module, data, checkpoint, folder)
-    left_out = module.over_ranks(*module.counts_now())
+    totals = over_ranks(trainer, module.samples.totals())
     if trainer.is_global_zero:
-        report = data.report(trainer.global_step, *left_out, module.padded)
+        report = mixture_report(data, trainer.global_step, totals, module)
         write_mixture(folder, report)
     raise_if_stopped(trainer, folder)
     metrics, answers = {}, []
-    if evaluation is not None and evaluates(trainer):
+    if evaluation is not None and takes_part_in_evaluation(trainer):
         try:
-            with as_trained(trainer):
+            with evaluation_precision(trainer):
                 metrics, answers = evaluation(module.model, data, folder)
         except KeyboardInterrupt:
             done = (
@@ -159,7 +164,7 @@ def train(config: DictConfig, folder: Path, data_digest: str | None) -> None:
             raise KeyboardInterrupt(done) from None
     if trainer.is_global_zero:
         write_mixture(folder, report | {"validation": data.validation_report()})
-        cost, seconds = cost_of(trainer, evaluation), time.monotonic() - began
+        cost, seconds = run_cost(trainer, evaluation), time.monotonic() - began
         counts = evaluation.counts if evaluation is not None else {}
         write_results(
             folder, config, trainer.global_step, metrics, cost, seconds, module.record, counts
@@ -224,10 +229,10 @@ def fit(
         KeyboardInterrupt: in the place of the exit that Lightning makes of it.
     """
     try:
-        with naming_step(trainer):
+        with rank_timeouts_as_data_errors(trainer):
             trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True)
     except SystemExit:
-        raise KeyboardInterrupt(how_to_go_on(trainer.global_step, folder)) from None
+        raise KeyboardInterrupt(resume_hint(trainer.global_step, folder)) from None
     except Exception as error:
         leave_mixture(trainer, module, data, folder, error)
         failure = data.data_workers.failure()
@@ -238,6 +243,14 @@ def fit(
         raise
 
 
+def mixture_report(
+    data: ChatData, step: int, totals: SampleTotals, module: MultimodalModule
+) -> dict[str, Any]:
+    """Returns what mixture.json holds of a training until a step."""
+    padding = module.samples.total_padding
+    return data.report(step, totals.skipped, totals.truncated, totals.notes, padding)
+
+
 def leave_mixture(
     trainer: Any, module: MultimodalModule, data: Any, folder: Path, error: Exception
 ) -> None:
@@ -246,7 +259,7 @@ def leave_mixture(
     if not trainer.is_global_zero:
         return
     try:
-        report = data.report(trainer.global_step, *module.counted, module.padded)
+        report = mixture_report(data, trainer.global_step, module.samples.of_last_step, module)
     except DataError as missing:  # its files may be what is wrong
         log.error("mixture.json is not written: %s", missing)
         return

@@ -4,6 +4,7 @@ and Ctrl-C."""
 from __future__ import annotations
 
 import csv
+import io
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +14,14 @@ from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.loggers import CSVLogger
 from omegaconf import DictConfig
 
-from owlfuse.artifacts.runs import step_of
+from owlfuse.artifacts.resume import Past
 from owlfuse.config.build import build
 from owlfuse.config.compose import origin_of
 from owlfuse.core.errors import ConfigError
 from owlfuse.core.terminal import visible
 from owlfuse.data.datamodule import ChatData
 from owlfuse.parallel.collectives import data_ranks
-from owlfuse.training.callbacks import BeforeTraining, LoggedStep, StopOnSignal, TrainingProgress
+from owlfuse.training.callbacks import BeforeTraining, StopOnSignal, TrainingProgress
 from owlfuse.training.checkpoints import Best, Checkpoints
 from owlfuse.training.cost import Cost
 from owlfuse.training.first_steps import FirstStepsCheck
@@ -28,21 +29,17 @@ from owlfuse.training.machine_checks import REFUSALS, check_launcher
 
 
 def make_trainer(
-    config: DictConfig, data: ChatData, folder: Path, checkpoint: Path | None = None
+    config: DictConfig, data: ChatData, folder: Path, past: Past | None = None
 ) -> Trainer:
     """The Trainer, its accumulation made of batch sizes and ranks, its validation interval in
     optimizer steps.
 
     Args:
-        checkpoint: what the run goes on from; metrics logged after it are dropped, since they come
-            again.
+        past: what the run goes on from; metrics logged after it are dropped, since they come again.
     """
-    # what CSVLogger deletes of a resumed run has been read before
-    before = read_metrics(folder, checkpoint) if checkpoint else []
+    before = logged_rows(past) if past else []
     loggers = [
-        make_logger(logger, folder, checkpoint)
-        for logger in (config.logger or {}).values()
-        if logger
+        make_logger(logger, folder, past) for logger in (config.logger or {}).values() if logger
     ]
     for logger in loggers:
         if isinstance(logger, CSVLogger) and before:  # Lightning would begin the file anew
@@ -56,15 +53,19 @@ def make_trainer(
     )
     callbacks = [
         *make_callbacks(config.get("checkpoint"), watched),
-        *evaluating_first(config, folder),
+        *evaluation_callbacks(config, folder),
+        *(build(callback) for callback in (config.get("callbacks") or {}).values() if callback),
     ]
     if not loggers:  # Lightning refuses a LearningRateMonitor beside no logger
         callbacks = [
             callback for callback in callbacks if not isinstance(callback, LearningRateMonitor)
         ]
+    configured_steps = config.trainer.max_steps
+    steps = data.steps(configured_steps)
     try:
         trainer = build(
             config.trainer,
+            max_steps=steps,
             **precision,
             logger=loggers,
             enable_progress_bar=False,  # Lightning's: see TrainingProgress
@@ -78,12 +79,9 @@ def make_trainer(
     except REFUSALS as error:
         raise ConfigError(f"{origin_of(config, 'trainer')}: trainer: {error}") from error
     check_launcher(trainer, config)
-    asked, steps = trainer.max_steps, data.steps(trainer.max_steps)
-    if steps < asked and trainer.is_global_zero:
-        print(
-            visible(f"the data end (at_end) after {steps} whole steps of {asked}, so the run does")
-        )
-    trainer.fit_loop.epoch_loop.max_steps = steps
+    if steps < configured_steps and trainer.is_global_zero:
+        line = f"the data end (at_end) after {steps} whole steps of {configured_steps}"
+        print(visible(f"{line}, so the run does"))
     trainer.accumulate_grad_batches = data.accumulation(data_ranks(trainer))
     trainer.val_check_interval = (
         min(config.trainer.val_check_interval, trainer.max_steps) * trainer.accumulate_grad_batches
@@ -97,53 +95,46 @@ def precision_for(accelerator: str) -> str:
     return "bf16-mixed" if gpus else "32-true"
 
 
-def make_logger(node: DictConfig, folder: Path, checkpoint: Path | None) -> Any:
+def make_logger(node: DictConfig, folder: Path, past: Past | None) -> Any:
     """A logger into the run's folder. TensorBoard drops what it showed after the checkpoint."""
     purge = (
-        {"purge_step": step_of(checkpoint)}
-        if checkpoint and node._target_.endswith("TensorBoardLogger")
-        else {}
+        {"purge_step": past.step} if past and node._target_.endswith("TensorBoardLogger") else {}
     )
     return build(node, save_dir=folder, name="", version="", **purge)
 
 
-def read_metrics(folder: Path, checkpoint: Path) -> list[dict[str, str]]:
-    """The rows of metrics.csv until a checkpoint, as they were when it was written; none where
-    there is no such file."""
-    kept, step = checkpoint.with_suffix(".csv"), step_of(checkpoint)
-    try:
-        with (kept if kept.exists() else folder / "metrics.csv").open(newline="") as file:
-            return [
-                row
-                for row in csv.DictReader(file)
-                if (row["step"] or "").isdigit() and int(row["step"]) < step
-            ]
-    except FileNotFoundError:
-        return []
+def logged_rows(past: Past) -> list[dict[str, str]]:
+    """Returns the rows of metrics.csv until the step that a run goes on from."""
+    rows = []
+    for row in csv.DictReader(io.StringIO(past.metrics or "")):
+        step = row["step"] or ""  # the last row may be half written
+        if step.isdigit() and int(step) < past.step:
+            rows.append(row)
+    return rows
 
 
 def make_callbacks(checkpoint: DictConfig | None, watched: str | None) -> list[Callback]:
     """Progress, learning rates, signals, a look at the first steps, checkpoints, and the best by
     the metric `watched`."""
     callbacks: list[Callback] = [
-        LoggedStep(),
         TrainingProgress(),
         LearningRateMonitor("step"),
         StopOnSignal(),
     ]
     checkpoints = build(checkpoint) if checkpoint else Checkpoints()
     callbacks += [FirstStepsCheck(), Cost(), checkpoints]
-    return [*callbacks, Best(watched, checkpoints.writes)] if watched else callbacks
+    return [*callbacks, Best(watched, checkpoints.background)] if watched else callbacks
 
 
-def cost_of(trainer: Any, evaluation: Any) -> dict[str, Any]:
+def run_cost(trainer: Any, evaluation: Any) -> dict[str, Any]:
     """What `results.json` holds as `cost`: that of training, and milliseconds per token of an
     answer."""
     mine = next((callback.cost for callback in trainer.callbacks if isinstance(callback, Cost)), {})
     return {**mine, "ms_per_generated_token": getattr(evaluation, "milliseconds", None)}
 
 
-def evaluating_first(config: DictConfig, folder: Path) -> list[Callback]:
+def evaluation_callbacks(config: DictConfig, folder: Path) -> list[Callback]:
     """An evaluation before the first step, where `evaluation.before` asks for one."""
-    asked = config.evaluation and config.evaluation.get("before")
-    return [BeforeTraining(build(config.evaluation), folder)] if asked else []
+    if not config.evaluation or not config.evaluation.get("before"):
+        return []
+    return [BeforeTraining(build(config.evaluation), folder)]

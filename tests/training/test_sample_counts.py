@@ -11,7 +11,9 @@ from owlfuse.core.errors import DataError
 from owlfuse.core.types import Note, Skipped
 from owlfuse.data.collate import Collator
 from owlfuse.data.mixture.positions import StepPositions
+from owlfuse.training import sample_counts
 from owlfuse.training.module import MultimodalModule
+from owlfuse.training.sample_counts import SampleTotals, over_ranks
 
 
 @pytest.fixture
@@ -32,7 +34,7 @@ def module():
             log_every_n_steps=10,
             default_root_dir=".",
         )
-        made.log = lambda *args, **kwargs: None
+        made.log = made.log_dict = lambda *args, **kwargs: None
         made.configure_model()
         return made
 
@@ -68,21 +70,25 @@ def test_a_resumed_run_goes_on_counting_from_the_last_whole_step(module, tmp_pat
     first = module()
     train(first, ([skip("a", 1)], []), ([skip("b", 2)], [("a", "a:7", 1)]))
     train(first, ([skip("a", 3)], [("a", "a:8", 2)]), whole=False)  # its step is run again
-    assert len(first.skipped) == 3
+    assert len(first.samples.skipped) == 3
     torch.save(checkpoint_of(first, 1), tmp_path / "last.ckpt")
     second = module()
     second.on_load_checkpoint(torch.load(tmp_path / "last.ckpt", weights_only=True))
-    assert second.skipped == Counter([skip("a", 1), skip("b", 2)])
-    assert second.truncated == {"a": 1}
+    assert second.samples.skipped == Counter([skip("a", 1), skip("b", 2)])
+    assert second.samples.truncated == {"a": 1}
     # two micro batches of a whole step
-    assert second.notes.counts == {("a", "not used: a record's 'topic'"): 6}
-    assert second.padded.counts() == first.padded.counts() != (0, 0, 0)
-    once = first.padded.counts()
+    assert second.samples.notes.counts == {("a", "not used: a record's 'topic'"): 6}
+    assert (
+        second.samples.total_padding.counts() == first.samples.total_padding.counts() != (0, 0, 0)
+    )
+    once = first.samples.total_padding.counts()
     train(second, ([skip("a", 3)], [("a", "a:8", 2)]), ([], []))
-    assert second.skipped == Counter([skip("a", 1), skip("b", 2), skip("a", 3)])
-    assert second.truncated == {"a": 2}
-    assert second.over_ranks(*second.counts_now())[2] == {("a", "not used: a record's 'topic'"): 12}
-    assert second.padded.counts() == tuple(2 * count for count in once)
+    assert second.samples.skipped == Counter([skip("a", 1), skip("b", 2), skip("a", 3)])
+    assert second.samples.truncated == {"a": 2}
+    assert over_ranks(second.trainer, second.samples.totals()).notes == {
+        ("a", "not used: a record's 'topic'"): 12
+    }
+    assert second.samples.total_padding.counts() == tuple(2 * count for count in once)
 
 
 def test_the_limit_of_skips_holds_over_a_resume(module):
@@ -101,7 +107,11 @@ def test_a_checkpoint_from_before_skips_were_kept_is_read(module):
     checkpoint = checkpoint_of(made, 1)
     del checkpoint["skipped"], checkpoint["truncated"], checkpoint["notes"], checkpoint["padded"]
     made.on_load_checkpoint(checkpoint)
-    assert (made.skipped, made.truncated, made.padded.counts()) == (Counter(), {}, (0, 0, 0))
+    assert (made.samples.skipped, made.samples.truncated, made.samples.total_padding.counts()) == (
+        Counter(),
+        {},
+        (0, 0, 0),
+    )
 
 
 def test_every_skip_and_cut_goes_to_the_log(module, caplog):
@@ -135,7 +145,7 @@ def test_a_wrong_sample_counts_once_however_often_it_is_drawn_and_over_resumes(m
         again = module(max_skips=2)
         again.on_load_checkpoint(checkpoint_of(made, 1))
         made = again
-    assert made.skipped == Counter({skip("a", 1): passes, skip("a", 2): passes})
+    assert made.samples.skipped == Counter({skip("a", 1): passes, skip("a", 2): passes})
     with pytest.raises(DataError, match="source a had 3 wrong samples, over its max_skips of 2"):
         train(made, ([skip("a", 3)], []))
 
@@ -145,19 +155,20 @@ def test_skips_of_a_checkpoint_that_has_a_row_for_each_time_are_counted(module):
     checkpoint = checkpoint_of(made, 1)
     checkpoint["skipped"] = [skip("a", 1), skip("a", 1)]
     made.on_load_checkpoint(checkpoint)
-    assert made.skipped == Counter({skip("a", 1): 2})
+    assert made.samples.skipped == Counter({skip("a", 1): 2})
 
 
 @pytest.mark.parametrize(("ranks", "raises"), [([[1, 2], [1, 2]], False), ([[1, 2], [2, 3]], True)])
 def test_a_sample_that_two_ranks_met_counts_once(module, monkeypatch, ranks, raises):
     made = module(max_skips=2)
-    skips = [(Counter(skip("a", number) for number in numbers), {}, Counter()) for numbers in ranks]
-    monkeypatch.setattr("owlfuse.training.module.all_objects", lambda trainer, value: skips)
+    totals = [SampleTotals(Counter(skip("a", number) for number in numbers)) for numbers in ranks]
+    monkeypatch.setattr(sample_counts, "all_objects", lambda trainer, value: totals)
+    rows = torch.tensor([[0, 0, 0, 0, 2, 0], [0, 0, 0, 0, 2, 0]])
     if raises:
         with pytest.raises(
             DataError,
             match="source a had 3 wrong samples on all ranks together, over its max_skips of 2",
         ):
-            made.check_skips([4, 0])
+            made.samples.check_ranks(made.trainer, rows)
     else:
-        made.check_skips([4, 0])
+        made.samples.check_ranks(made.trainer, rows)
