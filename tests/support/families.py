@@ -64,7 +64,7 @@ MORE_FAMILIES: dict[str, dict[str, Any]] = {
     "cwm": {"sliding_window": 8},
     "doge": {},
     "hunyuan_v1_moe": {"num_experts": 4, "moe_topk": 2, "head_dim": 16},
-    "dots1": {"moe_intermediate_size": 32, **ROUTED_EXPERTS, "head_dim": 16},
+    "dots1": {"moe_intermediate_size": 32, "n_shared_experts": 1, **ROUTED_EXPERTS, "head_dim": 16},
     "glm4_moe": {"moe_intermediate_size": 32, **ROUTED_EXPERTS, "head_dim": 16},
     "minimax_m2": {**LOCAL_EXPERTS, "head_dim": 16},
     "mellum": {},

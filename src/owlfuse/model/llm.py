@@ -140,14 +140,22 @@ def make_config(config: dict[str, Any], vocab_size: int) -> PreTrainedConfig:
         raise ValueError(f"config: {str(error).splitlines()[-1].strip()[:200]}") from error
     if unknown := sorted(set(fields) - config_fields(type(llm_config))):
         raise ValueError(f"config: {', '.join(unknown)} unknown to {type(llm_config).__name__}")
-    heads = getattr(llm_config, "num_attention_heads", None)
-    groups = getattr(llm_config, "num_key_value_heads", None)
+    heads = shared_field(llm_config, "num_attention_heads")
+    groups = shared_field(llm_config, "num_key_value_heads")
     if heads and groups and heads % groups:
         raise ValueError(
             f"config: num_attention_heads is {heads}, which num_key_value_heads of {groups} does "
             "not divide"
         )
     return llm_config
+
+
+def shared_field(config: PreTrainedConfig, name: str) -> Any:
+    """Returns a field of an LLM's configuration; None where it has none, or its layers differ."""
+    try:
+        return getattr(config, name, None)
+    except RuntimeError:  # transformers' AmbiguousGlobalPerLayerAttributeError, since 5.24
+        return None
 
 
 def config_fields(config_class: type) -> set[str]:
@@ -192,15 +200,19 @@ def decoder_layers(llm: PreTrainedModel) -> nn.ModuleList:
 def check_split(llm: PreTrainedModel, ranks: int) -> None:
     """Raises ValueError where so many tensor ranks do not divide the LLM's heads or hidden units,
     or where its attention or its MLP have something that is not split by them."""
-    config = llm.config
-    key_value_heads = getattr(config, "num_key_value_heads", None)
+    heads = shared_field(llm.config, "num_attention_heads")
     counts = {
-        "num_attention_heads": config.num_attention_heads,
-        "num_key_value_heads": key_value_heads or config.num_attention_heads,
-        "intermediate_size": config.intermediate_size,
+        "num_attention_heads": heads,
+        "num_key_value_heads": shared_field(llm.config, "num_key_value_heads") or heads,
+        "intermediate_size": shared_field(llm.config, "intermediate_size"),
     }
     for name, count in counts.items():
-        if count % ranks:
+        if count is None and ranks > 1:
+            raise ValueError(
+                f"the layers of {type(llm).__name__} differ in {name} or have none, and tensor "
+                "ranks need the same in all; take trainer=fsdp"
+            )
+        if count is not None and count % ranks:
             raise ValueError(
                 f"{name} of the LLM is {count}, which {ranks} tensor ranks do not divide"
             )

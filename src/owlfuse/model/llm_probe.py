@@ -22,7 +22,15 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from owlfuse.model.llm import FAILURES, KeyPath, decoder_layers, first_line, layer_type_of, rotary
+from owlfuse.model.llm import (
+    FAILURES,
+    KeyPath,
+    decoder_layers,
+    first_line,
+    layer_type_of,
+    rotary,
+    shared_field,
+)
 
 HEADS, GROUPS, HEAD_WIDTH, VOCABULARY = 4, 2, 16, 64
 TOLERANCE = 1e-3
@@ -108,7 +116,8 @@ def tiny_config(config: Any) -> PreTrainedConfig:
     """
     # the LLM keeps its own
     tiny = copy.deepcopy(config)
-    grouped = getattr(config, "num_key_value_heads", None) not in (None, config.num_attention_heads)
+    groups = shared_field(config, "num_key_value_heads")
+    grouped = groups not in (None, shared_field(config, "num_attention_heads"))
     widths = {
         "hidden_size": HEADS * HEAD_WIDTH,
         "num_attention_heads": HEADS,
