@@ -132,7 +132,7 @@ class Task:
 
     def user_turn(self, question: str, images: list[str | bytes]) -> list[dict[str, Any]]:
         """Returns the user's turn: the question in the prompt's words, the pictures at its
-        `<image>`s, or first where it has none. Raises DataError for another number of them."""
+        `<image>` marks, or first where it has none. Raises DataError for another number of them."""
         prompt = self.prompt.replace(QUESTION, question)
         return [{"role": "user", "content": with_pictures(prompt, len(images))}]
 
