@@ -324,6 +324,7 @@ def test_a_conversation_gives_the_prompt_of_training(monkeypatch):
             ]:
                 streamer.put(__import__("torch").tensor([number]))
             streamer.end()
+            return inputs["input_ids"]
 
     talk = Conversation(Model(), processor)
     assert talk.ask("Hi", lambda piece: None) == "Ho"

@@ -118,13 +118,13 @@ class OwlfuseProcessor(ProcessorMixin):
         (N, 3, H, W) if there are images.
 
         Args:
-            images: pictures in the order of their `<image>`s (see `open_images`); a list of lists,
-                one for each text, is the same.
+            images: pictures in the order of their `<image>` marks (see `open_images`); a list of
+                lists, one for each text, is the same.
             text: with an `<image>` for each picture; one that is a word is hidden (see
                 `data.words`). Special tokens are not added: a chat template writes its own.
 
         Raises:
-            DataError: another number of `<image>`s than of images.
+            DataError: another number of `<image>` marks than of images.
         """
         texts = [text] if isinstance(text, str) else list(text or [])
         pictures = open_images(images)
