@@ -84,15 +84,15 @@ class Conversation:
     def ask(self, question: str, write: Callable[[str], None], **options: Any) -> str:
         """Returns the answer, each piece of it given to `write` as it comes.
 
-        Pictures stand at the question's `<image>`s, or first where it has none; `\\<image>` is the
-        word. Ctrl-C ends the answer early, and what was said stays said.
+        Pictures stand at the question's `<image>` marks, or first where it has none; `\\<image>` is
+        the word. Ctrl-C ends the answer early, and what was said stays said.
 
         Args:
             options: keyword arguments of `generate` for this answer, before the conversation's.
 
         Raises:
-            DataError: `<image>`s of another number than pictures are shown, or the conversation is
-                longer than the model's positions; nothing of it is remembered.
+            DataError: more or fewer `<image>` marks than pictures, or the conversation is longer
+                than the model's positions; nothing of it is remembered.
         """
         content = with_pictures(question, len(self.next_pictures))
         messages = [*self.messages, {"role": "user", "content": content}]
