@@ -114,6 +114,7 @@ class Conversation:
             streamer.end()  # writes what it held back of the last word
         self.last = Exchange(question, inputs, torch.tensor(streamer.ids, dtype=torch.long))
         answer = "".join(streamer.pieces)
+        # Also an answer that was stopped: the model has said it.
         self.messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
         return answer
 
@@ -229,6 +230,7 @@ def chat(
     model, processor = load_talker(folder, which)
     # lost in transformers' wrapper
     model.to("cuda" if torch.cuda.is_available() else "cpu")  # type: ignore[arg-type]
+    # The same for all questions; the demo chooses them for each.
     options = {"max_new_tokens": max_new_tokens, **sampling_options(temperature)}
     conversation = Conversation(model, processor, thinking, **options)
     for image in images:
