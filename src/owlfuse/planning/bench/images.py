@@ -262,7 +262,11 @@ def work_frame(
 
 
 def bench_images(
-    out: Path, images: list[int], repeats: int = 5, precision: str = "32-true", size: str = "small"
+    out: Path,
+    images: list[int],
+    repeats: int = 5,
+    precision: str = "32-true",
+    size: str = "small",
 ) -> dict[str, Any]:
     """Prints the tables, and writes images.md, images.json and images.png into `out`.
 

@@ -43,7 +43,12 @@ def fusion_configs(layers: list[int]) -> dict[str, dict[str, Any]]:
 
 
 def llama_config(
-    width: int, hidden: int, layers: int, heads: int, key_value_heads: int, **fields: Any
+    width: int,
+    hidden: int,
+    layers: int,
+    heads: int,
+    key_value_heads: int,
+    **fields: Any,
 ) -> dict[str, Any]:
     """Return the configuration of a Llama of a size, and of any length that is measured."""
     return {

@@ -329,7 +329,11 @@ def adaptive_steps(sizes: Sizes, batch: Batch, precision: str) -> dict[str, Call
 
 
 def bench_modality_adaptive(
-    out: Path, repeats: int = 9, pack_to: int = 320, precision: str = "32-true", size: str = "small"
+    out: Path,
+    repeats: int = 9,
+    pack_to: int = 320,
+    precision: str = "32-true",
+    size: str = "small",
 ) -> dict[str, Any]:
     """Prints the table, and writes modality_adaptive.md and modality_adaptive.json into `out`.
 

@@ -148,7 +148,12 @@ def make_step(
 
 
 def measure(
-    configs: dict[str, Any], precision: Precision, rows: int, length: int, images: int, steps: int
+    configs: dict[str, Any],
+    precision: Precision,
+    rows: int,
+    length: int,
+    images: int,
+    steps: int,
 ) -> dict[str, Any]:
     """Return of real steps: the peak of one in bytes, the median of their seconds, and the rate of
     matrix products in their precision."""

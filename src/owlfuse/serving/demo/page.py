@@ -124,7 +124,11 @@ class Handlers:
         return self.all_parts(visitor, gr.MultimodalTextbox(None, **BUSY))
 
     def answer(
-        self, temperature: float, max_tokens: float, look: bool, request: gr.Request
+        self,
+        temperature: float,
+        max_tokens: float,
+        look: bool,
+        request: gr.Request,
     ) -> Iterator[Updates]:
         """Shows the answers as they grow."""
         key = session_key(request)

@@ -143,7 +143,11 @@ class Visitor:
         self.turns.append(Turn(question, pictures, uris, [Answer() for _ in self.models]))
 
     def answers(
-        self, temperature: float, max_new_tokens: int, look: bool, waiting: int = 0
+        self,
+        temperature: float,
+        max_new_tokens: int,
+        look: bool,
+        waiting: int = 0,
     ) -> Iterator[int]:
         """Answers the question that `begin` took, model after model, so that their times can be
         compared. Yields the number of the model whose answer has grown.
@@ -237,7 +241,11 @@ def generate_options(temperature: float, max_new_tokens: int) -> dict[str, Any]:
 
 
 def fill_answer(
-    conversation: Conversation, turn: Turn, answer: Answer, look: bool, options: dict[str, Any]
+    conversation: Conversation,
+    turn: Turn,
+    answer: Answer,
+    look: bool,
+    options: dict[str, Any],
 ) -> Iterator[None]:
     """Fills one answer, and yields wherever it has grown.
 
@@ -329,7 +337,11 @@ class Visitors:
         return visitor
 
     def answers(
-        self, key: str, temperature: float, max_new_tokens: int, look: bool
+        self,
+        key: str,
+        temperature: float,
+        max_new_tokens: int,
+        look: bool,
     ) -> Iterator[int]:
         """Answers the question of a page, see `Visitor.answers`."""
         return self.of(key).answers(temperature, max_new_tokens, look, self.waiting())
