@@ -193,7 +193,11 @@ class Meter(TorchDispatchMode):
         self.flops = 0
 
     def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+        self,
+        func: Any,
+        types: Any,
+        args: tuple = (),
+        kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
         if func is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:
@@ -240,14 +244,24 @@ class Meter(TorchDispatchMode):
 
 
 def attention_flops(
-    query: Tensor, key: Tensor, value: Tensor, *args: Any, out_val: Any = None, **kwargs: Any
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *args: Any,
+    out_val: Any = None,
+    **kwargs: Any,
 ) -> int:
     """Return the FLOPs of fused attention."""
     return sdpa_flop_count(query.shape, key.shape, value.shape)
 
 
 def attention_backward_flops(
-    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *args: Any,
+    **kwargs: Any,
 ) -> int:
     """Return the FLOPs of its backward pass, with the scores that it computes again."""
     return sdpa_backward_flop_count(grad.shape, query.shape, key.shape, value.shape)
@@ -267,7 +281,11 @@ class OnMeta(TorchFunctionMode):
         """Of trained parameters in the lower precision, each made once in a forward."""
 
     def __torch_function__(
-        self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+        self,
+        func: Any,
+        types: Any,
+        args: tuple = (),
+        kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
         # Real tensors meet real kernels and a real autocast.

@@ -85,15 +85,15 @@ class Conversation:
     def ask(self, question: str, write: Callable[[str], None], **options: Any) -> str:
         """Returns the answer, each piece of it given to `write` as it comes.
 
-        Pictures stand at the question's `<image>` marks, or first; `\\<image>` is the
-        word. Ctrl-C ends the answer early, and what was said stays said.
+        Pictures stand at the question's `<image>` marks, or first where it has none; `\\<image>` is
+        the word. Ctrl-C ends the answer early, and what was said stays said.
 
         Args:
             options: keyword arguments of `generate` for this answer, before the conversation's.
 
         Raises:
-            DataError: as many `<image>` marks are not there as pictures, or the conversation is
-                longer than the model's positions; nothing of it is remembered.
+            DataError: more or fewer `<image>` marks than pictures, or the conversation is longer
+                than the model's positions; nothing of it is remembered.
         """
         content = with_pictures(question, len(self.next_pictures))
         messages = [*self.messages, {"role": "user", "content": content}]
@@ -114,6 +114,7 @@ class Conversation:
             streamer.end()  # writes what it held back of the last word
         self.last = Exchange(question, inputs, torch.tensor(streamer.ids, dtype=torch.long))
         answer = "".join(streamer.pieces)
+        # Also an answer that was stopped: the model has said it.
         self.messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
         return answer
 
@@ -229,6 +230,7 @@ def chat(
     model, processor = load_with_processor(folder, which)
     # lost in transformers' wrapper
     model.to("cuda" if torch.cuda.is_available() else "cpu")  # type: ignore[arg-type]
+    # The same for all questions; the demo chooses them for each.
     options = {"max_new_tokens": max_new_tokens, **sampling_options(temperature)}
     conversation = Conversation(model, processor, thinking, **options)
     for image in images:

@@ -70,26 +70,27 @@ def bench_data(
             # The best of the repeats, see above.
             rates[tool] = max(rates.get(tool, 0), measure_rate(run))
         seconds = first_batch(folder, sources)
-    drawn = {tool: rates[tool] for tool in drawing}
-    batched = {tool: rates[tool] for tool in batching}
-    decoded = {tool: rates[tool] for tool in decoding}
+    drawing_rates = {tool: rates[tool] for tool in drawing}
+    batching_rates = {tool: rates[tool] for tool in batching}
+    decoding_rates = {tool: rates[tool] for tool in decoding}
     # Compared with the fastest, not with the one that is easiest to beat.
-    fastest_peer = max(rate for tool, rate in drawn.items() if tool != "owlfuse")
+    fastest_peer = max(rate for tool, rate in drawing_rates.items() if tool != "owlfuse")
     result = {
         "machine": machine(),
         "samples": samples,
         "rows": rows,
-        "positions_per_second": drawn,
-        "ratio_to_the_faster": drawn["owlfuse"] / fastest_peer,
-        "micro_batch_positions_per_second": batched,
-        "pictures_per_second_and_worker": decoded,
-        "ratio_to_PIL": decoded["owlfuse, open_image"] / decoded["PIL, open and convert"],
+        "positions_per_second": drawing_rates,
+        "ratio_to_the_faster": rates["owlfuse"] / fastest_peer,
+        "micro_batch_positions_per_second": batching_rates,
+        "pictures_per_second_and_worker": decoding_rates,
+        "ratio_to_PIL": rates["owlfuse, open_image"] / rates["PIL, open and convert"],
         "seconds_to_first_batch": seconds,
     }
     write_result(out, "data", result)
-    print_rates(f"drawing positions of {sum(rows.values()):,} samples ({machine()})", drawn, 1)
-    print_rates(f"positions to micro batches of {MICRO} (source, sample)", batched, 1)
-    print_rates(f"decoding pictures of {WIDTH} x {HEIGHT}, one worker", decoded, 2)
+    title = f"drawing positions of {sum(rows.values()):,} samples ({machine()})"
+    print_rates(title, drawing_rates, 1)
+    print_rates(f"positions to micro batches of {MICRO} (source, sample)", batching_rates, 1)
+    print_rates(f"decoding pictures of {WIDTH} x {HEIGHT}, one worker", decoding_rates, 2)
     texts = [f"{value:.2f}" for value in seconds.values()]
     print_table("first batch, imports done", pd.DataFrame({"": list(seconds), "seconds": texts}))
     print(f"data.json is in {out}")

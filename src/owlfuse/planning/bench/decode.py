@@ -17,7 +17,7 @@ from owlfuse.artifacts.hf.modeling import OwlfuseForConditionalGeneration
 from owlfuse.core.progress import track
 from owlfuse.evaluation.generation import milliseconds_per_token
 from owlfuse.model.multimodal import assemble
-from owlfuse.planning.bench.pairs import device_name, fusion_configs
+from owlfuse.planning.bench.pairs import device_name, fusion_configs, llama_config
 from owlfuse.planning.bench.report import machine, plot_lines, print_table, write_result
 
 FUSIONS = fusion_configs([0, 2, 4, 6])
@@ -28,15 +28,7 @@ VISION: dict[str, Any] = {
     "class_token": False,
     "kwargs": {"embed_dim": 64, "depth": 2, "num_heads": 2},
 }
-LLM = {
-    "model_type": "llama",
-    "hidden_size": 256,
-    "intermediate_size": 512,
-    "num_hidden_layers": 8,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 4,
-    "max_position_embeddings": 16384,
-}
+LLM = llama_config(256, 512, layers=8, heads=8, key_value_heads=4)
 VOCABULARY, IMAGE_TOKEN = 1024, 5
 TEXT_TOKENS = 16
 """Of the prompt, beside its images."""

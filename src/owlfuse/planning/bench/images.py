@@ -34,6 +34,7 @@ from owlfuse.planning.bench.pairs import (
     autocast,
     device_name,
     fusion_configs,
+    llama_config,
     ratio_text,
     ratios,
     slope,
@@ -51,23 +52,10 @@ Turns = dict[int, list[float]]
 """Each turn's measurement, by the number of images."""
 
 
-def llama(width: int, hidden: int, layers: int, heads: int) -> dict[str, Any]:
-    """Return the configuration of a Llama."""
-    return {
-        "model_type": "llama",
-        "hidden_size": width,
-        "intermediate_size": hidden,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "num_key_value_heads": heads,
-        "max_position_embeddings": 16384,
-    }
-
-
 SIZES = {
-    "small": llama(256, 688, 12, 8),
-    "0.4b": llama(1024, 2816, 24, 16),
-    "quick": llama(64, 128, 4, 4),
+    "small": llama_config(256, 688, layers=12, heads=8, key_value_heads=8),
+    "0.4b": llama_config(1024, 2816, layers=24, heads=16, key_value_heads=16),
+    "quick": llama_config(64, 128, layers=4, heads=4, key_value_heads=4),
 }
 """LLMs: `small` for two CPU cores, `0.4b` for a GPU."""
 VOCABULARY, VISUAL_TOKENS, TEXT = 4096, 64, 64
@@ -268,7 +256,11 @@ def work_frame(
 
 
 def bench_images(
-    out: Path, images: list[int], repeats: int = 5, precision: str = "32-true", size: str = "small"
+    out: Path,
+    images: list[int],
+    repeats: int = 5,
+    precision: str = "32-true",
+    size: str = "small",
 ) -> dict[str, Any]:
     """Prints the tables, and writes images.md, images.json and images.png into `out`.
 

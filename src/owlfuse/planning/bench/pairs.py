@@ -42,6 +42,27 @@ def fusion_configs(layers: list[int]) -> dict[str, dict[str, Any]]:
     }
 
 
+def llama_config(
+    width: int,
+    hidden: int,
+    layers: int,
+    heads: int,
+    key_value_heads: int,
+    **fields: Any,
+) -> dict[str, Any]:
+    """Return the configuration of a Llama of a size, and of any length that is measured."""
+    return {
+        "model_type": "llama",
+        "hidden_size": width,
+        "intermediate_size": hidden,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": key_value_heads,
+        "max_position_embeddings": 65536,
+        **fields,
+    }
+
+
 def full_adapters() -> dict[str, dict[str, str]]:
     """Return the adapters of a model that is trained in all its parts."""
     full = {"_target_": "owlfuse.model.adapters.Full"}

@@ -118,7 +118,11 @@ def floor_bytes(parameter_bytes: int, saved_bytes: int) -> dict[str, int]:
 
 
 def bench_peak(
-    out: Path, repeats: int = 7, pack_to: int = 320, precision: str = "32-true", size: str = "small"
+    out: Path,
+    repeats: int = 7,
+    pack_to: int = 320,
+    precision: str = "32-true",
+    size: str = "small",
 ) -> dict[str, Any]:
     """Prints the tables, and writes peak.md and peak.json into `out`.
 

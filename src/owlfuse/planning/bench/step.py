@@ -33,6 +33,7 @@ from owlfuse.planning.bench.pairs import (
     device_name,
     full_adapters,
     fusion_configs,
+    llama_config,
     ratio_text,
     ratios,
     time_interleaved,
@@ -97,16 +98,15 @@ is a ViT-B/16."""
 
 def llm_config(sizes: Sizes) -> dict[str, Any]:
     """Return the configuration of both models' Llama."""
-    return {
-        "hidden_size": sizes.width,
-        "intermediate_size": sizes.hidden,
-        "num_hidden_layers": sizes.layers,
-        "num_attention_heads": sizes.heads,
-        "num_key_value_heads": sizes.key_value_heads,
-        "vocab_size": sizes.vocabulary,
-        "max_position_embeddings": 16384,
-        "pad_token_id": None,
-    }
+    return llama_config(
+        sizes.width,
+        sizes.hidden,
+        sizes.layers,
+        sizes.heads,
+        sizes.key_value_heads,
+        vocab_size=sizes.vocabulary,
+        pad_token_id=None,
+    )
 
 
 def owlfuse_model(sizes: Sizes, fusion: str = CONCAT) -> MultimodalLM:
@@ -128,10 +128,7 @@ def owlfuse_model(sizes: Sizes, fusion: str = CONCAT) -> MultimodalLM:
         "vision": vision,
         "connector": {"_target_": "owlfuse.model.connectors.mlp.MLPConnector"},
         "fusion": fusion_configs([])[fusion],
-        "llm": {
-            "_target_": "owlfuse.model.llm.load_llm",
-            "config": {"model_type": "llama", **llm_config(sizes)},
-        },
+        "llm": {"_target_": "owlfuse.model.llm.load_llm", "config": llm_config(sizes)},
         "adapter": full_adapters(),
     }
     # Made on the device, without a copy on the CPU.
@@ -332,7 +329,11 @@ def adaptive_steps(sizes: Sizes, batch: Batch, precision: str) -> dict[str, Call
 
 
 def bench_modality_adaptive(
-    out: Path, repeats: int = 9, pack_to: int = 320, precision: str = "32-true", size: str = "small"
+    out: Path,
+    repeats: int = 9,
+    pack_to: int = 320,
+    precision: str = "32-true",
+    size: str = "small",
 ) -> dict[str, Any]:
     """Prints the table, and writes modality_adaptive.md and modality_adaptive.json into `out`.
 

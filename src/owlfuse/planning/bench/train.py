@@ -28,6 +28,7 @@ from owlfuse.planning.bench.pairs import (
     device_name,
     full_adapters,
     fusion_configs,
+    llama_config,
     seconds_of,
     upper_median,
 )
@@ -38,18 +39,8 @@ from owlfuse.training.optim import AdamWCosine
 
 VOCABULARY = 32000
 SIZES: dict[str, dict[str, Any]] = {
-    "tiny": {
-        "hidden_size": 256,
-        "intermediate_size": 512,
-        "num_hidden_layers": 8,
-        "num_attention_heads": 8,
-    },
-    "1b": {
-        "hidden_size": 2048,
-        "intermediate_size": 5632,
-        "num_hidden_layers": 22,
-        "num_attention_heads": 32,
-    },
+    "tiny": llama_config(256, 512, layers=8, heads=8, key_value_heads=4, vocab_size=VOCABULARY),
+    "1b": llama_config(2048, 5632, layers=22, heads=32, key_value_heads=4, vocab_size=VOCABULARY),
 }
 """LLMs; `1b` has the shape of TinyLlama (arXiv 2401.02385)."""
 BACKBONES: dict[str, dict[str, Any]] = {
@@ -68,20 +59,13 @@ PARTS = ("parameters", "gradients", "optimizer", "activations")
 def make_configs(size: str, fusion: str, checkpointing: bool, compiled: bool) -> dict[str, Any]:
     """Return the configurations of the bench's model, everything trained."""
     options = {"gradient_checkpointing": checkpointing}
-    llm = {
-        "model_type": "llama",
-        "num_key_value_heads": 4,
-        "vocab_size": VOCABULARY,
-        "max_position_embeddings": 65536,
-        **SIZES[size],
-    }
     vision = {"_target_": "owlfuse.model.vision.backbone.TimmBackbone", **BACKBONES[size]}
     connector = {"_target_": "owlfuse.model.connectors.abstractor.Abstractor", "queries": 16}
     return {
         "vision": {**vision, **options},
         "connector": {**connector, **options},
         "fusion": FUSIONS[fusion],
-        "llm": {"_target_": "owlfuse.model.llm.load_llm", "config": llm, **options},
+        "llm": {"_target_": "owlfuse.model.llm.load_llm", "config": SIZES[size], **options},
         "adapter": full_adapters(),
         "compile": compiled,
     }
@@ -156,7 +140,12 @@ def make_step(
 
 
 def measure(
-    configs: dict[str, Any], precision: Precision, rows: int, length: int, images: int, steps: int
+    configs: dict[str, Any],
+    precision: Precision,
+    rows: int,
+    length: int,
+    images: int,
+    steps: int,
 ) -> dict[str, Any]:
     """Return of real steps: the peak of one in bytes, the median of their seconds, and the rate of
     matrix products in their precision."""

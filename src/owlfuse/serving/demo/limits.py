@@ -83,6 +83,7 @@ def public_message(error: DataError, path: Path) -> str:
     """Return `open_image`'s message without the folder of the upload, which is nobody's
     business."""
     message = " ".join(str(error).split())
+    # Gradio's folder of an upload is named by a hash, which says nothing to its owner.
     message = message.replace(f"{path.parent}{os.sep}", "")
     message = message.replace(str(path.parent), "the upload")
     return message.removeprefix("sample demo: image ").removeprefix("sample demo: ")

@@ -64,7 +64,7 @@ def unique_names(folders: list[Path]) -> list[str]:
     paths = [folder.resolve().parts for folder in folders]
     names = []
     for parts in paths:
-        depth = 1
+        depth = 1  # parts of the path, from its end
         while depth < len(parts):
             ends = [path[-depth:] for path in paths]
             if ends.count(parts[-depth:]) == 1:

@@ -59,6 +59,7 @@ def make_page(models: list[DemoModel], visitors: Visitors, uploads: Path) -> gr.
             )
         handlers = Handlers(visitors, uploads, history, current, notice, question)
         outputs = [history, current, notice, question]
+        # Not queued: a refusal or the question is shown at once, whatever else is answered.
         sent = question.submit(handlers.begin, question, outputs, queue=False, **HIDDEN)
         sent.then(
             handlers.answer,
@@ -123,7 +124,11 @@ class Handlers:
         return self.all_parts(visitor, gr.MultimodalTextbox(None, **BUSY))
 
     def answer(
-        self, temperature: float, max_tokens: float, look: bool, request: gr.Request
+        self,
+        temperature: float,
+        max_tokens: float,
+        look: bool,
+        request: gr.Request,
     ) -> Iterator[Updates]:
         """Shows the answers as they grow."""
         key = session_key(request)

@@ -125,8 +125,10 @@ class Guard:
         for name, value in scope["headers"]:
             headers[name.decode().lower()] = value.decode("latin-1")
         host, origin = headers.get("host", ""), headers.get("origin")
+        # A name that a foreign web site had its own DNS resolve to this machine.
         if self.local and urlsplit(f"//{host}").hostname not in LOCAL_NAMES:
             return 403, "this demo answers to this machine alone"
+        # Browsers send the origin with every request that changes something.
         if origin is not None and urlsplit(origin).netloc != host:
             return 403, "another web site asked, and only the demo's own page may"
         path = unquote(scope["path"]).lower()  # as Gradio reads it

@@ -124,6 +124,7 @@ class Visitor:
             waiting: questions of all visitors whose answers are waited for.
         """
         self.last_seen = time.monotonic()
+        # A page that was closed while it sent a question must not block the visitor.
         self.give_up()
         if self.pending:
             raise DataError("the last question is still being answered; wait for it, or press Stop")
@@ -142,7 +143,11 @@ class Visitor:
         self.turns.append(Turn(question, pictures, uris, [Answer() for _ in self.models]))
 
     def answers(
-        self, temperature: float, max_new_tokens: int, look: bool, waiting: int = 0
+        self,
+        temperature: float,
+        max_new_tokens: int,
+        look: bool,
+        waiting: int = 0,
     ) -> Iterator[int]:
         """Answers the question that `begin` took, model after model, so that their times can be
         compared. Yields the number of the model whose answer has grown.
@@ -159,7 +164,8 @@ class Visitor:
             turn.end(f"{waiting} questions of others are waiting already; ask again in a moment")
             return
         turn.begun = True
-        conversations = self.conversations  # `restart` makes new ones
+        # `restart` makes new ones meanwhile, which know nothing of this question.
+        conversations = self.conversations
         options = generate_options(temperature, max_new_tokens)
         try:
             yield from wait_for_turn(turn)
@@ -235,7 +241,11 @@ def generate_options(temperature: float, max_new_tokens: int) -> dict[str, Any]:
 
 
 def fill_answer(
-    conversation: Conversation, turn: Turn, answer: Answer, look: bool, options: dict[str, Any]
+    conversation: Conversation,
+    turn: Turn,
+    answer: Answer,
+    look: bool,
+    options: dict[str, Any],
 ) -> Iterator[None]:
     """Fills one answer, and yields wherever it has grown.
 
@@ -251,7 +261,7 @@ def fill_answer(
             yield
         answer.note = answer_limits.summary()
         if look and conversation.pictures and not turn.stop.is_set():
-            yield
+            yield  # the page shows the answer while its pictures are drawn
             with MODEL_LOCK:
                 answer.attention = attention_pictures(conversation)
     except Exception as error:  # of any model, which others share the page with
@@ -283,6 +293,7 @@ class Visitors:
         Of too many, those who wait for nothing are forgotten.
         """
         with self.lock:
+            # Two requests of one page may come at once.
             if key not in self.by_key:
                 self.forget_idle(len(self.by_key) + 1 - limits.MAX_VISITORS)
                 self.by_key[key] = Visitor(self.models)
@@ -292,6 +303,7 @@ class Visitors:
         """Forgets so many visitors, those first who were silent longest."""
         for visitor in self.by_key.values():
             visitor.give_up()
+        # Who waits for an answer stays, however silent.
         idle = [key for key, visitor in self.by_key.items() if not visitor.pending]
         idle.sort(key=lambda key: self.by_key[key].last_seen)
         for key in idle[: max(0, count)]:
@@ -325,7 +337,11 @@ class Visitors:
         return visitor
 
     def answers(
-        self, key: str, temperature: float, max_new_tokens: int, look: bool
+        self,
+        key: str,
+        temperature: float,
+        max_new_tokens: int,
+        look: bool,
     ) -> Iterator[int]:
         """Answers the question of a page, see `Visitor.answers`."""
         return self.of(key).answers(temperature, max_new_tokens, look, self.waiting())

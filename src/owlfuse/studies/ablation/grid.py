@@ -162,7 +162,11 @@ def mark_absent(
 
 
 def make_cell(
-    ablation: Ablation, levels: Levels, seed: int, words: list[str], runs_name: str
+    ablation: Ablation,
+    levels: Levels,
+    seed: int,
+    words: list[str],
+    runs_name: str,
 ) -> Cell:
     """Return one cell, composed by itself."""
     name = cell_name(levels)

@@ -38,7 +38,11 @@ def console() -> Console:
 
 
 def print_plan(
-    ablation: Ablation, folder: Path, cells: list[Cell], unfinished: list[Cell], jobs: int
+    ablation: Ablation,
+    folder: Path,
+    cells: list[Cell],
+    unfinished: list[Cell],
+    jobs: int,
 ) -> None:
     """Prints the cells with parameters trained and steps, what is finished, and an estimate of the
     time."""
