@@ -122,7 +122,7 @@ def test_a_file_that_became_shorter_is_told(tmp_path):
         ("a.jsonl", b"\n  \n", "a.jsonl: holds no record"),
         ("a.json", b"", "a.json: holds no record"),
         ("a.json", b'[{"a": 1}]\n{"a": 2}\n', "a.json: line 2: not JSON: Extra data"),
-        ("a.json", b"[" * 100_000, "a.json: not JSON: nested too deep"),
+        ("a.json", b"[" * 100_000, "a.json: line 1: not JSON: nested too deep"),
     ],
 )
 def test_a_file_without_records_is_told_at_first_use(tmp_path, name, content, message):
