@@ -74,11 +74,11 @@ class Conversation:
 
     def ask(self, question: str, write: Callable[[str], None]) -> str:
         """The answer, each piece of it given to `write` as it comes. Pictures stand at the
-        question's `<image>`s, or first where it has none; `\\<image>` is the word. Ctrl-C ends it
-        early, and what was said stays said.
+        question's `<image>` marks, or first where it has none; `\\<image>` is the word. Ctrl-C
+        ends it early, and what was said stays said.
 
         Raises:
-            DataError: `<image>`s of another number than pictures are shown, or the conversation is
+            DataError: as many `<image>` marks are not there as pictures, or the conversation is
                 longer than the model's positions; nothing of it is remembered.
         """
         content = with_pictures(question, len(self.shown))

@@ -180,7 +180,7 @@ MEASURE = """
 import resource, sys
 from pathlib import Path
 from owlfuse.data.formats.{module} import {source}
-from owlfuse.core.types import DataError
+from owlfuse.core.errors import DataError
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 try:
     {source}(Path(sys.argv[1]))[0]

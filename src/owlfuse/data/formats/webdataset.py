@@ -39,6 +39,7 @@ class WebDataset(VideoSource):
 
     A sample has pictures (`.jpg`, `.jpeg`, `.png`, `.webp`; several as `.0.jpg`, `.1.jpg`, in the
     order of their names) or videos (`.mp4`, `.mkv`, `.webm`, `.avi`, `.mov`, ...), and
+
     - `.json` with a chat as `records` tells, whose other fields are kept as metadata; or
     - `.txt`, or `.json` with a text under `caption`: a caption. Where both are there, the `.txt`,
       as img2dataset has it.

@@ -126,8 +126,8 @@ class Task:
         raise NotImplementedError(f"{type(self).__name__} has no metrics")
 
     def asked(self, question: str, images: list[str | bytes]) -> list[dict[str, Any]]:
-        """The user's turn: the question in the prompt's words, the pictures at its `<image>`s, or
-        first where it has none. Raises DataError for another number of them."""
+        """The user's turn: the question in the prompt's words, the pictures at its `<image>` marks,
+        or first where it has none. Raises DataError for another number of them."""
         return [
             {
                 "role": "user",
