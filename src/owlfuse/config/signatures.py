@@ -298,8 +298,8 @@ def type_of(module: str, node: ast.AST) -> Any:
     if isinstance(node, ast.Name):
         return type_named(module, node.id)
     if isinstance(node, ast.BinOp) and isinstance(node.op, ast.BitOr):
-        left, right = type_of(module, node.left), type_of(module, node.right)
-        return typing.Union[left, right]  # noqa: UP007  # `|` takes no None on both sides
+        members = type_of(module, node.left), type_of(module, node.right)
+        return typing.Union[members]  # noqa: UP007  # `|` takes no None on both sides
     if isinstance(node, ast.Subscript):
         outer = type_of(module, node.value)
         if outer is typing.Literal:

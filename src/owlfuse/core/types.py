@@ -9,7 +9,7 @@ text positions, D LLM width, R supervised positions, K visual positions.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
 
@@ -38,6 +38,11 @@ class Note(NamedTuple):
     kind: Literal["unused", "assumed"]
     text: str
     """`a turn's 'markdown'`, for instance, or a sentence."""
+
+
+def without_keys(node: JsonObject, keys: Collection[str]) -> JsonObject:
+    """Return an object without some of its keys."""
+    return {key: value for key, value in node.items() if key not in keys}
 
 
 @dataclass

@@ -3,6 +3,7 @@ row."""
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,7 +27,7 @@ class Collator:
     pad_id: int
     image_shape: tuple[int, int, int]
     """(3, H, W) of the blank image."""
-    side: Literal["left", "right"] = "right"
+    padding_side: Literal["left", "right"] = "right"
     pack_to: int | None = None
 
     def __call__(self, items: Sequence[Encoded | Skipped]) -> Batch:
@@ -48,8 +49,9 @@ class Collator:
         if self.pack_to is not None and samples:
             packed = pack(samples, self.pack_to)
             # The batch names its samples in the order of its rows.
-            samples = [sample for row in packed for sample in row]
-            rows, segments = zip(*(join(row) for row in packed), strict=True)
+            samples = list(itertools.chain(*packed))
+            joined = [join(row) for row in packed]
+            rows, segments = zip(*joined, strict=True)
         # Each batch is as long as its longest row: padding to a fixed length would cost more than
         # new shapes.
         length = max(len(row.input_ids) for row in rows)
@@ -95,13 +97,13 @@ class Collator:
         """Pad rows (T_i,) -> (B, T)."""
         padded = torch.full((len(rows), length), value, dtype=rows[0].dtype)
         for padded_row, row in zip(padded, rows, strict=True):
-            start = length - len(row) if self.side == "left" else 0
+            start = length - len(row) if self.padding_side == "left" else 0
             padded_row[start : start + len(row)] = row
         return padded
 
     def starts(self, row: Encoded, length: int) -> list[int]:
         """Returns where the images of a row begin once it is padded to `length`."""
-        padding = length - len(row.input_ids) if self.side == "left" else 0
+        padding = length - len(row.input_ids) if self.padding_side == "left" else 0
         return [position + padding for position in row.image_positions]
 
 

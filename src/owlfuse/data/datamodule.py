@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
@@ -264,8 +265,9 @@ class ChatData(lightning.LightningDataModule):
         if prompt:
             encoded = self.encoder.encode_prompt(sample, counts)
         else:
-            encoded = self.encoder.encode(sample, counts, policy_of(self.on_length, sample.source))
-        pixel_values = [view for pixels in views for view in pixels]
+            policy = policy_of(self.on_length, sample.source)
+            encoded = self.encoder.encode(sample, counts, policy)
+        pixel_values = list(itertools.chain(*views))
         # Truncation may have removed the last pictures.
         encoded.pixel_values = pixel_values[: len(encoded.image_positions)]
         encoded.notes = sample.notes
@@ -274,8 +276,9 @@ class ChatData(lightning.LightningDataModule):
     def prompts(self, samples: list[tuple[Sample, Source]]) -> Batch:
         """Return questions as one batch, padded on the left, for generation."""
         # Generation appends on the right, where all rows must end.
-        collator = Collator(self.encoder.pad_id, self.image_shape, side="left")
-        return collator([self.load(sample, source, prompt=True) for sample, source in samples])
+        collator = Collator(self.encoder.pad_id, self.image_shape, padding_side="left")
+        questions = [self.load(sample, source, prompt=True) for sample, source in samples]
+        return collator(questions)
 
     def note_validation(self, batch: Batch) -> None:
         """Remember the skips, cuts and notes of a validation batch, each sample once however often

@@ -60,8 +60,9 @@ class MixtureDataset(Dataset):
         else:
             first, stop = min(positions), max(positions) + 1
         if first < self.start or stop > self.start + len(self.block[0]):
-            ahead = min(BLOCK, max(FIRST_BLOCK, 2 * len(self.block[0])))
-            last = max(stop, self.mixture.available(first + ahead))
+            size = max(FIRST_BLOCK, 2 * len(self.block[0]))
+            ahead = first + min(BLOCK, size)
+            last = max(stop, self.mixture.available(ahead))
             self.block = self.mixture.positions(first, last)
             self.start = first
         sources, indices = self.block

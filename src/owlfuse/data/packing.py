@@ -48,7 +48,8 @@ def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     """
     rows: list[list[int]] = []
     spaces: list[tuple[int, int]] = []  # (free space, row), ascending
-    for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+    longest_first = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
+    for index in longest_first:
         length = lengths[index]
         if length > capacity:
             raise ValueError(f"item {index} is {length} long, and a row holds {capacity}")
@@ -77,7 +78,8 @@ def least_padding(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     longest = min(max(lengths, default=capacity), capacity)
     row_lengths = set()
     for number in range(ROW_LENGTHS):
-        row_lengths.add(longest + (capacity - longest) * number // (ROW_LENGTHS - 1))
+        extra = (capacity - longest) * number // (ROW_LENGTHS - 1)
+        row_lengths.add(longest + extra)
     best: list[list[int]] = []
     for row_length in sorted(row_lengths, reverse=True):
         rows = best_fit(lengths, row_length)
@@ -104,7 +106,10 @@ def pack(samples: Sequence[Encoded], pack_to: int) -> list[list[Encoded]]:
                 f"sample {sample.id} is {length} tokens long, over pack_to of {pack_to}: raise "
                 "pack_to, or have it left out by a lower max_length"
             )
-    return [[samples[index] for index in row] for row in least_padding(lengths, pack_to)]
+    rows = []
+    for indices in least_padding(lengths, pack_to):
+        rows.append([samples[index] for index in indices])
+    return rows
 
 
 def join(samples: Sequence[Encoded]) -> tuple[Encoded, Tensor]:

@@ -57,7 +57,8 @@ def spell_words(
     Raises:
         DataError: a tokenizer that has no other tokens for the word.
     """
-    starts = [match.start() for match in re.finditer(WORD * len(image_token), text)]
+    matches = re.finditer(WORD * len(image_token), text)
+    starts = [match.start() for match in matches]
     if not starts or not ids:
         return
     image_id = tokenizer.convert_tokens_to_ids(image_token)
@@ -71,7 +72,8 @@ def spell_words(
             if first <= start < last:
                 start_by_position[position] = start
     # A truncation of the caller may have cut off the others.
-    inside = [start for start in starts if offsets[0][0] <= start < offsets[-1][1]]
+    first, last = offsets[0][0], offsets[-1][1]
+    inside = [start for start in starts if first <= start < last]
     if len(start_by_position) != len(inside) or spelled is None or image_id in spelled[0]:
         raise DataError(
             f"{name} has the word {image_token} in a text, which this tokenizer cannot write as a "

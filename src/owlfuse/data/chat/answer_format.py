@@ -182,7 +182,8 @@ def tokens_of(tokenizer: Any, text: str) -> list[tuple[int, int, int]]:
         verbose=False,
     )
     tokens = []
-    for token, (start, end) in zip(encoding["input_ids"], encoding["offset_mapping"], strict=True):
+    offsets = encoding["offset_mapping"]
+    for token, (start, end) in zip(encoding["input_ids"], offsets, strict=True):
         tokens.append((token, start, end))
     return tokens
 
@@ -196,7 +197,10 @@ def end_tokens(
     """Return the one token that marks an end at `start`; none where the end mark is several
     ordinary tokens."""
     end = start + len(end_mark)
-    inside = [token for token in tokens_of(tokenizer, text) if token[2] > start and token[1] < end]
+    inside = []
+    for token in tokens_of(tokenizer, text):
+        if token[2] > start and token[1] < end:
+            inside.append(token)
     number, first, _ = inside[0]
     added = tokenizer.added_tokens_decoder.get(number)
     is_special = added is not None and added.special

@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from owlfuse.core.errors import DataError
-from owlfuse.core.types import IMAGE, Encoded, Message, Part, Sample
+from owlfuse.core.types import IMAGE, Encoded, Message, Part, Sample, without_keys
 from owlfuse.data.chat.answer_format import THINK_TAGS, AnswerFormat
 from owlfuse.data.chat.checks import control_tokens, flatten
 from owlfuse.data.chat.supervision import cut_at_borders, encode, supervised_spans
@@ -92,8 +92,10 @@ class ChatEncoder:
             render_sample,
             self.answer_format,
         )
-        ids, offsets = self.tokenize(text, [start for start, _ in spans], sample.id)
-        return self.expand(sample, ids, self.labels(sample, ids, offsets, spans), views)
+        starts = [start for start, _ in spans]
+        ids, offsets = self.tokenize(text, starts, sample.id)
+        labels = self.labels(sample, ids, offsets, spans)
+        return self.expand(sample, ids, labels, views)
 
     def encode_prompt(self, sample: Sample, views: list[int] | None = None) -> Encoded:
         """Return the chat up to where the assistant answers next; nothing is supervised.
@@ -122,7 +124,7 @@ class ChatEncoder:
         """
         if sample.tools:
             options["tools"] = sample.tools
-        messages = [without_key(message, "supervised") for message in messages]
+        messages = [without_keys(message, ["supervised"]) for message in messages]
         try:
             return render(self.tokenizer, messages, add_generation_prompt, **options)
         except DataError as error:
@@ -134,11 +136,13 @@ class ChatEncoder:
         unwritten = []
         for key in ("tool_calls", "reasoning_content"):
             if any(key in message for message in messages):
-                without = [without_key(message, key) for message in messages]
+                without = [without_keys(message, [key]) for message in messages]
                 if text == self.render_or_none(sample, without):
                     unwritten.append(key)
-        if sample.tools and text == self.render_or_none(replace(sample, tools=None), messages):
-            unwritten.append("tools")
+        if sample.tools:
+            without_tools = replace(sample, tools=None)
+            if text == self.render_or_none(without_tools, messages):
+                unwritten.append("tools")
         if unwritten:
             raise DataError(
                 f"sample {sample.id} has {' and '.join(unwritten)}, which the chat template does "
@@ -256,11 +260,6 @@ class ChatEncoder:
             [],
             positions,
         )
-
-
-def without_key(message: Message, key: str) -> dict[str, Any]:
-    """Return a message without one of its keys."""
-    return {name: value for name, value in message.items() if name != key}
 
 
 def led_by_break(content: list[Part], after_pictures: bool) -> list[Message]:

@@ -113,8 +113,8 @@ def answer_end(
     mark = answer_format.end_mark
     start = text.find(mark, text_end)
     # Behind the name of a tool, the template writes the rest of the call.
-    is_separated = text[text_end:start].strip() and not messages[turn].get("tool_calls")
-    if start < 0 or is_separated:
+    between = text[text_end:start].strip()
+    if start < 0 or (between and not messages[turn].get("tool_calls")):
         raise DataError(
             f"sample {sample.id}: the chat template does not end turn {turn + 1} with {mark!r}, "
             "with which it ends other answers"
@@ -150,8 +150,8 @@ def surroundings(
     remaining = render(replaced)
     around = []
     for turn, mark, _ in marked:
-        before, found, remaining = remaining.partition(mark)
-        if not found or mark in remaining:
+        before, written, remaining = remaining.partition(mark)
+        if not written or mark in remaining:
             raise unsupervisable(sample, turn, messages[turn])
         around.append(before)
     return [*around, remaining], marked
@@ -316,10 +316,12 @@ def inner_tokens(tokenizer: Any, piece: str, **options: Any) -> tuple[list[int],
         length = len(anchor)
         ids, offsets = encode(tokenizer, anchor + piece, **options)
         count = sum(start < length for start, _ in offsets)
-        if not offsets[count:] or any(end > length for _, end in offsets[:count]):
+        piece_offsets = offsets[count:]
+        if not piece_offsets or any(end > length for _, end in offsets[:count]):
             continue
-        if offsets[count][0] == length and offsets[-1][1] == length + len(piece):
-            return ids[count:], shifted(offsets[count:], -length)
+        start, end = piece_offsets[0][0], piece_offsets[-1][1]
+        if (start, end) == (length, length + len(piece)):
+            return ids[count:], shifted(piece_offsets, -length)
     return None
 
 

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from owlfuse.core.errors import DataError
-from owlfuse.core.types import JsonObject, Sample
+from owlfuse.core.types import JsonObject, Sample, without_keys
 from owlfuse.data.formats.base import Source, field
 from owlfuse.data.formats.marks import unescaped
 from owlfuse.data.formats.records import (
@@ -111,7 +111,7 @@ class Alpaca(Source):
         for turn in turns:
             part = {"type": "text", "text": unescaped(turn["content"])}
             messages.append({"role": turn["role"], "content": [part]})
-        metadata = {key: value for key, value in record.items() if key not in USED_KEYS}
+        metadata = without_keys(record, USED_KEYS)
         notes = check_unused(record, name, set(metadata))
         tools = tools_of(record, name)
         return Sample(

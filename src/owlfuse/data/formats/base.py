@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Literal
 from owlfuse.core.errors import DataError
 from owlfuse.core.files import expand_files, fingerprint
 from owlfuse.core.packages import packaged
-from owlfuse.core.types import JsonObject, Note, Sample
+from owlfuse.core.types import JsonObject, Note, Sample, without_keys
 from owlfuse.data.formats.records import has_chat
 from owlfuse.data.media.video import VideoSampling
 from owlfuse.data.readers.lines import JsonLines, Records, open_records
@@ -155,7 +155,7 @@ class Source:
 
     def __getstate__(self) -> JsonObject:
         # Open files and parsed records do not travel to data workers, each of which opens its own.
-        return {key: value for key, value in vars(self).items() if key != "records"}
+        return without_keys(vars(self), ["records"])
 
 
 @dataclass(eq=False)
@@ -203,7 +203,7 @@ class VideoSource(PictureSource):
 
 def without(record: JsonObject, *keys: str) -> JsonObject:
     """Return a record without `id` and `keys`, for a sample's metadata."""
-    return {key: value for key, value in record.items() if key != "id" and key not in keys}
+    return without_keys(record, ["id", *keys])
 
 
 def field(

@@ -9,7 +9,7 @@ from typing import Any
 
 from owlfuse.core.errors import DataError
 from owlfuse.core.files import decoded
-from owlfuse.core.types import JsonObject, Sample
+from owlfuse.core.types import JsonObject, Sample, without_keys
 from owlfuse.data.formats.base import PictureSource, field
 from owlfuse.data.formats.records import CHATS, IMAGES, TOOLS, VIDEOS, check_unused, system_turn
 from owlfuse.data.formats.turn_keys import SYSTEM_KEYS, brief, is_absent
@@ -65,9 +65,9 @@ class Captions(PictureSource):
         image = picture_of(record[self.image_field], name, self.image_field)
         identity = name.removeprefix(f"{self.name}:")
         used = {"id", self.image_field, self.caption_field, *SYSTEM_KEYS}
-        metadata = {key: value for key, value in record.items() if key not in used}
+        metadata = without_keys(record, used)
         check_caption(metadata, name)
-        unused = {key: value for key, value in metadata.items() if key not in IMAGES}
+        unused = without_keys(metadata, IMAGES)
         # The picture is there for the check alone: a key such as `photo` is no second one.
         notes = check_unused({**unused, "image": image}, name, set(unused))
         messages = caption_messages(

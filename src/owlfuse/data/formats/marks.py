@@ -4,9 +4,10 @@ words."""
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 
 from owlfuse.core.errors import DataError
-from owlfuse.core.types import Message, Part
+from owlfuse.core.types import Message, Part, without_keys
 
 # Marks of a picture or a video in a text.
 # `<|image|>` is that of mPLUG-Owl2, mPLUG-Owl3 and DocOwl.
@@ -67,7 +68,8 @@ def with_pictures(text: str, count: int, kinds: tuple[str, ...] = ("image",)) ->
     marks = [part for part in parts if "mark" in part]
     if not marks:
         return [*({"type": "image"} for _ in range(count)), *parts]
-    if len(marks) != count or not {part["type"] for part in marks} <= {*kinds}:
+    mark_kinds = {part["type"] for part in marks}
+    if len(marks) != count or not mark_kinds <= {*kinds}:
         first = marks[0]["mark"]
         raise DataError(
             f"the text has {len(marks)} {first} and {count} pictures are shown with it, expected "
@@ -199,13 +201,20 @@ def has_visual_part(messages: list[Message]) -> bool:
     return False
 
 
+def texts_of(message: Message) -> Iterator[str]:
+    """Yield the texts of a message's parts."""
+    for part in message["content"]:
+        if part["type"] == "text":
+            yield part["text"]
+
+
 def check_paths(messages: list[Message], name: str) -> None:
     """Raise DataError where the user's text holds a picture's path."""
     for message in messages:
         if message["role"] != "user":
             continue
-        for part in message["content"]:
-            match = PATH_IN_TEXT.search(part["text"]) if part["type"] == "text" else None
+        for text in texts_of(message):
+            match = PATH_IN_TEXT.search(text)
             if match:
                 raise DataError(
                     f"sample {name} has {match[0][:100]} in its text; write <image> there, and "
@@ -238,9 +247,14 @@ def turn_image_marks_into_videos(messages: list[Message], videos: int) -> bool:
     Returns whether they were.
     """
     images, clips = VisualParts(messages, "image"), VisualParts(messages, "video")
-    marks = images.user_marks + [part for part in images.typed if part.get("picture") is None]
+    marks = list(images.user_marks)
+    for part in images.typed:
+        if part.get("picture") is None:
+            marks.append(part)
+    if not videos or not marks:
+        return False
     video_parts = len(clips.typed) + len(clips.user_marks)
-    if not videos or not marks or (video_parts and video_parts + len(marks) != videos):
+    if video_parts and video_parts + len(marks) != videos:
         return False
     for part in marks:
         part["type"] = "video"
@@ -252,9 +266,9 @@ def put_first(messages: list[Message], parts: list[Part], name: str) -> None:
     DataError where a text has another project's mark."""
     questions = [message for message in messages if message["role"] == "user"]
     for message in questions:
-        for part in message["content"]:
+        for text in texts_of(message):
             # A picture that another project's mark shows in the middle must not be put first.
-            match = OTHER_MARK.search(part["text"]) if part["type"] == "text" else None
+            match = OTHER_MARK.search(text)
             if match:
                 raise DataError(
                     f"sample {name} has {len(parts)} pictures or videos that no <image> or "
@@ -278,5 +292,5 @@ def without_marks(parts: list[Part], is_word: set[int]) -> list[Part]:
         elif id(part) in is_word:
             add_text(plain, part["mark"])
         else:
-            plain.append({key: value for key, value in part.items() if key != "mark"})
+            plain.append(without_keys(part, ["mark"]))
     return plain

@@ -164,7 +164,9 @@ class Parquet(VideoSource):
         }
         columns = {key: column for key, column in chosen.items() if column is not None}
         defaults = self.default_columns(files[0], names)
-        columns |= {column: column for column in names if column in defaults}
+        for column in names:
+            if column in defaults:
+                columns[column] = column
         for file, schema in zip(files, schemas, strict=True):
             for column in columns.values():
                 if column not in schema.names:
@@ -182,7 +184,7 @@ class Parquet(VideoSource):
         columns = {column for column in names if column in READ_KEYS}
         if self.messages_column or self.question_column:
             columns -= {*CHATS, *QUESTION_KEYS}
-        elif not columns & {*CHATS} and not any(columns.issuperset(pair) for pair in QUESTIONS):
+        elif not has_chat_columns(columns):
             if TEXT not in names:
                 raise DataError(
                     f"{file} has no chat among its columns {', '.join(names)}; {EXPECTED}; other "
@@ -227,6 +229,13 @@ class Parquet(VideoSource):
                 message["tool_calls"] = without_nulls(message["tool_calls"])
         sample.notes += cast("Rows", self.records).unread
         return sample
+
+
+def has_chat_columns(columns: set[str]) -> bool:
+    """Whether columns hold turns, or a question and its answer."""
+    if columns & {*CHATS}:
+        return True
+    return any(columns.issuperset(pair) for pair in QUESTIONS)
 
 
 def without_nulls(value: Any) -> Any:

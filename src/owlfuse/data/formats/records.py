@@ -19,6 +19,7 @@ from owlfuse.data.formats.turn_keys import (
     check_refused,
     from_json,
     is_absent,
+    present_keys,
     single_value,
     tools_of,
 )
@@ -149,10 +150,9 @@ NOT_METADATA = frozenset(("id", *SYSTEM_KEYS, *IMAGES, *VIDEOS, *TOOLS))
 
 def has_chat(record: JsonObject) -> bool:
     """Whether a record has turns, a question with an answer, or a conversation in one text."""
-    present = {key for key, value in record.items() if not is_absent(value)}
-    if present & {*CHATS} or any(present.issuperset(pair) for pair in QUESTIONS):
+    if present_keys(record, CHATS) or is_conversation(record.get(TEXT)):
         return True
-    return is_conversation(record.get(TEXT))
+    return any(len(present_keys(record, pair)) == 2 for pair in QUESTIONS)
 
 
 def find_turns(
@@ -163,13 +163,13 @@ def find_turns(
 
     Raises DataError.
     """
-    chats = [key for key in CHATS if not is_absent(record.get(key))]
+    chats = present_keys(record, CHATS)
     if len(chats) > 1:
         raise DataError(f"sample {name} has '{chats[0]}' and '{chats[1]}', expected one chat")
     if chats:
         return turns_of(record[chats[0]], name, chats[0]), {chats[0]}, []
     for question, answer in QUESTIONS:
-        if not is_absent(record.get(question)) and not is_absent(record.get(answer)):
+        if len(present_keys(record, (question, answer))) == 2:
             return question_turns(record, name, question, answer)
     # An empty question or answer is told as such.
     for question, answer in QUESTIONS:

@@ -4,6 +4,7 @@ learned from."""
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from typing import Any
 
 from owlfuse.core.errors import DataError
@@ -101,6 +102,11 @@ def is_absent(value: Any) -> bool:
     return isinstance(value, str | list | dict) and not value
 
 
+def present_keys(node: JsonObject, keys: Iterable[str]) -> list[str]:
+    """Return those of some keys whose values say something, in the order of `keys`."""
+    return [key for key in keys if not is_absent(node.get(key))]
+
+
 def check_refused(
     node: JsonObject,
     refused: dict[str, str],
@@ -133,7 +139,7 @@ def single_value(
     """
     if node.keys().isdisjoint(keys):  # most turns of most data
         return None, None
-    present = [key for key in keys if not is_absent(node.get(key))]
+    present = present_keys(node, keys)
     if not present:
         return None, None
     first = present[0]

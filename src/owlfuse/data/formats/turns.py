@@ -26,6 +26,7 @@ from owlfuse.data.formats.turn_keys import (
     brief,
     extras_of,
     is_absent,
+    present_keys,
     single_value,
     tool_calls_of,
 )
@@ -134,12 +135,12 @@ def read_turns(
     unused: set[str] = set()
     for number, turn in plain_turns(turns, name):
         try:
-            message = message_of(turn, name, unused)
+            message = read_message(turn, name, unused)
             if isinstance(message["content"], list):
                 # A text in a list of parts may hold `<image>` as a word, so its marks are settled
                 # later.
                 listed.add(len(messages))
-                message["content"] = [part_of(part, name, unused) for part in message["content"]]
+                message["content"] = [read_part(part, name, unused) for part in message["content"]]
                 move_thoughts(message, name)
             else:
                 message["content"] = split_marks(message["content"])
@@ -250,7 +251,12 @@ def move_thoughts(message: Message, name: str) -> None:
 
     Raises DataError outside an answer.
     """
-    thoughts = [part["thought"] for part in message["content"] if part["type"] == "thought"]
+    thoughts, parts = [], []
+    for part in message["content"]:
+        if part["type"] == "thought":
+            thoughts.append(part["thought"])
+        else:
+            parts.append(part)
     if not thoughts:
         return
     if message["role"] != "assistant" or "reasoning_content" in message:
@@ -259,7 +265,7 @@ def move_thoughts(message: Message, name: str) -> None:
             "one in an answer"
         )
     message["reasoning_content"] = "".join(thoughts)
-    message["content"] = [part for part in message["content"] if part["type"] != "thought"]
+    message["content"] = parts
 
 
 def show_turn_pictures(turn: JsonObject, message: Message, name: str) -> None:
@@ -325,7 +331,7 @@ def resolve(
     return resolved
 
 
-def message_of(turn: Any, name: str, unused: set[str]) -> JsonObject:
+def read_message(turn: Any, name: str, unused: set[str]) -> JsonObject:
     """Return role, content (a text or a list) and the other keys of one turn, in either spelling.
     Raises DataError.
 
@@ -363,7 +369,7 @@ def message_of(turn: Any, name: str, unused: set[str]) -> JsonObject:
     return {"role": ROLES[role], "content": content, **extras}
 
 
-def part_of(part: Any, name: str, unused: set[str]) -> JsonObject:
+def read_part(part: Any, name: str, unused: set[str]) -> JsonObject:
     """Return a part of a content as `{"type": "text", "text"}`, `{"type": "image"}` with its
     `picture` where it has one, a video likewise, or `{"type": "thought", "thought"}`. Raises
     DataError."""
@@ -441,7 +447,7 @@ def pictures_of(record: JsonObject, name: str) -> list[Media]:
 
 def files_of(record: JsonObject, keys: tuple[str, str], name: str) -> list[Media]:
     """Return the pictures or videos under one of two keys. Raises DataError."""
-    present = [key for key in keys if not is_absent(record.get(key))]
+    present = present_keys(record, keys)
     if not present:
         return []
     if len(present) == 2:

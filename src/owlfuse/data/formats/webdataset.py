@@ -11,7 +11,7 @@ from typing import Any, cast
 
 from owlfuse.core.errors import DataError
 from owlfuse.core.files import decoded, parse_json
-from owlfuse.core.types import JsonObject, Media, Note, Sample
+from owlfuse.core.types import JsonObject, Media, Note, Sample, without_keys
 from owlfuse.data.formats.base import VideoSource
 from owlfuse.data.formats.records import (
     IMAGES,
@@ -22,7 +22,7 @@ from owlfuse.data.formats.records import (
     read_chat,
     system_turn,
 )
-from owlfuse.data.formats.turn_keys import SYSTEM_KEYS, is_absent
+from owlfuse.data.formats.turn_keys import SYSTEM_KEYS, is_absent, present_keys
 from owlfuse.data.formats.turns import caption_messages, pictures_of, videos_of
 from owlfuse.data.readers.tars import TarSamples
 
@@ -93,7 +93,7 @@ class WebDataset(VideoSource):
             )
         if members.text:
             notes.append(Note("unused", f"a member .{members.text} beside a chat"))
-        chat = {key: value for key, value in fields.items() if key not in (*IMAGES, *VIDEOS)}
+        chat = without_keys(fields, (*IMAGES, *VIDEOS))
         sample = read_chat(
             chat,
             name,
@@ -141,7 +141,7 @@ class WebDataset(VideoSource):
             part = {"type": "text", "text": turn["content"]}
             messages.insert(0, {"role": "system", "content": [part]})
         used = ("id", "caption", *SYSTEM_KEYS, *IMAGES, *VIDEOS)
-        metadata = {key: value for key, value in fields.items() if key not in used}
+        metadata = without_keys(fields, used)
         for key in ("question", "prompt", "query", *TOOLS):
             if not is_absent(metadata.get(key)):
                 raise DataError(
@@ -246,7 +246,7 @@ def check_names(
 ) -> list[Note]:
     """Return a note where the .json names pictures or videos that are members too. Raises DataError
     where it names another number of them."""
-    present = [key for key in keys if not is_absent(fields.get(key))]
+    present = present_keys(fields, keys)
     if not present:
         return []
     value = fields[present[0]]

@@ -19,7 +19,9 @@ class StepPositions:
     """
 
     def __init__(self, changes: Iterable[Sequence[int]]) -> None:
-        self.changes = [(int(step), int(position), int(size)) for step, position, size in changes]
+        self.changes = []
+        for step, position, size in changes:
+            self.changes.append((int(step), int(position), int(size)))
         starts_at_zero = bool(self.changes) and self.changes[0][:2] == (0, 0)
         if not starts_at_zero or any(size < 1 for _, _, size in self.changes):
             raise ValueError(

@@ -71,15 +71,15 @@ class Shuffle:
         for number in range(ROUNDS):
             keys.append(mixed(self.key + (epoch * ROUNDS + number) * STEP & MASK) >> 32)
         while True:
-            left, right = divmod(cell, self.columns)
+            row, column = divmod(cell, self.columns)
             for number in range(self.rounds):
                 if number % 2:
-                    shift = reduced(hashed(left, keys[number]), self.columns)
-                    right = (right + shift) % self.columns
+                    shift = reduced(hashed(row, keys[number]), self.columns)
+                    column = (column + shift) % self.columns
                 else:
-                    shift = reduced(hashed(right, keys[number]), self.rows)
-                    left = (left + shift) % self.rows
-            cell = left * self.columns + right
+                    shift = reduced(hashed(column, keys[number]), self.rows)
+                    row = (row + shift) % self.rows
+            cell = row * self.columns + column
             # Few cells lie behind the last sample, one in sqrt(size): they go through once more.
             if cell < self.size:
                 return cell
@@ -145,16 +145,16 @@ class Shuffle:
     def permute(self, cells: np.ndarray, keys: np.ndarray, edges: list[int] | None = None) -> None:
         """Take an array of cells through the network, in place; `keys` has a column for each cell,
         or for each of the stretches between `edges`."""
-        left, right, first, second = (array[: len(cells)] for array in SCRATCH.arrays[1:])
+        row, column, first, second = (array[: len(cells)] for array in SCRATCH.arrays[1:])
         columns = np.uint32(self.columns)
-        np.floor_divide(cells, columns, out=left)
-        np.multiply(left, columns, out=first)
-        np.subtract(cells, first, out=right)
+        np.floor_divide(cells, columns, out=row)
+        np.multiply(row, columns, out=first)
+        np.subtract(cells, first, out=column)
         for number in range(self.rounds):
             if number % 2:
-                size, fixed, moved = columns, left, right
+                size, fixed, moved = columns, row, column
             else:
-                size, fixed, moved = np.uint32(self.rows), right, left
+                size, fixed, moved = np.uint32(self.rows), column, row
             if edges is None:
                 np.bitwise_xor(fixed, keys[number], out=first)
             else:
@@ -171,8 +171,8 @@ class Shuffle:
             # The modulo: where `moved` is below `size`, the difference wraps to a large number.
             np.subtract(moved, size, out=second)
             np.minimum(moved, second, out=moved)
-        np.multiply(left, columns, out=left)
-        np.add(left, right, out=cells)
+        np.multiply(row, columns, out=row)
+        np.add(row, column, out=cells)
 
 
 def mixed(number: int) -> int:

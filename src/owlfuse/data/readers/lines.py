@@ -67,7 +67,9 @@ class Lines(Sequence[bytes]):
         DataError where the file became shorter, or for a line that is too long."""
         index = range(len(self))[index]
         start = int(self.starts[index])
-        end = int(self.starts[index + 1]) if index + 1 < len(self) else self.size
+        end = self.size
+        if index + 1 < len(self):
+            end = int(self.starts[index + 1])
         # A line's number is for the error alone: it may take reading the whole file.
         if end - start > MAX_RECORD:
             check_record(end - start, f"{self.file}: line {self.number(index)}")
@@ -128,7 +130,8 @@ def line_starts(descriptor: int, quoted: bool) -> tuple[np.ndarray, np.ndarray]:
             quotes_before = np.searchsorted(marks, ends) + quotes
             ends = ends[quotes_before % 2 == 0]
             quotes += len(marks)
-        begins = np.concatenate([[0] if at_start else [], ends + 1]).astype(np.int64)
+        first = [0] if at_start else []
+        begins = np.concatenate([first, ends + 1]).astype(np.int64)
         at_start = bool(len(begins)) and int(begins[-1]) == count
         if at_start:
             begins = begins[:-1]
@@ -210,8 +213,8 @@ STARTS_LIST = re.compile(rb"(?:\xef\xbb\xbf)?\s*\[\s*(?:\{|$)")
 
 def starts_with_line(head: bytes) -> bool:
     """Whether a file begins with a line that is a JSON object, and goes on."""
-    line, newline, rest = head.removeprefix(codecs.BOM_UTF8).lstrip().partition(b"\n")
-    if not line.startswith(b"{") or not newline or not rest.strip():
+    line, newline, following = head.removeprefix(codecs.BOM_UTF8).lstrip().partition(b"\n")
+    if not line.startswith(b"{") or not newline or not following.strip():
         return False
     try:
         json.loads(line)
@@ -261,7 +264,8 @@ def wrapped_records(value: JsonObject, file: Path) -> Records:
             f"{file}: holds lists of records under {names}, expected one; write the one that is "
             "meant as a file"
         )
-    return Records(value[lists[0]], [key for key in value if key != lists[0]])
+    unused = [key for key in value if key != lists[0]]
+    return Records(value[lists[0]], unused)
 
 
 SPACE = re.compile(r"[ \t\n\r]*")  # what JSON calls white space
@@ -354,7 +358,8 @@ class JsonText:
         self.at_end = not chunk
         try:
             # The incremental decoder keeps the bytes of a character that a chunk cuts.
-            self.text = self.text[self.offset :] + self.decoder.decode(chunk, final=self.at_end)
+            text = self.decoder.decode(chunk, final=self.at_end)
+            self.text = self.text[self.offset :] + text
         except UnicodeDecodeError as error:
             position = self.bytes_read + error.start
             raise DataError(f"{self.file}: not UTF-8 at byte {position}") from error
