@@ -37,6 +37,7 @@ from owlfuse.model.multimodal import on_meta
 from owlfuse.model.new_tokens import tokens_to_train
 from owlfuse.parallel.sharding import evaluation_precision
 from owlfuse.parallel.strategies import (
+    Sharded,
     check_strategy,
     rank_timeouts_as_data_errors,
     takes_part_in_evaluation,
@@ -103,6 +104,7 @@ def train(config: DictConfig, folder: Path, data_digest: str | None) -> None:
         data.bind(plan.vision.preprocessing, plan.fusion.tokens_per_image)
         trainer = make_trainer(config, data, folder, past)
         check_strategy(trainer, plan, checkpoint)
+        plan.check_training(isinstance(trainer.strategy, Sharded))
         if past:
             new_tokens = past.new_tokens
         else:
