@@ -40,7 +40,7 @@ test: $(STAMP) lint ## lint, format check and the tests
 	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-slow: $(STAMP) ## the tests that take minutes each
-	$(BIN)/python -m pytest -m slow $(ARGS)
+	$(BIN)/python -m pytest -m slow -n auto --dist loadfile --no-loadscope-reorder $(ARGS)
 
 docs: $(STAMP) ## these pages as HTML in build/docs; a broken link or a missing reference is an error
 	$(BIN)/python -m sphinx -W --keep-going -q -b html docs build/docs
