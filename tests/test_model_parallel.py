@@ -6,17 +6,15 @@ import pytest
 import torch
 import torch.distributed as dist
 from lightning.fabric.plugins.environments import LightningEnvironment
-from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from helpers import CONNECTORS, FUSIONS, VOCAB, llm_fields, model_node, perturb, policy
 from owlfuse.artifacts.export import export
 from owlfuse.artifacts.load import TrainedModel, load_base
 from owlfuse.model.llm import load_llm
 from owlfuse.model.multimodal import build_model
-from owlfuse.parallel.sharding import build_for, synchronize_batch_norms, zero_other_rows
+from owlfuse.parallel.sharding import build_for, zero_other_rows
 from owlfuse.parallel.strategies import Sharded
 from owlfuse.training.module import MultimodalModule
 
@@ -142,25 +140,3 @@ def test_rows_of_a_sharded_table_keep_their_gradients(module):
     kept = table.grad.full_tensor()
     assert kept[[2, 5]].eq(1).all()
     assert kept.sum() == 2 * table.shape[1]
-
-
-def test_trained_batch_norms_become_torchs_synchronized_ones(module):
-    """They have the same weights and statistics under the same names."""
-    vision = {
-        "_target_": "owlfuse.model.vision.backbone.TimmBackbone",
-        "name": "test_resnet",
-        "norm": True,
-        "image_size": 32,
-    }
-    model = build_model(model_node("concat", vision=vision), VOCAB)[0]
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    module.trainer.is_global_zero = True
-    synchronize_batch_norms(model, module.trainer)
-    norms = [child for child in model.modules() if isinstance(child, _BatchNorm)]
-    assert len(norms) > 1
-    assert all(isinstance(norm, nn.SyncBatchNorm) for norm in norms)
-    after = model.state_dict()
-    assert list(after) == list(before)
-    assert all(torch.equal(after[name], value) for name, value in before.items())
-    with model.vision.statistics_kept():  # a rank without pictures takes part all the same
-        assert all(norm.training for norm in norms)

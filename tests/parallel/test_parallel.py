@@ -51,17 +51,30 @@ LORA = [
     f"model/adapter@model.adapter.{policy}"
     for policy in ("fusion=lora", "llm=lora", "vision=frozen")
 ]
+NO_BATCH_NORMS = [
+    "model/vision=timm",
+    "model.vision.name=vit_tiny_patch16_224",
+    "model.vision.pretrained=false",
+    "model.vision.image_size=32",
+    "model.vision.kwargs={embed_dim: 32, depth: 2, num_heads: 2}",
+]
+"""Batch norms of the few pictures of a micro batch have places where rounding decides: one process
+whose weights are nudged by a ten millionth then differs from itself by 6e-5, as several processes
+do from one."""
 SCARCE = [
-    "data.sources.shapes.weight=0.1",
-    "data.sources.text.weight=0.9",
-    "data.sources.text.records_per_chat=8",
+    *NO_BATCH_NORMS,
+    *(
+        "data.sources.shapes.weight=0.1",
+        "data.sources.text.weight=0.9",
+        "data.sources.text.records_per_chat=8",
+    ),
 ]
 """Some steps have a picture on one rank, some on none, and the ranks' lengths are very unequal."""
 CASES = {
     "owl1": ["experiment=shapes_owl1"],
     "owl2": ["experiment=shapes_owl2"],
     "owl3": OWL3,
-    "owl1-muon": ["experiment=shapes_owl1", "optim=muon", "optim.lr=4e-3"],
+    "owl1-muon": ["experiment=shapes_owl1", *NO_BATCH_NORMS, "optim=muon", "optim.lr=4e-3"],
     "owl3-static": [*OWL3, "model.fusion.gate=static"],
     "owl2-lora": ["experiment=shapes_owl2", *LORA],
     "owl1-scarce": ["experiment=shapes_owl1", *SCARCE],
@@ -85,11 +98,12 @@ FAST = {
 def overrides(case, accumulation, ranks):
     """Micro batches have two pictures or so at least."""
     size = 8 * (2 if accumulation > 1 else 1)
+    vision = NO_BATCH_NORMS if accumulation > 1 else []
     rows = [
         f"data.global_batch_size={size}",
         f"data.micro_batch_size={size // accumulation // ranks}",
     ]
-    return [*SMALL, *CASES[case], *rows]
+    return [*SMALL, *CASES[case], *vision, *rows]
 
 
 def train_both(folder, chosen, splits, processes):
@@ -154,8 +168,12 @@ def check(folder, scratch, case, split, accumulation):
     for key in mine:
         # no softmax depends on it: its gradient is rounding, which Adam makes large
         if "key.bias" not in key:
+            # statistics are no weights, and features that they are of may be large
+            relative = 5e-3 if "running_" in key else 0
             message = partial("{}: {}".format, key)
-            torch.testing.assert_close(mine[key], theirs[key], atol=in_weights, rtol=0, msg=message)
+            torch.testing.assert_close(
+                mine[key], theirs[key], atol=in_weights, rtol=relative, msg=message
+            )
 
 
 @pytest.mark.slow
@@ -251,14 +269,6 @@ def test_evaluation_of_the_processes_agrees_with_one(folder, name, split):
         (
             ["trainer=fsdp_tp", "trainer.devices=2", "trainer.strategy.data=3"],
             "3 data x 4 tensor ranks are 12 processes",
-        ),
-        (
-            ["trainer=ddp", "trainer.devices=2", "model.vision.name=resnet10t"],
-            r"2 processes on CPUs would train batch norms \(vision\.body\.\S+ and \d+ more\)",
-        ),
-        (
-            ["trainer=fsdp", "trainer.devices=2", "model.vision.norm=true"],
-            r"2 processes on CPUs would train batch norms \(vision\.norm and 0 more\)",
         ),
     ],
 )

@@ -162,7 +162,7 @@ def test_skips_of_a_checkpoint_that_has_a_row_for_each_time_are_counted(module):
 def test_a_sample_that_two_ranks_met_counts_once(module, monkeypatch, ranks, raises):
     made = module(max_skips=2)
     totals = [SampleTotals(Counter(skip("a", number) for number in numbers)) for numbers in ranks]
-    monkeypatch.setattr(sample_counts, "all_objects", lambda trainer, value: totals)
+    monkeypatch.setattr(sample_counts, "all_gather_objects", lambda trainer, value: totals)
     rows = torch.tensor([[0, 0, 0, 0, 2, 0], [0, 0, 0, 0, 2, 0]])
     if raises:
         with pytest.raises(

@@ -133,7 +133,7 @@ def test_the_run_is_repeated_by_its_own_configuration():
 @pytest.mark.slow
 def test_accumulation_does_not_change_the_steps():
     """The loss is divided by the supervised tokens of the global batch, whatever the micro batches'
-    lengths."""
+    lengths; the backbone has no batch norm here, which sees micro batches by its nature."""
     common = (
         "experiment=shapes_owl1",
         "trainer.max_steps=3",

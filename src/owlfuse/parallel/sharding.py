@@ -5,29 +5,29 @@ projections tensor parallelism splits; here torch does it.
 from __future__ import annotations
 
 import gc
-import logging
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from lightning import LightningModule, Trainer
 from peft.tuners.lora import LoraLayer
-from timm.layers import convert_sync_batchnorm
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.distributed.tensor import Shard as SplitAlong
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from owlfuse.model.llm import check_split
 from owlfuse.model.multimodal import MultimodalLM
+from owlfuse.model.vision.batch_norm import SyncedBatchNorm
 from owlfuse.parallel.collectives import data_group
-from owlfuse.parallel.strategies import Sharded, trained_batch_norms
-
-log = logging.getLogger(__name__)
+from owlfuse.parallel.strategies import Sharded
 
 
 def shard(model: MultimodalLM, mesh: DeviceMesh, precision: str) -> None:
@@ -131,13 +131,13 @@ def build_for(
     strategy = module.trainer.strategy
     if not isinstance(strategy, Sharded):
         model, summary = build()
-        synchronize_batch_norms(model, module.trainer)
+        synchronize_norms(model, module.trainer)
         return model, summary
     source = build()[0] if strategy.is_global_zero else None
     generator = torch.get_rng_state()
     with torch.device("meta"):
         model, summary = build()
-    synchronize_batch_norms(model, module.trainer)
+    synchronize_norms(model, module.trainer)
     match_loaded(model, source, strategy)
     shard(model, strategy.device_mesh, module.trainer.precision)
     receive_weights(model, source, strategy)
@@ -186,18 +186,34 @@ def receive_weights(model: MultimodalLM, source: MultimodalLM | None, strategy: 
     )
 
 
-def synchronize_batch_norms(model: MultimodalLM, trainer: Trainer) -> None:
-    """Has batch norms that are trained take the statistics of all ranks' pictures, as torch does
-    on GPUs.
-
-    A rank without pictures passes a blank one, as every rank must take part, and it counts.
-    """
+def synchronize_norms(model: MultimodalLM, trainer: Any) -> None:
+    """Batch norms take the statistics of all ranks' rows, as one process would."""
     group = data_group(trainer)
-    if group is None or not trained_batch_norms(model):
+    if group is None:
         return
-    convert_sync_batchnorm(model, group)  # timm's: its norms hold an activation, too
-    if trainer.is_global_zero:
-        log.info(
-            "batch norms take the statistics of all ranks' pictures; the blank picture of a micro "
-            "batch without pictures counts among them"
-        )
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, _BatchNorm):
+                setattr(module, name, SyncedBatchNorm(child, partial(add_over, group=group)))
+
+
+class SumOverRanks(torch.autograd.Function):
+    """The sum of a tensor over a group's ranks, and backward the sum of its gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, group: Any) -> Tensor:
+        ctx.group = group
+        total = tensor.clone()
+        dist.all_reduce(total, group=group)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        total = gradient.contiguous().clone()
+        dist.all_reduce(total, group=ctx.group)
+        return total, None
+
+
+def add_over(tensor: Tensor, group: Any) -> Tensor:
+    """The tensor's sum over a group's ranks, with a gradient."""
+    return SumOverRanks.apply(tensor, group)

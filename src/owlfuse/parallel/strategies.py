@@ -13,13 +13,12 @@ from typing import Any, Literal, cast
 from lightning import Trainer
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
+from transformers import PreTrainedModel
 
 from owlfuse.core.checkpoint_files import partial_path, remove_checkpoint
 from owlfuse.core.errors import DataError
 from owlfuse.model.llm import check_split
-from owlfuse.model.multimodal import MultimodalLM
 from owlfuse.parallel.checkpoints import (
     CheckpointWriter,
     leave,
@@ -179,39 +178,16 @@ def rank_timeouts_as_data_errors(trainer: Trainer) -> Iterator[None]:
         ) from error
 
 
-def check_strategy(trainer: Trainer, model: MultimodalLM, checkpoint: Path | None) -> None:
-    """Asks whether the trainer's strategy can train a model, which may be on the meta device.
-
-    Raises:
-        ValueError: heads that the tensor ranks do not divide, batch norms that several processes
-            would train on CPUs, or shards that the strategy does not read.
-    """
-    ranks = trainer.world_size
+def check_strategy(trainer: Trainer, llm: PreTrainedModel, checkpoint: Path | None) -> None:
+    """Raises ValueError for heads that the tensor ranks do not divide, or shards that the
+    strategy does not read."""
     if isinstance(trainer.strategy, Sharded):
-        ranks, tensor_ranks = trainer.strategy.sizes()
-        check_split(model.llm, tensor_ranks)
-    norms = trained_batch_norms(model)
-    if ranks > 1 and norms and trainer.strategy.root_device.type == "cpu":
-        raise ValueError(
-            f"trainer.devices: {ranks} processes on CPUs would train batch norms ({norms[0]} and "
-            f"{len(norms) - 1} more), each with statistics of its own pictures; torch shares these "
-            "out on GPUs alone, so freeze the part, take a backbone without batch norms, or one "
-            "process"
-        )
+        check_split(llm, trainer.strategy.sizes()[1])
     if checkpoint is not None and checkpoint.is_dir() and not isinstance(trainer.strategy, Sharded):
         raise ValueError(
             f"resume: {checkpoint} is sharded, and this trainer is not; change trainer.devices "
             "and trainer.strategy alone"
         )
-
-
-def trained_batch_norms(model: nn.Module) -> list[str]:
-    """Returns the names of batch norms whose statistics training moves."""
-    return [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, _BatchNorm) and module.weight.requires_grad
-    ]
 
 
 def takes_part_in_evaluation(trainer: Trainer) -> bool:

@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from owlfuse.model.positions import sincos_2d_spread
 from owlfuse.model.vision.base import Backbone, Preprocessing
+from owlfuse.model.vision.batch_norm import allow_single_values, set_blank
 from owlfuse.model.vision.body import (
     all_differentiable,
     checkpoint_blocks,
@@ -119,6 +120,7 @@ class TimmBackbone(Backbone):
         self.norm = nn.BatchNorm1d(self.width) if norm else None
         self.positions: Tensor | None
         self.register_buffer("positions", self.table() if positions else None, persistent=False)
+        allow_single_values(self)
         self.set_checkpointing(gradient_checkpointing)
 
     def set_checkpointing(self, enable: bool) -> None:
@@ -345,20 +347,12 @@ class TimmBackbone(Backbone):
     def statistics_kept(self) -> Iterator[None]:
         """Inside, batch norms neither use nor move the batch's statistics: for the blank image
         of a batch without images."""
-        norms = [
-            module
-            for module in self.modules()
-            # of several ranks all take part, whichever have pictures
-            if isinstance(module, _BatchNorm) and not isinstance(module, nn.SyncBatchNorm)
-            if module.training
-        ]
-        for norm in norms:
-            norm.eval()
+        norms = [m for m in self.modules() if isinstance(m, _BatchNorm) and m.training]
+        set_blank(norms, True)
         try:
             yield
         finally:
-            for norm in norms:
-                norm.train()
+            set_blank(norms, False)
 
 
 def preprocessing_of(body: nn.Module, image_size: int | None) -> Preprocessing:
