@@ -41,6 +41,9 @@ def generate(
     return rows[:, inputs["input_ids"].shape[1] :]
 
 
+# the backbone's blocks may be compiled too
+@torch.no_grad()
+@torch.compiler.set_stance("force_eager")
 def generate_greedy(
     model: MultimodalLM,
     batch: Batch,
@@ -52,11 +55,13 @@ def generate_greedy(
     # the template's end of turn, which may be another token than the LLM's end of text
     ends = encoder.answer_format.generation(encoder.tokenizer, model.llm)
     wrapped = OwlfuseForConditionalGeneration.wrap(model, None, ends)
-    with torch.no_grad():
-        visual = model.encode(batch)
     return generate(
         wrapped,
-        {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "visual": visual},
+        {
+            "input_ids": batch.input_ids,
+            "attention_mask": batch.attention_mask,
+            "visual": model.encode(batch),
+        },
         encoder.tokenizer,
         max_new_tokens=max_new_tokens,
         do_sample=False,
