@@ -178,6 +178,18 @@ class TrainingProgress(Callback):
             self.bar.stop()
 
 
+class LoggedStep(Callback):
+    """Logs metrics under the optimizer's step, whose count in Lightning may be one more after a
+    resume."""
+
+    def on_train_batch_start(
+        self, trainer: Trainer, module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Sets the count before anything of the batch is logged."""
+        # Private, and set in each batch: with accumulation the loop counts on after it is loaded.
+        trainer.fit_loop.epoch_loop._batches_that_stepped = trainer.global_step
+
+
 class StopOnSignal(Callback):
     """The first Ctrl-C (or SIGTERM), to any rank, ends the run after the step it is in, a second
     Ctrl-C at once. Further SIGTERMs change nothing: `timeout` and SLURM send more than one."""

@@ -265,9 +265,6 @@ class MultimodalModule(lightning.LightningModule):
         for count in ("ready", "started", "processed", "completed"):
             progress["current"][count] = progress["total"][count] = done
         progress["is_last_batch"] = False
-        # Metrics are logged under it, and Lightning's own count may be a step behind or ahead.
-        epoch_loop = checkpoint["loops"]["fit_loop"].setdefault("epoch_loop.state_dict", {})
-        epoch_loop["_batches_that_stepped"] = checkpoint["global_step"]
 
 
 def new_rows_line(new_tokens: dict[str, int], tables: dict[str, list[int]]) -> str:

@@ -21,7 +21,7 @@ from owlfuse.core.errors import ConfigError
 from owlfuse.core.terminal import visible
 from owlfuse.data.datamodule import ChatData
 from owlfuse.parallel.collectives import data_ranks
-from owlfuse.training.callbacks import BeforeTraining, StopOnSignal, TrainingProgress
+from owlfuse.training.callbacks import BeforeTraining, LoggedStep, StopOnSignal, TrainingProgress
 from owlfuse.training.checkpoints import Best, Checkpoints
 from owlfuse.training.cost import Cost
 from owlfuse.training.first_steps import FirstStepsCheck
@@ -117,6 +117,7 @@ def make_callbacks(checkpoint: DictConfig | None, watched: str | None) -> list[C
     """Progress, learning rates, signals, a look at the first steps, checkpoints, and the best by
     the metric `watched`."""
     callbacks: list[Callback] = [
+        LoggedStep(),
         TrainingProgress(),
         LearningRateMonitor("step"),
         StopOnSignal(),
