@@ -15,6 +15,7 @@ from owlfuse.core.checkpoint_files import (
     MANIFEST,
     commit_checkpoint,
     find_checkpoint_error,
+    find_damage,
     partial_path,
 )
 
@@ -131,3 +132,26 @@ def test_a_folder_of_a_run_of_before_has_its_manifest_beside_it(tmp_path):
     assert find_checkpoint_error(path) is None
     largest_file(path).unlink()
     assert "lacks" in find_checkpoint_error(path)
+
+
+def test_no_flipped_bit_of_a_file_becomes_other_weights_or_a_traceback(tmp_path):
+    """Neither in the weights nor in the records and the table around them."""
+    path = tmp_path / "step_00000006.ckpt"
+    weights = {"w": torch.arange(8.0), "count": 3}
+    torch.save(weights, path)
+    original = path.read_bytes()
+    found = 0
+    for position in range(0, len(original), 3):
+        content = bytearray(original)
+        content[position] ^= 1 << position % 8
+        path.write_bytes(content)
+        if find_checkpoint_error(path) or find_damage(path):
+            found += 1
+            continue
+        try:
+            loaded = torch.load(path, weights_only=True)
+        except RuntimeError:  # torch's own words for a file that it cannot open
+            continue
+        assert torch.equal(loaded["w"], weights["w"]), position
+        assert loaded["count"] == 3, position
+    assert found > len(original) / 3 / 4

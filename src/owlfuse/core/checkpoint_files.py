@@ -4,11 +4,25 @@ from __future__ import annotations
 
 import json
 import shutil
+import struct
 import zipfile
+import zlib
 from pathlib import Path
 from typing import IO
 
 from owlfuse.core.files import files_of, sync
+
+ZIP_ERRORS = (
+    zipfile.BadZipFile,
+    zlib.error,
+    struct.error,
+    EOFError,
+    OSError,
+    RuntimeError,
+    ValueError,
+)
+"""What zipfile raises for a damaged file, by what a flipped bit makes of it: another compression,
+an encryption, a name that is no text, an offset behind the end."""
 
 MANIFEST = "manifest.json"
 """The bytes of every other file of a folder of shards; written last."""
@@ -45,7 +59,11 @@ def find_checkpoint_error(path: Path) -> str | None:
     contents."""
     if path.is_file():
         # A zip file's table of contents comes last, so a file without its end has none.
-        return None if zipfile.is_zipfile(path) else "is truncated or no checkpoint"
+        try:
+            is_complete = zipfile.is_zipfile(path)
+        except ZIP_ERRORS:
+            is_complete = False
+        return None if is_complete else "is truncated or no checkpoint"
     manifest = path / MANIFEST
     if not manifest.exists():
         manifest = path.with_suffix(".json")  # of runs until November 2026, beside the folder
@@ -77,11 +95,12 @@ def find_damage(path: Path) -> str | None:
 
 
 def find_damaged_record(file: IO[bytes]) -> str | None:
-    """Returns the name of the first record of a file of torch's that differs from its CRC32."""
+    """Returns the name of the first record of a file of torch's that differs from its CRC32, or
+    words for its table of contents, which has none."""
     try:
         with zipfile.ZipFile(file) as records:
             return records.testzip()
-    except zipfile.BadZipFile:
+    except ZIP_ERRORS:
         return "its table of contents"
 
 
