@@ -479,13 +479,7 @@ def make_parser() -> Parser:
     text = (
         "a module of yours: parts of it may stand in a model that chat, eval, export or load reads"
     )
-    parser.add_argument(
-        "--trust",
-        action="append",
-        default=[],
-        metavar="MODULE",
-        help=text,
-    )
+    parser.add_argument("--trust", action="append", default=[], metavar="MODULE", help=text)
     parser.add_argument("--version", action="version", version=f"owlfuse {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="<command>", required=True)
     _add_runs(commands)
@@ -617,12 +611,7 @@ def _add_models(commands: Any) -> None:
         metavar="PATH",
         help="a picture to ask about; may be repeated",
     )
-    chat.add_argument(
-        "--max-new-tokens",
-        type=int,
-        default=256,
-        metavar="N",
-    )
+    chat.add_argument("--max-new-tokens", type=int, default=256, metavar="N")
     chat.add_argument(
         "--temperature",
         type=float,
@@ -693,12 +682,7 @@ def _add_data(commands: Any) -> None:
         **LAYOUT,
     )
     completion.add_argument("shell", choices=[*SCRIPTS, "words"], metavar="{bash,zsh,fish}")
-    completion.add_argument(
-        "line",
-        nargs="?",
-        default="",
-        help=argparse.SUPPRESS,
-    )
+    completion.add_argument("line", nargs="?", default="", help=argparse.SUPPRESS)
 
     config = commands.add_parser(
         "config", help="print the composed configuration as yaml", **LAYOUT

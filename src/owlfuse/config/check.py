@@ -117,13 +117,7 @@ def check_arguments(
                 f"{origin(full)}: {full}: the code gives this argument; remove the key"
             )
         if key in named:
-            _check_value(
-                value,
-                named[key],
-                callable_,
-                full,
-                origin,
-            )
+            _check_value(value, named[key], callable_, full, origin)
         elif not takes_any:
             raise ConfigError(f"{origin(full)}: {full}: no such key{name}{hint(str(key), allowed)}")
     if partial:

@@ -166,37 +166,13 @@ def check(config: DictConfig, importing: bool = True) -> None:
 
 def check_levels(plain: dict[str, Any], origin: Origin) -> None:
     """Check keys and types of the levels that every configuration has. Raises ConfigError."""
-    check_arguments(
-        Root,
-        "",
-        "",
-        plain,
-        origin,
-    )
+    check_arguments(Root, "", "", plain, origin)
     for key in ("experiment", "name"):
         if plain.get(key) is not None:
             check_name(f"{origin(key)}: {key}", plain[key])
-    check_arguments(
-        Model,
-        "",
-        "model",
-        plain["model"],
-        origin,
-    )
-    check_arguments(
-        Adapters,
-        "",
-        "model.adapter",
-        plain["model"]["adapter"],
-        origin,
-    )
-    check_arguments(
-        PlanOptions,
-        "",
-        "plan",
-        plain.get("plan") or {},
-        origin,
-    )
+    check_arguments(Model, "", "model", plain["model"], origin)
+    check_arguments(Adapters, "", "model.adapter", plain["model"]["adapter"], origin)
+    check_arguments(PlanOptions, "", "plan", plain.get("plan") or {}, origin)
     for part in PARTS:
         if "_target_" not in plain["model"][part]:
             raise ConfigError(

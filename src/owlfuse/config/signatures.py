@@ -191,13 +191,7 @@ def dataclass_fields(module: str, node: ast.AST) -> dict[str, inspect.Parameter]
             if "init" in options:  # init=False
                 continue
             value = options.get("default", options.get("default_factory"))
-        fields[name] = parameter(
-            module,
-            name,
-            kind,
-            child.annotation,
-            default_of(value),
-        )
+        fields[name] = parameter(module, name, kind, child.annotation, default_of(value))
     return fields
 
 
@@ -227,26 +221,12 @@ def arguments_of(module: str, node: ast.AST, skip: int) -> list[inspect.Paramete
     defaults = [None] * without_default + list(arguments.defaults)
     parameters = []
     for (a, kind), default in zip(positional, defaults, strict=True):
-        parameters.append(
-            parameter(
-                module,
-                a.arg,
-                kind,
-                a.annotation,
-                default_of(default),
-            )
-        )
+        parameters.append(parameter(module, a.arg, kind, a.annotation, default_of(default)))
     parameters = parameters[skip:]
     if arguments.vararg:
         parameters.append(inspect.Parameter(arguments.vararg.arg, kinds.VAR_POSITIONAL))
     for a, default in zip(arguments.kwonlyargs, arguments.kw_defaults, strict=True):
-        keyword = parameter(
-            module,
-            a.arg,
-            kinds.KEYWORD_ONLY,
-            a.annotation,
-            default_of(default),
-        )
+        keyword = parameter(module, a.arg, kinds.KEYWORD_ONLY, a.annotation, default_of(default))
         parameters.append(keyword)
     if arguments.kwarg:
         parameters.append(inspect.Parameter(arguments.kwarg.arg, kinds.VAR_KEYWORD))
@@ -278,12 +258,7 @@ def parameter(
         # TypeError: typing refuses it, as it would for the class itself
         with suppress(UnknownError, TypeError):
             parameter_type = type_of(module, annotation)
-    return inspect.Parameter(
-        name,
-        kind,
-        annotation=parameter_type,
-        default=default,
-    )
+    return inspect.Parameter(name, kind, annotation=parameter_type, default=default)
 
 
 def type_of(module: str, node: ast.AST) -> Any:

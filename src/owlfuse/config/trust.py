@@ -121,13 +121,7 @@ SLOTS = (
     Slot("model.llm", ("owlfuse.model.llm.load_llm",)),
     Slot(
         "model.adapter.*",
-        below(
-            "owlfuse.model.adapters",
-            "Frozen",
-            "Full",
-            "LastN",
-            "LoRA",
-        ),
+        below("owlfuse.model.adapters", "Frozen", "Full", "LastN", "LoRA"),
     ),
     Slot("data", ("owlfuse.data.datamodule.ChatData",), "lightning.LightningDataModule"),
     Slot("data.prepare", below("owlfuse.data.shapes", "write.write_shapes", "many.write_many")),
@@ -306,14 +300,7 @@ def check_target(path: str, target: Any, file: Path) -> None:
             f"{key}: {target} is no part of {module}, which only imports it from {defined_in}"
         )
     if slot is not None:
-        check_base(
-            slot,
-            part,
-            target,
-            path,
-            key,
-            is_trusted,
-        )
+        check_base(slot, part, target, path, key, is_trusted)
     elif is_within(module, "owlfuse"):
         raise DataError(f"{key}: {target} is not what {path} takes")
 

@@ -87,12 +87,7 @@ def resolved_file(name: str, files: tuple[str, ...]) -> Path | None:
     for file in files:
         try:
             return Path(
-                hf_hub_download(
-                    name,
-                    file,
-                    etag_timeout=TIMEOUT,
-                    local_files_only=cached_only,
-                )
+                hf_hub_download(name, file, etag_timeout=TIMEOUT, local_files_only=cached_only)
             )
         except (
             HFValidationError,

@@ -199,13 +199,7 @@ def live_bar() -> Any:
     column = Column(no_wrap=True, overflow="ellipsis")
     text = TextColumn("{task.description}", markup=False, table_column=column)
     console = Console(stderr=True)
-    return Bars(
-        BarColumn(10),
-        text,
-        console=console,
-        auto_refresh=False,
-        transient=True,
-    )
+    return Bars(BarColumn(10), text, console=console, auto_refresh=False, transient=True)
 
 
 def track(

@@ -83,15 +83,7 @@ class Collator:
         """Return a row of one padding token, which is not supervised."""
         ids = torch.tensor([self.pad_id])
         placeholder = torch.zeros(1, dtype=torch.bool)
-        return Encoded(
-            "",
-            "",
-            ids,
-            torch.full((1,), -100),
-            placeholder,
-            [],
-            [],
-        )
+        return Encoded("", "", ids, torch.full((1,), -100), placeholder, [], [])
 
     def pad(self, rows: Sequence[Tensor], length: int, value: int | bool) -> Tensor:
         """Pad rows (T_i,) -> (B, T)."""

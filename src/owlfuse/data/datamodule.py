@@ -220,12 +220,7 @@ class ChatData(lightning.LightningDataModule):
         }
         if self.workers:
             options["multiprocessing_context"] = self.data_workers.context
-        return self.loader(
-            dataset,
-            self.pack_to,
-            batch_sampler=sampler,
-            **options,
-        )
+        return self.loader(dataset, self.pack_to, batch_sampler=sampler, **options)
 
     def val_dataloader(self) -> dict[str, DataLoader]:
         """Return a loader for each validation source, of the same samples at every step."""
@@ -250,12 +245,7 @@ class ChatData(lightning.LightningDataModule):
     def loader(self, dataset: Dataset, pack_to: int | None = None, **options: Any) -> DataLoader:
         """Return a DataLoader of batches, a row to each sample unless they are packed."""
         collator = Collator(self.encoder.pad_id, self.image_shape, pack_to=pack_to)
-        return DataLoader(
-            dataset,
-            collate_fn=collator,
-            worker_init_fn=ignore_signals,
-            **options,
-        )
+        return DataLoader(dataset, collate_fn=collator, worker_init_fn=ignore_signals, **options)
 
     def load(self, sample: Sample, source: Source, prompt: bool = False) -> Encoded:
         """Return a sample of a source encoded, its pictures opened and preprocessed. Raises

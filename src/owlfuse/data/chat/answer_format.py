@@ -175,12 +175,7 @@ def find_end_mark(tokenizer: Any, chat: list[dict[str, str]], text: str) -> str:
 
 def tokens_of(tokenizer: Any, text: str) -> list[tuple[int, int, int]]:
     """Return (id, start, end) of each token of a text, in characters."""
-    encoding = tokenizer(
-        text,
-        add_special_tokens=False,
-        return_offsets_mapping=True,
-        verbose=False,
-    )
+    encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     tokens = []
     offsets = encoding["offset_mapping"]
     for token, (start, end) in zip(encoding["input_ids"], offsets, strict=True):

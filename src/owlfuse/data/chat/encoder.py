@@ -85,13 +85,7 @@ class ChatEncoder:
         # Before the spans, whose error would not say what the template leaves out.
         self.check_written(sample, messages, text)
         render_sample = partial(self.render, sample)
-        spans = supervised_spans(
-            sample,
-            messages,
-            text,
-            render_sample,
-            self.answer_format,
-        )
+        spans = supervised_spans(sample, messages, text, render_sample, self.answer_format)
         starts = [start for start, _ in spans]
         ids, offsets = self.tokenize(text, starts, sample.id)
         labels = self.labels(sample, ids, offsets, spans)
@@ -173,13 +167,7 @@ class ChatEncoder:
         shown = show_words(text, self.image_token)
         ids, offsets = encode(self.tokenizer, shown)
         all_borders = [*self.answer_format.starts(shown), *(borders or [])]
-        cut_at_borders(
-            self.tokenizer,
-            shown,
-            ids,
-            offsets,
-            all_borders,
-        )
+        cut_at_borders(self.tokenizer, shown, ids, offsets, all_borders)
         spell_words(
             self.tokenizer,
             self.image_token,

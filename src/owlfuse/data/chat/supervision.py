@@ -63,14 +63,7 @@ def supervised_spans(
         position += len(before) + len(answer)
         if not is_last:
             continue
-        end = answer_end(
-            sample,
-            messages,
-            turn,
-            text,
-            position,
-            answer_format,
-        )
+        end = answer_end(sample, messages, turn, text, position, answer_format)
         if messages[turn].get("supervised", True):
             spans.append((start, end))
     if not spans:
@@ -139,13 +132,7 @@ def surroundings(
     replaced = []
     for turn, message in enumerate(messages):
         if message["role"] == "assistant":
-            message = with_marks(
-                sample,
-                turn,
-                message,
-                unused,
-                marked,
-            )
+            message = with_marks(sample, turn, message, unused, marked)
         replaced.append(message)
     remaining = render(replaced)
     around = []
@@ -237,13 +224,7 @@ def cut_at_borders(
     added = tokenizer.added_tokens_decoder
     previous_border = 0
     for border in sorted(set(borders)):
-        split_token(
-            tokenizer,
-            text,
-            ids,
-            offsets,
-            border,
-        )
+        split_token(tokenizer, text, ids, offsets, border)
         end = bisect_left(offsets, (border, 0))
         begin = end
         # An added token is encoded by itself, so that the tokens behind it do not depend on the

@@ -294,13 +294,7 @@ def render(
     """
     if thinking:
         options["enable_thinking"] = True
-    return apply(
-        tokenizer,
-        messages,
-        None,
-        add_generation_prompt=add_generation_prompt,
-        **options,
-    )
+    return apply(tokenizer, messages, None, add_generation_prompt=add_generation_prompt, **options)
 
 
 def apply(

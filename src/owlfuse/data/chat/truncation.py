@@ -64,12 +64,7 @@ def first_turns(sample: Sample, questions: int) -> Sample:
     messages = sample.messages[: answer_turns(sample)[questions - 1] + 1]
     kinds = [part["type"] for message in messages for part in message["content"]]
     images, videos = sample.images[: kinds.count("image")], sample.videos[: kinds.count("video")]
-    return replace(
-        sample,
-        messages=messages,
-        images=images,
-        videos=videos,
-    )
+    return replace(sample, messages=messages, images=images, videos=videos)
 
 
 def truncate(encode: Callable[[Sample], Encoded], sample: Sample, max_length: int) -> Encoded:

@@ -114,15 +114,7 @@ class Alpaca(Source):
         metadata = without_keys(record, USED_KEYS)
         notes = check_unused(record, name, set(metadata))
         tools = tools_of(record, name)
-        return Sample(
-            name,
-            self.name,
-            messages,
-            [],
-            metadata,
-            tools=tools,
-            notes=notes,
-        )
+        return Sample(name, self.name, messages, [], metadata, tools=tools, notes=notes)
 
 
 def check_text_alone(record: JsonObject, name: str) -> None:

@@ -70,24 +70,11 @@ class Captions(PictureSource):
         unused = without_keys(metadata, IMAGES)
         # The picture is there for the check alone: a key such as `photo` is no second one.
         notes = check_unused({**unused, "image": image}, name, set(unused))
-        messages = caption_messages(
-            1,
-            caption,
-            self.instructions or [],
-            identity,
-            name,
-        )
+        messages = caption_messages(1, caption, self.instructions or [], identity, name)
         for turn in system_turn(record, name, []):
             part = {"type": "text", "text": turn["content"]}
             messages.insert(0, {"role": "system", "content": [part]})
-        return Sample(
-            name,
-            self.name,
-            messages,
-            [image],
-            metadata,
-            notes=notes,
-        )
+        return Sample(name, self.name, messages, [image], metadata, notes=notes)
 
 
 # Fields of a record that is more than a caption.

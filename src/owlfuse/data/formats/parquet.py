@@ -127,26 +127,14 @@ class Parquet(VideoSource):
             columns, unread = self.find_columns(files, [table.data.schema for table in tables])
             names = distinct_columns(columns)
             rows = concatenate_datasets([table.select_columns(names) for table in tables])
-            return Rows(
-                rows,
-                columns,
-                unread,
-                files,
-                [len(table) for table in tables],
-            )
+            return Rows(rows, columns, unread, files, [len(table) for table in tables])
         counts, schemas = parquet_schemas(files)
         columns, unread = self.find_columns(files, schemas)
         check_cells(files, columns)
         if not sum(counts):
             return []
         rows = open_parquet(files, schemas, distinct_columns(columns), self.cache_dir)
-        return Rows(
-            rows,
-            columns,
-            unread,
-            files,
-            counts,
-        )
+        return Rows(rows, columns, unread, files, counts)
 
     def find_columns(
         self, files: list[Path], schemas: list[Any]

@@ -82,26 +82,11 @@ class WebDataset(VideoSource):
         fields = parse_object(record[members.json], name) if members.json else {}
         images, videos, notes = members.visuals(fields, name)
         if not has_chat(fields):
-            return self.caption(
-                record,
-                members,
-                fields,
-                images,
-                videos,
-                notes,
-                name,
-            )
+            return self.caption(record, members, fields, images, videos, notes, name)
         if members.text:
             notes.append(Note("unused", f"a member .{members.text} beside a chat"))
         chat = without_keys(fields, (*IMAGES, *VIDEOS))
-        sample = read_chat(
-            chat,
-            name,
-            self.name,
-            "conversations",
-            images,
-            videos,
-        )
+        sample = read_chat(chat, name, self.name, "conversations", images, videos)
         sample.notes += notes
         return sample
 
@@ -150,15 +135,7 @@ class WebDataset(VideoSource):
                 )
         visuals = {"image": images, "video": videos}
         notes += check_unused({**metadata, **visuals}, name, set(metadata))
-        return Sample(
-            name,
-            self.name,
-            messages,
-            images,
-            metadata,
-            videos,
-            notes=notes,
-        )
+        return Sample(name, self.name, messages, images, metadata, videos, notes=notes)
 
 
 class Members:
@@ -206,23 +183,11 @@ class Members:
         if not images:
             images = pictures_of(fields, name)
         else:
-            notes += check_names(
-                fields,
-                "picture",
-                IMAGES,
-                self.pictures,
-                name,
-            )
+            notes += check_names(fields, "picture", IMAGES, self.pictures, name)
         if not videos:
             videos = videos_of(fields, name)
         else:
-            notes += check_names(
-                fields,
-                "video",
-                VIDEOS,
-                self.clips,
-                name,
-            )
+            notes += check_names(fields, "video", VIDEOS, self.clips, name)
         return images, videos, notes
 
     def check_numbered(self, name: str) -> None:

@@ -76,13 +76,7 @@ class Pictures:
         tiled = is_tiled(source.tile, self.seed, sample.id)
         pixels = []
         for kind, file in visual_parts(sample):
-            views = self.views(
-                kind,
-                file,
-                sample.id,
-                source,
-                tiled,
-            )
+            views = self.views(kind, file, sample.id, source, tiled)
             pixels.append([self.preprocess(view) for view in views])
         return pixels
 
@@ -97,13 +91,7 @@ class Pictures:
         """Yield the RGB pictures of one placeholder."""
         if kind == "video":
             sampling = source.video or self.video
-            yield from read_frames(
-                source.root,
-                path,
-                name,
-                sampling,
-                self.max_pixels,
-            )
+            yield from read_frames(source.root, path, name, sampling, self.max_pixels)
             return
         picture = open_image(source.root, path, name, self.max_pixels)
         if tiled:

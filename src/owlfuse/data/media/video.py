@@ -111,22 +111,10 @@ def read_frames(
             chosen = uniform_indices(times, sampling.frames)
     marks = [index.marks[k] for k in chosen]
     try:
-        frames = frames_at(
-            file,
-            label,
-            marks,
-            index.keys,
-            max_pixels,
-        )
+        frames = frames_at(file, label, marks, index.keys, max_pixels)
     # A frame after a key frame may need some from before it (an open group of pictures).
     except DataError:
-        frames = frames_at(
-            file,
-            label,
-            marks,
-            index.keys[:1],
-            max_pixels,
-        )
+        frames = frames_at(file, label, marks, index.keys[:1], max_pixels)
     if not frames:
         raise DataError(f"{label} has no frames that can be decoded")
     return frames
@@ -201,13 +189,7 @@ def frames_at(
                     position = frame.pts
                 # The index led past the frame, so that all is decoded from the start.
                 if has_sought and number == 0 and position > mark:
-                    return frames_at(
-                        file,
-                        label,
-                        marks,
-                        keys[:1],
-                        max_pixels,
-                    )
+                    return frames_at(file, label, marks, keys[:1], max_pixels)
                 if position >= mark:
                     pictures.append(upright(frame))
                     break
@@ -289,13 +271,7 @@ def small_frames(file: Path | bytes, label: str, max_pixels: int) -> tuple[np.nd
         # One for all frames: setting it up takes longer than decoding a frame.
         scaler = VideoReformatter()
         for frame in container.decode(stream):
-            scaled = scaler.reformat(
-                frame,
-                SMALL,
-                SMALL,
-                "rgb24",
-                interpolation="AREA",
-            )
+            scaled = scaler.reformat(frame, SMALL, SMALL, "rgb24", interpolation="AREA")
             small += scaled.to_ndarray().tobytes()
             frames.append((frame.pts, frame.key_frame))
     if not frames:
