@@ -44,7 +44,7 @@ BEGUN: tuple[str, ...] = (
     "mixture.json",
     "before.json",
 )
-BEGUN += ("answers_before.jsonl",)
+BEGUN += ("answers_before.jsonl", "logger_ids.json")
 """What a run writes before its first checkpoint."""
 
 

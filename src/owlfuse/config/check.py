@@ -33,7 +33,7 @@ SUPPLIED: dict[str, tuple[str, ...]] = {
         "num_sanity_val_steps",
         "use_distributed_sampler",
     ),
-    "logger.*": ("save_dir", "name", "version"),
+    "logger.*": ("save_dir", "version"),
 }
 
 HYDRA_KEYS = ("_target_", "_args_", "_partial_", "_convert_", "_recursive_")

@@ -43,6 +43,7 @@ from owlfuse.parallel.strategies import (
     takes_part_in_evaluation,
 )
 from owlfuse.training.callbacks import raise_if_stopped, resume_hint
+from owlfuse.training.loggers import FinishLoggers, begin_logging, log_results
 from owlfuse.training.machine_checks import check_machine
 from owlfuse.training.module import MultimodalModule
 from owlfuse.training.sample_counts import SampleTotals, over_ranks
@@ -79,12 +80,15 @@ def run(config: DictConfig, data_digest: str | None = None) -> Path:
             in_use(folder, bool(config.resume)),
             disk_errors_as_data_errors(folder),
             progress_hidden(hidden),
+            FinishLoggers() as open_loggers,
         ):
-            train(config, folder, data_digest)
+            train(config, folder, data_digest, open_loggers)
     return folder
 
 
-def train(config: DictConfig, folder: Path, data_digest: str | None) -> None:
+def train(
+    config: DictConfig, folder: Path, data_digest: str | None, open_loggers: FinishLoggers
+) -> None:
     """Trains and evaluates in a folder that this process holds. Raises as `run`."""
     began = time.monotonic()
     checkpoint = last_checkpoint(folder) if config.resume else None
@@ -102,7 +106,7 @@ def train(config: DictConfig, folder: Path, data_digest: str | None) -> None:
         if past:
             data.go_on(past.step, past.positions)
         data.bind(plan.vision.preprocessing, plan.fusion.tokens_per_image)
-        trainer = make_trainer(config, data, folder, past)
+        trainer = open_loggers.trainer = make_trainer(config, data, folder, past)
         check_strategy(trainer, plan.llm, checkpoint)
         plan.check_training(isinstance(trainer.strategy, Sharded))
         if past:
@@ -147,6 +151,7 @@ def train(config: DictConfig, folder: Path, data_digest: str | None) -> None:
     module.record = {"config": plain, "changes": history, "identity": identity}
     write_config(config, folder, history)
     save_tokenizer(data.tokenizer, folder)
+    begin_logging(trainer, config, plain)
     fit(trainer, module, data, checkpoint, folder)
     totals = over_ranks(trainer, module.samples.totals())
     if trainer.is_global_zero:
@@ -171,6 +176,7 @@ def train(config: DictConfig, folder: Path, data_digest: str | None) -> None:
         write_results(
             folder, config, trainer.global_step, metrics, cost, seconds, module.record, counts
         )
+        log_results(trainer, metrics)
         if evaluation is None:
             print(
                 visible(

@@ -3,15 +3,12 @@ and Ctrl-C."""
 
 from __future__ import annotations
 
-import csv
-import io
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning import Callback, Trainer
 from lightning.pytorch.callbacks import LearningRateMonitor
-from lightning.pytorch.loggers import CSVLogger
 from omegaconf import DictConfig
 
 from owlfuse.artifacts.resume import Past
@@ -25,6 +22,7 @@ from owlfuse.training.callbacks import BeforeTraining, LoggedStep, StopOnSignal,
 from owlfuse.training.checkpoints import Best, Checkpoints
 from owlfuse.training.cost import Cost
 from owlfuse.training.first_steps import FirstStepsCheck
+from owlfuse.training.loggers import make_loggers
 from owlfuse.training.machine_checks import REFUSALS, check_launcher
 
 
@@ -37,14 +35,7 @@ def make_trainer(
     Args:
         past: what the run goes on from; metrics logged after it are dropped, since they come again.
     """
-    before = logged_rows(past) if past else []
-    loggers = [
-        make_logger(logger, folder, past) for logger in (config.logger or {}).values() if logger
-    ]
-    for logger in loggers:
-        if isinstance(logger, CSVLogger) and before:  # Lightning would begin the file anew
-            logger.experiment.metrics = before
-            logger.save()
+    loggers = make_loggers(config, folder, past)
     watched = f"{next(iter(data.validation))}/loss" if data.validation else None
     precision = (
         {"precision": precision_for(config.trainer.accelerator)}
@@ -93,24 +84,6 @@ def precision_for(accelerator: str) -> str:
     """bf16-mixed on GPUs, else 32-true."""
     gpus = accelerator in ("gpu", "cuda") or (accelerator == "auto" and torch.cuda.is_available())
     return "bf16-mixed" if gpus else "32-true"
-
-
-def make_logger(node: DictConfig, folder: Path, past: Past | None) -> Any:
-    """A logger into the run's folder. TensorBoard drops what it showed after the checkpoint."""
-    purge = (
-        {"purge_step": past.step} if past and node._target_.endswith("TensorBoardLogger") else {}
-    )
-    return build(node, save_dir=folder, name="", version="", **purge)
-
-
-def logged_rows(past: Past) -> list[dict[str, str]]:
-    """Returns the rows of metrics.csv until the step that a run goes on from."""
-    rows = []
-    for row in csv.DictReader(io.StringIO(past.metrics or "")):
-        step = row["step"] or ""  # the last row may be half written
-        if step.isdigit() and int(step) < past.step:
-            rows.append(row)
-    return rows
 
 
 def make_callbacks(checkpoint: DictConfig | None, watched: str | None) -> list[Callback]:
