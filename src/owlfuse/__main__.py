@@ -16,7 +16,6 @@ from owlfuse.config.recipes import PARTS
 from owlfuse.config.user_modules import import_user_module
 from owlfuse.core.errors import failed, report_errors
 from owlfuse.core.terminal import LAYOUT, guard_terminal
-from owlfuse.planning.bench.commands import add_bench, run_bench
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -241,7 +240,6 @@ COMMANDS = {
     "chat": _chat,
     "demo": _demo,
     "mixture": _mixture,
-    "bench": run_bench,
     "data": _data,
     "config": _config,
     "completion": _completion,
@@ -484,7 +482,6 @@ def make_parser() -> Parser:
     commands = parser.add_subparsers(dest="command", metavar="<command>", required=True)
     _add_runs(commands)
     _add_models(commands)
-    add_bench(commands)
     _add_data(commands)
     return parser
 

@@ -234,7 +234,7 @@ def launch_all(
     options: Options,
 ) -> None:
     """Writes ablation.json, and trains the unfinished cells that are within the budget."""
-    from owlfuse.planning.bench.report import machine
+    from owlfuse.core.environment import machine
 
     record = {**record, "machine": machine(), "jobs": options.jobs}
     write_json(folder / "ablation.json", record)
