@@ -185,7 +185,7 @@ def _chat(arguments: argparse.Namespace) -> None:
 def _demo(arguments: argparse.Namespace) -> None:
     from owlfuse.serving.demo.command import demo_command
 
-    demo_command(arguments.folders, arguments.host, arguments.port)
+    demo_command(arguments.folders, arguments.port)
 
 
 def _mixture(arguments: argparse.Namespace) -> None:
@@ -601,8 +601,6 @@ def _add_models(commands: Any) -> None:
     )
     text = "exported or imported folders, or runs'; which=best"
     demo.add_argument("folders", nargs="+", metavar="OUT", help=text)
-    text = "by default only this machine reaches the page"
-    demo.add_argument("--host", default="127.0.0.1", metavar="ADDRESS", help=text)
     text = "by default the first free one from 7860 on"
     demo.add_argument("--port", type=int, metavar="N", help=text)
 
