@@ -50,7 +50,7 @@ lint: $(STAMP) ## ruff, without changing a file
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-types: $(STAMP) ## mypy over the package
+types: $(STAMP) ## mypy over the package and the benchmarks
 	$(BIN)/mypy
 
 format: $(STAMP) ## ruff, mending what it can

@@ -107,8 +107,6 @@ MISTAKES = {
     "chat MODEL --image nope.png why": "--image nope.png: there is no such file",
     "chat MODEL --explain nope/a.png why": "there is no folder nope",
     "mixture optim.lrr=1": "optim.lrr: no such key",
-    "bench step sise=1": "sise=1: not an argument of bench",
-    "bench train --precision fp8": "invalid choice: 'fp8'",
     "data shapes out x": "x: not an argument of data",
     "config optim.lrr=1": "optim.lrr: no such key",
 }
@@ -197,7 +195,7 @@ def test_help_tells_the_exit_codes(tmp_path):
             ["zzz"],
             "zzz: no such command; the commands are train, recipe, ablate, report, eval, "
             "export, import, chat, demo, "
-            "mixture, bench, data, config, completion",
+            "mixture, data, config, completion",
         ),
         (
             ["train", "--mutlirun"],

@@ -94,8 +94,8 @@ def test_parts_do_not_import_their_siblings(folder):
 
 
 def test_a_test_lies_where_its_package_does():
-    """Below `tests/` are the packages, the documentation's tests and what tests share."""
-    shared = {"support", "docs", "goldens", "__pycache__"}
+    """Below `tests/` are the packages, the tests of documentation and benchmarks, and what tests share."""
+    shared = {"support", "docs", "goldens", "benchmarks", "__pycache__"}
     folders = {path.name for path in TESTS.iterdir() if path.is_dir()} - shared
     assert folders <= {*PACKAGES}
     for path in TESTS.rglob("test_*.py"):

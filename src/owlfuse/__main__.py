@@ -12,11 +12,11 @@ from typing import Any, NoReturn
 
 from owlfuse import __version__
 from owlfuse.config.folders import ConfigFolders, find_folders
+from owlfuse.config.messages import split_settings
 from owlfuse.config.recipes import PARTS
 from owlfuse.config.user_modules import import_user_module
 from owlfuse.core.errors import failed, report_errors
 from owlfuse.core.terminal import LAYOUT, guard_terminal
-from owlfuse.planning.bench.commands import add_bench, run_bench
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -120,8 +120,7 @@ def _eval(arguments: argparse.Namespace) -> None:
             return evaluate_task(folder, words)
     find_run(folder)
     # It reports mistakes before the heavy imports.
-    overrides = [word for word in words if not word.startswith("which=")]
-    compose([f"resume={folder}", *overrides])
+    compose([f"resume={folder}", *split_settings(words, ["which"])[1]])
     from owlfuse.evaluation import validation
 
     with signals_end_the_run():
@@ -186,18 +185,14 @@ def _chat(arguments: argparse.Namespace) -> None:
 def _demo(arguments: argparse.Namespace) -> None:
     from owlfuse.serving.demo.command import demo_command
 
-    demo_command(arguments.folders, arguments.host, arguments.port)
+    demo_command(arguments.folders, arguments.port)
 
 
 def _mixture(arguments: argparse.Namespace) -> None:
     from owlfuse.config.compose import compose
 
     # It reports mistakes before the heavy imports.
-    overrides = []
-    for word in arguments.overrides:
-        if word.partition("=")[0] not in ("steps", "out"):
-            overrides.append(word)
-    compose(overrides)
+    compose(split_settings(arguments.overrides, ("steps", "out"))[1])
     from owlfuse.planning.mixture import mixture_command
 
     mixture_command(arguments.overrides)
@@ -241,7 +236,6 @@ COMMANDS = {
     "chat": _chat,
     "demo": _demo,
     "mixture": _mixture,
-    "bench": run_bench,
     "data": _data,
     "config": _config,
     "completion": _completion,
@@ -410,15 +404,15 @@ examples:
   owlfuse ablate fusion
   owlfuse ablate fusion dry_run=true         the cells and an estimate, nothing is trained
   owlfuse ablate fusion seeds=[0] trainer.max_steps=100 name=trial
-  owlfuse ablate fusion jobs=2               two cells at a time (pip install 'owlfuse[sweep]')
+  owlfuse ablate fusion jobs=2               two cells at a time
   owlfuse ablate fusion launcher=submitit_slurm jobs=8 launcher.partition=gpu \\
       launcher.timeout_min=120
   owlfuse report fusion                      at any time, of what is finished
   owlfuse report fusion baseline=owl3        with differences to another cell
 
-Settings of its own: jobs=N; launcher=basic (one after another), joblib, submitit_local or
-submitit_slurm, and launcher.<key>= for its own keys; seeds=[0,1]; name= of the folder runs/<name>;
-dry_run=true; anew=true.
+Settings of its own: jobs=N; launcher=basic (on this machine) or submitit_slurm (pip install
+'owlfuse[sweep]'), and launcher.<key>= for its own keys; seeds=[0,1]; name= of the folder
+runs/<name>; dry_run=true; anew=true.
 
 The same command again goes on: finished cells are skipped, what was under way resumes from its last
 checkpoint, and failed cells are tried again. Runs of other code, configuration or data are never
@@ -484,210 +478,162 @@ def make_parser() -> Parser:
     commands = parser.add_subparsers(dest="command", metavar="<command>", required=True)
     _add_runs(commands)
     _add_models(commands)
-    add_bench(commands)
     _add_data(commands)
     return parser
 
 
+def _add_command(
+    commands: Any,
+    name: str,
+    text: str,
+    *arguments: tuple[str, str | None, str],
+    **options: Any,
+) -> argparse.ArgumentParser:
+    """Return the parser of a new command.
+
+    Args:
+        text: what it does.
+        arguments: name, name in the usage and help of each positional argument; `overrides` are
+            any number of words.
+    """
+    parser: argparse.ArgumentParser = commands.add_parser(name, help=text, **LAYOUT, **options)
+    for argument, metavar, argument_help in arguments:
+        nargs = "*" if argument == "overrides" else None
+        parser.add_argument(argument, metavar=metavar, nargs=nargs, help=argument_help)
+    return parser
+
+
 def _add_runs(commands: Any) -> None:
-    train = commands.add_parser(
+    train = _add_command(
+        commands,
         "train",
-        help="train one run, or a sweep with -m",
+        "train one run, or a sweep with -m",
+        ("overrides", None, "experiment=<name>, <group>=<option>, <key>=<value>, resume=<run>"),
         add_help=False,
-        **LAYOUT,
     )
-    train.add_argument(
-        "-h",
-        "--help",
-        action=TrainHelp,
-        nargs=0,
-        help="this page",
-    )
-    train.add_argument(
-        "-m",
-        "--multirun",
-        action="store_true",
-        help="a run for every combination of listed values",
-    )
-    train.add_argument(
-        "overrides",
-        nargs="*",
-        help="experiment=<name>, <group>=<option>, <key>=<value>, resume=<run>",
-    )
-
-    recipe = commands.add_parser(
+    train.add_argument("-h", "--help", action=TrainHelp, nargs=0, help="this page")
+    text = "a run for every combination of listed values"
+    train.add_argument("-m", "--multirun", action="store_true", help=text)
+    _add_command(
+        commands,
         "recipe",
-        help="run the stages of a recipe in order",
+        "run the stages of a recipe in order",
+        ("recipe", "NAME", "a folder with a recipe.yaml below experiments/"),
+        (
+            "overrides",
+            None,
+            "as of train for all stages; stages.<stage>.<key>=<value>; dry_run=true",
+        ),
         epilog=RECIPE,
-        **LAYOUT,
     )
-    recipe.add_argument(
-        "recipe", metavar="NAME", help="a folder with a recipe.yaml below experiments/"
-    )
-    recipe.add_argument(
-        "overrides",
-        nargs="*",
-        help="as of train for all stages; stages.<stage>.<key>=<value>; dry_run=true",
-    )
-
-    ablate = commands.add_parser(
+    _add_command(
+        commands,
         "ablate",
-        help="run a grid of cells, and report on it",
+        "run a grid of cells, and report on it",
+        ("ablation", "NAME", "a folder with an ablation.yaml below experiments/"),
+        (
+            "overrides",
+            None,
+            "as of train, for all cells; jobs=, launcher=, seeds=, dry_run=, anew=, name=",
+        ),
         epilog=ABLATE,
-        **LAYOUT,
     )
-    ablate.add_argument(
-        "ablation", metavar="NAME", help="a folder with an ablation.yaml below experiments/"
+    _add_command(
+        commands,
+        "report",
+        "write the report of an ablation anew, finished or not",
+        ("ablation", "NAME", "an ablation, or its folder in runs/"),
+        ("overrides", "baseline=CELL", "the cell that differences are to"),
     )
-    ablate.add_argument(
-        "overrides",
-        nargs="*",
-        help="as of train, for all cells; jobs=, launcher=, seeds=, dry_run=, anew=, name=",
-    )
-
-    report = commands.add_parser(
-        "report", help="write the report of an ablation anew, finished or not", **LAYOUT
-    )
-    report.add_argument("ablation", metavar="NAME", help="an ablation, or its folder in runs/")
-    report.add_argument(
-        "overrides",
-        nargs="*",
-        metavar="baseline=CELL",
-        help="the cell that differences are to",
-    )
-
-    evaluate = commands.add_parser(
+    _add_command(
+        commands,
         "eval",
-        help="evaluate a run, or any model on a benchmark",
+        "evaluate a run, or any model on a benchmark",
+        ("overrides", "RUN", "the run's folder, then <key>=<value> to change"),
         usage=EVAL_USAGE,
         epilog=EVAL,
-        **LAYOUT,
-    )
-    evaluate.add_argument(
-        "overrides",
-        nargs="*",
-        metavar="RUN",
-        help="the run's folder, then <key>=<value> to change",
     )
 
 
 def _add_models(commands: Any) -> None:
-    export = commands.add_parser(
-        "export", help="write a run for transformers, peft and owlfuse", **LAYOUT
+    _add_command(
+        commands,
+        "export",
+        "write a run for transformers, peft and owlfuse",
+        ("run", "RUN", "a run's folder, or one that was exported or imported"),
+        ("out", "OUT", "a folder that is written"),
+        (
+            "overrides",
+            None,
+            "merge=true folds LoRA in; layout=released; max_shard_size=5GB; which=best",
+        ),
     )
-    export.add_argument(
-        "run", metavar="RUN", help="a run's folder, or one that was exported or imported"
+    _add_command(
+        commands,
+        "import",
+        "read a released mPLUG-Owl1, 2, 3 or LLaVA 1.5 checkpoint",
+        ("folder", "FOLDER", "with a released config.json and weights"),
+        ("out", "OUT", "a folder that is written in owlfuse's own format"),
+        ("overrides", None, "max_shard_size=5GB"),
     )
-    export.add_argument("out", metavar="OUT", help="a folder that is written")
-    export.add_argument(
-        "overrides",
-        nargs="*",
-        help="merge=true folds LoRA in; layout=released; max_shard_size=5GB; which=best",
+    chat = _add_command(
+        commands,
+        "chat",
+        "talk to a model about pictures",
+        ("folder", "OUT", "an exported or imported folder, or a run's"),
+        (
+            "overrides",
+            "QUESTION",
+            "without one it is a conversation; which=best: a run's best checkpoint",
+        ),
     )
-
-    released = commands.add_parser(
-        "import", help="read a released mPLUG-Owl1, 2, 3 or LLaVA 1.5 checkpoint", **LAYOUT
-    )
-    released.add_argument(
-        "folder", metavar="FOLDER", help="with a released config.json and weights"
-    )
-    released.add_argument(
-        "out", metavar="OUT", help="a folder that is written in owlfuse's own format"
-    )
-    released.add_argument("overrides", nargs="*", help="max_shard_size=5GB")
-
-    chat = commands.add_parser("chat", help="talk to a model about pictures", **LAYOUT)
-    chat.add_argument("folder", metavar="OUT", help="an exported or imported folder, or a run's")
-    chat.add_argument(
-        "overrides",
-        nargs="*",
-        metavar="QUESTION",
-        help="without one it is a conversation; which=best: a run's best checkpoint",
-    )
-    chat.add_argument(
-        "--image",
-        action="append",
-        default=[],
-        metavar="PATH",
-        help="a picture to ask about; may be repeated",
-    )
+    text = "a picture to ask about; may be repeated"
+    chat.add_argument("--image", action="append", default=[], metavar="PATH", help=text)
     chat.add_argument("--max-new-tokens", type=int, default=256, metavar="N")
-    chat.add_argument(
-        "--temperature",
-        type=float,
-        default=0.0,
-        help="0: the likeliest answer",
-    )
-    chat.add_argument(
-        "--thinking",
-        action="store_true",
-        help="have the model think first, where its chat template knows how",
-    )
-    chat.add_argument(
-        "--explain",
-        metavar="PNG",
-        help="draw where the (last) answer looked in the pictures, into a file",
-    )
+    chat.add_argument("--temperature", type=float, default=0.0, help="0: the likeliest answer")
+    text = "have the model think first, where its chat template knows how"
+    chat.add_argument("--thinking", action="store_true", help=text)
+    text = "draw where the (last) answer looked in the pictures, into a file"
+    chat.add_argument("--explain", metavar="PNG", help=text)
 
-    demo = commands.add_parser(
-        "demo",
-        help="a page in the browser: several models side by side",
-        epilog=DEMO,
-        **LAYOUT,
+    demo = _add_command(
+        commands, "demo", "a page in the browser: several models side by side", epilog=DEMO
     )
-    demo.add_argument(
-        "folders",
-        nargs="+",
-        metavar="OUT",
-        help="exported or imported folders, or runs'; which=best",
-    )
-    demo.add_argument(
-        "--host",
-        default="127.0.0.1",
-        metavar="ADDRESS",
-        help="by default only this machine reaches the page",
-    )
-    demo.add_argument(
-        "--port",
-        type=int,
-        metavar="N",
-        help="by default the first free one from 7860 on",
-    )
+    text = "exported or imported folders, or runs'; which=best"
+    demo.add_argument("folders", nargs="+", metavar="OUT", help=text)
+    text = "by default the first free one from 7860 on"
+    demo.add_argument("--port", type=int, metavar="N", help=text)
 
 
 def _add_data(commands: Any) -> None:
-    mixture = commands.add_parser(
-        "mixture", help="print what a run would draw, and write mixture.json", **LAYOUT
+    _add_command(
+        commands,
+        "mixture",
+        "print what a run would draw, and write mixture.json",
+        ("overrides", None, "as of train, and steps=N, out=DIR"),
     )
-    mixture.add_argument("overrides", nargs="*", help="as of train, and steps=N, out=DIR")
-
-    data = commands.add_parser("data", help="write a dataset", **LAYOUT).add_subparsers(
-        metavar="<set>", required=True
+    sets = _add_command(commands, "data", "write a dataset")
+    shapes = _add_command(
+        sets.add_subparsers(metavar="<set>", required=True),
+        "shapes",
+        "pictures of coloured shapes, with questions",
+        ("folder", "DIR", "a folder that is written"),
     )
-    shapes = data.add_parser("shapes", help="pictures of coloured shapes, with questions", **LAYOUT)
-    shapes.add_argument("folder", metavar="DIR", help="a folder that is written")
     shapes.add_argument("--seed", type=int, default=0)
-    shapes.add_argument(
-        "--pictures",
-        type=int,
-        default=12000,
-        metavar="N",
-        help="pictures to train with",
-    )
+    text = "pictures to train with"
+    shapes.add_argument("--pictures", type=int, default=12000, metavar="N", help=text)
 
-    completion = commands.add_parser(
-        "completion",
-        help="print a script for a shell's Tab key",
-        epilog=HELP,
-        **LAYOUT,
+    completion = _add_command(
+        commands, "completion", "print a script for a shell's Tab key", epilog=HELP
     )
     completion.add_argument("shell", choices=[*SCRIPTS, "words"], metavar="{bash,zsh,fish}")
     completion.add_argument("line", nargs="?", default="", help=argparse.SUPPRESS)
-
-    config = commands.add_parser(
-        "config", help="print the composed configuration as yaml", **LAYOUT
+    _add_command(
+        commands,
+        "config",
+        "print the composed configuration as yaml",
+        ("overrides", None, "as of train"),
     )
-    config.add_argument("overrides", nargs="*", help="as of train")
 
 
 if __name__ == "__main__":

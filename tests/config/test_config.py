@@ -1,6 +1,7 @@
 """Composition and its errors, each held to its exact line, over a small tree of configuration
 with parts of its own."""
 
+import copy
 import os
 import re
 import sys
@@ -230,6 +231,11 @@ def test_the_origin_of_a_key_is_the_last_place_that_sets_it(tree):
         "runs": "configs/train.yaml",
     }
     assert {key: origin_of(config, key) for key in origins} == origins
+    # so does a copy, and neither has a key for it
+    copied = copy.deepcopy(config)
+    assert {key: origin_of(copied, key) for key in origins} == origins
+    assert copied == config
+    assert "composition" not in config
 
 
 GRAMMAR = (

@@ -49,7 +49,7 @@ def test_every_part_of_our_yamls_is_accepted_where_it_stands():
             path = {"model/adapter": "model.adapter.llm", "data/source": "data.sources.a"}.get(
                 str(group), str(group).replace("/", ".")
             )
-            for found, part in trust.nodes_of({path: node}, ""):
+            for found, part in trust.nodes_of({path: node}):
                 if isinstance(part.get("_target_"), str):
                     slots = [slot for slot in SLOTS if part["_target_"] in slot.targets]
                     assert slots, f"{file}: {part['_target_']} is in none of SLOTS"

@@ -110,7 +110,7 @@ def check_files(folder: Path) -> None:
 def check_object(content: dict[str, Any], file: Path) -> None:
     """Checks one JSON file's keys. Raises DataError."""
     # nested keys, too: transformers reads sub-configurations
-    for path, node in nodes_of(content, ""):
+    for path, node in nodes_of(content):
         prefix = f"{path}." if path else ""
         for key, value in node.items():
             if key in FORBIDDEN and value:
@@ -154,7 +154,7 @@ def check_counts(config: dict[str, Any], file: Path, shapes: dict[str, tuple[int
     """
     # each layer, block or expert has at least one tensor
     most = max(ALWAYS_ALLOWED, len(shapes))
-    for path, node in nodes_of(config, ""):
+    for path, node in nodes_of(config):
         for key, value in node.items():
             if not COUNT_KEY.search(str(key)):
                 continue

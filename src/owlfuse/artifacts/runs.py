@@ -21,6 +21,7 @@ from typing import Any, TextIO
 
 from omegaconf import DictConfig, OmegaConf
 
+from owlfuse.config.messages import split_settings
 from owlfuse.core.checkpoint_files import find_checkpoint_error, find_damage, remove_checkpoint
 from owlfuse.core.errors import ConfigError, DataError
 from owlfuse.core.files import atomic_write, write_json
@@ -263,10 +264,10 @@ def chosen_checkpoint(folder: Path, which: str) -> Path:
 def split_which(words: list[str]) -> tuple[str, list[str]]:
     """The value of `which=` among a command's words, `last` where there is none, and the other
     words. Raises ConfigError."""
-    values = [word.partition("=")[2] for word in words if word.startswith("which=")]
-    which = values[-1] if values else "last"
+    settings, others = split_settings(words, ["which"])
+    which = settings.get("which", "last")
     check_which(which)
-    return which, [word for word in words if not word.startswith("which=")]
+    return which, others
 
 
 def check_which(which: str, of_run: bool = True) -> None:

@@ -68,7 +68,7 @@ def check_targets(
         ConfigError: the first mistake.
     """
     nodes = []
-    for path, node in nodes_of(config, ""):
+    for path, node in nodes_of(config):
         if "_target_" in node:
             nodes.append((path, node))
     for path, node in nodes:
@@ -224,7 +224,7 @@ def _check_value(
     origin: Origin,
 ) -> None:
     annotation = annotation_of(parameter, callable_)
-    holds_target = any("_target_" in node for _, node in nodes_of(value, ""))
+    holds_target = any("_target_" in node for _, node in nodes_of(value))
     if annotation is inspect.Parameter.empty or holds_target:
         return
     # `x: int = None` is common, and allows None.
@@ -313,17 +313,24 @@ def _literals(annotation: Any) -> list[Any]:
     return values
 
 
-def nodes_of(value: Any, path: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield every dictionary below a value with its dotted path, parents first; an index of a list
-    is a part of the path."""
+def walk(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield a value and every value below it with its dotted path, parents first; an index of a
+    list is a part of the path."""
+    yield path, value
     children: Any = ()
     if isinstance(value, dict):
-        yield path, value
         children = value.items()
     elif isinstance(value, list):
         children = enumerate(value)
     for key, child in children:
-        yield from nodes_of(child, f"{path}.{key}" if path else str(key))
+        yield from walk(child, f"{path}.{key}" if path else str(key))
+
+
+def nodes_of(value: Any) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield every dictionary below a value with its dotted path, parents first."""
+    for path, node in walk(value):
+        if isinstance(node, dict):
+            yield path, node
 
 
 def _public_names(parent: Any) -> list[str]:

@@ -7,6 +7,8 @@ import itertools
 import logging
 import math
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,13 +21,12 @@ from owlfuse.config.check import Origin, check_arguments, check_targets
 from owlfuse.config.folders import EXPERIMENTS, ConfigFolders, find_folders
 from owlfuse.config.hydra import OPTIONAL_GROUPS, Composition, dotted_items, read_overrides
 from owlfuse.config.messages import check_name, no_such_option
+from owlfuse.config.recipes import PARTS
 from owlfuse.config.trust import accept, read_run_config
 from owlfuse.core.errors import COMMAND_LINE, ConfigError, DataError, label, nearest, nearest_key
 from owlfuse.core.folder_kinds import describe_path
 
 log = logging.getLogger(__name__)
-
-PARTS = ("vision", "connector", "fusion", "llm")
 
 
 @dataclass
@@ -87,9 +88,21 @@ class Root:
     accept_changed_data: bool = False
 
 
+class ComposedConfig(DictConfig):
+    """A composed configuration, which knows what set each of its keys; so do its copies."""
+
+    def __init__(self, content: DictConfig, composition: Composition) -> None:
+        super().__init__(content)
+        # In the way of OmegaConf's own attributes: any other one becomes a key.
+        self.__dict__["composition"] = composition
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ComposedConfig:
+        return ComposedConfig(super().__deepcopy__(memo), self.composition)
+
+
 def compose(
     overrides: list[str], config_dir: str | Path | None = None, importing: bool = True
-) -> DictConfig:
+) -> ComposedConfig:
     """Return the configuration of `overrides`, composed, resolved and checked.
 
     With `resume=<run>` among the overrides it starts from the run's config.yaml instead of the
@@ -109,17 +122,16 @@ def compose(
     lines = [line for line in overrides if not line.startswith("resume=")]
     if run is None:
         composition = _choose_experiment(lines, folders)
-        config = _without_hydra(composition)
+        config = _compose(composition)
         config.experiment = composition.experiment or "default"
     else:
         composition = _compose_resumed(lines, run, folders)
-        config = _without_hydra(composition)
+        config = _compose(composition)
         config.resume = str(run)
         # Runs from before torch's Muon name the type that timm's computed in.
         with open_dict(config.optim):
             if config.optim.pop("newton_schulz", None):
                 log.warning("%s: optim.newton_schulz is ignored: Muon is in bfloat16", run)
-    _remember_origins(config, composition)
     _resolve(config)
     if isinstance(config.get("name"), int) and not isinstance(config.name, bool):
         config.name = str(config.name)  # name=1 is a name
@@ -129,7 +141,7 @@ def compose(
     return config
 
 
-def compose_root(root: str, overrides: list[str]) -> DictConfig:
+def compose_root(root: str, overrides: list[str]) -> ComposedConfig:
     """Return a configuration with another root, `configs/<root>.yaml`: composed and resolved, every
     `_target_` checked as far as that needs no import.
 
@@ -137,9 +149,7 @@ def compose_root(root: str, overrides: list[str]) -> DictConfig:
         ConfigError: a mistake, in one line.
     """
     folders = replace(find_folders(), root=root)
-    composition = Composition(folders, read_overrides(overrides, folders))
-    config = _without_hydra(composition)
-    _remember_origins(config, composition)
+    config = _compose(Composition(folders, read_overrides(overrides, folders)))
     _resolve(config)
     check_targets(to_dict(config), lambda path: origin_of(config, path), importing=False)
     return config
@@ -227,20 +237,28 @@ def origin_of(config: DictConfig, path: str) -> str:
     """Return which file (or "command line") set a key, as messages name it: origin_of(config,
     "model.fusion.gate").
 
-    Of a group of keys it is the last file that set any of them. A copy of a composed configuration
-    does not know its origins.
+    Of a group of keys it is the last file that set any of them. A configuration that was not
+    composed here, or a part of one, knows no origins.
     """
-    composition = config.__dict__.get("_composition")
-    return composition.origin(path) if composition else "configuration"
+    if isinstance(config, ComposedConfig):
+        return config.composition.origin(path)
+    return "configuration"
 
 
-def with_config_origin(config: DictConfig, message: str) -> str:
-    """Return a message that begins with a part of the model, with the file that configures the
-    part before it."""
-    part = message.partition(":")[0]
-    if part.partition(".")[0] not in config.model:
-        return f"experiment {config.experiment}: {message}"
-    return f"{origin_of(config, f'model.{part}')}: model.{message}"
+@contextmanager
+def naming_part(config: DictConfig) -> Iterator[None]:
+    """Raise ConfigError where parts that the block builds do not fit together. Where the message
+    begins with a part of the model, the file that configures it stands in front."""
+    try:
+        yield
+    except (ConfigError, DataError):
+        raise
+    except ValueError as error:
+        part = str(error).partition(":")[0]
+        message = f"experiment {config.experiment}: {error}"
+        if part.partition(".")[0] in config.model:
+            message = f"{origin_of(config, f'model.{part}')}: model.{error}"
+        raise ConfigError(message) from error
 
 
 def sweep_cells(overrides: list[str], config_dir: str | Path | None = None) -> list[list[str]]:
@@ -344,7 +362,7 @@ def _resumed_run(overrides: list[str]) -> Path | None:
     return find_run(values[-1])
 
 
-def _without_hydra(composition: Composition) -> DictConfig:
+def _compose(composition: Composition) -> ComposedConfig:
     config = composition.compose()
     with open_dict(config):
         del config["hydra"]
@@ -353,12 +371,7 @@ def _without_hydra(composition: Composition) -> DictConfig:
                 config.setdefault(group, None)  # Hydra leaves out a group that is null
             for group in composition.null_groups:
                 config[group] = None  # and keeps what an experiment's file sets in it
-    return config
-
-
-def _remember_origins(config: DictConfig, composition: Composition) -> None:
-    # Beside the content, where OmegaConf neither prints nor saves it.
-    config.__dict__["_composition"] = composition
+    return ComposedConfig(config, composition)
 
 
 def _resolve(config: DictConfig) -> None:

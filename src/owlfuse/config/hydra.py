@@ -18,7 +18,7 @@ from hydra.errors import MissingConfigException, OverrideParseException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from owlfuse.config.check import locate_target, parameters_of
+from owlfuse.config.check import locate_target, parameters_of, walk
 from owlfuse.config.folders import EXPERIMENTS, ConfigFolders
 from owlfuse.config.messages import no_such_option
 from owlfuse.config.signatures import read_signature
@@ -371,14 +371,9 @@ def has_key(content: Any, parts: list[str]) -> bool:
     return True
 
 
-def dotted_items(value: Any, prefix: str = "") -> dict[str, Any]:
+def dotted_items(value: Any) -> dict[str, Any]:
     """Return every dotted key below a dictionary or list with its value, parents before their
     children."""
-    if isinstance(value, list):
-        value = dict(enumerate(value))
-    if not isinstance(value, dict):
-        return {}
-    items = {f"{prefix}{key}": child for key, child in value.items()}
-    for key, child in value.items():
-        items |= dotted_items(child, f"{prefix}{key}.")
+    items = dict(walk(value))
+    del items[""]  # the value itself
     return items

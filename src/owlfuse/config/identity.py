@@ -101,7 +101,7 @@ def owlfuse_files(names: set[str], source: Path = SOURCE) -> dict[str, Path]:
         if path is None or str(path.relative_to(source)) in files:
             continue
         files[str(path.relative_to(source))] = path
-        waiting += sorted(names_imported_by(path))
+        waiting += sorted(owlfuse_names(path))
     # Templates are code too: they decide every token of a chat.
     for template in source.glob("data/chat/templates/*.jinja"):
         files[str(template.relative_to(source))] = template
@@ -124,16 +124,24 @@ def file_of(name: str, source: Path) -> Path | None:
     return source / "__init__.py"
 
 
-@cache
-def names_imported_by(path: Path) -> frozenset[str]:
-    """Return the dotted names that a file imports, at its top and inside its functions."""
+def imported_names(file: Path) -> set[str]:
+    """Return the dotted names that a file imports, at its top and inside its functions; none of a
+    file that does not parse, and none that is relative."""
+    try:
+        tree = ast.parse(file.read_bytes())
+    except (SyntaxError, ValueError):
+        return set()
     names: set[str] = set()
-    for node in ast.walk(ast.parse(path.read_bytes())):
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
+        elif isinstance(node, ast.ImportFrom) and not node.level:
             names |= {f"{node.module}.{alias.name}" for alias in node.names}
-    return frozenset(names)
+    return names
+
+
+# Files of owlfuse do not change while a command runs, and those of an ablation are hashed often.
+owlfuse_names = cache(imported_names)
 
 
 def user_files(modules: set[str]) -> dict[str, Path]:
@@ -160,7 +168,7 @@ def user_files(modules: set[str]) -> dict[str, Path]:
         for path in module_files:
             files[f"{module}/{path.relative_to(file.parent)}"] = path
             if not is_installed(file):
-                imported |= imported_modules(path)
+                imported |= {name.partition(".")[0] for name in imported_names(path)}
         new_modules = imported - visited - set(waiting)
         # Sorted, so that the order of the walk does not depend on hashes.
         waiting += sorted(name for name in new_modules if is_users(name))
@@ -188,28 +196,12 @@ def is_users(module: str) -> bool:
 
 def is_installed(file: Path) -> bool:
     """Whether a file is one of Python's or of an installed package."""
-    if "site-packages" in file.parts:
+    if {"site-packages", "dist-packages"} & {*file.parts}:
         return True
     for name in ("stdlib", "platstdlib", "purelib", "platlib"):
         if file.is_relative_to(Path(sysconfig.get_path(name)).resolve()):
             return True
     return False
-
-
-def imported_modules(file: Path) -> set[str]:
-    """Return the top-level modules that a file imports, at its top and inside its functions; none
-    of a file that does not parse."""
-    try:
-        tree = ast.parse(file.read_bytes())
-    except (SyntaxError, ValueError):
-        return set()
-    names: set[str] = set()
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
-            names.add(node.module)
-    return {name.partition(".")[0] for name in names}
 
 
 def differing_hash(

@@ -1,19 +1,33 @@
-"""Errors of a configuration that several commands report."""
+"""The words of a command line, and errors of a configuration, that several commands have."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 
 from owlfuse.config.folders import EXPERIMENTS, ConfigFolders
-from owlfuse.core.errors import ConfigError, hint, nearest
+from owlfuse.core.errors import COMMAND_LINE, ConfigError, DataError, hint, nearest
+
+
+def split_settings(words: list[str], names: Collection[str]) -> tuple[dict[str, str], list[str]]:
+    """Return the values of a command's own `<name>=<value>` words by name, and the other words."""
+    settings = {}
+    others = []
+    for word in words:
+        name, sign, value = word.partition("=")
+        if sign and name in names:
+            settings[name] = value
+        else:
+            others.append(word)
+    return settings, others
 
 
 @contextmanager
 def naming(part: str) -> Iterator[None]:
-    """Put the name of a stage or cell before a ConfigError of the block."""
+    """Put the name of a stage or cell before a ConfigError or DataError of the block."""
     try:
         yield
-    except ConfigError as error:
-        raise ConfigError(f"{part}: {error}") from error
+    except (ConfigError, DataError) as error:
+        message = str(error).removeprefix(f"{COMMAND_LINE}: ")
+        raise type(error)(f"{part}: {message}") from error
 
 
 def check_name(key: str, name: object) -> None:

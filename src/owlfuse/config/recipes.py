@@ -25,6 +25,21 @@ STAGE_KEYS = {
 PARTS = ("vision", "connector", "fusion", "llm")
 
 
+def read_yaml(file: Path) -> Any:
+    """Return the content of a yaml, unresolved: `${...}` is the experiment's, and 1e-3 a number.
+
+    Raises:
+        ConfigError: a file that is no YAML, with the line.
+    """
+    import yaml
+    from omegaconf import OmegaConf
+
+    try:
+        return OmegaConf.to_container(OmegaConf.load(file), resolve=False)
+    except yaml.MarkedYAMLError as error:
+        raise yaml_error(error) from None
+
+
 def read_stages(file: Path) -> dict[str, dict[str, Any]]:
     """Return the stages of a recipe by name, in order, each as the content of an experiment's file:
     the base with the stage merged over it.
@@ -35,13 +50,7 @@ def read_stages(file: Path) -> dict[str, dict[str, Any]]:
     Raises:
         ConfigError: a file that is no recipe, in one line that names the stage.
     """
-    import yaml
-    from omegaconf import OmegaConf
-
-    try:
-        content = OmegaConf.to_container(OmegaConf.load(file), resolve=False)
-    except yaml.MarkedYAMLError as error:
-        raise yaml_error(error) from None
+    content = read_yaml(file)
     entries = content.get("stages") if isinstance(content, dict) else None
     if not isinstance(content, dict) or not isinstance(entries, list) or not entries:
         raise ConfigError(f"{label(file)}: stages: expected a list of stages, each with a name")

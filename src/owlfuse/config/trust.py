@@ -17,7 +17,6 @@ import inspect
 import os
 import re
 import sys
-import sysconfig
 from collections.abc import Iterator
 from dataclasses import dataclass
 from io import StringIO
@@ -29,8 +28,9 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from owlfuse.config.aliases import with_current_names
-from owlfuse.config.check import nodes_of
+from owlfuse.config.check import nodes_of, walk
 from owlfuse.config.folders import find_folders
+from owlfuse.config.identity import is_installed
 from owlfuse.config.user_modules import import_user_module
 from owlfuse.core.errors import DataError
 from owlfuse.core.files import MAX_CONFIG, read_text
@@ -178,7 +178,7 @@ def trusted() -> list[str]:
 def accept(config: Any) -> None:
     """Accept every `_target_` of a configuration that is the user's own, so that the runs made of
     it can be read back."""
-    for _, node in nodes_of(config, ""):
+    for _, node in nodes_of(config):
         if isinstance(node.get("_target_"), str):
             accepted.add(node["_target_"])
 
@@ -205,7 +205,7 @@ def read_run_config(folder: Path) -> Any:
             raise DataError(
                 f"{file}: {key}: no key of a run's config.yaml, which owlfuse train writes resolved"
             )
-    for path, value in values_of(content, ""):
+    for path, value in values_of(content):
         if isinstance(value, str) and "${" in value:
             raise DataError(
                 f"{file}: {path} is {value[:80]!r}, an interpolation; a run's config.yaml is "
@@ -265,7 +265,7 @@ def check_names(config: dict[str, Any], file: Path) -> None:
     Raises:
         DataError: the first name that is not accepted.
     """
-    for path, node in nodes_of(config, ""):
+    for path, node in nodes_of(config):
         if "_target_" in node:
             check_target(path, node["_target_"], file)
     vision = config.get("model", {}).get("vision")
@@ -347,10 +347,7 @@ def imported_by_user(module: str) -> bool:
     file = getattr(sys.modules.get(module), "__file__", None)
     if file is None or is_within(module, "owlfuse"):
         return False
-    path = Path(file).resolve()
-    standard = [Path(sysconfig.get_path(name)).resolve() for name in ("stdlib", "platstdlib")]
-    is_installed = not {"site-packages", "dist-packages"}.isdisjoint(path.parts)
-    return not is_installed and not any(path.is_relative_to(folder) for folder in standard)
+    return not is_installed(Path(file).resolve())
 
 
 def named_by_user(word: str, file: Path) -> bool:
@@ -375,7 +372,7 @@ def yaml_values(path: Path) -> list[Any]:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, ValueError):
         return []
-    return [value for _, value in values_of(content, "")]
+    return [value for _, value in values_of(content)]
 
 
 def locate(target: str, key: str) -> Any:
@@ -424,18 +421,13 @@ def check_backbone(vision: dict[str, Any], file: Path, hub: bool = True) -> None
         )
 
 
-def values_of(value: Any, path: str) -> Iterator[tuple[str, Any]]:
+def values_of(content: Any) -> Iterator[tuple[str, Any]]:
     """Yield every value below a dictionary or list that is neither, and every key, with its dotted
     path."""
-    children: Any = ()
-    if isinstance(value, dict):
-        children = value.items()
-    elif isinstance(value, list):
-        children = enumerate(value)
-    else:
-        yield path, value
-    for key, child in children:
-        child_path = f"{path}.{key}" if path else str(key)
-        if isinstance(key, str):
-            yield child_path, key
-        yield from values_of(child, child_path)
+    for path, value in walk(content):
+        if isinstance(value, dict):
+            for key in value:
+                if isinstance(key, str):
+                    yield (f"{path}.{key}" if path else key), key
+        elif not isinstance(value, list):
+            yield path, value

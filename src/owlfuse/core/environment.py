@@ -1,4 +1,4 @@
-"""The environment of a result: versions of libraries, and the state of git."""
+"""The environment of a result: the machine, versions of libraries, and the state of git."""
 
 from __future__ import annotations
 
@@ -34,3 +34,19 @@ LIBRARIES = ("owlfuse", "torch", "lightning", "transformers", "timm", "peft")
 def versions() -> dict[str, str]:
     """Return the versions of owlfuse, Python and the libraries that affect results."""
     return {"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}}
+
+
+def machine() -> str:
+    """Return the GPU's name, or the processor with the threads that torch uses."""
+    import torch  # here: the check of a command line reads this module, and must be quick
+
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    processor = platform.machine()
+    # platform.processor() names no model on Linux.
+    path = Path("/proc/cpuinfo")
+    for line in path.read_text().splitlines() if path.exists() else ():
+        if line.startswith("model name"):
+            processor = line.partition(":")[2].strip()
+            break
+    return f"{processor}, {torch.get_num_threads()} threads"

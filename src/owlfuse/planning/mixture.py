@@ -14,9 +14,10 @@ from rich.table import Table
 
 from owlfuse.artifacts.runs import write_mixture
 from owlfuse.config.build import build, to_dict
-from owlfuse.config.compose import compose, with_config_origin
+from owlfuse.config.compose import compose, naming_part
+from owlfuse.config.messages import split_settings
 from owlfuse.core.console import PlainConsole as Console
-from owlfuse.core.errors import ConfigError, DataError
+from owlfuse.core.errors import ConfigError
 from owlfuse.core.progress import track
 from owlfuse.core.terminal import visible
 from owlfuse.data.datamodule import ChatData
@@ -53,26 +54,15 @@ def mixture_command(words: list[str]) -> dict[str, Any]:
     Raises:
         ConfigError: what is wrong with the words. DataError: what is wrong with the data.
     """
-    settings: dict[str, str] = {}
-    overrides = []
-    for word in words:
-        key, _, value = word.partition("=")
-        if key in ("steps", "out"):
-            settings[key] = value
-        else:
-            overrides.append(word)
+    settings, overrides = split_settings(words, ("steps", "out"))
     config = compose(overrides)
     steps = settings.get("steps", str(config.trainer.max_steps))
     # int() would take "-1", " 7" and "1_000" too.
     if not steps.isdigit() or not int(steps):
         raise ConfigError(f"command line: steps={steps}: expected a number of steps from 1 on")
-    try:
+    with naming_part(config):
         data = build(config.data)
         notes = bind(data, config)
-    except DataError:
-        raise
-    except ValueError as error:
-        raise ConfigError(with_config_origin(config, str(error))) from error
     report = mixture_report(data, data.lengths(), int(steps))
     report["notes"] = notes + report["notes"]
     default = Path(config.runs) / "mixture" / config.experiment

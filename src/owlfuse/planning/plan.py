@@ -14,7 +14,7 @@ import torch
 from omegaconf import DictConfig
 
 from owlfuse.config.build import build, to_dict
-from owlfuse.config.compose import PlanOptions, with_config_origin
+from owlfuse.config.compose import PlanOptions, naming_part
 from owlfuse.core.errors import ConfigError
 from owlfuse.model.multimodal import MultimodalLM
 from owlfuse.planning.meter import StepCost
@@ -254,14 +254,10 @@ def make_plan(config: DictConfig, compare: bool = True) -> Plan:
     """
     plain = to_dict(config)
     options = PlanOptions(**(plain.get("plan") or {}))
-    try:
+    with naming_part(config):
         workload = Workload(plain, options)
         layout = configured_layout(plain["trainer"], plain["data"], options.gpus)
         estimate = workload.estimate(layout)
-    except ConfigError:
-        raise
-    except ValueError as error:
-        raise ConfigError(with_config_origin(config, str(error))) from error
     model = workload.model
     # Placeholders of images are positions, and no text.
     images = workload.global_batch * options.images_per_sample

@@ -14,6 +14,7 @@ from omegaconf import DictConfig
 from owlfuse.config import compose
 from owlfuse.config.messages import naming
 from owlfuse.core.console import show
+from owlfuse.core.signals import signals_handled
 
 RANK_VARIABLES = ("RANK", "LOCAL_RANK", "SLURM_PROCID")
 
@@ -85,13 +86,8 @@ def train_in_process(cell: list[str], config: DictConfig) -> Path:
         def forward(number: int, frame: Any) -> None:
             os.killpg(process.pid, number)
 
-        signals = (signal.SIGINT, signal.SIGTERM)
-        handlers = {number: signal.signal(number, forward) for number in signals}
-        try:
+        with signals_handled({signal.SIGINT: forward, signal.SIGTERM: forward}):
             code = process.wait()
-        finally:
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
     if code == 130:
         raise KeyboardInterrupt(
             "stopped; the line above says how this run of the sweep goes on, and the others are "

@@ -23,7 +23,7 @@ from owlfuse.artifacts.runs import (
 )
 from owlfuse.artifacts.weights import needs_base
 from owlfuse.config.build import build, to_dict
-from owlfuse.config.compose import with_config_origin
+from owlfuse.config.compose import naming_part
 from owlfuse.config.identity import data_hash
 from owlfuse.core.errors import ConfigError, DataError, disk_errors_as_data_errors
 from owlfuse.core.progress import progress_hidden, quiet_libraries
@@ -96,7 +96,7 @@ def train(
     changes = changed_keys(past, config) if past else {}
     rates_changed = any(key.startswith("optim.") for key in changes)
     plain = to_dict(config)
-    try:
+    with naming_part(config):
         plan, _ = on_meta(plain["model"], vocab_size=1024)
         optim, evaluation = build(config.optim), build(config.evaluation)
         optim.groups(plan)  # which refuses a rate of 0 for what is to train
@@ -118,10 +118,6 @@ def train(
                 getattr(plan.llm, "trained_rows", None),
             )
             new_tokens = tokens_to_train(data.tokenizer, config.data.tokenizer, *start)
-    except (ConfigError, DataError):
-        raise
-    except ValueError as error:
-        raise ConfigError(with_config_origin(config, str(error))) from error
     identity = (
         {**data_identity(data.sources, data.validation), **weights_identity(plain)}
         if is_first_rank()

@@ -267,18 +267,6 @@ def test_a_page_that_is_gone_gives_its_place_to_the_next(models):
     assert all(answer.text for answer in here.of("waits").turns[0].answers)
 
 
-def test_one_address_does_not_take_all_places(models, monkeypatch):
-    monkeypatch.setattr(limits, "MAX_OF_ONE_ADDRESS", 1)
-    here = Visitors(models)
-    here.begin("a", "Hello", [], "192.0.2.1")
-    running = here.answers("a", 0.0, 4, False)
-    next(running)
-    with pytest.raises(DataError, match="1 questions from your address are waiting"):
-        here.begin("b", "Hello", [], "192.0.2.1")
-    here.begin("c", "Hello", [], "192.0.2.2")
-    running.close()
-
-
 def test_an_answer_that_takes_too_long_ends_and_says_so(models, monkeypatch):
     monkeypatch.setattr(limits, "ANSWER_SECONDS", 0.0)
     turn = ask(Visitor(models), "Hello", tokens=50)

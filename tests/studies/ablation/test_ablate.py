@@ -223,13 +223,8 @@ def test_anew_puts_runs_of_other_code_aside_and_a_budget_lists_what_it_does_not_
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "words", [["jobs=2"], ["launcher=submitit_local", "launcher.timeout_min=10"]]
-)
-def test_other_launchers_train_the_same(words, gone_on):
-    pytest.importorskip("joblib")
-    pytest.importorskip("submitit")
-    name = f"by{len(words)}"
+def test_several_jobs_train_the_same(gone_on):
+    words, name = ["jobs=2"], "by2"
     process = start(
         *words,
         f"name={name}",

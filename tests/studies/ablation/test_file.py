@@ -221,10 +221,9 @@ def test_a_mistake_in_any_cell_is_told_in_one_line_before_the_first_one_trains(o
             ["launcher=submitit_slurm", "launcher.partion=gpu"],
             "launcher.partion: no such setting of the launcher submitit_slurm; did you mean 'parti",
         ),
-        (["jobs=2", "launcher.backends=loky"], "joblib; did you mean 'backend'"),
         (
-            ["launcher=basic", "jobs=2"],
-            "the basic launcher runs one cell after another; add launcher=joblib",
+            ["launcher=joblib", "jobs=2"],
+            r"launcher=joblib: no such launcher \(there are: basic, submitit_slurm\)",
         ),
         (["optim.lrr=1"], "cell owl3-adaptive: optim.lrr: no such key; did you mean 'optim.lr'"),
     ],

@@ -201,11 +201,6 @@ class VideoSource(PictureSource):
             raise DataError(f"{self.file}: {error}") from None
 
 
-def without(record: JsonObject, *keys: str) -> JsonObject:
-    """Return a record without `id` and `keys`, for a sample's metadata."""
-    return without_keys(record, ["id", *keys])
-
-
 def field(
     record: JsonObject,
     key: str,

@@ -9,7 +9,7 @@ from collections import Counter
 from typing import Any
 
 from owlfuse.core.errors import DataError
-from owlfuse.core.types import JsonObject, Media, Note, Sample
+from owlfuse.core.types import JsonObject, Media, Message, Note, Sample
 from owlfuse.data.formats.turn_keys import (
     LEARN_KEYS,
     NOT_LEARN_KEYS,
@@ -363,6 +363,16 @@ def system_turn(record: JsonObject, name: str, turns: list[Any]) -> list[Any]:
         if roles & {"system", "developer"}:
             raise DataError(f"sample {name} has a '{key}' and a system turn, expected one of them")
     return [{"role": "system", "content": text}]
+
+
+def system_messages(record: JsonObject, name: str) -> list[Message]:
+    """Return the system text of a record without turns as a message, or nothing. Raises
+    DataError."""
+    messages = []
+    for turn in system_turn(record, name, []):
+        part = {"type": "text", "text": turn["content"]}
+        messages.append({"role": "system", "content": [part]})
+    return messages
 
 
 def check_unused(record: JsonObject, name: str, keys: set[str]) -> list[Note]:

@@ -20,7 +20,7 @@ from owlfuse.data.formats.records import (
     check_unused,
     has_chat,
     read_chat,
-    system_turn,
+    system_messages,
 )
 from owlfuse.data.formats.turn_keys import SYSTEM_KEYS, is_absent, present_keys
 from owlfuse.data.formats.turns import caption_messages, pictures_of, videos_of
@@ -122,9 +122,7 @@ class WebDataset(VideoSource):
             name,
             len(videos),
         )
-        for turn in system_turn(fields, name, []):
-            part = {"type": "text", "text": turn["content"]}
-            messages.insert(0, {"role": "system", "content": [part]})
+        messages = [*system_messages(fields, name), *messages]
         used = ("id", "caption", *SYSTEM_KEYS, *IMAGES, *VIDEOS)
         metadata = without_keys(fields, used)
         for key in ("question", "prompt", "query", *TOOLS):

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-import multiprocessing
 import os
-import signal
 import sys
 from collections import Counter
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch.utils.data import DataLoader, Dataset
 
 from owlfuse.core.errors import DataError
 from owlfuse.core.files import atomic_write
@@ -23,6 +21,7 @@ from owlfuse.data.chat.encoder import ChatEncoder
 from owlfuse.data.chat.truncation import OnLength
 from owlfuse.data.formats.base import Source
 from owlfuse.data.notes import text_of
+from owlfuse.data.workers import DataWorkers, ignore_signals
 
 CACHE_FOLDER = ".owlfuse"
 CHUNK = 512
@@ -78,9 +77,16 @@ def count_lengths(
     path = cache_path(source, encoder, on_length)
     lengths = read_cache(path, len(source))
     if lengths is None:
-        lengths = encode_all(source, encoder, workers or os.cpu_count() or 1, on_length)
+        lengths = encode_all(source, encoder, workers or usable_cores(), on_length)
         write_cache(path, lengths)
     return lengths
+
+
+def usable_cores() -> int:
+    """Return the cores that this process may use, of which a cluster gives it some."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1  # macOS has no such limit
 
 
 def cache_path(source: Source, encoder: ChatEncoder, on_length: OnLength = "error") -> Path:
@@ -162,25 +168,25 @@ def encode_all(
     workers: int,
     on_length: OnLength = "error",
 ) -> Lengths:
-    """Count the tokens of every sample, in several processes where there are many samples."""
-    starts = range(0, len(source), CHUNK)
-    if workers < 2 or len(source) <= SMALL_SOURCE:
-        chunks = (count_chunk(source, encoder, on_length, start) for start in starts)
-        return joined(source, starts, chunks)
-    # A forked worker shares the tokenizer and the open files, and starts at once.
-    method = "fork" if "fork" in multiprocessing.get_all_start_methods() else None
-    context = multiprocessing.get_context(method)
-    with context.Pool(workers, start_worker, (source, encoder, on_length)) as pool:
-        return joined(source, starts, pool.imap(count_chunk_in_worker, starts))
-
-
-def joined(source: Source, starts: Iterable[int], chunks: Iterable[Chunk]) -> Lengths:
-    """Return the counts of a source from those of its chunks, with a progress bar."""
+    """Count the tokens of every sample, in several processes where there are many samples, with a
+    progress bar."""
     size = len(source)
+    chunks = Chunks(source, encoder, on_length)
+    options: dict[str, Any] = {}
+    if size > SMALL_SOURCE and workers > 1:
+        # As the workers of training: Ctrl-C is this process's to answer.
+        options = {
+            "num_workers": workers,
+            "worker_init_fn": ignore_signals,
+            "multiprocessing_context": DataWorkers().context,
+        }
+    # `tuple` leaves a chunk as it is, of which torch would make tensors.
+    loader: DataLoader = DataLoader(chunks, batch_size=None, collate_fn=tuple, **options)
     zeros = np.zeros(size, np.int32)
     lengths = Lengths(zeros, zeros.copy(), {})
+    start = 0
     with Progress(f"counting tokens of {source.name}", size) as progress:
-        for start, (tokens, supervised, wrong, notes) in zip(starts, chunks, strict=True):
+        for tokens, supervised, wrong, notes in loader:
             stop = start + len(tokens)
             lengths.tokens[start:stop] = tokens
             lengths.supervised[start:stop] = supervised
@@ -188,52 +194,38 @@ def joined(source: Source, starts: Iterable[int], chunks: Iterable[Chunk]) -> Le
             for text, samples in notes.items():
                 lengths.notes[text] = lengths.notes.get(text, 0) + samples
             progress.advance(len(tokens))
+            start = stop
     return lengths
 
 
-def count_chunk(
-    source: Source,
-    encoder: ChatEncoder,
-    on_length: OnLength,
-    start: int,
-) -> Chunk:
-    """Return the counts of CHUNK samples from `start` on."""
-    tokens: list[int] = []
-    supervised: list[int] = []
-    wrong: dict[int, str] = {}
-    notes: Counter[str] = Counter()
-    for index in range(start, min(start + CHUNK, len(source))):
-        try:
-            sample = source[index]
-            encoded = encoder.encode(sample, on_length=on_length)
-        except DataError as error:
-            wrong[index] = str(source.with_location(error, source.first_record(index)))
-            tokens.append(0)
-            supervised.append(0)
-        else:
-            notes.update({text_of(note) for note in sample.notes})
-            tokens.append(len(encoded.input_ids))
-            supervised.append(int((encoded.labels != -100).sum()))
-    return tokens, supervised, wrong, dict(notes)
+class Chunks(Dataset):
+    """The counts of a source, CHUNK samples at a time."""
 
+    def __init__(self, source: Source, encoder: ChatEncoder, on_length: OnLength) -> None:
+        self.source = source
+        self.encoder = encoder
+        self.on_length = on_length
 
-# What a worker process counts: the source, the encoder and the policy for the length.
-WORKER_ARGUMENTS: list[Any] = []
+    def __len__(self) -> int:
+        return -(-len(self.source) // CHUNK)
 
-
-def start_worker(source: Source, encoder: ChatEncoder, on_length: OnLength) -> None:
-    """Prepare a worker process.
-
-    Ctrl-C is the main process's to answer: it ends its workers by a SIGTERM, which no inherited
-    handler may swallow.
-    """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    WORKER_ARGUMENTS[:] = [source, encoder, on_length]
-
-
-def count_chunk_in_worker(start: int) -> Chunk:
-    """Return `count_chunk` of what the worker process was started with."""
-    source, encoder, on_length = WORKER_ARGUMENTS
-    return count_chunk(source, encoder, on_length, start)
+    def __getitem__(self, number: int) -> Chunk:
+        tokens: list[int] = []
+        supervised: list[int] = []
+        wrong: dict[int, str] = {}
+        notes: Counter[str] = Counter()
+        start = number * CHUNK
+        for index in range(start, min(start + CHUNK, len(self.source))):
+            try:
+                sample = self.source[index]
+                encoded = self.encoder.encode(sample, on_length=self.on_length)
+            except DataError as error:
+                record = self.source.first_record(index)
+                wrong[index] = str(self.source.with_location(error, record))
+                tokens.append(0)
+                supervised.append(0)
+            else:
+                notes.update({text_of(note) for note in sample.notes})
+                tokens.append(len(encoded.input_ids))
+                supervised.append(int((encoded.labels != -100).sum()))
+        return tokens, supervised, wrong, dict(notes)

@@ -9,6 +9,7 @@ from fractions import Fraction
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from owlfuse.core.progress import track
 from owlfuse.data.formats.base import Source
@@ -216,18 +217,16 @@ def duplicate_ids(mixture: Mixture, source: Source, draws: int) -> dict[str, Any
     shuffle = mixture.shuffles[mixture.names.index(source.name)]
     samples = np.sort(shuffle.between(0, compared)).tolist()
     hashes, sample_of = hashed_ids(source, samples)
-    # A stable sort keeps records of one id in the order of the file.
-    order = np.argsort(hashes, kind="stable")
-    in_order = hashes[order]
-    repeated = np.flatnonzero(in_order[1:] == in_order[:-1])
-    if len(repeated):
-        first = repeated[order[repeated + 1].argmin()]
-        pair = sample_of[order[first : first + 2]].tolist()
+    repeated = pd.Series(hashes).duplicated().to_numpy()
+    if repeated.any():
+        later = repeated.argmax()  # the first record that bears the id of one before
+        earlier = (hashes == hashes[later]).argmax()
+        pair = [int(sample_of[earlier]), int(sample_of[later])]
         ids: Counter[str] = Counter()
         for _, identity in source.ids(sorted(set(pair))):
             ids[identity] += 1
         shared_id = ids.most_common(1)[0][0]
-        report["count"] = len(repeated)
+        report["count"] = int(repeated.sum())
         report["first"] = {"id": shared_id, "samples": pair}
     return report
 

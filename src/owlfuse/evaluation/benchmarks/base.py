@@ -75,8 +75,12 @@ class Task:
 
     generates: ClassVar[bool] = True
     """Whether answers are written; else the likelihood of those that are there is measured."""
-    unhashed_fields: ClassVar[tuple[str, ...]] = ("file", "on_error", "max_skips")
-    """Fields that locate files, whose contents are hashed instead, or change no answer."""
+    file_fields: ClassVar[tuple[str, ...]] = ("file",)
+    """Fields that locate the files that are read, whose contents are hashed instead."""
+    unhashed_fields: ClassVar[tuple[str, ...]] = ("on_error", "max_skips")
+    """Other fields that change no answer."""
+    metric: ClassVar[str] = "accuracy"
+    """What the mean score is called."""
     has_question: ClassVar[bool] = True
     """Whether the file has something that is asked, beside the pictures."""
 
@@ -87,7 +91,8 @@ class Task:
 
     def __post_init__(self) -> None:
         # Hydra gives texts
-        self.file = Path(self.file).expanduser()
+        for name in self.file_fields:
+            setattr(self, name, Path(getattr(self, name)).expanduser())
         self.image_root = (
             Path(self.image_root).expanduser() if self.image_root else self.file.parent
         )
@@ -98,7 +103,10 @@ class Task:
 
     def files(self) -> list[Path]:
         """Returns the files that are read. Raises DataError where one is missing."""
-        return expand_files(str(self.file))
+        files = []
+        for name in self.file_fields:
+            files += expand_files(str(getattr(self, name)))
+        return files
 
     def fingerprint(self) -> str:
         """Returns a hash of the files' contents (see `core.files.fingerprint`)."""
@@ -127,8 +135,15 @@ class Task:
 
     def metrics(self, lines: list[dict[str, Any]]) -> dict[str, float]:
         """Returns the benchmark's figures of its predictions, at least one, in the order of its
-        questions."""
-        raise NotImplementedError(f"{type(self).__name__} has no metrics")
+        questions: the mean score as `metric`, and that of each group as `metric`/<group>."""
+        scores: dict[str, list[float]] = {}
+        for line in lines:
+            if line["group"]:
+                scores.setdefault(line["group"], []).append(line["score"])
+        metrics = {self.metric: mean([line["score"] for line in lines])}
+        for group in sorted(scores):
+            metrics[f"{self.metric}/{group}"] = mean(scores[group])
+        return metrics
 
     def user_turn(self, question: str, images: list[str | bytes]) -> list[dict[str, Any]]:
         """Returns the user's turn: the question in the prompt's words, the pictures at its
@@ -244,15 +259,3 @@ def image_file(pattern: str, **facts: Any) -> str:
 def mean(values: Sequence[float]) -> float:
     """Returns the arithmetic mean."""
     return sum(values) / len(values)
-
-
-def scores_by_group(lines: list[dict[str, Any]], name: str) -> dict[str, float]:
-    """Returns the mean score as `name`, and that of each group as `name/<group>`."""
-    scores: dict[str, list[float]] = {}
-    for line in lines:
-        if line["group"]:
-            scores.setdefault(line["group"], []).append(line["score"])
-    metrics = {name: mean([line["score"] for line in lines])}
-    for group in sorted(scores):
-        metrics[f"{name}/{group}"] = mean(scores[group])
-    return metrics

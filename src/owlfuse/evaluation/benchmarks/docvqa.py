@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from torchmetrics.functional.text import edit_distance
 
 from owlfuse.core.files import read_json
-from owlfuse.evaluation.benchmarks.base import Question, Task, mean, require_field, require_texts
+from owlfuse.evaluation.benchmarks.base import Question, Task, require_field, require_texts
 
 THRESHOLD = 0.5
 
@@ -41,6 +41,8 @@ def single_spaced(text: str) -> str:
 class DocVQA(Task):
     """DocVQA's single documents (arXiv 2007.00398): val_v1.0_withQT.json."""
 
+    metric: ClassVar[str] = "anls"
+
     def open(self) -> Sequence[Any]:
         """Returns the records of the file."""
         return require_field(read_json(self.file, dict), "data", list, f"{self.file}")
@@ -55,7 +57,3 @@ class DocVQA(Task):
     def score(self, line: dict[str, Any]) -> float:
         """Returns the score of one answer."""
         return anls(line["answer"], line["expected"])
-
-    def metrics(self, lines: list[dict[str, Any]]) -> dict[str, float]:
-        """`anls`."""
-        return {"anls": mean([line["score"] for line in lines])}

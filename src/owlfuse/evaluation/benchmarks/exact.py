@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from owlfuse.core.errors import DataError
 from owlfuse.core.types import Sample
@@ -14,7 +14,7 @@ from owlfuse.data.formats.llava import LLaVA
 from owlfuse.data.formats.marks import with_pictures
 from owlfuse.data.formats.messages import Messages
 from owlfuse.data.formats.sharegpt import ShareGPT
-from owlfuse.evaluation.benchmarks.base import QUESTION, Question, Task, scores_by_group
+from owlfuse.evaluation.benchmarks.base import QUESTION, Question, Task
 from owlfuse.evaluation.questions import normalize, question_samples
 
 FORMATS: dict[str, type[Source]] = {
@@ -74,6 +74,8 @@ class ExactMatch(ChatTask):
             want it; else only the pictures that were shown do.
     """
 
+    metric: ClassVar[str] = "exact_match"
+
     history: bool = False
 
     def ask(self, record: Any, where: str) -> Iterator[Question]:
@@ -95,7 +97,3 @@ class ExactMatch(ChatTask):
     def score(self, line: dict[str, Any]) -> float:
         """Returns 1 where the answer is the expected one, but for case and white space."""
         return float(normalize(line["answer"]) == normalize(line["expected"]))
-
-    def metrics(self, lines: list[dict[str, Any]]) -> dict[str, float]:
-        """Returns `exact_match`, and by the questions' kinds where the file has them."""
-        return scores_by_group(lines, "exact_match")

@@ -12,13 +12,13 @@ from owlfuse.evaluation.benchmarks.base import (
     Task,
     image_file,
     require_field,
-    scores_by_group,
 )
 
 
 @dataclass(kw_only=True)
 class GQA(Task):
     """GQA (arXiv 1902.09506): <split>_balanced_questions.json, an object of questions by their ids.
+    `accuracy` is also by the structural type: verify, query, choose, logical, compare.
 
     Args:
         image_name: a picture's file, from the record's `{image_id}`.
@@ -55,7 +55,3 @@ class GQA(Task):
         """1 where the answer is the expected one; its case and periods at its end do not matter, as
         in LLaVA's convert_gqa_for_eval.py, whose output GQA's own eval.py compares."""
         return float(line["answer"].rstrip(".").lower() == line["expected"])
-
-    def metrics(self, lines: list[dict[str, Any]]) -> dict[str, float]:
-        """`accuracy`, and by the structural type: verify, query, choose, logical, compare."""
-        return scores_by_group(lines, "accuracy")

@@ -13,8 +13,7 @@ from itertools import takewhile
 from typing import Any
 
 from owlfuse.core.errors import DataError
-from owlfuse.core.files import decoded
-from owlfuse.data.readers.lines import Lines
+from owlfuse.data.readers.rows import Rows
 from owlfuse.evaluation.benchmarks.base import Question, Task, mean, require_field
 from owlfuse.evaluation.benchmarks.scienceqa import with_options
 
@@ -66,43 +65,31 @@ class MMBench(Task):
         """Returns the records of the file."""
         # a picture in base64 is longer than csv's limit of 128 KB
         csv.field_size_limit(sys.maxsize)
-        self.lines = Lines(self.file, quoted=True)
-        if not len(self.lines):
-            raise DataError(f"{self.file}: is empty")
-        self.columns = cells(self.lines[0], f"{self.file}: line 1")
-        if missing := [name for name in REQUIRED_COLUMNS if name not in self.columns]:
+        self.table = Rows(self.file, "\t")
+        header = self.table.header
+        if missing := [name for name in REQUIRED_COLUMNS if name not in header]:
             raise DataError(
                 f"{self.file}: line 1 has no column '{missing[0]}'; it has "
-                f"{', '.join(self.columns)[:200]}"
+                f"{', '.join(header)[:200]}"
             )
+        column = header.index("index")
         self.rows: dict[str, int] = {}
-        column = self.columns.index("index")
-        for line in range(1, len(self.lines)):
-            where = f"{self.file}: line {self.lines.number(line)}"
-            fields = cells(self.lines[line], where, column)
-            self.rows[fields[column]] = line
+        for number in range(len(self.table)):
+            # the row as a whole is checked where it is asked, and left out if it may be
+            self.rows[self.table.fields(number + 1)[column]] = number
         # a file with rotations is not to be rotated again
         self.has_rotations = any(
             int(index) >= ROTATION_OFFSET for index in self.rows if index.isdigit()
         )
-        return range(1, len(self.lines))
+        return range(len(self.table))
 
     def record_name(self, number: int) -> str:
         """Returns the record's line in the file; the first line is the header."""
-        return f"line {self.lines.number(number + 1)}"
-
-    def row(self, line: int, where: str) -> dict[str, str]:
-        """Returns a line's fields by their columns. Raises DataError."""
-        fields = cells(self.lines[line], where)
-        if len(fields) != len(self.columns):
-            raise DataError(
-                f"{where} has {len(fields)} fields, and line 1 names {len(self.columns)}"
-            )
-        return dict(zip(self.columns, fields))
+        return f"line {self.table.lines.number(number + 1)}"
 
     def ask(self, record: Any, where: str) -> Iterator[Question]:
         """Yields a question for each rotation."""
-        row = self.row(record, where)
+        row = self.table[record]
         index = require_field(row, "index", str, where)
         columns = [letter for letter in LETTERS if letter in row]
         options = [row[letter] for letter in takewhile(lambda c: not is_empty(row[c]), columns)]
@@ -129,10 +116,10 @@ class MMBench(Task):
         """Returns the picture, read from its line only now."""
         index = str(question.images[0])
         where = f"{self.file}: index {index}"
-        image = self.row(self.rows[index], where)["image"]
+        image = self.table[self.rows[index]]["image"]
         # rotations refer to the picture of the row they were made of
         if len(image) <= MAX_REFERENCE and image in self.rows:
-            image = self.row(self.rows[image], where)["image"]
+            image = self.table[self.rows[image]]["image"]
         try:
             return [base64.b64decode(image, validate=True)]
         except binascii.Error as error:
@@ -150,34 +137,16 @@ class MMBench(Task):
         for line in lines:
             index = int(line["id"].partition("#")[0])
             units.setdefault(index % ROTATION_OFFSET, []).append(line)
-        circular_scores, first_scores = [], []
-        scores_by_category: dict[str, list[float]] = {}
+        circular_lines, first_scores = [], []
         for rotations in units.values():
+            first = rotations[0]
             # right only where every rotation is
             score = min(line["score"] for line in rotations)
-            circular_scores.append(score)
-            first_scores.append(rotations[0]["score"])
-            if rotations[0]["group"]:
-                scores_by_category.setdefault(rotations[0]["group"], []).append(score)
-        metrics = {"accuracy": mean(circular_scores), "accuracy_once": mean(first_scores)}
-        for name in sorted(scores_by_category):
-            metrics[f"accuracy/{name}"] = mean(scores_by_category[name])
-        return metrics
-
-
-def cells(raw: bytes, where: str, last: int | None = None) -> list[str]:
-    """Returns the fields of a line of a TSV; those up to `last`, where it is enough. Raises
-    DataError."""
-    # the picture, a long last field, is not decoded only to find a row's index
-    if last is not None and b'"' not in raw:
-        first_fields = raw.split(b"\t", last + 1)[: last + 1]
-        return decoded(b"\t".join(first_fields), where).split("\t")
-    text = decoded(raw, where)
-    lines = [text] if "\n" not in text else text.splitlines(keepends=True)
-    try:
-        return next(csv.reader(lines, delimiter="\t"))
-    except csv.Error as error:
-        raise DataError(f"{where}: not TSV: {error}") from error
+            circular_lines.append({"group": first["group"], "score": score})
+            first_scores.append(first["score"])
+        metrics = super().metrics(circular_lines)
+        accuracy = metrics.pop("accuracy")
+        return {"accuracy": accuracy, "accuracy_once": mean(first_scores), **metrics}
 
 
 def is_empty(text: str) -> bool:

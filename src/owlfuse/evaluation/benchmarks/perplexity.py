@@ -50,18 +50,11 @@ class Perplexity(ChatTask):
 
 
 class ChatDataset(QuestionDataset):
-    """Chats as token ids and labels, as training has them."""
+    """Chats as token ids and labels, as training has them; arguments are `QuestionDataset`'s."""
 
-    def __init__(
-        self,
-        task: Task,
-        questions: list[Question],
-        processor: Any,
-        max_positions: int | None,
-        thinking: bool = False,
-    ) -> None:
-        super().__init__(task, questions, processor, max_positions, thinking)
-        self.encoder, self.collator = chat_encoder(processor, max_positions)
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.encoder, self.collator = chat_encoder(self.processor, self.max_positions)
 
     def prepare(self, question: Question) -> tuple[str, Encoded]:
         """Returns the chat as the template writes it, and encoded. Raises DataError."""

@@ -94,15 +94,17 @@ class JoinedRecords(Sequence[Any]):
 
     def line_name(self, index: int) -> str:
         """Returns which line of its file a record is."""
-        for _, records in self.files:
-            if index < len(records):
-                return f"line {records.lines.number(index)}"
-            index -= len(records)
-        raise IndexError(index)
+        _, records, number = self.locate(index)
+        return f"line {records.lines.number(number)}"
 
     def __getitem__(self, index: int) -> tuple[str, Any]:  # type: ignore[override]  # no slices
+        category, records, number = self.locate(index)
+        return category, records[number]
+
+    def locate(self, index: int) -> tuple[str, JsonLines, int]:
+        """Returns the category, the records of its file, and the number of a record in them."""
         for category, records in self.files:
             if index < len(records):
-                return category, records[index]
+                return category, records, index
             index -= len(records)
         raise IndexError(index)

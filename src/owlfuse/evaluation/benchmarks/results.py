@@ -79,7 +79,7 @@ class Settings:
         options: dict[str, Any] = {"_target_": f"{type(task).__module__}.{type(task).__qualname__}"}
         for field in fields(task):
             value = getattr(task, field.name)
-            if field.name not in task.unhashed_fields:
+            if field.name not in (*task.file_fields, *task.unhashed_fields):
                 options[field.name] = str(value) if isinstance(value, Path) else value
         return cls(
             str(model_dir),
@@ -131,9 +131,7 @@ def results_of(
         "task": name,
         "metrics": metrics,
         "counts": counts,
-        "skipped": [
-            {"record": record, "reason": reason} for record, reason in skipped[:MAX_LISTED_SKIPS]
-        ],
+        "skipped": listed_skips,
         "settings": {**vars(settings), "key": settings.key, **run_options},
         "versions": {**versions(), **{package: version(package) for package in scorers}},
         "git": git_state(),

@@ -48,20 +48,12 @@ class ScienceQA(Task):
         hint: what stands before the context of a question that has one.
     """
 
-    unhashed_fields: ClassVar = (*Task.unhashed_fields, "splits")
+    file_fields: ClassVar = ("file", "splits")
 
     splits: Path
     split: str = "test"
     with_pictures: bool = False
     hint: str = "Context: "
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.splits = Path(self.splits).expanduser()
-
-    def files(self) -> list[Path]:
-        """Returns both files of the benchmark."""
-        return [self.file, self.splits]
 
     def open(self) -> Sequence[Any]:
         """Returns the records of the file."""

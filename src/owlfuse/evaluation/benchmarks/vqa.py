@@ -17,7 +17,6 @@ from owlfuse.evaluation.benchmarks.base import (
     image_file,
     require_field,
     require_texts,
-    scores_by_group,
 )
 
 CONTRACTED = """
@@ -113,24 +112,17 @@ def textvqa_accuracy(answer: str, answers: Sequence[str]) -> float:
 class VQAv2(Task):
     """VQA v2.0 (arXiv 1612.00837), balanced real images:
     v2_OpenEnded_mscoco_<subset>_questions.json and, as `annotations`,
-    v2_mscoco_<subset>_annotations.json.
+    v2_mscoco_<subset>_annotations.json. `accuracy` is also by the type of answer: yes/no, number,
+    other.
 
     Args:
         image_name: a picture's file, from the questions' `{subset}` and `{image_id}`.
     """
 
-    unhashed_fields: ClassVar = (*Task.unhashed_fields, "annotations")
+    file_fields: ClassVar = ("file", "annotations")
 
     annotations: Path
     image_name: str = "COCO_{subset}_{image_id:012d}.jpg"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.annotations = Path(self.annotations).expanduser()
-
-    def files(self) -> list[Path]:
-        """Returns both files of the benchmark."""
-        return [self.file, self.annotations]
 
     def open(self) -> Sequence[Any]:
         """Returns the records of the file."""
@@ -174,10 +166,6 @@ class VQAv2(Task):
         """Returns the score of one answer."""
         return vqa_accuracy(line["answer"], line["expected"])
 
-    def metrics(self, lines: list[dict[str, Any]]) -> dict[str, float]:
-        """`accuracy`, and by the type of answer: yes/no, number, other."""
-        return scores_by_group(lines, "accuracy")
-
 
 @dataclass(kw_only=True)
 class TextVQA(Task):
@@ -206,10 +194,6 @@ class TextVQA(Task):
     def score(self, line: dict[str, Any]) -> float:
         """Returns the score of one answer."""
         return textvqa_accuracy(line["answer"], line["expected"])
-
-    def metrics(self, lines: list[dict[str, Any]]) -> dict[str, float]:
-        """`accuracy`."""
-        return scores_by_group(lines, "accuracy")
 
 
 def check_ten(answers: list[str], where: str) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 import tempfile
 from importlib.util import find_spec
 from pathlib import Path
@@ -14,14 +13,8 @@ from owlfuse.core.folder_kinds import check_exported, describe_path
 from owlfuse.core.packages import missing
 from owlfuse.core.terminal import visible
 
-WARNING = """\
-WARNING: this page is not on loopback. Everyone who can reach {address} can upload pictures and ask,
-without a password, and what they send is not encrypted. Ctrl-C ends it; without --host it is for
-this machine alone.
-"""
 
-
-def demo_command(folders: list[str], host: str, port: int | None) -> None:
+def demo_command(folders: list[str], port: int | None) -> None:
     """Loads the models, then serves the page until Ctrl-C.
 
     Raises:
@@ -34,13 +27,11 @@ def demo_command(folders: list[str], host: str, port: int | None) -> None:
         raise missing("gradio", "owlfuse demo")
     which, folders = split_which(folders)
     model_folders = check_folders(folders)
-    from owlfuse.serving.demo.limits import is_loopback
     from owlfuse.serving.demo.models import load_models
     from owlfuse.serving.demo.server import listen
 
-    local = is_loopback(host)
     with (
-        listen(host, port) as server_socket,
+        listen(port) as server_socket,
         tempfile.TemporaryDirectory(prefix="owlfuse-demo-") as uploads,
     ):
         # Gradio reads these when it is imported.
@@ -54,12 +45,9 @@ def demo_command(folders: list[str], host: str, port: int | None) -> None:
 
         visitors = Visitors(models)
         page = make_page(models, visitors, Path(uploads))
-        name, number = server_socket.getsockname()[:2]
-        address = f"http://[{name}]:{number}" if ":" in name else f"http://{name}:{number}"
-        if not local:
-            print(WARNING.format(address=address), file=sys.stderr, flush=True)
-        print(f"the demo is at {address} (Ctrl-C ends it)", flush=True)
-        serve(page, server_socket, Path(uploads), local, visitors.end)
+        name, number = server_socket.getsockname()
+        print(f"the demo is at http://{name}:{number} (Ctrl-C ends it)", flush=True)
+        serve(page, server_socket, Path(uploads), visitors.end)
     print("the demo has ended")
 
 

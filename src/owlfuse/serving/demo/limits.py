@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Sequence
-from ipaddress import ip_address
 from pathlib import Path
 
 from PIL import Image
@@ -30,8 +29,6 @@ MAX_NEW_TOKENS = 2_048
 """Of one answer."""
 MAX_WAITING = 8
 """Questions whose answers a page is waiting for, of all visitors."""
-MAX_OF_ONE_ADDRESS = 4
-"""Of those, from one address of another machine."""
 UNASKED_SECONDS = 10.0
 """In which a page asks for the answers to the question that it sent.
 
@@ -109,11 +106,3 @@ def check_question(text: str, image_tokens: Iterable[str]) -> str:
                 f"{token} stands for a picture and cannot be a part of the question; leave it out"
             )
     return text
-
-
-def is_loopback(host: str) -> bool:
-    """Return whether only this machine can reach it."""
-    try:
-        return host == "localhost" or ip_address(host).is_loopback
-    except ValueError:
-        return False

@@ -10,7 +10,7 @@ import gradio as gr
 
 from owlfuse.core.errors import DataError
 from owlfuse.serving.demo import transcript
-from owlfuse.serving.demo.limits import MAX_CHARACTERS, MAX_NEW_TOKENS, MAX_WAITING, is_loopback
+from owlfuse.serving.demo.limits import MAX_CHARACTERS, MAX_NEW_TOKENS, MAX_WAITING
 from owlfuse.serving.demo.models import DemoModel
 from owlfuse.serving.demo.uploads import check_uploaded, remove
 from owlfuse.serving.demo.visitors import Visitor, Visitors
@@ -80,12 +80,6 @@ def session_key(request: gr.Request) -> str:
     return request.session_hash or ""
 
 
-def remote_address(request: gr.Request) -> str:
-    """Return the address of the machine that a page is open on; empty for this machine."""
-    host = request.client.host if request.client else ""
-    return "" if is_loopback(host) else host
-
-
 class Handlers:
     """What changes on the page, and how."""
 
@@ -113,7 +107,7 @@ class Handlers:
         paths = list(value.get("files") or [])
         try:
             files = [str(check_uploaded(path, self.uploads)) for path in paths]
-            visitor = self.visitors.begin(key, text, files, remote_address(request))
+            visitor = self.visitors.begin(key, text, files)
         except DataError as error:
             busy = self.visitors.of(key).pending is not None
             box = gr.MultimodalTextbox({"text": text, "files": []}, **(BUSY if busy else IDLE))

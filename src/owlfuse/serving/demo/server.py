@@ -1,4 +1,4 @@
-"""The server: one port, loopback unless asked otherwise, and nothing from or to anywhere else."""
+"""The server: one port on this machine alone, and nothing from or to anywhere else."""
 
 from __future__ import annotations
 
@@ -8,14 +8,17 @@ import re
 import signal
 import socket
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from owlfuse.core.errors import COMMAND_LINE, ConfigError
+from owlfuse.core.signals import signals_handled
 from owlfuse.serving.demo.limits import MAX_STORED, MAX_UPLOAD
 from owlfuse.serving.demo.uploads import remove_old, stored_bytes, uploads_only
 
+HOST = "127.0.0.1"
 PORT = 7860
 PORT_COUNT = 40
 """Ports from PORT on that are tried where none is named."""
@@ -43,36 +46,30 @@ HEADERS = {
 }
 
 
-def listen(host: str, port: int | None) -> socket.socket:
+def listen(port: int | None) -> socket.socket:
     """Return a socket that listens; without a port the first free one from PORT on.
 
     Raises:
-        ConfigError: the port is taken or may not be had, or there is no such host.
+        ConfigError: the port is taken or may not be had.
     """
     ports = range(PORT, PORT + PORT_COUNT) if port is None else [port]
     for number in ports:
         try:
-            family = socket.AF_INET6 if ":" in host else socket.AF_INET
             # Bound before models are loaded: a port that is taken is reported at once.
-            return socket.create_server((host, number), family=family, backlog=128)
+            return socket.create_server((HOST, number), backlog=128)
         except OverflowError:
             raise ConfigError(
                 f"{COMMAND_LINE}: --port {number}: expected a number from 0 to 65535"
             ) from None
         except OSError as error:
-            if (error.errno or -1) < 0:  # of the search for the host's address
-                raise ConfigError(
-                    f"{COMMAND_LINE}: --host {host}: no such address; 127.0.0.1 is this machine "
-                    "alone"
-                ) from None
             reason = os.strerror(error.errno or 0)
     if port is None:
         raise ConfigError(
-            f"{COMMAND_LINE}: no port of {host} from {ports[0]} to {ports[-1]} is free "
+            f"{COMMAND_LINE}: no port of {HOST} from {ports[0]} to {ports[-1]} is free "
             f"({reason}); give --port N"
         )
     raise ConfigError(
-        f"{COMMAND_LINE}: --port {port} of {host}: {reason}; name another, or none for the next "
+        f"{COMMAND_LINE}: --port {port} of {HOST}: {reason}; name another, or none for the next "
         "free one"
     )
 
@@ -86,13 +83,11 @@ class Guard:
 
     Args:
         uploads: the folder where uploaded files lie.
-        local: whether only this machine's names are answered to, which ends DNS rebinding.
     """
 
-    def __init__(self, app: Callable, uploads: Path, local: bool) -> None:
+    def __init__(self, app: Callable, uploads: Path) -> None:
         self.app = app
         self.uploads = uploads
-        self.local = local
 
     async def __call__(self, scope: dict[str, Any], receive: Callable, send: Callable) -> None:
         """Passes a request on, or refuses it. See ASGI."""
@@ -126,7 +121,7 @@ class Guard:
             headers[name.decode().lower()] = value.decode("latin-1")
         host, origin = headers.get("host", ""), headers.get("origin")
         # A name that a foreign web site had its own DNS resolve to this machine.
-        if self.local and urlsplit(f"//{host}").hostname not in LOCAL_NAMES:
+        if urlsplit(f"//{host}").hostname not in LOCAL_NAMES:
             return 403, "this demo answers to this machine alone"
         # Browsers send the origin with every request that changes something.
         if origin is not None and urlsplit(origin).netloc != host:
@@ -155,7 +150,7 @@ def mount(page: Any, server_socket: socket.socket, uploads: Path) -> Any:
 
     from owlfuse.serving.demo.page import FOLDER, THEME
 
-    host, port = server_socket.getsockname()[:2]  # an IPv6 address has four parts
+    host, port = server_socket.getsockname()
     app = fastapi.FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     gradio.mount_gradio_app(
         app,
@@ -186,7 +181,6 @@ def serve(
     page: Any,
     server_socket: socket.socket,
     uploads: Path,
-    local: bool,
     on_shutdown: Callable[[], None],
 ) -> None:
     """Serves the page until Ctrl-C or SIGTERM, then returns.
@@ -205,15 +199,13 @@ def serve(
             on_shutdown()
             await super().shutdown(sockets)
 
-    app = Guard(mount(page, server_socket, uploads), uploads, local)
+    app = Guard(mount(page, server_socket, uploads), uploads)
     config = uvicorn.Config(
         app, log_level="error", access_log=False, timeout_graceful_shutdown=1, lifespan="on"
     )
     # uvicorn raises the signal again when it has ended
-    handler = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
+    with (
+        suppress(KeyboardInterrupt),
+        signals_handled({signal.SIGTERM: signal.default_int_handler}),
+    ):
         Server(config).run(sockets=[server_socket])
-    except KeyboardInterrupt:
-        pass
-    finally:
-        signal.signal(signal.SIGTERM, handler)

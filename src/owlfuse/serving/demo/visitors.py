@@ -72,7 +72,6 @@ class Visitor:
     def __init__(self, models: list[DemoModel]) -> None:
         self.models = models
         self.last_seen = time.monotonic()
-        self.address = ""
         self.turns: list[Turn] = []
         self.conversations: list[Conversation] = []
         self.restart()
@@ -309,29 +308,14 @@ class Visitors:
         for key in idle[: max(0, count)]:
             del self.by_key[key]
 
-    def waiting(self, address: str | None = None) -> int:
-        """Return the questions whose answers are waited for, of all visitors or of those at one
-        address."""
+    def waiting(self) -> int:
+        """Return the questions whose answers are waited for, of all visitors."""
         with self.lock:
-            count = 0
-            for visitor in self.by_key.values():
-                if address in (None, visitor.address):
-                    count += visitor.waits
-            return count
+            return sum(visitor.waits for visitor in self.by_key.values())
 
-    def begin(self, key: str, text: str, paths: list[str], address: str = "") -> Visitor:
-        """Takes a question of a page, see `Visitor.begin`.
-
-        Args:
-            address: of the page's machine; empty for this one, whose visitors are not told apart.
-        """
+    def begin(self, key: str, text: str, paths: list[str]) -> Visitor:
+        """Takes a question of a page, see `Visitor.begin`."""
         visitor = self.of(key)
-        visitor.address = address
-        if address and self.waiting(address) >= limits.MAX_OF_ONE_ADDRESS:
-            raise DataError(
-                f"{limits.MAX_OF_ONE_ADDRESS} questions from your address are waiting already; "
-                "try again in a moment"
-            )
         # Outside of the lock: pictures are read here, which takes time.
         visitor.begin(text, paths, self.waiting())
         return visitor

@@ -10,9 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-from omegaconf import OmegaConf
-
+from owlfuse.config.recipes import read_yaml
 from owlfuse.core.errors import ConfigError, hint, label
 
 KEYS = {
@@ -86,7 +84,7 @@ class Ablation:
 def read_ablation(name: str, file: Path) -> Ablation:
     """Return the content of the file. Raises ConfigError: what is wrong with it by itself, in one
     line with the key."""
-    content = read_yaml(file)
+    content = read_keys(file)
     location = label(file)
     for key in content:
         if key not in KEYS:
@@ -147,17 +145,9 @@ def require(content: dict[str, Any], key: str, kind: type, expected: str, locati
         raise ConfigError(f"{location}: {key}: expected {expected}, and it is {value!r}")
 
 
-def read_yaml(file: Path) -> dict[str, Any]:
-    """Return the file's content. Raises ConfigError with the line for what is no YAML."""
-    try:
-        # By OmegaConf, so that 1e-3 is a number as in every other configuration; unresolved, since
-        # ${...} is the experiment's.
-        content = OmegaConf.to_container(OmegaConf.load(file), resolve=False)
-    except yaml.MarkedYAMLError as error:
-        line = error.problem_mark.line + 1 if error.problem_mark else 0
-        raise ConfigError(
-            f"{label(file)}:{line}: not YAML: {error.problem or error.context}"
-        ) from None
+def read_keys(file: Path) -> dict[str, Any]:
+    """Return the file's content. Raises ConfigError for a file that holds no keys."""
+    content = read_yaml(file)
     if not isinstance(content, dict):
         raise ConfigError(f"{label(file)}: expected keys ({', '.join(KEYS)})")
     # YAML has keys that are numbers.

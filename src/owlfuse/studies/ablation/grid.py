@@ -6,17 +6,16 @@ from __future__ import annotations
 import itertools
 import json
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from owlfuse.config.build import build, to_dict
-from owlfuse.config.compose import check, compose, with_config_origin
+from owlfuse.config.compose import check, compose, naming_part
 from owlfuse.config.identity import code_hash, config_hash, data_hash
-from owlfuse.core.errors import COMMAND_LINE, ConfigError, DataError, hint
+from owlfuse.config.messages import naming
+from owlfuse.core.errors import COMMAND_LINE, ConfigError, hint
 from owlfuse.studies.ablation.file import Ablation, Levels
 
 ABSENT = "-"
@@ -200,20 +199,8 @@ def compose_cell(name: str, overrides: list[str]) -> DictConfig:
     Of its parts it knows what can be known without importing them, so that a mistake in the last
     cell is told at once, too; `check_parts` checks the rest.
     """
-    with naming_cell(name):
+    with naming(f"cell {name}"):
         return compose(overrides, importing=False)
-
-
-@contextmanager
-def naming_cell(name: str) -> Iterator[None]:
-    """Puts the cell's name before the message of a ConfigError or DataError."""
-    try:
-        yield
-    except DataError as error:
-        raise DataError(f"cell {name}: {error}") from error
-    except ConfigError as error:
-        message = str(error).removeprefix(f"{COMMAND_LINE}: ")
-        raise ConfigError(f"cell {name}: {message}") from error
 
 
 def cell_name(levels: Levels) -> str:
@@ -236,7 +223,7 @@ def check_parts(cells: list[Cell], open_data: bool) -> None:
     for cell in cells:
         cells_by_name.setdefault(cell.name, []).append(cell)
     for name, same_cells in cells_by_name.items():
-        with naming_cell(name):
+        with naming(f"cell {name}"):
             trained, identity = check_cell(same_cells[0], data_identities, open_data)
         for cell in same_cells:
             cell.trained = trained
@@ -256,8 +243,8 @@ def check_cell(
     from owlfuse.data.identity import data_identity
     from owlfuse.model.multimodal import on_meta
 
-    try:
-        check(cell.config)
+    check(cell.config)
+    with naming_part(cell.config):
         model, parts = on_meta(to_dict(cell.config.model), vocab_size=1024)
         build(cell.config.optim)
         build(cell.config.evaluation)
@@ -272,10 +259,6 @@ def check_cell(
             data.steps(cell.steps)
             data_identities[key] = data_identity(data.sources, data.validation)
         return trained, data_identities[key]
-    except (ConfigError, DataError):
-        raise
-    except ValueError as error:  # parts that do not fit together
-        raise ConfigError(with_config_origin(cell.config, str(error))) from error
 
 
 def full_metrics(metrics: list[str], sources: list[str]) -> dict[str, tuple[str, str]]:

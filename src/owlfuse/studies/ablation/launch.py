@@ -1,4 +1,4 @@
-"""Starts the cells of an ablation: one after another, in joblib's workers, or by submitit.
+"""Starts the cells of an ablation: on this machine, or on a cluster by submitit.
 
 Each cell is a process of its own that a task watches. Tasks run in threads, in other processes or
 on other machines, so that they and the command speak through files of the ablation's folder.
@@ -7,7 +7,6 @@ on other machines, so that they and the command speak through files of the ablat
 from __future__ import annotations
 
 import importlib.util
-import inspect
 import os
 import re
 import shutil
@@ -15,10 +14,10 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from datetime import datetime
 from functools import partial
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +26,8 @@ import yaml
 from owlfuse.core.errors import COMMAND_LINE, ConfigError, hint
 from owlfuse.core.files import read_json, read_json_if_there, write_json
 
-LAUNCHERS = {
-    "basic": None,
-    "joblib": "joblib",
-    "submitit_local": "submitit",
-    "submitit_slurm": "submitit",
-}
-"""The package that each launcher needs."""
+LAUNCHERS = ("basic", "submitit_slurm")
+"""`basic`: processes of this machine."""
 COMMON_SETTINGS = (
     "timeout_min",
     "cpus_per_task",
@@ -69,24 +63,20 @@ STOP_FILE = ".stop"
 """In the ablation's folder: a byte for each Ctrl-C."""
 
 
-def check_launcher(launcher: str, jobs: int, settings: list[str]) -> None:
+def check_launcher(launcher: str, settings: list[str]) -> None:
     """Raises ConfigError for a launcher that does not exist, is not installed, or has no such
     setting."""
     if launcher not in LAUNCHERS:
         raise ConfigError(
             f"{COMMAND_LINE}: launcher={launcher}: no such launcher{hint(launcher, LAUNCHERS)}"
         )
-    if launcher == "basic" and jobs > 1:
-        raise ConfigError(
-            f"{COMMAND_LINE}: jobs={jobs}: the basic launcher runs one cell after another; add "
-            "launcher=joblib"
-        )
-    package = LAUNCHERS[launcher]
-    if package and importlib.util.find_spec(package) is None:
+    keys: list[str] = []
+    if launcher == "submitit_slurm":
+        keys = [*COMMON_SETTINGS, *SLURM_SETTINGS]
+    if keys and importlib.util.find_spec("submitit") is None:
         raise ConfigError(
             f"{COMMAND_LINE}: launcher={launcher}: not installed; pip install 'owlfuse[sweep]'"
         )
-    keys = setting_names(launcher)
     for key in read_settings(settings):
         if key not in keys:
             raise ConfigError(
@@ -102,19 +92,6 @@ def check_cluster(launcher: str) -> None:
             f"{COMMAND_LINE}: launcher={launcher}: there is no srun on this machine; start the "
             "command on a node of the cluster"
         )
-
-
-def setting_names(launcher: str) -> list[str]:
-    """Return the keys that may follow `launcher.`."""
-    if launcher == "basic":
-        return []
-    if launcher == "submitit_local":
-        return list(COMMON_SETTINGS)
-    if launcher == "submitit_slurm":
-        return [*COMMON_SETTINGS, *SLURM_SETTINGS]
-    import joblib
-
-    return list(inspect.signature(joblib.Parallel).parameters)
 
 
 def read_settings(settings: list[str]) -> dict[str, Any]:
@@ -152,30 +129,13 @@ def launch(
     if jobs > 1 and "OMP_NUM_THREADS" not in os.environ:
         threads = max(1, (os.cpu_count() or 1) // jobs)
     task = partial(run_cell, folder, deadline=deadline, threads=threads)
-    values = read_settings(settings)
     if launcher == "basic":
-        for key in keys:
-            task(key)
-    elif launcher == "joblib":
-        import joblib
-
         # Threads are enough: a task only waits for the process of its cell.
-        options = {"n_jobs": jobs, "prefer": "threads", "batch_size": 1, **values}
-        with refusing_values():
-            parallel = joblib.Parallel(**options)
-        parallel(joblib.delayed(task)(key) for key in keys)
-    else:
-        cluster = launcher.removeprefix("submitit_")
-        run_by_submitit(task, folder, keys, cluster, {"array_parallelism": jobs, **values})
-
-
-@contextmanager
-def refusing_values() -> Iterator[None]:
-    """Raises ConfigError for a value of a setting that joblib or submitit does not take."""
-    try:
-        yield
-    except (AssertionError, NameError, TypeError, ValueError) as error:
-        raise ConfigError(f"{COMMAND_LINE}: launcher settings: {error}") from None
+        with ThreadPool(jobs) as pool:
+            pool.map(task, keys, chunksize=1)
+        return
+    values = {"array_parallelism": jobs, **read_settings(settings)}
+    run_by_submitit(task, folder, keys, launcher.removeprefix("submitit_"), values)
 
 
 def run_by_submitit(
@@ -200,8 +160,10 @@ def run_by_submitit(
             parameters[key] = value
         else:
             parameters[f"slurm_{key}"] = value  # which the local executor leaves alone
-    with refusing_values():
+    try:
         executor.update_parameters(**parameters)
+    except (AssertionError, NameError, TypeError, ValueError) as error:
+        raise ConfigError(f"{COMMAND_LINE}: launcher settings: {error}") from None
     submitted = executor.map_array(task, keys)  # on SLURM one array of jobs
     for key, job in zip(keys, submitted, strict=True):
         job_error = job.exception()

@@ -20,6 +20,7 @@ from rich.text import Text
 from owlfuse.core.console import PlainConsole as Console
 from owlfuse.core.console import count
 from owlfuse.core.files import read_json_if_there
+from owlfuse.core.progress import duration
 from owlfuse.core.terminal import cell as table_cell
 from owlfuse.studies.ablation.file import Ablation
 from owlfuse.studies.ablation.grid import Cell
@@ -104,13 +105,6 @@ def seconds_per_step(folder: Path, cells: list[Cell]) -> float | None:
             if results.get("steps"):
                 rates.append(results["wall_s"] / results["steps"])
     return sum(rates) / len(rates) if rates else None
-
-
-def duration(seconds: float) -> str:
-    """Return `30 s`, `2 min` for 95 seconds, `2.5 h` for 9000."""
-    if seconds < 60:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 @contextmanager

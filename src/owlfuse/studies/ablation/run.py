@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import fcntl
 import signal
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,9 +19,10 @@ import yaml
 
 from owlfuse.config.folders import find_folders
 from owlfuse.config.identity import differing_hash
-from owlfuse.config.messages import check_name, naming
+from owlfuse.config.messages import check_name, naming, split_settings
 from owlfuse.core.errors import COMMAND_LINE, ConfigError, DataError, hint
 from owlfuse.core.files import read_json_if_there, write_json
+from owlfuse.core.signals import signals_handled
 from owlfuse.studies.ablation import launch, progress
 from owlfuse.studies.ablation.file import Ablation, is_list, read_ablation
 from owlfuse.studies.ablation.grid import (
@@ -37,8 +37,8 @@ from owlfuse.studies.ablation.report import write_report
 SETTINGS = {
     "jobs": "cells at a time; by default 1",
     "launcher": (
-        "what starts them: `basic`, `joblib`, `submitit_local` or `submitit_slurm`; "
-        "`launcher.<key>=` are its settings"
+        "what starts them: `basic`, on this machine, or `submitit_slurm`; `launcher.<key>=` are "
+        "its settings"
     ),
     "seeds": "in the place of the file's, as `seeds=[0,1]`",
     "dry_run": "`true`: print the cells and an estimate, and train nothing",
@@ -66,7 +66,7 @@ class Options:
     """
 
     jobs: int = 1
-    launcher: str = ""
+    launcher: str = "basic"
     seeds: list[int] | None = None
     dry_run: bool = False
     anew: bool = False
@@ -95,12 +95,10 @@ def ablate_command(name: str, words: list[str]) -> None:
         )
     options, words = split_words(words)
     options.name = options.name or name
-    # One job needs no package beyond owlfuse's own.
-    options.launcher = options.launcher or ("joblib" if options.jobs > 1 else "basic")
     check_name(f"{COMMAND_LINE}: name", options.name)
     ablation = read_ablation(name, file)
     ablation.seeds = options.seeds or ablation.seeds
-    launch.check_launcher(options.launcher, options.jobs, options.launcher_settings)
+    launch.check_launcher(options.launcher, options.launcher_settings)
     if not options.dry_run:
         launch.check_cluster(options.launcher)
     # A dry run writes nothing, and data may be made when they are opened.
@@ -143,12 +141,12 @@ def split_words(words: list[str]) -> tuple[Options, list[str]]:
     Raises ConfigError for a value of the wrong kind.
     """
     options = Options()
+    settings, words = split_settings(words, SETTINGS)
+    for key, text in settings.items():
+        setattr(options, key, read_setting(key, text))
     overrides = []
     for word in words:
-        key, _, text = word.partition("=")
-        if key in SETTINGS:
-            setattr(options, key, read_setting(key, text))
-        elif word.startswith("launcher."):
+        if word.startswith("launcher."):
             options.launcher_settings.append(word.removeprefix("launcher."))
         else:
             overrides.append(word)
@@ -234,7 +232,7 @@ def launch_all(
     options: Options,
 ) -> None:
     """Writes ablation.json, and trains the unfinished cells that are within the budget."""
-    from owlfuse.planning.bench.report import machine
+    from owlfuse.core.environment import machine
 
     record = {**record, "machine": machine(), "jobs": options.jobs}
     write_json(folder / "ablation.json", record)
@@ -296,13 +294,5 @@ def count_interrupts(folder: Path) -> Iterator[None]:
             raise KeyboardInterrupt
         launch.record_interrupt(folder)
 
-    if threading.current_thread() is not threading.main_thread():
-        yield  # signals are the main thread's
-        return
-    signals = (signal.SIGINT, signal.SIGTERM)
-    handlers = {number: signal.signal(number, record) for number in signals}
-    try:
+    with signals_handled({signal.SIGINT: record, signal.SIGTERM: record}):
         yield
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)

@@ -11,6 +11,7 @@ from omegaconf import DictConfig, open_dict
 
 from owlfuse.config.compose import compose
 from owlfuse.config.folders import find_folders
+from owlfuse.config.messages import split_settings
 from owlfuse.core.errors import COMMAND_LINE, ConfigError, hint
 
 
@@ -72,17 +73,11 @@ def words_for(stage: str, names: list[str], words: list[str]) -> list[str]:
 
 def split_dry_run(words: list[str]) -> tuple[bool, list[str]]:
     """Return the value of the command's own `dry_run=` and the other words. Raises ConfigError."""
-    dry_run = False
-    overrides = []
-    for word in words:
-        key, _, value = word.partition("=")
-        if key != "dry_run":
-            overrides.append(word)
-            continue
-        if value not in ("true", "false"):
-            raise ConfigError(f"{COMMAND_LINE}: {word}: true or false")
-        dry_run = value == "true"
-    return dry_run, overrides
+    settings, overrides = split_settings(words, ["dry_run"])
+    value = settings.get("dry_run", "false")
+    if value not in ("true", "false"):
+        raise ConfigError(f"{COMMAND_LINE}: dry_run={value}: true or false")
+    return value == "true", overrides
 
 
 def compose_stage(recipe: str, name: str, words: list[str], importing: bool) -> DictConfig:

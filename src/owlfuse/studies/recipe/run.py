@@ -110,6 +110,7 @@ def run_stage(stage: Stage, weights: Path | None, words: list[str]) -> None:
     if stage.finished:
         print_once(f"stage {stage.name} is finished: {stage.folder}")
         return
+    config: DictConfig
     if any((stage.folder / "checkpoints").glob("*")):
         last_checkpoint(stage.folder)  # raises for a folder without a usable one
         config = compose([f"resume={stage.folder}", *words])

@@ -9,8 +9,10 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from owlfuse.config.build import build, to_dict
-from owlfuse.config.compose import PARTS, with_config_origin
-from owlfuse.core.errors import ConfigError, DataError
+from owlfuse.config.compose import naming_part
+from owlfuse.config.messages import naming
+from owlfuse.config.recipes import PARTS
+from owlfuse.core.errors import ConfigError
 from owlfuse.model.adapters import PartSummary
 from owlfuse.model.multimodal import MultimodalLM, on_meta
 from owlfuse.model.parts import compute_only, loading_options
@@ -81,27 +83,19 @@ def check_chain(earlier: str, before: DictConfig, later: str, config: DictConfig
 
 def make_stage(name: str, config: DictConfig) -> Stage:
     """Return one stage, its parts checked by themselves."""
-    try:
+    with naming(f"stage {name}"), naming_part(config):
         plan, parts = on_meta(to_dict(config.model), vocab_size=1024)
         # Their arguments are checked by building them; they need no model.
         build(config.optim)
         build(config.evaluation)
-    except ValueError as error:
-        raise ConfigError(f"stage {name}: {with_config_origin(config, str(error))}") from error
     return Stage(name, config, plan, parts)
 
 
 def check_data(stage: Stage) -> None:
     """Opens the data of a stage, so that a file that is missing is reported before an earlier
     stage has trained for days."""
-    try:
+    with naming(f"stage {stage.name}"), naming_part(stage.config):
         data = build(stage.config.data)
         # Lengths count the positions of images, and steps depend on lengths.
         data.bind(stage.plan.vision.preprocessing, stage.plan.fusion.tokens_per_image)
         data.steps(stage.config.trainer.max_steps)
-    except DataError as error:
-        raise DataError(f"stage {stage.name}: {error}") from error
-    except ValueError as error:
-        raise ConfigError(
-            f"stage {stage.name}: {with_config_origin(stage.config, str(error))}"
-        ) from error

@@ -2,7 +2,7 @@
 
 import json
 
-from owlfuse.planning.bench import data
+from benchmarks import data
 
 
 def test_it_leaves_tables_and_numbers_of_every_tool(tmp_path, capsys):

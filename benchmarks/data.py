@@ -1,4 +1,4 @@
-"""`owlfuse bench data`: drawing positions, decoding pictures and the first batch, against what one
+"""Benchmark `data`: drawing positions, decoding pictures and the first batch, against what one
 would use instead.
 
 All read the same files, which are made for the purpose. Repeats are interleaved, so that a slow
@@ -25,6 +25,7 @@ from PIL import Image
 from torch.utils.data import BatchSampler, WeightedRandomSampler
 from torchvision.transforms.functional import pil_to_tensor
 
+from benchmarks.measure import write_report
 from owlfuse.core.progress import track
 from owlfuse.data.datamodule import ChatData
 from owlfuse.data.formats.alpaca import Alpaca
@@ -34,7 +35,6 @@ from owlfuse.data.loading import BLOCK, GlobalBatchSampler, MixtureDataset
 from owlfuse.data.media.images import MAX_PIXELS, open_image
 from owlfuse.data.mixture.mixture import Mixture
 from owlfuse.data.shapes.text import train_tokenizer
-from owlfuse.planning.bench.report import machine, print_table, write_result
 
 WEIGHTS = {"chats": 0.65, "text": 0.35}
 ROWS = {"chats": 40_000, "text": 20_000}
@@ -51,7 +51,7 @@ Runs = dict[str, Callable[[], int]]
 def bench_data(
     out: Path, samples: int = 1_000_000, repeats: int = 5, rows: dict[str, int] = ROWS
 ) -> dict[str, Any]:
-    """Prints the tables and writes data.json into `out`.
+    """Prints the tables, and writes data.md and data.json into `out`.
 
     Args:
         samples: positions drawn in each repeat, at least 1.
@@ -76,7 +76,6 @@ def bench_data(
     # Compared with the fastest, not with the one that is easiest to beat.
     fastest_peer = max(rate for tool, rate in drawing_rates.items() if tool != "owlfuse")
     result = {
-        "machine": machine(),
         "samples": samples,
         "rows": rows,
         "positions_per_second": drawing_rates,
@@ -86,29 +85,27 @@ def bench_data(
         "ratio_to_PIL": rates["owlfuse, open_image"] / rates["PIL, open and convert"],
         "seconds_to_first_batch": seconds,
     }
-    write_result(out, "data", result)
-    title = f"drawing positions of {sum(rows.values()):,} samples ({machine()})"
-    print_rates(title, drawing_rates, 1)
-    print_rates(f"positions to micro batches of {MICRO} (source, sample)", batching_rates, 1)
-    print_rates(f"decoding pictures of {WIDTH} x {HEIGHT}, one worker", decoding_rates, 2)
     texts = [f"{value:.2f}" for value in seconds.values()]
-    print_table("first batch, imports done", pd.DataFrame({"": list(seconds), "seconds": texts}))
-    print(f"data.json is in {out}")
-    return result
+    tables = {
+        f"drawing positions of {sum(rows.values()):,} samples": rates_frame(drawing_rates, 1),
+        f"positions to micro batches of {MICRO} (source, sample)": rates_frame(batching_rates, 1),
+        f"decoding pictures of {WIDTH} x {HEIGHT}, one worker": rates_frame(decoding_rates, 2),
+        "first batch, imports done": pd.DataFrame({"": list(seconds), "seconds": texts}),
+    }
+    return write_report(out, "data", result, tables)
 
 
-def print_rates(title: str, rates: dict[str, float], digits: int) -> None:
-    """Prints how many a second each tool does, and how many times as many owlfuse does, which is
+def rates_frame(rates: dict[str, float], digits: int) -> pd.DataFrame:
+    """Return how many a second each tool does, and how many times as many owlfuse does, which is
     the first."""
     owlfuse_rate = next(iter(rates.values()))
-    frame = pd.DataFrame(
+    return pd.DataFrame(
         {
             "": list(rates),
             "a second": [f"{rate:,.0f}" for rate in rates.values()],
             "owlfuse : it": [f"{owlfuse_rate / rate:.{digits}f}" for rate in rates.values()],
         }
     )
-    print_table(title, frame)
 
 
 def measure_rate(run: Callable[[], int]) -> float:

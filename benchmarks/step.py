@@ -1,4 +1,4 @@
-"""`owlfuse bench step`: real tokens per second of a training step on a batch of mixed lengths and
+"""Benchmark `step`: real tokens per second of a training step on a batch of mixed lengths and
 modalities, against transformers' `LlavaForConditionalGeneration` with the same sizes, data,
 precision and optimizer.
 
@@ -23,12 +23,7 @@ from torch import Tensor, nn
 from torch.profiler import record_function
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
-from owlfuse.core.types import Batch, Encoded
-from owlfuse.data.collate import Collator
-from owlfuse.model.loss import batch_loss, token_loss
-from owlfuse.model.multimodal import MultimodalLM, build_model
-from owlfuse.parallel.collectives import clip, divide
-from owlfuse.planning.bench.pairs import (
+from benchmarks.measure import (
     autocast,
     device_name,
     full_adapters,
@@ -38,8 +33,13 @@ from owlfuse.planning.bench.pairs import (
     ratios,
     time_interleaved,
     upper_median,
+    write_report,
 )
-from owlfuse.planning.bench.report import write_report
+from owlfuse.core.types import Batch, Encoded
+from owlfuse.data.collate import Collator
+from owlfuse.model.loss import batch_loss, token_loss
+from owlfuse.model.multimodal import MultimodalLM, build_model
+from owlfuse.parallel.collectives import clip, divide
 
 IMAGE_TOKEN = 5
 PEER = "LLaVA of transformers"

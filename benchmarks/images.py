@@ -1,4 +1,4 @@
-"""`owlfuse bench images`: time and peak memory of a training step and of prefill against the number
+"""Benchmark `images`: time and peak memory of a training step and of prefill against the number
 of images, three fusions.
 
 The backbone is left out: visual tokens are random, and both models get the same. Times are taken in
@@ -24,24 +24,25 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
+from benchmarks.measure import (
+    autocast,
+    device_name,
+    fusion_configs,
+    llama_config,
+    plot_panels,
+    ratio_text,
+    ratios,
+    slope,
+    time_interleaved,
+    upper_median,
+    write_report,
+)
 from owlfuse.core.types import Batch, VisualTokens
 from owlfuse.model.connectors.base import Connector
 from owlfuse.model.llm import load_llm
 from owlfuse.model.loss import batch_loss
 from owlfuse.model.multimodal import MultimodalLM, make_part
 from owlfuse.model.vision.base import Backbone
-from owlfuse.planning.bench.pairs import (
-    autocast,
-    device_name,
-    fusion_configs,
-    llama_config,
-    ratio_text,
-    ratios,
-    slope,
-    time_interleaved,
-    upper_median,
-)
-from owlfuse.planning.bench.report import plot_panels, write_report
 
 Work = Literal["step", "prefill"]
 WORKS: tuple[Work, ...] = ("step", "prefill")

@@ -5,17 +5,14 @@ import json
 import pytest
 import torch
 
-from owlfuse.__main__ import main
+from benchmarks import images, peak, step
+from benchmarks.__main__ import main
+from benchmarks.measure import slope
 from owlfuse.model.loss import batch_loss, token_loss
-from owlfuse.planning.bench import images, peak, step
-from owlfuse.planning.bench.pairs import slope
 
 
 def run(bench, out, *options):
-    assert (
-        main(["bench", bench, "--size", "quick", "--repeats", "2", "--out", str(out), *options])
-        == 0
-    )
+    assert main([bench, "--size", "quick", "--repeats", "2", "--out", str(out), *options]) == 0
     return json.loads((out / f"{bench}.json").read_text()), (out / f"{bench}.md").read_text()
 
 

@@ -4,13 +4,12 @@ import json
 
 import pytest
 
-from owlfuse.__main__ import main
+from benchmarks.__main__ import main
 
 
 @pytest.mark.parametrize("options", [[], ["--checkpointing"]], ids=["plain", "checkpointing"])
 def test_it_leaves_a_table_a_plot_and_numbers_and_the_plan_is_right(tmp_path, capsys, options):
     command = [
-        "bench",
         "train",
         "--size",
         "tiny",
@@ -38,6 +37,6 @@ def test_it_leaves_a_table_a_plot_and_numbers_and_the_plan_is_right(tmp_path, ca
 
 def test_a_wrong_size_is_one_line(capsys):
     with pytest.raises(SystemExit) as error:
-        main(["bench", "train", "--size", "7b"])
+        main(["train", "--size", "7b"])
     assert error.value.code == 2
     assert "invalid choice: '7b'" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""`owlfuse bench decode`: milliseconds per answered token against the number of images in the
+"""Benchmark `decode`: milliseconds per answered token against the number of images in the
 prompt, for every fusion.
 
 Random weights: the time does not depend on them. Every fusion has the same backbone, connector and
@@ -13,12 +13,11 @@ from typing import Any, cast
 import pandas as pd
 import torch
 
+from benchmarks.measure import device_name, fusion_configs, llama_config, plot_lines, write_report
 from owlfuse.artifacts.hf.modeling import OwlfuseForConditionalGeneration
 from owlfuse.core.progress import track
 from owlfuse.evaluation.generation import milliseconds_per_token
 from owlfuse.model.multimodal import assemble
-from owlfuse.planning.bench.pairs import device_name, fusion_configs, llama_config
-from owlfuse.planning.bench.report import machine, plot_lines, print_table, write_result
 
 FUSIONS = fusion_configs([0, 2, 4, 6])
 VISION: dict[str, Any] = {
@@ -59,7 +58,7 @@ def milliseconds(model: OwlfuseForConditionalGeneration, images: int, tokens: in
 
 
 def bench_decode(images: list[int], tokens: int, repeats: int, out: Path) -> dict[str, Any]:
-    """Prints the table, and writes decode.json and decode.png into `out`.
+    """Prints the table, and writes decode.md, decode.json and decode.png into `out`.
 
     The repeats of all cells are interleaved, so that a slow minute of the machine does not fall on
     one fusion; each cell is the least of its repeats.
@@ -83,17 +82,15 @@ def bench_decode(images: list[int], tokens: int, repeats: int, out: Path) -> dic
         record |= {str(count): f"{points[count]:.2f}" for count in images}
         record[f"{last} : {first}"] = f"{growth[name]:.2f}"
         records.append(record)
-    title = f"milliseconds per token against images in the prompt ({machine()})"
-    print_table(title, pd.DataFrame(records))
     result = {
-        "machine": machine(),
         "tokens": tokens,
         "repeats": repeats,
         "milliseconds": times,
         "growth": growth,
     }
-    write_result(out, "decode", result)
+    table = {"milliseconds per token against images in the prompt": pd.DataFrame(records)}
+    result = write_report(out, "decode", result, table)
     title = "decoding, 64 visual tokens an image"
     plot_lines(out / "decode.png", times, "images in the prompt", "ms per token", title)
-    print(f"decode.json and decode.png are in {out}")
+    print(f"decode.png is in {out}")
     return result

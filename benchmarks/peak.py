@@ -1,7 +1,7 @@
-"""`owlfuse bench peak`: the share of the machine's measured matrix rate that a training step
+"""Benchmark `peak`: the share of the machine's measured matrix rate that a training step
 reaches, against the floor in operations and bytes, and where the rest of its time goes.
 
-The step is that of `owlfuse bench step`, packed and with logits where they are supervised. The
+The step is that of the benchmark `step`, packed and with logits where they are supervised. The
 matrix rate and the memory's are taken in turns with the step.
 """
 
@@ -18,16 +18,15 @@ import pandas as pd
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from owlfuse.model.loss import batch_loss
-from owlfuse.planning.bench.pairs import (
+from benchmarks.measure import (
     autocast,
     device_name,
     seconds_of,
     time_interleaved,
     upper_median,
+    write_report,
 )
-from owlfuse.planning.bench.report import write_report
-from owlfuse.planning.bench.step import (
+from benchmarks.step import (
     SIZES,
     STAGES,
     make_batch,
@@ -35,6 +34,7 @@ from owlfuse.planning.bench.step import (
     make_step,
     owlfuse_model,
 )
+from owlfuse.model.loss import batch_loss
 from owlfuse.planning.meter import measure_step
 from owlfuse.planning.step import bytes_of
 

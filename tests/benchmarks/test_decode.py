@@ -4,15 +4,14 @@ import json
 
 import torch
 
-from owlfuse.__main__ import main
-from owlfuse.planning.bench import decode
+from benchmarks import decode
+from benchmarks.__main__ import main
 
 
 def test_it_leaves_a_table_a_plot_and_numbers_for_every_fusion(tmp_path, capsys):
     assert (
         main(
             [
-                "bench",
                 "decode",
                 "--images",
                 "1,2",

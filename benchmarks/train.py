@@ -1,4 +1,4 @@
-"""`owlfuse bench train`: peak memory and tokens per second of real training steps against what a
+"""Benchmark `train`: peak memory and tokens per second of real training steps against what a
 dry run says of them.
 
 Random weights and tokens: neither memory nor time depends on them. B rows, T text positions, I
@@ -19,20 +19,20 @@ import pandas as pd
 import torch
 from matplotlib.figure import Figure
 
-from owlfuse.config.compose import PlanOptions
-from owlfuse.core.types import Batch, image_starts
-from owlfuse.model.loss import batch_loss
-from owlfuse.model.multimodal import MultimodalLM, build_model
-from owlfuse.parallel.collectives import divide
-from owlfuse.planning.bench.pairs import (
+from benchmarks.measure import (
     device_name,
     full_adapters,
     fusion_configs,
     llama_config,
     seconds_of,
     upper_median,
+    write_report,
 )
-from owlfuse.planning.bench.report import machine, print_table, write_result
+from owlfuse.config.compose import PlanOptions
+from owlfuse.core.types import Batch, image_starts
+from owlfuse.model.loss import batch_loss
+from owlfuse.model.multimodal import MultimodalLM, build_model
+from owlfuse.parallel.collectives import divide
 from owlfuse.planning.plan import GB, Layout, Workload
 from owlfuse.planning.step import Precision, bytes_of, meta_batch
 from owlfuse.training.optim import AdamWCosine
@@ -190,7 +190,7 @@ def bench_train(
     out: Path,
     **options: bool,
 ) -> dict[str, Any]:
-    """Prints the table, and writes train.json and train.png into `out`.
+    """Prints the table, and writes train.md, train.json and train.png into `out`.
 
     Args:
         size: of `SIZES`.
@@ -211,7 +211,6 @@ def bench_train(
     measured = measure(configs, Precision.of(precision), rows, length, images, steps)
     seconds, rate = measured["seconds"], measured["rate"]
     result = {
-        "machine": machine(),
         "step": {
             "size": size,
             "fusion": fusion,
@@ -229,10 +228,9 @@ def bench_train(
         "matmul_tflops": rate / 1e12,
         "share_of_matmul_rate": estimate.flops / seconds / rate,
     }
-    print_table(f"training steps ({result['machine']})", result_frame(result))
-    write_result(out, "train", result)
+    result = write_report(out, "train", result, {"training steps": result_frame(result)})
     plot(out / "train.png", result)
-    print(f"train.json and train.png are in {out}")
+    print(f"train.png is in {out}")
     return result
 
 
