@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -54,7 +55,8 @@ class Rows(Sequence[dict[str, str]]):
             text = decoded(raw, "")
             if not self.lines.quoted:
                 return [unquoted(part) for part in text.split(self.delimiter)]
-            lines = text.splitlines(keepends=True)
+            # Not by splitlines, which also splits at characters that a field may hold, as U+2028.
+            lines = io.StringIO(text, newline="\n")
             rows = list(csv.reader(lines, delimiter=self.delimiter, strict=True))
         except DataError as error:
             raise DataError(f"{self.location(number)}{error}") from error
