@@ -9,10 +9,11 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from owlfuse.artifacts.hf.configuration import OwlfuseConfig
 from owlfuse.config.build import to_dict
+from owlfuse.config.check import nodes_of
 from owlfuse.config.compose import compose, origin_of
 from owlfuse.core.errors import ConfigError, DataError
 from owlfuse.core.folder_kinds import check_exported
-from owlfuse.model.parts import compute_only, loading_options
+from owlfuse.model.parts import compute_only, essential, loading_options
 
 
 def adopt_parts(config: DictConfig) -> None:
@@ -76,11 +77,17 @@ def find_conflicts(
         # the folder may lack a key that a later release added
         if name in free or name not in {*in_folder, "_target_"}:
             continue
-        if value != default.get(name) and value != in_folder[name]:
+        # of a backbone that is made of others, each has its own weights
+        value = essential(value)
+        if value != essential(default.get(name)) and value != essential(in_folder[name]):
             conflicts[name] = (in_folder[name], value)
     if "_target_" in requested:
         # other weights than the folder's were asked for in words
         pretrained = requested.get("pretrained")
         if pretrained not in (None, False, default.get("pretrained")):
             conflicts["pretrained"] = (None, pretrained)
+        for path, node in nodes_of(requested, ""):
+            # of a backbone that is made of others
+            if path and "_target_" in node and node.get("pretrained"):
+                conflicts[f"{path}.pretrained"] = (None, node["pretrained"])
     return conflicts

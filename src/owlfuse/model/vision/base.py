@@ -75,6 +75,14 @@ class Backbone(ModelPart):
         return nullcontext()
 
     def inner_model(self) -> nn.Module:
-        """Returns the model that computes the features, whose blocks torch compiles: by default the
-        backbone itself."""
+        """Returns the model that computes the features: by default the backbone itself."""
         return self
+
+    def compiled_blocks(self) -> list[nn.Module]:
+        """Returns the modules that torch compiles one by one: by default those of the inner model's
+        list called `blocks`, `stages` or `layers`; none where it has no such list."""
+        children = dict(self.inner_model().named_children())
+        for name in ("blocks", "stages", "layers"):
+            if name in children:
+                return list(children[name].children())
+        return []
