@@ -19,7 +19,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
 from owlfuse.model.positions import sincos_2d_spread
-from owlfuse.model.vision.base import Backbone, Preprocessing
+from owlfuse.model.vision.base import Backbone, Preprocessing, Resize
 from owlfuse.model.vision.batch_norm import allow_single_values, set_blank
 from owlfuse.model.vision.body import (
     all_differentiable,
@@ -65,6 +65,8 @@ class TimmBackbone(Backbone):
             gives nearly the same features for every picture, and the little that tells pictures
             apart is learned several times faster at unit size.
         image_size: side in pixels; by default that of the model's own data configuration.
+        resize: what becomes of a picture's aspect ratio: `stretch`, `letterbox` or `crop` (see
+            `Preprocessing`).
         kwargs: further keyword arguments of the timm model.
         chunk: images that pass the model at a time, for less memory: in training, activations of a
             chunk are dropped and computed again in the backward pass, unless the model is frozen.
@@ -102,6 +104,7 @@ class TimmBackbone(Backbone):
         weights: str | None = None,
         levels: list[int] | None = None,
         join: Literal["channel", "separate"] = "channel",
+        resize: Resize = "stretch",
     ) -> None:
         super().__init__()
         if chunk is not None and chunk < 1:
@@ -115,7 +118,7 @@ class TimmBackbone(Backbone):
         self.body = create_body(name, pretrained, image_size, kwargs or {}, weights)
         self.prefix_tokens = count_prefix_tokens(self.body)
         self.drop_prefix = 0 if class_token else self.prefix_tokens
-        self.preprocessing = preprocessing_of(self.body, image_size)
+        self.preprocessing = preprocessing_of(self.body, image_size, resize)
         if output == "penultimate" and not hasattr(self.body, "forward_intermediates"):
             raise ValueError(
                 f"timm's {name} gives no block's output but the last; choose output: last"
@@ -196,7 +199,7 @@ class TimmBackbone(Backbone):
             raise ValueError(
                 f"timm's {name} gives no block's output but the last; set levels: null"
             )
-        probe: Any = copy.deepcopy(self.body).to("meta")
+        probe: Any = copy.deepcopy(self.body).to("meta").eval()
         pixels = torch.zeros(1, 3, *self.preprocessing.size, device="meta")
         with torch.no_grad():
             count = len(probe.forward_intermediates(pixels, intermediates_only=True))
@@ -448,9 +451,10 @@ def with_prefix(features: Tensor | tuple[Tensor, Tensor]) -> Tensor:
     return torch.cat([prefix, patches.flatten(2).transpose(1, 2)], dim=1)
 
 
-def preprocessing_of(body: nn.Module, image_size: int | None) -> Preprocessing:
+def preprocessing_of(body: nn.Module, image_size: int | None, resize: Resize) -> Preprocessing:
     """Returns size, mean, std and interpolation of timm's data configuration for the model; with
     `image_size`, at that size."""
     data = resolve_model_data_config(body)
     size = (image_size, image_size) if image_size else tuple(data["input_size"][-2:])
-    return Preprocessing(size, tuple(data["mean"]), tuple(data["std"]), data["interpolation"])
+    mean, std = tuple(data["mean"]), tuple(data["std"])
+    return Preprocessing(size, mean, std, data["interpolation"], resize)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from owlfuse.model.vision.backbone import TimmBackbone
-from owlfuse.model.vision.base import Backbone, Preprocessing
+from owlfuse.model.vision.base import Backbone, Preprocessing, Resize
 
 SHARED = ("class_token", "join", "chunk", "gradient_checkpointing", "resize")
 """Arguments of `TimmBackbone` that are decided for all backbones together."""
@@ -39,6 +39,7 @@ class MultiBackbone(Backbone):
             bilinearly, as Cambrian-1 (arXiv 2406.16860, section 3.2), or `refuse` it.
         image_size: side in pixels for all of them, in place of their own; null: each has its own,
             and pictures come at the largest.
+        resize: what becomes of a picture's aspect ratio (see `Preprocessing`).
         chunk: see `TimmBackbone`, for each of them.
         gradient_checkpointing: activations inside of blocks are dropped and computed again in the
             backward pass.
@@ -56,6 +57,7 @@ class MultiBackbone(Backbone):
         backbones: dict[str, Any],
         align: Literal["interpolate", "refuse"] = "interpolate",
         image_size: int | None = None,
+        resize: Resize = "stretch",
         chunk: int | None = None,
         gradient_checkpointing: bool = False,
     ) -> None:
@@ -66,6 +68,7 @@ class MultiBackbone(Backbone):
                 "choose model/vision=timm"
             )
         self.align = align
+        self.resize = resize
         self.backbones = nn.ModuleDict()
         for name, node in backbones.items():
             with named_errors(name):
@@ -91,7 +94,7 @@ class MultiBackbone(Backbone):
         self.width = sum(backbone.width for _, backbone in self.each())
         sizes = [backbone.preprocessing.size for _, backbone in self.each()]
         largest = max(sizes, key=lambda size: size[0] * size[1])
-        self.preprocessing = replace(first.preprocessing, size=largest)
+        self.preprocessing = replace(first.preprocessing, size=largest, resize=self.resize)
 
     def check_grid(self, backbone: TimmBackbone, first_name: str) -> None:
         """Raises ValueError for patches that cannot be brought to the first backbone's grid."""
