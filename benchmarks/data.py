@@ -250,6 +250,7 @@ class Crop:
     """Pixels of a picture's corner: as little preprocessing as there can be."""
 
     size = (224, 224)
+    resize = "crop"
 
     def __call__(self, picture: Image.Image) -> torch.Tensor:
         """Return pixels (3, 224, 224) in float32."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from owlfuse.config.check import nodes_of
 from owlfuse.core.files import fingerprint
 from owlfuse.core.hub_access import resolved_file
 from owlfuse.core.packages import packaged
@@ -15,12 +16,15 @@ def weights_identity(config: dict[str, Any]) -> dict[str, str]:
     """Returns fingerprints of what a run starts from, by the keys that name it: `init_from`, and
     the parts' own weights. Files count by their contents, the hub's by the commit that its name
     stands for today, in the hub or else in the cache; what is in neither is left out."""
-    vision, llm = config["model"]["vision"], config["model"]["llm"]
-    sources = {
-        "init_from": config.get("init_from"),
-        "model.vision.weights": vision.get("weights"),
-        "model.llm.pretrained": llm.get("pretrained"),
-    }
+    llm = config["model"]["llm"]
+    backbones = {}
+    # the backbone, and those that it is made of
+    for path, node in nodes_of(config["model"]["vision"], "model.vision"):
+        if path == "model.vision" or "_target_" in node:
+            backbones[path] = node
+    sources = {"init_from": config.get("init_from"), "model.llm.pretrained": llm.get("pretrained")}
+    for path, node in backbones.items():
+        sources[f"{path}.weights"] = node.get("weights")
     identities = {}
     for key, source in sources.items():
         if not isinstance(source, str):
@@ -30,9 +34,10 @@ def weights_identity(config: dict[str, Any]) -> dict[str, str]:
         # no file of this machine: a name of the hub
         elif key == "model.llm.pretrained" and (commit := hub_commit(source, LLM_FILES)):
             identities[key] = commit
-    # timm's weights may change under the same name
-    if vision.get("pretrained") is True and (identity := timm_identity(vision)):
-        identities["model.vision.pretrained"] = identity
+    for path, node in backbones.items():
+        # timm's weights may change under the same name
+        if node.get("pretrained") is True and (identity := timm_identity(node)):
+            identities[f"{path}.pretrained"] = identity
     return identities
 
 

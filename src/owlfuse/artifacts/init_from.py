@@ -5,14 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from owlfuse.artifacts.hf.configuration import OwlfuseConfig
 from owlfuse.config.build import to_dict
+from owlfuse.config.check import nodes_of, parameters_of
 from owlfuse.config.compose import compose, origin_of
 from owlfuse.core.errors import ConfigError, DataError
 from owlfuse.core.folder_kinds import check_exported
-from owlfuse.model.parts import compute_only, loading_options
+from owlfuse.model.parts import compute_only, essential, loading_options
 
 
 def adopt_parts(config: DictConfig) -> None:
@@ -71,16 +73,35 @@ def find_conflicts(
     free = {"config"}
     if "_target_" in requested:
         free |= compute_only(requested) | loading_options(requested)
+    folder_values = {**argument_defaults(in_folder), **in_folder}
     conflicts: dict[str, tuple[Any, Any]] = {}
     for name, value in requested.items():
-        # the folder may lack a key that a later release added
-        if name in free or name not in {*in_folder, "_target_"}:
+        if name in free or name not in {*folder_values, "_target_"}:
             continue
-        if value != default.get(name) and value != in_folder[name]:
-            conflicts[name] = (in_folder[name], value)
+        # of a backbone that is made of others, each has its own weights
+        value = essential(value)
+        if value != essential(default.get(name)) and value != essential(folder_values[name]):
+            conflicts[name] = (folder_values[name], value)
     if "_target_" in requested:
         # other weights than the folder's were asked for in words
         pretrained = requested.get("pretrained")
         if pretrained not in (None, False, default.get("pretrained")):
             conflicts["pretrained"] = (None, pretrained)
+        for path, node in nodes_of(requested, ""):
+            # of a backbone that is made of others
+            if path and "_target_" in node and node.get("pretrained"):
+                conflicts[f"{path}.pretrained"] = (None, node["pretrained"])
     return conflicts
+
+
+def argument_defaults(node: dict[str, Any]) -> dict[str, Any]:
+    """Returns the defaults of a part's arguments: what a folder means that lacks a key, since a
+    later release added it."""
+    if "_target_" not in node:
+        return {}
+    parameters = parameters_of(get_object(node["_target_"])) or {}
+    defaults = {}
+    for name, parameter in parameters.items():
+        if parameter.default is not parameter.empty:
+            defaults[name] = parameter.default
+    return defaults

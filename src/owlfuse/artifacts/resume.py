@@ -33,6 +33,7 @@ PATH_KEYS: tuple[str, ...] = (
     "data.tokenizer",
     "init_from",
     "model.vision.weights",
+    "model.vision.backbones.*.weights",
 )
 PATH_KEYS += ("model.llm.pretrained", "model.llm.gguf_file")
 """Keys whose values are paths. The contents are compared instead (see `owlfuse.data.identity`)."""

@@ -94,9 +94,19 @@ SLOTS = (
         below(
             "owlfuse",
             "model.vision.backbone.TimmBackbone",
+            "model.vision.multi.MultiBackbone",
             "artifacts.released.vision.TimmBackboneWithEps",
         ),
         "torch.nn.Module",
+    ),
+    Slot(
+        "model.vision.backbones.*",
+        below(
+            "owlfuse",
+            "model.vision.backbone.TimmBackbone",
+            "artifacts.released.vision.TimmBackboneWithEps",
+        ),
+        "owlfuse.model.vision.backbone.TimmBackbone",
     ),
     Slot(
         "model.connector",
@@ -105,6 +115,10 @@ SLOTS = (
             "abstractor.Abstractor",
             "linear.LinearConnector",
             "mlp.MLPConnector",
+            "pixel_shuffle.PixelShuffleConnector",
+            "pool.PoolConnector",
+            "qformer.QFormer",
+            "resampler.Resampler",
         ),
         "torch.nn.Module",
     ),
@@ -388,7 +402,8 @@ def locate(target: str, key: str) -> Any:
 
 
 def check_backbone(vision: dict[str, Any], file: Path, hub: bool = True) -> None:
-    """Check the arguments of a timm model, which can name files and addresses of weights.
+    """Check the arguments of timm models, which can name files and addresses of weights: of a
+    backbone, and of those that it is made of.
 
     Args:
         hub: whether `name` may be a model of the hub, as it may in a run, whose backbone is built
@@ -397,10 +412,18 @@ def check_backbone(vision: dict[str, Any], file: Path, hub: bool = True) -> None
     Raises:
         DataError: a key that names a file or an address; a model of the hub.
     """
-    kwargs = vision.get("kwargs") or {}
+    for path, node in nodes_of(vision, "vision"):
+        # The backbone itself has one, too, where the folder is what it should be.
+        if path == "vision" or "_target_" in node:
+            check_timm_arguments(path, node, file, hub)
+
+
+def check_timm_arguments(path: str, node: dict[str, Any], file: Path, hub: bool) -> None:
+    """Check the arguments of one timm model, see `check_backbone`."""
+    kwargs = node.get("kwargs") or {}
     if not isinstance(kwargs, dict):
         raise DataError(
-            f"{file}: vision.kwargs is a {type(kwargs).__name__}, expected a group of keys"
+            f"{file}: {path}.kwargs is a {type(kwargs).__name__}, expected a group of keys"
         )
     for key, value in kwargs.items():
         is_overlay = key == "pretrained_cfg_overlay" and isinstance(value, dict)
@@ -408,15 +431,15 @@ def check_backbone(vision: dict[str, Any], file: Path, hub: bool = True) -> None
             continue
         if str(key).startswith(("pretrained", "checkpoint", "cache")):
             raise DataError(
-                f"{file}: vision.kwargs.{key}: a file or address of weights, which a model's "
+                f"{file}: {path}.kwargs.{key}: a file or address of weights, which a model's "
                 "folder may not name"
             )
-    name = vision.get("name")
+    name = node.get("name")
     if hub or not isinstance(name, str) or not HUB_NAME.match(name):
         return
     if name not in trusted() and not named_by_user(name, file):
         raise DataError(
-            f"{file}: vision.name is {name[:120]}, which would be fetched from elsewhere; "
+            f"{file}: {path}.name is {name[:120]}, which would be fetched from elsewhere; "
             f"if you trust it, write: owlfuse --trust {name[:120]} ..."
         )
 

@@ -21,6 +21,7 @@ from owlfuse.data.formats.base import Source
 from owlfuse.data.loading import GlobalBatchSampler, MixtureDataset, SourceDataset
 from owlfuse.data.media.images import MAX_PIXELS
 from owlfuse.data.media.pictures import Pictures, Preprocess
+from owlfuse.data.media.tiles import check_tiled
 from owlfuse.data.media.video import VideoSampling
 from owlfuse.data.mixture.lengths import Lengths, count_lengths
 from owlfuse.data.mixture.mixture import make_mixture
@@ -146,7 +147,14 @@ class ChatData(lightning.LightningDataModule):
 
     def bind(self, preprocess: Preprocess, tokens_per_image: int) -> None:
         """Set what only the model knows: how pictures become pixels, and how many positions an
-        image takes."""
+        image takes.
+
+        Raises:
+            ConfigError: a source has tiles, and pictures are not stretched.
+        """
+        for source in (*self.sources.values(), *self.validation.values()):
+            if source.tile:
+                check_tiled(preprocess.resize)
         self.encoder = ChatEncoder(self.tokenizer, tokens_per_image, self.max_length, self.thinking)
         self.pictures = Pictures(preprocess, self.max_pixels, self.seed, self.video)
         # The positions of an image, and so all lengths, are another model's.

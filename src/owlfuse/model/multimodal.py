@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from contextlib import nullcontext
-from itertools import chain
 from typing import Any
 
 import torch
@@ -323,7 +322,7 @@ def build_model(
         new_tokens = {f"token {index}": index for index in range(rows, vocab_size)}
     summary = apply_adapters(model, policies, new_tokens)
     if config.get("compile"):
-        compile_layers(decoder_layers(model.llm), model.vision.inner_model())
+        compile_layers(decoder_layers(model.llm), model.vision.compiled_blocks())
     # batch norms that are frozen by now keep their statistics; Lightning leaves modes alone
     model.train(model.training)
     return model, summary
@@ -389,13 +388,9 @@ def on_meta(config: dict[str, Any], vocab_size: int) -> tuple[MultimodalLM, list
         return build_model(config, vocab_size)
 
 
-def compile_layers(decoder: Iterable[nn.Module], body: nn.Module) -> None:
-    """Compiles decoder layers and a timm model's blocks in place, each at its first call: names of
-    parameters stay. A backbone whose blocks are called neither `blocks`, `stages` nor `layers` is
-    not compiled."""
-    children = dict(body.named_children())
-    block_lists: list[Any] = [
-        children[name] for name in ("blocks", "stages", "layers") if name in children
-    ]
-    for layer in (*decoder, *chain.from_iterable(block_lists[:1])):
+def compile_layers(decoder: Iterable[nn.Module], blocks: Iterable[nn.Module]) -> None:
+    """Compiles decoder layers and a backbone's blocks in place, each at its first call: names of
+    parameters stay. A backbone that has no blocks to give (see `Backbone.compiled_blocks`) is not
+    compiled."""
+    for layer in (*decoder, *blocks):
         layer.compile()

@@ -66,3 +66,12 @@ def compute_only(node: Mapping[str, Any]) -> frozenset[str]:
 def loading_options(node: Mapping[str, Any]) -> frozenset[str]:
     """Returns the options of a node's part that say where its weights come from."""
     return frozenset(getattr(get_object(node["_target_"]), "ORIGIN", ()))
+
+
+def essential(value: Any) -> Any:
+    """Returns a value of the configuration without what its parts say of how they compute and where
+    their weights come from: two values of which this is equal make the same part."""
+    if not isinstance(value, Mapping):
+        return value
+    free = compute_only(value) | loading_options(value) if "_target_" in value else frozenset()
+    return {key: essential(child) for key, child in value.items() if key not in free}

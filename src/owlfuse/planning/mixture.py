@@ -42,6 +42,7 @@ class NoPictures:
     """Stands for the preprocessing where the model's parts are not at hand."""
 
     size = (1, 1)
+    resize = "stretch"
 
 
 def mixture_command(words: list[str]) -> dict[str, Any]:

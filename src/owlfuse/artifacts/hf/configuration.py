@@ -65,10 +65,7 @@ class OwlfuseConfig(PreTrainedConfig):
         nodes = {name: getattr(self, name) for name in PARTS}
         check_nodes(nodes, Path(self._name_or_path or ".") / "config.json")
         # the weights are those of this folder
-        vision = {key: value for key, value in nodes["vision"].items() if key != "weights"}
-        if "pretrained" in vision:
-            vision["pretrained"] = False
-        nodes["vision"] = vision
+        nodes["vision"] = without_weights(nodes["vision"])
         attention = getattr(self.text_config, "_attn_implementation", None) or "sdpa"
         llm = {**llm_node(self.text_config), "attention": attention}
         dtype = self.text_config.dtype
@@ -92,6 +89,19 @@ def check_nodes(nodes: dict[str, Any], file: Path) -> None:
         check_targets(model, lambda path: str(file))
     except ConfigError as error:
         raise DataError(str(error)) from error
+
+
+def without_weights(node: dict[str, Any]) -> dict[str, Any]:
+    """The node of a backbone, and of those that it is made of, without weights of its own."""
+    stripped: dict[str, Any] = {}
+    for key, value in node.items():
+        if key == "pretrained":
+            stripped[key] = False
+        elif key != "weights":
+            # timm's own arguments may have these names, too
+            is_group = isinstance(value, dict) and key != "kwargs"
+            stripped[key] = without_weights(value) if is_group else value
+    return stripped
 
 
 def llm_node(text_config: PreTrainedConfig) -> dict[str, Any]:

@@ -22,9 +22,9 @@ from owlfuse.core.types import IMAGE
 from owlfuse.data.chat.answer_format import AnswerFormat
 from owlfuse.data.chat.supervision import cut_at_borders
 from owlfuse.data.media.images import MAX_PIXELS, open_image, to_rgb
-from owlfuse.data.media.tiles import views_of
+from owlfuse.data.media.tiles import check_tiled, views_of
 from owlfuse.data.words import show_words, spell_words
-from owlfuse.model.vision.backbone import Preprocessing
+from owlfuse.model.vision.base import Preprocessing, Resize
 
 
 class OwlfuseImageProcessor(BaseImageProcessor):
@@ -34,6 +34,7 @@ class OwlfuseImageProcessor(BaseImageProcessor):
         size: {"height", "width"} in pixels.
         image_mean, image_std: of RGB values from 0 to 1.
         interpolation: bicubic, bilinear, nearest, ...
+        resize: stretch, letterbox or crop; an export from before it could be chosen has stretched.
     """
 
     model_input_names = ["pixel_values"]  # noqa: RUF012
@@ -44,6 +45,7 @@ class OwlfuseImageProcessor(BaseImageProcessor):
         image_mean: list[float],
         image_std: list[float],
         interpolation: str,
+        resize: Resize = "stretch",
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -51,6 +53,7 @@ class OwlfuseImageProcessor(BaseImageProcessor):
         self.image_mean = list(image_mean)
         self.image_std = list(image_std)
         self.interpolation = interpolation
+        self.resize = resize
 
     @classmethod
     def of(cls, preprocessing: Preprocessing) -> OwlfuseImageProcessor:
@@ -62,19 +65,24 @@ class OwlfuseImageProcessor(BaseImageProcessor):
             list(preprocessing.mean),
             list(preprocessing.std),
             preprocessing.interpolation,
+            preprocessing.resize,
+        )
+
+    def preprocessing(self) -> Preprocessing:
+        """That of the backbone it was made of."""
+        return Preprocessing(
+            (self.size["height"], self.size["width"]),
+            tuple(self.image_mean),
+            tuple(self.image_std),
+            self.interpolation,
+            self.resize,
         )
 
     def __call__(  # type: ignore[override]  # one way for every release of transformers
         self, images: Any, return_tensors: str | None = "pt", **kwargs: Any
     ) -> BatchFeature:
         """Pictures of any size and mode, one or a list, also nested: PIL, paths, URLs, arrays."""
-        size = (self.size["height"], self.size["width"])
-        preprocess = Preprocessing(
-            size,
-            tuple(self.image_mean),
-            tuple(self.image_std),
-            self.interpolation,
-        )
+        preprocess = self.preprocessing()
         pixels = [preprocess(to_rgb(picture)) for picture in open_images(images)]
         return BatchFeature(
             {"pixel_values": torch.stack(pixels)} if pixels else {}, tensor_type=return_tensors
@@ -109,6 +117,8 @@ class OwlfuseProcessor(ProcessorMixin):
         self.tokens_per_image = tokens_per_image
         self.image_token = image_token
         self.tile = tile
+        if tile:
+            check_tiled(image_processor.resize)
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
 
     def __call__(
@@ -137,6 +147,7 @@ class OwlfuseProcessor(ProcessorMixin):
             )
         views = [[picture] for picture in pictures]
         if self.tile:
+            check_tiled(self.image_processor.resize)
             size = self.image_processor.size["height"], self.image_processor.size["width"]
             views = [views_of(to_rgb(picture), size) for picture in pictures]
         view_counts = iter([len(picture_views) for picture_views in views])

@@ -27,6 +27,10 @@ class Preprocess(Protocol):
     def size(self) -> tuple[int, int]:
         """(H, W)."""
 
+    @property
+    def resize(self) -> str:
+        """What becomes of a picture's aspect ratio: `stretch`, `letterbox` or `crop`."""
+
     def __call__(self, picture: Image.Image) -> Tensor:
         """Return an RGB picture as float32 pixels."""
 

@@ -8,6 +8,8 @@ from fractions import Fraction
 
 from PIL import Image
 
+from owlfuse.core.errors import ConfigError
+
 # (rows, columns) that a picture may be cut into.
 GRIDS = ((2, 2), (1, 3), (1, 4), (3, 1), (4, 1), (2, 3), (3, 2))
 
@@ -18,6 +20,16 @@ def is_tiled(share: float, seed: int, sample: str) -> bool:
     key = f"{seed} {sample}".encode("utf-8", "surrogatepass")
     digest = hashlib.blake2b(key, digest_size=8).digest()
     return int.from_bytes(digest) < share * 2**64
+
+
+def check_tiled(resize: str) -> None:
+    """Raise ConfigError where a picture may not be tiled: its tiles are resized to a view each, and
+    bars or cuts between them are in no model."""
+    if resize != "stretch":
+        raise ConfigError(
+            f"pictures are tiled, and model.vision.resize is {resize}; set it to stretch (the "
+            "tiles of the best grid are stretched least), or tile to 0"
+        )
 
 
 def best_grid(picture: tuple[int, int], view: tuple[int, int]) -> tuple[int, int] | None:

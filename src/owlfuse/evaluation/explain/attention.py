@@ -26,7 +26,7 @@ from owlfuse.evaluation.explain.capture import AttentionCapture, capture_attenti
 from owlfuse.evaluation.explain.overlays import side_by_side
 from owlfuse.model.llm import decoder_layers
 from owlfuse.model.multimodal import MultimodalLM
-from owlfuse.model.vision.base import Backbone
+from owlfuse.model.vision.base import Backbone, Preprocessing
 
 
 @torch.no_grad()
@@ -151,19 +151,55 @@ def picture_maps(
     processor: OwlfuseProcessor, pictures: list[Image.Image], view_maps: list[Tensor]
 ) -> list[Tensor]:
     """Returns one map per picture: of a picture that the processor cut into tiles, its global
-    view's and its tiles' added up on the tiles' grid (rows * h, columns * w). Sums stay. Pictures
-    are resized as a whole, never cropped, so a map lies over all of its picture.
+    view's and its tiles' added up on the tiles' grid (rows * h, columns * w). Sums stay, but for
+    what lies on the bars of a letterbox. A map lies over all of its picture (see `over_picture`).
     """
-    view_size = processor.image_processor.size["height"], processor.image_processor.size["width"]
+    preprocessing = processor.image_processor.preprocessing()
     maps = []
     first = 0
     for picture in pictures:
-        tiles = best_grid(picture.size, view_size) if processor.tile else None
+        tiles = best_grid(picture.size, preprocessing.size) if processor.tile else None
         rows, columns = tiles or (0, 0)
         count = 1 + rows * columns
-        maps.append(join_views(view_maps[first : first + count], tiles))
+        joined = join_views(view_maps[first : first + count], tiles)
+        maps.append(over_picture(joined, picture.size, preprocessing))
         first += count
     return maps
+
+
+RASTER = 256
+"""Cells on the longer side of a map that is moved onto its picture."""
+
+
+def over_picture(
+    map: Tensor, picture_size: tuple[int, int], preprocessing: Preprocessing
+) -> Tensor:
+    """Returns the map (h, w) of a view as one over the whole picture.
+
+    A view that is all of the picture keeps its map. Else, of a picture with bars or one that was
+    cropped, it is a finer map, in which the backbone's patches lie where they were on the picture:
+    what was cut off is 0, and what lay on the bars is left out.
+
+    Args:
+        picture_size: (width, height).
+    """
+    if preprocessing.resize == "stretch":
+        return map
+    width, height = picture_size
+    rows, columns = map.shape
+    scale = RASTER / max(width, height)
+    raster = max(1, round(height * scale)), max(1, round(width * scale))
+    left, top, right, bottom = preprocessing.region(picture_size)
+    # the patch under the middle of each cell, beyond the map where there is none
+    y = (torch.arange(raster[0]) + 0.5) * height / raster[0]
+    x = (torch.arange(raster[1]) + 0.5) * width / raster[1]
+    row = ((y - top) / (bottom - top) * rows).floor().long()
+    column = ((x - left) / (right - left) * columns).floor().long()
+    inside = ((row >= 0) & (row < rows))[:, None] & ((column >= 0) & (column < columns))
+    values = map[row.clamp(0, rows - 1)][:, column.clamp(0, columns - 1)]
+    # a patch's weight is spread over the cells that it covers
+    cells = (right - left) * (bottom - top) / (width * height) * raster[0] * raster[1]
+    return values * inside * (rows * columns / cells)
 
 
 def join_views(views: list[Tensor], tiles: tuple[int, int] | None) -> Tensor:

@@ -11,7 +11,13 @@ from owlfuse.core.errors import DataError
 from owlfuse.core.types import Sample
 from owlfuse.data.datamodule import ChatData
 from owlfuse.data.media.tiles import best_grid
-from owlfuse.evaluation.explain.attention import features_of, join_views, maps_of, without_end
+from owlfuse.evaluation.explain.attention import (
+    features_of,
+    join_views,
+    maps_of,
+    over_picture,
+    without_end,
+)
 from owlfuse.evaluation.generation import generate_greedy
 from owlfuse.evaluation.metrics import Answer
 from owlfuse.evaluation.reports import picture_of
@@ -67,5 +73,6 @@ def map_of_answer(
         visual = model.encode(batch)
     maps = maps_of(model, batch, visual, features[0], without_end(ids, ends))
     views = len(data.pictures(sample, source)[0])
-    tiles = best_grid(picture_of(answer).size, model.vision.preprocessing.size)
-    return join_views(maps[:views], tiles)
+    preprocessing, size = model.vision.preprocessing, picture_of(answer).size
+    joined = join_views(maps[:views], best_grid(size, preprocessing.size))
+    return over_picture(joined, size, preprocessing)

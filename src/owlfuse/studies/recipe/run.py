@@ -157,9 +157,17 @@ def start_from(config: DictConfig, weights: Path | None) -> None:
         return
     with open_dict(config):
         config.init_from = str(weights)
-        for key in ("vision.pretrained", "vision.weights", "llm.pretrained", "llm.gguf_file"):
+        backbones = ["vision"]
+        # those that a backbone may be made of
+        for name in config.model.vision.get("backbones") or {}:
+            backbones.append(f"vision.backbones.{name}")
+        keys = ["llm.pretrained", "llm.gguf_file"]
+        for backbone in backbones:
+            keys += [f"{backbone}.pretrained", f"{backbone}.weights"]
+        for key in keys:
             if OmegaConf.select(config.model, key) is not None:
-                OmegaConf.update(config.model, key, False if key == "vision.pretrained" else None)
+                is_flag = key.startswith("vision") and key.endswith("pretrained")
+                OmegaConf.update(config.model, key, False if is_flag else None)
 
 
 def print_once(line: str) -> None:

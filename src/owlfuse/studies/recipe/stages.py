@@ -15,7 +15,7 @@ from owlfuse.config.recipes import PARTS
 from owlfuse.core.errors import ConfigError
 from owlfuse.model.adapters import PartSummary
 from owlfuse.model.multimodal import MultimodalLM, on_meta
-from owlfuse.model.parts import compute_only, loading_options
+from owlfuse.model.parts import compute_only, essential, loading_options
 from owlfuse.studies.recipe.compose import compose_stages
 
 MOVABLE_KEYS = (
@@ -73,7 +73,7 @@ def check_chain(earlier: str, before: DictConfig, later: str, config: DictConfig
         old, new = to_dict(before.model[part]), to_dict(config.model[part])
         free = compute_only(new) | loading_options(new) | {"image_size"}
         for key in sorted({*old, *new} - free):
-            if old.get(key) != new.get(key):
+            if essential(old.get(key)) != essential(new.get(key)):
                 raise ConfigError(
                     f"stage {later}: model.{part}.{key} is {new.get(key)}, and {old.get(key)} in "
                     f"stage {earlier}, "
