@@ -2,10 +2,13 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import (
+    CLIPImageProcessor,
     CLIPVisionConfig,
     LlamaConfig,
     LlavaConfig,
@@ -122,6 +125,22 @@ def test_each_spelling_of_the_names_is_read_and_written_back(spelling, tmp_path)
     assert set(back) == set(renamed)
     for name, tensor in renamed.items():
         assert torch.equal(back[name], tensor), name
+
+
+def test_pictures_are_prepared_as_by_clips_processor(tmp_path):
+    folder = tmp_path / "llava"
+    write_original(folder)
+    processor = CLIPImageProcessor(
+        size={"shortest_edge": 42}, crop_size={"height": 42, "width": 42}
+    )
+    processor.save_pretrained(folder)
+    preprocessing = load(folder).vision.preprocessing
+    rng = np.random.default_rng(0)
+    # smooth, since the libraries differ in how they round single pixels
+    picture = Image.fromarray(rng.integers(0, 256, (6, 9, 3), dtype=np.uint8)).resize((90, 60))
+    pixels = preprocessing(picture)
+    expected = processor(picture, return_tensors="pt")["pixel_values"][0]
+    assert (pixels - expected).abs().max() < 0.05
 
 
 def test_the_command_imports_it_and_owlfuse_loads_it(tmp_path, capsys):

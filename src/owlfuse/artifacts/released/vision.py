@@ -123,7 +123,17 @@ def llava_node(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
     node = backbone_node(CLIP, fields["layer_norm_eps"], kwargs)
     node["output"] = "penultimate"
     node["class_token"] = config.get("vision_feature_select_strategy") == "full"
+    # CLIP's processor scales the shorter side and cuts the longer one
+    node["resize"] = "crop" if crops(folder) else "stretch"
     return node
+
+
+def crops(folder: Path) -> bool:
+    """Returns whether CLIP's processor cuts pictures to a square, as it does unless told
+    otherwise."""
+    file = folder / "preprocessor_config.json"
+    processor = read_json(file, limit=MAX_CONFIG) if file.exists() else {}
+    return processor.get("do_center_crop") is not False
 
 
 def siglip_node(folder: Path, fields: dict[str, Any] | None) -> dict[str, Any]:
