@@ -47,7 +47,7 @@ def test_every_key_of_every_yaml_is_in_a_table(tables):
 
 
 def test_defaults_are_those_of_the_yaml_and_else_of_the_signature(tables):
-    [vision] = tables["model/vision"]
+    vision, *_ = tables["model/vision"]
     assert vision.keys["image_size"].defaults == {
         "convnet": 64,
         "efficientnet_lite0": 128,
