@@ -87,7 +87,7 @@ def find_conflicts(
         pretrained = requested.get("pretrained")
         if pretrained not in (None, False, default.get("pretrained")):
             conflicts["pretrained"] = (None, pretrained)
-        for path, node in nodes_of(requested, ""):
+        for path, node in nodes_of(requested):
             # of a backbone that is made of others
             if path and "_target_" in node and node.get("pretrained"):
                 conflicts[f"{path}.pretrained"] = (None, node["pretrained"])

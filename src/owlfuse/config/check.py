@@ -326,11 +326,11 @@ def walk(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
         yield from walk(child, f"{path}.{key}" if path else str(key))
 
 
-def nodes_of(value: Any) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield every dictionary below a value with its dotted path, parents first."""
-    for path, node in walk(value):
+def nodes_of(value: Any, path: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield every dictionary below a value, whose own dotted path is `path`, parents first."""
+    for node_path, node in walk(value, path):
         if isinstance(node, dict):
-            yield path, node
+            yield node_path, node
 
 
 def _public_names(parent: Any) -> list[str]:
