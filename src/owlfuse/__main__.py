@@ -586,7 +586,7 @@ def _add_models(commands: Any) -> None:
     )
 
     released = commands.add_parser(
-        "import", help="read a released mPLUG-Owl1, 2 or 3 checkpoint", **LAYOUT
+        "import", help="read a released mPLUG-Owl1, 2, 3 or LLaVA 1.5 checkpoint", **LAYOUT
     )
     released.add_argument(
         "folder", metavar="FOLDER", help="with a released config.json and weights"

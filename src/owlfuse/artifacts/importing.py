@@ -1,5 +1,5 @@
-"""`owlfuse import`: a released mPLUG-Owl in owlfuse's own format, with a chat template of its
-family."""
+"""`owlfuse import`: a released mPLUG-Owl or LLaVA 1.5 in owlfuse's own format, with a chat template
+of its family."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from owlfuse.data.chat.tokenizer import prepare
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
 
-# The prompts of the released code: mPLUG-Owl's examples, and the conversation `mplug_owl2` of
-# mPLUG-Owl2.
+# The prompts of the released code: mPLUG-Owl's examples, the conversation `mplug_owl2` of
+# mPLUG-Owl2, and LLaVA 1.5's on the hub, which leaves Vicuna's system text out.
 TEMPLATES = {
     "owl1": (
         "{{ bos_token }}The following is a conversation between a curious human and AI assistant. "
@@ -40,6 +40,15 @@ TEMPLATES = {
         "{% for message in messages %}"
         "{% if message.role == 'assistant' %}{{ ' ASSISTANT: ' + message.content + eos_token }}"
         "{% else %}{{ 'USER: ' + message.content.replace('<image>\\n', '<image>') }}{% endif %}"
+        "{% endfor %}"
+        "{% if add_generation_prompt %}{{ ' ASSISTANT:' }}{% endif %}"
+    ),
+    "llava": (
+        "{{ bos_token }}"
+        "{% for message in messages %}"
+        "{% if message.role == 'assistant' %}{{ ' ASSISTANT: ' + message.content + eos_token }}"
+        "{% elif message.role == 'system' %}{{ message.content + ' ' }}"
+        "{% else %}{{ 'USER: ' + message.content }}{% endif %}"
         "{% endfor %}"
         "{% if add_generation_prompt %}{{ ' ASSISTANT:' }}{% endif %}"
     ),

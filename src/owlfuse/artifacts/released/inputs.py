@@ -30,7 +30,8 @@ def reference_logits(model: MultimodalLM, io: dict[str, Tensor]) -> Tensor:
             side make one longer run. mPLUG-Owl2: an image is one -200, which grows to Q + 1
             positions; the logits' T is that of the longest row then, and others are padded on the
             right. A row without an image may have an unused one in its place, as in the released
-            code. mPLUG-Owl3: an image is one `image_token_id` of config.json.
+            code. mPLUG-Owl3: an image is one `image_token_id` of config.json. LLaVA: an image is Q
+            of them, as its processor writes.
 
     Raises:
         DataError: more or fewer images than placeholders, with both numbers; a run of -1 that is no
@@ -62,8 +63,8 @@ def make_batch(model: MultimodalLM, io: dict[str, Tensor]) -> Batch:
     mask = padding_mask(io)
     labels = io.get("labels", torch.full_like(ids, -100))
     is_image = ids == image_id(model, family)
-    # its images have a token of the vocabulary, which padding may have, too
-    if family == "owl3":
+    # their images have a token of the vocabulary, which padding may have, too
+    if family in ("owl3", "llava"):
         is_image &= mask
     if family == "owl2":
         lengths = torch.where(is_image, per_image, 1)
@@ -88,9 +89,9 @@ def make_batch(model: MultimodalLM, io: dict[str, Tensor]) -> Batch:
 def image_id(model: MultimodalLM, family: str) -> int:
     """Returns the id that stands for an image.
 
-    Raises DataError where mPLUG-Owl3's config.json does not say it.
+    Raises DataError where config.json should say it and does not.
     """
-    if family != "owl3":
+    if family not in ("owl3", "llava"):
         return OWL1_IMAGE if family == "owl1" else OWL2_IMAGE
     released = model.released
     if released is None or released.image_token_id is None:

@@ -42,11 +42,11 @@ class Released:
     `model.released`."""
 
     family: str
-    """owl1, owl2 or owl3."""
+    """owl1, owl2, owl3 or llava."""
     config: dict[str, Any]
     """config.json."""
     image_token_id: int | None
-    """The token that stands for an image in mPLUG-Owl3, where config.json says it."""
+    """The token that stands for an image in mPLUG-Owl3 and LLaVA, where config.json says it."""
     dtypes: dict[str, torch.dtype | None]
     """The type of each tensor of the folder by name; None for one that is no floating-point
     number, and is written as it was."""
@@ -59,8 +59,8 @@ class Released:
 
 
 def load(folder: Path | str) -> MultimodalLM:
-    """Returns the model of a folder in the layout of mPLUG-Owl1, mPLUG-Owl2 or mPLUG-Owl3, in eval
-    mode on the CPU.
+    """Returns the model of a folder in the layout of mPLUG-Owl1, mPLUG-Owl2, mPLUG-Owl3 or LLaVA
+    1.5 (`llava-hf/llava-1.5-7b-hf`), in eval mode on the CPU.
 
     Parameters have the type that most numbers of the weights have (float64, float32, bfloat16 or
     float16), one type for the whole model even where the file mixes types. They are copied from the
@@ -87,7 +87,7 @@ def load(folder: Path | str) -> MultimodalLM:
         with init_empty_weights(include_buffers=False):
             model = assemble(nodes, nodes["llm"]["config"]["vocab_size"])
         model.llm.tie_weights()  # accelerate has untied them
-    mappings = tensor_mappings(model, family)
+    mappings = tensor_mappings(model, family, shapes)
     ignored = unused_names(family, nodes["vision"]["kwargs"]["depth"])
     # all differences are told together, and before any memory is taken
     check_tensors(folder, checkpoint, mappings, ignored, optional_name(model, family))
@@ -95,7 +95,7 @@ def load(folder: Path | str) -> MultimodalLM:
     model.released = Released(
         family,
         config,
-        config.get("image_token_id"),
+        config.get("image_token_id", config.get("image_token_index")),
         dtypes={name: FLOATS.get(info.dtype) for name, info in checkpoint.tensors.items()},
         shapes=shapes,
         original_tensors=load_tensors(folder, model, checkpoint, mappings, dtype),

@@ -6,7 +6,7 @@ P patches, Dv vision width, H heads, d head width.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -42,6 +42,18 @@ SIGLIP_NAMES = {
     "mlp.fc1": "mlp.fc1",
     "mlp.fc2": "mlp.fc2",
 }
+HF_CLIP_NAMES = {
+    "cls_token": "embeddings.class_embedding",
+    "pos_embed": "embeddings.position_embedding.weight",
+    "patch_embed.proj": "embeddings.patch_embedding",
+    "norm_pre": "pre_layrnorm",  # so it is spelled
+    "norm1": "layer_norm1",
+    "attn.qkv": "self_attn.{}_proj",
+    "attn.proj": "self_attn.out_proj",
+    "norm2": "layer_norm2",
+    "mlp.fc1": "mlp.fc1",
+    "mlp.fc2": "mlp.fc2",
+}
 ABSTRACTOR_NAMES = {
     "query": "attention.query",
     "key": "attention.key",
@@ -65,6 +77,11 @@ PREFIXES = {
     "owl1": {"vision": "vision_model.", "connector": "abstractor.", "llm": "language_model."},
     "owl2": {"vision": "model.vision_model.", "connector": "model.visual_abstractor.", "llm": ""},
     "owl3": {"vision": "vision_model.", "connector": "vision2text_model", "llm": "language_model."},
+    "llava": {
+        "vision": "vision_tower.vision_model.",
+        "connector": "multi_modal_projector.linear_",
+        "llm": "language_model.",
+    },
 }
 
 
@@ -75,6 +92,11 @@ View = Callable[[Tensor], Tensor]
 def identity(tensor: Tensor) -> Tensor:
     """Returns the tensor itself."""
     return tensor
+
+
+def only_row(tensor: Tensor) -> Tensor:
+    """(1, 1, Dv) -> (Dv,)."""
+    return tensor[0, 0]
 
 
 def first_row(tensor: Tensor) -> Tensor:
@@ -113,15 +135,40 @@ class TensorMapping:
         return self.view(tensor).reshape(self.shape)
 
 
-def tensor_mappings(model: MultimodalLM, family: str) -> dict[str, TensorMapping]:
+def published_name(family: str, name: str) -> str:
+    """Returns a tensor's name as on the hub. transformers has moved LLaVA's modules since, and a
+    folder that it wrote may have the names of any of its versions."""
+    if family != "llava":
+        return name
+    for part in ("vision_tower.", "multi_modal_projector.", "language_model."):
+        if name.startswith(f"model.{part}"):
+            name = name.removeprefix("model.")
+    if name == "lm_head.weight":
+        return "language_model.lm_head.weight"
+    first, _, rest = name.partition(".")
+    if first == "vision_tower" and not rest.startswith("vision_model."):
+        return f"{first}.vision_model.{rest}"
+    if first == "language_model" and not rest.startswith(("model.", "lm_head.")):
+        return f"{first}.model.{rest}"
+    return name
+
+
+def tensor_mappings(
+    model: MultimodalLM, family: str, file_names: Iterable[str]
+) -> dict[str, TensorMapping]:
     """Returns the mapping of every tensor of the model's state dict by its released name. A tensor
     may be released under several names.
+
+    Args:
+        file_names: of the tensors of the released folder, which may differ from the hub's (see
+            `published_name`).
 
     Raises:
         DataError: a tensor that no released model of the family has; the message begins with the
             part.
     """
     mappings = {}
+    name_in_files = {published_name(family, name): name for name in file_names}
     names_by_part = {"vision": vision_names, "connector": connector_names, "llm": llm_names}
     for part, released_names in names_by_part.items():
         prefix = PREFIXES[family][part]
@@ -140,7 +187,8 @@ def tensor_mappings(model: MultimodalLM, family: str) -> dict[str, TensorMapping
                 shape = tensor.shape if by_heads else view(tensor).shape
                 # mPLUG-Owl1's queries stand outside of its abstractor
                 full_name = released if released == "query_tokens" else prefix + released
-                mappings[full_name] = TensorMapping(f"{part}.{name}", tuple(shape), view)
+                file_name = name_in_files.get(full_name, full_name)
+                mappings[file_name] = TensorMapping(f"{part}.{name}", tuple(shape), view)
     return mappings
 
 
@@ -153,8 +201,11 @@ def vision_names(model: MultimodalLM, family: str, name: str) -> NamesAndViews:
     inside, stem, kind = split(name, r"body\.(blocks\.\d+\.)?")
     # timm's blocks.3. -> encoder.layers.3.
     layer = inside.replace("blocks", "encoder.layers")
-    if family == "owl3":
-        released = layer + SIGLIP_NAMES[stem] + kind
+    if family == "llava" and stem == "cls_token":
+        yield HF_CLIP_NAMES[stem], only_row
+    elif family in ("owl3", "llava"):
+        names = SIGLIP_NAMES if family == "owl3" else HF_CLIP_NAMES
+        released = layer + names[stem] + kind
         if stem == "attn.qkv":
             for index, letter in enumerate("qkv"):
                 yield released.format(letter), partial(third, index)
@@ -169,8 +220,13 @@ def vision_names(model: MultimodalLM, family: str, name: str) -> NamesAndViews:
 
 
 def connector_names(model: MultimodalLM, family: str, name: str) -> NamesAndViews:
-    """Yields those of the abstractor, or of mPLUG-Owl3's linear layers. Raises KeyError for an
-    unknown tensor."""
+    """Yields those of the abstractor, or of mPLUG-Owl3's and LLaVA's linear layers. Raises KeyError
+    for an unknown tensor."""
+    if family == "llava":
+        _, stem, kind = split(name, r"(layers\.)")
+        # an Identity in the place of a norm comes first, and a GELU between the two
+        yield {"1": "1", "3": "2"}[stem] + kind, identity
+        return
     if family == "owl3":
         _, stem, kind = split(name, r"(layers\.)?")
         # an MLP's first module is its norm, which none has
@@ -216,13 +272,13 @@ def split(name: str, beginning: str) -> tuple[str, str, str]:
 
 def unused_names(family: str, vision_layers: int) -> re.Pattern[str]:
     """Returns a pattern of full names that released files carry and nobody reads: rotary
-    frequencies, position ids, and of SigLIP its pooling head, last block and last norm, since
-    features are taken before them."""
+    frequencies, position ids, and of SigLIP and LLaVA's CLIP the pooling head, last block and last
+    norm, since features are taken before them."""
     kinds = [r".*rotary_emb\.inv_freq", r".*position_ids"]
-    if family == "owl3":
-        kinds.append(
-            rf"vision_model\.(head\..*|post_layernorm\..*|encoder\.layers\.{vision_layers - 1}\..*)"
-        )
+    beginnings = {"owl3": r"vision_model\.", "llava": r"(model\.)?vision_tower\.(vision_model\.)?"}
+    if family in beginnings:
+        unused = rf"head\..*|post_layernorm\..*|encoder\.layers\.{vision_layers - 1}\..*"
+        kinds.append(rf"{beginnings[family]}({unused})")
     return re.compile("|".join(kinds))
 
 
@@ -234,16 +290,19 @@ def optional_name(model: MultimodalLM, family: str) -> str | None:
     return PREFIXES[family]["llm"] + "lm_head.weight" if tied else None
 
 
-FAMILY_OF_FUSION = {Concat: "owl1", ModalityAdaptive: "owl2", HyperAttention: "owl3"}
+FUSIONS = {"owl1": Concat, "owl2": ModalityAdaptive, "owl3": HyperAttention, "llava": Concat}
 OTHER_LAYOUT = "export it in owlfuse's own layout"
 """What to do instead, in errors."""
 
 
 def family_in(model: MultimodalLM) -> str:
-    """Returns owl1, owl2 or owl3, by the model's fusion. Raises DataError for another fusion."""
+    """Returns owl1, owl2, owl3 or llava: the family that the model came from, or the first with its
+    fusion. Raises DataError for another fusion."""
     fusion_class = type(model.fusion)
-    if fusion_class not in FAMILY_OF_FUSION:
+    families = [name for name, expected in FUSIONS.items() if fusion_class is expected]
+    if not families:
         raise DataError(
             f"fusion: {fusion_class.__name__} is that of no released mPLUG-Owl; {OTHER_LAYOUT}"
         )
-    return FAMILY_OF_FUSION[fusion_class]
+    origin = model.released.family if model.released is not None else None
+    return origin if origin in families else families[0]

@@ -8,10 +8,10 @@ from typing import Any
 
 from transformers import AutoConfig
 
-from owlfuse.artifacts.released.vision import clip_node, present, siglip_node
+from owlfuse.artifacts.released.vision import clip_node, llava_node, present, siglip_node
 from owlfuse.core.errors import DataError
 
-FAMILIES = {"mplug-owl": "owl1", "mplug_owl2": "owl2", "mplugowl3": "owl3"}
+FAMILIES = {"mplug-owl": "owl1", "mplug_owl2": "owl2", "mplugowl3": "owl3", "llava": "llava"}
 
 LLM_FIELDS = (
     "vocab_size",
@@ -29,17 +29,20 @@ LLM_FIELDS = (
 )
 FAMILY_LLM_FIELDS = {
     "llama": ("attention_bias", "mlp_bias"),
+    "mistral": ("sliding_window",),
     "qwen2": ("use_sliding_window", "sliding_window", "max_window_layers"),
 }
+TEXT_FAMILIES = {"owl1": ("llama",), "llava": ("llama", "mistral", "qwen2")}
+"""The LLMs that a `text_config` may be of."""
 
 
 def family_of(folder: Path, config: dict[str, Any]) -> str:
-    """Returns owl1, owl2 or owl3. Raises DataError for another model."""
+    """Returns owl1, owl2, owl3 or llava. Raises DataError for another model."""
     model_type = config.get("model_type")
     if model_type not in FAMILIES:
         raise DataError(
             f"{folder / 'config.json'}: model_type is {model_type}, and is one of "
-            f"{', '.join(FAMILIES)} in a released mPLUG-Owl"
+            f"{', '.join(FAMILIES)} in a folder that can be imported"
         )
     return FAMILIES[model_type]
 
@@ -71,6 +74,10 @@ def nodes_of(
         queries = abstractor.get("num_learnable_queries", 64)
         connector = abstractor_node(abstractor, queries, positions=True)
         fusion = {"_target_": "owlfuse.model.fusion.modality_adaptive.ModalityAdaptive"}
+    elif family == "llava":
+        vision = llava_node(folder, config)
+        connector = {"_target_": "owlfuse.model.connectors.mlp.MLPConnector", "depth": 2}
+        fusion = {"_target_": "owlfuse.model.fusion.concat.Concat"}
     else:
         vision = siglip_node(folder, config.get("vision_config"))
         connector = vision2text_node(keys)
@@ -81,16 +88,17 @@ def nodes_of(
             "layers": layers,
             "gate": gate_of(keys),
         }
-    if family == "owl1":
+    if family in TEXT_FAMILIES:
         text = config.get("text_config") or {}
-        if text.get("model_type", "llama") != "llama":
+        text_family = text.get("model_type", "llama")
+        if text_family not in TEXT_FAMILIES[family]:
             raise DataError(
-                f"{folder / 'config.json'}: text_config.model_type is {text['model_type']}, and "
-                "mPLUG-Owl1 runs on a llama"
+                f"{folder / 'config.json'}: text_config.model_type is {text_family}, expected "
+                f"{' or '.join(TEXT_FAMILIES[family])}"
             )
     else:
-        text = config
-    llm = llm_node("qwen2" if family == "owl3" else "llama", text)
+        text, text_family = config, "qwen2" if family == "owl3" else "llama"
+    llm = llm_node(text_family, text)
     return {
         "vision": vision,
         "connector": connector,

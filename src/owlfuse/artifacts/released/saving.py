@@ -68,8 +68,18 @@ def released_tensor(model: MultimodalLM, mappings: dict[str, TensorMapping], nam
     return tensor.to(model.released.dtypes[name])
 
 
-CONNECTORS = {"owl1": (Abstractor,), "owl2": (Abstractor,), "owl3": (LinearConnector, MLPConnector)}
-LLMS = {"owl1": "llama", "owl2": "llama", "owl3": "qwen2"}
+CONNECTORS = {
+    "owl1": (Abstractor,),
+    "owl2": (Abstractor,),
+    "owl3": (LinearConnector, MLPConnector),
+    "llava": (MLPConnector,),
+}
+LLMS = {
+    "owl1": ("llama",),
+    "owl2": ("llama",),
+    "owl3": ("qwen2",),
+    "llava": ("llama", "mistral", "qwen2"),
+}
 
 
 def checked_mappings(model: MultimodalLM) -> dict[str, TensorMapping]:
@@ -95,11 +105,12 @@ def checked_mappings(model: MultimodalLM) -> dict[str, TensorMapping]:
             raise DataError(
                 f"{part}: {type(module).__name__}, and {family} has {names}; {OTHER_LAYOUT}"
             )
-    if model.llm.config.model_type != LLMS[family]:
+    if model.llm.config.model_type not in LLMS[family]:
         raise DataError(
-            f"llm: {model.llm.config.model_type}, and {family} has {LLMS[family]}; {OTHER_LAYOUT}"
+            f"llm: {model.llm.config.model_type}, and {family} has {' or '.join(LLMS[family])}; "
+            f"{OTHER_LAYOUT}"
         )
-    mappings = tensor_mappings(model, family)
+    mappings = tensor_mappings(model, family, released.shapes if released is not None else ())
     if released is None:
         raise DataError(
             f"no released {family} folder is known to write like (model.released is None): load "
@@ -144,7 +155,7 @@ def check_shapes(
 
 def part_name(name: str) -> str:
     """Returns the part that a released tensor belongs to, by its name."""
-    if "abstractor." in name:
+    if "abstractor." in name or "projector." in name:
         return "connector"
     if "vision_model." in name:
         return "vision"

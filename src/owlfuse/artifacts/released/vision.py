@@ -12,6 +12,7 @@ from timm.data import (
     OPENAI_CLIP_STD,
 )
 from torch import nn
+from transformers import CLIPVisionConfig
 
 from owlfuse.core.errors import DataError
 from owlfuse.core.files import MAX_CONFIG, read_json
@@ -75,6 +76,54 @@ def clip_node(folder: Path, fields: dict[str, Any], image_size: int) -> dict[str
         **pixels(folder, fields, OPENAI_CLIP_MEAN, OPENAI_CLIP_STD),
     }
     return backbone_node(CLIP, fields["layer_norm_eps"], kwargs)
+
+
+def llava_node(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
+    """Returns the node of the tower of LLaVA 1.5: CLIP's ViT, whose features are the patches that
+    the last block but one gives, before the final norm.
+
+    Args:
+        config: the released configuration; what its `vision_config` lacks has transformers'
+            default for `CLIPVisionConfig`.
+
+    Raises:
+        DataError: another tower, or other features of it.
+    """
+    expected = {
+        "vision_feature_layer": (-2,),
+        "vision_feature_select_strategy": ("default", "full"),
+        "projector_hidden_act": ("gelu",),
+        "multimodal_projector_bias": (True,),
+    }
+    for name, values in expected.items():
+        value = config.get(name, values[0])
+        if value not in values:
+            raise DataError(
+                f"{folder / 'config.json'}: {name} is {value}, expected "
+                f"{' or '.join(map(str, values))}"
+            )
+    fields = present(config.get("vision_config") or {})
+    tower = fields.get("model_type", "clip_vision_model")
+    if tower != "clip_vision_model":
+        raise DataError(
+            f"{folder / 'config.json'}: vision_config.model_type is {tower}, expected "
+            "clip_vision_model"
+        )
+    fields = {**CLIPVisionConfig().to_dict(), **fields}
+    if fields["hidden_act"] not in ACTIVATIONS:
+        raise DataError(
+            f"{folder / 'config.json'}: vision_config.hidden_act is {fields['hidden_act']}; known "
+            f"are {', '.join(ACTIVATIONS)}"
+        )
+    kwargs = {
+        **sizes(fields),
+        "act_layer": ACTIVATIONS[fields["hidden_act"]],
+        **pixels(folder, fields, OPENAI_CLIP_MEAN, OPENAI_CLIP_STD),
+    }
+    node = backbone_node(CLIP, fields["layer_norm_eps"], kwargs)
+    node["output"] = "penultimate"
+    node["class_token"] = config.get("vision_feature_select_strategy") == "full"
+    return node
 
 
 def siglip_node(folder: Path, fields: dict[str, Any] | None) -> dict[str, Any]:

@@ -1,0 +1,155 @@
+"""LLaVA 1.5 folders as transformers writes them, in owlfuse and back."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import (
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    MistralConfig,
+    Qwen2Config,
+)
+
+import owlfuse
+from owlfuse.__main__ import main
+from owlfuse.artifacts.released import load, reference_logits, save
+from owlfuse.core.errors import DataError
+
+IMAGE_TOKEN = 98
+SIZES = {
+    "hidden_size": 48,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 99,
+}
+LLMS = {
+    "llama": LlamaConfig(**SIZES),
+    "mistral": MistralConfig(**SIZES, sliding_window=None, head_dim=12),
+    "qwen2": Qwen2Config(**SIZES, tie_word_embeddings=True),
+}
+
+
+def write_original(folder, llm="llama", **options):
+    """A random LLaVA with numbers far from those of an initialisation."""
+    vision = CLIPVisionConfig(
+        hidden_size=32,
+        intermediate_size=80,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        image_size=42,
+        patch_size=14,
+    )
+    torch.manual_seed(0)
+    config = LlavaConfig(
+        vision_config=vision,
+        text_config=LLMS[llm],
+        image_token_id=IMAGE_TOKEN,
+        tie_word_embeddings=LLMS[llm].tie_word_embeddings,
+        **options,
+    )
+    original = LlavaForConditionalGeneration(config).eval()
+    with torch.no_grad():
+        for parameter in original.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    original.save_pretrained(folder)
+    return original
+
+
+def inputs(tokens_per_image):
+    image = [IMAGE_TOKEN] * tokens_per_image
+    rows = [[1, *image, 11, 12, 13, 14, 15], [1, 21, 22, *image, 23, 24, 25]]
+    torch.manual_seed(1)
+    return {"input_ids": torch.tensor(rows), "images": torch.randn(2, 3, 42, 42)}
+
+
+def original_logits(original, io):
+    with torch.no_grad():
+        return original(input_ids=io["input_ids"], pixel_values=io["images"]).logits
+
+
+@pytest.mark.parametrize("llm", LLMS)
+@pytest.mark.parametrize("strategy", ["default", "full"])
+def test_the_logits_are_those_of_transformers(llm, strategy, tmp_path):
+    original = write_original(tmp_path / "llava", llm, vision_feature_select_strategy=strategy)
+    model = load(tmp_path / "llava")
+    io = inputs(tokens_per_image=9 if strategy == "default" else 10)
+    expected = original_logits(original, io)
+    torch.testing.assert_close(reference_logits(model, io), expected, rtol=0, atol=1e-4)
+    blank = {**io, "images": torch.zeros_like(io["images"])}
+    assert (reference_logits(model, blank) - expected).abs().max() > 1e-2, "pictures are seen"
+
+
+SPELLINGS = {
+    "the hub's": {
+        "vision_tower.": "vision_tower.vision_model.",
+    },
+    "transformers 5": {
+        "vision_tower.": "model.vision_tower.vision_model.",
+        "multi_modal_projector.": "model.multi_modal_projector.",
+        "language_model.model.": "model.language_model.",
+        "language_model.lm_head.": "lm_head.",
+    },
+}
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS)
+def test_each_spelling_of_the_names_is_read_and_written_back(spelling, tmp_path):
+    folder = tmp_path / "llava"
+    original = write_original(folder)
+    tensors = load_file(folder / "model.safetensors")
+    renamed = {}
+    for name, tensor in tensors.items():
+        if "vision_model" in name:
+            name = name.replace("vision_model.", "")
+        for beginning, other in SPELLINGS[spelling].items():
+            if name.startswith(beginning):
+                name = other + name.removeprefix(beginning)
+                break
+        renamed[name] = tensor
+    save_file(renamed, folder / "model.safetensors", metadata={"format": "pt"})
+    model = load(folder)
+    io = inputs(tokens_per_image=9)
+    logits = reference_logits(model, io)
+    torch.testing.assert_close(logits, original_logits(original, io), rtol=0, atol=1e-4)
+    save(model, tmp_path / "back")
+    back = load_file(tmp_path / "back" / "model.safetensors")
+    assert set(back) == set(renamed)
+    for name, tensor in renamed.items():
+        assert torch.equal(back[name], tensor), name
+
+
+def test_the_command_imports_it_and_owlfuse_loads_it(tmp_path, capsys):
+    original = write_original(tmp_path / "llava")
+    assert main(["import", str(tmp_path / "llava"), str(tmp_path / "out")]) == 0
+    model = owlfuse.load(tmp_path / "out")
+    io = inputs(tokens_per_image=9)
+    expected = original_logits(original, io)
+    torch.testing.assert_close(reference_logits(model, io), expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"vision_feature_layer": -1}, "vision_feature_layer is -1, expected -2"),
+        ({"projector_hidden_act": "relu"}, "projector_hidden_act is relu, expected gelu"),
+        (
+            {"vision_config": {"model_type": "siglip_vision_model"}},
+            "vision_config.model_type is siglip_vision_model, expected clip_vision_model",
+        ),
+        ({"text_config": {"model_type": "gemma"}}, "text_config.model_type is gemma, expected"),
+    ],
+)
+def test_another_llava_is_refused_in_one_line(changes, message, tmp_path):
+    folder = tmp_path / "llava"
+    write_original(folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | changes))
+    with pytest.raises(DataError, match=message) as error:
+        load(folder)
+    assert "\n" not in str(error.value)
