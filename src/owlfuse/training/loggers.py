@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import inspect
 import io
 import json
 import os
@@ -54,7 +55,10 @@ def make_logger(
     """Returns one logger. wandb's project and MLflow's experiment are the experiment, and their run
     has the run's name, unless the configuration names them."""
     logger_class = get_class(node._target_)
-    arguments: dict[str, Any] = {"save_dir": str(folder)}
+    arguments: dict[str, Any] = {}
+    # a logger of a user's own need not write files
+    if "save_dir" in inspect.signature(logger_class).parameters:
+        arguments["save_dir"] = str(folder)
     if issubclass(logger_class, FOLDER_LOGGERS):
         if node.get("name"):
             raise ConfigError(
