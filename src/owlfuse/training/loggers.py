@@ -92,7 +92,11 @@ def service_arguments(
         arguments: dict[str, Any] = {"project": project, "name": folder.name}
         return arguments | ({"id": run_id, "resume": "allow"} if run_id else {})
     arguments = {"experiment_name": project, "run_name": folder.name}
-    if not (config.logger[key].get("tracking_uri") or os.environ.get("MLFLOW_TRACKING_URI")):
+    # Lightning reads the variable once, when it is imported
+    tracking_uri = os.environ.get("MLFLOW_TRACKING_URI")
+    if tracking_uri:
+        arguments["tracking_uri"] = tracking_uri
+    elif not config.logger[key].get("tracking_uri"):
         # of all runs together, to be compared; MLflow has given up Lightning's default, a folder
         runs = Path(config.runs).resolve()
         arguments["tracking_uri"] = f"sqlite:///{runs}/mlflow.db"
