@@ -121,12 +121,16 @@ def begin_logging(trainer: Trainer, config: DictConfig, plain: dict[str, Any]) -
     if not (loggers and trainer.is_global_zero):
         return
     keys = [str(key) for key, node in config.logger.items() if node]
+    folder = Path(trainer.default_root_dir)
+    earlier_ids = read_ids(folder)
     ids = {}
     for key, logger in zip(keys, trainer.loggers, strict=True):
         if logger in loggers:
-            logger.log_hyperparams(plain)
+            # MLflow refuses other values than those of the start, which a resume may have
+            if str(logger.version) != earlier_ids.get(key):
+                logger.log_hyperparams(plain)
             ids[key] = str(logger.version)
-    write_json(Path(trainer.default_root_dir) / IDS_FILE, ids)
+    write_json(folder / IDS_FILE, ids)
 
 
 def log_results(trainer: Trainer, metrics: dict[str, float]) -> None:
