@@ -205,6 +205,18 @@ def test_folders_beside_the_experiments_are_no_groups(tree, monkeypatch):
     assert compose(["experiment=folder/second", "seed=7"]).seed == 7
 
 
+def test_an_experiment_of_another_folder_is_not_taken(tree, monkeypatch):
+    """Hydra keeps what it is given for as long as the process lives."""
+    write(tree, {"first/experiments/part.yaml": "seed: 5\n"})
+    write(tree, {"second/experiments/user.yaml": "defaults:\n  - /experiments/part\n"})
+    monkeypatch.chdir(tree / "first")
+    assert compose(["experiment=part"]).seed == 5
+    monkeypatch.chdir(tree / "second")
+    with pytest.raises(ConfigError, match="part: no such experiment") as error:
+        compose(["experiment=user"])
+    assert "\n" not in str(error.value)
+
+
 def test_composition_does_not_depend_on_the_working_folder(tree, tmp_path_factory, monkeypatch):
     here = composed("experiment=shapes_owl3")
     monkeypatch.chdir(tmp_path_factory.mktemp("elsewhere"))

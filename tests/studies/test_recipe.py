@@ -443,7 +443,7 @@ def test_under_torchrun_every_rank_goes_through_the_same_stages_and_one_writes()
         "trainer.devices=2",
         "trainer.strategy=ddp",
     ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=180)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-2000:]
     assert (
         done.stdout.count("tiny: the stages")

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from helpers import TINY_SHAPES
+from helpers import SHORT_ANSWERS, SMALL_RUN
 from owlfuse.config.compose import compose
 from owlfuse.core.errors import ConfigError
 from owlfuse.training import train
@@ -13,19 +13,11 @@ from owlfuse.training.loggers import make_loggers, read_ids
 
 SMALL = [
     "experiment=shapes_owl1",
-    *TINY_SHAPES,
-    "data.workers=0",
-    "data.global_batch_size=4",
+    *SMALL_RUN,
+    *SHORT_ANSWERS,
     "data.validation_samples=2",
-    "model.vision.image_size=32",
-    "evaluation.max_questions=1",
-    "evaluation.max_new_tokens=1",
-    "evaluation.contact_sheet=0",
-    "evaluation.decode_tokens=0",
     "trainer.log_every_n_steps=1",
-    "checkpoint.every=1",
 ]
-CSV = "lightning.pytorch.loggers.CSVLogger"
 
 
 @pytest.fixture
@@ -46,6 +38,20 @@ def test_a_logger_of_files_writes_into_the_runs_folder_alone(folder):
     assert Path(logger.log_dir).resolve() == folder
     with pytest.raises(ConfigError, match=r"logger.csv.name: CSVLogger writes into the run's"):
         loggers_of(folder, "+logger.csv.name=mine")
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "+logger.mlflow.tracking_uri=http://example.org",
+        "+logger.mlflow={_target_: lightning.pytorch.loggers.WandbLogger, settings: {base_url: x}}",
+    ],
+)
+def test_a_run_names_no_address_of_a_service(override, folder):
+    """A stranger's run that is gone on with would send what it learns there."""
+    with pytest.raises(ConfigError, match="set MLFLOW_TRACKING_URI or WANDB_BASE_URL") as error:
+        loggers_of(folder, "logger=mlflow", override)
+    assert "\n" not in str(error.value)
 
 
 def test_a_service_whose_package_is_missing_is_one_line(folder, monkeypatch):

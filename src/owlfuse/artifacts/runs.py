@@ -218,9 +218,9 @@ def last_checkpoint(folder: Path) -> Path:
     Raises:
         ConfigError: there is none.
     """
-    found = checkpoints_of(folder / "checkpoints")
+    checkpoints = checkpoints_of(folder / "checkpoints")
     bad: list[str] = []
-    for path in found:
+    for path in checkpoints:
         wrong = find_checkpoint_error(path) or find_damage(path)
         if wrong is None:
             for line in bad:

@@ -120,8 +120,7 @@ class Composition:
     @contextmanager
     def _initialized(self) -> Iterator[None]:
         """Hydra's global state for the folders, the experiment among its configurations."""
-        if self.experiment:
-            self._store_experiment(f"{EXPERIMENTS}/{self.experiment}")
+        self._store_experiments()
         # Hydra allows one initialization a process, and a recipe composes several stages.
         GlobalHydra.instance().clear()
         with warnings.catch_warnings():
@@ -133,27 +132,29 @@ class Composition:
         with initialized:
             yield
 
-    def _store_experiment(self, path: str) -> None:
-        """Give Hydra an experiment or a recipe's stage, and the experiments of its defaults list.
+    def _store_experiments(self) -> None:
+        """Give Hydra the experiment or the recipe's stage, and the experiments of its defaults
+        list.
 
         By the ConfigStore: with the folder of `experiments/` in the search path, each folder beside
         it would be a group, and `runs=DIR` an option of the group `runs`.
         """
-        content: Any = self.folders.stage(path)
-        if content is None:
+        store = ConfigStore.instance()
+        store.repo.pop(EXPERIMENTS, None)  # those of another folder
+        paths = [f"{EXPERIMENTS}/{self.experiment}"] if self.experiment else []
+        stored: set[str] = set()
+        while paths:
+            path = paths.pop()
+            content: Any = self.folders.stage(path)
             file = self.folders.file(path)
-            if file is None:
-                return  # Hydra says so
-            content = OmegaConf.to_container(OmegaConf.load(file), resolve=False)
-        group, _, option = path.rpartition("/")
-        ConfigStore.instance().store(option, content, group, package="_global_")
-        defaults = content.get("defaults") if isinstance(content, dict) else None
-        for entry in defaults if isinstance(defaults, list) else []:
-            # `name`, `/experiments/name@package`, or `group: option`, which is no experiment
-            name = entry.partition("@")[0] if isinstance(entry, str) else ""
-            child = name[1:] if name.startswith("/") else f"{group}/{name}"
-            if child.startswith(f"{EXPERIMENTS}/") and child != path:
-                self._store_experiment(child)
+            if path in stored or file is None:  # of a file that is missing, Hydra says so
+                continue
+            if content is None:
+                content = OmegaConf.to_container(OmegaConf.load(file), resolve=False)
+            group, _, option = path.rpartition("/")
+            store.store(option, content, group, package="_global_")
+            stored.add(path)
+            paths += _listed_experiments(content, group)
 
     def _check_null_groups(self) -> None:
         for override in self.key_overrides:
@@ -340,6 +341,19 @@ def _check_options(override: Override, folders: ConfigFolders) -> None:
         if not isinstance(option, str):
             option = yaml.safe_dump(option, default_flow_style=True).split("\n")[0]
         raise no_such_option(COMMAND_LINE, override.get_key_element(), option, folders)
+
+
+def _listed_experiments(content: Any, group: str) -> list[str]:
+    """Return the paths of the experiments that a defaults list names, in its group or with a
+    slash; an entry `group: option` is no experiment."""
+    defaults = content.get("defaults") if isinstance(content, dict) else None
+    paths = []
+    for entry in defaults if isinstance(defaults, list) else []:
+        name = entry.partition("@")[0] if isinstance(entry, str) else ""
+        path = name[1:] if name.startswith("/") else f"{group}/{name}"
+        if path.startswith(f"{EXPERIMENTS}/"):
+            paths.append(path)
+    return paths
 
 
 def _search_path(folders: ConfigFolders) -> str:

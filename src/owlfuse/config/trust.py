@@ -152,7 +152,13 @@ SLOTS = (
     Slot("optim", below("owlfuse.training.optim", "AdamWCosine", "MuonCosine")),
     Slot(
         "logger.*",
-        below("lightning.pytorch.loggers", "CSVLogger", "TensorBoardLogger"),
+        below(
+            "lightning.pytorch.loggers",
+            "CSVLogger",
+            "MLFlowLogger",
+            "TensorBoardLogger",
+            "WandbLogger",
+        ),
         "lightning.pytorch.loggers.Logger",
     ),
     Slot(

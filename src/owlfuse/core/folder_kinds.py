@@ -88,8 +88,8 @@ def check_exported(folder: Path) -> Path:
     model_type = read_json(config, limit=MAX_CONFIG).get("model_type")
     if model_type != "owlfuse":
         raise DataError(
-            f"{config} is of a {model_type} model; a released mPLUG-Owl is read by `owlfuse "
-            f"import {folder} OUT`"
+            f"{config} is of a {model_type} model; a released mPLUG-Owl or LLaVA 1.5 is read by "
+            f"`owlfuse import {folder} OUT`"
         )
     return folder
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import inspect
 import io
 import json
 import os
@@ -25,6 +26,8 @@ from owlfuse.core.files import write_json
 FOLDER_LOGGERS = (CSVLogger, TensorBoardLogger)
 # The ids by which the services know a run, so that a run that goes on stays one run there.
 IDS_FILE = "logger_ids.json"
+# Arguments that name a service's address.
+ADDRESS_KEYS = ("tracking_uri", "artifact_location", "settings")
 
 
 def make_loggers(config: DictConfig, folder: Path, past: Past | None) -> list[Any]:
@@ -34,7 +37,8 @@ def make_loggers(config: DictConfig, folder: Path, past: Past | None) -> list[An
         past: what the run goes on from; metrics logged after it are dropped, since they come again.
 
     Raises:
-        ConfigError: a logger whose package is missing, or that has a folder of its own.
+        ConfigError: a logger whose package is missing, that has a folder of its own, or that names
+            the address of a service.
     """
     loggers = []
     for key, node in (config.logger or {}).items():
@@ -54,7 +58,10 @@ def make_logger(
     """Returns one logger. wandb's project and MLflow's experiment are the experiment, and their run
     has the run's name, unless the configuration names them."""
     logger_class = get_class(node._target_)
-    arguments: dict[str, Any] = {"save_dir": str(folder)}
+    arguments: dict[str, Any] = {}
+    # a logger of a user's own need not write files
+    if "save_dir" in inspect.signature(logger_class).parameters:
+        arguments["save_dir"] = str(folder)
     if issubclass(logger_class, FOLDER_LOGGERS):
         if node.get("name"):
             raise ConfigError(
@@ -67,7 +74,7 @@ def make_logger(
             arguments["purge_step"] = past.step
     elif issubclass(logger_class, WandbLogger | MLFlowLogger):
         arguments |= service_arguments(logger_class, key, config, folder, past)
-    supplied = {name: value for name, value in arguments.items() if name not in node}
+    supplied = {name: value for name, value in arguments.items() if node.get(name) is None}
     try:
         return build(node, **supplied)
     except ModuleNotFoundError as error:
@@ -80,7 +87,17 @@ def make_logger(
 def service_arguments(
     logger_class: type, key: str, config: DictConfig, folder: Path, past: Past | None
 ) -> dict[str, Any]:
-    """Returns what tells a tracking service which run this is."""
+    """Returns what tells a tracking service which run this is.
+
+    Raises ConfigError for an address: the run's file would hold it, and whoever goes on with a
+    stranger's run would send it there.
+    """
+    for name in ADDRESS_KEYS:
+        if config.logger[key].get(name) is not None:
+            raise ConfigError(
+                f"{origin_of(config, f'logger.{key}.{name}')}: logger.{key}.{name}: a run names no "
+                "address of a service; set MLFLOW_TRACKING_URI or WANDB_BASE_URL in the environment"
+            )
     # wandb takes no slash in a project's name, and a recipe's stages have one
     project = str(config.experiment).replace("/", "-")
     run_id = read_ids(folder).get(key) if past else None
@@ -88,7 +105,11 @@ def service_arguments(
         arguments: dict[str, Any] = {"project": project, "name": folder.name}
         return arguments | ({"id": run_id, "resume": "allow"} if run_id else {})
     arguments = {"experiment_name": project, "run_name": folder.name}
-    if not (config.logger[key].get("tracking_uri") or os.environ.get("MLFLOW_TRACKING_URI")):
+    # Lightning reads the variable once, when it is imported
+    tracking_uri = os.environ.get("MLFLOW_TRACKING_URI")
+    if tracking_uri:
+        arguments["tracking_uri"] = tracking_uri
+    else:
         # of all runs together, to be compared; MLflow has given up Lightning's default, a folder
         runs = Path(config.runs).resolve()
         arguments["tracking_uri"] = f"sqlite:///{runs}/mlflow.db"
@@ -113,42 +134,38 @@ def begin_logging(trainer: Trainer, config: DictConfig, plain: dict[str, Any]) -
     if not (loggers and trainer.is_global_zero):
         return
     keys = [str(key) for key, node in config.logger.items() if node]
+    folder = Path(trainer.default_root_dir)
+    earlier_ids = read_ids(folder)
     ids = {}
     for key, logger in zip(keys, trainer.loggers, strict=True):
         if logger in loggers:
-            logger.log_hyperparams(plain)
+            # MLflow refuses other values than those of the start, which a resume may have
+            if str(logger.version) != earlier_ids.get(key):
+                logger.log_hyperparams(plain)
             ids[key] = str(logger.version)
-    write_json(Path(trainer.default_root_dir) / IDS_FILE, ids)
+    write_json(folder / IDS_FILE, ids)
 
 
 def log_results(trainer: Trainer, metrics: dict[str, float]) -> None:
     """Gives the services the metrics of the evaluation; in the folder they are in results.json."""
     for logger in service_loggers(trainer):
         logger.log_metrics(metrics, step=trainer.global_step)
-        logger.save()
 
 
-class FinishLoggers:
-    """Ends the runs of wandb with a training, as a context: the next training of this process would
-    log into a run that is still open. Lightning ends those of MLflow."""
+def finish_loggers(
+    trainer: Trainer,
+    error_class: type[BaseException] | None,
+    error: BaseException | None,
+    traceback: TracebackType | None,
+) -> None:
+    """Ends the runs of wandb with a training, as failed where an error ends it: the next training
+    of this process would log into a run that is still open. Lightning ends those of MLflow.
 
-    def __init__(self) -> None:
-        self.trainer: Trainer | None = None
-
-    def __enter__(self) -> FinishLoggers:
-        return self
-
-    def __exit__(
-        self,
-        error_class: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        if self.trainer is None or not self.trainer.is_global_zero:
-            return
-        for logger in self.trainer.loggers:
-            if isinstance(logger, WandbLogger):
-                logger.experiment.finish(exit_code=0 if error_class is None else 1)
+    The arguments behind the trainer are those of a context's exit.
+    """
+    for logger in service_loggers(trainer):
+        if isinstance(logger, WandbLogger) and trainer.is_global_zero:
+            logger.experiment.finish(exit_code=0 if error_class is None else 1)
 
 
 def logged_rows(past: Past) -> list[dict[str, str]]:

@@ -2,6 +2,8 @@
 
 import logging
 import time
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +45,7 @@ from owlfuse.parallel.strategies import (
     takes_part_in_evaluation,
 )
 from owlfuse.training.callbacks import raise_if_stopped, resume_hint
-from owlfuse.training.loggers import FinishLoggers, begin_logging, log_results
+from owlfuse.training.loggers import begin_logging, finish_loggers, log_results
 from owlfuse.training.machine_checks import check_machine
 from owlfuse.training.module import MultimodalModule
 from owlfuse.training.sample_counts import SampleTotals, over_ranks
@@ -80,15 +82,13 @@ def run(config: DictConfig, data_digest: str | None = None) -> Path:
             in_use(folder, bool(config.resume)),
             disk_errors_as_data_errors(folder),
             progress_hidden(hidden),
-            FinishLoggers() as open_loggers,
+            ExitStack() as at_exit,
         ):
-            train(config, folder, data_digest, open_loggers)
+            train(config, folder, data_digest, at_exit)
     return folder
 
 
-def train(
-    config: DictConfig, folder: Path, data_digest: str | None, open_loggers: FinishLoggers
-) -> None:
+def train(config: DictConfig, folder: Path, data_digest: str | None, at_exit: ExitStack) -> None:
     """Trains and evaluates in a folder that this process holds. Raises as `run`."""
     began = time.monotonic()
     checkpoint = last_checkpoint(folder) if config.resume else None
@@ -106,7 +106,7 @@ def train(
         if past:
             data.go_on(past.step, past.positions)
         data.bind(plan.vision.preprocessing, plan.fusion.tokens_per_image)
-        trainer = open_loggers.trainer = make_trainer(config, data, folder, past)
+        trainer = make_trainer(config, data, folder, past)
         check_strategy(trainer, plan.llm, checkpoint)
         plan.check_training(isinstance(trainer.strategy, Sharded))
         if past:
@@ -148,6 +148,7 @@ def train(
     write_config(config, folder, history)
     save_tokenizer(data.tokenizer, folder)
     begin_logging(trainer, config, plain)
+    at_exit.push(partial(finish_loggers, trainer))
     fit(trainer, module, data, checkpoint, folder)
     totals = over_ranks(trainer, module.samples.totals())
     if trainer.is_global_zero:

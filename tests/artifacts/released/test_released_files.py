@@ -270,8 +270,8 @@ def test_a_truncated_pickle_is_named(tmp_path):
         (b"\xff\xfe{", "config.json: not UTF-8"),
         (b"[1, 2]", "config.json: holds a list"),
         (
-            b'{"model_type": "llava"}',
-            "model_type is llava, and is one of mplug-owl, mplug_owl2, mplugowl3",
+            b'{"model_type": "blip-2"}',
+            "model_type is blip-2, and is one of mplug-owl, mplug_owl2, mplugowl3, llava",
         ),
         (b"{}", "model_type is None"),
         (

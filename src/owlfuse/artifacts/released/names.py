@@ -42,17 +42,9 @@ SIGLIP_NAMES = {
     "mlp.fc1": "mlp.fc1",
     "mlp.fc2": "mlp.fc2",
 }
-HF_CLIP_NAMES = {
+HF_CLIP_NAMES = SIGLIP_NAMES | {
     "cls_token": "embeddings.class_embedding",
-    "pos_embed": "embeddings.position_embedding.weight",
-    "patch_embed.proj": "embeddings.patch_embedding",
     "norm_pre": "pre_layrnorm",  # so it is spelled
-    "norm1": "layer_norm1",
-    "attn.qkv": "self_attn.{}_proj",
-    "attn.proj": "self_attn.out_proj",
-    "norm2": "layer_norm2",
-    "mlp.fc1": "mlp.fc1",
-    "mlp.fc2": "mlp.fc2",
 }
 ABSTRACTOR_NAMES = {
     "query": "attention.query",
@@ -140,16 +132,15 @@ def published_name(family: str, name: str) -> str:
     folder that it wrote may have the names of any of its versions."""
     if family != "llava":
         return name
-    for part in ("vision_tower.", "multi_modal_projector.", "language_model."):
-        if name.startswith(f"model.{part}"):
-            name = name.removeprefix("model.")
+    if name.startswith(("model.vision_tower.", "model.multi_modal_projector.", "model.language_")):
+        name = name.removeprefix("model.")
     if name == "lm_head.weight":
         return "language_model.lm_head.weight"
-    first, _, rest = name.partition(".")
-    if first == "vision_tower" and not rest.startswith("vision_model."):
-        return f"{first}.vision_model.{rest}"
-    if first == "language_model" and not rest.startswith(("model.", "lm_head.")):
-        return f"{first}.model.{rest}"
+    part, _, inner_name = name.partition(".")
+    if part == "vision_tower" and not inner_name.startswith("vision_model."):
+        return f"{part}.vision_model.{inner_name}"
+    if part == "language_model" and not inner_name.startswith(("model.", "lm_head.")):
+        return f"{part}.model.{inner_name}"
     return name
 
 
