@@ -67,11 +67,13 @@ VIT = {
 LINEAR = {"_target_": "owlfuse.model.connectors.linear.LinearConnector"}
 HYPERATTENTION = "owlfuse.model.fusion.hyperattention.HyperAttention"
 GATES = ("adaptive", "static", "fused")
+MODALITY_ADAPTIVE = "owlfuse.model.fusion.modality_adaptive.ModalityAdaptive"
+CONCAT = "owlfuse.model.fusion.concat.Concat"
 
 # every fusion, and every gate of hyperattention, whatever the yamls say
 FUSIONS: dict[str, dict[str, Any]] = {
-    "concat": {"_target_": "owlfuse.model.fusion.concat.Concat"},
-    "modality_adaptive": {"_target_": "owlfuse.model.fusion.modality_adaptive.ModalityAdaptive"},
+    "concat": {"_target_": CONCAT},
+    "modality_adaptive": {"_target_": MODALITY_ADAPTIVE},
     **{
         f"hyperattention-{gate}": {"_target_": HYPERATTENTION, "layers": [0, 2], "gate": gate}
         for gate in GATES
@@ -84,6 +86,15 @@ FUSIONS: dict[str, dict[str, Any]] = {
         "mi_rope": False,
     },
 }
+VARIANTS: dict[str, dict[str, Any]] = {
+    "concat-bidirectional": {"_target_": CONCAT, "attention": "bidirectional"},
+    "modality_adaptive-all": {
+        "_target_": MODALITY_ADAPTIVE,
+        "copies": ["norms", "key", "value", "query", "output", "mlp"],
+    },
+}
+"""Fusions that differ from one above in an option: what holds for every fusion is tested with them
+too, but not in the fast suite."""
 CONNECTORS: dict[str, dict[str, Any]] = {
     "linear": LINEAR,
     "mlp": {"_target_": "owlfuse.model.connectors.mlp.MLPConnector"},
@@ -108,12 +119,13 @@ def yaml_nodes(group: str) -> dict[str, dict[str, Any]]:
 
 
 def all_fusions() -> dict[str, dict[str, Any]]:
-    """The fusions of FUSIONS and of every yaml, the layers of the latter moved into a tiny LLM."""
+    """The fusions of FUSIONS, VARIANTS and of every yaml, the layers of the latter moved into a
+    tiny LLM."""
     nodes = {f"{name}.yaml": node for name, node in yaml_nodes("fusion").items()}
     for node in nodes.values():
         if "layers" in node:
             node["layers"] = FUSIONS["hyperattention-fused"]["layers"]
-    return {**FUSIONS, **nodes}
+    return {**FUSIONS, **VARIANTS, **nodes}
 
 
 def all_connectors() -> dict[str, dict[str, Any]]:
@@ -158,7 +170,7 @@ def model_node(
     return {
         "vision": vision or VIT,
         "connector": connector or LINEAR,
-        "fusion": FUSIONS[fusion] if isinstance(fusion, str) else fusion,
+        "fusion": {**FUSIONS, **VARIANTS}[fusion] if isinstance(fusion, str) else fusion,
         "llm": {"_target_": "owlfuse.model.llm.load_llm", **source, **llm_arguments},
         "adapter": {**full, **(adapter or {})},
     }
@@ -298,7 +310,10 @@ def gradients(model: nn.Module, loss: Tensor) -> dict[str, Tensor | None]:
 
 
 def each(nodes: dict[str, Any]) -> pytest.MarkDecorator:
-    """`@each(nodes)` runs a test for every node, under its name, as its argument `node`."""
-    return pytest.mark.parametrize(
-        "node", [pytest.param(node, id=name) for name, node in nodes.items()]
-    )
+    """`@each(nodes)` runs a test for every node, under its name, as its argument `node`; with those
+    of VARIANTS it is slow."""
+    parameters = []
+    for name, node in nodes.items():
+        marks = [pytest.mark.slow] if name in VARIANTS else []
+        parameters.append(pytest.param(node, id=name, marks=marks))
+    return pytest.mark.parametrize("node", parameters)

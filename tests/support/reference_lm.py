@@ -37,6 +37,7 @@ class ReferenceLM:
         layers: of hyperattention.
         mi_rope: of hyperattention: an image's keys are turned by the position of its placeholder,
             else not at all.
+        bidirectional: of `concat`: an image's tokens see each other, whatever the window.
     """
 
     def __init__(
@@ -46,8 +47,11 @@ class ReferenceLM:
         fusion: str,
         layers: tuple[int, ...] = (),
         mi_rope: bool = True,
+        bidirectional: bool = False,
     ) -> None:
         self.weights = weights
+        self.bidirectional = bidirectional
+        self.images: list[range] = []
         self.shape = shape
         self.fusion = fusion
         self.hyper_layers = layers
@@ -62,6 +66,7 @@ class ReferenceLM:
         """(T, V). `images` are (Q, D), and `starts` the index of each one's first placeholder."""
         hidden = [self.weights["model.embed_tokens.weight"][token] for token in ids]
         spliced = self.fusion in ("concat", "modality_adaptive")
+        self.images = [range(start, start + len(image)) for image, start in zip(images, starts)]
         if spliced:
             for image, start in zip(images, starts):
                 for q in range(len(image)):
@@ -88,7 +93,9 @@ class ReferenceLM:
         for t, (x, v) in enumerate(zip(normed, visual)):
             attention = f"{path}.self_attn"
             query.append(
-                self.rotated_heads(self.project(f"{attention}.q_proj", x), t, f"{attention}.q_norm")
+                self.rotated_heads(
+                    self.project_by(f"{attention}.q_proj", x, v), t, f"{attention}.q_norm"
+                )
             )
             key.append(
                 self.rotated_heads(
@@ -101,19 +108,23 @@ class ReferenceLM:
         out = []
         for t in range(len(hidden)):
             attended = self.attend(layer, t, query[t], key, value, image_key, image_value, starts)
-            x = hidden[t] + self.project(f"{path}.self_attn.o_proj", attended)
+            x = hidden[t] + self.project_by(f"{path}.self_attn.o_proj", attended, visual[t])
             mlp_in = self.norm_by_name(f"{path}.post_attention_layernorm", x, visual[t])
-            gate = self.project(f"{path}.mlp.gate_proj", mlp_in)
-            up = self.project(f"{path}.mlp.up_proj", mlp_in)
-            out.append(
-                x + self.project(f"{path}.mlp.down_proj", gate / (1 + torch.exp(-gate)) * up)
-            )
+            mlp = f"{path}.mlp"
+            if f"{mlp}.text.up_proj.weight" in self.weights:
+                mlp += ".vision" if visual[t] else ".text"
+            gate = self.project(f"{mlp}.gate_proj", mlp_in)
+            up = self.project(f"{mlp}.up_proj", mlp_in)
+            out.append(x + self.project(f"{mlp}.down_proj", gate / (1 + torch.exp(-gate)) * up))
         return out
 
     def attend(self, layer, t, query, key, value, image_key, image_value, starts) -> Tensor:
         """What token t gathers, its heads side by side, before the output projection."""
         window = (self.shape.windows or {}).get(layer, t + 1)
-        seen = range(max(0, t + 1 - window), t + 1)
+        seen = set(range(max(0, t + 1 - window), t + 1))
+        if self.bidirectional:
+            seen.update(*(image for image in self.images if t in image))
+        seen = sorted(seen)
         images = [i for i in range(len(image_key)) if starts[i] <= t]
         text, cross, joint = [], [], []
         for h in range(self.shape.heads):
@@ -201,15 +212,17 @@ class ReferenceLM:
         return x / torch.sqrt((x * x).mean() + self.shape.eps) * weight
 
     def norm_by_name(self, name: str, x: Tensor, visual: bool) -> Tensor:
-        return self.norm(x, self.weights[f"{name}{self.copy(visual)}.weight"])
+        return self.norm(x, self.weights[f"{name}{self.copy(name, visual)}.weight"])
 
     def project(self, name: str, x: Tensor) -> Tensor:
         out = self.weights[f"{name}.weight"] @ x
         return out + self.weights[f"{name}.bias"] if f"{name}.bias" in self.weights else out
 
     def project_by(self, name: str, x: Tensor, visual: bool) -> Tensor:
-        return self.project(f"{name}{self.copy(visual)}", x)
+        return self.project(f"{name}{self.copy(name, visual)}", x)
 
-    def copy(self, visual: bool) -> str:
-        """Which copy of a module a token passes, by its modality."""
-        return (".vision" if visual else ".text") if self.fusion == "modality_adaptive" else ""
+    def copy(self, name: str, visual: bool) -> str:
+        """Which copy of a module a token passes, by its modality; none where it has no copies."""
+        if f"{name}.text.weight" not in self.weights:
+            return ""
+        return ".vision" if visual else ".text"

@@ -273,8 +273,8 @@ def linear_layers(module: nn.Module, path: tuple[str, ...] = ()) -> list[tuple[s
     """Returns the linear layers below a module, LoRA's around them counted as one, with the last
     two parts of their paths; a copy by modality has the name of the layer that it copies."""
     if isinstance(module, nn.Linear | LoraLayer):
-        # `k_proj.vision` has the role of `k_proj`
-        layer_path = path[:-1] if path[-1] in ("text", "vision") else path
+        # `k_proj.vision` has the role of `k_proj`, `mlp.vision.up_proj` that of `mlp.up_proj`
+        layer_path = [name for name in path if name not in ("text", "vision")]
         return [(".".join(layer_path[-2:]), module)]
     layers = []
     for name, child in module.named_children():

@@ -7,6 +7,7 @@ import torch
 from helpers import (
     FUSIONS,
     ROWS,
+    VARIANTS,
     each,
     expand,
     fused_llm,
@@ -52,7 +53,9 @@ def reference_of(model, node, fields):
         "concat" if node["_target_"].endswith("Concat") else "modality_adaptive"
     )
     layers, mi_rope = tuple(node.get("layers", ())), node.get("mi_rope", True)
-    return ReferenceLM(dict(model.llm.named_parameters()), shape_of(fields), kind, layers, mi_rope)
+    weights = dict(model.llm.named_parameters())
+    bidirectional = node.get("attention") == "bidirectional"
+    return ReferenceLM(weights, shape_of(fields), kind, layers, mi_rope, bidirectional)
 
 
 def reference_rows(reference, batch, tokens, per_image):
@@ -66,7 +69,7 @@ def reference_rows(reference, batch, tokens, per_image):
     return out
 
 
-@each(FUSIONS)
+@each({**FUSIONS, **VARIANTS})
 @pytest.mark.parametrize("llm", LLMS)
 def test_logits_and_gradients_are_those_of_the_loops(node, llm):
     fields = LLMS[llm]
