@@ -18,7 +18,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from owlfuse.core.types import Batch, VisualTokens
 from owlfuse.model.fusion.base import AttentionCall, Fusion, attention_weights, text_mask
-from owlfuse.model.llm import KeyPath, decoder_layers, rotary, width
+from owlfuse.model.layouts import decoder_layers
+from owlfuse.model.llm import KeyPath, rotary, width
 from owlfuse.model.llm_probe import key_paths
 
 Gate = Literal["adaptive", "static", "fused", "none"]
@@ -46,6 +47,13 @@ class HyperAttention(Fusion):
     """
 
     tokens_per_image = 1
+    needs: ClassVar = (
+        "inputs_embeds",
+        "layers",
+        "attention",
+        "separate_keys_values",
+        "registry_attention",
+    )
     tensor_roles: ClassVar = {"visual.kv_proj": "columns", "visual.gate_proj": "gathered"}
 
     def __init__(

@@ -6,7 +6,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from owlfuse.core.types import Batch, VisualTokens
 from owlfuse.model.fusion.base import Fusion, splice
-from owlfuse.model.llm import KEY_VALUE, NORMS, decoder_layers
+from owlfuse.model.layouts import decoder_layers, norms_of, projection_of, split_fused
 
 
 class ModalityAdaptive(Fusion):
@@ -27,6 +27,8 @@ class ModalityAdaptive(Fusion):
     multiplied by the projections of its own modality alone; where it does not, every token by both.
     """
 
+    needs: ClassVar = ("inputs_embeds", "layers", "attention", "norms", "separate_keys_values")
+
     def __init__(self, connector_tokens: int) -> None:
         super().__init__()
         self.tokens_per_image = connector_tokens
@@ -35,11 +37,14 @@ class ModalityAdaptive(Fusion):
         """Replaces each norm and each key and value projection by a `ByModality`."""
         layer: Any
         for layer in decoder_layers(llm):
-            for name in NORMS:
-                setattr(layer, name, ByModality(getattr(layer, name)))
-            for name in KEY_VALUE:
-                projection = getattr(layer.self_attn, name)
-                setattr(layer.self_attn, name, ProjectionByModality(projection))
+            split_fused(llm, layer)
+            for norm in norms_of(llm, layer):
+                norm.put(ByModality(norm.module))
+            for projection in (
+                projection_of(llm, layer, "key"),
+                projection_of(llm, layer, "value"),
+            ):
+                projection.put(ProjectionByModality(projection.module))
             layer.register_forward_pre_hook(set_modality_hook, with_kwargs=True)
 
     def owned(self, llm: PreTrainedModel) -> list[nn.Module]:
@@ -175,10 +180,9 @@ def set_modality_hook(layer: Any, args: tuple, kwargs: dict[str, Any]) -> None:
 
 def set_modality(layer: Any, modality: Modality | None) -> None:
     """Sets the indicator for the layer's next forward."""
-    for module in (layer, layer.self_attn):
-        for child in module.children():
-            if isinstance(child, ByModality):
-                child.modality = modality
+    for module in layer.modules():
+        if isinstance(module, ByModality):
+            module.modality = modality
 
 
 class CheckpointByModality:
