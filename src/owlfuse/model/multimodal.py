@@ -25,12 +25,12 @@ from owlfuse.model.adapters import PARTS, Part, PartSummary, apply_adapters
 from owlfuse.model.connectors.base import Connector
 from owlfuse.model.fusion.base import Fusion, fused_output
 from owlfuse.model.fusion.probe import check_fusion
+from owlfuse.model.layouts import decoder_layers
 from owlfuse.model.llm import (
     PER_HEAD_NORMS,
     TENSOR_ROLES,
     balancing_coefficient,
     balancing_loss,
-    decoder_layers,
     width,
 )
 from owlfuse.model.llm_probe import check_packing

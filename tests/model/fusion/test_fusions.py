@@ -30,7 +30,8 @@ from helpers import (
     visual_tokens,
 )
 from owlfuse.model.fusion.hyperattention import VisualAttention
-from owlfuse.model.llm import decoder_layers, load_llm
+from owlfuse.model.layouts import decoder_layers
+from owlfuse.model.llm import load_llm
 from owlfuse.model.multimodal import make_part
 
 TOKENS = 3

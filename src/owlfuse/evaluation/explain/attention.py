@@ -24,7 +24,7 @@ from owlfuse.data.media.images import to_rgb
 from owlfuse.data.media.tiles import best_grid
 from owlfuse.evaluation.explain.capture import AttentionCapture, capture_attention
 from owlfuse.evaluation.explain.overlays import side_by_side
-from owlfuse.model.llm import decoder_layers
+from owlfuse.model.layouts import decoder_layers
 from owlfuse.model.multimodal import MultimodalLM
 from owlfuse.model.vision.base import Backbone
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from owlfuse.core.types import Batch, VisualTokens
+from owlfuse.model.layouts import Need
 from owlfuse.model.llm import cache_argument, logits_at, mask_argument
 
 
@@ -26,6 +27,9 @@ class Fusion(nn.Module):
     """
 
     tokens_per_image: int
+    needs: tuple[Need, ...] = ("inputs_embeds",)
+    """What the fusion needs of the LLM, of each of the `visual_attention_layers` where it is about
+    layers; checked before it is attached."""
     tensor_roles: ClassVar[dict[str, str]] = {}
     """As `owlfuse.model.llm.TENSOR_ROLES`, of the projections that `attach` adds; `gathered`: the
     input is split by heads, and gathered first."""

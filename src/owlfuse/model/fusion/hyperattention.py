@@ -26,7 +26,8 @@ from owlfuse.model.fusion.base import (
     text_mask,
     visible_images,
 )
-from owlfuse.model.llm import KeyPath, decoder_layers, rotary, width
+from owlfuse.model.layouts import decoder_layers
+from owlfuse.model.llm import KeyPath, rotary, width
 from owlfuse.model.llm_probe import key_paths
 
 Gate = Literal["adaptive", "static", "fused", "none"]
@@ -54,6 +55,13 @@ class HyperAttention(Fusion):
     """
 
     tokens_per_image = 1
+    needs = (
+        "inputs_embeds",
+        "layers",
+        "attention",
+        "separate_keys_values",
+        "registry_attention",
+    )
     tensor_roles: ClassVar = {"visual.kv_proj": "columns", "visual.gate_proj": "gathered"}
 
     def __init__(

@@ -9,16 +9,30 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from owlfuse.core.types import Batch, VisualTokens
 from owlfuse.model.fusion.base import Fusion, splice
 from owlfuse.model.fusion.layer_state import ARGUMENT, LayerState
-from owlfuse.model.llm import NORMS, decoder_layers, has_module
+from owlfuse.model.layouts import (
+    Need,
+    decoder_layers,
+    mlp_of,
+    norms_of,
+    projection_of,
+    split_fused,
+)
 
 Copy = Literal["norms", "key", "value", "query", "output", "mlp"]
 DEFAULT_COPIES: tuple[Copy, ...] = ("norms", "key", "value")
-PROJECTIONS = {"key": "k_proj", "value": "v_proj", "query": "q_proj", "output": "o_proj"}
-"""Names of the projections in a layer's attention."""
+NEEDS: dict[Copy, tuple[Need, ...]] = {
+    "norms": ("norms",),
+    "key": ("attention", "separate_keys_values"),
+    "value": ("attention", "separate_keys_values"),
+    "query": ("attention", "separate_keys_values"),
+    "output": ("attention",),
+    "mlp": ("mlp",),
+}
 
 
 class ModalityAdaptive(Fusion):
@@ -49,28 +63,34 @@ class ModalityAdaptive(Fusion):
             raise ValueError(f"copies {self.copies}: give at least one, and each once")
         if unknown := sorted(set(self.copies) - set(get_args(Copy))):
             raise ValueError(f"copies {unknown} are unknown; there are {', '.join(get_args(Copy))}")
+        needs: list[Need] = ["inputs_embeds", "layers"]
+        for name in self.copies:
+            needs += NEEDS[name]
+        self.needs = tuple(dict.fromkeys(needs))
         self.state: LayerState[Modality] = LayerState()
 
     def attach(self, llm: PreTrainedModel) -> None:
         """Replaces each of the modules that have copies by a `ByModality`."""
         layers = decoder_layers(llm)
         for layer in layers:
+            if needs_split(self.copies):
+                split_fused(llm, layer)
             for name in self.copies:
                 self.copy_modules(llm, layer, name)
         self.state.attach(llm, layers)
 
-    def copy_modules(self, llm: PreTrainedModel, layer: Any, name: Copy) -> None:
+    def copy_modules(self, llm: PreTrainedModel, layer: nn.Module, name: Copy) -> None:
         """Replaces the modules of a layer that one of `copies` names."""
         if name == "norms":
-            for norm in NORMS:
-                setattr(layer, norm, ByModality(getattr(layer, norm), self.state))
+            for norm in norms_of(llm, layer):
+                norm.put(ByModality(norm.module, self.state))
         elif name == "mlp":
-            check_mlp(llm, layer)
-            layer.mlp = ProjectionByModality(layer.mlp, self.state)
+            mlp = mlp_of(llm, layer)
+            check_mlp(llm, mlp.module)
+            mlp.put(ProjectionByModality(mlp.module, self.state))
         else:
-            projection = PROJECTIONS[name]
-            module = getattr(layer.self_attn, projection)
-            setattr(layer.self_attn, projection, ProjectionByModality(module, self.state))
+            projection = projection_of(llm, layer, name)
+            projection.put(ProjectionByModality(projection.module, self.state))
 
     def owned(self, llm: PreTrainedModel) -> list[nn.Module]:
         """Returns the visual copies."""
@@ -89,17 +109,22 @@ class ModalityAdaptive(Fusion):
         return splice(embeddings, visual, batch), {ARGUMENT: Modality.of(batch)}
 
 
-def check_mlp(llm: PreTrainedModel, layer: Any) -> None:
-    """Raises ValueError for a layer whose MLP has weights other than those of linear layers, as a
-    mixture of experts has, whose router would see a part of the tokens."""
+def needs_split(copies: list[Copy]) -> bool:
+    """Returns whether a fused projection to queries, keys and values has to become three."""
+    return any("separate_keys_values" in NEEDS[name] for name in copies)
+
+
+def check_mlp(llm: PreTrainedModel, mlp: nn.Module) -> None:
+    """Raises ValueError for an MLP with weights other than those of linear layers, as a mixture of
+    experts has, whose router would see a part of the tokens."""
     linear = set()
-    for module in layer.mlp.modules() if has_module(layer, "mlp") else ():
-        if isinstance(module, nn.Linear):
+    for module in mlp.modules():
+        if isinstance(module, nn.Linear | Conv1D):
             linear.update(id(parameter) for parameter in module.parameters())
-    if not linear or linear != {id(parameter) for parameter in layer.mlp.parameters()}:
+    if not linear or linear != {id(parameter) for parameter in mlp.parameters()}:
         raise ValueError(
-            f"copies: mlp: the layers of {type(llm).__name__} have no mlp of linear layers alone; "
-            "leave mlp out, or choose another LLM"
+            f"copies: mlp: {type(mlp).__name__} of {type(llm).__name__} is no MLP of linear layers "
+            "alone; leave mlp out, or choose another LLM"
         )
 
 

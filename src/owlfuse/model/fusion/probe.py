@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from owlfuse.core.types import Batch, VisualTokens, image_starts
 from owlfuse.model.fusion.base import Fusion, fused_logits
+from owlfuse.model.layouts import check_needs, decoder_layers
 from owlfuse.model.llm import FAILURES, first_line, width
 from owlfuse.model.llm_probe import configuration_key, plain_cpu, randomize, same, tiny_copy
 
@@ -35,6 +36,13 @@ def check_fusion(fusion: Fusion, llm: PreTrainedModel) -> None:
     Raises:
         ValueError: one of these does not hold for the LLM's class.
     """
+    count = len(decoder_layers(llm))
+    layer_indices = []
+    for index in fusion.visual_attention_layers(count):
+        # `attach` refuses layers that the LLM does not have
+        if 0 <= index < count:
+            layer_indices.append(index)
+    check_needs(llm, fusion.needs, type(fusion).__name__, layer_indices)
     arguments = {name: value for name, value in vars(fusion).items() if not name.startswith("_")}
     # all that a result depends on
     key = type(fusion), repr(fusion), repr(arguments), *configuration_key(llm)
