@@ -19,6 +19,7 @@ from helpers import (
     make_batch,
     model_node,
     policy,
+    yaml_nodes,
 )
 from owlfuse.data.chat.encoder import ChatEncoder
 from owlfuse.data.chat.tokenizer import use_template
@@ -75,6 +76,8 @@ PARTS = {
     "vit_in_chunks": ({"vision": {**VIT, "chunk": 2}}, "vision"),
     "convnext": ({"vision": CONVNEXT}, "vision"),
     "abstractor": ({"connector": ABSTRACTOR}, "connector"),
+    "resampler": ({"connector": yaml_nodes("connector")["resampler"]}, "connector"),
+    "qformer": ({"connector": yaml_nodes("connector")["qformer"]}, "connector"),
 }
 
 

@@ -13,6 +13,10 @@ from owlfuse.artifacts.released.loading import load
 from owlfuse.model.connectors.abstractor import Abstractor, SwiGLU
 from owlfuse.model.connectors.linear import LinearConnector
 from owlfuse.model.connectors.mlp import MLPConnector
+from owlfuse.model.connectors.pixel_shuffle import PixelShuffleConnector
+from owlfuse.model.connectors.pool import PoolConnector
+from owlfuse.model.connectors.qformer import QFormer
+from owlfuse.model.connectors.resampler import Resampler
 from owlfuse.model.multimodal import make_part
 from owlfuse.model.positions import sincos_1d, sincos_2d, sincos_2d_spread
 
@@ -27,11 +31,36 @@ def connector_of(node, in_width=64, out_width=24, patches=16, grid=(4, 4)):
     return make_part("connector", {"connector": node}, **supplied)
 
 
+def fits(node, grid):
+    """Whether a connector that joins patches takes a grid; the others take every one."""
+    rows, columns = grid
+    if "factor" in node:
+        return rows % node["factor"] == 0 and columns % node["factor"] == 0
+    return "size" not in node or (rows >= node["size"] and columns >= node["size"])
+
+
 @each(all_connectors())
 @pytest.mark.parametrize(("patches", "grid"), SHAPES)
 def test_tokens_is_the_number_that_comes_out(node, patches, grid):
+    if not fits(node, grid):
+        with pytest.raises(ValueError, match=rf"grid of {grid[0]} x {grid[1]} patches"):
+            connector_of(node, patches=patches, grid=grid)
+        return
     connector = connector_of(node, patches=patches, grid=grid)
     assert connector(torch.randn(2, patches, 64)).shape == (2, connector.tokens, 24)
+
+
+@each(all_connectors())
+@torch.no_grad()
+def test_at_another_grid_it_is_the_one_that_is_built_there_with_its_weights(node):
+    connector = connector_of(node)
+    connector.set_grid(25, (4, 6))
+    fresh = connector_of(node, patches=25, grid=(4, 6))
+    tables = {name: table for name, table in fresh.state_dict().items() if "positions" in name}
+    fresh.load_state_dict({**connector.state_dict(), **tables})
+    features = torch.randn(2, 25, 64)
+    assert connector.tokens == fresh.tokens
+    assert torch.equal(connector(features), fresh(features))
 
 
 @each(all_connectors())
@@ -105,6 +134,113 @@ def test_mlp_has_gelu_between_its_layers_and_none_after(depth):
 def test_an_mlp_without_layers_is_an_error(depth):
     with pytest.raises(ValueError, match=f"depth is {depth}"):
         MLPConnector(8, 5, 3, (1, 3), depth=depth)
+
+
+# Connectors that join neighbouring patches
+
+
+@pytest.mark.parametrize(("factor", "grid"), [(2, (4, 6)), (3, (3, 6)), (1, (2, 3))])
+def test_pixel_shuffle_puts_the_patches_of_a_cell_side_by_side_row_by_row(factor, grid):
+    rows, columns = grid
+    arguments = {"factor": factor, "depth": 1, "norm": False}
+    connector = PixelShuffleConnector(5, 7, rows * columns + 2, grid, **arguments)
+    features = torch.randn(2, rows * columns + 2, 5)
+    tokens = connector(features)
+    linear = connector.layers[1]
+    patches = features[:, 2:].unflatten(1, grid)
+    for row in range(rows // factor):
+        for column in range(columns // factor):
+            cell = []
+            for i in range(factor):
+                for j in range(factor):
+                    cell.append(patches[:, row * factor + i, column * factor + j])
+            expected = torch.cat(cell, dim=1) @ linear.weight.T + linear.bias
+            got = tokens[:, row * (columns // factor) + column]
+            torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("grid", "size"), [((4, 6), [2, 3]), ((5, 7), 3), ((3, 4), [3, 1])])
+@pytest.mark.parametrize("pool", ["before", "after"])
+@torch.no_grad()
+def test_pool_is_the_mean_of_the_patches_under_each_cell(grid, size, pool):
+    rows, columns = grid
+    connector = PoolConnector(5, 7, rows * columns + 1, grid, size=size, pool=pool)
+    high, wide = [size, size] if isinstance(size, int) else size
+    features = torch.randn(2, rows * columns + 1, 5)
+    inputs = features if pool == "before" else connector.layers(features)
+    patches = inputs[:, 1:].unflatten(1, grid)
+    tokens = []
+    for k in range(high):
+        for m in range(wide):
+            top, bottom = rows * k // high, math.ceil(rows * (k + 1) / high)
+            left, right = columns * m // wide, math.ceil(columns * (m + 1) / wide)
+            tokens.append(patches[:, top:bottom, left:right].mean((1, 2)))
+    expected = torch.stack(tokens, dim=1)
+    if pool == "before":
+        expected = connector.layers(expected)
+    torch.testing.assert_close(connector(features), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("node", ["pixel_shuffle", "pool"])
+@torch.no_grad()
+def test_shares_of_patches_are_those_by_which_a_linear_connector_mixes_them(node):
+    if node == "pool":
+        connector = PoolConnector(5, 7, 36, (5, 7), size=3, norm="none", depth=1)
+        weight = connector.layers[1].weight
+    else:
+        connector = PixelShuffleConnector(5, 7, 25, (4, 6), norm=False, depth=1)
+        weight = torch.randn(7, 5)
+        connector.layers[1].weight.copy_(weight.repeat(1, 4) / 4)
+    features = torch.randn(2, 36 if node == "pool" else 25, 5)
+    expected = connector.patch_shares(features) @ features @ weight.T + connector.layers[1].bias
+    torch.testing.assert_close(connector(features), expected, rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_shares_of_patches_in_one_layer_are_its_attention_without_that_to_the_queries():
+    features = torch.randn(1, 6, 5)
+    resampler = Resampler(5, 8, 6, (2, 3), queries=3, layers=1, heads=4, kv_heads=2, head_dim=3)
+    layer, image = resampler.layers[0], resampler.projection(features)
+    keys = layer.key(
+        torch.cat([layer.image_norm(image), layer.latents_norm(resampler.latents[None])], 1)
+    )
+    queries = layer.query(layer.latents_norm(resampler.latents))
+    expected = torch.zeros(3, 6)
+    for h in range(4):
+        query, key = queries[:, h * 3 : h * 3 + 3], keys[0, :, h // 2 * 3 : h // 2 * 3 + 3]
+        expected += torch.softmax(query @ key.T / math.sqrt(3), dim=1)[:, :6] / 4
+    expected /= expected.sum(1, keepdim=True)
+    torch.testing.assert_close(resampler.patch_shares(features)[0], expected, rtol=1e-4, atol=1e-5)
+
+    qformer = QFormer(5, 8, 6, (2, 3), queries=3, layers=1, heads=2, width=4)
+    layer, states = qformer.layers[0], qformer.query_norm(qformer.queries)
+    layer = layer.cross_attention
+    states = qformer.layers[0].self_attention(states, states)[0]
+    expected = torch.zeros(3, 6)
+    for h in range(2):
+        query = layer.query(states)[:, h * 2 : h * 2 + 2]
+        key = layer.key(features[0])[:, h * 2 : h * 2 + 2]
+        expected += torch.softmax(query @ key.T / math.sqrt(2), dim=1) / 2
+    torch.testing.assert_close(qformer.patch_shares(features)[0], expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("connector", "arguments", "message"),
+    [
+        (PixelShuffleConnector, {"factor": 3}, "factor is 3.*grid of 4 x 4 patches"),
+        (PixelShuffleConnector, {"factor": 0}, r"factor \(0\)"),
+        (PoolConnector, {"size": 5}, "size is 5 x 5.*grid of 4 x 4 patches"),
+        (PoolConnector, {"size": [0, 2]}, r"size \(0 x 2\)"),
+        (Resampler, {"heads": 4, "kv_heads": 3}, "kv_heads is 3.*the 4 heads"),
+        (Resampler, {"layers": 0}, r"layers \(0\)"),
+        (QFormer, {"heads": 5, "width": 8}, "heads is 5.*width of 8"),
+        (QFormer, {"cross_every": 0}, r"cross_every \(0\)"),
+    ],
+)
+def test_what_does_not_fit_is_refused_on_the_meta_device_in_one_line(connector, arguments, message):
+    with torch.device("meta"), pytest.raises(ValueError, match=message) as error:
+        connector(16, 8, 16, (4, 4), **arguments)
+    assert "\n" not in str(error.value)
 
 
 # The abstractor

@@ -1,5 +1,5 @@
-"""N images, P patches (class token included where asked), Dv vision width, H and W the picture's
-size in pixels."""
+"""N images, P patches (class token included where asked), Dv vision width, L levels beside the last
+one, H and W the picture's size in pixels."""
 
 from __future__ import annotations
 
@@ -35,7 +35,8 @@ LISTS = (nn.ModuleList, nn.Sequential)
 
 
 class TimmBackbone(Backbone):
-    """Any timm model as a feature extractor: pixels (N, 3, H, W) -> features (N, P, Dv).
+    """Any timm model as a feature extractor: pixels (N, 3, H, W) -> features (N, P, Dv), or with
+    separate levels (N, 1 + L, P, Dv).
 
     Width, token count, grid and preprocessing are read from the model. What the features do not use
     (classifier, pooling, the blocks after `penultimate`) is taken out, so that every parameter left
@@ -49,6 +50,12 @@ class TimmBackbone(Backbone):
         output: `last`: what `forward_features` gives, after the last norm where the model has one
             there; `penultimate`: the last block but one, without the final norm, as mPLUG-Owl3
             reads SigLIP. For a hierarchical model a block is a stage.
+        levels: further blocks whose outputs are features, too, counted from 0, or with negative
+            numbers from the end. They are always before the model's final norm, and come from
+            shallow to deep, whatever their order here.
+        join: `channel`: the features of `output` and then those of the levels side by side, Dv
+            being the sum of their widths (as of ViP-LLaVA, arXiv 2312.00784); `separate`:
+            each by itself, for the fusion `deepstack`.
         class_token: keep the class (and register) tokens, first in the sequence, where the model
             has them.
         positions: add a fixed sin-cos table of the patches' places to the features: for
@@ -69,8 +76,9 @@ class TimmBackbone(Backbone):
             backward pass.
 
     Raises:
-        ValueError: an unknown name, a model whose features are no single map, a chunk below 1, or
-            checkpointing of a model that has batch norms or does not support it.
+        ValueError: an unknown name, a model whose features are no single map, a level that is not
+            there or has another grid than the output, a chunk below 1, or checkpointing of a model
+            that has batch norms or does not support it.
     """
 
     COMPUTE_ONLY: ClassVar = ("chunk", "gradient_checkpointing")
@@ -92,6 +100,8 @@ class TimmBackbone(Backbone):
         chunk: int | None = None,
         gradient_checkpointing: bool = False,
         weights: str | None = None,
+        levels: list[int] | None = None,
+        join: Literal["channel", "separate"] = "channel",
     ) -> None:
         super().__init__()
         if chunk is not None and chunk < 1:
@@ -110,6 +120,8 @@ class TimmBackbone(Backbone):
             raise ValueError(
                 f"timm's {name} gives no block's output but the last; choose output: last"
             )
+        self.levels = self.resolve_levels(name, levels) if levels else []
+        self.extra_levels = len(self.levels) if join == "separate" else 0
         # measured, since timm states them for few models and not for other sizes
         self.patches, self.width, self.grid = self.measure()
         self.check_tokens(name)
@@ -117,7 +129,8 @@ class TimmBackbone(Backbone):
             raise ValueError(
                 f"positions need a width divisible by 4, and that of {name} is {self.width}"
             )
-        self.norm = nn.BatchNorm1d(self.width) if norm else None
+        # each level has statistics of its own
+        self.norm = nn.BatchNorm1d(self.width * (1 + self.extra_levels)) if norm else None
         self.positions: Tensor | None
         self.register_buffer("positions", self.table() if positions else None, persistent=False)
         allow_single_values(self)
@@ -173,8 +186,35 @@ class TimmBackbone(Backbone):
         if self.positions is not None:
             self.positions = self.table().to(self.positions)
 
+    def resolve_levels(self, name: str, levels: list[int]) -> list[int]:
+        """Returns the levels as numbers from 0, from shallow to deep.
+
+        Raises:
+            ValueError: one that the model does not have, the one of `output`, or one twice.
+        """
+        if not hasattr(self.body, "forward_intermediates"):
+            raise ValueError(
+                f"timm's {name} gives no block's output but the last; set levels: null"
+            )
+        probe: Any = copy.deepcopy(self.body).to("meta")
+        pixels = torch.zeros(1, 3, *self.preprocessing.size, device="meta")
+        with torch.no_grad():
+            count = len(probe.forward_intermediates(pixels, intermediates_only=True))
+        last = count - 1 if self.output == "last" else count - 2
+        resolved = sorted(level + count if level < 0 else level for level in levels)
+        if resolved[0] < 0 or resolved[-1] >= last:
+            raise ValueError(
+                f"levels are {levels}, and timm's {name} has blocks 0 to {count - 1}, of which "
+                f"output: {self.output} gives {last}; choose numbers below that, or from {-count} "
+                f"to {last - count - 1}"
+            )
+        if len(set(resolved)) < len(resolved):
+            raise ValueError(f"levels are {levels}, which name a block twice; leave one out")
+        return resolved
+
     def forward(self, pixels: Tensor) -> Tensor:
-        """Returns the features (N, P, Dv) of pixels (N, 3, H, W)."""
+        """Returns the features (N, P, Dv) of pixels (N, 3, H, W); (N, 1 + L, P, Dv) with separate
+        levels."""
         if self.can_chunk(len(pixels)):
             features = self.chunked_features(pixels)
         else:
@@ -182,6 +222,8 @@ class TimmBackbone(Backbone):
         if self.norm is not None:
             # a batch norm is over the second dimension
             features = self.norm(features.transpose(1, 2)).transpose(1, 2)
+        if self.extra_levels:
+            features = features.unflatten(2, (1 + self.extra_levels, -1)).transpose(1, 2)
         return features if self.positions is None else features + self.positions.to(features.dtype)
 
     def can_chunk(self, images: int) -> bool:
@@ -203,56 +245,69 @@ class TimmBackbone(Backbone):
         return torch.cat(features)
 
     def sequence_features(self, pixels: Tensor) -> Tensor:
-        """Returns the features (N, P, Dv) of pixels (N, 3, H, W), before norm and positions."""
-        return self.to_sequence(self.feature_map(pixels))
+        """Returns the features (N, P, Dv) of pixels (N, 3, H, W), before norm and positions; all
+        levels side by side, (N, P, (1 + L) Dv) where they are separate."""
+        first, *levels = self.feature_maps(pixels)
+        sequence = self.to_sequence(first, self.channels_last())
+        if not levels:
+            return sequence
+        # intermediates have their channels first in every model
+        sequences = [self.to_sequence(level, channels_last=False) for level in levels]
+        return torch.cat([sequence, *sequences], dim=2)
 
-    def feature_map(self, pixels: Tensor) -> Tensor:
-        """Returns the features in timm's layout: (N, P, Dv), (N, Dv, h, w) or (N, h, w, Dv)."""
-        if self.output == "last":
+    def feature_maps(self, pixels: Tensor) -> list[Tensor]:
+        """Returns the features of `output`, then those of the levels, in timm's layout: (N, P, Dv),
+        (N, Dv, h, w) or (N, h, w, Dv)."""
+        if self.output == "last" and not self.levels:
             features = self.body.forward_features(pixels)
             if not isinstance(features, Tensor):
                 raise ValueError(
                     f"{type(self.body).__name__} gives {type(features).__name__} as its features, "
                     "and one map is needed; choose output: penultimate or another model"
                 )
-            return features
-        options = {}
+            return [features]
+        if self.output == "last":
+            # all blocks are passed, and what comes out at the end is that of forward_features
+            last, levels = self.intermediates(pixels, indices=self.levels)
+            return [last, *map(with_prefix, levels)]
+        *levels, penultimate = self.intermediates(
+            pixels, indices=[*self.levels, -2], stop_early=True, intermediates_only=True
+        )
+        return [with_prefix(penultimate), *map(with_prefix, levels)]
+
+    def intermediates(self, pixels: Tensor, **options: Any) -> Any:
+        """Returns what timm's `forward_intermediates` gives, with the prefix tokens where the model
+        has them, and without the final norm."""
         parameters = inspect.signature(self.body.forward_intermediates).parameters
         if self.prefix_tokens and "return_prefix_tokens" in parameters:
             options["return_prefix_tokens"] = True
-        features = self.body.forward_intermediates(
-            pixels,
-            indices=[-2],
-            norm=False,
-            stop_early=True,
-            intermediates_only=True,
-            **options,
-        )[-1]
-        if isinstance(features, tuple):
-            patches, prefix = features
-            return torch.cat([prefix, patches.flatten(2).transpose(1, 2)], dim=1)
-        return features
+        return self.body.forward_intermediates(pixels, norm=False, **options)
 
-    def to_sequence(self, features: Tensor) -> Tensor:
+    def to_sequence(self, features: Tensor, channels_last: bool) -> Tensor:
         """Returns features of any of timm's layouts as (N, P, Dv), patches row by row."""
         if features.ndim == 3:
             return features[:, self.drop_prefix :]
-        if self.channels_last():
+        if channels_last:
             return features.flatten(1, 2)
         return features.flatten(2).transpose(1, 2)
 
     @torch.no_grad()
     def measure(self) -> tuple[int, int, tuple[int, int]]:
         """Returns P, Dv and the patches' grid, by a forward pass of one picture; removes the
-        modules that the pass does not use."""
+        modules that the pass does not use.
+
+        Raises:
+            ValueError: a level that has another grid or other tokens than the output.
+        """
         training = self.training
         self.eval()
         probe: Any = all_differentiable(copy.deepcopy(self).to("meta"))
         with torch.enable_grad():
             # shapes and gradients alone: nothing is computed
             pixels = torch.zeros(1, 3, *self.preprocessing.size, device="meta")
-            features = probe.feature_map(pixels)
-            sequence = probe.to_sequence(features)
+            features, *levels = probe.feature_maps(pixels)
+            probe.check_levels(features, levels, pixels)
+            sequence = probe.sequence_features(pixels)
             unused = unused_parameters(probe.body, sequence)
         remove_modules(self.body, unused)
         remaining = unused.intersection(name for name, _ in self.body.named_parameters())
@@ -263,11 +318,39 @@ class TimmBackbone(Backbone):
             )
         self.train(training)
         patches, width = sequence.shape[1:]
+        width //= 1 + self.extra_levels
         if features.ndim == 4:
             grid = tuple(features.shape[1:3] if self.channels_last() else features.shape[2:])
         else:
             grid = self.patch_grid(patches)
         return patches, width, grid
+
+    def check_levels(self, output: Tensor, levels: list[Tensor], pixels: Tensor) -> None:
+        """Checks that levels can stand beside the output.
+
+        Raises:
+            ValueError: another grid, other tokens, or for separate levels another width.
+        """
+        if levels and self.output == "last":
+            features = self.body.forward_features(pixels)
+            if not isinstance(features, Tensor) or features.shape != output.shape:
+                raise ValueError(
+                    f"{type(self.body).__name__} gives other features beside its levels than "
+                    "alone; choose output: penultimate, or levels: null"
+                )
+        expected = self.to_sequence(output, self.channels_last()).shape[1:]
+        for number, level in zip(self.levels, levels, strict=True):
+            shape = self.to_sequence(level, channels_last=False).shape[1:]
+            if shape[0] != expected[0]:
+                raise ValueError(
+                    f"levels: block {number} of {type(self.body).__name__} gives {shape[0]} "
+                    f"patches, and output: {self.output} {expected[0]}; levels need the same grid"
+                )
+            if self.extra_levels and shape[1] != expected[1]:
+                raise ValueError(
+                    f"levels: block {number} of {type(self.body).__name__} is {shape[1]} wide, and "
+                    f"output: {self.output} {expected[1]}; join: separate needs equal widths"
+                )
 
     @torch.no_grad()
     def check_tokens(self, name: str) -> None:
@@ -280,8 +363,9 @@ class TimmBackbone(Backbone):
         probe: Any = copy.deepcopy(self).to("meta").train()
         # drop path draws random numbers in training mode
         with torch.random.fork_rng(devices=[]):
-            features = probe.feature_map(torch.zeros(2, 3, *self.preprocessing.size, device="meta"))
-        tokens = probe.to_sequence(features).shape[1]
+            pixels = torch.zeros(2, 3, *self.preprocessing.size, device="meta")
+            features = probe.feature_maps(pixels)[0]
+        tokens = probe.to_sequence(features, self.channels_last()).shape[1]
         if tokens != self.patches:
             raise ValueError(
                 f"timm's {name} gives {tokens} tokens in training and {self.patches} in "
@@ -353,6 +437,15 @@ class TimmBackbone(Backbone):
             yield
         finally:
             set_blank(norms, False)
+
+
+def with_prefix(features: Tensor | tuple[Tensor, Tensor]) -> Tensor:
+    """Returns an intermediate of timm, (N, Dv, h, w), or the patches of one behind its prefix
+    tokens, (N, P, Dv)."""
+    if isinstance(features, Tensor):
+        return features
+    patches, prefix = features
+    return torch.cat([prefix, patches.flatten(2).transpose(1, 2)], dim=1)
 
 
 def preprocessing_of(body: nn.Module, image_size: int | None) -> Preprocessing:

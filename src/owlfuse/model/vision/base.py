@@ -1,6 +1,6 @@
 """What a backbone is.
 
-N images, P patches, Dv vision width, H and W the picture's size in pixels.
+N images, P patches, Dv vision width, L extra levels, H and W the picture's size in pixels.
 """
 
 from __future__ import annotations
@@ -38,22 +38,27 @@ class Preprocessing:
 
 
 class Backbone(ModelPart):
-    """Pixels (N, 3, H, W) -> features (N, P, Dv).
+    """Pixels (N, 3, H, W) -> features (N, P, Dv); with extra levels, (N, 1 + L, P, Dv).
 
     Attributes:
         width: Dv.
         patches: P, with a class token where there is one.
         grid: (h, w) of the patches; (1, P) where they are no grid.
         preprocessing: what makes pixels of a picture.
+        extra_levels: L, the levels that are given beside the last one, for fusions that read each
+            (DeepStack, arXiv 2406.04334).
     """
 
     width: int
     patches: int
     grid: tuple[int, int]
     preprocessing: Preprocessing
+    extra_levels: int = 0
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """Returns the features of pixels."""
+        """Returns the features of pixels: (N, P, Dv) without extra levels. With L of them,
+        (N, 1 + L, P, Dv): at index 0 the last level, which a backbone without extra levels gives,
+        and behind it the L others from shallow to deep."""
         raise NotImplementedError(f"{type(self).__name__} has no forward")
 
     def set_image_size(self, image_size: int) -> None:
