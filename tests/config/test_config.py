@@ -193,6 +193,17 @@ def test_the_users_own_groups_and_experiments_are_composed_with_ours(tree, monke
     assert origin_of(config, "model.fusion") == "mine it's/configs/model/fusion/own.yaml"
 
 
+def test_folders_beside_the_experiments_are_no_groups(tree, monkeypatch):
+    write(tree, {"mine/experiments/first.yaml": "seed: 5\n"})
+    write(tree, {"mine/experiments/folder/second.yaml": "defaults:\n  - /experiments/first\n"})
+    for key in ("runs", "name", "seed"):
+        (tree / "mine" / key).mkdir()
+    monkeypatch.chdir(tree / "mine")
+    config = compose(["experiment=folder/second", "runs=elsewhere", "name=first"])
+    assert (config.runs, config.name, config.seed) == ("elsewhere", "first", 5)
+    assert compose(["experiment=folder/second", "seed=7"]).seed == 7
+
+
 def test_composition_does_not_depend_on_the_working_folder(tree, tmp_path_factory, monkeypatch):
     here = composed("experiment=shapes_owl3")
     monkeypatch.chdir(tmp_path_factory.mktemp("elsewhere"))

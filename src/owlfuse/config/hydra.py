@@ -119,12 +119,9 @@ class Composition:
 
     @contextmanager
     def _initialized(self) -> Iterator[None]:
-        """Hydra's global state for the folders, the stages of a recipe among its configurations."""
-        path = f"{EXPERIMENTS}/{self.experiment}"
-        stage = self.folders.stage(path) if self.experiment else None
-        if stage is not None:
-            group, _, name = path.rpartition("/")
-            ConfigStore.instance().store(name, stage, group)
+        """Hydra's global state for the folders, the experiment among its configurations."""
+        if self.experiment:
+            self._store_experiment(f"{EXPERIMENTS}/{self.experiment}")
         # Hydra allows one initialization a process, and a recipe composes several stages.
         GlobalHydra.instance().clear()
         with warnings.catch_warnings():
@@ -135,6 +132,28 @@ class Composition:
             )
         with initialized:
             yield
+
+    def _store_experiment(self, path: str) -> None:
+        """Give Hydra an experiment or a recipe's stage, and the experiments of its defaults list.
+
+        By the ConfigStore: with the folder of `experiments/` in the search path, each folder beside
+        it would be a group, and `runs=DIR` an option of the group `runs`.
+        """
+        content: Any = self.folders.stage(path)
+        if content is None:
+            file = self.folders.file(path)
+            if file is None:
+                return  # Hydra says so
+            content = OmegaConf.to_container(OmegaConf.load(file), resolve=False)
+        group, _, option = path.rpartition("/")
+        ConfigStore.instance().store(option, content, group, package="_global_")
+        defaults = content.get("defaults") if isinstance(content, dict) else None
+        for entry in defaults if isinstance(defaults, list) else []:
+            # `name`, `/experiments/name@package`, or `group: option`, which is no experiment
+            name = entry.partition("@")[0] if isinstance(entry, str) else ""
+            child = name[1:] if name.startswith("/") else f"{group}/{name}"
+            if child.startswith(f"{EXPERIMENTS}/") and child != path:
+                self._store_experiment(child)
 
     def _check_null_groups(self) -> None:
         for override in self.key_overrides:
@@ -325,8 +344,7 @@ def _check_options(override: Override, folders: ConfigFolders) -> None:
 
 def _search_path(folders: ConfigFolders) -> str:
     """Return an override that adds the folders after the first: Hydra has no other public way."""
-    paths = [*folders.configs[1:], *(folder.parent for folder in folders.experiments)]
-    quoted = [_quoted(f"file://{path}") for path in paths]
+    quoted = [_quoted(f"file://{path}") for path in folders.configs[1:]]
     return f"hydra.searchpath=[{','.join(quoted)}]"
 
 
