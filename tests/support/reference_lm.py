@@ -32,9 +32,9 @@ class ReferenceLM:
     """Logits of one row without padding.
 
     Args:
-        fusion: `concat`, `modality_adaptive`, or a gate of hyperattention: `adaptive`, `static`,
-            `fused`, `none`.
-        layers: of hyperattention.
+        fusion: `concat`, `modality_adaptive`, `deepstack`, `cross-before`, `cross-after`,
+            `cross-parallel`, or a gate of hyperattention: `adaptive`, `static`, `fused`, `none`.
+        layers: of hyperattention or cross-attention.
         mi_rope: of hyperattention: an image's keys are turned by the position of its placeholder,
             else not at all.
         bidirectional: of `concat`: an image's tokens see each other, whatever the window.
@@ -61,11 +61,17 @@ class ReferenceLM:
         )
 
     def logits(
-        self, ids: list[int], is_visual: list[bool], images: list[Tensor], starts: list[int]
+        self,
+        ids: list[int],
+        is_visual: list[bool],
+        images: list[Tensor],
+        starts: list[int],
+        levels: list[Tensor] | None = None,
     ) -> Tensor:
-        """(T, V). `images` are (Q, D), and `starts` the index of each one's first placeholder."""
+        """(T, V). `images` are (Q, D), and `starts` the index of each one's first placeholder;
+        `levels` are (L, Q, D) of each image."""
         hidden = [self.weights["model.embed_tokens.weight"][token] for token in ids]
-        spliced = self.fusion in ("concat", "modality_adaptive")
+        spliced = self.fusion in ("concat", "modality_adaptive", "deepstack")
         self.images = [range(start, start + len(image)) for image, start in zip(images, starts)]
         if spliced:
             for image, start in zip(images, starts):
@@ -73,6 +79,10 @@ class ReferenceLM:
                     hidden[start + q] = image[q]
         for layer in range(self.depth):
             hidden = self.layer(layer, hidden, is_visual, [] if spliced else images, starts)
+            for image_levels, start in zip(levels or [], starts):
+                if layer < len(image_levels):
+                    for q in range(len(image_levels[layer])):
+                        hidden[start + q] = hidden[start + q] + image_levels[layer][q]
         head = self.weights.get("lm_head.weight", self.weights["model.embed_tokens.weight"])
         return torch.stack([head @ self.norm(x, self.weights["model.norm.weight"]) for x in hidden])
 
@@ -86,6 +96,14 @@ class ReferenceLM:
     ):
         """One decoder layer over the row."""
         path = f"model.layers.{layer}"
+        crosses = self.fusion.startswith("cross-") and layer in self.hyper_layers
+
+        def cross(place, t, x):
+            if not crosses or self.fusion != f"cross-{place}":
+                return 0
+            return self.cross(path, t, x, images, starts)
+
+        hidden = [x + cross("before", t, x) for t, x in enumerate(hidden)]
         normed = [
             self.norm_by_name(f"{path}.input_layernorm", x, v) for x, v in zip(hidden, visual)
         ]
@@ -103,12 +121,14 @@ class ReferenceLM:
                 )
             )
             value.append(self.split(self.project_by(f"{attention}.v_proj", x, v)))
-        hyper = layer in self.hyper_layers and bool(images)
+        hyper = layer in self.hyper_layers and bool(images) and not crosses
         image_key, image_value = self.image_keys_values(path, images, starts) if hyper else ([], [])
         out = []
         for t in range(len(hidden)):
             attended = self.attend(layer, t, query[t], key, value, image_key, image_value, starts)
             x = hidden[t] + self.project_by(f"{path}.self_attn.o_proj", attended, visual[t])
+            x = x + cross("parallel", t, hidden[t])
+            x = x + cross("after", t, x)
             mlp_in = self.norm_by_name(f"{path}.post_attention_layernorm", x, visual[t])
             mlp = f"{path}.mlp"
             if f"{mlp}.text.up_proj.weight" in self.weights:
@@ -117,6 +137,39 @@ class ReferenceLM:
             up = self.project(f"{mlp}.up_proj", mlp_in)
             out.append(x + self.project(f"{mlp}.down_proj", gate / (1 + torch.exp(-gate)) * up))
         return out
+
+    def cross(self, path: str, t: int, x: Tensor, images: list[Tensor], starts: list[int]):
+        """What the cross-attention of a layer adds to the hidden state x of token t."""
+        block = f"{path}.visual"
+        patches = [p for image, start in zip(images, starts) if start <= t for p in image]
+        if not patches:
+            return 0
+        query = self.normed_heads(block, "q", self.norm_by_name(f"{block}.norm", x, False))
+        keys = [self.normed_heads(block, "k", patch) for patch in patches]
+        values = [self.split(self.project(f"{block}.v_proj", patch)) for patch in patches]
+        heads = []
+        for h in range(self.shape.heads):
+            k = h * len(keys[0]) // self.shape.heads
+            pairs = [(key[k], value[k]) for key, value in zip(keys, values)]
+            heads.append(self.softmax_sum(query[h], pairs))
+        update = self.gated(f"{block}.gate", self.project(f"{block}.o_proj", torch.cat(heads)))
+        if f"{block}.up_proj.weight" in self.weights:
+            mlp_in = self.norm_by_name(f"{block}.mlp_norm", x + update, False)
+            gate = self.project(f"{block}.gate_proj", mlp_in)
+            up = self.project(f"{block}.up_proj", mlp_in)
+            mlp = self.project(f"{block}.down_proj", gate / (1 + torch.exp(-gate)) * up)
+            update = update + self.gated(f"{block}.mlp_gate", mlp)
+        return update
+
+    def normed_heads(self, block: str, kind: str, x: Tensor) -> list[Tensor]:
+        heads = self.split(self.project(f"{block}.{kind}_proj", x))
+        norm = f"{block}.{kind}_norm.weight"
+        return [
+            self.norm(head, self.weights[norm]) if norm in self.weights else head for head in heads
+        ]
+
+    def gated(self, name: str, x: Tensor) -> Tensor:
+        return x * torch.tanh(self.weights[name]) if name in self.weights else x
 
     def attend(self, layer, t, query, key, value, image_key, image_value, starts) -> Tensor:
         """What token t gathers, its heads side by side, before the output projection."""

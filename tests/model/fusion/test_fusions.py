@@ -29,6 +29,7 @@ from helpers import (
     policy,
     visual_tokens,
 )
+from owlfuse.model.fusion.cross_attention import CrossAttentionBlock
 from owlfuse.model.fusion.hyperattention import VisualAttention
 from owlfuse.model.layouts import decoder_layers
 from owlfuse.model.llm import load_llm
@@ -360,6 +361,9 @@ def test_cached_steps_give_the_logits_of_whole_rows_and_project_the_images_once(
         "keys_values",
         lambda self, *args: calls.append(self) or projection(self, *args),
     )
+    for block in model.fusion.owned(model.llm):
+        if isinstance(block, CrossAttentionBlock):
+            block.k_proj.register_forward_hook(lambda module, args, out: calls.append(module))
 
     batch = make_batch(prompts, per_image, left)
     visual = model.encode(batch)

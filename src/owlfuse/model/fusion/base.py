@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from owlfuse.core.types import Batch, VisualTokens
+from owlfuse.model.connectors.base import Connector
 from owlfuse.model.layouts import Need
 from owlfuse.model.llm import cache_argument, logits_at, mask_argument
 
@@ -27,6 +28,8 @@ class Fusion(nn.Module):
     """
 
     tokens_per_image: int
+    levels: int = 0
+    """The extra levels of the backbone whose tokens the fusion reads."""
     needs: tuple[Need, ...] = ("inputs_embeds",)
     """What the fusion needs of the LLM, of each of the `visual_attention_layers` where it is about
     layers; checked before it is attached."""
@@ -37,6 +40,23 @@ class Fusion(nn.Module):
     def set_connector_tokens(self, connector_tokens: int) -> None:
         """Goes on with another number of visual tokens per image."""
         self.tokens_per_image = connector_tokens
+
+    def set_levels(self, levels: int, connector: Connector) -> None:
+        """Is told once, before `attach`, how many extra levels the backbone gives, and the model's
+        connector.
+
+        Raises:
+            ValueError: the fusion cannot read so many; by default it reads none.
+        """
+        if levels:
+            raise ValueError(
+                f"{type(self).__name__} reads one level of features, and the backbone gives "
+                f"{levels} more by themselves; set model.vision.join=channel, or take deepstack"
+            )
+
+    def level_connectors(self) -> list[Connector]:
+        """Returns the connectors of the extra levels, from the shallowest on; none by default."""
+        return []
 
     def attach(self, llm: PreTrainedModel) -> None:
         """Edits this LLM instance, before adapters and sharding. By default nothing is edited."""

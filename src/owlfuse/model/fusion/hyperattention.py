@@ -26,7 +26,7 @@ from owlfuse.model.fusion.base import (
     text_mask,
     visible_images,
 )
-from owlfuse.model.layouts import decoder_layers
+from owlfuse.model.layouts import Need, decoder_layers
 from owlfuse.model.llm import KeyPath, rotary, width
 from owlfuse.model.llm_probe import key_paths
 
@@ -55,7 +55,7 @@ class HyperAttention(Fusion):
     """
 
     tokens_per_image = 1
-    needs = (
+    needs: tuple[Need, ...] = (
         "inputs_embeds",
         "layers",
         "attention",

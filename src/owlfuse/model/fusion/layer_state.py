@@ -1,4 +1,4 @@
-"""How a fusion reaches the LLM's layers during a forward pass."""
+"""A way for a fusion to reach the layers of an LLM during a forward pass."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ class CheckpointWithState:
     """A checkpointing function of transformers that recomputes with the state of the call that it
     recomputes."""
 
-    def __init__(self, state: LayerState, checkpoint: Callable[..., Any]) -> None:
+    def __init__(self, state: LayerState[Any], checkpoint: Callable[..., Any]) -> None:
         self.state = state
         self.checkpoint = checkpoint
 
