@@ -27,6 +27,17 @@ from owlfuse.model.fusion.cross_attention import blocks_of
 from owlfuse.model.llm import load_llm
 
 TOKENS = 3
+FAMILIES = {
+    "nemotron": fields_of("nemotron"),
+    "gpt2": {"n_embd": 32, "n_head": 4, "n_layer": 3},
+    "opt": {
+        "hidden_size": 32,
+        "word_embed_proj_dim": 32,
+        "ffn_dim": 40,
+        "num_attention_heads": 4,
+        "num_hidden_layers": 3,
+    },
+}
 
 
 def node(**options):
@@ -51,9 +62,9 @@ def test_with_closed_gates_pictures_change_nothing_and_open_ones_are_learned_fir
 @torch.no_grad()
 @pytest.mark.parametrize("place", ["before", "after", "parallel"])
 # their layers hand no keyword arguments down, or have other names
-@pytest.mark.parametrize("family", ["nemotron", "gpt2", "opt"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_it_works_on_layers_that_hand_nothing_down(family, place):
-    fields = fields_of(family)
+    fields = {"model_type": family, **FAMILIES[family]}
     llm = load_llm(97, config=fields)
     width = llm.config.hidden_size
     model = fused_llm(node(place=place, gate="none"), fields, TOKENS)
@@ -94,7 +105,7 @@ def test_a_place_that_a_layer_has_not_is_refused(fields, place, message):
     [
         ({"place": "inside"}, "place: inside is none of before, after, parallel"),
         ({"gate": "sigmoid"}, "gate: sigmoid is none of tanh, none"),
-        ({"heads": 5}, "heads: 5 do not divide the LLM's width of 32"),
+        ({"heads": 0}, "heads: 0 is no number of heads"),
         ({"layers": [0, 3]}, "the LLM has 3 layers, 0 to 2"),
     ],
 )
@@ -107,6 +118,10 @@ def test_its_heads_are_the_llms_or_so_many():
     block = blocks_of(fused_llm(node(), llm_fields(), TOKENS).llm)[0]
     assert block.q_proj.weight.shape == (4 * 8, 32)
     assert block.k_proj.weight.shape == (2 * 8, 32)
+    # a number that does not divide the width of the copy that fusions are tried on
+    wide = llm_fields(hidden_size=48)
+    block = blocks_of(fused_llm(node(heads=3), wide, TOKENS).llm)[0]
+    assert block.k_proj.weight.shape == block.q_proj.weight.shape == (48, 48)
     block = blocks_of(fused_llm(node(heads=2), llm_fields(), TOKENS).llm)[0]
     assert block.k_proj.weight.shape == block.q_proj.weight.shape == (32, 32)
     assert block.head_width == 16

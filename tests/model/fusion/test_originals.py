@@ -167,6 +167,8 @@ def test_concat_has_the_logits_of_the_original(name):
 # Llama 3.2 Vision: cross-attention
 
 
+ROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 500000.0}}
+"""The original's default, and not Llama's."""
 CROSS_LAYERS = {1: 1, 3: 2}
 """Decoder layers of the original that are cross-attention alone, and the index of our LLM's layer
 that follows each."""
@@ -182,7 +184,7 @@ BLOCK_NAMES = {
 
 
 def mllama():
-    text = {**TEXT, "num_hidden_layers": 5, "cross_attention_layers": list(CROSS_LAYERS)}
+    text = {**TEXT, **ROPE, "num_hidden_layers": 5, "cross_attention_layers": list(CROSS_LAYERS)}
     del text["head_dim"]  # the original has none in its configuration
     vision = {
         "hidden_size": 16,
@@ -236,7 +238,7 @@ def test_cross_attention_before_the_layer_has_the_logits_of_llama_vision():
     ).logits
     tokens = projected[0].flatten(0, 2)  # one tile of each image
     node = {"_target_": CROSS_ATTENTION, "layers": [1, 2], "mlp": True, "qk_norm": True}
-    model = fused_llm(node, {**TEXT, "model_type": "llama"}, tokens.shape[1])
+    model = fused_llm(node, {**TEXT, **ROPE, "model_type": "llama"}, tokens.shape[1])
     weights = renamed(original.state_dict(), names_of_mllama())
     # the original's table has eight rows more
     table = "model.embed_tokens.weight"

@@ -58,12 +58,13 @@ class CrossAttention(Fusion):
             LLM begins unchanged; or `none`.
         mlp: whether a gated MLP of its own follows, with the same kind of gate.
         qk_norm: whether queries and keys of each head are normed, as in Llama 3.2 Vision.
-        heads: of queries, keys and values; by default the LLM's.
+        heads: of queries, keys and values, each as wide as the LLM over their number; by default
+            the LLM's.
 
     Raises:
         ValueError: an unknown option; from `attach`, layers that the LLM does not have, none, or
-            one twice, a place that a layer does not have, or heads that do not divide the LLM's
-            width.
+            one twice, a place that a layer does not have, or an LLM whose layers differ in their
+            heads.
     """
 
     tokens_per_image = 1
@@ -315,7 +316,7 @@ def head_counts(llm: PreTrainedModel, heads: int | None) -> tuple[int, int, int]
     """Returns H, K and d: those of the LLM, or of `heads` without groups.
 
     Raises:
-        ValueError: heads that do not divide D, or an LLM whose layers differ in their heads.
+        ValueError: no heads, or an LLM whose layers differ in their heads.
     """
     size = width(llm)
     if heads is None:
@@ -326,15 +327,16 @@ def head_counts(llm: PreTrainedModel, heads: int | None) -> tuple[int, int, int]
         if not isinstance(heads, int) or not isinstance(groups, int) or heads % groups:
             raise ValueError(
                 f"heads: the configuration of {type(llm).__name__} has no number of heads for all "
-                f"layers; give one that divides its width of {size}"
+                f"layers; give one, as a divisor of its width of {size}"
             )
         if isinstance(head_width, int):
             return heads, groups, head_width
     else:
         groups = heads
-    if heads < 1 or size % heads:
-        raise ValueError(f"heads: {heads} do not divide the LLM's width of {size}")
-    return heads, groups, size // heads
+    if heads < 1:
+        raise ValueError(f"heads: {heads} is no number of heads; give 1 or more")
+    # rounded down: the tiny copies that fusions are tried on have other widths
+    return heads, groups, max(size // heads, 1)
 
 
 def blocks_of(llm: PreTrainedModel) -> dict[int, CrossAttentionBlock]:
