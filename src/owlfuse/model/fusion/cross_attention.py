@@ -487,7 +487,12 @@ def plain_residuals(llm: PreTrainedModel) -> list[bool]:
     for index in range(len(layers)):
         tensors = sums.get(index, [])
         # layer input, attention's result, and what the MLP's norm reads, in the order of the calls
-        is_plain = len(tensors) == 3 and same(tensors[0] + tensors[1], tensors[2])
+        is_plain = False
+        if len(tensors) == 3:
+            layer_input, attended, mlp_input = tensors
+            # OPT's MLP reads the rows of a batch as one
+            expected = (layer_input + attended).flatten(0, 1)
+            is_plain = same(expected, mlp_input.reshape(-1, mlp_input.shape[-1]))
         residuals.append(is_plain)
     return residuals
 
