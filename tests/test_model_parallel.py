@@ -68,9 +68,18 @@ def compare(module, build):
     return found, wanted
 
 
-@pytest.mark.parametrize("fusion", ["concat", "modality_adaptive", "hyperattention-adaptive"])
+@pytest.mark.parametrize(
+    "fusion",
+    [
+        "concat",
+        "modality_adaptive",
+        "hyperattention-adaptive",
+        "cross_attention-before-mlp",
+        "deepstack",
+    ],
+)
 def test_random_weights_are_those_of_one_process(fusion, module):
-    nodes = model_node(FUSIONS[fusion], connector=CONNECTORS["abstractor"], adapter=LORA)
+    nodes = model_node(fusion, connector=CONNECTORS["abstractor"], adapter=LORA)
     found, _ = compare(module, lambda: build_model(nodes, VOCAB))
     assert all(isinstance(parameter, DTensor) for parameter in found.parameters())
 

@@ -20,6 +20,7 @@ from helpers import (
 from helpers import fusion_parameters as fusion_of
 from owlfuse.artifacts.hf.modeling import OwlfuseForConditionalGeneration
 from owlfuse.core.errors import DataError
+from owlfuse.model.fusion.cross_attention import CrossAttentionBlock
 from owlfuse.model.fusion.hyperattention import VisualAttention
 from owlfuse.model.llm import cache_argument
 
@@ -111,6 +112,9 @@ def test_the_backbone_sees_each_image_once_and_keys_are_projected_once(node, opt
     monkeypatch.setattr(
         VisualAttention, "keys_values", lambda self, *a: projected.append(self) or project(self, *a)
     )
+    for block in model.model.fusion.owned(model.model.llm):
+        if isinstance(block, CrossAttentionBlock):
+            block.k_proj.register_forward_hook(lambda module, args, out: projected.append(module))
     batch, _ = answers(model, ROWS, **options)
     assert seen == [len(batch.pixel_values)]
     assert len(projected) == len(node.get("layers", []))

@@ -7,10 +7,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from helpers import VOCAB, llm_fields
+from owlfuse.model.layouts import decoder_layers
 from owlfuse.model.llm import (
     cache_argument,
     check_split,
-    decoder_layers,
     load_llm,
     rotary,
     rotate,
@@ -108,8 +108,8 @@ def test_rotary_and_rotate_turn_pairs_by_position(model_type):
         ({"config": {"model_type": "lama"}}, "lama"),
         ({"config": llm_fields(hiden_size=32)}, "hiden_size"),
         (
-            {"config": {"model_type": "gpt2", "n_embd": 32, "n_head": 4, "n_layer": 1}},
-            "GPT2LMHeadModel",
+            {"config": {"model_type": "xlm", "emb_dim": 32, "n_heads": 4, "n_layers": 2}},
+            "XLMWithLMHeadModel",
         ),
         ({"pretrained": "/no/such/folder"}, "/no/such/folder is no folder"),
         ({"pretrained": "./nowhere"}, "./nowhere is no folder"),

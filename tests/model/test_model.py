@@ -219,8 +219,8 @@ BAD = {
     "an unknown model type": ({"llm": llm_fields("lama")}, r"llm: .*lama"),
     "a folder that is none": ({"pretrained": "/no/such"}, r"llm: pretrained: /no/such"),
     "an LLM built otherwise": (
-        {"llm": {"model_type": "gpt2", "n_embd": 32, "n_head": 4, "n_layer": 1}},
-        r"llm: GPT2",
+        {"llm": {"model_type": "xlm", "emb_dim": 32, "n_heads": 4, "n_layers": 2}},
+        r"llm: XLMWithLMHeadModel",
     ),
     "an mlp without layers": (
         {"connector": {**CONNECTORS["mlp"], "depth": 0}},

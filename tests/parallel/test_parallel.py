@@ -70,6 +70,7 @@ SCARCE = [
     ),
 ]
 """Some steps have a picture on one rank, some on none, and the ranks' lengths are very unequal."""
+EXPERT = "[key,value,query,output,mlp]"
 CASES = {
     "owl1": ["experiment=shapes_owl1"],
     "owl2": ["experiment=shapes_owl2"],
@@ -80,6 +81,23 @@ CASES = {
     "owl1-scarce": ["experiment=shapes_owl1", *SCARCE],
     "owl2-scarce": ["experiment=shapes_owl2", *SCARCE],
     "owl3-scarce": [*OWL3, *SCARCE],
+    "concat-bidirectional": ["experiment=shapes_owl1", "model.fusion.attention=bidirectional"],
+    "expert": ["experiment=shapes_owl2", f"model.fusion.copies={EXPERT}"],
+    "cross-attention": [
+        "experiment=shapes_owl3",
+        "model/fusion=cross_attention",
+        "model.fusion.layers=[0,1]",
+        "model.fusion.gate=none",
+        "model.fusion.mlp=true",
+        "model.fusion.qk_norm=true",
+    ],
+    "deepstack": [
+        "experiment=shapes_owl3",
+        "model/fusion=deepstack",
+        *NO_BATCH_NORMS,
+        "model.vision.levels=[0]",
+        "model.vision.join=separate",
+    ],
 }
 FAST = {
     *(

@@ -131,6 +131,11 @@ COMPILED = {
     "hyperattention": model_node(HYPER),
     "lora": model_node("modality_adaptive", adapter={"llm": policy("LoRA", r=2)}),
     "checkpointed": model_node("modality_adaptive", vision={**VIT, OPTION: True}, **{OPTION: True}),
+    "bidirectional": model_node("concat-bidirectional"),
+    "cross": model_node("cross_attention-before-mlp"),
+    "cross-checkpointed": model_node("cross_attention-before-mlp", **{OPTION: True}),
+    "parallel-checkpointed": model_node("cross_attention-parallel", **{OPTION: True}),
+    "deepstack": model_node("deepstack", **{OPTION: True}),
 }
 
 

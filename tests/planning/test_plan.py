@@ -18,6 +18,7 @@ from helpers import (
     CONNECTORS,
     FUSIONS,
     ROWS,
+    VARIANTS,
     VIT,
     VOCAB,
     each,
@@ -65,7 +66,7 @@ def tensors_of(batch: Batch) -> list[Tensor]:
     return [value for value in vars(batch).values() if isinstance(value, Tensor)]
 
 
-@each(FUSIONS)
+@each({**FUSIONS, **VARIANTS})
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_what_is_read_off_meta_tensors_is_what_real_ones_need(node, checkpointing):
     """The same hooks on real tensors: bytes kept, FLOPs, and the most alive, to the byte."""

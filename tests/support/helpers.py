@@ -64,14 +64,20 @@ VIT = {
     "image_size": IMAGE_SIZE,
     "kwargs": {"embed_dim": 16, "depth": 3, "num_heads": 2},
 }
+VIT_LEVELS = {**VIT, "levels": [0, 1], "join": "separate"}
+"""The same, with the extra levels that deepstack needs."""
 LINEAR = {"_target_": "owlfuse.model.connectors.linear.LinearConnector"}
 HYPERATTENTION = "owlfuse.model.fusion.hyperattention.HyperAttention"
 GATES = ("adaptive", "static", "fused")
+MODALITY_ADAPTIVE = "owlfuse.model.fusion.modality_adaptive.ModalityAdaptive"
+CONCAT = "owlfuse.model.fusion.concat.Concat"
+CROSS_ATTENTION = "owlfuse.model.fusion.cross_attention.CrossAttention"
+DEEPSTACK = "owlfuse.model.fusion.deepstack.DeepStack"
 
 # every fusion, and every gate of hyperattention, whatever the yamls say
 FUSIONS: dict[str, dict[str, Any]] = {
-    "concat": {"_target_": "owlfuse.model.fusion.concat.Concat"},
-    "modality_adaptive": {"_target_": "owlfuse.model.fusion.modality_adaptive.ModalityAdaptive"},
+    "concat": {"_target_": CONCAT},
+    "modality_adaptive": {"_target_": MODALITY_ADAPTIVE},
     **{
         f"hyperattention-{gate}": {"_target_": HYPERATTENTION, "layers": [0, 2], "gate": gate}
         for gate in GATES
@@ -84,6 +90,29 @@ FUSIONS: dict[str, dict[str, Any]] = {
         "mi_rope": False,
     },
 }
+VARIANTS: dict[str, dict[str, Any]] = {
+    "concat-bidirectional": {"_target_": CONCAT, "attention": "bidirectional"},
+    "modality_adaptive-all": {
+        "_target_": MODALITY_ADAPTIVE,
+        "copies": ["norms", "key", "value", "query", "output", "mlp"],
+    },
+    "cross_attention-before-mlp": {
+        "_target_": CROSS_ATTENTION,
+        "layers": [0, 2],
+        "mlp": True,
+        "qk_norm": True,
+    },
+    "cross_attention-after": {"_target_": CROSS_ATTENTION, "layers": [0, 2], "place": "after"},
+    "cross_attention-parallel": {
+        "_target_": CROSS_ATTENTION,
+        "layers": [0, 2],
+        "place": "parallel",
+        "gate": "none",
+    },
+    "deepstack": {"_target_": DEEPSTACK},
+}
+"""Fusions that differ from one above in an option: what holds for every fusion is tested with them
+too, but not in the fast suite."""
 CONNECTORS: dict[str, dict[str, Any]] = {
     "linear": LINEAR,
     "mlp": {"_target_": "owlfuse.model.connectors.mlp.MLPConnector"},
@@ -108,12 +137,13 @@ def yaml_nodes(group: str) -> dict[str, dict[str, Any]]:
 
 
 def all_fusions() -> dict[str, dict[str, Any]]:
-    """The fusions of FUSIONS and of every yaml, the layers of the latter moved into a tiny LLM."""
+    """The fusions of FUSIONS, VARIANTS and of every yaml, the layers of the latter moved into a
+    tiny LLM."""
     nodes = {f"{name}.yaml": node for name, node in yaml_nodes("fusion").items()}
     for node in nodes.values():
         if "layers" in node:
             node["layers"] = FUSIONS["hyperattention-fused"]["layers"]
-    return {**FUSIONS, **nodes}
+    return {**FUSIONS, **VARIANTS, **nodes}
 
 
 def all_connectors() -> dict[str, dict[str, Any]]:
@@ -154,11 +184,13 @@ def model_node(
 ) -> dict[str, Any]:
     """A configuration's `model`, everything trained unless `adapter` says otherwise of a part."""
     full = dict.fromkeys(("vision", "connector", "fusion", "llm"), policy("Full"))
+    if isinstance(fusion, str):
+        fusion = {**FUSIONS, **VARIANTS}[fusion]
     source = {} if "pretrained" in llm_arguments else {"config": llm or llm_fields()}
     return {
-        "vision": vision or VIT,
+        "vision": vision or (VIT_LEVELS if fusion["_target_"] == DEEPSTACK else VIT),
         "connector": connector or LINEAR,
-        "fusion": FUSIONS[fusion] if isinstance(fusion, str) else fusion,
+        "fusion": fusion,
         "llm": {"_target_": "owlfuse.model.llm.load_llm", **source, **llm_arguments},
         "adapter": {**full, **(adapter or {})},
     }
@@ -174,7 +206,10 @@ def fused_llm(fusion: dict[str, Any], llm: dict[str, Any], tokens: int) -> Multi
     parts = {"fusion": fusion, "llm": {"_target_": "owlfuse.model.llm.load_llm", "config": llm}}
     attached: Fusion = make_part("fusion", parts, connector_tokens=tokens)
     loaded: PreTrainedModel = make_part("llm", parts, vocab_size=VOCAB)
-    return MultimodalLM(Backbone(), Connector(), attached, loaded).eval()
+    vision = Backbone()
+    if fusion["_target_"] == DEEPSTACK:
+        vision.extra_levels = 2
+    return MultimodalLM(vision, Connector(), attached, loaded).eval()
 
 
 def plain_llm(model: MultimodalLM, llm: dict[str, Any]) -> PreTrainedModel:
@@ -259,8 +294,10 @@ def expand(row: Row, tokens_per_image: int) -> tuple[list[int], list[bool], list
 
 
 def visual_tokens(batch: Batch, tokens: Tensor) -> VisualTokens:
-    """Visual tokens (N, Q, D) given by hand, where the batch has its images."""
-    return VisualTokens(tokens, batch.image_index, batch.image_positions)
+    """Visual tokens (N, Q, D) given by hand, where the batch has its images, and two extra levels
+    of them for deepstack."""
+    levels = torch.stack([tokens.roll(1, -1), tokens.flip(-1) / 2])
+    return VisualTokens(tokens, batch.image_index, batch.image_positions, levels)
 
 
 def of_row(values: Tensor, batch: Batch, row: int) -> Tensor:
@@ -298,7 +335,10 @@ def gradients(model: nn.Module, loss: Tensor) -> dict[str, Tensor | None]:
 
 
 def each(nodes: dict[str, Any]) -> pytest.MarkDecorator:
-    """`@each(nodes)` runs a test for every node, under its name, as its argument `node`."""
-    return pytest.mark.parametrize(
-        "node", [pytest.param(node, id=name) for name, node in nodes.items()]
-    )
+    """`@each(nodes)` runs a test for every node, under its name, as its argument `node`; with those
+    of VARIANTS it is slow."""
+    parameters = []
+    for name, node in nodes.items():
+        marks = [pytest.mark.slow] if name in VARIANTS else []
+        parameters.append(pytest.param(node, id=name, marks=marks))
+    return pytest.mark.parametrize("node", parameters)

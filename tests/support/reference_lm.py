@@ -32,11 +32,12 @@ class ReferenceLM:
     """Logits of one row without padding.
 
     Args:
-        fusion: `concat`, `modality_adaptive`, or a gate of hyperattention: `adaptive`, `static`,
-            `fused`, `none`.
-        layers: of hyperattention.
+        fusion: `concat`, `modality_adaptive`, `deepstack`, `cross-before`, `cross-after`,
+            `cross-parallel`, or a gate of hyperattention: `adaptive`, `static`, `fused`, `none`.
+        layers: of hyperattention or cross-attention.
         mi_rope: of hyperattention: an image's keys are turned by the position of its placeholder,
             else not at all.
+        bidirectional: of `concat`: an image's tokens see each other, whatever the window.
     """
 
     def __init__(
@@ -46,8 +47,11 @@ class ReferenceLM:
         fusion: str,
         layers: tuple[int, ...] = (),
         mi_rope: bool = True,
+        bidirectional: bool = False,
     ) -> None:
         self.weights = weights
+        self.bidirectional = bidirectional
+        self.images: list[range] = []
         self.shape = shape
         self.fusion = fusion
         self.hyper_layers = layers
@@ -57,17 +61,28 @@ class ReferenceLM:
         )
 
     def logits(
-        self, ids: list[int], is_visual: list[bool], images: list[Tensor], starts: list[int]
+        self,
+        ids: list[int],
+        is_visual: list[bool],
+        images: list[Tensor],
+        starts: list[int],
+        levels: list[Tensor] | None = None,
     ) -> Tensor:
-        """(T, V). `images` are (Q, D), and `starts` the index of each one's first placeholder."""
+        """(T, V). `images` are (Q, D), and `starts` the index of each one's first placeholder;
+        `levels` are (L, Q, D) of each image."""
         hidden = [self.weights["model.embed_tokens.weight"][token] for token in ids]
-        spliced = self.fusion in ("concat", "modality_adaptive")
+        spliced = self.fusion in ("concat", "modality_adaptive", "deepstack")
+        self.images = [range(start, start + len(image)) for image, start in zip(images, starts)]
         if spliced:
             for image, start in zip(images, starts):
                 for q in range(len(image)):
                     hidden[start + q] = image[q]
         for layer in range(self.depth):
             hidden = self.layer(layer, hidden, is_visual, [] if spliced else images, starts)
+            for image_levels, start in zip(levels or [], starts):
+                if layer < len(image_levels):
+                    for q in range(len(image_levels[layer])):
+                        hidden[start + q] = hidden[start + q] + image_levels[layer][q]
         head = self.weights.get("lm_head.weight", self.weights["model.embed_tokens.weight"])
         return torch.stack([head @ self.norm(x, self.weights["model.norm.weight"]) for x in hidden])
 
@@ -81,6 +96,14 @@ class ReferenceLM:
     ):
         """One decoder layer over the row."""
         path = f"model.layers.{layer}"
+        crosses = self.fusion.startswith("cross-") and layer in self.hyper_layers
+
+        def cross(place, t, x):
+            if not crosses or self.fusion != f"cross-{place}":
+                return 0
+            return self.cross(path, t, x, images, starts)
+
+        hidden = [x + cross("before", t, x) for t, x in enumerate(hidden)]
         normed = [
             self.norm_by_name(f"{path}.input_layernorm", x, v) for x, v in zip(hidden, visual)
         ]
@@ -88,7 +111,9 @@ class ReferenceLM:
         for t, (x, v) in enumerate(zip(normed, visual)):
             attention = f"{path}.self_attn"
             query.append(
-                self.rotated_heads(self.project(f"{attention}.q_proj", x), t, f"{attention}.q_norm")
+                self.rotated_heads(
+                    self.project_by(f"{attention}.q_proj", x, v), t, f"{attention}.q_norm"
+                )
             )
             key.append(
                 self.rotated_heads(
@@ -96,24 +121,63 @@ class ReferenceLM:
                 )
             )
             value.append(self.split(self.project_by(f"{attention}.v_proj", x, v)))
-        hyper = layer in self.hyper_layers and bool(images)
+        hyper = layer in self.hyper_layers and bool(images) and not crosses
         image_key, image_value = self.image_keys_values(path, images, starts) if hyper else ([], [])
         out = []
         for t in range(len(hidden)):
             attended = self.attend(layer, t, query[t], key, value, image_key, image_value, starts)
-            x = hidden[t] + self.project(f"{path}.self_attn.o_proj", attended)
+            x = hidden[t] + self.project_by(f"{path}.self_attn.o_proj", attended, visual[t])
+            x = x + cross("parallel", t, hidden[t])
+            x = x + cross("after", t, x)
             mlp_in = self.norm_by_name(f"{path}.post_attention_layernorm", x, visual[t])
-            gate = self.project(f"{path}.mlp.gate_proj", mlp_in)
-            up = self.project(f"{path}.mlp.up_proj", mlp_in)
-            out.append(
-                x + self.project(f"{path}.mlp.down_proj", gate / (1 + torch.exp(-gate)) * up)
-            )
+            mlp = f"{path}.mlp"
+            if f"{mlp}.text.up_proj.weight" in self.weights:
+                mlp += ".vision" if visual[t] else ".text"
+            gate = self.project(f"{mlp}.gate_proj", mlp_in)
+            up = self.project(f"{mlp}.up_proj", mlp_in)
+            out.append(x + self.project(f"{mlp}.down_proj", gate / (1 + torch.exp(-gate)) * up))
         return out
+
+    def cross(self, path: str, t: int, x: Tensor, images: list[Tensor], starts: list[int]):
+        """What the cross-attention of a layer adds to the hidden state x of token t."""
+        block = f"{path}.visual"
+        patches = [p for image, start in zip(images, starts) if start <= t for p in image]
+        if not patches:
+            return 0
+        query = self.normed_heads(block, "q", self.norm_by_name(f"{block}.norm", x, False))
+        keys = [self.normed_heads(block, "k", patch) for patch in patches]
+        values = [self.split(self.project(f"{block}.v_proj", patch)) for patch in patches]
+        heads = []
+        for h in range(self.shape.heads):
+            k = h * len(keys[0]) // self.shape.heads
+            pairs = [(key[k], value[k]) for key, value in zip(keys, values)]
+            heads.append(self.softmax_sum(query[h], pairs))
+        update = self.gated(f"{block}.gate", self.project(f"{block}.o_proj", torch.cat(heads)))
+        if f"{block}.up_proj.weight" in self.weights:
+            mlp_in = self.norm_by_name(f"{block}.mlp_norm", x + update, False)
+            gate = self.project(f"{block}.gate_proj", mlp_in)
+            up = self.project(f"{block}.up_proj", mlp_in)
+            mlp = self.project(f"{block}.down_proj", gate / (1 + torch.exp(-gate)) * up)
+            update = update + self.gated(f"{block}.mlp_gate", mlp)
+        return update
+
+    def normed_heads(self, block: str, kind: str, x: Tensor) -> list[Tensor]:
+        heads = self.split(self.project(f"{block}.{kind}_proj", x))
+        norm = f"{block}.{kind}_norm.weight"
+        return [
+            self.norm(head, self.weights[norm]) if norm in self.weights else head for head in heads
+        ]
+
+    def gated(self, name: str, x: Tensor) -> Tensor:
+        return x * torch.tanh(self.weights[name]) if name in self.weights else x
 
     def attend(self, layer, t, query, key, value, image_key, image_value, starts) -> Tensor:
         """What token t gathers, its heads side by side, before the output projection."""
         window = (self.shape.windows or {}).get(layer, t + 1)
-        seen = range(max(0, t + 1 - window), t + 1)
+        seen = set(range(max(0, t + 1 - window), t + 1))
+        if self.bidirectional:
+            seen.update(*(image for image in self.images if t in image))
+        seen = sorted(seen)
         images = [i for i in range(len(image_key)) if starts[i] <= t]
         text, cross, joint = [], [], []
         for h in range(self.shape.heads):
@@ -201,15 +265,17 @@ class ReferenceLM:
         return x / torch.sqrt((x * x).mean() + self.shape.eps) * weight
 
     def norm_by_name(self, name: str, x: Tensor, visual: bool) -> Tensor:
-        return self.norm(x, self.weights[f"{name}{self.copy(visual)}.weight"])
+        return self.norm(x, self.weights[f"{name}{self.copy(name, visual)}.weight"])
 
     def project(self, name: str, x: Tensor) -> Tensor:
         out = self.weights[f"{name}.weight"] @ x
         return out + self.weights[f"{name}.bias"] if f"{name}.bias" in self.weights else out
 
     def project_by(self, name: str, x: Tensor, visual: bool) -> Tensor:
-        return self.project(f"{name}{self.copy(visual)}", x)
+        return self.project(f"{name}{self.copy(name, visual)}", x)
 
-    def copy(self, visual: bool) -> str:
-        """Which copy of a module a token passes, by its modality."""
-        return (".vision" if visual else ".text") if self.fusion == "modality_adaptive" else ""
+    def copy(self, name: str, visual: bool) -> str:
+        """Which copy of a module a token passes, by its modality; none where it has no copies."""
+        if f"{name}.text.weight" not in self.weights:
+            return ""
+        return ".vision" if visual else ".text"

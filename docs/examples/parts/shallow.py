@@ -4,7 +4,8 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from owlfuse.model.llm import decoder_layers, load_llm
+from owlfuse.model.layouts import decoder_layers
+from owlfuse.model.llm import load_llm
 
 
 def load_shallow(

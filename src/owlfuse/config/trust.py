@@ -127,6 +127,8 @@ SLOTS = (
         below(
             "owlfuse.model.fusion",
             "concat.Concat",
+            "cross_attention.CrossAttention",
+            "deepstack.DeepStack",
             "hyperattention.HyperAttention",
             "modality_adaptive.ModalityAdaptive",
         ),

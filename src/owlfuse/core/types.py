@@ -268,6 +268,8 @@ class VisualTokens:
     """(B, I) as in `Batch`."""
     image_positions: Tensor
     """(B, I) as in `Batch`."""
+    levels: Tensor | None = None
+    """(L, N, Q, D) of the backbone's extra levels, from the shallowest on; None: it has none."""
     kv_cache: dict[int, tuple[Tensor, Tensor]] | None = None
     """In generation: the visual keys and values of each layer, computed once.
 

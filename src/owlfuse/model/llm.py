@@ -1,4 +1,5 @@
-"""Loads the LLM, a plain causal LM of transformers, and finds its layers, norms and projections.
+"""Loads the LLM, a plain causal LM of transformers, and knows how it computes (see `layouts` for
+where its modules are).
 
 B rows, T text positions, D width, H query heads, K key-value heads, d head width, V vocabulary,
 R positions of logits.
@@ -22,9 +23,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from owlfuse.core.hub_access import check_hub_has
 from owlfuse.core.packages import looks_local, missing, packaged
 from owlfuse.core.types import Batch
+from owlfuse.model.layouts import decoder_layers, module_at
 
-NORMS = ("input_layernorm", "post_attention_layernorm")
-KEY_VALUE = ("k_proj", "v_proj")
 TENSOR_ROLES = {
     "self_attn.q_proj": "columns",
     "self_attn.k_proj": "columns",
@@ -173,30 +173,6 @@ def recompute_activations(llm: PreTrainedModel) -> None:
     enable({"use_reentrant": False})
 
 
-def decoder_layers(llm: PreTrainedModel) -> nn.ModuleList:
-    """Returns the decoder layers, each with `self_attn`, its projections and `NORMS`.
-
-    Raises:
-        ValueError: an LLM of another layout (its class and the missing module are named).
-    """
-    layers = getattr(llm.base_model, "layers", None)
-    projections = (*KEY_VALUE, "q_proj", "o_proj")
-    required = [*NORMS, *(f"self_attn.{name}" for name in projections)]
-    if layers is None:
-        raise ValueError(
-            f"{type(llm).__name__} has no decoder layers at {llm.base_model_prefix}.layers"
-        )
-    for index, layer in enumerate(layers):
-        for name in required:
-            if not has_module(layer, name):
-                layer_name = "its decoder layers" if index == 0 else f"its decoder layer {index}"
-                raise ValueError(
-                    f"{type(llm).__name__} has no {name} in {layer_name}; Llama, Mistral and Qwen "
-                    "have"
-                )
-    return layers
-
-
 def check_split(llm: PreTrainedModel, ranks: int) -> None:
     """Raises ValueError where so many tensor ranks do not divide the LLM's heads or hidden units,
     or where its attention or its MLP have something that is not split by them."""
@@ -237,24 +213,16 @@ def check_layer_split(llm: PreTrainedModel, layer: Any) -> None:
                 f"{type(llm).__name__}: tensor ranks cannot share out self_attn.{name}; use FSDP "
                 "alone (tensor: 1)"
             )
-    if has_module(layer, "mlp.down_proj") and not has_module(layer, "mlp.up_proj"):
+    if module_at(layer, "mlp.down_proj") is not None and module_at(layer, "mlp.up_proj") is None:
         raise ValueError(
             f"{type(llm).__name__}: tensor ranks split mlp.down_proj and have no mlp.up_proj; use "
             "FSDP alone (tensor: 1)"
         )
 
 
-def has_module(module: nn.Module, path: str) -> bool:
-    """Returns whether the dotted path names a module."""
-    child: Any = module
-    for name in path.split("."):
-        child = getattr(child, name, None)
-    return isinstance(child, nn.Module)
-
-
 def width(llm: PreTrainedModel) -> int:
     """Returns D."""
-    return llm.config.hidden_size
+    return llm.config.get_text_config(decoder=True).hidden_size
 
 
 def rotary(

@@ -22,10 +22,10 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from owlfuse.model.layouts import decoder_layers
 from owlfuse.model.llm import (
     FAILURES,
     KeyPath,
-    decoder_layers,
     first_line,
     layer_type_of,
     rotary,

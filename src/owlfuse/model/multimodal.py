@@ -24,12 +24,13 @@ from owlfuse.model.adapters import PARTS, Part, PartSummary, apply_adapters
 from owlfuse.model.connectors.base import Connector
 from owlfuse.model.fusion.base import Fusion, fused_output
 from owlfuse.model.fusion.probe import check_fusion
+from owlfuse.model.layouts import decoder_layers
 from owlfuse.model.llm import (
     PER_HEAD_NORMS,
     TENSOR_ROLES,
     balancing_coefficient,
     balancing_loss,
-    decoder_layers,
+    check_split,
     width,
 )
 from owlfuse.model.llm_probe import check_packing
@@ -69,6 +70,7 @@ class MultimodalLM(nn.Module):
         self.new_rows: dict[str, list[int]] = {}
         # of the LLM's own class, as the biases that balance a router: no policy trains them
         self.untrainable = {id(p) for p in llm.parameters() if not p.requires_grad}
+        fusion.set_levels(vision.extra_levels, connector)
         # before it is attached: a fusion that fails leaves this LLM unchanged
         check_fusion(fusion, llm)
         fusion.attach(llm)
@@ -128,13 +130,35 @@ class MultimodalLM(nn.Module):
         """
         with nullcontext() if batch.has_images else self.vision.statistics_kept():
             features = self.vision(in_dtype_of(self.vision, batch.pixel_values))
+        tokens, levels = self.connect(features)
+        # zero for a blank image, and multiplied rather than selected, so that its gradients are
+        # zero and not missing
+        is_image = batch.image_mask[:, None, None].to(features.dtype)
+        tokens = tokens * is_image
+        if levels is not None:
+            levels = levels * is_image
+        return VisualTokens(tokens, batch.image_index, batch.image_positions, levels)
+
+    def connect(self, features: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Returns the visual tokens (N, Q, D) of features (N, P, Dv), or (N, 1 + L, P, Dv) of a
+        backbone with extra levels; and those of the levels, (L, N, Q, D).
+
+        Raises:
+            ValueError: a backbone or a connector that gives other tokens than it says.
+        """
+        level_features: list[Tensor] = []
+        if self.vision.extra_levels:
+            features, *level_features = features.unbind(1)
         check_token_count("vision", self.vision, features, self.vision.patches)
         tokens = self.connector(features)
         check_token_count("connector", self.connector, tokens, self.connector.tokens)
-        # zero for a blank image, and multiplied rather than selected, so that its gradients are
-        # zero and not missing
-        tokens = tokens * batch.image_mask[:, None, None].to(features.dtype)
-        return VisualTokens(tokens, batch.image_index, batch.image_positions)
+        connectors = self.fusion.level_connectors()
+        if not connectors:
+            return tokens, None
+        levels = []
+        for connector, level in zip(connectors, level_features, strict=True):
+            levels.append(connector(level))
+        return tokens, torch.stack(levels)
 
     def set_image_size(self, image_size: int) -> None:
         """Goes on with pictures of another size, weights kept: position embeddings are resampled,
@@ -148,7 +172,8 @@ class MultimodalLM(nn.Module):
         except ValueError as error:
             raise ValueError(f"vision: image_size: {error}") from error
         try:
-            self.connector.set_grid(self.vision.patches, self.vision.grid)
+            for connector in (self.connector, *self.fusion.level_connectors()):
+                connector.set_grid(self.vision.patches, self.vision.grid)
         except ValueError as error:
             raise ValueError(f"connector: {error}") from error
         self.fusion.set_connector_tokens(self.connector.tokens)
@@ -162,6 +187,9 @@ class MultimodalLM(nn.Module):
         if name in ("vision", "connector"):
             part: ModelPart = getattr(self, name)
             return Part(name, part, dict(part.named_parameters()), part.blocks())
+        own = dict(self.fusion.named_parameters())
+        if name == "fusion" and own and not self.fusion.owned(self.llm):
+            return Part(name, self.fusion, own)
         in_fusion: set[int] = set()
         for module in self.fusion.owned(self.llm):
             in_fusion.update(id(parameter) for parameter in module.parameters())
@@ -190,9 +218,13 @@ class MultimodalLM(nn.Module):
     def sharding_units(self) -> list[nn.Module]:
         """Returns the modules that FSDP gathers one after the other; parameters in none of them are
         gathered for the whole forward."""
+        level_units: list[nn.Module] = []
+        for connector in self.fusion.level_connectors():
+            level_units += connector.sharding_units()
         return [
             *self.vision.sharding_units(),
             *self.connector.sharding_units(),
+            *level_units,
             *decoder_layers(self.llm),
         ]
 
@@ -211,6 +243,16 @@ class MultimodalLM(nn.Module):
                 part.check_training(sharded)
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from error
+
+    def check_split(self, ranks: int) -> None:
+        """Checks that so many tensor ranks can share out the LLM and what the fusion added to it.
+
+        Raises:
+            ValueError: they cannot, as where heads or hidden units are not divided.
+        """
+        check_split(self.llm, ranks)
+        if ranks > 1:
+            self.fusion.check_split(self.llm, ranks)
 
     def projections(self) -> list[tuple[nn.Module, str]]:
         """Returns the linear layers that tensor parallelism splits, each with its role (see
@@ -272,8 +314,8 @@ def linear_layers(module: nn.Module, path: tuple[str, ...] = ()) -> list[tuple[s
     """Returns the linear layers below a module, LoRA's around them counted as one, with the last
     two parts of their paths; a copy by modality has the name of the layer that it copies."""
     if isinstance(module, nn.Linear | LoraLayer):
-        # `k_proj.vision` has the role of `k_proj`
-        layer_path = path[:-1] if path[-1] in ("text", "vision") else path
+        # `k_proj.vision` has the role of `k_proj`, `mlp.vision.up_proj` that of `mlp.up_proj`
+        layer_path = [name for name in path if name not in ("text", "vision")]
         return [(".".join(layer_path[-2:]), module)]
     layers = []
     for name, child in module.named_children():
@@ -309,8 +351,10 @@ def build_model(
     model = assemble(config, vocab_size) if base is None else base
     if base is not None:
         # how the parts compute is the configuration's, as for the LLM
-        for name in ("vision", "connector"):
-            part: ModelPart = getattr(base, name)
+        parts: list[tuple[str, ModelPart]] = [("vision", base.vision)]
+        for connector in (base.connector, *base.fusion.level_connectors()):
+            parts.append(("connector", connector))
+        for name, part in parts:
             for option in part.COMPUTE_ONLY:
                 if option in config[name]:
                     part.set_compute_option(option, config[name][option])

@@ -23,7 +23,6 @@ from torch.distributed.tensor import Shard as SplitAlong
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from owlfuse.model.llm import check_split
 from owlfuse.model.multimodal import MultimodalLM
 from owlfuse.model.vision.batch_norm import SyncedBatchNorm
 from owlfuse.parallel.collectives import data_group
@@ -69,7 +68,7 @@ def evaluation_precision(trainer: Trainer) -> AbstractContextManager:
 def split_projections(model: MultimodalLM, mesh: DeviceMesh) -> None:
     """Tensor parallelism: heads and hidden units are shared out, what comes out of a block is
     added up."""
-    check_split(model.llm, mesh.size())
+    model.check_split(mesh.size())
     for projection, role in model.projections():
         if role == "rows":
             style: Any = RowwiseParallel()

@@ -14,11 +14,10 @@ from lightning import Trainer
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch import nn
 from torch.optim import Optimizer
-from transformers import PreTrainedModel
 
 from owlfuse.core.checkpoint_files import partial_path, remove_checkpoint
 from owlfuse.core.errors import DataError
-from owlfuse.model.llm import check_split
+from owlfuse.model.multimodal import MultimodalLM
 from owlfuse.parallel.checkpoints import (
     CheckpointWriter,
     leave,
@@ -178,11 +177,11 @@ def rank_timeouts_as_data_errors(trainer: Trainer) -> Iterator[None]:
         ) from error
 
 
-def check_strategy(trainer: Trainer, llm: PreTrainedModel, checkpoint: Path | None) -> None:
+def check_strategy(trainer: Trainer, model: MultimodalLM, checkpoint: Path | None) -> None:
     """Raises ValueError for heads that the tensor ranks do not divide, or shards that the
     strategy does not read."""
     if isinstance(trainer.strategy, Sharded):
-        check_split(llm, trainer.strategy.sizes()[1])
+        model.check_split(trainer.strategy.sizes()[1])
     if checkpoint is not None and checkpoint.is_dir() and not isinstance(trainer.strategy, Sharded):
         raise ValueError(
             f"resume: {checkpoint} is sharded, and this trainer is not; change trainer.devices "

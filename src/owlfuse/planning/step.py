@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 
 from owlfuse.core.types import Batch
-from owlfuse.model.llm import check_split
 from owlfuse.model.loss import batch_loss
 from owlfuse.model.multimodal import MultimodalLM, on_meta
 from owlfuse.planning.meter import StepCost, measure_step
@@ -87,7 +86,7 @@ def rank_model(
     Raises:
         ValueError: heads or widths that the ranks do not divide.
     """
-    check_split(model.llm, tensor)
+    model.check_split(tensor)
     model = copy.deepcopy(model)
     if tensor > 1:
         split_projections(model, tensor)

@@ -107,7 +107,7 @@ def train(config: DictConfig, folder: Path, data_digest: str | None, at_exit: Ex
             data.go_on(past.step, past.positions)
         data.bind(plan.vision.preprocessing, plan.fusion.tokens_per_image)
         trainer = make_trainer(config, data, folder, past)
-        check_strategy(trainer, plan.llm, checkpoint)
+        check_strategy(trainer, plan, checkpoint)
         plan.check_training(isinstance(trainer.strategy, Sharded))
         if past:
             new_tokens = past.new_tokens

@@ -11,6 +11,8 @@ from PIL import Image
 
 from helpers import (
     CONNECTORS,
+    CROSS_ATTENTION,
+    DEEPSTACK,
     FUSIONS,
     IMAGE,
     IMAGE_SIZE,
@@ -171,6 +173,50 @@ def test_weights_of_hyperattention_are_those_of_the_loops(node):
     total = torch.stack(rows).mean((0, 1)).view(2, 5)[:, 1:]
     got = torch.stack(maps(model)).flatten(1).double()
     torch.testing.assert_close(got, total / total.sum(), rtol=1e-4, atol=1e-6)
+
+
+class CrossReference(LookingReference):
+    """The same of cross-attention, of which a head's weights count by the size of the gate."""
+
+    def cross(self, path, t, x, images, starts):
+        self.sums = []
+        update = super().cross(path, t, x, images, starts)
+        if self.sums:
+            heads = torch.stack([weights for weights, _ in self.sums])
+            size = torch.tanh(self.weights[f"{path}.visual.gate"]).abs()
+            self.read[int(path.split(".")[2]), t] = heads * size
+        return update
+
+
+@pytest.mark.parametrize("place", ["before", "after"])
+@torch.no_grad()
+def test_weights_of_cross_attention_are_those_of_the_loops(place):
+    node = {"_target_": CROSS_ATTENTION, "layers": [0, 2], "place": place, "qk_norm": True}
+    fields = llm_fields("qwen3", rms_norm_eps=1e-6)
+    model = wrapped(node, llm=fields).double()
+    inner, (ids, holds, starts) = model.model, told(model)
+    inputs = prompt_of(model)
+    tokens = inner.connector(inner.vision(inputs["pixel_values"].double()))
+    shape = Shape(fields["num_attention_heads"], fields["head_dim"])
+    weights = dict(inner.llm.named_parameters())
+    reference = CrossReference(weights, shape, f"cross-{place}", (0, 2))
+    reference.logits(ids, holds, list(tokens), starts)
+    for layers in ([0, 2], [2]):
+        rows = []
+        for layer in layers:
+            for t in range(len(ids) - len(ANSWER), len(ids)):
+                rows.append(reference.read[layer, t])
+        total = torch.stack(rows).mean((0, 1)).view(2, 5)[:, 1:]
+        got = torch.stack(maps(model, layers=layers)).flatten(1).double()
+        torch.testing.assert_close(got, total / total.sum(), rtol=1e-4, atol=1e-6)
+
+
+@torch.no_grad()
+def test_maps_of_deepstack_are_of_the_level_that_stands_among_the_text():
+    model = wrapped({"_target_": DEEPSTACK})
+    found = maps(model)
+    assert [picture_map.shape for picture_map in found] == [(2, 2), (2, 2)]
+    assert sum(picture_map.sum().item() for picture_map in found) == pytest.approx(1, abs=1e-5)
 
 
 @torch.no_grad()

@@ -22,7 +22,8 @@ from owlfuse.data.collate import Collator
 from owlfuse.model.connectors.base import Connector
 from owlfuse.model.fusion.base import Fusion, splice
 from owlfuse.model.fusion.probe import check_fusion
-from owlfuse.model.llm import cache_argument, decoder_layers, load_llm, rotary
+from owlfuse.model.layouts import decoder_layers
+from owlfuse.model.llm import cache_argument, load_llm, rotary
 from owlfuse.model.llm_probe import check_packing, key_paths, plain_cpu, tiny_copy
 from owlfuse.model.multimodal import MultimodalLM, on_meta
 from owlfuse.model.vision.base import Backbone

@@ -5,8 +5,13 @@ import pytest
 import torch
 
 from helpers import (
+    CONCAT,
+    CROSS_ATTENTION,
+    DEEPSTACK,
     FUSIONS,
+    MODALITY_ADAPTIVE,
     ROWS,
+    VARIANTS,
     each,
     expand,
     fused_llm,
@@ -48,11 +53,14 @@ def float64_model(node, fields):
 
 
 def reference_of(model, node, fields):
-    kind = node.get("gate") or (
-        "concat" if node["_target_"].endswith("Concat") else "modality_adaptive"
-    )
+    kinds = {CONCAT: "concat", MODALITY_ADAPTIVE: "modality_adaptive", DEEPSTACK: "deepstack"}
+    kind = kinds.get(node["_target_"]) or node.get("gate")
+    if node["_target_"] == CROSS_ATTENTION:
+        kind = f"cross-{node.get('place', 'before')}"
     layers, mi_rope = tuple(node.get("layers", ())), node.get("mi_rope", True)
-    return ReferenceLM(dict(model.llm.named_parameters()), shape_of(fields), kind, layers, mi_rope)
+    weights = dict(model.llm.named_parameters())
+    bidirectional = node.get("attention") == "bidirectional"
+    return ReferenceLM(weights, shape_of(fields), kind, layers, mi_rope, bidirectional)
 
 
 def reference_rows(reference, batch, tokens, per_image):
@@ -60,13 +68,15 @@ def reference_rows(reference, batch, tokens, per_image):
     out = []
     for b, row in enumerate(ROWS):
         ids, is_visual, starts = expand(row, per_image)
-        out.append(
-            reference.logits(ids, is_visual, [tokens[i] for i in images_of(batch, b)], starts)
-        )
+        images = images_of(batch, b)
+        levels = None
+        if reference.fusion == "deepstack":
+            levels = visual_tokens(batch, tokens).levels[:, images].unbind(1)
+        out.append(reference.logits(ids, is_visual, [tokens[i] for i in images], starts, levels))
     return out
 
 
-@each(FUSIONS)
+@each({**FUSIONS, **VARIANTS})
 @pytest.mark.parametrize("llm", LLMS)
 def test_logits_and_gradients_are_those_of_the_loops(node, llm):
     fields = LLMS[llm]
@@ -89,7 +99,7 @@ def test_logits_and_gradients_are_those_of_the_loops(node, llm):
             )
         },
     }
-    assert "concat" in node["_target_"] or fusion_parameters(model)
+    assert node["_target_"] in (CONCAT, DEEPSTACK) or fusion_parameters(model)
     coefficients = torch.randn(len(ROWS), 20, 97, dtype=torch.float64)
 
     expected = reference_rows(

@@ -29,8 +29,10 @@ from helpers import (
     policy,
     visual_tokens,
 )
+from owlfuse.model.fusion.cross_attention import CrossAttentionBlock
 from owlfuse.model.fusion.hyperattention import VisualAttention
-from owlfuse.model.llm import decoder_layers, load_llm
+from owlfuse.model.layouts import decoder_layers
+from owlfuse.model.llm import load_llm
 from owlfuse.model.multimodal import make_part
 
 TOKENS = 3
@@ -200,7 +202,12 @@ def test_the_visual_projection_starts_from_the_llms_per_head_key_then_value(node
 def test_the_visual_copies_start_from_the_text_and_are_their_own(node):
     model = fused_llm(node, llm_fields("qwen2"), TOKENS)
     copies = {name: p for name, p in model.llm.named_parameters() if ".vision." in name}
-    assert len(copies) == 3 * (2 + 2 * 2)  # per layer two norms, and two projections with biases
+    # per layer two norms, and two projections with biases
+    count = 2 + 2 * 2
+    if "copies" in node and len(node["copies"]) == 6:
+        # a query with a bias, an output without, and an MLP of three projections
+        count += 2 + 1 + 3
+    assert len(copies) == 3 * count
     parameters = dict(model.llm.named_parameters())
     for name, copied in copies.items():
         text = parameters[name.replace(".vision.", ".text.")]
@@ -354,6 +361,9 @@ def test_cached_steps_give_the_logits_of_whole_rows_and_project_the_images_once(
         "keys_values",
         lambda self, *args: calls.append(self) or projection(self, *args),
     )
+    for block in model.fusion.owned(model.llm):
+        if isinstance(block, CrossAttentionBlock):
+            block.k_proj.register_forward_hook(lambda module, args, out: calls.append(module))
 
     batch = make_batch(prompts, per_image, left)
     visual = model.encode(batch)

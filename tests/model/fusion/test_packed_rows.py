@@ -9,6 +9,7 @@ from helpers import (
     FUSIONS,
     IMAGE,
     IMAGE_SIZE,
+    VARIANTS,
     all_fusions,
     each,
     expand,
@@ -94,7 +95,7 @@ def by_sample(values, batch):
     return dict(zip(batch.ids, pieces))
 
 
-@each(FUSIONS)
+@each({**FUSIONS, **VARIANTS})
 @pytest.mark.parametrize("llm", LLMS)
 @pytest.mark.parametrize("samples", SAMPLES)
 def test_packed_rows_have_the_loss_and_the_gradients_of_unpacked_ones(node, llm, samples):

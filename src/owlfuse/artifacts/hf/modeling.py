@@ -8,6 +8,7 @@ vocabulary.
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -218,11 +219,13 @@ class OwlfuseForConditionalGeneration(PreTrainedModel, GenerationMixin):
         if pixel_values is not None and images:
             weight = next(self.model.vision.parameters())
             features = self.model.vision(pixel_values.to(weight.device, weight.dtype))
-            tokens = self.model.connector(features)
+            tokens, levels = self.model.connect(features)
         else:
             embeddings: Any = self.get_input_embeddings().weight
             tokens = embeddings.new_zeros(1, self.model.connector.tokens, embeddings.shape[1])
-        return VisualTokens(tokens, index, positions)
+            extra = self.model.fusion.levels
+            levels = tokens.expand(extra, *tokens.shape) if extra else None
+        return VisualTokens(tokens, index, positions, levels)
 
     def _expand_inputs_for_generation(  # type: ignore[override]  # by name, as generate calls it
         self, expand_size: int = 1, input_ids: Any = None, **kwargs: Any
@@ -234,10 +237,10 @@ class OwlfuseForConditionalGeneration(PreTrainedModel, GenerationMixin):
             # the pixels themselves are not repeated for every beam
             kwargs["visual"] = self.encode(input_ids, kwargs.pop("pixel_values", None))
         visual: VisualTokens = kwargs["visual"]
-        kwargs["visual"] = VisualTokens(
-            visual.tokens,
-            visual.image_index.repeat_interleave(expand_size, dim=0),
-            visual.image_positions.repeat_interleave(expand_size, dim=0),
+        kwargs["visual"] = replace(
+            visual,
+            image_index=visual.image_index.repeat_interleave(expand_size, dim=0),
+            image_positions=visual.image_positions.repeat_interleave(expand_size, dim=0),
             kv_cache={},
         )
         above: Any = super()

@@ -24,7 +24,7 @@ from owlfuse.data.media.images import to_rgb
 from owlfuse.data.media.tiles import best_grid
 from owlfuse.evaluation.explain.capture import AttentionCapture, capture_attention
 from owlfuse.evaluation.explain.overlays import side_by_side
-from owlfuse.model.llm import decoder_layers
+from owlfuse.model.layouts import decoder_layers
 from owlfuse.model.multimodal import MultimodalLM
 from owlfuse.model.vision.base import Backbone, Preprocessing
 
@@ -43,11 +43,12 @@ def attention_to_pictures(
 
     One forward pass over prompt and answer. Of each answer token it takes the weights at the
     position that predicts the token, the one before its own. They are the LLM's self-attention to
-    the visual tokens (`concat`, `modality_adaptive`), or hyperattention's to them, times its gate
-    (see `Fusion.visual_attention`), unscaled: a head or a layer that reads little from the pictures
-    counts little. The mean over heads, layers and answer tokens then goes to the patches: a visual
-    token of `linear` and `mlp` is its patch, and those of an abstractor are shared out by its
-    `patch_shares`. The attention to class tokens and end tokens is left out, and the sum over
+    the visual tokens where these stand among the text, or the attention to them that the fusion has
+    put into the layers, times its gate (see `Fusion.visual_attention` and
+    `Fusion.visual_attention_modules`), unscaled: a head or a layer that reads little from the
+    pictures counts little. The mean over heads, layers and answer tokens then goes to the patches:
+    a visual token of `linear` and `mlp` is its patch, and those of an abstractor are shared out by
+    its `patch_shares`. The attention to class tokens and end tokens is left out, and the sum over
     patches is scaled to 1.
 
     The model is not changed.
@@ -57,7 +58,7 @@ def attention_to_pictures(
         answer_ids: (L,) the ids that `generate` wrote behind the prompt. Ends of sequence behind
             the answer are left out.
         layers: of the LLM, from 0; by default all in which text attends to the pictures: every one,
-            or those of hyperattention.
+            or those of hyperattention or cross-attention.
 
     Raises:
         DataError: no picture or answer, several prompts, another layer, patches that are no grid, a
@@ -92,9 +93,12 @@ def maps_of(
     Args:
         batch: one prompt.
         visual: its visual tokens.
-        features: (N, P, Dv) of its images.
+        features: (N, P, Dv) of its images, or (N, 1 + L, P, Dv) of a backbone with extra levels.
         answer: (L,) ids.
     """
+    if model.vision.extra_levels:
+        # those that the visual tokens among the text are made of
+        features = features[:, 0]
     grid, rows = grid_of(model.vision), len(answer)
     visual_layers = model.fusion.visual_attention_layers(len(decoder_layers(model.llm)))
     layers = select_layers(visual_layers, layers)

@@ -17,7 +17,13 @@ from transformers import PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from owlfuse.model.fusion.base import AttentionCall, Fusion, attention_weights, text_mask
+from owlfuse.model.fusion.base import (
+    AttentionCall,
+    Fusion,
+    VisualReader,
+    attention_weights,
+    text_mask,
+)
 
 
 @dataclass
@@ -49,13 +55,34 @@ def capture_attention(llm: PreTrainedModel, capture: AttentionCapture) -> Iterat
     name = f"owlfuse_capture_{plain}"
     ALL_ATTENTION_FUNCTIONS.register(name, partial(attend_and_capture, plain))
     ALL_MASK_ATTENTION_FUNCTIONS.register(name, ALL_MASK_ATTENTION_FUNCTIONS[plain])
-    llm.set_attn_implementation(name)
+    readers = capture.fusion.visual_attention_modules(llm)
+    handles = []
+    for layer in capture.layers:
+        if layer in readers:
+            hook = partial(capture_reader, capture, layer)
+            handles.append(readers[layer].register_forward_pre_hook(hook))
+    if not readers:
+        llm.set_attn_implementation(name)
     token = ACTIVE.set(capture)
     try:
         yield
     finally:
         ACTIVE.reset(token)
         llm.set_attn_implementation(before)
+        for handle in handles:
+            handle.remove()
+
+
+def capture_reader(
+    capture: AttentionCapture,
+    layer: int,
+    reader: VisualReader,
+    args: tuple[Tensor, ...],
+) -> None:
+    """Captures the weights of a module by which the text attends to visual tokens beside the LLM's
+    own attention."""
+    weights = reader.visual_weights(args[0])[0, :, -capture.rows :]
+    capture.weights[layer] = weights.mean(0)
 
 
 def attend_and_capture(

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from owlfuse.core.types import Batch, VisualTokens
+from owlfuse.model.connectors.base import Connector
+from owlfuse.model.layouts import Need
 from owlfuse.model.llm import cache_argument, logits_at, mask_argument
 
 
@@ -26,6 +28,11 @@ class Fusion(nn.Module):
     """
 
     tokens_per_image: int
+    levels: int = 0
+    """The extra levels of the backbone whose tokens the fusion reads."""
+    needs: tuple[Need, ...] = ("inputs_embeds",)
+    """What the fusion needs of the LLM, of each of the `visual_attention_layers` where it is about
+    layers; checked before it is attached."""
     tensor_roles: ClassVar[dict[str, str]] = {}
     """As `owlfuse.model.llm.TENSOR_ROLES`, of the projections that `attach` adds; `gathered`: the
     input is split by heads, and gathered first."""
@@ -33,6 +40,23 @@ class Fusion(nn.Module):
     def set_connector_tokens(self, connector_tokens: int) -> None:
         """Goes on with another number of visual tokens per image."""
         self.tokens_per_image = connector_tokens
+
+    def set_levels(self, levels: int, connector: Connector) -> None:
+        """Is told once, before `attach`, how many extra levels the backbone gives, and the model's
+        connector.
+
+        Raises:
+            ValueError: the fusion cannot read so many; by default it reads none.
+        """
+        if levels:
+            raise ValueError(
+                f"{type(self).__name__} reads one level of features, and the backbone gives "
+                f"{levels} more by themselves; set model.vision.join=channel, or take deepstack"
+            )
+
+    def level_connectors(self) -> list[Connector]:
+        """Returns the connectors of the extra levels, from the shallowest on; none by default."""
+        return []
 
     def attach(self, llm: PreTrainedModel) -> None:
         """Edits this LLM instance, before adapters and sharding. By default nothing is edited."""
@@ -46,6 +70,14 @@ class Fusion(nn.Module):
         """Returns the parameters that every tensor rank has in full and uses for its own heads
         alone, so that their gradients are summed over ranks."""
         return []
+
+    def check_split(self, llm: PreTrainedModel, ranks: int) -> None:
+        """Checks that tensor ranks can share out what `attach` has added. By default nothing is
+        checked: it has the LLM's own heads.
+
+        Raises:
+            ValueError: so many ranks cannot.
+        """
 
     def forward(
         self,
@@ -77,6 +109,21 @@ class Fusion(nn.Module):
         `visual_attention_layers`: (1, H, R, S), images in order. By default the self-attention's
         weights at the placeholders, for visual tokens that stand among the text."""
         return call.weights[..., call.placeholder]
+
+    def visual_attention_modules(self, llm: PreTrainedModel) -> dict[int, VisualReader]:
+        """Returns by layer the modules by which text attends to visual tokens beside the LLM's own
+        attention. By default none: `visual_attention` reads the LLM's."""
+        return {}
+
+
+class VisualReader(nn.Module):
+    """A module by which hidden states (B, T, D) attend to the visual tokens of the present forward
+    pass."""
+
+    def visual_weights(self, hidden_states: Tensor) -> Tensor:
+        """Returns how much each head reads from each visual token, (B, H, T, S) float32, for the
+        hidden states that the module's forward is given."""
+        raise NotImplementedError(f"{type(self).__name__} has no visual_weights")
 
 
 @dataclass
@@ -127,18 +174,55 @@ def splice(embeddings: Tensor, visual: VisualTokens, batch: Batch) -> Tensor:
 
     One gather and one selection of fixed shapes. Rows may share images, as beams do.
     """
-    per_image, width = visual.tokens.shape[1:]
-    length, steps = batch.attention_mask.shape[1], embeddings.shape[1]
-    positions = torch.arange(length - steps, length, device=embeddings.device)
-    has_started = visual.image_positions[:, None] <= positions[:, None]  # (B, T, I)
-    # (B, T) the last image that has started: a row's images are in order
-    slot = (has_started.sum(-1) - 1).clamp_min(0)
-    offset = positions - visual.image_positions.gather(1, slot)
-    order = visual.image_index.gather(1, slot) * per_image + offset
-    # elsewhere the index may lie outside of the tokens
-    order = torch.where(batch.placeholder, order, 0)
-    tokens = visual.tokens.reshape(-1, width)[order]
+    width = visual.tokens.shape[2]
+    tokens = visual.tokens.reshape(-1, width)[token_order(visual, batch)]
     return torch.where(batch.placeholder[..., None], tokens.to(embeddings.dtype), embeddings)
+
+
+def token_order(visual: VisualTokens, batch: Batch) -> Tensor:
+    """Returns which of the N * Q visual tokens stands at each placeholder of the batch's
+    `input_ids`, (B, T); 0 at text."""
+    length, steps = batch.attention_mask.shape[1], batch.input_ids.shape[1]
+    positions = torch.arange(length - steps, length, device=batch.input_ids.device)
+    slot, offset = image_slots(visual, positions)
+    order = visual.image_index.gather(1, slot) * visual.tokens.shape[1] + offset
+    # elsewhere the index may lie outside of the tokens
+    return torch.where(batch.placeholder, order, 0)
+
+
+def image_slots(visual: VisualTokens, positions: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns the index in its row of the last image that has started at each of the positions
+    (T,), 0 where none has, and how many positions behind its start that is; (B, T) each."""
+    has_started = visual.image_positions[:, None] <= positions[:, None]  # (B, T, I)
+    # a row's images are in order
+    slot = (has_started.sum(-1) - 1).clamp_min(0)
+    return slot, positions - visual.image_positions.gather(1, slot)
+
+
+def visible_images(visual: VisualTokens, batch: Batch) -> Tensor:
+    """Returns which of its row's images each of the batch's `input_ids` sees, (B, T, I) bool: those
+    that begin at or before it, in its own sample."""
+    steps, length = batch.input_ids.shape[1], batch.attention_mask.shape[1]
+    token_positions = torch.arange(length - steps, length, device=batch.input_ids.device)
+    visible = visual.image_positions[:, None, :] <= token_positions[:, None]
+    visible &= visual.image_index[:, None, :] >= 0
+    if batch.segment_ids is not None:  # packed rows, which are refused with a cache
+        starts = first_positions(visual, length)
+        image_segments = batch.segment_ids.gather(1, starts)
+        visible &= image_segments[:, None, :] == batch.segment_ids[:, :, None]
+    return visible
+
+
+def first_positions(visual: VisualTokens, length: int) -> Tensor:
+    """Returns where each row's images begin, (B, I), as indices of a row of so many positions: T,
+    for none, is no index."""
+    return visual.image_positions.clamp(0, length - 1)
+
+
+def row_tokens(visual: VisualTokens, dtype: torch.dtype) -> Tensor:
+    """Returns the visual tokens of each row's images, (B, S, D). Rows with fewer images than others
+    get the first one, which `visible_images` hides."""
+    return visual.tokens[visual.image_index.clamp(0)].flatten(1, 2).to(dtype)
 
 
 def fused_logits(

@@ -17,8 +17,17 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from owlfuse.core.types import Batch, VisualTokens
-from owlfuse.model.fusion.base import AttentionCall, Fusion, attention_weights, text_mask
-from owlfuse.model.llm import KeyPath, decoder_layers, rotary, width
+from owlfuse.model.fusion.base import (
+    AttentionCall,
+    Fusion,
+    attention_weights,
+    first_positions,
+    row_tokens,
+    text_mask,
+    visible_images,
+)
+from owlfuse.model.layouts import Need, decoder_layers
+from owlfuse.model.llm import KeyPath, rotary, width
 from owlfuse.model.llm_probe import key_paths
 
 Gate = Literal["adaptive", "static", "fused", "none"]
@@ -46,6 +55,13 @@ class HyperAttention(Fusion):
     """
 
     tokens_per_image = 1
+    needs: tuple[Need, ...] = (
+        "inputs_embeds",
+        "layers",
+        "attention",
+        "separate_keys_values",
+        "registry_attention",
+    )
     tensor_roles: ClassVar = {"visual.kv_proj": "columns", "visual.gate_proj": "gathered"}
 
     def __init__(
@@ -126,19 +142,11 @@ class HyperAttention(Fusion):
     ) -> tuple[Tensor, dict[str, Any]]:
         """Returns the text embeddings unchanged, and for the layers the visual tokens with their
         rotation and visibility."""
-        steps, length = embeddings.shape[1], batch.attention_mask.shape[1]
-        token_positions = torch.arange(length - steps, length, device=embeddings.device)
-        visible = visual.image_positions[:, None, :] <= token_positions[:, None]
-        visible &= visual.image_index[:, None, :] >= 0  # (B, T, I)
-        starts = visual.image_positions.clamp(0, length - 1)  # T, for none, is no index
-        if batch.segment_ids is not None:  # packed rows, which are refused with a cache
-            image_segments = batch.segment_ids.gather(1, starts)
-            visible &= image_segments[:, None, :] == batch.segment_ids[:, :, None]
+        visible = visible_images(visual, batch)
         if visual.kv_cache:
             return embeddings, {"visual": RowVisual(None, None, visible, visual.kv_cache)}
-        # (B, S, D)
-        # rows with fewer images get the first one, which `visible` hides
-        tokens = visual.tokens[visual.image_index.clamp(0)].flatten(1, 2).to(embeddings.dtype)
+        tokens = row_tokens(visual, embeddings.dtype)  # (B, S, D)
+        starts = first_positions(visual, batch.attention_mask.shape[1])
         # MI-RoPE: all patches of an image have the position of its placeholder; by the batch's
         # positions, not `position_ids`, which lack those that a cache holds
         positions = batch.positions().gather(1, starts)

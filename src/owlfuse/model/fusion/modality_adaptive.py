@@ -4,43 +4,93 @@ positions."""
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
-from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from owlfuse.core.types import Batch, VisualTokens
 from owlfuse.model.fusion.base import Fusion, splice
-from owlfuse.model.llm import KEY_VALUE, NORMS, decoder_layers
+from owlfuse.model.fusion.layer_state import ARGUMENT, LayerState
+from owlfuse.model.layouts import (
+    Need,
+    decoder_layers,
+    mlp_of,
+    norms_of,
+    projection_of,
+    split_fused,
+)
+
+Copy = Literal["norms", "key", "value", "query", "output", "mlp"]
+DEFAULT_COPIES: tuple[Copy, ...] = ("norms", "key", "value")
+NEEDS: dict[Copy, tuple[Need, ...]] = {
+    "norms": ("norms",),
+    "key": ("attention", "separate_keys_values"),
+    "value": ("attention", "separate_keys_values"),
+    "query": ("attention", "separate_keys_values"),
+    "output": ("attention",),
+    "mlp": ("mlp",),
+}
 
 
 class ModalityAdaptive(Fusion):
-    """Both norms and the key and value projections of every decoder layer have a text and a visual
-    copy, chosen by each token's modality; all else is shared (mPLUG-Owl2, arXiv 2311.04257, eq.
-    3-8).
+    """Some modules of every decoder layer have a text and a visual copy, chosen by each token's
+    modality; all else is shared. With both norms and the key and value projections it is
+    mPLUG-Owl2's (arXiv 2311.04257, eq. 3-8). With the projections and the MLP it is the visual
+    expert of CogVLM (arXiv 2311.03079, section 2.1), whose norms are shared; with all six, a
+    mixture of transformers (arXiv 2411.04996, algorithm 1) of which text and visual tokens have one
+    each.
 
     The visual copies start from the text's and belong to this part. Both run in every training
     step, whatever the batch holds. Where the batch says how many positions are visual, a token is
     multiplied by the projections of its own modality alone; where it does not, every token by both.
+
+    Args:
+        copies: what has two copies, of `norms`, `key`, `value`, `query`, `output`, `mlp`.
+
+    Raises:
+        ValueError: no copies, one twice, or an unknown one; from `attach`, an LLM whose layers do
+            not have them as modules of their own.
     """
 
-    def __init__(self, connector_tokens: int) -> None:
+    def __init__(self, connector_tokens: int, copies: list[Copy] | None = None) -> None:
         super().__init__()
         self.tokens_per_image = connector_tokens
+        self.copies = list(DEFAULT_COPIES if copies is None else copies)
+        if not self.copies or len(set(self.copies)) < len(self.copies):
+            raise ValueError(f"copies {self.copies}: give at least one, and each once")
+        if unknown := sorted(set(self.copies) - set(get_args(Copy))):
+            raise ValueError(f"copies {unknown} are unknown; there are {', '.join(get_args(Copy))}")
+        needs: list[Need] = ["inputs_embeds", "layers"]
+        for name in self.copies:
+            needs += NEEDS[name]
+        self.needs = tuple(dict.fromkeys(needs))
+        self.state: LayerState[Modality] = LayerState()
 
     def attach(self, llm: PreTrainedModel) -> None:
-        """Replaces each norm and each key and value projection by a `ByModality`."""
-        layer: Any
-        for layer in decoder_layers(llm):
-            for name in NORMS:
-                setattr(layer, name, ByModality(getattr(layer, name)))
-            for name in KEY_VALUE:
-                projection = getattr(layer.self_attn, name)
-                setattr(layer.self_attn, name, ProjectionByModality(projection))
-            layer.register_forward_pre_hook(set_modality_hook, with_kwargs=True)
+        """Replaces each of the modules that have copies by a `ByModality`."""
+        layers = decoder_layers(llm)
+        for layer in layers:
+            if needs_split(self.copies):
+                split_fused(llm, layer)
+            for name in self.copies:
+                self.copy_modules(llm, layer, name)
+        self.state.attach(llm, layers)
+
+    def copy_modules(self, llm: PreTrainedModel, layer: nn.Module, name: Copy) -> None:
+        """Replaces the modules of a layer that one of `copies` names."""
+        if name == "norms":
+            for norm in norms_of(llm, layer):
+                norm.put(ByModality(norm.module, self.state))
+        elif name == "mlp":
+            mlp = mlp_of(llm, layer)
+            check_mlp(llm, mlp.module)
+            mlp.put(ProjectionByModality(mlp.module, self.state))
+        else:
+            projection = projection_of(llm, layer, name)
+            projection.put(ProjectionByModality(projection.module, self.state))
 
     def owned(self, llm: PreTrainedModel) -> list[nn.Module]:
         """Returns the visual copies."""
@@ -56,7 +106,26 @@ class ModalityAdaptive(Fusion):
     ) -> tuple[Tensor, dict[str, Any]]:
         """Returns the embeddings with visual tokens among them, and for the layers the modality of
         each token."""
-        return splice(embeddings, visual, batch), {"modality": Modality.of(batch)}
+        return splice(embeddings, visual, batch), {ARGUMENT: Modality.of(batch)}
+
+
+def needs_split(copies: list[Copy]) -> bool:
+    """Returns whether a fused projection to queries, keys and values has to become three."""
+    return any("separate_keys_values" in NEEDS[name] for name in copies)
+
+
+def check_mlp(llm: PreTrainedModel, mlp: nn.Module) -> None:
+    """Raises ValueError for an MLP with weights other than those of linear layers, as a mixture of
+    experts has, whose router would see a part of the tokens."""
+    linear = set()
+    for module in mlp.modules():
+        if isinstance(module, nn.Linear | Conv1D):
+            linear.update(id(parameter) for parameter in module.parameters())
+    if not linear or linear != {id(parameter) for parameter in mlp.parameters()}:
+        raise ValueError(
+            f"copies: mlp: {type(mlp).__name__} of {type(llm).__name__} is no MLP of linear layers "
+            "alone; leave mlp out, or choose another LLM"
+        )
 
 
 class Modality(NamedTuple):
@@ -89,25 +158,26 @@ class ByModality(nn.Module):
     """Two copies of a module over the last dimension, one for text tokens and one for visual
     tokens."""
 
-    def __init__(self, text: nn.Module) -> None:
+    def __init__(self, text: nn.Module, state: LayerState[Modality]) -> None:
         super().__init__()
         self.text = text
         self.vision = copy.deepcopy(text)
-        self.modality: Modality | None = None
+        self.state = state
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Returns (B, T, the module's width) of (B, T, D). Without an indicator every token is
         text."""
-        if self.modality is None:
+        modality = self.state.value
+        if modality is None:
             return self.text_alone(hidden_states)
         # decoding, where a count would wait for the device in every step
-        if self.modality.count is None:
+        if modality.count is None:
             return torch.where(
-                self.modality.is_visual, self.vision(hidden_states), self.text(hidden_states)
+                modality.is_visual, self.vision(hidden_states), self.text(hidden_states)
             )
-        if self.modality.count == 0:
+        if modality.count == 0:
             return self.text_alone(hidden_states)
-        return self.split_by_modality(hidden_states, self.modality)
+        return self.split_by_modality(hidden_states, modality)
 
     def text_alone(self, hidden_states: Tensor) -> Tensor:
         """Returns the text copy's result. While gradients are computed the visual copy has some
@@ -159,40 +229,3 @@ class Permuted(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         """(R, D) -> (R, D)."""
         return gradient.index_select(0, *ctx.saved_tensors), None, None
-
-
-def set_modality_hook(layer: Any, args: tuple, kwargs: dict[str, Any]) -> None:
-    """Gives the layer's `ByModality` modules the indicator of this call. A hook on the layer, since
-    norms and projections receive hidden states alone."""
-    set_modality(layer, kwargs.get("modality"))
-    if getattr(layer, "gradient_checkpointing", False):
-        # private: transformers has no other way to replace a layer's checkpointing
-        # set by transformers at each call of gradient_checkpointing_enable
-        checkpoint = layer._gradient_checkpointing_func
-        if not isinstance(checkpoint, CheckpointByModality):
-            layer._gradient_checkpointing_func = CheckpointByModality(layer, checkpoint)
-
-
-def set_modality(layer: Any, modality: Modality | None) -> None:
-    """Sets the indicator for the layer's next forward."""
-    for module in (layer, layer.self_attn):
-        for child in module.children():
-            if isinstance(child, ByModality):
-                child.modality = modality
-
-
-class CheckpointByModality:
-    """A checkpointing function of transformers that recomputes with the indicator of the call it
-    recomputes: transformers checkpoints a layer's forward without its hooks, and another forward
-    may have come in between."""
-
-    def __init__(self, layer: nn.Module, checkpoint: Callable[..., Any]) -> None:
-        self.layer = layer
-        self.checkpoint = checkpoint
-
-    def __call__(self, run: partial, *args: Any) -> Any:
-        def run_by_modality(*args: Any) -> Any:
-            set_modality(self.layer, run.keywords.get("modality"))
-            return run(*args)
-
-        return self.checkpoint(run_by_modality, *args)

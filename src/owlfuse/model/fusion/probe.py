@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from owlfuse.core.types import Batch, VisualTokens, image_starts
 from owlfuse.model.fusion.base import Fusion, fused_logits
+from owlfuse.model.layouts import check_needs, decoder_layers
 from owlfuse.model.llm import FAILURES, first_line, width
 from owlfuse.model.llm_probe import configuration_key, plain_cpu, randomize, same, tiny_copy
 
@@ -35,6 +36,13 @@ def check_fusion(fusion: Fusion, llm: PreTrainedModel) -> None:
     Raises:
         ValueError: one of these does not hold for the LLM's class.
     """
+    count = len(decoder_layers(llm))
+    layer_indices = []
+    for index in fusion.visual_attention_layers(count):
+        # `attach` refuses layers that the LLM does not have
+        if 0 <= index < count:
+            layer_indices.append(index)
+    check_needs(llm, fusion.needs, type(fusion).__name__, layer_indices)
     arguments = {name: value for name, value in vars(fusion).items() if not name.startswith("_")}
     # all that a result depends on
     key = type(fusion), repr(fusion), repr(arguments), *configuration_key(llm)
@@ -83,6 +91,8 @@ def find_failure(fusion: Fusion, llm: PreTrainedModel) -> str | None:
         return "a picture changes logits of the text before it"
     if differences[behind].max() <= MIN_CHANGE:
         return "pictures do not change the logits of the text behind them"
+    if fusion.levels and level_changes(fusion, llm, images)[behind].max() <= MIN_CHANGE:
+        return "the backbone's extra levels do not change the logits of the text behind a picture"
     return None
 
 
@@ -103,6 +113,18 @@ def changes(fusion: Fusion, llm: PreTrainedModel, images: Tensor) -> tuple[Tenso
     first = batch.image_positions[1, 1]
     # the prediction of a placeholder itself may depend on the picture, too
     return differences, torch.arange(len(differences)) >= first
+
+
+def level_changes(fusion: Fusion, llm: PreTrainedModel, images: Tensor) -> Tensor:
+    """Returns the differences of `changes` where the second picture has other extra levels
+    alone."""
+    batch, visual = make_rows(fusion, images, "right")
+    assert visual.levels is not None
+    signs = torch.tensor([1.0, -1.0])[:, None, None]
+    changed = replace(visual, levels=visual.levels * signs)
+    logits = fused_logits(llm, fusion, batch, visual)[1]
+    changed_logits = fused_logits(llm, fusion, batch, changed)[1]
+    return (logits - changed_logits).abs().amax(-1) / logits.abs().max()
 
 
 def make_rows(fusion: Fusion, images: Tensor, padding_side: str) -> tuple[Batch, VisualTokens]:
@@ -133,4 +155,5 @@ def make_rows(fusion: Fusion, images: Tensor, padding_side: str) -> tuple[Batch,
         attention_mask=mask,
         visual_count=int(placeholder.sum()),
     )
-    return batch, VisualTokens(images, batch.image_index, batch.image_positions)
+    levels = images.expand(fusion.levels, *images.shape) if fusion.levels else None
+    return batch, VisualTokens(images, batch.image_index, batch.image_positions, levels)
