@@ -22,7 +22,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from owlfuse.model.layouts import decoder_layers
+from owlfuse.model.layouts import decoder_layers, module_at
 from owlfuse.model.llm import (
     FAILURES,
     KeyPath,
@@ -180,6 +180,9 @@ def key_paths(llm: PreTrainedModel) -> list[KeyPath | str]:
     """Returns for each decoder layer how its keys come from its key projection, or why further keys
     cannot be made like them."""
     layers: list[Any] = list(decoder_layers(llm))
+    for name in ("input_layernorm", "self_attn.k_proj", "self_attn.v_proj"):
+        if any(module_at(layer, name) is None for layer in layers):
+            return [f"not all its decoder layers have {name}, as Llama's have"] * len(layers)
     if not all(isinstance(layer.self_attn.k_proj, nn.Linear) for layer in layers):
         return ["its key projection is no plain linear layer"] * len(layers)
     for layer in layers:  # so large that a limit of keys and values shows, as olmoe may have
