@@ -60,11 +60,9 @@ ADAPTER_KEYS = {
     "use_rslora",
     "use_dora",
     "lora_bias",
-    "modules_to_save",
     "init_lora_weights",
     "layers_pattern",
     "layers_to_transform",
-    "trainable_token_indices",
     "ensure_weight_tying",
 }
 """Keys of an adapter_config.json that say which layers have an update and of which size. Others

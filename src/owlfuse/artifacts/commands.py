@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from owlfuse.artifacts.runs import check_model, check_which
 from owlfuse.core.errors import ConfigError
@@ -58,15 +58,25 @@ def write_export(folder: Path, out: str, options: dict[str, str]) -> None:
     """Writes the model of a folder to OUT, as the options of `owlfuse export` say."""
     from owlfuse.artifacts.export import export
     from owlfuse.artifacts.load import ADAPTER
-    from owlfuse.artifacts.lora import merge_lora
+    from owlfuse.artifacts.lora import floating_dtype, merge_lora
     from owlfuse.artifacts.released.saving import save
+    from owlfuse.model.quantization import dequantize, quantized_layers
 
     trained = read_trained(folder, options["which"])
     merge, shards = options["merge"] == "true", options["max_shard_size"]
+    if layers := quantized_layers(trained.model):
+        layer: Any = next(iter(layers.values()))
+        compute_dtype = str(layer.compute_dtype).removeprefix("torch.")
+        note = (
+            f"{len(layers)} layers of the LLM are in 4 bits, and {out} has the numbers that these "
+            f"stand for, in the precision of {compute_dtype}"
+        )
+        print(visible(note))
     # the released layout has no place for adapters
     if options["layout"] == "released":
         if merge:
             merge_lora(trained.model)
+        dequantize(trained.model, floating_dtype(trained.model))
         save(trained.model, out, max_shard_size=shards)
         print(visible(f"{out} is in the released layout"))
         return

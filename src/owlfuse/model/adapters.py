@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from itertools import chain
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
+import torch
 from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from torch import nn
@@ -17,6 +20,17 @@ from owlfuse.core.console import PlainConsole as Console
 
 log = logging.getLogger(__name__)
 PARTS = ("vision", "connector", "fusion", "llm")
+NAME = "default"
+"""peft's name of the updates that are trained."""
+START = "start"
+"""peft's name of updates that stay what the trained ones were at first, and are subtracted (see
+`LoRA.start_from_weights`)."""
+PLAIN_STARTS = (True, False, "gaussian", "orthogonal")
+"""Values of peft's `init_lora_weights` that draw random numbers alone."""
+NEEDS_DATA = ("eva", "corda", "lora_ga")
+"""Those that peft computes of activations or gradients, by functions of its own."""
+
+Value = TypeVar("Value")
 
 
 @dataclass
@@ -36,6 +50,13 @@ class Part:
     untrainable: set[str] = field(default_factory=set)
     """Parameters that the model itself never trains by gradients, as the biases that balance a
     router."""
+    quantized: dict[str, int] = field(default_factory=dict)
+    """Weights that are held in 4 bits (see `owlfuse.model.quantization`), with how many numbers
+    each stands for."""
+
+    def count(self, name: str) -> int:
+        """Returns how many numbers a parameter stands for."""
+        return self.quantized.get(name, self.parameters[name].numel())
 
 
 class PartedModel(Protocol):
@@ -68,7 +89,12 @@ class Full:
     """All of the part is trained."""
 
     def apply(self, part: Part) -> None:
-        """Trains every parameter that can be."""
+        """Trains every parameter that can be.
+
+        Raises:
+            ValueError: weights in 4 bits.
+        """
+        check_not_quantized(part, part.parameters)
         for name, parameter in part.parameters.items():
             parameter.requires_grad_(name not in part.untrainable)
 
@@ -88,12 +114,13 @@ class LastN:
         """Trains the last layers and freezes the others.
 
         Raises:
-            ValueError: the part has fewer layers than n, or none.
+            ValueError: the part has fewer layers than n, or none; weights in 4 bits.
         """
         if not 1 <= self.n <= len(part.blocks):
             raise ValueError(
                 f"n is {self.n}, and the part has {len(part.blocks)} layers to choose from"
             )
+        check_not_quantized(part, part.parameters)
         Frozen().apply(part)
         untrainable = {id(part.parameters[name]) for name in part.untrainable}
         for block in part.blocks[-self.n :]:
@@ -103,19 +130,33 @@ class LastN:
 
 class LoRA:
     """Low-rank updates of the part's linear layers by peft (arXiv 2106.09685), the layers
-    themselves frozen.
+    themselves frozen. Arguments that peft's `LoraConfig` has too mean what they mean there.
 
     Args:
         r: the rank of the updates.
+        alpha: the update is scaled by alpha / r.
         dropout: the share of a layer's inputs that its update does not see, in training.
         targets: names of linear layers, `q_proj` reaching each `...q_proj` of the part, or
             `all-linear`. The visual copies of `modality_adaptive` belong to the part `fusion`:
             `lora` there reaches `k_proj` and `v_proj`'s visual copies, and `lora` on `llm` reaches
             the text's.
-        alpha: the update is scaled by alpha / r.
         target_parameters: names of further matrices that are no linear layers, such as
             `experts.gate_up_proj` and `experts.down_proj` of a mixture of experts; each reaches
             every parameter of the part whose name ends so.
+        use_dora: the update changes the direction of each row of a weight, and a vector that is
+            trained its length (arXiv 2402.09353).
+        use_rslora: the update is scaled by alpha / sqrt(r) (arXiv 2312.03732).
+        rank_pattern: other ranks by layer, as `{q_proj: 16, layers.0.mlp.down_proj: 4}`: names, or
+            regular expressions of their ends; the first that fits a layer counts.
+        alpha_pattern: other alphas by layer, as `rank_pattern`.
+        modules_to_save: names of modules of the part that are trained in full beside the updates,
+            such as `norm` or `lm_head`; each reaches every module whose name ends so. They are
+            trained in place: peft would keep a copy of what they were.
+        init_lora_weights: what the updates start from. Nothing that changes the logits: `true`
+            (peft's default), `gaussian`, `orthogonal`. The layer's largest singular vectors:
+            `pissa`, `pissa_niter_<n>` (arXiv 2404.02948), or its QR decomposition: `olora` (arXiv
+            2406.01775), whose start is subtracted (see `start_from_weights`). `false`: random, so
+            that logits change.
     """
 
     def __init__(
@@ -125,30 +166,52 @@ class LoRA:
         dropout: float = 0.0,
         targets: list[str] | str = "all-linear",
         target_parameters: list[str] | None = None,
+        use_dora: bool = False,
+        use_rslora: bool = False,
+        rank_pattern: dict[str, int] | None = None,
+        alpha_pattern: dict[str, float] | None = None,
+        modules_to_save: list[str] | None = None,
+        init_lora_weights: bool | str = True,
     ):
         self.r = r
         self.alpha = alpha
         self.dropout = dropout
         self.targets = targets
         self.target_parameters = target_parameters or []
+        self.use_dora = use_dora
+        self.use_rslora = use_rslora
+        self.rank_pattern = rank_pattern or {}
+        self.alpha_pattern = alpha_pattern or {}
+        self.modules_to_save = modules_to_save or []
+        self.init_lora_weights = init_lora_weights
+
+    @property
+    def starts_from_weights(self) -> bool:
+        """Whether the updates start from the layers' own weights."""
+        return self.init_lora_weights not in PLAIN_STARTS
 
     def apply(self, part: Part) -> None:
         """Freezes the part and adds the updates.
 
         Raises:
-            ValueError: a target that no linear layer or parameter of the part has as its name, or
-                an r under 1.
+            ValueError: a target, a pattern or a module that the part does not have; a rank under 1;
+                options that do not go together, or with 4-bit weights.
         """
-        if self.r < 1:
-            raise ValueError(f"r is {self.r}, and a rank is at least 1")
+        self.check_options(part)
         Frozen().apply(part)
         names = self.target_layers(part)
         parameters = self.target_matrices(part)
+        ranks = matched(self.rank_pattern, names, "rank_pattern", part)
+        alphas = matched(self.alpha_pattern, names, "alpha_pattern", part)
+        self.check_ranks(part, names, ranks)
+        saved = self.saved_parameters(part, names)
         if self.targets == "all-linear":
             warn_of_unreached(part, parameters)
         # of the whole LLM, whose other part is in the same module
         before = {name: parameter.requires_grad for name, parameter in part.root.named_parameters()}
         alpha: Any = self.alpha  # peft, which says an int, takes any number
+        # what starts from the weights is drawn first, and set below
+        init: Any = True if self.starts_from_weights else self.init_lora_weights
         config = LoraConfig(
             r=self.r,
             lora_alpha=alpha,
@@ -156,11 +219,139 @@ class LoRA:
             target_modules=names,
             target_parameters=parameters or None,
             bias="none",
+            use_dora=self.use_dora,
+            use_rslora=self.use_rslora,
+            rank_pattern=anchored(ranks),
+            alpha_pattern=anchored(alphas),
+            init_lora_weights=init,
         )
-        inject_adapter_in_model(config, part.root)
+        inject_adapter_in_model(config, part.root, NAME)
+        if self.starts_from_weights:
+            config.init_lora_weights = False
+            config.lora_dropout = 0.0
+            inject_adapter_in_model(config, part.root, START)
+            self.start_from_weights(part, names)
+        activate_updates(part.root)
         # peft freezes all of the root but its adapters: the other parts in it are set back
         for name, parameter in part.root.named_parameters():
-            parameter.requires_grad_(before.get(name, before.get(without_base_layers(name), True)))
+            base_name = without_base_layers(name)
+            is_trained = before.get(base_name, not is_saved_start(name))
+            parameter.requires_grad_(before.get(name, is_trained))
+        for parameter in saved:
+            parameter.requires_grad_(True)
+
+    def check_options(self, part: Part) -> None:
+        """Raises ValueError for options that peft lacks, or that do not go together."""
+        init = self.init_lora_weights
+        if self.r < 1:
+            raise ValueError(f"r is {self.r}, and a rank is at least 1")
+        if init in NEEDS_DATA or init == "loftq":
+            reason = "a quantizer of its own" if init == "loftq" else "a pass over the data"
+            raise ValueError(
+                f"init_lora_weights: {init} needs {reason} before training, which owlfuse does "
+                "not run; take pissa, olora, gaussian, orthogonal or true"
+            )
+        is_pissa = isinstance(init, str) and re.fullmatch(r"pissa(_niter_\d+)?", init)
+        if init not in PLAIN_STARTS and init != "olora" and not is_pissa:
+            raise ValueError(
+                f"init_lora_weights is {init!r}, expected true, false, gaussian, orthogonal, "
+                "pissa, pissa_niter_<n> or olora"
+            )
+        if self.starts_from_weights and self.use_dora:
+            raise ValueError(
+                f"init_lora_weights: {init} subtracts its start from the layer, which use_dora "
+                "would scale too; give one of the two"
+            )
+        if self.target_parameters and (self.use_dora or init not in (True, False, "gaussian")):
+            raise ValueError(
+                "target_parameters are no linear layers, and peft has neither use_dora nor "
+                f"init_lora_weights: {init} for them; leave that out"
+            )
+        if self.starts_from_weights and part.quantized:
+            raise ValueError(
+                f"init_lora_weights: {init} decomposes weights, and these are in 4 bits; take "
+                "gaussian or true"
+            )
+
+    def check_ranks(self, part: Part, names: list[str], ranks: dict[str, int]) -> None:
+        """Raises ValueError for a rank under 1, or one that a start does not have."""
+        for name in names:
+            layer: Any = part.root.get_submodule(name)
+            rank = ranks.get(name, self.r)
+            if rank < 1:
+                raise ValueError(f"rank_pattern: {name} has rank {rank}, and a rank is at least 1")
+            smallest = min(layer.weight.shape)
+            if self.starts_from_weights and rank > smallest:
+                raise ValueError(
+                    f"init_lora_weights: {self.init_lora_weights} takes {rank} directions of "
+                    f"{name}, which has {smallest}; give a lower r or rank_pattern"
+                )
+            if self.init_lora_weights == "orthogonal" and rank % 2:
+                raise ValueError(
+                    f"init_lora_weights: orthogonal halves the rank, and {name} has {rank}; give "
+                    "an even one"
+                )
+
+    def saved_parameters(self, part: Part, targets: list[str]) -> list[nn.Parameter]:
+        """Returns the parameters of the modules that `modules_to_save` names.
+
+        Raises:
+            ValueError: no such module in the part, or one that has an update or 4-bit weights.
+        """
+        # a tied head is the table of embeddings, under its name
+        names_by_id = {id(parameter): name for name, parameter in part.parameters.items()}
+        saved: dict[str, nn.Parameter] = {}
+        for module_name in self.modules_to_save:
+            matching: dict[str, nn.Parameter] = {}
+            for path, module in part.root.named_modules():
+                if not f".{path}".endswith(f".{module_name}"):
+                    continue
+                for parameter in module.parameters():
+                    name = names_by_id.get(id(parameter))
+                    if name is not None:
+                        matching[name] = parameter
+            if not matching:
+                raise ValueError(
+                    f"modules_to_save: {part.name} has no module {module_name} with weights; its "
+                    f"weights are those of {', '.join(short_modules(part))}"
+                )
+            saved |= matching
+        weights_of_targets = {f"{name}.weight" for name in targets}
+        for name in saved:
+            if name in weights_of_targets:
+                raise ValueError(
+                    f"modules_to_save: {name.removesuffix('.weight')} has an update, too; leave "
+                    "it out here or in targets"
+                )
+        check_not_quantized(part, saved)
+        return [parameter for name, parameter in saved.items() if name not in part.untrainable]
+
+    def start_from_weights(self, part: Part, names: list[str]) -> None:
+        """Gives the updates B A of linear layers W the start B0 A0 that PiSSA or OLoRA takes of W,
+        and subtracts it: the layer computes W x - s B0 A0 x + s B A x, s being the scale.
+
+        peft's own changes W to W - s B0 A0 instead. That is the same function, but a base that no
+        folder has, and that another machine's singular vectors would not give again; here W stays
+        what was loaded, and the small B0 and A0 are saved with the updates.
+        """
+        for name in names:
+            layer: Any = part.root.get_submodule(name)
+            weight = layer.get_base_layer().weight
+            storage, original = weight.data, weight.data.clone()
+            if self.init_lora_weights == "olora":
+                layer.olora_init(NAME)
+            else:
+                layer.pissa_init(NAME, self.init_lora_weights)
+            # one of the two writes into the weight, the other puts a new one into its place
+            storage.copy_(original)
+            weight.data = storage
+            with torch.no_grad():
+                for matrices in (layer.lora_A, layer.lora_B):
+                    # the decomposition is in float32, whatever the layer's type
+                    trained = matrices[NAME].weight.data.to(weight.dtype)
+                    matrices[NAME].weight.data = trained.contiguous()
+                    matrices[START].weight.data = trained.clone().contiguous()
+            layer.scaling[START] = -layer.scaling[NAME]
 
     def target_layers(self, part: Part) -> list[str]:
         """Returns the full names of the part's linear layers that are targets, the LLM's head
@@ -198,7 +389,80 @@ class LoRA:
                     f"linear layers are {', '.join(short_names(stacked_matrices(part))) or 'none'}"
                 )
             names += matching
+        check_not_quantized(part, names)
         return names
+
+
+def matched(
+    pattern: Mapping[str, Value], names: list[str], option: str, part: Part
+) -> dict[str, Value]:
+    """Returns the values of a pattern by the full names of the layers that it reaches, the first
+    key that fits counting, as in peft.
+
+    Raises:
+        ValueError: a key that fits no layer, or is no regular expression.
+    """
+    values: dict[str, Value] = {}
+    unused = set(pattern)
+    for key, value in pattern.items():
+        try:
+            ends = re.compile(rf"(.*\.)?({key})")
+        except re.error as error:
+            raise ValueError(f"{option}: {key} is no regular expression: {error}") from error
+        for name in names:
+            # `k_proj` stands for its copies by modality, too, as in `targets`
+            plain = re.sub(r"\.(text|vision)$", "", name)
+            if ends.fullmatch(name) or ends.fullmatch(plain):
+                unused.discard(key)
+                values.setdefault(name, value)
+    if unused:
+        known = sorted({layer_name(name) for name in names})
+        raise ValueError(
+            f"{option}: {min(unused)} fits no layer of {part.name} with an update; those are "
+            f"{', '.join(known)}"
+        )
+    return values
+
+
+def anchored(values: Mapping[str, Value]) -> dict[str, Value]:
+    """Returns values by full names as a pattern of peft's, which else takes a name for the end of
+    longer ones."""
+    return {f"^{re.escape(name)}": value for name, value in values.items()}
+
+
+def activate_updates(root: nn.Module) -> None:
+    """Has every layer below a module add all the updates that it has. peft leaves each layer with
+    those that were added last anywhere in the module."""
+    for module in root.modules():
+        if isinstance(module, LoraLayer):
+            module.set_adapter(list(module.r))
+
+
+def is_saved_start(name: str) -> bool:
+    """Returns whether a parameter is the start of an update, which is frozen and yet saved with
+    what is trained."""
+    return ".lora_" in name and f".{START}." in name
+
+
+def check_not_quantized(part: Part, names: Iterable[str]) -> None:
+    """Raises ValueError where one of the parameters, which are to be trained, is in 4 bits."""
+    for name in names:
+        if name in part.quantized:
+            raise ValueError(
+                f"{name} is held in 4 bits (model.llm.quantization), which are not trained; give "
+                "lora or frozen, or leave the quantization out"
+            )
+
+
+def check_split_updates(llm: nn.Module) -> None:
+    """Raises ValueError for updates that tensor parallelism cannot split: DoRA, whose lengths are
+    of rows that no rank has in full."""
+    for name, module in llm.named_modules():
+        if isinstance(module, LoraLayer) and len(module.lora_magnitude_vector):
+            raise ValueError(
+                f"adapter: {name} has use_dora, and tensor ranks do not have the whole rows whose "
+                "lengths it trains; use FSDP alone (tensor: 1), or use_dora: false"
+            )
 
 
 def stacked_matrices(part: Part) -> dict[str, nn.Parameter]:
@@ -210,6 +474,12 @@ def stacked_matrices(part: Part) -> dict[str, nn.Parameter]:
     return stacked
 
 
+def short_modules(part: Part) -> list[str]:
+    """Returns the last names of the modules that hold a part's parameters, sorted, each once."""
+    modules = {name.rpartition(".")[0] for name in part.parameters}
+    return sorted({layer_name(module) for module in modules if module})
+
+
 def short_names(names: Iterable[str]) -> list[str]:
     """Returns the last two parts of dotted names, sorted, each once."""
     return sorted({".".join(name.split(".")[-2:]) for name in names})
@@ -219,8 +489,8 @@ def warn_of_unreached(part: Part, reached: list[str]) -> None:
     """Logs which matrices of an LLM `all-linear` does not reach."""
     missed = {name: p for name, p in stacked_matrices(part).items() if name not in reached}
     if part.name == "llm" and missed:
-        total = sum(parameter.numel() for parameter in part.parameters.values())
-        share = sum(parameter.numel() for parameter in missed.values()) / total
+        total = sum(part.count(name) for name in part.parameters)
+        share = sum(part.count(name) for name in missed) / total
         log.warning(
             "adapter.llm: all-linear reaches linear layers, and %s, which hold %.0f %% of the "
             "LLM's parameters, are none: they stay frozen; name them in target_parameters to train "
@@ -286,14 +556,14 @@ def apply_adapters(
     summaries = []
     for name in PARTS:
         part = model.part(name)
-        parameters = part.parameters.values()
-        trained = sum(p.numel() for p in parameters if p.requires_grad)
+        counts = {name: part.count(name) for name in part.parameters}
+        trained = sum(counts[name] for name, p in part.parameters.items() if p.requires_grad)
         if name == "llm":
             for table, rows in model.new_rows.items():
                 weight = part.parameters[table]
                 # the gradient of the other rows is masked, so they count as frozen
                 trained -= weight.numel() - len(rows) * weight.shape[1]
-        frozen = sum(p.numel() for p in parameters) - trained
+        frozen = sum(counts.values()) - trained
         summaries.append(PartSummary(name, type(policies[name]).__name__, trained, frozen))
     if not any(summary.trained for summary in summaries):
         raise ValueError(
@@ -325,7 +595,7 @@ def print_summary(summaries: list[PartSummary], nodes: dict[str, Any] | None = N
 
 def describe_node(node: dict[str, Any] | None) -> str:
     """Returns the class of a part, unless a function makes it, and its model's name, as in
-    `TimmBackbone vit_tiny_patch16_224`."""
+    `TimmBackbone vit_tiny_patch16_224`, with `in 4 bits` where it is quantized."""
     if not node:
         return ""
     target = str(node.get("_target_", "")).rpartition(".")[2]
@@ -334,4 +604,5 @@ def describe_node(node: dict[str, Any] | None) -> str:
     model = node.get("pretrained") or node.get("name") or model_type
     if not model:
         return target
-    return f"{target} {model}" if target[:1].isupper() else str(model)
+    bits = " in 4 bits" if node.get("quantization") is not None else ""
+    return f"{target} {model}" if target[:1].isupper() else f"{model}{bits}"

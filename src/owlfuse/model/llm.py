@@ -23,7 +23,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from owlfuse.core.hub_access import check_hub_has
 from owlfuse.core.packages import looks_local, missing, packaged
 from owlfuse.core.types import Batch
+from owlfuse.model.adapters import check_split_updates
 from owlfuse.model.layouts import decoder_layers, module_at
+from owlfuse.model.quantization import Quantization, check_not_sharded
 
 TENSOR_ROLES = {
     "self_attn.q_proj": "columns",
@@ -67,6 +69,7 @@ def load_llm(
     attention: Literal["sdpa", "flash_attention_2", "flash_attention_3"] = "sdpa",
     dtype: str | None = None,
     gradient_checkpointing: bool = False,
+    quantization: dict[str, Any] | None = None,
 ) -> PreTrainedModel:
     """Returns a causal LM from a folder of weights or a hub name (`pretrained`;
     `package:<package>` is an installed package's folder), or random from a configuration with a
@@ -87,6 +90,9 @@ def load_llm(
             planned where the hub is not at hand: it is read on the meta device alone, in the place
             of the folder's or the hub's.
         dtype: as transformers takes it (`float32`, `bfloat16`, `auto`); by default float32.
+        quantization: holds the weights of linear layers in 4 bits; the keys are those of
+            `quantization.Quantization`, `{}` its defaults. The model of the parts does it, once the
+            fusion is attached.
 
     Raises:
         ValueError: both or none of `pretrained` and `config`, an unknown model type, or a folder
@@ -96,6 +102,8 @@ def load_llm(
         raise ValueError(
             "give one of pretrained (a folder or a hub name) and config (with a model_type)"
         )
+    # before anything is loaded
+    settings: Any = None if quantization is None else Quantization.of(quantization)
     options = {"attn_implementation": attention, "dtype": dtype or "float32"}
     on_meta = torch.get_default_device().type == "meta"
     # a plan of a hub's model needs no download
@@ -117,6 +125,7 @@ def load_llm(
         llm.resize_token_embeddings(vocab_size, mean_resizing=not on_meta)
     if gradient_checkpointing:
         recompute_activations(llm)
+    llm.quantization = settings
     decoder_layers(llm)  # raises for an LLM that owlfuse cannot use
     return llm
 
@@ -193,6 +202,8 @@ def check_split(llm: PreTrainedModel, ranks: int) -> None:
                 f"{name} of the LLM is {count}, which {ranks} tensor ranks do not divide"
             )
     if ranks > 1:
+        check_not_sharded(llm, True)
+        check_split_updates(llm)
         for layer in decoder_layers(llm):
             check_layer_split(llm, layer)
 
@@ -399,6 +410,7 @@ def load_pretrained(
     source = {"gguf_file": gguf_file} if gguf_file else {}
     loading_info: dict[str, Any]
     try:
+        check_plain(pretrained, gguf_file)
         # from_pretrained would load weights, whatever the default device
         if torch.get_default_device().type == "meta":
             return AutoModelForCausalLM.from_config(
@@ -420,6 +432,22 @@ def load_pretrained(
             f"{len(missing_weights) - 1} more of its model"
         )
     return llm
+
+
+def check_plain(pretrained: str, gguf_file: str | None) -> None:
+    """Raises ValueError for weights that are quantized in their folder, which no policy trains and
+    no export writes. transformers turns those of GGUF files, and of mxfp4 on a CPU, into plain
+    ones."""
+    if gguf_file:
+        return
+    llm_config = AutoConfig.from_pretrained(pretrained, trust_remote_code=False)
+    described = getattr(llm_config, "quantization_config", None) or {}
+    method = described.get("quant_method") if isinstance(described, dict) else None
+    if described and method != "mxfp4":
+        raise ValueError(
+            f"its weights are quantized already ({method}); name a folder of plain weights, and "
+            "set model.llm.quantization to hold them in 4 bits"
+        )
 
 
 def _loaded(pretrained: str, **options: Any) -> tuple[PreTrainedModel, dict[str, Any]]:

@@ -35,6 +35,12 @@ from owlfuse.model.llm import (
 )
 from owlfuse.model.llm_probe import check_packing
 from owlfuse.model.parts import ModelPart
+from owlfuse.model.quantization import (
+    Quantization,
+    check_quantized_training,
+    quantize,
+    quantized_counts,
+)
 from owlfuse.model.vision.base import Backbone
 
 
@@ -74,6 +80,10 @@ class MultimodalLM(nn.Module):
         # before it is attached: a fusion that fails leaves this LLM unchanged
         check_fusion(fusion, llm)
         fusion.attach(llm)
+        # an attribute of `load_llm`; after the fusion has made its copies of plain layers
+        quantization: Any = getattr(llm, "quantization", None)
+        if quantization is not None:
+            self.quantize(quantization)
 
     def forward(
         self,
@@ -197,9 +207,11 @@ class MultimodalLM(nn.Module):
         for path, parameter in self.llm.named_parameters():
             if (id(parameter) in in_fusion) == (name == "fusion"):
                 parameters[path] = parameter
+        counts = quantized_counts(self.llm)
+        quantized = {path: counts[id(p)] for path, p in parameters.items() if id(p) in counts}
         if name == "fusion":
             parameters.update(self.fusion.named_parameters())
-            return Part(name, self.llm, parameters)
+            return Part(name, self.llm, parameters, quantized=quantized)
         blocks = []
         for layer in decoder_layers(self.llm):
             blocks.append([p for p in layer.parameters() if id(p) not in in_fusion])
@@ -209,11 +221,15 @@ class MultimodalLM(nn.Module):
                 table_ids.add(id(module.weight))
         tables = {path: p for path, p in parameters.items() if id(p) in table_ids}
         untrainable = {path for path, p in parameters.items() if id(p) in self.untrainable}
-        return Part(name, self.llm, parameters, blocks, tables, untrainable)
+        return Part(name, self.llm, parameters, blocks, tables, untrainable, quantized)
 
     def row_limits(self) -> list[tuple[nn.Parameter, list[int]]]:
         """Returns the LLM's tables of which only some rows are trained, with those rows."""
         return [(self.llm.get_parameter(name), rows) for name, rows in self.new_rows.items()]
+
+    def quantize(self, quantization: Quantization) -> None:
+        """Holds the LLM's linear layers in 4 bits, but for those that the fusion put into it."""
+        quantize(self.llm, quantization, self.fusion.owned(self.llm))
 
     def sharding_units(self) -> list[nn.Module]:
         """Returns the modules that FSDP gathers one after the other; parameters in none of them are
@@ -243,6 +259,7 @@ class MultimodalLM(nn.Module):
                 part.check_training(sharded)
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from error
+        check_quantized_training(self.llm, sharded)
 
     def check_split(self, ranks: int) -> None:
         """Checks that so many tensor ranks can share out the LLM and what the fusion added to it.

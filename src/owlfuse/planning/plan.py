@@ -17,6 +17,7 @@ from owlfuse.config.build import build, to_dict
 from owlfuse.config.compose import PlanOptions, naming_part
 from owlfuse.core.errors import ConfigError
 from owlfuse.model.multimodal import MultimodalLM
+from owlfuse.model.quantization import check_not_sharded, planned_bytes
 from owlfuse.planning.meter import StepCost
 from owlfuse.planning.step import (
     Precision,
@@ -151,15 +152,17 @@ class Workload:
     def estimate(self, layout: Layout) -> Estimate:
         """Return what the layout needs.
 
-        Raises ValueError for tensor ranks that do not divide the LLM's heads.
+        Raises ValueError for tensor ranks that do not divide the LLM's heads, and for an LLM in
+        4 bits that is to be split.
         """
+        check_not_sharded(self.model.llm, layout.sharded or layout.tensor > 1)
         model = self.model_for(layout.tensor, False, self.precision.parameters)
         cost = self.step_cost(layout)
         share = 1 / layout.data if layout.sharded else 1.0
         accumulation = max(1, self.global_batch // (layout.micro * layout.data))
 
         # FSDP shares out parameters, and every rank has the buffers.
-        parameters = bytes_of(model.parameters()) * share + bytes_of(model.buffers())
+        parameters = planned_bytes(model) * share + bytes_of(model.buffers())
         optimizer = optimizer_bytes(model, self.optim) * share
         trained = bytes_of(p for p in model.parameters() if p.requires_grad)
         buckets = trained if layout.buckets else 0

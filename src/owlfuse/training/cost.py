@@ -14,6 +14,7 @@ from lightning import Callback, LightningModule, Trainer
 
 from owlfuse.core.files import read_json_if_there, write_json
 from owlfuse.core.types import Batch
+from owlfuse.model.quantization import count_parameters
 from owlfuse.parallel.collectives import data_ranks
 
 PROGRESS = "progress.json"
@@ -85,7 +86,7 @@ class Cost(Callback):
         trained = sum(p.numel() for p in parameters if p.requires_grad)
         self.cost |= {
             "trained_parameters": trained,
-            "parameters": sum(p.numel() for p in parameters),
+            "parameters": count_parameters(model),
         }
         if (speed := self.tokens_per_s(data_ranks(trainer))) is not None:
             self.cost["tokens_per_s"] = speed
