@@ -313,6 +313,7 @@ def test_a_signal_to_one_rank_ends_both_after_the_same_step_with_a_checkpoint(fo
     os.kill(second_rank(process), signal.SIGTERM)
     output = process.communicate(timeout=240)[0]
     assert process.returncode == 130, output[-4000:]
+    assert output.count("stopping after the next step of all ranks") == 1
     (stopped,) = set(re.findall(r"stopped at step (\d+)", output))  # each rank says it
     assert step_of(last_checkpoint(run)) == int(stopped)
 

@@ -18,7 +18,13 @@ from owlfuse.data.chat.tokenizer import chat_tokenizer
 from owlfuse.data.chat.truncation import OnLength, check_policies, policy_of
 from owlfuse.data.collate import Collator
 from owlfuse.data.formats.base import Source
-from owlfuse.data.loading import GlobalBatchSampler, MixtureDataset, SourceDataset
+from owlfuse.data.loading import (
+    GlobalBatchSampler,
+    MixtureDataset,
+    SourceDataset,
+    batches_of_rank,
+    load_or_skip,
+)
 from owlfuse.data.media.images import MAX_PIXELS
 from owlfuse.data.media.pictures import Pictures, Preprocess
 from owlfuse.data.media.tiles import check_tiled
@@ -27,7 +33,7 @@ from owlfuse.data.mixture.lengths import Lengths, count_lengths
 from owlfuse.data.mixture.mixture import make_mixture
 from owlfuse.data.mixture.positions import StepPositions
 from owlfuse.data.mixture.report import mixture_report, validation_report
-from owlfuse.data.notes import NoteCounts, NotesLog
+from owlfuse.data.notes import BatchRemarks, NoteCounts, NotesLog
 from owlfuse.data.packing import Padding, check_pack_to
 from owlfuse.data.workers import DataWorkers, ignore_signals
 
@@ -231,29 +237,56 @@ class ChatData(lightning.LightningDataModule):
         return self.loader(dataset, self.pack_to, batch_sampler=sampler, **options)
 
     def val_dataloader(self) -> dict[str, DataLoader]:
-        """Return a loader for each validation source, of the same samples at every step."""
+        """Return a loader for each validation source, of this rank's batches of the same samples at
+        every step."""
+        trainer = self.trainer
+        assert trainer is not None
+        # Lightning's, as in `train_dataloader`.
+        ranks = trainer.distributed_sampler_kwargs or {"rank": 0, "num_replicas": 1}
         loaders = {}
         for name in self.validation:
-            loaders[name] = self.validation_loader(name, self.validation_samples)
+            loaders[name] = self.validation_loader(
+                name,
+                self.validation_samples,
+                rank=ranks["rank"],
+                ranks=ranks["num_replicas"],
+            )
         return loaders
 
     def validation_loader(
-        self, name: str, limit: int | None = None, batch_size: int = 32
+        self,
+        name: str,
+        limit: int | None = None,
+        batch_size: int = 32,
+        rank: int = 0,
+        ranks: int = 1,
     ) -> DataLoader:
         """Return a loader of one validation source in its own order; with a limit, of a seeded
-        sample of it."""
+        sample of it. Of several ranks it has those batches that are this rank's."""
         source = self.validation[name]
         indices: Sequence[int] = range(len(source))
         # A random sample, since the first ones may all be of one kind.
         if limit is not None and limit < len(source):
             indices = sorted(random.Random(0).sample(indices, limit))
         dataset = SourceDataset(source, indices, self.load)
-        return self.loader(dataset, batch_size=batch_size)
+        batches = batches_of_rank(len(indices), batch_size, rank, ranks)
+        return self.loader(dataset, batch_sampler=batches)
+
+    def validation_batch(self, name: str, indices: Sequence[int]) -> Batch:
+        """Return the samples of one validation source at some indices, a row each. Raises
+        DataError."""
+        source = self.validation[name]
+        items = [load_or_skip(self.load, source, index) for index in indices]
+        return self.collator()(items)
 
     def loader(self, dataset: Dataset, pack_to: int | None = None, **options: Any) -> DataLoader:
         """Return a DataLoader of batches, a row to each sample unless they are packed."""
-        collator = Collator(self.encoder.pad_id, self.image_shape, pack_to=pack_to)
-        return DataLoader(dataset, collate_fn=collator, worker_init_fn=ignore_signals, **options)
+        collate = self.collator(pack_to=pack_to)
+        return DataLoader(dataset, collate_fn=collate, worker_init_fn=ignore_signals, **options)
+
+    def collator(self, **options: Any) -> Collator:
+        """Return what makes a batch of samples, with some options of a Collator."""
+        return Collator(self.encoder.pad_id, self.image_shape, **options)
 
     def load(self, sample: Sample, source: Source, prompt: bool = False) -> Encoded:
         """Return a sample of a source encoded, its pictures opened and preprocessed. Raises
@@ -274,16 +307,20 @@ class ChatData(lightning.LightningDataModule):
     def prompts(self, samples: list[tuple[Sample, Source]]) -> Batch:
         """Return questions as one batch, padded on the left, for generation."""
         # Generation appends on the right, where all rows must end.
-        collator = Collator(self.encoder.pad_id, self.image_shape, padding_side="left")
         questions = [self.load(sample, source, prompt=True) for sample, source in samples]
-        return collator(questions)
+        return self.collator(padding_side="left")(questions)
 
-    def note_validation(self, batch: Batch) -> None:
+    def note_validation(self, remarks: BatchRemarks, logs: bool = True) -> None:
         """Remember the skips, cuts and notes of a validation batch, each sample once however often
-        it is evaluated."""
-        self.notes.add(batch.notes)
-        self.validation_skipped |= dict.fromkeys(batch.skipped)
-        self.validation_truncated |= dict.fromkeys(batch.truncated)
+        it is evaluated.
+
+        Args:
+            logs: False on a rank that has them of another, which logs them.
+        """
+        if logs:
+            self.notes.add(remarks.notes)
+        self.validation_skipped |= dict.fromkeys(remarks.skipped)
+        self.validation_truncated |= dict.fromkeys(remarks.truncated)
 
     def report(
         self,

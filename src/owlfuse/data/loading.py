@@ -110,6 +110,20 @@ def load_or_skip(
         raise DataError(reason) from error
 
 
+def batches_of_rank(samples: int, batch_size: int, rank: int, ranks: int) -> list[range]:
+    """Return the numbers of the samples in each batch of one rank: batch k is rank k % ranks'.
+
+    All ranks get equally many batches, as the collectives of a forward pass need it. Those beyond
+    the last sample are empty, and the collator makes a row of them on which nothing is supervised.
+    """
+    rounds = -(-samples // (batch_size * ranks))
+    batches = []
+    for round_number in range(rounds):
+        first = (round_number * ranks + rank) * batch_size
+        batches.append(range(min(first, samples), min(first + batch_size, samples)))
+    return batches
+
+
 class GlobalBatchSampler(Sampler[range]):
     """Yields the positions of one rank's micro batches. A step takes the next G positions, G the
     global batch size, whatever the number of ranks; micro batches go to the ranks in turn.

@@ -5,14 +5,27 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Iterable
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
-from owlfuse.core.types import Note
+from owlfuse.core.types import Batch, Note
 
 log = logging.getLogger(__name__)
 
 # In how many draws a source had a note, by (source, note's text).
 NoteCounts: TypeAlias = Counter[tuple[str, str]]
+
+
+class BatchRemarks(NamedTuple):
+    """What a batch lacks, and what was cut and noted of its samples (see the fields of `Batch`)."""
+
+    skipped: list[tuple[str, str, str]]
+    truncated: list[tuple[str, str, int]]
+    notes: list[tuple[str, str, Note, int]]
+
+    @classmethod
+    def of(cls, batch: Batch) -> BatchRemarks:
+        """Returns those of a batch."""
+        return cls(batch.skipped, batch.truncated, batch.notes)
 
 
 def text_of(note: Note) -> str:

@@ -49,9 +49,15 @@ def generate_greedy(
     batch: Batch,
     max_new_tokens: int,
     encoder: ChatEncoder,
+    synced: bool = False,
 ) -> Tensor:
     """Returns the likeliest continuation of each row of a batch (see `generate`), with the ends
-    of the chat template. The backbone and the connector run once."""
+    of the chat template. The backbone and the connector run once.
+
+    Args:
+        synced: the model is shared out over ranks with other rows, and each goes on until all have
+            ended.
+    """
     # the template's end of turn, which may be another token than the LLM's end of text
     ends = encoder.answer_format.generation(encoder.tokenizer, model.llm)
     wrapped = OwlfuseForConditionalGeneration.wrap(model, None, ends)
@@ -65,6 +71,8 @@ def generate_greedy(
         encoder.tokenizer,
         max_new_tokens=max_new_tokens,
         do_sample=False,
+        # by default transformers finds out, of models alone that it has sharded itself
+        synced_gpus=synced,
     )
 
 

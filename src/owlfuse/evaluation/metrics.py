@@ -6,9 +6,10 @@ import logging
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypeAlias
+from functools import partial
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import torch
 
@@ -18,17 +19,23 @@ from owlfuse.core.types import Batch, Sample, Skipped
 from owlfuse.data.chat.truncation import policy_of
 from owlfuse.data.datamodule import ChatData
 from owlfuse.data.loading import load_or_skip
+from owlfuse.data.notes import BatchRemarks
 from owlfuse.data.subset import stratified_sample
 from owlfuse.evaluation.generation import generate_greedy, milliseconds_per_token
 from owlfuse.evaluation.questions import normalize, question_samples
 from owlfuse.model.loss import batch_loss
 from owlfuse.model.multimodal import MultimodalLM
+from owlfuse.parallel.ranks import Ranks
 
 log = logging.getLogger(__name__)
 
+T = TypeVar("T")
 Progress = Callable[[int], None]
 Question: TypeAlias = tuple[Sample, str, str]
 """A question by itself, the expected answer, and its kind, "" where the data name none."""
+
+# Samples that a rank loads before it tells the others which of them are wrong.
+SAMPLES_LOADED = 64
 
 
 @dataclass
@@ -66,12 +73,16 @@ def holds_answer(text: str, accepted: Sequence[str]) -> bool:
     return False
 
 
-def questions_of(data: ChatData, source: str, history: bool = False) -> list[Question]:
+def questions_of(
+    data: ChatData, source: str, history: bool = False, ranks: Ranks | None = None
+) -> list[Question]:
     """Returns the questions of a validation source, each by itself, with answer and kind. Of a chat
     that is cut to the length, those of the remaining turns.
 
     Args:
         history: earlier turns stand before a question (see `question_samples`).
+        ranks: those that share the work, all of which get all questions; by default this process
+            has all of it.
 
     Raises:
         DataError: a wrong sample of a source that does not skip them, or more than its `max_skips`
@@ -82,7 +93,7 @@ def questions_of(data: ChatData, source: str, history: bool = False) -> list[Que
     if never_skips:  # no sample need be encoded to know that it counts
         turns_removed = dict.fromkeys(range(len(samples)), 0)
     else:
-        turns_removed = usable_samples(data, source)
+        turns_removed = usable_samples(data, source, ranks or Ranks())
     questions = []
     for index, removed in turns_removed.items():
         of_sample = question_samples(samples[index], history)
@@ -114,7 +125,7 @@ def counts_of(questions: list[Question], sampled: list[Question]) -> dict[str, A
     return {"asked": len(sampled), "of": len(questions), "kinds": kinds}
 
 
-def usable_samples(data: ChatData, source: str) -> dict[int, int]:
+def usable_samples(data: ChatData, source: str, ranks: Ranks) -> dict[int, int]:
     """Returns the indices of the samples that can be loaded, and how many turns each is cut by; the
     others are logged.
 
@@ -123,45 +134,81 @@ def usable_samples(data: ChatData, source: str) -> dict[int, int]:
             one that does, or nothing but wrong samples.
     """
     samples = data.validation[source]
+
+    def load_block(block: range) -> list[Skipped | int]:
+        outcomes: list[Skipped | int] = []
+        for index in block:
+            item = load_or_skip(data.load, samples, index)
+            outcomes.append(item if isinstance(item, Skipped) else item.turns_removed)
+        return outcomes
+
     turns_removed, skips = {}, 0
-    for index in range(len(samples)):
-        item = load_or_skip(data.load, samples, index)
-        if not isinstance(item, Skipped):
-            turns_removed[index] = item.turns_removed
-            continue
-        skips += 1
-        log.warning("skipped %s of validation source %s: %s", item.sample, source, item.reason)
-        # a source without any sample left has no loss
-        if skips > samples.max_skips or skips == len(samples):
-            raise DataError(
-                f"validation source {source} has {skips} wrong samples of {len(samples)}, and its "
-                f"max_skips is {samples.max_skips}; the last: {item.reason}"
-            )
+    blocks = chunks_of(range(len(samples)), SAMPLES_LOADED)
+    of_blocks: Iterator[list[Skipped | int]] = ranks.deal(blocks, load_block)
+    for block, outcomes in zip(blocks, of_blocks, strict=True):
+        for index, outcome in zip(block, outcomes, strict=True):
+            if not isinstance(outcome, Skipped):
+                turns_removed[index] = outcome
+                continue
+            skips += 1
+            reason = outcome.reason
+            if ranks.first:
+                log.warning(
+                    "skipped %s of validation source %s: %s", outcome.sample, source, reason
+                )
+            # a source without any sample left has no loss
+            if skips > samples.max_skips or skips == len(samples):
+                raise DataError(
+                    f"validation source {source} has {skips} wrong samples of {len(samples)}, and "
+                    f"its max_skips is {samples.max_skips}; the last: {reason}"
+                )
     return turns_removed
+
+
+def chunks_of(items: Sequence[T], size: int) -> list[Any]:
+    """Returns the items in parts of `size`, of which the last may have fewer; a part of a range is
+    a range."""
+    return [items[start : start + size] for start in range(0, len(items), size)]
 
 
 def answer_questions(
     model: MultimodalLM,
     data: ChatData,
     source: str,
-    questions: list[tuple[Sample, str, str]],
+    questions: list[Question],
     batch_size: int,
     max_new_tokens: int,
     progress: Progress = lambda n: None,
     blank: bool = False,
+    ranks: Ranks | None = None,
 ) -> list[Answer]:
-    """Returns the model's answers; `blank`: with each picture replaced by one of the mean color."""
+    """Returns the model's answers.
+
+    Args:
+        blank: each picture is replaced by one of the mean color.
+        ranks: those that share the batches, all of which get all answers; by default this process
+            has all of them.
+    """
+    ranks = ranks or Ranks()
     device = next(model.parameters()).device
     samples = data.validation[source]
-    answers = []
-    for start in range(0, len(questions), batch_size):
-        chunk = questions[start : start + batch_size]
+
+    def prompts(chunk: list[Question]) -> Batch:
         batch = data.prompts([(sample, samples) for sample, _, _ in chunk]).to(device)
         if blank:
             # normalised pixels: zero is the mean color
             batch = replace(batch, pixel_values=torch.zeros_like(batch.pixel_values))
-        ids = generate_greedy(model, batch, max_new_tokens, data.encoder)
-        texts = data.encoder.answers(list(ids))
+        return batch
+
+    def generate(batch: Batch) -> list[str]:
+        ids = generate_greedy(
+            model, batch, max_new_tokens, data.encoder, synced=ranks.synced_generation
+        )
+        return data.encoder.answers(list(ids))
+
+    answers = []
+    chunks = chunks_of(questions, batch_size)
+    for chunk, texts in zip(chunks, ranks.deal(chunks, prompts, generate), strict=True):
         for (sample, expected, kind), text in zip(chunk, texts, strict=True):
             content = sample.messages[-1]["content"]
             question = "".join(part.get("text", "") for part in content).strip()
@@ -179,56 +226,73 @@ def answer_questions(
 def time_answer(
     model: MultimodalLM,
     data: ChatData,
+    source: str,
+    question: Sample,
     tokens: int,
-    history: bool = False,
     repeats: int = 2,
-) -> float | None:
-    """Returns the milliseconds per token of an answer to the first question that there is, by
-    itself: the least of the repeats. None for 0 tokens, and without a question. All ranks of a
-    sharded model take part."""
-    # the first source may have no question
-    for source, samples in data.validation.items():
-        questions = questions_of(data, source, history) if tokens else []
-        for sample, _, _ in questions[:1]:
-            batch = data.prompts([(sample, samples)]).to(next(model.parameters()).device)
-            end = data.encoder.answer_format.generation(data.tokenizer, model.llm)
-            end.pop("stop_strings", None)  # an answer of a set number of tokens is timed
-            wrapped = OwlfuseForConditionalGeneration.wrap(model, None, end)
-            prompt = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
-            times = []
-            # the first repeat includes the allocation of memory
-            for _ in range(repeats):
-                with torch.no_grad():
-                    visual = model.encode(batch)
-                times.append(milliseconds_per_token(wrapped, tokens, **prompt, visual=visual))
-            return round(min(times), 3)
-    return None
+) -> float:
+    """Returns the milliseconds per token of an answer of `tokens` tokens to a question of a
+    validation source, by itself: the least of the repeats. All ranks of a sharded model take
+    part."""
+    batch = data.prompts([(question, data.validation[source])])
+    batch = batch.to(next(model.parameters()).device)
+    end = data.encoder.answer_format.generation(data.tokenizer, model.llm)
+    end.pop("stop_strings", None)  # an answer of a set number of tokens is timed
+    wrapped = OwlfuseForConditionalGeneration.wrap(model, None, end)
+    prompt = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
+    times = []
+    # the first repeat includes the allocation of memory
+    for _ in range(repeats):
+        with torch.no_grad():
+            visual = model.encode(batch)
+        times.append(milliseconds_per_token(wrapped, tokens, **prompt, visual=visual))
+    return round(min(times), 3)
 
 
-# no inference_mode: FSDP keeps what its first forward makes, and training goes on with it
-@torch.no_grad()
+class BatchLoss(NamedTuple):
+    """The cross-entropy of a batch summed over its supervised tokens, in nats, and what there was
+    to say of its samples."""
+
+    loss_sum: float
+    tokens: int
+    samples: int
+    remarks: BatchRemarks
+
+
 def mean_loss(
     model: MultimodalLM,
     data: ChatData,
     source: str,
     batch_size: int,
     progress: Progress = lambda n: None,
+    ranks: Ranks | None = None,
 ) -> float | None:
     """Returns the cross-entropy per supervised token over the whole chats of a source, in nats;
-    None where nothing is supervised."""
+    None where nothing is supervised.
+
+    Args:
+        ranks: those that share the batches; by default this process has all of them.
+    """
+    ranks = ranks or Ranks()
     device = next(model.parameters()).device
-    # float64: a sum over millions of tokens
-    total = torch.zeros((), dtype=torch.float64)
-    tokens = torch.zeros((), dtype=torch.int64)
-    batch: Batch
-    for batch in data.validation_loader(source, batch_size=batch_size):
-        # what was skipped or cut is reported by source
-        data.note_validation(batch)
+
+    # no inference_mode: FSDP keeps what its first forward makes, and training goes on with it
+    @torch.no_grad()
+    def sum_loss(batch: Batch) -> BatchLoss:
         loss, count = batch_loss(model, batch.to(device))
-        total += loss.double().cpu()
-        tokens += count.cpu()
-        progress(len(batch.ids))
-    return float(total / tokens) if tokens else None
+        remarks = BatchRemarks.of(batch)
+        return BatchLoss(float(loss), int(count), len(batch.ids), remarks)
+
+    # a sum over millions of tokens, in Python's numbers of 64 bits
+    total, tokens = 0.0, 0
+    chunks = chunks_of(range(len(data.validation[source])), batch_size)
+    for result in ranks.deal(chunks, partial(data.validation_batch, source), sum_loss):
+        # what was skipped or cut is reported by source
+        data.note_validation(result.remarks, logs=ranks.first)
+        total += result.loss_sum
+        tokens += result.tokens
+        progress(result.samples)
+    return total / tokens if tokens else None
 
 
 def score(

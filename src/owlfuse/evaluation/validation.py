@@ -13,7 +13,7 @@ from torch import Tensor
 from owlfuse.artifacts.load import load_run_model
 from owlfuse.artifacts.resume import check_evaluation_keys, read_past
 from owlfuse.artifacts.run_data import build_data
-from owlfuse.artifacts.runs import chosen_checkpoint, is_first_rank, split_which
+from owlfuse.artifacts.runs import chosen_checkpoint, split_which
 from owlfuse.config.build import build, to_dict
 from owlfuse.config.compose import compose
 from owlfuse.core.files import write_json
@@ -23,6 +23,7 @@ from owlfuse.data.identity import data_identity
 from owlfuse.evaluation.explain.contact_sheet import maps_of_answers
 from owlfuse.evaluation.metrics import (
     Answer,
+    Question,
     answer_questions,
     counts_of,
     mean_loss,
@@ -40,6 +41,8 @@ from owlfuse.evaluation.reports import (
     write_contact_sheet,
 )
 from owlfuse.evaluation.results import metrics_before, read_results, write_results
+from owlfuse.parallel.ranks import Ranks
+from owlfuse.parallel.torchrun import TorchrunRanks
 
 log = logging.getLogger(__name__)
 
@@ -87,52 +90,73 @@ class Evaluation:
             )
 
     def __call__(
-        self, model: Any, data: Any, folder: Path | None = None
+        self, model: Any, data: Any, folder: Path | None = None, ranks: Ranks | None = None
     ) -> tuple[dict[str, float], list[Answer]]:
         """Returns metrics by their full names and all answers, and shows progress; with a run's
-        folder, its metrics before the first step too."""
+        folder, its metrics before the first step too.
+
+        Args:
+            ranks: those that share the work, all of which call it and get the same; by default this
+                process has all of it.
+        """
+        ranks = ranks or Ranks()
         training = model.training
         # no dropout, and batch norms use their running statistics
         model.eval()
         metrics: dict[str, float] = metrics_before(folder) if folder else {}
         all_answers: list[Answer] = []
         samples: dict[tuple[str, str], Sample] = {}
-        shown = is_first_rank()
+        to_time: tuple[str, Sample] | None = None
         for source in data.validation:
-            all_questions = questions_of(data, source, self.history)
+            with ranks.failing_together():
+                all_questions = questions_of(data, source, self.history, ranks)
             questions = sample_questions(all_questions, self.max_questions)
             # of the questions, not of the samples, of which one may have several
             self.counts[source] = counts_of(all_questions, questions)
+            if to_time is None and all_questions:
+                to_time = source, all_questions[0][0]
             # the three take different times, so that each has its own estimate
             with Progress(
-                f"evaluating {source}, loss", len(data.validation[source]), shown=shown
+                f"evaluating {source}, loss", len(data.validation[source]), shown=ranks.first
             ) as progress:
-                loss = mean_loss(model, data, source, self.batch_size, progress.advance)
-            settings = (self.batch_size, self.max_new_tokens)
-            with Progress(f"evaluating {source}, answers", len(questions), shown=shown) as progress:
-                answers = answer_questions(
-                    model, data, source, questions, *settings, progress.advance
-                )
+                loss = mean_loss(model, data, source, self.batch_size, progress.advance, ranks)
+            answers = self.answer(model, data, source, questions, ranks)
             # asked again without information from the pictures: the difference is what they add
             blank = None
             if self.blank and any(sample.images or sample.videos for sample, _, _ in questions):
-                title = f"evaluating {source}, answers to blank pictures"
-                with Progress(title, len(questions), shown=shown) as progress:
-                    blank = answer_questions(
-                        model, data, source, questions, *settings, progress.advance, blank=True
-                    )
+                blank = self.answer(model, data, source, questions, ranks, blank=True)
             metrics |= metric_names(source, list(data.validation), score(answers, blank, loss))
             all_answers += answers
             for sample, _, _ in questions:
                 samples[source, sample.id] = sample
         # after the answers, when kernels are compiled and memory is allocated
-        self.milliseconds = time_answer(model, data, self.decode_tokens, self.history)
-        if self.explain and folder and shown:
+        self.milliseconds = None
+        if to_time is not None and self.decode_tokens:
+            self.milliseconds = time_answer(model, data, *to_time, self.decode_tokens)
+        if self.explain and folder:
             on_sheet = sample_for_sheet(pictured_answers(all_answers), self.contact_sheet)
             pairs = [(answer, samples[answer.source, answer.id]) for answer in on_sheet]
-            self.maps = maps_of_answers(model, data, pairs, self.max_new_tokens)
+            self.maps = maps_of_answers(model, data, pairs, self.max_new_tokens, ranks)
         model.train(training)
         return dict(sorted(metrics.items())), all_answers
+
+    def answer(
+        self,
+        model: Any,
+        data: Any,
+        source: str,
+        questions: list[Question],
+        ranks: Ranks,
+        blank: bool = False,
+    ) -> list[Answer]:
+        """Returns the answers to questions of a source (see `answer_questions`), and shows
+        progress."""
+        title = f"evaluating {source}, answers" + (" to blank pictures" if blank else "")
+        settings = (self.batch_size, self.max_new_tokens)
+        with Progress(title, len(questions), shown=ranks.first) as progress:
+            return answer_questions(
+                model, data, source, questions, *settings, progress.advance, blank, ranks
+            )
 
     def write(
         self,
@@ -165,6 +189,7 @@ def pictured_answers(answers: list[Answer]) -> list[Answer]:
 def evaluate_run(folder: str, overrides: list[str]) -> None:
     """Evaluates a run's last checkpoint again, or its best with `which=best`, and rewrites its
     results. Other overrides are those of `train` that say how it is evaluated, and on which data.
+    The processes of torchrun share the work.
 
     Raises:
         ConfigError: a key that changes nothing of an evaluation, or the model.
@@ -177,19 +202,23 @@ def evaluate_run(folder: str, overrides: list[str]) -> None:
     past = read_past(checkpoint)
     check_evaluation_keys(past, config)
     plain = to_dict(config)
+    ranks = TorchrunRanks()
     data = build_data(config)
     model, _ = load_run_model(run_dir, plain, data.vocab_size, which)
+    model.to(ranks.device)
     # pictures are prepared as the model's backbone needs them
     data.bind(model.vision.preprocessing, model.fusion.tokens_per_image)
     # of the training data as recorded, of validation data as they are now
     identity = {**past.identity, **data_identity({}, data.validation)}
     changed = [name for name, digest in past.identity.items() if identity[name] != digest]
-    if changed:
+    if changed and ranks.first:
         log.warning(
             "%s: the contents are not those that were evaluated in training", ", ".join(changed)
         )
     evaluation = build(config.evaluation) or Evaluation()  # of a run that trained without one
-    metrics, answers = evaluation(model, data, run_dir)
+    metrics, answers = evaluation(model, data, run_dir, ranks)
+    if not ranks.first:
+        return
     earlier = read_results(run_dir)
     # the training's own costs stay
     cost = {**earlier.get("cost", {}), "ms_per_generated_token": evaluation.milliseconds}

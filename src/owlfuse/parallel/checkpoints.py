@@ -9,7 +9,7 @@ import os
 import pickle
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -420,9 +420,17 @@ def gather_from_ranks(strategy: Strategy, value: Any) -> list[Any]:
     return values
 
 
+def raised_on_every_rank(strategy: Strategy) -> AbstractContextManager[None]:
+    """Raises an error of the block on every rank of a strategy (see `raised_together`)."""
+    return raised_together(partial(gather_from_ranks, strategy))
+
+
 @contextmanager
-def raised_on_every_rank(strategy: Strategy) -> Iterator[None]:
+def raised_together(gather: Callable[[Any], list[Any]]) -> Iterator[None]:
     """Raises an error of the block on every rank, so that none waits for one that has failed.
+
+    Args:
+        gather: returns an object of each rank, in their order; all of them call it.
 
     Raises:
         DataError: on the ranks that have not failed themselves.
@@ -433,7 +441,7 @@ def raised_on_every_rank(strategy: Strategy) -> Iterator[None]:
     except BaseException as error:  # is raised again below, when the others know of it
         failure = error
     reason = None if failure is None else f"{type(failure).__name__}: {str(failure)[:300]}"
-    reasons = gather_from_ranks(strategy, reason)
+    reasons = gather(reason)
     if failure is not None:
         raise failure
     for rank, text in enumerate(reasons):

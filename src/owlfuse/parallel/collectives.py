@@ -14,7 +14,8 @@ from lightning.pytorch.strategies import ParallelStrategy
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from owlfuse.parallel.strategies import Sharded
+from owlfuse.parallel.checkpoints import leave, new_gloo_group
+from owlfuse.parallel.strategies import Sharded, strategy_timeout
 
 
 def data_ranks(trainer: Trainer) -> int:
@@ -41,13 +42,54 @@ def data_group(trainer: Trainer) -> Any:
     )
 
 
-def true_on_any_rank(trainer: Trainer, flag: bool) -> bool:
-    """Whether the flag is up on any rank."""
-    if not (isinstance(trainer.strategy, ParallelStrategy) and dist.is_initialized()):
-        return flag
-    up = torch.tensor(float(flag), device=trainer.strategy.root_device)
-    dist.all_reduce(up, op=dist.ReduceOp.MAX)
-    return bool(up)
+class SharedFlag:
+    """A flag that goes up on every rank at the same step, one after it went up on any.
+
+    Ranks tell each other of it on the CPU, while they compute the next step: reading it never waits
+    for a device, and for another rank only where that is more than a step behind. One process reads
+    its flag at once.
+    """
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.group: Any = None
+        if trainer.world_size > 1 and dist.is_initialized():
+            self.group = new_gloo_group(strategy_timeout(trainer.strategy))
+        self.pending: tuple[Tensor, Any] | None = None
+
+    def exchange(self, flag: bool) -> bool:
+        """Tells the other ranks of this rank's flag; returns whether any rank's was up at the
+        call before. All ranks call it."""
+        if self.group is None:
+            return flag
+        was_up = self.read()
+        value = torch.tensor(int(flag))
+        work = dist.all_reduce(value, op=dist.ReduceOp.MAX, group=self.group, async_op=True)
+        self.pending = value, work
+        return was_up
+
+    def read(self) -> bool:
+        """Returns whether any rank's flag was up at the last `exchange`, and forgets it."""
+        if self.pending is None:
+            return False
+        value, work = self.pending
+        self.pending = None
+        work.wait()
+        return bool(value)
+
+    def settle(self, flag: bool) -> bool:
+        """Returns whether the flag is up on any rank now, when no step follows. All ranks call
+        it."""
+        if self.group is None:
+            return flag
+        self.read()
+        self.exchange(flag)
+        return self.read()
+
+    def close(self) -> None:
+        """Ends what the ranks tell each other."""
+        if self.group is not None:
+            leave(self.group)
+            self.group = None
 
 
 def all_gather_rows(trainer: Trainer, row: Tensor) -> Tensor:

@@ -129,7 +129,7 @@ class Sharded(ModelParallelStrategy):
         path, first = Path(self.broadcast(filepath)), self.is_global_zero
         part, background = partial_path(path), bool(storage_options)
         if background and self.side is None:
-            self.side = new_gloo_group(cast("timedelta", self._timeout))
+            self.side = new_gloo_group(strategy_timeout(self))
         with raised_on_every_rank(self):
             self.writer.wait()
             if first:
@@ -189,7 +189,7 @@ def check_strategy(trainer: Trainer, model: MultimodalLM, checkpoint: Path | Non
         )
 
 
-def takes_part_in_evaluation(trainer: Trainer) -> bool:
-    """Whether this rank takes part in answering the questions: all do where the model is shared
-    out."""
-    return trainer.is_global_zero or isinstance(trainer.strategy, Sharded)
+def strategy_timeout(strategy: Any) -> timedelta:
+    """Returns how long a rank of a strategy waits for the others."""
+    # Private in Lightning, whose strategies of several processes all have it and offer no other.
+    return getattr(strategy, "_timeout", None) or timedelta(minutes=TIMEOUT_MINUTES)

@@ -17,9 +17,9 @@ from owlfuse.core.files import write_json
 from owlfuse.core.progress import Clock, Progress, duration
 from owlfuse.evaluation.reports import write_answers
 from owlfuse.evaluation.results import BEFORE_FILE
-from owlfuse.parallel.collectives import true_on_any_rank
+from owlfuse.parallel.collectives import SharedFlag
+from owlfuse.parallel.ranks import evaluation_ranks
 from owlfuse.parallel.sharding import evaluation_precision
-from owlfuse.parallel.strategies import takes_part_in_evaluation
 
 if TYPE_CHECKING:
     from owlfuse.evaluation.validation import Evaluation
@@ -36,10 +36,14 @@ class BeforeTraining(Callback):
 
     def on_train_start(self, trainer: Any, module: LightningModule) -> None:
         """The weights are there by now; a run that goes on has its metrics of before already."""
-        if trainer.global_step or not takes_part_in_evaluation(trainer):
+        if trainer.global_step:
             return
-        with torch.random.fork_rng(devices=[]), evaluation_precision(trainer):
-            metrics, answers = self.evaluation(module.model, trainer.datamodule)
+        with (
+            torch.random.fork_rng(devices=[]),
+            evaluation_precision(trainer),
+            evaluation_ranks(trainer) as ranks,
+        ):
+            metrics, answers = self.evaluation(module.model, trainer.datamodule, ranks=ranks)
         if trainer.is_global_zero:
             write_answers(self.folder / "answers_before.jsonl", answers)
             write_json(self.folder / BEFORE_FILE, metrics)
@@ -191,16 +195,28 @@ class LoggedStep(Callback):
 
 
 class StopOnSignal(Callback):
-    """The first Ctrl-C (or SIGTERM), to any rank, ends the run after the step it is in, a second
-    Ctrl-C at once. Further SIGTERMs change nothing: `timeout` and SLURM send more than one."""
+    """The first Ctrl-C (or SIGTERM) ends the run after the step it is in, a second Ctrl-C at once.
+    Further SIGTERMs change nothing: `timeout` and SLURM send more than one.
+
+    Of several ranks any may get it, and all stop after the same step: the one that follows, while
+    which they tell each other.
+    """
 
     def __init__(self) -> None:
+        self.requested = False
+        """Whether this rank was sent a signal."""
         self.stopped = False
+        """Whether the run has ended by one, the same on all ranks."""
+        self.flag: SharedFlag | None = None
         self.workers_watched = False
         self.handlers: dict[int, Any] = {}
+        self.last_step = "this step"
 
     def on_fit_start(self, trainer: Trainer, module: LightningModule) -> None:
         """Listens to Ctrl-C in the place of Python's own handler."""
+        self.flag = SharedFlag(trainer)
+        if trainer.world_size > 1:
+            self.last_step = "the next step of all ranks"
         for number in (signal.SIGINT, signal.SIGTERM):
             self.handlers[number] = signal.signal(number, self.stop_after_step)
 
@@ -210,13 +226,14 @@ class StopOnSignal(Callback):
 
     def stop_after_step(self, number: int, frame: Any) -> None:
         """The signals' handler."""
-        if self.stopped and number == signal.SIGTERM:
+        if self.requested and number == signal.SIGTERM:
             return
-        if self.stopped:
+        if self.requested:
             self.restore_handlers()
             raise KeyboardInterrupt
-        self.stopped = True
-        print("stopping after this step; once more stops at once", file=sys.stderr, flush=True)
+        self.requested = True
+        line = f"stopping after {self.last_step}; once more stops at once"
+        print(line, file=sys.stderr, flush=True)
 
     def on_train_batch_start(
         self, trainer: Trainer, module: LightningModule, batch: Any, batch_idx: int
@@ -232,17 +249,26 @@ class StopOnSignal(Callback):
     ) -> None:
         """Ends the run between two optimizer steps, never inside one, and after the same step on
         all ranks."""
-        if (batch_idx + 1) % trainer.accumulate_grad_batches == 0 and true_on_any_rank(
-            trainer, self.stopped
-        ):
+        assert self.flag is not None
+        if (batch_idx + 1) % trainer.accumulate_grad_batches:
+            return
+        if self.flag.exchange(self.requested):
             self.stopped = trainer.should_stop = True
             if (batch_idx + 1) % int(trainer.val_check_interval):
                 # Lightning validates when it stops, where a run never stopped would not
                 trainer.limit_val_batches = 0
 
+    def on_fit_end(self, trainer: Trainer, module: LightningModule) -> None:
+        """A signal after the last step, while the last checkpoint is written, ends all ranks,
+        too."""
+        assert self.flag is not None
+        self.stopped = self.flag.settle(self.requested or self.stopped)
+
     def teardown(self, trainer: Trainer, module: LightningModule, stage: str) -> None:
         """Gives the signals back."""
         self.restore_handlers()
+        if self.flag is not None:
+            self.flag.close()
 
     def restore_handlers(self) -> None:
         """Puts the handlers back that stood before."""

@@ -40,6 +40,7 @@ from owlfuse.parallel.sharding import build_for, zero_other_rows
 from owlfuse.training.finite import FiniteWatch
 from owlfuse.training.optim import AdamWCosine, apply_schedule, group_settings
 from owlfuse.training.sample_counts import SampleCounts
+from owlfuse.training.validation_losses import ValidationLosses
 
 log = logging.getLogger(__name__)
 
@@ -80,6 +81,7 @@ class MultimodalModule(lightning.LightningModule):
         """The trainer's step when the last update of the weights began; the step rises when the
         update is done."""
         self.finite = FiniteWatch()
+        self.validation_losses = ValidationLosses()
         self.loss_sum: Any = 0.0
         self.token_count: Any = 0
         self.balance_sum: Any = 0.0
@@ -203,18 +205,22 @@ class MultimodalModule(lightning.LightningModule):
         return self.updated_at == self.trainer.global_step
 
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Loss per supervised token of the validation sources, `<source>/loss`."""
+        """Adds up the loss of a batch of a validation source."""
         loss, tokens = batch_loss(self.model, batch)
-        self.datamodule.note_validation(batch)
-        name = list(self.datamodule.validation)[dataloader_idx]
-        self.log(
-            f"{name}/loss",
-            loss / tokens.clamp_min(1),
-            batch_size=int(tokens),
-            prog_bar=dataloader_idx == 0,
-            add_dataloader_idx=False,
-            sync_dist=True,
-        )
+        source = list(self.datamodule.validation)[dataloader_idx]
+        self.validation_losses.add(source, batch, loss, tokens)
+
+    def on_validation_epoch_end(self) -> None:
+        """Logs the loss per supervised token of the validation sources, `<source>/loss`, over the
+        batches of all ranks."""
+        losses, remarks = self.validation_losses.end(self.trainer)
+        for batch_remarks in remarks:
+            self.datamodule.note_validation(batch_remarks, logs=self.trainer.is_global_zero)
+        for number, (source, loss) in enumerate(losses.items()):
+            # All ranks have the same number: without `sync_dist` Lightning would warn of them, and
+            # a mean over the ranks would round it.
+            options: dict[str, Any] = {"reduce_fx": "max", "sync_dist": True}
+            self.log(f"{source}/loss", loss, prog_bar=number == 0, **options)
 
     def configure_optimizers(self) -> Any:
         """See `AdamWCosine`."""

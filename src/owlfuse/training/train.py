@@ -37,12 +37,12 @@ from owlfuse.evaluation.results import write_results
 from owlfuse.model.llm_probe import check_packing
 from owlfuse.model.multimodal import on_meta
 from owlfuse.model.new_tokens import tokens_to_train
+from owlfuse.parallel.ranks import evaluation_ranks
 from owlfuse.parallel.sharding import evaluation_precision
 from owlfuse.parallel.strategies import (
     Sharded,
     check_strategy,
     rank_timeouts_as_data_errors,
-    takes_part_in_evaluation,
 )
 from owlfuse.training.callbacks import raise_if_stopped, resume_hint
 from owlfuse.training.loggers import begin_logging, finish_loggers, log_results
@@ -156,10 +156,16 @@ def train(config: DictConfig, folder: Path, data_digest: str | None, at_exit: Ex
         write_mixture(folder, report)
     raise_if_stopped(trainer, folder)
     metrics, answers = {}, []
-    if evaluation is not None and takes_part_in_evaluation(trainer):
+    if evaluation is not None:
+        # Lightning moves the model to the CPU when its training has ended.
+        module.to(trainer.strategy.root_device)
         try:
-            with evaluation_precision(trainer):
-                metrics, answers = evaluation(module.model, data, folder)
+            with (
+                rank_timeouts_as_data_errors(trainer),
+                evaluation_precision(trainer),
+                evaluation_ranks(trainer) as ranks,
+            ):
+                metrics, answers = evaluation(module.model, data, folder, ranks)
         except KeyboardInterrupt:
             done = (
                 "stopped while evaluating; the training is done, so go on with: owlfuse eval "

@@ -48,10 +48,10 @@ FAULTY = """
 from owlfuse.evaluation import validation
 
 class Evaluation(validation.Evaluation):
-    def __call__(self, model, data, folder=None):
+    def __call__(self, model, data, *words, **options):
         if data.seed == 1:
             raise RuntimeError("no luck with <seed> 1")
-        return super().__call__(model, data, folder)
+        return super().__call__(model, data, *words, **options)
 """
 
 

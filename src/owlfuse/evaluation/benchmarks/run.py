@@ -30,7 +30,8 @@ from owlfuse.evaluation.benchmarks.options import Options, check_model, compose_
 from owlfuse.evaluation.benchmarks.perplexity import ChatDataset, measure
 from owlfuse.evaluation.benchmarks.predictions import Predictions
 from owlfuse.evaluation.benchmarks.results import Settings, print_results, results_of
-from owlfuse.parallel.torchrun import Ranks
+from owlfuse.parallel.ranks import Ranks
+from owlfuse.parallel.torchrun import TorchrunRanks
 
 
 @quiet_libraries()
@@ -45,7 +46,7 @@ def evaluate_task(folder: str, words: list[str]) -> None:
     # all mistakes of the command before the model is loaded
     options, task = read_options(words)
     model_dir = check_model(folder)
-    ranks = Ranks()
+    ranks = TorchrunRanks()
     questions, skipped = task.questions()
     # before the share of a rank, so that the sample is the same for any number of ranks
     questions = sample_units(questions, options.max_questions)
@@ -101,13 +102,12 @@ def answer_share(
     questions: list[Question],
     store: Predictions,
     options: Options,
-    ranks: Ranks,
+    ranks: TorchrunRanks,
 ) -> None:
     """Answers the questions of this rank; each batch is on the disk before the next begins."""
     if not questions:
         return
-    device = torch.device(f"cuda:{ranks.local}" if torch.cuda.is_available() else "cpu")
-    model = LoadedModel(model_dir, options.dtype, device, options.thinking, options.which)
+    model = LoadedModel(model_dir, options.dtype, ranks.device, options.thinking, options.which)
     dataset_class = QuestionDataset if task.generates else ChatDataset
     dataset = dataset_class(task, questions, model.processor, model.max_positions, options.thinking)
     loader = DataLoader(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -23,6 +24,7 @@ from owlfuse.evaluation.metrics import Answer
 from owlfuse.evaluation.reports import picture_of
 from owlfuse.model.multimodal import MultimodalLM
 from owlfuse.parallel.collectives import is_sharded
+from owlfuse.parallel.ranks import Ranks
 
 log = logging.getLogger(__name__)
 
@@ -32,26 +34,35 @@ def maps_of_answers(
     data: ChatData,
     answers: list[tuple[Answer, Sample]],
     max_new_tokens: int,
+    ranks: Ranks,
 ) -> dict[str, Tensor]:
     """Returns the attention maps (h, w) of answers over their first pictures, by their ids (see
     `explain.attention_to_pictures`). None, and a warning, for a sharded model and for one that has
     no such map: an evaluation does not end by it. No map for a question with a video.
     """
     if is_sharded(model):
-        log.warning(
-            "evaluation.explain: the model is shared out over ranks; evaluate the run by one "
-            "process for the overlays"
-        )
+        if ranks.first:
+            log.warning(
+                "evaluation.explain: the model is shared out over ranks; evaluate the run by one "
+                "process for the overlays"
+            )
         return {}
     pictured = [(answer, sample) for answer, sample in answers if not sample.videos]
+
+    def map_of(pair: tuple[Answer, Sample]) -> Tensor:
+        answer, sample = pair
+        return map_of_answer(model, data, sample, answer, max_new_tokens).cpu()
+
+    maps = {}
     try:
-        return {
-            answer.id: map_of_answer(model, data, sample, answer, max_new_tokens)
-            for answer, sample in pictured
-        }
+        results: Iterator[Tensor] = ranks.deal(pictured, map_of)
+        for (answer, _), attention in zip(pictured, results, strict=True):
+            maps[answer.id] = attention
     except DataError as error:
-        log.warning("evaluation.explain: the contact sheet has no overlays: %s", error)
+        if ranks.first:
+            log.warning("evaluation.explain: the contact sheet has no overlays: %s", error)
         return {}
+    return maps
 
 
 @torch.no_grad()
