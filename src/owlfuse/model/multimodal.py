@@ -25,7 +25,7 @@ from owlfuse.model.adapters import PARTS, Part, PartSummary, apply_adapters
 from owlfuse.model.connectors.base import Connector
 from owlfuse.model.fusion.base import Fusion, fused_output
 from owlfuse.model.fusion.probe import check_fusion
-from owlfuse.model.layouts import decoder_layers
+from owlfuse.model.layouts import decoder_layers, module_at
 from owlfuse.model.llm import (
     PER_HEAD_NORMS,
     TENSOR_ROLES,
@@ -228,9 +228,12 @@ class MultimodalLM(nn.Module):
         """Returns the parameters that every tensor rank has in full and uses for its own heads
         alone."""
         parameters: list[nn.Parameter] = []
-        layer: Any
         for layer in decoder_layers(self.llm):
-            for name, norm in layer.self_attn.named_children():
+            # tensor ranks split this attention alone, see `llm.check_split`
+            attention = module_at(layer, "self_attn")
+            if attention is None:
+                continue
+            for name, norm in attention.named_children():
                 if name in PER_HEAD_NORMS:
                     parameters += norm.parameters()
         return parameters + self.fusion.per_head(self.llm)
