@@ -274,11 +274,6 @@ def check_split(llm: PreTrainedModel, ranks: int) -> None:
 def check_layer_split(llm: PreTrainedModel, layer: Any) -> None:
     """Raises ValueError for a layer with weights that tensor parallelism neither splits nor can use
     for a part of the heads."""
-    if module_at(layer, "self_attn.k_proj") is None:
-        raise ValueError(
-            f"{type(llm).__name__}: tensor ranks split attention with Llama's projections, and "
-            f"{type(layer).__name__} has no self_attn.k_proj; use FSDP alone (tensor: 1)"
-        )
     split = {"visual"}
     for path in TENSOR_ROLES:
         parent, _, name = path.rpartition(".")
