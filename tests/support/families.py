@@ -1,6 +1,9 @@
 """Tiny configurations of many families of LLMs."""
 
+import inspect
 from typing import Any
+
+from transformers import CONFIG_MAPPING
 
 SMALL: dict[str, Any] = {
     "hidden_size": 64,
@@ -92,3 +95,71 @@ NO_HYPERATTENTION: dict[str, tuple[dict[str, Any], str]] = {
 def fields_of(family: str, **fields: Any) -> dict[str, Any]:
     """The configuration of a tiny LLM of a family."""
     return {"model_type": family, **SMALL, **fields}
+
+
+SIZES: dict[str, Any] = {
+    **SMALL,
+    **EXPERTS,
+    **LOCAL_EXPERTS,
+    "head_dim": 16,
+    "n_routed_experts": 4,
+    "n_group": 1,
+    "topk_group": 1,
+    "n_shared_experts": 1,
+    "moe_num_experts": 4,
+    "moe_k": 2,
+    "moe_topk": 2,
+    "top_k_experts": 2,
+    "moe_intermediate_size": 32,
+    "shared_expert_intermediate_size": 32,
+    "shared_intermediate_size": 64,
+    "q_lora_rank": 32,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 16,
+    "sliding_window": 8,
+    "linear_num_value_heads": 4,
+    "linear_num_key_heads": 2,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 16,
+    "mamba_n_heads": 8,
+    "mamba_d_head": 16,
+    "mamba_d_state": 16,
+    "state_size": 8,
+    "embedding_size": 64,
+    "word_embed_proj_dim": 64,
+    "n_embd": 64,
+    "d_model": 64,
+    "n_layer": 4,
+    "n_layers": 4,
+    "num_layers": 4,
+    "decoder_layers": 4,
+    "n_head": 4,
+    "n_heads": 4,
+    "num_heads": 4,
+    "attention_heads": 4,
+    "decoder_attention_heads": 4,
+    "n_inner": 96,
+    "ffn_dim": 96,
+    "decoder_ffn_dim": 96,
+    "n_positions": 256,
+}
+"""Of every name that a configuration may have for one."""
+OPTIONAL = ("sliding_window", "num_experts", "q_lora_rank", "moe_intermediate_size")
+"""Sizes that a family is without where its usual configuration has none."""
+
+
+def small_fields(family: str) -> dict[str, Any]:
+    """The configuration of a tiny LLM of any family, in which every type of its layers occurs."""
+    config_class = CONFIG_MAPPING[family]
+    usual = config_class()
+    known = set(inspect.signature(config_class).parameters) | set(vars(usual))
+    fields = {name: size for name, size in SIZES.items() if name in known}
+    for name in OPTIONAL:
+        if vars(usual).get(name) is None:
+            fields.pop(name, None)
+    if types := vars(usual).get("layer_types"):
+        different = list(dict.fromkeys(types))
+        fields["layer_types"] = (different * 4)[:4]
+    return {"model_type": family, **fields}

@@ -426,6 +426,13 @@ def decoder_layers(llm: PreTrainedModel) -> nn.ModuleList:
     return layers
 
 
+def body_of(llm: PreTrainedModel) -> nn.Module:
+    """Returns the module that holds the decoder layers, and beside them the LLM's rotary
+    embedding."""
+    path, _, _ = layout_of(llm).layers.rpartition(".")
+    return llm.base_model.get_submodule(path)
+
+
 def attention_of(llm: PreTrainedModel, layer: nn.Module) -> Any:
     """Returns the attention module of a decoder layer.
 
@@ -705,6 +712,11 @@ def check_needs(
         raise ValueError(
             f"{fusion} needs an LLM that takes inputs_embeds, and {type(llm).__name__} takes none; "
             "choose another LLM"
+        )
+    if not parameters.keys() & {"cache", "past_key_values"}:
+        raise ValueError(
+            f"{type(llm).__name__} takes no key-value cache, and could not answer; choose another "
+            "LLM"
         )
     layers = decoder_layers(llm)
     for index in layer_indices:

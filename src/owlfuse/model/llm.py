@@ -8,9 +8,10 @@ R positions of logits.
 from __future__ import annotations
 
 import inspect
+import logging
 import struct
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -19,13 +20,23 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from owlfuse.core.hub_access import check_hub_has
 from owlfuse.core.packages import looks_local, missing, packaged
 from owlfuse.core.types import Batch
 from owlfuse.model.adapters import check_split_updates
-from owlfuse.model.layouts import decoder_layers, module_at
+from owlfuse.model.layouts import (
+    LLAMA,
+    body_of,
+    decoder_layers,
+    head_width,
+    layout_of,
+    module_at,
+)
 from owlfuse.model.quantization import Quantization, check_not_sharded
+
+log = logging.getLogger(__name__)
 
 TENSOR_ROLES = {
     "self_attn.q_proj": "columns",
@@ -82,7 +93,9 @@ def load_llm(
         pretrained: a folder of weights, a hub name, or `package:<package>`.
         config: the keys of a transformers configuration with its `model_type` (llama, mistral,
             qwen2, ...), for random weights.
-        attention: the kernel of transformers' attention; packed rows need `sdpa`.
+        attention: the kernel of transformers' attention; packed rows need `sdpa`. An LLM that has
+            none for it (Gemma 2, GPT-OSS) computes its attention without a kernel, which is
+            logged.
         gguf_file: the name of a GGUF file in the folder, which transformers turns into weights.
         gradient_checkpointing: activations inside of decoder layers are dropped and computed again
             in the backward pass.
@@ -104,17 +117,17 @@ def load_llm(
         )
     # before anything is loaded
     settings: Any = None if quantization is None else Quantization.of(quantization)
-    options = {"attn_implementation": attention, "dtype": dtype or "float32"}
+    options = {"dtype": dtype or "float32"}
+    # sdpa is what transformers takes by itself, for a class that supports it, and else eager
+    if attention != "sdpa":
+        options["attn_implementation"] = attention
     on_meta = torch.get_default_device().type == "meta"
     # a plan of a hub's model needs no download
     if on_meta and pretrained and architecture:
         config = architecture
     if config is not None:
         llm_config = make_config(config, vocab_size)
-        try:
-            llm = AutoModelForCausalLM.from_config(llm_config, **options)
-        except FAILURES as error:
-            raise ValueError(f"config: {llm_config.model_type}: {first_line(error)}") from error
+        llm = random_llm(llm_config, options)
     else:
         llm = load_pretrained(str(pretrained), gguf_file, options)
     if pretrained:
@@ -127,12 +140,41 @@ def load_llm(
         recompute_activations(llm)
     llm.quantization = settings
     decoder_layers(llm)  # raises for an LLM that owlfuse cannot use
+    check_width(llm)
+    if not on_meta:
+        log_attention(llm, attention)
     return llm
 
 
 # a function, whose attributes mypy does not know; see `parts.ModelPart` for what these are
 load_llm.COMPUTE_ONLY = ("attention", "gradient_checkpointing")  # type: ignore[attr-defined]
 load_llm.ORIGIN = ("pretrained", "gguf_file", "architecture", "dtype")  # type: ignore[attr-defined]
+
+
+def check_width(llm: PreTrainedModel) -> None:
+    """Raises ValueError for an LLM whose embeddings are not as wide as its hidden states: a visual
+    token could not be in the place of both."""
+    embedding_width = llm.get_input_embeddings().weight.shape[-1]
+    if embedding_width != width(llm):
+        raise ValueError(
+            f"{type(llm).__name__} has embeddings of width {embedding_width} and hidden states of "
+            f"width {width(llm)}, and visual tokens have one width; choose another LLM"
+        )
+
+
+logged_classes: set[type] = set()
+
+
+def log_attention(llm: PreTrainedModel, attention: str) -> None:
+    """Logs once for each class that an LLM computes attention otherwise than asked for."""
+    # private: transformers has a setter for it, and no getter
+    implementation = llm.config._attn_implementation
+    if implementation != attention and type(llm) not in logged_classes:
+        logged_classes.add(type(llm))
+        log.warning(
+            f"attention: {type(llm).__name__} has none for {attention}, and computes it by "
+            f"{implementation}"
+        )
 
 
 def make_config(config: dict[str, Any], vocab_size: int) -> PreTrainedConfig:
@@ -146,7 +188,9 @@ def make_config(config: dict[str, Any], vocab_size: int) -> PreTrainedConfig:
     try:
         llm_config = AutoConfig.for_model(model_type, **fields)
     except (*FAILURES, StrictDataclassError) as error:
-        raise ValueError(f"config: {str(error).splitlines()[-1].strip()[:200]}") from error
+        # the last line: pydantic-like messages name the field first and say what is wrong last
+        last_line = (str(error).splitlines() or [type(error).__name__])[-1]
+        raise ValueError(f"config: {last_line.strip()[:200]}") from error
     if unknown := sorted(set(fields) - config_fields(type(llm_config))):
         raise ValueError(f"config: {', '.join(unknown)} unknown to {type(llm_config).__name__}")
     heads = shared_field(llm_config, "num_attention_heads")
@@ -157,6 +201,33 @@ def make_config(config: dict[str, Any], vocab_size: int) -> PreTrainedConfig:
             "not divide"
         )
     return llm_config
+
+
+def random_llm(config: PreTrainedConfig, options: dict[str, Any]) -> PreTrainedModel:
+    """Returns a causal LM with random weights.
+
+    Raises:
+        ValueError: one line, whatever the modelling file raises.
+    """
+    try:
+        return AutoModelForCausalLM.from_config(config, **options)
+    except FAILURES as error:
+        # once: then the field is there
+        if fill_head_width(config):
+            return random_llm(config, options)
+        raise ValueError(f"config: {config.model_type}: {first_line(error)}") from error
+
+
+def fill_head_width(config: PreTrainedConfig) -> bool:
+    """Sets head_dim to hidden_size / num_attention_heads, as most families have it, where it is
+    None and the modelling file needs a number (Ministral, HunYuan); returns whether it has."""
+    has_none = "head_dim" in vars(config) and shared_field(config, "head_dim") is None
+    heads = shared_field(config, "num_attention_heads")
+    hidden_size = shared_field(config, "hidden_size")
+    if not (has_none and heads and hidden_size):
+        return False
+    config.head_dim = hidden_size // heads
+    return True
 
 
 def shared_field(config: PreTrainedConfig, name: str) -> Any:
@@ -170,8 +241,10 @@ def shared_field(config: PreTrainedConfig, name: str) -> Any:
 def config_fields(config_class: type) -> set[str]:
     """Returns the keys of a configuration class of transformers."""
     arguments = set(inspect.signature(config_class).parameters)
+    # the names of others that it understands too, as GPT-2 does hidden_size
+    synonyms = set(getattr(config_class, "attribute_map", {}))
     # some read it and do not declare it
-    return arguments | set(vars(config_class())) | {"head_dim"}
+    return arguments | synonyms | set(vars(config_class())) | {"head_dim"}
 
 
 def recompute_activations(llm: PreTrainedModel) -> None:
@@ -185,11 +258,12 @@ def recompute_activations(llm: PreTrainedModel) -> None:
 def check_split(llm: PreTrainedModel, ranks: int) -> None:
     """Raises ValueError where so many tensor ranks do not divide the LLM's heads or hidden units,
     or where its attention or its MLP have something that is not split by them."""
-    heads = shared_field(llm.config, "num_attention_heads")
+    config = llm.config.get_text_config(decoder=True)
+    heads = shared_field(config, "num_attention_heads")
     counts = {
         "num_attention_heads": heads,
-        "num_key_value_heads": shared_field(llm.config, "num_key_value_heads") or heads,
-        "intermediate_size": shared_field(llm.config, "intermediate_size"),
+        "num_key_value_heads": shared_field(config, "num_key_value_heads") or heads,
+        "intermediate_size": shared_field(config, "intermediate_size"),
     }
     for name, count in counts.items():
         if count is None and ranks > 1:
@@ -211,19 +285,22 @@ def check_split(llm: PreTrainedModel, ranks: int) -> None:
 def check_layer_split(llm: PreTrainedModel, layer: Any) -> None:
     """Raises ValueError for a layer with weights that tensor parallelism neither splits nor can use
     for a part of the heads."""
-    if module_at(layer, "self_attn.k_proj") is None:
-        raise ValueError(
-            f"{type(llm).__name__}: tensor ranks split attention with Llama's projections, and "
-            f"{type(layer).__name__} has no self_attn.k_proj; use FSDP alone (tensor: 1)"
-        )
     split = {"visual"}
     for path in TENSOR_ROLES:
         parent, _, name = path.rpartition(".")
         if parent == "self_attn":
             split.add(name)
-    for name, parameter in layer.self_attn.named_parameters():
+    layout = layout_of(llm)
+    attention = module_at(layer, LLAMA.attention or "")
+    if attention is None or layout.key != LLAMA.key or layout.output != LLAMA.output:
+        raise ValueError(
+            f"{type(llm).__name__}: tensor ranks split attention with the projections q_proj, "
+            f"k_proj, v_proj and o_proj of self_attn, and {type(layer).__name__} has others; use "
+            "FSDP alone (tensor: 1)"
+        )
+    for name, parameter in attention.named_parameters():
         module = name.partition(".")[0]
-        per_head = module in PER_HEAD_NORMS and parameter.numel() == layer.self_attn.head_dim
+        per_head = module in PER_HEAD_NORMS and parameter.numel() == head_width(llm, layer)
         if module not in split and not per_head:
             raise ValueError(
                 f"{type(llm).__name__}: tensor ranks cannot share out self_attn.{name}; use FSDP "
@@ -237,8 +314,10 @@ def check_layer_split(llm: PreTrainedModel, layer: Any) -> None:
 
 
 def width(llm: PreTrainedModel) -> int:
-    """Returns D."""
-    return llm.config.get_text_config(decoder=True).hidden_size
+    """Returns D, the width of hidden states."""
+    hidden_size = shared_field(llm.config.get_text_config(decoder=True), "hidden_size")
+    # a configuration may not say it
+    return hidden_size or llm.get_input_embeddings().weight.shape[-1]
 
 
 def rotary(
@@ -254,7 +333,7 @@ def rotary(
         layer_type: of `layer_type_of`, for an LLM whose types of layers are rotated differently, as
             Gemma 3's are.
     """
-    body: Any = llm.base_model
+    body: Any = body_of(llm)
     options = {} if layer_type is None else {"layer_type": layer_type}
     return body.rotary_emb(like, position_ids, **options)
 
@@ -262,10 +341,35 @@ def rotary(
 def layer_type_of(llm: PreTrainedModel, index: int) -> str | None:
     """Returns the type of a decoder layer for the LLM's rotary embedding, None where all layers
     have the same."""
-    embedding = getattr(llm.base_model, "rotary_emb", None)
+    embedding = getattr(body_of(llm), "rotary_emb", None)
     if embedding is None or "layer_type" not in inspect.signature(embedding.forward).parameters:
         return None
-    return llm.config.layer_types[index]
+    return llm.config.get_text_config(decoder=True).layer_types[index]
+
+
+def attention_function(name: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
+    """Returns an attention function of transformers by the name of its implementation."""
+    # there is no entry for eager attention, of which every modelling file has its own
+    return eager_attention if name == "eager" else ALL_ATTENTION_FUNCTIONS[name]
+
+
+def eager_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    **options: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """Computes an attention function of transformers as the modelling file of the module does
+    without a kernel. A mask of bool, True where a position sees a key, becomes one of numbers, as
+    those functions add it to the scores."""
+    if attention_mask is not None and attention_mask.dtype == torch.bool:
+        lowest = torch.finfo(query.dtype).min
+        zeros = torch.zeros_like(attention_mask, dtype=query.dtype)
+        attention_mask = zeros.masked_fill(~attention_mask, lowest)
+    function = sys.modules[type(module).__module__].eager_attention_forward
+    return function(module, query, key, value, attention_mask, **options)
 
 
 def rotate(attention: nn.Module, states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -289,6 +393,8 @@ class KeyPath(NamedTuple):
     """Whether a head's numbers are rotated, only as many as there are cosines, or not at all."""
     layer_type: str | None = None
     """See `layer_type_of`."""
+    value_norm: str | None = None
+    """The attention's norm of each head's values, by name, as Gemma 4's."""
 
     def keys(self, attention: Any, projected: Tensor, turn: tuple[Tensor, Tensor] | None) -> Tensor:
         """Returns keys (B, K, T, d) of projected keys (B, T, K, d), with the cosines and sines of
@@ -310,6 +416,11 @@ class KeyPath(NamedTuple):
         if norm is not None and self.norm_over == "rotated":
             key = norm(key)
         return key
+
+    def values(self, attention: Any, projected: Tensor) -> Tensor:
+        """Returns values (B, K, T, d) of projected values (B, T, K, d)."""
+        value = projected.transpose(1, 2)
+        return getattr(attention, self.value_norm)(value) if self.value_norm else value
 
 
 def balancing_loss(llm: PreTrainedModel, router_logits: Any, attention_mask: Tensor) -> Tensor:
@@ -344,20 +455,52 @@ def cache_argument(llm: PreTrainedModel) -> str:
     return "cache" if "cache" in inspect.signature(llm.forward).parameters else "past_key_values"
 
 
+def forward_positions(llm: PreTrainedModel, position_ids: Tensor) -> dict[str, Tensor]:
+    """Returns position ids (B, T) as arguments of the LLM's forward: none for an LLM without, as
+    BLOOM, whose positions come of its mask."""
+    takes_positions = "position_ids" in inspect.signature(llm.forward).parameters
+    return {"position_ids": position_ids} if takes_positions else {}
+
+
+def token_inputs(llm: PreTrainedModel, input_ids: Tensor, placeholder: Tensor) -> dict[str, Tensor]:
+    """Returns what the layers of Gemma 3n and 4 read of the tokens themselves, as arguments of the
+    LLM's forward, which cannot know them from embeddings alone; nothing for other LLMs.
+
+    Args:
+        input_ids: (B, T).
+        placeholder: (B, T) True at visual tokens, which count as padding, as in Gemma 4's own
+            forward with pictures.
+    """
+    config = llm.config.get_text_config(decoder=True)
+    # of the configuration: an LLM without them has a width of 0
+    if not shared_field(config, "hidden_size_per_layer_input"):
+        return {}
+    body: Any = body_of(llm)
+    # tokens that were added are in the LLM's first table alone
+    unknown = input_ids >= config.vocab_size_per_layer_input
+    text_ids = input_ids.masked_fill(placeholder | unknown, config.pad_token_id or 0)
+    return {"per_layer_inputs": body.get_per_layer_inputs(text_ids)}
+
+
 @contextmanager
-def logits_at(llm: PreTrainedModel, positions: Tensor | None) -> Iterator[None]:
-    """Makes the LLM's forward compute logits at `positions` b * T + t alone, as (1, R, V); None:
-    everywhere.
+def logits_at(llm: PreTrainedModel, positions: int | Tensor) -> Iterator[None]:
+    """Makes the LLM's forward compute logits at some positions alone.
 
     The head's input (B, T, D) is gathered first. The LLM's own forward still calls the head and all
     that follows it: scaled and capped logits stay so. transformers' `logits_to_keep` has the same
-    positions for every row.
+    positions for every row, and some LLMs do not have it.
+
+    Args:
+        positions: (R,) of b * T + t, for logits (1, R, V); or how many at the end of each row, 0:
+            everywhere.
     """
-    if positions is None:
+    if isinstance(positions, int) and positions == 0:
         yield
         return
 
     def gather(head: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        if isinstance(positions, int):
+            return args[0][:, -positions:], *args[1:]
         return args[0].flatten(0, 1).index_select(0, positions)[None], *args[1:]
 
     # a hook, since every family scales or caps its logits in its own forward

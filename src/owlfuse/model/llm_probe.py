@@ -22,10 +22,22 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from owlfuse.model.layouts import decoder_layers, module_at
+from owlfuse.model.layouts import (
+    Projection,
+    attention_of,
+    decoder_layers,
+    head_width,
+    input_norm_of,
+    key_value_weights,
+    layout_of,
+    module_at,
+    projection_of,
+    split_fused,
+)
 from owlfuse.model.llm import (
     FAILURES,
     KeyPath,
+    attention_function,
     first_line,
     layer_type_of,
     rotary,
@@ -36,7 +48,9 @@ HEADS, GROUPS, HEAD_WIDTH, VOCABULARY = 4, 2, 16, 64
 TOLERANCE = 1e-3
 """Of the largest number, between two ways to compute the same in float32 over many random
 layers."""
-KEY_NORMS = ("k_norm", "key_layernorm", "k_layernorm")
+KEY_NORMS = ("k_norm", "key_layernorm", "k_layernorm", "qk_norm")
+VALUE_NORMS = ("v_norm",)
+KEY_VALUE: tuple[Projection, ...] = ("key", "value")
 CANDIDATES = [
     KeyPath(norm, norm_over, rotation)
     for norm in (None, *KEY_NORMS)
@@ -116,30 +130,55 @@ def tiny_config(config: Any) -> PreTrainedConfig:
     """
     # the LLM keeps its own
     tiny = copy.deepcopy(config)
-    groups = shared_field(config, "num_key_value_heads")
-    grouped = groups not in (None, shared_field(config, "num_attention_heads"))
-    widths = {
-        "hidden_size": HEADS * HEAD_WIDTH,
-        "num_attention_heads": HEADS,
-        "num_key_value_heads": GROUPS if grouped else HEADS,
-        "head_dim": HEAD_WIDTH,
-    }
-    # vars, not getattr, which configurations with keys of single layers refuse
-    for name, value in vars(config).items():
-        if not isinstance(value, int):
-            continue
-        if name.startswith("vocab_size"):  # Gemma 4 has several
-            setattr(tiny, name, VOCABULARY)
-        elif name.endswith("intermediate_size") and not isinstance(value, bool):
-            setattr(tiny, name, 32)
-        elif name in widths:
-            setattr(tiny, name, widths[name])
-    if isinstance(config.pad_token_id, int):  # the embedding's table has to hold it
-        tiny.pad_token_id = 0
-    cut_rotary_factors(tiny)
-    tiny._attn_implementation = "sdpa"  # an attached fusion has its own
+    shrink(tiny)
+    # chosen anew: an attached fusion has its own, and flash attention needs a GPU
+    tiny._attn_implementation = None
     tiny.use_cache = False
     return tiny
+
+
+def shrink(config: Any) -> None:
+    """Sets small widths in a configuration and in those inside of it, as of Gemma 3 with
+    pictures."""
+    for name in config.sub_configs:
+        inner = getattr(config, name, None)
+        if isinstance(inner, PreTrainedConfig):
+            shrink(inner)
+    # Falcon's name is the second
+    groups = shared_field(config, "num_key_value_heads") or shared_field(config, "num_kv_heads")
+    grouped = groups not in (None, shared_field(config, "num_attention_heads"))
+    tiny_groups = GROUPS if grouped else HEADS
+    width = HEADS * HEAD_WIDTH
+    widths = {
+        "hidden_size": width,
+        "num_attention_heads": HEADS,
+        "num_key_value_heads": tiny_groups,
+        "num_kv_heads": tiny_groups,
+    }
+    # with latent attention it is the width of the rotated part, which has a field of its own
+    if "qk_rope_head_dim" not in vars(config):
+        widths["head_dim"] = HEAD_WIDTH
+    # OPT's and ELECTRA's embeddings, as wide as hidden states or not
+    for name in ("word_embed_proj_dim", "embedding_size"):
+        if shared_field(config, name) == shared_field(config, "hidden_size"):
+            widths[name] = width
+    # GPT-2's hidden_size is called n_embd
+    synonyms = {target: name for name, target in config.attribute_map.items()}
+    # vars, not getattr, which configurations with keys of single layers refuse
+    for name, value in list(vars(config).items()):
+        if not isinstance(value, int) or isinstance(value, bool):
+            continue
+        standard_name = synonyms.get(name, name)
+        if name.startswith("vocab_size"):  # Gemma 4 has several
+            setattr(config, name, VOCABULARY)
+        elif name.endswith(("intermediate_size", "ffn_dim")):
+            setattr(config, name, 32)
+        elif standard_name in widths:
+            setattr(config, name, widths[standard_name])
+    # the embedding's table has to hold it; a configuration in another one may have none
+    if isinstance(getattr(config, "pad_token_id", None), int):
+        config.pad_token_id = 0
+    cut_rotary_factors(config)
 
 
 def cut_rotary_factors(config: Any) -> None:
@@ -179,15 +218,13 @@ class Call(NamedTuple):
 def key_paths(llm: PreTrainedModel) -> list[KeyPath | str]:
     """Returns for each decoder layer how its keys come from its key projection, or why further keys
     cannot be made like them."""
-    layers: list[Any] = list(decoder_layers(llm))
-    for name in ("input_layernorm", "self_attn.k_proj", "self_attn.v_proj"):
-        if any(module_at(layer, name) is None for layer in layers):
-            return [f"not all its decoder layers have {name}, as Llama's have"] * len(layers)
-    if not all(isinstance(layer.self_attn.k_proj, nn.Linear) for layer in layers):
-        return ["its key projection is no plain linear layer"] * len(layers)
-    for layer in layers:  # so large that a limit of keys and values shows, as olmoe may have
-        layer.self_attn.k_proj.weight.mul_(10)
-        layer.self_attn.v_proj.weight.mul_(10)
+    layers = list(decoder_layers(llm))
+    reasons: dict[int, str] = {}
+    for index, layer in enumerate(layers):
+        try:
+            enlarge_keys_values(llm, layer)
+        except ValueError as error:
+            reasons[index] = str(error)
     # not from 0, where a rotation does nothing
     position_ids = torch.arange(2, 9)[None]
     ids = torch.arange(10, 17)[None]
@@ -197,10 +234,29 @@ def key_paths(llm: PreTrainedModel) -> list[KeyPath | str]:
         except FAILURES as error:
             reason = f"its forward fails with a further keyword argument ({first_line(error)})"
             return [reason] * len(layers)
-    paths = []
+    paths: list[KeyPath | str] = []
     for index, layer in enumerate(layers):
-        paths.append(key_path(llm, index, layer, recorded, position_ids))
+        if index in reasons:
+            paths.append(reasons[index])
+            continue
+        try:
+            paths.append(key_path(llm, index, layer, recorded, position_ids))
+        except FAILURES as error:
+            paths.append(f"how it makes keys is not known ({first_line(error)})")
     return paths
+
+
+def enlarge_keys_values(llm: PreTrainedModel, layer: nn.Module) -> None:
+    """Makes keys and values of a layer so large that a limit of them shows, as OLMoE may have one.
+
+    Raises:
+        ValueError: their projections are no plain linear layers.
+    """
+    key_value_weights(llm, layer)
+    # the copy is the probe's: a fused projection may be split
+    split_fused(llm, layer)
+    for name in KEY_VALUE:
+        projection_of(llm, layer, name).module.weight.mul_(10)
 
 
 class RecordedInputs(NamedTuple):
@@ -217,10 +273,17 @@ class RecordedInputs(NamedTuple):
 def record_inputs(llm: PreTrainedModel) -> Iterator[RecordedInputs]:
     """Records the inputs of the LLM's layers and their attention inside the block."""
     recorded = RecordedInputs({}, {}, {})
-    layers: list[Any] = list(decoder_layers(llm))
+    layers = list(decoder_layers(llm))
+    path = layout_of(llm).attention
+    attentions: dict[int, nn.Module] = {}
+    for index, layer in enumerate(layers):
+        attention = None if path is None else module_at(layer, path)
+        if attention is not None:
+            attentions[index] = attention
     # by identity: layer_idx may be wrong or missing in modelling files
-    index_of = {id(layer.self_attn): index for index, layer in enumerate(layers)}
-    plain = ALL_ATTENTION_FUNCTIONS["sdpa"]
+    index_of = {id(attention): index for index, attention in attentions.items()}
+    plain_name = llm.config._attn_implementation
+    plain = attention_function(plain_name)
 
     def attend(
         module: Any,
@@ -243,13 +306,13 @@ def record_inputs(llm: PreTrainedModel) -> Iterator[RecordedInputs]:
 
     name = "owlfuse_probe"
     ALL_ATTENTION_FUNCTIONS.register(name, attend)
-    ALL_MASK_ATTENTION_FUNCTIONS.register(name, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
+    ALL_MASK_ATTENTION_FUNCTIONS.register(name, ALL_MASK_ATTENTION_FUNCTIONS[plain_name])
     llm.set_attn_implementation(name)
     handles = []
-    for index, layer in enumerate(layers):
+    for index, attention in attentions.items():
         for module, inputs in (
-            (layer, recorded.layers),
-            (layer.self_attn, recorded.attentions),
+            (layers[index], recorded.layers),
+            (attention, recorded.attentions),
         ):
             hook = record(inputs, index)
             handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
@@ -263,7 +326,7 @@ def record_inputs(llm: PreTrainedModel) -> Iterator[RecordedInputs]:
 def key_path(
     llm: PreTrainedModel,
     index: int,
-    layer: Any,
+    layer: nn.Module,
     recorded: RecordedInputs,
     position_ids: Tensor,
 ) -> KeyPath | str:
@@ -274,23 +337,27 @@ def key_path(
             f"its attention calls transformers' attention functions {len(calls)} times, and "
             "once is needed"
         )
-    call, attention = calls[0], layer.self_attn
+    call, attention = calls[0], attention_of(llm, layer)
     if "visual" not in call.arguments:
         return (
             "its decoder layers hand no keyword arguments to the attention, so that pictures "
             "do not reach it"
         )
     normed = recorded.attentions[index]
-    if not same(layer.input_layernorm(recorded.layers[index]), normed):
-        return "its attention reads something else than what input_layernorm gives"
-    heads = (-1, attention.head_dim)
-    projected_key = attention.k_proj(normed).unflatten(-1, heads)
-    projected_value = attention.v_proj(normed).unflatten(-1, heads)
-    # olmoe clips its values
-    if not same(projected_value.transpose(1, 2), call.value):
-        return "its attention changes the values after v_proj"
+    norm = input_norm_of(llm, layer)
+    states = recorded.layers[index]
+    if not same(states if norm is None else norm(states), normed):
+        return "its attention reads something else than what the norm before it gives"
+    heads = (-1, head_width(llm, layer))
+    projected_key = projection_of(llm, layer, "key").module(normed).unflatten(-1, heads)
+    projected_value = projection_of(llm, layer, "value").module(normed).unflatten(-1, heads)
+    value_norms = matching_value_norms(attention, projected_value, call.value)
+    # OLMoE clips its values
+    if not value_norms:
+        return "its attention changes the values after their projection"
+    layer_type = layer_type_of(llm, index)
     for candidate in CANDIDATES:
-        path = candidate._replace(layer_type=layer_type_of(llm, index))
+        path = candidate._replace(layer_type=layer_type, value_norm=value_norms[0])
         try:
             turn = None
             if path.rotation != "none":
@@ -300,7 +367,19 @@ def key_path(
             continue
         if same(key, call.key):
             return path
-    return "its keys are more than k_proj, a key norm and the rotary embedding"
+    return "its keys are more than their projection, a norm and the rotary embedding"
+
+
+def matching_value_norms(attention: Any, projected: Tensor, value: Tensor) -> list[str | None]:
+    """Returns by which norm values (B, K, T, d) come of projected ones (B, T, K, d), None standing
+    for no norm; empty where they come of them otherwise."""
+    names: list[str | None] = []
+    for name in (None, *VALUE_NORMS):
+        if name is None or hasattr(attention, name):
+            candidate = KeyPath(value_norm=name).values(attention, projected)
+            if same(candidate, value):
+                names.append(name)
+    return names
 
 
 def same(tensor: Tensor, expected: Tensor) -> bool:

@@ -111,6 +111,12 @@ def maps_of(
     capture = AttentionCapture(model.fusion, placeholder[0], rows, layers)
     with capture_attention(model.llm, capture):
         model(longer, visual, logits_to_keep=1)
+    if missing := [layer for layer in layers if layer not in capture.weights]:
+        raise DataError(
+            f"the attention of {type(model.llm).__name__} in layer {missing[0]} is no plain "
+            "softmax of transformers' attention functions, so what it reads is not known; choose "
+            "other layers"
+        )
     # the mean over layers and answer tokens; heads are averaged already
     weights = torch.stack([capture.weights[layer] for layer in layers]).mean((0, 1))  # (S,)
     try:

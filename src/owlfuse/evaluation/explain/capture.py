@@ -24,6 +24,7 @@ from owlfuse.model.fusion.base import (
     attention_weights,
     text_mask,
 )
+from owlfuse.model.llm import attention_function
 
 
 @dataclass
@@ -99,8 +100,10 @@ def attend_and_capture(
     Shapes as of `hyperattention.attend`.
     """
     capture = ACTIVE.get()
-    layer: Any = module.layer_idx
-    if capture is not None and layer in capture.layers:
+    layer: Any = getattr(module, "layer_idx", None)
+    # capped scores (Gemma 2) and sinks (GPT-OSS) are no part of the weights that are computed here
+    is_plain = kwargs.get("softcap") is None and kwargs.get("s_aux") is None
+    if capture is not None and layer in capture.layers and is_plain:
         last = query[:, :, -capture.rows :]
         # the mask has a row for each position of the prompt, and only the last ones are captured
         mask = text_mask(attention_mask, last, key)[:, :, -capture.rows :]
@@ -121,4 +124,4 @@ def attend_and_capture(
             kwargs.get("visual"),
         )
         capture.weights[layer] = capture.fusion.visual_attention(call)[0].mean(0)
-    return ALL_ATTENTION_FUNCTIONS[plain](module, query, key, value, attention_mask, **kwargs)
+    return attention_function(plain)(module, query, key, value, attention_mask, **kwargs)

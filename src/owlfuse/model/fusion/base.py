@@ -15,7 +15,13 @@ from transformers import PreTrainedModel
 from owlfuse.core.types import Batch, VisualTokens
 from owlfuse.model.connectors.base import Connector
 from owlfuse.model.layouts import Need
-from owlfuse.model.llm import cache_argument, logits_at, mask_argument
+from owlfuse.model.llm import (
+    cache_argument,
+    forward_positions,
+    logits_at,
+    mask_argument,
+    token_inputs,
+)
 
 
 class Fusion(nn.Module):
@@ -259,14 +265,13 @@ def fused_output(
     embeddings, arguments = fusion(embeddings, visual, batch, position_ids, llm)
     if cache is not None:
         arguments[cache_argument(llm)] = cache
-    logit_positions = logits_to_keep if isinstance(logits_to_keep, Tensor) else None
-    with logits_at(llm, logit_positions):
+    arguments.update(forward_positions(llm, position_ids))
+    arguments.update(token_inputs(llm, batch.input_ids, batch.placeholder))
+    with logits_at(llm, logits_to_keep):
         return llm(
             inputs_embeds=embeddings,
             attention_mask=mask_argument(llm, batch, cache),
-            position_ids=position_ids,
             use_cache=cache is not None,
-            logits_to_keep=0 if logit_positions is not None else logits_to_keep,
             **arguments,
             **options,
         )

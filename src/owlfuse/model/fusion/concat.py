@@ -3,7 +3,6 @@ keys, D LLM width."""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from owlfuse.core.types import Batch, VisualTokens
 from owlfuse.model.fusion.base import Fusion, image_slots, splice
+from owlfuse.model.llm import attention_function
 
 ARGUMENT = "image_numbers"
 """The keyword argument of the LLM's forward that `begin_forward` takes away before the LLM sees
@@ -68,9 +68,7 @@ class Concat(Fusion):
                 "model.llm.attention=sdpa"
             )
         name = f"owlfuse_bidirectional_{plain}"
-        # there is no entry for eager attention, of which every modelling file has its own
-        attention = eager_attention if plain == "eager" else ALL_ATTENTION_FUNCTIONS[plain]
-        ALL_ATTENTION_FUNCTIONS.register(name, attention)
+        ALL_ATTENTION_FUNCTIONS.register(name, attention_function(plain))
         plain_mask = ALL_MASK_ATTENTION_FUNCTIONS[plain]
         ALL_MASK_ATTENTION_FUNCTIONS.register(name, partial(mask_with_images, plain_mask))
         # registered functions are global, this setting is the LLM's own
@@ -96,12 +94,6 @@ class Concat(Fusion):
         if embeddings.shape[1] < length:
             check_images_whole(visual, self.tokens_per_image, batch)
         return embeddings, {ARGUMENT: image_numbers(visual, self.tokens_per_image, length)}
-
-
-def eager_attention(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
-    """Computes an attention function of transformers as the modelling file of the module does
-    without a kernel."""
-    return sys.modules[type(module).__module__].eager_attention_forward(module, *args, **kwargs)
 
 
 def image_numbers(visual: VisualTokens, per_image: int, length: int) -> Tensor:

@@ -26,8 +26,18 @@ from owlfuse.model.fusion.base import (
     text_mask,
     visible_images,
 )
-from owlfuse.model.layouts import Need, decoder_layers
-from owlfuse.model.llm import KeyPath, rotary, width
+from owlfuse.model.layouts import (
+    KeyValue,
+    Need,
+    attention_of,
+    decoder_layers,
+    head_width,
+    heads_width,
+    input_norm_of,
+    key_value_weights,
+    layout_of,
+)
+from owlfuse.model.llm import KeyPath, attention_function, rotary
 from owlfuse.model.llm_probe import key_paths
 
 Gate = Literal["adaptive", "static", "fused", "none"]
@@ -94,6 +104,7 @@ class HyperAttention(Fusion):
                 f"layers {indices}: the LLM has {len(layers)} layers, 0 to {len(layers) - 1}; each "
                 "at most once"
             )
+        layout = layout_of(llm)
         paths = key_paths(llm)
         for index in indices:
             path = paths[index]
@@ -102,16 +113,24 @@ class HyperAttention(Fusion):
                     f"hyperattention cannot make visual keys for {type(llm).__name__}, layer "
                     f"{index}: {path}; choose another LLM, other layers or another fusion"
                 )
-            layer: Any = layers[index]
-            norm = deepcopy(layer.input_layernorm) if self.norm == "own" else None
-            layer.self_attn.visual = VisualAttention(
-                layer.self_attn,
-                width(llm),
+            layer = layers[index]
+            norm = deepcopy(input_norm_of(llm, layer)) if self.norm == "own" else None
+            if self.norm == "own" and norm is None:
+                raise ValueError(
+                    f"norm: own is a copy of the norm before the attention, and "
+                    f"{type(llm).__name__} has none; set norm=shared"
+                )
+            attention_of(llm, layer).visual = VisualAttention(
+                key_value_weights(llm, layer),
+                head_width(llm, layer),
+                heads_width(llm, layer),
                 self.gate,
                 norm,
                 path,
             )
-            layer.register_forward_pre_hook(project_visual_kv_hook, with_kwargs=True)
+            assert layout.attention is not None
+            hook = partial(project_visual_kv_hook, layout.attention, layout.input_norm, index)
+            layer.register_forward_pre_hook(hook, with_kwargs=True)
         # private: transformers has a setter for it, and no getter
         plain = llm.config._attn_implementation
         name = f"owlfuse_hyperattention_{plain}"
@@ -160,7 +179,7 @@ class HyperAttention(Fusion):
         """Returns cosines and sines at `positions` (B, S), once for each of the rotary embeddings
         that the layers have."""
         layers: Any = decoder_layers(llm)
-        paths = [layers[index].self_attn.visual.key_path for index in self.layer_indices]
+        paths = [attention_of(llm, layers[index]).visual.key_path for index in self.layer_indices]
         types = {path.layer_type for path in paths if path.rotation != "none"}
         return {name: rotary(llm, tokens, positions, name) for name in sorted(types, key=str)}
 
@@ -208,19 +227,20 @@ class VisualAttention(nn.Module):
 
     def __init__(
         self,
-        attention: Any,
-        width: int,
+        text: KeyValue,
+        head_width: int,
+        heads_width: int,
         gate: Gate,
         norm: nn.Module | None,
         key_path: KeyPath,
     ) -> None:
         super().__init__()
-        self.head_width = attention.head_dim
+        self.head_width = head_width
         self.key_path = key_path
-        key, value = attention.k_proj, attention.v_proj
-        joint = {"device": key.weight.device, "dtype": key.weight.dtype}
-        self.kv_proj = nn.Linear(width, 2 * key.out_features, bias=key.bias is not None, **joint)
-        heads_width = attention.q_proj.out_features
+        joint = {"device": text.key.device, "dtype": text.key.dtype}
+        keys_width, width = text.key.shape
+        has_bias = text.key_bias is not None or text.value_bias is not None
+        self.kv_proj = nn.Linear(width, 2 * keys_width, bias=has_bias, **joint)
         self.gate = nn.Parameter(torch.zeros(heads_width, **joint)) if gate == "static" else None
         self.gate_proj: Any = (
             nn.Linear(heads_width, heads_width, **joint) if gate == "adaptive" else None
@@ -231,9 +251,13 @@ class VisualAttention(nn.Module):
         """The tensor rank, and the number of ranks, each of which has as many of the heads."""
         with torch.no_grad():
             # visual keys and values start as the text's
-            self.kv_proj.weight.copy_(self.interleave(key.weight, value.weight))
-            if key.bias is not None:
-                self.kv_proj.bias.copy_(self.interleave(key.bias, value.bias))
+            self.kv_proj.weight.copy_(self.interleave(text.key, text.value))
+            if has_bias:
+                # Whisper's keys have none
+                zeros = text.key.new_zeros(keys_width)
+                key_bias = zeros if text.key_bias is None else text.key_bias
+                value_bias = zeros if text.value_bias is None else text.value_bias
+                self.kv_proj.bias.copy_(self.interleave(key_bias, value_bias))
             if self.gate_proj is not None:
                 # a gate of one half at first: neither attention is shut off
                 nn.init.normal_(self.gate_proj.weight, std=0.02)
@@ -260,7 +284,8 @@ class VisualAttention(nn.Module):
         turn = None if cos is None or sin is None else (cos, sin)
         # a copy, where a view of keys and values together would keep the unrotated keys until the
         # backward pass
-        return self.key_path.keys(attention, key, turn), value.transpose(1, 2).contiguous()
+        values = self.key_path.values(attention, value).contiguous()
+        return self.key_path.keys(attention, key, turn), values
 
     def join(self, text: Tensor, visual: Tensor) -> Tensor:
         """Returns the two attentions' outputs (B, T, H * d), gated: visual * g + text * (1 - g), or
@@ -280,7 +305,12 @@ class VisualAttention(nn.Module):
 
 
 def project_visual_kv_hook(
-    layer: Any, args: tuple, kwargs: dict[str, Any]
+    attention_path: str,
+    norm_path: str | None,
+    index: int,
+    layer: nn.Module,
+    args: tuple,
+    kwargs: dict[str, Any],
 ) -> tuple[tuple, dict[str, Any]]:
     """Replaces the visual tokens by the visual keys and values of this layer. A hook on the layer,
     since the layer's input norm (unless it is not shared) comes before the projection, and the
@@ -288,16 +318,20 @@ def project_visual_kv_hook(
     row: RowVisual | None = kwargs.get("visual")
     if row is None:
         return args, kwargs
-    attention = layer.self_attn
+    attention: Any = layer.get_submodule(attention_path)
     # in generation after the first step
-    keys_values = row.kv_cache.get(attention.layer_idx) if row.kv_cache else None
+    keys_values = row.kv_cache.get(index) if row.kv_cache else None
     if keys_values is None:
         assert row.rotations is not None
-        norm = attention.visual.norm or layer.input_layernorm
+        norm = attention.visual.norm
+        if norm is None and norm_path is not None:
+            norm = layer.get_submodule(norm_path)
+        # the attention of OLMo 2 reads what no norm has passed
+        tokens = row.tokens if norm is None else norm(row.tokens)
         turn = row.rotations.get(attention.visual.key_path.layer_type, ())
-        keys_values = attention.visual.keys_values(norm(row.tokens), attention, *turn)
+        keys_values = attention.visual.keys_values(tokens, attention, *turn)
         if row.kv_cache is not None:
-            row.kv_cache[attention.layer_idx] = keys_values
+            row.kv_cache[index] = keys_values
     return args, {**kwargs, "visual": (*keys_values, row.visible)}
 
 
@@ -317,7 +351,7 @@ def attend(
 
     A token that sees no image has exactly its self-attention output.
     """
-    attention = ALL_ATTENTION_FUNCTIONS[plain]
+    attention = attention_function(plain)
     text, weights = attention(module, query, key, value, attention_mask, **kwargs)
     # a layer without visual attention, or a text alone
     if visual is None or not hasattr(module, "visual"):

@@ -67,7 +67,13 @@ def find_failure(fusion: Fusion, llm: PreTrainedModel) -> str | None:
         return f"a forward pass of the LLM fails ({first_line(error)})"
     # few, so that rows stay short
     fusion.set_connector_tokens(VISUAL_TOKENS)
-    fusion.attach(llm)
+    try:
+        fusion.attach(llm)
+    except ValueError:
+        # a refusal of the fusion's own
+        raise
+    except FAILURES as error:
+        return f"it cannot be attached ({first_line(error)})"
     fusion.eval()
     images = torch.randn(2, VISUAL_TOKENS, width(llm), generator=torch.Generator().manual_seed(1))
     try:
