@@ -19,7 +19,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 REPO = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPO / "tests" / "support"))
 from families import small_fields  # noqa: E402
-from helpers import VOCAB, yaml_nodes  # noqa: E402
+from helpers import VOCAB, backbone_for, yaml_nodes  # noqa: E402
+from owlfuse.model.connectors.base import Connector  # noqa: E402
 from owlfuse.model.fusion.probe import check_fusion  # noqa: E402
 from owlfuse.model.llm import load_llm  # noqa: E402
 from owlfuse.model.multimodal import make_part  # noqa: E402
@@ -57,6 +58,7 @@ def outcome(family: str, node: dict[str, Any]) -> str | None:
         with torch.device("meta"):
             llm = load_llm(VOCAB, config=small_fields(family))
             fusion = make_part("fusion", {"fusion": node}, connector_tokens=TOKENS)
+            fusion.set_levels(backbone_for(node).extra_levels, Connector())
             check_fusion(fusion, llm)
     except ValueError as error:
         return str(error)

@@ -9,12 +9,11 @@ import torch
 from transformers import DynamicCache
 
 from families import small_fields
-from helpers import IMAGE, REPO, VOCAB, make_batch, visual_tokens
+from helpers import IMAGE, REPO, VOCAB, backbone_for, make_batch, visual_tokens
 from owlfuse.model.connectors.base import Connector
 from owlfuse.model.llm import cache_argument, load_llm, width
 from owlfuse.model.llm_probe import randomize
 from owlfuse.model.multimodal import MultimodalLM, make_part
-from owlfuse.model.vision.base import Backbone
 
 sys.path.insert(0, str(REPO / "docs"))
 import family_table
@@ -61,7 +60,7 @@ def build(family, kind, seed):
     llm = load_llm(VOCAB, config=fields_with_heads(family)).eval()
     plain = copy.deepcopy(llm)
     fusion = make_part("fusion", {"fusion": NODES[kind]}, connector_tokens=TOKENS)
-    model = MultimodalLM(Backbone(), Connector(), fusion, llm).eval()
+    model = MultimodalLM(backbone_for(NODES[kind]), Connector(), fusion, llm).eval()
     with torch.no_grad():
         for module in (fusion, *fusion.owned(llm)):
             randomize(module)

@@ -206,10 +206,16 @@ def fused_llm(fusion: dict[str, Any], llm: dict[str, Any], tokens: int) -> Multi
     parts = {"fusion": fusion, "llm": {"_target_": "owlfuse.model.llm.load_llm", "config": llm}}
     attached: Fusion = make_part("fusion", parts, connector_tokens=tokens)
     loaded: PreTrainedModel = make_part("llm", parts, vocab_size=VOCAB)
+    return MultimodalLM(backbone_for(fusion), Connector(), attached, loaded).eval()
+
+
+def backbone_for(fusion: dict[str, Any]) -> Backbone:
+    """A backbone that computes nothing, with the extra levels of `visual_tokens` where the fusion
+    reads them."""
     vision = Backbone()
     if fusion["_target_"] == DEEPSTACK:
         vision.extra_levels = 2
-    return MultimodalLM(vision, Connector(), attached, loaded).eval()
+    return vision
 
 
 def plain_llm(model: MultimodalLM, llm: dict[str, Any]) -> PreTrainedModel:
