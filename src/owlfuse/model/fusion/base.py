@@ -154,6 +154,15 @@ class AttentionCall:
     """The attention's keyword argument `visual`, from the fusion."""
 
 
+def check_layers(indices: list[int], count: int) -> None:
+    """Raises ValueError for indices that are none of so many layers, or not once each."""
+    in_range = set(indices) <= set(range(count))
+    if not indices or not in_range or len(set(indices)) < len(indices):
+        raise ValueError(
+            f"layers {indices}: the LLM has {count} layers, 0 to {count - 1}; each at most once"
+        )
+
+
 def attention_weights(query: Tensor, key: Tensor, mask: Tensor, scaling: float) -> Tensor:
     """Returns softmax(Q K^T * scaling) over the keys that the mask shows, (B, H, R, T) float32, of
     grouped queries too."""

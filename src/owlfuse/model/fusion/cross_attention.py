@@ -19,6 +19,7 @@ from owlfuse.model.fusion.base import (
     Fusion,
     VisualReader,
     attention_weights,
+    check_layers,
     row_tokens,
     visible_images,
 )
@@ -346,15 +347,6 @@ def blocks_of(llm: PreTrainedModel) -> dict[int, CrossAttentionBlock]:
         if isinstance(module, CrossAttentionBlock):
             blocks[module.index] = module
     return blocks
-
-
-def check_layers(indices: list[int], count: int) -> None:
-    """Raises ValueError for indices that are none of so many layers, or not once each."""
-    in_range = set(indices) <= set(range(count))
-    if not indices or not in_range or len(set(indices)) < len(indices):
-        raise ValueError(
-            f"layers {indices}: the LLM has {count} layers, 0 to {count - 1}; each at most once"
-        )
 
 
 def attach_before(llm: PreTrainedModel, layer: Any, block: CrossAttentionBlock) -> None:

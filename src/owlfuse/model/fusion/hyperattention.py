@@ -21,6 +21,7 @@ from owlfuse.model.fusion.base import (
     AttentionCall,
     Fusion,
     attention_weights,
+    check_layers,
     first_positions,
     row_tokens,
     text_mask,
@@ -98,12 +99,7 @@ class HyperAttention(Fusion):
         the LLM's attention."""
         layers = decoder_layers(llm)
         indices = self.layer_indices
-        in_range = set(indices) <= set(range(len(layers)))
-        if not indices or not in_range or len(set(indices)) < len(indices):
-            raise ValueError(
-                f"layers {indices}: the LLM has {len(layers)} layers, 0 to {len(layers) - 1}; each "
-                "at most once"
-            )
+        check_layers(indices, len(layers))
         layout = layout_of(llm)
         paths = key_paths(llm)
         for index in indices:
