@@ -443,7 +443,11 @@ class AttentionUpdate:
         block's update added."""
         attended = output[0] if isinstance(output, tuple) else output
         hidden_states, self.layer_input = self.layer_input, None
-        assert hidden_states is not None
+        if hidden_states is None:
+            # BART's first norm comes behind its attention, though it has the name of one before
+            raise RuntimeError(
+                "the first norm of its layers comes behind their attention; take place: before"
+            )
         if self.adds_attention:
             hidden_states = hidden_states + attended
         attended = attended + self.block(hidden_states)
