@@ -62,7 +62,8 @@ class HyperAttention(Fusion):
             they are not turned at all, and stand at position 0 for every query.
 
     Raises:
-        ValueError: from `attach`, layers that the LLM does not have, none, or one twice.
+        ValueError: from `attach`, layers that the LLM does not have, none, or one twice; flash
+            attention, which has no mask that says who sees whom.
     """
 
     tokens_per_image = 1
@@ -97,6 +98,12 @@ class HyperAttention(Fusion):
     def attach(self, llm: PreTrainedModel) -> None:
         """Adds a `VisualAttention` to each of the layers, and makes transformers call `attend` for
         the LLM's attention."""
+        # private: transformers has a setter for it, and no getter
+        plain = llm.config._attn_implementation
+        if "flash" in plain:
+            raise ValueError(
+                f"hyperattention needs masks, which {plain} has not; set model.llm.attention=sdpa"
+            )
         layers = decoder_layers(llm)
         indices = self.layer_indices
         check_layers(indices, len(layers))
@@ -127,8 +134,6 @@ class HyperAttention(Fusion):
             assert layout.attention is not None
             hook = partial(project_visual_kv_hook, layout.attention, layout.input_norm, index)
             layer.register_forward_pre_hook(hook, with_kwargs=True)
-        # private: transformers has a setter for it, and no getter
-        plain = llm.config._attn_implementation
         name = f"owlfuse_hyperattention_{plain}"
         ALL_ATTENTION_FUNCTIONS.register(name, partial(attend, plain))
         ALL_MASK_ATTENTION_FUNCTIONS.register(name, ALL_MASK_ATTENTION_FUNCTIONS[plain])
