@@ -76,6 +76,7 @@ class MultimodalLM(nn.Module):
         self.new_rows: dict[str, list[int]] = {}
         # of the LLM's own class, as the biases that balance a router: no policy trains them
         self.untrainable = {id(p) for p in llm.parameters() if not p.requires_grad}
+        # before the check, which tries the levels too
         fusion.set_levels(vision.extra_levels, connector)
         # before it is attached: a fusion that fails leaves this LLM unchanged
         check_fusion(fusion, llm)
@@ -119,6 +120,7 @@ class MultimodalLM(nn.Module):
             logits_to_keep,
             **options,
         )
+        # the loss of an earlier forward pass must not be added again
         self.balancing_loss = None
         if balances:
             mask = batch.attention_mask
@@ -178,6 +180,7 @@ class MultimodalLM(nn.Module):
             ValueError: a part that cannot; the message begins with it.
         """
         try:
+            # the backbone first: connectors are given its new grid
             self.vision.set_image_size(image_size)
         except ValueError as error:
             raise ValueError(f"vision: image_size: {error}") from error
@@ -198,6 +201,7 @@ class MultimodalLM(nn.Module):
             part: ModelPart = getattr(self, name)
             return Part(name, part, dict(part.named_parameters()), part.blocks())
         own = dict(self.fusion.named_parameters())
+        # names of a part are those below its root, and this fusion has nothing in the LLM
         if name == "fusion" and own and not self.fusion.owned(self.llm):
             return Part(name, self.fusion, own)
         in_fusion: set[int] = set()
@@ -215,6 +219,7 @@ class MultimodalLM(nn.Module):
         blocks = []
         for layer in decoder_layers(self.llm):
             blocks.append([p for p in layer.parameters() if id(p) not in in_fusion])
+        # by identity: where embeddings and head are tied, they are one parameter with one name
         table_ids = set()
         for module in (self.llm.get_input_embeddings(), self.llm.get_output_embeddings()):
             if module is not None:
@@ -372,6 +377,7 @@ def build_model(
     if base is not None:
         # how the parts compute is the configuration's, as for the LLM
         parts: list[tuple[str, ModelPart]] = [("vision", base.vision)]
+        # connectors of levels are copies of the model's, and have its options
         for connector in (base.connector, *base.fusion.level_connectors()):
             parts.append(("connector", connector))
         for name, part in parts:
@@ -430,6 +436,7 @@ def make_part(name: str, config: dict[str, Any], **supplied: Any) -> Any:
     arguments = {key: value for key, value in config[name].items() if not key.startswith("_")}
     try:
         return get_object(config[name]["_target_"])(**arguments, **supplied)
+    # before ValueError, which it is derived from
     except DataError as error:
         raise DataError(f"model.{name}: {error}") from error
     except ValueError as error:

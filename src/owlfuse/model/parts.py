@@ -33,6 +33,7 @@ class ModelPart(nn.Module):
 
     def set_compute_option(self, name: str, value: Any) -> None:
         """Changes one of `COMPUTE_ONLY` of a part that is built already."""
+        # an attribute alone would not reach the modules inside
         if name == "gradient_checkpointing":
             self.set_checkpointing(value)
         else:
@@ -74,4 +75,5 @@ def essential(value: Any) -> Any:
     if not isinstance(value, Mapping):
         return value
     free = compute_only(value) | loading_options(value) if "_target_" in value else frozenset()
+    # nodes may lie inside of nodes, as those of several backbones in one
     return {key: essential(child) for key, child in value.items() if key not in free}

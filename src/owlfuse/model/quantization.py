@@ -17,6 +17,7 @@ from transformers.utils import is_bitsandbytes_available
 
 from owlfuse.core.packages import missing
 
+# optional: a run is planned on the meta device without it
 if is_bitsandbytes_available():
     from bitsandbytes.functional import dequantize_4bit
     from bitsandbytes.nn import Linear4bit, Params4bit
@@ -135,9 +136,11 @@ def quantize(
     Raises:
         MissingPackage: bitsandbytes is not installed, and the LLM is not on the meta device.
     """
+    # transformers leaves the head out, too, when it quantizes
     excluded = {id(llm.get_output_embeddings())}
     for owner in without:
         excluded.update(id(child) for child in owner.modules())
+    # a list, since modules are replaced on the way
     for name, module in list(llm.named_modules()):
         # not a subclass: what a fusion or a family makes of one may not be only a product
         if type(module) is not nn.Linear or id(module) in excluded:
@@ -156,6 +159,7 @@ def quantize(
 def quantized_layer(linear: nn.Linear, quantization: Quantization) -> nn.Linear:
     """Returns bitsandbytes' layer with the weight of a linear layer in 4 bits."""
     compute_dtype = COMPUTE_DTYPES[quantization.compute_dtype]
+    # on the meta device, since its weight is replaced below
     layer: Any = Linear4bit(
         linear.in_features,
         linear.out_features,
@@ -267,6 +271,7 @@ def dense_weight(linear: nn.Linear, dtype: torch.dtype) -> Tensor:
 def dense_layer(linear: nn.Linear, weight: Tensor) -> nn.Linear:
     """Returns a plain linear layer with a weight (Dout, Din) and the bias of another."""
     has_bias = linear.bias is not None
+    # no memory for a weight that is replaced at once
     layer = nn.Linear(linear.in_features, linear.out_features, has_bias, device="meta")
     layer.weight = nn.Parameter(weight)
     if has_bias:

@@ -198,6 +198,7 @@ def token_order(visual: VisualTokens, batch: Batch) -> Tensor:
     """Returns which of the N * Q visual tokens stands at each placeholder of the batch's
     `input_ids`, (B, T); 0 at text."""
     length, steps = batch.attention_mask.shape[1], batch.input_ids.shape[1]
+    # behind a cache the ids are the last ones of the row
     positions = torch.arange(length - steps, length, device=batch.input_ids.device)
     slot, offset = image_slots(visual, positions)
     order = visual.image_index.gather(1, slot) * visual.tokens.shape[1] + offset
@@ -218,10 +219,12 @@ def visible_images(visual: VisualTokens, batch: Batch) -> Tensor:
     """Returns which of its row's images each of the batch's `input_ids` sees, (B, T, I) bool: those
     that begin at or before it, in its own sample."""
     steps, length = batch.input_ids.shape[1], batch.attention_mask.shape[1]
+    # behind a cache the ids are the last ones of the row
     token_positions = torch.arange(length - steps, length, device=batch.input_ids.device)
     visible = visual.image_positions[:, None, :] <= token_positions[:, None]
     visible &= visual.image_index[:, None, :] >= 0
-    if batch.segment_ids is not None:  # packed rows, which are refused with a cache
+    # packed rows, which are refused with a cache: samples see their own images alone
+    if batch.segment_ids is not None:
         starts = first_positions(visual, length)
         image_segments = batch.segment_ids.gather(1, starts)
         visible &= image_segments[:, None, :] == batch.segment_ids[:, :, None]
@@ -237,6 +240,7 @@ def first_positions(visual: VisualTokens, length: int) -> Tensor:
 def row_tokens(visual: VisualTokens, dtype: torch.dtype) -> Tensor:
     """Returns the visual tokens of each row's images, (B, S, D). Rows with fewer images than others
     get the first one, which `visible_images` hides."""
+    # -1, for none, would be the last image
     return visual.tokens[visual.image_index.clamp(0)].flatten(1, 2).to(dtype)
 
 
@@ -275,6 +279,7 @@ def fused_output(
     if cache is not None:
         arguments[cache_argument(llm)] = cache
     arguments.update(forward_positions(llm, position_ids))
+    # the LLM is given embeddings, from which it cannot know the ids
     arguments.update(token_inputs(llm, batch.input_ids, batch.placeholder))
     with logits_at(llm, logits_to_keep):
         return llm(

@@ -119,6 +119,7 @@ class CrossAttention(Fusion):
             layer: Any = layers[index]
             block = CrossAttentionBlock(llm, self, index)
             attach_at[self.place](llm, layer, block)
+            # below the layer, so that FSDP gathers its parameters with the layer's
             layer.visual = block
         self.state.attach(llm, [layers[index] for index in self.layer_indices])
 
@@ -130,6 +131,7 @@ class CrossAttention(Fusion):
         """Returns the norms of queries and keys."""
         parameters: list[nn.Parameter] = []
         for block in blocks_of(llm).values():
+            # without qk_norm they are an Identity, which has no parameters
             for norm in (block.q_norm, block.k_norm):
                 parameters += norm.parameters()
         return parameters
@@ -202,6 +204,7 @@ class CrossAttentionBlock(VisualReader):
         size = width(llm)
         heads, groups, head_width = head_counts(llm, fusion.heads)
         table: Any = llm.get_input_embeddings().weight
+        # the LLM may be on the meta device, or in half precision
         like = {"device": table.device, "dtype": table.dtype}
         config = llm.config.get_text_config(decoder=True)
         eps = shared_field(config, "rms_norm_eps") or 1e-6
@@ -230,6 +233,7 @@ class CrossAttentionBlock(VisualReader):
             self.up_proj = nn.Linear(size, hidden_units, bias=False, **like)
             self.down_proj = nn.Linear(hidden_units, size, bias=False, **like)
             self.mlp_gate = zero_gate(fusion.gate, like)
+        # as large as the LLM's own linear layers begin
         std = shared_field(config, "initializer_range") or 0.02
         for module in self.modules():
             if isinstance(module, nn.Linear):
@@ -270,6 +274,7 @@ class CrossAttentionBlock(VisualReader):
 
     def query(self, hidden_states: Tensor) -> Tensor:
         """(B, T, D) -> (B, H, T, d)."""
+        # by the width of a head: a tensor rank has a part of the heads
         query = self.q_proj(self.norm(hidden_states)).unflatten(-1, (-1, self.head_width))
         return self.q_norm(query.transpose(1, 2))
 
@@ -322,6 +327,7 @@ def head_counts(llm: PreTrainedModel, heads: int | None) -> tuple[int, int, int]
     size = width(llm)
     if heads is None:
         config = llm.config.get_text_config(decoder=True)
+        # where layers differ in it, there is no number or a list
         heads = shared_field(config, "num_attention_heads")
         groups = shared_field(config, "num_key_value_heads") or heads
         head_width = shared_field(config, "head_dim")
@@ -409,6 +415,7 @@ class InputUpdate:
         self, layer: Any, args: tuple, kwargs: dict[str, Any]
     ) -> tuple[tuple, dict[str, Any]]:
         """Returns the arguments of the layer's forward with other hidden states."""
+        # families differ in whether hidden states come by position or by name
         hidden_states = args[0] if args else kwargs["hidden_states"]
         images = self.block.state.value
         recomputes = getattr(layer, "gradient_checkpointing", False) and layer.training
@@ -442,12 +449,14 @@ class AttentionUpdate:
         """Returns the attention's output, (B, T, D) or a tuple that begins with it, with the
         block's update added."""
         attended = output[0] if isinstance(output, tuple) else output
+        # not kept for longer, since it holds memory of the backward pass
         hidden_states, self.layer_input = self.layer_input, None
         if hidden_states is None:
             # BART's first norm comes behind its attention, though it has the name of one before
             raise RuntimeError(
                 "the first norm of its layers comes behind their attention; take place: before"
             )
+        # the layer adds its input to what comes out here, so this is what its MLP would read
         if self.adds_attention:
             hidden_states = hidden_states + attended
         attended = attended + self.block(hidden_states)
@@ -467,6 +476,7 @@ def plain_residuals(llm: PreTrainedModel) -> list[bool]:
             attention = attention_of(llm, layer)
         except ValueError:  # a layer without attention
             continue
+        # no norm to read the sum at, or one norm before both, side by side
         if None in norms or norms[0] is norms[1]:
             continue
         tensors = sums.setdefault(index, [])
