@@ -615,5 +615,7 @@ def describe_node(node: dict[str, Any] | None) -> str:
     model = node.get("pretrained") or node.get("name") or model_type
     if not model:
         return target
-    bits = " in 4 bits" if node.get("quantization") is not None else ""
-    return f"{target} {model}" if target[:1].isupper() else f"{model}{bits}"
+    # a class says how the part is built; a function, load_llm, says nothing beside the model
+    if target[:1].isupper():
+        return f"{target} {model}"
+    return f"{model} in 4 bits" if node.get("quantization") is not None else f"{model}"

@@ -209,6 +209,7 @@ class MultimodalLM(nn.Module):
             in_fusion.update(id(parameter) for parameter in module.parameters())
         parameters = {}
         for path, parameter in self.llm.named_parameters():
+            # the part `llm` is what the fusion does not own
             if (id(parameter) in in_fusion) == (name == "fusion"):
                 parameters[path] = parameter
         counts = quantized_counts(self.llm)

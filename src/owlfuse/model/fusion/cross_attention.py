@@ -102,6 +102,7 @@ class CrossAttention(Fusion):
         self.mlp = mlp
         self.qk_norm = qk_norm
         self.heads = heads
+        # these two hook the attention and the norm before it
         if place != "before":
             self.needs = ("inputs_embeds", "layers", "attention")
         self.state: LayerState[RowImages] = LayerState()
@@ -494,6 +495,7 @@ def plain_residuals(llm: PreTrainedModel) -> list[bool]:
         tensors = sums.get(index, [])
         # layer input, attention's result, and what the MLP's norm reads, in the order of the calls
         is_plain = False
+        # another number: a module is called twice, or never
         if len(tensors) == 3:
             layer_input, attended, mlp_input = tensors
             # OPT's MLP reads the rows of a batch as one

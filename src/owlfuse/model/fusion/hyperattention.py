@@ -108,6 +108,7 @@ class HyperAttention(Fusion):
         indices = self.layer_indices
         check_layers(indices, len(layers))
         layout = layout_of(llm)
+        # tried on a tiny copy, before this LLM is changed
         paths = key_paths(llm)
         for index in indices:
             path = paths[index]
@@ -117,12 +118,14 @@ class HyperAttention(Fusion):
                     f"{index}: {path}; choose another LLM, other layers or another fusion"
                 )
             layer = layers[index]
-            norm = deepcopy(input_norm_of(llm, layer)) if self.norm == "own" else None
-            if self.norm == "own" and norm is None:
-                raise ValueError(
-                    f"norm: own is a copy of the norm before the attention, and "
-                    f"{type(llm).__name__} has none; set norm=shared"
-                )
+            norm = None
+            if self.norm == "own":
+                norm = deepcopy(input_norm_of(llm, layer))
+                if norm is None:
+                    raise ValueError(
+                        f"norm: own is a copy of the norm before the attention, and "
+                        f"{type(llm).__name__} has none; set norm=shared"
+                    )
             attention_of(llm, layer).visual = VisualAttention(
                 key_value_weights(llm, layer),
                 head_width(llm, layer),
@@ -180,9 +183,17 @@ class HyperAttention(Fusion):
         """Returns cosines and sines at `positions` (B, S), once for each of the rotary embeddings
         that the layers have."""
         layers: Any = decoder_layers(llm)
-        paths = [attention_of(llm, layers[index]).visual.key_path for index in self.layer_indices]
-        types = {path.layer_type for path in paths if path.rotation != "none"}
-        return {name: rotary(llm, tokens, positions, name) for name in sorted(types, key=str)}
+        layer_types = set()
+        for index in self.layer_indices:
+            path = attention_of(llm, layers[index]).visual.key_path
+            # SmolLM3 has layers that rotate nothing
+            if path.rotation != "none":
+                layer_types.add(path.layer_type)
+        rotations = {}
+        # by their text, since None does not compare with names
+        for layer_type in sorted(layer_types, key=str):
+            rotations[layer_type] = rotary(llm, tokens, positions, layer_type)
+        return rotations
 
     def visual_attention_layers(self, layers: int) -> list[int]:
         """Returns the layers that have a visual attention."""
@@ -193,6 +204,7 @@ class HyperAttention(Fusion):
         over a head's width; of a fused softmax, its visual part."""
         key, _, visible = call.visual
         mask = visible[:, -call.query.shape[2] :]  # (1, R, I)
+        # an image is seen as one, with all of its tokens
         mask = mask.repeat_interleave(self.connector_tokens, dim=2)[:, None]  # (1, 1, R, S)
         if self.gate == "fused":
             keys = torch.cat([key, call.key], dim=2)
@@ -329,6 +341,7 @@ def project_visual_kv_hook(
             norm = layer.get_submodule(norm_path)
         # the attention of OLMo 2 reads what no norm has passed
         tokens = row.tokens if norm is None else norm(row.tokens)
+        # none for a layer that rotates nothing
         turn = row.rotations.get(attention.visual.key_path.layer_type, ())
         keys_values = attention.visual.keys_values(tokens, attention, *turn)
         if row.kv_cache is not None:

@@ -394,6 +394,7 @@ class TimmBackbone(Backbone):
                 "penultimate or another model"
             )
         height, width = self.preprocessing.size
+        # a grid of a square picture is square, so another count has unknown tokens in it
         if (
             self.drop_prefix == 0
             and not self.prefix_tokens
