@@ -207,6 +207,7 @@ class LoRA:
         alphas = matched(self.alpha_pattern, names, "alpha_pattern", part)
         self.check_ranks(part, names, ranks)
         saved = self.saved_parameters(part, names)
+        # who names layers has chosen; `all-linear` sounds as if nothing were left out
         if self.targets == "all-linear":
             warn_of_unreached(part, parameters)
         # of the whole LLM, whose other part is in the same module

@@ -135,6 +135,7 @@ def load_llm(
         llm.trained_rows = llm.get_input_embeddings().num_embeddings
     # on the meta device there is no mean of the rows to start new ones from
     if llm.get_input_embeddings().num_embeddings < vocab_size:
+        # never smaller: released tables are padded beyond their tokenizer
         llm.resize_token_embeddings(vocab_size, mean_resizing=not on_meta)
     if gradient_checkpointing:
         recompute_activations(llm)

@@ -297,6 +297,7 @@ def record_inputs(llm: PreTrainedModel) -> Iterator[RecordedInputs]:
     ) -> tuple[Tensor, Tensor | None]:
         calls = recorded.calls.setdefault(index_of.get(id(module), -1), [])
         calls.append(Call(key, value, arguments))
+        # the plain function does not know the argument
         options = {name: value for name, value in arguments.items() if name != "visual"}
         return plain(module, query, key, value, attention_mask, **options)
 

@@ -148,6 +148,7 @@ class MultimodalLM(nn.Module):
         is_image = batch.image_mask[:, None, None].to(features.dtype)
         tokens = tokens * is_image
         if levels is not None:
+            # the levels of a blank image, too, so that their connectors have gradients
             levels = levels * is_image
         return VisualTokens(tokens, batch.image_index, batch.image_positions, levels)
 

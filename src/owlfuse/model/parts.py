@@ -74,6 +74,7 @@ def essential(value: Any) -> Any:
     their weights come from: two values of which this is equal make the same part."""
     if not isinstance(value, Mapping):
         return value
+    # a plain group of keys has no class that could say so
     free = compute_only(value) | loading_options(value) if "_target_" in value else frozenset()
     # nodes may lie inside of nodes, as those of several backbones in one
     return {key: essential(child) for key, child in value.items() if key not in free}

@@ -211,6 +211,7 @@ def quantized_counts(root: nn.Module) -> dict[int, int]:
     """Returns how many numbers each weight in 4 bits stands for, by the weight's id."""
     counts = {}
     for layer in quantized_layers(root).values():
+        # bitsandbytes packs two numbers into a byte, so numel() is half of them
         counts[id(layer.weight)] = layer.in_features * layer.out_features
     return counts
 

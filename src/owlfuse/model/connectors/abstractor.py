@@ -235,6 +235,7 @@ class AbstractorLayer(nn.Module):
         `forward`."""
         queries = self.query_norm(queries)
         query, key, _ = self.heads_of(queries, features, query_positions, image_positions)
+        # torch's fused attention gives no weights
         scores = query.float() @ key.float().transpose(2, 3) / query.shape[3] ** 0.5
         return scores.softmax(-1).mean(1)
 

@@ -166,6 +166,7 @@ class ResamplerLayer(nn.Module):
         `forward`."""
         query, key, _ = self.heads_of(latents, image)
         key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
+        # torch's fused attention gives no weights
         scores = query.float() @ key.float().transpose(2, 3) / self.head_dim**0.5
         return scores.softmax(-1).mean(1)
 

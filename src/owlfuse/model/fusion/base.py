@@ -168,6 +168,7 @@ def attention_weights(query: Tensor, key: Tensor, mask: Tensor, scaling: float) 
     grouped queries too."""
     # grouped heads share keys
     key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
+    # transformers' kernels give no weights
     scores = query.float() @ key.float().transpose(2, 3) * scaling
     return scores.masked_fill(~mask, -torch.inf).softmax(-1)
 

@@ -301,6 +301,7 @@ class CrossAttentionBlock(VisualReader):
         scaling = self.head_width**-0.5
         weights = attention_weights(self.query(hidden_states), key, images.mask, scaling)
         weights = weights * images.sees_any[:, None]
+        # a negative gate reads as much as a positive one
         return weights if self.gate is None else weights * self.gate.tanh().abs().float()
 
     def split_counts(self) -> dict[str, int]:

@@ -214,6 +214,7 @@ class HyperAttention(Fusion):
         if self.gate == "none":
             return weights
         attention: Any = call.module
+        # a static gate is one vector for all tokens
         gate = attention.visual.gate_of(call.text).expand_as(call.text)
         gate = gate.unflatten(2, (call.query.shape[1], -1))  # (1, R, H, d)
         return weights * gate.float().mean(-1).transpose(1, 2)[..., None]
