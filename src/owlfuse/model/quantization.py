@@ -5,6 +5,7 @@ Din, Dout the widths of a linear layer, N the numbers of its weight.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, cast
@@ -16,12 +17,14 @@ from transformers import PreTrainedModel
 from transformers.utils import is_bitsandbytes_available
 
 from owlfuse.core.packages import missing
+from owlfuse.model.layouts import decoder_layers
 
 # optional: a run is planned on the meta device without it
 if is_bitsandbytes_available():
     from bitsandbytes.functional import dequantize_4bit
     from bitsandbytes.nn import Linear4bit, Params4bit
 
+log = logging.getLogger(__name__)
 BLOCK, NESTED_BLOCK = 64, 256
 """Numbers that share a scale, and scales that share a scale of their own with `use_double_quant`:
 bitsandbytes' defaults."""
@@ -134,6 +137,7 @@ def quantize(
         without: modules, those of the fusion, whose layers stay as they are.
 
     Raises:
+        ValueError: the LLM has no linear layer but its head, as GPT-2.
         MissingPackage: bitsandbytes is not installed, and the LLM is not on the meta device.
     """
     # transformers leaves the head out, too, when it quantizes
@@ -151,9 +155,42 @@ def quantize(
         else:
             check_installed()
             llm.set_submodule(name, quantized_layer(linear, quantization))
+    if not quantized_layers(llm):
+        raise ValueError(
+            f"quantization: {type(llm).__name__} has no linear layer that could be held in 4 bits; "
+            "leave quantization out, or choose another LLM"
+        )
+    warn_of_plain_weights(llm, excluded)
     # what transformers sets, and peft looks for
     loaded: Any = llm
     loaded.is_loaded_in_4bit = True
+
+
+def warn_of_plain_weights(llm: PreTrainedModel, excluded: set[int]) -> None:
+    """Logs how much of an LLM's decoder layers is in no linear layer and so not in 4 bits, as the
+    stacked matrices of experts.
+
+    Args:
+        excluded: ids of modules whose layers are not meant to be in 4 bits.
+    """
+    in_4_bits = quantized_counts(llm)
+    plain = 0
+    for layer in decoder_layers(llm):
+        for module in layer.modules():
+            if id(module) in excluded:
+                continue
+            for parameter in module.parameters(recurse=False):
+                # norms and biases are small, and no method quantizes them
+                is_matrix = parameter.ndim > 1 and id(parameter) not in in_4_bits
+                plain += parameter.numel() if is_matrix else 0
+    # a plan comes before every training, which would say it twice
+    if plain and next(llm.parameters()).is_meta:
+        share = plain / (plain + sum(in_4_bits.values()))
+        log.warning(
+            "quantization: %.0f %% of the weights of the LLM's layers are in no linear layers "
+            "(stacked experts, for instance), and keep their type",
+            100 * share,
+        )
 
 
 def quantized_layer(linear: nn.Linear, quantization: Quantization) -> nn.Linear:

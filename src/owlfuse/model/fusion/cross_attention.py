@@ -29,6 +29,7 @@ from owlfuse.model.layouts import (
     attention_of,
     decoder_layers,
     input_norm_of,
+    layout_of,
     mlp_norm_of,
 )
 from owlfuse.model.llm import shared_field, width
@@ -59,8 +60,8 @@ class CrossAttention(Fusion):
             LLM begins unchanged; or `none`.
         mlp: whether a gated MLP of its own follows, with the same kind of gate.
         qk_norm: whether queries and keys of each head are normed, as in Llama 3.2 Vision.
-        heads: of queries, keys and values, each as wide as the LLM over their number; by default
-            the LLM's.
+        heads: of queries, keys and values, each as wide as the LLM over their number, rounded down;
+            by default the LLM's.
 
     Raises:
         ValueError: an unknown option; from `attach`, layers that the LLM does not have, none, or
@@ -401,6 +402,13 @@ def attach_to_attention(
         raise ValueError(
             f"place: layer {block.index} of {type(llm).__name__} has no norm before its "
             "self-attention; take before"
+        )
+    layout = layout_of(llm)
+    if layout.output and not layout.output.startswith(f"{layout.attention}."):
+        # BERT-like layers multiply what the attention gives by a module behind it
+        raise ValueError(
+            f"place: layer {block.index} of {type(llm).__name__} projects its self-attention's "
+            "result in a module behind it; take before"
         )
     update = AttentionUpdate(block, adds_attention)
     norm.register_forward_pre_hook(update.keep_input)
