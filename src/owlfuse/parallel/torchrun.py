@@ -26,7 +26,7 @@ class TorchrunRanks(Ranks):
         self.local = int(os.environ.get("LOCAL_RANK", "0"))
         group: Any = None
         if count > 1:
-            # ranks tell each other nothing but that they are there, which gloo does on any machine
+            # ranks send each other small objects alone, which gloo does on any machine
             strategy = DDPStrategy(process_group_backend="gloo", timeout=LONGEST_WAIT)
             each = int(os.environ.get("LOCAL_WORLD_SIZE", count))
             fabric = Fabric(
