@@ -11,6 +11,7 @@ from lightning import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from owlfuse.model.adapters import PARTS
+from owlfuse.parallel.collectives import local
 
 log = logging.getLogger(__name__)
 CHUNK = 2**24
@@ -165,17 +166,11 @@ def watched_tensors(model: Any) -> dict[Watched, Tensor]:
     return {watched: tensor for watched, tensor in tensors.items() if local(tensor).numel()}
 
 
-def local(tensor: Tensor) -> Tensor:
-    """This rank's shard of a DTensor, or the tensor."""
-    tensor = tensor.detach()
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
-
-
 def checksums(tensors: dict[Watched, Tensor]) -> dict[Watched, int]:
     """The sum of each tensor's bits as whole numbers: exact in any order, so that it changes
     with any number."""
     sums: dict[Watched, int] = {}
     for watched, tensor in tensors.items():
-        bits = local(tensor).flatten().view(BITS[tensor.element_size()])
+        bits = local(tensor.detach()).flatten().view(BITS[tensor.element_size()])
         sums[watched] = sum(int(chunk.sum(dtype=torch.int64)) for chunk in bits.split(CHUNK))
     return sums
