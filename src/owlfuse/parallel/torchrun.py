@@ -28,6 +28,7 @@ class TorchrunRanks(Ranks):
         if count > 1:
             # ranks send each other small objects alone, which gloo does on any machine
             strategy = DDPStrategy(process_group_backend="gloo", timeout=LONGEST_WAIT)
+            # All processes are on one machine where torchrun does not say how many are on each.
             each = int(os.environ.get("LOCAL_WORLD_SIZE", count))
             fabric = Fabric(
                 accelerator="cpu", devices=each, num_nodes=count // each, strategy=strategy

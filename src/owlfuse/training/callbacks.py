@@ -39,6 +39,7 @@ class BeforeTraining(Callback):
         if trainer.global_step:
             return
         with (
+            # the CPU's state alone: by default torch copies that of every GPU, and warns of several
             torch.random.fork_rng(devices=[]),
             evaluation_precision(trainer),
             evaluation_ranks(trainer) as ranks,
@@ -109,6 +110,7 @@ class TrainingProgress(Callback):
         pace = bar.pace.seconds()
         if self.validated_at is None:
             bar.pace.add(now - bar.last)
+        # This step's time holds the validation before it, which is what exceeds the pace.
         elif pace is not None:
             self.pauses.append(max(0.0, now - bar.last - pace))
         self.validated_at, bar.last, bar.done = None, now, trainer.global_step
@@ -166,6 +168,7 @@ class TrainingProgress(Callback):
         if self.bar is None:
             return
         self.bar.stop()
+        # not through the bar, which a quiet run does not show
         if trainer.is_global_zero:
             steps = trainer.global_step - self.first_step
             seconds = duration(self.clock() - self.bar.began)
@@ -252,6 +255,7 @@ class StopOnSignal(Callback):
         assert self.flag is not None
         if (batch_idx + 1) % trainer.accumulate_grad_batches:
             return
+        # In every step, whether or not there was a signal: the exchange is a collective.
         if self.flag.exchange(self.requested):
             self.stopped = trainer.should_stop = True
             if (batch_idx + 1) % int(trainer.val_check_interval):

@@ -119,6 +119,7 @@ class Checkpoints(RunCheckpoint):
         """
         super().setup(trainer, module, stage)
         with suppress(NotImplementedError):  # of such a strategy
+            # exactly that class: a plugin of the user's own choice stays
             if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
                 trainer.strategy.checkpoint_io = CheckpointWriter()
             if isinstance(trainer.strategy.checkpoint_io, CheckpointWriter):
@@ -140,6 +141,7 @@ class Checkpoints(RunCheckpoint):
         states = self.random or random_states()
         checkpoint["random_states"] = gather_from_ranks(trainer.strategy, states)
         checkpoint["data_ranks"] = data_ranks(trainer)
+        # Rank 0 alone reads the file, and the others must not go on where it cannot.
         with raised_on_every_rank(trainer.strategy):
             checkpoint["metrics"] = logged_metrics(trainer) if trainer.is_global_zero else None
 
@@ -157,6 +159,7 @@ class Checkpoints(RunCheckpoint):
         states, ranks = checkpoint.get("random_states"), data_ranks(trainer)
         if states is None:  # of runs that kept those of the first rank only
             states = [checkpoint["callbacks"]["Checkpoints"]["random"]]
+        # With as many processes the rows may be shared out otherwise, by tensor ranks.
         if len(states) == trainer.world_size and checkpoint.get("data_ranks", 1) == ranks:
             self.random = states[trainer.global_rank]
             return
@@ -193,6 +196,7 @@ class Checkpoints(RunCheckpoint):
         if self.random is not None:
             set_random_states(self.random)
         step = trainer.global_step
+        # needed after an error within the step, where a run of one process writes a checkpoint
         if trainer.world_size == 1 and batch_idx % trainer.accumulate_grad_batches == 0:
             self.statistics = step, [buffer.clone() for buffer in statistics_of(module)]
         if batch_idx % trainer.accumulate_grad_batches == 0:
@@ -240,6 +244,7 @@ class Checkpoints(RunCheckpoint):
             or isinstance(exception, KeyboardInterrupt)
         ):
             return
+        # A checkpoint of such weights would take the place of a good one.
         if module.finite.told:
             return
         if module.updating:
@@ -252,6 +257,7 @@ class Checkpoints(RunCheckpoint):
                 step,
             )
             return
+        # The broken step is done again as a whole, from the random numbers that it began with.
         self.random = self.random_of_step
         if self.statistics[0] == step:
             for buffer, before in zip(statistics_of(module), self.statistics[1]):
@@ -284,6 +290,7 @@ class Checkpoints(RunCheckpoint):
         log.info("saving %s took %.2f s of training's time", filepath, time.monotonic() - began)
         self.can_write = True
         self.count += 1
+        # After the new one, so that there is always one to go on from.
         if trainer.is_global_zero:
             for outdated in outdated_checkpoints(self.keep, Path(filepath)):
                 trainer.strategy.remove_checkpoint(outdated)

@@ -66,6 +66,7 @@ class FirstStepsCheck(Callback):
         self.rated: set[str] = set()
         for part in self.pending:
             part_groups = [groups[index] for index in self.groups[part]]
+            # the peak: a warm-up begins at 0
             if not any(group.get("initial_lr", group["lr"]) for group in part_groups):
                 raise RuntimeError(
                     f"part {part} is meant to train, and its learning rate (optim.lr, "
@@ -154,6 +155,7 @@ def watched_tensors(model: Any) -> dict[Watched, Tensor]:
     for part in PARTS:
         parameters = model.part(part).parameters
         tensors |= {Watched(part, name, p.requires_grad): p for name, p in parameters.items()}
+        # The buffers of a part that trains change by right, as running means do.
         if part in ("vision", "connector") and not any(
             p.requires_grad for p in parameters.values()
         ):

@@ -152,6 +152,7 @@ class MultimodalModule(lightning.LightningModule):
         and what it held."""
         sums = torch.stack([self.loss_sum.double(), self.token_count.double()])
         counts = torch.tensor(self.samples.row()).to(sums)
+        # one collective for the loss and all counts of the step
         rows = all_gather_rows(self.trainer, torch.cat([sums, counts]))
         loss_sum, tokens = rows[:, :2].sum(0).to(self.loss_sum)
         self.finite.note(loss_sum, self.trainer.global_step + 1)
@@ -247,6 +248,7 @@ class MultimodalModule(lightning.LightningModule):
         """Frozen weights stay out but for their hash; what was skipped, truncated and noted until
         the last whole step goes in."""
         if "state_dict" in checkpoint:
+            # once a run, since frozen weights stay what they are
             self.frozen = frozen_hashes(self.model) if self.frozen is None else self.frozen
             names = {f"model.{name}" for name in saved_names(self.model)}
             state = checkpoint["state_dict"]

@@ -85,6 +85,7 @@ class AdamWCosine:
                     decays = has_decay(name, parameter) and id(parameter) not in without_decay
                     (decayed if decays else undecayed).append(parameter)
                 common = {"lr": peak * scale}
+                # one fused call mixes no parameters of several meshes
                 for index, parameters in enumerate(by_mesh(decayed)):
                     name = f"{layer_name}{'_split' * index}"
                     decay = {"weight_decay": self.weight_decay, "name": name}
@@ -237,6 +238,7 @@ def apply_schedule(
             f"optim: a {type(scheduler).__name__} cannot go on with other rates; begin another run"
         )
     groups = scheduler.optimizer.param_groups
+    # The checkpoint has brought its own weight decay and peak rates too.
     for group, configured in zip(groups, settings or [{}] * len(groups), strict=True):
         group.update(configured)
     base_lrs = [float(group["initial_lr"]) for group in groups]
@@ -254,6 +256,7 @@ def apply_schedule(
         for old, new in zip(before, after, strict=True)
         if new != old
     ]
+    # Rates that differ by rounding alone are no change to tell of.
     return max(changes)[1:] if changes and max(changes)[0] > 1e-6 else None
 
 
@@ -268,5 +271,6 @@ def by_mesh(tensors: Iterable[nn.Parameter]) -> list[list[nn.Parameter]]:
     mesh or over none."""
     lists: dict[Any, list[nn.Parameter]] = {}
     for tensor in tensors:
+        # Only a parameter that is sharded has a mesh.
         lists.setdefault(getattr(tensor, "device_mesh", None), []).append(tensor)
     return list(lists.values())
