@@ -190,6 +190,7 @@ class ChatData(lightning.LightningDataModule):
         Raises:
             ValueError: a global batch that the ranks and micro batches do not divide.
         """
+        # At least 1: too small a global batch is refused below, with the numbers that say why.
         micro = self.micro_batch_size or max(1, self.global_batch_size // ranks)
         if self.global_batch_size % (micro * ranks):
             raise ValueError(
@@ -267,6 +268,7 @@ class ChatData(lightning.LightningDataModule):
         indices: Sequence[int] = range(len(source))
         # A random sample, since the first ones may all be of one kind.
         if limit is not None and limit < len(source):
+            # By a fixed seed, so that runs of other seeds are compared on the same samples.
             indices = sorted(random.Random(0).sample(indices, limit))
         dataset = SourceDataset(source, indices, self.load)
         batches = batches_of_rank(len(indices), batch_size, rank, ranks)

@@ -53,6 +53,7 @@ def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
         length = lengths[index]
         if length > capacity:
             raise ValueError(f"item {index} is {length} long, and a row holds {capacity}")
+        # -1 is before every row, so that a space of exactly this length is found too.
         fitting = bisect_left(spaces, (length, -1))
         if fitting < len(spaces):
             space, row = spaces.pop(fitting)

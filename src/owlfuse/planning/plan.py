@@ -293,6 +293,7 @@ def configured_layout(trainer: dict[str, Any], data: dict[str, Any], gpus: int |
     if isinstance(strategy, dict) and strategy["_target_"].endswith(".Sharded"):
         ranks, tensor = mesh_sizes(strategy.get("data", "auto"), strategy.get("tensor", 1), gpus)
         sharded = ranks > 1 or tensor == 1
+    # Lightning's own, by its name or as a class.
     elif "FSDP" in str(strategy).upper():
         sharded = True
     elif isinstance(strategy, str):

@@ -136,7 +136,9 @@ def meta_batch(model: MultimodalLM, rows: int, length: int, images: int) -> Batc
     their values; all text is supervised."""
     count = rows * images
     visual_count = count * model.fusion.tokens_per_image
+    # The collator puts a blank picture into a batch without images.
     image_shape = (max(count, 1), 3, *model.vision.preprocessing.size)
+    # As Lightning casts pictures for weights in half precision alone.
     dtype = next(model.vision.parameters()).dtype
     with torch.device("meta"):
         ids = torch.zeros(rows, length, dtype=torch.long)

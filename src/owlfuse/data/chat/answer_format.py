@@ -69,6 +69,7 @@ class AnswerFormat:
                 f"{template} writes nothing behind an answer, so a model cannot learn to end it: "
                 "write eos_token behind it"
             )
+        # behind the answer, since a question may end with the same mark
         end = text.index(end_mark, text.index(ANSWER) + len(ANSWER))
         return cls(
             header=header,
@@ -85,6 +86,7 @@ class AnswerFormat:
         It begins behind header and lead. White space behind them is the model's to write.
         """
         opening = self.header + self.lead
+        # from the right, since earlier answers have the same opening
         position = before.rfind(opening)
         if position >= 0:
             return position + len(opening)

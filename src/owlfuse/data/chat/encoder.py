@@ -118,6 +118,7 @@ class ChatEncoder:
         """
         if sample.tools:
             options["tools"] = sample.tools
+        # A mark for the labels, of which templates know nothing.
         messages = [without_keys(message, ["supervised"]) for message in messages]
         try:
             return render(self.tokenizer, messages, add_generation_prompt, **options)
@@ -191,6 +192,7 @@ class ChatEncoder:
         count to it (Phi-3's). One across a span's start, which could not be split, is a DataError.
         """
         labels = [-100] * len(ids)
+        # Spans and tokens both ascend, so that one pass is enough.
         index = 0
         for start, end in spans:
             while index < len(ids) and offsets[index][0] < end:

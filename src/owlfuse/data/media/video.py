@@ -208,6 +208,7 @@ def opened(
         raise MissingPackage(
             f"{label} needs PyAV: pip install 'owlfuse[video]'", name="av"
         ) from None
+    # Nothing but the file itself is read: FFmpeg follows addresses inside of other formats.
     options = {"protocol_whitelist": "file", "format_whitelist": FORMATS}
     source: Any = io.BytesIO(file) if isinstance(file, bytes) else str(file)
     try:
@@ -234,6 +235,7 @@ def video_stream(container: av.container.InputContainer, label: str) -> av.Video
     if not streams:
         only_cover = ", only a picture of its cover" if container.streams.video else ""
         raise DataError(f"{label} has no video stream{only_cover}")
+    # FFmpeg's best may be the cover.
     best = container.streams.best("video")
     return next((stream for stream in streams if stream is best), streams[0])
 
@@ -257,6 +259,7 @@ def frame_times(file: Path | bytes, label: str) -> tuple[list[float], Index]:
     times = [float((mark - index.marks[0]) * base) for mark in index.marks]
     durations = {pts: duration for pts, duration, _ in packets}
     last_duration = durations[index.marks[-1]]
+    # Some files do not say how long their last frame is shown.
     end = times[-1] + (float(last_duration * base) if last_duration else 1 / rate)
     return [*times, end], index
 

@@ -132,6 +132,7 @@ def read_cache(path: Path, samples: int) -> Lengths | None:
             tokens, supervised = arrays["tokens"], arrays["supervised"]
             wrong = json.loads(arrays["wrong"].tobytes())
             notes = json.loads(arrays["notes"].tobytes())
+            # JSON has made texts of the indices.
             reasons = {int(index): reason for index, reason in wrong.items()}
     except (OSError, ValueError, KeyError, EOFError):
         return None

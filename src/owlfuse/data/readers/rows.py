@@ -35,6 +35,7 @@ class Rows(Sequence[dict[str, str]]):
         return len(self.lines) - 1
 
     def __getitem__(self, index: int) -> dict[str, str]:  # type: ignore[override]  # no slices
+        # range() checks the index and turns a negative one.
         index = range(len(self))[index]
         fields = self.fields(index + 1)
         if len(fields) != len(self.header):

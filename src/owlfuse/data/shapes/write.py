@@ -19,6 +19,7 @@ _FORMAT_VERSION = 6
 def _write_picture(folder: Path, seed: int, picture: tuple[str, int]) -> dict:
     """Write one PNG, a (split, index), and return its record in LLaVA's format."""
     split, index = picture
+    # Generators of its own for each picture, so that threads may draw them in any order.
     scene, rng = make_scene(seed, split, index), Random(f"ask {seed} {split} {index}")
     file = f"images/{split}/{index:06d}.png"
     draw_scene(scene).save(folder / file)
