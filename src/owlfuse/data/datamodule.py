@@ -158,6 +158,7 @@ class ChatData(lightning.LightningDataModule):
         Raises:
             ConfigError: a source has tiles, and pictures are not stretched.
         """
+        # Here the tiles of the data and the resizing of the model first meet.
         for source in (*self.sources.values(), *self.validation.values()):
             if source.tile:
                 check_tiled(preprocess.resize)
@@ -271,6 +272,7 @@ class ChatData(lightning.LightningDataModule):
             # By a fixed seed, so that runs of other seeds are compared on the same samples.
             indices = sorted(random.Random(0).sample(indices, limit))
         dataset = SourceDataset(source, indices, self.load)
+        # Whole batches are dealt out, so that each has the rows that it has in one process.
         batches = batches_of_rank(len(indices), batch_size, rank, ranks)
         return self.loader(dataset, batch_sampler=batches)
 
@@ -293,6 +295,7 @@ class ChatData(lightning.LightningDataModule):
     def load(self, sample: Sample, source: Source, prompt: bool = False) -> Encoded:
         """Return a sample of a source encoded, its pictures opened and preprocessed. Raises
         DataError."""
+        # First, since only pictures and videos say how many views a placeholder stands for.
         views = self.pictures(sample, source)
         counts = [len(pixels) for pixels in views]
         if prompt:

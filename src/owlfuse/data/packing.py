@@ -155,6 +155,7 @@ class Padding:
 
     def add(self, batch: Batch) -> None:
         """Count a batch, from plain numbers alone."""
+        # `lengths` is a list of numbers, for which no device is waited.
         self.tokens += sum(batch.lengths)
         self.unpacked += len(batch.lengths) * max(batch.lengths, default=0)
         self.positions += batch.input_ids.numel()

@@ -154,6 +154,7 @@ PICKLE_ERRORS = (
 def optimizer_by_name(model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
     """An optimizer's state by the parameters' names, so that a mesh that groups them otherwise
     can read it."""
+    # Lightning wraps an optimizer, and torch knows the one inside.
     return get_optimizer_state_dict(
         model, getattr(optimizer, "_optimizer", optimizer), options=BY_NAME
     )
@@ -409,6 +410,7 @@ def remove_after(written: Future[None], path: Path) -> None:
 
 def copy_to_cpu(checkpoint: dict[str, Any]) -> dict[str, Any]:
     """A copy on the CPU that training does not change; tensors that share memory still do."""
+    # without pinned or shared memory and async copies: it is complete when `stage` returns
     stager = DefaultStager(StagingOptions(False, False, False, False))
     copy: Any = stager.stage(checkpoint)
     stager.close()

@@ -131,6 +131,7 @@ def is_sharded(module: nn.Module) -> bool:
 
 def divide(gradients: Sequence[Tensor], divisor: Tensor) -> None:
     """Divides gradients in place, each rank its own parts."""
+    # torch's foreach functions refuse an empty list.
     if gradients:
         torch._foreach_div_([local(gradient) for gradient in gradients], divisor)
 

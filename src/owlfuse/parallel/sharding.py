@@ -161,6 +161,7 @@ def match_loaded(model: MultimodalLM, source: MultimodalLM | None, strategy: Sha
         )
     types, model.llm.generation_config = strategy.broadcast(loaded)
     for name, parameter in model.named_parameters():
+        # without memory, so that nothing is copied
         parameter.data = parameter.data.to(types[name])
 
 

@@ -111,6 +111,7 @@ def measure_step(
     cost = StepCost()
     fixed = [*model.parameters(), *model.buffers()]
     meter = Meter(cost, fixed)
+    # The batch is alive for the whole step.
     for tensor in inputs:
         meter.add(tensor)
     hooks = []

@@ -87,6 +87,7 @@ def rank_model(
         ValueError: heads or widths that the ranks do not divide.
     """
     model.check_split(tensor)
+    # a copy, since the unsplit model serves other layouts too
     model = copy.deepcopy(model)
     if tensor > 1:
         split_projections(model, tensor)

@@ -217,6 +217,7 @@ class StopOnSignal(Callback):
 
     def on_fit_start(self, trainer: Trainer, module: LightningModule) -> None:
         """Listens to Ctrl-C in the place of Python's own handler."""
+        # Before this there are no processes that could tell each other.
         self.flag = SharedFlag(trainer)
         if trainer.world_size > 1:
             self.last_step = "the next step of all ranks"
@@ -234,6 +235,7 @@ class StopOnSignal(Callback):
         if self.requested:
             self.restore_handlers()
             raise KeyboardInterrupt
+        # No more than a flag: the signal may come in the middle of an update.
         self.requested = True
         line = f"stopping after {self.last_step}; once more stops at once"
         print(line, file=sys.stderr, flush=True)
@@ -276,5 +278,6 @@ class StopOnSignal(Callback):
 
     def restore_handlers(self) -> None:
         """Puts the handlers back that stood before."""
+        # each once, though teardown comes after a second Ctrl-C too
         while self.handlers:
             signal.signal(*self.handlers.popitem())

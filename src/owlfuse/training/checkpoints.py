@@ -96,7 +96,10 @@ class Checkpoints(RunCheckpoint):
         if keep < 1:
             raise ValueError(f"checkpoint.keep is {keep}, expected at least 1")
         super().__init__(
-            background, filename="step_{step:08d}", every_n_train_steps=every, save_top_k=-1
+            background,
+            filename="step_{step:08d}",  # eight digits, so that names sort by step
+            every_n_train_steps=every,
+            save_top_k=-1,  # none is deleted but by `_save_checkpoint`
         )
         self.keep = keep
         self.writer: CheckpointWriter | None = None
@@ -309,6 +312,7 @@ def logged_metrics(trainer: Trainer) -> str | None:
     """Returns what metrics.csv holds now, which a kill may leave half written later; None where
     nothing writes it."""
     for logger in trainer.loggers:
+        # CSVLogger writes its rows every so many steps only, or when it is saved.
         logger.save()
     file = Path(trainer.default_root_dir) / "metrics.csv"
     return file.read_text(encoding="utf-8") if file.exists() else None
@@ -350,6 +354,7 @@ class Best(RunCheckpoint):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """See `state_dict`."""
         self.best_model_path = self.kth_best_model_path = self.format_checkpoint_name({})
+        # what ModelCheckpoint compares the next validation with
         self.best_model_score = self.kth_value = torch.tensor(state_dict["lowest"])
         self.best_k_models = {self.best_model_path: self.kth_value}
 
@@ -357,9 +362,9 @@ class Best(RunCheckpoint):
 def derived_states(seed: int, rank: int, step: int) -> dict[str, Any]:
     """Random states made of three numbers; the present ones stay."""
     present = random_states()
-    numbers = [
-        int(number) for number in np.random.SeedSequence([seed, rank, step]).generate_state(3)
-    ]
+    # SeedSequence mixes them: a sum would be the same for other ranks and steps.
+    sequence = np.random.SeedSequence([seed, rank, step])
+    numbers = [int(number) for number in sequence.generate_state(3)]
     random.seed(numbers[0])
     np.random.seed(numbers[1])
     torch.manual_seed(numbers[2])

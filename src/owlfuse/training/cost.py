@@ -35,7 +35,6 @@ class Cost(Callback):
         self.before = 0
         self.tokens: Any = 0
         self.steps: deque[tuple[float, Any]] = deque(maxlen=KEPT)
-        self.first = 0
         self.began = self.written = 0.0
         self.cost: dict[str, Any] = {}
 
@@ -52,7 +51,7 @@ class Cost(Callback):
         it has steps enough."""
         progress = read_json_if_there(Path(trainer.default_root_dir) / PROGRESS)
         self.cost = progress.get("cost", {})
-        self.first, self.began = trainer.global_step, time.perf_counter()
+        self.began = time.perf_counter()
 
     def on_train_batch_end(
         self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Batch, batch_idx: int
@@ -94,11 +93,10 @@ class Cost(Callback):
             self.cost["tokens_per_s"] = speed
         on_gpu = trainer.strategy.root_device.type == "cuda"
         device = trainer.strategy.root_device
-        peak = (
-            torch.cuda.max_memory_allocated(device)
-            if on_gpu
-            else max(0, resident("VmHWM") - self.before)
-        )
+        if on_gpu:
+            peak = torch.cuda.max_memory_allocated(device)
+        else:
+            peak = max(0, resident("VmHWM") - self.before)
         # A run that goes on may have needed more before it was stopped.
         self.cost["peak_memory_bytes"] = max(peak, self.cost.get("peak_memory_bytes") or 0)
         self.cost["peak_memory_of"] = (

@@ -52,6 +52,7 @@ class FirstStepsCheck(Callback):
         self.counted = dict.fromkeys(PARTS, 0)
         self.picture_seen = False
         groups = trainer.optimizers[0].param_groups
+        # by identity, since tensors are compared number by number
         group_ids = [{id(parameter) for parameter in group["params"]} for group in groups]
         self.groups: dict[str, list[int]] = {part: [] for part in PARTS}
         for watched, tensor in self.watched.items():
@@ -83,14 +84,15 @@ class FirstStepsCheck(Callback):
         self, trainer: Trainer, module: LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
         """Counts the step for the parts that it can move."""
-        self.due = set()
+        self.due: set[str] = set()
         for part in self.pending:
             rate = max(optimizer.param_groups[index]["lr"] for index in self.groups[part])
             if rate > 0:
                 self.rated.add(part)
             if rate > 0 and (part == "llm" or self.picture_seen):
                 self.counted[part] += 1
-                self.due |= {part} if self.counted[part] in (self.steps, self.patience) else set()
+                if self.counted[part] in (self.steps, self.patience):
+                    self.due.add(part)
         self.picture_seen = False
 
     def on_train_batch_end(
@@ -119,7 +121,11 @@ class FirstStepsCheck(Callback):
         """
         due = {}
         for watched, tensor in self.watched.items():
-            if watched.part in parts if watched.trained else not self.frozen_checked:
+            # Frozen ones are compared once, since it means reading all of them.
+            is_due = not self.frozen_checked
+            if watched.trained:
+                is_due = watched.part in parts
+            if is_due:
                 due[watched] = tensor
 
         now = checksums(due)

@@ -177,6 +177,7 @@ class MultimodalModule(lightning.LightningModule):
     def divide_gradients(self, optimizer: torch.optim.Optimizer, tokens: Tensor) -> None:
         """Turns gradients of the summed loss into those of its mean over the global batch."""
         all_reduce_gradients(self.model.per_head(), self.trainer.strategy)
+        # Of these tables only the rows of new tokens are trained.
         for table, new_rows in self.model.row_limits():
             zero_other_rows(table, new_rows)
         divide(gradients_of(optimizer), tokens * self.loss_scale)

@@ -123,6 +123,7 @@ class AdamWCosine:
         )
         return {
             "optimizer": optimizer,
+            # Lightning's default is a step an epoch, and a run is one epoch.
             "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
         }
 

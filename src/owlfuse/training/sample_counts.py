@@ -93,6 +93,7 @@ class SampleCounts:
     def row(self) -> list[Any]:
         """Returns the counts of a step that are added up over the ranks: images, three of padding,
         and the samples skipped so far of each source."""
+        # so far and not of the step, since the limit is of the whole run
         samples = distinct_samples(self.skipped)
         return [
             self.images,

@@ -119,6 +119,7 @@ class AnswerFormat:
                 tokens count too.
         """
         llm_ends = getattr(getattr(llm, "generation_config", None), "eos_token_id", None)
+        # transformers has one id there, or a list.
         if not isinstance(llm_ends, list):
             llm_ends = [] if llm_ends is None else [llm_ends]
         ids = [*self.end_ids, tokenizer.eos_token_id]
@@ -141,6 +142,7 @@ class AnswerFormat:
             ids = self.behind_thought(tokenizer, ids)
         text = tokenizer.decode(ids, skip_special_tokens=True)
         if not self.end_ids:
+            # Of ordinary tokens, which decoding does not leave out.
             text = text.partition(self.end_mark)[0]
         return text.strip()
 

@@ -222,6 +222,7 @@ class ChatEncoder:
         `views` (by default one)."""
         placeholders = ids.count(self.image_id)
         expected = len(sample.images) + len(sample.videos)
+        # A chat that was cut has lost its last pictures, whose views are still counted.
         views = [1] * expected if views is None else views[:expected]
         if placeholders != expected or len(views) != expected:
             raise DataError(

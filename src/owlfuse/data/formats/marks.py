@@ -161,6 +161,7 @@ def settle_marks(
         for kind in counts:
             parts = VisualParts(messages, kind)
             if counts[kind] and not parts.typed and not parts.user_marks:
+                # Without pictures, <image> may stand for a video.
                 kinds = {kind} if counts["image"] else {"image", "video"}
                 split_listed(messages, listed, kinds)
         if not counts["image"] and turn_image_marks_into_videos(messages, counts["video"]):

@@ -382,6 +382,7 @@ def open_arrow(file: Path) -> Any:
     they are the whole file.
     """
     with file.open("rb") as stream:
+        # Python's map and not pyarrow's, whose pages cannot be freed.
         mapped = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
     reader: Any
     # The magic bytes of Arrow's file format; its stream format has none.

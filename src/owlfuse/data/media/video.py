@@ -178,6 +178,7 @@ def frames_at(
             key = position
             if keys and keys[0] <= mark:
                 key = keys[bisect_right(keys, mark) - 1]
+            # Seeking saves decoding only where a key frame lies between here and there.
             has_sought = key > position
             if has_sought:
                 container.seek(key, stream=stream)
@@ -203,6 +204,7 @@ def opened(
     """Yield a video's container and its video stream: of several the one that players show, as
     FFmpeg chooses it. What PyAV raises inside becomes a DataError."""
     try:
+        # here, since PyAV is an extra
         import av
     except ModuleNotFoundError:
         raise MissingPackage(

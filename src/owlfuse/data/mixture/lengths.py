@@ -98,6 +98,7 @@ def cache_path(source: Source, encoder: ChatEncoder, on_length: OnLength = "erro
             options[key] = value
     limits = {}
     for key, value in vars(encoder).items():
+        # Plain values alone: the text of an object may hold its address.
         if isinstance(value, str | int | float | bool | None):
             limits[key] = value
     parts = [
@@ -195,6 +196,7 @@ def encode_all(
             for text, samples in notes.items():
                 lengths.notes[text] = lengths.notes.get(text, 0) + samples
             progress.advance(len(tokens))
+            # Chunks come in their order, whichever worker is done first.
             start = stop
     return lengths
 

@@ -123,6 +123,7 @@ def source_row(
         "drawn": draws,
         "drawn_share": draws / positions if positions else None,
         "passes": draws / size,
+        # nothing where a pass has just ended
         "left_of_last_pass": size - draws if draws < size else -draws % size,
         "at_end": mixture.at_end[source.name],
         "duplicate_ids": duplicate_ids(mixture, source, draws),

@@ -13,6 +13,7 @@ from owlfuse.core.progress import track
 from owlfuse.data.shapes.scenes import KINDS, ask, ask_held_out, draw_scene, make_scene
 from owlfuse.data.shapes.text import make_texts, train_tokenizer
 
+# Raised when the same arguments give other files than before.
 _FORMAT_VERSION = 6
 
 
