@@ -16,6 +16,7 @@ from omegaconf import DictConfig
 from owlfuse.config.build import to_dict
 from owlfuse.config.compose import origin_of
 from owlfuse.core.errors import ConfigError
+from owlfuse.data.mixture.lengths import usable_cores
 
 REFUSALS = (MisconfigurationException, ValueError, TypeError, ImportError)
 """What Lightning's Trainer raises for arguments that do not fit together, and for a library that
@@ -100,8 +101,7 @@ def check_processes(config: DictConfig, devices: Any) -> str | None:
         or any(name in os.environ for name in LAUNCHED)
     ):
         return None
-    # of the machine's cores those that a cluster lets this process have
-    count, cores = int(devices), len(os.sched_getaffinity(0))
+    count, cores = int(devices), usable_cores()
     if count > cores:
         raise refuse(
             config,
