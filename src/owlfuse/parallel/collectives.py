@@ -35,11 +35,9 @@ def data_group(trainer: Trainer) -> Any:
     strategy = trainer.strategy
     if isinstance(strategy, Sharded):
         return strategy.device_mesh["data_parallel"].get_group()
-    return (
-        dist.group.WORLD
-        if isinstance(strategy, ParallelStrategy) and dist.is_initialized()
-        else None
-    )
+    if isinstance(strategy, ParallelStrategy) and dist.is_initialized():
+        return dist.group.WORLD
+    return None
 
 
 class SharedFlag:

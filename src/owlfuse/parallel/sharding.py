@@ -84,7 +84,9 @@ def split_projections(model: MultimodalLM, mesh: DeviceMesh) -> None:
             continue
         parallelize_module(projection.base_layer, mesh, style)
         for down, up in zip(projection.lora_A.values(), projection.lora_B.values(), strict=True):
-            parallelize_module(*((down, mesh, style) if role == "rows" else (up, mesh, style)))
+            # The product of the two is split on the side that its projection is split on.
+            half = down if role == "rows" else up
+            parallelize_module(half, mesh, style)
     for module in model.modules():
         if hasattr(module, "share"):
             # numbers, no tensor

@@ -116,11 +116,10 @@ class Sharded(ModelParallelStrategy):
     ) -> dict[str, Any]:
         """A file of one process, or a folder: see `load_shards`, and what it raises."""
         path, model = Path(checkpoint_path), cast("nn.Module", self.model)
-        return (
-            super().load_checkpoint(path, weights_only)
-            if path.is_file()
-            else load_shards(model, self.optimizers, path)
-        )
+        # of one process, which several may go on from
+        if path.is_file():
+            return super().load_checkpoint(path, weights_only)
+        return load_shards(model, self.optimizers, path)
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None

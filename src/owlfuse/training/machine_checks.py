@@ -116,11 +116,9 @@ def check_processes(config: DictConfig, devices: Any) -> str | None:
 def check_launcher(trainer: Trainer, config: DictConfig) -> None:
     """Raises ConfigError for several machines where nothing has started this process on each of
     them."""
-    environment = (
-        trainer.strategy.cluster_environment
-        if isinstance(trainer.strategy, ParallelStrategy)
-        else None
-    )
+    environment = None
+    if isinstance(trainer.strategy, ParallelStrategy):
+        environment = trainer.strategy.cluster_environment
     # Lightning's own environment starts the processes of one machine; whoever starts them by hand
     # on several says which machine it is by NODE_RANK.
     if (

@@ -70,6 +70,7 @@ class AdamWCosine:
         without_decay = {id(table) for table, _ in model.row_limits()}
         for part in PARTS:
             part_lr = self.part_lr.get(part)
+            # by None, since a rate of 0 is refused below and not replaced
             peak = self.lr if part_lr is None else part_lr
             for layer_name, scale, trained in self.layers(model.part(part)):
                 if trained and not 0 < peak * scale < math.inf:

@@ -127,12 +127,9 @@ def train(config: DictConfig, folder: Path, data_digest: str | None, at_exit: Ex
         changes |= check_identity(past, identity, config)
         # of what is no longer there, as a base whose weights are all trained
         identity = {**past.identity, **identity}
-    if (
-        data_digest
-        and identity
-        and data_hash(identity) != data_digest
-        and not config.get("accept_changed_data")
-    ):
+    # Ranks without the hashes leave this to the first.
+    has_changed = bool(data_digest and identity) and data_hash(identity) != data_digest
+    if has_changed and not config.get("accept_changed_data"):
         raise DataError(
             "the data have changed since the ablation began; give the same back, or go on with "
             "these by "

@@ -37,11 +37,9 @@ def make_trainer(
     """
     loggers = make_loggers(config, folder, past)
     watched = f"{next(iter(data.validation))}/loss" if data.validation else None
-    precision = (
-        {"precision": precision_for(config.trainer.accelerator)}
-        if config.trainer.precision is None
-        else {}
-    )
+    precision = {}
+    if config.trainer.precision is None:
+        precision["precision"] = precision_for(config.trainer.accelerator)
     callbacks = [
         *make_callbacks(config.get("checkpoint"), watched),
         *evaluation_callbacks(config, folder),

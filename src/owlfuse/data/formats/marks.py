@@ -118,6 +118,7 @@ class VisualParts:
     def without_part(self, count: int) -> int:
         """Return how many of `count` pictures no typed part shows."""
         pictures = [part.get("picture") for part in self.typed]
+        # By their indices parts may show a picture twice, or never.
         if any(isinstance(picture, int) for picture in pictures):
             return 0
         return count - pictures.count(None)
