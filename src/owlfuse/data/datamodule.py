@@ -204,6 +204,7 @@ class ChatData(lightning.LightningDataModule):
         """Return the optimizer steps of a run: `max_steps`, or as many whole global batches as the
         schedule has. Raises DataError."""
         positions = self.mixture.available(self.step_positions.position(max_steps))
+        # Rounded down, since no incomplete global batch is taken.
         steps = int(self.step_positions.step(positions))
         if steps == 0:
             raise DataError(

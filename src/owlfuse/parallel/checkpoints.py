@@ -357,6 +357,7 @@ class CheckpointWriter(TorchCheckpointIO):
         self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None
     ) -> None:
         """Writes a file. Raises DataError where it, or the one before, could not be written."""
+        # raises the error of the write before, whose copy is free after it
         self.wait()
         path = Path(path)
         if storage_options:
@@ -379,6 +380,7 @@ class CheckpointWriter(TorchCheckpointIO):
         """Waits for the pending write, and raises its error."""
         if self.pending is not None:
             wait([self.pending])
+            # forgotten before its error is raised, so that it is raised once
             pending, self.pending = self.pending, None
             pending.result()
 

@@ -241,6 +241,7 @@ class ChatEncoder:
                 positions += range(start, start + repeat, self.tokens_per_image)
             expanded_ids += [token] * repeat
             expanded_labels += [label] * repeat
+        # Words <image> are spelled by other tokens, so that each image token is a placeholder.
         input_ids = torch.tensor(expanded_ids)
         return Encoded(
             sample.id,
