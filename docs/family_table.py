@@ -87,24 +87,41 @@ def page(rows: dict[str, Outcomes]) -> str:
     return HEAD + "\n".join([*lines, "", "## Why not", "", *reasons, ""])
 
 
-def documented() -> dict[str, dict[str, bool]]:
-    """Returns which fusions work with each family, as the page says."""
-    rows: dict[str, dict[str, bool]] = {}
+def read_page() -> dict[str, Outcomes]:
+    """Returns the outcomes of each family that the page lists; none before the page is written."""
+    rows: dict[str, Outcomes] = {}
     names: list[str] = []
-    for line in PAGE.read_text().splitlines():
+    # a test imports this while it is collected: a page that is missing must not stop the others
+    lines = PAGE.read_text().splitlines() if PAGE.is_file() else []
+    for line in lines:
         cells = re.findall(r"(?<=\| )[^|]+(?= \|)", line)
         if line.startswith("| LLM |"):
             names = cells[1:]
+        elif refusal := re.fullmatch(r"- ([^,]+), ([^:]+): `(.*)`", line):
+            family, refused, reason = refusal.groups()
+            for name in refused.split(", "):
+                rows[family][name] = reason
         elif names and cells:
+            # the reason of a `no` comes below the table
             rows[cells[0]] = {
-                name: cell == "yes" for name, cell in zip(names, cells[1:], strict=True)
+                name: None if cell == "yes" else ""
+                for name, cell in zip(names, cells[1:], strict=True)
             }
     return rows
 
 
+def documented() -> dict[str, dict[str, bool]]:
+    """Returns which fusions work with each family, as the page says."""
+    works_by_family = {}
+    for family, row in read_page().items():
+        works_by_family[family] = {name: reason is None for name, reason in row.items()}
+    return works_by_family
+
+
 if __name__ == "__main__":
     logging.set_verbosity_error()
-    table = {}
+    # the rows of other families stay as the page has them
+    table = read_page() if sys.argv[1:] else {}
     for family in sys.argv[1:] or FAMILIES:
         table[family] = outcomes(family)
         print(family, *("no" if reason else "yes" for reason in table[family].values()))

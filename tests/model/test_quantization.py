@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from families import small_fields
 from helpers import ROWS, VOCAB, llm_fields, loss_of, make_batch, model_node, policy
 from owlfuse.artifacts.export import export
 from owlfuse.artifacts.load import TrainedModel, load_base, load_exported
@@ -109,6 +110,19 @@ def test_it_is_not_split_over_ranks_and_needs_its_package(monkeypatch):
     monkeypatch.setattr(quantization, "is_bitsandbytes_available", lambda: False)
     with pytest.raises(MissingPackage, match=r"model.llm.quantization .* owlfuse\[qlora\]"):
         model.check_training(sharded=False)
+
+
+def test_matrices_that_are_no_linear_layers_are_told(caplog):
+    with torch.device("meta"):
+        gpt2 = load_llm(VOCAB, config=small_fields("gpt2"))
+        with pytest.raises(ValueError, match="GPT2LMHeadModel has no linear layer that could be"):
+            quantization.quantize(gpt2, quantization.Quantization())
+        experts = load_llm(VOCAB, config=small_fields("qwen3_moe"))
+        quantization.quantize(experts, quantization.Quantization())
+        llama = load_llm(VOCAB, config=llm_fields())
+        quantization.quantize(llama, quantization.Quantization())
+    [line] = [record.message for record in caplog.records if "no linear layers" in record.message]
+    assert "stacked experts" in line
 
 
 def test_weights_that_are_quantized_in_their_folder_are_refused(tmp_path):

@@ -2,6 +2,7 @@
 a flag goes up everywhere at the same step."""
 
 import time
+from datetime import timedelta
 
 import pytest
 import torch.distributed as dist
@@ -11,6 +12,7 @@ from owlfuse.core.errors import DataError
 from owlfuse.data.loading import batches_of_rank
 from owlfuse.parallel.collectives import SharedFlag
 from owlfuse.parallel.ranks import Ranks
+from owlfuse.parallel.strategies import Replicated, Sharded, strategy_timeout
 
 RANKS = 2
 BATCHES = ["a", "b", "c"]
@@ -52,6 +54,11 @@ def test_one_process_reads_its_flag_at_once():
     flag = SharedFlag(Trainer(1))
     assert [flag.exchange(False), flag.exchange(True), flag.settle(True)] == [False, True, True]
     flag.close()
+
+
+@pytest.mark.parametrize("strategy_class", [Replicated, Sharded])
+def test_ranks_wait_as_long_as_their_strategy(strategy_class):
+    assert strategy_timeout(strategy_class(timeout_minutes=3)) == timedelta(minutes=3)
 
 
 def in_rank(rank, folder):

@@ -87,7 +87,7 @@ NO_HYPERATTENTION: dict[str, tuple[dict[str, Any], str]] = {
     "nemotron": ({}, "hand no keyword arguments"),
     "stablelm": ({}, "hand no keyword arguments"),
     "diffllama": ({}, "calls transformers' attention functions 2 times"),
-    "olmoe": ({**EXPERTS, "clip_qkv": 2.0}, "changes the values after v_proj"),
+    "olmoe": ({**EXPERTS, "clip_qkv": 2.0}, "changes the values after their projection"),
 }
 """What hyperattention refuses, and why."""
 

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from owlfuse.core.errors import DataError
-from owlfuse.core.types import Sample
-from owlfuse.data.formats.base import PictureSource, field, without
+from owlfuse.core.types import Sample, without_keys
+from owlfuse.data.formats.base import PictureSource, field
 
 
 @dataclass(eq=False)
@@ -39,5 +39,5 @@ class QuestionList(PictureSource):
             messages.insert(
                 0, {"role": "system", "content": [{"type": "text", "text": self.system}]}
             )
-        metadata = without(record, "picture", "question", "answer")
+        metadata = without_keys(record, ["id", "picture", "question", "answer"])
         return Sample(name, self.name, messages, [field(record, "picture", str, name)], metadata)

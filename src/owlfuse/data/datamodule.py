@@ -158,6 +158,7 @@ class ChatData(lightning.LightningDataModule):
         Raises:
             ConfigError: a source has tiles, and pictures are not stretched.
         """
+        # Here the tiles of the data and the resizing of the model first meet.
         for source in (*self.sources.values(), *self.validation.values()):
             if source.tile:
                 check_tiled(preprocess.resize)
@@ -190,6 +191,7 @@ class ChatData(lightning.LightningDataModule):
         Raises:
             ValueError: a global batch that the ranks and micro batches do not divide.
         """
+        # At least 1: too small a global batch is refused below, with the numbers that say why.
         micro = self.micro_batch_size or max(1, self.global_batch_size // ranks)
         if self.global_batch_size % (micro * ranks):
             raise ValueError(
@@ -202,6 +204,7 @@ class ChatData(lightning.LightningDataModule):
         """Return the optimizer steps of a run: `max_steps`, or as many whole global batches as the
         schedule has. Raises DataError."""
         positions = self.mixture.available(self.step_positions.position(max_steps))
+        # Rounded down, since no incomplete global batch is taken.
         steps = int(self.step_positions.step(positions))
         if steps == 0:
             raise DataError(
@@ -267,8 +270,10 @@ class ChatData(lightning.LightningDataModule):
         indices: Sequence[int] = range(len(source))
         # A random sample, since the first ones may all be of one kind.
         if limit is not None and limit < len(source):
+            # By a fixed seed, so that runs of other seeds are compared on the same samples.
             indices = sorted(random.Random(0).sample(indices, limit))
         dataset = SourceDataset(source, indices, self.load)
+        # Whole batches are dealt out, so that each has the rows that it has in one process.
         batches = batches_of_rank(len(indices), batch_size, rank, ranks)
         return self.loader(dataset, batch_sampler=batches)
 
@@ -291,6 +296,7 @@ class ChatData(lightning.LightningDataModule):
     def load(self, sample: Sample, source: Source, prompt: bool = False) -> Encoded:
         """Return a sample of a source encoded, its pictures opened and preprocessed. Raises
         DataError."""
+        # First, since only pictures and videos say how many views a placeholder stands for.
         views = self.pictures(sample, source)
         counts = [len(pixels) for pixels in views]
         if prompt:

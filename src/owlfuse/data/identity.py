@@ -73,6 +73,7 @@ def content_hash(root: Path, paths: Iterable[str]) -> str:
         digest.update(f"{path} {size}\n".encode())
     readable = [path for path, size in sizes.items() if size is not None]
     if sum(size or 0 for size in sizes.values()) > MAX_BYTES:
+        # The seed is the count alone, so that the same files give the same sample everywhere.
         random.Random(len(readable)).shuffle(readable)
     bytes_read = 0
     for path in readable:

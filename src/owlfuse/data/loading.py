@@ -62,6 +62,7 @@ class MixtureDataset(Dataset):
         if first < self.start or stop > self.start + len(self.block[0]):
             size = max(FIRST_BLOCK, 2 * len(self.block[0]))
             ahead = first + min(BLOCK, size)
+            # Where the schedule ends before `stop`, `positions` says so.
             last = max(stop, self.mixture.available(ahead))
             self.block = self.mixture.positions(first, last)
             self.start = first
@@ -166,4 +167,5 @@ class GlobalBatchSampler(Sampler[range]):
             for micro_batch in range(self.accumulation):
                 number = micro_batch * self.ranks + self.rank
                 first = step_start + number * self.micro_batch_size
+                # a range, which `draws` looks up by its ends
                 yield range(first, first + self.micro_batch_size)

@@ -53,6 +53,7 @@ def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
         length = lengths[index]
         if length > capacity:
             raise ValueError(f"item {index} is {length} long, and a row holds {capacity}")
+        # -1 is before every row, so that a space of exactly this length is found too.
         fitting = bisect_left(spaces, (length, -1))
         if fitting < len(spaces):
             space, row = spaces.pop(fitting)
@@ -154,6 +155,7 @@ class Padding:
 
     def add(self, batch: Batch) -> None:
         """Count a batch, from plain numbers alone."""
+        # `lengths` is a list of numbers, for which no device is waited.
         self.tokens += sum(batch.lengths)
         self.unpacked += len(batch.lengths) * max(batch.lengths, default=0)
         self.positions += batch.input_ids.numel()

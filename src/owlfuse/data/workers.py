@@ -47,6 +47,7 @@ class DataWorkers:
 
     def kill(self, process: BaseProcess) -> None:
         """Kill a process that did not end when its queue closed."""
+        # before it dies, so that its exit code is never taken for a failure of its own
         self.killed.add(process.pid)
         process.kill()
 

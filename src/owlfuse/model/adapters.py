@@ -122,7 +122,9 @@ class LastN:
             )
         check_not_quantized(part, part.parameters)
         Frozen().apply(part)
+        # a block lists parameters without their names, so they are compared by identity
         untrainable = {id(part.parameters[name]) for name in part.untrainable}
+        # what is in no block, as the embeddings, stays frozen
         for block in part.blocks[-self.n :]:
             for parameter in block:
                 parameter.requires_grad_(id(parameter) not in untrainable)
@@ -205,6 +207,7 @@ class LoRA:
         alphas = matched(self.alpha_pattern, names, "alpha_pattern", part)
         self.check_ranks(part, names, ranks)
         saved = self.saved_parameters(part, names)
+        # who names layers has chosen; `all-linear` sounds as if nothing were left out
         if self.targets == "all-linear":
             warn_of_unreached(part, parameters)
         # of the whole LLM, whose other part is in the same module
@@ -216,6 +219,7 @@ class LoRA:
             r=self.r,
             lora_alpha=alpha,
             lora_dropout=self.dropout,
+            # full names: a short one would reach the other part in the same LLM, too
             target_modules=names,
             target_parameters=parameters or None,
             bias="none",
@@ -228,6 +232,7 @@ class LoRA:
         inject_adapter_in_model(config, part.root, NAME)
         if self.starts_from_weights:
             config.init_lora_weights = False
+            # the start stands for a part of the frozen weight, whose input is not dropped
             config.lora_dropout = 0.0
             inject_adapter_in_model(config, part.root, START)
             self.start_from_weights(part, names)
@@ -304,6 +309,7 @@ class LoRA:
         for module_name in self.modules_to_save:
             matching: dict[str, nn.Parameter] = {}
             for path, module in part.root.named_modules():
+                # the dots keep `norm` from reaching `q_norm`
                 if not f".{path}".endswith(f".{module_name}"):
                     continue
                 for parameter in module.parameters():
@@ -350,6 +356,7 @@ class LoRA:
                     # the decomposition is in float32, whatever the layer's type
                     trained = matrices[NAME].weight.data.to(weight.dtype)
                     matrices[NAME].weight.data = trained.contiguous()
+                    # a copy: training moves the other one
                     matrices[START].weight.data = trained.clone().contiguous()
             layer.scaling[START] = -layer.scaling[NAME]
 
@@ -381,6 +388,7 @@ class LoRA:
         for target in self.target_parameters:
             matching = []
             for name, parameter in part.parameters.items():
+                # the dots keep `proj` from reaching `up_proj`
                 if f".{name}".endswith(f".{target}") and parameter.ndim in (2, 3):
                     matching.append(name)
             if not matching:
@@ -406,6 +414,7 @@ def matched(
     unused = set(pattern)
     for key, value in pattern.items():
         try:
+            # as peft matches a key: with the end of a name, behind a dot
             ends = re.compile(rf"(.*\.)?({key})")
         except re.error as error:
             raise ValueError(f"{option}: {key} is no regular expression: {error}") from error
@@ -469,6 +478,7 @@ def stacked_matrices(part: Part) -> dict[str, nn.Parameter]:
     """Returns the part's parameters that hold several matrices, as those of a mixture's experts."""
     stacked = {}
     for name, parameter in part.parameters.items():
+        # the weight of a depthwise convolution has three dimensions too, and one of them is 1
         if parameter.ndim == 3 and min(parameter.shape) > 1:
             stacked[name] = parameter
     return stacked
@@ -508,6 +518,7 @@ def without_base_layers(name: str) -> str:
 def layer_name(path: str) -> str:
     """Returns the last name of a path, `layers.0.self_attn.k_proj` -> `k_proj`, and the same for
     its copies by modality, `....k_proj.vision`."""
+    # a path of a single name has no parent
     *_, parent, name = ["", *path.split(".")]
     return parent if name in ("text", "vision") else name
 
@@ -556,6 +567,7 @@ def apply_adapters(
     summaries = []
     for name in PARTS:
         part = model.part(name)
+        # the part is read anew: LoRA has added parameters and renamed others
         counts = {name: part.count(name) for name in part.parameters}
         trained = sum(counts[name] for name, p in part.parameters.items() if p.requires_grad)
         if name == "llm":
@@ -604,5 +616,7 @@ def describe_node(node: dict[str, Any] | None) -> str:
     model = node.get("pretrained") or node.get("name") or model_type
     if not model:
         return target
-    bits = " in 4 bits" if node.get("quantization") is not None else ""
-    return f"{target} {model}" if target[:1].isupper() else f"{model}{bits}"
+    # a class says how the part is built; a function, load_llm, says nothing beside the model
+    if target[:1].isupper():
+        return f"{target} {model}"
+    return f"{model} in 4 bits" if node.get("quantization") is not None else f"{model}"

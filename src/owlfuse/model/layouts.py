@@ -159,6 +159,7 @@ GRANITE_MOE = Layout(mlp="block_sparse_moe")
 INNER = Layout(layers="language_model.layers")
 
 LAYOUTS: dict[str, tuple[Layout, ...]] = {
+    # a family that is in no row has the names of Llama
     "afmoe": (Layout(mlp_norm="pre_mlp_layernorm"),),
     "apertus": (Layout(input_norm="attention_layernorm", mlp_norm="feedforward_layernorm"),),
     "apertus1p5_text": (
@@ -174,6 +175,7 @@ LAYOUTS: dict[str, tuple[Layout, ...]] = {
     "biogpt": (BART_LAYER,),
     "blenderbot": (BART,),
     "blenderbot-small": (BART,),
+    # BLOOM, which is older, has the names of Falcon
     "bloom": (FALCON,),
     "camembert": (BERT,),
     # its fused projection has an order of its own
@@ -234,6 +236,7 @@ LAYOUTS: dict[str, tuple[Layout, ...]] = {
     "git": (BERT,),
     "got_ocr2": (INNER,),
     "gpt2": (GPT2,),
+    # a group for each head, or a single one where all heads share a key
     "gpt_bigcode": (replace(GPT2, fused_order="groups"),),
     "gpt_neo": (
         Layout(
@@ -258,12 +261,14 @@ LAYOUTS: dict[str, tuple[Layout, ...]] = {
     "granitemoehybrid": (GRANITE_MOE,),
     "granitemoeshared": (GRANITE_MOE,),
     "jamba": (MAMBA_HYBRID,),
+    # queries are made by experts, and keys and values together by one projection
     "jetmoe": (
         replace(LLAMA, attention="self_attention", query=None, key=None, value=None, output=None),
     ),
     "lfm2": (LFM2,),
     "lfm2_moe": (LFM2,),
     "lfm3": (LFM2,),
+    # base_model is the LLM itself here, whose body stands at `model`
     "llama4": (Layout(layers="model.layers", mlp="feed_forward"),),
     "llama4_text": (Layout(layers="model.layers", mlp="feed_forward"),),
     "mamba": (NO_ATTENTION,),
@@ -271,6 +276,7 @@ LAYOUTS: dict[str, tuple[Layout, ...]] = {
     "marian": (BART,),
     "mbart": (BART,),
     "megatron-bert": (replace(BERT, output_norms=(), input_norm="attention.ln", mlp_norm="ln"),),
+    # base_model is the LLM itself here, too
     "mllama": (Layout(layers="model.layers"),),
     "mllama_text_model": (Layout(layers="model.layers"),),
     "modernbert-decoder": (
@@ -294,6 +300,7 @@ LAYOUTS: dict[str, tuple[Layout, ...]] = {
     "nemotron_h": (NO_ATTENTION,),
     "olmo2": (OUTPUT_NORMS,),
     "olmo3": (OUTPUT_NORMS,),
+    # the first GPT norms behind each residual sum
     "openai-gpt": (replace(GPT2, input_norm=None, mlp_norm=None, output_norms=("ln_1", "ln_2")),),
     "opt": (BART,),
     "pegasus": (BART,),
@@ -307,6 +314,7 @@ LAYOUTS: dict[str, tuple[Layout, ...]] = {
     "phi3": (PHI3,),
     "phi4_multimodal": (PHI3,),
     "plbart": (BART,),
+    # a temporal block is an attention in some layers, and a recurrence in others
     "recurrent_gemma": (
         Layout(
             input_norm="temporal_pre_norm",
@@ -317,6 +325,7 @@ LAYOUTS: dict[str, tuple[Layout, ...]] = {
     ),
     "rembert": (BERT,),
     "roberta": (BERT,),
+    # unlike BERT's, its norms stand before attention and MLP
     "roberta-prelayernorm": (
         replace(
             BERT,
@@ -379,12 +388,14 @@ def layout_of(llm: PreTrainedModel) -> Layout:
     body: Any = llm.base_model
     path = layouts[0].layers
     layers = module_at(body, path)
+    # a family in no row that is not built like Llama
     if not isinstance(layers, nn.ModuleList):
         path = path_of_layers(llm)
         layers = module_at(body, path)
         layouts = tuple(replace(layout, layers=path) for layout in layouts)
     assert isinstance(layers, nn.ModuleList)
     for layout in layouts:
+        # sizes of a family are told apart by their norms alone
         if len(layers) and all(module_at(layers[0], name) for name in layout.norms):
             return layout
     return layouts[0]
@@ -401,6 +412,7 @@ def path_of_layers(llm: PreTrainedModel) -> str:
     count = getattr(config, "num_hidden_layers", None)
     paths: list[str] = []
     for path, module in llm.base_model.named_modules():
+        # a list inside of a layer, as of its experts, may be as long
         inside = any(path.startswith(f"{outer}.") for outer in paths)
         if isinstance(module, nn.ModuleList) and len(module) == count and not inside:
             paths.append(path)
@@ -503,6 +515,7 @@ def slot_of(llm: PreTrainedModel, layer: nn.Module, path: str | None, what: str)
     Raises:
         ValueError: there is none (path None: the family has none).
     """
+    # hybrid families have layers with other modules than their attention layers
     if path is None or module_at(layer, path) is None:
         reason = "" if path is None else f" at {path}"
         raise ValueError(
@@ -510,6 +523,7 @@ def slot_of(llm: PreTrainedModel, layer: nn.Module, path: str | None, what: str)
             f"{index_of(llm, layer)} ({type(layer).__name__})"
         )
     parent, _, name = path.rpartition(".")
+    # an empty parent is the layer itself
     return Slot(layer.get_submodule(parent), name)
 
 
@@ -525,7 +539,9 @@ def module_at(module: nn.Module, path: str) -> nn.Module | None:
     """Returns the module at a dotted name; None where there is none."""
     child: Any = module
     for name in path.split("."):
+        # of None it gives None again, so a parent that is missing ends as None
         child = getattr(child, name, None)
+    # an attribute of that name may be something else, or be set to None in some layers
     return child if isinstance(child, nn.Module) else None
 
 
@@ -549,6 +565,7 @@ def head_width(llm: PreTrainedModel, layer: nn.Module) -> int:
         ValueError: the attention does not say it.
     """
     attention = attention_of(llm, layer)
+    # as Llama, GPT-NeoX and BERT call it
     for name in ("head_dim", "head_size", "attention_head_size"):
         size = getattr(attention, name, None)
         if isinstance(size, int):
@@ -559,6 +576,7 @@ def head_width(llm: PreTrainedModel, layer: nn.Module) -> int:
 def heads_width(llm: PreTrainedModel, layer: nn.Module) -> int:
     """Returns H * d, the width of the attention's result before its output projection."""
     output = projection_of(llm, layer, "output").module
+    # a Conv1D holds its weight as (in, out), and has no in_features
     return output.weight.shape[0] if isinstance(output, Conv1D) else output.in_features
 
 
@@ -611,6 +629,7 @@ def fused_rows(llm: PreTrainedModel, layer: nn.Module) -> tuple[Tensor, Tensor, 
         ValueError: it is no plain linear layer.
     """
     weight, _ = linear_weights(llm, fused_projection(llm, layer))
+    # the output projection takes all heads, so its width is the number of rows for queries
     query_count = heads_width(llm, layer)
     key_count = (weight.shape[0] - query_count) // 2
     groups = fused_groups(llm, layer)
@@ -660,6 +679,7 @@ class SplitProjection(nn.Module):
         """(B, T, D) -> (B, T, (H + 2 K) * d)."""
         grouped = []
         for projection in (self.q_proj, self.k_proj, self.v_proj):
+            # the attention splits the result as it split that of the fused projection
             grouped.append(projection(hidden_states).unflatten(-1, (self.groups, -1)))
         return torch.cat(grouped, dim=-1).flatten(-2)
 
@@ -673,6 +693,7 @@ def linear_of_rows(weight: Tensor, bias: Tensor | None, rows: Tensor) -> nn.Line
         device=weight.device,
         dtype=weight.dtype,
     )
+    # they are made on the CPU
     rows = rows.to(weight.device)
     with torch.no_grad():
         linear.weight.copy_(weight[rows])
@@ -731,6 +752,7 @@ def check_needs(
 
 def check_layer_needs(llm: PreTrainedModel, layer: nn.Module, needs: tuple[Need, ...]) -> None:
     """Raises ValueError where a decoder layer lacks a module that is needed."""
+    # each raises for a module that is missing
     if "attention" in needs:
         attention_of(llm, layer)
     if "norms" in needs and not norms_of(llm, layer):

@@ -135,9 +135,11 @@ def load_llm(
         llm.trained_rows = llm.get_input_embeddings().num_embeddings
     # on the meta device there is no mean of the rows to start new ones from
     if llm.get_input_embeddings().num_embeddings < vocab_size:
+        # never smaller: released tables are padded beyond their tokenizer
         llm.resize_token_embeddings(vocab_size, mean_resizing=not on_meta)
     if gradient_checkpointing:
         recompute_activations(llm)
+    # the model of the parts quantizes later: a fusion copies plain layers, and trains the copies
     llm.quantization = settings
     decoder_layers(llm)  # raises for an LLM that owlfuse cannot use
     check_width(llm)
@@ -195,6 +197,7 @@ def make_config(config: dict[str, Any], vocab_size: int) -> PreTrainedConfig:
         raise ValueError(f"config: {', '.join(unknown)} unknown to {type(llm_config).__name__}")
     heads = shared_field(llm_config, "num_attention_heads")
     groups = shared_field(llm_config, "num_key_value_heads")
+    # some modelling files accept it and fail in the first forward pass
     if heads and groups and heads % groups:
         raise ValueError(
             f"config: num_attention_heads is {heads}, which num_key_value_heads of {groups} does "
@@ -285,12 +288,14 @@ def check_split(llm: PreTrainedModel, ranks: int) -> None:
 def check_layer_split(llm: PreTrainedModel, layer: Any) -> None:
     """Raises ValueError for a layer with weights that tensor parallelism neither splits nor can use
     for a part of the heads."""
+    # what a fusion has put into an attention has roles of its own, `Fusion.tensor_roles`
     split = {"visual"}
     for path in TENSOR_ROLES:
         parent, _, name = path.rpartition(".")
         if parent == "self_attn":
             split.add(name)
     layout = layout_of(llm)
+    # the names of TENSOR_ROLES are Llama's
     attention = module_at(layer, LLAMA.attention or "")
     if attention is None or layout.key != LLAMA.key or layout.output != LLAMA.output:
         raise ValueError(
@@ -365,6 +370,7 @@ def eager_attention(
     without a kernel. A mask of bool, True where a position sees a key, becomes one of numbers, as
     those functions add it to the scores."""
     if attention_mask is not None and attention_mask.dtype == torch.bool:
+        # the lowest number and not minus infinity, as in the masks that transformers makes
         lowest = torch.finfo(query.dtype).min
         zeros = torch.zeros_like(attention_mask, dtype=query.dtype)
         attention_mask = zeros.masked_fill(~attention_mask, lowest)

@@ -44,6 +44,7 @@ from owlfuse.model.llm import (
     shared_field,
 )
 
+# every id that a probe uses has to lie below the vocabulary
 HEADS, GROUPS, HEAD_WIDTH, VOCABULARY = 4, 2, 16, 64
 TOLERANCE = 1e-3
 """Of the largest number, between two ways to compute the same in float32 over many random
@@ -198,6 +199,7 @@ def randomize(model: nn.Module) -> None:
     generator = torch.Generator().manual_seed(0)
     for parameter in model.parameters():
         if parameter.ndim > 1:
+            # by the width, so that states neither vanish nor grow over many layers
             parameter.normal_(std=parameter.shape[-1] ** -0.5, generator=generator)
         else:
             # norms and biases; far from zero, where a norm would hide the rest
@@ -295,6 +297,7 @@ def record_inputs(llm: PreTrainedModel) -> Iterator[RecordedInputs]:
     ) -> tuple[Tensor, Tensor | None]:
         calls = recorded.calls.setdefault(index_of.get(id(module), -1), [])
         calls.append(Call(key, value, arguments))
+        # the plain function does not know the argument
         options = {name: value for name, value in arguments.items() if name != "visual"}
         return plain(module, query, key, value, attention_mask, **options)
 
@@ -399,6 +402,7 @@ def packing_leak(llm: PreTrainedModel) -> str | None:
     # the second sample behind two different first ones
     packed = torch.tensor([first + second, [31, 32, 33, 34, *second]])
     try:
+        # without a mask, as packed rows are given to the LLM
         logits = llm(input_ids=packed, position_ids=position_ids, use_cache=False).logits[:, 4:]
         alone = llm(
             input_ids=torch.tensor([second]), attention_mask=torch.ones(1, 6), use_cache=False

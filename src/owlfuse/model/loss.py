@@ -41,6 +41,7 @@ def mean_loss(logits: Tensor, labels: Tensor) -> Tensor:
 def summed_loss(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """Cross-entropy summed over the targets (R,) that are not -100, and their number. logits (R,
     V)."""
+    # not divided yet: ranks and micro-batches have other numbers of tokens, and are added first
     return token_losses(logits, targets).sum(), (targets != -100).sum()
 
 

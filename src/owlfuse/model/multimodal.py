@@ -76,6 +76,7 @@ class MultimodalLM(nn.Module):
         self.new_rows: dict[str, list[int]] = {}
         # of the LLM's own class, as the biases that balance a router: no policy trains them
         self.untrainable = {id(p) for p in llm.parameters() if not p.requires_grad}
+        # before the check, which tries the levels too
         fusion.set_levels(vision.extra_levels, connector)
         # before it is attached: a fusion that fails leaves this LLM unchanged
         check_fusion(fusion, llm)
@@ -119,6 +120,7 @@ class MultimodalLM(nn.Module):
             logits_to_keep,
             **options,
         )
+        # the loss of an earlier forward pass must not be added again
         self.balancing_loss = None
         if balances:
             mask = batch.attention_mask
@@ -146,6 +148,7 @@ class MultimodalLM(nn.Module):
         is_image = batch.image_mask[:, None, None].to(features.dtype)
         tokens = tokens * is_image
         if levels is not None:
+            # the levels of a blank image, too, so that their connectors have gradients
             levels = levels * is_image
         return VisualTokens(tokens, batch.image_index, batch.image_positions, levels)
 
@@ -178,6 +181,7 @@ class MultimodalLM(nn.Module):
             ValueError: a part that cannot; the message begins with it.
         """
         try:
+            # the backbone first: connectors are given its new grid
             self.vision.set_image_size(image_size)
         except ValueError as error:
             raise ValueError(f"vision: image_size: {error}") from error
@@ -198,6 +202,7 @@ class MultimodalLM(nn.Module):
             part: ModelPart = getattr(self, name)
             return Part(name, part, dict(part.named_parameters()), part.blocks())
         own = dict(self.fusion.named_parameters())
+        # names of a part are those below its root, and this fusion has nothing in the LLM
         if name == "fusion" and own and not self.fusion.owned(self.llm):
             return Part(name, self.fusion, own)
         in_fusion: set[int] = set()
@@ -205,6 +210,7 @@ class MultimodalLM(nn.Module):
             in_fusion.update(id(parameter) for parameter in module.parameters())
         parameters = {}
         for path, parameter in self.llm.named_parameters():
+            # the part `llm` is what the fusion does not own
             if (id(parameter) in in_fusion) == (name == "fusion"):
                 parameters[path] = parameter
         counts = quantized_counts(self.llm)
@@ -215,6 +221,7 @@ class MultimodalLM(nn.Module):
         blocks = []
         for layer in decoder_layers(self.llm):
             blocks.append([p for p in layer.parameters() if id(p) not in in_fusion])
+        # by identity: where embeddings and head are tied, they are one parameter with one name
         table_ids = set()
         for module in (self.llm.get_input_embeddings(), self.llm.get_output_embeddings()):
             if module is not None:
@@ -372,6 +379,7 @@ def build_model(
     if base is not None:
         # how the parts compute is the configuration's, as for the LLM
         parts: list[tuple[str, ModelPart]] = [("vision", base.vision)]
+        # connectors of levels are copies of the model's, and have its options
         for connector in (base.connector, *base.fusion.level_connectors()):
             parts.append(("connector", connector))
         for name, part in parts:
@@ -430,6 +438,7 @@ def make_part(name: str, config: dict[str, Any], **supplied: Any) -> Any:
     arguments = {key: value for key, value in config[name].items() if not key.startswith("_")}
     try:
         return get_object(config[name]["_target_"])(**arguments, **supplied)
+    # before ValueError, which it is derived from
     except DataError as error:
         raise DataError(f"model.{name}: {error}") from error
     except ValueError as error:

@@ -38,6 +38,7 @@ def tokenizer_of_weights(
         return None
     name = f"model.llm.pretrained={pretrained}"
     if gguf_file := llm.get("gguf_file"):
+        # a GGUF file holds a tokenizer, too
         path = Path(packaged(pretrained)).expanduser() / gguf_file
         return (name, load_tokenizer(str(path))) if path.is_file() else None
     return tokenizer_in(pretrained, name)

@@ -33,6 +33,7 @@ class ModelPart(nn.Module):
 
     def set_compute_option(self, name: str, value: Any) -> None:
         """Changes one of `COMPUTE_ONLY` of a part that is built already."""
+        # an attribute alone would not reach the modules inside
         if name == "gradient_checkpointing":
             self.set_checkpointing(value)
         else:
@@ -73,5 +74,7 @@ def essential(value: Any) -> Any:
     their weights come from: two values of which this is equal make the same part."""
     if not isinstance(value, Mapping):
         return value
+    # a plain group of keys has no class that could say so
     free = compute_only(value) | loading_options(value) if "_target_" in value else frozenset()
+    # nodes may lie inside of nodes, as those of several backbones in one
     return {key: essential(child) for key, child in value.items() if key not in free}

@@ -9,6 +9,7 @@ from torch import Tensor
 def sincos_1d(positions: Tensor, width: int, temperature: float = 10000) -> Tensor:
     """Returns a fixed table (len(positions), width): sines, then cosines, of positions over
     temperature^(2i/width)."""
+    # in float64, so that the table is rounded once
     frequencies = 1 / temperature ** (torch.arange(width // 2, dtype=torch.float64) / (width / 2))
     angles = positions.double()[:, None] * frequencies
     return torch.cat([angles.sin(), angles.cos()], dim=1).float()
@@ -22,6 +23,7 @@ def sincos_2d(grid: tuple[int, int], patches: int, width: int) -> Tensor:
     prefix_tokens = patches - rows * columns
     if prefix_tokens < 0:
         return sincos_1d(torch.arange(patches), width)
+    # patches come row by row
     row, column = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
     column_table = sincos_1d(column.flatten(), width // 2)
     row_table = sincos_1d(row.flatten(), width // 2)
@@ -37,6 +39,7 @@ def sincos_2d_spread(grid: tuple[int, int], patches: int, width: int) -> Tensor:
     2005.12872), with the temperature of 20 of DAB-DETR (arXiv 2201.12329). Zero for tokens before
     the grid's.
     """
+    # the middle of a patch, so that grids of all sizes span the same range
     centers = [2 * math.pi * (torch.arange(n) + 0.5) / n for n in grid]
     row, column = torch.meshgrid(*centers, indexing="ij")
     column_table = sincos_1d(column.flatten(), width // 2, temperature=20)

@@ -5,6 +5,7 @@ Din, Dout the widths of a linear layer, N the numbers of its weight.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, cast
@@ -16,11 +17,14 @@ from transformers import PreTrainedModel
 from transformers.utils import is_bitsandbytes_available
 
 from owlfuse.core.packages import missing
+from owlfuse.model.layouts import decoder_layers
 
+# optional: a run is planned on the meta device without it
 if is_bitsandbytes_available():
     from bitsandbytes.functional import dequantize_4bit
     from bitsandbytes.nn import Linear4bit, Params4bit
 
+log = logging.getLogger(__name__)
 BLOCK, NESTED_BLOCK = 64, 256
 """Numbers that share a scale, and scales that share a scale of their own with `use_double_quant`:
 bitsandbytes' defaults."""
@@ -133,11 +137,14 @@ def quantize(
         without: modules, those of the fusion, whose layers stay as they are.
 
     Raises:
+        ValueError: the LLM has no linear layer but its head, as GPT-2.
         MissingPackage: bitsandbytes is not installed, and the LLM is not on the meta device.
     """
+    # transformers leaves the head out, too, when it quantizes
     excluded = {id(llm.get_output_embeddings())}
     for owner in without:
         excluded.update(id(child) for child in owner.modules())
+    # a list, since modules are replaced on the way
     for name, module in list(llm.named_modules()):
         # not a subclass: what a fusion or a family makes of one may not be only a product
         if type(module) is not nn.Linear or id(module) in excluded:
@@ -148,14 +155,48 @@ def quantize(
         else:
             check_installed()
             llm.set_submodule(name, quantized_layer(linear, quantization))
+    if not quantized_layers(llm):
+        raise ValueError(
+            f"quantization: {type(llm).__name__} has no linear layer that could be held in 4 bits; "
+            "leave quantization out, or choose another LLM"
+        )
+    warn_of_plain_weights(llm, excluded)
     # what transformers sets, and peft looks for
     loaded: Any = llm
     loaded.is_loaded_in_4bit = True
 
 
+def warn_of_plain_weights(llm: PreTrainedModel, excluded: set[int]) -> None:
+    """Logs how much of an LLM's decoder layers is in no linear layer and so not in 4 bits, as the
+    stacked matrices of experts.
+
+    Args:
+        excluded: ids of modules whose layers are not meant to be in 4 bits.
+    """
+    in_4_bits = quantized_counts(llm)
+    plain = 0
+    for layer in decoder_layers(llm):
+        for module in layer.modules():
+            if id(module) in excluded:
+                continue
+            for parameter in module.parameters(recurse=False):
+                # norms and biases are small, and no method quantizes them
+                is_matrix = parameter.ndim > 1 and id(parameter) not in in_4_bits
+                plain += parameter.numel() if is_matrix else 0
+    # a plan comes before every training, which would say it twice
+    if plain and next(llm.parameters()).is_meta:
+        share = plain / (plain + sum(in_4_bits.values()))
+        log.warning(
+            "quantization: %.0f %% of the weights of the LLM's layers are in no linear layers "
+            "(stacked experts, for instance), and keep their type",
+            100 * share,
+        )
+
+
 def quantized_layer(linear: nn.Linear, quantization: Quantization) -> nn.Linear:
     """Returns bitsandbytes' layer with the weight of a linear layer in 4 bits."""
     compute_dtype = COMPUTE_DTYPES[quantization.compute_dtype]
+    # on the meta device, since its weight is replaced below
     layer: Any = Linear4bit(
         linear.in_features,
         linear.out_features,
@@ -207,6 +248,7 @@ def quantized_counts(root: nn.Module) -> dict[int, int]:
     """Returns how many numbers each weight in 4 bits stands for, by the weight's id."""
     counts = {}
     for layer in quantized_layers(root).values():
+        # bitsandbytes packs two numbers into a byte, so numel() is half of them
         counts[id(layer.weight)] = layer.in_features * layer.out_features
     return counts
 
@@ -267,6 +309,7 @@ def dense_weight(linear: nn.Linear, dtype: torch.dtype) -> Tensor:
 def dense_layer(linear: nn.Linear, weight: Tensor) -> nn.Linear:
     """Returns a plain linear layer with a weight (Dout, Din) and the bias of another."""
     has_bias = linear.bias is not None
+    # no memory for a weight that is replaced at once
     layer = nn.Linear(linear.in_features, linear.out_features, has_bias, device="meta")
     layer.weight = nn.Parameter(weight)
     if has_bias:

@@ -67,6 +67,7 @@ TABLE_CLASSES = {
         *("TensorProperties", "TensorStorageMetadata", "_MEM_FORMAT_ENCODING"),
     ),
     "pathlib": ("Path", "PosixPath", "PurePosixPath"),
+    # where Python 3.13 has the classes of pathlib
     "pathlib._local": ("Path", "PosixPath", "PurePosixPath"),
 }
 """What torch puts into that pickle, by module; and of `torch` the types of tensors."""
@@ -153,6 +154,7 @@ PICKLE_ERRORS = (
 def optimizer_by_name(model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
     """An optimizer's state by the parameters' names, so that a mesh that groups them otherwise
     can read it."""
+    # Lightning wraps an optimizer, and torch knows the one inside.
     return get_optimizer_state_dict(
         model, getattr(optimizer, "_optimizer", optimizer), options=BY_NAME
     )
@@ -180,6 +182,7 @@ def load_shards(model: nn.Module, optimizers: list[Optimizer], path: Path) -> di
         DataError: a trained weight of the model is not in it, or a part is damaged.
     """
     saved = SafeReader(path).read_metadata().state_dict_metadata
+    # Frozen weights are in no checkpoint.
     state = {k: v for k, v in get_model_state_dict(model).items() if f"state_dict.{k}" in saved}
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     if missing := sorted(trained - set(state)):
@@ -200,7 +203,8 @@ def load_shards(model: nn.Module, optimizers: list[Optimizer], path: Path) -> di
             group["name"] = name
     meta = torch.load(path / META, map_location="cpu", weights_only=True)
     for schedule in meta["lr_schedulers"]:
-        groups = optimizers[0].param_groups  # as many as this mesh has
+        # Another mesh may have put the parameters into more or fewer groups.
+        groups = optimizers[0].param_groups
         schedule["base_lrs"] = [group["initial_lr"] for group in groups]
         schedule["_last_lr"] = [group["lr"] for group in groups]
         schedule["lr_lambdas"] = [None] * len(groups)
@@ -230,8 +234,8 @@ def read_shards(path: Path) -> dict[str, Tensor]:
 
 
 def new_gloo_group(timeout: timedelta) -> Any:
-    """All ranks once more, on the CPU: a write in the background must not mix with what training
-    sends."""
+    """All ranks once more, on the CPU: what they send each other here mixes with nothing that
+    training sends, and waits for no device."""
     return dist.new_group(timeout=timeout, backend="gloo")
 
 
@@ -259,6 +263,7 @@ def shards_writer(
     if group is None:
         write: Callable[[], Any] = partial(dcp.save, state, checkpoint_id=folder)
     else:
+        # Training goes on changing it while it is written.
         meta = copy_to_cpu(meta)
         pending = dcp.async_save(state, checkpoint_id=folder, process_group=group)
         write = pending.result if isinstance(pending, Future) else pending.upload_completion.result
@@ -352,6 +357,7 @@ class CheckpointWriter(TorchCheckpointIO):
         self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None
     ) -> None:
         """Writes a file. Raises DataError where it, or the one before, could not be written."""
+        # raises the error of the write before, whose copy is free after it
         self.wait()
         path = Path(path)
         if storage_options:
@@ -374,6 +380,7 @@ class CheckpointWriter(TorchCheckpointIO):
         """Waits for the pending write, and raises its error."""
         if self.pending is not None:
             wait([self.pending])
+            # forgotten before its error is raised, so that it is raised once
             pending, self.pending = self.pending, None
             pending.result()
 
@@ -405,6 +412,7 @@ def remove_after(written: Future[None], path: Path) -> None:
 
 def copy_to_cpu(checkpoint: dict[str, Any]) -> dict[str, Any]:
     """A copy on the CPU that training does not change; tensors that share memory still do."""
+    # without pinned or shared memory and async copies: it is complete when `stage` returns
     stager = DefaultStager(StagingOptions(False, False, False, False))
     copy: Any = stager.stage(checkpoint)
     stager.close()

@@ -35,11 +35,9 @@ def data_group(trainer: Trainer) -> Any:
     strategy = trainer.strategy
     if isinstance(strategy, Sharded):
         return strategy.device_mesh["data_parallel"].get_group()
-    return (
-        dist.group.WORLD
-        if isinstance(strategy, ParallelStrategy) and dist.is_initialized()
-        else None
-    )
+    if isinstance(strategy, ParallelStrategy) and dist.is_initialized():
+        return dist.group.WORLD
+    return None
 
 
 class SharedFlag:
@@ -81,6 +79,7 @@ class SharedFlag:
         it."""
         if self.group is None:
             return flag
+        # What was exchanged after the last step may be older than this flag.
         self.read()
         self.exchange(flag)
         return self.read()
@@ -98,6 +97,7 @@ def all_gather_rows(trainer: Trainer, row: Tensor) -> Tensor:
     if group is None:
         return row[None]
     rows = [torch.empty_like(row) for _ in range(dist.get_world_size(group))]
+    # a view may have gaps, which collectives do not take
     dist.all_gather(rows, row.contiguous(), group=group)
     return torch.stack(rows)
 
@@ -129,6 +129,7 @@ def is_sharded(module: nn.Module) -> bool:
 
 def divide(gradients: Sequence[Tensor], divisor: Tensor) -> None:
     """Divides gradients in place, each rank its own parts."""
+    # torch's foreach functions refuse an empty list.
     if gradients:
         torch._foreach_div_([local(gradient) for gradient in gradients], divisor)
 
@@ -136,8 +137,10 @@ def divide(gradients: Sequence[Tensor], divisor: Tensor) -> None:
 def copies(tensor: Tensor) -> int:
     """How many ranks hold the same part of a tensor."""
     if not isinstance(tensor, DTensor):
+        # A plain tensor is the same on all ranks.
         return dist.get_world_size()
     placed = list(zip(tensor.placements, tensor.device_mesh.shape, strict=True))
+    # The mesh may be a part of the ranks only: those of the data beside tensor ranks.
     outside = dist.get_world_size() // tensor.device_mesh.size()
     return outside * math.prod(size for placement, size in placed if placement.is_replicate())
 
@@ -146,8 +149,10 @@ def total_norm(gradients: Sequence[Tensor]) -> Tensor:
     """The 2-norm of all gradients together, over all ranks' parts."""
     parts = [local(gradient) for gradient in gradients]
     norms = torch.stack(torch._foreach_norm(parts))
+    # Replicated gradients are added up by now, so that each rank has the norm of all.
     if not any(isinstance(gradient, DTensor) for gradient in gradients):
         return torch.linalg.vector_norm(norms)
+    # A part that several ranks hold counts once.
     total = (
         norms.double().square()
         / torch.tensor([copies(gradient) for gradient in gradients]).to(norms)

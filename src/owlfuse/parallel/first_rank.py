@@ -41,11 +41,13 @@ def run_on_first_rank(work: Callable[[], object], name: str) -> None:
         with ThreadPoolExecutor(max_workers=1) as executor:
             future = executor.submit(work)
             while status == WORKING:
+                # It ends early with the work, so that a short one does not wait for a heartbeat.
                 wait_for([future], timeout=HEARTBEAT_SECONDS)
                 if future.done():
                     status.fill_(DONE if future.exception() is None else FAILED)
                 dist.broadcast(status, src=0, group=group)
         dist.destroy_process_group(group)
+        # raises what the work raised, after the others know of it
         future.result()
         return
     try:

@@ -72,6 +72,7 @@ class Ranks:
         """Returns a small object of each rank with rows of its own, in their order."""
         by_rank: dict[int, Any] = {}
         for rank, rank_value in self.gather((self.rank, value)):
+            # Tensor ranks of the same rows have made the same.
             by_rank.setdefault(rank, rank_value)
         return [by_rank[rank] for rank in range(self.count)]
 
@@ -120,6 +121,7 @@ class Ranks:
             else:
                 with self.failing_together():
                     result = compute(prepared) if works else None
+            # In the last round some ranks have no batch, or repeat one.
             yield from self.gather_rows(result)[: len(batches) - start]
 
 

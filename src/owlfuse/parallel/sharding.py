@@ -48,9 +48,11 @@ def shard(model: MultimodalLM, mesh: DeviceMesh, precision: str) -> None:
         # whose norms take no weights of another type
         if precision == "bf16-mixed" and mesh.device_type != "cpu":
             policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+        # units first: the call for the model takes what is in none of them
         for unit in model.sharding_units():
             fully_shard(unit, mesh=data, mp_policy=policy)
         fully_shard(model, mesh=data, mp_policy=policy)
+        # It is called beside `forward`, and FSDP gathers parameters for hooked methods alone.
         register_fsdp_forward_method(model, "encode")
 
 
@@ -82,7 +84,9 @@ def split_projections(model: MultimodalLM, mesh: DeviceMesh) -> None:
             continue
         parallelize_module(projection.base_layer, mesh, style)
         for down, up in zip(projection.lora_A.values(), projection.lora_B.values(), strict=True):
-            parallelize_module(*((down, mesh, style) if role == "rows" else (up, mesh, style)))
+            # The product of the two is split on the side that its projection is split on.
+            half = down if role == "rows" else up
+            parallelize_module(half, mesh, style)
     for module in model.modules():
         if hasattr(module, "share"):
             # numbers, no tensor
@@ -159,6 +163,7 @@ def match_loaded(model: MultimodalLM, source: MultimodalLM | None, strategy: Sha
         )
     types, model.llm.generation_config = strategy.broadcast(loaded)
     for name, parameter in model.named_parameters():
+        # without memory, so that nothing is copied
         parameter.data = parameter.data.to(types[name])
 
 
@@ -190,6 +195,7 @@ def synchronize_norms(model: MultimodalLM, trainer: Any) -> None:
     group = data_group(trainer)
     if group is None:
         return
+    # a list, since modules are replaced on the way
     for module in list(model.modules()):
         for name, child in module.named_children():
             if isinstance(child, _BatchNorm):
@@ -202,12 +208,14 @@ class SumOverRanks(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, tensor: Tensor, group: Any) -> Tensor:
         ctx.group = group
+        # all_reduce works in place, and the forward's own tensor has to stay
         total = tensor.clone()
         dist.all_reduce(total, group=group)
         return total
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        # likewise: autograd may use the gradient elsewhere
         total = gradient.contiguous().clone()
         dist.all_reduce(total, group=ctx.group)
         return total, None

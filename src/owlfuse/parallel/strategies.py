@@ -41,6 +41,7 @@ class Replicated(DDPStrategy):
     """
 
     def __init__(self, timeout_minutes: float = TIMEOUT_MINUTES) -> None:
+        # as views into DDP's buckets gradients are in memory once, and not twice
         super().__init__(timeout=timedelta(minutes=timeout_minutes), gradient_as_bucket_view=True)
 
     def setup_environment(self) -> None:
@@ -115,11 +116,10 @@ class Sharded(ModelParallelStrategy):
     ) -> dict[str, Any]:
         """A file of one process, or a folder: see `load_shards`, and what it raises."""
         path, model = Path(checkpoint_path), cast("nn.Module", self.model)
-        return (
-            super().load_checkpoint(path, weights_only)
-            if path.is_file()
-            else load_shards(model, self.optimizers, path)
-        )
+        # of one process, which several may go on from
+        if path.is_file():
+            return super().load_checkpoint(path, weights_only)
+        return load_shards(model, self.optimizers, path)
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None
@@ -131,17 +131,20 @@ class Sharded(ModelParallelStrategy):
         if background and self.side is None:
             self.side = new_gloo_group(strategy_timeout(self))
         with raised_on_every_rank(self):
+            # The write before may have failed, and at most one copy is in memory.
             self.writer.wait()
             if first:
                 with naming_checkpoint(path):
                     remove_checkpoint(part)
                     part.mkdir(parents=True)
         with raised_on_every_rank(self):
+            # The folder is there by now on every rank: the block before ends on all together.
             write = shards_writer(checkpoint, part, first, self.side if background else None)
             self.writer.write(path, write, background, commits=first)
 
     def teardown(self) -> None:
         """See Lightning's; a write in the background is finished first."""
+        # first, since the write needs the group
         self.writer.teardown()
         if self.side is not None:
             leave(self.side)
@@ -153,6 +156,7 @@ def delay_exit() -> None:
     """Has this process wait a moment before it ends, once. Python's end under gloo's threads aborts
     a process that is done, one in eight of those that end right after a collective (pytorch
     #179291); the others are then ended as if it had failed."""
+    # for a process that makes several strategies
     atexit.unregister(time.sleep)
     atexit.register(time.sleep, EXIT_SECONDS)
 
@@ -164,6 +168,7 @@ def rank_timeouts_as_data_errors(trainer: Trainer) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
+        # Backends have no class for it: gloo and NCCL raise a RuntimeError with words of their own.
         lines = str(error).strip().splitlines() or [""]
         if not any(
             word in lines[0].lower()

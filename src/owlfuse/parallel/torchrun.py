@@ -26,8 +26,9 @@ class TorchrunRanks(Ranks):
         self.local = int(os.environ.get("LOCAL_RANK", "0"))
         group: Any = None
         if count > 1:
-            # ranks tell each other nothing but that they are there, which gloo does on any machine
+            # ranks send each other small objects alone, which gloo does on any machine
             strategy = DDPStrategy(process_group_backend="gloo", timeout=LONGEST_WAIT)
+            # All processes are on one machine where torchrun does not say how many are on each.
             each = int(os.environ.get("LOCAL_WORLD_SIZE", count))
             fabric = Fabric(
                 accelerator="cpu", devices=each, num_nodes=count // each, strategy=strategy

@@ -111,6 +111,7 @@ def measure_step(
     cost = StepCost()
     fixed = [*model.parameters(), *model.buffers()]
     meter = Meter(cost, fixed)
+    # The batch is alive for the whole step.
     for tensor in inputs:
         meter.add(tensor)
     hooks = []
@@ -336,5 +337,7 @@ def attend(
     """
     # The kernel takes no bool mask.
     if attn_mask is not None and attn_mask.dtype == torch.bool:
+        # Zeros, since only the type and the shape matter to tensors without values.
         attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype)
+    # 0.0: the CPU's kernel knows no dropout.
     return ATTENTION(query, key, value, 0.0, is_causal, attn_mask=attn_mask, scale=scale)[0]

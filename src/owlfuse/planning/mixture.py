@@ -107,6 +107,7 @@ def mixture_report(data: ChatData, lengths: dict[str, Lengths], steps: int) -> d
         for text, samples in lengths[name].notes.items():
             notes.append(f"source {name}: {text} ({samples:,} samples)")
     for name, draws in wrong_draws.items():
+        # The first such sample ends the run, so that the others do not count.
         if draws and data.sources[name].on_error != "skip":
             first_step = draws[0][0] // batch_size  # draws are in the order of positions
             notes.append(
@@ -159,6 +160,7 @@ def count_lengths(
 ) -> tuple[np.ndarray, dict[str, list[Draw]]]:
     """Return how many of the first positions' samples have each length, and the draws of wrong
     ones by source."""
+    # one length for all sources, so that their counts can be added up
     longest = max(int(source.tokens.max()) for source in lengths.values())
     length_counts = np.zeros(longest + 1, dtype=np.int64)
     wrong_indices = {}

@@ -167,6 +167,7 @@ class Workload:
         trained = bytes_of(p for p in model.parameters() if p.requires_grad)
         buckets = trained if layout.buckets else 0
         gathered = 0
+        # A single data rank has all of it already.
         if layout.sharded and layout.data > 1:
             gathered = gathered_bytes(model, self.gathered_dtype(layout))
         # From the second micro batch on, all gradients exist from the beginning.
@@ -174,6 +175,7 @@ class Workload:
         # The optimizer steps with all gradients and no activations.
         alive = max(cost.peak(earlier_gradients, share), trained * share)
 
+        # The cost is that of one GPU, of which tensor ranks have a part each.
         flops = float(cost.forward + cost.backward) * accumulation * layout.gpus
         flops_per_gpu_second = self.options.peak_tflops * 1e12 * self.options.share_of_peak
         return Estimate(
@@ -293,6 +295,7 @@ def configured_layout(trainer: dict[str, Any], data: dict[str, Any], gpus: int |
     if isinstance(strategy, dict) and strategy["_target_"].endswith(".Sharded"):
         ranks, tensor = mesh_sizes(strategy.get("data", "auto"), strategy.get("tensor", 1), gpus)
         sharded = ranks > 1 or tensor == 1
+    # Lightning's own, by its name or as a class.
     elif "FSDP" in str(strategy).upper():
         sharded = True
     elif isinstance(strategy, str):

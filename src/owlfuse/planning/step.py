@@ -87,6 +87,7 @@ def rank_model(
         ValueError: heads or widths that the ranks do not divide.
     """
     model.check_split(tensor)
+    # a copy, since the unsplit model serves other layouts too
     model = copy.deepcopy(model)
     if tensor > 1:
         split_projections(model, tensor)
@@ -136,7 +137,9 @@ def meta_batch(model: MultimodalLM, rows: int, length: int, images: int) -> Batc
     their values; all text is supervised."""
     count = rows * images
     visual_count = count * model.fusion.tokens_per_image
+    # The collator puts a blank picture into a batch without images.
     image_shape = (max(count, 1), 3, *model.vision.preprocessing.size)
+    # As Lightning casts pictures for weights in half precision alone.
     dtype = next(model.vision.parameters()).dtype
     with torch.device("meta"):
         ids = torch.zeros(rows, length, dtype=torch.long)

@@ -39,6 +39,7 @@ class BeforeTraining(Callback):
         if trainer.global_step:
             return
         with (
+            # the CPU's state alone: by default torch copies that of every GPU, and warns of several
             torch.random.fork_rng(devices=[]),
             evaluation_precision(trainer),
             evaluation_ranks(trainer) as ranks,
@@ -109,6 +110,7 @@ class TrainingProgress(Callback):
         pace = bar.pace.seconds()
         if self.validated_at is None:
             bar.pace.add(now - bar.last)
+        # This step's time holds the validation before it, which is what exceeds the pace.
         elif pace is not None:
             self.pauses.append(max(0.0, now - bar.last - pace))
         self.validated_at, bar.last, bar.done = None, now, trainer.global_step
@@ -166,6 +168,7 @@ class TrainingProgress(Callback):
         if self.bar is None:
             return
         self.bar.stop()
+        # not through the bar, which a quiet run does not show
         if trainer.is_global_zero:
             steps = trainer.global_step - self.first_step
             seconds = duration(self.clock() - self.bar.began)
@@ -214,6 +217,7 @@ class StopOnSignal(Callback):
 
     def on_fit_start(self, trainer: Trainer, module: LightningModule) -> None:
         """Listens to Ctrl-C in the place of Python's own handler."""
+        # Before this there are no processes that could tell each other.
         self.flag = SharedFlag(trainer)
         if trainer.world_size > 1:
             self.last_step = "the next step of all ranks"
@@ -231,6 +235,7 @@ class StopOnSignal(Callback):
         if self.requested:
             self.restore_handlers()
             raise KeyboardInterrupt
+        # No more than a flag: the signal may come in the middle of an update.
         self.requested = True
         line = f"stopping after {self.last_step}; once more stops at once"
         print(line, file=sys.stderr, flush=True)
@@ -252,6 +257,7 @@ class StopOnSignal(Callback):
         assert self.flag is not None
         if (batch_idx + 1) % trainer.accumulate_grad_batches:
             return
+        # In every step, whether or not there was a signal: the exchange is a collective.
         if self.flag.exchange(self.requested):
             self.stopped = trainer.should_stop = True
             if (batch_idx + 1) % int(trainer.val_check_interval):
@@ -272,5 +278,6 @@ class StopOnSignal(Callback):
 
     def restore_handlers(self) -> None:
         """Puts the handlers back that stood before."""
+        # each once, though teardown comes after a second Ctrl-C too
         while self.handlers:
             signal.signal(*self.handlers.popitem())

@@ -96,7 +96,10 @@ class Checkpoints(RunCheckpoint):
         if keep < 1:
             raise ValueError(f"checkpoint.keep is {keep}, expected at least 1")
         super().__init__(
-            background, filename="step_{step:08d}", every_n_train_steps=every, save_top_k=-1
+            background,
+            filename="step_{step:08d}",  # eight digits, so that names sort by step
+            every_n_train_steps=every,
+            save_top_k=-1,  # none is deleted but by `_save_checkpoint`
         )
         self.keep = keep
         self.writer: CheckpointWriter | None = None
@@ -119,6 +122,7 @@ class Checkpoints(RunCheckpoint):
         """
         super().setup(trainer, module, stage)
         with suppress(NotImplementedError):  # of such a strategy
+            # exactly that class: a plugin of the user's own choice stays
             if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
                 trainer.strategy.checkpoint_io = CheckpointWriter()
             if isinstance(trainer.strategy.checkpoint_io, CheckpointWriter):
@@ -140,6 +144,7 @@ class Checkpoints(RunCheckpoint):
         states = self.random or random_states()
         checkpoint["random_states"] = gather_from_ranks(trainer.strategy, states)
         checkpoint["data_ranks"] = data_ranks(trainer)
+        # Rank 0 alone reads the file, and the others must not go on where it cannot.
         with raised_on_every_rank(trainer.strategy):
             checkpoint["metrics"] = logged_metrics(trainer) if trainer.is_global_zero else None
 
@@ -157,6 +162,7 @@ class Checkpoints(RunCheckpoint):
         states, ranks = checkpoint.get("random_states"), data_ranks(trainer)
         if states is None:  # of runs that kept those of the first rank only
             states = [checkpoint["callbacks"]["Checkpoints"]["random"]]
+        # With as many processes the rows may be shared out otherwise, by tensor ranks.
         if len(states) == trainer.world_size and checkpoint.get("data_ranks", 1) == ranks:
             self.random = states[trainer.global_rank]
             return
@@ -193,6 +199,7 @@ class Checkpoints(RunCheckpoint):
         if self.random is not None:
             set_random_states(self.random)
         step = trainer.global_step
+        # needed after an error within the step, where a run of one process writes a checkpoint
         if trainer.world_size == 1 and batch_idx % trainer.accumulate_grad_batches == 0:
             self.statistics = step, [buffer.clone() for buffer in statistics_of(module)]
         if batch_idx % trainer.accumulate_grad_batches == 0:
@@ -240,6 +247,7 @@ class Checkpoints(RunCheckpoint):
             or isinstance(exception, KeyboardInterrupt)
         ):
             return
+        # A checkpoint of such weights would take the place of a good one.
         if module.finite.told:
             return
         if module.updating:
@@ -252,6 +260,7 @@ class Checkpoints(RunCheckpoint):
                 step,
             )
             return
+        # The broken step is done again as a whole, from the random numbers that it began with.
         self.random = self.random_of_step
         if self.statistics[0] == step:
             for buffer, before in zip(statistics_of(module), self.statistics[1]):
@@ -284,6 +293,7 @@ class Checkpoints(RunCheckpoint):
         log.info("saving %s took %.2f s of training's time", filepath, time.monotonic() - began)
         self.can_write = True
         self.count += 1
+        # After the new one, so that there is always one to go on from.
         if trainer.is_global_zero:
             for outdated in outdated_checkpoints(self.keep, Path(filepath)):
                 trainer.strategy.remove_checkpoint(outdated)
@@ -302,6 +312,7 @@ def logged_metrics(trainer: Trainer) -> str | None:
     """Returns what metrics.csv holds now, which a kill may leave half written later; None where
     nothing writes it."""
     for logger in trainer.loggers:
+        # CSVLogger writes its rows every so many steps only, or when it is saved.
         logger.save()
     file = Path(trainer.default_root_dir) / "metrics.csv"
     return file.read_text(encoding="utf-8") if file.exists() else None
@@ -343,6 +354,7 @@ class Best(RunCheckpoint):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """See `state_dict`."""
         self.best_model_path = self.kth_best_model_path = self.format_checkpoint_name({})
+        # what ModelCheckpoint compares the next validation with
         self.best_model_score = self.kth_value = torch.tensor(state_dict["lowest"])
         self.best_k_models = {self.best_model_path: self.kth_value}
 
@@ -350,9 +362,9 @@ class Best(RunCheckpoint):
 def derived_states(seed: int, rank: int, step: int) -> dict[str, Any]:
     """Random states made of three numbers; the present ones stay."""
     present = random_states()
-    numbers = [
-        int(number) for number in np.random.SeedSequence([seed, rank, step]).generate_state(3)
-    ]
+    # SeedSequence mixes them: a sum would be the same for other ranks and steps.
+    sequence = np.random.SeedSequence([seed, rank, step])
+    numbers = [int(number) for number in sequence.generate_state(3)]
     random.seed(numbers[0])
     np.random.seed(numbers[1])
     torch.manual_seed(numbers[2])

@@ -35,7 +35,6 @@ class Cost(Callback):
         self.before = 0
         self.tokens: Any = 0
         self.steps: deque[tuple[float, Any]] = deque(maxlen=KEPT)
-        self.first = 0
         self.began = self.written = 0.0
         self.cost: dict[str, Any] = {}
 
@@ -43,6 +42,7 @@ class Cost(Callback):
         """Before the model is built."""
         if trainer.strategy.root_device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(trainer.strategy.root_device)
+        # The peak of the imports must not count as that of training.
         reset_peak()
         self.before = resident("VmRSS")
 
@@ -51,12 +51,13 @@ class Cost(Callback):
         it has steps enough."""
         progress = read_json_if_there(Path(trainer.default_root_dir) / PROGRESS)
         self.cost = progress.get("cost", {})
-        self.first, self.began = trainer.global_step, time.perf_counter()
+        self.began = time.perf_counter()
 
     def on_train_batch_end(
         self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
         """Counts the tokens; after an optimizer step, notes its time."""
+        # It stays a tensor: reading it would have every micro batch wait for the device.
         self.tokens = self.tokens + batch.attention_mask.sum() - batch.placeholder.sum()
         if (batch_idx + 1) % trainer.accumulate_grad_batches:
             return
@@ -92,11 +93,11 @@ class Cost(Callback):
             self.cost["tokens_per_s"] = speed
         on_gpu = trainer.strategy.root_device.type == "cuda"
         device = trainer.strategy.root_device
-        peak = (
-            torch.cuda.max_memory_allocated(device)
-            if on_gpu
-            else max(0, resident("VmHWM") - self.before)
-        )
+        if on_gpu:
+            peak = torch.cuda.max_memory_allocated(device)
+        else:
+            peak = max(0, resident("VmHWM") - self.before)
+        # A run that goes on may have needed more before it was stopped.
         self.cost["peak_memory_bytes"] = max(peak, self.cost.get("peak_memory_bytes") or 0)
         self.cost["peak_memory_of"] = (
             "allocated on the GPU" if on_gpu else "resident, less before the model was built"
@@ -107,6 +108,7 @@ class Cost(Callback):
     def tokens_per_s(self, ranks: int) -> float | None:
         """The median over optimizer steps after the first tenth of them, at least one and at most
         10; times the ranks, whose rows are like this one's. None without two steps."""
+        # The first steps take longer: they allocate memory and choose kernels.
         warm = min(10, max(1, len(self.steps) // 10))
         rates = [
             float(tokens) / seconds for seconds, tokens in list(self.steps)[warm:] if seconds > 0

@@ -10,6 +10,7 @@ from torch import Tensor
 from owlfuse.artifacts.runs import checkpoints_of
 from owlfuse.core.errors import DataError
 
+# above the number of any step, and within int64
 NEVER = 2**62
 
 
@@ -25,6 +26,7 @@ class FiniteWatch:
 
     def note(self, value: Tensor, step: int) -> None:
         """Notes a value of a step, the same on every rank."""
+        # without a branch, which would wait for the device
         here = torch.where(torch.isfinite(value.detach()), NEVER, step)
         self.first = here if self.first is None else torch.minimum(self.first, here)
 

@@ -11,6 +11,7 @@ from lightning import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from owlfuse.model.adapters import PARTS
+from owlfuse.parallel.collectives import local
 
 log = logging.getLogger(__name__)
 CHUNK = 2**24
@@ -51,6 +52,7 @@ class FirstStepsCheck(Callback):
         self.counted = dict.fromkeys(PARTS, 0)
         self.picture_seen = False
         groups = trainer.optimizers[0].param_groups
+        # by identity, since tensors are compared number by number
         group_ids = [{id(parameter) for parameter in group["params"]} for group in groups]
         self.groups: dict[str, list[int]] = {part: [] for part in PARTS}
         for watched, tensor in self.watched.items():
@@ -65,6 +67,7 @@ class FirstStepsCheck(Callback):
         self.rated: set[str] = set()
         for part in self.pending:
             part_groups = [groups[index] for index in self.groups[part]]
+            # the peak: a warm-up begins at 0
             if not any(group.get("initial_lr", group["lr"]) for group in part_groups):
                 raise RuntimeError(
                     f"part {part} is meant to train, and its learning rate (optim.lr, "
@@ -81,14 +84,15 @@ class FirstStepsCheck(Callback):
         self, trainer: Trainer, module: LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
         """Counts the step for the parts that it can move."""
-        self.due = set()
+        self.due: set[str] = set()
         for part in self.pending:
             rate = max(optimizer.param_groups[index]["lr"] for index in self.groups[part])
             if rate > 0:
                 self.rated.add(part)
             if rate > 0 and (part == "llm" or self.picture_seen):
                 self.counted[part] += 1
-                self.due |= {part} if self.counted[part] in (self.steps, self.patience) else set()
+                if self.counted[part] in (self.steps, self.patience):
+                    self.due.add(part)
         self.picture_seen = False
 
     def on_train_batch_end(
@@ -117,7 +121,11 @@ class FirstStepsCheck(Callback):
         """
         due = {}
         for watched, tensor in self.watched.items():
-            if watched.part in parts if watched.trained else not self.frozen_checked:
+            # Frozen ones are compared once, since it means reading all of them.
+            is_due = not self.frozen_checked
+            if watched.trained:
+                is_due = watched.part in parts
+            if is_due:
                 due[watched] = tensor
 
         now = checksums(due)
@@ -153,6 +161,7 @@ def watched_tensors(model: Any) -> dict[Watched, Tensor]:
     for part in PARTS:
         parameters = model.part(part).parameters
         tensors |= {Watched(part, name, p.requires_grad): p for name, p in parameters.items()}
+        # The buffers of a part that trains change by right, as running means do.
         if part in ("vision", "connector") and not any(
             p.requires_grad for p in parameters.values()
         ):
@@ -165,17 +174,11 @@ def watched_tensors(model: Any) -> dict[Watched, Tensor]:
     return {watched: tensor for watched, tensor in tensors.items() if local(tensor).numel()}
 
 
-def local(tensor: Tensor) -> Tensor:
-    """This rank's shard of a DTensor, or the tensor."""
-    tensor = tensor.detach()
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
-
-
 def checksums(tensors: dict[Watched, Tensor]) -> dict[Watched, int]:
     """The sum of each tensor's bits as whole numbers: exact in any order, so that it changes
     with any number."""
     sums: dict[Watched, int] = {}
     for watched, tensor in tensors.items():
-        bits = local(tensor).flatten().view(BITS[tensor.element_size()])
+        bits = local(tensor.detach()).flatten().view(BITS[tensor.element_size()])
         sums[watched] = sum(int(chunk.sum(dtype=torch.int64)) for chunk in bits.split(CHUNK))
     return sums

@@ -103,6 +103,7 @@ def service_arguments(
     run_id = read_ids(folder).get(key) if past else None
     if issubclass(logger_class, WandbLogger):
         arguments: dict[str, Any] = {"project": project, "name": folder.name}
+        # `allow` and not `must`: a run that was deleted at the service begins anew there.
         return arguments | ({"id": run_id, "resume": "allow"} if run_id else {})
     arguments = {"experiment_name": project, "run_name": folder.name}
     # Lightning reads the variable once, when it is imported
@@ -173,6 +174,7 @@ def logged_rows(past: Past) -> list[dict[str, str]]:
     rows = []
     for row in csv.DictReader(io.StringIO(past.metrics or "")):
         step = row["step"] or ""  # the last row may be half written
+        # A row is named by the steps before its own: the checkpoint's last row by one fewer.
         if step.isdigit() and int(step) < past.step:
             rows.append(row)
     return rows

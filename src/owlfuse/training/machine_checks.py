@@ -16,6 +16,7 @@ from omegaconf import DictConfig
 from owlfuse.config.build import to_dict
 from owlfuse.config.compose import origin_of
 from owlfuse.core.errors import ConfigError
+from owlfuse.data.mixture.lengths import usable_cores
 
 REFUSALS = (MisconfigurationException, ValueError, TypeError, ImportError)
 """What Lightning's Trainer raises for arguments that do not fit together, and for a library that
@@ -41,10 +42,16 @@ def check_machine(config: DictConfig) -> str | None:
     trainer = to_dict(config.trainer)
     name, devices = trainer.get("accelerator", "auto"), trainer.get("devices", "auto")
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if isinstance(name, str) and name not in ("auto", "cpu", *(("gpu", "mps") if on_mps() else ())):
+    unchecked = ["auto", "cpu"]
+    if on_mps():
+        # Lightning takes `gpu` for Apple's GPU where there is one.
+        unchecked += ["gpu", "mps"]
+    if isinstance(name, str) and name not in unchecked:
         check_available(config, name, gpus)
     if gpus and name in ("auto", "gpu", "cuda"):
         check_gpus(config, devices, gpus)
+    # Who asks for the CPU may have as many processes there as they like; `auto` was meant for
+    # GPUs.
     elif name == "auto" and not on_mps():
         return check_processes(config, devices)
     return None
@@ -76,9 +83,10 @@ def check_available(config: DictConfig, name: str, gpus: int) -> None:
 
 def check_gpus(config: DictConfig, devices: Any, gpus: int) -> None:
     """Raises ConfigError for more GPUs than there are."""
-    count = (
-        len(devices) if isinstance(devices, list) else int(devices) if str(devices).isdigit() else 0
-    )
+    # `auto` and -1 take the GPUs that there are.
+    count = int(devices) if str(devices).isdigit() else 0
+    if isinstance(devices, list):
+        count = len(devices)
     if count > gpus:
         raise refuse(config, "devices", f"this machine has {gpus} GPU{'s' * (gpus != 1)}")
 
@@ -86,13 +94,14 @@ def check_gpus(config: DictConfig, devices: Any, gpus: int) -> None:
 def check_processes(config: DictConfig, devices: Any) -> str | None:
     """What to tell of a run that takes what there is, on a machine without a GPU. Raises
     ConfigError for more processes than cores."""
+    # A process that was started by a launcher, or by the first one, is no news to the user.
     if (
         not str(devices).isdigit()
         or int(devices) < 2
         or any(name in os.environ for name in LAUNCHED)
     ):
         return None
-    count, cores = int(devices), len(os.sched_getaffinity(0))
+    count, cores = int(devices), usable_cores()
     if count > cores:
         raise refuse(
             config,
@@ -107,11 +116,11 @@ def check_processes(config: DictConfig, devices: Any) -> str | None:
 def check_launcher(trainer: Trainer, config: DictConfig) -> None:
     """Raises ConfigError for several machines where nothing has started this process on each of
     them."""
-    environment = (
-        trainer.strategy.cluster_environment
-        if isinstance(trainer.strategy, ParallelStrategy)
-        else None
-    )
+    environment = None
+    if isinstance(trainer.strategy, ParallelStrategy):
+        environment = trainer.strategy.cluster_environment
+    # Lightning's own environment starts the processes of one machine; whoever starts them by hand
+    # on several says which machine it is by NODE_RANK.
     if (
         trainer.num_nodes > 1
         and isinstance(environment, LightningEnvironment)

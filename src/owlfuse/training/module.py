@@ -152,6 +152,7 @@ class MultimodalModule(lightning.LightningModule):
         and what it held."""
         sums = torch.stack([self.loss_sum.double(), self.token_count.double()])
         counts = torch.tensor(self.samples.row()).to(sums)
+        # one collective for the loss and all counts of the step
         rows = all_gather_rows(self.trainer, torch.cat([sums, counts]))
         loss_sum, tokens = rows[:, :2].sum(0).to(self.loss_sum)
         self.finite.note(loss_sum, self.trainer.global_step + 1)
@@ -176,6 +177,7 @@ class MultimodalModule(lightning.LightningModule):
     def divide_gradients(self, optimizer: torch.optim.Optimizer, tokens: Tensor) -> None:
         """Turns gradients of the summed loss into those of its mean over the global batch."""
         all_reduce_gradients(self.model.per_head(), self.trainer.strategy)
+        # Of these tables only the rows of new tokens are trained.
         for table, new_rows in self.model.row_limits():
             zero_other_rows(table, new_rows)
         divide(gradients_of(optimizer), tokens * self.loss_scale)
@@ -247,6 +249,7 @@ class MultimodalModule(lightning.LightningModule):
         """Frozen weights stay out but for their hash; what was skipped, truncated and noted until
         the last whole step goes in."""
         if "state_dict" in checkpoint:
+            # once a run, since frozen weights stay what they are
             self.frozen = frozen_hashes(self.model) if self.frozen is None else self.frozen
             names = {f"model.{name}" for name in saved_names(self.model)}
             state = checkpoint["state_dict"]

@@ -70,6 +70,7 @@ class AdamWCosine:
         without_decay = {id(table) for table, _ in model.row_limits()}
         for part in PARTS:
             part_lr = self.part_lr.get(part)
+            # by None, since a rate of 0 is refused below and not replaced
             peak = self.lr if part_lr is None else part_lr
             for layer_name, scale, trained in self.layers(model.part(part)):
                 if trained and not 0 < peak * scale < math.inf:
@@ -85,6 +86,7 @@ class AdamWCosine:
                     decays = has_decay(name, parameter) and id(parameter) not in without_decay
                     (decayed if decays else undecayed).append(parameter)
                 common = {"lr": peak * scale}
+                # one fused call mixes no parameters of several meshes
                 for index, parameters in enumerate(by_mesh(decayed)):
                     name = f"{layer_name}{'_split' * index}"
                     decay = {"weight_decay": self.weight_decay, "name": name}
@@ -122,6 +124,7 @@ class AdamWCosine:
         )
         return {
             "optimizer": optimizer,
+            # Lightning's default is a step an epoch, and a run is one epoch.
             "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
         }
 
@@ -237,6 +240,7 @@ def apply_schedule(
             f"optim: a {type(scheduler).__name__} cannot go on with other rates; begin another run"
         )
     groups = scheduler.optimizer.param_groups
+    # The checkpoint has brought its own weight decay and peak rates too.
     for group, configured in zip(groups, settings or [{}] * len(groups), strict=True):
         group.update(configured)
     base_lrs = [float(group["initial_lr"]) for group in groups]
@@ -254,6 +258,7 @@ def apply_schedule(
         for old, new in zip(before, after, strict=True)
         if new != old
     ]
+    # Rates that differ by rounding alone are no change to tell of.
     return max(changes)[1:] if changes and max(changes)[0] > 1e-6 else None
 
 
@@ -268,5 +273,6 @@ def by_mesh(tensors: Iterable[nn.Parameter]) -> list[list[nn.Parameter]]:
     mesh or over none."""
     lists: dict[Any, list[nn.Parameter]] = {}
     for tensor in tensors:
+        # Only a parameter that is sharded has a mesh.
         lists.setdefault(getattr(tensor, "device_mesh", None), []).append(tensor)
     return list(lists.values())

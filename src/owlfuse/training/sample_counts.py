@@ -65,6 +65,7 @@ class SampleCounts:
 
         Raises DataError past a source's `max_skips`.
         """
+        # The blank picture of a batch without images is none.
         self.images += len(batch.pixel_values) * batch.has_images
         self.padding.add(batch)
         self.notes.add(batch.notes)
@@ -79,6 +80,7 @@ class SampleCounts:
             )
         for source, sample, reason in batch.skipped:
             self.skipped[source, sample, reason] += 1
+            # A sample that is drawn again counts once: the limit is of samples, not of draws.
             count = distinct_samples(self.skipped)[source]
             log.warning("skipped %s (%d of source %s so far): %s", sample, count, source, reason)
             limit = self.sources[source].max_skips
@@ -91,6 +93,7 @@ class SampleCounts:
     def row(self) -> list[Any]:
         """Returns the counts of a step that are added up over the ranks: images, three of padding,
         and the samples skipped so far of each source."""
+        # so far and not of the step, since the limit is of the whole run
         samples = distinct_samples(self.skipped)
         return [
             self.images,
@@ -116,6 +119,7 @@ class SampleCounts:
 
         self.total_padding.include(*padding)
         self.images, self.padding = 0, Padding()
+        # a copy, which the micro batches of the next step do not change
         self.of_last_step = self.totals()
         return metrics
 
@@ -161,6 +165,7 @@ class SampleCounts:
             self.truncated.update(checkpoint.get("truncated", {}))
             for source, text, draws in checkpoint.get("notes", []):
                 self.notes.counts[source, text] = draws
+        # An error in the first step leaves what the checkpoint held.
         self.of_last_step = self.totals()
         self.total_padding = Padding(*checkpoint.get("padded", ()))
 

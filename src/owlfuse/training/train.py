@@ -97,6 +97,7 @@ def train(config: DictConfig, folder: Path, data_digest: str | None, at_exit: Ex
     rates_changed = any(key.startswith("optim.") for key in changes)
     plain = to_dict(config)
     with naming_part(config):
+        # Without memory: parts that do not fit together end the run before weights are loaded.
         plan, _ = on_meta(plain["model"], vocab_size=1024)
         optim, evaluation = build(config.optim), build(config.evaluation)
         optim.groups(plan)  # which refuses a rate of 0 for what is to train
@@ -118,21 +119,17 @@ def train(config: DictConfig, folder: Path, data_digest: str | None, at_exit: Ex
                 getattr(plan.llm, "trained_rows", None),
             )
             new_tokens = tokens_to_train(data.tokenizer, config.data.tokenizer, *start)
-    identity = (
-        {**data_identity(data.sources, data.validation), **weights_identity(plain)}
-        if is_first_rank()
-        else {}
-    )
+    identity: dict[str, str] = {}
+    # by the first rank alone: all would read the same files, and it writes the record
+    if is_first_rank():
+        identity = {**data_identity(data.sources, data.validation), **weights_identity(plain)}
     if past and identity:
         changes |= check_identity(past, identity, config)
         # of what is no longer there, as a base whose weights are all trained
         identity = {**past.identity, **identity}
-    if (
-        data_digest
-        and identity
-        and data_hash(identity) != data_digest
-        and not config.get("accept_changed_data")
-    ):
+    # Ranks without the hashes leave this to the first.
+    has_changed = bool(data_digest and identity) and data_hash(identity) != data_digest
+    if has_changed and not config.get("accept_changed_data"):
         raise DataError(
             "the data have changed since the ablation began; give the same back, or go on with "
             "these by "
@@ -140,7 +137,9 @@ def train(config: DictConfig, folder: Path, data_digest: str | None, at_exit: Ex
         )
     history = recorded(past, changes)
     print_start(config, data, trainer, folder, checkpoint)
+    # After the data: whether their lengths are cached must not change the weights that are drawn.
     lightning.seed_everything(config.seed, workers=True, verbose=False)
+    # A checkpoint may lack frozen weights, which then come from the start of the run again.
     init_from = config.get("init_from") if checkpoint is None or needs_base(checkpoint) else None
     module = MultimodalModule(plain["model"], optim, data.vocab_size, init_from, new_tokens)
     module.rates_changed = rates_changed
@@ -150,10 +149,12 @@ def train(config: DictConfig, folder: Path, data_digest: str | None, at_exit: Ex
     begin_logging(trainer, config, plain)
     at_exit.push(partial(finish_loggers, trainer))
     fit(trainer, module, data, checkpoint, folder)
+    # outside of the branch below, since all ranks take part
     totals = over_ranks(trainer, module.samples.totals())
     if trainer.is_global_zero:
         report = mixture_report(data, trainer.global_step, totals, module)
         write_mixture(folder, report)
+    # only now, so that a stopped run has its mixture.json too
     raise_if_stopped(trainer, folder)
     metrics, answers = {}, []
     if evaluation is not None:
@@ -173,6 +174,7 @@ def train(config: DictConfig, folder: Path, data_digest: str | None, at_exit: Ex
             )
             raise KeyboardInterrupt(done) from None
     if trainer.is_global_zero:
+        # once more, since the evaluation has met samples of the validation sources
         write_mixture(folder, report | {"validation": data.validation_report()})
         cost, seconds = run_cost(trainer, evaluation), time.monotonic() - began
         counts = evaluation.counts if evaluation is not None else {}
@@ -241,6 +243,7 @@ def fit(
     """
     try:
         with rank_timeouts_as_data_errors(trainer):
+            # weights_only: a run may come from elsewhere, and its pickles must run no code
             trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True)
     except SystemExit:
         raise KeyboardInterrupt(resume_hint(trainer.global_step, folder)) from None

@@ -37,11 +37,9 @@ def make_trainer(
     """
     loggers = make_loggers(config, folder, past)
     watched = f"{next(iter(data.validation))}/loss" if data.validation else None
-    precision = (
-        {"precision": precision_for(config.trainer.accelerator)}
-        if config.trainer.precision is None
-        else {}
-    )
+    precision = {}
+    if config.trainer.precision is None:
+        precision["precision"] = precision_for(config.trainer.accelerator)
     callbacks = [
         *make_callbacks(config.get("checkpoint"), watched),
         *evaluation_callbacks(config, folder),
@@ -62,9 +60,11 @@ def make_trainer(
             enable_progress_bar=False,  # Lightning's: see TrainingProgress
             callbacks=callbacks,
             default_root_dir=str(folder),
+            # The interval of validations counts over the whole run, not within an epoch.
             check_val_every_n_epoch=None,
             max_epochs=-1,  # the whole run is one epoch of max_steps
             num_sanity_val_steps=0,
+            # The data share out their batches themselves; Lightning would replace their sampler.
             use_distributed_sampler=False,
         )
     except REFUSALS as error:
@@ -73,7 +73,9 @@ def make_trainer(
     if steps < configured_steps and trainer.is_global_zero:
         line = f"the data end (at_end) after {steps} whole steps of {configured_steps}"
         print(visible(f"{line}, so the run does"))
+    # Only the built trainer knows how many ranks have rows of their own.
     trainer.accumulate_grad_batches = data.accumulation(data_ranks(trainer))
+    # Lightning counts the interval in micro batches, the configuration in optimizer steps.
     trainer.val_check_interval = (
         min(config.trainer.val_check_interval, trainer.max_steps) * trainer.accumulate_grad_batches
     )
@@ -90,6 +92,7 @@ def make_callbacks(checkpoint: DictConfig | None, watched: str | None) -> list[C
     """Progress, learning rates, signals, a look at the first steps, checkpoints, and the best by
     the metric `watched`."""
     callbacks: list[Callback] = [
+        # first, since other callbacks log at a batch's start too
         LoggedStep(),
         TrainingProgress(),
         LearningRateMonitor("step"),

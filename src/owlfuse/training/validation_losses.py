@@ -25,6 +25,7 @@ class ValidationLosses:
 
     def add(self, source: str, batch: Batch, loss: Tensor, tokens: Tensor) -> None:
         """Adds a batch of a source, with its summed loss."""
+        # float64, so that sums of single batches lose nothing before they are added up
         sums = torch.stack([loss.detach().double(), tokens.double()])
         self.sums.setdefault(source, []).append(sums)
         self.remarks.setdefault(source, []).append(BatchRemarks.of(batch))
@@ -43,6 +44,7 @@ class ValidationLosses:
             tokens = math.fsum(count for _, count in rows)
             # exact, whatever the order: the same for any number of ranks
             losses[source] = math.fsum(loss for loss, _ in rows) / max(tokens, 1.0)
+            # round by round, since the batches were dealt out to the ranks in turn
             for round_remarks in zip(*(rank_remarks[source] for _, rank_remarks in of_ranks)):
                 remarks += round_remarks
         return losses, remarks

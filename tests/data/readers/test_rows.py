@@ -27,3 +27,10 @@ def test_a_quoted_field_may_hold_delimiters_and_line_feeds_and_a_row_of_another_
     assert table[0] == {"image": "a.png", "caption": 'two\nlines, "quoted"'}
     with pytest.raises(DataError, match=r"line 4, which begins 'b.png', has 1 fields, the .* 2"):
         table[1]
+
+
+def test_a_quoted_field_may_be_a_picture_in_base64(tmp_path):
+    file = tmp_path / "table.csv"
+    picture = "data:image/png;base64," + "A" * 200_000
+    file.write_text(f'image,caption\n"{picture}",red\n', encoding="utf-8")
+    assert Rows(file)[0] == {"image": picture, "caption": "red"}

@@ -164,6 +164,16 @@ def test_layers_that_the_llm_does_not_have_are_an_error_that_says_how_many_it_ha
         fused_llm(node, LLMS["llama"], TOKENS)
 
 
+def test_hyperattention_refuses_flash_attention():
+    llm = load_llm(VOCAB, config=LLMS["llama"])
+    # the setter wants the package of its kernel
+    llm.config._attn_implementation = "flash_attention_2"
+    node = FUSIONS["hyperattention-fused"]
+    fusion = make_part("fusion", {"fusion": node}, connector_tokens=TOKENS)
+    with pytest.raises(ValueError, match=r"needs masks.*set model\.llm\.attention=sdpa"):
+        fusion.attach(llm)
+
+
 # Where the visual parameters start
 
 

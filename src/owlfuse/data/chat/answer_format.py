@@ -69,6 +69,7 @@ class AnswerFormat:
                 f"{template} writes nothing behind an answer, so a model cannot learn to end it: "
                 "write eos_token behind it"
             )
+        # behind the answer, since a question may end with the same mark
         end = text.index(end_mark, text.index(ANSWER) + len(ANSWER))
         return cls(
             header=header,
@@ -85,6 +86,7 @@ class AnswerFormat:
         It begins behind header and lead. White space behind them is the model's to write.
         """
         opening = self.header + self.lead
+        # from the right, since earlier answers have the same opening
         position = before.rfind(opening)
         if position >= 0:
             return position + len(opening)
@@ -117,6 +119,7 @@ class AnswerFormat:
                 tokens count too.
         """
         llm_ends = getattr(getattr(llm, "generation_config", None), "eos_token_id", None)
+        # transformers has one id there, or a list.
         if not isinstance(llm_ends, list):
             llm_ends = [] if llm_ends is None else [llm_ends]
         ids = [*self.end_ids, tokenizer.eos_token_id]
@@ -139,6 +142,7 @@ class AnswerFormat:
             ids = self.behind_thought(tokenizer, ids)
         text = tokenizer.decode(ids, skip_special_tokens=True)
         if not self.end_ids:
+            # Of ordinary tokens, which decoding does not leave out.
             text = text.partition(self.end_mark)[0]
         return text.strip()
 

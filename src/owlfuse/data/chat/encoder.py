@@ -118,6 +118,7 @@ class ChatEncoder:
         """
         if sample.tools:
             options["tools"] = sample.tools
+        # A mark for the labels, of which templates know nothing.
         messages = [without_keys(message, ["supervised"]) for message in messages]
         try:
             return render(self.tokenizer, messages, add_generation_prompt, **options)
@@ -191,6 +192,7 @@ class ChatEncoder:
         count to it (Phi-3's). One across a span's start, which could not be split, is a DataError.
         """
         labels = [-100] * len(ids)
+        # Spans and tokens both ascend, so that one pass is enough.
         index = 0
         for start, end in spans:
             while index < len(ids) and offsets[index][0] < end:
@@ -220,6 +222,7 @@ class ChatEncoder:
         `views` (by default one)."""
         placeholders = ids.count(self.image_id)
         expected = len(sample.images) + len(sample.videos)
+        # A chat that was cut has lost its last pictures, whose views are still counted.
         views = [1] * expected if views is None else views[:expected]
         if placeholders != expected or len(views) != expected:
             raise DataError(
@@ -238,6 +241,7 @@ class ChatEncoder:
                 positions += range(start, start + repeat, self.tokens_per_image)
             expanded_ids += [token] * repeat
             expanded_labels += [label] * repeat
+        # Words <image> are spelled by other tokens, so that each image token is a placeholder.
         input_ids = torch.tensor(expanded_ids)
         return Encoded(
             sample.id,

@@ -94,6 +94,7 @@ class Alpaca(Source):
 
     def sample(self, record: JsonObject, name: str) -> Sample:
         """See `Source`."""
+        # First, so that a record of another format is told as such.
         check_text_alone(record, name)
         question = field(record, "instruction", str, name)
         extra = record.get("input")

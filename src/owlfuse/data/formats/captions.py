@@ -63,6 +63,7 @@ class Captions(PictureSource):
                 f"sample {name} has no '{self.image_field}'; it has {', '.join(sorted(record))}"
             )
         image = picture_of(record[self.image_field], name, self.image_field)
+        # without the source's name, so that another name changes no instruction
         identity = name.removeprefix(f"{self.name}:")
         used = {"id", self.image_field, self.caption_field, *SYSTEM_KEYS}
         metadata = without_keys(record, used)

@@ -118,6 +118,7 @@ class VisualParts:
     def without_part(self, count: int) -> int:
         """Return how many of `count` pictures no typed part shows."""
         pictures = [part.get("picture") for part in self.typed]
+        # By their indices parts may show a picture twice, or never.
         if any(isinstance(picture, int) for picture in pictures):
             return 0
         return count - pictures.count(None)
@@ -161,6 +162,7 @@ def settle_marks(
         for kind in counts:
             parts = VisualParts(messages, kind)
             if counts[kind] and not parts.typed and not parts.user_marks:
+                # Without pictures, <image> may stand for a video.
                 kinds = {kind} if counts["image"] else {"image", "video"}
                 split_listed(messages, listed, kinds)
         if not counts["image"] and turn_image_marks_into_videos(messages, counts["video"]):

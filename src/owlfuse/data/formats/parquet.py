@@ -116,6 +116,7 @@ class Parquet(VideoSource):
             ValueError,
             DatasetGenerationError,
         ) as error:
+            # `datasets` wraps a reason in an error of its own that does not tell it.
             reason = str(error.__cause__ or error).partition("\n")[0]
             raise DataError(f"{self.file} cannot be read as one table: {reason}") from error
 
@@ -339,6 +340,7 @@ def check_cells(files: list[Path], columns: dict[str, str]) -> None:
                 group = parquet.metadata.row_group(number)
                 sizes: Counter[str] = Counter()
                 for chunk in map(group.column, range(group.num_columns)):
+                    # A nested column is stored in parts, such as `images.list.element.bytes`.
                     column = chunk.path_in_schema.partition(".")[0]
                     sizes[column] += chunk.total_uncompressed_size
                 for column in distinct_columns(columns):
@@ -380,8 +382,10 @@ def open_arrow(file: Path) -> Any:
     they are the whole file.
     """
     with file.open("rb") as stream:
+        # Python's map and not pyarrow's, whose pages cannot be freed.
         mapped = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
     reader: Any
+    # The magic bytes of Arrow's file format; its stream format has none.
     if mapped[:6] == b"ARROW1":
         reader = pyarrow.ipc.open_file(pyarrow.py_buffer(mapped))
         stored = (reader.get_batch(number) for number in range(reader.num_record_batches))

@@ -249,6 +249,7 @@ def tool_calls_of(value: Any, name: str) -> list[JsonObject]:
 def call_arguments(function: JsonObject, name: str) -> JsonObject:
     """Return the arguments of a tool call, which may be a JSON text. Raises DataError."""
     arguments = function.get("arguments")
+    # Llama's data and templates call them parameters.
     if arguments is None:
         arguments = function.get("parameters")
     if arguments is None or arguments == "":

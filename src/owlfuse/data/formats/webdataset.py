@@ -85,6 +85,7 @@ class WebDataset(VideoSource):
             return self.caption(record, members, fields, images, videos, notes, name)
         if members.text:
             notes.append(Note("unused", f"a member .{members.text} beside a chat"))
+        # The members are the pictures: what names them in the .json has been compared.
         chat = without_keys(fields, (*IMAGES, *VIDEOS))
         sample = read_chat(chat, name, self.name, "conversations", images, videos)
         sample.notes += notes
@@ -246,5 +247,6 @@ def natural(name: str) -> list[tuple[bool, int, str]]:
     key = []
     for piece in name.split("."):
         is_number = piece.isdigit()
+        # The flag comes first, so that numbers and names are not mixed.
         key.append((is_number, int(piece) if is_number else 0, piece))
     return key

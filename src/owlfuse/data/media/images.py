@@ -98,6 +98,7 @@ def opened(root: Path, path: str, label: str) -> io.BufferedIOBase:
     if name in ("", ".", ".."):
         return resolve_path(root, path, label).open("rb")
     try:
+        # The working directory is a part of the cache's key, for roots that are relative.
         folder = folder_below(os.getcwd(), root, path[: -len(name)])
         # Without O_NONBLOCK, opening a pipe would wait for a writer.
         descriptor = os.open(folder + name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
@@ -151,6 +152,7 @@ def describe_content(root: Path, image: Media) -> str:
 @cache
 def decoders() -> tuple[str, ...]:
     """Return those of FORMATS that this PIL has."""
+    # Most plugins of PIL are registered by this call alone.
     Image.init()
     return tuple(name for name in FORMATS if name in Image.OPEN)
 

@@ -44,6 +44,7 @@ def visual_parts(sample: Sample) -> list[tuple[str, Media]]:
     kinds = []
     for message in sample.messages:
         kinds += [part["type"] for part in message["content"] if part["type"] in VISUAL]
+    # Each kind has files in the order of its own placeholders.
     files: dict[str, list[Media]] = {"image": sample.images, "video": sample.videos}
     for kind, kind_files in files.items():
         if kinds.count(kind) != len(kind_files):

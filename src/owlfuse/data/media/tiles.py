@@ -17,7 +17,9 @@ GRIDS = ((2, 2), (1, 3), (1, 4), (3, 1), (4, 1), (2, 3), (3, 2))
 def is_tiled(share: float, seed: int, sample: str) -> bool:
     """Whether a sample's pictures are tiled, where a `share` (0 to 1) of the samples is: the same
     for the same seed and sample id, in any worker, rank and repeat."""
+    # Ids of data may hold lone surrogates, which UTF-8 refuses.
     key = f"{seed} {sample}".encode("utf-8", "surrogatepass")
+    # not Python's hash(), which differs between processes
     digest = hashlib.blake2b(key, digest_size=8).digest()
     return int.from_bytes(digest) < share * 2**64
 

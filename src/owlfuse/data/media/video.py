@@ -178,6 +178,7 @@ def frames_at(
             key = position
             if keys and keys[0] <= mark:
                 key = keys[bisect_right(keys, mark) - 1]
+            # Seeking saves decoding only where a key frame lies between here and there.
             has_sought = key > position
             if has_sought:
                 container.seek(key, stream=stream)
@@ -203,11 +204,13 @@ def opened(
     """Yield a video's container and its video stream: of several the one that players show, as
     FFmpeg chooses it. What PyAV raises inside becomes a DataError."""
     try:
+        # here, since PyAV is an extra
         import av
     except ModuleNotFoundError:
         raise MissingPackage(
             f"{label} needs PyAV: pip install 'owlfuse[video]'", name="av"
         ) from None
+    # Nothing but the file itself is read: FFmpeg follows addresses inside of other formats.
     options = {"protocol_whitelist": "file", "format_whitelist": FORMATS}
     source: Any = io.BytesIO(file) if isinstance(file, bytes) else str(file)
     try:
@@ -234,6 +237,7 @@ def video_stream(container: av.container.InputContainer, label: str) -> av.Video
     if not streams:
         only_cover = ", only a picture of its cover" if container.streams.video else ""
         raise DataError(f"{label} has no video stream{only_cover}")
+    # FFmpeg's best may be the cover.
     best = container.streams.best("video")
     return next((stream for stream in streams if stream is best), streams[0])
 
@@ -257,6 +261,7 @@ def frame_times(file: Path | bytes, label: str) -> tuple[list[float], Index]:
     times = [float((mark - index.marks[0]) * base) for mark in index.marks]
     durations = {pts: duration for pts, duration, _ in packets}
     last_duration = durations[index.marks[-1]]
+    # Some files do not say how long their last frame is shown.
     end = times[-1] + (float(last_duration * base) if last_duration else 1 / rate)
     return [*times, end], index
 

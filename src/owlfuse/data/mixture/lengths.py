@@ -98,6 +98,7 @@ def cache_path(source: Source, encoder: ChatEncoder, on_length: OnLength = "erro
             options[key] = value
     limits = {}
     for key, value in vars(encoder).items():
+        # Plain values alone: the text of an object may hold its address.
         if isinstance(value, str | int | float | bool | None):
             limits[key] = value
     parts = [
@@ -132,6 +133,7 @@ def read_cache(path: Path, samples: int) -> Lengths | None:
             tokens, supervised = arrays["tokens"], arrays["supervised"]
             wrong = json.loads(arrays["wrong"].tobytes())
             notes = json.loads(arrays["notes"].tobytes())
+            # JSON has made texts of the indices.
             reasons = {int(index): reason for index, reason in wrong.items()}
     except (OSError, ValueError, KeyError, EOFError):
         return None
@@ -194,6 +196,7 @@ def encode_all(
             for text, samples in notes.items():
                 lengths.notes[text] = lengths.notes.get(text, 0) + samples
             progress.advance(len(tokens))
+            # Chunks come in their order, whichever worker is done first.
             start = stop
     return lengths
 

@@ -124,6 +124,7 @@ class Mixture:
             first, last = first_draws[source], last_draws[source]
             if last > first:
                 samples = shuffle.between(first, last, out=reused_samples(last - first))
+                # `place` fills the positions of the source in ascending order, that of its draws.
                 np.place(indices, sources == source, samples)
         return sources, indices
 
@@ -237,6 +238,7 @@ def sample_weights(
             )
         by_sample[name] = Fraction(0)
         if weight:
+            # as it is written: 0.1 is a tenth, and not the float nearest to it
             by_sample[name] = Fraction(str(weight)) / sample_amounts[name]
     return by_sample
 
@@ -260,9 +262,11 @@ def tempered(
         size = sizes[name]
         if not size or not math.isfinite(weight):
             result[name] = weight
+        # Exact, where a power would be a float.
         elif temperature == 1:
             result[name] = Fraction(str(weight)) * size
         else:
+            # Relative to the largest: a power of the size itself overflows at a low temperature.
             factor = math.exp(math.log(size / largest) / temperature)
             result[name] = weight * max(factor, MIN_SIZE_FACTOR)
     return result
@@ -323,6 +327,7 @@ def make_mixture(
 
 def as_step(key: Any) -> int:
     """Return a key of `weights_at` as an optimizer step."""
+    # YAML's `true` is the number 1 in Python.
     if isinstance(key, bool) or not str(key).isdigit():
         raise ValueError(f"weights_at: {key}: expected an optimizer step from 0 on")
     return int(key)

@@ -49,8 +49,10 @@ class StepPositions:
 
     def changed(self, step: int, global_batch_size: int) -> StepPositions:
         """Return these positions until a step, and global batches of another size from it on."""
+        # Nothing has been drawn yet.
         if step == 0:
             return StepPositions.of(global_batch_size)
+        # A change at this very step is of a run that went on and took none.
         changes = [change for change in self.changes if change[0] < step]
         if changes[-1][2] != global_batch_size:
             changes.append((step, self.position(step), global_batch_size))

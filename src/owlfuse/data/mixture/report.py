@@ -123,6 +123,7 @@ def source_row(
         "drawn": draws,
         "drawn_share": draws / positions if positions else None,
         "passes": draws / size,
+        # nothing where a pass has just ended
         "left_of_last_pass": size - draws if draws < size else -draws % size,
         "at_end": mixture.at_end[source.name],
         "duplicate_ids": duplicate_ids(mixture, source, draws),
@@ -155,6 +156,7 @@ def add_token_shares(
 def supervised_tokens(lengths: Lengths, shuffle: Shuffle, draws: int) -> int:
     """Return the supervised tokens of a source's first draws."""
     epochs, remainder = divmod(draws, shuffle.size)
+    # Earlier epochs hold every sample once, so that their draws need no looking up.
     last_epoch = lengths.supervised[shuffle.between(draws - remainder, draws)]
     return epochs * lengths.total_supervised + int(last_epoch.sum(dtype=np.int64))
 
@@ -215,6 +217,7 @@ def duplicate_ids(mixture: Mixture, source: Source, draws: int) -> dict[str, Any
     if not compared:
         return report
     shuffle = mixture.shuffles[mixture.names.index(source.name)]
+    # in the order of the file, so that the first pair is the file's first
     samples = np.sort(shuffle.between(0, compared)).tolist()
     hashes, sample_of = hashed_ids(source, samples)
     repeated = pd.Series(hashes).duplicated().to_numpy()

@@ -213,11 +213,14 @@ def chairman_order(shares: Sequence[Fraction], period: int) -> np.ndarray:
     The k-th draw of a source with c draws in a period of P may come once c * t / P exceeds k by
     1 / (2n - 2), and must have come before it exceeds k by 2 - 2 / (2n - 2).
     """
+    # exact, since the period is a multiple of every denominator
     counts = np.array([int(share * period) for share in shares], dtype=np.int64)
     active = int((counts > 0).sum())
+    # The slack of one source would be 0, and times are divided by it.
     if active == 1:
         return np.full(period, counts.argmax(), dtype=np.uint16)
     slack = 2 * active - 2
+    # in whole numbers, since a float would round the times within a long period
     source = np.repeat(np.arange(len(counts)), counts)
     draw = np.concatenate([np.arange(count) for count in counts])
     pace = counts[source] * slack

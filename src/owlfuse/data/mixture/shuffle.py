@@ -19,7 +19,9 @@ import numpy as np
 ROUNDS = 4
 # Samples below which a source takes all rounds, and a key for each draw instead of each epoch.
 SMALL = 2**12
+# Samples are numbered in uint32.
 MAX_SIZE = 2**32
+# SplitMix64's step, 2^64 over the golden ratio.
 STEP = 0x9E3779B97F4A7C15
 MASK = 2**64 - 1
 # Draws that are computed at a time, so that they stay in the processor's cache.

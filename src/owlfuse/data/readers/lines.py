@@ -80,6 +80,7 @@ class Lines(Sequence[bytes]):
                 f"{self.file}: line {self.number(index)}: the file has become shorter since it "
                 "was opened"
             )
+        # Blank lines that follow are in its bytes too: the first newline behind the text ends it.
         text = len(raw.rstrip())
         newline = raw.find(b"\n", text)
         return raw if newline < 0 else raw[:newline].removesuffix(b"\r")
@@ -116,6 +117,7 @@ class Lines(Sequence[bytes]):
 def line_starts(descriptor: int, quoted: bool) -> tuple[np.ndarray, np.ndarray]:
     """Return the offset of each line, int64, and the indices of those that begin with white space,
     so that they may be blank."""
+    # A list would take several times the 8 bytes of an array for each line.
     starts, doubtful = array("q"), array("q")
     # One buffer for all chunks: allocating 4 MB for each takes longer than scanning them.
     buffer = bytearray(CHUNK)
@@ -201,6 +203,7 @@ def open_records(
     except OSError as error:
         raise DataError(f"{file}: {reason_of(error)}") from error
     if file.suffix in (".jsonl", ".ndjson"):
+        # Some files of these names hold one list all the same.
         is_lines = not STARTS_LIST.match(head)
     else:
         is_lines = starts_with_line(head)
@@ -342,6 +345,7 @@ class JsonText:
         self.stream = stream
         self.file = file
         self.decode_json = json.JSONDecoder().raw_decode
+        # `-sig` leaves out the byte order mark that some editors write.
         self.decoder = codecs.getincrementaldecoder("utf-8-sig")()
         self.text = ""
         self.offset = 0

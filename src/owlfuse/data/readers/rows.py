@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from owlfuse.core.errors import DataError
-from owlfuse.core.files import decoded
+from owlfuse.core.files import MAX_RECORD, decoded
 from owlfuse.data.readers.lines import Lines
 
 
@@ -25,6 +25,9 @@ class Rows(Sequence[dict[str, str]]):
     """
 
     def __init__(self, file: Path, delimiter: str = ",", quoted: bool = True) -> None:
+        # csv limits a field to 128 KB, which a picture in base64 exceeds; `Lines` limits a row. The
+        # limit is one of the whole process, so that it is raised and never lowered.
+        csv.field_size_limit(max(csv.field_size_limit(), MAX_RECORD))
         self.delimiter = delimiter
         self.lines = Lines(file, quoted)
         if not len(self.lines):
@@ -35,6 +38,7 @@ class Rows(Sequence[dict[str, str]]):
         return len(self.lines) - 1
 
     def __getitem__(self, index: int) -> dict[str, str]:  # type: ignore[override]  # no slices
+        # range() checks the index and turns a negative one.
         index = range(len(self))[index]
         fields = self.fields(index + 1)
         if len(fields) != len(self.header):

@@ -151,6 +151,7 @@ def index_samples(files: list[Path]) -> dict[str, np.ndarray]:
             for member, key, extension in sample_members(file):
                 if key != previous_key:
                     starts.append(member.offset)
+                    # hash() will do, since only this process compares them
                     keys.append(hash(key))
                     previous_key = key
                 names.append(hash((key, extension)))

@@ -91,6 +91,7 @@ def chat(
         targets.append((record, rng.randrange(len(record["kinds"]))))
     target_ids = {record["id"] for record, _ in targets}
     distractors = []
+    # as many more as there may be targets among them
     for record in rng.sample(records, min(count + turns, len(records))):
         if record["id"] not in target_ids:
             distractors.append(record)

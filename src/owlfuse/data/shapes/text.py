@@ -6,13 +6,9 @@ import zlib
 from collections.abc import Iterator
 from itertools import cycle
 from random import Random
-from typing import TYPE_CHECKING
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
 
 TEXT_KINDS = ("arithmetic", "comparison", "spelling", "instruction")
 
@@ -211,6 +207,7 @@ def make_texts(seed: int, train: int, val: int) -> tuple[list[dict], list[dict]]
         )
     sources = {}
     for kind in TEXT_KINDS:
+        # One for each kind, so that how much is drawn of a kind changes no other.
         rng = Random(f"text {seed} {kind}")
         if kind == "comparison":
             sources[kind] = (
@@ -234,12 +231,13 @@ def make_texts(seed: int, train: int, val: int) -> tuple[list[dict], list[dict]]
 
 def train_tokenizer(
     records: list[dict], texts: list[dict], vocabulary: int = 600
-) -> "PreTrainedTokenizerFast":
+) -> PreTrainedTokenizerFast:
     """Return a fast byte-level BPE tokenizer with a chat template, trained on the texts of
     train.json and text_train.json."""
     lines = []
     for record in records:
         for turn in record["conversations"]:
+            # a special token, which is no text to be learned
             lines.append(turn["value"].removeprefix("<image>"))
     for sample in texts:
         lines += [f"{sample['instruction']}\n{sample['input']}", sample["output"]]
@@ -252,6 +250,7 @@ def train_tokenizer(
     trainer = trainers.BpeTrainer(
         vocab_size=vocabulary,
         special_tokens=list(_SPECIAL_TOKENS),
+        # All bytes, so that there are tokens for any text.
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
@@ -261,6 +260,7 @@ def train_tokenizer(
         pad_token="<|pad|>",
         eos_token="<|end|>",
         extra_special_tokens={"image_token": "<image>"},
+        # Decoding gives a text back as it was encoded.
         clean_up_tokenization_spaces=False,
         chat_template=_CHAT_TEMPLATE,
     )

@@ -13,12 +13,14 @@ from owlfuse.core.progress import track
 from owlfuse.data.shapes.scenes import KINDS, ask, ask_held_out, draw_scene, make_scene
 from owlfuse.data.shapes.text import make_texts, train_tokenizer
 
+# Raised when the same arguments give other files than before.
 _FORMAT_VERSION = 6
 
 
 def _write_picture(folder: Path, seed: int, picture: tuple[str, int]) -> dict:
     """Write one PNG, a (split, index), and return its record in LLaVA's format."""
     split, index = picture
+    # Generators of its own for each picture, so that threads may draw them in any order.
     scene, rng = make_scene(seed, split, index), Random(f"ask {seed} {split} {index}")
     file = f"images/{split}/{index:06d}.png"
     draw_scene(scene).save(folder / file)

@@ -126,6 +126,7 @@ class Abstractor(Connector):
         """Returns the tokens (N, Q + 1, D) of features (N, P, Dv), the last being the end token;
         (N, Q, D) without one."""
         queries = self.queries.expand(features.shape[0], -1, -1)
+        # without gradients no backward pass would compute anything again
         checkpointing = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
         for layer in self.layers:
             inputs = queries, features, self.query_positions, self.image_positions
@@ -136,6 +137,7 @@ class Abstractor(Connector):
         tokens = self.proj(queries)
         if self.end_token is None:
             return tokens
+        # under autocast the tokens have another type than the parameter
         end_tokens = self.end_token.expand(tokens.shape[0], -1, -1).to(tokens.dtype)
         return torch.cat([tokens, end_tokens], dim=1)
 
@@ -233,6 +235,7 @@ class AbstractorLayer(nn.Module):
         `forward`."""
         queries = self.query_norm(queries)
         query, key, _ = self.heads_of(queries, features, query_positions, image_positions)
+        # torch's fused attention gives no weights
         scores = query.float() @ key.float().transpose(2, 3) / query.shape[3] ** 0.5
         return scores.softmax(-1).mean(1)
 

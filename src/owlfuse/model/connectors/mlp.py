@@ -32,6 +32,7 @@ class MLPConnector(Connector):
             raise ValueError(f"depth is {depth}, and an MLP has at least 1 layer")
         self.tokens = patches
         layers: list[nn.Module] = [
+            # an Identity for none, so that the numbers in the names of weights stay
             nn.LayerNorm(in_width) if norm else nn.Identity(),
             nn.Linear(in_width, out_width),
         ]

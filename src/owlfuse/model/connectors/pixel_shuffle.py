@@ -51,6 +51,7 @@ class PixelShuffleConnector(Connector):
         self.set_grid(patches, grid)
         cell_width = in_width * factor**2
         layers: list[nn.Module] = [
+            # an Identity for none, so that the numbers in the names of weights stay
             nn.LayerNorm(cell_width) if norm else nn.Identity(),
             nn.Linear(cell_width, out_width, bias),
         ]

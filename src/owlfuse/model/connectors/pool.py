@@ -56,6 +56,7 @@ class PoolConnector(Connector):
         self.tokens = rows * columns
         self.set_grid(patches, grid)
         self.pool_first = pool == "before"
+        # an Identity for none, so that the numbers in the names of weights stay
         norms = {"none": nn.Identity, "layer": nn.LayerNorm, "rms": RMSNorm}
         layers: list[nn.Module] = [norms[norm](in_width), nn.Linear(in_width, out_width, bias)]
         for _ in range(depth - 1):
@@ -83,6 +84,7 @@ class PoolConnector(Connector):
 
     def averaged(self, patches: Tensor) -> Tensor:
         """(N, h * w, channels) -> (N, Q, channels)."""
+        # torch pools over the last two dimensions
         maps = patches.transpose(1, 2).unflatten(2, self.grid)
         return F.adaptive_avg_pool2d(maps, self.size).flatten(2).transpose(1, 2)
 

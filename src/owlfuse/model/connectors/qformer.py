@@ -74,6 +74,7 @@ class QFormer(Connector):
         self.tokens = queries
         self.set_checkpointing(gradient_checkpointing)
         self.norm = nn.LayerNorm(in_width) if norm else nn.Identity()
+        # different at the start: equal queries would stay equal in every layer
         self.queries = nn.Parameter(torch.randn(1, queries, width) * 0.02)
         self.query_norm = nn.LayerNorm(width, eps=EPS)
         self.layers = nn.ModuleList()
@@ -105,6 +106,7 @@ class QFormer(Connector):
         """(N, P, Dv) -> (N, Q, D)."""
         image = self.norm(features)
         states = self.query_norm(self.queries).expand(len(features), -1, -1)
+        # without gradients no backward pass would compute anything again
         checkpointing = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
         for layer in self.layers:
             if checkpointing:
@@ -125,6 +127,7 @@ class QFormer(Connector):
         for layer in self.layers:
             shares = (shares + layer.self_attention.weights(states, states) @ shares) / 2
             if layer.cross_attention is not None:
+                # the layer attends to the image with what its first attention gives
                 attended = layer.self_attention(states, states)
                 shares = (shares + layer.cross_attention.weights(attended, image)) / 2
             states = layer(states, image)
@@ -183,5 +186,6 @@ class Attention(nn.Module):
         `forward`."""
         query = self.by_head(self.query(states)).float()
         key = self.by_head(self.key(sequence)).float()
+        # torch's fused attention gives no weights
         scores = query @ key.transpose(2, 3) / query.shape[3] ** 0.5
         return scores.softmax(-1).mean(1)

@@ -64,12 +64,14 @@ class Resampler(Connector):
                 f"queries ({queries}), layers ({layers}), heads ({heads}), kv_heads ({kv_heads}) "
                 f"and head_dim ({head_dim}) are each at least 1"
             )
+        # query heads share a key head in groups of equal size
         if heads % kv_heads:
             raise ValueError(f"kv_heads is {kv_heads}, which does not divide the {heads} heads")
         self.tokens = queries
         self.set_checkpointing(gradient_checkpointing)
         self.norm = nn.LayerNorm(in_width) if norm else nn.Identity()
         self.projection = GatedMLP(in_width, hidden or out_width * 7 // 2, out_width)
+        # different at the start: equal latents would stay equal in every layer
         self.latents = nn.Parameter(torch.randn(queries, out_width) * 0.02)
         self.layers = nn.ModuleList(
             ResamplerLayer(out_width, heads, kv_heads, head_dim) for _ in range(layers)
@@ -97,7 +99,9 @@ class Resampler(Connector):
     def forward(self, features: Tensor) -> Tensor:
         """(N, P, Dv) -> (N, Q, D)."""
         image = self.projection(self.norm(features))
+        # under autocast the image has another type than the parameter
         latents = self.latents.expand(len(features), -1, -1).to(image.dtype)
+        # without gradients no backward pass would compute anything again
         checkpointing = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
         for layer in self.layers:
             if checkpointing:
@@ -150,6 +154,7 @@ class ResamplerLayer(nn.Module):
     def heads_of(self, latents: Tensor, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Returns query (N, H, Q, d), key and value (N, K, P + Q, d)."""
         latents = self.latents_norm(latents)
+        # the released code has the latents among the keys
         sequence = torch.cat([self.image_norm(image), latents], dim=1)
         query = self.query(latents).unflatten(-1, (-1, self.head_dim))
         key = self.key(sequence).unflatten(-1, (-1, self.head_dim))
@@ -161,6 +166,7 @@ class ResamplerLayer(nn.Module):
         `forward`."""
         query, key, _ = self.heads_of(latents, image)
         key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
+        # torch's fused attention gives no weights
         scores = query.float() @ key.float().transpose(2, 3) / self.head_dim**0.5
         return scores.softmax(-1).mean(1)
 

@@ -154,11 +154,21 @@ class AttentionCall:
     """The attention's keyword argument `visual`, from the fusion."""
 
 
+def check_layers(indices: list[int], count: int) -> None:
+    """Raises ValueError for indices that are none of so many layers, or not once each."""
+    in_range = set(indices) <= set(range(count))
+    if not indices or not in_range or len(set(indices)) < len(indices):
+        raise ValueError(
+            f"layers {indices}: the LLM has {count} layers, 0 to {count - 1}; each at most once"
+        )
+
+
 def attention_weights(query: Tensor, key: Tensor, mask: Tensor, scaling: float) -> Tensor:
     """Returns softmax(Q K^T * scaling) over the keys that the mask shows, (B, H, R, T) float32, of
     grouped queries too."""
     # grouped heads share keys
     key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
+    # transformers' kernels give no weights
     scores = query.float() @ key.float().transpose(2, 3) * scaling
     return scores.masked_fill(~mask, -torch.inf).softmax(-1)
 
@@ -189,6 +199,7 @@ def token_order(visual: VisualTokens, batch: Batch) -> Tensor:
     """Returns which of the N * Q visual tokens stands at each placeholder of the batch's
     `input_ids`, (B, T); 0 at text."""
     length, steps = batch.attention_mask.shape[1], batch.input_ids.shape[1]
+    # behind a cache the ids are the last ones of the row
     positions = torch.arange(length - steps, length, device=batch.input_ids.device)
     slot, offset = image_slots(visual, positions)
     order = visual.image_index.gather(1, slot) * visual.tokens.shape[1] + offset
@@ -209,10 +220,12 @@ def visible_images(visual: VisualTokens, batch: Batch) -> Tensor:
     """Returns which of its row's images each of the batch's `input_ids` sees, (B, T, I) bool: those
     that begin at or before it, in its own sample."""
     steps, length = batch.input_ids.shape[1], batch.attention_mask.shape[1]
+    # behind a cache the ids are the last ones of the row
     token_positions = torch.arange(length - steps, length, device=batch.input_ids.device)
     visible = visual.image_positions[:, None, :] <= token_positions[:, None]
     visible &= visual.image_index[:, None, :] >= 0
-    if batch.segment_ids is not None:  # packed rows, which are refused with a cache
+    # packed rows, which are refused with a cache: samples see their own images alone
+    if batch.segment_ids is not None:
         starts = first_positions(visual, length)
         image_segments = batch.segment_ids.gather(1, starts)
         visible &= image_segments[:, None, :] == batch.segment_ids[:, :, None]
@@ -228,6 +241,7 @@ def first_positions(visual: VisualTokens, length: int) -> Tensor:
 def row_tokens(visual: VisualTokens, dtype: torch.dtype) -> Tensor:
     """Returns the visual tokens of each row's images, (B, S, D). Rows with fewer images than others
     get the first one, which `visible_images` hides."""
+    # -1, for none, would be the last image
     return visual.tokens[visual.image_index.clamp(0)].flatten(1, 2).to(dtype)
 
 
@@ -266,6 +280,7 @@ def fused_output(
     if cache is not None:
         arguments[cache_argument(llm)] = cache
     arguments.update(forward_positions(llm, position_ids))
+    # the LLM is given embeddings, from which it cannot know the ids
     arguments.update(token_inputs(llm, batch.input_ids, batch.placeholder))
     with logits_at(llm, logits_to_keep):
         return llm(

@@ -91,6 +91,7 @@ class Concat(Fusion):
         if self.attention == "causal" or not batch.has_images or batch.visual_count == 0:
             return embeddings, {}
         length = batch.attention_mask.shape[1]
+        # a piece of a prompt: the check reads a tensor, which training must not wait for
         if embeddings.shape[1] < length:
             check_images_whole(visual, self.tokens_per_image, batch)
         return embeddings, {ARGUMENT: image_numbers(visual, self.tokens_per_image, length)}
@@ -101,6 +102,7 @@ def image_numbers(visual: VisualTokens, per_image: int, length: int) -> Tensor:
     text."""
     positions = torch.arange(length, device=visual.image_positions.device)
     slot, offset = image_slots(visual, positions)
+    # an answer lies behind T, where images that a row does not have would begin
     has_image = visual.image_index.gather(1, slot) >= 0
     return torch.where(has_image & (offset >= 0) & (offset < per_image), slot, -1)
 
@@ -185,6 +187,7 @@ def same_image(numbers: Tensor) -> Callable[..., Tensor]:
 
     def mask(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         query_image = numbers[row, query]
+        # text has -1 everywhere, which is no image
         return (query_image == numbers[row, key]) & (query_image >= 0)
 
     return mask

@@ -19,6 +19,7 @@ from owlfuse.model.fusion.base import (
     Fusion,
     VisualReader,
     attention_weights,
+    check_layers,
     row_tokens,
     visible_images,
 )
@@ -28,6 +29,7 @@ from owlfuse.model.layouts import (
     attention_of,
     decoder_layers,
     input_norm_of,
+    layout_of,
     mlp_norm_of,
 )
 from owlfuse.model.llm import shared_field, width
@@ -58,8 +60,8 @@ class CrossAttention(Fusion):
             LLM begins unchanged; or `none`.
         mlp: whether a gated MLP of its own follows, with the same kind of gate.
         qk_norm: whether queries and keys of each head are normed, as in Llama 3.2 Vision.
-        heads: of queries, keys and values, each as wide as the LLM over their number; by default
-            the LLM's.
+        heads: of queries, keys and values, each as wide as the LLM over their number, rounded down;
+            by default the LLM's.
 
     Raises:
         ValueError: an unknown option; from `attach`, layers that the LLM does not have, none, or
@@ -101,6 +103,7 @@ class CrossAttention(Fusion):
         self.mlp = mlp
         self.qk_norm = qk_norm
         self.heads = heads
+        # these two hook the attention and the norm before it
         if place != "before":
             self.needs = ("inputs_embeds", "layers", "attention")
         self.state: LayerState[RowImages] = LayerState()
@@ -118,6 +121,7 @@ class CrossAttention(Fusion):
             layer: Any = layers[index]
             block = CrossAttentionBlock(llm, self, index)
             attach_at[self.place](llm, layer, block)
+            # below the layer, so that FSDP gathers its parameters with the layer's
             layer.visual = block
         self.state.attach(llm, [layers[index] for index in self.layer_indices])
 
@@ -129,6 +133,7 @@ class CrossAttention(Fusion):
         """Returns the norms of queries and keys."""
         parameters: list[nn.Parameter] = []
         for block in blocks_of(llm).values():
+            # without qk_norm they are an Identity, which has no parameters
             for norm in (block.q_norm, block.k_norm):
                 parameters += norm.parameters()
         return parameters
@@ -201,6 +206,7 @@ class CrossAttentionBlock(VisualReader):
         size = width(llm)
         heads, groups, head_width = head_counts(llm, fusion.heads)
         table: Any = llm.get_input_embeddings().weight
+        # the LLM may be on the meta device, or in half precision
         like = {"device": table.device, "dtype": table.dtype}
         config = llm.config.get_text_config(decoder=True)
         eps = shared_field(config, "rms_norm_eps") or 1e-6
@@ -229,6 +235,7 @@ class CrossAttentionBlock(VisualReader):
             self.up_proj = nn.Linear(size, hidden_units, bias=False, **like)
             self.down_proj = nn.Linear(hidden_units, size, bias=False, **like)
             self.mlp_gate = zero_gate(fusion.gate, like)
+        # as large as the LLM's own linear layers begin
         std = shared_field(config, "initializer_range") or 0.02
         for module in self.modules():
             if isinstance(module, nn.Linear):
@@ -269,6 +276,7 @@ class CrossAttentionBlock(VisualReader):
 
     def query(self, hidden_states: Tensor) -> Tensor:
         """(B, T, D) -> (B, H, T, d)."""
+        # by the width of a head: a tensor rank has a part of the heads
         query = self.q_proj(self.norm(hidden_states)).unflatten(-1, (-1, self.head_width))
         return self.q_norm(query.transpose(1, 2))
 
@@ -294,6 +302,7 @@ class CrossAttentionBlock(VisualReader):
         scaling = self.head_width**-0.5
         weights = attention_weights(self.query(hidden_states), key, images.mask, scaling)
         weights = weights * images.sees_any[:, None]
+        # a negative gate reads as much as a positive one
         return weights if self.gate is None else weights * self.gate.tanh().abs().float()
 
     def split_counts(self) -> dict[str, int]:
@@ -321,6 +330,7 @@ def head_counts(llm: PreTrainedModel, heads: int | None) -> tuple[int, int, int]
     size = width(llm)
     if heads is None:
         config = llm.config.get_text_config(decoder=True)
+        # where layers differ in it, there is no number or a list
         heads = shared_field(config, "num_attention_heads")
         groups = shared_field(config, "num_key_value_heads") or heads
         head_width = shared_field(config, "head_dim")
@@ -346,15 +356,6 @@ def blocks_of(llm: PreTrainedModel) -> dict[int, CrossAttentionBlock]:
         if isinstance(module, CrossAttentionBlock):
             blocks[module.index] = module
     return blocks
-
-
-def check_layers(indices: list[int], count: int) -> None:
-    """Raises ValueError for indices that are none of so many layers, or not once each."""
-    in_range = set(indices) <= set(range(count))
-    if not indices or not in_range or len(set(indices)) < len(indices):
-        raise ValueError(
-            f"layers {indices}: the LLM has {count} layers, 0 to {count - 1}; each at most once"
-        )
 
 
 def attach_before(llm: PreTrainedModel, layer: Any, block: CrossAttentionBlock) -> None:
@@ -402,6 +403,13 @@ def attach_to_attention(
             f"place: layer {block.index} of {type(llm).__name__} has no norm before its "
             "self-attention; take before"
         )
+    layout = layout_of(llm)
+    if layout.output and not layout.output.startswith(f"{layout.attention}."):
+        # BERT-like layers multiply what the attention gives by a module behind it
+        raise ValueError(
+            f"place: layer {block.index} of {type(llm).__name__} projects its self-attention's "
+            "result in a module behind it; take before"
+        )
     update = AttentionUpdate(block, adds_attention)
     norm.register_forward_pre_hook(update.keep_input)
     attention_of(llm, layer).register_forward_hook(update.add)
@@ -417,6 +425,7 @@ class InputUpdate:
         self, layer: Any, args: tuple, kwargs: dict[str, Any]
     ) -> tuple[tuple, dict[str, Any]]:
         """Returns the arguments of the layer's forward with other hidden states."""
+        # families differ in whether hidden states come by position or by name
         hidden_states = args[0] if args else kwargs["hidden_states"]
         images = self.block.state.value
         recomputes = getattr(layer, "gradient_checkpointing", False) and layer.training
@@ -450,8 +459,14 @@ class AttentionUpdate:
         """Returns the attention's output, (B, T, D) or a tuple that begins with it, with the
         block's update added."""
         attended = output[0] if isinstance(output, tuple) else output
+        # not kept for longer, since it holds memory of the backward pass
         hidden_states, self.layer_input = self.layer_input, None
-        assert hidden_states is not None
+        if hidden_states is None:
+            # BART's first norm comes behind its attention, though it has the name of one before
+            raise RuntimeError(
+                "the first norm of its layers comes behind their attention; take place: before"
+            )
+        # the layer adds its input to what comes out here, so this is what its MLP would read
         if self.adds_attention:
             hidden_states = hidden_states + attended
         attended = attended + self.block(hidden_states)
@@ -471,6 +486,7 @@ def plain_residuals(llm: PreTrainedModel) -> list[bool]:
             attention = attention_of(llm, layer)
         except ValueError:  # a layer without attention
             continue
+        # no norm to read the sum at, or one norm before both, side by side
         if None in norms or norms[0] is norms[1]:
             continue
         tensors = sums.setdefault(index, [])
@@ -488,6 +504,7 @@ def plain_residuals(llm: PreTrainedModel) -> list[bool]:
         tensors = sums.get(index, [])
         # layer input, attention's result, and what the MLP's norm reads, in the order of the calls
         is_plain = False
+        # another number: a module is called twice, or never
         if len(tensors) == 3:
             layer_input, attended, mlp_input = tensors
             # OPT's MLP reads the rows of a batch as one

@@ -66,6 +66,7 @@ class DeepStack(Fusion):
                 f"the LLM has {len(layers)}; give model.vision.levels fewer"
             )
         for level in range(self.levels):
+            # a partial and no inner function: a copy of the model has to get the copy's state
             layers[level].register_forward_hook(partial(add_level, self.state, level))
         self.state.attach(llm, layers[: self.levels])
 
@@ -83,6 +84,7 @@ class DeepStack(Fusion):
         if visual.levels is None:
             raise ValueError("deepstack needs visual tokens of the backbone's extra levels")
         order = token_order(visual, batch)
+        # images one behind the other, as `token_order` counts their tokens
         tokens = visual.levels.flatten(1, 2)
         return embeddings, {ARGUMENT: LevelTokens(tokens, order, batch.placeholder[..., None])}
 
@@ -106,10 +108,12 @@ def add_level(
 ) -> Any:
     """Returns a decoder layer's output, (B, T, D) or a tuple that begins with it, with the tokens
     of a level added at visual positions."""
+    # the LLM was called by itself, without the fusion
     if state.value is None:
         return output
     tokens, order, is_visual = state.value
     hidden_states = output[0] if isinstance(output, tuple) else output
     update = tokens[level][order].to(hidden_states.dtype)
+    # selected everywhere: an index of the visual positions would have a shape of the data
     hidden_states = hidden_states + torch.where(is_visual, update, torch.zeros_like(update))
     return (hidden_states, *output[1:]) if isinstance(output, tuple) else hidden_states

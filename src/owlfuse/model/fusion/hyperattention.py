@@ -21,6 +21,7 @@ from owlfuse.model.fusion.base import (
     AttentionCall,
     Fusion,
     attention_weights,
+    check_layers,
     first_positions,
     row_tokens,
     text_mask,
@@ -61,7 +62,8 @@ class HyperAttention(Fusion):
             they are not turned at all, and stand at position 0 for every query.
 
     Raises:
-        ValueError: from `attach`, layers that the LLM does not have, none, or one twice.
+        ValueError: from `attach`, layers that the LLM does not have, none, or one twice; flash
+            attention, which has no mask that says who sees whom.
     """
 
     tokens_per_image = 1
@@ -96,15 +98,17 @@ class HyperAttention(Fusion):
     def attach(self, llm: PreTrainedModel) -> None:
         """Adds a `VisualAttention` to each of the layers, and makes transformers call `attend` for
         the LLM's attention."""
+        # private: transformers has a setter for it, and no getter
+        plain = llm.config._attn_implementation
+        if "flash" in plain:
+            raise ValueError(
+                f"hyperattention needs masks, which {plain} has not; set model.llm.attention=sdpa"
+            )
         layers = decoder_layers(llm)
         indices = self.layer_indices
-        in_range = set(indices) <= set(range(len(layers)))
-        if not indices or not in_range or len(set(indices)) < len(indices):
-            raise ValueError(
-                f"layers {indices}: the LLM has {len(layers)} layers, 0 to {len(layers) - 1}; each "
-                "at most once"
-            )
+        check_layers(indices, len(layers))
         layout = layout_of(llm)
+        # tried on a tiny copy, before this LLM is changed
         paths = key_paths(llm)
         for index in indices:
             path = paths[index]
@@ -114,12 +118,14 @@ class HyperAttention(Fusion):
                     f"{index}: {path}; choose another LLM, other layers or another fusion"
                 )
             layer = layers[index]
-            norm = deepcopy(input_norm_of(llm, layer)) if self.norm == "own" else None
-            if self.norm == "own" and norm is None:
-                raise ValueError(
-                    f"norm: own is a copy of the norm before the attention, and "
-                    f"{type(llm).__name__} has none; set norm=shared"
-                )
+            norm = None
+            if self.norm == "own":
+                norm = deepcopy(input_norm_of(llm, layer))
+                if norm is None:
+                    raise ValueError(
+                        f"norm: own is a copy of the norm before the attention, and "
+                        f"{type(llm).__name__} has none; set norm=shared"
+                    )
             attention_of(llm, layer).visual = VisualAttention(
                 key_value_weights(llm, layer),
                 head_width(llm, layer),
@@ -131,8 +137,6 @@ class HyperAttention(Fusion):
             assert layout.attention is not None
             hook = partial(project_visual_kv_hook, layout.attention, layout.input_norm, index)
             layer.register_forward_pre_hook(hook, with_kwargs=True)
-        # private: transformers has a setter for it, and no getter
-        plain = llm.config._attn_implementation
         name = f"owlfuse_hyperattention_{plain}"
         ALL_ATTENTION_FUNCTIONS.register(name, partial(attend, plain))
         ALL_MASK_ATTENTION_FUNCTIONS.register(name, ALL_MASK_ATTENTION_FUNCTIONS[plain])
@@ -179,9 +183,17 @@ class HyperAttention(Fusion):
         """Returns cosines and sines at `positions` (B, S), once for each of the rotary embeddings
         that the layers have."""
         layers: Any = decoder_layers(llm)
-        paths = [attention_of(llm, layers[index]).visual.key_path for index in self.layer_indices]
-        types = {path.layer_type for path in paths if path.rotation != "none"}
-        return {name: rotary(llm, tokens, positions, name) for name in sorted(types, key=str)}
+        layer_types = set()
+        for index in self.layer_indices:
+            path = attention_of(llm, layers[index]).visual.key_path
+            # SmolLM3 has layers that rotate nothing
+            if path.rotation != "none":
+                layer_types.add(path.layer_type)
+        rotations = {}
+        # by their text, since None does not compare with names
+        for layer_type in sorted(layer_types, key=str):
+            rotations[layer_type] = rotary(llm, tokens, positions, layer_type)
+        return rotations
 
     def visual_attention_layers(self, layers: int) -> list[int]:
         """Returns the layers that have a visual attention."""
@@ -192,6 +204,7 @@ class HyperAttention(Fusion):
         over a head's width; of a fused softmax, its visual part."""
         key, _, visible = call.visual
         mask = visible[:, -call.query.shape[2] :]  # (1, R, I)
+        # an image is seen as one, with all of its tokens
         mask = mask.repeat_interleave(self.connector_tokens, dim=2)[:, None]  # (1, 1, R, S)
         if self.gate == "fused":
             keys = torch.cat([key, call.key], dim=2)
@@ -201,6 +214,7 @@ class HyperAttention(Fusion):
         if self.gate == "none":
             return weights
         attention: Any = call.module
+        # a static gate is one vector for all tokens
         gate = attention.visual.gate_of(call.text).expand_as(call.text)
         gate = gate.unflatten(2, (call.query.shape[1], -1))  # (1, R, H, d)
         return weights * gate.float().mean(-1).transpose(1, 2)[..., None]
@@ -328,6 +342,7 @@ def project_visual_kv_hook(
             norm = layer.get_submodule(norm_path)
         # the attention of OLMo 2 reads what no norm has passed
         tokens = row.tokens if norm is None else norm(row.tokens)
+        # none for a layer that rotates nothing
         turn = row.rotations.get(attention.visual.key_path.layer_type, ())
         keys_values = attention.visual.keys_values(tokens, attention, *turn)
         if row.kv_cache is not None:

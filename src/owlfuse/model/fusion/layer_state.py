@@ -51,6 +51,7 @@ class LayerState(Generic[Value]):
         self, llm: nn.Module, args: tuple, kwargs: dict[str, Any]
     ) -> tuple[tuple, dict[str, Any]]:
         """Takes the value out of the arguments of the LLM's forward."""
+        # in every forward pass, since checkpointing may be turned on at any time
         for layer in self.layers:
             if getattr(layer, "gradient_checkpointing", False):
                 self.wrap_checkpointing(layer)

@@ -73,6 +73,7 @@ class ModalityAdaptive(Fusion):
         """Replaces each of the modules that have copies by a `ByModality`."""
         layers = decoder_layers(llm)
         for layer in layers:
+            # first: a copy of the fused projection would be one of queries, too
             if needs_split(self.copies):
                 split_fused(llm, layer)
             for name in self.copies:
@@ -120,6 +121,7 @@ def check_mlp(llm: PreTrainedModel, mlp: nn.Module) -> None:
     linear = set()
     for module in mlp.modules():
         if isinstance(module, nn.Linear | Conv1D):
+            # by identity: tensors would compare their numbers
             linear.update(id(parameter) for parameter in module.parameters())
     if not linear or linear != {id(parameter) for parameter in mlp.parameters()}:
         raise ValueError(
@@ -195,9 +197,11 @@ class ByModality(nn.Module):
         gather them, and the visual one's at visual positions."""
         assert modality.order is not None
         assert modality.count is not None
+        # sorted, they stand behind those of text
         visual_positions = modality.order[-modality.count :]
         text = self.text(hidden_states)
         visual_states = hidden_states.flatten(0, 1).index_select(0, visual_positions)
+        # as one row, since modules are given (B, T, D)
         visual = self.vision(visual_states[None])[0]
         return text.flatten(0, 1).index_copy(0, visual_positions, visual).view_as(text)
 

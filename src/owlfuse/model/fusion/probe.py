@@ -43,6 +43,7 @@ def check_fusion(fusion: Fusion, llm: PreTrainedModel) -> None:
         if 0 <= index < count:
             layer_indices.append(index)
     check_needs(llm, fusion.needs, type(fusion).__name__, layer_indices)
+    # those with an underscore are torch's own: modules, hooks and parameters
     arguments = {name: value for name, value in vars(fusion).items() if not name.startswith("_")}
     # all that a result depends on
     key = type(fusion), repr(fusion), repr(arguments), *configuration_key(llm)
@@ -75,6 +76,7 @@ def find_failure(fusion: Fusion, llm: PreTrainedModel) -> str | None:
     except FAILURES as error:
         return f"it cannot be attached ({first_line(error)})"
     fusion.eval()
+    # the same pictures in every process, so that all ranks come to the same result
     images = torch.randn(2, VISUAL_TOKENS, width(llm), generator=torch.Generator().manual_seed(1))
     try:
         padded = {}

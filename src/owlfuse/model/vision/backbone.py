@@ -135,6 +135,7 @@ class TimmBackbone(Backbone):
         # each level has statistics of its own
         self.norm = nn.BatchNorm1d(self.width * (1 + self.extra_levels)) if norm else None
         self.positions: Tensor | None
+        # in no checkpoint: it follows from the size of the pictures, which may change
         self.register_buffer("positions", self.table() if positions else None, persistent=False)
         allow_single_values(self)
         self.set_checkpointing(gradient_checkpointing)
@@ -153,6 +154,7 @@ class TimmBackbone(Backbone):
                 f"chunk is {self.chunk}, and parameters are split over ranks: those with other "
                 "counts of images would wait for each other for ever; set model.vision.chunk=null"
             )
+        # a frozen norm uses its running statistics, which no chunk changes
         if any(isinstance(module, _BatchNorm) and module.training for module in self.modules()):
             raise ValueError(
                 f"chunk is {self.chunk}, and batch norms are trained, whose statistics are those "
@@ -202,7 +204,9 @@ class TimmBackbone(Backbone):
         probe: Any = copy.deepcopy(self.body).to("meta").eval()
         pixels = torch.zeros(1, 3, *self.preprocessing.size, device="meta")
         with torch.no_grad():
+            # counted by a pass without memory, which knows stages as well as blocks
             count = len(probe.forward_intermediates(pixels, intermediates_only=True))
+        # the block of the output itself is no further level
         last = count - 1 if self.output == "last" else count - 2
         resolved = sorted(level + count if level < 0 else level for level in levels)
         if resolved[0] < 0 or resolved[-1] >= last:
@@ -238,6 +242,7 @@ class TimmBackbone(Backbone):
 
     def chunked_features(self, pixels: Tensor) -> Tensor:
         """Returns `sequence_features`, computed a chunk at a time."""
+        # a frozen model keeps no activations that could be dropped
         trained = any(parameter.requires_grad for parameter in self.body.parameters())
         features = []
         for chunk in pixels.split(self.chunk):
@@ -273,6 +278,7 @@ class TimmBackbone(Backbone):
             # all blocks are passed, and what comes out at the end is that of forward_features
             last, levels = self.intermediates(pixels, indices=self.levels)
             return [last, *map(with_prefix, levels)]
+        # the last but one is behind all levels, and timm gives them in the order of the blocks
         *levels, penultimate = self.intermediates(
             pixels, indices=[*self.levels, -2], stop_early=True, intermediates_only=True
         )
@@ -283,6 +289,7 @@ class TimmBackbone(Backbone):
         has them, and without the final norm."""
         parameters = inspect.signature(self.body.forward_intermediates).parameters
         if self.prefix_tokens and "return_prefix_tokens" in parameters:
+            # else timm leaves them out, and levels would have fewer tokens than the output
             options["return_prefix_tokens"] = True
         return self.body.forward_intermediates(pixels, norm=False, **options)
 
@@ -302,6 +309,7 @@ class TimmBackbone(Backbone):
         Raises:
             ValueError: a level that has another grid or other tokens than the output.
         """
+        # in training a model may drop patches, see `check_tokens`
         training = self.training
         self.eval()
         probe: Any = all_differentiable(copy.deepcopy(self).to("meta"))
@@ -321,6 +329,7 @@ class TimmBackbone(Backbone):
             )
         self.train(training)
         patches, width = sequence.shape[1:]
+        # separate levels are side by side in this pass
         width //= 1 + self.extra_levels
         if features.ndim == 4:
             grid = tuple(features.shape[1:3] if self.channels_last() else features.shape[2:])
@@ -385,6 +394,7 @@ class TimmBackbone(Backbone):
                 "penultimate or another model"
             )
         height, width = self.preprocessing.size
+        # a grid of a square picture is square, so another count has unknown tokens in it
         if (
             self.drop_prefix == 0
             and not self.prefix_tokens
@@ -427,6 +437,7 @@ class TimmBackbone(Backbone):
         units: list[nn.Module] = []
         for name, child in self.body.named_children():
             if name in ("blocks", "stages", "layers") and isinstance(child, LISTS):
+                # a block at a time: what is gathered is freed before the next one
                 units += child
         return units
 

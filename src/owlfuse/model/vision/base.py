@@ -57,9 +57,11 @@ class Preprocessing:
         # resized first, since a long picture with its bars may be more than memory holds
         width, height = size
         if picture.width / picture.height > size[0] / size[1]:
+            # at least one pixel, since PIL refuses a picture without any
             height = max(1, round(picture.height / picture.width * size[0]))
         else:
             width = max(1, round(picture.width / picture.height * size[1]))
+        # rounded down, as in LLaVA
         fill = tuple(int(channel * 255) for channel in self.mean)
         view = Image.new("RGB", size, fill)
         corner = round((size[0] - width) / 2), round((size[1] - height) / 2)

@@ -31,6 +31,7 @@ class SyncedBatchNorm(_BatchNorm):
         self.affine, self.track_running_stats = norm.affine, norm.track_running_stats
         self.weight, self.bias = norm.weight, norm.bias
         for name, buffer in norm.named_buffers(recurse=False):
+            # torch has registered these names as empty buffers, which are filled here
             setattr(self, name, buffer)
         self.add_over_ranks = add_over_ranks
         self.blank = False
@@ -52,16 +53,20 @@ class SyncedBatchNorm(_BatchNorm):
         one value a channel, or none."""
         assert self.running_mean is not None
         assert self.running_var is not None
+        # sums over many images lose digits in half precision
         rows = input.float().transpose(0, 1).flatten(1)  # (C, N * S)
+        # times zero, since every rank has to take part in the sums
         share = 0.0 if self.blank else 1.0
         count = rows.new_full((1,), rows.shape[1] * share)
         total = self.add_over_ranks(torch.cat([rows.sum(1) * share, count]))
         sums, count = total[:-1], total[-1]
         mean = sums / count.clamp_min(1)
+        # of the differences to the mean: a difference of large squares would lose digits
         variance = self.add_over_ranks(
             (rows - mean[:, None]).square().sum(1) * share
         ) / count.clamp_min(1)
         with torch.no_grad():
+            # a tensor and no branch, so that the device is not waited for
             some = count > 1
             assert self.momentum is not None
             assert self.num_batches_tracked is not None

@@ -33,6 +33,7 @@ def create_body(
         raise ValueError(
             f"pretrained asks for timm's weights and weights for {weights}; give one of the two"
         )
+    # there is nothing to load into, and a plan should need no download
     pretrained = pretrained and torch.get_default_device().type != "meta"
     if pretrained and (hub_name := hub_name_of(name, kwargs.get("pretrained_cfg_overlay") or {})):
         check_hub_has(
@@ -106,6 +107,7 @@ def remove_modules(module: nn.Module, unused: set[str], prefix: str = "") -> Non
         path = f"{prefix}{name}."
         parameters = [path + parameter for parameter, _ in child.named_parameters()]
         if parameters and unused.issuperset(parameters):
+            # an Identity, since timm's forward still calls it
             setattr(module, name, nn.Identity())
         else:
             remove_modules(child, unused, path)
@@ -129,6 +131,7 @@ def load_weights(body: nn.Module, weights: str, name: str, kwargs: dict[str, Any
     with torch.device("meta"):
         tensors = read_weights(Path(packaged(weights)).expanduser(), device)
         expected = timm.create_model(name, **kwargs).state_dict()  # with its classifier
+    # files of weights hold the classifier, which the body lacks
     head = set(expected) - set(body.state_dict())
     try:
         if set(body.state_dict()) <= set(tensors):
@@ -212,6 +215,7 @@ def checkpoint_blocks(body: Any, enable: bool) -> None:
     try:
         body.set_grad_checkpointing(enable)
     except (AssertionError, AttributeError) as error:
+        # turning off what a model does not have is no error
         if enable:
             raise ValueError(
                 f"gradient_checkpointing: timm's {name} does not support it; leave it false"

@@ -93,6 +93,7 @@ class MultiBackbone(Backbone):
         self.patches = first.patches
         self.width = sum(backbone.width for _, backbone in self.each())
         sizes = [backbone.preprocessing.size for _, backbone in self.each()]
+        # the largest: a picture that was made smaller does not regain its details
         largest = max(sizes, key=lambda size: size[0] * size[1])
         self.preprocessing = replace(first.preprocessing, size=largest, resize=self.resize)
 
@@ -123,6 +124,7 @@ class MultiBackbone(Backbone):
         """Returns features (N, P', width) of a grid as (N, P, width)."""
         if grid == self.grid:
             return features
+        # torch interpolates over the last two dimensions
         maps = features.transpose(1, 2).unflatten(2, grid)
         resized = F.interpolate(maps, self.grid, mode="bilinear", align_corners=False)
         return resized.flatten(2).transpose(1, 2)
@@ -216,6 +218,7 @@ def make_backbone(
         raise ValueError(f"{shared[0]} is the same for all backbones; remove the key")
     if image_size is not None:
         arguments["image_size"] = image_size
+    # tokens are joined one by one, and backbones have other numbers of class tokens
     backbone = backbone_class(**arguments, class_token=False, chunk=chunk)
     if backbone.patches != backbone.grid[0] * backbone.grid[1]:
         raise ValueError(f"its {backbone.patches} tokens are more than its patches")
@@ -225,6 +228,7 @@ def make_backbone(
 def convert_pixels(pixels: Tensor, source: Preprocessing, target: Preprocessing) -> Tensor:
     """Returns pixels (N, 3, H, W) that were normalised for one backbone as another one takes them,
     at its size."""
+    # equal ones are left alone, so that the first backbone sees its pixels bit for bit
     if (source.mean, source.std) != (target.mean, target.std):
         channels = []
         # plain numbers, which half precisions do not round
