@@ -70,7 +70,8 @@ def find_conflicts(
 ) -> dict[str, tuple[Any, Any]]:
     """Returns the keys that the configuration has otherwise than by default and than the folder:
     the folder's value, and the configuration's. How a part computes or is loaded is left out."""
-    free = {"config"}
+    # an export holds plain weights, and the run says itself whether it puts them in 4 bits
+    free = {"config", "quantization"}
     if "_target_" in requested:
         free |= compute_only(requested) | loading_options(requested)
     folder_values = {**argument_defaults(in_folder), **in_folder}
