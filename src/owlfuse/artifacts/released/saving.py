@@ -23,6 +23,7 @@ from owlfuse.core.files import atomic_directory
 from owlfuse.model.connectors.abstractor import Abstractor
 from owlfuse.model.connectors.linear import LinearConnector
 from owlfuse.model.connectors.mlp import MLPConnector
+from owlfuse.model.fusion.concat import Concat
 from owlfuse.model.fusion.hyperattention import HyperAttention
 from owlfuse.model.multimodal import MultimodalLM
 from owlfuse.model.vision.backbone import TimmBackbone
@@ -121,8 +122,14 @@ def checked_mappings(model: MultimodalLM) -> dict[str, TensorMapping]:
 
 
 def check_fusion(model: MultimodalLM) -> None:
-    """Raises DataError for a form of hyperattention that was never released."""
+    """Raises DataError for a form of a fusion that was never released."""
     fusion = model.fusion
+    # no tensor tells it: the released code would read such a folder, and give other logits
+    if isinstance(fusion, Concat) and fusion.attention != "causal":
+        raise DataError(
+            f"fusion: attention {fusion.attention}, and a released {family_in(model)} has causal "
+            f"attention alone; {OTHER_LAYOUT}"
+        )
     if isinstance(fusion, HyperAttention) and (
         fusion.gate == "none" or fusion.norm != "shared" or not fusion.mi_rope
     ):
