@@ -97,8 +97,10 @@ def export(
         )
         if not merge:
             save_lora(wrapped, folder / ADAPTER)
+        # released weights may come without a tokenizer
         if trained.tokenizer is not None:
             make_processor(trained).save_pretrained(folder)
+        # so that an imported model can be written in the released layout again
         if released := model.released:
             write_record(released, folder / RELEASED)
         (folder / "README.md").write_text(

@@ -36,7 +36,8 @@ def adopt_parts(config: DictConfig) -> None:
     for part in ("vision", "connector"):
         if requested[part]["_target_"] == nodes[part]["_target_"]:
             options = compute_only(requested[part]) & set(requested[part])
-            nodes[part] = {**nodes[part], **{name: requested[part][name] for name in options}}
+            computing = {name: requested[part][name] for name in options}
+            nodes[part] = {**nodes[part], **computing}
     # the size of the group's own yaml is a default, not a wish
     if Path(origin_of(config, "model.vision.image_size")).parent.name != "vision":
         nodes["vision"] = {**nodes["vision"], "image_size": requested["vision"].get("image_size")}

@@ -70,6 +70,7 @@ def merge_lora(model: nn.Module) -> None:
             merged = merged_weight(layer, dense_weight(base, dtype))
             model.set_submodule(name, dense_layer(base, merged))
         else:
+            # safe: peft raises where a sum is not finite, so that no such weight is exported
             layer.merge(safe_merge=True)
     for name, layer in layers.items():
         # inside of another, which is around the same module

@@ -97,6 +97,7 @@ class ComposedConfig(DictConfig):
         self.__dict__["composition"] = composition
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ComposedConfig:
+        # DictConfig makes a plain one, which knows no origins
         return ComposedConfig(super().__deepcopy__(memo), self.composition)
 
 
@@ -119,6 +120,7 @@ def compose(
     """
     folders = find_folders(config_dir)
     run = _resumed_run(overrides)
+    # a folder may have a name that is none in Hydra's grammar
     lines = [line for line in overrides if not line.startswith("resume=")]
     if run is None:
         composition = _choose_experiment(lines, folders)
@@ -218,6 +220,7 @@ def check_steps(trainer: dict[str, Any], origin: Origin) -> None:
         )
 
     for key in ("max_steps", "log_every_n_steps"):
+        # not isinstance, for which true is a whole number, too
         if type(trainer.get(key)) is int and trainer[key] < 1:
             raise refusal(key, "a whole number of optimizer steps from 1 on")
     interval = trainer.get("val_check_interval", 1)
@@ -251,6 +254,7 @@ def naming_part(config: DictConfig) -> Iterator[None]:
     begins with a part of the model, the file that configures it stands in front."""
     try:
         yield
+    # both are ValueErrors, and name what is at fault themselves
     except (ConfigError, DataError):
         raise
     except ValueError as error:

@@ -26,6 +26,7 @@ def naming(part: str) -> Iterator[None]:
     try:
         yield
     except (ConfigError, DataError) as error:
+        # a cell is composed of words that may come from a file, and not from the command line
         message = str(error).removeprefix(f"{COMMAND_LINE}: ")
         raise type(error)(f"{part}: {message}") from error
 

@@ -25,6 +25,7 @@ class PlainConsole(Console):
     ) -> Iterable[Segment]:
         """See `rich.console.Console`."""
         for segment in super().render(renderable, options):
+            # control segments are rich's own, and move the cursor
             yield segment if segment.control else Segment(visible(segment.text), segment.style)
 
 

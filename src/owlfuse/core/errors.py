@@ -188,4 +188,5 @@ def one_line(message: str) -> str:
     line = "".join(characters)
     if len(line) <= MAX_MESSAGE:
         return line
+    # a message begins with the file or sample, and ends with what was expected
     return f"{line[: MAX_MESSAGE - 200]} ... {line[-195:]}"

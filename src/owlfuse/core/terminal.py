@@ -72,6 +72,7 @@ def guard_terminal() -> None:
     The command line calls it once.
     """
     handlers: list[logging.Handler] = [*logging.getLogger().handlers]
+    # it prints for loggers that have no handler
     if logging.lastResort:
         handlers.append(logging.lastResort)
     for name in ("lightning", "lightning.pytorch", "transformers", "owlfuse"):

@@ -59,6 +59,7 @@ def save(model: MultimodalLM, folder: Path | str, max_shard_size: str = "5GB") -
 def released_tensor(model: MultimodalLM, mappings: dict[str, TensorMapping], name: str) -> Tensor:
     """Returns a tensor of the folder by its name there."""
     original = model.released.original_tensors.get(name)
+    # a tensor that the model does not use, and cannot give back
     if name not in mappings:
         return original
     mapping = mappings[name]
@@ -180,6 +181,7 @@ def write_record(released: Released, folder: Path) -> None:
         save_file(tensors, folder / ORIGINAL_TENSORS, metadata={"format": "pt"})
     dtypes = {}
     for name, dtype in released.dtypes.items():
+        # None stays None: numbers that are not floating-point are written as they were
         dtypes[name] = dtype and str(dtype).removeprefix("torch.")
     record = {
         "family": released.family,

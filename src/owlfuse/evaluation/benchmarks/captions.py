@@ -61,6 +61,7 @@ def caption_metrics(
     cider, cider_by_image = Cider().compute_score(expected, written)
     metrics = {f"bleu_{n}": float(score) for n, score in enumerate(bleu, 1)}
     metrics |= {"rouge_l": float(rouge), "cider": float(cider)}
+    # CIDEr is given for the images in the order of `expected`
     return metrics, dict(zip(expected, map(float, cider_by_image)))
 
 

@@ -152,6 +152,7 @@ def answer(model: LoadedModel, requests: list[Request], seed: int) -> tuple[list
     rows = []
     cut_count = 0
     for row, limit in zip(generated.tolist(), limits, strict=True):
+        # rows are generated up to the largest limit of the batch
         row = row[:limit]
         rows.append(row)
         if limit < options.max_new_tokens and len(row) == limit and not ends & set(row):

@@ -221,6 +221,7 @@ class Owlfuse(lmms):
         comes next, or that it was the last."""
         with exit_on_user_error():
             rounds = [Rounds(self, request) for request in requests]
+            # round by round over all requests, so that batches stay full
             while open_rounds := [item for item in rounds if item.next is not None]:
                 requests_now = [item.next for item in open_rounds if item.next is not None]
                 for item, text in zip(open_rounds, self.answer_all(requests_now), strict=True):

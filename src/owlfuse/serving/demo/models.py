@@ -47,6 +47,7 @@ def load_models(
     for count, (folder, name) in enumerate(zip(folders, unique_names(folders)), start=1):
         report(f"loading {folder} ({count} of {len(folders)})")
         start = time.perf_counter()
+        # an exported folder has no checkpoints to choose from, and may stand beside a run
         is_run = (folder / "config.yaml").exists()
         model, processor = load_with_processor(folder, which if is_run else "last")
         model.to(device)  # type: ignore[arg-type]  # lost in transformers' wrapper

@@ -178,6 +178,7 @@ class Visitor:
         # Also when the page is gone, which closes this generator.
         finally:
             QUEUE.leave(turn)
+            # the thread that asks the model goes on until this is set
             turn.stop.set()
             turn.end(NOT_READ)
             self.last_seen = time.monotonic()

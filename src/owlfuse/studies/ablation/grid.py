@@ -224,6 +224,7 @@ def check_parts(cells: list[Cell], open_data: bool) -> None:
         cells_by_name.setdefault(cell.name, []).append(cell)
     for name, same_cells in cells_by_name.items():
         with naming(f"cell {name}"):
+            # seeds of a cell differ in random numbers alone
             trained, identity = check_cell(same_cells[0], data_identities, open_data)
         for cell in same_cells:
             cell.trained = trained
