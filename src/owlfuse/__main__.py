@@ -55,6 +55,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _run(arguments: argparse.Namespace) -> None:
     guard_terminal()
+    # before the command, which may read a model at once
     for module in arguments.trust:
         _trust(module)
     COMMANDS[arguments.command](arguments)
@@ -328,7 +329,9 @@ def override_words(folders: ConfigFolders) -> list[str]:
     for group, options in folders.groups.items():
         keys = [group]
         if group == "model/adapter":
+            # each part has a choice of its own
             keys = [f"{group}@model.adapter.{part}" for part in PARTS]
+        # one is of `eval` alone, the other is chosen below the name of a source
         elif group in ("task", "data/source"):
             continue
         for key in keys:

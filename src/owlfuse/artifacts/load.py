@@ -110,6 +110,7 @@ def wrap(trained: TrainedModel) -> OwlfuseForConditionalGeneration:
             f"the tokenizer has no {trained.image_token}; give it: tokenizer.add_special_tokens"
         )
     generation = AnswerFormat.of(tokenizer).generation(tokenizer, trained.model.llm)
+    # transformers' default would end an answer after a few words
     generation["max_new_tokens"] = 256
     return OwlfuseForConditionalGeneration.wrap(trained.model, image_token_id, generation)
 

@@ -57,6 +57,7 @@ ON_RESUME: tuple[str, ...] = (
     "trainer.*",
     "evaluation*",
     "callbacks*",
+    # the position in the data is counted in samples, and not in batches
     "data.global_batch_size",
     "data.micro_batch_size",
 )

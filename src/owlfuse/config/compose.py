@@ -179,6 +179,7 @@ def check(config: DictConfig, importing: bool = True) -> None:
 def check_levels(plain: dict[str, Any], origin: Origin) -> None:
     """Check keys and types of the levels that every configuration has. Raises ConfigError."""
     check_arguments(Root, "", "", plain, origin)
+    # both are names of folders
     for key in ("experiment", "name"):
         if plain.get(key) is not None:
             check_name(f"{origin(key)}: {key}", plain[key])
@@ -350,6 +351,7 @@ def _compose_resumed(lines: list[str], run: Path, folders: ConfigFolders) -> Com
                 f"{COMMAND_LINE}: {override.input_line}: a resumed run stays in its folder, {run}"
             )
         overrides.append(override)
+    # as the root of a composition: keys are checked as in any other, and errors name the file
     run_folders = ConfigFolders(configs=(run.resolve(),), root="config")
     return Composition(run_folders, overrides)
 

@@ -13,6 +13,7 @@ def split_settings(words: list[str], names: Collection[str]) -> tuple[dict[str, 
     others = []
     for word in words:
         name, sign, value = word.partition("=")
+        # a word without a sign is left to the checks of overrides, which refuse it
         if sign and name in names:
             settings[name] = value
         else:

@@ -39,4 +39,5 @@ def count(parameters: int) -> str:
 
 def show(table: Table) -> None:
     """Print a table, in a file without the width of a terminal."""
+    # for a file rich takes 80 columns, and would fold the cells
     Console(width=None if sys.stdout.isatty() else 200).print(table)

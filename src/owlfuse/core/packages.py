@@ -56,6 +56,7 @@ def looks_local(name: str) -> bool:
     path = Path(name).expanduser()
     return (
         name.startswith((".", "/", "~"))
+        # a name of the hub has one slash at most
         or name.count("/") > 1
         or path.exists()
         or ("/" in name and path.parent.is_dir())

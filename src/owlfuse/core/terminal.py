@@ -75,6 +75,7 @@ def guard_terminal() -> None:
     # it prints for loggers that have no handler
     if logging.lastResort:
         handlers.append(logging.lastResort)
+    # these may have handlers of their own
     for name in ("lightning", "lightning.pytorch", "transformers", "owlfuse"):
         handlers += logging.getLogger(name).handlers
     for handler in handlers:

@@ -61,6 +61,7 @@ def capture_attention(llm: PreTrainedModel, capture: AttentionCapture) -> Iterat
     handles = []
     for layer in capture.layers:
         if layer in readers:
+            # torch's fused attention gives no weights out: they are computed from its input
             hook = partial(capture_reader, capture, layer)
             handles.append(readers[layer].register_forward_pre_hook(hook))
     # where the text reads pictures by modules beside it, the LLM's attention stays as it is

@@ -80,6 +80,7 @@ class Options:
         for key in ("until", "stop_sequences"):
             ends = options.get(key, [])
             until += [ends] if isinstance(ends, str) else ends
+        # in one order, so that requests with the same options are equal and share a batch
         return cls(tokens, tuple(filter(None, until)), tuple(sorted(arguments.items())))
 
     @property

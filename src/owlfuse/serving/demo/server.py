@@ -122,6 +122,7 @@ class Guard:
             headers[name.decode().lower()] = value.decode("latin-1")
         host, origin = headers.get("host", ""), headers.get("origin")
         # A name that a foreign web site had its own DNS resolve to this machine.
+        # The slashes have urlsplit take the text for a host and its port.
         if urlsplit(f"//{host}").hostname not in LOCAL_NAMES:
             return 403, "this demo answers to this machine alone"
         # Browsers send the origin with every request that changes something.

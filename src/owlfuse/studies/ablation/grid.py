@@ -209,6 +209,7 @@ def cell_name(levels: Levels) -> str:
     for level in levels.values():
         if level != ABSENT:
             name = re.sub(r"[^A-Za-z0-9_.+]+", "_", level).strip("_")
+            # nothing is left of a level that is made of signs alone
             names.append(name or "none")
     return "-".join(names) or "all"
 

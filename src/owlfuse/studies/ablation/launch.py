@@ -170,6 +170,7 @@ def run_by_submitit(
         # A time limit or the lack of memory ends a job without a word in cell.json.
         if job_error is not None and not interrupt_count(folder):
             run = folder / key
+            # a job that never began has no folder
             run.mkdir(exist_ok=True)
             reason = " ".join(str(job_error).split())[-300:]
             state = read_json_if_there(run / STATE_FILE)
