@@ -107,7 +107,7 @@ class Guard:
             if message["type"] == "http.response.start":
                 headers = encoded(HEADERS)
                 for name, value in message["headers"]:
-                    # a header of Gradio's would be a second one of that name
+                    # A header of Gradio's would be a second one of that name.
                     if name.decode().lower() not in HEADERS:
                         headers.append((name, value))
                 message["headers"] = headers

@@ -209,7 +209,7 @@ def cell_name(levels: Levels) -> str:
     for level in levels.values():
         if level != ABSENT:
             name = re.sub(r"[^A-Za-z0-9_.+]+", "_", level).strip("_")
-            # nothing is left of a level that is made of signs alone
+            # Nothing is left of a level that is made of signs alone.
             names.append(name or "none")
     return "-".join(names) or "all"
 
@@ -225,7 +225,7 @@ def check_parts(cells: list[Cell], open_data: bool) -> None:
         cells_by_name.setdefault(cell.name, []).append(cell)
     for name, same_cells in cells_by_name.items():
         with naming(f"cell {name}"):
-            # seeds of a cell differ in random numbers alone
+            # Seeds of a cell differ in random numbers alone.
             trained, identity = check_cell(same_cells[0], data_identities, open_data)
         for cell in same_cells:
             cell.trained = trained

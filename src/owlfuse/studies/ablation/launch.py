@@ -170,7 +170,7 @@ def run_by_submitit(
         # A time limit or the lack of memory ends a job without a word in cell.json.
         if job_error is not None and not interrupt_count(folder):
             run = folder / key
-            # a job that never began has no folder
+            # A job that never began has no folder.
             run.mkdir(exist_ok=True)
             reason = " ".join(str(job_error).split())[-300:]
             state = read_json_if_there(run / STATE_FILE)
@@ -219,12 +219,12 @@ def run_cell(folder: Path, key: str, deadline: float | None, threads: int | None
 def train_in_process(folder: Path, key: str, log: Path, threads: int | None) -> int:
     """Runs `owlfuse.studies.ablation.cell` to its end and returns its exit code."""
     module = "owlfuse.studies.ablation.cell"
-    # with the id of this process, after whose end a cell does not go on
+    # With the id of this process, after whose end a cell does not go on.
     command = [sys.executable, "-m", module, str(folder), key, str(os.getpid())]
     environment = dict(os.environ)
     if threads is not None:
         environment["OMP_NUM_THREADS"] = str(threads)
-    # a cell that goes on adds to the log of its first attempt
+    # A cell that goes on adds to the log of its first attempt.
     with log.open("ab") as file:
         process = subprocess.Popen(
             command,
@@ -244,7 +244,7 @@ def wait_and_interrupt(process: subprocess.Popen, folder: Path) -> int:
     while (code := process.poll()) is None:
         try:
             time.sleep(0.1)
-            # the third Ctrl-C ends the command itself (see `run.count_interrupts`)
+            # The third Ctrl-C ends the command itself (see `run.count_interrupts`).
             count = min(interrupt_count(folder), 2)
         # In a worker process, which the terminal's Ctrl-C reaches too: it is in STOP_FILE as well.
         except KeyboardInterrupt:

@@ -100,7 +100,7 @@ def ablate_command(name: str, words: list[str]) -> None:
     ablation.seeds = options.seeds or ablation.seeds
     launch.check_launcher(options.launcher, options.launcher_settings)
     if not options.dry_run:
-        # a plan may be made on any machine
+        # A plan may be made on any machine.
         launch.check_cluster(options.launcher)
     # A dry run writes nothing, and data may be made when they are opened.
     cells = make_cells(ablation, words, options.name, open_data=not options.dry_run)
