@@ -299,6 +299,7 @@ def completion_command(shell: str, line: str, commands: Iterable[str]) -> None:
 def completions(line: str, commands: Iterable[str]) -> list[str]:
     """Return the completions of the last word of a command line up to the cursor."""
     words = line.split(" ")
+    # The first word is `owlfuse` itself, and two spaces make an empty one.
     last, before = words[-1], [word for word in words[1:-1] if word]
     if not before:
         return matching(last, [*commands, "--help", "--version"])
@@ -316,6 +317,7 @@ def completions(line: str, commands: Iterable[str]) -> list[str]:
         return matching(last, override_words(folders))
     if command in COMMANDS_OF_MODELS:
         tasks = []
+        # A task is named behind the model.
         if command == "eval" and len(before) > 1:
             tasks = [f"task={name}" for name in folders.options("task")]
         return matching(last, [*runs(), *tasks])

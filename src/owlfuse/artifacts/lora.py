@@ -143,6 +143,7 @@ def save_lora(model: nn.Module, folder: Path) -> None:
     target_modules, target_parameters = [], []
     for name, layer in layers.items():
         if isinstance(layer, ParamWrapper):
+            # peft looks for the matrix where it is without any wrapper
             target_parameters.append(f"{without_base_layers(name)}.{layer.parameter_name}")
         else:
             target_modules.append(name)

@@ -172,6 +172,7 @@ def make_cell(
     overrides = cell_overrides(ablation, levels, seed, words)
     config = compose_cell(name, overrides)
     with open_dict(config):
+        # All cells lie in the folder of the ablation, whatever experiment they start from.
         config.experiment, config.name = runs_name, f"{name}-seed{seed}"
     # The parts come from that model: hashes must be of them.
     if config.get("init_from"):

@@ -73,6 +73,7 @@ def check_launcher(launcher: str, settings: list[str]) -> None:
     keys: list[str] = []
     if launcher == "submitit_slurm":
         keys = [*COMMON_SETTINGS, *SLURM_SETTINGS]
+    # Only a cluster needs the package, which an extra installs.
     if keys and importlib.util.find_spec("submitit") is None:
         raise ConfigError(
             f"{COMMAND_LINE}: launcher={launcher}: not installed; pip install 'owlfuse[sweep]'"
@@ -198,6 +199,7 @@ def run_cell(folder: Path, key: str, deadline: float | None, threads: int | None
     if (run / "config.yaml").exists() and not has_checkpoint:
         archive_run(folder, key)  # it was stopped before its first checkpoint
         run.mkdir()
+    # Bars and reports know by it that the cell is under way.
     write_state(run, {**state, "state": "running"})
 
     log = run / "log.txt"
@@ -283,6 +285,7 @@ def clean_log(log: Path) -> str:
             lines.append(visible)
     log.write_text("\n".join([*lines, ""]), encoding="utf-8")
     errors = [line for line in lines if line.startswith("owlfuse: error: ")]
+    # Of a crash there is no error of owlfuse, and the last line of the traceback says most.
     last_lines = errors or lines or [""]
     return last_lines[-1][:300]  # a line of a table
 

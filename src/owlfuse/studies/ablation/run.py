@@ -236,6 +236,7 @@ def launch_all(
     from owlfuse.core.environment import machine
 
     record = {**record, "machine": machine(), "jobs": options.jobs}
+    # Before any cell, which reads its overrides from the file.
     write_json(folder / "ablation.json", record)
     (folder / launch.STOP_FILE).unlink(missing_ok=True)  # of an earlier command
     to_train = within_budget(ablation, folder, unfinished)
