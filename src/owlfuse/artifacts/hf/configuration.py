@@ -51,7 +51,7 @@ class OwlfuseConfig(PreTrainedConfig):
         self.text_config = text_config
         self.image_token_id = image_token_id
         self.tokens_per_image = tokens_per_image
-        # transformers ties embeddings by the outer configuration, not by that of the LLM
+        # transformers asks this configuration, too, whether embeddings are tied
         kwargs.setdefault(
             "tie_word_embeddings", bool(getattr(text_config, "tie_word_embeddings", False))
         )
