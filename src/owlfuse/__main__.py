@@ -29,6 +29,7 @@ def main(argv: list[str] | None = None) -> int:
     if not argv:
         parser.print_help()
         return 0
+    # Argparse would list all commands, without a guess.
     if not argv[0].startswith("-") and argv[0] not in COMMANDS:
         match = difflib.get_close_matches(argv[0], COMMANDS, n=1)
         guess = f"the commands are {', '.join(COMMANDS)}"
@@ -54,6 +55,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _run(arguments: argparse.Namespace) -> None:
     guard_terminal()
+    # Before the command, which may read a model at once.
     for module in arguments.trust:
         _trust(module)
     COMMANDS[arguments.command](arguments)
@@ -68,6 +70,7 @@ def _trust(module: str) -> None:
     from owlfuse.core.errors import ConfigError
 
     trust(module)
+    # It is `hf-hub:<owner>/<name>`, a model of timm, and no module.
     if ":" in module:
         return
     try:
@@ -105,6 +108,7 @@ def _eval(arguments: argparse.Namespace) -> None:
     from owlfuse.core.signals import signals_end_the_run
 
     words = arguments.overrides
+    # The name of a folder may hold an equals sign.
     folder = next((word for word in words if "=" not in word or Path(word).is_dir()), None)
     if folder is None:
         raise ConfigError("command line: name the run's folder: owlfuse eval RUN [overrides]")
@@ -167,6 +171,7 @@ def _chat(arguments: argparse.Namespace) -> None:
     has_pictures = question is None or bool(arguments.image)
     out = explanation_file(arguments.explain, has_pictures) if arguments.explain else None
     folder = check_model(arguments.folder, which)
+    # Mistakes are reported before the heavy imports.
     check_images(arguments.image)
     from owlfuse.serving.chat import chat
 
@@ -294,6 +299,7 @@ def completion_command(shell: str, line: str, commands: Iterable[str]) -> None:
 def completions(line: str, commands: Iterable[str]) -> list[str]:
     """Return the completions of the last word of a command line up to the cursor."""
     words = line.split(" ")
+    # The first word is `owlfuse` itself, and two spaces make an empty one.
     last, before = words[-1], [word for word in words[1:-1] if word]
     if not before:
         return matching(last, [*commands, "--help", "--version"])
@@ -311,6 +317,7 @@ def completions(line: str, commands: Iterable[str]) -> list[str]:
         return matching(last, override_words(folders))
     if command in COMMANDS_OF_MODELS:
         tasks = []
+        # A task is named behind the model.
         if command == "eval" and len(before) > 1:
             tasks = [f"task={name}" for name in folders.options("task")]
         return matching(last, [*runs(), *tasks])
@@ -324,7 +331,9 @@ def override_words(folders: ConfigFolders) -> list[str]:
     for group, options in folders.groups.items():
         keys = [group]
         if group == "model/adapter":
+            # Each part has a choice of its own.
             keys = [f"{group}@model.adapter.{part}" for part in PARTS]
+        # One is of `eval` alone, the other is chosen below the name of a source.
         elif group in ("task", "data/source"):
             continue
         for key in keys:
@@ -345,6 +354,7 @@ def matching(last: str, words: Iterable[str]) -> list[str]:
 
 def runs() -> list[str]:
     """Return the runs below ./runs."""
+    # Stages of recipes lie one folder deeper than other runs.
     files = [*Path("runs").glob("*/*/config.yaml"), *Path("runs").glob("*/*/*/config.yaml")]
     return sorted({str(file.parent) for file in files})
 
@@ -509,6 +519,7 @@ def _add_runs(commands: Any) -> None:
         "train",
         "train one run, or a sweep with -m",
         ("overrides", None, "experiment=<name>, <group>=<option>, <key>=<value>, resume=<run>"),
+        # `TrainHelp` prints it, since it has to read the folders of configuration.
         add_help=False,
     )
     train.add_argument("-h", "--help", action=TrainHelp, nargs=0, help="this page")

@@ -259,6 +259,15 @@ def test_a_run_from_an_export_may_say_how_its_parts_compute(train_run, tmp_path)
     assert not build_model(nodes, 1, model)[0].connector.gradient_checkpointing
 
 
+def test_a_run_from_an_export_may_hold_its_llm_in_4_bits(train_run, tmp_path):
+    out = tmp_path / "out"
+    exported(train_run, "shapes_owl1", out)
+    quantization = "model.llm.quantization={compute_dtype: float32}"
+    config = compose(["experiment=shapes_owl1", f"init_from={out}", quantization])
+    adopt_parts(config)
+    assert config.model.llm.quantization.compute_dtype == "float32"
+
+
 def test_init_from_refuses_parts_that_are_not_the_folders(train_run, tmp_path):
     out = tmp_path / "out"
     exported(train_run, "shapes_owl1", out)

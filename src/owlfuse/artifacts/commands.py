@@ -76,6 +76,7 @@ def write_export(folder: Path, out: str, options: dict[str, str]) -> None:
     if options["layout"] == "released":
         if merge:
             merge_lora(trained.model)
+        # a released folder has no tensors for the scales of weights in 4 bits
         dequantize(trained.model, floating_dtype(trained.model))
         save(trained.model, out, max_shard_size=shards)
         print(visible(f"{out} is in the released layout"))

@@ -17,6 +17,7 @@ from owlfuse.artifacts.lora import merge_lora, save_lora, without_lora
 from owlfuse.artifacts.released.saving import write_record
 from owlfuse.core.files import atomic_directory
 from owlfuse.model.multimodal import MultimodalLM
+from owlfuse.model.quantization import count_parameters
 
 CARD = """\
 ---
@@ -96,8 +97,10 @@ def export(
         )
         if not merge:
             save_lora(wrapped, folder / ADAPTER)
+        # released weights may come without a tokenizer
         if trained.tokenizer is not None:
             make_processor(trained).save_pretrained(folder)
+        # so that an imported model can be written in the released layout again
         if released := model.released:
             write_record(released, folder / RELEASED)
         (folder / "README.md").write_text(
@@ -117,7 +120,8 @@ def model_card(
     vision = (nodes.get("vision") or {}).get("name", type(model.vision).__name__)
     gate = (nodes.get("fusion") or {}).get("gate")
     fusion = type(model.fusion).__name__
-    parameters = sum(parameter.numel() for parameter in model.parameters())
+    # two weights in 4 bits share a byte, so numel() would give half of them
+    parameters = count_parameters(model)
     metrics = {}
     if results is not None:
         metrics = {name: f"{value:.4g}" for name, value in results["metrics"].items()}

@@ -36,7 +36,8 @@ def adopt_parts(config: DictConfig) -> None:
     for part in ("vision", "connector"):
         if requested[part]["_target_"] == nodes[part]["_target_"]:
             options = compute_only(requested[part]) & set(requested[part])
-            nodes[part] = {**nodes[part], **{name: requested[part][name] for name in options}}
+            computing = {name: requested[part][name] for name in options}
+            nodes[part] = {**nodes[part], **computing}
     # the size of the group's own yaml is a default, not a wish
     if Path(origin_of(config, "model.vision.image_size")).parent.name != "vision":
         nodes["vision"] = {**nodes["vision"], "image_size": requested["vision"].get("image_size")}
@@ -70,7 +71,8 @@ def find_conflicts(
 ) -> dict[str, tuple[Any, Any]]:
     """Returns the keys that the configuration has otherwise than by default and than the folder:
     the folder's value, and the configuration's. How a part computes or is loaded is left out."""
-    free = {"config"}
+    # an export holds plain weights, and the run says itself whether it puts them in 4 bits
+    free = {"config", "quantization"}
     if "_target_" in requested:
         free |= compute_only(requested) | loading_options(requested)
     folder_values = {**argument_defaults(in_folder), **in_folder}

@@ -110,6 +110,7 @@ def wrap(trained: TrainedModel) -> OwlfuseForConditionalGeneration:
             f"the tokenizer has no {trained.image_token}; give it: tokenizer.add_special_tokens"
         )
     generation = AnswerFormat.of(tokenizer).generation(tokenizer, trained.model.llm)
+    # transformers' default would end an answer after a few words
     generation["max_new_tokens"] = 256
     return OwlfuseForConditionalGeneration.wrap(trained.model, image_token_id, generation)
 
@@ -175,6 +176,7 @@ def load_exported(
             merge_lora(wrapped.model)
     if (folder / RELEASED).is_dir():
         wrapped.model.released = read_record(folder / RELEASED)
+    # released weights that came without a tokenizer are imported without a processor
     has_processor = (folder / "processor_config.json").exists()
     return wrapped.eval(), load_processor(folder) if has_processor else None
 
@@ -281,6 +283,7 @@ def load_base(folder: str, nodes: dict[str, Any], vocab_size: int) -> Multimodal
         model.set_image_size(image_size)
     # the new run's tokenizer may have more tokens
     if model.llm.get_input_embeddings().num_embeddings < vocab_size:
+        # the meta device has no embeddings to take a mean of
         model.llm.resize_token_embeddings(vocab_size, mean_resizing=not on_meta)
     if llm.get("gradient_checkpointing"):
         recompute_activations(model.llm)

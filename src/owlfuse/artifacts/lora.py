@@ -70,6 +70,7 @@ def merge_lora(model: nn.Module) -> None:
             merged = merged_weight(layer, dense_weight(base, dtype))
             model.set_submodule(name, dense_layer(base, merged))
         else:
+            # safe: peft raises where a sum is not finite, so that no such weight is exported
             layer.merge(safe_merge=True)
     for name, layer in layers.items():
         # inside of another, which is around the same module
@@ -142,6 +143,7 @@ def save_lora(model: nn.Module, folder: Path) -> None:
     target_modules, target_parameters = [], []
     for name, layer in layers.items():
         if isinstance(layer, ParamWrapper):
+            # peft looks for the matrix where it is without any wrapper
             target_parameters.append(f"{without_base_layers(name)}.{layer.parameter_name}")
         else:
             target_modules.append(name)

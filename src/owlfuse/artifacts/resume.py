@@ -57,6 +57,7 @@ ON_RESUME: tuple[str, ...] = (
     "trainer.*",
     "evaluation*",
     "callbacks*",
+    # the position in the data is counted in samples, and not in batches
     "data.global_batch_size",
     "data.micro_batch_size",
 )
@@ -119,6 +120,7 @@ def read_past(checkpoint: Path) -> Past:
     with checkpoint_errors(checkpoint):
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=path == checkpoint)
         step, record = content["global_step"], content.get("run") or {}
+    # an older release called some parts otherwise
     config = with_current_names(record.get("config")) or read_run(checkpoint.parent.parent)
     positions = content.get("step_positions") or [(0, 0, config["data"]["global_batch_size"])]
     changes, identity = record.get("changes", []), record.get("identity", {})
@@ -225,6 +227,7 @@ def check_identity(
     changed = {
         name: [old, identity[name]]
         for name, old in past.identity.items()
+        # what the run needs no longer, as a base whose weights are all trained, is not compared
         if identity.get(name, old) != old
     }
     if changed and not config.get("accept_changed_data"):

@@ -87,6 +87,7 @@ def make_timed_folder(runs: Path) -> Path:
             runs.mkdir(parents=True, exist_ok=True)
             folder.mkdir()
             return folder
+        # another run began in this second, or a file is where the folder of runs would be
         except FileExistsError:
             if not runs.is_dir():
                 raise DataError(f"runs: {runs} is no folder") from None
@@ -118,6 +119,7 @@ def in_use(folder: Path, resume: bool) -> Iterator[None]:
     except OSError as error:
         raise DataError(f"runs: {folder} cannot be written into: {error.strerror}") from error
     with lock:
+        # the file of a process that was killed still names that one
         lock.truncate(0)
         facts = {
             "pid": os.getpid(),
@@ -194,6 +196,7 @@ def write_config(config: DictConfig, folder: Path, changes: Sequence[dict[str, A
         return
     folder.mkdir(parents=True, exist_ok=True)
     saved: Any = OmegaConf.create(OmegaConf.to_container(config, resolve=True))
+    # resume belongs to the command; the file is to begin the same run anew
     saved.resume = None
     saved.name = folder.name
     if saved.get("accept_changed_data"):

@@ -79,6 +79,7 @@ def frozen_hashes(model: MultimodalLM) -> dict[str, str]:
             tensor = full_tensor(parameter).detach().cpu().contiguous()
             # bytes alone would not tell a transposed matrix
             digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
+            # as bytes, since numpy has no bfloat16
             digest.update(tensor.flatten().view(torch.uint8).numpy().data)
         if any_frozen:
             hashes[part] = digest.hexdigest()

@@ -97,6 +97,7 @@ class ComposedConfig(DictConfig):
         self.__dict__["composition"] = composition
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ComposedConfig:
+        # DictConfig makes a plain one, which knows no origins.
         return ComposedConfig(super().__deepcopy__(memo), self.composition)
 
 
@@ -119,6 +120,7 @@ def compose(
     """
     folders = find_folders(config_dir)
     run = _resumed_run(overrides)
+    # A folder may have a name that is none in Hydra's grammar.
     lines = [line for line in overrides if not line.startswith("resume=")]
     if run is None:
         composition = _choose_experiment(lines, folders)
@@ -177,6 +179,7 @@ def check(config: DictConfig, importing: bool = True) -> None:
 def check_levels(plain: dict[str, Any], origin: Origin) -> None:
     """Check keys and types of the levels that every configuration has. Raises ConfigError."""
     check_arguments(Root, "", "", plain, origin)
+    # Both are names of folders.
     for key in ("experiment", "name"):
         if plain.get(key) is not None:
             check_name(f"{origin(key)}: {key}", plain[key])
@@ -218,6 +221,7 @@ def check_steps(trainer: dict[str, Any], origin: Origin) -> None:
         )
 
     for key in ("max_steps", "log_every_n_steps"):
+        # Not isinstance, for which true is a whole number, too.
         if type(trainer.get(key)) is int and trainer[key] < 1:
             raise refusal(key, "a whole number of optimizer steps from 1 on")
     interval = trainer.get("val_check_interval", 1)
@@ -251,6 +255,7 @@ def naming_part(config: DictConfig) -> Iterator[None]:
     begins with a part of the model, the file that configures it stands in front."""
     try:
         yield
+    # Both are ValueErrors, and name what is at fault themselves.
     except (ConfigError, DataError):
         raise
     except ValueError as error:
@@ -346,6 +351,7 @@ def _compose_resumed(lines: list[str], run: Path, folders: ConfigFolders) -> Com
                 f"{COMMAND_LINE}: {override.input_line}: a resumed run stays in its folder, {run}"
             )
         overrides.append(override)
+    # As the root of a composition: keys are checked as in any other, and errors name the file.
     run_folders = ConfigFolders(configs=(run.resolve(),), root="config")
     return Composition(run_folders, overrides)
 

@@ -120,6 +120,7 @@ def find_folders(config_dir: str | Path | None = None) -> ConfigFolders:
         base = package if (package / "configs").is_dir() else package.parents[1]
         roots = [base / "configs"]
         working_root = Path.cwd().resolve() / "configs"
+        # In a checkout it is the folder of the repository.
         if working_root not in roots:
             roots.append(working_root)
     experiments = [root.parent / EXPERIMENTS for root in roots]

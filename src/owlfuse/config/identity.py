@@ -163,6 +163,7 @@ def user_files(modules: set[str]) -> dict[str, Path]:
             continue
         file = Path(spec.origin).resolve()
         is_package = bool(spec.submodule_search_locations)
+        # A package as a whole, since its relative imports are not followed.
         module_files = sorted(file.parent.rglob("*.py")) if is_package else [file]
         imported: set[str] = set()
         for path in module_files:

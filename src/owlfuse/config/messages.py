@@ -13,6 +13,7 @@ def split_settings(words: list[str], names: Collection[str]) -> tuple[dict[str, 
     others = []
     for word in words:
         name, sign, value = word.partition("=")
+        # A word without a sign is left to the checks of overrides, which refuse it.
         if sign and name in names:
             settings[name] = value
         else:
@@ -26,6 +27,7 @@ def naming(part: str) -> Iterator[None]:
     try:
         yield
     except (ConfigError, DataError) as error:
+        # A cell is composed of words that may come from a file, and not from the command line.
         message = str(error).removeprefix(f"{COMMAND_LINE}: ")
         raise type(error)(f"{part}: {message}") from error
 

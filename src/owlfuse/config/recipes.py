@@ -31,6 +31,7 @@ def read_yaml(file: Path) -> Any:
     Raises:
         ConfigError: a file that is no YAML, with the line.
     """
+    # Here: every command imports this module, also for its --help alone.
     import yaml
     from omegaconf import OmegaConf
 

@@ -309,6 +309,7 @@ def check_target(path: str, target: Any, file: Path) -> None:
         return
     module = target.rpartition(".")[0]
     is_users = target in accepted or named_by_user(target, file)
+    # Parts of owlfuse and lightning are judged by their base class below.
     if is_users and module.partition(".")[0] not in SLOT_PACKAGES:
         return
     is_trusted = any(is_within(module, word) for word in trusted()) or imported_by_user(module)

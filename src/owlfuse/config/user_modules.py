@@ -25,6 +25,8 @@ def import_user_module(name: str) -> ModuleType:
         working_dir = os.getcwd()
         if error.name != top or working_dir in sys.path:
             raise
+        # Last, so that an installed module comes before a file of that name.
         sys.path.append(working_dir)
+        # Else a file that was written since the folder was last listed is not found.
         importlib.invalidate_caches()
         return importlib.import_module(name)

@@ -44,13 +44,16 @@ def commit_checkpoint(path: Path) -> None:
         (part / MANIFEST).write_text(json.dumps(sizes, indent=2) + "\n", encoding="utf-8")
     for file in files_of(part).values():
         sync(file)
+    # The names in a folder are written apart from the files.
     sync(part)
     replaced = path.with_name(path.name + ".old.part")
     if path.exists() and (path.is_dir() or part.is_dir()):
+        # What a process left that was killed between the two renamings.
         remove_checkpoint(replaced)
         path.rename(replaced)
     part.replace(path)
     remove_checkpoint(replaced)
+    # Else the rename itself could be lost with the power.
     sync(path.parent)
 
 

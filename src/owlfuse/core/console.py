@@ -25,6 +25,7 @@ class PlainConsole(Console):
     ) -> Iterable[Segment]:
         """See `rich.console.Console`."""
         for segment in super().render(renderable, options):
+            # Control segments are rich's own, and move the cursor.
             yield segment if segment.control else Segment(visible(segment.text), segment.style)
 
 
@@ -38,4 +39,5 @@ def count(parameters: int) -> str:
 
 def show(table: Table) -> None:
     """Print a table, in a file without the width of a terminal."""
+    # For a file rich takes 80 columns, and would fold the cells.
     Console(width=None if sys.stdout.isatty() else 200).print(table)

@@ -19,6 +19,7 @@ def git_state() -> str | None:
         "--always",
         "--dirty",
         "--abbrev=40",
+        # The commit itself, also where a tag names it.
         "--exclude=*",
     ]
     try:

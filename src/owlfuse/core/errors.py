@@ -25,6 +25,7 @@ class ConfigError(ValueError):
     """A mistake of the configuration or of the command line; its message is one line."""
 
     def __init__(self, message: str) -> None:
+        # It may quote Hydra or YAML, whose messages have several lines.
         super().__init__(" ".join(message.split()))
 
 
@@ -116,6 +117,7 @@ def report_errors(call: Callable[[], None], command: str) -> int:
         message = str(error).rpartition("DataError: ")[2]
         return failed(" ".join(message.split()), 1)
     except MissingPackage as error:
+        # Of a data worker, too, see above.
         return failed(str(error).rpartition("MissingPackage: ")[2].strip(), 1)
     except OSError as error:
         reason = disk_error_reason(error)
@@ -188,4 +190,5 @@ def one_line(message: str) -> str:
     line = "".join(characters)
     if len(line) <= MAX_MESSAGE:
         return line
+    # A message begins with the file or sample, and ends with what was expected.
     return f"{line[: MAX_MESSAGE - 200]} ... {line[-195:]}"

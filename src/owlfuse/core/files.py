@@ -151,6 +151,7 @@ def hash_of_ends(files: Sequence[Path], sizes: Sequence[int]) -> str:
     digest = hashlib.sha256()
     for file, size in zip(files, sizes, strict=True):
         with file.open("rb") as stream:
+            # With the size, by which a file shows that was cut or grew in the middle.
             digest.update(size.to_bytes(8, "little") + stream.read(end_bytes))
             stream.seek(max(0, size - end_bytes))
             digest.update(stream.read(end_bytes))
@@ -182,6 +183,7 @@ def decoded(raw: bytes, where: str) -> str:
     """Return UTF-8, with or without a byte order mark, as a text. Raises DataError that begins with
     `where`."""
     try:
+        # Editors on Windows begin a file with a byte order mark, which json refuses.
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise DataError(f"{where}: not UTF-8 at byte {error.start}") from error

@@ -33,6 +33,7 @@ def packaged(name: str) -> str:
     package, _, inside = name.removeprefix(PREFIX).partition("/")
     # find_spec imports the parents of a dotted name.
     spec = find_spec(package) if package.isidentifier() else None
+    # A module that is a single file carries no others.
     if spec is None or not spec.submodule_search_locations:
         raise missing(package, name)
     folder = Path(next(iter(spec.submodule_search_locations)))
@@ -55,6 +56,7 @@ def looks_local(name: str) -> bool:
     path = Path(name).expanduser()
     return (
         name.startswith((".", "/", "~"))
+        # A name of the hub has one slash at most.
         or name.count("/") > 1
         or path.exists()
         or ("/" in name and path.parent.is_dir())

@@ -261,6 +261,7 @@ def quiet_libraries() -> Iterator[None]:
     loggers = [logging.getLogger(name) for name in LOGGERS]
     levels = [logger.level for logger in loggers]
     bars = transformers_logging.is_progress_bar_enabled()
+    # A notebook has an output without it.
     if hasattr(sys.stdout, "reconfigure"):
         # A file is buffered in blocks otherwise, and its lines come behind those of stderr.
         sys.stdout.reconfigure(line_buffering=True)

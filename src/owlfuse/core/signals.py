@@ -37,6 +37,7 @@ def signals_end_the_run() -> Iterator[None]:
     """
     handlers: dict[int, Handler] = {signal.SIGTERM: interrupt}
     for number in (signal.SIGINT, signal.SIGCHLD):
+        # Set to what they are already, so that they are put back at the end.
         handlers[number] = signal.getsignal(number)
     with signals_handled(handlers):
         yield

@@ -72,8 +72,10 @@ def guard_terminal() -> None:
     The command line calls it once.
     """
     handlers: list[logging.Handler] = [*logging.getLogger().handlers]
+    # It prints for loggers that have no handler.
     if logging.lastResort:
         handlers.append(logging.lastResort)
+    # These may have handlers of their own.
     for name in ("lightning", "lightning.pytorch", "transformers", "owlfuse"):
         handlers += logging.getLogger(name).handlers
     for handler in handlers:

@@ -106,6 +106,7 @@ def milliseconds_per_token(
         model,
         prompt,
         max_new_tokens=tokens + 1,
+        # an answer that ended early would leave too few times for a median
         min_new_tokens=tokens + 1,
         do_sample=False,
         streamer=clock,

@@ -109,8 +109,10 @@ def sample_questions(questions: list[Question], limit: int | None) -> list[Quest
         return questions
     kinds, pictures = [], []
     for sample, _, kind in questions:
+        # `question_samples` puts the number behind the id of the chat
         chat_id, _, number = sample.id.rpartition("#")
         kinds.append(kind or f"question {number}")
+        # questions about one picture tend to be right or wrong together
         pictures.append(sample.images[0] if sample.images else chat_id)
     return [questions[index] for index in stratified_sample(kinds, pictures, limit)]
 
@@ -214,6 +216,7 @@ def answer_questions(
             question = "".join(part.get("text", "") for part in content).strip()
             image = sample.images[0] if sample.images else None
             if isinstance(image, str):
+                # reports open it without the source, which knows the root
                 image = str(samples.root / image)
             accepted = tuple(sample.metadata.get("accepted", ()))
             answers.append(
@@ -281,6 +284,7 @@ def mean_loss(
     def sum_loss(batch: Batch) -> BatchLoss:
         loss, count = batch_loss(model, batch.to(device))
         remarks = BatchRemarks.of(batch)
+        # plain numbers: ranks pass results to each other as objects on the CPU
         return BatchLoss(float(loss), int(count), len(batch.ids), remarks)
 
     # a sum over millions of tokens, in Python's numbers of 64 bits

@@ -81,6 +81,7 @@ def question_samples(sample: Sample, history: bool = False) -> list[tuple[Sample
                     sample.videos[:video_count],
                     sample.tools,
                 )
+                # a chat may name one kind for all its questions
                 kind = str(kinds[number % len(kinds)])
                 questions.append((question_sample, answer_text(answer), kind))
         earlier_visuals += [part for part in content if part["type"] in VISUAL]

@@ -36,6 +36,7 @@ def write_answers(path: Path, answers: list[Answer]) -> None:
     with path.open("w", encoding="utf-8") as file:
         for answer in answers:
             record = {**vars(answer), "right": answer.right}
+            # JSON has no bytes
             record["image"] = None if isinstance(answer.image, bytes) else answer.image
             file.write(json.dumps(record, ensure_ascii=False) + "\n")
 
@@ -87,6 +88,7 @@ def write_contact_sheet(
     figure.suptitle(title, fontsize=12)
     for axis in axes.flat:
         axis.axis("off")
+    # the last row may have more axes than answers
     for axis, answer in zip(axes.flat, answers, strict=False):
         picture = picture_of(answer)
         if answer.id in maps:
@@ -109,6 +111,7 @@ def write_contact_sheet(
         )
     figure.tight_layout(rect=(0, 0, 1, 0.98))
     figure.savefig(path, dpi=110)
+    # pyplot keeps every figure until it is closed
     plt.close(figure)
 
 

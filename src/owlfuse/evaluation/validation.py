@@ -130,10 +130,12 @@ class Evaluation:
             for sample, _, _ in questions:
                 samples[source, sample.id] = sample
         # after the answers, when kernels are compiled and memory is allocated
+        # one object may evaluate a run twice: before the first step and at the end
         self.milliseconds = None
         if to_time is not None and self.decode_tokens:
             self.milliseconds = time_answer(model, data, *to_time, self.decode_tokens)
         if self.explain and folder:
+            # chosen as the sheet chooses, so that no map is made of an answer that is not shown
             on_sheet = sample_for_sheet(pictured_answers(all_answers), self.contact_sheet)
             pairs = [(answer, samples[answer.source, answer.id]) for answer in on_sheet]
             self.maps = maps_of_answers(model, data, pairs, self.max_new_tokens, ranks)
@@ -203,6 +205,7 @@ def evaluate_run(folder: str, overrides: list[str]) -> None:
     check_evaluation_keys(past, config)
     plain = to_dict(config)
     ranks = TorchrunRanks()
+    # before the model, whose embeddings must have a row for each token
     data = build_data(config)
     model, _ = load_run_model(run_dir, plain, data.vocab_size, which)
     model.to(ranks.device)
@@ -217,6 +220,7 @@ def evaluate_run(folder: str, overrides: list[str]) -> None:
         )
     evaluation = build(config.evaluation) or Evaluation()  # of a run that trained without one
     metrics, answers = evaluation(model, data, run_dir, ranks)
+    # every rank has all answers by now, and one of them writes
     if not ranks.first:
         return
     earlier = read_results(run_dir)

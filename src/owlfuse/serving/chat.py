@@ -112,6 +112,7 @@ class Conversation:
             generate(self.model, inputs, tokenizer, streamer=streamer, **options)
         except KeyboardInterrupt:
             streamer.end()  # writes what it held back of the last word
+        # The type is named: of no ids at all torch would make floating-point numbers.
         self.last = Exchange(question, inputs, torch.tensor(streamer.ids, dtype=torch.long))
         answer = "".join(streamer.pieces)
         # Also an answer that was stopped: the model has said it.

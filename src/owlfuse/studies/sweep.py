@@ -50,6 +50,7 @@ def sweep(overrides: list[str]) -> None:
                 run = train.run(config)
             runs.append((cell, run))
     finally:
+        # Under torchrun every rank is here, and one prints.
         if os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")) == "0":
             print_table(runs, len(cells))
 

@@ -29,6 +29,7 @@ class OwlfuseConfig(PreTrainedConfig):
 
     model_type = "owlfuse"
     sub_configs = {"text_config": AutoConfig}  # noqa: RUF012
+    # else transformers would make one without arguments, to save what differs from it
     has_no_defaults_at_init = True
 
     def __init__(
@@ -43,12 +44,14 @@ class OwlfuseConfig(PreTrainedConfig):
     ) -> None:
         if isinstance(text_config, dict):
             text_config = AutoConfig.for_model(**text_config)
+        # an older export names classes by the modules that they were in then
         self.vision = with_current_names(vision)
         self.connector = with_current_names(connector)
         self.fusion = with_current_names(fusion)
         self.text_config = text_config
         self.image_token_id = image_token_id
         self.tokens_per_image = tokens_per_image
+        # transformers asks this configuration, too, whether embeddings are tied
         kwargs.setdefault(
             "tie_word_embeddings", bool(getattr(text_config, "tie_word_embeddings", False))
         )

@@ -221,6 +221,7 @@ class OwlfuseForConditionalGeneration(PreTrainedModel, GenerationMixin):
             features = self.model.vision(pixel_values.to(weight.device, weight.dtype))
             tokens, levels = self.model.connect(features)
         else:
+            # a blank image that no row points to, as in a `Batch` without images
             embeddings: Any = self.get_input_embeddings().weight
             tokens = embeddings.new_zeros(1, self.model.connector.tokens, embeddings.shape[1])
             extra = self.model.fusion.levels

@@ -147,7 +147,9 @@ class OwlfuseProcessor(ProcessorMixin):
             )
         views = [[picture] for picture in pictures]
         if self.tile:
+            # again: users set `processor.tile` after it was made
             check_tiled(self.image_processor.resize)
+            # tiles of a picture have the size of its global view
             size = self.image_processor.size["height"], self.image_processor.size["width"]
             views = [views_of(to_rgb(picture), size) for picture in pictures]
         view_counts = iter([len(picture_views) for picture_views in views])

@@ -192,12 +192,14 @@ def vision_names(model: MultimodalLM, family: str, name: str) -> NamesAndViews:
     inside, stem, kind = split(name, r"body\.(blocks\.\d+\.)?")
     # timm's blocks.3. -> encoder.layers.3.
     layer = inside.replace("blocks", "encoder.layers")
+    # one row by itself in transformers' CLIP, and (1, 1, Dv) in timm
     if family == "llava" and stem == "cls_token":
         yield HF_CLIP_NAMES[stem], only_row
     elif family in ("owl3", "llava"):
         names = SIGLIP_NAMES if family == "owl3" else HF_CLIP_NAMES
         released = layer + names[stem] + kind
         if stem == "attn.qkv":
+            # timm has one projection for the three
             for index, letter in enumerate("qkv"):
                 yield released.format(letter), partial(third, index)
         else:

@@ -152,6 +152,7 @@ def llm_node(model_type: str, text: dict[str, Any]) -> dict[str, Any]:
 
 def rope_of(text: dict[str, Any]) -> dict[str, Any]:
     """Returns transformers' rotary parameters from the older `rope_theta` and `rope_scaling`."""
+    # configurations from before it was an option have none: it was 10000
     rope = {
         "rope_theta": float(text.get("rope_theta") or 10000.0),
         **(text.get("rope_scaling") or {}),

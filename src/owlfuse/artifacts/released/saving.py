@@ -23,6 +23,7 @@ from owlfuse.core.files import atomic_directory
 from owlfuse.model.connectors.abstractor import Abstractor
 from owlfuse.model.connectors.linear import LinearConnector
 from owlfuse.model.connectors.mlp import MLPConnector
+from owlfuse.model.fusion.concat import Concat
 from owlfuse.model.fusion.hyperattention import HyperAttention
 from owlfuse.model.multimodal import MultimodalLM
 from owlfuse.model.vision.backbone import TimmBackbone
@@ -58,6 +59,7 @@ def save(model: MultimodalLM, folder: Path | str, max_shard_size: str = "5GB") -
 def released_tensor(model: MultimodalLM, mappings: dict[str, TensorMapping], name: str) -> Tensor:
     """Returns a tensor of the folder by its name there."""
     original = model.released.original_tensors.get(name)
+    # a tensor that the model does not use, and cannot give back
     if name not in mappings:
         return original
     mapping = mappings[name]
@@ -121,8 +123,14 @@ def checked_mappings(model: MultimodalLM) -> dict[str, TensorMapping]:
 
 
 def check_fusion(model: MultimodalLM) -> None:
-    """Raises DataError for a form of hyperattention that was never released."""
+    """Raises DataError for a form of a fusion that was never released."""
     fusion = model.fusion
+    # no tensor tells it: the released code would read such a folder, and give other logits
+    if isinstance(fusion, Concat) and fusion.attention != "causal":
+        raise DataError(
+            f"fusion: attention {fusion.attention}, and a released {family_in(model)} has causal "
+            f"attention alone; {OTHER_LAYOUT}"
+        )
     if isinstance(fusion, HyperAttention) and (
         fusion.gate == "none" or fusion.norm != "shared" or not fusion.mi_rope
     ):
@@ -173,6 +181,7 @@ def write_record(released: Released, folder: Path) -> None:
         save_file(tensors, folder / ORIGINAL_TENSORS, metadata={"format": "pt"})
     dtypes = {}
     for name, dtype in released.dtypes.items():
+        # None stays None: numbers that are not floating-point are written as they were
         dtypes[name] = dtype and str(dtype).removeprefix("torch.")
     record = {
         "family": released.family,

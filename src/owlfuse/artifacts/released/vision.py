@@ -109,6 +109,7 @@ def llava_node(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
             f"{folder / 'config.json'}: vision_config.model_type is {tower}, expected "
             "clip_vision_model"
         )
+    # transformers writes only what differs from these
     fields = {**CLIPVisionConfig().to_dict(), **fields}
     if fields["hidden_act"] not in ACTIVATIONS:
         raise DataError(
@@ -202,6 +203,7 @@ def backbone_node(name: str, eps: float, kwargs: dict[str, Any]) -> dict[str, An
         "name": CLIP if eps == 1e-5 else name,
         "kwargs": kwargs,
     }
+    # the epsilon of the LayerNorm that timm calls so
     if eps == 1e-6:
         kwargs["norm_layer"] = "layernorm"
     elif eps != 1e-5:
@@ -277,6 +279,7 @@ def processor_image_size(file: Path, processor: dict[str, Any], default: int) ->
 
     Raises DataError for pictures that are not square.
     """
+    # the cut is the last step of the processor, and decides the size
     size = processor.get("crop_size") if processor.get("do_center_crop", True) else None
     size = size or processor.get("size") or processor.get("image_size") or default
     lengths = set(size.values()) if isinstance(size, dict) else {size}

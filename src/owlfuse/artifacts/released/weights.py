@@ -147,6 +147,7 @@ def load_pickle(file: Path) -> dict[str, Tensor]:
     Raises DataError for one with code in it, a damaged one, or one of the old format.
     """
     try:
+        # only the zip format, which torch writes since 1.6, can be mapped
         content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError as error:
         raise DataError(

@@ -148,6 +148,7 @@ class Task:
     def user_turn(self, question: str, images: list[str | bytes]) -> list[dict[str, Any]]:
         """Returns the user's turn: the question in the prompt's words, the pictures at its
         `<image>` marks, or first where it has none. Raises DataError for another number of them."""
+        # not str.format, to which braces of a question would be fields
         prompt = self.prompt.replace(QUESTION, question)
         return [{"role": "user", "content": with_pictures(prompt, len(images))}]
 
@@ -175,6 +176,7 @@ class Task:
                         )
             except DataError as error:
                 message = str(error)
+                # an error of another file, as of annotations, does not say which record it is about
                 if not message.startswith(str(self.file)):
                     message = f"{where}: {message}"
                 reason = one_line(message)
@@ -201,6 +203,7 @@ def sample_units(questions: list[Question], limit: int | None) -> list[Question]
     proportion, spread over the pictures."""
     first_of_unit: dict[str, Question] = {}
     for question in questions:
+        # a unit is sampled as a whole, since its score needs all its questions
         first_of_unit.setdefault(question.unit or question.id, question)
     if limit is None or limit >= len(first_of_unit):
         return questions

@@ -61,6 +61,7 @@ def caption_metrics(
     cider, cider_by_image = Cider().compute_score(expected, written)
     metrics = {f"bleu_{n}": float(score) for n, score in enumerate(bleu, 1)}
     metrics |= {"rouge_l": float(rouge), "cider": float(cider)}
+    # CIDEr is given for the images in the order of `expected`
     return metrics, dict(zip(expected, map(float, cider_by_image)))
 
 
@@ -101,14 +102,12 @@ class Captions(Task):
         """Returns the records of the file."""
         content = read_json(self.file, dict)
         self.captions: dict[int, list[str]] = {}
-        for number, annotation in enumerate(
-            require_field(content, "annotations", list, f"{self.file}")
-        ):
+        annotations = require_field(content, "annotations", list, f"{self.file}")
+        for number, annotation in enumerate(annotations):
             where = f"{self.file}: annotation {number + 1}"
             caption = require_field(annotation, "caption", str, where)
-            self.captions.setdefault(require_field(annotation, "image_id", int, where), []).append(
-                caption
-            )
+            image_id = require_field(annotation, "image_id", int, where)
+            self.captions.setdefault(image_id, []).append(caption)
         images = require_field(content, "images", list, f"{self.file}")
         image_ids = {image.get("id") for image in images if isinstance(image, dict)}
         if missing := [identity for identity in self.captions if identity not in image_ids]:

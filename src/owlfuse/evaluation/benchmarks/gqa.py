@@ -36,20 +36,11 @@ class GQA(Task):
         where = f"{where} ({identity})"
         image = image_file(self.image_name, image_id=require_field(content, "imageId", str, where))
         # the question's structural type, which accuracy is reported by
-        kind = require_field(
-            require_field(content, "types", dict, where),
-            "structural",
-            str,
-            f"{where}: types",
-        )
+        types = require_field(content, "types", dict, where)
+        kind = require_field(types, "structural", str, f"{where}: types")
         messages = self.user_turn(require_field(content, "question", str, where), [image])
-        yield Question(
-            identity,
-            messages,
-            [image],
-            require_field(content, "answer", str, where),
-            kind,
-        )
+        answer = require_field(content, "answer", str, where)
+        yield Question(identity, messages, [image], answer, kind)
 
     def score(self, line: dict[str, Any]) -> float:
         """1 where the answer is the expected one; its case and periods at its end do not matter, as

@@ -100,6 +100,7 @@ class MMBench(Task):
                 f"{row['answer']!r}; expected a number, two or more and the letter of one"
             )
         hint = "" if is_empty(row.get("hint", "")) else row["hint"]
+        # rotations in the file count together with the row that they were made of
         unit = str(int(index) % ROTATION_OFFSET)
         rotations = len(options) if self.circular and not self.has_rotations else 1
         for turn in range(rotations):
@@ -145,6 +146,7 @@ class MMBench(Task):
             circular_lines.append({"group": first["group"], "score": score})
             first_scores.append(first["score"])
         metrics = super().metrics(circular_lines)
+        # the two totals stand first, before the categories
         accuracy = metrics.pop("accuracy")
         return {"accuracy": accuracy, "accuracy_once": mean(first_scores), **metrics}
 

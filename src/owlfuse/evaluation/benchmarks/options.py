@@ -82,6 +82,7 @@ def compose_options(words: list[str]) -> tuple[Options, DictConfig]:
     config = compose_root("eval", words)
     plain = to_dict(config)
     chosen = next(word for word in words if word.startswith("task="))[5:]
+    # a task may lie in a subfolder of the group, and results are a file in one folder
     plain["name"] = str(plain["name"] or chosen.strip("'\"").replace("/", "_"))
     check_arguments(Options, "", "", plain, lambda path: origin_of(config, path))
     check_name(f"{origin_of(config, 'name')}: name", plain["name"])

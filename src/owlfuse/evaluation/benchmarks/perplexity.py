@@ -45,6 +45,7 @@ class Perplexity(ChatTask):
     def metrics(self, lines: list[dict[str, Any]]) -> dict[str, float]:
         """Returns `perplexity`, `loss` (nats a token) and how many `tokens`."""
         tokens = sum(line["tokens"] for line in lines)
+        # fsum rounds once, however many chats there are
         loss = math.fsum(line["loss"] for line in lines) / tokens
         return {"perplexity": math.exp(min(loss, 700.0)), "loss": loss, "tokens": tokens}
 

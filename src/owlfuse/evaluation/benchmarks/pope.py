@@ -55,10 +55,8 @@ class POPE(Task):
         category, content = record
         where = f"{where} ({category})"
         identity = require_field(content, "question_id", (int, str), where)
-        image, label = (
-            require_field(content, "image", str, where),
-            require_field(content, "label", str, where),
-        )
+        image = require_field(content, "image", str, where)
+        label = require_field(content, "label", str, where)
         if label not in ("yes", "no"):
             raise DataError(f"{where}: 'label' is {label[:40]!r}, expected yes or no")
         messages = self.user_turn(require_field(content, "text", str, where), [image])

@@ -40,6 +40,7 @@ def model_fingerprint(model_dir: Path, which: str) -> tuple[str, str]:
     words."""
     if (model_dir / "config.yaml").is_file():
         checkpoint = chosen_checkpoint(model_dir, which)
+        # frozen weights are in no checkpoint: config.yaml says what they are made of
         files = [model_dir / "config.yaml", *files_of(checkpoint).values()]
         return fingerprint([*files, *tokenizer_files(model_dir)]), checkpoint.name
     check_which(which, of_run=False)

@@ -115,6 +115,7 @@ def answer_share(
         batch_size=options.batch_size,
         collate_fn=dataset.collate,
         num_workers=options.workers,
+        # the terminal sends Ctrl-C to workers too, and this process ends them
         worker_init_fn=ignore_signals,
         # forked workers would copy a CUDA context
         multiprocessing_context=DataWorkers().context if options.workers else None,
@@ -164,6 +165,7 @@ def finish(
     answered = [line for line in lines if "skipped" not in line]
     skipped = list(wrong_records)
     skipped += [(line["id"], line["skipped"]) for line in lines if "skipped" in line]
+    # without any answer there is nothing to score, whatever max_skips allows
     if not answered or len(skipped) > task.max_skips:
         task.check_skips(len(skipped) if answered else task.max_skips + 1, skipped[-1][1])
     # scored here and not when they were written: a mended rule applies to old answers

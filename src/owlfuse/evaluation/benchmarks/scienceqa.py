@@ -72,10 +72,8 @@ class ScienceQA(Task):
         """Yields the record's question."""
         pid, problem = record
         where = f"{where} ({pid})"
-        options, right = (
-            require_texts(problem, "choices", where),
-            require_field(problem, "answer", int, where),
-        )
+        options = require_texts(problem, "choices", where)
+        right = require_field(problem, "answer", int, where)
         if not 0 <= right < len(options) <= len(LETTERS):
             raise DataError(
                 f"{where}: 'answer' is {right}, and there are {len(options)} 'choices' (at most "

@@ -110,6 +110,7 @@ def maps_of(
     longer = replace(batch, input_ids=input_ids, attention_mask=mask, placeholder=placeholder)
     capture = AttentionCapture(model.fusion, placeholder[0], rows, layers)
     with capture_attention(model.llm, capture):
+        # logits are not needed, and 0 would mean those of all positions
         model(longer, visual, logits_to_keep=1)
     if missing := [layer for layer in layers if layer not in capture.weights]:
         raise DataError(
@@ -205,10 +206,13 @@ def over_picture(
     x = (torch.arange(raster[1]) + 0.5) * width / raster[1]
     row = ((y - top) / (bottom - top) * rows).floor().long()
     column = ((x - left) / (right - left) * columns).floor().long()
-    inside = ((row >= 0) & (row < rows))[:, None] & ((column >= 0) & (column < columns))
+    row_inside = (row >= 0) & (row < rows)
+    column_inside = (column >= 0) & (column < columns)
+    inside = row_inside[:, None] & column_inside
     values = map[row.clamp(0, rows - 1)][:, column.clamp(0, columns - 1)]
     # a patch's weight is spread over the cells that it covers
-    cells = (right - left) * (bottom - top) / (width * height) * raster[0] * raster[1]
+    view_share = (right - left) * (bottom - top) / (width * height)
+    cells = view_share * raster[0] * raster[1]
     return values * inside * (rows * columns / cells)
 
 
@@ -219,6 +223,7 @@ def join_views(views: list[Tensor], tiles: tuple[int, int] | None) -> Tensor:
         return views[0]
     rows, columns = tiles
     global_view, *tile_maps = views
+    # a patch of the global view covers rows * columns patches of tiles, which share its weight
     spread = global_view.repeat_interleave(rows, 0).repeat_interleave(columns, 1)
     tile_rows = []
     for row in range(rows):
@@ -243,6 +248,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 def features_of(vision: nn.Module) -> Iterator[list[Tensor]]:
     """Collects the backbone's outputs inside the block, call by call."""
     features: list[Tensor] = []
+    # a hook, since `encode` returns only what the connector made of them
     handle = vision.register_forward_hook(lambda module, args, out: features.append(out))
     try:
         yield features

@@ -55,13 +55,16 @@ def capture_attention(llm: PreTrainedModel, capture: AttentionCapture) -> Iterat
     plain = "sdpa" if before.startswith("flash") else before
     name = f"owlfuse_capture_{plain}"
     ALL_ATTENTION_FUNCTIONS.register(name, partial(attend_and_capture, plain))
+    # transformers looks up the mask by the same name
     ALL_MASK_ATTENTION_FUNCTIONS.register(name, ALL_MASK_ATTENTION_FUNCTIONS[plain])
     readers = capture.fusion.visual_attention_modules(llm)
     handles = []
     for layer in capture.layers:
         if layer in readers:
+            # torch's fused attention gives no weights out: they are computed from its input
             hook = partial(capture_reader, capture, layer)
             handles.append(readers[layer].register_forward_pre_hook(hook))
+    # where the text reads pictures by modules beside it, the LLM's attention stays as it is
     if not readers:
         llm.set_attn_implementation(name)
     token = ACTIVE.set(capture)
@@ -111,6 +114,7 @@ def attend_and_capture(
         weights = attention_weights(last, key, mask, scaling)
         # grouped heads share values
         values = value.repeat_interleave(query.shape[1] // value.shape[1], dim=1)
+        # the gate of hyperattention is computed from it
         text = (weights.to(value.dtype) @ values).transpose(1, 2).flatten(2)
         call = AttentionCall(
             module,

@@ -83,6 +83,7 @@ def map_of_answer(
     with features_of(model.vision) as features:
         visual = model.encode(batch)
     maps = maps_of(model, batch, visual, features[0], without_end(ids, ends))
+    # the sheet shows the first picture of a question, whose views come first
     views = len(data.pictures(sample, source)[0])
     preprocessing, size = model.vision.preprocessing, picture_of(answer).size
     joined = join_views(maps[:views], best_grid(size, preprocessing.size))

@@ -80,6 +80,7 @@ class Options:
         for key in ("until", "stop_sequences"):
             ends = options.get(key, [])
             until += [ends] if isinstance(ends, str) else ends
+        # in one order, so that requests with the same options are equal and share a batch
         return cls(tokens, tuple(filter(None, until)), tuple(sorted(arguments.items())))
 
     @property
@@ -152,6 +153,7 @@ def answer(model: LoadedModel, requests: list[Request], seed: int) -> tuple[list
     rows = []
     cut_count = 0
     for row, limit in zip(generated.tolist(), limits, strict=True):
+        # rows are generated up to the largest limit of the batch
         row = row[:limit]
         rows.append(row)
         if limit < options.max_new_tokens and len(row) == limit and not ends & set(row):

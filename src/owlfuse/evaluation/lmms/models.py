@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -22,9 +22,6 @@ from owlfuse.evaluation.benchmarks.options import check_model
 from owlfuse.evaluation.lmms.answers import Options, Request, answer, batches
 from owlfuse.evaluation.lmms.likelihoods import Likelihoods
 from owlfuse.evaluation.lmms.prompts import Prompt, PromptMaker
-
-if TYPE_CHECKING:
-    from lmms_eval.api.instance import Instance
 
 DTYPES = ("float32", "saved", "bfloat16", "float16")
 ARGUMENTS = ("pretrained", "batch_size", "device", "dtype", "frames")
@@ -79,6 +76,7 @@ class Owlfuse(lmms):
         device: str | None = None,
         dtype: str = "float32",
         frames: int = 8,
+        # lmms-eval gives it to every model; batches are of one size here
         max_batch_size: int | None = None,
         **unknown: Any,
     ) -> None:
@@ -221,6 +219,7 @@ class Owlfuse(lmms):
         comes next, or that it was the last."""
         with exit_on_user_error():
             rounds = [Rounds(self, request) for request in requests]
+            # round by round over all requests, so that batches stay full
             while open_rounds := [item for item in rounds if item.next is not None]:
                 requests_now = [item.next for item in open_rounds if item.next is not None]
                 for item, text in zip(open_rounds, self.answer_all(requests_now), strict=True):

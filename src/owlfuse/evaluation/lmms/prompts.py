@@ -90,6 +90,7 @@ class PromptMaker:
             parts: list[Message] = []
             for part in content:
                 if part["type"] == "text":
+                    # `\<image>` is the word, as in the text of a question
                     parts.append({"type": "text", "text": unescaped(part["text"])})
                     continue
                 if part["type"] not in ("image", "video"):

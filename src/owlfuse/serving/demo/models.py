@@ -15,6 +15,7 @@ from owlfuse.artifacts.hf.processing import OwlfuseProcessor
 from owlfuse.artifacts.load import load_with_processor
 from owlfuse.config.trust import read_run_config
 from owlfuse.core.progress import quiet_libraries
+from owlfuse.model.quantization import count_parameters
 from owlfuse.serving.chat import Conversation
 
 
@@ -46,13 +47,15 @@ def load_models(
     for count, (folder, name) in enumerate(zip(folders, unique_names(folders)), start=1):
         report(f"loading {folder} ({count} of {len(folders)})")
         start = time.perf_counter()
+        # An exported folder has no checkpoints to choose from, and may stand beside a run.
         is_run = (folder / "config.yaml").exists()
         model, processor = load_with_processor(folder, which if is_run else "last")
         model.to(device)  # type: ignore[arg-type]  # lost in transformers' wrapper
         # The first answer is a slow one: no visitor waits for it.
         Conversation(model, processor, max_new_tokens=1).ask("Hello", lambda text: None)
         models.append(DemoModel(name, describe(folder, model), model, processor))
-        size = sum(parameter.numel() for parameter in model.parameters())
+        # Two weights in 4 bits share a byte, so numel() would give half of them.
+        size = count_parameters(model)
         seconds = time.perf_counter() - start
         report(f"  {name}: {size:,} parameters on {device}, {seconds:.1f} s")
     return models

@@ -65,6 +65,7 @@ def make_page(models: list[DemoModel], visitors: Visitors, uploads: Path) -> gr.
             handlers.answer,
             [temperature, max_tokens, look],
             outputs,
+            # As many pages as may wait: the models answer one question at a time anyway.
             concurrency_limit=MAX_WAITING,
             **HIDDEN,
         )
@@ -109,6 +110,7 @@ class Handlers:
             files = [str(check_uploaded(path, self.uploads)) for path in paths]
             visitor = self.visitors.begin(key, text, files)
         except DataError as error:
+            # The refused question may have come while an earlier one is answered.
             busy = self.visitors.of(key).pending is not None
             box = gr.MultimodalTextbox({"text": text, "files": []}, **(BUSY if busy else IDLE))
             return {self.notice: transcript.notice(str(error)), self.question: box}

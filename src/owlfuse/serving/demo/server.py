@@ -107,6 +107,7 @@ class Guard:
             if message["type"] == "http.response.start":
                 headers = encoded(HEADERS)
                 for name, value in message["headers"]:
+                    # A header of Gradio's would be a second one of that name.
                     if name.decode().lower() not in HEADERS:
                         headers.append((name, value))
                 message["headers"] = headers
@@ -121,6 +122,7 @@ class Guard:
             headers[name.decode().lower()] = value.decode("latin-1")
         host, origin = headers.get("host", ""), headers.get("origin")
         # A name that a foreign web site had its own DNS resolve to this machine.
+        # The slashes have urlsplit take the text for a host and its port.
         if urlsplit(f"//{host}").hostname not in LOCAL_NAMES:
             return 403, "this demo answers to this machine alone"
         # Browsers send the origin with every request that changes something.

@@ -178,6 +178,7 @@ class Visitor:
         # Also when the page is gone, which closes this generator.
         finally:
             QUEUE.leave(turn)
+            # The thread that asks the model goes on until this is set.
             turn.stop.set()
             turn.end(NOT_READ)
             self.last_seen = time.monotonic()
@@ -261,6 +262,7 @@ def fill_answer(
         answer.note = answer_limits.summary()
         if look and conversation.pictures and not turn.stop.is_set():
             yield  # the page shows the answer while its pictures are drawn
+            # The attention is captured by a change of the model, which others may be using.
             with MODEL_LOCK:
                 answer.attention = attention_pictures(conversation)
     except Exception as error:  # of any model, which others share the page with
@@ -311,6 +313,7 @@ class Visitors:
     def waiting(self) -> int:
         """Return the questions whose answers are waited for, of all visitors."""
         with self.lock:
+            # Pages come and go in other threads meanwhile.
             return sum(visitor.waits for visitor in self.by_key.values())
 
     def begin(self, key: str, text: str, paths: list[str]) -> Visitor:

@@ -124,6 +124,7 @@ def read_ablation(name: str, file: Path) -> Ablation:
     baseline |= read_levels(content.get("baseline") or {}, factors, f"{location}: baseline")
     return Ablation(
         name=name,
+        # A text of several lines in the file, and a title of one in the report.
         question=" ".join(str(content.get("question") or name).split()),
         base=content["base"],
         factors=factors,

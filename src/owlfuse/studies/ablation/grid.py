@@ -172,6 +172,7 @@ def make_cell(
     overrides = cell_overrides(ablation, levels, seed, words)
     config = compose_cell(name, overrides)
     with open_dict(config):
+        # All cells lie in the folder of the ablation, whatever experiment they start from.
         config.experiment, config.name = runs_name, f"{name}-seed{seed}"
     # The parts come from that model: hashes must be of them.
     if config.get("init_from"):
@@ -209,6 +210,7 @@ def cell_name(levels: Levels) -> str:
     for level in levels.values():
         if level != ABSENT:
             name = re.sub(r"[^A-Za-z0-9_.+]+", "_", level).strip("_")
+            # Nothing is left of a level that is made of signs alone.
             names.append(name or "none")
     return "-".join(names) or "all"
 
@@ -224,6 +226,7 @@ def check_parts(cells: list[Cell], open_data: bool) -> None:
         cells_by_name.setdefault(cell.name, []).append(cell)
     for name, same_cells in cells_by_name.items():
         with naming(f"cell {name}"):
+            # Seeds of a cell differ in random numbers alone.
             trained, identity = check_cell(same_cells[0], data_identities, open_data)
         for cell in same_cells:
             cell.trained = trained

@@ -73,6 +73,7 @@ def check_launcher(launcher: str, settings: list[str]) -> None:
     keys: list[str] = []
     if launcher == "submitit_slurm":
         keys = [*COMMON_SETTINGS, *SLURM_SETTINGS]
+    # Only a cluster needs the package, which an extra installs.
     if keys and importlib.util.find_spec("submitit") is None:
         raise ConfigError(
             f"{COMMAND_LINE}: launcher={launcher}: not installed; pip install 'owlfuse[sweep]'"
@@ -170,6 +171,7 @@ def run_by_submitit(
         # A time limit or the lack of memory ends a job without a word in cell.json.
         if job_error is not None and not interrupt_count(folder):
             run = folder / key
+            # A job that never began has no folder.
             run.mkdir(exist_ok=True)
             reason = " ".join(str(job_error).split())[-300:]
             state = read_json_if_there(run / STATE_FILE)
@@ -197,6 +199,7 @@ def run_cell(folder: Path, key: str, deadline: float | None, threads: int | None
     if (run / "config.yaml").exists() and not has_checkpoint:
         archive_run(folder, key)  # it was stopped before its first checkpoint
         run.mkdir()
+    # Bars and reports know by it that the cell is under way.
     write_state(run, {**state, "state": "running"})
 
     log = run / "log.txt"
@@ -218,10 +221,12 @@ def run_cell(folder: Path, key: str, deadline: float | None, threads: int | None
 def train_in_process(folder: Path, key: str, log: Path, threads: int | None) -> int:
     """Runs `owlfuse.studies.ablation.cell` to its end and returns its exit code."""
     module = "owlfuse.studies.ablation.cell"
+    # With the id of this process, after whose end a cell does not go on.
     command = [sys.executable, "-m", module, str(folder), key, str(os.getpid())]
     environment = dict(os.environ)
     if threads is not None:
         environment["OMP_NUM_THREADS"] = str(threads)
+    # A cell that goes on adds to the log of its first attempt.
     with log.open("ab") as file:
         process = subprocess.Popen(
             command,
@@ -241,6 +246,7 @@ def wait_and_interrupt(process: subprocess.Popen, folder: Path) -> int:
     while (code := process.poll()) is None:
         try:
             time.sleep(0.1)
+            # The third Ctrl-C ends the command itself (see `run.count_interrupts`).
             count = min(interrupt_count(folder), 2)
         # In a worker process, which the terminal's Ctrl-C reaches too: it is in STOP_FILE as well.
         except KeyboardInterrupt:
@@ -279,6 +285,7 @@ def clean_log(log: Path) -> str:
             lines.append(visible)
     log.write_text("\n".join([*lines, ""]), encoding="utf-8")
     errors = [line for line in lines if line.startswith("owlfuse: error: ")]
+    # Of a crash there is no error of owlfuse, and the last line of the traceback says most.
     last_lines = errors or lines or [""]
     return last_lines[-1][:300]  # a line of a table
 

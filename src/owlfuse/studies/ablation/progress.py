@@ -209,6 +209,7 @@ class View:
         )
         for key, (step, steps) in running.items():
             if key not in self.bars:
+                # A level of the user's may hold square brackets, which rich would take for markup.
                 self.bars[key] = self.progress.add_task(
                     table_cell(f"  {shortened(key)}"), total=steps, detail=""
                 )

@@ -220,6 +220,7 @@ def results_of(folder: Path, record: dict[str, Any], baseline: str | None) -> Re
     for row in rows.values():
         for metric, (source, local_name) in record["metrics"].items():
             row.scores[metric] = score(row, baseline_row, metric, source, local_name)
+    # A stable sort: behind the baseline the cells stand as in the file.
     return Results(folder, record, sorted(rows.values(), key=lambda row: row is not baseline_row))
 
 

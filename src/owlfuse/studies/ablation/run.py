@@ -100,6 +100,7 @@ def ablate_command(name: str, words: list[str]) -> None:
     ablation.seeds = options.seeds or ablation.seeds
     launch.check_launcher(options.launcher, options.launcher_settings)
     if not options.dry_run:
+        # A plan may be made on any machine.
         launch.check_cluster(options.launcher)
     # A dry run writes nothing, and data may be made when they are opened.
     cells = make_cells(ablation, words, options.name, open_data=not options.dry_run)
@@ -235,6 +236,7 @@ def launch_all(
     from owlfuse.core.environment import machine
 
     record = {**record, "machine": machine(), "jobs": options.jobs}
+    # Before any cell, which reads its overrides from the file.
     write_json(folder / "ablation.json", record)
     (folder / launch.STOP_FILE).unlink(missing_ok=True)  # of an earlier command
     to_train = within_budget(ablation, folder, unfinished)

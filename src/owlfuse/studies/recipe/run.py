@@ -82,6 +82,7 @@ def write_record(stages: list[Stage]) -> None:
     if path.exists():
         recorded: Any = OmegaConf.to_container(OmegaConf.load(path))
         for stage in stages:
+            # A stage that has not begun may still be changed.
             if (stage.folder / "config.yaml").exists():
                 check_same(path, stage.name, recorded.get(stage.name) or {}, configs[stage.name])
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -166,6 +167,7 @@ def start_from(config: DictConfig, weights: Path | None) -> None:
             keys += [f"{backbone}.pretrained", f"{backbone}.weights"]
         for key in keys:
             if OmegaConf.select(config.model, key) is not None:
+                # `pretrained` is true or false for a backbone, and a name for an LLM.
                 is_flag = key.startswith("vision") and key.endswith("pretrained")
                 OmegaConf.update(config.model, key, False if is_flag else None)
 

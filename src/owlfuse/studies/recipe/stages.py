@@ -71,6 +71,7 @@ def check_chain(earlier: str, before: DictConfig, later: str, config: DictConfig
     they compute, where weights come from, and the size of pictures. Raises ConfigError."""
     for part in PARTS:
         old, new = to_dict(before.model[part]), to_dict(config.model[part])
+        # Position embeddings are resampled where pictures have another size.
         free = compute_only(new) | loading_options(new) | {"image_size"}
         for key in sorted({*old, *new} - free):
             if essential(old.get(key)) != essential(new.get(key)):

@@ -122,5 +122,6 @@ def print_results(recipe: str, stages: list[Stage]) -> None:
                 texts[name] = f"{value:.3f}"
         records.append(texts)
     frame = pd.DataFrame(records).sort_index(axis=1)
+    # After the sort, which would put it among the metrics.
     frame.insert(0, "stage", [stage.name for stage in stages])
     show(terminal_table(frame, f"{recipe}: what the stages reached"))
