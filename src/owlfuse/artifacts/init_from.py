@@ -101,8 +101,18 @@ def argument_defaults(node: dict[str, Any]) -> dict[str, Any]:
     later release added it."""
     if "_target_" not in node:
         return {}
-    parameters = parameters_of(get_object(node["_target_"])) or {}
-    defaults = {}
+    return defaults_of(get_object(node["_target_"]))
+
+
+def defaults_of(part: Any) -> dict[str, Any]:
+    """Returns the defaults of a class's or a function's arguments, those that a class passes on to
+    its base among them."""
+    parameters = parameters_of(part) or {}
+    defaults: dict[str, Any] = {}
+    passes_on = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    if passes_on and isinstance(part, type):
+        for base in part.__bases__:
+            defaults |= defaults_of(base)
     for name, parameter in parameters.items():
         if parameter.default is not parameter.empty:
             defaults[name] = parameter.default

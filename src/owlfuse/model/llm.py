@@ -130,11 +130,13 @@ def load_llm(
         llm = random_llm(llm_config, options)
     else:
         llm = load_pretrained(str(pretrained), gguf_file, options)
+    # an attribute of torch's Embedding, which transformers does not promise
+    embeddings: Any = llm.get_input_embeddings()
     if pretrained:
         # before they grow: rows behind these have random values
-        llm.trained_rows = llm.get_input_embeddings().num_embeddings
+        llm.trained_rows = embeddings.num_embeddings
     # on the meta device there is no mean of the rows to start new ones from
-    if llm.get_input_embeddings().num_embeddings < vocab_size:
+    if embeddings.num_embeddings < vocab_size:
         # never smaller: released tables are padded beyond their tokenizer
         llm.resize_token_embeddings(vocab_size, mean_resizing=not on_meta)
     if gradient_checkpointing:
@@ -156,7 +158,8 @@ load_llm.ORIGIN = ("pretrained", "gguf_file", "architecture", "dtype")  # type: 
 def check_width(llm: PreTrainedModel) -> None:
     """Raises ValueError for an LLM whose embeddings are not as wide as its hidden states: a visual
     token could not be in the place of both."""
-    embedding_width = llm.get_input_embeddings().weight.shape[-1]
+    embeddings: Any = llm.get_input_embeddings()
+    embedding_width = embeddings.weight.shape[-1]
     if embedding_width != width(llm):
         raise ValueError(
             f"{type(llm).__name__} has embeddings of width {embedding_width} and hidden states of "
@@ -321,8 +324,9 @@ def check_layer_split(llm: PreTrainedModel, layer: Any) -> None:
 def width(llm: PreTrainedModel) -> int:
     """Returns D, the width of hidden states."""
     hidden_size = shared_field(llm.config.get_text_config(decoder=True), "hidden_size")
+    embeddings: Any = llm.get_input_embeddings()
     # a configuration may not say it
-    return hidden_size or llm.get_input_embeddings().weight.shape[-1]
+    return hidden_size or embeddings.weight.shape[-1]
 
 
 def rotary(

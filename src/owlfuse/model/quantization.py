@@ -149,7 +149,7 @@ def quantize(
         # not a subclass: what a fusion or a family makes of one may not be only a product
         if type(module) is not nn.Linear or id(module) in excluded:
             continue
-        linear = cast("nn.Linear", module)
+        linear: nn.Linear = module
         if linear.weight.is_meta:
             llm.set_submodule(name, PlannedLinear(linear, quantization))
         else:

@@ -163,7 +163,7 @@ def end_forward(llm: nn.Module, args: tuple, output: Any) -> None:
 
 def mask_with_images(
     plain: Callable[..., Tensor | None],
-    mask_function: Callable[..., Tensor] = causal_mask_function,
+    mask_function: Callable[..., Any] = causal_mask_function,
     **arguments: Any,
 ) -> Tensor | None:
     """Builds a mask as `plain`, one of transformers' mask functions, in which the tokens of an

@@ -251,7 +251,7 @@ class VisualAttention(nn.Module):
         super().__init__()
         self.head_width = head_width
         self.key_path = key_path
-        joint = {"device": text.key.device, "dtype": text.key.dtype}
+        joint: dict[str, Any] = {"device": text.key.device, "dtype": text.key.dtype}
         keys_width, width = text.key.shape
         has_bias = text.key_bias is not None or text.value_bias is not None
         self.kv_proj = nn.Linear(width, 2 * keys_width, bias=has_bias, **joint)

@@ -118,7 +118,7 @@ def needs_split(copies: list[Copy]) -> bool:
 def check_mlp(llm: PreTrainedModel, mlp: nn.Module) -> None:
     """Raises ValueError for an MLP with weights other than those of linear layers, as a mixture of
     experts has, whose router would see a part of the tokens."""
-    linear = set()
+    linear: set[int] = set()
     for module in mlp.modules():
         if isinstance(module, nn.Linear | Conv1D):
             # by identity: tensors would compare their numbers

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from PIL import Image, ImageOps
@@ -39,6 +39,12 @@ class Preprocessing:
     std: tuple[float, ...]
     interpolation: str
     resize: Resize = "stretch"
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for an unknown way to resize, as a processor's file may have."""
+        if self.resize not in get_args(Resize):
+            known = ", ".join(get_args(Resize))
+            raise ValueError(f"resize is {self.resize!r}, expected one of {known}")
 
     def __call__(self, picture: Image.Image) -> Tensor:
         """Returns the normalised pixels (3, H, W), float32, of an RGB picture of any size."""
