@@ -196,7 +196,8 @@ def make_config(config: dict[str, Any], vocab_size: int) -> PreTrainedConfig:
         # the last line: pydantic-like messages name the field first and say what is wrong last
         last_line = (str(error).splitlines() or [type(error).__name__])[-1]
         raise ValueError(f"config: {last_line.strip()[:200]}") from error
-    if unknown := sorted(set(fields) - config_fields(type(llm_config))):
+    # the defaults above are no keys of the user's, and RWKV has no pad_token_id
+    if unknown := sorted(set(config) - config_fields(type(llm_config)) - {"model_type"}):
         raise ValueError(f"config: {', '.join(unknown)} unknown to {type(llm_config).__name__}")
     heads = shared_field(llm_config, "num_attention_heads")
     groups = shared_field(llm_config, "num_key_value_heads")
