@@ -117,9 +117,9 @@ def test_an_option_starts_from_the_base_trains_and_is_saved_merged_and_exported(
     merged = export(TrainedModel(model, None, None), tmp_path / "merged", merge=True)
     assert not (merged / "adapter").exists()
     with torch.no_grad():
-        torch.testing.assert_close(
-            load_exported(merged)[0].model(batch), wanted, rtol=1e-4, atol=1e-4
-        )
+        from_merged = load_exported(merged)[0].model(batch)
+        # of the largest logit: a sum of two matrices is rounded, and small logits cancel out
+        assert (from_merged - wanted).abs().max() <= 1e-4 * wanted.abs().max()
         started = load_base(str(apart), model_node(), VOCAB).eval()
         torch.testing.assert_close(started(batch), wanted, rtol=1e-4, atol=1e-4)
 

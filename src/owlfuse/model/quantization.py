@@ -137,7 +137,8 @@ def quantize(
         without: modules, those of the fusion, whose layers stay as they are.
 
     Raises:
-        ValueError: the LLM has no linear layer but its head, as GPT-2.
+        ValueError: the LLM has no linear layer but its head, as GPT-2; or one of a width that
+            bitsandbytes does not serve.
         MissingPackage: bitsandbytes is not installed, and the LLM is not on the meta device.
     """
     # transformers leaves the head out, too, when it quantizes
@@ -150,6 +151,7 @@ def quantize(
         if type(module) is not nn.Linear or id(module) in excluded:
             continue
         linear: nn.Linear = module
+        check_rows(name, linear)
         if linear.weight.is_meta:
             llm.set_submodule(name, PlannedLinear(linear, quantization))
         else:
@@ -157,13 +159,25 @@ def quantize(
             llm.set_submodule(name, quantized_layer(linear, quantization))
     if not quantized_layers(llm):
         raise ValueError(
-            f"quantization: {type(llm).__name__} has no linear layer that could be held in 4 bits; "
-            "leave quantization out, or choose another LLM"
+            f"llm: quantization: {type(llm).__name__} has no linear layer that could be held in 4 "
+            "bits; leave quantization out, or choose another LLM"
         )
     warn_of_plain_weights(llm, excluded)
     # what transformers sets, and peft looks for
     loaded: Any = llm
     loaded.is_loaded_in_4bit = True
+
+
+def check_rows(name: str, linear: nn.Linear) -> None:
+    """Raises ValueError for a layer whose rows are no whole blocks."""
+    # bitsandbytes 0.50 makes other numbers of some such weights on CPUs, without a word: those of
+    # rows of 32 or 96, where a block holds the ends of two rows
+    if linear.in_features % BLOCK:
+        raise ValueError(
+            f"llm: quantization: {name} has rows of {linear.in_features} numbers, and bitsandbytes "
+            f"reads them right on CPUs only where {BLOCK} divides that; leave quantization out, or "
+            "choose another LLM"
+        )
 
 
 def warn_of_plain_weights(llm: PreTrainedModel, excluded: set[int]) -> None:
