@@ -8,10 +8,12 @@ from torch import nn
 
 from helpers import (
     CONNECTORS,
+    DEEPSTACK,
     FUSIONS,
     LINEAR,
     ROWS,
     VIT,
+    VIT_LEVELS,
     VOCAB,
     all_connectors,
     all_fusions,
@@ -133,11 +135,16 @@ def test_padding_content_and_side_change_no_logit(node):
 # Without an image
 
 
+def vision_for(fusion, vision):
+    """Deepstack needs levels of one grid, which the stages of RESNET do not have."""
+    return VIT_LEVELS if fusion["_target_"] == DEEPSTACK else vision
+
+
 @each(all_fusions())
 @pytest.mark.parametrize("vision", [VIT, RESNET], ids=["vit", "resnet"])
 def test_the_blank_image_of_a_batch_without_images_changes_nothing(node, vision):
     """In training mode: logits are those of the LLM alone, whatever the blank image shows."""
-    model = make_model(node, vision=vision).train()
+    model = make_model(node, vision=vision_for(node, vision)).train()
     batch = make_batch(TEXT_ONLY)
     assert not batch.has_images
     expected = plain_llm(model, llm_fields())(
@@ -154,7 +161,7 @@ def test_the_blank_image_of_a_batch_without_images_changes_nothing(node, vision)
 
 @each(all_fusions())
 def test_the_blank_image_gives_backbone_and_connector_gradients_of_zero(node):
-    model = make_model(node, vision=RESNET).train()
+    model = make_model(node, vision=vision_for(node, RESNET)).train()
     batch = make_batch(TEXT_ONLY)
     loss_of(model(batch), batch).backward()
     for name, parameter in [*model.vision.named_parameters(), *model.connector.named_parameters()]:

@@ -474,7 +474,7 @@ SEVEN = {
 
 
 @pytest.mark.slow
-def test_a_7b_model_is_planned_in_a_minute_and_a_gigabyte_and_a_half(tmp_path):
+def test_a_7b_model_is_planned_in_a_gigabyte_and_a_half(tmp_path):
     sizes = [f"model.llm.config.{key}={value}" for key, value in SEVEN.items()]
     words = [
         "experiment=shapes_owl1",
@@ -499,7 +499,7 @@ def test_a_7b_model_is_planned_in_a_minute_and_a_gigabyte_and_a_half(tmp_path):
         env={**os.environ},
         capture_output=True,
         text=True,
-        timeout=90,
+        timeout=600,
     )
     assert done.returncode == 0, done.stderr
     assert "FSDP 8" in done.stdout
