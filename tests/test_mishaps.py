@@ -13,6 +13,7 @@ import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -22,7 +23,7 @@ from tokenizers.models import WordLevel
 
 from helpers import REPO, SHAPE_COUNTS, SHORT_ANSWERS, SMALL_RUN
 from owlfuse import __main__, __version__
-from owlfuse.core import hub_access
+from owlfuse.core import files, hub_access
 from owlfuse.core.errors import DataError, disk_error_reason, disk_errors_as_data_errors
 from owlfuse.core.files import atomic_directory
 from owlfuse.data.shapes.write import write_shapes
@@ -251,29 +252,33 @@ def test_a_folder_of_another_kind_is_named_as_what_it_is(silent_run, capsys):
     shutil.rmtree("runs/grid")
 
 
-FILES = (
-    "config.yaml.part",
-    "metrics.csv",
-    "answers.jsonl",
-    "mixture.json",
-    "contact_sheet.png",
-)
+FILES = {
+    "config.yaml": ".config.yaml.temporary",
+    "metrics.csv": "metrics.csv",
+    "answers.jsonl": "answers.jsonl",
+    "mixture.json": ".mixture.json.temporary",
+    "contact_sheet.png": "contact_sheet.png",
+}
+"""The file that is written first; where it is written atomically, a temporary one."""
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")
 @pytest.mark.parametrize("name", FILES)
-def test_a_full_disk_is_one_line_whatever_is_written(name, capsys):
+def test_a_full_disk_is_one_line_whatever_is_written(name, monkeypatch, capsys):
+    name_of_all = SimpleNamespace(hex="temporary")
+    monkeypatch.setattr(files, "uuid", SimpleNamespace(uuid4=lambda: name_of_all))
     run = Path("runs/shapes_owl3/x")
     shutil.rmtree(run, ignore_errors=True)
     run.mkdir(parents=True)
-    (run / name).symlink_to("/dev/full")
+    (run / FILES[name]).symlink_to("/dev/full")
     code, line = told([*TRAIN, *SHORT_ANSWERS], capsys)
     assert code == 1
     assert "No space left on device" in line
     assert str(run) in line
     assert ("go on with: owlfuse train resume=" in line) == any(run.glob("checkpoints/step_*.ckpt"))
-    shutil.rmtree(run)
+    # an empty folder is gone already
+    shutil.rmtree(run, ignore_errors=True)
 
 
 def test_only_errors_about_writing_are_taken_for_a_full_disk(tmp_path):
