@@ -30,8 +30,8 @@ class Preprocessing:
         resize: how a picture of another aspect ratio is brought to the size. `stretch`: as a whole
             and distorted, as mPLUG-Owl does. `letterbox`: as a whole, between bars of the mean
             colour, as LLaVA-1.5's `pad` (arXiv 2310.03744); PIL's `ImageOps.pad`. `crop`: the
-            largest part in the middle that has the size's aspect ratio, as CLIP does (arXiv
-            2103.00020); PIL's `ImageOps.fit`.
+            largest part in the middle that has the size's aspect ratio, as CLIP does but for half
+            a pixel (arXiv 2103.00020); PIL's `ImageOps.fit`.
     """
 
     size: tuple[int, int]
