@@ -43,6 +43,7 @@ from owlfuse.evaluation.explain.attention import attention_to_pictures, picture_
 from owlfuse.evaluation.explain.overlays import COLORS, overlay
 from owlfuse.evaluation.validation import Evaluation
 from owlfuse.model.connectors.abstractor import Abstractor
+from owlfuse.model.connectors.linear import LinearConnector
 from owlfuse.model.multimodal import build_model, make_part
 from owlfuse.serving.chat import Conversation, answer_line
 from reference_lm import ReferenceLM, Shape
@@ -349,6 +350,17 @@ def test_the_grid_is_the_backbones_own(name):
     assert sum(each.sum().item() for each in found) == pytest.approx(1, abs=1e-5)
 
 
+class FirstThree(LinearConnector):
+    """Does not say of which patches its tokens are."""
+
+    def __init__(self, **sizes):
+        super().__init__(**sizes)
+        self.tokens = 3
+
+    def forward(self, features):
+        return super().forward(features[:, :3])
+
+
 def test_what_cannot_be_explained_is_told_with_what_was_found():
     model = wrapped("hyperattention-static")
     inputs = prompt_of(model)
@@ -374,9 +386,9 @@ def test_what_cannot_be_explained_is_told_with_what_was_found():
         attention_to_pictures(odd, inputs, torch.tensor(ANSWER))
     with pytest.raises(DataError, match="further back than the LLM's attention reaches"):
         maps(wrapped("concat", llm=llm_fields("mistral", sliding_window=2)))
-    mute = wrapped("concat")
-    mute.model.connector.tokens = 3
-    with pytest.raises(DataError, match="LinearConnector makes 3 tokens of 5 patches"):
+    connector = {"_target_": f"{__name__}.FirstThree"}
+    mute = wrapped("concat", connector=connector)
+    with pytest.raises(DataError, match="FirstThree makes 3 tokens of 5 patches"):
         maps(mute)
 
 
