@@ -6,7 +6,6 @@ Din, Dout the widths of a linear layer, N the numbers of its weight.
 from __future__ import annotations
 
 import logging
-import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, cast
@@ -21,6 +20,10 @@ from owlfuse.core.packages import missing
 from owlfuse.model.layouts import decoder_layers
 
 # optional: a run is planned on the meta device without it
+if is_bitsandbytes_available():
+    from bitsandbytes.functional import dequantize_4bit
+    from bitsandbytes.nn import Linear4bit, Params4bit
+
 log = logging.getLogger(__name__)
 BLOCK, NESTED_BLOCK = 64, 256
 """Numbers that share a scale, and scales that share a scale of their own with `use_double_quant`:
@@ -206,10 +209,6 @@ def warn_of_plain_weights(llm: PreTrainedModel, excluded: set[int]) -> None:
 
 def quantized_layer(linear: nn.Linear, quantization: Quantization) -> nn.Linear:
     """Returns bitsandbytes' layer with the weight of a linear layer in 4 bits."""
-    # not at the top: bitsandbytes looks for kernels when it is imported, at the hub where the
-    # package `kernels` is installed, and most runs have no layer in 4 bits
-    from bitsandbytes.nn import Linear4bit, Params4bit
-
     compute_dtype = COMPUTE_DTYPES[quantization.compute_dtype]
     # on the meta device, since its weight is replaced below
     layer: Any = Linear4bit(
@@ -245,11 +244,9 @@ def check_installed() -> None:
 
 def is_quantized(module: nn.Module) -> bool:
     """Returns whether a module is a linear layer in 4 bits, or stands for one in a plan."""
-    # where nothing has imported bitsandbytes, there is no layer of it
-    library: Any = sys.modules.get("bitsandbytes.nn")
-    return isinstance(module, PlannedLinear) or (
-        library is not None and isinstance(module, library.Linear4bit)
-    )
+    if isinstance(module, PlannedLinear):
+        return True
+    return is_bitsandbytes_available() and isinstance(module, Linear4bit)
 
 
 def quantized_layers(root: nn.Module) -> dict[str, nn.Linear]:
@@ -318,8 +315,6 @@ def check_not_sharded(llm: nn.Module, sharded: bool) -> None:
 def dense_weight(linear: nn.Linear, dtype: torch.dtype) -> Tensor:
     """Returns the weight (Dout, Din) of a layer in 4 bits as its products use it, the numbers that
     the 4 bits stand for rounded to the compute dtype, as a tensor of `dtype`."""
-    from bitsandbytes.functional import dequantize_4bit
-
     layer: Any = linear
     weight = dequantize_4bit(layer.weight.data, layer.weight.quant_state)
     return weight.to(layer.compute_dtype).to(dtype)
