@@ -180,6 +180,7 @@ def test_own_experiments_parts_and_ablations_of_the_working_folder_are_found(ins
     owlfuse(installed, place, "export", "runs/mine/first", "out")
     # a yaml of the folder names the part
     owlfuse(installed, place, "chat", "out", "What?", "--max-new-tokens", "2")
+    owlfuse(installed, place, "train", "experiment=mine", "init_from=out", "name=second")
     elsewhere = place / "elsewhere"
     elsewhere.mkdir()
     shutil.copy(place / "my_parts.py", elsewhere)

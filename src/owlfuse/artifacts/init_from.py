@@ -8,7 +8,7 @@ from typing import Any
 from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from owlfuse.artifacts.hf.configuration import OwlfuseConfig
+from owlfuse.artifacts.hf.configuration import read_configuration
 from owlfuse.config.build import to_dict
 from owlfuse.config.check import nodes_of, parameters_of
 from owlfuse.config.compose import compose, origin_of
@@ -27,7 +27,7 @@ def adopt_parts(config: DictConfig) -> None:
             nor the folder's.
     """
     try:
-        nodes = OwlfuseConfig.from_pretrained(check_exported(Path(config.init_from))).nodes()
+        nodes = read_configuration(check_exported(Path(config.init_from))).nodes()
     except DataError as error:
         raise ConfigError(f"init_from: {error}") from error
     # a key at its default is not the user's wish

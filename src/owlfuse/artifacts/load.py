@@ -23,7 +23,7 @@ from owlfuse.artifacts.checking import (
     error_reason,
     header_shapes,
 )
-from owlfuse.artifacts.hf.configuration import OwlfuseConfig
+from owlfuse.artifacts.hf.configuration import read_configuration
 from owlfuse.artifacts.hf.modeling import OwlfuseForConditionalGeneration
 from owlfuse.artifacts.hf.processing import OwlfuseImageProcessor, OwlfuseProcessor
 from owlfuse.artifacts.lora import merge_lora
@@ -185,7 +185,7 @@ def check_skeleton(folder: Path, files: list[Path]) -> None:
     """Builds the model of an exported folder without memory, and compares it with the headers of
     its weights. Numbers of config.json that have nothing to do with the weights would else take
     memory. Raises DataError."""
-    config = OwlfuseConfig.from_pretrained(folder)
+    config = read_configuration(folder)
     with torch.device("meta"):
         skeleton = OwlfuseForConditionalGeneration(config)
     tied = skeleton.get_expanded_tied_weights_keys(all_submodels=True)
@@ -270,9 +270,7 @@ def load_base(folder: str, nodes: dict[str, Any], vocab_size: int) -> Multimodal
     attention = llm.get("attention", "sdpa")
     on_meta = torch.get_default_device().type == "meta"
     if on_meta:
-        config = OwlfuseConfig.from_pretrained(
-            check_exported(Path(folder)), attn_implementation=attention
-        )
+        config = read_configuration(check_exported(Path(folder)), attn_implementation=attention)
         model = OwlfuseForConditionalGeneration(config).model.float()
     else:
         # merged: a new run may have other adapters

@@ -78,6 +78,15 @@ class OwlfuseConfig(PreTrainedConfig):
         return {**nodes, "llm": llm}
 
 
+def read_configuration(folder: Path, **options: Any) -> OwlfuseConfig:
+    """Returns the configuration of an exported folder, which knows the folder."""
+    config = OwlfuseConfig.from_pretrained(folder, **options)
+    # as the models' from_pretrained sets it; without it, names in it would be judged as those of a
+    # model in the working folder, where the yamls are the model's and not the user's
+    config.name_or_path = str(folder)
+    return config
+
+
 def check_nodes(nodes: dict[str, Any], file: Path) -> None:
     """Checks the names and arguments of the parts in a config.json. Raises DataError."""
     for name in PARTS:
