@@ -10,6 +10,8 @@ import lightning
 import torch
 from peft import PeftModel
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from torch import nn
 from transformers import AutoProcessor
 
 from owlfuse.artifacts.checking import (
@@ -174,11 +176,28 @@ def load_exported(
             PeftModel.from_pretrained(wrapped, folder / ADAPTER, torch_device="cpu")
         if merge:
             merge_lora(wrapped.model)
+        else:
+            restore_update_dtype(wrapped, folder / ADAPTER)
     if (folder / RELEASED).is_dir():
         wrapped.model.released = read_record(folder / RELEASED)
     # released weights that came without a tokenizer are imported without a processor
     has_processor = (folder / "processor_config.json").exists()
     return wrapped.eval(), load_processor(folder) if has_processor else None
+
+
+def restore_update_dtype(model: nn.Module, folder: Path) -> None:
+    """Gives the updates of a loaded adapter the type that they have in its file.
+
+    peft makes float32 of 16 bits, with which the answers are no more those of the trained model.
+    """
+    tensors = load_file(folder / "adapter_model.safetensors")
+    dtypes = {tensor.dtype for tensor in tensors.values()}
+    # of several types float32 holds all numbers exactly
+    if len(dtypes) == 1:
+        (dtype,) = dtypes
+        for name, parameter in model.named_parameters():
+            if ".lora_" in name:
+                parameter.data = parameter.data.to(dtype)
 
 
 def check_skeleton(folder: Path, files: list[Path]) -> None:
