@@ -51,7 +51,11 @@ def cases():
 
 def fields_with_heads(family):
     fields = small_fields(family)
-    return {name: HEADS.get(name, size) for name, size in fields.items()}
+    changed = {name: HEADS.get(name, size) for name, size in fields.items()}
+    # latent attention has no groups
+    if fields.get("num_key_value_heads") == fields.get("num_attention_heads"):
+        changed["num_key_value_heads"] = changed["num_attention_heads"]
+    return changed
 
 
 def build(family, kind, seed):

@@ -128,6 +128,8 @@ SIZES: dict[str, Any] = {
     "mamba_d_head": 16,
     "mamba_d_state": 16,
     "state_size": 8,
+    "rotary_dim": 8,
+    "num_kv_shared_layers": 0,
     "embedding_size": 64,
     "word_embed_proj_dim": 64,
     "n_embd": 64,
@@ -147,6 +149,26 @@ SIZES: dict[str, Any] = {
     "n_positions": 256,
 }
 """Of every name that a configuration may have for one."""
+PADDED: dict[str, Any] = {"pad_token_id": 1}
+"""For families that count positions by their padding."""
+OF_FAMILY: dict[str, dict[str, Any]] = {
+    "camembert": PADDED,
+    "data2vec-text": PADDED,
+    "dbrx": {"attn_config": {"rope_theta": 10000.0, "kv_n_heads": 2, "clip_qkv": 8}},
+    "dots3_note_text": {"num_key_value_heads": 4},
+    "falcon_h1": {"mamba_d_ssm": 128},
+    "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv", "full_attention"]},
+    "mamba2": {"num_heads": 4, "head_dim": 32},
+    "modernbert-decoder": PADDED,
+    "prophetnet": PADDED,
+    "roberta": PADDED,
+    "roberta-prelayernorm": PADDED,
+    "xlm-roberta": PADDED,
+    "xlm-roberta-xl": PADDED,
+    "zaya": {"num_experts_per_tok": 1},
+}
+"""What fits together in a family only with other sizes than SIZES."""
 OPTIONAL = ("sliding_window", "num_experts", "q_lora_rank", "moe_intermediate_size")
 """Sizes that a family is without where its usual configuration has none."""
 
@@ -166,4 +188,8 @@ def small_fields(family: str) -> dict[str, Any]:
     if types := usual.get("layer_types"):
         different = list(dict.fromkeys(types))
         fields["layer_types"] = (different * 4)[:4]
-    return {"model_type": family, **fields}
+    # with latent attention, head_dim is the width of the rotated part, and heads have no groups
+    if "qk_rope_head_dim" in fields:
+        fields["head_dim"] = fields["qk_rope_head_dim"]
+        fields["num_key_value_heads"] = fields["num_attention_heads"]
+    return {"model_type": family, **fields, **OF_FAMILY.get(family, {})}
