@@ -176,6 +176,10 @@ def shrink(config: Any) -> None:
             setattr(config, name, 32)
         elif standard_name in widths:
             setattr(config, name, widths[standard_name])
+    # Mamba 2's heads share out a width that is a multiple of the hidden states'
+    if config.model_type == "mamba2":
+        config.num_heads, config.head_dim = HEADS, config.expand * HEAD_WIDTH
+        config.n_groups = 1
     # the embedding's table has to hold it; a configuration in another one may have none
     if isinstance(getattr(config, "pad_token_id", None), int):
         config.pad_token_id = 0
