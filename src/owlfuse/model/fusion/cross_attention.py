@@ -39,6 +39,8 @@ Place = Literal["before", "after", "parallel"]
 Gate = Literal["tanh", "none"]
 PLACES = ("before", "after", "parallel")
 GATES = ("tanh", "none")
+USUAL_HEAD_WIDTH = 64
+"""Of heads beside an LLM whose layers have none, or differ in them."""
 
 
 class CrossAttention(Fusion):
@@ -61,12 +63,11 @@ class CrossAttention(Fusion):
         mlp: whether a gated MLP of its own follows, with the same kind of gate.
         qk_norm: whether queries and keys of each head are normed, as in Llama 3.2 Vision.
         heads: of queries, keys and values, each as wide as the LLM over their number, rounded down;
-            by default the LLM's.
+            by default the LLM's, or of 64 numbers each where its layers have none or differ.
 
     Raises:
         ValueError: an unknown option; from `attach`, layers that the LLM does not have, none, or
-            one twice, a place that a layer does not have, or an LLM whose layers differ in their
-            heads.
+            one twice, or a place that a layer does not have.
     """
 
     tokens_per_image = 1
@@ -325,22 +326,20 @@ def head_counts(llm: PreTrainedModel, heads: int | None) -> tuple[int, int, int]
     """Returns H, K and d: those of the LLM, or of `heads` without groups.
 
     Raises:
-        ValueError: no heads, or an LLM whose layers differ in their heads.
+        ValueError: no heads.
     """
     size = width(llm)
     if heads is None:
         config = llm.config.get_text_config(decoder=True)
-        # where layers differ in it, there is no number or a list
         heads = shared_field(config, "num_attention_heads")
         groups = shared_field(config, "num_key_value_heads") or heads
         head_width = shared_field(config, "head_dim")
-        if not isinstance(heads, int) or not isinstance(groups, int) or heads % groups:
-            raise ValueError(
-                f"heads: the configuration of {type(llm).__name__} has no number of heads for all "
-                f"layers; give one, as a divisor of its width of {size}"
-            )
-        if isinstance(head_width, int):
-            return heads, groups, head_width
+        if isinstance(heads, int) and isinstance(groups, int) and heads % groups == 0:
+            if isinstance(head_width, int):
+                return heads, groups, head_width
+        else:
+            # Mamba's layers have no heads, and where layers differ there is a list or nothing
+            heads = groups = max(size // USUAL_HEAD_WIDTH, 1)
     else:
         groups = heads
     if heads < 1:
