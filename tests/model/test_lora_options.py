@@ -70,7 +70,14 @@ def trained(model):
     return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
-@pytest.mark.parametrize("name", OPTIONS)
+def whole_runs():
+    """The options, of which two are fast and stand for the others."""
+    for name in OPTIONS:
+        marks = [] if name in ("dora", "pissa") else [pytest.mark.slow]
+        yield pytest.param(name, marks=marks)
+
+
+@pytest.mark.parametrize("name", whole_runs())
 def test_an_option_starts_from_the_base_trains_and_is_saved_merged_and_exported(name, tmp_path):
     options = OPTIONS[name]
     base = build({"targets": ["q_proj"]})
@@ -191,6 +198,7 @@ def test_updates_of_one_part_stay_when_another_part_gets_its_own():
         assert (model(batch) - before).abs().max() > 1e-3, kind
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", ["vision", "connector"])
 @pytest.mark.parametrize("name", ["dora", "pissa"])
 def test_other_parts_take_them_too(part, name, tmp_path):
