@@ -88,7 +88,7 @@ def test_answers_and_metrics_are_those_of_one_process(folder, split):
         assert answers(folder, split, file) == answers(folder, "alone", file)
     alone, together = (content(folder, name, "results.json") for name in ("alone", split))
     assert together["questions"] == alone["questions"]
-    assert together["metrics"] == pytest.approx(alone["metrics"], abs=near)
+    assert together["metrics"] == pytest.approx(alone["metrics"], rel=near, abs=near)
     before = [content(folder, name, "before.json") for name in ("alone", split)]
     if split == "tp":
         assert before[1] == pytest.approx(before[0], abs=near)
@@ -153,5 +153,3 @@ def test_a_rank_that_fails_in_an_evaluation_ends_the_other_in_a_line(folder, spl
     assert "Traceback" not in output
     errors = [line for line in output.splitlines() if "error: " in line]
     assert any("000003.png" in line and "cannot be read" in line for line in errors)
-    if not by_lightning:
-        assert any("rank 1 has failed: DataError" in line for line in errors)
