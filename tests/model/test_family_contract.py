@@ -53,7 +53,8 @@ def fields_with_heads(family):
     fields = small_fields(family)
     changed = {name: HEADS.get(name, size) for name, size in fields.items()}
     # latent attention has no groups
-    if fields.get("num_key_value_heads") == fields.get("num_attention_heads"):
+    heads = fields.get("num_attention_heads")
+    if heads is not None and fields.get("num_key_value_heads") == heads:
         changed["num_key_value_heads"] = changed["num_attention_heads"]
     return changed
 
