@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import logging
 import os
 import sys
 from collections.abc import Iterable
@@ -25,6 +26,8 @@ def main(argv: list[str] | None = None) -> int:
     Unexpected exceptions pass through with their traceback.
     """
     argv = sys.argv[1:] if argv is None else argv
+    # it says which faster kernels it lacks when peft imports it, in runs without 4 bits, too
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     parser = make_parser()
     if not argv:
         parser.print_help()
