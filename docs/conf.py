@@ -28,8 +28,11 @@ suppress_warnings = ["myst.header"]  # an included README begins at a level of i
 
 nitpicky = True  # a reference that leads nowhere is an error
 nitpick_ignore_regex = [
-    (r"py:.*", r"(?!owlfuse\.).*")
-]  # other libraries' names have no page here, and no network to look them up
+    # other libraries' names have no page here, and no network to look them up
+    (r"py:.*", r"(?!owlfuse\.).*"),
+    # type variables, and the composition that Hydra's wrapper keeps for itself
+    (r"py:.*", r"owlfuse\..*\.(T|Value|BatchT|PreparedT|ResultT|Composition)"),
+]
 
 html_theme = "furo"  # system fonts
 html_show_sourcelink = False
