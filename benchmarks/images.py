@@ -11,7 +11,6 @@ N images of a row, Q visual tokens per image, T text positions, D LLM width.
 from __future__ import annotations
 
 import multiprocessing
-import resource
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
@@ -43,6 +42,7 @@ from owlfuse.model.llm import load_llm
 from owlfuse.model.loss import batch_loss
 from owlfuse.model.multimodal import MultimodalLM, make_part
 from owlfuse.model.vision.base import Backbone
+from owlfuse.training.cost import resident
 
 Work = Literal["step", "prefill"]
 WORKS: tuple[Work, ...] = ("step", "prefill")
@@ -171,14 +171,9 @@ def measure_peak(cell: Cell) -> float:
         before = torch.cuda.memory_allocated()
         run()
         return (torch.cuda.max_memory_allocated() - before) / MIB
-    before = peak_resident()
+    before = resident("VmHWM")
     run()
-    return (peak_resident() - before) / MIB
-
-
-def peak_resident() -> int:
-    """Return the most bytes of this process that were ever in memory."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return (resident("VmHWM") - before) / MIB
 
 
 def peaks_of(

@@ -8,6 +8,7 @@ from torch import nn
 
 from helpers import (
     CONNECTORS,
+    FROZEN,
     FUSIONS,
     ROWS,
     VOCAB,
@@ -23,6 +24,7 @@ from helpers import (
     yaml_nodes,
 )
 from owlfuse.model.adapters import (
+    PARTS,
     LoRA,
     Part,
     PartSummary,
@@ -32,8 +34,6 @@ from owlfuse.model.adapters import (
 )
 from owlfuse.model.multimodal import build_model
 
-PARTS = ("vision", "connector", "fusion", "llm")
-FROZEN = dict.fromkeys(PARTS, policy("Frozen"))
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 WITH_PARAMETERS = [

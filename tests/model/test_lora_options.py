@@ -9,10 +9,11 @@ from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 
 from helpers import (
+    FROZEN,
     ROWS,
     VOCAB,
     llm_fields,
-    loss_of,
+    losses_of_steps,
     make_batch,
     model_node,
     perturb,
@@ -27,8 +28,6 @@ from owlfuse.model.llm import check_split
 from owlfuse.model.multimodal import build_model, on_meta
 from owlfuse.training.optim import AdamWCosine
 
-PARTS = ("vision", "connector", "fusion", "llm")
-FROZEN = dict.fromkeys(PARTS, policy("Frozen"))
 OPTIONS = {
     "dora": {"use_dora": True},
     "rslora": {"use_rslora": True, "alpha": 5.0},
@@ -55,15 +54,7 @@ def build(options, fusion="concat", parts=("llm",)):
 
 def train(model, steps=2):
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.02)
-    batch = make_batch(ROWS, model.fusion.tokens_per_image)
-    losses = []
-    for _ in range(steps):
-        optimizer.zero_grad()
-        loss = loss_of(model(batch), batch)
-        loss.backward()
-        losses.append(loss.item())
-        optimizer.step()
-    return [*losses, loss_of(model(batch), batch).item()]
+    return losses_of_steps(model, optimizer, steps)
 
 
 def trained(model):

@@ -6,7 +6,16 @@ import pytest
 import torch
 
 from families import small_fields
-from helpers import ROWS, VOCAB, llm_fields, loss_of, make_batch, model_node, policy
+from helpers import (
+    FROZEN,
+    ROWS,
+    VOCAB,
+    llm_fields,
+    losses_of_steps,
+    make_batch,
+    model_node,
+    policy,
+)
 from owlfuse.artifacts.export import export
 from owlfuse.artifacts.load import TrainedModel, load_base, load_exported
 from owlfuse.artifacts.weights import check_fits, frozen_hashes, load_weights, saved_names
@@ -18,7 +27,6 @@ from owlfuse.model.multimodal import build_model, on_meta
 from owlfuse.planning.step import bytes_of, measure_batch, meta_batch
 
 EXACT = {"compute_dtype": "float32"}
-FROZEN = dict.fromkeys(("vision", "connector", "fusion", "llm"), policy("Frozen"))
 QLORA = FROZEN | {"llm": policy("LoRA", r=2)}
 WIDTHS = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16}
 """Rows of whole blocks."""
@@ -42,15 +50,7 @@ def build(*args, **kwargs):
 def train(model, steps=3):
     # whose steps do not vanish beside a weight, as those of SGD for LoRA's first matrix do
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.005)
-    batch = make_batch(ROWS, model.fusion.tokens_per_image)
-    losses = []
-    for _ in range(steps):
-        optimizer.zero_grad()
-        loss = loss_of(model(batch), batch)
-        loss.backward()
-        losses.append(loss.item())
-        optimizer.step()
-    return [*losses, loss_of(model(batch), batch).item()]
+    return losses_of_steps(model, optimizer, steps)
 
 
 # Without bitsandbytes: on the meta device

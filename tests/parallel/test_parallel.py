@@ -81,7 +81,11 @@ CASES = {
     "owl1-scarce": ["experiment=shapes_owl1", *SCARCE],
     "owl2-scarce": ["experiment=shapes_owl2", *SCARCE],
     "owl3-scarce": [*OWL3, *SCARCE],
-    "concat-bidirectional": ["experiment=shapes_owl1", "model.fusion.attention=bidirectional"],
+    "concat-bidirectional": [
+        "experiment=shapes_owl1",
+        *NO_BATCH_NORMS,
+        "model.fusion.attention=bidirectional",
+    ],
     "expert": ["experiment=shapes_owl2", f"model.fusion.copies={EXPERT}"],
     "cross-attention": [
         "experiment=shapes_owl3",

@@ -474,7 +474,7 @@ SEVEN = {
 
 
 @pytest.mark.slow
-def test_a_7b_model_is_planned_in_a_gigabyte(tmp_path):
+def test_a_7b_model_is_planned_in_a_gigabyte_and_a_half(tmp_path):
     sizes = [f"model.llm.config.{key}={value}" for key, value in SEVEN.items()]
     words = [
         "experiment=shapes_owl1",
@@ -488,12 +488,10 @@ def test_a_7b_model_is_planned_in_a_gigabyte(tmp_path):
         "data.micro_batch_size=2",
         "model.llm.config.tie_word_embeddings=false",
     ]
-    # beside the libraries, of which Lightning imports what is installed (wandb, MLflow)
+    # not by getrusage, whose peak is also that of the process that started this one
     code = (
-        "import sys, resource, owlfuse.training.train; from owlfuse.__main__ import main;"
-        "size = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss;"
-        "before = size(); code = main(['train', *sys.argv[1:]]);"
-        "print('RSS', size() - before); sys.exit(code)"
+        "import sys; from owlfuse.__main__ import main; from owlfuse.training.cost import resident;"
+        "code = main(['train', *sys.argv[1:]]); print('PEAK', resident('VmHWM')); sys.exit(code)"
     )
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", code, *words],
@@ -506,7 +504,7 @@ def test_a_7b_model_is_planned_in_a_gigabyte(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "FSDP 8" in done.stdout
     assert "TP 8" in done.stdout
-    assert int(done.stdout.rsplit("RSS", 1)[1]) * 1024 < GB
+    assert 0 < int(done.stdout.rsplit("PEAK", 1)[1]) < 1.5 * GB
 
 
 def test_what_is_read_grows_with_rows_in_proportion():

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from owlfuse.core.types import Batch, VisualTokens
+from owlfuse.model.adapters import PARTS
 from owlfuse.model.connectors.base import Connector
 from owlfuse.model.fusion.base import Fusion
 from owlfuse.model.llm import load_llm
@@ -174,6 +175,10 @@ def policy(name: str, **arguments: Any) -> dict[str, Any]:
     return {"_target_": f"owlfuse.model.adapters.{name}", **arguments}
 
 
+FROZEN = dict.fromkeys(PARTS, policy("Frozen"))
+"""Nothing is trained, for `model_node`'s `adapter`."""
+
+
 def model_node(
     fusion: str | dict[str, Any] = "concat",
     llm: dict[str, Any] | None = None,
@@ -183,7 +188,7 @@ def model_node(
     **llm_arguments: Any,
 ) -> dict[str, Any]:
     """A configuration's `model`, everything trained unless `adapter` says otherwise of a part."""
-    full = dict.fromkeys(("vision", "connector", "fusion", "llm"), policy("Full"))
+    full = dict.fromkeys(PARTS, policy("Full"))
     if isinstance(fusion, str):
         fusion = {**FUSIONS, **VARIANTS}[fusion]
     source = {} if "pretrained" in llm_arguments else {"config": llm or llm_fields()}
@@ -329,6 +334,19 @@ def loss_of(logits: Tensor, batch: Batch) -> Tensor:
     return nn.functional.cross_entropy(
         logits[:, :-1].flatten(0, 1).float(), batch.labels[:, 1:].flatten()
     )
+
+
+def losses_of_steps(model: MultimodalLM, optimizer: torch.optim.Optimizer, steps: int) -> list:
+    """The losses of so many steps on ROWS, and the loss after them."""
+    batch = make_batch(ROWS, model.fusion.tokens_per_image)
+    losses = []
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss = loss_of(model(batch), batch)
+        loss.backward()
+        losses.append(loss.item())
+        optimizer.step()
+    return [*losses, loss_of(model(batch), batch).item()]
 
 
 def gradients(model: nn.Module, loss: Tensor) -> dict[str, Tensor | None]:

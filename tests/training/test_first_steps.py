@@ -11,14 +11,20 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 from torch.utils.data import DataLoader
 
-from helpers import ROWS, VOCAB, make_batch, model_node, policy
+from helpers import (
+    FROZEN,
+    ROWS,
+    VOCAB,
+    make_batch,
+    model_node,
+    policy,
+)
 from owlfuse.model.loss import token_loss
 from owlfuse.model.multimodal import build_model
 from owlfuse.training.first_steps import FirstStepsCheck, Watched, checksums, watched_tensors
 from owlfuse.training.optim import AdamWCosine
 
 TEXT = [[31, 32, 33, 34], [41, 42]]
-FROZEN = dict.fromkeys(("vision", "connector", "fusion", "llm"), policy("Frozen"))
 
 
 class Plain(lightning.LightningModule):

@@ -92,11 +92,12 @@ def export(
     if merge:
         merge_lora(model)
     with atomic_directory(out) as folder:
+        # before the weights, which take long: it refuses updates that do not fit one adapter
+        if not merge:
+            save_lora(wrapped, folder / ADAPTER)
         wrapped.save_pretrained(
             folder, state_dict=without_lora(wrapped), max_shard_size=max_shard_size
         )
-        if not merge:
-            save_lora(wrapped, folder / ADAPTER)
         # released weights may come without a tokenizer
         if trained.tokenizer is not None:
             make_processor(trained).save_pretrained(folder)

@@ -448,7 +448,11 @@ def raised_together(gather: Callable[[Any], list[Any]]) -> Iterator[None]:
         yield
     except BaseException as error:  # is raised again below, when the others know of it
         failure = error
-    reason = None if failure is None else f"{type(failure).__name__}: {str(failure)[:300]}"
+    reason = None
+    if failure is not None:
+        # a DataError says by itself what is wrong; of others the class is half of it
+        kind = "" if isinstance(failure, DataError) else f"{type(failure).__name__}: "
+        reason = f"{kind}{str(failure)[:300]}"
     reasons = gather(reason)
     if failure is not None:
         raise failure

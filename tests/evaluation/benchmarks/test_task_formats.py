@@ -316,6 +316,20 @@ def test_what_is_wrong_with_a_file_is_told_in_a_line(task, change, expected, tmp
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("damage", [b"\tA cat", b"\xff"])
+def test_a_row_that_cannot_be_read_is_left_out_where_it_may_be(damage, tmp_path):
+    task = made("mmbench", tmp_path, on_error="skip")
+    lines = task.file.read_bytes().splitlines(keepends=True)
+    # without the tabs before it, or no UTF-8
+    lines[2] = damage + b"\n"
+    task.file.write_bytes(b"".join(lines))
+    questions, skipped = task.questions()
+    assert questions
+    [(record, reason)] = skipped
+    assert record.endswith(":2")
+    assert "line 3" in reason
+
+
 def test_a_picture_that_is_no_base64_is_told(tmp_path):
     task = made("mmbench", tmp_path)
     question = task.questions()[0][0]

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import base64
 import binascii
-import csv
 import re
-import sys
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import takewhile
 from typing import Any
@@ -63,8 +62,6 @@ class MMBench(Task):
 
     def open(self) -> Sequence[Any]:
         """Returns the records of the file."""
-        # a picture in base64 is longer than csv's limit of 128 KB
-        csv.field_size_limit(sys.maxsize)
         self.table = Rows(self.file, "\t")
         header = self.table.header
         if missing := [name for name in REQUIRED_COLUMNS if name not in header]:
@@ -72,11 +69,11 @@ class MMBench(Task):
                 f"{self.file}: line 1 has no column '{missing[0]}'; it has "
                 f"{', '.join(header)[:200]}"
             )
-        column = header.index("index")
         self.rows: dict[str, int] = {}
         for number in range(len(self.table)):
-            # the row as a whole is checked where it is asked, and left out if it may be
-            self.rows[self.table.fields(number + 1)[column]] = number
+            # a wrong row is told where it is asked, and left out if it may be
+            with suppress(DataError):
+                self.rows[self.table[number]["index"]] = number
         # a file with rotations is not to be rotated again
         self.has_rotations = any(
             int(index) >= ROTATION_OFFSET for index in self.rows if index.isdigit()
