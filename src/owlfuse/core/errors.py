@@ -113,17 +113,23 @@ def report_errors(call: Callable[[], None], command: str) -> int:
     except ConfigError as error:
         return failed(str(error), 2)
     except (DataError, FileNotFoundError, FileExistsError) as error:
-        # torch makes the whole traceback of a data worker the message of the error.
-        message = str(error).rpartition("DataError: ")[2]
-        return failed(" ".join(message.split()), 1)
+        return failed(" ".join(without_traceback(error).split()), 1)
     except MissingPackage as error:
-        # Of a data worker, too, see above.
-        return failed(str(error).rpartition("MissingPackage: ")[2].strip(), 1)
+        return failed(without_traceback(error).strip(), 1)
     except OSError as error:
         reason = disk_error_reason(error)
         if reason is None:
             raise
         return failed(f"{command}: {reason}; make room or permit it, then run it again", 1)
+
+
+def without_traceback(error: Exception) -> str:
+    """Return an error's message; of a data worker's error, whose whole traceback torch makes the
+    message, what the worker's own error said."""
+    message = str(error)
+    if "Original Traceback" not in message:
+        return message
+    return message.rpartition(f"{type(error).__name__}: ")[2]
 
 
 def failed(message: str, code: int) -> int:

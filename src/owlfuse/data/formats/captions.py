@@ -12,7 +12,7 @@ from owlfuse.data.formats.base import PictureSource, field
 from owlfuse.data.formats.records import CHATS, IMAGES, TOOLS, VIDEOS, check_unused, system_messages
 from owlfuse.data.formats.turn_keys import SYSTEM_KEYS, brief, is_absent
 from owlfuse.data.formats.turns import caption_messages, picture_of
-from owlfuse.data.readers.rows import Rows
+from owlfuse.data.readers.text_table import TextTable
 
 
 @dataclass(eq=False)
@@ -41,7 +41,7 @@ class Captions(PictureSource):
             return super().open()
         # A TSV has no quoting rule; csv.reader would join lines at a lone quote.
         is_tsv = self.file.suffix == ".tsv"
-        rows = Rows(self.file, "\t" if is_tsv else ",", quoted=not is_tsv)
+        rows = TextTable(self.file, "\t" if is_tsv else ",", quoted=not is_tsv)
         for column in (self.image_field, self.caption_field):
             if column not in rows.header:
                 raise DataError(
@@ -51,7 +51,7 @@ class Captions(PictureSource):
 
     def location(self, index: int) -> str:
         """See `Source`."""
-        if isinstance(self.records, Rows):
+        if isinstance(self.records, TextTable):
             return f"line {self.records.lines.number(index + 1)} of {self.file.name}"
         return super().location(index)
 

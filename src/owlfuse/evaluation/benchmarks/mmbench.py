@@ -12,7 +12,7 @@ from itertools import takewhile
 from typing import Any
 
 from owlfuse.core.errors import DataError
-from owlfuse.data.readers.rows import Rows
+from owlfuse.data.readers.text_table import TextTable
 from owlfuse.evaluation.benchmarks.base import Question, Task, mean, require_field
 from owlfuse.evaluation.benchmarks.scienceqa import with_options
 
@@ -62,7 +62,7 @@ class MMBench(Task):
 
     def open(self) -> Sequence[Any]:
         """Returns the records of the file."""
-        self.table = Rows(self.file, "\t")
+        self.table = TextTable(self.file, "\t")
         header = self.table.header
         if missing := [name for name in REQUIRED_COLUMNS if name not in header]:
             raise DataError(

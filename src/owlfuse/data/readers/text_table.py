@@ -12,7 +12,7 @@ from owlfuse.core.files import MAX_RECORD, decoded
 from owlfuse.data.readers.lines import Lines
 
 
-class Rows(Sequence[dict[str, str]]):
+class TextTable(Sequence[dict[str, str]]):
     """The rows of a CSV or TSV file below its header, as dicts, by number.
 
     Args:

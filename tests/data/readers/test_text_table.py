@@ -3,7 +3,7 @@
 import pytest
 
 from owlfuse.core.errors import DataError
-from owlfuse.data.readers.rows import Rows
+from owlfuse.data.readers.text_table import TextTable
 
 LINE_ENDS = "one\u2028two\x0bthree\x85four"
 """Characters inside a field at which Python ends lines, and a table none."""
@@ -14,7 +14,7 @@ def test_a_row_ends_at_a_line_feed_alone(tmp_path, delimiter, quoted):
     file = tmp_path / "table"
     rows = [("image", "caption"), ("a.png", LINE_ENDS), ("b.png", "five")]
     file.write_text("".join(delimiter.join(row) + "\n" for row in rows), encoding="utf-8")
-    table = Rows(file, delimiter, quoted)
+    table = TextTable(file, delimiter, quoted)
     assert [row["caption"] for row in table] == [LINE_ENDS, "five"]
 
 
@@ -23,7 +23,7 @@ def test_a_quoted_field_may_hold_delimiters_and_line_feeds_and_a_row_of_another_
 ):
     file = tmp_path / "table.csv"
     file.write_text('image,caption\na.png,"two\nlines, ""quoted"""\nb.png\n', encoding="utf-8")
-    table = Rows(file)
+    table = TextTable(file)
     assert table[0] == {"image": "a.png", "caption": 'two\nlines, "quoted"'}
     with pytest.raises(DataError, match=r"line 4, which begins 'b.png', has 1 fields, the .* 2"):
         table[1]
@@ -33,4 +33,4 @@ def test_a_quoted_field_may_be_a_picture_in_base64(tmp_path):
     file = tmp_path / "table.csv"
     picture = "data:image/png;base64," + "A" * 200_000
     file.write_text(f'image,caption\n"{picture}",red\n', encoding="utf-8")
-    assert Rows(file)[0] == {"image": picture, "caption": "red"}
+    assert TextTable(file)[0] == {"image": picture, "caption": "red"}
