@@ -35,8 +35,18 @@ HEADS = {
     "hidden_size": 96,
     "n_embd": 96,
     "d_model": 96,
+    "attention_hidden_size": 192,
+    "word_embed_proj_dim": 96,
+    "embedding_size": 96,
 }
 """Others than in the page's configurations."""
+HEADS_OF_FAMILY = {
+    "bamba": {"mamba_n_heads": 12},
+    "diffllama": {"num_key_value_heads": 2},
+    "dory": {"num_key_value_heads": 2},
+    "granitemoehybrid": {"mamba_n_heads": 12},
+}
+"""What fits together in a family only with other sizes than HEADS."""
 
 
 def cases():
@@ -56,7 +66,7 @@ def fields_with_heads(family):
     heads = fields.get("num_attention_heads")
     if heads is not None and fields.get("num_key_value_heads") == heads:
         changed["num_key_value_heads"] = changed["num_attention_heads"]
-    return changed
+    return {**changed, **HEADS_OF_FAMILY.get(family, {})}
 
 
 def build(family, kind, seed):
@@ -76,7 +86,8 @@ def build(family, kind, seed):
 @pytest.mark.parametrize(("family", "seed"), cases())
 def test_a_fusion_keeps_its_promises_or_is_refused_in_one_line(family, seed, kind):
     if not DOCUMENTED[family][kind]:
-        with pytest.raises(ValueError) as refusal:  # noqa: PT011
+        # without memory: BLT has four models inside
+        with pytest.raises(ValueError) as refusal, torch.device("meta"):  # noqa: PT011
             build(family, kind, seed)
         assert "\n" not in str(refusal.value)
         return
@@ -105,7 +116,9 @@ def check_pictures(model, batch, tokens):
 def check_text(model, plain, batch, tokens, text):
     """A row of text alone has the logits of the LLM without the fusion."""
     logits = model(batch, visual_tokens(batch, tokens))[1, : len(text)]
-    expected = plain(input_ids=torch.tensor([text]), attention_mask=torch.ones(1, len(text)))
+    expected = plain(
+        input_ids=torch.tensor([text]), attention_mask=torch.ones(1, len(text)), use_cache=False
+    )
     scale = expected.logits.abs().max()
     assert (logits - expected.logits[0]).abs().max() <= 1e-3 * scale
 
@@ -134,10 +147,12 @@ def check_gradients(model, plain, batch, tokens, text):
     model(batch, visual_tokens(batch, tokens)).float().square().mean().backward()
     assert tokens.grad.abs().sum() > 0
     plain(input_ids=torch.tensor([text])).logits.float().square().mean().backward()
-    reached = {name for name, p in plain.named_parameters() if p.grad is not None}
+    # Gemma 3n looks up its own vision embeddings for text, too, and takes none of them
+    reached = {name for name, p in plain.named_parameters() if p.grad is not None and p.grad.any()}
     for name, parameter in model.llm.named_parameters():
         if name in reached:
             assert parameter.grad is not None, name
+            assert parameter.grad.any(), name
     for module in (model.fusion, *model.fusion.owned(model.llm)):
         for name, parameter in module.named_parameters():
             assert parameter.grad is not None, name

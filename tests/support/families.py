@@ -130,6 +130,7 @@ SIZES: dict[str, Any] = {
     "state_size": 8,
     "rotary_dim": 8,
     "num_kv_shared_layers": 0,
+    "vocab_size_per_layer_input": 128,
     "embedding_size": 64,
     "word_embed_proj_dim": 64,
     "n_embd": 64,
@@ -146,26 +147,48 @@ SIZES: dict[str, Any] = {
     "n_inner": 96,
     "ffn_dim": 96,
     "decoder_ffn_dim": 96,
+    "ffn_hidden_size": 96,
+    "expert_ffn_hidden_size": 32,
+    "zero_expert_num": 2,
     "n_positions": 256,
 }
 """Of every name that a configuration may have for one."""
 PADDED: dict[str, Any] = {"pad_token_id": 1}
 """For families that count positions by their padding."""
+HYBRID = ["linear_attention", "hybrid"] * 2
 OF_FAMILY: dict[str, dict[str, Any]] = {
+    "bamba": {"attn_layer_indices": [1, 3]},
     "camembert": PADDED,
     "data2vec-text": PADDED,
     "dbrx": {"attn_config": {"rope_theta": 10000.0, "kv_n_heads": 2, "clip_qkv": 8}},
+    "dots3_note": {
+        "audio_config": {"adapter_out_dim": 64},
+        "vision_config": {"adapter_out_dim": 64},
+    },
     "dots3_note_text": {"num_key_value_heads": 4},
     "falcon_h1": {"mamba_d_ssm": 128},
+    "gemma3n": {
+        "audio_config": {"conf_num_hidden_layers": 1, "hidden_size": 64},
+        "vision_config": {"architecture": "test_vit"},
+    },
     "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
+    "granitemoehybrid": {"layer_types": ["mamba", "attention"] * 2},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv", "full_attention"]},
-    "mamba2": {"num_heads": 4, "head_dim": 32},
+    "mamba2": {"num_heads": 4, "head_dim": 32, "n_groups": 1},
     "modernbert-decoder": PADDED,
+    "phi4_multimodal": {
+        "audio_config": {"num_blocks": 1, "hidden_size": 64},
+        "vision_config": {"num_hidden_layers": 1},
+    },
     "prophetnet": PADDED,
+    "rembert": {"input_embedding_size": 64, "output_embedding_size": 64},
     "roberta": PADDED,
     "roberta-prelayernorm": PADDED,
     "xlm-roberta": PADDED,
     "xlm-roberta-xl": PADDED,
+    "zamba": {"layers_block_type": HYBRID, "attention_hidden_size": 128, "attention_head_dim": 32},
+    "zamba2": {"layers_block_type": HYBRID},
     "zaya": {"num_experts_per_tok": 1},
 }
 """What fits together in a family only with other sizes than SIZES."""
@@ -192,4 +215,7 @@ def small_fields(family: str) -> dict[str, Any]:
     if "qk_rope_head_dim" in fields:
         fields["head_dim"] = fields["qk_rope_head_dim"]
         fields["num_key_value_heads"] = fields["num_attention_heads"]
+    # the LLM of a model that reads pictures
+    if text_config := usual.get("text_config"):
+        fields["text_config"] = small_fields(text_config.model_type)
     return {"model_type": family, **fields, **OF_FAMILY.get(family, {})}

@@ -387,7 +387,10 @@ def rotate(attention: nn.Module, states: Tensor, cos: Tensor, sin: Tensor) -> Te
     """Returns `states` (B, K, T, d) rotated as this attention rotates its keys: by the function of
     its modelling file."""
     apply = sys.modules[type(attention).__module__].apply_rotary_pos_emb
-    # it rotates queries too: none are given
+    # Gemma 4's rotates one tensor
+    if list(inspect.signature(apply).parameters)[1] == "cos":
+        return apply(states, cos, sin)
+    # the others rotate queries too: none are given
     return apply(states[:, :0], states, cos, sin)[1]
 
 

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -38,6 +38,7 @@ from owlfuse.model.llm import (
     FAILURES,
     KeyPath,
     attention_function,
+    cache_argument,
     first_line,
     layer_type_of,
     rotary,
@@ -176,14 +177,33 @@ def shrink(config: Any) -> None:
             setattr(config, name, 32)
         elif standard_name in widths:
             setattr(config, name, widths[standard_name])
-    # Mamba 2's heads share out a width that is a multiple of the hidden states'
-    if config.model_type == "mamba2":
-        config.num_heads, config.head_dim = HEADS, config.expand * HEAD_WIDTH
-        config.n_groups = 1
+        elif name.endswith("_token_id") and value >= VOCABULARY:
+            # Gemma 4 compares its inputs with the embeddings of such tokens
+            setattr(config, name, VOCABULARY - 1)
+    fit_state_space(config, width)
     # the embedding's table has to hold it; a configuration in another one may have none
     if isinstance(getattr(config, "pad_token_id", None), int):
         config.pad_token_id = 0
     cut_rotary_factors(config)
+
+
+def fit_state_space(config: Any, width: int) -> None:
+    """Sets the numbers of Mamba's heads in a configuration whose hidden states have become `width`
+    wide: they share out a multiple of it, `expand`."""
+    if config.model_type == "mamba2":
+        config.num_heads, config.head_dim = HEADS, config.expand * HEAD_WIDTH
+        config.n_groups = 1
+    # Bamba, Granite 4 and Falcon H1
+    if "mamba_n_heads" in vars(config) and "mamba_d_head" in vars(config):
+        config.mamba_n_heads, config.mamba_d_head = HEADS, config.mamba_expand * HEAD_WIDTH
+        config.mamba_n_groups = 1
+        if "mamba_d_ssm" in vars(config):
+            config.mamba_d_ssm = config.mamba_expand * width
+    # whose attention reads the embeddings beside the layer's states
+    if config.model_type in ("zamba", "zamba2"):
+        config.attention_hidden_size, config.attention_head_dim = 2 * width, 2 * HEAD_WIDTH
+    if config.model_type == "zamba2":
+        config.mamba_headdim = config.mamba_expand * width // config.n_mamba_heads
 
 
 def cut_rotary_factors(config: Any) -> None:
@@ -418,6 +438,35 @@ def packing_leak(llm: PreTrainedModel) -> str | None:
     if not same(logits[0], alone):
         return "a sample's logits are others than without packing"
     return None
+
+
+@cached_by_configuration
+def cache_failure(llm: PreTrainedModel) -> str | None:
+    """Returns why this LLM cannot go on from a key-value cache as answers do, None where it can."""
+    ids = torch.arange(11, 19)[None]
+    try:
+        expected = llm(input_ids=ids, use_cache=False).logits[:, -1]
+        cache = DynamicCache(config=llm.config)
+        options: dict[str, Any] = {cache_argument(llm): cache, "use_cache": True}
+        llm(input_ids=ids[:, :-1], attention_mask=torch.ones(1, 7), **options)
+        # what generate asks; a cache of Mamba's states alone does not know
+        if cache.get_seq_length() != 7:
+            return f"it holds {cache.get_seq_length()} positions after 7"
+        mask = torch.ones(1, 8)
+        logits = llm(input_ids=ids[:, -1:], attention_mask=mask, **options).logits[:, -1]
+    except FAILURES as error:
+        return first_line(error)
+    return None if same(logits, expected) else "with it the logits are others than without"
+
+
+def check_cache(llm: PreTrainedModel) -> None:
+    """Raises ValueError where this LLM cannot answer by a key-value cache."""
+    failure = cache_failure(llm)
+    if failure:
+        raise ValueError(
+            f"{type(llm).__name__} cannot go on from a key-value cache, and could not answer: "
+            f"{failure}; choose another LLM"
+        )
 
 
 def check_packing(llm: PreTrainedModel) -> None:

@@ -1,12 +1,22 @@
 """What fusions and packing promise, for many families of LLMs; the expectations come from the
 LLMs' own forward passes."""
 
+from functools import wraps
+
 import pytest
 import torch
-from transformers import CONFIG_MAPPING, DynamicCache
+from transformers import CONFIG_MAPPING, DynamicCache, LlamaForCausalLM
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from families import FAMILIES, MORE_FAMILIES, NO_HYPERATTENTION, NO_PACKING, fields_of
+from families import (
+    FAMILIES,
+    MORE_FAMILIES,
+    NO_HYPERATTENTION,
+    NO_PACKING,
+    SMALL,
+    fields_of,
+    small_fields,
+)
 from helpers import (
     FUSIONS,
     HYPERATTENTION,
@@ -16,6 +26,7 @@ from helpers import (
     make_batch,
     plain_llm,
     visual_tokens,
+    yaml_nodes,
 )
 from owlfuse.core.types import Encoded
 from owlfuse.data.collate import Collator
@@ -24,8 +35,14 @@ from owlfuse.model.fusion.base import Fusion, splice
 from owlfuse.model.fusion.probe import check_fusion
 from owlfuse.model.layouts import decoder_layers
 from owlfuse.model.llm import cache_argument, load_llm, rotary
-from owlfuse.model.llm_probe import check_packing, key_paths, plain_cpu, tiny_copy
-from owlfuse.model.multimodal import MultimodalLM, on_meta
+from owlfuse.model.llm_probe import (
+    check_cache,
+    check_packing,
+    key_paths,
+    plain_cpu,
+    tiny_copy,
+)
+from owlfuse.model.multimodal import MultimodalLM, make_part, on_meta
 from owlfuse.model.vision.base import Backbone
 
 TOKENS = 3
@@ -167,8 +184,6 @@ def test_hyperattention_refuses_an_llm_that_it_cannot_serve_with_its_class_and_t
 
 
 def fusion_of(kind) -> Fusion:
-    from owlfuse.model.multimodal import make_part
-
     return make_part("fusion", {"fusion": KINDS[kind]}, connector_tokens=TOKENS)
 
 
@@ -220,6 +235,59 @@ def test_a_fusion_that_breaks_a_promise_is_refused(fusion, reason):
         ValueError, match=f"{type(fusion).__name__} does not work with LlamaForCausalLM: {reason}"
     ):
         check_fusion(fusion, load_llm(VOCAB, config=fields_of("llama")))
+
+
+class Drifting(LlamaForCausalLM):
+    """Has other logits with a cache than without."""
+
+    @wraps(LlamaForCausalLM.forward)
+    def forward(self, *args, **kwargs):
+        output = super().forward(*args, **kwargs)
+        if cache := kwargs.get(cache_argument(self)):
+            output.logits[..., 0] += cache.get_seq_length()
+        return output
+
+
+def test_an_llm_that_cannot_go_on_from_a_cache_is_refused():
+    config = CONFIG_MAPPING["llama"](**SMALL, vocab_size=VOCAB)
+    check_cache(LlamaForCausalLM(config))
+    with pytest.raises(ValueError, match="Drifting .* could not answer: with it the logits are"):
+        check_fusion(fusion_of("concat"), Drifting(config))
+    mamba = load_llm(VOCAB, config=small_fields("mamba"))
+    with pytest.raises(ValueError, match="MambaForCausalLM .* could not answer: ValueError"):
+        check_cache(mamba)
+
+
+@pytest.mark.parametrize(
+    ("name", "heads"),
+    [
+        ("bamba", {"mamba_n_heads": 16, "mamba_d_head": 8}),
+        ("falcon_h1", {"mamba_n_heads": 16, "mamba_d_head": 8}),
+        ("granitemoehybrid", {"mamba_n_heads": 16, "mamba_d_head": 8}),
+        ("mamba2", {"num_heads": 8, "head_dim": 16}),
+        ("zamba", {"num_attention_heads": 8, "num_key_value_heads": 8, "attention_head_dim": 16}),
+        ("zamba2", {"n_mamba_heads": 4, "num_attention_heads": 8, "num_key_value_heads": 8}),
+    ],
+)
+@torch.no_grad()
+def test_a_tiny_copy_of_an_llm_with_state_spaces_computes_whatever_its_heads(name, heads):
+    with torch.device("meta"):
+        llm = load_llm(VOCAB, config={**small_fields(name), **heads})
+    with plain_cpu():
+        logits = tiny_copy(llm)(input_ids=torch.arange(10, 15)[None], use_cache=False).logits
+    assert torch.isfinite(logits).all()
+
+
+def test_a_fusion_in_layers_that_are_not_computed_is_refused():
+    fields = small_fields("mllama")
+    fields["text_config"]["cross_attention_layers"] = [1]
+    node = {**yaml_nodes("fusion")["cross_attention"], "layers": [0, 1]}
+    fusion = make_part("fusion", {"fusion": node}, connector_tokens=TOKENS)
+    with (
+        torch.device("meta"),
+        pytest.raises(ValueError, match=r"its layers \[1\] are not computed"),
+    ):
+        check_fusion(fusion, load_llm(VOCAB, config=fields))
 
 
 def test_a_probe_leaves_random_numbers_the_llm_and_the_device_as_they_are():

@@ -17,7 +17,14 @@ from owlfuse.core.types import Batch, VisualTokens, image_starts
 from owlfuse.model.fusion.base import Fusion, fused_logits
 from owlfuse.model.layouts import check_needs, decoder_layers
 from owlfuse.model.llm import FAILURES, first_line, width
-from owlfuse.model.llm_probe import configuration_key, plain_cpu, randomize, same, tiny_copy
+from owlfuse.model.llm_probe import (
+    check_cache,
+    configuration_key,
+    plain_cpu,
+    randomize,
+    same,
+    tiny_copy,
+)
 
 VISUAL_TOKENS = 3
 """Q of the probe."""
@@ -43,6 +50,7 @@ def check_fusion(fusion: Fusion, llm: PreTrainedModel) -> None:
         if 0 <= index < count:
             layer_indices.append(index)
     check_needs(llm, fusion.needs, type(fusion).__name__, layer_indices)
+    check_cache(llm)
     # those with an underscore are torch's own: modules, hooks and parameters
     arguments = {name: value for name, value in vars(fusion).items() if not name.startswith("_")}
     # all that a result depends on
@@ -75,6 +83,11 @@ def find_failure(fusion: Fusion, llm: PreTrainedModel) -> str | None:
         raise
     except FAILURES as error:
         return f"it cannot be attached ({first_line(error)})"
+    # Mllama leaves out layers where a row has none of its own images
+    layers = list(decoder_layers(llm))
+    skipped = set(fusion.visual_attention_modules(llm))
+    for index in skipped:
+        layers[index].register_forward_hook(lambda *_, index=index: skipped.discard(index))
     fusion.eval()
     # the same pictures in every process, so that all ranks come to the same result
     images = torch.randn(2, VISUAL_TOKENS, width(llm), generator=torch.Generator().manual_seed(1))
@@ -87,6 +100,8 @@ def find_failure(fusion: Fusion, llm: PreTrainedModel) -> str | None:
         differences, behind = changes(fusion, llm, images)
     except FAILURES as error:
         return f"a forward pass with a picture fails ({first_line(error)})"
+    if skipped:
+        return f"its layers {sorted(skipped)} are not computed without images of its own"
     for padding_side, logits in padded.items():
         if not same(logits, alone):
             return (
