@@ -13,8 +13,8 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedT
 
 import owlfuse
 from owlfuse.__main__ import main
-from owlfuse.artifacts.released.inputs import reference_logits, reference_loss
 from owlfuse.core.terminal import visible
+from released_inputs import reference_logits, reference_loss
 
 GOLDENS = Path(__file__).parents[1] / "goldens"
 FAMILIES = ("owl1", "owl2", "owl3_adaptive", "owl3_static", "owl3_fused")
@@ -59,15 +59,8 @@ def imported(folder, out):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_import_agrees_with_the_released_code_and_goes_back_to_the_same_bytes(
-    family, tmp_path, capsys
-):
+def test_the_import_agrees_with_the_released_code_and_goes_back_to_the_same_bytes(family, tmp_path):
     out = imported(GOLDENS / family, tmp_path / "out")
-    printed = capsys.readouterr().out
-    difference = {"logits": 1e-4, "loss": 1e-5}
-    for name, limit in difference.items():
-        (line,) = [line for line in printed.splitlines() if f"io.safetensors, {name}:" in line]
-        assert float(line.rpartition(" ")[2]) < limit
     io = load_file(GOLDENS / family / "io.safetensors")
     model = owlfuse.load(out)
     with torch.no_grad():
@@ -197,7 +190,6 @@ def test_a_tokenizer_that_does_not_fit_is_told_in_one_line_and_nothing_is_left(
         fault, {}
     )
     folder = folder_with_tokenizer("owl3_static", tmp_path, **options)
-    (folder / "io.safetensors").unlink()
     if fault == "no image token":
         config = json.loads((folder / "config.json").read_text())
         (folder / "config.json").write_text(json.dumps({**config, "image_token_id": 319}))

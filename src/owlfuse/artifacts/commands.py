@@ -108,13 +108,10 @@ def import_command(source: str, out: str, words: list[str]) -> None:
 
 @quiet_libraries()
 def write_import(folder: Path, out: str, max_shard_size: str) -> None:
-    """Writes a folder's released model to OUT, and prints how far it is from the released code's
-    numbers, where the folder has them."""
+    """Writes a folder's released model to OUT."""
     from owlfuse.artifacts.importing import import_released
 
-    differences = import_released(folder, Path(out), max_shard_size)
-    for name, value in differences.items():
-        print(visible(f"largest difference from io.safetensors, {name}: {value:.2e}"))
+    import_released(folder, Path(out), max_shard_size)
     print_next_steps(out)
 
 

@@ -6,13 +6,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 from owlfuse.artifacts.export import export
 from owlfuse.artifacts.load import TrainedModel
-from owlfuse.artifacts.released.inputs import reference_logits, reference_loss
 from owlfuse.artifacts.released.loading import load
 from owlfuse.core.errors import DataError
 from owlfuse.core.types import IMAGE
@@ -55,32 +52,13 @@ TEMPLATES = {
 }
 
 
-def import_released(folder: Path, out: Path, max_shard_size: str = "5GB") -> dict[str, float]:
-    """Writes OUT. Returns the largest difference from the logits of an io.safetensors, and that of
-    the loss; nothing where there is no such file beside the weights."""
+def import_released(folder: Path, out: Path, max_shard_size: str = "5GB") -> None:
+    """Writes OUT, a released folder's model as an export."""
     model = load(folder)
-    io_file = folder / "io.safetensors"
-    # before the export, so that a wrong reading is seen by its numbers
-    differences = compare(model, io_file) if io_file.exists() else {}
     tokenizer, image_token = load_released_tokenizer(folder, model.released)
     trained = TrainedModel(model, tokenizer, None, image_token)
     source = f"{folder.name}, a released {model.released.family}"
     export(trained, out, max_shard_size=max_shard_size, source=source)
-    return differences
-
-
-@torch.inference_mode()
-def compare(model: Any, io_file: Path) -> dict[str, float]:
-    """Returns the largest absolute differences from the released code's results."""
-    io = load_file(io_file)
-    # logits of padding differ, and mean nothing
-    valid = io["valid"].bool()
-    logit_errors = (reference_logits(model, io) - io["logits"]).abs()
-    differences = {"logits": logit_errors[valid].max().item()}
-    if "loss" in io:
-        loss_errors = (reference_loss(model, io) - io["loss"]).abs()
-        differences["loss"] = loss_errors.max().item()
-    return differences
 
 
 def load_released_tokenizer(folder: Path, released: Any) -> tuple[Any, str]:

@@ -19,8 +19,10 @@ from transformers import (
 
 import owlfuse
 from owlfuse.__main__ import main
-from owlfuse.artifacts.released import load, reference_logits, save
+from owlfuse.artifacts.released.loading import load
+from owlfuse.artifacts.released.saving import save
 from owlfuse.core.errors import DataError
+from released_inputs import reference_logits
 
 IMAGE_TOKEN = 98
 SIZES = {

@@ -15,12 +15,12 @@ from huggingface_hub import save_torch_state_dict
 from safetensors.torch import load_file, save_file
 
 from owlfuse.artifacts.released import saving
-from owlfuse.artifacts.released.inputs import reference_logits
 from owlfuse.artifacts.released.loading import load
 from owlfuse.artifacts.released.saving import save
 from owlfuse.core.errors import DataError
 from owlfuse.model.connectors.linear import LinearConnector
 from owlfuse.model.multimodal import assemble
+from released_inputs import reference_logits
 from released_models import IMAGE, KINDS, inputs, write
 
 GOLDENS = Path(__file__).parents[2] / "goldens"
@@ -339,7 +339,7 @@ def test_folders_without_weights_or_that_are_none_are_named(tmp_path):
 MEASURE = """
 import sys, threading, time
 import torch
-from owlfuse.artifacts.released import load
+from owlfuse.artifacts.released.loading import load
 torch.set_num_threads(1)
 load(sys.argv[2])  # what is imported and allocated once
 def status(name):
