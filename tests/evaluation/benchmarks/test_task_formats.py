@@ -330,6 +330,18 @@ def test_a_row_that_cannot_be_read_is_left_out_where_it_may_be(damage, tmp_path)
     assert "line 3" in reason
 
 
+def test_a_line_of_a_second_file_that_cannot_be_read_is_left_out_where_it_may_be(tmp_path):
+    task = made("pope", tmp_path, on_error="skip")
+    file = task.files()[1]
+    lines = file.read_text().splitlines(keepends=True)
+    file.write_text("".join([lines[0], "{\n", *lines[2:]]))
+    questions, skipped = task.questions()
+    assert len(questions) == 8
+    [(record, reason)] = skipped
+    assert record.endswith(":5")
+    assert f"{file}: line 2: not JSON" in reason
+
+
 def test_a_picture_that_is_no_base64_is_told(tmp_path):
     task = made("mmbench", tmp_path)
     question = task.questions()[0][0]

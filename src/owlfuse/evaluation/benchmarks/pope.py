@@ -40,19 +40,26 @@ class POPE(Task):
     `file` takes braces and globs; what a file's name ends in is its category."""
 
     def open(self) -> Sequence[Any]:
-        """Returns the records of the file."""
-        # coco_pope_random.json -> random
-        files = [(file.stem.rpartition("_")[2], JsonLines(file)) for file in self.files()]
-        self.records = JoinedRecords(files)
+        """Returns of each record its file's category, the lines of the file, and its number in
+        them."""
+        self.records: list[tuple[str, JsonLines, int]] = []
+        for file in self.files():
+            # coco_pope_random.json -> random
+            category = file.stem.rpartition("_")[2]
+            records = JsonLines(file)
+            # a wrong line is told where it is asked, and left out if it may be
+            self.records += [(category, records, number) for number in range(len(records))]
         return self.records
 
     def record_name(self, number: int) -> str:
         """Returns the line in the file of its category."""
-        return self.records.line_name(number)
+        _, records, index = self.records[number]
+        return f"line {records.lines.number(index)}"
 
     def ask(self, record: Any, where: str) -> Iterator[Question]:
         """Yields the record's question."""
-        category, content = record
+        category, records, number = record
+        content = records[number]
         where = f"{where} ({category})"
         identity = require_field(content, "question_id", (int, str), where)
         image = require_field(content, "image", str, where)
@@ -79,30 +86,3 @@ class POPE(Task):
                 metrics[f"{name}/{category}"] = value
         means = {name: mean(values) for name, values in values_by_metric.items()}
         return means | metrics
-
-
-class JoinedRecords(Sequence[Any]):
-    """Records of several files one after the other, each with its file's category."""
-
-    def __init__(self, files: list[tuple[str, JsonLines]]) -> None:
-        self.files = files
-
-    def __len__(self) -> int:
-        return sum(len(records) for _, records in self.files)
-
-    def line_name(self, index: int) -> str:
-        """Returns which line of its file a record is."""
-        _, records, number = self.locate(index)
-        return f"line {records.lines.number(number)}"
-
-    def __getitem__(self, index: int) -> tuple[str, Any]:  # type: ignore[override]  # no slices
-        category, records, number = self.locate(index)
-        return category, records[number]
-
-    def locate(self, index: int) -> tuple[str, JsonLines, int]:
-        """Returns the category, the records of its file, and the number of a record in them."""
-        for category, records in self.files:
-            if index < len(records):
-                return category, records, index
-            index -= len(records)
-        raise IndexError(index)
