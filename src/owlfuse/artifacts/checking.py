@@ -14,7 +14,6 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from jinja2 import Environment, TemplateSyntaxError
 from peft import LoraConfig
-from safetensors import safe_open
 from transformers.core_model_loading import revert_weight_conversion
 
 from owlfuse.config.trust import nodes_of
@@ -246,16 +245,6 @@ def is_default(key: str, value: Any) -> bool:
     """Returns whether a value is empty or the default of peft's LoraConfig."""
     default = LoraConfig().to_dict()
     return not value or (key in default and default[key] == value)
-
-
-def header_shapes(files: list[Path]) -> dict[str, tuple[int, ...]]:
-    """Returns the shapes of the tensors in safetensors files by name, read from the headers."""
-    shapes = {}
-    for path in files:
-        with safe_open(path, "pt") as file:
-            for name in file.keys():  # noqa: SIM118
-                shapes[name] = tuple(file.get_slice(name).get_shape())
-    return shapes
 
 
 def error_reason(error: Exception) -> str:

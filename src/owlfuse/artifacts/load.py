@@ -9,7 +9,6 @@ from typing import Any
 import lightning
 import torch
 from peft import PeftModel
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoProcessor
@@ -23,14 +22,13 @@ from owlfuse.artifacts.checking import (
     check_files,
     check_shapes,
     error_reason,
-    header_shapes,
 )
 from owlfuse.artifacts.hf.configuration import read_configuration
 from owlfuse.artifacts.hf.modeling import OwlfuseForConditionalGeneration
 from owlfuse.artifacts.hf.processing import OwlfuseImageProcessor, OwlfuseProcessor
 from owlfuse.artifacts.lora import merge_lora
 from owlfuse.artifacts.released.loading import read_record
-from owlfuse.artifacts.released.weights import shard_names
+from owlfuse.artifacts.released.weights import read_header, shard_names
 from owlfuse.artifacts.run_data import run_tokenizer
 from owlfuse.artifacts.runs import check_which, chosen_checkpoint
 from owlfuse.artifacts.weights import check_fits, load_weights, read, set_precision
@@ -144,11 +142,11 @@ def load_exported(
     # in this order: nothing is built of a folder whose files name code, and no memory is taken for
     # one whose numbers do not fit its weights
     check_files(folder)
-    files = check_weights(folder)
+    shapes = check_weights(folder)
     config_file = folder / "config.json"
-    check_counts(read_json(config_file, limit=MAX_CONFIG), config_file, header_shapes(files))
+    check_counts(read_json(config_file, limit=MAX_CONFIG), config_file, shapes)
     with build_errors(config_file):
-        check_skeleton(folder, files)
+        check_skeleton(folder, shapes)
         # mismatched sizes are collected, and reported together below
         wrapped, loading_info = OwlfuseForConditionalGeneration.from_pretrained(
             folder,
@@ -200,15 +198,15 @@ def restore_update_dtype(model: nn.Module, folder: Path) -> None:
                 parameter.data = parameter.data.to(dtype)
 
 
-def check_skeleton(folder: Path, files: list[Path]) -> None:
-    """Builds the model of an exported folder without memory, and compares it with the headers of
-    its weights. Numbers of config.json that have nothing to do with the weights would else take
+def check_skeleton(folder: Path, shapes: dict[str, tuple[int, ...]]) -> None:
+    """Builds the model of an exported folder without memory, and compares it with the shapes of its
+    weights. Numbers of config.json that have nothing to do with the weights would else take
     memory. Raises DataError."""
     config = read_configuration(folder)
     with torch.device("meta"):
         skeleton = OwlfuseForConditionalGeneration(config)
     tied = skeleton.get_expanded_tied_weights_keys(all_submodels=True)
-    check_shapes(skeleton, folder, header_shapes(files), tied)
+    check_shapes(skeleton, folder, shapes, tied)
 
 
 def load_processor(folder: Path) -> OwlfuseProcessor:
@@ -246,33 +244,24 @@ def describe_tensor(entry: str | tuple) -> str:
     return f"{name} {tuple(shape)}, expected {tuple(expected)}"
 
 
-def check_weights(folder: Path) -> list[Path]:
-    """Returns the safetensors files of a folder, each opened, which reads its header alone. Raises
-    DataError with the file that is missing or damaged."""
+def check_weights(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Returns the shapes of a folder's weights by name, from the headers of its safetensors files.
+    Raises DataError with the file that is missing or damaged."""
     index = folder / "model.safetensors.index.json"
     names = shard_names(index, MAX_TABLE) if index.exists() else ["model.safetensors"]
+    shapes = {}
     for name in names:
-        try:
-            with safe_open(folder / name, "pt") as file:
-                dtypes = {}
-                for tensor in file.keys():  # noqa: SIM118
-                    dtypes[tensor] = file.get_slice(tensor).get_dtype()
-        except FileNotFoundError:
-            raise DataError(f"{folder / name} is missing; export or copy the folder anew") from None
-        except (SafetensorError, OSError) as error:
-            raise DataError(
-                f"{folder / name} is damaged ({error}); export or copy it anew"
-            ) from error
         problems = []
-        for tensor, dtype in dtypes.items():
-            if is_weight(tensor) and not dtype.startswith(("F", "BF")):
-                problems.append(f"{tensor} is {dtype}")
+        for tensor, info in read_header(folder / name).items():
+            shapes[tensor] = info.shape
+            if is_weight(tensor) and not info.dtype.startswith(("F", "BF")):
+                problems.append(f"{tensor} is {info.dtype}")
         if problems:
             raise DataError(
                 f"{folder / name}: {', '.join(problems)}, and weights are floating-point numbers; "
                 "export it anew"
             )
-    return [folder / name for name in names]
+    return shapes
 
 
 def load_base(folder: str, nodes: dict[str, Any], vocab_size: int) -> MultimodalLM:

@@ -58,7 +58,7 @@ class Checkpoint:
         self.files = weight_files(folder)
         self.tensors: dict[str, TensorInfo] = {}
         for file in self.files:
-            for name, info in tensors_in(file):
+            for name, info in tensors_in(file).items():
                 if name in self.tensors:
                     raise DataError(
                         f"{file} holds {name}, and so does {self.tensors[name].file.name}; take "
@@ -115,30 +115,37 @@ def shard_names(index: Path, limit: int) -> list[str]:
     return sorted(set(names))
 
 
-def tensors_in(file: Path) -> list[tuple[str, TensorInfo]]:
-    """Returns name, type and shape of a file's tensors.
+def tensors_in(file: Path) -> dict[str, TensorInfo]:
+    """Returns type and shape of a file's tensors by name.
 
     Raises DataError for a damaged file, or one with more than tensors.
     """
-    if file.suffix != ".safetensors":
-        dtype_names = {dtype: name for name, dtype in FLOATS.items()}
-        infos = []
-        for name, tensor in load_pickle(file).items():
-            dtype_name = dtype_names.get(tensor.dtype, str(tensor.dtype))
-            infos.append((name, TensorInfo(file, dtype_name, tuple(tensor.shape))))
-        return infos
+    if file.suffix == ".safetensors":
+        return read_header(file)
+    dtype_names = {dtype: name for name, dtype in FLOATS.items()}
+    tensors = {}
+    for name, tensor in load_pickle(file).items():
+        dtype_name = dtype_names.get(tensor.dtype, str(tensor.dtype))
+        tensors[name] = TensorInfo(file, dtype_name, tuple(tensor.shape))
+    return tensors
+
+
+def read_header(file: Path) -> dict[str, TensorInfo]:
+    """Returns type and shape of a safetensors file's tensors by name, none of which is read. Raises
+    DataError for a file that is missing or damaged."""
+    tensors = {}
     try:
         with safe_open(file, framework="pt") as opened:
-            infos = []
             for name in opened.keys():  # noqa: SIM118
                 header = opened.get_slice(name)
-                info = TensorInfo(file, header.get_dtype(), tuple(header.get_shape()))
-                infos.append((name, info))
-            return infos
+                tensors[name] = TensorInfo(file, header.get_dtype(), tuple(header.get_shape()))
+    except FileNotFoundError:
+        raise DataError(f"{file} is missing; export or copy the folder anew") from None
     except (SafetensorError, OSError) as error:
         raise DataError(
-            f"{file} is damaged or cut off ({error_reason(error)}); copy it anew"
+            f"{file} is damaged or cut off ({error_reason(error)}); export or copy it anew"
         ) from error
+    return tensors
 
 
 def load_pickle(file: Path) -> dict[str, Tensor]:
