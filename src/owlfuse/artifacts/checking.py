@@ -12,18 +12,16 @@ from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from jinja2 import Environment, TemplateSyntaxError
 from peft import LoraConfig
 from transformers.core_model_loading import revert_weight_conversion
 
 from owlfuse.config.trust import nodes_of
 from owlfuse.core.errors import DataError
 from owlfuse.core.files import MAX_CONFIG, read_json, read_text
+from owlfuse.data.chat.tokenizer import MAX_TEMPLATE, parse_template
 
 MAX_TABLE = 512 * 2**20
 """Bytes of a tokenizer or of an index of shards; the largest tokenizers have 40 MB."""
-MAX_TEMPLATE = 2**20
-"""Bytes of a chat template; the longest have 20 KB."""
 TABLE_FILES = ("tokenizer.json", "vocab.json", "added_tokens.json")
 TEMPLATE_KEYS = ("chat_template", "template")
 FORBIDDEN = {
@@ -101,7 +99,7 @@ def check_files(folder: Path) -> None:
         if file.name != "tokenizer.json":
             check_object(content, file)
     for file in sorted(folder.rglob("*.jinja")):
-        check_template(read_text(file, MAX_TEMPLATE), str(file))
+        parse_template(read_text(file, MAX_TEMPLATE), str(file))
 
 
 def check_object(content: dict[str, Any], file: Path) -> None:
@@ -121,25 +119,7 @@ def check_object(content: dict[str, Any], file: Path) -> None:
                     "folder is not read"
                 )
             if key in TEMPLATE_KEYS and isinstance(value, str):
-                check_template(value, f"{file}: {prefix}{key}")
-
-
-def check_template(text: str, where: str) -> None:
-    """Checks a chat template's size and syntax. Raises DataError."""
-    if len(text) > MAX_TEMPLATE:
-        raise DataError(
-            f"{where}: a chat template of {len(text):,} characters, over the limit of "
-            f"{MAX_TEMPLATE:,}"
-        )
-    # transformers' own block, which marks answers, and which jinja does not know
-    plain = re.sub(r"{%-?\s*(end)?generation\s*-?%}", "", text)
-    try:
-        Environment(extensions=["jinja2.ext.loopcontrols"]).parse(plain)
-    except (TemplateSyntaxError, RecursionError) as error:
-        reason = "nested too deep"
-        if isinstance(error, TemplateSyntaxError):
-            reason = f"line {error.lineno}: {error.message}"
-        raise DataError(f"{where}: no chat template: {reason}") from None
+                parse_template(value, f"{file}: {prefix}{key}")
 
 
 def check_counts(config: dict[str, Any], file: Path, shapes: dict[str, tuple[int, ...]]) -> None:

@@ -268,7 +268,7 @@ def test_a_template_of_the_users_own_file(tokenizers, tmp_path):
     ("text", "message"),
     [
         (None, "chat_template: .*mine.jinja: no such file"),
-        ("{% for x %}", "chat_template: .*mine.jinja: line 1: "),
+        ("{% for x %}", "chat_template: .*mine.jinja: no Jinja template: line 1: "),
         ("", "chat_template: .*mine.jinja is empty"),
     ],
 )

@@ -161,7 +161,7 @@ def test_a_json_list_that_is_read_in_pieces_tells_what_is_wrong_and_in_which_lin
 
 def test_other_files_of_a_run_have_a_limit_too(tmp_path):
     (tmp_path / "a.jinja").write_text("{{ 'x' }}" + " " * 2**21)
-    with pytest.raises(DataError, match="over the limit"):
+    with pytest.raises(DataError, match="chat_template: .*a.jinja: more than 1,048,576 bytes"):
         read_template(str(tmp_path / "a.jinja"))
     (tmp_path / "a.json").write_text('{"questions": []}')
     with pytest.raises(DataError, match="more than 10 bytes, the limit"):

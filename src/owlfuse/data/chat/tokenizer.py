@@ -18,7 +18,7 @@ from tokenizers import pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from owlfuse.core.errors import DataError
-from owlfuse.core.files import check_record
+from owlfuse.core.files import read_text
 from owlfuse.core.hub_access import check_hub_has
 from owlfuse.core.packages import check_not_missing, missing, packaged
 from owlfuse.core.types import IMAGE, Message
@@ -26,6 +26,8 @@ from owlfuse.core.types import IMAGE, Message
 # The date that templates write, so that a chat has the same tokens on every day: Llama 3.2's
 # default.
 DATE = "26 Jul 2024"
+# Bytes of a template's file, and characters of a template; the longest have 20 KB.
+MAX_TEMPLATE = 2**20
 # Steps of all loops and macros of a template while one chat is rendered; templates loop over a
 # chat's turns.
 MAX_STEPS = 200_000
@@ -180,13 +182,14 @@ def prepare_template(
     write what the template writes.
 
     Raises:
-        DataError: a template that does not write what the user says, or that takes a date in a form
-            that is not a constant.
+        DataError: a template that is too long, is no Jinja template, does not write what the user
+            says, or takes a date in a form that is not a constant.
     """
     if template.startswith(PREPARED):
         return template
+    where = f"the chat template of the tokenizer {tokenizer.name_or_path}"
     # Jinja drops one line break at a template's end itself.
-    body = fixed_date(template) + template.removesuffix("\n")
+    body = fixed_date(parse_template(template, where)) + template.removesuffix("\n")
     join_parts = JOIN_PARTS.replace("LINE_BREAK", LINE_BREAK if break_behind_images else "")
     join_parts = join_parts.replace("IMAGE_TOKEN", json.dumps(image_token))
     for content in CONTENTS.values():
@@ -195,23 +198,34 @@ def prepare_template(
         if writes_question(tokenizer, prepared):
             return prepared + written_before_answers(tokenizer, prepared)
     raise DataError(
-        f"the chat template of the tokenizer {tokenizer.name_or_path} does not write what the "
-        "user says, neither of a text nor of a list of parts: "
+        f"{where} does not write what the user says, neither of a text nor of a list of parts: "
         + rendering_error(tokenizer, prepared)
     )
 
 
-def fixed_date(template: str) -> str:
+def parse_template(text: str, where: str) -> nodes.Template:
+    """Return the syntax tree of a chat template.
+
+    Raises DataError that begins with `where` for a text that is too long or no Jinja template.
+    """
+    if len(text) > MAX_TEMPLATE:
+        raise DataError(
+            f"{where}: a chat template of {len(text):,} characters, over the limit of "
+            f"{MAX_TEMPLATE:,}"
+        )
+    try:
+        environment = Environment(extensions=["jinja2.ext.loopcontrols"])
+        return environment.parse(GENERATION_TAG.sub("", text))
+    except (TemplateSyntaxError, RecursionError) as error:
+        reason = "nested too deep"
+        if isinstance(error, TemplateSyntaxError):
+            reason = f"line {error.lineno}: {error.message}"
+        raise DataError(f"{where}: no Jinja template: {reason}") from None
+
+
+def fixed_date(tree: nodes.Template) -> str:
     """Return a macro that stands for the clock that a template reads, empty for one that reads
     none. Raises DataError."""
-    try:
-        tree = Environment(extensions=["jinja2.ext.loopcontrols"]).parse(
-            GENERATION_TAG.sub("", template)
-        )
-    except TemplateSyntaxError as error:
-        raise DataError(
-            f"the chat template is no Jinja template: line {error.lineno}: {error.message}"
-        ) from error
     day = datetime.strptime(DATE, "%d %b %Y")
     dates = {}
     for call in tree.find_all(nodes.Call):
@@ -372,8 +386,6 @@ def counting_steps(template: str) -> str:
     return "".join(pieces)
 
 
-# Bytes of a template; the longest have 20 KB.
-MAX_TEMPLATE = 2**20
 FOLDER = Path(__file__).parent / "templates"
 
 # The control tokens of templates. The last one ends a turn, and so becomes the tokenizer's end of
@@ -429,17 +441,11 @@ def read_template(chat_template: str) -> str:
             "path of a .jinja file"
         )
     try:
-        check_record(path.stat().st_size, f"chat_template: {path}", MAX_TEMPLATE)
-        text = path.read_text(encoding="utf-8").removesuffix("\n")
-        Environment(extensions=["jinja2.ext.loopcontrols"]).parse(GENERATION_TAG.sub("", text))
-    except FileNotFoundError:
-        raise DataError(f"chat_template: {path}: no such file") from None
-    except UnicodeDecodeError as error:
-        raise DataError(f"chat_template: {path}: not UTF-8 at byte {error.start}") from None
-    except OSError as error:
-        raise DataError(f"chat_template: {path}: {error.strerror}") from None
-    except TemplateSyntaxError as error:
-        raise DataError(f"chat_template: {path}: line {error.lineno}: {error.message}") from None
+        # Windows ends lines with two characters, and templates write their line breaks.
+        text = read_text(path, MAX_TEMPLATE).replace("\r\n", "\n").removesuffix("\n")
+        parse_template(text, str(path))
+    except DataError as error:
+        raise DataError(f"chat_template: {error}") from None
     if not text.strip():
         raise DataError(f"chat_template: {path} is empty")
     return text
