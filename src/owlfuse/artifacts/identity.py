@@ -1,4 +1,5 @@
-"""Fingerprints of the weights that a run starts from."""
+"""Fingerprints of the weights that a run starts from, and the files that decide what a model
+computes."""
 
 from __future__ import annotations
 
@@ -75,14 +76,17 @@ MODEL_FILES = (
     "adapter/*.json",
 )
 """Patterns of the files of a folder that decide what a model computes."""
+ANSWER_FILES = (*MODEL_FILES, "*.json", "*.jinja", "*.model")
+"""Patterns of those that decide what it answers: also its tokenizer, its chat template, and how it
+generates."""
 
 
-def model_files(path: Path) -> list[Path]:
-    """Returns the file at a path, or those of a folder that decide what a model computes."""
+def model_files(path: Path, patterns: tuple[str, ...] = MODEL_FILES) -> list[Path]:
+    """Returns the file at a path, or those of a folder that match a pattern."""
     if path.is_file():
         return [path]
-    files: list[Path] = []
+    files: set[Path] = set()
     if path.is_dir():
-        for pattern in MODEL_FILES:
-            files += path.glob(pattern)
+        for pattern in patterns:
+            files.update(path.glob(pattern))
     return sorted(files)

@@ -12,7 +12,7 @@ from typing import Any
 
 from rich.table import Table
 
-from owlfuse.artifacts.load import ADAPTER
+from owlfuse.artifacts.identity import ANSWER_FILES, model_files
 from owlfuse.artifacts.run_data import tokenizer_files
 from owlfuse.artifacts.runs import check_which, chosen_checkpoint
 from owlfuse.core.console import PlainConsole as Console
@@ -24,17 +24,6 @@ MAX_LISTED_SKIPS = 10
 """Skipped records whose reasons are written."""
 
 
-EXPORT_FILES = (
-    "*.safetensors",
-    "*.json",
-    "*.jinja",
-    "*.model",
-    f"{ADAPTER}/*.safetensors",
-    f"{ADAPTER}/*.json",
-)
-"""Patterns of the files of an export that decide its answers."""
-
-
 def model_fingerprint(model_dir: Path, which: str) -> tuple[str, str]:
     """Returns a hash of a model's weights, configuration and tokenizer, and their origin in
     words."""
@@ -44,10 +33,7 @@ def model_fingerprint(model_dir: Path, which: str) -> tuple[str, str]:
         files = [model_dir / "config.yaml", *files_of(checkpoint).values()]
         return fingerprint([*files, *tokenizer_files(model_dir)]), checkpoint.name
     check_which(which, of_run=False)
-    files = []
-    for pattern in EXPORT_FILES:
-        files += model_dir.glob(pattern)
-    return fingerprint(sorted(files)), "exported or imported"
+    return fingerprint(model_files(model_dir, ANSWER_FILES)), "exported or imported"
 
 
 @dataclass
