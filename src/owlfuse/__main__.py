@@ -107,7 +107,7 @@ def _train(arguments: argparse.Namespace) -> None:
 
 def _eval(arguments: argparse.Namespace) -> None:
     from owlfuse.config.compose import compose, find_run
-    from owlfuse.core.errors import ConfigError
+    from owlfuse.core.errors import ConfigError, DataError
     from owlfuse.core.signals import signals_end_the_run
 
     words = arguments.overrides
@@ -117,9 +117,13 @@ def _eval(arguments: argparse.Namespace) -> None:
         raise ConfigError("command line: name the run's folder: owlfuse eval RUN [overrides]")
     words.remove(folder)
     if any(word.startswith("task=") for word in words):
-        from owlfuse.evaluation.benchmarks.options import check_model, compose_options
+        from owlfuse.artifacts.runs import check_model
+        from owlfuse.evaluation.benchmarks.options import compose_options
 
-        check_model(folder)
+        try:
+            check_model(folder)
+        except DataError as error:
+            raise ConfigError(f"command line: {error}") from error
         compose_options(words)  # it reports mistakes before the heavy imports
         from owlfuse.evaluation.benchmarks.run import evaluate_task
 

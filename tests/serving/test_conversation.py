@@ -181,5 +181,5 @@ def test_ctrl_c_stops_the_answer_and_keeps_what_was_said(trained):
 def test_what_is_no_model_is_told_in_one_line(tmp_path, capsys):
     assert main(["chat", str(tmp_path), "Hello"]) == 1
     error = capsys.readouterr().err
-    assert "has no config.json" in error
+    assert "it has neither a run's config.yaml nor an export's config.json" in error
     assert error.count("\n") == 1

@@ -25,7 +25,7 @@ from owlfuse.config.messages import split_settings
 from owlfuse.core.checkpoint_files import find_checkpoint_error, find_damage, remove_checkpoint
 from owlfuse.core.errors import ConfigError, DataError
 from owlfuse.core.files import atomic_write, write_json
-from owlfuse.core.folder_kinds import check_exported
+from owlfuse.core.folder_kinds import check_exported, describe_path
 
 log = logging.getLogger(__name__)
 
@@ -294,7 +294,17 @@ def check_model(folder: str | Path, which: str = "last") -> Path:
         ConfigError: `which` is no checkpoint's name, or names one of a folder that has none.
     """
     model_dir = Path(folder).expanduser()
-    is_run = (model_dir / "config.yaml").exists()
+    is_run = (model_dir / "config.yaml").is_file()
+    if not is_run and not (model_dir / "config.json").is_file():
+        if kind := describe_path(model_dir):
+            raise DataError(f"{model_dir} {kind}")
+        problem = "it is not a folder"
+        if model_dir.is_dir():
+            problem = "it has neither a run's config.yaml nor an export's config.json"
+        raise DataError(
+            f"{model_dir}: no model: {problem}; name a run, or what `owlfuse export` or `owlfuse "
+            "import` wrote"
+        )
     if not is_run:
         check_exported(model_dir)
     check_which(which, is_run)

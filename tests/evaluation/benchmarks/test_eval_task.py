@@ -325,7 +325,8 @@ def test_a_wrong_command_is_told_in_a_line_before_anything_is_loaded(
 
 def test_a_folder_without_a_model_is_told(tmp_path, capsys):
     assert main(["eval", str(tmp_path), "task=gqa", "task.file=x"]) == 2
-    assert "it has neither a run's config.yaml nor the config.json" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "it has neither a run's config.yaml nor an export's config.json" in error
 
 
 @pytest.mark.slow

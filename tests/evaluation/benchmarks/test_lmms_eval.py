@@ -206,7 +206,7 @@ def test_a_shipped_task_rounds_and_likelihoods_are_answered(place, model):
         ),
         (
             "pretrained=nowhere",
-            "owlfuse: error: nowhere: no model: it has neither a run's config.yaml nor",
+            "owlfuse: error: nowhere: no model: it is not a folder; name a run, or what",
         ),
     ],
 )

@@ -39,9 +39,9 @@ def test_each_model_says_its_fusion_and_where_it_is_from(loaded):
 
 def test_a_wrong_folder_is_told_before_anything_is_loaded(exported, tmp_path):
     good = str(exported / "concat" / "out")
-    with pytest.raises(DataError, match="nowhere is not a folder"):
+    with pytest.raises(DataError, match="nowhere: no model: it is not a folder; name a run"):
         check_folders([good, str(tmp_path / "nowhere")])
-    with pytest.raises(DataError, match=r"has no config\.json; name a folder"):
+    with pytest.raises(DataError, match=r"nor an export's config\.json; name a run"):
         check_folders([good, str(tmp_path)])
     with pytest.raises(ConfigError, match="is named twice; name each model once"):
         check_folders([good, good + "/."])
@@ -51,7 +51,7 @@ def test_a_wrong_folder_is_told_before_anything_is_loaded(exported, tmp_path):
     ("argv", "message"),
     [
         (["demo"], "required: OUT"),
-        (["demo", "nowhere"], "nowhere is not a folder"),
+        (["demo", "nowhere"], "nowhere: no model: it is not a folder"),
         (["demo", ".", "--port", "many"], "invalid int value: 'many'"),
         (["demo", ".", "--share"], "--share: no such option of demo"),
     ],

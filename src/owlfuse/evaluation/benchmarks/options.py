@@ -6,7 +6,6 @@ Imports nothing heavy, so that mistakes are reported at once.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 from omegaconf import DictConfig
@@ -15,8 +14,7 @@ from owlfuse.config.build import to_dict
 from owlfuse.config.check import check_arguments
 from owlfuse.config.compose import compose_root, origin_of
 from owlfuse.config.messages import check_name
-from owlfuse.core.errors import ConfigError, DataError
-from owlfuse.core.folder_kinds import check_exported
+from owlfuse.core.errors import ConfigError
 
 
 @dataclass(kw_only=True)
@@ -55,22 +53,6 @@ class Options:
             raise ConfigError(
                 "command line: batch_size and max_questions are at least 1, and workers at least 0"
             )
-
-
-def check_model(folder: str) -> Path:
-    """Returns a run's, an exported or an imported folder. Raises ConfigError."""
-    model_dir = Path(folder).expanduser()
-    if (model_dir / "config.yaml").is_file():
-        return model_dir
-    if not (model_dir / "config.json").is_file():
-        raise ConfigError(
-            f"command line: {folder}: no model: it has neither a run's config.yaml nor the "
-            "config.json that `owlfuse export` and `owlfuse import` write"
-        )
-    try:
-        return check_exported(model_dir)
-    except DataError as error:
-        raise ConfigError(f"command line: {folder}: {error}") from error
 
 
 def compose_options(words: list[str]) -> tuple[Options, DictConfig]:

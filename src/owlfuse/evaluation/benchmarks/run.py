@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 
+from owlfuse.artifacts.runs import check_model
 from owlfuse.config.build import build, to_dict
 from owlfuse.config.check import check_targets
 from owlfuse.config.compose import origin_of
@@ -26,7 +27,7 @@ from owlfuse.evaluation.benchmarks.answering import (
     answer,
 )
 from owlfuse.evaluation.benchmarks.base import Question, Task, sample_units
-from owlfuse.evaluation.benchmarks.options import Options, check_model, compose_options
+from owlfuse.evaluation.benchmarks.options import Options, compose_options
 from owlfuse.evaluation.benchmarks.perplexity import ChatDataset, measure
 from owlfuse.evaluation.benchmarks.predictions import Predictions
 from owlfuse.evaluation.benchmarks.results import Settings, print_results, results_of
@@ -39,8 +40,8 @@ def evaluate_task(folder: str, words: list[str]) -> None:
     """Evaluates the model of a folder on a benchmark.
 
     Raises:
-        ConfigError: no such model or task, a wrong option.
-        DataError: a wrong file or record, more skips than may be.
+        ConfigError: no such task, a wrong option.
+        DataError: no such model, a wrong file or record, more skips than may be.
     """
     start = time.monotonic()
     # all mistakes of the command before the model is loaded

@@ -15,10 +15,10 @@ from lmms_eval.api.instance import GenerationResult, Instance
 from lmms_eval.api.model import lmms
 from loguru import logger
 
+from owlfuse.artifacts.runs import check_model
 from owlfuse.core.errors import ConfigError, DataError
 from owlfuse.core.progress import Progress
 from owlfuse.evaluation.benchmarks.answering import LoadedModel
-from owlfuse.evaluation.benchmarks.options import check_model
 from owlfuse.evaluation.lmms.answers import Options, Request, answer, batches
 from owlfuse.evaluation.lmms.likelihoods import Likelihoods
 from owlfuse.evaluation.lmms.prompts import Prompt, PromptMaker

@@ -7,9 +7,8 @@ import tempfile
 from importlib.util import find_spec
 from pathlib import Path
 
-from owlfuse.artifacts.runs import split_which
-from owlfuse.core.errors import COMMAND_LINE, ConfigError, DataError
-from owlfuse.core.folder_kinds import check_exported, describe_path
+from owlfuse.artifacts.runs import check_model, split_which
+from owlfuse.core.errors import COMMAND_LINE, ConfigError
 from owlfuse.core.packages import missing
 from owlfuse.core.terminal import visible
 
@@ -63,17 +62,7 @@ def check_folders(folders: list[str]) -> list[Path]:
         DataError: one is no run and no exported or imported folder.
         ConfigError: one is named twice.
     """
-    paths = [Path(folder).expanduser() for folder in folders]
-    for path in paths:
-        if not path.is_dir():
-            if kind := describe_path(path):
-                raise DataError(f"{path} {kind}")
-            raise DataError(
-                f"{path} is not a folder; name a run, or what `owlfuse export` or `owlfuse "
-                "import` wrote"
-            )
-        if not (path / "config.yaml").exists():
-            check_exported(path)
+    paths = [check_model(folder) for folder in folders]
     # `out` and `out/.` are one model, which would answer twice.
     resolved = [path.resolve() for path in paths]
     for path in paths:
