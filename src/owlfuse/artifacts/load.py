@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import lightning
 import torch
-from peft import PeftModel
+from peft import PeftModel, get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import nn
@@ -68,8 +69,12 @@ def load_with_processor(
     return model, processor
 
 
+log = logging.getLogger(__name__)
+
 ADAPTER, RELEASED = "adapter", "released"
 """Folders in an export."""
+FILE_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+"""torch's types by their names in safetensors files."""
 
 
 @dataclass
@@ -158,6 +163,9 @@ def load_exported(
             use_safetensors=True,
             trust_remote_code=False,
         )
+    # how answers end, which the next run's and the next export's are told by
+    ends = wrapped.generation_config.eos_token_id
+    wrapped.model.llm.generation_config.eos_token_id = ends
     if wrapped.config.dtype is not None:
         wrapped.model.llm.config.dtype = wrapped.config.dtype  # by which it is exported again
     problems = []
@@ -169,11 +177,13 @@ def load_exported(
             f"{folder}: the weights do not fit config.json: {', '.join(sorted(problems))}; export "
             "it anew"
         )
+    restore_llm_dtype(wrapped.model, files)
     if (folder / ADAPTER).is_dir():
         check_adapter(folder / ADAPTER)
         with build_errors(folder / ADAPTER):
             # injects its layers into `wrapped` itself
-            PeftModel.from_pretrained(wrapped, folder / ADAPTER, torch_device="cpu")
+            peft_model = PeftModel.from_pretrained(wrapped, folder / ADAPTER, torch_device="cpu")
+        check_updates(peft_model, folder / ADAPTER / "adapter_model.safetensors")
         if merge:
             merge_lora(wrapped.model)
         else:
@@ -183,6 +193,37 @@ def load_exported(
     # released weights that came without a tokenizer are imported without a processor
     has_processor = (folder / "processor_config.json").exists()
     return wrapped.eval(), load_processor(folder) if has_processor else None
+
+
+def restore_llm_dtype(model: MultimodalLM, files: list[Path]) -> None:
+    """Gives the LLM the 16 bits that it has in the files beside parts in 32, as after a run with
+    `model.llm.dtype`: transformers gives all weights the one type of config.json."""
+    dtypes = set()
+    for path in files:
+        with safe_open(path, "pt") as file:
+            for name in file.keys():  # noqa: SIM118
+                if name.startswith("model.llm."):
+                    dtypes.add(file.get_slice(name).get_dtype())
+    # of an LLM that was in 4 bits some weights are in 32, and then all are
+    if len(dtypes) == 1:
+        dtype = FILE_DTYPES.get(dtypes.pop(), torch.float32)
+        for parameter in model.llm.parameters():
+            parameter.data = parameter.data.to(dtype)
+
+
+def check_updates(model: PeftModel, file: Path) -> None:
+    """Raises DataError where the file of an adapter lacks an update, or has one that no layer
+    takes, of which peft only warns."""
+    expected = set(get_peft_model_state_dict(model))
+    with safe_open(file, "pt") as opened:
+        names = set(opened.keys())
+    problems = [f"{name} (missing)" for name in expected - names]
+    problems += [f"{name} (unexpected)" for name in names - expected]
+    if problems:
+        raise DataError(
+            f"{file}: its updates are not those of adapter_config.json: {min(problems)} and "
+            f"{len(problems) - 1} more; export or copy the folder anew"
+        )
 
 
 def restore_update_dtype(model: nn.Module, folder: Path) -> None:
@@ -276,13 +317,14 @@ def check_weights(folder: Path) -> list[Path]:
 
 
 def load_base(folder: str, nodes: dict[str, Any], vocab_size: int) -> MultimodalLM:
-    """Returns the folder's model for training: float32, LoRA's updates folded in, embeddings for at
-    least `vocab_size` tokens, position embeddings resampled where its pictures had another size.
+    """Returns the folder's model for training: float32 or the LLM's `dtype`, LoRA's updates folded
+    in, embeddings for at least `vocab_size` tokens, position embeddings resampled where its
+    pictures had another size.
     Reading it uses up no random numbers. On the meta device only the folder's config.json is read.
 
     Args:
         nodes: the configuration's `model`, for how the LLM computes (`attention`,
-            `gradient_checkpointing`) and is held (`quantization`), and for the size.
+            `gradient_checkpointing`) and is held (`dtype`, `quantization`), and for the size.
     """
     llm, image_size = nodes["llm"], nodes["vision"].get("image_size")
     state = torch.get_rng_state()  # a model from files draws fewer random numbers than a new one
@@ -290,14 +332,18 @@ def load_base(folder: str, nodes: dict[str, Any], vocab_size: int) -> Multimodal
     on_meta = torch.get_default_device().type == "meta"
     if on_meta:
         config = read_configuration(check_exported(Path(folder)), attn_implementation=attention)
-        model = OwlfuseForConditionalGeneration(config).model.float()
+        wrapped = OwlfuseForConditionalGeneration(config)
     else:
         # merged: a new run may have other adapters
-        model = load_exported(Path(folder), merge=True, attention=attention)[0].model.float()
+        wrapped = load_exported(Path(folder), merge=True, attention=attention)[0]
+    model, trained_in_4_bits = wrapped.model.float(), wrapped.config.llm_trained_in_4_bits
     torch.set_rng_state(state)
     # position embeddings are resampled before training, not by it
     if image_size and model.vision.preprocessing.size != (image_size, image_size):
         model.set_image_size(image_size)
+    if llm.get("dtype"):
+        for parameter in model.llm.parameters():
+            parameter.data = parameter.data.to(getattr(torch, llm["dtype"]))
     # the new run's tokenizer may have more tokens
     if model.llm.get_input_embeddings().num_embeddings < vocab_size:
         # the meta device has no embeddings to take a mean of
@@ -305,6 +351,12 @@ def load_base(folder: str, nodes: dict[str, Any], vocab_size: int) -> Multimodal
     if llm.get("gradient_checkpointing"):
         recompute_activations(model.llm)
     if llm.get("quantization") is not None:
+        if trained_in_4_bits and not on_meta:
+            log.warning(
+                "the LLM of %s was trained beside weights in 4 bits: rounded to 4 bits again, it "
+                "loses a part of that training; without model.llm.quantization it keeps all",
+                folder,
+            )
         model.quantize(Quantization.of(llm["quantization"]))
     return model.train()
 
