@@ -30,10 +30,23 @@ LONGEST = (
 )
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest leaves out what is slow
 def pytest_collection_modifyitems(items):
-    """The files that take longest come first: at the end one worker would be alone with them."""
+    """The files that take longest come first: at the end one worker would be alone with them. Of
+    the cases of a test marked `fast_cases`, all but so many are slow."""
     items.sort(
         key=lambda item: (
             LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST)
         )
     )
+    cases = {}
+    for item in items:
+        if item.get_closest_marker("fast_cases"):
+            cases.setdefault((item.path, item.originalname), []).append(item)
+    for of_test in cases.values():
+        (count,) = of_test[0].get_closest_marker("fast_cases").args
+        # spread, so that each of several parameters has more than one of its values
+        fast = {len(of_test) * index // count for index in range(count)}
+        for index, item in enumerate(of_test):
+            if index not in fast:
+                item.add_marker(pytest.mark.slow)

@@ -346,12 +346,13 @@ def test_interruption_is_exit_code_130_and_data_errors_are_1(recorder, capsys):
     assert exit_code(KeyboardInterrupt()) == 130
     assert exit_code(FileNotFoundError("no\nfile")) == 1
     assert exit_code(DataError("sample x is wrong")) == 1
-    assert (
-        exit_code(
-            MissingPackage("Caught in worker 0.\nMissingPackage: pip install 'owlfuse[video]'")
-        )
-        == 1
+    # as torch writes the error of a data worker
+    caught = (
+        "Caught MissingPackage in DataLoader worker process 0.\n"
+        "Original Traceback (most recent call last):\n  File ...\n"
+        "owlfuse.core.packages.MissingPackage: pip install 'owlfuse[video]'\n"
     )
+    assert exit_code(MissingPackage(caught)) == 1
     assert capsys.readouterr().err.splitlines() == [
         "owlfuse: interrupted",
         "owlfuse: error: no file",

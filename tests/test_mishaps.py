@@ -134,6 +134,7 @@ WITHOUT_GPU = {
 
 
 @pytest.mark.parametrize(("words", "message"), MISHAPS.values(), ids=MISHAPS)
+@pytest.mark.fast_cases(6)
 def test_a_trainer_that_cannot_work_is_told_in_one_line(words, message, capsys, monkeypatch):
     monkeypatch.setattr(
         "owlfuse.training.module.MultimodalModule.configure_model",
@@ -157,6 +158,7 @@ def test_what_this_machine_does_not_have_is_told_in_one_line(words, message, cap
 
 
 @pytest.mark.parametrize("wanted", [3, "3", [0, 1, 2]])
+@pytest.mark.fast_cases(1)
 def test_more_gpus_than_there_are_are_refused(wanted, monkeypatch):
     from owlfuse.config.compose import compose
     from owlfuse.core.errors import ConfigError

@@ -197,6 +197,12 @@ EXPORT_ATTACKS = {
     "a module beside it": edit_json("connector", {"_target_": "evil_module.Part"}),
     "code of config.json": edit_json("auto_map", AUTO_MAP),
     "code of the LLM": edit_json("text_config.auto_map", AUTO_MAP),
+    "weights of the hub inside of the LLM": edit_json(
+        "text_config.vision_config", {"model_type": "timm_wrapper", "architecture": "hf-hub:a/b"}
+    ),
+    "a file of weights inside of the LLM": edit_json(
+        "text_config.vision_config.model_args", {"checkpoint_path": "evil.pt"}
+    ),
     "code of the processor": edit_json("auto_map", AUTO_MAP, "processor_config.json"),
     "code of the tokenizer": edit_json("auto_map", AUTO_MAP, "tokenizer_config.json"),
     "a kernel of the hub": edit_json("text_config._attn_implementation", "kernels-community/evil"),

@@ -14,13 +14,16 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, AutoProcessor, pipeline
 
 import owlfuse
+from families import small_fields
+from helpers import FROZEN, ROWS, VOCAB, make_batch, make_model, model_node, policy
 from owlfuse.__main__ import main
 from owlfuse.artifacts.export import export
 from owlfuse.artifacts.init_from import adopt_parts
-from owlfuse.artifacts.load import load_base, load_exported, load_run
+from owlfuse.artifacts.load import TrainedModel, load_base, load_exported, load_run
 from owlfuse.config.build import build
 from owlfuse.config.compose import compose
 from owlfuse.core.errors import ConfigError, DataError
+from owlfuse.model.llm import load_llm
 from owlfuse.model.multimodal import build_model, on_meta
 from owlfuse.training import train
 
@@ -54,6 +57,7 @@ def exported(train_run, name, out, *options, overrides=()):
 
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
+@pytest.mark.fast_cases(1)
 def test_logits_are_identical_after_export_by_every_way_of_loading(experiment, train_run, tmp_path):
     out = tmp_path / "out"
     _, batch, expected = of_run(exported(train_run, experiment, out))
@@ -75,6 +79,7 @@ def test_logits_are_identical_after_export_by_every_way_of_loading(experiment, t
 
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
+@pytest.mark.fast_cases(1)
 def test_the_processor_makes_what_the_training_data_have(experiment, train_run, tmp_path):
     out = tmp_path / "out"
     run = exported(train_run, experiment, out)
@@ -108,6 +113,7 @@ def test_the_processor_makes_what_the_training_data_have(experiment, train_run, 
 
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
+@pytest.mark.fast_cases(1)
 def test_transformers_pipeline_answers_as_the_model_does(experiment, train_run, tmp_path):
     out = tmp_path / "out"
     exported(train_run, experiment, out)
@@ -404,3 +410,74 @@ def test_a_config_may_not_name_what_is_no_part_of_a_model(target, train_run, tmp
     (out / "config.json").write_text(json.dumps(config))
     with pytest.raises(DataError, match="connector"):
         owlfuse.load(out)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_an_llm_in_16_bits_beside_parts_in_32_stays_so(dtype, tmp_path):
+    model = make_model("hyperattention-adaptive", dtype=dtype)
+    batch = make_batch(ROWS)
+    out = export(TrainedModel(model, None, None), tmp_path / "out")
+    loaded = load_exported(out)[0].model
+    assert {p.dtype for p in loaded.llm.parameters()} == {getattr(torch, dtype)}
+    assert {p.dtype for p in loaded.vision.parameters()} == {torch.float32}
+    with torch.no_grad():
+        assert torch.equal(loaded(batch), model(batch))
+
+
+def test_init_from_gives_the_llm_the_type_that_is_asked_for(tmp_path):
+    out = export(TrainedModel(make_model("hyperattention-adaptive"), None, None), tmp_path / "out")
+    for device in ("cpu", "meta"):
+        with torch.device(device):
+            for dtype, expected in ((None, torch.float32), ("bfloat16", torch.bfloat16)):
+                node = model_node("hyperattention-adaptive", dtype=dtype)
+                model = load_base(str(out), node, VOCAB)
+                assert {p.dtype for p in model.llm.parameters()} == {expected}
+                assert {p.dtype for p in model.connector.parameters()} == {torch.float32}
+
+
+def test_an_llm_inside_of_a_multimodal_configuration_comes_back(tmp_path):
+    """As Gemma 3's of the hub, whose size of the vocabulary is one level deeper."""
+    fields = small_fields("gemma3")
+    vision = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    fields["vision_config"] = {
+        **vision,
+        "intermediate_size": 32,
+        "model_type": "siglip_vision_model",
+    }
+    fields["text_config"]["vocab_size"] = VOCAB
+    load_llm(VOCAB, config=fields).save_pretrained(tmp_path / "llm")
+    saved = json.loads((tmp_path / "llm/config.json").read_text())
+    saved.pop("vocab_size", None)
+    (tmp_path / "llm/config.json").write_text(json.dumps(saved))
+    model = make_model(pretrained=str(tmp_path / "llm"))
+    batch = make_batch(ROWS)
+    out = export(TrainedModel(model, None, None), tmp_path / "out")
+    with torch.no_grad():
+        assert torch.equal(load_exported(out)[0].model(batch), model(batch))
+
+
+def test_an_adapter_that_lacks_an_update_or_has_one_too_many_is_refused(tmp_path):
+    model = make_model(adapter={**FROZEN, "llm": policy("LoRA", r=2)})
+    out = export(TrainedModel(model, None, None), tmp_path / "out")
+    load_exported(out)
+    file = out / "adapter/adapter_model.safetensors"
+    updates = load_file(file)
+    name = min(name for name in updates if "lora_B" in name)
+    for wrong, problem in (
+        ({key: value for key, value in updates.items() if key != name}, "missing"),
+        ({**updates, f"{name}.more": torch.zeros(1)}, "unexpected"),
+    ):
+        save_file(wrong, file)
+        with pytest.raises(DataError, match=rf"adapter_model.safetensors: .*{name}.*{problem}"):
+            load_exported(out)
+
+
+def test_how_answers_end_is_known_to_the_next_run(train_run, tmp_path):
+    out = tmp_path / "out"
+    exported(train_run, "shapes_owl1", out)
+    ends = json.loads((out / "generation_config.json").read_text())["eos_token_id"]
+    assert load_base(str(out), model_node(), 1).llm.generation_config.eos_token_id == ends
+    again = tmp_path / "again"
+    model, processor = load_exported(out)
+    export(TrainedModel(model.model, processor.tokenizer, None), again)
+    assert json.loads((again / "generation_config.json").read_text())["eos_token_id"] == ends

@@ -71,6 +71,7 @@ def slow_greedy(model, batch, rows, row):
 
 @each(all_fusions())
 @pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.fast_cases(6)
 def test_greedy_in_a_left_padded_batch_is_that_of_each_row_alone_without_a_cache(node, family):
     model = wrapped(node, family)
     rows = [*ROWS, *LATER]
@@ -79,6 +80,7 @@ def test_greedy_in_a_left_padded_batch_is_that_of_each_row_alone_without_a_cache
 
 
 @each(all_fusions())
+@pytest.mark.fast_cases(4)
 def test_logits_with_a_cache_are_those_without(node):
     model = wrapped(node)
     options = {
@@ -102,6 +104,7 @@ def test_logits_with_a_cache_are_those_without(node):
 @pytest.mark.parametrize(
     "options", [{}, {"num_beams": 3}, {"do_sample": True, "num_return_sequences": 2}], ids=str
 )
+@pytest.mark.fast_cases(5)
 def test_the_backbone_sees_each_image_once_and_keys_are_projected_once(node, options, monkeypatch):
     model = wrapped(node)
     seen, projected = [], []
@@ -142,6 +145,7 @@ def with_pixels(rows, pixels, model):
 
 
 @each(all_fusions())
+@pytest.mark.fast_cases(2)
 def test_as_many_beams_as_tokens_find_the_likeliest_pair_of_each_row(node):
     model = wrapped(node)
     rows = [[11, 12, "image", 13], [21, 22], ["image", 23, "image", 24]]

@@ -59,6 +59,7 @@ def imported(folder, out):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.fast_cases(2)
 def test_the_import_agrees_with_the_released_code_and_goes_back_to_the_same_bytes(family, tmp_path):
     out = imported(GOLDENS / family, tmp_path / "out")
     io = load_file(GOLDENS / family / "io.safetensors")
@@ -83,6 +84,7 @@ def test_the_import_agrees_with_the_released_code_and_goes_back_to_the_same_byte
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.fast_cases(1)
 def test_with_a_tokenizer_it_chats_and_transformers_reads_it(family, tmp_path, capsys):
     out = imported(folder_with_tokenizer(family, tmp_path), tmp_path / "out")
     Image.new("RGB", (80, 60), "green").save(tmp_path / "a.png")
@@ -169,6 +171,7 @@ def test_the_image_token_may_lie_behind_the_embeddings_where_its_own_is_not_used
     assert model.generate(**inputs, max_new_tokens=2).shape[1] == inputs["input_ids"].shape[1] + 2
 
 
+@pytest.mark.slow
 def test_a_run_may_start_from_an_import(tmp_path, train_run):
     folder = folder_with_tokenizer("owl3_static", tmp_path)
     out = imported(folder, tmp_path / "out")

@@ -339,6 +339,7 @@ COMMAND_LINE_ERRORS = {
 
 
 @pytest.mark.parametrize("override", COMMAND_LINE_ERRORS)
+@pytest.mark.fast_cases(15)
 def test_a_mistake_on_the_command_line_is_one_line_with_the_nearest_right_name(tree, override):
     if COMMAND_LINE_ERRORS[override] is None:
         composed(override)

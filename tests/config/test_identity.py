@@ -17,6 +17,7 @@ from owlfuse.config.identity import (
     config_hash,
     data_hash,
     differing_hash,
+    flat,
     owlfuse_files,
     owlfuse_names,
 )
@@ -280,3 +281,9 @@ def test_changes_belong_to_the_hash_of_the_configuration():
 )
 def test_results_of_other_hashes_are_told_by_what_differs(found, accept, what):
     assert differing_hash(found, {"code": "a", "config": "b", "data": "c"}, accept) == what
+
+
+def test_an_empty_group_is_not_the_same_as_none():
+    assert flat({"a": {"b": {}}, "c": None}) == {"a.b": {}, "c": None}
+    quantized = {"model": {"llm": {"quantization": {}}}}
+    assert config_hash(quantized) != config_hash({"model": {"llm": {"quantization": None}}})

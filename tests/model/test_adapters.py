@@ -8,9 +8,11 @@ from torch import nn
 
 from helpers import (
     CONNECTORS,
+    CROSS_ATTENTION,
     FROZEN,
     FUSIONS,
     ROWS,
+    VIT,
     VOCAB,
     each,
     gradients,
@@ -68,6 +70,7 @@ def has(model, part):
 
 
 @pytest.mark.parametrize(("fusion", "part"), WITH_PARAMETERS)
+@pytest.mark.fast_cases(8)
 def test_full_trains_all_of_its_part_and_nothing_else(fusion, part):
     model = make_model(fusion, adapter=frozen_but(**{part: policy("Full")}))
     assert trained(model) == names_of(model, part)
@@ -75,12 +78,14 @@ def test_full_trains_all_of_its_part_and_nothing_else(fusion, part):
 
 @each(FUSIONS)
 @pytest.mark.parametrize("part", PARTS)
+@pytest.mark.fast_cases(8)
 def test_frozen_leaves_all_the_others_trained(node, part):
     model = make_model(node, adapter={part: policy("Frozen")})
     assert trained(model) == {name for name, _ in model.named_parameters()} - names_of(model, part)
 
 
 @pytest.mark.parametrize(("fusion", "part"), WITH_PARAMETERS)
+@pytest.mark.fast_cases(8)
 def test_lora_trains_its_low_rank_matrices_of_its_part_and_nothing_else(fusion, part):
     model = make_model(fusion, adapter=frozen_but(**{part: policy("LoRA", r=2)}))
     names = trained(model)
@@ -91,6 +96,7 @@ def test_lora_trains_its_low_rank_matrices_of_its_part_and_nothing_else(fusion, 
 
 @pytest.mark.parametrize("fusion", FUSIONS)
 @pytest.mark.parametrize("others", ["Full", "Frozen"])
+@pytest.mark.fast_cases(4)
 def test_lora_on_fusion_and_llm_leaves_the_layers_below_both_frozen(fusion, others):
     rest = {"vision": policy(others), "connector": policy(others)}
     model = make_model(fusion, adapter={**rest, "fusion": policy("LoRA"), "llm": policy("LoRA")})
@@ -236,6 +242,7 @@ def test_lora_changes_no_logit_before_it_is_trained(node):
 
 @torch.no_grad()
 @each(FUSIONS)
+@pytest.mark.fast_cases(2)
 def test_each_part_s_lora_acts_on_the_logits_when_all_parts_have_one(node):
     model = make_model(node, adapter=dict.fromkeys(PARTS, policy("LoRA")))
     batch = make_batch(ROWS, model.fusion.tokens_per_image)
@@ -287,6 +294,7 @@ def test_training_moves_the_trained_parameters_and_no_other():
 
 @each(FUSIONS)
 @pytest.mark.parametrize("name", ["Full", "LoRA", "Frozen"])
+@pytest.mark.fast_cases(6)
 def test_the_table_counts_what_is_trained_and_what_is_frozen(node, name):
     adapter = {
         "connector": policy("Full"),
@@ -418,3 +426,55 @@ def test_policies_apply_part_by_part_to_any_model_that_has_parts():
     summaries = apply_adapters(Parted(), dict.fromkeys(PARTS, seen))
     assert seen.names == list(PARTS)
     assert [s.trained for s in summaries] == [6] * 4
+
+
+def test_updates_of_an_llm_in_16_bits_are_in_32():
+    model = make_model(adapter={"llm": policy("LoRA", r=2)}, dtype="bfloat16")
+    dtypes = {name: p.dtype for name, p in model.llm.named_parameters()}
+    assert {dtype for name, dtype in dtypes.items() if ".lora_" in name} == {torch.float32}
+    assert {dtype for name, dtype in dtypes.items() if ".lora_" not in name} == {torch.bfloat16}
+    loss_of(model(make_batch(ROWS)), make_batch(ROWS)).backward()
+
+
+def test_all_linear_leaves_the_head_out_whatever_its_name():
+    fields = {
+        "model_type": "gpt_neox_japanese",
+        "hidden_size": 32,
+        "num_attention_heads": 4,
+        "num_hidden_layers": 2,
+        "intermediate_multiple_size": 2,
+    }
+    model = make_model(llm=fields, adapter={"llm": policy("LoRA", r=2)})
+    updated = [name for name, _ in model.llm.named_parameters() if ".lora_A" in name]
+    assert updated
+    assert not any("embed_out" in name for name in updated)
+
+
+def test_lora_of_a_cross_attention_opens_its_gates_with_its_updates():
+    node = {"_target_": CROSS_ATTENTION, "layers": [0, 2], "mlp": True}
+    model = make_model(node, adapter={**FROZEN, "fusion": policy("LoRA", r=2)})
+    gates = {n: p for n, p in model.llm.named_parameters() if n.endswith(("gate", "mlp_gate"))}
+    assert len(gates) == 4
+    batch = make_batch(ROWS)
+    found = gradients(model, loss_of(model(batch), batch))
+    for name in gates:
+        assert found[f"llm.{name}"].any()
+    model.check_start()
+
+
+def test_closed_gates_that_are_frozen_are_refused_at_the_start_alone():
+    node = {"_target_": CROSS_ATTENTION, "layers": [0, 2]}
+    frozen = make_model(node, adapter={"fusion": policy("Frozen")})
+    with pytest.raises(ValueError, match="adapter.fusion: its gates begin closed"):
+        frozen.check_start()
+    make_model({**node, "gate": "none"}, adapter={"fusion": policy("Frozen")}).check_start()
+
+
+def test_a_norm_of_a_frozen_backbone_is_said_to_have_no_effect(caplog):
+    vision = {**VIT, "norm": True}
+    make_model(vision=vision).check_start()
+    assert not caplog.records
+    for name in ("Frozen", "LoRA"):
+        caplog.clear()
+        make_model(vision=vision, adapter={"vision": policy(name)}).check_start()
+        assert "model.vision.norm has no effect" in caplog.text

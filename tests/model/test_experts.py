@@ -7,7 +7,7 @@ import torch
 
 from helpers import VOCAB, make_batch, model_node, policy
 from owlfuse.artifacts.export import export
-from owlfuse.artifacts.load import TrainedModel, load_exported
+from owlfuse.artifacts.load import TrainedModel, load_base, load_exported
 from owlfuse.model.llm import balancing_coefficient, load_llm
 from owlfuse.model.multimodal import build_model
 
@@ -133,31 +133,46 @@ def test_a_parameter_that_is_not_there_is_refused_with_those_that_are():
         model_of("mixtral", policy("LoRA", r=2, target_parameters=["experts.w1"]))
 
 
-@pytest.mark.parametrize("adapter", [policy("Full"), policy("LastN", n=2)], ids=["full", "last_n"])
-@pytest.mark.parametrize("name", ["ernie4_5_moe", "afmoe"])
-def test_biases_that_balance_a_router_without_gradients_are_not_among_what_is_trained(
-    name, adapter
-):
-    fields = (
-        {"moe_num_experts": 4, "moe_k": 2}
-        if name == "ernie4_5_moe"
-        else {"num_experts": 4, "num_experts_per_tok": 2}
-    )
-    llm = {
-        "model_type": name,
-        **SMALL,
-        **fields,
-        "moe_intermediate_size": 24,
-        "num_hidden_layers": 3,
+BALANCED = {
+    "ernie4_5_moe": {"moe_num_experts": 4, "moe_k": 2},
+    "afmoe": {"num_experts": 4, "num_experts_per_tok": 2},
+}
+"""Families whose routers have biases that no gradient reaches."""
+
+
+def balanced(name):
+    more = {"moe_intermediate_size": 24, "num_hidden_layers": 3}
+    return {"model_type": name, **SMALL, **BALANCED[name], **more}
+
+
+def router_biases(llm):
+    """The biases by name."""
+    return {
+        name: parameter
+        for name, parameter in llm.named_parameters()
+        if ("bias" in name and "expert" in name) or "e_score" in name
     }
-    model = build_model(model_node("concat", llm=llm, adapter={"llm": adapter}), VOCAB)[0].train()
+
+
+@pytest.mark.parametrize("adapter", [policy("Full"), policy("LastN", n=2)], ids=["full", "last_n"])
+@pytest.mark.parametrize("source", ["random", "pretrained", "export"])
+@pytest.mark.parametrize("name", BALANCED)
+def test_biases_that_balance_a_router_without_gradients_are_not_among_what_is_trained(
+    name, source, adapter, tmp_path
+):
+    node = model_node("concat", llm=balanced(name), adapter={"llm": adapter})
+    base = None
+    if source == "pretrained":
+        load_llm(VOCAB, config=balanced(name)).save_pretrained(tmp_path / "llm")
+        node = model_node("concat", pretrained=str(tmp_path / "llm"), adapter={"llm": adapter})
+    elif source == "export":
+        model = build_model(node, VOCAB)[0]
+        export(TrainedModel(model, None, None), tmp_path / "out")
+        base = load_base(str(tmp_path / "out"), node, VOCAB)
+    model = build_model(node, VOCAB, base)[0].train()
     rows = [[11 + (i * 7 + j) % 80 for j in range(20)] for i in range(8)]
     model(make_batch(rows, model.fusion.tokens_per_image)).float().square().sum().backward()
-    biases = [
-        n
-        for n, p in model.llm.named_parameters()
-        if ("bias" in n and "expert" in n) or "e_score" in n
-    ]
+    biases = router_biases(model.llm)
     assert biases
-    assert not any(dict(model.llm.named_parameters())[n].requires_grad for n in biases)
+    assert not any(bias.requires_grad for bias in biases.values())
     assert [n for n, p in model.llm.named_parameters() if p.requires_grad and p.grad is None] == []

@@ -50,6 +50,7 @@ def small(node):
 
 @each(all_connectors())
 @pytest.mark.parametrize("fusion", ["concat", "hyperattention-adaptive"])
+@pytest.mark.fast_cases(7)
 def test_an_image_takes_as_many_placeholders_as_the_fusion_says(node, fusion):
     model = make_model(fusion, connector=small(node))
     expected = 1 if fusion.startswith("hyper") else model.connector.tokens
@@ -142,6 +143,7 @@ def vision_for(fusion, vision):
 
 @each(all_fusions())
 @pytest.mark.parametrize("vision", [VIT, RESNET], ids=["vit", "resnet"])
+@pytest.mark.fast_cases(7)
 def test_the_blank_image_of_a_batch_without_images_changes_nothing(node, vision):
     """In training mode: logits are those of the LLM alone, whatever the blank image shows."""
     model = make_model(node, vision=vision_for(node, vision)).train()
@@ -202,6 +204,7 @@ def test_the_parts_parameters_are_all_of_the_models_each_once(node):
 
 @each(all_fusions())
 @pytest.mark.parametrize("adapter", ["Full", "LoRA"])
+@pytest.mark.fast_cases(7)
 def test_on_meta_makes_no_weight_and_gives_the_same_table(node, adapter):
     config = model_node(
         node, adapter=dict.fromkeys(("vision", "connector", "fusion", "llm"), policy(adapter))

@@ -46,6 +46,7 @@ def tokenizer_of(words, folder=None, added=()):
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 @pytest.mark.parametrize("name", POLICIES)
 @pytest.mark.parametrize("kind", [AdamWCosine, MuonCosine])
+@pytest.mark.fast_cases(6)
 def test_of_a_table_that_is_not_trained_only_the_new_rows_change(tied, name, kind, tmp_path):
     node = model_node(adapter={"llm": POLICIES[name]}, pretrained=pretrained(tmp_path, tied))
     model, summaries = build_model(node, VOCAB, new_tokens=NEW)

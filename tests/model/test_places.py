@@ -87,6 +87,7 @@ def test_supervised_places_are_those_whose_next_token_is_and_fill_whole_blocks(r
 @each(FUSIONS)
 @pytest.mark.parametrize("rows", CASES.values(), ids=CASES)
 @pytest.mark.parametrize("pack_to", [None, 300], ids=["padded", "packed"])
+@pytest.mark.fast_cases(9)
 def test_the_loss_and_its_gradients_are_those_of_logits_and_copies_everywhere(node, rows, pack_to):
     model = make_model(node).train()
     perturb(model.parameters(), 0.1)

@@ -182,6 +182,7 @@ def test_layers_compute_with_the_nearest_of_16_values_of_their_block():
 @needs_package
 @pytest.mark.parametrize("fusion", ["concat", "modality_adaptive", "hyperattention-adaptive"])
 @pytest.mark.parametrize("double", [True, False])
+@pytest.mark.fast_cases(2)
 def test_three_steps_lower_the_loss_and_leave_the_4_bits_as_they_are(fusion, double):
     adapter = QLORA | {"fusion": policy("Full"), "connector": policy("Full")}
     options = {"use_double_quant": double, "quant_type": "nf4" if double else "fp4"}

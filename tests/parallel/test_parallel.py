@@ -86,7 +86,7 @@ CASES = {
         *NO_BATCH_NORMS,
         "model.fusion.attention=bidirectional",
     ],
-    "expert": ["experiment=shapes_owl2", f"model.fusion.copies={EXPERT}"],
+    "expert": ["experiment=shapes_owl2", *NO_BATCH_NORMS, f"model.fusion.copies={EXPERT}"],
     "cross-attention": [
         "experiment=shapes_owl3",
         "model/fusion=cross_attention",

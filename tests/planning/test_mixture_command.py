@@ -123,6 +123,26 @@ def test_a_wrong_sample_of_a_source_that_stops_is_told_with_its_step(capsys):
     assert "source text has on_error=error and a wrong sample at step" in capsys.readouterr().out
 
 
+def test_a_chat_that_is_left_out_for_its_length_ends_no_run(capsys):
+    ends = [*words("data.on_length=skip"), "data.sources.text.on_error=error"]
+    report = mixture_command([*ends, "steps=20"])
+    assert all("over max_length of 512" in skip["reason"] for skip in report["skipped"])
+    assert report["skipped"]
+    config = compose(ends)
+    plan, _ = on_meta(OmegaConf.to_container(config.model), 1024)
+    data = build(config.data)
+    data.bind(plan.vision.preprocessing, plan.fusion.tokens_per_image)
+    steps = []
+    for position in range(20 * 8):
+        name, index = data.mixture[position]
+        try:
+            data.encoder.encode(data.sources[name][index], on_length="skip")
+        except DataError as error:
+            if not error.leave_out:
+                steps.append(position // 8)
+    assert f"and a wrong sample at step {steps[0]}, which ends the run" in capsys.readouterr().out
+
+
 def test_ids_that_several_samples_bear_are_told(capsys):
     records = json.loads(Path("text.json").read_text())
     for number in (1, 7, 9):

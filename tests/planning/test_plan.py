@@ -68,6 +68,7 @@ def tensors_of(batch: Batch) -> list[Tensor]:
 
 @each({**FUSIONS, **VARIANTS})
 @pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.fast_cases(4)
 def test_what_is_read_off_meta_tensors_is_what_real_ones_need(node, checkpointing):
     """The same hooks on real tensors: bytes kept, FLOPs, and the most alive, to the byte."""
     nodes = model_node(node, gradient_checkpointing=checkpointing)
@@ -255,6 +256,7 @@ def test_autocast_on_meta_keeps_what_autocast_keeps():
 
 @each(FUSIONS)
 @pytest.mark.parametrize("llm", ["Full", "LoRA"])
+@pytest.mark.fast_cases(4)
 def test_tensor_ranks_hold_a_part_of_each_projection_and_run(node, llm):
     nodes = model_node(node, adapter={"llm": policy(llm), "fusion": policy(llm)})
     whole, part = meta_model(nodes, VOCAB), rank_model(meta_model(nodes, VOCAB), tensor=2)

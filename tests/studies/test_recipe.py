@@ -241,6 +241,7 @@ def test_overrides_are_for_all_stages_or_for_one():
         ("- name: third", "- name: third: x", r"wrong/recipe.yaml:\d+: not YAML"),
     ],
 )
+@pytest.mark.fast_cases(3)
 def test_a_mistake_in_the_last_stage_is_told_before_the_first_one_trains(old, new, message):
     write_recipe("wrong", new.join(TINY.rsplit(old, 1)))
     with pytest.raises(ConfigError, match=message) as error:
@@ -459,3 +460,12 @@ def test_under_torchrun_every_rank_goes_through_the_same_stages_and_one_writes()
             # of a gradient of rounding alone Adam makes a whole step
             apart = (tensor - alone[key]).abs() > 1e-4
             assert apart.double().mean() < 1e-3, (name, key)
+
+
+def test_a_stage_may_hold_the_llm_in_4_bits_between_others_that_do_not():
+    write_recipe("tiny", TINY)
+    key = "stages.second.model.llm.quantization"
+    stages = make_stages("tiny", [*SMALL, key + "={compute_dtype: float32}"])
+    settings = [stage.config.model.llm.get("quantization") for stage in stages]
+    assert settings[0] is settings[2] is None
+    assert settings[1].compute_dtype == "float32"

@@ -294,6 +294,7 @@ REFUSED = [
 
 
 @pytest.mark.parametrize("override", REFUSED)
+@pytest.mark.fast_cases(8)
 def test_a_key_that_cannot_change_is_refused_by_name_and_leaves_the_run_as_it_was(
     first, override, monkeypatch
 ):

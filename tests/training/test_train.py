@@ -67,6 +67,7 @@ def logged(folder, name):
 
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
+@pytest.mark.fast_cases(1)
 def test_an_experiment_leaves_all_that_explains_it(experiment):
     handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     run_folder = run(
@@ -303,6 +304,7 @@ def test_evaluating_a_run_again_gives_its_results_again():
         ),
     ],
 )
+@pytest.mark.fast_cases(4)
 def test_what_does_not_fit_together_is_told_in_one_line_before_a_weight_is_made(
     overrides, message, monkeypatch
 ):

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import lightning
 import torch
-from peft import PeftModel
+from peft import PeftModel, get_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoProcessor
@@ -28,7 +29,7 @@ from owlfuse.artifacts.hf.modeling import OwlfuseForConditionalGeneration
 from owlfuse.artifacts.hf.processing import OwlfuseImageProcessor, OwlfuseProcessor
 from owlfuse.artifacts.lora import merge_lora
 from owlfuse.artifacts.released.loading import read_record
-from owlfuse.artifacts.released.weights import read_header, shard_names
+from owlfuse.artifacts.released.weights import TensorInfo, read_header, shard_names
 from owlfuse.artifacts.run_data import run_tokenizer
 from owlfuse.artifacts.runs import check_which, chosen_checkpoint
 from owlfuse.artifacts.weights import check_fits, load_weights, read, set_precision
@@ -66,8 +67,12 @@ def load_with_processor(
     return model, processor
 
 
+log = logging.getLogger(__name__)
+
 ADAPTER, RELEASED = "adapter", "released"
 """Folders in an export."""
+FILE_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+"""torch's types by their names in safetensors files."""
 
 
 @dataclass
@@ -142,7 +147,8 @@ def load_exported(
     # in this order: nothing is built of a folder whose files name code, and no memory is taken for
     # one whose numbers do not fit its weights
     check_files(folder)
-    shapes = check_weights(folder)
+    weights = check_weights(folder)
+    shapes = {name: info.shape for name, info in weights.items()}
     config_file = folder / "config.json"
     check_counts(read_json(config_file, limit=MAX_CONFIG), config_file, shapes)
     with build_errors(config_file):
@@ -156,6 +162,9 @@ def load_exported(
             use_safetensors=True,
             trust_remote_code=False,
         )
+    # how answers end, which the next run's and the next export's are told by
+    ends = wrapped.generation_config.eos_token_id
+    wrapped.model.llm.generation_config.eos_token_id = ends
     if wrapped.config.dtype is not None:
         wrapped.model.llm.config.dtype = wrapped.config.dtype  # by which it is exported again
     problems = []
@@ -167,11 +176,13 @@ def load_exported(
             f"{folder}: the weights do not fit config.json: {', '.join(sorted(problems))}; export "
             "it anew"
         )
+    restore_llm_dtype(wrapped.model, weights)
     if (folder / ADAPTER).is_dir():
         check_adapter(folder / ADAPTER)
         with build_errors(folder / ADAPTER):
             # injects its layers into `wrapped` itself
-            PeftModel.from_pretrained(wrapped, folder / ADAPTER, torch_device="cpu")
+            peft_model = PeftModel.from_pretrained(wrapped, folder / ADAPTER, torch_device="cpu")
+        check_updates(peft_model, folder / ADAPTER / "adapter_model.safetensors")
         if merge:
             merge_lora(wrapped.model)
         else:
@@ -181,6 +192,31 @@ def load_exported(
     # released weights that came without a tokenizer are imported without a processor
     has_processor = (folder / "processor_config.json").exists()
     return wrapped.eval(), load_processor(folder) if has_processor else None
+
+
+def restore_llm_dtype(model: MultimodalLM, weights: dict[str, TensorInfo]) -> None:
+    """Gives the LLM the 16 bits that it has in its files beside parts in 32, as after a run with
+    `model.llm.dtype`: transformers gives all weights the one type of config.json."""
+    dtypes = {info.dtype for name, info in weights.items() if name.startswith("model.llm.")}
+    # of an LLM that was in 4 bits some weights are in 32, and then all are
+    if len(dtypes) == 1:
+        dtype = FILE_DTYPES.get(dtypes.pop(), torch.float32)
+        for parameter in model.llm.parameters():
+            parameter.data = parameter.data.to(dtype)
+
+
+def check_updates(model: PeftModel, file: Path) -> None:
+    """Raises DataError where the file of an adapter lacks an update, or has one that no layer
+    takes, of which peft only warns."""
+    expected = set(get_peft_model_state_dict(model))
+    names = set(read_header(file))
+    problems = [f"{name} (missing)" for name in expected - names]
+    problems += [f"{name} (unexpected)" for name in names - expected]
+    if problems:
+        raise DataError(
+            f"{file}: its updates are not those of adapter_config.json: {min(problems)} and "
+            f"{len(problems) - 1} more; export or copy the folder anew"
+        )
 
 
 def restore_update_dtype(model: nn.Module, folder: Path) -> None:
@@ -244,16 +280,17 @@ def describe_tensor(entry: str | tuple) -> str:
     return f"{name} {tuple(shape)}, expected {tuple(expected)}"
 
 
-def check_weights(folder: Path) -> dict[str, tuple[int, ...]]:
-    """Returns the shapes of a folder's weights by name, from the headers of its safetensors files.
-    Raises DataError with the file that is missing or damaged."""
+def check_weights(folder: Path) -> dict[str, TensorInfo]:
+    """Returns what the headers of a folder's safetensors files say of its weights. Raises DataError
+    with the file that is missing or damaged."""
     index = folder / "model.safetensors.index.json"
     names = shard_names(index, MAX_TABLE) if index.exists() else ["model.safetensors"]
-    shapes = {}
+    weights: dict[str, TensorInfo] = {}
     for name in names:
+        header = read_header(folder / name)
+        weights |= header
         problems = []
-        for tensor, info in read_header(folder / name).items():
-            shapes[tensor] = info.shape
+        for tensor, info in header.items():
             if is_weight(tensor) and not info.dtype.startswith(("F", "BF")):
                 problems.append(f"{tensor} is {info.dtype}")
         if problems:
@@ -261,17 +298,18 @@ def check_weights(folder: Path) -> dict[str, tuple[int, ...]]:
                 f"{folder / name}: {', '.join(problems)}, and weights are floating-point numbers; "
                 "export it anew"
             )
-    return shapes
+    return weights
 
 
 def load_base(folder: str, nodes: dict[str, Any], vocab_size: int) -> MultimodalLM:
-    """Returns the folder's model for training: float32, LoRA's updates folded in, embeddings for at
-    least `vocab_size` tokens, position embeddings resampled where its pictures had another size.
+    """Returns the folder's model for training: float32 or the LLM's `dtype`, LoRA's updates folded
+    in, embeddings for at least `vocab_size` tokens, position embeddings resampled where its
+    pictures had another size.
     Reading it uses up no random numbers. On the meta device only the folder's config.json is read.
 
     Args:
         nodes: the configuration's `model`, for how the LLM computes (`attention`,
-            `gradient_checkpointing`) and is held (`quantization`), and for the size.
+            `gradient_checkpointing`) and is held (`dtype`, `quantization`), and for the size.
     """
     llm, image_size = nodes["llm"], nodes["vision"].get("image_size")
     state = torch.get_rng_state()  # a model from files draws fewer random numbers than a new one
@@ -279,14 +317,18 @@ def load_base(folder: str, nodes: dict[str, Any], vocab_size: int) -> Multimodal
     on_meta = torch.get_default_device().type == "meta"
     if on_meta:
         config = read_configuration(check_exported(Path(folder)), attn_implementation=attention)
-        model = OwlfuseForConditionalGeneration(config).model.float()
+        wrapped = OwlfuseForConditionalGeneration(config)
     else:
         # merged: a new run may have other adapters
-        model = load_exported(Path(folder), merge=True, attention=attention)[0].model.float()
+        wrapped = load_exported(Path(folder), merge=True, attention=attention)[0]
+    model, trained_in_4_bits = wrapped.model.float(), wrapped.config.llm_trained_in_4_bits
     torch.set_rng_state(state)
     # position embeddings are resampled before training, not by it
     if image_size and model.vision.preprocessing.size != (image_size, image_size):
         model.set_image_size(image_size)
+    if llm.get("dtype"):
+        for parameter in model.llm.parameters():
+            parameter.data = parameter.data.to(getattr(torch, llm["dtype"]))
     # the new run's tokenizer may have more tokens
     if model.llm.get_input_embeddings().num_embeddings < vocab_size:
         # the meta device has no embeddings to take a mean of
@@ -294,6 +336,12 @@ def load_base(folder: str, nodes: dict[str, Any], vocab_size: int) -> Multimodal
     if llm.get("gradient_checkpointing"):
         recompute_activations(model.llm)
     if llm.get("quantization") is not None:
+        if trained_in_4_bits and not on_meta:
+            log.warning(
+                "the LLM of %s was trained beside weights in 4 bits: rounded to 4 bits again, it "
+                "loses a part of that training; without model.llm.quantization it keeps all",
+                folder,
+            )
         model.quantize(Quantization.of(llm["quantization"]))
     return model.train()
 

@@ -52,7 +52,10 @@ def config_hash(config: dict[str, Any], changes: list[dict[str, Any]] | None = N
     """
     hashed = {}
     for key, value in flat(config).items():
-        if not any(key == ignored or key.startswith(f"{ignored}.") for ignored in IGNORED_KEYS):
+        # a group that holds nothing but ignored keys is as one without them
+        is_ignored = value == {} and any(name.startswith(f"{key}.") for name in IGNORED_KEYS)
+        is_ignored |= any(key == name or key.startswith(f"{name}.") for name in IGNORED_KEYS)
+        if not is_ignored:
             hashed[key] = value
     content = [hashed, changes] if changes else hashed
     return digest(json.dumps(content, sort_keys=True, default=str).encode())
@@ -230,8 +233,9 @@ def digest(content: bytes) -> str:
 
 
 def flat(value: object, path: str = "") -> dict[str, object]:
-    """Return nested dictionaries as one: {"a": {"b": 1}} as {"a.b": 1}."""
-    if not isinstance(value, dict):
+    """Return nested dictionaries as one: {"a": {"b": 1}} as {"a.b": 1}. An empty one stays, since
+    `quantization={}` asks for something, and null for nothing."""
+    if not isinstance(value, dict) or (not value and path):
         return {path: value}
     items: dict[str, object] = {}
     for key, child in value.items():

@@ -41,6 +41,8 @@ ENVIRONMENT = "OWLFUSE_TRUST"
 
 # Depth of brackets in a config.yaml.
 MAX_DEPTH = 100
+# How timm's options begin that name weights.
+WEIGHT_OPTIONS = ("pretrained", "checkpoint", "cache")
 # Names of timm that are no entry of its own registry: `hf-hub:`, `local-dir:` and paths.
 HUB_NAME = re.compile(r"[A-Za-z-_]+:|.*/")
 # Keys of timm's `pretrained_cfg_overlay` about preprocessing; others name files and addresses.
@@ -438,7 +440,7 @@ def check_timm_arguments(path: str, node: dict[str, Any], file: Path, hub: bool)
         is_overlay = key == "pretrained_cfg_overlay" and isinstance(value, dict)
         if is_overlay and set(value) <= PREPROCESSING:
             continue
-        if str(key).startswith(("pretrained", "checkpoint", "cache")):
+        if str(key).startswith(WEIGHT_OPTIONS):
             raise DataError(
                 f"{file}: {path}.kwargs.{key}: a file or address of weights, which a model's "
                 "folder may not name"

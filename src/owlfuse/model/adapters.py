@@ -53,6 +53,9 @@ class Part:
     quantized: dict[str, int] = field(default_factory=dict)
     """Weights that are held in 4 bits (see `owlfuse.model.quantization`), with how many numbers
     each stands for."""
+    closed_gates: set[str] = field(default_factory=set)
+    """Factors that begin at zero, so that nothing else of the part has an effect or a gradient
+    until they have moved."""
 
     def count(self, name: str) -> int:
         """Returns how many numbers a parameter stands for."""
@@ -132,7 +135,8 @@ class LastN:
 
 class LoRA:
     """Low-rank updates of the part's linear layers by peft (arXiv 2106.09685), the layers
-    themselves frozen. Arguments that peft's `LoraConfig` has too mean what they mean there.
+    themselves frozen, and the gates that begin closed trained with them. Arguments that peft's
+    `LoraConfig` has too mean what they mean there.
 
     Args:
         r: the rank of the updates.
@@ -237,12 +241,16 @@ class LoRA:
             inject_adapter_in_model(config, part.root, START)
             self.start_from_weights(part, names)
         activate_updates(part.root)
+        # in 16 bits small steps of the optimizer would be lost; a run in bf16-true asks for it
+        for name, parameter in part.root.named_parameters():
+            if ".lora_" in name:
+                parameter.data = parameter.data.float()
         # peft freezes all of the root but its adapters: the other parts in it are set back
         for name, parameter in part.root.named_parameters():
             base_name = without_base_layers(name)
             is_trained = before.get(base_name, not is_saved_start(name))
             parameter.requires_grad_(before.get(name, is_trained))
-        for parameter in saved:
+        for parameter in (*saved, *(part.parameters[name] for name in part.closed_gates)):
             parameter.requires_grad_(True)
 
     def check_options(self, part: Part) -> None:
@@ -272,10 +280,11 @@ class LoRA:
                 "target_parameters are no linear layers, and peft has neither use_dora nor "
                 f"init_lora_weights: {init} for them; leave that out"
             )
-        if self.starts_from_weights and part.quantized:
+        if part.quantized and (self.starts_from_weights or init == "orthogonal"):
+            how = "decomposes" if self.starts_from_weights else "has the type of the"
             raise ValueError(
-                f"init_lora_weights: {init} decomposes weights, and these are in 4 bits; take "
-                "gaussian or true"
+                f"init_lora_weights: {init} {how} weights, and these are in 4 bits; take gaussian "
+                "or true"
             )
 
     def check_ranks(self, part: Part, names: list[str], ranks: dict[str, int]) -> None:
@@ -364,11 +373,13 @@ class LoRA:
         """Returns the full names of the part's linear layers that are targets, the LLM's head
         never."""
         paths_by_name: dict[str, list[str]] = {}
-        for path, module in part.root.named_modules():
-            if isinstance(module, nn.Linear) and f"{path}.weight" in part.parameters:
-                paths_by_name.setdefault(layer_name(path), []).append(path)
         # an update of the head is trained by `train_rows` or `full` alone
-        paths_by_name.pop("lm_head", None)
+        root: Any = part.root
+        head = root.get_output_embeddings() if part.name == "llm" else None
+        for path, module in part.root.named_modules():
+            is_target = isinstance(module, nn.Linear) and module is not head
+            if is_target and f"{path}.weight" in part.parameters:
+                paths_by_name.setdefault(layer_name(path), []).append(path)
         if self.targets == "all-linear":
             targets = list(paths_by_name)
         else:

@@ -23,12 +23,10 @@ Need = Literal[
     "norms",
     "mlp",
     "separate_keys_values",
-    "registry_attention",
 ]
 """What a fusion may need of an LLM: a forward from embeddings; a list of decoder layers; in its
 layers an attention module, norms that are modules, an MLP, projections to keys and to values that
-are linear layers of their own or can be split off, and an attention through transformers' registry
-whose keys can be made for visual tokens too."""
+are linear layers of their own or can be split off."""
 
 
 @dataclass(frozen=True)

@@ -78,7 +78,7 @@ def load_llm(
     gguf_file: str | None = None,
     architecture: dict[str, Any] | None = None,
     attention: Literal["sdpa", "flash_attention_2", "flash_attention_3"] = "sdpa",
-    dtype: str | None = None,
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None,
     gradient_checkpointing: bool = False,
     quantization: dict[str, Any] | None = None,
 ) -> PreTrainedModel:
@@ -102,7 +102,7 @@ def load_llm(
         architecture: what the configuration of `pretrained` says, so that a run can be checked and
             planned where the hub is not at hand: it is read on the meta device alone, in the place
             of the folder's or the hub's.
-        dtype: as transformers takes it (`float32`, `bfloat16`, `auto`); by default float32.
+        dtype: the type of the weights, `float32` (the default), `bfloat16` or `float16`.
         quantization: holds the weights of linear layers in 4 bits; the keys are those of
             `quantization.Quantization`, `{}` its defaults. The model of the parts does it, once the
             fusion is attached.
@@ -117,7 +117,7 @@ def load_llm(
         )
     # before anything is loaded
     settings: Any = None if quantization is None else Quantization.of(quantization)
-    options = {"dtype": dtype or "float32"}
+    options: dict[str, Any] = {"dtype": dtype or "float32"}
     # sdpa is what transformers takes by itself, for a class that supports it, and else eager
     if attention != "sdpa":
         options["attn_implementation"] = attention
@@ -588,7 +588,18 @@ def load_pretrained(
             f"pretrained: {pretrained} has no weights for {missing_weights[0]} and "
             f"{len(missing_weights) - 1} more of its model"
         )
+    # transformers' loading makes all parameters trainable, and its class may not
+    with torch.device("meta"):
+        plain: Any = type(llm)(llm.config)
+    names: Any = untrainable_names(plain)
+    llm.untrainable = names
     return llm
+
+
+def untrainable_names(llm: PreTrainedModel) -> set[str]:
+    """Returns the names of the parameters that the LLM's own class never trains by gradients, as
+    the biases that balance a router."""
+    return {name for name, parameter in llm.named_parameters() if not parameter.requires_grad}
 
 
 def check_plain(pretrained: str, gguf_file: str | None) -> None:

@@ -31,6 +31,7 @@ from owlfuse.model.llm import (
     balancing_coefficient,
     balancing_loss,
     check_split,
+    untrainable_names,
     width,
 )
 from owlfuse.model.llm_probe import check_packing
@@ -74,8 +75,13 @@ class MultimodalLM(nn.Module):
         self.packing_checked = False
         self.balancing_loss: Tensor | None = None
         self.new_rows: dict[str, list[int]] = {}
-        # of the LLM's own class, as the biases that balance a router: no policy trains them
-        self.untrainable = {id(p) for p in llm.parameters() if not p.requires_grad}
+        # no policy trains them. By module and name, since loading puts other parameters in their
+        # places, and LoRA other names
+        self.untrainable: list[tuple[nn.Module, str]] = []
+        # `load_llm` knows those of weights that it has read
+        for path in untrainable_names(llm) | getattr(llm, "untrainable", set()):
+            module_path, _, name = path.rpartition(".")
+            self.untrainable.append((llm.get_submodule(module_path), name))
         # before the check, which tries the levels too
         fusion.set_levels(vision.extra_levels, connector)
         # before it is attached: a fusion that fails leaves this LLM unchanged
@@ -216,8 +222,10 @@ class MultimodalLM(nn.Module):
         counts = quantized_counts(self.llm)
         quantized = {path: counts[id(p)] for path, p in parameters.items() if id(p) in counts}
         if name == "fusion":
+            gate_ids = {id(gate) for gate in self.fusion.closed_gates(self.llm)}
+            gates = {path for path, p in parameters.items() if id(p) in gate_ids}
             parameters.update(self.fusion.named_parameters())
-            return Part(name, self.llm, parameters, quantized=quantized)
+            return Part(name, self.llm, parameters, quantized=quantized, closed_gates=gates)
         blocks = []
         for layer in decoder_layers(self.llm):
             blocks.append([p for p in layer.parameters() if id(p) not in in_fusion])
@@ -227,7 +235,8 @@ class MultimodalLM(nn.Module):
             if module is not None:
                 table_ids.add(id(module.weight))
         tables = {path: p for path, p in parameters.items() if id(p) in table_ids}
-        untrainable = {path for path, p in parameters.items() if id(p) in self.untrainable}
+        untrainable_ids = {id(getattr(module, attribute)) for module, attribute in self.untrainable}
+        untrainable = {path for path, p in parameters.items() if id(p) in untrainable_ids}
         return Part(name, self.llm, parameters, blocks, tables, untrainable, quantized)
 
     def row_limits(self) -> list[tuple[nn.Parameter, list[int]]]:
@@ -267,6 +276,23 @@ class MultimodalLM(nn.Module):
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from error
         check_quantized_training(self.llm, sharded)
+
+    def check_start(self) -> None:
+        """Checks that what has no effect before it is trained is trained, in a run that starts from
+        no trained model; what a frozen backbone leaves out is logged.
+
+        Raises:
+            ValueError: pictures would never be seen.
+        """
+        fusion = self.part("fusion")
+        gates = [fusion.parameters[name] for name in fusion.closed_gates]
+        if gates and not any(gate.requires_grad for gate in gates):
+            raise ValueError(
+                "adapter.fusion: its gates begin closed, and frozen they stay closed, so that no "
+                "picture would be seen; give full or lora, or start from a trained model by "
+                "init_from"
+            )
+        self.vision.log_unlearned()
 
     def check_split(self, ranks: int) -> None:
         """Checks that so many tensor ranks can share out the LLM and what the fusion added to it.

@@ -4,7 +4,7 @@ class says of its own options."""
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, get_args
 
 from hydra.utils import get_object
 from torch import nn
@@ -57,6 +57,13 @@ class ModelPart(nn.Module):
         Raises:
             ValueError: it cannot; never by default.
         """
+
+
+def check_choice(name: str, value: object, choices: Any) -> None:
+    """Raises ValueError for an argument that is none of the texts of a `Literal`."""
+    known = get_args(choices)
+    if value not in known:
+        raise ValueError(f"{name} is {value!r}, expected one of {', '.join(known)}")
 
 
 def compute_only(node: Mapping[str, Any]) -> frozenset[str]:

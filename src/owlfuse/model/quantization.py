@@ -70,7 +70,8 @@ class Quantization:
         }
         for name, values in choices.items():
             value = getattr(quantization, name)
-            if value not in values:
+            # by its type, too: 1 is no true
+            if value not in values or isinstance(value, bool) != isinstance(values[0], bool):
                 listed = ", ".join(str(choice) for choice in values)
                 raise ValueError(f"quantization: {name} is {value!r}, expected one of {listed}")
         return quantization

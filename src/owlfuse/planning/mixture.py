@@ -107,9 +107,12 @@ def mixture_report(data: ChatData, lengths: dict[str, Lengths], steps: int) -> d
         for text, samples in lengths[name].notes.items():
             notes.append(f"source {name}: {text} ({samples:,} samples)")
     for name, draws in wrong_draws.items():
+        ending = [
+            position for position, index in draws if not is_skipped(data, name, index, lengths)
+        ]
         # The first such sample ends the run, so that the others do not count.
-        if draws and data.sources[name].on_error != "skip":
-            first_step = draws[0][0] // batch_size  # draws are in the order of positions
+        if ending:
+            first_step = ending[0] // batch_size  # draws are in the order of positions
             notes.append(
                 f"source {name} has on_error=error and a wrong sample at step {first_step}, "
                 "which ends the run"
@@ -194,10 +197,15 @@ def skipped_samples(
     """Return (source, sample, reason) of each draw that is skipped."""
     skipped = []
     for name, draws in wrong_draws.items():
-        if data.sources[name].on_error == "skip":
-            for _, index in draws:
+        for _, index in draws:
+            if is_skipped(data, name, index, lengths):
                 skipped.append((name, f"{name}:{index}", lengths[name].wrong[index]))
     return skipped
+
+
+def is_skipped(data: ChatData, name: str, index: int, lengths: dict[str, Lengths]) -> bool:
+    """Return whether training leaves a wrong sample out, and does not end at it."""
+    return data.sources[name].on_error == "skip" or index in lengths[name].too_long
 
 
 def histogram(counts: np.ndarray) -> list[dict[str, int]]:
@@ -273,11 +281,12 @@ def draws_table(report: dict[str, Any]) -> Table:
     return terminal_table(frame, title, padding=(0, 0, 0, 1), caption="* supervised")
 
 
-def skips_table(skipped: list[dict[str, str]]) -> Table:
+def skips_table(skipped: list[dict[str, Any]]) -> Table:
     """Return the reasons, the most frequent first."""
-    # The same sample may be drawn and skipped several times.
-    counts = Counter((skip["source"], skip["reason"]) for skip in skipped)
-    title = f"{len(skipped):,} skipped of {len(counts):,} samples"
+    counts: Counter[tuple[str, str]] = Counter()
+    for skip in skipped:
+        counts[skip["source"], skip["reason"]] += skip["times"]
+    title = f"{counts.total():,} draws skipped, of {len(skipped):,} samples"
     table = Table("source", "times", "reason", title=title, title_justify="left")
     for (source, reason), times in counts.most_common(MAX_REASONS):
         table.add_row(source, str(times), reason)

@@ -110,6 +110,8 @@ def train(config: DictConfig, folder: Path, data_digest: str | None, at_exit: Ex
         trainer = make_trainer(config, data, folder, past)
         check_strategy(trainer, plan, checkpoint)
         plan.check_training(isinstance(trainer.strategy, Sharded))
+        if not past and not config.get("init_from"):
+            plan.check_start()
         if past:
             new_tokens = past.new_tokens
         else:

@@ -83,6 +83,9 @@ def original_logits(original, io):
 def test_the_logits_are_those_of_transformers(llm, strategy, tmp_path):
     original = write_original(tmp_path / "llava", llm, vision_feature_select_strategy=strategy)
     model = load(tmp_path / "llava")
+    # which a short prompt does not show
+    window = getattr(LLMS[llm], "sliding_window", None)
+    assert getattr(model.llm.config, "sliding_window", None) == window
     io = inputs(tokens_per_image=9 if strategy == "default" else 10)
     expected = original_logits(original, io)
     torch.testing.assert_close(reference_logits(model, io), expected, rtol=0, atol=1e-4)

@@ -359,6 +359,7 @@ print(size, status("VmHWM") - before, peak[0] - anonymous)
 """
 
 
+@pytest.mark.slow
 def test_loading_takes_the_model_and_one_shard(tmp_path):
     written = write("owl2", 0)
     vocab, width = written.config["vocab_size"], written.config["hidden_size"]
@@ -398,6 +399,7 @@ def test_what_was_loaded_comes_back_bit_for_bit(kind, tmp_path):
 
 @kinds
 @pytest.mark.parametrize(("seed", "dtype"), [(0, torch.bfloat16), (1, torch.float16)])
+@pytest.mark.fast_cases(4)
 def test_other_sizes_and_types_come_back_in_shards(kind, seed, dtype, tmp_path):
     folder = write(kind, seed).to(tmp_path / "in", dtype)
     (folder / "preprocessor_config.json").write_text(

@@ -201,6 +201,7 @@ def test_a_sources_wrong_video_options_are_an_error_that_names_its_file(folder):
 
 @pytest.mark.parametrize("name", FUSIONS)
 @pytest.mark.parametrize("tile", [0.0, 1.0])
+@pytest.mark.fast_cases(4)
 def test_a_rows_logits_do_not_depend_on_the_rows_beside_it(shapes, folder, name, tile):
     data = make(shapes, folder, tile=tile)
     model, _ = build_model(model_node(name), data.vocab_size)
@@ -230,6 +231,7 @@ def alone_of(data, name):
 
 @pytest.mark.parametrize("name", ["concat", "modality_adaptive", "hyperattention-adaptive"])
 @pytest.mark.parametrize("tile", [0.0, 1.0])
+@pytest.mark.fast_cases(2)
 def test_evaluation_answers_questions_about_several_pictures_alike_alone_and_in_a_batch(
     shapes, folder, name, tile
 ):

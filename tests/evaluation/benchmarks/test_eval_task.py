@@ -42,6 +42,7 @@ SHORT = "task.max_new_tokens=6"
 
 
 @pytest.mark.parametrize("task", BENCHMARKS)
+@pytest.mark.fast_cases(2)
 def test_every_task_answers_and_scores_alike_for_any_batch_size(
     task, model, files, tmp_path, capsys
 ):
@@ -120,6 +121,7 @@ def chats(text, fields):
 
 
 @pytest.mark.parametrize("task", WORDS)
+@pytest.mark.fast_cases(1)
 def test_the_escaped_word_image_is_a_word_in_every_benchmark(task, model, tmp_path, capsys):
     """Unescaped it is a picture, of which there is one."""
     Image.new("RGB", (20, 20), "red").save(tmp_path / "a.jpg")

@@ -67,6 +67,7 @@ def test_a_run_has_the_figures_that_its_own_evaluation_gave_it(tmp_path):
 
 
 @pytest.mark.parametrize("family", ["owl1", "owl2", "owl3_adaptive"])
+@pytest.mark.fast_cases(1)
 def test_an_imported_release_answers_as_transformers_makes_it(family, tmp_path):
     released, out = tmp_path / "released", tmp_path / "model"
     shutil.copytree(REPO / "tests" / "goldens" / family, released)

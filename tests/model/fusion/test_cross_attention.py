@@ -103,8 +103,8 @@ def test_a_place_that_a_layer_has_not_is_refused(fields, place, message):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"place": "inside"}, "place: inside is none of before, after, parallel"),
-        ({"gate": "sigmoid"}, "gate: sigmoid is none of tanh, none"),
+        ({"place": "inside"}, "place is 'inside', expected one of before, after, parallel"),
+        ({"gate": "sigmoid"}, "gate is 'sigmoid', expected one of tanh, none"),
         ({"heads": 0}, "heads: 0 is no number of heads"),
         ({"layers": [0, 3]}, "the LLM has 3 layers, 0 to 2"),
     ],

@@ -78,6 +78,7 @@ def reference_rows(reference, batch, tokens, per_image):
 
 @each({**FUSIONS, **VARIANTS})
 @pytest.mark.parametrize("llm", LLMS)
+@pytest.mark.fast_cases(9)
 def test_logits_and_gradients_are_those_of_the_loops(node, llm):
     fields = LLMS[llm]
     model = float64_model(node, fields)

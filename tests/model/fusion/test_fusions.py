@@ -265,6 +265,7 @@ ADAPTERS = {
 @each(all_fusions())
 @pytest.mark.parametrize("rows", [ROWS, TEXT_ONLY], ids=["images", "no images"])
 @pytest.mark.parametrize("adapter", ADAPTERS)
+@pytest.mark.fast_cases(22)
 def test_every_trained_parameter_has_a_finite_gradient_in_every_batch(node, rows, adapter):
     model = make_model(node, adapter=ADAPTERS[adapter]).train()
     batch = make_batch(rows, model.fusion.tokens_per_image)
@@ -276,6 +277,7 @@ def test_every_trained_parameter_has_a_finite_gradient_in_every_batch(node, rows
 
 @each(all_fusions())
 @pytest.mark.parametrize("rows", [ROWS, TEXT_ONLY], ids=["images", "no images"])
+@pytest.mark.fast_cases(6)
 def test_gradient_checkpointing_changes_neither_loss_nor_gradients(node, rows):
     results = []
     for checkpointing in (False, True):
@@ -295,6 +297,7 @@ def test_gradient_checkpointing_changes_neither_loss_nor_gradients(node, rows):
 
 @each(all_fusions())
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
+@pytest.mark.fast_cases(6)
 def test_two_forwards_before_one_backward_give_the_sum_of_their_gradients(node, checkpointing):
     model = make_model(node, gradient_checkpointing=checkpointing).train()
     perturb(fusion_parameters(model).values())
@@ -357,6 +360,7 @@ def next_step(batch, tokens):
 )
 @pytest.mark.parametrize("prompts", [ROWS, TEXT_ONLY], ids=["images", "no images"])
 @torch.no_grad()
+@pytest.mark.fast_cases(14)
 def test_cached_steps_give_the_logits_of_whole_rows_and_project_the_images_once(
     node, left, window, prompts, monkeypatch
 ):
@@ -398,6 +402,7 @@ def test_cached_steps_give_the_logits_of_whole_rows_and_project_the_images_once(
 @each(all_fusions())
 @pytest.mark.parametrize("cut", [1, 3, 5])
 @torch.no_grad()
+@pytest.mark.fast_cases(8)
 def test_a_prompt_given_in_two_pieces_has_the_logits_of_the_whole(node, cut):
     """The second piece's tokens see the images of the first, whose keys were kept."""
     model = make_model(node)
@@ -437,3 +442,51 @@ def test_a_model_saved_by_transformers_gives_the_same_logits_as_before(tmp_path)
     assert torch.equal(plain_logits(loaded, batch), plain_logits(saved, batch))
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     assert torch.equal(plain_logits(loaded, batch), plain_logits(theirs, batch))
+
+
+def test_hyperattention_refuses_to_run_blind_under_another_attention():
+    model = make_model("hyperattention-adaptive")
+    batch = make_batch(ROWS)
+    model(batch)
+    model.llm.set_attn_implementation("eager")
+    with pytest.raises(ValueError, match="no longer the LLM's attention, which is eager"):
+        model(batch)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["longrope", "dynamic"])
+def test_visual_keys_are_turned_by_the_frequencies_of_the_whole_row(kind):
+    short, long = [1.0] * 8, [3.0] * 8
+    rope = {
+        "longrope": {"short_factor": short, "long_factor": long},
+        "dynamic": {"factor": 4.0},
+    }[kind]
+    fields = llm_fields(
+        head_dim=16,
+        max_position_embeddings=16 if kind == "dynamic" else 64,
+        rope_parameters={
+            "rope_type": kind,
+            "rope_theta": 100.0,
+            "original_max_position_embeddings": 16,
+            **rope,
+        },
+    )
+    model = make_model("hyperattention-adaptive", llm=fields)
+    batch = make_batch([[11, 12, IMAGE, *range(13, 40)]], model.fusion.tokens_per_image)
+    turned = []
+    rotary_emb = model.llm.base_model.rotary_emb
+    handle = rotary_emb.register_forward_hook(
+        lambda module, args, kwargs, output: turned.append((kwargs, args, output)),
+        with_kwargs=True,
+    )
+    model(batch)
+    handle.remove()
+    by_positions = []
+    for kwargs, args, (cos, _) in turned:
+        positions = kwargs.get("position_ids", args[1] if len(args) > 1 else None)
+        by_positions.append({int(p): row for p, row in zip(positions[0], cos[0], strict=True)})
+    image = int(batch.image_positions[0, 0])
+    # once for the pictures, once by the LLM itself
+    assert len(by_positions) >= 2
+    for rows in by_positions[1:]:
+        torch.testing.assert_close(rows[image], by_positions[0][image])

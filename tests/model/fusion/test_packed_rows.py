@@ -98,6 +98,7 @@ def by_sample(values, batch):
 @each({**FUSIONS, **VARIANTS})
 @pytest.mark.parametrize("llm", LLMS)
 @pytest.mark.parametrize("samples", SAMPLES)
+@pytest.mark.fast_cases(13)
 def test_packed_rows_have_the_loss_and_the_gradients_of_unpacked_ones(node, llm, samples):
     model = make_model(node, llm=LLMS[llm]).double()
     perturb(model.parameters(), 0.1)
@@ -133,6 +134,7 @@ def test_packed_rows_have_the_loss_and_the_gradients_of_unpacked_ones(node, llm,
 @each(all_fusions())
 @pytest.mark.parametrize("llm", ["llama", "mistral-window"])
 @torch.no_grad()
+@pytest.mark.fast_cases(7)
 def test_a_sample_is_not_changed_by_its_neighbours_ids_or_pictures(node, llm):
     model = make_model(node, llm=LLMS[llm])
     perturb(model.parameters(), 0.1)

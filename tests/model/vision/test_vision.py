@@ -68,6 +68,7 @@ def sequence(features, channels_last):
 
 @family
 @output
+@pytest.mark.fast_cases(7)
 def test_width_patches_and_grid_are_those_of_the_features(family, output):
     model = backbone(family, output=output).eval()
     features = model(pixels_for(model))
@@ -162,6 +163,7 @@ def test_patches_are_in_reading_order(family):
 
 
 @family
+@pytest.mark.fast_cases(4)
 def test_it_is_made_and_measured_on_the_meta_device(family):
     real = backbone(family)
     with torch.device("meta"):
@@ -354,6 +356,7 @@ def test_norm_is_trained_with_the_last_block_and_stays_with_the_statistics_of_a_
 @family
 @pytest.mark.parametrize("chunk", [1, 2, 5])
 @torch.no_grad()
+@pytest.mark.fast_cases(9)
 def test_chunks_give_the_features_of_all_images_at_once(family, chunk):
     model = backbone(family, norm=True).eval()
     pixels = pixels_for(model, 5)
@@ -484,6 +487,7 @@ PREFIXED = {
 
 
 @pytest.mark.parametrize("family", PREFIXED)
+@pytest.mark.fast_cases(3)
 def test_without_class_token_exactly_what_is_no_patch_is_dropped(family):
     name, kwargs, prefix = PREFIXED[family]
     with torch.device("meta"):
@@ -498,3 +502,36 @@ def test_a_model_that_gives_its_class_token_alone_is_refused():
         with pytest.raises(ValueError, match="pit_ti_224 gives class tokens alone"):
             TimmBackbone("pit_ti_224")
         assert TimmBackbone("pit_ti_224", output="penultimate", class_token=False).grid == (14, 14)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"output": "Last"}, "output is 'Last', expected one of last, penultimate"),
+        ({"join": "both"}, "join is 'both', expected one of channel, separate"),
+        ({"join": "separate"}, "join: separate hands on levels .* set levels"),
+        (
+            {"kwargs": {"img_size": 96}},
+            "kwargs: img_size is 96, and pictures are 224 x 224; set image_size",
+        ),
+        ({"kwargs": {"in_chans": 1}}, "does not take pictures of 3 channels and 224 x 224"),
+        ({"name": "mixer_s16_224", "image_size": 192}, "does not take pictures .* 192 x 192"),
+    ],
+)
+def test_arguments_that_do_not_fit_are_told_in_one_line(arguments, message):
+    with pytest.raises(ValueError, match=message) as refusal, torch.device("meta"):
+        TimmBackbone(**{"name": "vit_tiny_patch16_224", **arguments})
+    assert "\n" not in str(refusal.value)
+
+
+def test_a_size_of_patches_may_be_one_number():
+    with torch.device("meta"):
+        model = TimmBackbone("xcit_nano_12_p16_224", image_size=256)
+        assert model.patches == 257
+        with pytest.raises(ValueError, match="image_size is 250, which .* patches of 16 pixels"):
+            TimmBackbone("xcit_nano_12_p16_224", image_size=250)
+
+
+def test_a_norm_over_the_features_does_not_forbid_chunks():
+    with torch.device("meta"):
+        TimmBackbone("vit_tiny_patch16_224", norm=True, chunk=4).train().check_training(False)

@@ -193,6 +193,7 @@ def test_every_cell_of_every_ablation_of_ours_composes(name):
         ),
     ],
 )
+@pytest.mark.fast_cases(6)
 def test_a_mistake_in_any_cell_is_told_in_one_line_before_the_first_one_trains(old, new, message):
     assert old in GATES
     write("wrong", GATES.replace(old, new, 1))

@@ -25,6 +25,8 @@ class OwlfuseConfig(PreTrainedConfig):
         text_config: the LLM's, a dictionary with its `model_type` or a configuration.
         image_token_id: the id of `<image>`, which stands at every position that an image takes.
         tokens_per_image: positions that an image takes.
+        llm_trained_in_4_bits: the LLM was held in 4 bits while updates of it were trained; the
+            weights here are plain ones.
     """
 
     model_type = "owlfuse"
@@ -40,6 +42,7 @@ class OwlfuseConfig(PreTrainedConfig):
         text_config: Any = None,
         image_token_id: int | None = None,
         tokens_per_image: int = 1,
+        llm_trained_in_4_bits: bool = False,
         **kwargs: Any,
     ) -> None:
         if isinstance(text_config, dict):
@@ -51,6 +54,7 @@ class OwlfuseConfig(PreTrainedConfig):
         self.text_config = text_config
         self.image_token_id = image_token_id
         self.tokens_per_image = tokens_per_image
+        self.llm_trained_in_4_bits = llm_trained_in_4_bits
         # transformers asks this configuration, too, whether embeddings are tied
         kwargs.setdefault(
             "tie_word_embeddings", bool(getattr(text_config, "tie_word_embeddings", False))

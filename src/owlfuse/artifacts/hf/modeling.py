@@ -24,6 +24,7 @@ from owlfuse.core.types import Batch, VisualTokens, image_starts, number_images
 from owlfuse.model.llm import cache_argument
 from owlfuse.model.loss import mean_loss
 from owlfuse.model.multimodal import MultimodalLM, assemble
+from owlfuse.model.quantization import quantized_layers
 
 
 class OwlfuseForConditionalGeneration(PreTrainedModel, GenerationMixin):
@@ -46,9 +47,11 @@ class OwlfuseForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
     def __init__(self, config: OwlfuseConfig, model: MultimodalLM | None = None) -> None:
         super().__init__(config)
-        self.model = (
-            assemble(config.nodes(), config.text_config.vocab_size) if model is None else model
-        )
+        if model is None:
+            # Gemma 3's own configuration has the LLM's inside
+            llm_config = config.text_config.get_text_config(decoder=True)
+            model = assemble(config.nodes(), llm_config.vocab_size)
+        self.model = model
         with no_init_weights():  # the parts have initialised themselves, or are trained
             self.post_init()
 
@@ -75,6 +78,7 @@ class OwlfuseForConditionalGeneration(PreTrainedModel, GenerationMixin):
             text_config=text_config,
             image_token_id=image_token_id,
             tokens_per_image=model.fusion.tokens_per_image,
+            llm_trained_in_4_bits=bool(quantized_layers(model)),
         )
         wrapped = cls(config, model)
         # ends of the chat template, and lengths

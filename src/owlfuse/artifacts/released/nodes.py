@@ -145,6 +145,9 @@ def llm_node(model_type: str, text: dict[str, Any]) -> dict[str, Any]:
     """Returns the LLM's node. Keys that the configuration lacks have transformers' defaults."""
     fields = {name: text.get(name) for name in (*LLM_FIELDS, *FAMILY_LLM_FIELDS[model_type])}
     fields = {"model_type": model_type, **present(fields), "rope_parameters": rope_of(text)}
+    # null stands for attention without a window, and where it is missing the default holds
+    if "sliding_window" in text:
+        fields["sliding_window"] = text["sliding_window"]
     # older configurations leave defaults out
     fields.setdefault("vocab_size", AutoConfig.for_model(model_type).vocab_size)
     return {"_target_": "owlfuse.model.llm.load_llm", "config": fields}

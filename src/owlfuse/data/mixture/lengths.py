@@ -28,7 +28,7 @@ CHUNK = 512
 # Samples up to which a source is counted in this process: starting others would take longer.
 SMALL_SOURCE = 2048
 # Raised when a record is read or encoded otherwise than before, so that it is counted anew.
-CACHE_VERSION = 3
+CACHE_VERSION = 4
 # Options of a source that do not change its chats.
 KEYS_NOT_OF_CHATS = ("name", "weight", "on_error", "max_skips", "image_root", "file")
 
@@ -43,6 +43,9 @@ class Lengths:
     """(N,) int32 of these, those that the loss counts."""
     wrong: dict[int, str]
     """Why a sample is left out, by its index."""
+    too_long: set[int] = field(default_factory=set)
+    """Of these, those that the policy for long chats leaves out, whatever the source's `on_error`
+    is."""
     notes: dict[str, int] = field(default_factory=dict)
     """Sentences about what of the records is not used or was assumed, with their samples."""
 
@@ -52,8 +55,8 @@ class Lengths:
         return int(self.supervised.sum(dtype=np.int64))
 
 
-# The fields of `Lengths` of some samples; `wrong` by the index in the source.
-Chunk = tuple[list[int], list[int], dict[int, str], dict[str, int]]
+# The fields of `Lengths` of some samples; `wrong` and `too_long` by the index in the source.
+Chunk = tuple[list[int], list[int], dict[int, str], list[int], dict[str, int]]
 
 
 def count_lengths(
@@ -133,13 +136,14 @@ def read_cache(path: Path, samples: int) -> Lengths | None:
             tokens, supervised = arrays["tokens"], arrays["supervised"]
             wrong = json.loads(arrays["wrong"].tobytes())
             notes = json.loads(arrays["notes"].tobytes())
+            too_long = set(arrays["too_long"].tolist())
             # JSON has made texts of the indices.
             reasons = {int(index): reason for index, reason in wrong.items()}
     except (OSError, ValueError, KeyError, EOFError):
         return None
     if not len(tokens) == len(supervised) == samples:
         return None
-    return Lengths(tokens, supervised, reasons, notes)
+    return Lengths(tokens, supervised, reasons, too_long, notes)
 
 
 def write_cache(path: Path, lengths: Lengths) -> None:
@@ -155,6 +159,7 @@ def write_cache(path: Path, lengths: Lengths) -> None:
                 tokens=lengths.tokens,
                 supervised=lengths.supervised,
                 wrong=wrong,
+                too_long=np.array(sorted(lengths.too_long), np.int64),
                 notes=notes,
             )
     except OSError as error:
@@ -188,11 +193,12 @@ def encode_all(
     lengths = Lengths(zeros, zeros.copy(), {})
     start = 0
     with Progress(f"counting tokens of {source.name}", size) as progress:
-        for tokens, supervised, wrong, notes in loader:
+        for tokens, supervised, wrong, too_long, notes in loader:
             stop = start + len(tokens)
             lengths.tokens[start:stop] = tokens
             lengths.supervised[start:stop] = supervised
             lengths.wrong.update(wrong)
+            lengths.too_long.update(too_long)
             for text, samples in notes.items():
                 lengths.notes[text] = lengths.notes.get(text, 0) + samples
             progress.advance(len(tokens))
@@ -216,6 +222,7 @@ class Chunks(Dataset):
         tokens: list[int] = []
         supervised: list[int] = []
         wrong: dict[int, str] = {}
+        too_long: list[int] = []
         notes: Counter[str] = Counter()
         start = number * CHUNK
         for index in range(start, min(start + CHUNK, len(self.source))):
@@ -225,10 +232,12 @@ class Chunks(Dataset):
             except DataError as error:
                 record = self.source.first_record(index)
                 wrong[index] = str(self.source.with_location(error, record))
+                if error.leave_out:
+                    too_long.append(index)
                 tokens.append(0)
                 supervised.append(0)
             else:
                 notes.update({text_of(note) for note in sample.notes})
                 tokens.append(len(encoded.input_ids))
                 supervised.append(int((encoded.labels != -100).sum()))
-        return tokens, supervised, wrong, dict(notes)
+        return tokens, supervised, wrong, too_long, dict(notes)

@@ -10,6 +10,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from owlfuse.model.connectors.base import Connector
+from owlfuse.model.parts import check_choice
+
+Place = Literal["before", "after"]
+Norm = Literal["none", "layer", "rms"]
 
 
 class PoolConnector(Connector):
@@ -43,8 +47,8 @@ class PoolConnector(Connector):
         patches: int,
         grid: tuple[int, int],
         size: int | list[int],
-        pool: Literal["before", "after"] = "before",
-        norm: Literal["none", "layer", "rms"] = "layer",
+        pool: Place = "before",
+        norm: Norm = "layer",
         depth: int = 2,
         bias: bool = True,
     ) -> None:
@@ -52,6 +56,8 @@ class PoolConnector(Connector):
         rows, columns = [size, size] if isinstance(size, int) else size
         if min(rows, columns, depth) < 1:
             raise ValueError(f"size ({rows} x {columns}) and depth ({depth}) are each at least 1")
+        check_choice("pool", pool, Place)
+        check_choice("norm", norm, Norm)
         self.size = (rows, columns)
         self.tokens = rows * columns
         self.set_grid(patches, grid)

@@ -72,6 +72,11 @@ class Fusion(nn.Module):
         `llm`."""
         return []
 
+    def closed_gates(self, llm: PreTrainedModel) -> list[nn.Parameter]:
+        """Returns the factors that begin at zero: while they are, no picture is seen. By default
+        none."""
+        return []
+
     def per_head(self, llm: PreTrainedModel) -> list[nn.Parameter]:
         """Returns the parameters that every tensor rank has in full and uses for its own heads
         alone, so that their gradients are summed over ranks."""

@@ -34,11 +34,10 @@ from owlfuse.model.layouts import (
 )
 from owlfuse.model.llm import shared_field, width
 from owlfuse.model.llm_probe import cached_by_configuration, same
+from owlfuse.model.parts import check_choice
 
 Place = Literal["before", "after", "parallel"]
 Gate = Literal["tanh", "none"]
-PLACES = ("before", "after", "parallel")
-GATES = ("tanh", "none")
 USUAL_HEAD_WIDTH = 64
 """Of heads beside an LLM whose layers have none, or differ in them."""
 
@@ -93,10 +92,8 @@ class CrossAttention(Fusion):
         heads: int | None = None,
     ) -> None:
         super().__init__()
-        if place not in PLACES:
-            raise ValueError(f"place: {place} is none of {', '.join(PLACES)}")
-        if gate not in GATES:
-            raise ValueError(f"gate: {gate} is none of {', '.join(GATES)}")
+        check_choice("place", place, Place)
+        check_choice("gate", gate, Gate)
         self.connector_tokens = connector_tokens
         self.layer_indices = sorted(layers)
         self.place = place
@@ -170,6 +167,13 @@ class CrossAttention(Fusion):
         images = RowImages(tokens, mask[:, None], sees_any, visual.kv_cache)
         return embeddings, {ARGUMENT: images}
 
+    def closed_gates(self, llm: PreTrainedModel) -> list[nn.Parameter]:
+        """Returns the gates of the blocks."""
+        gates = []
+        for block in blocks_of(llm).values():
+            gates += [gate for gate in (block.gate, block.mlp_gate) if gate is not None]
+        return gates
+
     def visual_attention_layers(self, layers: int) -> list[int]:
         """Returns the layers that have a block."""
         return self.layer_indices
@@ -226,6 +230,7 @@ class CrossAttentionBlock(VisualReader):
             self.k_norm = nn.RMSNorm(head_width, eps=eps, **like)
         self.gate = zero_gate(fusion.gate, like)
         self.has_mlp = fusion.mlp
+        self.mlp_gate: nn.Parameter | None = None
         if fusion.mlp:
             hidden_units = shared_field(config, "intermediate_size")
             # some families have none, or a list by layer

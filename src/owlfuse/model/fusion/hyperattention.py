@@ -40,6 +40,7 @@ from owlfuse.model.layouts import (
 )
 from owlfuse.model.llm import KeyPath, attention_function, rotary
 from owlfuse.model.llm_probe import key_paths
+from owlfuse.model.parts import check_choice
 
 Gate = Literal["adaptive", "static", "fused", "none"]
 Norm = Literal["shared", "own"]
@@ -72,7 +73,6 @@ class HyperAttention(Fusion):
         "layers",
         "attention",
         "separate_keys_values",
-        "registry_attention",
     )
     tensor_roles: ClassVar = {"visual.kv_proj": "columns", "visual.gate_proj": "gathered"}
 
@@ -85,6 +85,8 @@ class HyperAttention(Fusion):
         mi_rope: bool = True,
     ) -> None:
         super().__init__()
+        check_choice("gate", gate, Gate)
+        check_choice("norm", norm, Norm)
         self.connector_tokens = connector_tokens
         self.layer_indices = sorted(layers)
         self.gate = gate
@@ -165,6 +167,13 @@ class HyperAttention(Fusion):
     ) -> tuple[Tensor, dict[str, Any]]:
         """Returns the text embeddings unchanged, and for the layers the visual tokens with their
         rotation and visibility."""
+        # a later set_attn_implementation, which transformers offers, would leave pictures out
+        implementation = llm.config._attn_implementation
+        if "owlfuse_hyperattention" not in implementation:
+            raise ValueError(
+                f"hyperattention is no longer the LLM's attention, which is {implementation}; load "
+                "the model with the attention that is wanted"
+            )
         visible = visible_images(visual, batch)
         if visual.kv_cache:
             return embeddings, {"visual": RowVisual(None, None, visible, visual.kv_cache)}
@@ -174,14 +183,14 @@ class HyperAttention(Fusion):
         # positions, not `position_ids`, which lack those that a cache holds
         positions = batch.positions().gather(1, starts)
         positions = positions.repeat_interleave(self.connector_tokens, dim=1) * self.mi_rope
-        rotations = self.rotations(llm, tokens, positions)
+        rotations = self.rotations(llm, tokens, positions, batch.positions())
         return embeddings, {"visual": RowVisual(tokens, rotations, visible, visual.kv_cache)}
 
     def rotations(
-        self, llm: PreTrainedModel, tokens: Tensor, positions: Tensor
+        self, llm: PreTrainedModel, tokens: Tensor, positions: Tensor, row_positions: Tensor
     ) -> dict[str | None, tuple[Tensor, Tensor]]:
         """Returns cosines and sines at `positions` (B, S), once for each of the rotary embeddings
-        that the layers have."""
+        that the layers have, as they are in rows with `row_positions` (B, T)."""
         layers: Any = decoder_layers(llm)
         layer_types = set()
         for index in self.layer_indices:
@@ -190,9 +199,13 @@ class HyperAttention(Fusion):
             if path.rotation != "none":
                 layer_types.add(path.layer_type)
         rotations = {}
+        count = positions.shape[1]
+        # longrope and dynamic ropes choose their frequencies by the longest position of a call
+        seen = torch.cat([positions, row_positions], dim=1)
         # by their text, since None does not compare with names
         for layer_type in sorted(layer_types, key=str):
-            rotations[layer_type] = rotary(llm, tokens, positions, layer_type)
+            cos, sin = rotary(llm, tokens, seen, layer_type)
+            rotations[layer_type] = cos[:, :count], sin[:, :count]
         return rotations
 
     def visual_attention_layers(self, layers: int) -> list[int]:

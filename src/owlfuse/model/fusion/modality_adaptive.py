@@ -1,5 +1,4 @@
-"""B rows, T text positions, D LLM width, M the modality indicator (True: vision), K visual
-positions."""
+"""B rows, T text positions, D LLM width, K visual positions."""
 
 from __future__ import annotations
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import logging
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,11 +14,13 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from timm.data import resolve_model_data_config
+from timm.layers import to_2tuple
 from timm.models import group_parameters
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
+from owlfuse.model.parts import check_choice
 from owlfuse.model.positions import sincos_2d_spread
 from owlfuse.model.vision.base import Backbone, Preprocessing, Resize
 from owlfuse.model.vision.batch_norm import allow_single_values, set_blank
@@ -31,6 +34,10 @@ from owlfuse.model.vision.body import (
     unused_parameters,
 )
 
+log = logging.getLogger(__name__)
+
+Output = Literal["last", "penultimate"]
+Join = Literal["channel", "separate"]
 LISTS = (nn.ModuleList, nn.Sequential)
 
 
@@ -93,7 +100,7 @@ class TimmBackbone(Backbone):
         self,
         name: str,
         pretrained: bool = False,
-        output: Literal["last", "penultimate"] = "last",
+        output: Output = "last",
         class_token: bool = True,
         positions: bool = False,
         norm: bool = False,
@@ -103,7 +110,7 @@ class TimmBackbone(Backbone):
         gradient_checkpointing: bool = False,
         weights: str | None = None,
         levels: list[int] | None = None,
-        join: Literal["channel", "separate"] = "channel",
+        join: Join = "channel",
         resize: Resize = "stretch",
     ) -> None:
         super().__init__()
@@ -112,6 +119,8 @@ class TimmBackbone(Backbone):
                 f"chunk is {chunk}, expected a number of images of at least 1, or null for all at "
                 "once"
             )
+        check_choice("output", output, Output)
+        check_choice("join", join, Join)
         self.chunk = chunk
         self.output = output
         # without a classifier, whose parameters would have no gradient
@@ -119,14 +128,26 @@ class TimmBackbone(Backbone):
         self.prefix_tokens = count_prefix_tokens(self.body)
         self.drop_prefix = 0 if class_token else self.prefix_tokens
         self.preprocessing = preprocessing_of(self.body, image_size, resize)
+        built_size = (kwargs or {}).get("img_size")
+        if built_size is not None and to_2tuple(built_size) != self.preprocessing.size:
+            height, width = self.preprocessing.size
+            raise ValueError(
+                f"kwargs: img_size is {built_size}, and pictures are {height} x {width}; set "
+                "image_size"
+            )
         if output == "penultimate" and not hasattr(self.body, "forward_intermediates"):
             raise ValueError(
                 f"timm's {name} gives no block's output but the last; choose output: last"
             )
+        if join == "separate" and not levels:
+            raise ValueError(
+                "join: separate hands on levels one by one, and there are none; set levels"
+            )
         self.levels = self.resolve_levels(name, levels) if levels else []
         self.extra_levels = len(self.levels) if join == "separate" else 0
         # measured, since timm states them for few models and not for other sizes
-        self.patches, self.width, self.grid = self.measure()
+        with naming_size(name, self.preprocessing.size):
+            self.patches, self.width, self.grid = self.measure()
         self.check_tokens(name)
         if positions and self.width % 4:
             raise ValueError(
@@ -154,11 +175,18 @@ class TimmBackbone(Backbone):
                 f"chunk is {self.chunk}, and parameters are split over ranks: those with other "
                 "counts of images would wait for each other for ever; set model.vision.chunk=null"
             )
-        # a frozen norm uses its running statistics, which no chunk changes
-        if any(isinstance(module, _BatchNorm) and module.training for module in self.modules()):
+        if self.has_trained_norms():
             raise ValueError(
                 f"chunk is {self.chunk}, and batch norms are trained, whose statistics are those "
                 "of all images; set model.vision.chunk=null, or freeze the backbone"
+            )
+
+    def log_unlearned(self) -> None:
+        """Logs that a norm over the features, whose statistics training learns, is frozen."""
+        if self.norm is not None and not self.norm.weight.requires_grad:
+            log.warning(
+                "model.vision.norm has no effect: its statistics are learned by training, and the "
+                "part is frozen; set norm=false, or train the part in full"
             )
 
     def inner_model(self) -> nn.Module:
@@ -181,7 +209,8 @@ class TimmBackbone(Backbone):
         set_input_size(self.body, type(self.body).__name__, image_size)
         size = (image_size, image_size)
         self.preprocessing = replace(self.preprocessing, size=size)
-        self.patches, width, self.grid = self.measure()
+        with naming_size(type(self.body).__name__, size):
+            self.patches, width, self.grid = self.measure()
         self.check_tokens(type(self.body).__name__)
         if width != self.width:
             raise ValueError(
@@ -238,7 +267,13 @@ class TimmBackbone(Backbone):
         result."""
         if self.chunk is None or images <= self.chunk:
             return False
-        return not any(isinstance(m, _BatchNorm) and m.training for m in self.body.modules())
+        return not self.has_trained_norms()
+
+    def has_trained_norms(self) -> bool:
+        """Returns whether timm's model has batch norms that use the statistics of the pictures they
+        see. Frozen ones use their running statistics, and the norm over the features comes behind
+        the chunks."""
+        return any(isinstance(m, _BatchNorm) and m.training for m in self.body.modules())
 
     def chunked_features(self, pixels: Tensor) -> Tensor:
         """Returns `sequence_features`, computed a chunk at a time."""
@@ -451,6 +486,20 @@ class TimmBackbone(Backbone):
             yield
         finally:
             set_blank(norms, False)
+
+
+@contextmanager
+def naming_size(name: str, size: tuple[int, int]) -> Iterator[None]:
+    """Raises ValueError that names a model and the pictures' size where timm's model, which may
+    have one size alone, does not take it."""
+    try:
+        yield
+    except (RuntimeError, AssertionError, TypeError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(
+            f"timm's {name} does not take pictures of 3 channels and {size[0]} x {size[1]} pixels: "
+            f"{reason[:160]}"
+        ) from error
 
 
 def with_prefix(features: Tensor | tuple[Tensor, Tensor]) -> Tensor:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from PIL import Image, ImageOps
@@ -15,7 +15,7 @@ from timm.data.transforms import str_to_pil_interp
 from torch import Tensor, nn
 from torchvision.transforms.v2 import functional as VF
 
-from owlfuse.model.parts import ModelPart
+from owlfuse.model.parts import ModelPart, check_choice
 
 Resize = Literal["stretch", "letterbox", "crop"]
 """What becomes of a picture's aspect ratio, see `Preprocessing`."""
@@ -42,9 +42,7 @@ class Preprocessing:
 
     def __post_init__(self) -> None:
         """Raises ValueError for an unknown way to resize, as a processor's file may have."""
-        if self.resize not in get_args(Resize):
-            known = ", ".join(get_args(Resize))
-            raise ValueError(f"resize is {self.resize!r}, expected one of {known}")
+        check_choice("resize", self.resize, Resize)
 
     def __call__(self, picture: Image.Image) -> Tensor:
         """Returns the normalised pixels (3, H, W), float32, of an RGB picture of any size."""
@@ -124,6 +122,10 @@ class Backbone(ModelPart):
         """Returns a context in which no statistics of a batch are used or moved, for the blank
         image of a batch without images. By default there are none."""
         return nullcontext()
+
+    def log_unlearned(self) -> None:
+        """Logs what has no effect in a run from the start, since the part is frozen; nothing by
+        default."""
 
     def inner_model(self) -> nn.Module:
         """Returns the model that computes the features: by default the backbone itself."""

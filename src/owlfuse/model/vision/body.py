@@ -61,12 +61,13 @@ def set_input_size(body: Any, name: str, image_size: int) -> None:
 
     Raises ValueError for one that its patches do not divide.
     """
-    patch = getattr(getattr(body, "patch_embed", None), "patch_size", None)
-    if patch and image_size % patch[0]:
+    patch: Any = getattr(getattr(body, "patch_embed", None), "patch_size", None)
+    side = patch[0] if isinstance(patch, tuple | list) else patch
+    if side and image_size % side:
         raise ValueError(
-            f"image_size is {image_size}, which {name}'s patches of {patch[0]} pixels do not divide"
+            f"image_size is {image_size}, which {name}'s patches of {side} pixels do not divide"
         )
-    # convolutional models have none and take any size
+    # of the others convolutional models take any size; what does not fails when it is measured
     if hasattr(body, "set_input_size"):
         body.set_input_size(img_size=(image_size, image_size))
 

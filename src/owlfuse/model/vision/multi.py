@@ -12,9 +12,11 @@ from hydra.utils import get_object
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from owlfuse.model.parts import check_choice
 from owlfuse.model.vision.backbone import TimmBackbone
 from owlfuse.model.vision.base import Backbone, Preprocessing, Resize
 
+Align = Literal["interpolate", "refuse"]
 SHARED = ("class_token", "join", "chunk", "gradient_checkpointing", "resize")
 """Arguments of `TimmBackbone` that are decided for all backbones together."""
 
@@ -55,7 +57,7 @@ class MultiBackbone(Backbone):
     def __init__(
         self,
         backbones: dict[str, Any],
-        align: Literal["interpolate", "refuse"] = "interpolate",
+        align: Align = "interpolate",
         image_size: int | None = None,
         resize: Resize = "stretch",
         chunk: int | None = None,
@@ -67,6 +69,7 @@ class MultiBackbone(Backbone):
                 f"backbones has {len(backbones)}, expected two or more; for one, "
                 "choose model/vision=timm"
             )
+        check_choice("align", align, Align)
         self.align = align
         self.resize = resize
         self.backbones = nn.ModuleDict()
@@ -154,6 +157,11 @@ class MultiBackbone(Backbone):
         for name, backbone in self.each():
             with named_errors(name):
                 backbone.check_training(sharded)
+
+    def log_unlearned(self) -> None:
+        """Logs it for each backbone."""
+        for _, backbone in self.each():
+            backbone.log_unlearned()
 
     def blocks(self) -> list[list[nn.Parameter]]:
         """Returns the parameters of the backbones' layers, counted from their ends: the last of

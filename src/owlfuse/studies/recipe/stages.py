@@ -73,6 +73,9 @@ def check_chain(earlier: str, before: DictConfig, later: str, config: DictConfig
         old, new = to_dict(before.model[part]), to_dict(config.model[part])
         # Position embeddings are resampled where pictures have another size.
         free = compute_only(new) | loading_options(new) | {"image_size"}
+        # An export has plain weights, and each stage says how it holds the LLM's.
+        if part == "llm":
+            free |= {"quantization"}
         for key in sorted({*old, *new} - free):
             if essential(old.get(key)) != essential(new.get(key)):
                 raise ConfigError(
