@@ -83,7 +83,7 @@ MISTAKES = {
     "recipe owl1 stages.nope.seed=1": "no stage nope",
     "ablate nope": "ablate nope: no such ablation",
     "ablate fusion optim.lrr=1": "optim.lrr: no such key",
-    "ablate fusion jobs=x": "jobs=x: expected a number from 1",
+    "ablate fusion jobs=x": "jobs: 'x' is not a whole number",
     "ablate fusion evaluation=null": (
         "evaluation.max_questions=300: evaluation is null, so it has no keys"
     ),
