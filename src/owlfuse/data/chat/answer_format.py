@@ -4,7 +4,6 @@ a thought."""
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -130,13 +129,9 @@ class AnswerFormat:
             fields["stop_strings"] = [self.end_mark]
         return fields
 
-    def answers(self, tokenizer: Any, rows: Sequence[Any], thinking: bool = False) -> list[str]:
-        """Return the answers in rows of generated ids, without their end marks and, with
-        `thinking`, without the thoughts."""
-        return [self.answer(tokenizer, row, thinking) for row in rows]
-
     def answer(self, tokenizer: Any, ids: Any, thinking: bool = False) -> str:
-        """Return the answer in generated ids (L,)."""
+        """Return the answer in generated ids (L,), without its end mark and, with `thinking`,
+        without the thought."""
         ids = [int(number) for number in ids]
         if thinking:
             ids = self.behind_thought(tokenizer, ids)

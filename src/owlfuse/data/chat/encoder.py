@@ -208,8 +208,8 @@ class ChatEncoder:
         return labels
 
     def answers(self, rows: Sequence[Any]) -> list[str]:
-        """Return the answers in rows of generated ids: see `AnswerFormat.answers`."""
-        return self.answer_format.answers(self.tokenizer, rows, self.thinking)
+        """Return the answers in rows of generated ids: see `AnswerFormat.answer`."""
+        return [self.answer_format.answer(self.tokenizer, row, self.thinking) for row in rows]
 
     def expand(
         self,
