@@ -190,12 +190,15 @@ def test_help_tells_the_exit_codes(tmp_path):
 @pytest.mark.parametrize(
     ("argv", "line"),
     [
-        (["trian"], "trian: no such command; did you mean 'train'?"),
+        (
+            ["trian"],
+            "trian: no such command; did you mean 'train'? (there are: ablate, chat, completion, "
+            "config, data, demo, eval, export, import, mixture, recipe, report, train)",
+        ),
         (
             ["zzz"],
-            "zzz: no such command; the commands are train, recipe, ablate, report, eval, "
-            "export, import, chat, demo, "
-            "mixture, data, config, completion",
+            "zzz: no such command (there are: ablate, chat, completion, config, data, demo, eval, "
+            "export, import, mixture, recipe, report, train)",
         ),
         (
             ["train", "--mutlirun"],
