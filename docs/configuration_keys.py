@@ -19,8 +19,8 @@ from owlfuse.config.check import SUPPLIED, annotation_of, describe, locate_targe
 from owlfuse.config.compose import PlanOptions
 from owlfuse.config.folders import find_folders
 from owlfuse.config.recipes import RECIPE_KEYS, STAGE_KEYS
-from owlfuse.studies.ablation import file as ablation_file
-from owlfuse.studies.ablation import run as ablation_run
+from owlfuse.studies.ablation.file import AblationFile
+from owlfuse.studies.ablation.run import Options as AblateOptions
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 UNSET = object()
@@ -247,12 +247,23 @@ def checkpoint_table() -> Table:
     return table
 
 
+def fields_table(cls: type) -> Table:
+    """The fields of a dataclass, the keys of a file or a command that no yaml of `configs/` has."""
+    table = Table("", "", [], {}, [])
+    add_keys(table, cls.__name__, {"_target_": f"{cls.__module__}.{cls.__name__}"}, {})
+    return table
+
+
 def all_tables() -> dict[str, list[Table]]:
     """The tables of the page by their headings."""
     found = {"A run": [root_keys("train", ("checkpoint",)), checkpoint_table()]}
     for group in WHAT_GROUPS_ARE:
         found[group] = group_tables(group)
     found["An evaluation on a benchmark"] = [root_keys("eval")]
+    found["An ablation's file, `experiments/<name>/ablation.yaml`"] = [fields_table(AblationFile)]
+    found["Settings of `owlfuse ablate` itself, on the command line"] = [
+        fields_table(AblateOptions)
+    ]
     return found
 
 
@@ -377,18 +388,6 @@ def page() -> str:
         "",
     ]
     parts += ["Each of the stages:", "", plain_rows(STAGE_KEYS), ""]
-    parts += [
-        "## An ablation's file, `experiments/<name>/ablation.yaml`",
-        "",
-        plain_rows(ablation_file.KEYS),
-        "",
-    ]
-    parts += [
-        "Settings of `owlfuse ablate` itself, on the command line:",
-        "",
-        plain_rows(ablation_run.SETTINGS),
-        "",
-    ]
     return "\n".join(parts)
 
 

@@ -83,7 +83,7 @@ MISTAKES = {
     "recipe owl1 stages.nope.seed=1": "no stage nope",
     "ablate nope": "ablate nope: no such ablation",
     "ablate fusion optim.lrr=1": "optim.lrr: no such key",
-    "ablate fusion jobs=x": "jobs=x: expected a number from 1",
+    "ablate fusion jobs=x": "jobs: 'x' is not a whole number",
     "ablate fusion evaluation=null": (
         "evaluation.max_questions=300: evaluation is null, so it has no keys"
     ),
@@ -190,12 +190,15 @@ def test_help_tells_the_exit_codes(tmp_path):
 @pytest.mark.parametrize(
     ("argv", "line"),
     [
-        (["trian"], "trian: no such command; did you mean 'train'?"),
+        (
+            ["trian"],
+            "trian: no such command; did you mean 'train'? (there are: ablate, chat, completion, "
+            "config, data, demo, eval, export, import, mixture, recipe, report, train)",
+        ),
         (
             ["zzz"],
-            "zzz: no such command; the commands are train, recipe, ablate, report, eval, "
-            "export, import, chat, demo, "
-            "mixture, data, config, completion",
+            "zzz: no such command (there are: ablate, chat, completion, config, data, demo, eval, "
+            "export, import, mixture, recipe, report, train)",
         ),
         (
             ["train", "--mutlirun"],

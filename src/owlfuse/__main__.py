@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import logging
 import os
 import sys
@@ -16,7 +15,7 @@ from owlfuse.config.folders import ConfigFolders, find_folders
 from owlfuse.config.messages import split_settings
 from owlfuse.config.recipes import PARTS
 from owlfuse.config.user_modules import import_user_module
-from owlfuse.core.errors import failed, report_errors
+from owlfuse.core.errors import failed, hint, report_errors
 from owlfuse.core.terminal import LAYOUT, guard_terminal
 
 
@@ -34,11 +33,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     # Argparse would list all commands, without a guess.
     if not argv[0].startswith("-") and argv[0] not in COMMANDS:
-        match = difflib.get_close_matches(argv[0], COMMANDS, n=1)
-        guess = f"the commands are {', '.join(COMMANDS)}"
-        if match:
-            guess = f"did you mean '{match[0]}'?"
-        return failed(f"{argv[0]}: no such command; {guess}", 2)
+        return failed(f"{argv[0]}: no such command{hint(argv[0], COMMANDS)}", 2)
     arguments, unparsed = parser.parse_known_args(argv)
     command = arguments.command
     for word in unparsed:

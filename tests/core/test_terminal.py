@@ -9,7 +9,7 @@ import pytest
 from rich.table import Table
 from rich.text import Text
 
-from owlfuse.core.console import PlainConsole
+from owlfuse.core.console import PlainConsole, show
 from owlfuse.core.errors import failed
 from owlfuse.core.terminal import VisibleFormatter, cell, format_warning, print_exception, visible
 from owlfuse.serving import chat
@@ -69,6 +69,13 @@ def test_brackets_of_a_table_are_no_markup():
     PlainConsole(file=file, width=80).print(table)
     assert "[/red] [link=http://x]a[/link] :smile:" in file.getvalue()
     assert Text.from_markup(cell("[/red]")).plain == "[/red]"
+
+
+def test_a_list_among_the_overrides_of_a_table_is_no_markup(capsys):
+    table = Table("overrides")
+    table.add_row("trainer.callbacks=[red,b]")
+    show(table)
+    assert "trainer.callbacks=[red,b]" in capsys.readouterr().out
 
 
 def test_the_command_line_guards_warnings_and_errors(monkeypatch):

@@ -31,7 +31,7 @@ from owlfuse.artifacts.lora import merge_lora
 from owlfuse.artifacts.released.loading import read_record
 from owlfuse.artifacts.released.weights import TensorInfo, read_header, shard_names
 from owlfuse.artifacts.run_data import run_tokenizer
-from owlfuse.artifacts.runs import check_which, chosen_checkpoint
+from owlfuse.artifacts.runs import check_which, chosen_checkpoint, read_results
 from owlfuse.artifacts.weights import check_fits, load_weights, read, set_precision
 from owlfuse.config.compose import read_run
 from owlfuse.core.errors import DataError
@@ -94,9 +94,7 @@ def load_run(folder: Path, which: str = "last") -> TrainedModel:
     config = read_run(folder)
     tokenizer = run_tokenizer(folder, config["data"])
     model, _ = load_run_model(folder, config, len(tokenizer), which)
-    path = folder / "results.json"
-    results = read_json(path) if path.exists() else None
-    return TrainedModel(model.eval(), tokenizer, results)
+    return TrainedModel(model.eval(), tokenizer, read_results(folder) or None)
 
 
 def wrap(trained: TrainedModel) -> OwlfuseForConditionalGeneration:

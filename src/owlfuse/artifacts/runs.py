@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import fcntl
 import itertools
@@ -24,7 +23,7 @@ from omegaconf import DictConfig, OmegaConf
 from owlfuse.config.messages import split_settings
 from owlfuse.core.checkpoint_files import find_checkpoint_error, find_damage, remove_checkpoint
 from owlfuse.core.errors import ConfigError, DataError
-from owlfuse.core.files import atomic_write, write_json
+from owlfuse.core.files import atomic_write, read_json, write_json
 from owlfuse.core.folder_kinds import check_exported, describe_path
 
 log = logging.getLogger(__name__)
@@ -326,12 +325,15 @@ def step_of(path: Path) -> int:
     return int(path.stem.removeprefix("step_"))
 
 
+def read_results(folder: Path) -> dict[str, Any]:
+    """Returns the content of a run's `results.json`, nothing where there is none yet."""
+    path = folder / "results.json"
+    return read_json(path) if path.exists() else {}
+
+
 def metrics_of(folder: Path | None) -> dict[str, float]:
     """The numbers of a run's results.json; none where there is no such file yet."""
-    with contextlib.suppress(FileNotFoundError):
-        if folder is not None:
-            metrics = json.loads((Path(folder) / "results.json").read_text())["metrics"]
-            return {
-                name: value for name, value in metrics.items() if isinstance(value, int | float)
-            }
-    return {}
+    if folder is None:
+        return {}
+    metrics = read_results(folder).get("metrics", {})
+    return {name: value for name, value in metrics.items() if isinstance(value, int | float)}

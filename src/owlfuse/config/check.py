@@ -88,11 +88,14 @@ def check_arguments(
     arguments: dict[str, Any],
     origin: Origin,
     partial: bool = False,
+    builds: bool = True,
 ) -> None:
     """Raise ConfigError for unknown, supplied, missing and mistyped arguments of one call.
 
     Args:
         name: "" or " of <target>".
+        builds: whether a `_target_` in them becomes an object, whose type is not known here. False:
+            Hydra's keys are keys like all others.
     """
     parameters = parameters_of(callable_)
     if parameters is None:  # a builtin, which has no signature
@@ -110,14 +113,14 @@ def check_arguments(
     for key, value in arguments.items():
         full = f"{prefix}{key}"
         # They are instructions for Hydra, and no arguments of the target.
-        if key in HYDRA_KEYS:
+        if builds and key in HYDRA_KEYS:
             continue
         if key in supplied:
             raise ConfigError(
                 f"{origin(full)}: {full}: the code gives this argument; remove the key"
             )
         if key in named:
-            _check_value(value, named[key], callable_, full, origin)
+            _check_value(value, named[key], callable_, full, origin, builds)
         elif not takes_any:
             raise ConfigError(f"{origin(full)}: {full}: no such key{name}{hint(str(key), allowed)}")
     if partial:
@@ -222,9 +225,10 @@ def _check_value(
     callable_: Callable,
     key: str,
     origin: Origin,
+    builds: bool,
 ) -> None:
     annotation = annotation_of(parameter, callable_)
-    holds_target = any("_target_" in node for _, node in nodes_of(value))
+    holds_target = builds and any("_target_" in node for _, node in nodes_of(value))
     if annotation is inspect.Parameter.empty or holds_target:
         return
     # `x: int = None` is common, and allows None.

@@ -40,4 +40,4 @@ def count(parameters: int) -> str:
 def show(table: Table) -> None:
     """Print a table, in a file without the width of a terminal."""
     # For a file rich takes 80 columns, and would fold the cells.
-    Console(width=None if sys.stdout.isatty() else 200).print(table)
+    PlainConsole(width=None if sys.stdout.isatty() else 200).print(table)

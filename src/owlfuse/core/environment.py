@@ -1,7 +1,9 @@
-"""The environment of a result: the machine, versions of libraries, and the state of git."""
+"""The environment of a process and its result: what started it, the machine, versions of libraries,
+and the state of git."""
 
 from __future__ import annotations
 
+import os
 import platform
 import subprocess
 from importlib.metadata import version
@@ -35,6 +37,11 @@ LIBRARIES = ("owlfuse", "torch", "lightning", "transformers", "timm", "peft")
 def versions() -> dict[str, str]:
     """Return the versions of owlfuse, Python and the libraries that affect results."""
     return {"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}}
+
+
+def is_launched() -> bool:
+    """Return whether torchrun or SLURM has started this process, or Lightning's first process."""
+    return any(name in os.environ for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID"))
 
 
 def machine() -> str:

@@ -8,7 +8,8 @@ from typing import Any
 
 from owlfuse.core.errors import DataError
 from owlfuse.core.types import Message
-from owlfuse.data.chat.supervision import Offsets, inner_tokens, shifted
+from owlfuse.data.chat.supervision import inner_tokens, shifted
+from owlfuse.data.chat.tokenizer import Offsets
 
 # The character that replaces, while a chat is rendered, each character of an image token that is a
 # word of a text, so that no offset changes.

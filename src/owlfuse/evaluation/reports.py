@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import textwrap
 from collections import defaultdict
 from io import BytesIO
 from pathlib import Path
@@ -17,7 +16,7 @@ from torch import Tensor
 
 from owlfuse.core.console import PlainConsole as Console
 from owlfuse.data.media.images import to_rgb, turn_upright
-from owlfuse.evaluation.explain.overlays import overlay
+from owlfuse.evaluation.explain.overlays import overlay, wrap
 from owlfuse.evaluation.metrics import Answer
 
 
@@ -98,11 +97,11 @@ def write_contact_sheet(
             text = f"✓ {answer.answer}"
         else:
             text = f"✗ {answer.answer or '(nothing)'}  (is: {answer.expected})"
-        axis.set_title(wrap(answer.question), fontsize=8)
+        axis.set_title(wrap(answer.question, 30, 4), fontsize=8)
         axis.text(
             0.5,
             -0.04,
-            wrap(text, 34),
+            wrap(text, 34, 4),
             transform=axis.transAxes,
             ha="center",
             va="top",
@@ -129,10 +128,3 @@ def with_overlay(picture: Image.Image, map: Tensor) -> Image.Image:
     both.paste(picture)
     both.paste(overlay(picture, map), (picture.width, 0))
     return both
-
-
-def wrap(text: str, width: int = 30) -> str:
-    """Returns text broken into lines, at most four, without signs that a plot would read as a
-    formula or has no letter for."""
-    plain = "".join(letter if letter.isprintable() else " " for letter in text)
-    return "\n".join(line.replace("$", r"\$") for line in textwrap.wrap(plain, width)[:4])

@@ -60,12 +60,6 @@ def write_results(
     write_json(folder / "results.json", results)
 
 
-def read_results(folder: Path) -> dict[str, Any]:
-    """Returns the content of a run's `results.json`, nothing where there is none yet."""
-    path = folder / "results.json"
-    return read_json(path) if path.exists() else {}
-
-
 BEFORE_FILE = "before.json"
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from owlfuse.artifacts.load import load_run_model
 from owlfuse.artifacts.resume import check_evaluation_keys, read_past
 from owlfuse.artifacts.run_data import build_data
-from owlfuse.artifacts.runs import chosen_checkpoint, split_which
+from owlfuse.artifacts.runs import chosen_checkpoint, read_results, split_which
 from owlfuse.config.build import build, to_dict
 from owlfuse.config.compose import compose
 from owlfuse.core.files import write_json
@@ -40,7 +40,7 @@ from owlfuse.evaluation.reports import (
     write_answers,
     write_contact_sheet,
 )
-from owlfuse.evaluation.results import metrics_before, read_results, write_results
+from owlfuse.evaluation.results import metrics_before, write_results
 from owlfuse.parallel.ranks import Ranks
 from owlfuse.parallel.torchrun import TorchrunRanks
 

@@ -419,13 +419,20 @@ def copy_to_cpu(checkpoint: dict[str, Any]) -> dict[str, Any]:
     return copy
 
 
+def gather_objects(group: Any, value: Any) -> list[Any]:
+    """Returns a small object of each rank of a process group, in their order; None is one
+    process."""
+    if group is None:
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(values, value, group=group)
+    return values
+
+
 def gather_from_ranks(strategy: Strategy, value: Any) -> list[Any]:
     """Returns a small object of each rank, in their order."""
-    if not (isinstance(strategy, ParallelStrategy) and dist.is_initialized()):
-        return [value]
-    values: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return values
+    is_parallel = isinstance(strategy, ParallelStrategy) and dist.is_initialized()
+    return gather_objects(dist.group.WORLD if is_parallel else None, value)
 
 
 def raised_on_every_rank(strategy: Strategy) -> AbstractContextManager[None]:

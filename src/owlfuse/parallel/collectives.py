@@ -14,7 +14,7 @@ from lightning.pytorch.strategies import ParallelStrategy
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from owlfuse.parallel.checkpoints import leave, new_gloo_group
+from owlfuse.parallel.checkpoints import gather_objects, leave, new_gloo_group
 from owlfuse.parallel.strategies import Sharded, strategy_timeout
 
 
@@ -104,12 +104,7 @@ def all_gather_rows(trainer: Trainer, row: Tensor) -> Tensor:
 
 def all_gather_objects(trainer: Trainer, value: Any) -> list[Any]:
     """A small object of each data rank, in their order."""
-    group = data_group(trainer)
-    if group is None:
-        return [value]
-    values: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(values, value, group=group)
-    return values
+    return gather_objects(data_group(trainer), value)
 
 
 def local(tensor: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from lightning import Trainer
 from lightning.pytorch.strategies import DDPStrategy
 
-from owlfuse.parallel.checkpoints import leave, new_gloo_group, raised_together
+from owlfuse.parallel.checkpoints import gather_objects, leave, new_gloo_group, raised_together
 from owlfuse.parallel.collectives import data_rank, data_ranks
 from owlfuse.parallel.strategies import strategy_timeout
 
@@ -62,11 +62,7 @@ class Ranks:
 
     def gather(self, value: Any) -> list[Any]:
         """Returns a small object of every process, in their order."""
-        if self.group is None:
-            return [value]
-        values: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(values, value, group=self.group)
-        return values
+        return gather_objects(self.group, value)
 
     def gather_rows(self, value: Any) -> list[Any]:
         """Returns a small object of each rank with rows of its own, in their order."""

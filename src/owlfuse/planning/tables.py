@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import sys
-
 import pandas as pd
 from omegaconf import DictConfig
 from rich.table import Table
 
 from owlfuse.artifacts.init_from import adopt_parts
-from owlfuse.core.console import PlainConsole as Console
+from owlfuse.core.console import show
 from owlfuse.core.progress import quiet_libraries
 from owlfuse.planning.frames import terminal_table
 from owlfuse.planning.plan import GB, Estimate, Plan, make_plan
@@ -17,12 +15,10 @@ from owlfuse.planning.plan import GB, Estimate, Plan, make_plan
 
 def print_plan(plan: Plan, experiment: str) -> None:
     """Prints the memory of a GPU, the work of a step, and what other layouts would need."""
-    # A file is as wide as the widest table.
-    console = Console(width=None if sys.stdout.isatty() else 120)
-    console.print(memory_table(plan, experiment))
-    console.print(step_table(plan))
+    show(memory_table(plan, experiment))
+    show(step_table(plan))
     if plan.alternatives:
-        console.print(alternatives_table(plan))
+        show(alternatives_table(plan))
         for number, estimate in enumerate(plan.alternatives, 1):
             print(f"{number}: {' '.join(estimate.layout.overrides)}")
     print(verdict(plan))

@@ -14,9 +14,8 @@ from omegaconf import DictConfig
 from owlfuse.config import compose
 from owlfuse.config.messages import naming
 from owlfuse.core.console import show
+from owlfuse.core.environment import is_launched
 from owlfuse.core.signals import signals_handled
-
-RANK_VARIABLES = ("RANK", "LOCAL_RANK", "SLURM_PROCID")
 
 
 def sweep(overrides: list[str]) -> None:
@@ -58,8 +57,8 @@ def sweep(overrides: list[str]) -> None:
 def starts_processes(config: DictConfig) -> bool:
     """Return whether the run's Trainer may start more processes: each of them would run this
     whole sweep."""
-    # These processes were started by torchrun or SLURM, and none starts more.
-    if any(name in os.environ for name in RANK_VARIABLES):
+    # Of processes that were started by torchrun or SLURM none starts more.
+    if is_launched():
         return False
     trainer = config.get("trainer", {})
     return trainer.get("strategy", "auto") != "auto" or trainer.get("devices", 1) not in (1, "1")

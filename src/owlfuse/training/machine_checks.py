@@ -15,15 +15,13 @@ from omegaconf import DictConfig
 
 from owlfuse.config.build import to_dict
 from owlfuse.config.compose import origin_of
+from owlfuse.core.environment import is_launched
 from owlfuse.core.errors import ConfigError
 from owlfuse.data.mixture.lengths import usable_cores
 
 REFUSALS = (MisconfigurationException, ValueError, TypeError, ImportError)
 """What Lightning's Trainer raises for arguments that do not fit together, and for a library that
 a strategy lacks."""
-LAUNCHED = ("RANK", "LOCAL_RANK", "SLURM_PROCID")
-"""Of the environment where torchrun or SLURM has started the processes, or Lightning has started
-this one."""
 
 
 def refuse(config: DictConfig, key: str, message: str) -> ConfigError:
@@ -95,11 +93,7 @@ def check_processes(config: DictConfig, devices: Any) -> str | None:
     """What to tell of a run that takes what there is, on a machine without a GPU. Raises
     ConfigError for more processes than cores."""
     # A process that was started by a launcher, or by the first one, is no news to the user.
-    if (
-        not str(devices).isdigit()
-        or int(devices) < 2
-        or any(name in os.environ for name in LAUNCHED)
-    ):
+    if not str(devices).isdigit() or int(devices) < 2 or is_launched():
         return None
     count, cores = int(devices), usable_cores()
     if count > cores:

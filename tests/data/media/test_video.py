@@ -441,7 +441,17 @@ PLAYLIST = b"#EXTM3U\n#EXT-X-TARGETDURATION:10\n#EXTINF:10,\n/etc/a.mp4\n#EXT-X-
             "video text.mp4 cannot be read: Invalid data",
         ),
         ("list.m3u8", lambda path: path.write_bytes(PLAYLIST), "video list.m3u8 cannot be read"),
-        ("folder.mp4", lambda path: path.mkdir(), "no video folder.mp4 in"),
+        (
+            "folder.mp4",
+            lambda path: path.mkdir(),
+            "video folder.mp4 cannot be read: it is a folder, expected a video",
+        ),
+        # Opening it would wait for a writer.
+        (
+            "pipe.mp4",
+            lambda path: os.mkfifo(path),
+            "video pipe.mp4 cannot be read: it is no ordinary file, expected a video",
+        ),
         ("missing.mp4", lambda path: None, "no video missing.mp4 in"),
         ("../out.mp4", lambda path: None, "video ../out.mp4 leaves the image root"),
         ("/etc/passwd", lambda path: None, "video /etc/passwd leaves the image root"),

@@ -4,12 +4,11 @@ a thought."""
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from owlfuse.core.errors import DataError
-from owlfuse.data.chat.tokenizer import render
+from owlfuse.data.chat.tokenizer import encode, render
 
 # Private characters, which templates write as they are.
 QUESTION, ANSWER, THOUGHT = "\ue001", "\ue000", "\ue002"
@@ -130,13 +129,9 @@ class AnswerFormat:
             fields["stop_strings"] = [self.end_mark]
         return fields
 
-    def answers(self, tokenizer: Any, rows: Sequence[Any], thinking: bool = False) -> list[str]:
-        """Return the answers in rows of generated ids, without their end marks and, with
-        `thinking`, without the thoughts."""
-        return [self.answer(tokenizer, row, thinking) for row in rows]
-
     def answer(self, tokenizer: Any, ids: Any, thinking: bool = False) -> str:
-        """Return the answer in generated ids (L,)."""
+        """Return the answer in generated ids (L,), without its end mark and, with `thinking`,
+        without the thought."""
         ids = [int(number) for number in ids]
         if thinking:
             ids = self.behind_thought(tokenizer, ids)
@@ -167,24 +162,14 @@ def find_end_mark(tokenizer: Any, chat: list[dict[str, str]], text: str) -> str:
         longer_text = render(tokenizer, [*chat, *following])
     except DataError:
         return closing.strip()
-    last_tokens = tokens_of(tokenizer, closing)
-    earlier_tokens = tokens_of(tokenizer, longer_text.partition(ANSWER)[2])
+    last_tokens = zip(*encode(tokenizer, closing))
+    earlier_tokens = zip(*encode(tokenizer, longer_text.partition(ANSWER)[2]))
     length = 0
     for last_token, earlier_token in zip(last_tokens, earlier_tokens):
         if last_token != earlier_token:
             break
-        length = last_token[2]
+        _, (_, length) = last_token
     return closing[:length].strip() or closing.strip()
-
-
-def tokens_of(tokenizer: Any, text: str) -> list[tuple[int, int, int]]:
-    """Return (id, start, end) of each token of a text, in characters."""
-    encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    tokens = []
-    offsets = encoding["offset_mapping"]
-    for token, (start, end) in zip(encoding["input_ids"], offsets, strict=True):
-        tokens.append((token, start, end))
-    return tokens
 
 
 def end_tokens(
@@ -197,10 +182,10 @@ def end_tokens(
     ordinary tokens."""
     end = start + len(end_mark)
     inside = []
-    for token in tokens_of(tokenizer, text):
-        if token[2] > start and token[1] < end:
-            inside.append(token)
-    number, first, _ = inside[0]
+    for number, (first, last) in zip(*encode(tokenizer, text)):
+        if last > start and first < end:
+            inside.append((number, first))
+    number, first = inside[0]
     added = tokenizer.added_tokens_decoder.get(number)
     is_special = added is not None and added.special
     # A control token is enough to stop at, whatever text the template writes behind it.

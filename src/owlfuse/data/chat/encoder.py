@@ -14,8 +14,8 @@ from owlfuse.core.errors import DataError
 from owlfuse.core.types import IMAGE, Encoded, Message, Part, Sample, without_keys
 from owlfuse.data.chat.answer_format import THINK_TAGS, AnswerFormat
 from owlfuse.data.chat.checks import control_tokens, flatten
-from owlfuse.data.chat.supervision import cut_at_borders, encode, supervised_spans
-from owlfuse.data.chat.tokenizer import prepare, render
+from owlfuse.data.chat.supervision import cut_at_borders, supervised_spans
+from owlfuse.data.chat.tokenizer import encode, prepare, render
 from owlfuse.data.chat.truncation import OnLength, over_length, truncate
 from owlfuse.data.words import show_words, spell_words
 
@@ -208,8 +208,8 @@ class ChatEncoder:
         return labels
 
     def answers(self, rows: Sequence[Any]) -> list[str]:
-        """Return the answers in rows of generated ids: see `AnswerFormat.answers`."""
-        return self.answer_format.answers(self.tokenizer, rows, self.thinking)
+        """Return the answers in rows of generated ids: see `AnswerFormat.answer`."""
+        return [self.answer_format.answer(self.tokenizer, row, self.thinking) for row in rows]
 
     def expand(
         self,

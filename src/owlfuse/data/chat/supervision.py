@@ -11,6 +11,7 @@ from typing import Any
 from owlfuse.core.errors import DataError
 from owlfuse.core.types import Message, Sample
 from owlfuse.data.chat.answer_format import THINK_TAGS, AnswerFormat
+from owlfuse.data.chat.tokenizer import Offsets, encode
 
 # Messages, and what else a template takes -> text.
 Render = Callable[..., str]
@@ -201,8 +202,6 @@ def with_marks(
     return message
 
 
-Offsets = list[tuple[int, int]]
-
 # Texts before which a piece may be encoded; a tokenizer may join some of them to the piece.
 ANCHORS = ("a", "\n", ".", "0", "é")
 
@@ -304,15 +303,3 @@ def inner_tokens(tokenizer: Any, piece: str, **options: Any) -> tuple[list[int],
         if (start, end) == (length, length + len(piece)):
             return ids[count:], shifted(piece_offsets, -length)
     return None
-
-
-def encode(tokenizer: Any, text: str, **options: Any) -> tuple[list[int], Offsets]:
-    """Return ids and the characters that each stands for."""
-    encoding = tokenizer(
-        text,
-        add_special_tokens=False,
-        return_offsets_mapping=True,
-        verbose=False,
-        **options,
-    )
-    return list(encoding["input_ids"]), [tuple(pair) for pair in encoding["offset_mapping"]]

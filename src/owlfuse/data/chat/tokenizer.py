@@ -353,6 +353,26 @@ def apply(
     return text
 
 
+# Start and end of each token, in characters of the text.
+Offsets = list[tuple[int, int]]
+
+
+def encode(tokenizer: Any, text: str, **options: Any) -> tuple[list[int], Offsets]:
+    """Return ids and the characters that each stands for.
+
+    Args:
+        options: the tokenizer's.
+    """
+    encoding = tokenizer(
+        text,
+        add_special_tokens=False,
+        return_offsets_mapping=True,
+        verbose=False,
+        **options,
+    )
+    return list(encoding["input_ids"]), [tuple(pair) for pair in encoding["offset_mapping"]]
+
+
 # A variable whose name no template can guess.
 COUNTER = f"steps_{secrets.token_hex(8)}"
 COUNT_STEP = (

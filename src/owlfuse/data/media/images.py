@@ -127,17 +127,18 @@ def folder_below(working_dir: str, root: Path, folder: str) -> str:
     return os.path.join(path, "")
 
 
-def resolve_path(root: Path, path: str, label: str) -> Path:
-    """Return the file below `root`, links followed.
+def resolve_path(root: Path, path: str, label: str, expected: str = "picture") -> Path:
+    """Return the file below `root`, links followed; whether it exists is left to whoever opens it.
 
-    Raises DataError where it is not below it, or no file.
+    Raises DataError where it is not below it, or no ordinary file, and what Python raises for a
+    path that is none.
     """
     resolved = (root / path).resolve()
     if not resolved.is_relative_to(root.resolve()):
         raise DataError(f"{label} leaves the image root {root}")
     if not resolved.is_file() and resolved.exists():  # opening a pipe would wait for a writer
         kind = "a folder" if resolved.is_dir() else "no ordinary file"
-        raise DataError(f"{label} cannot be read: it is {kind}, expected a picture")
+        raise DataError(f"{label} cannot be read: it is {kind}, expected a {expected}")
     return resolved
 
 

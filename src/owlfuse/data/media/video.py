@@ -17,6 +17,7 @@ from PIL import Image
 
 from owlfuse.core.errors import DataError
 from owlfuse.core.packages import MissingPackage
+from owlfuse.data.media.images import resolve_path
 
 if TYPE_CHECKING:
     import av
@@ -121,17 +122,16 @@ def read_frames(
 
 
 def video_file(root: Path, path: str, name: str) -> Path:
-    """Return the file at `path` below `root`. Raises DataError where it is missing or not below
-    it."""
+    """Return the file at `path` below `root`. Raises DataError where it is missing, not below it or
+    no ordinary file."""
     try:
-        file = (root / path).resolve()
-        is_inside, is_file = file.is_relative_to(root.resolve()), file.is_file()
+        file = resolve_path(root, path, f"sample {name}: video {path}", "video")
+        if not file.exists():
+            raise DataError(f"sample {name}: no video {path} in {root}")
+    except DataError:
+        raise
     except (OSError, ValueError, RuntimeError) as error:  # no path at all, or links in a circle
         raise DataError(f"sample {name}: video {path!r:.200} is no path: {error!s:.200}") from error
-    if not is_inside:
-        raise DataError(f"sample {name}: video {path} leaves the image root {root}")
-    if not is_file:
-        raise DataError(f"sample {name}: no video {path} in {root}")
     return file
 
 

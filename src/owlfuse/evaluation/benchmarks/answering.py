@@ -68,8 +68,9 @@ class LoadedModel:
         return generate(self.model, inputs.to(self.device), self.processor.tokenizer, **options)
 
     def decode(self, rows: Any) -> list[str]:
-        """Returns the answers in rows of generated ids."""
-        return self.processor.answer_format.answers(self.processor.tokenizer, rows, self.thinking)
+        """Returns the answers in rows of generated ids: see `AnswerFormat.answer`."""
+        tokenizer, answer_format = self.processor.tokenizer, self.processor.answer_format
+        return [answer_format.answer(tokenizer, row, self.thinking) for row in rows]
 
     def to_device(self, batch: Batch) -> Batch:
         """Returns the batch on the model's device and in its dtype, every id one that it has an

@@ -93,11 +93,18 @@ def title_of(question: str, answer: str, shown: int, pictures: int, width: int) 
     """Returns question and answer, broken into lines, long ones cut."""
     lines = []
     for mark, text in (("Q: ", question), ("A: ", answer or "(nothing)")):
-        plain = "".join(letter if letter.isprintable() else " " for letter in text)
-        lines += textwrap.wrap(f"{mark}{plain}".replace("$", r"\$"), width)[:6]
+        lines.append(wrap(mark + text, width, 6))
     if shown < pictures:
         lines.append(f"({shown} of {pictures} pictures, those with most of the weight)")
     return "\n".join(lines)
+
+
+def wrap(text: str, width: int, lines: int) -> str:
+    """Returns text broken into lines, at most so many, without signs that a plot would read as a
+    formula or has no letter for."""
+    plain = "".join(letter if letter.isprintable() else " " for letter in text)
+    # Signs are escaped line by line, so that no line ends between one and its escape.
+    return "\n".join(line.replace("$", r"\$") for line in textwrap.wrap(plain, width)[:lines])
 
 
 def legend(figure: Any, axes: Any, peak: float) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -10,7 +9,7 @@ from typing import Any
 
 import torch
 
-from owlfuse.core.errors import DataError
+from owlfuse.core.errors import DataError, hint
 from owlfuse.evaluation.benchmarks.answering import UNLIMITED, LoadedModel
 from owlfuse.evaluation.lmms.prompts import Prompt, render_prompt
 
@@ -53,13 +52,8 @@ class Options:
             DataError: an unknown key, or a max_new_tokens below 1.
         """
         if unknown := sorted(set(generation_kwargs) - set(GENERATION_KEYS)):
-            match = difflib.get_close_matches(unknown[0], GENERATION_KEYS, n=1)
-            guess = (
-                f"did you mean '{match[0]}'?"
-                if match
-                else f"the keys are {', '.join(GENERATION_KEYS)}"
-            )
-            raise DataError(f"{name}: generation_kwargs: {unknown[0]}: no such key; {guess}")
+            guess = hint(unknown[0], GENERATION_KEYS, listed=len(GENERATION_KEYS))
+            raise DataError(f"{name}: generation_kwargs: {unknown[0]}: no such key{guess}")
         options = {key: value for key, value in generation_kwargs.items() if value is not None}
         temperature = float(options.get("temperature", 1.0 if options.get("do_sample") else 0.0))
         sample = bool(options.get("do_sample", True)) and temperature > 0

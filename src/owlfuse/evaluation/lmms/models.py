@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,7 +15,7 @@ from lmms_eval.api.model import lmms
 from loguru import logger
 
 from owlfuse.artifacts.runs import check_model
-from owlfuse.core.errors import ConfigError, DataError
+from owlfuse.core.errors import ConfigError, DataError, hint
 from owlfuse.core.progress import Progress
 from owlfuse.evaluation.benchmarks.answering import LoadedModel
 from owlfuse.evaluation.lmms.answers import Options, Request, answer, batches
@@ -266,9 +265,7 @@ def positive_int(value: Any, name: str) -> int:
 def check_arguments(unknown: dict[str, Any], pretrained: str, dtype: str, frames: Any) -> None:
     """Raises DataError for what --model_args cannot be."""
     for name in unknown:
-        match = difflib.get_close_matches(name, ARGUMENTS, n=1)
-        guess = f"did you mean '{match[0]}'?" if match else f"expected {', '.join(ARGUMENTS)}"
-        raise DataError(f"--model_args: {name}: no such argument; {guess}")
+        raise DataError(f"--model_args: {name}: no such argument{hint(name, ARGUMENTS)}")
     if not pretrained:
         raise DataError("--model_args: name the model's folder: pretrained=OUT")
     if dtype not in DTYPES:

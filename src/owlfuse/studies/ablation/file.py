@@ -6,42 +6,67 @@ Imports nothing heavy.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from owlfuse.config.check import check_arguments
 from owlfuse.config.recipes import read_yaml
 from owlfuse.core.errors import ConfigError, hint, label
 
-KEYS = {
-    "question": "what the ablation asks, the title of its report",
-    "base": "the experiment that every cell starts from",
-    "overrides": "a list of overrides for every cell",
-    "factors": "what is varied: `{<name>: {<level>: [<overrides>]}}`, or `{<key or group>: "
-    "[<values>]}`; the cells are all "
-    "combinations of levels",
-    "leave_out": (
-        "a list of combinations of levels that are not run, as `[{fusion: owl1, gate: static}]`"
-    ),
-    "baseline": (
-        "the levels that differences are taken to, as `{fusion: owl1}`; by default the first "
-        "of each factor"
-    ),
-    "seeds": "a list of seeds, each of which every cell is run with; by default `[0]`",
-    "metrics": "a list of names as in results.json; the first is the score of the plots",
-    "budget": (
-        "`{minutes: 40}` or `{steps: 5000}`: no cell is begun after so long, or that would "
-        "bring all over so many steps"
-    ),
-    "paper": (
-        "a paper's numbers, shown beside ours: `{title, columns, rows: {<level>: [<numbers>]}}`"
-    ),
-}
-"""The keys of the file and what they mean."""
-
-
 Levels = dict[str, str]
 """A level of factors, by the factors' names."""
+
+
+@dataclass(kw_only=True)
+class AblationFile:
+    """The keys of the file, as they stand there.
+
+    Args:
+        question: what the ablation asks, the title of its report; null: its name.
+        base: the experiment that every cell starts from.
+        overrides: a list of overrides for every cell.
+        factors: what is varied: `{<name>: {<level>: [<overrides>]}}`, or `{<key or group>:
+            [<values>]}`; the cells are all combinations of levels.
+        leave_out: a list of combinations of levels that are not run, as `[{fusion: owl1, gate:
+            static}]`.
+        baseline: the levels that differences are taken to, as `{fusion: owl1}`; null: the first of
+            each factor.
+        seeds: a list of seeds, each of which every cell is run with; null: `[0]`.
+        metrics: a list of names as in results.json; the first is the score of the plots.
+        budget: `{minutes: 40}` or `{steps: 5000}`: no cell is begun after so long, or that would
+            bring all over so many steps.
+        paper: a paper's numbers, shown beside ours: `{title, columns, rows: {<level>:
+            [<numbers>]}}`.
+    """
+
+    question: str | None = None
+    base: str
+    overrides: str | list[str] | None = None
+    factors: dict
+    leave_out: list | None = None
+    baseline: dict | None = None
+    seeds: list[int] | None = None
+    metrics: list[str]
+    budget: dict | None = None  # Budget
+    paper: dict | None = None  # Paper
+
+
+@dataclass
+class Budget:
+    """The key `budget`."""
+
+    minutes: float | None = None
+    steps: int | None = None
+
+
+@dataclass
+class Paper:
+    """The key `paper`: in each row, by level or cell, a number for every column."""
+
+    columns: list
+    rows: dict[Any, list[float]]
+    title: str = ""
 
 
 @dataclass
@@ -84,16 +109,20 @@ class Ablation:
 def read_ablation(name: str, file: Path) -> Ablation:
     """Return the content of the file. Raises ConfigError: what is wrong with it by itself, in one
     line with the key."""
-    content = read_keys(file)
     location = label(file)
-    for key in content:
-        if key not in KEYS:
-            raise ConfigError(f"{location}: {key}: no such key of an ablation{hint(key, KEYS)}")
-    require(content, "base", str, "the name of an experiment", location)
-    require(content, "factors", dict, "factors, each with its levels", location)
+    content = read_content(file)
+    expected = {
+        "base": "the name of an experiment",
+        "factors": "factors, each with its levels",
+        "metrics": "a list of names as in results.json",
+    }
+    for key, description in expected.items():
+        # Types do not refuse what is empty.
+        if not getattr(content, key):
+            raise ConfigError(f"{location}: {key}: expected {description}, and it is empty")
 
     factors = []
-    for key, levels in content["factors"].items():
+    for key, levels in content.factors.items():
         factors.append(read_factor(str(key), levels, f"{location}: factors.{key}"))
     # Two keys may end alike, as model.vision.layers and model.llm.layers: they keep their full key.
     names = [factor.name for factor in factors]
@@ -101,58 +130,52 @@ def read_ablation(name: str, file: Path) -> Ablation:
         if names.count(factor.name) > 1:
             factor.name = factor.key or factor.name
 
-    seeds = content.get("seeds", [0])
-    if not is_list(seeds, int) or len(set(seeds)) != len(seeds):
+    seeds = [0] if content.seeds is None else content.seeds
+    if not seeds or len(set(seeds)) != len(seeds):
         raise ConfigError(
             f"{location}: seeds: expected a list of different whole numbers, and it is {seeds!r}"
         )
-    metrics: Any = content.get("metrics")
-    if not is_list(metrics, str):
-        raise ConfigError(
-            f"{location}: metrics: expected a list of names as in results.json, and it is "
-            f"{metrics!r}"
-        )
-    leave_out = content.get("leave_out") or []
-    if not isinstance(leave_out, list):
-        raise ConfigError(
-            f"{location}: leave_out: expected a list of combinations, as "
-            "[{fusion: owl1, gate: static}]"
-        )
-    budget = read_budget(content.get("budget"), location)
+    leave_out = []
+    for entry in content.leave_out or []:
+        leave_out.append(read_levels(entry, factors, f"{location}: leave_out"))
+    budget = read_budget(content.budget or {}, location)
     # The first level of each factor, unless the file names another.
     baseline = {factor.name: next(iter(factor.levels)) for factor in factors}
-    baseline |= read_levels(content.get("baseline") or {}, factors, f"{location}: baseline")
+    baseline |= read_levels(content.baseline or {}, factors, f"{location}: baseline")
     return Ablation(
         name=name,
         # A text of several lines in the file, and a title of one in the report.
-        question=" ".join(str(content.get("question") or name).split()),
-        base=content["base"],
+        question=" ".join((content.question or name).split()),
+        base=content.base,
         factors=factors,
-        metrics=metrics,
+        metrics=content.metrics,
         seeds=seeds,
-        overrides=read_overrides(content.get("overrides") or [], f"{location}: overrides"),
-        leave_out=[read_levels(entry, factors, f"{location}: leave_out") for entry in leave_out],
+        overrides=read_overrides(content.overrides or [], f"{location}: overrides"),
+        leave_out=leave_out,
         baseline=baseline,
-        minutes=budget.get("minutes"),
-        steps=budget.get("steps"),
-        paper=read_paper(content.get("paper"), location),
+        minutes=budget.minutes,
+        steps=budget.steps,
+        paper=read_paper(content.paper, location),
     )
 
 
-def require(content: dict[str, Any], key: str, kind: type, expected: str, location: str) -> None:
-    """Raises ConfigError for a key that is missing, empty or of another kind."""
-    value = content.get(key)
-    if not isinstance(value, kind) or not value:
-        raise ConfigError(f"{location}: {key}: expected {expected}, and it is {value!r}")
-
-
-def read_keys(file: Path) -> dict[str, Any]:
-    """Return the file's content. Raises ConfigError for a file that holds no keys."""
+def read_content(file: Path) -> AblationFile:
+    """Return the file's content. Raises ConfigError for a file that holds no keys, and for an
+    unknown, missing or mistyped one."""
     content = read_yaml(file)
+    location = label(file)
     if not isinstance(content, dict):
-        raise ConfigError(f"{label(file)}: expected keys ({', '.join(KEYS)})")
+        names = ", ".join(key.name for key in fields(AblationFile))
+        raise ConfigError(f"{location}: expected keys ({names})")
     # YAML has keys that are numbers.
-    return {str(key): value for key, value in content.items()}
+    content = {str(key): value for key, value in content.items()}
+    check_keys(AblationFile, " of an ablation", "", content, location)
+    return AblationFile(**content)
+
+
+def check_keys(table: type, name: str, path: str, content: dict[str, Any], location: str) -> None:
+    """Raises ConfigError for keys that are not a dataclass's fields."""
+    check_arguments(table, name, path, content, lambda key: location, builds=False)
 
 
 def read_factor(key: str, levels: Any, location: str) -> Factor:
@@ -211,54 +234,35 @@ def read_levels(entry: Any, factors: list[Factor], location: str) -> Levels:
     return levels
 
 
-def read_budget(budget: Any, location: str) -> dict[str, Any]:
-    """Return {minutes, steps}, both optional."""
-    budget = {} if budget is None else budget
-    if not isinstance(budget, dict) or set(budget) - {"minutes", "steps"}:
-        raise ConfigError(
-            f"{location}: budget: expected minutes and steps, as {{minutes: 40}}, and it is "
-            f"{budget!r}"
-        )
-    for key, value in budget.items():
-        if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
+def read_budget(content: dict[str, Any], location: str) -> Budget:
+    """Return the key `budget`. Raises ConfigError for one that no cell fits into."""
+    check_keys(Budget, " of a budget", "budget", content, location)
+    for key, value in content.items():
+        if value is not None and value <= 0:
             raise ConfigError(
                 f"{location}: budget.{key}: expected a positive number, and it is {value!r}"
             )
-    return budget
+    return Budget(**content)
 
 
-def read_paper(paper: Any, location: str) -> dict[str, Any] | None:
-    """Return {title, columns, rows}: a row of numbers for levels or cells of ours."""
-    if paper is None:
+def read_paper(content: dict[str, Any] | None, location: str) -> dict[str, Any] | None:
+    """Return the key `paper`, its levels by their names. Raises ConfigError for a row that does not
+    fit the columns."""
+    if content is None:
         return None
-    if not is_paper(paper):
-        raise ConfigError(
-            f"{location}: paper: expected a title, columns, and rows of a number for each column "
-            "by level"
-        )
+    check_keys(Paper, " of a paper", "paper", content, location)
+    paper = Paper(**content)
+    for name, row in paper.rows.items():
+        if len(row) != len(paper.columns):
+            raise ConfigError(
+                f"{location}: paper.rows.{name}: expected a number for each of the "
+                f"{len(paper.columns)} columns, and it is {row!r}"
+            )
     return {
-        "title": str(paper.get("title", "")),
-        "columns": [str(column) for column in paper["columns"]],
-        "rows": {level_name(name): row for name, row in paper["rows"].items()},
+        "title": paper.title,
+        "columns": [str(column) for column in paper.columns],
+        "rows": {level_name(name): row for name, row in paper.rows.items()},
     }
-
-
-def is_paper(paper: Any) -> bool:
-    """Return whether it has columns, and in every row a number for each of them."""
-    if not isinstance(paper, dict):
-        return False
-    columns, rows = paper.get("columns"), paper.get("rows")
-    if not isinstance(columns, list) or not isinstance(rows, dict):
-        return False
-    return all(is_list(row, int | float) and len(row) == len(columns) for row in rows.values())
-
-
-def is_list(value: Any, kind: Any) -> bool:
-    """Return whether it is a list of at least one of a kind, of which a truth value is none."""
-    if not isinstance(value, list) or not value:
-        return False
-    # True is an int to Python.
-    return all(isinstance(item, kind) and not isinstance(item, bool) for item in value)
 
 
 def level_name(value: Any) -> str:

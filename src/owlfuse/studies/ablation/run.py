@@ -11,12 +11,13 @@ import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from owlfuse.config.check import check_arguments
 from owlfuse.config.folders import find_folders
 from owlfuse.config.identity import differing_hash
 from owlfuse.config.messages import check_name, naming, split_settings
@@ -24,7 +25,7 @@ from owlfuse.core.errors import COMMAND_LINE, ConfigError, DataError, hint
 from owlfuse.core.files import read_json_if_there, write_json
 from owlfuse.core.signals import signals_handled
 from owlfuse.studies.ablation import launch, progress
-from owlfuse.studies.ablation.file import Ablation, is_list, read_ablation
+from owlfuse.studies.ablation.file import Ablation, read_ablation
 from owlfuse.studies.ablation.grid import (
     Cell,
     full_metrics,
@@ -34,35 +35,19 @@ from owlfuse.studies.ablation.grid import (
 )
 from owlfuse.studies.ablation.report import write_report
 
-SETTINGS = {
-    "jobs": "cells at a time; by default 1",
-    "launcher": (
-        "what starts them: `basic`, on this machine, or `submitit_slurm`; `launcher.<key>=` are "
-        "its settings"
-    ),
-    "seeds": "in the place of the file's, as `seeds=[0,1]`",
-    "dry_run": "`true`: print the cells and an estimate, and train nothing",
-    "anew": "`true`: put runs that are there into `old/`, and begin again",
-    "name": "of the folder, `runs/<name>`; by default the ablation's",
-}
-"""The command's own settings and what they mean."""
-EXPECTED = {
-    "jobs": "a number from 1",
-    "launcher": "a name",
-    "seeds": "[0,1]",
-    "dry_run": "true or false",
-    "anew": "true or false",
-    "name": "a name",
-}
-"""What a value of each has to be, for messages."""
-
 
 @dataclass
 class Options:
     """The command's own settings.
 
     Args:
-        launcher_settings: `key=value` words, without the prefix `launcher.`.
+        jobs: cells at a time.
+        launcher: what starts them: `basic`, on this machine, or `submitit_slurm`; `launcher.<key>=`
+            are its settings.
+        seeds: in the place of the file's, as `seeds=[0,1]`.
+        dry_run: print the cells and an estimate, and train nothing.
+        anew: put runs that are there into `old/`, and begin again.
+        name: of the folder, `runs/<name>`; null: the ablation's.
     """
 
     jobs: int = 1
@@ -70,8 +55,9 @@ class Options:
     seeds: list[int] | None = None
     dry_run: bool = False
     anew: bool = False
-    name: str = ""
-    launcher_settings: list[str] = field(default_factory=list)
+    name: str | None = None
+    launcher_settings: list[str] = field(init=False, default_factory=list)
+    """`key=value` words, without the prefix `launcher.`."""
 
 
 def ablate_command(name: str, words: list[str]) -> None:
@@ -94,8 +80,8 @@ def ablate_command(name: str, words: list[str]) -> None:
             f"{COMMAND_LINE}: ablate {name}: no such ablation{hint(name, folders.ablation_names)}"
         )
     options, words = split_words(words)
-    options.name = options.name or name
-    check_name(f"{COMMAND_LINE}: name", options.name)
+    runs_name = name if options.name is None else options.name
+    check_name(f"{COMMAND_LINE}: name", runs_name)
     ablation = read_ablation(name, file)
     ablation.seeds = options.seeds or ablation.seeds
     launch.check_launcher(options.launcher, options.launcher_settings)
@@ -103,7 +89,7 @@ def ablate_command(name: str, words: list[str]) -> None:
         # A plan may be made on any machine.
         launch.check_cluster(options.launcher)
     # A dry run writes nothing, and data may be made when they are opened.
-    cells = make_cells(ablation, words, options.name, open_data=not options.dry_run)
+    cells = make_cells(ablation, words, runs_name, open_data=not options.dry_run)
     folder = Path(cells[0].config.runs).expanduser() / cells[0].config.experiment
     metrics = full_metrics(ablation.metrics, validation_sources(cells))
     if not options.dry_run and options.launcher != "submitit_slurm":  # it uses other machines
@@ -141,10 +127,18 @@ def split_words(words: list[str]) -> tuple[Options, list[str]]:
 
     Raises ConfigError for a value of the wrong kind.
     """
-    options = Options()
-    settings, words = split_settings(words, SETTINGS)
-    for key, text in settings.items():
-        setattr(options, key, read_setting(key, text))
+    names = [setting.name for setting in fields(Options) if setting.init]
+    texts, words = split_settings(words, names)
+    settings: dict[str, Any] = {}
+    for key, text in texts.items():
+        # A name may look like a number.
+        settings[key] = text if key in ("launcher", "name") else read_value(text)
+    check_arguments(Options, "", "", settings, lambda key: COMMAND_LINE, builds=False)
+    options = Options(**settings)
+    if options.jobs < 1:
+        raise ConfigError(f"{COMMAND_LINE}: jobs={options.jobs}: expected a number from 1")
+    if options.seeds == []:
+        raise ConfigError(f"{COMMAND_LINE}: seeds=[]: expected at least one, as [0,1]")
     overrides = []
     for word in words:
         if word.startswith("launcher."):
@@ -154,24 +148,12 @@ def split_words(words: list[str]) -> tuple[Options, list[str]]:
     return options, overrides
 
 
-def read_setting(key: str, text: str) -> Any:
-    """Return the value of a setting. Raises ConfigError for one of the wrong kind."""
+def read_value(text: str) -> Any:
+    """Return the value of a text in YAML's notation, and the text where it is none."""
     try:
-        value: Any = yaml.safe_load(text)
+        return yaml.safe_load(text)
     except yaml.YAMLError:
-        value = None
-    if key == "jobs":
-        valid = is_list([value], int) and value >= 1
-    elif key == "seeds":
-        valid = is_list(value, int)
-    elif key in ("dry_run", "anew"):
-        valid = isinstance(value, bool)
-    else:
-        value = text  # a name may look like a number
-        valid = bool(text)
-    if not valid:
-        raise ConfigError(f"{COMMAND_LINE}: {key}={text}: expected {EXPECTED[key]}")
-    return value
+        return text
 
 
 def find_unfinished(folder: Path, cells: list[Cell], archive: bool) -> list[Cell]:
