@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from families import small_fields
 from helpers import (
     CONNECTORS,
     CROSS_ATTENTION,
@@ -25,6 +26,8 @@ from helpers import (
     policy,
     yaml_nodes,
 )
+from owlfuse.artifacts.export import export
+from owlfuse.artifacts.load import TrainedModel, load_exported
 from owlfuse.model.adapters import (
     PARTS,
     LoRA,
@@ -478,3 +481,52 @@ def test_a_norm_of_a_frozen_backbone_is_said_to_have_no_effect(caplog):
         caplog.clear()
         make_model(vision=vision, adapter={"vision": policy(name)}).check_start()
         assert "model.vision.norm has no effect" in caplog.text
+
+
+GPT2 = {"model_type": "gpt2", "n_embd": 32, "n_head": 4, "n_layer": 2}
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"use_dora": True}, {"init_lora_weights": "pissa"}], ids=str
+)
+def test_lora_reaches_layers_that_hold_their_weights_transposed(options, tmp_path, recwarn):
+    lora = policy("LoRA", r=2, **options)
+    model = make_model(llm=GPT2, adapter={**FROZEN, "llm": lora})
+    layers = {n.partition(".lora_A")[0] for n, _ in model.llm.named_parameters() if ".lora_A" in n}
+    assert {layer_name(name) for name in layers} == {"c_attn", "c_proj", "c_fc"}
+    batch = make_batch(ROWS)
+    with torch.no_grad():
+        before = model(batch)
+        for parameter in model.llm.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+        expected = model(batch)
+        assert (expected - before).abs().max() > 1e-2
+        kept = export(TrainedModel(model, None, None), tmp_path / "kept")
+        torch.testing.assert_close(load_exported(kept)[0].model(batch), expected)
+        merged = export(TrainedModel(model, None, None), tmp_path / "merged", merge=True)
+        torch.testing.assert_close(
+            load_exported(merged)[0].model(batch), expected, rtol=1e-4, atol=1e-4
+        )
+    assert not [str(one.message) for one in recwarn if "fan_in_fan_out" in str(one.message)]
+
+
+def test_olora_of_transposed_weights_is_refused():
+    lora = policy("LoRA", r=2, init_lora_weights="olora")
+    with pytest.raises(ValueError, match="olora takes weights as linear layers hold them"):
+        make_model(llm=GPT2, adapter={"llm": lora})
+
+
+def test_updates_are_not_put_where_a_kernel_reads_the_weight():
+    fields = {**small_fields("granitemoehybrid"), "vocab_size": VOCAB}
+    with torch.device("meta"):
+        node = model_node(llm=fields, adapter={**FROZEN, "llm": policy("LoRA", r=2)})
+        model, _ = build_model(node, VOCAB)
+    updated = [name for name, _ in model.llm.named_parameters() if ".lora_A" in name]
+    assert any("mamba.in_proj" in name for name in updated)
+    assert not any("mamba.out_proj" in name for name in updated)
+    with torch.device("meta"):
+        # its linear attention calls the layer
+        node = {**node, "llm": {**node["llm"], "config": small_fields("qwen3_next")}}
+        model, _ = build_model(node, VOCAB)
+    assert any("linear_attn.out_proj.lora_A" in name for name, _ in model.llm.named_parameters())

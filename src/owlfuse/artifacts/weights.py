@@ -81,6 +81,10 @@ def frozen_hashes(model: MultimodalLM) -> dict[str, str]:
             digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
             # as bytes, since numpy has no bfloat16
             digest.update(tensor.flatten().view(torch.uint8).numpy().data)
+            # of 4 bits the scales are beside the tensor
+            state = getattr(parameter, "quant_state", None)
+            if state is not None:
+                digest.update(state.absmax.cpu().flatten().view(torch.uint8).numpy().data)
         if any_frozen:
             hashes[part] = digest.hexdigest()
     return hashes

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterable, Mapping
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any, Protocol, TypeVar
@@ -15,8 +17,10 @@ from peft.tuners.lora import LoraLayer
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from owlfuse.core.console import PlainConsole as Console
+from owlfuse.model.layouts import layers_past_their_forward
 
 log = logging.getLogger(__name__)
 PARTS = ("vision", "connector", "fusion", "llm")
@@ -233,12 +237,14 @@ class LoRA:
             alpha_pattern=anchored(alphas),
             init_lora_weights=init,
         )
-        inject_adapter_in_model(config, part.root, NAME)
+        with quiet_about_transposed():
+            inject_adapter_in_model(config, part.root, NAME)
         if self.starts_from_weights:
             config.init_lora_weights = False
             # the start stands for a part of the frozen weight, whose input is not dropped
             config.lora_dropout = 0.0
-            inject_adapter_in_model(config, part.root, START)
+            with quiet_about_transposed():
+                inject_adapter_in_model(config, part.root, START)
             self.start_from_weights(part, names)
         activate_updates(part.root)
         # in 16 bits small steps of the optimizer would be lost; a run in bf16-true asks for it
@@ -295,6 +301,11 @@ class LoRA:
             if rank < 1:
                 raise ValueError(f"rank_pattern: {name} has rank {rank}, and a rank is at least 1")
             smallest = min(layer.weight.shape)
+            if self.init_lora_weights == "olora" and isinstance(layer, Conv1D):
+                raise ValueError(
+                    "init_lora_weights: olora takes weights as linear layers hold them, and "
+                    f"{name} holds them transposed; take pissa, gaussian or true"
+                )
             if self.starts_from_weights and rank > smallest:
                 raise ValueError(
                     f"init_lora_weights: {self.init_lora_weights} takes {rank} directions of "
@@ -376,8 +387,10 @@ class LoRA:
         # an update of the head is trained by `train_rows` or `full` alone
         root: Any = part.root
         head = root.get_output_embeddings() if part.name == "llm" else None
+        # beside the head those of Mamba's kernels, in whose forward no update has a part
+        excluded = {id(head)} | layers_past_their_forward(part.root)
         for path, module in part.root.named_modules():
-            is_target = isinstance(module, nn.Linear) and module is not head
+            is_target = isinstance(module, nn.Linear | Conv1D) and id(module) not in excluded
             if is_target and f"{path}.weight" in part.parameters:
                 paths_by_name.setdefault(layer_name(path), []).append(path)
         if self.targets == "all-linear":
@@ -410,6 +423,15 @@ class LoRA:
             names += matching
         check_not_quantized(part, names)
         return names
+
+
+@contextmanager
+def quiet_about_transposed() -> Iterator[None]:
+    """Inside, peft does not warn that it has found out by itself which layers hold their weights
+    transposed, as GPT-2's."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="fan_in_fan_out is set to")
+        yield
 
 
 def matched(

@@ -759,3 +759,28 @@ def check_layer_needs(llm: PreTrainedModel, layer: nn.Module, needs: tuple[Need,
         mlp_of(llm, layer)
     if "separate_keys_values" in needs:
         key_value_weights(llm, layer)
+
+
+def layers_past_their_forward(root: nn.Module) -> set[int]:
+    """Returns by id the linear layers below a module whose weight is read without a call of the
+    layer, as Mamba's kernels do in training: what is put in their place, or added to them, would
+    not be seen."""
+    owners: dict[type[nn.Module], list[Any]] = {}
+    for module in root.modules():
+        if isinstance(getattr(module, "out_proj", None), nn.Linear):
+            owners.setdefault(type(module), []).append(module)
+    ids: set[int] = set()
+    for owner_class, modules in owners.items():
+        if reads_output_weight(owner_class):
+            ids.update(id(module.out_proj) for module in modules)
+    return ids
+
+
+def reads_output_weight(module_class: type[nn.Module]) -> bool:
+    """Returns whether a class hands the weight of its `out_proj` to a kernel, by its source: there
+    is no other sign of it where the kernels are not installed."""
+    try:
+        source = inspect.getsource(module_class)
+    except (OSError, TypeError):  # a class without a file
+        return False
+    return "self.out_proj.weight" in source

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from transformers.utils import is_bitsandbytes_available
 
 from owlfuse.core.packages import missing
-from owlfuse.model.layouts import decoder_layers
+from owlfuse.model.layouts import decoder_layers, layers_past_their_forward
 
 # optional: a run is planned on the meta device without it
 if is_bitsandbytes_available():
@@ -128,8 +128,8 @@ class PlannedLinear(nn.Linear):
 def quantize(
     llm: PreTrainedModel, quantization: Quantization, without: Iterable[nn.Module] = ()
 ) -> None:
-    """Puts layers in 4 bits into the place of an LLM's linear layers, all but its head. On the meta
-    device they only stand for such.
+    """Puts layers in 4 bits into the place of an LLM's linear layers, all but its head and those
+    whose weight a kernel reads. On the meta device they only stand for such.
 
     transformers quantizes while it loads; here the LLM is there already, so that fusions have made
     their copies of its layers, and so that exports and GGUF files can be quantized, too.
@@ -143,7 +143,7 @@ def quantize(
         MissingPackage: bitsandbytes is not installed, and the LLM is not on the meta device.
     """
     # transformers leaves the head out, too, when it quantizes
-    excluded = {id(llm.get_output_embeddings())}
+    excluded = {id(llm.get_output_embeddings())} | layers_past_their_forward(llm)
     for owner in without:
         excluded.update(id(child) for child in owner.modules())
     # a list, since modules are replaced on the way

@@ -18,6 +18,7 @@ from owlfuse.artifacts.load import load_with_processor
 from owlfuse.core.errors import DataError
 from owlfuse.core.progress import quiet_libraries
 from owlfuse.core.terminal import visible
+from owlfuse.data.chat.checks import control_tokens
 from owlfuse.data.chat.tokenizer import render
 from owlfuse.data.formats.marks import with_pictures
 from owlfuse.data.media.images import MAX_PIXELS, open_image
@@ -62,6 +63,7 @@ class Conversation:
         self.processor = processor
         self.thinking = thinking
         self.options = options
+        self.control_tokens = control_tokens(processor.tokenizer, processor.image_token)
         self.max_positions: int | None = getattr(
             model.config.text_config, "max_position_embeddings", None
         )
@@ -92,9 +94,16 @@ class Conversation:
             options: keyword arguments of `generate` for this answer, before the conversation's.
 
         Raises:
-            DataError: more or fewer `<image>` marks than pictures, or the conversation is longer
-                than the model's positions; nothing of it is remembered.
+            DataError: more or fewer `<image>` marks than pictures, a control token in the question,
+                or the conversation is longer than the model's positions; nothing of it is
+                remembered.
         """
+        for token in self.control_tokens:
+            if token in question:
+                raise DataError(
+                    f"the question holds the tokenizer's control token {token}, which would act as "
+                    "one; leave it out"
+                )
         content = with_pictures(question, len(self.next_pictures))
         messages = [*self.messages, {"role": "user", "content": content}]
         pictures = [*self.pictures, *self.next_pictures]
