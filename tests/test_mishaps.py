@@ -348,7 +348,7 @@ COMPLETED = {
     "owlfuse train seed=1 model/fusion=h": ["model/fusion=hyperattention"],
     "owlfuse config model/adapter@model.adapter.llm=lo": ["model/adapter@model.adapter.llm=lora"],
     "owlfuse recipe owl3": ["owl3", "owl3_paper"],
-    "owlfuse ablate fus": ["fusion"],
+    "owlfuse ablate fus": ["fusion", "fusions_all"],
     "owlfuse eval out task=gq": ["task=gqa"],
     "owlfuse completion z": ["zsh"],
 }

@@ -40,7 +40,7 @@ from owlfuse.core.folder_kinds import check_exported
 from owlfuse.core.types import IMAGE
 from owlfuse.data.chat.answer_format import AnswerFormat
 from owlfuse.data.chat.tokenizer import prepare
-from owlfuse.model.adapters import quiet_about_transposed
+from owlfuse.model.adapters import without_peft_warnings
 from owlfuse.model.llm import recompute_activations
 from owlfuse.model.multimodal import MultimodalLM, build_model
 from owlfuse.model.quantization import Quantization
@@ -178,7 +178,7 @@ def load_exported(
     restore_llm_dtype(wrapped.model, weights)
     if (folder / ADAPTER).is_dir():
         check_adapter(folder / ADAPTER)
-        with build_errors(folder / ADAPTER), quiet_about_transposed():
+        with build_errors(folder / ADAPTER), without_peft_warnings():
             # injects its layers into `wrapped` itself
             peft_model = PeftModel.from_pretrained(wrapped, folder / ADAPTER, torch_device="cpu")
         check_updates(peft_model, folder / ADAPTER / "adapter_model.safetensors")

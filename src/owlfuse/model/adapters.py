@@ -237,13 +237,13 @@ class LoRA:
             alpha_pattern=anchored(alphas),
             init_lora_weights=init,
         )
-        with quiet_about_transposed():
+        with without_peft_warnings():
             inject_adapter_in_model(config, part.root, NAME)
         if self.starts_from_weights:
             config.init_lora_weights = False
             # the start stands for a part of the frozen weight, whose input is not dropped
             config.lora_dropout = 0.0
-            with quiet_about_transposed():
+            with without_peft_warnings():
                 inject_adapter_in_model(config, part.root, START)
             self.start_from_weights(part, names)
         activate_updates(part.root)
@@ -426,11 +426,17 @@ class LoRA:
 
 
 @contextmanager
-def quiet_about_transposed() -> Iterator[None]:
-    """Inside, peft does not warn that it has found out by itself which layers hold their weights
-    transposed, as GPT-2's."""
+def without_peft_warnings() -> Iterator[None]:
+    """Inside, peft does not warn of what is found out or checked anyway: which layers hold their
+    weights transposed, as GPT-2's; patterns that it has added by itself for fused experts; and
+    updates that a file lacks."""
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="fan_in_fan_out is set to")
+        for message in (
+            "fan_in_fan_out is set to",
+            "The following (rank|alpha)_pattern keys did not match",
+            "Found missing adapter keys",
+        ):
+            warnings.filterwarnings("ignore", message=message)
         yield
 
 
