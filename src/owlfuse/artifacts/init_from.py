@@ -8,6 +8,7 @@ from typing import Any
 from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf, open_dict
 
+from owlfuse.artifacts.checking import build_errors, check_files
 from owlfuse.artifacts.hf.configuration import read_configuration
 from owlfuse.config.build import to_dict
 from owlfuse.config.check import nodes_of, parameters_of
@@ -27,7 +28,11 @@ def adopt_parts(config: DictConfig) -> None:
             nor the folder's.
     """
     try:
-        nodes = read_configuration(check_exported(Path(config.init_from))).nodes()
+        folder = check_exported(Path(config.init_from))
+        # its tokenizer is read before its weights
+        check_files(folder)
+        with build_errors(folder / "config.json"):
+            nodes = read_configuration(folder).nodes()
     except DataError as error:
         raise ConfigError(f"init_from: {error}") from error
     # a key at its default is not the user's wish
