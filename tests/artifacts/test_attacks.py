@@ -174,6 +174,13 @@ RUN_ATTACKS = {
     "an address of weights": edit_yaml(
         "model.vision.kwargs", {"pretrained_cfg": {"url": "http://127.0.0.1:9/x"}}
     ),
+    "weights of the hub inside of the LLM": edit_yaml(
+        "model.llm.config.vision_config",
+        {"model_type": "timm_wrapper", "architecture": "hf-hub:a/b"},
+    ),
+    "a file of weights inside of the LLM": edit_yaml(
+        "model.llm.config.vision_config", {"model_args": {"checkpoint_path": "evil.pt"}}
+    ),
     "another folder": edit_yaml("name", "../../canary"),
     "a pickle": pickled_checkpoint,
     "a pickled table": pickled_table,

@@ -15,7 +15,7 @@ from huggingface_hub.errors import StrictDataclassError
 from peft import LoraConfig
 from transformers.core_model_loading import revert_weight_conversion
 
-from owlfuse.config.trust import HUB_NAME, WEIGHT_OPTIONS, nodes_of
+from owlfuse.config.trust import check_timm_inside, nodes_of
 from owlfuse.core.errors import DataError
 from owlfuse.core.files import MAX_CONFIG, read_json, read_text
 from owlfuse.data.chat.tokenizer import MAX_TEMPLATE, parse_template
@@ -33,8 +33,6 @@ FORBIDDEN = {
 why they are refused."""
 KERNEL_KEY = re.compile(r"_?(attn|experts)_implementation(_internal)?")
 """Keys whose value may be a kernel of the hub, which is code."""
-TIMM_KEYS = ("architecture", "backbone", "model_args", "backbone_kwargs")
-"""Keys by which transformers builds a model of timm."""
 COUNT_KEY = re.compile(r"(^|_)(n_)?(layers?|depths?|blocks?|experts?|stages?|repeats?)$")
 """Keys that say how many modules are built."""
 ALWAYS_ALLOWED = 1000
@@ -120,22 +118,9 @@ def check_object(content: dict[str, Any], file: Path) -> None:
                     f"{file}: {prefix}{key} is {str(value)[:80]}, a kernel of the hub; such a "
                     "folder is not read"
                 )
-            if key in TIMM_KEYS:
-                check_timm(value, f"{file}: {prefix}{key}")
+            check_timm_inside(key, value, f"{file}: {prefix}{key}")
             if key in TEMPLATE_KEYS and isinstance(value, str):
                 parse_template(value, f"{file}: {prefix}{key}")
-
-
-def check_timm(value: Any, where: str) -> None:
-    """Checks what transformers hands to timm's `create_model` for a backbone inside of an LLM, as
-    Gemma 3n's. Raises DataError for weights of another file or of the hub."""
-    if isinstance(value, str) and HUB_NAME.match(value):
-        raise DataError(f"{where} is {value[:80]}, which would be fetched from elsewhere")
-    for key in value if isinstance(value, dict) else ():
-        if str(key).startswith(WEIGHT_OPTIONS):
-            raise DataError(
-                f"{where}.{key}: a file or address of weights, which a model's folder may not name"
-            )
 
 
 def check_counts(config: dict[str, Any], file: Path, shapes: dict[str, tuple[int, ...]]) -> None:

@@ -29,7 +29,7 @@ from owlfuse.artifacts.hf.modeling import OwlfuseForConditionalGeneration
 from owlfuse.artifacts.hf.processing import OwlfuseImageProcessor, OwlfuseProcessor
 from owlfuse.artifacts.lora import merge_lora
 from owlfuse.artifacts.released.loading import read_record
-from owlfuse.artifacts.released.weights import TensorInfo, read_header, shard_names
+from owlfuse.artifacts.released.weights import FLOATS, TensorInfo, read_header, shard_names
 from owlfuse.artifacts.run_data import run_tokenizer
 from owlfuse.artifacts.runs import check_which, chosen_checkpoint, read_results
 from owlfuse.artifacts.weights import check_fits, load_weights, read, set_precision
@@ -72,8 +72,6 @@ log = logging.getLogger(__name__)
 
 ADAPTER, RELEASED = "adapter", "released"
 """Folders in an export."""
-FILE_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-"""torch's types by their names in safetensors files."""
 
 
 @dataclass
@@ -163,7 +161,9 @@ def load_exported(
         )
     # how answers end, which the next run's and the next export's are told by
     ends = wrapped.generation_config.eos_token_id
-    wrapped.model.llm.generation_config.eos_token_id = ends
+    # weights that were imported without a tokenizer have none
+    if ends is not None:
+        wrapped.model.llm.generation_config.eos_token_id = ends
     if wrapped.config.dtype is not None:
         wrapped.model.llm.config.dtype = wrapped.config.dtype  # by which it is exported again
     problems = []
@@ -199,7 +199,7 @@ def restore_llm_dtype(model: MultimodalLM, weights: dict[str, TensorInfo]) -> No
     dtypes = {info.dtype for name, info in weights.items() if name.startswith("model.llm.")}
     # of an LLM that was in 4 bits some weights are in 32, and then all are
     if len(dtypes) == 1:
-        dtype = FILE_DTYPES.get(dtypes.pop(), torch.float32)
+        dtype = FLOATS.get(dtypes.pop(), torch.float32)
         for parameter in model.llm.parameters():
             parameter.data = parameter.data.to(dtype)
 

@@ -41,6 +41,8 @@ ENVIRONMENT = "OWLFUSE_TRUST"
 
 # Depth of brackets in a config.yaml.
 MAX_DEPTH = 100
+# Keys of an LLM's configuration by which transformers builds a model of timm.
+TIMM_KEYS = ("architecture", "backbone", "model_args", "backbone_kwargs")
 # How timm's options begin that name weights.
 WEIGHT_OPTIONS = ("pretrained", "checkpoint", "cache")
 # Names of timm that are no entry of its own registry: `hf-hub:`, `local-dir:` and paths.
@@ -295,6 +297,9 @@ def check_names(config: dict[str, Any], file: Path) -> None:
     vision = config.get("model", {}).get("vision")
     if isinstance(vision, dict):
         check_backbone(vision, file)
+    for path, node in nodes_of(config.get("model", {}).get("llm"), "model.llm"):
+        for key, value in node.items():
+            check_timm_inside(key, value, f"{file}: {path}.{key}")
 
 
 def check_target(path: str, target: Any, file: Path) -> None:
@@ -453,6 +458,22 @@ def check_timm_arguments(path: str, node: dict[str, Any], file: Path, hub: bool)
             f"{file}: {path}.name is {name[:120]}, which would be fetched from elsewhere; "
             f"if you trust it, write: owlfuse --trust {name[:120]} ..."
         )
+
+
+def check_timm_inside(key: str, value: Any, where: str) -> None:
+    """Check a key of an LLM's configuration that transformers hands to timm's `create_model`, for a
+    backbone inside of the LLM, as Gemma 3n's. Raises DataError for weights of another file or of
+    the hub."""
+    if key not in TIMM_KEYS:
+        return
+    if isinstance(value, str) and HUB_NAME.match(value):
+        raise DataError(f"{where} is {value[:80]}, which would be fetched from elsewhere")
+    for option in value if isinstance(value, dict) else ():
+        if str(option).startswith(WEIGHT_OPTIONS):
+            raise DataError(
+                f"{where}.{option}: a file or address of weights, which a model's folder may not "
+                "name"
+            )
 
 
 def values_of(content: Any) -> Iterator[tuple[str, Any]]:

@@ -383,15 +383,33 @@ def eager_attention(
     return function(module, query, key, value, attention_mask, **options)
 
 
-def rotate(attention: nn.Module, states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def rotate(
+    attention: nn.Module, states: Tensor, cos: Tensor, sin: Tensor, alone: bool = False
+) -> Tensor:
     """Returns `states` (B, K, T, d) rotated as this attention rotates its keys: by the function of
-    its modelling file."""
-    apply = sys.modules[type(attention).__module__].apply_rotary_pos_emb
-    # Gemma 4's rotates one tensor
-    if list(inspect.signature(apply).parameters)[1] == "cos":
+    its modelling file.
+
+    Args:
+        alone: see `KeyPath.rotates_alone`.
+    """
+    apply = rotary_function(attention)
+    if alone:
         return apply(states, cos, sin)
-    # the others rotate queries too: none are given
+    # it rotates queries too: none are given
     return apply(states[:, :0], states, cos, sin)[1]
+
+
+def rotary_function(attention: nn.Module) -> Any:
+    """Returns the function of an attention's modelling file that rotates, None where it has
+    none."""
+    return getattr(sys.modules[type(attention).__module__], "apply_rotary_pos_emb", None)
+
+
+def rotates_alone(attention: nn.Module) -> bool:
+    """Returns whether an attention's rotary function takes one tensor, as Gemma 4's, and not
+    queries and keys."""
+    function = rotary_function(attention)
+    return function is not None and list(inspect.signature(function).parameters)[1] == "cos"
 
 
 class KeyPath(NamedTuple):
@@ -407,6 +425,8 @@ class KeyPath(NamedTuple):
     """Whether a head's numbers are rotated, only as many as there are cosines, or not at all."""
     layer_type: str | None = None
     """See `layer_type_of`."""
+    rotates_alone: bool = False
+    """Whether the rotary function takes keys without queries."""
     value_norm: str | None = None
     """The attention's norm of each head's values, by name, as Gemma 4's."""
 
@@ -422,11 +442,12 @@ class KeyPath(NamedTuple):
             key = norm(key)
         if self.rotation == "whole":
             assert turn is not None
-            key = rotate(attention, key, *turn)
+            key = rotate(attention, key, *turn, self.rotates_alone)
         elif self.rotation == "part":
             assert turn is not None
             width = turn[0].shape[-1]
-            key = torch.cat([rotate(attention, key[..., :width], *turn), key[..., width:]], dim=-1)
+            turned = rotate(attention, key[..., :width], *turn, self.rotates_alone)
+            key = torch.cat([turned, key[..., width:]], dim=-1)
         if norm is not None and self.norm_over == "rotated":
             key = norm(key)
         return key
@@ -590,8 +611,7 @@ def load_pretrained(
         )
     # transformers' loading makes all parameters trainable, and its class may not
     with torch.device("meta"):
-        plain: Any = type(llm)(llm.config)
-    names: Any = untrainable_names(plain)
+        names: Any = untrainable_names(type(llm)(llm.config))
     llm.untrainable = names
     return llm
 

@@ -42,6 +42,7 @@ from owlfuse.model.llm import (
     first_line,
     layer_type_of,
     rotary,
+    rotates_alone,
     shared_field,
 )
 
@@ -382,9 +383,11 @@ def key_path(
     # OLMoE clips its values
     if not value_norms:
         return "its attention changes the values after their projection"
-    layer_type = layer_type_of(llm, index)
+    layer_type, takes_keys_alone = layer_type_of(llm, index), rotates_alone(attention)
     for candidate in CANDIDATES:
-        path = candidate._replace(layer_type=layer_type, value_norm=value_norms[0])
+        path = candidate._replace(
+            layer_type=layer_type, rotates_alone=takes_keys_alone, value_norm=value_norms[0]
+        )
         try:
             turn = None
             if path.rotation != "none":

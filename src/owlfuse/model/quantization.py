@@ -71,7 +71,7 @@ class Quantization:
         for name, values in choices.items():
             value = getattr(quantization, name)
             # by its type, too: 1 is no true
-            if value not in values or isinstance(value, bool) != isinstance(values[0], bool):
+            if value not in values or type(value) is not type(values[0]):
                 listed = ", ".join(str(choice) for choice in values)
                 raise ValueError(f"quantization: {name} is {value!r}, expected one of {listed}")
         return quantization

@@ -56,7 +56,9 @@ def test_flash_attention_is_refused():
 
 
 def test_an_unknown_attention_is_refused():
-    with pytest.raises(ValueError, match="attention: both is neither causal nor bidirectional"):
+    with pytest.raises(
+        ValueError, match="attention is 'both', expected one of causal, bidirectional"
+    ):
         make_model({"_target_": CONCAT, "attention": "both"})
 
 

@@ -23,6 +23,9 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from owlfuse.core.types import Batch, VisualTokens
 from owlfuse.model.fusion.base import Fusion, image_slots, splice
 from owlfuse.model.llm import attention_function
+from owlfuse.model.parts import check_choice
+
+Attention = Literal["causal", "bidirectional"]
 
 ARGUMENT = "image_numbers"
 """The keyword argument of the LLM's forward that `begin_forward` takes away before the LLM sees
@@ -47,11 +50,10 @@ class Concat(Fusion):
     def __init__(
         self,
         connector_tokens: int,
-        attention: Literal["causal", "bidirectional"] = "causal",
+        attention: Attention = "causal",
     ) -> None:
         super().__init__()
-        if attention not in ("causal", "bidirectional"):
-            raise ValueError(f"attention: {attention} is neither causal nor bidirectional")
+        check_choice("attention", attention, Attention)
         self.tokens_per_image = connector_tokens
         self.attention = attention
 
