@@ -10,8 +10,9 @@ from safetensors import safe_open
 from helpers import SHAPE_COUNTS, SMALL_RUN, llm_fields, make_batch, make_model
 from owlfuse.artifacts.export import export
 from owlfuse.artifacts.load import load_exported, load_run
-from owlfuse.artifacts.weights import HALVES, set_precision
+from owlfuse.artifacts.weights import HALVES, check_trained_precision, set_precision
 from owlfuse.config.compose import compose
+from owlfuse.core.errors import ConfigError
 from owlfuse.data.shapes.write import write_shapes
 from owlfuse.training import train
 
@@ -99,3 +100,31 @@ def test_rotary_frequencies_keep_their_precision_in_any_cast(dtype, family):
     assert {parameter.dtype for parameter in model.parameters()} == {dtype}
     batch = make_batch([[5, 6, "image", 7, 8]], model.fusion.tokens_per_image)
     assert model(batch).dtype == dtype
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["model/adapter@model.adapter.llm=full"],
+        ["model/adapter@model.adapter.llm=last_n", "model.adapter.llm.n=1"],
+        ["model/adapter@model.adapter.llm=lora", "model.adapter.llm.modules_to_save=[norm]"],
+        # whose own weights are of the LLM's type
+        ["model/adapter@model.adapter.llm=lora", "model/fusion=hyperattention"],
+    ],
+    ids=["full", "last_n", "modules_to_save", "fusion"],
+)
+def test_16_bit_weights_are_trained_in_runs_of_16_bits_alone(work, overrides):
+    common = [*SMALL, "experiment=shapes_owl1", "+model.llm.dtype=bfloat16", *overrides]
+    with pytest.raises(ConfigError, match="would be trained in 16 bits, in which small steps"):
+        train.run(compose(common))
+
+
+def test_who_may_train_beside_an_llm_of_16_bits():
+    model = make_model("concat", llm={**llm_fields("llama")})
+    for parameter in model.llm.parameters():
+        parameter.data = parameter.data.bfloat16()
+        parameter.requires_grad_(False)
+    check_trained_precision(model, "bf16-mixed", {})
+    with pytest.raises(ValueError, match="embed_tokens"):
+        check_trained_precision(model, "bf16-mixed", {"<new>": 7})
+    check_trained_precision(model, "bf16-true", {"<new>": 7})

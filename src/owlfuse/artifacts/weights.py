@@ -33,6 +33,36 @@ def set_precision(model: MultimodalLM, precision: Any) -> None:
         model.llm.config.dtype = HALVES[precision]  # by which an export is read back
 
 
+def check_trained_precision(
+    model: MultimodalLM, precision: Any, new_tokens: dict[str, int]
+) -> None:
+    """Checks that a run which is not in 16 bits as a whole trains no weight that is: its small
+    steps would be rounded away, since no 32-bit copy of it is kept. The model may have no memory.
+
+    Args:
+        new_tokens: those whose rows of the LLM's tables are trained (see
+            `adapters.apply_adapters`).
+
+    Raises:
+        ValueError: it does, by `model.llm.dtype`.
+    """
+    if precision in HALVES:
+        return
+    for name in PARTS:
+        part = model.part(name)
+        trained = {key: p for key, p in part.parameters.items() if p.requires_grad}
+        if new_tokens:
+            trained |= part.tables
+        halves = [key for key, parameter in trained.items() if parameter.dtype in HALVES.values()]
+        if halves:
+            raise ValueError(
+                f"model.llm.dtype: {halves[0]} of the part {name} would be trained in 16 bits, in "
+                "which small steps are rounded away; leave dtype out (bf16-mixed computes in 16 "
+                "bits all the same), train the part by lora, or everything in 16 bits by "
+                "trainer.precision=bf16-true"
+            )
+
+
 @contextmanager
 def checkpoint_errors(path: Path) -> Iterator[None]:
     """Turns what reading a checkpoint raises into a DataError that names it: a file that is

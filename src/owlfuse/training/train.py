@@ -23,7 +23,7 @@ from owlfuse.artifacts.runs import (
     write_config,
     write_mixture,
 )
-from owlfuse.artifacts.weights import needs_base
+from owlfuse.artifacts.weights import check_trained_precision, needs_base
 from owlfuse.config.build import build, to_dict
 from owlfuse.config.compose import naming_part
 from owlfuse.config.identity import data_hash
@@ -121,6 +121,7 @@ def train(config: DictConfig, folder: Path, data_digest: str | None, at_exit: Ex
                 getattr(plan.llm, "trained_rows", None),
             )
             new_tokens = tokens_to_train(data.tokenizer, config.data.tokenizer, *start)
+        check_trained_precision(plan, trainer.precision, new_tokens)
     identity: dict[str, str] = {}
     # by the first rank alone: all would read the same files, and it writes the record
     if is_first_rank():
