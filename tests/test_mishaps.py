@@ -83,6 +83,14 @@ MISHAPS = {
         ["trainer.val_check_interval=null"],
         f"trainer.val_check_interval is null, {STEPS} between",
     ),
+    "epochs that end early": (
+        ["+trainer.limit_train_batches=100"],
+        "trainer.limit_train_batches is 100, expected none",
+    ),
+    "the same batches": (
+        ["+trainer.overfit_batches=1"],
+        "trainer.overfit_batches is 1, expected none: it would train the same samples",
+    ),
     "no logging": (["trainer.log_every_n_steps=0"], f"trainer.log_every_n_steps is 0, {STEPS}"),
     "gradients turned around": (
         ["trainer.gradient_clip_val=-1"],

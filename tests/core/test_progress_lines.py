@@ -2,6 +2,7 @@
 a terminal."""
 
 import logging
+import os
 import re
 import sys
 import warnings
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 from owlfuse.core import progress
-from owlfuse.core.progress import Pace, Progress, progress_hidden, quiet_libraries, track
+from owlfuse.core.progress import Pace, Progress, progress_hidden, quiet_libraries, tell, track
 from owlfuse.training.callbacks import TrainingProgress
 
 
@@ -241,3 +242,14 @@ def test_what_a_user_cannot_change_is_not_said_and_all_else_is():
     ]
     assert logger.level == level
     assert warnings.filters == filters
+
+
+def test_whoever_has_closed_the_standard_error_ends_no_training(monkeypatch):
+    """As a `tee` that Ctrl-C has ended."""
+    read, write = os.pipe()
+    os.close(read)
+    with open(write, "w") as closed:
+        monkeypatch.setattr(sys, "stderr", closed)
+        tell("stopping after this step")
+        # what is left in the buffer would raise again when it is closed
+        os.dup2(os.open(os.devnull, os.O_WRONLY), write)

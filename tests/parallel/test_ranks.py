@@ -7,12 +7,19 @@ from datetime import timedelta
 import pytest
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
+from lightning.pytorch.strategies import FSDPStrategy
 
 from owlfuse.core.errors import DataError
 from owlfuse.data.loading import batches_of_rank
 from owlfuse.parallel.collectives import SharedFlag
 from owlfuse.parallel.ranks import Ranks
-from owlfuse.parallel.strategies import Replicated, Sharded, strategy_timeout
+from owlfuse.parallel.strategies import (
+    Replicated,
+    Sharded,
+    check_strategy,
+    rank_timeouts_as_data_errors,
+    strategy_timeout,
+)
 
 RANKS = 2
 BATCHES = ["a", "b", "c"]
@@ -48,6 +55,22 @@ def test_one_process_does_all_the_work_and_raises_its_own_errors():
     assert list(ranks.deal([], str.upper)) == []
     with pytest.raises(ZeroDivisionError):
         list(ranks.deal([0], lambda number: 1 / number))
+
+
+def test_a_strategy_that_keeps_weights_otherwise_is_refused():
+    trainer = Trainer(1)
+    trainer.strategy = FSDPStrategy()
+    with pytest.raises(ValueError, match=r"trainer.strategy: FSDPStrategy .* trainer=fsdp to"):
+        check_strategy(trainer, None, None)
+
+
+@pytest.mark.parametrize(("world_size", "kind"), [(1, RuntimeError), (2, DataError)])
+def test_one_process_has_waited_for_no_other(world_size, kind):
+    trainer = Trainer(world_size)
+    trainer.global_rank = trainer.global_step = 0
+    trainer.default_root_dir = "run"
+    with pytest.raises(kind), rank_timeouts_as_data_errors(trainer):
+        raise RuntimeError("DataLoader timed out after 60 seconds")
 
 
 def test_one_process_reads_its_flag_at_once():

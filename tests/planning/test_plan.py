@@ -38,6 +38,7 @@ from owlfuse.planning.plan import (
     GB,
     Layout,
     Workload,
+    alternative_layouts,
     checkpointing_keys,
     configured_layout,
     make_plan,
@@ -382,6 +383,15 @@ def estimate_of(*overrides):
     return Workload(plain, options).estimate(
         configured_layout(plain["trainer"], plain["data"], options.gpus)
     )
+
+
+def test_tensor_ranks_that_the_batch_does_not_fit_are_not_advised():
+    layout = Layout(data=2, tensor=4, sharded=True, micro=4)
+    advised = {(other.data, other.tensor) for other in alternative_layouts(layout, (), batch=8)}
+    assert (1, 8) in advised
+    assert (4, 2) not in advised
+    advised = {(other.data, other.tensor) for other in alternative_layouts(layout, (), batch=16)}
+    assert (4, 2) in advised
 
 
 def test_what_is_advised_is_what_the_parts_accept():

@@ -163,6 +163,16 @@ def test_steps_without_a_picture_say_nothing_of_the_parts_that_see_pictures():
     assert check.frozen_checked
 
 
+def test_rows_of_new_tokens_on_another_rank_are_no_alarm(monkeypatch):
+    adapter = {"llm": policy("Frozen")}
+    model = build_model(model_node(adapter=adapter), VOCAB, None, {"<new>": VOCAB - 1})[0]
+    table = model.llm.get_input_embeddings().weight
+    watched = watched_tensors(model).values()
+    assert any(tensor is table for tensor in watched)
+    monkeypatch.setattr("owlfuse.training.first_steps.local", lambda t: t[:-1] if t is table else t)
+    assert not any(tensor is table for tensor in watched_tensors(model).values())
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_a_checksum_changes_with_the_last_bit_of_any_number(dtype, monkeypatch):
     monkeypatch.setattr("owlfuse.training.first_steps.CHUNK", 7)

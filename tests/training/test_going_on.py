@@ -453,6 +453,45 @@ def test_an_error_leaves_a_checkpoint_of_the_last_whole_step_and_mixture_json(
 
 
 @pytest.mark.slow
+def test_a_run_with_averaged_weights_goes_on_from_its_own(folder):
+    common = [
+        *SMALL,
+        "optim.min_lr_ratio=1",  # the same rates whatever max_steps
+        "model/adapter@model.adapter.llm=lora",
+        "+callbacks.ema._target_=lightning.pytorch.callbacks.EMAWeightAveraging",
+        "+callbacks.ema.decay=0.5",
+    ]
+    whole = train.run(compose([*common, "name=whole-ema"]))
+    stopped = train.run(compose([*common, "name=stopped-ema", "trainer.max_steps=2"]))
+    train.run(compose([f"resume={stopped}", f"trainer.max_steps={STEPS}"]))
+    expected, actual = (
+        torch.load(last_checkpoint(run), weights_only=True) for run in (whole, stopped)
+    )
+    for key in ("state_dict", "current_model_state"):
+        assert expected[key].keys() == actual[key].keys()
+        for name, value in expected[key].items():
+            torch.testing.assert_close(actual[key][name], value, rtol=0, atol=0, msg=name)
+    # the frozen LLM is in neither
+    assert not any("llm" in name and "lora" not in name for name in expected["state_dict"])
+    differ = [
+        name
+        for name, value in expected["state_dict"].items()
+        if not torch.equal(value, expected["current_model_state"][name])
+    ]
+    assert differ
+
+
+@pytest.mark.slow
+def test_a_run_whose_steps_are_done_keeps_what_its_training_cost(copy):
+    before = json.loads((copy / "results.json").read_text())["cost"]
+    (copy / "results.json").unlink()
+    train.run(compose([f"resume={copy}"]))
+    after = json.loads((copy / "results.json").read_text())["cost"]
+    for name in ("tokens_per_s", "peak_memory_bytes", "trained_parameters"):
+        assert after[name] == before[name], name
+
+
+@pytest.mark.slow
 def test_no_checkpoint_is_made_of_weights_of_which_some_are_those_of_the_next_step(monkeypatch):
     step = torch.optim.AdamW.step
     count = []

@@ -5,6 +5,7 @@ from copy import deepcopy
 import pytest
 import torch
 
+from families import small_fields
 from helpers import make_model
 from owlfuse.core.errors import ConfigError
 from owlfuse.training.optim import AdamWCosine, MuonCosine
@@ -146,3 +147,12 @@ def test_layer_decay_gives_each_layer_its_share_of_the_next_one_s_rate(optim):
 def test_layer_decay_of_a_part_without_layers_is_refused():
     with pytest.raises(ValueError, match="layer_decay: connector has no layers"):
         AdamWCosine(layer_decay={"connector": 0.9}).groups(make_model("concat"))
+
+
+@pytest.mark.parametrize("family", ["gpt2", "opt"])
+def test_adamw_trains_tables_of_positions_too(family):
+    model = make_model("concat", llm=small_fields(family))
+    group_of = groups_by_parameter(MuonCosine().build(model, 10)["optimizer"])
+    tables = [m.weight for m in model.modules() if isinstance(m, torch.nn.Embedding)]
+    assert len(tables) >= 2
+    assert not any(group_of[id(table)]["muon"] for table in tables)

@@ -1,10 +1,12 @@
 """Runs whose weights have half of float32's bits train, evaluate, go on and are exported."""
 
+import csv
 import json
 import math
 
 import pytest
 import torch
+from lightning.pytorch.plugins.precision import MixedPrecision
 from safetensors import safe_open
 
 from helpers import SHAPE_COUNTS, SMALL_RUN, llm_fields, make_batch, make_model
@@ -15,6 +17,7 @@ from owlfuse.config.compose import compose
 from owlfuse.core.errors import ConfigError
 from owlfuse.data.shapes.write import write_shapes
 from owlfuse.training import train
+from owlfuse.training.trainer import make_trainer
 
 SMALL = [
     *SMALL_RUN,
@@ -128,3 +131,25 @@ def test_who_may_train_beside_an_llm_of_16_bits():
     with pytest.raises(ValueError, match="embed_tokens"):
         check_trained_precision(model, "bf16-mixed", {"<new>": 7})
     check_trained_precision(model, "bf16-true", {"<new>": 7})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("optim", ["adamw", "muon"])
+def test_gradients_of_16_mixed_are_clipped_at_their_own_size(work, optim, monkeypatch):
+    """With the loss multiplied by a scale, as on GPUs; Lightning does it on no CPU by itself."""
+
+    def on_cpu(*args):
+        trainer = make_trainer(*args)
+        scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+        trainer.strategy.precision_plugin = MixedPrecision("16-mixed", "cpu", scaler)
+        return trainer
+
+    norms = {}
+    common = [*SMALL, "experiment=shapes_owl3", f"optim={optim}", "trainer.log_every_n_steps=1"]
+    for name in ("plain", "scaled"):
+        run = train.run(compose([*common, "trainer.max_steps=2", f"name={name}"]))
+        with (run / "metrics.csv").open() as file:
+            rows = [row["train/grad_norm"] for row in csv.DictReader(file)]
+        norms[name] = [float(norm) for norm in rows if norm]
+        monkeypatch.setattr(train, "make_trainer", on_cpu)
+    assert norms["scaled"] == pytest.approx(norms["plain"], rel=0.05)

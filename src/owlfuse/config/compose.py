@@ -210,6 +210,10 @@ def read_run(folder: Path) -> dict[str, Any]:
     return plain
 
 
+REPEATED_DATA = ("limit_train_batches", "overfit_batches", "fast_dev_run")
+"""Arguments of Lightning's trainer that end its epoch early: a run of owlfuse is one epoch."""
+
+
 def check_steps(trainer: dict[str, Any], origin: Origin) -> None:
     """Raise ConfigError for numbers that no run can be made of, though Lightning's types allow
     them."""
@@ -224,7 +228,21 @@ def check_steps(trainer: dict[str, Any], origin: Origin) -> None:
         # Not isinstance, for which true is a whole number, too.
         if type(trainer.get(key)) is int and trainer[key] < 1:
             raise refusal(key, "a whole number of optimizer steps from 1 on")
-    interval = trainer.get("val_check_interval", 1)
+    for key in ("max_steps", "val_check_interval"):
+        if key not in trainer:
+            raise ConfigError(
+                f"{origin('trainer')}: trainer has no {key}, expected a whole number of optimizer "
+                "steps"
+            )
+    for key in REPEATED_DATA:
+        if trainer.get(key):
+            raise refusal(
+                key,
+                "none: it would train the same samples again and again, and mixture.json would "
+                "count others; for a short run set trainer.max_steps, for few samples a source of "
+                "few",
+            )
+    interval = trainer["val_check_interval"]
     # Lightning also takes shares of an epoch and times, but the data are an endless stream.
     if type(interval) is not int or interval < 1:
         raise refusal(

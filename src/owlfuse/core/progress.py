@@ -10,7 +10,7 @@ import time
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from typing import Any, TypeVar
 
@@ -172,7 +172,7 @@ class Progress:
         """Print a line, above the bar where there is one."""
         if self.shown:
             self.line_at = self.clock()
-            print(line, file=sys.stderr, flush=True)
+            tell(line)
 
     def text(self, note: str = "") -> str:
         """Return the title, the count and the remaining time."""
@@ -186,6 +186,13 @@ class Progress:
         """Return the seconds of the remaining steps; None where the pace is not known."""
         pace = self.pace.seconds()
         return None if pace is None else pace * max(0, self.total - self.done)
+
+
+def tell(line: str) -> None:
+    """Print a line to the standard error. Who has closed it, as a `tee` that Ctrl-C ends too, must
+    not end a training."""
+    with suppress(OSError):
+        print(line, file=sys.stderr, flush=True)
 
 
 def live_bar() -> Any:

@@ -107,6 +107,11 @@ def all_gather_objects(trainer: Trainer, value: Any) -> list[Any]:
     return gather_objects(data_group(trainer), value)
 
 
+def in_float64(tensor: Tensor) -> Tensor:
+    """Returns the tensor in float64, on the CPU where it is on a GPU of Apple's, which has none."""
+    return tensor.cpu().double() if tensor.device.type == "mps" else tensor.double()
+
+
 def local(tensor: Tensor) -> Tensor:
     """A rank's own part of a tensor."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -11,7 +11,11 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 from lightning import Trainer
-from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies import (
+    DDPStrategy,
+    ModelParallelStrategy,
+    SingleDeviceStrategy,
+)
 from torch import nn
 from torch.optim import Optimizer
 
@@ -168,6 +172,8 @@ def rank_timeouts_as_data_errors(trainer: Trainer) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
+        if trainer.world_size == 1:  # which waits for nobody: a data worker's or a kernel's time
+            raise
         # Backends have no class for it: gloo and NCCL raise a RuntimeError with words of their own.
         lines = str(error).strip().splitlines() or [""]
         if not any(
@@ -183,8 +189,15 @@ def rank_timeouts_as_data_errors(trainer: Trainer) -> Iterator[None]:
 
 
 def check_strategy(trainer: Trainer, model: MultimodalLM, checkpoint: Path | None) -> None:
-    """Raises ValueError for heads that the tensor ranks do not divide, or shards that the
-    strategy does not read."""
+    """Raises ValueError for a strategy under which gradients or weights are not where training
+    looks for them, heads that the tensor ranks do not divide, or shards that the strategy does not
+    read."""
+    if not isinstance(trainer.strategy, SingleDeviceStrategy | DDPStrategy | Sharded):
+        raise ValueError(
+            f"trainer.strategy: {type(trainer.strategy).__name__} keeps weights or gradients "
+            "otherwise than owlfuse decays, clips and divides them; take trainer=ddp, or "
+            "trainer=fsdp to shard"
+        )
     if isinstance(trainer.strategy, Sharded):
         model.check_split(trainer.strategy.sizes()[1])
     if checkpoint is not None and checkpoint.is_dir() and not isinstance(trainer.strategy, Sharded):

@@ -390,8 +390,10 @@ def alternative_layouts(layout: Layout, keys: tuple[str, ...], batch: int) -> It
         yield fsdp
         yield from checkpointed(fsdp)
     for ranks in TENSOR_RANKS:
-        if layout.gpus % ranks == 0 and ranks != layout.tensor:
-            split = tensor_parallel(layout, ranks)
+        if layout.gpus % ranks or ranks == layout.tensor:
+            continue
+        split = tensor_parallel(layout, ranks)
+        if batch % (split.micro * split.data) == 0:
             # One layout for each count: with checkpointing, unless that is on already.
             yield from checkpointed(split) or [split]
 

@@ -4,7 +4,6 @@ step."""
 from __future__ import annotations
 
 import signal
-import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +13,7 @@ from lightning import Callback, LightningModule, Trainer
 
 from owlfuse.artifacts.runs import checkpoints_of
 from owlfuse.core.files import write_json
-from owlfuse.core.progress import Clock, Progress, duration
+from owlfuse.core.progress import Clock, Progress, duration, tell
 from owlfuse.evaluation.reports import write_answers
 from owlfuse.evaluation.results import BEFORE_FILE
 from owlfuse.parallel.collectives import SharedFlag
@@ -175,7 +174,7 @@ class TrainingProgress(Callback):
             loss = trainer.callback_metrics.get("train/loss")
             more = f", {trainer.global_step:,} in all" if self.first_step else ""
             last = "" if loss is None else f", loss {float(loss):.4g}"
-            print(f"trained {steps:,} steps in {seconds}{more}{last}", file=sys.stderr, flush=True)
+            tell(f"trained {steps:,} steps in {seconds}{more}{last}")
 
     def on_exception(
         self, trainer: Trainer, module: LightningModule, exception: BaseException
@@ -237,8 +236,7 @@ class StopOnSignal(Callback):
             raise KeyboardInterrupt
         # No more than a flag: the signal may come in the middle of an update.
         self.requested = True
-        line = f"stopping after {self.last_step}; once more stops at once"
-        print(line, file=sys.stderr, flush=True)
+        tell(f"stopping after {self.last_step}; once more stops at once")
 
     def on_train_batch_start(
         self, trainer: Trainer, module: LightningModule, batch: Any, batch_idx: int

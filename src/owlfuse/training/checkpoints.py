@@ -15,7 +15,7 @@ from weakref import proxy
 
 import numpy as np
 import torch
-from lightning import LightningModule, Trainer
+from lightning import Callback, LightningModule, Trainer
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -306,6 +306,18 @@ class Checkpoints(RunCheckpoint):
             with raised_on_every_rank(trainer.strategy):
                 self.writer.wait()
         self.seconds += time.monotonic() - began
+
+
+class LastCheckpoint(Callback):
+    """Has the checkpoint of the last step written before other callbacks end: one of weight
+    averaging copies the average over the weights then, and a run that goes on would train that. It
+    is the first of a trainer's callbacks, `Checkpoints` among the last."""
+
+    def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
+        """See `Checkpoints.save`."""
+        for callback in trainer.checkpoint_callbacks:
+            if isinstance(callback, Checkpoints):
+                callback.save(trainer)
 
 
 def logged_metrics(trainer: Trainer) -> str | None:

@@ -46,11 +46,14 @@ class Cost(Callback):
         reset_peak()
         self.before = resident("VmRSS")
 
-    def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
-        """A run that goes on has what it measured before; its own measure takes its place where
-        it has steps enough."""
+    def on_fit_start(self, trainer: Trainer, module: LightningModule) -> None:
+        """A run that goes on has what it measured before, one of which all steps are done too; its
+        own measure takes its place where it has steps enough."""
         progress = read_json_if_there(Path(trainer.default_root_dir) / PROGRESS)
         self.cost = progress.get("cost", {})
+
+    def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
+        """The first step begins."""
         self.began = time.perf_counter()
 
     def on_train_batch_end(
@@ -98,7 +101,8 @@ class Cost(Callback):
         else:
             peak = max(0, resident("VmHWM") - self.before)
         # A run that goes on may have needed more before it was stopped.
-        self.cost["peak_memory_bytes"] = max(peak, self.cost.get("peak_memory_bytes") or 0)
+        if self.steps:  # else it is the memory that loading takes
+            self.cost["peak_memory_bytes"] = max(peak, self.cost.get("peak_memory_bytes") or 0)
         self.cost["peak_memory_of"] = (
             "allocated on the GPU" if on_gpu else "resident, less before the model was built"
         )

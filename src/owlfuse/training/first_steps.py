@@ -156,10 +156,17 @@ class FirstStepsCheck(Callback):
 
 def watched_tensors(model: Any) -> dict[Watched, Tensor]:
     """All parameters of the parts as they are on this rank, and buffers of a backbone or connector
-    that is frozen as a whole, such as statistics of batch norms."""
+    that is frozen as a whole, such as statistics of batch norms. A sharded table of which only some
+    rows are trained is left out: another rank may hold all of these."""
     tensors: dict[Watched, Tensor] = {}
+    limited = [table for table, _ in model.row_limits()]
+    left_out = {id(table) for table in limited if local(table).numel() < table.numel()}
     for part in PARTS:
-        parameters = model.part(part).parameters
+        parameters = {
+            name: parameter
+            for name, parameter in model.part(part).parameters.items()
+            if id(parameter) not in left_out
+        }
         tensors |= {Watched(part, name, p.requires_grad): p for name, p in parameters.items()}
         # The buffers of a part that trains change by right, as running means do.
         if part in ("vision", "connector") and not any(

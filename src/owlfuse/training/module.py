@@ -35,6 +35,7 @@ from owlfuse.parallel.collectives import (
     clip,
     data_ranks,
     divide,
+    in_float64,
 )
 from owlfuse.parallel.sharding import build_for, zero_other_rows
 from owlfuse.training.finite import FiniteWatch
@@ -43,6 +44,9 @@ from owlfuse.training.sample_counts import SampleCounts
 from owlfuse.training.validation_losses import ValidationLosses
 
 log = logging.getLogger(__name__)
+AVERAGED = frozenset(("state_dict", "current_model_state"))
+"""Keys of the weights in a checkpoint of Lightning's WeightAveraging: the average, and what is
+trained. Others have the first alone."""
 
 
 class MultimodalModule(lightning.LightningModule):
@@ -150,7 +154,7 @@ class MultimodalModule(lightning.LightningModule):
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Divides the gradients by the supervised tokens of the global batch, and logs its loss
         and what it held."""
-        sums = torch.stack([self.loss_sum.double(), self.token_count.double()])
+        sums = torch.stack([in_float64(self.loss_sum), in_float64(self.token_count)])
         counts = torch.tensor(self.samples.row()).to(sums)
         # one collective for the loss and all counts of the step
         rows = all_gather_rows(self.trainer, torch.cat([sums, counts]))
@@ -168,9 +172,8 @@ class MultimodalModule(lightning.LightningModule):
         self.divide_gradients(optimizer, tokens)
         self.log("train/loss", loss_sum / tokens, prog_bar=True)
         if self.model.balancing_loss is not None:
-            balance = (
-                all_gather_rows(self.trainer, self.balance_sum.double()[None]).sum().to(tokens)
-            )
+            sums_of_ranks = all_gather_rows(self.trainer, in_float64(self.balance_sum)[None])
+            balance = sums_of_ranks.sum().to(tokens)
             self.log("train/router_loss", balance / tokens)
         self.loss_sum, self.token_count, self.balance_sum = 0.0, 0, 0.0
 
@@ -227,6 +230,9 @@ class MultimodalModule(lightning.LightningModule):
     def configure_optimizers(self) -> Any:
         """See `AdamWCosine`."""
         built = self.optim.build(self.model, self.trainer.max_steps)
+        # Private in torch: a fused optimizer says that it divides by the scale of 16-mixed itself,
+        # and then gradients would be clipped, and logged, while they are still multiplied by it.
+        built["optimizer"]._step_supports_amp_scaling = False
         self.configured_groups = group_settings(built["optimizer"])
         return built
 
@@ -252,10 +258,9 @@ class MultimodalModule(lightning.LightningModule):
             # once a run, since frozen weights stay what they are
             self.frozen = frozen_hashes(self.model) if self.frozen is None else self.frozen
             names = {f"model.{name}" for name in saved_names(self.model)}
-            state = checkpoint["state_dict"]
-            checkpoint["state_dict"] = {
-                name: value for name, value in state.items() if name in names
-            }
+            for key in AVERAGED & checkpoint.keys():
+                state = checkpoint[key]
+                checkpoint[key] = {name: state[name] for name in state if name in names}
             checkpoint["frozen"] = self.frozen
         checkpoint["new_tokens"] = self.new_tokens
         self.samples.save(self.trainer, checkpoint)
@@ -268,6 +273,10 @@ class MultimodalModule(lightning.LightningModule):
         self.configure_model()
         if "state_dict" in checkpoint:
             check_fits(self.model, model_state(checkpoint), checkpoint.get("frozen", {}))
+        if checkpoint.keys() >= AVERAGED:
+            # loaded strictly by that callback: what is frozen is the same in both
+            for key in AVERAGED:
+                checkpoint[key] = {**self.state_dict(), **checkpoint[key]}
         self.samples.load(self.trainer, checkpoint)
         progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
         done = checkpoint["global_step"] * self.trainer.accumulate_grad_batches

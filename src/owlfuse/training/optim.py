@@ -15,12 +15,13 @@ from transformers import get_cosine_with_min_lr_schedule_with_warmup
 from owlfuse.core.errors import ConfigError
 from owlfuse.model.adapters import PARTS, Part
 from owlfuse.model.multimodal import MultimodalLM
+from owlfuse.model.vision.body import PREFIX_TOKENS
 
 FLOAT16_EPS = 1e-3
 """Adam's least `eps` for weights in float16 alone (`16-true`): the mean square of a gradient below
 0.008 is 0 there, and an update divided by a smaller eps would be hundreds of times the learning
 rate."""
-NO_DECAY = ("queries", "end_token", "pos_embed", "cls_token", "reg_token", "slope", "gamma")
+NO_DECAY = ("queries", "end_token", "pos_embed", "slope", "gamma", *PREFIX_TOKENS)
 
 
 @dataclass(eq=False)
@@ -146,8 +147,11 @@ class MuonCosine(AdamWCosine):
     def groups(self, model: MultimodalLM) -> list[dict[str, Any]]:
         """The groups of AdamWCosine, those of matrices and kernels in two where Muon trains some
         of them."""
-        ends = (model.llm.get_input_embeddings(), model.llm.get_output_embeddings())
-        tables = {id(end.weight) for end in ends if end is not None}
+        # those of tokens and of positions
+        tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+        head = model.llm.get_output_embeddings()
+        if head is not None:
+            tables.add(id(head.weight))
         groups = []
         for group in super().groups(model):
             vectors = group["name"].endswith("_no_decay")

@@ -19,7 +19,7 @@ from owlfuse.core.terminal import visible
 from owlfuse.data.datamodule import ChatData
 from owlfuse.parallel.collectives import data_ranks
 from owlfuse.training.callbacks import BeforeTraining, LoggedStep, StopOnSignal, TrainingProgress
-from owlfuse.training.checkpoints import Best, Checkpoints
+from owlfuse.training.checkpoints import Best, Checkpoints, LastCheckpoint
 from owlfuse.training.cost import Cost
 from owlfuse.training.first_steps import FirstStepsCheck
 from owlfuse.training.loggers import make_loggers
@@ -94,6 +94,7 @@ def make_callbacks(checkpoint: DictConfig | None, watched: str | None) -> list[C
     callbacks: list[Callback] = [
         # first, since other callbacks log at a batch's start too
         LoggedStep(),
+        LastCheckpoint(),
         TrainingProgress(),
         LearningRateMonitor("step"),
         StopOnSignal(),

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from owlfuse.core.types import Batch
 from owlfuse.data.notes import BatchRemarks
-from owlfuse.parallel.collectives import all_gather_objects
+from owlfuse.parallel.collectives import all_gather_objects, in_float64
 
 
 class ValidationLosses:
@@ -26,7 +26,7 @@ class ValidationLosses:
     def add(self, source: str, batch: Batch, loss: Tensor, tokens: Tensor) -> None:
         """Adds a batch of a source, with its summed loss."""
         # float64, so that sums of single batches lose nothing before they are added up
-        sums = torch.stack([loss.detach().double(), tokens.double()])
+        sums = torch.stack([in_float64(loss.detach()), in_float64(tokens)])
         self.sums.setdefault(source, []).append(sums)
         self.remarks.setdefault(source, []).append(BatchRemarks.of(batch))
 
