@@ -1,5 +1,7 @@
 """transformers' generate on every fusion, against whole rows without a cache."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from transformers import DynamicCache, TextStreamer
@@ -160,12 +162,13 @@ def test_as_many_beams_as_tokens_find_the_likeliest_pair_of_each_row(node):
 @each(all_fusions())
 def test_generation_goes_on_from_a_cache_of_the_prompts_beginning(node):
     model = wrapped(node)
-    _, given = inputs(model, LATER)
+    batch, given = inputs(model, LATER)
     cache = DynamicCache(config=model.model.llm.config)
-    begun, visual = (
-        given["input_ids"].shape[1] - 3,
-        model.encode(given["input_ids"], given["pixel_values"]),
-    )
+    visual = model.encode(given["input_ids"], given["pixel_values"])
+    # inside of the last image, or at its start where its tokens see each other
+    last_image = int(batch.image_positions[0, -1])
+    sees_both_ways = node.get("attention") == "bidirectional"
+    begun = last_image if sees_both_ways else given["input_ids"].shape[1] - 3
     with torch.no_grad():
         model(given["input_ids"][:, :begun], visual=visual, cache=cache)
     expected = model.generate(**given, do_sample=False, max_new_tokens=6)
@@ -228,7 +231,8 @@ def test_logits_and_loss_are_the_models_own(node):
     batch = make_batch(ROWS, model.config.tokens_per_image)
     with torch.no_grad():
         out = model(batch.input_ids, batch.attention_mask, batch.pixel_values, labels=batch.labels)
-        expected = model.model(batch)
+        # as the model is called inside, where a fusion knows how many positions are visual
+        expected = model.model(replace(batch, visual_count=int(batch.placeholder.sum())))
         kept = model(
             batch.input_ids, batch.attention_mask, batch.pixel_values, logits_to_keep=2
         ).logits

@@ -6,10 +6,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from families import small_fields
 from helpers import VOCAB, llm_fields
 from owlfuse.model.layouts import decoder_layers
 from owlfuse.model.llm import (
     cache_argument,
+    check_length,
     check_split,
     load_llm,
     rotary,
@@ -179,3 +181,17 @@ def test_tensor_ranks_share_out_only_layers_whose_every_weight_they_split(
         return
     with pytest.raises(ValueError, match=message):
         check_split(llm, 2)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "opt", "gpt_neo", "gptj", "bloom", "llama", "mpt"])
+def test_rows_without_a_position_are_refused_and_long_ones_told(family, caplog):
+    llm = load_llm(VOCAB, config=small_fields(family))
+    limit = getattr(llm.config, "max_position_embeddings", None)
+    has_table = family in ("gpt2", "opt", "gpt_neo", "gptj")
+    check_length(llm, 250, 6)
+    if has_table:
+        with pytest.raises(ValueError, match=rf"has a table of {limit} .* data.max_length=250"):
+            check_length(llm, 251, 6)
+    else:
+        check_length(llm, 257, 6)
+    assert ("was not trained for" in caplog.text) == (limit is not None and not has_table)

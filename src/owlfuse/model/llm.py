@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import re
 import struct
 import sys
 from collections.abc import Callable, Iterator
@@ -50,6 +51,8 @@ TENSOR_ROLES = {
 """How tensor parallelism splits the projections of a decoder layer: by the heads or hidden units
 that come out (`columns`), or by those that go in (`rows`), after which the ranks' results are added
 up."""
+POSITIONS = re.compile(r"pos|wpe")
+"""In the names of tables with a row for each position."""
 PER_HEAD_NORMS = ("q_norm", "k_norm", "query_layernorm", "key_layernorm")
 """Norms of Qwen3 and HunYuan, whose one weight serves every head."""
 FAILURES = (
@@ -319,6 +322,37 @@ def check_layer_split(llm: PreTrainedModel, layer: Any) -> None:
         raise ValueError(
             f"{type(llm).__name__}: tensor ranks split mlp.down_proj and have no mlp.up_proj; use "
             "FSDP alone (tensor: 1)"
+        )
+
+
+def check_length(llm: PreTrainedModel, length: int, answer: int) -> None:
+    """Checks that rows of so many tokens have a position each, and logs where the LLM was not made
+    for as many.
+
+    Args:
+        length: of a sample, in tokens.
+        answer: tokens that may be generated behind a prompt of that length.
+
+    Raises:
+        ValueError: the LLM has a table with fewer positions.
+    """
+    positions = shared_field(llm.config.get_text_config(decoder=True), "max_position_embeddings")
+    if not positions or length + answer <= positions:
+        return
+    name = type(llm).__name__
+    tensors = (*llm.named_parameters(), *llm.named_buffers())
+    # OPT's table has two rows more
+    sizes = range(positions, positions + 3)
+    if any(t.ndim == 2 and len(t) in sizes and POSITIONS.search(key) for key, t in tensors):
+        raise ValueError(
+            f"data.max_length is {length}, and {name} has a table of {positions} positions, of "
+            f"which an answer takes {answer}; set data.max_length={positions - answer}"
+        )
+    if length > positions:
+        log.warning(
+            "data.max_length is %d, and %s was made for %d tokens (max_position_embeddings): what "
+            "lies behind them it was not trained for",
+            *(length, name, positions),
         )
 
 

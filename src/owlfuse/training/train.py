@@ -34,6 +34,7 @@ from owlfuse.core.terminal import visible
 from owlfuse.data.datamodule import ChatData
 from owlfuse.data.identity import data_identity
 from owlfuse.evaluation.results import write_results
+from owlfuse.model.llm import check_length
 from owlfuse.model.llm_probe import check_packing
 from owlfuse.model.multimodal import on_meta
 from owlfuse.model.new_tokens import tokens_to_train
@@ -104,6 +105,7 @@ def train(config: DictConfig, folder: Path, data_digest: str | None, at_exit: Ex
         data = build_data(config)
         if data.pack_to is not None:
             check_packing(plan.llm)
+        check_length(plan.llm, data.max_length, getattr(evaluation, "max_new_tokens", 0))
         if past:
             data.go_on(past.step, past.positions)
         data.bind(plan.vision.preprocessing, plan.fusion.tokens_per_image)
