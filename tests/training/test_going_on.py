@@ -544,7 +544,7 @@ def test_a_signal_adds_no_validation_that_the_run_would_not_have_had(monkeypatch
             "optim.part_lr.connector: the learning rate of connector is 0",
         ),
         ("optim.part_lr.llm=0", "optim.part_lr.llm: the learning rate of llm is 0"),
-        ("optim.layer_decay.llm=0", "optim.lr: the learning rate of llm_0 is 0"),
+        ("optim.layer_decay.llm=0", "optim.lr: the learning rate of llm_-1 is 0"),
     ],
 )
 def test_a_rate_of_0_for_what_is_meant_to_train_is_refused_before_a_weight_is_made(

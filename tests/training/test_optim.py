@@ -144,6 +144,21 @@ def test_layer_decay_gives_each_layer_its_share_of_the_next_one_s_rate(optim):
     assert len(set(names)) == len(names)
 
 
+def test_layer_decay_counts_embeddings_of_an_llm_before_its_first_layer():
+    model = make_model("concat")
+    group_of = groups_by_parameter(
+        AdamWCosine(lr=1e-3, layer_decay={"llm": 0.5}).build(model, 10)["optimizer"]
+    )
+    layers = model.llm.model.layers
+    first = group_of[id(layers[0].self_attn.q_proj.weight)]["initial_lr"]
+    assert first == pytest.approx(1e-3 * 0.5 ** (len(layers) - 1))
+    embeddings = group_of[id(model.llm.get_input_embeddings().weight)]
+    assert embeddings["initial_lr"] == pytest.approx(first * 0.5)
+    assert embeddings["name"] == "llm_-1"
+    for last in (model.llm.model.norm, model.llm.get_output_embeddings()):
+        assert group_of[id(last.weight)]["initial_lr"] == 1e-3
+
+
 def test_layer_decay_of_a_part_without_layers_is_refused():
     with pytest.raises(ValueError, match="layer_decay: connector has no layers"):
         AdamWCosine(layer_decay={"connector": 0.9}).groups(make_model("concat"))

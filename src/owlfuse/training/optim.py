@@ -32,8 +32,9 @@ class AdamWCosine:
         lr: peak learning rate.
         part_lr: peaks of single parts (vision, connector, fusion, llm) where they differ.
         layer_decay: of single parts with layers: the last layer has the part's rate, each layer
-            before it so many times that of the next, as with 0.9 in the ViT of mPLUG-Owl2 (arXiv
-            2311.04257).
+            before it so many times that of the next, and what comes before the first, as
+            embeddings (layer -1), so many times that of the first; as with 0.9 in the ViT of
+            mPLUG-Owl2 (arXiv 2311.04257).
         weight_decay: of weight matrices; norms, biases, gates, queries and positions have none.
         betas: of AdamW's running means of the gradient and its square.
         eps: added to the root of AdamW's mean square; at least 1e-3 for weights that are float16
@@ -110,8 +111,15 @@ class AdamWCosine:
         last = len(part.blocks) - 1
         index = {id(p): i for i, block in enumerate(part.blocks) for p in block}
         layers: dict[int, dict[str, nn.Parameter]] = {}
-        for name, parameter in trained.items():
-            layers.setdefault(index.get(id(parameter), last), {})[name] = parameter
+        # in the order of the modules: what is in no layer comes before the first, as embeddings do,
+        # or belongs to the last
+        outside = -1
+        for name, parameter in part.parameters.items():
+            layer = index.get(id(parameter), outside)
+            if layer >= 0:
+                outside = last
+            if name in trained:
+                layers.setdefault(layer, {})[name] = parameter
         return [(f"{part.name}_{i}", decay ** (last - i), layers[i]) for i in sorted(layers)]
 
     def build(self, model: MultimodalLM, steps: int) -> dict[str, Any]:
