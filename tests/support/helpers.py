@@ -103,7 +103,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "mlp": True,
         "qk_norm": True,
     },
-    "cross_attention-after": {"_target_": CROSS_ATTENTION, "layers": [0, 2], "place": "after"},
+    "cross_attention-after": {
+        "_target_": CROSS_ATTENTION,
+        "layers": [0, 2],
+        "place": "after",
+        "sees": "last",
+    },
     "cross_attention-parallel": {
         "_target_": CROSS_ATTENTION,
         "layers": [0, 2],

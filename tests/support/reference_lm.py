@@ -48,9 +48,11 @@ class ReferenceLM:
         layers: tuple[int, ...] = (),
         mi_rope: bool = True,
         bidirectional: bool = False,
+        sees: str = "all",
     ) -> None:
         self.weights = weights
         self.bidirectional = bidirectional
+        self.sees = sees
         self.images: list[range] = []
         self.shape = shape
         self.fusion = fusion
@@ -141,7 +143,14 @@ class ReferenceLM:
     def cross(self, path: str, t: int, x: Tensor, images: list[Tensor], starts: list[int]):
         """What the cross-attention of a layer adds to the hidden state x of token t."""
         block = f"{path}.visual"
-        patches = [p for image, start in zip(images, starts) if start <= t for p in image]
+        seen = [i for i, start in enumerate(starts) if start <= t]
+        if self.sees == "last" and seen:
+            # backwards from the last one, as long as they stand side by side
+            last = [seen.pop()]
+            while seen and starts[seen[-1]] == starts[last[-1]] - 1:
+                last.append(seen.pop())
+            seen = last[::-1]
+        patches = [p for i in seen for p in images[i]]
         if not patches:
             return 0
         query = self.normed_heads(block, "q", self.norm_by_name(f"{block}.norm", x, False))

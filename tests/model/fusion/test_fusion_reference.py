@@ -60,7 +60,8 @@ def reference_of(model, node, fields):
     layers, mi_rope = tuple(node.get("layers", ())), node.get("mi_rope", True)
     weights = dict(model.llm.named_parameters())
     bidirectional = node.get("attention") == "bidirectional"
-    return ReferenceLM(weights, shape_of(fields), kind, layers, mi_rope, bidirectional)
+    sees = node.get("sees", "all")
+    return ReferenceLM(weights, shape_of(fields), kind, layers, mi_rope, bidirectional, sees)
 
 
 def reference_rows(reference, batch, tokens, per_image):

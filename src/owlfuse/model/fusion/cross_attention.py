@@ -38,6 +38,7 @@ from owlfuse.model.parts import check_choice
 
 Place = Literal["before", "after", "parallel"]
 Gate = Literal["tanh", "none"]
+Sees = Literal["all", "last"]
 USUAL_HEAD_WIDTH = 64
 """Of heads beside an LLM whose layers have none, or differ in them."""
 
@@ -47,8 +48,7 @@ class CrossAttention(Fusion):
     which is added to the hidden states: the gated cross-attention of Flamingo (arXiv 2204.14198,
     section 2.2), Idefics (arXiv 2306.16527) and Llama 3.2 Vision (arXiv 2407.21783, section 7.2),
     and the rivals that mPLUG-Owl3 compares itself with (arXiv 2408.04840, table 8). An image takes
-    one text position, its placeholder. A token sees all images before it (Flamingo shows it the
-    last one alone), and a token that sees none passes unchanged.
+    one text position, its placeholder. A token that sees no image passes unchanged.
 
     Visual tokens are not normed, and there are no positions among them, as in these models.
 
@@ -59,6 +59,9 @@ class CrossAttention(Fusion):
             MLP.
         gate: `tanh`, what is added times the tanh of a learned number that begins at 0, so that the
             LLM begins unchanged; or `none`.
+        sees: what a token sees: `all` images before it, or the `last` one alone, as in Flamingo
+            (section 2.3); images whose placeholders stand side by side, as those of a video's
+            frames or of tiles do, count as one.
         mlp: whether a gated MLP of its own follows, with the same kind of gate.
         qk_norm: whether queries and keys of each head are normed, as in Llama 3.2 Vision.
         heads: of queries, keys and values, each as wide as the LLM over their number, rounded down;
@@ -87,6 +90,7 @@ class CrossAttention(Fusion):
         layers: list[int],
         place: Place = "before",
         gate: Gate = "tanh",
+        sees: Sees = "all",
         mlp: bool = False,
         qk_norm: bool = False,
         heads: int | None = None,
@@ -94,10 +98,12 @@ class CrossAttention(Fusion):
         super().__init__()
         check_choice("place", place, Place)
         check_choice("gate", gate, Gate)
+        check_choice("sees", sees, Sees)
         self.connector_tokens = connector_tokens
         self.layer_indices = sorted(layers)
         self.place = place
         self.gate = gate
+        self.sees = sees
         self.mlp = mlp
         self.qk_norm = qk_norm
         self.heads = heads
@@ -158,6 +164,8 @@ class CrossAttention(Fusion):
         """Returns the text embeddings unchanged, and for the layers the visual tokens with their
         visibility."""
         visible = visible_images(visual, batch)
+        if self.sees == "last":
+            visible = last_images(visible, visual.image_positions)
         sees_any = visible.any(-1, keepdim=True)  # (B, T, 1)
         # a token that sees no image attends to all, so that its softmax is defined; its result is
         # not used
@@ -181,6 +189,21 @@ class CrossAttention(Fusion):
     def visual_attention_modules(self, llm: PreTrainedModel) -> dict[int, VisualReader]:
         """Returns the blocks by layer."""
         return dict(blocks_of(llm))
+
+
+def last_images(visible: Tensor, positions: Tensor) -> Tensor:
+    """Returns of the images that each token may see the last one, with those side by side with it,
+    (B, T, I) bool.
+
+    Args:
+        visible: (B, T, I) bool.
+        positions: of the images in their rows, (B, I).
+    """
+    is_first = positions.diff(dim=1, prepend=positions[:, :1] - 2) != 1
+    # numbers from 1: 0 is that of no image
+    group = is_first.cumsum(1)[:, None]  # (B, 1, I)
+    latest = (group * visible).amax(-1, keepdim=True)
+    return visible & (group == latest)
 
 
 class RowImages(NamedTuple):
