@@ -170,13 +170,19 @@ def check_width(llm: PreTrainedModel) -> None:
         )
 
 
+def attention_name(llm: PreTrainedModel) -> str:
+    """Returns the name of transformers' registry by which the LLM's layers compute attention."""
+    # Private: transformers has a setter for it, and no getter. Of an LLM inside of a multimodal
+    # class the layers read the text's, and the whole's may be that of the vision part.
+    return llm.config.get_text_config(decoder=True)._attn_implementation
+
+
 logged_classes: set[type] = set()
 
 
 def log_attention(llm: PreTrainedModel, attention: str) -> None:
     """Logs once for each class that an LLM computes attention otherwise than asked for."""
-    # private: transformers has a setter for it, and no getter
-    implementation = llm.config._attn_implementation
+    implementation = attention_name(llm)
     if implementation != attention and type(llm) not in logged_classes:
         logged_classes.add(type(llm))
         log.warning(
@@ -230,14 +236,16 @@ def random_llm(config: PreTrainedConfig, options: dict[str, Any]) -> PreTrainedM
 
 def fill_head_width(config: PreTrainedConfig) -> bool:
     """Sets head_dim to hidden_size / num_attention_heads, as most families have it, where it is
-    None and the modelling file needs a number (Ministral, HunYuan); returns whether it has."""
+    None and the modelling file needs a number (Ministral, HunYuan); returns whether it has set
+    one."""
     has_none = "head_dim" in vars(config) and shared_field(config, "head_dim") is None
     heads = shared_field(config, "num_attention_heads")
     hidden_size = shared_field(config, "hidden_size")
     if not (has_none and heads and hidden_size):
         return False
     config.head_dim = hidden_size // heads
-    return True
+    # some configurations have one for each type of layer, and take none for all
+    return shared_field(config, "head_dim") is not None
 
 
 def shared_field(config: PreTrainedConfig, name: str) -> Any:
@@ -600,7 +608,7 @@ def mask_argument(llm: PreTrainedModel, batch: Batch, cache: Any = None) -> Tens
             "null)"
         )
     # a fusion's own attention has the plain one's name in it
-    if "flash" in llm.config._attn_implementation:
+    if "flash" in attention_name(llm):
         raise ValueError(
             "packed rows need the attention sdpa: set model.llm.attention=sdpa, or "
             "data.pack_to=null"

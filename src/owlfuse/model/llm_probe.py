@@ -38,6 +38,7 @@ from owlfuse.model.llm import (
     FAILURES,
     KeyPath,
     attention_function,
+    attention_name,
     cache_argument,
     first_line,
     layer_type_of,
@@ -48,6 +49,9 @@ from owlfuse.model.llm import (
 
 # every id that a probe uses has to lie below the vocabulary
 HEADS, GROUPS, HEAD_WIDTH, VOCABULARY = 4, 2, 16, 64
+LARGE = 2 * 10**10
+"""Numbers of an LLM whose tiny copy is counted before it is made."""
+MAX_NUMBERS = 3 * 10**8
 TOLERANCE = 1e-3
 """Of the largest number, between two ways to compute the same in float32 over many random
 layers."""
@@ -116,8 +120,10 @@ def tiny_copy(llm: PreTrainedModel) -> PreTrainedModel:
         ValueError: the class cannot be built with such widths.
     """
     try:
+        config = tiny_config(llm.config)
+        check_copy_is_small(llm, config)
         # float32 and no dropout, so that differences are no noise
-        tiny = type(llm)(tiny_config(llm.config)).float().eval()
+        tiny = type(llm)(config).float().eval()
         decoder_layers(tiny)
     except FAILURES as error:
         raise ValueError(
@@ -125,6 +131,18 @@ def tiny_copy(llm: PreTrainedModel) -> PreTrainedModel:
         ) from error
     randomize(tiny)
     return tiny
+
+
+def check_copy_is_small(llm: PreTrainedModel, config: PreTrainedConfig) -> None:
+    """Raises ValueError for a copy that would take gigabytes, as of a large LLM whose configuration
+    has widths of experts by names that `shrink` does not know."""
+    # few others come near: a copy keeps layers and experts, and is a thousand times narrower
+    if llm.num_parameters() < LARGE:
+        return
+    with torch.device("meta"):
+        numbers = type(llm)(config).num_parameters()
+    if numbers > MAX_NUMBERS:
+        raise ValueError(f"its copy would have {numbers:,} numbers")
 
 
 def tiny_config(config: Any) -> PreTrainedConfig:
@@ -174,7 +192,7 @@ def shrink(config: Any) -> None:
         standard_name = synonyms.get(name, name)
         if name.startswith("vocab_size"):  # Gemma 4 has several
             setattr(config, name, VOCABULARY)
-        elif name.endswith(("intermediate_size", "ffn_dim")):
+        elif name.endswith(("intermediate_size", "ffn_dim", "ffn_hidden_size")):
             setattr(config, name, 32)
         elif standard_name in widths:
             setattr(config, name, widths[standard_name])
@@ -309,7 +327,7 @@ def record_inputs(llm: PreTrainedModel) -> Iterator[RecordedInputs]:
             attentions[index] = attention
     # by identity: layer_idx may be wrong or missing in modelling files
     index_of = {id(attention): index for index, attention in attentions.items()}
-    plain_name = llm.config._attn_implementation
+    plain_name = attention_name(llm)
     plain = attention_function(plain_name)
 
     def attend(

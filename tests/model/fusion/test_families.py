@@ -278,6 +278,15 @@ def test_a_tiny_copy_of_an_llm_with_state_spaces_computes_whatever_its_heads(nam
     assert torch.isfinite(logits).all()
 
 
+def test_a_tiny_copy_that_would_take_gigabytes_is_refused(monkeypatch):
+    """Widths of experts that have an unknown name stay as they are."""
+    monkeypatch.setattr("owlfuse.model.llm_probe.LARGE", 0)
+    monkeypatch.setattr("owlfuse.model.llm_probe.MAX_NUMBERS", 1000)
+    llm = load_llm(VOCAB, config=small_fields("llama"))
+    with pytest.raises(ValueError, match=r"small width: .*its copy would have \d+,\d+ numbers"):
+        tiny_copy(llm)
+
+
 def test_a_fusion_in_layers_that_are_not_computed_is_refused():
     fields = small_fields("mllama")
     fields["text_config"]["cross_attention_layers"] = [1]

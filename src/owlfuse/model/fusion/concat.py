@@ -22,7 +22,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from owlfuse.core.types import Batch, VisualTokens
 from owlfuse.model.fusion.base import Fusion, image_slots, splice
-from owlfuse.model.llm import attention_function
+from owlfuse.model.llm import attention_function, attention_name
 from owlfuse.model.parts import check_choice
 
 Attention = Literal["causal", "bidirectional"]
@@ -62,8 +62,7 @@ class Concat(Fusion):
         bidirectional."""
         if self.attention == "causal":
             return
-        # private: transformers has a setter for it, and no getter
-        plain = llm.config._attn_implementation
+        plain = attention_name(llm)
         if "flash" in plain:
             raise ValueError(
                 f"attention: bidirectional needs masks, which {plain} has not; set "

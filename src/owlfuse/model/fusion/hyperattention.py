@@ -38,7 +38,7 @@ from owlfuse.model.layouts import (
     key_value_weights,
     layout_of,
 )
-from owlfuse.model.llm import KeyPath, attention_function, rotary
+from owlfuse.model.llm import KeyPath, attention_function, attention_name, rotary
 from owlfuse.model.llm_probe import key_paths
 from owlfuse.model.parts import check_choice
 
@@ -100,8 +100,7 @@ class HyperAttention(Fusion):
     def attach(self, llm: PreTrainedModel) -> None:
         """Adds a `VisualAttention` to each of the layers, and makes transformers call `attend` for
         the LLM's attention."""
-        # private: transformers has a setter for it, and no getter
-        plain = llm.config._attn_implementation
+        plain = attention_name(llm)
         if "flash" in plain:
             raise ValueError(
                 f"hyperattention needs masks, which {plain} has not; set model.llm.attention=sdpa"
@@ -168,7 +167,7 @@ class HyperAttention(Fusion):
         """Returns the text embeddings unchanged, and for the layers the visual tokens with their
         rotation and visibility."""
         # a later set_attn_implementation, which transformers offers, would leave pictures out
-        implementation = llm.config._attn_implementation
+        implementation = attention_name(llm)
         if "owlfuse_hyperattention" not in implementation:
             raise ValueError(
                 f"hyperattention is no longer the LLM's attention, which is {implementation}; load "
