@@ -157,7 +157,11 @@ class Padding:
         """Count a batch, from plain numbers alone."""
         # `lengths` is a list of numbers, for which no device is waited.
         self.tokens += sum(batch.lengths)
-        self.unpacked += len(batch.lengths) * max(batch.lengths, default=0)
+        if batch.lengths:
+            self.unpacked += len(batch.lengths) * max(batch.lengths)
+        else:
+            # All were skipped: the row that stands for them is padding, packed or not.
+            self.unpacked += batch.input_ids.numel()
         self.positions += batch.input_ids.numel()
 
     def include(self, tokens: Tensor, unpacked: Tensor, positions: Tensor) -> None:
