@@ -101,6 +101,23 @@ def test_a_global_batch_that_does_not_divide_is_an_error(shapes):
         make(shapes, micro_batch_size=2).accumulation(3)
 
 
+@pytest.mark.parametrize(
+    ("key", "least"),
+    [
+        ("global_batch_size", 1),
+        ("micro_batch_size", 1),
+        ("max_length", 1),
+        ("max_pixels", 1),
+        ("workers", 0),
+        ("validation_samples", 0),
+    ],
+)
+def test_a_number_that_cannot_be_is_an_error_before_anything_is_written(shapes, key, least):
+    options = {key: least - 1, "prepare": pytest.fail}
+    with pytest.raises(ValueError, match=f"^data.{key} is {least - 1}, expected at least {least}$"):
+        make(shapes, **options)
+
+
 def test_a_batch_without_images_has_one_blank_one_that_no_row_points_to(shapes):
     data = make(shapes)
     data.mixture.__init__({"shapes": 60, "text": 200}, {"shapes": 0, "text": 1})

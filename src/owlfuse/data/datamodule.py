@@ -73,6 +73,9 @@ class ChatData(lightning.LightningDataModule):
         thinking: whether the model is asked for a thought before the answer, where the chat
             template knows of thoughts; an answer is scored without it.
         temperature, at_end, weights_at: see `make_mixture`; `weights_at` counts in optimizer steps.
+
+    Raises:
+        ValueError: a number below the least that is possible.
     """
 
     def __init__(
@@ -100,6 +103,9 @@ class ChatData(lightning.LightningDataModule):
         thinking: bool = False,
     ) -> None:
         super().__init__()
+        check_least(1, global_batch_size=global_batch_size, micro_batch_size=micro_batch_size)
+        check_least(1, max_length=max_length, max_pixels=max_pixels)
+        check_least(0, workers=workers, validation_samples=validation_samples)
         # Before any source opens its file.
         if prepare is not None:
             prepare()
@@ -356,6 +362,13 @@ class ChatData(lightning.LightningDataModule):
         return validation_report(
             self.validation, self.validation_skipped, self.validation_truncated
         )
+
+
+def check_least(least: int, **numbers: int | None) -> None:
+    """Raise ValueError for a number that is less than the least, naming its key."""
+    for key, number in numbers.items():
+        if number is not None and number < least:
+            raise ValueError(f"data.{key} is {number}, expected at least {least}")
 
 
 def break_behind_images(sources: Iterable[Source]) -> bool:
