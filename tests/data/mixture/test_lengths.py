@@ -96,11 +96,20 @@ def test_they_are_counted_once_and_again_when_what_they_depend_on_changes(
     assert len(counted) == 5
 
 
-def test_a_file_of_counts_that_is_broken_is_counted_anew(data, source):
+@pytest.mark.parametrize(
+    "damaged",
+    [
+        lambda content: b"PK broken",
+        lambda content: content[: len(content) // 2],
+        # the bytes of the first array, compressed
+        lambda content: content[:60] + bytes(40) + content[100:],
+    ],
+)
+def test_a_file_of_counts_that_is_broken_is_counted_anew(data, source, damaged):
     encoder = data().encoder
     first = count_lengths(source, encoder)
     (kept,) = (source.file.parent / CACHE_FOLDER).iterdir()
-    kept.write_bytes(b"PK broken")
+    kept.write_bytes(damaged(kept.read_bytes()))
     assert np.array_equal(count_lengths(source, encoder).tokens, first.tokens)
 
 

@@ -314,7 +314,7 @@ def test_a_batch_that_is_too_large_for_the_gpu_is_told(model, files, tmp_path, m
         ),
         (["task=gqa", "task.file=x", "task.prompt=y"], "task.prompt: 'y' has no {question}"),
         (
-            ["task=gqa", "task.file=x", "task.max_pixels=200000000"],
+            ["task=gqa", "task.file=x", "+task.max_pixels=200000000"],
             "task.max_pixels is 200,000,000, expected a number from 1 to 178,956,970",
         ),
     ],

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from torch.utils.data import DataLoader, Dataset
 
+from owlfuse.core.checkpoint_files import ZIP_ERRORS
 from owlfuse.core.errors import DataError
 from owlfuse.core.files import atomic_write
 from owlfuse.core.progress import Progress
@@ -139,7 +140,7 @@ def read_cache(path: Path, samples: int) -> Lengths | None:
             too_long = set(arrays["too_long"].tolist())
             # JSON has made texts of the indices.
             reasons = {int(index): reason for index, reason in wrong.items()}
-    except (OSError, ValueError, KeyError, EOFError):
+    except (*ZIP_ERRORS, KeyError):
         return None
     if not len(tokens) == len(supervised) == samples:
         return None
