@@ -2,6 +2,8 @@
 all that they depend on."""
 
 import json
+import time
+from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 
 import numpy as np
@@ -94,6 +96,24 @@ def test_they_are_counted_once_and_again_when_what_they_depend_on_changes(
     source.file.write_text(source.file.read_text() + "\n")
     count_lengths(source, encoder)
     assert len(counted) == 5
+
+
+def test_of_those_that_begin_at_once_one_counts(data, source, monkeypatch):
+    """As ranks of torchrun do; a thread that opens the folder by itself is held as a process is."""
+    counted = []
+    count = module.encode_all
+
+    def count_slowly(*args):
+        counted.append(1)
+        time.sleep(0.2)
+        return count(*args)
+
+    monkeypatch.setattr(module, "encode_all", count_slowly)
+    encoder = data().encoder
+    with ThreadPoolExecutor(2) as threads:
+        first, second = threads.map(lambda _: count_lengths(source, encoder), range(2))
+    assert counted == [1]
+    assert np.array_equal(first.tokens, second.tokens)
 
 
 @pytest.mark.parametrize(

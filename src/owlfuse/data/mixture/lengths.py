@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
 import sys
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -79,11 +82,26 @@ def count_lengths(
             left.
     """
     path = cache_path(source, encoder, on_length)
-    lengths = read_cache(path, len(source))
-    if lengths is None:
-        lengths = encode_all(source, encoder, workers or usable_cores(), on_length)
-        write_cache(path, lengths)
+    # Ranks of torchrun begin at once: one counts on all cores, and the others read what it wrote.
+    with locked(path.parent):
+        lengths = read_cache(path, len(source))
+        if lengths is None:
+            lengths = encode_all(source, encoder, workers or usable_cores(), on_length)
+            write_cache(path, lengths)
     return lengths
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold a folder, which is made where it is missing, against other processes of this machine;
+    nothing is held where it cannot be made or locked."""
+    with ExitStack() as stack:
+        with suppress(OSError):
+            folder.mkdir(exist_ok=True)
+            descriptor = os.open(folder, os.O_RDONLY)
+            stack.callback(os.close, descriptor)
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
 
 
 def usable_cores() -> int:
@@ -153,7 +171,6 @@ def write_cache(path: Path, lengths: Lengths) -> None:
     wrong = np.frombuffer(json.dumps(lengths.wrong).encode(), np.uint8)
     notes = np.frombuffer(json.dumps(lengths.notes).encode(), np.uint8)
     try:
-        path.parent.mkdir(exist_ok=True)
         with atomic_write(path, "wb") as file:
             np.savez_compressed(
                 file,
