@@ -32,7 +32,7 @@ CHUNK = 512
 # Samples up to which a source is counted in this process: starting others would take longer.
 SMALL_SOURCE = 2048
 # Raised when a record is read or encoded otherwise than before, so that it is counted anew.
-CACHE_VERSION = 4
+CACHE_VERSION = 5
 # Options of a source that do not change its chats.
 KEYS_NOT_OF_CHATS = ("name", "weight", "on_error", "max_skips", "image_root", "file")
 
