@@ -1,6 +1,8 @@
 """What results are known by: the user's own code wherever it lies, pictures, weights."""
 
 import importlib
+import json
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -177,6 +179,22 @@ def test_a_picture_that_changes_is_noticed(shapes, monkeypatch, limit, change):
     after = identity_of(shapes)
     assert after["data.sources.shapes"] == before["data.sources.shapes"]
     assert after["data.sources.shapes, its pictures"] != before["data.sources.shapes, its pictures"]
+
+
+def test_a_picture_counts_behind_many_records_of_text_and_whatever_its_name_is(tmp_path):
+    name = os.fsdecode(b"p\xff.png")
+    text = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Ho"}]
+    shown = [{"from": "human", "value": "<image>\nHi"}, {"from": "gpt", "value": "Ho"}]
+    records = [{"conversations": text}] * 100
+    for image in (name, "half\ud83d.png", "folder"):
+        records.append({"image": image, "conversations": shown})
+    (tmp_path / "train.json").write_text(json.dumps(records))
+    (tmp_path / "folder").mkdir()
+    identities = []
+    for content in (b"one", b"two"):
+        (tmp_path / name).write_bytes(content)
+        identities.append(identity_of(tmp_path)["data.sources.shapes, its pictures"])
+    assert identities[0] != identities[1]
 
 
 @pytest.mark.parametrize(

@@ -6,9 +6,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from PIL import Image
 from torch.utils.data import DataLoader
 
-from owlfuse.core.errors import DataError
+from owlfuse.core.errors import ConfigError, DataError
 from owlfuse.data.collate import Collator
 from owlfuse.data.datamodule import ChatData
 from owlfuse.data.formats.alpaca import Alpaca
@@ -99,6 +100,31 @@ def test_a_global_batch_that_does_not_divide_is_an_error(shapes):
         match="global_batch_size is 8, which 3 ranks of micro_batch_size 2 do not divide",
     ):
         make(shapes, micro_batch_size=2).accumulation(3)
+
+
+@pytest.mark.parametrize(
+    ("key", "least"),
+    [
+        ("global_batch_size", 1),
+        ("micro_batch_size", 1),
+        ("max_length", 1),
+        ("workers", 0),
+        ("validation_samples", 0),
+    ],
+)
+def test_a_number_that_cannot_be_is_an_error_before_anything_is_written(shapes, key, least):
+    options = {key: least - 1, "prepare": pytest.fail}
+    with pytest.raises(ValueError, match=f"^data.{key} is {least - 1}, expected at least {least}$"):
+        make(shapes, **options)
+
+
+def test_a_limit_of_pixels_is_at_most_what_pil_opens(shapes):
+    limit = 2 * Image.MAX_IMAGE_PIXELS
+    assert make(shapes, max_pixels=limit).max_pixels == limit
+    for wrong in (0, limit + 1):
+        message = f"^data.max_pixels is {wrong:,}, expected a number from 1 to {limit:,}"
+        with pytest.raises(ConfigError, match=message):
+            make(shapes, max_pixels=wrong)
 
 
 def test_a_batch_without_images_has_one_blank_one_that_no_row_points_to(shapes):

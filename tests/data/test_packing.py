@@ -186,6 +186,13 @@ def test_padding_is_counted_as_it_is_and_as_it_would_be_unpacked():
     assert unpacked.shares() == {"padding": 0.5, "padding_unpacked": 0.5}
 
 
+@pytest.mark.parametrize("pack_to", [None, 10])
+def test_a_batch_of_which_all_is_skipped_is_padding(pack_to):
+    padding = Padding()
+    padding.add(Collator(0, (3, 2, 2), pack_to=pack_to)([Skipped("a", "a:1", "no image")]))
+    assert padding.shares() == {"padding": 1, "padding_unpacked": 1}
+
+
 @pytest.mark.parametrize(("ranks", "micro"), [(1, None), (2, None), (2, 2), (1, 4)])
 def test_a_packed_global_batch_holds_each_sample_once_and_no_other_batchs(shapes, ranks, micro):
     expected = [sorted(batch.ids) for batch in batches(make(shapes))]

@@ -21,6 +21,14 @@ def test_a_picture_of_bytes_is_shown_on_the_sheet_and_left_out_of_the_answers(tm
         assert (255, 0, 255) in {color for _, color in sheet.convert("RGB").getcolors(2**24)}
 
 
+def test_an_id_that_is_no_utf8_comes_back_from_the_answers(tmp_path):
+    write_answers(
+        tmp_path / "a.jsonl", [Answer("val", "val:\udcff", "é\ud83d.png", "", "", "", "")]
+    )
+    record = json.loads((tmp_path / "a.jsonl").read_text(encoding="utf-8"))
+    assert (record["id"], record["image"]) == ("val:\udcff", "é\ud83d.png")
+
+
 def test_any_answer_can_stand_on_the_sheet(tmp_path, recwarn):
     """Early models write what a plot would take as a formula, characters that no font has, and
     at length."""

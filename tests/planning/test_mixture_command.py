@@ -123,6 +123,35 @@ def test_a_wrong_sample_of_a_source_that_stops_is_told_with_its_step(capsys):
     assert "source text has on_error=error and a wrong sample at step" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("option", "records", "expected"),
+    [
+        ("max_skips=1", 20, "more wrong samples than its max_skips of 1"),
+        ("max_skips=2", 20, None),
+        ("max_skips=2", [2, 5], "no sample left"),
+    ],
+)
+def test_skips_that_end_the_run_are_told_with_their_step(tmp_path, option, records, expected):
+    """Two of the twenty records are wrong, and each is drawn several times."""
+    records = list(range(records)) if isinstance(records, int) else records
+    text = json.loads(Path("text.json").read_text())
+    (tmp_path / "text.json").write_text(json.dumps([text[number] for number in records]))
+    overrides = words(f"data.sources.text.file={tmp_path}/text.json", f"data.sources.text.{option}")
+    notes = mixture_command([*overrides, "steps=20"])["notes"]
+    ending = [note for note in notes if "ends the run" in note]
+    drawn = set()
+    mixture = build(compose(overrides).data).mixture
+    for position in range(20 * 8):
+        name, index = mixture[position]
+        if name == "text" and records[index] in (2, 5):
+            drawn.add(index)
+        if len(drawn) == 2:
+            break
+    assert ending == [
+        f"source text has {expected} at step {position // 8}, which ends the run"
+    ] * bool(expected)
+
+
 def test_a_chat_that_is_left_out_for_its_length_ends_no_run(capsys):
     ends = [*words("data.on_length=skip"), "data.sources.text.on_error=error"]
     report = mixture_command([*ends, "steps=20"])

@@ -16,11 +16,18 @@ from owlfuse.training.module import MultimodalModule
 from owlfuse.training.sample_counts import SampleTotals, over_ranks
 
 
+class SourceOf(SimpleNamespace):
+    """A source of so many samples."""
+
+    def __len__(self):
+        return self.size
+
+
 @pytest.fixture
 def module():
-    def make(max_skips=100, fusion="concat"):
+    def make(max_skips=100, fusion="concat", size=1000):
         made = MultimodalModule(model_node(fusion), None, VOCAB)
-        sources = {name: SimpleNamespace(max_skips=max_skips) for name in "ab"}
+        sources = {name: SourceOf(max_skips=max_skips, size=size) for name in "ab"}
         strategy = SimpleNamespace(reduce=lambda tensor, reduce_op: tensor)
         made._trainer = SimpleNamespace(
             datamodule=SimpleNamespace(sources=sources, step_positions=StepPositions.of(8)),
@@ -158,17 +165,23 @@ def test_skips_of_a_checkpoint_that_has_a_row_for_each_time_are_counted(module):
     assert made.samples.skipped == Counter({skip("a", 1): 2})
 
 
+def test_a_source_of_which_no_sample_is_left_ends_the_run(module):
+    made = module(size=2)
+    train(made, ([skip("a", 1), skip("a", 1), skip("b", 1)], []), ([], []))
+    with pytest.raises(DataError, match="all 2 samples of source a are wrong; the last: no image"):
+        train(made, ([skip("a", 2)], []))
+
+
+@pytest.mark.parametrize("size", [1000, 3])
 @pytest.mark.parametrize(("ranks", "raises"), [([[1, 2], [1, 2]], False), ([[1, 2], [2, 3]], True)])
-def test_a_sample_that_two_ranks_met_counts_once(module, monkeypatch, ranks, raises):
-    made = module(max_skips=2)
+def test_a_sample_that_two_ranks_met_counts_once(module, monkeypatch, ranks, raises, size):
+    made = module(max_skips=2 if size > 3 else 3, size=size)
     totals = [SampleTotals(Counter(skip("a", number) for number in numbers)) for numbers in ranks]
     monkeypatch.setattr(sample_counts, "all_gather_objects", lambda trainer, value: totals)
     rows = torch.tensor([[0, 0, 0, 0, 2, 0], [0, 0, 0, 0, 2, 0]])
     if raises:
-        with pytest.raises(
-            DataError,
-            match="source a had 3 wrong samples on all ranks together, over its max_skips of 2",
-        ):
+        over = "source a had 3 wrong samples on all ranks together, over its max_skips of 2"
+        with pytest.raises(DataError, match=over if size > 3 else "all 3 samples of source a are"):
             made.samples.check_ranks(made.trainer, rows)
     else:
         made.samples.check_ranks(made.trainer, rows)

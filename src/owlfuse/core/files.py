@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import uuid
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -170,6 +171,13 @@ def check_record(size: int, name: str, limit: int = MAX_RECORD) -> None:
             f"{name} has {size:,} bytes, over the limit of {limit:,} for one record; split it, or "
             "leave it out"
         )
+
+
+def check_distinct(columns: Sequence[str], file: Path) -> None:
+    """Raise DataError for columns of a table several of which have the same name."""
+    for column, count in Counter(columns).items():
+        if count > 1:
+            raise DataError(f"{file} has {count} columns {column!r}, expected one of each name")
 
 
 def json_reason(error: Exception) -> str:

@@ -25,7 +25,7 @@ from owlfuse.data.loading import (
     batches_of_rank,
     load_or_skip,
 )
-from owlfuse.data.media.images import MAX_PIXELS
+from owlfuse.data.media.images import MAX_PIXELS, check_max_pixels
 from owlfuse.data.media.pictures import Pictures, Preprocess
 from owlfuse.data.media.tiles import check_tiled
 from owlfuse.data.media.video import VideoSampling
@@ -73,6 +73,9 @@ class ChatData(lightning.LightningDataModule):
         thinking: whether the model is asked for a thought before the answer, where the chat
             template knows of thoughts; an answer is scored without it.
         temperature, at_end, weights_at: see `make_mixture`; `weights_at` counts in optimizer steps.
+
+    Raises:
+        ValueError: a number that cannot be.
     """
 
     def __init__(
@@ -100,6 +103,10 @@ class ChatData(lightning.LightningDataModule):
         thinking: bool = False,
     ) -> None:
         super().__init__()
+        check_least(1, global_batch_size=global_batch_size, micro_batch_size=micro_batch_size)
+        check_least(1, max_length=max_length)
+        check_least(0, workers=workers, validation_samples=validation_samples)
+        self.max_pixels = check_max_pixels(max_pixels, "data.max_pixels")
         # Before any source opens its file.
         if prepare is not None:
             prepare()
@@ -117,7 +124,6 @@ class ChatData(lightning.LightningDataModule):
         self.data_workers = DataWorkers()
         self.max_length = max_length
         self.pack_to = check_pack_to(pack_to, max_length)
-        self.max_pixels = max_pixels
         self.video = VideoSampling.of(video or {})
         self.seed = seed
         self.validation_samples = validation_samples
@@ -356,6 +362,13 @@ class ChatData(lightning.LightningDataModule):
         return validation_report(
             self.validation, self.validation_skipped, self.validation_truncated
         )
+
+
+def check_least(least: int, **numbers: int | None) -> None:
+    """Raise ValueError for a number that is less than the least, naming its key."""
+    for key, number in numbers.items():
+        if number is not None and number < least:
+            raise ValueError(f"data.{key} is {number}, expected at least {least}")
 
 
 def break_behind_images(sources: Iterable[Source]) -> bool:

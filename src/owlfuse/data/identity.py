@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import random
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from owlfuse.core.errors import DataError
@@ -17,8 +18,8 @@ from owlfuse.data.formats.base import Source
 
 # Records of a source whose pictures count; of more, a seeded sample of so many.
 MAX_RECORDS = 10_000
-# Records after which a source none of whose pictures has a path is taken to hold its pictures in
-# its own files.
+# Records with pictures after which a source none of whose pictures has a path is taken to hold its
+# pictures in its own files.
 FIRST_RECORDS = 64
 # Bytes of pictures that are read. Of more, all sizes count, and the contents of a seeded sample of
 # so many bytes.
@@ -51,16 +52,19 @@ def pictures_fingerprint(source: Source) -> str | None:
         # The seed is the size alone, so that the same file gives the same sample everywhere.
         indices = sorted(random.Random(size).sample(range(size), MAX_RECORDS))
     paths: dict[str, None] = {}
-    for number, index in enumerate(indices):
-        if number == FIRST_RECORDS and not paths:
-            return None
+    records_with_pictures = 0
+    for index in indices:
         try:
             sample = source[index]
         except DataError:
             continue  # it is skipped or ends the run when it is drawn
-        for path in (*sample.images, *sample.videos):
+        pictures = [*sample.images, *sample.videos]
+        for path in pictures:
             if isinstance(path, str):
                 paths[path] = None
+        records_with_pictures += bool(pictures)
+        if records_with_pictures == FIRST_RECORDS and not paths:
+            return None
     return content_hash(source.root, paths) if paths else None
 
 
@@ -70,7 +74,8 @@ def content_hash(root: Path, paths: Iterable[str]) -> str:
     sizes = {path: size_of(root / path) for path in sorted(paths)}
     digest = hashlib.sha256()
     for path, size in sizes.items():
-        digest.update(f"{path} {size}\n".encode())
+        # Names of files need not be UTF-8, and then hold lone surrogates.
+        digest.update(f"{path} {size}\n".encode("utf-8", "surrogatepass"))
     readable = [path for path, size in sizes.items() if size is not None]
     if sum(size or 0 for size in sizes.values()) > MAX_BYTES:
         # The seed is the count alone, so that the same files give the same sample everywhere.
@@ -80,7 +85,8 @@ def content_hash(root: Path, paths: Iterable[str]) -> str:
         bytes_read += sizes[path] or 0
         if bytes_read > MAX_BYTES:
             break
-        with (root / path).open("rb") as file:
+        # One that cannot be read is told when it is drawn.
+        with suppress(OSError), (root / path).open("rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()
 

@@ -115,14 +115,14 @@ def pack(samples: Sequence[Encoded], pack_to: int) -> list[list[Encoded]]:
 
 def join(samples: Sequence[Encoded]) -> tuple[Encoded, Tensor]:
     """Return samples as one, end to end, and their segment ids (T,): k, from 1, at the tokens of
-    the k-th.
+    the k-th. The batch names its samples, so that the row has neither id nor notes.
 
     The first token of a sample is not supervised, as it would be predicted from the last of the one
     before.
     """
     joined = Encoded(
-        id=" ".join(sample.id for sample in samples),
-        source=" ".join(sample.source for sample in samples),
+        id="",
+        source="",
         input_ids=torch.cat([sample.input_ids for sample in samples]),
         labels=torch.cat([sample.labels for sample in samples]),
         placeholder=torch.cat([sample.placeholder for sample in samples]),
@@ -136,8 +136,6 @@ def join(samples: Sequence[Encoded]) -> tuple[Encoded, Tensor]:
         joined.labels[start : start + 1] = -100
         joined.pixel_values += sample.pixel_values
         joined.image_positions += [start + position for position in sample.image_positions]
-        joined.turns_removed += sample.turns_removed
-        joined.notes += sample.notes
         stop = start + len(sample.input_ids)
         segment_ids[start:stop] = number
         start = stop
@@ -157,7 +155,11 @@ class Padding:
         """Count a batch, from plain numbers alone."""
         # `lengths` is a list of numbers, for which no device is waited.
         self.tokens += sum(batch.lengths)
-        self.unpacked += len(batch.lengths) * max(batch.lengths, default=0)
+        if batch.lengths:
+            self.unpacked += len(batch.lengths) * max(batch.lengths)
+        else:
+            # All were skipped: the row that stands for them is padding, packed or not.
+            self.unpacked += batch.input_ids.numel()
         self.positions += batch.input_ids.numel()
 
     def include(self, tokens: Tensor, unpacked: Tensor, positions: Tensor) -> None:

@@ -32,7 +32,8 @@ def print_metrics(metrics: dict[str, float], title: str) -> None:
 
 def write_answers(path: Path, answers: list[Answer]) -> None:
     """Writes one JSON object a line for each answer; a picture without a file is left out."""
-    with path.open("w", encoding="utf-8") as file:
+    # Ids and paths may hold lone surrogates, which UTF-8 lacks; \udcff is an escape of JSON too.
+    with path.open("w", encoding="utf-8", errors="backslashreplace") as file:
         for answer in answers:
             record = {**vars(answer), "right": answer.right}
             # JSON has no bytes

@@ -107,16 +107,8 @@ def mixture_report(data: ChatData, lengths: dict[str, Lengths], steps: int) -> d
         for text, samples in lengths[name].notes.items():
             notes.append(f"source {name}: {text} ({samples:,} samples)")
     for name, draws in wrong_draws.items():
-        ending = [
-            position for position, index in draws if not is_skipped(data, name, index, lengths)
-        ]
-        # The first such sample ends the run, so that the others do not count.
-        if ending:
-            first_step = ending[0] // batch_size  # draws are in the order of positions
-            notes.append(
-                f"source {name} has on_error=error and a wrong sample at step {first_step}, "
-                "which ends the run"
-            )
+        if note := ending_note(data, name, draws, lengths):
+            notes.append(note)
     for name, row in report["sources"].items():
         # Notes of draws are none without draws; those of all samples are in the report's notes.
         del row["notes"]
@@ -206,6 +198,29 @@ def skipped_samples(
 def is_skipped(data: ChatData, name: str, index: int, lengths: dict[str, Lengths]) -> bool:
     """Return whether training leaves a wrong sample out, and does not end at it."""
     return data.sources[name].on_error == "skip" or index in lengths[name].too_long
+
+
+def ending_note(
+    data: ChatData, name: str, draws: list[Draw], lengths: dict[str, Lengths]
+) -> str | None:
+    """Return where a source's wrong draws, in the order of their positions, end the run; None where
+    they do not."""
+    source = data.sources[name]
+    skipped: set[int] = set()
+    for position, index in draws:
+        # A sample that is drawn again counts once, as in training.
+        skipped.add(index)
+        if not is_skipped(data, name, index, lengths):
+            ending = "on_error=error and a wrong sample"
+        elif len(skipped) > source.max_skips:
+            ending = f"more wrong samples than its max_skips of {source.max_skips}"
+        elif len(skipped) == len(source):
+            ending = "no sample left"
+        else:
+            continue
+        step = position // data.global_batch_size
+        return f"source {name} has {ending} at step {step}, which ends the run"
+    return None
 
 
 def histogram(counts: np.ndarray) -> list[dict[str, int]]:

@@ -63,7 +63,7 @@ class SampleCounts:
     def add(self, batch: Batch) -> None:
         """Counts a micro batch, and logs each sample that was left out or cut.
 
-        Raises DataError past a source's `max_skips`.
+        Raises DataError past a source's `max_skips`, and where no sample of a source is left.
         """
         # The blank picture of a batch without images is none.
         self.images += len(batch.pixel_values) * batch.has_images
@@ -88,6 +88,11 @@ class SampleCounts:
                 raise DataError(
                     f"source {source} had {count} wrong samples, over its max_skips of {limit}; "
                     f"the last: {reason}"
+                )
+            # Else the run would learn nothing of it, and of a single source nothing at all.
+            if count == len(self.sources[source]):
+                raise DataError(
+                    f"all {count} samples of source {source} are wrong; the last: {reason}"
                 )
 
     def row(self) -> list[Any]:
@@ -125,21 +130,27 @@ class SampleCounts:
 
     def check_ranks(self, trainer: Trainer, rows: Tensor) -> None:
         """Raises DataError, on every rank, where the ranks together skipped more samples of a
-        source than its `max_skips`.
+        source than its `max_skips`, or all of them.
 
         A sample that several ranks met is in the rows several times, so the samples themselves are
         compared where the sum is over the limit.
         """
         counts = rows[:, 4:].sum(0).tolist()
-        limits = [source.max_skips for source in self.sources.values()]
+        sources = self.sources.values()
+        limits = [min(source.max_skips, len(source) - 1) for source in sources]
         if all(count <= limit for count, limit in zip(counts, limits, strict=True)):
             return
         samples = distinct_samples(over_ranks(trainer, self.totals()).skipped)
-        for name, limit in zip(self.sources, limits, strict=True):
-            if samples[name] > limit:
+        for name, source in self.sources.items():
+            if samples[name] > source.max_skips:
                 raise DataError(
                     f"source {name} had {samples[name]} wrong samples on all ranks together, over "
-                    f"its max_skips of {limit}; each is in the log of its rank"
+                    f"its max_skips of {source.max_skips}; each is in the log of its rank"
+                )
+            if samples[name] == len(source):
+                raise DataError(
+                    f"all {len(source)} samples of source {name} are wrong; each is in the log of "
+                    "its rank"
                 )
 
     def totals(self) -> SampleTotals:

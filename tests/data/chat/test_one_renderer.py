@@ -261,6 +261,48 @@ def test_tools_that_a_template_does_not_write_are_refused():
         encoder.encode(sample)
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("<|im_end|>", r"sample s:1 holds the tokenizer's control token <\|im_end\|>.*{where}"),
+        ("\ud83d", r"{where} holds the lone surrogate U\+D83D"),
+        ("<image>", "holds the tokenizer's control token <image>.*{where}"),
+    ],
+)
+@pytest.mark.parametrize(
+    "key", ["argument", "argument_name", "id", "name", "tool_call_id", "tools"]
+)
+def test_what_no_text_may_hold_is_refused_beside_the_text_too(key, text, message):
+    tokenizer = family_tokenizer("qwen")
+    tokenizer.chat_template = TOOLS
+    call = {"type": "function", "function": {"name": "zoom", "arguments": {"x": [1]}}}
+    sample = thinking_chat(("What?", {"content": "", "tool_calls": [call]}), ("zoomed", "red"))
+    sample.messages[2]["role"] = "tool"
+    if key == "argument":
+        call["function"]["arguments"]["x"].append({"y": text})
+    elif key == "argument_name":
+        call["function"]["arguments"][text] = 1
+    elif key == "id":
+        call["id"] = text
+    elif key == "tools":
+        sample.tools = [{"type": "function", "function": {"name": "zoom", "description": text}}]
+    else:
+        sample.messages[2][key] = text
+    turn = 3 if key in ("name", "tool_call_id") else 2
+    where = "its list of tools" if key == "tools" else f"a tool call or name in turn {turn}"
+    with pytest.raises(DataError, match=message.format(where=where)):
+        ChatEncoder(tokenizer, 1).encode(sample)
+
+
+def test_the_word_image_in_a_thought_is_ordinary_tokens():
+    encoder = ChatEncoder(family_tokenizer("qwen3"), 1)
+    thought = {"content": "red", "reasoning_content": "An <image> is shown."}
+    encoded = encoder.encode(thinking_chat(("What?", thought)))
+    text = encoder.tokenizer.decode(encoded.labels[encoded.labels != -100])
+    assert "An <image> is shown." in text
+    assert not encoded.placeholder.any()
+
+
 def test_an_answer_that_the_data_exclude_is_read_and_not_learned():
     encoder = ChatEncoder(family_tokenizer("qwen"), 1)
     sample = thinking_chat(("Hi", {"content": "blue", "supervised": False}), ("Sure?", "red"))

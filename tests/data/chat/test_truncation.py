@@ -1,5 +1,6 @@
 """Chats over the length: an error, skipped, or cut by whole turns, and counted."""
 
+import copy
 import json
 from types import SimpleNamespace
 
@@ -78,6 +79,39 @@ def test_as_many_whole_turns_are_kept_as_fit_with_their_images(tokenizer):
             assert len(encoded.image_positions) == sum(images for _, images in counts[:kept])
 
     check()
+
+
+@pytest.mark.parametrize("learned", [0, 1, 2, 3])
+def test_turns_of_which_nothing_is_learned_are_not_tried_alone(tokenizer, learned):
+    sample = chat([3, 3, 3, 3])
+    for message in sample.messages[1 : 2 * learned : 2]:
+        message["supervised"] = False
+    whole = ChatEncoder(tokenizer, 1, 10**6)
+    expected = whole.encode(first_turns(sample, max(3, learned + 1)))
+    length = len(expected.input_ids)
+    if learned < 3:
+        encoded = ChatEncoder(tokenizer, 1, length).encode(sample, on_length="truncate_turns")
+        assert torch.equal(encoded.input_ids, expected.input_ids)
+        assert encoded.turns_removed == 1
+    least = len(whole.encode(first_turns(sample, learned + 1)).input_ids)
+    part = "first turn alone" if not learned else f"first {learned + 1} turns, the last alone learn"
+    with pytest.raises(DataError, match=f"sample s:1 is {least} tokens long with its {part}"):
+        ChatEncoder(tokenizer, 1, least - 1).encode(sample, on_length="truncate_turns")
+
+
+def test_a_chat_without_an_answered_question_cannot_be_cut(tokenizer):
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ '<|user|>' if m.role != 'assistant' else '<|assistant|>' }}"
+        "{{ m.content }}{{ m.tool_calls | tojson if m.tool_calls }}{{ '<|end|>' }}{% endfor %}"
+        "{{ '<|assistant|>' if add_generation_prompt }}"
+    )
+    sample = chat([30])
+    call = {"type": "function", "function": {"name": "zoom", "arguments": {}}}
+    sample.messages[1]["tool_calls"] = [call]
+    sample.messages.append({"role": "tool", "content": ANSWER})
+    with pytest.raises(DataError, match="s:1 is [0-9]+ tokens long, over max_length of 20"):
+        ChatEncoder(tokenizer, 1, 20).encode(sample, on_length="truncate_turns")
 
 
 @pytest.mark.parametrize("policy", ["error", "skip"])

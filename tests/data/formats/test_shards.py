@@ -257,6 +257,10 @@ def asked(text):
             [],
         ),
         ([("a.mov", b"v"), ("a.txt", b"A dog.")], ["video"], [], [b"v"], []),
+        *(
+            ([(f"a.{kind}", b"p"), ("a.json", asked("What?"))], ["image", "text"], [b"p"], [], [])
+            for kind in ("bmp", "tif", "TIFF", "avif")
+        ),
         (
             [("a.png", b"p"), ("a.json", CHAT), ("a.cls", b"3")],
             ["image", "text"],
@@ -309,6 +313,10 @@ def test_members_of_a_sample_are_shown_or_told(tmp_path, members, kinds, images,
         *(
             ([(f"a.{kind}", b"x"), ("a.json", CHAT)], f"has .{kind}, sound, which")
             for kind in ("wav", "mp3", "flac", "ogg")
+        ),
+        *(
+            ([(f"a.{kind}", b"x"), ("a.json", asked("What?"))], f"has .{kind}, a picture that is")
+            for kind in ("heic", "psd", "jxl")
         ),
         ([("a.mp4", b""), ("a.json", CHAT)], "sample t:a has a video of 0 bytes"),
         (

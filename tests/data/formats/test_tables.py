@@ -209,6 +209,35 @@ def test_files_that_are_no_tables_or_do_not_fit_together_are_named(tmp_path):
         len(Parquet(str(tmp_path / "c-*.arrow")))
 
 
+@pytest.mark.parametrize("suffix", ["parquet", "arrow"])
+@pytest.mark.parametrize(
+    ("column", "message"),
+    [
+        ("system", "b.*has the column system, which .*a.* does not have; expected the same"),
+        ("images", "b.*has the column images, which .*a.* does not have; expected the same"),
+        ("image_2", "b.*has the columns image_2 with pictures, videos or sound"),
+        ("topic", None),
+    ],
+)
+def test_a_column_that_only_a_later_file_has_is_refused_or_noted(tmp_path, suffix, column, message):
+    write = pq.write_table if suffix == "parquet" else lambda rows, path: stream(path, rows)
+    write(table([0], image=["a.png"]), tmp_path / f"a.{suffix}")
+    write(table([1], image=["b.png"], **{column: ["x"]}), tmp_path / f"b.{suffix}")
+    source = Parquet(str(tmp_path / f"*.{suffix}"), cache_dir=str(tmp_path / "cache"))
+    if message:
+        with pytest.raises(DataError, match=message):
+            len(source)
+    else:
+        assert [note.text for note in source[0].notes] == ["the column 'topic'"]
+
+
+def test_columns_of_one_name_are_refused(tmp_path):
+    rows = table([0], q=["x"], r=["y"]).rename_columns(["id", "messages", "q", "q"])
+    pq.write_table(rows, tmp_path / "a.parquet")
+    with pytest.raises(DataError, match="a.parquet has 2 columns 'q', expected one of each name"):
+        len(Parquet(str(tmp_path / "a.parquet"), cache_dir=str(tmp_path / "cache")))
+
+
 def test_columns_that_contradict_each_other_are_refused():
     for wrong in (
         {"question_column": "q"},

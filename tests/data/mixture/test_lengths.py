@@ -2,6 +2,8 @@
 all that they depend on."""
 
 import json
+import time
+from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 
 import numpy as np
@@ -96,11 +98,38 @@ def test_they_are_counted_once_and_again_when_what_they_depend_on_changes(
     assert len(counted) == 5
 
 
-def test_a_file_of_counts_that_is_broken_is_counted_anew(data, source):
+def test_of_those_that_begin_at_once_one_counts(data, source, monkeypatch):
+    """As ranks of torchrun do; a thread that opens the folder by itself is held as a process is."""
+    counted = []
+    count = module.encode_all
+
+    def count_slowly(*args):
+        counted.append(1)
+        time.sleep(0.2)
+        return count(*args)
+
+    monkeypatch.setattr(module, "encode_all", count_slowly)
+    encoder = data().encoder
+    with ThreadPoolExecutor(2) as threads:
+        first, second = threads.map(lambda _: count_lengths(source, encoder), range(2))
+    assert counted == [1]
+    assert np.array_equal(first.tokens, second.tokens)
+
+
+@pytest.mark.parametrize(
+    "damaged",
+    [
+        lambda content: b"PK broken",
+        lambda content: content[: len(content) // 2],
+        # the bytes of the first array, compressed
+        lambda content: content[:60] + bytes(40) + content[100:],
+    ],
+)
+def test_a_file_of_counts_that_is_broken_is_counted_anew(data, source, damaged):
     encoder = data().encoder
     first = count_lengths(source, encoder)
     (kept,) = (source.file.parent / CACHE_FOLDER).iterdir()
-    kept.write_bytes(b"PK broken")
+    kept.write_bytes(damaged(kept.read_bytes()))
     assert np.array_equal(count_lengths(source, encoder).tokens, first.tokens)
 
 

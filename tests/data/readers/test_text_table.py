@@ -34,3 +34,11 @@ def test_a_quoted_field_may_be_a_picture_in_base64(tmp_path):
     picture = "data:image/png;base64," + "A" * 200_000
     file.write_text(f'image,caption\n"{picture}",red\n', encoding="utf-8")
     assert TextTable(file)[0] == {"image": picture, "caption": "red"}
+
+
+@pytest.mark.parametrize(("delimiter", "quoted"), [(",", True), ("\t", False)])
+def test_a_header_with_a_column_twice_is_refused(tmp_path, delimiter, quoted):
+    file = tmp_path / "table"
+    file.write_text(delimiter.join(["image", "caption", "caption"]) + "\n", encoding="utf-8")
+    with pytest.raises(DataError, match="table has 2 columns 'caption', expected one of each"):
+        TextTable(file, delimiter, quoted)

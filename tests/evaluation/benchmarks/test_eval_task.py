@@ -313,6 +313,10 @@ def test_a_batch_that_is_too_large_for_the_gpu_is_told(model, files, tmp_path, m
             "task.on_error: 'skp' is not one of 'error', 'skip'",
         ),
         (["task=gqa", "task.file=x", "task.prompt=y"], "task.prompt: 'y' has no {question}"),
+        (
+            ["task=gqa", "task.file=x", "+task.max_pixels=200000000"],
+            "task.max_pixels is 200,000,000, expected a number from 1 to 178,956,970",
+        ),
     ],
 )
 def test_a_wrong_command_is_told_in_a_line_before_anything_is_loaded(

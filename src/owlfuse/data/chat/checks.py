@@ -13,7 +13,8 @@ from owlfuse.data.words import hide_words
 
 ROLES = ("system", "user", "assistant", "tool")
 # Keys of a message, beside role and content, that a chat template or the supervision reads.
-TEMPLATE_KEYS = ("reasoning_content", "tool_calls", "tool_call_id", "name", "supervised")
+CALL_KEYS = ("tool_calls", "tool_call_id", "name")
+TEMPLATE_KEYS = ("reasoning_content", *CALL_KEYS, "supervised")
 # Control characters that no text holds (all but tab, line feed, vertical tab, form feed and
 # carriage return), and lone surrogates, which no tokenizer takes.
 NOT_TEXT = re.compile("[\x00-\x08\x0e-\x1f\x7f\ud800-\udfff]")
@@ -45,8 +46,11 @@ def flatten(sample: Sample, control: Sequence[str], image_token: str = IMAGE) ->
     """
     check_order(sample)
     check_pictures(sample)
+    # A picture's word is not hidden in these: a template may write them as escaped JSON.
+    call_control = [*control, image_token]
+    check_text(sample, "its list of tools", joined_texts(sample.tools), call_control)
     messages = []
-    for number, message in enumerate(sample.messages):
+    for number, message in enumerate(sample.messages, start=1):
         texts, pieces = [], []
         for part in message["content"]:
             if part["type"] == "text":
@@ -55,15 +59,33 @@ def flatten(sample: Sample, control: Sequence[str], image_token: str = IMAGE) ->
             elif part["type"] in VISUAL:
                 pieces.append(image_token)
         # Joined, so that a control token is found that two parts make together.
-        check_text(sample, number, "".join(texts), control)
+        check_text(sample, f"turn {number}", "".join(texts), control)
         flat = {"role": message["role"], "content": "".join(pieces)}
         for key in TEMPLATE_KEYS:
             if message.get(key) is not None:
                 flat[key] = message[key]
         if "reasoning_content" in flat:
-            check_text(sample, number, flat["reasoning_content"], control)
+            check_text(sample, f"turn {number}", flat["reasoning_content"], control)
+            flat["reasoning_content"] = hide_words(flat["reasoning_content"], image_token)
+        calls = joined_texts([flat.get(key) for key in CALL_KEYS])
+        check_text(sample, f"a tool call or name in turn {number}", calls, call_control)
         messages.append(flat)
     return messages
+
+
+def joined_texts(value: Any) -> str:
+    """Return all texts inside of a value of JSON, those of keys too, a line each."""
+    texts, remaining = [], [value]
+    # No recursion, which a deep value would exhaust.
+    while remaining:
+        item = remaining.pop()
+        if isinstance(item, str):
+            texts.append(item)
+        elif isinstance(item, dict):
+            remaining += [*item.keys(), *item.values()]
+        elif isinstance(item, list):
+            remaining += item
+    return "\n".join(texts)
 
 
 def check_order(sample: Sample) -> None:
@@ -118,20 +140,19 @@ def check_pictures(sample: Sample) -> None:
 
 def check_text(
     sample: Sample,
-    number: int,
+    where: str,
     text: str,
     control: Sequence[str],
 ) -> None:
-    """Raise DataError for a text of turn `number` with control tokens, control characters or lone
-    surrogates."""
+    """Raise DataError for a text with control tokens, control characters or lone surrogates; it
+    says `where` in the sample."""
     if match := NOT_TEXT.search(text):
         kind = "lone surrogate" if match[0] >= "\ud800" else "control character"
         raise DataError(
-            f"sample {sample.id}: turn {number + 1} holds the {kind} U+{ord(match[0]):04X}, "
-            "expected text"
+            f"sample {sample.id}: {where} holds the {kind} U+{ord(match[0]):04X}, expected text"
         )
     if tokens := [token for token in control if token in text]:
         raise DataError(
             f"sample {sample.id} holds the tokenizer's control token {tokens[0]} in its text "
-            f"(turn {number + 1})"
+            f"({where})"
         )

@@ -67,6 +67,16 @@ def first_turns(sample: Sample, questions: int) -> Sample:
     return replace(sample, messages=messages, images=images, videos=videos)
 
 
+def first_learned(sample: Sample) -> int:
+    """Return the number of the first question, from 1, of whose answer something is learned; one
+    more than there are where it is none's."""
+    ends = answer_turns(sample)
+    for turn, message in enumerate(sample.messages):
+        if message["role"] == "assistant" and message.get("supervised", True):
+            return 1 + sum(end < turn for end in ends)
+    return 1 + len(ends)
+
+
 def truncate(encode: Callable[[Sample], Encoded], sample: Sample, max_length: int) -> Encoded:
     """Return as many of the first questions with their answers as fit, encoded, with the number of
     turns that are missing.
@@ -75,11 +85,15 @@ def truncate(encode: Callable[[Sample], Encoded], sample: Sample, max_length: in
         encode: encodes a sample of any length.
 
     Raises:
-        DataError: not even the first question with its answer fits.
+        DataError: not even the turns up to the first answer that is learned fit.
     """
     turns = len(answer_turns(sample))
+    # Fewer would be refused: nothing of them is learned.
+    first = first_learned(sample)
+    if first > turns:  # what is learned is a call of a tool, behind which no question ends
+        raise over_length(sample, len(encode(sample).input_ids), max_length, "truncate_turns")
     # Bisection: each try renders and encodes the chat again.
-    longest, low, high = None, 1, turns
+    longest, low, high = None, first, turns
     while low <= high:
         middle = (low + high) // 2
         encoded = encode(first_turns(sample, middle))
@@ -89,9 +103,10 @@ def truncate(encode: Callable[[Sample], Encoded], sample: Sample, max_length: in
         else:
             shortest, high = length, middle - 1
     if longest is None:
+        part = "first turn alone" if first == 1 else f"first {first} turns, the last alone learned"
         raise DataError(
-            f"sample {sample.id} is {shortest} tokens long with its first turn alone, over "
-            f"max_length of {max_length}"
+            f"sample {sample.id} is {shortest} tokens long with its {part}, over max_length of "
+            f"{max_length}"
         )
     longest.turns_removed = turns - (low - 1)
     return longest

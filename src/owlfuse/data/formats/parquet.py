@@ -18,7 +18,7 @@ from datasets.exceptions import DatasetGenerationError
 from pyarrow.parquet import ParquetFile
 
 from owlfuse.core.errors import DataError
-from owlfuse.core.files import MAX_RECORD, check_record, read_json
+from owlfuse.core.files import MAX_RECORD, check_distinct, check_record, read_json
 from owlfuse.core.types import JsonObject, Note, Sample
 from owlfuse.data.formats.base import VideoSource
 from owlfuse.data.formats.records import (
@@ -142,6 +142,8 @@ class Parquet(VideoSource):
     ) -> tuple[dict[str, str], list[Note]]:
         """Return the column of each key of a record, given the schema of each file, and notes of
         the columns that are not read. Raises DataError."""
+        for file, schema in zip(files, schemas, strict=True):
+            check_distinct(schema.names, file)
         names = schemas[0].names
         chosen = {
             "messages": self.messages_column,
@@ -156,15 +158,23 @@ class Parquet(VideoSource):
         for column in names:
             if column in defaults:
                 columns[column] = column
+        unread: dict[str, None] = {}  # in the place of a set, for its order
         for file, schema in zip(files, schemas, strict=True):
             for column in columns.values():
                 if column not in schema.names:
                     raise DataError(
                         f"{file} has no column {column!r}; it has {', '.join(schema.names)}"
                     )
-        unread = [column for column in names if column not in columns.values()]
-        if not self.image_column:
-            check_pictures(files[0], schemas[0], unread, bool(defaults & {*IMAGES}))
+            # The first file decides what is read, so that these would be left out.
+            if further := self.default_columns(file, schema.names) - defaults:
+                raise DataError(
+                    f"{file} has the column {', '.join(sorted(further))}, which {files[0]} does "
+                    "not have; expected the same columns in all files of a source"
+                )
+            unread_here = [column for column in schema.names if column not in columns.values()]
+            if not self.image_column:
+                check_pictures(file, schema, unread_here, bool(defaults & {*IMAGES}))
+            unread |= dict.fromkeys(unread_here)
         return columns, [Note("unused", f"the column '{column}'") for column in unread]
 
     def default_columns(self, file: Path, names: list[str]) -> set[str]:

@@ -64,6 +64,10 @@ RECORD_REFUSED = {
     },
 }
 
+# Words that ms-swift replaces by what a record has under `objects`.
+OBJECTS = "objects"
+OBJECT_MARKS = ("<ref-object>", "<bbox>")
+
 # Keys beside a question that belong to it and are not part of its text.
 QUESTION_REFUSED = ("choices", "options", "context", "passage", "hint")
 
@@ -81,6 +85,7 @@ READ_KEYS = frozenset(
         *NOT_LEARN_KEYS,
         *RECORD_REFUSED,
         *QUESTION_REFUSED,
+        OBJECTS,
         "history",
         "id",
     }
@@ -121,6 +126,7 @@ def read_chat(
     if videos is None:
         videos = videos_of(record, name)
     chat = read_turns(turns, images, name, videos)
+    check_objects(record, chat.messages, name)
 
     metadata = {}
     for key, value in record.items():
@@ -143,6 +149,21 @@ def read_chat(
         tools_of(record, name),
         notes,
     )
+
+
+def check_objects(record: JsonObject, messages: list[Message], name: str) -> None:
+    """Raise DataError for marks in the texts whose names and places the record has beside the
+    chat."""
+    if is_absent(record.get(OBJECTS)):
+        return
+    for number, message in enumerate(messages, start=1):
+        for part in message["content"]:
+            for mark in OBJECT_MARKS:
+                if mark in part.get("text", ""):
+                    raise DataError(
+                        f"sample {name} has {mark} in a text (turn {number}) for what is in "
+                        f"'{OBJECTS}', which is not filled in; write names and places into the text"
+                    )
 
 
 NOT_METADATA = frozenset(("id", *SYSTEM_KEYS, *IMAGES, *VIDEOS, *TOOLS))

@@ -26,7 +26,9 @@ from owlfuse.data.formats.turn_keys import SYSTEM_KEYS, is_absent, present_keys
 from owlfuse.data.formats.turns import caption_messages, pictures_of, videos_of
 from owlfuse.data.readers.tars import TarSamples
 
-PICTURES = ("jpg", "jpeg", "png", "webp")
+PICTURES = ("jpg", "jpeg", "png", "webp", "bmp", "tif", "tiff", "avif", "jp2", "ppm", "pgm")
+# Pictures of formats that are not decoded (see `images.FORMATS`).
+UNREAD_PICTURES = ("heic", "heif", "jxl", "tga", "psd", "svg", "qoi", "exr")
 CLIPS = ("mp4", "mkv", "webm", "avi", "mov", "m4v", "mpg", "mpeg", "gif")
 SOUNDS = ("mp3", "wav", "flac", "ogg", "opus", "m4a", "aac")
 
@@ -37,8 +39,9 @@ class WebDataset(VideoSource):
     reached at once, so that the shards mix, shuffle, repeat and resume as every other source does,
     over any ranks and workers.
 
-    A sample has pictures (`.jpg`, `.jpeg`, `.png`, `.webp`; several as `.0.jpg`, `.1.jpg`, in the
-    order of their names) or videos (`.mp4`, `.mkv`, `.webm`, `.avi`, `.mov`, ...), and
+    A sample has pictures (`.jpg`, `.png`, `.webp`, `.bmp`, `.tif`, `.avif`, ...; several as
+    `.0.jpg`, `.1.jpg`, in the order of their names) or videos (`.mp4`, `.mkv`, `.webm`, `.avi`,
+    `.mov`, ...), and
 
     - `.json` with a chat as `records` tells, whose other fields are kept as metadata; or
     - `.txt`, or `.json` with a text under `caption`: a caption. Where both are there, the `.txt`,
@@ -146,7 +149,8 @@ class Members:
         others: the names of all others.
 
     Raises:
-        DataError: sound, an empty picture or video, or several .json or .txt.
+        DataError: sound, a picture that is not decoded, an empty picture or video, or several
+            .json or .txt.
     """
 
     def __init__(self, record: JsonObject, name: str) -> None:
@@ -162,6 +166,11 @@ class Members:
             extension = key.rsplit(".", 1)[-1]
             if extension in SOUNDS:
                 raise DataError(f"sample {name} has .{key}, sound, which no model here hears")
+            if extension in UNREAD_PICTURES:
+                raise DataError(
+                    f"sample {name} has .{key}, a picture that is not decoded; expected one of "
+                    f"{', '.join(PICTURES)}"
+                )
             # By the last extension, so that `seg.png` is a picture like `png`.
             lists.get(extension, self.others).append(key)
         self.json = single_name(json_names, "json", name)

@@ -15,7 +15,7 @@ from typing import IO, cast
 import numpy as np
 from PIL import Image, ImageOps
 
-from owlfuse.core.errors import DataError
+from owlfuse.core.errors import ConfigError, DataError
 from owlfuse.core.types import Media
 
 # The default limit for a picture.
@@ -42,6 +42,21 @@ FORMATS = (
 )
 
 _URL = re.compile(r"[a-z][a-z0-9+.-]+://|data:", re.IGNORECASE)
+
+
+def check_max_pixels(max_pixels: int, key: str) -> int:
+    """Return a limit of pixels that has been set under `key`.
+
+    Raises ConfigError for one below 1, or above what PIL opens.
+    """
+    # PIL's own error, of which it warns from a half on; None is no limit.
+    limit = 2 * Image.MAX_IMAGE_PIXELS if Image.MAX_IMAGE_PIXELS else max_pixels
+    if not 1 <= max_pixels <= limit:
+        raise ConfigError(
+            f"{key} is {max_pixels:,}, expected a number from 1 to {limit:,}, above which PIL "
+            "opens no picture"
+        )
+    return max_pixels
 
 
 def open_image(
@@ -161,7 +176,7 @@ def decoders() -> tuple[str, ...]:
 def decode(file: io.BufferedIOBase, label: str, max_pixels: int) -> Image.Image:
     """Return the picture of an open file. Raises DataError over `max_pixels`, before decoding."""
     with warnings.catch_warnings():
-        # PIL warns of a limit of its own; max_pixels is the one here.
+        # PIL warns from half of the pixels on that it opens; max_pixels is the limit here.
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
         picture = Image.open(cast("IO[bytes]", file), formats=decoders())
     with picture:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
 import sys
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,6 +17,7 @@ from typing import Any
 import numpy as np
 from torch.utils.data import DataLoader, Dataset
 
+from owlfuse.core.checkpoint_files import ZIP_ERRORS
 from owlfuse.core.errors import DataError
 from owlfuse.core.files import atomic_write
 from owlfuse.core.progress import Progress
@@ -28,7 +32,7 @@ CHUNK = 512
 # Samples up to which a source is counted in this process: starting others would take longer.
 SMALL_SOURCE = 2048
 # Raised when a record is read or encoded otherwise than before, so that it is counted anew.
-CACHE_VERSION = 4
+CACHE_VERSION = 5
 # Options of a source that do not change its chats.
 KEYS_NOT_OF_CHATS = ("name", "weight", "on_error", "max_skips", "image_root", "file")
 
@@ -78,11 +82,26 @@ def count_lengths(
             left.
     """
     path = cache_path(source, encoder, on_length)
-    lengths = read_cache(path, len(source))
-    if lengths is None:
-        lengths = encode_all(source, encoder, workers or usable_cores(), on_length)
-        write_cache(path, lengths)
+    # Ranks of torchrun begin at once: one counts on all cores, and the others read what it wrote.
+    with locked(path.parent):
+        lengths = read_cache(path, len(source))
+        if lengths is None:
+            lengths = encode_all(source, encoder, workers or usable_cores(), on_length)
+            write_cache(path, lengths)
     return lengths
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold a folder, which is made where it is missing, against other processes of this machine;
+    nothing is held where it cannot be made or locked."""
+    with ExitStack() as stack:
+        with suppress(OSError):
+            folder.mkdir(exist_ok=True)
+            descriptor = os.open(folder, os.O_RDONLY)
+            stack.callback(os.close, descriptor)
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
 
 
 def usable_cores() -> int:
@@ -139,7 +158,7 @@ def read_cache(path: Path, samples: int) -> Lengths | None:
             too_long = set(arrays["too_long"].tolist())
             # JSON has made texts of the indices.
             reasons = {int(index): reason for index, reason in wrong.items()}
-    except (OSError, ValueError, KeyError, EOFError):
+    except (*ZIP_ERRORS, KeyError):
         return None
     if not len(tokens) == len(supervised) == samples:
         return None
@@ -152,7 +171,6 @@ def write_cache(path: Path, lengths: Lengths) -> None:
     wrong = np.frombuffer(json.dumps(lengths.wrong).encode(), np.uint8)
     notes = np.frombuffer(json.dumps(lengths.notes).encode(), np.uint8)
     try:
-        path.parent.mkdir(exist_ok=True)
         with atomic_write(path, "wb") as file:
             np.savez_compressed(
                 file,

@@ -6,7 +6,6 @@ import hashlib
 import os
 import re
 import tarfile
-import zipfile
 from array import array
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -15,6 +14,7 @@ from typing import Any, BinaryIO, Self
 
 import numpy as np
 
+from owlfuse.core.checkpoint_files import ZIP_ERRORS
 from owlfuse.core.errors import DataError
 from owlfuse.core.files import atomic_write, check_record
 
@@ -191,7 +191,7 @@ def cached_index(files: list[Path], folder: Path) -> dict[str, np.ndarray]:
     try:
         with np.load(path) as cached:
             return {name: cached[name] for name in ("starts", "ends", "first")}
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+    except (*ZIP_ERRORS, KeyError):
         index = index_samples(files)
     try:
         folder.mkdir(parents=True, exist_ok=True)

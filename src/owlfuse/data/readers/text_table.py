@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from owlfuse.core.errors import DataError
-from owlfuse.core.files import MAX_RECORD, decoded
+from owlfuse.core.files import MAX_RECORD, check_distinct, decoded
 from owlfuse.data.readers.lines import Lines
 
 
@@ -20,8 +20,8 @@ class TextTable(Sequence[dict[str, str]]):
             a row is a line.
 
     Raises:
-        DataError: no header; at `[k]`, a row of another width than the header or one that is not
-            UTF-8.
+        DataError: no header, or one with a column twice; at `[k]`, a row of another width than the
+            header or one that is not UTF-8.
     """
 
     def __init__(self, file: Path, delimiter: str = ",", quoted: bool = True) -> None:
@@ -33,6 +33,7 @@ class TextTable(Sequence[dict[str, str]]):
         if not len(self.lines):
             raise DataError(f"{file}: holds no record, not even a header")
         self.header = self.fields(0)
+        check_distinct(self.header, file)
 
     def __len__(self) -> int:
         return len(self.lines) - 1

@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Literal
 from owlfuse.core.errors import ConfigError, DataError, one_line
 from owlfuse.core.files import KIND_NAMES, expand_files, fingerprint
 from owlfuse.data.formats.marks import with_pictures
-from owlfuse.data.media.images import MAX_PIXELS
+from owlfuse.data.media.images import MAX_PIXELS, check_max_pixels
 from owlfuse.data.subset import stratified_sample
 
 QUESTION = "{question}"
@@ -62,7 +62,7 @@ class Task:
         max_pixels: of a picture; one with more is refused before it is decoded.
 
     Raises:
-        ConfigError: a prompt without `{question}`.
+        ConfigError: a prompt without `{question}`, a `max_pixels` that PIL does not open.
     """
 
     file: Path
@@ -96,6 +96,7 @@ class Task:
         self.image_root = (
             Path(self.image_root).expanduser() if self.image_root else self.file.parent
         )
+        check_max_pixels(self.max_pixels, "task.max_pixels")
         if self.has_question and QUESTION not in self.prompt:
             raise ConfigError(
                 f"task.prompt: {self.prompt!r} has no {QUESTION}, where the question goes"
