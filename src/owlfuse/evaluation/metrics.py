@@ -15,8 +15,8 @@ import torch
 
 from owlfuse.artifacts.hf.modeling import OwlfuseForConditionalGeneration
 from owlfuse.core.errors import DataError
-from owlfuse.core.types import Batch, Sample, Skipped
-from owlfuse.data.chat.truncation import policy_of
+from owlfuse.core.types import Batch, Sample, Skipped, without_keys
+from owlfuse.data.chat.truncation import answer_turns, first_turns, policy_of
 from owlfuse.data.datamodule import ChatData
 from owlfuse.data.loading import load_or_skip
 from owlfuse.data.notes import BatchRemarks
@@ -96,9 +96,21 @@ def questions_of(
         turns_removed = usable_samples(data, source, ranks or Ranks())
     questions = []
     for index, removed in turns_removed.items():
-        of_sample = question_samples(samples[index], history)
-        questions += of_sample[: len(of_sample) - removed]
+        questions += question_samples(without_last_turns(samples[index], removed), history)
+    # one metric has one rule: where some questions list their answers, the others' are lists of one
+    if any("accepted" in sample.metadata for sample, _, _ in questions):
+        for sample, expected, _ in questions:
+            sample.metadata.setdefault("accepted", [expected])
     return questions
+
+
+def without_last_turns(sample: Sample, removed: int) -> Sample:
+    """Returns a chat without its last questions and their answers, as `truncate` cuts it."""
+    if not removed:
+        return sample
+    cut = first_turns(sample, len(answer_turns(sample)) - removed)
+    # they belong to the last question
+    return replace(cut, metadata=without_keys(cut.metadata, ["accepted"]))
 
 
 def sample_questions(questions: list[Question], limit: int | None) -> list[Question]:
