@@ -263,6 +263,15 @@ def chosen_checkpoint(folder: Path, which: str) -> Path:
     return best
 
 
+def checkpoint_of(model_dir: Path, which: str) -> Path | None:
+    """Returns the chosen checkpoint of a run's folder; None of an exported one. Raises
+    ConfigError."""
+    if not (model_dir / "config.yaml").is_file():
+        check_which(which, of_run=False)
+        return None
+    return chosen_checkpoint(model_dir, which)
+
+
 def split_which(words: list[str]) -> tuple[str, list[str]]:
     """The value of `which=` among a command's words, `last` where there is none, and the other
     words. Raises ConfigError."""

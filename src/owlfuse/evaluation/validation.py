@@ -11,12 +11,12 @@ from typing import Any
 from torch import Tensor
 
 from owlfuse.artifacts.load import load_run_model
-from owlfuse.artifacts.resume import check_evaluation_keys, read_past
+from owlfuse.artifacts.resume import Past, check_evaluation_keys, read_past
 from owlfuse.artifacts.run_data import build_data
 from owlfuse.artifacts.runs import chosen_checkpoint, read_results, split_which
 from owlfuse.config.build import build, to_dict
 from owlfuse.config.compose import compose
-from owlfuse.core.files import write_json
+from owlfuse.config.identity import code_hash
 from owlfuse.core.progress import Progress, quiet_libraries
 from owlfuse.core.types import Sample
 from owlfuse.data.identity import data_identity
@@ -207,7 +207,7 @@ def evaluate_run(folder: str, overrides: list[str]) -> None:
     ranks = TorchrunRanks()
     # before the model, whose embeddings must have a row for each token
     data = build_data(config)
-    model, _ = load_run_model(run_dir, plain, data.vocab_size, which)
+    model, _ = load_run_model(checkpoint, plain, data.vocab_size)
     model.to(ranks.device)
     # pictures are prepared as the model's backbone needs them
     data.bind(model.vision.preprocessing, model.fusion.tokens_per_image)
@@ -224,25 +224,37 @@ def evaluate_run(folder: str, overrides: list[str]) -> None:
     if not ranks.first:
         return
     earlier = read_results(run_dir)
-    # the training's own costs stay
+    # the training's own costs and time stay
     cost = {**earlier.get("cost", {}), "ms_per_generated_token": evaluation.milliseconds}
-    record = {"changes": past.changes, "identity": identity}
+    seconds = earlier.get("wall_s", time.monotonic() - start)
+    code = results_code(past, earlier, code_hash(plain))
+    record = {"changes": past.changes, "identity": identity, "code": code}
     write_results(
         run_dir,
         config,
         past.step,
         metrics,
         cost,
-        time.monotonic() - start,
+        seconds,
         record,
         evaluation.counts,
         checkpoint.name,
     )
-    # of other code than the training: both are named
-    results = read_results(run_dir)
-    training_code = earlier.get("hash", {}).get("code", "unknown")
-    if training_code != results["hash"]["code"]:
-        results["hash"]["code"] = f"{training_code}, evaluated by {results['hash']['code']}"
-        write_json(run_dir / "results.json", results)
     title = f"{config.experiment}, {past.step} steps ({which} checkpoint)"
     evaluation.write(run_dir, metrics, answers, title)
+
+
+EVALUATED_BY = ", evaluated by "
+
+
+def results_code(past: Past, earlier: dict[str, Any], code: str) -> str:
+    """Returns the hash of the code that trained a run and, where it is another, `code`, which
+    evaluates it.
+
+    Args:
+        earlier: the run's results so far, which may be of an evaluation by a third code; empty for
+            a run that has none yet.
+    """
+    recorded = str(earlier.get("hash", {}).get("code", "unknown"))
+    trained_by = past.code or recorded.partition(EVALUATED_BY)[0]
+    return code if trained_by == code else f"{trained_by}{EVALUATED_BY}{code}"

@@ -34,7 +34,7 @@ class LoadedModel:
     """A run's, an exported or an imported model on a device, with its processor.
 
     Args:
-        which: of a run's checkpoints.
+        checkpoint: of a run; by default its last.
         dtype: `saved`: as the folder has its weights; or torch's name of another, as `float32`.
         thinking: prompts ask for a thought before the answer, where the chat template knows of
             thoughts.
@@ -49,9 +49,9 @@ class LoadedModel:
         dtype: str,
         device: torch.device,
         thinking: bool = False,
-        which: str = "last",
+        checkpoint: Path | None = None,
     ) -> None:
-        self.model, self.processor = load_with_processor(folder, which)
+        self.model, self.processor = load_with_processor(folder, checkpoint=checkpoint)
         module: Any = self.model  # transformers' wrapper of `to` hides the types of torch's
         # rotary frequencies keep float32 (see `MultimodalLM._apply`)
         if dtype != "saved":

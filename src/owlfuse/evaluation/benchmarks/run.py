@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 
-from owlfuse.artifacts.runs import check_model
+from owlfuse.artifacts.runs import check_model, checkpoint_of
 from owlfuse.config.build import build, to_dict
 from owlfuse.config.check import check_targets
 from owlfuse.config.compose import origin_of
@@ -51,14 +51,17 @@ def evaluate_task(folder: str, words: list[str]) -> None:
     questions, skipped = task.questions()
     # before the share of a rank, so that the sample is the same for any number of ranks
     questions = sample_units(questions, options.max_questions)
-    settings = Settings.of(model_dir, task, options.dtype, options.thinking, options.which)
+    # once: a run that still trains may write another one meanwhile
+    checkpoint = checkpoint_of(model_dir, options.which)
+    settings = Settings.of(model_dir, task, options.dtype, options.thinking, checkpoint)
     out = Path(options.out).expanduser() if options.out else model_dir / "tasks"
     store = Predictions(out / str(options.name), settings.key, ranks.rank)
     answered = answered_ids(store)
     ranks.wait()  # each has read what is there, before one adds to it
     todo = [question for question in questions if question.id not in answered]
     try:
-        answer_share(model_dir, task, ranks.share(longest_first(todo)), store, options, ranks)
+        share = ranks.share(longest_first(todo))
+        answer_share(model_dir, checkpoint, task, share, store, options, ranks)
         ranks.wait()
     except KeyboardInterrupt:
         count = len(answered_ids(store) & {question.id for question in questions})
@@ -99,6 +102,7 @@ def longest_first(questions: list[Question]) -> list[Question]:
 
 def answer_share(
     model_dir: Path,
+    checkpoint: Path | None,
     task: Task,
     questions: list[Question],
     store: Predictions,
@@ -108,7 +112,7 @@ def answer_share(
     """Answers the questions of this rank; each batch is on the disk before the next begins."""
     if not questions:
         return
-    model = LoadedModel(model_dir, options.dtype, ranks.device, options.thinking, options.which)
+    model = LoadedModel(model_dir, options.dtype, ranks.device, options.thinking, checkpoint)
     dataset_class = QuestionDataset if task.generates else ChatDataset
     dataset = dataset_class(task, questions, model.processor, model.max_positions, options.thinking)
     loader = DataLoader(
