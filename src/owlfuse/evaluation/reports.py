@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections import defaultdict
 from io import BytesIO
@@ -31,12 +32,15 @@ def print_metrics(metrics: dict[str, float], title: str) -> None:
 
 
 def write_answers(path: Path, answers: list[Answer]) -> None:
-    """Writes one JSON object a line for each answer; a picture without a file is left out."""
+    """Writes one JSON object a line for each answer; of a picture without a file the hash of its
+    bytes, as `image_hash`, by which answers to one picture are known."""
     with path.open("w", encoding="utf-8") as file:
         for answer in answers:
             record = {**vars(answer), "right": answer.right}
             # JSON has no bytes
-            record["image"] = None if isinstance(answer.image, bytes) else answer.image
+            if isinstance(answer.image, bytes):
+                record["image"] = None
+                record["image_hash"] = hashlib.sha256(answer.image).hexdigest()
             file.write(json.dumps(record, ensure_ascii=False) + "\n")
 
 
