@@ -276,6 +276,18 @@ def test_a_prompt_that_is_too_long_for_the_model_is_told_and_not_cut(
     assert "and the model has 2048" in capsys.readouterr().err
 
 
+def test_two_commands_do_not_write_one_folder(model, files, tmp_path, monkeypatch, capsys):
+    def held(path):
+        raise BlockingIOError
+
+    monkeypatch.setattr("owlfuse.artifacts.runs.open_locked", held)
+    command = ["eval", str(model), "task=gqa", *files("gqa"), f"out={tmp_path}", "workers=0"]
+    assert main(command) == 2
+    error = capsys.readouterr().err
+    assert f"{tmp_path / 'gqa'} is in use by another process; wait until it ends, or" in error
+    assert not (tmp_path / "gqa" / "predictions.jsonl").exists()
+
+
 def test_a_batch_that_is_too_large_for_the_gpu_is_told(model, files, tmp_path, monkeypatch, capsys):
     def full(*given):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")

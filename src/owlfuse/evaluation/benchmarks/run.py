@@ -5,13 +5,14 @@ from __future__ import annotations
 
 import time
 from collections import Counter
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.utils.data import DataLoader
 
-from owlfuse.artifacts.runs import check_model, checkpoint_of
+from owlfuse.artifacts.runs import check_model, checkpoint_of, locked
 from owlfuse.config.build import build, to_dict
 from owlfuse.config.check import check_targets
 from owlfuse.config.compose import origin_of
@@ -56,23 +57,26 @@ def evaluate_task(folder: str, words: list[str]) -> None:
     settings = Settings.of(model_dir, task, options.dtype, options.thinking, checkpoint)
     out = Path(options.out).expanduser() if options.out else model_dir / "tasks"
     store = Predictions(out / str(options.name), settings.key, ranks.rank)
-    answered = answered_ids(store)
-    ranks.wait()  # each has read what is there, before one adds to it
-    todo = [question for question in questions if question.id not in answered]
-    try:
-        share = ranks.share(longest_first(todo))
-        answer_share(model_dir, checkpoint, task, share, store, options, ranks)
+    # by the first rank for all: of two commands each would lose what the other writes
+    lock = locked(store.folder, "out", "choose another name= or out=")
+    with lock if ranks.first else nullcontext():
+        answered = answered_ids(store)
+        ranks.wait()  # each has read what is there, before one adds to it
+        todo = [question for question in questions if question.id not in answered]
+        try:
+            share = ranks.share(longest_first(todo))
+            answer_share(model_dir, checkpoint, task, share, store, options, ranks)
+            ranks.wait()
+        except KeyboardInterrupt:
+            count = len(answered_ids(store) & {question.id for question in questions})
+            raise KeyboardInterrupt(
+                f"stopped; {count} of {len(questions)} answers are in {store.folder}, and the same "
+                "command goes on"
+            ) from None
+        if ranks.first:
+            seconds = time.monotonic() - start
+            finish(options, task, questions, skipped, store, settings, ranks, seconds)
         ranks.wait()
-    except KeyboardInterrupt:
-        count = len(answered_ids(store) & {question.id for question in questions})
-        raise KeyboardInterrupt(
-            f"stopped; {count} of {len(questions)} answers are in {store.folder}, and the same "
-            "command goes on"
-        ) from None
-    if ranks.first:
-        seconds = time.monotonic() - start
-        finish(options, task, questions, skipped, store, settings, ranks, seconds)
-    ranks.wait()
 
 
 def answered_ids(store: Predictions) -> set[str]:
