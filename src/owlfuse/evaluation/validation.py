@@ -47,6 +47,10 @@ from owlfuse.parallel.torchrun import TorchrunRanks
 log = logging.getLogger(__name__)
 
 
+LEAST = {"batch_size": 1, "max_new_tokens": 1, "contact_sheet": 0, "decode_tokens": 0}
+"""The least that numbers of an evaluation may be."""
+
+
 @dataclass
 class Evaluation:
     """How a model is evaluated.
@@ -88,6 +92,10 @@ class Evaluation:
                 f"evaluation.max_questions is {self.max_questions}, expected at least 1, or null "
                 "for all"
             )
+        for name, least in LEAST.items():
+            number = getattr(self, name)
+            if number < least:
+                raise ValueError(f"evaluation.{name} is {number}, expected at least {least}")
 
     def __call__(
         self, model: Any, data: Any, folder: Path | None = None, ranks: Ranks | None = None
@@ -204,6 +212,7 @@ def evaluate_run(folder: str, overrides: list[str]) -> None:
     past = read_past(checkpoint)
     check_evaluation_keys(past, config)
     plain = to_dict(config)
+    evaluation = build(config.evaluation) or Evaluation()  # of a run that trained without one
     ranks = TorchrunRanks()
     # before the model, whose embeddings must have a row for each token
     data = build_data(config)
@@ -218,7 +227,6 @@ def evaluate_run(folder: str, overrides: list[str]) -> None:
         log.warning(
             "%s: the contents are not those that were evaluated in training", ", ".join(changed)
         )
-    evaluation = build(config.evaluation) or Evaluation()  # of a run that trained without one
     metrics, answers = evaluation(model, data, run_dir, ranks)
     # every rank has all answers by now, and one of them writes
     if not ranks.first:

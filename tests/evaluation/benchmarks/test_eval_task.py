@@ -325,6 +325,8 @@ def test_a_batch_that_is_too_large_for_the_gpu_is_told(model, files, tmp_path, m
             "task.on_error: 'skp' is not one of 'error', 'skip'",
         ),
         (["task=gqa", "task.file=x", "task.prompt=y"], "task.prompt: 'y' has no {question}"),
+        (["task=gqa", "task.file=x", "task.max_new_tokens=0"], "max_new_tokens is 0, expected at"),
+        (["task=gqa", "task.file=x", "task.max_skips=-1"], "max_skips is -1, expected at least 0"),
     ],
 )
 def test_a_wrong_command_is_told_in_a_line_before_anything_is_loaded(

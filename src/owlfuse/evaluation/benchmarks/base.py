@@ -62,7 +62,7 @@ class Task:
         max_pixels: of a picture; one with more is refused before it is decoded.
 
     Raises:
-        ConfigError: a prompt without `{question}`.
+        ConfigError: a prompt without `{question}`, a number below the least that makes sense.
     """
 
     file: Path
@@ -96,6 +96,10 @@ class Task:
         self.image_root = (
             Path(self.image_root).expanduser() if self.image_root else self.file.parent
         )
+        for name, least in {"max_new_tokens": 1, "max_skips": 0, "max_pixels": 1}.items():
+            number = getattr(self, name)
+            if number < least:
+                raise ConfigError(f"task.{name} is {number}, expected at least {least}")
         if self.has_question and QUESTION not in self.prompt:
             raise ConfigError(
                 f"task.prompt: {self.prompt!r} has no {QUESTION}, where the question goes"
