@@ -52,6 +52,8 @@ class Answer:
     accepted: tuple[str, ...] = ()
     """Texts of which a right answer holds one, where the data list them; else it must equal the
     expected one."""
+    thought_unfinished: bool = False
+    """Whether the model was still thinking after `max_new_tokens`, so that there is no answer."""
 
     @property
     def right(self) -> bool:
@@ -214,16 +216,18 @@ def answer_questions(
             batch = replace(batch, pixel_values=torch.zeros_like(batch.pixel_values))
         return batch
 
-    def generate(batch: Batch) -> list[str]:
+    def generate(batch: Batch) -> list[tuple[str, bool]]:
         ids = generate_greedy(
             model, batch, max_new_tokens, data.encoder, synced=ranks.synced_generation
         )
-        return data.encoder.answers(list(ids))
+        rows = list(ids)
+        unfinished = data.encoder.unfinished_thoughts(rows)
+        return list(zip(data.encoder.answers(rows), unfinished, strict=True))
 
     answers = []
     chunks = chunks_of(questions, batch_size)
-    for chunk, texts in zip(chunks, ranks.deal(chunks, prompts, generate), strict=True):
-        for (sample, expected, kind), text in zip(chunk, texts, strict=True):
+    for chunk, outputs in zip(chunks, ranks.deal(chunks, prompts, generate), strict=True):
+        for (sample, expected, kind), (text, unfinished) in zip(chunk, outputs, strict=True):
             content = sample.messages[-1]["content"]
             question = "".join(part.get("text", "") for part in content).strip()
             image = sample.images[0] if sample.images else None
@@ -232,7 +236,17 @@ def answer_questions(
                 image = str(samples.root / image)
             accepted = tuple(sample.metadata.get("accepted", ()))
             answers.append(
-                Answer(source, sample.id, image, question, expected, text, kind, accepted)
+                Answer(
+                    source,
+                    sample.id,
+                    image,
+                    question,
+                    expected,
+                    text,
+                    kind,
+                    accepted,
+                    unfinished,
+                )
             )
         progress(len(chunk))
     return answers

@@ -129,6 +129,17 @@ class Evaluation:
             ) as progress:
                 loss = mean_loss(model, data, source, self.batch_size, progress.advance, ranks)
             answers = self.answer(model, data, source, questions, ranks)
+            if unfinished := sum(answer.thought_unfinished for answer in answers):
+                self.counts[source]["thoughts that did not end"] = unfinished
+                if ranks.first:
+                    log.warning(
+                        "validation source %s: %d of %d thoughts did not end, and their answers "
+                        "count as empty; raise evaluation.max_new_tokens, which is %d",
+                        source,
+                        unfinished,
+                        len(answers),
+                        self.max_new_tokens,
+                    )
             # asked again without information from the pictures: the difference is what they add
             blank = None
             if self.blank and any(sample.images or sample.videos for sample, _, _ in questions):

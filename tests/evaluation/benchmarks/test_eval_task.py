@@ -276,6 +276,22 @@ def test_a_prompt_that_is_too_long_for_the_model_is_told_and_not_cut(
     assert "and the model has 2048" in capsys.readouterr().err
 
 
+def test_thoughts_that_did_not_end_are_counted_and_told(
+    model, files, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(
+        "owlfuse.data.chat.answer_format.AnswerFormat.is_unfinished_thought",
+        lambda *given: True,
+    )
+    words = [*files("gqa"), SHORT]
+    results, lines = evaluate(model, tmp_path, "gqa", words, "thinking=true")
+    assert [line["answer"] for line in lines.values()] == [""] * 3
+    assert results["counts"]["thoughts that did not end"] == 3
+    assert "3 thoughts did not end, and their answers count as empty" in capsys.readouterr().out
+    results, _ = evaluate(model, tmp_path / "without", "gqa", words)
+    assert "thoughts that did not end" not in results["counts"]
+
+
 def test_two_commands_do_not_write_one_folder(model, files, tmp_path, monkeypatch, capsys):
     def held(path):
         raise BlockingIOError

@@ -72,6 +72,13 @@ class LoadedModel:
         tokenizer, answer_format = self.processor.tokenizer, self.processor.answer_format
         return [answer_format.answer(tokenizer, row, self.thinking) for row in rows]
 
+    def unfinished_thoughts(self, rows: Any) -> list[bool]:
+        """Returns of each row of generated ids whether it is a thought that did not end."""
+        tokenizer, answer_format = self.processor.tokenizer, self.processor.answer_format
+        return [
+            self.thinking and answer_format.is_unfinished_thought(tokenizer, row) for row in rows
+        ]
+
     def to_device(self, batch: Batch) -> Batch:
         """Returns the batch on the model's device and in its dtype, every id one that it has an
         embedding of."""
@@ -233,4 +240,7 @@ def answer(model: LoadedModel, task: Task, batch: QuestionBatch) -> list[dict[st
         {"answer": text, "expected": question.expected}
         for question, text in zip(batch.questions, model.decode(ids), strict=True)
     ]
+    for output, unfinished in zip(outputs, model.unfinished_thoughts(ids), strict=True):
+        if unfinished:
+            output["thought_unfinished"] = True
     return batch.predictions(task, outputs)

@@ -191,6 +191,9 @@ def finish(
     groups = Counter(line["group"] for line in answered if line["group"])
     for group, count in sorted(groups.items()):
         counts[f"answered, {group}"] = count
+    unfinished = sum(line.get("thought_unfinished", False) for line in answered)
+    if unfinished:
+        counts["thoughts that did not end"] = unfinished
     run_options = {
         "batch_size": options.batch_size,
         "ranks": ranks.count,
@@ -202,4 +205,9 @@ def finish(
     # the time is not part of the results that are printed
     write_json(path, {**results, "wall_s": round(seconds, 1)})
     print_results(results)
+    if unfinished:
+        print(
+            f"{unfinished} thoughts did not end, and their answers count as empty; raise "
+            f"task.max_new_tokens, which is {task.max_new_tokens}"
+        )
     print(visible(f"{path}, and each answer in {store.folder / 'predictions.jsonl'}"))
