@@ -64,15 +64,15 @@ def write_contact_sheet(
     answers: list[Answer],
     pictures: int,
     title: str,
-    maps: dict[str, Tensor] | None = None,
+    maps: dict[int, Tensor] | None = None,
 ) -> None:
     """Writes a PNG of pictures with a question each, the answer, and right (green, tick) or wrong
     (red, cross, what was expected).
 
     Args:
         pictures: at most so many, see `sample_for_sheet`.
-        maps: by the id of an answer, its attention map over the picture (see `evaluation.explain`),
-            which is drawn beside it.
+        maps: by the place on the sheet, the answer's attention map over the picture (see
+            `evaluation.explain`), which is drawn beside it.
     """
     matplotlib.use("Agg")  # no window: most machines that train have no screen
     answers, maps = sample_for_sheet(answers, pictures), maps or {}
@@ -92,10 +92,10 @@ def write_contact_sheet(
     for axis in axes.flat:
         axis.axis("off")
     # the last row may have more axes than answers
-    for axis, answer in zip(axes.flat, answers, strict=False):
+    for place, (axis, answer) in enumerate(zip(axes.flat, answers, strict=False)):
         picture = picture_of(answer)
-        if answer.id in maps:
-            picture = with_overlay(picture, maps[answer.id])
+        if place in maps:
+            picture = with_overlay(picture, maps[place])
         axis.imshow(picture)
         if answer.right:
             text = f"✓ {answer.answer}"

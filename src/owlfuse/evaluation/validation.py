@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from owlfuse.artifacts.load import load_run_model
@@ -17,6 +18,7 @@ from owlfuse.artifacts.runs import chosen_checkpoint, read_results, split_which
 from owlfuse.config.build import build, to_dict
 from owlfuse.config.compose import compose
 from owlfuse.config.identity import code_hash
+from owlfuse.core.errors import DataError
 from owlfuse.core.progress import Progress, quiet_libraries
 from owlfuse.core.types import Sample
 from owlfuse.data.identity import data_identity
@@ -83,8 +85,8 @@ class Evaluation:
     history: bool = False
     counts: dict[str, dict[str, Any]] = field(default_factory=dict, init=False)
     """Of each validation source how many questions were asked, of how many, and of each kind."""
-    maps: dict[str, Tensor] = field(default_factory=dict, init=False)
-    """With `explain`: the attention maps of the answers on the sheet, by their ids."""
+    maps: dict[int, Tensor] = field(default_factory=dict, init=False)
+    """With `explain`: the attention maps of the answers on the sheet, by their places there."""
 
     def __post_init__(self) -> None:
         if self.max_questions is not None and self.max_questions < 1:
@@ -107,13 +109,25 @@ class Evaluation:
             ranks: those that share the work, all of which call it and get the same; by default this
                 process has all of it.
         """
-        ranks = ranks or Ranks()
+        try:
+            return self.evaluate(model, data, folder, ranks or Ranks())
+        except torch.OutOfMemoryError as error:
+            smaller = f"evaluation.batch_size={max(1, self.batch_size // 4)}"
+            advice = f"go on with: owlfuse eval {folder} {smaller}" if folder else f"set {smaller}"
+            raise DataError(
+                f"the evaluation is more than the GPU's memory holds; {advice}"
+            ) from error
+
+    def evaluate(
+        self, model: Any, data: Any, folder: Path | None, ranks: Ranks
+    ) -> tuple[dict[str, float], list[Answer]]:
+        """Returns what calling it does. Raises torch.OutOfMemoryError."""
         training = model.training
         # no dropout, and batch norms use their running statistics
         model.eval()
         metrics: dict[str, float] = metrics_before(folder) if folder else {}
         all_answers: list[Answer] = []
-        samples: dict[tuple[str, str], Sample] = {}
+        samples: list[Sample] = []  # of each answer its question
         to_time: tuple[str, Sample] | None = None
         for source in data.validation:
             with ranks.failing_together():
@@ -146,8 +160,7 @@ class Evaluation:
                 blank = self.answer(model, data, source, questions, ranks, blank=True)
             metrics |= metric_names(source, list(data.validation), score(answers, blank, loss))
             all_answers += answers
-            for sample, _, _ in questions:
-                samples[source, sample.id] = sample
+            samples += [sample for sample, _, _ in questions]
         # after the answers, when kernels are compiled and memory is allocated
         # one object may evaluate a run twice: before the first step and at the end
         self.milliseconds = None
@@ -156,7 +169,9 @@ class Evaluation:
         if self.explain and folder:
             # chosen as the sheet chooses, so that no map is made of an answer that is not shown
             on_sheet = sample_for_sheet(pictured_answers(all_answers), self.contact_sheet)
-            pairs = [(answer, samples[answer.source, answer.id]) for answer in on_sheet]
+            # by identity, since chats of a file may have one id
+            sample_of = {id(a): sample for a, sample in zip(all_answers, samples, strict=True)}
+            pairs = [(answer, sample_of[id(answer)]) for answer in on_sheet]
             self.maps = maps_of_answers(model, data, pairs, self.max_new_tokens, ranks)
         model.train(training)
         return dict(sorted(metrics.items())), all_answers

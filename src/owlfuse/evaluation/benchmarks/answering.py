@@ -119,13 +119,11 @@ class QuestionBatch:
     inputs: Any
     skipped: list[SkippedQuestion]
 
-    def predictions(self, task: Task, outputs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Returns the lines of predictions.jsonl: the model's output for each question, scored."""
+    def predictions(self, outputs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Returns the lines of predictions.jsonl: the model's output for each question."""
         lines = []
         for question, prompt, output in zip(self.questions, self.prompts, outputs, strict=True):
-            line = {"id": question.id, "prompt": prompt, **output, "group": question.group}
-            line["score"] = task.score(line)
-            lines.append(line)
+            lines.append({"id": question.id, "prompt": prompt, **output, "group": question.group})
         return lines
 
 
@@ -243,4 +241,4 @@ def answer(model: LoadedModel, task: Task, batch: QuestionBatch) -> list[dict[st
     for output, unfinished in zip(outputs, model.unfinished_thoughts(ids), strict=True):
         if unfinished:
             output["thought_unfinished"] = True
-    return batch.predictions(task, outputs)
+    return batch.predictions(outputs)

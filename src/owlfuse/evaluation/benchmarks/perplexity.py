@@ -20,7 +20,7 @@ from owlfuse.evaluation.benchmarks.answering import (
     QuestionDataset,
     chat_encoder,
 )
-from owlfuse.evaluation.benchmarks.base import Question, Task
+from owlfuse.evaluation.benchmarks.base import Question
 from owlfuse.evaluation.benchmarks.exact import ChatTask
 from owlfuse.model.loss import summed_loss
 
@@ -74,7 +74,7 @@ class ChatDataset(QuestionDataset):
 
 
 @torch.inference_mode()
-def measure(model: LoadedModel, task: Task, batch: QuestionBatch) -> list[dict[str, Any]]:
+def measure(model: LoadedModel, batch: QuestionBatch) -> list[dict[str, Any]]:
     """Returns the cross-entropy of each chat, summed over its supervised tokens, in nats: what
     predictions.jsonl holds."""
     chats = model.to_device(batch.inputs)
@@ -85,4 +85,4 @@ def measure(model: LoadedModel, task: Task, batch: QuestionBatch) -> list[dict[s
         # float64 of the supervised positions alone, a row at a time: all would take much memory
         loss, count = summed_loss(row[supervised].double(), targets[supervised])
         outputs.append({"loss": float(loss), "tokens": int(count)})
-    return batch.predictions(task, outputs)
+    return batch.predictions(outputs)

@@ -149,7 +149,7 @@ def predict(model: LoadedModel, task: Task, batch: QuestionBatch) -> list[dict[s
     if not batch.questions:
         return []
     try:
-        return answer(model, task, batch) if task.generates else measure(model, task, batch)
+        return answer(model, task, batch) if task.generates else measure(model, batch)
     except torch.OutOfMemoryError as error:
         raise DataError(
             f"a batch of {len(batch.questions)} is more than the GPU's memory holds; go on by the "
