@@ -99,6 +99,15 @@ def load_run(folder: Path, which: str = "last", checkpoint: Path | None = None) 
     # only names that owlfuse knows are imported
     config = read_run(folder)
     tokenizer = run_tokenizer(folder, config["data"])
+    tiled = [name for name, node in config["data"]["sources"].items() if node.get("tile")]
+    if tiled:
+        log.warning(
+            "%s was trained with tiles (data.sources.%s.tile), and whole pictures are shown to it "
+            "outside of its validation; for tiles export it, and set tile to true in the export's "
+            "processor_config.json",
+            folder,
+            tiled[0],
+        )
     checkpoint = checkpoint or chosen_checkpoint(folder, which)
     model, _ = load_run_model(checkpoint, config, len(tokenizer))
     return TrainedModel(model.eval(), tokenizer, read_results(folder) or None)

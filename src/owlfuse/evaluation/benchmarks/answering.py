@@ -174,8 +174,14 @@ class QuestionDataset(Dataset):
         # as training renders chats, so that a prompt has the tokens that were learned
         messages = flatten(self.sample(question), self.control, self.processor.image_token)
         text = render(self.processor.tokenizer, messages, True, self.thinking)
-        self.check_length(question, text)
-        return text, self.open_pictures(question)
+        if not self.processor.tile:
+            # first, without pictures, which may be large
+            self.check_length(question, text, len(question.images))
+            return text, self.open_pictures(question)
+        pictures = self.open_pictures(question)
+        views = sum(len(self.processor.views(picture)) for picture in pictures)
+        self.check_length(question, text, views)
+        return text, pictures
 
     def sample(self, question: Question) -> Sample:
         """Returns the question as a chat."""
@@ -189,14 +195,14 @@ class QuestionDataset(Dataset):
             for picture in self.task.pictures(question)
         ]
 
-    def check_length(self, question: Question, text: str) -> None:
-        """Raises DataError where the model has no positions for the prompt and an answer."""
+    def check_length(self, question: Question, text: str, views: int) -> None:
+        """Raises DataError where the model has no positions for the prompt, its pictures as so many
+        views, and an answer."""
         if self.max_positions is None:
             return
-        # without pictures, which are opened later and may be large
         ids = self.processor.encode_texts([text], None, add_special_tokens=False)["input_ids"][0]
-        # an image's placeholder is one of the ids already
-        tokens = len(ids) + len(question.images) * (self.processor.tokens_per_image - 1)
+        # a placeholder for each picture is among the ids already
+        tokens = len(ids) - len(question.images) + views * self.processor.tokens_per_image
         if tokens + self.task.max_new_tokens > self.max_positions:
             raise DataError(
                 f"sample {question.id}: its prompt takes {tokens} positions and the answer "

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, ClassVar
 
 import torch
@@ -60,11 +61,13 @@ class ChatDataset(QuestionDataset):
     def prepare(self, question: Question) -> tuple[str, Encoded]:
         """Returns the chat as the template writes it, and encoded. Raises DataError."""
         sample = self.sample(question)
-        encoded = self.encoder.encode(sample)
+        # only the pictures say how many views each has
+        views = [self.processor.views(picture) for picture in self.open_pictures(question)]
+        encoded = self.encoder.encode(sample, [len(picture_views) for picture_views in views])
         messages = flatten(sample, self.control, self.processor.image_token)
         text = self.encoder.render(sample, messages)
-        if question.images:
-            pictures = self.open_pictures(question)
+        if views:
+            pictures = list(chain.from_iterable(views))
             encoded.pixel_values = list(self.processor.image_processor(pictures)["pixel_values"])
         return text, encoded
 
