@@ -21,7 +21,7 @@ from owlfuse.data.datamodule import ChatData
 from owlfuse.data.loading import load_or_skip
 from owlfuse.data.notes import BatchRemarks
 from owlfuse.data.subset import stratified_sample
-from owlfuse.evaluation.generation import generate_greedy, milliseconds_per_token
+from owlfuse.evaluation.generation import answer_limit, generate_greedy, milliseconds_per_token
 from owlfuse.evaluation.questions import normalize, question_samples
 from owlfuse.model.loss import batch_loss
 from owlfuse.model.multimodal import MultimodalLM
@@ -259,12 +259,16 @@ def time_answer(
     question: Sample,
     tokens: int,
     repeats: int = 2,
-) -> float:
+) -> float | None:
     """Returns the milliseconds per token of an answer of `tokens` tokens to a question of a
     validation source, by itself: the least of the repeats. All ranks of a sharded model take
-    part."""
+    part. None where the LLM has no positions for two tokens more."""
     batch = data.prompts([(question, data.validation[source])])
     batch = batch.to(next(model.parameters()).device)
+    # the first token is not timed
+    tokens = answer_limit(model, batch.input_ids.shape[1], tokens + 1) - 1
+    if tokens < 1:
+        return None
     end = data.encoder.answer_format.generation(data.tokenizer, model.llm)
     end.pop("stop_strings", None)  # an answer of a set number of tokens is timed
     wrapped = OwlfuseForConditionalGeneration.wrap(model, None, end)
