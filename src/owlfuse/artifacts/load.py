@@ -109,7 +109,7 @@ def load_run(folder: Path, which: str = "last", checkpoint: Path | None = None) 
             tiled[0],
         )
     checkpoint = checkpoint or chosen_checkpoint(folder, which)
-    model, _ = load_run_model(checkpoint, config, len(tokenizer))
+    model, _ = load_run_model(folder, config, len(tokenizer), checkpoint)
     return TrainedModel(model.eval(), tokenizer, read_results(folder) or None)
 
 
@@ -363,15 +363,20 @@ def load_base(folder: str, nodes: dict[str, Any], vocab_size: int) -> Multimodal
 
 
 def load_run_model(
-    checkpoint: Path, config: dict[str, Any], vocab_size: int
+    folder: Path,
+    config: dict[str, Any],
+    vocab_size: int,
+    checkpoint: Path | None = None,
 ) -> tuple[MultimodalLM, dict[str, Any]]:
-    """Returns the model of a run's checkpoint (see `runs.chosen_checkpoint`), its frozen weights
-    made anew as training made them, and of the checkpoint what `read` gives.
+    """Returns the model of a run's checkpoint, by default of its newest good one (see
+    `runs.chosen_checkpoint`), its frozen weights made anew as training made them, and of the
+    checkpoint what `read` gives.
 
     Raises:
+        ConfigError: the run has no good checkpoint.
         DataError: it does not fit the model, or the frozen weights are others now.
     """
-    weights, content = read(checkpoint)
+    weights, content = read(checkpoint or chosen_checkpoint(folder, "last"))
     frozen = content.get("frozen", {})
     # frozen random weights are made again, not stored: the same draws as in training
     lightning.seed_everything(config["seed"], workers=True, verbose=False)

@@ -242,7 +242,7 @@ def evaluate_run(folder: str, overrides: list[str]) -> None:
     ranks = TorchrunRanks()
     # before the model, whose embeddings must have a row for each token
     data = build_data(config)
-    model, _ = load_run_model(checkpoint, plain, data.vocab_size)
+    model, _ = load_run_model(run_dir, plain, data.vocab_size, checkpoint)
     model.to(ranks.device)
     # pictures are prepared as the model's backbone needs them
     data.bind(model.vision.preprocessing, model.fusion.tokens_per_image)

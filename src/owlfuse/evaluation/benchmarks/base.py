@@ -96,7 +96,7 @@ class Task:
         self.image_root = (
             Path(self.image_root).expanduser() if self.image_root else self.file.parent
         )
-        for name, least in {"max_new_tokens": 1, "max_skips": 0, "max_pixels": 1}.items():
+        for name, least in {"max_new_tokens": 1, "max_skips": 0}.items():
             number = getattr(self, name)
             if number < least:
                 raise ConfigError(f"task.{name} is {number}, expected at least {least}")
