@@ -105,6 +105,8 @@ MISTAKES = {
     "chat nope": "nope: no model: it is not a folder",
     "chat MODEL which=best": "which=best: an exported folder has no checkpoints",
     "chat MODEL --image nope.png why": "--image nope.png: there is no such file",
+    "chat MODEL why --max-new-tokens 0": "--max-new-tokens 0: expected at least 1",
+    "chat MODEL why --temperature -1": "--temperature -1.0: expected a number of at least 0",
     "chat MODEL --explain nope/a.png why": "there is no folder nope",
     "mixture optim.lrr=1": "optim.lrr: no such key",
     "data shapes out x": "x: not an argument of data",

@@ -166,7 +166,7 @@ def _import(arguments: argparse.Namespace) -> None:
 
 def _chat(arguments: argparse.Namespace) -> None:
     from owlfuse.artifacts.runs import check_model, split_which
-    from owlfuse.serving.chat_checks import check_images, explanation_file
+    from owlfuse.serving.chat_checks import check_images, check_numbers, explanation_file
 
     which, words = split_which(arguments.overrides)
     question = " ".join(words) or None
@@ -174,6 +174,7 @@ def _chat(arguments: argparse.Namespace) -> None:
     out = explanation_file(arguments.explain, has_pictures) if arguments.explain else None
     folder = check_model(arguments.folder, which)
     # Mistakes are reported before the heavy imports.
+    check_numbers(arguments.max_new_tokens, arguments.temperature)
     check_images(arguments.image)
     from owlfuse.serving.chat import chat
 

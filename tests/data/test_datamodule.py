@@ -44,6 +44,13 @@ def batches(data, rank=0, ranks=1, first=0, steps=4):
     return list(data.train_dataloader())
 
 
+def test_a_source_whose_metrics_would_have_the_names_of_anothers_is_refused(shapes):
+    source = LLaVA(str(shapes / "val.json"))
+    validation = {"val": source, "val_blank": source}
+    with pytest.raises(DataError, match="validation source val_blank: .* those of val with blank"):
+        ChatData(str(shapes / "tokenizer"), {"shapes": source}, validation)
+
+
 def test_text_only_and_multimodal_rows_share_a_batch_in_their_ratio(shapes):
     for batch in batches(make(shapes)):
         assert sorted(batch.sources) == ["shapes"] * 4 + ["text"] * 4

@@ -1,6 +1,7 @@
 """What is written after a run holds for pictures that are no files, as tables and shards have
 them."""
 
+import hashlib
 import io
 import json
 
@@ -15,7 +16,9 @@ def test_a_picture_of_bytes_is_shown_on_the_sheet_and_left_out_of_the_answers(tm
     Image.new("RGB", (8, 8), (255, 0, 255)).save(file, "PNG")
     answers = [Answer("val", "val:1", file.getvalue(), "Which color?", "red", "red", "")]
     write_answers(tmp_path / "answers.jsonl", answers)
-    assert json.loads((tmp_path / "answers.jsonl").read_text())["image"] is None
+    line = json.loads((tmp_path / "answers.jsonl").read_text())
+    assert line["image"] is None
+    assert line["image_hash"] == hashlib.sha256(file.getvalue()).hexdigest()
     write_contact_sheet(tmp_path / "sheet.png", answers, 4, "title")
     with Image.open(tmp_path / "sheet.png") as sheet:
         assert (255, 0, 255) in {color for _, color in sheet.convert("RGB").getcolors(2**24)}

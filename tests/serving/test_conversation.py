@@ -185,6 +185,57 @@ def test_what_is_no_model_is_told_in_one_line(tmp_path, capsys):
     assert error.count("\n") == 1
 
 
+def conversation_of(trained, **options):
+    return Conversation(wrap(copy.deepcopy(trained)), make_processor(trained), **options)
+
+
+def test_an_answer_ends_where_the_model_has_no_more_positions(trained):
+    conversation = conversation_of(trained, max_new_tokens=50, do_sample=False)
+    conversation.model.generation_config.suppress_tokens = [trained.tokenizer.eos_token_id]
+    length = conversation.prompt_inputs([user("Hello")], [])["input_ids"].shape[1]
+    conversation.max_positions = length + 3
+    conversation.ask("Hello", lambda text: None)
+    assert len(conversation.last.answer_ids) == 3
+    assert conversation.is_full
+    conversation.restart()
+    conversation.max_positions = length + 60
+    conversation.ask("Hello", lambda text: None)
+    assert len(conversation.last.answer_ids) == 50
+    assert not conversation.is_full
+
+
+def user(text):
+    return {"role": "user", "content": [{"type": "text", "text": text}]}
+
+
+def test_an_error_while_it_answers_leaves_the_conversation_as_it_was(trained, monkeypatch):
+    conversation = conversation_of(trained, max_new_tokens=2, do_sample=False)
+    conversation.ask("Hello", lambda text: None)
+    before = copy.deepcopy(conversation.messages)
+    conversation.next_pictures.append(Image.new("RGB", (50, 40), "red"))
+    with monkeypatch.context() as patch:
+        patch.setattr("owlfuse.serving.chat.generate", raise_out_of_memory)
+        with pytest.raises(torch.OutOfMemoryError):
+            conversation.ask("And this?", lambda text: None)
+    assert (conversation.messages, conversation.pictures) == (before, [])
+    conversation.ask("And this?", lambda text: None)
+    assert [turn["role"] for turn in conversation.messages] == ["user", "assistant"] * 2
+    assert len(conversation.pictures) == 1
+
+
+def raise_out_of_memory(*arguments, **options):
+    raise torch.OutOfMemoryError
+
+
+@pytest.mark.parametrize(("text", "name"), [("caf\udce9", "U+DCE9"), ("a\x1b[A", "U+001B")])
+def test_what_is_no_text_is_refused_in_a_question(trained, text, name):
+    """A terminal gives bytes that are no UTF-8 as lone surrogates, which no tokenizer takes."""
+    conversation = conversation_of(trained)
+    with pytest.raises(DataError, match=f"holds the character {re.escape(name)}, which is no text"):
+        conversation.ask(text, print)
+    assert conversation.messages == []
+
+
 def test_a_control_token_in_a_question_is_refused_and_nothing_is_remembered(trained):
     conversation = Conversation(wrap(copy.deepcopy(trained)), make_processor(trained))
     with pytest.raises(DataError, match=r"control token <\|assistant\|>, which would act as one"):

@@ -14,13 +14,14 @@ import torch
 from omegaconf import OmegaConf
 
 from helpers import SHAPE_COUNTS, TINY_SHAPES
+from owlfuse.artifacts.resume import Past
 from owlfuse.artifacts.runs import last_checkpoint, step_of
 from owlfuse.config.compose import compose
 from owlfuse.core.errors import ConfigError, DataError
 from owlfuse.data.mixture.mixture import Mixture
 from owlfuse.data.mixture.positions import StepPositions
 from owlfuse.data.shapes.write import write_shapes
-from owlfuse.evaluation.validation import evaluate_run
+from owlfuse.evaluation.validation import evaluate_run, results_code
 from owlfuse.training import train
 from owlfuse.training.module import MultimodalModule
 from owlfuse.training.sample_counts import SampleCounts
@@ -340,6 +341,43 @@ def test_what_lies_ahead_may_change(copy, override):
 def test_an_evaluation_refuses_keys_that_change_nothing_of_it(first, override):
     with pytest.raises(ConfigError, match="and a run that is evaluated cannot change it"):
         evaluate_run(str(first), [override])
+
+
+def test_an_evaluation_keeps_what_the_training_recorded(copy, monkeypatch):
+    """Its time, of its results; its code, of the checkpoint, since a training whose evaluation was
+    stopped leaves no results."""
+    monkeypatch.setattr("owlfuse.evaluation.validation.code_hash", lambda config: "another")
+    # a run that trains may write a checkpoint meanwhile, so that one is chosen only once
+    monkeypatch.setattr(
+        "owlfuse.artifacts.load.chosen_checkpoint", lambda *args: pytest.fail("chosen twice")
+    )
+    code = read(copy, "results.json")["hash"]["code"]
+    (copy / "results.json").write_text(json.dumps({"wall_s": 123.0}))
+    evaluate_run(str(copy), [])
+    after = read(copy, "results.json")
+    assert after["wall_s"] == 123.0
+    assert after["hash"]["code"] == f"{code}, evaluated by another"
+
+
+@pytest.mark.parametrize(
+    ("recorded", "earlier", "code", "expected"),
+    [
+        ("a", "a", "b", "a, evaluated by b"),
+        ("a", "a, evaluated by b", "c", "a, evaluated by c"),
+        ("a", "a, evaluated by b", "a", "a"),
+        ("a", None, "a", "a"),
+        # a checkpoint from before the code was recorded
+        (None, "a, evaluated by b", "b", "a, evaluated by b"),
+        (None, "a, evaluated by b", "a", "a"),
+        (None, None, "b", "unknown, evaluated by b"),
+    ],
+)
+def test_results_name_the_code_that_trained_and_the_one_that_evaluates(
+    recorded, earlier, code, expected
+):
+    past = Past(1, {}, StepPositions.of(1), code=recorded)
+    results = {"hash": {"code": earlier}} if earlier else {}
+    assert results_code(past, results, code) == expected
 
 
 def another_answer(data):

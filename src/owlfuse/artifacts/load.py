@@ -47,16 +47,19 @@ from owlfuse.model.quantization import Quantization
 
 
 def load_with_processor(
-    folder: Path, which: str = "last"
+    folder: Path, which: str = "last", checkpoint: Path | None = None
 ) -> tuple[OwlfuseForConditionalGeneration, OwlfuseProcessor]:
     """Returns model and processor of an exported or imported folder, or of a run's last or best
     checkpoint.
+
+    Args:
+        checkpoint: of a run, one that was chosen before; by default `which` chooses.
 
     Raises:
         DataError: neither, or a folder without a tokenizer.
     """
     if (folder / "config.yaml").exists():
-        trained = load_run(folder, which=which)
+        trained = load_run(folder, which, checkpoint)
         return wrap(trained), make_processor(trained)
     check_which(which, of_run=False)
     model, processor = load_exported(folder)
@@ -86,13 +89,27 @@ class TrainedModel:
     """What stands for an image in the tokenizer."""
 
 
-def load_run(folder: Path, which: str = "last") -> TrainedModel:
+def load_run(folder: Path, which: str = "last", checkpoint: Path | None = None) -> TrainedModel:
     """Returns the model of a run's last or best checkpoint, in eval mode on the CPU. The run's data
-    are not needed, but its tokenizer is."""
+    are not needed, but its tokenizer is.
+
+    Args:
+        checkpoint: one that was chosen before; by default `which` chooses.
+    """
     # only names that owlfuse knows are imported
     config = read_run(folder)
     tokenizer = run_tokenizer(folder, config["data"])
-    model, _ = load_run_model(folder, config, len(tokenizer), which)
+    tiled = [name for name, node in config["data"]["sources"].items() if node.get("tile")]
+    if tiled:
+        log.warning(
+            "%s was trained with tiles (data.sources.%s.tile), and whole pictures are shown to it "
+            "outside of its validation; for tiles export it, and set tile to true in the export's "
+            "processor_config.json",
+            folder,
+            tiled[0],
+        )
+    checkpoint = checkpoint or chosen_checkpoint(folder, which)
+    model, _ = load_run_model(folder, config, len(tokenizer), checkpoint)
     return TrainedModel(model.eval(), tokenizer, read_results(folder) or None)
 
 
@@ -349,9 +366,9 @@ def load_run_model(
     folder: Path,
     config: dict[str, Any],
     vocab_size: int,
-    which: str = "last",
+    checkpoint: Path | None = None,
 ) -> tuple[MultimodalLM, dict[str, Any]]:
-    """Returns the model of a run's newest good checkpoint, or of its best (see
+    """Returns the model of a run's checkpoint, by default of its newest good one (see
     `runs.chosen_checkpoint`), its frozen weights made anew as training made them, and of the
     checkpoint what `read` gives.
 
@@ -359,16 +376,16 @@ def load_run_model(
         ConfigError: the run has no good checkpoint.
         DataError: it does not fit the model, or the frozen weights are others now.
     """
-    weights, checkpoint = read(chosen_checkpoint(folder, which))
-    frozen = checkpoint.get("frozen", {})
+    weights, content = read(checkpoint or chosen_checkpoint(folder, "last"))
+    frozen = content.get("frozen", {})
     # frozen random weights are made again, not stored: the same draws as in training
     lightning.seed_everything(config["seed"], workers=True, verbose=False)
     # a checkpoint without frozen parameters has all weights
     init_from = config.get("init_from") if frozen else None
     base = load_base(init_from, config["model"], vocab_size) if init_from else None
-    model, _ = build_model(config["model"], vocab_size, base, checkpoint.get("new_tokens", {}))
+    model, _ = build_model(config["model"], vocab_size, base, content.get("new_tokens", {}))
     # before check_fits, which hashes bytes
     set_precision(model, config["trainer"].get("precision"))
     check_fits(model, weights, frozen)
     load_weights(model, weights)
-    return model, checkpoint
+    return model, content

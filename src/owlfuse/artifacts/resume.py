@@ -111,6 +111,9 @@ class Past:
     """See `owlfuse.model.new_tokens`."""
     metrics: str | None = None
     """metrics.csv as it was when the checkpoint was written, if there was one."""
+    code: str | None = None
+    """The hash of the code that trained (see `config.identity`); None of a checkpoint from before
+    it was recorded."""
 
 
 def read_past(checkpoint: Path) -> Past:
@@ -130,7 +133,16 @@ def read_past(checkpoint: Path) -> Past:
         metrics = read_if_there(checkpoint.with_suffix(".csv"))
         metrics = metrics or read_if_there(checkpoint.parent.parent / "metrics.csv")
     new_tokens = content.get("new_tokens", {})
-    return Past(step, config, StepPositions(positions), changes, identity, new_tokens, metrics)
+    return Past(
+        step,
+        config,
+        StepPositions(positions),
+        changes,
+        identity,
+        new_tokens,
+        metrics,
+        record.get("code"),
+    )
 
 
 def read_if_there(file: Path) -> str | None:

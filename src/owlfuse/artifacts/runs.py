@@ -107,16 +107,35 @@ def in_use(folder: Path, resume: bool) -> Iterator[None]:
     if not is_first_rank():
         yield
         return
+    with locked(folder, "runs", "choose another name="):
+        if not resume:
+            check_free(folder)
+        yield
+
+
+@contextmanager
+def locked(folder: Path, key: str, advice: str) -> Iterator[None]:
+    """Makes a folder and locks it against every other process inside the block. The system unlocks
+    it if the process dies.
+
+    Args:
+        key: of the configuration that names the folder, for messages.
+        advice: what to do where another process holds it, beside waiting.
+
+    Raises:
+        ConfigError: another process holds it.
+        DataError: it cannot be written into.
+    """
     path = folder / LOCK
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = open_locked(path)
     except BlockingIOError:
         raise ConfigError(
-            f"{folder} is in use by {holder(path)}; wait until it ends, or choose another name="
+            f"{folder} is in use by {holder(path)}; wait until it ends, or {advice}"
         ) from None
     except OSError as error:
-        raise DataError(f"runs: {folder} cannot be written into: {error.strerror}") from error
+        raise DataError(f"{key}: {folder} cannot be written into: {error.strerror}") from error
     with lock:
         # the file of a process that was killed still names that one
         lock.truncate(0)
@@ -128,8 +147,6 @@ def in_use(folder: Path, resume: bool) -> Iterator[None]:
         lock.write(json.dumps(facts) + "\n")
         lock.flush()
         try:
-            if not resume:
-                check_free(folder)
             yield
         finally:
             path.unlink(missing_ok=True)
@@ -261,6 +278,15 @@ def chosen_checkpoint(folder: Path, which: str) -> Path:
     if wrong := find_checkpoint_error(best) or find_damage(best):
         raise ConfigError(f"which=best: checkpoint {best} {wrong}; take which=last")
     return best
+
+
+def checkpoint_of(model_dir: Path, which: str) -> Path | None:
+    """Returns the chosen checkpoint of a run's folder; None of an exported one. Raises
+    ConfigError."""
+    if not (model_dir / "config.yaml").is_file():
+        check_which(which, of_run=False)
+        return None
+    return chosen_checkpoint(model_dir, which)
 
 
 def split_which(words: list[str]) -> tuple[str, list[str]]:

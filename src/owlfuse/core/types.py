@@ -65,6 +65,8 @@ class Sample:
     videos: list[Media] = field(default_factory=list)
     tools: list[Any] | None = None
     notes: list[Note] = field(default_factory=list)
+    chat: str = ""
+    """Of a question that was taken from a chat by itself: the id of the chat."""
 
 
 @dataclass

@@ -131,6 +131,13 @@ class ChatData(lightning.LightningDataModule):
             raise ValueError(f"weights_by is {weights_by}, expected samples or tokens")
         self.weights_by = weights_by
         check_policies(on_length, [*sources, *validation])
+        for name in validation:
+            other = name.removesuffix("_blank")
+            if other != name and other in validation:
+                raise DataError(
+                    f"validation source {name}: its metrics would have the names of those of "
+                    f"{other} with blank pictures; choose another name"
+                )
         self.on_length = on_length
         self.tokenizer = chat_tokenizer(
             tokenizer, chat_template, break_behind_images(sources.values())

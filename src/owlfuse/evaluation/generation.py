@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import statistics
 import time
 from collections.abc import Mapping
@@ -16,6 +17,8 @@ from owlfuse.artifacts.hf.modeling import OwlfuseForConditionalGeneration
 from owlfuse.core.types import Batch
 from owlfuse.data.chat.encoder import ChatEncoder
 from owlfuse.model.multimodal import MultimodalLM
+
+log = logging.getLogger(__name__)
 
 
 # no inference_mode: FSDP keeps what its first forward makes, and training goes on with it
@@ -52,7 +55,8 @@ def generate_greedy(
     synced: bool = False,
 ) -> Tensor:
     """Returns the likeliest continuation of each row of a batch (see `generate`), with the ends
-    of the chat template. The backbone and the connector run once.
+    of the chat template. The backbone and the connector run once. Where the LLM has no more
+    positions for a row, the answers of its batch end, and a warning says so.
 
     Args:
         synced: the model is shared out over ranks with other rows, and each goes on until all have
@@ -61,6 +65,14 @@ def generate_greedy(
     # the template's end of turn, which may be another token than the LLM's end of text
     ends = encoder.answer_format.generation(encoder.tokenizer, model.llm)
     wrapped = OwlfuseForConditionalGeneration.wrap(model, None, ends)
+    longest = int(batch.attention_mask.sum(1).max())
+    limit = answer_limit(model, longest, max_new_tokens)
+    if limit < max_new_tokens:
+        log.warning(
+            "answers end after %d tokens: a prompt takes %d of the positions of the LLM",
+            limit,
+            longest,
+        )
     return generate(
         wrapped,
         {
@@ -69,11 +81,21 @@ def generate_greedy(
             "visual": model.encode(batch),
         },
         encoder.tokenizer,
-        max_new_tokens=max_new_tokens,
+        max_new_tokens=limit,
         do_sample=False,
         # by default transformers finds out, of models alone that it has sharded itself
         synced_gpus=synced,
     )
+
+
+def answer_limit(model: MultimodalLM, length: int, max_new_tokens: int) -> int:
+    """Returns how many tokens may follow a prompt of `length`: `max_new_tokens`, or as many as the
+    LLM has positions for, and at least the one that the prompt's own last position gives."""
+    config = model.llm.config.get_text_config()
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions is None:
+        return max_new_tokens
+    return max(1, min(max_new_tokens, positions - length))
 
 
 class Clock(TextStreamer):
@@ -84,9 +106,7 @@ class Clock(TextStreamer):
 
     def put(self, value: Tensor) -> None:
         """Records a time; the first call, of transformers' `generate`, has the prompt."""
-        # a GPU's kernels run after the call that starts them
-        if value.is_cuda:
-            torch.cuda.synchronize()
+        # transformers has copied the ids to the CPU, for which it waited until they were there
         self.times.append(time.perf_counter())
 
     def end(self) -> None:

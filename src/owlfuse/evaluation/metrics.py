@@ -15,13 +15,13 @@ import torch
 
 from owlfuse.artifacts.hf.modeling import OwlfuseForConditionalGeneration
 from owlfuse.core.errors import DataError
-from owlfuse.core.types import Batch, Sample, Skipped
-from owlfuse.data.chat.truncation import policy_of
+from owlfuse.core.types import Batch, Sample, Skipped, without_keys
+from owlfuse.data.chat.truncation import answer_turns, first_turns, policy_of
 from owlfuse.data.datamodule import ChatData
 from owlfuse.data.loading import load_or_skip
 from owlfuse.data.notes import BatchRemarks
 from owlfuse.data.subset import stratified_sample
-from owlfuse.evaluation.generation import generate_greedy, milliseconds_per_token
+from owlfuse.evaluation.generation import answer_limit, generate_greedy, milliseconds_per_token
 from owlfuse.evaluation.questions import normalize, question_samples
 from owlfuse.model.loss import batch_loss
 from owlfuse.model.multimodal import MultimodalLM
@@ -52,6 +52,8 @@ class Answer:
     accepted: tuple[str, ...] = ()
     """Texts of which a right answer holds one, where the data list them; else it must equal the
     expected one."""
+    thought_unfinished: bool = False
+    """Whether the model was still thinking after `max_new_tokens`, so that there is no answer."""
 
     @property
     def right(self) -> bool:
@@ -96,9 +98,21 @@ def questions_of(
         turns_removed = usable_samples(data, source, ranks or Ranks())
     questions = []
     for index, removed in turns_removed.items():
-        of_sample = question_samples(samples[index], history)
-        questions += of_sample[: len(of_sample) - removed]
+        questions += question_samples(without_last_turns(samples[index], removed), history)
+    # one metric has one rule: where some questions list their answers, the others' are lists of one
+    if any("accepted" in sample.metadata for sample, _, _ in questions):
+        for sample, expected, _ in questions:
+            sample.metadata.setdefault("accepted", [expected])
     return questions
+
+
+def without_last_turns(sample: Sample, removed: int) -> Sample:
+    """Returns a chat without its last questions and their answers, as `truncate` cuts it."""
+    if not removed:
+        return sample
+    cut = first_turns(sample, len(answer_turns(sample)) - removed)
+    # they belong to the last question
+    return replace(cut, metadata=without_keys(cut.metadata, ["accepted"]))
 
 
 def sample_questions(questions: list[Question], limit: int | None) -> list[Question]:
@@ -202,16 +216,18 @@ def answer_questions(
             batch = replace(batch, pixel_values=torch.zeros_like(batch.pixel_values))
         return batch
 
-    def generate(batch: Batch) -> list[str]:
+    def generate(batch: Batch) -> list[tuple[str, bool]]:
         ids = generate_greedy(
             model, batch, max_new_tokens, data.encoder, synced=ranks.synced_generation
         )
-        return data.encoder.answers(list(ids))
+        rows = list(ids)
+        unfinished = data.encoder.unfinished_thoughts(rows)
+        return list(zip(data.encoder.answers(rows), unfinished, strict=True))
 
     answers = []
     chunks = chunks_of(questions, batch_size)
-    for chunk, texts in zip(chunks, ranks.deal(chunks, prompts, generate), strict=True):
-        for (sample, expected, kind), text in zip(chunk, texts, strict=True):
+    for chunk, outputs in zip(chunks, ranks.deal(chunks, prompts, generate), strict=True):
+        for (sample, expected, kind), (text, unfinished) in zip(chunk, outputs, strict=True):
             content = sample.messages[-1]["content"]
             question = "".join(part.get("text", "") for part in content).strip()
             image = sample.images[0] if sample.images else None
@@ -220,7 +236,17 @@ def answer_questions(
                 image = str(samples.root / image)
             accepted = tuple(sample.metadata.get("accepted", ()))
             answers.append(
-                Answer(source, sample.id, image, question, expected, text, kind, accepted)
+                Answer(
+                    source,
+                    sample.id,
+                    image,
+                    question,
+                    expected,
+                    text,
+                    kind,
+                    accepted,
+                    unfinished,
+                )
             )
         progress(len(chunk))
     return answers
@@ -233,12 +259,16 @@ def time_answer(
     question: Sample,
     tokens: int,
     repeats: int = 2,
-) -> float:
+) -> float | None:
     """Returns the milliseconds per token of an answer of `tokens` tokens to a question of a
     validation source, by itself: the least of the repeats. All ranks of a sharded model take
-    part."""
+    part. None where the LLM has no positions for two tokens more."""
     batch = data.prompts([(question, data.validation[source])])
     batch = batch.to(next(model.parameters()).device)
+    # the first token is not timed
+    tokens = answer_limit(model, batch.input_ids.shape[1], tokens + 1) - 1
+    if tokens < 1:
+        return None
     end = data.encoder.answer_format.generation(data.tokenizer, model.llm)
     end.pop("stop_strings", None)  # an answer of a set number of tokens is timed
     wrapped = OwlfuseForConditionalGeneration.wrap(model, None, end)

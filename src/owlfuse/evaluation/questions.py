@@ -5,7 +5,6 @@ from __future__ import annotations
 from itertools import pairwise
 from typing import Any
 
-from owlfuse.core.errors import DataError
 from owlfuse.core.types import VISUAL, Sample
 from owlfuse.data.chat.encoder import answer_text, led_by_break
 
@@ -13,31 +12,6 @@ from owlfuse.data.chat.encoder import answer_text, led_by_break
 def normalize(text: str) -> str:
     """Returns the text case-folded, runs of white space as one space."""
     return " ".join(text.casefold().split())
-
-
-def accepted_by(sample: Sample, turns: int) -> dict[str, Any]:
-    """Returns the sample's list `accepted`, the texts of which a right answer holds one; nothing
-    where it has none.
-
-    Raises:
-        DataError: it is no list of texts, or belongs to a chat of several questions.
-    """
-    accepted = sample.metadata.get("accepted")
-    if accepted is None:
-        return {}
-    if not (
-        isinstance(accepted, list)
-        and accepted
-        and all(isinstance(text, str) and text.strip() for text in accepted)
-    ):
-        raise DataError(
-            f"sample {sample.id}: accepted is {str(accepted)[:60]}, expected a list of texts"
-        )
-    if turns > 2:
-        raise DataError(
-            f"sample {sample.id} has accepted answers and {turns // 2} questions, expected one"
-        )
-    return {"accepted": accepted}
 
 
 def question_samples(sample: Sample, history: bool = False) -> list[tuple[Sample, str, str]]:
@@ -51,9 +25,10 @@ def question_samples(sample: Sample, history: bool = False) -> list[tuple[Sample
     """
     questions = []
     earlier_visuals: list[dict[str, Any]] = []
+    accepted = sample.metadata.get("accepted")
     system = [message for message in sample.messages if message["role"] == "system"]
     turns = [message for message in sample.messages if message["role"] != "system"]
-    kinds: list[Any] = sample.metadata.get("kinds") or [sample.metadata.get("kind", "")]
+    kinds: list[str] = sample.metadata.get("kinds") or [sample.metadata.get("kind", "")]
     # of the pictures in the order of the chat, a question has those up to its own
     image_count = count_parts(system, "image")
     video_count = count_parts(system, "video")
@@ -72,17 +47,20 @@ def question_samples(sample: Sample, history: bool = False) -> list[tuple[Sample
                     after_visuals = led_by_break(content, bool(earlier_visuals))
                     turn = {"role": "user", "content": [*earlier_visuals, *after_visuals]}
                     messages = [*system, turn]
+                # behind a history, they are of the last question
+                is_judged = accepted and index == len(turns) - 2
                 question_sample = Sample(
                     f"{sample.id}#{number}",
                     sample.source,
                     messages,
                     sample.images[:image_count],
-                    accepted_by(sample, len(turns)),
+                    {"accepted": accepted} if is_judged else {},
                     sample.videos[:video_count],
                     sample.tools,
+                    chat=sample.id,
                 )
                 # a chat may name one kind for all its questions
-                kind = str(kinds[number % len(kinds)])
+                kind = kinds[number % len(kinds)]
                 questions.append((question_sample, answer_text(answer), kind))
         earlier_visuals += [part for part in content if part["type"] in VISUAL]
     return questions

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections import defaultdict
 from io import BytesIO
@@ -31,13 +32,16 @@ def print_metrics(metrics: dict[str, float], title: str) -> None:
 
 
 def write_answers(path: Path, answers: list[Answer]) -> None:
-    """Writes one JSON object a line for each answer; a picture without a file is left out."""
+    """Writes one JSON object a line for each answer; of a picture without a file the hash of its
+    bytes, as `image_hash`, by which answers to one picture are known."""
     # Ids and paths may hold lone surrogates, which UTF-8 lacks; \udcff is an escape of JSON too.
     with path.open("w", encoding="utf-8", errors="backslashreplace") as file:
         for answer in answers:
             record = {**vars(answer), "right": answer.right}
             # JSON has no bytes
-            record["image"] = None if isinstance(answer.image, bytes) else answer.image
+            if isinstance(answer.image, bytes):
+                record["image"] = None
+                record["image_hash"] = hashlib.sha256(answer.image).hexdigest()
             file.write(json.dumps(record, ensure_ascii=False) + "\n")
 
 
@@ -61,15 +65,15 @@ def write_contact_sheet(
     answers: list[Answer],
     pictures: int,
     title: str,
-    maps: dict[str, Tensor] | None = None,
+    maps: dict[int, Tensor] | None = None,
 ) -> None:
     """Writes a PNG of pictures with a question each, the answer, and right (green, tick) or wrong
     (red, cross, what was expected).
 
     Args:
         pictures: at most so many, see `sample_for_sheet`.
-        maps: by the id of an answer, its attention map over the picture (see `evaluation.explain`),
-            which is drawn beside it.
+        maps: by the place on the sheet, the answer's attention map over the picture (see
+            `evaluation.explain`), which is drawn beside it.
     """
     matplotlib.use("Agg")  # no window: most machines that train have no screen
     answers, maps = sample_for_sheet(answers, pictures), maps or {}
@@ -89,10 +93,10 @@ def write_contact_sheet(
     for axis in axes.flat:
         axis.axis("off")
     # the last row may have more axes than answers
-    for axis, answer in zip(axes.flat, answers, strict=False):
+    for place, (axis, answer) in enumerate(zip(axes.flat, answers, strict=False)):
         picture = picture_of(answer)
-        if answer.id in maps:
-            picture = with_overlay(picture, maps[answer.id])
+        if place in maps:
+            picture = with_overlay(picture, maps[place])
         axis.imshow(picture)
         if answer.right:
             text = f"✓ {answer.answer}"

@@ -10,7 +10,7 @@ from omegaconf import DictConfig
 from owlfuse.artifacts.resume import learned_changes
 from owlfuse.artifacts.run_data import tokenizer_hash
 from owlfuse.config.build import to_dict
-from owlfuse.config.identity import code_hash, config_hash, data_hash
+from owlfuse.config.identity import config_hash, data_hash
 from owlfuse.core.environment import git_state, versions
 from owlfuse.core.files import read_json, write_json
 
@@ -30,7 +30,8 @@ def write_results(
     `config.identity`).
 
     Args:
-        record: the changes and the identity in the run's checkpoints (see `artifacts.resume`).
+        record: the changes, the identity and the code in the run's checkpoints (see
+            `artifacts.resume`).
         questions: how many were asked of each validation source and kind.
         checkpoint: the name of the checkpoint that was evaluated.
     """
@@ -45,7 +46,7 @@ def write_results(
         "questions": questions or {},
         "cost": cost,
         "hash": {
-            "code": code_hash(plain),
+            "code": record["code"],
             "config": config_hash(plain, learned_changes(changes)),
             # none of a run from before identities were recorded
             "data": data_hash(record["identity"]) if record.get("identity") else None,

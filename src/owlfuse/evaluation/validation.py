@@ -8,15 +8,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from owlfuse.artifacts.load import load_run_model
-from owlfuse.artifacts.resume import check_evaluation_keys, read_past
+from owlfuse.artifacts.resume import Past, check_evaluation_keys, read_past
 from owlfuse.artifacts.run_data import build_data
 from owlfuse.artifacts.runs import chosen_checkpoint, read_results, split_which
 from owlfuse.config.build import build, to_dict
 from owlfuse.config.compose import compose
-from owlfuse.core.files import write_json
+from owlfuse.config.identity import code_hash
+from owlfuse.core.errors import DataError
 from owlfuse.core.progress import Progress, quiet_libraries
 from owlfuse.core.types import Sample
 from owlfuse.data.identity import data_identity
@@ -45,6 +47,10 @@ from owlfuse.parallel.ranks import Ranks
 from owlfuse.parallel.torchrun import TorchrunRanks
 
 log = logging.getLogger(__name__)
+
+
+LEAST = {"batch_size": 1, "max_new_tokens": 1, "contact_sheet": 0, "decode_tokens": 0}
+"""The least that numbers of an evaluation may be."""
 
 
 @dataclass
@@ -79,8 +85,8 @@ class Evaluation:
     history: bool = False
     counts: dict[str, dict[str, Any]] = field(default_factory=dict, init=False)
     """Of each validation source how many questions were asked, of how many, and of each kind."""
-    maps: dict[str, Tensor] = field(default_factory=dict, init=False)
-    """With `explain`: the attention maps of the answers on the sheet, by their ids."""
+    maps: dict[int, Tensor] = field(default_factory=dict, init=False)
+    """With `explain`: the attention maps of the answers on the sheet, by their places there."""
 
     def __post_init__(self) -> None:
         if self.max_questions is not None and self.max_questions < 1:
@@ -88,6 +94,10 @@ class Evaluation:
                 f"evaluation.max_questions is {self.max_questions}, expected at least 1, or null "
                 "for all"
             )
+        for name, least in LEAST.items():
+            number = getattr(self, name)
+            if number < least:
+                raise ValueError(f"evaluation.{name} is {number}, expected at least {least}")
 
     def __call__(
         self, model: Any, data: Any, folder: Path | None = None, ranks: Ranks | None = None
@@ -99,13 +109,25 @@ class Evaluation:
             ranks: those that share the work, all of which call it and get the same; by default this
                 process has all of it.
         """
-        ranks = ranks or Ranks()
+        try:
+            return self.evaluate(model, data, folder, ranks or Ranks())
+        except torch.OutOfMemoryError as error:
+            smaller = f"evaluation.batch_size={max(1, self.batch_size // 4)}"
+            advice = f"go on with: owlfuse eval {folder} {smaller}" if folder else f"set {smaller}"
+            raise DataError(
+                f"the evaluation is more than the GPU's memory holds; {advice}"
+            ) from error
+
+    def evaluate(
+        self, model: Any, data: Any, folder: Path | None, ranks: Ranks
+    ) -> tuple[dict[str, float], list[Answer]]:
+        """Returns what calling it does. Raises torch.OutOfMemoryError."""
         training = model.training
         # no dropout, and batch norms use their running statistics
         model.eval()
         metrics: dict[str, float] = metrics_before(folder) if folder else {}
         all_answers: list[Answer] = []
-        samples: dict[tuple[str, str], Sample] = {}
+        samples: list[Sample] = []  # of each answer its question
         to_time: tuple[str, Sample] | None = None
         for source in data.validation:
             with ranks.failing_together():
@@ -121,14 +143,24 @@ class Evaluation:
             ) as progress:
                 loss = mean_loss(model, data, source, self.batch_size, progress.advance, ranks)
             answers = self.answer(model, data, source, questions, ranks)
+            if unfinished := sum(answer.thought_unfinished for answer in answers):
+                self.counts[source]["thoughts that did not end"] = unfinished
+                if ranks.first:
+                    log.warning(
+                        "validation source %s: %d of %d thoughts did not end, and their answers "
+                        "count as empty; raise evaluation.max_new_tokens, which is %d",
+                        source,
+                        unfinished,
+                        len(answers),
+                        self.max_new_tokens,
+                    )
             # asked again without information from the pictures: the difference is what they add
             blank = None
             if self.blank and any(sample.images or sample.videos for sample, _, _ in questions):
                 blank = self.answer(model, data, source, questions, ranks, blank=True)
             metrics |= metric_names(source, list(data.validation), score(answers, blank, loss))
             all_answers += answers
-            for sample, _, _ in questions:
-                samples[source, sample.id] = sample
+            samples += [sample for sample, _, _ in questions]
         # after the answers, when kernels are compiled and memory is allocated
         # one object may evaluate a run twice: before the first step and at the end
         self.milliseconds = None
@@ -137,7 +169,9 @@ class Evaluation:
         if self.explain and folder:
             # chosen as the sheet chooses, so that no map is made of an answer that is not shown
             on_sheet = sample_for_sheet(pictured_answers(all_answers), self.contact_sheet)
-            pairs = [(answer, samples[answer.source, answer.id]) for answer in on_sheet]
+            # by identity, since chats of a file may have one id
+            sample_of = {id(a): sample for a, sample in zip(all_answers, samples, strict=True)}
+            pairs = [(answer, sample_of[id(answer)]) for answer in on_sheet]
             self.maps = maps_of_answers(model, data, pairs, self.max_new_tokens, ranks)
         model.train(training)
         return dict(sorted(metrics.items())), all_answers
@@ -204,10 +238,11 @@ def evaluate_run(folder: str, overrides: list[str]) -> None:
     past = read_past(checkpoint)
     check_evaluation_keys(past, config)
     plain = to_dict(config)
+    evaluation = build(config.evaluation) or Evaluation()  # of a run that trained without one
     ranks = TorchrunRanks()
     # before the model, whose embeddings must have a row for each token
     data = build_data(config)
-    model, _ = load_run_model(run_dir, plain, data.vocab_size, which)
+    model, _ = load_run_model(run_dir, plain, data.vocab_size, checkpoint)
     model.to(ranks.device)
     # pictures are prepared as the model's backbone needs them
     data.bind(model.vision.preprocessing, model.fusion.tokens_per_image)
@@ -218,31 +253,42 @@ def evaluate_run(folder: str, overrides: list[str]) -> None:
         log.warning(
             "%s: the contents are not those that were evaluated in training", ", ".join(changed)
         )
-    evaluation = build(config.evaluation) or Evaluation()  # of a run that trained without one
     metrics, answers = evaluation(model, data, run_dir, ranks)
     # every rank has all answers by now, and one of them writes
     if not ranks.first:
         return
     earlier = read_results(run_dir)
-    # the training's own costs stay
+    # the training's own costs and time stay
     cost = {**earlier.get("cost", {}), "ms_per_generated_token": evaluation.milliseconds}
-    record = {"changes": past.changes, "identity": identity}
+    seconds = earlier.get("wall_s", time.monotonic() - start)
+    code = results_code(past, earlier, code_hash(plain))
+    record = {"changes": past.changes, "identity": identity, "code": code}
     write_results(
         run_dir,
         config,
         past.step,
         metrics,
         cost,
-        time.monotonic() - start,
+        seconds,
         record,
         evaluation.counts,
         checkpoint.name,
     )
-    # of other code than the training: both are named
-    results = read_results(run_dir)
-    training_code = earlier.get("hash", {}).get("code", "unknown")
-    if training_code != results["hash"]["code"]:
-        results["hash"]["code"] = f"{training_code}, evaluated by {results['hash']['code']}"
-        write_json(run_dir / "results.json", results)
     title = f"{config.experiment}, {past.step} steps ({which} checkpoint)"
     evaluation.write(run_dir, metrics, answers, title)
+
+
+EVALUATED_BY = ", evaluated by "
+
+
+def results_code(past: Past, earlier: dict[str, Any], code: str) -> str:
+    """Returns the hash of the code that trained a run and, where it is another, `code`, which
+    evaluates it.
+
+    Args:
+        earlier: the run's results so far, which may be of an evaluation by a third code; empty for
+            a run that has none yet.
+    """
+    recorded = str(earlier.get("hash", {}).get("code", "unknown"))
+    trained_by = past.code or recorded.partition(EVALUATED_BY)[0]
+    return code if trained_by == code else f"{trained_by}{EVALUATED_BY}{code}"

@@ -18,7 +18,7 @@ from owlfuse.artifacts.load import load_with_processor
 from owlfuse.core.errors import DataError
 from owlfuse.core.progress import quiet_libraries
 from owlfuse.core.terminal import visible
-from owlfuse.data.chat.checks import control_tokens
+from owlfuse.data.chat.checks import NOT_TEXT, control_tokens
 from owlfuse.data.chat.tokenizer import render
 from owlfuse.data.formats.marks import with_pictures
 from owlfuse.data.media.images import MAX_PIXELS, open_image
@@ -94,10 +94,16 @@ class Conversation:
             options: keyword arguments of `generate` for this answer, before the conversation's.
 
         Raises:
-            DataError: more or fewer `<image>` marks than pictures, a control token in the question,
-                or the conversation is longer than the model's positions; nothing of it is
-                remembered.
+            DataError: more or fewer `<image>` marks than pictures, a control token or what is no
+                text in the question, or the conversation is longer than the model's positions.
+
+        Whatever is raised, nothing of the question is remembered.
         """
+        if match := NOT_TEXT.search(question):
+            raise DataError(
+                f"the question holds the character U+{ord(match[0]):04X}, which is no text; leave "
+                "it out"
+            )
         for token in self.control_tokens:
             if token in question:
                 raise DataError(
@@ -108,8 +114,6 @@ class Conversation:
         messages = [*self.messages, {"role": "user", "content": content}]
         pictures = [*self.pictures, *self.next_pictures]
         inputs = self.prompt_inputs(messages, pictures)
-        # Only now, so that a question that is refused changes nothing.
-        self.messages, self.pictures, self.next_pictures = messages, pictures, []
 
         tokenizer = self.processor.tokenizer
         answer_format = self.processor.answer_format
@@ -117,16 +121,30 @@ class Conversation:
         end_mark = "" if answer_format.end_ids else answer_format.end_mark
         streamer = AnswerStreamer(tokenizer, write, end_mark)
         options = {**self.options, **options}
+        if self.max_positions is not None:
+            free = self.max_positions - inputs["input_ids"].shape[1]
+            longest = options.get("max_new_tokens") or self.model.generation_config.max_new_tokens
+            options["max_new_tokens"] = min(longest or free, free)
         try:
             generate(self.model, inputs, tokenizer, streamer=streamer, **options)
         except KeyboardInterrupt:
             streamer.end()  # writes what it held back of the last word
+        # Only now, so that a question that is refused or that ends in an error changes nothing.
+        self.messages, self.pictures, self.next_pictures = messages, pictures, []
         # The type is named: of no ids at all torch would make floating-point numbers.
         self.last = Exchange(question, inputs, torch.tensor(streamer.ids, dtype=torch.long))
         answer = "".join(streamer.pieces)
         # Also an answer that was stopped: the model has said it.
         self.messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
         return answer
+
+    @property
+    def is_full(self) -> bool:
+        """Whether the last answer ended where the model has no more positions."""
+        if self.last is None or self.max_positions is None:
+            return False
+        length = self.last.inputs["input_ids"].shape[1] + len(self.last.answer_ids)
+        return length >= self.max_positions
 
     def prompt_inputs(self, messages: list[dict[str, Any]], pictures: list[Image.Image]) -> Any:
         """Return what the model reads of a conversation that ends with a question.
@@ -269,6 +287,8 @@ def answer_question(conversation: Conversation, question: str, out: Path | None)
     picture was shown."""
     answer = conversation.ask(question, to_terminal)
     print("" if answer.strip() else "(the model ended its answer without a word)")
+    if conversation.is_full:
+        print("(the model has no more positions; begin a new conversation)", file=sys.stderr)
     if out is not None and conversation.pictures:
         conversation.explain().save(out)
         print(f"(where it looked is in {out})", file=sys.stderr)

@@ -3,9 +3,18 @@ read."""
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 from owlfuse.core.errors import DataError
+
+
+def check_numbers(max_new_tokens: int, temperature: float) -> None:
+    """Raises DataError for numbers that no answer can be written by."""
+    if max_new_tokens < 1:
+        raise DataError(f"--max-new-tokens {max_new_tokens}: expected at least 1")
+    if not 0 <= temperature < math.inf:
+        raise DataError(f"--temperature {temperature}: expected a number of at least 0")
 
 
 def check_images(paths: list[str]) -> None:

@@ -26,7 +26,7 @@ from owlfuse.artifacts.runs import (
 from owlfuse.artifacts.weights import check_trained_precision, needs_base
 from owlfuse.config.build import build, to_dict
 from owlfuse.config.compose import naming_part
-from owlfuse.config.identity import data_hash
+from owlfuse.config.identity import code_hash, data_hash
 from owlfuse.core.errors import ConfigError, DataError, disk_errors_as_data_errors
 from owlfuse.core.progress import progress_hidden, quiet_libraries
 from owlfuse.core.signals import signals_end_the_run
@@ -148,7 +148,12 @@ def train(config: DictConfig, folder: Path, data_digest: str | None, at_exit: Ex
     init_from = config.get("init_from") if checkpoint is None or needs_base(checkpoint) else None
     module = MultimodalModule(plain["model"], optim, data.vocab_size, init_from, new_tokens)
     module.rates_changed = rates_changed
-    module.record = {"config": plain, "changes": history, "identity": identity}
+    module.record = {
+        "config": plain,
+        "changes": history,
+        "identity": identity,
+        "code": code_hash(plain),
+    }
     write_config(config, folder, history)
     save_tokenizer(data.tokenizer, folder)
     begin_logging(trainer, config, plain)

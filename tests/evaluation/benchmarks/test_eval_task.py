@@ -276,6 +276,34 @@ def test_a_prompt_that_is_too_long_for_the_model_is_told_and_not_cut(
     assert "and the model has 2048" in capsys.readouterr().err
 
 
+def test_thoughts_that_did_not_end_are_counted_and_told(
+    model, files, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(
+        "owlfuse.data.chat.answer_format.AnswerFormat.is_unfinished_thought",
+        lambda *given: True,
+    )
+    words = [*files("gqa"), SHORT]
+    results, lines = evaluate(model, tmp_path, "gqa", words, "thinking=true")
+    assert [line["answer"] for line in lines.values()] == [""] * 3
+    assert results["counts"]["thoughts that did not end"] == 3
+    assert "3 thoughts did not end, and their answers count as empty" in capsys.readouterr().out
+    results, _ = evaluate(model, tmp_path / "without", "gqa", words)
+    assert "thoughts that did not end" not in results["counts"]
+
+
+def test_two_commands_do_not_write_one_folder(model, files, tmp_path, monkeypatch, capsys):
+    def held(path):
+        raise BlockingIOError
+
+    monkeypatch.setattr("owlfuse.artifacts.runs.open_locked", held)
+    command = ["eval", str(model), "task=gqa", *files("gqa"), f"out={tmp_path}", "workers=0"]
+    assert main(command) == 2
+    error = capsys.readouterr().err
+    assert f"{tmp_path / 'gqa'} is in use by another process; wait until it ends, or" in error
+    assert not (tmp_path / "gqa" / "predictions.jsonl").exists()
+
+
 def test_a_batch_that_is_too_large_for_the_gpu_is_told(model, files, tmp_path, monkeypatch, capsys):
     def full(*given):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
@@ -317,6 +345,8 @@ def test_a_batch_that_is_too_large_for_the_gpu_is_told(model, files, tmp_path, m
             ["task=gqa", "task.file=x", "+task.max_pixels=200000000"],
             "task.max_pixels is 200,000,000, expected a number from 1 to 178,956,970",
         ),
+        (["task=gqa", "task.file=x", "task.max_new_tokens=0"], "max_new_tokens is 0, expected at"),
+        (["task=gqa", "task.file=x", "task.max_skips=-1"], "max_skips is -1, expected at least 0"),
     ],
 )
 def test_a_wrong_command_is_told_in_a_line_before_anything_is_loaded(

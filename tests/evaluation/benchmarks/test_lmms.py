@@ -197,6 +197,14 @@ def test_an_answer_ends_before_the_first_of_until_and_where_the_model_has_no_mor
     alone = [answer(loaded, [request], 0)[0][0] for request in requests]
     assert texts == alone
     assert cut >= 1
+    # a table of positions has no row behind the last one
+    read = []
+    hook = loaded.model.model.llm.register_forward_pre_hook(
+        lambda llm, _, given: read.append(int(given["position_ids"].max())), with_kwargs=True
+    )
+    answer(loaded, requests, 0)
+    hook.remove()
+    assert max(read) < loaded.max_positions
     assert len(texts[lengths.index(max(lengths))]) < len(whole[lengths.index(max(lengths))])
     monkeypatch.setattr(loaded, "max_positions", max(lengths))
     with pytest.raises(

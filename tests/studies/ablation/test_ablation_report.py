@@ -16,7 +16,7 @@ from xml.etree import ElementTree
 import pytest
 from PIL import Image
 
-from owlfuse.core.errors import ConfigError
+from owlfuse.core.errors import ConfigError, DataError
 from owlfuse.evaluation.metrics import Answer, score
 from owlfuse.studies.ablation.report import report_command, write_report
 from owlfuse.studies.ablation.results import SHARE_METRICS, load
@@ -106,6 +106,38 @@ def test_answers_that_are_right_by_what_they_contain_have_the_intervals_of_exact
     ]
     # all that an evaluation scores answers by
     assert {name for answer in answers for name in score([answer])} == set(SHARE_METRICS)
+
+
+def rewrite_answers(path, change):
+    """Each line of a folder's answers.jsonl through `change`, as an evaluation writes them."""
+    for file in path.rglob("answers.jsonl"):
+        answers = [change(json.loads(line)) for line in file.read_text().splitlines()]
+        lines = [json.dumps(answer, ensure_ascii=False) + "\n" for answer in answers]
+        file.write_text("".join(lines))
+
+
+def test_answers_to_one_picture_are_resampled_together_where_pictures_are_bytes_too(tmp_path):
+    path = write_ablation(tmp_path / "drawn", {"first": 0.5, "second": 0.9})
+    by_path = load(path).rows[1].scores["val/exact_match"]
+
+    def with_bytes(answer):
+        # a chat for each question, so that the picture alone says what belongs together
+        number = answer["question"].strip("Question ?")
+        return {**answer, "image_hash": answer["image"], "image": None, "id": f"val:{number}#0"}
+
+    rewrite_answers(path, with_bytes)
+    assert load(path).rows[1].scores["val/exact_match"] == by_path
+
+
+def test_an_answer_may_hold_any_character_that_ends_a_line_elsewhere(tmp_path):
+    path = write_ablation(tmp_path / "drawn", {"first": 0.5, "second": 0.9}, seeds=(0,))
+    expected = load(path).rows[1].scores
+    rewrite_answers(path, lambda answer: {**answer, "answer": "a\u2028b\u2029c\x85d"})
+    assert load(path).rows[1].scores == expected
+    file = path / "first-seed0" / "answers.jsonl"
+    file.write_text(file.read_text()[:-9])
+    with pytest.raises(DataError, match=r"first-seed0/answers.jsonl: line 40: not JSON"):
+        load(path)
 
 
 def test_cells_that_answered_other_questions_have_a_difference_without_an_interval(tmp_path):

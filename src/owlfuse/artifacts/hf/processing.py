@@ -145,13 +145,7 @@ class OwlfuseProcessor(ProcessorMixin):
                 f"the text has {placeholders} {token} and {len(pictures)} images were given; there "
                 "must be one for each"
             )
-        views = [[picture] for picture in pictures]
-        if self.tile:
-            # again: users set `processor.tile` after it was made
-            check_tiled(self.image_processor.resize)
-            # tiles of a picture have the size of its global view
-            size = self.image_processor.size["height"], self.image_processor.size["width"]
-            views = [views_of(to_rgb(picture), size) for picture in pictures]
+        views = [self.views(picture) for picture in pictures]
         view_counts = iter([len(picture_views) for picture_views in views])
         expanded = []
         for text in texts:
@@ -174,6 +168,17 @@ class OwlfuseProcessor(ProcessorMixin):
             all_views = list(chain.from_iterable(views))
             features |= self.image_processor(all_views, return_tensors=tensors)
         return BatchFeature(features)
+
+    def views(self, picture: Image.Image) -> list[Image.Image]:
+        """Returns what the model sees of a picture, an image each: itself, or with `tile` a global
+        view and tiles."""
+        if not self.tile:
+            return [picture]
+        # again: users set `processor.tile` after it was made
+        check_tiled(self.image_processor.resize)
+        # tiles of a picture have the size of its global view
+        size = self.image_processor.size["height"], self.image_processor.size["width"]
+        return views_of(to_rgb(picture), size)
 
     @cached_property
     def answer_format(self) -> AnswerFormat:

@@ -32,8 +32,12 @@ class AnswerFormat:
     """The text that ends an answer, without white space around it."""
     end_ids: tuple[int, ...]
     """The token of the end mark; none where the mark is several ordinary tokens."""
+    thought_start: str
+    """The text that begins a thought, where the model writes one before its answer."""
     thought_end: str
-    """The text that ends a thought, where the model writes one before its answer."""
+    """The text that ends a thought."""
+    thought_opened: bool
+    """Whether a prompt that asks for a thought ends with its beginning."""
 
     @classmethod
     def of(cls, tokenizer: Any) -> AnswerFormat:
@@ -51,6 +55,7 @@ class AnswerFormat:
             text = render(tokenizer, chat)
             lead = render(tokenizer, question, True).removeprefix(prompt)
             question_alone = render(tokenizer, question)
+            thinking_prompt = render(tokenizer, question, True, thinking=True)
         except DataError as error:
             raise DataError(f"{template}: {error}") from error
         if text.count(ANSWER) != 1:
@@ -70,12 +75,15 @@ class AnswerFormat:
             )
         # behind the answer, since a question may end with the same mark
         end = text.index(end_mark, text.index(ANSWER) + len(ANSWER))
+        thought_start, thought_end = find_thought_marks(tokenizer, question, thinking_prompt)
         return cls(
             header=header,
             lead=lead,
             end_mark=end_mark,
             end_ids=end_tokens(tokenizer, text, end, end_mark),
-            thought_end=find_thought_end(tokenizer, question),
+            thought_start=thought_start,
+            thought_end=thought_end,
+            thought_opened=thinking_prompt.rstrip().endswith(thought_start),
         )
 
     def answer_start(self, before: str) -> int:
@@ -131,15 +139,24 @@ class AnswerFormat:
 
     def answer(self, tokenizer: Any, ids: Any, thinking: bool = False) -> str:
         """Return the answer in generated ids (L,), without its end mark and, with `thinking`,
-        without the thought."""
+        without the thought; empty where the thought did not end."""
         ids = [int(number) for number in ids]
         if thinking:
+            if self.is_unfinished_thought(tokenizer, ids):
+                return ""
             ids = self.behind_thought(tokenizer, ids)
         text = tokenizer.decode(ids, skip_special_tokens=True)
         if not self.end_ids:
             # Of ordinary tokens, which decoding does not leave out.
             text = text.partition(self.end_mark)[0]
         return text.strip()
+
+    def is_unfinished_thought(self, tokenizer: Any, ids: Any) -> bool:
+        """Return whether generated ids (L,) are a thought alone, to a prompt that asks for one: it
+        was begun, by the prompt or by the model, and did not end."""
+        text = tokenizer.decode([int(number) for number in ids], skip_special_tokens=False)
+        begun = self.thought_opened or text.lstrip().startswith(self.thought_start)
+        return begun and self.thought_end not in text
 
     def behind_thought(self, tokenizer: Any, ids: list[int]) -> list[int]:
         """Return the ids behind the end of the thought; all of them where the model wrote none."""
@@ -194,13 +211,24 @@ def end_tokens(
     return ()
 
 
-def find_thought_end(tokenizer: Any, question: list[dict[str, str]]) -> str:
-    """Return the text that a template writes behind a thought, `</think>` where it knows of
-    none."""
+def find_thought_marks(
+    tokenizer: Any, question: list[dict[str, str]], prompt: str
+) -> tuple[str, str]:
+    """Return the texts that a template writes before and behind a thought, THINK_TAGS where it
+    knows of none.
+
+    Args:
+        prompt: the question, rendered as one that asks for a thought.
+    """
     thought = {"role": "assistant", "content": ANSWER, "reasoning_content": THOUGHT}
     try:
         text = render(tokenizer, [*question, thought])
     except DataError:
-        return THINK_TAGS[1]
-    thought_end, answer, _ = text.partition(THOUGHT)[2].partition(ANSWER)
-    return thought_end.strip() if answer and thought_end.strip() else THINK_TAGS[1]
+        return THINK_TAGS
+    before, _, behind = text.partition(THOUGHT)
+    end, answer, _ = behind.partition(ANSWER)
+    if not answer or not end.strip():
+        return THINK_TAGS
+    # A prompt may hold the beginning already.
+    start = before.removeprefix(prompt).strip() if before.startswith(prompt) else ""
+    return start or THINK_TAGS[0], end.strip()

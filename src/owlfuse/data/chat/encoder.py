@@ -211,6 +211,12 @@ class ChatEncoder:
         """Return the answers in rows of generated ids: see `AnswerFormat.answer`."""
         return [self.answer_format.answer(self.tokenizer, row, self.thinking) for row in rows]
 
+    def unfinished_thoughts(self, rows: Sequence[Any]) -> list[bool]:
+        """Return of each row of generated ids whether it is a thought that did not end."""
+        if not self.thinking:
+            return [False] * len(rows)
+        return [self.answer_format.is_unfinished_thought(self.tokenizer, row) for row in rows]
+
     def expand(
         self,
         sample: Sample,

@@ -15,6 +15,7 @@ from owlfuse.data.formats.records import (
     VIDEOS,
     check_unused,
     history_turns,
+    question_metadata,
     system_turn,
 )
 from owlfuse.data.formats.turn_keys import SYSTEM_KEYS, brief, is_absent, tools_of
@@ -115,6 +116,8 @@ class Alpaca(Source):
         metadata = without_keys(record, USED_KEYS)
         notes = check_unused(record, name, set(metadata))
         tools = tools_of(record, name)
+        has_history = not is_absent(record.get("history"))
+        metadata = question_metadata(metadata, messages, name, has_history)
         return Sample(name, self.name, messages, [], metadata, tools=tools, notes=notes)
 
 

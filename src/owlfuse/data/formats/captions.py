@@ -9,7 +9,15 @@ from typing import Any
 from owlfuse.core.errors import DataError
 from owlfuse.core.types import JsonObject, Sample, without_keys
 from owlfuse.data.formats.base import PictureSource, field
-from owlfuse.data.formats.records import CHATS, IMAGES, TOOLS, VIDEOS, check_unused, system_messages
+from owlfuse.data.formats.records import (
+    CHATS,
+    IMAGES,
+    TOOLS,
+    VIDEOS,
+    check_unused,
+    question_metadata,
+    system_messages,
+)
 from owlfuse.data.formats.turn_keys import SYSTEM_KEYS, brief, is_absent
 from owlfuse.data.formats.turns import caption_messages, picture_of
 from owlfuse.data.readers.text_table import TextTable
@@ -73,6 +81,7 @@ class Captions(PictureSource):
         notes = check_unused({**unused, "image": image}, name, set(unused))
         messages = caption_messages(1, caption, self.instructions or [], identity, name)
         messages = [*system_messages(record, name), *messages]
+        metadata = question_metadata(metadata, messages, name)
         return Sample(name, self.name, messages, [image], metadata, notes=notes)
 
 

@@ -137,14 +137,16 @@ def read_chat(
     notes = [*chat.notes, *check_unused(record, name, set(metadata))]
     if answers:
         metadata["accepted"] = record.get("accepted") or answers
+    if len(answers) > 1:
         text = "of several answers the most frequent is learned, and all are right in evaluation"
         notes.append(Note("assumed", text))
+    has_history = not is_absent(record.get("history"))
     return Sample(
         name,
         source,
         chat.messages,
         chat.images,
-        metadata,
+        question_metadata(metadata, chat.messages, name, has_history),
         chat.videos,
         tools_of(record, name),
         notes,
@@ -166,6 +168,63 @@ def check_objects(record: JsonObject, messages: list[Message], name: str) -> Non
                     )
 
 
+def question_metadata(
+    metadata: JsonObject, messages: list[Message], name: str, has_history: bool = False
+) -> JsonObject:
+    """Return metadata with what `evaluation` reads as it expects it: `accepted`, a list of texts,
+    `kind`, a text, and `kinds`, a text for each question or one for all.
+
+    Args:
+        has_history: earlier questions stand before the record's own, to which `accepted` belongs.
+
+    Raises:
+        DataError: other values, or `accepted` beside several questions.
+    """
+    checked = {}
+    for key, value in metadata.items():
+        # A table fills what a row does not have with None.
+        if key not in METADATA or value is not None:
+            checked[key] = value
+    questions = sum(message["role"] == "user" for message in messages)
+    if "accepted" in checked:
+        check_accepted(checked["accepted"], questions, name, has_history)
+    if "kind" in checked:
+        checked["kind"] = kind_text(checked["kind"], name, "kind")
+    if "kinds" in checked:
+        kinds = checked["kinds"]
+        if not isinstance(kinds, list) or len(kinds) not in (0, 1, questions):
+            raise DataError(
+                f"sample {name}: 'kinds' is {brief(kinds)}, expected a list of one text for each "
+                f"of its {questions} questions, or of one for all"
+            )
+        checked["kinds"] = [kind_text(kind, name, "kinds") for kind in kinds]
+    return checked
+
+
+def check_accepted(accepted: Any, questions: int, name: str, has_history: bool) -> None:
+    """Raise DataError unless `accepted` is a list of texts that are not blank, for one question."""
+    is_list = isinstance(accepted, list) and bool(accepted)
+    # An empty text stands in every answer.
+    if not is_list or not all(isinstance(text, str) and text.strip() for text in accepted):
+        raise DataError(
+            f"sample {name}: accepted is {brief(accepted)}, expected a list of texts that are not "
+            "empty"
+        )
+    if questions > 1 and not has_history:
+        raise DataError(
+            f"sample {name} has accepted answers and {questions} questions, expected one"
+        )
+
+
+def kind_text(kind: Any, name: str, key: str) -> str:
+    """Return a kind of questions as a text, "" for None. Raises DataError."""
+    if kind is None:
+        return ""
+    if not isinstance(kind, str | int):
+        raise DataError(f"sample {name}: '{key}' has {brief(kind)}, expected a text")
+    return str(kind)
+
+
 NOT_METADATA = frozenset(("id", *SYSTEM_KEYS, *IMAGES, *VIDEOS, *TOOLS))
 
 
@@ -180,7 +239,7 @@ def find_turns(
     record: JsonObject, name: str, chat_key: str
 ) -> tuple[list[Any], set[str], list[str]]:
     """Return a record's turns, the keys that they are under, and the answers that are right where
-    it has several.
+    it lists them.
 
     Raises DataError.
     """
@@ -301,22 +360,25 @@ def question_turns(
             )
     question, answer = record[question_key], record[answer_key]
     used = {question_key, answer_key, "history"}
-    accepted = None
+    answers: list[str] = []
     if answer_key == "answer" and not is_absent(record.get("answers")):
-        accepted = record["answers"]
+        answers = answers_of(record["answers"], name, "answers")
         used.add("answers")
     # Under `prompt` (trl) a list holds turns; under a question it holds the answers of annotators.
     if isinstance(answer, list) and question_key != "prompt":
-        accepted, answer = answer, most_frequent(answer, name, answer_key)
-    answers: list[str] = []
-    if accepted is not None:
-        texts = [text_of(entry, name, "answers") for entry in accepted]
-        answers = list(dict.fromkeys([answer, *texts]))
+        texts = answers_of(answer, name, answer_key)
+        if not texts:
+            raise DataError(f"sample {name}: '{answer_key}' holds no answer")
+        answer = most_frequent(texts)
+        answers = [*texts, *answers]
     if not isinstance(question, str | list) or not isinstance(answer, str | list):
         raise DataError(
             f"sample {name}: {question_key} is {brief(question)}, {answer_key} {brief(answer)}, "
             "expected texts"
         )
+    if answers:
+        # Each once, the learned one first.
+        answers = [text for text in dict.fromkeys([answer, *answers]) if text.strip()]
     if isinstance(question, str):
         question = [{"role": "user", "content": question}]
     if isinstance(answer, str):
@@ -324,7 +386,7 @@ def question_turns(
     # trl learns from the completion alone, and from nothing that the assistant says in the prompt.
     question = [not_learned(turn) if isinstance(turn, dict) else turn for turn in question]
     turns = [*history_turns(record.get("history"), name), *question, *answer]
-    return turns, used, answers if len(answers) > 1 else []
+    return turns, used, answers
 
 
 def not_learned(turn: JsonObject) -> JsonObject:
@@ -352,11 +414,18 @@ def history_turns(history: Any, name: str) -> list[Any]:
     return turns
 
 
-def most_frequent(answers: list[Any], name: str, key: str) -> str:
-    """Return the answer that most gave, of equal ones the first. Raises DataError."""
-    texts = [text_of(answer, name, key) for answer in answers]
-    if not texts:
-        raise DataError(f"sample {name}: '{key}' holds no answer")
+def answers_of(value: Any, name: str, key: str) -> list[str]:
+    """Return the answers of annotators, one or a list of them, without blank ones. Raises
+    DataError."""
+    entries = [value] if isinstance(value, str) else value
+    if not isinstance(entries, list):
+        raise DataError(f"sample {name}: '{key}' is {brief(value)}, expected a list of texts")
+    texts = [text_of(entry, name, key) for entry in entries]
+    return [text for text in texts if text.strip()]
+
+
+def most_frequent(texts: list[str]) -> str:
+    """Return the text that most gave, of equal ones the first."""
     # Counter keeps the order of first occurrence, so that equal counts do not depend on hashes.
     return Counter(texts).most_common(1)[0][0]
 

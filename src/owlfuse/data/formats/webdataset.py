@@ -19,6 +19,7 @@ from owlfuse.data.formats.records import (
     VIDEOS,
     check_unused,
     has_chat,
+    question_metadata,
     read_chat,
     system_messages,
 )
@@ -137,6 +138,7 @@ class WebDataset(VideoSource):
                 )
         visuals = {"image": images, "video": videos}
         notes += check_unused({**metadata, **visuals}, name, set(metadata))
+        metadata = question_metadata(metadata, messages, name)
         return Sample(name, self.name, messages, images, metadata, videos, notes=notes)
 
 

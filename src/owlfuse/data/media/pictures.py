@@ -77,8 +77,9 @@ class Pictures:
         Raises:
             DataError: see `visual_parts`, `open_image`, `read_frames`.
         """
-        # By the sample and not by chance, so that a resumed run tiles the same ones.
-        tiled = is_tiled(source.tile, self.seed, sample.id)
+        # By the sample and not by chance, so that a resumed run tiles the same ones. A question has
+        # the views of its chat, by which the chat's length was checked.
+        tiled = is_tiled(source.tile, self.seed, sample.chat or sample.id)
         pixels = []
         for kind, file in visual_parts(sample):
             views = self.views(kind, file, sample.id, source, tiled)

@@ -34,7 +34,7 @@ class LoadedModel:
     """A run's, an exported or an imported model on a device, with its processor.
 
     Args:
-        which: of a run's checkpoints.
+        checkpoint: of a run; by default its last.
         dtype: `saved`: as the folder has its weights; or torch's name of another, as `float32`.
         thinking: prompts ask for a thought before the answer, where the chat template knows of
             thoughts.
@@ -49,9 +49,9 @@ class LoadedModel:
         dtype: str,
         device: torch.device,
         thinking: bool = False,
-        which: str = "last",
+        checkpoint: Path | None = None,
     ) -> None:
-        self.model, self.processor = load_with_processor(folder, which)
+        self.model, self.processor = load_with_processor(folder, checkpoint=checkpoint)
         module: Any = self.model  # transformers' wrapper of `to` hides the types of torch's
         # rotary frequencies keep float32 (see `MultimodalLM._apply`)
         if dtype != "saved":
@@ -71,6 +71,13 @@ class LoadedModel:
         """Returns the answers in rows of generated ids: see `AnswerFormat.answer`."""
         tokenizer, answer_format = self.processor.tokenizer, self.processor.answer_format
         return [answer_format.answer(tokenizer, row, self.thinking) for row in rows]
+
+    def unfinished_thoughts(self, rows: Any) -> list[bool]:
+        """Returns of each row of generated ids whether it is a thought that did not end."""
+        tokenizer, answer_format = self.processor.tokenizer, self.processor.answer_format
+        return [
+            self.thinking and answer_format.is_unfinished_thought(tokenizer, row) for row in rows
+        ]
 
     def to_device(self, batch: Batch) -> Batch:
         """Returns the batch on the model's device and in its dtype, every id one that it has an
@@ -112,13 +119,11 @@ class QuestionBatch:
     inputs: Any
     skipped: list[SkippedQuestion]
 
-    def predictions(self, task: Task, outputs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Returns the lines of predictions.jsonl: the model's output for each question, scored."""
+    def predictions(self, outputs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Returns the lines of predictions.jsonl: the model's output for each question."""
         lines = []
         for question, prompt, output in zip(self.questions, self.prompts, outputs, strict=True):
-            line = {"id": question.id, "prompt": prompt, **output, "group": question.group}
-            line["score"] = task.score(line)
-            lines.append(line)
+            lines.append({"id": question.id, "prompt": prompt, **output, "group": question.group})
         return lines
 
 
@@ -169,8 +174,14 @@ class QuestionDataset(Dataset):
         # as training renders chats, so that a prompt has the tokens that were learned
         messages = flatten(self.sample(question), self.control, self.processor.image_token)
         text = render(self.processor.tokenizer, messages, True, self.thinking)
-        self.check_length(question, text)
-        return text, self.open_pictures(question)
+        if not self.processor.tile:
+            # first, without pictures, which may be large
+            self.check_length(question, text, len(question.images))
+            return text, self.open_pictures(question)
+        pictures = self.open_pictures(question)
+        views = sum(len(self.processor.views(picture)) for picture in pictures)
+        self.check_length(question, text, views)
+        return text, pictures
 
     def sample(self, question: Question) -> Sample:
         """Returns the question as a chat."""
@@ -184,14 +195,14 @@ class QuestionDataset(Dataset):
             for picture in self.task.pictures(question)
         ]
 
-    def check_length(self, question: Question, text: str) -> None:
-        """Raises DataError where the model has no positions for the prompt and an answer."""
+    def check_length(self, question: Question, text: str, views: int) -> None:
+        """Raises DataError where the model has no positions for the prompt, its pictures as so many
+        views, and an answer."""
         if self.max_positions is None:
             return
-        # without pictures, which are opened later and may be large
         ids = self.processor.encode_texts([text], None, add_special_tokens=False)["input_ids"][0]
-        # an image's placeholder is one of the ids already
-        tokens = len(ids) + len(question.images) * (self.processor.tokens_per_image - 1)
+        # a placeholder for each picture is among the ids already
+        tokens = len(ids) - len(question.images) + views * self.processor.tokens_per_image
         if tokens + self.task.max_new_tokens > self.max_positions:
             raise DataError(
                 f"sample {question.id}: its prompt takes {tokens} positions and the answer "
@@ -233,4 +244,7 @@ def answer(model: LoadedModel, task: Task, batch: QuestionBatch) -> list[dict[st
         {"answer": text, "expected": question.expected}
         for question, text in zip(batch.questions, model.decode(ids), strict=True)
     ]
-    return batch.predictions(task, outputs)
+    for output, unfinished in zip(outputs, model.unfinished_thoughts(ids), strict=True):
+        if unfinished:
+            output["thought_unfinished"] = True
+    return batch.predictions(outputs)

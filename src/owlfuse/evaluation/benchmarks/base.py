@@ -62,7 +62,8 @@ class Task:
         max_pixels: of a picture; one with more is refused before it is decoded.
 
     Raises:
-        ConfigError: a prompt without `{question}`, a `max_pixels` that PIL does not open.
+        ConfigError: a prompt without `{question}`, a number below the least that makes sense, a
+            `max_pixels` that PIL does not open.
     """
 
     file: Path
@@ -97,6 +98,10 @@ class Task:
             Path(self.image_root).expanduser() if self.image_root else self.file.parent
         )
         check_max_pixels(self.max_pixels, "task.max_pixels")
+        for name, least in {"max_new_tokens": 1, "max_skips": 0}.items():
+            number = getattr(self, name)
+            if number < least:
+                raise ConfigError(f"task.{name} is {number}, expected at least {least}")
         if self.has_question and QUESTION not in self.prompt:
             raise ConfigError(
                 f"task.prompt: {self.prompt!r} has no {QUESTION}, where the question goes"

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, ClassVar
 
 import torch
@@ -20,7 +21,7 @@ from owlfuse.evaluation.benchmarks.answering import (
     QuestionDataset,
     chat_encoder,
 )
-from owlfuse.evaluation.benchmarks.base import Question, Task
+from owlfuse.evaluation.benchmarks.base import Question
 from owlfuse.evaluation.benchmarks.exact import ChatTask
 from owlfuse.model.loss import summed_loss
 
@@ -60,11 +61,13 @@ class ChatDataset(QuestionDataset):
     def prepare(self, question: Question) -> tuple[str, Encoded]:
         """Returns the chat as the template writes it, and encoded. Raises DataError."""
         sample = self.sample(question)
-        encoded = self.encoder.encode(sample)
+        # only the pictures say how many views each has
+        views = [self.processor.views(picture) for picture in self.open_pictures(question)]
+        encoded = self.encoder.encode(sample, [len(picture_views) for picture_views in views])
         messages = flatten(sample, self.control, self.processor.image_token)
         text = self.encoder.render(sample, messages)
-        if question.images:
-            pictures = self.open_pictures(question)
+        if views:
+            pictures = list(chain.from_iterable(views))
             encoded.pixel_values = list(self.processor.image_processor(pictures)["pixel_values"])
         return text, encoded
 
@@ -74,7 +77,7 @@ class ChatDataset(QuestionDataset):
 
 
 @torch.inference_mode()
-def measure(model: LoadedModel, task: Task, batch: QuestionBatch) -> list[dict[str, Any]]:
+def measure(model: LoadedModel, batch: QuestionBatch) -> list[dict[str, Any]]:
     """Returns the cross-entropy of each chat, summed over its supervised tokens, in nats: what
     predictions.jsonl holds."""
     chats = model.to_device(batch.inputs)
@@ -85,4 +88,4 @@ def measure(model: LoadedModel, task: Task, batch: QuestionBatch) -> list[dict[s
         # float64 of the supervised positions alone, a row at a time: all would take much memory
         loss, count = summed_loss(row[supervised].double(), targets[supervised])
         outputs.append({"loss": float(loss), "tokens": int(count)})
-    return batch.predictions(task, outputs)
+    return batch.predictions(outputs)

@@ -14,7 +14,6 @@ from rich.table import Table
 
 from owlfuse.artifacts.identity import ANSWER_FILES, model_files
 from owlfuse.artifacts.run_data import tokenizer_files
-from owlfuse.artifacts.runs import check_which, chosen_checkpoint
 from owlfuse.core.console import PlainConsole as Console
 from owlfuse.core.environment import git_state, versions
 from owlfuse.core.files import files_of, fingerprint
@@ -24,15 +23,16 @@ MAX_LISTED_SKIPS = 10
 """Skipped records whose reasons are written."""
 
 
-def model_fingerprint(model_dir: Path, which: str) -> tuple[str, str]:
-    """Returns a hash of a model's weights, configuration and tokenizer, and their origin in
-    words."""
-    if (model_dir / "config.yaml").is_file():
-        checkpoint = chosen_checkpoint(model_dir, which)
+def model_fingerprint(model_dir: Path, checkpoint: Path | None) -> tuple[str, str]:
+    """Returns a hash of a model's weights, configuration and tokenizer, and their origin in words.
+
+    Args:
+        checkpoint: of a run; None for an exported folder.
+    """
+    if checkpoint is not None:
         # frozen weights are in no checkpoint: config.yaml says what they are made of
         files = [model_dir / "config.yaml", *files_of(checkpoint).values()]
         return fingerprint([*files, *tokenizer_files(model_dir)]), checkpoint.name
-    check_which(which, of_run=False)
     return fingerprint(model_files(model_dir, ANSWER_FILES)), "exported or imported"
 
 
@@ -59,10 +59,10 @@ class Settings:
         task: Task,
         dtype: str,
         thinking: bool = False,
-        which: str = "last",
+        checkpoint: Path | None = None,
     ) -> Settings:
-        """Returns the settings of a model's folder and a benchmark."""
-        weights, checkpoint = model_fingerprint(model_dir, which)
+        """Returns the settings of a model's folder and a benchmark; `checkpoint` is a run's."""
+        weights, origin = model_fingerprint(model_dir, checkpoint)
         options: dict[str, Any] = {"_target_": f"{type(task).__module__}.{type(task).__qualname__}"}
         for field in fields(task):
             value = getattr(task, field.name)
@@ -70,7 +70,7 @@ class Settings:
                 options[field.name] = str(value) if isinstance(value, Path) else value
         return cls(
             str(model_dir),
-            checkpoint,
+            origin,
             weights,
             [str(file) for file in task.files()],
             task.fingerprint(),

@@ -5,13 +5,14 @@ from __future__ import annotations
 
 import time
 from collections import Counter
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.utils.data import DataLoader
 
-from owlfuse.artifacts.runs import check_model
+from owlfuse.artifacts.runs import check_model, checkpoint_of, locked
 from owlfuse.config.build import build, to_dict
 from owlfuse.config.check import check_targets
 from owlfuse.config.compose import origin_of
@@ -51,25 +52,31 @@ def evaluate_task(folder: str, words: list[str]) -> None:
     questions, skipped = task.questions()
     # before the share of a rank, so that the sample is the same for any number of ranks
     questions = sample_units(questions, options.max_questions)
-    settings = Settings.of(model_dir, task, options.dtype, options.thinking, options.which)
+    # once: a run that still trains may write another one meanwhile
+    checkpoint = checkpoint_of(model_dir, options.which)
+    settings = Settings.of(model_dir, task, options.dtype, options.thinking, checkpoint)
     out = Path(options.out).expanduser() if options.out else model_dir / "tasks"
     store = Predictions(out / str(options.name), settings.key, ranks.rank)
-    answered = answered_ids(store)
-    ranks.wait()  # each has read what is there, before one adds to it
-    todo = [question for question in questions if question.id not in answered]
-    try:
-        answer_share(model_dir, task, ranks.share(longest_first(todo)), store, options, ranks)
+    # by the first rank for all: of two commands each would lose what the other writes
+    lock = locked(store.folder, "out", "choose another name= or out=")
+    with lock if ranks.first else nullcontext():
+        answered = answered_ids(store)
+        ranks.wait()  # each has read what is there, before one adds to it
+        todo = [question for question in questions if question.id not in answered]
+        try:
+            share = ranks.share(longest_first(todo))
+            answer_share(model_dir, checkpoint, task, share, store, options, ranks)
+            ranks.wait()
+        except KeyboardInterrupt:
+            count = len(answered_ids(store) & {question.id for question in questions})
+            raise KeyboardInterrupt(
+                f"stopped; {count} of {len(questions)} answers are in {store.folder}, and the same "
+                "command goes on"
+            ) from None
+        if ranks.first:
+            seconds = time.monotonic() - start
+            finish(options, task, questions, skipped, store, settings, ranks, seconds)
         ranks.wait()
-    except KeyboardInterrupt:
-        count = len(answered_ids(store) & {question.id for question in questions})
-        raise KeyboardInterrupt(
-            f"stopped; {count} of {len(questions)} answers are in {store.folder}, and the same "
-            "command goes on"
-        ) from None
-    if ranks.first:
-        seconds = time.monotonic() - start
-        finish(options, task, questions, skipped, store, settings, ranks, seconds)
-    ranks.wait()
 
 
 def answered_ids(store: Predictions) -> set[str]:
@@ -99,6 +106,7 @@ def longest_first(questions: list[Question]) -> list[Question]:
 
 def answer_share(
     model_dir: Path,
+    checkpoint: Path | None,
     task: Task,
     questions: list[Question],
     store: Predictions,
@@ -108,7 +116,7 @@ def answer_share(
     """Answers the questions of this rank; each batch is on the disk before the next begins."""
     if not questions:
         return
-    model = LoadedModel(model_dir, options.dtype, ranks.device, options.thinking, options.which)
+    model = LoadedModel(model_dir, options.dtype, ranks.device, options.thinking, checkpoint)
     dataset_class = QuestionDataset if task.generates else ChatDataset
     dataset = dataset_class(task, questions, model.processor, model.max_positions, options.thinking)
     loader = DataLoader(
@@ -141,7 +149,7 @@ def predict(model: LoadedModel, task: Task, batch: QuestionBatch) -> list[dict[s
     if not batch.questions:
         return []
     try:
-        return answer(model, task, batch) if task.generates else measure(model, task, batch)
+        return answer(model, task, batch) if task.generates else measure(model, batch)
     except torch.OutOfMemoryError as error:
         raise DataError(
             f"a batch of {len(batch.questions)} is more than the GPU's memory holds; go on by the "
@@ -183,6 +191,9 @@ def finish(
     groups = Counter(line["group"] for line in answered if line["group"])
     for group, count in sorted(groups.items()):
         counts[f"answered, {group}"] = count
+    unfinished = sum(line.get("thought_unfinished", False) for line in answered)
+    if unfinished:
+        counts["thoughts that did not end"] = unfinished
     run_options = {
         "batch_size": options.batch_size,
         "ranks": ranks.count,
@@ -194,4 +205,9 @@ def finish(
     # the time is not part of the results that are printed
     write_json(path, {**results, "wall_s": round(seconds, 1)})
     print_results(results)
+    if unfinished:
+        print(
+            f"{unfinished} thoughts did not end, and their answers count as empty; raise "
+            f"task.max_new_tokens, which is {task.max_new_tokens}"
+        )
     print(visible(f"{path}, and each answer in {store.folder / 'predictions.jsonl'}"))

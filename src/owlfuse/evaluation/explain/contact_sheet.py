@@ -35,10 +35,11 @@ def maps_of_answers(
     answers: list[tuple[Answer, Sample]],
     max_new_tokens: int,
     ranks: Ranks,
-) -> dict[str, Tensor]:
-    """Returns the attention maps (h, w) of answers over their first pictures, by their ids (see
-    `explain.attention_to_pictures`). None, and a warning, for a sharded model and for one that has
-    no such map: an evaluation does not end by it. No map for a question with a video.
+) -> dict[int, Tensor]:
+    """Returns the attention maps (h, w) of answers over their first pictures, by their places among
+    `answers` (see `explain.attention_to_pictures`). None, and a warning, for a sharded model and
+    for one that has no such map: an evaluation does not end by it. No map for a question with a
+    video.
     """
     if is_sharded(model):
         if ranks.first:
@@ -47,17 +48,17 @@ def maps_of_answers(
                 "process for the overlays"
             )
         return {}
-    pictured = [(answer, sample) for answer, sample in answers if not sample.videos]
+    places = [place for place, (_, sample) in enumerate(answers) if not sample.videos]
 
-    def map_of(pair: tuple[Answer, Sample]) -> Tensor:
-        answer, sample = pair
+    def map_of(place: int) -> Tensor:
+        answer, sample = answers[place]
         return map_of_answer(model, data, sample, answer, max_new_tokens).cpu()
 
     maps = {}
     try:
-        results: Iterator[Tensor] = ranks.deal(pictured, map_of)
-        for (answer, _), attention in zip(pictured, results, strict=True):
-            maps[answer.id] = attention
+        results: Iterator[Tensor] = ranks.deal(places, map_of)
+        for place, attention in zip(places, results, strict=True):
+            maps[place] = attention
     except DataError as error:
         if ranks.first:
             log.warning("evaluation.explain: the contact sheet has no overlays: %s", error)

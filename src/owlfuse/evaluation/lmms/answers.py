@@ -137,19 +137,21 @@ def answer(model: LoadedModel, requests: list[Request], seed: int) -> tuple[list
     limits = []
     for prompt, used in zip(prompts, inputs["attention_mask"].sum(1).tolist(), strict=True):
         limits.append(min(options.max_new_tokens, free_positions(model, prompt, used)))
+    # rows are generated to one length, which may be past the last position of some
+    if len(set(limits)) > 1:
+        pairs = [answer(model, [request], seed) for request in requests]
+        return [text for texts, _ in pairs for text in texts], sum(count for _, count in pairs)
+    limit = limits[0]
     # the seed of one request is not to change another's, nor lmms-eval's own random state
     with torch.random.fork_rng(enabled=options.sampled):
         if options.sampled:
             torch.manual_seed(seed_of(seed, requests[0]))
-        generated = model.generate(inputs, max_new_tokens=max(limits), **dict(options.arguments))
+        generated = model.generate(inputs, max_new_tokens=limit, **dict(options.arguments))
     ends = model.model.generation_config.eos_token_id
     ends = set(ends if isinstance(ends, list) else [ends])
-    rows = []
+    rows = generated.tolist()
     cut_count = 0
-    for row, limit in zip(generated.tolist(), limits, strict=True):
-        # rows are generated up to the largest limit of the batch
-        row = row[:limit]
-        rows.append(row)
+    for row in rows:
         if limit < options.max_new_tokens and len(row) == limit and not ends & set(row):
             cut_count += 1
     return [options.cut_at_end(text) for text in model.decode(rows)], cut_count

@@ -12,7 +12,6 @@ import torch
 
 from owlfuse.core.errors import DataError
 from owlfuse.core.types import Encoded, Sample
-from owlfuse.data.media.tiles import views_of
 from owlfuse.data.words import hide_words
 from owlfuse.evaluation.benchmarks.answering import LoadedModel, chat_encoder
 from owlfuse.evaluation.lmms.prompts import Prompt, render_prompt
@@ -47,10 +46,7 @@ class Likelihoods:
         labels = []
         for token, (start, _) in zip(ids, offsets, strict=True):
             labels.append(token if start >= len(question) else -100)
-        views: list[list[Any]] = [[picture] for picture in prompt.pictures]
-        if self.processor.tile:
-            size = self.collator.image_shape[1:]
-            views = [views_of(picture, size) for picture in prompt.pictures]
+        views = [self.processor.views(picture) for picture in prompt.pictures]
         pictures: list[Any] = prompt.pictures  # opened already, where `Sample` names files
         sample = Sample(prompt.name, "lmms-eval", prompt.messages, pictures)
         view_counts = [len(picture_views) for picture_views in views]

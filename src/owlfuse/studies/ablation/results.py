@@ -7,7 +7,6 @@ S seeds, Q questions.
 from __future__ import annotations
 
 import fcntl
-import json
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +17,7 @@ import numpy as np
 from owlfuse.config.identity import differing_hash
 from owlfuse.config.messages import check_name
 from owlfuse.core.errors import COMMAND_LINE, ConfigError, DataError, hint
-from owlfuse.core.files import read_json_if_there
+from owlfuse.core.files import parse_json, read_json_if_there
 from owlfuse.studies.ablation.launch import STATE_FILE
 from owlfuse.studies.ablation.statistics import paired_interval
 
@@ -85,13 +84,15 @@ class Run:
         path = self.folder / "answers.jsonl"
         if not path.exists():
             return answers
-        # A chat may ask the same question twice.
-        for line in path.read_text(encoding="utf-8").splitlines():
-            answer = json.loads(line)
-            if answer["source"] == source and kind in ("", answer["kind"]):
-                question = answer["id"], answer["question"]
-                answers[(*question, repeats[question])] = answer
-                repeats[question] += 1
+        # As bytes, whose lines end at line feeds alone: an answer may hold U+2028.
+        with path.open("rb") as file:
+            for number, line in enumerate(file, start=1):
+                answer = parse_json(line, f"{path}: line {number}")
+                if answer["source"] == source and kind in ("", answer["kind"]):
+                    question = answer["id"], answer["question"]
+                    # A chat may ask the same question twice.
+                    answers[(*question, repeats[question])] = answer
+                    repeats[question] += 1
         return answers
 
 
@@ -328,5 +329,7 @@ def right_matrix(
     names = []
     for question in questions:
         chat = question[0].rpartition("#")[0] or question[0]
-        names.append(answers[0][question]["image"] or chat)
+        answer = answers[0][question]
+        # A picture of bytes has no path; the answers of an older release say nothing of it.
+        names.append(answer["image"] or answer.get("image_hash") or chat)
     return matrix, np.unique(names, return_inverse=True)[1]
