@@ -23,9 +23,11 @@ from owlfuse.artifacts.load import TrainedModel, load_base, load_exported, load_
 from owlfuse.config.build import build
 from owlfuse.config.compose import compose
 from owlfuse.core.errors import ConfigError, DataError
+from owlfuse.data.chat.tokenizer import prepare, use_template
 from owlfuse.model.llm import load_llm
 from owlfuse.model.multimodal import build_model, on_meta
 from owlfuse.training import train
+from small_tokenizers import byte_level
 
 EXPERIMENTS = ("shapes_owl1", "shapes_owl2", "shapes_owl3")
 LORA = (
@@ -218,6 +220,17 @@ def test_what_an_llm_from_elsewhere_has_in_its_configuration_does_not_keep_it_fr
     export(trained, tmp_path / "out")
     assert "quantization_config" not in (tmp_path / "out/config.json").read_text()
     assert owlfuse.load(tmp_path / "out").llm.config.hidden_size == 128
+
+
+def test_code_that_the_hubs_files_name_is_not_in_an_export(tmp_path):
+    """As of Phi-3 or DeepSeek: transformers has the classes itself, and keeps the key."""
+    tokenizer = prepare(use_template(byte_level(), "chatml"))
+    tokenizer.init_kwargs["auto_map"] = {"AutoTokenizer": ["a.A", "a.B"]}
+    model = make_model()
+    model.llm.config.auto_map = {"AutoConfig": "configuration_a.A"}
+    out = export(TrainedModel(model, tokenizer, None), tmp_path / "out")
+    assert not [file for file in out.glob("*.json") if "auto_map" in file.read_text()]
+    load_exported(out)
 
 
 def test_large_weights_are_sharded(train_run, tmp_path):

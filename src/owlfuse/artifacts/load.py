@@ -122,6 +122,8 @@ def make_processor(trained: TrainedModel) -> OwlfuseProcessor:
     and parts."""
     tokenizer, image_token = prepare(trained.tokenizer, trained.image_token), trained.image_token
     tokenizer.padding_side = "left"  # answers are generated behind the rows
+    # of a hub's folder with code, which transformers keeps and writes, and no export may name
+    tokenizer.init_kwargs.pop("auto_map", None)
     return OwlfuseProcessor(
         OwlfuseImageProcessor.of(trained.model.vision.preprocessing),
         tokenizer,
