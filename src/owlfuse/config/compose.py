@@ -22,7 +22,7 @@ from owlfuse.config.folders import EXPERIMENTS, ConfigFolders, find_folders
 from owlfuse.config.hydra import OPTIONAL_GROUPS, Composition, dotted_items, read_overrides
 from owlfuse.config.messages import check_name, no_such_option
 from owlfuse.config.recipes import PARTS
-from owlfuse.config.trust import accept, read_run_config
+from owlfuse.config.trust import accept, check_weights, read_run_config
 from owlfuse.core.errors import COMMAND_LINE, ConfigError, DataError, label, nearest, nearest_key
 from owlfuse.core.folder_kinds import describe_path
 
@@ -140,6 +140,7 @@ def compose(
     check(config, importing)
     if run is None:
         accept(to_dict(config))
+        check_new_weights(config)
     return config
 
 
@@ -208,6 +209,17 @@ def read_run(folder: Path) -> dict[str, Any]:
     check_levels(plain, origin)
     check_targets({"model": plain["model"]}, origin)
     return plain
+
+
+def check_new_weights(config: DictConfig) -> None:
+    """Raise ConfigError for a new run that names weights as no folder of a model may (see `trust`):
+    it would be trained, and then be refused by every command that reads it."""
+    for part, group, remedy in (("vision", "kwargs", "weights"), ("llm", "config", "pretrained")):
+        origin = origin_of(config, f"model.{part}.{group}")
+        try:
+            check_weights({part: to_dict(config.model[part])}, origin)
+        except DataError as error:
+            raise ConfigError(f"{error}; name the file by model.{part}.{remedy}") from error
 
 
 def check_steps(trainer: dict[str, Any], origin: Origin) -> None:
