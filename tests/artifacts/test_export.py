@@ -15,7 +15,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, pipeline
 
 import owlfuse
 from families import small_fields
-from helpers import FROZEN, ROWS, VOCAB, make_batch, make_model, model_node, policy
+from helpers import CONNECTORS, FROZEN, ROWS, VIT, VOCAB, make_batch, make_model, model_node, policy
 from owlfuse.__main__ import main
 from owlfuse.artifacts.export import export
 from owlfuse.artifacts.init_from import adopt_parts
@@ -308,6 +308,38 @@ def test_init_from_refuses_parts_that_are_not_the_folders(train_run, tmp_path):
             train.run(compose([f"init_from={out}", override]))
     with pytest.raises(ConfigError, match="has no config.json"):
         train.run(compose([f"init_from={tmp_path / 'nowhere'}"]))
+
+
+@pytest.fixture(scope="module")
+def concat_out(tmp_path_factory):
+    """An export with a connector and a fusion that are not the default ones."""
+    model = make_model("concat", connector=CONNECTORS["abstractor"])
+    return export(TrainedModel(model, None, None), tmp_path_factory.mktemp("concat") / "out")
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ("experiment=shapes_owl3", "Abstractor, and .*LinearConnector is asked for"),
+        ("model/fusion=hyperattention", "Concat, and .*HyperAttention is asked for"),
+        ("model.fusion.gate=adaptive", "Concat, and .*HyperAttention is asked for"),
+        ("model/vision=convnet", "with name vit_tiny_patch16_224, and resnet10t is asked for"),
+        ("model.llm.config.num_hidden_layers=4", "with num_hidden_layers 3, and 4 is asked for"),
+    ],
+)
+def test_a_part_that_is_asked_for_is_not_replaced_though_it_is_the_default(
+    asked, message, concat_out
+):
+    with pytest.raises(ConfigError, match=message):
+        adopt_parts(compose([f"init_from={concat_out}", asked]))
+
+
+def test_parts_that_nobody_asks_for_are_the_folders(concat_out):
+    config = compose([f"init_from={concat_out}", "model.vision.image_size=64", "optim=muon"])
+    adopt_parts(config)
+    assert config.model.fusion._target_.endswith("Concat")
+    assert config.model.connector._target_.endswith("Abstractor")
+    assert (config.model.vision.name, config.model.vision.image_size) == (VIT["name"], 64)
 
 
 @pytest.mark.parametrize(

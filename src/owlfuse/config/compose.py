@@ -261,6 +261,12 @@ def origin_of(config: DictConfig, path: str) -> str:
     return "configuration"
 
 
+def asks_for(config: DictConfig, path: str) -> bool:
+    """Whether the experiment or the command line sets a key or chooses the option of its group, see
+    `Composition.asks_for`. Of a configuration that was not composed here that is not known."""
+    return isinstance(config, ComposedConfig) and config.composition.asks_for(path)
+
+
 @contextmanager
 def naming_part(config: DictConfig) -> Iterator[None]:
     """Raise ConfigError where parts that the block builds do not fit together. Where the message
