@@ -34,6 +34,7 @@ from owlfuse.studies.ablation.grid import (
     validation_sources,
 )
 from owlfuse.studies.ablation.report import write_report
+from owlfuse.studies.ablation.results import of_stopped_run
 
 
 @dataclass
@@ -168,7 +169,7 @@ def find_unfinished(folder: Path, cells: list[Cell], archive: bool) -> list[Cell
     differences = {}
     for cell in cells:
         accept_data = bool(cell.config.get("accept_changed_data"))
-        difference = find_difference(folder / cell.key, cell.hash, accept_data)
+        difference = find_difference(folder / cell.key, cell.hash, cell.steps, accept_data)
         if difference is not None:
             differences[cell.key] = difference
     if differences and not archive:
@@ -181,19 +182,29 @@ def find_unfinished(folder: Path, cells: list[Cell], archive: bool) -> list[Cell
         )
     for key in differences:
         launch.archive_run(folder, key)
-    return [cell for cell in cells if not (folder / cell.key / "results.json").exists()]
+    return [cell for cell in cells if not own_results(folder / cell.key, cell.steps)]
 
 
-def find_difference(run: Path, hashes: dict[str, str], accept_data: bool = False) -> str | None:
+def own_results(run: Path, steps: int) -> dict[str, Any]:
+    """Return the results of a cell that has ended; nothing of one that was stopped, also where it
+    was evaluated then."""
+    results = read_json_if_there(run / "results.json")
+    state = read_json_if_there(run / launch.STATE_FILE)
+    return {} if of_stopped_run(results, state, steps) else results
+
+
+def find_difference(
+    run: Path, hashes: dict[str, str], steps: int, accept_data: bool = False
+) -> str | None:
     """Return in what a run's code, configuration or data are not those of `hashes`; None where
     there is no run, or where they are the same."""
-    run_hashes = read_json_if_there(run / "results.json").get("hash")
+    results = own_results(run, steps)
+    run_hashes = results.get("hash")
     # A run that is not finished has no results; its task wrote the hash.
     if run_hashes is None and (run / "config.yaml").exists():
         run_hashes = read_json_if_there(run / launch.STATE_FILE).get("hash")
     if run_hashes is None:
-        has_results = (run / "results.json").exists()
-        return "an older owlfuse, which left no hash" if has_results else None
+        return "an older owlfuse, which left no hash" if results else None
     kind = differing_hash(run_hashes, hashes, accept_data)
     if kind == "config":
         return "another configuration"
