@@ -19,7 +19,13 @@ from helpers import CONNECTORS, FROZEN, ROWS, VIT, VOCAB, make_batch, make_model
 from owlfuse.__main__ import main
 from owlfuse.artifacts.export import export
 from owlfuse.artifacts.init_from import adopt_parts
-from owlfuse.artifacts.load import TrainedModel, load_base, load_exported, load_run
+from owlfuse.artifacts.load import (
+    TrainedModel,
+    load_base,
+    load_exported,
+    load_run,
+    results_of_checkpoint,
+)
 from owlfuse.config.build import build
 from owlfuse.config.compose import compose
 from owlfuse.core.errors import ConfigError, DataError
@@ -231,6 +237,23 @@ def test_code_that_the_hubs_files_name_is_not_in_an_export(tmp_path):
     out = export(TrainedModel(model, tokenizer, None), tmp_path / "out")
     assert not [file for file in out.glob("*.json") if "auto_map" in file.read_text()]
     load_exported(out)
+
+
+@pytest.mark.parametrize(
+    ("evaluated", "which", "step", "shown"),
+    [
+        ({"steps": 20, "checkpoint": "last"}, "last", 20, True),
+        ({"steps": 20, "checkpoint": "step_00000020.ckpt"}, "last", 20, True),
+        ({"steps": 20}, "last", 20, True),  # of before the checkpoint was named
+        ({"steps": 12, "checkpoint": "best.ckpt"}, "best", 12, True),
+        ({"steps": 20, "checkpoint": "last"}, "best", 12, False),
+        ({"steps": 12, "checkpoint": "best.ckpt"}, "last", 20, False),
+        ({"steps": 20, "checkpoint": "last"}, "last", 24, False),  # it went on
+    ],
+)
+def test_the_model_card_has_the_results_of_its_own_weights(evaluated, which, step, shown, tmp_path):
+    (tmp_path / "results.json").write_text(json.dumps(evaluated))
+    assert results_of_checkpoint(tmp_path, which, step) == (evaluated if shown else None)
 
 
 def test_large_weights_are_sharded(train_run, tmp_path):

@@ -31,7 +31,7 @@ from owlfuse.artifacts.lora import merge_lora
 from owlfuse.artifacts.released.loading import read_record
 from owlfuse.artifacts.released.weights import FLOATS, TensorInfo, read_header, shard_names
 from owlfuse.artifacts.run_data import run_tokenizer
-from owlfuse.artifacts.runs import check_which, chosen_checkpoint, read_results
+from owlfuse.artifacts.runs import BEST, check_which, chosen_checkpoint, read_results
 from owlfuse.artifacts.weights import check_fits, load_weights, read, set_precision
 from owlfuse.config.compose import read_run
 from owlfuse.core.errors import DataError
@@ -81,7 +81,7 @@ class TrainedModel:
     model: MultimodalLM
     tokenizer: Any
     results: dict[str, Any] | None
-    """results.json, where the run has one."""
+    """results.json, where the run has one of these weights."""
     image_token: str = IMAGE
     """What stands for an image in the tokenizer."""
 
@@ -92,8 +92,19 @@ def load_run(folder: Path, which: str = "last") -> TrainedModel:
     # only names that owlfuse knows are imported
     config = read_run(folder)
     tokenizer = run_tokenizer(folder, config["data"])
-    model, _ = load_run_model(folder, config, len(tokenizer), which)
-    return TrainedModel(model.eval(), tokenizer, read_results(folder) or None)
+    model, checkpoint = load_run_model(folder, config, len(tokenizer), which)
+    results = results_of_checkpoint(folder, which, checkpoint.get("global_step"))
+    return TrainedModel(model.eval(), tokenizer, results)
+
+
+def results_of_checkpoint(folder: Path, which: str, step: int | None) -> dict[str, Any] | None:
+    """Returns the content of a run's results.json, None where it is of another checkpoint: of the
+    best instead of the last, or of before the run went on."""
+    results = read_results(folder)
+    is_best = results.get("checkpoint") == BEST
+    if not results or results.get("steps") != step or is_best != (which == "best"):
+        return None
+    return results
 
 
 def wrap(trained: TrainedModel) -> OwlfuseForConditionalGeneration:
