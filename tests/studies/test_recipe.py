@@ -23,7 +23,7 @@ from owlfuse.config.compose import compose
 from owlfuse.config.folders import find_folders
 from owlfuse.core.errors import ConfigError, DataError
 from owlfuse.data.shapes.write import write_shapes
-from owlfuse.studies.recipe.run import recipe_command, write_record
+from owlfuse.studies.recipe.run import recipe_command, run_stage, write_record
 from owlfuse.studies.recipe.stages import make_stages
 
 SMALL = [
@@ -422,6 +422,30 @@ def test_a_stage_that_was_stopped_before_its_first_checkpoint_begins_anew_and_ke
     recipe_command("tiny", RAN)
     assert (ran / "third" / "export" / "config.json").exists()
     assert len(list(ran.glob("third.*/metrics.csv"))) == 1
+
+
+@pytest.mark.parametrize("left", ["step_00000002.ckpt.part", "best.ckpt"])
+def test_a_stage_without_a_checkpoint_that_can_go_on_begins_anew(left, monkeypatch):
+    (stage, *_) = make_stages("tiny", [*SMALL, f"name=without_{left[:4]}"])
+    (stage.folder / "checkpoints").mkdir(parents=True)
+    (stage.folder / "checkpoints" / left).touch()
+    begun = begun_by(stage, [], monkeypatch)
+    assert begun.resume is None
+    assert len(list(stage.folder.parent.glob("first.*/checkpoints"))) == 1
+
+
+def begun_by(stage, words, monkeypatch):
+    """The configuration with which a stage would be trained."""
+    configs = []
+
+    def stop(config):
+        configs.append(config)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("owlfuse.training.train.run", stop)
+    with pytest.raises(KeyboardInterrupt):
+        run_stage(stage, None, words)
+    return configs[0]
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@ before anything trains."""
 
 from __future__ import annotations
 
+import fcntl
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 
 from helpers import SHAPE_COUNTS, TINY_SHAPES
 from owlfuse.config.folders import find_folders
-from owlfuse.core.errors import ConfigError
+from owlfuse.core.errors import ConfigError, DataError
 from owlfuse.data.shapes.write import write_shapes
 from owlfuse.studies.ablation.file import read_ablation
 from owlfuse.studies.ablation.grid import full_metrics, make_cells, make_record, validation_sources
@@ -315,3 +316,19 @@ def test_a_dry_run_shows_the_cells_within_a_hundred_columns_and_writes_nothing(c
         assert words in shown
     assert max(map(len, shown.splitlines())) <= 100
     assert sorted(Path().rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("locked", "message"),
+    [("", "held is being run by another process"), ("all-seed0/", "all-seed0 is being trained by")],
+)
+def test_anew_moves_no_run_away_that_another_process_has(locked, message):
+    write("held", "base: shapes_owl1\nmetrics: [val/loss]\nfactors: {seed: {all: []}}\n")
+    run = Path("runs/held/all-seed0")
+    run.mkdir(parents=True, exist_ok=True)
+    (run / "results.json").write_text('{"hash": {"code": "other"}}')
+    with Path(f"runs/held/{locked}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(DataError, match=message):
+            ablate_command("held", ["anew=true", *TINY_SHAPES])
+    assert (run / "results.json").exists()

@@ -6,7 +6,6 @@ S seeds, Q questions.
 
 from __future__ import annotations
 
-import fcntl
 import json
 from collections import Counter
 from dataclasses import dataclass, field
@@ -20,7 +19,7 @@ from owlfuse.config.identity import differing_hash
 from owlfuse.config.messages import check_name
 from owlfuse.core.errors import COMMAND_LINE, ConfigError, DataError, hint
 from owlfuse.core.files import read_json_if_there
-from owlfuse.studies.ablation.launch import STATE_FILE
+from owlfuse.studies.ablation.launch import STATE_FILE, is_locked
 from owlfuse.studies.ablation.statistics import paired_interval
 
 
@@ -278,19 +277,6 @@ def of_stopped_run(results: dict[str, Any], state: dict[str, Any], steps: int) -
     """
     evaluated_later = results.get("checkpoint", "last") != "last"
     return evaluated_later and state.get("state") != "finished" and results.get("steps") != steps
-
-
-def is_locked(lock: Path) -> bool:
-    """Return whether a process has the lock."""
-    try:
-        with lock.open("rb") as file:
-            # Shared: two reports at a time do not see each other as a run.
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:
-        pass
-    return False
 
 
 def score(row: Row, baseline: Row, metric: str, source: str, local_name: str) -> Score:

@@ -95,12 +95,15 @@ def ablate_command(name: str, words: list[str]) -> None:
     metrics = full_metrics(ablation.metrics, validation_sources(cells))
     if not options.dry_run and options.launcher != "submitit_slurm":  # it uses other machines
         check_machines(cells)
-    unfinished = find_unfinished(folder, cells, archive=options.anew and not options.dry_run)
-    progress.print_plan(ablation, folder, cells, unfinished, options.jobs)
     if options.dry_run:
+        unfinished = find_unfinished(folder, cells, archive=False)
+        progress.print_plan(ablation, folder, cells, unfinished, options.jobs)
         return
 
+    # Before runs are put aside, which another process may be training.
     with run_lock(folder):
+        unfinished = find_unfinished(folder, cells, archive=options.anew)
+        progress.print_plan(ablation, folder, cells, unfinished, options.jobs)
         record = make_record(cells, ablation, metrics)
         launch_all(ablation, folder, {**record, "words": words}, unfinished, options)
     # Also of an ablation that was interrupted: what is finished counts.
@@ -165,6 +168,7 @@ def find_unfinished(folder: Path, cells: list[Cell], archive: bool) -> list[Cell
 
     Raises:
         ConfigError: there are such runs, and they are not to be put aside.
+        DataError: one that is to be put aside is being trained.
     """
     differences = {}
     for cell in cells:
@@ -180,6 +184,12 @@ def find_unfinished(folder: Path, cells: list[Cell], archive: bool) -> list[Cell
             f"({first}{more}); they are not mixed: name=<another> begins a folder of its own, "
             "anew=true puts them aside and runs them again"
         )
+    for key in differences:
+        if launch.is_locked(folder / key / ".lock"):
+            raise DataError(
+                f"{folder / key} is being trained by a process that an earlier command left; wait "
+                "until it ends, or give another name="
+            )
     for key in differences:
         launch.archive_run(folder, key)
     return [cell for cell in cells if not own_results(folder / cell.key, cell.steps)]

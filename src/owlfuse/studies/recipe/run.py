@@ -18,7 +18,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from owlfuse.artifacts.export import export
 from owlfuse.artifacts.load import load_run
-from owlfuse.artifacts.runs import in_use, is_first_rank, last_checkpoint
+from owlfuse.artifacts.runs import checkpoints_of, in_use, is_first_rank, last_checkpoint
 from owlfuse.config.build import to_dict
 from owlfuse.config.compose import compose
 from owlfuse.config.identity import flat
@@ -112,7 +112,8 @@ def run_stage(stage: Stage, weights: Path | None, words: list[str]) -> None:
         print_once(f"stage {stage.name} is finished: {stage.folder}")
         return
     config: DictConfig
-    if any((stage.folder / "checkpoints").glob("*")):
+    # Not any file there: a kill leaves parts of checkpoints, and the best alone cannot go on.
+    if checkpoints_of(stage.folder / "checkpoints"):
         last_checkpoint(stage.folder)  # raises for a folder without a usable one
         config = compose([f"resume={stage.folder}", *words])
     else:
