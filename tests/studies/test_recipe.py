@@ -434,6 +434,20 @@ def test_a_stage_without_a_checkpoint_that_can_go_on_begins_anew(left, monkeypat
     assert len(list(stage.folder.parent.glob("first.*/checkpoints"))) == 1
 
 
+def test_a_stage_that_goes_on_has_the_overrides_that_are_for_it_alone(monkeypatch):
+    words_by_stage = {}
+
+    def run_stage(stage, weights, words):
+        words_by_stage[stage.name] = words
+
+    monkeypatch.setattr("owlfuse.studies.recipe.run.run_stage", run_stage)
+    common, alone = "data.micro_batch_size=8", "data.micro_batch_size=2"
+    recipe_command("tiny", [*SMALL, "name=alone", common, f"stages.second.{alone}"])
+    # the last one counts
+    movable = ["data.workers=0", "trainer.log_every_n_steps=1", common]
+    assert words_by_stage == {"first": movable, "second": [*movable, alone], "third": movable}
+
+
 def begun_by(stage, words, monkeypatch):
     """The configuration with which a stage would be trained."""
     configs = []
