@@ -46,9 +46,16 @@ class Composition:
         self._check_null_groups()
         try:
             with self._initialized():
-                return hydra.compose(
+                config = hydra.compose(
                     self.folders.root, overrides=self._lines, return_hydra_config=True
                 )
+            # Hydra takes the first file of a name, and looking them up refuses to hide another.
+            if len(self.folders.configs) > 1:
+                _ = self._layers
+            return config
+        # Of a recipe's file, or of two files with one name: it says where already.
+        except ConfigError:
+            raise
         # What Hydra, OmegaConf and yaml raise has no common base, and is always about the
         # configuration: no other code runs in between.
         except Exception as error:
