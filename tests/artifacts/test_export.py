@@ -15,7 +15,18 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, pipeline
 
 import owlfuse
 from families import small_fields
-from helpers import CONNECTORS, FROZEN, ROWS, VIT, VOCAB, make_batch, make_model, model_node, policy
+from helpers import (
+    CONNECTORS,
+    FROZEN,
+    ROWS,
+    VIT,
+    VOCAB,
+    make_batch,
+    make_model,
+    model_node,
+    perturb,
+    policy,
+)
 from owlfuse.__main__ import main
 from owlfuse.artifacts.export import export
 from owlfuse.artifacts.init_from import adopt_parts
@@ -501,6 +512,16 @@ def test_init_from_gives_the_llm_the_type_that_is_asked_for(tmp_path):
                 model = load_base(str(out), node, VOCAB)
                 assert {p.dtype for p in model.llm.parameters()} == {expected}
                 assert {p.dtype for p in model.connector.parameters()} == {torch.float32}
+
+
+def test_init_from_folds_updates_into_weights_of_16_bits_without_rounding(tmp_path):
+    model = make_model(adapter={**FROZEN, "llm": policy("LoRA", r=2)}, dtype="bfloat16")
+    perturb(p for name, p in model.named_parameters() if "lora_B" in name)
+    layer = model.llm.model.layers[0].self_attn.q_proj
+    expected = layer.base_layer.weight.float() + layer.get_delta_weight("default").float()
+    out = export(TrainedModel(model, None, None), tmp_path / "out")
+    merged = load_base(str(out), model_node(), VOCAB).llm.model.layers[0].self_attn.q_proj.weight
+    torch.testing.assert_close(merged, expected, rtol=1e-6, atol=1e-6)
 
 
 def test_an_llm_inside_of_a_multimodal_configuration_comes_back(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from owlfuse.artifacts.hf.processing import OwlfuseImageProcessor, OwlfuseProces
 from owlfuse.artifacts.lora import merge_lora
 from owlfuse.artifacts.released.loading import read_record
 from owlfuse.artifacts.released.weights import FLOATS, TensorInfo, read_header, shard_names
+from owlfuse.artifacts.resume import is_path
 from owlfuse.artifacts.run_data import run_tokenizer
 from owlfuse.artifacts.runs import BEST, check_which, chosen_checkpoint, read_results
 from owlfuse.artifacts.weights import check_fits, load_weights, read, set_precision
@@ -148,7 +150,7 @@ def load_exported(
     folder: Path, merge: bool = False, attention: str = "sdpa"
 ) -> tuple[OwlfuseForConditionalGeneration, OwlfuseProcessor | None]:
     """Returns the model and processor of OUT, LoRA's updates applied: beside the weights, or folded
-    into them with `merge`.
+    into them with `merge`, in float32.
 
     Raises:
         DataError: a folder that is no export, or one that is damaged (the file is named).
@@ -196,7 +198,8 @@ def load_exported(
             peft_model = PeftModel.from_pretrained(wrapped, folder / ADAPTER, torch_device="cpu")
         check_updates(peft_model, folder / ADAPTER / "adapter_model.safetensors")
         if merge:
-            merge_lora(wrapped.model)
+            # in 16 bits small updates would be rounded away
+            merge_lora(wrapped.model.float())
         else:
             restore_update_dtype(wrapped, folder / ADAPTER)
     if (folder / RELEASED).is_dir():
@@ -372,6 +375,7 @@ def load_run_model(
         ConfigError: the run has no good checkpoint.
         DataError: it does not fit the model, or the frozen weights are others now.
     """
+    config = with_paths_found(config, folder)
     weights, checkpoint = read(chosen_checkpoint(folder, which))
     frozen = checkpoint.get("frozen", {})
     # frozen random weights are made again, not stored: the same draws as in training
@@ -385,3 +389,34 @@ def load_run_model(
     check_fits(model, weights, frozen)
     load_weights(model, weights)
     return model, checkpoint
+
+
+def with_paths_found(node: dict[str, Any], folder: Path, prefix: str = "") -> dict[str, Any]:
+    """Returns a run's configuration with paths that lead somewhere from the working folder.
+
+    Those that a run names are relative to the folder in which it was begun, which is above its own:
+    runs can be read from anywhere, and moved together with what they start from.
+
+    Args:
+        prefix: of the keys, where it is a part of the configuration.
+    """
+    located = {}
+    for name, value in node.items():
+        if isinstance(value, dict):
+            value = with_paths_found(value, folder, f"{prefix}{name}.")
+        elif isinstance(value, str) and is_path(f"{prefix}{name}"):
+            value = find_path(value, folder)
+        located[name] = value
+    return located
+
+
+def find_path(path: str, folder: Path) -> str:
+    """Returns a path of a run as it leads from the working folder: as it is where it leads
+    somewhere, or from the nearest folder above the run's from which it does."""
+    # os.path: a name of the hub, or of a stranger, may be none of a file
+    if os.path.exists(os.path.expanduser(path)):
+        return path
+    for parent in folder.resolve().parents:
+        if os.path.exists(parent / path):
+            return str(parent / path)
+    return path
