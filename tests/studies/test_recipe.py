@@ -21,6 +21,7 @@ from helpers import SHAPE_COUNTS, SHORT_ANSWERS, SMALL_DATA
 from owlfuse.artifacts.load import load_run
 from owlfuse.config.compose import compose
 from owlfuse.config.folders import find_folders
+from owlfuse.config.recipes import read_stages
 from owlfuse.core.errors import ConfigError, DataError
 from owlfuse.data.shapes.write import write_shapes
 from owlfuse.studies.recipe.run import recipe_command, run_stage, write_record
@@ -235,6 +236,16 @@ def test_overrides_are_for_all_stages_or_for_one():
             ("stage third: .*model.vision: image_size is 70, which .* do not divide"),
         ),
         ("- name: third", "- name: first", "stage first: the name stands twice"),
+        (
+            "- name: third",
+            "- name: third\n    defaults: adamw",
+            "stage third: defaults: expected a",
+        ),
+        (
+            "- name: third",
+            "- name: third\n    init_from: out",
+            "stage third: init_from is out, and it starts from the weights of the stage before",
+        ),
         ("- name: third", "- nam: third", "stage 3: expected a name of letters"),
         ("stages:", "stage:", "wrong/recipe.yaml: stages: expected a list of stages"),
         ("base:", "bass:", "wrong/recipe.yaml: bass: no such key of a recipe; did you mean 'base'"),
@@ -248,6 +259,17 @@ def test_a_mistake_in_the_last_stage_is_told_before_the_first_one_trains(old, ne
         recipe_command("wrong", SMALL)
     assert "\n" not in str(error.value)
     assert not Path("runs/wrong").exists()
+
+
+def test_a_base_that_is_no_mapping_and_an_empty_list_of_defaults(tmp_path):
+    file = tmp_path / "recipe.yaml"
+    file.write_text("base: [1]\nstages: [{name: a}]\n")
+    with pytest.raises(ConfigError, match=r"recipe.yaml: base: expected keys .* it is \[1\]"):
+        read_stages(file)
+    file.write_text("base: {defaults: }\nstages: [{name: a, defaults: }, {name: b, trains: {}}]\n")
+    stages = read_stages(file)
+    assert stages["a"] == {"defaults": []}
+    assert len(stages["b"]["defaults"]) == 4
 
 
 def test_data_missing_in_the_last_stage_are_told_before_the_first_one_trains():
