@@ -43,8 +43,9 @@ BEGUN: tuple[str, ...] = (
     "progress.json",
     "mixture.json",
     "before.json",
+    "answers_before.jsonl",
+    "logger_ids.json",
 )
-BEGUN += ("answers_before.jsonl", "logger_ids.json")
 """What a run writes before its first checkpoint."""
 
 
