@@ -15,17 +15,36 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, pipeline
 
 import owlfuse
 from families import small_fields
-from helpers import FROZEN, ROWS, VOCAB, make_batch, make_model, model_node, policy
+from helpers import (
+    CONNECTORS,
+    FROZEN,
+    ROWS,
+    VIT,
+    VOCAB,
+    make_batch,
+    make_model,
+    model_node,
+    perturb,
+    policy,
+)
 from owlfuse.__main__ import main
 from owlfuse.artifacts.export import export
 from owlfuse.artifacts.init_from import adopt_parts
-from owlfuse.artifacts.load import TrainedModel, load_base, load_exported, load_run
+from owlfuse.artifacts.load import (
+    TrainedModel,
+    load_base,
+    load_exported,
+    load_run,
+    results_of_checkpoint,
+)
 from owlfuse.config.build import build
 from owlfuse.config.compose import compose
 from owlfuse.core.errors import ConfigError, DataError
+from owlfuse.data.chat.tokenizer import prepare, use_template
 from owlfuse.model.llm import load_llm
 from owlfuse.model.multimodal import build_model, on_meta
 from owlfuse.training import train
+from small_tokenizers import byte_level
 
 EXPERIMENTS = ("shapes_owl1", "shapes_owl2", "shapes_owl3")
 LORA = (
@@ -220,6 +239,34 @@ def test_what_an_llm_from_elsewhere_has_in_its_configuration_does_not_keep_it_fr
     assert owlfuse.load(tmp_path / "out").llm.config.hidden_size == 128
 
 
+def test_code_that_the_hubs_files_name_is_not_in_an_export(tmp_path):
+    """As of Phi-3 or DeepSeek: transformers has the classes itself, and keeps the key."""
+    tokenizer = prepare(use_template(byte_level(), "chatml"))
+    tokenizer.init_kwargs["auto_map"] = {"AutoTokenizer": ["a.A", "a.B"]}
+    model = make_model()
+    model.llm.config.auto_map = {"AutoConfig": "configuration_a.A"}
+    out = export(TrainedModel(model, tokenizer, None), tmp_path / "out")
+    assert not [file for file in out.glob("*.json") if "auto_map" in file.read_text()]
+    load_exported(out)
+
+
+@pytest.mark.parametrize(
+    ("evaluated", "which", "step", "shown"),
+    [
+        ({"steps": 20, "checkpoint": "last"}, "last", 20, True),
+        ({"steps": 20, "checkpoint": "step_00000020.ckpt"}, "last", 20, True),
+        ({"steps": 20}, "last", 20, True),  # of before the checkpoint was named
+        ({"steps": 12, "checkpoint": "best.ckpt"}, "best", 12, True),
+        ({"steps": 20, "checkpoint": "last"}, "best", 12, False),
+        ({"steps": 12, "checkpoint": "best.ckpt"}, "last", 20, False),
+        ({"steps": 20, "checkpoint": "last"}, "last", 24, False),  # it went on
+    ],
+)
+def test_the_model_card_has_the_results_of_its_own_weights(evaluated, which, step, shown, tmp_path):
+    (tmp_path / "results.json").write_text(json.dumps(evaluated))
+    assert results_of_checkpoint(tmp_path, which, step) == (evaluated if shown else None)
+
+
 def test_large_weights_are_sharded(train_run, tmp_path):
     out = tmp_path / "out"
     run = exported(train_run, "shapes_owl1", out, "max_shard_size=1MB")
@@ -295,6 +342,38 @@ def test_init_from_refuses_parts_that_are_not_the_folders(train_run, tmp_path):
             train.run(compose([f"init_from={out}", override]))
     with pytest.raises(ConfigError, match="has no config.json"):
         train.run(compose([f"init_from={tmp_path / 'nowhere'}"]))
+
+
+@pytest.fixture(scope="module")
+def concat_out(tmp_path_factory):
+    """An export with a connector and a fusion that are not the default ones."""
+    model = make_model("concat", connector=CONNECTORS["abstractor"])
+    return export(TrainedModel(model, None, None), tmp_path_factory.mktemp("concat") / "out")
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ("experiment=shapes_owl3", "Abstractor, and .*LinearConnector is asked for"),
+        ("model/fusion=hyperattention", "Concat, and .*HyperAttention is asked for"),
+        ("model.fusion.gate=adaptive", "Concat, and .*HyperAttention is asked for"),
+        ("model/vision=convnet", "with name vit_tiny_patch16_224, and resnet10t is asked for"),
+        ("model.llm.config.num_hidden_layers=4", "with num_hidden_layers 3, and 4 is asked for"),
+    ],
+)
+def test_a_part_that_is_asked_for_is_not_replaced_though_it_is_the_default(
+    asked, message, concat_out
+):
+    with pytest.raises(ConfigError, match=message):
+        adopt_parts(compose([f"init_from={concat_out}", asked]))
+
+
+def test_parts_that_nobody_asks_for_are_the_folders(concat_out):
+    config = compose([f"init_from={concat_out}", "model.vision.image_size=64", "optim=muon"])
+    adopt_parts(config)
+    assert config.model.fusion._target_.endswith("Concat")
+    assert config.model.connector._target_.endswith("Abstractor")
+    assert (config.model.vision.name, config.model.vision.image_size) == (VIT["name"], 64)
 
 
 @pytest.mark.parametrize(
@@ -433,6 +512,16 @@ def test_init_from_gives_the_llm_the_type_that_is_asked_for(tmp_path):
                 model = load_base(str(out), node, VOCAB)
                 assert {p.dtype for p in model.llm.parameters()} == {expected}
                 assert {p.dtype for p in model.connector.parameters()} == {torch.float32}
+
+
+def test_init_from_folds_updates_into_weights_of_16_bits_without_rounding(tmp_path):
+    model = make_model(adapter={**FROZEN, "llm": policy("LoRA", r=2)}, dtype="bfloat16")
+    perturb(p for name, p in model.named_parameters() if "lora_B" in name)
+    layer = model.llm.model.layers[0].self_attn.q_proj
+    expected = layer.base_layer.weight.float() + layer.get_delta_weight("default").float()
+    out = export(TrainedModel(model, None, None), tmp_path / "out")
+    merged = load_base(str(out), model_node(), VOCAB).llm.model.layers[0].self_attn.q_proj.weight
+    torch.testing.assert_close(merged, expected, rtol=1e-6, atol=1e-6)
 
 
 def test_an_llm_inside_of_a_multimodal_configuration_comes_back(tmp_path):

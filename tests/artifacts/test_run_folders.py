@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from helpers import SHAPE_COUNTS, TINY_SHAPES
+from owlfuse.artifacts.load import with_paths_found
 from owlfuse.artifacts.runs import (
     LOCK,
     checkpoints_of,
@@ -142,6 +143,20 @@ def test_a_folder_that_cannot_be_made_is_told_in_a_line(tmp_path):
         with pytest.raises(DataError, match="^runs: ") as error:
             call()
         assert "\n" not in str(error.value)
+
+
+def test_what_a_run_starts_from_is_found_from_any_folder(tmp_path, monkeypatch):
+    """Also after the whole working folder was moved."""
+    run, elsewhere = tmp_path / "work/runs/a/second", tmp_path / "elsewhere"
+    for path in (run, elsewhere, tmp_path / "work/runs/a/first/export"):
+        path.mkdir(parents=True)
+    llm = {"pretrained": "org/model", "gguf_file": None}
+    config = {"init_from": "runs/a/first/export", "model": {"llm": llm, "vision": {"weights": "w"}}}
+    monkeypatch.chdir(tmp_path / "work")
+    assert with_paths_found(config, Path("runs/a/second")) == config
+    monkeypatch.chdir(elsewhere)
+    found = with_paths_found(config, run)
+    assert found == config | {"init_from": str(tmp_path / "work/runs/a/first/export")}
 
 
 SMALL = [

@@ -572,3 +572,25 @@ def test_a_sweep_over_something_that_does_not_exist_is_an_error_before_any_run(t
     save_run(tree / "runs/a")
     with pytest.raises(ConfigError, match="command line: resume: a sweep cannot be resumed"):
         cells("seed=1,2", "resume=runs/a")
+
+
+@pytest.mark.parametrize(
+    ("file", "words"),
+    [
+        ("configs/trainer/ddp.yaml", ["trainer=ddp"]),
+        ("configs/trainer/cpu.yaml", []),  # of the defaults
+        ("experiments/shapes_owl1.yaml", ["experiment=shapes_owl1"]),
+        ("experiments/owl1/recipe.yaml", ["experiment=owl1/instruct"]),
+    ],
+)
+def test_a_file_of_the_users_is_not_ignored_for_one_of_the_same_name(
+    file, words, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path, {"configs/model/fusion/mine.yaml": "{}", file: (REPO / file).read_text()})
+    compose(words, importing=False)  # a mere copy
+    with (tmp_path / file).open("a") as copy:
+        copy.write("# edited\n")
+    with pytest.raises(ConfigError, match=f"^{file}: {REPO}/{file} .*; rename yours$"):
+        compose(words, importing=False)
+    compose(["experiment=null", "trainer=gpu"], importing=False)  # it is not asked for

@@ -10,7 +10,7 @@ from omegaconf import OmegaConf
 from owlfuse.config import trust
 from owlfuse.config.compose import compose
 from owlfuse.config.trust import SLOTS, check_names, check_target, read_run_config
-from owlfuse.core.errors import DataError
+from owlfuse.core.errors import ConfigError, DataError
 
 REPO = Path(__file__).resolve().parents[2]
 SOURCE = (
@@ -136,6 +136,28 @@ def test_a_module_of_the_working_folder_stands_for_no_package_that_a_library_loo
     assert str(place) not in sys.path
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            ["+model.vision.kwargs={pretrained_cfg_overlay: {file: /w/vit.bin}}"],
+            "command line: vision.kwargs.pretrained_cfg_overlay: a file .* model.vision.weights$",
+        ),
+        (
+            ["+model.vision.kwargs={checkpoint_path: /w/vit.bin}"],
+            "command line: vision.kwargs.checkpoint_path: a file .* by model.vision.weights$",
+        ),
+        (
+            ["+model.llm.config.vision_config={model_args: {checkpoint_path: /w/vit.bin}}"],
+            "command line: model.llm.*checkpoint_path: a file .* by model.llm.pretrained$",
+        ),
+    ],
+)
+def test_weights_that_no_run_may_name_are_refused_before_it_is_trained(words, message):
+    with pytest.raises(ConfigError, match=message):
+        compose(words)
+
+
 @pytest.mark.parametrize("word", ["name", "experiment"])
 @pytest.mark.parametrize(
     "value",
@@ -156,7 +178,6 @@ def test_a_module_of_the_working_folder_stands_for_no_package_that_a_library_loo
 )
 def test_a_name_stays_below_the_folder_of_runs(word, value, monkeypatch, tmp_path):
     from owlfuse.config.messages import check_name
-    from owlfuse.core.errors import ConfigError
 
     with pytest.raises(ConfigError) as caught:
         check_name(f"command line: {word}", value.encode().decode("unicode_escape"))
@@ -168,7 +189,5 @@ def test_a_name_stays_below_the_folder_of_runs(word, value, monkeypatch, tmp_pat
     "words", [["name=../x"], ["name=/tmp/x"], ['name="a/../../x"'], ["name='..'"]]
 )
 def test_names_of_the_command_line_are_checked(words):
-    from owlfuse.core.errors import ConfigError
-
     with pytest.raises(ConfigError, match="name: .* leads out of the folder"):
         compose(words)

@@ -267,19 +267,6 @@ def test_weights_of_the_hub_are_known_by_the_commit_that_is_loaded(hub, key, nam
     assert data_hash(weights_identity(config)) != data_hash(before)
 
 
-def test_a_file_in_the_place_of_timms_weights_is_known_by_its_contents(tmp_path):
-    (tmp_path / "w.bin").write_bytes(b"0")
-    vision = {
-        "name": "resnet10t",
-        "pretrained": True,
-        "kwargs": {"pretrained_cfg_overlay": {"file": str(tmp_path / "w.bin")}},
-    }
-    before = weights_identity({"model": {"llm": {}, "vision": vision}})
-    (tmp_path / "w.bin").write_bytes(b"1")
-    assert before.keys() == {"model.vision.pretrained"}
-    assert weights_identity({"model": {"llm": {}, "vision": vision}}) != before
-
-
 def test_changes_belong_to_the_hash_of_the_configuration():
     config = {"model": {}, "optim": {"lr": 1.0}}
     changed = [{"step": 4, "changes": {"optim.lr": [2.0, 1.0]}}]

@@ -21,9 +21,10 @@ from helpers import SHAPE_COUNTS, SHORT_ANSWERS, SMALL_DATA
 from owlfuse.artifacts.load import load_run
 from owlfuse.config.compose import compose
 from owlfuse.config.folders import find_folders
+from owlfuse.config.recipes import read_stages
 from owlfuse.core.errors import ConfigError, DataError
 from owlfuse.data.shapes.write import write_shapes
-from owlfuse.studies.recipe.run import recipe_command, write_record
+from owlfuse.studies.recipe.run import recipe_command, run_stage, write_record
 from owlfuse.studies.recipe.stages import make_stages
 
 SMALL = [
@@ -235,6 +236,16 @@ def test_overrides_are_for_all_stages_or_for_one():
             ("stage third: .*model.vision: image_size is 70, which .* do not divide"),
         ),
         ("- name: third", "- name: first", "stage first: the name stands twice"),
+        (
+            "- name: third",
+            "- name: third\n    defaults: adamw",
+            "stage third: defaults: expected a",
+        ),
+        (
+            "- name: third",
+            "- name: third\n    init_from: out",
+            "stage third: init_from is out, and it starts from the weights of the stage before",
+        ),
         ("- name: third", "- nam: third", "stage 3: expected a name of letters"),
         ("stages:", "stage:", "wrong/recipe.yaml: stages: expected a list of stages"),
         ("base:", "bass:", "wrong/recipe.yaml: bass: no such key of a recipe; did you mean 'base'"),
@@ -248,6 +259,17 @@ def test_a_mistake_in_the_last_stage_is_told_before_the_first_one_trains(old, ne
         recipe_command("wrong", SMALL)
     assert "\n" not in str(error.value)
     assert not Path("runs/wrong").exists()
+
+
+def test_a_base_that_is_no_mapping_and_an_empty_list_of_defaults(tmp_path):
+    file = tmp_path / "recipe.yaml"
+    file.write_text("base: [1]\nstages: [{name: a}]\n")
+    with pytest.raises(ConfigError, match=r"recipe.yaml: base: expected keys .* it is \[1\]"):
+        read_stages(file)
+    file.write_text("base: {defaults: }\nstages: [{name: a, defaults: }, {name: b, trains: {}}]\n")
+    stages = read_stages(file)
+    assert stages["a"] == {"defaults": []}
+    assert len(stages["b"]["defaults"]) == 4
 
 
 def test_data_missing_in_the_last_stage_are_told_before_the_first_one_trains():
@@ -422,6 +444,44 @@ def test_a_stage_that_was_stopped_before_its_first_checkpoint_begins_anew_and_ke
     recipe_command("tiny", RAN)
     assert (ran / "third" / "export" / "config.json").exists()
     assert len(list(ran.glob("third.*/metrics.csv"))) == 1
+
+
+@pytest.mark.parametrize("left", ["step_00000002.ckpt.part", "best.ckpt"])
+def test_a_stage_without_a_checkpoint_that_can_go_on_begins_anew(left, monkeypatch):
+    (stage, *_) = make_stages("tiny", [*SMALL, f"name=without_{left[:4]}"])
+    (stage.folder / "checkpoints").mkdir(parents=True)
+    (stage.folder / "checkpoints" / left).touch()
+    begun = begun_by(stage, [], monkeypatch)
+    assert begun.resume is None
+    assert len(list(stage.folder.parent.glob("first.*/checkpoints"))) == 1
+
+
+def test_a_stage_that_goes_on_has_the_overrides_that_are_for_it_alone(monkeypatch):
+    words_by_stage = {}
+
+    def run_stage(stage, weights, words):
+        words_by_stage[stage.name] = words
+
+    monkeypatch.setattr("owlfuse.studies.recipe.run.run_stage", run_stage)
+    common, alone = "data.micro_batch_size=8", "data.micro_batch_size=2"
+    recipe_command("tiny", [*SMALL, "name=alone", common, f"stages.second.{alone}"])
+    # the last one counts
+    movable = ["data.workers=0", "trainer.log_every_n_steps=1", common]
+    assert words_by_stage == {"first": movable, "second": [*movable, alone], "third": movable}
+
+
+def begun_by(stage, words, monkeypatch):
+    """The configuration with which a stage would be trained."""
+    configs = []
+
+    def stop(config):
+        configs.append(config)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("owlfuse.training.train.run", stop)
+    with pytest.raises(KeyboardInterrupt):
+        run_stage(stage, None, words)
+    return configs[0]
 
 
 @pytest.mark.slow

@@ -82,6 +82,12 @@ def write_export(folder: Path, out: str, options: dict[str, str]) -> None:
         print(visible(f"{out} is in the released layout"))
         return
     export(trained, Path(out), merge=merge, max_shard_size=shards, source=folder.name)
+    if trained.results is None and (folder / "results.json").exists():
+        results_note = (
+            f"{out}/README.md has no results: {folder}/results.json is of other weights; owlfuse "
+            f"eval {folder} which={options['which']} makes those of these"
+        )
+        print(visible(results_note))
     if (Path(out).expanduser() / ADAPTER).is_dir():
         adapter_note = (
             f"the LoRA adapter is in {out}/{ADAPTER}, and {out}'s weights are those without it; "

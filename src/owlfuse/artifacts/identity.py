@@ -37,25 +37,16 @@ def weights_identity(config: dict[str, Any]) -> dict[str, str]:
             identities[key] = commit
     for path, node in backbones.items():
         # timm's weights may change under the same name
-        if node.get("pretrained") is True and (identity := timm_identity(node)):
-            identities[f"{path}.pretrained"] = identity
+        if node.get("pretrained") is True:
+            name = hub_name_of(str(node.get("name")), {})
+            if name and (commit := hub_commit(name, TIMM_FILES)):
+                identities[f"{path}.pretrained"] = commit
     return identities
 
 
 LLM_FILES = ("config.json",)
 TIMM_FILES = ("model.safetensors", "pytorch_model.bin")
 """Of the hub's repository of a timm model, the file that timm loads: the first that is there."""
-
-
-def timm_identity(vision: dict[str, Any]) -> str | None:
-    """Returns the fingerprint of timm's weights for a backbone's name, or their commit on the hub;
-    None where there are none, or elsewhere."""
-    overlay = (vision.get("kwargs") or {}).get("pretrained_cfg_overlay") or {}
-    if overlay.get("file"):
-        files = model_files(Path(overlay["file"]))
-        return fingerprint(files) if files else None
-    name = hub_name_of(str(vision.get("name")), overlay)
-    return hub_commit(name, TIMM_FILES) if name else None
 
 
 def hub_commit(name: str, files: tuple[str, ...]) -> str | None:

@@ -14,8 +14,7 @@ from owlfuse.artifacts.released.loading import load
 from owlfuse.core.errors import DataError
 from owlfuse.core.types import IMAGE
 from owlfuse.data.chat.tokenizer import prepare
-
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
+from owlfuse.model.new_tokens import TOKENIZER_FILES
 
 # The prompts of the released code: mPLUG-Owl's examples, the conversation `mplug_owl2` of
 # mPLUG-Owl2, and LLaVA 1.5's on the hub, which leaves Vicuna's system text out.

@@ -12,7 +12,7 @@ from owlfuse.artifacts.checking import build_errors, check_files
 from owlfuse.artifacts.hf.configuration import read_configuration
 from owlfuse.config.build import to_dict
 from owlfuse.config.check import nodes_of, parameters_of
-from owlfuse.config.compose import compose, origin_of
+from owlfuse.config.compose import asks_for, compose, origin_of
 from owlfuse.core.errors import ConfigError, DataError
 from owlfuse.core.folder_kinds import check_exported
 from owlfuse.model.parts import compute_only, essential, loading_options
@@ -24,8 +24,8 @@ def adopt_parts(config: DictConfig) -> None:
     resamples position embeddings.
 
     Raises:
-        ConfigError: no such folder, or the configuration sets a part that is neither the default
-            nor the folder's.
+        ConfigError: no such folder, or the configuration asks for a part that is not the folder's:
+            by the command line or the experiment, or by a value that is not the default.
     """
     try:
         folder = check_exported(Path(config.init_from))
@@ -35,7 +35,7 @@ def adopt_parts(config: DictConfig) -> None:
             nodes = read_configuration(folder).nodes()
     except DataError as error:
         raise ConfigError(f"init_from: {error}") from error
-    # a key at its default is not the user's wish
+    # a key at its default is not the user's wish, unless something of the user's sets it
     default = to_dict(compose(["experiment=null"]).model)
     requested = to_dict(config.model)
     for part in ("vision", "connector"):
@@ -47,11 +47,13 @@ def adopt_parts(config: DictConfig) -> None:
     if Path(origin_of(config, "model.vision.image_size")).parent.name != "vision":
         nodes["vision"] = {**nodes["vision"], "image_size": requested["vision"].get("image_size")}
     for part, node in nodes.items():
-        conflicts = find_conflicts(requested[part], default[part], node)
+        unasked = without_asked(config, f"model.{part}", requested[part], default[part])
+        conflicts = find_conflicts(requested[part], unasked, node)
         if part == "llm":
             # its fields one by one: most are the folder's, and a few may be set
             llm_config = requested[part].get("config") or {}
-            conflicts |= find_conflicts(llm_config, default[part]["config"], node["config"])
+            unasked = without_asked(config, "model.llm.config", llm_config, default[part]["config"])
+            conflicts |= find_conflicts(llm_config, unasked, node["config"])
         if conflicts:
             key, (in_folder, in_config) = next(iter(conflicts.items()))
             raise ConfigError(
@@ -69,6 +71,19 @@ def adopt_parts(config: DictConfig) -> None:
     # the folder's parts may have keys that the group's yaml lacks
     with open_dict(config):
         config.model.update({**nodes, "llm": llm})
+
+
+def without_asked(
+    config: DictConfig, path: str, requested: dict[str, Any], default: dict[str, Any]
+) -> dict[str, Any]:
+    """Returns the defaults of the keys at a path without those that the user asks for. Who asks for
+    an option of a part asks for its class."""
+    asked = {name for name in requested if asks_for(config, f"{path}.{name}")}
+    # which may differ, and of which the group's own yaml asks for nothing
+    asked.discard("image_size")
+    if asked:
+        asked.add("_target_")
+    return {name: value for name, value in default.items() if name not in asked}
 
 
 def find_conflicts(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,8 +31,9 @@ from owlfuse.artifacts.hf.processing import OwlfuseImageProcessor, OwlfuseProces
 from owlfuse.artifacts.lora import merge_lora
 from owlfuse.artifacts.released.loading import read_record
 from owlfuse.artifacts.released.weights import FLOATS, TensorInfo, read_header, shard_names
+from owlfuse.artifacts.resume import is_path
 from owlfuse.artifacts.run_data import run_tokenizer
-from owlfuse.artifacts.runs import check_which, chosen_checkpoint, read_results
+from owlfuse.artifacts.runs import BEST, check_which, chosen_checkpoint, read_results
 from owlfuse.artifacts.weights import check_fits, load_weights, read, set_precision
 from owlfuse.config.compose import read_run
 from owlfuse.core.errors import DataError
@@ -84,7 +86,7 @@ class TrainedModel:
     model: MultimodalLM
     tokenizer: Any
     results: dict[str, Any] | None
-    """results.json, where the run has one."""
+    """results.json, where the run has one of these weights."""
     image_token: str = IMAGE
     """What stands for an image in the tokenizer."""
 
@@ -109,8 +111,19 @@ def load_run(folder: Path, which: str = "last", checkpoint: Path | None = None) 
             tiled[0],
         )
     checkpoint = checkpoint or chosen_checkpoint(folder, which)
-    model, _ = load_run_model(folder, config, len(tokenizer), checkpoint)
-    return TrainedModel(model.eval(), tokenizer, read_results(folder) or None)
+    model, content = load_run_model(folder, config, len(tokenizer), checkpoint)
+    results = results_of_checkpoint(folder, which, content.get("global_step"))
+    return TrainedModel(model.eval(), tokenizer, results)
+
+
+def results_of_checkpoint(folder: Path, which: str, step: int | None) -> dict[str, Any] | None:
+    """Returns the content of a run's results.json, None where it is of another checkpoint: of the
+    best instead of the last, or of before the run went on."""
+    results = read_results(folder)
+    is_best = results.get("checkpoint") == BEST
+    if not results or results.get("steps") != step or is_best != (which == "best"):
+        return None
+    return results
 
 
 def wrap(trained: TrainedModel) -> OwlfuseForConditionalGeneration:
@@ -139,6 +152,8 @@ def make_processor(trained: TrainedModel) -> OwlfuseProcessor:
     and parts."""
     tokenizer, image_token = prepare(trained.tokenizer, trained.image_token), trained.image_token
     tokenizer.padding_side = "left"  # answers are generated behind the rows
+    # of a hub's folder with code, which transformers keeps and writes, and no export may name
+    tokenizer.init_kwargs.pop("auto_map", None)
     return OwlfuseProcessor(
         OwlfuseImageProcessor.of(trained.model.vision.preprocessing),
         tokenizer,
@@ -152,7 +167,7 @@ def load_exported(
     folder: Path, merge: bool = False, attention: str = "sdpa"
 ) -> tuple[OwlfuseForConditionalGeneration, OwlfuseProcessor | None]:
     """Returns the model and processor of OUT, LoRA's updates applied: beside the weights, or folded
-    into them with `merge`.
+    into them with `merge`, in float32.
 
     Raises:
         DataError: a folder that is no export, or one that is damaged (the file is named).
@@ -200,7 +215,8 @@ def load_exported(
             peft_model = PeftModel.from_pretrained(wrapped, folder / ADAPTER, torch_device="cpu")
         check_updates(peft_model, folder / ADAPTER / "adapter_model.safetensors")
         if merge:
-            merge_lora(wrapped.model)
+            # in 16 bits small updates would be rounded away
+            merge_lora(wrapped.model.float())
         else:
             restore_update_dtype(wrapped, folder / ADAPTER)
     if (folder / RELEASED).is_dir():
@@ -376,6 +392,7 @@ def load_run_model(
         ConfigError: the run has no good checkpoint.
         DataError: it does not fit the model, or the frozen weights are others now.
     """
+    config = with_paths_found(config, folder)
     weights, content = read(checkpoint or chosen_checkpoint(folder, "last"))
     frozen = content.get("frozen", {})
     # frozen random weights are made again, not stored: the same draws as in training
@@ -389,3 +406,34 @@ def load_run_model(
     check_fits(model, weights, frozen)
     load_weights(model, weights)
     return model, content
+
+
+def with_paths_found(node: dict[str, Any], folder: Path, prefix: str = "") -> dict[str, Any]:
+    """Returns a run's configuration with paths that lead somewhere from the working folder.
+
+    Those that a run names are relative to the folder in which it was begun, which is above its own:
+    runs can be read from anywhere, and moved together with what they start from.
+
+    Args:
+        prefix: of the keys, where it is a part of the configuration.
+    """
+    located = {}
+    for name, value in node.items():
+        if isinstance(value, dict):
+            value = with_paths_found(value, folder, f"{prefix}{name}.")
+        elif isinstance(value, str) and is_path(f"{prefix}{name}"):
+            value = find_path(value, folder)
+        located[name] = value
+    return located
+
+
+def find_path(path: str, folder: Path) -> str:
+    """Returns a path of a run as it leads from the working folder: as it is where it leads
+    somewhere, or from the nearest folder above the run's from which it does."""
+    # os.path: a name of the hub, or of a stranger, may be none of a file
+    if os.path.exists(os.path.expanduser(path)):
+        return path
+    for parent in folder.resolve().parents:
+        if os.path.exists(parent / path):
+            return str(parent / path)
+    return path

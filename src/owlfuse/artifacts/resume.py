@@ -34,8 +34,9 @@ PATH_KEYS: tuple[str, ...] = (
     "init_from",
     "model.vision.weights",
     "model.vision.backbones.*.weights",
+    "model.llm.pretrained",
+    "model.llm.gguf_file",
 )
-PATH_KEYS += ("model.llm.pretrained", "model.llm.gguf_file")
 """Keys whose values are paths. The contents are compared instead (see `owlfuse.data.identity`)."""
 ANYTHING: tuple[str, ...] = (
     "resume",
@@ -47,8 +48,11 @@ ANYTHING: tuple[str, ...] = (
     "logger*",
     "checkpoint*",
     "accept_changed_data",
+    "data.workers",
+    "data.max_pixels",
+    "data.*.on_error",
+    "data.*.max_skips",
 )
-ANYTHING += ("data.workers", "data.max_pixels", "data.*.on_error", "data.*.max_skips")
 
 ON_RESUME: tuple[str, ...] = (
     *ANYTHING,
@@ -60,16 +64,15 @@ ON_RESUME: tuple[str, ...] = (
     # the position in the data is counted in samples, and not in batches
     "data.global_batch_size",
     "data.micro_batch_size",
-)
-ON_RESUME += (
     "data.pack_to",
     "optim.lr",
     "optim.part_lr.*",
     "optim.weight_decay",
     "optim.betas",
     "optim.eps",
+    "optim.warmup_steps",
+    "optim.min_lr_ratio",
 )
-ON_RESUME += ("optim.warmup_steps", "optim.min_lr_ratio")
 ON_EVALUATION: tuple[str, ...] = (
     *ANYTHING,
     "model.compile",
@@ -78,8 +81,9 @@ ON_EVALUATION: tuple[str, ...] = (
     "data.validation*",
     "data.max_length",
     "data.on_length*",
+    "data.video*",
+    "data.chat_template",
 )
-ON_EVALUATION += ("data.video*", "data.chat_template")
 """Patterns of keys that may change."""
 
 REFUSED = {

@@ -43,8 +43,9 @@ BEGUN: tuple[str, ...] = (
     "progress.json",
     "mixture.json",
     "before.json",
+    "answers_before.jsonl",
+    "logger_ids.json",
 )
-BEGUN += ("answers_before.jsonl", "logger_ids.json")
 """What a run writes before its first checkpoint."""
 
 
@@ -181,11 +182,8 @@ def holder(path: Path) -> str:
         return "another process"  # it is about to write the file or to end
 
 
-def check_free(folder: Path) -> None:
-    """Clears the folder of a run that ended before its first checkpoint.
-
-    Raises ConfigError for a run with more in it.
-    """
+def check_not_there(folder: Path) -> None:
+    """Raises ConfigError for the folder of a run that a new one would write over."""
     if not (folder / "config.yaml").exists():
         return
     if checkpoints_of(folder / "checkpoints") or (folder / "results.json").exists():
@@ -193,6 +191,16 @@ def check_free(folder: Path) -> None:
             f"name: the run {folder} exists; choose another name=, or go on with it by "
             f"resume={folder}"
         )
+
+
+def check_free(folder: Path) -> None:
+    """Clears the folder of a run that ended before its first checkpoint.
+
+    Raises ConfigError for a run with more in it.
+    """
+    check_not_there(folder)
+    if not (folder / "config.yaml").exists():
+        return
     print(f"{folder} was begun and has no checkpoint yet, so it begins anew")
     remove_checkpoint(folder / "checkpoints")
     for pattern in BEGUN:

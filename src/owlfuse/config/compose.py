@@ -22,7 +22,7 @@ from owlfuse.config.folders import EXPERIMENTS, ConfigFolders, find_folders
 from owlfuse.config.hydra import OPTIONAL_GROUPS, Composition, dotted_items, read_overrides
 from owlfuse.config.messages import check_name, no_such_option
 from owlfuse.config.recipes import PARTS
-from owlfuse.config.trust import accept, read_run_config
+from owlfuse.config.trust import accept, check_weights, read_run_config
 from owlfuse.core.errors import COMMAND_LINE, ConfigError, DataError, label, nearest, nearest_key
 from owlfuse.core.folder_kinds import describe_path
 
@@ -140,6 +140,7 @@ def compose(
     check(config, importing)
     if run is None:
         accept(to_dict(config))
+        check_new_weights(config)
     return config
 
 
@@ -214,6 +215,17 @@ REPEATED_DATA = ("limit_train_batches", "overfit_batches", "fast_dev_run")
 """Arguments of Lightning's trainer that end its epoch early: a run of owlfuse is one epoch."""
 
 
+def check_new_weights(config: DictConfig) -> None:
+    """Raise ConfigError for a new run that names weights as no folder of a model may (see `trust`):
+    it would be trained, and then be refused by every command that reads it."""
+    for part, group, remedy in (("vision", "kwargs", "weights"), ("llm", "config", "pretrained")):
+        origin = origin_of(config, f"model.{part}.{group}")
+        try:
+            check_weights({part: to_dict(config.model[part])}, origin)
+        except DataError as error:
+            raise ConfigError(f"{error}; name the file by model.{part}.{remedy}") from error
+
+
 def check_steps(trainer: dict[str, Any], origin: Origin) -> None:
     """Raise ConfigError for numbers that no run can be made of, though Lightning's types allow
     them."""
@@ -265,6 +277,12 @@ def origin_of(config: DictConfig, path: str) -> str:
     if isinstance(config, ComposedConfig):
         return config.composition.origin(path)
     return "configuration"
+
+
+def asks_for(config: DictConfig, path: str) -> bool:
+    """Whether the experiment or the command line sets a key or chooses the option of its group, see
+    `Composition.asks_for`. Of a configuration that was not composed here that is not known."""
+    return isinstance(config, ComposedConfig) and config.composition.asks_for(path)
 
 
 @contextmanager

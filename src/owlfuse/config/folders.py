@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from owlfuse.config.recipes import read_stages
+from owlfuse.core.errors import ConfigError, label
 
 EXPERIMENTS = "experiments"  # Hydra's name for the group that `experiment=<name>` chooses from
 # experiments/<recipe>/recipe.yaml holds stages, which are experiments `<recipe>/<stage>`
@@ -16,8 +17,8 @@ ABLATION = "ablation"  # experiments/<name>/ablation.yaml holds factors and seed
 
 @dataclass(frozen=True)
 class ConfigFolders:
-    """Folders of groups and of experiments; of two files with one name the first folder's
-    counts."""
+    """Folders of groups and of experiments. Two different files of one name are refused where one
+    of them is asked for."""
 
     configs: tuple[Path, ...]
     experiments: tuple[Path, ...] = ()
@@ -132,10 +133,16 @@ def find_folders(config_dir: str | Path | None = None) -> ConfigFolders:
 
 
 def _first_file(folders: tuple[Path, ...], name: str) -> Path | None:
-    for folder in folders:
-        if (folder / name).is_file():
-            return folder / name
-    return None
+    """Return the first folder's file of a name. Raises ConfigError where a later folder has another
+    one of the name, which would be ignored."""
+    files = [folder / name for folder in folders if (folder / name).is_file()]
+    for hidden in files[1:]:
+        if hidden.read_bytes() != files[0].read_bytes():
+            raise ConfigError(
+                f"{label(hidden)}: {files[0]} has the same name, and would be used in its place; "
+                "rename yours"
+            )
+    return files[0] if files else None
 
 
 def _yamls(folders: tuple[Path, ...]) -> set[str]:

@@ -46,9 +46,16 @@ class Composition:
         self._check_null_groups()
         try:
             with self._initialized():
-                return hydra.compose(
+                config = hydra.compose(
                     self.folders.root, overrides=self._lines, return_hydra_config=True
                 )
+            # Hydra takes the first file of a name, and looking them up refuses to hide another.
+            if len(self.folders.configs) > 1:
+                _ = self._layers
+            return config
+        # Of a recipe's file, or of two files with one name: it says where already.
+        except ConfigError:
+            raise
         # What Hydra, OmegaConf and yaml raise has no common base, and is always about the
         # configuration: no other code runs in between.
         except Exception as error:
@@ -60,10 +67,23 @@ class Composition:
         parts = path.split(".") if path else []
         for length in range(len(parts), 0, -1):
             # The last layer wins, as in Hydra's merge.
-            for source, content in reversed(self._layers):
+            for source, content, _ in reversed(self._layers):
                 if has_key(content, parts[:length]):
                     return source
         return self._root_label
+
+    def asks_for(self, path: str) -> bool:
+        """Whether the experiment or the command line sets a key or one below it, or chooses the
+        option of its group; else its value is that of train.yaml's defaults."""
+        groups = {o.get_key_element() for o in self.overrides if o not in self.key_overrides}
+        for _, content, is_asked in self._layers:
+            if not is_asked:
+                continue
+            if has_key(content, path.split(".")):
+                return True
+            groups |= _overridden_groups(content)
+        keys = {group.rpartition("@")[2].strip("/").replace("/", ".") for group in groups}
+        return any(f"{path}.".startswith(f"{key}.") for key in keys)
 
     @cached_property
     def key_overrides(self) -> list[Override]:
@@ -98,8 +118,9 @@ class Composition:
         return lines
 
     @cached_property
-    def _layers(self) -> list[tuple[str, Any]]:
-        """(file or "command line", content) in the order in which Hydra merges; later ones win."""
+    def _layers(self) -> list[tuple[str, Any, bool]]:
+        """(file or "command line", content, whether it is an experiment's or the command line's) in
+        the order in which Hydra merges; later ones win."""
         with self._initialized():
             loader = GlobalHydra.instance().config_loader()
             defaults = loader.compute_defaults_list(self.folders.root, self._lines, RunMode.RUN)
@@ -112,9 +133,11 @@ class Composition:
             content: Any = self.folders.stage(str(entry.config_path))
             if content is None:
                 content = OmegaConf.to_container(OmegaConf.load(file), resolve=False)
-            layers.append((label(file), nested(content, entry.package or "")))
+            is_experiment = str(entry.config_path).startswith(f"{EXPERIMENTS}/")
+            layers.append((label(file), nested(content, entry.package or ""), is_experiment))
         for override in self.key_overrides:
-            layers.append((COMMAND_LINE, nested(override.value(), override.key_or_group)))
+            content = nested(override.value(), override.key_or_group)
+            layers.append((COMMAND_LINE, content, True))
         return layers
 
     @contextmanager
@@ -354,6 +377,17 @@ def _listed_experiments(content: Any, group: str) -> list[str]:
         if path.startswith(f"{EXPERIMENTS}/"):
             paths.append(path)
     return paths
+
+
+def _overridden_groups(content: Any) -> set[str]:
+    """Return the groups whose options a file's defaults list overrides, as they stand there."""
+    groups = set()
+    for entry in content.get("defaults") or [] if isinstance(content, dict) else []:
+        for key in entry if isinstance(entry, dict) else ():
+            word, _, group = key.partition(" ")
+            if word == "override":
+                groups.add(group.strip())
+    return groups
 
 
 def _search_path(folders: ConfigFolders) -> str:

@@ -60,6 +60,8 @@ def read_stages(file: Path) -> dict[str, dict[str, Any]]:
         raise ConfigError(
             f"{label(file)}: {key}: no such key of a recipe{hint(key, list(RECIPE_KEYS))}"
         )
+    base = content.get("base") or {}
+    check_settings(base, f"{label(file)}: base")
     stages: dict[str, dict[str, Any]] = {}
     for number, stage in enumerate(entries, 1):
         name = stage.get("name") if isinstance(stage, dict) else None
@@ -73,10 +75,26 @@ def read_stages(file: Path) -> dict[str, dict[str, Any]]:
                 f"{label(file)}: stage {name}: the name stands twice; a stage's folder is called "
                 "by it"
             )
+        check_settings(stage, f"{label(file)}: stage {name}")
         # `trains` freezes what it does not name, so that a stage cannot train a part by oversight.
         settings = stage_settings(stage, f"{label(file)}: stage {name}")
-        stages[name] = merged(content.get("base") or {}, settings)
+        stages[name] = merged(base, settings)
     return stages
+
+
+def check_settings(settings: Any, label: str) -> None:
+    """Raises ConfigError for what is no content of an experiment's file.
+
+    Args:
+        label: the file and the part of it, as messages begin.
+    """
+    if not isinstance(settings, dict):
+        raise ConfigError(
+            f"{label}: expected keys as in an experiment's file, and it is {settings!r}"
+        )
+    defaults = settings.get("defaults")
+    if not isinstance(defaults, list | None):
+        raise ConfigError(f"{label}: defaults: expected a list, and it is {defaults!r}")
 
 
 def stage_settings(stage: dict[str, Any], label: str) -> dict[str, Any]:
@@ -98,7 +116,7 @@ def stage_settings(stage: dict[str, Any], label: str) -> dict[str, Any]:
     if unknown := set(policies) - set(PARTS):
         part = min(unknown)
         raise ConfigError(f"{label}: trains.{part}: no such part{hint(part, PARTS)}")
-    defaults = list(settings.get("defaults", []))
+    defaults = list(settings.get("defaults") or [])
     for part in PARTS:
         group = f"override /model/adapter@model.adapter.{part}"
         defaults.append({group: policies.get(part, "frozen")})
@@ -113,7 +131,7 @@ def merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     for key, value in over.items():
         if key == "defaults":
             entry_by_group = {}
-            for entry in [*result.get(key, []), *value]:
+            for entry in [*(result.get(key) or []), *(value or [])]:
                 group = next(iter(entry)) if isinstance(entry, dict) else entry
                 entry_by_group[group] = entry
             # Hydra requires overrides to be last.

@@ -294,10 +294,24 @@ def check_names(config: dict[str, Any], file: Path) -> None:
     for path, node in nodes_of(config):
         if "_target_" in node:
             check_target(path, node["_target_"], file)
-    vision = config.get("model", {}).get("vision")
+    check_weights(config.get("model", {}), file)
+
+
+def check_weights(model: dict[str, Any], file: Path | str) -> None:
+    """Check that no argument of a timm model, as a backbone or inside of the LLM, names a file or
+    an address of weights.
+
+    Args:
+        model: the nodes of the parts.
+        file: what set them, as messages begin.
+
+    Raises:
+        DataError: the first argument that does.
+    """
+    vision = model.get("vision")
     if isinstance(vision, dict):
         check_backbone(vision, file)
-    for path, node in nodes_of(config.get("model", {}).get("llm"), "model.llm"):
+    for path, node in nodes_of(model.get("llm"), "model.llm"):
         for key, value in node.items():
             check_timm_inside(key, value, f"{file}: {path}.{key}")
 
@@ -417,7 +431,7 @@ def locate(target: str, key: str) -> Any:
     return part
 
 
-def check_backbone(vision: dict[str, Any], file: Path, hub: bool = True) -> None:
+def check_backbone(vision: dict[str, Any], file: Path | str, hub: bool = True) -> None:
     """Check the arguments of timm models, which can name files and addresses of weights: of a
     backbone, and of those that it is made of.
 
@@ -434,7 +448,7 @@ def check_backbone(vision: dict[str, Any], file: Path, hub: bool = True) -> None
             check_timm_arguments(path, node, file, hub)
 
 
-def check_timm_arguments(path: str, node: dict[str, Any], file: Path, hub: bool) -> None:
+def check_timm_arguments(path: str, node: dict[str, Any], file: Path | str, hub: bool) -> None:
     """Check the arguments of one timm model, see `check_backbone`."""
     kwargs = node.get("kwargs") or {}
     if not isinstance(kwargs, dict):
@@ -453,7 +467,7 @@ def check_timm_arguments(path: str, node: dict[str, Any], file: Path, hub: bool)
     name = node.get("name")
     if hub or not isinstance(name, str) or not HUB_NAME.match(name):
         return
-    if name not in trusted() and not named_by_user(name, file):
+    if name not in trusted() and not named_by_user(name, Path(file)):
         raise DataError(
             f"{file}: {path}.name is {name[:120]}, which would be fetched from elsewhere; "
             f"if you trust it, write: owlfuse --trust {name[:120]} ..."

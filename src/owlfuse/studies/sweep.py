@@ -15,6 +15,7 @@ from owlfuse.config import compose
 from owlfuse.config.messages import naming
 from owlfuse.core.console import show
 from owlfuse.core.environment import is_launched
+from owlfuse.core.errors import ConfigError
 from owlfuse.core.signals import signals_handled
 
 
@@ -36,6 +37,7 @@ def sweep(overrides: list[str]) -> None:
         if not config.get("dry_run"):
             with naming(" ".join(cell)):
                 check_machine(config)
+    check_names(cells, configs)
 
     runs: list[tuple[list[str], Path | None]] = []
     try:
@@ -52,6 +54,26 @@ def sweep(overrides: list[str]) -> None:
         # Under torchrun every rank is here, and one prints.
         if os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")) == "0":
             print_table(runs, len(cells))
+
+
+def check_names(cells: list[list[str]], configs: list[DictConfig]) -> None:
+    """Raises ConfigError where two runs would have one folder, or one would write over a run."""
+    from owlfuse.artifacts.runs import check_not_there, run_folder
+
+    folders: set[Path] = set()
+    for cell, config in zip(cells, configs, strict=True):
+        # Without a name the time is it.
+        if config.get("dry_run") or not config.get("name"):
+            continue
+        folder = run_folder(config)
+        with naming(" ".join(cell)):
+            check_not_there(folder)
+            if folder in folders:
+                raise ConfigError(
+                    f"name: an earlier run of the sweep has the folder {folder}, too; leave name= "
+                    "out, and each is named by its time"
+                )
+        folders.add(folder)
 
 
 def starts_processes(config: DictConfig) -> bool:

@@ -13,6 +13,7 @@ from transformers import (
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
+    LlavaImageProcessor,
     MistralConfig,
     Qwen2Config,
 )
@@ -132,21 +133,34 @@ def test_each_spelling_of_the_names_is_read_and_written_back(spelling, tmp_path)
         assert torch.equal(back[name], tensor), name
 
 
-def test_pictures_are_prepared_as_by_clips_processor(tmp_path):
+@pytest.mark.parametrize("unified", [False, True])
+@pytest.mark.parametrize("do_pad", [False, True])
+def test_pictures_are_prepared_as_by_its_own_processor(do_pad, unified, tmp_path):
+    """CLIP's, or LLaVA's with bars; in a file of its own, or, as transformers 5 saves the processor
+    of a model, as a part of another."""
     folder = tmp_path / "llava"
     write_original(folder)
-    processor = CLIPImageProcessor(
-        size={"shortest_edge": 42}, crop_size={"height": 42, "width": 42}
-    )
+    sizes = {"size": {"shortest_edge": 42}, "crop_size": {"height": 42, "width": 42}}
+    processor = LlavaImageProcessor(**sizes, do_pad=True) if do_pad else CLIPImageProcessor(**sizes)
     processor.save_pretrained(folder)
+    if unified:
+        file = folder / "preprocessor_config.json"
+        content = {"image_processor": json.loads(file.read_text())}
+        (folder / "processor_config.json").write_text(json.dumps(content))
+        file.unlink()
     preprocessing = load(folder).vision.preprocessing
     rng = np.random.default_rng(0)
-    # smooth, since the libraries differ in how they round single pixels; and of a width that CLIP's
-    # processor, which resizes first, crops at a whole pixel
-    picture = Image.fromarray(rng.integers(0, 256, (6, 9, 3), dtype=np.uint8)).resize((100, 60))
+    # smooth, since the libraries differ in how they round single pixels; and of a size that crops
+    # at a whole pixel, as CLIP's processor resizes first, or pads at one
+    size = (84, 28) if do_pad else (100, 60)
+    picture = Image.fromarray(rng.integers(0, 256, (6, 9, 3), dtype=np.uint8)).resize(size)
     pixels = preprocessing(picture)
     expected = processor(picture, return_tensors="pt")["pixel_values"][0]
-    assert (pixels - expected).abs().max() < 0.05
+    difference = (pixels - expected).abs()
+    if do_pad:
+        # LLaVA's pads first, so that colours are mixed at the edges of the bars, rows 14 and 28
+        difference = torch.cat([difference[:, :11], difference[:, 17:25], difference[:, 31:]], 1)
+    assert difference.max() < 0.05
 
 
 def test_the_command_imports_it_and_owlfuse_loads_it(tmp_path, capsys):

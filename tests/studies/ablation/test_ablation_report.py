@@ -14,13 +14,16 @@ from html.parser import HTMLParser
 from xml.etree import ElementTree
 
 import pytest
+from omegaconf import OmegaConf
 from PIL import Image
 
 from owlfuse.core.errors import ConfigError, DataError
 from owlfuse.evaluation.metrics import Answer, score
+from owlfuse.studies.ablation.grid import Cell
 from owlfuse.studies.ablation.report import report_command, write_report
 from owlfuse.studies.ablation.results import SHARE_METRICS, load
-from reports import METRICS, NASTY, write_ablation
+from owlfuse.studies.ablation.run import find_unfinished
+from reports import HASH, METRICS, NASTY, write_ablation
 
 CELLS = {
     "first": 0.5,
@@ -165,6 +168,35 @@ def test_a_report_can_be_written_before_anything_is_finished(tmp_path, capsys):
     write_report(path)  # it was killed
     assert "first-seed0: interrupted, at step 7 of 20" in capsys.readouterr().out
     assert "second-seed0" in (path / "report" / "index.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("evaluated", "state", "status"),
+    [
+        ({"checkpoint": "last"}, "finished", "finished"),
+        ({"checkpoint": "step_00000020.ckpt"}, "interrupted", "finished"),
+        # stopped by a callback, and evaluated again
+        ({"checkpoint": "step_00000007.ckpt", "steps": 7}, "finished", "finished"),
+        ({"checkpoint": "best.ckpt"}, "finished", "of another checkpoint, .* eval .* which=last"),
+        (
+            {"checkpoint": "step_00000007.ckpt", "steps": 7},
+            "interrupted",
+            "interrupted, at step 9 of 20; its results are of step 7 and are not counted; ",
+        ),
+    ],
+)
+def test_results_of_other_weights_than_the_last_are_not_counted(evaluated, state, status, tmp_path):
+    path = write_ablation(tmp_path / "drawn", {"first": 0.5}, seeds=(0,))
+    run = path / "first-seed0"
+    (run / "results.json").write_text(json.dumps(results_of(path, "first", 0) | evaluated))
+    (run / "cell.json").write_text(json.dumps({"state": state, "hash": HASH}))
+    (run / "progress.json").write_text(json.dumps({"step": 9}))
+    (row,) = load(path).rows
+    assert re.match(status, row.runs[0].status)
+    assert bool(row.finished) == (status == "finished")
+    cell = Cell("first", {}, 0, [], OmegaConf.create({"trainer": {"max_steps": 20}}), HASH)
+    # what was stopped goes on, and nothing else is trained again
+    assert find_unfinished(path, [cell], archive=False) == ([cell] if "at step" in status else [])
 
 
 def test_one_seed_is_said(tmp_path, capsys):

@@ -3,17 +3,26 @@ before anything trains."""
 
 from __future__ import annotations
 
+import fcntl
 from pathlib import Path
 
 import pytest
 import torch
 
 from helpers import SHAPE_COUNTS, TINY_SHAPES
+from owlfuse.config.compose import compose
 from owlfuse.config.folders import find_folders
-from owlfuse.core.errors import ConfigError
+from owlfuse.core.errors import ConfigError, DataError
 from owlfuse.data.shapes.write import write_shapes
-from owlfuse.studies.ablation.file import read_ablation
-from owlfuse.studies.ablation.grid import full_metrics, make_cells, make_record, validation_sources
+from owlfuse.studies.ablation.file import override_literal, read_ablation
+from owlfuse.studies.ablation.grid import (
+    all_combinations,
+    full_metrics,
+    make_cells,
+    make_record,
+    mark_absent,
+    validation_sources,
+)
 from owlfuse.studies.ablation.run import ablate_command
 
 GATES = """
@@ -71,6 +80,26 @@ def test_cells_are_the_product_without_what_is_left_out_and_the_baseline_stands_
     assert (ablation.minutes, ablation.steps) == (40, None)
     metrics = full_metrics(ablation.metrics, validation_sources(cells))
     assert make_record(cells, ablation, metrics)["baseline"] == "owl3-adaptive"
+
+
+def test_a_group_that_stands_elsewhere_is_set_also_where_one_level_is_left():
+    text = """
+base: shapes_owl3
+factors:
+  model/fusion: [hyperattention, concat]
+  model/adapter@model.adapter.llm: [frozen, lora]
+leave_out: [{fusion: concat, llm: frozen}]
+metrics: [val/loss]
+"""
+    ablation = read_ablation("adapters", write("adapters", text))
+    levels = {"fusion": "concat", "llm": "lora"}
+    assert mark_absent(ablation, levels, all_combinations(ablation), []) == levels
+
+
+@pytest.mark.parametrize("value", ["数据/a.jsonl", "it's", "a b", "plain/a-b.json"])
+def test_a_level_is_a_value_in_hydras_grammar(value):
+    override = f"runs={override_literal(value)}"
+    assert compose([override]).runs == value
 
 
 def test_metrics_go_by_the_names_of_results_json_or_by_their_source():
@@ -315,3 +344,19 @@ def test_a_dry_run_shows_the_cells_within_a_hundred_columns_and_writes_nothing(c
         assert words in shown
     assert max(map(len, shown.splitlines())) <= 100
     assert sorted(Path().rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("locked", "message"),
+    [("", "held is being run by another process"), ("all-seed0/", "all-seed0 is being trained by")],
+)
+def test_anew_moves_no_run_away_that_another_process_has(locked, message):
+    write("held", "base: shapes_owl1\nmetrics: [val/loss]\nfactors: {seed: {all: []}}\n")
+    run = Path("runs/held/all-seed0")
+    run.mkdir(parents=True, exist_ok=True)
+    (run / "results.json").write_text('{"hash": {"code": "other"}}')
+    with Path(f"runs/held/{locked}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(DataError, match=message):
+            ablate_command("held", ["anew=true", *TINY_SHAPES])
+    assert (run / "results.json").exists()

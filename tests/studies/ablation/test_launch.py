@@ -1,5 +1,6 @@
 """How cells are started, with a stand-in for the process that trains one."""
 
+import fcntl
 import json
 import threading
 import time
@@ -72,6 +73,37 @@ def test_after_ctrl_c_and_after_the_deadline_no_cell_is_begun(folder, trained):
     launch.launch(folder, KEYS[1:], "basic", 1, [], None)
     assert trained.keys == []
     assert state(folder, KEYS[1]) == {}
+
+
+@pytest.mark.parametrize(
+    ("left", "archived"),
+    [
+        ("step_00000004.ckpt", False),
+        ("step_00000004.ckpt.part", True),  # killed while it was written
+        ("best.ckpt", True),  # killed before the first one that can go on
+    ],
+)
+def test_a_cell_without_a_checkpoint_that_can_go_on_begins_anew(folder, trained, left, archived):
+    begun(folder, f"checkpoints/{left}")
+    launch.launch(folder, KEYS[:1], "basic", 1, [], None)
+    assert (folder / "old").exists() == archived
+    assert (folder / KEYS[0] / "config.yaml").exists() != archived
+
+
+def test_a_cell_that_another_process_trains_stays_where_it_is(folder, trained):
+    begun(folder, "metrics.csv")
+    with (folder / KEYS[0] / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        launch.launch(folder, KEYS[:1], "basic", 1, [], None)
+    assert (folder / KEYS[0] / "config.yaml").exists()
+
+
+def begun(folder, *names):
+    """Files of a run in the first cell's folder."""
+    for name in ("config.yaml", *names):
+        path = folder / KEYS[0] / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
 
 
 def test_a_value_that_a_launcher_does_not_take_is_refused_in_one_line(folder, trained):

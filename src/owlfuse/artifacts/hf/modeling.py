@@ -14,10 +14,11 @@ from typing import Any, cast
 import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
-from transformers import DynamicCache, GenerationMixin, PreTrainedModel
+from transformers import DynamicCache, GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from owlfuse.artifacts.checking import FORBIDDEN
 from owlfuse.artifacts.hf.configuration import OwlfuseConfig
 from owlfuse.core.errors import DataError
 from owlfuse.core.types import Batch, VisualTokens, image_starts, number_images
@@ -70,9 +71,7 @@ class OwlfuseForConditionalGeneration(PreTrainedModel, GenerationMixin):
         nodes = {name: node for name, node in (model.nodes or {}).items() if name != "llm"}
         # the LLM's own is not to be changed
         text_config = copy.deepcopy(model.llm.config)  # transformers writes its attention into it
-        if getattr(text_config, "quantization_config", None) is not None:
-            # of the GGUF file that it was read from; the weights are plain by now
-            del text_config.quantization_config
+        remove_forbidden(text_config)
         config = OwlfuseConfig(
             **nodes,
             text_config=text_config,
@@ -252,6 +251,19 @@ class OwlfuseForConditionalGeneration(PreTrainedModel, GenerationMixin):
         return above._expand_inputs_for_generation(
             expand_size=expand_size, input_ids=input_ids, **kwargs
         )
+
+
+def remove_forbidden(config: PreTrainedConfig) -> None:
+    """Removes from an LLM's configuration, and from those inside of it, what the reader of an
+    export refuses. transformers keeps and writes such keys of the folder that the LLM came from:
+    how a GGUF file was quantised, or where the hub has code for a class that transformers has
+    itself. The weights are plain by now, and code of a folder is never run."""
+    for key in FORBIDDEN:
+        vars(config).pop(key, None)
+    for name in config.sub_configs:
+        sub_config = getattr(config, name, None)
+        if sub_config is not None:
+            remove_forbidden(sub_config)
 
 
 @torch.no_grad()

@@ -30,7 +30,7 @@ from owlfuse.core.files import MAX_CONFIG, read_json
 from owlfuse.core.folder_kinds import check_released
 from owlfuse.model.multimodal import MultimodalLM, assemble
 
-JSON_FILES = ("config.json", "preprocessor_config.json")
+JSON_FILES = ("config.json", "preprocessor_config.json", "processor_config.json")
 
 ORIGINAL_TENSORS = "kept.safetensors"
 """The file of `Released.original_tensors` in an export."""
@@ -55,7 +55,7 @@ class Released:
     original_tensors: Mapping[str, Tensor] = field(repr=False)
     """Tensors that the model does not use, and those whose numbers its type does not hold."""
     files: dict[str, bytes] = field(repr=False)
-    """config.json, and preprocessor_config.json where there is one, byte for byte."""
+    """Those of JSON_FILES that there are, byte for byte."""
 
 
 def load(folder: Path | str) -> MultimodalLM:

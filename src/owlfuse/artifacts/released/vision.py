@@ -124,17 +124,31 @@ def llava_node(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
     node = backbone_node(CLIP, fields["layer_norm_eps"], kwargs)
     node["output"] = "penultimate"
     node["class_token"] = config.get("vision_feature_select_strategy") == "full"
-    # CLIP's processor scales the shorter side and cuts the longer one
-    node["resize"] = "crop" if crops(folder) else "stretch"
+    node["resize"] = resize_of(read_processor(folder)[1])
     return node
 
 
-def crops(folder: Path) -> bool:
-    """Returns whether CLIP's processor cuts pictures to a square, as it does unless told
-    otherwise."""
+def resize_of(processor: dict[str, Any]) -> str:
+    """Returns what becomes of a picture's aspect ratio: CLIP's processor scales the shorter side
+    and cuts the longer one unless told otherwise, and LLaVA's may put bars around the picture
+    before."""
+    is_llava = str(processor.get("image_processor_type")).startswith("Llava")
+    if is_llava and processor.get("do_pad") is True:
+        return "letterbox"
+    return "stretch" if processor.get("do_center_crop") is False else "crop"
+
+
+def read_processor(folder: Path) -> tuple[Path, dict[str, Any]]:
+    """Returns the file of a folder's image processor and its content, nothing where there is none:
+    preprocessor_config.json, or, as transformers 5 saves a processor, a part of
+    processor_config.json."""
     file = folder / "preprocessor_config.json"
-    processor = read_json(file, limit=MAX_CONFIG) if file.exists() else {}
-    return processor.get("do_center_crop") is not False
+    if file.exists():
+        return file, read_json(file, limit=MAX_CONFIG)
+    file = folder / "processor_config.json"
+    content = read_json(file, limit=MAX_CONFIG) if file.exists() else {}
+    processor = content.get("image_processor")
+    return file, processor if isinstance(processor, dict) else {}
 
 
 def siglip_node(folder: Path, fields: dict[str, Any] | None) -> dict[str, Any]:
@@ -232,25 +246,24 @@ def pixels(
     mean: tuple[float, ...],
     std: tuple[float, ...],
 ) -> dict[str, Any]:
-    """Returns timm's arguments for the picture's size and its preprocessing, which are those of
-    `preprocessor_config.json` where there is one.
+    """Returns timm's arguments for the picture's size and its preprocessing, which are those of the
+    image processor's file where there is one.
 
     A size that the patches do not divide is cut to one that they do: the released mPLUG-Owl3 has
     384 in its configuration, and its processor makes 378 of them; the convolution would not read
     the rest.
 
     Raises:
-        DataError: a preprocessor_config.json whose pictures have another grid of patches than the
-            model.
+        DataError: an image processor whose pictures have another grid of patches than the model.
     """
     patch = fields["patch_size"]
     # whole patches: 384 pixels have 27 of 14
     grid = fields["image_size"] // patch
     image_size = grid * patch
     interpolation = "bicubic"
-    file = folder / "preprocessor_config.json"
-    if file.exists():
-        processor = present(read_json(file, limit=MAX_CONFIG))
+    file, processor = read_processor(folder)
+    processor = present(processor)
+    if processor:
         image_size = processor_image_size(file, processor, image_size)
         mean, std = processor.get("image_mean", mean), processor.get("image_std", std)
         interpolation = RESAMPLING.get(processor.get("resample", -1), interpolation)

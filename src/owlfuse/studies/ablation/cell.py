@@ -35,9 +35,9 @@ def train_cell(folder: Path, key: str) -> None:
     record = read_json(folder / "ablation.json")
     cell = next(cell for cell in record["cells"] if cell["key"] == key)
     run = folder / key
-    resumes = (run / "config.yaml").exists()
     with (run / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # a process that was left alone may still be ending
+        resumes = (run / "config.yaml").exists()
         config = compose_cell(folder, run, cell, resumes)
         # After the configuration: a mistake of it is reported before torch is imported.
         from owlfuse.training import train

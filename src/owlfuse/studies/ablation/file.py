@@ -279,7 +279,7 @@ def override_literal(value: Any) -> str:
     if isinstance(value, dict):
         items = [f"{key}:{override_literal(child)}" for key, child in value.items()]
         return "{" + ",".join(items) + "}"
-    # What these characters make up needs no quotes in Hydra's grammar.
-    if isinstance(value, int | float) or re.fullmatch(r"[\w./+-]+", value):
+    # What these characters make up needs no quotes in Hydra's grammar, which knows ASCII alone.
+    if isinstance(value, int | float) or re.fullmatch(r"[\w./+-]+", value, re.ASCII):
         return str(value)
     return "'" + value.replace("'", "\\'") + "'"

@@ -155,7 +155,9 @@ def mark_absent(
         # Composed without it: does the configuration have the key by itself?
         overrides = cell_overrides(ablation, without, ablation.seeds[0], words)
         config = compose_cell(cell_name(without), overrides)
-        if OmegaConf.select(config, factor.key.replace("/", "."), default=ABSENT) == ABSENT:
+        # Of a group with @ the key is where its option stands: model/adapter@model.adapter.llm.
+        key = factor.key.rpartition("@")[2].replace("/", ".")
+        if OmegaConf.select(config, key, default=ABSENT) == ABSENT:
             result = without
     return result
 

@@ -6,6 +6,7 @@ on other machines, so that they and the command speak through files of the ablat
 
 from __future__ import annotations
 
+import fcntl
 import importlib.util
 import os
 import re
@@ -23,6 +24,7 @@ from typing import Any
 
 import yaml
 
+from owlfuse.artifacts.runs import checkpoints_of
 from owlfuse.core.errors import COMMAND_LINE, ConfigError, hint
 from owlfuse.core.files import read_json, read_json_if_there, write_json
 
@@ -195,8 +197,9 @@ def run_cell(folder: Path, key: str, deadline: float | None, threads: int | None
     if deadline is not None and time.time() > deadline:
         reason = "the budget's minutes were used up"
         return write_state(run, {**state, "state": "not begun", "error": reason})
-    has_checkpoint = any((run / "checkpoints").glob("*.ckpt"))
-    if (run / "config.yaml").exists() and not has_checkpoint:
+    has_checkpoint = bool(checkpoints_of(run / "checkpoints"))
+    # A process that was left alone may still train the cell: the new one waits for it.
+    if (run / "config.yaml").exists() and not has_checkpoint and not is_locked(run / ".lock"):
         archive_run(folder, key)  # it was stopped before its first checkpoint
         run.mkdir()
     # Bars and reports know by it that the cell is under way.
@@ -288,6 +291,19 @@ def clean_log(log: Path) -> str:
     # Of a crash there is no error of owlfuse, and the last line of the traceback says most.
     last_lines = errors or lines or [""]
     return last_lines[-1][:300]  # a line of a table
+
+
+def is_locked(lock: Path) -> bool:
+    """Return whether a process has the lock."""
+    try:
+        with lock.open("rb") as file:
+            # Shared: two reports at a time do not see each other as a run.
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        pass
+    return False
 
 
 def archive_run(folder: Path, key: str) -> None:

@@ -6,7 +6,6 @@ S seeds, Q questions.
 
 from __future__ import annotations
 
-import fcntl
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,11 +13,12 @@ from typing import Any
 
 import numpy as np
 
+from owlfuse.artifacts.runs import BEST
 from owlfuse.config.identity import differing_hash
 from owlfuse.config.messages import check_name
 from owlfuse.core.errors import COMMAND_LINE, ConfigError, DataError, hint
 from owlfuse.core.files import parse_json, read_json_if_there
-from owlfuse.studies.ablation.launch import STATE_FILE
+from owlfuse.studies.ablation.launch import STATE_FILE, is_locked
 from owlfuse.studies.ablation.statistics import paired_interval
 
 
@@ -231,10 +231,18 @@ def read_run(folder: Path, cell: dict[str, Any]) -> Run:
     results = read_json_if_there(folder / "results.json")
     state = read_json_if_there(folder / STATE_FILE)
     step = read_json_if_there(folder / "progress.json").get("step", 0)
-    if results:
+    half_way = of_stopped_run(results, state, cell["steps"])
+    if results and not half_way:
         accept_data = bool(cell["config"].get("accept_changed_data"))
         kind = differing_hash(results.get("hash") or {}, cell["hash"], accept_data)
-        if kind is None:
+        if kind is None and results.get("checkpoint") == BEST:
+            # The other cells have the results of their last.
+            run.state = "of another checkpoint"
+            run.detail = (
+                f"its results are of {BEST}; it is not counted; for those of the last: owlfuse "
+                f"eval {folder} which=last"
+            )
+        elif kind is None:
             run.state, run.results = "finished", results
         else:
             name = "configuration" if kind == "config" else kind
@@ -255,20 +263,21 @@ def read_run(folder: Path, cell: dict[str, Any]) -> Run:
     run.detail = state.get("error", "")
     if run.state in ("running", "interrupted"):
         run.detail = f"at step {step:,} of {cell['steps']:,}"
+    if half_way and run.state != "running":
+        run.detail += (
+            f"; its results are of step {results['steps']:,} and are not counted; owlfuse ablate "
+            "goes on with it"
+        )
     return run
 
 
-def is_locked(lock: Path) -> bool:
-    """Return whether a process has the lock."""
-    try:
-        with lock.open("rb") as file:
-            # Shared: two reports at a time do not see each other as a run.
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:
-        pass
-    return False
+def of_stopped_run(results: dict[str, Any], state: dict[str, Any], steps: int) -> bool:
+    """Return whether results are those that `owlfuse eval` wrote of a cell that was stopped.
+
+    A training that ends writes its own, which are of "last", also where a callback ends it early.
+    """
+    evaluated_later = results.get("checkpoint", "last") != "last"
+    return evaluated_later and state.get("state") != "finished" and results.get("steps") != steps
 
 
 def score(row: Row, baseline: Row, metric: str, source: str, local_name: str) -> Score:

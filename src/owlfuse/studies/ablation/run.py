@@ -34,6 +34,7 @@ from owlfuse.studies.ablation.grid import (
     validation_sources,
 )
 from owlfuse.studies.ablation.report import write_report
+from owlfuse.studies.ablation.results import of_stopped_run
 
 
 @dataclass
@@ -94,12 +95,15 @@ def ablate_command(name: str, words: list[str]) -> None:
     metrics = full_metrics(ablation.metrics, validation_sources(cells))
     if not options.dry_run and options.launcher != "submitit_slurm":  # it uses other machines
         check_machines(cells)
-    unfinished = find_unfinished(folder, cells, archive=options.anew and not options.dry_run)
-    progress.print_plan(ablation, folder, cells, unfinished, options.jobs)
     if options.dry_run:
+        unfinished = find_unfinished(folder, cells, archive=False)
+        progress.print_plan(ablation, folder, cells, unfinished, options.jobs)
         return
 
+    # Before runs are put aside, which another process may be training.
     with run_lock(folder):
+        unfinished = find_unfinished(folder, cells, archive=options.anew)
+        progress.print_plan(ablation, folder, cells, unfinished, options.jobs)
         record = make_record(cells, ablation, metrics)
         launch_all(ablation, folder, {**record, "words": words}, unfinished, options)
     # Also of an ablation that was interrupted: what is finished counts.
@@ -164,11 +168,12 @@ def find_unfinished(folder: Path, cells: list[Cell], archive: bool) -> list[Cell
 
     Raises:
         ConfigError: there are such runs, and they are not to be put aside.
+        DataError: one that is to be put aside is being trained.
     """
     differences = {}
     for cell in cells:
         accept_data = bool(cell.config.get("accept_changed_data"))
-        difference = find_difference(folder / cell.key, cell.hash, accept_data)
+        difference = find_difference(folder / cell.key, cell.hash, cell.steps, accept_data)
         if difference is not None:
             differences[cell.key] = difference
     if differences and not archive:
@@ -180,20 +185,36 @@ def find_unfinished(folder: Path, cells: list[Cell], archive: bool) -> list[Cell
             "anew=true puts them aside and runs them again"
         )
     for key in differences:
+        if launch.is_locked(folder / key / ".lock"):
+            raise DataError(
+                f"{folder / key} is being trained by a process that an earlier command left; wait "
+                "until it ends, or give another name="
+            )
+    for key in differences:
         launch.archive_run(folder, key)
-    return [cell for cell in cells if not (folder / cell.key / "results.json").exists()]
+    return [cell for cell in cells if not own_results(folder / cell.key, cell.steps)]
 
 
-def find_difference(run: Path, hashes: dict[str, str], accept_data: bool = False) -> str | None:
+def own_results(run: Path, steps: int) -> dict[str, Any]:
+    """Return the results of a cell that has ended; nothing of one that was stopped, also where it
+    was evaluated then."""
+    results = read_json_if_there(run / "results.json")
+    state = read_json_if_there(run / launch.STATE_FILE)
+    return {} if of_stopped_run(results, state, steps) else results
+
+
+def find_difference(
+    run: Path, hashes: dict[str, str], steps: int, accept_data: bool = False
+) -> str | None:
     """Return in what a run's code, configuration or data are not those of `hashes`; None where
     there is no run, or where they are the same."""
-    run_hashes = read_json_if_there(run / "results.json").get("hash")
+    results = own_results(run, steps)
+    run_hashes = results.get("hash")
     # A run that is not finished has no results; its task wrote the hash.
     if run_hashes is None and (run / "config.yaml").exists():
         run_hashes = read_json_if_there(run / launch.STATE_FILE).get("hash")
     if run_hashes is None:
-        has_results = (run / "results.json").exists()
-        return "an older owlfuse, which left no hash" if has_results else None
+        return "an older owlfuse, which left no hash" if results else None
     kind = differing_hash(run_hashes, hashes, accept_data)
     if kind == "config":
         return "another configuration"

@@ -41,8 +41,13 @@ def compose_stages(recipe: str, words: list[str], importing: bool = True) -> dic
             config.experiment = recipe
             config.runs = first.runs
             config.name = f"{recipe_name}/{name}"
+        if config.init_from not in (None, first.init_from):
+            raise ConfigError(
+                f"stage {name}: init_from is {config.init_from}, and it starts from the weights of "
+                "the stage before; leave it out"
+            )
         if configs:
-            config.init_from = None  # given, it is for the first stage
+            config.init_from = None  # given for all, it is for the first stage
         configs[name] = config
     return configs
 

@@ -18,7 +18,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from owlfuse.artifacts.export import export
 from owlfuse.artifacts.load import load_run
-from owlfuse.artifacts.runs import in_use, is_first_rank, last_checkpoint
+from owlfuse.artifacts.runs import checkpoints_of, in_use, is_first_rank, last_checkpoint
 from owlfuse.config.build import to_dict
 from owlfuse.config.compose import compose
 from owlfuse.config.identity import flat
@@ -28,7 +28,7 @@ from owlfuse.core.files import atomic_write
 from owlfuse.core.progress import quiet_libraries
 from owlfuse.core.terminal import visible
 from owlfuse.parallel.first_rank import run_on_first_rank
-from owlfuse.studies.recipe.compose import split_dry_run
+from owlfuse.studies.recipe.compose import split_dry_run, words_for
 from owlfuse.studies.recipe.stages import MOVABLE_KEYS, Stage, check_data, make_stages
 from owlfuse.studies.recipe.tables import print_plans, print_results, print_stages
 from owlfuse.training import train
@@ -64,10 +64,11 @@ def recipe_command(recipe: str, words: list[str]) -> None:
         check_data(stage)
     if is_first_rank():
         write_record(stages)
-    # A checkpoint has the configuration; only these may differ from it.
-    movable_words = [word for word in words if word.partition("=")[0] in MOVABLE_KEYS]
     weights: Path | None = None
     for stage in stages:
+        stage_words = words_for(stage.name, [stage.name for stage in stages], words)
+        # A checkpoint has the configuration; only these may differ from it.
+        movable_words = [word for word in stage_words if word.partition("=")[0] in MOVABLE_KEYS]
         run_stage(stage, weights, movable_words)
         weights = stage.weights
     if is_first_rank():
@@ -112,7 +113,8 @@ def run_stage(stage: Stage, weights: Path | None, words: list[str]) -> None:
         print_once(f"stage {stage.name} is finished: {stage.folder}")
         return
     config: DictConfig
-    if any((stage.folder / "checkpoints").glob("*")):
+    # Not any file there: a kill leaves parts of checkpoints, and the best alone cannot go on.
+    if checkpoints_of(stage.folder / "checkpoints"):
         last_checkpoint(stage.folder)  # raises for a folder without a usable one
         config = compose([f"resume={stage.folder}", *words])
     else:
