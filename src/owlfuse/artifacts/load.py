@@ -112,18 +112,17 @@ def load_run(folder: Path, which: str = "last", checkpoint: Path | None = None) 
         )
     checkpoint = checkpoint or chosen_checkpoint(folder, which)
     model, content = load_run_model(folder, config, len(tokenizer), checkpoint)
-    results = results_of_checkpoint(folder, which, content.get("global_step"))
+    results = results_of_checkpoint(folder, checkpoint.name == BEST, content.get("global_step"))
     return TrainedModel(model.eval(), tokenizer, results)
 
 
-def results_of_checkpoint(folder: Path, which: str, step: int | None) -> dict[str, Any] | None:
+def results_of_checkpoint(folder: Path, best: bool, step: int | None) -> dict[str, Any] | None:
     """Returns the content of a run's results.json, None where it is of another checkpoint: of the
     best instead of the last, or of before the run went on."""
     results = read_results(folder)
-    is_best = results.get("checkpoint") == BEST
-    if not results or results.get("steps") != step or is_best != (which == "best"):
-        return None
-    return results
+    of_best = results.get("checkpoint") == BEST
+    of_same_weights = results.get("steps") == step and of_best == best
+    return results if results and of_same_weights else None
 
 
 def wrap(trained: TrainedModel) -> OwlfuseForConditionalGeneration:

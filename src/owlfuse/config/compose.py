@@ -240,12 +240,6 @@ def check_steps(trainer: dict[str, Any], origin: Origin) -> None:
         # Not isinstance, for which true is a whole number, too.
         if type(trainer.get(key)) is int and trainer[key] < 1:
             raise refusal(key, "a whole number of optimizer steps from 1 on")
-    for key in ("max_steps", "val_check_interval"):
-        if key not in trainer:
-            raise ConfigError(
-                f"{origin('trainer')}: trainer has no {key}, expected a whole number of optimizer "
-                "steps"
-            )
     for key in REPEATED_DATA:
         if trainer.get(key):
             raise refusal(
@@ -254,7 +248,7 @@ def check_steps(trainer: dict[str, Any], origin: Origin) -> None:
                 "count others; for a short run set trainer.max_steps, for few samples a source of "
                 "few",
             )
-    interval = trainer["val_check_interval"]
+    interval = trainer.get("val_check_interval", 1)
     # Lightning also takes shares of an epoch and times, but the data are an endless stream.
     if type(interval) is not int or interval < 1:
         raise refusal(

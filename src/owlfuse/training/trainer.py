@@ -49,7 +49,12 @@ def make_trainer(
         callbacks = [
             callback for callback in callbacks if not isinstance(callback, LearningRateMonitor)
         ]
-    configured_steps = config.trainer.max_steps
+    configured_steps = config.trainer.get("max_steps")
+    if configured_steps is None:
+        raise ConfigError(
+            f"{origin_of(config, 'trainer')}: trainer has no max_steps, expected a whole number of "
+            "optimizer steps"
+        )
     steps = data.steps(configured_steps)
     try:
         trainer = build(
@@ -75,10 +80,10 @@ def make_trainer(
         print(visible(f"{line}, so the run does"))
     # Only the built trainer knows how many ranks have rows of their own.
     trainer.accumulate_grad_batches = data.accumulation(data_ranks(trainer))
-    # Lightning counts the interval in micro batches, the configuration in optimizer steps.
-    trainer.val_check_interval = (
-        min(config.trainer.val_check_interval, trainer.max_steps) * trainer.accumulate_grad_batches
-    )
+    # Lightning counts the interval in micro batches, the configuration in optimizer steps. Without
+    # one there is a look at the end of the run's one epoch, as by Lightning's default.
+    interval = min(config.trainer.get("val_check_interval", steps), trainer.max_steps)
+    trainer.val_check_interval = interval * trainer.accumulate_grad_batches
     return trainer
 
 
