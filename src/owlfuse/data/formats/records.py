@@ -376,7 +376,7 @@ def question_turns(
             f"sample {name}: {question_key} is {brief(question)}, {answer_key} {brief(answer)}, "
             "expected texts"
         )
-    if answers:
+    if answers and isinstance(answer, str):
         # Each once, the learned one first.
         answers = [text for text in dict.fromkeys([answer, *answers]) if text.strip()]
     if isinstance(question, str):
