@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +57,7 @@ def sweep(overrides: list[str]) -> None:
             print_table(runs, len(cells))
 
 
-def check_names(cells: list[list[str]], configs: list[DictConfig]) -> None:
+def check_names(cells: list[list[str]], configs: Sequence[DictConfig]) -> None:
     """Raises ConfigError where two runs would have one folder, or one would write over a run."""
     from owlfuse.artifacts.runs import check_not_there, run_folder
 
