@@ -333,11 +333,12 @@ def test_every_llm_of_transformers_with_its_usual_size_is_served_or_refused_in_o
         "adapter": adapter,
     }
     llm = {"_target_": "owlfuse.model.llm.load_llm", "config": {"model_type": name}}
-    for kind in ("hyperattention", "concat"):
-        try:
-            model, _ = on_meta({**parts, "fusion": KINDS[kind], "llm": llm}, 64)
-        except ValueError as error:
-            assert "\n" not in str(error)  # noqa: PT017
-            continue
-        with plain_cpu():
-            assert len(decoder_layers(tiny_copy(model.llm))) == len(decoder_layers(model.llm))
+    # built once, since the largest take seconds: concat, which is attached first, changes nothing
+    try:
+        model, _ = on_meta({**parts, "fusion": KINDS["concat"], "llm": llm}, 64)
+        check_fusion(fusion_of("hyperattention"), model.llm)
+    except ValueError as error:
+        assert "\n" not in str(error)  # noqa: PT017
+        return
+    with plain_cpu():
+        assert len(decoder_layers(tiny_copy(model.llm))) == len(decoder_layers(model.llm))
