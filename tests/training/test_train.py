@@ -392,6 +392,7 @@ def test_what_validation_leaves_out_and_how_much_is_padding_are_in_mixture_json_
         {"from": "human", "value": "word " * 600},
         {"from": "gpt", "value": "no"},
     ]
+    records[1]["kinds"] += ["words"]
     Path("val_holes.json").write_text(json.dumps(records))
     common = [
         "experiment=shapes_owl1",
