@@ -211,10 +211,6 @@ def read_run(folder: Path) -> dict[str, Any]:
     return plain
 
 
-REPEATED_DATA = ("limit_train_batches", "overfit_batches", "fast_dev_run")
-"""Arguments of Lightning's trainer that end its epoch early: a run of owlfuse is one epoch."""
-
-
 def check_new_weights(config: DictConfig) -> None:
     """Raise ConfigError for a new run that names weights as no folder of a model may (see `trust`):
     it would be trained, and then be refused by every command that reads it."""
@@ -224,6 +220,10 @@ def check_new_weights(config: DictConfig) -> None:
             check_weights({part: to_dict(config.model[part])}, origin)
         except DataError as error:
             raise ConfigError(f"{error}; name the file by model.{part}.{remedy}") from error
+
+
+REPEATED_DATA = ("limit_train_batches", "overfit_batches", "fast_dev_run")
+"""Arguments of Lightning's trainer that end its epoch early: a run of owlfuse is one epoch."""
 
 
 def check_steps(trainer: dict[str, Any], origin: Origin) -> None:

@@ -310,8 +310,8 @@ class Checkpoints(RunCheckpoint):
 
 class LastCheckpoint(Callback):
     """Has the checkpoint of the last step written before other callbacks end: one of weight
-    averaging copies the average over the weights then, and a run that goes on would train that. It
-    is the first of a trainer's callbacks, `Checkpoints` among the last."""
+    averaging copies the average over the weights then, and a run that goes on would train that.
+    Lightning moves `Checkpoints` behind all others; this one stands before the user's."""
 
     def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
         """See `Checkpoints.save`."""

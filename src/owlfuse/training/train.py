@@ -125,8 +125,10 @@ def train(config: DictConfig, folder: Path, data_digest: str | None, at_exit: Ex
             new_tokens = tokens_to_train(data.tokenizer, config.data.tokenizer, *start)
         check_trained_precision(plan, trainer.precision, new_tokens)
     identity: dict[str, str] = {}
+    code = None
     # by the first rank alone: all would read the same files, and it writes the record
     if is_first_rank():
+        code = code_hash(plain)
         identity = {**data_identity(data.sources, data.validation), **weights_identity(plain)}
     if past and identity:
         changes |= check_identity(past, identity, config)
@@ -152,7 +154,7 @@ def train(config: DictConfig, folder: Path, data_digest: str | None, at_exit: Ex
         "config": plain,
         "changes": history,
         "identity": identity,
-        "code": code_hash(plain),
+        "code": code,
     }
     write_config(config, folder, history)
     save_tokenizer(data.tokenizer, folder)
