@@ -115,6 +115,7 @@ def test_the_configuration_is_the_folders_and_not_what_the_yaml_says_of_it(modul
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.fast_cases(1)
 def test_an_exported_base_is_resized_and_its_lora_folded_in(dtype, module, tmp_path):
     parts = {"fusion": FUSIONS["hyperattention-adaptive"], "connector": CONNECTORS["abstractor"]}
     model, _ = build_model(model_node(**parts, adapter=LORA), VOCAB)

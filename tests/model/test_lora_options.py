@@ -62,9 +62,9 @@ def trained(model):
 
 
 def whole_runs():
-    """The options, of which two are fast and stand for the others."""
+    """The options, of which one is fast and stands for the others."""
     for name in OPTIONS:
-        marks = [] if name in ("dora", "pissa") else [pytest.mark.slow]
+        marks = [] if name == "pissa" else [pytest.mark.slow]
         yield pytest.param(name, marks=marks)
 
 

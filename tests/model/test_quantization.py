@@ -209,6 +209,7 @@ def test_three_steps_lower_the_loss_and_leave_the_4_bits_as_they_are(fusion, dou
 @pytest.mark.parametrize(
     "options", [{}, {"use_dora": True, "use_rslora": True}], ids=["lora", "dora"]
 )
+@pytest.mark.fast_cases(1)
 def test_it_is_saved_without_its_base_and_exported_as_plain_numbers(options, tmp_path):
     adapter = QLORA | {"llm": policy("LoRA", r=2, **options)}
     model = build(adapter=adapter, attention_bias=True)

@@ -447,6 +447,7 @@ def test_a_stage_that_was_stopped_before_its_first_checkpoint_begins_anew_and_ke
 
 
 @pytest.mark.parametrize("left", ["step_00000002.ckpt.part", "best.ckpt"])
+@pytest.mark.fast_cases(1)
 def test_a_stage_without_a_checkpoint_that_can_go_on_begins_anew(left, monkeypatch):
     (stage, *_) = make_stages("tiny", [*SMALL, f"name=without_{left[:4]}"])
     (stage.folder / "checkpoints").mkdir(parents=True)
@@ -456,6 +457,7 @@ def test_a_stage_without_a_checkpoint_that_can_go_on_begins_anew(left, monkeypat
     assert len(list(stage.folder.parent.glob("first.*/checkpoints"))) == 1
 
 
+@pytest.mark.slow
 def test_a_stage_that_goes_on_has_the_overrides_that_are_for_it_alone(monkeypatch):
     words_by_stage = {}
 
@@ -522,6 +524,7 @@ def test_under_torchrun_every_rank_goes_through_the_same_stages_and_one_writes()
             assert apart.double().mean() < 1e-3, (name, key)
 
 
+@pytest.mark.slow
 def test_a_stage_may_hold_the_llm_in_4_bits_between_others_that_do_not():
     write_recipe("tiny", TINY)
     key = "stages.second.model.llm.quantization"
