@@ -571,3 +571,13 @@ def test_how_answers_end_is_known_to_the_next_run(train_run, tmp_path):
     model, processor = load_exported(out)
     export(TrainedModel(model.model, processor.tokenizer, None), again)
     assert json.loads((again / "generation_config.json").read_text())["eos_token_id"] == ends
+
+
+def test_a_merged_export_of_an_llm_in_16_bits_has_the_updates_in_32(tmp_path):
+    model = make_model(adapter={**FROZEN, "llm": policy("LoRA", r=2)}, dtype="bfloat16")
+    perturb(p for name, p in model.named_parameters() if "lora_B" in name)
+    layer = model.llm.model.layers[0].self_attn.q_proj
+    expected = layer.base_layer.weight.float() + layer.get_delta_weight("default").float()
+    out = export(TrainedModel(model, None, None), tmp_path / "out", merge=True)
+    merged = load_exported(out)[0].model.llm.model.layers[0].self_attn.q_proj.weight
+    torch.testing.assert_close(merged, expected, rtol=1e-6, atol=1e-6)

@@ -28,6 +28,7 @@ from helpers import (
 )
 from owlfuse.artifacts.export import export
 from owlfuse.artifacts.load import TrainedModel, load_exported
+from owlfuse.artifacts.weights import check_trained_precision
 from owlfuse.model.adapters import (
     PARTS,
     LoRA,
@@ -530,3 +531,39 @@ def test_updates_are_not_put_where_a_kernel_reads_the_weight():
         node = {**node, "llm": {**node["llm"], "config": small_fields("qwen3_next")}}
         model, _ = build_model(node, VOCAB)
     assert any("linear_attn.out_proj.lora_A" in name for name, _ in model.llm.named_parameters())
+
+
+@pytest.mark.parametrize("name", ["beit_base_patch16_224", "eva02_tiny_patch14_224"])
+def test_updates_are_not_put_where_a_backbone_reads_the_weight(name, caplog):
+    kwargs = {"patch_size": 16, "embed_dim": 32, "depth": 1, "num_heads": 2}
+    if name.startswith("eva"):
+        kwargs["qkv_fused"] = True
+    vision = {**VIT, "name": name, "kwargs": kwargs}
+    node = model_node(vision=vision, adapter={**FROZEN, "vision": policy("LoRA", r=2)})
+    with torch.device("meta"):
+        model, _ = build_model(node, VOCAB)
+    updated = [name for name, _ in model.vision.named_parameters() if ".lora_A" in name]
+    assert any("attn.proj" in name for name in updated)
+    assert not any("qkv" in name for name in updated)
+    assert "adapter.vision: all-linear leaves out qkv" in caplog.text
+
+
+def test_a_backbone_that_calls_its_layers_gets_all_updates(caplog):
+    make_model(adapter={**FROZEN, "vision": policy("LoRA", r=2)})
+    assert "leaves out" not in caplog.text
+
+
+def test_gates_beside_an_llm_in_16_bits_are_trained_in_32_and_come_back(tmp_path):
+    lora = policy("LoRA", r=2)
+    model = make_model(
+        "cross_attention-after", adapter={**FROZEN, "fusion": lora}, dtype="bfloat16"
+    )
+    check_trained_precision(model, "32-true", {})
+    part = model.part("fusion")
+    assert {part.parameters[name].dtype for name in part.closed_gates} == {torch.float32}
+    perturb(p for p in model.parameters() if p.requires_grad)
+    batch = make_batch(ROWS)
+    loss_of(model(batch), batch).backward()
+    out = export(TrainedModel(model, None, None), tmp_path / "out")
+    with torch.no_grad():
+        assert torch.equal(load_exported(out)[0].model(batch), model(batch))

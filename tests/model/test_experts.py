@@ -5,6 +5,7 @@ import logging
 import pytest
 import torch
 
+from families import LOCAL_EXPERTS, small_fields
 from helpers import VOCAB, make_batch, model_node, policy
 from owlfuse.artifacts.export import export
 from owlfuse.artifacts.load import TrainedModel, load_base, load_exported
@@ -176,3 +177,35 @@ def test_biases_that_balance_a_router_without_gradients_are_not_among_what_is_tr
     assert biases
     assert not any(bias.requires_grad for bias in biases.values())
     assert [n for n, p in model.llm.named_parameters() if p.requires_grad and p.grad is None] == []
+
+
+@pytest.mark.parametrize("fusion", ["hyperattention-adaptive", "modality_adaptive"])
+def test_what_a_fusion_adds_to_a_frozen_llm_gets_no_balancing_loss(fusion):
+    fields = {**fields_of("qwen3_moe"), "num_hidden_layers": 3}
+    node = model_node(fusion, llm=fields, adapter={"llm": policy("Frozen")})
+    model = build_model(node, VOCAB)[0].train()
+    assert any(parameter.requires_grad for parameter in model.llm.parameters())
+    model(make_batch([[11, 12, 13]], model.fusion.tokens_per_image))
+    assert model.balancing_loss is None
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "coefficient"),
+    [
+        ("jetmoe", {**LOCAL_EXPERTS, "aux_loss_coef": 0.3}, 0.3),
+        (
+            "dbrx",
+            {"ffn_config": {"moe_num_experts": 4, "moe_top_k": 2, "moe_loss_weight": 0.4}},
+            0.4,
+        ),
+        # how these say that there are no experts
+        ("granitemoehybrid", {"num_local_experts": 0}, 0),
+        ("jamba", {"num_experts": 1, "num_experts_per_tok": 1}, 0),
+    ],
+)
+def test_the_coefficient_is_that_of_the_family_s_own_forward(name, fields, coefficient):
+    fields = {**small_fields(name), **fields}
+    model = build_model(model_node("concat", llm=fields), VOCAB)[0].train()
+    assert balancing_coefficient(model.llm) == pytest.approx(coefficient)
+    model(make_batch([[11, 12, 13]], model.fusion.tokens_per_image))
+    assert (model.balancing_loss is not None) == (coefficient > 0)

@@ -183,15 +183,20 @@ def test_tensor_ranks_share_out_only_layers_whose_every_weight_they_split(
         check_split(llm, 2)
 
 
-@pytest.mark.parametrize("family", ["gpt2", "opt", "gpt_neo", "gptj", "bloom", "llama", "mpt"])
-def test_rows_without_a_position_are_refused_and_long_ones_told(family, caplog):
+@pytest.mark.parametrize("family", ["gpt2", "opt", "gpt_neo", "gptj", "mpt"])
+def test_rows_without_a_position_are_refused(family):
+    llm = load_llm(VOCAB, config=small_fields(family))
+    config = llm.config
+    limit = config.max_seq_len if family == "mpt" else config.max_position_embeddings
+    check_length(llm, limit)
+    message = rf"has a table of {limit} positions; set data.max_length={limit}"
+    with pytest.raises(ValueError, match=message):
+        check_length(llm, limit + 1)
+
+
+@pytest.mark.parametrize("family", ["bloom", "llama", "xglm"])
+def test_rows_that_are_longer_than_an_llm_was_made_for_are_told(family, caplog):
     llm = load_llm(VOCAB, config=small_fields(family))
     limit = getattr(llm.config, "max_position_embeddings", None)
-    has_table = family in ("gpt2", "opt", "gpt_neo", "gptj")
-    check_length(llm, 250, 6)
-    if has_table:
-        with pytest.raises(ValueError, match=rf"has a table of {limit} .* data.max_length=250"):
-            check_length(llm, 251, 6)
-    else:
-        check_length(llm, 257, 6)
-    assert ("was not trained for" in caplog.text) == (limit is not None and not has_table)
+    check_length(llm, 2 * (limit or 4096))
+    assert ("was not trained for" in caplog.text) == (limit is not None)

@@ -250,3 +250,27 @@ def test_a_run_from_an_export_may_hold_its_llm_in_4_bits(tmp_path):
     fresh = build("modality_adaptive")
     assert torch.equal(base(batch), fresh(batch))
     assert (base(batch) - plain(batch)).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("family", "layer"),
+    [
+        # their weights are read, or asked for their type, without a call of the layer
+        ("jamba", "dt_proj"),
+        ("deepseek_v32", "weights_proj"),
+    ],
+)
+def test_layers_that_a_family_cannot_use_in_4_bits_keep_their_type(family, layer):
+    with torch.device("meta"):
+        llm = load_llm(VOCAB, config=small_fields(family))
+        kept = {name for name, _ in llm.named_modules() if name.endswith(layer)}
+        for module in llm.modules():
+            if type(module) is torch.nn.Linear and module.in_features % quantization.BLOCK:
+                # of no whole blocks in so small an LLM
+                width = module.in_features + -module.in_features % quantization.BLOCK
+                module.in_features = width
+                module.weight = torch.nn.Parameter(torch.empty(module.out_features, width))
+        quantization.quantize(llm, quantization.Quantization())
+    assert kept
+    assert not kept & set(quantization.quantized_layers(llm))
+    assert quantization.quantized_layers(llm)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from families import small_fields
-from helpers import make_model
+from helpers import CONNECTORS, make_model
 from owlfuse.core.errors import ConfigError
 from owlfuse.training.optim import AdamWCosine, MuonCosine
 
@@ -171,3 +171,28 @@ def test_adamw_trains_tables_of_positions_too(family):
     tables = [m.weight for m in model.modules() if isinstance(m, torch.nn.Embedding)]
     assert len(tables) >= 2
     assert not any(group_of[id(table)]["muon"] for table in tables)
+
+
+def test_layer_decay_counts_the_end_token_of_an_abstractor_with_its_last_layer():
+    model = make_model(connector=CONNECTORS["abstractor"])
+    group_of = groups_by_parameter(
+        AdamWCosine(lr=1e-3, layer_decay={"connector": 0.5}).build(model, 10)["optimizer"]
+    )
+    assert group_of[id(model.connector.end_token)]["initial_lr"] == 1e-3
+
+
+@pytest.mark.parametrize("optim", [AdamWCosine, MuonCosine])
+def test_what_is_learned_in_place_of_an_input_has_no_decay_and_no_muon(optim):
+    model = make_model(
+        connector={
+            "_target_": "owlfuse.model.connectors.resampler.Resampler",
+            "queries": 4,
+            "layers": 1,
+        },
+        llm=small_fields("gpt2"),
+    )
+    group_of = groups_by_parameter(optim(lr=1e-3).build(model, 10)["optimizer"])
+    for parameter in (model.connector.latents, model.llm.transformer.wpe.weight):
+        group = group_of[id(parameter)]
+        assert group["weight_decay"] == 0
+        assert not group.get("muon")

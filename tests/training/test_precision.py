@@ -3,19 +3,22 @@
 import csv
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 from lightning.pytorch.plugins.precision import MixedPrecision
 from safetensors import safe_open
 
+from families import small_fields
 from helpers import SHAPE_COUNTS, SMALL_RUN, llm_fields, make_batch, make_model
 from owlfuse.artifacts.export import export
-from owlfuse.artifacts.load import load_exported, load_run
+from owlfuse.artifacts.load import TrainedModel, load_exported, load_run
 from owlfuse.artifacts.weights import HALVES, check_trained_precision, set_precision
 from owlfuse.config.compose import compose
 from owlfuse.core.errors import ConfigError
 from owlfuse.data.shapes.write import write_shapes
+from owlfuse.parallel.strategies import Sharded, check_strategy
 from owlfuse.training import train
 from owlfuse.training.trainer import make_trainer
 
@@ -153,3 +156,27 @@ def test_gradients_of_16_mixed_are_clipped_at_their_own_size(work, optim, monkey
         norms[name] = [float(norm) for norm in rows if norm]
         monkeypatch.setattr(train, "make_trainer", on_cpu)
     assert norms["scaled"] == pytest.approx(norms["plain"], rel=0.05)
+
+
+def test_weights_that_transformers_keeps_in_32_bits_keep_them(tmp_path, monkeypatch):
+    """Those that choose a token's experts, private to transformers' `_keep_in_fp32_modules_strict`:
+    rounded, they would choose others."""
+    model = make_model("concat", llm=small_fields("deepseek_v3"))
+    router = model.llm.model.layers[-1].mlp.gate
+    before = router.weight.detach().clone()
+    set_precision(model, "bf16-true")
+    assert torch.equal(router.weight, before)
+    assert router.weight.dtype == torch.float32
+    assert router.e_score_correction_bias.dtype == torch.float32
+    assert model.llm.model.layers[-1].self_attn.o_proj.weight.dtype == torch.bfloat16
+    batch = make_batch([[5, 6, "image", 7, 8]], model.fusion.tokens_per_image)
+    with torch.no_grad():
+        expected = model(batch)
+        assert expected.dtype == torch.bfloat16
+        out = export(TrainedModel(model, None, None), tmp_path / "out")
+        assert torch.equal(load_exported(out)[0].model(batch), expected)
+    strategy = Sharded()
+    monkeypatch.setattr(strategy, "sizes", lambda: (2, 1))
+    trainer = SimpleNamespace(precision="bf16-true", strategy=strategy)
+    with pytest.raises(ValueError, match=r"DeepseekV3ForCausalLM transformers keeps .* bf16-mixed"):
+        check_strategy(trainer, model, None)

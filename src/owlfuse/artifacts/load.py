@@ -43,6 +43,7 @@ from owlfuse.core.types import IMAGE
 from owlfuse.data.chat.answer_format import AnswerFormat
 from owlfuse.data.chat.tokenizer import prepare
 from owlfuse.model.adapters import without_peft_warnings
+from owlfuse.model.layouts import names_in_float32
 from owlfuse.model.llm import recompute_activations
 from owlfuse.model.multimodal import MultimodalLM, build_model
 from owlfuse.model.quantization import Quantization
@@ -228,12 +229,16 @@ def load_exported(
 def restore_llm_dtype(model: MultimodalLM, weights: dict[str, TensorInfo]) -> None:
     """Gives the LLM the 16 bits that it has in its files beside parts in 32, as after a run with
     `model.llm.dtype`: transformers gives all weights the one type of config.json."""
-    dtypes = {info.dtype for name, info in weights.items() if name.startswith("model.llm.")}
-    # of an LLM that was in 4 bits some weights are in 32, and then all are
-    if len(dtypes) == 1:
-        dtype = FLOATS.get(dtypes.pop(), torch.float32)
-        for parameter in model.llm.parameters():
-            parameter.data = parameter.data.to(dtype)
+    dtypes = {}
+    for name, info in weights.items():
+        dtypes[name.removeprefix("model.")] = FLOATS.get(info.dtype, torch.float32)
+    parameters = {name: p for name, p in model.llm.named_parameters(prefix="llm") if name in dtypes}
+    kept = {f"llm.{name}" for name in names_in_float32(model.llm)}
+    matrices = [name for name, p in parameters.items() if p.ndim > 1 and name not in kept]
+    # of an LLM that was in 4 bits some are in 32, and then all weights are
+    if len({dtypes[name] for name in matrices}) == 1:
+        for name, parameter in parameters.items():
+            parameter.data = parameter.data.to(dtypes[name])
 
 
 def check_updates(model: PeftModel, file: Path) -> None:
@@ -358,8 +363,10 @@ def load_base(folder: str, nodes: dict[str, Any], vocab_size: int) -> Multimodal
     if image_size and model.vision.preprocessing.size != (image_size, image_size):
         model.set_image_size(image_size)
     if llm.get("dtype"):
-        for parameter in model.llm.parameters():
-            parameter.data = parameter.data.to(getattr(torch, llm["dtype"]))
+        kept = names_in_float32(model.llm)
+        for name, parameter in model.llm.named_parameters():
+            if name not in kept:
+                parameter.data = parameter.data.to(getattr(torch, llm["dtype"]))
     # the new run's tokenizer may have more tokens
     if model.llm.get_input_embeddings().num_embeddings < vocab_size:
         # the meta device has no embeddings to take a mean of

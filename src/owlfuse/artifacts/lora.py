@@ -59,8 +59,10 @@ def without_lora(model: nn.Module) -> dict[str, Tensor]:
 
 def merge_lora(model: nn.Module) -> None:
     """Adds the updates to the weights, and takes the LoRA layers out. Weights in 4 bits become
-    plain ones first."""
+    plain ones first, and a model in 16 bits with updates in 32 gets 32, in which they are kept."""
     layers = lora_layers(model)
+    if any(has_wider_updates(layer) for layer in layers.values()):
+        model.float()
     dtype = floating_dtype(model)
     quantized = quantized_layers(model)
     for name, layer in layers.items():
@@ -78,6 +80,16 @@ def merge_lora(model: nn.Module) -> None:
         if not is_nested and f"{name}.base_layer" not in quantized:
             model.set_submodule(name, layer.get_base_layer())
     dequantize(model, dtype)
+
+
+def has_wider_updates(layer: Any) -> bool:
+    """Returns whether a layer's weight has 16 bits and its update 32, which would be rounded away
+    in the sum."""
+    # experts that are stacked in one parameter have no layer of their own
+    is_stacked = isinstance(layer, ParamWrapper)
+    weight = layer.get_param() if is_stacked else layer.get_base_layer().weight
+    update = next(iter(layer.lora_A.values())).weight
+    return weight.is_floating_point() and weight.element_size() < update.element_size()
 
 
 @torch.no_grad()

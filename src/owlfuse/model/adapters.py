@@ -256,7 +256,11 @@ class LoRA:
             base_name = without_base_layers(name)
             is_trained = before.get(base_name, not is_saved_start(name))
             parameter.requires_grad_(before.get(name, is_trained))
-        for parameter in (*saved, *(part.parameters[name] for name in part.closed_gates)):
+        for name in part.closed_gates:
+            gate = part.parameters[name]
+            gate.data = gate.data.float()
+            gate.requires_grad_(True)
+        for parameter in saved:
             parameter.requires_grad_(True)
 
     def check_options(self, part: Part) -> None:
@@ -387,14 +391,26 @@ class LoRA:
         # an update of the head is trained by `train_rows` or `full` alone
         root: Any = part.root
         head = root.get_output_embeddings() if part.name == "llm" else None
-        # beside the head those of Mamba's kernels, in whose forward no update has a part
-        excluded = {id(head)} | layers_past_their_forward(part.root)
+        # in a forward pass that reads their weights an update would have no part
+        past_their_forward = layers_past_their_forward(part.root)
+        left_out = set()
         for path, module in part.root.named_modules():
-            is_target = isinstance(module, nn.Linear | Conv1D) and id(module) not in excluded
-            if is_target and f"{path}.weight" in part.parameters:
+            is_linear = isinstance(module, nn.Linear | Conv1D) and module is not head
+            if not is_linear or f"{path}.weight" not in part.parameters:
+                continue
+            if id(module) in past_their_forward:
+                left_out.add(layer_name(path))
+            else:
                 paths_by_name.setdefault(layer_name(path), []).append(path)
         if self.targets == "all-linear":
             targets = list(paths_by_name)
+            if left_out:
+                log.warning(
+                    "adapter.%s: all-linear leaves out %s, whose weights the model reads without a "
+                    "call of the layers, so that updates would have no effect: they stay frozen",
+                    part.name,
+                    ", ".join(sorted(left_out)),
+                )
         else:
             targets = self.targets if isinstance(self.targets, list) else [self.targets]
         if missing := [name for name in targets if name not in paths_by_name]:

@@ -7,6 +7,7 @@ B rows, T text positions, D width, H query heads, K key-value heads, d head widt
 from __future__ import annotations
 
 import inspect
+import re
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
@@ -761,26 +762,71 @@ def check_layer_needs(llm: PreTrainedModel, layer: nn.Module, needs: tuple[Need,
         key_value_weights(llm, layer)
 
 
-def layers_past_their_forward(root: nn.Module) -> set[int]:
+def names_in_float32(llm: PreTrainedModel, strict: bool = True) -> set[str]:
+    """Returns the names of the weights that transformers keeps in float32 where it loads an LLM in
+    16 bits, as those that choose a token's experts.
+
+    Args:
+        strict: in any 16 bits; else in float16, too.
+    """
+    # private names of transformers, which offers no others
+    patterns = {*(getattr(llm, "_keep_in_fp32_modules_strict", None) or ())}
+    if not strict:
+        patterns |= {*(getattr(llm, "_keep_in_fp32_modules", None) or ())}
+    if not patterns:
+        return set()
+    # it searches for them in the same way
+    expression = re.compile("|".join(pattern.replace("*", ".*") for pattern in patterns))
+    names = set()
+    for name, _ in (*llm.named_parameters(), *llm.named_buffers()):
+        # LoRA puts a name between
+        if expression.search(name.replace(".base_layer", "")):
+            names.add(name)
+    return names
+
+
+READ_WEIGHT = re.compile(r"\bself\.(\w+)\.weight\b(?:\.(\w+))?")
+"""A weight of a child in the source of a class, and the attribute of it that is read, if any."""
+
+
+def layers_past_their_forward(root: nn.Module, types_too: bool = False) -> set[int]:
     """Returns by id the linear layers below a module whose weight is read without a call of the
-    layer, as Mamba's kernels do in training: what is put in their place, or added to them, would
-    not be seen."""
-    owners: dict[type[nn.Module], list[Any]] = {}
-    for module in root.modules():
-        if isinstance(getattr(module, "out_proj", None), nn.Linear):
-            owners.setdefault(type(module), []).append(module)
+    layer, as Mamba's kernels do in training and the attention of timm's BEiT, EVA and Swin V2: what
+    is put in their place, or added to them, would not be seen.
+
+    Args:
+        types_too: also those whose weight is asked for its type alone, to which an input is cast:
+            a weight in 4 bits has that of its bytes.
+    """
+    names_by_class: dict[type[nn.Module], set[str]] = {}
     ids: set[int] = set()
-    for owner_class, modules in owners.items():
-        if reads_output_weight(owner_class):
-            ids.update(id(module.out_proj) for module in modules)
+    for module in root.modules():
+        owner_class = type(module)
+        if owner_class not in names_by_class:
+            names_by_class[owner_class] = names_of_read_weights(owner_class, types_too)
+        for name in names_by_class[owner_class]:
+            layer = getattr(module, name, None)
+            if isinstance(layer, nn.Linear | Conv1D):
+                ids.add(id(layer))
     return ids
 
 
-def reads_output_weight(module_class: type[nn.Module]) -> bool:
-    """Returns whether a class hands the weight of its `out_proj` to a kernel, by its source: there
+def names_of_read_weights(module_class: type[nn.Module], types_too: bool) -> set[str]:
+    """Returns the attributes of a class whose `weight` its computation reads, by the source: there
     is no other sign of it where the kernels are not installed."""
-    try:
-        source = inspect.getsource(module_class)
-    except (OSError, TypeError):  # a class without a file
-        return False
-    return "self.out_proj.weight" in source
+    names: set[str] = set()
+    for method_name, method in inspect.getmembers(module_class, inspect.isfunction):
+        is_torchs = method is getattr(nn.Module, method_name, None)
+        # weights are drawn, and joined for inference, outside of any forward pass
+        if is_torchs or any(word in method_name for word in ("init", "reset", "fuse")):
+            continue
+        try:
+            source = inspect.getsource(method)
+        except (OSError, TypeError):  # a class without a file
+            continue
+        for name, attribute in READ_WEIGHT.findall(source):
+            if attribute not in ("device", "shape", "dtype") or (
+                attribute == "dtype" and types_too
+            ):
+                names.add(name)
+    return names

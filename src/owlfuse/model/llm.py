@@ -333,35 +333,46 @@ def check_layer_split(llm: PreTrainedModel, layer: Any) -> None:
         )
 
 
-def check_length(llm: PreTrainedModel, length: int, answer: int) -> None:
+def check_length(llm: PreTrainedModel, length: int) -> None:
     """Checks that rows of so many tokens have a position each, and logs where the LLM was not made
     for as many.
-
-    Args:
-        length: of a sample, in tokens.
-        answer: tokens that may be generated behind a prompt of that length.
 
     Raises:
         ValueError: the LLM has a table with fewer positions.
     """
-    positions = shared_field(llm.config.get_text_config(decoder=True), "max_position_embeddings")
-    if not positions or length + answer <= positions:
+    config = llm.config.get_text_config(decoder=True)
+    # MPT's name for it, whose bias has so many keys
+    key_limit = getattr(config, "max_seq_len", None) if config.model_type == "mpt" else None
+    positions = key_limit or shared_field(config, "max_position_embeddings")
+    if not positions or length <= positions:
         return
     name = type(llm).__name__
-    tensors = (*llm.named_parameters(), *llm.named_buffers())
+    if key_limit or has_position_table(llm, positions):
+        raise ValueError(
+            f"data.max_length is {length}, and {name} has a table of {positions} positions; set "
+            f"data.max_length={positions}"
+        )
+    log.warning(
+        "data.max_length is %d, and %s was made for %d tokens (max_position_embeddings): what "
+        "lies behind them it was not trained for",
+        *(length, name, positions),
+    )
+
+
+def has_position_table(llm: PreTrainedModel, positions: int) -> bool:
+    """Returns whether an LLM looks up positions in a table of so many."""
     # OPT's table has two rows more
     sizes = range(positions, positions + 3)
-    if any(t.ndim == 2 and len(t) in sizes and POSITIONS.search(key) for key, t in tensors):
-        raise ValueError(
-            f"data.max_length is {length}, and {name} has a table of {positions} positions, of "
-            f"which an answer takes {answer}; set data.max_length={positions - answer}"
-        )
-    if length > positions:
-        log.warning(
-            "data.max_length is %d, and %s was made for %d tokens (max_position_embeddings): what "
-            "lies behind them it was not trained for",
-            *(length, name, positions),
-        )
+    for module_name, module in llm.named_modules():
+        # XGLM's is made anew for longer rows
+        if hasattr(module, "make_weights"):
+            continue
+        tensors = (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
+        for name, tensor in tensors:
+            path = f"{module_name}.{name}"
+            if tensor.ndim == 2 and len(tensor) in sizes and POSITIONS.search(path):
+                return True
+    return False
 
 
 def width(llm: PreTrainedModel) -> int:
@@ -510,19 +521,27 @@ def balancing_loss(llm: PreTrainedModel, router_logits: Any, attention_mask: Ten
     """
     function = sys.modules[type(llm).__module__].load_balancing_loss_func
     model: Any = llm
-    return function(router_logits, model.num_experts, model.num_experts_per_tok, attention_mask)
+    return function(
+        router_logits,
+        num_experts=model.num_experts,
+        top_k=model.num_experts_per_tok,
+        attention_mask=attention_mask,
+    )
 
 
 def balancing_coefficient(llm: PreTrainedModel) -> float:
-    """Returns the weight of `balancing_loss` in the loss, from the LLM's configuration; 0 for an
-    LLM that has none."""
+    """Returns the weight of `balancing_loss` in the loss, from the LLM's own forward; 0 for an LLM
+    that has none, or a single expert."""
+    model: Any = llm
     modelling_file = sys.modules[type(llm).__module__]
     has_loss = hasattr(modelling_file, "load_balancing_loss_func")
     has_experts = hasattr(llm, "num_experts_per_tok")
     returns_logits = "output_router_logits" in inspect.signature(llm.forward).parameters
-    if not (has_loss and has_experts and returns_logits):
+    if not (has_loss and has_experts and returns_logits) or (model.num_experts or 0) < 2:
         return 0.0
-    return float(getattr(llm.config, "router_aux_loss_coef", None) or 0.0)
+    # the name that JetMoe has for it
+    coefficient = getattr(model, "router_aux_loss_coef", getattr(model, "aux_loss_coef", None))
+    return float(coefficient or 0.0)
 
 
 def cache_argument(llm: PreTrainedModel) -> str:

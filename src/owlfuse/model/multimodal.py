@@ -24,7 +24,7 @@ from owlfuse.model.adapters import PARTS, Part, PartSummary, apply_adapters
 from owlfuse.model.connectors.base import Connector
 from owlfuse.model.fusion.base import Fusion, fused_output
 from owlfuse.model.fusion.probe import check_fusion
-from owlfuse.model.layouts import decoder_layers, module_at
+from owlfuse.model.layouts import decoder_layers, module_at, names_in_float32
 from owlfuse.model.llm import (
     PER_HEAD_NORMS,
     TENSOR_ROLES,
@@ -134,10 +134,11 @@ class MultimodalLM(nn.Module):
         return output.logits[0] if isinstance(logits_to_keep, Tensor) else output.logits
 
     def balances_experts(self) -> bool:
-        """Returns whether the LLM is a mixture of experts with a balancing loss, and trained."""
+        """Returns whether the LLM is a mixture of experts with a balancing loss, and is itself
+        trained, not only what a fusion has added to it."""
         if balancing_coefficient(self.llm) == 0:
             return False
-        return any(parameter.requires_grad for parameter in self.llm.parameters())
+        return any(parameter.requires_grad for parameter in self.part("llm").parameters.values())
 
     def encode(self, batch: Batch) -> VisualTokens:
         """Returns the visual tokens (N, Q, D) of pixels (N, 3, H, W), the backbone once for all
@@ -331,19 +332,22 @@ class MultimodalLM(nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> MultimodalLM:
         """Casts and moves as torch's, which `to` goes through, but the rotary frequencies of the
-        LLM keep their precision: in half of it, they would turn far positions wrongly. A private
-        name of torch's, and the one method that every way to cast goes through."""
-        frequencies = {
-            name: buffer for name, buffer in self.llm.named_buffers() if "inv_freq" in name
-        }
-        # torch casts every buffer, these too: they are put back afterwards
+        LLM keep their precision: in half of it, they would turn far positions wrongly; so do the
+        weights that transformers keeps in 32 bits, as those that choose experts. A private name of
+        torch's, and the one method that every way to cast goes through."""
+        kept = names_in_float32(self.llm)
+        before = {}
+        for name, tensor in (*self.llm.named_parameters(), *self.llm.named_buffers()):
+            if "inv_freq" in name or name in kept:
+                before[name] = tensor.data
+        # torch casts all of them: they are put back afterwards
         super()._apply(fn, recurse)
-        for name, before in frequencies.items():
+        for name, tensor in before.items():
             path, _, attribute = name.rpartition(".")
             module: Any = self.llm.get_submodule(path)
-            after = module._buffers[attribute]
-            if after.dtype != before.dtype:
-                module._buffers[attribute] = before.to(after.device)
+            after = getattr(module, attribute)
+            if after.element_size() < tensor.element_size():
+                after.data = tensor.to(after.device)
         return self
 
     def train(self, mode: bool = True) -> MultimodalLM:

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from transformers.utils import is_bitsandbytes_available
 
 from owlfuse.core.packages import missing
-from owlfuse.model.layouts import decoder_layers, layers_past_their_forward
+from owlfuse.model.layouts import decoder_layers, layers_past_their_forward, names_in_float32
 
 # optional: a run is planned on the meta device without it
 if is_bitsandbytes_available():
@@ -28,6 +28,8 @@ log = logging.getLogger(__name__)
 BLOCK, NESTED_BLOCK = 64, 256
 """Numbers that share a scale, and scales that share a scale of their own with `use_double_quant`:
 bitsandbytes' defaults."""
+NARROW = 16
+"""Rows of so few numbers are not worth 4 bits: Gemma 3n has some of 4."""
 COMPUTE_DTYPES = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
@@ -143,7 +145,9 @@ def quantize(
         MissingPackage: bitsandbytes is not installed, and the LLM is not on the meta device.
     """
     # transformers leaves the head out, too, when it quantizes
-    excluded = {id(llm.get_output_embeddings())} | layers_past_their_forward(llm)
+    excluded = {id(llm.get_output_embeddings())} | layers_past_their_forward(llm, types_too=True)
+    for path in names_in_float32(llm, strict=False):
+        excluded.add(id(llm.get_submodule(path.rpartition(".")[0])))
     for owner in without:
         excluded.update(id(child) for child in owner.modules())
     # a list, since modules are replaced on the way
@@ -152,6 +156,10 @@ def quantize(
         if type(module) is not nn.Linear or id(module) in excluded:
             continue
         linear: nn.Linear = module
+        if linear.in_features <= NARROW:
+            # next to nothing: it keeps its type
+            excluded.add(id(linear))
+            continue
         check_rows(name, linear)
         if linear.weight.is_meta:
             llm.set_submodule(name, PlannedLinear(linear, quantization))

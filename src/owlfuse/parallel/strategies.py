@@ -21,6 +21,7 @@ from torch.optim import Optimizer
 
 from owlfuse.core.checkpoint_files import partial_path, remove_checkpoint
 from owlfuse.core.errors import DataError
+from owlfuse.model.layouts import names_in_float32
 from owlfuse.model.multimodal import MultimodalLM
 from owlfuse.parallel.checkpoints import (
     CheckpointWriter,
@@ -200,6 +201,13 @@ def check_strategy(trainer: Trainer, model: MultimodalLM, checkpoint: Path | Non
         )
     if isinstance(trainer.strategy, Sharded):
         model.check_split(trainer.strategy.sizes()[1])
+        kept = names_in_float32(model.llm)
+        if kept and trainer.precision in ("bf16-true", "16-true"):
+            raise ValueError(
+                f"trainer.precision: of {type(model.llm).__name__} transformers keeps {min(kept)} "
+                f"and {len(kept) - 1} more in 32 bits, and sharding takes one type of a layer; "
+                "take bf16-mixed"
+            )
     if checkpoint is not None and checkpoint.is_dir() and not isinstance(trainer.strategy, Sharded):
         raise ValueError(
             f"resume: {checkpoint} is sharded, and this trainer is not; change trainer.devices "

@@ -21,7 +21,21 @@ FLOAT16_EPS = 1e-3
 """Adam's least `eps` for weights in float16 alone (`16-true`): the mean square of a gradient below
 0.008 is 0 there, and an update divided by a smaller eps would be hundreds of times the learning
 rate."""
-NO_DECAY = ("queries", "end_token", "pos_embed", "slope", "gamma", *PREFIX_TOKENS)
+INPUTS = ("queries", "latents", "end_token", *PREFIX_TOKENS)
+POSITIONS = (
+    "pos_embed",
+    "position_embeddings",
+    "embed_positions",
+    "wpe",
+    "relative_position_bias_table",
+)
+SCALES = ("slope", "gamma", "logit_scale")
+NO_DECAY = (*INPUTS, *POSITIONS, *SCALES)
+"""Names of what is learned in place of an input, of tables of positions, and of factors that have
+several dimensions."""
+BEHIND_THE_LAYERS = ("end_token", "final_layer_norm")
+"""Names of what a module makes before its layers and reads behind them: an abstractor's last token,
+and the last norm of OPT."""
 
 
 @dataclass(eq=False)
@@ -118,6 +132,8 @@ class AdamWCosine:
             layer = index.get(id(parameter), outside)
             if layer >= 0:
                 outside = last
+            elif any(word in BEHIND_THE_LAYERS for word in name.split(".")):
+                layer = last
             if name in trained:
                 layers.setdefault(layer, {})[name] = parameter
         return [(f"{part.name}_{i}", decay ** (last - i), layers[i]) for i in sorted(layers)]
@@ -275,8 +291,7 @@ def apply_schedule(
 
 
 def has_decay(name: str, parameter: nn.Parameter) -> bool:
-    """Matrices and kernels have weight decay; vectors, and what is learned in place of an input,
-    have none."""
+    """Matrices and kernels have weight decay; vectors have none, nor what is in NO_DECAY."""
     return parameter.ndim > 1 and not any(part in NO_DECAY for part in name.split("."))
 
 

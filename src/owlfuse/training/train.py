@@ -105,7 +105,7 @@ def train(config: DictConfig, folder: Path, data_digest: str | None, at_exit: Ex
         data = build_data(config)
         if data.pack_to is not None:
             check_packing(plan.llm)
-        check_length(plan.llm, data.max_length, getattr(evaluation, "max_new_tokens", 0))
+        check_length(plan.llm, data.max_length)
         if past:
             data.go_on(past.step, past.positions)
         data.bind(plan.vision.preprocessing, plan.fusion.tokens_per_image)

@@ -55,6 +55,10 @@ class OwlfuseForConditionalGeneration(PreTrainedModel, GenerationMixin):
         self.model = model
         with no_init_weights():  # the parts have initialised themselves, or are trained
             self.post_init()
+        # private in transformers, which collects them of its own models alone: what is read in 32
+        # bits where the rest is in 16
+        strict = getattr(model.llm, "_keep_in_fp32_modules_strict", None) or ()
+        self._keep_in_fp32_modules_strict = {*strict}
 
     @classmethod
     def wrap(

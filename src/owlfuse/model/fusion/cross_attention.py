@@ -295,6 +295,8 @@ class CrossAttentionBlock(VisualReader):
             update = update * self.gate.tanh()
         if self.has_mlp:
             update = update + self.mlp_update(hidden_states + update)
+        # a gate in 32 bits beside an LLM in 16 has made more of them
+        update = update.to(hidden_states.dtype)
         return torch.where(images.sees_any, update, torch.zeros_like(update))
 
     def mlp_update(self, hidden_states: Tensor) -> Tensor:
