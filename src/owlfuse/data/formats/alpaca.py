@@ -61,7 +61,7 @@ class Alpaca(Source):
 
     def __getitem__(self, index: int) -> Sample:
         """See `Source`."""
-        samples = [self.read(record) for record in self.records_of(index)]
+        samples = [Source.__getitem__(self, record) for record in self.records_of(index)]
         first = samples[0]
         if len(samples) == 1:
             return first

@@ -92,10 +92,6 @@ class Source:
 
         Raises DataError, naming source and sample, where the record is not what it should be.
         """
-        return self.read(index)
-
-    def read(self, index: int) -> Sample:
-        """Return the record at `index` as a sample."""
         record = self.records[index]
         try:
             if not isinstance(record, dict):
