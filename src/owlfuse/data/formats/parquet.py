@@ -20,7 +20,7 @@ from pyarrow.parquet import ParquetFile
 from owlfuse.core.errors import DataError
 from owlfuse.core.files import MAX_RECORD, check_distinct, check_record, read_json
 from owlfuse.core.types import JsonObject, Note, Sample
-from owlfuse.data.formats.base import VideoSource
+from owlfuse.data.formats.base import ChatSource
 from owlfuse.data.formats.records import (
     CHATS,
     EXPECTED,
@@ -32,7 +32,6 @@ from owlfuse.data.formats.records import (
     TEXT,
     TOOLS,
     VIDEOS,
-    read_chat,
 )
 from owlfuse.data.formats.turn_keys import SYSTEM_KEYS
 
@@ -45,7 +44,7 @@ MAX_PICTURES = 2**29
 
 
 @dataclass(eq=False)
-class Parquet(VideoSource):
+class Parquet(ChatSource):
     """Rows of Parquet files, Arrow files, or a folder that `Dataset.save_to_disk` wrote.
 
     Parquet is written once as Arrow into a cache (the columns used alone), from which a row is
@@ -80,6 +79,8 @@ class Parquet(VideoSource):
     image_column: str | None = None
     id_column: str | None = None
     cache_dir: str | None = None
+
+    chat_key = "messages"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -222,7 +223,7 @@ class Parquet(VideoSource):
         for key in TOOLS:
             if key in record:
                 record[key] = without_nulls(record[key])
-        sample = read_chat(record, name, self.name, "messages")
+        sample = super().sample(record, name)
         for message in sample.messages:
             if "tool_calls" in message:
                 message["tool_calls"] = without_nulls(message["tool_calls"])
