@@ -66,11 +66,8 @@ class Captions(PictureSource):
     def sample(self, record: JsonObject, name: str) -> Sample:
         """See `Source`."""
         caption = field(record, self.caption_field, str, name)
-        if self.image_field not in record:
-            raise DataError(
-                f"sample {name} has no '{self.image_field}'; it has {', '.join(sorted(record))}"
-            )
-        image = picture_of(record[self.image_field], name, self.image_field)
+        picture = field(record, self.image_field, object, name)
+        image = picture_of(picture, name, self.image_field)
         # without the source's name, so that another name changes no instruction
         identity = name.removeprefix(f"{self.name}:")
         used = {"id", self.image_field, self.caption_field, *SYSTEM_KEYS}
