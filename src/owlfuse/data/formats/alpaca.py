@@ -114,7 +114,7 @@ class Alpaca(Source):
             part = {"type": "text", "text": unescaped(turn["content"])}
             messages.append({"role": turn["role"], "content": [part]})
         metadata = without_keys(record, USED_KEYS)
-        notes = check_unused(record, name, set(metadata))
+        notes = check_unused(metadata, name, record)
         tools = tools_of(record, name)
         has_history = not is_absent(record.get("history"))
         metadata = question_metadata(metadata, messages, name, has_history)

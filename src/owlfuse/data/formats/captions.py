@@ -75,7 +75,7 @@ class Captions(PictureSource):
         check_caption(metadata, name)
         unused = without_keys(metadata, IMAGES)
         # The picture is there for the check alone: a key such as `photo` is no second one.
-        notes = check_unused({**unused, "image": image}, name, set(unused))
+        notes = check_unused(unused, name, {"image": image})
         messages = caption_messages(1, caption, self.instructions or [], identity, name)
         messages = [*system_messages(record, name), *messages]
         metadata = question_metadata(metadata, messages, name)

@@ -134,7 +134,7 @@ def read_chat(
         # repeated.
         if key not in used and key not in NOT_METADATA:
             metadata[key] = value
-    notes = [*chat.notes, *check_unused(record, name, set(metadata))]
+    notes = [*chat.notes, *check_unused(metadata, name, record)]
     if answers:
         metadata["accepted"] = record.get("accepted") or answers
     if len(answers) > 1:
@@ -465,19 +465,22 @@ def system_messages(record: JsonObject, name: str) -> list[Message]:
     return messages
 
 
-def check_unused(record: JsonObject, name: str, keys: set[str]) -> list[Note]:
+def check_unused(unused: JsonObject, name: str, shown: JsonObject) -> list[Note]:
     """Return notes of a record's keys that are not used.
 
-    Raises DataError for those that would change what is learned.
+    Args:
+        shown: has the pictures and videos of the sample, if there are any, under IMAGES and VIDEOS.
+
+    Raises:
+        DataError: a key that would change what is learned.
     """
-    refused = {key: record[key] for key in keys & RECORD_REFUSED.keys()}
-    check_refused(refused, RECORD_REFUSED, name, "the record")
+    check_refused(unused, RECORD_REFUSED, name, "the record")
     notes = []
-    for key in sorted(keys - {*METADATA}):
-        value = record[key]
+    for key in sorted(unused.keys() - METADATA):
+        value = unused[key]
         if value is None or value == "" or value == [] or value == {}:
             continue
-        check_media_key(record, name, key)
+        check_media_key(value, name, key, shown)
         if key in WEIGHTS or key in NOT_LEARN_KEYS:
             check_weight(value, name, key)
         notes.append(Note("unused", f"a record's '{key}'"))
@@ -504,21 +507,21 @@ def check_weight(value: Any, name: str, key: str) -> None:
         )
 
 
-def check_media_key(record: JsonObject, name: str, key: str) -> None:
+def check_media_key(value: Any, name: str, key: str, shown: JsonObject) -> None:
     """Raise DataError for a key that holds a picture, a video or sound by its name, and is not
     read."""
     match = MEDIA_KEY.fullmatch(key.lower())
-    if not match or isinstance(record[key], int | float):
+    if not match or isinstance(value, int | float):
         return
     if match["kind"] in ("audio", "sound", "speech"):
         raise DataError(
-            f"sample {name}: the record has '{key}': {brief(record[key])}, sound, which no model "
-            "here hears"
+            f"sample {name}: the record has '{key}': {brief(value)}, sound, which no model here "
+            "hears"
         )
     keys = VIDEOS if match["kind"] in ("video", "clip") else IMAGES
     # Beside `image`, an `image_path` often names the same picture, but an `image_2` is another one.
-    if match["number"] or all(is_absent(record.get(read_key)) for read_key in keys):
+    if match["number"] or not present_keys(shown, keys):
         raise DataError(
-            f"sample {name}: the record has '{key}': {brief(record[key])}, which is not read; "
+            f"sample {name}: the record has '{key}': {brief(value)}, which is not read; "
             f"expected {' or '.join(keys)}, a file or a list of them"
         )

@@ -137,7 +137,7 @@ class WebDataset(VideoSource):
                     "none"
                 )
         visuals = {"image": images, "video": videos}
-        notes += check_unused({**metadata, **visuals}, name, set(metadata))
+        notes += check_unused(metadata, name, visuals)
         metadata = question_metadata(metadata, messages, name)
         return Sample(name, self.name, messages, images, metadata, videos, notes=notes)
 
