@@ -18,7 +18,7 @@ from owlfuse.data.formats.records import (
     question_metadata,
     system_turn,
 )
-from owlfuse.data.formats.turn_keys import SYSTEM_KEYS, brief, is_absent, tools_of
+from owlfuse.data.formats.turn_keys import SYSTEM_KEYS, brief, is_absent, present_keys, tools_of
 
 USED_KEYS = frozenset(
     {
@@ -124,10 +124,9 @@ class Alpaca(Source):
 def check_text_alone(record: JsonObject, name: str) -> None:
     """Raise DataError for a record with a picture, a chat or a context, which this format would
     leave out."""
-    for key in (*IMAGES, *VIDEOS, *CHATS, *QUESTION_REFUSED):
-        if not is_absent(record.get(key)):
-            raise DataError(
-                f"sample {name} has '{key}': {brief(record[key])}, and the format alpaca has "
-                "instruction, input and output alone; expected the format llava, sharegpt or "
-                "messages, or no such key"
-            )
+    for key in present_keys(record, (*IMAGES, *VIDEOS, *CHATS, *QUESTION_REFUSED)):
+        raise DataError(
+            f"sample {name} has '{key}': {brief(record[key])}, and the format alpaca has "
+            "instruction, input and output alone; expected the format llava, sharegpt or messages, "
+            "or no such key"
+        )

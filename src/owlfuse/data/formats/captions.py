@@ -18,7 +18,7 @@ from owlfuse.data.formats.records import (
     question_metadata,
     system_messages,
 )
-from owlfuse.data.formats.turn_keys import SYSTEM_KEYS, brief, is_absent
+from owlfuse.data.formats.turn_keys import SYSTEM_KEYS, brief, present_keys
 from owlfuse.data.formats.turns import caption_messages, picture_of
 from owlfuse.data.readers.text_table import TextTable
 
@@ -99,9 +99,8 @@ CHAT_KEYS = (
 def check_caption(metadata: JsonObject, name: str) -> None:
     """Raise DataError for a record with a question or another picture, which a caption would leave
     out."""
-    for key in CHAT_KEYS:
-        if not is_absent(metadata.get(key)):
-            raise DataError(
-                f"sample {name} has '{key}': {brief(metadata[key])}, which is no part of a "
-                "caption; expected the format llava or messages, or a file without it"
-            )
+    for key in present_keys(metadata, CHAT_KEYS):
+        raise DataError(
+            f"sample {name} has '{key}': {brief(metadata[key])}, which is no part of a caption; "
+            "expected the format llava or messages, or a file without it"
+        )

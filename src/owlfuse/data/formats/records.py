@@ -352,12 +352,11 @@ def question_turns(
 ) -> tuple[list[Any], set[str], list[str]]:
     """Return the turns of a record with a question and its answer, `history` before them; see
     `find_turns`."""
-    for key in QUESTION_REFUSED:
-        if not is_absent(record.get(key)):
-            raise DataError(
-                f"sample {name} has '{key}' beside '{question_key}': write it into the question, "
-                "it would be left out"
-            )
+    for key in present_keys(record, QUESTION_REFUSED):
+        raise DataError(
+            f"sample {name} has '{key}' beside '{question_key}': write it into the question, it "
+            "would be left out"
+        )
     question, answer = record[question_key], record[answer_key]
     used = {question_key, answer_key, "history"}
     answers: list[str] = []

@@ -107,23 +107,15 @@ def present_keys(node: JsonObject, keys: Iterable[str]) -> list[str]:
     return [key for key in keys if not is_absent(node.get(key))]
 
 
-def check_refused(
-    node: JsonObject,
-    refused: dict[str, str],
-    name: str,
-    owner: str,
-) -> None:
+def check_refused(node: JsonObject, refused: dict[str, str], name: str, owner: str) -> None:
     """Raise DataError for a key of a turn or a record that cannot be honored and changes what is
     learned.
 
     Args:
         owner: `a turn` or `the record`, for the message.
     """
-    for key in node.keys() & refused.keys():
-        if not is_absent(node[key]):
-            raise DataError(
-                f"sample {name}: {owner} has '{key}': {brief(node[key])}, {refused[key]}"
-            )
+    for key in present_keys(node, refused):
+        raise DataError(f"sample {name}: {owner} has '{key}': {brief(node[key])}, {refused[key]}")
 
 
 def single_value(

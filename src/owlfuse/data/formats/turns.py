@@ -347,9 +347,8 @@ def read_message(turn: Any, name: str, unused: set[str]) -> JsonObject:
         known_role = ROLES.get(role.lower()) if isinstance(role, str) else None
         if known_role and isinstance(content, str):
             return {"role": known_role, "content": content}
-    for key in turn.keys() - TURN_KEYS:
-        if not is_absent(turn[key]):
-            unused.add(f"a turn's '{key}'")
+    for key in present_keys(turn, turn.keys() - TURN_KEYS):
+        unused.add(f"a turn's '{key}'")
     role = turn["from"] if turn.get("from") is not None else turn.get("role")
     role = role.lower().replace("-", "_") if isinstance(role, str) else None
     _, content = single_value(turn, ("value", "content"), name, "a turn")
@@ -466,12 +465,11 @@ def picture_of(value: Any, name: str, key: str = "image") -> Media:
     """
     kind = "video" if key.startswith("video") else "image"
     if isinstance(value, dict):
-        for piece in value.keys() & {*PART_REFUSED}:
-            if not is_absent(value[piece]):
-                raise DataError(
-                    f"sample {name}: '{key}' is {brief(value)}; its '{piece}' chooses a piece, "
-                    "and it is shown whole"
-                )
+        for piece in present_keys(value, PART_REFUSED):
+            raise DataError(
+                f"sample {name}: '{key}' is {brief(value)}; its '{piece}' chooses a piece, and it "
+                "is shown whole"
+            )
         contents = (value.get("bytes"), value.get("url"), value.get("path"))
         value = next((content for content in contents if content is not None), value)
     if isinstance(value, bytes | bytearray | memoryview) and len(value):

@@ -23,7 +23,7 @@ from owlfuse.data.formats.records import (
     read_chat,
     system_messages,
 )
-from owlfuse.data.formats.turn_keys import SYSTEM_KEYS, is_absent, present_keys
+from owlfuse.data.formats.turn_keys import SYSTEM_KEYS, present_keys
 from owlfuse.data.formats.turns import caption_messages, pictures_of, videos_of
 from owlfuse.data.readers.tars import TarSamples
 
@@ -130,12 +130,10 @@ class WebDataset(VideoSource):
         messages = [*system_messages(fields, name), *messages]
         used = ("id", "caption", *SYSTEM_KEYS, *IMAGES, *VIDEOS)
         metadata = without_keys(fields, used)
-        for key in ("question", "prompt", "query", *TOOLS):
-            if not is_absent(metadata.get(key)):
-                raise DataError(
-                    f"sample {name}: its .json has '{key}' and no answer, and a caption answers "
-                    "none"
-                )
+        for key in present_keys(metadata, ("question", "prompt", "query", *TOOLS)):
+            raise DataError(
+                f"sample {name}: its .json has '{key}' and no answer, and a caption answers none"
+            )
         visuals = {"image": images, "video": videos}
         notes += check_unused(metadata, name, visuals)
         metadata = question_metadata(metadata, messages, name)
