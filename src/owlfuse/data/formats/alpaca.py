@@ -10,30 +10,17 @@ from owlfuse.data.formats.marks import unescaped
 from owlfuse.data.formats.records import (
     CHATS,
     IMAGES,
+    NOT_METADATA,
     QUESTION_REFUSED,
-    TOOLS,
     VIDEOS,
     check_unused,
     history_turns,
     question_metadata,
     system_turn,
 )
-from owlfuse.data.formats.turn_keys import SYSTEM_KEYS, brief, is_absent, present_keys, tools_of
+from owlfuse.data.formats.turn_keys import brief, is_absent, present_keys, tools_of
 
-USED_KEYS = frozenset(
-    {
-        "id",
-        "instruction",
-        "input",
-        "output",
-        "history",
-        *SYSTEM_KEYS,
-        *TOOLS,
-        *IMAGES,
-        *VIDEOS,
-        *CHATS,
-    }
-)
+USED_KEYS = frozenset({*NOT_METADATA, *CHATS, "instruction", "input", "output", "history"})
 
 
 @dataclass(eq=False)

@@ -9,11 +9,11 @@ from collections import Counter
 from typing import Any
 
 from owlfuse.core.errors import DataError
-from owlfuse.core.types import JsonObject, Media, Message, Note, Sample
+from owlfuse.core.types import JsonObject, Media, Message, Note, Sample, without_keys
 from owlfuse.data.formats.turn_keys import (
     LEARN_KEYS,
     NOT_LEARN_KEYS,
-    REFUSED_KEYS,
+    REFUSED,
     SYSTEM_KEYS,
     brief,
     check_refused,
@@ -39,7 +39,7 @@ QUESTIONS = (
     ("question", "response"),
 )
 
-QUESTION_KEYS = tuple(dict.fromkeys(key for pair in QUESTIONS for key in pair))
+QUESTION_KEYS = frozenset(key for pair in QUESTIONS for key in pair)
 
 IMAGES = ("image", "images")
 VIDEOS = ("video", "videos")
@@ -47,21 +47,21 @@ TOOLS = ("tools", "functions")
 # Keys by which a validation source's questions are grouped and judged (see `evaluation`).
 METADATA = ("kind", "kinds", "accepted")
 
+# Keys that are shown or rendered, and so not repeated as metadata, which go into results.
+NOT_METADATA = frozenset(("id", *SYSTEM_KEYS, *IMAGES, *VIDEOS, *TOOLS))
+
 # Keys that would weight a whole record. Every record counts the same, so another value than 1 or
 # true is refused.
 WEIGHTS = ("sample_weight", "label", *LEARN_KEYS)
 # Keys of a record that would change what is learned if they were left out, and what they are.
 RECORD_REFUSED = {
+    **REFUSED,
     "instruction": "a text beside the chat; write it as 'system', or into the question",
     "instructions": "a text beside the chat; write it as 'system', or into the question",
     "chat_template_kwargs": "options of a chat template; they are one for all samples",
     "rejected_response": "an answer that is not to be given; preference pairs are not read",
     "rejected_messages": "an answer that is not to be given; preference pairs are not read",
     "kto_tag": "a judgement of the answer; preference data are not read",
-    **{
-        key: REFUSED_KEYS[key]
-        for key in ("mask", "audio", "audios", "documents", "attachments", "rejected", "chosen")
-    },
 }
 
 # Words that ms-swift replaces by what a record has under `objects`.
@@ -76,10 +76,7 @@ READ_KEYS = frozenset(
     {
         *CHATS,
         *QUESTION_KEYS,
-        *SYSTEM_KEYS,
-        *IMAGES,
-        *VIDEOS,
-        *TOOLS,
+        *NOT_METADATA,
         *METADATA,
         *WEIGHTS,
         *NOT_LEARN_KEYS,
@@ -87,7 +84,6 @@ READ_KEYS = frozenset(
         *QUESTION_REFUSED,
         OBJECTS,
         "history",
-        "id",
     }
 )
 
@@ -128,12 +124,7 @@ def read_chat(
     chat = read_turns(turns, images, name, videos)
     check_objects(record, chat.messages, name)
 
-    metadata = {}
-    for key, value in record.items():
-        # Metadata go into results and may be large; keys that are shown or rendered are not
-        # repeated.
-        if key not in used and key not in NOT_METADATA:
-            metadata[key] = value
+    metadata = without_keys(record, NOT_METADATA | used)
     notes = [*chat.notes, *check_unused(metadata, name, record)]
     if answers:
         metadata["accepted"] = record.get("accepted") or answers
@@ -223,9 +214,6 @@ def kind_text(kind: Any, name: str, key: str) -> str:
     if not isinstance(kind, str | int):
         raise DataError(f"sample {name}: '{key}' has {brief(kind)}, expected a text")
     return str(kind)
-
-
-NOT_METADATA = frozenset(("id", *SYSTEM_KEYS, *IMAGES, *VIDEOS, *TOOLS))
 
 
 def has_chat(record: JsonObject) -> bool:

@@ -69,12 +69,23 @@ NOT_LEARN_KEYS = (
 THOUGHT_KEYS = ("reasoning_content", "reasoning", "thinking")
 SYSTEM_KEYS = ("system", "system_prompt", "system_message")
 
-# Keys of a turn that would change what is learned if they were left out, and what they are.
-REFUSED_KEYS = {
+# Keys of a turn or a record that would change what is learned if they were left out, and what they
+# are.
+REFUSED = {
     "mask": (
         "which some read as 'not learned from' and others as 'learned from'; write loss: true "
         "or false"
     ),
+    "audio": "sound, which no model here hears",
+    "audios": "sound, which no model here hears",
+    "documents": "documents, which no chat template here is given; write them into the text",
+    "attachments": "attachments, which are not read; write them into the text",
+    "rejected": "an answer that is not to be given; preference pairs are not read",
+    "chosen": "one of a preference pair; preference pairs are not read",
+}
+# Those of a turn.
+REFUSED_KEYS = {
+    **REFUSED,
     "prefix": (
         "the beginning of an answer to go on with, which is no answer to learn; leave the turn out"
     ),
@@ -85,12 +96,6 @@ REFUSED_KEYS = {
         "which parts of an answer are learned from; an answer is learned from whole or not at all"
     ),
     "refusal": "a refusal beside the content; write it as the content",
-    "audio": "sound, which no model here hears",
-    "audios": "sound, which no model here hears",
-    "documents": "documents, which no chat template here is given; write them into the text",
-    "attachments": "attachments, which are not read; write them into the text",
-    "rejected": "an answer that is not to be given; preference pairs are not read",
-    "chosen": "one of a preference pair; preference pairs are not read",
 }
 
 
