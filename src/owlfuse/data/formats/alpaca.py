@@ -9,16 +9,21 @@ from owlfuse.data.formats.base import Source, field
 from owlfuse.data.formats.marks import unescaped
 from owlfuse.data.formats.records import (
     CHATS,
-    IMAGES,
     NOT_METADATA,
     QUESTION_REFUSED,
-    VIDEOS,
     check_unused,
     history_turns,
     question_metadata,
     system_turn,
 )
-from owlfuse.data.formats.turn_keys import brief, is_absent, present_keys, tools_of
+from owlfuse.data.formats.turn_keys import (
+    IMAGES,
+    VIDEOS,
+    brief,
+    is_absent,
+    present_keys,
+    tools_of,
+)
 
 USED_KEYS = frozenset({*NOT_METADATA, *CHATS, "instruction", "input", "output", "history"})
 

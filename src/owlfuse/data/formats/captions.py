@@ -11,14 +11,12 @@ from owlfuse.core.types import JsonObject, Sample, without_keys
 from owlfuse.data.formats.base import PictureSource, field
 from owlfuse.data.formats.records import (
     CHATS,
-    IMAGES,
     TOOLS,
-    VIDEOS,
     check_unused,
     question_metadata,
     system_messages,
 )
-from owlfuse.data.formats.turn_keys import SYSTEM_KEYS, brief, present_keys
+from owlfuse.data.formats.turn_keys import IMAGES, SYSTEM_KEYS, VIDEOS, brief, present_keys
 from owlfuse.data.formats.turns import caption_messages, picture_of
 from owlfuse.data.readers.text_table import TextTable
 

@@ -24,16 +24,14 @@ from owlfuse.data.formats.base import ChatSource
 from owlfuse.data.formats.records import (
     CHATS,
     EXPECTED,
-    IMAGES,
     MEDIA_KEY,
     QUESTION_KEYS,
     QUESTIONS,
     READ_KEYS,
     TEXT,
     TOOLS,
-    VIDEOS,
 )
-from owlfuse.data.formats.turn_keys import SYSTEM_KEYS
+from owlfuse.data.formats.turn_keys import IMAGES, SYSTEM_KEYS, VIDEOS
 
 IDS_AT_ONCE = 4096
 # Rows in a batch of the Arrow copy. Opening touches each batch's header and the pages around it:

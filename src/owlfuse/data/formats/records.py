@@ -11,10 +11,12 @@ from typing import Any
 from owlfuse.core.errors import DataError
 from owlfuse.core.types import JsonObject, Media, Message, Note, Sample, without_keys
 from owlfuse.data.formats.turn_keys import (
+    IMAGES,
     LEARN_KEYS,
     NOT_LEARN_KEYS,
     REFUSED,
     SYSTEM_KEYS,
+    VIDEOS,
     brief,
     check_refused,
     from_json,
@@ -23,7 +25,7 @@ from owlfuse.data.formats.turn_keys import (
     single_value,
     tools_of,
 )
-from owlfuse.data.formats.turns import EXPECTED_TURN, pictures_of, read_turns, videos_of
+from owlfuse.data.formats.turns import EXPECTED_TURN, files_of, read_turns
 
 # Keys of a record's turns: a list, its JSON text, or a dict of lists of the same length.
 CHATS = ("messages", "conversations", "conversation", "texts")
@@ -41,8 +43,6 @@ QUESTIONS = (
 
 QUESTION_KEYS = frozenset(key for pair in QUESTIONS for key in pair)
 
-IMAGES = ("image", "images")
-VIDEOS = ("video", "videos")
 TOOLS = ("tools", "functions")
 # Keys by which a validation source's questions are grouped and judged (see `evaluation`).
 METADATA = ("kind", "kinds", "accepted")
@@ -118,9 +118,9 @@ def read_chat(
     turns = [*system_turn(record, name, turns), *turns]
     # A tar's members are given by the caller, and its record names none of them.
     if images is None:
-        images = pictures_of(record, name)
+        images = files_of(record, IMAGES, name)
     if videos is None:
-        videos = videos_of(record, name)
+        videos = files_of(record, VIDEOS, name)
     chat = read_turns(turns, images, name, videos)
     check_objects(record, chat.messages, name)
 

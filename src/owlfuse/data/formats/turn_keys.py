@@ -66,6 +66,10 @@ NOT_LEARN_KEYS = (
     "excluded",
 )
 
+# Keys of the pictures and the videos of a turn or a record.
+IMAGES = ("image", "images")
+VIDEOS = ("video", "videos")
+
 THOUGHT_KEYS = ("reasoning_content", "reasoning", "thinking")
 SYSTEM_KEYS = ("system", "system_prompt", "system_message")
 

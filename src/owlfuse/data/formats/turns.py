@@ -17,12 +17,14 @@ from owlfuse.core.types import JsonObject, Media, Message, Note, Part
 from owlfuse.data.formats.marks import on_new_line, settle_marks, split_marks, unescaped
 from owlfuse.data.formats.turn_keys import (
     CALL_ROLES,
+    IMAGES,
     LEARN_KEYS,
     NOT_LEARN_KEYS,
     REFUSED_KEYS,
     ROLES,
     SYSTEM_KEYS,
     THOUGHT_KEYS,
+    VIDEOS,
     brief,
     extras_of,
     is_absent,
@@ -63,14 +65,12 @@ TURN_KEYS = frozenset(
         "role",
         "value",
         "content",
-        "image",
-        "images",
-        "video",
-        "videos",
         "tool_calls",
         "function_call",
         "tool_call_id",
         "name",
+        *IMAGES,
+        *VIDEOS,
         *LEARN_KEYS,
         *NOT_LEARN_KEYS,
         *THOUGHT_KEYS,
@@ -223,7 +223,7 @@ def question_and_answer(turn: JsonObject, name: str) -> list[JsonObject]:
                 f"sample {name}: a turn has '{pair[0]}', '{pair[1]}' and '{key}', expected a "
                 "question and an answer"
             )
-        is_visual = key in ("image", "images", "video", "videos")
+        is_visual = key in (*IMAGES, *VIDEOS)
         # Pictures belong to the question; weights, thoughts and tool calls to the answer.
         (question if is_visual else answer)[key] = turn[key]
     return [question, answer]
@@ -273,7 +273,8 @@ def show_turn_pictures(turn: JsonObject, message: Message, name: str) -> None:
 
     Raises DataError.
     """
-    for kind, pictures in (("image", pictures_of(turn, name)), ("video", videos_of(turn, name))):
+    for kind, keys in (("image", IMAGES), ("video", VIDEOS)):
+        pictures = files_of(turn, keys, name)
         if not pictures:
             continue
         parts = [part for part in message["content"] if part["type"] == kind]
@@ -425,27 +426,13 @@ def video_part(part: Part, name: str) -> JsonObject:
     return {"type": "video", "picture": picture_of(value, name, "video")}
 
 
-def videos_of(record: JsonObject, name: str) -> list[Media]:
-    """Return the videos in a record's or a turn's `video` or `videos`, read as `pictures_of` reads
-    pictures.
-
-    Raises DataError.
-    """
-    return files_of(record, ("video", "videos"), name)
-
-
-def pictures_of(record: JsonObject, name: str) -> list[Media]:
-    """Return the pictures in a record's or a turn's `image` or `images`: one or a list of paths,
-    data: URIs, bytes or `{"bytes", "path"}`.
+def files_of(record: JsonObject, keys: tuple[str, str], name: str) -> list[Media]:
+    """Return the pictures or videos of a record or a turn, which are under one of the two `keys`
+    (IMAGES or VIDEOS): one or a list of paths, data: URIs, bytes or `{"bytes", "path"}`.
 
     Raises:
         DataError: something else, or both fields.
     """
-    return files_of(record, ("image", "images"), name)
-
-
-def files_of(record: JsonObject, keys: tuple[str, str], name: str) -> list[Media]:
-    """Return the pictures or videos under one of two keys. Raises DataError."""
     present = present_keys(record, keys)
     if not present:
         return []

@@ -14,17 +14,15 @@ from owlfuse.core.files import decoded, parse_json
 from owlfuse.core.types import JsonObject, Media, Note, Sample, without_keys
 from owlfuse.data.formats.base import VideoSource
 from owlfuse.data.formats.records import (
-    IMAGES,
     TOOLS,
-    VIDEOS,
     check_unused,
     has_chat,
     question_metadata,
     read_chat,
     system_messages,
 )
-from owlfuse.data.formats.turn_keys import SYSTEM_KEYS, present_keys
-from owlfuse.data.formats.turns import caption_messages, pictures_of, videos_of
+from owlfuse.data.formats.turn_keys import IMAGES, SYSTEM_KEYS, VIDEOS, present_keys
+from owlfuse.data.formats.turns import caption_messages, files_of
 from owlfuse.data.readers.tars import TarSamples
 
 PICTURES = ("jpg", "jpeg", "png", "webp", "bmp", "tif", "tiff", "avif", "jp2", "ppm", "pgm")
@@ -186,16 +184,17 @@ class Members:
         root. Raises DataError where members and names are not as many.
         """
         notes = [Note("unused", f"a member .{key}") for key in self.others]
-        images: list[Media] = [self.record[key] for key in self.pictures]
-        videos: list[Media] = [self.record[key] for key in self.clips]
-        if not images:
-            images = pictures_of(fields, name)
-        else:
-            notes += check_names(fields, "picture", IMAGES, self.pictures, name)
-        if not videos:
-            videos = videos_of(fields, name)
-        else:
-            notes += check_names(fields, "video", VIDEOS, self.clips, name)
+        files: list[list[Media]] = []
+        for kind, keys, members in (
+            ("picture", IMAGES, self.pictures),
+            ("video", VIDEOS, self.clips),
+        ):
+            if members:
+                notes += check_names(fields, kind, keys, members, name)
+                files.append([self.record[key] for key in members])
+            else:
+                files.append(files_of(fields, keys, name))
+        images, videos = files
         return images, videos, notes
 
     def check_numbered(self, name: str) -> None:
