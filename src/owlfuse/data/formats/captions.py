@@ -12,12 +12,12 @@ from owlfuse.data.formats.base import PictureSource, field
 from owlfuse.data.formats.records import (
     CHATS,
     TOOLS,
+    caption_messages,
     check_unused,
     question_metadata,
-    system_messages,
 )
 from owlfuse.data.formats.turn_keys import IMAGES, SYSTEM_KEYS, VIDEOS, brief, present_keys
-from owlfuse.data.formats.turns import caption_messages, picture_of
+from owlfuse.data.formats.turns import picture_of
 from owlfuse.data.readers.text_table import TextTable
 
 
@@ -74,8 +74,7 @@ class Captions(PictureSource):
         unused = without_keys(metadata, IMAGES)
         # The picture is there for the check alone: a key such as `photo` is no second one.
         notes = check_unused(unused, name, {"image": image})
-        messages = caption_messages(1, caption, self.instructions or [], identity, name)
-        messages = [*system_messages(record, name), *messages]
+        messages = caption_messages(record, name, caption, self.instructions, identity, 1)
         metadata = question_metadata(metadata, messages, name)
         return Sample(name, self.name, messages, [image], metadata, notes=notes)
 

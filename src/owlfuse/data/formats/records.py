@@ -3,13 +3,16 @@ and pictures under."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 from owlfuse.core.errors import DataError
-from owlfuse.core.types import JsonObject, Media, Message, Note, Sample, without_keys
+from owlfuse.core.types import JsonObject, Media, Message, Note, Part, Sample, without_keys
+from owlfuse.data.formats.marks import unescaped
 from owlfuse.data.formats.turn_keys import (
     IMAGES,
     LEARN_KEYS,
@@ -442,13 +445,39 @@ def system_turn(record: JsonObject, name: str, turns: list[Any]) -> list[Any]:
     return [{"role": "system", "content": text}]
 
 
-def system_messages(record: JsonObject, name: str) -> list[Message]:
-    """Return the system text of a record without turns as a message, or nothing. Raises
-    DataError."""
-    messages = []
+def caption_messages(
+    record: JsonObject,
+    name: str,
+    caption: Any,
+    instructions: Sequence[str] | None,
+    identity: str,
+    images: int,
+    videos: int = 0,
+) -> list[Message]:
+    """Return a chat that asks for a caption: the record's system text, the images, the videos, one
+    of the `instructions` (none: nothing more), and the caption. Which instruction is a hash of
+    `identity`, so that it is the same in every run and whatever the other samples are.
+
+    Raises:
+        DataError: a caption or a system text that is no text.
+    """
+    if not isinstance(caption, str):
+        raise DataError(f"sample {name}: the caption is {brief(caption)}, expected a text")
+    messages: list[Message] = []
     for turn in system_turn(record, name, []):
         part = {"type": "text", "text": turn["content"]}
         messages.append({"role": "system", "content": [part]})
+    question: list[Part] = [{"type": "image"} for _ in range(images)]
+    question += [{"type": "video"} for _ in range(videos)]
+    if instructions:
+        # Python's hash() differs between processes.
+        digest = hashlib.sha256(identity.encode("utf-8", "surrogatepass")).digest()
+        number = int.from_bytes(digest[:8], "little")
+        text = f"\n{instructions[number % len(instructions)]}"
+        question.append({"type": "text", "text": text})
+    messages.append({"role": "user", "content": question})
+    answer = [{"type": "text", "text": unescaped(caption)}]
+    messages.append({"role": "assistant", "content": answer})
     return messages
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import base64
 import binascii
-import hashlib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -492,32 +491,3 @@ def data_uri(uri: str, name: str, kind: str) -> bytes:
     if not comma or not content:
         raise DataError(f"sample {name}: the {kind}'s data: URI {uri[:40]} holds no data")
     return content
-
-
-def caption_messages(
-    images: int,
-    caption: Any,
-    instructions: Sequence[str],
-    identity: str,
-    name: str,
-    videos: int = 0,
-) -> list[JsonObject]:
-    """Return a chat that asks for a caption: the images, the videos, one of the `instructions`
-    (none: nothing more), and the caption. Which instruction is a hash of `identity`, so that it is
-    the same in every run and whatever the other samples are.
-
-    Raises:
-        DataError: a caption that is no text.
-    """
-    if not isinstance(caption, str):
-        raise DataError(f"sample {name}: the caption is {brief(caption)}, expected a text")
-    question: list[Message] = [{"type": "image"} for _ in range(images)]
-    question += [{"type": "video"} for _ in range(videos)]
-    if instructions:
-        # Python's hash() differs between processes.
-        digest = hashlib.sha256(identity.encode("utf-8", "surrogatepass")).digest()
-        number = int.from_bytes(digest[:8], "little")
-        text = f"\n{instructions[number % len(instructions)]}"
-        question.append({"type": "text", "text": text})
-    answer = [{"type": "text", "text": unescaped(caption)}]
-    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
