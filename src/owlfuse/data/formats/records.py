@@ -124,27 +124,20 @@ def read_chat(
         images = files_of(record, IMAGES, name)
     if videos is None:
         videos = files_of(record, VIDEOS, name)
-    chat = read_turns(turns, images, name, videos)
-    check_objects(record, chat.messages, name)
+    messages, images, videos, notes = read_turns(turns, images, videos, name)
+    check_objects(record, messages, name)
 
     metadata = without_keys(record, NOT_METADATA | used)
-    notes = [*chat.notes, *check_unused(metadata, name, record)]
+    notes += check_unused(metadata, name, record)
     if answers:
         metadata["accepted"] = record.get("accepted") or answers
     if len(answers) > 1:
         text = "of several answers the most frequent is learned, and all are right in evaluation"
         notes.append(Note("assumed", text))
     has_history = not is_absent(record.get("history"))
-    return Sample(
-        name,
-        source,
-        chat.messages,
-        chat.images,
-        question_metadata(metadata, chat.messages, name, has_history),
-        chat.videos,
-        tools_of(record, name),
-        notes,
-    )
+    metadata = question_metadata(metadata, messages, name, has_history)
+    tools = tools_of(record, name)
+    return Sample(name, source, messages, images, metadata, videos, tools, notes)
 
 
 def check_objects(record: JsonObject, messages: list[Message], name: str) -> None:

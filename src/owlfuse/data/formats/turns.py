@@ -7,7 +7,6 @@ import base64
 import binascii
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 from urllib.parse import unquote_to_bytes
 
@@ -99,24 +98,14 @@ PART_REFUSED = (
 )
 
 
-@dataclass
-class Chat:
-    """Messages of a `Sample`, its pictures and videos, and notes of what was not used."""
-
-    messages: list[Message]
-    images: list[Media]
-    videos: list[Media]
-    notes: list[Note]
-
-
 def read_turns(
     turns: Sequence[Any],
     pictures: list[Media],
+    videos: list[Media],
     name: str,
-    videos: Sequence[Media] = (),
-) -> Chat:
-    """Return turns as messages of a `Sample`, with the pictures in the order of their image parts,
-    and the videos likewise.
+) -> tuple[list[Message], list[Media], list[Media], list[Note]]:
+    """Return turns as messages of a `Sample`, the pictures in the order of their image parts, the
+    videos likewise, and notes of what was not used or was assumed.
 
     A turn has a role (`from` or `role`, see ROLES) and a content (`value` or `content`), or is a
     question with its answer (see PAIRS). A content is a text with `<image>` and `<video>` marks
@@ -163,12 +152,8 @@ def read_turns(
                 shown[part["type"]].append(part.pop("picture", None))
     notes = [Note("unused", key) for key in sorted(unused)]
     notes += [Note("assumed", text) for text in assumed]
-    return Chat(
-        messages,
-        resolve(shown["image"], pictures, name, "image"),
-        resolve(shown["video"], list(videos), name, "video"),
-        notes,
-    )
+    images = resolve(shown["image"], pictures, name, "image")
+    return messages, images, resolve(shown["video"], videos, name, "video"), notes
 
 
 def with_turn(error: DataError, number: int) -> DataError:
