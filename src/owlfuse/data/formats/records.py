@@ -174,7 +174,18 @@ def question_metadata(
             checked[key] = value
     questions = sum(message["role"] == "user" for message in messages)
     if "accepted" in checked:
-        check_accepted(checked["accepted"], questions, name, has_history)
+        accepted = checked["accepted"]
+        is_list = isinstance(accepted, list) and bool(accepted)
+        # An empty text stands in every answer.
+        if not is_list or not all(isinstance(text, str) and text.strip() for text in accepted):
+            raise DataError(
+                f"sample {name}: accepted is {brief(accepted)}, expected a list of texts that are "
+                "not empty"
+            )
+        if questions > 1 and not has_history:
+            raise DataError(
+                f"sample {name} has accepted answers and {questions} questions, expected one"
+            )
     if "kind" in checked:
         checked["kind"] = kind_text(checked["kind"], name, "kind")
     if "kinds" in checked:
@@ -186,21 +197,6 @@ def question_metadata(
             )
         checked["kinds"] = [kind_text(kind, name, "kinds") for kind in kinds]
     return checked
-
-
-def check_accepted(accepted: Any, questions: int, name: str, has_history: bool) -> None:
-    """Raise DataError unless `accepted` is a list of texts that are not blank, for one question."""
-    is_list = isinstance(accepted, list) and bool(accepted)
-    # An empty text stands in every answer.
-    if not is_list or not all(isinstance(text, str) and text.strip() for text in accepted):
-        raise DataError(
-            f"sample {name}: accepted is {brief(accepted)}, expected a list of texts that are not "
-            "empty"
-        )
-    if questions > 1 and not has_history:
-        raise DataError(
-            f"sample {name} has accepted answers and {questions} questions, expected one"
-        )
 
 
 def kind_text(kind: Any, name: str, key: str) -> str:
@@ -352,7 +348,8 @@ def question_turns(
         texts = answers_of(answer, name, answer_key)
         if not texts:
             raise DataError(f"sample {name}: '{answer_key}' holds no answer")
-        answer = most_frequent(texts)
+        # Counter keeps the order of first occurrence: of equally frequent answers, the first.
+        answer = Counter(texts).most_common(1)[0][0]
         answers = [*texts, *answers]
     if not isinstance(question, str | list) or not isinstance(answer, str | list):
         raise DataError(
@@ -367,15 +364,14 @@ def question_turns(
     if isinstance(answer, str):
         answer = [{"role": "assistant", "content": answer}]
     # trl learns from the completion alone, and from nothing that the assistant says in the prompt.
-    question = [not_learned(turn) if isinstance(turn, dict) else turn for turn in question]
-    turns = [*history_turns(record.get("history"), name), *question, *answer]
-    return turns, used, answers
-
-
-def not_learned(turn: JsonObject) -> JsonObject:
-    """Return a turn of a prompt, of which nothing is learned."""
-    role = turn.get("role") if turn.get("role") is not None else turn.get("from")
-    return {**turn, "loss": False} if role in ("assistant", "gpt") else turn
+    turns = history_turns(record.get("history"), name)
+    for turn in question:
+        if isinstance(turn, dict):
+            role = turn.get("role") if turn.get("role") is not None else turn.get("from")
+            if role in ("assistant", "gpt"):
+                turn = {**turn, "loss": False}
+        turns.append(turn)
+    return [*turns, *answer], used, answers
 
 
 def history_turns(history: Any, name: str) -> list[Any]:
@@ -398,27 +394,19 @@ def history_turns(history: Any, name: str) -> list[Any]:
 
 
 def answers_of(value: Any, name: str, key: str) -> list[str]:
-    """Return the answers of annotators, one or a list of them, without blank ones. Raises
-    DataError."""
+    """Return the answers of annotators, one or a list of them, texts or VQAv2's `{"answer"}`,
+    without blank ones. Raises DataError."""
     entries = [value] if isinstance(value, str) else value
     if not isinstance(entries, list):
         raise DataError(f"sample {name}: '{key}' is {brief(value)}, expected a list of texts")
-    texts = [text_of(entry, name, key) for entry in entries]
-    return [text for text in texts if text.strip()]
-
-
-def most_frequent(texts: list[str]) -> str:
-    """Return the text that most gave, of equal ones the first."""
-    # Counter keeps the order of first occurrence, so that equal counts do not depend on hashes.
-    return Counter(texts).most_common(1)[0][0]
-
-
-def text_of(answer: Any, name: str, key: str) -> str:
-    """Return an answer of a list, a text or VQAv2's `{"answer"}`. Raises DataError."""
-    text = answer.get("answer") if isinstance(answer, dict) else answer
-    if not isinstance(text, str):
-        raise DataError(f"sample {name}: '{key}' has {brief(answer)}, expected texts")
-    return text
+    texts = []
+    for entry in entries:
+        text = entry.get("answer") if isinstance(entry, dict) else entry
+        if not isinstance(text, str):
+            raise DataError(f"sample {name}: '{key}' has {brief(entry)}, expected texts")
+        if text.strip():
+            texts.append(text)
+    return texts
 
 
 def system_turn(record: JsonObject, name: str, turns: list[Any]) -> list[Any]:
