@@ -284,6 +284,7 @@ class Rows(Sequence[JsonObject]):
     """The rows of a `datasets.Dataset`, as they are stored: pictures stay bytes.
 
     Args:
+        dataset: has the columns that are read, and no others.
         columns: the column of each key of a record.
         unread: notes of the columns that are not read.
         files: that the rows come from, in order.
@@ -301,7 +302,7 @@ class Rows(Sequence[JsonObject]):
         self.unread = unread
         self.files = files
         self.ends = list(accumulate(counts))
-        self.table = dataset.select_columns(distinct_columns(columns)).with_format("arrow")
+        self.table = dataset.with_format("arrow")
         self.columns = columns
 
     def __len__(self) -> int:
