@@ -46,10 +46,8 @@ class Lines(Sequence[bytes]):
             self.descriptor = os.open(file, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
             self.size = os.fstat(self.descriptor).st_size
             starts, doubtful = line_starts(self.descriptor, quoted)
-        except FileNotFoundError:
-            raise DataError(f"{file}: no such file") from None
         except OSError as error:
-            raise DataError(f"{file}: {error.strerror}") from error
+            raise DataError(f"{file}: {reason_of(error)}") from error
         blank = []
         for number in doubtful:
             end = starts[number + 1] if number + 1 < len(starts) else self.size
@@ -228,7 +226,9 @@ def starts_with_line(head: bytes) -> bool:
 
 def reason_of(error: OSError) -> str:
     """Return why a file cannot be read."""
-    return "no such file" if isinstance(error, FileNotFoundError) else str(error.strerror)
+    if isinstance(error, FileNotFoundError):
+        return "no such file"
+    return error.strerror or str(error)
 
 
 def read_json_records(
