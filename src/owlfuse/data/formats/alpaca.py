@@ -26,6 +26,8 @@ from owlfuse.data.formats.turn_keys import (
 )
 
 USED_KEYS = frozenset({*NOT_METADATA, *CHATS, "instruction", "input", "output", "history"})
+# Keys of a picture, a chat or a context, which this format would leave out.
+OTHER_FORMATS = (*IMAGES, *VIDEOS, *CHATS, *QUESTION_REFUSED)
 
 
 @dataclass(eq=False)
@@ -88,7 +90,12 @@ class Alpaca(Source):
     def sample(self, record: JsonObject, name: str) -> Sample:
         """See `Source`."""
         # First, so that a record of another format is told as such.
-        check_text_alone(record, name)
+        for key in present_keys(record, OTHER_FORMATS):
+            raise DataError(
+                f"sample {name} has '{key}': {brief(record[key])}, and the format alpaca has "
+                "instruction, input and output alone; expected the format llava, sharegpt or "
+                "messages, or no such key"
+            )
         question = field(record, "instruction", str, name)
         extra = record.get("input")
         if not is_absent(extra):
@@ -111,14 +118,3 @@ class Alpaca(Source):
         has_history = not is_absent(record.get("history"))
         metadata = question_metadata(metadata, messages, name, has_history)
         return Sample(name, self.name, messages, [], metadata, tools=tools, notes=notes)
-
-
-def check_text_alone(record: JsonObject, name: str) -> None:
-    """Raise DataError for a record with a picture, a chat or a context, which this format would
-    leave out."""
-    for key in present_keys(record, (*IMAGES, *VIDEOS, *CHATS, *QUESTION_REFUSED)):
-        raise DataError(
-            f"sample {name} has '{key}': {brief(record[key])}, and the format alpaca has "
-            "instruction, input and output alone; expected the format llava, sharegpt or messages, "
-            "or no such key"
-        )

@@ -70,7 +70,11 @@ class Captions(PictureSource):
         identity = name.removeprefix(f"{self.name}:")
         used = {"id", self.image_field, self.caption_field, *SYSTEM_KEYS}
         metadata = without_keys(record, used)
-        check_caption(metadata, name)
+        for key in present_keys(metadata, CHAT_KEYS):
+            raise DataError(
+                f"sample {name} has '{key}': {brief(metadata[key])}, which is no part of a "
+                "caption; expected the format llava or messages, or a file without it"
+            )
         unused = without_keys(metadata, IMAGES)
         # The picture is there for the check alone: a key such as `photo` is no second one.
         notes = check_unused(unused, name, {"image": image})
@@ -79,7 +83,7 @@ class Captions(PictureSource):
         return Sample(name, self.name, messages, [image], metadata, notes=notes)
 
 
-# Fields of a record that is more than a caption.
+# Fields of a record that is more than a caption, which would leave them out.
 CHAT_KEYS = (
     "question",
     "prompt",
@@ -91,13 +95,3 @@ CHAT_KEYS = (
     *CHATS,
     *IMAGES,
 )
-
-
-def check_caption(metadata: JsonObject, name: str) -> None:
-    """Raise DataError for a record with a question or another picture, which a caption would leave
-    out."""
-    for key in present_keys(metadata, CHAT_KEYS):
-        raise DataError(
-            f"sample {name} has '{key}': {brief(metadata[key])}, which is no part of a caption; "
-            "expected the format llava or messages, or a file without it"
-        )

@@ -182,7 +182,7 @@ class Parquet(ChatSource):
         columns = {column for column in names if column in READ_KEYS}
         if self.messages_column or self.question_column:
             columns -= {*CHATS, *QUESTION_KEYS}
-        elif not has_chat_columns(columns):
+        elif columns.isdisjoint(CHATS) and not any(columns.issuperset(pair) for pair in QUESTIONS):
             if TEXT not in names:
                 raise DataError(
                     f"{file} has no chat among its columns {', '.join(names)}; {EXPECTED}; other "
@@ -227,13 +227,6 @@ class Parquet(ChatSource):
                 message["tool_calls"] = without_nulls(message["tool_calls"])
         sample.notes += cast("Rows", self.records).unread
         return sample
-
-
-def has_chat_columns(columns: set[str]) -> bool:
-    """Whether columns hold turns, or a question and its answer."""
-    if columns & {*CHATS}:
-        return True
-    return any(columns.issuperset(pair) for pair in QUESTIONS)
 
 
 def without_nulls(value: Any) -> Any:

@@ -238,30 +238,24 @@ def tool_calls_of(value: Any, name: str) -> list[JsonObject]:
             raise DataError(
                 f"sample {name}: a tool call is {brief(call)}, expected a name and arguments"
             )
-        arguments = call_arguments(function, name)
+        arguments = function.get("arguments")
+        # Llama's data and templates call them parameters.
+        if arguments is None:
+            arguments = function.get("parameters")
+        if arguments is None or arguments == "":
+            arguments = {}
+        arguments = from_json(arguments, name, "the arguments of a tool call")
+        if not isinstance(arguments, dict):
+            raise DataError(
+                f"sample {name}: the arguments of a tool call are {brief(arguments)}, expected an "
+                "object"
+            )
         calls.append(
             {"type": "function", "function": {"name": function["name"], "arguments": arguments}}
         )
         if isinstance(call.get("id"), str):
             calls[-1]["id"] = call["id"]
     return calls
-
-
-def call_arguments(function: JsonObject, name: str) -> JsonObject:
-    """Return the arguments of a tool call, which may be a JSON text. Raises DataError."""
-    arguments = function.get("arguments")
-    # Llama's data and templates call them parameters.
-    if arguments is None:
-        arguments = function.get("parameters")
-    if arguments is None or arguments == "":
-        return {}
-    arguments = from_json(arguments, name, "the arguments of a tool call")
-    if not isinstance(arguments, dict):
-        raise DataError(
-            f"sample {name}: the arguments of a tool call are {brief(arguments)}, expected an "
-            "object"
-        )
-    return arguments
 
 
 def tools_of(record: JsonObject, name: str) -> list[Any] | None:

@@ -11,7 +11,7 @@ from typing import Any
 from urllib.parse import unquote_to_bytes
 
 from owlfuse.core.errors import DataError
-from owlfuse.core.types import JsonObject, Media, Message, Note, Part
+from owlfuse.core.types import JsonObject, Media, Message, Note
 from owlfuse.data.formats.marks import on_new_line, settle_marks, split_marks, unescaped
 from owlfuse.data.formats.turn_keys import (
     CALL_ROLES,
@@ -377,7 +377,16 @@ def read_part(part: Any, name: str, unused: set[str]) -> JsonObject:
             if isinstance(part.get(key), str):
                 return {"type": "thought", "thought": part[key]}
     if kind in ("video", "video_url"):
-        return video_part(part, name)
+        for key in VIDEO_KEYS:
+            value = part.get(key)
+            if isinstance(value, list):
+                raise DataError(
+                    f"sample {name}: a video part is {brief(part)}, a list of frames; give each as "
+                    "an image part"
+                )
+            if value is not None:
+                return {"type": "video", "picture": picture_of(value, name, "video")}
+        return {"type": "video"}
     if kind not in ("image", "image_url", "input_image"):
         raise DataError(
             f"sample {name}: a part is {brief(part)}, expected a text with its text, an image or "
@@ -394,20 +403,6 @@ def read_part(part: Any, name: str, unused: set[str]) -> JsonObject:
         raise DataError(f"sample {name}: a part is {brief(part)}, expected an image_url")
     index = part.get("index")
     return {"type": "image", "picture": index} if type(index) is int else {"type": "image"}
-
-
-def video_part(part: Part, name: str) -> JsonObject:
-    """Return `{"type": "video"}`, with its file as `picture` where it has one. Raises
-    DataError."""
-    value = next((part[key] for key in VIDEO_KEYS if part.get(key) is not None), None)
-    if value is None:
-        return {"type": "video"}
-    if isinstance(value, list):
-        raise DataError(
-            f"sample {name}: a video part is {brief(part)}, a list of frames; give each as an "
-            "image part"
-        )
-    return {"type": "video", "picture": picture_of(value, name, "video")}
 
 
 def files_of(record: JsonObject, keys: tuple[str, str], name: str) -> list[Media]:
