@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -74,7 +75,7 @@ class ChatEncoder:
             return truncate(encode, sample, self.max_length)
         raise over_length(sample, len(encoded.input_ids), self.max_length, on_length)
 
-    def encode_any_length(self, sample: Sample, views: list[int] | None = None) -> Encoded:
+    def encode_any_length(self, sample: Sample, views: list[int] | None) -> Encoded:
         """Return the chat whatever its length is; where `views` has more entries than the chat
         placeholders, the first count.
 
@@ -132,24 +133,19 @@ class ChatEncoder:
         for key in ("tool_calls", "reasoning_content"):
             if any(key in message for message in messages):
                 without = [without_keys(message, [key]) for message in messages]
-                if text == self.render_or_none(sample, without):
-                    unwritten.append(key)
+                # A template that refuses the chat without them writes them.
+                with suppress(DataError):
+                    if text == self.render(sample, without):
+                        unwritten.append(key)
         if sample.tools:
-            without_tools = replace(sample, tools=None)
-            if text == self.render_or_none(without_tools, messages):
-                unwritten.append("tools")
+            with suppress(DataError):
+                if text == self.render(replace(sample, tools=None), messages):
+                    unwritten.append("tools")
         if unwritten:
             raise DataError(
                 f"sample {sample.id} has {' and '.join(unwritten)}, which the chat template does "
                 "not write; take a chat_template that does, or leave them out of the data"
             )
-
-    def render_or_none(self, sample: Sample, messages: list[Message]) -> str | None:
-        """Return a chat as text, None where the template refuses it."""
-        try:
-            return self.render(sample, messages)
-        except DataError:
-            return None
 
     def tokenize(
         self, text: str, borders: list[int] | None = None, name: str = ""
@@ -169,14 +165,7 @@ class ChatEncoder:
         ids, offsets = encode(self.tokenizer, shown)
         all_borders = [*self.answer_format.starts(shown), *(borders or [])]
         cut_at_borders(self.tokenizer, shown, ids, offsets, all_borders)
-        spell_words(
-            self.tokenizer,
-            self.image_token,
-            text,
-            ids,
-            offsets,
-            f"sample {name}",
-        )
+        spell_words(self.tokenizer, self.image_token, text, ids, offsets, f"sample {name}")
         return ids, offsets
 
     def labels(
@@ -222,7 +211,7 @@ class ChatEncoder:
         sample: Sample,
         ids: list[int],
         labels: list[int],
-        views: list[int] | None = None,
+        views: list[int] | None,
     ) -> Encoded:
         """Return a sample with each placeholder as `tokens_per_image` positions for each of its
         `views` (by default one)."""
@@ -249,15 +238,9 @@ class ChatEncoder:
             expanded_labels += [label] * repeat
         # Words <image> are spelled by other tokens, so that each image token is a placeholder.
         input_ids = torch.tensor(expanded_ids)
-        return Encoded(
-            sample.id,
-            sample.source,
-            input_ids,
-            torch.tensor(expanded_labels),
-            input_ids == self.image_id,
-            [],
-            positions,
-        )
+        placeholder = input_ids == self.image_id
+        label_ids = torch.tensor(expanded_labels)
+        return Encoded(sample.id, sample.source, input_ids, label_ids, placeholder, [], positions)
 
 
 def led_by_break(content: list[Part], after_pictures: bool) -> list[Message]:

@@ -52,7 +52,14 @@ def supervised_spans(
             f"sample {sample.id}: the chat template changes an answer otherwise than by stripping "
             "it of white space"
         )
-    check_prompt(sample, messages[: turns[-1]], text, render)
+    # Generation renders the prompt alone, and must give the model what it was trained on.
+    if not text.startswith(render(messages[: turns[-1]], True, without_lead=True)):
+        raise DataError(
+            f"sample {sample.id}: the chat template renders what comes before turn "
+            f"{turns[-1] + 1} otherwise alone than in the whole chat, so that its answer cannot "
+            "be told from the prompt"
+        )
+    mark = answer_format.end_mark
     spans = []
     position = 0
     for number, (turn, _, answer) in enumerate(marked):
@@ -64,9 +71,16 @@ def supervised_spans(
         position += len(before) + len(answer)
         if not is_last:
             continue
-        end = answer_end(sample, messages, turn, text, position, answer_format)
+        end = text.find(mark, position)
+        # Behind the name of a tool, the template writes the rest of the call.
+        between = text[position:end].strip()
+        if end < 0 or (between and not messages[turn].get("tool_calls")):
+            raise DataError(
+                f"sample {sample.id}: the chat template does not end turn {turn + 1} with "
+                f"{mark!r}, with which it ends other answers"
+            )
         if messages[turn].get("supervised", True):
-            spans.append((start, end))
+            spans.append((start, end + len(mark)))
     if not spans:
         raise DataError(
             f"sample {sample.id}: the data exclude every answer from the loss, so there is "
@@ -75,52 +89,8 @@ def supervised_spans(
     return spans
 
 
-def check_prompt(
-    sample: Sample,
-    prompt: list[Message],
-    text: str,
-    render: Render,
-) -> None:
-    """Raise DataError where the messages before the last answer are rendered otherwise alone than
-    in the whole chat."""
-    # Generation renders the prompt alone, and must give the model what it was trained on.
-    if not text.startswith(render(prompt, True, without_lead=True)):
-        raise DataError(
-            f"sample {sample.id}: the chat template renders what comes before turn "
-            f"{len(prompt) + 1} otherwise alone than in the whole chat, so that its answer cannot "
-            "be told from the prompt"
-        )
-
-
-def answer_end(
-    sample: Sample,
-    messages: list[Message],
-    turn: int,
-    text: str,
-    text_end: int,
-    answer_format: AnswerFormat,
-) -> int:
-    """Return where the end mark of a turn ends, whose last text ends at `text_end`.
-
-    Raises DataError.
-    """
-    mark = answer_format.end_mark
-    start = text.find(mark, text_end)
-    # Behind the name of a tool, the template writes the rest of the call.
-    between = text[text_end:start].strip()
-    if start < 0 or (between and not messages[turn].get("tool_calls")):
-        raise DataError(
-            f"sample {sample.id}: the chat template does not end turn {turn + 1} with {mark!r}, "
-            "with which it ends other answers"
-        )
-    return start + len(mark)
-
-
 def surroundings(
-    sample: Sample,
-    messages: list[Message],
-    text: str,
-    render: Render,
+    sample: Sample, messages: list[Message], text: str, render: Render
 ) -> tuple[list[str], Marked]:
     """Return the texts that are rendered before the first text of the assistant, between two, and
     behind the last; and the texts of the assistant."""
@@ -140,21 +110,20 @@ def surroundings(
     for turn, mark, _ in marked:
         before, written, remaining = remaining.partition(mark)
         if not written or mark in remaining:
-            raise unsupervisable(sample, turn, messages[turn])
+            message = messages[turn]
+            article, remedy = "the text", ""
+            if message.get("reasoning_content") or THINK_TAGS[1] in message["content"]:
+                article = "a text"
+                remedy = (
+                    "; take another chat_template, or leave thoughts of earlier turns out of the "
+                    "data"
+                )
+            raise DataError(
+                f"sample {sample.id}: the chat template writes {article} of turn {turn + 1} not "
+                f"once, so it cannot be supervised{remedy}"
+            )
         around.append(before)
     return [*around, remaining], marked
-
-
-def unsupervisable(sample: Sample, turn: int, message: Message) -> DataError:
-    """Return the error of a turn that a template does not write once."""
-    article, remedy = "the text", ""
-    if message.get("reasoning_content") or THINK_TAGS[1] in message["content"]:
-        article = "a text"
-        remedy = "; take another chat_template, or leave thoughts of earlier turns out of the data"
-    return DataError(
-        f"sample {sample.id}: the chat template writes {article} of turn {turn + 1} not once, so "
-        f"it cannot be supervised{remedy}"
-    )
 
 
 def with_marks(

@@ -170,8 +170,8 @@ def prepare(
 def prepare_template(
     tokenizer: PreTrainedTokenizerBase,
     template: str,
-    image_token: str = IMAGE,
-    break_behind_images: bool = True,
+    image_token: str,
+    break_behind_images: bool,
 ) -> str:
     """Return a chat template that renders the same text wherever it is used, for training and for
     generation.
@@ -325,10 +325,7 @@ def apply(
         counting = counting_steps(tokenizer.get_chat_template(template, options.get("tools")))
         text = str(
             tokenizer.apply_chat_template(
-                messages,
-                chat_template=counting,
-                tokenize=False,
-                **options,
+                messages, chat_template=counting, tokenize=False, **options
             )
         )
     # A template is a program: jinja2 passes on whatever its expressions raise.
@@ -364,11 +361,7 @@ def encode(tokenizer: Any, text: str, **options: Any) -> tuple[list[int], Offset
         options: the tokenizer's.
     """
     encoding = tokenizer(
-        text,
-        add_special_tokens=False,
-        return_offsets_mapping=True,
-        verbose=False,
-        **options,
+        text, add_special_tokens=False, return_offsets_mapping=True, verbose=False, **options
     )
     return list(encoding["input_ids"]), [tuple(pair) for pair in encoding["offset_mapping"]]
 

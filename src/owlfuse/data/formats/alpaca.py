@@ -9,31 +9,25 @@ from owlfuse.data.formats.base import Source, field
 from owlfuse.data.formats.marks import unescaped
 from owlfuse.data.formats.records import (
     CHATS,
-    IMAGES,
+    NOT_METADATA,
     QUESTION_REFUSED,
-    TOOLS,
-    VIDEOS,
     check_unused,
     history_turns,
     question_metadata,
     system_turn,
 )
-from owlfuse.data.formats.turn_keys import SYSTEM_KEYS, brief, is_absent, tools_of
-
-USED_KEYS = frozenset(
-    {
-        "id",
-        "instruction",
-        "input",
-        "output",
-        "history",
-        *SYSTEM_KEYS,
-        *TOOLS,
-        *IMAGES,
-        *VIDEOS,
-        *CHATS,
-    }
+from owlfuse.data.formats.turn_keys import (
+    IMAGES,
+    VIDEOS,
+    brief,
+    is_absent,
+    present_keys,
+    tools_of,
 )
+
+USED_KEYS = frozenset({*NOT_METADATA, *CHATS, "instruction", "input", "output", "history"})
+# Keys of a picture, a chat or a context, which this format would leave out.
+OTHER_FORMATS = (*IMAGES, *VIDEOS, *CHATS, *QUESTION_REFUSED)
 
 
 @dataclass(eq=False)
@@ -61,7 +55,7 @@ class Alpaca(Source):
 
     def __getitem__(self, index: int) -> Sample:
         """See `Source`."""
-        samples = [self.read(record) for record in self.records_of(index)]
+        samples = [Source.__getitem__(self, record) for record in self.records_of(index)]
         first = samples[0]
         if len(samples) == 1:
             return first
@@ -96,7 +90,12 @@ class Alpaca(Source):
     def sample(self, record: JsonObject, name: str) -> Sample:
         """See `Source`."""
         # First, so that a record of another format is told as such.
-        check_text_alone(record, name)
+        for key in present_keys(record, OTHER_FORMATS):
+            raise DataError(
+                f"sample {name} has '{key}': {brief(record[key])}, and the format alpaca has "
+                "instruction, input and output alone; expected the format llava, sharegpt or "
+                "messages, or no such key"
+            )
         question = field(record, "instruction", str, name)
         extra = record.get("input")
         if not is_absent(extra):
@@ -114,20 +113,8 @@ class Alpaca(Source):
             part = {"type": "text", "text": unescaped(turn["content"])}
             messages.append({"role": turn["role"], "content": [part]})
         metadata = without_keys(record, USED_KEYS)
-        notes = check_unused(record, name, set(metadata))
+        notes = check_unused(metadata, name, record)
         tools = tools_of(record, name)
         has_history = not is_absent(record.get("history"))
         metadata = question_metadata(metadata, messages, name, has_history)
         return Sample(name, self.name, messages, [], metadata, tools=tools, notes=notes)
-
-
-def check_text_alone(record: JsonObject, name: str) -> None:
-    """Raise DataError for a record with a picture, a chat or a context, which this format would
-    leave out."""
-    for key in (*IMAGES, *VIDEOS, *CHATS, *QUESTION_REFUSED):
-        if not is_absent(record.get(key)):
-            raise DataError(
-                f"sample {name} has '{key}': {brief(record[key])}, and the format alpaca has "
-                "instruction, input and output alone; expected the format llava, sharegpt or "
-                "messages, or no such key"
-            )

@@ -12,7 +12,7 @@ from owlfuse.core.errors import DataError
 from owlfuse.core.files import expand_files, fingerprint
 from owlfuse.core.packages import packaged
 from owlfuse.core.types import JsonObject, Note, Sample, without_keys
-from owlfuse.data.formats.records import has_chat
+from owlfuse.data.formats.records import has_chat, read_chat
 from owlfuse.data.media.video import VideoSampling
 from owlfuse.data.readers.lines import JsonLines, Records, open_records
 
@@ -92,10 +92,6 @@ class Source:
 
         Raises DataError, naming source and sample, where the record is not what it should be.
         """
-        return self.read(index)
-
-    def read(self, index: int) -> Sample:
-        """Return the record at `index` as a sample."""
         record = self.records[index]
         try:
             if not isinstance(record, dict):
@@ -201,12 +197,18 @@ class VideoSource(PictureSource):
             raise DataError(f"{self.file}: {error}") from None
 
 
-def field(
-    record: JsonObject,
-    key: str,
-    kind: type,
-    name: str,
-) -> Any:
+class ChatSource(VideoSource):
+    """A source whose records hold a chat each, as `records` tells."""
+
+    chat_key: ClassVar[str] = "conversations"
+    """Where the format has its turns."""
+
+    def sample(self, record: JsonObject, name: str) -> Sample:
+        """See `Source`."""
+        return read_chat(record, name, self.name, self.chat_key)
+
+
+def field(record: JsonObject, key: str, kind: type, name: str) -> Any:
     """Return a record's field. Raises DataError where it is not there or of another kind."""
     if key not in record:
         raise DataError(

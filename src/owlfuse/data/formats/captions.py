@@ -11,15 +11,13 @@ from owlfuse.core.types import JsonObject, Sample, without_keys
 from owlfuse.data.formats.base import PictureSource, field
 from owlfuse.data.formats.records import (
     CHATS,
-    IMAGES,
     TOOLS,
-    VIDEOS,
+    caption_messages,
     check_unused,
     question_metadata,
-    system_messages,
 )
-from owlfuse.data.formats.turn_keys import SYSTEM_KEYS, brief, is_absent
-from owlfuse.data.formats.turns import caption_messages, picture_of
+from owlfuse.data.formats.turn_keys import IMAGES, SYSTEM_KEYS, VIDEOS, brief, present_keys
+from owlfuse.data.formats.turns import picture_of
 from owlfuse.data.readers.text_table import TextTable
 
 
@@ -66,26 +64,26 @@ class Captions(PictureSource):
     def sample(self, record: JsonObject, name: str) -> Sample:
         """See `Source`."""
         caption = field(record, self.caption_field, str, name)
-        if self.image_field not in record:
-            raise DataError(
-                f"sample {name} has no '{self.image_field}'; it has {', '.join(sorted(record))}"
-            )
-        image = picture_of(record[self.image_field], name, self.image_field)
+        picture = field(record, self.image_field, object, name)
+        image = picture_of(picture, name, self.image_field)
         # without the source's name, so that another name changes no instruction
         identity = name.removeprefix(f"{self.name}:")
         used = {"id", self.image_field, self.caption_field, *SYSTEM_KEYS}
         metadata = without_keys(record, used)
-        check_caption(metadata, name)
+        for key in present_keys(metadata, CHAT_KEYS):
+            raise DataError(
+                f"sample {name} has '{key}': {brief(metadata[key])}, which is no part of a "
+                "caption; expected the format llava or messages, or a file without it"
+            )
         unused = without_keys(metadata, IMAGES)
         # The picture is there for the check alone: a key such as `photo` is no second one.
-        notes = check_unused({**unused, "image": image}, name, set(unused))
-        messages = caption_messages(1, caption, self.instructions or [], identity, name)
-        messages = [*system_messages(record, name), *messages]
+        notes = check_unused(unused, name, {"image": image})
+        messages = caption_messages(record, name, caption, self.instructions, identity, 1)
         metadata = question_metadata(metadata, messages, name)
         return Sample(name, self.name, messages, [image], metadata, notes=notes)
 
 
-# Fields of a record that is more than a caption.
+# Fields of a record that is more than a caption, which would leave them out.
 CHAT_KEYS = (
     "question",
     "prompt",
@@ -97,14 +95,3 @@ CHAT_KEYS = (
     *CHATS,
     *IMAGES,
 )
-
-
-def check_caption(metadata: JsonObject, name: str) -> None:
-    """Raise DataError for a record with a question or another picture, which a caption would leave
-    out."""
-    for key in CHAT_KEYS:
-        if not is_absent(metadata.get(key)):
-            raise DataError(
-                f"sample {name} has '{key}': {brief(metadata[key])}, which is no part of a "
-                "caption; expected the format llava or messages, or a file without it"
-            )

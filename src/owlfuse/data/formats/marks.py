@@ -4,7 +4,6 @@ words."""
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 
 from owlfuse.core.errors import DataError
 from owlfuse.core.types import Message, Part, without_keys
@@ -25,8 +24,6 @@ OTHER_MARK = re.compile(
 
 # A picture's path in a text, as Qwen-VL's first data have it.
 PATH_IN_TEXT = re.compile(r"<img>[^<>]{1,500}\.(?:jpe?g|png|webp|gif|bmp)</img>", re.IGNORECASE)
-
-FIELDS = {"image": "'image' or 'images'", "video": "'video' or 'videos'"}
 
 
 def split_marks(text: str) -> list[Part]:
@@ -153,7 +150,12 @@ def settle_marks(
             project's mark shows.
     """
     notes: list[str] = []
-    check_paths(messages, name)
+    path = first_match(PATH_IN_TEXT, messages)
+    if path:
+        raise DataError(
+            f"sample {name} has {path[:100]} in its text; write <image> there, and the path in "
+            "'image' or 'images'"
+        )
     has_files = any(counts.values())
     # Most chats of text-only data: there is nothing to settle.
     if not has_files and not has_visual_part(messages):
@@ -178,7 +180,7 @@ def settle_marks(
             mark = parts.user_marks[0]["mark"]
             raise DataError(
                 f"sample {name} has {len(parts.user_marks)} {mark} placeholders and 0 {kind}s: "
-                f"name a file in {FIELDS[kind]}, or write \\{mark} where the word is meant"
+                f"name a file in '{kind}' or '{kind}s', or write \\{mark} where the word is meant"
             )
         elif not (parts.typed or parts.user_marks or parts.other_marks):
             unmarked += [{"type": kind} for _ in range(count)]
@@ -203,25 +205,15 @@ def has_visual_part(messages: list[Message]) -> bool:
     return False
 
 
-def texts_of(message: Message) -> Iterator[str]:
-    """Yield the texts of a message's parts."""
-    for part in message["content"]:
-        if part["type"] == "text":
-            yield part["text"]
-
-
-def check_paths(messages: list[Message], name: str) -> None:
-    """Raise DataError where the user's text holds a picture's path."""
+def first_match(pattern: re.Pattern[str], messages: list[Message]) -> str:
+    """Return what first matches a pattern in the texts of the user, "" where nothing does."""
     for message in messages:
-        if message["role"] != "user":
-            continue
-        for text in texts_of(message):
-            match = PATH_IN_TEXT.search(text)
-            if match:
-                raise DataError(
-                    f"sample {name} has {match[0][:100]} in its text; write <image> there, and "
-                    "the path in 'image' or 'images'"
-                )
+        if message["role"] == "user":
+            for part in message["content"]:
+                match = pattern.search(part.get("text", ""))
+                if match:
+                    return match[0]
+    return ""
 
 
 def split_listed(messages: list[Message], listed: set[int], kinds: set[str]) -> None:
@@ -266,19 +258,17 @@ def turn_image_marks_into_videos(messages: list[Message], videos: int) -> bool:
 def put_first(messages: list[Message], parts: list[Part], name: str) -> None:
     """Put pictures and videos before the user's first text, which goes on a new line. Raises
     DataError where a text has another project's mark."""
-    questions = [message for message in messages if message["role"] == "user"]
-    for message in questions:
-        for text in texts_of(message):
-            # A picture that another project's mark shows in the middle must not be put first.
-            match = OTHER_MARK.search(text)
-            if match:
-                raise DataError(
-                    f"sample {name} has {len(parts)} pictures or videos that no <image> or "
-                    f"<video> shows, and {match[0]} in its text; write <image> or <video> where "
-                    "each is shown"
-                )
-    if questions:
-        questions[0]["content"] = [*parts, *on_new_line(questions[0]["content"])]
+    # A picture that another project's mark shows in the middle must not be put first.
+    mark = first_match(OTHER_MARK, messages)
+    if mark:
+        raise DataError(
+            f"sample {name} has {len(parts)} pictures or videos that no <image> or <video> shows, "
+            f"and {mark} in its text; write <image> or <video> where each is shown"
+        )
+    for message in messages:
+        if message["role"] == "user":
+            message["content"] = [*parts, *on_new_line(message["content"])]
+            return
 
 
 def without_marks(parts: list[Part], is_word: set[int]) -> list[Part]:

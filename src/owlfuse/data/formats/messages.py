@@ -3,12 +3,10 @@
 `{"messages": [{"role", "content": text or parts}, ...], "images"}`.
 """
 
-from owlfuse.core.types import JsonObject, Sample
-from owlfuse.data.formats.base import VideoSource
-from owlfuse.data.formats.records import read_chat
+from owlfuse.data.formats.base import ChatSource
 
 
-class Messages(VideoSource):
+class Messages(ChatSource):
     """Chats whose turns hold a text or a list of parts, JSONL or JSON. An image part is OpenAI's
     `{"type": "image_url", "image_url": {"url"}}` or Hugging Face's `{"type": "image", "image" |
     "path" | "url"}`: a path below the image root or a data: URI; one without a picture shows the
@@ -16,6 +14,4 @@ class Messages(VideoSource):
     hold, and what is refused, is told in `records`; other fields are kept as metadata and listed in
     the log."""
 
-    def sample(self, record: JsonObject, name: str) -> Sample:
-        """See `Source`."""
-        return read_chat(record, name, self.name, "messages")
+    chat_key = "messages"

@@ -20,21 +20,18 @@ from pyarrow.parquet import ParquetFile
 from owlfuse.core.errors import DataError
 from owlfuse.core.files import MAX_RECORD, check_distinct, check_record, read_json
 from owlfuse.core.types import JsonObject, Note, Sample
-from owlfuse.data.formats.base import VideoSource
+from owlfuse.data.formats.base import ChatSource
 from owlfuse.data.formats.records import (
     CHATS,
     EXPECTED,
-    IMAGES,
     MEDIA_KEY,
     QUESTION_KEYS,
     QUESTIONS,
     READ_KEYS,
     TEXT,
     TOOLS,
-    VIDEOS,
-    read_chat,
 )
-from owlfuse.data.formats.turn_keys import SYSTEM_KEYS
+from owlfuse.data.formats.turn_keys import IMAGES, SYSTEM_KEYS, VIDEOS
 
 IDS_AT_ONCE = 4096
 # Rows in a batch of the Arrow copy. Opening touches each batch's header and the pages around it:
@@ -45,7 +42,7 @@ MAX_PICTURES = 2**29
 
 
 @dataclass(eq=False)
-class Parquet(VideoSource):
+class Parquet(ChatSource):
     """Rows of Parquet files, Arrow files, or a folder that `Dataset.save_to_disk` wrote.
 
     Parquet is written once as Arrow into a cache (the columns used alone), from which a row is
@@ -80,6 +77,8 @@ class Parquet(VideoSource):
     image_column: str | None = None
     id_column: str | None = None
     cache_dir: str | None = None
+
+    chat_key = "messages"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -183,7 +182,7 @@ class Parquet(VideoSource):
         columns = {column for column in names if column in READ_KEYS}
         if self.messages_column or self.question_column:
             columns -= {*CHATS, *QUESTION_KEYS}
-        elif not has_chat_columns(columns):
+        elif columns.isdisjoint(CHATS) and not any(columns.issuperset(pair) for pair in QUESTIONS):
             if TEXT not in names:
                 raise DataError(
                     f"{file} has no chat among its columns {', '.join(names)}; {EXPECTED}; other "
@@ -222,19 +221,12 @@ class Parquet(VideoSource):
         for key in TOOLS:
             if key in record:
                 record[key] = without_nulls(record[key])
-        sample = read_chat(record, name, self.name, "messages")
+        sample = super().sample(record, name)
         for message in sample.messages:
             if "tool_calls" in message:
                 message["tool_calls"] = without_nulls(message["tool_calls"])
         sample.notes += cast("Rows", self.records).unread
         return sample
-
-
-def has_chat_columns(columns: set[str]) -> bool:
-    """Whether columns hold turns, or a question and its answer."""
-    if columns & {*CHATS}:
-        return True
-    return any(columns.issuperset(pair) for pair in QUESTIONS)
 
 
 def without_nulls(value: Any) -> Any:
@@ -285,6 +277,7 @@ class Rows(Sequence[JsonObject]):
     """The rows of a `datasets.Dataset`, as they are stored: pictures stay bytes.
 
     Args:
+        dataset: has the columns that are read, and no others.
         columns: the column of each key of a record.
         unread: notes of the columns that are not read.
         files: that the rows come from, in order.
@@ -302,7 +295,7 @@ class Rows(Sequence[JsonObject]):
         self.unread = unread
         self.files = files
         self.ends = list(accumulate(counts))
-        self.table = dataset.select_columns(distinct_columns(columns)).with_format("arrow")
+        self.table = dataset.with_format("arrow")
         self.columns = columns
 
     def __len__(self) -> int:

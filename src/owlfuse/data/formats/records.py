@@ -3,18 +3,23 @@ and pictures under."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 from owlfuse.core.errors import DataError
-from owlfuse.core.types import JsonObject, Media, Message, Note, Sample
+from owlfuse.core.types import JsonObject, Media, Message, Note, Part, Sample, without_keys
+from owlfuse.data.formats.marks import unescaped
 from owlfuse.data.formats.turn_keys import (
+    IMAGES,
     LEARN_KEYS,
     NOT_LEARN_KEYS,
-    REFUSED_KEYS,
+    REFUSED,
     SYSTEM_KEYS,
+    VIDEOS,
     brief,
     check_refused,
     from_json,
@@ -23,7 +28,7 @@ from owlfuse.data.formats.turn_keys import (
     single_value,
     tools_of,
 )
-from owlfuse.data.formats.turns import EXPECTED_TURN, pictures_of, read_turns, videos_of
+from owlfuse.data.formats.turns import EXPECTED_TURN, files_of, read_turns
 
 # Keys of a record's turns: a list, its JSON text, or a dict of lists of the same length.
 CHATS = ("messages", "conversations", "conversation", "texts")
@@ -39,29 +44,27 @@ QUESTIONS = (
     ("question", "response"),
 )
 
-QUESTION_KEYS = tuple(dict.fromkeys(key for pair in QUESTIONS for key in pair))
+QUESTION_KEYS = frozenset(key for pair in QUESTIONS for key in pair)
 
-IMAGES = ("image", "images")
-VIDEOS = ("video", "videos")
 TOOLS = ("tools", "functions")
 # Keys by which a validation source's questions are grouped and judged (see `evaluation`).
 METADATA = ("kind", "kinds", "accepted")
+
+# Keys that are shown or rendered, and so not repeated as metadata, which go into results.
+NOT_METADATA = frozenset(("id", *SYSTEM_KEYS, *IMAGES, *VIDEOS, *TOOLS))
 
 # Keys that would weight a whole record. Every record counts the same, so another value than 1 or
 # true is refused.
 WEIGHTS = ("sample_weight", "label", *LEARN_KEYS)
 # Keys of a record that would change what is learned if they were left out, and what they are.
 RECORD_REFUSED = {
+    **REFUSED,
     "instruction": "a text beside the chat; write it as 'system', or into the question",
     "instructions": "a text beside the chat; write it as 'system', or into the question",
     "chat_template_kwargs": "options of a chat template; they are one for all samples",
     "rejected_response": "an answer that is not to be given; preference pairs are not read",
     "rejected_messages": "an answer that is not to be given; preference pairs are not read",
     "kto_tag": "a judgement of the answer; preference data are not read",
-    **{
-        key: REFUSED_KEYS[key]
-        for key in ("mask", "audio", "audios", "documents", "attachments", "rejected", "chosen")
-    },
 }
 
 # Words that ms-swift replaces by what a record has under `objects`.
@@ -76,10 +79,7 @@ READ_KEYS = frozenset(
     {
         *CHATS,
         *QUESTION_KEYS,
-        *SYSTEM_KEYS,
-        *IMAGES,
-        *VIDEOS,
-        *TOOLS,
+        *NOT_METADATA,
         *METADATA,
         *WEIGHTS,
         *NOT_LEARN_KEYS,
@@ -87,7 +87,6 @@ READ_KEYS = frozenset(
         *QUESTION_REFUSED,
         OBJECTS,
         "history",
-        "id",
     }
 )
 
@@ -122,35 +121,23 @@ def read_chat(
     turns = [*system_turn(record, name, turns), *turns]
     # A tar's members are given by the caller, and its record names none of them.
     if images is None:
-        images = pictures_of(record, name)
+        images = files_of(record, IMAGES, name)
     if videos is None:
-        videos = videos_of(record, name)
-    chat = read_turns(turns, images, name, videos)
-    check_objects(record, chat.messages, name)
+        videos = files_of(record, VIDEOS, name)
+    messages, images, videos, notes = read_turns(turns, images, videos, name)
+    check_objects(record, messages, name)
 
-    metadata = {}
-    for key, value in record.items():
-        # Metadata go into results and may be large; keys that are shown or rendered are not
-        # repeated.
-        if key not in used and key not in NOT_METADATA:
-            metadata[key] = value
-    notes = [*chat.notes, *check_unused(record, name, set(metadata))]
+    metadata = without_keys(record, NOT_METADATA | used)
+    notes += check_unused(metadata, name, record)
     if answers:
         metadata["accepted"] = record.get("accepted") or answers
     if len(answers) > 1:
         text = "of several answers the most frequent is learned, and all are right in evaluation"
         notes.append(Note("assumed", text))
     has_history = not is_absent(record.get("history"))
-    return Sample(
-        name,
-        source,
-        chat.messages,
-        chat.images,
-        question_metadata(metadata, chat.messages, name, has_history),
-        chat.videos,
-        tools_of(record, name),
-        notes,
-    )
+    metadata = question_metadata(metadata, messages, name, has_history)
+    tools = tools_of(record, name)
+    return Sample(name, source, messages, images, metadata, videos, tools, notes)
 
 
 def check_objects(record: JsonObject, messages: list[Message], name: str) -> None:
@@ -187,7 +174,18 @@ def question_metadata(
             checked[key] = value
     questions = sum(message["role"] == "user" for message in messages)
     if "accepted" in checked:
-        check_accepted(checked["accepted"], questions, name, has_history)
+        accepted = checked["accepted"]
+        is_list = isinstance(accepted, list) and bool(accepted)
+        # An empty text stands in every answer.
+        if not is_list or not all(isinstance(text, str) and text.strip() for text in accepted):
+            raise DataError(
+                f"sample {name}: accepted is {brief(accepted)}, expected a list of texts that are "
+                "not empty"
+            )
+        if questions > 1 and not has_history:
+            raise DataError(
+                f"sample {name} has accepted answers and {questions} questions, expected one"
+            )
     if "kind" in checked:
         checked["kind"] = kind_text(checked["kind"], name, "kind")
     if "kinds" in checked:
@@ -201,21 +199,6 @@ def question_metadata(
     return checked
 
 
-def check_accepted(accepted: Any, questions: int, name: str, has_history: bool) -> None:
-    """Raise DataError unless `accepted` is a list of texts that are not blank, for one question."""
-    is_list = isinstance(accepted, list) and bool(accepted)
-    # An empty text stands in every answer.
-    if not is_list or not all(isinstance(text, str) and text.strip() for text in accepted):
-        raise DataError(
-            f"sample {name}: accepted is {brief(accepted)}, expected a list of texts that are not "
-            "empty"
-        )
-    if questions > 1 and not has_history:
-        raise DataError(
-            f"sample {name} has accepted answers and {questions} questions, expected one"
-        )
-
-
 def kind_text(kind: Any, name: str, key: str) -> str:
     """Return a kind of questions as a text, "" for None. Raises DataError."""
     if kind is None:
@@ -223,9 +206,6 @@ def kind_text(kind: Any, name: str, key: str) -> str:
     if not isinstance(kind, str | int):
         raise DataError(f"sample {name}: '{key}' has {brief(kind)}, expected a text")
     return str(kind)
-
-
-NOT_METADATA = frozenset(("id", *SYSTEM_KEYS, *IMAGES, *VIDEOS, *TOOLS))
 
 
 def has_chat(record: JsonObject) -> bool:
@@ -352,12 +332,11 @@ def question_turns(
 ) -> tuple[list[Any], set[str], list[str]]:
     """Return the turns of a record with a question and its answer, `history` before them; see
     `find_turns`."""
-    for key in QUESTION_REFUSED:
-        if not is_absent(record.get(key)):
-            raise DataError(
-                f"sample {name} has '{key}' beside '{question_key}': write it into the question, "
-                "it would be left out"
-            )
+    for key in present_keys(record, QUESTION_REFUSED):
+        raise DataError(
+            f"sample {name} has '{key}' beside '{question_key}': write it into the question, it "
+            "would be left out"
+        )
     question, answer = record[question_key], record[answer_key]
     used = {question_key, answer_key, "history"}
     answers: list[str] = []
@@ -369,7 +348,8 @@ def question_turns(
         texts = answers_of(answer, name, answer_key)
         if not texts:
             raise DataError(f"sample {name}: '{answer_key}' holds no answer")
-        answer = most_frequent(texts)
+        # Counter keeps the order of first occurrence: of equally frequent answers, the first.
+        answer = Counter(texts).most_common(1)[0][0]
         answers = [*texts, *answers]
     if not isinstance(question, str | list) or not isinstance(answer, str | list):
         raise DataError(
@@ -384,15 +364,14 @@ def question_turns(
     if isinstance(answer, str):
         answer = [{"role": "assistant", "content": answer}]
     # trl learns from the completion alone, and from nothing that the assistant says in the prompt.
-    question = [not_learned(turn) if isinstance(turn, dict) else turn for turn in question]
-    turns = [*history_turns(record.get("history"), name), *question, *answer]
-    return turns, used, answers
-
-
-def not_learned(turn: JsonObject) -> JsonObject:
-    """Return a turn of a prompt, of which nothing is learned."""
-    role = turn.get("role") if turn.get("role") is not None else turn.get("from")
-    return {**turn, "loss": False} if role in ("assistant", "gpt") else turn
+    turns = history_turns(record.get("history"), name)
+    for turn in question:
+        if isinstance(turn, dict):
+            role = turn.get("role") if turn.get("role") is not None else turn.get("from")
+            if role in ("assistant", "gpt"):
+                turn = {**turn, "loss": False}
+        turns.append(turn)
+    return [*turns, *answer], used, answers
 
 
 def history_turns(history: Any, name: str) -> list[Any]:
@@ -415,27 +394,19 @@ def history_turns(history: Any, name: str) -> list[Any]:
 
 
 def answers_of(value: Any, name: str, key: str) -> list[str]:
-    """Return the answers of annotators, one or a list of them, without blank ones. Raises
-    DataError."""
+    """Return the answers of annotators, one or a list of them, texts or VQAv2's `{"answer"}`,
+    without blank ones. Raises DataError."""
     entries = [value] if isinstance(value, str) else value
     if not isinstance(entries, list):
         raise DataError(f"sample {name}: '{key}' is {brief(value)}, expected a list of texts")
-    texts = [text_of(entry, name, key) for entry in entries]
-    return [text for text in texts if text.strip()]
-
-
-def most_frequent(texts: list[str]) -> str:
-    """Return the text that most gave, of equal ones the first."""
-    # Counter keeps the order of first occurrence, so that equal counts do not depend on hashes.
-    return Counter(texts).most_common(1)[0][0]
-
-
-def text_of(answer: Any, name: str, key: str) -> str:
-    """Return an answer of a list, a text or VQAv2's `{"answer"}`. Raises DataError."""
-    text = answer.get("answer") if isinstance(answer, dict) else answer
-    if not isinstance(text, str):
-        raise DataError(f"sample {name}: '{key}' has {brief(answer)}, expected texts")
-    return text
+    texts = []
+    for entry in entries:
+        text = entry.get("answer") if isinstance(entry, dict) else entry
+        if not isinstance(text, str):
+            raise DataError(f"sample {name}: '{key}' has {brief(entry)}, expected texts")
+        if text.strip():
+            texts.append(text)
+    return texts
 
 
 def system_turn(record: JsonObject, name: str, turns: list[Any]) -> list[Any]:
@@ -455,29 +426,58 @@ def system_turn(record: JsonObject, name: str, turns: list[Any]) -> list[Any]:
     return [{"role": "system", "content": text}]
 
 
-def system_messages(record: JsonObject, name: str) -> list[Message]:
-    """Return the system text of a record without turns as a message, or nothing. Raises
-    DataError."""
-    messages = []
+def caption_messages(
+    record: JsonObject,
+    name: str,
+    caption: Any,
+    instructions: Sequence[str] | None,
+    identity: str,
+    images: int,
+    videos: int = 0,
+) -> list[Message]:
+    """Return a chat that asks for a caption: the record's system text, the images, the videos, one
+    of the `instructions` (none: nothing more), and the caption. Which instruction is a hash of
+    `identity`, so that it is the same in every run and whatever the other samples are.
+
+    Raises:
+        DataError: a caption or a system text that is no text.
+    """
+    if not isinstance(caption, str):
+        raise DataError(f"sample {name}: the caption is {brief(caption)}, expected a text")
+    messages: list[Message] = []
     for turn in system_turn(record, name, []):
         part = {"type": "text", "text": turn["content"]}
         messages.append({"role": "system", "content": [part]})
+    question: list[Part] = [{"type": "image"} for _ in range(images)]
+    question += [{"type": "video"} for _ in range(videos)]
+    if instructions:
+        # Python's hash() differs between processes.
+        digest = hashlib.sha256(identity.encode("utf-8", "surrogatepass")).digest()
+        number = int.from_bytes(digest[:8], "little")
+        text = f"\n{instructions[number % len(instructions)]}"
+        question.append({"type": "text", "text": text})
+    messages.append({"role": "user", "content": question})
+    answer = [{"type": "text", "text": unescaped(caption)}]
+    messages.append({"role": "assistant", "content": answer})
     return messages
 
 
-def check_unused(record: JsonObject, name: str, keys: set[str]) -> list[Note]:
+def check_unused(unused: JsonObject, name: str, shown: JsonObject) -> list[Note]:
     """Return notes of a record's keys that are not used.
 
-    Raises DataError for those that would change what is learned.
+    Args:
+        shown: has the pictures and videos of the sample, if there are any, under IMAGES and VIDEOS.
+
+    Raises:
+        DataError: a key that would change what is learned.
     """
-    refused = {key: record[key] for key in keys & RECORD_REFUSED.keys()}
-    check_refused(refused, RECORD_REFUSED, name, "the record")
+    check_refused(unused, RECORD_REFUSED, name, "the record")
     notes = []
-    for key in sorted(keys - {*METADATA}):
-        value = record[key]
+    for key in sorted(unused.keys() - METADATA):
+        value = unused[key]
         if value is None or value == "" or value == [] or value == {}:
             continue
-        check_media_key(record, name, key)
+        check_media_key(value, name, key, shown)
         if key in WEIGHTS or key in NOT_LEARN_KEYS:
             check_weight(value, name, key)
         notes.append(Note("unused", f"a record's '{key}'"))
@@ -504,21 +504,21 @@ def check_weight(value: Any, name: str, key: str) -> None:
         )
 
 
-def check_media_key(record: JsonObject, name: str, key: str) -> None:
+def check_media_key(value: Any, name: str, key: str, shown: JsonObject) -> None:
     """Raise DataError for a key that holds a picture, a video or sound by its name, and is not
     read."""
     match = MEDIA_KEY.fullmatch(key.lower())
-    if not match or isinstance(record[key], int | float):
+    if not match or isinstance(value, int | float):
         return
     if match["kind"] in ("audio", "sound", "speech"):
         raise DataError(
-            f"sample {name}: the record has '{key}': {brief(record[key])}, sound, which no model "
-            "here hears"
+            f"sample {name}: the record has '{key}': {brief(value)}, sound, which no model here "
+            "hears"
         )
     keys = VIDEOS if match["kind"] in ("video", "clip") else IMAGES
     # Beside `image`, an `image_path` often names the same picture, but an `image_2` is another one.
-    if match["number"] or all(is_absent(record.get(read_key)) for read_key in keys):
+    if match["number"] or not present_keys(shown, keys):
         raise DataError(
-            f"sample {name}: the record has '{key}': {brief(record[key])}, which is not read; "
+            f"sample {name}: the record has '{key}': {brief(value)}, which is not read; "
             f"expected {' or '.join(keys)}, a file or a list of them"
         )

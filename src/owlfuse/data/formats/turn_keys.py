@@ -66,15 +66,30 @@ NOT_LEARN_KEYS = (
     "excluded",
 )
 
+# Keys of the pictures and the videos of a turn or a record.
+IMAGES = ("image", "images")
+VIDEOS = ("video", "videos")
+
 THOUGHT_KEYS = ("reasoning_content", "reasoning", "thinking")
 SYSTEM_KEYS = ("system", "system_prompt", "system_message")
 
-# Keys of a turn that would change what is learned if they were left out, and what they are.
-REFUSED_KEYS = {
+# Keys of a turn or a record that would change what is learned if they were left out, and what they
+# are.
+REFUSED = {
     "mask": (
         "which some read as 'not learned from' and others as 'learned from'; write loss: true "
         "or false"
     ),
+    "audio": "sound, which no model here hears",
+    "audios": "sound, which no model here hears",
+    "documents": "documents, which no chat template here is given; write them into the text",
+    "attachments": "attachments, which are not read; write them into the text",
+    "rejected": "an answer that is not to be given; preference pairs are not read",
+    "chosen": "one of a preference pair; preference pairs are not read",
+}
+# Those of a turn.
+REFUSED_KEYS = {
+    **REFUSED,
     "prefix": (
         "the beginning of an answer to go on with, which is no answer to learn; leave the turn out"
     ),
@@ -85,12 +100,6 @@ REFUSED_KEYS = {
         "which parts of an answer are learned from; an answer is learned from whole or not at all"
     ),
     "refusal": "a refusal beside the content; write it as the content",
-    "audio": "sound, which no model here hears",
-    "audios": "sound, which no model here hears",
-    "documents": "documents, which no chat template here is given; write them into the text",
-    "attachments": "attachments, which are not read; write them into the text",
-    "rejected": "an answer that is not to be given; preference pairs are not read",
-    "chosen": "one of a preference pair; preference pairs are not read",
 }
 
 
@@ -107,23 +116,15 @@ def present_keys(node: JsonObject, keys: Iterable[str]) -> list[str]:
     return [key for key in keys if not is_absent(node.get(key))]
 
 
-def check_refused(
-    node: JsonObject,
-    refused: dict[str, str],
-    name: str,
-    owner: str,
-) -> None:
+def check_refused(node: JsonObject, refused: dict[str, str], name: str, owner: str) -> None:
     """Raise DataError for a key of a turn or a record that cannot be honored and changes what is
     learned.
 
     Args:
         owner: `a turn` or `the record`, for the message.
     """
-    for key in node.keys() & refused.keys():
-        if not is_absent(node[key]):
-            raise DataError(
-                f"sample {name}: {owner} has '{key}': {brief(node[key])}, {refused[key]}"
-            )
+    for key in present_keys(node, refused):
+        raise DataError(f"sample {name}: {owner} has '{key}': {brief(node[key])}, {refused[key]}")
 
 
 def single_value(
@@ -237,30 +238,24 @@ def tool_calls_of(value: Any, name: str) -> list[JsonObject]:
             raise DataError(
                 f"sample {name}: a tool call is {brief(call)}, expected a name and arguments"
             )
-        arguments = call_arguments(function, name)
+        arguments = function.get("arguments")
+        # Llama's data and templates call them parameters.
+        if arguments is None:
+            arguments = function.get("parameters")
+        if arguments is None or arguments == "":
+            arguments = {}
+        arguments = from_json(arguments, name, "the arguments of a tool call")
+        if not isinstance(arguments, dict):
+            raise DataError(
+                f"sample {name}: the arguments of a tool call are {brief(arguments)}, expected an "
+                "object"
+            )
         calls.append(
             {"type": "function", "function": {"name": function["name"], "arguments": arguments}}
         )
         if isinstance(call.get("id"), str):
             calls[-1]["id"] = call["id"]
     return calls
-
-
-def call_arguments(function: JsonObject, name: str) -> JsonObject:
-    """Return the arguments of a tool call, which may be a JSON text. Raises DataError."""
-    arguments = function.get("arguments")
-    # Llama's data and templates call them parameters.
-    if arguments is None:
-        arguments = function.get("parameters")
-    if arguments is None or arguments == "":
-        return {}
-    arguments = from_json(arguments, name, "the arguments of a tool call")
-    if not isinstance(arguments, dict):
-        raise DataError(
-            f"sample {name}: the arguments of a tool call are {brief(arguments)}, expected an "
-            "object"
-        )
-    return arguments
 
 
 def tools_of(record: JsonObject, name: str) -> list[Any] | None:

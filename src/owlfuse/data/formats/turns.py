@@ -5,24 +5,24 @@ from __future__ import annotations
 
 import base64
 import binascii
-import hashlib
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 from urllib.parse import unquote_to_bytes
 
 from owlfuse.core.errors import DataError
-from owlfuse.core.types import JsonObject, Media, Message, Note, Part
+from owlfuse.core.types import JsonObject, Media, Message, Note
 from owlfuse.data.formats.marks import on_new_line, settle_marks, split_marks, unescaped
 from owlfuse.data.formats.turn_keys import (
     CALL_ROLES,
+    IMAGES,
     LEARN_KEYS,
     NOT_LEARN_KEYS,
     REFUSED_KEYS,
     ROLES,
     SYSTEM_KEYS,
     THOUGHT_KEYS,
+    VIDEOS,
     brief,
     extras_of,
     is_absent,
@@ -63,14 +63,12 @@ TURN_KEYS = frozenset(
         "role",
         "value",
         "content",
-        "image",
-        "images",
-        "video",
-        "videos",
         "tool_calls",
         "function_call",
         "tool_call_id",
         "name",
+        *IMAGES,
+        *VIDEOS,
         *LEARN_KEYS,
         *NOT_LEARN_KEYS,
         *THOUGHT_KEYS,
@@ -100,24 +98,14 @@ PART_REFUSED = (
 )
 
 
-@dataclass
-class Chat:
-    """Messages of a `Sample`, its pictures and videos, and notes of what was not used."""
-
-    messages: list[Message]
-    images: list[Media]
-    videos: list[Media]
-    notes: list[Note]
-
-
 def read_turns(
     turns: Sequence[Any],
     pictures: list[Media],
+    videos: list[Media],
     name: str,
-    videos: Sequence[Media] = (),
-) -> Chat:
-    """Return turns as messages of a `Sample`, with the pictures in the order of their image parts,
-    and the videos likewise.
+) -> tuple[list[Message], list[Media], list[Media], list[Note]]:
+    """Return turns as messages of a `Sample`, the pictures in the order of their image parts, the
+    videos likewise, and notes of what was not used or was assumed.
 
     A turn has a role (`from` or `role`, see ROLES) and a content (`value` or `content`), or is a
     question with its answer (see PAIRS). A content is a text with `<image>` and `<video>` marks
@@ -164,12 +152,8 @@ def read_turns(
                 shown[part["type"]].append(part.pop("picture", None))
     notes = [Note("unused", key) for key in sorted(unused)]
     notes += [Note("assumed", text) for text in assumed]
-    return Chat(
-        messages,
-        resolve(shown["image"], pictures, name, "image"),
-        resolve(shown["video"], list(videos), name, "video"),
-        notes,
-    )
+    images = resolve(shown["image"], pictures, name, "image")
+    return messages, images, resolve(shown["video"], videos, name, "video"), notes
 
 
 def with_turn(error: DataError, number: int) -> DataError:
@@ -223,7 +207,7 @@ def question_and_answer(turn: JsonObject, name: str) -> list[JsonObject]:
                 f"sample {name}: a turn has '{pair[0]}', '{pair[1]}' and '{key}', expected a "
                 "question and an answer"
             )
-        is_visual = key in ("image", "images", "video", "videos")
+        is_visual = key in (*IMAGES, *VIDEOS)
         # Pictures belong to the question; weights, thoughts and tool calls to the answer.
         (question if is_visual else answer)[key] = turn[key]
     return [question, answer]
@@ -273,7 +257,8 @@ def show_turn_pictures(turn: JsonObject, message: Message, name: str) -> None:
 
     Raises DataError.
     """
-    for kind, pictures in (("image", pictures_of(turn, name)), ("video", videos_of(turn, name))):
+    for kind, keys in (("image", IMAGES), ("video", VIDEOS)):
+        pictures = files_of(turn, keys, name)
         if not pictures:
             continue
         parts = [part for part in message["content"] if part["type"] == kind]
@@ -347,9 +332,8 @@ def read_message(turn: Any, name: str, unused: set[str]) -> JsonObject:
         known_role = ROLES.get(role.lower()) if isinstance(role, str) else None
         if known_role and isinstance(content, str):
             return {"role": known_role, "content": content}
-    for key in turn.keys() - TURN_KEYS:
-        if not is_absent(turn[key]):
-            unused.add(f"a turn's '{key}'")
+    for key in present_keys(turn, turn.keys() - TURN_KEYS):
+        unused.add(f"a turn's '{key}'")
     role = turn["from"] if turn.get("from") is not None else turn.get("role")
     role = role.lower().replace("-", "_") if isinstance(role, str) else None
     _, content = single_value(turn, ("value", "content"), name, "a turn")
@@ -393,7 +377,16 @@ def read_part(part: Any, name: str, unused: set[str]) -> JsonObject:
             if isinstance(part.get(key), str):
                 return {"type": "thought", "thought": part[key]}
     if kind in ("video", "video_url"):
-        return video_part(part, name)
+        for key in VIDEO_KEYS:
+            value = part.get(key)
+            if isinstance(value, list):
+                raise DataError(
+                    f"sample {name}: a video part is {brief(part)}, a list of frames; give each as "
+                    "an image part"
+                )
+            if value is not None:
+                return {"type": "video", "picture": picture_of(value, name, "video")}
+        return {"type": "video"}
     if kind not in ("image", "image_url", "input_image"):
         raise DataError(
             f"sample {name}: a part is {brief(part)}, expected a text with its text, an image or "
@@ -412,41 +405,13 @@ def read_part(part: Any, name: str, unused: set[str]) -> JsonObject:
     return {"type": "image", "picture": index} if type(index) is int else {"type": "image"}
 
 
-def video_part(part: Part, name: str) -> JsonObject:
-    """Return `{"type": "video"}`, with its file as `picture` where it has one. Raises
-    DataError."""
-    value = next((part[key] for key in VIDEO_KEYS if part.get(key) is not None), None)
-    if value is None:
-        return {"type": "video"}
-    if isinstance(value, list):
-        raise DataError(
-            f"sample {name}: a video part is {brief(part)}, a list of frames; give each as an "
-            "image part"
-        )
-    return {"type": "video", "picture": picture_of(value, name, "video")}
-
-
-def videos_of(record: JsonObject, name: str) -> list[Media]:
-    """Return the videos in a record's or a turn's `video` or `videos`, read as `pictures_of` reads
-    pictures.
-
-    Raises DataError.
-    """
-    return files_of(record, ("video", "videos"), name)
-
-
-def pictures_of(record: JsonObject, name: str) -> list[Media]:
-    """Return the pictures in a record's or a turn's `image` or `images`: one or a list of paths,
-    data: URIs, bytes or `{"bytes", "path"}`.
+def files_of(record: JsonObject, keys: tuple[str, str], name: str) -> list[Media]:
+    """Return the pictures or videos of a record or a turn, which are under one of the two `keys`
+    (IMAGES or VIDEOS): one or a list of paths, data: URIs, bytes or `{"bytes", "path"}`.
 
     Raises:
         DataError: something else, or both fields.
     """
-    return files_of(record, ("image", "images"), name)
-
-
-def files_of(record: JsonObject, keys: tuple[str, str], name: str) -> list[Media]:
-    """Return the pictures or videos under one of two keys. Raises DataError."""
     present = present_keys(record, keys)
     if not present:
         return []
@@ -466,12 +431,11 @@ def picture_of(value: Any, name: str, key: str = "image") -> Media:
     """
     kind = "video" if key.startswith("video") else "image"
     if isinstance(value, dict):
-        for piece in value.keys() & {*PART_REFUSED}:
-            if not is_absent(value[piece]):
-                raise DataError(
-                    f"sample {name}: '{key}' is {brief(value)}; its '{piece}' chooses a piece, "
-                    "and it is shown whole"
-                )
+        for piece in present_keys(value, PART_REFUSED):
+            raise DataError(
+                f"sample {name}: '{key}' is {brief(value)}; its '{piece}' chooses a piece, and it "
+                "is shown whole"
+            )
         contents = (value.get("bytes"), value.get("url"), value.get("path"))
         value = next((content for content in contents if content is not None), value)
     if isinstance(value, bytes | bytearray | memoryview) and len(value):
@@ -507,32 +471,3 @@ def data_uri(uri: str, name: str, kind: str) -> bytes:
     if not comma or not content:
         raise DataError(f"sample {name}: the {kind}'s data: URI {uri[:40]} holds no data")
     return content
-
-
-def caption_messages(
-    images: int,
-    caption: Any,
-    instructions: Sequence[str],
-    identity: str,
-    name: str,
-    videos: int = 0,
-) -> list[JsonObject]:
-    """Return a chat that asks for a caption: the images, the videos, one of the `instructions`
-    (none: nothing more), and the caption. Which instruction is a hash of `identity`, so that it is
-    the same in every run and whatever the other samples are.
-
-    Raises:
-        DataError: a caption that is no text.
-    """
-    if not isinstance(caption, str):
-        raise DataError(f"sample {name}: the caption is {brief(caption)}, expected a text")
-    question: list[Message] = [{"type": "image"} for _ in range(images)]
-    question += [{"type": "video"} for _ in range(videos)]
-    if instructions:
-        # Python's hash() differs between processes.
-        digest = hashlib.sha256(identity.encode("utf-8", "surrogatepass")).digest()
-        number = int.from_bytes(digest[:8], "little")
-        text = f"\n{instructions[number % len(instructions)]}"
-        question.append({"type": "text", "text": text})
-    answer = [{"type": "text", "text": unescaped(caption)}]
-    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]

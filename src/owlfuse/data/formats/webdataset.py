@@ -14,17 +14,15 @@ from owlfuse.core.files import decoded, parse_json
 from owlfuse.core.types import JsonObject, Media, Note, Sample, without_keys
 from owlfuse.data.formats.base import VideoSource
 from owlfuse.data.formats.records import (
-    IMAGES,
     TOOLS,
-    VIDEOS,
+    caption_messages,
     check_unused,
     has_chat,
     question_metadata,
     read_chat,
-    system_messages,
 )
-from owlfuse.data.formats.turn_keys import SYSTEM_KEYS, is_absent, present_keys
-from owlfuse.data.formats.turns import caption_messages, pictures_of, videos_of
+from owlfuse.data.formats.turn_keys import IMAGES, SYSTEM_KEYS, VIDEOS, present_keys
+from owlfuse.data.formats.turns import files_of
 from owlfuse.data.readers.tars import TarSamples
 
 PICTURES = ("jpg", "jpeg", "png", "webp", "bmp", "tif", "tiff", "avif", "jp2", "ppm", "pgm")
@@ -83,29 +81,20 @@ class WebDataset(VideoSource):
     def sample(self, record: JsonObject, name: str) -> Sample:
         """See `Source`."""
         members = Members(record, name)
-        fields = parse_object(record[members.json], name) if members.json else {}
-        images, videos, notes = members.visuals(fields, name)
-        if not has_chat(fields):
-            return self.caption(record, members, fields, images, videos, notes, name)
+        if not has_chat(members.fields):
+            return self.caption(members, name)
         if members.text:
-            notes.append(Note("unused", f"a member .{members.text} beside a chat"))
+            members.notes.append(Note("unused", f"a member .{members.text} beside a chat"))
         # The members are the pictures: what names them in the .json has been compared.
-        chat = without_keys(fields, (*IMAGES, *VIDEOS))
-        sample = read_chat(chat, name, self.name, "conversations", images, videos)
-        sample.notes += notes
+        chat = without_keys(members.fields, (*IMAGES, *VIDEOS))
+        sample = read_chat(chat, name, self.name, "conversations", members.images, members.videos)
+        sample.notes += members.notes
         return sample
 
-    def caption(
-        self,
-        record: JsonObject,
-        members: Members,
-        fields: JsonObject,
-        images: list[Media],
-        videos: list[Media],
-        notes: list[Note],
-        name: str,
-    ) -> Sample:
+    def caption(self, members: Members, name: str) -> Sample:
         """Return a sample with a caption. Raises DataError."""
+        record, fields, notes = members.record, members.fields, members.notes
+        images, videos = members.images, members.videos
         caption = fields.get("caption")
         if members.text:
             if caption is not None:
@@ -120,24 +109,14 @@ class WebDataset(VideoSource):
             )
         members.check_numbered(name)
         messages = caption_messages(
-            len(images),
-            caption,
-            self.instructions or [],
-            record["id"],
-            name,
-            len(videos),
+            fields, name, caption, self.instructions, record["id"], len(images), len(videos)
         )
-        messages = [*system_messages(fields, name), *messages]
-        used = ("id", "caption", *SYSTEM_KEYS, *IMAGES, *VIDEOS)
-        metadata = without_keys(fields, used)
-        for key in ("question", "prompt", "query", *TOOLS):
-            if not is_absent(metadata.get(key)):
-                raise DataError(
-                    f"sample {name}: its .json has '{key}' and no answer, and a caption answers "
-                    "none"
-                )
-        visuals = {"image": images, "video": videos}
-        notes += check_unused({**metadata, **visuals}, name, set(metadata))
+        metadata = without_keys(fields, ("id", "caption", *SYSTEM_KEYS, *IMAGES, *VIDEOS))
+        for key in present_keys(metadata, ("question", "prompt", "query", *TOOLS)):
+            raise DataError(
+                f"sample {name}: its .json has '{key}' and no answer, and a caption answers none"
+            )
+        notes += check_unused(metadata, name, {"image": images, "video": videos})
         metadata = question_metadata(metadata, messages, name)
         return Sample(name, self.name, messages, images, metadata, videos, notes=notes)
 
@@ -147,21 +126,25 @@ class Members:
 
     Attributes:
         pictures, clips: the names (`0.jpg`) of its pictures and videos, in their order.
-        json, text: the names of its .json and its .txt, "" where it has none.
-        others: the names of all others.
+        text: the name of its .txt, "" where it has none.
+        fields: what its .json holds, nothing where it has none.
+        images, videos: the members' contents, or where there are none, the files that the .json
+            names below the image root.
+        notes: of what is not used.
 
     Raises:
-        DataError: sound, a picture that is not decoded, an empty picture or video, or several
-            .json or .txt.
+        DataError: sound, a picture that is not decoded, an empty picture or video, several .json or
+            .txt, a .json that is no object or names another number of pictures or videos than
+            there are.
     """
 
     def __init__(self, record: JsonObject, name: str) -> None:
         self.record = record
         self.pictures: list[str] = []
         self.clips: list[str] = []
-        self.others: list[str] = []
         json_names: list[str] = []
         text_names: list[str] = []
+        others: list[str] = []
         lists = {"json": json_names, "txt": text_names}
         lists |= dict.fromkeys(PICTURES, self.pictures) | dict.fromkeys(CLIPS, self.clips)
         for key in sorted(record.keys() - {"id"}, key=natural):
@@ -174,31 +157,42 @@ class Members:
                     f"{', '.join(PICTURES)}"
                 )
             # By the last extension, so that `seg.png` is a picture like `png`.
-            lists.get(extension, self.others).append(key)
-        self.json = single_name(json_names, "json", name)
+            lists.get(extension, others).append(key)
+        json_name = single_name(json_names, "json", name)
         self.text = single_name(text_names, "txt", name)
         for kind, keys in (("picture", self.pictures), ("video", self.clips)):
             if not all(record[key] for key in keys):
                 raise DataError(f"sample {name} has a {kind} of 0 bytes")
+        fields: Any = {}
+        if json_name:
+            fields = parse_json(record[json_name], f"sample {name}: its .json")
+        if not isinstance(fields, dict):
+            raise DataError(
+                f"sample {name}: its .json holds a {type(fields).__name__}, expected an object"
+            )
+        self.fields: JsonObject = fields
+        self.notes = [Note("unused", f"a member .{key}") for key in others]
+        self.images = self.files(self.pictures, "picture", IMAGES, name)
+        self.videos = self.files(self.clips, "video", VIDEOS, name)
 
-    def visuals(self, fields: JsonObject, name: str) -> tuple[list[Media], list[Media], list[Note]]:
-        """Return pictures, videos and notes of what is not used.
-
-        They are the members, or where there are none, those that the .json names below the image
-        root. Raises DataError where members and names are not as many.
-        """
-        notes = [Note("unused", f"a member .{key}") for key in self.others]
-        images: list[Media] = [self.record[key] for key in self.pictures]
-        videos: list[Media] = [self.record[key] for key in self.clips]
-        if not images:
-            images = pictures_of(fields, name)
-        else:
-            notes += check_names(fields, "picture", IMAGES, self.pictures, name)
-        if not videos:
-            videos = videos_of(fields, name)
-        else:
-            notes += check_names(fields, "video", VIDEOS, self.clips, name)
-        return images, videos, notes
+    def files(self, members: list[str], kind: str, keys: tuple[str, str], name: str) -> list[Media]:
+        """Return the contents of some members, or where there are none, the files that the .json
+        names; notes that it names members too. Raises DataError."""
+        if not members:
+            return files_of(self.fields, keys, name)
+        present = present_keys(self.fields, keys)
+        if present:
+            key = present[0]
+            value = self.fields[key]
+            count = len(value) if isinstance(value, list) else 1
+            if count != len(members):
+                extensions = ", ".join(f".{member}" for member in members)
+                raise DataError(
+                    f"sample {name} has the {kind}s {extensions}, and its .json names {count} in "
+                    f"'{key}'"
+                )
+            self.notes.append(Note("unused", f"a .json's '{key}' beside the members that it names"))
+        return [self.record[member] for member in members]
 
     def check_numbered(self, name: str) -> None:
         """Raise DataError for several pictures or videos of one caption that are not numbered: a
@@ -212,45 +206,12 @@ class Members:
                 )
 
 
-def check_names(
-    fields: JsonObject,
-    kind: str,
-    keys: tuple[str, ...],
-    members: list[str],
-    name: str,
-) -> list[Note]:
-    """Return a note where the .json names pictures or videos that are members too. Raises DataError
-    where it names another number of them."""
-    present = present_keys(fields, keys)
-    if not present:
-        return []
-    value = fields[present[0]]
-    count = len(value) if isinstance(value, list) else 1
-    if count != len(members):
-        extensions = ", ".join(f".{key}" for key in members)
-        raise DataError(
-            f"sample {name} has the {kind}s {extensions}, and its .json names {count} in "
-            f"'{present[0]}'"
-        )
-    return [Note("unused", f"a .json's '{present[0]}' beside the members that it names")]
-
-
 def single_name(keys: list[str], extension: str, name: str) -> str:
     """Return the one member with an extension, or "". Raises DataError for several."""
     if len(keys) > 1:
         members = ", ".join(f".{key}" for key in keys)
         raise DataError(f"sample {name} has {members}, expected one .{extension}")
     return keys[0] if keys else ""
-
-
-def parse_object(raw: bytes, name: str) -> JsonObject:
-    """Return the object in a .json member. Raises DataError."""
-    fields = parse_json(raw, f"sample {name}: its .json")
-    if not isinstance(fields, dict):
-        raise DataError(
-            f"sample {name}: its .json holds a {type(fields).__name__}, expected an object"
-        )
-    return fields
 
 
 def natural(name: str) -> list[tuple[bool, int, str]]:

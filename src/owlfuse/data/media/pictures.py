@@ -3,7 +3,6 @@ or a video."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
@@ -82,25 +81,12 @@ class Pictures:
         tiled = is_tiled(source.tile, self.seed, sample.chat or sample.id)
         pixels = []
         for kind, file in visual_parts(sample):
-            views = self.views(kind, file, sample.id, source, tiled)
+            if kind == "video":
+                sampling = source.video or self.video
+                views = read_frames(source.root, file, sample.id, sampling, self.max_pixels)
+            else:
+                views = [open_image(source.root, file, sample.id, self.max_pixels)]
+                if tiled:
+                    views = views_of(views[0], self.preprocess.size)
             pixels.append([self.preprocess(view) for view in views])
         return pixels
-
-    def views(
-        self,
-        kind: str,
-        path: Media,
-        name: str,
-        source: Source,
-        tiled: bool,
-    ) -> Iterator[Image.Image]:
-        """Yield the RGB pictures of one placeholder."""
-        if kind == "video":
-            sampling = source.video or self.video
-            yield from read_frames(source.root, path, name, sampling, self.max_pixels)
-            return
-        picture = open_image(source.root, path, name, self.max_pixels)
-        if tiled:
-            yield from views_of(picture, self.preprocess.size)
-        else:
-            yield picture

@@ -318,7 +318,7 @@ def fps_indices(times: list[float], fps: float, frames: int) -> list[int]:
     chosen = set()
     for k in range(count):
         moment = k / fps + 1e-6
-        chosen.add(max(0, bisect_right(shown, moment) - 1))
+        chosen.add(bisect_right(shown, moment) - 1)
     return sorted(chosen)
 
 
@@ -383,11 +383,10 @@ def mean_squares(rows: np.ndarray, others: np.ndarray) -> np.ndarray:
 
 
 def fill_gaps(chosen: set[int], count: int, frames: int) -> list[int]:
-    """Return `chosen` and as many of the `count` frames more as make `frames`, each in the middle
-    of the widest gap, ascending."""
+    """Add to `chosen` as many of the `count` frames more as make `frames`, each in the middle of
+    the widest gap, and return all, ascending."""
     if not chosen:
         return [(2 * k + 1) * count // (2 * frames) for k in range(frames)]
-    chosen = set(chosen)
     while len(chosen) < frames:
         borders = sorted({-1, *chosen, count})
         low, high = max(pairwise(borders), key=lambda gap: gap[1] - gap[0])

@@ -46,10 +46,8 @@ class Lines(Sequence[bytes]):
             self.descriptor = os.open(file, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
             self.size = os.fstat(self.descriptor).st_size
             starts, doubtful = line_starts(self.descriptor, quoted)
-        except FileNotFoundError:
-            raise DataError(f"{file}: no such file") from None
         except OSError as error:
-            raise DataError(f"{file}: {error.strerror}") from error
+            raise DataError(f"{file}: {reason_of(error)}") from error
         blank = []
         for number in doubtful:
             end = starts[number + 1] if number + 1 < len(starts) else self.size
@@ -180,14 +178,12 @@ class Records(list[Any]):
         unused: keys of the object around the list, which nothing reads.
     """
 
-    def __init__(self, records: Iterable[Any] = (), unused: Sequence[str] = ()) -> None:
+    def __init__(self, records: Iterable[Any], unused: Sequence[str] = ()) -> None:
         super().__init__(records)
         self.unused = unused
 
 
-def open_records(
-    file: Path, is_record: Callable[[JsonObject], bool] = lambda _: False
-) -> Sequence[Any]:
+def open_records(file: Path, is_record: Callable[[JsonObject], bool]) -> Sequence[Any]:
     """Return the records of a JSON or JSON Lines file: a list, a record a line, or an object with
     one list of records. Which it is, its contents decide and not its name.
 
@@ -228,7 +224,9 @@ def starts_with_line(head: bytes) -> bool:
 
 def reason_of(error: OSError) -> str:
     """Return why a file cannot be read."""
-    return "no such file" if isinstance(error, FileNotFoundError) else str(error.strerror)
+    if isinstance(error, FileNotFoundError):
+        return "no such file"
+    return error.strerror or str(error)
 
 
 def read_json_records(
@@ -282,55 +280,36 @@ def stream_json(text: JsonText) -> Any:
     Raises:
         DataError: what is wrong, with its line.
     """
-    value: Any
-    first = text.peek()
-    if not first:
+    if not text.peek():
         raise DataError(f"{text.file}: holds no record")
-    if first == "[":
-        value = list(stream_list(text))
-    elif first == "{":
-        value = dict(stream_object(text))
-    else:
-        value = text.next_value()
+    value = stream_object(text) if text.peek() == "{" else stream_value(text)
     if text.peek():
         raise text.error("Extra data")
     return value
 
 
-def stream_list(text: JsonText) -> Iterator[Any]:
-    """Yield the records of a list that comes next. Raises DataError."""
-    text.skip()
+def stream_value(text: JsonText) -> Any:
+    """Return the value that comes next, a list record by record. Raises DataError."""
+    if text.peek() != "[":
+        return text.next_value()
     text.records = 0
-    if text.peek() == "]":
-        text.skip()
-        return
-    while True:
-        yield text.next_value()
-        if text.ends("]"):
-            return
+    records = []
+    for _ in text.entries("]"):
+        records.append(text.next_value())
+    return records
 
 
-def stream_object(text: JsonText) -> Iterator[tuple[str, Any]]:
-    """Yield keys and values of an object that comes next, its lists record by record.
-
-    Raises DataError.
-    """
-    text.skip()
-    if text.peek() == "}":
-        text.skip()
-        return
-    while True:
+def stream_object(text: JsonText) -> JsonObject:
+    """Return the object that comes next, its lists record by record. Raises DataError."""
+    node: JsonObject = {}
+    for _ in text.entries("}"):
         if text.peek() != '"':
             raise text.error("Expecting property name enclosed in double quotes")
         key = text.next_value()
         if text.skip() != ":":
             raise text.error("Expecting ':' delimiter")
-        if text.peek() == "[":
-            yield key, list(stream_list(text))
-        else:
-            yield key, text.next_value()
-        if text.ends("}"):
-            return
+        node[key] = stream_value(text)
+    return node
 
 
 class JsonText:
@@ -385,15 +364,22 @@ class JsonText:
         self.offset += len(character)
         return character
 
-    def ends(self, closing: str) -> bool:
-        """Whether a list or an object ends; else go past the comma.
+    def entries(self, closing: str) -> Iterator[None]:
+        """Go to each entry of the list or the object that comes next, then past its end.
 
-        Raises DataError for anything else.
+        Raises DataError where an entry is followed by something else.
         """
-        character = self.skip()
-        if character not in (",", closing):
-            raise self.error("Expecting ',' delimiter")
-        return character == closing
+        self.skip()
+        if self.peek() == closing:
+            self.skip()
+            return
+        while True:
+            yield
+            character = self.skip()
+            if character == closing:
+                return
+            if character != ",":
+                raise self.error("Expecting ',' delimiter")
 
     def next_value(self) -> Any:
         """Return the JSON value that comes next. Raises DataError for one that is too long or no
@@ -417,7 +403,12 @@ class JsonText:
                 self.offset = end
                 self.records += 1
                 return value
-            self.check_length()
+            if len(self.text) - self.offset > MAX_RECORD:
+                raise DataError(
+                    f"{self.file}: record {self.records + 1}, in line {self.line()}, has more than "
+                    f"{MAX_RECORD:,} bytes, the limit for one record, or is no JSON; split it, or "
+                    "leave it out"
+                )
             # As much as one record may have, so that it is not parsed over and over.
             self.read(MAX_RECORD)
 
@@ -426,15 +417,6 @@ class JsonText:
         its end, nor at a text that is not closed yet."""
         # 100: longer than any token but texts and numbers, which fail at their beginning.
         return position < len(self.text) - 100 and self.text[position] != '"'
-
-    def check_length(self) -> None:
-        """Raise DataError where the record is longer than one may be."""
-        if len(self.text) - self.offset > MAX_RECORD:
-            raise DataError(
-                f"{self.file}: record {self.records + 1}, in line {self.line()}, has more than "
-                f"{MAX_RECORD:,} bytes, the limit for one record, or is no JSON; split it, or "
-                "leave it out"
-            )
 
     def line(self) -> int:
         """Return the number of the line that is being read, from 1."""

@@ -17,6 +17,7 @@ import numpy as np
 from owlfuse.core.checkpoint_files import ZIP_ERRORS
 from owlfuse.core.errors import DataError
 from owlfuse.core.files import atomic_write, check_record
+from owlfuse.data.readers.lines import reason_of
 
 # A key, up to the first dot of the file's name, and an extension.
 SAMPLE_MEMBER = re.compile(r"(?:\./)?((?:.*/)?[^./][^./]*)\.([^/]+)", re.DOTALL)
@@ -74,7 +75,16 @@ class TarSamples(Sequence[dict[str, Any]]):
                 if extension in sample:
                     raise ValueError(f"{key} has two members .{extension}")
                 total += member.size
-                check_member(f"{printable(key)}.{extension}", extension, member.size, total)
+                name = f"{printable(key)}.{extension}"
+                # Parsed JSON takes many times its bytes, so texts have a lower limit than media.
+                if extension.rpartition(".")[2] in TEXT_EXTENSIONS:
+                    check_record(member.size, name)
+                # All of a sample is in memory at once.
+                if total > MAX_SAMPLE:
+                    raise ValueError(
+                        f"{name}: its sample has {total:,} bytes, over the limit of "
+                        f"{MAX_SAMPLE:,}; keep large media in files"
+                    )
                 sample[extension] = read_content(file, member)
             if not sample:
                 raise ValueError(f"no sample at byte {start}: it has changed since it was opened")
@@ -91,28 +101,6 @@ class TarSamples(Sequence[dict[str, Any]]):
             for _, key, _ in sample_members(file, start):
                 return printable(key)
             raise ValueError(f"no sample at byte {start}: it has changed since it was opened")
-
-
-def check_member(
-    name: str,
-    extension: str,
-    size: int,
-    total: int,
-) -> None:
-    """Raise ValueError for a member that is too large to be read: texts are parsed, and all of a
-    sample is in memory at once.
-
-    Args:
-        total: bytes of the sample's members so far, with this one.
-    """
-    # Parsed JSON takes many times its bytes, so texts have a lower limit than media.
-    if extension.rpartition(".")[2] in TEXT_EXTENSIONS:
-        check_record(size, name)
-    if total > MAX_SAMPLE:
-        raise ValueError(
-            f"{name}: its sample has {total:,} bytes, over the limit of {MAX_SAMPLE:,}; keep "
-            "large media in files"
-        )
 
 
 def read_content(file: BinaryIO, member: tarfile.TarInfo) -> bytes:
@@ -159,11 +147,8 @@ def index_samples(files: list[Path]) -> dict[str, np.ndarray]:
             check_sorted(np.frombuffer(keys, np.int64), np.frombuffer(names, np.int64))
         first.append(len(starts))
         ends.append(end)
-    return {
-        "starts": np.frombuffer(starts, dtype=np.int64),
-        "ends": np.array(ends),
-        "first": np.array(first),
-    }
+    start_offsets = np.frombuffer(starts, dtype=np.int64)
+    return {"starts": start_offsets, "ends": np.array(ends), "first": np.array(first)}
 
 
 def check_sorted(keys: np.ndarray, names: np.ndarray) -> None:
@@ -209,12 +194,10 @@ def opened(path: Path) -> Iterator[BinaryIO]:
     try:
         with path.open("rb") as file:
             yield file
-    except FileNotFoundError:
-        raise DataError(f"{path}: no such file") from None
     except (tarfile.TarError, ValueError) as error:
         raise DataError(f"{path}: {error}") from error
     except OSError as error:
-        raise DataError(f"{path}: {error.strerror or error}") from error
+        raise DataError(f"{path}: {reason_of(error)}") from error
 
 
 def sample_members(
