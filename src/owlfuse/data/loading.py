@@ -36,9 +36,6 @@ class MixtureDataset(Dataset):
         self.start = 0
         self.block: tuple[np.ndarray, np.ndarray] = np.empty(0, np.uint16), np.empty(0, np.int64)
 
-    def __getitem__(self, position: int) -> Encoded | Skipped:
-        return self.__getitems__([position])[0]
-
     def __getitems__(self, positions: Sequence[int]) -> list[Encoded | Skipped]:
         """Return a micro batch, which torch asks for as a whole. Raises DataError."""
         items = []
@@ -48,7 +45,7 @@ class MixtureDataset(Dataset):
 
     def draws(self, positions: Sequence[int]) -> list[tuple[str, int]]:
         """Return (name of the source, index of the sample) at each of some positions that are close
-        together, as by `mixture[position]`.
+        together.
 
         Raises:
             IndexError: after the schedule's end.

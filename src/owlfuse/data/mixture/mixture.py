@@ -93,20 +93,8 @@ class Mixture:
             if name in self.names:
                 self.shuffles.append(Shuffle(size, seed, number))
 
-    def __getitem__(self, position: int) -> tuple[str, int]:
-        """Return the source's name and the sample's index in it, at a position from 0.
-
-        Raises:
-            IndexError: the schedule ends before.
-        """
-        self.check_range(position, position + 1)
-        source = int(self.schedule.sources(position, position + 1)[0])
-        draw = int(self.schedule.counts_before(position)[source])
-        return self.names[source], self.shuffles[source][draw]
-
     def positions(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return what stands at the positions from `start` to before `stop`, as `mixture[position]`
-        does, in nanoseconds each.
+        """Return what stands at the positions from `start` to before `stop`, in nanoseconds each.
 
         Returns:
             numbers of the sources, uint16 (stop - start,), which `names` has in this order; and the
