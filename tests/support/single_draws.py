@@ -10,7 +10,8 @@ def look_up(mixture, position):
     mixture.check_range(position, position + 1)
     source = int(mixture.schedule.sources(position, position + 1)[0])
     draw = int(mixture.schedule.counts_before(position)[source])
-    return mixture.names[source], sample_at(mixture.shuffles[source], draw)
+    name = mixture.names[source]
+    return name, sample_at(mixture.shuffles[name], draw)
 
 
 def sample_at(shuffle, draw):

@@ -145,7 +145,7 @@ def add_token_shares(
         row["mean_supervised"] = lengths[name].total_supervised / max(row["samples"], 1)
         row["supervised_tokens"] = 0
         if name in counts:
-            shuffle = mixture.shuffles[mixture.names.index(name)]
+            shuffle = mixture.shuffles[name]
             row["supervised_tokens"] = supervised_tokens(lengths[name], shuffle, counts[name])
     total = sum(row["supervised_tokens"] or 0 for row in rows.values())
     if total:
@@ -216,7 +216,7 @@ def duplicate_ids(mixture: Mixture, source: Source, draws: int) -> dict[str, Any
     report: dict[str, Any] = {"count": 0, "looked_at": compared, "first": None}
     if not compared:
         return report
-    shuffle = mixture.shuffles[mixture.names.index(source.name)]
+    shuffle = mixture.shuffles[source.name]
     # in the order of the file, so that the first pair is the file's first
     samples = np.sort(shuffle.between(0, compared)).tolist()
     hashes, sample_of = hashed_ids(source, samples)
