@@ -236,13 +236,13 @@ def encode_all(
     return lengths
 
 
+@dataclass
 class EncodedLengths(Dataset):
     """The counts of a source's samples."""
 
-    def __init__(self, source: Source, encoder: ChatEncoder, on_length: OnLength) -> None:
-        self.source = source
-        self.encoder = encoder
-        self.on_length = on_length
+    source: Source
+    encoder: ChatEncoder
+    on_length: OnLength
 
     def __len__(self) -> int:
         return len(self.source)
