@@ -41,6 +41,7 @@ from owlfuse.core.checkpoint_files import (
     remove_checkpoint,
 )
 from owlfuse.core.errors import DataError
+from owlfuse.core.types import without_keys
 
 log = logging.getLogger(__name__)
 
@@ -258,8 +259,7 @@ def shards_writer(
     state = {"state_dict": checkpoint["state_dict"]}
     for index, moments in enumerate(checkpoint["optimizer_states"]):
         state[f"optimizer_{index}"] = moments
-    sharded = ("state_dict", "optimizer_states")
-    meta = {key: value for key, value in checkpoint.items() if key not in sharded}
+    meta = without_keys(checkpoint, ("state_dict", "optimizer_states"))
     if group is None:
         write: Callable[[], Any] = partial(dcp.save, state, checkpoint_id=folder)
     else:

@@ -21,6 +21,7 @@ from owlfuse.core.checkpoint_files import ZIP_ERRORS
 from owlfuse.core.errors import DataError
 from owlfuse.core.files import atomic_write
 from owlfuse.core.progress import Progress
+from owlfuse.core.types import without_keys
 from owlfuse.data.chat.encoder import ChatEncoder
 from owlfuse.data.chat.truncation import OnLength
 from owlfuse.data.formats.base import Source
@@ -122,10 +123,7 @@ def usable_cores() -> int:
 def cache_path(source: Source, encoder: ChatEncoder, on_length: OnLength = "error") -> Path:
     """Return the path of a source's cached counts."""
     tokenizer = encoder.tokenizer
-    options = {}
-    for key, value in source.__getstate__().items():
-        if key not in KEYS_NOT_OF_CHATS:
-            options[key] = value
+    options = without_keys(source.__getstate__(), KEYS_NOT_OF_CHATS)
     limits = {}
     for key, value in vars(encoder).items():
         # Plain values alone: the text of an object may hold its address.
