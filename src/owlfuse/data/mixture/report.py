@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from array import array
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -225,10 +226,8 @@ def duplicate_ids(mixture: Mixture, source: Source, draws: int) -> dict[str, Any
         later = repeated.argmax()  # the first record that bears the id of one before
         earlier = (hashes == hashes[later]).argmax()
         pair = [int(sample_of[earlier]), int(sample_of[later])]
-        ids: Counter[str] = Counter()
-        for _, identity in source.ids(sorted(set(pair))):
-            ids[identity] += 1
-        shared_id = ids.most_common(1)[0][0]
+        ids = [identity for _, identity in source.ids(sorted(set(pair)))]
+        shared_id = statistics.mode(ids)
         report["count"] = int(repeated.sum())
         report["first"] = {"id": shared_id, "samples": pair}
     return report
