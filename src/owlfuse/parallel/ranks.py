@@ -77,7 +77,7 @@ class Ranks:
         Raises:
             DataError: on the ranks that have not failed themselves.
         """
-        return raised_together(self.gather)
+        return raised_together(self.group)
 
     def deal(
         self,
