@@ -91,7 +91,8 @@ def test_nothing_is_said_of_what_is_not_shown(clock, capsys):
             clock.now += 100
             counted.advance()
             counted.say("a line")
-    assert list(track(iter("abc"), "counting", 3, shown=False)) == ["a", "b", "c"]
+    with progress_hidden():
+        assert list(track(iter("abc"), "counting", 3)) == ["a", "b", "c"]
     assert capsys.readouterr().err == ""
 
 

@@ -14,6 +14,7 @@ from owlfuse.core.errors import DataError
 from owlfuse.data.shapes.write import write_shapes
 from owlfuse.model.multimodal import on_meta
 from owlfuse.planning.mixture import mixture_command
+from single_draws import look_up
 
 SIZES = {
     "train_pictures": 48,
@@ -56,7 +57,7 @@ def loaded(overrides, steps):
     data.bind(plan.vision.preprocessing, plan.fusion.tokens_per_image)
     drawn, supervised, lengths, skips = {}, {}, [], []
     for position in range(steps * 8):
-        name, index = data.mixture[position]
+        name, index = look_up(data.mixture, position)
         source = data.sources[name]
         drawn[name] = drawn.get(name, 0) + 1
         try:
@@ -142,7 +143,7 @@ def test_skips_that_end_the_run_are_told_with_their_step(tmp_path, option, recor
     drawn = set()
     mixture = build(compose(overrides).data).mixture
     for position in range(20 * 8):
-        name, index = mixture[position]
+        name, index = look_up(mixture, position)
         if name == "text" and records[index] in (2, 5):
             drawn.add(index)
         if len(drawn) == 2:
@@ -163,7 +164,7 @@ def test_a_chat_that_is_left_out_for_its_length_ends_no_run(capsys):
     data.bind(plan.vision.preprocessing, plan.fusion.tokens_per_image)
     steps = []
     for position in range(20 * 8):
-        name, index = data.mixture[position]
+        name, index = look_up(data.mixture, position)
         try:
             data.encoder.encode(data.sources[name][index], on_length="skip")
         except DataError as error:

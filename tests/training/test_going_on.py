@@ -25,6 +25,7 @@ from owlfuse.evaluation.validation import evaluate_run, results_code
 from owlfuse.training import train
 from owlfuse.training.module import MultimodalModule
 from owlfuse.training.sample_counts import SampleCounts
+from single_draws import look_up
 
 BATCH, STEPS = 4, 4
 SMALL = [
@@ -118,7 +119,7 @@ def test_another_global_batch_takes_up_the_very_next_sample(copy, seen, size, st
         weights_at={phase: {"text": 0.9}},
     )
     names = [
-        mixture[position]
+        look_up(mixture, position)
         for position in range(BATCH * STEPS, BATCH * STEPS + (steps - STEPS) * size)
     ]
     drawn = [identity for _, (ids, _) in sorted(seen.items()) for identity in ids]

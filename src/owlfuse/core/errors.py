@@ -112,10 +112,8 @@ def report_errors(call: Callable[[], None], command: str) -> int:
         return 130
     except ConfigError as error:
         return failed(str(error), 2)
-    except (DataError, FileNotFoundError, FileExistsError) as error:
+    except (DataError, FileNotFoundError, FileExistsError, MissingPackage) as error:
         return failed(" ".join(without_traceback(error).split()), 1)
-    except MissingPackage as error:
-        return failed(without_traceback(error).strip(), 1)
     except OSError as error:
         reason = disk_error_reason(error)
         if reason is None:

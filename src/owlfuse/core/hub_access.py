@@ -89,14 +89,8 @@ def resolved_file(name: str, files: tuple[str, ...]) -> Path | None:
             return Path(
                 hf_hub_download(name, file, etag_timeout=TIMEOUT, local_files_only=cached_only)
             )
-        except (
-            HFValidationError,
-            OfflineModeIsEnabled,
-            EntryNotFoundError,
-            HfHubHTTPError,
-            TRANSPORT_ERROR,
-            OSError,
-        ):
+        # A connection's errors and the absence of a mode or file in the cache are OSErrors.
+        except (HFValidationError, EntryNotFoundError, TRANSPORT_ERROR, OSError):
             continue  # whoever loads the model says what is wrong
     return None
 

@@ -209,14 +209,9 @@ def live_bar() -> Any:
     return Bars(BarColumn(10), text, console=console, auto_refresh=False, transient=True)
 
 
-def track(
-    items: Iterable[T],
-    title: str,
-    total: int,
-    shown: bool = True,
-) -> Iterator[T]:
+def track(items: Iterable[T], title: str, total: int) -> Iterator[T]:
     """Yield the items, and show the progress."""
-    with Progress(title, total, shown=shown) as progress:
+    with Progress(title, total) as progress:
         for item in items:
             yield item
             progress.advance()

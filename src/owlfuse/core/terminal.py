@@ -14,7 +14,6 @@ from typing import Any
 
 # Marks that change the order in which characters are shown, so that a line may read as another.
 BIDI = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
-LINE_BREAKS = frozenset("\u2028\u2029")
 
 
 def visible(text: str) -> str:
@@ -34,10 +33,10 @@ def is_harmless(character: str) -> bool:
     """Whether a terminal only draws the character, or it is a newline or a tab."""
     if character in "\n\t":
         return True
-    if character in BIDI or character in LINE_BREAKS:
+    if character in BIDI:
         return False
-    # Cc: control characters; Cs: surrogates.
-    return unicodedata.category(character) not in ("Cc", "Cs")
+    # Cc: control characters; Cs: surrogates; Zl, Zp: the separators of lines and paragraphs.
+    return unicodedata.category(character) not in ("Cc", "Cs", "Zl", "Zp")
 
 
 def escaped(character: str) -> str:

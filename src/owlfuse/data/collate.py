@@ -4,13 +4,13 @@ row."""
 from __future__ import annotations
 
 import itertools
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from owlfuse.core.types import Batch, Encoded, Note, Skipped, image_starts
 from owlfuse.data.packing import join, pack
@@ -34,16 +34,14 @@ class Collator:
         """Return a batch of the items that are not skipped; where all are, a batch of one row
         without a supervised token, so that a rank goes on with the others. Raises DataError for a
         sample longer than `pack_to`."""
-        samples, skipped = [], []
+        samples, skipped, truncated = [], [], []
         for item in items:
             if isinstance(item, Encoded):
                 samples.append(item)
+                if item.turns_removed:
+                    truncated.append((item.source, item.id, item.turns_removed))
             else:
                 skipped.append((item.source, item.sample, item.reason))
-        truncated = []
-        for sample in samples:
-            if sample.turns_removed:
-                truncated.append((sample.source, sample.id, sample.turns_removed))
         segments: tuple[Any, ...] | None = None
         rows: Sequence[Encoded] = samples or [self.empty_row()]
         if self.pack_to is not None and samples:
@@ -62,15 +60,15 @@ class Collator:
             pixels += row.pixel_values
         starts_by_row = [self.starts(row, length) for row in rows]
         return Batch.of(
-            input_ids=self.pad(input_ids, length, self.pad_id),
-            attention_mask=self.pad(attention, length, 0),
-            labels=self.pad([row.labels for row in rows], length, -100),
-            placeholder=self.pad([row.placeholder for row in rows], length, False),
+            input_ids=self.pad(input_ids, self.pad_id),
+            attention_mask=self.pad(attention, 0),
+            labels=self.pad([row.labels for row in rows], -100),
+            placeholder=self.pad([row.placeholder for row in rows], False),
             # The vision tower runs on every rank in every step, else collectives of sharded
             # parameters hang.
             pixel_values=torch.stack(pixels or [torch.zeros(self.image_shape)]),
             image_positions=image_starts(starts_by_row, length),
-            segment_ids=None if segments is None else self.pad(segments, length, 0),
+            segment_ids=None if segments is None else self.pad(segments, 0),
             ids=[sample.id for sample in samples],
             sources=[sample.source for sample in samples],
             lengths=[len(sample.input_ids) for sample in samples],
@@ -85,13 +83,11 @@ class Collator:
         placeholder = torch.zeros(1, dtype=torch.bool)
         return Encoded("", "", ids, torch.full((1,), -100), placeholder, [], [])
 
-    def pad(self, rows: Sequence[Tensor], length: int, value: int | bool) -> Tensor:
-        """Pad rows (T_i,) -> (B, T)."""
-        padded = torch.full((len(rows), length), value, dtype=rows[0].dtype)
-        for padded_row, row in zip(padded, rows, strict=True):
-            start = length - len(row) if self.padding_side == "left" else 0
-            padded_row[start : start + len(row)] = row
-        return padded
+    def pad(self, rows: Sequence[Tensor], value: int | bool) -> Tensor:
+        """Pad rows (T_i,) -> (B, T), T that of the longest."""
+        return pad_sequence(
+            list(rows), batch_first=True, padding_value=value, padding_side=self.padding_side
+        )
 
     def starts(self, row: Encoded, length: int) -> list[int]:
         """Returns where the images of a row begin once it is padded to `length`."""
@@ -101,13 +97,12 @@ class Collator:
 
 def count_notes(samples: Sequence[Encoded]) -> list[tuple[str, str, Note, int]]:
     """Return each note of a source once, with the first sample that has it and their number."""
-    firsts: dict[tuple[str, Note], str] = {}
-    counts: Counter[tuple[str, Note]] = Counter()
+    counts: dict[tuple[str, Note], tuple[str, int]] = {}
     for sample in samples:
         for note in sample.notes:
-            firsts.setdefault((sample.source, note), sample.id)
-            counts[sample.source, note] += 1
+            first, count = counts.get((sample.source, note), (sample.id, 0))
+            counts[sample.source, note] = first, count + 1
     notes = []
-    for (source, note), sample_id in firsts.items():
-        notes.append((source, sample_id, note, counts[source, note]))
+    for (source, note), (first, count) in counts.items():
+        notes.append((source, first, note, count))
     return notes

@@ -103,8 +103,12 @@ class ChatData(lightning.LightningDataModule):
         thinking: bool = False,
     ) -> None:
         super().__init__()
-        check_least(1, global_batch_size=global_batch_size, micro_batch_size=micro_batch_size)
-        check_least(1, max_length=max_length)
+        check_least(
+            1,
+            global_batch_size=global_batch_size,
+            micro_batch_size=micro_batch_size,
+            max_length=max_length,
+        )
         check_least(0, workers=workers, validation_samples=validation_samples)
         self.max_pixels = check_max_pixels(max_pixels, "data.max_pixels")
         # Before any source opens its file.
@@ -243,14 +247,15 @@ class ChatData(lightning.LightningDataModule):
             first_position=self.step_positions.position(trainer.global_step),
         )
         dataset = MixtureDataset(self.mixture, self.sources, self.load)
-        options: dict[str, Any] = {
-            "num_workers": self.workers,
+        return self.loader(
+            dataset,
+            self.pack_to,
+            batch_sampler=sampler,
+            num_workers=self.workers,
             # A run is one epoch, but validation would start the workers again.
-            "persistent_workers": self.workers > 0,
-        }
-        if self.workers:
-            options["multiprocessing_context"] = self.data_workers.context
-        return self.loader(dataset, self.pack_to, batch_sampler=sampler, **options)
+            persistent_workers=self.workers > 0,
+            multiprocessing_context=self.data_workers.context if self.workers else None,
+        )
 
     def val_dataloader(self) -> dict[str, DataLoader]:
         """Return a loader for each validation source, of this rank's batches of the same samples at

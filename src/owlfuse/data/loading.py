@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from torch.utils.data import Dataset, Sampler
@@ -17,6 +18,7 @@ from owlfuse.data.mixture.mixture import Mixture
 FIRST_BLOCK, BLOCK = 2**12, 2**18
 
 
+@dataclass
 class MixtureDataset(Dataset):
     """The samples at positions of the mixture's schedule.
 
@@ -24,20 +26,13 @@ class MixtureDataset(Dataset):
     microseconds. A block is cached for the micro batches that follow.
     """
 
-    def __init__(
-        self,
-        mixture: Mixture,
-        sources: dict[str, Source],
-        load: Callable[[Sample, Source], Encoded],
-    ) -> None:
-        self.mixture = mixture
-        self.sources = sources
-        self.load = load
+    mixture: Mixture
+    sources: dict[str, Source]
+    load: Callable[[Sample, Source], Encoded]
+
+    def __post_init__(self) -> None:
         self.start = 0
         self.block: tuple[np.ndarray, np.ndarray] = np.empty(0, np.uint16), np.empty(0, np.int64)
-
-    def __getitem__(self, position: int) -> Encoded | Skipped:
-        return self.__getitems__([position])[0]
 
     def __getitems__(self, positions: Sequence[int]) -> list[Encoded | Skipped]:
         """Return a micro batch, which torch asks for as a whole. Raises DataError."""
@@ -48,7 +43,7 @@ class MixtureDataset(Dataset):
 
     def draws(self, positions: Sequence[int]) -> list[tuple[str, int]]:
         """Return (name of the source, index of the sample) at each of some positions that are close
-        together, as by `mixture[position]`.
+        together.
 
         Raises:
             IndexError: after the schedule's end.
@@ -75,15 +70,13 @@ class MixtureDataset(Dataset):
         return [draws[position - first] for position in positions]
 
 
+@dataclass
 class SourceDataset(Dataset):
     """Samples of one source, by their indices."""
 
-    def __init__(
-        self, source: Source, indices: Sequence[int], load: Callable[[Sample, Source], Encoded]
-    ) -> None:
-        self.source = source
-        self.indices = indices
-        self.load = load
+    source: Source
+    indices: Sequence[int]
+    load: Callable[[Sample, Source], Encoded]
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -117,14 +110,14 @@ def batches_of_rank(samples: int, batch_size: int, rank: int, ranks: int) -> lis
     All ranks get equally many batches, as the collectives of a forward pass need it. Those beyond
     the last sample are empty, and the collator makes a row of them on which nothing is supervised.
     """
-    rounds = -(-samples // (batch_size * ranks))
     batches = []
-    for round_number in range(rounds):
-        first = (round_number * ranks + rank) * batch_size
-        batches.append(range(min(first, samples), min(first + batch_size, samples)))
+    for round_start in range(0, samples, batch_size * ranks):
+        first = round_start + rank * batch_size
+        batches.append(range(samples)[first : first + batch_size])
     return batches
 
 
+@dataclass
 class GlobalBatchSampler(Sampler[range]):
     """Yields the positions of one rank's micro batches. A step takes the next G positions, G the
     global batch size, whatever the number of ranks; micro batches go to the ranks in turn.
@@ -137,35 +130,26 @@ class GlobalBatchSampler(Sampler[range]):
             samples too.
     """
 
-    def __init__(
-        self,
-        global_batch_size: int,
-        accumulation: int,
-        rank: int,
-        ranks: int,
-        steps: int,
-        first_step: int = 0,
-        first_position: int | None = None,
-    ):
-        self.global_batch_size = global_batch_size
-        self.accumulation = accumulation
-        self.rank = rank
-        self.ranks = ranks
-        self.steps = steps
-        self.first_step = first_step
-        self.first_position = (
-            first_step * global_batch_size if first_position is None else first_position
-        )
-        self.micro_batch_size = global_batch_size // (accumulation * ranks)
+    global_batch_size: int
+    accumulation: int
+    rank: int
+    ranks: int
+    steps: int
+    first_step: int = 0
+    first_position: int | None = None
 
     def __len__(self) -> int:
         return self.steps * self.accumulation
 
     def __iter__(self) -> Iterator[range]:
-        for step in range(self.first_step, self.steps):
-            step_start = self.first_position + (step - self.first_step) * self.global_batch_size
+        micro_batch_size = self.global_batch_size // (self.accumulation * self.ranks)
+        step_start = self.first_position
+        if step_start is None:
+            step_start = self.first_step * self.global_batch_size
+        for _ in range(self.first_step, self.steps):
             for micro_batch in range(self.accumulation):
                 number = micro_batch * self.ranks + self.rank
-                first = step_start + number * self.micro_batch_size
+                first = step_start + number * micro_batch_size
                 # a range, which `draws` looks up by its ends
-                yield range(first, first + self.micro_batch_size)
+                yield range(first, first + micro_batch_size)
+            step_start += self.global_batch_size

@@ -81,12 +81,9 @@ def least_padding(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     for number in range(ROW_LENGTHS):
         extra = (capacity - longest) * number // (ROW_LENGTHS - 1)
         row_lengths.add(longest + extra)
-    best: list[list[int]] = []
-    for row_length in sorted(row_lengths, reverse=True):
-        rows = best_fit(lengths, row_length)
-        if not best or positions(rows, lengths) < positions(best, lengths):
-            best = rows
-    return best
+    packings = [best_fit(lengths, row_length) for row_length in sorted(row_lengths, reverse=True)]
+    # `min` returns the first of equal ones.
+    return min(packings, key=lambda rows: positions(rows, lengths))
 
 
 def positions(rows: list[list[int]], lengths: Sequence[int]) -> int:

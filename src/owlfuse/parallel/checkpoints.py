@@ -41,6 +41,7 @@ from owlfuse.core.checkpoint_files import (
     remove_checkpoint,
 )
 from owlfuse.core.errors import DataError
+from owlfuse.core.types import without_keys
 
 log = logging.getLogger(__name__)
 
@@ -57,14 +58,14 @@ TABLE_CLASSES = {
     "torch.serialization": ("_get_layout",),
     "torch.distributed.checkpoint.filesystem": ("_StorageInfo",),
     "torch.distributed.checkpoint.metadata": (
-        *(
-            "BytesStorageMetadata",
-            "ChunkStorageMetadata",
-            "Metadata",
-            "MetadataIndex",
-            "StorageMeta",
-        ),
-        *("TensorProperties", "TensorStorageMetadata", "_MEM_FORMAT_ENCODING"),
+        "BytesStorageMetadata",
+        "ChunkStorageMetadata",
+        "Metadata",
+        "MetadataIndex",
+        "StorageMeta",
+        "TensorProperties",
+        "TensorStorageMetadata",
+        "_MEM_FORMAT_ENCODING",
     ),
     "pathlib": ("Path", "PosixPath", "PurePosixPath"),
     # where Python 3.13 has the classes of pathlib
@@ -258,8 +259,7 @@ def shards_writer(
     state = {"state_dict": checkpoint["state_dict"]}
     for index, moments in enumerate(checkpoint["optimizer_states"]):
         state[f"optimizer_{index}"] = moments
-    sharded = ("state_dict", "optimizer_states")
-    meta = {key: value for key, value in checkpoint.items() if key not in sharded}
+    meta = without_keys(checkpoint, ("state_dict", "optimizer_states"))
     if group is None:
         write: Callable[[], Any] = partial(dcp.save, state, checkpoint_id=folder)
     else:
@@ -429,23 +429,28 @@ def gather_objects(group: Any, value: Any) -> list[Any]:
     return values
 
 
+def world_group(strategy: Strategy) -> Any:
+    """Returns the process group of a strategy's ranks, None for one process."""
+    is_parallel = isinstance(strategy, ParallelStrategy) and dist.is_initialized()
+    return dist.group.WORLD if is_parallel else None
+
+
 def gather_from_ranks(strategy: Strategy, value: Any) -> list[Any]:
     """Returns a small object of each rank, in their order."""
-    is_parallel = isinstance(strategy, ParallelStrategy) and dist.is_initialized()
-    return gather_objects(dist.group.WORLD if is_parallel else None, value)
+    return gather_objects(world_group(strategy), value)
 
 
 def raised_on_every_rank(strategy: Strategy) -> AbstractContextManager[None]:
     """Raises an error of the block on every rank of a strategy (see `raised_together`)."""
-    return raised_together(partial(gather_from_ranks, strategy))
+    return raised_together(world_group(strategy))
 
 
 @contextmanager
-def raised_together(gather: Callable[[Any], list[Any]]) -> Iterator[None]:
+def raised_together(group: Any) -> Iterator[None]:
     """Raises an error of the block on every rank, so that none waits for one that has failed.
 
     Args:
-        gather: returns an object of each rank, in their order; all of them call it.
+        group: of the ranks, all of which enter the block; None is one process.
 
     Raises:
         DataError: on the ranks that have not failed themselves.
@@ -460,7 +465,7 @@ def raised_together(gather: Callable[[Any], list[Any]]) -> Iterator[None]:
         # a DataError says by itself what is wrong; of others the class is half of it
         kind = "" if isinstance(failure, DataError) else f"{type(failure).__name__}: "
         reason = f"{kind}{str(failure)[:300]}"
-    reasons = gather(reason)
+    reasons = gather_objects(group, reason)
     if failure is not None:
         raise failure
     for rank, text in enumerate(reasons):

@@ -10,11 +10,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from lightning import Trainer
-from lightning.pytorch.strategies import ParallelStrategy
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from owlfuse.parallel.checkpoints import gather_objects, leave, new_gloo_group
+from owlfuse.parallel.checkpoints import gather_objects, leave, new_gloo_group, world_group
 from owlfuse.parallel.strategies import Sharded, strategy_timeout
 
 
@@ -35,9 +34,7 @@ def data_group(trainer: Trainer) -> Any:
     strategy = trainer.strategy
     if isinstance(strategy, Sharded):
         return strategy.device_mesh["data_parallel"].get_group()
-    if isinstance(strategy, ParallelStrategy) and dist.is_initialized():
-        return dist.group.WORLD
-    return None
+    return world_group(strategy)
 
 
 class SharedFlag:

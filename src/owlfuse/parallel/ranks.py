@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch.distributed as dist
@@ -20,6 +21,7 @@ PreparedT = TypeVar("PreparedT")
 ResultT = TypeVar("ResultT")
 
 
+@dataclass
 class Ranks:
     """This process among those that share the work; by default it has all of it.
 
@@ -32,13 +34,10 @@ class Ranks:
         lockstep: a forward pass needs all ranks at the same time, as that of a sharded model does.
     """
 
-    def __init__(
-        self, rank: int = 0, count: int = 1, group: Any = None, lockstep: bool = False
-    ) -> None:
-        self.rank = rank
-        self.count = count
-        self.group = group
-        self.lockstep = lockstep
+    rank: int = 0
+    count: int = 1
+    group: Any = None
+    lockstep: bool = False
 
     @property
     def first(self) -> bool:
@@ -78,7 +77,7 @@ class Ranks:
         Raises:
             DataError: on the ranks that have not failed themselves.
         """
-        return raised_together(self.gather)
+        return raised_together(self.group)
 
     def deal(
         self,

@@ -23,6 +23,7 @@ from torch.distributed.tensor import Shard as SplitAlong
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from owlfuse.core.types import without_keys
 from owlfuse.model.multimodal import MultimodalLM
 from owlfuse.model.vision.batch_norm import SyncedBatchNorm
 from owlfuse.parallel.collectives import data_group
@@ -179,9 +180,7 @@ def receive_weights(model: MultimodalLM, source: MultimodalLM | None, strategy: 
     state = source.state_dict() if source is not None else {}
     # A state dict lacks what is computed when a model is built, as rotary frequencies are.
     computed = dict(source.named_buffers(remove_duplicate=False)) if source is not None else {}
-    computed = strategy.broadcast(
-        {name: buffer for name, buffer in computed.items() if name not in state}
-    )
+    computed = strategy.broadcast(without_keys(computed, state))
     for name, buffer in computed.items():
         owner, _, attribute = name.rpartition(".")
         setattr(model.get_submodule(owner), attribute, buffer.to(strategy.root_device))

@@ -21,6 +21,7 @@ from owlfuse.data.mixture.lengths import CACHE_FOLDER, cache_path, count_lengths
 from owlfuse.data.mixture.mixture import make_mixture
 from owlfuse.data.mixture.positions import StepPositions
 from owlfuse.model.vision.backbone import Preprocessing
+from single_draws import look_up
 
 
 @pytest.fixture
@@ -164,7 +165,7 @@ def test_realised_shares_of_tokens_are_reported_of_the_very_samples(data):
     tokens = dict.fromkeys(data.sources, 0)
     counts = data.lengths()
     for position in range(8 * steps):
-        name, index = data.mixture[position]
+        name, index = look_up(data.mixture, position)
         tokens[name] += int(counts[name].supervised[index])
     for name, row in report["sources"].items():
         assert row["supervised_tokens"] == tokens[name]

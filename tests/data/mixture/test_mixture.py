@@ -6,6 +6,7 @@ import pytest
 
 from owlfuse.data.mixture.mixture import Mixture
 from owlfuse.data.mixture.schedule import MAX_PERIOD, exact_shares
+from single_draws import look_up
 
 MIXTURES = [
     {"a": 1.0},
@@ -37,7 +38,7 @@ def test_every_prefix_holds_each_source_within_one_sample_of_its_weight(weights)
     total = sum(Fraction(str(w)) for w in weights.values())
     drawn = dict.fromkeys(weights, 0)
     for position in range(2500):
-        drawn[mixture[position][0]] += 1
+        drawn[look_up(mixture, position)[0]] += 1
         for name, weight in weights.items():
             assert abs(drawn[name] - Fraction(str(weight)) / total * (position + 1)) < 1
 
@@ -45,7 +46,7 @@ def test_every_prefix_holds_each_source_within_one_sample_of_its_weight(weights)
 @pytest.mark.parametrize("weights", MIXTURES)
 def test_the_counts_of_a_prefix_are_those_of_its_positions(weights):
     mixture = Mixture(sizes_of(weights), weights)
-    drawn = [mixture[position][0] for position in range(1000)]
+    drawn = [look_up(mixture, position)[0] for position in range(1000)]
     for length in (0, 1, 17, 999, 1000):
         assert mixture.counts(length) == {
             name: drawn[:length].count(name) for name in weights if weights[name]
@@ -55,14 +56,14 @@ def test_the_counts_of_a_prefix_are_those_of_its_positions(weights):
 def test_a_position_does_not_depend_on_what_was_asked_before():
     weights = {"a": 0.6, "b": 0.4}
     walked = Mixture(sizes_of(weights), weights, seed=3)
-    schedule = [walked[position] for position in range(400)]
+    schedule = [look_up(walked, position) for position in range(400)]
     fresh = Mixture(sizes_of(weights), weights, seed=3)
-    assert [fresh[position] for position in reversed(range(400))] == schedule[::-1]
+    assert [look_up(fresh, position) for position in reversed(range(400))] == schedule[::-1]
 
 
 def test_each_pass_covers_every_sample_once_and_is_shuffled_anew():
     mixture = Mixture({"a": 50, "b": 20}, {"a": 0.5, "b": 0.5})
-    drawn = [index for name, index in (mixture[p] for p in range(400)) if name == "a"]
+    drawn = [index for name, index in (look_up(mixture, p) for p in range(400)) if name == "a"]
     passes = [drawn[i : i + 50] for i in range(0, 200, 50)]
     assert all(sorted(one) == list(range(50)) for one in passes)
     assert len({tuple(one) for one in passes}) == 4
@@ -71,7 +72,9 @@ def test_each_pass_covers_every_sample_once_and_is_shuffled_anew():
 def test_another_seed_is_another_order():
     weights = {"a": 1.0, "b": 1.0}
     sizes = {"a": 100, "b": 100}
-    first, second = ([Mixture(sizes, weights, seed)[p] for p in range(60)] for seed in (0, 1))
+    first, second = (
+        [look_up(Mixture(sizes, weights, seed), p) for p in range(60)] for seed in (0, 1)
+    )
     assert first != second
 
 

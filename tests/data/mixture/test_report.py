@@ -19,6 +19,7 @@ from owlfuse.data.formats.webdataset import WebDataset
 from owlfuse.data.mixture.mixture import Mixture
 from owlfuse.data.mixture.positions import StepPositions
 from owlfuse.data.mixture.report import duplicate_ids, mixture_report
+from single_draws import look_up
 
 IDS = ["a", "b", None, "a", "c", "b", "a", 2, "d"]
 """`2` is what the record without an id is called by its place."""
@@ -121,7 +122,7 @@ def test_what_was_not_drawn_is_not_compared(tmp_path_factory, ids, drawn, seed):
         write_jsonl(tmp_path_factory.mktemp("ids") / "m.jsonl", ids, {"messages": CHAT})
     )
     mixture = mixture_of(source, seed)
-    seen = sorted({mixture[position][1] for position in range(drawn)})
+    seen = sorted({look_up(mixture, position)[1] for position in range(drawn)})
     again = [
         index for index in seen if ids[index] in [ids[other] for other in seen if other < index]
     ]
@@ -146,7 +147,7 @@ def test_what_is_left_of_the_last_pass_is_what_was_not_drawn_in_it(tmp_path):
     )
     for steps in (0, 1, 3, 12, 100):
         report = mixture_report(mixture, sources, StepPositions.of(4), steps, [])
-        drawn = [mixture[position] for position in range(mixture.available(4 * steps))]
+        drawn = [look_up(mixture, position) for position in range(mixture.available(4 * steps))]
         for name, row in report["sources"].items():
             mine = [index for source, index in drawn if source == name]
             under_way = (

@@ -8,11 +8,11 @@ import json
 import os
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from torch.utils.data import DataLoader, Dataset
@@ -21,6 +21,7 @@ from owlfuse.core.checkpoint_files import ZIP_ERRORS
 from owlfuse.core.errors import DataError
 from owlfuse.core.files import atomic_write
 from owlfuse.core.progress import Progress
+from owlfuse.core.types import without_keys
 from owlfuse.data.chat.encoder import ChatEncoder
 from owlfuse.data.chat.truncation import OnLength
 from owlfuse.data.formats.base import Source
@@ -28,6 +29,7 @@ from owlfuse.data.notes import text_of
 from owlfuse.data.workers import DataWorkers, ignore_signals
 
 CACHE_FOLDER = ".owlfuse"
+# Samples that a process encodes at a time.
 CHUNK = 512
 # Samples up to which a source is counted in this process: starting others would take longer.
 SMALL_SOURCE = 2048
@@ -59,8 +61,15 @@ class Lengths:
         return int(self.supervised.sum(dtype=np.int64))
 
 
-# The fields of `Lengths` of some samples; `wrong` and `too_long` by the index in the source.
-Chunk = tuple[list[int], list[int], dict[int, str], list[int], dict[str, int]]
+class SampleLengths(NamedTuple):
+    """Token counts of one sample: its part of `Lengths`."""
+
+    tokens: int = 0
+    supervised: int = 0
+    reason: str | None = None
+    """Why it is left out, where it is wrong."""
+    too_long: bool = False
+    notes: Collection[str] = ()
 
 
 def count_lengths(
@@ -114,10 +123,7 @@ def usable_cores() -> int:
 def cache_path(source: Source, encoder: ChatEncoder, on_length: OnLength = "error") -> Path:
     """Return the path of a source's cached counts."""
     tokenizer = encoder.tokenizer
-    options = {}
-    for key, value in source.__getstate__().items():
-        if key not in KEYS_NOT_OF_CHATS:
-            options[key] = value
+    options = without_keys(source.__getstate__(), KEYS_NOT_OF_CHATS)
     limits = {}
     for key, value in vars(encoder).items():
         # Plain values alone: the text of an object may hold its address.
@@ -191,12 +197,12 @@ def encode_all(
     source: Source,
     encoder: ChatEncoder,
     workers: int,
-    on_length: OnLength = "error",
+    on_length: OnLength,
 ) -> Lengths:
     """Count the tokens of every sample, in several processes where there are many samples, with a
     progress bar."""
     size = len(source)
-    chunks = Chunks(source, encoder, on_length)
+    samples = EncodedLengths(source, encoder, on_length)
     options: dict[str, Any] = {}
     if size > SMALL_SOURCE and workers > 1:
         # As the workers of training: Ctrl-C is this process's to answer.
@@ -205,57 +211,48 @@ def encode_all(
             "worker_init_fn": ignore_signals,
             "multiprocessing_context": DataWorkers().context,
         }
-    # `tuple` leaves a chunk as it is, of which torch would make tensors.
-    loader: DataLoader = DataLoader(chunks, batch_size=None, collate_fn=tuple, **options)
+    # `list` leaves samples as they are, of which torch would make tensors. Chunks come in their
+    # order, whichever worker is done first.
+    loader: DataLoader = DataLoader(samples, CHUNK, collate_fn=list, **options)
     zeros = np.zeros(size, np.int32)
     lengths = Lengths(zeros, zeros.copy(), {})
-    start = 0
+    notes: Counter[str] = Counter()
+    index = 0
     with Progress(f"counting tokens of {source.name}", size) as progress:
-        for tokens, supervised, wrong, too_long, notes in loader:
-            stop = start + len(tokens)
-            lengths.tokens[start:stop] = tokens
-            lengths.supervised[start:stop] = supervised
-            lengths.wrong.update(wrong)
-            lengths.too_long.update(too_long)
-            for text, samples in notes.items():
-                lengths.notes[text] = lengths.notes.get(text, 0) + samples
-            progress.advance(len(tokens))
-            # Chunks come in their order, whichever worker is done first.
-            start = stop
+        for chunk in loader:
+            for sample in chunk:
+                lengths.tokens[index] = sample.tokens
+                lengths.supervised[index] = sample.supervised
+                if sample.reason is not None:
+                    lengths.wrong[index] = sample.reason
+                if sample.too_long:
+                    lengths.too_long.add(index)
+                notes.update(sample.notes)
+                index += 1
+            progress.advance(len(chunk))
+    lengths.notes.update(notes)
     return lengths
 
 
-class Chunks(Dataset):
-    """The counts of a source, CHUNK samples at a time."""
+@dataclass
+class EncodedLengths(Dataset):
+    """The counts of a source's samples."""
 
-    def __init__(self, source: Source, encoder: ChatEncoder, on_length: OnLength) -> None:
-        self.source = source
-        self.encoder = encoder
-        self.on_length = on_length
+    source: Source
+    encoder: ChatEncoder
+    on_length: OnLength
 
     def __len__(self) -> int:
-        return -(-len(self.source) // CHUNK)
+        return len(self.source)
 
-    def __getitem__(self, number: int) -> Chunk:
-        tokens: list[int] = []
-        supervised: list[int] = []
-        wrong: dict[int, str] = {}
-        too_long: list[int] = []
-        notes: Counter[str] = Counter()
-        start = number * CHUNK
-        for index in range(start, min(start + CHUNK, len(self.source))):
-            try:
-                sample = self.source[index]
-                encoded = self.encoder.encode(sample, on_length=self.on_length)
-            except DataError as error:
-                record = self.source.first_record(index)
-                wrong[index] = str(self.source.with_location(error, record))
-                if error.leave_out:
-                    too_long.append(index)
-                tokens.append(0)
-                supervised.append(0)
-            else:
-                notes.update({text_of(note) for note in sample.notes})
-                tokens.append(len(encoded.input_ids))
-                supervised.append(int((encoded.labels != -100).sum()))
-        return tokens, supervised, wrong, too_long, dict(notes)
+    def __getitem__(self, index: int) -> SampleLengths:
+        try:
+            sample = self.source[index]
+            encoded = self.encoder.encode(sample, on_length=self.on_length)
+        except DataError as error:
+            record = self.source.first_record(index)
+            reason = str(self.source.with_location(error, record))
+            return SampleLengths(reason=reason, too_long=error.leave_out)
+        supervised = int((encoded.labels != -100).sum())
+        notes = {text_of(note) for note in sample.notes}
+        return SampleLengths(len(encoded.input_ids), supervised, notes=notes)

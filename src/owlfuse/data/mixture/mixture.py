@@ -41,6 +41,7 @@ class Mixture:
 
     Attributes:
         names: the sources that are drawn, in the order of their numbers.
+        shuffles: the order of each of them.
         phases: the first position of each phase and the shares that were asked for, by source.
         sample_phases: the same with the shares of samples, which the schedule follows.
 
@@ -65,13 +66,14 @@ class Mixture:
         if isinstance(at_end, str):
             at_end = dict.fromkeys(sizes, at_end)
         check_at_end(sizes, at_end)
-        self.sizes = sizes
         self.seed = seed
         self.at_end = {name: at_end.get(name, "repeat") for name in sizes}
-        self.names = []
-        for name in sizes:
+        self.shuffles = {}
+        for number, (name, size) in enumerate(sizes.items()):
+            # By its number among all sources, so that a weight of 0 changes no other order.
             if any(phase[name] for _, phase in phases):
-                self.names.append(name)
+                self.shuffles[name] = Shuffle(size, seed, number)
+        self.names = list(self.shuffles)
         self.weights_by = "samples" if mean_tokens is None else "tokens"
         self.sample_amounts = mean_tokens or dict.fromkeys(sizes, Fraction(1))
         """How much of what the weights share out a sample of each source has on average."""
@@ -87,26 +89,9 @@ class Mixture:
             [sizes[name] for name in self.names],
             [self.at_end[name] for name in self.names],
         )
-        self.shuffles = []
-        for number, (name, size) in enumerate(sizes.items()):
-            # By its number among all sources, so that a weight of 0 changes no other order.
-            if name in self.names:
-                self.shuffles.append(Shuffle(size, seed, number))
-
-    def __getitem__(self, position: int) -> tuple[str, int]:
-        """Return the source's name and the sample's index in it, at a position from 0.
-
-        Raises:
-            IndexError: the schedule ends before.
-        """
-        self.check_range(position, position + 1)
-        source = int(self.schedule.sources(position, position + 1)[0])
-        draw = int(self.schedule.counts_before(position)[source])
-        return self.names[source], self.shuffles[source][draw]
 
     def positions(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return what stands at the positions from `start` to before `stop`, as `mixture[position]`
-        does, in nanoseconds each.
+        """Return what stands at the positions from `start` to before `stop`, in nanoseconds each.
 
         Returns:
             numbers of the sources, uint16 (stop - start,), which `names` has in this order; and the
@@ -120,7 +105,7 @@ class Mixture:
         first_draws = self.schedule.counts_before(start).tolist()
         last_draws = self.schedule.counts_before(stop).tolist()
         indices = np.empty(stop - start, dtype=np.int64)
-        for source, shuffle in enumerate(self.shuffles):
+        for source, shuffle in enumerate(self.shuffles.values()):
             first, last = first_draws[source], last_draws[source]
             if last > first:
                 samples = shuffle.between(first, last, out=reused_samples(last - first))

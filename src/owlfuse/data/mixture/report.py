@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from array import array
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -145,7 +146,7 @@ def add_token_shares(
         row["mean_supervised"] = lengths[name].total_supervised / max(row["samples"], 1)
         row["supervised_tokens"] = 0
         if name in counts:
-            shuffle = mixture.shuffles[mixture.names.index(name)]
+            shuffle = mixture.shuffles[name]
             row["supervised_tokens"] = supervised_tokens(lengths[name], shuffle, counts[name])
     total = sum(row["supervised_tokens"] or 0 for row in rows.values())
     if total:
@@ -216,7 +217,7 @@ def duplicate_ids(mixture: Mixture, source: Source, draws: int) -> dict[str, Any
     report: dict[str, Any] = {"count": 0, "looked_at": compared, "first": None}
     if not compared:
         return report
-    shuffle = mixture.shuffles[mixture.names.index(source.name)]
+    shuffle = mixture.shuffles[source.name]
     # in the order of the file, so that the first pair is the file's first
     samples = np.sort(shuffle.between(0, compared)).tolist()
     hashes, sample_of = hashed_ids(source, samples)
@@ -225,10 +226,8 @@ def duplicate_ids(mixture: Mixture, source: Source, draws: int) -> dict[str, Any
         later = repeated.argmax()  # the first record that bears the id of one before
         earlier = (hashes == hashes[later]).argmax()
         pair = [int(sample_of[earlier]), int(sample_of[later])]
-        ids: Counter[str] = Counter()
-        for _, identity in source.ids(sorted(set(pair))):
-            ids[identity] += 1
-        shared_id = ids.most_common(1)[0][0]
+        ids = [identity for _, identity in source.ids(sorted(set(pair)))]
+        shared_id = statistics.mode(ids)
         report["count"] = int(repeated.sum())
         report["first"] = {"id": shared_id, "samples": pair}
     return report

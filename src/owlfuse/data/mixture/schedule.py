@@ -165,10 +165,8 @@ class PeriodicOrder:
         return np.tile(self.order, periods)[first:last]
 
 
-@lru_cache(maxsize=32)
-def order_of(shares: tuple[Fraction, ...]) -> PeriodicOrder:
-    """Return the order of some shares, the same object for phases and mixtures of equal shares."""
-    return PeriodicOrder(shares)
+# The order of some shares, the same object for phases and mixtures of equal shares.
+order_of = lru_cache(maxsize=32)(PeriodicOrder)
 
 
 def exact_shares(weights: Iterable[float | Fraction | int]) -> list[Fraction]:

@@ -66,26 +66,6 @@ class Shuffle:
         self.rows = math.isqrt(size - 1) + 1
         self.columns = -(-size // self.rows)
 
-    def __getitem__(self, draw: int) -> int:
-        """Return the sample at a draw from 0, in constant time."""
-        epoch, cell = divmod(draw, self.size)
-        keys = []
-        for number in range(ROUNDS):
-            keys.append(mixed(self.key + (epoch * ROUNDS + number) * STEP & MASK) >> 32)
-        while True:
-            row, column = divmod(cell, self.columns)
-            for number in range(self.rounds):
-                if number % 2:
-                    shift = reduced(hashed(row, keys[number]), self.columns)
-                    column = (column + shift) % self.columns
-                else:
-                    shift = reduced(hashed(column, keys[number]), self.rows)
-                    row = (row + shift) % self.rows
-            cell = row * self.columns + column
-            # Few cells lie behind the last sample, one in sqrt(size): they go through once more.
-            if cell < self.size:
-                return cell
-
     def between(self, start: int, stop: int, out: np.ndarray | None = None) -> np.ndarray:
         """Return the samples of the draws from `start` to before `stop`, int64 (stop - start,),
         written into `out` where it is given."""
@@ -182,14 +162,3 @@ def mixed(number: int) -> int:
     number = (number ^ (number >> 30)) * 0xBF58476D1CE4E5B9 & MASK
     number = (number ^ (number >> 27)) * 0x94D049BB133111EB & MASK
     return number ^ (number >> 31)
-
-
-def hashed(value: int, key: int) -> int:
-    """Return the network's hash of 32 bits, of which the upper half is used."""
-    value = (value ^ key) * 0x85EBCA6B & 0xFFFFFFFF
-    return (value ^ (value >> 15)) * 0xC2B2AE35 & 0xFFFFFFFF
-
-
-def reduced(number: int, size: int) -> int:
-    """Map 32 bits to a number below `size`, which is at most 2^16."""
-    return (number >> 16) * size >> 16

@@ -50,66 +50,41 @@ def write_many(
     rng = Random(f"many {seed}")
     train = []
     for number in range(chats):
-        train.append(
-            chat(
-                f"train-{number:05d}",
-                records["train"],
-                rng.choice(counts),
-                3,
-                rng,
-            )
-        )
+        train.append(chat(f"train-{number:05d}", records["train"], rng.choice(counts), 3, rng))
     write(target / "train.json", train)
     for count in COUNTS:
         val = []
         for number in range(questions):
             # the same questions for every count
             question_rng = Random(f"many {seed} {number}")
-            val.append(
-                chat(
-                    f"val-{number:05d}",
-                    records["val"],
-                    count,
-                    1,
-                    question_rng,
-                )
-            )
+            val.append(chat(f"val-{number:05d}", records["val"], count, 1, question_rng))
         write(target / f"val_{count}.json", val)
 
 
-def chat(
-    name: str,
-    records: list[JsonObject],
-    count: int,
-    turns: int,
-    rng: Random,
-) -> JsonObject:
+def chat(name: str, records: list[JsonObject], count: int, turns: int, rng: Random) -> JsonObject:
     """Return a chat about `count` pictures, with a question about each of at most `turns` of
     them."""
-    targets = []
+    targets, target_turns = [], []
     for record in rng.sample(records, min(turns, count)):
-        targets.append((record, rng.randrange(len(record["kinds"]))))
-    target_ids = {record["id"] for record, _ in targets}
+        targets.append(record)
+        target_turns.append(rng.randrange(len(record["kinds"])))
     distractors = []
     # as many more as there may be targets among them
     for record in rng.sample(records, min(count + turns, len(records))):
-        if record["id"] not in target_ids:
+        if record not in targets:
             distractors.append(record)
     if len(distractors) < count - len(targets):
         raise ValueError(
             f"a chat about {count} pictures needs as many, and shapes has {len(records)}"
         )
-    pictures = [record for record, _ in targets] + distractors[: count - len(targets)]
+    pictures = targets + distractors[: count - len(targets)]
     rng.shuffle(pictures)
-    number_by_id = {record["id"]: number for number, record in enumerate(pictures, 1)}
     conversations, kinds = [], []
-    for record, turn in targets:
-        question, answer = (part["value"] for part in record["conversations"][2 * turn :][:2])
-        question = question.removeprefix("<image>\n")
-        conversations += [
-            {"from": "human", "value": f"Picture {number_by_id[record['id']]}: {question}"},
-            {"from": "gpt", "value": answer},
-        ]
+    for record, turn in zip(targets, target_turns, strict=True):
+        question, answer = record["conversations"][2 * turn : 2 * turn + 2]
+        text = question["value"].removeprefix("<image>\n")
+        number = pictures.index(record) + 1
+        conversations += [{"from": "human", "value": f"Picture {number}: {text}"}, answer]
         kinds.append(record["kinds"][turn])
     conversations[0]["value"] = "<image>\n" * count + conversations[0]["value"]
     return {

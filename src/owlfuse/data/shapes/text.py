@@ -229,9 +229,7 @@ def make_texts(seed: int, train: int, val: int) -> tuple[list[dict], list[dict]]
     return splits[0], splits[1]
 
 
-def train_tokenizer(
-    records: list[dict], texts: list[dict], vocabulary: int = 600
-) -> PreTrainedTokenizerFast:
+def train_tokenizer(records: list[dict], texts: list[dict]) -> PreTrainedTokenizerFast:
     """Return a fast byte-level BPE tokenizer with a chat template, trained on the texts of
     train.json and text_train.json."""
     lines = []
@@ -248,7 +246,7 @@ def train_tokenizer(
     )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocabulary,
+        vocab_size=600,
         special_tokens=list(_SPECIAL_TOKENS),
         # All bytes, so that there are tokens for any text.
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
