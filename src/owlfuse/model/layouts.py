@@ -53,6 +53,8 @@ class Layout:
     fused_order: Literal["blocks", "groups"] = "blocks"
     """The rows of the fused projection: all queries, all keys, all values (`blocks`), or for each
     key-value head its queries, its key and its value (`groups`)."""
+    other_sizes: tuple[Layout, ...] = ()
+    """Those of the family's other sizes, whose norms have other names."""
 
     @property
     def norms(self) -> tuple[str, ...]:
@@ -104,6 +106,7 @@ OUTPUT_NORMS = Layout(
     output_norms=("post_attention_layernorm", "post_feedforward_layernorm"),
 )
 FOUR_NORMS = Layout(mlp_norm="pre_feedforward_layernorm")
+INNER_FOUR_NORMS = replace(FOUR_NORMS, layers="language_model.layers")
 NO_ATTENTION = Layout(
     attention=None,
     input_norm="norm",
@@ -151,205 +154,180 @@ LFM2 = Layout(
     mlp_norm="ffn_norm",
     mlp="feed_forward",
 )
+PERSIMMON = Layout(**fused_attention_at("self_attn", "query_key_value", "dense", "groups"))
 PHI3 = Layout(**fused_attention_at("self_attn", "qkv_proj", "o_proj", "blocks"))
 MAMBA_HYBRID = Layout(mlp_norm="pre_ff_layernorm", mlp="feed_forward")
 GRANITE_MOE = Layout(mlp="block_sparse_moe")
 INNER = Layout(layers="language_model.layers")
+APERTUS = Layout(input_norm="attention_layernorm", mlp_norm="feedforward_layernorm")
+# of these two base_model is the LLM itself, whose body stands at `model`
+MLLAMA = Layout(layers="model.layers")
+LLAMA4 = replace(MLLAMA, mlp="feed_forward")
 
-LAYOUTS: dict[str, tuple[Layout, ...]] = {
+LAYOUTS: dict[str, Layout] = {
     # a family that is in no row has the names of Llama
-    "afmoe": (Layout(mlp_norm="pre_mlp_layernorm"),),
-    "apertus": (Layout(input_norm="attention_layernorm", mlp_norm="feedforward_layernorm"),),
-    "apertus1p5_text": (
-        Layout(input_norm="attention_layernorm", mlp_norm="feedforward_layernorm"),
-    ),
-    "bamba": (MAMBA_HYBRID,),
-    "bart": (BART,),
-    "beam": (FOUR_NORMS,),
-    "bert": (BERT,),
-    "bert-generation": (BERT,),
-    "big_bird": (BERT,),
-    "bigbird_pegasus": (BART,),
-    "biogpt": (BART_LAYER,),
-    "blenderbot": (BART,),
-    "blenderbot-small": (BART,),
+    "afmoe": Layout(mlp_norm="pre_mlp_layernorm"),
+    "apertus": APERTUS,
+    "apertus1p5_text": APERTUS,
+    "bamba": MAMBA_HYBRID,
+    "bart": BART,
+    "beam": FOUR_NORMS,
+    "bert": BERT,
+    "bert-generation": BERT,
+    "big_bird": BERT,
+    "bigbird_pegasus": BART,
+    "biogpt": BART_LAYER,
+    "blenderbot": BART,
+    "blenderbot-small": BART,
     # BLOOM, which is older, has the names of Falcon
-    "bloom": (FALCON,),
-    "camembert": (BERT,),
+    "bloom": FALCON,
+    "camembert": BERT,
     # its fused projection has an order of its own
-    "codegen": (replace(GPT2, mlp_norm="ln_1", fused=None, output="attn.out_proj"),),
-    "cohere": (ONE_NORM,),
-    "cohere2": (ONE_NORM,),
-    "cohere2_moe": (ONE_NORM,),
-    "cohere_compass_text": (ONE_NORM,),
-    "cpmant": (
-        Layout(
-            layers="encoder.layers",
-            input_norm="self_att.layernorm_before_attention",
-            mlp_norm="ffn.layernorm_before_ffn",
-            mlp="ffn.ffn",
-            **attention_at(
-                "self_att.self_attention", "project_q", "project_k", "project_v", "attention_out"
-            ),
+    "codegen": replace(GPT2, mlp_norm="ln_1", fused=None, output="attn.out_proj"),
+    "cohere": ONE_NORM,
+    "cohere2": ONE_NORM,
+    "cohere2_moe": ONE_NORM,
+    "cohere_compass_text": ONE_NORM,
+    "cpmant": Layout(
+        layers="encoder.layers",
+        input_norm="self_att.layernorm_before_attention",
+        mlp_norm="ffn.layernorm_before_ffn",
+        mlp="ffn.ffn",
+        **attention_at(
+            "self_att.self_attention", "project_q", "project_k", "project_v", "attention_out"
         ),
     ),
-    "ctrl": (
-        Layout(
-            layers="h",
-            input_norm="layernorm1",
-            mlp_norm="layernorm2",
-            mlp="ffn",
-            **attention_at("multi_head_attention", "Wq", "Wk", "Wv", "dense"),
-        ),
+    "ctrl": Layout(
+        layers="h",
+        input_norm="layernorm1",
+        mlp_norm="layernorm2",
+        mlp="ffn",
+        **attention_at("multi_head_attention", "Wq", "Wk", "Wv", "dense"),
     ),
-    "data2vec-text": (BERT,),
-    "dory": (FOUR_NORMS,),
-    "electra": (BERT,),
-    "ernie": (BERT,),
-    "exaone4": (OUTPUT_NORMS,),
+    "data2vec-text": BERT,
+    "dory": FOUR_NORMS,
+    "electra": BERT,
+    "ernie": BERT,
+    "exaone4": OUTPUT_NORMS,
     # of 40B and 180B, of falcon-rw, and of 7B
-    "falcon": (
-        replace(FALCON, input_norm="ln_attn", mlp_norm="ln_mlp"),
+    "falcon": replace(
         FALCON,
-        replace(FALCON, mlp_norm="input_layernorm"),
+        input_norm="ln_attn",
+        mlp_norm="ln_mlp",
+        other_sizes=(FALCON, replace(FALCON, mlp_norm="input_layernorm")),
     ),
-    "falcon_h1": (MAMBA_HYBRID,),
-    "falcon_mamba": (NO_ATTENTION,),
-    "flex_olmo": (OUTPUT_NORMS,),
-    "fuyu": (
-        Layout(
-            layers="language_model.layers",
-            **fused_attention_at("self_attn", "query_key_value", "dense", "groups"),
-        ),
-    ),
-    "gemma2": (FOUR_NORMS,),
-    "gemma3": (replace(FOUR_NORMS, layers="language_model.layers"),),
-    "gemma3_text": (FOUR_NORMS,),
-    "gemma3n": (replace(FOUR_NORMS, layers="language_model.layers"),),
-    "gemma3n_text": (FOUR_NORMS,),
-    "gemma4": (replace(FOUR_NORMS, layers="language_model.layers"),),
-    "gemma4_text": (FOUR_NORMS,),
-    "gemma4_unified": (replace(FOUR_NORMS, layers="language_model.layers"),),
-    "gemma4_unified_text": (FOUR_NORMS,),
-    "git": (BERT,),
-    "got_ocr2": (INNER,),
-    "gpt2": (GPT2,),
+    "falcon_h1": MAMBA_HYBRID,
+    "falcon_mamba": NO_ATTENTION,
+    "flex_olmo": OUTPUT_NORMS,
+    "fuyu": replace(PERSIMMON, layers="language_model.layers"),
+    "gemma2": FOUR_NORMS,
+    "gemma3": INNER_FOUR_NORMS,
+    "gemma3_text": FOUR_NORMS,
+    "gemma3n": INNER_FOUR_NORMS,
+    "gemma3n_text": FOUR_NORMS,
+    "gemma4": INNER_FOUR_NORMS,
+    "gemma4_text": FOUR_NORMS,
+    "gemma4_unified": INNER_FOUR_NORMS,
+    "gemma4_unified_text": FOUR_NORMS,
+    "git": BERT,
+    "got_ocr2": INNER,
+    "gpt2": GPT2,
     # a group for each head, or a single one where all heads share a key
-    "gpt_bigcode": (replace(GPT2, fused_order="groups"),),
-    "gpt_neo": (
-        Layout(
-            layers="h",
-            input_norm="ln_1",
-            mlp_norm="ln_2",
-            **attention_at("attn.attention", "q_proj", "k_proj", "v_proj", "out_proj"),
-        ),
+    "gpt_bigcode": replace(GPT2, fused_order="groups"),
+    "gpt_neo": Layout(
+        layers="h",
+        input_norm="ln_1",
+        mlp_norm="ln_2",
+        **attention_at("attn.attention", "q_proj", "k_proj", "v_proj", "out_proj"),
     ),
-    "gpt_neox": (GPT_NEOX,),
-    "gpt_neox_japanese": (GPT_NEOX,),
-    "gptj": (
-        Layout(
-            layers="h",
-            input_norm="ln_1",
-            mlp_norm="ln_1",
-            **attention_at("attn", "q_proj", "k_proj", "v_proj", "out_proj"),
-        ),
+    "gpt_neox": GPT_NEOX,
+    "gpt_neox_japanese": GPT_NEOX,
+    "gptj": Layout(
+        layers="h",
+        input_norm="ln_1",
+        mlp_norm="ln_1",
+        **attention_at("attn", "q_proj", "k_proj", "v_proj", "out_proj"),
     ),
-    "granitemoe": (GRANITE_MOE,),
-    "granitemoe_swa": (GRANITE_MOE,),
-    "granitemoehybrid": (GRANITE_MOE,),
-    "granitemoeshared": (GRANITE_MOE,),
-    "jamba": (MAMBA_HYBRID,),
+    "granitemoe": GRANITE_MOE,
+    "granitemoe_swa": GRANITE_MOE,
+    "granitemoehybrid": GRANITE_MOE,
+    "granitemoeshared": GRANITE_MOE,
+    "jamba": MAMBA_HYBRID,
     # queries are made by experts, and keys and values together by one projection
-    "jetmoe": (
-        replace(LLAMA, attention="self_attention", query=None, key=None, value=None, output=None),
+    "jetmoe": replace(
+        LLAMA, attention="self_attention", query=None, key=None, value=None, output=None
     ),
-    "lfm2": (LFM2,),
-    "lfm2_moe": (LFM2,),
-    "lfm3": (LFM2,),
-    # base_model is the LLM itself here, whose body stands at `model`
-    "llama4": (Layout(layers="model.layers", mlp="feed_forward"),),
-    "llama4_text": (Layout(layers="model.layers", mlp="feed_forward"),),
-    "mamba": (NO_ATTENTION,),
-    "mamba2": (NO_ATTENTION,),
-    "marian": (BART,),
-    "mbart": (BART,),
-    "megatron-bert": (replace(BERT, output_norms=(), input_norm="attention.ln", mlp_norm="ln"),),
-    # base_model is the LLM itself here, too
-    "mllama": (Layout(layers="model.layers"),),
-    "mllama_text_model": (Layout(layers="model.layers"),),
-    "modernbert-decoder": (
-        Layout(
-            input_norm="attn_norm",
-            mlp_norm="mlp_norm",
-            **attention_at("attn", "q_proj", "k_proj", "v_proj", "Wo"),
-        ),
+    "lfm2": LFM2,
+    "lfm2_moe": LFM2,
+    "lfm3": LFM2,
+    "llama4": LLAMA4,
+    "llama4_text": LLAMA4,
+    "mamba": NO_ATTENTION,
+    "mamba2": NO_ATTENTION,
+    "marian": BART,
+    "mbart": BART,
+    "megatron-bert": replace(BERT, output_norms=(), input_norm="attention.ln", mlp_norm="ln"),
+    "mllama": MLLAMA,
+    "mllama_text_model": MLLAMA,
+    "modernbert-decoder": Layout(
+        input_norm="attn_norm",
+        mlp_norm="mlp_norm",
+        **attention_at("attn", "q_proj", "k_proj", "v_proj", "Wo"),
     ),
-    "moss_transcribe_diarize": (INNER,),
-    "mpt": (
-        Layout(
-            layers="blocks",
-            input_norm="norm_1",
-            mlp_norm="norm_2",
-            mlp="ffn",
-            **fused_attention_at("attn", "Wqkv", "out_proj", "blocks"),
-        ),
+    "moss_transcribe_diarize": INNER,
+    "mpt": Layout(
+        layers="blocks",
+        input_norm="norm_1",
+        mlp_norm="norm_2",
+        mlp="ffn",
+        **fused_attention_at("attn", "Wqkv", "out_proj", "blocks"),
     ),
-    "mvp": (BART,),
-    "nemotron_h": (NO_ATTENTION,),
-    "olmo2": (OUTPUT_NORMS,),
-    "olmo3": (OUTPUT_NORMS,),
+    "mvp": BART,
+    "nemotron_h": NO_ATTENTION,
+    "olmo2": OUTPUT_NORMS,
+    "olmo3": OUTPUT_NORMS,
     # the first GPT norms behind each residual sum
-    "openai-gpt": (replace(GPT2, input_norm=None, mlp_norm=None, output_norms=("ln_1", "ln_2")),),
-    "opt": (BART,),
-    "pegasus": (BART,),
-    "persimmon": (Layout(**fused_attention_at("self_attn", "query_key_value", "dense", "groups")),),
-    "phi": (
-        Layout(
-            mlp_norm="input_layernorm",
-            **attention_at("self_attn", "q_proj", "k_proj", "v_proj", "dense"),
-        ),
+    "openai-gpt": replace(GPT2, input_norm=None, mlp_norm=None, output_norms=("ln_1", "ln_2")),
+    "opt": BART,
+    "pegasus": BART,
+    "persimmon": PERSIMMON,
+    "phi": Layout(
+        mlp_norm="input_layernorm",
+        **attention_at("self_attn", "q_proj", "k_proj", "v_proj", "dense"),
     ),
-    "phi3": (PHI3,),
-    "phi4_multimodal": (PHI3,),
-    "plbart": (BART,),
+    "phi3": PHI3,
+    "phi4_multimodal": PHI3,
+    "plbart": BART,
     # a temporal block is an attention in some layers, and a recurrence in others
-    "recurrent_gemma": (
-        Layout(
-            input_norm="temporal_pre_norm",
-            mlp_norm="channel_pre_norm",
-            mlp="mlp_block",
-            **attention_at("temporal_block", "q_proj", "k_proj", "v_proj", "o_proj"),
-        ),
+    "recurrent_gemma": Layout(
+        input_norm="temporal_pre_norm",
+        mlp_norm="channel_pre_norm",
+        mlp="mlp_block",
+        **attention_at("temporal_block", "q_proj", "k_proj", "v_proj", "o_proj"),
     ),
-    "rembert": (BERT,),
-    "roberta": (BERT,),
+    "rembert": BERT,
+    "roberta": BERT,
     # unlike BERT's, its norms stand before attention and MLP
-    "roberta-prelayernorm": (
-        replace(
-            BERT,
-            output_norms=(),
-            input_norm="attention.LayerNorm",
-            mlp_norm="intermediate.LayerNorm",
-        ),
+    "roberta-prelayernorm": replace(
+        BERT,
+        output_norms=(),
+        input_norm="attention.LayerNorm",
+        mlp_norm="intermediate.LayerNorm",
     ),
-    "roc_bert": (BERT,),
-    "roformer": (BERT,),
-    "rwkv": (
-        replace(
-            NO_ATTENTION, layers="blocks", input_norm="ln1", mlp_norm="ln2", mlp="feed_forward"
-        ),
+    "roc_bert": BERT,
+    "roformer": BERT,
+    "rwkv": replace(
+        NO_ATTENTION, layers="blocks", input_norm="ln1", mlp_norm="ln2", mlp="feed_forward"
     ),
-    "trocr": (BART,),
-    "vaultgemma": (FOUR_NORMS,),
-    "whisper": (BART,),
-    "xglm": (BART_LAYER,),
-    "xlm-roberta": (BERT,),
-    "xlstm": (
-        replace(
-            NO_ATTENTION, layers="blocks", input_norm="norm_mlstm", mlp_norm="norm_ffn", mlp="ffn"
-        ),
+    "trocr": BART,
+    "vaultgemma": FOUR_NORMS,
+    "whisper": BART,
+    "xglm": BART_LAYER,
+    "xlm-roberta": BERT,
+    "xlstm": replace(
+        NO_ATTENTION, layers="blocks", input_norm="norm_mlstm", mlp_norm="norm_ffn", mlp="ffn"
     ),
-    "xmod": (BERT,),
+    "xmod": BERT,
 }
 """By transformers' `model_type`, what differs from Llama; where sizes of a family differ, the first
 whose norms are there."""
@@ -382,21 +360,16 @@ def layout_of(llm: PreTrainedModel) -> Layout:
         ValueError: there is no list of decoder layers where the family has it, nor is there one
             list of modules with as many as the configuration says.
     """
-    layouts = LAYOUTS.get(llm.config.model_type, (LLAMA,))
-    body: Any = llm.base_model
-    path = layouts[0].layers
-    layers = module_at(body, path)
+    layout = LAYOUTS.get(llm.config.model_type, LLAMA)
+    layers = module_at(llm.base_model, layout.layers)
     # a family in no row that is not built like Llama
     if not isinstance(layers, nn.ModuleList):
-        path = path_of_layers(llm)
-        layers = module_at(body, path)
-        layouts = tuple(replace(layout, layers=path) for layout in layouts)
-    assert isinstance(layers, nn.ModuleList)
-    for layout in layouts:
+        return replace(layout, layers=path_of_layers(llm))
+    for size in (layout, *layout.other_sizes):
         # sizes of a family are told apart by their norms alone
-        if len(layers) and all(module_at(layers[0], name) for name in layout.norms):
-            return layout
-    return layouts[0]
+        if len(layers) and all(module_at(layers[0], name) for name in size.norms):
+            return size
+    return layout
 
 
 def path_of_layers(llm: PreTrainedModel) -> str:
