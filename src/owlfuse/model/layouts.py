@@ -63,18 +63,10 @@ class Layout:
         # once, where attention and MLP read the same
         return tuple(dict.fromkeys(before)) or self.output_norms
 
-    def projection(self, name: Projection) -> str | None:
-        """Returns the dotted name of a projection."""
-        names = {
-            "query": self.query,
-            "key": self.key,
-            "value": self.value,
-            "output": self.output,
-        }
-        return names[name]
 
-
-def attention_at(path: str, query: str, key: str, value: str, output: str) -> dict[str, Any]:
+def attention_at(
+    path: str, output: str, query: str = "q_proj", key: str = "k_proj", value: str = "v_proj"
+) -> dict[str, Any]:
     """Returns the fields of a layout whose attention has separate projections of these names."""
     return {
         "attention": path,
@@ -117,7 +109,7 @@ NO_ATTENTION = Layout(
     value=None,
     output=None,
 )
-BART_ATTENTION = attention_at("self_attn", "q_proj", "k_proj", "v_proj", "out_proj")
+BART_ATTENTION = attention_at("self_attn", "out_proj")
 BART_LAYER = Layout(
     **BART_ATTENTION,
     input_norm="self_attn_layer_norm",
@@ -194,7 +186,7 @@ LAYOUTS: dict[str, Layout] = {
         mlp_norm="ffn.layernorm_before_ffn",
         mlp="ffn.ffn",
         **attention_at(
-            "self_att.self_attention", "project_q", "project_k", "project_v", "attention_out"
+            "self_att.self_attention", "attention_out", "project_q", "project_k", "project_v"
         ),
     ),
     "ctrl": Layout(
@@ -202,7 +194,7 @@ LAYOUTS: dict[str, Layout] = {
         input_norm="layernorm1",
         mlp_norm="layernorm2",
         mlp="ffn",
-        **attention_at("multi_head_attention", "Wq", "Wk", "Wv", "dense"),
+        **attention_at("multi_head_attention", "dense", "Wq", "Wk", "Wv"),
     ),
     "data2vec-text": BERT,
     "dory": FOUR_NORMS,
@@ -238,7 +230,7 @@ LAYOUTS: dict[str, Layout] = {
         layers="h",
         input_norm="ln_1",
         mlp_norm="ln_2",
-        **attention_at("attn.attention", "q_proj", "k_proj", "v_proj", "out_proj"),
+        **attention_at("attn.attention", "out_proj"),
     ),
     "gpt_neox": GPT_NEOX,
     "gpt_neox_japanese": GPT_NEOX,
@@ -246,7 +238,7 @@ LAYOUTS: dict[str, Layout] = {
         layers="h",
         input_norm="ln_1",
         mlp_norm="ln_1",
-        **attention_at("attn", "q_proj", "k_proj", "v_proj", "out_proj"),
+        **attention_at("attn", "out_proj"),
     ),
     "granitemoe": GRANITE_MOE,
     "granitemoe_swa": GRANITE_MOE,
@@ -272,7 +264,7 @@ LAYOUTS: dict[str, Layout] = {
     "modernbert-decoder": Layout(
         input_norm="attn_norm",
         mlp_norm="mlp_norm",
-        **attention_at("attn", "q_proj", "k_proj", "v_proj", "Wo"),
+        **attention_at("attn", "Wo"),
     ),
     "moss_transcribe_diarize": INNER,
     "mpt": Layout(
@@ -293,7 +285,7 @@ LAYOUTS: dict[str, Layout] = {
     "persimmon": PERSIMMON,
     "phi": Layout(
         mlp_norm="input_layernorm",
-        **attention_at("self_attn", "q_proj", "k_proj", "v_proj", "dense"),
+        **attention_at("self_attn", "dense"),
     ),
     "phi3": PHI3,
     "phi4_multimodal": PHI3,
@@ -303,7 +295,7 @@ LAYOUTS: dict[str, Layout] = {
         input_norm="temporal_pre_norm",
         mlp_norm="channel_pre_norm",
         mlp="mlp_block",
-        **attention_at("temporal_block", "q_proj", "k_proj", "v_proj", "o_proj"),
+        **attention_at("temporal_block", "o_proj"),
     ),
     "rembert": BERT,
     "roberta": BERT,
@@ -472,7 +464,8 @@ def projection_of(llm: PreTrainedModel, layer: nn.Module, name: Projection) -> S
         ValueError: the layer has none that is a module of its own.
     """
     layout = layout_of(llm)
-    path = layout.projection(name)
+    # the fields are called as the projections
+    path: str | None = getattr(layout, name)
     if path is None and layout.fused is not None:
         fused = module_at(layer, layout.fused)
         if isinstance(fused, SplitProjection) and name in SPLIT_NAMES:
