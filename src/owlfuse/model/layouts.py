@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -482,21 +483,14 @@ def slot_of(llm: PreTrainedModel, layer: nn.Module, path: str | None, what: str)
     # hybrid families have layers with other modules than their attention layers
     if path is None or module_at(layer, path) is None:
         reason = "" if path is None else f" at {path}"
+        index = list(decoder_layers(llm)).index(layer)
         raise ValueError(
-            f"{type(llm).__name__} has no {what}{reason} in decoder layer "
-            f"{index_of(llm, layer)} ({type(layer).__name__})"
+            f"{type(llm).__name__} has no {what}{reason} in decoder layer {index} "
+            f"({type(layer).__name__})"
         )
     parent, _, name = path.rpartition(".")
     # an empty parent is the layer itself
     return Slot(layer.get_submodule(parent), name)
-
-
-def index_of(llm: PreTrainedModel, layer: nn.Module) -> int:
-    """Returns the index of a decoder layer, from 0."""
-    for index, decoder_layer in enumerate(decoder_layers(llm)):
-        if decoder_layer is layer:
-            return index
-    raise ValueError(f"{type(layer).__name__} is no decoder layer of {type(llm).__name__}")
 
 
 def module_at(module: nn.Module, path: str) -> nn.Module | None:
@@ -557,6 +551,7 @@ def key_value_weights(llm: PreTrainedModel, layer: nn.Module) -> KeyValue:
         return KeyValue(key[0], value[0], key[1], value[1])
     weight, bias = linear_weights(llm, fused)
     _, key_rows, value_rows = fused_rows(llm, layer)
+    key_rows, value_rows = key_rows.flatten(), value_rows.flatten()
     if bias is None:
         return KeyValue(weight[key_rows], weight[value_rows], None, None)
     return KeyValue(weight[key_rows], weight[value_rows], bias[key_rows], bias[value_rows])
@@ -586,8 +581,10 @@ def linear_weights(llm: PreTrainedModel, module: Any) -> tuple[Tensor, Tensor | 
     )
 
 
-def fused_rows(llm: PreTrainedModel, layer: nn.Module) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns which rows of a fused projection make queries (H * d,), keys and values (K * d,).
+def fused_rows(llm: PreTrainedModel, layer: nn.Module) -> tuple[Tensor, ...]:
+    """Returns which rows of a fused projection make queries, keys and values, by the groups of
+    queries, keys and values that follow each other in it: (K, H / K * d), (K, d) and (K, d), or one
+    row each where all queries come first.
 
     Raises:
         ValueError: it is no plain linear layer.
@@ -596,22 +593,13 @@ def fused_rows(llm: PreTrainedModel, layer: nn.Module) -> tuple[Tensor, Tensor, 
     # the output projection takes all heads, so its width is the number of rows for queries
     query_count = heads_width(llm, layer)
     key_count = (weight.shape[0] - query_count) // 2
-    groups = fused_groups(llm, layer)
+    groups = 1
+    if layout_of(llm).fused_order == "groups":
+        groups = key_count // head_width(llm, layer)
     # on the CPU, also in a block for the meta device: these are indices, and no weights
     rows = torch.arange(weight.shape[0], device="cpu").view(groups, -1)
     sizes = [query_count // groups, key_count // groups, key_count // groups]
-    query, key, value = rows.split(sizes, dim=1)
-    return query.flatten(), key.flatten(), value.flatten()
-
-
-def fused_groups(llm: PreTrainedModel, layer: nn.Module) -> int:
-    """Returns how many groups of queries, keys and values follow each other in the rows of a fused
-    projection: K, or 1 where all queries come first."""
-    if layout_of(llm).fused_order == "blocks":
-        return 1
-    weight, _ = linear_weights(llm, fused_projection(llm, layer))
-    key_count = (weight.shape[0] - heads_width(llm, layer)) // 2
-    return key_count // head_width(llm, layer)
+    return rows.split(sizes, dim=1)
 
 
 class SplitProjection(nn.Module):
@@ -622,19 +610,12 @@ class SplitProjection(nn.Module):
         weight: ((H + 2 K) * d, D), of the fused projection.
         bias: ((H + 2 K) * d,).
         rows: of `fused_rows`.
-        groups: how many groups of queries, keys and values follow each other; 1: `blocks`.
     """
 
-    def __init__(
-        self,
-        weight: Tensor,
-        bias: Tensor | None,
-        rows: tuple[Tensor, Tensor, Tensor],
-        groups: int,
-    ) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor | None, rows: tuple[Tensor, ...]) -> None:
         super().__init__()
-        self.groups = groups
         query_rows, key_rows, value_rows = rows
+        self.groups = len(query_rows)
         self.q_proj = linear_of_rows(weight, bias, query_rows)
         self.k_proj = linear_of_rows(weight, bias, key_rows)
         self.v_proj = linear_of_rows(weight, bias, value_rows)
@@ -650,6 +631,8 @@ class SplitProjection(nn.Module):
 
 def linear_of_rows(weight: Tensor, bias: Tensor | None, rows: Tensor) -> nn.Linear:
     """Returns a linear layer with some rows of a weight (out, in) and of its bias (out,)."""
+    # they are made on the CPU
+    rows = rows.flatten().to(weight.device)
     linear = nn.Linear(
         weight.shape[1],
         len(rows),
@@ -657,8 +640,6 @@ def linear_of_rows(weight: Tensor, bias: Tensor | None, rows: Tensor) -> nn.Line
         device=weight.device,
         dtype=weight.dtype,
     )
-    # they are made on the CPU
-    rows = rows.to(weight.device)
     with torch.no_grad():
         linear.weight.copy_(weight[rows])
         if bias is not None:
@@ -672,11 +653,9 @@ def split_fused(llm: PreTrainedModel, layer: nn.Module) -> None:
     fused = fused_projection(llm, layer)
     if fused is None:
         return
-    path = layout_of(llm).fused
     weight, bias = linear_weights(llm, fused)
-    rows = fused_rows(llm, layer)
-    split = SplitProjection(weight, bias, rows, fused_groups(llm, layer))
-    slot_of(llm, layer, path, "fused projection").put(split)
+    split = SplitProjection(weight, bias, fused_rows(llm, layer))
+    slot_of(llm, layer, layout_of(llm).fused, "fused projection").put(split)
 
 
 def check_needs(
@@ -731,17 +710,15 @@ def layers_past_their_forward(root: nn.Module) -> set[int]:
     """Returns by id the linear layers below a module whose weight is read without a call of the
     layer, as Mamba's kernels do in training: what is put in their place, or added to them, would
     not be seen."""
-    owners: dict[type[nn.Module], list[Any]] = {}
-    for module in root.modules():
-        if isinstance(getattr(module, "out_proj", None), nn.Linear):
-            owners.setdefault(type(module), []).append(module)
     ids: set[int] = set()
-    for owner_class, modules in owners.items():
-        if reads_output_weight(owner_class):
-            ids.update(id(module.out_proj) for module in modules)
+    for module in root.modules():
+        layer = getattr(module, "out_proj", None)
+        if isinstance(layer, nn.Linear) and reads_output_weight(type(module)):
+            ids.add(id(layer))
     return ids
 
 
+@cache
 def reads_output_weight(module_class: type[nn.Module]) -> bool:
     """Returns whether a class hands the weight of its `out_proj` to a kernel, by its source: there
     is no other sign of it where the kernels are not installed."""
