@@ -21,6 +21,7 @@ from transformers.pytorch_utils import Conv1D
 
 from owlfuse.core.console import PlainConsole as Console
 from owlfuse.model.layouts import layers_past_their_forward
+from owlfuse.model.parts import named_errors
 
 log = logging.getLogger(__name__)
 PARTS = ("vision", "connector", "fusion", "llm")
@@ -596,10 +597,8 @@ def apply_adapters(
         # concat has none: a policy for it is not wrong, there is nothing to do
         if not part.parameters:
             continue
-        try:
+        with named_errors(f"adapter.{name}"):
             policies[name].apply(part)
-        except ValueError as error:
-            raise ValueError(f"adapter.{name}: {error}") from error
     # after the policies, which freeze the tables
     names = train_rows(model.part("llm")) if new_tokens else []
     model.new_rows = {name: sorted((new_tokens or {}).values()) for name in names}
