@@ -120,11 +120,13 @@ class CrossAttention(Fusion):
         """Adds a `CrossAttentionBlock` to each of the layers, and hooks that run it."""
         layers = decoder_layers(llm)
         check_layers(self.layer_indices, len(layers))
-        attach_at = {"before": attach_before, "after": attach_after, "parallel": attach_parallel}
         for index in self.layer_indices:
             layer: Any = layers[index]
             block = CrossAttentionBlock(llm, self, index)
-            attach_at[self.place](llm, layer, block)
+            if self.place == "before":
+                layer.register_forward_pre_hook(InputUpdate(block), with_kwargs=True)
+            else:
+                attach_to_attention(llm, layer, block, adds_attention=self.place == "after")
             # below the layer, so that FSDP gathers its parameters with the layer's
             layer.visual = block
         self.state.attach(llm, [layers[index] for index in self.layer_indices])
@@ -385,36 +387,6 @@ def blocks_of(llm: PreTrainedModel) -> dict[int, CrossAttentionBlock]:
     return blocks
 
 
-def attach_before(llm: PreTrainedModel, layer: Any, block: CrossAttentionBlock) -> None:
-    """Makes a block change the layer's input."""
-    layer.register_forward_pre_hook(InputUpdate(block), with_kwargs=True)
-
-
-def attach_parallel(llm: PreTrainedModel, layer: Any, block: CrossAttentionBlock) -> None:
-    """Makes a block of the layer's input change what its self-attention gives.
-
-    Raises:
-        ValueError: the layer has no attention, or no norm before it.
-    """
-    attach_to_attention(llm, layer, block, adds_attention=False)
-
-
-def attach_after(llm: PreTrainedModel, layer: Any, block: CrossAttentionBlock) -> None:
-    """Makes a block change the sum of the layer's input and its self-attention, which the MLP
-    reads.
-
-    Raises:
-        ValueError: the layer has no attention or no norm before it, or its MLP reads something else
-            than that sum.
-    """
-    attach_to_attention(llm, layer, block, adds_attention=True)
-    if not plain_residuals(llm)[block.index]:
-        raise ValueError(
-            f"place: after: layer {block.index} of {type(llm).__name__} has no plain sum of its "
-            "input and its self-attention before its MLP; take before or parallel"
-        )
-
-
 def attach_to_attention(
     llm: PreTrainedModel, layer: Any, block: CrossAttentionBlock, adds_attention: bool
 ) -> None:
@@ -422,7 +394,11 @@ def attach_to_attention(
 
     Args:
         adds_attention: whether the block reads the layer's input with the self-attention's result
-            added, instead of the input alone.
+            added, which the MLP reads, instead of the input alone.
+
+    Raises:
+        ValueError: the layer has no attention or no norm before it, or, with `adds_attention`, its
+            MLP reads something else than that sum.
     """
     norm = input_norm_of(llm, layer)
     if norm is None:
@@ -440,6 +416,11 @@ def attach_to_attention(
     update = AttentionUpdate(block, adds_attention)
     norm.register_forward_pre_hook(update.keep_input)
     attention_of(llm, layer).register_forward_hook(update.add)
+    if adds_attention and not plain_residuals(llm)[block.index]:
+        raise ValueError(
+            f"place: after: layer {block.index} of {type(llm).__name__} has no plain sum of its "
+            "input and its self-attention before its MLP; take before or parallel"
+        )
 
 
 class InputUpdate:
