@@ -487,7 +487,6 @@ def plain_residuals(llm: PreTrainedModel) -> list[bool]:
     its self-attention's result: tried on a tiny copy of the LLM."""
     layers = decoder_layers(llm)
     sums: dict[int, list[Tensor]] = {}
-    handles = []
     for index, layer in enumerate(layers):
         try:
             norms = input_norm_of(llm, layer), mlp_norm_of(llm, layer)
@@ -501,12 +500,9 @@ def plain_residuals(llm: PreTrainedModel) -> list[bool]:
         for module in (*norms, attention):
             assert module is not None
             is_norm = module is not attention
-            handles.append(module.register_forward_hook(recorder(tensors, is_norm)))
-    try:
-        llm(input_ids=torch.arange(10, 17)[None], use_cache=False)
-    finally:
-        for handle in handles:
-            handle.remove()
+            # never removed: this copy of the LLM is the probe's alone
+            module.register_forward_hook(recorder(tensors, is_norm))
+    llm(input_ids=torch.arange(10, 17)[None], use_cache=False)
     residuals = []
     for index in range(len(layers)):
         tensors = sums.get(index, [])
