@@ -276,6 +276,8 @@ def recompute_activations(llm: PreTrainedModel) -> None:
 def check_split(llm: PreTrainedModel, ranks: int) -> None:
     """Raises ValueError where so many tensor ranks do not divide the LLM's heads or hidden units,
     or where its attention or its MLP have something that is not split by them."""
+    if ranks == 1:
+        return
     config = llm.config.get_text_config(decoder=True)
     heads = shared_field(config, "num_attention_heads")
     counts = {
@@ -284,34 +286,27 @@ def check_split(llm: PreTrainedModel, ranks: int) -> None:
         "intermediate_size": shared_field(config, "intermediate_size"),
     }
     for name, count in counts.items():
-        if count is None and ranks > 1:
+        if count is None:
             raise ValueError(
                 f"the layers of {type(llm).__name__} differ in {name} or have none, and tensor "
                 "ranks need the same in all; take trainer=fsdp"
             )
-        if count is not None and count % ranks:
+        if count % ranks:
             raise ValueError(
                 f"{name} of the LLM is {count}, which {ranks} tensor ranks do not divide"
             )
-    if ranks > 1:
-        check_not_sharded(llm, True)
-        check_split_updates(llm)
-        for layer in decoder_layers(llm):
-            check_layer_split(llm, layer)
+    check_not_sharded(llm, True)
+    check_split_updates(llm)
+    for layer in decoder_layers(llm):
+        check_layer_split(llm, layer)
 
 
 def check_layer_split(llm: PreTrainedModel, layer: Any) -> None:
     """Raises ValueError for a layer with weights that tensor parallelism neither splits nor can use
     for a part of the heads."""
-    # what a fusion has put into an attention has roles of its own, `Fusion.tensor_roles`
-    split = {"visual"}
-    for path in TENSOR_ROLES:
-        parent, _, name = path.rpartition(".")
-        if parent == "self_attn":
-            split.add(name)
     layout = layout_of(llm)
     # the names of TENSOR_ROLES are Llama's
-    attention = module_at(layer, LLAMA.attention or "")
+    attention = module_at(layer, "self_attn")
     if attention is None or layout.key != LLAMA.key or layout.output != LLAMA.output:
         raise ValueError(
             f"{type(llm).__name__}: tensor ranks split attention with the projections q_proj, "
@@ -321,7 +316,9 @@ def check_layer_split(llm: PreTrainedModel, layer: Any) -> None:
     for name, parameter in attention.named_parameters():
         module = name.partition(".")[0]
         per_head = module in PER_HEAD_NORMS and parameter.numel() == head_width(llm, layer)
-        if module not in split and not per_head:
+        # what a fusion has put into an attention has roles of its own, `Fusion.tensor_roles`
+        is_split = module == "visual" or f"self_attn.{module}" in TENSOR_ROLES
+        if not is_split and not per_head:
             raise ValueError(
                 f"{type(llm).__name__}: tensor ranks cannot share out self_attn.{name}; use FSDP "
                 "alone (tensor: 1)"
@@ -360,7 +357,9 @@ def check_length(llm: PreTrainedModel, length: int, answer: int) -> None:
         log.warning(
             "data.max_length is %d, and %s was made for %d tokens (max_position_embeddings): what "
             "lies behind them it was not trained for",
-            *(length, name, positions),
+            length,
+            name,
+            positions,
         )
 
 
@@ -628,7 +627,6 @@ def load_pretrained(
         "set model.llm.pretrained to a folder with its files, or HF_HOME to a cache that has it",
     )
     source = {"gguf_file": gguf_file} if gguf_file else {}
-    loading_info: dict[str, Any]
     try:
         check_plain(pretrained, gguf_file)
         # from_pretrained would load weights, whatever the default device
@@ -636,7 +634,9 @@ def load_pretrained(
             return AutoModelForCausalLM.from_config(
                 AutoConfig.from_pretrained(pretrained, trust_remote_code=False, **source), **options
             )
-        llm, loading_info = _loaded(pretrained, **source, **options)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            pretrained, **source, **options, output_loading_info=True, trust_remote_code=False
+        )
     # transformers imports gguf only when a file is read
     except ImportError as error:
         if not gguf_file:
@@ -645,6 +645,7 @@ def load_pretrained(
     # the last three of a GGUF file that is cut off
     except (OSError, KeyError, IndexError, ValueError, struct.error) as error:
         raise ValueError(f"pretrained: {pretrained}: {str(error).splitlines()[0][:200]}") from error
+    llm, loading_info = loaded
     # transformers gives these random values, with a warning
     if missing_weights := sorted(loading_info["missing_keys"]):
         raise ValueError(
@@ -680,17 +681,7 @@ def check_plain(pretrained: str, gguf_file: str | None) -> None:
         )
 
 
-def _loaded(pretrained: str, **options: Any) -> tuple[PreTrainedModel, dict[str, Any]]:
-    loaded: Any = AutoModelForCausalLM.from_pretrained(
-        pretrained,
-        **options,
-        output_loading_info=True,
-        trust_remote_code=False,
-    )
-    return loaded
-
-
-def check_folder(pretrained: str, gguf_file: str | None = None) -> None:
+def check_folder(pretrained: str, gguf_file: str | None) -> None:
     """Raises ValueError for a path without a model, which transformers would look up on the hub,
     and for a file that is no GGUF file."""
     path = Path(pretrained).expanduser()
