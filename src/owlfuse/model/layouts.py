@@ -346,6 +346,11 @@ class Slot(NamedTuple):
         setattr(self.parent, self.name, module)
 
 
+def text_config(llm: PreTrainedModel) -> Any:
+    """Returns the configuration of the decoder layers, inside of a multimodal class's."""
+    return llm.config.get_text_config(decoder=True)
+
+
 def layout_of(llm: PreTrainedModel) -> Layout:
     """Returns the layout of an LLM's family.
 
@@ -372,7 +377,7 @@ def path_of_layers(llm: PreTrainedModel) -> str:
     Raises:
         ValueError: there is none, or several.
     """
-    config = llm.config.get_text_config(decoder=True)
+    config = text_config(llm)
     count = getattr(config, "num_hidden_layers", None)
     paths: list[str] = []
     for path, module in llm.base_model.named_modules():

@@ -34,6 +34,7 @@ from owlfuse.model.layouts import (
     head_width,
     layout_of,
     module_at,
+    text_config,
 )
 from owlfuse.model.quantization import Quantization, check_not_sharded
 
@@ -174,7 +175,7 @@ def attention_name(llm: PreTrainedModel) -> str:
     """Returns the name of transformers' registry by which the LLM's layers compute attention."""
     # Private: transformers has a setter for it, and no getter. Of an LLM inside of a multimodal
     # class the layers read the text's, and the whole's may be that of the vision part.
-    return llm.config.get_text_config(decoder=True)._attn_implementation
+    return text_config(llm)._attn_implementation
 
 
 logged_classes: set[type] = set()
@@ -278,7 +279,7 @@ def check_split(llm: PreTrainedModel, ranks: int) -> None:
     or where its attention or its MLP have something that is not split by them."""
     if ranks == 1:
         return
-    config = llm.config.get_text_config(decoder=True)
+    config = text_config(llm)
     heads = shared_field(config, "num_attention_heads")
     counts = {
         "num_attention_heads": heads,
@@ -341,7 +342,7 @@ def check_length(llm: PreTrainedModel, length: int, answer: int) -> None:
     Raises:
         ValueError: the LLM has a table with fewer positions.
     """
-    positions = shared_field(llm.config.get_text_config(decoder=True), "max_position_embeddings")
+    positions = shared_field(text_config(llm), "max_position_embeddings")
     if not positions or length + answer <= positions:
         return
     name = type(llm).__name__
@@ -365,7 +366,7 @@ def check_length(llm: PreTrainedModel, length: int, answer: int) -> None:
 
 def width(llm: PreTrainedModel) -> int:
     """Returns D, the width of hidden states."""
-    hidden_size = shared_field(llm.config.get_text_config(decoder=True), "hidden_size")
+    hidden_size = shared_field(text_config(llm), "hidden_size")
     embeddings: Any = llm.get_input_embeddings()
     # a configuration may not say it
     return hidden_size or embeddings.weight.shape[-1]
@@ -395,7 +396,7 @@ def layer_type_of(llm: PreTrainedModel, index: int) -> str | None:
     embedding = getattr(body_of(llm), "rotary_emb", None)
     if embedding is None or "layer_type" not in inspect.signature(embedding.forward).parameters:
         return None
-    return llm.config.get_text_config(decoder=True).layer_types[index]
+    return text_config(llm).layer_types[index]
 
 
 def attention_function(name: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
@@ -547,7 +548,7 @@ def token_inputs(llm: PreTrainedModel, input_ids: Tensor, placeholder: Tensor) -
         placeholder: (B, T) True at visual tokens, which count as padding, as in Gemma 4's own
             forward with pictures.
     """
-    config = llm.config.get_text_config(decoder=True)
+    config = text_config(llm)
     # of the configuration: an LLM without them has a width of 0
     if not shared_field(config, "hidden_size_per_layer_input"):
         return {}

@@ -31,6 +31,7 @@ from owlfuse.model.layouts import (
     input_norm_of,
     layout_of,
     mlp_norm_of,
+    text_config,
 )
 from owlfuse.model.llm import shared_field, width
 from owlfuse.model.llm_probe import cached_by_configuration, same
@@ -238,7 +239,7 @@ class CrossAttentionBlock(VisualReader):
         table: Any = llm.get_input_embeddings().weight
         # the LLM may be on the meta device, or in half precision
         like = {"device": table.device, "dtype": table.dtype}
-        config = llm.config.get_text_config(decoder=True)
+        config = text_config(llm)
         eps = shared_field(config, "rms_norm_eps") or 1e-6
         self.index = index
         self.head_width = head_width
@@ -360,7 +361,7 @@ def head_counts(llm: PreTrainedModel, heads: int | None) -> tuple[int, int, int]
     """
     size = width(llm)
     if heads is None:
-        config = llm.config.get_text_config(decoder=True)
+        config = text_config(llm)
         heads = shared_field(config, "num_attention_heads")
         groups = shared_field(config, "num_key_value_heads") or heads
         head_width = shared_field(config, "head_dim")
