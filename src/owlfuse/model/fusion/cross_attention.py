@@ -6,6 +6,7 @@ tokens of a row.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
@@ -244,16 +245,18 @@ class CrossAttentionBlock(VisualReader):
         self.index = index
         self.head_width = head_width
         self.state = fusion.state
-        self.norm = nn.RMSNorm(size, eps=eps, **like)
-        self.q_proj = nn.Linear(size, heads * head_width, bias=False, **like)
-        self.k_proj = nn.Linear(size, groups * head_width, bias=False, **like)
-        self.v_proj = nn.Linear(size, groups * head_width, bias=False, **like)
-        self.o_proj = nn.Linear(heads * head_width, size, bias=False, **like)
+        linear = partial(nn.Linear, bias=False, **like)
+        rms_norm = partial(nn.RMSNorm, eps=eps, **like)
+        self.norm = rms_norm(size)
+        self.q_proj = linear(size, heads * head_width)
+        self.k_proj = linear(size, groups * head_width)
+        self.v_proj = linear(size, groups * head_width)
+        self.o_proj = linear(heads * head_width, size)
         self.q_norm: nn.Module = nn.Identity()
         self.k_norm: nn.Module = nn.Identity()
         if fusion.qk_norm:
-            self.q_norm = nn.RMSNorm(head_width, eps=eps, **like)
-            self.k_norm = nn.RMSNorm(head_width, eps=eps, **like)
+            self.q_norm = rms_norm(head_width)
+            self.k_norm = rms_norm(head_width)
         self.gate = zero_gate(fusion.gate, like)
         self.has_mlp = fusion.mlp
         self.mlp_gate: nn.Parameter | None = None
@@ -262,10 +265,10 @@ class CrossAttentionBlock(VisualReader):
             # some families have none, or a list by layer
             if not isinstance(hidden_units, int):
                 hidden_units = 4 * size
-            self.mlp_norm = nn.RMSNorm(size, eps=eps, **like)
-            self.gate_proj = nn.Linear(size, hidden_units, bias=False, **like)
-            self.up_proj = nn.Linear(size, hidden_units, bias=False, **like)
-            self.down_proj = nn.Linear(hidden_units, size, bias=False, **like)
+            self.mlp_norm = rms_norm(size)
+            self.gate_proj = linear(size, hidden_units)
+            self.up_proj = linear(size, hidden_units)
+            self.down_proj = linear(hidden_units, size)
             self.mlp_gate = zero_gate(fusion.gate, like)
         # as large as the LLM's own linear layers begin
         std = shared_field(config, "initializer_range") or 0.02
