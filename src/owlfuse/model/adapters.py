@@ -501,13 +501,14 @@ def check_split_updates(llm: nn.Module) -> None:
             )
 
 
-def stacked_matrices(part: Part) -> dict[str, nn.Parameter]:
-    """Returns the part's parameters that hold several matrices, as those of a mixture's experts."""
-    stacked = {}
+def stacked_matrices(part: Part) -> list[str]:
+    """Returns the names of the part's parameters that hold several matrices, as those of a
+    mixture's experts."""
+    stacked = []
     for name, parameter in part.parameters.items():
         # the weight of a depthwise convolution has three dimensions too, and one of them is 1
         if parameter.ndim == 3 and min(parameter.shape) > 1:
-            stacked[name] = parameter
+            stacked.append(name)
     return stacked
 
 
@@ -524,7 +525,7 @@ def short_names(names: Iterable[str]) -> list[str]:
 
 def warn_of_unreached(part: Part, reached: list[str]) -> None:
     """Logs which matrices of an LLM `all-linear` does not reach."""
-    missed = {name: p for name, p in stacked_matrices(part).items() if name not in reached}
+    missed = [name for name in stacked_matrices(part) if name not in reached]
     if part.name == "llm" and missed:
         total = sum(part.count(name) for name in part.parameters)
         share = sum(part.count(name) for name in missed) / total

@@ -246,15 +246,10 @@ class MultimodalLM(nn.Module):
     def sharding_units(self) -> list[nn.Module]:
         """Returns the modules that FSDP gathers one after the other; parameters in none of them are
         gathered for the whole forward."""
-        level_units: list[nn.Module] = []
-        for connector in self.fusion.level_connectors():
-            level_units += connector.sharding_units()
-        return [
-            *self.vision.sharding_units(),
-            *self.connector.sharding_units(),
-            *level_units,
-            *decoder_layers(self.llm),
-        ]
+        units = list(self.vision.sharding_units())
+        for connector in (self.connector, *self.fusion.level_connectors()):
+            units += connector.sharding_units()
+        return [*units, *decoder_layers(self.llm)]
 
     def check_training(self, sharded: bool) -> None:
         """Checks that the parts can be trained with their options, before a weight is made.

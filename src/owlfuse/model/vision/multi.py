@@ -104,15 +104,15 @@ class MultiBackbone(Backbone):
         """Raises ValueError for patches that cannot be brought to the first backbone's grid."""
         if backbone.grid == self.grid:
             return
-        own_grid = f"its grid is {backbone.grid[0]} x {backbone.grid[1]} patches"
-        first_grid = f"that of {first_name} {self.grid[0]} x {self.grid[1]}"
+        grids = (
+            f"its grid is {backbone.grid[0]} x {backbone.grid[1]} patches, and that of "
+            f"{first_name} {self.grid[0]} x {self.grid[1]}"
+        )
         if self.align == "refuse":
-            raise ValueError(
-                f"{own_grid}, and {first_grid}; set align: interpolate, or other sizes"
-            )
+            raise ValueError(f"{grids}; set align: interpolate, or other sizes")
         # (1, P) stands for tokens that are no grid
         if 1 in (backbone.grid[0], self.grid[0]):
-            raise ValueError(f"{own_grid}, and {first_grid}; a row of tokens is not interpolated")
+            raise ValueError(f"{grids}; a row of tokens is not interpolated")
 
     def forward(self, pixels: Tensor) -> Tensor:
         """Returns the features (N, P, Dv) of pixels (N, 3, H, W), those of the first backbone
