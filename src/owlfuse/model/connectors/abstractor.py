@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from owlfuse.model.connectors.base import QueryConnector, mean_weights
+from owlfuse.model.connectors.base import QueryConnector, mean_weights, split_heads
 from owlfuse.model.positions import sincos_1d, sincos_2d
 
 
@@ -150,7 +150,7 @@ class AbstractorLayer(nn.Module):
         eps: float,
     ) -> None:
         super().__init__()
-        self.heads = heads
+        self.head_width = width // heads
         self.query_norm = nn.LayerNorm(width)
         self.image_norm = nn.LayerNorm(width)
         self.query = nn.Linear(width, width)
@@ -181,7 +181,7 @@ class AbstractorLayer(nn.Module):
         features: Tensor,
         query_positions: Tensor | None,
         image_positions: Tensor | None,
-    ) -> list[Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Returns query (N, H, Q, d), key and value (N, H, Q + P, d) of normed queries and the
         image."""
         # the released code has the queries among the keys
@@ -190,14 +190,10 @@ class AbstractorLayer(nn.Module):
         if query_positions is not None and image_positions is not None:
             query_input = queries + query_positions.to(queries.dtype)
             key_input = values + torch.cat([query_positions, image_positions]).to(values.dtype)
-        heads = []
-        for projection, inputs in (
-            (self.query, query_input),
-            (self.key, key_input),
-            (self.value, values),
-        ):
-            heads.append(projection(inputs).unflatten(-1, (self.heads, -1)).transpose(1, 2))
-        return heads
+        query = split_heads(self.query(query_input), self.head_width)
+        key = split_heads(self.key(key_input), self.head_width)
+        value = split_heads(self.value(values), self.head_width)
+        return query, key, value
 
     def weights(
         self,

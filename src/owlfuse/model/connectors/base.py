@@ -103,6 +103,11 @@ class QueryConnector(Connector):
         return queries
 
 
+def split_heads(states: Tensor, head_width: int) -> Tensor:
+    """(N, S, H * d) -> (N, H, S, d)."""
+    return states.unflatten(-1, (-1, head_width)).transpose(1, 2)
+
+
 def mean_weights(query: Tensor, key: Tensor) -> Tensor:
     """Returns the weights (N, Q, S) of the attention of queries (N, H, Q, d) to keys (N, H, S, d),
     the mean over heads."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from owlfuse.model.connectors.base import QueryConnector, mean_weights
+from owlfuse.model.connectors.base import QueryConnector, mean_weights, split_heads
 
 EPS = 1e-12
 """Of BERT's norms, which the Q-Former was made of."""
@@ -134,7 +134,7 @@ class Attention(nn.Module):
 
     def __init__(self, width: int, heads: int, sequence_width: int) -> None:
         super().__init__()
-        self.heads = heads
+        self.head_width = width // heads
         self.query = nn.Linear(width, width)
         self.key = nn.Linear(sequence_width, width)
         self.value = nn.Linear(sequence_width, width)
@@ -143,18 +143,15 @@ class Attention(nn.Module):
 
     def forward(self, states: Tensor, sequence: Tensor) -> Tensor:
         """states (N, Q, C), sequence (N, S, width of it) -> (N, Q, C)."""
-        query = self.by_head(self.query(states))
-        key = self.by_head(self.key(sequence))
-        value = self.by_head(self.value(sequence))
+        query = split_heads(self.query(states), self.head_width)
+        key = split_heads(self.key(sequence), self.head_width)
+        value = split_heads(self.value(sequence), self.head_width)
         context = F.scaled_dot_product_attention(query, key, value)
         return self.norm(states + self.out(context.transpose(1, 2).flatten(2)))
-
-    def by_head(self, states: Tensor) -> Tensor:
-        """(N, S, C) -> (N, H, S, d)."""
-        return states.unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
     def weights(self, states: Tensor, sequence: Tensor) -> Tensor:
         """Returns the attention's weights (N, Q, S), the mean over heads, for the inputs of
         `forward`."""
-        query = self.by_head(self.query(states))
-        return mean_weights(query, self.by_head(self.key(sequence)))
+        query = split_heads(self.query(states), self.head_width)
+        key = split_heads(self.key(sequence), self.head_width)
+        return mean_weights(query, key)

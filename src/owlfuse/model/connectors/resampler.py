@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from owlfuse.model.connectors.base import QueryConnector, mean_weights
+from owlfuse.model.connectors.base import QueryConnector, mean_weights, split_heads
 
 
 class Resampler(QueryConnector):
@@ -129,10 +129,10 @@ class ResamplerLayer(nn.Module):
         latents = self.latents_norm(latents)
         # the released code has the latents among the keys
         sequence = torch.cat([self.image_norm(image), latents], dim=1)
-        query = self.query(latents).unflatten(-1, (-1, self.head_dim))
-        key = self.key(sequence).unflatten(-1, (-1, self.head_dim))
-        value = self.value(sequence).unflatten(-1, (-1, self.head_dim))
-        return query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+        query = split_heads(self.query(latents), self.head_dim)
+        key = split_heads(self.key(sequence), self.head_dim)
+        value = split_heads(self.value(sequence), self.head_dim)
+        return query, key, value
 
     def weights(self, latents: Tensor, image: Tensor) -> Tensor:
         """Returns the attention's weights (N, Q, P + Q), the mean over heads, for the inputs of
