@@ -21,6 +21,7 @@ from transformers.pytorch_utils import Conv1D
 
 from owlfuse.core.console import PlainConsole as Console
 from owlfuse.model.layouts import layers_past_their_forward
+from owlfuse.model.parts import named_errors
 
 log = logging.getLogger(__name__)
 PARTS = ("vision", "connector", "fusion", "llm")
@@ -137,6 +138,7 @@ class LastN:
                 parameter.requires_grad_(id(parameter) not in untrainable)
 
 
+@dataclass
 class LoRA:
     """Low-rank updates of the part's linear layers by peft (arXiv 2106.09685), the layers
     themselves frozen, and the gates that begin closed trained with them. Arguments that peft's
@@ -169,31 +171,17 @@ class LoRA:
             that logits change.
     """
 
-    def __init__(
-        self,
-        r: int = 8,
-        alpha: float = 16.0,
-        dropout: float = 0.0,
-        targets: list[str] | str = "all-linear",
-        target_parameters: list[str] | None = None,
-        use_dora: bool = False,
-        use_rslora: bool = False,
-        rank_pattern: dict[str, int] | None = None,
-        alpha_pattern: dict[str, float] | None = None,
-        modules_to_save: list[str] | None = None,
-        init_lora_weights: bool | str = True,
-    ):
-        self.r = r
-        self.alpha = alpha
-        self.dropout = dropout
-        self.targets = targets
-        self.target_parameters = target_parameters or []
-        self.use_dora = use_dora
-        self.use_rslora = use_rslora
-        self.rank_pattern = rank_pattern or {}
-        self.alpha_pattern = alpha_pattern or {}
-        self.modules_to_save = modules_to_save or []
-        self.init_lora_weights = init_lora_weights
+    r: int = 8
+    alpha: float = 16.0
+    dropout: float = 0.0
+    targets: list[str] | str = "all-linear"
+    target_parameters: list[str] | None = None
+    use_dora: bool = False
+    use_rslora: bool = False
+    rank_pattern: dict[str, int] | None = None
+    alpha_pattern: dict[str, float] | None = None
+    modules_to_save: list[str] | None = None
+    init_lora_weights: bool | str = True
 
     @property
     def starts_from_weights(self) -> bool:
@@ -211,8 +199,8 @@ class LoRA:
         Frozen().apply(part)
         names = self.target_layers(part)
         parameters = self.target_matrices(part)
-        ranks = matched(self.rank_pattern, names, "rank_pattern", part)
-        alphas = matched(self.alpha_pattern, names, "alpha_pattern", part)
+        ranks = matched(self.rank_pattern or {}, names, "rank_pattern", part)
+        alphas = matched(self.alpha_pattern or {}, names, "alpha_pattern", part)
         self.check_ranks(part, names, ranks)
         saved = self.saved_parameters(part, names)
         # who names layers has chosen; `all-linear` sounds as if nothing were left out
@@ -330,7 +318,7 @@ class LoRA:
         # a tied head is the table of embeddings, under its name
         names_by_id = {id(parameter): name for name, parameter in part.parameters.items()}
         saved: dict[str, nn.Parameter] = {}
-        for module_name in self.modules_to_save:
+        for module_name in self.modules_to_save or []:
             matching: dict[str, nn.Parameter] = {}
             for path, module in part.root.named_modules():
                 # the dots keep `norm` from reaching `q_norm`
@@ -425,7 +413,7 @@ class LoRA:
     def target_matrices(self, part: Part) -> list[str]:
         """Returns the full names of the parameters that `target_parameters` names."""
         names = []
-        for target in self.target_parameters:
+        for target in self.target_parameters or []:
             matching = []
             for name, parameter in part.parameters.items():
                 # the dots keep `proj` from reaching `up_proj`
@@ -529,13 +517,14 @@ def check_split_updates(llm: nn.Module) -> None:
             )
 
 
-def stacked_matrices(part: Part) -> dict[str, nn.Parameter]:
-    """Returns the part's parameters that hold several matrices, as those of a mixture's experts."""
-    stacked = {}
+def stacked_matrices(part: Part) -> list[str]:
+    """Returns the names of the part's parameters that hold several matrices, as those of a
+    mixture's experts."""
+    stacked = []
     for name, parameter in part.parameters.items():
         # the weight of a depthwise convolution has three dimensions too, and one of them is 1
         if parameter.ndim == 3 and min(parameter.shape) > 1:
-            stacked[name] = parameter
+            stacked.append(name)
     return stacked
 
 
@@ -552,7 +541,7 @@ def short_names(names: Iterable[str]) -> list[str]:
 
 def warn_of_unreached(part: Part, reached: list[str]) -> None:
     """Logs which matrices of an LLM `all-linear` does not reach."""
-    missed = {name: p for name, p in stacked_matrices(part).items() if name not in reached}
+    missed = [name for name in stacked_matrices(part) if name not in reached]
     if part.name == "llm" and missed:
         total = sum(part.count(name) for name in part.parameters)
         share = sum(part.count(name) for name in missed) / total
@@ -612,10 +601,8 @@ def apply_adapters(
         # concat has none: a policy for it is not wrong, there is nothing to do
         if not part.parameters:
             continue
-        try:
+        with named_errors(f"adapter.{name}"):
             policies[name].apply(part)
-        except ValueError as error:
-            raise ValueError(f"adapter.{name}: {error}") from error
     # after the policies, which freeze the tables
     names = train_rows(model.part("llm")) if new_tokens else []
     model.new_rows = {name: sorted((new_tokens or {}).values()) for name in names}

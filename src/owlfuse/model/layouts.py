@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 import re
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -54,6 +55,8 @@ class Layout:
     fused_order: Literal["blocks", "groups"] = "blocks"
     """The rows of the fused projection: all queries, all keys, all values (`blocks`), or for each
     key-value head its queries, its key and its value (`groups`)."""
+    other_sizes: tuple[Layout, ...] = ()
+    """Those of the family's other sizes, whose norms have other names."""
 
     @property
     def norms(self) -> tuple[str, ...]:
@@ -62,18 +65,10 @@ class Layout:
         # once, where attention and MLP read the same
         return tuple(dict.fromkeys(before)) or self.output_norms
 
-    def projection(self, name: Projection) -> str | None:
-        """Returns the dotted name of a projection."""
-        names = {
-            "query": self.query,
-            "key": self.key,
-            "value": self.value,
-            "output": self.output,
-        }
-        return names[name]
 
-
-def attention_at(path: str, query: str, key: str, value: str, output: str) -> dict[str, Any]:
+def attention_at(
+    path: str, output: str, query: str = "q_proj", key: str = "k_proj", value: str = "v_proj"
+) -> dict[str, Any]:
     """Returns the fields of a layout whose attention has separate projections of these names."""
     return {
         "attention": path,
@@ -105,6 +100,7 @@ OUTPUT_NORMS = Layout(
     output_norms=("post_attention_layernorm", "post_feedforward_layernorm"),
 )
 FOUR_NORMS = Layout(mlp_norm="pre_feedforward_layernorm")
+INNER_FOUR_NORMS = replace(FOUR_NORMS, layers="language_model.layers")
 NO_ATTENTION = Layout(
     attention=None,
     input_norm="norm",
@@ -115,7 +111,7 @@ NO_ATTENTION = Layout(
     value=None,
     output=None,
 )
-BART_ATTENTION = attention_at("self_attn", "q_proj", "k_proj", "v_proj", "out_proj")
+BART_ATTENTION = attention_at("self_attn", "out_proj")
 BART_LAYER = Layout(
     **BART_ATTENTION,
     input_norm="self_attn_layer_norm",
@@ -152,205 +148,180 @@ LFM2 = Layout(
     mlp_norm="ffn_norm",
     mlp="feed_forward",
 )
+PERSIMMON = Layout(**fused_attention_at("self_attn", "query_key_value", "dense", "groups"))
 PHI3 = Layout(**fused_attention_at("self_attn", "qkv_proj", "o_proj", "blocks"))
 MAMBA_HYBRID = Layout(mlp_norm="pre_ff_layernorm", mlp="feed_forward")
 GRANITE_MOE = Layout(mlp="block_sparse_moe")
 INNER = Layout(layers="language_model.layers")
+APERTUS = Layout(input_norm="attention_layernorm", mlp_norm="feedforward_layernorm")
+# of these two base_model is the LLM itself, whose body stands at `model`
+MLLAMA = Layout(layers="model.layers")
+LLAMA4 = replace(MLLAMA, mlp="feed_forward")
 
-LAYOUTS: dict[str, tuple[Layout, ...]] = {
+LAYOUTS: dict[str, Layout] = {
     # a family that is in no row has the names of Llama
-    "afmoe": (Layout(mlp_norm="pre_mlp_layernorm"),),
-    "apertus": (Layout(input_norm="attention_layernorm", mlp_norm="feedforward_layernorm"),),
-    "apertus1p5_text": (
-        Layout(input_norm="attention_layernorm", mlp_norm="feedforward_layernorm"),
-    ),
-    "bamba": (MAMBA_HYBRID,),
-    "bart": (BART,),
-    "beam": (FOUR_NORMS,),
-    "bert": (BERT,),
-    "bert-generation": (BERT,),
-    "big_bird": (BERT,),
-    "bigbird_pegasus": (BART,),
-    "biogpt": (BART_LAYER,),
-    "blenderbot": (BART,),
-    "blenderbot-small": (BART,),
+    "afmoe": Layout(mlp_norm="pre_mlp_layernorm"),
+    "apertus": APERTUS,
+    "apertus1p5_text": APERTUS,
+    "bamba": MAMBA_HYBRID,
+    "bart": BART,
+    "beam": FOUR_NORMS,
+    "bert": BERT,
+    "bert-generation": BERT,
+    "big_bird": BERT,
+    "bigbird_pegasus": BART,
+    "biogpt": BART_LAYER,
+    "blenderbot": BART,
+    "blenderbot-small": BART,
     # BLOOM, which is older, has the names of Falcon
-    "bloom": (FALCON,),
-    "camembert": (BERT,),
+    "bloom": FALCON,
+    "camembert": BERT,
     # its fused projection has an order of its own
-    "codegen": (replace(GPT2, mlp_norm="ln_1", fused=None, output="attn.out_proj"),),
-    "cohere": (ONE_NORM,),
-    "cohere2": (ONE_NORM,),
-    "cohere2_moe": (ONE_NORM,),
-    "cohere_compass_text": (ONE_NORM,),
-    "cpmant": (
-        Layout(
-            layers="encoder.layers",
-            input_norm="self_att.layernorm_before_attention",
-            mlp_norm="ffn.layernorm_before_ffn",
-            mlp="ffn.ffn",
-            **attention_at(
-                "self_att.self_attention", "project_q", "project_k", "project_v", "attention_out"
-            ),
+    "codegen": replace(GPT2, mlp_norm="ln_1", fused=None, output="attn.out_proj"),
+    "cohere": ONE_NORM,
+    "cohere2": ONE_NORM,
+    "cohere2_moe": ONE_NORM,
+    "cohere_compass_text": ONE_NORM,
+    "cpmant": Layout(
+        layers="encoder.layers",
+        input_norm="self_att.layernorm_before_attention",
+        mlp_norm="ffn.layernorm_before_ffn",
+        mlp="ffn.ffn",
+        **attention_at(
+            "self_att.self_attention", "attention_out", "project_q", "project_k", "project_v"
         ),
     ),
-    "ctrl": (
-        Layout(
-            layers="h",
-            input_norm="layernorm1",
-            mlp_norm="layernorm2",
-            mlp="ffn",
-            **attention_at("multi_head_attention", "Wq", "Wk", "Wv", "dense"),
-        ),
+    "ctrl": Layout(
+        layers="h",
+        input_norm="layernorm1",
+        mlp_norm="layernorm2",
+        mlp="ffn",
+        **attention_at("multi_head_attention", "dense", "Wq", "Wk", "Wv"),
     ),
-    "data2vec-text": (BERT,),
-    "dory": (FOUR_NORMS,),
-    "electra": (BERT,),
-    "ernie": (BERT,),
-    "exaone4": (OUTPUT_NORMS,),
+    "data2vec-text": BERT,
+    "dory": FOUR_NORMS,
+    "electra": BERT,
+    "ernie": BERT,
+    "exaone4": OUTPUT_NORMS,
     # of 40B and 180B, of falcon-rw, and of 7B
-    "falcon": (
-        replace(FALCON, input_norm="ln_attn", mlp_norm="ln_mlp"),
+    "falcon": replace(
         FALCON,
-        replace(FALCON, mlp_norm="input_layernorm"),
+        input_norm="ln_attn",
+        mlp_norm="ln_mlp",
+        other_sizes=(FALCON, replace(FALCON, mlp_norm="input_layernorm")),
     ),
-    "falcon_h1": (MAMBA_HYBRID,),
-    "falcon_mamba": (NO_ATTENTION,),
-    "flex_olmo": (OUTPUT_NORMS,),
-    "fuyu": (
-        Layout(
-            layers="language_model.layers",
-            **fused_attention_at("self_attn", "query_key_value", "dense", "groups"),
-        ),
-    ),
-    "gemma2": (FOUR_NORMS,),
-    "gemma3": (replace(FOUR_NORMS, layers="language_model.layers"),),
-    "gemma3_text": (FOUR_NORMS,),
-    "gemma3n": (replace(FOUR_NORMS, layers="language_model.layers"),),
-    "gemma3n_text": (FOUR_NORMS,),
-    "gemma4": (replace(FOUR_NORMS, layers="language_model.layers"),),
-    "gemma4_text": (FOUR_NORMS,),
-    "gemma4_unified": (replace(FOUR_NORMS, layers="language_model.layers"),),
-    "gemma4_unified_text": (FOUR_NORMS,),
-    "git": (BERT,),
-    "got_ocr2": (INNER,),
-    "gpt2": (GPT2,),
+    "falcon_h1": MAMBA_HYBRID,
+    "falcon_mamba": NO_ATTENTION,
+    "flex_olmo": OUTPUT_NORMS,
+    "fuyu": replace(PERSIMMON, layers="language_model.layers"),
+    "gemma2": FOUR_NORMS,
+    "gemma3": INNER_FOUR_NORMS,
+    "gemma3_text": FOUR_NORMS,
+    "gemma3n": INNER_FOUR_NORMS,
+    "gemma3n_text": FOUR_NORMS,
+    "gemma4": INNER_FOUR_NORMS,
+    "gemma4_text": FOUR_NORMS,
+    "gemma4_unified": INNER_FOUR_NORMS,
+    "gemma4_unified_text": FOUR_NORMS,
+    "git": BERT,
+    "got_ocr2": INNER,
+    "gpt2": GPT2,
     # a group for each head, or a single one where all heads share a key
-    "gpt_bigcode": (replace(GPT2, fused_order="groups"),),
-    "gpt_neo": (
-        Layout(
-            layers="h",
-            input_norm="ln_1",
-            mlp_norm="ln_2",
-            **attention_at("attn.attention", "q_proj", "k_proj", "v_proj", "out_proj"),
-        ),
+    "gpt_bigcode": replace(GPT2, fused_order="groups"),
+    "gpt_neo": Layout(
+        layers="h",
+        input_norm="ln_1",
+        mlp_norm="ln_2",
+        **attention_at("attn.attention", "out_proj"),
     ),
-    "gpt_neox": (GPT_NEOX,),
-    "gpt_neox_japanese": (GPT_NEOX,),
-    "gptj": (
-        Layout(
-            layers="h",
-            input_norm="ln_1",
-            mlp_norm="ln_1",
-            **attention_at("attn", "q_proj", "k_proj", "v_proj", "out_proj"),
-        ),
+    "gpt_neox": GPT_NEOX,
+    "gpt_neox_japanese": GPT_NEOX,
+    "gptj": Layout(
+        layers="h",
+        input_norm="ln_1",
+        mlp_norm="ln_1",
+        **attention_at("attn", "out_proj"),
     ),
-    "granitemoe": (GRANITE_MOE,),
-    "granitemoe_swa": (GRANITE_MOE,),
-    "granitemoehybrid": (GRANITE_MOE,),
-    "granitemoeshared": (GRANITE_MOE,),
-    "jamba": (MAMBA_HYBRID,),
+    "granitemoe": GRANITE_MOE,
+    "granitemoe_swa": GRANITE_MOE,
+    "granitemoehybrid": GRANITE_MOE,
+    "granitemoeshared": GRANITE_MOE,
+    "jamba": MAMBA_HYBRID,
     # queries are made by experts, and keys and values together by one projection
-    "jetmoe": (
-        replace(LLAMA, attention="self_attention", query=None, key=None, value=None, output=None),
+    "jetmoe": replace(
+        LLAMA, attention="self_attention", query=None, key=None, value=None, output=None
     ),
-    "lfm2": (LFM2,),
-    "lfm2_moe": (LFM2,),
-    "lfm3": (LFM2,),
-    # base_model is the LLM itself here, whose body stands at `model`
-    "llama4": (Layout(layers="model.layers", mlp="feed_forward"),),
-    "llama4_text": (Layout(layers="model.layers", mlp="feed_forward"),),
-    "mamba": (NO_ATTENTION,),
-    "mamba2": (NO_ATTENTION,),
-    "marian": (BART,),
-    "mbart": (BART,),
-    "megatron-bert": (replace(BERT, output_norms=(), input_norm="attention.ln", mlp_norm="ln"),),
-    # base_model is the LLM itself here, too
-    "mllama": (Layout(layers="model.layers"),),
-    "mllama_text_model": (Layout(layers="model.layers"),),
-    "modernbert-decoder": (
-        Layout(
-            input_norm="attn_norm",
-            mlp_norm="mlp_norm",
-            **attention_at("attn", "q_proj", "k_proj", "v_proj", "Wo"),
-        ),
+    "lfm2": LFM2,
+    "lfm2_moe": LFM2,
+    "lfm3": LFM2,
+    "llama4": LLAMA4,
+    "llama4_text": LLAMA4,
+    "mamba": NO_ATTENTION,
+    "mamba2": NO_ATTENTION,
+    "marian": BART,
+    "mbart": BART,
+    "megatron-bert": replace(BERT, output_norms=(), input_norm="attention.ln", mlp_norm="ln"),
+    "mllama": MLLAMA,
+    "mllama_text_model": MLLAMA,
+    "modernbert-decoder": Layout(
+        input_norm="attn_norm",
+        mlp_norm="mlp_norm",
+        **attention_at("attn", "Wo"),
     ),
-    "moss_transcribe_diarize": (INNER,),
-    "mpt": (
-        Layout(
-            layers="blocks",
-            input_norm="norm_1",
-            mlp_norm="norm_2",
-            mlp="ffn",
-            **fused_attention_at("attn", "Wqkv", "out_proj", "blocks"),
-        ),
+    "moss_transcribe_diarize": INNER,
+    "mpt": Layout(
+        layers="blocks",
+        input_norm="norm_1",
+        mlp_norm="norm_2",
+        mlp="ffn",
+        **fused_attention_at("attn", "Wqkv", "out_proj", "blocks"),
     ),
-    "mvp": (BART,),
-    "nemotron_h": (NO_ATTENTION,),
-    "olmo2": (OUTPUT_NORMS,),
-    "olmo3": (OUTPUT_NORMS,),
+    "mvp": BART,
+    "nemotron_h": NO_ATTENTION,
+    "olmo2": OUTPUT_NORMS,
+    "olmo3": OUTPUT_NORMS,
     # the first GPT norms behind each residual sum
-    "openai-gpt": (replace(GPT2, input_norm=None, mlp_norm=None, output_norms=("ln_1", "ln_2")),),
-    "opt": (BART,),
-    "pegasus": (BART,),
-    "persimmon": (Layout(**fused_attention_at("self_attn", "query_key_value", "dense", "groups")),),
-    "phi": (
-        Layout(
-            mlp_norm="input_layernorm",
-            **attention_at("self_attn", "q_proj", "k_proj", "v_proj", "dense"),
-        ),
+    "openai-gpt": replace(GPT2, input_norm=None, mlp_norm=None, output_norms=("ln_1", "ln_2")),
+    "opt": BART,
+    "pegasus": BART,
+    "persimmon": PERSIMMON,
+    "phi": Layout(
+        mlp_norm="input_layernorm",
+        **attention_at("self_attn", "dense"),
     ),
-    "phi3": (PHI3,),
-    "phi4_multimodal": (PHI3,),
-    "plbart": (BART,),
+    "phi3": PHI3,
+    "phi4_multimodal": PHI3,
+    "plbart": BART,
     # a temporal block is an attention in some layers, and a recurrence in others
-    "recurrent_gemma": (
-        Layout(
-            input_norm="temporal_pre_norm",
-            mlp_norm="channel_pre_norm",
-            mlp="mlp_block",
-            **attention_at("temporal_block", "q_proj", "k_proj", "v_proj", "o_proj"),
-        ),
+    "recurrent_gemma": Layout(
+        input_norm="temporal_pre_norm",
+        mlp_norm="channel_pre_norm",
+        mlp="mlp_block",
+        **attention_at("temporal_block", "o_proj"),
     ),
-    "rembert": (BERT,),
-    "roberta": (BERT,),
+    "rembert": BERT,
+    "roberta": BERT,
     # unlike BERT's, its norms stand before attention and MLP
-    "roberta-prelayernorm": (
-        replace(
-            BERT,
-            output_norms=(),
-            input_norm="attention.LayerNorm",
-            mlp_norm="intermediate.LayerNorm",
-        ),
+    "roberta-prelayernorm": replace(
+        BERT,
+        output_norms=(),
+        input_norm="attention.LayerNorm",
+        mlp_norm="intermediate.LayerNorm",
     ),
-    "roc_bert": (BERT,),
-    "roformer": (BERT,),
-    "rwkv": (
-        replace(
-            NO_ATTENTION, layers="blocks", input_norm="ln1", mlp_norm="ln2", mlp="feed_forward"
-        ),
+    "roc_bert": BERT,
+    "roformer": BERT,
+    "rwkv": replace(
+        NO_ATTENTION, layers="blocks", input_norm="ln1", mlp_norm="ln2", mlp="feed_forward"
     ),
-    "trocr": (BART,),
-    "vaultgemma": (FOUR_NORMS,),
-    "whisper": (BART,),
-    "xglm": (BART_LAYER,),
-    "xlm-roberta": (BERT,),
-    "xlstm": (
-        replace(
-            NO_ATTENTION, layers="blocks", input_norm="norm_mlstm", mlp_norm="norm_ffn", mlp="ffn"
-        ),
+    "trocr": BART,
+    "vaultgemma": FOUR_NORMS,
+    "whisper": BART,
+    "xglm": BART_LAYER,
+    "xlm-roberta": BERT,
+    "xlstm": replace(
+        NO_ATTENTION, layers="blocks", input_norm="norm_mlstm", mlp_norm="norm_ffn", mlp="ffn"
     ),
-    "xmod": (BERT,),
+    "xmod": BERT,
 }
 """By transformers' `model_type`, what differs from Llama; where sizes of a family differ, the first
 whose norms are there."""
@@ -376,6 +347,11 @@ class Slot(NamedTuple):
         setattr(self.parent, self.name, module)
 
 
+def text_config(llm: PreTrainedModel) -> Any:
+    """Returns the configuration of the decoder layers, inside of a multimodal class's."""
+    return llm.config.get_text_config(decoder=True)
+
+
 def layout_of(llm: PreTrainedModel) -> Layout:
     """Returns the layout of an LLM's family.
 
@@ -383,21 +359,16 @@ def layout_of(llm: PreTrainedModel) -> Layout:
         ValueError: there is no list of decoder layers where the family has it, nor is there one
             list of modules with as many as the configuration says.
     """
-    layouts = LAYOUTS.get(llm.config.model_type, (LLAMA,))
-    body: Any = llm.base_model
-    path = layouts[0].layers
-    layers = module_at(body, path)
+    layout = LAYOUTS.get(llm.config.model_type, LLAMA)
+    layers = module_at(llm.base_model, layout.layers)
     # a family in no row that is not built like Llama
     if not isinstance(layers, nn.ModuleList):
-        path = path_of_layers(llm)
-        layers = module_at(body, path)
-        layouts = tuple(replace(layout, layers=path) for layout in layouts)
-    assert isinstance(layers, nn.ModuleList)
-    for layout in layouts:
+        return replace(layout, layers=path_of_layers(llm))
+    for size in (layout, *layout.other_sizes):
         # sizes of a family are told apart by their norms alone
-        if len(layers) and all(module_at(layers[0], name) for name in layout.norms):
-            return layout
-    return layouts[0]
+        if len(layers) and all(module_at(layers[0], name) for name in size.norms):
+            return size
+    return layout
 
 
 def path_of_layers(llm: PreTrainedModel) -> str:
@@ -407,7 +378,7 @@ def path_of_layers(llm: PreTrainedModel) -> str:
     Raises:
         ValueError: there is none, or several.
     """
-    config = llm.config.get_text_config(decoder=True)
+    config = text_config(llm)
     count = getattr(config, "num_hidden_layers", None)
     paths: list[str] = []
     for path, module in llm.base_model.named_modules():
@@ -500,7 +471,8 @@ def projection_of(llm: PreTrainedModel, layer: nn.Module, name: Projection) -> S
         ValueError: the layer has none that is a module of its own.
     """
     layout = layout_of(llm)
-    path = layout.projection(name)
+    # the fields are called as the projections
+    path: str | None = getattr(layout, name)
     if path is None and layout.fused is not None:
         fused = module_at(layer, layout.fused)
         if isinstance(fused, SplitProjection) and name in SPLIT_NAMES:
@@ -517,21 +489,14 @@ def slot_of(llm: PreTrainedModel, layer: nn.Module, path: str | None, what: str)
     # hybrid families have layers with other modules than their attention layers
     if path is None or module_at(layer, path) is None:
         reason = "" if path is None else f" at {path}"
+        index = list(decoder_layers(llm)).index(layer)
         raise ValueError(
-            f"{type(llm).__name__} has no {what}{reason} in decoder layer "
-            f"{index_of(llm, layer)} ({type(layer).__name__})"
+            f"{type(llm).__name__} has no {what}{reason} in decoder layer {index} "
+            f"({type(layer).__name__})"
         )
     parent, _, name = path.rpartition(".")
     # an empty parent is the layer itself
     return Slot(layer.get_submodule(parent), name)
-
-
-def index_of(llm: PreTrainedModel, layer: nn.Module) -> int:
-    """Returns the index of a decoder layer, from 0."""
-    for index, decoder_layer in enumerate(decoder_layers(llm)):
-        if decoder_layer is layer:
-            return index
-    raise ValueError(f"{type(layer).__name__} is no decoder layer of {type(llm).__name__}")
 
 
 def module_at(module: nn.Module, path: str) -> nn.Module | None:
@@ -592,6 +557,7 @@ def key_value_weights(llm: PreTrainedModel, layer: nn.Module) -> KeyValue:
         return KeyValue(key[0], value[0], key[1], value[1])
     weight, bias = linear_weights(llm, fused)
     _, key_rows, value_rows = fused_rows(llm, layer)
+    key_rows, value_rows = key_rows.flatten(), value_rows.flatten()
     if bias is None:
         return KeyValue(weight[key_rows], weight[value_rows], None, None)
     return KeyValue(weight[key_rows], weight[value_rows], bias[key_rows], bias[value_rows])
@@ -621,8 +587,10 @@ def linear_weights(llm: PreTrainedModel, module: Any) -> tuple[Tensor, Tensor | 
     )
 
 
-def fused_rows(llm: PreTrainedModel, layer: nn.Module) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns which rows of a fused projection make queries (H * d,), keys and values (K * d,).
+def fused_rows(llm: PreTrainedModel, layer: nn.Module) -> tuple[Tensor, ...]:
+    """Returns which rows of a fused projection make queries, keys and values, by the groups of
+    queries, keys and values that follow each other in it: (K, H / K * d), (K, d) and (K, d), or one
+    row each where all queries come first.
 
     Raises:
         ValueError: it is no plain linear layer.
@@ -631,22 +599,13 @@ def fused_rows(llm: PreTrainedModel, layer: nn.Module) -> tuple[Tensor, Tensor, 
     # the output projection takes all heads, so its width is the number of rows for queries
     query_count = heads_width(llm, layer)
     key_count = (weight.shape[0] - query_count) // 2
-    groups = fused_groups(llm, layer)
+    groups = 1
+    if layout_of(llm).fused_order == "groups":
+        groups = key_count // head_width(llm, layer)
     # on the CPU, also in a block for the meta device: these are indices, and no weights
     rows = torch.arange(weight.shape[0], device="cpu").view(groups, -1)
     sizes = [query_count // groups, key_count // groups, key_count // groups]
-    query, key, value = rows.split(sizes, dim=1)
-    return query.flatten(), key.flatten(), value.flatten()
-
-
-def fused_groups(llm: PreTrainedModel, layer: nn.Module) -> int:
-    """Returns how many groups of queries, keys and values follow each other in the rows of a fused
-    projection: K, or 1 where all queries come first."""
-    if layout_of(llm).fused_order == "blocks":
-        return 1
-    weight, _ = linear_weights(llm, fused_projection(llm, layer))
-    key_count = (weight.shape[0] - heads_width(llm, layer)) // 2
-    return key_count // head_width(llm, layer)
+    return rows.split(sizes, dim=1)
 
 
 class SplitProjection(nn.Module):
@@ -657,19 +616,12 @@ class SplitProjection(nn.Module):
         weight: ((H + 2 K) * d, D), of the fused projection.
         bias: ((H + 2 K) * d,).
         rows: of `fused_rows`.
-        groups: how many groups of queries, keys and values follow each other; 1: `blocks`.
     """
 
-    def __init__(
-        self,
-        weight: Tensor,
-        bias: Tensor | None,
-        rows: tuple[Tensor, Tensor, Tensor],
-        groups: int,
-    ) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor | None, rows: tuple[Tensor, ...]) -> None:
         super().__init__()
-        self.groups = groups
         query_rows, key_rows, value_rows = rows
+        self.groups = len(query_rows)
         self.q_proj = linear_of_rows(weight, bias, query_rows)
         self.k_proj = linear_of_rows(weight, bias, key_rows)
         self.v_proj = linear_of_rows(weight, bias, value_rows)
@@ -685,6 +637,8 @@ class SplitProjection(nn.Module):
 
 def linear_of_rows(weight: Tensor, bias: Tensor | None, rows: Tensor) -> nn.Linear:
     """Returns a linear layer with some rows of a weight (out, in) and of its bias (out,)."""
+    # they are made on the CPU
+    rows = rows.flatten().to(weight.device)
     linear = nn.Linear(
         weight.shape[1],
         len(rows),
@@ -692,8 +646,6 @@ def linear_of_rows(weight: Tensor, bias: Tensor | None, rows: Tensor) -> nn.Line
         device=weight.device,
         dtype=weight.dtype,
     )
-    # they are made on the CPU
-    rows = rows.to(weight.device)
     with torch.no_grad():
         linear.weight.copy_(weight[rows])
         if bias is not None:
@@ -707,11 +659,9 @@ def split_fused(llm: PreTrainedModel, layer: nn.Module) -> None:
     fused = fused_projection(llm, layer)
     if fused is None:
         return
-    path = layout_of(llm).fused
     weight, bias = linear_weights(llm, fused)
-    rows = fused_rows(llm, layer)
-    split = SplitProjection(weight, bias, rows, fused_groups(llm, layer))
-    slot_of(llm, layer, path, "fused projection").put(split)
+    split = SplitProjection(weight, bias, fused_rows(llm, layer))
+    slot_of(llm, layer, layout_of(llm).fused, "fused projection").put(split)
 
 
 def check_needs(
@@ -754,8 +704,8 @@ def check_layer_needs(llm: PreTrainedModel, layer: nn.Module, needs: tuple[Need,
     # each raises for a module that is missing
     if "attention" in needs:
         attention_of(llm, layer)
-    if "norms" in needs and not norms_of(llm, layer):
-        raise ValueError(f"{type(llm).__name__} has no norms in its decoder layers")
+    if "norms" in needs:
+        norms_of(llm, layer)
     if "mlp" in needs:
         mlp_of(llm, layer)
     if "separate_keys_values" in needs:
@@ -798,22 +748,20 @@ def layers_past_their_forward(root: nn.Module, types_too: bool = False) -> set[i
         types_too: also those whose weight is asked for its type alone, to which an input is cast:
             a weight in 4 bits has that of its bytes.
     """
-    names_by_class: dict[type[nn.Module], set[str]] = {}
     ids: set[int] = set()
     for module in root.modules():
-        owner_class = type(module)
-        if owner_class not in names_by_class:
-            names_by_class[owner_class] = names_of_read_weights(owner_class, types_too)
-        for name in names_by_class[owner_class]:
+        for name in names_of_read_weights(type(module), types_too):
             layer = getattr(module, name, None)
             if isinstance(layer, nn.Linear | Conv1D):
                 ids.add(id(layer))
     return ids
 
 
+@cache
 def names_of_read_weights(module_class: type[nn.Module], types_too: bool) -> set[str]:
     """Returns the attributes of a class whose `weight` its computation reads, by the source: there
     is no other sign of it where the kernels are not installed."""
+    harmless = {"device", "shape"} if types_too else {"device", "shape", "dtype"}
     names: set[str] = set()
     for method_name, method in inspect.getmembers(module_class, inspect.isfunction):
         is_torchs = method is getattr(nn.Module, method_name, None)
@@ -825,8 +773,6 @@ def names_of_read_weights(module_class: type[nn.Module], types_too: bool) -> set
         except (OSError, TypeError):  # a class without a file
             continue
         for name, attribute in READ_WEIGHT.findall(source):
-            if attribute not in ("device", "shape", "dtype") or (
-                attribute == "dtype" and types_too
-            ):
+            if attribute not in harmless:
                 names.add(name)
     return names

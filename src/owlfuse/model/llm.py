@@ -34,6 +34,7 @@ from owlfuse.model.layouts import (
     head_width,
     layout_of,
     module_at,
+    text_config,
 )
 from owlfuse.model.quantization import Quantization, check_not_sharded
 
@@ -174,7 +175,7 @@ def attention_name(llm: PreTrainedModel) -> str:
     """Returns the name of transformers' registry by which the LLM's layers compute attention."""
     # Private: transformers has a setter for it, and no getter. Of an LLM inside of a multimodal
     # class the layers read the text's, and the whole's may be that of the vision part.
-    return llm.config.get_text_config(decoder=True)._attn_implementation
+    return text_config(llm)._attn_implementation
 
 
 logged_classes: set[type] = set()
@@ -276,7 +277,9 @@ def recompute_activations(llm: PreTrainedModel) -> None:
 def check_split(llm: PreTrainedModel, ranks: int) -> None:
     """Raises ValueError where so many tensor ranks do not divide the LLM's heads or hidden units,
     or where its attention or its MLP have something that is not split by them."""
-    config = llm.config.get_text_config(decoder=True)
+    if ranks == 1:
+        return
+    config = text_config(llm)
     heads = shared_field(config, "num_attention_heads")
     counts = {
         "num_attention_heads": heads,
@@ -284,34 +287,27 @@ def check_split(llm: PreTrainedModel, ranks: int) -> None:
         "intermediate_size": shared_field(config, "intermediate_size"),
     }
     for name, count in counts.items():
-        if count is None and ranks > 1:
+        if count is None:
             raise ValueError(
                 f"the layers of {type(llm).__name__} differ in {name} or have none, and tensor "
                 "ranks need the same in all; take trainer=fsdp"
             )
-        if count is not None and count % ranks:
+        if count % ranks:
             raise ValueError(
                 f"{name} of the LLM is {count}, which {ranks} tensor ranks do not divide"
             )
-    if ranks > 1:
-        check_not_sharded(llm, True)
-        check_split_updates(llm)
-        for layer in decoder_layers(llm):
-            check_layer_split(llm, layer)
+    check_not_sharded(llm, True)
+    check_split_updates(llm)
+    for layer in decoder_layers(llm):
+        check_layer_split(llm, layer)
 
 
 def check_layer_split(llm: PreTrainedModel, layer: Any) -> None:
     """Raises ValueError for a layer with weights that tensor parallelism neither splits nor can use
     for a part of the heads."""
-    # what a fusion has put into an attention has roles of its own, `Fusion.tensor_roles`
-    split = {"visual"}
-    for path in TENSOR_ROLES:
-        parent, _, name = path.rpartition(".")
-        if parent == "self_attn":
-            split.add(name)
     layout = layout_of(llm)
     # the names of TENSOR_ROLES are Llama's
-    attention = module_at(layer, LLAMA.attention or "")
+    attention = module_at(layer, "self_attn")
     if attention is None or layout.key != LLAMA.key or layout.output != LLAMA.output:
         raise ValueError(
             f"{type(llm).__name__}: tensor ranks split attention with the projections q_proj, "
@@ -321,7 +317,9 @@ def check_layer_split(llm: PreTrainedModel, layer: Any) -> None:
     for name, parameter in attention.named_parameters():
         module = name.partition(".")[0]
         per_head = module in PER_HEAD_NORMS and parameter.numel() == head_width(llm, layer)
-        if module not in split and not per_head:
+        # what a fusion has put into an attention has roles of its own, `Fusion.tensor_roles`
+        is_split = module == "visual" or f"self_attn.{module}" in TENSOR_ROLES
+        if not is_split and not per_head:
             raise ValueError(
                 f"{type(llm).__name__}: tensor ranks cannot share out self_attn.{name}; use FSDP "
                 "alone (tensor: 1)"
@@ -340,7 +338,7 @@ def check_length(llm: PreTrainedModel, length: int) -> None:
     Raises:
         ValueError: the LLM has a table with fewer positions.
     """
-    config = llm.config.get_text_config(decoder=True)
+    config = text_config(llm)
     # MPT's name for it, whose bias has so many keys
     key_limit = getattr(config, "max_seq_len", None) if config.model_type == "mpt" else None
     positions = key_limit or shared_field(config, "max_position_embeddings")
@@ -377,7 +375,7 @@ def has_position_table(llm: PreTrainedModel, positions: int) -> bool:
 
 def width(llm: PreTrainedModel) -> int:
     """Returns D, the width of hidden states."""
-    hidden_size = shared_field(llm.config.get_text_config(decoder=True), "hidden_size")
+    hidden_size = shared_field(text_config(llm), "hidden_size")
     embeddings: Any = llm.get_input_embeddings()
     # a configuration may not say it
     return hidden_size or embeddings.weight.shape[-1]
@@ -407,7 +405,7 @@ def layer_type_of(llm: PreTrainedModel, index: int) -> str | None:
     embedding = getattr(body_of(llm), "rotary_emb", None)
     if embedding is None or "layer_type" not in inspect.signature(embedding.forward).parameters:
         return None
-    return llm.config.get_text_config(decoder=True).layer_types[index]
+    return text_config(llm).layer_types[index]
 
 
 def attention_function(name: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
@@ -567,7 +565,7 @@ def token_inputs(llm: PreTrainedModel, input_ids: Tensor, placeholder: Tensor) -
         placeholder: (B, T) True at visual tokens, which count as padding, as in Gemma 4's own
             forward with pictures.
     """
-    config = llm.config.get_text_config(decoder=True)
+    config = text_config(llm)
     # of the configuration: an LLM without them has a width of 0
     if not shared_field(config, "hidden_size_per_layer_input"):
         return {}
@@ -647,7 +645,6 @@ def load_pretrained(
         "set model.llm.pretrained to a folder with its files, or HF_HOME to a cache that has it",
     )
     source = {"gguf_file": gguf_file} if gguf_file else {}
-    loading_info: dict[str, Any]
     try:
         check_plain(pretrained, gguf_file)
         # from_pretrained would load weights, whatever the default device
@@ -655,7 +652,9 @@ def load_pretrained(
             return AutoModelForCausalLM.from_config(
                 AutoConfig.from_pretrained(pretrained, trust_remote_code=False, **source), **options
             )
-        llm, loading_info = _loaded(pretrained, **source, **options)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            pretrained, **source, **options, output_loading_info=True, trust_remote_code=False
+        )
     # transformers imports gguf only when a file is read
     except ImportError as error:
         if not gguf_file:
@@ -664,6 +663,7 @@ def load_pretrained(
     # the last three of a GGUF file that is cut off
     except (OSError, KeyError, IndexError, ValueError, struct.error) as error:
         raise ValueError(f"pretrained: {pretrained}: {str(error).splitlines()[0][:200]}") from error
+    llm, loading_info = loaded
     # transformers gives these random values, with a warning
     if missing_weights := sorted(loading_info["missing_keys"]):
         raise ValueError(
@@ -699,17 +699,7 @@ def check_plain(pretrained: str, gguf_file: str | None) -> None:
         )
 
 
-def _loaded(pretrained: str, **options: Any) -> tuple[PreTrainedModel, dict[str, Any]]:
-    loaded: Any = AutoModelForCausalLM.from_pretrained(
-        pretrained,
-        **options,
-        output_loading_info=True,
-        trust_remote_code=False,
-    )
-    return loaded
-
-
-def check_folder(pretrained: str, gguf_file: str | None = None) -> None:
+def check_folder(pretrained: str, gguf_file: str | None) -> None:
     """Raises ValueError for a path without a model, which transformers would look up on the hub,
     and for a file that is no GGUF file."""
     path = Path(pretrained).expanduser()

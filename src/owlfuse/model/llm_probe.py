@@ -273,12 +273,12 @@ def key_paths(llm: PreTrainedModel) -> list[KeyPath | str]:
     # not from 0, where a rotation does nothing
     position_ids = torch.arange(2, 9)[None]
     ids = torch.arange(10, 17)[None]
-    with record_inputs(llm) as recorded:
-        try:
-            llm(input_ids=ids, position_ids=position_ids, visual="visual", use_cache=False)
-        except FAILURES as error:
-            reason = f"its forward fails with a further keyword argument ({first_line(error)})"
-            return [reason] * len(layers)
+    recorded = record_inputs(llm)
+    try:
+        llm(input_ids=ids, position_ids=position_ids, visual="visual", use_cache=False)
+    except FAILURES as error:
+        reason = f"its forward fails with a further keyword argument ({first_line(error)})"
+        return [reason] * len(layers)
     paths: list[KeyPath | str] = []
     for index, layer in enumerate(layers):
         if index in reasons:
@@ -314,9 +314,9 @@ class RecordedInputs(NamedTuple):
     calls: dict[int, list[Call]]
 
 
-@contextmanager
-def record_inputs(llm: PreTrainedModel) -> Iterator[RecordedInputs]:
-    """Records the inputs of the LLM's layers and their attention inside the block."""
+def record_inputs(llm: PreTrainedModel) -> RecordedInputs:
+    """Returns what every later forward pass of the LLM fills with the inputs of its layers and of
+    their attention."""
     recorded = RecordedInputs({}, {}, {})
     layers = list(decoder_layers(llm))
     path = layout_of(llm).attention
@@ -354,19 +354,13 @@ def record_inputs(llm: PreTrainedModel) -> Iterator[RecordedInputs]:
     ALL_ATTENTION_FUNCTIONS.register(name, attend)
     ALL_MASK_ATTENTION_FUNCTIONS.register(name, ALL_MASK_ATTENTION_FUNCTIONS[plain_name])
     llm.set_attn_implementation(name)
-    handles = []
+    # never removed: this copy of the LLM is the probe's alone
     for index, attention in attentions.items():
-        for module, inputs in (
-            (layers[index], recorded.layers),
-            (attention, recorded.attentions),
-        ):
-            hook = record(inputs, index)
-            handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
-    try:
-        yield recorded
-    finally:
-        for handle in handles:
-            handle.remove()
+        of_layer = record(recorded.layers, index)
+        layers[index].register_forward_pre_hook(of_layer, with_kwargs=True)
+        of_attention = record(recorded.attentions, index)
+        attention.register_forward_pre_hook(of_attention, with_kwargs=True)
+    return recorded
 
 
 def key_path(

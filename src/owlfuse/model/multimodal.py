@@ -35,7 +35,7 @@ from owlfuse.model.llm import (
     width,
 )
 from owlfuse.model.llm_probe import check_packing
-from owlfuse.model.parts import ModelPart
+from owlfuse.model.parts import ModelPart, named_errors
 from owlfuse.model.quantization import (
     Quantization,
     check_quantized_training,
@@ -187,16 +187,12 @@ class MultimodalLM(nn.Module):
         Raises:
             ValueError: a part that cannot; the message begins with it.
         """
-        try:
-            # the backbone first: connectors are given its new grid
+        # the backbone first: connectors are given its new grid
+        with named_errors("vision: image_size"):
             self.vision.set_image_size(image_size)
-        except ValueError as error:
-            raise ValueError(f"vision: image_size: {error}") from error
-        try:
+        with named_errors("connector"):
             for connector in (self.connector, *self.fusion.level_connectors()):
                 connector.set_grid(self.vision.patches, self.vision.grid)
-        except ValueError as error:
-            raise ValueError(f"connector: {error}") from error
         self.fusion.set_connector_tokens(self.connector.tokens)
         if self.nodes is not None:
             vision = {**self.nodes["vision"], "image_size": image_size}
@@ -251,15 +247,10 @@ class MultimodalLM(nn.Module):
     def sharding_units(self) -> list[nn.Module]:
         """Returns the modules that FSDP gathers one after the other; parameters in none of them are
         gathered for the whole forward."""
-        level_units: list[nn.Module] = []
-        for connector in self.fusion.level_connectors():
-            level_units += connector.sharding_units()
-        return [
-            *self.vision.sharding_units(),
-            *self.connector.sharding_units(),
-            *level_units,
-            *decoder_layers(self.llm),
-        ]
+        units = list(self.vision.sharding_units())
+        for connector in (self.connector, *self.fusion.level_connectors()):
+            units += connector.sharding_units()
+        return [*units, *decoder_layers(self.llm)]
 
     def check_training(self, sharded: bool) -> None:
         """Checks that the parts can be trained with their options, before a weight is made.
@@ -272,10 +263,8 @@ class MultimodalLM(nn.Module):
         """
         for name in ("vision", "connector"):
             part: ModelPart = getattr(self, name)
-            try:
+            with named_errors(name):
                 part.check_training(sharded)
-            except ValueError as error:
-                raise ValueError(f"{name}: {error}") from error
         check_quantized_training(self.llm, sharded)
 
     def check_start(self) -> None:
@@ -452,10 +441,8 @@ def assemble(nodes: dict[str, Any], vocab_size: int) -> MultimodalLM:
     check_class("connector", connector, Connector)
     fusion = make_part("fusion", nodes, connector_tokens=connector.tokens)
     check_class("fusion", fusion, Fusion)
-    try:
+    with named_errors("fusion"):
         model = MultimodalLM(vision, connector, fusion, llm)
-    except ValueError as error:
-        raise ValueError(f"fusion: {error}") from error
     # an export's config.json has them
     model.nodes = {name: nodes[name] for name in PARTS}
     return model

@@ -3,7 +3,8 @@ class says of its own options."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, ClassVar, get_args
 
 from hydra.utils import get_object
@@ -57,6 +58,15 @@ class ModelPart(nn.Module):
         Raises:
             ValueError: it cannot; never by default.
         """
+
+
+@contextmanager
+def named_errors(name: str) -> Iterator[None]:
+    """Puts a part's name before what it refuses with a ValueError."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
 
 
 def check_choice(name: str, value: object, choices: Any) -> None:

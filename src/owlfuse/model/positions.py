@@ -20,15 +20,9 @@ def sincos_2d(grid: tuple[int, int], patches: int, width: int) -> Tensor:
     the column, half for the row; zero for tokens before the grid's (the class token). Backbones
     whose tokens are no such grid get a table along the sequence."""
     rows, columns = grid
-    prefix_tokens = patches - rows * columns
-    if prefix_tokens < 0:
+    if patches < rows * columns:
         return sincos_1d(torch.arange(patches), width)
-    # patches come row by row
-    row, column = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
-    column_table = sincos_1d(column.flatten(), width // 2)
-    row_table = sincos_1d(row.flatten(), width // 2)
-    table = torch.cat([column_table, row_table], dim=1)
-    return torch.cat([torch.zeros(prefix_tokens, width), table])
+    return grid_table(torch.arange(rows), torch.arange(columns), patches, width)
 
 
 def sincos_2d_spread(grid: tuple[int, int], patches: int, width: int) -> Tensor:
@@ -40,9 +34,18 @@ def sincos_2d_spread(grid: tuple[int, int], patches: int, width: int) -> Tensor:
     the grid's.
     """
     # the middle of a patch, so that grids of all sizes span the same range
-    centers = [2 * math.pi * (torch.arange(n) + 0.5) / n for n in grid]
-    row, column = torch.meshgrid(*centers, indexing="ij")
-    column_table = sincos_1d(column.flatten(), width // 2, temperature=20)
-    row_table = sincos_1d(row.flatten(), width // 2, temperature=20)
+    rows, columns = [2 * math.pi * (torch.arange(n) + 0.5) / n for n in grid]
+    return grid_table(rows, columns, patches, width, temperature=20)
+
+
+def grid_table(
+    rows: Tensor, columns: Tensor, patches: int, width: int, temperature: float = 10000
+) -> Tensor:
+    """Returns a table (patches, width) of a grid's positions, half of the width for the column,
+    half for the row; zero for tokens before the grid's."""
+    # patches come row by row
+    row, column = torch.meshgrid(rows, columns, indexing="ij")
+    column_table = sincos_1d(column.flatten(), width // 2, temperature)
+    row_table = sincos_1d(row.flatten(), width // 2, temperature)
     table = torch.cat([column_table, row_table], dim=1)
     return torch.cat([torch.zeros(patches - len(table), width), table])

@@ -1,18 +1,17 @@
 """N images, P patches, Q queries, Dv vision width (the abstractor's own width too), D LLM width,
 H heads, d head width."""
 
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
-from owlfuse.model.connectors.base import Connector
+from owlfuse.model.connectors.base import QueryConnector, mean_weights, split_heads
 from owlfuse.model.positions import sincos_1d, sincos_2d
 
 
-class Abstractor(Connector):
+class Abstractor(QueryConnector):
     """The visual abstractor of mPLUG-Owl (arXiv 2304.14178) and mPLUG-Owl2 (arXiv 2311.04257, eq.
     1-2), as released.
 
@@ -40,8 +39,6 @@ class Abstractor(Connector):
     Raises:
         ValueError: heads that do not divide Dv, or a count under 1.
     """
-
-    COMPUTE_ONLY: ClassVar = ("gradient_checkpointing",)
 
     def __init__(
         self,
@@ -93,19 +90,12 @@ class Abstractor(Connector):
     def reset_parameters(self) -> None:
         """Xavier, and queries small beside what the image adds to them, so that tokens do not begin
         as nearly the same for every image. Attention is as sharp as with queries of size 1."""
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
-                nn.init.zeros_(module.bias)
+        self.init_linear_layers()
         for layer in self.layers:
             assert isinstance(layer, AbstractorLayer)
             # a quarter the size, and four times the projection: attention is as before
             layer.query_norm.weight.fill_(0.25)
             layer.query.weight.mul_(4)
-
-    def set_checkpointing(self, enable: bool) -> None:
-        """Turns `gradient_checkpointing` on or off."""
-        self.gradient_checkpointing = enable
 
     def set_grid(self, patches: int, grid: tuple[int, int]) -> None:
         """Goes on with another grid of patches: the fixed table of their positions is
@@ -114,27 +104,12 @@ class Abstractor(Connector):
             table = sincos_2d(grid, patches, self.image_positions.shape[1])
             self.image_positions = table.to(self.image_positions)
 
-    def blocks(self) -> list[list[nn.Parameter]]:
-        """Returns the parameters of each layer, in order."""
-        return [list(layer.parameters()) for layer in self.layers]
-
-    def sharding_units(self) -> list[nn.Module]:
-        """Returns the layers, each gathered on its own."""
-        return list(self.layers)
-
     def forward(self, features: Tensor) -> Tensor:
         """Returns the tokens (N, Q + 1, D) of features (N, P, Dv), the last being the end token;
         (N, Q, D) without one."""
         queries = self.queries.expand(features.shape[0], -1, -1)
-        # without gradients no backward pass would compute anything again
-        checkpointing = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
-        for layer in self.layers:
-            inputs = queries, features, self.query_positions, self.image_positions
-            if checkpointing:
-                queries = checkpoint(layer, *inputs, use_reentrant=False)
-            else:
-                queries = layer(*inputs)
-        tokens = self.proj(queries)
+        positions = self.query_positions, self.image_positions
+        tokens = self.proj(self.run_layers(queries, features, *positions))
         if self.end_token is None:
             return tokens
         # under autocast the tokens have another type than the parameter
@@ -175,7 +150,7 @@ class AbstractorLayer(nn.Module):
         eps: float,
     ) -> None:
         super().__init__()
-        self.heads = heads
+        self.head_width = width // heads
         self.query_norm = nn.LayerNorm(width)
         self.image_norm = nn.LayerNorm(width)
         self.query = nn.Linear(width, width)
@@ -206,7 +181,7 @@ class AbstractorLayer(nn.Module):
         features: Tensor,
         query_positions: Tensor | None,
         image_positions: Tensor | None,
-    ) -> list[Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Returns query (N, H, Q, d), key and value (N, H, Q + P, d) of normed queries and the
         image."""
         # the released code has the queries among the keys
@@ -215,14 +190,10 @@ class AbstractorLayer(nn.Module):
         if query_positions is not None and image_positions is not None:
             query_input = queries + query_positions.to(queries.dtype)
             key_input = values + torch.cat([query_positions, image_positions]).to(values.dtype)
-        heads = []
-        for projection, inputs in (
-            (self.query, query_input),
-            (self.key, key_input),
-            (self.value, values),
-        ):
-            heads.append(projection(inputs).unflatten(-1, (self.heads, -1)).transpose(1, 2))
-        return heads
+        query = split_heads(self.query(query_input), self.head_width)
+        key = split_heads(self.key(key_input), self.head_width)
+        value = split_heads(self.value(values), self.head_width)
+        return query, key, value
 
     def weights(
         self,
@@ -235,9 +206,7 @@ class AbstractorLayer(nn.Module):
         `forward`."""
         queries = self.query_norm(queries)
         query, key, _ = self.heads_of(queries, features, query_positions, image_positions)
-        # torch's fused attention gives no weights
-        scores = query.float() @ key.float().transpose(2, 3) / query.shape[3] ** 0.5
-        return scores.softmax(-1).mean(1)
+        return mean_weights(query, key)
 
 
 class SwiGLU(nn.Module):

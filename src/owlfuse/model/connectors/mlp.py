@@ -2,7 +2,7 @@
 
 from torch import Tensor, nn
 
-from owlfuse.model.connectors.base import Connector
+from owlfuse.model.connectors.base import Connector, mlp_layers
 
 
 class MLPConnector(Connector):
@@ -31,14 +31,8 @@ class MLPConnector(Connector):
         if depth < 1:
             raise ValueError(f"depth is {depth}, and an MLP has at least 1 layer")
         self.tokens = patches
-        layers: list[nn.Module] = [
-            # an Identity for none, so that the numbers in the names of weights stay
-            nn.LayerNorm(in_width) if norm else nn.Identity(),
-            nn.Linear(in_width, out_width),
-        ]
-        for _ in range(depth - 1):
-            layers += [nn.GELU(), nn.Linear(out_width, out_width)]
-        self.layers = nn.Sequential(*layers)
+        first_norm = nn.LayerNorm(in_width) if norm else nn.Identity()
+        self.layers = mlp_layers(first_norm, in_width, out_width, depth)
 
     def set_grid(self, patches: int, grid: tuple[int, int]) -> None:
         """Goes on with another number of patches."""

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from owlfuse.model.connectors.base import Connector
+from owlfuse.model.connectors.base import Connector, mlp_layers
 
 
 class PixelShuffleConnector(Connector):
@@ -50,14 +50,8 @@ class PixelShuffleConnector(Connector):
         self.factor = factor
         self.set_grid(patches, grid)
         cell_width = in_width * factor**2
-        layers: list[nn.Module] = [
-            # an Identity for none, so that the numbers in the names of weights stay
-            nn.LayerNorm(cell_width) if norm else nn.Identity(),
-            nn.Linear(cell_width, out_width, bias),
-        ]
-        for _ in range(depth - 1):
-            layers += [nn.GELU(), nn.Linear(out_width, out_width, bias)]
-        self.layers = nn.Sequential(*layers)
+        first_norm = nn.LayerNorm(cell_width) if norm else nn.Identity()
+        self.layers = mlp_layers(first_norm, cell_width, out_width, depth, bias)
 
     def set_grid(self, patches: int, grid: tuple[int, int]) -> None:
         """Goes on with another grid of patches. Raises ValueError where the factor does not divide

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from owlfuse.model.connectors.base import Connector
+from owlfuse.model.connectors.base import Connector, mlp_layers
 from owlfuse.model.parts import check_choice
 
 Place = Literal["before", "after"]
@@ -62,12 +62,8 @@ class PoolConnector(Connector):
         self.tokens = rows * columns
         self.set_grid(patches, grid)
         self.pool_first = pool == "before"
-        # an Identity for none, so that the numbers in the names of weights stay
         norms = {"none": nn.Identity, "layer": nn.LayerNorm, "rms": RMSNorm}
-        layers: list[nn.Module] = [norms[norm](in_width), nn.Linear(in_width, out_width, bias)]
-        for _ in range(depth - 1):
-            layers += [nn.GELU(), nn.Linear(out_width, out_width, bias)]
-        self.layers = nn.Sequential(*layers)
+        self.layers = mlp_layers(norms[norm](in_width), in_width, out_width, depth, bias)
 
     def set_grid(self, patches: int, grid: tuple[int, int]) -> None:
         """Goes on with another grid of patches. Raises ValueError where it is smaller than the

@@ -3,20 +3,19 @@ heads, d head width."""
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
-from owlfuse.model.connectors.base import Connector
+from owlfuse.model.connectors.base import QueryConnector, mean_weights, split_heads
 
 EPS = 1e-12
 """Of BERT's norms, which the Q-Former was made of."""
 
 
-class QFormer(Connector):
+class QFormer(QueryConnector):
     """The Q-Former of BLIP-2 (arXiv 2301.12597, section 3.1; `Salesforce/blip2-opt-2.7b`) as a
     connector: Q = `queries`.
 
@@ -45,8 +44,6 @@ class QFormer(Connector):
     Raises:
         ValueError: heads that do not divide the width, or a count under 1.
     """
-
-    COMPUTE_ONLY: ClassVar = ("gradient_checkpointing",)
 
     def __init__(
         self,
@@ -82,38 +79,13 @@ class QFormer(Connector):
             image_width = in_width if index % cross_every == 0 else None
             self.layers.append(QFormerLayer(width, heads, hidden or 4 * width, image_width))
         self.proj = nn.Linear(width, out_width)
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
-                nn.init.zeros_(module.bias)
-
-    def set_checkpointing(self, enable: bool) -> None:
-        """Turns `gradient_checkpointing` on or off."""
-        self.gradient_checkpointing = enable
-
-    def set_grid(self, patches: int, grid: tuple[int, int]) -> None:
-        """Goes on with another grid of patches: nothing here depends on it."""
-
-    def blocks(self) -> list[list[nn.Parameter]]:
-        """Returns the parameters of each layer, in order."""
-        return [list(layer.parameters()) for layer in self.layers]
-
-    def sharding_units(self) -> list[nn.Module]:
-        """Returns the layers, each gathered on its own."""
-        return list(self.layers)
+        self.init_linear_layers()
 
     def forward(self, features: Tensor) -> Tensor:
         """(N, P, Dv) -> (N, Q, D)."""
         image = self.norm(features)
         states = self.query_norm(self.queries).expand(len(features), -1, -1)
-        # without gradients no backward pass would compute anything again
-        checkpointing = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
-        for layer in self.layers:
-            if checkpointing:
-                states = checkpoint(layer, states, image, use_reentrant=False)
-            else:
-                states = layer(states, image)
-        return self.proj(states)
+        return self.proj(self.run_layers(states, image))
 
     def patch_shares(self, features: Tensor) -> Tensor:
         """Returns (N, Q, P) of which patches each token is made, by attention rollout (arXiv
@@ -162,7 +134,7 @@ class Attention(nn.Module):
 
     def __init__(self, width: int, heads: int, sequence_width: int) -> None:
         super().__init__()
-        self.heads = heads
+        self.head_width = width // heads
         self.query = nn.Linear(width, width)
         self.key = nn.Linear(sequence_width, width)
         self.value = nn.Linear(sequence_width, width)
@@ -171,21 +143,15 @@ class Attention(nn.Module):
 
     def forward(self, states: Tensor, sequence: Tensor) -> Tensor:
         """states (N, Q, C), sequence (N, S, width of it) -> (N, Q, C)."""
-        query = self.by_head(self.query(states))
-        key = self.by_head(self.key(sequence))
-        value = self.by_head(self.value(sequence))
+        query = split_heads(self.query(states), self.head_width)
+        key = split_heads(self.key(sequence), self.head_width)
+        value = split_heads(self.value(sequence), self.head_width)
         context = F.scaled_dot_product_attention(query, key, value)
         return self.norm(states + self.out(context.transpose(1, 2).flatten(2)))
-
-    def by_head(self, states: Tensor) -> Tensor:
-        """(N, S, C) -> (N, H, S, d)."""
-        return states.unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
     def weights(self, states: Tensor, sequence: Tensor) -> Tensor:
         """Returns the attention's weights (N, Q, S), the mean over heads, for the inputs of
         `forward`."""
-        query = self.by_head(self.query(states)).float()
-        key = self.by_head(self.key(sequence)).float()
-        # torch's fused attention gives no weights
-        scores = query @ key.transpose(2, 3) / query.shape[3] ** 0.5
-        return scores.softmax(-1).mean(1)
+        query = split_heads(self.query(states), self.head_width)
+        key = split_heads(self.key(sequence), self.head_width)
+        return mean_weights(query, key)

@@ -1,17 +1,16 @@
 """N images, P patches, Q latents, Dv vision width, D LLM width (the resampler's own width too),
 H query heads, K key-value heads, d head width."""
 
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
-from owlfuse.model.connectors.base import Connector
+from owlfuse.model.connectors.base import QueryConnector, mean_weights, split_heads
 
 
-class Resampler(Connector):
+class Resampler(QueryConnector):
     """The perceiver resampler of Idefics2 (arXiv 2405.02246, section 3.2; `HuggingFaceM4/
     idefics2-8b`): Q = `queries`.
 
@@ -40,8 +39,6 @@ class Resampler(Connector):
     Raises:
         ValueError: kv_heads that do not divide heads, or a count under 1.
     """
-
-    COMPUTE_ONLY: ClassVar = ("gradient_checkpointing",)
 
     def __init__(
         self,
@@ -77,38 +74,14 @@ class Resampler(Connector):
             ResamplerLayer(out_width, heads, kv_heads, head_dim) for _ in range(layers)
         )
         self.final_norm = nn.RMSNorm(out_width, eps=1e-6)
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
-
-    def set_checkpointing(self, enable: bool) -> None:
-        """Turns `gradient_checkpointing` on or off."""
-        self.gradient_checkpointing = enable
-
-    def set_grid(self, patches: int, grid: tuple[int, int]) -> None:
-        """Goes on with another grid of patches: nothing here depends on it."""
-
-    def blocks(self) -> list[list[nn.Parameter]]:
-        """Returns the parameters of each layer, in order."""
-        return [list(layer.parameters()) for layer in self.layers]
-
-    def sharding_units(self) -> list[nn.Module]:
-        """Returns the layers, each gathered on its own."""
-        return list(self.layers)
+        self.init_linear_layers()
 
     def forward(self, features: Tensor) -> Tensor:
         """(N, P, Dv) -> (N, Q, D)."""
         image = self.projection(self.norm(features))
         # under autocast the image has another type than the parameter
         latents = self.latents.expand(len(features), -1, -1).to(image.dtype)
-        # without gradients no backward pass would compute anything again
-        checkpointing = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
-        for layer in self.layers:
-            if checkpointing:
-                latents = checkpoint(layer, latents, image, use_reentrant=False)
-            else:
-                latents = layer(latents, image)
-        return self.final_norm(latents)
+        return self.final_norm(self.run_layers(latents, image))
 
     def patch_shares(self, features: Tensor) -> Tensor:
         """Returns (N, Q, P) of which patches each token is made, by attention rollout (arXiv
@@ -156,19 +129,17 @@ class ResamplerLayer(nn.Module):
         latents = self.latents_norm(latents)
         # the released code has the latents among the keys
         sequence = torch.cat([self.image_norm(image), latents], dim=1)
-        query = self.query(latents).unflatten(-1, (-1, self.head_dim))
-        key = self.key(sequence).unflatten(-1, (-1, self.head_dim))
-        value = self.value(sequence).unflatten(-1, (-1, self.head_dim))
-        return query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+        query = split_heads(self.query(latents), self.head_dim)
+        key = split_heads(self.key(sequence), self.head_dim)
+        value = split_heads(self.value(sequence), self.head_dim)
+        return query, key, value
 
     def weights(self, latents: Tensor, image: Tensor) -> Tensor:
         """Returns the attention's weights (N, Q, P + Q), the mean over heads, for the inputs of
         `forward`."""
         query, key, _ = self.heads_of(latents, image)
         key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
-        # torch's fused attention gives no weights
-        scores = query.float() @ key.float().transpose(2, 3) / self.head_dim**0.5
-        return scores.softmax(-1).mean(1)
+        return mean_weights(query, key)
 
 
 class GatedMLP(nn.Module):

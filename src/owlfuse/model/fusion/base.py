@@ -203,13 +203,17 @@ def splice(embeddings: Tensor, visual: VisualTokens, batch: Batch) -> Tensor:
 def token_order(visual: VisualTokens, batch: Batch) -> Tensor:
     """Returns which of the N * Q visual tokens stands at each placeholder of the batch's
     `input_ids`, (B, T); 0 at text."""
-    length, steps = batch.attention_mask.shape[1], batch.input_ids.shape[1]
-    # behind a cache the ids are the last ones of the row
-    positions = torch.arange(length - steps, length, device=batch.input_ids.device)
-    slot, offset = image_slots(visual, positions)
+    slot, offset = image_slots(visual, id_positions(batch))
     order = visual.image_index.gather(1, slot) * visual.tokens.shape[1] + offset
     # elsewhere the index may lie outside of the tokens
     return torch.where(batch.placeholder, order, 0)
+
+
+def id_positions(batch: Batch) -> Tensor:
+    """Returns the positions in their rows of a batch's `input_ids`, (T,)."""
+    length, steps = batch.attention_mask.shape[1], batch.input_ids.shape[1]
+    # behind a cache the ids are the last ones of the row
+    return torch.arange(length - steps, length, device=batch.input_ids.device)
 
 
 def image_slots(visual: VisualTokens, positions: Tensor) -> tuple[Tensor, Tensor]:
@@ -224,14 +228,11 @@ def image_slots(visual: VisualTokens, positions: Tensor) -> tuple[Tensor, Tensor
 def visible_images(visual: VisualTokens, batch: Batch) -> Tensor:
     """Returns which of its row's images each of the batch's `input_ids` sees, (B, T, I) bool: those
     that begin at or before it, in its own sample."""
-    steps, length = batch.input_ids.shape[1], batch.attention_mask.shape[1]
-    # behind a cache the ids are the last ones of the row
-    token_positions = torch.arange(length - steps, length, device=batch.input_ids.device)
-    visible = visual.image_positions[:, None, :] <= token_positions[:, None]
+    visible = visual.image_positions[:, None, :] <= id_positions(batch)[:, None]
     visible &= visual.image_index[:, None, :] >= 0
     # packed rows, which are refused with a cache: samples see their own images alone
     if batch.segment_ids is not None:
-        starts = first_positions(visual, length)
+        starts = first_positions(visual, batch.attention_mask.shape[1])
         image_segments = batch.segment_ids.gather(1, starts)
         visible &= image_segments[:, None, :] == batch.segment_ids[:, :, None]
     return visible
@@ -248,17 +249,6 @@ def row_tokens(visual: VisualTokens, dtype: torch.dtype) -> Tensor:
     get the first one, which `visible_images` hides."""
     # -1, for none, would be the last image
     return visual.tokens[visual.image_index.clamp(0)].flatten(1, 2).to(dtype)
-
-
-def fused_logits(
-    llm: PreTrainedModel,
-    fusion: Fusion,
-    batch: Batch,
-    visual: VisualTokens,
-) -> Tensor:
-    """Returns logits (B, T, V) of a batch and its visual tokens, by an LLM that the fusion is
-    attached to."""
-    return fused_output(llm, fusion, batch, visual).logits
 
 
 def fused_output(

@@ -6,6 +6,7 @@ tokens of a row.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
@@ -31,6 +32,7 @@ from owlfuse.model.layouts import (
     input_norm_of,
     layout_of,
     mlp_norm_of,
+    text_config,
 )
 from owlfuse.model.llm import shared_field, width
 from owlfuse.model.llm_probe import cached_by_configuration, same
@@ -120,11 +122,13 @@ class CrossAttention(Fusion):
         """Adds a `CrossAttentionBlock` to each of the layers, and hooks that run it."""
         layers = decoder_layers(llm)
         check_layers(self.layer_indices, len(layers))
-        attach_at = {"before": attach_before, "after": attach_after, "parallel": attach_parallel}
         for index in self.layer_indices:
             layer: Any = layers[index]
             block = CrossAttentionBlock(llm, self, index)
-            attach_at[self.place](llm, layer, block)
+            if self.place == "before":
+                layer.register_forward_pre_hook(InputUpdate(block), with_kwargs=True)
+            else:
+                attach_to_attention(llm, layer, block, adds_attention=self.place == "after")
             # below the layer, so that FSDP gathers its parameters with the layer's
             layer.visual = block
         self.state.attach(llm, [layers[index] for index in self.layer_indices])
@@ -236,21 +240,23 @@ class CrossAttentionBlock(VisualReader):
         table: Any = llm.get_input_embeddings().weight
         # the LLM may be on the meta device, or in half precision
         like = {"device": table.device, "dtype": table.dtype}
-        config = llm.config.get_text_config(decoder=True)
+        config = text_config(llm)
         eps = shared_field(config, "rms_norm_eps") or 1e-6
         self.index = index
         self.head_width = head_width
         self.state = fusion.state
-        self.norm = nn.RMSNorm(size, eps=eps, **like)
-        self.q_proj = nn.Linear(size, heads * head_width, bias=False, **like)
-        self.k_proj = nn.Linear(size, groups * head_width, bias=False, **like)
-        self.v_proj = nn.Linear(size, groups * head_width, bias=False, **like)
-        self.o_proj = nn.Linear(heads * head_width, size, bias=False, **like)
+        linear = partial(nn.Linear, bias=False, **like)
+        rms_norm = partial(nn.RMSNorm, eps=eps, **like)
+        self.norm = rms_norm(size)
+        self.q_proj = linear(size, heads * head_width)
+        self.k_proj = linear(size, groups * head_width)
+        self.v_proj = linear(size, groups * head_width)
+        self.o_proj = linear(heads * head_width, size)
         self.q_norm: nn.Module = nn.Identity()
         self.k_norm: nn.Module = nn.Identity()
         if fusion.qk_norm:
-            self.q_norm = nn.RMSNorm(head_width, eps=eps, **like)
-            self.k_norm = nn.RMSNorm(head_width, eps=eps, **like)
+            self.q_norm = rms_norm(head_width)
+            self.k_norm = rms_norm(head_width)
         self.gate = zero_gate(fusion.gate, like)
         self.has_mlp = fusion.mlp
         self.mlp_gate: nn.Parameter | None = None
@@ -259,10 +265,10 @@ class CrossAttentionBlock(VisualReader):
             # some families have none, or a list by layer
             if not isinstance(hidden_units, int):
                 hidden_units = 4 * size
-            self.mlp_norm = nn.RMSNorm(size, eps=eps, **like)
-            self.gate_proj = nn.Linear(size, hidden_units, bias=False, **like)
-            self.up_proj = nn.Linear(size, hidden_units, bias=False, **like)
-            self.down_proj = nn.Linear(hidden_units, size, bias=False, **like)
+            self.mlp_norm = rms_norm(size)
+            self.gate_proj = linear(size, hidden_units)
+            self.up_proj = linear(size, hidden_units)
+            self.down_proj = linear(hidden_units, size)
             self.mlp_gate = zero_gate(fusion.gate, like)
         # as large as the LLM's own linear layers begin
         std = shared_field(config, "initializer_range") or 0.02
@@ -360,7 +366,7 @@ def head_counts(llm: PreTrainedModel, heads: int | None) -> tuple[int, int, int]
     """
     size = width(llm)
     if heads is None:
-        config = llm.config.get_text_config(decoder=True)
+        config = text_config(llm)
         heads = shared_field(config, "num_attention_heads")
         groups = shared_field(config, "num_key_value_heads") or heads
         head_width = shared_field(config, "head_dim")
@@ -387,36 +393,6 @@ def blocks_of(llm: PreTrainedModel) -> dict[int, CrossAttentionBlock]:
     return blocks
 
 
-def attach_before(llm: PreTrainedModel, layer: Any, block: CrossAttentionBlock) -> None:
-    """Makes a block change the layer's input."""
-    layer.register_forward_pre_hook(InputUpdate(block), with_kwargs=True)
-
-
-def attach_parallel(llm: PreTrainedModel, layer: Any, block: CrossAttentionBlock) -> None:
-    """Makes a block of the layer's input change what its self-attention gives.
-
-    Raises:
-        ValueError: the layer has no attention, or no norm before it.
-    """
-    attach_to_attention(llm, layer, block, adds_attention=False)
-
-
-def attach_after(llm: PreTrainedModel, layer: Any, block: CrossAttentionBlock) -> None:
-    """Makes a block change the sum of the layer's input and its self-attention, which the MLP
-    reads.
-
-    Raises:
-        ValueError: the layer has no attention or no norm before it, or its MLP reads something else
-            than that sum.
-    """
-    attach_to_attention(llm, layer, block, adds_attention=True)
-    if not plain_residuals(llm)[block.index]:
-        raise ValueError(
-            f"place: after: layer {block.index} of {type(llm).__name__} has no plain sum of its "
-            "input and its self-attention before its MLP; take before or parallel"
-        )
-
-
 def attach_to_attention(
     llm: PreTrainedModel, layer: Any, block: CrossAttentionBlock, adds_attention: bool
 ) -> None:
@@ -424,7 +400,11 @@ def attach_to_attention(
 
     Args:
         adds_attention: whether the block reads the layer's input with the self-attention's result
-            added, instead of the input alone.
+            added, which the MLP reads, instead of the input alone.
+
+    Raises:
+        ValueError: the layer has no attention or no norm before it, or, with `adds_attention`, its
+            MLP reads something else than that sum.
     """
     norm = input_norm_of(llm, layer)
     if norm is None:
@@ -442,6 +422,11 @@ def attach_to_attention(
     update = AttentionUpdate(block, adds_attention)
     norm.register_forward_pre_hook(update.keep_input)
     attention_of(llm, layer).register_forward_hook(update.add)
+    if adds_attention and not plain_residuals(llm)[block.index]:
+        raise ValueError(
+            f"place: after: layer {block.index} of {type(llm).__name__} has no plain sum of its "
+            "input and its self-attention before its MLP; take before or parallel"
+        )
 
 
 class InputUpdate:
@@ -508,7 +493,6 @@ def plain_residuals(llm: PreTrainedModel) -> list[bool]:
     its self-attention's result: tried on a tiny copy of the LLM."""
     layers = decoder_layers(llm)
     sums: dict[int, list[Tensor]] = {}
-    handles = []
     for index, layer in enumerate(layers):
         try:
             norms = input_norm_of(llm, layer), mlp_norm_of(llm, layer)
@@ -522,12 +506,9 @@ def plain_residuals(llm: PreTrainedModel) -> list[bool]:
         for module in (*norms, attention):
             assert module is not None
             is_norm = module is not attention
-            handles.append(module.register_forward_hook(recorder(tensors, is_norm)))
-    try:
-        llm(input_ids=torch.arange(10, 17)[None], use_cache=False)
-    finally:
-        for handle in handles:
-            handle.remove()
+            # never removed: this copy of the LLM is the probe's alone
+            module.register_forward_hook(recorder(tensors, is_norm))
+    llm(input_ids=torch.arange(10, 17)[None], use_cache=False)
     residuals = []
     for index in range(len(layers)):
         tensors = sums.get(index, [])

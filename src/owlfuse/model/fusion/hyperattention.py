@@ -150,11 +150,8 @@ class HyperAttention(Fusion):
 
     def per_head(self, llm: PreTrainedModel) -> list[nn.Parameter]:
         """Returns the static gates."""
-        gates = []
-        for module in llm.modules():
-            if isinstance(module, VisualAttention) and module.gate is not None:
-                gates.append(module.gate)
-        return gates
+        modules: list[Any] = self.owned(llm)
+        return [module.gate for module in modules if module.gate is not None]
 
     def forward(
         self,

@@ -73,7 +73,7 @@ class ModalityAdaptive(Fusion):
         layers = decoder_layers(llm)
         for layer in layers:
             # first: a copy of the fused projection would be one of queries, too
-            if needs_split(self.copies):
+            if "separate_keys_values" in self.needs:
                 split_fused(llm, layer)
             for name in self.copies:
                 self.copy_modules(llm, layer, name)
@@ -107,11 +107,6 @@ class ModalityAdaptive(Fusion):
         """Returns the embeddings with visual tokens among them, and for the layers the modality of
         each token."""
         return splice(embeddings, visual, batch), {ARGUMENT: Modality.of(batch)}
-
-
-def needs_split(copies: list[Copy]) -> bool:
-    """Returns whether a fused projection to queries, keys and values has to become three."""
-    return any("separate_keys_values" in NEEDS[name] for name in copies)
 
 
 def check_mlp(llm: PreTrainedModel, mlp: nn.Module) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from owlfuse.core.types import Batch, VisualTokens, image_starts
-from owlfuse.model.fusion.base import Fusion, fused_logits
+from owlfuse.model.fusion.base import Fusion, fused_output
 from owlfuse.model.layouts import check_needs, decoder_layers
 from owlfuse.model.llm import FAILURES, first_line, width
 from owlfuse.model.llm_probe import (
@@ -97,7 +97,9 @@ def find_failure(fusion: Fusion, llm: PreTrainedModel) -> str | None:
             padded[padding_side] = text_logits(fusion, llm, images, padding_side)
         for module in (fusion, *fusion.owned(llm)):  # a gate may begin closed
             randomize(module)
-        differences, behind = changes(fusion, llm, images)
+        batch, visual = make_rows(fusion, images, "right")
+        changed = replace(visual, tokens=torch.stack([images[0], -images[1]]))
+        differences = relative_changes(fusion, llm, batch, visual, changed)
     except FAILURES as error:
         return f"a forward pass with a picture fails ({first_line(error)})"
     if skipped:
@@ -108,45 +110,38 @@ def find_failure(fusion: Fusion, llm: PreTrainedModel) -> str | None:
                 f"a row without pictures, padded on the {padding_side}, has other logits than in "
                 "the plain LLM"
             )
+    # the prediction of a placeholder itself may depend on the picture, too
+    behind = torch.arange(len(differences)) >= batch.image_positions[1, 1]
     if not torch.isfinite(differences).all():
         return "logits are not finite"
     if differences[~behind].max() > MIN_CHANGE:
         return "a picture changes logits of the text before it"
     if differences[behind].max() <= MIN_CHANGE:
         return "pictures do not change the logits of the text behind them"
-    if fusion.levels and level_changes(fusion, llm, images)[behind].max() <= MIN_CHANGE:
-        return "the backbone's extra levels do not change the logits of the text behind a picture"
+    if visual.levels is not None:
+        changed = replace(visual, levels=visual.levels * torch.tensor([1.0, -1.0])[:, None, None])
+        differences = relative_changes(fusion, llm, batch, visual, changed)
+        if differences[behind].max() <= MIN_CHANGE:
+            return (
+                "the backbone's extra levels do not change the logits of the text behind a picture"
+            )
     return None
 
 
 def text_logits(fusion: Fusion, llm: PreTrainedModel, images: Tensor, padding_side: str) -> Tensor:
     """Returns logits (T, V) of TEXT in a batch whose second row has images."""
     batch, visual = make_rows(fusion, images, padding_side)
-    return fused_logits(llm, fusion, batch, visual)[0][batch.attention_mask[0].bool()]
+    logits = fused_output(llm, fusion, batch, visual).logits
+    return logits[0][batch.attention_mask[0].bool()]
 
 
-def changes(fusion: Fusion, llm: PreTrainedModel, images: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns how much each position's logits change with the second picture of the row of images,
-    relative to the largest logit; and which positions are behind the picture's start. (T,) each."""
-    batch, visual = make_rows(fusion, images, "right")
-    changed = replace(visual, tokens=torch.stack([images[0], -images[1]]))
-    logits = fused_logits(llm, fusion, batch, visual)[1]
-    changed_logits = fused_logits(llm, fusion, batch, changed)[1]
-    differences = (logits - changed_logits).abs().amax(-1) / logits.abs().max()
-    first = batch.image_positions[1, 1]
-    # the prediction of a placeholder itself may depend on the picture, too
-    return differences, torch.arange(len(differences)) >= first
-
-
-def level_changes(fusion: Fusion, llm: PreTrainedModel, images: Tensor) -> Tensor:
-    """Returns the differences of `changes` where the second picture has other extra levels
-    alone."""
-    batch, visual = make_rows(fusion, images, "right")
-    assert visual.levels is not None
-    signs = torch.tensor([1.0, -1.0])[:, None, None]
-    changed = replace(visual, levels=visual.levels * signs)
-    logits = fused_logits(llm, fusion, batch, visual)[1]
-    changed_logits = fused_logits(llm, fusion, batch, changed)[1]
+def relative_changes(
+    fusion: Fusion, llm: PreTrainedModel, batch: Batch, visual: VisualTokens, changed: VisualTokens
+) -> Tensor:
+    """Returns how much each position's logits of the row of images change with other visual tokens,
+    relative to the largest logit, (T,)."""
+    logits = fused_output(llm, fusion, batch, visual).logits[1]
+    changed_logits = fused_output(llm, fusion, batch, changed).logits[1]
     return (logits - changed_logits).abs().amax(-1) / logits.abs().max()
 
 

@@ -12,7 +12,7 @@ from hydra.utils import get_object
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from owlfuse.model.parts import check_choice
+from owlfuse.model.parts import check_choice, named_errors
 from owlfuse.model.vision.backbone import TimmBackbone
 from owlfuse.model.vision.base import Backbone, Preprocessing, Resize
 
@@ -74,7 +74,7 @@ class MultiBackbone(Backbone):
         self.resize = resize
         self.backbones = nn.ModuleDict()
         for name, node in backbones.items():
-            with named_errors(name):
+            with named_errors(f"backbones.{name}"):
                 self.backbones[name] = make_backbone(node, image_size, chunk)
         self.set_checkpointing(gradient_checkpointing)
         self.measure()
@@ -91,7 +91,7 @@ class MultiBackbone(Backbone):
         (first_name, first), *others = self.each()
         self.grid = first.grid
         for name, backbone in others:
-            with named_errors(name):
+            with named_errors(f"backbones.{name}"):
                 self.check_grid(backbone, first_name)
         self.patches = first.patches
         self.width = sum(backbone.width for _, backbone in self.each())
@@ -104,15 +104,15 @@ class MultiBackbone(Backbone):
         """Raises ValueError for patches that cannot be brought to the first backbone's grid."""
         if backbone.grid == self.grid:
             return
-        own_grid = f"its grid is {backbone.grid[0]} x {backbone.grid[1]} patches"
-        first_grid = f"that of {first_name} {self.grid[0]} x {self.grid[1]}"
+        grids = (
+            f"its grid is {backbone.grid[0]} x {backbone.grid[1]} patches, and that of "
+            f"{first_name} {self.grid[0]} x {self.grid[1]}"
+        )
         if self.align == "refuse":
-            raise ValueError(
-                f"{own_grid}, and {first_grid}; set align: interpolate, or other sizes"
-            )
+            raise ValueError(f"{grids}; set align: interpolate, or other sizes")
         # (1, P) stands for tokens that are no grid
         if 1 in (backbone.grid[0], self.grid[0]):
-            raise ValueError(f"{own_grid}, and {first_grid}; a row of tokens is not interpolated")
+            raise ValueError(f"{grids}; a row of tokens is not interpolated")
 
     def forward(self, pixels: Tensor) -> Tensor:
         """Returns the features (N, P, Dv) of pixels (N, 3, H, W), those of the first backbone
@@ -135,7 +135,7 @@ class MultiBackbone(Backbone):
     def set_image_size(self, image_size: int) -> None:
         """Goes on at another size for all backbones. Raises ValueError where one cannot."""
         for name, backbone in self.each():
-            with named_errors(name):
+            with named_errors(f"backbones.{name}"):
                 backbone.set_image_size(image_size)
         self.measure()
 
@@ -143,19 +143,19 @@ class MultiBackbone(Backbone):
         """Turns `gradient_checkpointing` of every backbone on or off. Raises ValueError where one
         cannot."""
         for name, backbone in self.each():
-            with named_errors(name):
+            with named_errors(f"backbones.{name}"):
                 backbone.set_checkpointing(enable)
 
     def set_compute_option(self, name: str, value: Any) -> None:
         """Changes one of `COMPUTE_ONLY` in every backbone."""
         for backbone_name, backbone in self.each():
-            with named_errors(backbone_name):
+            with named_errors(f"backbones.{backbone_name}"):
                 backbone.set_compute_option(name, value)
 
     def check_training(self, sharded: bool) -> None:
         """Raises ValueError where a backbone cannot be trained with its options."""
         for name, backbone in self.each():
-            with named_errors(name):
+            with named_errors(f"backbones.{name}"):
                 backbone.check_training(sharded)
 
     def log_unlearned(self) -> None:
@@ -195,15 +195,6 @@ class MultiBackbone(Backbone):
             for _, backbone in self.each():
                 stack.enter_context(backbone.statistics_kept())
             yield
-
-
-@contextmanager
-def named_errors(name: str) -> Iterator[None]:
-    """Puts a backbone's name before what it refuses."""
-    try:
-        yield
-    except ValueError as error:
-        raise ValueError(f"backbones.{name}: {error}") from error
 
 
 def make_backbone(
