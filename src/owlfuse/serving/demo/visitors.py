@@ -253,13 +253,13 @@ def fill_answer(
     the terminal.
     """
     answer.state = ANSWERING
-    answer_limits = AnswerLimits(turn.stop, conversation.max_positions, limits.ANSWER_SECONDS)
+    answer_limits = AnswerLimits(turn.stop, limits.ANSWER_SECONDS)
     try:
         yield
         for text in stream_answer(conversation, turn.question, answer_limits, **options):
             answer.text = text
             yield
-        answer.note = answer_limits.summary()
+        answer.note = answer_limits.summary(conversation.is_full)
         if look and conversation.pictures and not turn.stop.is_set():
             yield  # the page shows the answer while its pictures are drawn
             # The attention is captured by a change of the model, which others may be using.
