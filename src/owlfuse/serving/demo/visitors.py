@@ -167,7 +167,7 @@ class Visitor:
         conversations = self.conversations
         options = generate_options(temperature, max_new_tokens)
         try:
-            yield from wait_for_turn(turn)
+            yield from QUEUE.wait(turn)
             for number, conversation in enumerate(conversations):
                 if turn.stop.is_set():
                     break
@@ -192,16 +192,19 @@ class TurnQueue:
         self.turns: list[Turn] = []
         self.changed = threading.Condition()
 
-    def join(self, turn: Turn) -> None:
-        """Puts a question at the end."""
+    def wait(self, turn: Turn) -> Iterator[int]:
+        """Puts a question at the end, and ends when it is its turn, or it is stopped.
+
+        Yields often, so that a page that is gone is noticed.
+        """
         with self.changed:
             self.turns.append(turn)
-
-    def wait_until_first(self, turn: Turn, seconds: float) -> bool:
-        """Waits until it is this question's turn, for so many seconds at most, and returns whether
-        it is."""
-        with self.changed:
-            return self.changed.wait_for(lambda: self.first() is turn, seconds)
+        while not turn.stop.is_set():
+            with self.changed:
+                if self.changed.wait_for(lambda: self.first() is turn, timeout=0.5):
+                    return
+            # outside of the lock, which others need meanwhile
+            yield 0
 
     def first(self) -> Turn | None:
         """Return whose turn it is.
@@ -222,16 +225,6 @@ class TurnQueue:
 
 
 QUEUE = TurnQueue()
-
-
-def wait_for_turn(turn: Turn) -> Iterator[int]:
-    """Ends when it is this question's turn, or it is stopped.
-
-    Yields often, so that a page that is gone is noticed.
-    """
-    QUEUE.join(turn)
-    while not turn.stop.is_set() and not QUEUE.wait_until_first(turn, seconds=0.5):
-        yield 0
 
 
 def generate_options(temperature: float, max_new_tokens: int) -> dict[str, Any]:
