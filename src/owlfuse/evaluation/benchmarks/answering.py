@@ -127,6 +127,8 @@ class QuestionBatch:
         return lines
 
 
+# eq=False: a dataset compares and hashes by identity
+@dataclass(eq=False)
 class QuestionDataset(Dataset):
     """Questions as the model's text, their pictures opened, under the benchmark's policy for wrong
     ones.
@@ -135,21 +137,15 @@ class QuestionDataset(Dataset):
         max_positions: the most positions that prompt and answer may take.
     """
 
-    def __init__(
-        self,
-        task: Task,
-        questions: list[Question],
-        processor: Any,
-        max_positions: int | None,
-        thinking: bool = False,
-    ) -> None:
-        self.task = task
-        self.questions = questions
-        self.processor = processor
-        self.max_positions = max_positions
-        self.thinking = thinking
+    task: Task
+    questions: list[Question]
+    processor: Any
+    max_positions: int | None
+    thinking: bool = False
+
+    def __post_init__(self) -> None:
         # once: the same for every question
-        self.control = control_tokens(processor.tokenizer, processor.image_token)
+        self.control = control_tokens(self.processor.tokenizer, self.processor.image_token)
 
     def __len__(self) -> int:
         return len(self.questions)

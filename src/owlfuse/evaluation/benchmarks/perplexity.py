@@ -54,8 +54,8 @@ class Perplexity(ChatTask):
 class ChatDataset(QuestionDataset):
     """Chats as token ids and labels, as training has them; arguments are `QuestionDataset`'s."""
 
-    def __init__(self, *args: Any) -> None:
-        super().__init__(*args)
+    def __post_init__(self) -> None:
+        super().__post_init__()
         self.encoder, self.collator = chat_encoder(self.processor, self.max_positions)
 
     def prepare(self, question: Question) -> tuple[str, Encoded]:
