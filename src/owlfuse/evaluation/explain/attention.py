@@ -171,10 +171,9 @@ def picture_maps(
     for picture in pictures:
         tiles = best_grid(picture.size, preprocessing.size) if processor.tile else None
         rows, columns = tiles or (0, 0)
-        count = 1 + rows * columns
-        joined = join_views(view_maps[first : first + count], tiles)
-        maps.append(over_picture(joined, picture.size, preprocessing))
-        first += count
+        after = first + 1 + rows * columns
+        maps.append(picture_map(view_maps[first:after], picture.size, preprocessing))
+        first = after
     return maps
 
 
@@ -216,19 +215,26 @@ def over_picture(
     return values * inside * (rows * columns / cells)
 
 
-def join_views(views: list[Tensor], tiles: tuple[int, int] | None) -> Tensor:
-    """Returns the maps (h, w) of a picture's global view and of its (rows, columns) of tiles, if it
-    was cut into any, as one."""
-    if tiles is None or len(views) == 1:
-        return views[0]
-    rows, columns = tiles
-    global_view, *tile_maps = views
-    # a patch of the global view covers rows * columns patches of tiles, which share its weight
-    spread = global_view.repeat_interleave(rows, 0).repeat_interleave(columns, 1)
-    tile_rows = []
-    for row in range(rows):
-        tile_rows.append(torch.cat(tile_maps[row * columns :][:columns], dim=1))
-    return spread / (rows * columns) + torch.cat(tile_rows)
+def picture_map(
+    view_maps: list[Tensor], picture_size: tuple[int, int], preprocessing: Preprocessing
+) -> Tensor:
+    """Returns the maps (h, w) of a picture's global view and of its tiles, if it was cut into any,
+    as one over the whole picture.
+
+    Args:
+        picture_size: (width, height).
+    """
+    joined, *tile_maps = view_maps
+    tiles = best_grid(picture_size, preprocessing.size)
+    if tile_maps and tiles:
+        rows, columns = tiles
+        # a patch of the global view covers rows * columns patches of tiles, which share its weight
+        spread = joined.repeat_interleave(rows, 0).repeat_interleave(columns, 1)
+        tile_rows = []
+        for row in range(rows):
+            tile_rows.append(torch.cat(tile_maps[row * columns :][:columns], dim=1))
+        joined = spread / (rows * columns) + torch.cat(tile_rows)
+    return over_picture(joined, picture_size, preprocessing)
 
 
 @contextmanager
