@@ -258,10 +258,9 @@ def time_answer(
     source: str,
     question: Sample,
     tokens: int,
-    repeats: int = 2,
 ) -> float | None:
     """Returns the milliseconds per token of an answer of `tokens` tokens to a question of a
-    validation source, by itself: the least of the repeats. All ranks of a sharded model take
+    validation source, by itself: the less of two. All ranks of a sharded model take
     part. None where the LLM has no positions for two tokens more."""
     batch = data.prompts([(question, data.validation[source])])
     batch = batch.to(next(model.parameters()).device)
@@ -274,8 +273,8 @@ def time_answer(
     wrapped = OwlfuseForConditionalGeneration.wrap(model, None, end)
     prompt = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
     times = []
-    # the first repeat includes the allocation of memory
-    for _ in range(repeats):
+    # the first time includes the allocation of memory
+    for _ in range(2):
         with torch.no_grad():
             visual = model.encode(batch)
         times.append(milliseconds_per_token(wrapped, tokens, **prompt, visual=visual))

@@ -17,10 +17,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from owlfuse.artifacts.hf.modeling import OwlfuseForConditionalGeneration
-from owlfuse.artifacts.hf.processing import OwlfuseProcessor, open_images
+from owlfuse.artifacts.hf.processing import OwlfuseProcessor
 from owlfuse.core.errors import DataError
 from owlfuse.core.types import Batch, VisualTokens
-from owlfuse.data.media.images import to_rgb
 from owlfuse.data.media.tiles import best_grid
 from owlfuse.evaluation.explain.capture import AttentionCapture, capture_attention
 from owlfuse.evaluation.explain.overlays import side_by_side
@@ -138,21 +137,19 @@ def maps_of(
 def explained(
     model: OwlfuseForConditionalGeneration,
     processor: OwlfuseProcessor,
-    pictures: list[Any],
+    pictures: list[Image.Image],
     inputs: Any,
     answer_ids: Tensor,
     question: str,
-    layers: list[int] | None = None,
 ) -> Image.Image:
     """Returns each picture beside the overlay of the answer's attention, with question, answer and
     a legend.
 
     Args:
-        pictures: of the prompt, as the processor took them.
-        inputs, answer_ids, layers: see `attention_to_pictures`, whose errors these are.
+        pictures: of the prompt, RGB.
+        inputs, answer_ids: see `attention_to_pictures`, whose errors these are.
     """
-    pictures = [to_rgb(picture) for picture in open_images(pictures)]
-    view_maps = attention_to_pictures(model, inputs, answer_ids, layers)
+    view_maps = attention_to_pictures(model, inputs, answer_ids)
     maps = picture_maps(processor, pictures, view_maps)
     answer = processor.tokenizer.decode(answer_ids.flatten(), skip_special_tokens=True).strip()
     return side_by_side(pictures, maps, question, answer)
@@ -267,7 +264,6 @@ def grid_of(vision: Backbone) -> tuple[int, int]:
 
     Raises DataError where they are no rectangle.
     """
-    # (h, w) of the patches
     rows, columns = vision.grid
     if rows == 1 and columns > 1:  # a backbone's grid for tokens that are none
         name = type(vision.inner_model()).__name__
