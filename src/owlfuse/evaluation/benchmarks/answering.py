@@ -72,12 +72,10 @@ class LoadedModel:
         tokenizer, answer_format = self.processor.tokenizer, self.processor.answer_format
         return [answer_format.answer(tokenizer, row, self.thinking) for row in rows]
 
-    def unfinished_thoughts(self, rows: Any) -> list[bool]:
-        """Returns of each row of generated ids whether it is a thought that did not end."""
-        tokenizer, answer_format = self.processor.tokenizer, self.processor.answer_format
-        return [
-            self.thinking and answer_format.is_unfinished_thought(tokenizer, row) for row in rows
-        ]
+    def is_unfinished_thought(self, row: Any) -> bool:
+        """Returns whether a row of generated ids is a thought that did not end."""
+        answer_format = self.processor.answer_format
+        return self.thinking and answer_format.is_unfinished_thought(self.processor.tokenizer, row)
 
     def to_device(self, batch: Batch) -> Batch:
         """Returns the batch on the model's device and in its dtype, every id one that it has an
@@ -236,11 +234,10 @@ def answer(model: LoadedModel, task: Task, batch: QuestionBatch) -> list[dict[st
         do_sample=False,
         num_beams=1,
     )
-    outputs = [
-        {"answer": text, "expected": question.expected}
-        for question, text in zip(batch.questions, model.decode(ids), strict=True)
-    ]
-    for output, unfinished in zip(outputs, model.unfinished_thoughts(ids), strict=True):
-        if unfinished:
+    outputs = []
+    for question, row, text in zip(batch.questions, ids, model.decode(ids), strict=True):
+        output = {"answer": text, "expected": question.expected}
+        if model.is_unfinished_thought(row):
             output["thought_unfinished"] = True
+        outputs.append(output)
     return batch.predictions(outputs)
