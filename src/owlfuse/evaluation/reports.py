@@ -14,7 +14,7 @@ from PIL import Image
 from rich.table import Table
 from torch import Tensor
 
-from owlfuse.core.console import PlainConsole as Console
+from owlfuse.core.console import PlainConsole
 from owlfuse.data.media.images import to_rgb, turn_upright
 from owlfuse.evaluation.explain.overlays import overlay, wrap
 from owlfuse.evaluation.metrics import Answer
@@ -27,7 +27,7 @@ def print_metrics(metrics: dict[str, float], title: str) -> None:
     table.add_column("value", justify="right")
     for name, value in metrics.items():
         table.add_row(name, f"{value:.4f}")
-    Console().print(table)
+    PlainConsole().print(table)
 
 
 def write_answers(path: Path, answers: list[Answer]) -> None:

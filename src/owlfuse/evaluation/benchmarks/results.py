@@ -14,9 +14,10 @@ from rich.table import Table
 
 from owlfuse.artifacts.identity import ANSWER_FILES, model_files
 from owlfuse.artifacts.run_data import tokenizer_files
-from owlfuse.core.console import PlainConsole as Console
+from owlfuse.core.console import PlainConsole
 from owlfuse.core.environment import git_state, versions
 from owlfuse.core.files import files_of, fingerprint
+from owlfuse.core.types import without_keys
 from owlfuse.evaluation.benchmarks.base import Task
 
 MAX_LISTED_SKIPS = 10
@@ -118,20 +119,20 @@ def print_results(results: dict[str, Any]) -> None:
     }
     # hashes are for the file alone, and the others are in the title and the rows above
     in_other_rows = ("model", "checkpoint", "weights", "files", "data", "task", "dtype")
-    rows |= {key: value for key, value in settings.items() if key not in in_other_rows}
+    rows |= without_keys(settings, in_other_rows)
     rows |= results["counts"]
     for key, value in rows.items():
         if value is not None:
             has_lines = isinstance(value, str) and "\n" in value
             made_by.add_row(key, repr(value) if has_lines else str(value))
-    console = Console()
+    console = PlainConsole()
     console.print(table)
     console.print(made_by)
     if settings["dtype"] != "float32":
-        note = (
+        console.print(
             "weights below float32 round by the batch: another batch_size may give another "
-            "answer here and there"
+            "answer here and there",
+            soft_wrap=True,
         )
-        console.print(note, soft_wrap=True)
     for skip in results["skipped"]:
-        console.print(f"skipped {skip['record']}: {skip['reason']}", markup=False, soft_wrap=True)
+        console.print(f"skipped {skip['record']}: {skip['reason']}", soft_wrap=True)
