@@ -63,9 +63,10 @@ def evaluate_task(folder: str, words: list[str]) -> None:
         answered = answered_ids(store)
         ranks.wait()  # each has read what is there, before one adds to it
         todo = [question for question in questions if question.id not in answered]
+        # the longest first, so that little is padded and too small a memory shows at once
+        todo.sort(key=lambda question: question.size, reverse=True)
         try:
-            share = ranks.share(longest_first(todo))
-            answer_share(model_dir, checkpoint, task, share, store, options, ranks)
+            answer_share(model_dir, checkpoint, task, ranks.share(todo), store, options, ranks)
             ranks.wait()
         except KeyboardInterrupt:
             count = len(answered_ids(store) & {question.id for question in questions})
@@ -96,12 +97,6 @@ def read_options(words: list[str]) -> tuple[Options, Task]:
             "Task"
         )
     return options, task
-
-
-def longest_first(questions: list[Question]) -> list[Question]:
-    """Returns the questions by length, so that little is padded and too small a memory shows at
-    once."""
-    return sorted(questions, key=lambda question: question.size, reverse=True)
 
 
 def answer_share(
@@ -175,8 +170,9 @@ def finish(
     skipped = list(wrong_records)
     skipped += [(line["id"], line["skipped"]) for line in lines if "skipped" in line]
     # without any answer there is nothing to score, whatever max_skips allows
-    if not answered or len(skipped) > task.max_skips:
-        task.check_skips(len(skipped) if answered else task.max_skips + 1, skipped[-1][1])
+    count = len(skipped) if answered else task.max_skips + 1
+    if skipped:
+        task.check_skips(count, skipped[-1][1])
     # scored here and not when they were written: a mended rule applies to old answers
     for line in answered:
         line["score"] = task.score(line)
