@@ -222,8 +222,7 @@ class QuestionDataset(Dataset):
 
     def model_inputs(self, texts: list[str], contents: list[Any]) -> Any:
         """Returns what the model takes of prompts and their pictures, padded on the left."""
-        pictures = [picture for content in contents for picture in content]
-        return self.processor(images=pictures, text=texts)
+        return self.processor(images=contents, text=texts)
 
 
 def answer(model: LoadedModel, task: Task, batch: QuestionBatch) -> list[dict[str, Any]]:

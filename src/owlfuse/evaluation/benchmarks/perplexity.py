@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import chain
 from typing import Any, ClassVar
 
 import torch
@@ -67,8 +66,7 @@ class ChatDataset(QuestionDataset):
         messages = flatten(sample, self.control, self.processor.image_token)
         text = self.encoder.render(sample, messages)
         if views:
-            pictures = list(chain.from_iterable(views))
-            encoded.pixel_values = list(self.processor.image_processor(pictures)["pixel_values"])
+            encoded.pixel_values = list(self.processor.image_processor(views)["pixel_values"])
         return text, encoded
 
     def model_inputs(self, texts: list[str], contents: list[Any]) -> Batch:

@@ -132,7 +132,7 @@ def answer(model: LoadedModel, requests: list[Request], seed: int) -> tuple[list
     options = requests[0].options
     prompts = [request.make() for request in requests]
     texts = [render_prompt(prompt, model.processor, thinking=model.thinking) for prompt in prompts]
-    pictures = [picture for prompt in prompts for picture in prompt.pictures]
+    pictures = [prompt.pictures for prompt in prompts]
     inputs = model.processor(images=pictures, text=texts)
     limits = []
     for prompt, used in zip(prompts, inputs["attention_mask"].sum(1).tolist(), strict=True):
