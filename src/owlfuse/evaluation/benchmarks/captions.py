@@ -100,7 +100,7 @@ class Captions(Task):
 
     def open(self) -> Sequence[Any]:
         """Returns the records of the file."""
-        content = read_json(self.file, dict)
+        content = read_json(self.file)
         self.captions: dict[int, list[str]] = {}
         annotations = require_field(content, "annotations", list, f"{self.file}")
         for number, annotation in enumerate(annotations):

@@ -57,9 +57,9 @@ class ScienceQA(Task):
 
     def open(self) -> Sequence[Any]:
         """Returns the records of the file."""
-        problems = read_json(self.file, dict)
+        problems = read_json(self.file)
         # of the split, in the published order
-        pids = require_texts(read_json(self.splits, dict), self.split, f"{self.splits}")
+        pids = require_texts(read_json(self.splits), self.split, f"{self.splits}")
         if missing := [pid for pid in pids if pid not in problems]:
             raise DataError(
                 f"{self.file} has no problem {missing[0]}, which {self.splits} has in {self.split}"
