@@ -24,6 +24,7 @@ from owlfuse.core.types import Sample
 from owlfuse.data.identity import data_identity
 from owlfuse.evaluation.explain.contact_sheet import maps_of_answers
 from owlfuse.evaluation.metrics import (
+    ALONE,
     Answer,
     Question,
     answer_questions,
@@ -100,7 +101,7 @@ class Evaluation:
                 raise ValueError(f"evaluation.{name} is {number}, expected at least {least}")
 
     def __call__(
-        self, model: Any, data: Any, folder: Path | None = None, ranks: Ranks | None = None
+        self, model: Any, data: Any, folder: Path | None = None, ranks: Ranks = ALONE
     ) -> tuple[dict[str, float], list[Answer]]:
         """Returns metrics by their full names and all answers, and shows progress; with a run's
         folder, its metrics before the first step too.
@@ -110,7 +111,7 @@ class Evaluation:
                 process has all of it.
         """
         try:
-            return self.evaluate(model, data, folder, ranks or Ranks())
+            return self.evaluate(model, data, folder, ranks)
         except torch.OutOfMemoryError as error:
             smaller = f"evaluation.batch_size={max(1, self.batch_size // 4)}"
             advice = f"go on with: owlfuse eval {folder} {smaller}" if folder else f"set {smaller}"
