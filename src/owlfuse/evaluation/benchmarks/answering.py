@@ -24,7 +24,7 @@ from owlfuse.data.collate import Collator
 from owlfuse.data.media.images import open_image
 from owlfuse.data.words import show_words
 from owlfuse.evaluation.benchmarks.base import Question, Task
-from owlfuse.evaluation.generation import generate
+from owlfuse.evaluation.generation import generate, max_positions
 
 UNLIMITED = 2**31
 """Positions of an LLM whose configuration names no limit."""
@@ -59,9 +59,7 @@ class LoadedModel:
         module.to(device).eval()
         self.device = device
         self.thinking = thinking
-        text = self.model.model.llm.config.get_text_config()
-        self.max_positions: int | None = getattr(text, "max_position_embeddings", None)
-        """The most positions that the LLM has, None where its configuration does not say."""
+        self.max_positions = max_positions(self.model.model)
 
     def generate(self, inputs: Any, **options: Any) -> Tensor:
         """Returns the ids that follow the processor's `inputs` (see `evaluation.generation`)."""
