@@ -70,13 +70,12 @@ def write_contact_sheet(
     (red, cross, what was expected).
 
     Args:
-        pictures: at most so many, see `sample_for_sheet`.
+        answers: one at least.
+        pictures: at most so many, one at least, see `sample_for_sheet`.
         maps: by the place on the sheet, the answer's attention map over the picture (see
             `evaluation.explain`), which is drawn beside it.
     """
     answers, maps = sample_for_sheet(answers, pictures), maps or {}
-    if not answers:
-        return
     # a picture with its overlay is twice as wide
     columns = min(3 if maps else 6, len(answers))
     rows = -(-len(answers) // columns)

@@ -189,10 +189,17 @@ class Evaluation:
         """Returns the answers to questions of a source (see `answer_questions`), and shows
         progress."""
         title = f"evaluating {source}, answers" + (" to blank pictures" if blank else "")
-        settings = (self.batch_size, self.max_new_tokens)
         with Progress(title, len(questions), shown=ranks.first) as progress:
             return answer_questions(
-                model, data, source, questions, *settings, progress.advance, blank, ranks
+                model,
+                data,
+                source,
+                questions,
+                self.batch_size,
+                self.max_new_tokens,
+                progress.advance,
+                blank,
+                ranks,
             )
 
     def write(
@@ -205,15 +212,13 @@ class Evaluation:
         """Prints the table, and writes `answers.jsonl` and `contact_sheet.png` into the folder."""
         print_metrics(metrics, title)
         write_answers(folder / "answers.jsonl", answers)
-        if not self.contact_sheet:
-            return
         pictured = pictured_answers(answers)
-        if pictured:
+        if self.contact_sheet and pictured:
             # of the whole source, whose answers without a picture are not on the sheet
             of_source = [answer for answer in answers if answer.source == pictured[0].source]
             title = f"{title}: {share_right(of_source):.0%} right"
-        path = folder / "contact_sheet.png"
-        write_contact_sheet(path, pictured, self.contact_sheet, title, self.maps)
+            path = folder / "contact_sheet.png"
+            write_contact_sheet(path, pictured, self.contact_sheet, title, self.maps)
 
 
 def pictured_answers(answers: list[Answer]) -> list[Answer]:
