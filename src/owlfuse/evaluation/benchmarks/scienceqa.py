@@ -33,8 +33,10 @@ def letter_of(answer: str) -> str | None:
 
 def with_options(question: str, hint: str, options: Sequence[str]) -> str:
     """The question as LLaVA asks it: the hint, the question, an option a line."""
-    lines = [f"{letter}. {option}" for letter, option in zip(LETTERS, options)]
-    return "\n".join([*([hint] if hint else []), question, *lines])
+    lines = [hint, question] if hint else [question]
+    for letter, option in zip(LETTERS, options):
+        lines.append(f"{letter}. {option}")
+    return "\n".join(lines)
 
 
 @dataclass(kw_only=True)
