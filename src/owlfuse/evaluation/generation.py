@@ -91,11 +91,15 @@ def generate_greedy(
 def answer_limit(model: MultimodalLM, length: int, max_new_tokens: int) -> int:
     """Returns how many tokens may follow a prompt of `length`: `max_new_tokens`, or as many as the
     LLM has positions for, and at least the one that the prompt's own last position gives."""
-    config = model.llm.config.get_text_config()
-    positions = getattr(config, "max_position_embeddings", None)
+    positions = max_positions(model)
     if positions is None:
         return max_new_tokens
     return max(1, min(max_new_tokens, positions - length))
+
+
+def max_positions(model: MultimodalLM) -> int | None:
+    """Returns the most positions that the LLM has, None where its configuration does not say."""
+    return getattr(model.llm.config.get_text_config(), "max_position_embeddings", None)
 
 
 class Clock(TextStreamer):

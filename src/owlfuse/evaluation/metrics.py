@@ -34,6 +34,8 @@ Progress = Callable[[int], None]
 Question: TypeAlias = tuple[Sample, str, str]
 """A question by itself, the expected answer, and its kind, "" where the data name none."""
 
+# By default this process has all of the work.
+ALONE = Ranks()
 # Samples that a rank loads before it tells the others which of them are wrong.
 SAMPLES_LOADED = 64
 
@@ -76,7 +78,7 @@ def holds_answer(text: str, accepted: Sequence[str]) -> bool:
 
 
 def questions_of(
-    data: ChatData, source: str, history: bool = False, ranks: Ranks | None = None
+    data: ChatData, source: str, history: bool = False, ranks: Ranks = ALONE
 ) -> list[Question]:
     """Returns the questions of a validation source, each by itself, with answer and kind. Of a chat
     that is cut to the length, those of the remaining turns.
@@ -95,7 +97,7 @@ def questions_of(
     if never_skips:  # no sample need be encoded to know that it counts
         turns_removed = dict.fromkeys(range(len(samples)), 0)
     else:
-        turns_removed = usable_samples(data, source, ranks or Ranks())
+        turns_removed = usable_samples(data, source, ranks)
     questions = []
     for index, removed in turns_removed.items():
         questions += question_samples(without_last_turns(samples[index], removed), history)
@@ -196,7 +198,7 @@ def answer_questions(
     max_new_tokens: int,
     progress: Progress = lambda n: None,
     blank: bool = False,
-    ranks: Ranks | None = None,
+    ranks: Ranks = ALONE,
 ) -> list[Answer]:
     """Returns the model's answers.
 
@@ -205,7 +207,6 @@ def answer_questions(
         ranks: those that share the batches, all of which get all answers; by default this process
             has all of them.
     """
-    ranks = ranks or Ranks()
     device = next(model.parameters()).device
     samples = data.validation[source]
 
@@ -258,10 +259,9 @@ def time_answer(
     source: str,
     question: Sample,
     tokens: int,
-    repeats: int = 2,
 ) -> float | None:
     """Returns the milliseconds per token of an answer of `tokens` tokens to a question of a
-    validation source, by itself: the least of the repeats. All ranks of a sharded model take
+    validation source, by itself: the less of two. All ranks of a sharded model take
     part. None where the LLM has no positions for two tokens more."""
     batch = data.prompts([(question, data.validation[source])])
     batch = batch.to(next(model.parameters()).device)
@@ -274,8 +274,8 @@ def time_answer(
     wrapped = OwlfuseForConditionalGeneration.wrap(model, None, end)
     prompt = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
     times = []
-    # the first repeat includes the allocation of memory
-    for _ in range(repeats):
+    # the first time includes the allocation of memory
+    for _ in range(2):
         with torch.no_grad():
             visual = model.encode(batch)
         times.append(milliseconds_per_token(wrapped, tokens, **prompt, visual=visual))
@@ -298,7 +298,7 @@ def mean_loss(
     source: str,
     batch_size: int,
     progress: Progress = lambda n: None,
-    ranks: Ranks | None = None,
+    ranks: Ranks = ALONE,
 ) -> float | None:
     """Returns the cross-entropy per supervised token over the whole chats of a source, in nats;
     None where nothing is supervised.
@@ -306,7 +306,6 @@ def mean_loss(
     Args:
         ranks: those that share the batches; by default this process has all of them.
     """
-    ranks = ranks or Ranks()
     device = next(model.parameters()).device
 
     # no inference_mode: FSDP keeps what its first forward makes, and training goes on with it

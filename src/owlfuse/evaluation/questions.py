@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from itertools import pairwise
 from typing import Any
 
@@ -30,14 +31,14 @@ def question_samples(sample: Sample, history: bool = False) -> list[tuple[Sample
     turns = [message for message in sample.messages if message["role"] != "system"]
     kinds: list[str] = sample.metadata.get("kinds") or [sample.metadata.get("kind", "")]
     # of the pictures in the order of the chat, a question has those up to its own
-    image_count = count_parts(system, "image")
-    video_count = count_parts(system, "video")
+    shown: Counter[str] = Counter()
+    for message in system:
+        shown.update(part_types(message))
     number = -1
     # overlapping pairs: an answer is followed by the next question
     for index, (question, answer) in enumerate(pairwise(turns)):
         content = list(question["content"])
-        image_count += count_parts([question], "image")
-        video_count += count_parts([question], "video")
+        shown.update(part_types(question))
         if question["role"] == "user" and answer["role"] == "assistant":
             number += 1
             if answer.get("supervised", True) and not answer.get("tool_calls"):
@@ -53,9 +54,9 @@ def question_samples(sample: Sample, history: bool = False) -> list[tuple[Sample
                     f"{sample.id}#{number}",
                     sample.source,
                     messages,
-                    sample.images[:image_count],
+                    sample.images[: shown["image"]],
                     {"accepted": accepted} if is_judged else {},
-                    sample.videos[:video_count],
+                    sample.videos[: shown["video"]],
                     sample.tools,
                     chat=sample.id,
                 )
@@ -66,9 +67,6 @@ def question_samples(sample: Sample, history: bool = False) -> list[tuple[Sample
     return questions
 
 
-def count_parts(messages: list[dict[str, Any]], part_type: str) -> int:
-    """Returns how many parts of a type messages have."""
-    count = 0
-    for message in messages:
-        count += sum(part["type"] == part_type for part in message["content"])
-    return count
+def part_types(message: dict[str, Any]) -> list[str]:
+    """Returns the type of each part of a message."""
+    return [part["type"] for part in message["content"]]

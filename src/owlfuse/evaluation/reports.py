@@ -9,13 +9,12 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
 from PIL import Image
 from rich.table import Table
 from torch import Tensor
 
-from owlfuse.core.console import PlainConsole as Console
+from owlfuse.core.console import PlainConsole
 from owlfuse.data.media.images import to_rgb, turn_upright
 from owlfuse.evaluation.explain.overlays import overlay, wrap
 from owlfuse.evaluation.metrics import Answer
@@ -28,7 +27,7 @@ def print_metrics(metrics: dict[str, float], title: str) -> None:
     table.add_column("value", justify="right")
     for name, value in metrics.items():
         table.add_row(name, f"{value:.4f}")
-    Console().print(table)
+    PlainConsole().print(table)
 
 
 def write_answers(path: Path, answers: list[Answer]) -> None:
@@ -71,24 +70,19 @@ def write_contact_sheet(
     (red, cross, what was expected).
 
     Args:
-        pictures: at most so many, see `sample_for_sheet`.
+        answers: one at least.
+        pictures: at most so many, one at least, see `sample_for_sheet`.
         maps: by the place on the sheet, the answer's attention map over the picture (see
             `evaluation.explain`), which is drawn beside it.
     """
-    matplotlib.use("Agg")  # no window: most machines that train have no screen
     answers, maps = sample_for_sheet(answers, pictures), maps or {}
-    if not answers:
-        return
     # a picture with its overlay is twice as wide
     columns = min(3 if maps else 6, len(answers))
     rows = -(-len(answers) // columns)
     width = 4.4 if maps else 2.2
-    figure, axes = plt.subplots(
-        rows,
-        columns,
-        figsize=(width * columns, 2.75 * rows + 0.5),
-        squeeze=False,
-    )
+    # no pyplot: most machines that train have no screen, and it keeps every figure
+    figure = Figure(figsize=(width * columns, 2.75 * rows + 0.5))
+    axes = figure.subplots(rows, columns, squeeze=False)
     figure.suptitle(title, fontsize=12)
     for axis in axes.flat:
         axis.axis("off")
@@ -115,8 +109,6 @@ def write_contact_sheet(
         )
     figure.tight_layout(rect=(0, 0, 1, 0.98))
     figure.savefig(path, dpi=110)
-    # pyplot keeps every figure until it is closed
-    plt.close(figure)
 
 
 def picture_of(answer: Answer) -> Image.Image:

@@ -24,6 +24,7 @@ from owlfuse.core.types import Sample
 from owlfuse.data.identity import data_identity
 from owlfuse.evaluation.explain.contact_sheet import maps_of_answers
 from owlfuse.evaluation.metrics import (
+    ALONE,
     Answer,
     Question,
     answer_questions,
@@ -100,7 +101,7 @@ class Evaluation:
                 raise ValueError(f"evaluation.{name} is {number}, expected at least {least}")
 
     def __call__(
-        self, model: Any, data: Any, folder: Path | None = None, ranks: Ranks | None = None
+        self, model: Any, data: Any, folder: Path | None = None, ranks: Ranks = ALONE
     ) -> tuple[dict[str, float], list[Answer]]:
         """Returns metrics by their full names and all answers, and shows progress; with a run's
         folder, its metrics before the first step too.
@@ -110,7 +111,7 @@ class Evaluation:
                 process has all of it.
         """
         try:
-            return self.evaluate(model, data, folder, ranks or Ranks())
+            return self.evaluate(model, data, folder, ranks)
         except torch.OutOfMemoryError as error:
             smaller = f"evaluation.batch_size={max(1, self.batch_size // 4)}"
             advice = f"go on with: owlfuse eval {folder} {smaller}" if folder else f"set {smaller}"
@@ -188,10 +189,17 @@ class Evaluation:
         """Returns the answers to questions of a source (see `answer_questions`), and shows
         progress."""
         title = f"evaluating {source}, answers" + (" to blank pictures" if blank else "")
-        settings = (self.batch_size, self.max_new_tokens)
         with Progress(title, len(questions), shown=ranks.first) as progress:
             return answer_questions(
-                model, data, source, questions, *settings, progress.advance, blank, ranks
+                model,
+                data,
+                source,
+                questions,
+                self.batch_size,
+                self.max_new_tokens,
+                progress.advance,
+                blank,
+                ranks,
             )
 
     def write(
@@ -204,15 +212,13 @@ class Evaluation:
         """Prints the table, and writes `answers.jsonl` and `contact_sheet.png` into the folder."""
         print_metrics(metrics, title)
         write_answers(folder / "answers.jsonl", answers)
-        if not self.contact_sheet:
-            return
         pictured = pictured_answers(answers)
-        if pictured:
+        if self.contact_sheet and pictured:
             # of the whole source, whose answers without a picture are not on the sheet
             of_source = [answer for answer in answers if answer.source == pictured[0].source]
             title = f"{title}: {share_right(of_source):.0%} right"
-        path = folder / "contact_sheet.png"
-        write_contact_sheet(path, pictured, self.contact_sheet, title, self.maps)
+            path = folder / "contact_sheet.png"
+            write_contact_sheet(path, pictured, self.contact_sheet, title, self.maps)
 
 
 def pictured_answers(answers: list[Answer]) -> list[Answer]:

@@ -24,7 +24,7 @@ from owlfuse.data.collate import Collator
 from owlfuse.data.media.images import open_image
 from owlfuse.data.words import show_words
 from owlfuse.evaluation.benchmarks.base import Question, Task
-from owlfuse.evaluation.generation import generate
+from owlfuse.evaluation.generation import generate, max_positions
 
 UNLIMITED = 2**31
 """Positions of an LLM whose configuration names no limit."""
@@ -59,9 +59,7 @@ class LoadedModel:
         module.to(device).eval()
         self.device = device
         self.thinking = thinking
-        text = self.model.model.llm.config.get_text_config()
-        self.max_positions: int | None = getattr(text, "max_position_embeddings", None)
-        """The most positions that the LLM has, None where its configuration does not say."""
+        self.max_positions = max_positions(self.model.model)
 
     def generate(self, inputs: Any, **options: Any) -> Tensor:
         """Returns the ids that follow the processor's `inputs` (see `evaluation.generation`)."""
@@ -72,12 +70,10 @@ class LoadedModel:
         tokenizer, answer_format = self.processor.tokenizer, self.processor.answer_format
         return [answer_format.answer(tokenizer, row, self.thinking) for row in rows]
 
-    def unfinished_thoughts(self, rows: Any) -> list[bool]:
-        """Returns of each row of generated ids whether it is a thought that did not end."""
-        tokenizer, answer_format = self.processor.tokenizer, self.processor.answer_format
-        return [
-            self.thinking and answer_format.is_unfinished_thought(tokenizer, row) for row in rows
-        ]
+    def is_unfinished_thought(self, row: Any) -> bool:
+        """Returns whether a row of generated ids is a thought that did not end."""
+        answer_format = self.processor.answer_format
+        return self.thinking and answer_format.is_unfinished_thought(self.processor.tokenizer, row)
 
     def to_device(self, batch: Batch) -> Batch:
         """Returns the batch on the model's device and in its dtype, every id one that it has an
@@ -127,6 +123,8 @@ class QuestionBatch:
         return lines
 
 
+# eq=False: a dataset compares and hashes by identity
+@dataclass(eq=False)
 class QuestionDataset(Dataset):
     """Questions as the model's text, their pictures opened, under the benchmark's policy for wrong
     ones.
@@ -135,21 +133,15 @@ class QuestionDataset(Dataset):
         max_positions: the most positions that prompt and answer may take.
     """
 
-    def __init__(
-        self,
-        task: Task,
-        questions: list[Question],
-        processor: Any,
-        max_positions: int | None,
-        thinking: bool = False,
-    ) -> None:
-        self.task = task
-        self.questions = questions
-        self.processor = processor
-        self.max_positions = max_positions
-        self.thinking = thinking
+    task: Task
+    questions: list[Question]
+    processor: Any
+    max_positions: int | None
+    thinking: bool = False
+
+    def __post_init__(self) -> None:
         # once: the same for every question
-        self.control = control_tokens(processor.tokenizer, processor.image_token)
+        self.control = control_tokens(self.processor.tokenizer, self.processor.image_token)
 
     def __len__(self) -> int:
         return len(self.questions)
@@ -228,8 +220,7 @@ class QuestionDataset(Dataset):
 
     def model_inputs(self, texts: list[str], contents: list[Any]) -> Any:
         """Returns what the model takes of prompts and their pictures, padded on the left."""
-        pictures = [picture for content in contents for picture in content]
-        return self.processor(images=pictures, text=texts)
+        return self.processor(images=contents, text=texts)
 
 
 def answer(model: LoadedModel, task: Task, batch: QuestionBatch) -> list[dict[str, Any]]:
@@ -240,11 +231,10 @@ def answer(model: LoadedModel, task: Task, batch: QuestionBatch) -> list[dict[st
         do_sample=False,
         num_beams=1,
     )
-    outputs = [
-        {"answer": text, "expected": question.expected}
-        for question, text in zip(batch.questions, model.decode(ids), strict=True)
-    ]
-    for output, unfinished in zip(outputs, model.unfinished_thoughts(ids), strict=True):
-        if unfinished:
+    outputs = []
+    for question, row, text in zip(batch.questions, ids, model.decode(ids), strict=True):
+        output = {"answer": text, "expected": question.expected}
+        if model.is_unfinished_thought(row):
             output["thought_unfinished"] = True
+        outputs.append(output)
     return batch.predictions(outputs)

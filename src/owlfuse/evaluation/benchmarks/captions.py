@@ -37,12 +37,16 @@ def words(caption: str) -> str:
 
 def tokenized(captions: dict[str, list[str]], tokens: str) -> dict[str, list[str]]:
     """Returns all captions by image, tokenised by the tokeniser's name (see `Captions`)."""
+    by_image: dict[str, list[Any]] = {}
     if tokens == "words":
-        return {image: [words(text) for text in texts] for image, texts in captions.items()}
+        for image, texts in captions.items():
+            by_image[image] = [words(text) for text in texts]
+        return by_image
     from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
 
-    records = {image: [{"caption": text} for text in texts] for image, texts in captions.items()}
-    return PTBTokenizer().tokenize(records)
+    for image, texts in captions.items():
+        by_image[image] = [{"caption": text} for text in texts]
+    return PTBTokenizer().tokenize(by_image)
 
 
 def caption_metrics(
@@ -100,7 +104,7 @@ class Captions(Task):
 
     def open(self) -> Sequence[Any]:
         """Returns the records of the file."""
-        content = read_json(self.file, dict)
+        content = read_json(self.file)
         self.captions: dict[int, list[str]] = {}
         annotations = require_field(content, "annotations", list, f"{self.file}")
         for number, annotation in enumerate(annotations):

@@ -45,7 +45,7 @@ class DocVQA(Task):
 
     def open(self) -> Sequence[Any]:
         """Returns the records of the file."""
-        return require_field(read_json(self.file, dict), "data", list, f"{self.file}")
+        return require_field(read_json(self.file), "data", list, f"{self.file}")
 
     def ask(self, record: Any, where: str) -> Iterator[Question]:
         """Yields the record's question."""

@@ -28,7 +28,7 @@ class GQA(Task):
 
     def open(self) -> Sequence[Any]:
         """Returns the records of the file."""
-        return list(read_json(self.file, dict).items())
+        return list(read_json(self.file).items())
 
     def ask(self, record: Any, where: str) -> Iterator[Question]:
         """Yields the record's question."""

@@ -8,7 +8,6 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from itertools import takewhile
 from typing import Any
 
 from owlfuse.core.errors import DataError
@@ -89,7 +88,12 @@ class MMBench(Task):
         row = self.table[record]
         index = require_field(row, "index", str, where)
         columns = [letter for letter in LETTERS if letter in row]
-        options = [row[letter] for letter in takewhile(lambda c: not is_empty(row[c]), columns)]
+        options = []
+        for letter in columns:
+            # options that are empty come last
+            if is_empty(row[letter]):
+                break
+            options.append(row[letter])
         right = LETTERS[: len(options)].find(row["answer"]) if row["answer"] else -1
         if not index.isdigit() or len(options) < 2 or right < 0:
             raise DataError(

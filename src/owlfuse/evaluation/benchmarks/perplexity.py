@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import chain
 from typing import Any, ClassVar
 
 import torch
@@ -54,8 +53,8 @@ class Perplexity(ChatTask):
 class ChatDataset(QuestionDataset):
     """Chats as token ids and labels, as training has them; arguments are `QuestionDataset`'s."""
 
-    def __init__(self, *args: Any) -> None:
-        super().__init__(*args)
+    def __post_init__(self) -> None:
+        super().__post_init__()
         self.encoder, self.collator = chat_encoder(self.processor, self.max_positions)
 
     def prepare(self, question: Question) -> tuple[str, Encoded]:
@@ -67,8 +66,7 @@ class ChatDataset(QuestionDataset):
         messages = flatten(sample, self.control, self.processor.image_token)
         text = self.encoder.render(sample, messages)
         if views:
-            pictures = list(chain.from_iterable(views))
-            encoded.pixel_values = list(self.processor.image_processor(pictures)["pixel_values"])
+            encoded.pixel_values = list(self.processor.image_processor(views)["pixel_values"])
         return text, encoded
 
     def model_inputs(self, texts: list[str], contents: list[Any]) -> Batch:

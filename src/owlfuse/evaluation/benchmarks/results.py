@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -14,9 +14,10 @@ from rich.table import Table
 
 from owlfuse.artifacts.identity import ANSWER_FILES, model_files
 from owlfuse.artifacts.run_data import tokenizer_files
-from owlfuse.core.console import PlainConsole as Console
+from owlfuse.core.console import PlainConsole
 from owlfuse.core.environment import git_state, versions
 from owlfuse.core.files import files_of, fingerprint
+from owlfuse.core.types import without_keys
 from owlfuse.evaluation.benchmarks.base import Task
 
 MAX_LISTED_SKIPS = 10
@@ -36,62 +37,38 @@ def model_fingerprint(model_dir: Path, checkpoint: Path | None) -> tuple[str, st
     return fingerprint(model_files(model_dir, ANSWER_FILES)), "exported or imported"
 
 
-@dataclass
-class Settings:
-    """All that an answer depends on."""
+def settings_of(
+    model_dir: Path, checkpoint: Path | None, task: Task, dtype: str, thinking: bool
+) -> dict[str, Any]:
+    """Returns all that an answer depends on: `weights`, a hash of the model's files, `data`, a hash
+    of the benchmark's, `task`, its other fields, and so on; and `key`, 16 hexadecimal digits that
+    change where an answer may.
 
-    model: str
-    checkpoint: str
-    weights: str
-    """A hash of the model's files (see `core.files.fingerprint`)."""
-    files: list[str]
-    data: str
-    """A hash of the benchmark's files."""
-    task: dict[str, Any]
-    """The benchmark's other fields."""
-    dtype: str
-    thinking: bool
-
-    @classmethod
-    def of(
-        cls,
-        model_dir: Path,
-        task: Task,
-        dtype: str,
-        thinking: bool = False,
-        checkpoint: Path | None = None,
-    ) -> Settings:
-        """Returns the settings of a model's folder and a benchmark; `checkpoint` is a run's."""
-        weights, origin = model_fingerprint(model_dir, checkpoint)
-        options: dict[str, Any] = {"_target_": f"{type(task).__module__}.{type(task).__qualname__}"}
-        for field in fields(task):
-            value = getattr(task, field.name)
-            if field.name not in (*task.file_fields, *task.unhashed_fields):
-                options[field.name] = str(value) if isinstance(value, Path) else value
-        return cls(
-            str(model_dir),
-            origin,
-            weights,
-            [str(file) for file in task.files()],
-            task.fingerprint(),
-            options,
-            dtype,
-            thinking,
-        )
-
-    @property
-    def key(self) -> str:
-        """16 hexadecimal digits that change where an answer may."""
-        # the same folder by another path has the same pictures
-        root = str(Path(self.task["image_root"]).resolve())
-        content = [
-            self.weights,
-            self.data,
-            {**self.task, "image_root": root},
-            self.dtype,
-            self.thinking,
-        ]
-        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+    Args:
+        checkpoint: of a run; None for an exported folder.
+    """
+    weights, origin = model_fingerprint(model_dir, checkpoint)
+    data = task.fingerprint()
+    options: dict[str, Any] = {"_target_": f"{type(task).__module__}.{type(task).__qualname__}"}
+    for field in fields(task):
+        value = getattr(task, field.name)
+        if field.name not in (*task.file_fields, *task.unhashed_fields):
+            options[field.name] = str(value) if isinstance(value, Path) else value
+    # the same folder by another path has the same pictures
+    root = str(Path(options["image_root"]).resolve())
+    content = [weights, data, {**options, "image_root": root}, dtype, thinking]
+    digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    return {
+        "model": str(model_dir),
+        "checkpoint": origin,
+        "weights": weights,
+        "files": [str(file) for file in task.files()],
+        "data": data,
+        "task": options,
+        "dtype": dtype,
+        "thinking": thinking,
+        "key": digest[:16],
+    }
 
 
 def results_of(
@@ -99,15 +76,14 @@ def results_of(
     metrics: dict[str, float],
     counts: dict[str, int],
     skipped: list[tuple[str, str]],
-    settings: Settings,
-    run_options: dict[str, Any],
+    settings: dict[str, Any],
 ) -> dict[str, Any]:
     """Returns the content of `tasks/<name>.json`.
 
     Args:
         counts: of questions.
         skipped: records and reasons.
-        run_options: further options, which change no answer.
+        settings: see `settings_of`, and further options, which change no answer.
     """
     listed_skips = []
     for record, reason in skipped[:MAX_LISTED_SKIPS]:
@@ -119,7 +95,7 @@ def results_of(
         "metrics": metrics,
         "counts": counts,
         "skipped": listed_skips,
-        "settings": {**vars(settings), "key": settings.key, **run_options},
+        "settings": settings,
         "versions": {**versions(), **{package: version(package) for package in scorers}},
         "git": git_state(),
     }
@@ -143,20 +119,20 @@ def print_results(results: dict[str, Any]) -> None:
     }
     # hashes are for the file alone, and the others are in the title and the rows above
     in_other_rows = ("model", "checkpoint", "weights", "files", "data", "task", "dtype")
-    rows |= {key: value for key, value in settings.items() if key not in in_other_rows}
+    rows |= without_keys(settings, in_other_rows)
     rows |= results["counts"]
     for key, value in rows.items():
         if value is not None:
             has_lines = isinstance(value, str) and "\n" in value
             made_by.add_row(key, repr(value) if has_lines else str(value))
-    console = Console()
+    console = PlainConsole()
     console.print(table)
     console.print(made_by)
     if settings["dtype"] != "float32":
-        note = (
+        console.print(
             "weights below float32 round by the batch: another batch_size may give another "
-            "answer here and there"
+            "answer here and there",
+            soft_wrap=True,
         )
-        console.print(note, soft_wrap=True)
     for skip in results["skipped"]:
-        console.print(f"skipped {skip['record']}: {skip['reason']}", markup=False, soft_wrap=True)
+        console.print(f"skipped {skip['record']}: {skip['reason']}", soft_wrap=True)

@@ -31,7 +31,7 @@ from owlfuse.evaluation.benchmarks.base import Question, Task, sample_units
 from owlfuse.evaluation.benchmarks.options import Options, compose_options
 from owlfuse.evaluation.benchmarks.perplexity import ChatDataset, measure
 from owlfuse.evaluation.benchmarks.predictions import Predictions
-from owlfuse.evaluation.benchmarks.results import Settings, print_results, results_of
+from owlfuse.evaluation.benchmarks.results import print_results, results_of, settings_of
 from owlfuse.parallel.ranks import Ranks
 from owlfuse.parallel.torchrun import TorchrunRanks
 
@@ -54,18 +54,19 @@ def evaluate_task(folder: str, words: list[str]) -> None:
     questions = sample_units(questions, options.max_questions)
     # once: a run that still trains may write another one meanwhile
     checkpoint = checkpoint_of(model_dir, options.which)
-    settings = Settings.of(model_dir, task, options.dtype, options.thinking, checkpoint)
+    settings = settings_of(model_dir, checkpoint, task, options.dtype, options.thinking)
     out = Path(options.out).expanduser() if options.out else model_dir / "tasks"
-    store = Predictions(out / str(options.name), settings.key, ranks.rank)
+    store = Predictions(out / str(options.name), settings["key"], ranks.rank)
     # by the first rank for all: of two commands each would lose what the other writes
     lock = locked(store.folder, "out", "choose another name= or out=")
     with lock if ranks.first else nullcontext():
         answered = answered_ids(store)
         ranks.wait()  # each has read what is there, before one adds to it
         todo = [question for question in questions if question.id not in answered]
+        # the longest first, so that little is padded and too small a memory shows at once
+        todo.sort(key=lambda question: question.size, reverse=True)
         try:
-            share = ranks.share(longest_first(todo))
-            answer_share(model_dir, checkpoint, task, share, store, options, ranks)
+            answer_share(model_dir, checkpoint, task, ranks.share(todo), store, options, ranks)
             ranks.wait()
         except KeyboardInterrupt:
             count = len(answered_ids(store) & {question.id for question in questions})
@@ -96,12 +97,6 @@ def read_options(words: list[str]) -> tuple[Options, Task]:
             "Task"
         )
     return options, task
-
-
-def longest_first(questions: list[Question]) -> list[Question]:
-    """Returns the questions by length, so that little is padded and too small a memory shows at
-    once."""
-    return sorted(questions, key=lambda question: question.size, reverse=True)
 
 
 def answer_share(
@@ -164,7 +159,7 @@ def finish(
     questions: list[Question],
     wrong_records: list[tuple[str, str]],
     store: Predictions,
-    settings: Settings,
+    settings: dict[str, Any],
     ranks: Ranks,
     seconds: float,
 ) -> None:
@@ -175,8 +170,9 @@ def finish(
     skipped = list(wrong_records)
     skipped += [(line["id"], line["skipped"]) for line in lines if "skipped" in line]
     # without any answer there is nothing to score, whatever max_skips allows
-    if not answered or len(skipped) > task.max_skips:
-        task.check_skips(len(skipped) if answered else task.max_skips + 1, skipped[-1][1])
+    count = len(skipped) if answered else task.max_skips + 1
+    if skipped:
+        task.check_skips(count, skipped[-1][1])
     # scored here and not when they were written: a mended rule applies to old answers
     for line in answered:
         line["score"] = task.score(line)
@@ -194,14 +190,15 @@ def finish(
     unfinished = sum(line.get("thought_unfinished", False) for line in answered)
     if unfinished:
         counts["thoughts that did not end"] = unfinished
-    run_options = {
+    settings = {
+        **settings,
         "batch_size": options.batch_size,
         "ranks": ranks.count,
         "max_questions": options.max_questions,
     }
     # beside the folder of predictions
     path = store.folder.with_name(f"{options.name}.json")
-    results = results_of(str(options.name), metrics, counts, skipped, settings, run_options)
+    results = results_of(str(options.name), metrics, counts, skipped, settings)
     # the time is not part of the results that are printed
     write_json(path, {**results, "wall_s": round(seconds, 1)})
     print_results(results)

@@ -33,8 +33,10 @@ def letter_of(answer: str) -> str | None:
 
 def with_options(question: str, hint: str, options: Sequence[str]) -> str:
     """The question as LLaVA asks it: the hint, the question, an option a line."""
-    lines = [f"{letter}. {option}" for letter, option in zip(LETTERS, options)]
-    return "\n".join([*([hint] if hint else []), question, *lines])
+    lines = [hint, question] if hint else [question]
+    for letter, option in zip(LETTERS, options):
+        lines.append(f"{letter}. {option}")
+    return "\n".join(lines)
 
 
 @dataclass(kw_only=True)
@@ -57,9 +59,9 @@ class ScienceQA(Task):
 
     def open(self) -> Sequence[Any]:
         """Returns the records of the file."""
-        problems = read_json(self.file, dict)
+        problems = read_json(self.file)
         # of the split, in the published order
-        pids = require_texts(read_json(self.splits, dict), self.split, f"{self.splits}")
+        pids = require_texts(read_json(self.splits), self.split, f"{self.splits}")
         if missing := [pid for pid in pids if pid not in problems]:
             raise DataError(
                 f"{self.file} has no problem {missing[0]}, which {self.splits} has in {self.split}"

@@ -126,10 +126,10 @@ class VQAv2(Task):
 
     def open(self) -> Sequence[Any]:
         """Returns the records of the file."""
-        content = read_json(self.file, dict)
+        content = read_json(self.file)
         self.subset = require_field(content, "data_subtype", str, f"{self.file}")
         annotations = require_field(
-            read_json(self.annotations, dict),
+            read_json(self.annotations),
             "annotations",
             list,
             f"{self.annotations}",
@@ -180,7 +180,7 @@ class TextVQA(Task):
 
     def open(self) -> Sequence[Any]:
         """Returns the records of the file."""
-        return require_field(read_json(self.file, dict), "data", list, f"{self.file}")
+        return require_field(read_json(self.file), "data", list, f"{self.file}")
 
     def ask(self, record: Any, where: str) -> Iterator[Question]:
         """Yields the record's question."""

@@ -17,10 +17,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from owlfuse.artifacts.hf.modeling import OwlfuseForConditionalGeneration
-from owlfuse.artifacts.hf.processing import OwlfuseProcessor, open_images
+from owlfuse.artifacts.hf.processing import OwlfuseProcessor
 from owlfuse.core.errors import DataError
 from owlfuse.core.types import Batch, VisualTokens
-from owlfuse.data.media.images import to_rgb
 from owlfuse.data.media.tiles import best_grid
 from owlfuse.evaluation.explain.capture import AttentionCapture, capture_attention
 from owlfuse.evaluation.explain.overlays import side_by_side
@@ -138,21 +137,19 @@ def maps_of(
 def explained(
     model: OwlfuseForConditionalGeneration,
     processor: OwlfuseProcessor,
-    pictures: list[Any],
+    pictures: list[Image.Image],
     inputs: Any,
     answer_ids: Tensor,
     question: str,
-    layers: list[int] | None = None,
 ) -> Image.Image:
     """Returns each picture beside the overlay of the answer's attention, with question, answer and
     a legend.
 
     Args:
-        pictures: of the prompt, as the processor took them.
-        inputs, answer_ids, layers: see `attention_to_pictures`, whose errors these are.
+        pictures: of the prompt, RGB.
+        inputs, answer_ids: see `attention_to_pictures`, whose errors these are.
     """
-    pictures = [to_rgb(picture) for picture in open_images(pictures)]
-    view_maps = attention_to_pictures(model, inputs, answer_ids, layers)
+    view_maps = attention_to_pictures(model, inputs, answer_ids)
     maps = picture_maps(processor, pictures, view_maps)
     answer = processor.tokenizer.decode(answer_ids.flatten(), skip_special_tokens=True).strip()
     return side_by_side(pictures, maps, question, answer)
@@ -171,10 +168,9 @@ def picture_maps(
     for picture in pictures:
         tiles = best_grid(picture.size, preprocessing.size) if processor.tile else None
         rows, columns = tiles or (0, 0)
-        count = 1 + rows * columns
-        joined = join_views(view_maps[first : first + count], tiles)
-        maps.append(over_picture(joined, picture.size, preprocessing))
-        first += count
+        after = first + 1 + rows * columns
+        maps.append(picture_map(view_maps[first:after], picture.size, preprocessing))
+        first = after
     return maps
 
 
@@ -216,19 +212,26 @@ def over_picture(
     return values * inside * (rows * columns / cells)
 
 
-def join_views(views: list[Tensor], tiles: tuple[int, int] | None) -> Tensor:
-    """Returns the maps (h, w) of a picture's global view and of its (rows, columns) of tiles, if it
-    was cut into any, as one."""
-    if tiles is None or len(views) == 1:
-        return views[0]
-    rows, columns = tiles
-    global_view, *tile_maps = views
-    # a patch of the global view covers rows * columns patches of tiles, which share its weight
-    spread = global_view.repeat_interleave(rows, 0).repeat_interleave(columns, 1)
-    tile_rows = []
-    for row in range(rows):
-        tile_rows.append(torch.cat(tile_maps[row * columns :][:columns], dim=1))
-    return spread / (rows * columns) + torch.cat(tile_rows)
+def picture_map(
+    view_maps: list[Tensor], picture_size: tuple[int, int], preprocessing: Preprocessing
+) -> Tensor:
+    """Returns the maps (h, w) of a picture's global view and of its tiles, if it was cut into any,
+    as one over the whole picture.
+
+    Args:
+        picture_size: (width, height).
+    """
+    joined, *tile_maps = view_maps
+    tiles = best_grid(picture_size, preprocessing.size)
+    if tile_maps and tiles:
+        rows, columns = tiles
+        # a patch of the global view covers rows * columns patches of tiles, which share its weight
+        spread = joined.repeat_interleave(rows, 0).repeat_interleave(columns, 1)
+        tile_rows = []
+        for row in range(rows):
+            tile_rows.append(torch.cat(tile_maps[row * columns :][:columns], dim=1))
+        joined = spread / (rows * columns) + torch.cat(tile_rows)
+    return over_picture(joined, picture_size, preprocessing)
 
 
 @contextmanager
@@ -261,7 +264,6 @@ def grid_of(vision: Backbone) -> tuple[int, int]:
 
     Raises DataError where they are no rectangle.
     """
-    # (h, w) of the patches
     rows, columns = vision.grid
     if rows == 1 and columns > 1:  # a backbone's grid for tokens that are none
         name = type(vision.inner_model()).__name__

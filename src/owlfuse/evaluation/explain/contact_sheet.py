@@ -11,12 +11,10 @@ from torch import Tensor
 from owlfuse.core.errors import DataError
 from owlfuse.core.types import Sample
 from owlfuse.data.datamodule import ChatData
-from owlfuse.data.media.tiles import best_grid
 from owlfuse.evaluation.explain.attention import (
     features_of,
-    join_views,
     maps_of,
-    over_picture,
+    picture_map,
     without_end,
 )
 from owlfuse.evaluation.generation import generate_greedy
@@ -54,16 +52,13 @@ def maps_of_answers(
         answer, sample = answers[place]
         return map_of_answer(model, data, sample, answer, max_new_tokens).cpu()
 
-    maps = {}
     try:
-        results: Iterator[Tensor] = ranks.deal(places, map_of)
-        for place, attention in zip(places, results, strict=True):
-            maps[place] = attention
+        maps: Iterator[Tensor] = ranks.deal(places, map_of)
+        return dict(zip(places, maps, strict=True))
     except DataError as error:
         if ranks.first:
             log.warning("evaluation.explain: the contact sheet has no overlays: %s", error)
         return {}
-    return maps
 
 
 @torch.no_grad()
@@ -86,6 +81,4 @@ def map_of_answer(
     maps = maps_of(model, batch, visual, features[0], without_end(ids, ends))
     # the sheet shows the first picture of a question, whose views come first
     views = len(data.pictures(sample, source)[0])
-    preprocessing, size = model.vision.preprocessing, picture_of(answer).size
-    joined = join_views(maps[:views], best_grid(size, preprocessing.size))
-    return over_picture(joined, size, preprocessing)
+    return picture_map(maps[:views], picture_of(answer).size, model.vision.preprocessing)

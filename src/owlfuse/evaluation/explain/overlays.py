@@ -80,23 +80,19 @@ def side_by_side(
         if len(maps) > 1:
             picture_axis.set_title(f"picture {i + 1}", fontsize=8)
             overlay_axis.set_title(f"{float(maps[i].sum()):.0%} of the weight", fontsize=8)
-    figure.suptitle(title_of(question, answer, len(order), len(maps), 46 * pairs), fontsize=10)
+    title = [
+        wrap(f"Q: {question}", 46 * pairs, 6),
+        wrap(f"A: {answer or '(nothing)'}", 46 * pairs, 6),
+    ]
+    if len(order) < len(maps):
+        title.append(f"({len(order)} of {len(maps)} pictures, those with most of the weight)")
+    figure.suptitle("\n".join(title), fontsize=10)
     legend(figure, axes, peak * len(maps))
     # no pyplot: the demo draws in several threads
     canvas = FigureCanvasAgg(figure)
     figure.set_dpi(110)
     canvas.draw()
     return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
-
-
-def title_of(question: str, answer: str, shown: int, pictures: int, width: int) -> str:
-    """Returns question and answer, broken into lines, long ones cut."""
-    lines = []
-    for mark, text in (("Q: ", question), ("A: ", answer or "(nothing)")):
-        lines.append(wrap(mark + text, width, 6))
-    if shown < pictures:
-        lines.append(f"({shown} of {pictures} pictures, those with most of the weight)")
-    return "\n".join(lines)
 
 
 def wrap(text: str, width: int, lines: int) -> str:

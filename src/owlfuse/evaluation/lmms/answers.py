@@ -132,15 +132,19 @@ def answer(model: LoadedModel, requests: list[Request], seed: int) -> tuple[list
     options = requests[0].options
     prompts = [request.make() for request in requests]
     texts = [render_prompt(prompt, model.processor, thinking=model.thinking) for prompt in prompts]
-    pictures = [picture for prompt in prompts for picture in prompt.pictures]
+    pictures = [prompt.pictures for prompt in prompts]
     inputs = model.processor(images=pictures, text=texts)
     limits = []
     for prompt, used in zip(prompts, inputs["attention_mask"].sum(1).tolist(), strict=True):
         limits.append(min(options.max_new_tokens, free_positions(model, prompt, used)))
     # rows are generated to one length, which may be past the last position of some
     if len(set(limits)) > 1:
-        pairs = [answer(model, [request], seed) for request in requests]
-        return [text for texts, _ in pairs for text in texts], sum(count for _, count in pairs)
+        answers, cut_count = [], 0
+        for request in requests:
+            texts, count = answer(model, [request], seed)
+            answers += texts
+            cut_count += count
+        return answers, cut_count
     limit = limits[0]
     # the seed of one request is not to change another's, nor lmms-eval's own random state
     with torch.random.fork_rng(enabled=options.sampled):

@@ -5,7 +5,6 @@ B rows, T text positions, V vocabulary, S tokens of the answers of all rows.
 
 from __future__ import annotations
 
-from itertools import chain
 from typing import Any
 
 import torch
@@ -57,8 +56,7 @@ class Likelihoods:
                 f"the model has {self.encoder.max_length}"
             )
         if views:
-            pictures = list(chain.from_iterable(views))
-            encoded.pixel_values = list(self.processor.image_processor(pictures)["pixel_values"])
+            encoded.pixel_values = list(self.processor.image_processor(views)["pixel_values"])
         return encoded
 
     def templated_answer(self, prompt: Prompt, question: str, answer: str) -> str:

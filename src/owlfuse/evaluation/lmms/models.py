@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -120,22 +121,29 @@ class Owlfuse(lmms):
         parsed = []
         with exit_on_user_error():
             for request in requests:
-                name, make_prompt, options = self.parse(request)
-                size = len(request.args[0])
-                parsed.append(Request(name, size, make_prompt, options, turns[name]))
+                item = self.parse(request)
                 # tasks may repeat a request for several samples, each with its own random numbers
-                turns[name] += 1
+                item.turn = turns[item.name]
+                turns[item.name] += 1
+                parsed.append(item)
             return self.answer_all(parsed)
 
-    def parse(self, request: Instance) -> tuple[str, Callable[[], Prompt], Options]:
-        """Returns a request's name, what makes its prompt, and how it is answered.
-
-        Raises DataError.
-        """
+    def parse(self, request: Instance) -> Request:
+        """Returns what lmms-eval asks, in the form in which it is answered. Raises DataError."""
         text, generation, visuals, *document = request.args
+        return self.text_request(text, generation, visuals, document)
+
+    def text_request(
+        self,
+        text: str,
+        generation: dict[str, Any] | None,
+        visuals: Callable | None,
+        document: list[Any],
+    ) -> Request:
+        """Returns the request to answer a text about a document. Raises DataError."""
         name = document_name(*document)
         make_prompt = partial(self.question, name, text, visuals, *document)
-        return name, make_prompt, Options.of(generation or {}, name)
+        return Request(name, len(text), make_prompt, Options.of(generation or {}, name))
 
     def question(
         self,
@@ -237,12 +245,12 @@ class OwlfuseChat(Owlfuse):
 
     is_simple = False
 
-    def parse(self, request: Instance) -> tuple[str, Callable[[], Prompt], Options]:
+    def parse(self, request: Instance) -> Request:
         """Returns what `Owlfuse.parse` does, of a task's messages."""
-        _, messages, generation, *document = request.args
+        text, messages, generation, *document = request.args
         name = document_name(*document)
         make_prompt = partial(self.chat, name, messages, *document)
-        return name, make_prompt, Options.of(generation or {}, name)
+        return Request(name, len(text), make_prompt, Options.of(generation or {}, name))
 
     def chat(self, name: str, messages: Callable, doc_id: int, task: str, split: str) -> Prompt:
         """Returns a document's chat. Raises DataError."""
@@ -284,12 +292,10 @@ class Rounds:
     def __init__(self, model: Owlfuse, request: Instance) -> None:
         text, generation, visuals, self.doc_to_text, *self.document = request.args
         self.model = model
-        self.name = document_name(*self.document)
-        self.options = Options.of(generation or {}, self.name)
         self.answers: list[str] = []
         self.round_info: Any = None
-        make_prompt = partial(model.question, self.name, text, visuals, *self.document)
-        self.next: Request | None = Request(self.name, len(text), make_prompt, self.options)
+        self.first = model.text_request(text, generation, visuals, self.document)
+        self.next: Request | None = self.first
 
     def advance(self, text: str) -> None:
         """Takes the round's answer, and gets the next round from the task."""
@@ -304,14 +310,9 @@ class Rounds:
         if is_last:
             self.answers, self.next = list(answers), None
             return
-        make_prompt = partial(self.model.prompt_maker.question, self.name, question, visuals)
-        self.next = Request(
-            self.name,
-            len(question),
-            make_prompt,
-            self.options,
-            turn=len(self.answers),
-        )
+        make_prompt = partial(self.model.prompt_maker.question, self.first.name, question, visuals)
+        size, turn = len(question), len(self.answers)
+        self.next = replace(self.first, size=size, make=make_prompt, turn=turn)
 
 
 def document_name(doc_id: Any, task: Any, split: Any = None) -> str:

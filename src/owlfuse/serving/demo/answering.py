@@ -1,4 +1,4 @@
-"""One answer of one model, piece by piece, from a thread of its own. T text positions."""
+"""One answer of one model, piece by piece, from a thread of its own."""
 
 from __future__ import annotations
 
@@ -22,24 +22,17 @@ at once."""
 
 
 class AnswerLimits(StoppingCriteria):
-    """Counts an answer's tokens, and ends it early where that is requested or the model's positions
-    are used up.
+    """Counts an answer's tokens, and ends it early where that is requested or its time is over.
 
     Args:
         stop: ends the answer when it is set.
-        max_positions: positions (T) that the model knows, prompt and answer together; None: no
-            limit is known.
-        seconds: that the answer may take; None: any.
+        seconds: that the answer may take.
     """
 
-    def __init__(
-        self, stop: threading.Event, max_positions: int | None, seconds: float | None = None
-    ) -> None:
+    def __init__(self, stop: threading.Event, seconds: float) -> None:
         self.stop = stop
-        self.max_positions = max_positions
         self.seconds = seconds
         self.late = False
-        self.full = False
         self.tokens = 0
         self.begun = self.first_token = self.last_token = time.perf_counter()
 
@@ -50,15 +43,16 @@ class AnswerLimits(StoppingCriteria):
         if not self.tokens:
             self.first_token = self.last_token
         self.tokens += 1
-        if self.max_positions is not None:
-            self.full = input_ids.shape[1] >= self.max_positions
-        if self.seconds is not None:
-            self.late = self.last_token - self.begun > self.seconds
-        ends = self.full or self.late or self.stop.is_set()
+        self.late = self.last_token - self.begun > self.seconds
+        ends = self.late or self.stop.is_set()
         return torch.full((len(input_ids),), ends, device=input_ids.device)
 
-    def summary(self) -> str:
-        """Return time and speed, for below the answer."""
+    def summary(self, is_full: bool) -> str:
+        """Return time and speed, for below the answer.
+
+        Args:
+            is_full: whether the answer ended where the model has no more positions.
+        """
         seconds = self.last_token - self.begun
         unit = "token" if self.tokens == 1 else "tokens"
         text = f"{self.tokens} {unit} in {seconds:.2f} s"
@@ -68,7 +62,7 @@ class AnswerLimits(StoppingCriteria):
             text += f" · {self.tokens / seconds:.1f} tokens/s"
         if self.stop.is_set():
             text += " · stopped"
-        if self.full:
+        if is_full:
             text += " · the model's longest text is reached"
         if self.late:
             text += f" · {self.seconds:.0f} s are over, the most for one answer"

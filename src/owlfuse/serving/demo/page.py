@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -81,24 +82,17 @@ def session_key(request: gr.Request) -> str:
     return request.session_hash or ""
 
 
+# eq=False: Gradio's components compare and hash by identity, and so do these
+@dataclass(eq=False)
 class Handlers:
     """What changes on the page, and how."""
 
-    def __init__(
-        self,
-        visitors: Visitors,
-        uploads: Path,
-        history: Any,
-        current: Any,
-        notice: Any,
-        question: Any,
-    ) -> None:
-        self.visitors = visitors
-        self.uploads = uploads
-        self.history = history
-        self.current = current
-        self.notice = notice
-        self.question = question
+    visitors: Visitors
+    uploads: Path
+    history: Any
+    current: Any
+    notice: Any
+    question: Any
 
     def begin(self, value: dict[str, Any], request: gr.Request) -> Updates:
         """Shows a question that was sent, or a sentence why not, and then the text stays where it

@@ -42,4 +42,4 @@ def current(visitor: Visitor) -> str:
 
 def notice(sentence: str) -> str:
     """Return why a question was not taken."""
-    return str(MACROS.notice(sentence)) if sentence else ""  # type: ignore[attr-defined]
+    return str(MACROS.notice(sentence))  # type: ignore[attr-defined]

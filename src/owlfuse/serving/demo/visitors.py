@@ -167,7 +167,7 @@ class Visitor:
         conversations = self.conversations
         options = generate_options(temperature, max_new_tokens)
         try:
-            yield from wait_for_turn(turn)
+            yield from QUEUE.wait(turn)
             for number, conversation in enumerate(conversations):
                 if turn.stop.is_set():
                     break
@@ -192,16 +192,19 @@ class TurnQueue:
         self.turns: list[Turn] = []
         self.changed = threading.Condition()
 
-    def join(self, turn: Turn) -> None:
-        """Puts a question at the end."""
+    def wait(self, turn: Turn) -> Iterator[int]:
+        """Puts a question at the end, and ends when it is its turn, or it is stopped.
+
+        Yields often, so that a page that is gone is noticed.
+        """
         with self.changed:
             self.turns.append(turn)
-
-    def wait_until_first(self, turn: Turn, seconds: float) -> bool:
-        """Waits until it is this question's turn, for so many seconds at most, and returns whether
-        it is."""
-        with self.changed:
-            return self.changed.wait_for(lambda: self.first() is turn, seconds)
+        while not turn.stop.is_set():
+            with self.changed:
+                if self.changed.wait_for(lambda: self.first() is turn, timeout=0.5):
+                    return
+            # outside of the lock, which others need meanwhile
+            yield 0
 
     def first(self) -> Turn | None:
         """Return whose turn it is.
@@ -224,16 +227,6 @@ class TurnQueue:
 QUEUE = TurnQueue()
 
 
-def wait_for_turn(turn: Turn) -> Iterator[int]:
-    """Ends when it is this question's turn, or it is stopped.
-
-    Yields often, so that a page that is gone is noticed.
-    """
-    QUEUE.join(turn)
-    while not turn.stop.is_set() and not QUEUE.wait_until_first(turn, seconds=0.5):
-        yield 0
-
-
 def generate_options(temperature: float, max_new_tokens: int) -> dict[str, Any]:
     """Return the arguments of `generate`; numbers outside the page's sliders are brought inside."""
     tokens = int(min(max(max_new_tokens, 1), limits.MAX_NEW_TOKENS))
@@ -253,13 +246,13 @@ def fill_answer(
     the terminal.
     """
     answer.state = ANSWERING
-    answer_limits = AnswerLimits(turn.stop, conversation.max_positions, limits.ANSWER_SECONDS)
+    answer_limits = AnswerLimits(turn.stop, limits.ANSWER_SECONDS)
     try:
         yield
         for text in stream_answer(conversation, turn.question, answer_limits, **options):
             answer.text = text
             yield
-        answer.note = answer_limits.summary()
+        answer.note = answer_limits.summary(conversation.is_full)
         if look and conversation.pictures and not turn.stop.is_set():
             yield  # the page shows the answer while its pictures are drawn
             # The attention is captured by a change of the model, which others may be using.
