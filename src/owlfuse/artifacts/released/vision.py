@@ -12,7 +12,7 @@ from timm.data import (
     OPENAI_CLIP_STD,
 )
 from torch import nn
-from transformers import CLIPVisionConfig
+from transformers import CLIPVisionConfig, SiglipVisionConfig
 
 from owlfuse.core.errors import DataError
 from owlfuse.core.files import MAX_CONFIG, read_json
@@ -162,16 +162,6 @@ def siglip_node(folder: Path, fields: dict[str, Any] | None) -> dict[str, Any]:
     Raises:
         DataError: an activation that timm does not have, or a single block.
     """
-    defaults: dict[str, Any] = {
-        "hidden_size": 768,
-        "intermediate_size": 3072,
-        "num_hidden_layers": 12,
-        "num_attention_heads": 12,
-        "image_size": 224,
-        "patch_size": 16,
-        "layer_norm_eps": 1e-6,
-        "hidden_act": "gelu_pytorch_tanh",
-    }
     if fields is None:
         fields = {
             "hidden_size": 1152,
@@ -181,7 +171,7 @@ def siglip_node(folder: Path, fields: dict[str, Any] | None) -> dict[str, Any]:
             "image_size": 384,
             "patch_size": 14,
         }
-    fields = {**defaults, **present(fields)}
+    fields = {**SiglipVisionConfig().to_dict(), **present(fields)}
     if fields["hidden_act"] not in ACTIVATIONS:
         raise DataError(
             f"{folder / 'config.json'}: vision_config.hidden_act is {fields['hidden_act']}; known "
