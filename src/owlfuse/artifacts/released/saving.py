@@ -18,6 +18,7 @@ from owlfuse.artifacts.released.names import (
     optional_name,
     tensor_mappings,
 )
+from owlfuse.artifacts.released.nodes import LLMS
 from owlfuse.core.errors import DataError
 from owlfuse.core.files import atomic_directory
 from owlfuse.model.connectors.abstractor import Abstractor
@@ -75,12 +76,6 @@ CONNECTORS = {
     "owl2": (Abstractor,),
     "owl3": (LinearConnector, MLPConnector),
     "llava": (MLPConnector,),
-}
-LLMS = {
-    "owl1": ("llama",),
-    "owl2": ("llama",),
-    "owl3": ("qwen2",),
-    "llava": ("llama", "mistral", "qwen2"),
 }
 
 
