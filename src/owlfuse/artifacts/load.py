@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,6 @@ from typing import Any
 import lightning
 import torch
 from peft import PeftModel, get_peft_model_state_dict
-from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoProcessor
 
@@ -206,18 +206,22 @@ def load_exported(
             f"{folder}: the weights do not fit config.json: {', '.join(sorted(problems))}; export "
             "it anew"
         )
-    restore_llm_dtype(wrapped.model, weights)
+    llm_weights = [info for name, info in weights.items() if name.startswith("model.llm.")]
+    restore_dtype(wrapped.model.llm.parameters(), llm_weights)
     if (folder / ADAPTER).is_dir():
         check_adapter(folder / ADAPTER)
         with build_errors(folder / ADAPTER), without_peft_warnings():
             # injects its layers into `wrapped` itself
             peft_model = PeftModel.from_pretrained(wrapped, folder / ADAPTER, torch_device="cpu")
-        check_updates(peft_model, folder / ADAPTER / "adapter_model.safetensors")
+        update_file = folder / ADAPTER / "adapter_model.safetensors"
+        updates = read_header(update_file)
+        check_updates(peft_model, set(updates), update_file)
         if merge:
             # in 16 bits small updates would be rounded away
             merge_lora(wrapped.model.float())
         else:
-            restore_update_dtype(wrapped, folder / ADAPTER)
+            lora = [weight for name, weight in wrapped.named_parameters() if ".lora_" in name]
+            restore_dtype(lora, updates.values())
     if (folder / RELEASED).is_dir():
         wrapped.model.released = read_record(folder / RELEASED)
     # released weights that came without a tokenizer are imported without a processor
@@ -225,22 +229,28 @@ def load_exported(
     return wrapped.eval(), load_processor(folder) if has_processor else None
 
 
-def restore_llm_dtype(model: MultimodalLM, weights: dict[str, TensorInfo]) -> None:
-    """Gives the LLM the 16 bits that it has in its files beside parts in 32, as after a run with
-    `model.llm.dtype`: transformers gives all weights the one type of config.json."""
-    dtypes = {info.dtype for name, info in weights.items() if name.startswith("model.llm.")}
-    # of an LLM that was in 4 bits some weights are in 32, and then all are
+def restore_dtype(parameters: Iterable[nn.Parameter], tensors: Iterable[TensorInfo]) -> None:
+    """Gives parameters the type that all of their tensors have in a file: transformers gives all
+    weights the one type of config.json, also to an LLM with 16 bits beside parts in 32, and peft
+    makes float32 of an adapter's 16 bits, with which the answers are no more those of the trained
+    model."""
+    dtypes = {info.dtype for info in tensors}
+    # of several types float32 holds all numbers exactly; of an LLM that was in 4 bits some weights
+    # are in 32, and then all are
     if len(dtypes) == 1:
         dtype = FLOATS.get(dtypes.pop(), torch.float32)
-        for parameter in model.llm.parameters():
+        for parameter in parameters:
             parameter.data = parameter.data.to(dtype)
 
 
-def check_updates(model: PeftModel, file: Path) -> None:
+def check_updates(model: PeftModel, names: set[str], file: Path) -> None:
     """Raises DataError where the file of an adapter lacks an update, or has one that no layer
-    takes, of which peft only warns."""
+    takes, of which peft only warns.
+
+    Args:
+        names: of the file's tensors.
+    """
     expected = set(get_peft_model_state_dict(model))
-    names = set(read_header(file))
     problems = [f"{name} (missing)" for name in expected - names]
     problems += [f"{name} (unexpected)" for name in names - expected]
     if problems:
@@ -248,21 +258,6 @@ def check_updates(model: PeftModel, file: Path) -> None:
             f"{file}: its updates are not those of adapter_config.json: {min(problems)} and "
             f"{len(problems) - 1} more; export or copy the folder anew"
         )
-
-
-def restore_update_dtype(model: nn.Module, folder: Path) -> None:
-    """Gives the updates of a loaded adapter the type that they have in its file.
-
-    peft makes float32 of 16 bits, with which the answers are no more those of the trained model.
-    """
-    tensors = load_file(folder / "adapter_model.safetensors")
-    dtypes = {tensor.dtype for tensor in tensors.values()}
-    # of several types float32 holds all numbers exactly
-    if len(dtypes) == 1:
-        (dtype,) = dtypes
-        for name, parameter in model.named_parameters():
-            if ".lora_" in name:
-                parameter.data = parameter.data.to(dtype)
 
 
 def check_skeleton(folder: Path, shapes: dict[str, tuple[int, ...]]) -> None:
@@ -298,11 +293,6 @@ def load_processor(folder: Path) -> OwlfuseProcessor:
     return processor
 
 
-def is_weight(name: str) -> bool:
-    """Returns whether a tensor is not a counter, as batch norms have."""
-    return not name.endswith("num_batches_tracked")
-
-
 def describe_tensor(entry: str | tuple) -> str:
     """Returns a tensor's name, with both shapes where transformers gives them."""
     if isinstance(entry, str):
@@ -322,7 +312,9 @@ def check_weights(folder: Path) -> dict[str, TensorInfo]:
         weights |= header
         problems = []
         for tensor, info in header.items():
-            if is_weight(tensor) and not info.dtype.startswith(("F", "BF")):
+            # batch norms have a counter of this name
+            is_weight = not tensor.endswith("num_batches_tracked")
+            if is_weight and not info.dtype.startswith(("F", "BF")):
                 problems.append(f"{tensor} is {info.dtype}")
         if problems:
             raise DataError(
