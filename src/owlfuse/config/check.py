@@ -184,7 +184,7 @@ def _import(name: str) -> Any:
         return import_user_module(name)
     except ModuleNotFoundError as error:
         # itself, or its parent is no package
-        if error.name and f"{name}.".startswith(f"{error.name}."):
+        if error.name and is_within(name, error.name):
             return None
         raise
 
@@ -335,6 +335,11 @@ def nodes_of(value: Any, path: str = "") -> Iterator[tuple[str, dict[str, Any]]]
     for node_path, node in walk(value, path):
         if isinstance(node, dict):
             yield node_path, node
+
+
+def is_within(name: str, *parents: str) -> bool:
+    """Whether a dotted name is one of the parents or lies below one."""
+    return any(f"{name}.".startswith(f"{parent}.") for parent in parents)
 
 
 def _public_names(parent: Any) -> list[str]:

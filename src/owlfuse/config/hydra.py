@@ -18,7 +18,7 @@ from hydra.errors import MissingConfigException, OverrideParseException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from owlfuse.config.check import locate_target, parameters_of, walk
+from owlfuse.config.check import is_within, locate_target, parameters_of, walk
 from owlfuse.config.folders import EXPERIMENTS, ConfigFolders
 from owlfuse.config.messages import no_such_option
 from owlfuse.config.signatures import read_signature
@@ -83,7 +83,7 @@ class Composition:
                 return True
             groups |= _overridden_groups(content)
         keys = {group.rpartition("@")[2].strip("/").replace("/", ".") for group in groups}
-        return any(f"{path}.".startswith(f"{key}.") for key in keys)
+        return is_within(path, *keys)
 
     @cached_property
     def key_overrides(self) -> list[Override]:

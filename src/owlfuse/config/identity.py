@@ -17,6 +17,7 @@ from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 from typing import Any
 
+from owlfuse.config.check import is_within
 from owlfuse.core.environment import LIBRARIES, versions
 
 SOURCE = Path(__file__).resolve().parents[1]
@@ -53,9 +54,8 @@ def config_hash(config: dict[str, Any], changes: list[dict[str, Any]] | None = N
     hashed = {}
     for key, value in flat(config).items():
         # a group that holds nothing but ignored keys is as one without them
-        is_ignored = value == {} and any(name.startswith(f"{key}.") for name in IGNORED_KEYS)
-        is_ignored |= any(key == name or key.startswith(f"{name}.") for name in IGNORED_KEYS)
-        if not is_ignored:
+        is_empty = value == {} and any(is_within(name, key) for name in IGNORED_KEYS)
+        if not is_empty and not is_within(key, *IGNORED_KEYS):
             hashed[key] = value
     content = [hashed, changes] if changes else hashed
     return digest(json.dumps(content, sort_keys=True, default=str).encode())

@@ -28,7 +28,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from owlfuse.config.aliases import with_current_names
-from owlfuse.config.check import nodes_of, walk
+from owlfuse.config.check import is_within, nodes_of, walk
 from owlfuse.config.folders import find_folders
 from owlfuse.config.identity import is_installed
 from owlfuse.config.user_modules import import_user_module
@@ -333,7 +333,7 @@ def check_target(path: str, target: Any, file: Path) -> None:
     # Parts of owlfuse and lightning are judged by their base class below.
     if is_users and module.partition(".")[0] not in SLOT_PACKAGES:
         return
-    is_trusted = any(is_within(module, word) for word in trusted()) or imported_by_user(module)
+    is_trusted = is_within(module, *trusted()) or imported_by_user(module)
     if not (is_users or is_trusted):
         raise DataError(f"{key}: {target} is no part of owlfuse{remedy(module)}")
     part = locate(target, key)
@@ -378,11 +378,6 @@ def remedy(module: str) -> str:
         f", and no yaml of yours names it; if you trust it, import {module} first, or write: "
         f"owlfuse --trust {module} ..."
     )
-
-
-def is_within(module: str, parent: str) -> bool:
-    """Whether a module is the parent or lies below it."""
-    return f"{module}.".startswith(f"{parent}.")
 
 
 def imported_by_user(module: str) -> bool:
