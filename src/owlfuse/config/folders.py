@@ -6,7 +6,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from owlfuse.config.recipes import read_stages
+from owlfuse.config.recipes import read_stages, read_yaml
 from owlfuse.core.errors import ConfigError, label
 
 EXPERIMENTS = "experiments"  # Hydra's name for the group that `experiment=<name>` chooses from
@@ -99,6 +99,12 @@ class ConfigFolders:
             name = config_path.partition("/")[2]
             return self.recipe(name.rpartition("/")[0])
         return file
+
+    def content(self, config_path: str, file: Path) -> Any:
+        """Return the content of one entry of a defaults list in its file, unresolved: all of the
+        file, or of a recipe's only the stage."""
+        stage = self.stage(config_path)
+        return read_yaml(file) if stage is None else stage
 
     def _single_file(self, config_path: str) -> Path | None:
         """Return the yaml that holds this entry alone."""

@@ -126,15 +126,12 @@ class Composition:
             defaults = loader.compute_defaults_list(self.folders.root, self._lines, RunMode.RUN)
         layers = []
         for entry in defaults.defaults:
-            file = self.folders.file(entry.config_path) if entry.config_path else None
+            path = entry.config_path or ""
+            file = self.folders.file(path) if path else None
             if file is None:
                 continue
-            # A stage's file is the recipe's, which holds other stages too.
-            content: Any = self.folders.stage(str(entry.config_path))
-            if content is None:
-                content = OmegaConf.to_container(OmegaConf.load(file), resolve=False)
-            is_experiment = str(entry.config_path).startswith(f"{EXPERIMENTS}/")
-            layers.append((label(file), nested(content, entry.package or ""), is_experiment))
+            content = nested(self.folders.content(path, file), entry.package or "")
+            layers.append((label(file), content, path.startswith(f"{EXPERIMENTS}/")))
         for override in self.key_overrides:
             content = nested(override.value(), override.key_or_group)
             layers.append((COMMAND_LINE, content, True))
@@ -168,12 +165,10 @@ class Composition:
         stored: set[str] = set()
         while paths:
             path = paths.pop()
-            content: Any = self.folders.stage(path)
             file = self.folders.file(path)
             if path in stored or file is None:  # of a file that is missing, Hydra says so
                 continue
-            if content is None:
-                content = OmegaConf.to_container(OmegaConf.load(file), resolve=False)
+            content = self.folders.content(path, file)
             group, _, option = path.rpartition("/")
             store.store(option, content, group, package="_global_")
             stored.add(path)
