@@ -75,7 +75,7 @@ class Composition:
     def asks_for(self, path: str) -> bool:
         """Whether the experiment or the command line sets a key or one below it, or chooses the
         option of its group; else its value is that of train.yaml's defaults."""
-        groups = {o.get_key_element() for o in self.overrides if o not in self.key_overrides}
+        groups = {override.get_key_element() for override in self.group_overrides}
         for _, content, is_asked in self._layers:
             if not is_asked:
                 continue
@@ -86,14 +86,19 @@ class Composition:
         return is_within(path, *keys)
 
     @cached_property
-    def key_overrides(self) -> list[Override]:
-        """Overrides of keys, without those that choose an option of a group."""
-        selected = []
+    def group_overrides(self) -> list[Override]:
+        """Overrides that choose an option of a group."""
+        overrides = []
         for override in self.overrides:
-            chooses_option = override.key_or_group in self.folders.groups
-            if not chooses_option or isinstance(override.value(), dict):
-                selected.append(override)
-        return selected
+            is_group = override.key_or_group in self.folders.groups
+            if is_group and not isinstance(override.value(), dict):
+                overrides.append(override)
+        return overrides
+
+    @cached_property
+    def key_overrides(self) -> list[Override]:
+        """Overrides of keys, a whole group of them among these."""
+        return [override for override in self.overrides if override not in self.group_overrides]
 
     @cached_property
     def null_groups(self) -> set[str]:
@@ -224,9 +229,8 @@ class Composition:
         is there; None where the keys are right or the files themselves do not compose."""
         if not self.key_overrides:
             return None
-        group_overrides = [o for o in self.overrides if o not in self.key_overrides]
         try:
-            config = Composition(self.folders, group_overrides, self.experiment).compose()
+            config = Composition(self.folders, self.group_overrides, self.experiment).compose()
         except ConfigError:
             return None
         with open_dict(config):
