@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from owlfuse import __version__
-from owlfuse.config.folders import ConfigFolders, find_folders
+from owlfuse.config.folders import ConfigFolders, find_folders, known_runs
 from owlfuse.config.messages import split_settings
 from owlfuse.config.recipes import PARTS
 from owlfuse.config.user_modules import import_user_module
@@ -309,7 +309,7 @@ def completions(line: str, commands: Iterable[str]) -> list[str]:
     command, folders = before[0], find_folders()
     if last.startswith(("resume=", "init_from=")):
         key = last.partition("=")[0]
-        return matching(last, [f"{key}={run}" for run in runs()])
+        return matching(last, [f"{key}={run}" for run in known_runs()])
     if command == "recipe" and len(before) == 1:
         return matching(last, folders.recipe_names)
     if command == "ablate" and len(before) == 1:
@@ -323,7 +323,7 @@ def completions(line: str, commands: Iterable[str]) -> list[str]:
         # A task is named behind the model.
         if command == "eval" and len(before) > 1:
             tasks = [f"task={name}" for name in folders.options("task")]
-        return matching(last, [*runs(), *tasks])
+        return matching(last, [*known_runs(), *tasks])
     fixed = {"data": ["shapes"], "completion": list(SCRIPTS)}
     return matching(last, fixed.get(command, []))
 
@@ -353,13 +353,6 @@ def matching(last: str, words: Iterable[str]) -> list[str]:
         if word.startswith(last):
             matches.add(word)
     return sorted(matches)
-
-
-def runs() -> list[str]:
-    """Return the runs below ./runs."""
-    # Stages of recipes lie one folder deeper than other runs.
-    files = [*Path("runs").glob("*/*/config.yaml"), *Path("runs").glob("*/*/*/config.yaml")]
-    return sorted({str(file.parent) for file in files})
 
 
 EXIT_CODES = """\

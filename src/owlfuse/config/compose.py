@@ -18,13 +18,13 @@ from omegaconf.errors import OmegaConfBaseException
 
 from owlfuse.config.build import to_dict
 from owlfuse.config.check import Origin, check_arguments, check_targets
-from owlfuse.config.folders import EXPERIMENTS, ConfigFolders, find_folders
+from owlfuse.config.folders import EXPERIMENTS, ConfigFolders, find_folders, known_runs
 from owlfuse.config.hydra import OPTIONAL_GROUPS, Composition, dotted_items, read_overrides
 from owlfuse.config.messages import check_name, no_such_option
 from owlfuse.config.recipes import PARTS
 from owlfuse.config.trust import accept, check_weights, read_run_config
 from owlfuse.core.errors import COMMAND_LINE, ConfigError, DataError, label, nearest, nearest_key
-from owlfuse.core.folder_kinds import describe_path
+from owlfuse.core.folder_kinds import describe_path, runs_in
 
 log = logging.getLogger(__name__)
 
@@ -329,10 +329,8 @@ def find_run(folder: str | Path) -> Path:
         return run
     if kind := describe_path(run):
         raise ConfigError(f"{COMMAND_LINE}: {folder} {kind}")
-    files = list(run.parent.glob("*/config.yaml"))  # no deeper: above it may be the whole disk
-    files += Path("runs").glob("*/*/config.yaml")
-    files += Path("runs").glob("*/*/*/config.yaml")  # stages of recipes
-    runs = {str(file.parent) for file in files}
+    # no deeper than its neighbours: above them may be the whole disk
+    runs = [*runs_in(run.parent), *known_runs()]
     runs_by_name = {Path(path).name: path for path in runs}
     match = nearest(str(run), runs)
     if match is None:

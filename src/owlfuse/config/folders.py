@@ -138,6 +138,13 @@ def find_folders(config_dir: str | Path | None = None) -> ConfigFolders:
     )
 
 
+def known_runs() -> list[str]:
+    """Return the runs below ./runs."""
+    # Stages of recipes lie one folder deeper than other runs.
+    files = [*Path("runs").glob("*/*/config.yaml"), *Path("runs").glob("*/*/*/config.yaml")]
+    return sorted({str(file.parent) for file in files})
+
+
 def _first_file(folders: tuple[Path, ...], name: str) -> Path | None:
     """Return the first folder's file of a name. Raises ConfigError where a later folder has another
     one of the name, which would be ignored."""
