@@ -230,7 +230,10 @@ def _report(arguments: argparse.Namespace) -> None:
 
 
 def _completion(arguments: argparse.Namespace) -> None:
-    completion_command(arguments.shell, arguments.line, COMMANDS)
+    if arguments.shell in SCRIPTS:
+        print(SCRIPTS[arguments.shell], end="")
+    else:  # `words`, of which each takes a line
+        print("\n".join(completions(arguments.line)))
 
 
 COMMANDS = {
@@ -290,22 +293,13 @@ for fish, in ~/.config/fish/config.fish:   owlfuse completion fish | source
 """
 
 
-def completion_command(shell: str, line: str, commands: Iterable[str]) -> None:
-    """Print a shell's script, or with `words` the completions of the last word of a command line,
-    a line each."""
-    if shell in SCRIPTS:
-        print(SCRIPTS[shell], end="")
-    else:
-        print("\n".join(completions(line, commands)))
-
-
-def completions(line: str, commands: Iterable[str]) -> list[str]:
+def completions(line: str) -> list[str]:
     """Return the completions of the last word of a command line up to the cursor."""
     words = line.split(" ")
     # The first word is `owlfuse` itself, and two spaces make an empty one.
     last, before = words[-1], [word for word in words[1:-1] if word]
     if not before:
-        return matching(last, [*commands, "--help", "--version"])
+        return matching(last, [*COMMANDS, "--help", "--version"])
     command, folders = before[0], find_folders()
     if last.startswith(("resume=", "init_from=")):
         key = last.partition("=")[0]
