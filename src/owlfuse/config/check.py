@@ -78,7 +78,8 @@ def check_targets(
     if not importing:
         return
     for path, node in nodes:
-        _check_target(path, node, origin)
+        key = f"{path}._target_" if path else "_target_"
+        _check_call(locate_target(node["_target_"], key, origin), path, node, origin)
 
 
 def check_arguments(
@@ -152,7 +153,7 @@ def locate_target(target: Any, key: str, origin: Origin) -> Any:
     def error(reason: str) -> ConfigError:  # only here, since an origin takes reading the files
         return ConfigError(f"{origin(key)}: {key}: {reason}")
 
-    if not isinstance(target, str) or not all(part.isidentifier() for part in target.split(".")):
+    if not is_dotted_path(target):
         raise error(f"{target!r} is not a dotted path to a class or function")
     part: Any = None
     names = target.split(".")
@@ -177,6 +178,11 @@ def locate_target(target: Any, key: str, origin: Origin) -> Any:
     return part
 
 
+def is_dotted_path(target: Any) -> bool:
+    """Whether a value is a text of identifiers with points between them."""
+    return isinstance(target, str) and all(part.isidentifier() for part in target.split("."))
+
+
 def _import(name: str) -> Any:
     """Return the module, or None where there is no such module. Raises ModuleNotFoundError for a
     module that it imports and that is missing."""
@@ -197,26 +203,14 @@ def parameters_of(callable_: Callable) -> dict[str, inspect.Parameter] | None:
         return None
 
 
-def _check_target(path: str, node: dict[str, Any], origin: Origin) -> None:
-    key = f"{path}._target_" if path else "_target_"
-    _check_call(locate_target(node["_target_"], key, origin), path, node, origin)
-
-
 def _check_call(
     callable_: Callable,
     path: str,
     node: dict[str, Any],
     origin: Origin,
 ) -> None:
-    is_partial = bool(node.get("_partial_"))
-    check_arguments(
-        callable_,
-        f" of {node['_target_']}",
-        path,
-        node,
-        origin,
-        is_partial,
-    )
+    name = f" of {node['_target_']}"
+    check_arguments(callable_, name, path, node, origin, bool(node.get("_partial_")))
 
 
 def _check_value(

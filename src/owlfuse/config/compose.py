@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -154,7 +155,7 @@ def compose_root(root: str, overrides: list[str]) -> ComposedConfig:
     folders = replace(find_folders(), root=root)
     config = _compose(Composition(folders, read_overrides(overrides, folders)))
     _resolve(config)
-    check_targets(to_dict(config), lambda path: origin_of(config, path), importing=False)
+    check_targets(to_dict(config), partial(origin_of, config), importing=False)
     return config
 
 
@@ -168,10 +169,7 @@ def check(config: DictConfig, importing: bool = True) -> None:
         ConfigError: the first mistake.
     """
     plain = to_dict(config)
-
-    def origin(path: str) -> str:
-        return origin_of(config, path)
-
+    origin = partial(origin_of, config)
     check_levels(plain, origin)
     check_steps(plain["trainer"], origin)
     check_targets(plain, origin, importing)

@@ -28,7 +28,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from owlfuse.config.aliases import with_current_names
-from owlfuse.config.check import is_within, nodes_of, walk
+from owlfuse.config.check import is_dotted_path, is_within, nodes_of, walk
 from owlfuse.config.folders import find_folders
 from owlfuse.config.identity import is_installed
 from owlfuse.config.user_modules import import_user_module
@@ -322,8 +322,7 @@ def check_target(path: str, target: Any, file: Path) -> None:
     Raises DataError.
     """
     key = f"{file}: {path}._target_"
-    is_dotted = isinstance(target, str) and "." in target
-    if not is_dotted or not all(part.isidentifier() for part in target.split(".")):
+    if not is_dotted_path(target) or "." not in target:
         raise DataError(f"{key}: {str(target)[:80]!r} is no dotted path to a class")
     slot = next((slot for slot in SLOTS if fnmatch.fnmatchcase(path, slot.path)), None)
     if slot is not None and target in slot.targets:
