@@ -373,18 +373,16 @@ def load_run_model(
     folder: Path,
     config: dict[str, Any],
     vocab_size: int,
-    checkpoint: Path | None = None,
+    checkpoint: Path,
 ) -> tuple[MultimodalLM, dict[str, Any]]:
-    """Returns the model of a run's checkpoint, by default of its newest good one (see
-    `runs.chosen_checkpoint`), its frozen weights made anew as training made them, and of the
-    checkpoint what `read` gives.
+    """Returns the model of a run's checkpoint, its frozen weights made anew as training made them,
+    and of the checkpoint what `read` gives.
 
     Raises:
-        ConfigError: the run has no good checkpoint.
         DataError: it does not fit the model, or the frozen weights are others now.
     """
     config = with_paths_found(config, folder)
-    weights, content = read(checkpoint or chosen_checkpoint(folder, "last"))
+    weights, content = read(checkpoint)
     frozen = content.get("frozen", {})
     # frozen random weights are made again, not stored: the same draws as in training
     lightning.seed_everything(config["seed"], workers=True, verbose=False)
