@@ -19,6 +19,7 @@ from typing import Any
 
 from owlfuse.config.check import is_within
 from owlfuse.core.environment import LIBRARIES, versions
+from owlfuse.core.files import sha256
 
 SOURCE = Path(__file__).resolve().parents[1]
 # The module whose imports are the code of a training and of its evaluation.
@@ -76,7 +77,7 @@ def code_hash(config: dict[str, Any]) -> str:
     files |= user_files({target.partition(".")[0] for target in targets})
     lines = []
     for name, file in files.items():
-        lines.append(f"{name} {hashlib.sha256(file.read_bytes()).hexdigest()}")
+        lines.append(f"{name} {sha256(file)}")
     return digest("\n".join([*lines, json.dumps(versions())]).encode())
 
 
