@@ -131,20 +131,18 @@ def read_past(checkpoint: Path) -> Past:
     # an older release called some parts otherwise
     config = with_current_names(record.get("config")) or read_run(checkpoint.parent.parent)
     positions = content.get("step_positions") or [(0, 0, config["data"]["global_batch_size"])]
-    changes, identity = record.get("changes", []), record.get("identity", {})
     if "metrics" in content:
         metrics = content["metrics"]
     else:  # a run of before November 2026, which has it in a file beside
         metrics = read_if_there(checkpoint.with_suffix(".csv"))
         metrics = metrics or read_if_there(checkpoint.parent.parent / "metrics.csv")
-    new_tokens = content.get("new_tokens", {})
     return Past(
         step,
         config,
         StepPositions(positions),
-        changes,
-        identity,
-        new_tokens,
+        record.get("changes", []),
+        record.get("identity", {}),
+        content.get("new_tokens", {}),
         metrics,
         record.get("code"),
     )
