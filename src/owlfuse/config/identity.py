@@ -166,6 +166,8 @@ def user_files(modules: set[str]) -> dict[str, Path]:
         if spec is None or not spec.origin or not spec.origin.endswith(".py"):
             continue
         file = Path(spec.origin).resolve()
+        if module not in modules and is_installed(file):
+            continue
         is_package = bool(spec.submodule_search_locations)
         # A package as a whole, since its relative imports are not followed.
         module_files = sorted(file.parent.rglob("*.py")) if is_package else [file]
@@ -174,9 +176,8 @@ def user_files(modules: set[str]) -> dict[str, Path]:
             files[f"{module}/{path.relative_to(file.parent)}"] = path
             if not is_installed(file):
                 imported |= {name.partition(".")[0] for name in imported_names(path)}
-        new_modules = imported - visited - set(waiting)
         # Sorted, so that the order of the walk does not depend on hashes.
-        waiting += sorted(name for name in new_modules if is_users(name))
+        waiting += sorted(imported - visited - set(waiting))
     return dict(sorted(files.items()))
 
 
@@ -189,14 +190,6 @@ def spec_of(module: str) -> ModuleSpec | None:
     if module in sys.modules:
         return sys.modules[module].__spec__
     return importlib.util.find_spec(module) or PathFinder.find_spec(module, [os.getcwd()])
-
-
-def is_users(module: str) -> bool:
-    """Whether a module is a file of the user's, and not installed."""
-    spec = spec_of(module)
-    if spec is None or not spec.origin:
-        return False
-    return not is_installed(Path(spec.origin).resolve())
 
 
 def is_installed(file: Path) -> bool:
