@@ -385,13 +385,11 @@ def _compose_resumed(lines: list[str], run: Path, folders: ConfigFolders) -> Com
 def _resumed_run(overrides: list[str]) -> Path | None:
     """Return the folder of the last `resume=`, read outside of Hydra's grammar: a folder may be
     named `lr=1,2`."""
-    values = []
+    folder = ""
     for line in overrides:
         if line.startswith("resume="):
-            values.append(line.partition("=")[2].strip("'\""))
-    if not values or values[-1] in ("", "null"):
-        return None
-    return find_run(values[-1])
+            folder = line.removeprefix("resume=").strip("'\"")
+    return None if folder in ("", "null") else find_run(folder)
 
 
 def _compose(composition: Composition) -> ComposedConfig:

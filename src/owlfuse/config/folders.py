@@ -38,9 +38,8 @@ class ConfigFolders:
     def experiment_names(self) -> list[str]:
         """Names for experiment=<name>, in subfolders as `folder/name`, without recipes and
         ablations."""
-        names = _yamls(self.experiments)
         experiments = []
-        for name in names:
+        for name in _yamls(self.experiments):
             if name.rpartition("/")[2] not in (RECIPE, ABLATION):
                 experiments.append(name)
         return sorted(experiments)
