@@ -438,34 +438,30 @@ def check_backbone(vision: dict[str, Any], file: Path | str, hub: bool = True) -
     """
     for path, node in nodes_of(vision, "vision"):
         # The backbone itself has one, too, where the folder is what it should be.
-        if path == "vision" or "_target_" in node:
-            check_timm_arguments(path, node, file, hub)
-
-
-def check_timm_arguments(path: str, node: dict[str, Any], file: Path | str, hub: bool) -> None:
-    """Check the arguments of one timm model, see `check_backbone`."""
-    kwargs = node.get("kwargs") or {}
-    if not isinstance(kwargs, dict):
-        raise DataError(
-            f"{file}: {path}.kwargs is a {type(kwargs).__name__}, expected a group of keys"
-        )
-    for key, value in kwargs.items():
-        is_overlay = key == "pretrained_cfg_overlay" and isinstance(value, dict)
-        if is_overlay and set(value) <= PREPROCESSING:
+        if path != "vision" and "_target_" not in node:
             continue
-        if str(key).startswith(WEIGHT_OPTIONS):
+        kwargs = node.get("kwargs") or {}
+        if not isinstance(kwargs, dict):
             raise DataError(
-                f"{file}: {path}.kwargs.{key}: a file or address of weights, which a model's "
-                "folder may not name"
+                f"{file}: {path}.kwargs is a {type(kwargs).__name__}, expected a group of keys"
             )
-    name = node.get("name")
-    if hub or not isinstance(name, str) or not HUB_NAME.match(name):
-        return
-    if name not in trusted() and not named_by_user(name, Path(file)):
-        raise DataError(
-            f"{file}: {path}.name is {name[:120]}, which would be fetched from elsewhere; "
-            f"if you trust it, write: owlfuse --trust {name[:120]} ..."
-        )
+        for key, value in kwargs.items():
+            is_overlay = key == "pretrained_cfg_overlay" and isinstance(value, dict)
+            if is_overlay and set(value) <= PREPROCESSING:
+                continue
+            if str(key).startswith(WEIGHT_OPTIONS):
+                raise DataError(
+                    f"{file}: {path}.kwargs.{key}: a file or address of weights, which a model's "
+                    "folder may not name"
+                )
+        name = node.get("name")
+        if hub or not isinstance(name, str) or not HUB_NAME.match(name):
+            continue
+        if name not in trusted() and not named_by_user(name, Path(file)):
+            raise DataError(
+                f"{file}: {path}.name is {name[:120]}, which would be fetched from elsewhere; "
+                f"if you trust it, write: owlfuse --trust {name[:120]} ..."
+            )
 
 
 def check_timm_inside(key: str, value: Any, where: str) -> None:
