@@ -513,8 +513,9 @@ def _add_runs(commands: Any) -> None:
         add_help=False,
     )
     train.add_argument("-h", "--help", action=TrainHelp, nargs=0, help="this page")
-    text = "a run for every combination of listed values"
-    train.add_argument("-m", "--multirun", action="store_true", help=text)
+    train.add_argument(
+        "-m", "--multirun", action="store_true", help="a run for every combination of listed values"
+    )
     _add_command(
         commands,
         "recipe",
@@ -588,22 +589,38 @@ def _add_models(commands: Any) -> None:
             "without one it is a conversation; which=best: a run's best checkpoint",
         ),
     )
-    text = "a picture to ask about; may be repeated"
-    chat.add_argument("--image", action="append", default=[], metavar="PATH", help=text)
+    chat.add_argument(
+        "--image",
+        action="append",
+        default=[],
+        metavar="PATH",
+        help="a picture to ask about; may be repeated",
+    )
     chat.add_argument("--max-new-tokens", type=int, default=256, metavar="N")
     chat.add_argument("--temperature", type=float, default=0.0, help="0: the likeliest answer")
-    text = "have the model think first, where its chat template knows how"
-    chat.add_argument("--thinking", action="store_true", help=text)
-    text = "draw where the (last) answer looked in the pictures, into a file"
-    chat.add_argument("--explain", metavar="PNG", help=text)
+    chat.add_argument(
+        "--thinking",
+        action="store_true",
+        help="have the model think first, where its chat template knows how",
+    )
+    chat.add_argument(
+        "--explain",
+        metavar="PNG",
+        help="draw where the (last) answer looked in the pictures, into a file",
+    )
 
     demo = _add_command(
         commands, "demo", "a page in the browser: several models side by side", epilog=DEMO
     )
-    text = "exported or imported folders, or runs'; which=best"
-    demo.add_argument("folders", nargs="+", metavar="OUT", help=text)
-    text = "by default the first free one from 7860 on"
-    demo.add_argument("--port", type=int, metavar="N", help=text)
+    demo.add_argument(
+        "folders",
+        nargs="+",
+        metavar="OUT",
+        help="exported or imported folders, or runs'; which=best",
+    )
+    demo.add_argument(
+        "--port", type=int, metavar="N", help="by default the first free one from 7860 on"
+    )
 
 
 def _add_data(commands: Any) -> None:
@@ -621,8 +638,9 @@ def _add_data(commands: Any) -> None:
         ("folder", "DIR", "a folder that is written"),
     )
     shapes.add_argument("--seed", type=int, default=0)
-    text = "pictures to train with"
-    shapes.add_argument("--pictures", type=int, default=12000, metavar="N", help=text)
+    shapes.add_argument(
+        "--pictures", type=int, default=12000, metavar="N", help="pictures to train with"
+    )
 
     completion = _add_command(
         commands, "completion", "print a script for a shell's Tab key", epilog=HELP
