@@ -208,7 +208,7 @@ def check_free(folder: Path) -> None:
             path.unlink()
 
 
-def write_config(config: DictConfig, folder: Path, changes: Sequence[dict[str, Any]] = ()) -> None:
+def write_config(config: DictConfig, folder: Path, changes: Sequence[dict[str, Any]]) -> None:
     """Makes the folder and writes the resolved configuration, from which the run can be repeated;
     on the first rank alone.
 

@@ -203,7 +203,7 @@ def is_installed(file: Path) -> bool:
 
 
 def differing_hash(
-    actual: dict[str, Any], expected: dict[str, Any], accept_changed_data: bool = False
+    actual: dict[str, Any], expected: dict[str, Any], accept_changed_data: bool
 ) -> str | None:
     """Return which of `config`, `code` and `data` is not the same; None where all are. Hashes of
     data count where both have one: older results have none, and a plan opens no data."""

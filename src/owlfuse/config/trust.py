@@ -82,6 +82,11 @@ def below(package: str, *names: str) -> tuple[str, ...]:
     return tuple(f"{package}.{name}" for name in names)
 
 
+BACKBONES = below(
+    "owlfuse",
+    "model.vision.backbone.TimmBackbone",
+    "artifacts.released.vision.TimmBackboneWithEps",
+)
 FORMATS = below(
     "owlfuse.data.formats",
     "alpaca.Alpaca",
@@ -95,21 +100,12 @@ FORMATS = below(
 SLOTS = (
     Slot(
         "model.vision",
-        below(
-            "owlfuse",
-            "model.vision.backbone.TimmBackbone",
-            "model.vision.multi.MultiBackbone",
-            "artifacts.released.vision.TimmBackboneWithEps",
-        ),
+        (*BACKBONES, "owlfuse.model.vision.multi.MultiBackbone"),
         "torch.nn.Module",
     ),
     Slot(
         "model.vision.backbones.*",
-        below(
-            "owlfuse",
-            "model.vision.backbone.TimmBackbone",
-            "artifacts.released.vision.TimmBackboneWithEps",
-        ),
+        BACKBONES,
         "owlfuse.model.vision.backbone.TimmBackbone",
     ),
     Slot(
