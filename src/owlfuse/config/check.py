@@ -78,8 +78,7 @@ def check_targets(
     if not importing:
         return
     for path, node in nodes:
-        key = f"{path}._target_" if path else "_target_"
-        _check_call(locate_target(node["_target_"], key, origin), path, node, origin)
+        _check_target(path, node, origin)
 
 
 def check_arguments(
@@ -201,6 +200,11 @@ def parameters_of(callable_: Callable) -> dict[str, inspect.Parameter] | None:
         return dict(inspect.signature(callable_).parameters)
     except (TypeError, ValueError):
         return None
+
+
+def _check_target(path: str, node: dict[str, Any], origin: Origin) -> None:
+    key = f"{path}._target_" if path else "_target_"
+    _check_call(locate_target(node["_target_"], key, origin), path, node, origin)
 
 
 def _check_call(
