@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from owlfuse import __version__
-from owlfuse.config.folders import ConfigFolders, find_folders
+from owlfuse.config.folders import ConfigFolders, find_folders, known_runs
 from owlfuse.config.messages import split_settings
 from owlfuse.config.recipes import PARTS
 from owlfuse.config.user_modules import import_user_module
@@ -230,7 +230,10 @@ def _report(arguments: argparse.Namespace) -> None:
 
 
 def _completion(arguments: argparse.Namespace) -> None:
-    completion_command(arguments.shell, arguments.line, COMMANDS)
+    if arguments.shell in SCRIPTS:
+        print(SCRIPTS[arguments.shell], end="")
+    else:  # `words`, of which each takes a line
+        print("\n".join(completions(arguments.line)))
 
 
 COMMANDS = {
@@ -290,26 +293,17 @@ for fish, in ~/.config/fish/config.fish:   owlfuse completion fish | source
 """
 
 
-def completion_command(shell: str, line: str, commands: Iterable[str]) -> None:
-    """Print a shell's script, or with `words` the completions of the last word of a command line,
-    a line each."""
-    if shell in SCRIPTS:
-        print(SCRIPTS[shell], end="")
-    else:
-        print("\n".join(completions(line, commands)))
-
-
-def completions(line: str, commands: Iterable[str]) -> list[str]:
+def completions(line: str) -> list[str]:
     """Return the completions of the last word of a command line up to the cursor."""
     words = line.split(" ")
     # The first word is `owlfuse` itself, and two spaces make an empty one.
     last, before = words[-1], [word for word in words[1:-1] if word]
     if not before:
-        return matching(last, [*commands, "--help", "--version"])
+        return matching(last, [*COMMANDS, "--help", "--version"])
     command, folders = before[0], find_folders()
     if last.startswith(("resume=", "init_from=")):
         key = last.partition("=")[0]
-        return matching(last, [f"{key}={run}" for run in runs()])
+        return matching(last, [f"{key}={run}" for run in known_runs()])
     if command == "recipe" and len(before) == 1:
         return matching(last, folders.recipe_names)
     if command == "ablate" and len(before) == 1:
@@ -323,7 +317,7 @@ def completions(line: str, commands: Iterable[str]) -> list[str]:
         # A task is named behind the model.
         if command == "eval" and len(before) > 1:
             tasks = [f"task={name}" for name in folders.options("task")]
-        return matching(last, [*runs(), *tasks])
+        return matching(last, [*known_runs(), *tasks])
     fixed = {"data": ["shapes"], "completion": list(SCRIPTS)}
     return matching(last, fixed.get(command, []))
 
@@ -353,13 +347,6 @@ def matching(last: str, words: Iterable[str]) -> list[str]:
         if word.startswith(last):
             matches.add(word)
     return sorted(matches)
-
-
-def runs() -> list[str]:
-    """Return the runs below ./runs."""
-    # Stages of recipes lie one folder deeper than other runs.
-    files = [*Path("runs").glob("*/*/config.yaml"), *Path("runs").glob("*/*/*/config.yaml")]
-    return sorted({str(file.parent) for file in files})
 
 
 EXIT_CODES = """\
@@ -526,8 +513,9 @@ def _add_runs(commands: Any) -> None:
         add_help=False,
     )
     train.add_argument("-h", "--help", action=TrainHelp, nargs=0, help="this page")
-    text = "a run for every combination of listed values"
-    train.add_argument("-m", "--multirun", action="store_true", help=text)
+    train.add_argument(
+        "-m", "--multirun", action="store_true", help="a run for every combination of listed values"
+    )
     _add_command(
         commands,
         "recipe",
@@ -601,22 +589,38 @@ def _add_models(commands: Any) -> None:
             "without one it is a conversation; which=best: a run's best checkpoint",
         ),
     )
-    text = "a picture to ask about; may be repeated"
-    chat.add_argument("--image", action="append", default=[], metavar="PATH", help=text)
+    chat.add_argument(
+        "--image",
+        action="append",
+        default=[],
+        metavar="PATH",
+        help="a picture to ask about; may be repeated",
+    )
     chat.add_argument("--max-new-tokens", type=int, default=256, metavar="N")
     chat.add_argument("--temperature", type=float, default=0.0, help="0: the likeliest answer")
-    text = "have the model think first, where its chat template knows how"
-    chat.add_argument("--thinking", action="store_true", help=text)
-    text = "draw where the (last) answer looked in the pictures, into a file"
-    chat.add_argument("--explain", metavar="PNG", help=text)
+    chat.add_argument(
+        "--thinking",
+        action="store_true",
+        help="have the model think first, where its chat template knows how",
+    )
+    chat.add_argument(
+        "--explain",
+        metavar="PNG",
+        help="draw where the (last) answer looked in the pictures, into a file",
+    )
 
     demo = _add_command(
         commands, "demo", "a page in the browser: several models side by side", epilog=DEMO
     )
-    text = "exported or imported folders, or runs'; which=best"
-    demo.add_argument("folders", nargs="+", metavar="OUT", help=text)
-    text = "by default the first free one from 7860 on"
-    demo.add_argument("--port", type=int, metavar="N", help=text)
+    demo.add_argument(
+        "folders",
+        nargs="+",
+        metavar="OUT",
+        help="exported or imported folders, or runs'; which=best",
+    )
+    demo.add_argument(
+        "--port", type=int, metavar="N", help="by default the first free one from 7860 on"
+    )
 
 
 def _add_data(commands: Any) -> None:
@@ -634,8 +638,9 @@ def _add_data(commands: Any) -> None:
         ("folder", "DIR", "a folder that is written"),
     )
     shapes.add_argument("--seed", type=int, default=0)
-    text = "pictures to train with"
-    shapes.add_argument("--pictures", type=int, default=12000, metavar="N", help=text)
+    shapes.add_argument(
+        "--pictures", type=int, default=12000, metavar="N", help="pictures to train with"
+    )
 
     completion = _add_command(
         commands, "completion", "print a script for a shell's Tab key", epilog=HELP

@@ -86,11 +86,11 @@ def check_files(folder: Path) -> None:
     Raises DataError with the file and what is wrong.
     """
     # transformers would load the base model that it names
-    if (folder / "adapter_config.json").exists():
-        file = folder / "adapter_config.json"
+    adapter_file = folder / "adapter_config.json"
+    if adapter_file.exists():
         raise DataError(
-            f"{file}: names another model; owlfuse's adapters lie in {folder / 'adapter'}; remove "
-            "the file"
+            f"{adapter_file}: names another model; owlfuse's adapters lie in {folder / 'adapter'}; "
+            "remove the file"
         )
     for file in sorted(folder.glob("*.json")):
         is_table = file.name in TABLE_FILES or file.name.endswith(".index.json")
@@ -205,8 +205,10 @@ def check_adapter(folder: Path) -> None:
         raise DataError(
             f"{file}: peft_type is {str(content.get('peft_type'))[:40]}, and owlfuse exports LORA"
         )
+    defaults = LoraConfig().to_dict()
     for key, value in content.items():
-        if key not in ADAPTER_KEYS and not is_default(key, value):
+        is_default = not value or (key in defaults and defaults[key] == value)
+        if key not in ADAPTER_KEYS and not is_default:
             raise DataError(
                 f"{file}: {key}: no key of an adapter that owlfuse exports; such a folder is not "
                 "read"
@@ -220,12 +222,6 @@ def check_adapter(folder: Path) -> None:
         raise DataError(
             f"{folder / 'adapter_model.safetensors'} is missing; export or copy the folder anew"
         )
-
-
-def is_default(key: str, value: Any) -> bool:
-    """Returns whether a value is empty or the default of peft's LoraConfig."""
-    default = LoraConfig().to_dict()
-    return not value or (key in default and default[key] == value)
 
 
 def error_reason(error: Exception) -> str:

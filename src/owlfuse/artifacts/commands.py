@@ -67,11 +67,10 @@ def write_export(folder: Path, out: str, options: dict[str, str]) -> None:
     if layers := quantized_layers(trained.model):
         layer: Any = next(iter(layers.values()))
         compute_dtype = str(layer.compute_dtype).removeprefix("torch.")
-        note = (
+        print_note(
             f"{len(layers)} layers of the LLM are in 4 bits, and {out} has the numbers that these "
             f"stand for, in the precision of {compute_dtype}"
         )
-        print(visible(note))
     # the released layout has no place for adapters
     if options["layout"] == "released":
         if merge:
@@ -79,49 +78,46 @@ def write_export(folder: Path, out: str, options: dict[str, str]) -> None:
         # a released folder has no tensors for the scales of weights in 4 bits
         dequantize(trained.model, floating_dtype(trained.model))
         save(trained.model, out, max_shard_size=shards)
-        print(visible(f"{out} is in the released layout"))
+        print_note(f"{out} is in the released layout")
         return
     export(trained, Path(out), merge=merge, max_shard_size=shards, source=folder.name)
     if trained.results is None and (folder / "results.json").exists():
-        results_note = (
+        print_note(
             f"{out}/README.md has no results: {folder}/results.json is of other weights; owlfuse "
             f"eval {folder} which={options['which']} makes those of these"
         )
-        print(visible(results_note))
     if (Path(out).expanduser() / ADAPTER).is_dir():
-        adapter_note = (
+        print_note(
             f"the LoRA adapter is in {out}/{ADAPTER}, and {out}'s weights are those without it; "
             "merge=true folds it in"
         )
-        print(visible(adapter_note))
     print_next_steps(out)
 
 
 def print_next_steps(out: str) -> None:
     """Prints what can be done with an exported folder."""
-    print(
-        visible(
-            f"{out}: chat with it by `owlfuse chat {out}`, start a run from it by init_from={out}"
-        )
+    print_note(
+        f"{out}: chat with it by `owlfuse chat {out}`, start a run from it by init_from={out}"
     )
+
+
+def print_note(note: str) -> None:
+    """Prints what a name of the user's is in, which may hold control characters."""
+    print(visible(note))
 
 
 def import_command(source: str, out: str, words: list[str]) -> None:
     """Imports a released mPLUG-Owl to OUT. Raises ConfigError, DataError."""
     options = read_options(words, {"max_shard_size": "5GB"})
-    write_import(check_released(Path(source)), out, options["max_shard_size"])
+    folder = check_released(Path(source))
+    with quiet_libraries():
+        from owlfuse.artifacts.importing import import_released
+
+        import_released(folder, Path(out), options["max_shard_size"])
+        print_next_steps(out)
 
 
-@quiet_libraries()
-def write_import(folder: Path, out: str, max_shard_size: str) -> None:
-    """Writes a folder's released model to OUT."""
-    from owlfuse.artifacts.importing import import_released
-
-    import_released(folder, Path(out), max_shard_size)
-    print_next_steps(out)
-
-
-def read_trained(folder: Path, which: str = "last") -> TrainedModel:
+def read_trained(folder: Path, which: str) -> TrainedModel:
     """The model of a run or of an exported folder."""
     from owlfuse.artifacts.load import TrainedModel, load_exported, load_run
 

@@ -51,7 +51,7 @@ TEMPLATES = {
 }
 
 
-def import_released(folder: Path, out: Path, max_shard_size: str = "5GB") -> None:
+def import_released(folder: Path, out: Path, max_shard_size: str) -> None:
     """Writes OUT, a released folder's model as an export."""
     model = load(folder)
     tokenizer, image_token = load_released_tokenizer(folder, model.released)

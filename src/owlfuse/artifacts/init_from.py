@@ -95,7 +95,10 @@ def find_conflicts(
     free = {"config", "quantization"}
     if "_target_" in requested:
         free |= compute_only(requested) | loading_options(requested)
-    folder_values = {**argument_defaults(in_folder), **in_folder}
+    folder_values = in_folder
+    # what a folder means that lacks a key, since a later release added it
+    if "_target_" in in_folder:
+        folder_values = {**defaults_of(get_object(in_folder["_target_"])), **in_folder}
     conflicts: dict[str, tuple[Any, Any]] = {}
     for name, value in requested.items():
         if name in free or name not in {*folder_values, "_target_"}:
@@ -114,14 +117,6 @@ def find_conflicts(
             if path and "_target_" in node and node.get("pretrained"):
                 conflicts[f"{path}.pretrained"] = (None, node["pretrained"])
     return conflicts
-
-
-def argument_defaults(node: dict[str, Any]) -> dict[str, Any]:
-    """Returns the defaults of a part's arguments: what a folder means that lacks a key, since a
-    later release added it."""
-    if "_target_" not in node:
-        return {}
-    return defaults_of(get_object(node["_target_"]))
 
 
 def defaults_of(part: Any) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,6 @@ from typing import Any
 import lightning
 import torch
 from peft import PeftModel, get_peft_model_state_dict
-from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoProcessor
 
@@ -213,12 +213,15 @@ def load_exported(
         with build_errors(folder / ADAPTER), without_peft_warnings():
             # injects its layers into `wrapped` itself
             peft_model = PeftModel.from_pretrained(wrapped, folder / ADAPTER, torch_device="cpu")
-        check_updates(peft_model, folder / ADAPTER / "adapter_model.safetensors")
+        update_file = folder / ADAPTER / "adapter_model.safetensors"
+        updates = read_header(update_file)
+        check_updates(peft_model, set(updates), update_file)
         if merge:
             # in 16 bits small updates would be rounded away
             merge_lora(wrapped.model.float())
         else:
-            restore_update_dtype(wrapped, folder / ADAPTER)
+            lora = [weight for name, weight in wrapped.named_parameters() if ".lora_" in name]
+            restore_update_dtype(lora, updates.values())
     if (folder / RELEASED).is_dir():
         wrapped.model.released = read_record(folder / RELEASED)
     # released weights that came without a tokenizer are imported without a processor
@@ -241,11 +244,25 @@ def restore_llm_dtype(model: MultimodalLM, weights: dict[str, TensorInfo]) -> No
             parameter.data = parameter.data.to(dtypes[name])
 
 
-def check_updates(model: PeftModel, file: Path) -> None:
+def restore_update_dtype(parameters: Iterable[nn.Parameter], tensors: Iterable[TensorInfo]) -> None:
+    """Gives an adapter's updates the type that they have in its file: peft makes float32 of 16
+    bits, with which the answers are no more those of the trained model."""
+    dtypes = {info.dtype for info in tensors}
+    # of several types float32 holds all numbers exactly
+    if len(dtypes) == 1:
+        dtype = FLOATS.get(dtypes.pop(), torch.float32)
+        for parameter in parameters:
+            parameter.data = parameter.data.to(dtype)
+
+
+def check_updates(model: PeftModel, names: set[str], file: Path) -> None:
     """Raises DataError where the file of an adapter lacks an update, or has one that no layer
-    takes, of which peft only warns."""
+    takes, of which peft only warns.
+
+    Args:
+        names: of the file's tensors.
+    """
     expected = set(get_peft_model_state_dict(model))
-    names = set(read_header(file))
     problems = [f"{name} (missing)" for name in expected - names]
     problems += [f"{name} (unexpected)" for name in names - expected]
     if problems:
@@ -253,21 +270,6 @@ def check_updates(model: PeftModel, file: Path) -> None:
             f"{file}: its updates are not those of adapter_config.json: {min(problems)} and "
             f"{len(problems) - 1} more; export or copy the folder anew"
         )
-
-
-def restore_update_dtype(model: nn.Module, folder: Path) -> None:
-    """Gives the updates of a loaded adapter the type that they have in its file.
-
-    peft makes float32 of 16 bits, with which the answers are no more those of the trained model.
-    """
-    tensors = load_file(folder / "adapter_model.safetensors")
-    dtypes = {tensor.dtype for tensor in tensors.values()}
-    # of several types float32 holds all numbers exactly
-    if len(dtypes) == 1:
-        (dtype,) = dtypes
-        for name, parameter in model.named_parameters():
-            if ".lora_" in name:
-                parameter.data = parameter.data.to(dtype)
 
 
 def check_skeleton(folder: Path, shapes: dict[str, tuple[int, ...]]) -> None:
@@ -303,11 +305,6 @@ def load_processor(folder: Path) -> OwlfuseProcessor:
     return processor
 
 
-def is_weight(name: str) -> bool:
-    """Returns whether a tensor is not a counter, as batch norms have."""
-    return not name.endswith("num_batches_tracked")
-
-
 def describe_tensor(entry: str | tuple) -> str:
     """Returns a tensor's name, with both shapes where transformers gives them."""
     if isinstance(entry, str):
@@ -327,7 +324,9 @@ def check_weights(folder: Path) -> dict[str, TensorInfo]:
         weights |= header
         problems = []
         for tensor, info in header.items():
-            if is_weight(tensor) and not info.dtype.startswith(("F", "BF")):
+            # batch norms have a counter of this name
+            is_weight = not tensor.endswith("num_batches_tracked")
+            if is_weight and not info.dtype.startswith(("F", "BF")):
                 problems.append(f"{tensor} is {info.dtype}")
         if problems:
             raise DataError(
@@ -388,18 +387,16 @@ def load_run_model(
     folder: Path,
     config: dict[str, Any],
     vocab_size: int,
-    checkpoint: Path | None = None,
+    checkpoint: Path,
 ) -> tuple[MultimodalLM, dict[str, Any]]:
-    """Returns the model of a run's checkpoint, by default of its newest good one (see
-    `runs.chosen_checkpoint`), its frozen weights made anew as training made them, and of the
-    checkpoint what `read` gives.
+    """Returns the model of a run's checkpoint, its frozen weights made anew as training made them,
+    and of the checkpoint what `read` gives.
 
     Raises:
-        ConfigError: the run has no good checkpoint.
         DataError: it does not fit the model, or the frozen weights are others now.
     """
     config = with_paths_found(config, folder)
-    weights, content = read(checkpoint or chosen_checkpoint(folder, "last"))
+    weights, content = read(checkpoint)
     frozen = content.get("frozen", {})
     # frozen random weights are made again, not stored: the same draws as in training
     lightning.seed_everything(config["seed"], workers=True, verbose=False)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from peft import LoraConfig
@@ -16,17 +16,6 @@ from torch import Tensor, nn
 from owlfuse.core.errors import DataError
 from owlfuse.model.adapters import NAME, START, without_base_layers
 from owlfuse.model.quantization import dense_layer, dense_weight, dequantize, quantized_layers
-
-
-class Update(NamedTuple):
-    """The update of a layer as an adapter's file has it."""
-
-    down: Tensor
-    """A, (rank, width that goes in)."""
-    up: Tensor
-    """B, (width that comes out, rank)."""
-    rank: int
-    alpha: float
 
 
 def lora_layers(model: nn.Module) -> dict[str, LoraLayer]:
@@ -43,6 +32,7 @@ def without_lora(model: nn.Module) -> dict[str, Tensor]:
     """Returns the model's state under the names it has without LoRA, weights in 4 bits as the
     numbers that they stand for."""
     quantized = quantized_layers(model)
+    dtype = floating_dtype(model)
     state = {}
     for name, tensor in model.state_dict().items():
         layer, _, kind = name.partition(".weight")
@@ -50,9 +40,9 @@ def without_lora(model: nn.Module) -> dict[str, Tensor]:
         if ".lora_" in name or (layer in quantized and kind):
             continue
         if name.endswith(".weight") and layer in quantized:
-            tensor = dense_weight(quantized[layer], floating_dtype(model))
+            tensor = dense_weight(quantized[layer], dtype)
         elif name.endswith(".bias") and name.removesuffix(".bias") in quantized:
-            tensor = tensor.to(floating_dtype(model))
+            tensor = tensor.to(dtype)
         state[without_base_layers(name)] = tensor
     return state
 
@@ -105,9 +95,10 @@ def merged_weight(layer: Any, weight: Tensor) -> Tensor:
     return merged * (lengths / merged.norm(dim=1))[:, None].to(merged.dtype)
 
 
-def update_of(layer: Any) -> Update:
-    """Returns the update of a layer. One that had its start subtracted is a single one of twice the
-    rank: B A - B0 A0 = [B, -B0] [A; A0]."""
+def update_of(layer: Any) -> tuple[Tensor, Tensor, int, float]:
+    """Returns the update of a layer as an adapter's file has it: A (rank, width that goes in), B
+    (width that comes out, rank), the rank and alpha. One that had its start subtracted is a single
+    one of twice the rank: B A - B0 A0 = [B, -B0] [A; A0]."""
     down, up = layer.lora_A[NAME].weight.detach(), layer.lora_B[NAME].weight.detach()
     rank, alpha = layer.r[NAME], layer.lora_alpha[NAME]
     if START in layer.r:
@@ -116,7 +107,7 @@ def update_of(layer: Any) -> Update:
         # the same scale at twice the rank
         alpha *= math.sqrt(2) if layer.use_rslora[NAME] else 2
         rank *= 2
-    return Update(down, up, rank, alpha)
+    return down, up, rank, alpha
 
 
 def check_one_kind(layers: dict[str, LoraLayer]) -> None:
@@ -142,47 +133,42 @@ def save_lora(model: nn.Module, folder: Path) -> None:
     if not layers:
         return
     check_one_kind(layers)
-    updates = {name: update_of(layer) for name, layer in layers.items()}
     has_rslora = {layer.use_rslora[NAME] for layer in layers.values()}
-    use_rslora = has_rslora == {True}
-    alphas = {}
+    ranks: dict[str, int] = {}
+    alphas: dict[str, Any] = {}  # peft, which says an int, takes any number
+    target_modules, target_parameters = [], []
+    tensors = {}
     for name, layer in layers.items():
-        alphas[name] = updates[name].alpha
+        down, up, ranks[name], alphas[name] = update_of(layer)
         # parts may differ, and an adapter has one rule: alpha is what gives the same scale
         if len(has_rslora) == 2:
-            alphas[name] = layer.scaling[NAME] * updates[name].rank
-    first = next(iter(layers))
-    target_modules, target_parameters = [], []
-    for name, layer in layers.items():
+            alphas[name] = layer.scaling[NAME] * ranks[name]
         if isinstance(layer, ParamWrapper):
             # peft looks for the matrix where it is without any wrapper
             target_parameters.append(f"{without_base_layers(name)}.{layer.parameter_name}")
         else:
             target_modules.append(name)
-    ranks = {name: update.rank for name, update in updates.items()}
-    first_alpha: Any = alphas[first]  # peft, which says an int, takes any number
+        prefix = f"base_model.model.{name}"
+        tensors[f"{prefix}.lora_A.weight"] = down.contiguous()
+        tensors[f"{prefix}.lora_B.weight"] = up.contiguous()
+        lengths: Any = layer.lora_magnitude_vector
+        if NAME in lengths:
+            # without `.weight`, as peft writes it
+            vector = lengths[NAME].weight.detach()
+            tensors[f"{prefix}.lora_magnitude_vector"] = vector.contiguous()
+    first = next(iter(layers))
     config = LoraConfig(
         r=ranks[first],
-        lora_alpha=first_alpha,
+        lora_alpha=alphas[first],
         target_modules=sorted(target_modules),
         target_parameters=sorted(set(target_parameters)) or None,
         # peft's per-layer overrides of r and lora_alpha
         rank_pattern={name: rank for name, rank in ranks.items() if rank != ranks[first]},
         alpha_pattern={name: alpha for name, alpha in alphas.items() if alpha != alphas[first]},
         use_dora=bool(len(layers[first].lora_magnitude_vector)),
-        use_rslora=use_rslora,
+        use_rslora=has_rslora == {True},
         bias="none",
     )
-    tensors = {}
-    for name, update in updates.items():
-        prefix = f"base_model.model.{name}"
-        tensors[f"{prefix}.lora_A.weight"] = update.down.contiguous()
-        tensors[f"{prefix}.lora_B.weight"] = update.up.contiguous()
-        lengths: Any = layers[name].lora_magnitude_vector
-        if NAME in lengths:
-            # without `.weight`, as peft writes it
-            vector = lengths[NAME].weight.detach()
-            tensors[f"{prefix}.lora_magnitude_vector"] = vector.contiguous()
     # inside of the export's temporary folder
     folder.mkdir(parents=True)
     config.save_pretrained(str(folder))

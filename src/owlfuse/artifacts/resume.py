@@ -18,6 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from owlfuse.artifacts.weights import checkpoint_errors
 from owlfuse.config.aliases import with_current_names
 from owlfuse.config.build import to_dict
+from owlfuse.config.check import is_within
 from owlfuse.config.compose import origin_of, read_run
 from owlfuse.config.identity import IGNORED_KEYS, flat
 from owlfuse.core.errors import ConfigError, DataError
@@ -130,20 +131,18 @@ def read_past(checkpoint: Path) -> Past:
     # an older release called some parts otherwise
     config = with_current_names(record.get("config")) or read_run(checkpoint.parent.parent)
     positions = content.get("step_positions") or [(0, 0, config["data"]["global_batch_size"])]
-    changes, identity = record.get("changes", []), record.get("identity", {})
     if "metrics" in content:
         metrics = content["metrics"]
     else:  # a run of before November 2026, which has it in a file beside
         metrics = read_if_there(checkpoint.with_suffix(".csv"))
         metrics = metrics or read_if_there(checkpoint.parent.parent / "metrics.csv")
-    new_tokens = content.get("new_tokens", {})
     return Past(
         step,
         config,
         StepPositions(positions),
-        changes,
-        identity,
-        new_tokens,
+        record.get("changes", []),
+        record.get("identity", {}),
+        content.get("new_tokens", {}),
         metrics,
         record.get("code"),
     )
@@ -272,7 +271,7 @@ def learned_changes(changes: list[dict[str, Any]]) -> list[dict[str, Any]]:
     for change in changes:
         keys = {}
         for key, values in change["changes"].items():
-            if not matches(key, IGNORED_KEYS) and not is_path(key):
+            if not is_within(key, *IGNORED_KEYS) and not is_path(key):
                 keys[key] = values
         if keys:
             learned.append({**change, "changes": keys})
@@ -282,8 +281,3 @@ def learned_changes(changes: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def is_path(key: str) -> bool:
     """Returns whether the value of a key is a path, whose contents are compared instead."""
     return any(fnmatchcase(key, pattern) for pattern in PATH_KEYS)
-
-
-def matches(key: str, prefixes: tuple[str, ...]) -> bool:
-    """Returns whether a key is one of these, or below one."""
-    return any(key == prefix or key.startswith(f"{prefix}.") for prefix in prefixes)

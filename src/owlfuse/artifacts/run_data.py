@@ -12,6 +12,7 @@ from omegaconf import DictConfig
 
 from owlfuse.config.build import build
 from owlfuse.config.compose import origin_of, read_run
+from owlfuse.config.identity import digest
 from owlfuse.core.errors import ConfigError
 from owlfuse.core.files import atomic_directory
 from owlfuse.data.chat.tokenizer import chat_tokenizer
@@ -72,4 +73,4 @@ def tokenizer_hash(folder: Path) -> str | None:
     """12 hexadecimal digits of the sha256 over a run's tokenizer, None for a run of before."""
     files = tokenizer_files(folder)
     content = b"".join(hashlib.sha256(file.read_bytes()).digest() for file in files)
-    return hashlib.sha256(content).hexdigest()[:12] if files else None
+    return digest(content) if files else None

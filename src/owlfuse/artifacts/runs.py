@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import itertools
 import json
 import logging
 import os
@@ -81,8 +80,8 @@ def make_timed_folder(runs: Path) -> Path:
     Raises DataError.
     """
     now = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
-    for number in itertools.count(1):
-        folder = runs / (now if number == 1 else f"{now}_{number}")
+    folder, number = runs / now, 1
+    while True:
         try:
             runs.mkdir(parents=True, exist_ok=True)
             folder.mkdir()
@@ -91,9 +90,10 @@ def make_timed_folder(runs: Path) -> Path:
         except FileExistsError:
             if not runs.is_dir():
                 raise DataError(f"runs: {runs} is no folder") from None
+            number += 1
+            folder = runs / f"{now}_{number}"
         except OSError as error:
             raise DataError(f"runs: {folder} cannot be made: {error.strerror}") from error
-    raise AssertionError("the numbers have no end")
 
 
 @contextmanager
@@ -208,7 +208,7 @@ def check_free(folder: Path) -> None:
             path.unlink()
 
 
-def write_config(config: DictConfig, folder: Path, changes: Sequence[dict[str, Any]] = ()) -> None:
+def write_config(config: DictConfig, folder: Path, changes: Sequence[dict[str, Any]]) -> None:
     """Makes the folder and writes the resolved configuration, from which the run can be repeated;
     on the first rank alone.
 

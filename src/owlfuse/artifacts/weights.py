@@ -125,7 +125,7 @@ def check_fits(model: MultimodalLM, weights: Mapping[str, Tensor], frozen: dict[
     those of the training."""
     if missing := [name for name in saved_names(model) if name not in weights]:
         raise DataError(
-            f"the checkpoint has no weights for {part_name(missing[0])}: {missing[0]} and "
+            f"the checkpoint has no weights for {missing[0].partition('.')[0]}: {missing[0]} and "
             f"{len(missing) - 1} more"
         )
     state = model.state_dict()
@@ -141,11 +141,6 @@ def check_fits(model: MultimodalLM, weights: Mapping[str, Tensor], frozen: dict[
             f"the frozen weights of {', '.join(sorted(changed))} are not those that the checkpoint "
             "was trained with; give back the same pretrained weights, init_from, seed and adapters"
         )
-
-
-def part_name(name: str) -> str:
-    """Returns the part whose module has a parameter."""
-    return name.partition(".")[0]
 
 
 def model_state(checkpoint: dict[str, Any]) -> dict[str, Tensor]:

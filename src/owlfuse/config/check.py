@@ -152,7 +152,7 @@ def locate_target(target: Any, key: str, origin: Origin) -> Any:
     def error(reason: str) -> ConfigError:  # only here, since an origin takes reading the files
         return ConfigError(f"{origin(key)}: {key}: {reason}")
 
-    if not isinstance(target, str) or not all(part.isidentifier() for part in target.split(".")):
+    if not is_dotted_path(target):
         raise error(f"{target!r} is not a dotted path to a class or function")
     part: Any = None
     names = target.split(".")
@@ -177,6 +177,11 @@ def locate_target(target: Any, key: str, origin: Origin) -> Any:
     return part
 
 
+def is_dotted_path(target: Any) -> bool:
+    """Whether a value is a text of identifiers with points between them."""
+    return isinstance(target, str) and all(part.isidentifier() for part in target.split("."))
+
+
 def _import(name: str) -> Any:
     """Return the module, or None where there is no such module. Raises ModuleNotFoundError for a
     module that it imports and that is missing."""
@@ -184,7 +189,7 @@ def _import(name: str) -> Any:
         return import_user_module(name)
     except ModuleNotFoundError as error:
         # itself, or its parent is no package
-        if error.name and f"{name}.".startswith(f"{error.name}."):
+        if error.name and is_within(name, error.name):
             return None
         raise
 
@@ -208,15 +213,8 @@ def _check_call(
     node: dict[str, Any],
     origin: Origin,
 ) -> None:
-    is_partial = bool(node.get("_partial_"))
-    check_arguments(
-        callable_,
-        f" of {node['_target_']}",
-        path,
-        node,
-        origin,
-        is_partial,
-    )
+    name = f" of {node['_target_']}"
+    check_arguments(callable_, name, path, node, origin, bool(node.get("_partial_")))
 
 
 def _check_value(
@@ -335,6 +333,11 @@ def nodes_of(value: Any, path: str = "") -> Iterator[tuple[str, dict[str, Any]]]
     for node_path, node in walk(value, path):
         if isinstance(node, dict):
             yield node_path, node
+
+
+def is_within(name: str, *parents: str) -> bool:
+    """Whether a dotted name is one of the parents or lies below one."""
+    return any(f"{name}.".startswith(f"{parent}.") for parent in parents)
 
 
 def _public_names(parent: Any) -> list[str]:

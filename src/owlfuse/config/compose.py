@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +19,13 @@ from omegaconf.errors import OmegaConfBaseException
 
 from owlfuse.config.build import to_dict
 from owlfuse.config.check import Origin, check_arguments, check_targets
-from owlfuse.config.folders import EXPERIMENTS, ConfigFolders, find_folders
+from owlfuse.config.folders import EXPERIMENTS, ConfigFolders, find_folders, known_runs
 from owlfuse.config.hydra import OPTIONAL_GROUPS, Composition, dotted_items, read_overrides
 from owlfuse.config.messages import check_name, no_such_option
 from owlfuse.config.recipes import PARTS
 from owlfuse.config.trust import accept, check_weights, read_run_config
 from owlfuse.core.errors import COMMAND_LINE, ConfigError, DataError, label, nearest, nearest_key
-from owlfuse.core.folder_kinds import describe_path
+from owlfuse.core.folder_kinds import describe_path, runs_in
 
 log = logging.getLogger(__name__)
 
@@ -154,7 +155,7 @@ def compose_root(root: str, overrides: list[str]) -> ComposedConfig:
     folders = replace(find_folders(), root=root)
     config = _compose(Composition(folders, read_overrides(overrides, folders)))
     _resolve(config)
-    check_targets(to_dict(config), lambda path: origin_of(config, path), importing=False)
+    check_targets(to_dict(config), partial(origin_of, config), importing=False)
     return config
 
 
@@ -168,10 +169,7 @@ def check(config: DictConfig, importing: bool = True) -> None:
         ConfigError: the first mistake.
     """
     plain = to_dict(config)
-
-    def origin(path: str) -> str:
-        return origin_of(config, path)
-
+    origin = partial(origin_of, config)
     check_levels(plain, origin)
     check_steps(plain["trainer"], origin)
     check_targets(plain, origin, importing)
@@ -329,10 +327,8 @@ def find_run(folder: str | Path) -> Path:
         return run
     if kind := describe_path(run):
         raise ConfigError(f"{COMMAND_LINE}: {folder} {kind}")
-    files = list(run.parent.glob("*/config.yaml"))  # no deeper: above it may be the whole disk
-    files += Path("runs").glob("*/*/config.yaml")
-    files += Path("runs").glob("*/*/*/config.yaml")  # stages of recipes
-    runs = {str(file.parent) for file in files}
+    # no deeper than its neighbours: above them may be the whole disk
+    runs = [*runs_in(run.parent), *known_runs()]
     runs_by_name = {Path(path).name: path for path in runs}
     match = nearest(str(run), runs)
     if match is None:
@@ -389,13 +385,11 @@ def _compose_resumed(lines: list[str], run: Path, folders: ConfigFolders) -> Com
 def _resumed_run(overrides: list[str]) -> Path | None:
     """Return the folder of the last `resume=`, read outside of Hydra's grammar: a folder may be
     named `lr=1,2`."""
-    values = []
+    folder = ""
     for line in overrides:
         if line.startswith("resume="):
-            values.append(line.partition("=")[2].strip("'\""))
-    if not values or values[-1] in ("", "null"):
-        return None
-    return find_run(values[-1])
+            folder = line.removeprefix("resume=").strip("'\"")
+    return None if folder in ("", "null") else find_run(folder)
 
 
 def _compose(composition: Composition) -> ComposedConfig:

@@ -6,7 +6,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from owlfuse.config.recipes import read_stages
+from owlfuse.config.recipes import read_stages, read_yaml
 from owlfuse.core.errors import ConfigError, label
 
 EXPERIMENTS = "experiments"  # Hydra's name for the group that `experiment=<name>` chooses from
@@ -38,9 +38,8 @@ class ConfigFolders:
     def experiment_names(self) -> list[str]:
         """Names for experiment=<name>, in subfolders as `folder/name`, without recipes and
         ablations."""
-        names = _yamls(self.experiments)
         experiments = []
-        for name in names:
+        for name in _yamls(self.experiments):
             if name.rpartition("/")[2] not in (RECIPE, ABLATION):
                 experiments.append(name)
         return sorted(experiments)
@@ -100,6 +99,12 @@ class ConfigFolders:
             return self.recipe(name.rpartition("/")[0])
         return file
 
+    def content(self, config_path: str, file: Path) -> Any:
+        """Return the content of one entry of a defaults list in its file, unresolved: all of the
+        file, or of a recipe's only the stage."""
+        stage = self.stage(config_path)
+        return read_yaml(file) if stage is None else stage
+
     def _single_file(self, config_path: str) -> Path | None:
         """Return the yaml that holds this entry alone."""
         group, _, name = config_path.partition("/")
@@ -130,6 +135,13 @@ def find_folders(config_dir: str | Path | None = None) -> ConfigFolders:
         configs=(roots[0], *filter(Path.is_dir, roots[1:])),
         experiments=tuple(filter(Path.is_dir, experiments)),
     )
+
+
+def known_runs() -> list[str]:
+    """Return the runs below ./runs."""
+    # Stages of recipes lie one folder deeper than other runs.
+    files = [*Path("runs").glob("*/*/config.yaml"), *Path("runs").glob("*/*/*/config.yaml")]
+    return sorted({str(file.parent) for file in files})
 
 
 def _first_file(folders: tuple[Path, ...], name: str) -> Path | None:

@@ -18,7 +18,7 @@ from hydra.errors import MissingConfigException, OverrideParseException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from owlfuse.config.check import locate_target, parameters_of, walk
+from owlfuse.config.check import is_within, locate_target, parameters_of, walk
 from owlfuse.config.folders import EXPERIMENTS, ConfigFolders
 from owlfuse.config.messages import no_such_option
 from owlfuse.config.signatures import read_signature
@@ -75,7 +75,7 @@ class Composition:
     def asks_for(self, path: str) -> bool:
         """Whether the experiment or the command line sets a key or one below it, or chooses the
         option of its group; else its value is that of train.yaml's defaults."""
-        groups = {o.get_key_element() for o in self.overrides if o not in self.key_overrides}
+        groups = {override.get_key_element() for override in self.group_overrides}
         for _, content, is_asked in self._layers:
             if not is_asked:
                 continue
@@ -83,17 +83,22 @@ class Composition:
                 return True
             groups |= _overridden_groups(content)
         keys = {group.rpartition("@")[2].strip("/").replace("/", ".") for group in groups}
-        return any(f"{path}.".startswith(f"{key}.") for key in keys)
+        return is_within(path, *keys)
+
+    @cached_property
+    def group_overrides(self) -> list[Override]:
+        """Overrides that choose an option of a group."""
+        overrides = []
+        for override in self.overrides:
+            is_group = override.key_or_group in self.folders.groups
+            if is_group and not isinstance(override.value(), dict):
+                overrides.append(override)
+        return overrides
 
     @cached_property
     def key_overrides(self) -> list[Override]:
-        """Overrides of keys, without those that choose an option of a group."""
-        selected = []
-        for override in self.overrides:
-            chooses_option = override.key_or_group in self.folders.groups
-            if not chooses_option or isinstance(override.value(), dict):
-                selected.append(override)
-        return selected
+        """Overrides of keys, a whole group of them among these."""
+        return [override for override in self.overrides if override not in self.group_overrides]
 
     @cached_property
     def null_groups(self) -> set[str]:
@@ -126,15 +131,12 @@ class Composition:
             defaults = loader.compute_defaults_list(self.folders.root, self._lines, RunMode.RUN)
         layers = []
         for entry in defaults.defaults:
-            file = self.folders.file(entry.config_path) if entry.config_path else None
+            path = entry.config_path or ""
+            file = self.folders.file(path) if path else None
             if file is None:
                 continue
-            # A stage's file is the recipe's, which holds other stages too.
-            content: Any = self.folders.stage(str(entry.config_path))
-            if content is None:
-                content = OmegaConf.to_container(OmegaConf.load(file), resolve=False)
-            is_experiment = str(entry.config_path).startswith(f"{EXPERIMENTS}/")
-            layers.append((label(file), nested(content, entry.package or ""), is_experiment))
+            content = nested(self.folders.content(path, file), entry.package or "")
+            layers.append((label(file), content, path.startswith(f"{EXPERIMENTS}/")))
         for override in self.key_overrides:
             content = nested(override.value(), override.key_or_group)
             layers.append((COMMAND_LINE, content, True))
@@ -168,12 +170,10 @@ class Composition:
         stored: set[str] = set()
         while paths:
             path = paths.pop()
-            content: Any = self.folders.stage(path)
             file = self.folders.file(path)
             if path in stored or file is None:  # of a file that is missing, Hydra says so
                 continue
-            if content is None:
-                content = OmegaConf.to_container(OmegaConf.load(file), resolve=False)
+            content = self.folders.content(path, file)
             group, _, option = path.rpartition("/")
             store.store(option, content, group, package="_global_")
             stored.add(path)
@@ -229,9 +229,8 @@ class Composition:
         is there; None where the keys are right or the files themselves do not compose."""
         if not self.key_overrides:
             return None
-        group_overrides = [o for o in self.overrides if o not in self.key_overrides]
         try:
-            config = Composition(self.folders, group_overrides, self.experiment).compose()
+            config = Composition(self.folders, self.group_overrides, self.experiment).compose()
         except ConfigError:
             return None
         with open_dict(config):

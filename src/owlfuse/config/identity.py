@@ -17,7 +17,9 @@ from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 from typing import Any
 
+from owlfuse.config.check import is_within
 from owlfuse.core.environment import LIBRARIES, versions
+from owlfuse.core.files import sha256
 
 SOURCE = Path(__file__).resolve().parents[1]
 # The module whose imports are the code of a training and of its evaluation.
@@ -53,9 +55,8 @@ def config_hash(config: dict[str, Any], changes: list[dict[str, Any]] | None = N
     hashed = {}
     for key, value in flat(config).items():
         # a group that holds nothing but ignored keys is as one without them
-        is_ignored = value == {} and any(name.startswith(f"{key}.") for name in IGNORED_KEYS)
-        is_ignored |= any(key == name or key.startswith(f"{name}.") for name in IGNORED_KEYS)
-        if not is_ignored:
+        is_empty = value == {} and any(is_within(name, key) for name in IGNORED_KEYS)
+        if not is_empty and not is_within(key, *IGNORED_KEYS):
             hashed[key] = value
     content = [hashed, changes] if changes else hashed
     return digest(json.dumps(content, sort_keys=True, default=str).encode())
@@ -76,7 +77,7 @@ def code_hash(config: dict[str, Any]) -> str:
     files |= user_files({target.partition(".")[0] for target in targets})
     lines = []
     for name, file in files.items():
-        lines.append(f"{name} {hashlib.sha256(file.read_bytes()).hexdigest()}")
+        lines.append(f"{name} {sha256(file)}")
     return digest("\n".join([*lines, json.dumps(versions())]).encode())
 
 
@@ -165,6 +166,8 @@ def user_files(modules: set[str]) -> dict[str, Path]:
         if spec is None or not spec.origin or not spec.origin.endswith(".py"):
             continue
         file = Path(spec.origin).resolve()
+        if module not in modules and is_installed(file):
+            continue
         is_package = bool(spec.submodule_search_locations)
         # A package as a whole, since its relative imports are not followed.
         module_files = sorted(file.parent.rglob("*.py")) if is_package else [file]
@@ -173,9 +176,8 @@ def user_files(modules: set[str]) -> dict[str, Path]:
             files[f"{module}/{path.relative_to(file.parent)}"] = path
             if not is_installed(file):
                 imported |= {name.partition(".")[0] for name in imported_names(path)}
-        new_modules = imported - visited - set(waiting)
         # Sorted, so that the order of the walk does not depend on hashes.
-        waiting += sorted(name for name in new_modules if is_users(name))
+        waiting += sorted(imported - visited - set(waiting))
     return dict(sorted(files.items()))
 
 
@@ -190,14 +192,6 @@ def spec_of(module: str) -> ModuleSpec | None:
     return importlib.util.find_spec(module) or PathFinder.find_spec(module, [os.getcwd()])
 
 
-def is_users(module: str) -> bool:
-    """Whether a module is a file of the user's, and not installed."""
-    spec = spec_of(module)
-    if spec is None or not spec.origin:
-        return False
-    return not is_installed(Path(spec.origin).resolve())
-
-
 def is_installed(file: Path) -> bool:
     """Whether a file is one of Python's or of an installed package."""
     if {"site-packages", "dist-packages"} & {*file.parts}:
@@ -209,7 +203,7 @@ def is_installed(file: Path) -> bool:
 
 
 def differing_hash(
-    actual: dict[str, Any], expected: dict[str, Any], accept_changed_data: bool = False
+    actual: dict[str, Any], expected: dict[str, Any], accept_changed_data: bool
 ) -> str | None:
     """Return which of `config`, `code` and `data` is not the same; None where all are. Hashes of
     data count where both have one: older results have none, and a plan opens no data."""

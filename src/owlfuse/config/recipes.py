@@ -53,7 +53,7 @@ def read_stages(file: Path) -> dict[str, dict[str, Any]]:
     """
     content = read_yaml(file)
     entries = content.get("stages") if isinstance(content, dict) else None
-    if not isinstance(content, dict) or not isinstance(entries, list) or not entries:
+    if not isinstance(entries, list) or not entries:
         raise ConfigError(f"{label(file)}: stages: expected a list of stages, each with a name")
     if unknown := set(content) - set(RECIPE_KEYS):
         key = min(unknown)

@@ -191,7 +191,7 @@ def dataclass_fields(module: str, node: ast.AST) -> dict[str, inspect.Parameter]
             if "init" in options:  # init=False
                 continue
             value = options.get("default", options.get("default_factory"))
-        fields[name] = parameter(module, name, kind, child.annotation, default_of(value))
+        fields[name] = parameter(module, name, kind, child.annotation, value)
     return fields
 
 
@@ -221,13 +221,12 @@ def arguments_of(module: str, node: ast.AST, skip: int) -> list[inspect.Paramete
     defaults = [None] * without_default + list(arguments.defaults)
     parameters = []
     for (a, kind), default in zip(positional, defaults, strict=True):
-        parameters.append(parameter(module, a.arg, kind, a.annotation, default_of(default)))
+        parameters.append(parameter(module, a.arg, kind, a.annotation, default))
     parameters = parameters[skip:]
     if arguments.vararg:
         parameters.append(inspect.Parameter(arguments.vararg.arg, kinds.VAR_POSITIONAL))
     for a, default in zip(arguments.kwonlyargs, arguments.kw_defaults, strict=True):
-        keyword = parameter(module, a.arg, kinds.KEYWORD_ONLY, a.annotation, default_of(default))
-        parameters.append(keyword)
+        parameters.append(parameter(module, a.arg, kinds.KEYWORD_ONLY, a.annotation, default))
     if arguments.kwarg:
         parameters.append(inspect.Parameter(arguments.kwarg.arg, kinds.VAR_KEYWORD))
     return parameters
@@ -238,21 +237,22 @@ def is_wrapper(decorator: ast.expr) -> bool:
     return isinstance(decorator, ast.Name) and decorator.id in WRAPPERS
 
 
-def default_of(node: ast.expr | None) -> Any:
-    """Return None where the default is None, `...` for any other, and `REQUIRED` without one."""
-    if node is None:
-        return REQUIRED
-    return None if isinstance(node, ast.Constant) and node.value is None else ...
-
-
 def parameter(
     module: str,
     name: str,
     kind: Any,
     annotation: ast.expr | None,
-    default: Any,
+    value: ast.expr | None,
 ) -> inspect.Parameter:
-    """Return a parameter, without its type where that cannot be known."""
+    """Return a parameter, without its type where that cannot be known.
+
+    Args:
+        value: its default, which becomes None where it is None, and `...` for any other.
+    """
+    default: Any = REQUIRED
+    if value is not None:
+        is_none = isinstance(value, ast.Constant) and value.value is None
+        default = None if is_none else ...
     parameter_type: Any = REQUIRED
     if annotation is not None:
         # TypeError: typing refuses it, as it would for the class itself

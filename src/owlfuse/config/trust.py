@@ -28,7 +28,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from owlfuse.config.aliases import with_current_names
-from owlfuse.config.check import nodes_of, walk
+from owlfuse.config.check import is_dotted_path, is_within, nodes_of, walk
 from owlfuse.config.folders import find_folders
 from owlfuse.config.identity import is_installed
 from owlfuse.config.user_modules import import_user_module
@@ -82,6 +82,11 @@ def below(package: str, *names: str) -> tuple[str, ...]:
     return tuple(f"{package}.{name}" for name in names)
 
 
+BACKBONES = below(
+    "owlfuse",
+    "model.vision.backbone.TimmBackbone",
+    "artifacts.released.vision.TimmBackboneWithEps",
+)
 FORMATS = below(
     "owlfuse.data.formats",
     "alpaca.Alpaca",
@@ -95,21 +100,12 @@ FORMATS = below(
 SLOTS = (
     Slot(
         "model.vision",
-        below(
-            "owlfuse",
-            "model.vision.backbone.TimmBackbone",
-            "model.vision.multi.MultiBackbone",
-            "artifacts.released.vision.TimmBackboneWithEps",
-        ),
+        (*BACKBONES, "owlfuse.model.vision.multi.MultiBackbone"),
         "torch.nn.Module",
     ),
     Slot(
         "model.vision.backbones.*",
-        below(
-            "owlfuse",
-            "model.vision.backbone.TimmBackbone",
-            "artifacts.released.vision.TimmBackboneWithEps",
-        ),
+        BACKBONES,
         "owlfuse.model.vision.backbone.TimmBackbone",
     ),
     Slot(
@@ -322,8 +318,7 @@ def check_target(path: str, target: Any, file: Path) -> None:
     Raises DataError.
     """
     key = f"{file}: {path}._target_"
-    is_dotted = isinstance(target, str) and "." in target
-    if not is_dotted or not all(part.isidentifier() for part in target.split(".")):
+    if not is_dotted_path(target) or "." not in target:
         raise DataError(f"{key}: {str(target)[:80]!r} is no dotted path to a class")
     slot = next((slot for slot in SLOTS if fnmatch.fnmatchcase(path, slot.path)), None)
     if slot is not None and target in slot.targets:
@@ -333,7 +328,7 @@ def check_target(path: str, target: Any, file: Path) -> None:
     # Parts of owlfuse and lightning are judged by their base class below.
     if is_users and module.partition(".")[0] not in SLOT_PACKAGES:
         return
-    is_trusted = any(is_within(module, word) for word in trusted()) or imported_by_user(module)
+    is_trusted = is_within(module, *trusted()) or imported_by_user(module)
     if not (is_users or is_trusted):
         raise DataError(f"{key}: {target} is no part of owlfuse{remedy(module)}")
     part = locate(target, key)
@@ -378,11 +373,6 @@ def remedy(module: str) -> str:
         f", and no yaml of yours names it; if you trust it, import {module} first, or write: "
         f"owlfuse --trust {module} ..."
     )
-
-
-def is_within(module: str, parent: str) -> bool:
-    """Whether a module is the parent or lies below it."""
-    return f"{module}.".startswith(f"{parent}.")
 
 
 def imported_by_user(module: str) -> bool:
@@ -444,34 +434,30 @@ def check_backbone(vision: dict[str, Any], file: Path | str, hub: bool = True) -
     """
     for path, node in nodes_of(vision, "vision"):
         # The backbone itself has one, too, where the folder is what it should be.
-        if path == "vision" or "_target_" in node:
-            check_timm_arguments(path, node, file, hub)
-
-
-def check_timm_arguments(path: str, node: dict[str, Any], file: Path | str, hub: bool) -> None:
-    """Check the arguments of one timm model, see `check_backbone`."""
-    kwargs = node.get("kwargs") or {}
-    if not isinstance(kwargs, dict):
-        raise DataError(
-            f"{file}: {path}.kwargs is a {type(kwargs).__name__}, expected a group of keys"
-        )
-    for key, value in kwargs.items():
-        is_overlay = key == "pretrained_cfg_overlay" and isinstance(value, dict)
-        if is_overlay and set(value) <= PREPROCESSING:
+        if path != "vision" and "_target_" not in node:
             continue
-        if str(key).startswith(WEIGHT_OPTIONS):
+        kwargs = node.get("kwargs") or {}
+        if not isinstance(kwargs, dict):
             raise DataError(
-                f"{file}: {path}.kwargs.{key}: a file or address of weights, which a model's "
-                "folder may not name"
+                f"{file}: {path}.kwargs is a {type(kwargs).__name__}, expected a group of keys"
             )
-    name = node.get("name")
-    if hub or not isinstance(name, str) or not HUB_NAME.match(name):
-        return
-    if name not in trusted() and not named_by_user(name, Path(file)):
-        raise DataError(
-            f"{file}: {path}.name is {name[:120]}, which would be fetched from elsewhere; "
-            f"if you trust it, write: owlfuse --trust {name[:120]} ..."
-        )
+        for key, value in kwargs.items():
+            is_overlay = key == "pretrained_cfg_overlay" and isinstance(value, dict)
+            if is_overlay and set(value) <= PREPROCESSING:
+                continue
+            if str(key).startswith(WEIGHT_OPTIONS):
+                raise DataError(
+                    f"{file}: {path}.kwargs.{key}: a file or address of weights, which a model's "
+                    "folder may not name"
+                )
+        name = node.get("name")
+        if hub or not isinstance(name, str) or not HUB_NAME.match(name):
+            continue
+        if name not in trusted() and not named_by_user(name, Path(file)):
+            raise DataError(
+                f"{file}: {path}.name is {name[:120]}, which would be fetched from elsewhere; "
+                f"if you trust it, write: owlfuse --trust {name[:120]} ..."
+            )
 
 
 def check_timm_inside(key: str, value: Any, where: str) -> None:

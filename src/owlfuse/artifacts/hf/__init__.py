@@ -3,7 +3,6 @@ that transformers' Auto classes and pipelines read what `owlfuse export` writes.
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageTextToText, AutoProcessor
@@ -14,11 +13,6 @@ from owlfuse.artifacts.hf.processing import OwlfuseImageProcessor, OwlfuseProces
 
 AutoConfig.register(OwlfuseConfig.model_type, OwlfuseConfig, exist_ok=True)
 AutoModelForImageTextToText.register(OwlfuseConfig, OwlfuseForConditionalGeneration, exist_ok=True)
-if "image_processor_classes" in inspect.signature(AutoImageProcessor.register).parameters:
-    BACKENDS: dict[str, Any] = dict.fromkeys(("pil", "torchvision"), OwlfuseImageProcessor)
-    AutoImageProcessor.register(OwlfuseConfig, image_processor_classes=BACKENDS, exist_ok=True)
-else:  # an older transformers
-    AutoImageProcessor.register(
-        OwlfuseConfig, slow_image_processor_class=OwlfuseImageProcessor, exist_ok=True
-    )
+BACKENDS: dict[str, Any] = dict.fromkeys(("pil", "torchvision"), OwlfuseImageProcessor)
+AutoImageProcessor.register(OwlfuseConfig, image_processor_classes=BACKENDS, exist_ok=True)
 AutoProcessor.register(OwlfuseConfig, OwlfuseProcessor, exist_ok=True)

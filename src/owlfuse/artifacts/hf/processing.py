@@ -177,8 +177,7 @@ class OwlfuseProcessor(ProcessorMixin):
         # again: users set `processor.tile` after it was made
         check_tiled(self.image_processor.resize)
         # tiles of a picture have the size of its global view
-        size = self.image_processor.size["height"], self.image_processor.size["width"]
-        return views_of(to_rgb(picture), size)
+        return views_of(to_rgb(picture), self.image_processor.preprocessing().size)
 
     @cached_property
     def answer_format(self) -> AnswerFormat:

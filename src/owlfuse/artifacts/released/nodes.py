@@ -32,8 +32,13 @@ FAMILY_LLM_FIELDS = {
     "mistral": ("sliding_window",),
     "qwen2": ("use_sliding_window", "sliding_window", "max_window_layers"),
 }
-TEXT_FAMILIES = {"owl1": ("llama",), "llava": ("llama", "mistral", "qwen2")}
-"""The LLMs that a `text_config` may be of."""
+LLMS = {
+    "owl1": ("llama",),
+    "owl2": ("llama",),
+    "owl3": ("qwen2",),
+    "llava": ("llama", "mistral", "qwen2"),
+}
+"""The LLMs that a model of a family may have."""
 
 
 def family_of(folder: Path, config: dict[str, Any]) -> str:
@@ -88,16 +93,16 @@ def nodes_of(
             "layers": layers,
             "gate": gate_of(keys),
         }
-    if family in TEXT_FAMILIES:
+    text, text_family = config, LLMS[family][0]
+    # the others have the LLM's fields beside their own
+    if family in ("owl1", "llava"):
         text = config.get("text_config") or {}
-        text_family = text.get("model_type", "llama")
-        if text_family not in TEXT_FAMILIES[family]:
+        text_family = text.get("model_type", text_family)
+        if text_family not in LLMS[family]:
             raise DataError(
                 f"{folder / 'config.json'}: text_config.model_type is {text_family}, expected "
-                f"{' or '.join(TEXT_FAMILIES[family])}"
+                f"{' or '.join(LLMS[family])}"
             )
-    else:
-        text, text_family = config, "qwen2" if family == "owl3" else "llama"
     llm = llm_node(text_family, text)
     return {
         "vision": vision,

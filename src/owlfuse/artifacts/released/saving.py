@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from huggingface_hub import save_torch_state_dict
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from owlfuse.artifacts.released.loading import ORIGINAL_TENSORS, Released
 from owlfuse.artifacts.released.names import (
@@ -18,6 +18,7 @@ from owlfuse.artifacts.released.names import (
     optional_name,
     tensor_mappings,
 )
+from owlfuse.artifacts.released.nodes import LLMS
 from owlfuse.core.errors import DataError
 from owlfuse.core.files import atomic_directory
 from owlfuse.model.connectors.abstractor import Abstractor
@@ -76,12 +77,6 @@ CONNECTORS = {
     "owl3": (LinearConnector, MLPConnector),
     "llava": (MLPConnector,),
 }
-LLMS = {
-    "owl1": ("llama",),
-    "owl2": ("llama",),
-    "owl3": ("qwen2",),
-    "llava": ("llama", "mistral", "qwen2"),
-}
 
 
 def checked_mappings(model: MultimodalLM) -> dict[str, TensorMapping]:
@@ -94,7 +89,7 @@ def checked_mappings(model: MultimodalLM) -> dict[str, TensorMapping]:
     released: Released | None = model.released
     # by the fusion as it is now: the user may have replaced a part
     family = family_in(model)
-    check_fusion(model)
+    check_fusion(model.fusion, family)
     if released is not None and released.family != family:
         raise DataError(
             f"fusion: {type(model.fusion).__name__} is {family}'s, and the model came from an "
@@ -122,13 +117,12 @@ def checked_mappings(model: MultimodalLM) -> dict[str, TensorMapping]:
     return mappings
 
 
-def check_fusion(model: MultimodalLM) -> None:
+def check_fusion(fusion: nn.Module, family: str) -> None:
     """Raises DataError for a form of a fusion that was never released."""
-    fusion = model.fusion
     # no tensor tells it: the released code would read such a folder, and give other logits
     if isinstance(fusion, Concat) and fusion.attention != "causal":
         raise DataError(
-            f"fusion: attention {fusion.attention}, and a released {family_in(model)} has causal "
+            f"fusion: attention {fusion.attention}, and a released {family} has causal "
             f"attention alone; {OTHER_LAYOUT}"
         )
     if isinstance(fusion, HyperAttention) and (

@@ -12,7 +12,7 @@ from timm.data import (
     OPENAI_CLIP_STD,
 )
 from torch import nn
-from transformers import CLIPVisionConfig
+from transformers import CLIPVisionConfig, SiglipVisionConfig
 
 from owlfuse.core.errors import DataError
 from owlfuse.core.files import MAX_CONFIG, read_json
@@ -32,6 +32,12 @@ ACTIVATIONS = {
     "swish": "silu",
 }
 """transformers' names -> timm's."""
+
+STATISTICS = {
+    CLIP: (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD),
+    SIGLIP: (IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD),
+}
+"""Mean and standard deviation of pixels, where the image processor's file says none."""
 
 RESAMPLING = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}
 """PIL's numbers, which preprocessor_config.json holds -> timm's names."""
@@ -69,13 +75,8 @@ def clip_node(folder: Path, fields: dict[str, Any], image_size: int) -> dict[str
         "patch_size": 14,
         "layer_norm_eps": 1e-6,
     }
-    fields = {**defaults, **present(fields)}
-    kwargs = {
-        **sizes(fields),
-        "act_layer": "quick_gelu",
-        **pixels(folder, fields, OPENAI_CLIP_MEAN, OPENAI_CLIP_STD),
-    }
-    return backbone_node(CLIP, fields["layer_norm_eps"], kwargs)
+    fields = {**defaults, **present(fields), "hidden_act": "quick_gelu"}
+    return backbone_node(folder, CLIP, fields)
 
 
 def llava_node(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
@@ -111,17 +112,7 @@ def llava_node(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
         )
     # transformers writes only what differs from these
     fields = {**CLIPVisionConfig().to_dict(), **fields}
-    if fields["hidden_act"] not in ACTIVATIONS:
-        raise DataError(
-            f"{folder / 'config.json'}: vision_config.hidden_act is {fields['hidden_act']}; known "
-            f"are {', '.join(ACTIVATIONS)}"
-        )
-    kwargs = {
-        **sizes(fields),
-        "act_layer": ACTIVATIONS[fields["hidden_act"]],
-        **pixels(folder, fields, OPENAI_CLIP_MEAN, OPENAI_CLIP_STD),
-    }
-    node = backbone_node(CLIP, fields["layer_norm_eps"], kwargs)
+    node = backbone_node(folder, CLIP, fields)
     node["output"] = "penultimate"
     node["class_token"] = config.get("vision_feature_select_strategy") == "full"
     node["resize"] = resize_of(read_processor(folder)[1])
@@ -162,16 +153,6 @@ def siglip_node(folder: Path, fields: dict[str, Any] | None) -> dict[str, Any]:
     Raises:
         DataError: an activation that timm does not have, or a single block.
     """
-    defaults: dict[str, Any] = {
-        "hidden_size": 768,
-        "intermediate_size": 3072,
-        "num_hidden_layers": 12,
-        "num_attention_heads": 12,
-        "image_size": 224,
-        "patch_size": 16,
-        "layer_norm_eps": 1e-6,
-        "hidden_act": "gelu_pytorch_tanh",
-    }
     if fields is None:
         fields = {
             "hidden_size": 1152,
@@ -181,26 +162,16 @@ def siglip_node(folder: Path, fields: dict[str, Any] | None) -> dict[str, Any]:
             "image_size": 384,
             "patch_size": 14,
         }
-    fields = {**defaults, **present(fields)}
-    if fields["hidden_act"] not in ACTIVATIONS:
-        raise DataError(
-            f"{folder / 'config.json'}: vision_config.hidden_act is {fields['hidden_act']}; known "
-            f"are {', '.join(ACTIVATIONS)}"
-        )
+    fields = {**SiglipVisionConfig().to_dict(), **present(fields)}
     if fields["num_hidden_layers"] < 2:
         raise DataError(
             f"{folder / 'config.json'}: vision_config.num_hidden_layers is 1, and the last but "
             "one is read"
         )
-    kwargs = {
-        **sizes(fields),
-        "class_token": False,
-        "pre_norm": False,
-        "global_pool": "",
-        "act_layer": ACTIVATIONS[fields["hidden_act"]],
-        **pixels(folder, fields, IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD),
-    }
-    return {**backbone_node(SIGLIP, fields["layer_norm_eps"], kwargs), "output": "penultimate"}
+    node = backbone_node(folder, SIGLIP, fields)
+    node["kwargs"] |= {"class_token": False, "pre_norm": False, "global_pool": ""}
+    node["output"] = "penultimate"
+    return node
 
 
 def present(fields: dict[str, Any]) -> dict[str, Any]:
@@ -208,9 +179,33 @@ def present(fields: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in fields.items() if value is not None}
 
 
-def backbone_node(name: str, eps: float, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Returns a backbone's node with that epsilon: of timm's ViTs, CLIP's have 1e-5 and others
-    1e-6."""
+def backbone_node(folder: Path, name: str, fields: dict[str, Any]) -> dict[str, Any]:
+    """Returns the node of timm's ViT of that name with the width, depth, heads, patches, activation
+    and epsilon of a released tower, and the preprocessing of its pictures.
+
+    Raises:
+        DataError: an activation that timm does not have.
+    """
+    activation = fields["hidden_act"]
+    if activation not in ACTIVATIONS:
+        raise DataError(
+            f"{folder / 'config.json'}: vision_config.hidden_act is {activation}; known are "
+            f"{', '.join(ACTIVATIONS)}"
+        )
+    width, hidden = fields["hidden_size"], fields["intermediate_size"]
+    ratio = hidden / width
+    mean, std = STATISTICS[name]
+    kwargs = {
+        "embed_dim": width,
+        "depth": fields["num_hidden_layers"],
+        "num_heads": fields["num_attention_heads"],
+        "patch_size": fields["patch_size"],
+        # timm takes int(width * ratio), which rounding may lower by one
+        "mlp_ratio": ratio if int(width * ratio) == hidden else (hidden + 0.5) / width,
+        "act_layer": ACTIVATIONS[activation],
+        **pixels(folder, fields, mean, std),
+    }
+    eps = fields["layer_norm_eps"]
     node: dict[str, Any] = {
         "_target_": "owlfuse.model.vision.backbone.TimmBackbone",
         # timm's CLIP models have 1e-5 built in
@@ -223,21 +218,6 @@ def backbone_node(name: str, eps: float, kwargs: dict[str, Any]) -> dict[str, An
     elif eps != 1e-5:
         node |= {"_target_": "owlfuse.artifacts.released.vision.TimmBackboneWithEps", "eps": eps}
     return node
-
-
-def sizes(fields: dict[str, Any]) -> dict[str, Any]:
-    """Returns timm's arguments for width, depth, heads, patches and the MLP's width, which timm
-    takes as a ratio and cuts."""
-    width, hidden = fields["hidden_size"], fields["intermediate_size"]
-    ratio = hidden / width
-    return {
-        "embed_dim": width,
-        "depth": fields["num_hidden_layers"],
-        "num_heads": fields["num_attention_heads"],
-        "patch_size": fields["patch_size"],
-        # timm takes int(width * ratio), which rounding may lower by one
-        "mlp_ratio": ratio if int(width * ratio) == hidden else (hidden + 0.5) / width,
-    }
 
 
 def pixels(
