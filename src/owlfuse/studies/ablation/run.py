@@ -101,13 +101,17 @@ def ablate_command(name: str, words: list[str]) -> None:
     cells = make_cells(ablation, words, runs_name, open_data=not options.dry_run)
     folder = Path(cells[0].config.runs).expanduser() / cells[0].config.experiment
     metrics = full_metrics(ablation.metrics, validation_sources(cells))
-    if not options.dry_run and options.launcher != "submitit_slurm":  # it uses other machines
-        check_machines(cells)
     if options.dry_run:
         unfinished = find_unfinished(folder, cells, archive=False)
         progress.print_plan(ablation, folder, cells, unfinished, options.jobs)
         return
 
+    if options.launcher != "submitit_slurm":  # it uses other machines
+        from owlfuse.training.machine_checks import check_machine
+
+        for cell in cells:
+            with naming(f"cell {cell.name}"):
+                check_machine(cell.config)
     # Before runs are put aside, which another process may be training.
     with run_lock(folder):
         unfinished = find_unfinished(folder, cells, archive=options.anew)
@@ -123,15 +127,6 @@ def ablate_command(name: str, words: list[str]) -> None:
             f"{len(failed)} cells failed ({', '.join(failed)}); the log of each is "
             f"{folder}/<cell>/log.txt"
         )
-
-
-def check_machines(cells: list[Cell]) -> None:
-    """Raises ConfigError for a cell whose accelerator or devices this machine does not have."""
-    from owlfuse.training.machine_checks import check_machine
-
-    for cell in cells:
-        with naming(f"cell {cell.name}"):
-            check_machine(cell.config)
 
 
 def split_words(words: list[str]) -> tuple[Options, list[str]]:
