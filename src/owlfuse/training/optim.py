@@ -87,16 +87,14 @@ class AdamWCosine:
                 for name, parameter in trained.items():
                     decays = has_decay(name, parameter) and id(parameter) not in without_decay
                     (decayed if decays else undecayed).append(parameter)
-                common = {"lr": peak * scale}
-                # one fused call mixes no parameters of several meshes
-                for index, parameters in enumerate(by_mesh(decayed)):
-                    name = f"{layer_name}{'_split' * index}"
-                    decay = {"weight_decay": self.weight_decay, "name": name}
-                    groups.append({"params": parameters, **common, **decay})
-                for index, parameters in enumerate(by_mesh(undecayed)):
-                    name = f"{layer_name}{'_split' * index}_no_decay"
-                    decay = {"weight_decay": 0.0, "name": name}
-                    groups.append({"params": parameters, **common, **decay})
+                kinds = (("", self.weight_decay, decayed), ("_no_decay", 0.0, undecayed))
+                for suffix, weight_decay, kind_parameters in kinds:
+                    # one fused call mixes no parameters of several meshes
+                    for index, parameters in enumerate(by_mesh(kind_parameters)):
+                        group = {"params": parameters, "lr": peak * scale}
+                        group["weight_decay"] = weight_decay
+                        group["name"] = f"{layer_name}{'_split' * index}{suffix}"
+                        groups.append(group)
         return groups
 
     def layers(self, part: Part) -> list[tuple[str, float, dict[str, nn.Parameter]]]:
