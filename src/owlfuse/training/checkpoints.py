@@ -194,15 +194,16 @@ class Checkpoints(RunCheckpoint):
         was due."""
         if self.random is not None:
             set_random_states(self.random)
-        step = trainer.global_step
+        if batch_idx % trainer.accumulate_grad_batches:
+            return
         # needed after an error within the step, where a run of one process writes a checkpoint
-        if trainer.world_size == 1 and batch_idx % trainer.accumulate_grad_batches == 0:
-            self.statistics = step, [buffer.clone() for buffer in statistics_of(module)]
-        if batch_idx % trainer.accumulate_grad_batches == 0:
-            super().on_train_batch_end(trainer, module, None, batch, batch_idx)
-            if self.validated:
-                super().on_validation_end(trainer, module)
-            self.validated = False
+        if trainer.world_size == 1:
+            buffers = [buffer.clone() for buffer in statistics_of(module)]
+            self.statistics = trainer.global_step, buffers
+        super().on_train_batch_end(trainer, module, None, batch, batch_idx)
+        if self.validated:
+            super().on_validation_end(trainer, module)
+        self.validated = False
 
     def on_train_batch_end(
         self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -248,11 +249,8 @@ class Checkpoints(RunCheckpoint):
             return
         if module.updating:
             log.error(
-                (
-                    "the update after step %d was broken off; the last checkpoint before it is "
-                    "what "
-                    "is left"
-                ),
+                "the update after step %d was broken off; the last checkpoint before it is what is "
+                "left",
                 step,
             )
             return
