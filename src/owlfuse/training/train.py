@@ -195,12 +195,8 @@ def train(config: DictConfig, folder: Path, data_digest: str | None, at_exit: Ex
         )
         log_results(trainer, metrics)
         if evaluation is None:
-            print(
-                visible(
-                    "evaluation is null, so results.json has no metrics; for them: owlfuse eval "
-                    f"{folder}"
-                )
-            )
+            advice = "evaluation is null, so results.json has no metrics; for them: owlfuse eval"
+            print(visible(f"{advice} {folder}"))
         else:
             evaluation.write(
                 folder, metrics, answers, f"{config.experiment}, {trainer.global_step} steps"
@@ -218,30 +214,27 @@ def print_start(
     device = trainer.strategy.root_device.type
     processes = f"{trainer.world_size} processes on " if trainer.world_size > 1 else ""
     every = trainer.val_check_interval // trainer.accumulate_grad_batches
-    print(visible(f"run: {folder}, experiment {config.experiment}, seed {config.seed}"))
+    lines = [f"run: {folder}, experiment {config.experiment}, seed {config.seed}"]
     if checkpoint is not None:
-        print(visible(f"going on from {checkpoint} at step {step_of(checkpoint)}"))
-    print(
-        visible(
-            f"  {trainer.max_steps:,} steps of {data.global_batch_size:,} samples, "
-            f"{processes}{device}, {trainer.precision}"
-        )
-    )
-    print(visible(f"  looks at the validation sources every {every:,} steps"))
-    print(visible(f"  Ctrl-C stops it after a step, and `owlfuse train resume={folder}` goes on"))
-    print("data, drawn by weight:")
+        lines.append(f"going on from {checkpoint} at step {step_of(checkpoint)}")
+    lines += [
+        f"  {trainer.max_steps:,} steps of {data.global_batch_size:,} samples, "
+        f"{processes}{device}, {trainer.precision}",
+        f"  looks at the validation sources every {every:,} steps",
+        f"  Ctrl-C stops it after a step, and `owlfuse train resume={folder}` goes on",
+        "data, drawn by weight:",
+    ]
     shares = data.mixture.phases[0][1]
     for name, source in data.sources.items():
         share = float(shares.get(name, 0)) / (float(sum(shares.values())) or 1)
-        print(
-            visible(
-                f"  {name}: {share:.1%} of the {data.weights_by}, {len(source):,} samples of "
-                f"{source.file}"
-            )
+        lines.append(
+            f"  {name}: {share:.1%} of the {data.weights_by}, {len(source):,} samples of "
+            f"{source.file}"
         )
-    print("validation:")
+    lines.append("validation:")
     for name, source in data.validation.items():
-        print(visible(f"  {name}: {len(source):,} samples of {source.file}"))
+        lines.append(f"  {name}: {len(source):,} samples of {source.file}")
+    print(visible("\n".join(lines)))
 
 
 def fit(
