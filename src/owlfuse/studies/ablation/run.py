@@ -259,8 +259,7 @@ def within_budget(ablation: Ablation, folder: Path, unfinished: list[Cell]) -> l
             continue
         (folder / cell.key).mkdir(exist_ok=True)
         error = f"the budget's {ablation.steps} steps were used up"
-        state = {"hash": cell.hash, "state": "not begun", "error": error}
-        launch.write_state(folder / cell.key, state)
+        launch.write_state(folder / cell.key, {"hash": cell.hash}, "not begun", error=error)
     return to_train
 
 
