@@ -125,28 +125,22 @@ def text_frame(results: Results) -> pd.DataFrame:
 
     A factor has a column of its own where there are several: a single one is the cell's name.
     """
-    columns = ["cell"]
-    if len(results.factors) > 1:
-        columns += results.factors
-    columns.append("seeds")
+    factors = results.factors if len(results.factors) > 1 else []
+    columns = ["cell", *factors, "seeds"]
     for metric in results.metrics:
         columns += [metric, "difference"]  # several columns have that name
     columns += [cost.head for cost in COSTS.values()]
-    return pd.DataFrame([row_texts(results, row) for row in results.rows], columns=columns)
-
-
-def row_texts(results: Results, row: Row) -> list[str]:
-    """Return the texts of a cell in the order of `text_frame`'s columns."""
-    texts = [row.name]
-    if len(results.factors) > 1:
-        texts += [row.levels[factor] for factor in results.factors]
-    texts.append(f"{len(row.finished)} of {len(row.runs)}")
-    for metric in results.metrics:
-        score = row.scores[metric]
-        # The first row is what all others are compared with.
-        difference = "baseline" if row is results.rows[0] else difference_text(score) or "-"
-        texts += [mean_text(score), difference]
-    return [*texts, *cost_texts(row).values()]
+    rows = []
+    for row in results.rows:
+        texts = [row.name, *(row.levels[factor] for factor in factors)]
+        texts.append(f"{len(row.finished)} of {len(row.runs)}")
+        for metric in results.metrics:
+            score = row.scores[metric]
+            # The first row is what all others are compared with.
+            difference = "baseline" if row is results.rows[0] else difference_text(score) or "-"
+            texts += [mean_text(score), difference]
+        rows.append([*texts, *cost_texts(row).values()])
+    return pd.DataFrame(rows, columns=columns)
 
 
 def paper_frame(results: Results) -> pd.DataFrame:
