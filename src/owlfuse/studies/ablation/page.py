@@ -84,19 +84,17 @@ def number_table(results: Results) -> tuple[list[str], list[list[Any]]]:
     """Return the columns and rows of the numbers; a metric is a pair of its mean and difference,
     which stand below each other."""
     frame = text_frame(results)
-    columns: list[str] = []
-    rows: list[list[Any]] = [[] for _ in results.rows]
-    for position, column in enumerate(frame.columns):
-        # Columns are read by position: every metric has one that is called `difference`.
-        texts = frame.iloc[:, position]
-        if column != "difference":
-            columns.append(column)
-        for row, text in zip(rows, texts):
+    rows = []
+    for texts in frame.to_numpy():
+        row: list[Any] = []
+        # By position: every metric has a column that is called `difference`.
+        for column, text in zip(frame.columns, texts):
             if column == "difference":
                 row[-1] = (row[-1], text)
             else:
                 row.append(text)
-    return columns, rows
+        rows.append(row)
+    return [column for column in frame.columns if column != "difference"], rows
 
 
 def side_by_side(results: Results) -> dict[str, Any]:
