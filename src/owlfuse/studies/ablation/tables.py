@@ -112,7 +112,7 @@ def number(value: float) -> str:
     return f"{value:.3f}" if abs(value) < 100 else f"{value:.1f}"
 
 
-def amount(value: float | None, scale: float = 1.0) -> str:
+def amount(value: float | None, scale: float) -> str:
     """Return 1,129,596 for 1129596, 4,254 for 4253.5 and 2.49 for 2.486."""
     if value is None:
         return "-"

@@ -97,7 +97,7 @@ def rates(optim: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def mixture(sources: dict[str, Any], temperature: float | None = None) -> str:
+def mixture(sources: dict[str, Any], temperature: float | None) -> str:
     """Return each source's share of the weights, without those that are not drawn; with a
     temperature the sizes decide too, so that only the names are known."""
     weights = pd.Series({name: source.get("weight", 1.0) for name, source in sources.items()})
