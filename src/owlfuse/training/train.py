@@ -117,12 +117,13 @@ def train(config: DictConfig, folder: Path, data_digest: str | None, at_exit: Ex
         if past:
             new_tokens = past.new_tokens
         else:
-            start = (
+            new_tokens = tokens_to_train(
+                data.tokenizer,
+                config.data.tokenizer,
                 config.get("init_from"),
                 plain["model"]["llm"],
                 getattr(plan.llm, "trained_rows", None),
             )
-            new_tokens = tokens_to_train(data.tokenizer, config.data.tokenizer, *start)
         check_trained_precision(plan, trainer.precision, new_tokens)
     identity: dict[str, str] = {}
     code = None
@@ -135,12 +136,11 @@ def train(config: DictConfig, folder: Path, data_digest: str | None, at_exit: Ex
         # of what is no longer there, as a base whose weights are all trained
         identity = {**past.identity, **identity}
     # Ranks without the hashes leave this to the first.
-    has_changed = bool(data_digest and identity) and data_hash(identity) != data_digest
-    if has_changed and not config.get("accept_changed_data"):
+    checks_data = data_digest and identity and not config.get("accept_changed_data")
+    if checks_data and data_hash(identity) != data_digest:
         raise DataError(
             "the data have changed since the ablation began; give the same back, or go on with "
-            "these by "
-            "accept_changed_data=true"
+            "these by accept_changed_data=true"
         )
     history = recorded(past, changes)
     print_start(config, data, trainer, folder, checkpoint)
@@ -150,12 +150,7 @@ def train(config: DictConfig, folder: Path, data_digest: str | None, at_exit: Ex
     init_from = config.get("init_from") if checkpoint is None or needs_base(checkpoint) else None
     module = MultimodalModule(plain["model"], optim, data.vocab_size, init_from, new_tokens)
     module.rates_changed = rates_changed
-    module.record = {
-        "config": plain,
-        "changes": history,
-        "identity": identity,
-        "code": code,
-    }
+    module.record = {"config": plain, "changes": history, "identity": identity, "code": code}
     write_config(config, folder, history)
     save_tokenizer(data.tokenizer, folder)
     begin_logging(trainer, config, plain)
@@ -180,16 +175,15 @@ def train(config: DictConfig, folder: Path, data_digest: str | None, at_exit: Ex
             ):
                 metrics, answers = evaluation(module.model, data, folder, ranks)
         except KeyboardInterrupt:
-            done = (
+            raise KeyboardInterrupt(
                 "stopped while evaluating; the training is done, so go on with: owlfuse eval "
                 f"{folder}"
-            )
-            raise KeyboardInterrupt(done) from None
+            ) from None
     if trainer.is_global_zero:
         # once more, since the evaluation has met samples of the validation sources
         write_mixture(folder, report | {"validation": data.validation_report()})
         cost, seconds = run_cost(trainer, evaluation), time.monotonic() - began
-        counts = evaluation.counts if evaluation is not None else {}
+        counts = {} if evaluation is None else evaluation.counts
         write_results(
             folder, config, trainer.global_step, metrics, cost, seconds, module.record, counts
         )
