@@ -5,6 +5,7 @@ Imports nothing heavy.
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -273,7 +274,7 @@ def level_name(value: Any) -> str:
 def override_literal(value: Any) -> str:
     """Return a value in the grammar of overrides."""
     if value is None or isinstance(value, bool):
-        return {None: "null", True: "true", False: "false"}[value]
+        return json.dumps(value)
     if isinstance(value, list):
         return f"[{','.join(map(override_literal, value))}]"
     if isinstance(value, dict):
