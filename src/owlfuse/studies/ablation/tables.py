@@ -55,7 +55,8 @@ def print_tables(results: Results) -> None:
     for start in range(0, len(metrics), METRICS_PER_TABLE):
         frame = score_frame(results, metrics[start : start + METRICS_PER_TABLE])
         out.print(terminal_table(frame, results.record["name"], show_lines=True))
-    out.print(terminal_table(cost_frame(results), "costs"))
+    costs = pd.DataFrame([{"cell": row.name, **cost_texts(row)} for row in results.rows])
+    out.print(terminal_table(costs, "costs"))
     lines = notes(results) + [f"{run.key}: {run.status}" for run in results.unfinished]
     for line in lines:
         # As it is: rich would color numbers, and read brackets as markup.
@@ -75,11 +76,6 @@ def score_frame(results: Results, metrics: list[str]) -> pd.DataFrame:
             record[head] = "\n".join(filter(None, [mean_text(score), difference]))
         records.append(record)
     return pd.DataFrame(records)
-
-
-def cost_frame(results: Results) -> pd.DataFrame:
-    """Return the costs of the cells as texts."""
-    return pd.DataFrame([{"cell": row.name, **cost_texts(row)} for row in results.rows])
 
 
 def cost_texts(row: Row) -> dict[str, str]:
