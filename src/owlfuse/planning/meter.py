@@ -20,11 +20,17 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
-from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
+from torch.utils.flop_counter import flop_registry
 
 # The CPU's flash attention is the kernel that meta tensors have; its sizes are those of a GPU's.
 ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 ATTENTION_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+# torch has formulas for the GPU's kernels alone, which begin with the same arguments.
+FORMULAS: dict[Any, Any] = {
+    **flop_registry,
+    ATTENTION: flop_registry[torch.ops.aten._scaled_dot_product_flash_attention],
+    ATTENTION_BACKWARD: flop_registry[torch.ops.aten._scaled_dot_product_flash_attention_backward],
+}
 LOWER_PRECISION: set[Any] = {
     F.linear,
     torch.conv1d,
@@ -210,7 +216,7 @@ class Meter(TorchDispatchMode):
             if isinstance(tensor, Tensor):
                 self.add(tensor)
         operation = func._overloadpacket  # what torch's own FlopCounterMode looks up
-        formula: Any = FORMULAS.get(operation) or flop_registry.get(operation)
+        formula = FORMULAS.get(operation)
         if formula is not None:
             self.flops += formula(*args, **kwargs, out_val=out)
         self.cost.moments.append((self.bytes - self.gradient_bytes, self.gradient_bytes))
@@ -242,33 +248,6 @@ class Meter(TorchDispatchMode):
         if key in self.alive and key not in self.gradients:
             self.gradients.add(key)
             self.gradient_bytes += self.alive[key][1]
-
-
-def attention_flops(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    *args: Any,
-    out_val: Any = None,
-    **kwargs: Any,
-) -> int:
-    """Return the FLOPs of fused attention."""
-    return sdpa_flop_count(query.shape, key.shape, value.shape)
-
-
-def attention_backward_flops(
-    grad: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    *args: Any,
-    **kwargs: Any,
-) -> int:
-    """Return the FLOPs of its backward pass, with the scores that it computes again."""
-    return sdpa_backward_flop_count(grad.shape, query.shape, key.shape, value.shape)
-
-
-FORMULAS = {ATTENTION: attention_flops, ATTENTION_BACKWARD: attention_backward_flops}
 
 
 class OnMeta(TorchFunctionMode):

@@ -169,7 +169,7 @@ class Workload:
         gathered = 0
         # A single data rank has all of it already.
         if layout.sharded and layout.data > 1:
-            gathered = gathered_bytes(model, self.gathered_dtype(layout))
+            gathered = gathered_bytes(model, self.precision.autocast)
         # From the second micro batch on, all gradients exist from the beginning.
         earlier_gradients = trained if accumulation > 1 else None
         # The optimizer steps with all gradients and no activations.
@@ -191,17 +191,15 @@ class Workload:
             seconds=flops / (flops_per_gpu_second * layout.gpus),
         )
 
-    def gathered_dtype(self, layout: Layout) -> torch.dtype | None:
-        """Return what FSDP gathers parameters in: the lower precision of a mixed one."""
-        return self.precision.autocast if layout.sharded else None
-
     def step_cost(self, layout: Layout) -> StepCost:
         """Return what a micro batch's step needs, measured once.
 
         With FSDP in a mixed precision the layers compute with parameters that were gathered in the
         lower one, and autocast makes no copies.
         """
-        dtype = self.gathered_dtype(layout) or self.precision.parameters
+        dtype = self.precision.parameters
+        if layout.sharded:
+            dtype = self.precision.autocast or dtype
         key = layout.tensor, layout.checkpointing, dtype, layout.micro
         if key not in self.costs:
             model = self.model_for(layout.tensor, layout.checkpointing, dtype)
@@ -392,21 +390,17 @@ def alternative_layouts(layout: Layout, keys: tuple[str, ...], batch: int) -> It
     for ranks in TENSOR_RANKS:
         if layout.gpus % ranks or ranks == layout.tensor:
             continue
-        split = tensor_parallel(layout, ranks)
-        if batch % (split.micro * split.data) == 0:
-            # One layout for each count: with checkpointing, unless that is on already.
-            yield from checkpointed(split) or [split]
-
-
-def tensor_parallel(layout: Layout, ranks: int) -> Layout:
-    """Return a layout of the same GPUs with so many tensor ranks."""
-    data = layout.gpus // ranks
-    overrides = (
-        "trainer=fsdp_tp",
-        f"trainer.strategy.data={data}",
-        f"trainer.strategy.tensor={ranks}",
-        f"data.micro_batch_size={layout.micro}",
-    )
-    return replace(
-        layout, data=data, tensor=ranks, sharded=data > 1, buckets=False, overrides=overrides
-    )
+        data = layout.gpus // ranks
+        if batch % (layout.micro * data):
+            continue
+        overrides = (
+            "trainer=fsdp_tp",
+            f"trainer.strategy.data={data}",
+            f"trainer.strategy.tensor={ranks}",
+            f"data.micro_batch_size={layout.micro}",
+        )
+        split = replace(
+            layout, data=data, tensor=ranks, sharded=data > 1, buckets=False, overrides=overrides
+        )
+        # One layout for each count: with checkpointing, unless that is on already.
+        yield from checkpointed(split) or [split]

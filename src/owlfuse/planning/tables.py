@@ -36,8 +36,8 @@ def spare_gigabytes(plan: Plan, estimate: Estimate) -> float:
     return plan.options.gpu_memory - plan.options.reserve - estimate.peak / GB
 
 
-def size_texts(estimate: Estimate) -> dict[str, str]:
-    """Return the memory of a GPU in GB by the names of columns."""
+def size_texts(plan: Plan, estimate: Estimate) -> dict[str, str]:
+    """Return the memory of a GPU in GB by the names of columns, and what a layout leaves of it."""
     sizes = {
         "param.": estimate.parameters,
         "grad.": estimate.gradients,
@@ -45,12 +45,9 @@ def size_texts(estimate: Estimate) -> dict[str, str]:
         "activ.": estimate.activations,
         "at once": estimate.peak,
     }
-    return {name: f"{size / GB:,.1f}" for name, size in sizes.items()}
-
-
-def spare_text(plan: Plan, estimate: Estimate) -> str:
-    """Return what a layout leaves of a card in GB."""
-    return f"{spare_gigabytes(plan, estimate):,.1f}"
+    texts = {name: f"{size / GB:,.1f}" for name, size in sizes.items()}
+    texts["to spare"] = f"{spare_gigabytes(plan, estimate):,.1f}"
+    return texts
 
 
 def remarks_table(title: str, unit: str, rows: list[tuple[str, str, str]]) -> Table:
@@ -127,8 +124,7 @@ def alternatives_table(plan: Plan) -> Table:
             {
                 "": str(number),
                 "way": estimate.layout.describe(),
-                **size_texts(estimate),
-                "to spare": spare_text(plan, estimate),
+                **size_texts(plan, estimate),
                 "seconds": f"{estimate.seconds:.3g}",
             }
         )

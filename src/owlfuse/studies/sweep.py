@@ -32,13 +32,8 @@ def sweep(overrides: list[str]) -> None:
     # These import torch: a mistake is reported before.
     from owlfuse.planning.tables import dry_run
     from owlfuse.training import train
-    from owlfuse.training.machine_checks import check_machine
 
-    for cell, config in zip(cells, configs, strict=True):
-        if not config.get("dry_run"):
-            with naming(" ".join(cell)):
-                check_machine(config)
-    check_names(cells, configs)
+    check_runs(cells, configs)
 
     runs: list[tuple[list[str], Path | None]] = []
     try:
@@ -57,17 +52,22 @@ def sweep(overrides: list[str]) -> None:
             print_table(runs, len(cells))
 
 
-def check_names(cells: list[list[str]], configs: Sequence[DictConfig]) -> None:
-    """Raises ConfigError where two runs would have one folder, or one would write over a run."""
+def check_runs(cells: list[list[str]], configs: Sequence[DictConfig]) -> None:
+    """Raises ConfigError where this machine does not have a run's devices, two runs would have one
+    folder, or one would write over a run."""
     from owlfuse.artifacts.runs import check_not_there, run_folder
+    from owlfuse.training.machine_checks import check_machine
 
     folders: set[Path] = set()
     for cell, config in zip(cells, configs, strict=True):
-        # Without a name the time is it.
-        if config.get("dry_run") or not config.get("name"):
+        if config.get("dry_run"):
             continue
-        folder = run_folder(config)
         with naming(" ".join(cell)):
+            check_machine(config)
+            # Without a name the time is it.
+            if not config.get("name"):
+                continue
+            folder = run_folder(config)
             check_not_there(folder)
             if folder in folders:
                 raise ConfigError(

@@ -166,9 +166,7 @@ class Checkpoints(RunCheckpoint):
         if len(states) == trainer.world_size and checkpoint.get("data_ranks", 1) == ranks:
             self.random = states[trainer.global_rank]
             return
-        self.random = derived_states(
-            torch.initial_seed(), data_rank(trainer), checkpoint["global_step"]
-        )
+        self.random = derived_states(trainer, checkpoint["global_step"])
         if trainer.is_global_zero:
             log.warning(
                 "the checkpoint is of %d ranks, %s of them with rows of their own, and %d (%d) go "
@@ -187,9 +185,7 @@ class Checkpoints(RunCheckpoint):
         self._last_global_step_saved = trainer.global_step
         self.random_of_step = self.random
         if self.random is None and data_rank(trainer):
-            self.random = derived_states(
-                torch.initial_seed(), data_rank(trainer), trainer.global_step
-            )
+            self.random = derived_states(trainer, trainer.global_step)
 
     def on_train_batch_start(
         self, trainer: Trainer, module: LightningModule, batch: Any, batch_idx: int
@@ -198,15 +194,16 @@ class Checkpoints(RunCheckpoint):
         was due."""
         if self.random is not None:
             set_random_states(self.random)
-        step = trainer.global_step
+        if batch_idx % trainer.accumulate_grad_batches:
+            return
         # needed after an error within the step, where a run of one process writes a checkpoint
-        if trainer.world_size == 1 and batch_idx % trainer.accumulate_grad_batches == 0:
-            self.statistics = step, [buffer.clone() for buffer in statistics_of(module)]
-        if batch_idx % trainer.accumulate_grad_batches == 0:
-            super().on_train_batch_end(trainer, module, None, batch, batch_idx)
-            if self.validated:
-                super().on_validation_end(trainer, module)
-            self.validated = False
+        if trainer.world_size == 1:
+            buffers = [buffer.clone() for buffer in statistics_of(module)]
+            self.statistics = trainer.global_step, buffers
+        super().on_train_batch_end(trainer, module, None, batch, batch_idx)
+        if self.validated:
+            super().on_validation_end(trainer, module)
+        self.validated = False
 
     def on_train_batch_end(
         self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -252,11 +249,8 @@ class Checkpoints(RunCheckpoint):
             return
         if module.updating:
             log.error(
-                (
-                    "the update after step %d was broken off; the last checkpoint before it is "
-                    "what "
-                    "is left"
-                ),
+                "the update after step %d was broken off; the last checkpoint before it is what is "
+                "left",
                 step,
             )
             return
@@ -371,11 +365,11 @@ class Best(RunCheckpoint):
         self.best_k_models = {self.best_model_path: self.kth_value}
 
 
-def derived_states(seed: int, rank: int, step: int) -> dict[str, Any]:
-    """Random states made of three numbers; the present ones stay."""
+def derived_states(trainer: Trainer, step: int) -> dict[str, Any]:
+    """Random states made of the seed, the data rank and a step; the present ones stay."""
     present = random_states()
     # SeedSequence mixes them: a sum would be the same for other ranks and steps.
-    sequence = np.random.SeedSequence([seed, rank, step])
+    sequence = np.random.SeedSequence([torch.initial_seed(), data_rank(trainer), step])
     numbers = [int(number) for number in sequence.generate_state(3)]
     random.seed(numbers[0])
     np.random.seed(numbers[1])

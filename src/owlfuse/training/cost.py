@@ -70,32 +70,24 @@ class Cost(Callback):
         if trainer.is_global_zero and now - self.written > 1:
             self.write(trainer)
 
-    def on_fit_end(self, trainer: Trainer, module: LightningModule) -> None:
-        """Works out the cost, before the model is moved or evaluated."""
-        self.finish(trainer, module)
-
     def on_exception(
         self, trainer: Trainer, module: LightningModule, exception: BaseException
     ) -> None:
         """What was measured until then is kept for the run that goes on."""
         if trainer.is_global_zero and self.steps:
-            self.finish(trainer, module)
+            self.on_fit_end(trainer, module)
 
-    def finish(self, trainer: Trainer, module: LightningModule) -> None:
-        """See `cost`."""
+    def on_fit_end(self, trainer: Trainer, module: LightningModule) -> None:
+        """Works out the cost, before the model is moved or evaluated."""
         model = getattr(module, "model", None)
         if model is None:
             return
-        parameters = list(model.parameters())
-        trained = sum(p.numel() for p in parameters if p.requires_grad)
-        self.cost |= {
-            "trained_parameters": trained,
-            "parameters": count_parameters(model),
-        }
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        self.cost |= {"trained_parameters": trained, "parameters": count_parameters(model)}
         if (speed := self.tokens_per_s(data_ranks(trainer))) is not None:
             self.cost["tokens_per_s"] = speed
-        on_gpu = trainer.strategy.root_device.type == "cuda"
         device = trainer.strategy.root_device
+        on_gpu = device.type == "cuda"
         if on_gpu:
             peak = torch.cuda.max_memory_allocated(device)
         else:

@@ -162,22 +162,18 @@ def watched_tensors(model: Any) -> dict[Watched, Tensor]:
     limited = [table for table, _ in model.row_limits()]
     left_out = {id(table) for table in limited if local(table).numel() < table.numel()}
     for part in PARTS:
-        parameters = {
-            name: parameter
-            for name, parameter in model.part(part).parameters.items()
-            if id(parameter) not in left_out
-        }
-        tensors |= {Watched(part, name, p.requires_grad): p for name, p in parameters.items()}
+        parameters = {}
+        trains = False
+        for name, parameter in model.part(part).parameters.items():
+            if id(parameter) not in left_out:
+                parameters[name] = parameter
+                tensors[Watched(part, name, parameter.requires_grad)] = parameter
+                trains |= parameter.requires_grad
         # The buffers of a part that trains change by right, as running means do.
-        if part in ("vision", "connector") and not any(
-            p.requires_grad for p in parameters.values()
-        ):
-            state = getattr(model, part).state_dict(keep_vars=True)
-            tensors |= {
-                Watched(part, name, False): tensor
-                for name, tensor in state.items()
-                if name not in parameters
-            }
+        if part in ("vision", "connector") and not trains:
+            for name, tensor in getattr(model, part).state_dict(keep_vars=True).items():
+                if name not in parameters:
+                    tensors[Watched(part, name, False)] = tensor
     return {watched: tensor for watched, tensor in tensors.items() if local(tensor).numel()}
 
 

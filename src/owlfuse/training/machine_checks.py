@@ -41,7 +41,8 @@ def check_machine(config: DictConfig) -> str | None:
     name, devices = trainer.get("accelerator", "auto"), trainer.get("devices", "auto")
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     unchecked = ["auto", "cpu"]
-    if on_mps():
+    has_mps = torch.backends.mps.is_available()
+    if has_mps:
         # Lightning takes `gpu` for Apple's GPU where there is one.
         unchecked += ["gpu", "mps"]
     if isinstance(name, str) and name not in unchecked:
@@ -50,7 +51,7 @@ def check_machine(config: DictConfig) -> str | None:
         check_gpus(config, devices, gpus)
     # Who asks for the CPU may have as many processes there as they like; `auto` was meant for
     # GPUs.
-    elif name == "auto" and not on_mps():
+    elif name == "auto" and not has_mps:
         return check_processes(config, devices)
     return None
 
@@ -127,8 +128,3 @@ def check_launcher(trainer: Trainer, config: DictConfig) -> None:
             "others in vain; start it on each "
             "by torchrun or SLURM (docs/scaling.md), or leave num_nodes at 1",
         )
-
-
-def on_mps() -> bool:
-    """Whether this machine has a GPU of Apple's."""
-    return torch.backends.mps.is_available()

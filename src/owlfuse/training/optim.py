@@ -101,16 +101,14 @@ class AdamWCosine:
                 for name, parameter in trained.items():
                     decays = has_decay(name, parameter) and id(parameter) not in without_decay
                     (decayed if decays else undecayed).append(parameter)
-                common = {"lr": peak * scale}
-                # one fused call mixes no parameters of several meshes
-                for index, parameters in enumerate(by_mesh(decayed)):
-                    name = f"{layer_name}{'_split' * index}"
-                    decay = {"weight_decay": self.weight_decay, "name": name}
-                    groups.append({"params": parameters, **common, **decay})
-                for index, parameters in enumerate(by_mesh(undecayed)):
-                    name = f"{layer_name}{'_split' * index}_no_decay"
-                    decay = {"weight_decay": 0.0, "name": name}
-                    groups.append({"params": parameters, **common, **decay})
+                kinds = (("", self.weight_decay, decayed), ("_no_decay", 0.0, undecayed))
+                for suffix, weight_decay, kind_parameters in kinds:
+                    # one fused call mixes no parameters of several meshes
+                    for index, parameters in enumerate(by_mesh(kind_parameters)):
+                        group = {"params": parameters, "lr": peak * scale}
+                        group["weight_decay"] = weight_decay
+                        group["name"] = f"{layer_name}{'_split' * index}{suffix}"
+                        groups.append(group)
         return groups
 
     def layers(self, part: Part) -> list[tuple[str, float, dict[str, nn.Parameter]]]:
@@ -271,23 +269,20 @@ def apply_schedule(
     # The checkpoint has brought its own weight decay and peak rates too.
     for group, configured in zip(groups, settings or [{}] * len(groups), strict=True):
         group.update(configured)
-    base_lrs = [float(group["initial_lr"]) for group in groups]
-    before = [float(group["lr"]) for group in groups]
-    after = [
-        base * rate(scheduler.last_epoch)
-        for base, rate in zip(base_lrs, scheduler.lr_lambdas, strict=True)
-    ]
-    for group, lr in zip(groups, after, strict=True):
-        group["lr"] = lr
-    scheduler.base_lrs = [*base_lrs]
-    scheduler._last_lr = [*after]  # what get_last_lr gives, for which torch has no setter
-    changes = [
-        (abs(new - old) / max(new, old), old, new)
-        for old, new in zip(before, after, strict=True)
-        if new != old
-    ]
+    scheduler.base_lrs = []
+    scheduler._last_lr = []  # what get_last_lr gives, for which torch has no setter
+    changes = []
+    for group, factor in zip(groups, scheduler.lr_lambdas, strict=True):
+        peak, old = float(group["initial_lr"]), float(group["lr"])
+        new = peak * factor(scheduler.last_epoch)
+        group["lr"] = new
+        scheduler.base_lrs.append(peak)
+        scheduler._last_lr.append(new)
+        if new != old:
+            changes.append((abs(new - old) / max(new, old), old, new))
+    share, old, new = max(changes, default=(0.0, 0.0, 0.0))
     # Rates that differ by rounding alone are no change to tell of.
-    return max(changes)[1:] if changes and max(changes)[0] > 1e-6 else None
+    return (old, new) if share > 1e-6 else None
 
 
 def has_decay(name: str, parameter: nn.Parameter) -> bool:

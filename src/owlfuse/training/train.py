@@ -117,12 +117,13 @@ def train(config: DictConfig, folder: Path, data_digest: str | None, at_exit: Ex
         if past:
             new_tokens = past.new_tokens
         else:
-            start = (
+            new_tokens = tokens_to_train(
+                data.tokenizer,
+                config.data.tokenizer,
                 config.get("init_from"),
                 plain["model"]["llm"],
                 getattr(plan.llm, "trained_rows", None),
             )
-            new_tokens = tokens_to_train(data.tokenizer, config.data.tokenizer, *start)
         check_trained_precision(plan, trainer.precision, new_tokens)
     identity: dict[str, str] = {}
     code = None
@@ -135,12 +136,11 @@ def train(config: DictConfig, folder: Path, data_digest: str | None, at_exit: Ex
         # of what is no longer there, as a base whose weights are all trained
         identity = {**past.identity, **identity}
     # Ranks without the hashes leave this to the first.
-    has_changed = bool(data_digest and identity) and data_hash(identity) != data_digest
-    if has_changed and not config.get("accept_changed_data"):
+    checks_data = data_digest and identity and not config.get("accept_changed_data")
+    if checks_data and data_hash(identity) != data_digest:
         raise DataError(
             "the data have changed since the ablation began; give the same back, or go on with "
-            "these by "
-            "accept_changed_data=true"
+            "these by accept_changed_data=true"
         )
     history = recorded(past, changes)
     print_start(config, data, trainer, folder, checkpoint)
@@ -150,12 +150,7 @@ def train(config: DictConfig, folder: Path, data_digest: str | None, at_exit: Ex
     init_from = config.get("init_from") if checkpoint is None or needs_base(checkpoint) else None
     module = MultimodalModule(plain["model"], optim, data.vocab_size, init_from, new_tokens)
     module.rates_changed = rates_changed
-    module.record = {
-        "config": plain,
-        "changes": history,
-        "identity": identity,
-        "code": code,
-    }
+    module.record = {"config": plain, "changes": history, "identity": identity, "code": code}
     write_config(config, folder, history)
     save_tokenizer(data.tokenizer, folder)
     begin_logging(trainer, config, plain)
@@ -180,27 +175,22 @@ def train(config: DictConfig, folder: Path, data_digest: str | None, at_exit: Ex
             ):
                 metrics, answers = evaluation(module.model, data, folder, ranks)
         except KeyboardInterrupt:
-            done = (
+            raise KeyboardInterrupt(
                 "stopped while evaluating; the training is done, so go on with: owlfuse eval "
                 f"{folder}"
-            )
-            raise KeyboardInterrupt(done) from None
+            ) from None
     if trainer.is_global_zero:
         # once more, since the evaluation has met samples of the validation sources
         write_mixture(folder, report | {"validation": data.validation_report()})
         cost, seconds = run_cost(trainer, evaluation), time.monotonic() - began
-        counts = evaluation.counts if evaluation is not None else {}
+        counts = {} if evaluation is None else evaluation.counts
         write_results(
             folder, config, trainer.global_step, metrics, cost, seconds, module.record, counts
         )
         log_results(trainer, metrics)
         if evaluation is None:
-            print(
-                visible(
-                    "evaluation is null, so results.json has no metrics; for them: owlfuse eval "
-                    f"{folder}"
-                )
-            )
+            advice = "evaluation is null, so results.json has no metrics; for them: owlfuse eval"
+            print(visible(f"{advice} {folder}"))
         else:
             evaluation.write(
                 folder, metrics, answers, f"{config.experiment}, {trainer.global_step} steps"
@@ -218,30 +208,27 @@ def print_start(
     device = trainer.strategy.root_device.type
     processes = f"{trainer.world_size} processes on " if trainer.world_size > 1 else ""
     every = trainer.val_check_interval // trainer.accumulate_grad_batches
-    print(visible(f"run: {folder}, experiment {config.experiment}, seed {config.seed}"))
+    lines = [f"run: {folder}, experiment {config.experiment}, seed {config.seed}"]
     if checkpoint is not None:
-        print(visible(f"going on from {checkpoint} at step {step_of(checkpoint)}"))
-    print(
-        visible(
-            f"  {trainer.max_steps:,} steps of {data.global_batch_size:,} samples, "
-            f"{processes}{device}, {trainer.precision}"
-        )
-    )
-    print(visible(f"  looks at the validation sources every {every:,} steps"))
-    print(visible(f"  Ctrl-C stops it after a step, and `owlfuse train resume={folder}` goes on"))
-    print("data, drawn by weight:")
+        lines.append(f"going on from {checkpoint} at step {step_of(checkpoint)}")
+    lines += [
+        f"  {trainer.max_steps:,} steps of {data.global_batch_size:,} samples, "
+        f"{processes}{device}, {trainer.precision}",
+        f"  looks at the validation sources every {every:,} steps",
+        f"  Ctrl-C stops it after a step, and `owlfuse train resume={folder}` goes on",
+        "data, drawn by weight:",
+    ]
     shares = data.mixture.phases[0][1]
     for name, source in data.sources.items():
         share = float(shares.get(name, 0)) / (float(sum(shares.values())) or 1)
-        print(
-            visible(
-                f"  {name}: {share:.1%} of the {data.weights_by}, {len(source):,} samples of "
-                f"{source.file}"
-            )
+        lines.append(
+            f"  {name}: {share:.1%} of the {data.weights_by}, {len(source):,} samples of "
+            f"{source.file}"
         )
-    print("validation:")
+    lines.append("validation:")
     for name, source in data.validation.items():
-        print(visible(f"  {name}: {len(source):,} samples of {source.file}"))
+        lines.append(f"  {name}: {len(source):,} samples of {source.file}")
+    print(visible("\n".join(lines)))
 
 
 def fit(

@@ -37,14 +37,16 @@ def make_trainer(
     """
     loggers = make_loggers(config, folder, past)
     watched = f"{next(iter(data.validation))}/loss" if data.validation else None
-    precision = {}
-    if config.trainer.precision is None:
-        precision["precision"] = precision_for(config.trainer.accelerator)
-    callbacks = [
-        *make_callbacks(config.get("checkpoint"), watched),
-        *evaluation_callbacks(config, folder),
-        *(build(callback) for callback in (config.get("callbacks") or {}).values() if callback),
-    ]
+    precision = config.trainer.precision
+    if precision is None:
+        precision = precision_for(config.trainer.accelerator)
+    callbacks = make_callbacks(config.get("checkpoint"), watched)
+    # An evaluation before the first step, where one is asked for.
+    if config.evaluation and config.evaluation.get("before"):
+        callbacks.append(BeforeTraining(build(config.evaluation), folder))
+    for node in (config.get("callbacks") or {}).values():
+        if node:
+            callbacks.append(build(node))
     if not loggers:  # Lightning refuses a LearningRateMonitor beside no logger
         callbacks = [
             callback for callback in callbacks if not isinstance(callback, LearningRateMonitor)
@@ -60,7 +62,7 @@ def make_trainer(
         trainer = build(
             config.trainer,
             max_steps=steps,
-            **precision,
+            precision=precision,
             logger=loggers,
             enable_progress_bar=False,  # Lightning's: see TrainingProgress
             callbacks=callbacks,
@@ -114,10 +116,3 @@ def run_cost(trainer: Any, evaluation: Any) -> dict[str, Any]:
     answer."""
     mine = next((callback.cost for callback in trainer.callbacks if isinstance(callback, Cost)), {})
     return {**mine, "ms_per_generated_token": getattr(evaluation, "milliseconds", None)}
-
-
-def evaluation_callbacks(config: DictConfig, folder: Path) -> list[Callback]:
-    """An evaluation before the first step, where `evaluation.before` asks for one."""
-    if not config.evaluation or not config.evaluation.get("before"):
-        return []
-    return [BeforeTraining(build(config.evaluation), folder)]

@@ -5,8 +5,9 @@ Imports nothing heavy.
 
 from __future__ import annotations
 
+import json
 import re
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -94,16 +95,16 @@ class Ablation:
     factors: list[Factor]
     metrics: list[str]
     """The first one is the score of the plots."""
-    seeds: list[int] = field(default_factory=lambda: [0])
-    overrides: list[str] = field(default_factory=list)
-    leave_out: list[Levels] = field(default_factory=list)
-    baseline: Levels = field(default_factory=dict)
+    seeds: list[int]
+    overrides: list[str]
+    leave_out: list[Levels]
+    baseline: Levels
     """A level of every factor."""
-    minutes: float | None = None
+    minutes: float | None
     """After so many minutes of one command no cell is begun."""
-    steps: int | None = None
+    steps: int | None
     """No cell is begun whose steps would bring those of all cells of this command over it."""
-    paper: dict[str, Any] | None = None
+    paper: dict[str, Any] | None
 
 
 def read_ablation(name: str, file: Path) -> Ablation:
@@ -273,7 +274,7 @@ def level_name(value: Any) -> str:
 def override_literal(value: Any) -> str:
     """Return a value in the grammar of overrides."""
     if value is None or isinstance(value, bool):
-        return {None: "null", True: "true", False: "false"}[value]
+        return json.dumps(value)
     if isinstance(value, list):
         return f"[{','.join(map(override_literal, value))}]"
     if isinstance(value, dict):

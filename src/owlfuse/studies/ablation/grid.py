@@ -223,10 +223,9 @@ def check_parts(cells: list[Cell], open_data: bool) -> None:
     from owlfuse.artifacts.identity import weights_identity
 
     data_identities: dict[str, Identity] = {}
-    cells_by_name: dict[str, list[Cell]] = {}
-    for cell in cells:
-        cells_by_name.setdefault(cell.name, []).append(cell)
-    for name, same_cells in cells_by_name.items():
+    # The seeds of a cell stand together.
+    for name, group in itertools.groupby(cells, key=lambda cell: cell.name):
+        same_cells = list(group)
         with naming(f"cell {name}"):
             # Seeds of a cell differ in random numbers alone.
             trained, identity = check_cell(same_cells[0], data_identities, open_data)

@@ -177,7 +177,7 @@ def run_by_submitit(
             run.mkdir(exist_ok=True)
             reason = " ".join(str(job_error).split())[-300:]
             state = read_json_if_there(run / STATE_FILE)
-            write_state(run, {**state, "state": "failed", "error": reason})
+            write_state(run, state, "failed", error=reason)
 
 
 def run_cell(folder: Path, key: str, deadline: float | None, threads: int | None) -> str:
@@ -192,33 +192,33 @@ def run_cell(folder: Path, key: str, deadline: float | None, threads: int | None
     # A worker of another machine knows the cell from the file alone.
     record = read_json(folder / "ablation.json")
     cell = next(cell for cell in record["cells"] if cell["key"] == key)
-    state: dict[str, Any] = {"hash": cell["hash"], "began": time.time()}
+    facts: dict[str, Any] = {"hash": cell["hash"], "began": time.time()}
     run.mkdir(parents=True, exist_ok=True)
     if deadline is not None and time.time() > deadline:
         reason = "the budget's minutes were used up"
-        return write_state(run, {**state, "state": "not begun", "error": reason})
+        return write_state(run, facts, "not begun", error=reason)
     has_checkpoint = bool(checkpoints_of(run / "checkpoints"))
     # A process that was left alone may still train the cell: the new one waits for it.
     if (run / "config.yaml").exists() and not has_checkpoint and not is_locked(run / ".lock"):
         archive_run(folder, key)  # it was stopped before its first checkpoint
         run.mkdir()
     # Bars and reports know by it that the cell is under way.
-    write_state(run, {**state, "state": "running"})
+    write_state(run, facts, "running")
 
     log = run / "log.txt"
     code = train_in_process(folder, key, log, threads)
     last_line = clean_log(log)  # of a cell that failed, its error
-    state["ended"] = time.time()
+    facts["ended"] = time.time()
     if code == 0:
-        return write_state(run, {**state, "state": "finished"})
+        return write_state(run, facts, "finished")
     if code == 130 or interrupt_count(folder):  # 130 is Ctrl-C's exit code
-        return write_state(run, {**state, "state": "interrupted"})
+        return write_state(run, facts, "interrupted")
     error = last_line.removeprefix("owlfuse: error: ")
     if not error and code < 0:
         error = f"ended by signal {signal.Signals(-code).name}"
     elif not error:
         error = f"exit code {code}"
-    return write_state(run, {**state, "state": "failed", "error": error})
+    return write_state(run, facts, "failed", error=error)
 
 
 def train_in_process(folder: Path, key: str, log: Path, threads: int | None) -> int:
@@ -314,7 +314,7 @@ def archive_run(folder: Path, key: str) -> None:
     (folder / key).rename(archive / f"{key}.{datetime.now():%Y-%m-%d_%H-%M-%S.%f}")
 
 
-def write_state(run: Path, state: dict[str, Any]) -> str:
-    """Writes cell.json and returns the state's name."""
-    write_json(run / STATE_FILE, state)
-    return state["state"]
+def write_state(run: Path, facts: dict[str, Any], state: str, **details: str) -> str:
+    """Writes cell.json with some facts, the state and its details; returns the state."""
+    write_json(run / STATE_FILE, {**facts, "state": state, **details})
+    return state

@@ -20,7 +20,7 @@ from PIL import Image
 
 from owlfuse.config.identity import flat
 from owlfuse.core.files import atomic_write
-from owlfuse.studies.ablation.results import Question, Results, Run, RunAnswers
+from owlfuse.studies.ablation.results import Question, Results, RunAnswers
 from owlfuse.studies.ablation.tables import notes, paper_frame, text_frame
 
 QUESTION_COUNT = 8
@@ -48,6 +48,7 @@ def write_page(results: Results, plots: dict[str, Path], path: Path) -> None:
     )
     environment.filters["breakable"] = breakable
     columns, rows = number_table(results)
+    command = ["owlfuse", "ablate", results.record["name"], *results.record.get("words", [])]
     images = []
     for name, plot in plots.items():
         images.append({"alt": ALT[name], "uri": data_uri(plot.read_bytes(), "image/svg+xml")})
@@ -60,7 +61,7 @@ def write_page(results: Results, plots: dict[str, Path], path: Path) -> None:
         notes=notes(results),
         plots=images,
         differences=config_differences(results),
-        command=rerun_command(results),
+        command=" ".join(command),
         origin=origin(results),
         **side_by_side(results),
     )
@@ -84,19 +85,17 @@ def number_table(results: Results) -> tuple[list[str], list[list[Any]]]:
     """Return the columns and rows of the numbers; a metric is a pair of its mean and difference,
     which stand below each other."""
     frame = text_frame(results)
-    columns: list[str] = []
-    rows: list[list[Any]] = [[] for _ in results.rows]
-    for position, column in enumerate(frame.columns):
-        # Columns are read by position: every metric has one that is called `difference`.
-        texts = frame.iloc[:, position]
-        if column != "difference":
-            columns.append(column)
-        for row, text in zip(rows, texts):
+    rows = []
+    for texts in frame.to_numpy():
+        row: list[Any] = []
+        # By position: every metric has a column that is called `difference`.
+        for column, text in zip(frame.columns, texts):
             if column == "difference":
                 row[-1] = (row[-1], text)
             else:
                 row.append(text)
-    return columns, rows
+        rows.append(row)
+    return [column for column in frame.columns if column != "difference"], rows
 
 
 def side_by_side(results: Results) -> dict[str, Any]:
@@ -123,11 +122,10 @@ def side_by_side(results: Results) -> dict[str, Any]:
 
 def most_finished_seed(results: Results) -> int | None:
     """Return the first seed under which most cells are finished; None where none is."""
-    finished: list[Run] = results.finished
-    seeds = [seed for seed in results.record["seeds"] if any(run.seed == seed for run in finished)]
+    seeds = [run.seed for run in results.finished]
     if not seeds:
         return None
-    return max(seeds, key=lambda seed: sum(run.seed == seed for run in finished))
+    return max(results.record["seeds"], key=seeds.count)
 
 
 def pick_questions(answers: list[RunAnswers]) -> list[Question]:
@@ -177,12 +175,6 @@ def config_differences(results: Results) -> pd.DataFrame:
     # A key that a cell does not have becomes a dash.
     frame = pd.DataFrame(columns).fillna("-").sort_index()
     return frame[frame.nunique(axis=1) > 1]
-
-
-def rerun_command(results: Results) -> str:
-    """Return the command that runs the ablation again."""
-    words = ["owlfuse", "ablate", results.record["name"], *results.record.get("words", [])]
-    return " ".join(words)
 
 
 def origin(results: Results) -> list[tuple[str, str]]:

@@ -63,10 +63,10 @@ def style(index: int) -> dict[str, Any]:
     return {"color": COLORS[index % len(COLORS)], "marker": MARKERS[index % len(MARKERS)]}
 
 
-def wrapped(name: str, width: int = 22) -> str:
-    """Return a cell's name on lines of at most `width` characters."""
+def wrapped(name: str) -> str:
+    """Return a cell's name on lines of at most 22 characters."""
     # textwrap breaks lines at blanks alone: each hyphen gets one, which is removed afterwards.
-    lines = textwrap.wrap(name.replace("-", "- "), width, break_long_words=True)
+    lines = textwrap.wrap(name.replace("-", "- "), 22)
     return "\n".join(lines).replace("- ", "-")
 
 

@@ -5,6 +5,7 @@ Without a terminal, plain lines.
 
 from __future__ import annotations
 
+import itertools
 import sys
 import threading
 import time
@@ -52,10 +53,9 @@ def print_plan(
     table = Table()
     for column in ("cell", "seeds", "trained, about", "steps", "finished"):
         table.add_column(column, justify="left" if column == "cell" else "right", overflow="fold")
-    by_name: dict[str, list[Cell]] = {}
-    for cell in cells:
-        by_name.setdefault(cell.name, []).append(cell)
-    for name, runs in by_name.items():
+    # The seeds of a cell stand together.
+    for name, same_cells in itertools.groupby(cells, key=lambda cell: cell.name):
+        runs = list(same_cells)
         finished = sum(cell not in unfinished for cell in runs)
         table.add_row(
             name,
@@ -245,8 +245,7 @@ def phase(step: int, steps: int) -> str:
     return "" if step else "starting"
 
 
-def shortened(key: str, width: int = 40) -> str:
-    """Return a cell's name whose middle is left out where it is long; its end is the seed."""
-    if len(key) <= width:
-        return key
-    return f"{key[: width // 2 - 1]}…{key[-width // 2 :]}"
+def shortened(key: str) -> str:
+    """Return a cell's name, at most 40 characters of it: the middle is left out, since its end is
+    the seed."""
+    return key if len(key) <= 40 else f"{key[:19]}…{key[-20:]}"

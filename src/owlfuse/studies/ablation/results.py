@@ -61,7 +61,6 @@ class Run:
     cell: str
     seed: int
     folder: Path
-    steps: int
     state: str
     detail: str = ""
     """Of a run that is not finished: why, or how far it is."""
@@ -149,7 +148,6 @@ class Row:
 class Results:
     """All that a report shows."""
 
-    folder: Path
     record: dict[str, Any]
     """The content of ablation.json."""
     rows: list[Row]
@@ -222,12 +220,12 @@ def results_of(folder: Path, record: dict[str, Any], baseline: str | None) -> Re
         for metric, (source, local_name) in record["metrics"].items():
             row.scores[metric] = score(row, baseline_row, metric, source, local_name)
     # A stable sort: behind the baseline the cells stand as in the file.
-    return Results(folder, record, sorted(rows.values(), key=lambda row: row is not baseline_row))
+    return Results(record, sorted(rows.values(), key=lambda row: row is not baseline_row))
 
 
 def read_run(folder: Path, cell: dict[str, Any]) -> Run:
     """Return a run with its state. Results of other code or another configuration are not read."""
-    run = Run(cell["key"], cell["cell"], cell["seed"], folder, cell["steps"], "missing")
+    run = Run(cell["key"], cell["cell"], cell["seed"], folder, "missing")
     results = read_json_if_there(folder / "results.json")
     state = read_json_if_there(folder / STATE_FILE)
     step = read_json_if_there(folder / "progress.json").get("step", 0)

@@ -36,6 +36,14 @@ from owlfuse.studies.ablation.grid import (
 from owlfuse.studies.ablation.report import write_report
 from owlfuse.studies.ablation.results import of_stopped_run
 
+DIFFERENCES = {
+    "config": "another configuration",
+    "code": "other code",
+    "data": "other data (files, pictures or weights have changed; accept_changed_data=true goes on "
+    "with them)",
+}
+"""What a run is of, by the hash that differs from the cell's."""
+
 
 @dataclass
 class Options:
@@ -93,13 +101,17 @@ def ablate_command(name: str, words: list[str]) -> None:
     cells = make_cells(ablation, words, runs_name, open_data=not options.dry_run)
     folder = Path(cells[0].config.runs).expanduser() / cells[0].config.experiment
     metrics = full_metrics(ablation.metrics, validation_sources(cells))
-    if not options.dry_run and options.launcher != "submitit_slurm":  # it uses other machines
-        check_machines(cells)
     if options.dry_run:
         unfinished = find_unfinished(folder, cells, archive=False)
         progress.print_plan(ablation, folder, cells, unfinished, options.jobs)
         return
 
+    if options.launcher != "submitit_slurm":  # it uses other machines
+        from owlfuse.training.machine_checks import check_machine
+
+        for cell in cells:
+            with naming(f"cell {cell.name}"):
+                check_machine(cell.config)
     # Before runs are put aside, which another process may be training.
     with run_lock(folder):
         unfinished = find_unfinished(folder, cells, archive=options.anew)
@@ -115,15 +127,6 @@ def ablate_command(name: str, words: list[str]) -> None:
             f"{len(failed)} cells failed ({', '.join(failed)}); the log of each is "
             f"{folder}/<cell>/log.txt"
         )
-
-
-def check_machines(cells: list[Cell]) -> None:
-    """Raises ConfigError for a cell whose accelerator or devices this machine does not have."""
-    from owlfuse.training.machine_checks import check_machine
-
-    for cell in cells:
-        with naming(f"cell {cell.name}"):
-            check_machine(cell.config)
 
 
 def split_words(words: list[str]) -> tuple[Options, list[str]]:
@@ -172,8 +175,7 @@ def find_unfinished(folder: Path, cells: list[Cell], archive: bool) -> list[Cell
     """
     differences = {}
     for cell in cells:
-        accept_data = bool(cell.config.get("accept_changed_data"))
-        difference = find_difference(folder / cell.key, cell.hash, cell.steps, accept_data)
+        difference = find_difference(folder / cell.key, cell)
         if difference is not None:
             differences[cell.key] = difference
     if differences and not archive:
@@ -203,29 +205,18 @@ def own_results(run: Path, steps: int) -> dict[str, Any]:
     return {} if of_stopped_run(results, state, steps) else results
 
 
-def find_difference(
-    run: Path, hashes: dict[str, str], steps: int, accept_data: bool = False
-) -> str | None:
-    """Return in what a run's code, configuration or data are not those of `hashes`; None where
+def find_difference(run: Path, cell: Cell) -> str | None:
+    """Return in what a run's code, configuration or data are not those of the cell; None where
     there is no run, or where they are the same."""
-    results = own_results(run, steps)
+    results = own_results(run, cell.steps)
     run_hashes = results.get("hash")
     # A run that is not finished has no results; its task wrote the hash.
     if run_hashes is None and (run / "config.yaml").exists():
         run_hashes = read_json_if_there(run / launch.STATE_FILE).get("hash")
     if run_hashes is None:
         return "an older owlfuse, which left no hash" if results else None
-    kind = differing_hash(run_hashes, hashes, accept_data)
-    if kind == "config":
-        return "another configuration"
-    if kind == "code":
-        return "other code"
-    if kind == "data":
-        return (
-            "other data (files, pictures or weights have changed; accept_changed_data=true goes "
-            "on with them)"
-        )
-    return None
+    kind = differing_hash(run_hashes, cell.hash, bool(cell.config.get("accept_changed_data")))
+    return None if kind is None else DIFFERENCES[kind]
 
 
 def launch_all(
@@ -268,8 +259,7 @@ def within_budget(ablation: Ablation, folder: Path, unfinished: list[Cell]) -> l
             continue
         (folder / cell.key).mkdir(exist_ok=True)
         error = f"the budget's {ablation.steps} steps were used up"
-        state = {"hash": cell.hash, "state": "not begun", "error": error}
-        launch.write_state(folder / cell.key, state)
+        launch.write_state(folder / cell.key, {"hash": cell.hash}, "not begun", error=error)
     return to_train
 
 

@@ -55,7 +55,8 @@ def print_tables(results: Results) -> None:
     for start in range(0, len(metrics), METRICS_PER_TABLE):
         frame = score_frame(results, metrics[start : start + METRICS_PER_TABLE])
         out.print(terminal_table(frame, results.record["name"], show_lines=True))
-    out.print(terminal_table(cost_frame(results), "costs"))
+    costs = pd.DataFrame([{"cell": row.name, **cost_texts(row)} for row in results.rows])
+    out.print(terminal_table(costs, "costs"))
     lines = notes(results) + [f"{run.key}: {run.status}" for run in results.unfinished]
     for line in lines:
         # As it is: rich would color numbers, and read brackets as markup.
@@ -75,11 +76,6 @@ def score_frame(results: Results, metrics: list[str]) -> pd.DataFrame:
             record[head] = "\n".join(filter(None, [mean_text(score), difference]))
         records.append(record)
     return pd.DataFrame(records)
-
-
-def cost_frame(results: Results) -> pd.DataFrame:
-    """Return the costs of the cells as texts."""
-    return pd.DataFrame([{"cell": row.name, **cost_texts(row)} for row in results.rows])
 
 
 def cost_texts(row: Row) -> dict[str, str]:
@@ -112,7 +108,7 @@ def number(value: float) -> str:
     return f"{value:.3f}" if abs(value) < 100 else f"{value:.1f}"
 
 
-def amount(value: float | None, scale: float = 1.0) -> str:
+def amount(value: float | None, scale: float) -> str:
     """Return 1,129,596 for 1129596, 4,254 for 4253.5 and 2.49 for 2.486."""
     if value is None:
         return "-"
@@ -125,28 +121,22 @@ def text_frame(results: Results) -> pd.DataFrame:
 
     A factor has a column of its own where there are several: a single one is the cell's name.
     """
-    columns = ["cell"]
-    if len(results.factors) > 1:
-        columns += results.factors
-    columns.append("seeds")
+    factors = results.factors if len(results.factors) > 1 else []
+    columns = ["cell", *factors, "seeds"]
     for metric in results.metrics:
         columns += [metric, "difference"]  # several columns have that name
     columns += [cost.head for cost in COSTS.values()]
-    return pd.DataFrame([row_texts(results, row) for row in results.rows], columns=columns)
-
-
-def row_texts(results: Results, row: Row) -> list[str]:
-    """Return the texts of a cell in the order of `text_frame`'s columns."""
-    texts = [row.name]
-    if len(results.factors) > 1:
-        texts += [row.levels[factor] for factor in results.factors]
-    texts.append(f"{len(row.finished)} of {len(row.runs)}")
-    for metric in results.metrics:
-        score = row.scores[metric]
-        # The first row is what all others are compared with.
-        difference = "baseline" if row is results.rows[0] else difference_text(score) or "-"
-        texts += [mean_text(score), difference]
-    return [*texts, *cost_texts(row).values()]
+    rows = []
+    for row in results.rows:
+        texts = [row.name, *(row.levels[factor] for factor in factors)]
+        texts.append(f"{len(row.finished)} of {len(row.runs)}")
+        for metric in results.metrics:
+            score = row.scores[metric]
+            # The first row is what all others are compared with.
+            difference = "baseline" if row is results.rows[0] else difference_text(score) or "-"
+            texts += [mean_text(score), difference]
+        rows.append([*texts, *cost_texts(row).values()])
+    return pd.DataFrame(rows, columns=columns)
 
 
 def paper_frame(results: Results) -> pd.DataFrame:

@@ -33,7 +33,14 @@ def compose_stages(recipe: str, words: list[str], importing: bool = True) -> dic
         )
     configs: dict[str, DictConfig] = {}
     for name in names:
-        config = compose_stage(recipe, name, words_for(name, names, words), importing)
+        overrides = [f"experiment={recipe}/{name}", *words_for(name, names, words)]
+        try:
+            config = compose(overrides, importing=importing)
+        except ConfigError as error:
+            # A word for all stages is at fault in each of them.
+            if str(error).startswith(COMMAND_LINE):
+                raise
+            raise ConfigError(f"stage {name}: {error}") from error
         # All stages lie in the first one's folder, whatever one of them has as its seed.
         first = next(iter(configs.values()), config)
         recipe_name = Path(first.name).parent if configs else first.name or f"seed{first.seed}"
@@ -83,14 +90,3 @@ def split_dry_run(words: list[str]) -> tuple[bool, list[str]]:
     if value not in ("true", "false"):
         raise ConfigError(f"{COMMAND_LINE}: dry_run={value}: true or false")
     return value == "true", overrides
-
-
-def compose_stage(recipe: str, name: str, words: list[str], importing: bool) -> DictConfig:
-    """Return a stage's configuration, with its name in errors where its file is at fault."""
-    try:
-        return compose([f"experiment={recipe}/{name}", *words], importing=importing)
-    except ConfigError as error:
-        # A word for all stages is at fault in each of them.
-        if str(error).startswith(COMMAND_LINE):
-            raise
-        raise ConfigError(f"stage {name}: {error}") from error

@@ -63,7 +63,15 @@ def make_stages(recipe: str, words: list[str]) -> list[Stage]:
     configs = compose_stages(recipe, words)
     for (earlier, before), (later, config) in pairwise(configs.items()):
         check_chain(earlier, before, later, config)
-    return [make_stage(name, config) for name, config in configs.items()]
+    stages = []
+    for name, config in configs.items():
+        with naming(f"stage {name}"), naming_part(config):
+            plan, parts = on_meta(to_dict(config.model), vocab_size=1024)
+            # Their arguments are checked by building them; they need no model.
+            build(config.optim)
+            build(config.evaluation)
+        stages.append(Stage(name, config, plan, parts))
+    return stages
 
 
 def check_chain(earlier: str, before: DictConfig, later: str, config: DictConfig) -> None:
@@ -83,16 +91,6 @@ def check_chain(earlier: str, before: DictConfig, later: str, config: DictConfig
                     f"stage {earlier}, "
                     "whose weights it starts from; set it in the base"
                 )
-
-
-def make_stage(name: str, config: DictConfig) -> Stage:
-    """Return one stage, its parts checked by themselves."""
-    with naming(f"stage {name}"), naming_part(config):
-        plan, parts = on_meta(to_dict(config.model), vocab_size=1024)
-        # Their arguments are checked by building them; they need no model.
-        build(config.optim)
-        build(config.evaluation)
-    return Stage(name, config, plan, parts)
 
 
 def check_data(stage: Stage) -> None:

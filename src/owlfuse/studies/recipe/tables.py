@@ -12,7 +12,7 @@ from owlfuse.config.build import to_dict
 from owlfuse.core.console import count, show
 from owlfuse.planning.frames import terminal_table
 from owlfuse.planning.plan import make_plan
-from owlfuse.planning.tables import size_texts, spare_text
+from owlfuse.planning.tables import size_texts
 from owlfuse.studies.recipe.stages import Stage
 
 SHOWN_METRICS = ("exact_match", "exact_match_blank", "exact_match_held_out", "loss")
@@ -68,8 +68,7 @@ def print_plans(recipe: str, stages: list[Stage]) -> None:
             {
                 "stage": stage.name,
                 "GPUs": f"{estimate.layout.gpus}: {estimate.layout.describe()}",
-                **size_texts(estimate),
-                "to spare": spare_text(plan, estimate),
+                **size_texts(plan, estimate),
                 "FLOPs/step": f"{estimate.flops:.2g}",
                 "days": f"{days:.2g}",
             }
@@ -98,7 +97,7 @@ def rates(optim: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def mixture(sources: dict[str, Any], temperature: float | None = None) -> str:
+def mixture(sources: dict[str, Any], temperature: float | None) -> str:
     """Return each source's share of the weights, without those that are not drawn; with a
     temperature the sizes decide too, so that only the names are known."""
     weights = pd.Series({name: source.get("weight", 1.0) for name, source in sources.items()})
