@@ -750,7 +750,8 @@ def layers_past_their_forward(root: nn.Module, types_too: bool = False) -> set[i
     """
     ids: set[int] = set()
     for module in root.modules():
-        for name in names_of_read_weights(type(module), types_too):
+        owner_class: Any = type(module)
+        for name in names_of_read_weights(owner_class, types_too):
             layer = getattr(module, name, None)
             if isinstance(layer, nn.Linear | Conv1D):
                 ids.add(id(layer))

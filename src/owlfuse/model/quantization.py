@@ -229,7 +229,7 @@ def quantized_layer(linear: nn.Linear, quantization: Quantization) -> nn.Linear:
         quant_type=quantization.quant_type,
         device="meta",
     )
-    weight = Params4bit(
+    weight: Any = Params4bit(
         linear.weight.data,
         compress_statistics=quantization.use_double_quant,
         quant_type=quantization.quant_type,

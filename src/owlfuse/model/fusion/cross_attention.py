@@ -245,8 +245,8 @@ class CrossAttentionBlock(VisualReader):
         self.index = index
         self.head_width = head_width
         self.state = fusion.state
-        linear = partial(nn.Linear, bias=False, **like)
-        rms_norm = partial(nn.RMSNorm, eps=eps, **like)
+        linear: Any = partial(nn.Linear, bias=False, **like)
+        rms_norm: Any = partial(nn.RMSNorm, eps=eps, **like)
         self.norm = rms_norm(size)
         self.q_proj = linear(size, heads * head_width)
         self.k_proj = linear(size, groups * head_width)
