@@ -200,7 +200,7 @@ def wait_for(process, condition, seconds=240):
 
 def end_of(process):
     """Its exit code and output; the whole group is gone soon after it."""
-    output = process.communicate(timeout=120)[0]
+    output = process.communicate(timeout=600)[0]
     deadline = time.monotonic() + 15
     while time.monotonic() < deadline:
         try:

@@ -102,7 +102,7 @@ def test_no_process_is_left_behind(shapes, tmp_path):
             assert len(workers[end]) == 2, (tmp_path / f"{end}.err").read_text()
         os.killpg(programs["Ctrl-C"], signal.SIGINT)  # as a terminal does: to all processes
         os.kill(programs["kill"], signal.SIGKILL)
-        codes, _ = process.communicate(timeout=60)
+        codes, _ = process.communicate(timeout=300)
         assert [code != "0" for code in codes.split()] == [True] * 4
         for end, message in expected.items():
             assert message in (tmp_path / f"{end}.err").read_text()

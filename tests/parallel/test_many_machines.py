@@ -47,7 +47,7 @@ def test_two_nodes_train_as_one_process_does_and_only_rank_0_writes(tmp_path, mo
         )
         for node in range(2)
     ]
-    said = [node.communicate(timeout=240)[0].decode() for node in nodes]
+    said = [node.communicate(timeout=600)[0].decode() for node in nodes]
     assert [node.returncode for node in nodes] == [0, 0], "".join(said)[-4000:]
     alone, together = (
         json.loads(Path(f"runs/shapes_owl3/{name}/results.json").read_text())

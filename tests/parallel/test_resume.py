@@ -116,7 +116,7 @@ def children(pid):
 
 def end_of(process):
     """What the first rank says after the second was killed; it ends by itself."""
-    output = process.communicate(timeout=240)[0]
+    output = process.communicate(timeout=600)[0]
     by_lightning = (
         process.returncode == -signal.SIGKILL and "Child process" in output
     )  # which watches the others, and may be first
@@ -288,7 +288,7 @@ def test_ranks_killed_at_random_moments_change_no_loss(folder, background):
             os.kill(second_rank(process), signal.SIGKILL) if number % 3 else os.killpg(
                 process.pid, signal.SIGKILL
             )
-        process.communicate(timeout=240)
+        process.communicate(timeout=600)
         process = start(folder, f"resume={run}")
     output = process.communicate(timeout=600)[0]
     assert process.returncode == 0, output[-4000:]
@@ -311,7 +311,7 @@ def test_a_signal_to_one_rank_ends_both_after_the_same_step_with_a_checkpoint(fo
     process = start(folder, *COMMON, *WHOLE[kind], *words)
     wait_for(process, lambda: len(checkpoints_of(run / "checkpoints")) >= 2)
     os.kill(second_rank(process), signal.SIGTERM)
-    output = process.communicate(timeout=240)[0]
+    output = process.communicate(timeout=600)[0]
     assert process.returncode == 130, output[-4000:]
     assert output.count("stopping after the next step of all ranks") == 1
     (stopped,) = set(re.findall(r"stopped at step (\d+)", output))  # each rank says it

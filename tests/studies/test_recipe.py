@@ -409,7 +409,7 @@ def test_after_sigkill_the_same_command_goes_on_at_the_stage_and_step_and_ends_a
     before = (root / "first" / "results.json").stat().st_mtime_ns
 
     process = start(*common, "name=killed")
-    output, _ = process.communicate(timeout=120)
+    output, _ = process.communicate(timeout=600)
     assert process.returncode == 0, output
     assert "stage first is finished" in output
     assert (root / "first" / "results.json").stat().st_mtime_ns == before

@@ -100,7 +100,7 @@ def kill(process):
     return process.communicate()[0]
 
 
-def wait_for(process, condition, seconds=60):
+def wait_for(process, condition, seconds=300):
     end = time.monotonic() + seconds
     while time.monotonic() < end and process.poll() is None and not condition():
         time.sleep(0.0002)
@@ -281,7 +281,7 @@ def test_a_disk_that_is_full_ends_the_run_in_one_line_with_the_last_checkpoint_i
         f"checkpoint.background={background}",
         limit=size // 2,
     )
-    output, _ = process.communicate(timeout=300)
+    output, _ = process.communicate(timeout=600)
     assert process.returncode == 1, output
     (line,) = [line for line in output.splitlines() if "owlfuse: error" in line]
     assert (
@@ -436,7 +436,7 @@ def test_ctrl_c_waits_for_the_write_that_is_pending(folder):
         process, lambda: len(steps(run)) == 2 and list((run / "checkpoints").glob("*.ckpt.part"))
     )
     process.send_signal(signal.SIGTERM)
-    output, _ = process.communicate(timeout=300)
+    output, _ = process.communicate(timeout=600)
     assert process.returncode == 130, output
     (stopped,) = re.findall(r"stopped at step (\d+)", output)
     assert step_of(last_checkpoint(run)) == int(stopped)

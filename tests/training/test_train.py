@@ -227,7 +227,7 @@ def test_after_ctrl_c_a_resumed_run_ends_as_one_that_was_never_stopped():
     while time.monotonic() < deadline and not metrics.exists() and process.poll() is None:
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
-    output, _ = process.communicate(timeout=120)
+    output, _ = process.communicate(timeout=600)
     assert process.returncode == 130, output
     assert "go on with: owlfuse train resume=runs/shapes_owl3/stopped" in output
     assert "Traceback" not in output
@@ -334,7 +334,7 @@ def test_a_wrong_sample_ends_the_command_in_one_line_that_names_it():
         "data.workers=1",
     ]
     process = start("experiment=shapes_owl1", "name=wrong", "trainer.max_steps=20", *overrides)
-    output, _ = process.communicate(timeout=120)
+    output, _ = process.communicate(timeout=600)
     assert process.returncode == 1, output
     (line,) = [line for line in output.splitlines() if line.startswith("owlfuse: error")]
     assert line == (
@@ -524,7 +524,7 @@ def test_a_redirected_log_says_parts_data_and_folder_and_nothing_of_others(bar):
     process = start(
         "experiment=shapes_owl3", f"name=quiet_{bar}", "evaluation.max_questions=1", *words
     )
-    output, _ = process.communicate(timeout=200)
+    output, _ = process.communicate(timeout=600)
     assert process.returncode == 0, output
     assert not [word for word in ADVERTISING if word in output]
     lines = output.splitlines()

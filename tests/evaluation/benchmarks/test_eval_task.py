@@ -381,7 +381,7 @@ def test_two_ranks_share_the_questions_and_agree_with_one(model, files, tmp_path
     command = [*torchrun, "eval", str(model), "task=pope", *words, f"out={out}", "workers=0"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        command, env=environment, capture_output=True, text=True, timeout=300, check=False
+        command, env=environment, capture_output=True, text=True, timeout=600, check=False
     )
     assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
     results = json.loads((out / "pope.json").read_text())

@@ -92,7 +92,7 @@ def stopped(folder):
     ):
         time.sleep(0.02)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does
-    output, _ = process.communicate(timeout=300)
+    output, _ = process.communicate(timeout=600)
     assert process.returncode == 130, output
     return output
 
@@ -232,7 +232,7 @@ def test_several_jobs_train_the_same(gone_on):
         "seeds=[0]",
         "data.seed=0",
     )
-    output, _ = process.communicate(timeout=400)
+    output, _ = process.communicate(timeout=600)
     assert process.returncode == 2, output  # both cells are the same now
     assert "its configuration is that of cell plain" in output
     process = start(*words, f"name={name}")

@@ -385,7 +385,7 @@ def test_the_page_in_chromium(folder, tmp_path, width):
         "--virtual-time-budget=20000",
     ]
     command += ["--enable-logging=stderr", "--dump-dom", f"file://{tmp_path}/frame.html"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     found = re.search(r"<title>probed (.*?)</title>", done.stdout)
     assert found, done.stdout[:500] + done.stderr[-2000:]
     measured = json.loads(found[1])
