@@ -109,6 +109,7 @@ def without_weights(folder):
     (folder / "pytorch_model.bin").write_bytes(pickle.dumps(Bomb()))
 
 
+LOAD_LLM = "owlfuse.model.llm.load_llm"
 RUN = {"_target_": "os.system", "command": COMMAND}
 POSITIONAL = {"_target_": "os.system", "_args_": [COMMAND]}
 PARTIAL = {"_target_": "functools.partial", "_args_": [POSITIONAL]}
@@ -181,6 +182,11 @@ RUN_ATTACKS = {
     "a file of weights inside of the LLM": edit_yaml(
         "model.llm.config.vision_config", {"model_args": {"checkpoint_path": "evil.pt"}}
     ),
+    "ten million layers": edit_yaml("model.llm.config.num_hidden_layers", 10_000_000),
+    "wide": edit_yaml("model.llm.config.hidden_size", 1_000_000),
+    "very wide": edit_yaml("model.llm.config.intermediate_size", 10**15),
+    "no such LLM": edit_yaml("model.llm", {"_target_": LOAD_LLM, "pretrained": "./moved"}),
+    "no such weights": edit_yaml("model.vision.weights", "./moved.safetensors"),
     "another folder": edit_yaml("name", "../../canary"),
     "a pickle": pickled_checkpoint,
     "a pickled table": pickled_table,
@@ -360,6 +366,10 @@ def test_the_folders_that_attacks_are_made_of_are_read(stranger, capfd):
         folder = stranger(kind, lambda folder: None)
         assert __main__.main([word.format(folder) for word in SMALL_CHAT]) == 0
         shutil.rmtree(folder)
+
+
+def test_a_run_whose_data_name_no_sources_is_read(stranger):
+    assert load_run(stranger("run", edit_yaml("data.sources", None))).model is not None
 
 
 def test_weights_of_another_shape_are_told_before_memory_is_asked_for(stranger, tmp_path, capfd):
