@@ -196,6 +196,7 @@ AUTO_MAP = {
     name: f"evil_module.{name}"
     for name in ("AutoConfig", "AutoProcessor", "AutoTokenizer", "AutoImageProcessor")
 }
+PROCESSOR = "processor_config.json"
 LORA = {"peft_type": "LORA", "r": 1, "target_modules": ["q_proj"]}
 EXPORT_ATTACKS = {
     **{f"os.system as {key}": edit_json(key, RUN) for key in ("vision", "connector", "fusion")},
@@ -264,6 +265,12 @@ EXPORT_ATTACKS = {
     "a list": write("config.json", "[]"),
     "a large json": write("config.json", '{"model_type": "owlfuse", "a": "' + "x" * 2**21 + '"}'),
     "no parts": write("config.json", '{"model_type": "owlfuse"}'),
+    "a billion positions of a picture": edit_json("tokens_per_image", 10**9, PROCESSOR),
+    "a picture of gigapixels": edit_json(
+        "image_processor.size", {"height": 60_000, "width": 60_000}, PROCESSOR
+    ),
+    "no size of a picture": edit_json("image_processor.size", {}, PROCESSOR),
+    "another mean": edit_json("image_processor.image_mean", [0, 0, 0], PROCESSOR),
     "a template's syntax": edit_json("chat_template", "{% for x in %}", "tokenizer_config.json"),
     "a template's file": write("chat_template.jinja", "{{ 'a' "),
     "a large template": write("chat_template.jinja", "x" * 2**21),

@@ -227,8 +227,28 @@ def load_exported(
     if (folder / RELEASED).is_dir():
         wrapped.model.released = read_record(folder / RELEASED)
     # released weights that came without a tokenizer are imported without a processor
-    has_processor = (folder / "processor_config.json").exists()
-    return wrapped.eval(), load_processor(folder) if has_processor else None
+    processor = None
+    if (folder / "processor_config.json").exists():
+        processor = load_processor(folder)
+        check_processor(processor, wrapped.model, folder / "processor_config.json")
+    return wrapped.eval(), processor
+
+
+def check_processor(processor: OwlfuseProcessor, model: MultimodalLM, file: Path) -> None:
+    """Raises DataError where a processor prepares other pictures than the model takes: of another
+    size, which may be beyond all memory, or at another number of positions."""
+    expected = OwlfuseImageProcessor.of(model.vision.preprocessing)
+    tokens = model.fusion.tokens_per_image
+    pairs = {"tokens_per_image": (processor.tokens_per_image, tokens)}
+    for key in ("size", "image_mean", "image_std", "interpolation", "resize"):
+        value = getattr(processor.image_processor, key, None)
+        pairs[f"image_processor.{key}"] = (value, getattr(expected, key))
+    for key, (value, model_value) in pairs.items():
+        if value != model_value:
+            raise DataError(
+                f"{file}: {key} is {str(value)[:80]}, and the model's is {model_value}; export the "
+                "folder anew"
+            )
 
 
 def restore_llm_dtype(model: MultimodalLM, weights: dict[str, TensorInfo]) -> None:
