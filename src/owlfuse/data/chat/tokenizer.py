@@ -10,6 +10,7 @@ import struct
 from collections.abc import Mapping
 from datetime import datetime
 from functools import lru_cache, partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from owlfuse.core.errors import DataError
 from owlfuse.core.files import read_text
 from owlfuse.core.hub_access import check_hub_has
-from owlfuse.core.packages import check_not_missing, missing, packaged
+from owlfuse.core.packages import MissingPackage, check_not_missing, missing, packaged
 from owlfuse.core.types import IMAGE, Message
 
 # The date that templates write, so that a chat has the same tokens on every day: Llama 3.2's
@@ -89,6 +90,18 @@ def chat_tokenizer(
     return prepare(tokenizer, break_behind_images=break_behind_images)
 
 
+# What transformers and tokenizers raise for files that make no tokenizer.
+READ_ERRORS = (
+    AttributeError,
+    ImportError,
+    LookupError,
+    OSError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
+
+
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """Return a tokenizer from a folder, a hub name or a GGUF file; `package:` names are those of
     installed packages' files.
@@ -97,6 +110,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
         DataError: there is none.
         ModuleNotFoundError: a package that is not installed.
     """
+    path = name
     try:
         path = packaged(name)
         check_not_missing(path)
@@ -109,8 +123,22 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
         return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except DataError as error:
         raise DataError(f"tokenizer: {str(error).removeprefix('tokenizer: ')}") from error
-    except (OSError, ValueError) as error:
-        raise DataError(f"tokenizer: {name}: {str(error).splitlines()[0]}") from error
+    except MissingPackage:
+        raise
+    except Exception as error:
+        # tokenizers raises a plain Exception for a file that is none of its own
+        if type(error) is not Exception and not isinstance(error, READ_ERRORS):
+            raise
+        folder = Path(path)
+        is_sentencepiece = (folder / "tokenizer.model").exists()
+        has_table = (folder / "tokenizer.json").exists()
+        # transformers would ask for tiktoken instead, which cannot read it
+        if is_sentencepiece and not has_table and find_spec("sentencepiece") is None:
+            raise missing("sentencepiece", f"tokenizer: {name}") from error
+        reason = (str(error).splitlines() or [""])[0]
+        if not isinstance(error, OSError | ValueError):
+            reason = f"its files make no tokenizer: {type(error).__name__}: {reason}"
+        raise DataError(f"tokenizer: {name}: {reason}") from error
 
 
 def prepare(
