@@ -239,7 +239,8 @@ def check_processor(processor: OwlfuseProcessor, model: MultimodalLM, file: Path
     size, which may be beyond all memory, or at another number of positions."""
     expected = OwlfuseImageProcessor.of(model.vision.preprocessing)
     tokens = model.fusion.tokens_per_image
-    pairs = {"tokens_per_image": (processor.tokens_per_image, tokens)}
+    pairs: dict[str, tuple[Any, Any]] = {}
+    pairs["tokens_per_image"] = processor.tokens_per_image, tokens
     for key in ("size", "image_mean", "image_std", "interpolation", "resize"):
         value = getattr(processor.image_processor, key, None)
         pairs[f"image_processor.{key}"] = (value, getattr(expected, key))
