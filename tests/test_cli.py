@@ -419,6 +419,10 @@ def test_a_module_that_is_trusted_is_imported_from_the_working_folder(
         "installed\n"
     )
     assert capsys.readouterr().err == message
+    # a name below a module that is a file
+    assert __main__.main(["--trust", "parts_of_mine.nosuch.mean", "eval"]) == 2
+    assert "--trust parts_of_mine.nosuch.mean: no such module" in capsys.readouterr().err
+    del sys.modules["parts_of_mine"]
     assert __main__.main(["eval"]) == 2
     assert "parts_of_mine" not in sys.modules
     __main__.main(["--trust", "parts_of_mine", "eval"])

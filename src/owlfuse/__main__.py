@@ -74,7 +74,7 @@ def _trust(module: str) -> None:
     try:
         import_user_module(module)
     except ModuleNotFoundError as error:
-        if error.name not in (module, module.partition(".")[0]):
+        if not f"{module}.".startswith(f"{error.name}."):
             raise  # the module exists and imports one that does not
         raise ConfigError(
             f"command line: --trust {module}: no such module in this folder or installed"

@@ -109,6 +109,7 @@ def without_weights(folder):
     (folder / "pytorch_model.bin").write_bytes(pickle.dumps(Bomb()))
 
 
+LOAD_LLM = "owlfuse.model.llm.load_llm"
 RUN = {"_target_": "os.system", "command": COMMAND}
 POSITIONAL = {"_target_": "os.system", "_args_": [COMMAND]}
 PARTIAL = {"_target_": "functools.partial", "_args_": [POSITIONAL]}
@@ -181,6 +182,11 @@ RUN_ATTACKS = {
     "a file of weights inside of the LLM": edit_yaml(
         "model.llm.config.vision_config", {"model_args": {"checkpoint_path": "evil.pt"}}
     ),
+    "ten million layers": edit_yaml("model.llm.config.num_hidden_layers", 10_000_000),
+    "wide": edit_yaml("model.llm.config.hidden_size", 1_000_000),
+    "very wide": edit_yaml("model.llm.config.intermediate_size", 10**15),
+    "no such LLM": edit_yaml("model.llm", {"_target_": LOAD_LLM, "pretrained": "./moved"}),
+    "no such weights": edit_yaml("model.vision.weights", "./moved.safetensors"),
     "another folder": edit_yaml("name", "../../canary"),
     "a pickle": pickled_checkpoint,
     "a pickled table": pickled_table,
@@ -190,6 +196,7 @@ AUTO_MAP = {
     name: f"evil_module.{name}"
     for name in ("AutoConfig", "AutoProcessor", "AutoTokenizer", "AutoImageProcessor")
 }
+PROCESSOR = "processor_config.json"
 LORA = {"peft_type": "LORA", "r": 1, "target_modules": ["q_proj"]}
 EXPORT_ATTACKS = {
     **{f"os.system as {key}": edit_json(key, RUN) for key in ("vision", "connector", "fusion")},
@@ -258,6 +265,12 @@ EXPORT_ATTACKS = {
     "a list": write("config.json", "[]"),
     "a large json": write("config.json", '{"model_type": "owlfuse", "a": "' + "x" * 2**21 + '"}'),
     "no parts": write("config.json", '{"model_type": "owlfuse"}'),
+    "a billion positions of a picture": edit_json("tokens_per_image", 10**9, PROCESSOR),
+    "a picture of gigapixels": edit_json(
+        "image_processor.size", {"height": 60_000, "width": 60_000}, PROCESSOR
+    ),
+    "no size of a picture": edit_json("image_processor.size", {}, PROCESSOR),
+    "another mean": edit_json("image_processor.image_mean", [0, 0, 0], PROCESSOR),
     "a template's syntax": edit_json("chat_template", "{% for x in %}", "tokenizer_config.json"),
     "a template's file": write("chat_template.jinja", "{{ 'a' "),
     "a large template": write("chat_template.jinja", "x" * 2**21),
@@ -360,6 +373,10 @@ def test_the_folders_that_attacks_are_made_of_are_read(stranger, capfd):
         folder = stranger(kind, lambda folder: None)
         assert __main__.main([word.format(folder) for word in SMALL_CHAT]) == 0
         shutil.rmtree(folder)
+
+
+def test_a_run_whose_data_name_no_sources_is_read(stranger):
+    assert load_run(stranger("run", edit_yaml("data.sources", None))).model is not None
 
 
 def test_weights_of_another_shape_are_told_before_memory_is_asked_for(stranger, tmp_path, capfd):

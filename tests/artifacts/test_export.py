@@ -28,7 +28,7 @@ from helpers import (
     policy,
 )
 from owlfuse.__main__ import main
-from owlfuse.artifacts.export import export
+from owlfuse.artifacts.export import export, model_card
 from owlfuse.artifacts.init_from import adopt_parts
 from owlfuse.artifacts.load import (
     TrainedModel,
@@ -581,3 +581,13 @@ def test_a_merged_export_of_an_llm_in_16_bits_has_the_updates_in_32(tmp_path):
     out = export(TrainedModel(model, None, None), tmp_path / "out", merge=True)
     merged = load_exported(out)[0].model.llm.model.layers[0].self_attn.q_proj.weight
     torch.testing.assert_close(merged, expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("results", [{}, {"metrics": None}, {"metrics": {"a": "x", "b": 0.5}}])
+def test_a_model_card_has_the_metrics_that_are_numbers(results, train_run):
+    model = load_run(train_run("shapes_owl1", "experiment=shapes_owl1")).model
+    card = model_card(model, {"steps": 3, **results}, "a run", False)
+    assert (
+        ("| b | 0.5 |" in card) == ("Results after 3 steps" in card) == bool(results.get("metrics"))
+    )
+    assert "| a |" not in card

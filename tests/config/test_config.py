@@ -522,6 +522,28 @@ def test_resume_refuses_what_would_change_the_run(tree, override, line):
     assert message("resume=runs/shapes_owl1/a", override) == f"command line: {line}"
 
 
+@pytest.mark.parametrize("override", ["runs=a", "name=runs", "runs=elsewhere"])
+def test_a_resumed_run_stays_in_its_folder(tree, override):
+    save_run(tree / "runs/shapes_owl1/a", "experiment=shapes_owl1")
+    expected = f"{override}: a resumed run stays in its folder, runs/shapes_owl1/a"
+    assert message("resume=runs/shapes_owl1/a", override) == f"command line: {expected}"
+    assert composed("resume=runs/shapes_owl1/a", "name=a", "runs=runs").seed == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [({"optim": None}, "None is not a group of keys"), ({}, "not set, and required")],
+)
+def test_a_run_without_an_optimizer_is_a_line_with_its_file(tree, change, reason):
+    save_run(tree / "runs/shapes_owl1/a", "experiment=shapes_owl1")
+    file = tree / "runs/shapes_owl1/a/config.yaml"
+    saved = OmegaConf.load(file)
+    del saved["optim"]
+    OmegaConf.save({**saved, **change}, file)
+    expected = f"runs/shapes_owl1/a/config.yaml: optim: {reason}"
+    assert message("resume=runs/shapes_owl1/a") == expected
+
+
 def test_a_run_that_is_not_there_names_the_nearest_one(tree):
     assert (
         message("resume=runs/x")

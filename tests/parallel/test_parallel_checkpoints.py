@@ -99,6 +99,29 @@ def test_a_table_that_is_none_is_refused_and_runs_nothing(content, folder):
     assert not (folder.parent / "canary").exists()
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"relative_path": "/dev/zero"},
+        {"relative_path": "../other.distcp"},
+        {"relative_path": "missing.distcp"},
+        {"length": 10**12},
+        {"length": -1},
+        {"offset": -1},
+    ],
+    ids=str,
+)
+def test_a_part_that_is_in_no_file_of_the_folder_is_refused_unread(change, folder):
+    file = folder / ".metadata"
+    table = pickle.loads(file.read_bytes())
+    for part in table.storage_data.values():
+        vars(part).update(change)
+    file.write_bytes(pickle.dumps(table))
+    (folder.parent / "other.distcp").write_bytes(b"mine")
+    with pytest.raises(DataError, match=r"\.metadata is damaged.* the folder has no such part"):
+        read_shards(folder)
+
+
 def test_a_value_that_is_a_pickle_is_refused_and_runs_nothing(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     dcp.save(

@@ -204,6 +204,15 @@ def test_an_answer_ends_where_the_model_has_no_more_positions(trained):
     assert not conversation.is_full
 
 
+def test_a_model_whose_own_options_are_beams_answers_as_it_would_without(trained):
+    conversation = conversation_of(trained, do_sample=False, max_new_tokens=3)
+    answer = conversation.ask("What?", lambda piece: None)
+    conversation = conversation_of(trained, do_sample=False, max_new_tokens=3)
+    conversation.model.generation_config.num_beams = 2
+    conversation.model.generation_config.num_return_sequences = 2
+    assert conversation.ask("What?", lambda piece: None) == answer
+
+
 def user(text):
     return {"role": "user", "content": [{"type": "text", "text": text}]}
 

@@ -261,6 +261,16 @@ def test_a_mistake_in_the_last_stage_is_told_before_the_first_one_trains(old, ne
     assert not Path("runs/wrong").exists()
 
 
+@pytest.mark.parametrize(
+    "content", ["base: \u00e9".encode("latin-1"), "base: 1".encode("utf-16"), b"base: \x1b"]
+)
+def test_a_recipe_that_is_no_text_in_utf_8_is_one_line(tmp_path, content):
+    (tmp_path / "recipe.yaml").write_bytes(content)
+    with pytest.raises(ConfigError, match=r"recipe.yaml: not YAML in UTF-8: ") as error:
+        read_stages(tmp_path / "recipe.yaml")
+    assert str(error.value).isprintable()
+
+
 def test_a_base_that_is_no_mapping_and_an_empty_list_of_defaults(tmp_path):
     file = tmp_path / "recipe.yaml"
     file.write_text("base: [1]\nstages: [{name: a}]\n")

@@ -15,6 +15,7 @@ from jinja2 import Environment
 from owlfuse.artifacts.load import ADAPTER, RELEASED, TrainedModel, make_processor, wrap
 from owlfuse.artifacts.lora import merge_lora, save_lora, without_lora
 from owlfuse.artifacts.released.saving import write_record
+from owlfuse.artifacts.runs import numbers_of
 from owlfuse.core.files import atomic_directory
 from owlfuse.model.multimodal import MultimodalLM
 from owlfuse.model.quantization import count_parameters
@@ -40,7 +41,7 @@ From {{ source }}.
 | llm | {{ llm }} |
 | parameters | {{ parameters }} |
 
-{% if results %}
+{% if metrics %}
 ## Results after {{ results.steps }} steps
 
 | metric | value |
@@ -123,9 +124,7 @@ def model_card(
     fusion = type(model.fusion).__name__
     # two weights in 4 bits share a byte, so numel() would give half of them
     parameters = count_parameters(model)
-    metrics = {}
-    if results is not None:
-        metrics = {name: f"{value:.4g}" for name, value in results["metrics"].items()}
+    metrics = {name: f"{value:.4g}" for name, value in numbers_of(results or {}).items()}
     template = Environment(trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True)
     return template.from_string(CARD).render(
         source=source,

@@ -6,14 +6,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer
-
 from owlfuse.artifacts.export import export
 from owlfuse.artifacts.load import TrainedModel
 from owlfuse.artifacts.released.loading import load
 from owlfuse.core.errors import DataError
 from owlfuse.core.types import IMAGE
-from owlfuse.data.chat.tokenizer import prepare
+from owlfuse.data.chat.tokenizer import load_tokenizer, prepare
 from owlfuse.model.new_tokens import TOKENIZER_FILES
 
 # The prompts of the released code: mPLUG-Owl's examples, the conversation `mplug_owl2` of
@@ -69,12 +67,7 @@ def load_released_tokenizer(folder: Path, released: Any) -> tuple[Any, str]:
     """
     if not any((folder / name).exists() for name in TOKENIZER_FILES):
         return None, IMAGE
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        raise DataError(
-            f"the tokenizer of {folder} cannot be read: {str(error).splitlines()[0]}"
-        ) from error
+    tokenizer: Any = load_tokenizer(str(folder))
     image_token = IMAGE
     if released.image_token_id is not None:
         token: Any = tokenizer.convert_ids_to_tokens(released.image_token_id)

@@ -102,7 +102,9 @@ def load_run(folder: Path, which: str = "last", checkpoint: Path | None = None) 
     # only names that owlfuse knows are imported
     config = read_run(folder)
     tokenizer = run_tokenizer(folder, config["data"])
-    tiled = [name for name, node in config["data"]["sources"].items() if node.get("tile")]
+    # a data module of the user's may have none
+    sources = config["data"].get("sources") or {}
+    tiled = [name for name, node in sources.items() if node.get("tile")]
     if tiled:
         log.warning(
             "%s was trained with tiles (data.sources.%s.tile), and whole pictures are shown to it "
@@ -225,8 +227,29 @@ def load_exported(
     if (folder / RELEASED).is_dir():
         wrapped.model.released = read_record(folder / RELEASED)
     # released weights that came without a tokenizer are imported without a processor
-    has_processor = (folder / "processor_config.json").exists()
-    return wrapped.eval(), load_processor(folder) if has_processor else None
+    processor = None
+    if (folder / "processor_config.json").exists():
+        processor = load_processor(folder)
+        check_processor(processor, wrapped.model, folder / "processor_config.json")
+    return wrapped.eval(), processor
+
+
+def check_processor(processor: OwlfuseProcessor, model: MultimodalLM, file: Path) -> None:
+    """Raises DataError where a processor prepares other pictures than the model takes: of another
+    size, which may be beyond all memory, or at another number of positions."""
+    expected = OwlfuseImageProcessor.of(model.vision.preprocessing)
+    tokens = model.fusion.tokens_per_image
+    pairs: dict[str, tuple[Any, Any]] = {}
+    pairs["tokens_per_image"] = processor.tokens_per_image, tokens
+    for key in ("size", "image_mean", "image_std", "interpolation", "resize"):
+        value = getattr(processor.image_processor, key, None)
+        pairs[f"image_processor.{key}"] = (value, getattr(expected, key))
+    for key, (value, model_value) in pairs.items():
+        if value != model_value:
+            raise DataError(
+                f"{file}: {key} is {str(value)[:80]}, and the model's is {model_value}; export the "
+                "folder anew"
+            )
 
 
 def restore_llm_dtype(model: MultimodalLM, weights: dict[str, TensorInfo]) -> None:
@@ -396,14 +419,20 @@ def load_run_model(
         DataError: it does not fit the model, or the frozen weights are others now.
     """
     config = with_paths_found(config, folder)
+    config_file = folder / "config.yaml"
     weights, content = read(checkpoint)
+    # a run may come from anybody, and its parts are built before its weights are compared
+    check_counts(
+        config["model"], config_file, {name: tuple(w.shape) for name, w in weights.items()}
+    )
     frozen = content.get("frozen", {})
     # frozen random weights are made again, not stored: the same draws as in training
     lightning.seed_everything(config["seed"], workers=True, verbose=False)
     # a checkpoint without frozen parameters has all weights
     init_from = config.get("init_from") if frozen else None
-    base = load_base(init_from, config["model"], vocab_size) if init_from else None
-    model, _ = build_model(config["model"], vocab_size, base, content.get("new_tokens", {}))
+    with build_errors(config_file):
+        base = load_base(init_from, config["model"], vocab_size) if init_from else None
+        model, _ = build_model(config["model"], vocab_size, base, content.get("new_tokens", {}))
     # before check_fits, which hashes bytes
     set_precision(model, config["trainer"].get("precision"))
     check_fits(model, weights, frozen)

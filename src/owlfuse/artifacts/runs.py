@@ -367,7 +367,10 @@ def read_results(folder: Path) -> dict[str, Any]:
 
 def metrics_of(folder: Path | None) -> dict[str, float]:
     """The numbers of a run's results.json; none where there is no such file yet."""
-    if folder is None:
-        return {}
-    metrics = read_results(folder).get("metrics", {})
+    return {} if folder is None else numbers_of(read_results(folder))
+
+
+def numbers_of(results: dict[str, Any]) -> dict[str, float]:
+    """Returns the metrics of the content of a results.json that are numbers."""
+    metrics = results.get("metrics") or {}
     return {name: value for name, value in metrics.items() if isinstance(value, int | float)}

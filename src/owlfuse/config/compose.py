@@ -132,9 +132,10 @@ def compose(
         config = _compose(composition)
         config.resume = str(run)
         # Runs from before torch's Muon name the type that timm's computed in.
-        with open_dict(config.optim):
-            if config.optim.pop("newton_schulz", None):
-                log.warning("%s: optim.newton_schulz is ignored: Muon is in bfloat16", run)
+        if isinstance(config.get("optim"), DictConfig):
+            with open_dict(config.optim):
+                if config.optim.pop("newton_schulz", None):
+                    log.warning("%s: optim.newton_schulz is ignored: Muon is in bfloat16", run)
     _resolve(config)
     if isinstance(config.get("name"), int) and not isinstance(config.name, bool):
         config.name = str(config.name)  # name=1 is a name
@@ -372,7 +373,8 @@ def _compose_resumed(lines: list[str], run: Path, folders: ConfigFolders) -> Com
                 f"{COMMAND_LINE}: {override.input_line}: a resumed run keeps its experiment and "
                 "groups; only keys can change"
             )
-        if key in ("name", "runs") and value not in (saved.get(key), run.name):
+        same_folder = {"name": (saved.get("name"), run.name), "runs": (saved.get("runs"),)}
+        if key in same_folder and value not in same_folder[key]:
             raise ConfigError(
                 f"{COMMAND_LINE}: {override.input_line}: a resumed run stays in its folder, {run}"
             )

@@ -29,16 +29,20 @@ def read_yaml(file: Path) -> Any:
     """Return the content of a yaml, unresolved: `${...}` is the experiment's, and 1e-3 a number.
 
     Raises:
-        ConfigError: a file that is no YAML, with the line.
+        ConfigError: a file that is no YAML, with the line where it is known.
     """
     # Here: every command imports this module, also for its --help alone.
     import yaml
     from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
 
     try:
         return OmegaConf.to_container(OmegaConf.load(file), resolve=False)
     except yaml.MarkedYAMLError as error:
         raise yaml_error(error) from None
+    # Another encoding than UTF-8, or a control character.
+    except (yaml.YAMLError, OmegaConfBaseException, ValueError, OSError) as error:
+        raise ConfigError(f"{label(file)}: not YAML in UTF-8: {error}") from None
 
 
 def read_stages(file: Path) -> dict[str, dict[str, Any]]:

@@ -82,12 +82,17 @@ END_BYTES = 2**24
 MIN_END_BYTES = 2**16
 
 
+# Paths that the braces of a pattern stand for; the largest data sets have some 100,000 shards.
+MAX_PATHS = 1_000_000
+
+
 def expand_files(pattern: str) -> list[Path]:
     """Return the files of a path, braces (`{000..127}`, `{a,b}`) or a glob (`*`, `?`, `[...]`).
     Braces keep their order, a glob's matches are sorted.
 
     Raises:
-        DataError: a file that is missing, or a glob without a match.
+        DataError: a file that is missing or a device, a glob without a match, or braces for too
+            many files.
     """
     files: list[Path] = []
     for path in expand_braces(pattern):
@@ -99,28 +104,42 @@ def expand_files(pattern: str) -> list[Path]:
             files += map(Path, matches)
         else:
             raise DataError(f"{path}: no file matches")
+    for file in files:
+        check_no_device(file)
     return files
+
+
+def check_no_device(file: Path) -> None:
+    """Raise DataError for a pipe, of which opening waits for a writer, and a device, which has no
+    end; a folder and what is missing are refused by whoever reads it."""
+    if file.exists() and not file.is_file() and not file.is_dir():
+        raise DataError(f"{file}: a device or a pipe, expected a file")
 
 
 def expand_braces(pattern: str) -> list[str]:
     """Return a0, a1, a2 for `a{0..2}` and `a{0,1,2}`, several braces as their product; leading
-    zeros stay."""
+    zeros stay. Raises DataError for more than MAX_PATHS of them."""
+    too_many = DataError(f"{pattern[:200]}: stands for more than {MAX_PATHS:,} files")
     match = re.search(r"\{([^{}]*)\}", pattern)
     if not match:
         return [pattern]
     choices = match[1].split(",")
-    bounds = re.fullmatch(r"(\d+)\.\.(\d+)", match[1])
+    bounds = re.fullmatch(r"(\d{1,18})\.\.(\d{1,18})", match[1])
     if bounds:
         # As in a shell, {08..10} keeps its zeros and {8..10} has none.
         has_zeros = any(bound.startswith("0") and len(bound) > 1 for bound in bounds.groups())
         width = max(map(len, bounds.groups())) if has_zeros else 0
         first, last = int(bounds[1]), int(bounds[2])
+        if abs(last - first) >= MAX_PATHS:
+            raise too_many
         step = 1 if last >= first else -1
         choices = [f"{number:0{width}d}" for number in range(first, last + step, step)]
     before, after = pattern[: match.start()], pattern[match.end() :]
     paths = []
     for choice in choices:
         paths += expand_braces(f"{before}{choice}{after}")
+        if len(paths) > MAX_PATHS:
+            raise too_many
     return paths
 
 

@@ -16,7 +16,7 @@ from owlfuse.artifacts.resume import Past, check_evaluation_keys, read_past
 from owlfuse.artifacts.run_data import build_data
 from owlfuse.artifacts.runs import chosen_checkpoint, read_results, split_which
 from owlfuse.config.build import build, to_dict
-from owlfuse.config.compose import compose
+from owlfuse.config.compose import compose, naming_part
 from owlfuse.config.identity import code_hash
 from owlfuse.core.errors import DataError
 from owlfuse.core.progress import Progress, quiet_libraries
@@ -247,7 +247,8 @@ def evaluate_run(folder: str, overrides: list[str]) -> None:
     evaluation = build(config.evaluation) or Evaluation()  # of a run that trained without one
     ranks = TorchrunRanks()
     # before the model, whose embeddings must have a row for each token
-    data = build_data(config)
+    with naming_part(config):
+        data = build_data(config)
     model, _ = load_run_model(run_dir, plain, data.vocab_size, checkpoint)
     model.to(ranks.device)
     # pictures are prepared as the model's backbone needs them

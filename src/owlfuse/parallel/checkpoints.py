@@ -110,11 +110,22 @@ class SafeReader(dcp.FileSystemReader):
         """See torch's. The parts that this rank loads are first compared with the checksums that
         were written with them, which torch does not do.
 
-        Raises DataError for a part that differs.
+        Raises DataError for a part that differs, or that is not in a file of the folder.
         """
         for item in plan.items:
             part = self.storage_data[item.storage_index]
             file_path = Path(self.path) / part.relative_path
+            # A table from elsewhere may name a device, another folder's file, or any size.
+            is_inside = Path(part.relative_path).name == part.relative_path and file_path.is_file()
+            if not is_inside or not (
+                0 <= part.offset <= part.offset + part.length <= file_path.stat().st_size
+            ):
+                raise DataError(
+                    f"{Path(self.path) / TABLE} is damaged: {item.storage_index.fqn} lies in "
+                    f"{str(part.relative_path)[:80]} from byte {part.offset:,} for "
+                    f"{part.length:,}, and the folder has no such part; delete "
+                    f"{self.path} to go on from the checkpoint before it"
+                )
             with file_path.open("rb") as file:
                 file.seek(part.offset)
                 record = find_damaged_record(io.BytesIO(file.read(part.length)))

@@ -120,7 +120,9 @@ class Conversation:
         # A mark that is no token of its own is found in the text.
         end_mark = "" if answer_format.end_ids else answer_format.end_mark
         streamer = AnswerStreamer(tokenizer, write, end_mark)
-        options = {**self.options, **options}
+        # A streamer takes one answer, whatever the model's generation_config.json says.
+        single = {"num_beams": 1, "num_return_sequences": 1}
+        options = {**single, **self.options, **options}
         if self.max_positions is not None:
             free = self.max_positions - inputs["input_ids"].shape[1]
             longest = options.get("max_new_tokens") or self.model.generation_config.max_new_tokens

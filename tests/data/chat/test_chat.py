@@ -1,12 +1,16 @@
 """Chats become ids and labels: what is supervised, how placeholders grow, and what is refused."""
 
+from importlib.util import find_spec
+
 import pytest
 import torch
 from transformers import AutoTokenizer
 
 from owlfuse.core.errors import DataError
+from owlfuse.core.packages import MissingPackage
 from owlfuse.core.types import Sample
 from owlfuse.data.chat.encoder import ChatEncoder
+from owlfuse.data.chat.tokenizer import load_tokenizer
 from owlfuse.evaluation.questions import question_samples
 
 CHATML = (
@@ -221,3 +225,27 @@ def test_each_placeholder_grows_by_its_count_of_views(tokenizer):
     assert len(encoder.encode_prompt(prompt, [3]).image_positions) == 3
     with pytest.raises(DataError, match="over max_length of 16"):
         ChatEncoder(tokenizer, 2, max_length=16).encode(sample, [7, 1])
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "{}",
+        "[]",
+        '{"model": {"type": "BPE", "vocab": 1}}',
+        '{"added_tokens": [], "model": {"type": "BPE", "vocab": 1}}',
+    ],
+)
+def test_a_damaged_tokenizer_is_one_line_with_its_folder(tmp_path, content):
+    (tmp_path / "tokenizer.json").write_text(content)
+    with pytest.raises(DataError, match=rf"^tokenizer: {tmp_path}: .") as error:
+        load_tokenizer(str(tmp_path))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.skipif(find_spec("sentencepiece") is not None, reason="it is installed")
+def test_a_sentencepiece_model_alone_asks_for_the_package_that_reads_it(tmp_path):
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer"}')
+    (tmp_path / "tokenizer.model").write_bytes(b"\n\x0e\n\x05<unk>\x15\x00\x00\x00\x00\x18\x02")
+    with pytest.raises(MissingPackage, match="needs the package sentencepiece"):
+        load_tokenizer(str(tmp_path))

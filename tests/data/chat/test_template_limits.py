@@ -13,10 +13,32 @@ PLAIN = (
 )
 NUMBERS = "range(100000)"
 LOOP = f"{{% for j in {NUMBERS} %}}{{% endfor %}}"
-TEXT = "('x' * 100000)"
+TEXT = "(range(100000) | join)"
 BOMBS = {
-    "one range": ("{% for i in range(10 ** 9) %}{% endfor %}", "Range too big"),
-    "a range that no number counts": ("{% for i in range(10 ** 30) %}{% endfor %}", "too large"),
+    "one range": ("{% for i in range(1000000) %}{% endfor %}", "Range too big"),
+    "a range that no number counts": ("{% for i in range(10 ** 30) %}{% endfor %}", "a power"),
+    "powers": ("{{ 9 ** (9 ** 9) }}", "line 1: it has a power; write it otherwise"),
+    "lipsum": ("{{ lipsum(n=1000000) }}", "lipsum"),
+    "a width": ("{{ 'x' | center(10000000000) }}", "a constant over 1,000,000"),
+    "a product": ("{{ 'x' * 1000000 }}", "a product"),
+    "products": ("{{ 'x' * 100 * 100 * 100 * 100 * 100 }}", "a product"),
+    "a product of variables": ("{% set n = 9 %}{{ n * n }}", "a product"),
+    "doubled": (
+        "{% set n = namespace(t='x') %}" + 36 * "{% set n.t = n.t ~ n.t %}",
+        "n.t is over the limit of 67,108,864",
+    ),
+    "doubled blocks": (
+        "{% set t %}x{% endset %}" + 36 * "{% set t -%}{{ t }}{{ t }}{%- endset %}",
+        "t is over the limit of 67,108,864",
+    ),
+    "doubled lists": (
+        "{% set a, b = [1], [2] %}" + 36 * "{% set (a, b) = (b, a + b + a) %}",
+        "over the limit of 67,108,864",
+    ),
+    "a number that grows": (
+        "{% set n = 100 %}" + 9 * "{% set n = n * 100 %}" + "{{ 'x' * n }}",
+        "n is over the limit of 67,108,864",
+    ),
     "nested": (f"{{% for i in {NUMBERS} %}}{LOOP}{{% endfor %}}", "more than 200,000 steps"),
     "kept": (
         f"{{% set r = {NUMBERS} %}}{{% for i in r %}}{{% for j in r %}}x{{% endfor %}}{{% endfor %}}",
@@ -39,8 +61,7 @@ BOMBS = {
         "more than 200,000 steps",
     ),
     "a macro of itself": ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "recursion"),
-    "much text": ("{{ 'x' * 70000000 }}", "writes 70,.* characters"),
-    "text beyond all memory": ("{{ 'x' * (10 ** 16) }}", "memory"),
+    "much text": (2 * f"{{{{ {TEXT} * 100 }}}}", "writes 97,.* characters"),
 }
 
 
@@ -71,6 +92,15 @@ def test_a_template_may_use_range_as_it_is():
     assert render(prepare(with_template(template)), asked, True) == render(
         prepare(with_template(PLAIN)), asked, True
     )
+
+
+def test_a_template_may_indent_by_a_depth_and_set_what_it_likes():
+    before = (
+        "{% set a, b = '=', 2 %}{% set n = namespace(d=b) %}{%- set n.d = n.d * 2 -%}"
+        "{% set c | upper %}{{ a }}{{ '  ' * n.d }}x{% endset %}{% set u = unknown %}{{- c -}}"
+    )
+    text = render(prepare(with_template(before + PLAIN)), [{"role": "user", "content": "a"}])
+    assert text == "=        X<user>a</s>"
 
 
 @pytest.mark.parametrize("name", template_names())

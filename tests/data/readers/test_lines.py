@@ -5,6 +5,7 @@ import csv
 import hashlib
 import io
 import json
+import os
 import pickle
 import random
 
@@ -15,7 +16,7 @@ from owlfuse.core.errors import DataError
 from owlfuse.core.files import expand_braces, expand_files, fingerprint
 from owlfuse.data.formats.llava import LLaVA
 from owlfuse.data.readers import lines
-from owlfuse.data.readers.lines import JsonLines, Lines
+from owlfuse.data.readers.lines import JsonLines, Lines, open_records
 
 
 @pytest.mark.parametrize("chunk", [1, 2, 7, 4096])
@@ -151,6 +152,28 @@ def test_a_folder_in_place_of_a_file_is_told(tmp_path):
 )
 def test_braces_expand_as_a_shell_does(pattern, expanded):
     assert expand_braces(pattern) == expanded
+
+
+@pytest.mark.parametrize("pattern", ["x{0..99999999999}.tar", "x{0..1000000}", 40 * "{a,b}"])
+def test_braces_for_more_files_than_any_data_have_are_refused(pattern, monkeypatch):
+    if "," in pattern:  # which would make as many texts
+        monkeypatch.setattr("owlfuse.core.files.MAX_PATHS", 1000)
+    with pytest.raises(DataError, match="stands for more than 1,000"):
+        expand_braces(pattern)
+
+
+@pytest.mark.parametrize("pattern", ["a", "[a]"])
+@pytest.mark.parametrize("kind", ["pipe", "device"])
+def test_a_pipe_or_a_device_is_no_file(pattern, kind, tmp_path):
+    if kind == "pipe":
+        os.mkfifo(tmp_path / "a")
+    else:
+        (tmp_path / "a").symlink_to("/dev/zero")
+    with pytest.raises(DataError, match=f"{tmp_path}/a: a device or a pipe, expected a file"):
+        expand_files(f"{tmp_path}/{pattern}")
+    for read in (Lines, JsonLines, lambda file: open_records(file, bool)):
+        with pytest.raises(DataError, match="a device or a pipe, expected a file"):
+            read(tmp_path / "a")
 
 
 def test_files_that_are_missing_are_told_and_globs_are_sorted(tmp_path):

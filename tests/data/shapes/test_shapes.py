@@ -488,6 +488,13 @@ def test_a_folder_with_other_things_is_refused_and_untouched(tmp_path):
     assert (target / "train.json").exists()
 
 
+@pytest.mark.parametrize("argument", ["train_pictures", "held_out_pictures", "text_val"])
+def test_a_negative_size_is_refused_before_anything_is_written(tmp_path, argument):
+    with pytest.raises(ValueError, match=f"{argument} is -1, expected 0 or more"):
+        write_shapes(str(tmp_path / "set"), **{**TINY, argument: -1})
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_failed_write_leaves_nothing_behind(tmp_path, monkeypatch):
     def broken(*_):
         raise RuntimeError("disk full")

@@ -70,13 +70,27 @@ def test_the_same_arguments_write_the_same_and_leave_files_that_are_there_alone(
     }
 
 
-def test_too_few_pictures_are_an_error_that_says_how_many_are_needed(tmp_path):
-    with pytest.raises(
-        ValueError, match="a chat about 16 pictures needs as many, and shapes has 10"
-    ):
+@pytest.mark.parametrize("size", [0, 1, 2, 10])
+def test_too_few_pictures_are_an_error_that_says_how_many_are_needed(tmp_path, size):
+    with pytest.raises(ValueError, match=rf"a chat about \d+ pictures needs .* shapes has {size}$"):
         write_many(
             str(tmp_path / "many"),
             str(tmp_path / "shapes"),
             chats=4,
-            shapes={**SHAPES, "val_pictures": 10},
+            shapes={**SHAPES, "val_pictures": size},
         )
+    assert not (tmp_path / "many").exists()
+
+
+@pytest.mark.parametrize("name", ["train.json", "val_1.json", "notes.txt"])
+def test_a_folder_of_something_else_stays_as_it_is(folders, tmp_path, name):
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(ValueError, match=rf"{tmp_path} holds something else \({name}\): choose"):
+        write_many(str(tmp_path), str(folders[1]), chats=40, questions=6, shapes=SHAPES)
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [(name, "mine")]
+
+
+@pytest.mark.parametrize("argument", ["chats", "most", "questions"])
+def test_a_number_below_one_is_refused(tmp_path, argument):
+    with pytest.raises(ValueError, match="expected at least 1 of each"):
+        write_many(str(tmp_path / "many"), str(tmp_path / "shapes"), **{argument: 0})

@@ -3,14 +3,17 @@ and reads well on a phone."""
 
 from __future__ import annotations
 
+import base64
 import csv
 import fcntl
 import json
+import os
 import re
 import shutil
 import statistics
 import subprocess
 from html.parser import HTMLParser
+from io import BytesIO
 from xml.etree import ElementTree
 
 import pytest
@@ -20,6 +23,7 @@ from PIL import Image
 from owlfuse.core.errors import ConfigError, DataError
 from owlfuse.evaluation.metrics import Answer, score
 from owlfuse.studies.ablation.grid import Cell
+from owlfuse.studies.ablation.page import thumbnail
 from owlfuse.studies.ablation.report import report_command, write_report
 from owlfuse.studies.ablation.results import SHARE_METRICS, load
 from owlfuse.studies.ablation.run import find_unfinished
@@ -433,3 +437,26 @@ def test_differences_are_to_another_cell_where_one_is_named(tmp_path, monkeypatc
         report_command("drawn", ["baseline=secnd"])
     with pytest.raises(ConfigError, match="baseline=: no such cell"):
         report_command("drawn", ["baseline="])
+
+
+@pytest.mark.parametrize("kind", ["postscript", "pipe", "bomb", "broken", "missing"])
+def test_a_file_that_no_run_would_read_as_a_picture_is_not_opened_for_the_page(tmp_path, kind):
+    file = tmp_path / "a.png"
+    if kind == "postscript":
+        Image.new("RGB", (8, 8)).save(file, "eps")
+    elif kind == "pipe":
+        os.mkfifo(file)
+    elif kind == "bomb":
+        Image.new("1", (15_000, 10_000)).save(file)
+    elif kind == "broken":
+        file.write_bytes(b"\x89PNG\r\n\x1a\n" + 100 * b"a")
+    assert thumbnail(str(file)) is None
+
+
+def test_a_picture_becomes_small_on_the_page_through_a_link_too(tmp_path):
+    (tmp_path / "pool").mkdir()
+    Image.new("RGB", (300, 200)).save(tmp_path / "pool" / "a.png")
+    (tmp_path / "a.png").symlink_to(tmp_path / "pool" / "a.png")
+    uri = thumbnail(str(tmp_path / "a.png"))
+    with Image.open(BytesIO(base64.b64decode(uri.partition(",")[2]))) as small:
+        assert small.size == (128, 85)

@@ -10,6 +10,7 @@ import struct
 from collections.abc import Mapping
 from datetime import datetime
 from functools import lru_cache, partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from owlfuse.core.errors import DataError
 from owlfuse.core.files import read_text
 from owlfuse.core.hub_access import check_hub_has
-from owlfuse.core.packages import check_not_missing, missing, packaged
+from owlfuse.core.packages import MissingPackage, check_not_missing, missing, packaged
 from owlfuse.core.types import IMAGE, Message
 
 # The date that templates write, so that a chat has the same tokens on every day: Llama 3.2's
@@ -31,8 +32,12 @@ MAX_TEMPLATE = 2**20
 # Steps of all loops and macros of a template while one chat is rendered; templates loop over a
 # chat's turns.
 MAX_STEPS = 200_000
-# Characters of a rendered chat; a record has 16 MiB.
+# Characters of a rendered chat, and of each variable of a template; a record has 16 MiB.
 MAX_TEXT = 2**26
+# A constant by which a template may multiply, a depth of indentation for instance.
+MAX_FACTOR = 100
+# Any other number in a template, the width of a filter for instance.
+MAX_NUMBER = 1_000_000
 # The beginning of a template that `prepare_template` has made.
 PREPARED = "{#- prepared by owlfuse -#}"
 
@@ -85,6 +90,18 @@ def chat_tokenizer(
     return prepare(tokenizer, break_behind_images=break_behind_images)
 
 
+# What transformers and tokenizers raise for files that make no tokenizer.
+READ_ERRORS = (
+    AttributeError,
+    ImportError,
+    LookupError,
+    OSError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
+
+
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """Return a tokenizer from a folder, a hub name or a GGUF file; `package:` names are those of
     installed packages' files.
@@ -93,6 +110,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
         DataError: there is none.
         ModuleNotFoundError: a package that is not installed.
     """
+    path = name
     try:
         path = packaged(name)
         check_not_missing(path)
@@ -105,8 +123,22 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
         return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except DataError as error:
         raise DataError(f"tokenizer: {str(error).removeprefix('tokenizer: ')}") from error
-    except (OSError, ValueError) as error:
-        raise DataError(f"tokenizer: {name}: {str(error).splitlines()[0]}") from error
+    except MissingPackage:
+        raise
+    except Exception as error:
+        # tokenizers raises a plain Exception for a file that is none of its own
+        if type(error) is not Exception and not isinstance(error, READ_ERRORS):
+            raise
+        folder = Path(path)
+        is_sentencepiece = (folder / "tokenizer.model").exists()
+        has_table = (folder / "tokenizer.json").exists()
+        # transformers would ask for tiktoken instead, which cannot read it
+        if is_sentencepiece and not has_table and find_spec("sentencepiece") is None:
+            raise missing("sentencepiece", f"tokenizer: {name}") from error
+        reason = (str(error).splitlines() or [""])[0]
+        if not isinstance(error, OSError | ValueError):
+            reason = f"its files make no tokenizer: {type(error).__name__}: {reason}"
+        raise DataError(f"tokenizer: {name}: {reason}") from error
 
 
 def prepare(
@@ -185,11 +217,13 @@ def prepare_template(
         DataError: a template that is too long, is no Jinja template, does not write what the user
             says, or takes a date in a form that is not a constant.
     """
+    where = f"the chat template of the tokenizer {tokenizer.name_or_path}"
+    # First: a template from elsewhere may begin as one that was prepared.
+    tree = parse_template(template, where)
     if template.startswith(PREPARED):
         return template
-    where = f"the chat template of the tokenizer {tokenizer.name_or_path}"
     # Jinja drops one line break at a template's end itself.
-    body = fixed_date(parse_template(template, where)) + template.removesuffix("\n")
+    body = fixed_date(tree) + template.removesuffix("\n")
     join_parts = JOIN_PARTS.replace("LINE_BREAK", LINE_BREAK if break_behind_images else "")
     join_parts = join_parts.replace("IMAGE_TOKEN", json.dumps(image_token))
     for content in CONTENTS.values():
@@ -215,12 +249,42 @@ def parse_template(text: str, where: str) -> nodes.Template:
         )
     try:
         environment = Environment(extensions=["jinja2.ext.loopcontrols"])
-        return environment.parse(GENERATION_TAG.sub("", text))
+        tree = environment.parse(GENERATION_TAG.sub("", text))
+        check_operations(tree, where)
+        return tree
     except (TemplateSyntaxError, RecursionError) as error:
         reason = "nested too deep"
         if isinstance(error, TemplateSyntaxError):
             reason = f"line {error.lineno}: {error.message}"
         raise DataError(f"{where}: no Jinja template: {reason}") from None
+
+
+def check_operations(tree: nodes.Template, where: str) -> None:
+    """Raise DataError that begins with `where` for an expression that makes a huge text or number
+    at once; jinja2 computes those of constants before it renders anything."""
+    for node in tree.find_all((nodes.Pow, nodes.Mul, nodes.Name, nodes.Const)):
+        problem = ""
+        if isinstance(node, nodes.Pow):
+            problem = "a power"
+        elif isinstance(node, nodes.Name) and node.name == "lipsum":
+            problem = "lipsum, which writes any amount of text"
+        elif isinstance(node, nodes.Const) and not is_small(node, MAX_NUMBER):
+            problem = f"a constant over {MAX_NUMBER:,}"
+        elif isinstance(node, nodes.Mul):
+            # A text may be one of them: indentation by a depth.
+            constants = [side for side in (node.left, node.right) if isinstance(side, nodes.Const)]
+            is_bounded = constants and all(is_small(side, MAX_FACTOR) for side in constants)
+            if not is_bounded or next(node.find_all(nodes.Mul), None) is not None:
+                problem = f"a product, of which one factor is no constant up to {MAX_FACTOR}"
+        if problem:
+            raise DataError(f"{where}: line {node.lineno}: it has {problem}; write it otherwise")
+
+
+def is_small(constant: nodes.Const, limit: int) -> bool:
+    """Whether a number is not over a limit, or a text not longer."""
+    value = constant.value
+    size = len(value) if isinstance(value, str) else value
+    return not isinstance(size, int | float) or size <= limit
 
 
 def fixed_date(tree: nodes.Template) -> str:
@@ -375,26 +439,52 @@ COUNT_STEP = (
 )
 
 
+def check_sizes(targets: str) -> str:
+    """Return tags, the last without its end, that check variables of a template once they are set:
+    what doubles with every step would take all memory within a few."""
+    conditions = []
+    for name in targets.strip("()").split(","):
+        conditions.append(f"{name} is sequence and {name} | length > {MAX_TEXT}")
+        conditions.append(f"{name} is number and {name} > {MAX_TEXT}")
+    return (
+        f"{{% if {' or '.join(conditions)} %}}{{{{ raise_exception('{targets} is over the limit of "
+        f"{MAX_TEXT:,}') }}}}{{% endif "
+    )
+
+
 @lru_cache(maxsize=64)
 def counting_steps(template: str) -> str:
-    """Return a template that writes the same and counts the steps of its loops and macros.
+    """Return a template that writes the same, counts the steps of its loops and macros, and checks
+    the size of what it sets.
 
-    So one from elsewhere cannot go on for hours: jinja2's sandbox limits each `range` alone, and
-    loops inside of loops multiply.
+    So one from elsewhere cannot go on for hours, or take all memory: jinja2's sandbox limits each
+    `range` alone, and loops inside of loops multiply.
 
     Raises:
         TemplateSyntaxError: it is none.
     """
     pieces = [f"{{% set {COUNTER} = namespace(count=0) %}}\n"]
-    statement = ""
+    words: list[str] = []
+    # Of `set` around a block, which sets it at its end.
+    block_targets = []
     for _, kind, value in Environment().lex(template):
         if kind == "block_begin":
-            statement = ""
-        elif kind == "name" and not statement:
-            statement = value
-        if kind == "block_end" and statement in ("for", "macro"):
-            # the last tag has the sign for the white space behind it
-            value = f"%}}{COUNT_STEP}{value}"
+            words = []
+        elif kind == "block_end":
+            statement = words[0] if words else ""
+            tags = COUNT_STEP if statement in ("for", "macro") else ""
+            targets = re.split(r"[=|]", "".join(words[1:]))[0]
+            if statement == "set" and "=" not in words:
+                block_targets.append(targets)
+            elif statement == "set":
+                tags = check_sizes(targets)
+            elif statement == "endset" and block_targets:
+                tags = check_sizes(block_targets.pop())
+            if tags:
+                # the last tag has the sign for the white space behind it
+                value = f"%}}{tags}{value}"
+        elif kind != "whitespace":
+            words.append(value)
         pieces.append(value)
     return "".join(pieces)
 

@@ -16,7 +16,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from owlfuse.core.errors import DataError
-from owlfuse.core.files import MAX_RECORD, check_record, json_reason, parse_json
+from owlfuse.core.files import MAX_RECORD, check_no_device, check_record, json_reason, parse_json
 from owlfuse.core.types import JsonObject
 
 # Bytes read at a time while the offsets are found; not mapped, so that the file's size does not
@@ -41,6 +41,7 @@ class Lines(Sequence[bytes]):
     def __init__(self, file: Path, quoted: bool = False) -> None:
         self.file = file
         self.quoted = quoted
+        check_no_device(file)
         try:
             # Windows has no O_CLOEXEC.
             self.descriptor = os.open(file, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
@@ -193,6 +194,7 @@ def open_records(file: Path, is_record: Callable[[JsonObject], bool]) -> Sequenc
     Raises:
         DataError: a file that is missing, is not valid or holds something else.
     """
+    check_no_device(file)
     try:
         with file.open("rb") as stream:
             head = stream.read(CHUNK)

@@ -38,32 +38,47 @@ def write_many(
         shapes: arguments of `write_shapes`.
 
     Raises:
-        ValueError: the folder of shapes holds something else.
+        ValueError: a folder holds something else, or a number is too small.
     """
+    if min(chats, most, questions) < 1:
+        raise ValueError(
+            f"chats, most and questions are {chats}, {most} and {questions}, expected at least 1 "
+            "of each"
+        )
     write_shapes(shapes_folder, **{"seed": seed, **(shapes or {})})
     records = {}
     for split in ("train", "val"):
         records[split] = read_json(Path(shapes_folder) / f"{split}.json", list)
-    target = Path(folder).expanduser()
-    target.mkdir(parents=True, exist_ok=True)
     counts = [count for count in COUNTS if count <= most]
     rng = Random(f"many {seed}")
     train = []
     for number in range(chats):
         train.append(chat(f"train-{number:05d}", records["train"], rng.choice(counts), 3, rng))
-    write(target / "train.json", train)
+    texts = {"train.json": to_text(train)}
     for count in COUNTS:
         val = []
         for number in range(questions):
             # the same questions for every count
             question_rng = Random(f"many {seed} {number}")
             val.append(chat(f"val-{number:05d}", records["val"], count, 1, question_rng))
-        write(target / f"val_{count}.json", val)
+        texts[f"val_{count}.json"] = to_text(val)
+    target = Path(folder).expanduser()
+    target.mkdir(parents=True, exist_ok=True)
+    check_free(target, texts)
+    for name, text in texts.items():
+        # One that is there has this content; cached counts of its tokens stay valid.
+        if not (target / name).exists():
+            with atomic_write(target / name) as file:
+                file.write(text)
 
 
 def chat(name: str, records: list[JsonObject], count: int, turns: int, rng: Random) -> JsonObject:
     """Return a chat about `count` pictures, with a question about each of at most `turns` of
     them."""
+    if len(records) < count:
+        raise ValueError(
+            f"a chat about {count} pictures needs as many, and shapes has {len(records)}"
+        )
     targets, target_turns = [], []
     for record in rng.sample(records, min(turns, count)):
         targets.append(record)
@@ -73,10 +88,6 @@ def chat(name: str, records: list[JsonObject], count: int, turns: int, rng: Rand
     for record in rng.sample(records, min(count + turns, len(records))):
         if record not in targets:
             distractors.append(record)
-    if len(distractors) < count - len(targets):
-        raise ValueError(
-            f"a chat about {count} pictures needs as many, and shapes has {len(records)}"
-        )
     pictures = targets + distractors[: count - len(targets)]
     rng.shuffle(pictures)
     conversations, kinds = [], []
@@ -95,11 +106,21 @@ def chat(name: str, records: list[JsonObject], count: int, turns: int, rng: Rand
     }
 
 
-def write(path: Path, records: list[JsonObject]) -> None:
-    """Write a file atomically; one of the same content is not replaced, so that cached counts of
-    its tokens stay valid."""
-    text = json.dumps(records, indent=1) + "\n"
-    if path.exists() and path.read_text() == text:
-        return
-    with atomic_write(path) as file:
-        file.write(text)
+def to_text(records: list[JsonObject]) -> str:
+    """Return the content of a file of chats."""
+    return json.dumps(records, indent=1) + "\n"
+
+
+def check_free(folder: Path, texts: dict[str, str]) -> None:
+    """Raise ValueError for a folder that holds anything but files of these names and contents.
+
+    A run's configuration, which may come from anybody, names the folder.
+    """
+    for path in sorted(folder.iterdir()):
+        # .owlfuse has the cached counts of tokens, and a file being written begins with a dot
+        if path.name.startswith("."):
+            continue
+        if path.name not in texts or path.read_bytes() != texts[path.name].encode():
+            raise ValueError(
+                f"{folder} holds something else ({path.name}): choose another folder or delete it"
+            )

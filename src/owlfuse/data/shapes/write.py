@@ -129,6 +129,9 @@ def write_shapes(
     for split, size in sizes.items():
         arguments[f"{split}_pictures"] = size
     arguments |= {"text_train": text_train, "text_val": text_val}
+    for key, value in arguments.items():
+        if key != "seed" and value < 0:
+            raise ValueError(f"{key} is {value}, expected 0 or more")
     target = Path(folder).expanduser().resolve()
     if _is_written(target, arguments):
         return

@@ -16,10 +16,11 @@ from typing import Any
 import pandas as pd
 from jinja2 import Environment, FileSystemLoader
 from markupsafe import Markup, escape
-from PIL import Image
 
 from owlfuse.config.identity import flat
+from owlfuse.core.errors import DataError
 from owlfuse.core.files import atomic_write
+from owlfuse.data.media.images import MAX_PIXELS, open_image
 from owlfuse.studies.ablation.results import Question, Results, RunAnswers
 from owlfuse.studies.ablation.tables import notes, paper_frame, text_frame
 
@@ -153,16 +154,17 @@ def thumbnail(path: str | None) -> str | None:
     """Return a small picture as an address that holds it, and None where there is none."""
     if path is None:
         return None
+    file = Path(path).absolute()
     try:
-        with Image.open(path) as opened:
-            small = opened.convert("RGB")
-    except OSError:
+        # The answers of a run from elsewhere name any file.
+        small = open_image(Path(file.anchor), str(file), "of the answers", MAX_PIXELS)
+    except DataError:
         return None
     small.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE))
-    file = BytesIO()
+    encoded = BytesIO()
     kind = "png" if max(small.size) <= 64 else "jpeg"  # PNG: every pixel of a tiny one is seen
-    small.save(file, kind, quality=85)
-    return data_uri(file.getvalue(), f"image/{kind}")
+    small.save(encoded, kind, quality=85)
+    return data_uri(encoded.getvalue(), f"image/{kind}")
 
 
 def config_differences(results: Results) -> pd.DataFrame:
