@@ -38,6 +38,8 @@ class Question:
     the id."""
     record_name: str = ""
     """What messages call its record (see `Task.record_name`)."""
+    tools: list[Any] | None = None
+    """What the chat template is told of tools."""
 
     @property
     def size(self) -> tuple[int, int]:
@@ -140,7 +142,8 @@ class Task:
         """Returns a hash of what the model is asked, its pictures' contents included, by which an
         answer of an earlier run is known to be one to this question; None where a picture cannot
         be read."""
-        text = json.dumps([question.messages, len(question.images)], default=str)
+        asked = [question.messages, question.tools, len(question.images)]
+        text = json.dumps(asked, default=str)
         digest = hashlib.sha256(text.encode())
         try:
             for picture in self.pictures(question):
