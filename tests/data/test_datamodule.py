@@ -15,6 +15,7 @@ from owlfuse.data.datamodule import ChatData
 from owlfuse.data.formats.alpaca import Alpaca
 from owlfuse.data.formats.llava import LLaVA
 from owlfuse.data.loading import GlobalBatchSampler
+from owlfuse.data.notes import BatchRemarks
 from owlfuse.model.vision.backbone import Preprocessing
 
 PREPROCESS = Preprocessing((16, 16), (0.5,) * 3, (0.5,) * 3, "bilinear")
@@ -186,6 +187,14 @@ def test_a_skipped_sample_is_counted_and_its_batch_is_one_shorter(shapes, broken
     ((source, sample, reason),) = batch.skipped
     assert (source, sample) == ("broken", "broken:3")
     assert "no image nowhere.png" in reason
+
+
+def test_a_skip_of_validation_is_logged_once(shapes, broken, caplog):
+    (batch,) = batches(make(shapes, sources=broken("skip")), steps=1)
+    data = make(shapes)
+    for _ in range(2):
+        data.note_validation(BatchRemarks.of(batch))
+    assert caplog.text.count("skipped broken:3 of validation source broken: ") == 1
 
 
 def test_the_report_gives_hashes_shares_and_realised_counts(shapes):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from owlfuse.core.errors import DataError
+from owlfuse.core.errors import ConfigError, DataError
 from owlfuse.core.types import Sample
 from owlfuse.evaluation import validation
 from owlfuse.evaluation.metrics import Answer
@@ -74,3 +74,16 @@ def test_overlays_are_of_the_answers_own_question_where_chats_have_one_id(monkey
     evaluation = evaluate(monkeypatch, answers, tmp_path, explain=True)
     assert drawn == [(["1.png"], "1.png"), (["2.png"], "2.png")]
     assert [map.mean().item() for map in evaluation.maps.values()] == [1.0, 2.0]
+
+
+def test_a_run_is_not_evaluated_beside_another_command_of_it(monkeypatch, tmp_path):
+    """Else answers.jsonl would be of one and results.json of the other."""
+    monkeypatch.setattr(validation, "compose", lambda words: None)
+    monkeypatch.setattr(validation, "chosen_checkpoint", lambda folder, which: folder / "a.ckpt")
+
+    def held(path):
+        raise BlockingIOError
+
+    monkeypatch.setattr("owlfuse.artifacts.runs.open_locked", held)
+    with pytest.raises(ConfigError, match=r"in use by .* stop it"):
+        validation.evaluate_run(str(tmp_path), [])

@@ -374,6 +374,16 @@ def test_the_best_value_is_remembered_where_a_run_was_moved(tmp_path):
     assert after.best_model_path == str(tmp_path / "moved" / "best.ckpt")
 
 
+def test_a_validation_without_a_loss_is_not_the_best(tmp_path):
+    best = Best("val/loss")
+    trainer = Trainer(accelerator="cpu", logger=False, enable_progress_bar=False)
+    # otherwise Lightning raises MisconfigurationException
+    trainer.fit_loop.epoch_loop.val_loop._has_run = True
+    best._should_skip_saving_checkpoint = lambda trainer: False
+    best.on_validation_end(trainer, None)
+    assert best.best_model_score is None
+
+
 def test_one_write_is_pending_at_most_and_nothing_is_deleted_before_it_has_succeeded(
     tmp_path, held
 ):

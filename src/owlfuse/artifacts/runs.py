@@ -108,7 +108,8 @@ def in_use(folder: Path, resume: bool) -> Iterator[None]:
     if not is_first_rank():
         yield
         return
-    with locked(folder, "runs", "choose another name="):
+    advice = "stop it" if resume else "choose another name="
+    with locked(folder, "runs", advice):
         if not resume:
             check_free(folder)
         yield

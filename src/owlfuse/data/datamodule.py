@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import random
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
@@ -36,6 +37,8 @@ from owlfuse.data.mixture.report import mixture_report, validation_report
 from owlfuse.data.notes import BatchRemarks, NoteCounts, NotesLog
 from owlfuse.data.packing import Padding, check_pack_to
 from owlfuse.data.workers import DataWorkers, ignore_signals
+
+log = logging.getLogger(__name__)
 
 # Records of a source that show whether texts begin on a new line behind pictures.
 FIRST_RECORDS = 16
@@ -343,6 +346,9 @@ class ChatData(lightning.LightningDataModule):
         """
         if logs:
             self.notes.add(remarks.notes)
+            for source, sample, reason in remarks.skipped:
+                if (source, sample, reason) not in self.validation_skipped:
+                    log.warning("skipped %s of validation source %s: %s", sample, source, reason)
         self.validation_skipped |= dict.fromkeys(remarks.skipped)
         self.validation_truncated |= dict.fromkeys(remarks.truncated)
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import TextStreamer
+from transformers import StoppingCriteria, StoppingCriteriaList, TextStreamer
 
 from owlfuse.artifacts.hf.modeling import OwlfuseForConditionalGeneration
 from owlfuse.core.types import Batch
@@ -56,7 +56,7 @@ def generate_greedy(
 ) -> Tensor:
     """Returns the likeliest continuation of each row of a batch (see `generate`), with the ends
     of the chat template. The backbone and the connector run once. Where the LLM has no more
-    positions for a row, the answers of its batch end, and a warning says so.
+    positions for a row, its answer ends, and a warning says so.
 
     Args:
         synced: the model is shared out over ranks with other rows, and each goes on until all have
@@ -65,13 +65,22 @@ def generate_greedy(
     # the template's end of turn, which may be another token than the LLM's end of text
     ends = encoder.answer_format.generation(encoder.tokenizer, model.llm)
     wrapped = OwlfuseForConditionalGeneration.wrap(model, None, ends)
-    longest = int(batch.attention_mask.sum(1).max())
-    limit = answer_limit(model, longest, max_new_tokens)
-    if limit < max_new_tokens:
+    lengths = batch.attention_mask.sum(1).tolist()
+    limits = [answer_limit(model, length, max_new_tokens) for length in lengths]
+    if model.llm.config.model_type == "gpt_neo":
+        # its table of causal masks counts the padding too, which the longest prompt decides
+        limits = [min(limits)] * len(limits)
+    positions = max_positions(model)
+    if min(limits) < max_new_tokens:
         log.warning(
-            "answers end after %d tokens: a prompt takes %d of the positions of the LLM",
-            limit,
-            longest,
+            "answers to %d of %d prompts end before max_new_tokens=%d, the first after %d tokens: "
+            "the longest prompt takes %d of the LLM's %s positions",
+            sum(limit < max_new_tokens for limit in limits),
+            len(limits),
+            max_new_tokens,
+            min(limits),
+            max(lengths),
+            positions,
         )
     return generate(
         wrapped,
@@ -79,13 +88,29 @@ def generate_greedy(
             "input_ids": batch.input_ids,
             "attention_mask": batch.attention_mask,
             "visual": model.encode(batch),
+            # a prompt may be longer than the LLM was made for
+            "max_positions": positions and max(positions, *lengths),
         },
         encoder.tokenizer,
-        max_new_tokens=limit,
+        max_new_tokens=max(limits),
+        stopping_criteria=StoppingCriteriaList([RowLimits(batch.input_ids, limits)]),
         do_sample=False,
         # by default transformers finds out, of models alone that it has sharded itself
         synced_gpus=synced,
     )
+
+
+class RowLimits(StoppingCriteria):
+    """Ends each row of `prompts` (B, T) after its number of new tokens, of `limits`."""
+
+    def __init__(self, prompts: Tensor, limits: list[int]) -> None:
+        self.lengths = prompts.shape[1] + torch.tensor(limits, device=prompts.device)
+
+    def __call__(  # type: ignore[override]  # transformers decorates its own
+        self, input_ids: Tensor, scores: Any, **kwargs: Any
+    ) -> Tensor:
+        """Returns which rows end (B,)."""
+        return input_ids.shape[1] >= self.lengths
 
 
 def answer_limit(model: MultimodalLM, length: int, max_new_tokens: int) -> int:

@@ -15,6 +15,7 @@ from rich.table import Table
 from torch import Tensor
 
 from owlfuse.core.console import PlainConsole
+from owlfuse.core.files import atomic_write
 from owlfuse.data.media.images import to_rgb, turn_upright
 from owlfuse.evaluation.explain.overlays import overlay, wrap
 from owlfuse.evaluation.metrics import Answer
@@ -30,18 +31,22 @@ def print_metrics(metrics: dict[str, float], title: str) -> None:
     PlainConsole().print(table)
 
 
+ANSWERS = "answers.jsonl"
+
+
 def write_answers(path: Path, answers: list[Answer]) -> None:
     """Writes one JSON object a line for each answer; of a picture without a file the hash of its
     bytes, as `image_hash`, by which answers to one picture are known."""
     # Ids and paths may hold lone surrogates, which UTF-8 lacks; \udcff is an escape of JSON too.
-    with path.open("w", encoding="utf-8", errors="backslashreplace") as file:
+    with atomic_write(path, "wb") as file:
         for answer in answers:
             record = {**vars(answer), "right": answer.right}
             # JSON has no bytes
             if isinstance(answer.image, bytes):
                 record["image"] = None
                 record["image_hash"] = hashlib.sha256(answer.image).hexdigest()
-            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+            line = json.dumps(record, ensure_ascii=False) + "\n"
+            file.write(line.encode("utf-8", "backslashreplace"))
 
 
 def sample_for_sheet(answers: list[Answer], pictures: int) -> list[Answer]:

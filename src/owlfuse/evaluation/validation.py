@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from omegaconf import DictConfig
 from torch import Tensor
 
 from owlfuse.artifacts.load import load_run_model
 from owlfuse.artifacts.resume import Past, check_evaluation_keys, read_past
 from owlfuse.artifacts.run_data import build_data
-from owlfuse.artifacts.runs import chosen_checkpoint, read_results, split_which
+from owlfuse.artifacts.runs import chosen_checkpoint, in_use, read_results, split_which
 from owlfuse.config.build import build, to_dict
 from owlfuse.config.compose import compose, naming_part
 from owlfuse.config.identity import code_hash
@@ -38,6 +39,7 @@ from owlfuse.evaluation.metrics import (
     time_answer,
 )
 from owlfuse.evaluation.reports import (
+    ANSWERS,
     print_metrics,
     sample_for_sheet,
     write_answers,
@@ -209,9 +211,8 @@ class Evaluation:
         answers: list[Answer],
         title: str,
     ) -> None:
-        """Prints the table, and writes `answers.jsonl` and `contact_sheet.png` into the folder."""
+        """Prints the table, and writes `contact_sheet.png` into the folder."""
         print_metrics(metrics, title)
-        write_answers(folder / "answers.jsonl", answers)
         pictured = pictured_answers(answers)
         if self.contact_sheet and pictured:
             # of the whole source, whose answers without a picture are not on the sheet
@@ -234,13 +235,26 @@ def evaluate_run(folder: str, overrides: list[str]) -> None:
     The processes of torchrun share the work.
 
     Raises:
-        ConfigError: a key that changes nothing of an evaluation, or the model.
+        ConfigError: a key that changes nothing of an evaluation, or the model; another process
+            holds the run's folder.
     """
-    start = time.monotonic()
     run_dir = Path(folder)
     which, overrides = split_which(overrides)
     config = compose([f"resume={folder}", *overrides])
     checkpoint = chosen_checkpoint(run_dir, which)
+    # of two commands, or of one beside the training, one's answers would stand beside the other's
+    # results
+    with in_use(run_dir, resume=True):
+        evaluate_checkpoint(run_dir, checkpoint, which, config)
+
+
+def evaluate_checkpoint(run_dir: Path, checkpoint: Path, which: str, config: DictConfig) -> None:
+    """Evaluates a checkpoint of a run, and rewrites its results.
+
+    Raises:
+        ConfigError: a key of `config` that changes nothing of an evaluation, or the model.
+    """
+    start = time.monotonic()
     past = read_past(checkpoint)
     check_evaluation_keys(past, config)
     plain = to_dict(config)
@@ -270,6 +284,8 @@ def evaluate_run(folder: str, overrides: list[str]) -> None:
     seconds = earlier.get("wall_s", time.monotonic() - start)
     code = results_code(past, earlier, code_hash(plain))
     record = {"changes": past.changes, "identity": identity, "code": code}
+    # first, since results.json says that all is there
+    write_answers(run_dir / ANSWERS, answers)
     write_results(
         run_dir,
         config,

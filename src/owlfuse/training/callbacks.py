@@ -131,9 +131,8 @@ class TrainingProgress(Callback):
             if name.partition("/")[0] in data.validation and name.endswith("/loss")
         ]
         if self.bar is not None:
-            self.bar.say(
-                f"step {trainer.global_step:,} of {trainer.max_steps:,}: {', '.join(losses)}"
-            )
+            shown = ", ".join(losses) or "no validation loss"
+            self.bar.say(f"step {trainer.global_step:,} of {trainer.max_steps:,}: {shown}")
 
     def described(self, trainer: Trainer) -> str:
         """Loss, learning rate, samples per second, and the time that is left."""

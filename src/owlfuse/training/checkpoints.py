@@ -348,6 +348,11 @@ class Best(RunCheckpoint):
     def __init__(self, watched: str, background: bool = False) -> None:
         super().__init__(background, filename=Path(BEST).stem, monitor=watched)
 
+    def on_validation_end(self, trainer: Trainer, module: LightningModule) -> None:
+        """Does nothing where the value was not measured, for which Lightning raises an error."""
+        if self.monitor in trainer.callback_metrics:
+            super().on_validation_end(trainer, module)
+
     @property
     def state_key(self) -> str:
         """The same whatever is watched, as Lightning's is not."""

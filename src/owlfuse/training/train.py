@@ -33,6 +33,7 @@ from owlfuse.core.signals import signals_end_the_run
 from owlfuse.core.terminal import visible
 from owlfuse.data.datamodule import ChatData
 from owlfuse.data.identity import data_identity
+from owlfuse.evaluation.reports import ANSWERS, write_answers
 from owlfuse.evaluation.results import write_results
 from owlfuse.model.llm import check_length
 from owlfuse.model.llm_probe import check_packing
@@ -184,6 +185,9 @@ def train(config: DictConfig, folder: Path, data_digest: str | None, at_exit: Ex
         write_mixture(folder, report | {"validation": data.validation_report()})
         cost, seconds = run_cost(trainer, evaluation), time.monotonic() - began
         counts = {} if evaluation is None else evaluation.counts
+        if evaluation is not None:
+            # first, since results.json says that all is there
+            write_answers(folder / ANSWERS, answers)
         write_results(
             folder, config, trainer.global_step, metrics, cost, seconds, module.record, counts
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 
 import torch
@@ -11,6 +12,8 @@ from torch import Tensor
 from owlfuse.core.types import Batch
 from owlfuse.data.notes import BatchRemarks
 from owlfuse.parallel.collectives import all_gather_objects, in_float64
+
+log = logging.getLogger(__name__)
 
 
 class ValidationLosses:
@@ -31,8 +34,8 @@ class ValidationLosses:
         self.remarks.setdefault(source, []).append(BatchRemarks.of(batch))
 
     def end(self, trainer: Trainer) -> tuple[dict[str, float], list[BatchRemarks]]:
-        """Returns the loss per supervised token of each source, 0 where nothing is supervised, and
-        what there was to say of the batches, in the order that one process has. All ranks call
+        """Returns the loss per supervised token of each source in which something is supervised,
+        and what there was to say of the batches, in the order that one process has. All ranks call
         it."""
         sums = {source: torch.stack(rows).tolist() for source, rows in self.sums.items()}
         of_ranks = all_gather_objects(trainer, (sums, self.remarks))
@@ -42,8 +45,15 @@ class ValidationLosses:
         for source in sums:
             rows = [row for rank_sums, _ in of_ranks for row in rank_sums[source]]
             tokens = math.fsum(count for _, count in rows)
-            # exact, whatever the order: the same for any number of ranks
-            losses[source] = math.fsum(loss for loss, _ in rows) / max(tokens, 1.0)
+            if tokens:
+                # exact, whatever the order: the same for any number of ranks
+                losses[source] = math.fsum(loss for loss, _ in rows) / tokens
+            elif trainer.is_global_zero:
+                log.warning(
+                    "validation source %s: no token is supervised, as where every sample is "
+                    "skipped; it has no loss",
+                    source,
+                )
             # round by round, since the batches were dealt out to the ranks in turn
             for round_remarks in zip(*(rank_remarks[source] for _, rank_remarks in of_ranks)):
                 remarks += round_remarks

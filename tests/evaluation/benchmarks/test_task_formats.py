@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import sys
+from types import SimpleNamespace
 
 import pytest
 from omegaconf import OmegaConf
@@ -12,9 +13,11 @@ from PIL import Image
 from helpers import REPO
 from owlfuse.config.build import build
 from owlfuse.core.errors import ConfigError, DataError
+from owlfuse.evaluation.benchmarks.answering import QuestionDataset
 from owlfuse.evaluation.benchmarks.base import Task, sample_units
 from owlfuse.evaluation.benchmarks.predictions import Predictions
 from owlfuse.evaluation.benchmarks.run import read_options
+from small_tokenizers import byte_level
 from task_files import BENCHMARKS
 
 WORD = "\nAnswer the question using a single word or phrase."
@@ -192,6 +195,41 @@ def test_exact_match_asks_each_question_by_itself(tmp_path):
         == "<image>\nWhat feature can be seen on the back of the bus? Shortly."
     )
     assert [question.images for question in questions][2] == []
+
+
+def chat_file(folder, **fields):
+    """A file of one chat with these fields."""
+    turns = [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "a cat"}]
+    lines = [{"id": "1", "messages": turns}, {"id": "2", "messages": turns, **fields}]
+    folder.mkdir(exist_ok=True)
+    path = folder / "chats.jsonl"
+    path.write_text("\n".join(map(json.dumps, lines)))
+    return {"file": str(path), "format": "messages"}
+
+
+def test_exact_match_counts_each_accepted_answer_as_the_evaluation_of_a_run_does(tmp_path):
+    given = chat_file(tmp_path, accepted=["a cat", "a tom"])
+    task = made("exact_match", tmp_path, **given)
+    questions, _ = task.questions()
+    # one rule for the whole file
+    assert [question.expected for question in questions] == [["a cat"], ["a cat", "a tom"]]
+    for answer, score in {"It is a Tom.": 1.0, "a cat": 1.0, "a dog": 0.0}.items():
+        assert task.score({"answer": answer, "expected": questions[1].expected}) == score
+
+
+@pytest.mark.parametrize("name", ["exact_match", "perplexity"])
+def test_questions_have_the_tools_of_their_chats(name, tmp_path):
+    tools = [{"type": "function", "function": {"name": "look", "parameters": {}}}]
+    task = made(name, tmp_path, **chat_file(tmp_path, tools=tools))
+    questions, _ = task.questions()
+    assert [question.tools for question in questions] == [None, tools]
+    tokenizer = byte_level()
+    tokenizer.chat_template = (
+        "{{ tools }}{% for message in messages %}{{ message.content }}{% endfor %}"
+    )
+    processor = SimpleNamespace(tokenizer=tokenizer, image_token="<image>", tile=False)
+    prompt, _ = QuestionDataset(task, questions, processor, None).prepare(questions[1])
+    assert "look" in prompt
 
 
 BROKEN = {

@@ -128,6 +128,7 @@ class OwlfuseForConditionalGeneration(PreTrainedModel, GenerationMixin):
         past_key_values: Any = None,
         use_cache: bool = False,
         logits_to_keep: int = 0,
+        max_positions: int | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Logits (B, T, V), or of the last `logits_to_keep` positions; with labels (B, T) also the
@@ -141,6 +142,8 @@ class OwlfuseForConditionalGeneration(PreTrainedModel, GenerationMixin):
             cache: or `past_key_values`, as older transformers call it: with one that holds earlier
                 positions, `input_ids` are the new ones and `attention_mask` (all ones by default)
                 covers both.
+            max_positions: what a row has behind so many is padding: it has ended, and a table of
+                positions has no row for it.
         """
         cache = cache if cache is not None else past_key_values
         if cache is None and use_cache:
@@ -150,6 +153,8 @@ class OwlfuseForConditionalGeneration(PreTrainedModel, GenerationMixin):
         # new positions and those of the cache
         if attention_mask is None:
             attention_mask = input_ids.new_ones(len(input_ids), earlier + input_ids.shape[1])
+        if max_positions is not None:
+            attention_mask = attention_mask * (attention_mask.cumsum(1) <= max_positions)
         if visual is None:
             if earlier:
                 raise ValueError(

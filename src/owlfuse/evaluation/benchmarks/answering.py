@@ -165,7 +165,8 @@ class QuestionDataset(Dataset):
         """
         # as training renders chats, so that a prompt has the tokens that were learned
         messages = flatten(self.sample(question), self.control, self.processor.image_token)
-        text = render(self.processor.tokenizer, messages, True, self.thinking)
+        options = {"tools": question.tools} if question.tools else {}
+        text = render(self.processor.tokenizer, messages, True, self.thinking, **options)
         if not self.processor.tile:
             # first, without pictures, which may be large
             self.check_length(question, text, len(question.images))
@@ -177,7 +178,13 @@ class QuestionDataset(Dataset):
 
     def sample(self, question: Question) -> Sample:
         """Returns the question as a chat."""
-        return Sample(question.id, self.task.file.stem, question.messages, question.images)
+        return Sample(
+            question.id,
+            self.task.file.stem,
+            question.messages,
+            question.images,
+            tools=question.tools,
+        )
 
     def open_pictures(self, question: Question) -> list[Image.Image]:
         """Returns the pictures of a question, RGB. Raises DataError."""

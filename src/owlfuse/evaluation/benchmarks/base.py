@@ -3,6 +3,8 @@ the questions it asks."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +13,7 @@ from typing import Any, ClassVar, Literal
 from owlfuse.core.errors import ConfigError, DataError, one_line
 from owlfuse.core.files import KIND_NAMES, expand_files, fingerprint
 from owlfuse.data.formats.marks import with_pictures
-from owlfuse.data.media.images import MAX_PIXELS, check_max_pixels
+from owlfuse.data.media.images import MAX_PIXELS, check_max_pixels, opened
 from owlfuse.data.subset import stratified_sample
 
 QUESTION = "{question}"
@@ -36,6 +38,8 @@ class Question:
     the id."""
     record_name: str = ""
     """What messages call its record (see `Task.record_name`)."""
+    tools: list[Any] | None = None
+    """What the chat template is told of tools."""
 
     @property
     def size(self) -> tuple[int, int]:
@@ -133,6 +137,25 @@ class Task:
     def pictures(self, question: Question) -> list[str | bytes]:
         """Returns the pictures of a question, as `open_image` takes them."""
         return question.images
+
+    def question_hash(self, question: Question) -> str | None:
+        """Returns a hash of what the model is asked, its pictures' contents included, by which an
+        answer of an earlier run is known to be one to this question; None where a picture cannot
+        be read."""
+        asked = [question.messages, question.tools, len(question.images)]
+        text = json.dumps(asked, default=str)
+        digest = hashlib.sha256(text.encode())
+        try:
+            for picture in self.pictures(question):
+                content = picture
+                if isinstance(picture, str):
+                    with opened(self.root, picture, question.id) as file:
+                        content = file.read()
+                digest.update(hashlib.sha256(content).digest())
+        # whoever opens the picture says what is wrong with it
+        except (DataError, OSError, ValueError):
+            return None
+        return digest.hexdigest()[:16]
 
     def score(self, line: dict[str, Any]) -> float | None:
         """Returns what a prediction is worth by itself; None where the rule needs all of them

@@ -15,6 +15,7 @@ from owlfuse.data.formats.marks import with_pictures
 from owlfuse.data.formats.messages import Messages
 from owlfuse.data.formats.sharegpt import ShareGPT
 from owlfuse.evaluation.benchmarks.base import QUESTION, Question, Task
+from owlfuse.evaluation.metrics import holds_answer
 from owlfuse.evaluation.questions import normalize, question_samples
 
 FORMATS: dict[str, type[Source]] = {
@@ -92,8 +93,23 @@ class ExactMatch(ChatTask):
                 text = prompt.replace(QUESTION, content[last]["text"])
                 content[last] = {"type": "text", "text": text}
             messages = [*before, {"role": "user", "content": content}]
-            yield Question(sample.id, messages, sample.images, answer, kind)
+            expected = sample.metadata.get("accepted", answer)
+            yield Question(sample.id, messages, sample.images, expected, kind, tools=sample.tools)
+
+    def questions(self) -> tuple[list[Question], list[tuple[str, str]]]:
+        """Returns all questions (see `Task.questions`). As in the evaluation of a run, one metric
+        has one rule: where some questions list their answers, the others' are lists of one."""
+        questions, skipped = super().questions()
+        if any(isinstance(question.expected, list) for question in questions):
+            for question in questions:
+                if not isinstance(question.expected, list):
+                    question.expected = [question.expected]
+        return questions, skipped
 
     def score(self, line: dict[str, Any]) -> float:
-        """Returns 1 where the answer is the expected one, but for case and white space."""
-        return float(normalize(line["answer"]) == normalize(line["expected"]))
+        """Returns 1 where the answer is the expected one, but for case and white space; where the
+        data list the accepted ones, where it holds one of these."""
+        expected = line["expected"]
+        if isinstance(expected, list):
+            return float(holds_answer(line["answer"], expected))
+        return float(normalize(line["answer"]) == normalize(expected))

@@ -35,7 +35,7 @@ class Perplexity(ChatTask):
     def ask(self, record: Any, where: str) -> Iterator[Question]:
         """Yields the whole chat, as it is."""
         sample = self.sample(record, where)
-        yield Question(sample.id, sample.messages, sample.images, None)
+        yield Question(sample.id, sample.messages, sample.images, None, tools=sample.tools)
 
     def score(self, line: dict[str, Any]) -> float:
         """Returns the chat's own perplexity."""

@@ -29,6 +29,8 @@ class Predictions:
     def __init__(self, folder: Path, key: str, rank: int = 0) -> None:
         self.folder = folder
         self.key = key
+        self.stale: set[tuple[str, str | None]] = set()
+        """Ids and hashes of questions that have changed since they were answered."""
         self.path = folder / NAME if rank == 0 else folder / f"predictions.rank{rank}.jsonl"
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -41,8 +43,8 @@ class Predictions:
         return [file for file in files if file.exists()]
 
     def read(self) -> tuple[dict[str, dict[str, Any]], list[str]]:
-        """Returns the predictions of these settings by their ids, an answer before a skip, and the
-        lines of other settings.
+        """Returns the predictions of these settings by their ids, an answer before a skip and
+        without the `stale` ones, and the lines of other settings.
 
         A line that was cut as the power went is left out. Raises DataError for a file that holds
         something else.
@@ -67,6 +69,8 @@ class Predictions:
                     ) from None
                 if settings != self.key:
                     other_settings.append(text)
+                elif (identity, line.get("question")) in self.stale:
+                    continue
                 elif "skipped" not in line or identity not in predictions:
                     predictions[identity] = line
         return predictions, other_settings

@@ -56,7 +56,9 @@ def settings_of(
             options[field.name] = str(value) if isinstance(value, Path) else value
     # the same folder by another path has the same pictures
     root = str(Path(options["image_root"]).resolve())
-    content = [weights, data, {**options, "image_root": root}, dtype, thinking]
+    # another owlfuse may write another prompt, or prepare pictures otherwise
+    made_by = version("owlfuse")
+    content = [weights, data, {**options, "image_root": root}, dtype, thinking, made_by]
     digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
     return {
         "model": str(model_dir),

@@ -60,7 +60,7 @@ def evaluate_task(folder: str, words: list[str]) -> None:
     # by the first rank for all: of two commands each would lose what the other writes
     lock = locked(store.folder, "out", "choose another name= or out=")
     with lock if ranks.first else nullcontext():
-        answered = answered_ids(store)
+        answered = answered_ids(store, task, questions)
         ranks.wait()  # each has read what is there, before one adds to it
         todo = [question for question in questions if question.id not in answered]
         # the longest first, so that little is padded and too small a memory shows at once
@@ -69,7 +69,7 @@ def evaluate_task(folder: str, words: list[str]) -> None:
             answer_share(model_dir, checkpoint, task, ranks.share(todo), store, options, ranks)
             ranks.wait()
         except KeyboardInterrupt:
-            count = len(answered_ids(store) & {question.id for question in questions})
+            count = len(answered_ids(store, task, questions))
             raise KeyboardInterrupt(
                 f"stopped; {count} of {len(questions)} answers are in {store.folder}, and the same "
                 "command goes on"
@@ -80,10 +80,20 @@ def evaluate_task(folder: str, words: list[str]) -> None:
         ranks.wait()
 
 
-def answered_ids(store: Predictions) -> set[str]:
-    """Returns the ids of the questions that have an answer; one that was skipped has none."""
+def answered_ids(store: Predictions, task: Task, questions: list[Question]) -> set[str]:
+    """Returns the ids of the questions that have an answer; one that was skipped has none, nor one
+    whose text or pictures have changed, of which the answer is marked as stale."""
     predictions, _ = store.read()
-    return {identity for identity, line in predictions.items() if "skipped" not in line}
+    ids = set()
+    for question in questions:
+        line = predictions.get(question.id)
+        if line is None or "skipped" in line:
+            continue
+        if line.get("question") == task.question_hash(question):
+            ids.add(question.id)
+        else:
+            store.stale.add((question.id, line.get("question")))
+    return ids
 
 
 def read_options(words: list[str]) -> tuple[Options, Task]:
@@ -129,7 +139,10 @@ def answer_share(
     with Progress(label, len(questions), shown=ranks.first) as progress:
         for batch in loader:
             lines = [{"id": skip.question.id, "skipped": skip.reason} for skip in batch.skipped]
-            lines += predict(model, task, batch)
+            predictions = predict(model, task, batch)
+            for question, line in zip(batch.questions, predictions, strict=True):
+                line["question"] = task.question_hash(question)
+            lines += predictions
             # each batch at once, so that a stop loses one batch at most
             store.append(lines)
             # after the lines are on the disk: an evaluation that stops here goes on behind them
@@ -165,7 +178,15 @@ def finish(
 ) -> None:
     """Joins the ranks' predictions, scores them, and prints and writes the results."""
     predictions, other_settings = store.read()
-    lines = [predictions.pop(question.id) for question in questions]
+    lines = []
+    for question in questions:
+        line = predictions.pop(question.id)
+        if "expected" in line:
+            # the task's code may have changed since
+            line["expected"] = question.expected
+        if "skipped" not in line:
+            line["group"] = question.group
+        lines.append(line)
     answered = [line for line in lines if "skipped" not in line]
     skipped = list(wrong_records)
     skipped += [(line["id"], line["skipped"]) for line in lines if "skipped" in line]
