@@ -516,6 +516,24 @@ def test_what_is_learned_from_has_many_names(tmp_path, key, value, learned):
             assert "supervised" not in source[0].messages[0]
 
 
+EARLIER_ANSWERS = {
+    "upper-case": [assistant("Ho.", role="Assistant")],
+    "model": [assistant("Ho.", role="model")],
+    "bot": [{"from": "bot", "value": "Ho."}],
+    "chatgpt": [{"from": "chatgpt", "value": "Ho."}],
+    "call": [{"role": "function_call", "content": '{"name": "f", "arguments": {}}'}],
+    "pair": [{"user": "Why?", "assistant": "So."}],
+}
+
+
+@pytest.mark.parametrize("turns", EARLIER_ANSWERS.values(), ids=EARLIER_ANSWERS)
+def test_no_answer_in_a_prompt_is_learned_whatever_its_role_is_called(tmp_path, turns):
+    record = {"prompt": [user("Hi"), *turns, user("Sure?")], "completion": [assistant("Yes.")]}
+    messages = CHAT_FORMATS["messages"](tmp_path, [record])[0].messages
+    answers = [message for message in messages if message["role"] == "assistant"]
+    assert [answer.get("supervised", True) for answer in answers] == [False, True]
+
+
 @pytest.mark.parametrize("key", ["masked", "ignore", "ignore_loss", "exclude"])
 @every_format
 def test_an_answer_that_is_marked_as_left_out_is_read_and_not_learned(tmp_path, read, key):

@@ -14,10 +14,12 @@ from owlfuse.core.errors import DataError
 from owlfuse.core.types import JsonObject, Media, Message, Note, Part, Sample, without_keys
 from owlfuse.data.formats.marks import unescaped
 from owlfuse.data.formats.turn_keys import (
+    CALL_ROLES,
     IMAGES,
     LEARN_KEYS,
     NOT_LEARN_KEYS,
     REFUSED,
+    ROLES,
     SYSTEM_KEYS,
     VIDEOS,
     brief,
@@ -28,7 +30,7 @@ from owlfuse.data.formats.turn_keys import (
     single_value,
     tools_of,
 )
-from owlfuse.data.formats.turns import EXPECTED_TURN, files_of, read_turns
+from owlfuse.data.formats.turns import EXPECTED_TURN, files_of, read_turns, role_of
 
 # Keys of a record's turns: a list, its JSON text, or a dict of lists of the same length.
 CHATS = ("messages", "conversations", "conversation", "texts")
@@ -367,8 +369,9 @@ def question_turns(
     turns = history_turns(record.get("history"), name)
     for turn in question:
         if isinstance(turn, dict):
-            role = turn.get("role") if turn.get("role") is not None else turn.get("from")
-            if role in ("assistant", "gpt"):
+            role = role_of(turn)
+            # A turn without a role is a question with its answer, and the key is the answer's.
+            if role is None or role in CALL_ROLES or ROLES.get(role) == "assistant":
                 turn = {**turn, "loss": False}
         turns.append(turn)
     return [*turns, *answer], used, answers
@@ -420,8 +423,7 @@ def system_turn(record: JsonObject, name: str, turns: list[Any]) -> list[Any]:
     if not isinstance(text, str):
         raise DataError(f"sample {name}: '{key}' is {brief(text)}, expected a text")
     for turn in turns:
-        roles = {turn.get("role"), turn.get("from")} if isinstance(turn, dict) else set()
-        if roles & {"system", "developer"}:
+        if isinstance(turn, dict) and ROLES.get(role_of(turn) or "") == "system":
             raise DataError(f"sample {name} has a '{key}' and a system turn, expected one of them")
     return [{"role": "system", "content": text}]
 
