@@ -556,6 +556,14 @@ def test_an_answer_that_is_marked_as_left_out_is_read_and_not_learned(tmp_path, 
         ("masked", True),
         ("ignore", True),
         ("loss_mask", [0, 1]),
+        ("train", 0),
+        ("train", "false"),
+        ("loss", 0),
+        ("weight", "0"),
+        ("weight", "0.5"),
+        ("exclude", "true"),
+        ("ignored", "1"),
+        ("label", "False"),
     ],
 )
 @every_format
@@ -563,6 +571,31 @@ def test_a_record_that_is_not_to_be_learned_is_refused(tmp_path, read, key, valu
     source = read(tmp_path, [{"messages": FLAT, "image": "a.png", key: value}])
     with pytest.raises(DataError, match=f"the record has '{key}': .*every record counts the same"):
         source[0]
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("train", "1.0"),
+        ("weight", "true"),
+        ("exclude", "false"),
+        ("masked", "0"),
+        ("label", "3"),
+        ("label", 0),
+        ("loss", 2.5),
+        ("train", "split-a"),
+    ],
+)
+def test_a_record_that_counts_as_the_others_is_read(tmp_path, key, value):
+    record = {"messages": [user("Hi"), assistant("Ho.")], key: value}
+    assert CHAT_FORMATS["messages"](tmp_path, [record])[0].messages[1]["content"]
+
+
+@pytest.mark.parametrize("key", ["ignore", "exclude", "masked"])
+def test_a_question_that_is_not_left_out_is_no_mistake(tmp_path, key):
+    turns = [{**user("Hi"), key: False}, assistant("Ho.", **{key: False})]
+    messages = CHAT_FORMATS["messages"](tmp_path, [{"messages": turns}])[0].messages
+    assert not any("supervised" in message for message in messages)
 
 
 def test_names_that_contradict_each_other_are_refused(tmp_path):

@@ -489,6 +489,9 @@ def check_unused(unused: JsonObject, name: str, shown: JsonObject) -> list[Note]
 def check_weight(value: Any, name: str, key: str) -> None:
     """Raise DataError for a record that is to be left out, or to count more or less than
     others."""
+    shown = value
+    if isinstance(value, str):
+        value = value_of_text(value)
     is_number = isinstance(value, int | float)
     if isinstance(value, bool):
         # False of `train` and true of `ignore` both exclude the record.
@@ -497,13 +500,29 @@ def check_weight(value: Any, name: str, key: str) -> None:
         is_weighted = key != "label"  # a weight of each turn or token
     elif key in NOT_LEARN_KEYS:
         is_weighted = is_number and value != 0
+    elif key == "label":
+        is_weighted = False  # a class
+    elif key == "loss":
+        is_weighted = is_number and value == 0  # another number is a measurement
     else:
-        is_weighted = is_number and value != 1 and key not in ("loss", "label", "train")
+        is_weighted = is_number and value != 1
     if is_weighted:
         raise DataError(
-            f"sample {name}: the record has '{key}': {brief(value)}; every record counts the "
+            f"sample {name}: the record has '{key}': {brief(shown)}; every record counts the "
             "same: take it out of the file, or take the key out"
         )
+
+
+def value_of_text(text: str) -> bool | float | str:
+    """Return the number or the truth value that a text spells, as every value of a CSV file is a
+    text; another text as it is."""
+    word = text.strip().lower()
+    if word in ("true", "false"):
+        return word == "true"
+    try:
+        return float(word)
+    except ValueError:
+        return text
 
 
 def check_media_key(value: Any, name: str, key: str, shown: JsonObject) -> None:
