@@ -95,12 +95,7 @@ def read_frames(
             anywhere that is read, or frames of more than `max_pixels`; names the sample `name`.
         MissingPackage: PyAV is not installed.
     """
-    if isinstance(path, bytes):
-        file: Path | bytes = path
-        label = f"sample {name}: video of {len(path):,} bytes"
-    else:
-        file = video_file(root, path, name)
-        label = f"sample {name}: video {path}"
+    file, label = file_and_label(root, path, name)
     if sampling.sampling == "keyframes":
         small, index = small_frames(file, label, max_pixels)
         chosen = keyframe_indices(small, sampling.frames)
@@ -119,6 +114,22 @@ def read_frames(
     if not frames:
         raise DataError(f"{label} has no frames that can be decoded")
     return frames
+
+
+def count_frames(root: Path, path: str | bytes, name: str, sampling: VideoSampling) -> int:
+    """Return how many frames `read_frames` chooses; nothing is decoded. Raises as it does."""
+    times, _ = frame_times(*file_and_label(root, path, name))
+    if sampling.sampling == "fps":
+        return len(fps_indices(times, sampling.fps, sampling.frames))
+    return min(len(times) - 1, sampling.frames)
+
+
+def file_and_label(root: Path, path: str | bytes, name: str) -> tuple[Path | bytes, str]:
+    """Return the file at `path` below `root`, or encoded bytes as they are, and what it is called
+    in messages. Raises DataError."""
+    if isinstance(path, bytes):
+        return path, f"sample {name}: video of {len(path):,} bytes"
+    return video_file(root, path, name), f"sample {name}: video {path}"
 
 
 def video_file(root: Path, path: str, name: str) -> Path:
