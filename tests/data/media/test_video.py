@@ -495,6 +495,8 @@ def test_frames_of_too_many_pixels_are_refused(tmp_path, sampling):
             "video: sampling is 'best', expected one of uniform, fps, keyframes",
         ),
         ({"frames": 0}, "video: frames is 0, expected a whole number of at least 1"),
+        ({"frames": True}, "video: frames is True, expected a whole number of at least 1"),
+        ({"fps": True}, "video: fps is True, expected a number above 0"),
         ({"fps": 0}, "video: fps is 0, expected a number above 0"),
         ({"fps": float("nan")}, "video: fps is nan"),
         ([], "video: is a list, expected keys and values"),

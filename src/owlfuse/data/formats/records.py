@@ -126,11 +126,12 @@ def read_chat(
         images = files_of(record, IMAGES, name)
     if videos is None:
         videos = files_of(record, VIDEOS, name)
+    shown: JsonObject = {"image": images, "video": videos}
     messages, images, videos, notes = read_turns(turns, images, videos, name)
     check_objects(record, messages, name)
 
     metadata = without_keys(record, NOT_METADATA | used)
-    notes += check_unused(metadata, name, record)
+    notes += check_unused(metadata, name, shown)
     if answers:
         metadata["accepted"] = record.get("accepted") or answers
     if len(answers) > 1:
@@ -448,7 +449,7 @@ def caption_messages(
         raise DataError(f"sample {name}: the caption is {brief(caption)}, expected a text")
     messages: list[Message] = []
     for turn in system_turn(record, name, []):
-        part = {"type": "text", "text": turn["content"]}
+        part = {"type": "text", "text": unescaped(turn["content"])}
         messages.append({"role": "system", "content": [part]})
     question: list[Part] = [{"type": "image"} for _ in range(images)]
     question += [{"type": "video"} for _ in range(videos)]

@@ -60,11 +60,11 @@ class VideoSampling:
                 f"video: sampling is {self.sampling!r}, expected one of "
                 f"{', '.join(get_args(SAMPLINGS))}"
             )
-        if not isinstance(self.frames, int) or self.frames < 1:
+        if type(self.frames) is not int or self.frames < 1:
             raise DataError(
                 f"video: frames is {self.frames!r}, expected a whole number of at least 1"
             )
-        if not isinstance(self.fps, int | float) or not 0 < self.fps < float("inf"):
+        if type(self.fps) not in (int, float) or not 0 < self.fps < float("inf"):
             raise DataError(f"video: fps is {self.fps!r}, expected a number above 0")
 
     @classmethod
