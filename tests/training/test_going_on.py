@@ -549,7 +549,7 @@ def test_no_checkpoint_is_made_of_weights_of_which_some_are_those_of_the_next_st
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 @pytest.mark.parametrize("step", [3, 4])
 def test_a_signal_adds_no_validation_that_the_run_would_not_have_had(monkeypatch, number, step):
     name = f"signal-{number}-{step}"
@@ -558,7 +558,7 @@ def test_a_signal_adds_no_validation_that_the_run_would_not_have_had(monkeypatch
     def send(module, optimizer):
         if module.global_step == step - 1 and not sent:
             sent.append(os.kill(os.getpid(), number))
-            if number == signal.SIGTERM:
+            if number != signal.SIGINT:
                 os.kill(os.getpid(), number)  # as `timeout` does
         return ready(module, optimizer)
 
