@@ -531,6 +531,17 @@ def test_a_run_whose_steps_are_done_keeps_what_its_training_cost(copy):
 
 
 @pytest.mark.slow
+def test_a_training_that_is_more_than_the_memory_holds_is_told_with_what_to_set(monkeypatch):
+    def full(*given):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(MultimodalModule, "training_step", full)
+    message = "GPU's memory holds, after step 0; set data.micro_batch_size or"
+    with pytest.raises(DataError, match=message):
+        train.run(compose([*SMALL, "name=memory"]))
+
+
+@pytest.mark.slow
 def test_no_checkpoint_is_made_of_weights_of_which_some_are_those_of_the_next_step(monkeypatch):
     step = torch.optim.AdamW.step
     count = []

@@ -444,10 +444,13 @@ def test_a_key_of_a_record_that_changes_its_meaning_is_refused(tmp_path, read, k
             "preference pairs|no chat among|expected a picture",
         ),
         (
-            {"image": "a.png", "question": "?", "answer": 3},
-            "question is ., answer 3, expected texts",
+            {"image": "a.png", "question": "?", "answer": 3.5},
+            "question is ., answer 3.5, expected texts",
         ),
-        ({"image": "a.png", "question": "?", "answers": [3]}, "'answers' has 3, expected texts"),
+        (
+            {"image": "a.png", "question": "?", "answers": [0.5]},
+            "'answers' has 0.5, expected texts",
+        ),
         (
             {"question": "?", "answer": "b", "choices": ["a", "b"]},
             "has 'choices' beside 'question': write it into the question",
@@ -589,6 +592,14 @@ def test_a_record_that_is_not_to_be_learned_is_refused(tmp_path, read, key, valu
 def test_a_record_that_counts_as_the_others_is_read(tmp_path, key, value):
     record = {"messages": [user("Hi"), assistant("Ho.")], key: value}
     assert CHAT_FORMATS["messages"](tmp_path, [record])[0].messages[1]["content"]
+
+
+@every_format
+@pytest.mark.parametrize("answers", [{"answer": 3}, {"answer": 0}, {"answers": [3, 2, 3]}], ids=str)
+def test_an_answer_that_is_a_whole_number_is_its_text(tmp_path, read, answers):
+    sample = read(tmp_path, [{"image": "a.png", "question": "How many?", **answers}])[0]
+    text = "0" if answers == {"answer": 0} else "3"
+    assert sample.messages[1]["content"] == [{"type": "text", "text": text}]
 
 
 @pytest.mark.parametrize("key", ["ignore", "exclude", "masked"])

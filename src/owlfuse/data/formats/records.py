@@ -340,7 +340,7 @@ def question_turns(
             f"sample {name} has '{key}' beside '{question_key}': write it into the question, it "
             "would be left out"
         )
-    question, answer = record[question_key], record[answer_key]
+    question, answer = record[question_key], number_as_text(record[answer_key])
     used = {question_key, answer_key, "history"}
     answers: list[str] = []
     if answer_key == "answer" and not is_absent(record.get("answers")):
@@ -397,15 +397,20 @@ def history_turns(history: Any, name: str) -> list[Any]:
     return turns
 
 
+def number_as_text(answer: Any) -> Any:
+    """Return a whole number, as counts among answers are, as a text; another value as it is."""
+    return str(answer) if type(answer) is int else answer
+
+
 def answers_of(value: Any, name: str, key: str) -> list[str]:
     """Return the answers of annotators, one or a list of them, texts or VQAv2's `{"answer"}`,
     without blank ones. Raises DataError."""
-    entries = [value] if isinstance(value, str) else value
+    entries = [value] if isinstance(value, str | int) else value
     if not isinstance(entries, list):
         raise DataError(f"sample {name}: '{key}' is {brief(value)}, expected a list of texts")
     texts = []
     for entry in entries:
-        text = entry.get("answer") if isinstance(entry, dict) else entry
+        text = number_as_text(entry.get("answer") if isinstance(entry, dict) else entry)
         if not isinstance(text, str):
             raise DataError(f"sample {name}: '{key}' has {brief(entry)}, expected texts")
         if text.strip():

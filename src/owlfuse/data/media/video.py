@@ -138,7 +138,8 @@ def video_file(root: Path, path: str, name: str) -> Path:
     try:
         file = resolve_path(root, path, f"sample {name}: video {path}", "video")
         if not file.exists():
-            raise DataError(f"sample {name}: no video {path} in {root}")
+            hint = "; the folders of a path are divided by /" if "\\" in path else ""
+            raise DataError(f"sample {name}: no video {path} in {root}{hint}")
     except DataError:
         raise
     except (OSError, ValueError, RuntimeError) as error:  # no path at all, or links in a circle
