@@ -87,6 +87,14 @@ MISHAPS = {
         ["+trainer.limit_train_batches=100"],
         "trainer.limit_train_batches is 100, expected none",
     ),
+    "no batches": (
+        ["+trainer.limit_train_batches=0"],
+        "trainer.limit_train_batches is 0, expected none",
+    ),
+    "a single batch": (
+        ["+trainer.limit_train_batches=1"],
+        "trainer.limit_train_batches is 1, expected none",
+    ),
     "the same batches": (
         ["+trainer.overfit_batches=1"],
         "trainer.overfit_batches is 1, expected none: it would train the same samples",

@@ -1,6 +1,8 @@
 """Who may write into a run's folder: two commands that want the same one, and runs that were
 killed."""
 
+import errno
+import fcntl
 import json
 import os
 import signal
@@ -64,6 +66,17 @@ def test_the_second_command_says_who_holds_the_folder(tmp_path, hold, how):
         error.value
     )
     assert (run / LOCK).exists()  # still the other's
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK])
+def test_a_file_system_without_locks_is_warned_of(tmp_path, monkeypatch, caplog, number):
+    def fail(file, operation):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "lockf", fail)
+    with in_use(tmp_path / "run", False):
+        assert json.loads((tmp_path / "run" / LOCK).read_text())["pid"] == os.getpid()
+    assert f"cannot be locked: {os.strerror(number)}" in caplog.text
 
 
 @pytest.mark.slow

@@ -183,6 +183,13 @@ def test_tensor_ranks_share_out_only_layers_whose_every_weight_they_split(
         check_split(llm, 2)
 
 
+def test_tensor_ranks_refuse_a_size_for_each_layer_as_gemma_3n_has_it():
+    llm = load_llm(VOCAB, config=llm_fields("llama"))
+    vars(llm.config)["intermediate_size"] = [40, 40]
+    with pytest.raises(ValueError, match="differ in intermediate_size or have none"):
+        check_split(llm, 2)
+
+
 @pytest.mark.parametrize("family", ["gpt2", "opt", "gpt_neo", "gptj", "mpt"])
 def test_rows_without_a_position_are_refused(family):
     llm = load_llm(VOCAB, config=small_fields(family))

@@ -531,6 +531,17 @@ def test_a_run_whose_steps_are_done_keeps_what_its_training_cost(copy):
 
 
 @pytest.mark.slow
+def test_a_training_that_is_more_than_the_memory_holds_is_told_with_what_to_set(monkeypatch):
+    def full(*given):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(MultimodalModule, "training_step", full)
+    message = "GPU's memory holds, after step 0; set data.micro_batch_size or"
+    with pytest.raises(DataError, match=message):
+        train.run(compose([*SMALL, "name=memory"]))
+
+
+@pytest.mark.slow
 def test_no_checkpoint_is_made_of_weights_of_which_some_are_those_of_the_next_step(monkeypatch):
     step = torch.optim.AdamW.step
     count = []
@@ -549,7 +560,7 @@ def test_no_checkpoint_is_made_of_weights_of_which_some_are_those_of_the_next_st
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 @pytest.mark.parametrize("step", [3, 4])
 def test_a_signal_adds_no_validation_that_the_run_would_not_have_had(monkeypatch, number, step):
     name = f"signal-{number}-{step}"
@@ -558,7 +569,7 @@ def test_a_signal_adds_no_validation_that_the_run_would_not_have_had(monkeypatch
     def send(module, optimizer):
         if module.global_step == step - 1 and not sent:
             sent.append(os.kill(os.getpid(), number))
-            if number == signal.SIGTERM:
+            if number != signal.SIGINT:
                 os.kill(os.getpid(), number)  # as `timeout` does
         return ready(module, optimizer)
 

@@ -34,6 +34,8 @@ WHICH = ("last", "best")
 """The values of `which=`, a run's checkpoint."""
 LOCK = ".in_use"
 """The file in a run's folder that its process locks, with the process in it."""
+NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
+"""Errors of file systems without locks, as some of clusters are."""
 BEGUN: tuple[str, ...] = (
     "config.yaml",
     "metrics.csv",
@@ -157,14 +159,18 @@ def locked(folder: Path, key: str, advice: str) -> Iterator[None]:
 
 
 def open_locked(path: Path) -> TextIO:
-    """Returns the file, opened and locked. Raises BlockingIOError where another process has locked
-    it."""
+    """Returns the file, opened and, where the file system has locks, locked. Raises BlockingIOError
+    where another process has locked it."""
     while True:
         lock = path.open("a+", encoding="utf-8")
         try:
             # lockf, not flock, whose lock forked data workers would hold after the run is killed
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
+            if error.errno in NO_LOCKS:
+                text = "%s cannot be locked: %s; let no other process use this folder meanwhile"
+                log.warning(text, path, error.strerror)
+                return lock
             lock.close()
             if error.errno in (errno.EACCES, errno.EAGAIN):
                 raise BlockingIOError(*error.args) from error

@@ -240,7 +240,12 @@ def check_steps(trainer: dict[str, Any], origin: Origin) -> None:
         if type(trainer.get(key)) is int and trainer[key] < 1:
             raise refusal(key, "a whole number of optimizer steps from 1 on")
     for key in REPEATED_DATA:
-        if trainer.get(key):
+        value = trainer.get(key)
+        is_default = not value
+        if key == "limit_train_batches":
+            # 1.0, Lightning's default, is all batches, 1 is one, and 0 none.
+            is_default = value is None or (type(value) is float and value == 1)
+        if not is_default:
             raise refusal(
                 key,
                 "none: it would train the same samples again and again, and mixture.json would "

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import signal
+import termios
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -30,12 +33,13 @@ def signals_handled(handlers: Mapping[int, Handler]) -> Iterator[None]:
 
 @contextmanager
 def signals_end_the_run() -> Iterator[None]:
-    """Make SIGTERM do what Ctrl-C does: it raises KeyboardInterrupt, and the run ends with a line.
+    """Make the signals of `ending_signals` do what Ctrl-C does: it raises KeyboardInterrupt, and
+    the run ends with a line.
 
-    During the steps see `callbacks.StopOnSignal`. Afterwards both signals, and SIGCHLD, have their
-    former handlers: Lightning and torch leave some of theirs.
+    During the steps see `callbacks.StopOnSignal`. Afterwards these signals, Ctrl-C and SIGCHLD have
+    their former handlers: Lightning and torch leave some of theirs.
     """
-    handlers: dict[int, Handler] = {signal.SIGTERM: interrupt}
+    handlers: dict[int, Handler] = dict.fromkeys(ending_signals(), interrupt)
     for number in (signal.SIGINT, signal.SIGCHLD):
         # Set to what they are already, so that they are put back at the end.
         handlers[number] = signal.getsignal(number)
@@ -45,4 +49,24 @@ def signals_end_the_run() -> Iterator[None]:
 
 def interrupt(number: int, frame: Any) -> None:
     """Handle a signal as Ctrl-C."""
+    leave_closed_terminal()
     raise KeyboardInterrupt
+
+
+def ending_signals() -> list[int]:
+    """Return SIGTERM, and SIGHUP of a terminal that is closed, where it is not ignored, as nohup
+    has it."""
+    is_ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    return [signal.SIGTERM] if is_ignored else [signal.SIGTERM, signal.SIGHUP]
+
+
+def leave_closed_terminal() -> None:
+    """Let output go nowhere whose terminal has been closed: writing there would be an error."""
+    for descriptor in (1, 2):
+        try:
+            termios.tcgetattr(descriptor)
+        except termios.error as error:
+            if error.args[0] == errno.EIO:
+                nowhere = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(nowhere, descriptor)
+                os.close(nowhere)

@@ -196,7 +196,7 @@ class ChatData(lightning.LightningDataModule):
             counts = {}
             for name, source in self.sources.items():
                 policy = policy_of(self.on_length, name)
-                counts[name] = count_lengths(source, self.encoder, on_length=policy)
+                counts[name] = count_lengths(source, self.encoder, self.pictures, on_length=policy)
             self.token_counts = counts
         return self.token_counts
 

@@ -79,6 +79,6 @@ class DataWorkers:
 
 
 def ignore_signals(worker: int) -> None:
-    """Set up a DataLoader's worker process: it ignores Ctrl-C and SIGTERM."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    """Set up a DataLoader's worker process: it ignores Ctrl-C, SIGTERM and SIGHUP."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)

@@ -287,7 +287,8 @@ def check_split(llm: PreTrainedModel, ranks: int) -> None:
         "intermediate_size": shared_field(config, "intermediate_size"),
     }
     for name, count in counts.items():
-        if count is None:
+        # Gemma 3n's configuration has a list of one size for each layer.
+        if not isinstance(count, int):
             raise ValueError(
                 f"the layers of {type(llm).__name__} differ in {name} or have none, and tensor "
                 "ranks need the same in all; take trainer=fsdp"

@@ -82,7 +82,7 @@ def bind(data: ChatData, config: DictConfig) -> list[str]:
         # The vocabulary changes no count of positions.
         model, _ = on_meta(to_dict(config.model), vocab_size=1024)
     except OSError as error:  # a part's configuration is not here
-        data.bind(NoPictures(), 1)  # type: ignore[arg-type]  # never called: nothing is opened
+        data.bind(NoPictures(), 1)  # type: ignore[arg-type]  # no picture becomes pixels
         reason = str(error).splitlines()[0]
         return [f"an image counts as one position, for the model's parts are not at hand: {reason}"]
     data.bind(model.vision.preprocessing, model.fusion.tokens_per_image)

@@ -17,7 +17,7 @@ from owlfuse.config.messages import naming
 from owlfuse.core.console import show
 from owlfuse.core.environment import is_launched
 from owlfuse.core.errors import ConfigError
-from owlfuse.core.signals import signals_handled
+from owlfuse.core.signals import ending_signals, leave_closed_terminal, signals_handled
 
 
 def sweep(overrides: list[str]) -> None:
@@ -107,9 +107,10 @@ def train_in_process(cell: list[str], config: DictConfig) -> Path:
     with subprocess.Popen(command, process_group=0) as process:
 
         def forward(number: int, frame: Any) -> None:
+            leave_closed_terminal()
             os.killpg(process.pid, number)
 
-        with signals_handled({signal.SIGINT: forward, signal.SIGTERM: forward}):
+        with signals_handled(dict.fromkeys((signal.SIGINT, *ending_signals()), forward)):
             code = process.wait()
     if code == 130:
         raise KeyboardInterrupt(

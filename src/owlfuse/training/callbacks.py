@@ -14,6 +14,7 @@ from lightning import Callback, LightningModule, Trainer
 from owlfuse.artifacts.runs import checkpoints_of
 from owlfuse.core.files import write_json
 from owlfuse.core.progress import Clock, Progress, duration, tell
+from owlfuse.core.signals import ending_signals, leave_closed_terminal
 from owlfuse.evaluation.reports import write_answers
 from owlfuse.evaluation.results import BEFORE_FILE
 from owlfuse.parallel.collectives import SharedFlag
@@ -196,8 +197,9 @@ class LoggedStep(Callback):
 
 
 class StopOnSignal(Callback):
-    """The first Ctrl-C (or SIGTERM) ends the run after the step it is in, a second Ctrl-C at once.
-    Further SIGTERMs change nothing: `timeout` and SLURM send more than one.
+    """The first Ctrl-C (or SIGTERM, or SIGHUP of a closed terminal) ends the run after the step it
+    is in, a second Ctrl-C at once. Further ones of the others change nothing: `timeout`, SLURM and
+    shells send more than one.
 
     Of several ranks any may get it, and all stop after the same step: the one that follows, while
     which they tell each other.
@@ -219,7 +221,7 @@ class StopOnSignal(Callback):
         self.flag = SharedFlag(trainer)
         if trainer.world_size > 1:
             self.last_step = "the next step of all ranks"
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in (signal.SIGINT, *ending_signals()):
             self.handlers[number] = signal.signal(number, self.stop_after_step)
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
@@ -228,7 +230,8 @@ class StopOnSignal(Callback):
 
     def stop_after_step(self, number: int, frame: Any) -> None:
         """The signals' handler."""
-        if self.requested and number == signal.SIGTERM:
+        leave_closed_terminal()
+        if self.requested and number != signal.SIGINT:
             return
         if self.requested:
             self.restore_handlers()

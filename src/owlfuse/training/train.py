@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning
+import torch
 from omegaconf import DictConfig
 
 from owlfuse.artifacts.identity import weights_identity
@@ -252,6 +253,11 @@ def fit(
         raise KeyboardInterrupt(resume_hint(trainer.global_step, folder)) from None
     except Exception as error:
         leave_mixture(trainer, module, data, folder, error)
+        if isinstance(error, torch.OutOfMemoryError):
+            raise DataError(
+                f"the training is more than the GPU's memory holds, after step "
+                f"{trainer.global_step}; set data.micro_batch_size or data.max_length to less"
+            ) from error
         failure = data.data_workers.failure()
         if failure and not isinstance(error, DataError):
             raise DataError(

@@ -246,6 +246,23 @@ def test_calls_of_tools_are_supervised_and_their_results_are_not(content):
     assert '"zoom"}}]<|im_end|>' in encoder.tokenizer.decode(encoded.input_ids)
 
 
+@pytest.mark.parametrize("key", ["name", "tool_call_id"])
+@pytest.mark.parametrize("is_written", [True, False])
+def test_names_that_a_template_does_not_write_are_noted(key, is_written):
+    tokenizer = family_tokenizer("qwen")
+    if is_written:
+        tokenizer.chat_template = tokenizer.chat_template.replace(
+            "m.content", f"(m.{key} or '') + m.content"
+        )
+    sample = thinking_chat(("What?", "red"))
+    sample.messages[0][key] = "anna"
+    encoder = ChatEncoder(tokenizer, 1)
+    for _ in range(2):
+        encoder.encode(sample)
+    texts = [] if is_written else [f"a turn's '{key}', which the chat template does not write"]
+    assert [note.text for note in sample.notes] == texts
+
+
 def test_tools_that_a_template_does_not_write_are_refused():
     encoder = ChatEncoder(family_tokenizer("qwen"), 1)
     sample = thinking_chat(("What?", {"content": "I look.", "tool_calls": [CALL]}))

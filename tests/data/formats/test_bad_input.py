@@ -146,6 +146,7 @@ RECORD_FAULTS = {
 }
 PICTURE_FAULTS = {
     "missing-file": ("none.png", "no image none.png in"),
+    "backslash": ("a\\none.png", r"no image a.none.png in .*divided by /"),
     "zero-bytes": ("empty.png", "image empty.png cannot be read: it is empty, expected a picture"),
     "truncated-jpeg": ("cut.jpg", "image cut.jpg cannot be read"),
     "truncated-png": ("cut.png", "image cut.png cannot be read"),

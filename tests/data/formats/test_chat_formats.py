@@ -122,12 +122,10 @@ def test_sharegpt_takes_a_system_text_beside_the_turns_or_as_a_turn(tmp_path):
         "content": [{"type": "text", "text": "Be kind."}],
     }
     assert [beside.id, among.id] == ["a:0", "a:1"]
-    with pytest.raises(DataError, match="sample a:0 has a 'system' and a system turn"):
-        read(
-            tmp_path,
-            ShareGPT,
-            {"conversations": [{"from": "system", "value": "x"}, *turns], "system": "y"},
-        )
+    for role in ("system", "System", "system-prompt"):
+        record = {"conversations": [{"from": role, "value": "x"}, *turns], "system": "y"}
+        with pytest.raises(DataError, match="sample a:0 has a 'system' and a system turn"):
+            read(tmp_path, ShareGPT, record)
 
 
 def test_every_role_name_is_one_of_four():

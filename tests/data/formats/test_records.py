@@ -444,10 +444,13 @@ def test_a_key_of_a_record_that_changes_its_meaning_is_refused(tmp_path, read, k
             "preference pairs|no chat among|expected a picture",
         ),
         (
-            {"image": "a.png", "question": "?", "answer": 3},
-            "question is ., answer 3, expected texts",
+            {"image": "a.png", "question": "?", "answer": 3.5},
+            "question is ., answer 3.5, expected texts",
         ),
-        ({"image": "a.png", "question": "?", "answers": [3]}, "'answers' has 3, expected texts"),
+        (
+            {"image": "a.png", "question": "?", "answers": [0.5]},
+            "'answers' has 0.5, expected texts",
+        ),
         (
             {"question": "?", "answer": "b", "choices": ["a", "b"]},
             "has 'choices' beside 'question': write it into the question",
@@ -516,6 +519,24 @@ def test_what_is_learned_from_has_many_names(tmp_path, key, value, learned):
             assert "supervised" not in source[0].messages[0]
 
 
+EARLIER_ANSWERS = {
+    "upper-case": [assistant("Ho.", role="Assistant")],
+    "model": [assistant("Ho.", role="model")],
+    "bot": [{"from": "bot", "value": "Ho."}],
+    "chatgpt": [{"from": "chatgpt", "value": "Ho."}],
+    "call": [{"role": "function_call", "content": '{"name": "f", "arguments": {}}'}],
+    "pair": [{"user": "Why?", "assistant": "So."}],
+}
+
+
+@pytest.mark.parametrize("turns", EARLIER_ANSWERS.values(), ids=EARLIER_ANSWERS)
+def test_no_answer_in_a_prompt_is_learned_whatever_its_role_is_called(tmp_path, turns):
+    record = {"prompt": [user("Hi"), *turns, user("Sure?")], "completion": [assistant("Yes.")]}
+    messages = CHAT_FORMATS["messages"](tmp_path, [record])[0].messages
+    answers = [message for message in messages if message["role"] == "assistant"]
+    assert [answer.get("supervised", True) for answer in answers] == [False, True]
+
+
 @pytest.mark.parametrize("key", ["masked", "ignore", "ignore_loss", "exclude"])
 @every_format
 def test_an_answer_that_is_marked_as_left_out_is_read_and_not_learned(tmp_path, read, key):
@@ -538,6 +559,14 @@ def test_an_answer_that_is_marked_as_left_out_is_read_and_not_learned(tmp_path, 
         ("masked", True),
         ("ignore", True),
         ("loss_mask", [0, 1]),
+        ("train", 0),
+        ("train", "false"),
+        ("loss", 0),
+        ("weight", "0"),
+        ("weight", "0.5"),
+        ("exclude", "true"),
+        ("ignored", "1"),
+        ("label", "False"),
     ],
 )
 @every_format
@@ -545,6 +574,39 @@ def test_a_record_that_is_not_to_be_learned_is_refused(tmp_path, read, key, valu
     source = read(tmp_path, [{"messages": FLAT, "image": "a.png", key: value}])
     with pytest.raises(DataError, match=f"the record has '{key}': .*every record counts the same"):
         source[0]
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("train", "1.0"),
+        ("weight", "true"),
+        ("exclude", "false"),
+        ("masked", "0"),
+        ("label", "3"),
+        ("label", 0),
+        ("loss", 2.5),
+        ("train", "split-a"),
+    ],
+)
+def test_a_record_that_counts_as_the_others_is_read(tmp_path, key, value):
+    record = {"messages": [user("Hi"), assistant("Ho.")], key: value}
+    assert CHAT_FORMATS["messages"](tmp_path, [record])[0].messages[1]["content"]
+
+
+@every_format
+@pytest.mark.parametrize("answers", [{"answer": 3}, {"answer": 0}, {"answers": [3, 2, 3]}], ids=str)
+def test_an_answer_that_is_a_whole_number_is_its_text(tmp_path, read, answers):
+    sample = read(tmp_path, [{"image": "a.png", "question": "How many?", **answers}])[0]
+    text = "0" if answers == {"answer": 0} else "3"
+    assert sample.messages[1]["content"] == [{"type": "text", "text": text}]
+
+
+@pytest.mark.parametrize("key", ["ignore", "exclude", "masked"])
+def test_a_question_that_is_not_left_out_is_no_mistake(tmp_path, key):
+    turns = [{**user("Hi"), key: False}, assistant("Ho.", **{key: False})]
+    messages = CHAT_FORMATS["messages"](tmp_path, [{"messages": turns}])[0].messages
+    assert not any("supervised" in message for message in messages)
 
 
 def test_names_that_contradict_each_other_are_refused(tmp_path):

@@ -223,6 +223,30 @@ def test_captions_come_from_txt_or_from_json_and_may_have_an_instruction(tmp_pat
     assert [source[k].metadata for k in range(2)] == [{"url": "u"}, {}]
 
 
+def test_a_member_id_is_told_and_changes_no_key(tmp_path):
+    write_tar(tmp_path / "t.tar", [("a.png", png(0)), ("a.txt", b"A cat."), ("a.id", b"17")])
+    sample = WebDataset(str(tmp_path / "t.tar"))[0]
+    assert sample.id == "t:a"
+    assert [note.text for note in sample.notes] == ["a member .ID"]
+
+
+def test_a_mark_that_is_a_word_is_one_in_the_system_text_of_a_caption_too(tmp_path):
+    fields = {"caption": "A cat.", "system": "\\<image> is a tag."}
+    write_tar(tmp_path / "t.tar", [("a.png", png(0)), ("a.json", fields)])
+    system = WebDataset(str(tmp_path / "t.tar"))[0].messages[0]
+    assert system["content"] == [{"type": "text", "text": "<image> is a tag."}]
+
+
+@pytest.mark.parametrize("fields", ["messages", "caption"])
+def test_a_path_beside_the_member_that_it_names_is_noted(tmp_path, fields):
+    record = CHAT if fields == "messages" else {"caption": "A cat."}
+    members = [("a.png", png(0)), ("a.json", {**record, "image_path": "coco/a.png"})]
+    write_tar(tmp_path / "t.tar", members)
+    sample = WebDataset(str(tmp_path / "t.tar"))[0]
+    assert sample.images == [png(0)]
+    assert "a record's 'image_path'" in [note.text for note in sample.notes]
+
+
 def test_several_pictures_of_a_sample_come_in_the_order_of_their_numbers(tmp_path):
     order = [10, 2, 0, 1]
     chat = [{"role": "user", "content": "<image>" * 4}, {"role": "assistant", "content": "Four."}]

@@ -1,6 +1,7 @@
 """Parquet and Arrow: any row is reached by its number, pictures stay bytes, and what is wrong is
 named."""
 
+import os
 import pickle
 
 import datasets
@@ -102,6 +103,25 @@ def test_shards_are_one_source_and_are_mapped_into_memory(tmp_path):
     assert [source[n].id.split(":")[1] for n in range(12)] == [f"n{n}" for n in range(12)]
     assert source[11].images == ["a.png"]
     assert source.records.table.cache_files
+
+
+@pytest.mark.parametrize("name", ["b[1].parquet", "data [v2]/b1.parquet", "b*.parquet"])
+def test_signs_of_a_pattern_in_a_path_are_part_of_it(tmp_path, name):
+    file = tmp_path / name
+    file.parent.mkdir(exist_ok=True)
+    pq.write_table(table(range(3), image=["a.png"] * 3), file)
+    pq.write_table(table(range(7, 9), image=["a.png"] * 2), tmp_path / "b1.parquet")
+    source = Parquet(str(file), cache_dir=str(tmp_path / "cache"))
+    assert [source[n].id for n in range(len(source))] == [f"{file.stem}:n{n}" for n in range(3)]
+
+
+def test_other_rows_of_the_same_path_and_time_are_read(tmp_path):
+    file = tmp_path / "a.parquet"
+    for first in (0, 5):
+        pq.write_table(table(range(first, first + 3), image=["a.png"] * 3), file)
+        os.utime(file, (1e9, 1e9))  # as rsync -t leaves it
+        source = Parquet(str(file), cache_dir=str(tmp_path / "cache"))
+        assert source[0].id == f"a:n{first}"
 
 
 def test_questions_and_answers_are_chats_of_one_turn_pictures_first(tmp_path):

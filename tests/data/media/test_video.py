@@ -1,6 +1,7 @@
 """Frames of videos: which are chosen, that a short event is seen, and videos that are wrong."""
 
 import io
+import json
 import os
 import sys
 from fractions import Fraction
@@ -10,9 +11,12 @@ import pytest
 from PIL import Image
 
 from owlfuse.core.errors import DataError
+from owlfuse.data.datamodule import ChatData
+from owlfuse.data.formats.llava import LLaVA
 from owlfuse.data.media import video
 from owlfuse.data.media import video as frames_of
 from owlfuse.data.media.video import VideoSampling, read_frames
+from owlfuse.model.vision.backbone import Preprocessing
 
 av = pytest.importorskip("av")
 
@@ -491,6 +495,8 @@ def test_frames_of_too_many_pixels_are_refused(tmp_path, sampling):
             "video: sampling is 'best', expected one of uniform, fps, keyframes",
         ),
         ({"frames": 0}, "video: frames is 0, expected a whole number of at least 1"),
+        ({"frames": True}, "video: frames is True, expected a whole number of at least 1"),
+        ({"fps": True}, "video: fps is True, expected a number above 0"),
         ({"fps": 0}, "video: fps is 0, expected a number above 0"),
         ({"fps": float("nan")}, "video: fps is nan"),
         ([], "video: is a list, expected keys and values"),
@@ -506,3 +512,21 @@ def test_without_pyav_the_error_says_how_to_get_it(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "av", None)
     with pytest.raises(ModuleNotFoundError, match=r"pip install 'owlfuse\[video\]'"):
         read_frames(tmp_path, name, "s:1", VideoSampling(), LIMIT)
+
+
+@pytest.mark.parametrize("sampling", ["uniform", "fps", "keyframes"])
+def test_a_video_counts_as_its_frames_and_a_tiled_picture_as_its_views(tmp_path, shapes, sampling):
+    write_video(tmp_path / "long.mp4", 2)
+    write_video(tmp_path / "short.mp4", 0.3)
+    Image.new("RGB", (40, 20)).save(tmp_path / "wide.png")
+    records = [{"video": "long.mp4"}, {"video": "short.mp4"}, {"image": "wide.png"}]
+    chat = [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "So."}]
+    lines = [json.dumps({**record, "conversations": chat}) + "\n" for record in records]
+    (tmp_path / "a.jsonl").write_text("".join(lines))
+    options = {"sampling": sampling, "frames": 5, "fps": 2}
+    source = LLaVA(str(tmp_path / "a.jsonl"), tile=1.0, video=options)
+    chats = ChatData(str(shapes / "tokenizer"), {"a": source}, {})
+    chats.bind(Preprocessing((16, 16), (0.5,) * 3, (0.5,) * 3, "bilinear"), 2)
+    loaded = [len(chats.load(source[index], source).input_ids) for index in range(3)]
+    assert chats.lengths()["a"].tokens.tolist() == loaded
+    assert min(loaded) > 10

@@ -16,12 +16,15 @@ from owlfuse.data.datamodule import ChatData
 from owlfuse.data.formats.alpaca import Alpaca
 from owlfuse.data.formats.captions import Captions
 from owlfuse.data.formats.llava import LLaVA
+from owlfuse.data.media.pictures import Pictures
 from owlfuse.data.mixture import lengths as module
 from owlfuse.data.mixture.lengths import CACHE_FOLDER, cache_path, count_lengths
 from owlfuse.data.mixture.mixture import make_mixture
 from owlfuse.data.mixture.positions import StepPositions
 from owlfuse.model.vision.backbone import Preprocessing
 from single_draws import look_up
+
+PICTURES = Pictures(Preprocessing((16, 16), (0.5,) * 3, (0.5,) * 3, "bilinear"))
 
 
 @pytest.fixture
@@ -47,7 +50,7 @@ def data(shapes, source):
         data = ChatData(
             str(shapes / "tokenizer"), sources, {}, global_batch_size=8, workers=0, **options
         )
-        data.bind(Preprocessing((16, 16), (0.5,) * 3, (0.5,) * 3, "bilinear"), 2)
+        data.bind(PICTURES.preprocess, 2)
         return data
 
     return make
@@ -69,7 +72,7 @@ def test_counts_are_the_encoders_whatever_the_processes(data, source, workers, m
     monkeypatch.setattr(module, "SMALL_SOURCE", 0)
     monkeypatch.setattr(module, "CHUNK", 7)
     encoder = data().encoder
-    found = count_lengths(source, encoder, workers)
+    found = count_lengths(source, encoder, PICTURES, workers)
     assert list(zip(found.tokens.tolist(), found.supervised.tolist())) == list(
         by_hand(source, encoder)
     )
@@ -84,18 +87,18 @@ def test_they_are_counted_once_and_again_when_what_they_depend_on_changes(
     count = module.encode_all
     monkeypatch.setattr(module, "encode_all", lambda *args: counted.append(1) or count(*args))
     encoder = data().encoder
-    first = count_lengths(source, encoder)
-    again = count_lengths(Alpaca(str(source.file), weight=3, on_error="error"), encoder)
+    first = count_lengths(source, encoder, PICTURES)
+    again = count_lengths(Alpaca(str(source.file), weight=3, on_error="error"), encoder, PICTURES)
     assert counted == [1]
     assert np.array_equal(first.supervised, again.supervised)
     assert first.wrong == again.wrong
-    count_lengths(Alpaca(str(source.file), records_per_chat=2), encoder)
-    count_lengths(source, data(max_length=99).encoder)
+    count_lengths(Alpaca(str(source.file), records_per_chat=2), encoder, PICTURES)
+    count_lengths(source, data(max_length=99).encoder, PICTURES)
     other = load_tokenizer(encoder.tokenizer.name_or_path)
     other.chat_template = encoder.tokenizer.chat_template + "{# other #}"
-    count_lengths(source, type(encoder)(other, 2, 2048))
+    count_lengths(source, type(encoder)(other, 2, 2048), PICTURES)
     source.file.write_text(source.file.read_text() + "\n")
-    count_lengths(source, encoder)
+    count_lengths(source, encoder, PICTURES)
     assert len(counted) == 5
 
 
@@ -112,7 +115,7 @@ def test_of_those_that_begin_at_once_one_counts(data, source, monkeypatch):
     monkeypatch.setattr(module, "encode_all", count_slowly)
     encoder = data().encoder
     with ThreadPoolExecutor(2) as threads:
-        first, second = threads.map(lambda _: count_lengths(source, encoder), range(2))
+        first, second = threads.map(lambda _: count_lengths(source, encoder, PICTURES), range(2))
     assert counted == [1]
     assert np.array_equal(first.tokens, second.tokens)
 
@@ -128,15 +131,15 @@ def test_of_those_that_begin_at_once_one_counts(data, source, monkeypatch):
 )
 def test_a_file_of_counts_that_is_broken_is_counted_anew(data, source, damaged):
     encoder = data().encoder
-    first = count_lengths(source, encoder)
+    first = count_lengths(source, encoder, PICTURES)
     (kept,) = (source.file.parent / CACHE_FOLDER).iterdir()
     kept.write_bytes(damaged(kept.read_bytes()))
-    assert np.array_equal(count_lengths(source, encoder).tokens, first.tokens)
+    assert np.array_equal(count_lengths(source, encoder, PICTURES).tokens, first.tokens)
 
 
 def test_a_folder_that_cannot_be_written_is_no_error(data, source, capsys):
     (source.file.parent / CACHE_FOLDER).write_text("a file in the folder's place")
-    assert count_lengths(source, data().encoder).tokens.sum() > 0
+    assert count_lengths(source, data().encoder, PICTURES).tokens.sum() > 0
     assert "the token counts cannot be kept" in capsys.readouterr().err
 
 
@@ -262,6 +265,8 @@ def test_counts_are_kept_apart_for_sources_that_make_other_chats_of_one_file(
     file.write_text('[{"image": "a.png", "caption": "A dog.", "text": "A very large dog."}]')
     tokenizer = ChatEncoder(load_tokenizer(str(shapes / "tokenizer")), tokens_per_image=1)
     plain, other = Captions(str(file)), Captions(str(file), **options)
-    assert cache_path(plain, tokenizer) != cache_path(other, tokenizer)
+    assert cache_path(plain, tokenizer, PICTURES) != cache_path(other, tokenizer, PICTURES)
     len(plain), plain[0]
-    assert cache_path(plain, tokenizer) == cache_path(Captions(str(file)), tokenizer)
+    assert cache_path(plain, tokenizer, PICTURES) == cache_path(
+        Captions(str(file)), tokenizer, PICTURES
+    )

@@ -1,10 +1,13 @@
 """Lines are found by number as splitting the whole file finds them; files are told by their
 contents."""
 
+import bz2
 import csv
+import gzip
 import hashlib
 import io
 import json
+import lzma
 import os
 import pickle
 import random
@@ -17,6 +20,7 @@ from owlfuse.core.files import expand_braces, expand_files, fingerprint
 from owlfuse.data.formats.llava import LLaVA
 from owlfuse.data.readers import lines
 from owlfuse.data.readers.lines import JsonLines, Lines, open_records
+from owlfuse.data.readers.text_table import TextTable
 
 
 @pytest.mark.parametrize("chunk", [1, 2, 7, 4096])
@@ -80,6 +84,15 @@ def test_a_sent_source_is_its_arguments_alone_and_reads_the_same(tmp_path):
     assert len(sent) < 1000
     assert pickle.loads(sent)[4321] == before
     assert pickle.loads(pickle.dumps(source.records))[7]["id"] == 7
+
+
+@pytest.mark.parametrize("name", ["a.jsonl.gz", "a.json", "a.jsonl", "a.csv"])
+@pytest.mark.parametrize("kind", [gzip, bz2, lzma], ids=["gzip", "bzip2", "xz"])
+def test_a_compressed_file_is_told_as_such(tmp_path, name, kind):
+    (tmp_path / name).write_bytes(kind.compress(b'{"conversations": []}\n' * 3))
+    read = TextTable if name == "a.csv" else LLaVA
+    with pytest.raises(DataError, match=f"{name}: compressed by .*; decompress it, and name"):
+        len(read(tmp_path / name))
 
 
 @pytest.mark.parametrize(

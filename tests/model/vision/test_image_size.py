@@ -98,7 +98,13 @@ def test_a_convolutional_backbone_has_its_table_of_places_at_the_new_grid():
 
 @pytest.mark.parametrize(
     ("image_size", "message"),
-    [(40, "vision: image_size: image_size is 40, which VisionTransformer's patches of 16 pixels")],
+    [
+        (
+            40,
+            "vision: image_size: image_size is 40, which VisionTransformer's patches of 16 pixels",
+        ),
+        (0, "vision: image_size: image_size is 0, expected pixels"),
+    ],
 )
 def test_a_size_that_does_not_fit_names_the_part(image_size, message):
     with pytest.raises(ValueError, match=message):

@@ -159,6 +159,8 @@ def test_batch_norms_of_each_leave_a_blank_image_out():
             r"backbones\.finer: its grid is 4 x 4 patches, and that of first 2 x",
         ),
         ({"image_size": 40}, r"backbones\.first: image_size is 40"),
+        ({"image_size": 0}, r"backbones\.first: image_size is 0, expected pixels"),
+        ({"backbones": {"a": VIT, "b": "vit"}}, r"backbones\.b: it is 'vit', expected a mapping"),
         ({"backbones": {"a": VIT, "b": {**VIT, "chunk": 2}}}, r"backbones\.b: chunk is the same"),
         ({"backbones": {"a": VIT, "b": {**VIT, "_target_": "torch.nn.Linear"}}}, "b: _target_ is"),
         ({"backbones": {"a": VIT, "b": {**VIT, "levels": [7]}}}, r"backbones\.b: levels are"),

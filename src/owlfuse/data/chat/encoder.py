@@ -12,7 +12,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from owlfuse.core.errors import DataError
-from owlfuse.core.types import IMAGE, Encoded, Message, Part, Sample, without_keys
+from owlfuse.core.types import IMAGE, Encoded, Message, Note, Part, Sample, without_keys
 from owlfuse.data.chat.answer_format import THINK_TAGS, AnswerFormat
 from owlfuse.data.chat.checks import control_tokens, flatten
 from owlfuse.data.chat.supervision import cut_at_borders, supervised_spans
@@ -128,15 +128,22 @@ class ChatEncoder:
 
     def check_written(self, sample: Sample, messages: list[Message], text: str) -> None:
         """Raise DataError where the template leaves out tools, their calls or thoughts: the text is
-        the same without them."""
+        the same without them. Of names and ids of calls it is a note of the sample."""
         unwritten = []
-        for key in ("tool_calls", "reasoning_content"):
+        for key in ("tool_calls", "reasoning_content", "name", "tool_call_id"):
             if any(key in message for message in messages):
                 without = [without_keys(message, [key]) for message in messages]
                 # A template that refuses the chat without them writes them.
                 with suppress(DataError):
                     if text == self.render(sample, without):
                         unwritten.append(key)
+        for key in ("name", "tool_call_id"):
+            note = Note("unused", f"a turn's '{key}', which the chat template does not write")
+            if key in unwritten:
+                unwritten.remove(key)
+                # A chat that is cut is encoded several times.
+                if note not in sample.notes:
+                    sample.notes.append(note)
         if sample.tools:
             with suppress(DataError):
                 if text == self.render(replace(sample, tools=None), messages):

@@ -3,6 +3,7 @@ are mapped into memory."""
 
 from __future__ import annotations
 
+import glob
 import mmap
 from bisect import bisect_right
 from collections import Counter
@@ -14,11 +15,12 @@ from typing import Any, cast
 
 import pyarrow
 from datasets import Dataset, Features, concatenate_datasets
+from datasets.config import HF_DATASETS_CACHE
 from datasets.exceptions import DatasetGenerationError
 from pyarrow.parquet import ParquetFile
 
 from owlfuse.core.errors import DataError
-from owlfuse.core.files import MAX_RECORD, check_distinct, check_record, read_json
+from owlfuse.core.files import MAX_RECORD, check_distinct, check_record, fingerprint, read_json
 from owlfuse.core.types import JsonObject, Note, Sample
 from owlfuse.data.formats.base import ChatSource
 from owlfuse.data.formats.records import (
@@ -134,6 +136,11 @@ class Parquet(ChatSource):
         if not sum(counts):
             return []
         rows = open_parquet(files, schemas, distinct_columns(columns), self.cache_dir)
+        if len(rows) != sum(counts):
+            raise DataError(
+                f"{self.file}: its Arrow copy has {len(rows):,} rows, expected the "
+                f"{sum(counts):,} that the files have; remove {rows.cache_files[0]['filename']}"
+            )
         return Rows(rows, columns, unread, files, counts)
 
     def find_columns(
@@ -368,10 +375,13 @@ def open_parquet(
         for schema in schemas:
             selected.append(pyarrow.schema([schema.field(column) for column in columns]))
         options["features"] = Features.from_arrow_schema(pyarrow.unify_schemas(selected))
+    # `datasets` knows a copy by paths and times, which rsync -t keeps for other contents.
+    folder = f"owlfuse-{fingerprint(files).rpartition(':')[2][:32]}"
     return Dataset.from_parquet(
-        [str(file) for file in files],
+        # It takes a path for a pattern.
+        [glob.escape(str(file)) for file in files],
         columns=columns,
-        cache_dir=cache_dir,
+        cache_dir=str(Path(cache_dir or HF_DATASETS_CACHE).expanduser() / folder),
         writer_batch_size=ROWS_PER_BATCH,
         **options,
     )

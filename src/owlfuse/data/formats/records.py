@@ -14,10 +14,12 @@ from owlfuse.core.errors import DataError
 from owlfuse.core.types import JsonObject, Media, Message, Note, Part, Sample, without_keys
 from owlfuse.data.formats.marks import unescaped
 from owlfuse.data.formats.turn_keys import (
+    CALL_ROLES,
     IMAGES,
     LEARN_KEYS,
     NOT_LEARN_KEYS,
     REFUSED,
+    ROLES,
     SYSTEM_KEYS,
     VIDEOS,
     brief,
@@ -28,7 +30,7 @@ from owlfuse.data.formats.turn_keys import (
     single_value,
     tools_of,
 )
-from owlfuse.data.formats.turns import EXPECTED_TURN, files_of, read_turns
+from owlfuse.data.formats.turns import EXPECTED_TURN, files_of, read_turns, role_of
 
 # Keys of a record's turns: a list, its JSON text, or a dict of lists of the same length.
 CHATS = ("messages", "conversations", "conversation", "texts")
@@ -124,11 +126,12 @@ def read_chat(
         images = files_of(record, IMAGES, name)
     if videos is None:
         videos = files_of(record, VIDEOS, name)
+    shown: JsonObject = {"image": images, "video": videos}
     messages, images, videos, notes = read_turns(turns, images, videos, name)
     check_objects(record, messages, name)
 
     metadata = without_keys(record, NOT_METADATA | used)
-    notes += check_unused(metadata, name, record)
+    notes += check_unused(metadata, name, shown)
     if answers:
         metadata["accepted"] = record.get("accepted") or answers
     if len(answers) > 1:
@@ -337,7 +340,7 @@ def question_turns(
             f"sample {name} has '{key}' beside '{question_key}': write it into the question, it "
             "would be left out"
         )
-    question, answer = record[question_key], record[answer_key]
+    question, answer = record[question_key], number_as_text(record[answer_key])
     used = {question_key, answer_key, "history"}
     answers: list[str] = []
     if answer_key == "answer" and not is_absent(record.get("answers")):
@@ -367,8 +370,9 @@ def question_turns(
     turns = history_turns(record.get("history"), name)
     for turn in question:
         if isinstance(turn, dict):
-            role = turn.get("role") if turn.get("role") is not None else turn.get("from")
-            if role in ("assistant", "gpt"):
+            role = role_of(turn)
+            # A turn without a role is a question with its answer, and the key is the answer's.
+            if role is None or role in CALL_ROLES or ROLES.get(role) == "assistant":
                 turn = {**turn, "loss": False}
         turns.append(turn)
     return [*turns, *answer], used, answers
@@ -393,15 +397,20 @@ def history_turns(history: Any, name: str) -> list[Any]:
     return turns
 
 
+def number_as_text(answer: Any) -> Any:
+    """Return a whole number, as counts among answers are, as a text; another value as it is."""
+    return str(answer) if type(answer) is int else answer
+
+
 def answers_of(value: Any, name: str, key: str) -> list[str]:
     """Return the answers of annotators, one or a list of them, texts or VQAv2's `{"answer"}`,
     without blank ones. Raises DataError."""
-    entries = [value] if isinstance(value, str) else value
+    entries = [value] if isinstance(value, str | int) else value
     if not isinstance(entries, list):
         raise DataError(f"sample {name}: '{key}' is {brief(value)}, expected a list of texts")
     texts = []
     for entry in entries:
-        text = entry.get("answer") if isinstance(entry, dict) else entry
+        text = number_as_text(entry.get("answer") if isinstance(entry, dict) else entry)
         if not isinstance(text, str):
             raise DataError(f"sample {name}: '{key}' has {brief(entry)}, expected texts")
         if text.strip():
@@ -420,8 +429,7 @@ def system_turn(record: JsonObject, name: str, turns: list[Any]) -> list[Any]:
     if not isinstance(text, str):
         raise DataError(f"sample {name}: '{key}' is {brief(text)}, expected a text")
     for turn in turns:
-        roles = {turn.get("role"), turn.get("from")} if isinstance(turn, dict) else set()
-        if roles & {"system", "developer"}:
+        if isinstance(turn, dict) and ROLES.get(role_of(turn) or "") == "system":
             raise DataError(f"sample {name} has a '{key}' and a system turn, expected one of them")
     return [{"role": "system", "content": text}]
 
@@ -446,7 +454,7 @@ def caption_messages(
         raise DataError(f"sample {name}: the caption is {brief(caption)}, expected a text")
     messages: list[Message] = []
     for turn in system_turn(record, name, []):
-        part = {"type": "text", "text": turn["content"]}
+        part = {"type": "text", "text": unescaped(turn["content"])}
         messages.append({"role": "system", "content": [part]})
     question: list[Part] = [{"type": "image"} for _ in range(images)]
     question += [{"type": "video"} for _ in range(videos)]
@@ -487,6 +495,9 @@ def check_unused(unused: JsonObject, name: str, shown: JsonObject) -> list[Note]
 def check_weight(value: Any, name: str, key: str) -> None:
     """Raise DataError for a record that is to be left out, or to count more or less than
     others."""
+    shown = value
+    if isinstance(value, str):
+        value = value_of_text(value)
     is_number = isinstance(value, int | float)
     if isinstance(value, bool):
         # False of `train` and true of `ignore` both exclude the record.
@@ -495,13 +506,29 @@ def check_weight(value: Any, name: str, key: str) -> None:
         is_weighted = key != "label"  # a weight of each turn or token
     elif key in NOT_LEARN_KEYS:
         is_weighted = is_number and value != 0
+    elif key == "label":
+        is_weighted = False  # a class
+    elif key == "loss":
+        is_weighted = is_number and value == 0  # another number is a measurement
     else:
-        is_weighted = is_number and value != 1 and key not in ("loss", "label", "train")
+        is_weighted = is_number and value != 1
     if is_weighted:
         raise DataError(
-            f"sample {name}: the record has '{key}': {brief(value)}; every record counts the "
+            f"sample {name}: the record has '{key}': {brief(shown)}; every record counts the "
             "same: take it out of the file, or take the key out"
         )
+
+
+def value_of_text(text: str) -> bool | float | str:
+    """Return the number or the truth value that a text spells, as every value of a CSV file is a
+    text; another text as it is."""
+    word = text.strip().lower()
+    if word in ("true", "false"):
+        return word == "true"
+    try:
+        return float(word)
+    except ValueError:
+        return text
 
 
 def check_media_key(value: Any, name: str, key: str, shown: JsonObject) -> None:

@@ -169,6 +169,9 @@ def is_supervised(turn: JsonObject, role: str, name: str) -> bool:
                 f"sample {name}: a turn has '{key}': {brief(repr(value))}, expected 1 or true, 0 "
                 "or false: an answer is learned from or not, it has no weight"
             )
+        # Nothing else than an answer is learned, so that false of `ignore` says nothing there.
+        if role != "assistant" and key in NOT_LEARN_KEYS and not value:
+            continue
         # The two lists of keys have opposite meanings.
         verdicts[key] = bool(value) != (key in NOT_LEARN_KEYS)
     # Which of two contradicting keys was meant cannot be known.

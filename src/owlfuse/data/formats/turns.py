@@ -334,8 +334,7 @@ def read_message(turn: Any, name: str, unused: set[str]) -> JsonObject:
             return {"role": known_role, "content": content}
     for key in present_keys(turn, turn.keys() - TURN_KEYS):
         unused.add(f"a turn's '{key}'")
-    role = turn["from"] if turn.get("from") is not None else turn.get("role")
-    role = role.lower().replace("-", "_") if isinstance(role, str) else None
+    role = role_of(turn)
     _, content = single_value(turn, ("value", "content"), name, "a turn")
     if content is None:
         # an empty text, which says nothing but is a content
@@ -351,6 +350,12 @@ def read_message(turn: Any, name: str, unused: set[str]) -> JsonObject:
     if not isinstance(content, str | list):
         raise DataError(f"sample {name}: a turn is {brief(turn)}, {EXPECTED_TURN}")
     return {"role": ROLES[role], "content": content, **extras}
+
+
+def role_of(turn: JsonObject) -> str | None:
+    """Return a turn's role in the spelling of ROLES and CALL_ROLES, or None where it has none."""
+    role = turn["from"] if turn.get("from") is not None else turn.get("role")
+    return role.lower().replace("-", "_") if isinstance(role, str) else None
 
 
 def read_part(part: Any, name: str, unused: set[str]) -> JsonObject:

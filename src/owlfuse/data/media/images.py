@@ -87,7 +87,8 @@ def open_image(
     except DataError:
         raise
     except FileNotFoundError:
-        raise DataError(f"sample {name}: no image {image!s} in {root}") from None
+        hint = "; the folders of a path are divided by /" if "\\" in str(image) else ""
+        raise DataError(f"sample {name}: no image {image!s} in {root}{hint}") from None
     except Image.UnidentifiedImageError:
         raise DataError(
             f"{label} cannot be read: {describe_content(root, image)}, expected a picture"

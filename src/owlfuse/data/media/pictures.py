@@ -12,8 +12,8 @@ from torch import Tensor
 from owlfuse.core.errors import DataError
 from owlfuse.core.types import VISUAL, Media, Sample
 from owlfuse.data.media.images import MAX_PIXELS, open_image
-from owlfuse.data.media.tiles import is_tiled, views_of
-from owlfuse.data.media.video import VideoSampling, read_frames
+from owlfuse.data.media.tiles import best_grid, is_tiled, views_of
+from owlfuse.data.media.video import VideoSampling, count_frames, read_frames
 
 if TYPE_CHECKING:
     from owlfuse.data.formats.base import Source
@@ -90,3 +90,26 @@ class Pictures:
                     views = views_of(views[0], self.preprocess.size)
             pixels.append([self.preprocess(view) for view in views])
         return pixels
+
+    def count_views(self, sample: Sample, source: Source) -> list[int] | None:
+        """Return how many views each placeholder has, or None where each has one. Pictures that
+        are not tiled are not opened, and videos not decoded.
+
+        Raises:
+            DataError: see `__call__`.
+        """
+        tiled = is_tiled(source.tile, self.seed, sample.chat or sample.id)
+        if not tiled and not sample.videos:
+            return None
+        counts = []
+        for kind, file in visual_parts(sample):
+            count = 1
+            if kind == "video":
+                sampling = source.video or self.video
+                count = count_frames(source.root, file, sample.id, sampling)
+            elif tiled:
+                picture = open_image(source.root, file, sample.id, self.max_pixels)
+                rows, columns = best_grid(picture.size, self.preprocess.size) or (0, 0)
+                count += rows * columns
+            counts.append(count)
+        return counts

@@ -60,11 +60,11 @@ class VideoSampling:
                 f"video: sampling is {self.sampling!r}, expected one of "
                 f"{', '.join(get_args(SAMPLINGS))}"
             )
-        if not isinstance(self.frames, int) or self.frames < 1:
+        if type(self.frames) is not int or self.frames < 1:
             raise DataError(
                 f"video: frames is {self.frames!r}, expected a whole number of at least 1"
             )
-        if not isinstance(self.fps, int | float) or not 0 < self.fps < float("inf"):
+        if type(self.fps) not in (int, float) or not 0 < self.fps < float("inf"):
             raise DataError(f"video: fps is {self.fps!r}, expected a number above 0")
 
     @classmethod
@@ -95,12 +95,7 @@ def read_frames(
             anywhere that is read, or frames of more than `max_pixels`; names the sample `name`.
         MissingPackage: PyAV is not installed.
     """
-    if isinstance(path, bytes):
-        file: Path | bytes = path
-        label = f"sample {name}: video of {len(path):,} bytes"
-    else:
-        file = video_file(root, path, name)
-        label = f"sample {name}: video {path}"
+    file, label = file_and_label(root, path, name)
     if sampling.sampling == "keyframes":
         small, index = small_frames(file, label, max_pixels)
         chosen = keyframe_indices(small, sampling.frames)
@@ -121,13 +116,30 @@ def read_frames(
     return frames
 
 
+def count_frames(root: Path, path: str | bytes, name: str, sampling: VideoSampling) -> int:
+    """Return how many frames `read_frames` chooses; nothing is decoded. Raises as it does."""
+    times, _ = frame_times(*file_and_label(root, path, name))
+    if sampling.sampling == "fps":
+        return len(fps_indices(times, sampling.fps, sampling.frames))
+    return min(len(times) - 1, sampling.frames)
+
+
+def file_and_label(root: Path, path: str | bytes, name: str) -> tuple[Path | bytes, str]:
+    """Return the file at `path` below `root`, or encoded bytes as they are, and what it is called
+    in messages. Raises DataError."""
+    if isinstance(path, bytes):
+        return path, f"sample {name}: video of {len(path):,} bytes"
+    return video_file(root, path, name), f"sample {name}: video {path}"
+
+
 def video_file(root: Path, path: str, name: str) -> Path:
     """Return the file at `path` below `root`. Raises DataError where it is missing, not below it or
     no ordinary file."""
     try:
         file = resolve_path(root, path, f"sample {name}: video {path}", "video")
         if not file.exists():
-            raise DataError(f"sample {name}: no video {path} in {root}")
+            hint = "; the folders of a path are divided by /" if "\\" in path else ""
+            raise DataError(f"sample {name}: no video {path} in {root}{hint}")
     except DataError:
         raise
     except (OSError, ValueError, RuntimeError) as error:  # no path at all, or links in a circle

@@ -25,6 +25,7 @@ from owlfuse.core.types import without_keys
 from owlfuse.data.chat.encoder import ChatEncoder
 from owlfuse.data.chat.truncation import OnLength
 from owlfuse.data.formats.base import Source
+from owlfuse.data.media.pictures import Pictures
 from owlfuse.data.notes import text_of
 from owlfuse.data.workers import DataWorkers, ignore_signals
 
@@ -34,14 +35,15 @@ CHUNK = 512
 # Samples up to which a source is counted in this process: starting others would take longer.
 SMALL_SOURCE = 2048
 # Raised when a record is read or encoded otherwise than before, so that it is counted anew.
-CACHE_VERSION = 5
+CACHE_VERSION = 6
 # Options of a source that do not change its chats.
 KEYS_NOT_OF_CHATS = ("name", "weight", "on_error", "max_skips", "image_root", "file")
 
 
 @dataclass
 class Lengths:
-    """Token counts of a source of N samples, as the encoder makes them; pictures are not opened."""
+    """Token counts of a source of N samples, as the encoder makes them. Pictures are opened where
+    they are tiled, and a video's frames counted; what cannot be read counts as one view."""
 
     tokens: np.ndarray
     """(N,) int32 positions in the row, placeholders expanded; 0 for a sample that is wrong."""
@@ -75,6 +77,7 @@ class SampleLengths(NamedTuple):
 def count_lengths(
     source: Source,
     encoder: ChatEncoder,
+    pictures: Pictures,
     workers: int | None = None,
     on_length: OnLength = "error",
 ) -> Lengths:
@@ -90,12 +93,13 @@ def count_lengths(
         on_length: what becomes of a chat over the length; one that is cut has the counts of what is
             left.
     """
-    path = cache_path(source, encoder, on_length)
+    path = cache_path(source, encoder, pictures, on_length)
     # Ranks of torchrun begin at once: one counts on all cores, and the others read what it wrote.
     with locked(path.parent):
         lengths = read_cache(path, len(source))
         if lengths is None:
-            lengths = encode_all(source, encoder, workers or usable_cores(), on_length)
+            processes = workers or usable_cores()
+            lengths = encode_all(source, encoder, pictures, processes, on_length)
             write_cache(path, lengths)
     return lengths
 
@@ -120,7 +124,9 @@ def usable_cores() -> int:
     return os.cpu_count() or 1  # macOS has no such limit
 
 
-def cache_path(source: Source, encoder: ChatEncoder, on_length: OnLength = "error") -> Path:
+def cache_path(
+    source: Source, encoder: ChatEncoder, pictures: Pictures, on_length: OnLength = "error"
+) -> Path:
     """Return the path of a source's cached counts."""
     tokenizer = encoder.tokenizer
     options = without_keys(source.__getstate__(), KEYS_NOT_OF_CHATS)
@@ -129,8 +135,15 @@ def cache_path(source: Source, encoder: ChatEncoder, on_length: OnLength = "erro
         # Plain values alone: the text of an object may hold its address.
         if isinstance(value, str | int | float | bool | None):
             limits[key] = value
+    file = Path(source.file)
+    # What decides how many views pictures and videos have.
+    views: list[Any] = [str(source.video or pictures.video)]
+    views.append(os.path.relpath(source.root, file.parent))
+    if source.tile:
+        views += [pictures.seed, pictures.preprocess.size]
     parts = [
         CACHE_VERSION,
+        views,
         on_length,
         source.fingerprint(),
         type(source).__qualname__,
@@ -141,7 +154,6 @@ def cache_path(source: Source, encoder: ChatEncoder, on_length: OnLength = "erro
     ]
     content = json.dumps(parts, sort_keys=True, default=str)
     digest = hashlib.sha256(content.encode()).hexdigest()
-    file = Path(source.file)
     return file.parent / CACHE_FOLDER / f"{file.name}.{digest[:16]}.lengths.npz"
 
 
@@ -196,13 +208,14 @@ def write_cache(path: Path, lengths: Lengths) -> None:
 def encode_all(
     source: Source,
     encoder: ChatEncoder,
+    pictures: Pictures,
     workers: int,
     on_length: OnLength,
 ) -> Lengths:
     """Count the tokens of every sample, in several processes where there are many samples, with a
     progress bar."""
     size = len(source)
-    samples = EncodedLengths(source, encoder, on_length)
+    samples = EncodedLengths(source, encoder, pictures, on_length)
     options: dict[str, Any] = {}
     if size > SMALL_SOURCE and workers > 1:
         # As the workers of training: Ctrl-C is this process's to answer.
@@ -240,6 +253,7 @@ class EncodedLengths(Dataset):
 
     source: Source
     encoder: ChatEncoder
+    pictures: Pictures
     on_length: OnLength
 
     def __len__(self) -> int:
@@ -248,7 +262,11 @@ class EncodedLengths(Dataset):
     def __getitem__(self, index: int) -> SampleLengths:
         try:
             sample = self.source[index]
-            encoded = self.encoder.encode(sample, on_length=self.on_length)
+            views = None
+            # A file that is missing is told in training; it may come until then.
+            with suppress(DataError):
+                views = self.pictures.count_views(sample, self.source)
+            encoded = self.encoder.encode(sample, views, self.on_length)
         except DataError as error:
             record = self.source.first_record(index)
             reason = str(self.source.with_location(error, record))

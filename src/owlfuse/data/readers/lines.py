@@ -46,6 +46,7 @@ class Lines(Sequence[bytes]):
             # Windows has no O_CLOEXEC.
             self.descriptor = os.open(file, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
             self.size = os.fstat(self.descriptor).st_size
+            check_uncompressed(os.pread(self.descriptor, 10, 0), file)
             starts, doubtful = line_starts(self.descriptor, quoted)
         except OSError as error:
             raise DataError(f"{file}: {reason_of(error)}") from error
@@ -200,6 +201,7 @@ def open_records(file: Path, is_record: Callable[[JsonObject], bool]) -> Sequenc
             head = stream.read(CHUNK)
     except OSError as error:
         raise DataError(f"{file}: {reason_of(error)}") from error
+    check_uncompressed(head, file)
     if file.suffix in (".jsonl", ".ndjson"):
         # Some files of these names hold one list all the same.
         is_lines = not STARTS_LIST.match(head)
@@ -210,6 +212,26 @@ def open_records(file: Path, is_record: Callable[[JsonObject], bool]) -> Sequenc
 
 # The beginning of a list of objects, which no line of JSON Lines has.
 STARTS_LIST = re.compile(rb"(?:\xef\xbb\xbf)?\s*\[\s*(?:\{|$)")
+
+
+# The bytes that a compressed file begins with.
+COMPRESSIONS = {
+    b"\x1f\x8b": "gzip",
+    b"\x28\xb5\x2f\xfd": "zstd",
+    b"BZh91AY&SY": "bzip2",
+    b"\xfd7zXZ\x00": "xz",
+    b"PK\x03\x04": "zip",
+}
+
+
+def check_uncompressed(head: bytes, file: Path) -> None:
+    """Raise DataError for a file that begins as a compressed one does."""
+    for magic, name in COMPRESSIONS.items():
+        if head.startswith(magic):
+            raise DataError(
+                f"{file}: compressed by {name}, and records are reached by their place in a file; "
+                "decompress it, and name the file that comes of it"
+            )
 
 
 def starts_with_line(head: bytes) -> bool:

@@ -43,7 +43,8 @@ class TarSamples(Sequence[dict[str, Any]]):
 
     The headers are read once, for the offset at which each sample begins, 8 bytes of memory for
     each; a sample's own headers and contents are read when it is asked for. An item is `{"id": key,
-    extension: bytes, ...}`, extensions in lower case.
+    extension: bytes, ...}`, extensions in lower case,
+    and `ID` for that of a member `.id`.
 
     Args:
         index_dir: where the offsets are cached for the next opening; they are computed again when a
@@ -72,6 +73,9 @@ class TarSamples(Sequence[dict[str, Any]]):
         key, total = "", 0
         with opened(self.files[shard]) as file:
             for member, key, extension in sample_members(file, start, end):
+                # `id` is the sample's key; no other extension has upper case.
+                if extension == "id":
+                    extension = "ID"
                 if extension in sample:
                     raise ValueError(f"{key} has two members .{extension}")
                 total += member.size

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from owlfuse.model.connectors.base import QueryConnector, mean_weights, split_heads
+from owlfuse.model.connectors.base import QueryConnector, check_hidden, mean_weights, split_heads
 from owlfuse.model.positions import sincos_1d, sincos_2d
 
 
@@ -61,6 +61,7 @@ class Abstractor(QueryConnector):
             raise ValueError(
                 f"queries ({queries}), layers ({layers}) and heads ({heads}) are each at least 1"
             )
+        check_hidden(hidden)
         if in_width % heads:
             raise ValueError(
                 f"heads is {heads}, which does not divide the backbone's width of {in_width}"

@@ -103,6 +103,12 @@ class QueryConnector(Connector):
         return queries
 
 
+def check_hidden(hidden: int | None) -> None:
+    """Raises ValueError for a width of an MLP under 1; None stands for the default."""
+    if hidden is not None and hidden < 1:
+        raise ValueError(f"hidden is {hidden}, expected at least 1, or null for the default")
+
+
 def split_heads(states: Tensor, head_width: int) -> Tensor:
     """(N, S, H * d) -> (N, H, S, d)."""
     return states.unflatten(-1, (-1, head_width)).transpose(1, 2)

@@ -53,7 +53,10 @@ class PoolConnector(Connector):
         bias: bool = True,
     ) -> None:
         super().__init__()
-        rows, columns = [size, size] if isinstance(size, int) else size
+        sides = [size, size] if isinstance(size, int) else size
+        if len(sides) != 2:
+            raise ValueError(f"size is {size}, expected one number or two, rows and columns")
+        rows, columns = sides
         if min(rows, columns, depth) < 1:
             raise ValueError(f"size ({rows} x {columns}) and depth ({depth}) are each at least 1")
         check_choice("pool", pool, Place)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from owlfuse.model.connectors.base import QueryConnector, mean_weights, split_heads
+from owlfuse.model.connectors.base import QueryConnector, check_hidden, mean_weights, split_heads
 
 EPS = 1e-12
 """Of BERT's norms, which the Q-Former was made of."""
@@ -66,6 +66,7 @@ class QFormer(QueryConnector):
                 f"queries ({queries}), layers ({layers}), heads ({heads}), width ({width}) and "
                 f"cross_every ({cross_every}) are each at least 1"
             )
+        check_hidden(hidden)
         if width % heads:
             raise ValueError(f"heads is {heads}, which does not divide the width of {width}")
         self.tokens = queries

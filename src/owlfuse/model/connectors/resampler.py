@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from owlfuse.model.connectors.base import QueryConnector, mean_weights, split_heads
+from owlfuse.model.connectors.base import QueryConnector, check_hidden, mean_weights, split_heads
 
 
 class Resampler(QueryConnector):
@@ -61,6 +61,7 @@ class Resampler(QueryConnector):
                 f"queries ({queries}), layers ({layers}), heads ({heads}), kv_heads ({kv_heads}) "
                 f"and head_dim ({head_dim}) are each at least 1"
             )
+        check_hidden(hidden)
         # query heads share a key head in groups of equal size
         if heads % kv_heads:
             raise ValueError(f"kv_heads is {kv_heads}, which does not divide the {heads} heads")

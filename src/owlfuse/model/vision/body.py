@@ -51,7 +51,7 @@ def create_body(
         raise ValueError(f"{name}: {error}{suggestion}") from error
     if weights:
         load_weights(body, weights, name, kwargs)
-    if image_size:
+    if image_size is not None:
         set_input_size(body, name, image_size)
     return body
 
@@ -59,8 +59,10 @@ def create_body(
 def set_input_size(body: Any, name: str, image_size: int) -> None:
     """Sets the side in pixels, where the model has one.
 
-    Raises ValueError for one that its patches do not divide.
+    Raises ValueError for one under 1, or that its patches do not divide.
     """
+    if image_size < 1:
+        raise ValueError(f"image_size is {image_size}, expected pixels, or null for the model's")
     patch: Any = getattr(getattr(body, "patch_embed", None), "patch_size", None)
     side = patch[0] if isinstance(patch, tuple | list) else patch
     if side and image_size % side:

@@ -205,6 +205,8 @@ def make_backbone(
     Raises:
         ValueError: a node of something else than a timm backbone, or with an argument of all.
     """
+    if not isinstance(node, Mapping):
+        raise ValueError(f"it is {node!r}, expected a mapping with _target_ and the rest")
     target = node.get("_target_")
     backbone_class = get_object(target) if target else None
     if not (isinstance(backbone_class, type) and issubclass(backbone_class, TimmBackbone)):
