@@ -8,7 +8,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from owlfuse.data.loading import GlobalBatchSampler
-from owlfuse.data.mixture.mixture import Mixture, tempered
+from owlfuse.data.mixture.mixture import Mixture, as_step, tempered
 from owlfuse.data.mixture.schedule import MAX_PERIOD, chairman_order, exact_shares
 from owlfuse.data.mixture.shuffle import PART, Shuffle
 from single_draws import look_up, sample_at

@@ -150,10 +150,11 @@ class Task:
         digest = hashlib.sha256(text.encode())
         try:
             for picture in self.pictures(question):
-                content = picture
                 if isinstance(picture, str):
                     with opened(self.root, picture, question.id) as file:
                         content = file.read()
+                else:
+                    content = picture
                 digest.update(hashlib.sha256(content).digest())
         # whoever opens the picture says what is wrong with it
         except (DataError, OSError, ValueError):
