@@ -292,3 +292,8 @@ def test_an_empty_group_is_not_the_same_as_none():
     assert flat({"a": {"b": {}}, "c": None}) == {"a.b": {}, "c": None}
     quantized = {"model": {"llm": {"quantization": {}}}}
     assert config_hash(quantized) != config_hash({"model": {"llm": {"quantization": None}}})
+
+
+def test_the_batch_size_of_an_evaluation_makes_no_other_configuration():
+    """What a GPU that is too small is advised to set changes no answer."""
+    assert config_hash({"evaluation": {"batch_size": 4}}) == config_hash({"evaluation": {}})

@@ -6,8 +6,12 @@ import pytest
 import torch
 from torch import nn
 
+from owlfuse.artifacts.resume import Past, check_evaluation_keys
+from owlfuse.config.build import to_dict
+from owlfuse.config.compose import compose
 from owlfuse.core.errors import ConfigError, DataError
 from owlfuse.core.types import Sample
+from owlfuse.data.mixture.positions import StepPositions
 from owlfuse.evaluation import validation
 from owlfuse.evaluation.metrics import Answer
 from owlfuse.evaluation.validation import LEAST, Evaluation
@@ -87,3 +91,8 @@ def test_a_run_is_not_evaluated_beside_another_command_of_it(monkeypatch, tmp_pa
     monkeypatch.setattr("owlfuse.artifacts.runs.open_locked", held)
     with pytest.raises(ConfigError, match=r"in use by .* stop it"):
         validation.evaluate_run(str(tmp_path), [])
+
+
+def test_a_run_may_be_evaluated_with_thoughts():
+    past = Past(4, to_dict(compose(["experiment=shapes_owl1"])), StepPositions([(0, 0, 8)]))
+    check_evaluation_keys(past, compose(["experiment=shapes_owl1", "data.thinking=true"]))

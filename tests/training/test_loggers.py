@@ -7,7 +7,7 @@ import pytest
 
 from helpers import SHORT_ANSWERS, SMALL_RUN
 from owlfuse.config.compose import compose
-from owlfuse.core.errors import ConfigError
+from owlfuse.core.errors import ConfigError, DataError
 from owlfuse.training import train
 from owlfuse.training.loggers import make_loggers, read_ids
 
@@ -102,3 +102,9 @@ def test_a_run_that_goes_on_is_one_run_of_mlflow_with_its_configuration_and_resu
     steps = [row.step for row in client.get_metric_history(tracked.info.run_id, "train/loss")]
     assert steps == [0, 1, 2]
     assert not Path("mlruns").exists(), "nothing is left in the working folder"
+
+
+def test_ids_that_cannot_be_read_are_told_in_a_line(tmp_path):
+    (tmp_path / "logger_ids.json").write_text("{")
+    with pytest.raises(DataError, match="logger_ids.json"):
+        read_ids(tmp_path)

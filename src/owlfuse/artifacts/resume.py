@@ -84,6 +84,7 @@ ON_EVALUATION: tuple[str, ...] = (
     "data.on_length*",
     "data.video*",
     "data.chat_template",
+    "data.thinking",
 )
 """Patterns of keys that may change."""
 

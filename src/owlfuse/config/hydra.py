@@ -409,7 +409,7 @@ def nested(content: Any, path: str) -> Any:
 def has_key(content: Any, parts: list[str]) -> bool:
     """Whether nested dictionaries and lists have a key."""
     for part in parts:
-        if isinstance(content, list) and part.isdigit() and int(part) < len(content):
+        if isinstance(content, list) and part.isdecimal() and int(part) < len(content):
             content = content[int(part)]
         elif isinstance(content, dict) and part in content:
             content = content[part]

@@ -39,6 +39,7 @@ IGNORED_KEYS = (
     "trainer.log_every_n_steps",
     "trainer.enable_model_summary",
     "trainer.enable_progress_bar",
+    "evaluation.batch_size",
     "evaluation.contact_sheet",
     "evaluation.decode_tokens",
     "evaluation.explain",

@@ -39,9 +39,13 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}}
 
 
+# In the order in which they name a process.
+RANK_VARIABLES = ("RANK", "LOCAL_RANK", "SLURM_PROCID")
+
+
 def is_launched() -> bool:
     """Return whether torchrun or SLURM has started this process, or Lightning's first process."""
-    return any(name in os.environ for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID"))
+    return any(name in os.environ for name in RANK_VARIABLES)
 
 
 def machine() -> str:

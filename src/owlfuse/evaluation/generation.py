@@ -106,9 +106,7 @@ class RowLimits(StoppingCriteria):
     def __init__(self, prompts: Tensor, limits: list[int]) -> None:
         self.lengths = prompts.shape[1] + torch.tensor(limits, device=prompts.device)
 
-    def __call__(  # type: ignore[override]  # transformers decorates its own
-        self, input_ids: Tensor, scores: Any, **kwargs: Any
-    ) -> Tensor:
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
         """Returns which rows end (B,)."""
         return input_ids.shape[1] >= self.lengths
 

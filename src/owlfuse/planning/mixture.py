@@ -59,7 +59,7 @@ def mixture_command(words: list[str]) -> dict[str, Any]:
     config = compose(overrides)
     steps = settings.get("steps", str(config.trainer.max_steps))
     # int() would take "-1", " 7" and "1_000" too.
-    if not steps.isdigit() or not int(steps):
+    if not steps.isdecimal() or not int(steps):
         raise ConfigError(f"command line: steps={steps}: expected a number of steps from 1 on")
     with naming_part(config):
         data = build(config.data)

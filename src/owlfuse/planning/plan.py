@@ -317,7 +317,7 @@ def trainer_devices(trainer: dict[str, Any]) -> int:
     if isinstance(devices, list):
         count = len(devices)
     else:
-        count = int(devices) if str(devices).isdigit() else 0
+        count = int(devices) if str(devices).isdecimal() else 0
     # `auto` and -1 are known on the machine that trains.
     if count < 1:
         raise ConfigError(

@@ -15,7 +15,7 @@ from omegaconf import DictConfig
 from owlfuse.config import compose
 from owlfuse.config.messages import naming
 from owlfuse.core.console import show
-from owlfuse.core.environment import is_launched
+from owlfuse.core.environment import RANK_VARIABLES, is_launched
 from owlfuse.core.errors import ConfigError
 from owlfuse.core.signals import ending_signals, leave_closed_terminal, signals_handled
 
@@ -47,8 +47,9 @@ def sweep(overrides: list[str]) -> None:
                 run = train.run(config)
             runs.append((cell, run))
     finally:
-        # Under torchrun every rank is here, and one prints.
-        if os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")) == "0":
+        # Under torchrun or SLURM every rank is here, and one prints.
+        ranks = [os.environ[name] for name in RANK_VARIABLES if name in os.environ]
+        if not ranks or ranks[0] == "0":
             print_table(runs, len(cells))
 
 

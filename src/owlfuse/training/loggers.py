@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import inspect
 import io
-import json
 import os
 from pathlib import Path
 from types import TracebackType
@@ -20,7 +19,7 @@ from owlfuse.artifacts.resume import Past
 from owlfuse.config.build import build
 from owlfuse.config.compose import origin_of
 from owlfuse.core.errors import ConfigError
-from owlfuse.core.files import write_json
+from owlfuse.core.files import read_json, write_json
 
 # Loggers that write their files straight into the run's folder.
 FOLDER_LOGGERS = (CSVLogger, TensorBoardLogger)
@@ -112,7 +111,7 @@ def service_arguments(
         arguments["tracking_uri"] = tracking_uri
     else:
         # of all runs together, to be compared; MLflow has given up Lightning's default, a folder
-        runs = Path(config.runs).resolve()
+        runs = Path(config.runs).expanduser().resolve()
         arguments["tracking_uri"] = f"sqlite:///{runs}/mlflow.db"
         arguments["artifact_location"] = str(runs / "mlruns")
     return arguments | ({"run_id": run_id} if run_id else {})
@@ -121,7 +120,7 @@ def service_arguments(
 def read_ids(folder: Path) -> dict[str, str]:
     """Returns the ids of the run at the services, by the logger's key."""
     file = folder / IDS_FILE
-    return json.loads(file.read_text()) if file.is_file() else {}
+    return read_json(file) if file.is_file() else {}
 
 
 def service_loggers(trainer: Trainer) -> list[Any]:
@@ -175,6 +174,6 @@ def logged_rows(past: Past) -> list[dict[str, str]]:
     for row in csv.DictReader(io.StringIO(past.metrics or "")):
         step = row["step"] or ""  # the last row may be half written
         # A row is named by the steps before its own: the checkpoint's last row by one fewer.
-        if step.isdigit() and int(step) < past.step:
+        if step.isdecimal() and int(step) < past.step:
             rows.append(row)
     return rows

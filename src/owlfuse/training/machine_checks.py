@@ -83,7 +83,7 @@ def check_available(config: DictConfig, name: str, gpus: int) -> None:
 def check_gpus(config: DictConfig, devices: Any, gpus: int) -> None:
     """Raises ConfigError for more GPUs than there are."""
     # `auto` and -1 take the GPUs that there are.
-    count = int(devices) if str(devices).isdigit() else 0
+    count = int(devices) if str(devices).isdecimal() else 0
     if isinstance(devices, list):
         count = len(devices)
     if count > gpus:
@@ -94,7 +94,7 @@ def check_processes(config: DictConfig, devices: Any) -> str | None:
     """What to tell of a run that takes what there is, on a machine without a GPU. Raises
     ConfigError for more processes than cores."""
     # A process that was started by a launcher, or by the first one, is no news to the user.
-    if not str(devices).isdigit() or int(devices) < 2 or is_launched():
+    if not str(devices).isdecimal() or int(devices) < 2 or is_launched():
         return None
     count, cores = int(devices), usable_cores()
     if count > cores:

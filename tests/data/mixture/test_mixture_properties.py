@@ -8,7 +8,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from owlfuse.data.loading import GlobalBatchSampler
-from owlfuse.data.mixture.mixture import Mixture, tempered
+from owlfuse.data.mixture.mixture import Mixture, as_step, tempered
 from owlfuse.data.mixture.schedule import MAX_PERIOD, chairman_order, exact_shares
 from owlfuse.data.mixture.shuffle import PART, Shuffle
 from single_draws import look_up, sample_at
@@ -402,3 +402,9 @@ def test_the_longest_period_is_exact_at_its_end():
 def test_what_makes_no_schedule_is_named(options, message):
     with pytest.raises(ValueError, match=message):
         Mixture({"a": 3, "b": 2}, {"a": 1, "b": 1}, **options)
+
+
+@pytest.mark.parametrize("key", ["²", "-1", True])
+def test_a_step_is_written_in_decimal_digits(key):
+    with pytest.raises(ValueError, match="expected an optimizer step from 0 on"):
+        as_step(key)

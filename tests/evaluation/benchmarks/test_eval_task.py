@@ -273,6 +273,14 @@ def test_a_missing_picture_stops_or_is_skipped_and_tried_again(model, files, tmp
     }
 
 
+def test_nothing_to_score_is_told_as_such(model, files, tmp_path, capsys):
+    words = [*files("gqa"), SHORT, "task.on_error=skip"]
+    for picture in tmp_path.glob("gqa files/images/*"):
+        picture.unlink()
+    assert main(["eval", str(model), "task=gqa", *words, f"out={tmp_path}", "workers=0"]) == 1
+    assert "none of 3 questions could be answered; the last: " in capsys.readouterr().err
+
+
 def test_a_prompt_that_is_too_long_for_the_model_is_told_and_not_cut(
     model, files, tmp_path, capsys
 ):

@@ -243,6 +243,10 @@ def test_a_temperature_decides_whether_an_answer_is_sampled(given, sampled, argu
             "task: generation_kwargs: max_new_token: no such key; did you mean 'max_new_tokens'?",
         ),
         ({"max_new_tokens": 0}, "max_new_tokens is 0, expected a whole number of at least 1"),
+        ({"max_new_tokens": True}, "max_new_tokens is True, expected a whole number"),
+        ({"temperature": "hot"}, "temperature is 'hot', expected a number"),
+        ({"until": 3}, "until is 3, expected a text or a list of texts"),
+        ({"stop_sequences": ["a", 3]}, "stop_sequences is ['a', 3], expected a text or a list"),
     ],
 )
 def test_a_wrong_generation_key_is_told(given, told):

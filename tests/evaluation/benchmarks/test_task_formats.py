@@ -217,6 +217,15 @@ def test_exact_match_counts_each_accepted_answer_as_the_evaluation_of_a_run_does
         assert task.score({"answer": answer, "expected": questions[1].expected}) == score
 
 
+@pytest.mark.parametrize(
+    ("name", "ids"),
+    [("exact_match", ["chats:1#0", "chats:1#0@2"]), ("perplexity", ["chats:1", "chats:1@2"])],
+)
+def test_chats_may_have_one_id(name, ids, tmp_path):
+    questions, _ = made(name, tmp_path, **chat_file(tmp_path, id="1")).questions()
+    assert [question.id for question in questions] == ids
+
+
 @pytest.mark.parametrize("name", ["exact_match", "perplexity"])
 def test_questions_have_the_tools_of_their_chats(name, tmp_path):
     tools = [{"type": "function", "function": {"name": "look", "parameters": {}}}]
@@ -310,6 +319,11 @@ def damaged(folder, task, change):
             "textvqa",
             lambda text: text.replace('"003a8ae2ef43b901"', "3"),
             ("record 1: 'image_id' is a int, expected a text"),
+        ),
+        (
+            "captions",
+            lambda text: json.dumps({**json.loads(text), "images": [{"id": [1]}]}),
+            ("record 1: 'id' is a list, expected a whole number"),
         ),
         (
             "pope",

@@ -40,7 +40,7 @@ from owlfuse.data.formats.llava import LLaVA
 from owlfuse.data.media.tiles import views_of
 from owlfuse.data.shapes.write import write_shapes
 from owlfuse.evaluation.explain.attention import attention_to_pictures, picture_maps
-from owlfuse.evaluation.explain.overlays import COLORS, overlay
+from owlfuse.evaluation.explain.overlays import COLORS, overlay, side_by_side
 from owlfuse.evaluation.validation import Evaluation
 from owlfuse.model.connectors.abstractor import Abstractor
 from owlfuse.model.connectors.linear import LinearConnector
@@ -552,3 +552,9 @@ def test_the_overlay_of_a_tiled_picture_is_as_fine_as_its_tiles(shapes, tmp_path
     # 2 x 2 tiles of 2 x 2 patches
     assert [map.shape for map in evaluation.maps.values()] == [(4, 4)] * 2
     assert [map.sum().item() for map in evaluation.maps.values()] == pytest.approx([1, 1])
+
+
+@pytest.mark.parametrize("size", [(6000, 1), (1, 6000)])
+def test_a_strip_is_drawn_with_at_least_a_pixel(size):
+    drawn = side_by_side([Image.new("RGB", size)], [torch.full((2, 2), 0.25)], "Q", "A")
+    assert min(drawn.size) > 1

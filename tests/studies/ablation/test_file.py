@@ -21,6 +21,7 @@ from owlfuse.studies.ablation.grid import (
     make_cells,
     make_record,
     mark_absent,
+    split_metric,
     validation_sources,
 )
 from owlfuse.studies.ablation.run import ablate_command
@@ -114,6 +115,18 @@ def test_metrics_go_by_the_names_of_results_json_or_by_their_source():
     }
 
 
+@pytest.mark.parametrize(
+    ("metric", "expected"),
+    [
+        ("val/exact_match", ("val", "exact_match")),
+        ("val/exact_match_match", ("val_match", "exact_match")),
+        ("val/loss_match", ("val_match", "loss")),
+    ],
+)
+def test_a_source_may_be_named_by_the_end_of_a_metric(metric, expected):
+    assert split_metric(metric, ["val", "val_match"]) == expected
+
+
 def test_the_hash_changes_with_what_is_learned_and_not_with_names_or_workers():
     ablation = read_ablation("gates", write("gates", GATES))
     ablation.seeds = [0]
@@ -193,6 +206,7 @@ def test_every_cell_of_every_ablation_of_ours_composes(name):
             "[adaptive, adaptive]",
             ("factors.model.fusion.gate: a value stands twice"),
         ),
+        ("  fusion:\n", "  cell:\n", "factors.cell: the tables have a column of this name"),
         ("[adaptive, static]", "3", "factors.model.fusion.gate: expected levels"),
         (
             "gate: static}",

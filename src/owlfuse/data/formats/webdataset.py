@@ -198,7 +198,7 @@ class Members:
         """Raise DataError for several pictures or videos of one caption that are not numbered: a
         mask, for instance."""
         for keys in (self.pictures, self.clips):
-            if len(keys) > 1 and not all(key.partition(".")[0].isdigit() for key in keys):
+            if len(keys) > 1 and not all(key.partition(".")[0].isdecimal() for key in keys):
                 extensions = ", ".join(f".{key}" for key in keys)
                 raise DataError(
                     f"sample {name} has {extensions} and one caption, expected one of them, or "
@@ -218,7 +218,7 @@ def natural(name: str) -> list[tuple[bool, int, str]]:
     """Return a sort key by which 2.jpg comes before 10.jpg."""
     key = []
     for piece in name.split("."):
-        is_number = piece.isdigit()
+        is_number = piece.isdecimal()
         # The flag comes first, so that numbers and names are not mixed.
         key.append((is_number, int(piece) if is_number else 0, piece))
     return key

@@ -313,6 +313,6 @@ def make_mixture(
 def as_step(key: Any) -> int:
     """Return a key of `weights_at` as an optimizer step."""
     # YAML's `true` is the number 1 in Python.
-    if isinstance(key, bool) or not str(key).isdigit():
+    if isinstance(key, bool) or not str(key).isdecimal():
         raise ValueError(f"weights_at: {key}: expected an optimizer step from 0 on")
     return int(key)

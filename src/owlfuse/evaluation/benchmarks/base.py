@@ -86,6 +86,9 @@ class Task:
     """Other fields that change no answer."""
     metric: ClassVar[str] = "accuracy"
     """What the mean score is called."""
+    ids_repeat: ClassVar[bool] = False
+    """Whether records may have one id, as those of LLaVA-665k do: the later ones' get the record's
+    number."""
     has_question: ClassVar[bool] = True
     """Whether the file has something that is asked, beside the pictures."""
 
@@ -147,10 +150,11 @@ class Task:
         digest = hashlib.sha256(text.encode())
         try:
             for picture in self.pictures(question):
-                content = picture
                 if isinstance(picture, str):
                     with opened(self.root, picture, question.id) as file:
                         content = file.read()
+                else:
+                    content = picture
                 digest.update(hashlib.sha256(content).digest())
         # whoever opens the picture says what is wrong with it
         except (DataError, OSError, ValueError):
@@ -198,6 +202,8 @@ class Task:
                 # a list: no question of a record counts where a later one of it is wrong
                 for question in list(self.ask(records[number], where)):
                     question.record_name = self.record_name(number)
+                    if self.ids_repeat and question.id in questions:
+                        question.id = f"{question.id}@{number + 1}"
                     if questions.setdefault(question.id, question) is not question:
                         raise DataError(
                             f"{where}: a question with the id {question.id} stands before it; ids "

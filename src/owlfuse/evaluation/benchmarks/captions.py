@@ -113,7 +113,11 @@ class Captions(Task):
             image_id = require_field(annotation, "image_id", int, where)
             self.captions.setdefault(image_id, []).append(caption)
         images = require_field(content, "images", list, f"{self.file}")
-        image_ids = {image.get("id") for image in images if isinstance(image, dict)}
+        image_ids = set()
+        for number, image in enumerate(images):
+            if isinstance(image, dict) and "id" in image:
+                where = f"{self.file}: {self.record_name(number)}"
+                image_ids.add(require_field(image, "id", int, where))
         if missing := [identity for identity in self.captions if identity not in image_ids]:
             raise DataError(
                 f"{self.file}: 'images' has no image_id {missing[0]}, which has captions in "

@@ -34,6 +34,8 @@ class ChatTask(Task):
         format: one of FORMATS.
     """
 
+    ids_repeat: ClassVar[bool] = True
+
     format: Literal["llava", "messages", "sharegpt", "alpaca"] = "llava"
 
     def __post_init__(self) -> None:

@@ -75,7 +75,7 @@ class MMBench(Task):
                 self.rows[self.table[number]["index"]] = number
         # a file with rotations is not to be rotated again
         self.has_rotations = any(
-            int(index) >= ROTATION_OFFSET for index in self.rows if index.isdigit()
+            int(index) >= ROTATION_OFFSET for index in self.rows if index.isdecimal()
         )
         return range(len(self.table))
 
@@ -95,7 +95,7 @@ class MMBench(Task):
                 break
             options.append(row[letter])
         right = LETTERS[: len(options)].find(row["answer"]) if row["answer"] else -1
-        if not index.isdigit() or len(options) < 2 or right < 0:
+        if not index.isdecimal() or len(options) < 2 or right < 0:
             raise DataError(
                 f"{where}: 'index' {index!r}, {len(options)} options and 'answer' "
                 f"{row['answer']!r}; expected a number, two or more and the letter of one"

@@ -190,10 +190,13 @@ def finish(
     answered = [line for line in lines if "skipped" not in line]
     skipped = list(wrong_records)
     skipped += [(line["id"], line["skipped"]) for line in lines if "skipped" in line]
-    # without any answer there is nothing to score, whatever max_skips allows
-    count = len(skipped) if answered else task.max_skips + 1
     if skipped:
-        task.check_skips(count, skipped[-1][1])
+        task.check_skips(len(skipped), skipped[-1][1])
+    if not answered:
+        raise DataError(
+            f"{task.file}: none of {len(questions)} questions could be answered; the last: "
+            f"{skipped[-1][1]}"
+        )
     # scored here and not when they were written: a mended rule applies to old answers
     for line in answered:
         line["score"] = task.score(line)

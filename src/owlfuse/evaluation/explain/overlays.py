@@ -73,8 +73,11 @@ def side_by_side(
         row, column = divmod(position, pairs)
         picture_axis, overlay_axis = axes[row][2 * column :][:2]
         picture = pictures[i]
-        if max(picture.size) > MAX_SIDE:
-            picture = ImageOps.contain(picture, (MAX_SIDE, MAX_SIDE))
+        scale = MAX_SIDE / max(picture.size)
+        if scale < 1:
+            # at least one pixel, also of the short side of a strip
+            width, height = (max(1, round(scale * side)) for side in picture.size)
+            picture = picture.resize((width, height))
         picture_axis.imshow(picture)
         overlay_axis.imshow(overlay(picture, maps[i], peak))
         if len(maps) > 1:

@@ -49,13 +49,17 @@ class Options:
         above 0 asks for sampling; 0 never does.
 
         Raises:
-            DataError: an unknown key, or a max_new_tokens below 1.
+            DataError: an unknown key, a max_new_tokens below 1, another type.
         """
         if unknown := sorted(set(generation_kwargs) - set(GENERATION_KEYS)):
             guess = hint(unknown[0], GENERATION_KEYS, listed=len(GENERATION_KEYS))
             raise DataError(f"{name}: generation_kwargs: {unknown[0]}: no such key{guess}")
         options = {key: value for key, value in generation_kwargs.items() if value is not None}
-        temperature = float(options.get("temperature", 1.0 if options.get("do_sample") else 0.0))
+        temperature = options.get("temperature", 1.0 if options.get("do_sample") else 0.0)
+        if not isinstance(temperature, int | float):
+            raise DataError(
+                f"{name}: generation_kwargs: temperature is {temperature!r}, expected a number"
+            )
         sample = bool(options.get("do_sample", True)) and temperature > 0
         arguments: dict[str, Any] = {"num_beams": 1, "do_sample": sample}
         for key in PASSED:
@@ -63,9 +67,9 @@ class Options:
             if key in options and (sample or key not in SAMPLING):
                 arguments[key] = options[key]
         if sample:
-            arguments["temperature"] = temperature
+            arguments["temperature"] = float(temperature)
         tokens = options.get("max_new_tokens", LONGEST_ANSWER)
-        if not isinstance(tokens, int) or tokens < 1:
+        if not isinstance(tokens, int) or isinstance(tokens, bool) or tokens < 1:
             raise DataError(
                 f"{name}: generation_kwargs: max_new_tokens is {tokens}, expected a whole number "
                 "of at least 1"
@@ -73,7 +77,13 @@ class Options:
         until: list[str] = []
         for key in ("until", "stop_sequences"):
             ends = options.get(key, [])
-            until += [ends] if isinstance(ends, str) else ends
+            ends = [ends] if isinstance(ends, str) else ends
+            if not isinstance(ends, list | tuple) or not all(isinstance(end, str) for end in ends):
+                raise DataError(
+                    f"{name}: generation_kwargs: {key} is {ends!r}, expected a text or a list of "
+                    "texts"
+                )
+            until += ends
         # in one order, so that requests with the same options are equal and share a batch
         return cls(tokens, tuple(filter(None, until)), tuple(sorted(arguments.items())))
 

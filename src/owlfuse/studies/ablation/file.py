@@ -15,6 +15,15 @@ from owlfuse.config.check import check_arguments
 from owlfuse.config.recipes import read_yaml
 from owlfuse.core.errors import ConfigError, hint, label
 
+TABLE_COLUMNS = (
+    "cell",
+    "seeds",
+    "trained_parameters",
+    "tokens_per_s",
+    "peak_memory_bytes",
+    "ms_per_generated_token",
+)
+"""Columns of table.csv beside the factors' and the metrics'."""
 Levels = dict[str, str]
 """A level of factors, by the factors' names."""
 
@@ -130,6 +139,11 @@ def read_ablation(name: str, file: Path) -> Ablation:
     for factor in factors:
         if names.count(factor.name) > 1:
             factor.name = factor.key or factor.name
+        if factor.name in TABLE_COLUMNS:
+            raise ConfigError(
+                f"{location}: factors.{factor.name}: the tables have a column of this name; call "
+                "the factor otherwise"
+            )
 
     seeds = [0] if content.seeds is None else content.seeds
     if not seeds or len(set(seeds)) != len(seeds):

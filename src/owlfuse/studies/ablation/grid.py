@@ -290,6 +290,9 @@ def split_metric(metric: str, sources: list[str]) -> tuple[str, str]:
     of `val_held_out/exact_match`."""
     source, _, local_name = metric.partition("/")
     kind = local_name.partition("/")[0]
+    if kind == "exact_match":
+        # whole, though a source may be called `val_match`
+        return source, local_name
     # results.json folds `val_held_out` into `val` with a suffix, see `metric_names`.
     for longer in sources:
         suffix = longer.removeprefix(source)  # `_held_out`
