@@ -398,6 +398,7 @@ def test_data_shapes_passes_its_arguments_on(recorder, monkeypatch, capsys):
 @pytest.mark.skipif(
     not (REPO / "configs/trainer").is_dir(), reason="the groups are not written yet"
 )
+@pytest.mark.slow
 def test_config_prints_the_composed_configuration_as_yaml_from_any_folder(tmp_path):
     result = owlfuse("config", "seed=3", "name=x", cwd=tmp_path)
     assert result.returncode == 0, result.stderr

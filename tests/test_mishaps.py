@@ -164,6 +164,7 @@ def test_a_trainer_that_cannot_work_is_told_in_one_line(words, message, capsys, 
 
 @no_gpu
 @pytest.mark.parametrize(("words", "message"), WITHOUT_GPU.values(), ids=WITHOUT_GPU)
+@pytest.mark.fast_cases(3)
 def test_what_this_machine_does_not_have_is_told_in_one_line(words, message, capsys, monkeypatch):
     monkeypatch.setattr(
         "owlfuse.training.module.MultimodalModule.configure_model",
@@ -217,6 +218,7 @@ def silent_run(folder):
     return Path("runs/shapes_owl3/silent")
 
 
+@pytest.mark.slow
 def test_a_run_without_evaluation_has_empty_metrics_and_can_be_evaluated_later(silent_run, capsys):
     results = json.loads((silent_run / "results.json").read_text())
     assert (results["metrics"], results["questions"], results["steps"]) == ({}, {}, 2)
@@ -435,6 +437,7 @@ def hub(request):
         server.shutdown()
 
 
+@pytest.mark.fast_cases(1)
 def test_what_cannot_be_had_from_the_hub_is_named_within_seconds(
     hub, monkeypatch, capsys, tmp_path
 ):

@@ -342,12 +342,14 @@ def refused(words, folder, tmp_path, capfd):
 
 @pytest.mark.parametrize("attack", RUN_ATTACKS)
 @pytest.mark.parametrize("command", ["chat"])
+@pytest.mark.fast_cases(20)
 def test_a_strangers_run_runs_no_code(command, attack, stranger, tmp_path, capfd):
     refused(RUN_COMMANDS[command], stranger("run", RUN_ATTACKS[attack]), tmp_path, capfd)
 
 
 @pytest.mark.parametrize("attack", EXPORT_ATTACKS)
 @pytest.mark.parametrize("command", ["chat"])
+@pytest.mark.fast_cases(28)
 def test_a_strangers_export_runs_no_code(command, attack, stranger, tmp_path, capfd):
     refused(EXPORT_COMMANDS[command], stranger("export", EXPORT_ATTACKS[attack]), tmp_path, capfd)
 

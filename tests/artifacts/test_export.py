@@ -362,6 +362,7 @@ def concat_out(tmp_path_factory):
         ("model.llm.config.num_hidden_layers=4", "with num_hidden_layers 3, and 4 is asked for"),
     ],
 )
+@pytest.mark.fast_cases(2)
 def test_a_part_that_is_asked_for_is_not_replaced_though_it_is_the_default(
     asked, message, concat_out
 ):
@@ -381,6 +382,7 @@ def test_parts_that_nobody_asks_for_are_the_folders(concat_out):
     ("asked", "size"),
     [([], 32), (["model.vision.image_size=64"], 64), (["model.vision.image_size=96"], 96)],
 )
+@pytest.mark.fast_cases(1)
 def test_init_from_takes_the_folders_size_of_pictures_unless_another_is_asked_for(
     asked, size, train_run, tmp_path
 ):

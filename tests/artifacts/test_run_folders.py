@@ -164,7 +164,10 @@ def test_what_a_run_starts_from_is_found_from_any_folder(tmp_path, monkeypatch):
     for path in (run, elsewhere, tmp_path / "work/runs/a/first/export"):
         path.mkdir(parents=True)
     llm = {"pretrained": "org/model", "gguf_file": None}
-    config = {"init_from": "runs/a/first/export", "model": {"llm": llm, "vision": {"weights": "w"}}}
+    config = {
+        "init_from": "runs/a/first/export",
+        "model": {"llm": llm, "vision": {"weights": "no.pth"}},
+    }
     monkeypatch.chdir(tmp_path / "work")
     assert with_paths_found(config, Path("runs/a/second")) == config
     monkeypatch.chdir(elsewhere)

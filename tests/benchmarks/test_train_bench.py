@@ -8,7 +8,7 @@ from benchmarks.__main__ import main
 
 
 @pytest.mark.parametrize("options", [[], ["--checkpointing"]], ids=["plain", "checkpointing"])
-@pytest.mark.fast_cases(1)
+@pytest.mark.slow
 def test_it_leaves_a_table_a_plot_and_numbers_and_the_plan_is_right(tmp_path, capsys, options):
     command = [
         "train",

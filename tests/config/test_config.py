@@ -605,6 +605,7 @@ def test_a_sweep_over_something_that_does_not_exist_is_an_error_before_any_run(t
         ("experiments/owl1/recipe.yaml", ["experiment=owl1/instruct"]),
     ],
 )
+@pytest.mark.fast_cases(2)
 def test_a_file_of_the_users_is_not_ignored_for_one_of_the_same_name(
     file, words, tmp_path, monkeypatch
 ):

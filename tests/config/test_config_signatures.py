@@ -82,7 +82,7 @@ MISTAKES = [
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
-@pytest.mark.fast_cases(8)
+@pytest.mark.fast_cases(3)
 def test_errors_are_those_of_the_class_itself(mistake, monkeypatch):
     words = ["experiment=shapes_owl3", mistake]
     with pytest.raises(ConfigError) as quick:

@@ -490,6 +490,7 @@ GPT2 = {"model_type": "gpt2", "n_embd": 32, "n_head": 4, "n_layer": 2}
 @pytest.mark.parametrize(
     "options", [{}, {"use_dora": True}, {"init_lora_weights": "pissa"}], ids=str
 )
+@pytest.mark.fast_cases(1)
 def test_lora_reaches_layers_that_hold_their_weights_transposed(options, tmp_path, recwarn):
     lora = policy("LoRA", r=2, **options)
     model = make_model(llm=GPT2, adapter={**FROZEN, "llm": lora})

@@ -102,6 +102,7 @@ def test_all_linear_says_which_experts_it_does_not_reach_and_how_much_they_are(n
 
 @pytest.mark.parametrize("name", ["qwen3_moe", "mixtral"])
 @pytest.mark.parametrize("merge", [True, False], ids=["merged", "apart"])
+@pytest.mark.fast_cases(2)
 def test_lora_of_fused_experts_is_trained_and_exported(name, merge, tmp_path):
     model = model_of(
         name, policy("LoRA", r=2, target_parameters=["experts.gate_up_proj", "experts.down_proj"])
@@ -158,6 +159,7 @@ def router_biases(llm):
 @pytest.mark.parametrize("adapter", [policy("Full"), policy("LastN", n=2)], ids=["full", "last_n"])
 @pytest.mark.parametrize("source", ["random", "pretrained", "export"])
 @pytest.mark.parametrize("name", BALANCED)
+@pytest.mark.fast_cases(4)
 def test_biases_that_balance_a_router_without_gradients_are_not_among_what_is_trained(
     name, source, adapter, tmp_path
 ):

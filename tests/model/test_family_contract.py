@@ -84,6 +84,7 @@ def build(family, kind, seed):
 
 @pytest.mark.parametrize("kind", NODES)
 @pytest.mark.parametrize(("family", "seed"), cases())
+@pytest.mark.fast_cases(15)
 def test_a_fusion_keeps_its_promises_or_is_refused_in_one_line(family, seed, kind):
     if not DOCUMENTED[family][kind]:
         # without memory: BLT has four models inside

@@ -83,6 +83,7 @@ PARTS = {
 
 
 @pytest.mark.parametrize("name", PARTS)
+@pytest.mark.fast_cases(3)
 def test_checkpointing_of_one_part_keeps_less_for_the_same_gradients(name):
     arguments, part = PARTS[name]
     changed = {**arguments, part: {**arguments[part], OPTION: True}}

@@ -257,7 +257,7 @@ def test_autocast_on_meta_keeps_what_autocast_keeps():
 
 @each(FUSIONS)
 @pytest.mark.parametrize("llm", ["Full", "LoRA"])
-@pytest.mark.fast_cases(4)
+@pytest.mark.fast_cases(1)
 def test_tensor_ranks_hold_a_part_of_each_projection_and_run(node, llm):
     nodes = model_node(node, adapter={"llm": policy(llm), "fusion": policy(llm)})
     whole, part = meta_model(nodes, VOCAB), rank_model(meta_model(nodes, VOCAB), tensor=2)

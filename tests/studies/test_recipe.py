@@ -252,7 +252,7 @@ def test_overrides_are_for_all_stages_or_for_one():
         ("- name: third", "- name: third: x", r"wrong/recipe.yaml:\d+: not YAML"),
     ],
 )
-@pytest.mark.fast_cases(3)
+@pytest.mark.fast_cases(1)
 def test_a_mistake_in_the_last_stage_is_told_before_the_first_one_trains(old, new, message):
     write_recipe("wrong", new.join(TINY.rsplit(old, 1)))
     with pytest.raises(ConfigError, match=message) as error:

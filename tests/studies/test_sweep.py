@@ -30,6 +30,7 @@ def test_a_name_that_is_taken_is_told_before_the_first_run_trains(
     ("variables", "count"),
     [({}, 1), ({"SLURM_PROCID": "0"}, 1), ({"SLURM_PROCID": "1"}, 0), ({"RANK": "1"}, 0)],
 )
+@pytest.mark.fast_cases(2)
 def test_one_rank_prints_the_table(variables, count, tmp_path, monkeypatch):
     for name in RANK_VARIABLES:
         monkeypatch.delenv(name, raising=False)

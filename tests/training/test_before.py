@@ -52,6 +52,7 @@ def results(folder):
     return json.loads((folder / "results.json").read_text())["metrics"]
 
 
+@pytest.mark.slow
 def test_the_metrics_before_the_first_step_are_those_of_the_model_as_it_is_built(runs):
     before = {
         k.removeprefix("before/"): v for k, v in results(runs[0]).items() if k.startswith("before/")

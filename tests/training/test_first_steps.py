@@ -74,6 +74,7 @@ def fit(module, steps=4, rows=ROWS, accumulate=1, check=None):
 )
 @pytest.mark.parametrize("trains", ["Full", "LoRA"])
 @pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.fast_cases(6)
 def test_a_run_that_is_right_passes_with_each_policy(fusion, trains, accumulate):
     adapter = {"vision": policy("LastN", n=1), "connector": policy("Frozen"), "llm": policy(trains)}
     assert fit(Plain(fusion, adapter), accumulate=accumulate).pending == set()

@@ -296,7 +296,7 @@ REFUSED = [
 
 
 @pytest.mark.parametrize("override", REFUSED)
-@pytest.mark.fast_cases(8)
+@pytest.mark.fast_cases(3)
 def test_a_key_that_cannot_change_is_refused_by_name_and_leaves_the_run_as_it_was(
     first, override, monkeypatch
 ):
@@ -329,6 +329,7 @@ def test_a_run_stays_in_its_folder_and_keeps_its_groups(first, override):
 @pytest.mark.parametrize(
     "override", ["data.weights_at={6: {text: 0.1}}", "data.max_length=600", "+data.on_length=skip"]
 )
+@pytest.mark.fast_cases(1)
 def test_what_lies_ahead_may_change(copy, override):
     go_on(
         copy, "trainer.max_steps=5", override.lstrip("+") if "on_length" in override else override

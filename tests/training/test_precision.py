@@ -119,6 +119,7 @@ def test_rotary_frequencies_keep_their_precision_in_any_cast(dtype, family):
     ],
     ids=["full", "last_n", "modules_to_save", "fusion"],
 )
+@pytest.mark.fast_cases(1)
 def test_16_bit_weights_are_trained_in_runs_of_16_bits_alone(work, overrides):
     common = [*SMALL, "experiment=shapes_owl1", "+model.llm.dtype=bfloat16", *overrides]
     with pytest.raises(ConfigError, match="would be trained in 16 bits, in which small steps"):

@@ -437,6 +437,7 @@ def test_what_validation_leaves_out_and_how_much_is_padding_are_in_mixture_json_
 
 
 @pytest.mark.parametrize("experiment", sorted(find_folders().experiment_names))
+@pytest.mark.fast_cases(2)
 def test_every_experiment_composes_and_its_parts_fit_together(experiment):
     from omegaconf import OmegaConf
 

@@ -40,8 +40,11 @@ def read_yaml(file: Path) -> Any:
         return OmegaConf.to_container(OmegaConf.load(file), resolve=False)
     except yaml.MarkedYAMLError as error:
         raise yaml_error(error) from None
+    # An interpolation that is not closed.
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{label(file)}: {error}") from None
     # Another encoding than UTF-8, or a control character.
-    except (yaml.YAMLError, OmegaConfBaseException, ValueError, OSError) as error:
+    except (yaml.YAMLError, ValueError, OSError) as error:
         raise ConfigError(f"{label(file)}: not YAML in UTF-8: {error}") from None
 
 

@@ -16,6 +16,7 @@ from transformers import StoppingCriteria, StoppingCriteriaList, TextStreamer
 from owlfuse.artifacts.hf.modeling import OwlfuseForConditionalGeneration
 from owlfuse.core.types import Batch
 from owlfuse.data.chat.encoder import ChatEncoder
+from owlfuse.model.llm import position_limit
 from owlfuse.model.multimodal import MultimodalLM
 
 log = logging.getLogger(__name__)
@@ -70,7 +71,7 @@ def generate_greedy(
     if model.llm.config.model_type == "gpt_neo":
         # its table of causal masks counts the padding too, which the longest prompt decides
         limits = [min(limits)] * len(limits)
-    positions = max_positions(model)
+    positions = position_limit(model.llm)
     if min(limits) < max_new_tokens:
         log.warning(
             "answers to %d of %d prompts end before max_new_tokens=%d, the first after %d tokens: "
@@ -114,15 +115,10 @@ class RowLimits(StoppingCriteria):
 def answer_limit(model: MultimodalLM, length: int, max_new_tokens: int) -> int:
     """Returns how many tokens may follow a prompt of `length`: `max_new_tokens`, or as many as the
     LLM has positions for, and at least the one that the prompt's own last position gives."""
-    positions = max_positions(model)
+    positions = position_limit(model.llm)
     if positions is None:
         return max_new_tokens
     return max(1, min(max_new_tokens, positions - length))
-
-
-def max_positions(model: MultimodalLM) -> int | None:
-    """Returns the most positions that the LLM has, None where its configuration does not say."""
-    return getattr(model.llm.config.get_text_config(), "max_position_embeddings", None)
 
 
 class Clock(TextStreamer):

@@ -339,14 +339,11 @@ def check_length(llm: PreTrainedModel, length: int) -> None:
     Raises:
         ValueError: the LLM has a table with fewer positions.
     """
-    config = text_config(llm)
-    # MPT's name for it, whose bias has so many keys
-    key_limit = getattr(config, "max_seq_len", None) if config.model_type == "mpt" else None
-    positions = key_limit or shared_field(config, "max_position_embeddings")
+    positions = position_limit(llm)
     if not positions or length <= positions:
         return
     name = type(llm).__name__
-    if key_limit or has_position_table(llm, positions):
+    if is_mpt(llm) or has_position_table(llm, positions):
         raise ValueError(
             f"data.max_length is {length}, and {name} has a table of {positions} positions; set "
             f"data.max_length={positions}"
@@ -356,6 +353,17 @@ def check_length(llm: PreTrainedModel, length: int) -> None:
         "lies behind them it was not trained for",
         *(length, name, positions),
     )
+
+
+def is_mpt(llm: PreTrainedModel) -> bool:
+    """Returns whether an LLM is MPT, whose bias of distances has so many keys as a row may have."""
+    return text_config(llm).model_type == "mpt"
+
+
+def position_limit(llm: PreTrainedModel) -> int | None:
+    """Returns the most positions that an LLM has, None where its configuration does not say."""
+    config = text_config(llm)
+    return config.max_seq_len if is_mpt(llm) else shared_field(config, "max_position_embeddings")
 
 
 def has_position_table(llm: PreTrainedModel, positions: int) -> bool:

@@ -24,7 +24,8 @@ from owlfuse.data.formats.marks import with_pictures
 from owlfuse.data.media.images import MAX_PIXELS, open_image
 from owlfuse.data.words import with_hidden_words
 from owlfuse.evaluation.explain.attention import explained
-from owlfuse.evaluation.generation import generate, max_positions
+from owlfuse.evaluation.generation import generate
+from owlfuse.model.llm import position_limit
 
 HELP = """\
 /image PATH   show a picture with the next question
@@ -64,7 +65,7 @@ class Conversation:
         self.thinking = thinking
         self.options = options
         self.control_tokens = control_tokens(processor.tokenizer, processor.image_token)
-        self.max_positions = max_positions(model.model)
+        self.max_positions = position_limit(model.model.llm)
         """Tokens that the model has positions for, of prompt and answer together; None where
         nothing limits them."""
         self.restart()

@@ -294,6 +294,7 @@ def test_a_truncated_pickle_is_named(tmp_path):
         ),
     ],
 )
+@pytest.mark.fast_cases(5)
 def test_a_configuration_that_is_none_is_named(content, expected, tmp_path):
     folder = copy_of("owl3_static", tmp_path / "m")
     (folder / "config.json").unlink()

@@ -64,6 +64,7 @@ def test_the_goldens_tell_whether_the_images_are_seen(kind):
 @kinds
 @pytest.mark.parametrize("seed", range(4))
 @torch.no_grad()
+@pytest.mark.fast_cases(8)
 def test_other_sizes_compute_what_slow_code_of_their_own_does(kind, seed, tmp_path):
     written = write(kind, seed)
     model = load(written.to(tmp_path, torch.float64 if seed == 3 else torch.float32))

@@ -130,6 +130,7 @@ def tokenizers(shapes):
 
 @pytest.mark.parametrize("kind", ["shapes", "byte_level", "unigram"])
 @pytest.mark.parametrize("template", TEMPLATES)
+@pytest.mark.fast_cases(8)
 def test_the_supervised_tokens_are_each_answer_with_its_end_mark(tokenizers, kind, template):
     tokenizer = use_template(copy.deepcopy(tokenizers[kind]), template)
     encoder = ChatEncoder(tokenizer, 1, max_length=10**6)

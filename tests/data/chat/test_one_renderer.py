@@ -76,6 +76,7 @@ def tokens_of(processor, text):
 
 @pytest.mark.parametrize("break_behind_images", [True, False])
 @pytest.mark.parametrize(("family", "kind"), CASES)
+@pytest.mark.fast_cases(22)
 def test_every_prompt_is_the_beginning_of_what_was_trained(family, kind, break_behind_images):
     tokenizer = prepare(family_tokenizer(family, kind), break_behind_images=break_behind_images)
     encoder, processor = ChatEncoder(tokenizer, 1, 10**6), processor_for(tokenizer)
@@ -371,9 +372,14 @@ def test_a_conversation_gives_the_prompt_of_training(monkeypatch):
     class Model:
         device = "cpu"
 
-        class config:
-            class text_config:
-                max_position_embeddings = None
+        class model:
+            class llm:
+                class config:
+                    model_type = "llama"
+
+                    @classmethod
+                    def get_text_config(cls, decoder):
+                        return cls
 
         def generate(self, streamer=None, **inputs):
             seen.append(inputs["input_ids"][0].tolist())

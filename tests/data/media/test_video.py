@@ -173,6 +173,7 @@ X264 = {"x264-params": "keyint=20:open-gop=1:bframes=4"}
     "sampling",
     [VideoSampling("uniform", 7), VideoSampling("fps", 40, 0.5), VideoSampling("keyframes", 7)],
 )
+@pytest.mark.fast_cases(6)
 def test_frames_that_are_sought_are_those_of_decoding_everything(
     tmp_path, suffix, codec, options, sampling, monkeypatch
 ):

@@ -42,7 +42,7 @@ SHORT = "task.max_new_tokens=6"
 
 
 @pytest.mark.parametrize("task", BENCHMARKS)
-@pytest.mark.fast_cases(2)
+@pytest.mark.fast_cases(1)
 def test_every_task_answers_and_scores_alike_for_any_batch_size(
     task, model, files, tmp_path, capsys
 ):

@@ -29,6 +29,7 @@ def evaluate(model, out, task, *words):
     return json.loads((out / f"{task}.json").read_text()), lines
 
 
+@pytest.mark.slow
 def test_a_run_has_the_figures_that_its_own_evaluation_gave_it(tmp_path):
     """Perplexity and exact match of its validation file, by the two ways that owlfuse has."""
     sizes = [

@@ -69,6 +69,7 @@ every_kind = pytest.mark.parametrize("kind", KINDS)
 @family
 @every_kind
 @torch.no_grad()
+@pytest.mark.fast_cases(15)
 def test_pictures_change_what_comes_behind_them_alone_and_text_rows_are_the_plain_ones(name, kind):
     fields = fields_of(name, **ALL[name])
     model = fused_llm(KINDS[kind], fields, TOKENS)

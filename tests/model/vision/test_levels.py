@@ -58,6 +58,7 @@ def test_channels_are_those_of_the_output_and_then_of_each_block_from_shallow_to
 
 @family
 @torch.no_grad()
+@pytest.mark.fast_cases(2)
 def test_separate_levels_are_the_same_features_and_index_0_is_the_output(family):
     joined = backbone(family, levels=[1, 3], class_token=False).eval()
     model = backbone(family, levels=[1, 3], class_token=False, join="separate").eval()

@@ -80,6 +80,7 @@ def test_width_patches_and_grid_are_those_of_the_features(family, output):
 
 @family
 @output
+@pytest.mark.fast_cases(10)
 def test_every_parameter_has_a_gradient(family, output):
     model = backbone(family, output=output)
     model(pixels_for(model)).square().sum().backward()

@@ -127,6 +127,7 @@ def test_a_source_may_be_named_by_the_end_of_a_metric(metric, expected):
     assert split_metric(metric, ["val", "val_match"]) == expected
 
 
+@pytest.mark.slow
 def test_the_hash_changes_with_what_is_learned_and_not_with_names_or_workers():
     ablation = read_ablation("gates", write("gates", GATES))
     ablation.seeds = [0]

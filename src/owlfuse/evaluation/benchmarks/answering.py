@@ -24,7 +24,8 @@ from owlfuse.data.collate import Collator
 from owlfuse.data.media.images import open_image
 from owlfuse.data.words import show_words
 from owlfuse.evaluation.benchmarks.base import Question, Task
-from owlfuse.evaluation.generation import generate, max_positions
+from owlfuse.evaluation.generation import generate
+from owlfuse.model.llm import position_limit
 
 UNLIMITED = 2**31
 """Positions of an LLM whose configuration names no limit."""
@@ -59,7 +60,7 @@ class LoadedModel:
         module.to(device).eval()
         self.device = device
         self.thinking = thinking
-        self.max_positions = max_positions(self.model.model)
+        self.max_positions = position_limit(self.model.model.llm)
 
     def generate(self, inputs: Any, **options: Any) -> Tensor:
         """Returns the ids that follow the processor's `inputs` (see `evaluation.generation`)."""
