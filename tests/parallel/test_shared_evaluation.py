@@ -120,8 +120,8 @@ def test_validation_losses_and_what_was_left_out_are_those_of_one_process(folder
 
 def test_what_is_left_out_is_logged_once(folder):
     log = (folder / "together.log").read_text()
-    # before the training and after it, of three runs
-    assert log.count("skipped val:3 of validation source val") == 6
+    # before the training, in its first validation and after it, of three runs
+    assert log.count("skipped val:3 of validation source val") == 9
 
 
 def test_a_run_is_evaluated_again_by_the_processes_of_torchrun(folder):
