@@ -277,6 +277,7 @@ EXPORT_ATTACKS = {
     "no tokenizer": write("tokenizer.json", "{}"),
     "deep tokenizer": write("tokenizer.json", "[" * 100_000),
     "a header of the weights": write("model.safetensors", struct.pack("<Q", 2**60) + b"{}"),
+    "a pipe": lambda folder: os.mkfifo(folder / "special_tokens_map.json"),
 }
 
 SMALL_CHAT = ("chat", "{}", "What?", "--max-new-tokens", "1")

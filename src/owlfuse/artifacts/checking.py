@@ -16,8 +16,8 @@ from peft import LoraConfig
 from transformers.core_model_loading import revert_weight_conversion
 
 from owlfuse.config.trust import check_timm_inside, nodes_of
-from owlfuse.core.errors import DataError
-from owlfuse.core.files import MAX_CONFIG, read_json, read_text
+from owlfuse.core.errors import FILE_ERRORS, DataError
+from owlfuse.core.files import MAX_CONFIG, check_no_device, read_json, read_text
 from owlfuse.data.chat.tokenizer import MAX_TEMPLATE, parse_template
 
 MAX_TABLE = 512 * 2**20
@@ -65,17 +65,11 @@ ADAPTER_KEYS = {
 """Keys of an adapter_config.json that say which layers have an update and of which size. Others
 name modules to import or files to read, and are refused unless they are empty."""
 BUILD_ERRORS = (
+    *FILE_ERRORS,
     ArithmeticError,
     AssertionError,
-    AttributeError,
-    ImportError,
-    LookupError,
     MemoryError,
-    OSError,
-    RuntimeError,
     StrictDataclassError,
-    TypeError,
-    ValueError,
 )
 """What timm, transformers and torch raise for numbers that make no model."""
 
@@ -92,6 +86,8 @@ def check_files(folder: Path) -> None:
             f"{adapter_file}: names another model; owlfuse's adapters lie in {folder / 'adapter'}; "
             "remove the file"
         )
+    for file in folder.rglob("*"):
+        check_no_device(file)
     for file in sorted(folder.glob("*.json")):
         is_table = file.name in TABLE_FILES or file.name.endswith(".index.json")
         content = read_json(file, limit=MAX_TABLE if is_table else MAX_CONFIG)

@@ -259,8 +259,8 @@ def restore_llm_dtype(model: MultimodalLM, weights: dict[str, TensorInfo]) -> No
     for name, info in weights.items():
         dtypes[name.removeprefix("model.")] = FLOATS.get(info.dtype, torch.float32)
     parameters = {name: p for name, p in model.llm.named_parameters(prefix="llm") if name in dtypes}
-    kept = {f"llm.{name}" for name in names_in_float32(model.llm)}
-    matrices = [name for name, p in parameters.items() if p.ndim > 1 and name not in kept]
+    in_float32 = {f"llm.{name}" for name in names_in_float32(model.llm)}
+    matrices = [name for name, p in parameters.items() if p.ndim > 1 and name not in in_float32]
     # of an LLM that was in 4 bits some are in 32, and then all weights are
     if len({dtypes[name] for name in matrices}) == 1:
         for name, parameter in parameters.items():
@@ -385,9 +385,9 @@ def load_base(folder: str, nodes: dict[str, Any], vocab_size: int) -> Multimodal
     if image_size and model.vision.preprocessing.size != (image_size, image_size):
         model.set_image_size(image_size)
     if llm.get("dtype"):
-        kept = names_in_float32(model.llm)
+        in_float32 = names_in_float32(model.llm)
         for name, parameter in model.llm.named_parameters():
-            if name not in kept:
+            if name not in in_float32:
                 parameter.data = parameter.data.to(getattr(torch, llm["dtype"]))
     # the new run's tokenizer may have more tokens
     if model.llm.get_input_embeddings().num_embeddings < vocab_size:

@@ -51,6 +51,17 @@ class DataError(ValueError):
     says."""
 
 
+# What libraries raise for files that are not what they should be.
+FILE_ERRORS = (
+    AttributeError,
+    ImportError,
+    LookupError,
+    OSError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
+
 # Errors of the system about a disk or a path, and not about the program.
 DISK_ERRORS = (
     errno.ENOSPC,

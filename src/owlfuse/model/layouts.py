@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import GenerationMixin, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 Projection = Literal["query", "key", "value", "output"]
@@ -737,6 +737,7 @@ def names_in_float32(llm: PreTrainedModel, strict: bool = True) -> set[str]:
 
 READ_WEIGHT = re.compile(r"\bself\.(\w+)\.weight\b(?:\.(\w+))?")
 """A weight of a child in the source of a class, and the attribute of it that is read, if any."""
+BASES = (nn.Module, PreTrainedModel, GenerationMixin)
 
 
 def layers_past_their_forward(root: nn.Module, types_too: bool = False) -> set[int]:
@@ -765,9 +766,11 @@ def names_of_read_weights(module_class: type[nn.Module], types_too: bool) -> set
     harmless = {"device", "shape"} if types_too else {"device", "shape", "dtype"}
     names: set[str] = set()
     for method_name, method in inspect.getmembers(module_class, inspect.isfunction):
-        is_torchs = method is getattr(nn.Module, method_name, None)
+        # hundreds that read no weight of a layer
+        if any(getattr(base, method_name, None) is method for base in BASES):
+            continue
         # weights are drawn, and joined for inference, outside of any forward pass
-        if is_torchs or any(word in method_name for word in ("init", "reset", "fuse")):
+        if any(word in method_name for word in ("init", "reset", "fuse")):
             continue
         try:
             source = inspect.getsource(method)

@@ -324,10 +324,10 @@ class MultimodalLM(nn.Module):
         LLM keep their precision: in half of it, they would turn far positions wrongly; so do the
         weights that transformers keeps in 32 bits, as those that choose experts. A private name of
         torch's, and the one method that every way to cast goes through."""
-        kept = names_in_float32(self.llm)
+        in_float32 = names_in_float32(self.llm)
         before = {}
         for name, tensor in (*self.llm.named_parameters(), *self.llm.named_buffers()):
-            if "inv_freq" in name or name in kept:
+            if "inv_freq" in name or name in in_float32:
                 before[name] = tensor.data
         # torch casts all of them: they are put back afterwards
         super()._apply(fn, recurse)

@@ -201,12 +201,12 @@ def check_strategy(trainer: Trainer, model: MultimodalLM, checkpoint: Path | Non
         )
     if isinstance(trainer.strategy, Sharded):
         model.check_split(trainer.strategy.sizes()[1])
-        kept = names_in_float32(model.llm)
-        if kept and trainer.precision in ("bf16-true", "16-true"):
+        in_float32 = names_in_float32(model.llm)
+        if in_float32 and trainer.precision in ("bf16-true", "16-true"):
             raise ValueError(
-                f"trainer.precision: of {type(model.llm).__name__} transformers keeps {min(kept)} "
-                f"and {len(kept) - 1} more in 32 bits, and sharding takes one type of a layer; "
-                "take bf16-mixed"
+                f"trainer.precision: of {type(model.llm).__name__} transformers keeps "
+                f"{min(in_float32)} and {len(in_float32) - 1} more in 32 bits, and sharding takes "
+                "one type of a layer; take bf16-mixed"
             )
     if checkpoint is not None and checkpoint.is_dir() and not isinstance(trainer.strategy, Sharded):
         raise ValueError(

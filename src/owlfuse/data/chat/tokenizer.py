@@ -18,7 +18,7 @@ from jinja2 import Environment, TemplateError, TemplateSyntaxError, nodes
 from tokenizers import pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from owlfuse.core.errors import DataError
+from owlfuse.core.errors import FILE_ERRORS, DataError
 from owlfuse.core.files import read_text
 from owlfuse.core.hub_access import check_hub_has
 from owlfuse.core.packages import MissingPackage, check_not_missing, missing, packaged
@@ -90,18 +90,6 @@ def chat_tokenizer(
     return prepare(tokenizer, break_behind_images=break_behind_images)
 
 
-# What transformers and tokenizers raise for files that make no tokenizer.
-READ_ERRORS = (
-    AttributeError,
-    ImportError,
-    LookupError,
-    OSError,
-    RuntimeError,
-    TypeError,
-    ValueError,
-)
-
-
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """Return a tokenizer from a folder, a hub name or a GGUF file; `package:` names are those of
     installed packages' files.
@@ -127,7 +115,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
         raise
     except Exception as error:
         # tokenizers raises a plain Exception for a file that is none of its own
-        if type(error) is not Exception and not isinstance(error, READ_ERRORS):
+        if type(error) is not Exception and not isinstance(error, FILE_ERRORS):
             raise
         folder = Path(path)
         is_sentencepiece = (folder / "tokenizer.model").exists()
@@ -272,8 +260,9 @@ def check_operations(tree: nodes.Template, where: str) -> None:
             problem = f"a constant over {MAX_NUMBER:,}"
         elif isinstance(node, nodes.Mul):
             # A text may be one of them: indentation by a depth.
-            constants = [side for side in (node.left, node.right) if isinstance(side, nodes.Const)]
-            is_bounded = constants and all(is_small(side, MAX_FACTOR) for side in constants)
+            factors = (node.left, node.right)
+            constants = [factor for factor in factors if isinstance(factor, nodes.Const)]
+            is_bounded = constants and all(is_small(constant, MAX_FACTOR) for constant in constants)
             if not is_bounded or next(node.find_all(nodes.Mul), None) is not None:
                 problem = f"a product, of which one factor is no constant up to {MAX_FACTOR}"
         if problem:

@@ -495,7 +495,7 @@ def check_unused(unused: JsonObject, name: str, shown: JsonObject) -> list[Note]
 def check_weight(value: Any, name: str, key: str) -> None:
     """Raise DataError for a record that is to be left out, or to count more or less than
     others."""
-    shown = value
+    written = value
     if isinstance(value, str):
         value = value_of_text(value)
     is_number = isinstance(value, int | float)
@@ -514,7 +514,7 @@ def check_weight(value: Any, name: str, key: str) -> None:
         is_weighted = is_number and value != 1
     if is_weighted:
         raise DataError(
-            f"sample {name}: the record has '{key}': {brief(shown)}; every record counts the "
+            f"sample {name}: the record has '{key}': {brief(written)}; every record counts the "
             "same: take it out of the file, or take the key out"
         )
 

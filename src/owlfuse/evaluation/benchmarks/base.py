@@ -145,8 +145,8 @@ class Task:
         """Returns a hash of what the model is asked, its pictures' contents included, by which an
         answer of an earlier run is known to be one to this question; None where a picture cannot
         be read."""
-        asked = [question.messages, question.tools, len(question.images)]
-        text = json.dumps(asked, default=str)
+        prompt = [question.messages, question.tools, len(question.images)]
+        text = json.dumps(prompt, default=str)
         digest = hashlib.sha256(text.encode())
         try:
             for picture in self.pictures(question):
