@@ -501,7 +501,7 @@ def test_a_run_of_before_loses_the_type_of_newton_schulz_with_a_notice(tree, cap
     OmegaConf.save(saved, tree / "runs/x/y/config.yaml")
     config = composed("resume=runs/x/y")
     assert "newton_schulz" not in config.optim
-    assert caplog.messages == ["runs/x/y: optim.newton_schulz is ignored: Muon is in bfloat16"]
+    assert caplog.messages == ["runs/x/y: optim.newton_schulz is ignored: the device decides"]
 
 
 KEEPS = "a resumed run keeps its experiment and groups; only keys can change"

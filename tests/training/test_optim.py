@@ -80,8 +80,8 @@ def test_muon_steps_by_its_formula_and_adamw_by_torch_s():
         expected = expected - 4e-3 * 0.2 * max(matrix.shape) ** 0.5 * update
     assert torch.equal(norm, twin)
     step = 4e-3 * 0.2 * max(matrix.shape) ** 0.5
-    # bfloat16 has 8 bits, so the entries of a step (at most 1) are right to about a hundredth
-    assert (matrix - expected).abs().max() < 0.03 * step * 3
+    # in bfloat16, as on a GPU, the entries of a step would be right to a hundredth
+    assert (matrix - expected).abs().max() < 1e-4 * step * 3
 
 
 def test_a_state_of_timm_s_muon_is_refused_in_one_line():

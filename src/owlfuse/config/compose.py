@@ -135,7 +135,7 @@ def compose(
         if isinstance(config.get("optim"), DictConfig):
             with open_dict(config.optim):
                 if config.optim.pop("newton_schulz", None):
-                    log.warning("%s: optim.newton_schulz is ignored: Muon is in bfloat16", run)
+                    log.warning("%s: optim.newton_schulz is ignored: the device decides", run)
     _resolve(config)
     if isinstance(config.get("name"), int) and not isinstance(config.name, bool):
         config.name = str(config.name)  # name=1 is a name
