@@ -122,6 +122,16 @@ def test_a_part_that_is_in_no_file_of_the_folder_is_refused_unread(change, folde
         read_shards(folder)
 
 
+@pytest.mark.parametrize("size", [(10**7, 10**7), (-1, 3)])
+def test_a_tensor_that_is_larger_than_the_files_takes_no_memory(size, folder):
+    file = folder / ".metadata"
+    table = pickle.loads(file.read_bytes())
+    table.state_dict_metadata["state_dict.model.a"].size = torch.Size(size)
+    file.write_bytes(pickle.dumps(table))
+    with pytest.raises(DataError, match=r"\.metadata is damaged: a has .* bytes, and the folder"):
+        read_shards(folder)
+
+
 def test_a_value_that_is_a_pickle_is_refused_and_runs_nothing(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     dcp.save(

@@ -167,9 +167,7 @@ def open_locked(path: Path) -> TextIO:
             # lockf, not flock, whose lock forked data workers would hold after the run is killed
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            if error.errno in NO_LOCKS:
-                text = "%s cannot be locked: %s; let no other process use this folder meanwhile"
-                log.warning(text, path, error.strerror)
+            if has_no_locks(path, error):
                 return lock
             lock.close()
             if error.errno in (errno.EACCES, errno.EAGAIN):
@@ -178,6 +176,16 @@ def open_locked(path: Path) -> TextIO:
         if path.exists() and os.path.samestat(path.stat(), os.fstat(lock.fileno())):
             return lock
         lock.close()  # its process ended in between and deleted the file
+
+
+def has_no_locks(path: Path, error: OSError) -> bool:
+    """Returns whether a file could not be locked because its file system has no locks, and logs
+    it."""
+    if error.errno not in NO_LOCKS:
+        return False
+    text = "%s cannot be locked: %s; let no other process use this folder meanwhile"
+    log.warning(text, path, error.strerror)
+    return True
 
 
 def holder(path: Path) -> str:

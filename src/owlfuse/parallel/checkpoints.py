@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import io
 import logging
+import math
 import os
 import pickle
 from collections.abc import Callable, Iterator
@@ -229,9 +230,10 @@ def read_shards(path: Path) -> dict[str, Tensor]:
     process.
 
     Raises:
-        DataError: one of them is no tensor, or damaged.
+        DataError: one of them is no tensor, larger than all files, or damaged.
     """
     weights = {}
+    stored = sum(file.stat().st_size for file in path.iterdir())
     for name, entry in SafeReader(path).read_metadata().state_dict_metadata.items():
         if not name.startswith(PREFIX):
             continue
@@ -239,6 +241,13 @@ def read_shards(path: Path) -> dict[str, Tensor]:
             raise DataError(
                 f"checkpoint {path}: {name.removeprefix(PREFIX)} is a {type(entry).__name__}, "
                 "expected a tensor"
+            )
+        declared = math.prod(entry.size) * entry.properties.dtype.itemsize
+        # before memory is taken for it
+        if not 0 <= declared <= stored:
+            raise DataError(
+                f"{path / TABLE} is damaged: {name.removeprefix(PREFIX)} has {declared:,} bytes, "
+                f"and the folder {stored:,}"
             )
         weights[name] = torch.empty(entry.size, dtype=entry.properties.dtype)
     dcp.load(weights, storage_reader=SafeReader(path), planner=SafePlanner(), no_dist=True)

@@ -1,7 +1,9 @@
 """How cells are started, with a stand-in for the process that trains one."""
 
+import errno
 import fcntl
 import json
+import os
 import threading
 import time
 
@@ -9,6 +11,7 @@ import pytest
 
 from owlfuse.core.errors import ConfigError
 from owlfuse.studies.ablation import launch
+from owlfuse.studies.ablation.run import run_lock
 
 KEYS = ["a-seed0", "b-seed0", "c-seed0"]
 
@@ -122,3 +125,13 @@ def test_submitit_runs_cells_in_processes_and_a_failure_is_in_the_cells_state(fo
     states = [state(folder, key) for key in KEYS[:2]]
     assert [entry["state"] for entry in states] == ["failed", "failed"]
     assert all("KeyError" in entry["error"] for entry in states)
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK])
+def test_an_ablation_runs_on_a_file_system_without_locks(tmp_path, monkeypatch, caplog, number):
+    def fail(file, operation):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", fail)
+    with run_lock(tmp_path / "grid"):
+        assert f"cannot be locked: {os.strerror(number)}" in caplog.text

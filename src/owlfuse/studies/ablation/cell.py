@@ -18,6 +18,7 @@ from typing import Any
 
 from omegaconf import DictConfig, open_dict
 
+from owlfuse.artifacts.runs import has_no_locks
 from owlfuse.config.build import to_dict
 from owlfuse.config.compose import compose
 from owlfuse.config.identity import code_hash, config_hash
@@ -36,7 +37,12 @@ def train_cell(folder: Path, key: str) -> None:
     cell = next(cell for cell in record["cells"] if cell["key"] == key)
     run = folder / key
     with (run / ".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # a process that was left alone may still be ending
+        try:
+            # a process that was left alone may still be ending
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        except OSError as error:
+            if not has_no_locks(run / ".lock", error):
+                raise
         resumes = (run / "config.yaml").exists()
         config = compose_cell(folder, run, cell, resumes)
         # After the configuration: a mistake of it is reported before torch is imported.

@@ -17,6 +17,7 @@ from typing import Any
 
 import yaml
 
+from owlfuse.artifacts.runs import has_no_locks
 from owlfuse.config.check import check_arguments
 from owlfuse.config.folders import find_folders
 from owlfuse.config.identity import differing_hash
@@ -275,6 +276,9 @@ def run_lock(folder: Path) -> Iterator[None]:
             raise DataError(
                 f"{folder} is being run by another process; wait for it, or give another name="
             ) from None
+        except OSError as error:
+            if not has_no_locks(folder / ".lock", error):
+                raise
         yield
 
 
