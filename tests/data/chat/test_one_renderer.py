@@ -264,6 +264,17 @@ def test_names_that_a_template_does_not_write_are_noted(key, is_written):
     assert [note.text for note in sample.notes] == texts
 
 
+@pytest.mark.parametrize("is_written", [True, False])
+def test_ids_of_calls_that_a_template_does_not_write_are_noted(is_written):
+    tokenizer = family_tokenizer("qwen")
+    written = "'<call>' + call.id + ' '" if is_written else "'<call>'"
+    tokenizer.chat_template = TOOLS.replace("'<call>'", written)
+    sample = thinking_chat(("What?", {"content": "", "tool_calls": [{**CALL, "id": "1"}]}))
+    ChatEncoder(tokenizer, 1).encode(sample)
+    unused = "a turn's 'tool_calls.id', which the chat template does not write"
+    assert [note.text for note in sample.notes] == ([] if is_written else [unused])
+
+
 def test_tools_that_a_template_does_not_write_are_refused():
     encoder = ChatEncoder(family_tokenizer("qwen"), 1)
     sample = thinking_chat(("What?", {"content": "I look.", "tool_calls": [CALL]}))

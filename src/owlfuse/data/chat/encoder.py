@@ -130,14 +130,18 @@ class ChatEncoder:
         """Raise DataError where the template leaves out tools, their calls or thoughts: the text is
         the same without them. Of names and ids of calls it is a note of the sample."""
         unwritten = []
-        for key in ("tool_calls", "reasoning_content", "name", "tool_call_id"):
-            if any(key in message for message in messages):
-                without = [without_keys(message, [key]) for message in messages]
+        chats = {
+            key: [without_keys(message, [key]) for message in messages]
+            for key in ("tool_calls", "reasoning_content", "name", "tool_call_id")
+        }
+        chats["tool_calls.id"] = [without_call_ids(message) for message in messages]
+        for key, without in chats.items():
+            if without != messages:
                 # A template that refuses the chat without them writes them.
                 with suppress(DataError):
                     if text == self.render(sample, without):
                         unwritten.append(key)
-        for key in ("name", "tool_call_id"):
+        for key in ("name", "tool_call_id", "tool_calls.id"):
             note = Note("unused", f"a turn's '{key}', which the chat template does not write")
             if key in unwritten:
                 unwritten.remove(key)
@@ -265,3 +269,11 @@ def answer_text(message: Message) -> str:
     if THINK_TAGS[1] not in text:
         return text
     return text.rpartition(THINK_TAGS[1])[2].lstrip("\n")
+
+
+def without_call_ids(message: Message) -> Message:
+    """Return a message whose tool calls have no ids."""
+    if "tool_calls" not in message:
+        return message
+    calls = [without_keys(call, ["id"]) for call in message["tool_calls"]]
+    return {**message, "tool_calls": calls}
