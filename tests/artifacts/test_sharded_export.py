@@ -23,6 +23,7 @@ SMALL = [
     "evaluation.max_questions=2",
     "evaluation.max_new_tokens=2",
     "trainer.max_steps=4",
+    "model/vision=convnet_group_norm",
     "optim=adamw",
     "optim.lr=5e-4",
     "logger.tensorboard=null",

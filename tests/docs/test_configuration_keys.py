@@ -50,6 +50,7 @@ def test_defaults_are_those_of_the_yaml_and_else_of_the_signature(tables):
     vision, *_ = tables["model/vision"]
     assert vision.keys["image_size"].defaults == {
         "convnet": 64,
+        "convnet_group_norm": 64,
         "efficientnet_lite0": 128,
         "timm": None,
     }

@@ -22,6 +22,7 @@ from ranks import by_processes
 
 SMALL = [
     *TINY_SHAPES,
+    "model/vision=convnet_group_norm",
     "data.workers=0",
     "evaluation.max_questions=2",
     "evaluation.max_new_tokens=2",
@@ -51,18 +52,15 @@ LORA = [
     f"model/adapter@model.adapter.{policy}"
     for policy in ("fusion=lora", "llm=lora", "vision=frozen")
 ]
-NO_BATCH_NORMS = [
+SMALL_VIT = [
     "model/vision=timm",
     "model.vision.name=vit_tiny_patch16_224",
     "model.vision.pretrained=false",
     "model.vision.image_size=32",
     "model.vision.kwargs={embed_dim: 32, depth: 2, num_heads: 2}",
 ]
-"""Batch norms of the few pictures of a micro batch have places where rounding decides: one process
-whose weights are nudged by a ten millionth then differs from itself by 6e-5, as several processes
-do from one."""
 SCARCE = [
-    *NO_BATCH_NORMS,
+    *SMALL_VIT,
     *(
         "data.sources.shapes.weight=0.1",
         "data.sources.text.weight=0.9",
@@ -75,7 +73,7 @@ CASES = {
     "owl1": ["experiment=shapes_owl1"],
     "owl2": ["experiment=shapes_owl2"],
     "owl3": OWL3,
-    "owl1-muon": ["experiment=shapes_owl1", *NO_BATCH_NORMS, "optim=muon", "optim.lr=4e-3"],
+    "owl1-muon": ["experiment=shapes_owl1", *SMALL_VIT, "optim=muon", "optim.lr=4e-3"],
     "owl3-static": [*OWL3, "model.fusion.gate=static"],
     "owl2-lora": ["experiment=shapes_owl2", *LORA],
     "owl1-scarce": ["experiment=shapes_owl1", *SCARCE],
@@ -83,10 +81,10 @@ CASES = {
     "owl3-scarce": [*OWL3, *SCARCE],
     "concat-bidirectional": [
         "experiment=shapes_owl1",
-        *NO_BATCH_NORMS,
+        *SMALL_VIT,
         "model.fusion.attention=bidirectional",
     ],
-    "expert": ["experiment=shapes_owl2", *NO_BATCH_NORMS, f"model.fusion.copies={EXPERT}"],
+    "expert": ["experiment=shapes_owl2", *SMALL_VIT, f"model.fusion.copies={EXPERT}"],
     "cross-attention": [
         "experiment=shapes_owl3",
         "model/fusion=cross_attention",
@@ -98,34 +96,21 @@ CASES = {
     "deepstack": [
         "experiment=shapes_owl3",
         "model/fusion=deepstack",
-        *NO_BATCH_NORMS,
+        *SMALL_VIT,
         "model.vision.levels=[0]",
         "model.vision.join=separate",
     ],
 }
-FAST = {
-    *(
-        ("owl1", "ddp", 1),
-        ("owl1", "fsdp", 4),
-        ("owl2", "fsdp", 1),
-        ("owl3", "ddp", 1),
-        ("owl3", "tp", 1),
-    ),
-    *(("owl1-muon", "fsdp", 1), ("owl2-lora", "fsdp", 1), ("owl2-lora", "tp", 1)),
-    *(("owl2-scarce", "ddp", 4), ("owl3-scarce", "fsdp", 1)),
-}
-"""Each case, strategy and accumulation once; the slow tests try them all, and meshes of 2 x 2."""
 
 
 def overrides(case, accumulation, ranks):
     """Micro batches have two pictures or so at least."""
     size = 8 * (2 if accumulation > 1 else 1)
-    vision = NO_BATCH_NORMS if accumulation > 1 else []
     rows = [
         f"data.global_batch_size={size}",
         f"data.micro_batch_size={size // accumulation // ranks}",
     ]
-    return [*SMALL, *CASES[case], *vision, *rows]
+    return [*SMALL, *CASES[case], *rows]
 
 
 def train_both(folder, chosen, splits, processes):
@@ -148,14 +133,6 @@ def train_both(folder, chosen, splits, processes):
         by_processes(processes, together, folder, "together")
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """Where the fast runs lie once they are done."""
-    path = tmp_path_factory.mktemp("ranks")
-    train_both(path, sorted(FAST), SPLIT, 2)
-    return path
-
-
 def run_of(folder, kind, name):
     (path,) = (folder / kind).glob(f"*/{name}")
     return path
@@ -175,7 +152,8 @@ def weights(run, scratch):
 
 
 def check(folder, scratch, case, split, accumulation):
-    """The losses of 20 steps agree within 1e-5, and the weights after them within 1e-4."""
+    """The losses of 20 steps agree within 1e-5, and the weights after them and the evaluation
+    within 1e-4."""
     name = f"{case}-{accumulation}"
     one, two = run_of(folder, "alone", name), run_of(folder, split, name)
     assert len(column(two, "train/loss")) == 20
@@ -185,18 +163,14 @@ def check(folder, scratch, case, split, accumulation):
     for key in mine:
         # no softmax depends on it: its gradient is rounding, which Adam makes large
         if "key.bias" not in key:
-            # statistics are no weights, and features that they are of may be large
-            relative = 5e-3 if "running_" in key else 0
             message = partial("{}: {}".format, key)
-            torch.testing.assert_close(
-                mine[key], theirs[key], atol=1e-4, rtol=relative, msg=message
-            )
+            torch.testing.assert_close(mine[key], theirs[key], atol=1e-4, rtol=0, msg=message)
+    assert val_loss(two) == pytest.approx(val_loss(one), abs=1e-4)
+    assert (two / "answers.jsonl").exists()
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("case", "split", "accumulation"), sorted(FAST))
-def test_two_processes_follow_one(folder, tmp_path, case, split, accumulation):
-    check(folder, tmp_path, case, split, accumulation)
+def val_loss(run):
+    return json.loads((run / "results.json").read_text())["metrics"]["val/loss"]
 
 
 @pytest.mark.slow
@@ -206,6 +180,9 @@ def test_every_split_follows_one_process(tmp_path, case):
     train_both(tmp_path, chosen, SPLIT, 2)
     for one in chosen:
         check(tmp_path, tmp_path, *one)
+    if case == "owl3-scarce":
+        without = column(run_of(tmp_path, "fsdp", "owl3-scarce-1"), "data/ranks_without_images")
+        assert {1, 2} <= set(without)
 
 
 @pytest.mark.slow
@@ -255,25 +232,6 @@ def test_processes_that_end_right_after_a_collective_end_well(tmp_path):
             check=False,
         )
         assert done.returncode == 0, done.stderr[-2000:]
-
-
-@pytest.mark.slow
-def test_some_steps_had_pictures_on_one_rank_alone_and_some_on_none(folder):
-    without = column(run_of(folder, "fsdp", "owl3-scarce-1"), "data/ranks_without_images")
-    assert {1, 2} <= set(without)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("name", "split"), [("owl3-1", "ddp"), ("owl2-1", "fsdp"), ("owl3-1", "tp")]
-)
-def test_evaluation_of_the_processes_agrees_with_one(folder, name, split):
-    one, two = (
-        json.loads((run_of(folder, kind, name) / "results.json").read_text())
-        for kind in ("alone", split)
-    )
-    assert two["metrics"]["val/loss"] == pytest.approx(one["metrics"]["val/loss"], abs=1e-4)
-    assert (run_of(folder, split, name) / "answers.jsonl").exists()
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import torch
 from families import small_fields
 from helpers import CONNECTORS, make_model
 from owlfuse.core.errors import ConfigError
-from owlfuse.training.optim import AdamWCosine, MuonCosine
+from owlfuse.training.optim import AdamWCosine, MuonCosine, check_groups
 
 
 def groups_by_parameter(optimizer: torch.optim.Optimizer) -> dict[int, dict]:
@@ -114,6 +114,15 @@ def test_a_reloaded_state_of_muon_goes_on_alike():
     assert all(
         torch.equal(p, q) for p, q in zip(model.parameters(), twin.parameters(), strict=True)
     )
+
+
+def test_a_checkpoint_with_other_parameter_groups_is_refused_in_one_line():
+    model = make_model("concat")
+    groups = AdamWCosine().groups(model)
+    saved = AdamWCosine().build(model, 10)["optimizer"].state_dict()["param_groups"]
+    check_groups(saved, groups)
+    with pytest.raises(ConfigError, match=r"optim: .* has llm otherwise .* differ.* init_from=RUN"):
+        check_groups(saved, AdamWCosine(layer_decay={"llm": 0.9}).groups(model))
 
 
 def test_adamw_trains_every_parameter_once():

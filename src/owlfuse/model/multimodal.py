@@ -43,6 +43,7 @@ from owlfuse.model.quantization import (
     quantized_counts,
 )
 from owlfuse.model.vision.base import Backbone
+from owlfuse.model.vision.batch_norm import trained_norms
 
 
 class MultimodalLM(nn.Module):
@@ -342,9 +343,9 @@ class MultimodalLM(nn.Module):
     def train(self, mode: bool = True) -> MultimodalLM:
         """Sets modes as torch's, but a batch norm whose weight is frozen keeps its statistics."""
         super().train(mode)
+        trained = set(trained_norms(self))
         for module in self.modules():
-            is_norm = isinstance(module, _BatchNorm) and module.weight is not None
-            if is_norm and not module.weight.requires_grad:
+            if isinstance(module, _BatchNorm) and module not in trained:
                 module.eval()
         return self
 

@@ -7,26 +7,24 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from lightning import LightningModule, Trainer
 from peft.tuners.lora import LoraLayer
-from torch import Tensor, nn
+from timm.layers import convert_sync_batchnorm
+from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.distributed.tensor import Shard as SplitAlong
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from owlfuse.core.types import without_keys
 from owlfuse.model.multimodal import MultimodalLM
-from owlfuse.model.vision.batch_norm import SyncedBatchNorm
-from owlfuse.parallel.collectives import data_group
+from owlfuse.model.vision.batch_norm import trained_norms
+from owlfuse.parallel.collectives import data_group, data_ranks
 from owlfuse.parallel.strategies import Sharded
 
 
@@ -189,37 +187,20 @@ def receive_weights(model: MultimodalLM, source: MultimodalLM | None, strategy: 
     )
 
 
-def synchronize_norms(model: MultimodalLM, trainer: Any) -> None:
-    """Batch norms take the statistics of all ranks' rows, as one process would."""
+def check_norms(model: MultimodalLM, trainer: Trainer) -> None:
+    """Raises ValueError for batch norms that are trained by several processes without GPUs."""
+    on_cpus = trainer.strategy.root_device.type == "cpu" and data_ranks(trainer) > 1
+    if on_cpus and trained_norms(model):
+        raise ValueError(
+            "model.vision: batch norms are trained, and torch adds up the statistics of several "
+            "processes on GPUs alone; take one process, a backbone without them (such as "
+            "model/vision=convnet_group_norm), or model/adapter@model.adapter.vision=frozen"
+        )
+
+
+def synchronize_norms(model: MultimodalLM, trainer: Trainer) -> None:
+    """Batch norms that are trained take the statistics of all ranks' pictures, as one process
+    would (torch's SyncBatchNorm)."""
     group = data_group(trainer)
-    if group is None:
-        return
-    # a list, since modules are replaced on the way
-    for module in list(model.modules()):
-        for name, child in module.named_children():
-            if isinstance(child, _BatchNorm):
-                setattr(module, name, SyncedBatchNorm(child, partial(add_over, group=group)))
-
-
-class SumOverRanks(torch.autograd.Function):
-    """The sum of a tensor over a group's ranks, and backward the sum of its gradients."""
-
-    @staticmethod
-    def forward(ctx: Any, tensor: Tensor, group: Any) -> Tensor:
-        ctx.group = group
-        # all_reduce works in place, and the forward's own tensor has to stay
-        total = tensor.clone()
-        dist.all_reduce(total, group=group)
-        return total
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        # likewise: autograd may use the gradient elsewhere
-        total = gradient.contiguous().clone()
-        dist.all_reduce(total, group=ctx.group)
-        return total, None
-
-
-def add_over(tensor: Tensor, group: Any) -> Tensor:
-    """The tensor's sum over a group's ranks, with a gradient."""
-    return SumOverRanks.apply(tensor, group)
+    if group is not None and trained_norms(model):
+        convert_sync_batchnorm(model, group)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import math
+from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from owlfuse.model.adapters import PartSummary, print_summary
 from owlfuse.model.llm import balancing_coefficient
 from owlfuse.model.loss import batch_loss
 from owlfuse.model.multimodal import MultimodalLM, build_model
+from owlfuse.model.vision.batch_norm import trained_norms
 from owlfuse.parallel.collectives import (
     all_gather_rows,
     all_reduce_gradients,
@@ -39,7 +41,7 @@ from owlfuse.parallel.collectives import (
 )
 from owlfuse.parallel.sharding import build_for, zero_other_rows
 from owlfuse.training.finite import FiniteWatch
-from owlfuse.training.optim import AdamWCosine, apply_schedule, group_settings
+from owlfuse.training.optim import AdamWCosine, apply_schedule, check_groups, group_settings
 from owlfuse.training.sample_counts import SampleCounts
 from owlfuse.training.validation_losses import ValidationLosses
 
@@ -81,6 +83,7 @@ class MultimodalModule(lightning.LightningModule):
         self.configured_groups: list[dict[str, Any]] = []
         # None until configure_model, where Lightning wants it built
         self.model: MultimodalLM = None  # type: ignore[assignment]
+        self.norms_are_shared = False
         self.updated_at: int | None = None
         """The trainer's step when the last update of the weights began; the step rises when the
         update is done."""
@@ -106,6 +109,7 @@ class MultimodalModule(lightning.LightningModule):
             finally:
                 torch.set_default_dtype(default)
             set_precision(self.model, self.trainer.precision)
+            self.norms_are_shared = data_ranks(self.trainer) > 1 and bool(trained_norms(self.model))
             if self.global_rank == 0:
                 print_summary(summary, self.model_config)
                 if self.model.new_rows:
@@ -130,7 +134,8 @@ class MultimodalModule(lightning.LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """The summed loss, scaled so that after Lightning's division by the accumulation steps, and
         the ranks' mean, the sum over both is left."""
-        loss, tokens = batch_loss(self.model, batch)
+        with self.norms_of(batch):
+            loss, tokens = batch_loss(self.model, batch)
         self.samples.add(batch)
         self.loss_sum = self.loss_sum + loss.detach()
         self.token_count = self.token_count + tokens
@@ -142,6 +147,17 @@ class MultimodalModule(lightning.LightningModule):
 
         divided_later = self.trainer.accumulate_grad_batches * data_ranks(self.trainer)
         return loss * (divided_later * self.loss_scale)
+
+    def norms_of(self, batch: Batch) -> AbstractContextManager[None]:
+        """A context for a batch, in which batch norms of several ranks keep their statistics where
+        a rank has no picture: in its place they would take the blank one's, and without it the
+        others would wait for ever."""
+        if not self.norms_are_shared:
+            return nullcontext()
+        without_images = torch.tensor([float(not batch.has_images)], device=self.device)
+        if all_gather_rows(self.trainer, without_images).any():
+            return self.model.vision.statistics_kept()
+        return nullcontext()
 
     @property
     def loss_scale(self) -> float:
@@ -273,6 +289,8 @@ class MultimodalModule(lightning.LightningModule):
         self.configure_model()
         if "state_dict" in checkpoint:
             check_fits(self.model, model_state(checkpoint), checkpoint.get("frozen", {}))
+        for state in checkpoint.get("optimizer_states", []):
+            check_groups(state["param_groups"], self.optim.groups(self.model))
         if checkpoint.keys() >= AVERAGED:
             # loaded strictly by that callback: what is frozen is the same in both
             for key in AVERAGED:

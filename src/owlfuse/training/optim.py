@@ -261,6 +261,19 @@ def group_settings(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
     ]
 
 
+def check_groups(saved: list[dict[str, Any]], groups: list[dict[str, Any]]) -> None:
+    """Raises ConfigError where a checkpoint's parameter groups are not those of the run."""
+    before = {group.get("name"): len(group["params"]) for group in saved}
+    now = {group["name"]: len(group["params"]) for group in groups}
+    if before != now:
+        differing = sorted(f"{name}" for name, _ in before.items() ^ now.items())
+        raise ConfigError(
+            f"optim: the checkpoint's optimizer has {differing[0]} otherwise than this run (of its "
+            f"parameter groups, {len(set(differing))} differ); give `optim` as it was, or start "
+            "another run from its weights by init_from=RUN"
+        )
+
+
 def apply_schedule(
     scheduler: Any, settings: list[dict[str, Any]] | None = None
 ) -> tuple[float, float] | None:

@@ -41,7 +41,7 @@ from owlfuse.model.llm_probe import check_packing
 from owlfuse.model.multimodal import on_meta
 from owlfuse.model.new_tokens import tokens_to_train
 from owlfuse.parallel.ranks import evaluation_ranks
-from owlfuse.parallel.sharding import evaluation_precision
+from owlfuse.parallel.sharding import check_norms, evaluation_precision
 from owlfuse.parallel.strategies import (
     Sharded,
     check_strategy,
@@ -113,6 +113,7 @@ def train(config: DictConfig, folder: Path, data_digest: str | None, at_exit: Ex
         data.bind(plan.vision.preprocessing, plan.fusion.tokens_per_image)
         trainer = make_trainer(config, data, folder, past)
         check_strategy(trainer, plan, checkpoint)
+        check_norms(plan, trainer)
         plan.check_training(isinstance(trainer.strategy, Sharded))
         if not past and not config.get("init_from"):
             plan.check_start()

@@ -333,14 +333,31 @@ def test_heads_that_do_not_divide_the_width_are_a_value_error():
         )
 
 
-def test_norm_brings_each_feature_to_mean_0_and_variance_1_over_the_batch():
+@pytest.mark.parametrize(
+    ("norm", "over"),
+    # (pictures, places); true is of runs of before
+    [("instance", (1,)), ("batch", (0, 1)), (True, (0, 1))],
+)
+def test_norm_brings_each_feature_to_mean_0_and_variance_1(norm, over):
     plain = backbone("resnet", positions=True)
-    normed = backbone("resnet", positions=True, norm=True)
+    normed = backbone("resnet", positions=True, norm=norm)
     normed.body.load_state_dict(plain.body.state_dict())
     pixels = pixels_for(plain, 8)
     raw, features = plain(pixels) - plain.positions, normed(pixels) - normed.positions
-    wanted = (raw - raw.mean((0, 1))) / (raw.var((0, 1), unbiased=False) + 1e-5).sqrt()
+    variance = raw.var(over, unbiased=False, keepdim=True)
+    wanted = (raw - raw.mean(over, keepdim=True)) / (variance + 1e-5).sqrt()
     torch.testing.assert_close(features, wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_an_instance_norm_of_one_place_is_refused_when_built_and_at_another_size():
+    one_place = "instance is over the places of a picture, and the backbone gives one at 32 x 32"
+    with pytest.raises(ValueError, match=one_place):
+        TimmBackbone("resnet10t", image_size=32, norm="instance")
+    model = TimmBackbone("resnet10t", image_size=64, norm="instance")
+    with pytest.raises(ValueError, match=one_place):
+        model.set_image_size(32)
+    with pytest.raises(ValueError, match="norm is 'layer', expected one of instance, batch"):
+        TimmBackbone("resnet10t", image_size=64, norm="layer")
 
 
 def test_norm_is_trained_with_the_last_block_and_stays_with_the_statistics_of_a_batch_without_images():

@@ -23,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 from owlfuse.model.parts import check_choice
 from owlfuse.model.positions import sincos_2d_spread
 from owlfuse.model.vision.base import Backbone, Preprocessing, Resize
-from owlfuse.model.vision.batch_norm import allow_single_values, set_blank
+from owlfuse.model.vision.batch_norm import allow_single_values
 from owlfuse.model.vision.body import (
     all_differentiable,
     checkpoint_blocks,
@@ -37,6 +37,7 @@ from owlfuse.model.vision.body import (
 log = logging.getLogger(__name__)
 
 Output = Literal["last", "penultimate"]
+Norm = Literal["instance", "batch"]
 Join = Literal["channel", "separate"]
 LISTS = (nn.ModuleList, nn.Sequential)
 
@@ -68,9 +69,11 @@ class TimmBackbone(Backbone):
         positions: add a fixed sin-cos table of the patches' places to the features: for
             convolutional backbones, which have no position embeddings of their own, and fusions
             that read an image's patches as a set.
-        norm: a batch norm over the features, before the positions: from random weights a backbone
-            gives nearly the same features for every picture, and the little that tells pictures
-            apart is learned several times faster at unit size.
+        norm: a norm over the features, before the positions: from random weights a backbone gives
+            nearly the same features for every picture and place, and the little that tells them
+            apart is learned several times faster at unit size. `instance`: of each channel over
+            the places of a picture; `batch`, as `true` in runs of before: over all pictures of the
+            batch.
         image_size: side in pixels; by default that of the model's own data configuration.
         resize: what becomes of a picture's aspect ratio: `stretch`, `letterbox` or `crop` (see
             `Preprocessing`).
@@ -86,8 +89,8 @@ class TimmBackbone(Backbone):
 
     Raises:
         ValueError: an unknown name, a model whose features are no single map, a level that is not
-            there or has another grid than the output, a chunk below 1, or checkpointing of a model
-            that has batch norms or does not support it.
+            there or has another grid than the output, an instance norm over one place, a chunk
+            below 1, or checkpointing of a model that has batch norms or does not support it.
     """
 
     COMPUTE_ONLY: ClassVar = ("chunk", "gradient_checkpointing")
@@ -103,7 +106,7 @@ class TimmBackbone(Backbone):
         output: Output = "last",
         class_token: bool = True,
         positions: bool = False,
-        norm: bool = False,
+        norm: Norm | bool | None = None,
         image_size: int | None = None,
         kwargs: dict[str, Any] | None = None,
         chunk: int | None = None,
@@ -154,7 +157,8 @@ class TimmBackbone(Backbone):
                 f"positions need a width divisible by 4, and that of {name} is {self.width}"
             )
         # each level has statistics of its own
-        self.norm = nn.BatchNorm1d(self.width * (1 + self.extra_levels)) if norm else None
+        self.norm = feature_norm(norm, self.width * (1 + self.extra_levels))
+        self.check_places()
         self.positions: Tensor | None
         # in no checkpoint: it follows from the size of the pictures, which may change
         self.register_buffer("positions", self.table() if positions else None, persistent=False)
@@ -183,10 +187,10 @@ class TimmBackbone(Backbone):
 
     def log_unlearned(self) -> None:
         """Logs that a norm over the features, whose statistics training learns, is frozen."""
-        if self.norm is not None and not self.norm.weight.requires_grad:
+        if isinstance(self.norm, _BatchNorm) and not self.norm.weight.requires_grad:
             log.warning(
                 "model.vision.norm has no effect: its statistics are learned by training, and the "
-                "part is frozen; set norm=false, or train the part in full"
+                "part is frozen; set norm=null, or train the part in full"
             )
 
     def inner_model(self) -> nn.Module:
@@ -212,6 +216,7 @@ class TimmBackbone(Backbone):
         with naming_size(type(self.body).__name__, size):
             self.patches, width, self.grid = self.measure()
         self.check_tokens(type(self.body).__name__)
+        self.check_places()
         if width != self.width:
             raise ValueError(
                 f"image_size {image_size} gives features of width {width}, and they were "
@@ -219,6 +224,16 @@ class TimmBackbone(Backbone):
             )
         if self.positions is not None:
             self.positions = self.table().to(self.positions)
+
+    def check_places(self) -> None:
+        """Raises ValueError for an instance norm over features of one place, which are all 0
+        behind it."""
+        if isinstance(self.norm, nn.InstanceNorm1d) and self.patches == 1:
+            height, width = self.preprocessing.size
+            raise ValueError(
+                "norm: instance is over the places of a picture, and the backbone gives one at "
+                f"{height} x {width} pixels; choose norm: null, or a larger image_size"
+            )
 
     def resolve_levels(self, name: str, levels: list[int]) -> list[int]:
         """Returns the levels as numbers from 0, from shallow to deep.
@@ -256,7 +271,7 @@ class TimmBackbone(Backbone):
         else:
             features = self.sequence_features(pixels)
         if self.norm is not None:
-            # a batch norm is over the second dimension
+            # a norm of channels is over the second dimension
             features = self.norm(features.transpose(1, 2)).transpose(1, 2)
         if self.extra_levels:
             features = features.unflatten(2, (1 + self.extra_levels, -1)).transpose(1, 2)
@@ -481,11 +496,26 @@ class TimmBackbone(Backbone):
         """Inside, batch norms neither use nor move the batch's statistics: for the blank image
         of a batch without images."""
         norms = [m for m in self.modules() if isinstance(m, _BatchNorm) and m.training]
-        set_blank(norms, True)
+        for norm in norms:
+            norm.eval()
         try:
             yield
         finally:
-            set_blank(norms, False)
+            for norm in norms:
+                norm.train()
+
+
+def feature_norm(norm: Norm | bool | None, width: int) -> nn.Module | None:
+    """Returns the norm over features (N, Dv, P), by the option of that name; None without one.
+
+    Raises ValueError for an unknown one.
+    """
+    if norm is None or norm is False:
+        return None
+    if norm is True or norm == "batch":
+        return nn.BatchNorm1d(width)
+    check_choice("norm", norm, Norm)
+    return nn.InstanceNorm1d(width, affine=True)
 
 
 @contextmanager
