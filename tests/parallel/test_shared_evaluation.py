@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_parallel import OWL3, SMALL, SMALL_VIT, SPLIT, TWO, column
+from test_parallel import OWL3, SMALL, SPLIT, TWO, column
 
 from helpers import SHAPE_COUNTS
 from owlfuse.config.compose import compose
@@ -26,7 +26,6 @@ RUN = [
     *(word for word in SMALL if not word.startswith("+data.prepare")),
     *(f"+data.prepare.{name}={count}" for name, count in COUNTS.items()),
     *OWL3,
-    *SMALL_VIT,
     "data.global_batch_size=8",
     "data.pack_to=512",
     "data.validation_samples=70",
