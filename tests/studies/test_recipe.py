@@ -498,7 +498,6 @@ def begun_by(stage, words, monkeypatch):
 
 @pytest.mark.slow
 def test_under_torchrun_every_rank_goes_through_the_same_stages_and_one_writes():
-    vision = ["model/vision=convnet_group_norm"]
     command = [
         sys.executable,
         "-m",
@@ -513,7 +512,6 @@ def test_under_torchrun_every_rank_goes_through_the_same_stages_and_one_writes()
         "recipe",
         "tiny",
         *SMALL,
-        *vision,
         "name=ranks",
         "trainer.devices=2",
         "trainer.strategy=ddp",
@@ -525,7 +523,7 @@ def test_under_torchrun_every_rank_goes_through_the_same_stages_and_one_writes()
         == done.stdout.count("tiny: what the stages reached")
         == 1
     )
-    recipe_command("tiny", [*SMALL, *vision, "name=one"])
+    recipe_command("tiny", [*SMALL, "name=one"])
     for name in ("first", "second", "third"):
         alone = weights(Path("runs/tiny/one") / name)
         for key, tensor in weights(Path("runs/tiny/ranks") / name).items():
