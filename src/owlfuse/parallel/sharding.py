@@ -22,6 +22,7 @@ from torch.distributed.tensor import Shard as SplitAlong
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 from owlfuse.core.types import without_keys
+from owlfuse.model.adapters import PARTS
 from owlfuse.model.multimodal import MultimodalLM
 from owlfuse.model.vision.batch_norm import trained_norms
 from owlfuse.parallel.collectives import data_group, data_ranks
@@ -189,13 +190,16 @@ def receive_weights(model: MultimodalLM, source: MultimodalLM | None, strategy: 
 
 def check_norms(model: MultimodalLM, trainer: Trainer) -> None:
     """Raises ValueError for batch norms that are trained by several processes without GPUs."""
-    on_cpus = trainer.strategy.root_device.type == "cpu" and data_ranks(trainer) > 1
-    if on_cpus and trained_norms(model):
-        raise ValueError(
-            "model.vision: batch norms are trained, and torch adds up the statistics of several "
-            "processes on GPUs alone; take one process, a backbone without them (such as "
-            "model/vision=convnet_group_norm), or model/adapter@model.adapter.vision=frozen"
-        )
+    if trainer.strategy.root_device.type != "cpu" or data_ranks(trainer) == 1:
+        return
+    # a connector or a fusion of the user's own may have some, too
+    for part in PARTS:
+        if trained_norms(getattr(model, part)):
+            raise ValueError(
+                f"model.{part}: batch norms are trained, and torch adds up the statistics of "
+                "several processes on GPUs alone; take one process, a part without them (such as "
+                f"model/vision=convnet_group_norm), or model/adapter@model.adapter.{part}=frozen"
+            )
 
 
 def synchronize_norms(model: MultimodalLM, trainer: Trainer) -> None:

@@ -130,17 +130,14 @@ class ChatEncoder:
         """Raise DataError where the template leaves out tools, their calls or thoughts: the text is
         the same without them. Of names and ids of calls it is a note of the sample."""
         unwritten = []
-        chats = {
-            key: [without_keys(message, [key]) for message in messages]
-            for key in ("tool_calls", "reasoning_content", "name", "tool_call_id")
-        }
-        chats["tool_calls.id"] = [without_call_ids(message) for message in messages]
-        for key, without in chats.items():
-            if without != messages:
-                # A template that refuses the chat without them writes them.
-                with suppress(DataError):
-                    if text == self.render(sample, without):
-                        unwritten.append(key)
+        for key in ("tool_calls", "tool_calls.id", "reasoning_content", "name", "tool_call_id"):
+            if not any(key.partition(".")[0] in message for message in messages):
+                continue
+            without = [without_key(message, key) for message in messages]
+            # A template that refuses the chat without them writes them.
+            with suppress(DataError):
+                if without != messages and text == self.render(sample, without):
+                    unwritten.append(key)
         for key in ("name", "tool_call_id", "tool_calls.id"):
             note = Note("unused", f"a turn's '{key}', which the chat template does not write")
             if key in unwritten:
@@ -271,9 +268,9 @@ def answer_text(message: Message) -> str:
     return text.rpartition(THINK_TAGS[1])[2].lstrip("\n")
 
 
-def without_call_ids(message: Message) -> Message:
-    """Return a message whose tool calls have no ids."""
-    if "tool_calls" not in message:
-        return message
-    calls = [without_keys(call, ["id"]) for call in message["tool_calls"]]
-    return {**message, "tool_calls": calls}
+def without_key(message: Message, key: str) -> Message:
+    """Return a message without a key; without `tool_calls.id`, its calls have no ids."""
+    key, _, inner = key.partition(".")
+    if not inner or key not in message:
+        return without_keys(message, [key])
+    return {**message, key: [without_keys(call, [inner]) for call in message[key]]}
