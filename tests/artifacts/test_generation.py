@@ -82,8 +82,9 @@ def test_greedy_in_a_left_padded_batch_is_that_of_each_row_alone_without_a_cache
 
 
 @each(all_fusions())
-@pytest.mark.fast_cases(4)
-def test_logits_with_a_cache_are_those_without(node):
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+@pytest.mark.fast_cases(6)
+def test_logits_with_a_cache_are_those_without(node, cache):
     model = wrapped(node)
     options = {
         "do_sample": False,
@@ -93,7 +94,7 @@ def test_logits_with_a_cache_are_those_without(node):
     }
     _, given = inputs(model, ROWS)
     cached, uncached = (
-        model.generate(**given, **options),
+        model.generate(**given, **options, cache_implementation=cache),
         model.generate(**given, **options, use_cache=False),
     )
     assert torch.equal(cached.sequences, uncached.sequences)
@@ -180,6 +181,38 @@ def test_generation_goes_on_from_a_cache_of_the_prompts_beginning(node):
         model(given["input_ids"][:, -1:], cache=cache)
 
 
+@each(all_fusions())
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"prefill_chunk_size": 3},
+        {"prefill_chunk_size": 3, "cache_implementation": "static"},
+        {"prompt_lookup_num_tokens": 3},
+    ],
+    ids=str,
+)
+@pytest.mark.fast_cases(4)
+def test_other_ways_of_decoding_give_the_same_answer(node, options):
+    model = wrapped(node)
+    _, given = inputs(model, LATER)
+    expected = model.generate(**given, do_sample=False, max_new_tokens=6)
+    # a chunk that ends inside of an image
+    if node.get("attention") == "bidirectional" and "prefill_chunk_size" in options:
+        with pytest.raises(ValueError, match="needs an image's .* tokens in one forward pass"):
+            model.generate(**given, **options, do_sample=False, max_new_tokens=6)
+        return
+    answer = model.generate(**given, **options, do_sample=False, max_new_tokens=6)
+    assert torch.equal(answer, expected)
+
+
+def test_a_mask_of_another_shape_is_refused():
+    model = wrapped(all_fusions()["concat"])
+    batch, given = inputs(model, ROWS[:1])
+    mask = batch.attention_mask[:, None, None].bool()
+    with pytest.raises(ValueError, match=r"attention_mask has the shape \(1, 1, 1, .*\(rows, pos"):
+        model(**{**given, "attention_mask": mask})
+
+
 def test_sampling_is_repeated_by_the_seed():
     model = wrapped(all_fusions()["concat"])
     first, second, other = (
@@ -242,6 +275,30 @@ def test_logits_and_loss_are_the_models_own(node):
         expected[:, :-1].flatten(0, 1), batch.labels[:, 1:].flatten()
     )
     torch.testing.assert_close(out.loss, loss)
+
+
+def test_micro_batches_are_divided_by_what_the_trainer_of_transformers_counts():
+    model = wrapped(all_fusions()["concat"])
+    batch = make_batch(ROWS, model.config.tokens_per_image)
+    given = {
+        "input_ids": batch.input_ids,
+        "attention_mask": batch.attention_mask,
+        "pixel_values": batch.pixel_values,
+        "labels": batch.labels,
+    }
+    supervised = int((batch.labels[:, 1:] != -100).sum())
+    with torch.no_grad():
+        loss = model(**given).loss
+        share = model(**given, num_items_in_batch=torch.tensor(4 * supervised)).loss
+    torch.testing.assert_close(share, loss / 4)
+
+
+@pytest.mark.parametrize("name", ["position_ids", "inputs_embeds", "output_hidden_states"])
+def test_an_argument_without_effect_is_refused(name):
+    model = wrapped(all_fusions()["concat"])
+    _, given = inputs(model, ROWS[:1])
+    with pytest.raises(TypeError, match=f"^{name}: owlfuse's models have no such argument"):
+        model(**given, **{name: torch.zeros(1, 2)})
 
 
 @pytest.mark.parametrize(

@@ -28,6 +28,7 @@ from owlfuse.data.mixture.mixture import Mixture
 from owlfuse.data.shapes.write import write_shapes
 from owlfuse.model.multimodal import on_meta
 from owlfuse.training import train
+from single_draws import look_up
 
 SMALL = [*SMALL_RUN, "evaluation.max_questions=8", "evaluation.max_new_tokens=3"]
 EXPERIMENTS = sorted(name for name in find_folders().experiment_names if name.startswith("shapes_"))
@@ -364,9 +365,8 @@ def test_skipped_samples_are_counted_in_mixture_json_over_a_resume_and_limited()
     train.run(compose([f"resume={run_folder}", "trainer.max_steps=12"]))
     mixture = json.loads((run_folder / "mixture.json").read_text())
     schedule = Mixture({"shapes": 48, "text": 120}, {"shapes": 0.65, "text": 0.35}, seed=0)
-    wrong = [
-        schedule[k] for k in range(12 * 8) if schedule[k][0] == "shapes" and schedule[k][1] % 4 == 0
-    ]
+    drawn = [look_up(schedule, position) for position in range(12 * 8)]
+    wrong = [(source, index) for source, index in drawn if source == "shapes" and index % 4 == 0]
     row = mixture["sources"]["shapes"]
     assert row["skipped"] == sum(skip["times"] for skip in mixture["skipped"]) == len(wrong) > 12
     assert row["skipped_samples"] == len(mixture["skipped"]) == len(set(wrong)) == 12

@@ -8,6 +8,7 @@ import pytest
 import torch
 from matplotlib import colormaps
 from PIL import Image
+from torch import nn
 
 from helpers import (
     CONNECTORS,
@@ -40,11 +41,13 @@ from owlfuse.data.formats.llava import LLaVA
 from owlfuse.data.media.tiles import views_of
 from owlfuse.data.shapes.write import write_shapes
 from owlfuse.evaluation.explain.attention import attention_to_pictures, picture_maps
+from owlfuse.evaluation.explain.contact_sheet import maps_of_answers
 from owlfuse.evaluation.explain.overlays import COLORS, overlay, side_by_side
 from owlfuse.evaluation.validation import Evaluation
 from owlfuse.model.connectors.abstractor import Abstractor
 from owlfuse.model.connectors.linear import LinearConnector
 from owlfuse.model.multimodal import build_model, make_part
+from owlfuse.parallel.ranks import Ranks
 from owlfuse.serving.chat import Conversation, answer_line
 from reference_lm import ReferenceLM, Shape
 
@@ -545,6 +548,17 @@ def test_a_contact_sheet_has_overlays_where_they_are_asked_for(shapes, tmp_path,
     with caplog.at_level(logging.WARNING):
         assert evaluated(shapes, tmp_path, model, explain=True)[2] == plain
     assert "contact sheet has no overlays: vision: timm does not tell" in caplog.text
+
+
+def test_another_rank_that_has_failed_ends_this_one():
+    """Its error is no reason to go on without overlays: it would be waited for."""
+
+    class SecondRank(Ranks):
+        def deal(self, *work):
+            raise DataError("rank 0 has failed: RuntimeError: out of memory")
+
+    with pytest.raises(DataError, match="rank 0 has failed"):
+        maps_of_answers(nn.Module(), None, [], 1, SecondRank(1, 2))
 
 
 def test_the_overlay_of_a_tiled_picture_is_as_fine_as_its_tiles(shapes, tmp_path):

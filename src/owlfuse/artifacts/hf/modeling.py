@@ -129,6 +129,7 @@ class OwlfuseForConditionalGeneration(PreTrainedModel, GenerationMixin):
         use_cache: bool = False,
         logits_to_keep: int = 0,
         max_positions: int | None = None,
+        num_items_in_batch: Tensor | int | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Logits (B, T, V), or of the last `logits_to_keep` positions; with labels (B, T) also the
@@ -139,12 +140,20 @@ class OwlfuseForConditionalGeneration(PreTrainedModel, GenerationMixin):
                 with `visual`.
             visual: what `encode` gave for the whole prompt; needed with a cache that holds a part
                 of it.
+            attention_mask: (B, T) of 1 and 0, all ones by default.
             cache: or `past_key_values`, as older transformers call it: with one that holds earlier
-                positions, `input_ids` are the new ones and `attention_mask` (all ones by default)
-                covers both.
+                positions, `input_ids` are the new ones and `attention_mask` covers both.
             max_positions: what a row has behind so many is padding: it has ended, and a table of
                 positions has no row for it.
+            num_items_in_batch: by which the summed loss is divided, as transformers' Trainer gives
+                it: the supervised tokens of all micro batches of a step. By default those of this
+                batch.
+
+        Raises:
+            ValueError: a mask of another shape; a prompt in the cache whose `visual` is not given.
+            TypeError: an argument that would have no effect.
         """
+        check_unused(kwargs)
         cache = cache if cache is not None else past_key_values
         if cache is None and use_cache:
             cache = DynamicCache(config=self.model.llm.config)
@@ -153,6 +162,11 @@ class OwlfuseForConditionalGeneration(PreTrainedModel, GenerationMixin):
         # new positions and those of the cache
         if attention_mask is None:
             attention_mask = input_ids.new_ones(len(input_ids), earlier + input_ids.shape[1])
+        if attention_mask.ndim != 2:
+            raise ValueError(
+                f"attention_mask has the shape {tuple(attention_mask.shape)}; give (rows, "
+                "positions), 1 at text and 0 at padding: the LLM makes its own masks from it"
+            )
         if max_positions is not None:
             attention_mask = attention_mask * (attention_mask.cumsum(1) <= max_positions)
         if visual is None:
@@ -165,7 +179,7 @@ class OwlfuseForConditionalGeneration(PreTrainedModel, GenerationMixin):
         batch = self.batch(input_ids, attention_mask, visual)
         # one forward for training, evaluation and generation
         logits = self.model(batch, visual, cache, logits_to_keep)
-        loss = None if labels is None else mean_loss(logits, labels)
+        loss = None if labels is None else mean_loss(logits, labels, num_items_in_batch)
         return CausalLMOutputWithPast(
             loss=loss, logits=logits, **{cache_argument(self.model.llm): cache}
         )
@@ -240,6 +254,12 @@ class OwlfuseForConditionalGeneration(PreTrainedModel, GenerationMixin):
             levels = tokens.expand(extra, *tokens.shape) if extra else None
         return VisualTokens(tokens, index, positions, levels)
 
+    @staticmethod
+    def create_masks_for_generate(attention_mask: Tensor | None = None, **kwargs: Any) -> Any:
+        """Returns the mask (B, T) of generate as it is, which would give the LLM's own masks
+        (B, 1, T, T') with a static cache; where images are is counted by rows and positions."""
+        return attention_mask
+
     def _expand_inputs_for_generation(  # type: ignore[override]  # by name, as generate calls it
         self, expand_size: int = 1, input_ids: Any = None, **kwargs: Any
     ) -> Any:
@@ -259,6 +279,22 @@ class OwlfuseForConditionalGeneration(PreTrainedModel, GenerationMixin):
         above: Any = super()
         return above._expand_inputs_for_generation(
             expand_size=expand_size, input_ids=input_ids, **kwargs
+        )
+
+
+GIVEN_BY_GENERATE = {"return_dict", "cache_position", "tokenizer", "assistant_tokenizer"}
+"""Arguments of every forward that transformers' generate hands down, whether or not it has them."""
+
+
+def check_unused(arguments: dict[str, Any]) -> None:
+    """Raises TypeError for arguments of a forward that it does not use, unless they ask for what
+    it does anyway."""
+    given = {name for name, value in arguments.items() if value is not None and value is not False}
+    unused = sorted(given - GIVEN_BY_GENERATE)
+    if unused:
+        raise TypeError(
+            f"{', '.join(unused)}: owlfuse's models have no such argument; positions follow from "
+            "attention_mask, and attentions and hidden states are the LLM's (model.model.llm)"
         )
 
 

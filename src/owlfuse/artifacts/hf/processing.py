@@ -81,7 +81,17 @@ class OwlfuseImageProcessor(BaseImageProcessor):
     def __call__(  # type: ignore[override]  # one way for every release of transformers
         self, images: Any, return_tensors: str | None = "pt", **kwargs: Any
     ) -> BatchFeature:
-        """Pictures of any size and mode, one or a list, also nested: PIL, paths, URLs, arrays."""
+        """Pictures of any size and mode, one or a list, also nested: PIL, paths, URLs, arrays.
+
+        Raises:
+            TypeError: options of a call, such as `size` or `do_resize`.
+        """
+        given = sorted(name for name, value in kwargs.items() if value is not None)
+        if given:
+            raise TypeError(
+                f"{', '.join(given)}: pictures are prepared as in training, whatever a call asks "
+                "for; what preprocessor_config.json says can be changed there"
+            )
         preprocess = self.preprocessing()
         pixels = [preprocess(to_rgb(picture)) for picture in open_images(images)]
         return BatchFeature(
@@ -124,8 +134,8 @@ class OwlfuseProcessor(ProcessorMixin):
     def __call__(
         self, images: Any = None, text: str | list[str] | None = None, **kwargs: Any
     ) -> BatchFeature:
-        """Returns `input_ids` and `attention_mask` (B, T), padded on the left, and `pixel_values`
-        (N, 3, H, W) if there are images.
+        """Returns `input_ids` and `attention_mask` (B, T), padded on the left unless
+        `padding_side` says otherwise, and `pixel_values` (N, 3, H, W) if there are images.
 
         Args:
             images: pictures in the order of their `<image>` marks (see `open_images`); a list of
@@ -135,6 +145,7 @@ class OwlfuseProcessor(ProcessorMixin):
 
         Raises:
             DataError: another number of `<image>` marks than of images.
+            TypeError: videos, audio, or options for pictures.
         """
         texts = [text] if isinstance(text, str) else list(text or [])
         pictures = open_images(images)
@@ -153,20 +164,23 @@ class OwlfuseProcessor(ProcessorMixin):
             for text_behind in texts_behind:
                 row += token * (self.tokens_per_image * next(view_counts)) + text_behind
             expanded.append(row)
-        # pipelines pass options for modalities that this model does not have
-        options = {name: value for name, value in kwargs.items() if name not in IGNORED_OPTIONS}
-        text_options = options.pop("text_kwargs", {})
+        # pipelines pass None for what they have not
+        for name in ("videos", "audio"):
+            if kwargs.pop(name, None) is not None:
+                raise TypeError(f"{name}: the processor takes pictures and texts alone")
+        tensors = kwargs.pop("return_tensors", "pt")
+        image_options = kwargs.pop("images_kwargs", {})
+        text_options = kwargs.pop("text_kwargs", {})
         options = {
             "padding": len(texts) > 1,
+            "padding_side": "left",
             "add_special_tokens": False,
-            **options,
+            **kwargs,
             **text_options,
         }
-        tensors = kwargs.get("return_tensors", "pt")
         features = self.encode_texts(expanded, tensors, **options)
-        if pictures:
-            all_views = list(chain.from_iterable(views))
-            features |= self.image_processor(all_views, return_tensors=tensors)
+        all_views = list(chain.from_iterable(views))
+        features |= self.image_processor(all_views, return_tensors=tensors, **image_options)
         return BatchFeature(features)
 
     def views(self, picture: Image.Image) -> list[Image.Image]:
@@ -185,12 +199,14 @@ class OwlfuseProcessor(ProcessorMixin):
         return AnswerFormat.of(self.tokenizer)
 
     def encode_texts(self, texts: list[str], tensors: str | None, **options: Any) -> dict[str, Any]:
-        """Returns `input_ids` and `attention_mask` (B, T), padded on the left. As in training, the
-        text before an answer has the tokens that it has as a prompt."""
-        padding = {}
+        """Returns `input_ids` and `attention_mask` (B, T). As in training, the text before an
+        answer has the tokens that it has as a prompt."""
+        # rows are padded once words are spelled out, which changes their lengths
+        padding = {name: options.pop(name) for name in PADDING if name in options}
+        if padding.get("padding") == "max_length" and "max_length" in options:
+            padding["max_length"] = options["max_length"]
         if not options.get("truncation"):
-            # rows are padded once words are spelled out, which changes their lengths
-            padding = {name: options.pop(name) for name in PADDING if name in options}
+            options.pop("max_length", None)
         plain_texts = [show_words(text, self.image_token) for text in texts]
         encoded = self.tokenizer(plain_texts, return_offsets_mapping=True, verbose=False, **options)
         rows, all_offsets = encoded["input_ids"], encoded["offset_mapping"]
@@ -202,15 +218,13 @@ class OwlfuseProcessor(ProcessorMixin):
         # now that the rows have their final lengths
         padded = self.tokenizer.pad(
             {"input_ids": rows},
-            padding_side="left",
             return_tensors=tensors,
             **padding,
         )
         return {name: padded[name] for name in ("input_ids", "attention_mask")}
 
 
-PADDING = ("padding", "max_length", "pad_to_multiple_of")
-IGNORED_OPTIONS = ("videos", "audio", "images_kwargs", "return_tensors")
+PADDING = ("padding", "padding_side", "pad_to_multiple_of")
 
 
 def open_images(images: Any) -> list[Image.Image]:

@@ -109,7 +109,7 @@ def attend_and_capture(
     if capture is not None and layer in capture.layers and is_plain:
         last = query[:, :, -capture.rows :]
         # the mask has a row for each position of the prompt, and only the last ones are captured
-        mask = text_mask(attention_mask, last, key)[:, :, -capture.rows :]
+        mask = text_mask(attention_mask, query, key)[:, :, -capture.rows :]
         scaling = kwargs.get("scaling") or query.shape[3] ** -0.5
         weights = attention_weights(last, key, mask, scaling)
         # grouped heads share values

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -48,17 +47,22 @@ def maps_of_answers(
         return {}
     places = [place for place, (_, sample) in enumerate(answers) if not sample.videos]
 
-    def map_of(place: int) -> Tensor:
+    def map_of(place: int) -> Tensor | str:
         answer, sample = answers[place]
-        return map_of_answer(model, data, sample, answer, max_new_tokens).cpu()
+        try:
+            return map_of_answer(model, data, sample, answer, max_new_tokens).cpu()
+        except DataError as error:
+            # a result, so that all ranks end here; what another rank fails of ends this one too
+            return str(error)
 
-    try:
-        maps: Iterator[Tensor] = ranks.deal(places, map_of)
-        return dict(zip(places, maps, strict=True))
-    except DataError as error:
-        if ranks.first:
-            log.warning("evaluation.explain: the contact sheet has no overlays: %s", error)
-        return {}
+    maps: dict[int, Tensor] = {}
+    for place, result in zip(places, ranks.deal(places, map_of), strict=True):
+        if isinstance(result, str):
+            if ranks.first:
+                log.warning("evaluation.explain: the contact sheet has no overlays: %s", result)
+            return {}
+        maps[place] = result
+    return maps
 
 
 @torch.no_grad()

@@ -179,14 +179,18 @@ def attention_weights(query: Tensor, key: Tensor, mask: Tensor, scaling: float) 
 
 
 def text_mask(attention_mask: Tensor | None, query: Tensor, key: Tensor) -> Tensor:
-    """Returns the mask as (B or 1, 1, T, T') bool: a causal one where transformers leaves it
-    out."""
+    """Returns the mask as (B or 1, 1, T, T') bool: where transformers leaves it out, the one that
+    its sdpa attention means by that."""
     if attention_mask is not None:
         # a mask of numbers has 0 where a position sees a key, and a large negative one elsewhere
         return attention_mask if attention_mask.dtype == torch.bool else attention_mask >= 0
     steps, length = query.shape[2], key.shape[2]
+    # a single step sees all that the cache holds
+    if steps == 1:
+        return torch.ones(1, 1, 1, length, dtype=torch.bool, device=query.device)
+    # several begin the row: keys behind them are the empty places of a static cache
     index = torch.arange(length, device=query.device)
-    return (index[None, :] <= index[length - steps :, None])[None, None]
+    return (index[None, :] <= index[:steps, None])[None, None]
 
 
 def splice(embeddings: Tensor, visual: VisualTokens, batch: Batch) -> Tensor:

@@ -174,13 +174,19 @@ class HyperAttention(Fusion):
         if visual.kv_cache:
             return embeddings, {"visual": RowVisual(None, None, visible, visual.kv_cache)}
         tokens = row_tokens(visual, embeddings.dtype)  # (B, S, D)
-        starts = first_positions(visual, batch.attention_mask.shape[1])
+        length = batch.attention_mask.shape[1]
+        kv_cache = visual.kv_cache
+        later = (visual.image_positions >= length) & (visual.image_index >= 0)
+        # of a prompt that comes in chunks, the positions of later images are not known yet
+        if kv_cache is not None and later.any():
+            kv_cache = None
+        starts = first_positions(visual, length)
         # MI-RoPE: all patches of an image have the position of its placeholder; by the batch's
         # positions, not `position_ids`, which lack those that a cache holds
         positions = batch.positions().gather(1, starts)
         positions = positions.repeat_interleave(self.connector_tokens, dim=1) * self.mi_rope
         rotations = self.rotations(llm, tokens, positions, batch.positions())
-        return embeddings, {"visual": RowVisual(tokens, rotations, visible, visual.kv_cache)}
+        return embeddings, {"visual": RowVisual(tokens, rotations, visible, kv_cache)}
 
     def rotations(
         self, llm: PreTrainedModel, tokens: Tensor, positions: Tensor, row_positions: Tensor
