@@ -54,6 +54,21 @@ def test_thoughts_that_did_not_end_are_counted_and_told(monkeypatch, caplog):
     assert "raise evaluation.max_new_tokens, which is 24" in caplog.text
 
 
+def test_answers_that_did_not_end_are_counted_and_told_once_there_is_a_trained_model(
+    monkeypatch, caplog, tmp_path
+):
+    answers = []
+    for number, (cut, unfinished) in enumerate([(True, False), (False, False), (True, True)]):
+        answer = Answer("val", f"val:{number}#0", None, "?", "red", "red", "")
+        answer.cut, answer.thought_unfinished = cut, unfinished
+        answers.append(answer)
+    evaluation = evaluate(monkeypatch, answers)
+    assert evaluation.counts["val"]["answers that did not end"] == 1
+    assert "answers did not end" not in caplog.text
+    evaluate(monkeypatch, answers, tmp_path)
+    assert "1 of 3 answers did not end within evaluation.max_new_tokens=24" in caplog.text
+
+
 def test_what_is_more_than_the_memory_holds_is_told_with_what_goes_on(monkeypatch, tmp_path):
     def full(*given):
         raise torch.OutOfMemoryError("CUDA out of memory")

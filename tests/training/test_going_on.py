@@ -14,7 +14,7 @@ import torch
 from omegaconf import OmegaConf
 
 from helpers import SHAPE_COUNTS, TINY_SHAPES
-from owlfuse.artifacts.resume import Past
+from owlfuse.artifacts.resume import Past, read_past
 from owlfuse.artifacts.runs import last_checkpoint, step_of
 from owlfuse.config.compose import compose
 from owlfuse.core.errors import ConfigError, DataError
@@ -615,6 +615,7 @@ def test_the_best_checkpoint_is_read_where_it_is_asked_for(copy):
 
     path = copy / "checkpoints" / "best.ckpt"
     best = torch.load(path, weights_only=True)
+    saved_best = shutil.copy(path, copy / "saved_best.ckpt")
     for which, content in (
         ("best", best),
         ("last", torch.load(last_checkpoint(copy), weights_only=True)),
@@ -630,6 +631,17 @@ def test_the_best_checkpoint_is_read_where_it_is_asked_for(copy):
         assert results["checkpoint"] == (
             "best.ckpt" if which == "best" else f"step_{STEPS:08}.ckpt"
         )
+    # a run that went on with other keys, whose best checkpoint is that of before
+    evaluate_run(str(copy), ["which=best"])
+    before = read(copy, "results.json")["hash"]["config"]
+    rate = read_past(path).config["optim"]["lr"]
+    train.run(compose([f"resume={copy}", f"trainer.max_steps={STEPS + 2}", f"optim.lr={2 * rate}"]))
+    assert read(copy, "results.json")["hash"]["config"] != before
+    shutil.copy(saved_best, path)
+    evaluate_run(str(copy), ["which=best", "evaluation.batch_size=2"])
+    assert read(copy, "results.json")["hash"]["config"] == before
+    with pytest.raises(ConfigError, match="optim.lr: it is"):
+        evaluate_run(str(copy), ["which=best", f"optim.lr={3 * rate}"])
     path.unlink()
     with pytest.raises(ConfigError, match=r"which=best: .* has no best.ckpt"):
         load_run(copy, which="best")

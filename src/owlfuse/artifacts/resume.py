@@ -7,13 +7,15 @@ is ignored.
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 
 from owlfuse.artifacts.weights import checkpoint_errors
 from owlfuse.config.aliases import with_current_names
@@ -175,6 +177,35 @@ def check_evaluation_keys(past: Past, config: DictConfig) -> None:
     compared(past, config, [*ON_EVALUATION, *computing_keys(config)], "is evaluated")
 
 
+def config_at(past: Past, config: DictConfig, of_run: DictConfig) -> DictConfig:
+    """Returns the configuration of an evaluation of a checkpoint behind which the run went on with
+    other keys: those that train are the checkpoint's, unless the command line changes them.
+
+    Args:
+        config: of the run, with what the command line changes.
+        of_run: without that.
+    """
+    then = comparable(past.config, past.step)
+    now = comparable(to_dict(of_run), past.step)
+    asked = comparable(to_dict(config), past.step)
+    since = []
+    for key in {**now, **then}:
+        may_change = matches(key, ON_RESUME) and not matches(key, ON_EVALUATION)
+        if may_change and then.get(key) != now.get(key) == asked.get(key):
+            since.append(key)
+    config = copy.deepcopy(config)
+    with open_dict(config):
+        # first what was not there then, below which something may have been
+        for key in since:
+            if key not in then:
+                parent, _, name = key.rpartition(".")
+                del OmegaConf.select(config, parent)[name]
+        for key in since:
+            if key in then:
+                OmegaConf.update(config, key, then[key])
+    return config
+
+
 def computing_keys(config: DictConfig) -> list[str]:
     """Returns the keys of the model's parts that change only how they compute, as their classes
     say."""
@@ -198,18 +229,18 @@ def compared(
             changes[key] = [before.get(key), after.get(key)]
     for key, (old, new) in changes.items():
         hint = next((hint for pattern, hint in REFUSED.items() if fnmatchcase(key, pattern)), None)
-        is_allowed = any(fnmatchcase(key, pattern) for pattern in allowed)
-        if hint is None and is_allowed and not narrows(key, old, new):
+        if hint is None and matches(key, allowed) and not narrows(key, old, new):
             continue
         raise ConfigError(
             f"{origin_of(config, key)}: {key}: it is {old} until step {past.step} and {new} now, "
             f"and a run that {doing} cannot change it{ANOTHER if hint is None else hint}"
         )
-    return {
-        key: values
-        for key, values in changes.items()
-        if not any(fnmatchcase(key, pattern) for pattern in ANYTHING)
-    }
+    return {key: values for key, values in changes.items() if not matches(key, ANYTHING)}
+
+
+def matches(key: str, patterns: Iterable[str]) -> bool:
+    """Returns whether a key has the form of one of some patterns."""
+    return any(fnmatchcase(key, pattern) for pattern in patterns)
 
 
 def narrows(key: str, old: Any, new: Any) -> bool:
@@ -281,4 +312,4 @@ def learned_changes(changes: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def is_path(key: str) -> bool:
     """Returns whether the value of a key is a path, whose contents are compared instead."""
-    return any(fnmatchcase(key, pattern) for pattern in PATH_KEYS)
+    return matches(key, PATH_KEYS)

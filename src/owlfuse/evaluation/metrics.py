@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -22,6 +21,7 @@ from owlfuse.data.loading import load_or_skip
 from owlfuse.data.notes import BatchRemarks
 from owlfuse.data.subset import stratified_sample
 from owlfuse.evaluation.generation import answer_limit, generate_greedy, milliseconds_per_token
+from owlfuse.evaluation.matching import holds_answer
 from owlfuse.evaluation.questions import normalize, question_samples
 from owlfuse.model.loss import batch_loss
 from owlfuse.model.multimodal import MultimodalLM
@@ -56,6 +56,8 @@ class Answer:
     expected one."""
     thought_unfinished: bool = False
     """Whether the model was still thinking after `max_new_tokens`, so that there is no answer."""
+    cut: bool = False
+    """Whether the answer did not end within `max_new_tokens`."""
 
     @property
     def right(self) -> bool:
@@ -64,17 +66,6 @@ class Answer:
         if self.accepted:
             return holds_answer(self.answer, self.accepted)
         return normalize(self.answer) == normalize(self.expected)
-
-
-def holds_answer(text: str, accepted: Sequence[str]) -> bool:
-    """Returns whether one of the accepted answers stands in the text as whole words, but for case
-    and white space."""
-    normalized = normalize(text)
-    for answer in accepted:
-        # not \b, which an answer that begins or ends with a sign has none of
-        if re.search(rf"(?<!\w){re.escape(normalize(answer))}(?!\w)", normalized):
-            return True
-    return False
 
 
 def questions_of(
@@ -217,18 +208,19 @@ def answer_questions(
             batch = replace(batch, pixel_values=torch.zeros_like(batch.pixel_values))
         return batch
 
-    def generate(batch: Batch) -> list[tuple[str, bool]]:
+    def generate(batch: Batch) -> list[tuple[str, bool, bool]]:
         ids = generate_greedy(
             model, batch, max_new_tokens, data.encoder, synced=ranks.synced_generation
         )
         rows = list(ids)
         unfinished = data.encoder.unfinished_thoughts(rows)
-        return list(zip(data.encoder.answers(rows), unfinished, strict=True))
+        cut = data.encoder.cut_answers(rows, model.llm)
+        return list(zip(data.encoder.answers(rows), unfinished, cut, strict=True))
 
     answers = []
     chunks = chunks_of(questions, batch_size)
     for chunk, outputs in zip(chunks, ranks.deal(chunks, prompts, generate), strict=True):
-        for (sample, expected, kind), (text, unfinished) in zip(chunk, outputs, strict=True):
+        for (sample, expected, kind), (text, unfinished, cut) in zip(chunk, outputs, strict=True):
             content = sample.messages[-1]["content"]
             question = "".join(part.get("text", "") for part in content).strip()
             image = sample.images[0] if sample.images else None
@@ -247,6 +239,7 @@ def answer_questions(
                     kind,
                     accepted,
                     unfinished,
+                    cut,
                 )
             )
         progress(len(chunk))

@@ -13,7 +13,7 @@ from omegaconf import DictConfig
 from torch import Tensor
 
 from owlfuse.artifacts.load import load_run_model
-from owlfuse.artifacts.resume import Past, check_evaluation_keys, read_past
+from owlfuse.artifacts.resume import Past, check_evaluation_keys, config_at, read_past
 from owlfuse.artifacts.run_data import build_data
 from owlfuse.artifacts.runs import chosen_checkpoint, in_use, read_results, split_which
 from owlfuse.config.build import build, to_dict
@@ -157,6 +157,18 @@ class Evaluation:
                         len(answers),
                         self.max_new_tokens,
                     )
+            if cut := sum(answer.cut and not answer.thought_unfinished for answer in answers):
+                self.counts[source]["answers that did not end"] = cut
+                # before the first step there is no folder, and no model has learned to end
+                if ranks.first and folder:
+                    log.warning(
+                        "validation source %s: %d of %d answers did not end within "
+                        "evaluation.max_new_tokens=%d, and are scored as far as they came",
+                        source,
+                        cut,
+                        len(answers),
+                        self.max_new_tokens,
+                    )
             # asked again without information from the pictures: the difference is what they add
             blank = None
             if self.blank and any(sample.images or sample.videos for sample, _, _ in questions):
@@ -241,21 +253,29 @@ def evaluate_run(folder: str, overrides: list[str]) -> None:
     run_dir = Path(folder)
     which, overrides = split_which(overrides)
     config = compose([f"resume={folder}", *overrides])
+    of_run = compose([f"resume={folder}"])
     checkpoint = chosen_checkpoint(run_dir, which)
     # of two commands, or of one beside the training, one's answers would stand beside the other's
     # results
     with in_use(run_dir, resume=True):
-        evaluate_checkpoint(run_dir, checkpoint, which, config)
+        evaluate_checkpoint(run_dir, checkpoint, which, config, of_run)
 
 
-def evaluate_checkpoint(run_dir: Path, checkpoint: Path, which: str, config: DictConfig) -> None:
+def evaluate_checkpoint(
+    run_dir: Path, checkpoint: Path, which: str, config: DictConfig, of_run: DictConfig
+) -> None:
     """Evaluates a checkpoint of a run, and rewrites its results.
+
+    Args:
+        config: of the run, with what the command line changes.
+        of_run: without that.
 
     Raises:
         ConfigError: a key of `config` that changes nothing of an evaluation, or the model.
     """
     start = time.monotonic()
     past = read_past(checkpoint)
+    config = config_at(past, config, of_run)
     check_evaluation_keys(past, config)
     plain = to_dict(config)
     evaluation = build(config.evaluation) or Evaluation()  # of a run that trained without one

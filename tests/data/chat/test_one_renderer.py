@@ -420,3 +420,15 @@ def test_an_end_mark_of_several_tokens_is_held_back_from_a_reader():
     pieces.on_finalized_text("", stream_end=True)
     assert "".join(shown) == "It is red.\n"
     assert AnswerFormat.of(prepare(family_tokenizer("text_mark"))).end_ids == ()
+
+
+@pytest.mark.parametrize("family", ["text_mark", "llama2"])
+def test_an_answer_without_its_end_is_cut(family):
+    tokenizer = prepare(family_tokenizer(family))
+    answer_format = AnswerFormat.of(tokenizer)
+    ends = answer_format.generation(tokenizer)["eos_token_id"]
+    answer = tokenizer("It is red", add_special_tokens=False)["input_ids"]
+    end = tokenizer(answer_format.end_mark, add_special_tokens=False)["input_ids"]
+    assert answer_format.is_cut(tokenizer, answer, ends)
+    assert not answer_format.is_cut(tokenizer, [*answer, *end], ends)
+    assert not answer_format.is_cut(tokenizer, [*answer, tokenizer.eos_token_id], ends)

@@ -302,8 +302,12 @@ def test_thoughts_that_did_not_end_are_counted_and_told(
     assert [line["answer"] for line in lines.values()] == [""] * 3
     assert results["counts"]["thoughts that did not end"] == 3
     assert "3 thoughts did not end, and their answers count as empty" in capsys.readouterr().out
-    results, _ = evaluate(model, tmp_path / "without", "gqa", words)
+    results, lines = evaluate(model, tmp_path / "without", "gqa", words)
     assert "thoughts that did not end" not in results["counts"]
+    # a random model does not end its answers within a few tokens
+    cut = sum(line.get("cut", False) for line in lines.values())
+    assert results["counts"].get("answers that did not end", 0) == cut > 0
+    assert f"{cut} of 3 answers did not end within task.max_new_tokens=" in capsys.readouterr().out
 
 
 def test_two_commands_do_not_write_one_folder(model, files, tmp_path, monkeypatch, capsys):

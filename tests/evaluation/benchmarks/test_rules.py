@@ -239,6 +239,17 @@ def test_pope_metrics_by_category_and_their_mean():
     assert metrics["yes_share/popular"] == 0.5
 
 
+def test_a_thought_that_did_not_end_is_wrong_in_pope():
+    lines = [
+        {"group": "random", "answer": "", "expected": expected, "thought_unfinished": True}
+        for expected in ("yes", "no")
+    ]
+    pope = POPE(file="x")
+    assert [pope.score(line) for line in lines] == [0, 0]
+    metrics = pope.metrics(lines)
+    assert [metrics[name] for name in ("accuracy", "precision", "recall", "f1")] == [0] * 4
+
+
 @pytest.mark.parametrize(
     ("answer", "letter"),
     [

@@ -4,6 +4,7 @@ a thought."""
 from __future__ import annotations
 
 from bisect import bisect_left
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -150,6 +151,16 @@ class AnswerFormat:
             # Of ordinary tokens, which decoding does not leave out.
             text = text.partition(self.end_mark)[0]
         return text.strip()
+
+    def is_cut(self, tokenizer: Any, ids: Any, ends: Sequence[int]) -> bool:
+        """Return whether generated ids (L,) have no end: neither a token of `ends` nor, where it is
+        of ordinary tokens, the end mark."""
+        ids = [int(number) for number in ids]
+        if not set(ends).isdisjoint(ids):
+            return False
+        return bool(self.end_ids) or self.end_mark not in tokenizer.decode(
+            ids, skip_special_tokens=True
+        )
 
     def is_unfinished_thought(self, tokenizer: Any, ids: Any) -> bool:
         """Return whether generated ids (L,) are a thought alone, to a prompt that asks for one: it

@@ -214,6 +214,11 @@ class ChatEncoder:
             return [False] * len(rows)
         return [self.answer_format.is_unfinished_thought(self.tokenizer, row) for row in rows]
 
+    def cut_answers(self, rows: Sequence[Any], llm: Any) -> list[bool]:
+        """Return of each row of ids that an LLM has generated whether it did not end."""
+        ends = self.answer_format.generation(self.tokenizer, llm)["eos_token_id"]
+        return [self.answer_format.is_cut(self.tokenizer, row, ends) for row in rows]
+
     def expand(
         self,
         sample: Sample,

@@ -76,6 +76,12 @@ class LoadedModel:
         answer_format = self.processor.answer_format
         return self.thinking and answer_format.is_unfinished_thought(self.processor.tokenizer, row)
 
+    def is_cut(self, row: Any) -> bool:
+        """Returns whether a row of generated ids did not end."""
+        ends = self.model.generation_config.eos_token_id
+        ends = ends if isinstance(ends, list) else [ends]
+        return self.processor.answer_format.is_cut(self.processor.tokenizer, row, ends)
+
     def to_device(self, batch: Batch) -> Batch:
         """Returns the batch on the model's device and in its dtype, every id one that it has an
         embedding of."""
@@ -244,5 +250,7 @@ def answer(model: LoadedModel, task: Task, batch: QuestionBatch) -> list[dict[st
         output = {"answer": text, "expected": question.expected}
         if model.is_unfinished_thought(row):
             output["thought_unfinished"] = True
+        elif model.is_cut(row):
+            output["cut"] = True
         outputs.append(output)
     return batch.predictions(outputs)

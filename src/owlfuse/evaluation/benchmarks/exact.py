@@ -15,7 +15,7 @@ from owlfuse.data.formats.marks import with_pictures
 from owlfuse.data.formats.messages import Messages
 from owlfuse.data.formats.sharegpt import ShareGPT
 from owlfuse.evaluation.benchmarks.base import QUESTION, Question, Task
-from owlfuse.evaluation.metrics import holds_answer
+from owlfuse.evaluation.matching import holds_answer
 from owlfuse.evaluation.questions import normalize, question_samples
 
 FORMATS: dict[str, type[Source]] = {

@@ -21,6 +21,14 @@ def says_yes(answer: str) -> bool:
     return not {"No", "no", "not"} & set(words)
 
 
+def prediction(line: dict[str, Any]) -> bool:
+    """Returns whether an answer is a yes. A thought that did not end is no answer, which counts as
+    the wrong one: the published script reads an empty text as a yes."""
+    if line.get("thought_unfinished"):
+        return line["expected"] != "yes"
+    return says_yes(line["answer"])
+
+
 def yes_no_metrics(answers: Sequence[bool], labels: Sequence[bool]) -> dict[str, float]:
     """accuracy, precision, recall and f1 with yes as the positive, and the share of answers that
     are yes."""
@@ -71,7 +79,7 @@ class POPE(Task):
 
     def score(self, line: dict[str, Any]) -> float:
         """1 where the answer is right."""
-        return float(says_yes(line["answer"]) == (line["expected"] == "yes"))
+        return float(prediction(line) == (line["expected"] == "yes"))
 
     def metrics(self, lines: list[dict[str, Any]]) -> dict[str, float]:
         """Returns the figures of each category, and first their means over the categories."""
@@ -79,7 +87,7 @@ class POPE(Task):
         values_by_metric: dict[str, list[float]] = {}
         for category in dict.fromkeys(line["group"] for line in lines):
             in_category = [line for line in lines if line["group"] == category]
-            answers = [says_yes(line["answer"]) for line in in_category]
+            answers = [prediction(line) for line in in_category]
             labels = [line["expected"] == "yes" for line in in_category]
             for name, value in yes_no_metrics(answers, labels).items():
                 values_by_metric.setdefault(name, []).append(value)

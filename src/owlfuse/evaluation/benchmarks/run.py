@@ -214,6 +214,9 @@ def finish(
     unfinished = sum(line.get("thought_unfinished", False) for line in answered)
     if unfinished:
         counts["thoughts that did not end"] = unfinished
+    cut = sum(line.get("cut", False) for line in answered)
+    if cut:
+        counts["answers that did not end"] = cut
     settings = {
         **settings,
         "batch_size": options.batch_size,
@@ -230,5 +233,10 @@ def finish(
         print(
             f"{unfinished} thoughts did not end, and their answers count as empty; raise "
             f"task.max_new_tokens, which is {task.max_new_tokens}"
+        )
+    if cut:
+        print(
+            f"{cut} of {len(answered)} answers did not end within task.max_new_tokens="
+            f"{task.max_new_tokens}, and are scored as far as they came"
         )
     print(visible(f"{path}, and each answer in {store.folder / 'predictions.jsonl'}"))
