@@ -208,6 +208,9 @@ def test_other_ways_of_decoding_give_the_same_answer(node, options):
 def test_a_mask_of_another_shape_is_refused():
     model = wrapped(all_fusions()["concat"])
     batch, given = inputs(model, ROWS[:1])
+    longer = torch.ones(1, batch.input_ids.shape[1] + 1, dtype=torch.long)
+    with pytest.raises(ValueError, match=r"attention_mask has the shape \(1, .* and input_ids \(1"):
+        model(**{**given, "attention_mask": longer})
     mask = batch.attention_mask[:, None, None].bool()
     with pytest.raises(ValueError, match=r"attention_mask has the shape \(1, 1, 1, .*\(rows, pos"):
         model(**{**given, "attention_mask": mask})
@@ -269,8 +272,13 @@ def test_logits_and_loss_are_the_models_own(node):
         kept = model(
             batch.input_ids, batch.attention_mask, batch.pixel_values, logits_to_keep=2
         ).logits
+        places = torch.tensor([0, -1, 3])
+        chosen = model(
+            batch.input_ids, batch.attention_mask, batch.pixel_values, logits_to_keep=places
+        ).logits
     assert torch.equal(out.logits, expected)
     torch.testing.assert_close(kept, expected[:, -2:])
+    torch.testing.assert_close(chosen, expected[:, places])
     loss = torch.nn.functional.cross_entropy(
         expected[:, :-1].flatten(0, 1), batch.labels[:, 1:].flatten()
     )
@@ -291,6 +299,21 @@ def test_micro_batches_are_divided_by_what_the_trainer_of_transformers_counts():
         loss = model(**given).loss
         share = model(**given, num_items_in_batch=torch.tensor(4 * supervised)).loss
     torch.testing.assert_close(share, loss / 4)
+
+
+def test_another_number_of_tokens_is_kept_by_an_export(tmp_path):
+    model = wrapped(all_fusions()["concat"])
+    _, given = inputs(model, ROWS)
+    with torch.no_grad():
+        before = model(**given).logits
+        model.resize_token_embeddings(VOCAB + 3, mean_resizing=False)
+        after = model(**given).logits
+    assert after.shape[-1] == VOCAB + 3
+    torch.testing.assert_close(after[..., :VOCAB], before)
+    model.save_pretrained(tmp_path)
+    read = OwlfuseForConditionalGeneration.from_pretrained(tmp_path).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(read(**given).logits, after)
 
 
 @pytest.mark.parametrize("name", ["position_ids", "inputs_embeds", "output_hidden_states"])

@@ -78,3 +78,17 @@ def test_micro_batches_and_gradient_checkpointing_do_not_change_the_steps(
     assert losses_of_parts == pytest.approx(losses, abs=2e-4)  # logged with four digits
     for name, weight in whole.items():
         torch.testing.assert_close(parts[name], weight, rtol=0, atol=1e-5, msg=name)
+
+
+def test_label_smoothing_is_of_the_next_token(tmp_path):
+    """The Trainer computes that loss itself, and has to know that labels are to be shifted."""
+    model = make_model("concat", llm=llm_fields("llama"))
+    wrapped = OwlfuseForConditionalGeneration.wrap(model, PLACEHOLDER, {"pad_token_id": 0})
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path), label_smoothing_factor=1e-6, report_to=[], use_cpu=True
+    )
+    trainer = Trainer(wrapped, arguments, data_collator=collate)
+    batch = collate(list(samples(wrapped)))
+    with torch.no_grad():
+        smoothed = trainer.compute_loss(wrapped, dict(batch))
+        torch.testing.assert_close(smoothed, wrapped(**batch).loss, rtol=1e-4, atol=1e-4)

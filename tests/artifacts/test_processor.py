@@ -1,5 +1,10 @@
 """The processor of an export: whose options are used, and whose are refused."""
 
+import base64
+import threading
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+
 import pytest
 from PIL import Image
 
@@ -57,8 +62,13 @@ def test_rows_are_padded_on_the_side_that_is_asked_for_and_masked_there(processo
     ("options", "message"),
     [
         ({"images_kwargs": {"do_resize": False}}, "^do_resize: pictures are prepared as in train"),
+        ({"do_rescale": False, "size": {"height": 8, "width": 8}}, "^do_rescale, size: pictures"),
         ({"videos": ["clip.mp4"]}, "^videos: the processor takes pictures and texts alone"),
         ({"audio": ["a.wav"]}, "^audio: the processor takes"),
+        ({"return_special_tokens_mask": True}, "^return_special_tokens_mask: the processor does"),
+        ({"return_offsets_mapping": True}, "^return_offsets_mapping: the processor does not"),
+        ({"text_kwargs": {"sanitize_control_tokens": True}}, "^sanitize_control_tokens: the pro"),
+        ({"max_length": 3}, "^max_length: has no effect without truncation=True or padding="),
     ],
     ids=str,
 )
@@ -67,6 +77,40 @@ def test_what_would_have_no_effect_is_refused(processor, options, message):
         processor(images=Image.new("RGB", (4, 4)), text="<image> what?", **options)
 
 
+def test_what_callers_pass_for_nothing_is_taken(processor):
+    given = {"videos": None, "audio": [], "videos_kwargs": {}, "common_kwargs": {}}
+    batch = processor(text="what?", **given, return_attention_mask=True, enable_thinking=False)
+    assert set(batch) == {"input_ids", "attention_mask"}
+
+
 def test_options_for_pictures_are_refused_by_the_image_processor_too(processor):
     with pytest.raises(TypeError, match="^size: pictures are prepared"):
         processor.image_processor(Image.new("RGB", (4, 4)), size={"height": 8, "width": 8})
+
+
+def test_the_side_of_padding_is_left_however_the_tokenizer_is_read_and_can_be_chosen(
+    processor, tmp_path
+):
+    processor.save_pretrained(tmp_path)
+    read = OwlfuseProcessor.from_pretrained(tmp_path)
+    # by which pipelines pad
+    assert read.tokenizer.padding_side == "left"
+    assert read(text=TEXTS)["attention_mask"][0, 0] == 0
+    read.tokenizer.padding_side = "right"
+    assert read(text=TEXTS)["attention_mask"][0, 0] == 1
+    read = OwlfuseProcessor.from_pretrained(tmp_path, padding_side="right")
+    assert read(text=TEXTS)["attention_mask"][0, 0] == 1
+
+
+def test_a_picture_is_the_same_by_path_by_bytes_and_by_url(processor, tmp_path):
+    path = tmp_path / "a.png"
+    Image.new("RGBA", (4, 4), (0, 0, 0, 0)).save(path)
+    data = f"data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}"
+    handler = partial(SimpleHTTPRequestHandler, directory=str(tmp_path))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}/a.png"
+        for picture in (str(path), data, url):
+            # transparent pixels on white
+            assert processor.image_processor(picture)["pixel_values"].unique().tolist() == [1.0]
+        server.shutdown()

@@ -153,7 +153,6 @@ def make_processor(trained: TrainedModel) -> OwlfuseProcessor:
     """Returns preprocessing, tokenizer and chat template: the one of training, which takes texts
     and parts."""
     tokenizer, image_token = prepare(trained.tokenizer, trained.image_token), trained.image_token
-    tokenizer.padding_side = "left"  # answers are generated behind the rows
     # of a hub's folder with code, which transformers keeps and writes, and no export may name
     tokenizer.init_kwargs.pop("auto_map", None)
     return OwlfuseProcessor(

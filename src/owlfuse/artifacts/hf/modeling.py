@@ -117,6 +117,21 @@ class OwlfuseForConditionalGeneration(PreTrainedModel, GenerationMixin):
         """Returns those of the LLM."""
         return self.model.llm.get_output_embeddings()
 
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Replaces the LLM's."""
+        self.model.llm.set_input_embeddings(value)
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        """Replaces the LLM's."""
+        self.model.llm.set_output_embeddings(new_embeddings)
+
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:
+        """Gives the LLM another number of tokens, see `PreTrainedModel.resize_token_embeddings`."""
+        embeddings = self.model.llm.resize_token_embeddings(*args, **kwargs)
+        # the LLM has a configuration of its own, and this one is what is saved
+        self.config.get_text_config(decoder=True).vocab_size = embeddings.num_embeddings
+        return embeddings
+
     def forward(
         self,
         input_ids: Tensor,
@@ -127,13 +142,13 @@ class OwlfuseForConditionalGeneration(PreTrainedModel, GenerationMixin):
         cache: Any = None,
         past_key_values: Any = None,
         use_cache: bool = False,
-        logits_to_keep: int = 0,
+        logits_to_keep: int | Tensor = 0,
         max_positions: int | None = None,
         num_items_in_batch: Tensor | int | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
-        """Logits (B, T, V), or of the last `logits_to_keep` positions; with labels (B, T) also the
-        mean loss of the next token.
+        """Logits (B, T, V), or of the last `logits_to_keep` positions, or at those of a tensor;
+        with labels (B, T) also the mean loss of the next token.
 
         Args:
             pixel_values: (N, 3, H, W) of the images in the order of their placeholders. Not needed
@@ -155,6 +170,13 @@ class OwlfuseForConditionalGeneration(PreTrainedModel, GenerationMixin):
         """
         check_unused(kwargs)
         cache = cache if cache is not None else past_key_values
+        # a mask of what a cache holds too is longer
+        fits = cache is not None or attention_mask is None or attention_mask.ndim != 2
+        if not (fits or attention_mask.shape == input_ids.shape):
+            raise ValueError(
+                f"attention_mask has the shape {tuple(attention_mask.shape)} and input_ids "
+                f"{tuple(input_ids.shape)}; give a mask of the same positions"
+            )
         if cache is None and use_cache:
             cache = DynamicCache(config=self.model.llm.config)
         # positions that the cache holds
@@ -178,11 +200,23 @@ class OwlfuseForConditionalGeneration(PreTrainedModel, GenerationMixin):
             visual = self.encode(input_ids, pixel_values)
         batch = self.batch(input_ids, attention_mask, visual)
         # one forward for training, evaluation and generation
-        logits = self.model(batch, visual, cache, logits_to_keep)
+        logits = self.logits(batch, visual, cache, logits_to_keep)
         loss = None if labels is None else mean_loss(logits, labels, num_items_in_batch)
         return CausalLMOutputWithPast(
             loss=loss, logits=logits, **{cache_argument(self.model.llm): cache}
         )
+
+    def logits(
+        self, batch: Batch, visual: VisualTokens, cache: Any, logits_to_keep: int | Tensor
+    ) -> Tensor:
+        """Returns the logits (B, R, V) of the last positions, or of those of a tensor (R,)."""
+        if not isinstance(logits_to_keep, Tensor):
+            return self.model(batch, visual, cache, logits_to_keep)
+        rows, steps = batch.input_ids.shape
+        # the model counts positions over all rows
+        starts = torch.arange(rows, device=logits_to_keep.device)[:, None] * steps
+        places = (starts + logits_to_keep % steps).flatten()
+        return self.model(batch, visual, cache, places).view(rows, len(logits_to_keep), -1)
 
     def batch(self, input_ids: Tensor, attention_mask: Tensor, visual: VisualTokens) -> Batch:
         """Returns the rows as the model takes them: new ids (B, T) behind what a cache holds, the
@@ -268,7 +302,9 @@ class OwlfuseForConditionalGeneration(PreTrainedModel, GenerationMixin):
         on."""
         if kwargs.get("visual") is None:
             # the pixels themselves are not repeated for every beam
-            kwargs["visual"] = self.encode(input_ids, kwargs.pop("pixel_values", None))
+            # generate takes inputs from the CPU, and moves what it knows of
+            pixels = kwargs.pop("pixel_values", None)
+            kwargs["visual"] = self.encode(input_ids.to(self.device), pixels)
         visual: VisualTokens = kwargs["visual"]
         kwargs["visual"] = replace(
             visual,

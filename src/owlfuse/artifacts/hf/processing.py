@@ -5,17 +5,19 @@ N images, H and W their size in pixels, B rows, T text positions.
 
 from __future__ import annotations
 
+import base64
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
 from typing import Any
+from urllib.request import urlopen
 
 import torch
 from PIL import Image
 from transformers import BatchFeature, ProcessorMixin
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.image_transforms import to_pil_image
-from transformers.image_utils import load_image
+from transformers.processing_utils import ImagesKwargs, TextKwargs
 
 from owlfuse.core.errors import DataError
 from owlfuse.core.types import IMAGE
@@ -88,10 +90,7 @@ class OwlfuseImageProcessor(BaseImageProcessor):
         """
         given = sorted(name for name, value in kwargs.items() if value is not None)
         if given:
-            raise TypeError(
-                f"{', '.join(given)}: pictures are prepared as in training, whatever a call asks "
-                "for; what preprocessor_config.json says can be changed there"
-            )
+            raise TypeError(f"{', '.join(given)}: {FIXED_PICTURES}")
         preprocess = self.preprocessing()
         pixels = [preprocess(to_rgb(picture)) for picture in open_images(images)]
         return BatchFeature(
@@ -108,6 +107,7 @@ class OwlfuseProcessor(ProcessorMixin):
         image_token: the tokenizer's token that stands for an image.
         tile: whether a picture becomes a global view and tiles, an image each (see `tiles`), as of
             a source with `tile: 1`.
+        padding_side: the tokenizer's from now on, by which pipelines pad too.
     """
 
     def __init__(
@@ -118,6 +118,7 @@ class OwlfuseProcessor(ProcessorMixin):
         tokens_per_image: int = 1,
         image_token: str = IMAGE,
         tile: bool = False,
+        padding_side: str = "left",
     ) -> None:
         if image_token not in tokenizer.get_vocab():
             raise DataError(
@@ -126,6 +127,8 @@ class OwlfuseProcessor(ProcessorMixin):
             )
         self.tokens_per_image = tokens_per_image
         self.image_token = image_token
+        # not what the tokenizer came with: answers are generated behind the rows
+        tokenizer.padding_side = padding_side
         self.tile = tile
         if tile:
             check_tiled(image_processor.resize)
@@ -134,8 +137,8 @@ class OwlfuseProcessor(ProcessorMixin):
     def __call__(
         self, images: Any = None, text: str | list[str] | None = None, **kwargs: Any
     ) -> BatchFeature:
-        """Returns `input_ids` and `attention_mask` (B, T), padded on the left unless
-        `padding_side` says otherwise, and `pixel_values` (N, 3, H, W) if there are images.
+        """Returns `input_ids` and `attention_mask` (B, T), padded on the tokenizer's `padding_side`
+        unless that is given, and `pixel_values` (N, 3, H, W) if there are images.
 
         Args:
             images: pictures in the order of their `<image>` marks (see `open_images`); a list of
@@ -145,7 +148,7 @@ class OwlfuseProcessor(ProcessorMixin):
 
         Raises:
             DataError: another number of `<image>` marks than of images.
-            TypeError: videos, audio, or options for pictures.
+            TypeError: videos, audio, options for pictures, and those for texts without effect.
         """
         texts = [text] if isinstance(text, str) else list(text or [])
         pictures = open_images(images)
@@ -164,20 +167,17 @@ class OwlfuseProcessor(ProcessorMixin):
             for text_behind in texts_behind:
                 row += token * (self.tokens_per_image * next(view_counts)) + text_behind
             expanded.append(row)
-        # pipelines pass None for what they have not
-        for name in ("videos", "audio"):
-            if kwargs.pop(name, None) is not None:
-                raise TypeError(f"{name}: the processor takes pictures and texts alone")
         tensors = kwargs.pop("return_tensors", "pt")
         image_options = kwargs.pop("images_kwargs", {})
         text_options = kwargs.pop("text_kwargs", {})
         options = {
             "padding": len(texts) > 1,
-            "padding_side": "left",
+            "padding_side": self.tokenizer.padding_side,
             "add_special_tokens": False,
             **kwargs,
             **text_options,
         }
+        check_options(options)
         features = self.encode_texts(expanded, tensors, **options)
         all_views = list(chain.from_iterable(views))
         features |= self.image_processor(all_views, return_tensors=tensors, **image_options)
@@ -225,6 +225,57 @@ class OwlfuseProcessor(ProcessorMixin):
 
 
 PADDING = ("padding", "padding_side", "pad_to_multiple_of")
+USED_OPTIONS = {
+    *PADDING,
+    "truncation",
+    "max_length",
+    "add_special_tokens",
+    "verbose",
+    "return_tensors",
+    # it is always there
+    "return_attention_mask",
+}
+"""Options of a processor's call that have an effect."""
+OTHER_MODALITIES = ("videos", "audio", "videos_kwargs", "audio_kwargs", "common_kwargs")
+
+
+def check_options(options: dict[str, Any]) -> None:
+    """Removes what callers pass for no videos and no audio, and refuses what transformers'
+    processors know and this one does not use. What a template may know (`enable_thinking`) stays.
+
+    Raises:
+        TypeError: an option without effect.
+    """
+    for name in OTHER_MODALITIES:
+        value = options.pop(name, None)
+        if value is not None and len(value):
+            raise TypeError(f"{name}: the processor takes pictures and texts alone")
+    pictures = sorted(
+        name
+        for name in ImagesKwargs.__annotations__
+        if name not in USED_OPTIONS and options.get(name) is not None
+    )
+    if pictures:
+        raise TypeError(f"{', '.join(pictures)}: {FIXED_PICTURES}")
+    texts = sorted(
+        name
+        for name in TextKwargs.__annotations__
+        if name not in USED_OPTIONS and options.get(name)
+    )
+    if texts:
+        raise TypeError(
+            f"{', '.join(texts)}: the processor does not support it; use processor.tokenizer for "
+            "texts without pictures"
+        )
+    cuts = options.get("truncation") or options.get("padding") == "max_length"
+    if options.get("max_length") is not None and not cuts:
+        raise TypeError("max_length: has no effect without truncation=True or padding='max_length'")
+
+
+FIXED_PICTURES = (
+    "pictures are prepared as in training, whatever a call asks for; what preprocessor_config.json "
+    "says can be changed there"
+)
 
 
 def open_images(images: Any) -> list[Image.Image]:
@@ -240,9 +291,14 @@ def open_images(images: Any) -> list[Image.Image]:
         return [images]
     if isinstance(images, str | Path):
         path = Path(images).expanduser()
-        # transformers' own loader, which pipelines use
-        if str(images).startswith(("http://", "https://", "data:")):
-            return [load_image(str(images))]
+        text = str(images)
+        # transformers' own loader shows what lies under transparent pixels
+        if text.startswith("data:"):
+            encoded = base64.b64decode(text.partition(",")[2])
+            return [open_image(Path(), encoded, "prompt", MAX_PIXELS)]
+        if text.startswith(("http://", "https://")):
+            with urlopen(text, timeout=60) as answer:  # of the two schemes above
+                return [open_image(Path(), answer.read(), "prompt", MAX_PIXELS)]
         return [open_image(path.parent, path.name, "prompt", MAX_PIXELS)]
     try:
         return [to_pil_image(images)]
