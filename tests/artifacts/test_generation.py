@@ -205,6 +205,38 @@ def test_other_ways_of_decoding_give_the_same_answer(node, options):
     assert torch.equal(answer, expected)
 
 
+@pytest.mark.parametrize("name", ["concat", "hyperattention-adaptive"])
+def test_an_answer_that_outgrows_longropes_short_factors_is_that_without_a_cache(name):
+    rope = {
+        "rope_type": "longrope",
+        "rope_theta": 100.0,
+        "original_max_position_embeddings": 16,
+        "short_factor": [1.0] * 8,
+        "long_factor": [3.0] * 8,
+    }
+    fields = llm_fields(
+        "phi3",
+        head_dim=16,
+        num_attention_heads=2,
+        max_position_embeddings=64,
+        original_max_position_embeddings=16,
+        rope_parameters=rope,
+    )
+    model = make_model(name, llm=fields)
+    perturb(fusion_of(model).values())
+    settings = {"eos_token_id": END, "pad_token_id": 0, "suppress_tokens": [END]}
+    export = OwlfuseForConditionalGeneration.wrap(model, PLACEHOLDER, settings).eval()
+    batch, given = inputs(export, [[11, 12, "image", 13], [14, "image", 15, 16]])
+    assert batch.input_ids.shape[1] < 16
+    options = {"return_dict_in_generate": True, "output_logits": True, "max_new_tokens": 16}
+    cached, uncached = (
+        export.generate(**given, **options, do_sample=False, use_cache=use) for use in (True, False)
+    )
+    torch.testing.assert_close(
+        torch.stack(cached.logits), torch.stack(uncached.logits), rtol=0, atol=1e-4
+    )
+
+
 def test_a_mask_of_another_shape_is_refused():
     model = wrapped(all_fusions()["concat"])
     batch, given = inputs(model, ROWS[:1])

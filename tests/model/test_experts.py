@@ -78,6 +78,14 @@ def test_in_evaluation_for_a_frozen_llm_or_without_a_coefficient_there_is_none(n
         assert model.balancing_loss is None
 
 
+def test_rows_of_new_tokens_do_not_make_a_frozen_llm_a_trained_one():
+    node = model_node("concat", llm=fields_of("qwen3_moe"), adapter={"llm": policy("Frozen")})
+    model = build_model(node, VOCAB, new_tokens={"<new>": VOCAB - 1})[0].train()
+    assert model.new_rows
+    model(make_batch([[11, 12, 13]], model.fusion.tokens_per_image))
+    assert model.balancing_loss is None
+
+
 def test_a_dense_llm_has_none():
     assert balancing_coefficient(load_llm(VOCAB, config={"model_type": "llama", **SMALL})) == 0
 

@@ -1,5 +1,6 @@
 """Loading a causal LM, and what `llm` says of its parts."""
 
+import copy
 import math
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from families import small_fields
-from helpers import VOCAB, llm_fields
+from helpers import VOCAB, llm_fields, make_model
 from owlfuse.model.layouts import decoder_layers
 from owlfuse.model.llm import (
     cache_argument,
@@ -76,6 +77,17 @@ def test_on_the_meta_device_a_folder_is_read_for_its_configuration_alone(folder)
 def test_dtype_is_float32_unless_asked_otherwise(dtype, expected, folder):
     assert load_llm(VOCAB, pretrained=folder, dtype=dtype).dtype == expected
     assert load_llm(VOCAB, config=llm_fields(), dtype=dtype).dtype == expected
+
+
+def test_what_transformers_keeps_in_32_bits_beside_float16_stays_so():
+    model = make_model("concat", llm=small_fields("deepseek_v32"))
+    dtypes = {}
+    for dtype in (torch.float16, torch.bfloat16):
+        copied = copy.deepcopy(model).to(dtype)
+        for name, parameter in copied.llm.named_parameters():
+            if "indexer.weights_proj" in name:
+                dtypes[dtype] = parameter.dtype
+    assert dtypes == {torch.float16: torch.float32, torch.bfloat16: torch.bfloat16}
 
 
 @pytest.mark.parametrize("model_type", ["llama", "qwen3"])

@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from families import small_fields
-from helpers import CONNECTORS, make_model
+from helpers import CONNECTORS, VOCAB, make_model
 from owlfuse.core.errors import ConfigError
-from owlfuse.training.optim import AdamWCosine, MuonCosine, check_groups
+from owlfuse.model.llm import load_llm
+from owlfuse.training.optim import AdamWCosine, MuonCosine, check_groups, has_decay
 
 
 def groups_by_parameter(optimizer: torch.optim.Optimizer) -> dict[int, dict]:
@@ -205,3 +206,11 @@ def test_what_is_learned_in_place_of_an_input_has_no_decay_and_no_muon(optim):
         group = group_of[id(parameter)]
         assert group["weight_decay"] == 0
         assert not group.get("muon")
+
+
+def test_biases_of_several_experts_in_one_tensor_have_no_decay():
+    with torch.device("meta"):
+        llm = load_llm(VOCAB, config=small_fields("gpt_oss"))
+    biases = {name: p for name, p in llm.named_parameters() if name.endswith("bias")}
+    assert [name for name, p in biases.items() if p.ndim > 1]
+    assert not [name for name, p in biases.items() if has_decay(name, p)]

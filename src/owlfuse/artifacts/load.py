@@ -258,7 +258,7 @@ def restore_llm_dtype(model: MultimodalLM, weights: dict[str, TensorInfo]) -> No
     for name, info in weights.items():
         dtypes[name.removeprefix("model.")] = FLOATS.get(info.dtype, torch.float32)
     parameters = {name: p for name, p in model.llm.named_parameters(prefix="llm") if name in dtypes}
-    in_float32 = {f"llm.{name}" for name in names_in_float32(model.llm)}
+    in_float32 = {f"llm.{name}" for name in names_in_float32(model.llm, strict=False)}
     matrices = [name for name, p in parameters.items() if p.ndim > 1 and name not in in_float32]
     # of an LLM that was in 4 bits some are in 32, and then all weights are
     if len({dtypes[name] for name in matrices}) == 1:

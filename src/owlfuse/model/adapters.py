@@ -386,6 +386,9 @@ class LoRA:
             is_linear = isinstance(module, nn.Linear | Conv1D) and module is not head
             if not is_linear or f"{path}.weight" not in part.parameters:
                 continue
+            # a tower that texts do not pass, whose updates would never move
+            if f"{path}.weight" in part.untrainable:
+                continue
             if id(module) in past_their_forward:
                 left_out.add(layer_name(path))
             else:

@@ -67,6 +67,13 @@ CANDIDATES = [
 ]
 """How keys may come from the key projection; the first that gives a layer's own keys is used."""
 
+SPARSE_ATTENTION = {"index_topk": 2, "index_block_size": 2, "index_topk_blocks": 1}
+"""Of attention that chooses some keys (DeepSeek V3.2, MiniMax M3): so few that short rows have
+more, and a fusion shows whether the choice still holds under its own attention."""
+LENGTH_FLOORS = ("floor_scale", "log_scaling_n_floor")
+"""Lengths from which Llama 4 and Inkling scale queries, by places in the row and not by positions
+in a sample."""
+
 Result = TypeVar("Result")
 
 REGISTER_PARAMETER = nn.Module.register_parameter
@@ -194,6 +201,8 @@ def shrink(config: Any) -> None:
             setattr(config, name, VOCABULARY)
         elif name.endswith(("intermediate_size", "ffn_dim", "ffn_hidden_size")):
             setattr(config, name, 32)
+        elif name in SPARSE_ATTENTION:
+            setattr(config, name, SPARSE_ATTENTION[name])
         elif standard_name in widths:
             setattr(config, name, widths[standard_name])
         elif name.endswith("_token_id") and value >= VOCABULARY:
@@ -474,6 +483,35 @@ def cache_failure(llm: PreTrainedModel) -> str | None:
     return None if same(logits, expected) else "with it the logits are others than without"
 
 
+def idle_parameters(llm: PreTrainedModel) -> set[str]:
+    """Returns the names of the parameters that no text depends on, as those of the vision tower
+    that transformers' class of Gemma 3 has. Layers are not looked into: an expert that a short text
+    does not reach is not idle."""
+    # who has no other parts is not tried
+    if not llm.config.sub_configs:
+        return set()
+    try:
+        return unused_by_text(llm)
+    # what cannot be tried is told where the fusion is
+    except FAILURES:
+        return set()
+
+
+@cached_by_configuration
+def unused_by_text(llm: PreTrainedModel) -> set[str]:
+    """Returns the names of the parameters outside of the decoder layers without a gradient."""
+    in_layers = {id(p) for layer in decoder_layers(llm) for p in layer.parameters()}
+    named = {
+        name: parameter
+        for name, parameter in llm.named_parameters()
+        if parameter.requires_grad and id(parameter) not in in_layers
+    }
+    with torch.enable_grad():
+        logits = llm(input_ids=torch.arange(11, 19)[None], use_cache=False).logits
+        gradients = torch.autograd.grad(logits.sum(), list(named.values()), allow_unused=True)
+    return {name for name, gradient in zip(named, gradients, strict=True) if gradient is None}
+
+
 def check_cache(llm: PreTrainedModel) -> None:
     """Raises ValueError where this LLM cannot answer by a key-value cache."""
     failure = cache_failure(llm)
@@ -484,10 +522,23 @@ def check_cache(llm: PreTrainedModel) -> None:
         )
 
 
-def check_packing(llm: PreTrainedModel) -> None:
-    """Raises ValueError where the samples of a packed row are not independent in this LLM."""
-    leak = packing_leak(llm)
+def check_packing(llm: PreTrainedModel, length: int) -> None:
+    """Raises ValueError where the samples of a packed row of `length` are not independent in this
+    LLM."""
+    leak = packing_leak(llm) or scaled_by_place(llm, length)
     if leak:
         raise ValueError(
             f"{type(llm).__name__} cannot take packed rows: {leak}; set data.pack_to=null"
         )
+
+
+def scaled_by_place(llm: PreTrainedModel, length: int) -> str | None:
+    """Returns how the place in a row of `length` counts beside the position in a sample, None where
+    it does not."""
+    config = llm.config.get_text_config(decoder=True)
+    for name in LENGTH_FLOORS:
+        floor = getattr(config, name, None)
+        # Llama 4 may be told not to
+        if floor is not None and floor < length and getattr(config, "attn_temperature_tuning", 1):
+            return f"it scales queries by their place in the row from {floor:,} ({name}) on"
+    return None

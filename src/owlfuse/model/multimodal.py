@@ -34,7 +34,7 @@ from owlfuse.model.llm import (
     untrainable_names,
     width,
 )
-from owlfuse.model.llm_probe import check_packing
+from owlfuse.model.llm_probe import check_packing, idle_parameters
 from owlfuse.model.parts import ModelPart, named_errors
 from owlfuse.model.quantization import (
     Quantization,
@@ -80,7 +80,8 @@ class MultimodalLM(nn.Module):
         # places, and LoRA other names
         self.untrainable: list[tuple[nn.Module, str]] = []
         # `load_llm` knows those of weights that it has read
-        for path in untrainable_names(llm) | getattr(llm, "untrainable", set()):
+        names = untrainable_names(llm) | getattr(llm, "untrainable", set()) | idle_parameters(llm)
+        for path in names:
             module_path, _, name = path.rpartition(".")
             self.untrainable.append((llm.get_submodule(module_path), name))
         # before the check, which tries the levels too
@@ -114,7 +115,7 @@ class MultimodalLM(nn.Module):
             visual = self.encode(batch)
         # at the first packed batch alone, for models that were built by hand
         if batch.segment_ids is not None and not self.packing_checked:
-            check_packing(self.llm)
+            check_packing(self.llm, batch.input_ids.shape[1])
             self.packing_checked = True
         balances = self.training and self.balances_experts()
         options = {"output_router_logits": True} if balances else {}
@@ -139,7 +140,9 @@ class MultimodalLM(nn.Module):
         trained, not only what a fusion has added to it."""
         if balancing_coefficient(self.llm) == 0:
             return False
-        return any(parameter.requires_grad for parameter in self.part("llm").parameters.values())
+        parameters = self.part("llm").parameters.items()
+        # tables of which a frozen LLM trains the rows of new tokens do not count
+        return any(p.requires_grad for name, p in parameters if name not in self.new_rows)
 
     def encode(self, batch: Batch) -> VisualTokens:
         """Returns the visual tokens (N, Q, D) of pixels (N, 3, H, W), the backbone once for all
@@ -326,9 +329,10 @@ class MultimodalLM(nn.Module):
         weights that transformers keeps in 32 bits, as those that choose experts. A private name of
         torch's, and the one method that every way to cast goes through."""
         in_float32 = names_in_float32(self.llm)
+        beside_float16 = names_in_float32(self.llm, strict=False)
         before = {}
         for name, tensor in (*self.llm.named_parameters(), *self.llm.named_buffers()):
-            if "inv_freq" in name or name in in_float32:
+            if "inv_freq" in name or name in beside_float16:
                 before[name] = tensor.data
         # torch casts all of them: they are put back afterwards
         super()._apply(fn, recurse)
@@ -336,6 +340,8 @@ class MultimodalLM(nn.Module):
             path, _, attribute = name.rpartition(".")
             module: Any = self.llm.get_submodule(path)
             after = getattr(module, attribute)
+            if name in beside_float16 - in_float32 and after.dtype != torch.float16:
+                continue
             if after.element_size() < tensor.element_size():
                 after.data = tensor.to(after.device)
         return self

@@ -201,7 +201,7 @@ def check_strategy(trainer: Trainer, model: MultimodalLM, checkpoint: Path | Non
         )
     if isinstance(trainer.strategy, Sharded):
         model.check_split(trainer.strategy.sizes()[1])
-        in_float32 = names_in_float32(model.llm)
+        in_float32 = names_in_float32(model.llm, strict=trainer.precision != "16-true")
         if in_float32 and trainer.precision in ("bf16-true", "16-true"):
             raise ValueError(
                 f"trainer.precision: of {type(model.llm).__name__} transformers keeps "

@@ -316,8 +316,10 @@ def apply_schedule(
 
 
 def has_decay(name: str, parameter: nn.Parameter) -> bool:
-    """Matrices and kernels have weight decay; vectors have none, nor what is in NO_DECAY."""
-    return parameter.ndim > 1 and not any(part in NO_DECAY for part in name.split("."))
+    """Matrices and kernels have weight decay; vectors and biases have none, the biases of several
+    experts in one tensor among them, nor what is in NO_DECAY."""
+    is_matrix = parameter.ndim > 1 and not name.endswith("bias")
+    return is_matrix and not any(part in NO_DECAY for part in name.split("."))
 
 
 def by_mesh(tensors: Iterable[nn.Parameter]) -> list[list[nn.Parameter]]:

@@ -106,7 +106,7 @@ def train(config: DictConfig, folder: Path, data_digest: str | None, at_exit: Ex
         optim.groups(plan)  # which refuses a rate of 0 for what is to train
         data = build_data(config)
         if data.pack_to is not None:
-            check_packing(plan.llm)
+            check_packing(plan.llm, data.pack_to)
         check_length(plan.llm, data.max_length)
         if past:
             data.go_on(past.step, past.positions)

@@ -24,7 +24,9 @@ from helpers import (
     VOCAB,
     fused_llm,
     make_batch,
+    model_node,
     plain_llm,
+    policy,
     visual_tokens,
     yaml_nodes,
 )
@@ -32,6 +34,7 @@ from owlfuse.core.types import Encoded
 from owlfuse.data.collate import Collator
 from owlfuse.model.connectors.base import Connector
 from owlfuse.model.fusion.base import Fusion, splice
+from owlfuse.model.fusion.concat import Concat
 from owlfuse.model.fusion.probe import check_fusion
 from owlfuse.model.layouts import decoder_layers
 from owlfuse.model.llm import cache_argument, load_llm, rotary
@@ -42,7 +45,7 @@ from owlfuse.model.llm_probe import (
     plain_cpu,
     tiny_copy,
 )
-from owlfuse.model.multimodal import MultimodalLM, make_part, on_meta
+from owlfuse.model.multimodal import MultimodalLM, build_model, make_part, on_meta
 from owlfuse.model.vision.base import Backbone
 
 TOKENS = 3
@@ -300,6 +303,54 @@ def test_a_fusion_in_layers_that_are_not_computed_is_refused():
         check_fusion(fusion, load_llm(VOCAB, config=fields))
 
 
+@pytest.mark.parametrize(
+    ("family", "fields", "name"),
+    [
+        ("deepseek_v32", {"index_topk": 2048}, "concat-bidirectional"),
+        ("hy_v4", {}, "concat-bidirectional"),
+        ("minimax_m3_vl_text", {"layer_types": ["minimax_m3_sparse"] * 4}, "concat"),
+        ("minimax_m3_vl_text", {"layer_types": ["minimax_m3_sparse"] * 4}, "hyperattention"),
+    ],
+)
+def test_attention_that_chooses_keys_is_refused_where_the_choice_would_be_lost(
+    family, fields, name
+):
+    """transformers applies it under the names eager and sdpa alone, and MiniMax's not by positions;
+    rows of a probe are shorter than what is chosen."""
+    fusion = fusion_of("concat")
+    if name == "concat-bidirectional":
+        fusion = Concat(TOKENS, attention="bidirectional")
+    with torch.device("meta"):
+        llm = load_llm(VOCAB, config={**small_fields(family), **fields})
+        with pytest.raises(ValueError, match="(padded on the|cannot make visual keys)"):
+            check_fusion(fusion, llm)
+
+
+def test_packed_rows_longer_than_a_length_from_which_places_count_are_refused():
+    with torch.device("meta"):
+        llm = load_llm(VOCAB, config={**small_fields("llama4_text"), "floor_scale": 64})
+        check_packing(llm, 64)
+        with pytest.raises(ValueError, match=r"cannot take packed rows: .* from 64 \(floor_scale"):
+            check_packing(llm, 65)
+
+
+def test_a_tower_that_texts_do_not_pass_is_not_trained():
+    with torch.device("meta"):
+        model, _ = build_model(
+            model_node(llm=small_fields("gemma3"), adapter={"llm": policy("Full")}), VOCAB
+        )
+    trained = {name for name, p in model.llm.named_parameters() if p.requires_grad}
+    assert trained
+    assert not [name for name in trained if "vision_tower" in name or "projector" in name]
+    with torch.device("meta"):
+        model, _ = build_model(
+            model_node(llm=small_fields("gemma3"), adapter={"llm": policy("LoRA", r=2)}), VOCAB
+        )
+    updates = [name for name, _ in model.llm.named_parameters() if "lora_" in name]
+    assert updates
+    assert not [name for name in updates if "vision_tower" in name]
+
+
 def test_a_probe_leaves_random_numbers_the_llm_and_the_device_as_they_are():
     llm = load_llm(VOCAB, config=fields_of("qwen3", attention_dropout=0.1))
     weights = {name: value.clone() for name, value in llm.state_dict().items()}
@@ -308,7 +359,7 @@ def test_a_probe_leaves_random_numbers_the_llm_and_the_device_as_they_are():
     torch.manual_seed(5)
     with torch.device("meta"):
         check_fusion(fusion_of("modality_adaptive"), llm)
-        check_packing(llm)
+        check_packing(llm, 10)
         key_paths(llm)
     assert torch.equal(torch.rand(3), expected)
     assert all(torch.equal(value, weights[name]) for name, value in llm.state_dict().items())

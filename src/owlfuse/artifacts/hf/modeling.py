@@ -288,6 +288,21 @@ class OwlfuseForConditionalGeneration(PreTrainedModel, GenerationMixin):
             levels = tokens.expand(extra, *tokens.shape) if extra else None
         return VisualTokens(tokens, index, positions, levels)
 
+    def prepare_inputs_for_generation(self, input_ids: Tensor, **kwargs: Any) -> Any:  # type: ignore[override]
+        """Returns the arguments of a forward as transformers', but drops a cache whose keys are
+        rotated by other frequencies than the next step's, as Phi-3's own class does: those of
+        longrope change once a row is longer than the LLM was first made for."""
+        name = "cache" if "cache" in kwargs else "past_key_values"
+        cache, limit = kwargs.get(name), short_length(self.model.llm)
+        if cache is not None and limit and 0 < cache.get_seq_length() <= limit < input_ids.shape[1]:
+            visual = kwargs.get("visual")
+            if visual is not None:
+                # the visual keys too
+                visual.kv_cache.clear()
+            kwargs |= {name: None, "next_sequence_length": None}
+        above: Any = super()
+        return above.prepare_inputs_for_generation(input_ids, **kwargs)
+
     @staticmethod
     def create_masks_for_generate(attention_mask: Tensor | None = None, **kwargs: Any) -> Any:
         """Returns the mask (B, T) of generate as it is, which would give the LLM's own masks
@@ -316,6 +331,17 @@ class OwlfuseForConditionalGeneration(PreTrainedModel, GenerationMixin):
         return above._expand_inputs_for_generation(
             expand_size=expand_size, input_ids=input_ids, **kwargs
         )
+
+
+def short_length(llm: PreTrainedModel) -> int | None:
+    """Returns the length beyond which longrope rotates by other frequencies; None without it."""
+    config = llm.config.get_text_config(decoder=True)
+    parameters = getattr(config, "rope_parameters", None) or {}
+    if parameters.get("rope_type") != "longrope":
+        return None
+    return parameters.get("original_max_position_embeddings") or getattr(
+        config, "original_max_position_embeddings", None
+    )
 
 
 GIVEN_BY_GENERATE = {"return_dict", "cache_position", "tokenizer", "assistant_tokenizer"}

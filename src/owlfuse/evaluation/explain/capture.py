@@ -41,6 +41,10 @@ class AttentionCapture:
     """Of each of the layers (R, S) float32, the mean over heads."""
 
 
+NOT_PLAIN = ("softcap", "s_aux", "indices", "block_indices")
+"""Arguments of attention whose weights are not those that are computed here: capped scores (Gemma
+2), sinks (GPT-OSS), chosen keys (DeepSeek V3.2) and blocks of keys (MiniMax M3)."""
+
 ACTIVE: ContextVar[AttentionCapture | None] = ContextVar("capture", default=None)
 """Of this thread, so that nothing is captured of another one that uses the model meanwhile."""
 
@@ -104,8 +108,7 @@ def attend_and_capture(
     """
     capture = ACTIVE.get()
     layer: Any = getattr(module, "layer_idx", None)
-    # capped scores (Gemma 2) and sinks (GPT-OSS) are no part of the weights that are computed here
-    is_plain = kwargs.get("softcap") is None and kwargs.get("s_aux") is None
+    is_plain = all(kwargs.get(name) is None for name in NOT_PLAIN)
     if capture is not None and layer in capture.layers and is_plain:
         last = query[:, :, -capture.rows :]
         # the mask has a row for each position of the prompt, and only the last ones are captured
