@@ -207,7 +207,7 @@ def start(work, *words):
     return subprocess.Popen(command, cwd=work, env=environment, start_new_session=True, **pipes)
 
 
-def wait_for(process, condition, seconds=240):
+def wait_for(process, condition, seconds=600):
     end = time.monotonic() + seconds
     while time.monotonic() < end and process.poll() is None and not condition():
         time.sleep(0.002)
@@ -217,7 +217,7 @@ def wait_for(process, condition, seconds=240):
 def end_of(process):
     """Its exit code and output; the whole group is gone soon after it."""
     output = process.communicate(timeout=600)[0]
-    deadline = time.monotonic() + 15
+    deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
         try:
             os.killpg(process.pid, 0)

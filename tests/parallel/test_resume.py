@@ -94,10 +94,10 @@ def start(folder, *overrides):
     return subprocess.Popen(command, cwd=folder, env=environment, start_new_session=True, **pipes)
 
 
-def wait_for(process, condition, seconds=240):
+def wait_for(process, condition, seconds=600):
     end = time.monotonic() + seconds
     while time.monotonic() < end and process.poll() is None and not condition():
-        time.sleep(0.0005)
+        time.sleep(0.001)
     assert process.poll() is None, process.communicate()[0][-4000:]
 
 

@@ -100,10 +100,10 @@ def kill(process):
     return process.communicate()[0]
 
 
-def wait_for(process, condition, seconds=300):
+def wait_for(process, condition, seconds=600):
     end = time.monotonic() + seconds
     while time.monotonic() < end and process.poll() is None and not condition():
-        time.sleep(0.0002)
+        time.sleep(0.001)
 
 
 def rows(folder):

@@ -98,6 +98,8 @@ REFUSED = {
     ),
 }
 """Keys that may not, though a pattern above has them, or with something better to do."""
+CONTENTS = " (contents)"
+"""The end of a change's name that is no key's."""
 ANOTHER = "; begin another run, from this one's weights by init_from= of its export"
 WEIGHTS_OF_32_BITS = ("32-true", "32", "bf16-mixed", "16-mixed", "None")
 """Precisions that a run can change between: its weights stay float32."""
@@ -288,7 +290,7 @@ def check_identity(
             f"{past.step}; give the same back, or go on with what is there by "
             "accept_changed_data=true"
         )
-    return {f"{name} (contents)": [old[:16], new[:16]] for name, (old, new) in changed.items()}
+    return {f"{name}{CONTENTS}": [old[:16], new[:16]] for name, (old, new) in changed.items()}
 
 
 def recorded(past: Past | None, changes: dict[str, list[Any]]) -> list[dict[str, Any]]:
@@ -297,13 +299,18 @@ def recorded(past: Past | None, changes: dict[str, list[Any]]) -> list[dict[str,
     return [*before, {"step": past.step, "changes": changes}] if past and changes else before
 
 
-def learned_changes(changes: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Returns the changes of training or scoring, which belong to the configuration's hash."""
+def learned_changes(changes: list[dict[str, Any]], contents: bool = True) -> list[dict[str, Any]]:
+    """Returns the changes of training or scoring, which belong to the configuration's hash.
+
+    Args:
+        contents: with those of data and weights.
+    """
     learned = []
     for change in changes:
         keys = {}
         for key, values in change["changes"].items():
-            if not is_within(key, *IGNORED_KEYS) and not is_path(key):
+            left_out = key.endswith(CONTENTS) and not contents
+            if not (left_out or is_within(key, *IGNORED_KEYS) or is_path(key)):
                 keys[key] = values
         if keys:
             learned.append({**change, "changes": keys})

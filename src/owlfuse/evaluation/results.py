@@ -48,6 +48,8 @@ def write_results(
         "hash": {
             "code": record["code"],
             "config": config_hash(plain, learned_changes(changes)),
+            # by which an ablation that accepts changed data knows a run that went on with such
+            "config_of_keys": config_hash(plain, learned_changes(changes, contents=False)),
             # none of a run from before identities were recorded
             "data": data_hash(record["identity"]) if record.get("identity") else None,
         },

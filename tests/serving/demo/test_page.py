@@ -83,7 +83,7 @@ class Demo:
         )
         self.address = self.wait(r"the demo is at (\S+)")
 
-    def wait(self, pattern, seconds=120):
+    def wait(self, pattern, seconds=600):
         """What the terminal shows, as soon as it does."""
         end = time.monotonic() + seconds
         while time.monotonic() < end and self.process.poll() is None:
@@ -102,7 +102,7 @@ class Demo:
         """Exit code, after the signal that Ctrl-C sends to the process."""
         self.process.send_signal(number)
         try:
-            return self.process.wait(timeout=30)
+            return self.process.wait(timeout=120)
         finally:
             if self.process.poll() is None:
                 self.process.kill()

@@ -154,6 +154,63 @@ def test_cells_that_answered_other_questions_have_a_difference_without_an_interv
     score = load(path).rows[1].scores["val/exact_match"]
     assert score.difference is not None
     assert score.difference_interval is None
+    write_report(path)
+    table = (path / "report" / "table.md").read_text()
+    assert "answered other questions than the baseline: second;" in table
+
+
+def change(path, run, file, **fields):
+    path = path / run / file
+    content = json.loads(path.read_text()) if path.exists() else {}
+    path.write_text(json.dumps({**content, **fields}))
+
+
+def test_what_makes_runs_incomparable_is_said(tmp_path):
+    path = write_ablation(tmp_path / "drawn", {"first": 0.5, "second": 0.9}, seeds=(0, 1))
+    write_report(path)
+    table = path / "report" / "table.md"
+    for text in ("runs at a time", "machines", "tokenizers", "of other data"):
+        assert text not in table.read_text()
+    change(path, "first-seed0", "cell.json", state="finished", jobs=4, machine="a laptop")
+    change(path, "first-seed0", "results.json", tokenizer="abc")
+    change(path, "first-seed1", "results.json", tokenizer="def")
+    write_report(path)
+    for text in (
+        "1 or 4 runs at a time shared the machine",
+        "trained on 2 machines, whose throughput and times do not compare: a laptop; a machine",
+        "the runs have 2 tokenizers: losses and perplexities are per token",
+    ):
+        assert text in table.read_text()
+    # the command of today says nothing of runs of before
+    change(path, "", "ablation.json", jobs=8)
+    change(path, "first-seed0", "cell.json", jobs=1)
+    for run in ("first-seed1", "second-seed0", "second-seed1"):
+        change(path, run, "cell.json", state="finished", jobs=1)
+    write_report(path)
+    assert "runs at a time" not in table.read_text()
+
+
+def test_runs_of_changed_data_count_where_that_is_accepted_and_are_named(tmp_path):
+    path = write_ablation(tmp_path / "drawn", {"first": 0.5, "second": 0.9}, seeds=(0, 1))
+    record = json.loads((path / "ablation.json").read_text())
+    for cell in record["cells"]:
+        cell["hash"] = {**HASH, "data": "new"}
+        cell["config"]["accept_changed_data"] = True
+    (path / "ablation.json").write_text(json.dumps(record))
+    # one from before the change, and one that went on over it
+    change(path, "first-seed0", "results.json", hash={**HASH, "data": "old"})
+    went_on = {**HASH, "config": "other", "config_of_keys": HASH["config"], "data": "new"}
+    change(path, "second-seed1", "results.json", hash=went_on)
+    assert all(run.finished for run in load(path).runs)
+    write_report(path)
+    note = "as accept_changed_data=true accepts: first-seed0, second-seed1"
+    assert note in (path / "report" / "table.md").read_text()
+    for cell in record["cells"]:
+        cell["config"]["accept_changed_data"] = False
+    (path / "ablation.json").write_text(json.dumps(record))
+    states = {run.key: run.state for run in load(path).runs}
+    assert states["first-seed0"] == "of other data"
+    assert states["second-seed1"] == "of other configuration"
 
 
 def test_a_report_can_be_written_before_anything_is_finished(tmp_path, capsys):

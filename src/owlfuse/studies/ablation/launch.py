@@ -25,6 +25,7 @@ from typing import Any
 import yaml
 
 from owlfuse.artifacts.runs import checkpoints_of
+from owlfuse.core.environment import machine
 from owlfuse.core.errors import COMMAND_LINE, ConfigError, hint
 from owlfuse.core.files import read_json, read_json_if_there, write_json
 
@@ -192,7 +193,13 @@ def run_cell(folder: Path, key: str, deadline: float | None, threads: int | None
     # A worker of another machine knows the cell from the file alone.
     record = read_json(folder / "ablation.json")
     cell = next(cell for cell in record["cells"] if cell["key"] == key)
-    facts: dict[str, Any] = {"hash": cell["hash"], "began": time.time()}
+    facts: dict[str, Any] = {
+        "hash": cell["hash"],
+        "began": time.time(),
+        "machine": machine(),
+        # beside which its times were measured
+        "jobs": record.get("jobs", 1),
+    }
     run.mkdir(parents=True, exist_ok=True)
     if deadline is not None and time.time() > deadline:
         reason = "the budget's minutes were used up"

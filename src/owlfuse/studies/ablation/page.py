@@ -188,7 +188,7 @@ def origin(results: Results) -> list[tuple[str, str]]:
     facts = [
         ("experiment", results.record["base"]),
         ("written", f"{datetime.now():%Y-%m-%d %H:%M}"),
-        ("machine", results.record.get("machine", "-")),
+        ("machine", "; ".join(sorted({run.machine for run in finished})) or "-"),
         ("commit", ", ".join(commits) or "-"),
         ("code", ", ".join(code_hashes) or "-"),
     ]

@@ -65,6 +65,12 @@ class Run:
     detail: str = ""
     """Of a run that is not finished: why, or how far it is."""
     results: dict[str, Any] = field(default_factory=dict)
+    other_data: bool = False
+    """Whether it counts by `accept_changed_data=true`: its data are not the cell's."""
+    machine: str = "-"
+    """On which it was trained."""
+    jobs: int = 1
+    """How many runs at a time shared that machine."""
 
     @property
     def finished(self) -> bool:
@@ -106,6 +112,8 @@ class Score:
     difference: float | None = None
     """To the baseline, over the seeds that both have."""
     difference_interval: tuple[float, float] | None = None
+    other_questions: bool = False
+    """Whether runs answered other questions than the baseline's: the difference is of both."""
     seeds: int = 0
     """In the difference."""
 
@@ -210,7 +218,7 @@ def results_of(folder: Path, record: dict[str, Any], baseline: str | None) -> Re
             rows[name] = Row(name, cell["levels"], [], cell["config"])
         # The record may come from elsewhere: a key must not lead out of the folder.
         check_name(f"{folder / 'ablation.json'}: cell", cell["key"])
-        rows[name].runs.append(read_run(folder / cell["key"], cell))
+        rows[name].runs.append(read_run(folder / cell["key"], cell, record))
     baseline_row = rows.get(record["baseline"] if baseline is None else baseline)
     if baseline_row is None:
         raise ConfigError(
@@ -223,11 +231,14 @@ def results_of(folder: Path, record: dict[str, Any], baseline: str | None) -> Re
     return Results(record, sorted(rows.values(), key=lambda row: row is not baseline_row))
 
 
-def read_run(folder: Path, cell: dict[str, Any]) -> Run:
+def read_run(folder: Path, cell: dict[str, Any], record: dict[str, Any]) -> Run:
     """Return a run with its state. Results of other code or another configuration are not read."""
     run = Run(cell["key"], cell["cell"], cell["seed"], folder, "missing")
     results = read_json_if_there(folder / "results.json")
     state = read_json_if_there(folder / STATE_FILE)
+    # An older release wrote both for the whole ablation.
+    run.machine = state.get("machine", record.get("machine", "-"))
+    run.jobs = state.get("jobs", record.get("jobs", 1))
     step = read_json_if_there(folder / "progress.json").get("step", 0)
     half_way = of_stopped_run(results, state, cell["steps"])
     if results and not half_way:
@@ -242,6 +253,7 @@ def read_run(folder: Path, cell: dict[str, Any]) -> Run:
             )
         elif kind is None:
             run.state, run.results = "finished", results
+            run.other_data = differing_hash(results["hash"], cell["hash"], False) is not None
         else:
             name = "configuration" if kind == "config" else kind
             run.state = f"of other {name}"
@@ -309,6 +321,7 @@ def score(row: Row, baseline: Row, metric: str, source: str, local_name: str) ->
     result.difference = float(np.mean(differences))
     if has_answers:
         matrix, clusters = right_matrix(answers)
+        result.other_questions = matrix is None and any(answers)
         if matrix is not None:
             # Rows alternate between the cell and the baseline.
             result.difference_interval = paired_interval(matrix[0::2] - matrix[1::2], clusters)

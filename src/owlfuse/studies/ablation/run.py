@@ -228,9 +228,9 @@ def launch_all(
     options: Options,
 ) -> None:
     """Writes ablation.json, and trains the unfinished cells that are within the budget."""
-    from owlfuse.core.environment import machine
-
-    record = {**record, "machine": machine(), "jobs": options.jobs}
+    # Jobs of a cluster do not share a machine.
+    jobs = 1 if options.launcher == "submitit_slurm" else options.jobs
+    record = {**record, "jobs": jobs}
     # Before any cell, which reads its overrides from the file.
     write_json(folder / "ablation.json", record)
     (folder / launch.STOP_FILE).unlink(missing_ok=True)  # of an earlier command

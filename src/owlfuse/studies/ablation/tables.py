@@ -34,18 +34,61 @@ def notes(results: Results) -> list[str]:
         "tokens/s: of text, without padding and places of images; time per generated token: one "
         "answer at a time"
     )
-    jobs = results.record.get("jobs", 1)
-    # Cells that share a machine are not measured as they would be alone.
-    if jobs > 1:
+    lines += machine_notes(results)
+    if changed := [run.key for run in results.finished if run.other_data]:
         lines.append(
-            f"{jobs} runs at a time shared the machine, which slows each: throughput and times "
-            "are of that"
+            f"of other data than the ablation's, as accept_changed_data=true accepts: "
+            f"{', '.join(changed)}"
         )
+    lines += comparison_notes(results)
     if results.unfinished:
         lines.append(
             "not all runs are finished: the differences are over the seeds that both cells have"
         )
     return lines
+
+
+def machine_notes(results: Results) -> list[str]:
+    """Return what makes the runs' times incomparable."""
+    lines = []
+    jobs = sorted({run.jobs for run in results.finished})
+    # Cells that share a machine are not measured as they would be alone.
+    if jobs and jobs[-1] > 1:
+        count = str(jobs[-1]) if len(jobs) == 1 else " or ".join(map(str, jobs))
+        lines.append(
+            f"{count} runs at a time shared the machine, which slows each: throughput and times "
+            "are of that"
+        )
+    machines = sorted({run.machine for run in results.finished})
+    if len(machines) > 1:
+        lines.append(
+            f"trained on {len(machines)} machines, whose throughput and times do not compare: "
+            f"{'; '.join(machines)}"
+        )
+    return lines
+
+
+def comparison_notes(results: Results) -> list[str]:
+    """Return which differences are of more than the cells."""
+    lines = []
+    cells = [row.name for row in results.rows if any_other_questions(row)]
+    if cells:
+        lines.append(
+            f"answered other questions than the baseline: {', '.join(cells)}; their differences "
+            "are of the questions too, and have no interval"
+        )
+    tokenizers = {run.results.get("tokenizer") for run in results.finished} - {None}
+    if len(tokenizers) > 1:
+        lines.append(
+            f"the runs have {len(tokenizers)} tokenizers: losses and perplexities are per token, "
+            "and do not compare"
+        )
+    return lines
+
+
+def any_other_questions(row: Row) -> bool:
+    """Return whether one of a cell's scores is of other questions than the baseline's."""
+    return any(score.other_questions for score in row.scores.values())
 
 
 def print_tables(results: Results) -> None:

@@ -19,6 +19,7 @@ from owlfuse.model.parts import compute_only, essential, loading_options
 from owlfuse.studies.recipe.compose import compose_stages
 
 MOVABLE_KEYS = (
+    "accept_changed_data",
     "trainer.devices",
     "trainer.num_nodes",
     "trainer.log_every_n_steps",
