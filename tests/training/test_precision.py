@@ -159,6 +159,24 @@ def test_gradients_of_16_mixed_are_clipped_at_their_own_size(work, optim, monkey
     assert norms["scaled"] == pytest.approx(norms["plain"], rel=0.05)
 
 
+def test_updates_that_the_scaler_of_16_mixed_leaves_out_are_counted_and_told(
+    work, monkeypatch, capsys
+):
+    def with_large_scale(*args):
+        trainer = make_trainer(*args)
+        scaler = torch.amp.GradScaler("cpu", init_scale=1e38)
+        trainer.strategy.precision_plugin = MixedPrecision("16-mixed", "cpu", scaler)
+        return trainer
+
+    monkeypatch.setattr(train, "make_trainer", with_large_scale)
+    words = [*SMALL, "experiment=shapes_owl3", "trainer.log_every_n_steps=1"]
+    run = train.run(compose([*words, "trainer.max_steps=2"]))
+    with (run / "metrics.csv").open() as file:
+        counts = [row["train/skipped_updates"] for row in csv.DictReader(file)]
+    assert [float(count) for count in counts if count] == [1, 2]
+    assert "2 of these steps changed no weight" in capsys.readouterr().err
+
+
 def test_weights_that_transformers_keeps_in_32_bits_keep_them(tmp_path, monkeypatch):
     """Those that choose a token's experts, private to transformers' `_keep_in_fp32_modules_strict`:
     rounded, they would choose others."""

@@ -175,6 +175,11 @@ class TrainingProgress(Callback):
             more = f", {trainer.global_step:,} in all" if self.first_step else ""
             last = "" if loss is None else f", loss {float(loss):.4g}"
             tell(f"trained {steps:,} steps in {seconds}{more}{last}")
+            if skipped := int(getattr(module, "skipped_updates", 0)):
+                tell(
+                    f"{skipped:,} of these steps changed no weight: their gradients were too large "
+                    "for float16 (train/skipped_updates); bf16-mixed has no such limit"
+                )
 
     def on_exception(
         self, trainer: Trainer, module: LightningModule, exception: BaseException

@@ -87,6 +87,8 @@ class MultimodalModule(lightning.LightningModule):
         self.updated_at: int | None = None
         """The trainer's step when the last update of the weights began; the step rises when the
         update is done."""
+        self.skipped_updates: Any = 0.0
+        """Of this command, by the scaler of 16-mixed."""
         self.finite = FiniteWatch()
         self.validation_losses = ValidationLosses()
         self.loss_sum: Any = 0.0
@@ -161,9 +163,9 @@ class MultimodalModule(lightning.LightningModule):
 
     @property
     def loss_scale(self) -> float:
-        """What the summed loss is multiplied by: gradients in float16 alone would overflow as sums
-        over a large batch. A power of two, by which only the exponent changes."""
-        if self.trainer.precision != "16-true":
+        """What the summed loss is multiplied by: gradients in float16 would overflow as sums over a
+        large batch. A power of two, by which only the exponent changes."""
+        if self.trainer.precision not in ("16-true", "16-mixed"):
             return 1.0
         return 2.0 ** -int(math.log2(self.datamodule.global_batch_size))
 
@@ -214,8 +216,11 @@ class MultimodalModule(lightning.LightningModule):
         elif gradient_clip_val:
             norm = clip(gradients_of(optimizer), gradient_clip_val)
             self.log("train/grad_norm", norm)
-            # whose scaler leaves out steps with infinite gradients
-            if self.trainer.precision != "16-mixed":
+            if self.trainer.precision == "16-mixed":
+                # whose scaler leaves out such an update, and tries the next with smaller gradients
+                self.skipped_updates = self.skipped_updates + (~torch.isfinite(norm)).float()
+                self.log("train/skipped_updates", self.skipped_updates)
+            else:
                 self.finite.note(norm, self.trainer.global_step + 1)
         # Lightning calls nothing of ours between this and the update
         self.updated_at = self.trainer.global_step
