@@ -170,9 +170,9 @@ class OwlfuseForConditionalGeneration(PreTrainedModel, GenerationMixin):
         """
         check_unused(kwargs)
         cache = cache if cache is not None else past_key_values
-        # a mask of what a cache holds too is longer
-        fits = cache is not None or attention_mask is None or attention_mask.ndim != 2
-        if not (fits or attention_mask.shape == input_ids.shape):
+        # a mask of what a cache holds too is longer, and one of more dimensions is refused below
+        is_row_mask = attention_mask is not None and attention_mask.ndim == 2
+        if is_row_mask and cache is None and attention_mask.shape != input_ids.shape:
             raise ValueError(
                 f"attention_mask has the shape {tuple(attention_mask.shape)} and input_ids "
                 f"{tuple(input_ids.shape)}; give a mask of the same positions"
@@ -288,7 +288,7 @@ class OwlfuseForConditionalGeneration(PreTrainedModel, GenerationMixin):
             levels = tokens.expand(extra, *tokens.shape) if extra else None
         return VisualTokens(tokens, index, positions, levels)
 
-    def prepare_inputs_for_generation(self, input_ids: Tensor, **kwargs: Any) -> Any:  # type: ignore[override]
+    def prepare_inputs_for_generation(self, input_ids: Tensor, **kwargs: Any) -> Any:
         """Returns the arguments of a forward as transformers', but drops a cache whose keys are
         rotated by other frequencies than the next step's, as Phi-3's own class does: those of
         longrope change once a row is longer than the LLM was first made for."""

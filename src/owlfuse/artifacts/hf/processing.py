@@ -167,17 +167,19 @@ class OwlfuseProcessor(ProcessorMixin):
             for text_behind in texts_behind:
                 row += token * (self.tokens_per_image * next(view_counts)) + text_behind
             expanded.append(row)
-        tensors = kwargs.pop("return_tensors", "pt")
         image_options = kwargs.pop("images_kwargs", {})
         text_options = kwargs.pop("text_kwargs", {})
         options = {
             "padding": len(texts) > 1,
             "padding_side": self.tokenizer.padding_side,
             "add_special_tokens": False,
+            "verbose": False,
+            "return_tensors": "pt",
             **kwargs,
             **text_options,
         }
         check_options(options)
+        tensors = options.pop("return_tensors")
         features = self.encode_texts(expanded, tensors, **options)
         all_views = list(chain.from_iterable(views))
         features |= self.image_processor(all_views, return_tensors=tensors, **image_options)
@@ -208,7 +210,7 @@ class OwlfuseProcessor(ProcessorMixin):
         if not options.get("truncation"):
             options.pop("max_length", None)
         plain_texts = [show_words(text, self.image_token) for text in texts]
-        encoded = self.tokenizer(plain_texts, return_offsets_mapping=True, verbose=False, **options)
+        encoded = self.tokenizer(plain_texts, return_offsets_mapping=True, **options)
         rows, all_offsets = encoded["input_ids"], encoded["offset_mapping"]
         for ids, offsets, text, hidden in zip(rows, all_offsets, plain_texts, texts, strict=True):
             # without a template there are no answers whose borders matter

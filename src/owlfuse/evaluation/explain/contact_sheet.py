@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -56,7 +57,8 @@ def maps_of_answers(
             return str(error)
 
     maps: dict[int, Tensor] = {}
-    for place, result in zip(places, ranks.deal(places, map_of), strict=True):
+    results: Iterator[Tensor | str] = ranks.deal(places, map_of)
+    for place, result in zip(places, results, strict=True):
         if isinstance(result, str):
             if ranks.first:
                 log.warning("evaluation.explain: the contact sheet has no overlays: %s", result)

@@ -59,7 +59,7 @@ def machine_notes(results: Results) -> list[str]:
             f"{count} runs at a time shared the machine, which slows each: throughput and times "
             "are of that"
         )
-    machines = sorted({run.machine for run in results.finished})
+    machines = sorted({run.machine for run in results.finished} - {"-"})
     if len(machines) > 1:
         lines.append(
             f"trained on {len(machines)} machines, whose throughput and times do not compare: "
