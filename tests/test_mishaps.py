@@ -476,3 +476,12 @@ def test_the_readmes_part_is_complete_as_it_stands(tmp_path):
     features = torch.randn(2, 9, 6)
     torch.testing.assert_close(connector(features)[:, 0], connector.proj(features.mean(1)))
     assert connector.tokens == connector(features).shape[1]
+
+
+def test_a_variable_that_lightning_would_take_is_refused():
+    from owlfuse.core.errors import ConfigError
+    from owlfuse.training.machine_checks import check_environment
+
+    check_environment({"PL_TRAINER_OVERFIT_BATCHES": "", "PL_GLOBAL_SEED": "1"})
+    with pytest.raises(ConfigError, match=r"PL_TRAINER_MAX_TIME=1: .* \+trainer\.max_time="):
+        check_environment({"PL_TRAINER_MAX_TIME": "1"})

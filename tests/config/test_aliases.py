@@ -12,6 +12,8 @@ import owlfuse
 from owlfuse.artifacts.hf.configuration import OwlfuseConfig
 from owlfuse.artifacts.hf.modeling import OwlfuseForConditionalGeneration
 from owlfuse.config.aliases import MOVED, with_current_names
+from owlfuse.config.build import to_dict
+from owlfuse.config.compose import compose
 from owlfuse.config.trust import read_run_config
 from owlfuse.model.fusion.modality_adaptive import ModalityAdaptive
 from owlfuse.model.multimodal import on_meta
@@ -36,6 +38,12 @@ def test_the_configuration_of_an_old_run_names_what_is_there_today():
         assert callable(get_object(name))
     model, _ = on_meta(config["model"], vocab_size=64)
     assert isinstance(model.fusion, ModalityAdaptive)
+
+
+def test_an_old_run_goes_on_under_the_names_of_today(tmp_path):
+    shutil.copy(OLD / "config.yaml", tmp_path)
+    config = to_dict(compose([f"resume={tmp_path}"], importing=False))
+    assert config["model"] == read_run_config(OLD)["model"]
 
 
 def test_an_old_export_is_loaded(tmp_path):

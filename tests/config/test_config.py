@@ -132,6 +132,19 @@ def message(*overrides: str) -> str:
     return str(caught.value)
 
 
+def test_the_last_choice_of_an_optional_group_counts(tree):
+    write(tree, {"configs/callbacks/one.yaml": "one: {}\n"})
+    assert composed("callbacks=null", "callbacks=one").callbacks == {"one": {}}
+    assert composed("callbacks=one", "callbacks=null").callbacks is None
+    assert composed("callbacks=null").callbacks is None
+
+
+def test_a_group_that_an_experiment_overrides_twice_is_refused(tree):
+    text = "defaults:\n- override /model/fusion: concat\n- override /model/fusion: hyperattention\n"
+    write(tree, {"experiments/twice.yaml": text})
+    assert "twice.yaml: defaults: model/fusion is overridden twice" in message("experiment=twice")
+
+
 def test_without_an_experiment_the_groups_of_the_root_file_are_composed(tree):
     config = composed()
     assert config.experiment == "default"
@@ -324,7 +337,14 @@ COMMAND_LINE_ERRORS = {
     "a=[1,": f"a=[1,: no viable alternative at input '[1,' {GRAMMAR}",
     "name=a=b": f"name=a=b: mismatched input '=' expecting <EOF> {GRAMMAR}",
     "a b=3": f"a b=3: LexerNoViableAltException: a b=3 ^ {GRAMMAR}",
-    "seed=1,2": "seed=1,2: several values; add -m for a run of each, or write a list as key=[a,b]",
+    "seed=1,2": "seed=1,2: several values; write a list as key=[a,b], or add -m",
+    "model/fusion=concat,hyperattention": (
+        "model/fusion=concat,hyperattention: several values; choose one, or add -m"
+    ),
+    "model/fusion=[concat,hyperattention]": (
+        "model/fusion=[concat,hyperattention]: model/fusion is one part, of which Hydra would mix "
+        "the options; choose one"
+    ),
     "hydra.job.name=x": (
         "hydra.job.name: Hydra's own settings cannot be changed; owlfuse runs sweeps itself"
     ),

@@ -18,6 +18,7 @@ from owlfuse.config.build import build
 from owlfuse.config.compose import compose, compose_root
 from owlfuse.core.errors import ConfigError, DataError
 from owlfuse.data.media.images import open_image
+from owlfuse.model.connectors.base import Connector
 from owlfuse.model.multimodal import build_model
 
 PARTS = {
@@ -28,6 +29,15 @@ PARTS = {
     "adapter": ["model/adapter@model.adapter.llm=vectors"],
     "all together": ["experiment=parts"],
 }
+
+
+def test_the_readme_s_connector_is_one():
+    block = (REPO / "README.md").read_text().partition("```python\n")[2].partition("```")[0]
+    names = {}
+    exec(block, names)
+    connector = names["MeanConnector"](6, 4, 9, (3, 3))
+    assert isinstance(connector, Connector)
+    assert connector(torch.randn(2, 9, 6)).shape == (2, connector.tokens, 4)
 
 
 def model_of(*overrides):

@@ -301,6 +301,16 @@ def test_data_missing_in_the_last_stage_are_told_before_the_first_one_trains():
             ["resume=x"],
             "command line: resume=x: a recipe has no resume=; its stages are first, second, third",
         ),
+        (
+            "tiny",
+            ["stages.second.experiment=shapes_owl3"],
+            "stages.second.experiment=shapes_owl3: a stage has no experiment of its own",
+        ),
+        (
+            "tiny",
+            ["stages.second.runs=elsewhere"],
+            "stages.second.runs=elsewhere: a stage has no runs of its own; leave out stages.second.",
+        ),
         ("tiny", ["dry_run=yes"], "command line: dry_run=yes: true or false"),
     ],
 )

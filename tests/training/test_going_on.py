@@ -492,6 +492,28 @@ def test_an_error_leaves_a_checkpoint_of_the_last_whole_step_and_mixture_json(
     assert all(torch.equal(tensor, b["state_dict"][key]) for key, tensor in a["state_dict"].items())
 
 
+IN_4_BITS = ["+model.llm.quantization={}", "model/adapter@model.adapter.llm=lora"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            ["ema", "trainer.precision=bf16-true"],
+            "averages weights in their own type, and those of",
+        ),
+        (["ema", *IN_4_BITS], "averages weights in their own type, and those in"),
+        (["accumulate"], "would train the first samples again and again"),
+    ],
+)
+def test_callbacks_that_would_train_other_weights_or_samples_are_refused(words, message):
+    targets = {"ema": "EMAWeightAveraging", "accumulate": "GradientAccumulationScheduler"}
+    target = f"+callbacks.{words[0]}._target_=lightning.pytorch.callbacks.{targets[words[0]]}"
+    scheduling = ["+callbacks.accumulate.scheduling={0: 4}"] if words[0] == "accumulate" else []
+    with pytest.raises(ConfigError, match=message):
+        train.run(compose([*SMALL, target, *scheduling, *words[1:], "name=refused-callback"]))
+
+
 @pytest.mark.slow
 def test_a_run_with_averaged_weights_goes_on_from_its_own(folder):
     common = [

@@ -3,6 +3,7 @@ of its family."""
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,8 @@ from owlfuse.artifacts.load import TrainedModel
 from owlfuse.artifacts.released.loading import load
 from owlfuse.core.errors import DataError
 from owlfuse.core.types import IMAGE
-from owlfuse.data.chat.tokenizer import load_tokenizer, prepare
+from owlfuse.data.chat.answer_format import ANSWER, QUESTION, find_end_mark
+from owlfuse.data.chat.tokenizer import load_tokenizer, prepare, render
 from owlfuse.model.new_tokens import TOKENIZER_FILES
 
 # The prompts of the released code: mPLUG-Owl's examples, the conversation `mplug_owl2` of
@@ -77,12 +79,27 @@ def load_released_tokenizer(folder: Path, released: Any) -> tuple[Any, str]:
                 f"image_token_id is {released.image_token_id}; take the tokenizer of that model"
             )
         image_token = token
-    # released tokenizers come without one, their prompts being in the released code
-    if not tokenizer.chat_template:
-        if released.family not in TEMPLATES:
-            raise DataError(
-                f"the tokenizer of {folder} has no chat template; take the tokenizer_config.json "
-                "of that model"
-            )
+    # released tokenizers come without one, their prompts being in the released code; LLaVA's newer
+    # files have one that writes no end of an answer, for answering alone
+    ends = tokenizer.chat_template and writes_an_end(tokenizer, image_token)
+    if not ends and released.family in TEMPLATES:
         tokenizer.chat_template = TEMPLATES[released.family]
+    if not tokenizer.chat_template:
+        raise DataError(
+            f"the tokenizer of {folder} has no chat template; take the tokenizer_config.json of "
+            "that model"
+        )
     return prepare(tokenizer, image_token), image_token
+
+
+def writes_an_end(tokenizer: Any, image_token: str) -> bool:
+    """Returns whether a tokenizer's own chat template writes something behind an answer; one that
+    cannot be used at all is told where it is."""
+    question = {"role": "user", "content": QUESTION}
+    chat = [question, {"role": "assistant", "content": ANSWER}]
+    try:
+        prepared = prepare(copy.deepcopy(tokenizer), image_token)
+        text = render(prepared, chat)
+    except DataError:
+        return True
+    return ANSWER not in text or bool(find_end_mark(prepared, chat, text))

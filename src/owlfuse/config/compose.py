@@ -17,6 +17,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
+from owlfuse.config.aliases import with_current_names
 from owlfuse.config.build import to_dict
 from owlfuse.config.check import Origin, check_arguments, check_targets
 from owlfuse.config.folders import EXPERIMENTS, ConfigFolders, find_folders, known_runs
@@ -129,7 +130,7 @@ def compose(
         config.experiment = composition.experiment or "default"
     else:
         composition = _compose_resumed(lines, run, folders)
-        config = _compose(composition)
+        config = _compose(composition, renames=True)
         config.resume = str(run)
         # Runs from before torch's Muon name the type that timm's computed in.
         if isinstance(config.get("optim"), DictConfig):
@@ -399,8 +400,11 @@ def _resumed_run(overrides: list[str]) -> Path | None:
     return None if folder in ("", "null") else find_run(folder)
 
 
-def _compose(composition: Composition) -> ComposedConfig:
+def _compose(composition: Composition, renames: bool = False) -> ComposedConfig:
     config = composition.compose()
+    if renames:  # of an older release, which called some parts otherwise
+        names = with_current_names(OmegaConf.to_container(config, resolve=False))
+        config = OmegaConf.create(names)
     with open_dict(config):
         del config["hydra"]
         if "model" in config:  # of a run, and not of another root

@@ -89,21 +89,36 @@ class Composition:
     def group_overrides(self) -> list[Override]:
         """Overrides that choose an option of a group."""
         overrides = []
-        for override in self.overrides:
-            is_group = override.key_or_group in self.folders.groups
-            if is_group and not isinstance(override.value(), dict):
+        for override in self.effective_overrides:
+            if override.key_or_group in self.folders.groups and not is_mapping(override):
                 overrides.append(override)
         return overrides
 
     @cached_property
+    def effective_overrides(self) -> list[Override]:
+        """The overrides without those choices of an optional group that a later one replaces: Hydra
+        would apply a null after all others."""
+        last: dict[str, Override] = {}
+        for override in self.overrides:
+            if override.key_or_group in OPTIONAL_GROUPS and not is_mapping(override):
+                last[override.key_or_group] = override
+        kept = []
+        for override in self.overrides:
+            chosen = last.get(override.key_or_group)
+            if chosen is None or chosen is override or is_mapping(override):
+                kept.append(override)
+        return kept
+
+    @cached_property
     def key_overrides(self) -> list[Override]:
         """Overrides of keys, a whole group of them among these."""
-        return [override for override in self.overrides if override not in self.group_overrides]
+        of_groups = self.group_overrides
+        return [override for override in self.effective_overrides if override not in of_groups]
 
     @cached_property
     def null_groups(self) -> set[str]:
         """Groups that the overrides set to null."""
-        return {o.key_or_group for o in self.overrides if is_null_group(o)}
+        return {o.key_or_group for o in self.effective_overrides if is_null_group(o)}
 
     @property
     def _root_label(self) -> str:
@@ -116,7 +131,7 @@ class Composition:
         if self.experiment:
             # An experiment's file is for the root, whichever group it lies in.
             lines.append(f"{EXPERIMENTS}@_global_={_quoted(self.experiment)}")
-        for override in self.overrides:
+        for override in self.effective_overrides:
             # Hydra knows only ~<group> for <group>=null.
             is_null = is_null_group(override)
             lines.append(f"~{override.key_or_group}" if is_null else str(override.input_line))
@@ -174,6 +189,7 @@ class Composition:
             if path in stored or file is None:  # of a file that is missing, Hydra says so
                 continue
             content = self.folders.content(path, file)
+            _check_defaults(content, file)
             group, _, option = path.rpartition("/")
             store.store(option, content, group, package="_global_")
             stored.add(path)
@@ -315,12 +331,19 @@ def read_overrides(lines: list[str], folders: ConfigFolders, sweep: bool = False
         if not override.is_sweep_override():
             _check_override(override, folders)
         elif not sweep:
+            is_group = override.key_or_group in folders.groups
+            instead = "choose one" if is_group else "write a list as key=[a,b]"
             raise ConfigError(
-                f"{COMMAND_LINE}: {line}: several values; add -m for a run of each, or write a "
-                "list as key=[a,b]"
+                f"{COMMAND_LINE}: {line}: several values; {instead}, or add -m to owlfuse train "
+                "for a run of each"
             )
         overrides.append(override)
     return overrides
+
+
+def is_mapping(override: Override) -> bool:
+    """Whether it gives keys, and not an option of a group."""
+    return not override.is_delete() and isinstance(override.value(), dict)
 
 
 def is_null_group(override: Override) -> bool:
@@ -357,12 +380,44 @@ def _check_options(override: Override, folders: ConfigFolders) -> None:
     if is_null_group(override):
         return
     value = override.value()
-    for option in value if isinstance(value, list) else [value]:
+    options = value if isinstance(value, list) else [value]
+    if len(options) > 1 and is_one_part(override.key_or_group, options, folders):
+        raise ConfigError(
+            f"{COMMAND_LINE}: {override.input_line}: {override.key_or_group} is one part, of which "
+            "Hydra would mix the options; choose one"
+        )
+    for option in options:
         if isinstance(option, str) and folders.file(f"{override.key_or_group}/{option}"):
             continue
         if not isinstance(option, str):
             option = yaml.safe_dump(option, default_flow_style=True).split("\n")[0]
         raise no_such_option(COMMAND_LINE, override.get_key_element(), option, folders)
+
+
+def is_one_part(group: str, options: list[Any], folders: ConfigFolders) -> bool:
+    """Whether an option of a group is a part with a `_target_`, of which there can be one, and not
+    a key of its own beside others, as a logger."""
+    for option in options:
+        path = f"{group}/{option}"
+        file = folders.file(path)
+        content = folders.content(path, file) if file else None
+        if isinstance(content, dict) and "_target_" in content:
+            return True
+    return False
+
+
+def _check_defaults(content: Any, file: Any) -> None:
+    """Raise ConfigError where a defaults list overrides one group twice, of which Hydra takes the
+    first."""
+    defaults = content.get("defaults") if isinstance(content, dict) else None
+    groups: list[str] = []
+    for entry in defaults if isinstance(defaults, list) else []:
+        for key in entry if isinstance(entry, dict) else []:
+            if str(key).startswith("override "):
+                groups.append(str(key).removeprefix("override ").strip().lstrip("/"))
+    for group in groups:
+        if groups.count(group) > 1:
+            raise ConfigError(f"{label(file)}: defaults: {group} is overridden twice; keep one")
 
 
 def _listed_experiments(content: Any, group: str) -> list[str]:

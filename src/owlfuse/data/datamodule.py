@@ -42,6 +42,8 @@ log = logging.getLogger(__name__)
 
 # Records of a source that show whether texts begin on a new line behind pictures.
 FIRST_RECORDS = 16
+VALIDATION_BATCH = 32
+"""Most samples of a batch of a validation."""
 
 
 class ChatData(lightning.LightningDataModule):
@@ -272,6 +274,8 @@ class ChatData(lightning.LightningDataModule):
             loaders[name] = self.validation_loader(
                 name,
                 self.validation_samples,
+                # as little memory as training takes
+                min(VALIDATION_BATCH, self.micro_batch_size or VALIDATION_BATCH),
                 rank=ranks["rank"],
                 ranks=ranks["num_replicas"],
             )
@@ -281,7 +285,7 @@ class ChatData(lightning.LightningDataModule):
         self,
         name: str,
         limit: int | None = None,
-        batch_size: int = 32,
+        batch_size: int = VALIDATION_BATCH,
         rank: int = 0,
         ranks: int = 1,
     ) -> DataLoader:

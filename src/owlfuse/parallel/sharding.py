@@ -23,6 +23,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 
 from owlfuse.core.types import without_keys
 from owlfuse.model.adapters import PARTS
+from owlfuse.model.layouts import names_in_float32
 from owlfuse.model.multimodal import MultimodalLM
 from owlfuse.model.vision.batch_norm import trained_norms
 from owlfuse.parallel.collectives import data_group, data_ranks
@@ -45,8 +46,9 @@ def shard(model: MultimodalLM, mesh: DeviceMesh, precision: str) -> None:
         split_projections(model, tensor)
     if data.size() > 1 or tensor.size() == 1:
         policy = MixedPrecisionPolicy()
-        # whose norms take no weights of another type
-        if precision == "bf16-mixed" and mesh.device_type != "cpu":
+        # whose norms take no weights of another type; what chooses experts has to stay in 32 bits
+        lowers = precision == "bf16-mixed" and not names_in_float32(model.llm)
+        if lowers and mesh.device_type != "cpu":
             policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
         # units first: the call for the model takes what is in none of them
         for unit in model.sharding_units():

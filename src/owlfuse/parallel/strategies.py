@@ -119,12 +119,9 @@ class Sharded(ModelParallelStrategy):
     def load_checkpoint(
         self, checkpoint_path: str | Path, weights_only: bool | None = None
     ) -> dict[str, Any]:
-        """A file of one process, or a folder: see `load_shards`, and what it raises."""
-        path, model = Path(checkpoint_path), cast("nn.Module", self.model)
-        # of one process, which several may go on from
-        if path.is_file():
-            return super().load_checkpoint(path, weights_only)
-        return load_shards(model, self.optimizers, path)
+        """A folder: see `load_shards`, and what it raises."""
+        model = cast("nn.Module", self.model)
+        return load_shards(model, self.optimizers, Path(checkpoint_path))
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None
@@ -207,6 +204,13 @@ def check_strategy(trainer: Trainer, model: MultimodalLM, checkpoint: Path | Non
                 f"trainer.precision: of {type(model.llm).__name__} transformers keeps "
                 f"{min(in_float32)} and {len(in_float32) - 1} more in 32 bits, and sharding takes "
                 "one type of a layer; take bf16-mixed"
+            )
+        if checkpoint is not None and checkpoint.is_file():
+            # Lightning counts its optimizer's parameters over the model, and ours are by groups.
+            raise ValueError(
+                f"resume: {checkpoint} is not sharded, and this trainer is; go on without "
+                "trainer.strategy, or begin another run, from this one's weights by init_from= of "
+                "its export"
             )
     if checkpoint is not None and checkpoint.is_dir() and not isinstance(trainer.strategy, Sharded):
         raise ValueError(

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from lightning import Callback, LightningModule, Trainer
 from lightning.fabric.plugins import TorchCheckpointIO
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint, WeightAveraging
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from owlfuse.artifacts.runs import BEST, checkpoints_of
@@ -246,6 +246,15 @@ class Checkpoints(RunCheckpoint):
             return
         # A checkpoint of such weights would take the place of a good one.
         if module.finite.told:
+            return
+        # Lightning has put the average in the weights' place until the validation ends.
+        averages = any(isinstance(callback, WeightAveraging) for callback in trainer.callbacks)
+        if averages and trainer.validating:
+            log.error(
+                "the validation after step %d was broken off with the average in the weights' "
+                "place; the last checkpoint before it is what is left",
+                step,
+            )
             return
         if module.updating:
             log.error(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -35,8 +36,10 @@ def check_machine(config: DictConfig) -> str | None:
     None where there are none.
 
     Raises:
-        ConfigError: this machine does not have the accelerator or as many devices.
+        ConfigError: this machine does not have the accelerator or as many devices; a variable of
+            the environment that changes the training.
     """
+    check_environment(os.environ)
     trainer = to_dict(config.trainer)
     name, devices = trainer.get("accelerator", "auto"), trainer.get("devices", "auto")
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
@@ -54,6 +57,18 @@ def check_machine(config: DictConfig) -> str | None:
     elif name == "auto" and not has_mps:
         return check_processes(config, devices)
     return None
+
+
+def check_environment(environment: Mapping[str, str]) -> None:
+    """Raises ConfigError for a variable by which Lightning sets an argument of its Trainer, which
+    no config.yaml would tell."""
+    for name in sorted(environment):
+        if name.startswith("PL_TRAINER_") and environment[name]:
+            key = name.removeprefix("PL_TRAINER_").lower()
+            raise ConfigError(
+                f"environment: {name}={environment[name]}: Lightning would take it, and the run's "
+                f"config.yaml would not have it; unset it, and write +trainer.{key}="
+            )
 
 
 def check_available(config: DictConfig, name: str, gpus: int) -> None:

@@ -255,8 +255,9 @@ def fit(
     except Exception as error:
         leave_mixture(trainer, module, data, folder, error)
         if isinstance(error, torch.OutOfMemoryError):
+            work = "a validation" if trainer.validating else "the training"
             raise DataError(
-                f"the training is more than the GPU's memory holds, after step "
+                f"{work} is more than the GPU's memory holds, after step "
                 f"{trainer.global_step}; set data.micro_batch_size or data.max_length to less"
             ) from error
         failure = data.data_workers.failure()

@@ -7,17 +7,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from hydra.utils import get_class
 from lightning import Callback, Trainer
-from lightning.pytorch.callbacks import LearningRateMonitor
+from lightning.pytorch.callbacks import (
+    GradientAccumulationScheduler,
+    LearningRateMonitor,
+    WeightAveraging,
+)
 from omegaconf import DictConfig
 
 from owlfuse.artifacts.resume import Past
+from owlfuse.artifacts.weights import HALVES
 from owlfuse.config.build import build
 from owlfuse.config.compose import origin_of
 from owlfuse.core.errors import ConfigError
 from owlfuse.core.terminal import visible
 from owlfuse.data.datamodule import ChatData
 from owlfuse.parallel.collectives import data_ranks
+from owlfuse.parallel.strategies import Sharded
 from owlfuse.training.callbacks import BeforeTraining, LoggedStep, StopOnSignal, TrainingProgress
 from owlfuse.training.checkpoints import Best, Checkpoints, LastCheckpoint
 from owlfuse.training.cost import Cost
@@ -77,6 +84,7 @@ def make_trainer(
     except REFUSALS as error:
         raise ConfigError(f"{origin_of(config, 'trainer')}: trainer: {error}") from error
     check_launcher(trainer, config)
+    check_callbacks(trainer, config)
     if steps < configured_steps and trainer.is_global_zero:
         line = f"the data end (at_end) after {steps} whole steps of {configured_steps}"
         print(visible(f"{line}, so the run does"))
@@ -116,3 +124,28 @@ def run_cost(trainer: Any, evaluation: Any) -> dict[str, Any]:
     answer."""
     mine = next((callback.cost for callback in trainer.callbacks if isinstance(callback, Cost)), {})
     return {**mine, "ms_per_generated_token": getattr(evaluation, "milliseconds", None)}
+
+
+def check_callbacks(trainer: Trainer, config: DictConfig) -> None:
+    """Raises ConfigError for a user's callback of Lightning that would train other samples, or
+    average weights that cannot be averaged."""
+    halves = trainer.precision in HALVES
+    quantized = config.model.llm.get("quantization") is not None
+    for key, node in (config.get("callbacks") or {}).items():
+        kind = get_class(node["_target_"]) if node else object
+        where = f"{origin_of(config, f'callbacks.{key}')}: callbacks.{key}: {kind.__name__}"
+        if issubclass(kind, GradientAccumulationScheduler):
+            raise ConfigError(
+                f"{where} would train the first samples again and again; "
+                "data.micro_batch_size decides the accumulation"
+            )
+        if not issubclass(kind, WeightAveraging):
+            continue
+        if halves or quantized:
+            reason = f"of {trainer.precision}" if halves else "in 4 bits"
+            raise ConfigError(
+                f"{where} averages weights in their own type, and those {reason} lose it by "
+                "rounding; take bf16-mixed and no quantization"
+            )
+        if isinstance(trainer.strategy, Sharded):
+            raise ConfigError(f"{where} cannot average a sharded model; take trainer=ddp")

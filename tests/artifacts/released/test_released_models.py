@@ -201,6 +201,24 @@ def test_preprocessor_config_has_the_first_word(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("said", "message"),
+    [
+        ({"do_normalize": False}, "do_normalize is false"),
+        ({"rescale_factor": 1.0}, "rescale_factor is 1.0"),
+        ({"resample": 5}, "resample is 5; supported are 0 .nearest"),
+        ({"size": {"shortest_edge": 9999}}, "size is .* and crop_size .*: a picture would be"),
+    ],
+    ids=str,
+)
+def test_steps_of_a_preprocessor_that_would_be_left_out_are_refused(said, message, tmp_path):
+    folder = write("owl2", 1).to(tmp_path)
+    side = load(folder).vision.preprocessing.size[0]
+    (folder / "preprocessor_config.json").write_text(json.dumps({"crop_size": side, **said}))
+    with pytest.raises(DataError, match=f"preprocessor_config.json: {message}"):
+        load(folder)
+
+
+@pytest.mark.parametrize(
     "size", [{"height": 999, "width": 999}, {"height": 8, "width": 12}, "large"]
 )
 def test_a_preprocessor_of_other_pictures_is_an_error_that_names_it(size, tmp_path):

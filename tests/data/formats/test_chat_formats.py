@@ -159,6 +159,38 @@ def test_an_image_part_of_openai_or_hugging_face_is_a_path_or_bytes(tmp_path, pa
     assert sample.metadata == {"topic": "dogs"}
 
 
+def test_video_parts_take_the_videos_of_their_index_too(tmp_path):
+    chat = [
+        {
+            "role": "user",
+            "content": [
+                {"type": "video", "index": 1},
+                {"type": "video", "index": 0},
+                {"type": "text", "text": "Which is longer?"},
+            ],
+        },
+        {"role": "assistant", "content": "The first."},
+    ]
+    (sample,) = read(tmp_path, Messages, {"messages": chat, "videos": ["a.mp4", "b.mp4"]})
+    assert sample.videos == ["b.mp4", "a.mp4"]
+
+
+@pytest.mark.parametrize(
+    ("part", "message"),
+    [
+        ({"type": "image", "index": "1"}, "a part's 'index' is '1', expected a whole number"),
+        ({"type": "text", "text": "a", "image": "a.png"}, "a text part has 'image'"),
+        ({"type": "image", "image": "a.png", "text": "a"}, "give the text a part of its own"),
+        ({"type": "image", "image": "a.png", "url": "b.png"}, "has 'image' and 'url'"),
+    ],
+    ids=str,
+)
+def test_what_a_part_would_lose_is_refused(tmp_path, part, message):
+    chat = [{"role": "user", "content": [part]}, {"role": "assistant", "content": "A."}]
+    with pytest.raises(DataError, match=message):
+        read(tmp_path, Messages, {"messages": chat, "images": ["a.png", "b.png"]})
+
+
 def test_image_parts_without_a_picture_show_the_records_in_order_or_by_their_index(tmp_path):
     text = {"type": "text", "text": "?", "index": None}
     answer = {"role": "assistant", "content": [{"type": "output_text", "text": "!"}]}

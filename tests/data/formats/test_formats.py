@@ -70,6 +70,21 @@ def test_alpaca_records_can_be_turns_of_one_chat_and_none_is_lost(tmp_path):
     assert said == [text for i in range(7) for text in (str(i), str(-i))]
 
 
+def test_alpaca_turns_keep_their_kinds_and_have_no_accepted_answers_in_common(tmp_path):
+    records = [
+        {"instruction": "a", "output": "b", "kind": "geo"},
+        {"instruction": "c", "output": "d"},
+    ]
+    source = Alpaca(write(tmp_path / "a.json", records), records_per_chat=2)
+    assert source[0].metadata == {"kinds": ["geo", ""]}
+    records[1]["accepted"] = ["d", "e"]
+    source = Alpaca(write(tmp_path / "b.json", records), records_per_chat=2)
+    with pytest.raises(
+        DataError, match="'accepted', which is of one question: set records_per_chat"
+    ):
+        source[0]
+
+
 def test_llava_records_with_videos_have_video_parts_in_order(tmp_path):
     turns = [
         {"from": "human", "value": "<video> or <image>\n?"},

@@ -257,6 +257,35 @@ def test_several_pictures_of_a_sample_come_in_the_order_of_their_numbers(tmp_pat
     assert WebDataset(str(tmp_path / "a.tar"))[0].images == [png(k) for k in sorted(order)]
 
 
+def test_pictures_come_in_the_order_in_which_the_json_names_them(tmp_path):
+    chat = [{"role": "user", "content": "<image><image>"}, {"role": "assistant", "content": "."}]
+    members = [("x.left.png", png(1)), ("x.right.png", png(2))]
+    for number, (images, expected) in enumerate(
+        (
+            (["x.right.png", "x.left.png"], [2, 1]),
+            (["right.png", "left.png"], [2, 1]),
+            (["train/x.left.png", "train/x.right.png"], [1, 2]),
+        )
+    ):
+        tar = tmp_path / f"{number}.tar"
+        write_tar(tar, [*members, ("x.json", {"messages": chat, "images": images})])
+        assert WebDataset(str(tar))[0].images == [png(k) for k in expected]
+    record = {"messages": chat, "images": ["a.png", "b.png"]}
+    write_tar(tmp_path / "other.tar", [*members, ("x.json", record)])
+    with pytest.raises(DataError, match="whose order its .json's 'images' does not tell"):
+        WebDataset(str(tmp_path / "other.tar"))[0]
+    numbered = [("x.0.png", png(1)), ("x.1.png", png(2)), ("x.json", record)]
+    write_tar(tmp_path / "numbered.tar", numbered)
+    assert WebDataset(str(tmp_path / "numbered.tar"))[0].images == [png(1), png(2)]
+
+
+def test_numbers_inside_of_names_count_as_numbers(tmp_path):
+    chat = [{"role": "user", "content": "<image>" * 3}, {"role": "assistant", "content": "."}]
+    members = [(f"x.img{k}.png", png(k)) for k in (1, 10, 2)]
+    write_tar(tmp_path / "t.tar", [*members, ("x.json", {"messages": chat})])
+    assert WebDataset(str(tmp_path / "t.tar"))[0].images == [png(k) for k in (1, 2, 10)]
+
+
 CHAT = {
     "messages": [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "A dog."}]
 }

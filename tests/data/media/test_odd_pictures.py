@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -132,3 +133,11 @@ def test_a_relative_root_starts_from_the_working_folder_of_now(tmp_path, monkeyp
         noise(size=(number, 1)).save(tmp_path / name / "root/b.png")
         monkeypatch.chdir(tmp_path / name)
         assert open_image(Path("root"), "b.png", "s", 1000).size == (number, 1)
+
+
+def test_a_tiff_of_32_bits_is_refused_however_small_its_numbers_are(tmp_path):
+    Image.fromarray(np.full((10, 20), 200, np.int32)).save(tmp_path / "a.tif")
+    with pytest.raises(DataError, match="of 32 bits"):
+        open_image(tmp_path, "a.tif", "s", 10**6)
+    Image.fromarray(np.full((10, 20), 51400, np.uint16)).save(tmp_path / "b.tif")
+    assert open_image(tmp_path, "b.tif", "s", 10**6).getpixel((0, 0)) == (200, 200, 200)

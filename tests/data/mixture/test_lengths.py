@@ -8,6 +8,7 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from owlfuse.core.errors import DataError
 from owlfuse.data.chat.encoder import ChatEncoder
@@ -100,6 +101,28 @@ def test_they_are_counted_once_and_again_when_what_they_depend_on_changes(
     source.file.write_text(source.file.read_text() + "\n")
     count_lengths(source, encoder, PICTURES)
     assert len(counted) == 5
+
+
+def test_they_are_counted_again_once_a_missing_picture_has_come(data, tmp_path):
+    record = {
+        "id": "a",
+        "image": "wide.png",
+        "conversations": [
+            {"from": "human", "value": "<image>\n?"},
+            {"from": "gpt", "value": "Wide."},
+        ],
+    }
+    (tmp_path / "a.json").write_text(json.dumps([record]))
+    encoder = data().encoder
+    counts = []
+    for size in (None, (400, 100), (200, 100)):
+        if size:
+            Image.new("RGB", size).save(tmp_path / "wide.png")
+        source = LLaVA(str(tmp_path / "a.json"), tile=1.0)
+        counts.append(int(count_lengths(source, encoder, PICTURES).tokens[0]))
+    # one view, then a row of four tiles, then one of two
+    assert counts[0] < min(counts[1:])
+    assert len(set(counts)) == 3
 
 
 def test_of_those_that_begin_at_once_one_counts(data, source, monkeypatch):

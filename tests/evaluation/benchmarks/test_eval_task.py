@@ -310,6 +310,12 @@ def test_thoughts_that_did_not_end_are_counted_and_told(
     assert f"{cut} of 3 answers did not end within task.max_new_tokens=" in capsys.readouterr().out
 
 
+def test_two_benchmarks_in_one_command_are_refused(model, files, tmp_path, capsys):
+    words = [*files("gqa"), "task=pope", f"out={tmp_path}"]
+    assert main(["eval", str(model), "task=gqa", *words]) == 2
+    assert "task= is given 2 times, and one benchmark is evaluated" in capsys.readouterr().err
+
+
 def test_two_commands_do_not_write_one_folder(model, files, tmp_path, monkeypatch, capsys):
     def held(path):
         raise BlockingIOError

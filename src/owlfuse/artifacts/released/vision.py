@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -245,6 +246,7 @@ def pixels(
     processor = present(processor)
     if processor:
         image_size = processor_image_size(file, processor, image_size)
+        check_processor_steps(file, processor)
         mean, std = processor.get("image_mean", mean), processor.get("image_std", std)
         interpolation = RESAMPLING.get(processor.get("resample", -1), interpolation)
         if image_size // patch != grid:
@@ -267,6 +269,34 @@ def pixels(
     return {"img_size": image_size, "pretrained_cfg_overlay": overlay}
 
 
+def check_processor_steps(file: Path, processor: dict[str, Any]) -> None:
+    """Raises DataError for steps of a released processor that no backbone's preprocessing has."""
+    for name in ("do_resize", "do_rescale", "do_normalize"):
+        if processor.get(name) is False:
+            raise DataError(f"{file}: {name} is false, and pictures are always prepared by it")
+    factor = processor.get("rescale_factor", 1 / 255)
+    if not math.isclose(factor, 1 / 255, rel_tol=1e-3):
+        raise DataError(f"{file}: rescale_factor is {factor}, and pixels are divided by 255")
+    resample = processor.get("resample", 3)
+    if resample not in RESAMPLING:
+        raise DataError(
+            f"{file}: resample is {resample}; supported are "
+            f"{', '.join(f'{number} ({name})' for number, name in RESAMPLING.items())}"
+        )
+    cut = processor.get("crop_size")
+    size = processor.get("size")
+    if processor.get("do_center_crop", True) and cut and size and sides(cut) != sides(size):
+        raise DataError(
+            f"{file}: size is {size} and crop_size {cut}: a picture would be scaled to the one and "
+            "cut to the other, and owlfuse scales it to what is cut"
+        )
+
+
+def sides(size: Any) -> set[Any]:
+    """Returns the lengths in a processor's size, which has them by names or is one number."""
+    return set(size.values()) if isinstance(size, dict) else {size}
+
+
 def processor_image_size(file: Path, processor: dict[str, Any], default: int) -> int:
     """Returns the side of the pictures that come out of a released processor.
 
@@ -275,7 +305,7 @@ def processor_image_size(file: Path, processor: dict[str, Any], default: int) ->
     # the cut is the last step of the processor, and decides the size
     size = processor.get("crop_size") if processor.get("do_center_crop", True) else None
     size = size or processor.get("size") or processor.get("image_size") or default
-    lengths = set(size.values()) if isinstance(size, dict) else {size}
+    lengths = sides(size)
     if len(lengths) != 1 or not all(isinstance(length, int) for length in lengths):
         raise DataError(
             f"{file}: the size is {size}; pictures of a released model are square, so give one "

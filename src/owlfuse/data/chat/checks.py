@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 from owlfuse.core.errors import DataError
 from owlfuse.core.types import IMAGE, VISUAL, Message, Sample
+from owlfuse.data.chat.answer_format import THINK_TAGS
+from owlfuse.data.chat.tokenizer import render
 from owlfuse.data.media.pictures import visual_parts
 from owlfuse.data.words import hide_words
 
@@ -21,12 +24,23 @@ NOT_TEXT = re.compile("[\x00-\x08\x0e-\x1f\x7f\ud800-\udfff]")
 
 
 def control_tokens(tokenizer: Any, image_token: str) -> list[str]:
-    """Return the special tokens, which no text may hold.
+    """Return the special tokens, which no text may hold, and those that the chat template writes
+    around turns, which some tokenizers do not mark as special (DeepSeek-R1-Distill's roles).
 
     The image token is not among them: in a text it is an ordinary word.
     """
-    special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
-    return [token for token in special if token != image_token]
+    written = ""
+    if tokenizer.chat_template:
+        chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+        with suppress(DataError):  # of a template that cannot be used, its reader says so
+            written = render(tokenizer, chat)
+    tokens = []
+    for token in tokenizer.added_tokens_decoder.values():
+        # a template may write an empty thought, and answers have thoughts with these tags
+        is_written = token.content in written and token.content.strip() not in ("", *THINK_TAGS)
+        if (token.special or is_written) and token.content != image_token:
+            tokens.append(token.content)
+    return tokens
 
 
 def flatten(sample: Sample, control: Sequence[str], image_token: str = IMAGE) -> list[Message]:

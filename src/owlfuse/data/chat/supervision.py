@@ -60,6 +60,7 @@ def supervised_spans(
             "be told from the prompt"
         )
     mark = answer_format.end_mark
+    check_results(sample, messages, text, render, mark)
     spans = []
     position = 0
     for number, (turn, _, answer) in enumerate(marked):
@@ -68,6 +69,12 @@ def supervised_spans(
         is_last = number + 1 == len(marked) or marked[number + 1][0] != turn
         if is_first:
             start = position + answer_format.answer_start(before)
+            # Behind a tool's result a template may write no header (Mistral's): generation goes
+            # on where the prompt ends.
+            if answer_format.header not in before:
+                prompt = render(messages[:turn], True, without_lead=True)
+                if position <= len(prompt) <= start and text.startswith(prompt):
+                    start = len(prompt)
         position += len(before) + len(answer)
         if not is_last:
             continue
@@ -89,16 +96,51 @@ def supervised_spans(
     return spans
 
 
+def check_results(
+    sample: Sample, messages: list[Message], text: str, render: Render, end_mark: str
+) -> None:
+    """Raise DataError where a template writes a tool's result before the mark that ends the call,
+    up to which a turn is learned."""
+    if not any(message["role"] == "tool" for message in messages):
+        return
+    unused = unused_text(text)
+    result = f"\ue003{unused}\ue003"
+    marked: Marked = []
+    replaced = []
+    for turn, message in enumerate(messages):
+        if message["role"] == "assistant":
+            message = with_marks(sample, turn, message, unused, marked)
+        elif message["role"] == "tool":
+            message = {**message, "content": result}
+        replaced.append(message)
+    rendered = render(replaced)
+    last_marks = {turn: mark for turn, mark, _ in marked}
+    for turn, mark in last_marks.items():
+        behind = rendered.partition(mark)[2]
+        before_end = behind.partition(end_mark)[0]
+        if messages[turn].get("tool_calls") and result in before_end:
+            raise DataError(
+                f"sample {sample.id}: the chat template writes the result of a tool before "
+                f"{end_mark!r}, which ends the answers, so that turn {turn + 1} cannot be learned "
+                "without it"
+            )
+
+
+def unused_text(text: str) -> str:
+    """Return private-use characters, which a template writes as they are, that a text does not
+    have."""
+    unused = "\ue000"
+    while unused in text:
+        unused += "\ue000"
+    return unused
+
+
 def surroundings(
     sample: Sample, messages: list[Message], text: str, render: Render
 ) -> tuple[list[str], Marked]:
     """Return the texts that are rendered before the first text of the assistant, between two, and
     behind the last; and the texts of the assistant."""
-    unused = "\ue000"
-    # Private-use characters, which a template writes as they are; no text of the chat may have
-    # them.
-    while unused in text:
-        unused += "\ue000"
+    unused = unused_text(text)
     marked: Marked = []
     replaced = []
     for turn, message in enumerate(messages):

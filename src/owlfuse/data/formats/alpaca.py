@@ -68,8 +68,16 @@ class Alpaca(Source):
                 )
         chat = Sample(f"{first.id}+{len(samples) - 1}", self.name, [], tools=first.tools)
         for sample in samples:
+            for key in present_keys(sample.metadata, ("accepted", "kinds")):
+                raise DataError(
+                    f"sample {sample.id} has '{key}', which is of one question: set "
+                    "records_per_chat to 1"
+                )
             chat.messages += sample.messages
             chat.notes += sample.notes
+        kinds = [sample.metadata.get("kind", "") for sample in samples]
+        if any(kinds):
+            chat.metadata["kinds"] = kinds
         return chat
 
     def first_record(self, index: int) -> int:

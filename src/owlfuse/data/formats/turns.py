@@ -376,6 +376,11 @@ def read_part(part: Any, name: str, unused: set[str]) -> JsonObject:
                 )
             unused.add(f"a part's '{key}'")
     if kind in ("text", "input_text", "output_text") and isinstance(part.get("text"), str):
+        for key in present_keys(part, (*PICTURE_KEYS, *VIDEO_KEYS)):
+            raise DataError(
+                f"sample {name}: a text part has '{key}': {brief(part[key])}; give it a part of "
+                "its own"
+            )
         return {"type": "text", "text": part["text"]}
     if kind in ("thinking", "reasoning"):
         for key in (*THOUGHT_KEYS, "text"):
@@ -391,13 +396,18 @@ def read_part(part: Any, name: str, unused: set[str]) -> JsonObject:
                 )
             if value is not None:
                 return {"type": "video", "picture": picture_of(value, name, "video")}
-        return {"type": "video"}
+        return with_index({"type": "video"}, part, name)
     if kind not in ("image", "image_url", "input_image"):
         raise DataError(
             f"sample {name}: a part is {brief(part)}, expected a text with its text, an image or "
             "a video"
         )
-    for key in PICTURE_KEYS:
+    if present_keys(part, ("text",)):
+        raise DataError(f"sample {name}: a part is {brief(part)}; give the text a part of its own")
+    # a table's picture has bytes and, beside them, a path that is their name
+    keys = [key for key in PICTURE_KEYS if key != "path" or part.get("bytes") is None]
+    single_value(part, tuple(keys), name, "a part")
+    for key in keys:
         value = part.get(key)
         if value is not None:
             if key == "base64":
@@ -406,8 +416,20 @@ def read_part(part: Any, name: str, unused: set[str]) -> JsonObject:
             return {"type": "image", "picture": picture_of(value, name)}
     if kind != "image":
         raise DataError(f"sample {name}: a part is {brief(part)}, expected an image_url")
+    return with_index({"type": "image"}, part, name)
+
+
+def with_index(visual: JsonObject, part: JsonObject, name: str) -> JsonObject:
+    """Return a picture's or a video's part with the number that it has in the record's list, where
+    the part gives one. Raises DataError for one that is no whole number."""
     index = part.get("index")
-    return {"type": "image", "picture": index} if type(index) is int else {"type": "image"}
+    if index is None:
+        return visual
+    if type(index) is not int:
+        raise DataError(
+            f"sample {name}: a part's 'index' is {brief(repr(index))}, expected a whole number"
+        )
+    return {**visual, "picture": index}
 
 
 def files_of(record: JsonObject, keys: tuple[str, str], name: str) -> list[Media]:

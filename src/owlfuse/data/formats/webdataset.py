@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -191,6 +192,15 @@ class Members:
                     f"sample {name} has the {kind}s {extensions}, and its .json names {count} in "
                     f"'{key}'"
                 )
+            listed = in_order_of(members, value if isinstance(value, list) else [value])
+            if listed is None and len(members) > 1 and not all(map(is_numbered, members)):
+                extensions = ", ".join(f".{member}" for member in members)
+                raise DataError(
+                    f"sample {name} has the {kind}s {extensions}, whose order its .json's '{key}' "
+                    "does not tell: it names other files; name the members there, or number them: "
+                    ".0.jpg, .1.jpg"
+                )
+            members = listed or members
             self.notes.append(Note("unused", f"a .json's '{key}' beside the members that it names"))
         return [self.record[member] for member in members]
 
@@ -198,7 +208,7 @@ class Members:
         """Raise DataError for several pictures or videos of one caption that are not numbered: a
         mask, for instance."""
         for keys in (self.pictures, self.clips):
-            if len(keys) > 1 and not all(key.partition(".")[0].isdecimal() for key in keys):
+            if len(keys) > 1 and not all(map(is_numbered, keys)):
                 extensions = ", ".join(f".{key}" for key in keys)
                 raise DataError(
                     f"sample {name} has {extensions} and one caption, expected one of them, or "
@@ -214,10 +224,27 @@ def single_name(keys: list[str], extension: str, name: str) -> str:
     return keys[0] if keys else ""
 
 
+def is_numbered(member: str) -> bool:
+    """Return whether a member's name is a number: 0.jpg."""
+    return member.partition(".")[0].isdecimal()
+
+
+def in_order_of(members: list[str], listed: list[Any]) -> list[str] | None:
+    """Return the members in the order in which a list names them, by their whole names (with the
+    sample's key) or without it; None where it names other files."""
+    ordered = []
+    for path in listed:
+        file = path.rpartition("/")[2] if isinstance(path, str) else ""
+        named = [m for m in members if file == m or file.endswith(f".{m}")]
+        # `seg.png` ends with `png` too: the longest is meant
+        ordered.append(max(named, key=len, default=""))
+    return ordered if sorted(ordered) == sorted(members) else None
+
+
 def natural(name: str) -> list[tuple[bool, int, str]]:
-    """Return a sort key by which 2.jpg comes before 10.jpg."""
+    """Return a sort key by which 2.jpg comes before 10.jpg, and img2.jpg before img10.jpg."""
     key = []
-    for piece in name.split("."):
+    for piece in re.findall(r"\d+|\D+", name):
         is_number = piece.isdecimal()
         # The flag comes first, so that numbers and names are not mixed.
         key.append((is_number, int(piece) if is_number else 0, piece))

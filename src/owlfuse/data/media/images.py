@@ -213,10 +213,16 @@ def to_rgb(picture: Image.Image) -> Image.Image:
     return picture.convert("RGB")
 
 
+BITS_PER_SAMPLE = 258
+"""TIFF's tag."""
+
+
 def from_grey(picture: Image.Image) -> Image.Image:
     """Return 16-bit grey as RGB, 65535 as 255, which PIL's own conversion would clip."""
     values = np.asarray(picture)
-    if picture.mode == "F" or values.min() < 0 or values.max() > 65535:
+    # of a small number of 32 bits nobody knows whether it is one of 8 or of 16
+    bits = getattr(picture, "tag_v2", {}).get(BITS_PER_SAMPLE, ())
+    if picture.mode == "F" or 32 in bits or values.min() < 0 or values.max() > 65535:
         raise ValueError(f"its pixels are of 32 bits (mode {picture.mode}), expected 8 or 16")
     # uint16 would overflow in the sum.
     values = values.astype(np.uint32)

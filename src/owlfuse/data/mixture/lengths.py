@@ -25,6 +25,7 @@ from owlfuse.core.types import without_keys
 from owlfuse.data.chat.encoder import ChatEncoder
 from owlfuse.data.chat.truncation import OnLength
 from owlfuse.data.formats.base import Source
+from owlfuse.data.identity import pictures_fingerprint
 from owlfuse.data.media.pictures import Pictures
 from owlfuse.data.notes import text_of
 from owlfuse.data.workers import DataWorkers, ignore_signals
@@ -56,6 +57,8 @@ class Lengths:
     is."""
     notes: dict[str, int] = field(default_factory=dict)
     """Sentences about what of the records is not used or was assumed, with their samples."""
+    unread: int = 0
+    """Samples with pictures or videos that could not be read, which count as one view each."""
 
     @property
     def total_supervised(self) -> int:
@@ -72,6 +75,8 @@ class SampleLengths(NamedTuple):
     """Why it is left out, where it is wrong."""
     too_long: bool = False
     notes: Collection[str] = ()
+    unread: bool = False
+    """Whether a picture or a video could not be read."""
 
 
 def count_lengths(
@@ -100,7 +105,9 @@ def count_lengths(
         if lengths is None:
             processes = workers or usable_cores()
             lengths = encode_all(source, encoder, pictures, processes, on_length)
-            write_cache(path, lengths)
+            # A picture that comes later may have other views.
+            if lengths.unread == 0:
+                write_cache(path, lengths)
     return lengths
 
 
@@ -140,7 +147,7 @@ def cache_path(
     views: list[Any] = [str(source.video or pictures.video)]
     views.append(os.path.relpath(source.root, file.parent))
     if source.tile:
-        views += [pictures.seed, pictures.preprocess.size]
+        views += [pictures.seed, pictures.preprocess.size, pictures_fingerprint(source)]
     parts = [
         CACHE_VERSION,
         views,
@@ -241,6 +248,7 @@ def encode_all(
                 if sample.too_long:
                     lengths.too_long.add(index)
                 notes.update(sample.notes)
+                lengths.unread += sample.unread
                 index += 1
             progress.advance(len(chunk))
     lengths.notes.update(notes)
@@ -262,10 +270,12 @@ class EncodedLengths(Dataset):
     def __getitem__(self, index: int) -> SampleLengths:
         try:
             sample = self.source[index]
-            views = None
+            views, unread = None, False
             # A file that is missing is told in training; it may come until then.
-            with suppress(DataError):
+            try:
                 views = self.pictures.count_views(sample, self.source)
+            except DataError:
+                unread = True
             encoded = self.encoder.encode(sample, views, self.on_length)
         except DataError as error:
             record = self.source.first_record(index)
@@ -273,4 +283,4 @@ class EncodedLengths(Dataset):
             return SampleLengths(reason=reason, too_long=error.leave_out)
         supervised = int((encoded.labels != -100).sum())
         notes = {text_of(note) for note in sample.notes}
-        return SampleLengths(len(encoded.input_ids), supervised, notes=notes)
+        return SampleLengths(len(encoded.input_ids), supervised, notes=notes, unread=unread)

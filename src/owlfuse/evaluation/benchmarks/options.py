@@ -63,9 +63,15 @@ def compose_options(words: list[str]) -> tuple[Options, DictConfig]:
     """
     config = compose_root("eval", words)
     plain = to_dict(config)
-    chosen = next(word for word in words if word.startswith("task="))[5:]
+    tasks = [word.removeprefix("task=") for word in words if word.startswith("task=")]
+    if len(tasks) > 1:
+        raise ConfigError(
+            f"command line: task= is given {len(tasks)} times, and one benchmark is evaluated at a "
+            "time"
+        )
+    chosen = tasks[0].strip("'\"").replace("/", "_")
     # a task may lie in a subfolder of the group, and results are a file in one folder
-    plain["name"] = str(plain["name"] or chosen.strip("'\"").replace("/", "_"))
+    plain["name"] = chosen if plain["name"] is None else str(plain["name"])
     check_arguments(Options, "", "", plain, lambda path: origin_of(config, path))
     check_name(f"{origin_of(config, 'name')}: name", plain["name"])
     return Options(**plain), config

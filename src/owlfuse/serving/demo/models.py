@@ -32,6 +32,11 @@ class DemoModel:
 
 
 @quiet_libraries()
+def is_run(folder: Path) -> bool:
+    """Return whether a folder is a run's, and no export."""
+    return (folder / "config.yaml").exists()
+
+
 def load_models(
     folders: list[Path], report: Callable[[str], None], which: str = "last"
 ) -> list[DemoModel]:
@@ -48,8 +53,8 @@ def load_models(
         report(f"loading {folder} ({count} of {len(folders)})")
         start = time.perf_counter()
         # An exported folder has no checkpoints to choose from, and may stand beside a run.
-        is_run = (folder / "config.yaml").exists()
-        model, processor = load_with_processor(folder, which if is_run else "last")
+        has_choice = is_run(folder) or not any(map(is_run, folders))
+        model, processor = load_with_processor(folder, which if has_choice else "last")
         model.to(device)  # type: ignore[arg-type]  # lost in transformers' wrapper
         # The first answer is a slow one: no visitor waits for it.
         Conversation(model, processor, max_new_tokens=1).ask("Hello", lambda text: None)

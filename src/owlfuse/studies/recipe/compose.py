@@ -59,6 +59,10 @@ def compose_stages(recipe: str, words: list[str], importing: bool = True) -> dic
     return configs
 
 
+OF_THE_RECIPE = ("experiment", "resume", "name", "runs", "dry_run")
+"""Keys that are the whole recipe's, or that a recipe has not."""
+
+
 def words_for(stage: str, names: list[str], words: list[str]) -> list[str]:
     """Return the overrides of one stage: those of all, then its own without `stages.<stage>.`."""
     common_words = []
@@ -77,6 +81,11 @@ def words_for(stage: str, names: list[str], words: list[str]) -> list[str]:
             raise ConfigError(
                 f"{COMMAND_LINE}: {word}: no stage {name}{hint(name, names)}; write "
                 "stages.<stage>.<key>=<value>"
+            )
+        key = override.partition("=")[0].lstrip("+~")
+        if key in OF_THE_RECIPE:
+            raise ConfigError(
+                f"{COMMAND_LINE}: {word}: a stage has no {key} of its own; leave out stages.{name}."
             )
         if name == stage:
             stage_words.append(override)
