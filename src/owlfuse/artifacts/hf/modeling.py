@@ -294,12 +294,14 @@ class OwlfuseForConditionalGeneration(PreTrainedModel, GenerationMixin):
         longrope change once a row is longer than the LLM was first made for."""
         name = "cache" if "cache" in kwargs else "past_key_values"
         cache, limit = kwargs.get(name), short_length(self.model.llm)
-        if cache is not None and limit and 0 < cache.get_seq_length() <= limit < input_ids.shape[1]:
+        cached = 0 if cache is None else cache.get_seq_length()
+        if limit and cached <= limit < input_ids.shape[1]:
             visual = kwargs.get("visual")
             if visual is not None:
-                # the visual keys too
+                # the visual keys too, which are kept without a cache of the text's
                 visual.kv_cache.clear()
-            kwargs |= {name: None, "next_sequence_length": None}
+            if cached:
+                kwargs |= {name: None, "next_sequence_length": None}
         above: Any = super()
         return above.prepare_inputs_for_generation(input_ids, **kwargs)
 
