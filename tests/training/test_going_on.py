@@ -515,6 +515,24 @@ def test_callbacks_that_would_train_other_weights_or_samples_are_refused(words, 
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("averaged", [True, False])
+def test_a_validation_that_fails_leaves_no_checkpoint_with_the_average_in_the_weights_place(
+    averaged, folder, monkeypatch, caplog
+):
+    def fail(*given):
+        raise DataError("no such picture")
+
+    monkeypatch.setattr(MultimodalModule, "validation_step", fail)
+    target = "+callbacks.ema._target_=lightning.pytorch.callbacks.EMAWeightAveraging"
+    words = [*SMALL, f"name=broken-{averaged}", *([target] if averaged else [])]
+    with pytest.raises(DataError, match="no such picture"):
+        train.run(compose(words))
+    files = list(Path(f"runs/shapes_owl1/broken-{averaged}/checkpoints").glob("*.ckpt"))
+    assert bool(files) is not averaged
+    assert ("with the average in the weights' place" in caplog.text) is averaged
+
+
+@pytest.mark.slow
 def test_a_run_with_averaged_weights_goes_on_from_its_own(folder):
     common = [
         *SMALL,

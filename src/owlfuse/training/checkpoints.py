@@ -248,7 +248,8 @@ class Checkpoints(RunCheckpoint):
         if module.finite.told:
             return
         # Lightning has put the average in the weights' place until the validation ends.
-        averages = any(isinstance(callback, WeightAveraging) for callback in trainer.callbacks)
+        callbacks: Any = trainer.callbacks  # type: ignore[attr-defined]  # Lightning sets it
+        averages = any(isinstance(callback, WeightAveraging) for callback in callbacks)
         if averages and trainer.validating:
             log.error(
                 "the validation after step %d was broken off with the average in the weights' "

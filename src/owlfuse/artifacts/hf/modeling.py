@@ -171,10 +171,10 @@ class OwlfuseForConditionalGeneration(PreTrainedModel, GenerationMixin):
         check_unused(kwargs)
         cache = cache if cache is not None else past_key_values
         # a mask of what a cache holds too is longer, and one of more dimensions is refused below
-        is_row_mask = attention_mask is not None and attention_mask.ndim == 2
-        if is_row_mask and cache is None and attention_mask.shape != input_ids.shape:
+        shape = input_ids.shape if attention_mask is None else attention_mask.shape
+        if len(shape) == 2 and cache is None and shape != input_ids.shape:
             raise ValueError(
-                f"attention_mask has the shape {tuple(attention_mask.shape)} and input_ids "
+                f"attention_mask has the shape {tuple(shape)} and input_ids "
                 f"{tuple(input_ids.shape)}; give a mask of the same positions"
             )
         if cache is None and use_cache:
