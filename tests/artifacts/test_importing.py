@@ -12,8 +12,11 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedTokenizerFast
 
 import owlfuse
+from family_templates import family_tokenizer
 from owlfuse.__main__ import main
+from owlfuse.artifacts.importing import writes_an_end
 from owlfuse.core.terminal import visible
+from owlfuse.core.types import IMAGE
 from released_inputs import reference_logits, reference_loss
 
 GOLDENS = Path(__file__).parents[1] / "goldens"
@@ -204,3 +207,14 @@ def test_a_tokenizer_that_does_not_fit_is_told_in_one_line_and_nothing_is_left(
     assert "tokenizer" in error
     assert error.count("\n") == 1
     assert sorted(path.name for path in tmp_path.iterdir()) == ["owl3_static"]
+
+
+def test_a_template_that_ends_no_answer_is_known():
+    """LLaVA's newer files have one, for answering alone."""
+    tokenizer = family_tokenizer("llama2")
+    assert writes_an_end(tokenizer, IMAGE)
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.role | upper }}: {{ m.content }} {% endfor %}"
+        "{% if add_generation_prompt %}ASSISTANT:{% endif %}"
+    )
+    assert not writes_an_end(tokenizer, IMAGE)
