@@ -78,7 +78,12 @@ def test_what_would_have_no_effect_is_refused(processor, options, message):
 
 
 def test_what_callers_pass_for_nothing_is_taken(processor):
-    given = {"videos": None, "audio": [], "videos_kwargs": {}, "common_kwargs": {}}
+    given = {
+        "videos": None,
+        "audio": [],
+        "videos_kwargs": {},
+        "common_kwargs": {"return_tensors": "pt"},
+    }
     given |= {"verbose": False, "text_kwargs": {"return_tensors": "np"}}
     batch = processor(text="what?", **given, return_attention_mask=True, enable_thinking=False)
     assert set(batch) == {"input_ids", "attention_mask"}

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import hydra
@@ -406,7 +407,7 @@ def is_one_part(group: str, options: list[Any], folders: ConfigFolders) -> bool:
     return False
 
 
-def _check_defaults(content: Any, file: Any) -> None:
+def _check_defaults(content: Any, file: Path) -> None:
     """Raise ConfigError where a defaults list overrides one group twice, of which Hydra takes the
     first."""
     defaults = content.get("defaults") if isinstance(content, dict) else None

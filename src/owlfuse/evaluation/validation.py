@@ -253,7 +253,7 @@ def evaluate_run(folder: str, overrides: list[str]) -> None:
     run_dir = Path(folder)
     which, overrides = split_which(overrides)
     config = compose([f"resume={folder}", *overrides])
-    of_run = compose([f"resume={folder}"])
+    of_run = compose([f"resume={folder}"]) if overrides else config
     checkpoint = chosen_checkpoint(run_dir, which)
     # of two commands, or of one beside the training, one's answers would stand beside the other's
     # results

@@ -170,13 +170,7 @@ class OwlfuseForConditionalGeneration(PreTrainedModel, GenerationMixin):
         """
         check_unused(kwargs)
         cache = cache if cache is not None else past_key_values
-        # a mask of what a cache holds too is longer, and one of more dimensions is refused below
-        shape = input_ids.shape if attention_mask is None else attention_mask.shape
-        if len(shape) == 2 and cache is None and shape != input_ids.shape:
-            raise ValueError(
-                f"attention_mask has the shape {tuple(shape)} and input_ids "
-                f"{tuple(input_ids.shape)}; give a mask of the same positions"
-            )
+        had_cache = cache is not None
         if cache is None and use_cache:
             cache = DynamicCache(config=self.model.llm.config)
         # positions that the cache holds
@@ -184,10 +178,12 @@ class OwlfuseForConditionalGeneration(PreTrainedModel, GenerationMixin):
         # new positions and those of the cache
         if attention_mask is None:
             attention_mask = input_ids.new_ones(len(input_ids), earlier + input_ids.shape[1])
-        if attention_mask.ndim != 2:
+        # behind a cache the mask is longer than the ids
+        if attention_mask.ndim != 2 or (not had_cache and attention_mask.shape != input_ids.shape):
             raise ValueError(
-                f"attention_mask has the shape {tuple(attention_mask.shape)}; give (rows, "
-                "positions), 1 at text and 0 at padding: the LLM makes its own masks from it"
+                f"attention_mask has the shape {tuple(attention_mask.shape)} and input_ids "
+                f"{tuple(input_ids.shape)}; give (rows, positions), 1 at text and 0 at padding: "
+                "the LLM makes its own masks from it"
             )
         if max_positions is not None:
             attention_mask = attention_mask * (attention_mask.cumsum(1) <= max_positions)
@@ -293,7 +289,7 @@ class OwlfuseForConditionalGeneration(PreTrainedModel, GenerationMixin):
         rotated by other frequencies than the next step's, as Phi-3's own class does: those of
         longrope change once a row is longer than the LLM was first made for."""
         name = "cache" if "cache" in kwargs else "past_key_values"
-        cache, limit = kwargs.get(name), short_length(self.model.llm)
+        cache, limit = kwargs.get(name), length_of_short_factors(self.model.llm)
         cached = 0 if cache is None else cache.get_seq_length()
         if limit and cached <= limit < input_ids.shape[1]:
             visual = kwargs.get("visual")
@@ -319,8 +315,8 @@ class OwlfuseForConditionalGeneration(PreTrainedModel, GenerationMixin):
         on."""
         if kwargs.get("visual") is None:
             # the pixels themselves are not repeated for every beam
-            # generate takes inputs from the CPU, and moves what it knows of
             pixels = kwargs.pop("pixel_values", None)
+            # generate takes inputs from the CPU, and moves what it knows of
             kwargs["visual"] = self.encode(input_ids.to(self.device), pixels)
         visual: VisualTokens = kwargs["visual"]
         kwargs["visual"] = replace(
@@ -335,7 +331,7 @@ class OwlfuseForConditionalGeneration(PreTrainedModel, GenerationMixin):
         )
 
 
-def short_length(llm: PreTrainedModel) -> int | None:
+def length_of_short_factors(llm: PreTrainedModel) -> int | None:
     """Returns the length beyond which longrope rotates by other frequencies; None without it."""
     config = llm.config.get_text_config(decoder=True)
     parameters = getattr(config, "rope_parameters", None) or {}

@@ -175,6 +175,7 @@ class OwlfuseProcessor(ProcessorMixin):
             "add_special_tokens": False,
             "verbose": False,
             "return_tensors": "pt",
+            **kwargs.pop("common_kwargs", {}),
             **kwargs,
             **text_options,
         }
@@ -238,7 +239,7 @@ USED_OPTIONS = {
     "return_attention_mask",
 }
 """Options of a processor's call that have an effect."""
-OTHER_MODALITIES = ("videos", "audio", "videos_kwargs", "audio_kwargs", "common_kwargs")
+OTHER_MODALITIES = ("videos", "audio", "videos_kwargs", "audio_kwargs")
 
 
 def check_options(options: dict[str, Any]) -> None:

@@ -105,14 +105,10 @@ def check_results(
         return
     unused = unused_text(text)
     result = f"\ue003{unused}\ue003"
-    marked: Marked = []
-    replaced = []
-    for turn, message in enumerate(messages):
-        if message["role"] == "assistant":
-            message = with_marks(sample, turn, message, unused, marked)
-        elif message["role"] == "tool":
-            message = {**message, "content": result}
-        replaced.append(message)
+    replaced, marked = all_with_marks(sample, messages, unused)
+    for turn, message in enumerate(replaced):
+        if message["role"] == "tool":
+            replaced[turn] = {**message, "content": result}
     rendered = render(replaced)
     last_marks = {turn: mark for turn, mark, _ in marked}
     for turn, mark in last_marks.items():
@@ -140,13 +136,7 @@ def surroundings(
 ) -> tuple[list[str], Marked]:
     """Return the texts that are rendered before the first text of the assistant, between two, and
     behind the last; and the texts of the assistant."""
-    unused = unused_text(text)
-    marked: Marked = []
-    replaced = []
-    for turn, message in enumerate(messages):
-        if message["role"] == "assistant":
-            message = with_marks(sample, turn, message, unused, marked)
-        replaced.append(message)
+    replaced, marked = all_with_marks(sample, messages, unused_text(text))
     remaining = render(replaced)
     around = []
     for turn, mark, _ in marked:
@@ -166,6 +156,19 @@ def surroundings(
             )
         around.append(before)
     return [*around, remaining], marked
+
+
+def all_with_marks(
+    sample: Sample, messages: list[Message], unused: str
+) -> tuple[list[Message], Marked]:
+    """Return a chat with a mark in the place of each text of the assistant, and these texts."""
+    marked: Marked = []
+    replaced = []
+    for turn, message in enumerate(messages):
+        if message["role"] == "assistant":
+            message = with_marks(sample, turn, message, unused, marked)
+        replaced.append(message)
+    return replaced, marked
 
 
 def with_marks(

@@ -108,6 +108,12 @@ def count_lengths(
             # A picture that comes later may have other views.
             if lengths.unread == 0:
                 write_cache(path, lengths)
+            else:
+                print(
+                    f"owlfuse: the token counts of {source.name} are not kept: pictures or videos "
+                    f"of {lengths.unread:,} samples cannot be read",
+                    file=sys.stderr,
+                )
     return lengths
 
 

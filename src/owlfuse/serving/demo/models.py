@@ -98,7 +98,7 @@ def describe(folder: Path, model: OwlfuseForConditionalGeneration) -> list[str]:
 
 def origin(folder: Path, model: OwlfuseForConditionalGeneration) -> str:
     """Return the experiment of a run, and what wrote another folder."""
-    if (folder / "config.yaml").exists():
+    if is_run(folder):
         return f"experiment: {read_run_config(folder).get('experiment') or 'none'}"
     released = model.model.released
     if released:
