@@ -485,3 +485,55 @@ def test_a_variable_that_lightning_would_take_is_refused():
     check_environment({"PL_TRAINER_OVERFIT_BATCHES": "", "PL_GLOBAL_SEED": "1"})
     with pytest.raises(ConfigError, match=r"PL_TRAINER_MAX_TIME=1: .* \+trainer\.max_time="):
         check_environment({"PL_TRAINER_MAX_TIME": "1"})
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["init_from="], "init_from= is empty"),
+        (["resume="], "resume= is empty; name a run's folder"),
+        (["runs="], "runs= is empty"),
+        (["seed=-1"], "seed is -1, expected a number from 0 to"),
+        (["seed=4294967296"], "seed is 4294967296, expected"),
+    ],
+)
+@pytest.mark.fast_cases(5)
+def test_an_empty_or_impossible_word_is_refused(words, message):
+    from owlfuse.config.compose import compose
+    from owlfuse.core.errors import ConfigError
+
+    with pytest.raises(ConfigError, match=message):
+        compose(["experiment=shapes_owl3", *words])
+
+
+@pytest.mark.parametrize(
+    ("variables", "devices", "refused"),
+    [
+        ({"TORCHELASTIC_RUN_ID": "a", "RANK": "0", "WORLD_SIZE": "2"}, 1, True),
+        ({"TORCHELASTIC_RUN_ID": "a", "RANK": "0", "WORLD_SIZE": "2"}, 2, False),
+        ({"TORCHELASTIC_RUN_ID": "a", "RANK": "0", "WORLD_SIZE": "4"}, 2, True),
+        ({"RANK": "1"}, 1, True),
+        ({"WORLD_SIZE": "2"}, 1, False),
+    ],
+)
+@pytest.mark.fast_cases(5)
+def test_processes_of_a_launcher_are_those_of_the_trainer(variables, devices, refused, monkeypatch):
+    """Else each would train alone, into one folder."""
+    from lightning.pytorch.utilities import rank_zero_only
+
+    from owlfuse.config.compose import compose
+    from owlfuse.core.errors import ConfigError
+    from owlfuse.training.machine_checks import check_launcher
+
+    for name in ("TORCHELASTIC_RUN_ID", "RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(rank_zero_only, "rank", int(variables.get("RANK", 0)), raising=False)
+    trainer = SimpleNamespace(num_nodes=1, num_devices=devices, world_size=devices, strategy=None)
+    config = compose(["experiment=shapes_owl3"])
+    if refused:
+        with pytest.raises(ConfigError, match=r"trainer.devices is .*: a launcher has started"):
+            check_launcher(trainer, config)
+    else:
+        check_launcher(trainer, config)

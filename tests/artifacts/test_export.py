@@ -1,6 +1,7 @@
 """A run leaves owlfuse: what transformers, peft and owlfuse make of the folder."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -32,13 +33,17 @@ from owlfuse.artifacts.export import export, model_card
 from owlfuse.artifacts.init_from import adopt_parts
 from owlfuse.artifacts.load import (
     TrainedModel,
+    check_not_larger,
     load_base,
     load_exported,
     load_run,
     results_of_checkpoint,
 )
+from owlfuse.artifacts.run_data import run_tokenizer
+from owlfuse.artifacts.runs import last_checkpoint
+from owlfuse.artifacts.weights import read
 from owlfuse.config.build import build
-from owlfuse.config.compose import compose
+from owlfuse.config.compose import compose, read_run
 from owlfuse.core.errors import ConfigError, DataError
 from owlfuse.data.chat.tokenizer import prepare, use_template
 from owlfuse.model.llm import load_llm
@@ -593,3 +598,30 @@ def test_a_model_card_has_the_metrics_that_are_numbers(results, train_run):
         ("| b | 0.5 |" in card) == ("Results after 3 steps" in card) == bool(results.get("metrics"))
     )
     assert "| a |" not in card
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("model.vision.resize", "crop"), ("model.fusion.gate", "static")]
+)
+@pytest.mark.fast_cases(1)
+def test_a_key_of_the_model_that_was_edited_after_the_training_is_told(
+    key, value, train_run, tmp_path
+):
+    folder = tmp_path / "run"
+    shutil.copytree(train_run("shapes_owl3", "experiment=shapes_owl3"), folder)
+    load_run(folder)
+    config = OmegaConf.load(folder / "config.yaml")
+    OmegaConf.update(config, key, value, force_add=True)
+    OmegaConf.save(config, folder / "config.yaml")
+    with pytest.raises(DataError, match=f"config.yaml: {key} is {value}, and step_.* was trained"):
+        load_run(folder)
+
+
+def test_a_configuration_whose_model_is_far_larger_than_the_checkpoint_is_told(train_run):
+    folder = train_run("shapes_owl3", "experiment=shapes_owl3")
+    config, weights = read_run(folder), read(last_checkpoint(folder))[0]
+    vocab_size = len(run_tokenizer(folder, config["data"]))
+    check_not_larger(config["model"], vocab_size, weights, folder)
+    config["model"]["llm"]["config"]["intermediate_size"] = 400_000
+    with pytest.raises(DataError, match="its model has .* numbers where the checkpoint has"):
+        check_not_larger(config["model"], vocab_size, weights, folder)

@@ -367,3 +367,40 @@ def test_another_number_of_images_than_placeholders_is_told_with_both_numbers(im
         DataError, match=f"{2 * model.config.tokens_per_image} image positions, .*{message}"
     ):
         model.generate(batch.input_ids, pixel_values=pixels, max_new_tokens=2)
+
+
+@each(all_fusions())
+def test_positions_of_images_are_not_learned_whatever_the_labels_say(node):
+    """TRL's collator masks padding alone."""
+    model = wrapped(node)
+    batch, given = inputs(model, ROWS, left=False)
+    labels = batch.input_ids.masked_fill(batch.attention_mask == 0, -100)
+    without = labels.masked_fill(batch.placeholder, -100)
+    assert not torch.equal(labels, without)
+    with torch.no_grad():
+        expected = model(**given, labels=without)
+        out = model(**given, labels=labels)
+        torch.testing.assert_close(out.loss, expected.loss)
+        # as transformers' Trainer counts: all labels, here of two such micro batches
+        counted = int((labels[:, 1:] != -100).sum())
+        torch.testing.assert_close(
+            model(**given, labels=labels, num_items_in_batch=2 * counted).loss, expected.loss / 2
+        )
+
+
+@each(all_fusions())
+@pytest.mark.parametrize("masked", [True, False])
+def test_new_ids_alone_behind_a_cache_are_refused(node, masked):
+    """Their pictures would be looked for at places of the whole row."""
+    model = wrapped(node)
+    _, given = inputs(model, LATER)
+    ids = given["input_ids"]
+    cache = DynamicCache(config=model.model.llm.config)
+    visual = model.encode(ids, given["pixel_values"])
+    with torch.no_grad():
+        model(ids[:, :-2], visual=visual, cache=cache)
+    later = {"input_ids": ids[:, -2:]}
+    if masked:
+        later["attention_mask"] = torch.ones_like(ids)
+    with pytest.raises(ValueError, match="give the whole chat's input_ids"):
+        model.generate(**later, **{cache_argument(model.model.llm): cache}, max_new_tokens=2)

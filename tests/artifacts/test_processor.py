@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from owlfuse.artifacts.hf.processing import OwlfuseImageProcessor, OwlfuseProcessor
+from owlfuse.core.errors import DataError
 from owlfuse.data.chat.tokenizer import prepare
 from small_tokenizers import byte_level
 
@@ -120,3 +121,33 @@ def test_a_picture_is_the_same_by_path_by_bytes_and_by_url(processor, tmp_path):
             # transparent pixels on white
             assert processor.image_processor(picture)["pixel_values"].unique().tolist() == [1.0]
         server.shutdown()
+
+
+def test_a_picture_of_pil_is_turned_upright_as_one_of_a_file_is(processor, tmp_path):
+    picture = Image.new("RGB", (40, 40), "red")
+    picture.paste("blue", (0, 0, 40, 20))
+    exif = picture.getexif()
+    exif[274] = 6
+    picture.save(tmp_path / "a.png", exif=exif)
+    by_path = processor(images=str(tmp_path / "a.png"), text="<image>")["pixel_values"]
+    with Image.open(tmp_path / "a.png") as opened:
+        assert processor(images=opened, text="<image>")["pixel_values"].equal(by_path)
+        assert opened.getexif()[274] == 6  # the user's own stays as it is
+
+
+@pytest.mark.parametrize(
+    ("texts", "counts", "fits"),
+    [
+        (["<image><image> same?", "<image> what?"], [1, 2], False),
+        (["<image><image> same?", "<image> what?"], [2, 1], True),
+        (["no picture", "<image> what?"], [1, 0], False),
+        (["<image> a <image>"], [1, 1], True),
+    ],
+)
+def test_lists_of_pictures_belong_to_their_texts(processor, texts, counts, fits):
+    rows = [[Image.new("RGB", (4, 4))] * count for count in counts]
+    if fits:
+        assert len(processor(images=rows, text=texts)["pixel_values"]) == sum(counts)
+    else:
+        with pytest.raises(DataError, match="the lists of images"):
+            processor(images=rows, text=texts)

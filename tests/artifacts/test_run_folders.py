@@ -25,6 +25,7 @@ from owlfuse.artifacts.runs import (
 )
 from owlfuse.core.errors import ConfigError, DataError
 from owlfuse.data.shapes.write import write_shapes
+from owlfuse.data.workers import DataWorkers
 
 HOLD = """
 import sys, time
@@ -127,7 +128,13 @@ def test_a_run_that_is_there_is_not_written_over(tmp_path, left):
 
 
 @pytest.mark.parametrize(
-    "left", [[], ["metrics.csv", "events.out.tfevents.1"], ["checkpoints/step_00000004.ckpt.part"]]
+    "left",
+    [
+        [],
+        ["metrics.csv", "events.out.tfevents.1"],
+        ["checkpoints/step_00000004.ckpt.part"],
+        ["tokenizer/tokenizer.json", "hpc_ckpt_1.ckpt"],
+    ],
 )
 def test_a_run_without_a_checkpoint_begins_anew_in_its_folder(tmp_path, left, capsys):
     run = tmp_path / "run"
@@ -352,3 +359,26 @@ def test_three_runs_started_at_once_have_a_folder_each(work):
         code, output = end_of(process)
         assert code == 0, output[-3000:]
     assert len(list((work / "timed" / "shapes_owl1").glob("*/results.json"))) == 3
+
+
+def test_a_copy_of_a_checkpoint_is_none_of_the_runs(tmp_path):
+    names = ["step_00000400.ckpt", "step_00000500.ckpt"]
+    copies = ["step_00000500_keep.ckpt", "step_00000500_1.ckpt", "step_00000500-copy.ckpt"]
+    for name in (*names, *copies):
+        (tmp_path / name).write_text("x")
+    assert [path.name for path in checkpoints_of(tmp_path)] == names[::-1]
+
+
+def test_a_data_worker_that_was_ended_is_told_in_a_line():
+    workers = DataWorkers()
+    process = workers.context.Process(target=time.sleep, args=(600,))
+    process.start()
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+    with (
+        pytest.raises(DataError, match="was ended by signal SIGKILL.*; the same command goes on"),
+        workers.failures_told("the same command goes on"),
+    ):
+        raise RuntimeError("DataLoader worker is killed")
+    with pytest.raises(RuntimeError, match="another"), DataWorkers().failures_told(""):
+        raise RuntimeError("another")

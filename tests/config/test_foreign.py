@@ -7,6 +7,7 @@ import pytest
 import yaml
 from omegaconf import OmegaConf
 
+import owlfuse.__main__
 from owlfuse.config import trust
 from owlfuse.config.compose import compose
 from owlfuse.config.trust import SLOTS, check_names, check_target, read_run_config
@@ -191,3 +192,11 @@ def test_a_name_stays_below_the_folder_of_runs(word, value, monkeypatch, tmp_pat
 def test_names_of_the_command_line_are_checked(words):
     with pytest.raises(ConfigError, match="name: .* leads out of the folder"):
         compose(words)
+
+
+@pytest.mark.parametrize("path", ["model.adapter.llm", "optim", "data.prepare"])
+def test_owlfuse_run_as_a_module_is_no_module_of_the_users(place, monkeypatch, path):
+    """`python -m owlfuse` has its own commands in a module called `__main__`."""
+    monkeypatch.setitem(sys.modules, "__main__", owlfuse.__main__)
+    with pytest.raises(DataError, match=r"__main__.main is no part of owlfuse"):
+        check("__main__.main", path)

@@ -113,3 +113,24 @@ def test_json_is_read_with_a_byte_order_mark_and_any_text_comes_back(tmp_path):
     assert read_json(path, list) == [1]
     write_json(path, {"a": "\ud800 \u4f60"})  # half of a character, as a model may answer
     assert read_json(path) == {"a": "\ud800 \u4f60"}
+
+
+def test_the_working_folder_itself_may_be_written(tmp_path, monkeypatch):
+    (tmp_path / "out").mkdir()
+    monkeypatch.chdir(tmp_path / "out")
+    with atomic_directory(".") as folder:
+        (folder / "a").touch()
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["a"]
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_folder_that_another_process_has_written_meanwhile_is_told(tmp_path):
+    def written_by_two():
+        with atomic_directory(tmp_path / "out") as folder:
+            (folder / "a").touch()
+            (tmp_path / "out").mkdir()
+            (tmp_path / "out" / "b").touch()
+
+    with pytest.raises(FileExistsError, match="written by another process meanwhile"):
+        written_by_two()
+    assert [path.name for path in tmp_path.rglob("*")] == ["out", "b"]

@@ -2,6 +2,8 @@
 
 import io
 import logging
+import os
+import sys
 import unicodedata
 import warnings
 
@@ -11,7 +13,14 @@ from rich.text import Text
 
 from owlfuse.core.console import PlainConsole, show
 from owlfuse.core.errors import failed
-from owlfuse.core.terminal import VisibleFormatter, cell, format_warning, print_exception, visible
+from owlfuse.core.terminal import (
+    OutputThatMayClose,
+    cell,
+    format_visible,
+    format_warning,
+    print_exception,
+    visible,
+)
 from owlfuse.serving import chat
 
 ATTACKS = [
@@ -47,7 +56,7 @@ def test_control_characters_are_shown_by_everything_that_prints(attack, capsys):
     record = logging.LogRecord(
         "owlfuse", logging.WARNING, "file.py", 1, "skipped %s", (attack,), None
     )
-    print(VisibleFormatter(logging.Formatter()).format(record))
+    print(format_visible(logging.StreamHandler(), record))
     table = Table(attack, title=attack)
     table.add_row(attack)
     PlainConsole().print(table)
@@ -83,8 +92,22 @@ def test_the_command_line_guards_warnings_and_errors(monkeypatch):
 
     monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)
     monkeypatch.setattr("sys.excepthook", None)
+    monkeypatch.setattr("sys.stdout", sys.stdout)
+    monkeypatch.setattr(logging.Handler, "format", logging.Handler.format)
     terminal.guard_terminal()
     assert warnings.formatwarning is format_warning
-    assert "\x1b" not in logging.lastResort.format(
-        logging.LogRecord("a", 30, "f", 1, "\x1b[2J", (), None)
-    )
+    # That of a library, which is made later, too.
+    for handler in (logging.lastResort, logging.StreamHandler()):
+        line = handler.format(logging.LogRecord("a", 30, "f", 1, "\x1b[31mred\x1b[2J", (), None))
+        assert line == "red\\x1b[2J"
+
+
+def test_an_output_whose_reader_has_gone_ends_no_command():
+    reader, writer = os.pipe()
+    stream = OutputThatMayClose(open(writer, "w", buffering=1))  # noqa: SIM115
+    os.close(reader)
+    for _ in range(3):
+        print("a line", file=stream)
+    stream.flush()
+    os.write(stream.fileno(), b"of a library")
+    stream.close()

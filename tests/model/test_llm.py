@@ -1,7 +1,9 @@
 """Loading a causal LM, and what `llm` says of its parts."""
 
 import copy
+import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -219,3 +221,28 @@ def test_rows_that_are_longer_than_an_llm_was_made_for_are_told(family, caplog):
     limit = getattr(llm.config, "max_position_embeddings", None)
     check_length(llm, 2 * (limit or 4096))
     assert ("was not trained for" in caplog.text) == (limit is not None)
+
+
+def test_an_adapter_beside_the_weights_is_refused(folder):
+    """transformers would apply it, or load the model that it names, without a word."""
+    (Path(folder) / "adapter_config.json").write_text('{"base_model_name_or_path": "another/one"}')
+    with pytest.raises(ValueError, match=r"adapter_config.json is beside its weights"):
+        load_llm(VOCAB, pretrained=folder)
+
+
+def cut(file):
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def widened(file):
+    config = json.loads((file.parent / "config.json").read_text())
+    config["hidden_size"] *= 2
+    (file.parent / "config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize("damage", [cut, widened])
+def test_weights_that_cannot_be_read_are_told_in_a_line(folder, damage):
+    damage(Path(folder) / "model.safetensors")
+    with pytest.raises(ValueError, match="^pretrained: ") as error:
+        load_llm(VOCAB, pretrained=folder)
+    assert "\n" not in str(error.value)

@@ -7,7 +7,16 @@ import torch
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
-from helpers import VOCAB, llm_fields, loss_of, make_batch, model_node, policy
+from helpers import (
+    VOCAB,
+    all_fusions,
+    llm_fields,
+    loss_of,
+    make_batch,
+    make_model,
+    model_node,
+    policy,
+)
 from owlfuse.model.llm import load_llm
 from owlfuse.model.multimodal import build_model
 from owlfuse.model.new_tokens import check_same_tokens, tokens_to_train, unknown_tokens
@@ -96,6 +105,20 @@ def test_new_are_the_tokens_that_the_llms_own_tokenizer_lacks_or_that_lie_behind
     assert unknown_tokens(longer, own, rows=64) == {"<|im_start|>": 4, "<|im_end|>": 6}
     assert unknown_tokens(longer, longer, rows=5) == {"<|im_end|>": 6}
     assert unknown_tokens(longer, longer, rows=None) == {}
+
+
+def test_the_image_token_is_new_where_its_own_embedding_is_read():
+    own = tokenizer_of(WORDS)
+    longer = tokenizer_of(WORDS, added=["<image>"])
+    assert unknown_tokens(longer, own, rows=64) == {}
+    assert unknown_tokens(longer, own, rows=64, splices=False) == {"<image>": 4}
+    for name, node in all_fusions().items():
+        model = make_model(node)
+        batch = make_batch(ROWS, model.fusion.tokens_per_image)
+        table = model.llm.get_input_embeddings().weight
+        loss_of(model.eval()(batch), batch).backward()
+        reads = bool(table.grad[batch.input_ids[batch.placeholder][0]].any())
+        assert reads != model.fusion.splices, name
 
 
 @pytest.mark.parametrize(

@@ -166,7 +166,8 @@ OF_FAMILY: dict[str, dict[str, Any]] = {
         "vision_config": {"adapter_out_dim": 64},
     },
     "dots3_note_text": {"num_key_value_heads": 4},
-    "falcon_h1": {"mamba_d_ssm": 128},
+    # released ones have a factor, and the default of 1 would hide who applies it
+    "falcon_h1": {"mamba_d_ssm": 128, "embedding_multiplier": 5.66},
     "gemma3n": {
         "audio_config": {"conf_num_hidden_layers": 1, "hidden_size": 64},
         "vision_config": {"architecture": "test_vit"},

@@ -214,3 +214,43 @@ def test_biases_of_several_experts_in_one_tensor_have_no_decay():
     biases = {name: p for name, p in llm.named_parameters() if name.endswith("bias")}
     assert [name for name, p in biases.items() if p.ndim > 1]
     assert not [name for name, p in biases.items() if has_decay(name, p)]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "blocks.0.attn.attention_biases",
+        "blocks.0.attn.rel_pos_h",
+        "pos_embed_0",
+        "cls_token_1",
+        "patch_pos",
+        "blocks.0.attn.temperature",
+        "layers.0.mamba.A_log",
+    ],
+)
+def test_positions_and_scales_by_timms_other_names_have_no_decay(name):
+    assert not has_decay(name, torch.nn.Parameter(torch.zeros(2, 3)))
+    assert has_decay("blocks.0.attn.qkv.weight", torch.nn.Parameter(torch.zeros(2, 3)))
+
+
+def test_muon_says_what_of_a_mixtures_experts_it_does_not_train(caplog):
+    model = make_model("concat", llm=small_fields("mixtral"))
+    MuonCosine().build(model, 10)
+    experts = [p for p in model.llm.parameters() if p.ndim == 3]
+    assert f"{sum(p.numel() for p in experts):,} numbers of the LLM" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("min_lr_ratio", 10),
+        ("warmup_steps", -50),
+        ("weight_decay", -0.1),
+        ("betas", (0.9, 1.0)),
+        ("eps", -1.0),
+    ],
+)
+@pytest.mark.parametrize("optim", [AdamWCosine, MuonCosine])
+def test_a_number_that_turns_the_schedule_or_the_decay_round_is_refused(optim, key, value):
+    with pytest.raises(ValueError, match=f"optim.{key} is .*, expected"):
+        optim(**{key: value})

@@ -14,6 +14,7 @@ from families import small_fields
 from helpers import SHAPE_COUNTS, SMALL_RUN, llm_fields, make_batch, make_model
 from owlfuse.artifacts.export import export
 from owlfuse.artifacts.load import TrainedModel, load_exported, load_run
+from owlfuse.artifacts.runs import last_checkpoint
 from owlfuse.artifacts.weights import HALVES, check_trained_precision, set_precision
 from owlfuse.config.compose import compose
 from owlfuse.core.errors import ConfigError
@@ -200,3 +201,20 @@ def test_weights_that_transformers_keeps_in_32_bits_keep_them(tmp_path, monkeypa
     trainer = SimpleNamespace(precision="bf16-true", strategy=strategy)
     with pytest.raises(ValueError, match=r"DeepseekV3ForCausalLM transformers keeps .* bf16-mixed"):
         check_strategy(trainer, model, None)
+
+
+@pytest.mark.slow
+def test_a_run_that_goes_on_in_another_precision_of_the_machine_says_so(work, caplog):
+    """`precision: null` is decided by the machine, and no key changes."""
+    words = [*SMALL, "experiment=shapes_owl3", "name=first", "trainer.precision=null"]
+    folder = train.run(compose(words))
+    assert json.loads((folder / "results.json").read_text())["precision"] == "32-true"
+    checkpoint = last_checkpoint(folder)
+    content = torch.load(checkpoint, weights_only=True)
+    content["run"]["precision"] = "bf16-mixed"
+    torch.save(content, checkpoint)
+    train.run(compose([f"resume={folder}", "trainer.max_steps=8"]))
+    assert "the run had bf16-mixed until step 6, and has 32-true on this machine" in caplog.text
+    results = json.loads((folder / "results.json").read_text())
+    changed = {key: values for row in results["changes"] for key, values in row["changes"].items()}
+    assert changed["trainer.precision"] == ["bf16-mixed", "32-true"]

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import lightning
 import torch
+from omegaconf import OmegaConf
 from peft import PeftModel, get_peft_model_state_dict
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoProcessor
 
 from owlfuse.artifacts.checking import (
@@ -31,11 +33,12 @@ from owlfuse.artifacts.hf.processing import OwlfuseImageProcessor, OwlfuseProces
 from owlfuse.artifacts.lora import merge_lora
 from owlfuse.artifacts.released.loading import read_record
 from owlfuse.artifacts.released.weights import FLOATS, TensorInfo, read_header, shard_names
-from owlfuse.artifacts.resume import is_path
+from owlfuse.artifacts.resume import computing_keys, is_path, read_past
 from owlfuse.artifacts.run_data import run_tokenizer
 from owlfuse.artifacts.runs import BEST, check_which, chosen_checkpoint, read_results
 from owlfuse.artifacts.weights import check_fits, load_weights, read, set_precision
 from owlfuse.config.compose import read_run
+from owlfuse.config.identity import flat
 from owlfuse.core.errors import DataError
 from owlfuse.core.files import MAX_CONFIG, read_json
 from owlfuse.core.folder_kinds import check_exported
@@ -45,7 +48,7 @@ from owlfuse.data.chat.tokenizer import prepare
 from owlfuse.model.adapters import without_peft_warnings
 from owlfuse.model.layouts import names_in_float32
 from owlfuse.model.llm import recompute_activations
-from owlfuse.model.multimodal import MultimodalLM, build_model
+from owlfuse.model.multimodal import MultimodalLM, build_model, on_meta
 from owlfuse.model.quantization import Quantization
 
 
@@ -76,6 +79,8 @@ def load_with_processor(
 
 log = logging.getLogger(__name__)
 
+MAX_UNSAVED = 2**28
+"""Numbers of tables that no weights hold, as those of positions: of some millions usually."""
 ADAPTER, RELEASED = "adapter", "released"
 """Folders in an export."""
 
@@ -114,9 +119,23 @@ def load_run(folder: Path, which: str = "last", checkpoint: Path | None = None) 
             tiled[0],
         )
     checkpoint = checkpoint or chosen_checkpoint(folder, which)
+    check_not_edited(config, folder, checkpoint)
     model, content = load_run_model(folder, config, len(tokenizer), checkpoint)
     results = results_of_checkpoint(folder, checkpoint.name == BEST, content.get("global_step"))
     return TrainedModel(model.eval(), tokenizer, results)
+
+
+def check_not_edited(config: dict[str, Any], folder: Path, checkpoint: Path) -> None:
+    """Raises DataError for a key of the model that config.yaml has otherwise than the checkpoint,
+    which has the configuration that it was trained with."""
+    trained = flat(read_past(checkpoint).config["model"], "model")
+    for key, value in flat(config["model"], "model").items():
+        free = ["model.compile", *computing_keys(OmegaConf.create(config))]
+        if trained.get(key) != value and not is_path(key) and key not in free:
+            raise DataError(
+                f"{folder / 'config.yaml'}: {key} is {value}, and {checkpoint.name} was trained "
+                f"with {trained.get(key)}; give that back"
+            )
 
 
 def results_of_checkpoint(folder: Path, best: bool, step: int | None) -> dict[str, Any] | None:
@@ -211,11 +230,12 @@ def load_exported(
     restore_llm_dtype(wrapped.model, weights)
     if (folder / ADAPTER).is_dir():
         check_adapter(folder / ADAPTER)
+        update_file = folder / ADAPTER / "adapter_model.safetensors"
+        # Before peft reads it, which has no words for a file that is cut off.
+        updates = read_header(update_file)
         with build_errors(folder / ADAPTER), without_peft_warnings():
             # injects its layers into `wrapped` itself
             peft_model = PeftModel.from_pretrained(wrapped, folder / ADAPTER, torch_device="cpu")
-        update_file = folder / ADAPTER / "adapter_model.safetensors"
-        updates = read_header(update_file)
         check_updates(peft_model, set(updates), update_file)
         if merge:
             # in 16 bits small updates would be rounded away
@@ -303,6 +323,14 @@ def check_skeleton(folder: Path, shapes: dict[str, tuple[int, ...]]) -> None:
         skeleton = OwlfuseForConditionalGeneration(config)
     tied = skeleton.get_expanded_tied_weights_keys(all_submodels=True)
     check_shapes(skeleton, folder, shapes, tied)
+    saved = skeleton.state_dict().keys()
+    unsaved = sum(b.numel() for name, b in skeleton.named_buffers() if name not in saved)
+    limit = max(MAX_UNSAVED, sum(map(prod, shapes.values())))
+    if unsaved > limit:
+        raise DataError(
+            f"{folder / 'config.json'}: its model computes tables of {unsaved:,} numbers that its "
+            f"weights do not have, over the limit of {limit:,}"
+        )
 
 
 def load_processor(folder: Path) -> OwlfuseProcessor:
@@ -424,6 +452,8 @@ def load_run_model(
     check_counts(
         config["model"], config_file, {name: tuple(w.shape) for name, w in weights.items()}
     )
+    with build_errors(config_file):
+        check_not_larger(config["model"], vocab_size, weights, config_file)
     frozen = content.get("frozen", {})
     # frozen random weights are made again, not stored: the same draws as in training
     lightning.seed_everything(config["seed"], workers=True, verbose=False)
@@ -437,6 +467,25 @@ def load_run_model(
     check_fits(model, weights, frozen)
     load_weights(model, weights)
     return model, content
+
+
+def check_not_larger(
+    part_configs: dict[str, Any], vocab_size: int, weights: Mapping[str, Tensor], file: Path
+) -> None:
+    """Raises DataError for a configuration whose model would take far more memory than the weights
+    of the checkpoint do, before it is made."""
+    plan, _ = on_meta(part_configs, vocab_size)
+    planned = found = 0
+    for name, tensor in plan.state_dict().items():
+        # frozen ones are in no checkpoint
+        if name in weights:
+            planned += tensor.numel()
+            found += weights[name].numel()
+    if planned > 2 * found:
+        raise DataError(
+            f"{file}: its model has {planned:,} numbers where the checkpoint has {found:,}; give "
+            "the configuration back that it was trained with"
+        )
 
 
 def with_paths_found(node: dict[str, Any], folder: Path, prefix: str = "") -> dict[str, Any]:

@@ -124,6 +124,8 @@ class Past:
     code: str | None = None
     """The hash of the code that trained (see `config.identity`); None of a checkpoint from before
     it was recorded."""
+    precision: str | None = None
+    """The precision that it trained in, likewise."""
 
 
 def read_past(checkpoint: Path) -> Past:
@@ -150,6 +152,7 @@ def read_past(checkpoint: Path) -> Past:
         content.get("new_tokens", {}),
         metrics,
         record.get("code"),
+        record.get("precision"),
     )
 
 

@@ -10,6 +10,7 @@ from typing import Any
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig
 
+from owlfuse.artifacts.runs import TOKENIZER_FOLDER
 from owlfuse.config.build import build
 from owlfuse.config.compose import origin_of, read_run
 from owlfuse.config.identity import digest
@@ -17,7 +18,6 @@ from owlfuse.core.errors import ConfigError
 from owlfuse.core.files import atomic_directory
 from owlfuse.data.chat.tokenizer import chat_tokenizer
 
-FOLDER = "tokenizer"
 KEYS = ("tokenizer", "chat_template")
 
 
@@ -28,7 +28,7 @@ def build_data(config: DictConfig) -> Any:
     Raises:
         ConfigError: another tokenizer or chat template is asked for than the run has.
     """
-    run_tokenizer_dir = Path(config.resume) / FOLDER if config.resume else None
+    run_tokenizer_dir = Path(config.resume) / TOKENIZER_FOLDER if config.resume else None
     if run_tokenizer_dir is None or not run_tokenizer_dir.is_dir():
         return build(config.data)
     saved = read_run(Path(config.resume))["data"]
@@ -47,8 +47,8 @@ def build_data(config: DictConfig) -> Any:
 @rank_zero_only
 def save_tokenizer(tokenizer: Any, folder: Path) -> None:
     """Writes a run's tokenizer with its chat template into the run, once."""
-    if not (folder / FOLDER).exists():
-        with atomic_directory(folder / FOLDER) as temporary:
+    if not (folder / TOKENIZER_FOLDER).exists():
+        with atomic_directory(folder / TOKENIZER_FOLDER) as temporary:
             tokenizer.save_pretrained(temporary)
 
 
@@ -59,14 +59,14 @@ def run_tokenizer(folder: Path, data: dict[str, Any]) -> Any:
     Args:
         data: the run's configuration of its data.
     """
-    if (folder / FOLDER).is_dir():
-        return chat_tokenizer(str(folder / FOLDER))
+    if (folder / TOKENIZER_FOLDER).is_dir():
+        return chat_tokenizer(str(folder / TOKENIZER_FOLDER))
     return chat_tokenizer(data["tokenizer"], data.get("chat_template"))
 
 
 def tokenizer_files(folder: Path) -> list[Path]:
     """The files of a run's tokenizer, none of a run of before."""
-    return sorted(file for file in (folder / FOLDER).glob("*") if file.is_file())
+    return sorted(file for file in (folder / TOKENIZER_FOLDER).glob("*") if file.is_file())
 
 
 def tokenizer_hash(folder: Path) -> str | None:

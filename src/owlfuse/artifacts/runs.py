@@ -10,6 +10,7 @@ import fcntl
 import json
 import logging
 import os
+import shutil
 import socket
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -32,12 +33,15 @@ NAME = "OWLFUSE_RUN_NAME"
 BEST = "best.ckpt"
 WHICH = ("last", "best")
 """The values of `which=`, a run's checkpoint."""
+TOKENIZER_FOLDER = "tokenizer"
+"""Of a run, with its tokenizer and chat template."""
+STEP_DIGITS = 8
+"""Of the step in a checkpoint's name."""
 LOCK = ".in_use"
 """The file in a run's folder that its process locks, with the process in it."""
 NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
 """Errors of file systems without locks, as some of clusters are."""
 BEGUN: tuple[str, ...] = (
-    "config.yaml",
     "metrics.csv",
     "hparams.yaml",
     "events.out.tfevents.*",
@@ -46,8 +50,11 @@ BEGUN: tuple[str, ...] = (
     "before.json",
     "answers_before.jsonl",
     "logger_ids.json",
+    "hpc_ckpt_*.ckpt",
+    # last: without it the folder is no run's
+    "config.yaml",
 )
-"""What a run writes before its first checkpoint."""
+"""What a run writes before its first checkpoint, beside its tokenizer."""
 
 
 def run_folder(config: DictConfig) -> Path:
@@ -218,6 +225,8 @@ def check_free(folder: Path) -> None:
         return
     print(f"{folder} was begun and has no checkpoint yet, so it begins anew")
     remove_checkpoint(folder / "checkpoints")
+    # another configuration may have another one
+    shutil.rmtree(folder / TOKENIZER_FOLDER, ignore_errors=True)
     for pattern in BEGUN:
         for path in folder.glob(pattern):
             path.unlink()
@@ -360,9 +369,11 @@ def check_model(folder: str | Path, which: str = "last") -> Path:
 
 
 def checkpoints_of(folder: Path) -> list[Path]:
-    """Those in `checkpoints/`, the newest first; last of all `last.ckpt`, as runs once had."""
+    """Those in `checkpoints/`, the newest first; last of all `last.ckpt`, as runs once had. A
+    user's copy by another name is none of them."""
     last = folder / "last.ckpt"
-    return [*sorted(folder.glob("step_*.ckpt"), reverse=True), *([last] if last.exists() else [])]
+    by_step = folder.glob(f"step_{'[0-9]' * STEP_DIGITS}.ckpt")
+    return [*sorted(by_step, reverse=True), *([last] if last.exists() else [])]
 
 
 def step_of(path: Path) -> int:

@@ -184,6 +184,15 @@ def check_levels(plain: dict[str, Any], origin: Origin) -> None:
     for key in ("experiment", "name"):
         if plain.get(key) is not None:
             check_name(f"{origin(key)}: {key}", plain[key])
+    # As of a variable of the shell that is not set.
+    for key in ("init_from", "runs"):
+        if plain.get(key) == "":
+            raise ConfigError(f"{origin(key)}: {key}= is empty; leave it out, or name a folder")
+    # What numpy and torch take.
+    if not 0 <= plain["seed"] < 2**32:
+        raise ConfigError(
+            f"{origin('seed')}: seed is {plain['seed']}, expected a number from 0 to 4294967295"
+        )
     check_arguments(Model, "", "model", plain["model"], origin)
     check_arguments(Adapters, "", "model.adapter", plain["model"]["adapter"], origin)
     check_arguments(PlanOptions, "", "plan", plain.get("plan") or {}, origin)
@@ -393,11 +402,15 @@ def _compose_resumed(lines: list[str], run: Path, folders: ConfigFolders) -> Com
 def _resumed_run(overrides: list[str]) -> Path | None:
     """Return the folder of the last `resume=`, read outside of Hydra's grammar: a folder may be
     named `lr=1,2`."""
-    folder = ""
+    folder = "null"
     for line in overrides:
         if line.startswith("resume="):
             folder = line.removeprefix("resume=").strip("'\"")
-    return None if folder in ("", "null") else find_run(folder)
+    if not folder:
+        raise ConfigError(
+            f"{COMMAND_LINE}: resume= is empty; name a run's folder, or write resume=null"
+        )
+    return None if folder == "null" else find_run(folder)
 
 
 def _compose(composition: Composition, renames: bool = False) -> ComposedConfig:

@@ -63,18 +63,21 @@ def config_hash(config: dict[str, Any], changes: list[dict[str, Any]] | None = N
     return digest(json.dumps(content, sort_keys=True, default=str).encode())
 
 
-def code_hash(config: dict[str, Any]) -> str:
+def code_hash(config: dict[str, Any], entry: str = ENTRY) -> str:
     """Return 12 hexadecimal digits for the code that a run of this configuration executes.
 
     It covers the source files of owlfuse that a training imports, with all formats and parts, so
     that the cells of an ablation are of one code; those of the user's modules that a `_target_`
     names, with the user's modules that they import; and the versions of LIBRARIES.
+
+    Args:
+        entry: the module in the place of the training's.
     """
     targets = set()
     for key, value in flat(config).items():
         if key.rpartition(".")[2] == "_target_":
             targets.add(str(value))
-    files = owlfuse_files({ENTRY, *choosable_modules()})
+    files = owlfuse_files({entry, *choosable_modules()})
     files |= user_files({target.partition(".")[0] for target in targets})
     lines = []
     for name, file in files.items():

@@ -30,7 +30,7 @@ from omegaconf.errors import OmegaConfBaseException
 from owlfuse.config.aliases import with_current_names
 from owlfuse.config.check import is_dotted_path, is_within, nodes_of, walk
 from owlfuse.config.folders import find_folders
-from owlfuse.config.identity import is_installed
+from owlfuse.config.identity import SOURCE, is_installed
 from owlfuse.config.user_modules import import_user_module
 from owlfuse.core.errors import DataError
 from owlfuse.core.files import MAX_CONFIG, read_text
@@ -379,9 +379,11 @@ def imported_by_user(module: str) -> bool:
     """Whether the program has imported a file of its own by that name: one that is neither
     Python's nor installed."""
     file = getattr(sys.modules.get(module), "__file__", None)
-    if file is None or is_within(module, "owlfuse"):
+    if file is None:
         return False
-    return not is_installed(Path(file).resolve())
+    path = Path(file).resolve()
+    # By the file: run as `python -m owlfuse`, owlfuse's own commands are called `__main__`.
+    return not (path.is_relative_to(SOURCE) or is_installed(path))
 
 
 def named_by_user(word: str, file: Path) -> bool:

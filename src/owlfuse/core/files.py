@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import glob
 import hashlib
 import json
@@ -52,7 +53,8 @@ def atomic_directory(path: Path | str) -> Iterator[Path]:
         FileExistsError: `path` holds something.
         DataError: a library could not write into it.
     """
-    path = Path(path).expanduser()
+    # absolute: `.` has no name
+    path = Path(path).expanduser().absolute()
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise FileExistsError(f"{path} exists and is not empty; choose another folder or delete it")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -62,6 +64,10 @@ def atomic_directory(path: Path | str) -> Iterator[Path]:
         yield temporary
         temporary.rename(path)  # onto an empty folder too
     except Exception as error:
+        if isinstance(error, OSError) and error.errno == errno.ENOTEMPTY:
+            raise FileExistsError(
+                f"{path} was written by another process meanwhile; choose another folder"
+            ) from error
         # tokenizers raises a bare Exception, and safetensors its own, where the system raises an
         # OSError.
         if type(error) is Exception or isinstance(error, SafetensorError):

@@ -54,10 +54,14 @@ def interrupt(number: int, frame: Any) -> None:
 
 
 def ending_signals() -> list[int]:
-    """Return SIGTERM, and SIGHUP of a terminal that is closed, where it is not ignored, as nohup
-    has it."""
-    is_ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
-    return [signal.SIGTERM] if is_ignored else [signal.SIGTERM, signal.SIGHUP]
+    """Return SIGTERM, SIGHUP of a terminal that is closed, where it is not ignored, as nohup has
+    it, and in a job of SLURM the SIGUSR1 that is usual for `--signal`."""
+    signals: list[int] = [signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        signals.append(signal.SIGHUP)
+    if "SLURM_JOB_ID" in os.environ:
+        signals.append(signal.SIGUSR1)
+    return signals
 
 
 def leave_closed_terminal() -> None:

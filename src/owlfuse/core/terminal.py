@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import io
 import logging
+import os
+import re
 import sys
 import traceback
 import unicodedata
@@ -53,16 +55,15 @@ def cell(text: str) -> str:
     return escape(visible(text))
 
 
-class VisibleFormatter(logging.Formatter):
-    """A formatter whose lines hold no control characters, whatever a sample or a file is called."""
+# Colors, with which transformers marks its tables.
+COLORS = re.compile(r"\x1b\[[0-9;]*m")
+FORMAT_LINE = logging.Handler.format
 
-    def __init__(self, formatter: logging.Formatter) -> None:
-        super().__init__()
-        self.formatter = formatter
 
-    def format(self, record: logging.LogRecord) -> str:
-        """See `logging.Formatter`."""
-        return visible(self.formatter.format(record))
+def format_visible(handler: logging.Handler, record: logging.LogRecord) -> str:
+    """Return the line of a log without control characters, whatever a sample or a file is
+    called."""
+    return visible(COLORS.sub("", FORMAT_LINE(handler, record)))
 
 
 def guard_terminal() -> None:
@@ -70,22 +71,48 @@ def guard_terminal() -> None:
 
     The command line calls it once.
     """
-    handlers: list[logging.Handler] = [*logging.getLogger().handlers]
-    # It prints for loggers that have no handler.
-    if logging.lastResort:
-        handlers.append(logging.lastResort)
-    # These may have handlers of their own.
-    for name in ("lightning", "lightning.pytorch", "transformers", "owlfuse"):
-        handlers += logging.getLogger(name).handlers
-    for handler in handlers:
-        if not isinstance(handler.formatter, VisibleFormatter):
-            handler.setFormatter(VisibleFormatter(handler.formatter or logging.Formatter()))
+    # Of the class: libraries bring handlers of their own when they are imported, which is later.
+    logging.Handler.format = format_visible  # type: ignore[method-assign, assignment]
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             # A terminal that lacks a letter would end the command otherwise.
             stream.reconfigure(errors="backslashreplace")
+    if isinstance(sys.stdout, io.TextIOWrapper) and not sys.stdout.isatty():
+        sys.stdout = OutputThatMayClose(sys.stdout)
     warnings.formatwarning = format_warning
     sys.excepthook = print_exception
+
+
+class OutputThatMayClose:
+    """A standard output whose reader may go, as `head` and a `tee` that Ctrl-C ends do: what is
+    written then goes nowhere, and the command goes on."""
+
+    def __init__(self, stream: io.TextIOWrapper) -> None:
+        self.stream = stream
+
+    def write(self, text: str) -> int:
+        """See `io.TextIOBase`."""
+        try:
+            return self.stream.write(text)
+        except BrokenPipeError:
+            self.leave()
+            return len(text)
+
+    def flush(self) -> None:
+        """See `io.TextIOBase`."""
+        try:
+            self.stream.flush()
+        except BrokenPipeError:
+            self.leave()
+
+    def leave(self) -> None:
+        """Let output go nowhere from now on, that of libraries too."""
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, self.stream.fileno())
+        os.close(nowhere)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
 
 
 def format_warning(

@@ -12,10 +12,14 @@ import random
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import BinaryIO
 
 from owlfuse.core.errors import DataError
 from owlfuse.data.formats.base import Source
+from owlfuse.data.media.images import resolve_path
 
+# Bytes of a file that are read at a time.
+PIECE = 2**20
 # Records of a source whose pictures count; of more, a seeded sample of so many.
 MAX_RECORDS = 10_000
 # Records with pictures after which a source none of whose pictures has a path is taken to hold its
@@ -71,7 +75,7 @@ def pictures_fingerprint(source: Source) -> str | None:
 def content_hash(root: Path, paths: Iterable[str]) -> str:
     """Return a hash of files below a folder: of their names, sizes, and contents where they are no
     more than MAX_BYTES together."""
-    sizes = {path: size_of(root / path) for path in sorted(paths)}
+    sizes = {path: size_of(root, path) for path in sorted(paths)}
     digest = hashlib.sha256()
     for path, size in sizes.items():
         # Names of files need not be UTF-8, and then hold lone surrogates.
@@ -87,13 +91,25 @@ def content_hash(root: Path, paths: Iterable[str]) -> str:
             break
         # One that cannot be read is told when it is drawn.
         with suppress(OSError), (root / path).open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
+            digest.update(hash_of(file, sizes[path] or 0))
     return digest.hexdigest()
 
 
-def size_of(path: Path) -> int | None:
-    """Return the bytes of a file, None where there is none."""
+def hash_of(file: BinaryIO, size: int) -> bytes:
+    """Return a hash of the first `size` bytes of a file: some of the system have contents without
+    an end beyond the size that they tell."""
+    digest = hashlib.sha256()
+    while size > 0 and (piece := file.read(min(size, PIECE))):
+        digest.update(piece)
+        size -= len(piece)
+    return digest.digest()
+
+
+def size_of(root: Path, path: str) -> int | None:
+    """Return the bytes of a file below a folder, None where there is none."""
     try:
-        return path.stat().st_size if path.is_file() else None
-    except OSError:
+        file = resolve_path(root, path, "")
+        return file.stat().st_size if file.is_file() else None
+    # One that is not below it is told when it is drawn.
+    except (OSError, ValueError, DataError):
         return None

@@ -6,10 +6,14 @@ import atexit
 import multiprocessing
 import os
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from multiprocessing.context import BaseContext
 from multiprocessing.process import BaseProcess
 from typing import Any
+
+from owlfuse.core.errors import DataError
 
 
 class DataWorkers:
@@ -77,8 +81,24 @@ class DataWorkers:
             return f"data worker {process.pid} ended with exit code {code}"
         return None
 
+    @contextmanager
+    def failures_told(self, advice: str) -> Iterator[None]:
+        """Raise DataError, inside, in the place of the RuntimeError that torch makes of a worker
+        that ended by itself.
+
+        Args:
+            advice: what to do, the end of the message.
+        """
+        try:
+            yield
+        except RuntimeError as error:
+            failure = self.failure()
+            if failure is None:
+                raise
+            raise DataError(f"{failure}; {advice}") from error
+
 
 def ignore_signals(worker: int) -> None:
-    """Set up a DataLoader's worker process: it ignores Ctrl-C, SIGTERM and SIGHUP."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    """Set up a DataLoader's worker process: it ignores Ctrl-C and the signals that end a run."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)

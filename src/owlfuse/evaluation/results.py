@@ -56,6 +56,8 @@ def write_results(
         # another tokenizer makes losses per token incomparable
         "tokenizer": tokenizer_hash(folder),
         "changes": changes,
+        # as the machine decided it, where the configuration left it open
+        "precision": record.get("precision"),
         "versions": versions(),
         "git": git_state(),
         "wall_s": round(wall_s, 1),

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import pickle
 import re
 import struct
 import sys
@@ -19,9 +20,11 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils import find_adapter_config_file
 
 from owlfuse.core.hub_access import check_hub_has
 from owlfuse.core.packages import looks_local, missing, packaged
@@ -642,6 +645,19 @@ def mask_argument(llm: PreTrainedModel, batch: Batch, cache: Any = None) -> Tens
     return None
 
 
+# What transformers raises for files that are cut off, of another model, or no weights at all.
+DAMAGE = (
+    OSError,
+    KeyError,
+    IndexError,
+    ValueError,
+    RuntimeError,
+    struct.error,
+    SafetensorError,
+    pickle.UnpicklingError,
+)
+
+
 def load_pretrained(
     pretrained: str, gguf_file: str | None, options: dict[str, Any]
 ) -> PreTrainedModel:
@@ -655,6 +671,7 @@ def load_pretrained(
     )
     source = {"gguf_file": gguf_file} if gguf_file else {}
     try:
+        check_no_adapter(pretrained)
         check_plain(pretrained, gguf_file)
         # from_pretrained would load weights, whatever the default device
         if torch.get_default_device().type == "meta":
@@ -669,8 +686,9 @@ def load_pretrained(
         if not gguf_file:
             raise
         raise missing("gguf", gguf_file) from error
-    # the last three of a GGUF file that is cut off
-    except (OSError, KeyError, IndexError, ValueError, struct.error) as error:
+    except torch.OutOfMemoryError:
+        raise
+    except DAMAGE as error:
         raise ValueError(f"pretrained: {pretrained}: {str(error).splitlines()[0][:200]}") from error
     llm, loading_info = loaded
     # transformers gives these random values, with a warning
@@ -684,6 +702,16 @@ def load_pretrained(
         names: Any = untrainable_names(type(llm)(llm.config))
     llm.untrainable = names
     return llm
+
+
+def check_no_adapter(pretrained: str) -> None:
+    """Raise ValueError for an adapter beside the weights: transformers would apply it, or load the
+    model that it names as its base, without a word."""
+    if find_adapter_config_file(pretrained) is not None:
+        raise ValueError(
+            "adapter_config.json is beside its weights, which transformers would apply, or load "
+            "the model that it names; merge the adapter, or take the file away"
+        )
 
 
 def untrainable_names(llm: PreTrainedModel) -> set[str]:

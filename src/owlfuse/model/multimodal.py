@@ -347,8 +347,11 @@ class MultimodalLM(nn.Module):
         return self
 
     def train(self, mode: bool = True) -> MultimodalLM:
-        """Sets modes as torch's, but a batch norm whose weight is frozen keeps its statistics."""
+        """Sets modes as torch's, but a frozen backbone drops nothing, as many of timm's would, and
+        a batch norm whose weight is frozen keeps its statistics."""
         super().train(mode)
+        if not any(parameter.requires_grad for parameter in self.vision.parameters()):
+            self.vision.eval()
         trained = set(trained_norms(self))
         for module in self.modules():
             if isinstance(module, _BatchNorm) and module not in trained:

@@ -84,15 +84,19 @@ def unknown_tokens(
     tokenizer: PreTrainedTokenizerBase,
     weights_tokenizer: PreTrainedTokenizerBase,
     rows: int | None,
+    splices: bool = True,
 ) -> dict[str, int]:
     """Returns the tokens, with their ids, that the LLM was never trained with: those that its own
-    tokenizer lacks or that lie behind the rows of its embeddings. `<image>` is none of them, since
-    visual tokens stand in its place."""
+    tokenizer lacks or that lie behind the rows of its embeddings.
+
+    Args:
+        splices: whether visual tokens stand in the place of `<image>`, which is then none of them.
+    """
     vocabulary = weights_tokenizer.get_vocab()
     new_tokens = {}
     for token, index in tokenizer.get_vocab().items():
         is_new = token not in vocabulary or (rows is not None and index >= rows)
-        if is_new and token != IMAGE:
+        if is_new and not (splices and token == IMAGE):
             new_tokens[token] = index
     return dict(sorted(new_tokens.items(), key=lambda item: item[1]))
 
@@ -103,6 +107,7 @@ def tokens_to_train(
     init_from: str | None,
     llm: Mapping[str, Any],
     rows: int | None,
+    splices: bool = True,
 ) -> dict[str, int]:
     """Returns the `unknown_tokens` of a run that starts from trained weights, none of random ones.
 
@@ -110,6 +115,7 @@ def tokens_to_train(
         tokenizer: the data's, with all that was added to it, loaded from `name`.
         llm: the node `model.llm`.
         rows: of the weights' embeddings, before they grow to the tokenizer's size.
+        splices: see `unknown_tokens`.
 
     Raises:
         ValueError: the weights have another tokenizer.
@@ -119,7 +125,7 @@ def tokens_to_train(
     named_tokenizer = tokenizer_of_weights(init_from, llm)
     if named_tokenizer is None:
         # the data's own, without the tokens that were added to it
-        return unknown_tokens(tokenizer, load_tokenizer(name), rows)
+        return unknown_tokens(tokenizer, load_tokenizer(name), rows, splices)
     source, weights_tokenizer = named_tokenizer
     check_same_tokens(tokenizer, name, weights_tokenizer, source)
-    return unknown_tokens(tokenizer, weights_tokenizer, rows)
+    return unknown_tokens(tokenizer, weights_tokenizer, rows, splices)

@@ -18,12 +18,19 @@ LONGEST_WAIT = timedelta(days=7)
 others."""
 
 
+def torchrun_processes() -> int | None:
+    """Return how many processes torchrun has started with this one; None where it has not.
+    WORLD_SIZE alone may be left behind by another launcher."""
+    return int(os.environ["WORLD_SIZE"]) if dist.is_torchelastic_launched() else None
+
+
 class TorchrunRanks(Ranks):
     """This process among those that torchrun started; alone where it did not."""
 
     def __init__(self) -> None:
-        count = int(os.environ.get("WORLD_SIZE", "1"))
-        self.local = int(os.environ.get("LOCAL_RANK", "0"))
+        processes = torchrun_processes()
+        count = processes or 1
+        self.local = int(os.environ["LOCAL_RANK"]) if processes else 0
         group: Any = None
         if count > 1:
             # ranks send each other small objects alone, which gloo does on any machine
@@ -35,7 +42,7 @@ class TorchrunRanks(Ranks):
             )
             fabric.launch()
             group = dist.group.WORLD
-        super().__init__(int(os.environ.get("RANK", "0")), count, group)
+        super().__init__(int(os.environ["RANK"]) if processes else 0, count, group)
 
     @property
     def device(self) -> torch.device:

@@ -20,7 +20,7 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import ModelCheckpoint, WeightAveraging
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from owlfuse.artifacts.runs import BEST, checkpoints_of
+from owlfuse.artifacts.runs import BEST, STEP_DIGITS, checkpoints_of
 from owlfuse.core.errors import ConfigError, DataError
 from owlfuse.parallel.checkpoints import (
     BACKGROUND,
@@ -97,7 +97,7 @@ class Checkpoints(RunCheckpoint):
             raise ValueError(f"checkpoint.keep is {keep}, expected at least 1")
         super().__init__(
             background,
-            filename="step_{step:08d}",  # eight digits, so that names sort by step
+            filename=f"step_{{step:0{STEP_DIGITS}d}}",  # so that names sort by step
             every_n_train_steps=every,
             save_top_k=-1,  # none is deleted but by `_save_checkpoint`
         )

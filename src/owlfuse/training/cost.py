@@ -83,6 +83,9 @@ class Cost(Callback):
         if model is None:
             return
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        # of a table with rows of new tokens, those alone
+        for table, rows in model.row_limits():
+            trained -= table.numel() - len(rows) * table.shape[1]
         self.cost |= {"trained_parameters": trained, "parameters": count_parameters(model)}
         if (speed := self.tokens_per_s(data_ranks(trainer))) is not None:
             self.cost["tokens_per_s"] = speed

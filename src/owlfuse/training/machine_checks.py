@@ -14,13 +14,15 @@ from lightning.pytorch.plugins.environments import LightningEnvironment
 from lightning.pytorch.strategies import ParallelStrategy
 from omegaconf import DictConfig
 
+from owlfuse.artifacts.runs import is_first_rank
 from owlfuse.config.build import to_dict
 from owlfuse.config.compose import origin_of
 from owlfuse.core.environment import is_launched
 from owlfuse.core.errors import ConfigError
 from owlfuse.data.mixture.lengths import usable_cores
+from owlfuse.parallel.torchrun import torchrun_processes
 
-REFUSALS = (MisconfigurationException, ValueError, TypeError, ImportError)
+REFUSALS = (MisconfigurationException, ValueError, TypeError, ImportError, RuntimeError)
 """What Lightning's Trainer raises for arguments that do not fit together, and for a library that
 a strategy lacks."""
 
@@ -124,8 +126,20 @@ def check_processes(config: DictConfig, devices: Any) -> str | None:
 
 
 def check_launcher(trainer: Trainer, config: DictConfig) -> None:
-    """Raises ConfigError for several machines where nothing has started this process on each of
-    them."""
+    """Raises ConfigError for other processes than the trainer has, and for several machines where
+    nothing has started this process on each of them."""
+    count = trainer.num_nodes * trainer.num_devices
+    started = torchrun_processes() or count
+    # Each would train by itself, into the same folder.
+    if started != count or (trainer.world_size == 1 and not is_first_rank()):
+        raise refuse(
+            config,
+            "devices",
+            f"a launcher has started this process as one of several (RANK is "
+            f"{os.environ.get('RANK', 'not set')}, WORLD_SIZE {os.environ.get('WORLD_SIZE', 1)}), "
+            f"and the trainer has {count}; write trainer=ddp trainer.devices=<processes of a "
+            "machine>, or unset these variables",
+        )
     environment = None
     if isinstance(trainer.strategy, ParallelStrategy):
         environment = trainer.strategy.cluster_environment

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import math
+import re
 from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -19,6 +21,8 @@ from owlfuse.model.adapters import PARTS, Part
 from owlfuse.model.multimodal import MultimodalLM
 from owlfuse.model.vision.body import PREFIX_TOKENS
 
+log = logging.getLogger(__name__)
+
 FLOAT16_EPS = 1e-3
 """Adam's least `eps` for weights in float16 alone (`16-true`): the mean square of a gradient below
 0.008 is 0 there, and an update divided by a smaller eps would be hundreds of times the learning
@@ -30,8 +34,12 @@ POSITIONS = (
     "embed_positions",
     "wpe",
     "relative_position_bias_table",
+    "attention_biases",
+    "rel_pos_h",
+    "rel_pos_w",
+    "patch_pos",
 )
-SCALES = ("slope", "gamma", "logit_scale")
+SCALES = ("slope", "gamma", "logit_scale", "temperature", "A_log")
 NO_DECAY = (*INPUTS, *POSITIONS, *SCALES)
 """Names of what is learned in place of an input, of tables of positions, and of factors that have
 several dimensions."""
@@ -74,6 +82,22 @@ class AdamWCosine:
                 raise ValueError(
                     f"{name} names {', '.join(sorted(unknown))}; the parts are {', '.join(PARTS)}"
                 )
+
+        self.check_numbers()
+
+    def check_numbers(self) -> None:
+        """Raises ValueError for numbers that torch and transformers take, and that turn the
+        schedule or the decay round."""
+        expected = {
+            "weight_decay": ("at least 0", self.weight_decay >= 0),
+            "eps": ("above 0", self.eps > 0),
+            "betas": ("two from 0 to below 1", all(0 <= beta < 1 for beta in self.betas)),
+            "warmup_steps": ("at least 0", self.warmup_steps >= 0),
+            "min_lr_ratio": ("a share from 0 to 1", 0 <= self.min_lr_ratio <= 1),
+        }
+        for name, (words, is_right) in expected.items():
+            if not is_right:
+                raise ValueError(f"optim.{name} is {getattr(self, name)}, expected {words}")
 
     def groups(self, model: MultimodalLM) -> list[dict[str, Any]]:
         """Parameter groups of the trained parameters: per part (and layer, with `layer_decay`),
@@ -191,6 +215,18 @@ class MuonCosine(AdamWCosine):
                     changes = {"params": parameters, "name": name, "lr": lr, "muon": muon}
                     groups.append({**group, **changes})
         return groups
+
+    def build(self, model: MultimodalLM, steps: int) -> dict[str, Any]:
+        """See `AdamWCosine`; says what of the LLM's matrices Muon does not train."""
+        stacked = [p for p in model.part("llm").parameters.values() if p.ndim == 3]
+        count = sum(p.numel() for p in stacked if p.requires_grad)
+        if count:
+            log.warning(
+                "optim: %s numbers of the LLM are matrices in one tensor, as its experts are, and "
+                "trained by AdamW at half the rate: Muon takes single matrices",
+                f"{count:,}",
+            )
+        return super().build(model, steps)
 
     def optimizer(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
         """Returns the optimizer of the groups."""
@@ -319,7 +355,9 @@ def has_decay(name: str, parameter: nn.Parameter) -> bool:
     """Matrices and kernels have weight decay; vectors and biases have none, the biases of several
     experts in one tensor among them, nor what is in NO_DECAY."""
     is_matrix = parameter.ndim > 1 and not name.endswith("bias")
-    return is_matrix and not any(part in NO_DECAY for part in name.split("."))
+    # CrossViT numbers its own: pos_embed_0
+    parts = [re.sub(r"_\d+$", "", part) for part in name.split(".")]
+    return is_matrix and not any(part in NO_DECAY for part in parts)
 
 
 def by_mesh(tensors: Iterable[nn.Parameter]) -> list[list[nn.Parameter]]:

@@ -126,6 +126,7 @@ def train(config: DictConfig, folder: Path, data_digest: str | None, at_exit: Ex
                 config.get("init_from"),
                 plain["model"]["llm"],
                 getattr(plan.llm, "trained_rows", None),
+                plan.fusion.splices,
             )
         check_trained_precision(plan, trainer.precision, new_tokens)
     identity: dict[str, str] = {}
@@ -145,6 +146,15 @@ def train(config: DictConfig, folder: Path, data_digest: str | None, at_exit: Ex
             "the data have changed since the ablation began; give the same back, or go on with "
             "these by accept_changed_data=true"
         )
+    if past and past.precision not in (None, trainer.precision):
+        # of `precision: null`, which the machine decides; that of the configuration is compared
+        changes.setdefault("trainer.precision", [past.precision, trainer.precision])
+        log.warning(
+            "the run had %s until step %d, and has %s on this machine",
+            past.precision,
+            past.step,
+            trainer.precision,
+        )
     history = recorded(past, changes)
     print_start(config, data, trainer, folder, checkpoint)
     # After the data: whether their lengths are cached must not change the weights that are drawn.
@@ -153,7 +163,13 @@ def train(config: DictConfig, folder: Path, data_digest: str | None, at_exit: Ex
     init_from = config.get("init_from") if checkpoint is None or needs_base(checkpoint) else None
     module = MultimodalModule(plain["model"], optim, data.vocab_size, init_from, new_tokens)
     module.rates_changed = rates_changed
-    module.record = {"config": plain, "changes": history, "identity": identity, "code": code}
+    module.record = {
+        "config": plain,
+        "changes": history,
+        "identity": identity,
+        "code": code,
+        "precision": trainer.precision,
+    }
     write_config(config, folder, history)
     save_tokenizer(data.tokenizer, folder)
     begin_logging(trainer, config, plain)

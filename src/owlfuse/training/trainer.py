@@ -14,6 +14,7 @@ from lightning.pytorch.callbacks import (
     LearningRateMonitor,
     WeightAveraging,
 )
+from lightning.pytorch.plugins.environments import SLURMEnvironment
 from omegaconf import DictConfig
 
 from owlfuse.artifacts.resume import Past
@@ -65,7 +66,11 @@ def make_trainer(
             "optimizer steps"
         )
     steps = data.steps(configured_steps)
+    plugins = {}
     try:
+        if SLURMEnvironment.detect() and not config.trainer.get("plugins"):
+            # Lightning would write a checkpoint of its own, in the middle of an update too
+            plugins["plugins"] = [SLURMEnvironment(auto_requeue=False)]
         trainer = build(
             config.trainer,
             max_steps=steps,
@@ -80,6 +85,7 @@ def make_trainer(
             num_sanity_val_steps=0,
             # The data share out their batches themselves; Lightning would replace their sampler.
             use_distributed_sampler=False,
+            **plugins,
         )
     except REFUSALS as error:
         raise ConfigError(f"{origin_of(config, 'trainer')}: trainer: {error}") from error

@@ -4,7 +4,14 @@ line."""
 import pytest
 
 from owlfuse.core.errors import DataError
-from owlfuse.data.chat.tokenizer import apply, prepare, read_template, render, template_names
+from owlfuse.data.chat.tokenizer import (
+    apply,
+    parse_template,
+    prepare,
+    read_template,
+    render,
+    template_names,
+)
 from small_tokenizers import byte_level
 
 PLAIN = (
@@ -20,6 +27,15 @@ BOMBS = {
     "powers": ("{{ 9 ** (9 ** 9) }}", "line 1: it has a power; write it otherwise"),
     "lipsum": ("{{ lipsum(n=1000000) }}", "lipsum"),
     "a width": ("{{ 'x' | center(10000000000) }}", "a constant over 1,000,000"),
+    "a format": ("{{ '%90000000d' % 1 }}", "a format with a width"),
+    "a format in a block": ("{% set f %}%9000000d{% endset %}{{ f % 1 }}", "a text with %"),
+    "a format of a filter": ("{{ ('%s' | urlencode) % 1 }}", "a text with %"),
+    "a star": ("{{ '%*d' % (90000000, 1) }}", "a format with a width|a constant over"),
+    "a method": ("{{ '{:>90000000}'.format(1) }}", "format, of a text"),
+    "a width in a variable": ("{% set n = 99 %}{{ 'x'.rjust(n) }}", "rjust by another width"),
+    "a replacement": ("{{ 'x' | replace('x', 'y' | center(999)) }}", "replace by another text"),
+    "a separator's method": ("{{ ('x' | center(999)).join(m) }}", "join by another text"),
+    "a separator": ("{{ range(3000) | join('x' | center(999)) }}", "join by another text"),
     "a product": ("{{ 'x' * 1000000 }}", "a product"),
     "products": ("{{ 'x' * 100 * 100 * 100 * 100 * 100 }}", "a product"),
     "a product of variables": ("{% set n = 9 %}{{ n * n }}", "a product"),
@@ -122,3 +138,23 @@ def test_counting_changes_no_character_of_what_a_template_writes(name, edit):
     tokenizer = byte_level()
     counted = apply(tokenizer, turns, template)
     assert counted == tokenizer.apply_chat_template(turns, chat_template=template, tokenize=False)
+
+
+@pytest.mark.parametrize(
+    "expression",
+    [
+        "loop.index0 % 2 == 0 and '100%'",
+        "(messages | length) % 2 ~ '%'",
+        "'%s: %s' % (m.role, m.content)",
+        "'%s' | format(m.role)",
+        "'{}: {}'.format(m.role, m.content)",
+        "m.content | replace('<image>', '') | trim",
+        "m.content.replace('\\n', ' ')",
+        "['a', 'b'] | join(', ')",
+        "', '.join(m.keys())",
+        "m | tojson(indent=4) | indent(4)",
+    ],
+)
+def test_what_templates_usually_write_is_taken(expression):
+    text = f"{{% for m in messages %}}{{{{ {expression} }}}}{{% endfor %}}"
+    parse_template(text, "a template")

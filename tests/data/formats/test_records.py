@@ -849,3 +849,108 @@ def test_of_several_columns_of_pictures_the_source_or_the_name_decides(
         return
     with pytest.raises(DataError, match=message):
         source[0]
+
+
+PICTURE_KEYS = [
+    "image_filename",
+    "image_file_name",
+    "imgname",
+    "imagePath",
+    "image_base64",
+    "imageUrl",
+    "picture_uri",
+    "photo_b64",
+]
+
+
+@pytest.mark.parametrize("key", PICTURE_KEYS)
+@every_format
+def test_a_picture_under_a_name_that_is_not_read_is_refused(tmp_path, read, key):
+    with pytest.raises(DataError, match=f"{key}.*(is|are) not read"):
+        read(tmp_path, [{"question": "?", "answer": "!", key: "a.png"}])[0]
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("file_name", "train/a.PNG"), ("frames", ["1.jpg", "2.jpg"]), ("src", "clip.mp4")],
+)
+def test_a_value_that_names_a_picture_is_refused_where_none_is_shown(tmp_path, key, value):
+    record = {"question": "?", "answer": "!", key: value}
+    with pytest.raises(DataError, match=f"has '{key}': .*which is not read, and no picture"):
+        CHAT_FORMATS["llava"](tmp_path, [record])[0]
+    assert CHAT_FORMATS["llava"](tmp_path, [{**record, "image": "b.png"}])[0].images == ["b.png"]
+
+
+@pytest.mark.parametrize("key", ["source", "file_name", "split"])
+def test_a_value_that_names_no_picture_is_noted(tmp_path, key):
+    record = {"question": "?", "answer": "!", key: "report.pdf"}
+    sample = CHAT_FORMATS["llava"](tmp_path, [record])[0]
+    assert Note("unused", f"a record's '{key}'") in sample.notes
+
+
+@pytest.mark.parametrize("mark", ["<image_placeholder>", "<image_1>", "<start_of_image>"])
+def test_another_projects_mark_in_a_turn_with_pictures_is_refused(tmp_path, mark):
+    turn = {**user(f"A: {mark} B: {mark} which?"), "images": ["a.png", "b.png"]}
+    with pytest.raises(DataError, match=f"has 2 pictures .*and {mark} in its text"):
+        CHAT_FORMATS["messages"](tmp_path, [{"messages": [turn, assistant("B")]}])[0]
+
+
+def test_pictures_of_a_turn_that_has_no_marks_are_counted(tmp_path):
+    turns = [{**user("Look"), "images": ["a.png"]}, assistant("B")]
+    sample = CHAT_FORMATS["messages"](tmp_path, [{"messages": turns}])[0]
+    assert [note.kind for note in sample.notes] == ["assumed"]
+    turns[0]["content"] = "<image>Look"
+    assert not CHAT_FORMATS["messages"](tmp_path, [{"messages": turns}])[0].notes
+
+
+@pytest.mark.parametrize("mark", ["<image_1>", "<|vision_start|><|image_pad|>", "[img]"])
+def test_another_projects_mark_without_any_picture_is_noted(tmp_path, mark):
+    record = {"messages": [user(f"{mark} what?"), assistant("B")]}
+    notes = CHAT_FORMATS["messages"](tmp_path, [record])[0].notes
+    assert [note.kind for note in notes] == ["assumed"]
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        ({"prompt": "Translate:", "query": "Hello", "response": "Hallo"}, "has 'query' beside"),
+        ({"question": "?", "answer": "42", "response": "So, 42."}, "has 'response' beside"),
+        ({"question": "?", "prompt": "In a word.", "answer": "42"}, "has 'prompt' beside"),
+        (
+            {"messages": [user("Hi"), assistant("Ho.")], "history": [["a", "b"]]},
+            "has 'history' beside 'messages'; write it as turns",
+        ),
+        (
+            {"texts": [{"question": "?", "answer": "b", "options": ["a", "b"]}]},
+            "a turn has 'options' beside 'question'",
+        ),
+    ],
+)
+@every_format
+def test_a_further_question_or_answer_is_refused(tmp_path, read, record, message):
+    with pytest.raises(DataError, match=message):
+        read(tmp_path, [record])[0]
+
+
+@every_format
+@pytest.mark.parametrize("verdict", [True, False])
+def test_a_judgement_of_an_answer_is_refused_whichever_it_is(tmp_path, read, verdict):
+    record = {"messages": [user("Hi"), assistant("bad")], "kto_tag": verdict}
+    with pytest.raises(DataError, match=f"'kto_tag': {verdict}, a judgement of the answer"):
+        read(tmp_path, [record])[0]
+
+
+@every_format
+def test_records_with_an_empty_id_go_by_their_place(tmp_path, read):
+    records = [{"id": "", "question": f"{n}?", "answer": "!"} for n in range(3)]
+    source = read(tmp_path, records)
+    assert len({source[n].id for n in range(3)}) == 3
+    assert len({identity for _, identity in source.ids(range(3))}) == 3
+
+
+def test_an_input_without_an_instruction_is_the_question(tmp_path):
+    (tmp_path / "a.json").write_text(
+        json.dumps([{"instruction": "", "input": "Hello", "output": "Ho."}])
+    )
+    sample = Alpaca(str(tmp_path / "a.json"))[0]
+    assert sample.messages[0]["content"] == [{"type": "text", "text": "Hello"}]

@@ -382,11 +382,11 @@ def test_members_of_a_sample_are_shown_or_told(tmp_path, members, kinds, images,
         ),
         (
             [("a.png", b"x"), ("a.seg.png", b"x"), ("a.txt", b"x")],
-            "has .png, .seg.png and one caption, expected one of them",
+            "has the pictures .png, .seg.png, of which nothing tells the order",
         ),
         (
             [("a.png", b"x"), ("a.jpg", b"x"), ("a.txt", b"x")],
-            "has .jpg, .png and one caption, expected one of them",
+            "has the pictures .jpg, .png, of which nothing tells the order",
         ),
         (
             [("a.png", b"x"), ("a.json", {**CHAT, "images": ["b", "c"]})],
@@ -473,3 +473,35 @@ def test_a_damaged_shard_is_told_and_loses_no_sample_silently(tmp_path, damage, 
     (tmp_path / "t.tar").write_bytes(damage((tmp_path / "t.tar").read_bytes()))
     with pytest.raises(DataError, match=f"t.tar: {message}"):
         len(WebDataset(str(tmp_path / "t.tar")))
+
+
+@pytest.mark.parametrize(
+    ("names", "shown"),
+    [
+        (["before.jpg", "after.jpg"], False),
+        (["jpg", "mask.png"], False),
+        (["0.jpg", "mask.jpg"], False),
+        (["0.jpg", "1.png", "10.jpg"], True),
+        (["page2.jpg", "page10.jpg"], True),
+    ],
+    ids=str,
+)
+def test_several_pictures_of_a_chat_are_shown_only_in_an_order_that_is_told(tmp_path, names, shown):
+    marks = "<image>" * len(names)
+    members = [(f"a.{name}", name.encode()) for name in names]
+    write_tar(tmp_path / "t.tar", [*members, ("a.json", asked(f"{marks} What changed?"))])
+    source = WebDataset(str(tmp_path / "t.tar"))
+    if shown:
+        assert source[0].images == [name.encode() for name in names]
+    else:
+        with pytest.raises(DataError, match="of which nothing tells the order, or whether all"):
+            source[0]
+
+
+def test_a_number_of_thousands_of_digits_in_a_member_is_no_error(tmp_path):
+    write_tar(
+        tmp_path / "t.tar",
+        [(f"a.{'9' * 5000}.jpg", b"x"), ("a.json", asked("<image> What?"))],
+        format=tarfile.PAX_FORMAT,
+    )
+    assert WebDataset(str(tmp_path / "t.tar"))[0].images == [b"x"]

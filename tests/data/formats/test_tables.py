@@ -268,3 +268,35 @@ def test_columns_that_contradict_each_other_are_refused():
             match="expected messages_column, or question_column and answer_column together",
         ):
             Parquet("a.parquet", **wrong)
+
+
+LABELLED = datasets.Features(
+    {"question": datasets.Value("string"), "answer": datasets.ClassLabel(names=["cat", "dog"])}
+)
+
+
+@pytest.mark.parametrize("write", ["parquet", "arrow", "several"])
+def test_a_class_is_read_by_its_name(tmp_path, write):
+    rows = datasets.Dataset.from_dict({"question": ["?", "?"], "answer": [1, 0]}, LABELLED)
+    path = tmp_path / "rows"
+    if write == "arrow":
+        rows.save_to_disk(str(path))
+    else:
+        for number in range(2 if write == "several" else 1):
+            rows.to_parquet(str(tmp_path / f"{number}.parquet"))
+        path = tmp_path / "*.parquet"
+    source = Parquet(str(path), cache_dir=str(tmp_path / "cache"))
+    answers = [source[n].messages[1]["content"][0]["text"] for n in range(2)]
+    assert answers == ["dog", "cat"]
+
+
+def test_classes_that_are_missing_or_differ_are_refused(tmp_path):
+    rows = datasets.Dataset.from_dict({"question": ["?"], "answer": [-1]}, LABELLED)
+    rows.to_parquet(str(tmp_path / "0.parquet"))
+    with pytest.raises(DataError, match="answer is class -1, expected one of the 2 from 0"):
+        Parquet(str(tmp_path / "0.parquet"), cache_dir=str(tmp_path / "cache"))[0]
+    others = LABELLED.copy()
+    others["answer"] = datasets.ClassLabel(names=["dog", "cat"])
+    rows.cast(others).to_parquet(str(tmp_path / "1.parquet"))
+    with pytest.raises(DataError, match="answer has other classes than in"):
+        len(Parquet(str(tmp_path / "*.parquet"), cache_dir=str(tmp_path / "cache")))

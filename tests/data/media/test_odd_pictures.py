@@ -141,3 +141,56 @@ def test_a_tiff_of_32_bits_is_refused_however_small_its_numbers_are(tmp_path):
         open_image(tmp_path, "a.tif", "s", 10**6)
     Image.fromarray(np.full((10, 20), 51400, np.uint16)).save(tmp_path / "b.tif")
     assert open_image(tmp_path, "b.tif", "s", 10**6).getpixel((0, 0)) == (200, 200, 200)
+
+
+def tiff_of_16_bits(path, value, photometric=1, bits=16):
+    """A grey TIFF of one strip, whose tags Pillow does not write by itself."""
+    if bits == 12:  # two pixels in three bytes
+        data = bytes([value >> 4, (value & 15) << 4 | value >> 8, value & 255]) * 8
+    else:
+        data = value.to_bytes(2, "little") * 16
+    tags = [
+        (256, 3, 1, 4),
+        (257, 3, 1, 4),
+        (258, 3, 1, bits),
+        (259, 3, 1, 1),
+        (262, 3, 1, photometric),
+        (273, 4, 1, 8),
+        (277, 3, 1, 1),
+        (278, 3, 1, 4),
+        (279, 4, 1, len(data)),
+    ]
+    content = b"II*\0" + (8 + len(data)).to_bytes(4, "little") + data
+    content += len(tags).to_bytes(2, "little")
+    for tag, kind, count, number in tags:
+        content += tag.to_bytes(2, "little") + kind.to_bytes(2, "little")
+        content += count.to_bytes(4, "little") + number.to_bytes(4, "little")
+    path.write_bytes(content + b"\0" * 4)
+
+
+@pytest.mark.parametrize(
+    ("value", "photometric", "bits", "grey"),
+    [
+        (0xFFFF, 1, 16, 255),
+        (0xFFFF, 0, 16, 0),
+        (0, 0, 16, 255),
+        (0xFFF, 1, 12, 255),
+        (0x800, 1, 12, 128),
+    ],
+)
+def test_grey_tiffs_of_12_and_16_bits_are_as_bright_as_they_say(
+    tmp_path, value, photometric, bits, grey
+):
+    tiff_of_16_bits(tmp_path / "a.tif", value, photometric, bits)
+    assert open_image(tmp_path, "a.tif", "s", 100).getpixel((1, 1)) == (grey,) * 3
+
+
+@pytest.mark.parametrize("kind", ["tif", "gif", "webp", "png"])
+def test_how_many_pages_or_frames_a_file_has_is_told(tmp_path, kind):
+    pages = [Image.new("RGB", (4, 4), color) for color in ("red", "green", "blue")]
+    pages[0].save(tmp_path / f"a.{kind}", save_all=True, append_images=pages[1:])
+    opened = open_image(tmp_path, f"a.{kind}", "s", 100)
+    assert opened.info["frames"] == 3
+    assert opened.getpixel((0, 0))[0] > 200
+    pages[0].save(tmp_path / f"b.{kind}")
+    assert open_image(tmp_path, f"b.{kind}", "s", 100).info["frames"] == 1

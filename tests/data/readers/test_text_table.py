@@ -42,3 +42,25 @@ def test_a_header_with_a_column_twice_is_refused(tmp_path, delimiter, quoted):
     file.write_text(delimiter.join(["image", "caption", "caption"]) + "\n", encoding="utf-8")
     with pytest.raises(DataError, match="table has 2 columns 'caption', expected one of each"):
         TextTable(file, delimiter, quoted)
+
+
+@pytest.mark.parametrize(
+    ("lines", "told"),
+    [
+        (
+            ['a.jpg\t"line1', 'line2"'],
+            "line 2 ends in an open double quote, and the next line has 1",
+        ),
+        (['a.jpg\t5" wide', "b.jpg\tx"], None),
+        (['a.jpg\t"open', "b.jpg\tx"], None),
+        (["a.jpg\tx", 'b.jpg\t"open'], None),
+    ],
+)
+def test_a_line_break_inside_of_a_quoted_tsv_field_is_told(tmp_path, lines, told):
+    (tmp_path / "a.tsv").write_text("\n".join(["image\tcaption", *lines]) + "\n")
+    table = TextTable(tmp_path / "a.tsv", "\t", quoted=False)
+    if told:
+        with pytest.raises(DataError, match=told):
+            table[0]
+    else:
+        assert [len(table[number]) for number in range(len(table))] == [2] * len(table)

@@ -12,6 +12,7 @@ from PIL import Image
 from owlfuse.__main__ import main
 from owlfuse.evaluation.benchmarks import run
 from owlfuse.evaluation.benchmarks.answering import answer
+from owlfuse.evaluation.benchmarks.results import settings_of
 from task_files import BENCHMARKS
 
 
@@ -209,6 +210,15 @@ def test_answers_of_other_settings_are_neither_taken_nor_lost(model, files, tmp_
         for line in (out / "gqa" / "predictions.jsonl").read_text().splitlines()
     ]
     assert sorted(keys) == sorted([first["settings"]["key"]] * 3 + [second["settings"]["key"]] * 3)
+
+
+def test_the_key_of_answers_changes_with_the_code_that_makes_them(model, files, monkeypatch):
+    """Of the user's own parts too, whose modules a configuration names."""
+    _, task = run.read_options(["task=gqa", *files("gqa")])
+    key = settings_of(model, None, task, "float32", False)["key"]
+    assert settings_of(model, None, task, "float32", False)["key"] == key
+    monkeypatch.setattr("owlfuse.evaluation.benchmarks.results.code_hash", lambda *_: "other")
+    assert settings_of(model, None, task, "float32", False)["key"] != key
 
 
 def test_what_is_answered_depends_on_the_picture(model, files, tmp_path):

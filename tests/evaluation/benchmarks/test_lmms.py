@@ -14,7 +14,7 @@ from helpers import REPO
 from owlfuse.artifacts.load import load_exported
 from owlfuse.core.errors import DataError
 from owlfuse.evaluation.benchmarks.answering import LoadedModel
-from owlfuse.evaluation.lmms.answers import Options, Request, answer, batches
+from owlfuse.evaluation.lmms.answers import Cuts, Options, Request, answer, batches
 from owlfuse.evaluation.lmms.likelihoods import Likelihoods
 from owlfuse.evaluation.lmms.prompts import PromptMaker
 from owlfuse.serving.chat import Conversation
@@ -73,7 +73,11 @@ def answered(loaded, made, options, batch_size, seed=0, turns=None):
     answers = {}
     for places in batches(requests, batch_size):
         answers.update(
-            zip(places, answer(loaded, [requests[place] for place in places], seed)[0], strict=True)
+            zip(
+                places,
+                answer(loaded, [requests[place] for place in places], seed, Cuts()),
+                strict=True,
+            )
         )
     return [answers[place] for place in range(len(made))]
 
@@ -193,16 +197,18 @@ def test_an_answer_ends_before_the_first_of_until_and_where_the_model_has_no_mor
     used = Likelihoods(loaded)
     lengths = [len(used.encode(one, "a").input_ids) - 1 for one in made]
     monkeypatch.setattr(loaded, "max_positions", max(lengths) + 3)
-    texts, cut = answer(loaded, requests, 0)
-    alone = [answer(loaded, [request], 0)[0][0] for request in requests]
+    cuts = Cuts()
+    texts = answer(loaded, requests, 0, cuts)
+    alone = [answer(loaded, [request], 0, Cuts())[0] for request in requests]
     assert texts == alone
-    assert cut >= 1
+    assert cuts.positions >= 1
+    assert "cut where the model has no more positions" in cuts.describe()[0]
     # a table of positions has no row behind the last one
     read = []
     hook = loaded.model.model.llm.register_forward_pre_hook(
         lambda llm, _, given: read.append(int(given["position_ids"].max())), with_kwargs=True
     )
-    answer(loaded, requests, 0)
+    answer(loaded, requests, 0, Cuts())
     hook.remove()
     assert max(read) < loaded.max_positions
     assert len(texts[lengths.index(max(lengths))]) < len(whole[lengths.index(max(lengths))])
@@ -210,7 +216,7 @@ def test_an_answer_ends_before_the_first_of_until_and_where_the_model_has_no_mor
     with pytest.raises(
         DataError, match=f"takes {max(lengths)} positions, and the model has {max(lengths)}"
     ):
-        answer(loaded, requests, 0)
+        answer(loaded, requests, 0, Cuts())
 
 
 @pytest.mark.parametrize(
@@ -354,3 +360,44 @@ def test_the_door_is_declared_and_imports_no_lmms_eval():
     assert callable(owlfuse.evaluation.lmms.manifests)
     # this file has imported all of owlfuse.evaluation.lmms but its models
     assert "lmms_eval" not in sys.modules
+
+
+def test_answers_that_do_not_end_within_max_new_tokens_are_counted(loaded_models, pictures):
+    loaded = loaded_models[1]
+    made = prompts(pictures)
+    cuts = Cuts()
+    requests = [
+        Request(one.name, 0, lambda one=one: one, Options(max_new_tokens=2)) for one in made
+    ]
+    answer(loaded, requests, 0, cuts)
+    assert (cuts.positions, cuts.tokens) == (0, len(made))
+    assert "did not end within the task's max_new_tokens" in cuts.describe()[0]
+
+
+def test_the_blank_line_that_lmms_eval_writes_where_a_task_says_nothing_ends_no_answer():
+    options = Options.of({"until": ["\n\n"]}, "task")
+    assert options.cut_at_end("First, 7.\n\nThe answer is 7.") == "First, 7.\n\nThe answer is 7."
+    assert Options.of({"until": ["\n\n", "Q:"]}, "task").until == ("Q:",)
+
+
+@pytest.mark.parametrize("part", [{"video_start": 1.0}, {"bbox": [0, 0, 1, 1]}])
+def test_a_piece_of_a_visual_is_refused(pictures, part):
+    visual = {"type": "image", "path": str(pictures / "red.png"), **part}
+    with pytest.raises(DataError, match=f"a visual has '{next(iter(part))}'"):
+        PromptMaker().question("one", "What?", visual)
+    message = {"role": "user", "content": [{**visual, "url": str(pictures / "red.png")}]}
+    with pytest.raises(DataError, match=f"a visual has '{next(iter(part))}'"):
+        PromptMaker().chat("one", [message])
+
+
+def test_a_picture_in_memory_is_turned_as_one_of_a_file_is(tmp_path):
+    picture = Image.new("RGB", (30, 60), "red")
+    exif = picture.getexif()
+    exif[274] = 6
+    picture.save(tmp_path / "a.jpg", exif=exif)
+    maker = PromptMaker()
+    sizes = [
+        maker.question("one", "What?", visual).pictures[0].size
+        for visual in (str(tmp_path / "a.jpg"), Image.open(tmp_path / "a.jpg"))
+    ]
+    assert sizes == [(60, 30)] * 2

@@ -455,3 +455,10 @@ def test_perplexity_is_over_all_tokens_and_not_the_mean_of_the_chats():
     metrics = Perplexity(file="x").metrics(lines)
     assert metrics["perplexity"] == pytest.approx(float(expected), rel=1e-5)
     assert metrics["tokens"] == 11
+
+
+def test_anls_of_texts_that_go_on_beyond_the_expected_one():
+    expected = "the american heart association and the national institute of health"
+    tail = " of 7272 greenville avenue in dallas and of bethesda maryland"
+    distance, longer = len(tail), len(expected + tail)
+    assert anls(expected + tail, [expected]) == pytest.approx(1 - distance / longer)

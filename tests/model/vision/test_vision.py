@@ -9,7 +9,9 @@ from timm.data import resolve_model_data_config
 from timm.layers import DropPath
 from torch import nn
 
+from helpers import make_model
 from owlfuse.model.vision.backbone import TimmBackbone
+from owlfuse.model.vision.body import create_body
 
 VIT = {"depth": 3, "embed_dim": 16, "num_heads": 2}
 # name, its size and keyword arguments: the family's structure at its smallest
@@ -553,3 +555,38 @@ def test_a_size_of_patches_may_be_one_number():
 def test_a_norm_over_the_features_does_not_forbid_chunks():
     with torch.device("meta"):
         TimmBackbone("vit_tiny_patch16_224", norm=True, chunk=4).train().check_training(False)
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_a_clip_whose_activation_timm_changes_is_refused_with_its_weights(device):
+    name = "vit_base_patch32_clip_224.openai"
+    pretrained, weights = (True, None) if device == "meta" else (False, "clip.safetensors")
+    with torch.device(device), pytest.raises(ValueError, match="take vit_base_patch32_clip_quick"):
+        create_body(name, pretrained, None, {}, weights)
+    with torch.device("meta"):  # without its weights there is nothing that would not fit
+        create_body(name, False, None, {})
+        create_body(name.replace("_clip_", "_clip_quickgelu_"), True, None, {})
+
+
+def test_weights_that_are_cut_off_are_told_in_a_line(tmp_path):
+    (tmp_path / "a.safetensors").write_bytes(b"\xff" * 100)
+    with pytest.raises(ValueError, match=r"a.safetensors is no file of weights: "):
+        create_body("convnext_atto", False, None, {}, str(tmp_path / "a.safetensors"))
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_a_frozen_backbone_drops_nothing_in_training(frozen):
+    vision = {
+        "_target_": "owlfuse.model.vision.backbone.TimmBackbone",
+        "name": "vit_tiny_patch16_224",
+        "image_size": 32,
+        "kwargs": {"embed_dim": 16, "depth": 3, "num_heads": 2, "drop_path_rate": 0.5},
+    }
+    model = make_model("concat", vision=vision).train()
+    if frozen:
+        for parameter in model.vision.parameters():
+            parameter.requires_grad_(False)
+        model.train()
+    pixels = torch.randn(4, 3, *model.vision.preprocessing.size)
+    same = torch.equal(model.vision(pixels), model.vision(pixels))
+    assert same == frozen

@@ -123,7 +123,7 @@ def test_results_say_what_the_run_cost_and_what_it_is_of(stopped):
     # weights, gradients and an optimizer's state at least
     assert cost["peak_memory_bytes"] > 4 * 3 * cost["parameters"]
     assert cost["ms_per_generated_token"] > 0
-    assert results["hash"] == read("plain-seed0", "cell.json")["hash"]
+    assert read("plain-seed0", "cell.json")["hash"].items() <= results["hash"].items()
     assert (results["experiment"], results["seed"], results["steps"]) == ("grid", 0, 30)
 
 

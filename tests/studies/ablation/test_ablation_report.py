@@ -517,3 +517,36 @@ def test_a_picture_becomes_small_on_the_page_through_a_link_too(tmp_path):
     uri = thumbnail(str(tmp_path / "a.png"))
     with Image.open(BytesIO(base64.b64decode(uri.partition(",")[2]))) as small:
         assert small.size == (128, 85)
+
+
+@pytest.mark.parametrize(
+    ("key", "words"), [("sources", "trained on other"), ("validation", "measured on other")]
+)
+def test_cells_that_left_out_other_samples_are_named(tmp_path, key, words):
+    path = write_ablation(tmp_path / "drawn", {"first": 0.5, "second": 0.9}, seeds=(0, 1))
+    for run in ("first-seed0", "first-seed1", "second-seed0", "second-seed1"):
+        cut = 7 if run == "second-seed1" else 3
+        rows = {"val": {"skipped": 0, "truncated": cut}}
+        content = {"sources": rows} if key == "sources" else {"validation": {"sources": rows}}
+        (path / run / "mixture.json").write_text(json.dumps(content))
+    write_report(path)
+    table = path / "report" / "table.md"
+    assert f"{words} samples than the baseline, since other ones were skipped or cut: second" in (
+        table.read_text()
+    )
+    shutil.copy(path / "second-seed0" / "mixture.json", path / "second-seed1" / "mixture.json")
+    write_report(path)
+    assert words not in table.read_text()
+
+
+def test_intervals_of_fewer_seeds_are_named(folder):
+    table = (folder / "report" / "table.md").read_text()
+    assert "differences over 1 of 2 seeds" in table
+    assert "each interval is of one comparison: of 2, one in twenty" in table
+
+
+def test_a_name_with_dollars_is_drawn_as_it_is(tmp_path):
+    cells = {"costs $5": 0.5, "or $ and % in $": 0.9}
+    path = write_ablation(tmp_path / "drawn", cells, seeds=(0,))
+    write_report(path)
+    assert (path / "report" / "index.html").exists()

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.utils import logging
 
 from owlfuse.artifacts.checking import FORBIDDEN
 from owlfuse.artifacts.hf.configuration import OwlfuseConfig
@@ -26,6 +27,8 @@ from owlfuse.model.llm import cache_argument
 from owlfuse.model.loss import mean_loss
 from owlfuse.model.multimodal import MultimodalLM, assemble
 from owlfuse.model.quantization import quantized_layers
+
+log = logging.get_logger(__name__)
 
 
 class OwlfuseForConditionalGeneration(PreTrainedModel, GenerationMixin):
@@ -197,7 +200,11 @@ class OwlfuseForConditionalGeneration(PreTrainedModel, GenerationMixin):
         batch = self.batch(input_ids, attention_mask, visual)
         # one forward for training, evaluation and generation
         logits = self.logits(batch, visual, cache, logits_to_keep)
-        loss = None if labels is None else mean_loss(logits, labels, num_items_in_batch)
+        loss = None
+        if labels is not None:
+            labels, share = without_images(labels, batch.placeholder)
+            count = None if num_items_in_batch is None else num_items_in_batch * share
+            loss = mean_loss(logits, labels, count)
         return CausalLMOutputWithPast(
             loss=loss, logits=logits, **{cache_argument(self.model.llm): cache}
         )
@@ -314,6 +321,7 @@ class OwlfuseForConditionalGeneration(PreTrainedModel, GenerationMixin):
         here, once for all beams and steps, and their keys and values are kept from the first step
         on."""
         if kwargs.get("visual") is None:
+            check_whole_prompt(input_ids, **kwargs)
             # the pixels themselves are not repeated for every beam
             pixels = kwargs.pop("pixel_values", None)
             # generate takes inputs from the CPU, and moves what it knows of
@@ -329,6 +337,47 @@ class OwlfuseForConditionalGeneration(PreTrainedModel, GenerationMixin):
         return above._expand_inputs_for_generation(
             expand_size=expand_size, input_ids=input_ids, **kwargs
         )
+
+
+def check_whole_prompt(
+    input_ids: Tensor,
+    attention_mask: Tensor | None = None,
+    past_key_values: Any = None,
+    cache: Any = None,
+    **_: Any,
+) -> None:
+    """Raises ValueError for ids (B, T) that are only those behind what a cache holds: their
+    pictures would be looked for at places of the whole row."""
+    cache = past_key_values if cache is None else cache
+    cached = 0 if cache is None else cache.get_seq_length()
+    length = input_ids.shape[1]
+    masked = 0 if attention_mask is None else attention_mask.shape[1]
+    if cached and (masked > length or cached >= length):
+        raise ValueError(
+            f"the cache holds {cached} positions and input_ids are the {length} behind them; give "
+            "the whole chat's input_ids and all its pictures, of which those in the cache are not "
+            "computed again"
+        )
+
+
+def without_images(labels: Tensor, placeholder: Tensor) -> tuple[Tensor, Tensor | float]:
+    """Returns labels (B, T) without those at positions of images, placeholder (B, T) True, and the
+    share of them that is left.
+
+    TRL leaves it to the model not to learn them. transformers' Trainer has counted them in
+    `num_items_in_batch`, of all micro batches: the share of this one is taken for that of all.
+    """
+    supervised = labels != -100
+    at_images = supervised & placeholder
+    if not at_images.any():
+        return labels, 1.0
+    log.warning_once(
+        "labels hold positions of images, which are not learned; set labels[labels == "
+        "model.config.image_token_id] = -100, since trainers count them by the labels"
+    )
+    # the first position of a row has no token before it that would predict it
+    count = supervised[:, 1:].sum().clamp(min=1)
+    return labels.masked_fill(at_images, -100), 1 - at_images[:, 1:].sum() / count
 
 
 def length_of_short_factors(llm: PreTrainedModel) -> int | None:

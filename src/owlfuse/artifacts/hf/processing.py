@@ -23,7 +23,7 @@ from owlfuse.core.errors import DataError
 from owlfuse.core.types import IMAGE
 from owlfuse.data.chat.answer_format import AnswerFormat
 from owlfuse.data.chat.supervision import cut_at_borders
-from owlfuse.data.media.images import MAX_PIXELS, open_image, to_rgb
+from owlfuse.data.media.images import MAX_PIXELS, open_image, to_rgb, upright
 from owlfuse.data.media.tiles import check_tiled, views_of
 from owlfuse.data.words import show_words, spell_words
 from owlfuse.model.vision.base import Preprocessing, Resize
@@ -153,6 +153,7 @@ class OwlfuseProcessor(ProcessorMixin):
         texts = [text] if isinstance(text, str) else list(text or [])
         pictures = open_images(images)
         token = self.image_token
+        check_rows(images, texts, token)
         placeholders = sum(text.count(token) for text in texts)
         if placeholders != len(pictures):
             raise DataError(
@@ -281,6 +282,24 @@ FIXED_PICTURES = (
 )
 
 
+def check_rows(images: Any, texts: list[str], token: str) -> None:
+    """Raises DataError for lists of pictures, one for each text, of which one has another number of
+    pictures than its text has marks: they would be shown in the texts behind it."""
+    rows = images if isinstance(images, list | tuple) else []
+    if not any(isinstance(row, list | tuple) for row in rows):
+        return
+    # A single text may have them in any nesting.
+    if len(texts) == 1:
+        return
+    counts = [len(row) if isinstance(row, list | tuple) else int(row is not None) for row in rows]
+    marks = [text.count(token) for text in texts]
+    if counts != marks:
+        raise DataError(
+            f"the texts have {marks} {token} and the lists of images {counts}; each text must have "
+            "one for each of its images"
+        )
+
+
 def open_images(images: Any) -> list[Image.Image]:
     """Returns one picture, a list or lists of them as a list of PIL pictures.
 
@@ -291,7 +310,7 @@ def open_images(images: Any) -> list[Image.Image]:
     if isinstance(images, list | tuple):
         return list(chain.from_iterable(map(open_images, images)))
     if isinstance(images, Image.Image):
-        return [images]
+        return [upright(images)]
     if isinstance(images, str | Path):
         path = Path(images).expanduser()
         text = str(images)

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from accelerate import init_empty_weights
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -240,7 +241,15 @@ def read_record(folder: Path) -> Released:
             original_tensors=original_tensors,
             files=files,
         )
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+    except (
+        OSError,
+        ValueError,
+        LookupError,
+        TypeError,
+        AttributeError,
+        RecursionError,
+        SafetensorError,
+    ) as error:
         raise DataError(
             f"{folder} is damaged ({error}); import the released folder anew"
         ) from error

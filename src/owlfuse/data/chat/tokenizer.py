@@ -38,6 +38,7 @@ MAX_TEXT = 2**26
 MAX_FACTOR = 100
 # Any other number in a template, the width of a filter for instance.
 MAX_NUMBER = 1_000_000
+MAX_WIDTH = 1000
 # The beginning of a template that `prepare_template` has made.
 PREPARED = "{#- prepared by owlfuse -#}"
 
@@ -250,7 +251,9 @@ def parse_template(text: str, where: str) -> nodes.Template:
 def check_operations(tree: nodes.Template, where: str) -> None:
     """Raise DataError that begins with `where` for an expression that makes a huge text or number
     at once; jinja2 computes those of constants before it renders anything."""
-    for node in tree.find_all((nodes.Pow, nodes.Mul, nodes.Name, nodes.Const)):
+    kinds = (nodes.Pow, nodes.Mul, nodes.Mod, nodes.Name, nodes.Const, nodes.Filter, nodes.Call)
+    formats = has_formats(tree)
+    for node in tree.find_all(kinds):
         problem = ""
         if isinstance(node, nodes.Pow):
             problem = "a power"
@@ -265,8 +268,79 @@ def check_operations(tree: nodes.Template, where: str) -> None:
             is_bounded = constants and all(is_small(constant, MAX_FACTOR) for constant in constants)
             if not is_bounded or next(node.find_all(nodes.Mul), None) is not None:
                 problem = f"a product, of which one factor is no constant up to {MAX_FACTOR}"
+        elif isinstance(node, nodes.Mod):
+            if isinstance(node.left, nodes.Const):
+                problem = "a format with a width" if has_width(node.left) else ""
+            elif formats and not is_number(node.left):
+                problem = "a text with % that may be a format, and the operator %"
+        elif isinstance(node, nodes.Filter | nodes.Call):
+            problem = growth_of(node)
         if problem:
             raise DataError(f"{where}: line {node.lineno}: it has {problem}; write it otherwise")
+
+
+# A number or a star in a format, which may be a width of any size.
+WIDTH = re.compile(r"%[^%a-zA-Z]*[\d*]|\{[^{}]*:[^{}]*[\d{]")
+# Filters and methods that write as many characters as they are told.
+PADDED = ("center", "ljust", "rjust", "zfill", "indent", "expandtabs")
+# Those that write a text again at many places.
+REPEATED = ("replace", "join")
+
+
+def has_formats(tree: nodes.Template) -> bool:
+    """Whether a template has a text from which `%` could make another, outside of the dates that
+    it asks for."""
+    dates = set()
+    for call in tree.find_all(nodes.Call):
+        if getattr(call.node, "name", None) == "strftime_now":
+            dates |= {id(argument) for argument in call.args}
+    if any(node.name == "urlencode" for node in tree.find_all(nodes.Filter)):
+        return True
+    if any("%" in node.data for node in tree.find_all(nodes.TemplateData)):
+        return True
+    for constant in tree.find_all(nodes.Const):
+        sign = "%%" if id(constant) in dates else "%"
+        if isinstance(constant.value, str) and sign in constant.value:
+            return True
+    return False
+
+
+def is_number(node: nodes.Expr) -> bool:
+    """Whether an expression is a count by its form: loop.index0, messages | length."""
+    if isinstance(node, nodes.Getattr):
+        return getattr(node.node, "name", None) == "loop"
+    return isinstance(node, nodes.Filter) and node.name in ("length", "count", "int", "abs")
+
+
+def has_width(constant: nodes.Const) -> bool:
+    """Whether a constant text is a format with a width."""
+    return WIDTH.search(str(constant.value)) is not None
+
+
+def growth_of(node: nodes.Filter | nodes.Call) -> str:
+    """Return what of a filter or a call of a method could write a huge text at once, "" where
+    nothing could."""
+    if isinstance(node, nodes.Filter):
+        name, text = node.name, node.node
+    elif isinstance(node.node, nodes.Getattr):
+        name, text = node.node.attr, node.node.node
+    else:
+        return ""
+    arguments = [*node.args, *(keyword.value for keyword in node.kwargs)]
+    if name in ("format", "format_map"):
+        is_plain = isinstance(text, nodes.Const) and not has_width(text)
+        return "" if is_plain else "format, of a text that is no constant without widths"
+    if name in PADDED:
+        for argument in arguments:
+            if not isinstance(argument, nodes.Const) or not is_small(argument, MAX_WIDTH):
+                return f"{name} by another width than a constant up to {MAX_WIDTH:,}"
+    if name in REPEATED:
+        # Of the method, the text is what stands between.
+        is_separator = name == "join" and isinstance(node, nodes.Call)
+        for argument in [text] if is_separator else arguments:
+            if not isinstance(argument, nodes.Const) or not is_small(argument, MAX_FACTOR):
+                return f"{name} by another text than a constant of up to {MAX_FACTOR} characters"
+    return ""
 
 
 def is_small(constant: nodes.Const, limit: int) -> bool:

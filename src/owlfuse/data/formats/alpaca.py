@@ -10,7 +10,6 @@ from owlfuse.data.formats.marks import unescaped
 from owlfuse.data.formats.records import (
     CHATS,
     NOT_METADATA,
-    QUESTION_REFUSED,
     check_unused,
     history_turns,
     question_metadata,
@@ -18,6 +17,7 @@ from owlfuse.data.formats.records import (
 )
 from owlfuse.data.formats.turn_keys import (
     IMAGES,
+    QUESTION_REFUSED,
     VIDEOS,
     brief,
     is_absent,
@@ -109,7 +109,7 @@ class Alpaca(Source):
         if not is_absent(extra):
             if not isinstance(extra, str):
                 raise DataError(f"sample {name}: 'input' is {brief(extra)}, expected a text")
-            question = f"{question}\n{extra}"
+            question = f"{question}\n{extra}" if question else extra
         turns = [
             *system_turn(record, name, []),
             *history_turns(record.get("history"), name),

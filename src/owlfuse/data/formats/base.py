@@ -98,8 +98,7 @@ class Source:
                 raise DataError(
                     f"{self.name}: a record is a {type(record).__name__}, expected an object"
                 )
-            identity = record.get("id")
-            sample = self.sample(record, f"{self.name}:{index if identity is None else identity}")
+            sample = self.sample(record, f"{self.name}:{identity_of(record.get('id'), index)}")
         except DataError as error:
             raise self.with_location(error, index) from None
         # Only a file that is parsed as a whole has keys around its list of records.
@@ -137,8 +136,7 @@ class Source:
             with suppress(DataError):
                 record = self.records[index]
                 if isinstance(record, dict):
-                    identity = record.get("id")
-                    yield index, str(index if identity is None else identity)
+                    yield index, identity_of(record.get("id"), index)
 
     def sample(self, record: JsonObject, name: str) -> Sample:
         """Return the record as a sample called `name`."""
@@ -206,6 +204,11 @@ class ChatSource(VideoSource):
     def sample(self, record: JsonObject, name: str) -> Sample:
         """See `Source`."""
         return read_chat(record, name, self.name, self.chat_key)
+
+
+def identity_of(identity: Any, index: int) -> str:
+    """Return a record's id as a text, or where it has none or an empty one, its index."""
+    return str(index if identity in (None, "") else identity)
 
 
 def field(record: JsonObject, key: str, kind: type, name: str) -> Any:

@@ -17,8 +17,8 @@ MARK = re.compile(r"\\?(?:" + "|".join(map(re.escape, MARKS)) + ")")
 # Marks of other projects (`<image_1>`, `<|image_pad|>`, `<ImageHere>`): a picture that they show
 # must not be put elsewhere.
 OTHER_MARK = re.compile(
-    r"<\|?(?:image|img|picture|video|vision|media)"
-    r"(?:_start|_pad|_placeholder|_token|here)?[ _]?\d*\|?>|\[(?:img|image)\]",
+    r"<\|?(?:(?:start|begin)_of_)?(?:image|img|picture|video|vision|media)"
+    r"(?:_start|_pad|_placeholder|_token|here|_soft_token)?[ _]?\d*\|?>|\[(?:img|image)\]",
     re.IGNORECASE,
 )
 
@@ -159,6 +159,8 @@ def settle_marks(
     has_files = any(counts.values())
     # Most chats of text-only data: there is nothing to settle.
     if not has_files and not has_visual_part(messages):
+        if first_match(OTHER_MARK, messages):
+            notes.append("another project's mark of a picture, in a record without any, is a word")
         return notes
     if has_files:
         for kind in counts:
@@ -259,16 +261,22 @@ def put_first(messages: list[Message], parts: list[Part], name: str) -> None:
     """Put pictures and videos before the user's first text, which goes on a new line. Raises
     DataError where a text has another project's mark."""
     # A picture that another project's mark shows in the middle must not be put first.
-    mark = first_match(OTHER_MARK, messages)
-    if mark:
-        raise DataError(
-            f"sample {name} has {len(parts)} pictures or videos that no <image> or <video> shows, "
-            f"and {mark} in its text; write <image> or <video> where each is shown"
-        )
+    check_other_marks(messages, len(parts), name)
     for message in messages:
         if message["role"] == "user":
             message["content"] = [*parts, *on_new_line(message["content"])]
             return
+
+
+def check_other_marks(messages: list[Message], count: int, name: str) -> None:
+    """Raise DataError where a text of the user has another project's mark, and `count` pictures or
+    videos have none."""
+    mark = first_match(OTHER_MARK, messages)
+    if mark:
+        raise DataError(
+            f"sample {name} has {count} pictures or videos that no <image> or <video> shows, "
+            f"and {mark} in its text; write <image> or <video> where each is shown"
+        )
 
 
 def without_marks(parts: list[Part], is_word: set[int]) -> list[Part]:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import pyarrow
-from datasets import Dataset, Features, concatenate_datasets
+from datasets import ClassLabel, Dataset, Features, concatenate_datasets
 from datasets.config import HF_DATASETS_CACHE
 from datasets.exceptions import DatasetGenerationError
 from pyarrow.parquet import ParquetFile
@@ -22,7 +22,7 @@ from pyarrow.parquet import ParquetFile
 from owlfuse.core.errors import DataError
 from owlfuse.core.files import MAX_RECORD, check_distinct, check_record, fingerprint, read_json
 from owlfuse.core.types import JsonObject, Note, Sample
-from owlfuse.data.formats.base import ChatSource
+from owlfuse.data.formats.base import ChatSource, identity_of
 from owlfuse.data.formats.records import (
     CHATS,
     EXPECTED,
@@ -36,6 +36,8 @@ from owlfuse.data.formats.records import (
 from owlfuse.data.formats.turn_keys import IMAGES, SYSTEM_KEYS, VIDEOS
 
 IDS_AT_ONCE = 4096
+# Rows of Parquet that are decoded at a time: with MAX_RECORD, the largest are 4 GB.
+ROWS_AT_ONCE = 256
 # Rows in a batch of the Arrow copy. Opening touches each batch's header and the pages around it:
 # with the 1000 that `datasets` takes, ten million rows of text would be in memory wholly.
 ROWS_PER_BATCH = 50_000
@@ -126,12 +128,15 @@ class Parquet(ChatSource):
         # Arrow is mapped as it is; Parquet is compressed, and a row of it cannot be reached alone.
         if files[0].suffix == ".arrow":
             tables = [open_arrow(file) for file in files]
-            columns, unread = self.find_columns(files, [table.data.schema for table in tables])
+            schemas = [table.data.schema for table in tables]
+            columns, unread = self.find_columns(files, schemas)
+            labels = class_labels(files, schemas, columns)
             names = distinct_columns(columns)
             rows = concatenate_datasets([table.select_columns(names) for table in tables])
-            return Rows(rows, columns, unread, files, [len(table) for table in tables])
+            return Rows(rows, columns, unread, files, [len(table) for table in tables], labels)
         counts, schemas = parquet_schemas(files)
         columns, unread = self.find_columns(files, schemas)
+        labels = class_labels(files, schemas, columns)
         check_cells(files, columns)
         if not sum(counts):
             return []
@@ -141,7 +146,7 @@ class Parquet(ChatSource):
                 f"{self.file}: its Arrow copy has {len(rows):,} rows, expected the "
                 f"{sum(counts):,} that the files have; remove {rows.cache_files[0]['filename']}"
             )
-        return Rows(rows, columns, unread, files, counts)
+        return Rows(rows, columns, unread, files, counts, labels)
 
     def find_columns(
         self, files: list[Path], schemas: list[Any]
@@ -217,7 +222,7 @@ class Parquet(ChatSource):
             block = indices[start : start + IDS_AT_ONCE]
             values = column[block].column(0).to_pylist()
             for index, value in zip(block, values, strict=True):
-                yield index, str(index if value is None else value)
+                yield index, identity_of(value, index)
 
     def location(self, index: int) -> str:
         """See `Source`."""
@@ -289,6 +294,7 @@ class Rows(Sequence[JsonObject]):
         unread: notes of the columns that are not read.
         files: that the rows come from, in order.
         counts: the rows of each file.
+        labels: of columns that hold classes, whose numbers are stored: their names.
     """
 
     def __init__(
@@ -298,8 +304,10 @@ class Rows(Sequence[JsonObject]):
         unread: list[Note],
         files: list[Path],
         counts: list[int],
+        labels: dict[str, list[str]],
     ) -> None:
         self.unread = unread
+        self.labels = labels
         self.files = files
         self.ends = list(accumulate(counts))
         self.table = dataset.with_format("arrow")
@@ -316,6 +324,15 @@ class Rows(Sequence[JsonObject]):
             limit = MAX_PICTURES if key in (*IMAGES, *VIDEOS) else MAX_RECORD
             check_record(row.column(column).nbytes, f"{self.location(index)}: {column}", limit)
         values = row.to_pylist()[0]
+        for column, names in self.labels.items():
+            number = values[column]
+            # `datasets` writes -1 where there is no class.
+            if number is not None and not 0 <= number < len(names):
+                raise DataError(
+                    f"{self.location(index)}: {column} is class {number}, expected one of the "
+                    f"{len(names)} from 0"
+                )
+            values[column] = None if number is None else names[number]
         return {key: values[column] for key, column in self.columns.items()}
 
     def location(self, index: int) -> str:
@@ -328,6 +345,35 @@ class Rows(Sequence[JsonObject]):
 def distinct_columns(columns: dict[str, str]) -> list[str]:
     """Return the columns that hold some key, each once."""
     return list(dict.fromkeys(columns.values()))
+
+
+def class_labels(
+    files: list[Path], schemas: list[Any], columns: dict[str, str]
+) -> dict[str, list[str]]:
+    """Return the names of the classes of each column that is read and holds their numbers
+    (`datasets.ClassLabel`).
+
+    Raises DataError for files whose classes differ, and lists of classes.
+    """
+    labels: dict[str, list[str]] = {}
+    for number, (file, schema) in enumerate(zip(files, schemas, strict=True)):
+        features = Features.from_arrow_schema(schema)
+        for column in distinct_columns(columns):
+            feature = features[column]
+            if isinstance(getattr(feature, "feature", None), ClassLabel):
+                raise DataError(
+                    f"{file}: {column} holds lists of class numbers, which are not read; write "
+                    "their names"
+                )
+            names = list(feature.names) if isinstance(feature, ClassLabel) else None
+            if number and names != labels.get(column):
+                raise DataError(
+                    f"{file}: {column} has other classes than in {files[0]}; expected the same in "
+                    "all files of a source"
+                )
+            if names is not None:
+                labels[column] = names
+    return labels
 
 
 def parquet_schemas(files: list[Path]) -> tuple[list[int], list[Any]]:
@@ -381,6 +427,8 @@ def open_parquet(
         # It takes a path for a pattern.
         [glob.escape(str(file)) for file in files],
         columns=columns,
+        # Else a whole row group is in memory, whose cells a dictionary may hold once.
+        batch_size=ROWS_AT_ONCE,
         cache_dir=str(Path(cache_dir or HF_DATASETS_CACHE).expanduser() / folder),
         writer_batch_size=ROWS_PER_BATCH,
         **options,

@@ -18,6 +18,7 @@ from owlfuse.data.formats.turn_keys import (
     IMAGES,
     LEARN_KEYS,
     NOT_LEARN_KEYS,
+    QUESTION_REFUSED,
     REFUSED,
     ROLES,
     SYSTEM_KEYS,
@@ -73,9 +74,6 @@ RECORD_REFUSED = {
 OBJECTS = "objects"
 OBJECT_MARKS = ("<ref-object>", "<bbox>")
 
-# Keys beside a question that belong to it and are not part of its text.
-QUESTION_REFUSED = ("choices", "options", "context", "passage", "hint")
-
 # All keys of a record that some format reads or refuses; of a table, the columns that are read.
 READ_KEYS = frozenset(
     {
@@ -95,7 +93,13 @@ READ_KEYS = frozenset(
 # Names of keys that hold a picture, a video or sound, except those of IMAGES and VIDEOS.
 MEDIA_KEY = re.compile(
     r"(?P<kind>image|img|picture|photo|video|clip|audio|sound|speech)s?"
-    r"(?P<number>_?\d+)?(?:_(?:paths?|files?|urls?|bytes|list|names?))?"
+    r"(?P<number>_?\d+)?"
+    r"(?:_?(?:local_?)?(?:file_?)?"
+    r"(?:paths?|files?|names?|urls?|uris?|links?|bytes|base64(?:_str)?|b64|list))?"
+)
+# The name of a picture's or a video's file, under whatever key (`file_name`, `frames`).
+MEDIA_NAME = re.compile(
+    r"[^\n]{1,500}\.(?:jpe?g|png|webp|gif|bmp|tiff?|avif|mp4|mkv|webm|avi|mov|m4v)", re.IGNORECASE
 )
 
 
@@ -230,6 +234,11 @@ def find_turns(
     if len(chats) > 1:
         raise DataError(f"sample {name} has '{chats[0]}' and '{chats[1]}', expected one chat")
     if chats:
+        if not is_absent(record.get("history")):
+            raise DataError(
+                f"sample {name} has 'history' beside '{chats[0]}'; write it as turns, it would be "
+                "left out"
+            )
         return turns_of(record[chats[0]], name, chats[0]), {chats[0]}, []
     for question, answer in QUESTIONS:
         if len(present_keys(record, (question, answer))) == 2:
@@ -340,8 +349,15 @@ def question_turns(
             f"sample {name} has '{key}' beside '{question_key}': write it into the question, it "
             "would be left out"
         )
-    question, answer = record[question_key], number_as_text(record[answer_key])
     used = {question_key, answer_key, "history"}
+    for key in present_keys(record, sorted(QUESTION_KEYS - used)):
+        # `answers` beside an answer are the annotators'.
+        if (answer_key, key) != ("answer", "answers"):
+            raise DataError(
+                f"sample {name} has '{key}' beside '{question_key}' and '{answer_key}', expected "
+                "one question and one answer; take out what is not meant"
+            )
+    question, answer = record[question_key], number_as_text(record[answer_key])
     answers: list[str] = []
     if answer_key == "answer" and not is_absent(record.get("answers")):
         answers = answers_of(record["answers"], name, "answers")
@@ -486,6 +502,7 @@ def check_unused(unused: JsonObject, name: str, shown: JsonObject) -> list[Note]
         if value is None or value == "" or value == [] or value == {}:
             continue
         check_media_key(value, name, key, shown)
+        check_media_name(value, name, key, shown)
         if key in WEIGHTS or key in NOT_LEARN_KEYS:
             check_weight(value, name, key)
         notes.append(Note("unused", f"a record's '{key}'"))
@@ -548,4 +565,17 @@ def check_media_key(value: Any, name: str, key: str, shown: JsonObject) -> None:
         raise DataError(
             f"sample {name}: the record has '{key}': {brief(value)}, which is not read; "
             f"expected {' or '.join(keys)}, a file or a list of them"
+        )
+
+
+def check_media_name(value: Any, name: str, key: str, shown: JsonObject) -> None:
+    """Raise DataError for a key whose value names pictures or videos, in a record that shows
+    none."""
+    if present_keys(shown, (*IMAGES, *VIDEOS)):
+        return
+    names = value if isinstance(value, list) else [value]
+    if all(isinstance(entry, str) and MEDIA_NAME.fullmatch(entry) for entry in names):
+        raise DataError(
+            f"sample {name}: the record has '{key}': {brief(value)}, which is not read, and no "
+            "picture; expected image, images, video or videos, a file or a list of them"
         )

@@ -73,6 +73,12 @@ VIDEOS = ("video", "videos")
 THOUGHT_KEYS = ("reasoning_content", "reasoning", "thinking")
 SYSTEM_KEYS = ("system", "system_prompt", "system_message")
 
+# Keys beside a question that belong to it and are not part of its text.
+QUESTION_REFUSED = ("choices", "options", "context", "passage", "hint")
+
+# Keys of which false says as much as true.
+VERDICTS = ("kto_tag", "mask")
+
 # Keys of a turn or a record that would change what is learned if they were left out, and what they
 # are.
 REFUSED = {
@@ -123,8 +129,10 @@ def check_refused(node: JsonObject, refused: dict[str, str], name: str, owner: s
     Args:
         owner: `a turn` or `the record`, for the message.
     """
-    for key in present_keys(node, refused):
-        raise DataError(f"sample {name}: {owner} has '{key}': {brief(node[key])}, {refused[key]}")
+    for key, reason in refused.items():
+        is_verdict = key in VERDICTS and node.get(key) is False
+        if is_verdict or not is_absent(node.get(key)):
+            raise DataError(f"sample {name}: {owner} has '{key}': {brief(node[key])}, {reason}")
 
 
 def single_value(

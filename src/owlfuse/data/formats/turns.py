@@ -12,12 +12,19 @@ from urllib.parse import unquote_to_bytes
 
 from owlfuse.core.errors import DataError
 from owlfuse.core.types import JsonObject, Media, Message, Note
-from owlfuse.data.formats.marks import on_new_line, settle_marks, split_marks, unescaped
+from owlfuse.data.formats.marks import (
+    check_other_marks,
+    on_new_line,
+    settle_marks,
+    split_marks,
+    unescaped,
+)
 from owlfuse.data.formats.turn_keys import (
     CALL_ROLES,
     IMAGES,
     LEARN_KEYS,
     NOT_LEARN_KEYS,
+    QUESTION_REFUSED,
     REFUSED_KEYS,
     ROLES,
     SYSTEM_KEYS,
@@ -121,6 +128,7 @@ def read_turns(
     messages: list[Message] = []
     listed: set[int] = set()
     unused: set[str] = set()
+    assumed: list[str] = []
     for number, turn in plain_turns(turns, name):
         try:
             message = read_message(turn, name, unused)
@@ -134,12 +142,12 @@ def read_turns(
                 message["content"] = split_marks(message["content"])
             # Turns of two keys, role and content, have no pictures of their own.
             if isinstance(turn, dict) and len(turn) > 2:
-                show_turn_pictures(turn, message, name)
+                assumed += show_turn_pictures(turn, message, name)
         except DataError as error:
             raise with_turn(error, number) from None
         if not join_tool_calls(messages, message):
             messages.append(message)
-    assumed = settle_marks(messages, listed, {"image": len(pictures), "video": len(videos)}, name)
+    assumed += settle_marks(messages, listed, {"image": len(pictures), "video": len(videos)}, name)
     # Only now is it known that the marks that remain in the texts of lists are words.
     for number in listed:
         for part in messages[number]["content"]:
@@ -151,7 +159,7 @@ def read_turns(
             if part["type"] in shown:
                 shown[part["type"]].append(part.pop("picture", None))
     notes = [Note("unused", key) for key in sorted(unused)]
-    notes += [Note("assumed", text) for text in assumed]
+    notes += [Note("assumed", text) for text in dict.fromkeys(assumed)]
     images = resolve(shown["image"], pictures, name, "image")
     return messages, images, resolve(shown["video"], videos, name, "video"), notes
 
@@ -201,6 +209,11 @@ def question_and_answer(turn: JsonObject, name: str) -> list[JsonObject]:
         return [turn]
     question: JsonObject = {"role": "user", "content": turn[pair[0]]}
     answer: JsonObject = {"role": "assistant", "content": turn[pair[1]]}
+    for key in present_keys(turn, QUESTION_REFUSED):
+        raise DataError(
+            f"sample {name}: a turn has '{key}' beside '{pair[0]}': write it into the question, it "
+            "would be left out"
+        )
     for key in sorted(turn.keys() - {*pair}):
         if key in PAIR_KEYS and not is_absent(turn[key]):
             raise DataError(
@@ -252,11 +265,13 @@ def move_thoughts(message: Message, name: str) -> None:
     message["content"] = parts
 
 
-def show_turn_pictures(turn: JsonObject, message: Message, name: str) -> None:
-    """Show pictures and videos that a turn names at its marks, or first in it.
+def show_turn_pictures(turn: JsonObject, message: Message, name: str) -> list[str]:
+    """Show pictures and videos that a turn names at its marks, or first in it; return sentences
+    about what was assumed.
 
     Raises DataError.
     """
+    assumed = []
     for kind, keys in (("image", IMAGES), ("video", VIDEOS)):
         pictures = files_of(turn, keys, name)
         if not pictures:
@@ -264,6 +279,8 @@ def show_turn_pictures(turn: JsonObject, message: Message, name: str) -> None:
         parts = [part for part in message["content"] if part["type"] == kind]
         empty_parts = [part for part in parts if part.get("picture") is None]
         if not parts:
+            check_other_marks([message], len(pictures), name)
+            assumed.append("what a turn shows and no mark of it does is put first in the turn")
             empty_parts = [{"type": kind} for _ in pictures]
             message["content"] = [*empty_parts, *on_new_line(message["content"])]
         if len(empty_parts) != len(pictures):
@@ -275,6 +292,7 @@ def show_turn_pictures(turn: JsonObject, message: Message, name: str) -> None:
             # A part with a picture is no mark any more, and needs no settling.
             part.pop("mark", None)
             part["picture"] = picture
+    return assumed
 
 
 def resolve(

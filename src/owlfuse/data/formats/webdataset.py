@@ -182,19 +182,24 @@ class Members:
         if not members:
             return files_of(self.fields, keys, name)
         present = present_keys(self.fields, keys)
+        extensions = ", ".join(f".{member}" for member in members)
+        if len(members) > 1 and not present and not in_series(members):
+            raise DataError(
+                f"sample {name} has the {kind}s {extensions}, of which nothing tells the order, or "
+                f"whether all are to be shown; name them under '{keys[1]}' of its .json, or number "
+                "them: .0.jpg, .1.jpg"
+            )
         if present:
             key = present[0]
             value = self.fields[key]
             count = len(value) if isinstance(value, list) else 1
             if count != len(members):
-                extensions = ", ".join(f".{member}" for member in members)
                 raise DataError(
                     f"sample {name} has the {kind}s {extensions}, and its .json names {count} in "
                     f"'{key}'"
                 )
             listed = in_order_of(members, value if isinstance(value, list) else [value])
             if listed is None and len(members) > 1 and not all(map(is_numbered, members)):
-                extensions = ", ".join(f".{member}" for member in members)
                 raise DataError(
                     f"sample {name} has the {kind}s {extensions}, whose order its .json's '{key}' "
                     "does not tell: it names other files; name the members there, or number them: "
@@ -229,6 +234,12 @@ def is_numbered(member: str) -> bool:
     return member.partition(".")[0].isdecimal()
 
 
+def in_series(members: list[str]) -> bool:
+    """Return whether members' names differ in their numbers alone: img1.jpg, img2.png."""
+    stems = {re.sub(r"\d+", "#", member.rpartition(".")[0]) for member in members}
+    return len(stems) == 1 and "#" in stems.pop()
+
+
 def in_order_of(members: list[str], listed: list[Any]) -> list[str] | None:
     """Return the members in the order in which a list names them, by their whole names (with the
     sample's key) or without it; None where it names other files."""
@@ -247,5 +258,7 @@ def natural(name: str) -> list[tuple[bool, int, str]]:
     for piece in re.findall(r"\d+|\D+", name):
         is_number = piece.isdecimal()
         # The flag comes first, so that numbers and names are not mixed.
-        key.append((is_number, int(piece) if is_number else 0, piece))
+        # Python refuses to read numbers of more digits.
+        number = int(piece) if is_number and len(piece) < 4000 else 0
+        key.append((is_number, number, piece))
     return key

@@ -185,9 +185,30 @@ def decode(file: io.BufferedIOBase, label: str, max_pixels: int) -> Image.Image:
         # The header alone has been read: a bomb of gigapixels is not decoded.
         if pixels > max_pixels:
             raise DataError(f"{label} has {pixels:,} pixels, over the limit of {max_pixels:,}")
+        frames = count_frames(picture)
         picture.load()
         turn_upright(picture)
-        return to_rgb(picture)
+        shown = to_rgb(picture)
+    shown.info["frames"] = frames
+    return shown
+
+
+def count_frames(picture: Image.Image) -> int:
+    """Return how many pages or frames a picture's file has, of which the first is shown."""
+    # The further frames of a phone's MPO are previews and depths.
+    if picture.format == "MPO":
+        return 1
+    # Pillow reads the headers of the others, which may be damaged, and raises whatever it meets.
+    with suppress(Exception):
+        return getattr(picture, "n_frames", 1)
+    return 1
+
+
+def upright(picture: Image.Image) -> Image.Image:
+    """Return a picture in memory as `open_image` gives one of a file; it stays as it is."""
+    picture = picture.copy()
+    turn_upright(picture)
+    return to_rgb(picture)
 
 
 def turn_upright(picture: Image.Image) -> None:
@@ -213,20 +234,27 @@ def to_rgb(picture: Image.Image) -> Image.Image:
     return picture.convert("RGB")
 
 
+# Tags of TIFF.
 BITS_PER_SAMPLE = 258
-"""TIFF's tag."""
+PHOTOMETRIC = 262
+WHITE_IS_ZERO = 0
 
 
 def from_grey(picture: Image.Image) -> Image.Image:
-    """Return 16-bit grey as RGB, 65535 as 255, which PIL's own conversion would clip."""
+    """Return 16-bit grey as RGB, 65535 as 255, which PIL's own conversion would clip; of a TIFF of
+    12 bits 4095 as 255."""
     values = np.asarray(picture)
     # of a small number of 32 bits nobody knows whether it is one of 8 or of 16
-    bits = getattr(picture, "tag_v2", {}).get(BITS_PER_SAMPLE, ())
+    tags = getattr(picture, "tag_v2", {})
+    bits = tags.get(BITS_PER_SAMPLE, ())
     if picture.mode == "F" or 32 in bits or values.min() < 0 or values.max() > 65535:
         raise ValueError(f"its pixels are of 32 bits (mode {picture.mode}), expected 8 or 16")
     # uint16 would overflow in the sum.
     values = values.astype(np.uint32)
-    grey = ((values + 128) // 257).astype(np.uint8)  # 65535 = 255 * 257
+    white = 4095 if 12 in bits else 65535
+    grey = ((values * 255 + white // 2) // white).astype(np.uint8)
+    if tags.get(PHOTOMETRIC) == WHITE_IS_ZERO:  # which PIL turns for 8 bits alone
+        grey = 255 - grey
     transparent = picture.info.get("transparency")
     if isinstance(transparent, int):
         grey[values == transparent] = 255

@@ -10,13 +10,16 @@ from PIL import Image
 from torch import Tensor
 
 from owlfuse.core.errors import DataError
-from owlfuse.core.types import VISUAL, Media, Sample
+from owlfuse.core.types import VISUAL, Media, Note, Sample
 from owlfuse.data.media.images import MAX_PIXELS, open_image
 from owlfuse.data.media.tiles import best_grid, is_tiled, views_of
 from owlfuse.data.media.video import VideoSampling, count_frames, read_frames
 
 if TYPE_CHECKING:
     from owlfuse.data.formats.base import Source
+
+
+FIRST_FRAME = Note("assumed", "of a picture of several pages or frames the first is shown")
 
 
 class Preprocess(Protocol):
@@ -86,6 +89,8 @@ class Pictures:
                 views = read_frames(source.root, file, sample.id, sampling, self.max_pixels)
             else:
                 views = [open_image(source.root, file, sample.id, self.max_pixels)]
+                if views[0].info["frames"] > 1:
+                    sample.notes.append(FIRST_FRAME)
                 if tiled:
                     views = views_of(views[0], self.preprocess.size)
             pixels.append([self.preprocess(view) for view in views])

@@ -230,12 +230,13 @@ def encode_all(
     size = len(source)
     samples = EncodedLengths(source, encoder, pictures, on_length)
     options: dict[str, Any] = {}
+    processes = DataWorkers()
     if size > SMALL_SOURCE and workers > 1:
         # As the workers of training: Ctrl-C is this process's to answer.
         options = {
             "num_workers": workers,
             "worker_init_fn": ignore_signals,
-            "multiprocessing_context": DataWorkers().context,
+            "multiprocessing_context": processes.context,
         }
     # `list` leaves samples as they are, of which torch would make tensors. Chunks come in their
     # order, whichever worker is done first.
@@ -244,7 +245,8 @@ def encode_all(
     lengths = Lengths(zeros, zeros.copy(), {})
     notes: Counter[str] = Counter()
     index = 0
-    with Progress(f"counting tokens of {source.name}", size) as progress:
+    progress_bar = Progress(f"counting tokens of {source.name}", size)
+    with progress_bar as progress, processes.failures_told("run the command again"):
         for chunk in loader:
             for sample in chunk:
                 lengths.tokens[index] = sample.tokens

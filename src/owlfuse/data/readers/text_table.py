@@ -47,7 +47,23 @@ class TextTable(Sequence[dict[str, str]]):
                 f"{self.location(index + 1)}, which begins {fields[0][:40]!r}, has {len(fields)} "
                 f"fields, the header has {len(self.header)}"
             )
+        if not self.lines.quoted:
+            self.check_whole(fields[-1], index + 1)
         return dict(zip(self.header, fields, strict=True))
+
+    def check_whole(self, last: str, number: int) -> None:
+        """Raise DataError for a TSV row whose last field begins with a quote that the line does not
+        close, where the next line is no row: it is the rest of that field."""
+        is_open = last.startswith('"') and last.count('"') % 2 == 1
+        if not is_open or number + 1 >= len(self.lines):
+            return
+        next_fields = self.fields(number + 1)
+        if len(next_fields) != len(self.header):
+            raise DataError(
+                f"{self.location(number)} ends in an open double quote, and the next line has "
+                f"{len(next_fields)} fields, the header has {len(self.header)}; in TSV a row is a "
+                "line: write it as CSV"
+            )
 
     def location(self, number: int) -> str:
         """Return the file and the line of a row, the header being row 0, for a message."""

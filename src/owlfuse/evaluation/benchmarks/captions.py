@@ -45,7 +45,8 @@ def tokenized(captions: dict[str, list[str]], tokens: str) -> dict[str, list[str
     from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
 
     for image, texts in captions.items():
-        by_image[image] = [{"caption": text} for text in texts]
+        # The tokeniser takes a caption a line, and breaks lines at more than a line break.
+        by_image[image] = [{"caption": " ".join(text.split())} for text in texts]
     return PTBTokenizer().tokenize(by_image)
 
 

@@ -47,6 +47,11 @@ def letter_among(answer: str, options: dict[str, str]) -> str | None:
     return inside[0] if len(inside) == 1 else None
 
 
+def is_index(text: str) -> bool:
+    """Returns whether a text is a row's number: Python reads none of thousands of digits."""
+    return text.isdecimal() and len(text) < 19
+
+
 @dataclass(kw_only=True)
 class MMBench(Task):
     """MMBench (arXiv 2307.06281): a TSV with index, question, hint, A to D, answer, category and
@@ -75,7 +80,7 @@ class MMBench(Task):
                 self.rows[self.table[number]["index"]] = number
         # a file with rotations is not to be rotated again
         self.has_rotations = any(
-            int(index) >= ROTATION_OFFSET for index in self.rows if index.isdecimal()
+            int(index) >= ROTATION_OFFSET for index in self.rows if is_index(index)
         )
         return range(len(self.table))
 
@@ -95,7 +100,7 @@ class MMBench(Task):
                 break
             options.append(row[letter])
         right = LETTERS[: len(options)].find(row["answer"]) if row["answer"] else -1
-        if not index.isdecimal() or len(options) < 2 or right < 0:
+        if not is_index(index) or len(options) < 2 or right < 0:
             raise DataError(
                 f"{where}: 'index' {index!r}, {len(options)} options and 'answer' "
                 f"{row['answer']!r}; expected a number, two or more and the letter of one"

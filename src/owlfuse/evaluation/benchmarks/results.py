@@ -14,12 +14,16 @@ from rich.table import Table
 
 from owlfuse.artifacts.identity import ANSWER_FILES, model_files
 from owlfuse.artifacts.run_data import tokenizer_files
+from owlfuse.config.identity import code_hash
+from owlfuse.config.trust import read_run_config
 from owlfuse.core.console import PlainConsole
 from owlfuse.core.environment import git_state, versions
-from owlfuse.core.files import files_of, fingerprint
+from owlfuse.core.files import files_of, fingerprint, read_json
 from owlfuse.core.types import without_keys
 from owlfuse.evaluation.benchmarks.base import Task
 
+ANSWERING = "owlfuse.evaluation.benchmarks.answering"
+"""The module whose imports make an answer."""
 MAX_LISTED_SKIPS = 10
 """Skipped records whose reasons are written."""
 
@@ -35,6 +39,13 @@ def model_fingerprint(model_dir: Path, checkpoint: Path | None) -> tuple[str, st
         files = [model_dir / "config.yaml", *files_of(checkpoint).values()]
         return fingerprint([*files, *tokenizer_files(model_dir)]), checkpoint.name
     return fingerprint(model_files(model_dir, ANSWER_FILES)), "exported or imported"
+
+
+def configuration_of(model_dir: Path) -> dict[str, Any]:
+    """Return what names the parts of a run or of an exported folder."""
+    if (model_dir / "config.yaml").is_file():
+        return read_run_config(model_dir)
+    return read_json(model_dir / "config.json")
 
 
 def settings_of(
@@ -56,8 +67,8 @@ def settings_of(
             options[field.name] = str(value) if isinstance(value, Path) else value
     # the same folder by another path has the same pictures
     root = str(Path(options["image_root"]).resolve())
-    # another owlfuse may write another prompt, or prepare pictures otherwise
-    made_by = version("owlfuse")
+    # other code, of owlfuse or the user's own parts, may write another prompt or another answer
+    made_by = code_hash(configuration_of(model_dir), ANSWERING)
     content = [weights, data, {**options, "image_root": root}, dtype, thinking, made_by]
     digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
     return {

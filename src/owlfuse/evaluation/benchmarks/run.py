@@ -63,6 +63,12 @@ def evaluate_task(folder: str, words: list[str]) -> None:
         answered = answered_ids(store, task, questions)
         ranks.wait()  # each has read what is there, before one adds to it
         todo = [question for question in questions if question.id not in answered]
+        if answered and ranks.first:
+            print(
+                visible(
+                    f"{len(answered)} of {len(questions)} answers are in {store.folder} already"
+                )
+            )
         # the longest first, so that little is padded and too small a memory shows at once
         todo.sort(key=lambda question: question.size, reverse=True)
         try:
@@ -123,6 +129,7 @@ def answer_share(
         return
     model = LoadedModel(model_dir, options.dtype, ranks.device, options.thinking, checkpoint)
     dataset_class = QuestionDataset if task.generates else ChatDataset
+    workers = DataWorkers()
     dataset = dataset_class(task, questions, model.processor, model.max_positions, options.thinking)
     loader = DataLoader(
         dataset,
@@ -132,11 +139,12 @@ def answer_share(
         # the terminal sends Ctrl-C to workers too, and this process ends them
         worker_init_fn=ignore_signals,
         # forked workers would copy a CUDA context
-        multiprocessing_context=DataWorkers().context if options.workers else None,
+        multiprocessing_context=workers.context if options.workers else None,
     )
     skip_count = 0
     label = str(options.name) if ranks.count == 1 else f"{options.name}, rank 1 of {ranks.count}"
-    with Progress(label, len(questions), shown=ranks.first) as progress:
+    progress_bar = Progress(label, len(questions), shown=ranks.first)
+    with progress_bar as progress, workers.failures_told("the same command goes on"):
         for batch in loader:
             lines = [{"id": skip.question.id, "skipped": skip.reason} for skip in batch.skipped]
             predictions = predict(model, task, batch)

@@ -13,8 +13,11 @@ from owlfuse.core.errors import DataError, hint
 from owlfuse.evaluation.benchmarks.answering import UNLIMITED, LoadedModel
 from owlfuse.evaluation.lmms.prompts import Prompt, render_prompt
 
-LONGEST_ANSWER = 256
-"""Tokens, where a task does not say."""
+LONGEST_ANSWER = 1024
+"""Tokens, where a task does not say: room for a chain of thought."""
+BLANK_LINE = "\n\n"
+"""The `until` that lmms-eval writes for every task without one. Its own models leave it out, since
+answers to questions that ask for steps have blank lines."""
 SAMPLING = ("temperature", "top_p", "top_k")
 PASSED = (
     *SAMPLING,
@@ -83,7 +86,7 @@ class Options:
                     f"{name}: generation_kwargs: {key} is {ends!r}, expected a text or a list of "
                     "texts"
                 )
-            until += ends
+            until += [end for end in ends if end != BLANK_LINE]
         # in one order, so that requests with the same options are equal and share a batch
         return cls(tokens, tuple(filter(None, until)), tuple(sorted(arguments.items())))
 
@@ -132,9 +135,29 @@ def batches(requests: list[Request], batch_size: int) -> Iterable[list[int]]:
             yield indices[start : start + size]
 
 
-def answer(model: LoadedModel, requests: list[Request], seed: int) -> tuple[list[str], int]:
-    """Returns the answers to a batch of requests of the same options, and how many of them ended
-    where the model has no more positions.
+@dataclass
+class Cuts:
+    """How many answers were cut where the model has no more positions, and by max_new_tokens."""
+
+    positions: int = 0
+    tokens: int = 0
+
+    def describe(self) -> list[str]:
+        """Returns a line for each kind that there is."""
+        lines = []
+        if self.positions:
+            lines.append(f"{self.positions} answers were cut where the model has no more positions")
+        if self.tokens:
+            lines.append(
+                f"{self.tokens} answers did not end within the task's max_new_tokens "
+                f"({LONGEST_ANSWER} where it has none), and are scored as far as they came"
+            )
+        return lines
+
+
+def answer(model: LoadedModel, requests: list[Request], seed: int, cuts: Cuts) -> list[str]:
+    """Returns the answers to a batch of requests of the same options, and counts those that were
+    cut.
 
     Raises:
         DataError: a prompt that cannot be made or has no room for an answer.
@@ -149,26 +172,29 @@ def answer(model: LoadedModel, requests: list[Request], seed: int) -> tuple[list
         limits.append(min(options.max_new_tokens, free_positions(model, prompt, used)))
     # rows are generated to one length, which may be past the last position of some
     if len(set(limits)) > 1:
-        answers, cut_count = [], 0
+        answers = []
         for request in requests:
-            texts, count = answer(model, [request], seed)
-            answers += texts
-            cut_count += count
-        return answers, cut_count
+            answers += answer(model, [request], seed, cuts)
+        return answers
     limit = limits[0]
     # the seed of one request is not to change another's, nor lmms-eval's own random state
     with torch.random.fork_rng(enabled=options.sampled):
         if options.sampled:
             torch.manual_seed(seed_of(seed, requests[0]))
         generated = model.generate(inputs, max_new_tokens=limit, **dict(options.arguments))
-    ends = model.model.generation_config.eos_token_id
-    ends = set(ends if isinstance(ends, list) else [ends])
     rows = generated.tolist()
-    cut_count = 0
-    for row in rows:
-        if limit < options.max_new_tokens and len(row) == limit and not ends & set(row):
-            cut_count += 1
-    return [options.cut_at_end(text) for text in model.decode(rows)], cut_count
+    answers = []
+    for row, text in zip(rows, model.decode(rows), strict=True):
+        shortened = options.cut_at_end(text)
+        answers.append(shortened)
+        # `until` has ended an answer that the model did not.
+        if len(row) < limit or shortened != text.strip() or not model.is_cut(row):
+            continue
+        if limit < options.max_new_tokens:
+            cuts.positions += 1
+        else:
+            cuts.tokens += 1
+    return answers
 
 
 def free_positions(model: LoadedModel, prompt: Prompt, used: int) -> int:

@@ -19,7 +19,7 @@ from owlfuse.artifacts.runs import check_model
 from owlfuse.core.errors import ConfigError, DataError, hint
 from owlfuse.core.progress import Progress
 from owlfuse.evaluation.benchmarks.answering import LoadedModel
-from owlfuse.evaluation.lmms.answers import Options, Request, answer, batches
+from owlfuse.evaluation.lmms.answers import Cuts, Options, Request, answer, batches
 from owlfuse.evaluation.lmms.likelihoods import Likelihoods
 from owlfuse.evaluation.lmms.prompts import Prompt, PromptMaker
 
@@ -93,7 +93,7 @@ class Owlfuse(lmms):
             self.device = self.find_device(device)
             self.loaded = LoadedModel(check_model(str(pretrained)), dtype, self.device)
         self.prompt_maker = PromptMaker(frames)
-        self.cut_count = 0
+        self.cuts = Cuts()
 
     def find_device(self, device: str | None) -> torch.device:
         """Returns the device that the model goes to. Raises DataError for no such device."""
@@ -157,6 +157,12 @@ class Owlfuse(lmms):
         """Returns a document's question, by its text and the task's doc_to_visual. Raises
         DataError."""
         pictures = visuals(self.task_dict[task][split][doc_id]) if visuals else None
+        task_config = getattr(getattr(visuals, "__self__", None), "config", None)
+        if pictures and getattr(task_config, "num_fewshot", None):
+            raise DataError(
+                f"{name}: the task has examples (num_fewshot) without their pictures, and the "
+                "question's would be shown before them; take --num_fewshot 0"
+            )
         return self.prompt_maker.question(name, text, pictures)
 
     def answer_all(self, requests: list[Request]) -> list[str]:
@@ -165,16 +171,13 @@ class Owlfuse(lmms):
         with Progress("owlfuse", len(requests), shown=self.rank == 0) as progress:
             for indices in batches(requests, self.batch_size):
                 batch = [requests[index] for index in indices]
-                texts, cut_count = answer(self.loaded, batch, torch.initial_seed())
-                self.cut_count += cut_count
+                texts = answer(self.loaded, batch, torch.initial_seed(), self.cuts)
                 for index, text in zip(indices, texts, strict=True):
                     answers[index] = text
                 progress.advance(len(indices))
-        if self.cut_count:
-            logger.warning(
-                f"owlfuse: {self.cut_count} answers were cut where the model has no more positions"
-            )
-            self.cut_count = 0
+        for line in self.cuts.describe():
+            logger.warning(f"owlfuse: {line}")
+        self.cuts = Cuts()
         return answers
 
     def loglikelihood(self, requests: list[Instance]) -> list[GenerationResult]:
@@ -249,6 +252,7 @@ class OwlfuseChat(Owlfuse):
         """Returns what `Owlfuse.parse` does, of a task's messages."""
         text, messages, generation, *document = request.args
         name = document_name(*document)
+        check_messages_alone(messages, name)
         make_prompt = partial(self.chat, name, messages, *document)
         return Request(name, len(text), make_prompt, Options.of(generation or {}, name))
 
@@ -261,6 +265,18 @@ class OwlfuseChat(Owlfuse):
         raise SystemExit(
             "owlfuse: error: owlfuse_chat: a task of several rounds is answered by --model owlfuse"
         )
+
+
+def check_messages_alone(messages: Callable, name: str) -> None:
+    """Raises DataError for a task with examples or a description before its question, which
+    lmms-eval writes into the text and not into the messages."""
+    # `messages` is a method of the task.
+    task_config = getattr(getattr(messages, "__self__", None), "config", None)
+    for key in ("num_fewshot", "description"):
+        if getattr(task_config, key, None):
+            raise DataError(
+                f"{name}: the task has {key}, which its messages leave out; take --model owlfuse"
+            )
 
 
 def positive_int(value: Any, name: str) -> int:

@@ -15,7 +15,7 @@ from owlfuse.core.types import Sample
 from owlfuse.data.chat.checks import control_tokens, flatten
 from owlfuse.data.chat.tokenizer import render
 from owlfuse.data.formats.marks import unescaped, with_pictures
-from owlfuse.data.media.images import MAX_PIXELS, open_image, to_rgb
+from owlfuse.data.media.images import MAX_PIXELS, open_image, upright
 
 Message = dict[str, Any]
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tiff", ".tif")
@@ -98,6 +98,7 @@ class PromptMaker:
                         f"{name}: a part of the type {part['type']}, and this model takes text, "
                         "images and videos"
                     )
+                check_whole(part, name)
                 opened = self.open_visual(name, part["url"])
                 parts += image_parts(len(opened))
                 pictures += opened
@@ -117,8 +118,9 @@ class PromptMaker:
                     f"{name}: a picture has {visual.width * visual.height:,} pixels, over the "
                     f"limit of {MAX_PIXELS:,}"
                 )
-            return [to_rgb(visual)]
+            return [upright(visual)]
         if isinstance(visual, dict):
+            check_whole(visual, name)
             # datasets give sound as an array
             kind = visual.get("type", "audio" if "array" in visual else "video")
             if kind not in ("image", "video"):
@@ -139,6 +141,17 @@ class PromptMaker:
 
         sampling = VideoSampling(frames=self.frames)
         return read_frames(path.parent, path.name, name, sampling, MAX_PIXELS)
+
+
+def check_whole(visual: Message, name: str) -> None:
+    """Raises DataError for a visual of which a task asks for a piece, as `video_start`."""
+    known = ("type", "url", "path", "array", "sampling_rate")
+    for key in sorted(visual.keys() - {*known}):
+        if visual[key] is not None:
+            raise DataError(
+                f"{name}: a visual has '{key}': {str(visual[key])[:80]}, which is not read; it "
+                "would be shown whole"
+            )
 
 
 def flattened(visuals: Any) -> list[Any]:

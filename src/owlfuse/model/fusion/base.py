@@ -20,6 +20,7 @@ from owlfuse.model.llm import (
     forward_positions,
     logits_at,
     mask_argument,
+    text_config,
     token_inputs,
 )
 
@@ -34,6 +35,9 @@ class Fusion(nn.Module):
     """
 
     tokens_per_image: int
+    splices: ClassVar[bool] = True
+    """Whether visual tokens stand in the place of the placeholders, whose own embeddings are then
+    never read."""
     levels: int = 0
     """The extra levels of the backbone whose tokens the fusion reads."""
     needs: tuple[Need, ...] = ("inputs_embeds",)
@@ -255,6 +259,16 @@ def row_tokens(visual: VisualTokens, dtype: torch.dtype) -> Tensor:
     return visual.tokens[visual.image_index.clamp(0)].flatten(1, 2).to(dtype)
 
 
+def embedded(llm: PreTrainedModel, input_ids: Tensor) -> Tensor:
+    """Returns the embeddings (B, T, D) of ids (B, T), as the LLM's own forward makes them."""
+    embeddings = llm.get_input_embeddings()(input_ids)
+    config = text_config(llm)
+    # Falcon-H1 scales them in its forward, and only where it is given ids.
+    if config.model_type == "falcon_h1":
+        embeddings = embeddings * config.embedding_multiplier
+    return embeddings
+
+
 def fused_output(
     llm: PreTrainedModel,
     fusion: Fusion,
@@ -274,7 +288,7 @@ def fused_output(
     steps = batch.input_ids.shape[1]
     # of padded and packed rows too, where a count over the row would be wrong
     position_ids = batch.positions()[:, -steps:]
-    embeddings = llm.get_input_embeddings()(batch.input_ids)
+    embeddings = embedded(llm, batch.input_ids)
     embeddings, arguments = fusion(embeddings, visual, batch, position_ids, llm)
     if cache is not None:
         arguments[cache_argument(llm)] = cache

@@ -75,6 +75,7 @@ class CrossAttention(Fusion):
     """
 
     tokens_per_image = 1
+    splices = False
     needs: tuple[Need, ...] = ("inputs_embeds", "layers")
     tensor_roles: ClassVar = {
         "visual.q_proj": "columns",

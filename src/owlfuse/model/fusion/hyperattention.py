@@ -68,6 +68,7 @@ class HyperAttention(Fusion):
     """
 
     tokens_per_image = 1
+    splices = False
     needs: tuple[Need, ...] = (
         "inputs_embeds",
         "layers",

@@ -9,6 +9,7 @@ from typing import Any
 
 import timm
 import torch
+from safetensors import SafetensorError
 from timm.models import load_state_dict
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -33,6 +34,9 @@ def create_body(
         raise ValueError(
             f"pretrained asks for timm's weights and weights for {weights}; give one of the two"
         )
+    if weights == "":
+        raise ValueError("weights= is empty; name a file, or leave it out")
+    has_weights = bool(pretrained or weights)
     # there is nothing to load into, and a plan should need no download
     pretrained = pretrained and torch.get_default_device().type != "meta"
     if pretrained and (hub_name := hub_name_of(name, kwargs.get("pretrained_cfg_overlay") or {})):
@@ -49,11 +53,27 @@ def create_body(
         similar = timm.list_models(f"*{name.split('_')[0]}*")[:4]
         suggestion = f"; timm has {', '.join(similar)}, ..." if similar else ""
         raise ValueError(f"{name}: {error}{suggestion}") from error
+    if has_weights:
+        check_activation(body, name)
     if weights:
         load_weights(body, weights, name, kwargs)
     if image_size is not None:
         set_input_size(body, name, image_size)
     return body
+
+
+def check_activation(body: Any, name: str) -> None:
+    """Raise ValueError for a CLIP whose weights were trained with QuickGELU, and which timm builds
+    with GELU under this name, as its notes say."""
+    notes = (getattr(body, "pretrained_cfg", None) or {}).get("notes") or ()
+    if "quickgelu" in name or not any("quickgelu" in note.lower() for note in notes):
+        return
+    with_quick = name.replace("_clip_", "_clip_quickgelu_")
+    advice = f"take {with_quick}" if timm.is_model(with_quick) else "take its quickgelu variant"
+    raise ValueError(
+        f"{name}: its weights were trained with the activation QuickGELU, and timm gives it GELU "
+        f"under this name; {advice}"
+    )
 
 
 def set_input_size(body: Any, name: str, image_size: int) -> None:
@@ -155,7 +175,14 @@ def read_weights(path: Path, device: str) -> dict[str, Tensor]:
         content = load_state_dict(str(path), device=device, weights_only=True)
     except FileNotFoundError:
         raise ValueError(f"weights: {path}: no such file") from None
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
+    except (
+        pickle.UnpicklingError,
+        SafetensorError,
+        RuntimeError,
+        EOFError,
+        OSError,
+        ValueError,
+    ) as error:
         reason = str(error).splitlines()[0][:160] if str(error) else type(error).__name__
         raise ValueError(f"weights: {path} is no file of weights: {reason}") from error
     is_state_dict = isinstance(content, dict) and all(

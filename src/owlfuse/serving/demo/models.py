@@ -31,12 +31,12 @@ class DemoModel:
     processor: OwlfuseProcessor
 
 
-@quiet_libraries()
 def is_run(folder: Path) -> bool:
     """Return whether a folder is a run's, and no export."""
     return (folder / "config.yaml").exists()
 
 
+@quiet_libraries()
 def load_models(
     folders: list[Path], report: Callable[[str], None], which: str = "last"
 ) -> list[DemoModel]:

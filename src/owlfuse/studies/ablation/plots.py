@@ -64,7 +64,8 @@ def style(index: int) -> dict[str, Any]:
 
 
 def wrapped(name: str) -> str:
-    """Return a cell's name on lines of at most 22 characters."""
+    """Return a cell's name on lines of at most 22 characters, for matplotlib."""
+    name = plain(name)
     # textwrap breaks lines at blanks alone: each hyphen gets one, which is removed afterwards.
     lines = textwrap.wrap(name.replace("-", "- "), 22)
     return "\n".join(lines).replace("- ", "-")
@@ -115,7 +116,7 @@ def learning_curves(results: Results) -> Figure:
     panels = figure.subplots(1, 2)
     labels = {
         "train/loss": "training loss (nats per token)",
-        f"{source}/loss": f"loss on {source} (nats per token)",
+        f"{source}/loss": f"loss on {plain(source)} (nats per token)",
     }
     for axes, (column, label) in zip(panels, labels.items()):
         for index, row in enumerate(results.rows):
@@ -138,7 +139,7 @@ def draw_curve(axes: Axes, curves: pd.DataFrame, name: str, index: int) -> None:
     # About six markers: a marker at each step would hide the line.
     marks["markevery"] = max(1, len(curves) // 6)
     steps = curves.index.to_numpy()
-    axes.plot(steps, curves.mean(axis=1), **marks, markersize=5, linewidth=1.6, label=name)
+    axes.plot(steps, curves.mean(axis=1), **marks, markersize=5, linewidth=1.6, label=plain(name))
     if curves.shape[1] > 1:
         low, high = curves.min(axis=1), curves.max(axis=1)
         axes.fill_between(steps, low, high, color=marks["color"], alpha=0.15, linewidth=0)
@@ -177,7 +178,7 @@ def score_against_cost(results: Results) -> Figure:
             low, high = score.interval or (score.mean, score.mean)
             marks = style(index)
             axes.plot([value, value], [low, high], color=marks["color"], linewidth=1.6)
-            axes.plot([value], [score.mean], **marks, ms=8, linestyle="none", label=row.name)
+            axes.plot([value], [score.mean], **marks, ms=8, linestyle="none", label=plain(row.name))
         axes.set_xlabel(f"{cost.title} ({cost.unit})")
         axes.margins(x=0.15)  # no marker lies on the frame
         axes.locator_params(axis="x", nbins=4)
@@ -190,7 +191,13 @@ def score_against_cost(results: Results) -> Figure:
 
 def metric_label(metric: str) -> str:
     """Return a metric's name, with its unit where it has one."""
-    return f"{metric} (share right)" if any(name in metric for name in SHARE_METRICS) else metric
+    is_share = any(name in metric for name in SHARE_METRICS)
+    return plain(f"{metric} (share right)" if is_share else metric)
+
+
+def plain(name: str) -> str:
+    """Return a name in which matplotlib sees no formula."""
+    return name.replace("$", r"\$")
 
 
 def add_legend(figure: Figure, panels: Sequence[Axes] | np.ndarray) -> None:

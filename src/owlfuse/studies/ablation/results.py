@@ -82,6 +82,17 @@ class Run:
         """The state with its detail, as reports show it."""
         return f"{self.state}, {self.detail}" if self.detail else self.state
 
+    def left_out(self, key: str) -> dict[str, tuple[int, int]]:
+        """Return by source how many samples were skipped and cut, nothing of a run without a
+        mixture.json.
+
+        Args:
+            key: `sources`, of the training, or `validation`.
+        """
+        sources = read_json_if_there(self.folder / "mixture.json").get(key) or {}
+        sources = sources.get("sources", sources)
+        return {name: (row["skipped"], row["truncated"]) for name, row in sources.items()}
+
     def answers(self, source: str, kind: str = "") -> RunAnswers:
         """Return the answers in answers.jsonl of one validation source and kind of question."""
         answers: RunAnswers = {}

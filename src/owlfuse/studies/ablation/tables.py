@@ -35,6 +35,7 @@ def notes(results: Results) -> list[str]:
         "answer at a time"
     )
     lines += machine_notes(results)
+    lines += seed_notes(results)
     if changed := [run.key for run in results.finished if run.other_data]:
         lines.append(
             f"of other data than the ablation's, as accept_changed_data=true accepts: "
@@ -68,6 +69,29 @@ def machine_notes(results: Results) -> list[str]:
     return lines
 
 
+def seed_notes(results: Results) -> list[str]:
+    """Return which intervals are of fewer seeds than others."""
+    counts = {}
+    for row in results.rows:
+        for score in row.scores.values():
+            if score.difference_interval is not None:
+                counts[row.name] = score.seeds
+    most = max(counts.values(), default=0)
+    lines = []
+    if len(counts) > 1:
+        lines.append(
+            f"each interval is of one comparison: of {len(counts)}, one in twenty leaves 0 out by "
+            "chance"
+        )
+    for seeds in sorted({*counts.values()} - {most}):
+        cells = [name for name, count in counts.items() if count == seeds]
+        lines.append(
+            f"differences over {seeds} of {most} seeds, whose intervals are narrower than they "
+            f"would be over all: {', '.join(cells)}"
+        )
+    return lines
+
+
 def comparison_notes(results: Results) -> list[str]:
     """Return which differences are of more than the cells."""
     lines = []
@@ -77,6 +101,15 @@ def comparison_notes(results: Results) -> list[str]:
             f"answered other questions than the baseline: {', '.join(cells)}; their differences "
             "are of the questions too, and have no interval"
         )
+    for words, key in (("trained on", "sources"), ("measured on", "validation")):
+        if cells := cells_of_other_samples(results, key):
+            lines.append(
+                f"{words} other samples than the baseline, since other ones were skipped or cut: "
+                f"{', '.join(cells)}"
+            )
+    precisions = {run.results.get("precision") for run in results.finished} - {None}
+    if len(precisions) > 1:
+        lines.append(f"the runs were trained in {' and '.join(sorted(map(str, precisions)))}")
     tokenizers = {run.results.get("tokenizer") for run in results.finished} - {None}
     if len(tokenizers) > 1:
         lines.append(
@@ -84,6 +117,22 @@ def comparison_notes(results: Results) -> list[str]:
             "and do not compare"
         )
     return lines
+
+
+def cells_of_other_samples(results: Results, key: str) -> list[str]:
+    """Return the cells of which a run has skipped or cut other numbers of samples than the
+    baseline's of the same seed.
+
+    Args:
+        key: `sources` or `validation` of mixture.json.
+    """
+    expected = {run.seed: run.left_out(key) for run in results.rows[0].finished}
+    cells = []
+    for row in results.rows[1:]:
+        counts = [(run.left_out(key), expected.get(run.seed)) for run in row.finished]
+        if any(mine and baseline and mine != baseline for mine, baseline in counts):
+            cells.append(row.name)
+    return cells
 
 
 def any_other_questions(row: Row) -> bool:
