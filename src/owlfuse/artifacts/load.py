@@ -129,8 +129,8 @@ def check_not_edited(config: dict[str, Any], folder: Path, checkpoint: Path) -> 
     """Raises DataError for a key of the model that config.yaml has otherwise than the checkpoint,
     which has the configuration that it was trained with."""
     trained = flat(read_past(checkpoint).config["model"], "model")
+    free = ["model.compile", *computing_keys(OmegaConf.create(config))]
     for key, value in flat(config["model"], "model").items():
-        free = ["model.compile", *computing_keys(OmegaConf.create(config))]
         if trained.get(key) != value and not is_path(key) and key not in free:
             raise DataError(
                 f"{folder / 'config.yaml'}: {key} is {value}, and {checkpoint.name} was trained "

@@ -336,9 +336,11 @@ def growth_of(node: nodes.Filter | nodes.Call) -> str:
                 return f"{name} by another width than a constant up to {MAX_WIDTH:,}"
     if name in REPEATED:
         # Of the method, the text is what stands between.
-        is_separator = name == "join" and isinstance(node, nodes.Call)
-        for argument in [text] if is_separator else arguments:
-            if not isinstance(argument, nodes.Const) or not is_small(argument, MAX_FACTOR):
+        inserted: list[nodes.Expr | None] = [*arguments]
+        if name == "join" and isinstance(node, nodes.Call):
+            inserted = [text]
+        for piece in inserted:
+            if not isinstance(piece, nodes.Const) or not is_small(piece, MAX_FACTOR):
                 return f"{name} by another text than a constant of up to {MAX_FACTOR} characters"
     return ""
 
