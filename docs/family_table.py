@@ -26,7 +26,8 @@ from owlfuse.model.llm import load_llm  # noqa: E402
 from owlfuse.model.multimodal import make_part  # noqa: E402
 
 PAGE = REPO / "docs" / "families.md"
-FAMILIES = sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+# owlfuse's own is among them once it is registered.
+FAMILIES = sorted({*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES} - {"owlfuse"})
 TOKENS = 3
 """Visual tokens per image."""
 HEAD = """# Which fusion works with which LLM
