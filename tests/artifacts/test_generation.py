@@ -24,7 +24,7 @@ from owlfuse.artifacts.hf.modeling import OwlfuseForConditionalGeneration
 from owlfuse.core.errors import DataError
 from owlfuse.model.fusion.cross_attention import CrossAttentionBlock
 from owlfuse.model.fusion.hyperattention import VisualAttention
-from owlfuse.model.llm import cache_argument
+from owlfuse.model.llm import balancing_coefficient, cache_argument
 
 END = VOCAB - 1
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
@@ -404,3 +404,15 @@ def test_new_ids_alone_behind_a_cache_are_refused(node, masked):
         later["attention_mask"] = torch.ones_like(ids)
     with pytest.raises(ValueError, match="give the whole chat's input_ids"):
         model.generate(**later, **{cache_argument(model.model.llm): cache}, max_new_tokens=2)
+
+
+def test_the_balancing_loss_of_a_mixture_of_experts_is_in_the_loss_of_training():
+    model = wrapped(all_fusions()["concat"], "mixtral")
+    _, given = inputs(model, ROWS, left=False)
+    labels = given["input_ids"].clone()
+    with torch.no_grad():
+        plain = model.eval()(**given, labels=labels).loss
+        trained = model.train()(**given, labels=labels).loss
+    expected = balancing_coefficient(model.model.llm) * model.model.balancing_loss
+    assert expected > 0
+    torch.testing.assert_close(trained - plain, expected, rtol=1e-4, atol=1e-6)

@@ -32,12 +32,6 @@ def token_loss(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     return summed_loss(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
 
 
-def mean_loss(logits: Tensor, labels: Tensor, count: Tensor | float | None = None) -> Tensor:
-    """Returns `token_loss` divided by the number of supervised tokens, or by `count`."""
-    loss, supervised = token_loss(logits, labels)
-    return loss / (supervised if count is None else count)
-
-
 def summed_loss(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """Cross-entropy summed over the targets (R,) that are not -100, and their number. logits (R,
     V)."""

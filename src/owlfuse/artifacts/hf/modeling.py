@@ -23,8 +23,8 @@ from owlfuse.artifacts.checking import FORBIDDEN
 from owlfuse.artifacts.hf.configuration import OwlfuseConfig
 from owlfuse.core.errors import DataError
 from owlfuse.core.types import Batch, VisualTokens, image_starts, number_images
-from owlfuse.model.llm import cache_argument
-from owlfuse.model.loss import mean_loss
+from owlfuse.model.llm import balancing_coefficient, cache_argument
+from owlfuse.model.loss import token_loss
 from owlfuse.model.multimodal import MultimodalLM, assemble
 from owlfuse.model.quantization import quantized_layers
 
@@ -203,8 +203,12 @@ class OwlfuseForConditionalGeneration(PreTrainedModel, GenerationMixin):
         loss = None
         if labels is not None:
             labels, share = without_images(labels, batch.placeholder)
-            count = None if num_items_in_batch is None else num_items_in_batch * share
-            loss = mean_loss(logits, labels, count)
+            summed, count = token_loss(logits, labels)
+            # As in training: of a mixture of experts that is trained, how unevenly they are used.
+            if self.model.balancing_loss is not None:
+                balance = balancing_coefficient(self.model.llm) * self.model.balancing_loss
+                summed = summed + balance * count
+            loss = summed / (count if num_items_in_batch is None else num_items_in_batch * share)
         return CausalLMOutputWithPast(
             loss=loss, logits=logits, **{cache_argument(self.model.llm): cache}
         )
