@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from transformers import BitsAndBytesConfig
 
 from families import small_fields
 from helpers import (
@@ -17,6 +18,7 @@ from helpers import (
     policy,
 )
 from owlfuse.artifacts.export import export
+from owlfuse.artifacts.hf.modeling import OwlfuseForConditionalGeneration
 from owlfuse.artifacts.load import TrainedModel, load_base, load_exported
 from owlfuse.artifacts.weights import check_fits, frozen_hashes, load_weights, saved_names
 from owlfuse.core.errors import DataError
@@ -274,3 +276,20 @@ def test_layers_that_a_family_cannot_use_in_4_bits_keep_their_type(family, layer
     assert kept
     assert not kept & set(quantization.quantized_layers(llm))
     assert quantization.quantized_layers(llm)
+
+
+@pytest.mark.parametrize("width", [64, 32])
+def test_an_export_that_transformers_quantizes_has_rows_of_whole_blocks_on_a_cpu(width, tmp_path):
+    """transformers puts any linear layer in 4 bits, whatever bitsandbytes makes of it."""
+    widths = WIDTHS | {"hidden_size": width}
+    model = build_model(model_node("concat", llm=llm_fields(**widths)), VOCAB)[0]
+    export(TrainedModel(model, None, None), tmp_path / "out")
+    options = BitsAndBytesConfig(
+        load_in_4bit=True, llm_int8_skip_modules=["model.vision", "model.connector"]
+    )
+    load = OwlfuseForConditionalGeneration.from_pretrained
+    if width == 64:
+        assert quantization.quantized_layers(load(tmp_path / "out", quantization_config=options))
+    else:
+        with pytest.raises(ValueError, match="has rows of 32 numbers"):
+            load(tmp_path / "out", quantization_config=options)

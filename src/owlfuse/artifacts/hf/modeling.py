@@ -26,7 +26,7 @@ from owlfuse.core.types import Batch, VisualTokens, image_starts, number_images
 from owlfuse.model.llm import balancing_coefficient, cache_argument
 from owlfuse.model.loss import token_loss
 from owlfuse.model.multimodal import MultimodalLM, assemble
-from owlfuse.model.quantization import quantized_layers
+from owlfuse.model.quantization import check_rows, quantized_layers
 
 log = logging.get_logger(__name__)
 
@@ -99,6 +99,10 @@ class OwlfuseForConditionalGeneration(PreTrainedModel, GenerationMixin):
         are computed anew, since transformers makes the model on the meta device."""
         loaded = super().from_pretrained(*args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
+        # of transformers' quantization_config, which asks for any layer
+        for name, layer in quantized_layers(model).items():
+            if layer.weight.device.type == "cpu":
+                check_rows(name, layer)
         # both after loading, which replaces parameters
         restore_buffers(model)
         align(model)
