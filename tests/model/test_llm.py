@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from families import small_fields
-from helpers import VOCAB, llm_fields, make_model
+from helpers import FROZEN, ROWS, VOCAB, llm_fields, make_batch, make_model, policy
 from owlfuse.model.layouts import decoder_layers
 from owlfuse.model.llm import (
     cache_argument,
@@ -246,3 +246,16 @@ def test_weights_that_cannot_be_read_are_told_in_a_line(folder, damage):
     with pytest.raises(ValueError, match="^pretrained: ") as error:
         load_llm(VOCAB, pretrained=folder)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_a_frozen_llm_drops_nothing_in_training(frozen):
+    fields = {**small_fields("gpt2"), "resid_pdrop": 0.5, "attn_pdrop": 0.5, "embd_pdrop": 0.5}
+    options = {"adapter": FROZEN | {"connector": policy("Full")}} if frozen else {}
+    model = make_model("concat", llm=fields, **options)
+    batch = make_batch(ROWS, model.fusion.tokens_per_image)
+    model.train()
+    with torch.no_grad():
+        assert torch.equal(model(batch), model(batch)) == frozen
+    # else their checkpointing would keep all activations
+    assert all(layer.training for layer in decoder_layers(model.llm))

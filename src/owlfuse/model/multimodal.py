@@ -16,6 +16,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from owlfuse.config.build import build
 from owlfuse.core.errors import DataError
@@ -347,11 +348,20 @@ class MultimodalLM(nn.Module):
         return self
 
     def train(self, mode: bool = True) -> MultimodalLM:
-        """Sets modes as torch's, but a frozen backbone drops nothing, as many of timm's would, and
-        a batch norm whose weight is frozen keeps its statistics."""
+        """Sets modes as torch's, but a frozen backbone and a frozen LLM drop nothing, as many of
+        timm's and GPT-2 would, and a batch norm whose weight is frozen keeps its statistics."""
         super().train(mode)
         if not any(parameter.requires_grad for parameter in self.vision.parameters()):
             self.vision.eval()
+        tables = {id(table) for table, _ in self.row_limits()}
+        llm = self.part("llm").parameters.values()
+        if not any(p.requires_grad for p in llm if id(p) not in tables):
+            for module in self.llm.modules():
+                # a layer in evaluation would keep the activations that checkpointing frees
+                if not isinstance(module, GradientCheckpointingLayer):
+                    module.training = False
+            for module in self.fusion.owned(self.llm):
+                module.train(mode)
         trained = set(trained_norms(self))
         for module in self.modules():
             if isinstance(module, _BatchNorm) and module not in trained:
