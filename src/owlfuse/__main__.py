@@ -374,7 +374,7 @@ examples:
   owlfuse recipe owl1
   owlfuse recipe owl1_paper dry_run=true plan.gpus=32
       what each stage trains and needs; nothing is trained
-  owlfuse recipe owl3 name=second seed=1 stages.instruct.optim.lr=1e-3
+  owlfuse recipe owl3 name=second seed=1 stages.supervised.optim.lr=1e-3
   torchrun --nproc-per-node 8 -m owlfuse recipe owl1_paper trainer.devices=8 \\
       trainer.strategy=ddp data.folder=DIR
 

@@ -337,9 +337,9 @@ COMMAND_LINE_ERRORS = {
     "a=[1,": f"a=[1,: no viable alternative at input '[1,' {GRAMMAR}",
     "name=a=b": f"name=a=b: mismatched input '=' expecting <EOF> {GRAMMAR}",
     "a b=3": f"a b=3: LexerNoViableAltException: a b=3 ^ {GRAMMAR}",
-    "seed=1,2": "seed=1,2: several values; write a list as key=[a,b], or add -m",
+    "seed=1,2": "seed=1,2: several values; write a list as key=[a,b], or add -m to owlfuse train for a run of each",
     "model/fusion=concat,hyperattention": (
-        "model/fusion=concat,hyperattention: several values; choose one, or add -m"
+        "model/fusion=concat,hyperattention: several values; choose one, or add -m to owlfuse train for a run of each"
     ),
     "model/fusion=[concat,hyperattention]": (
         "model/fusion=[concat,hyperattention]: model/fusion is one part, of which Hydra would mix "

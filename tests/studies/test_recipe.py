@@ -472,27 +472,24 @@ def test_a_stage_without_a_checkpoint_that_can_go_on_begins_anew(left, monkeypat
     (stage, *_) = make_stages("tiny", [*SMALL, f"name=without_{left[:4]}"])
     (stage.folder / "checkpoints").mkdir(parents=True)
     (stage.folder / "checkpoints" / left).touch()
-    begun = begun_by(stage, [], monkeypatch)
+    begun = begun_by(stage, monkeypatch)
     assert begun.resume is None
     assert len(list(stage.folder.parent.glob("first.*/checkpoints"))) == 1
 
 
 @pytest.mark.slow
-def test_a_stage_that_goes_on_has_the_overrides_that_are_for_it_alone(monkeypatch):
-    words_by_stage = {}
-
-    def run_stage(stage, weights, words):
-        words_by_stage[stage.name] = words
-
-    monkeypatch.setattr("owlfuse.studies.recipe.run.run_stage", run_stage)
-    common, alone = "data.micro_batch_size=8", "data.micro_batch_size=2"
-    recipe_command("tiny", [*SMALL, "name=alone", common, f"stages.second.{alone}"])
-    # the last one counts
-    movable = ["data.workers=0", "trainer.log_every_n_steps=1", common]
-    assert words_by_stage == {"first": movable, "second": [*movable, alone], "third": movable}
+def test_a_stage_that_goes_on_has_what_the_file_and_the_command_have_now(ran, monkeypatch):
+    """Its checkpoint has the keys as they were; these may change."""
+    changed = ["data.micro_batch_size=2", "evaluation.batch_size=3", "+trainer.num_nodes=1"]
+    (stage, *_) = make_stages("tiny", [*RAN, *changed])
+    shutil.rmtree(stage.weights)
+    begun = begun_by(stage, monkeypatch)
+    assert begun.resume == str(stage.folder)
+    assert (begun.data.micro_batch_size, begun.evaluation.batch_size) == (2, 3)
+    assert begun.trainer.num_nodes == 1
 
 
-def begun_by(stage, words, monkeypatch):
+def begun_by(stage, monkeypatch):
     """The configuration with which a stage would be trained."""
     configs = []
 
@@ -502,7 +499,7 @@ def begun_by(stage, words, monkeypatch):
 
     monkeypatch.setattr("owlfuse.training.train.run", stop)
     with pytest.raises(KeyboardInterrupt):
-        run_stage(stage, None, words)
+        run_stage(stage, None)
     return configs[0]
 
 

@@ -7,7 +7,7 @@ import itertools
 import logging
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -397,6 +397,17 @@ def _compose_resumed(lines: list[str], run: Path, folders: ConfigFolders) -> Com
     # As the root of a composition: keys are checked as in any other, and errors name the file.
     run_folders = ConfigFolders(configs=(run.resolve(),), root="config")
     return Composition(run_folders, overrides)
+
+
+def take_keys(config: DictConfig, other: DictConfig, keys: Iterable[str]) -> None:
+    """Set some keys of a composed configuration, or groups of them, to what another one has; those
+    that it does not have stay."""
+    with open_dict(config):
+        for key in keys:
+            parent, _, name = key.rpartition(".")
+            node = OmegaConf.select(other, parent) if parent else other
+            if isinstance(node, DictConfig) and name in node:
+                OmegaConf.update(config, key, node[name], force_add=True)
 
 
 def _resumed_run(overrides: list[str]) -> Path | None:

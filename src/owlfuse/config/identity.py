@@ -25,15 +25,8 @@ SOURCE = Path(__file__).resolve().parents[1]
 # The module whose imports are the code of a training and of its evaluation.
 ENTRY = "owlfuse.training.train"
 
-# Keys that change neither the trained model nor its scores.
-IGNORED_KEYS = (
-    "name",
-    "runs",
-    "experiment",
-    "resume",
-    "dry_run",
-    "plan",
-    "logger",
+# Keys of how a run is done, by which neither the trained model nor its scores change.
+UNLEARNED_KEYS = (
     "checkpoint",
     "data.workers",
     "trainer.log_every_n_steps",
@@ -43,6 +36,17 @@ IGNORED_KEYS = (
     "evaluation.contact_sheet",
     "evaluation.decode_tokens",
     "evaluation.explain",
+)
+# These, and those of where a run is kept.
+IGNORED_KEYS = (
+    *UNLEARNED_KEYS,
+    "name",
+    "runs",
+    "experiment",
+    "resume",
+    "dry_run",
+    "plan",
+    "logger",
     "accept_changed_data",
 )
 

@@ -303,7 +303,12 @@ def evaluate_checkpoint(
     cost = {**earlier.get("cost", {}), "ms_per_generated_token": evaluation.milliseconds}
     seconds = earlier.get("wall_s", time.monotonic() - start)
     code = results_code(past, earlier, code_hash(plain))
-    record = {"changes": past.changes, "identity": identity, "code": code}
+    record = {
+        "changes": past.changes,
+        "identity": identity,
+        "code": code,
+        "precision": past.precision,
+    }
     # first, since results.json says that all is there
     write_answers(run_dir / ANSWERS, answers)
     write_results(

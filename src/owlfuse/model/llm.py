@@ -120,7 +120,8 @@ def load_llm(
     """
     if (pretrained is None) == (config is None):
         raise ValueError(
-            "give one of pretrained (a folder or a hub name) and config (with a model_type)"
+            "give one of pretrained (a folder or a hub name) and config (with a model_type); "
+            "beside model.llm.pretrained=... write model.llm.config=null"
         )
     # before anything is loaded
     settings: Any = None if quantization is None else Quantization.of(quantization)

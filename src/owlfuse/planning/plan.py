@@ -111,6 +111,8 @@ class Plan:
     visual_tokens: int
     trained: int
     total: int
+    precision: str
+    """In which all layouts are planned."""
 
     def fits(self, estimate: Estimate) -> bool:
         """Return whether a layout's peak and the reserve are within the card."""
@@ -132,7 +134,8 @@ class Workload:
         trainer, data = config["trainer"], config["data"]
         # What owlfuse trains in by default on each kind of device.
         default = "32-true" if trainer.get("accelerator") == "cpu" else "bf16-mixed"
-        self.precision = Precision.of(trainer.get("precision") or default)
+        self.precision_name = str(trainer.get("precision") or default)
+        self.precision = Precision.of(self.precision_name)
         self.vocab_size = vocabulary_size(self.part_configs["llm"], options)
         self.length = options.length or data.get("max_length", 2048)
         self.global_batch = data.get("global_batch_size", 32)
@@ -275,6 +278,7 @@ def make_plan(config: DictConfig, compare: bool = True) -> Plan:
         visual_tokens=images * model.connector.tokens,
         trained=sum(p.numel() for p in model.parameters() if p.requires_grad),
         total=sum(p.numel() for p in model.parameters()),
+        precision=workload.precision_name,
     )
 
 

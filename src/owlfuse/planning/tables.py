@@ -22,6 +22,11 @@ def print_plan(plan: Plan, experiment: str) -> None:
         for number, estimate in enumerate(plan.alternatives, 1):
             print(f"{number}: {' '.join(estimate.layout.overrides)}")
     print(verdict(plan))
+    if plan.precision == "32-true":
+        print(
+            "All of it is in 32-true, as the configuration's trainer says, and the seconds are at "
+            "the peak of 16 bits; for GPUs plan with trainer=fsdp or trainer.precision=bf16-mixed."
+        )
 
 
 def gigabytes(size: float) -> str:
@@ -91,7 +96,9 @@ def memory_table(plan: Plan, experiment: str) -> Table:
     fits = f"fits, {spare:,.1f} to spare" if spare >= 0 else f"{-spare:,.1f} too little"
     rows.append(("the card", f"{options.gpu_memory:,.2f}", fits))
     layout = estimate.layout
-    title = f"{experiment}: GB on each of {layout.gpus} GPUs ({layout.describe()})"
+    title = (
+        f"{experiment}: GB on each of {layout.gpus} GPUs ({layout.describe()}), {plan.precision}"
+    )
     return remarks_table(title, "GB", rows)
 
 

@@ -116,9 +116,8 @@ class Conversation:
 
         tokenizer = self.processor.tokenizer
         answer_format = self.processor.answer_format
-        # A mark that is no token of its own is found in the text.
-        end_mark = "" if answer_format.end_ids else answer_format.end_mark
-        streamer = AnswerStreamer(tokenizer, write, end_mark)
+        # A mark that is no control token is in the text.
+        streamer = AnswerStreamer(tokenizer, write, answer_format.end_mark)
         # A streamer takes one answer, whatever the model's generation_config.json says.
         single = {"num_beams": 1, "num_return_sequences": 1}
         options = {**single, **self.options, **options}
@@ -134,7 +133,8 @@ class Conversation:
         self.messages, self.pictures, self.next_pictures = messages, pictures, []
         # The type is named: of no ids at all torch would make floating-point numbers.
         self.last = Exchange(question, inputs, torch.tensor(streamer.ids, dtype=torch.long))
-        answer = "".join(streamer.pieces)
+        # As training has it: a template writes the space before an answer itself.
+        answer = "".join(streamer.pieces).strip()
         # Also an answer that was stopped: the model has said it.
         self.messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
         return answer

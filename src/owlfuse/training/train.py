@@ -52,7 +52,7 @@ from owlfuse.training.loggers import begin_logging, finish_loggers, log_results
 from owlfuse.training.machine_checks import check_machine
 from owlfuse.training.module import MultimodalModule
 from owlfuse.training.sample_counts import SampleTotals, over_ranks
-from owlfuse.training.trainer import make_trainer, run_cost
+from owlfuse.training.trainer import make_trainer, run_cost, watched_metric
 
 log = logging.getLogger(__name__)
 
@@ -247,7 +247,8 @@ def print_start(
             f"  {name}: {share:.1%} of the {data.weights_by}, {len(source):,} samples of "
             f"{source.file}"
         )
-    lines.append("validation:")
+    best = watched_metric(data)
+    lines.append(f"validation (best.ckpt is by {best}):" if best else "validation: none")
     for name, source in data.validation.items():
         lines.append(f"  {name}: {len(source):,} samples of {source.file}")
     print(visible("\n".join(lines)))

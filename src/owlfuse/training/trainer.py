@@ -44,7 +44,7 @@ def make_trainer(
         past: what the run goes on from; metrics logged after it are dropped, since they come again.
     """
     loggers = make_loggers(config, folder, past)
-    watched = f"{next(iter(data.validation))}/loss" if data.validation else None
+    watched = watched_metric(data)
     precision = config.trainer.precision
     if precision is None:
         precision = precision_for(config.trainer.accelerator)
@@ -101,6 +101,12 @@ def make_trainer(
     interval = min(config.trainer.get("val_check_interval", steps), trainer.max_steps)
     trainer.val_check_interval = interval * trainer.accumulate_grad_batches
     return trainer
+
+
+def watched_metric(data: ChatData) -> str | None:
+    """The metric by which the best checkpoint is chosen: the loss of the first validation
+    source."""
+    return f"{next(iter(data.validation))}/loss" if data.validation else None
 
 
 def precision_for(accelerator: str) -> str:

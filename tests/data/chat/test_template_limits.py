@@ -26,7 +26,7 @@ BOMBS = {
     "a range that no number counts": ("{% for i in range(10 ** 30) %}{% endfor %}", "a power"),
     "powers": ("{{ 9 ** (9 ** 9) }}", "line 1: it has a power; write it otherwise"),
     "lipsum": ("{{ lipsum(n=1000000) }}", "lipsum"),
-    "a width": ("{{ 'x' | center(10000000000) }}", "a constant over 1,000,000"),
+    "a width": ("{{ 'x' | center(10000000000) }}", "center by another width"),
     "a format": ("{{ '%90000000d' % 1 }}", "a format with a width"),
     "a format in a block": ("{% set f %}%9000000d{% endset %}{{ f % 1 }}", "a text with %"),
     "a format of a filter": ("{{ ('%s' | urlencode) % 1 }}", "a text with %"),

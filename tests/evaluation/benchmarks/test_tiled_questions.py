@@ -66,6 +66,7 @@ def test_a_run_that_was_trained_with_tiles_says_that_it_is_shown_none(monkeypatc
     monkeypatch.setattr(load, "read_run", lambda folder: {"data": {"sources": sources}})
     monkeypatch.setattr(load, "run_tokenizer", lambda folder, data: [])
     monkeypatch.setattr(load, "load_run_model", lambda *given: (nn.Identity(), {}))
+    monkeypatch.setattr(load, "check_not_edited", lambda *given: None)
     load.load_run(Path("run"), checkpoint=Path("step_1.ckpt"))
     assert "run was trained with tiles (data.sources.cut.tile), and whole pictures" in caplog.text
     del sources["cut"]

@@ -147,10 +147,8 @@ class AnswerFormat:
                 return ""
             ids = self.behind_thought(tokenizer, ids)
         text = tokenizer.decode(ids, skip_special_tokens=True)
-        if not self.end_ids:
-            # Of ordinary tokens, which decoding does not leave out.
-            text = text.partition(self.end_mark)[0]
-        return text.strip()
+        # Of tokens that are not marked as special, which decoding does not leave out.
+        return text.partition(self.end_mark)[0].strip()
 
     def is_cut(self, tokenizer: Any, ids: Any, ends: Sequence[int]) -> bool:
         """Return whether generated ids (L,) have no end: neither a token of `ends` nor, where it is
@@ -206,8 +204,8 @@ def end_tokens(
     start: int,
     end_mark: str,
 ) -> tuple[int, ...]:
-    """Return the one token that marks an end at `start`; none where the end mark is several
-    ordinary tokens."""
+    """Return the one token that marks an end at `start`; none where the end mark is of ordinary
+    tokens, which may be joined with the answer's last characters."""
     end = start + len(end_mark)
     inside = []
     for number, (first, last) in zip(*encode(tokenizer, text)):
@@ -216,8 +214,9 @@ def end_tokens(
     number, first = inside[0]
     added = tokenizer.added_tokens_decoder.get(number)
     is_special = added is not None and added.special
+    is_whole = added is not None and len(inside) == 1
     # A control token is enough to stop at, whatever text the template writes behind it.
-    if not text[first:start].strip() and (is_special or len(inside) == 1):
+    if not text[first:start].strip() and (is_special or is_whole):
         return (number,)
     return ()
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -170,3 +170,24 @@ def check_text(
             f"sample {sample.id} holds the tokenizer's control token {tokens[0]} in its text "
             f"({where})"
         )
+
+
+def unwritten_roles(
+    messages: list[Message], text: str, render: Callable[[list[Message]], str]
+) -> list[str]:
+    """Return `a system message` and the like for each role whose texts a template leaves out.
+
+    Args:
+        text: the chat, as `render` writes it.
+    """
+    roles = []
+    for role in ("system", "tool"):
+        without = []
+        for message in messages:
+            is_empty = message["role"] == role and bool(message["content"])
+            without.append({**message, "content": ""} if is_empty else message)
+        # A template that refuses the chat without them writes them.
+        with suppress(DataError):
+            if without != messages and render(without) == text:
+                roles.append(f"a {role} message")
+    return roles

@@ -14,11 +14,13 @@ from transformers import PreTrainedTokenizerBase
 from owlfuse.core.errors import DataError
 from owlfuse.core.types import IMAGE, Encoded, Message, Note, Part, Sample, without_keys
 from owlfuse.data.chat.answer_format import THINK_TAGS, AnswerFormat
-from owlfuse.data.chat.checks import control_tokens, flatten
+from owlfuse.data.chat.checks import control_tokens, flatten, unwritten_roles
 from owlfuse.data.chat.supervision import cut_at_borders, supervised_spans
 from owlfuse.data.chat.tokenizer import encode, prepare, render
 from owlfuse.data.chat.truncation import OnLength, over_length, truncate
 from owlfuse.data.words import show_words, spell_words
+
+UNKNOWN = Note("unused", "characters that the tokenizer does not have, which it writes as <unk>")
 
 
 class ChatEncoder:
@@ -49,6 +51,7 @@ class ChatEncoder:
         self.image_token = image_token
         self.image_id: Any = tokenizer.convert_tokens_to_ids(image_token)
         self.pad_id: Any = tokenizer.pad_token_id
+        self.unknown_id = unknown_id(tokenizer)
         self.control_tokens = control_tokens(tokenizer, image_token)
         self.tokens_per_image = tokens_per_image
         self.max_length = max_length
@@ -90,6 +93,8 @@ class ChatEncoder:
         starts = [start for start, _ in spans]
         ids, offsets = self.tokenize(text, starts, sample.id)
         labels = self.labels(sample, ids, offsets, spans)
+        if self.unknown_id in ids and UNKNOWN not in sample.notes:
+            sample.notes.append(UNKNOWN)
         return self.expand(sample, ids, labels, views)
 
     def encode_prompt(self, sample: Sample, views: list[int] | None = None) -> Encoded:
@@ -138,6 +143,7 @@ class ChatEncoder:
             with suppress(DataError):
                 if without != messages and text == self.render(sample, without):
                     unwritten.append(key)
+        unwritten += unwritten_roles(messages, text, partial(self.render, sample))
         for key in ("name", "tool_call_id", "tool_calls.id"):
             note = Note("unused", f"a turn's '{key}', which the chat template does not write")
             if key in unwritten:
@@ -279,3 +285,10 @@ def without_key(message: Message, key: str) -> Message:
     if not inner or key not in message:
         return without_keys(message, [key])
     return {**message, key: [without_keys(call, [inner]) for call in message[key]]}
+
+
+def unknown_id(tokenizer: Any) -> int | None:
+    """Return the id of the token for characters that a tokenizer does not have; None where it has
+    none of its own, as GPT-2's, which is the end of the sequence."""
+    others = (tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.pad_token_id)
+    return None if tokenizer.unk_token_id in others else tokenizer.unk_token_id

@@ -4,6 +4,7 @@ template that everything uses."""
 from __future__ import annotations
 
 import json
+import logging
 import re
 import secrets
 import struct
@@ -12,11 +13,13 @@ from datetime import datetime
 from functools import lru_cache, partial
 from importlib.util import find_spec
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from jinja2 import Environment, TemplateError, TemplateSyntaxError, nodes
-from tokenizers import pre_tokenizers
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from tokenizers import Tokenizer, pre_tokenizers
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers.utils import cached_file
 
 from owlfuse.core.errors import FILE_ERRORS, DataError
 from owlfuse.core.files import read_text
@@ -24,6 +27,7 @@ from owlfuse.core.hub_access import check_hub_has
 from owlfuse.core.packages import MissingPackage, check_not_missing, missing, packaged
 from owlfuse.core.types import IMAGE, Message
 
+log = logging.getLogger(__name__)
 # The date that templates write, so that a chat has the same tokens on every day: Llama 3.2's
 # default.
 DATE = "26 Jul 2024"
@@ -109,7 +113,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
             path, "name a folder with tokenizer.json, or set HF_HOME to a cache that has it"
         )
         # Explicitly, since transformers asks on a terminal otherwise.
-        return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        return as_its_file(AutoTokenizer.from_pretrained(path, trust_remote_code=False), path)
     except DataError as error:
         raise DataError(f"tokenizer: {str(error).removeprefix('tokenizer: ')}") from error
     except MissingPackage:
@@ -128,6 +132,39 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
         if not isinstance(error, OSError | ValueError):
             reason = f"its files make no tokenizer: {type(error).__name__}: {reason}"
         raise DataError(f"tokenizer: {name}: {reason}") from error
+
+
+# Digits, spaces, an apostrophe and a bracket, which classes of transformers split by rules of
+# their own.
+PROBE = "In 2024,  it's\n\n 12.50 [INST] don't"
+
+
+def as_its_file(tokenizer: PreTrainedTokenizerBase, path: str) -> PreTrainedTokenizerBase:
+    """Return a tokenizer that splits texts as its tokenizer.json says: transformers builds some
+    classes from the vocabulary alone, and drops the file's other rules."""
+    file = cached_file(
+        path,
+        "tokenizer.json",
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+    )
+    if file is None or not tokenizer.is_fast:
+        return tokenizer
+    plain = Tokenizer.from_file(str(file))
+    plain.no_padding()
+    plain.no_truncation()
+    expected = plain.encode(PROBE, add_special_tokens=False).ids
+    if tokenizer(PROBE, add_special_tokens=False).input_ids == expected:
+        return tokenizer
+    faithful = PreTrainedTokenizerFast.from_pretrained(path)
+    if faithful(PROBE, add_special_tokens=False).input_ids != expected:
+        return tokenizer
+    log.warning(
+        "%s: transformers' %s splits texts otherwise than its tokenizer.json, which is followed",
+        path,
+        type(tokenizer).__name__,
+    )
+    return faithful
 
 
 def prepare(
@@ -182,7 +219,17 @@ def prepare(
     templates = tokenizer.chat_template
     # Of several, by name, transformers takes `default` or `tool_use`.
     if isinstance(templates, dict):
-        tokenizer.chat_template = {name: prepared(text) for name, text in templates.items()}
+        by_name = {}
+        for name, text in templates.items():
+            # Others loop over tools and documents, which transformers gives as None by default.
+            options: dict[str, Any] = {}
+            if name != "default":
+                options = {"tools": [], "documents": []}
+            try:
+                by_name[name] = prepared(text, options=options)
+            except DataError as error:
+                raise DataError(f"{error} (template {name})") from error
+        tokenizer.chat_template = by_name
     else:
         tokenizer.chat_template = prepared(templates)
     return tokenizer
@@ -193,6 +240,7 @@ def prepare_template(
     template: str,
     image_token: str,
     break_behind_images: bool,
+    options: Mapping[str, Any] = MappingProxyType({}),
 ) -> str:
     """Return a chat template that renders the same text wherever it is used, for training and for
     generation.
@@ -201,6 +249,9 @@ def prepare_template(
     whichever it takes; a fixed date for `strftime_now`; and behind the generation prompt what the
     template itself writes before an answer (the empty thought of Qwen3), since a model need not
     write what the template writes.
+
+    Args:
+        options: further variables of the template, with which it is tried.
 
     Raises:
         DataError: a template that is too long, is no Jinja template, does not write what the user
@@ -218,11 +269,11 @@ def prepare_template(
     for content in CONTENTS.values():
         # An empty output between the two: a block would take the body's first line break.
         prepared = PREPARED + join_parts.replace("CONTENT", content) + "{{- '' }}" + body
-        if writes_question(tokenizer, prepared):
-            return prepared + written_before_answers(tokenizer, prepared)
+        if writes_question(tokenizer, prepared, options):
+            return prepared + written_before_answers(tokenizer, prepared, options)
     raise DataError(
         f"{where} does not write what the user says, neither of a text nor of a list of parts: "
-        + rendering_error(tokenizer, prepared)
+        + rendering_error(tokenizer, prepared, options)
     )
 
 
@@ -372,27 +423,33 @@ def fixed_date(tree: nodes.Template) -> str:
     return f"{{%- macro strftime_now(format) -%}}{{{{- {table}[format] -}}}}{{%- endmacro -%}}"
 
 
-def writes_question(tokenizer: PreTrainedTokenizerBase, template: str) -> bool:
+def writes_question(
+    tokenizer: PreTrainedTokenizerBase, template: str, options: Mapping[str, Any]
+) -> bool:
     """Whether a template writes a user's text, once."""
     question = [{"role": "user", "content": "\ue000"}]
     try:
-        text = apply(tokenizer, question, template, add_generation_prompt=True)
+        text = apply(tokenizer, question, template, add_generation_prompt=True, **options)
     except DataError:
         return False
     return text.count("\ue000") == 1
 
 
-def rendering_error(tokenizer: PreTrainedTokenizerBase, template: str) -> str:
+def rendering_error(
+    tokenizer: PreTrainedTokenizerBase, template: str, options: Mapping[str, Any]
+) -> str:
     """Return what a template makes of a single question, or objects to it, for a message."""
     question = [{"role": "user", "content": "Hello"}]
     try:
-        text = apply(tokenizer, question, template, add_generation_prompt=True)
+        text = apply(tokenizer, question, template, add_generation_prompt=True, **options)
     except DataError as error:
         return str(error)
     return f"of the question Hello it makes {text[:80]!r}"
 
 
-def written_before_answers(tokenizer: PreTrainedTokenizerBase, template: str) -> str:
+def written_before_answers(
+    tokenizer: PreTrainedTokenizerBase, template: str, options: Mapping[str, Any]
+) -> str:
     """Return the end of a template that writes, behind the generation prompt, what the template
     puts before an answer.
 
@@ -403,8 +460,8 @@ def written_before_answers(tokenizer: PreTrainedTokenizerBase, template: str) ->
     question = {"role": "user", "content": "\ue001"}
     answer = {"role": "assistant", "content": "\ue000"}
     try:
-        prompt = apply(tokenizer, [question], template, add_generation_prompt=True)
-        chat = apply(tokenizer, [question, answer], template)
+        prompt = apply(tokenizer, [question], template, add_generation_prompt=True, **options)
+        chat = apply(tokenizer, [question, answer], template, **options)
     except DataError:
         return ""  # whoever encodes a chat gets the error
     if not chat.startswith(prompt) or chat.count("\ue000") != 1:
@@ -413,7 +470,8 @@ def written_before_answers(tokenizer: PreTrainedTokenizerBase, template: str) ->
     if not lead.strip():
         return ""
     condition = (
-        "add_generation_prompt and without_lead is not defined and enable_thinking is not defined"
+        "add_generation_prompt and without_lead is not defined and enable_thinking is not defined "
+        "and thinking is not defined"
     )
     return f"{{% if {condition} %}}{{{{- {json.dumps(lead)} }}}}{{% endif %}}"
 
@@ -436,7 +494,8 @@ def render(
         DataError: what the template objects to, a system message for instance.
     """
     if thinking:
-        options["enable_thinking"] = True
+        # Granite and DeepSeek call it `thinking`.
+        options |= {"enable_thinking": True, "thinking": True}
     return apply(tokenizer, messages, None, add_generation_prompt=add_generation_prompt, **options)
 
 
@@ -591,12 +650,21 @@ def use_template(tokenizer: Any, chat_template: str | None) -> Any:
         )
     if control:
         tokenizer.add_special_tokens({"eos_token": control[-1]})
+    if chat_template == "chatml" and begins_with_bos(tokenizer):
+        tokenizer.chat_template = "{{- bos_token -}}" + tokenizer.chat_template
     if tokenizer.eos_token is None:
         raise DataError(
             f"chat_template: {chat_template}: the tokenizer {tokenizer.name_or_path} has no "
             "end-of-sequence token to end a turn"
         )
     return tokenizer
+
+
+def begins_with_bos(tokenizer: Any) -> bool:
+    """Whether a tokenizer begins every text with its token for that, as those of Llama and Gemma:
+    their LLMs have never read a text without it."""
+    ids = tokenizer("a").input_ids
+    return tokenizer.bos_token_id is not None and ids[0] == tokenizer.bos_token_id
 
 
 def read_template(chat_template: str) -> str:

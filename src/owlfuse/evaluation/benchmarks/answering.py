@@ -16,8 +16,8 @@ from torch.utils.data import Dataset
 
 from owlfuse.artifacts.load import load_with_processor
 from owlfuse.core.errors import DataError, one_line
-from owlfuse.core.types import Batch, Sample
-from owlfuse.data.chat.checks import control_tokens, flatten
+from owlfuse.core.types import Batch, Message, Sample
+from owlfuse.data.chat.checks import control_tokens, flatten, unwritten_roles
 from owlfuse.data.chat.encoder import ChatEncoder
 from owlfuse.data.chat.tokenizer import render
 from owlfuse.data.collate import Collator
@@ -173,7 +173,13 @@ class QuestionDataset(Dataset):
         # as training renders chats, so that a prompt has the tokens that were learned
         messages = flatten(self.sample(question), self.control, self.processor.image_token)
         options = {"tools": question.tools} if question.tools else {}
-        text = render(self.processor.tokenizer, messages, True, self.thinking, **options)
+
+        def asked(messages: list[Message]) -> str:
+            return render(self.processor.tokenizer, messages, True, self.thinking, **options)
+
+        text = asked(messages)
+        if missing := unwritten_roles(messages, text, asked):
+            raise DataError(f"it has {missing[0]}, which the chat template does not write")
         if not self.processor.tile:
             # first, without pictures, which may be large
             self.check_length(question, text, len(question.images))

@@ -16,12 +16,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, open_dict
+from omegaconf import DictConfig, OmegaConf, open_dict
 
 from owlfuse.artifacts.runs import has_no_locks
 from owlfuse.config.build import to_dict
-from owlfuse.config.compose import compose
-from owlfuse.config.identity import code_hash, config_hash
+from owlfuse.config.compose import compose, take_keys
+from owlfuse.config.identity import UNLEARNED_KEYS, code_hash, config_hash
 from owlfuse.config.trust import accept
 from owlfuse.core.errors import DataError, report_errors
 from owlfuse.core.files import read_json
@@ -68,6 +68,8 @@ def compose_cell(folder: Path, run: Path, cell: dict[str, Any], resumes: bool) -
     # A run that goes on has its configuration in its folder, its overrides included.
     config = compose([f"resume={run}"] if resumes else cell["words"])
     with open_dict(config):
+        # Its checkpoint has them as they were, and the command may have others now.
+        take_keys(config, OmegaConf.create(cell["config"]), UNLEARNED_KEYS)
         config.accept_changed_data = cell["config"].get("accept_changed_data", False)
         config.runs, config.experiment, config.name = str(folder.parent), folder.name, cell["key"]
     return config

@@ -273,12 +273,19 @@ def full_metrics(metrics: list[str], sources: list[str]) -> dict[str, tuple[str,
     """
     from owlfuse.evaluation.metrics import metric_names
 
+    metrics_of_source = ("loss", "perplexity", "exact_match", "contains")
     result = {}
     for metric in metrics:
         source, local_name = split_metric(metric, sources)
         if source not in sources or not local_name:
             raise ConfigError(
                 f"metrics: {metric}: no such validation source{hint(source, sources)}"
+            )
+        kind = local_name.partition("/")[0]
+        if kind.removesuffix("_blank") not in metrics_of_source:
+            raise ConfigError(
+                f"metrics: {metric}: no such metric{hint(kind, metrics_of_source)}; there are "
+                f"{', '.join(metrics_of_source)}, and with _blank those of blank pictures"
             )
         (name,) = metric_names(source, sources, {local_name: 0.0})
         result[name] = source, local_name

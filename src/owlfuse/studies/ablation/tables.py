@@ -41,6 +41,10 @@ def notes(results: Results) -> list[str]:
             f"of other data than the ablation's, as accept_changed_data=true accepts: "
             f"{', '.join(changed)}"
         )
+    for metric in results.metrics:
+        if results.finished and not any(row.scores[metric].values for row in results.rows):
+            measured = sorted({name for run in results.finished for name in run.results["metrics"]})
+            lines.append(f"no run has measured {metric}; they have {', '.join(measured)}")
     lines += comparison_notes(results)
     if results.unfinished:
         lines.append(

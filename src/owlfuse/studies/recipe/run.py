@@ -20,7 +20,7 @@ from owlfuse.artifacts.export import export
 from owlfuse.artifacts.load import load_run
 from owlfuse.artifacts.runs import checkpoints_of, in_use, is_first_rank, last_checkpoint
 from owlfuse.config.build import to_dict
-from owlfuse.config.compose import compose
+from owlfuse.config.compose import compose, take_keys
 from owlfuse.config.identity import flat
 from owlfuse.config.messages import naming
 from owlfuse.core.errors import ConfigError, DataError
@@ -28,7 +28,7 @@ from owlfuse.core.files import atomic_write
 from owlfuse.core.progress import quiet_libraries
 from owlfuse.core.terminal import visible
 from owlfuse.parallel.first_rank import run_on_first_rank
-from owlfuse.studies.recipe.compose import split_dry_run, words_for
+from owlfuse.studies.recipe.compose import split_dry_run
 from owlfuse.studies.recipe.stages import MOVABLE_KEYS, Stage, check_data, make_stages
 from owlfuse.studies.recipe.tables import print_plans, print_results, print_stages
 from owlfuse.training import train
@@ -66,10 +66,7 @@ def recipe_command(recipe: str, words: list[str]) -> None:
         write_record(stages)
     weights: Path | None = None
     for stage in stages:
-        stage_words = words_for(stage.name, [stage.name for stage in stages], words)
-        # A checkpoint has the configuration; only these may differ from it.
-        movable_words = [word for word in stage_words if word.partition("=")[0] in MOVABLE_KEYS]
-        run_stage(stage, weights, movable_words)
+        run_stage(stage, weights)
         weights = stage.weights
     if is_first_rank():
         print_results(recipe, stages)
@@ -102,13 +99,9 @@ def check_same(path: Path, stage: str, recorded: dict[str, Any], config: dict[st
             )
 
 
-def run_stage(stage: Stage, weights: Path | None, words: list[str]) -> None:
+def run_stage(stage: Stage, weights: Path | None) -> None:
     """Trains a stage from exported weights, or goes on with it from its last checkpoint, and
-    exports its own.
-
-    Args:
-        words: overrides for a stage that goes on.
-    """
+    exports its own."""
     if stage.finished:
         print_once(f"stage {stage.name} is finished: {stage.folder}")
         return
@@ -116,7 +109,9 @@ def run_stage(stage: Stage, weights: Path | None, words: list[str]) -> None:
     # Not any file there: a kill leaves parts of checkpoints, and the best alone cannot go on.
     if checkpoints_of(stage.folder / "checkpoints"):
         last_checkpoint(stage.folder)  # raises for a folder without a usable one
-        config = compose([f"resume={stage.folder}", *words])
+        config = compose([f"resume={stage.folder}"])
+        # A checkpoint has its configuration; the recipe's file and the command may have others now.
+        take_keys(config, stage.config, MOVABLE_KEYS)
     else:
         if is_first_rank() and stage.folder.exists():  # it was stopped before its first checkpoint
             archive_stage(stage)

@@ -10,6 +10,7 @@ from omegaconf import DictConfig
 
 from owlfuse.config.build import build, to_dict
 from owlfuse.config.compose import naming_part
+from owlfuse.config.identity import UNLEARNED_KEYS
 from owlfuse.config.messages import naming
 from owlfuse.config.recipes import PARTS
 from owlfuse.core.errors import ConfigError
@@ -25,6 +26,7 @@ MOVABLE_KEYS = (
     "trainer.log_every_n_steps",
     "data.workers",
     "data.micro_batch_size",
+    *UNLEARNED_KEYS,
 )
 """Keys that may change when a recipe goes on: they do not change what is learned."""
 
