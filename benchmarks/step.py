@@ -39,7 +39,7 @@ from owlfuse.core.types import Batch, Encoded
 from owlfuse.data.collate import Collator
 from owlfuse.model.loss import batch_loss, token_loss
 from owlfuse.model.multimodal import MultimodalLM, build_model
-from owlfuse.parallel.collectives import clip, divide
+from owlfuse.parallel.collectives import clip, divide, total_norm
 
 IMAGE_TOKEN = 5
 PEER = "LLaVA of transformers"
@@ -211,7 +211,7 @@ def make_step(model: nn.Module, precision: str) -> Callable[[Loss], Tensor]:
             gradients = [p.grad for p in parameters if p.grad is not None]
             # As owlfuse trains: the sum's gradients are divided by the tokens.
             divide(gradients, torch.as_tensor(tokens))
-            clip(gradients, 1.0)
+            clip(gradients, total_norm(gradients), 1.0)
         with record_function("optimizer"):
             optimizer.step()
             optimizer.zero_grad()

@@ -275,7 +275,7 @@ def test_a_folder_of_another_kind_is_named_as_what_it_is(silent_run, capsys):
 FILES = {
     "config.yaml": ".config.yaml.temporary",
     "metrics.csv": "metrics.csv",
-    "answers.jsonl": "answers.jsonl",
+    "answers.jsonl": ".answers.jsonl.temporary",
     "mixture.json": ".mixture.json.temporary",
     "contact_sheet.png": "contact_sheet.png",
 }

@@ -364,7 +364,7 @@ examples:
   owlfuse train model/adapter@model.adapter.llm=lora trainer.max_steps=100
   owlfuse train -m experiment=shapes_owl1,shapes_owl3 seed=0,1,2
       a run of each combination, and a table
-  owlfuse train experiment=mine dry_run=true plan.gpus=8 plan.gpu_memory=80
+  owlfuse train experiment=mine trainer=fsdp dry_run=true plan.gpus=8 plan.gpu_memory=80
       what a run would need, and stop
   owlfuse train resume=runs/shapes_owl3/trial trainer.max_steps=200
 """

@@ -17,6 +17,7 @@ from owlfuse.model.llm import (
     check_length,
     check_split,
     load_llm,
+    recompute_activations,
     rotary,
     rotate,
     width,
@@ -248,14 +249,26 @@ def test_weights_that_cannot_be_read_are_told_in_a_line(folder, damage):
     assert "\n" not in str(error.value)
 
 
+RATES = {
+    "gpt2": {"resid_pdrop": 0.5, "attn_pdrop": 0.5, "embd_pdrop": 0.5},
+    # whose layers drop in their own forward
+    "opt": {"dropout": 0.5},
+}
+
+
+@pytest.mark.parametrize("family", RATES)
+@pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("frozen", [True, False])
-def test_a_frozen_llm_drops_nothing_in_training(frozen):
-    fields = {**small_fields("gpt2"), "resid_pdrop": 0.5, "attn_pdrop": 0.5, "embd_pdrop": 0.5}
+def test_a_frozen_llm_drops_nothing_in_training(frozen, checkpointing, family):
+    fields = {**small_fields(family), **RATES[family]}
     options = {"adapter": FROZEN | {"connector": policy("Full")}} if frozen else {}
     model = make_model("concat", llm=fields, **options)
+    if checkpointing:
+        recompute_activations(model.llm)
     batch = make_batch(ROWS, model.fusion.tokens_per_image)
     model.train()
     with torch.no_grad():
         assert torch.equal(model(batch), model(batch)) == frozen
-    # else their checkpointing would keep all activations
-    assert all(layer.training for layer in decoder_layers(model.llm))
+    # else checkpointing would keep all activations
+    if checkpointing:
+        assert all(layer.training for layer in decoder_layers(model.llm))

@@ -95,7 +95,7 @@ def test_an_experiment_leaves_all_that_explains_it(experiment):
         "cost",
         "hash",
     }
-    assert set(results) == wanted | {"changes", "tokenizer"}
+    assert set(results) == wanted | {"changes", "precision", "tokenizer"}
     metrics = results["metrics"]
     wanted = {
         "val/loss",

@@ -262,6 +262,12 @@ def check_steps(trainer: dict[str, Any], origin: Origin) -> None:
                 "count others; for a short run set trainer.max_steps, for few samples a source of "
                 "few",
             )
+    if trainer.get("max_time") is not None:
+        raise refusal(
+            "max_time",
+            "none: it would break off a step, and the run would count as finished; have SIGTERM "
+            "sent, by `timeout` or SLURM's --signal, and go on with resume=",
+        )
     interval = trainer.get("val_check_interval", 1)
     # Lightning also takes shares of an epoch and times, but the data are an endless stream.
     if type(interval) is not int or interval < 1:

@@ -358,8 +358,9 @@ class MultimodalLM(nn.Module):
         if not any(p.requires_grad for p in llm if id(p) not in tables):
             for module in self.llm.modules():
                 # a layer in evaluation would keep the activations that checkpointing frees
-                if not isinstance(module, GradientCheckpointingLayer):
-                    module.training = False
+                module.training = mode and recomputes(module)
+                if module.training:
+                    drop_nothing(module)
             for module in self.fusion.owned(self.llm):
                 module.train(mode)
         trained = set(trained_norms(self))
@@ -367,6 +368,19 @@ class MultimodalLM(nn.Module):
             if isinstance(module, _BatchNorm) and module not in trained:
                 module.eval()
         return self
+
+
+def recomputes(module: nn.Module) -> bool:
+    """Returns whether a module is a decoder layer that computes its activations again in the
+    backward pass."""
+    return isinstance(module, GradientCheckpointingLayer) and bool(module.gradient_checkpointing)
+
+
+def drop_nothing(layer: nn.Module) -> None:
+    """Sets the rates to 0 by which a decoder layer drops in its own forward, as OPT's does."""
+    for name, value in vars(layer).items():
+        if "dropout" in name and isinstance(value, float):
+            setattr(layer, name, 0.0)
 
 
 def in_dtype_of(module: nn.Module, tensor: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ import logging
 import math
 import os
 import pickle
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager, contextmanager, suppress
@@ -291,9 +292,27 @@ def shards_writer(
     def write_all() -> None:
         write()
         if first:
+            check_all_there(folder)
             write_file(meta, folder / META)
 
     return write_all
+
+
+def check_all_there(folder: Path) -> None:
+    """Raises DataError where a rank has written its part of a checkpoint elsewhere, as onto another
+    machine's own disk."""
+    table = SafeReader(folder).read_metadata()
+    names = {info.relative_path for info in table.storage_data.values()}
+    # A network's file system may show a new file some seconds late.
+    for _ in range(10):
+        missing = sorted(name for name in names if not (folder / name).is_file())
+        if not missing:
+            return
+        time.sleep(1)
+    raise DataError(
+        f"{folder} lacks {missing[0]}, which another machine has written to a disk of its own; "
+        "name a folder for runs= that all machines share"
+    )
 
 
 def write_file(checkpoint: dict[str, Any], path: Path) -> None:

@@ -158,14 +158,12 @@ def total_norm(gradients: Sequence[Tensor]) -> Tensor:
     return total.sqrt().to(norms)
 
 
-def clip(gradients: Sequence[Tensor], limit: float) -> Tensor:
-    """Scales gradients in place so that their norm is at most `limit`, as torch's
-    `clip_grad_norm_`; gives the norm before."""
-    norm = total_norm(gradients)
+def clip(gradients: Sequence[Tensor], norm: Tensor, limit: float) -> None:
+    """Scales gradients in place so that their norm, which is `norm`, is at most `limit`, as torch's
+    `clip_grad_norm_`."""
     torch._foreach_mul_(
         [local(gradient) for gradient in gradients], (limit / (norm + 1e-6)).clamp(max=1.0)
     )
-    return norm
 
 
 def all_reduce_gradients(parameters: Iterable[nn.Parameter], strategy: Any) -> None:

@@ -197,7 +197,14 @@ def check_strategy(trainer: Trainer, model: MultimodalLM, checkpoint: Path | Non
             "trainer=fsdp to shard"
         )
     if isinstance(trainer.strategy, Sharded):
-        model.check_split(trainer.strategy.sizes()[1])
+        tensor_ranks = trainer.strategy.sizes()[1]
+        model.check_split(tensor_ranks)
+        if trainer.precision == "16-mixed" and tensor_ranks > 1:
+            # torch's GradScaler asks the ranks of the first gradient's mesh alone
+            raise ValueError(
+                "trainer.precision: tensor ranks do not tell each other of gradients beyond "
+                "float16, and would drift apart; take bf16-mixed, or trainer=fsdp"
+            )
         in_float32 = names_in_float32(model.llm, strict=trainer.precision != "16-true")
         if in_float32 and trainer.precision in ("bf16-true", "16-true"):
             raise ValueError(

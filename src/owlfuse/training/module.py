@@ -38,6 +38,7 @@ from owlfuse.parallel.collectives import (
     data_ranks,
     divide,
     in_float64,
+    total_norm,
 )
 from owlfuse.parallel.sharding import build_for, zero_other_rows
 from owlfuse.training.finite import FiniteWatch
@@ -211,17 +212,19 @@ class MultimodalModule(lightning.LightningModule):
     ) -> None:
         """By the norm over all parameters and all ranks' shards, logged as `train/grad_norm`; by
         value as Lightning does."""
+        # of unclipped gradients, too: an update by what is no number ruins all weights
+        norm = total_norm(gradients_of(optimizer))
+        self.log("train/grad_norm", norm)
         if gradient_clip_algorithm == "value":
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
         elif gradient_clip_val:
-            norm = clip(gradients_of(optimizer), gradient_clip_val)
-            self.log("train/grad_norm", norm)
-            if self.trainer.precision == "16-mixed":
-                # whose scaler leaves out such an update, and tries the next with smaller gradients
-                self.skipped_updates = self.skipped_updates + (~torch.isfinite(norm)).float()
-                self.log("train/skipped_updates", self.skipped_updates)
-            else:
-                self.finite.note(norm, self.trainer.global_step + 1)
+            clip(gradients_of(optimizer), norm, gradient_clip_val)
+        if self.trainer.precision == "16-mixed":
+            # whose scaler leaves out such an update, and tries the next with smaller gradients
+            self.skipped_updates = self.skipped_updates + (~torch.isfinite(norm)).float()
+            self.log("train/skipped_updates", self.skipped_updates)
+        else:
+            self.finite.note(norm, self.trainer.global_step + 1)
         # Lightning calls nothing of ours between this and the update
         self.updated_at = self.trainer.global_step
 

@@ -270,7 +270,7 @@ class MuonAndAdamW(torch.optim.Optimizer):
         if not all("muon" in group for group in state_dict["param_groups"]):
             raise ConfigError(
                 "optim: the checkpoint holds the state of timm's Muon, expected torch's; start "
-                "another run from its weights by init_from=RUN"
+                "another run from its weights by init_from= of its export"
             )
         super().load_state_dict(state_dict)
 
@@ -306,7 +306,7 @@ def check_groups(saved: list[dict[str, Any]], groups: list[dict[str, Any]]) -> N
         raise ConfigError(
             f"optim: the checkpoint's optimizer has {differing[0]} otherwise than this run (of its "
             f"parameter groups, {len(set(differing))} differ); give `optim` as it was, or start "
-            "another run from its weights by init_from=RUN"
+            "another run from its weights by init_from= of its export"
         )
 
 

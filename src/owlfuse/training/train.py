@@ -236,7 +236,8 @@ def print_start(
     lines += [
         f"  {trainer.max_steps:,} steps of {data.global_batch_size:,} samples, "
         f"{processes}{device}, {trainer.precision}",
-        f"  looks at the validation sources every {every:,} steps",
+        f"  {'looks at the validation sources' if data.validation else 'writes a checkpoint'} "
+        f"every {every:,} steps",
         f"  Ctrl-C stops it after a step, and `owlfuse train resume={folder}` goes on",
         "data, drawn by weight:",
     ]

@@ -12,6 +12,8 @@ from lightning import Callback, Trainer
 from lightning.pytorch.callbacks import (
     GradientAccumulationScheduler,
     LearningRateMonitor,
+    StochasticWeightAveraging,
+    Timer,
     WeightAveraging,
 )
 from lightning.pytorch.plugins.environments import SLURMEnvironment
@@ -48,7 +50,9 @@ def make_trainer(
     precision = config.trainer.precision
     if precision is None:
         precision = precision_for(config.trainer.accelerator)
-    callbacks = make_callbacks(config.get("checkpoint"), watched)
+    # Where nothing is validated, there is a checkpoint where a validation would be.
+    every = None if validates(config, data) else config.trainer.get("val_check_interval")
+    callbacks = make_callbacks(config.get("checkpoint"), watched, every)
     # An evaluation before the first step, where one is asked for.
     if config.evaluation and config.evaluation.get("before"):
         callbacks.append(BeforeTraining(build(config.evaluation), folder))
@@ -115,9 +119,21 @@ def precision_for(accelerator: str) -> str:
     return "bf16-mixed" if gpus else "32-true"
 
 
-def make_callbacks(checkpoint: DictConfig | None, watched: str | None) -> list[Callback]:
+def validates(config: DictConfig, data: ChatData) -> bool:
+    """Whether there is a validation during training."""
+    has_samples = getattr(data, "validation_samples", 1) > 0
+    return bool(data.validation) and has_samples and config.trainer.get("limit_val_batches") != 0
+
+
+def make_callbacks(
+    checkpoint: DictConfig | None, watched: str | None, every: int | None = None
+) -> list[Callback]:
     """Progress, learning rates, signals, a look at the first steps, checkpoints, and the best by
-    the metric `watched`."""
+    the metric `watched`.
+
+    Args:
+        every: optimizer steps between two checkpoints, where the configuration does not say.
+    """
     callbacks: list[Callback] = [
         # first, since other callbacks log at a batch's start too
         LoggedStep(),
@@ -126,7 +142,12 @@ def make_callbacks(checkpoint: DictConfig | None, watched: str | None) -> list[C
         LearningRateMonitor("step"),
         StopOnSignal(),
     ]
-    checkpoints = build(checkpoint) if checkpoint else Checkpoints()
+    if checkpoint is None:
+        checkpoints = Checkpoints(every=every)
+    elif every is None or checkpoint.get("every"):
+        checkpoints = build(checkpoint)
+    else:
+        checkpoints = build(checkpoint, every=every)
     callbacks += [FirstStepsCheck(), Cost(), checkpoints]
     return [*callbacks, Best(watched, checkpoints.background)] if watched else callbacks
 
@@ -150,6 +171,16 @@ def check_callbacks(trainer: Trainer, config: DictConfig) -> None:
             raise ConfigError(
                 f"{where} would train the first samples again and again; "
                 "data.micro_batch_size decides the accumulation"
+            )
+        if issubclass(kind, Timer):
+            raise ConfigError(
+                f"{where} would break off a step, and the run would count as finished; have "
+                "SIGTERM sent, by `timeout` or SLURM's --signal"
+            )
+        if issubclass(kind, StochasticWeightAveraging):
+            raise ConfigError(
+                f"{where} counts epochs, and a run is one: it would average nothing; take "
+                "callbacks=ema"
             )
         if not issubclass(kind, WeightAveraging):
             continue

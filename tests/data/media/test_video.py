@@ -531,3 +531,18 @@ def test_a_video_counts_as_its_frames_and_a_tiled_picture_as_its_views(tmp_path,
     loaded = [len(chats.load(source[index], source).input_ids) for index in range(3)]
     assert chats.lengths()["a"].tokens.tolist() == loaded
     assert min(loaded) > 10
+
+
+@pytest.mark.parametrize(("transfer", "white"), [(16, 0.58), (18, 0.75), (1, 1.0)])
+def test_white_of_an_hdr_frame_is_white(transfer, white):
+    """PQ and HLG have it at another number than usual screens."""
+    frame = av.VideoFrame(16, 16, "yuv420p10le")
+    codes = (round(64 + white * 876), 512, 512)
+    for plane, code in zip(frame.planes, codes, strict=True):
+        values = np.full(plane.buffer_size // 2, code, np.uint16)
+        plane.update(values.tobytes())
+    frame.color_trc = transfer
+    frame.color_primaries = 1 if transfer == 1 else 9
+    frame.colorspace = 1 if transfer == 1 else 9
+    frame.color_range = 1
+    assert min(video.upright(frame).getpixel((4, 4))) > 245

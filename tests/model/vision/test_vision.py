@@ -590,3 +590,53 @@ def test_a_frozen_backbone_drops_nothing_in_training(frozen):
     pixels = torch.randn(4, 3, *model.vision.preprocessing.size)
     same = torch.equal(model.vision(pixels), model.vision(pixels))
     assert same == frozen
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "other", "output"),
+    [
+        ("swin_tiny_patch4_window7_224", 56, 112, "penultimate"),
+        ("beit_base_patch16_224", 64, 96, "penultimate"),
+        ("maxvit_tiny_tf_224", 224, 256, "penultimate"),
+        ("pvt_v2_b0", 256, 128, "last"),
+    ],
+)
+def test_a_model_may_be_set_to_another_size_whatever_it_has_lost(name, size, other, output):
+    with torch.device("meta"):
+        model = TimmBackbone(name, image_size=size, output=output)
+        patches = model.patches
+        model.set_image_size(other)
+    assert (model.patches > patches) == (other > size)
+
+
+def test_a_model_that_was_built_at_a_size_may_be_asked_for_at_another():
+    kwargs = {"embed_dim": 16, "depth": 2, "num_heads": 2, "img_size": 64}
+    model = TimmBackbone("vit_tiny_patch16_224", image_size=96, kwargs=kwargs)
+    assert model.grid == (6, 6)
+    with pytest.raises(ValueError, match="kwargs: img_size is 64"):
+        TimmBackbone("vit_tiny_patch16_224", kwargs={**kwargs, "img_size": 64}, resize="stretch")
+
+
+def test_mvit_is_built_at_its_size_and_cannot_be_set_to_another():
+    """Its tables are looked up from the middle of the grid of now."""
+    with torch.device("meta"):
+        model = TimmBackbone("mvitv2_tiny", image_size=160)
+        first = model.body.stages[0].blocks[0].attn
+        assert first.rel_pos_h.shape[0] == 2 * 40 - 1
+        with pytest.raises(ValueError, match="has the size that it was built with"):
+            model.set_image_size(256)
+
+
+@pytest.mark.parametrize(
+    ("name", "output"),
+    [("vit_base_patch16_rope_mixed_224", "last"), ("samvit_base_patch16", "last")],
+)
+def test_the_last_block_is_a_block_and_not_what_timm_does_not_name(name, output):
+    with torch.device("meta"):
+        model = TimmBackbone(name, output=output, image_size=224)
+    names = {id(p): n for n, p in model.body.named_parameters()}
+    last = [names[id(p)] for p in model.blocks()[-1]]
+    assert any(name.startswith("blocks.11.") for name in last)
+    assert not any(
+        "rope" in name for block in model.blocks() for name in (names[id(p)] for p in block)
+    )

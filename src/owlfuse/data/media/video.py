@@ -306,9 +306,20 @@ def check_size(stream: av.VideoStream, label: str, max_pixels: int) -> None:
         )
 
 
+# PQ and HLG, of ITU-T H.273.
+HDR = (16, 18)
+
+
 def upright(frame: av.VideoFrame) -> Image.Image:
     """Return a frame as RGB, turned as the video's own rotation says."""
-    return frame.to_image().rotate(frame.rotation, expand=True)
+    options: dict[str, Any] = {}
+    # An iPhone's HDR, whose numbers are not those of a usual screen: without a change of them white
+    # would be grey.
+    if getattr(frame, "color_trc", None) in HDR:  # which PyAV before 16 does not tell
+        from av.video.reformatter import ColorPrimaries, ColorTrc
+
+        options = {"dst_color_trc": ColorTrc.BT709, "dst_color_primaries": ColorPrimaries.BT709}
+    return frame.to_image(**options).rotate(frame.rotation, expand=True)
 
 
 # Small frames compared at a time.

@@ -7,6 +7,7 @@ import copy
 import inspect
 import logging
 import math
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -132,7 +133,9 @@ class TimmBackbone(Backbone):
         self.drop_prefix = 0 if class_token else self.prefix_tokens
         self.preprocessing = preprocessing_of(self.body, image_size, resize)
         built_size = (kwargs or {}).get("img_size")
-        if built_size is not None and to_2tuple(built_size) != self.preprocessing.size:
+        # with image_size the model has been resampled from it
+        is_other = built_size is not None and to_2tuple(built_size) != self.preprocessing.size
+        if image_size is None and is_other:
             height, width = self.preprocessing.size
             raise ValueError(
                 f"kwargs: img_size is {built_size}, and pictures are {height} x {width}; set "
@@ -474,10 +477,17 @@ class TimmBackbone(Backbone):
         """Returns the parameters of the model's layers, first to last, in timm's own grouping; the
         norm is with the last."""
         parameters = dict(self.body.named_parameters())
-        groups = group_parameters(self.body, self.body.group_matcher(coarse=False), reverse=False)
+        matcher = self.body.group_matcher(coarse=False)
+        groups = group_parameters(self.body, matcher, reverse=False)
+        # timm makes a last group of those that its patterns do not name
+        rest = {name for name in parameters if not is_named(name, matcher)}
         blocks = []
         for _, names in sorted(groups.items()):
-            blocks.append([parameters[name] for name in names if name in parameters])
+            block = [parameters[name] for name in names if name in parameters and name not in rest]
+            if block:
+                blocks.append(block)
+        # as a neck they are behind the last block, but frequencies of positions are in all
+        blocks[-1] += [parameters[name] for name in sorted(rest) if "rope" not in name]
         if self.norm is not None:
             blocks[-1] += self.norm.parameters()
         return blocks
@@ -503,6 +513,19 @@ class TimmBackbone(Backbone):
         finally:
             for norm in norms:
                 norm.train()
+
+
+def is_named(name: str, matcher: Any) -> bool:
+    """Returns whether one of the patterns of a timm model's `group_matcher` names a parameter."""
+    # a function names all
+    if not isinstance(matcher, dict):
+        return True
+    for patterns in matcher.values():
+        for entry in patterns if isinstance(patterns, list | tuple) else [patterns]:
+            pattern = entry[0] if isinstance(entry, list | tuple) else entry
+            if re.match(pattern, name):
+                return True
+    return False
 
 
 def feature_norm(norm: Norm | bool | None, width: int) -> nn.Module | None:

@@ -11,6 +11,7 @@ import timm
 import torch
 from safetensors import SafetensorError
 from timm.models import load_state_dict
+from timm.models.mvitv2 import MultiScaleVit
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -44,6 +45,10 @@ def create_body(
             hub_name,
             "set model.vision.weights to a file with them, or HF_HOME to a cache that has it",
         )
+    builds_at_size = image_size is not None and name.startswith("mvitv2")
+    if builds_at_size:
+        # timm resamples its tables while it loads weights, and not later
+        kwargs = {"img_size": image_size, **kwargs}
     try:
         body = timm.create_model(name, pretrained=pretrained, num_classes=0, **kwargs)
     # timm's models check their arguments by assertions
@@ -57,7 +62,7 @@ def create_body(
         check_activation(body, name)
     if weights:
         load_weights(body, weights, name, kwargs)
-    if image_size is not None:
+    if image_size is not None and not builds_at_size:
         set_input_size(body, name, image_size)
     return body
 
@@ -85,13 +90,19 @@ def set_input_size(body: Any, name: str, image_size: int) -> None:
         raise ValueError(f"image_size is {image_size}, expected pixels, or null for the model's")
     patch: Any = getattr(getattr(body, "patch_embed", None), "patch_size", None)
     side = patch[0] if isinstance(patch, tuple | list) else patch
-    if side and image_size % side:
+    projection: Any = getattr(getattr(body, "patch_embed", None), "proj", None)
+    # as PVTv2's, whose kernel timm calls a patch
+    overlaps = isinstance(projection, nn.Conv2d) and projection.stride != projection.kernel_size
+    if side and image_size % side and not overlaps:
         raise ValueError(
             f"image_size is {image_size}, which {name}'s patches of {side} pixels do not divide"
         )
     # of the others convolutional models take any size; what does not fails when it is measured
     if hasattr(body, "set_input_size"):
         body.set_input_size(img_size=(image_size, image_size))
+    elif isinstance(body, MultiScaleVit):
+        # which would look its tables of relative positions up at places of another grid
+        raise ValueError(f"image_size: timm's {name} has the size that it was built with")
 
 
 def count_prefix_tokens(body: nn.Module) -> int:
@@ -124,6 +135,25 @@ def unused_parameters(module: nn.Module, output: Tensor) -> set[str]:
     return {name for name, gradient in zip(named, gradients, strict=True) if gradient is None}
 
 
+class Removed(nn.Identity):
+    """What stands for a stage or a block that the features do not use: timm sets the size of all
+    of them."""
+
+    resolution = None
+    rel_pos = None
+
+    @property
+    def attn(self) -> Removed:
+        """The block's attention."""
+        return self
+
+    def set_input_size(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing has a size here."""
+
+    def set_window_size(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing has a window here."""
+
+
 def remove_modules(module: nn.Module, unused: set[str], prefix: str = "") -> None:
     """Replaces each module whose every parameter is unused by an Identity."""
     for name, child in list(module.named_children()):
@@ -131,7 +161,7 @@ def remove_modules(module: nn.Module, unused: set[str], prefix: str = "") -> Non
         parameters = [path + parameter for parameter, _ in child.named_parameters()]
         if parameters and unused.issuperset(parameters):
             # an Identity, since timm's forward still calls it
-            setattr(module, name, nn.Identity())
+            setattr(module, name, Removed())
         else:
             remove_modules(child, unused, path)
 
