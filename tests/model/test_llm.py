@@ -14,6 +14,7 @@ from helpers import FROZEN, ROWS, VOCAB, llm_fields, make_batch, make_model, pol
 from owlfuse.model.layouts import decoder_layers
 from owlfuse.model.llm import (
     cache_argument,
+    check_architecture,
     check_length,
     check_split,
     load_llm,
@@ -272,3 +273,17 @@ def test_a_frozen_llm_drops_nothing_in_training(frozen, checkpointing, family):
     # else checkpointing would keep all activations
     if checkpointing:
         assert all(layer.training for layer in decoder_layers(model.llm))
+
+
+def test_a_plan_is_of_the_folder_that_is_there_and_not_of_another_architecture(folder):
+    other = llm_fields("qwen2", hidden_size=64)
+    with torch.device("meta"):
+        assert width(load_llm(VOCAB, pretrained=folder, architecture=other)) == 32
+        # one that is not at hand
+        assert width(load_llm(VOCAB, pretrained="some/where", architecture=other)) == 64
+    llm = load_llm(VOCAB + 3, pretrained=folder)
+    check_architecture(llm, {**llm_fields("qwen2"), "vocab_size": VOCAB})
+    check_architecture(llm, None)
+    for wrong in ({"hidden_size": 64}, {"vocab_size": VOCAB + 3}, {"model_type": "llama"}):
+        with pytest.raises(ValueError, match=f"architecture: {next(iter(wrong))} is"):
+            check_architecture(llm, wrong)

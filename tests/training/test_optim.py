@@ -90,7 +90,9 @@ def test_a_state_of_timm_s_muon_is_refused_in_one_line():
     state = optimizer.state_dict()
     for group in state["param_groups"]:
         del group["muon"]
-    with pytest.raises(ConfigError, match="timm's Muon, expected torch's; .* init_from= of its export"):
+    with pytest.raises(
+        ConfigError, match="timm's Muon, expected torch's; .* init_from= of its export"
+    ):
         optimizer.load_state_dict(state)
 
 
@@ -122,7 +124,9 @@ def test_a_checkpoint_with_other_parameter_groups_is_refused_in_one_line():
     groups = AdamWCosine().groups(model)
     saved = AdamWCosine().build(model, 10)["optimizer"].state_dict()["param_groups"]
     check_groups(saved, groups)
-    with pytest.raises(ConfigError, match=r"optim: .* has llm otherwise .* differ.* init_from= of its export"):
+    with pytest.raises(
+        ConfigError, match=r"optim: .* has llm otherwise .* differ.* init_from= of its export"
+    ):
         check_groups(saved, AdamWCosine(layer_decay={"llm": 0.9}).groups(model))
 
 

@@ -130,8 +130,9 @@ def load_llm(
     if attention != "sdpa":
         options["attn_implementation"] = attention
     on_meta = torch.get_default_device().type == "meta"
-    # a plan of a hub's model needs no download
-    if on_meta and pretrained and architecture:
+    # a plan of a hub's model needs no download, and that of a folder that is there is read from it
+    is_there = pretrained is not None and Path(packaged(pretrained)).expanduser().is_dir()
+    if on_meta and pretrained and architecture and not is_there:
         config = architecture
     if config is not None:
         llm_config = make_config(config, vocab_size)
@@ -161,6 +162,34 @@ def load_llm(
 # a function, whose attributes mypy does not know; see `parts.ModelPart` for what these are
 load_llm.COMPUTE_ONLY = ("attention", "gradient_checkpointing")  # type: ignore[attr-defined]
 load_llm.ORIGIN = ("pretrained", "gguf_file", "architecture", "dtype")  # type: ignore[attr-defined]
+
+
+SIZES = (
+    "model_type",
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+)
+"""What of an LLM's configuration decides plans, splits and which tokens are new."""
+
+
+def check_architecture(llm: PreTrainedModel, architecture: dict[str, Any] | None) -> None:
+    """Raises ValueError where an LLM with loaded weights is not what `architecture` says, by which
+    the run was checked and planned."""
+    config = llm.config.to_dict()
+    for key, expected in (architecture or {}).items():
+        if key not in SIZES:
+            continue
+        # the embeddings may have grown since
+        found = getattr(llm, "trained_rows", None) if key == "vocab_size" else config.get(key)
+        if found is not None and found != expected:
+            raise ValueError(
+                f"model.llm.architecture: {key} is {expected}, and {found} in the weights; write "
+                "model.llm.architecture=null, or what their config.json has"
+            )
 
 
 def check_width(llm: PreTrainedModel) -> None:

@@ -27,7 +27,7 @@ from owlfuse.artifacts.weights import (
 from owlfuse.core.types import Batch
 from owlfuse.data.datamodule import ChatData
 from owlfuse.model.adapters import PartSummary, print_summary
-from owlfuse.model.llm import balancing_coefficient
+from owlfuse.model.llm import balancing_coefficient, check_architecture
 from owlfuse.model.loss import batch_loss
 from owlfuse.model.multimodal import MultimodalLM, build_model
 from owlfuse.model.vision.batch_norm import trained_norms
@@ -132,7 +132,10 @@ class MultimodalModule(lightning.LightningModule):
         }
         nodes = {**self.model_config, "llm": llm}
         base = load_base(self.init_from, nodes, self.vocab_size) if self.init_from else None
-        return build_model(nodes, self.vocab_size, base, self.new_tokens)
+        model, summary = build_model(nodes, self.vocab_size, base, self.new_tokens)
+        if base is None:
+            check_architecture(model.llm, self.model_config["llm"].get("architecture"))
+        return model, summary
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """The summed loss, scaled so that after Lightning's division by the accumulation steps, and

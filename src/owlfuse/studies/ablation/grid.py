@@ -81,6 +81,16 @@ def make_cells(
         DataError: data that are wrong.
     """
     check_words(words)
+    file_words = [*ablation.overrides]
+    for factor in ablation.factors:
+        for level_words in factor.levels.values():
+            file_words += level_words
+    for word in file_words:
+        if word.startswith(("seed=", "resume=")):
+            raise ConfigError(
+                f"{ablation.name}: {word}: the ablation decides it for each cell; write seeds: [0, "
+                "1], and leave resume out"
+            )
     combinations = all_combinations(ablation)
     combinations.sort(key=lambda levels: levels != ablation.baseline)  # stable: the file's order
     cells: list[Cell] = []
