@@ -10,7 +10,7 @@ from torch import Tensor
 
 from owlfuse.artifacts.released.names import family_in
 from owlfuse.core.types import Batch, image_starts
-from owlfuse.model.loss import mean_loss
+from owlfuse.model.loss import token_loss
 from owlfuse.model.multimodal import MultimodalLM
 
 OWL1_IMAGE, OWL2_IMAGE = -1, -200
@@ -41,7 +41,8 @@ def reference_loss(model: MultimodalLM, io: dict[str, Tensor]) -> Tensor:
     The other inputs are those of `reference_logits`.
     """
     batch = released_batch(model, io)
-    return mean_loss(model(batch), batch.labels)
+    summed, count = token_loss(model(batch), batch.labels)
+    return summed / count
 
 
 def released_batch(model: MultimodalLM, io: dict[str, Tensor]) -> Batch:

@@ -133,10 +133,11 @@ class Conversation:
         self.messages, self.pictures, self.next_pictures = messages, pictures, []
         # The type is named: of no ids at all torch would make floating-point numbers.
         self.last = Exchange(question, inputs, torch.tensor(streamer.ids, dtype=torch.long))
-        # As training has it: a template writes the space before an answer itself.
-        answer = "".join(streamer.pieces).strip()
-        # Also an answer that was stopped: the model has said it.
-        self.messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
+        answer = "".join(streamer.pieces)
+        # As training has it: a template writes the space before an answer itself. Also of an answer
+        # that was stopped: the model has said it.
+        said = {"type": "text", "text": answer.strip()}
+        self.messages.append({"role": "assistant", "content": [said]})
         return answer
 
     @property
