@@ -164,7 +164,7 @@ load_llm.COMPUTE_ONLY = ("attention", "gradient_checkpointing")  # type: ignore[
 load_llm.ORIGIN = ("pretrained", "gguf_file", "architecture", "dtype")  # type: ignore[attr-defined]
 
 
-SIZES = (
+PLANNED_FIELDS = (
     "model_type",
     "vocab_size",
     "hidden_size",
@@ -181,7 +181,7 @@ def check_architecture(llm: PreTrainedModel, architecture: dict[str, Any] | None
     the run was checked and planned."""
     config = llm.config.to_dict()
     for key, expected in (architecture or {}).items():
-        if key not in SIZES:
+        if key not in PLANNED_FIELDS:
             continue
         # the embeddings may have grown since
         found = getattr(llm, "trained_rows", None) if key == "vocab_size" else config.get(key)

@@ -52,7 +52,7 @@ from owlfuse.training.loggers import begin_logging, finish_loggers, log_results
 from owlfuse.training.machine_checks import check_machine
 from owlfuse.training.module import MultimodalModule
 from owlfuse.training.sample_counts import SampleTotals, over_ranks
-from owlfuse.training.trainer import make_trainer, run_cost, watched_metric
+from owlfuse.training.trainer import make_trainer, run_cost, validates, watched_metric
 
 log = logging.getLogger(__name__)
 
@@ -233,10 +233,11 @@ def print_start(
     lines = [f"run: {folder}, experiment {config.experiment}, seed {config.seed}"]
     if checkpoint is not None:
         lines.append(f"going on from {checkpoint} at step {step_of(checkpoint)}")
+    is_validated = validates(config, data)
     lines += [
         f"  {trainer.max_steps:,} steps of {data.global_batch_size:,} samples, "
         f"{processes}{device}, {trainer.precision}",
-        f"  {'looks at the validation sources' if data.validation else 'writes a checkpoint'} "
+        f"  {'looks at the validation sources' if is_validated else 'writes a checkpoint'} "
         f"every {every:,} steps",
         f"  Ctrl-C stops it after a step, and `owlfuse train resume={folder}` goes on",
         "data, drawn by weight:",
@@ -248,8 +249,8 @@ def print_start(
             f"  {name}: {share:.1%} of the {data.weights_by}, {len(source):,} samples of "
             f"{source.file}"
         )
-    best = watched_metric(data)
-    lines.append(f"validation (best.ckpt is by {best}):" if best else "validation: none")
+    best = watched_metric(data) if is_validated else None
+    lines.append(f"validation (best.ckpt is by {best}):" if best else "no validation")
     for name, source in data.validation.items():
         lines.append(f"  {name}: {len(source):,} samples of {source.file}")
     print(visible("\n".join(lines)))

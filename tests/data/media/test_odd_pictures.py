@@ -190,7 +190,7 @@ def test_how_many_pages_or_frames_a_file_has_is_told(tmp_path, kind):
     pages = [Image.new("RGB", (4, 4), color) for color in ("red", "green", "blue")]
     pages[0].save(tmp_path / f"a.{kind}", save_all=True, append_images=pages[1:])
     opened = open_image(tmp_path, f"a.{kind}", "s", 100)
-    assert opened.info["frames"] == 3
+    assert opened.info["pages"] == 3
     assert opened.getpixel((0, 0))[0] > 200
     pages[0].save(tmp_path / f"b.{kind}")
-    assert open_image(tmp_path, f"b.{kind}", "s", 100).info["frames"] == 1
+    assert open_image(tmp_path, f"b.{kind}", "s", 100).info["pages"] == 1

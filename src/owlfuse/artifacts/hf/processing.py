@@ -153,7 +153,7 @@ class OwlfuseProcessor(ProcessorMixin):
         texts = [text] if isinstance(text, str) else list(text or [])
         pictures = open_images(images)
         token = self.image_token
-        check_rows(images, texts, token)
+        check_nesting(images, texts, token)
         placeholders = sum(text.count(token) for text in texts)
         if placeholders != len(pictures):
             raise DataError(
@@ -282,7 +282,7 @@ FIXED_PICTURES = (
 )
 
 
-def check_rows(images: Any, texts: list[str], token: str) -> None:
+def check_nesting(images: Any, texts: list[str], token: str) -> None:
     """Raises DataError for lists of pictures, one for each text, of which one has another number of
     pictures than its text has marks: they would be shown in the texts behind it."""
     rows = images if isinstance(images, list | tuple) else []

@@ -184,10 +184,12 @@ def unwritten_roles(
     for role in ("system", "tool"):
         without = []
         for message in messages:
-            is_empty = message["role"] == role and bool(message["content"])
-            without.append({**message, "content": ""} if is_empty else message)
+            has_text = message["role"] == role and bool(message["content"])
+            without.append({**message, "content": ""} if has_text else message)
+        if without == messages:
+            continue
         # A template that refuses the chat without them writes them.
         with suppress(DataError):
-            if without != messages and render(without) == text:
+            if render(without) == text:
                 roles.append(f"a {role} message")
     return roles

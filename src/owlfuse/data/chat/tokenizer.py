@@ -13,13 +13,12 @@ from datetime import datetime
 from functools import lru_cache, partial
 from importlib.util import find_spec
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
+from huggingface_hub import try_to_load_from_cache
 from jinja2 import Environment, TemplateError, TemplateSyntaxError, nodes
 from tokenizers import Tokenizer, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
-from transformers.utils import cached_file
 
 from owlfuse.core.errors import FILE_ERRORS, DataError
 from owlfuse.core.files import read_text
@@ -42,6 +41,7 @@ MAX_TEXT = 2**26
 MAX_FACTOR = 100
 # Any other number in a template, the width of a filter for instance.
 MAX_NUMBER = 1_000_000
+# Characters that a filter may fill up to.
 MAX_WIDTH = 1000
 # The beginning of a template that `prepare_template` has made.
 PREPARED = "{#- prepared by owlfuse -#}"
@@ -136,19 +136,19 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
 
 # Digits, spaces, an apostrophe and a bracket, which classes of transformers split by rules of
 # their own.
+FILE = "tokenizer.json"
 PROBE = "In 2024,  it's\n\n 12.50 [INST] don't"
 
 
 def as_its_file(tokenizer: PreTrainedTokenizerBase, path: str) -> PreTrainedTokenizerBase:
     """Return a tokenizer that splits texts as its tokenizer.json says: transformers builds some
     classes from the vocabulary alone, and drops the file's other rules."""
-    file = cached_file(
-        path,
-        "tokenizer.json",
-        _raise_exceptions_for_missing_entries=False,
-        _raise_exceptions_for_connection_errors=False,
-    )
-    if file is None or not tokenizer.is_fast:
+    folder = Path(path)
+    # of a name of the hub it is in the cache by now
+    file = folder / FILE if folder.is_dir() else try_to_load_from_cache(path, FILE)
+    is_file = isinstance(file, str | Path) and Path(file).is_file()
+    # this class is made of the file itself
+    if not is_file or not tokenizer.is_fast or type(tokenizer) is PreTrainedTokenizerFast:
         return tokenizer
     plain = Tokenizer.from_file(str(file))
     plain.no_padding()
@@ -231,7 +231,7 @@ def prepare(
                 raise DataError(f"{error} (template {name})") from error
         tokenizer.chat_template = by_name
     else:
-        tokenizer.chat_template = prepared(templates)
+        tokenizer.chat_template = prepared(templates, options={})
     return tokenizer
 
 
@@ -240,7 +240,7 @@ def prepare_template(
     template: str,
     image_token: str,
     break_behind_images: bool,
-    options: Mapping[str, Any] = MappingProxyType({}),
+    options: Mapping[str, Any],
 ) -> str:
     """Return a chat template that renders the same text wherever it is used, for training and for
     generation.

@@ -185,20 +185,21 @@ def decode(file: io.BufferedIOBase, label: str, max_pixels: int) -> Image.Image:
         # The header alone has been read: a bomb of gigapixels is not decoded.
         if pixels > max_pixels:
             raise DataError(f"{label} has {pixels:,} pixels, over the limit of {max_pixels:,}")
-        frames = count_frames(picture)
+        pages = count_pages(picture)
         picture.load()
         turn_upright(picture)
         shown = to_rgb(picture)
-    shown.info["frames"] = frames
+    shown.info["pages"] = pages
     return shown
 
 
-def count_frames(picture: Image.Image) -> int:
+def count_pages(picture: Image.Image) -> int:
     """Return how many pages or frames a picture's file has, of which the first is shown."""
     # The further frames of a phone's MPO are previews and depths.
     if picture.format == "MPO":
         return 1
-    # Pillow reads the headers of the others, which may be damaged, and raises whatever it meets.
+    # Pillow reads the headers of the others, and raises whatever it meets in damaged ones, as of an
+    # EXIF (see `turn_upright`); the first page, which alone is shown, is read all the same.
     with suppress(Exception):
         return getattr(picture, "n_frames", 1)
     return 1

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from owlfuse.data.formats.base import Source
 
 
-FIRST_FRAME = Note("assumed", "of a picture of several pages or frames the first is shown")
+FIRST_PAGE = Note("assumed", "of a picture of several pages or frames the first is shown")
 
 
 class Preprocess(Protocol):
@@ -89,8 +89,9 @@ class Pictures:
                 views = read_frames(source.root, file, sample.id, sampling, self.max_pixels)
             else:
                 views = [open_image(source.root, file, sample.id, self.max_pixels)]
-                if views[0].info["frames"] > 1:
-                    sample.notes.append(FIRST_FRAME)
+                # once for a chat, whose notes are counted by chats
+                if views[0].info["pages"] > 1 and FIRST_PAGE not in sample.notes:
+                    sample.notes.append(FIRST_PAGE)
                 if tiled:
                     views = views_of(views[0], self.preprocess.size)
             pixels.append([self.preprocess(view) for view in views])

@@ -315,7 +315,7 @@ def upright(frame: av.VideoFrame) -> Image.Image:
     options: dict[str, Any] = {}
     # An iPhone's HDR, whose numbers are not those of a usual screen: without a change of them white
     # would be grey.
-    if getattr(frame, "color_trc", None) in HDR:  # which PyAV before 16 does not tell
+    if getattr(frame, "color_trc", None) in HDR:  # which older PyAVs do not tell
         from av.video.reformatter import ColorPrimaries, ColorTrc
 
         options = {"dst_color_trc": ColorTrc.BT709, "dst_color_primaries": ColorPrimaries.BT709}

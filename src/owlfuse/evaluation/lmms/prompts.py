@@ -12,7 +12,7 @@ from PIL import Image
 
 from owlfuse.core.errors import DataError
 from owlfuse.core.types import Sample
-from owlfuse.data.chat.checks import control_tokens, flatten
+from owlfuse.data.chat.checks import control_tokens, flatten, unwritten_roles
 from owlfuse.data.chat.tokenizer import render
 from owlfuse.data.formats.marks import unescaped, with_pictures
 from owlfuse.data.media.images import MAX_PIXELS, open_image, upright
@@ -193,4 +193,13 @@ def render_prompt(
     special = control_tokens(processor.tokenizer, processor.image_token)
     sample = Sample(prompt.name, "lmms-eval", messages, pictures)
     flat = flatten(sample, special, processor.image_token)
-    return render(processor.tokenizer, flat, answer is None, thinking)
+
+    def asked(messages: list[Message]) -> str:
+        return render(processor.tokenizer, messages, answer is None, thinking)
+
+    text = asked(flat)
+    if missing := unwritten_roles(flat, text, asked):
+        raise DataError(
+            f"{prompt.name}: it has {missing[0]}, which the chat template does not write"
+        )
+    return text

@@ -81,16 +81,7 @@ def make_cells(
         DataError: data that are wrong.
     """
     check_words(words)
-    file_words = [*ablation.overrides]
-    for factor in ablation.factors:
-        for level_words in factor.levels.values():
-            file_words += level_words
-    for word in file_words:
-        if word.startswith(("seed=", "resume=")):
-            raise ConfigError(
-                f"{ablation.name}: {word}: the ablation decides it for each cell; write seeds: [0, "
-                "1], and leave resume out"
-            )
+    check_file_words(ablation)
     combinations = all_combinations(ablation)
     combinations.sort(key=lambda levels: levels != ablation.baseline)  # stable: the file's order
     cells: list[Cell] = []
@@ -131,6 +122,20 @@ def check_words(words: list[str]) -> None:
         if key in ("experiment", "resume", "seed"):
             instead = "write seeds=[0,1]" if key == "seed" else "its cells are runs of their own"
             raise ConfigError(f"{COMMAND_LINE}: {word}: an ablation has no {key}=; {instead}")
+
+
+def check_file_words(ablation: Ablation) -> None:
+    """Raises ConfigError for an override of the file that every cell would replace by its own."""
+    file_words = [*ablation.overrides]
+    for factor in ablation.factors:
+        for level_words in factor.levels.values():
+            file_words += level_words
+    for word in file_words:
+        if word.startswith(("seed=", "resume=")):
+            raise ConfigError(
+                f"{ablation.name}: {word}: the ablation decides it for each cell; write seeds: [0, "
+                "1], and leave resume out"
+            )
 
 
 def all_combinations(ablation: Ablation) -> list[Levels]:
@@ -275,15 +280,24 @@ def check_cell(
         return trained, data_identities[key]
 
 
-def full_metrics(metrics: list[str], sources: list[str]) -> dict[str, tuple[str, str]]:
+OWN_EVALUATION = "owlfuse.evaluation.validation.Evaluation"
+METRICS = ("loss", "perplexity", "exact_match", "contains")
+"""Of each validation source, by owlfuse's own evaluation; with `_blank` those of blank pictures."""
+
+
+def full_metrics(
+    metrics: list[str], sources: list[str], evaluation: str = OWN_EVALUATION
+) -> dict[str, tuple[str, str]]:
     """Return metrics by the names of results.json, each with its validation source and its name
     there: `val_held_out/exact_match` and `val/exact_match_held_out` are one.
 
-    Raises ConfigError for a source that does not exist.
+    Args:
+        evaluation: the class of the cells' evaluation; a user's own may have other metrics.
+
+    Raises ConfigError for a source or a metric that does not exist.
     """
     from owlfuse.evaluation.metrics import metric_names
 
-    metrics_of_source = ("loss", "perplexity", "exact_match", "contains")
     result = {}
     for metric in metrics:
         source, local_name = split_metric(metric, sources)
@@ -292,10 +306,10 @@ def full_metrics(metrics: list[str], sources: list[str]) -> dict[str, tuple[str,
                 f"metrics: {metric}: no such validation source{hint(source, sources)}"
             )
         kind = local_name.partition("/")[0]
-        if kind.removesuffix("_blank") not in metrics_of_source:
+        if evaluation == OWN_EVALUATION and kind.removesuffix("_blank") not in METRICS:
             raise ConfigError(
-                f"metrics: {metric}: no such metric{hint(kind, metrics_of_source)}; there are "
-                f"{', '.join(metrics_of_source)}, and with _blank those of blank pictures"
+                f"metrics: {metric}: no such metric{hint(kind, METRICS)}; there are "
+                f"{', '.join(METRICS)}, and with _blank those of blank pictures"
             )
         (name,) = metric_names(source, sources, {local_name: 0.0})
         result[name] = source, local_name

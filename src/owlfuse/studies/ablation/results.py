@@ -89,8 +89,10 @@ class Run:
         Args:
             key: `sources`, of the training, or `validation`.
         """
-        sources = read_json_if_there(self.folder / "mixture.json").get(key) or {}
-        sources = sources.get("sources", sources)
+        mixture = read_json_if_there(self.folder / "mixture.json")
+        if key == "validation":
+            mixture = mixture.get("validation") or {}
+        sources = mixture.get("sources") or {}
         return {name: (row["skipped"], row["truncated"]) for name, row in sources.items()}
 
     def answers(self, source: str, kind: str = "") -> RunAnswers:

@@ -101,7 +101,8 @@ def ablate_command(name: str, words: list[str]) -> None:
     # A dry run writes nothing, and data may be made when they are opened.
     cells = make_cells(ablation, words, runs_name, open_data=not options.dry_run)
     folder = Path(cells[0].config.runs).expanduser() / cells[0].config.experiment
-    metrics = full_metrics(ablation.metrics, validation_sources(cells))
+    evaluation = str(cells[0].config.evaluation.get("_target_"))
+    metrics = full_metrics(ablation.metrics, validation_sources(cells), evaluation)
     if options.dry_run:
         unfinished = find_unfinished(folder, cells, archive=False)
         progress.print_plan(ablation, folder, cells, unfinished, options.jobs)

@@ -75,11 +75,11 @@ def machine_notes(results: Results) -> list[str]:
 
 def seed_notes(results: Results) -> list[str]:
     """Return which intervals are of fewer seeds than others."""
-    counts = {}
+    counts: dict[str, int] = {}
     for row in results.rows:
         for score in row.scores.values():
             if score.difference_interval is not None:
-                counts[row.name] = score.seeds
+                counts[row.name] = min(score.seeds, counts.get(row.name, score.seeds))
     most = max(counts.values(), default=0)
     lines = []
     if len(counts) > 1:

@@ -20,6 +20,7 @@ from owlfuse.artifacts.export import export
 from owlfuse.artifacts.load import load_run
 from owlfuse.artifacts.runs import checkpoints_of, in_use, is_first_rank, last_checkpoint
 from owlfuse.config.build import to_dict
+from owlfuse.config.check import is_within
 from owlfuse.config.compose import compose, take_keys
 from owlfuse.config.identity import flat
 from owlfuse.config.messages import naming
@@ -92,7 +93,7 @@ def check_same(path: Path, stage: str, recorded: dict[str, Any], config: dict[st
     """Raises ConfigError where a key that changes what is learned is not as it was recorded."""
     before, now = flat(recorded), flat(config)
     for key in sorted({*before, *now}):
-        if before.get(key) != now.get(key) and key not in MOVABLE_KEYS:
+        if before.get(key) != now.get(key) and not is_within(key, *MOVABLE_KEYS):
             raise ConfigError(
                 f"{path}: stage {stage} was begun with {key} {before.get(key)}, and it is "
                 f"{now.get(key)} now; choose another name=, or go on as it was begun"

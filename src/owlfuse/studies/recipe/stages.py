@@ -23,8 +23,6 @@ MOVABLE_KEYS = (
     "accept_changed_data",
     "trainer.devices",
     "trainer.num_nodes",
-    "trainer.log_every_n_steps",
-    "data.workers",
     "data.micro_batch_size",
     *UNLEARNED_KEYS,
 )
