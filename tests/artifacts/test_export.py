@@ -29,6 +29,7 @@ from helpers import (
     policy,
 )
 from owlfuse.__main__ import main
+from owlfuse.artifacts import load
 from owlfuse.artifacts.export import export, model_card
 from owlfuse.artifacts.init_from import adopt_parts
 from owlfuse.artifacts.load import (
@@ -625,3 +626,23 @@ def test_a_configuration_whose_model_is_far_larger_than_the_checkpoint_is_told(t
     config["model"]["llm"]["config"]["intermediate_size"] = 400_000
     with pytest.raises(DataError, match="its model has .* numbers where the checkpoint has"):
         check_not_larger(config["model"], vocab_size, weights, folder)
+
+
+@pytest.mark.parametrize(
+    ("positions", "message"),
+    [
+        (10**6, "its model computes tables of .* numbers that its weights do not have"),
+        # fusions are tried on a small copy, which has a table as long
+        (10**9, "fusion: .* its copy would have .* numbers"),
+    ],
+)
+def test_tables_that_no_weights_hold_have_a_limit(tmp_path, monkeypatch, positions, message):
+    monkeypatch.setattr(load, "MAX_UNSAVED", 10**5)
+    model, _ = build_model(model_node("concat", llm=small_fields("gptj")), VOCAB)
+    export(TrainedModel(model, None, None), tmp_path / "out")
+    load_exported(tmp_path / "out")
+    config = json.loads((tmp_path / "out/config.json").read_text())
+    config["text_config"]["n_positions"] = positions
+    (tmp_path / "out/config.json").write_text(json.dumps(config))
+    with pytest.raises(DataError, match=message):
+        load_exported(tmp_path / "out")

@@ -42,3 +42,11 @@ def test_a_closed_terminal_is_ignored_under_nohup():
         assert ending_signals() == [signal.SIGTERM]
     with signals_handled({signal.SIGHUP: signal.SIG_DFL}):
         assert ending_signals() == [signal.SIGTERM, signal.SIGHUP]
+
+
+@pytest.mark.parametrize("job", [None, "17"])
+def test_the_signal_of_a_clusters_job_ends_a_run_too(job, monkeypatch):
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    if job:
+        monkeypatch.setenv("SLURM_JOB_ID", job)
+    assert (signal.SIGUSR1 in ending_signals()) == bool(job)

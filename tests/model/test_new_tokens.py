@@ -1,6 +1,7 @@
 """Tokenizer and LLM fit, and tokens that the LLM does not know are trained."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from owlfuse.model.llm import load_llm
 from owlfuse.model.multimodal import build_model
 from owlfuse.model.new_tokens import check_same_tokens, tokens_to_train, unknown_tokens
 from owlfuse.parallel.sharding import zero_other_rows
+from owlfuse.training.cost import Cost
 from owlfuse.training.optim import AdamWCosine, MuonCosine
 
 KNOWN = 40
@@ -159,3 +161,16 @@ def test_weights_without_a_tokenizer_are_taken_to_know_the_datas_and_random_ones
     llm = {"pretrained": str(tmp_path / "weights")}
     assert tokens_to_train(tokenizer, str(tmp_path / "data"), None, llm, 64) == {"<|im_end|>": 4}
     assert tokens_to_train(tokenizer, str(tmp_path / "data"), None, {"config": {}}, None) == {}
+
+
+def test_the_cost_of_a_run_counts_the_rows_that_are_trained(tmp_path, monkeypatch):
+    node = model_node(
+        adapter={"llm": POLICIES["lora"]}, pretrained=pretrained(tmp_path, tied=False)
+    )
+    model, summaries = build_model(node, VOCAB, new_tokens=NEW)
+    cost = Cost()
+    monkeypatch.setattr("owlfuse.training.cost.data_ranks", lambda trainer: 1)
+    strategy = SimpleNamespace(root_device=torch.device("cpu"))
+    trainer = SimpleNamespace(strategy=strategy, is_global_zero=False)
+    cost.on_fit_end(trainer, SimpleNamespace(model=model))
+    assert cost.cost["trained_parameters"] == sum(part.trained for part in summaries)

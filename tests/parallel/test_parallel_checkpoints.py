@@ -14,6 +14,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 import saved_by_callers
 from owlfuse.core.errors import DataError
+from owlfuse.parallel import checkpoints
 from owlfuse.parallel.checkpoints import SafePlanner, SafeReader, naming_damaged_parts, read_shards
 
 
@@ -181,3 +182,15 @@ def test_whoever_saves_a_checkpoint_on_two_ranks_gets_a_whole_one(strategy, tmp_
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert len(list((tmp_path / "mine").iterdir())) == 2
+
+
+def test_a_part_that_another_machine_wrote_to_its_own_disk_is_missed(tmp_path, monkeypatch):
+    dcp.save({"a": torch.ones(3)}, checkpoint_id=tmp_path)
+    checkpoints.check_all_there(tmp_path)
+    (part,) = tmp_path.glob("*.distcp")
+    part.unlink()
+    waits = []
+    monkeypatch.setattr(checkpoints.time, "sleep", waits.append)
+    with pytest.raises(DataError, match=f"lacks {part.name}, which another machine has written"):
+        checkpoints.check_all_there(tmp_path)
+    assert sum(waits) >= 5  # a network's file system may be late

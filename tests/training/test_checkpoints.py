@@ -15,10 +15,12 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from lightning import Trainer
+from omegaconf import open_dict
 
 from helpers import SHAPE_COUNTS, TINY_SHAPES
 from owlfuse.artifacts.load import load_run
@@ -31,8 +33,9 @@ from owlfuse.evaluation.validation import evaluate_run
 from owlfuse.parallel import checkpoints
 from owlfuse.parallel.checkpoints import BACKGROUND, CheckpointWriter
 from owlfuse.training import train
-from owlfuse.training.checkpoints import Best
+from owlfuse.training.checkpoints import Best, Checkpoints
 from owlfuse.training.module import MultimodalModule
+from owlfuse.training.trainer import check_callbacks, make_callbacks, validates
 
 # Every test here trains, or damages what a training has left.
 pytestmark = pytest.mark.slow
@@ -464,3 +467,41 @@ def test_an_unknown_option_is_refused():
         ConfigError, match="checkpoint.evry: no such key of .*; did you mean 'every'"
     ):
         compose([*TINY, "+checkpoint.evry=2"])
+
+
+def test_without_a_validation_there_is_a_checkpoint_where_one_would_be():
+    def intervals(*words, validation=("val",), samples=8):
+        config = compose(["experiment=shapes_owl3", "trainer.val_check_interval=30", *words])
+        data = SimpleNamespace(validation=dict.fromkeys(validation), validation_samples=samples)
+        every = None if validates(config, data) else config.trainer.val_check_interval
+        callbacks = make_callbacks(config.checkpoint, None, every)
+        return next(c for c in callbacks if isinstance(c, Checkpoints))._every_n_train_steps
+
+    assert intervals() == 0
+    assert intervals(validation=()) == 30
+    assert intervals(samples=0) == 30
+    assert intervals("+trainer.limit_val_batches=0") == 30
+    assert intervals("checkpoint.every=7", validation=()) == 7
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [("+trainer.max_time=00:01:00:00", "trainer.max_time is 00:01:00:00, expected none")],
+)
+def test_a_time_limit_that_breaks_off_a_step_is_refused(word, message):
+    with pytest.raises(ConfigError, match=message):
+        compose(["experiment=shapes_owl3", word])
+
+
+@pytest.mark.parametrize(
+    ("callback", "message"),
+    [("Timer", "would break off a step"), ("StochasticWeightAveraging", "counts epochs")],
+)
+def test_callbacks_of_lightning_that_would_break_a_run_are_refused(callback, message):
+    target = f"lightning.pytorch.callbacks.{callback}"
+    config = compose(["experiment=shapes_owl3"])
+    with open_dict(config):
+        config.callbacks = {"mine": {"_target_": target}}
+    trainer = SimpleNamespace(precision="32-true", strategy=None)
+    with pytest.raises(ConfigError, match=f"callbacks.mine: {callback} {message}"):
+        check_callbacks(trainer, config)

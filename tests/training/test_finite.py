@@ -1,6 +1,8 @@
 """A loss that is no finite number: noted where it arises, told with its step, and never in a
 checkpoint."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -12,6 +14,7 @@ from owlfuse.model.loss import batch_loss
 from owlfuse.training import module as training
 from owlfuse.training import train
 from owlfuse.training.finite import FiniteWatch
+from owlfuse.training.module import MultimodalModule
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
@@ -65,3 +68,26 @@ def test_a_run_ends_and_the_checkpoints_before_are_as_they_were(every, tmp_path,
     )["state_dict"]
     assert all(torch.isfinite(value).all() for value in state.values())
     assert len(batches) == (3 if every == 1 else 4)
+
+
+@pytest.mark.parametrize("precision", ["32-true", "16-mixed"])
+@pytest.mark.parametrize("limit", [None, 1.0])
+def test_a_gradient_that_is_no_number_is_noticed_whether_or_not_gradients_are_clipped(
+    limit, precision, tmp_path
+):
+    weight = torch.nn.Parameter(torch.ones(2))
+    weight.grad = torch.tensor([1.0, float("nan")])
+    module = SimpleNamespace(
+        log=lambda *_: None,
+        trainer=SimpleNamespace(precision=precision, global_step=2),
+        finite=FiniteWatch(),
+        skipped_updates=torch.zeros(()),
+    )
+    optimizer = torch.optim.SGD([weight], lr=0.1)
+    MultimodalModule.configure_gradient_clipping(module, optimizer, limit)
+    if precision == "16-mixed":  # whose scaler leaves the update out
+        assert module.skipped_updates == 1
+        module.finite.check(tmp_path)
+    else:
+        with pytest.raises(DataError, match="^step 3: "):
+            module.finite.check(tmp_path)

@@ -203,6 +203,17 @@ def test_weights_that_transformers_keeps_in_32_bits_keep_them(tmp_path, monkeypa
         check_strategy(trainer, model, None)
 
 
+def test_16_mixed_is_refused_with_tensor_ranks_which_do_not_tell_each_other(monkeypatch):
+    strategy = Sharded()
+    model = make_model("concat", llm=llm_fields("llama"))
+    trainer = SimpleNamespace(precision="16-mixed", strategy=strategy)
+    monkeypatch.setattr(strategy, "sizes", lambda: (2, 1))
+    check_strategy(trainer, model, None)
+    monkeypatch.setattr(strategy, "sizes", lambda: (1, 2))
+    with pytest.raises(ValueError, match="trainer.precision: tensor ranks do not tell each other"):
+        check_strategy(trainer, model, None)
+
+
 @pytest.mark.slow
 def test_a_run_that_goes_on_in_another_precision_of_the_machine_says_so(work, caplog):
     """`precision: null` is decided by the machine, and no key changes."""

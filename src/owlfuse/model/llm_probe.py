@@ -11,7 +11,7 @@ B rows, T text positions, D width, K key-value heads, d head width.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import wraps
 from typing import Any, NamedTuple, TypeVar
@@ -141,15 +141,22 @@ def tiny_copy(llm: PreTrainedModel) -> PreTrainedModel:
 
 
 def check_copy_is_small(llm: PreTrainedModel, config: PreTrainedConfig) -> None:
-    """Raises ValueError for a copy that would take gigabytes, as of a large LLM whose configuration
-    has widths of experts by names that `shrink` does not know."""
+    """Raises ValueError for a copy that would take gigabytes: of a large LLM whose configuration
+    has widths of experts by names that `shrink` does not know, or of one with a table for each of
+    a billion positions."""
     # few others come near: a copy keeps layers and experts, and is a thousand times narrower
-    if llm.num_parameters() < LARGE:
+    if llm.num_parameters() < LARGE and count_numbers(llm.buffers()) <= MAX_NUMBERS:
         return
     with torch.device("meta"):
-        numbers = type(llm)(config).num_parameters()
+        tiny = type(llm)(config)
+    numbers = count_numbers(tiny.parameters()) + count_numbers(tiny.buffers())
     if numbers > MAX_NUMBERS:
         raise ValueError(f"its copy would have {numbers:,} numbers")
+
+
+def count_numbers(tensors: Iterable[Tensor]) -> int:
+    """Returns how many numbers tensors hold together."""
+    return sum(tensor.numel() for tensor in tensors)
 
 
 def tiny_config(config: Any) -> PreTrainedConfig:

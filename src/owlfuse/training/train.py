@@ -250,7 +250,10 @@ def print_start(
             f"{source.file}"
         )
     best = watched_metric(data) if is_validated else None
-    lines.append(f"validation (best.ckpt is by {best}):" if best else "no validation")
+    if best:
+        lines.append(f"validation (best.ckpt is by {best}):")
+    else:
+        lines.append("evaluated at the end alone:" if data.validation else "validation: none")
     for name, source in data.validation.items():
         lines.append(f"  {name}: {len(source):,} samples of {source.file}")
     print(visible("\n".join(lines)))

@@ -15,7 +15,7 @@ from owlfuse.core.errors import DataError
 from owlfuse.core.types import Sample
 from owlfuse.data.datamodule import ChatData
 from owlfuse.data.formats.llava import LLaVA
-from owlfuse.data.media.pictures import visual_parts
+from owlfuse.data.media.pictures import FIRST_PAGE, Pictures, visual_parts
 from owlfuse.data.media.tiles import best_grid
 from owlfuse.evaluation.metrics import answer_questions, questions_of
 from owlfuse.evaluation.validation import Evaluation
@@ -361,3 +361,14 @@ def test_a_wrong_video_is_skipped_and_counted_as_any_wrong_sample(shapes, clips)
         f"sample chats:0: no video gone.mp4 in {clips} (record 1 of bad.json)"
     ]
     assert batch.ids == ["chats:1"]
+
+
+def test_a_file_of_several_pages_is_counted_once_for_a_chat(tmp_path):
+    pages = [Image.new("RGB", (32, 32), color) for color in ("red", "green")]
+    pages[0].save(tmp_path / "a.tif", save_all=True, append_images=pages[1:])
+    content = [{"type": "image"}, {"type": "image"}]
+    sample = Sample("s", "source", [{"role": "user", "content": content}], ["a.tif", "a.tif"])
+    source = SimpleNamespace(root=tmp_path, tile=0.0, video=None)
+    preprocess = Preprocessing((32, 32), (0.5,) * 3, (0.5,) * 3, "bicubic")
+    assert len(Pictures(preprocess)(sample, source)) == 2
+    assert sample.notes == [FIRST_PAGE]

@@ -4,7 +4,9 @@ references."""
 import itertools
 import math
 import shutil
+import sys
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -462,3 +464,18 @@ def test_anls_of_texts_that_go_on_beyond_the_expected_one():
     tail = " of 7272 greenville avenue in dallas and of bethesda maryland"
     distance, longer = len(tail), len(expected + tail)
     assert anls(expected + tail, [expected]) == pytest.approx(1 - distance / longer)
+
+
+def test_a_caption_is_a_line_whatever_it_holds(monkeypatch):
+    """Stanford's tokeniser takes a caption a line, and breaks lines at more than line breaks."""
+    given = []
+
+    class Tokenizer:
+        def tokenize(self, captions):
+            given.append(captions)
+            return captions
+
+    module = SimpleNamespace(PTBTokenizer=Tokenizer)
+    monkeypatch.setitem(sys.modules, "pycocoevalcap.tokenizer.ptbtokenizer", module)
+    tokenized({"1": ["a\rb\x0bc\u2028d\n"]}, "ptb")
+    assert given == [{"1": [{"caption": "a b c d"}]}]

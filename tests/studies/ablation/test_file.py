@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import fcntl
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,9 +15,10 @@ from owlfuse.config.compose import compose
 from owlfuse.config.folders import find_folders
 from owlfuse.core.errors import ConfigError, DataError
 from owlfuse.data.shapes.write import write_shapes
-from owlfuse.studies.ablation.file import override_literal, read_ablation
+from owlfuse.studies.ablation.file import Factor, override_literal, read_ablation
 from owlfuse.studies.ablation.grid import (
     all_combinations,
+    check_file_words,
     full_metrics,
     make_cells,
     make_record,
@@ -375,3 +377,20 @@ def test_anew_moves_no_run_away_that_another_process_has(locked, message):
         with pytest.raises(DataError, match=message):
             ablate_command("held", ["anew=true", *TINY_SHAPES])
     assert (run / "results.json").exists()
+
+
+def test_a_metric_that_no_evaluation_has_is_refused_and_a_users_own_is_not():
+    assert full_metrics(["val/exact_match_blank", "val/loss"], ["val"])
+    with pytest.raises(ConfigError, match="metrics: val/accuracy: no such metric"):
+        full_metrics(["val/accuracy"], ["val"])
+    assert full_metrics(["val/accuracy"], ["val"], "mine.Evaluation")
+
+
+@pytest.mark.parametrize("word", ["seed=5", "resume=runs/a"])
+@pytest.mark.parametrize("place", ["overrides", "level"])
+def test_a_file_does_not_set_what_each_cell_has_of_its_own(word, place):
+    factor = Factor("a", None, {"x": [word if place == "level" else "optim.lr=1"]})
+    overrides = [word] if place == "overrides" else []
+    ablation = SimpleNamespace(name="mine", overrides=overrides, factors=[factor])
+    with pytest.raises(ConfigError, match=f"mine: {word}: the ablation decides it"):
+        check_file_words(ablation)
