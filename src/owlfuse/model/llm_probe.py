@@ -189,6 +189,9 @@ def shrink(config: Any) -> None:
         "num_attention_heads": HEADS,
         "num_key_value_heads": tiny_groups,
         "num_kv_heads": tiny_groups,
+        # Kimi Linear, whose attention takes minutes at its own width
+        "linear_num_heads": HEADS,
+        "linear_head_dim": HEAD_WIDTH,
     }
     # with latent attention it is the width of the rotated part, which has a field of its own
     if "qk_rope_head_dim" not in vars(config):
