@@ -183,7 +183,11 @@ def check_levels(plain: dict[str, Any], origin: Origin) -> None:
     # Both are names of folders.
     for key in ("experiment", "name"):
         if plain.get(key) is not None:
-            check_name(f"{origin(key)}: {key}", plain[key])
+            # where it was set takes as long to find out as to compose: for a message alone
+            try:
+                check_name(key, plain[key])
+            except ConfigError as error:
+                raise ConfigError(f"{origin(key)}: {error}") from None
     # As of a variable of the shell that is not set.
     for key in ("init_from", "runs"):
         if plain.get(key) == "":
@@ -224,11 +228,13 @@ def check_new_weights(config: DictConfig) -> None:
     """Raise ConfigError for a new run that names weights as no folder of a model may (see `trust`):
     it would be trained, and then be refused by every command that reads it."""
     for part, group, remedy in (("vision", "kwargs", "weights"), ("llm", "config", "pretrained")):
-        origin = origin_of(config, f"model.{part}.{group}")
         try:
-            check_weights({part: to_dict(config.model[part])}, origin)
-        except DataError as error:
-            raise ConfigError(f"{error}; name the file by model.{part}.{remedy}") from error
+            check_weights({part: to_dict(config.model[part])}, "")
+        except DataError as error:  # which begins with ": "
+            origin = origin_of(config, f"model.{part}.{group}")
+            raise ConfigError(
+                f"{origin}{error}; name the file by model.{part}.{remedy}"
+            ) from error
 
 
 REPEATED_DATA = ("limit_train_batches", "overfit_batches", "fast_dev_run")
