@@ -232,9 +232,7 @@ def check_new_weights(config: DictConfig) -> None:
             check_weights({part: to_dict(config.model[part])}, "")
         except DataError as error:  # which begins with ": "
             origin = origin_of(config, f"model.{part}.{group}")
-            raise ConfigError(
-                f"{origin}{error}; name the file by model.{part}.{remedy}"
-            ) from error
+            raise ConfigError(f"{origin}{error}; name the file by model.{part}.{remedy}") from error
 
 
 REPEATED_DATA = ("limit_train_batches", "overfit_batches", "fast_dev_run")

@@ -8,10 +8,10 @@ import inspect
 import logging
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from timm.data import resolve_model_data_config
@@ -41,6 +41,23 @@ Output = Literal["last", "penultimate"]
 Norm = Literal["instance", "batch"]
 Join = Literal["channel", "separate"]
 LISTS = (nn.ModuleList, nn.Sequential)
+
+
+class Measurement(NamedTuple):
+    """What a pass of a timm model shows."""
+
+    patches: int
+    width: int
+    grid: tuple[int, int]
+    is_map: bool
+    """Whether the features are a map of patches, and not a sequence of tokens."""
+    unused: set[str]
+    """The names of the parameters that they do not depend on."""
+
+
+measurements: dict[Hashable, Measurement] = {}
+"""Of the models that this process has built: a run builds its backbone on the meta device, where it
+is checked, and again with weights, and a pass of a large one takes seconds."""
 
 
 class TimmBackbone(Backbone):
@@ -151,10 +168,7 @@ class TimmBackbone(Backbone):
             )
         self.levels = self.resolve_levels(name, levels) if levels else []
         self.extra_levels = len(self.levels) if join == "separate" else 0
-        # measured, since timm states them for few models and not for other sizes
-        with naming_size(name, self.preprocessing.size):
-            self.patches, self.width, self.grid = self.measure()
-        self.check_tokens(name)
+        self.set_measured(name, self.measurement_key(name, kwargs))
         if positions and self.width % 4:
             raise ValueError(
                 f"positions need a width divisible by 4, and that of {name} is {self.width}"
@@ -216,14 +230,13 @@ class TimmBackbone(Backbone):
         set_input_size(self.body, type(self.body).__name__, image_size)
         size = (image_size, image_size)
         self.preprocessing = replace(self.preprocessing, size=size)
-        with naming_size(type(self.body).__name__, size):
-            self.patches, width, self.grid = self.measure()
-        self.check_tokens(type(self.body).__name__)
+        width = self.width
+        self.set_measured(type(self.body).__name__)
         self.check_places()
-        if width != self.width:
+        if self.width != width:
             raise ValueError(
-                f"image_size {image_size} gives features of width {width}, and they were "
-                f"{self.width} wide"
+                f"image_size {image_size} gives features of width {self.width}, and they were "
+                f"{width} wide"
             )
         if self.positions is not None:
             self.positions = self.table().to(self.positions)
@@ -354,13 +367,42 @@ class TimmBackbone(Backbone):
             return features.flatten(1, 2)
         return features.flatten(2).transpose(1, 2)
 
-    @torch.no_grad()
-    def measure(self) -> tuple[int, int, tuple[int, int]]:
-        """Returns P, Dv and the patches' grid, by a forward pass of one picture; removes the
-        modules that the pass does not use.
+    def measurement_key(self, name: str, kwargs: dict[str, Any] | None) -> Hashable:
+        """Returns all that what is measured depends on."""
+        shapes = tuple((key, p.shape) for key, p in self.body.named_parameters())
+        options = (self.output, tuple(self.levels), self.extra_levels, self.drop_prefix)
+        return name, repr(kwargs), type(self.body), shapes, self.preprocessing.size, options
+
+    def set_measured(self, name: str, key: Hashable = None) -> None:
+        """Sets `patches`, `width` and `grid`, which timm states for few models and not for other
+        sizes, and removes the modules that the features do not use.
+
+        Args:
+            name: timm's, for messages.
+            key: under which the measurement is kept for the process's next model of that kind.
 
         Raises:
-            ValueError: a level that has another grid or other tokens than the output.
+            ValueError: see `measure` and `check_tokens`.
+        """
+        measured = measurements.get(key)
+        if measured is None:
+            with naming_size(name, self.preprocessing.size):
+                measured = self.measure()
+            self.check_tokens(name, measured)
+        if key is not None:
+            measurements[key] = measured
+        remove_modules(self.body, measured.unused)
+        self.patches, self.width, self.grid = measured.patches, measured.width, measured.grid
+        if measured.is_map:  # of patches alone
+            self.prefix_tokens = self.drop_prefix = 0
+
+    @torch.no_grad()
+    def measure(self) -> Measurement:
+        """Returns what a forward pass of one picture shows.
+
+        Raises:
+            ValueError: a level that has another grid or other tokens than the output, or an output
+                that leaves parameters of a module unused which it needs.
         """
         # in training a model may drop patches, see `check_tokens`
         training = self.training
@@ -373,8 +415,8 @@ class TimmBackbone(Backbone):
             probe.check_levels(features, levels, pixels)
             sequence = probe.sequence_features(pixels)
             unused = unused_parameters(probe.body, sequence)
-        remove_modules(self.body, unused)
-        remaining = unused.intersection(name for name, _ in self.body.named_parameters())
+            remove_modules(probe.body, unused)
+        remaining = unused.intersection(name for name, _ in probe.body.named_parameters())
         if remaining:
             raise ValueError(
                 f"output: {self.output} does not use {', '.join(sorted(remaining))}; choose the "
@@ -388,7 +430,7 @@ class TimmBackbone(Backbone):
             grid = tuple(features.shape[1:3] if self.channels_last() else features.shape[2:])
         else:
             grid = self.patch_grid(patches)
-        return patches, width, grid
+        return Measurement(patches, width, grid, features.ndim == 4, unused)
 
     def check_levels(self, output: Tensor, levels: list[Tensor], pixels: Tensor) -> None:
         """Checks that levels can stand beside the output.
@@ -418,7 +460,7 @@ class TimmBackbone(Backbone):
                 )
 
     @torch.no_grad()
-    def check_tokens(self, name: str) -> None:
+    def check_tokens(self, name: str, measured: Measurement) -> None:
         """Checks by a pass in training mode that there are as many tokens as in evaluation, and
         that patches can be distinguished from other tokens.
 
@@ -426,21 +468,21 @@ class TimmBackbone(Backbone):
             ValueError: other tokens in training, no patches at all, or unknown tokens among them.
         """
         probe: Any = copy.deepcopy(self).to("meta").train()
+        remove_modules(probe.body, measured.unused)
         # drop path draws random numbers in training mode
         with torch.random.fork_rng(devices=[]):
             pixels = torch.zeros(2, 3, *self.preprocessing.size, device="meta")
             features = probe.feature_maps(pixels)[0]
         tokens = probe.to_sequence(features, self.channels_last()).shape[1]
-        if tokens != self.patches:
+        if tokens != measured.patches:
             raise ValueError(
-                f"timm's {name} gives {tokens} tokens in training and {self.patches} in "
+                f"timm's {name} gives {tokens} tokens in training and {measured.patches} in "
                 "evaluation, where as many are needed; leave out what drops tokens "
                 "(patch_drop_rate in kwargs)"
             )
-        if features.ndim == 4:  # a map of patches alone
-            self.prefix_tokens = self.drop_prefix = 0
+        if measured.is_map:
             return
-        patches = self.patches - self.prefix_tokens + self.drop_prefix
+        patches = measured.patches - self.prefix_tokens + self.drop_prefix
         if patches <= 0:
             raise ValueError(
                 f"timm's {name} gives class tokens alone, and patches are needed; choose output: "
