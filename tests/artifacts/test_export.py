@@ -274,6 +274,7 @@ def test_the_model_card_has_the_results_of_its_own_weights(evaluated, which, ste
     assert found == (evaluated if shown else None)
 
 
+@pytest.mark.slow
 def test_large_weights_are_sharded(train_run, tmp_path):
     out = tmp_path / "out"
     run = exported(train_run, "shapes_owl1", out, "max_shard_size=1MB")

@@ -94,6 +94,7 @@ def test_errors_are_those_of_the_class_itself(mistake, monkeypatch):
     assert str(quick.value) == str(full.value)
 
 
+@pytest.mark.slow
 def test_mistakes_are_told_without_importing_what_is_heavy():
     script = """
 import sys

@@ -350,6 +350,7 @@ def plan_of(*overrides):
     return make_plan(compose(["experiment=shapes_owl1", "dry_run=true", *overrides]))
 
 
+@pytest.mark.slow
 def test_fsdp_divides_what_ddp_holds_whole_and_accumulation_keeps_gradients():
     plan = plan_of("plan.gpus=4", "data.micro_batch_size=2")
     fsdp = next(
@@ -394,6 +395,7 @@ def test_tensor_ranks_that_the_batch_does_not_fit_are_not_advised():
     assert (4, 2) in advised
 
 
+@pytest.mark.slow
 def test_what_is_advised_is_what_the_parts_accept():
     """A backbone with batch norms cannot be with_checkpointing, a ViT can."""
     llm, vision, connector = (
@@ -413,6 +415,7 @@ def test_what_is_advised_is_what_the_parts_accept():
         meta_model(again, VOCAB)
 
 
+@pytest.mark.slow
 def test_tokens_flops_and_seconds_are_of_the_global_batch():
     common = "plan.length=100", "plan.images_per_sample=3", "data.max_length=512"
     plan = plan_of(*common)
