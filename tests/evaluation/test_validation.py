@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from owlfuse.artifacts.resume import Past, check_evaluation_keys
+from owlfuse.artifacts.resume import Past, changed_evaluation_keys
 from owlfuse.config.build import to_dict
 from owlfuse.config.compose import compose
 from owlfuse.core.errors import ConfigError, DataError
@@ -110,4 +110,4 @@ def test_a_run_is_not_evaluated_beside_another_command_of_it(monkeypatch, tmp_pa
 
 def test_a_run_may_be_evaluated_with_thoughts():
     past = Past(4, to_dict(compose(["experiment=shapes_owl1"])), StepPositions([(0, 0, 8)]))
-    check_evaluation_keys(past, compose(["experiment=shapes_owl1", "data.thinking=true"]))
+    changed_evaluation_keys(past, compose(["experiment=shapes_owl1", "data.thinking=true"]))

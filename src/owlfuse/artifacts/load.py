@@ -34,7 +34,7 @@ from owlfuse.artifacts.lora import merge_lora
 from owlfuse.artifacts.released.loading import read_record
 from owlfuse.artifacts.released.weights import FLOATS, TensorInfo, read_header, shard_names
 from owlfuse.artifacts.resume import computing_keys, is_path, read_past
-from owlfuse.artifacts.run_data import run_tokenizer
+from owlfuse.artifacts.run_data import check_tokenizer, run_tokenizer
 from owlfuse.artifacts.runs import BEST, check_which, chosen_checkpoint, read_results
 from owlfuse.artifacts.weights import check_fits, load_weights, read, set_precision
 from owlfuse.config.compose import read_run
@@ -127,8 +127,10 @@ def load_run(folder: Path, which: str = "last", checkpoint: Path | None = None) 
 
 def check_not_edited(config: dict[str, Any], folder: Path, checkpoint: Path) -> None:
     """Raises DataError for a key of the model that config.yaml has otherwise than the checkpoint,
-    which has the configuration that it was trained with."""
-    trained = flat(read_past(checkpoint).config["model"], "model")
+    which has the configuration that it was trained with; and for another tokenizer."""
+    past = read_past(checkpoint)
+    check_tokenizer(folder, past)
+    trained = flat(past.config["model"], "model")
     free = ["model.compile", *computing_keys(OmegaConf.create(config))]
     for key, value in flat(config["model"], "model").items():
         if trained.get(key) != value and not is_path(key) and key not in free:

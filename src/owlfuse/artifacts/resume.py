@@ -90,6 +90,24 @@ ON_EVALUATION: tuple[str, ...] = (
 )
 """Patterns of keys that may change."""
 
+VALIDATED_BY: tuple[str, ...] = (
+    "data.validation*",
+    "data.max_length",
+    "data.on_length*",
+    "data.video*",
+    "data.thinking",
+    "data.chat_template",
+    "trainer.limit_val_batches",
+)
+"""Keys, and contents, after a change of which a validation is of other samples than before."""
+ANSWERED_BY: tuple[str, ...] = (
+    *VALIDATED_BY,
+    "evaluation.max_questions",
+    "evaluation.max_new_tokens",
+    "evaluation.history",
+)
+"""Those after which an evaluation is of other samples or answers."""
+
 REFUSED = {
     "trainer._target_": "",
     "evaluation.before": "; it is past its first step",
@@ -126,6 +144,10 @@ class Past:
     it was recorded."""
     precision: str | None = None
     """The precision that it trained in, likewise."""
+    tokenizer: str | None = None
+    """The hash of the run's tokenizer, likewise."""
+    ended: bool = False
+    """Whether a callback, as EarlyStopping, ended the training at the step."""
 
 
 def read_past(checkpoint: Path) -> Past:
@@ -153,6 +175,8 @@ def read_past(checkpoint: Path) -> Past:
         metrics,
         record.get("code"),
         record.get("precision"),
+        record.get("tokenizer"),
+        content.get("ended", False),
     )
 
 
@@ -177,9 +201,10 @@ def changed_keys(past: Past, config: DictConfig) -> dict[str, list[Any]]:
     return compared(past, config, allowed, "goes on")
 
 
-def check_evaluation_keys(past: Past, config: DictConfig) -> None:
-    """Raises ConfigError for a key that changes nothing of an evaluation, or changes the model."""
-    compared(past, config, [*ON_EVALUATION, *computing_keys(config)], "is evaluated")
+def changed_evaluation_keys(past: Past, config: DictConfig) -> dict[str, list[Any]]:
+    """`changed_keys` for an evaluation. Raises ConfigError for a key that changes nothing of it, or
+    changes the model."""
+    return compared(past, config, [*ON_EVALUATION, *computing_keys(config)], "is evaluated")
 
 
 def config_at(past: Past, config: DictConfig, of_run: DictConfig) -> DictConfig:

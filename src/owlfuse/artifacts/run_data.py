@@ -10,11 +10,12 @@ from typing import Any
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig
 
+from owlfuse.artifacts.resume import Past
 from owlfuse.artifacts.runs import TOKENIZER_FOLDER
 from owlfuse.config.build import build
 from owlfuse.config.compose import origin_of, read_run
 from owlfuse.config.identity import digest
-from owlfuse.core.errors import ConfigError
+from owlfuse.core.errors import ConfigError, DataError
 from owlfuse.core.files import atomic_directory
 from owlfuse.data.chat.tokenizer import chat_tokenizer
 
@@ -62,6 +63,20 @@ def run_tokenizer(folder: Path, data: dict[str, Any]) -> Any:
     if (folder / TOKENIZER_FOLDER).is_dir():
         return chat_tokenizer(str(folder / TOKENIZER_FOLDER))
     return chat_tokenizer(data["tokenizer"], data.get("chat_template"))
+
+
+def check_tokenizer(folder: Path, past: Past) -> None:
+    """Raises DataError where a run's tokenizer is not, or no longer, the one that it was trained
+    with."""
+    if past.tokenizer is None:  # of a checkpoint from before it was recorded
+        return
+    found = tokenizer_hash(folder)
+    if found != past.tokenizer:
+        what = "is missing" if found is None else "is another than it was"
+        raise DataError(
+            f"{folder / TOKENIZER_FOLDER} {what} until step {past.step}, and the run was trained "
+            "with that; give it back"
+        )
 
 
 def tokenizer_files(folder: Path) -> list[Path]:

@@ -213,6 +213,11 @@ def check_not_there(folder: Path) -> None:
             f"name: the run {folder} exists; choose another name=, or go on with it by "
             f"resume={folder}"
         )
+    if (folder / "checkpoints" / BEST).exists():
+        raise ConfigError(
+            f"name: the run {folder} has {BEST}, which which=best reads, and nothing to go on "
+            "from; choose another name=, or delete the folder"
+        )
 
 
 def check_free(folder: Path) -> None:
@@ -285,6 +290,11 @@ def last_checkpoint(folder: Path) -> Path:
                 )
             return path
         bad.append(f"checkpoint {path} {wrong}")
+    if not bad and (folder / "checkpoints" / BEST).exists():
+        raise ConfigError(
+            f"resume: {folder} has {BEST} alone, which `owlfuse eval`, `chat` and `export` read by "
+            "which=best, and no checkpoint to go on from"
+        )
     if not bad:
         raise ConfigError(
             f"resume: {folder} has no checkpoint in checkpoints/; begin it again by the command "

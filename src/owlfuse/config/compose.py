@@ -266,6 +266,13 @@ def check_steps(trainer: dict[str, Any], origin: Origin) -> None:
                 "count others; for a short run set trainer.max_steps, for few samples a source of "
                 "few",
             )
+    for key in ("min_steps", "min_epochs"):
+        if trainer.get(key) is not None:
+            raise refusal(
+                key,
+                "none: Lightning would go on to the run's end, whatever asks it to stop, as Ctrl-C "
+                "and EarlyStopping do",
+            )
     if trainer.get("max_time") is not None:
         raise refusal(
             "max_time",

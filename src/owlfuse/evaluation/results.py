@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig
 
-from owlfuse.artifacts.resume import learned_changes
+from owlfuse.artifacts.resume import ANSWERED_BY, learned_changes, matches
 from owlfuse.artifacts.run_data import tokenizer_hash
 from owlfuse.config.build import to_dict
 from owlfuse.config.identity import config_hash, data_hash
 from owlfuse.core.environment import git_state, versions
 from owlfuse.core.files import read_json, write_json
+
+log = logging.getLogger(__name__)
 
 
 def write_results(
@@ -66,6 +69,8 @@ def write_results(
 
 
 BEFORE_FILE = "before.json"
+BEFORE = "before/"
+"""Begins the names of metrics of before the first step."""
 
 
 def metrics_before(folder: Path) -> dict[str, float]:
@@ -73,4 +78,26 @@ def metrics_before(folder: Path) -> dict[str, float]:
     evaluated then."""
     path = folder / BEFORE_FILE
     metrics = read_json(path) if path.exists() else {}
-    return {f"before/{name}": value for name, value in metrics.items()}
+    return {f"{BEFORE}{name}": value for name, value in metrics.items()}
+
+
+def comparable_with_before(
+    metrics: dict[str, float], history: list[dict[str, Any]]
+) -> dict[str, float]:
+    """Returns metrics without those of before the first step where what was asked has changed
+    since, and says so.
+
+    Args:
+        history: of the run, see `owlfuse.artifacts.resume.Past.changes`.
+    """
+    kept = {name: value for name, value in metrics.items() if not name.startswith(BEFORE)}
+    if len(kept) == len(metrics):
+        return metrics
+    names = [name for change in history for name in change["changes"]]
+    if not any(matches(name, ANSWERED_BY) for name in names):
+        return metrics
+    log.warning(
+        "the metrics of before the first step are left out: they are of other questions, or of "
+        "answers to other prompts or of another length"
+    )
+    return kept

@@ -13,8 +13,8 @@ from omegaconf import DictConfig
 from torch import Tensor
 
 from owlfuse.artifacts.load import load_run_model
-from owlfuse.artifacts.resume import Past, check_evaluation_keys, config_at, read_past
-from owlfuse.artifacts.run_data import build_data
+from owlfuse.artifacts.resume import Past, changed_evaluation_keys, config_at, read_past
+from owlfuse.artifacts.run_data import build_data, check_tokenizer
 from owlfuse.artifacts.runs import chosen_checkpoint, in_use, read_results, split_which
 from owlfuse.config.build import build, to_dict
 from owlfuse.config.compose import compose, naming_part
@@ -45,7 +45,7 @@ from owlfuse.evaluation.reports import (
     write_answers,
     write_contact_sheet,
 )
-from owlfuse.evaluation.results import metrics_before, write_results
+from owlfuse.evaluation.results import comparable_with_before, metrics_before, write_results
 from owlfuse.parallel.ranks import Ranks
 from owlfuse.parallel.torchrun import TorchrunRanks
 
@@ -276,13 +276,15 @@ def evaluate_checkpoint(
     start = time.monotonic()
     past = read_past(checkpoint)
     config = config_at(past, config, of_run)
-    check_evaluation_keys(past, config)
+    changed_keys = changed_evaluation_keys(past, config)
     plain = to_dict(config)
     evaluation = build(config.evaluation) or Evaluation()  # of a run that trained without one
     ranks = TorchrunRanks()
     # before the model, whose embeddings must have a row for each token
     with naming_part(config):
         data = build_data(config)
+    check_tokenizer(run_dir, past)
+    earlier = read_results(run_dir)
     model, _ = load_run_model(run_dir, plain, data.vocab_size, checkpoint)
     model.to(ranks.device)
     # pictures are prepared as the model's backbone needs them
@@ -298,7 +300,8 @@ def evaluate_checkpoint(
     # every rank has all answers by now, and one of them writes
     if not ranks.first:
         return
-    earlier = read_results(run_dir)
+    since = {"changes": {**changed_keys, **dict.fromkeys(changed)}}
+    metrics = comparable_with_before(metrics, [*past.changes, since])
     # the training's own costs and time stay
     cost = {**earlier.get("cost", {}), "ms_per_generated_token": evaluation.milliseconds}
     seconds = earlier.get("wall_s", time.monotonic() - start)

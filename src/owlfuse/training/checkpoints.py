@@ -29,6 +29,7 @@ from owlfuse.parallel.checkpoints import (
     raised_on_every_rank,
 )
 from owlfuse.parallel.collectives import data_rank, data_ranks
+from owlfuse.training.callbacks import StopOnSignal
 
 log = logging.getLogger(__name__)
 
@@ -144,6 +145,9 @@ class Checkpoints(RunCheckpoint):
         states = self.random or random_states()
         checkpoint["random_states"] = gather_from_ranks(trainer.strategy, states)
         checkpoint["data_ranks"] = data_ranks(trainer)
+        callbacks: Any = trainer.callbacks  # type: ignore[attr-defined]  # Lightning sets it
+        by_signal = any(isinstance(each, StopOnSignal) and each.stopped for each in callbacks)
+        checkpoint["ended"] = bool(trainer.should_stop) and not by_signal
         # Rank 0 alone reads the file, and the others must not go on where it cannot.
         with raised_on_every_rank(trainer.strategy):
             checkpoint["metrics"] = logged_metrics(trainer) if trainer.is_global_zero else None
@@ -357,6 +361,8 @@ class Best(RunCheckpoint):
 
     def __init__(self, watched: str, background: bool = False) -> None:
         super().__init__(background, filename=Path(BEST).stem, monitor=watched)
+        self.begins_anew = False
+        """Whether the values until now are of other samples, so that none is compared with them."""
 
     def on_validation_end(self, trainer: Trainer, module: LightningModule) -> None:
         """Does nothing where the value was not measured, for which Lightning raises an error."""
@@ -374,6 +380,8 @@ class Best(RunCheckpoint):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """See `state_dict`."""
+        if self.begins_anew:
+            return
         self.best_model_path = self.kth_best_model_path = self.format_checkpoint_name({})
         # what ModelCheckpoint compares the next validation with
         self.best_model_score = self.kth_value = torch.tensor(state_dict["lowest"])

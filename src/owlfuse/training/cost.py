@@ -95,12 +95,12 @@ class Cost(Callback):
             peak = torch.cuda.max_memory_allocated(device)
         else:
             peak = max(0, resident("VmHWM") - self.before)
-        # A run that goes on may have needed more before it was stopped.
+        measure = "allocated on the GPU" if on_gpu else "resident, less before the model was built"
         if self.steps:  # else it is the memory that loading takes
-            self.cost["peak_memory_bytes"] = max(peak, self.cost.get("peak_memory_bytes") or 0)
-        self.cost["peak_memory_of"] = (
-            "allocated on the GPU" if on_gpu else "resident, less before the model was built"
-        )
+            # A run that goes on may have needed more before it was stopped.
+            if self.cost.get("peak_memory_of") == measure:
+                peak = max(peak, self.cost.get("peak_memory_bytes") or 0)
+            self.cost |= {"peak_memory_bytes": peak, "peak_memory_of": measure}
         if trainer.is_global_zero:
             self.write(trainer)
 

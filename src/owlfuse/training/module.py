@@ -14,6 +14,7 @@ from typing import Any
 
 import lightning
 import torch
+from lightning.pytorch.callbacks import WeightAveraging
 from torch import Tensor
 
 from owlfuse.artifacts.load import load_base
@@ -298,6 +299,11 @@ class MultimodalModule(lightning.LightningModule):
         """A checkpoint between two micro batches goes on from the last whole step, whose number
         the sampler knows."""
         self.configure_model()
+        callbacks: Any = self.trainer.callbacks  # type: ignore[attr-defined]  # Lightning sets it
+        averages = any(isinstance(callback, WeightAveraging) for callback in callbacks)
+        if checkpoint.keys() >= AVERAGED and not averages:
+            # a run without the callback goes on with what is trained, and not with its average
+            checkpoint["state_dict"] = checkpoint.pop("current_model_state")
         if "state_dict" in checkpoint:
             check_fits(self.model, model_state(checkpoint), checkpoint.get("frozen", {}))
         for state in checkpoint.get("optimizer_states", []):

@@ -9,13 +9,27 @@ from typing import Any
 
 import lightning
 import torch
+from lightning.pytorch.callbacks import WeightAveraging
 from omegaconf import DictConfig
 
 from owlfuse.artifacts.identity import weights_identity
 from owlfuse.artifacts.init_from import adopt_parts
-from owlfuse.artifacts.resume import changed_keys, check_identity, read_past, recorded
-from owlfuse.artifacts.run_data import build_data, save_tokenizer
+from owlfuse.artifacts.resume import (
+    VALIDATED_BY,
+    changed_keys,
+    check_identity,
+    matches,
+    read_past,
+    recorded,
+)
+from owlfuse.artifacts.run_data import (
+    build_data,
+    check_tokenizer,
+    save_tokenizer,
+    tokenizer_hash,
+)
 from owlfuse.artifacts.runs import (
+    BEST,
     in_use,
     is_first_rank,
     last_checkpoint,
@@ -35,7 +49,7 @@ from owlfuse.core.terminal import visible
 from owlfuse.data.datamodule import ChatData
 from owlfuse.data.identity import data_identity
 from owlfuse.evaluation.reports import ANSWERS, write_answers
-from owlfuse.evaluation.results import write_results
+from owlfuse.evaluation.results import comparable_with_before, write_results
 from owlfuse.model.llm import check_length
 from owlfuse.model.llm_probe import check_packing
 from owlfuse.model.multimodal import on_meta
@@ -48,6 +62,7 @@ from owlfuse.parallel.strategies import (
     rank_timeouts_as_data_errors,
 )
 from owlfuse.training.callbacks import raise_if_stopped, resume_hint
+from owlfuse.training.checkpoints import Best
 from owlfuse.training.loggers import begin_logging, finish_loggers, log_results
 from owlfuse.training.machine_checks import check_machine
 from owlfuse.training.module import MultimodalModule
@@ -112,6 +127,10 @@ def train(config: DictConfig, folder: Path, data_digest: str | None, at_exit: Ex
             data.go_on(past.step, past.positions)
         data.bind(plan.vision.preprocessing, plan.fusion.tokens_per_image)
         trainer = make_trainer(config, data, folder, past)
+        # By what all ranks know: they write best.ckpt together.
+        is_other = any(matches(name, VALIDATED_BY) for name in changes)
+        if is_other or config.get("accept_changed_data"):
+            begin_best_anew(trainer)
         check_strategy(trainer, plan, checkpoint)
         check_norms(plan, trainer)
         plan.check_training(isinstance(trainer.strategy, Sharded))
@@ -136,6 +155,7 @@ def train(config: DictConfig, folder: Path, data_digest: str | None, at_exit: Ex
         code = code_hash(plain)
         identity = {**data_identity(data.sources, data.validation), **weights_identity(plain)}
     if past and identity:
+        check_tokenizer(folder, past)
         changes |= check_identity(past, identity, config)
         # of what is no longer there, as a base whose weights are all trained
         identity = {**past.identity, **identity}
@@ -155,6 +175,13 @@ def train(config: DictConfig, folder: Path, data_digest: str | None, at_exit: Ex
             past.step,
             trainer.precision,
         )
+    if past and code and past.code not in (None, code):
+        changes["code"] = [past.code, code]
+        log.warning(
+            "the code is another than until step %d: owlfuse's, your parts', or a library's of "
+            "another version",
+            past.step,
+        )
     history = recorded(past, changes)
     print_start(config, data, trainer, folder, checkpoint)
     # After the data: whether their lengths are cached must not change the weights that are drawn.
@@ -172,9 +199,12 @@ def train(config: DictConfig, folder: Path, data_digest: str | None, at_exit: Ex
     }
     write_config(config, folder, history)
     save_tokenizer(data.tokenizer, folder)
+    module.record["tokenizer"] = tokenizer_hash(folder) if is_first_rank() else None
     begin_logging(trainer, config, plain)
     at_exit.push(partial(finish_loggers, trainer))
     fit(trainer, module, data, checkpoint, folder)
+    if past and trainer.global_step == past.step:
+        take_averages(trainer, module)
     # outside of the branch below, since all ranks take part
     totals = over_ranks(trainer, module.samples.totals())
     if trainer.is_global_zero:
@@ -201,6 +231,7 @@ def train(config: DictConfig, folder: Path, data_digest: str | None, at_exit: Ex
     if trainer.is_global_zero:
         # once more, since the evaluation has met samples of the validation sources
         write_mixture(folder, report | {"validation": data.validation_report()})
+        metrics = comparable_with_before(metrics, history)
         cost, seconds = run_cost(trainer, evaluation), time.monotonic() - began
         counts = {} if evaluation is None else evaluation.counts
         if evaluation is not None:
@@ -218,6 +249,28 @@ def train(config: DictConfig, folder: Path, data_digest: str | None, at_exit: Ex
                 folder, metrics, answers, f"{config.experiment}, {trainer.global_step} steps"
             )
         print(visible(f"everything of this run is in {folder}"))
+
+
+def begin_best_anew(trainer: Any) -> None:
+    """Has the next validation write best.ckpt: what it has been compared with is of other
+    samples."""
+    for callback in trainer.callbacks:
+        if isinstance(callback, Best):
+            callback.begins_anew = True
+            if trainer.is_global_zero:
+                log.warning(
+                    "what is validated has changed, so the next validation writes %s whatever the "
+                    "losses until now were",
+                    BEST,
+                )
+
+
+def take_averages(trainer: Any, module: MultimodalModule) -> None:
+    """Puts averaged weights in their place after a fit in which no step was left: Lightning's
+    callback does so at the end of a training alone."""
+    for callback in trainer.callbacks:
+        if isinstance(callback, WeightAveraging):
+            callback.on_train_end(trainer, module)
 
 
 def print_start(

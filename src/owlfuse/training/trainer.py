@@ -21,7 +21,7 @@ from omegaconf import DictConfig
 
 from owlfuse.artifacts.resume import Past
 from owlfuse.artifacts.weights import HALVES
-from owlfuse.config.build import build
+from owlfuse.config.build import build, to_dict
 from owlfuse.config.compose import origin_of
 from owlfuse.core.errors import ConfigError
 from owlfuse.core.terminal import visible
@@ -70,6 +70,9 @@ def make_trainer(
             "optimizer steps"
         )
     steps = data.steps(configured_steps)
+    data_end = steps < configured_steps
+    if past and is_ended(past, config):
+        steps = min(steps, past.step)
     plugins = {}
     try:
         if SLURMEnvironment.detect() and not config.trainer.get("plugins"):
@@ -95,7 +98,7 @@ def make_trainer(
         raise ConfigError(f"{origin_of(config, 'trainer')}: trainer: {error}") from error
     check_launcher(trainer, config)
     check_callbacks(trainer, config)
-    if steps < configured_steps and trainer.is_global_zero:
+    if data_end and trainer.is_global_zero:
         line = f"the data end (at_end) after {steps} whole steps of {configured_steps}"
         print(visible(f"{line}, so the run does"))
     # Only the built trainer knows how many ranks have rows of their own.
@@ -105,6 +108,15 @@ def make_trainer(
     interval = min(config.trainer.get("val_check_interval", steps), trainer.max_steps)
     trainer.val_check_interval = interval * trainer.accumulate_grad_batches
     return trainer
+
+
+def is_ended(past: Past, config: DictConfig) -> bool:
+    """Whether a callback has ended the training, and neither the callbacks nor the steps are others
+    now."""
+    plain = to_dict(config)
+    same_callbacks = (plain.get("callbacks") or {}) == (past.config.get("callbacks") or {})
+    same_steps = plain["trainer"].get("max_steps") == past.config["trainer"].get("max_steps")
+    return past.ended and same_callbacks and same_steps
 
 
 def watched_metric(data: ChatData) -> str | None:

@@ -4,7 +4,7 @@ without a word."""
 import json
 
 import pytest
-from tokenizers import pre_tokenizers, trainers
+from tokenizers import pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer
 
 from owlfuse.core.errors import DataError
@@ -151,3 +151,44 @@ def test_a_thought_is_asked_for_by_either_name(name):
     question = [{"role": "user", "content": "a"}]
     assert render(tokenizer, question, True, thinking=True).endswith("<think>")
     assert not render(tokenizer, question, True).endswith("<think>")
+
+
+def test_spaces_that_a_post_processor_leaves_out_of_the_offsets_are_not_doubled():
+    """As GPT-2's does by default."""
+    template = (
+        "{% for m in messages %}{{ '### ' + m.role + ': ' + m.content + eos_token }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '### assistant: ' }}{% endif %}"
+    )
+    tokenizer = with_template(template)
+    tokenizer.backend_tokenizer.post_processor = processors.ByteLevel(
+        add_prefix_space=False, trim_offsets=True
+    )
+    encoder = ChatEncoder(tokenizer, 1)
+    sample = chat(("user", "what is there"), ("assistant", "two dogs"))
+    encoded = encoder.encode(sample)
+    assert (
+        tokenizer.decode(encoded.input_ids)
+        == "### user: what is there</s>### assistant: two dogs</s>"
+    )
+    prompt = encoder.encode_prompt(chat(("user", "what is there"))).input_ids
+    assert encoded.input_ids[: len(prompt)].tolist() == prompt.tolist()
+    learned = encoded.input_ids[encoded.labels != -100]
+    assert tokenizer.decode(learned) == "two dogs</s>"
+
+
+def test_an_end_mark_of_ordinary_text_inside_of_an_answer_is_noted():
+    template = (
+        "{% for m in messages %}{{ m.role + ': ' + m.content + ' ### ' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+    )
+    encoder = ChatEncoder(with_template(template), 1)
+    plain, headings = (
+        chat(("user", "?"), ("assistant", "a")),
+        chat(("user", "?"), ("assistant", "a ### b")),
+    )
+    encoder.encode(plain)
+    encoder.encode(headings)
+    assert not plain.notes
+    assert [note.text for note in headings.notes] == [
+        "an answer has '###' in it, at which generation stops"
+    ]

@@ -75,7 +75,8 @@ def test_as_many_whole_turns_are_kept_as_fit_with_their_images(tokenizer):
         else:
             encoded = encoder.encode(sample, on_length="truncate_turns")
             assert torch.equal(encoded.input_ids, whole.encode(first_turns(sample, kept)).input_ids)
-            assert encoded.turns_removed == len(counts) - kept
+            # a question without an answer at the end is counted as one
+            assert encoded.turns_removed == max(1, len(counts) - kept)
             assert len(encoded.image_positions) == sum(images for _, images in counts[:kept])
 
     check()

@@ -4,6 +4,7 @@ the meaning is left out."""
 import json
 import logging
 
+import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -886,6 +887,99 @@ def test_a_value_that_names_no_picture_is_noted(tmp_path, key):
     record = {"question": "?", "answer": "!", key: "report.pdf"}
     sample = CHAT_FORMATS["llava"](tmp_path, [record])[0]
     assert Note("unused", f"a record's '{key}'") in sample.notes
+
+
+@pytest.mark.parametrize("key", ["image_path", "img", "photo_url", "shot"])
+def test_a_picture_that_a_turn_names_otherwise_is_refused(tmp_path, key):
+    for turn in ({**user("What?"), key: "a.png"}, {"user": "?", "assistant": "!", key: "a.png"}):
+        turns = [turn, assistant("x")] if "role" in turn else [turn]
+        with pytest.raises(DataError, match=rf"a turn has '{key}': .*\(turn 1\)"):
+            CHAT_FORMATS["messages"](tmp_path, [{"messages": turns}])[0]
+
+
+@pytest.mark.parametrize("key", ["image_id", "imageId", "img_ids", "video_id"])
+@every_format
+def test_the_number_of_a_picture_that_is_not_there_is_refused(tmp_path, read, key):
+    record = {"question": "?", "answer": "!", key: 458752}
+    with pytest.raises(DataError, match=f"{key}.*(no picture or video|are not read)"):
+        read(tmp_path, [record])[0]
+    assert read(tmp_path, [{**record, "image": "a.png"}])[0].images == ["a.png"]
+
+
+@pytest.mark.parametrize("key", ["video_start", "end", "clip"])
+@every_format
+def test_a_piece_of_a_records_video_is_refused(tmp_path, read, key):
+    record = {"question": "<video>?", "answer": "!", "video": "a.mp4", key: 3.0}
+    with pytest.raises(DataError, match=f"'{key}'.*shown whole"):
+        read(tmp_path, [record])[0]
+
+
+@pytest.mark.parametrize("key", ["reasoning_content", "reasoning", "thinking"])
+@every_format
+def test_a_thought_beside_question_and_answer_is_the_answers(tmp_path, read, key):
+    record = {"prompt": "p", "response": "r", key: "because"}
+    sample = read(tmp_path, [record])[0]
+    assert sample.messages[1]["reasoning_content"] == "because"
+    assert not sample.notes
+
+
+def test_alpaca_refuses_a_thought(tmp_path):
+    record = {"instruction": "a", "output": "b", "reasoning_content": "because"}
+    with pytest.raises(DataError, match="has 'reasoning_content'"):
+        json_lines(Alpaca)(tmp_path, [record])[0]
+
+
+@every_format
+def test_an_answer_beside_a_chat_that_ends_with_a_question_is_refused(tmp_path, read):
+    turns = [user("1"), assistant("2"), user("3")]
+    with pytest.raises(DataError, match="has 'response' beside 'messages', which ends with a"):
+        read(tmp_path, [{"messages": turns, "response": "4"}])[0]
+
+
+PARTS = [{"type": "image", "image": "a.png"}, {"type": "text", "text": "What?"}]
+
+
+@every_format
+def test_parts_that_are_stored_as_json_are_parts(tmp_path, read):
+    boxes = '[{"bbox": [1, 2, 3, 4], "label": "cat"}]'
+    turns = [user(json.dumps(PARTS)), assistant(boxes)]
+    sample = read(tmp_path, [{"messages": turns}])[0]
+    assert [said(message) for message in sample.messages] == [
+        ("user", "[image]What?"),
+        ("assistant", boxes),
+    ]
+    assert sample.images == ["a.png"]
+
+
+@pytest.mark.parametrize("answers", ['["yes", "no", "yes"]', "['yes', 'no', 'yes']"])
+@every_format
+def test_a_list_of_answers_that_is_stored_as_a_text_is_a_list(tmp_path, read, answers):
+    sample = read(tmp_path, [{"question": "?", "answers": answers}])[0]
+    assert said(sample.messages[1]) == ("assistant", "yes")
+    assert sample.metadata["accepted"] == ["yes", "no"]
+    # a box, which is one answer
+    sample = read(tmp_path, [{"question": "?", "answers": "[1, 2]"}])[0]
+    assert said(sample.messages[1]) == ("assistant", "[1, 2]")
+
+
+@pytest.mark.skipif(not hasattr(datasets, "Json"), reason="datasets before 5")
+def test_values_of_several_types_that_datasets_stores_as_json_are_what_they_were(tmp_path):
+    records = [
+        {"messages": [user(PARTS), assistant('a "red" cat')]},
+        {"messages": [user("And?"), assistant("42")]},
+    ]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    table = datasets.load_dataset(
+        "json", data_files=str(tmp_path / "in.jsonl"), split="train", cache_dir=str(tmp_path / "c")
+    )
+    table.to_parquet(str(tmp_path / "a.parquet"))
+    expected = json_lines(Messages)(tmp_path, records)
+    source = Parquet(str(tmp_path / "a.parquet"), cache_dir=str(tmp_path / "cache"))
+    for number in range(2):
+        assert list(map(said, source[number].messages)) == list(
+            map(said, expected[number].messages)
+        )
+        assert source[number].images == expected[number].images
 
 
 @pytest.mark.parametrize("mark", ["<image_placeholder>", "<image_1>", "<start_of_image>"])

@@ -90,12 +90,23 @@ class ChatEncoder:
         self.check_written(sample, messages, text)
         render_sample = partial(self.render, sample)
         spans = supervised_spans(sample, messages, text, render_sample, self.answer_format)
+        self.note_inner_marks(sample, text, spans)
         starts = [start for start, _ in spans]
         ids, offsets = self.tokenize(text, starts, sample.id)
         labels = self.labels(sample, ids, offsets, spans)
         if self.unknown_id in ids and UNKNOWN not in sample.notes:
             sample.notes.append(UNKNOWN)
         return self.expand(sample, ids, labels, views)
+
+    def note_inner_marks(self, sample: Sample, text: str, spans: list[tuple[int, int]]) -> None:
+        """Note an answer that has the end mark in it, where that is ordinary text."""
+        mark = self.answer_format.end_mark
+        if self.answer_format.end_ids:
+            return
+        note = Note("assumed", f"an answer has {mark!r} in it, at which generation stops")
+        has_mark = any(mark in text[start : end - len(mark)] for start, end in spans)
+        if has_mark and note not in sample.notes:
+            sample.notes.append(note)
 
     def encode_prompt(self, sample: Sample, views: list[int] | None = None) -> Encoded:
         """Return the chat up to where the assistant answers next; nothing is supervised.

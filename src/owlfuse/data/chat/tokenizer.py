@@ -203,6 +203,7 @@ def prepare(
             f"the tokenizer {tokenizer.name_or_path} has no end-of-sequence token, which ends an "
             "answer"
         )
+    keep_spaces_in_offsets(tokenizer)
     if tokenizer.pad_token_id is None:
         # Padding is masked, so that any id serves.
         tokenizer.pad_token = tokenizer.eos_token
@@ -233,6 +234,22 @@ def prepare(
     else:
         tokenizer.chat_template = prepared(templates, options={})
     return tokenizer
+
+
+def keep_spaces_in_offsets(tokenizer: Any) -> None:
+    """Have the offsets of tokens cover the spaces that they stand for, in place.
+
+    The post-processors of GPT-2 and RoBERTa leave them out by default, and then a token with a
+    space seems to begin behind it, where an answer begins. The tokens themselves do not change.
+    """
+    processor = tokenizer.backend_tokenizer.post_processor
+    if processor is None:
+        return
+    state = processor.__getstate__()
+    kept = re.sub(rb'"trim_offsets":\s*true', b'"trim_offsets":false', state)
+    if kept != state:
+        processor.__setstate__(kept)
+        tokenizer.backend_tokenizer.post_processor = processor
 
 
 def prepare_template(

@@ -108,5 +108,6 @@ def truncate(encode: Callable[[Sample], Encoded], sample: Sample, max_length: in
             f"sample {sample.id} is {shortest} tokens long with its {part}, over max_length of "
             f"{max_length}"
         )
-    longest.turns_removed = turns - (low - 1)
+    # A question without an answer at the end is no turn, and is left out before all others.
+    longest.turns_removed = max(1, turns - (low - 1))
     return longest

@@ -18,6 +18,7 @@ from owlfuse.data.formats.records import (
 from owlfuse.data.formats.turn_keys import (
     IMAGES,
     QUESTION_REFUSED,
+    THOUGHT_KEYS,
     VIDEOS,
     brief,
     is_absent,
@@ -97,8 +98,10 @@ class Alpaca(Source):
 
     def sample(self, record: JsonObject, name: str) -> Sample:
         """See `Source`."""
-        # First, so that a record of another format is told as such.
-        for key in present_keys(record, OTHER_FORMATS):
+        # First, so that a record of another format is told as such. A truth value may say whether
+        # the model is to think.
+        thoughts = [key for key in THOUGHT_KEYS if isinstance(record.get(key), str)]
+        for key in present_keys(record, (*OTHER_FORMATS, *thoughts)):
             raise DataError(
                 f"sample {name} has '{key}': {brief(record[key])}, and the format alpaca has "
                 "instruction, input and output alone; expected the format llava, sharegpt or "

@@ -4,6 +4,7 @@ are mapped into memory."""
 from __future__ import annotations
 
 import glob
+import json
 import mmap
 from bisect import bisect_right
 from collections import Counter
@@ -13,6 +14,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any, cast
 
+import datasets
 import pyarrow
 from datasets import ClassLabel, Dataset, Features, concatenate_datasets
 from datasets.config import HF_DATASETS_CACHE
@@ -26,6 +28,7 @@ from owlfuse.data.formats.base import ChatSource, identity_of
 from owlfuse.data.formats.records import (
     CHATS,
     EXPECTED,
+    MEDIA_ID,
     MEDIA_KEY,
     QUESTION_KEYS,
     QUESTIONS,
@@ -263,7 +266,11 @@ def check_pictures(
     for column in unread:
         match = MEDIA_KEY.fullmatch(column.lower())
         is_numbered = bool(match and match["number"])
-        is_media = bool(match) or holds_files(schema.field(column).type)
+        is_media = (
+            bool(match)
+            or bool(MEDIA_ID.fullmatch(column.lower()))
+            or holds_files(schema.field(column).type)
+        )
         if is_numbered or (is_media and not has_images):
             pictures.append(column)
     if pictures:
@@ -312,6 +319,10 @@ class Rows(Sequence[JsonObject]):
         self.ends = list(accumulate(counts))
         self.table = dataset.with_format("arrow")
         self.columns = columns
+        features = self.table.features
+        self.with_json = {
+            column: features[column] for column in columns.values() if has_json(features[column])
+        }
 
     def __len__(self) -> int:
         return len(self.table)
@@ -324,6 +335,8 @@ class Rows(Sequence[JsonObject]):
             limit = MAX_PICTURES if key in (*IMAGES, *VIDEOS) else MAX_RECORD
             check_record(row.column(column).nbytes, f"{self.location(index)}: {column}", limit)
         values = row.to_pylist()[0]
+        for column, feature in self.with_json.items():
+            values[column] = from_json_type(values[column], feature)
         for column, names in self.labels.items():
             number = values[column]
             # `datasets` writes -1 where there is no class.
@@ -340,6 +353,51 @@ class Rows(Sequence[JsonObject]):
         file = bisect_right(self.ends, index)
         before = self.ends[file - 1] if file else 0
         return f"row {index - before + 1} of {self.files[file].name}"
+
+
+JSON_TYPE: Any = getattr(datasets, "Json", ())
+"""How `datasets` from 5 stores values of several types, as contents that are texts and lists of
+parts."""
+
+
+def inner_features(feature: Any) -> Iterable[Any]:
+    """Return the features inside of one of `datasets`: of a list's items, or of an object's
+    keys."""
+    if isinstance(feature, dict):
+        return feature.values()
+    if isinstance(feature, list):
+        return feature
+    inner = getattr(feature, "feature", None)
+    return [] if inner is None else [inner]
+
+
+def has_json(feature: Any) -> bool:
+    """Whether values of a feature have to be read by `from_json_type`."""
+    if JSON_TYPE and isinstance(feature, JSON_TYPE):
+        return True
+    return any(has_json(inner) for inner in inner_features(feature))
+
+
+def from_json_type(value: Any, feature: Any) -> Any:
+    """Return a stored value with the JSON texts of `datasets.Json` read.
+
+    A text that spells a number or a truth value stays a text: which of the two it was is not
+    stored.
+    """
+    if value is None:
+        return None
+    if isinstance(feature, JSON_TYPE):
+        try:
+            read = json.loads(value)
+        except (ValueError, RecursionError):
+            return value
+        return value if isinstance(read, int | float) else read
+    if isinstance(feature, dict) and isinstance(value, dict):
+        return {key: from_json_type(value[key], feature[key]) for key in value}
+    if isinstance(value, list):
+        (inner,) = inner_features(feature)
+        return [from_json_type(item, inner) for item in value]
+    return value
 
 
 def distinct_columns(columns: dict[str, str]) -> list[str]:

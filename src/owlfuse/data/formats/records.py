@@ -3,6 +3,7 @@ and pictures under."""
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import json
 import re
@@ -22,6 +23,7 @@ from owlfuse.data.formats.turn_keys import (
     REFUSED,
     ROLES,
     SYSTEM_KEYS,
+    THOUGHT_KEYS,
     VIDEOS,
     brief,
     check_refused,
@@ -31,7 +33,16 @@ from owlfuse.data.formats.turn_keys import (
     single_value,
     tools_of,
 )
-from owlfuse.data.formats.turns import EXPECTED_TURN, files_of, read_turns, role_of
+from owlfuse.data.formats.turns import (
+    EXPECTED_TURN,
+    PAIR_KEYS,
+    SIMPLE_TURNS,
+    TURN_KEYS,
+    files_of,
+    read_turns,
+    role_of,
+    with_turn,
+)
 
 # Keys of a record's turns: a list, its JSON text, or a dict of lists of the same length.
 CHATS = ("messages", "conversations", "conversation", "texts")
@@ -70,6 +81,12 @@ RECORD_REFUSED = {
     "kto_tag": "a judgement of the answer; preference data are not read",
 }
 
+# Keys of a record that choose a piece of its video.
+VIDEO_PIECES = dict.fromkeys(
+    ("video_start", "video_end", "start", "end", "start_time", "end_time", "clip"),
+    "a piece of the video, which is shown whole; cut the file",
+)
+
 # Words that ms-swift replaces by what a record has under `objects`.
 OBJECTS = "objects"
 OBJECT_MARKS = ("<ref-object>", "<bbox>")
@@ -85,6 +102,8 @@ READ_KEYS = frozenset(
         *NOT_LEARN_KEYS,
         *RECORD_REFUSED,
         *QUESTION_REFUSED,
+        *VIDEO_PIECES,
+        *THOUGHT_KEYS,
         OBJECTS,
         "history",
     }
@@ -97,6 +116,8 @@ MEDIA_KEY = re.compile(
     r"(?:_?(?:local_?)?(?:file_?)?"
     r"(?:paths?|files?|names?|urls?|uris?|links?|bytes|base64(?:_str)?|b64|list))?"
 )
+# Names of keys that say which picture or video a record is about.
+MEDIA_ID = re.compile(r"(?:image|img|picture|photo|video)_?ids?")
 # The name of a picture's or a video's file, under whatever key (`file_name`, `frames`).
 MEDIA_NAME = re.compile(
     r"[^\n]{1,500}\.(?:jpe?g|png|webp|gif|bmp|tiff?|avif|mp4|mkv|webm|avi|mov|m4v)", re.IGNORECASE
@@ -131,6 +152,9 @@ def read_chat(
     if videos is None:
         videos = files_of(record, VIDEOS, name)
     shown: JsonObject = {"image": images, "video": videos}
+    if videos:
+        check_refused(record, VIDEO_PIECES, name, "the record")
+    check_turn_pictures(turns, name, shown)
     messages, images, videos, notes = read_turns(turns, images, videos, name)
     check_objects(record, messages, name)
 
@@ -239,7 +263,15 @@ def find_turns(
                 f"sample {name} has 'history' beside '{chats[0]}'; write it as turns, it would be "
                 "left out"
             )
-        return turns_of(record[chats[0]], name, chats[0]), {chats[0]}, []
+        turns = turns_of(record[chats[0]], name, chats[0])
+        # Before it there may be anything; behind a question there is its answer.
+        if turns and ROLES.get(role_of(turns[-1]) or "") == "user":
+            for key in present_keys(record, ("response", "completion", "answer")):
+                raise DataError(
+                    f"sample {name} has '{key}' beside '{chats[0]}', which ends with a question; "
+                    "write it as the last turn"
+                )
+        return turns, {chats[0]}, []
     for question, answer in QUESTIONS:
         if len(present_keys(record, (question, answer))) == 2:
             return question_turns(record, name, question, answer)
@@ -362,6 +394,8 @@ def question_turns(
     if answer_key == "answer" and not is_absent(record.get("answers")):
         answers = answers_of(record["answers"], name, "answers")
         used.add("answers")
+    if answer_key == "answers" and isinstance(answer, str):
+        answer = list_of_text(answer)
     # Under `prompt` (trl) a list holds turns; under a question it holds the answers of annotators.
     if isinstance(answer, list) and question_key != "prompt":
         texts = answers_of(answer, name, answer_key)
@@ -382,6 +416,11 @@ def question_turns(
         question = [{"role": "user", "content": question}]
     if isinstance(answer, str):
         answer = [{"role": "assistant", "content": answer}]
+        thought_key, thought = single_value(record, THOUGHT_KEYS, name, "the record")
+        # A truth value may say whether the model is to think.
+        if thought_key is not None and isinstance(thought, str):
+            answer[0]["reasoning_content"] = thought
+            used.add(thought_key)
     # trl learns from the completion alone, and from nothing that the assistant says in the prompt.
     turns = history_turns(record.get("history"), name)
     for turn in question:
@@ -421,6 +460,8 @@ def number_as_text(answer: Any) -> Any:
 def answers_of(value: Any, name: str, key: str) -> list[str]:
     """Return the answers of annotators, one or a list of them, texts or VQAv2's `{"answer"}`,
     without blank ones. Raises DataError."""
+    if isinstance(value, str):
+        value = list_of_text(value)
     entries = [value] if isinstance(value, str | int) else value
     if not isinstance(entries, list):
         raise DataError(f"sample {name}: '{key}' is {brief(value)}, expected a list of texts")
@@ -432,6 +473,19 @@ def answers_of(value: Any, name: str, key: str) -> list[str]:
         if text.strip():
             texts.append(text)
     return texts
+
+
+def list_of_text(text: str) -> str | list[str]:
+    """Return the texts of a list that is written as JSON or as Python writes it; another text as it
+    is."""
+    if not text.lstrip().startswith("["):
+        return text
+    try:
+        value = ast.literal_eval(text.strip())
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        return text
+    is_list = isinstance(value, list) and all(isinstance(item, str) for item in value)
+    return value if is_list else text
 
 
 def system_turn(record: JsonObject, name: str, turns: list[Any]) -> list[Any]:
@@ -503,6 +557,11 @@ def check_unused(unused: JsonObject, name: str, shown: JsonObject) -> list[Note]
             continue
         check_media_key(value, name, key, shown)
         check_media_name(value, name, key, shown)
+        if MEDIA_ID.fullmatch(key.lower()) and not present_keys(shown, (*IMAGES, *VIDEOS)):
+            raise DataError(
+                f"sample {name}: the record has '{key}': {brief(value)}, and no picture or video; "
+                "name the file in image or video"
+            )
         if key in WEIGHTS or key in NOT_LEARN_KEYS:
             check_weight(value, name, key)
         notes.append(Note("unused", f"a record's '{key}'"))
@@ -548,27 +607,48 @@ def value_of_text(text: str) -> bool | float | str:
         return text
 
 
-def check_media_key(value: Any, name: str, key: str, shown: JsonObject) -> None:
+def check_turn_pictures(turns: list[Any], name: str, shown: JsonObject) -> None:
+    """Raise DataError for a key of a turn by which it names a picture, a video or sound, and which
+    is not read."""
+    for number, turn in enumerate(turns, start=1):
+        if not isinstance(turn, dict) or turn.keys() in SIMPLE_TURNS:
+            continue
+        try:
+            for key in present_keys(turn, turn.keys() - TURN_KEYS - PAIR_KEYS):
+                check_media_key(turn[key], name, key, shown, "a turn")
+                check_media_name(turn[key], name, key, shown, "a turn")
+        except DataError as error:
+            raise with_turn(error, number) from None
+
+
+def check_media_key(
+    value: Any, name: str, key: str, shown: JsonObject, where: str = "the record"
+) -> None:
     """Raise DataError for a key that holds a picture, a video or sound by its name, and is not
-    read."""
+    read.
+
+    Args:
+        where: what has the key, for messages.
+    """
     match = MEDIA_KEY.fullmatch(key.lower())
     if not match or isinstance(value, int | float):
         return
     if match["kind"] in ("audio", "sound", "speech"):
         raise DataError(
-            f"sample {name}: the record has '{key}': {brief(value)}, sound, which no model here "
-            "hears"
+            f"sample {name}: {where} has '{key}': {brief(value)}, sound, which no model here hears"
         )
     keys = VIDEOS if match["kind"] in ("video", "clip") else IMAGES
     # Beside `image`, an `image_path` often names the same picture, but an `image_2` is another one.
     if match["number"] or not present_keys(shown, keys):
         raise DataError(
-            f"sample {name}: the record has '{key}': {brief(value)}, which is not read; "
+            f"sample {name}: {where} has '{key}': {brief(value)}, which is not read; "
             f"expected {' or '.join(keys)}, a file or a list of them"
         )
 
 
-def check_media_name(value: Any, name: str, key: str, shown: JsonObject) -> None:
+def check_media_name(
+    value: Any, name: str, key: str, shown: JsonObject, where: str = "the record"
+) -> None:
     """Raise DataError for a key whose value names pictures or videos, in a record that shows
     none."""
     if present_keys(shown, (*IMAGES, *VIDEOS)):
@@ -576,6 +656,6 @@ def check_media_name(value: Any, name: str, key: str, shown: JsonObject) -> None
     names = value if isinstance(value, list) else [value]
     if all(isinstance(entry, str) and MEDIA_NAME.fullmatch(entry) for entry in names):
         raise DataError(
-            f"sample {name}: the record has '{key}': {brief(value)}, which is not read, and no "
+            f"sample {name}: {where} has '{key}': {brief(value)}, which is not read, and no "
             "picture; expected image, images, video or videos, a file or a list of them"
         )

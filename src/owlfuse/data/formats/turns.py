@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import json
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -348,7 +349,7 @@ def read_message(turn: Any, name: str, unused: set[str]) -> JsonObject:
         role_first = next(iter(turn)) in ("from", "role")
         role, content = turn.values() if role_first else reversed(turn.values())
         known_role = ROLES.get(role.lower()) if isinstance(role, str) else None
-        if known_role and isinstance(content, str):
+        if known_role and isinstance(content, str) and not PARTS_IN_TEXT.match(content):
             return {"role": known_role, "content": content}
     for key in present_keys(turn, turn.keys() - TURN_KEYS):
         unused.add(f"a turn's '{key}'")
@@ -357,6 +358,8 @@ def read_message(turn: Any, name: str, unused: set[str]) -> JsonObject:
     if content is None:
         # an empty text, which says nothing but is a content
         content = turn["value"] if turn.get("value") is not None else turn.get("content")
+    if isinstance(content, str):
+        content = parts_of_text(content)
     if role in CALL_ROLES and isinstance(content, str | list | dict):
         extras = extras_of(turn, "assistant", name) | {"tool_calls": tool_calls_of(content, name)}
         return {"role": "assistant", "content": [], **extras}
@@ -368,6 +371,25 @@ def read_message(turn: Any, name: str, unused: set[str]) -> JsonObject:
     if not isinstance(content, str | list):
         raise DataError(f"sample {name}: a turn is {brief(turn)}, {EXPECTED_TURN}")
     return {"role": ROLES[role], "content": content, **extras}
+
+
+# The beginning of a list of parts that is written as JSON.
+PARTS_IN_TEXT = re.compile(r"\s*\[\s*\{")
+
+
+def parts_of_text(text: str) -> str | list[Any]:
+    """Return the parts of a content whose list of parts is stored as JSON, since a table's column
+    has one type; another text as it is, as boxes in JSON that are an answer."""
+    if not PARTS_IN_TEXT.match(text):
+        return text
+    try:
+        parts = json.loads(text)
+    except (ValueError, RecursionError):
+        return text
+    are_parts = all(
+        isinstance(part, dict) and "type" in part and part.keys() <= PART_KEYS for part in parts
+    )
+    return parts if are_parts else text
 
 
 def role_of(turn: JsonObject) -> str | None:

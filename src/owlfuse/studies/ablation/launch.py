@@ -193,18 +193,13 @@ def run_cell(folder: Path, key: str, deadline: float | None, threads: int | None
     # A worker of another machine knows the cell from the file alone.
     record = read_json(folder / "ablation.json")
     cell = next(cell for cell in record["cells"] if cell["key"] == key)
-    facts: dict[str, Any] = {
-        "hash": cell["hash"],
-        "began": time.time(),
-        "machine": machine(),
-        # beside which its times were measured
-        "jobs": record.get("jobs", 1),
-    }
+    has_checkpoint = bool(checkpoints_of(run / "checkpoints"))
+    facts: dict[str, Any] = {"hash": cell["hash"], "began": time.time()}
+    facts |= where_it_trains(run if has_checkpoint else None, record.get("jobs", 1))
     run.mkdir(parents=True, exist_ok=True)
     if deadline is not None and time.time() > deadline:
         reason = "the budget's minutes were used up"
         return write_state(run, facts, "not begun", error=reason)
-    has_checkpoint = bool(checkpoints_of(run / "checkpoints"))
     # A process that was left alone may still train the cell: the new one waits for it.
     if (run / "config.yaml").exists() and not has_checkpoint and not is_locked(run / ".lock"):
         archive_run(folder, key)  # it was stopped before its first checkpoint
@@ -213,19 +208,38 @@ def run_cell(folder: Path, key: str, deadline: float | None, threads: int | None
     write_state(run, facts, "running")
 
     log = run / "log.txt"
+    # behind which this attempt writes
+    earlier_bytes = log.stat().st_size if log.exists() else 0
     code = train_in_process(folder, key, log, threads)
-    last_line = clean_log(log)  # of a cell that failed, its error
+    last_line = clean_log(log, earlier_bytes)  # of a cell that failed, its error
     facts["ended"] = time.time()
     if code == 0:
         return write_state(run, facts, "finished")
     if code == 130 or interrupt_count(folder):  # 130 is Ctrl-C's exit code
         return write_state(run, facts, "interrupted")
     error = last_line.removeprefix("owlfuse: error: ")
-    if not error and code < 0:
-        error = f"ended by signal {signal.Signals(-code).name}"
+    if code == -signal.SIGKILL:  # whatever it wrote last
+        error = "ended by signal SIGKILL, as the system does where memory runs out"
+    elif code < 0 and error == last_line:
+        error = f"ended by signal {signal.Signals(-code).name}: {last_line}".rstrip(": ")
     elif not error:
         error = f"exit code {code}"
     return write_state(run, facts, "failed", error=error)
+
+
+def where_it_trains(earlier_run: Path | None, jobs: int) -> dict[str, Any]:
+    """Returns the machine of a cell, and how many cells it is measured beside; with those of the
+    attempts that it goes on from.
+
+    Args:
+        earlier_run: its folder, where there is such an attempt.
+    """
+    machines = [machine()]
+    if earlier_run is not None:
+        earlier = read_json_if_there(earlier_run / STATE_FILE)
+        jobs = max(jobs, earlier.get("jobs", 1))
+        machines = list(dict.fromkeys([*str(earlier.get("machine", "")).split("; "), *machines]))
+    return {"machine": "; ".join(filter(None, machines)), "jobs": jobs}
 
 
 def train_in_process(folder: Path, key: str, log: Path, threads: int | None) -> int:
@@ -283,21 +297,29 @@ def record_interrupt(folder: Path) -> None:
         file.write(b"x")
 
 
-def clean_log(log: Path) -> str:
+def clean_log(log: Path, earlier_bytes: int = 0) -> str:
     """Leaves of each line what a terminal would show at its end, and returns the last error, or
-    else the last line."""
+    else the last line, of what stands behind the log of earlier attempts."""
+    content = log.read_bytes()
+    earlier_lines = shown_lines(content[:earlier_bytes])
+    lines = shown_lines(content[earlier_bytes:])
+    log.write_text("\n".join([*earlier_lines, *lines, ""]), encoding="utf-8")
+    errors = [line for line in lines if line.startswith("owlfuse: error: ")]
+    # Of a crash there is no error of owlfuse, and the last line of the traceback says most.
+    last_lines = errors or lines or [""]
+    return last_lines[-1][:300]  # a line of a table
+
+
+def shown_lines(content: bytes) -> list[str]:
+    """Returns the lines of a log as a terminal would show them, without empty ones."""
     lines = []
-    for line in log.read_text(encoding="utf-8", errors="replace").split("\n"):
+    for line in content.decode(errors="replace").split("\n"):
         # A progress bar is written over itself: what follows the last carriage return is seen.
         visible = line.rstrip("\r").rpartition("\r")[2]
         visible = re.sub(r"\x1b?\[[0-9;]*[A-Za-z]", "", visible).rstrip()
         if visible:
             lines.append(visible)
-    log.write_text("\n".join([*lines, ""]), encoding="utf-8")
-    errors = [line for line in lines if line.startswith("owlfuse: error: ")]
-    # Of a crash there is no error of owlfuse, and the last line of the traceback says most.
-    last_lines = errors or lines or [""]
-    return last_lines[-1][:300]  # a line of a table
+    return lines
 
 
 def is_locked(lock: Path) -> bool:

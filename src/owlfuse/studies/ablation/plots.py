@@ -18,6 +18,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from owlfuse.core.errors import DataError
 from owlfuse.studies.ablation.results import COSTS, SHARE_METRICS, Results, Row, Score
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -151,7 +152,10 @@ def shared_curves(row: Row, column: str) -> pd.DataFrame:
     curves = {}
     for run in row.finished:
         path = run.folder / "metrics.csv"
-        metrics = pd.read_csv(path, index_col="step") if path.exists() else pd.DataFrame()
+        try:
+            metrics = pd.read_csv(path, index_col="step") if path.exists() else pd.DataFrame()
+        except ValueError as error:  # which pandas' own errors are
+            raise DataError(f"{path} is not as owlfuse writes it: {error}") from error
         if column in metrics:
             # A resumed run may have a step twice: the later value counts.
             curve = metrics[column].dropna()

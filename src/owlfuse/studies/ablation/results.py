@@ -89,11 +89,15 @@ class Run:
         Args:
             key: `sources`, of the training, or `validation`.
         """
-        mixture = read_json_if_there(self.folder / "mixture.json")
-        if key == "validation":
-            mixture = mixture.get("validation") or {}
-        sources = mixture.get("sources") or {}
-        return {name: (row["skipped"], row["truncated"]) for name, row in sources.items()}
+        path = self.folder / "mixture.json"
+        mixture = read_json_if_there(path)
+        try:
+            if key == "validation":
+                mixture = mixture.get("validation") or {}
+            sources = mixture.get("sources") or {}
+            return {name: (row["skipped"], row["truncated"]) for name, row in sources.items()}
+        except (AttributeError, KeyError, TypeError) as error:
+            raise DataError(f"{path} is not as owlfuse writes it") from error
 
     def answers(self, source: str, kind: str = "") -> RunAnswers:
         """Return the answers in answers.jsonl of one validation source and kind of question."""
