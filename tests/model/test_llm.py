@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from families import small_fields
 from helpers import FROZEN, ROWS, VOCAB, llm_fields, make_batch, make_model, policy
+from owlfuse.model.fusion.modality_adaptive import ModalityAdaptive
 from owlfuse.model.layouts import decoder_layers
 from owlfuse.model.llm import (
     cache_argument,
@@ -18,6 +19,7 @@ from owlfuse.model.llm import (
     check_length,
     check_split,
     load_llm,
+    make_config,
     recompute_activations,
     rotary,
     rotate,
@@ -182,6 +184,8 @@ def test_on_the_meta_device_a_given_architecture_stands_for_the_hub_s_and_is_not
         ("olmoe", {"num_experts": 4, "num_experts_per_tok": 2}, "self_attn.q_norm.weight"),
         ("glm", {}, "mlp.down_proj"),
         ("diffllama", {}, "self_attn.lambda_q1"),
+        ("apertus", {}, "mlp.act_fn.alpha_p"),
+        ("stablelm", {}, "counts all heads"),
         ("hunyuan_v1_dense", {}, None),
         ("qwen3", {}, None),
         ("llama", {}, None),
@@ -197,6 +201,19 @@ def test_tensor_ranks_share_out_only_layers_whose_every_weight_they_split(
         return
     with pytest.raises(ValueError, match=message):
         check_split(llm, 2)
+
+
+def test_tensor_ranks_refuse_copies_of_an_mlp_that_they_cannot_share_out():
+    llm = load_llm(VOCAB, config=llm_fields("glm"))
+    ModalityAdaptive(4, ["mlp"]).attach(llm)
+    with pytest.raises(ValueError, match="cannot share out mlp.gate_up_proj"):
+        check_split(llm, 2)
+
+
+def test_a_key_of_an_inner_configuration_that_it_does_not_know_is_refused():
+    fields = {"model_type": "gemma3", "text_config": {"num_hidden_layer": 2}}
+    with pytest.raises(ValueError, match=r"text_config.num_hidden_layer unknown to Gemma3TextConf"):
+        make_config(fields, VOCAB)
 
 
 def test_tensor_ranks_refuse_a_size_for_each_layer_as_gemma_3n_has_it():

@@ -240,8 +240,7 @@ def make_config(config: dict[str, Any], vocab_size: int) -> PreTrainedConfig:
         last_line = (str(error).splitlines() or [type(error).__name__])[-1]
         raise ValueError(f"config: {last_line.strip()[:200]}") from error
     # the defaults above are no keys of the user's, and RWKV has no pad_token_id
-    if unknown := sorted(set(config) - config_fields(type(llm_config)) - {"model_type"}):
-        raise ValueError(f"config: {', '.join(unknown)} unknown to {type(llm_config).__name__}")
+    check_keys(config, llm_config)
     heads = shared_field(llm_config, "num_attention_heads")
     groups = shared_field(llm_config, "num_key_value_heads")
     # some modelling files accept it and fail in the first forward pass
@@ -251,6 +250,18 @@ def make_config(config: dict[str, Any], vocab_size: int) -> PreTrainedConfig:
             "not divide"
         )
     return llm_config
+
+
+def check_keys(config: dict[str, Any], llm_config: PreTrainedConfig, prefix: str = "") -> None:
+    """Raises ValueError for keys that a configuration of transformers, or one inside of it, does
+    not have."""
+    if unknown := sorted(set(config) - config_fields(type(llm_config)) - {"model_type"}):
+        names = ", ".join(prefix + name for name in unknown)
+        raise ValueError(f"config: {names} unknown to {type(llm_config).__name__}")
+    for name in llm_config.sub_configs:
+        inner = getattr(llm_config, name, None)
+        if isinstance(config.get(name), dict) and isinstance(inner, PreTrainedConfig):
+            check_keys(config[name], inner, f"{prefix}{name}.")
 
 
 def random_llm(config: PreTrainedConfig, options: dict[str, Any]) -> PreTrainedModel:
@@ -362,6 +373,24 @@ def check_layer_split(llm: PreTrainedModel, layer: Any) -> None:
         raise ValueError(
             f"{type(llm).__name__}: tensor ranks split mlp.down_proj and have no mlp.up_proj; use "
             "FSDP alone (tensor: 1)"
+        )
+    # a copy of an MLP stands inside of what a fusion has put in its place
+    for path in ("mlp", "mlp.text"):
+        mlp = module_at(layer, path)
+        if mlp is None or module_at(mlp, "down_proj") is None:
+            continue
+        for name, _ in mlp.named_parameters():
+            if f"mlp.{name.partition('.')[0]}" not in TENSOR_ROLES:
+                raise ValueError(
+                    f"{type(llm).__name__}: tensor ranks cannot share out mlp.{name}; use FSDP "
+                    "alone (tensor: 1)"
+                )
+    # StableLM's shapes the whole width's heads, of which a rank has a part
+    forward = inspect.getsource(type(attention).forward)
+    if re.search(r"self\.num_(?:attention_)?heads\b", forward):
+        raise ValueError(
+            f"{type(llm).__name__}: its attention counts all heads of the configuration, of which "
+            "a tensor rank has a part; use FSDP alone (tensor: 1)"
         )
 
 

@@ -163,6 +163,52 @@ def test_pictures_are_prepared_as_by_its_own_processor(do_pad, unified, tmp_path
     assert difference.max() < 0.05
 
 
+def test_pictures_of_a_height_and_a_width_are_stretched(tmp_path):
+    folder = tmp_path / "llava"
+    write_original(folder)
+    square = {"height": 42, "width": 42}
+    processor = CLIPImageProcessor(size=square, crop_size=square, do_center_crop=True)
+    processor.save_pretrained(folder)
+    picture = Image.linear_gradient("L").convert("RGB").resize((100, 60))
+    expected = processor(picture, return_tensors="pt")["pixel_values"][0]
+    assert (load(folder).vision.preprocessing(picture) - expected).abs().max() < 0.05
+
+
+def test_of_two_files_of_a_processor_that_of_transformers_5_is_read(tmp_path):
+    folder = tmp_path / "llava"
+    write_original(folder)
+    sizes = {"size": {"shortest_edge": 42}, "crop_size": {"height": 42, "width": 42}}
+    CLIPImageProcessor(**sizes).save_pretrained(folder)
+    content = json.loads((folder / "preprocessor_config.json").read_text())
+    saved = {"image_processor": content | {"image_mean": [0.5, 0.5, 0.5]}}
+    (folder / "processor_config.json").write_text(json.dumps(saved))
+    assert list(load(folder).vision.preprocessing.mean) == [0.5, 0.5, 0.5]
+
+
+def test_windows_of_single_layers_are_kept(tmp_path, monkeypatch):
+    types = ["sliding_attention", "full_attention"]
+    window = {"use_sliding_window": True, "sliding_window": 4, "layer_types": types}
+    sizes = {**SIZES, "num_hidden_layers": 2}
+    monkeypatch.setitem(LLMS, "qwen2", Qwen2Config(**sizes, **window, tie_word_embeddings=True))
+    original = write_original(tmp_path / "llava", "qwen2")
+    io = inputs(tokens_per_image=9)
+    logits = reference_logits(load(tmp_path / "llava"), io)
+    torch.testing.assert_close(logits, original_logits(original, io), rtol=0, atol=1e-4)
+
+
+def test_embeddings_that_the_outer_configuration_ties_are_tied(tmp_path):
+    original = write_original(tmp_path / "llava")
+    original.config.tie_word_embeddings = True
+    original.tie_weights()
+    original.save_pretrained(tmp_path / "tied")
+    assert "lm_head" not in " ".join(load_file(tmp_path / "tied" / "model.safetensors"))
+    io = inputs(tokens_per_image=9)
+    expected = original_logits(LlavaForConditionalGeneration.from_pretrained(tmp_path / "tied"), io)
+    torch.testing.assert_close(
+        reference_logits(load(tmp_path / "tied"), io), expected, rtol=0, atol=1e-4
+    )
+
+
 def test_the_command_imports_it_and_owlfuse_loads_it(tmp_path, capsys):
     original = write_original(tmp_path / "llava")
     assert main(["import", str(tmp_path / "llava"), str(tmp_path / "out")]) == 0

@@ -19,6 +19,7 @@ EXPERT = {
     "copies": ["query", "key", "value", "output", "mlp"],
 }
 """CogVLM's visual expert, which shares the norms."""
+MODALITY_ADAPTIVE_NODE = {"_target_": MODALITY_ADAPTIVE}
 
 
 @pytest.mark.parametrize(
@@ -32,6 +33,13 @@ EXPERT = {
 def test_copies_that_cannot_be_are_refused(copies, message):
     with pytest.raises(ValueError, match=message):
         make_model({"_target_": MODALITY_ADAPTIVE, "copies": copies})
+
+
+@pytest.mark.parametrize("family", ["olmo", "nanochat"])
+def test_norms_without_weights_are_refused_as_the_only_copies(family):
+    with pytest.raises(ValueError, match="copies: the norms of .* have no weights"):
+        make_model({"_target_": MODALITY_ADAPTIVE, "copies": ["norms"]}, llm=llm_fields(family))
+    make_model(MODALITY_ADAPTIVE_NODE, llm=llm_fields(family))
 
 
 def test_the_mlp_of_a_mixture_of_experts_is_refused():

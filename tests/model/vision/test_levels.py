@@ -139,3 +139,9 @@ def test_a_model_with_levels_by_channel_is_one_like_any_other():
     assert model.connector.proj.in_features == 48
     with torch.device("meta"):
         build_model(model_node(vision=vision), VOCAB)
+
+
+def test_a_size_that_the_model_does_not_take_is_one_line():
+    with pytest.raises(ValueError, match="cait_xxs24_224") as error:
+        TimmBackbone("cait_xxs24_224", image_size=64, levels=[0])
+    assert "\n" not in str(error.value)

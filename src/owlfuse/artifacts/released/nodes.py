@@ -30,7 +30,7 @@ LLM_FIELDS = (
 FAMILY_LLM_FIELDS = {
     "llama": ("attention_bias", "mlp_bias"),
     "mistral": ("sliding_window",),
-    "qwen2": ("use_sliding_window", "sliding_window", "max_window_layers"),
+    "qwen2": ("use_sliding_window", "sliding_window", "max_window_layers", "layer_types"),
 }
 LLMS = {
     "owl1": ("llama",),
@@ -103,6 +103,9 @@ def nodes_of(
                 f"{folder / 'config.json'}: text_config.model_type is {text_family}, expected "
                 f"{' or '.join(LLMS[family])}"
             )
+    # transformers ties the embeddings by the outer configuration too
+    if family == "llava" and config.get("tie_word_embeddings"):
+        text = {**text, "tie_word_embeddings": True}
     llm = llm_node(text_family, text)
     return {
         "vision": vision,

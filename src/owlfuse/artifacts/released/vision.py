@@ -122,25 +122,27 @@ def llava_node(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
 
 def resize_of(processor: dict[str, Any]) -> str:
     """Returns what becomes of a picture's aspect ratio: CLIP's processor scales the shorter side
-    and cuts the longer one unless told otherwise, and LLaVA's may put bars around the picture
-    before."""
+    and cuts the longer one unless told otherwise, as by a height and a width; LLaVA's may put bars
+    around the picture before."""
     is_llava = str(processor.get("image_processor_type")).startswith("Llava")
     if is_llava and processor.get("do_pad") is True:
         return "letterbox"
-    return "stretch" if processor.get("do_center_crop") is False else "crop"
+    size = processor.get("size")
+    is_exact = isinstance(size, dict) and {"height", "width"} <= size.keys()
+    return "stretch" if is_exact or processor.get("do_center_crop") is False else "crop"
 
 
 def read_processor(folder: Path) -> tuple[Path, dict[str, Any]]:
     """Returns the file of a folder's image processor and its content, nothing where there is none:
-    preprocessor_config.json, or, as transformers 5 saves a processor, a part of
-    processor_config.json."""
-    file = folder / "preprocessor_config.json"
-    if file.exists():
-        return file, read_json(file, limit=MAX_CONFIG)
+    a part of processor_config.json, as transformers 5 saves a processor and reads it first, or
+    preprocessor_config.json."""
     file = folder / "processor_config.json"
     content = read_json(file, limit=MAX_CONFIG) if file.exists() else {}
     processor = content.get("image_processor")
-    return file, processor if isinstance(processor, dict) else {}
+    if isinstance(processor, dict):
+        return file, processor
+    file = folder / "preprocessor_config.json"
+    return file, read_json(file, limit=MAX_CONFIG) if file.exists() else {}
 
 
 def siglip_node(folder: Path, fields: dict[str, Any] | None) -> dict[str, Any]:

@@ -40,7 +40,8 @@ class ModalityAdaptive(Fusion):
     mPLUG-Owl2's (arXiv 2311.04257, eq. 3-8). With the projections and the MLP it is the visual
     expert of CogVLM (arXiv 2311.03079, section 2.1), whose norms are shared; with all six, a
     mixture of transformers (arXiv 2411.04996, algorithm 1) of which text and visual tokens have one
-    each.
+    each, but for further norms, as Qwen3's of queries and keys, and Gemma's behind attention and
+    MLP, which are shared.
 
     The visual copies start from the text's and belong to this part. Both run in every training
     step, whatever the batch holds. Where the batch says how many positions are visual, a token is
@@ -51,7 +52,7 @@ class ModalityAdaptive(Fusion):
 
     Raises:
         ValueError: no copies, one twice, or an unknown one; from `attach`, an LLM whose layers do
-            not have them as modules of their own.
+            not have them as modules of their own, or which have no weights.
     """
 
     def __init__(self, connector_tokens: int, copies: list[Copy] | None = None) -> None:
@@ -77,6 +78,11 @@ class ModalityAdaptive(Fusion):
                 split_fused(llm, layer)
             for name in self.copies:
                 self.copy_modules(llm, layer, name)
+        if not any(list(module.parameters()) for module in self.owned(llm)):
+            raise ValueError(
+                f"copies: the {' and '.join(self.copies)} of {type(llm).__name__} have no weights, "
+                "so that nothing would have two copies; name others"
+            )
         self.state.attach(llm, layers)
 
     def copy_modules(self, llm: PreTrainedModel, layer: nn.Module, name: Copy) -> None:

@@ -263,7 +263,7 @@ class TimmBackbone(Backbone):
             )
         probe: Any = copy.deepcopy(self.body).to("meta").eval()
         pixels = torch.zeros(1, 3, *self.preprocessing.size, device="meta")
-        with torch.no_grad():
+        with torch.no_grad(), naming_size(name, self.preprocessing.size):
             # counted by a pass without memory, which knows stages as well as blocks
             count = len(probe.forward_intermediates(pixels, intermediates_only=True))
         # the block of the output itself is no further level
