@@ -127,6 +127,21 @@ def test_a_run_that_is_there_is_not_written_over(tmp_path, left):
     )
 
 
+def test_a_run_with_its_best_checkpoint_alone_is_not_cleared(tmp_path):
+    run = tmp_path / "run"
+    (run / "checkpoints").mkdir(parents=True)
+    for file in (run / "config.yaml", run / "checkpoints" / "best.ckpt"):
+        file.write_text("x")
+    with (
+        pytest.raises(ConfigError, match="has best.ckpt, which which=best reads"),
+        in_use(run, False),
+    ):
+        pytest.fail("it is written over")
+    assert (run / "checkpoints" / "best.ckpt").exists()
+    with pytest.raises(ConfigError, match="has best.ckpt alone"):
+        last_checkpoint(run)
+
+
 @pytest.mark.parametrize(
     "left",
     [

@@ -89,6 +89,15 @@ def test_an_evaluation_afterwards_keeps_the_metrics_of_before(runs):
     assert again["before/val/loss"] == first["before/val/loss"]
 
 
+@pytest.mark.slow
+def test_an_evaluation_of_other_questions_leaves_the_metrics_of_before_out(runs, caplog):
+    evaluate_run(str(runs[0]), ["evaluation.max_questions=1"])
+    assert not [name for name in results(runs[0]) if name.startswith("before/")]
+    assert "the metrics of before the first step are left out" in caplog.text
+    evaluate_run(str(runs[0]), [])
+    assert "before/val/loss" in results(runs[0])
+
+
 def test_a_source_with_accepted_answers_is_scored_by_what_they_contain_and_others_by_exact_match():
     one, other = (
         Answer("s", "i", None, "q", "4", text, "sum", ("4", "four"))

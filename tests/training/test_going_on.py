@@ -14,6 +14,7 @@ import torch
 from omegaconf import OmegaConf
 
 from helpers import SHAPE_COUNTS, TINY_SHAPES
+from owlfuse.artifacts.load import load_run
 from owlfuse.artifacts.resume import Past, read_past
 from owlfuse.artifacts.runs import last_checkpoint, step_of
 from owlfuse.config.compose import compose
@@ -560,6 +561,90 @@ def test_a_run_with_averaged_weights_goes_on_from_its_own(folder):
         if not torch.equal(value, expected["current_model_state"][name])
     ]
     assert differ
+
+
+@pytest.mark.slow
+def test_averaged_weights_are_evaluated_where_no_step_was_left_and_not_trained_without_the_callback(
+    folder, monkeypatch
+):
+    ema = "lightning.pytorch.callbacks.EMAWeightAveraging"
+    words = [f"+callbacks.ema._target_={ema}", "+callbacks.ema.decay=0.5", "optim.min_lr_ratio=1"]
+    run = train.run(compose([*SMALL, *words, "name=ema-done"]))
+    expected = json.loads((run / "results.json").read_text())["metrics"]
+    go_on(run)
+    assert json.loads((run / "results.json").read_text())["metrics"] == expected
+
+    before = torch.load(last_checkpoint(run), weights_only=True)
+    found = {}
+    begin = MultimodalModule.on_train_start
+
+    def record(module):
+        found.update({name: value.clone() for name, value in module.state_dict().items()})
+        begin(module)
+
+    monkeypatch.setattr(MultimodalModule, "on_train_start", record)
+    go_on(run, "callbacks.ema=null", f"trainer.max_steps={STEPS + 1}")
+    for name, value in before["current_model_state"].items():
+        assert torch.equal(found[name], value), name
+
+
+@pytest.mark.slow
+def test_a_training_that_a_callback_ended_is_not_gone_on_with(folder):
+    stopping = "lightning.pytorch.callbacks.EarlyStopping"
+    words = [f"+callbacks.stop._target_={stopping}", "+callbacks.stop.monitor=val/loss"]
+    # no loss is so low
+    words += ["+callbacks.stop.patience=1", "+callbacks.stop.divergence_threshold=-100"]
+    run = train.run(compose([*SMALL, *words, "name=ended"]))
+    assert step_of(last_checkpoint(run)) == 2
+    (run / "results.json").unlink()
+    go_on(run)
+    assert step_of(last_checkpoint(run)) == 2
+    assert read(run, "results.json")["steps"] == 2
+    go_on(run, "callbacks.stop=null")
+    assert step_of(last_checkpoint(run)) == STEPS
+
+
+@pytest.mark.slow
+def test_other_code_is_recorded_and_told(copy, monkeypatch, caplog):
+    monkeypatch.setattr(train, "code_hash", lambda plain: "of another day")
+    go_on(copy, f"trainer.max_steps={STEPS + 1}")
+    assert f"the code is another than until step {STEPS}" in caplog.text
+    past = read_past(last_checkpoint(copy))
+    assert past.changes[-1]["changes"]["code"][1] == past.code == "of another day"
+
+
+def test_another_tokenizer_in_the_run_is_refused(copy):
+    template = copy / "tokenizer" / "chat_template.jinja"
+    template.write_text(template.read_text() + "!")
+    for command in (lambda: go_on(copy), lambda: load_run(copy), lambda: evaluate_run(copy, [])):
+        with pytest.raises(
+            DataError, match=rf"tokenizer is another than it was until step {STEPS}"
+        ):
+            command()
+    shutil.rmtree(copy / "tokenizer")
+    with pytest.raises(DataError, match="tokenizer is missing"):
+        load_run(copy)
+
+
+@pytest.mark.slow
+def test_after_a_change_of_what_is_validated_the_next_validation_is_the_best(copy, caplog):
+    best = copy / "checkpoints" / "best.ckpt"
+    content = torch.load(last_checkpoint(copy), weights_only=True)
+    content["callbacks"]["Best"]["lowest"] = -1.0
+    torch.save(content, last_checkpoint(copy))
+    time = best.stat().st_mtime_ns
+    other = Path(shutil.copytree(copy, copy.parent / "other"))
+    go_on(copy, f"trainer.max_steps={STEPS + 2}")
+    assert best.stat().st_mtime_ns == time
+    go_on(other, f"trainer.max_steps={STEPS + 2}", "accept_changed_data=true")
+    assert (other / "checkpoints" / "best.ckpt").stat().st_mtime_ns != time
+    assert "the next validation writes best.ckpt" in caplog.text
+
+
+@pytest.mark.parametrize("key", ["min_steps", "min_epochs"])
+def test_steps_that_nothing_may_break_off_are_refused(key):
+    with pytest.raises(ConfigError, match=f"trainer.{key} is 2, expected none"):
+        compose([*SMALL, f"+trainer.{key}=2"])
 
 
 @pytest.mark.slow

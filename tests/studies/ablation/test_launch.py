@@ -68,6 +68,36 @@ def test_cells_run_so_many_at_a_time_and_one_that_fails_does_not_end_the_others(
     assert state(folder, KEYS[1])["hash"] == {"code": "c0de"}
 
 
+@pytest.mark.parametrize(
+    ("code", "written", "error"),
+    [
+        (-9, "step 300 of 1,200", "ended by signal SIGKILL, as the system does where memory runs"),
+        (-11, "a picture", "ended by signal SIGSEGV: a picture"),
+        (1, "ValueError: no", "ValueError: no"),
+        (1, "", "exit code 1"),
+    ],
+)
+def test_a_failure_is_told_of_the_last_attempt(folder, monkeypatch, code, written, error):
+    def fail(folder, key, log, threads):
+        with log.open("a") as file:
+            file.write(f"{written}\n")
+        return code
+
+    monkeypatch.setattr(launch, "train_in_process", fail)
+    run = folder / KEYS[0]
+    (run / "checkpoints").mkdir(parents=True)
+    (run / "checkpoints" / "step_00000004.ckpt").write_text("x")
+    (run / "log.txt").write_text("owlfuse: error: no space left\n")
+    (run / "cell.json").write_text(json.dumps({"machine": "another one", "jobs": 4}))
+    launch.launch(folder, KEYS[:1], "basic", 1, [], None)
+    found = state(folder, KEYS[0])
+    assert found["error"].startswith(error)
+    # its times are of both attempts
+    assert found["jobs"] == 4
+    assert found["machine"].startswith("another one; ")
+    assert "no space left" in (run / "log.txt").read_text()
+
+
 def test_after_ctrl_c_and_after_the_deadline_no_cell_is_begun(folder, trained):
     launch.launch(folder, KEYS[:1], "basic", 1, [], time.time() - 1)
     assert state(folder, KEYS[0])["state"] == "not begun"
