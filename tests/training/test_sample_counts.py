@@ -30,6 +30,7 @@ def module():
         sources = {name: SourceOf(max_skips=max_skips, size=size) for name in "ab"}
         strategy = SimpleNamespace(reduce=lambda tensor, reduce_op: tensor)
         made._trainer = SimpleNamespace(
+            callbacks=[],
             datamodule=SimpleNamespace(sources=sources, step_positions=StepPositions.of(8)),
             accumulate_grad_batches=2,
             precision="32-true",

@@ -255,7 +255,10 @@ def make_config(config: dict[str, Any], vocab_size: int) -> PreTrainedConfig:
 def check_keys(config: dict[str, Any], llm_config: PreTrainedConfig, prefix: str = "") -> None:
     """Raises ValueError for keys that a configuration of transformers, or one inside of it, does
     not have."""
-    if unknown := sorted(set(config) - config_fields(type(llm_config)) - {"model_type"}):
+    known = {"model_type", *config_fields(type(llm_config))}
+    if prefix:  # DBRX's attention reads it, and its configuration does not declare it
+        known.add("rope_theta")
+    if unknown := sorted(set(config) - known):
         names = ", ".join(prefix + name for name in unknown)
         raise ValueError(f"config: {names} unknown to {type(llm_config).__name__}")
     for name in llm_config.sub_configs:
