@@ -6,6 +6,8 @@ import pytest
 from owlfuse.core.errors import DataError
 from owlfuse.data.chat.tokenizer import (
     apply,
+    counting_steps,
+    own_beginning,
     parse_template,
     prepare,
     read_template,
@@ -158,3 +160,18 @@ def test_counting_changes_no_character_of_what_a_template_writes(name, edit):
 def test_what_templates_usually_write_is_taken(expression):
     text = f"{{% for m in messages %}}{{{{ {expression} }}}}{{% endfor %}}"
     parse_template(text, "a template")
+
+
+@pytest.mark.parametrize("breaks", [True, False])
+def test_the_own_beginning_alone_is_rendered_as_it_is(breaks):
+    tokenizer = byte_level()
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content + eos_token }}{% endfor %}"
+    prepared = prepare(tokenizer, '<i"m>', breaks).chat_template
+    beginning = own_beginning(prepared)
+    assert beginning
+    assert counting_steps(prepared).startswith(beginning)
+    # what is changed in it is somebody else's
+    forged = prepared.replace("joined.text[:1]", "joined.text[:2]").replace("IMAGE", "I")
+    forged = forged.replace("joined.messages +", "joined.messages + joined.messages +")
+    assert own_beginning(forged) == ""
+    assert not counting_steps(forged).startswith(beginning)

@@ -281,17 +281,45 @@ def prepare_template(
         return template
     # Jinja drops one line break at a template's end itself.
     body = fixed_date(tree) + template.removesuffix("\n")
-    join_parts = JOIN_PARTS.replace("LINE_BREAK", LINE_BREAK if break_behind_images else "")
-    join_parts = join_parts.replace("IMAGE_TOKEN", json.dumps(image_token))
     for content in CONTENTS.values():
-        # An empty output between the two: a block would take the body's first line break.
-        prepared = PREPARED + join_parts.replace("CONTENT", content) + "{{- '' }}" + body
+        beginning = prepared_beginning(json.dumps(image_token), break_behind_images, content)
+        prepared = beginning + body
         if writes_question(tokenizer, prepared, options):
             return prepared + written_before_answers(tokenizer, prepared, options)
     raise DataError(
         f"{where} does not write what the user says, neither of a text nor of a list of parts: "
         + rendering_error(tokenizer, prepared, options)
     )
+
+
+def prepared_beginning(image_token: str, break_behind_images: bool, content: str) -> str:
+    """Return what stands before the template's own text.
+
+    Args:
+        image_token: as JSON.
+        content: one of CONTENTS.
+    """
+    join_parts = JOIN_PARTS.replace("LINE_BREAK", LINE_BREAK if break_behind_images else "")
+    join_parts = join_parts.replace("IMAGE_TOKEN", image_token).replace("CONTENT", content)
+    # An empty output behind it: a block would take the body's first line break.
+    return PREPARED + join_parts + "{{- '' }}"
+
+
+TOKEN_IN_TEMPLATE = re.compile(r'joined\.text \+ ("(?:[^"\\]|\\.)*")')
+
+
+def own_beginning(template: str) -> str:
+    """Return what `prepare_template` has put before a template's own text, empty for a template
+    that was not prepared, to the character."""
+    token = TOKEN_IN_TEMPLATE.search(template)
+    if token is None:
+        return ""
+    for breaks in (True, False):
+        for content in CONTENTS.values():
+            beginning = prepared_beginning(token[1], breaks, content)
+            if template.startswith(beginning):
+                return beginning
+    return ""
 
 
 def parse_template(text: str, where: str) -> nodes.Template:
@@ -573,10 +601,11 @@ def encode(tokenizer: Any, text: str, **options: Any) -> tuple[list[int], Offset
 
 # A variable whose name no template can guess.
 COUNTER = f"steps_{secrets.token_hex(8)}"
+# A tag without its end. The counter is read once: jinja2's sandbox checks every attribute, which
+# takes most of the time of rendering.
 COUNT_STEP = (
-    f"{{% set {COUNTER}.count = {COUNTER}.count + 1 %}}{{% if {COUNTER}.count > {MAX_STEPS} %}}"
-    f"{{{{ raise_exception('its loops and macros take more than {MAX_STEPS:,} steps') }}}}{{% "
-    "endif "
+    f"{{% set {COUNTER}.left = {COUNTER}.left - 1 or "
+    f"raise_exception('its loops and macros take more than {MAX_STEPS:,} steps') "
 )
 
 
@@ -604,11 +633,13 @@ def counting_steps(template: str) -> str:
     Raises:
         TemplateSyntaxError: it is none.
     """
-    pieces = [f"{{% set {COUNTER} = namespace(count=0) %}}\n"]
+    beginning = own_beginning(template)
+    # Ours takes a step for each part, and its texts are the messages'.
+    pieces = [beginning, f"{{%- set {COUNTER} = namespace(left={MAX_STEPS + 1}) %}}\n"]
     words: list[str] = []
     # Of `set` around a block, which sets it at its end.
     block_targets = []
-    for _, kind, value in Environment().lex(template):
+    for _, kind, value in Environment().lex(template.removeprefix(beginning)):
         if kind == "block_begin":
             words = []
         elif kind == "block_end":
