@@ -6,7 +6,7 @@ from __future__ import annotations
 import signal
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from lightning import Callback, LightningModule, Trainer
@@ -23,6 +23,8 @@ from owlfuse.parallel.sharding import evaluation_precision
 
 if TYPE_CHECKING:
     from owlfuse.evaluation.validation import Evaluation
+
+Kind = TypeVar("Kind", bound=Callback)
 
 
 class BeforeTraining(Callback):
@@ -52,10 +54,18 @@ class BeforeTraining(Callback):
 
 def raise_if_stopped(trainer: Any, folder: Path) -> None:
     """Raises KeyboardInterrupt after a fit that Ctrl-C ended, which says how to go on."""
-    if any(
-        isinstance(callback, StopOnSignal) and callback.stopped for callback in trainer.callbacks
-    ):
+    if is_stopped(trainer):
         raise KeyboardInterrupt(resume_hint(trainer.global_step, folder))
+
+
+def is_stopped(trainer: Any) -> bool:
+    """Whether a signal ended the training."""
+    return any(callback.stopped for callback in callbacks_of(trainer, StopOnSignal))
+
+
+def callbacks_of(trainer: Any, kind: type[Kind]) -> list[Kind]:
+    """The trainer's callbacks of a class."""
+    return [callback for callback in trainer.callbacks if isinstance(callback, kind)]
 
 
 def resume_hint(steps: int, folder: Path) -> str:

@@ -29,7 +29,7 @@ from owlfuse.parallel.checkpoints import (
     raised_on_every_rank,
 )
 from owlfuse.parallel.collectives import data_rank, data_ranks
-from owlfuse.training.callbacks import StopOnSignal
+from owlfuse.training.callbacks import callbacks_of, is_stopped
 
 log = logging.getLogger(__name__)
 
@@ -145,9 +145,7 @@ class Checkpoints(RunCheckpoint):
         states = self.random or random_states()
         checkpoint["random_states"] = gather_from_ranks(trainer.strategy, states)
         checkpoint["data_ranks"] = data_ranks(trainer)
-        callbacks: Any = trainer.callbacks  # type: ignore[attr-defined]  # Lightning sets it
-        by_signal = any(isinstance(each, StopOnSignal) and each.stopped for each in callbacks)
-        checkpoint["ended"] = bool(trainer.should_stop) and not by_signal
+        checkpoint["ended"] = bool(trainer.should_stop) and not is_stopped(trainer)
         # Rank 0 alone reads the file, and the others must not go on where it cannot.
         with raised_on_every_rank(trainer.strategy):
             checkpoint["metrics"] = logged_metrics(trainer) if trainer.is_global_zero else None
@@ -252,9 +250,7 @@ class Checkpoints(RunCheckpoint):
         if module.finite.told:
             return
         # Lightning has put the average in the weights' place until the validation ends.
-        callbacks: Any = trainer.callbacks  # type: ignore[attr-defined]  # Lightning sets it
-        averages = any(isinstance(callback, WeightAveraging) for callback in callbacks)
-        if averages and trainer.validating:
+        if callbacks_of(trainer, WeightAveraging) and trainer.validating:
             log.error(
                 "the validation after step %d was broken off with the average in the weights' "
                 "place; the last checkpoint before it is what is left",

@@ -42,6 +42,7 @@ from owlfuse.parallel.collectives import (
     total_norm,
 )
 from owlfuse.parallel.sharding import build_for, zero_other_rows
+from owlfuse.training.callbacks import callbacks_of
 from owlfuse.training.finite import FiniteWatch
 from owlfuse.training.optim import AdamWCosine, apply_schedule, check_groups, group_settings
 from owlfuse.training.sample_counts import SampleCounts
@@ -299,8 +300,7 @@ class MultimodalModule(lightning.LightningModule):
         """A checkpoint between two micro batches goes on from the last whole step, whose number
         the sampler knows."""
         self.configure_model()
-        callbacks: Any = self.trainer.callbacks  # type: ignore[attr-defined]  # Lightning sets it
-        averages = any(isinstance(callback, WeightAveraging) for callback in callbacks)
+        averages = callbacks_of(self.trainer, WeightAveraging)
         if checkpoint.keys() >= AVERAGED and not averages:
             # a run without the callback goes on with what is trained, and not with its average
             checkpoint["state_dict"] = checkpoint.pop("current_model_state")

@@ -61,7 +61,7 @@ from owlfuse.parallel.strategies import (
     check_strategy,
     rank_timeouts_as_data_errors,
 )
-from owlfuse.training.callbacks import raise_if_stopped, resume_hint
+from owlfuse.training.callbacks import callbacks_of, raise_if_stopped, resume_hint
 from owlfuse.training.checkpoints import Best
 from owlfuse.training.loggers import begin_logging, finish_loggers, log_results
 from owlfuse.training.machine_checks import check_machine
@@ -190,16 +190,16 @@ def train(config: DictConfig, folder: Path, data_digest: str | None, at_exit: Ex
     init_from = config.get("init_from") if checkpoint is None or needs_base(checkpoint) else None
     module = MultimodalModule(plain["model"], optim, data.vocab_size, init_from, new_tokens)
     module.rates_changed = rates_changed
+    write_config(config, folder, history)
+    save_tokenizer(data.tokenizer, folder)
     module.record = {
         "config": plain,
         "changes": history,
         "identity": identity,
         "code": code,
         "precision": trainer.precision,
+        "tokenizer": tokenizer_hash(folder) if is_first_rank() else None,
     }
-    write_config(config, folder, history)
-    save_tokenizer(data.tokenizer, folder)
-    module.record["tokenizer"] = tokenizer_hash(folder) if is_first_rank() else None
     begin_logging(trainer, config, plain)
     at_exit.push(partial(finish_loggers, trainer))
     fit(trainer, module, data, checkpoint, folder)
@@ -254,23 +254,21 @@ def train(config: DictConfig, folder: Path, data_digest: str | None, at_exit: Ex
 def begin_best_anew(trainer: Any) -> None:
     """Has the next validation write best.ckpt: what it has been compared with is of other
     samples."""
-    for callback in trainer.callbacks:
-        if isinstance(callback, Best):
-            callback.begins_anew = True
-            if trainer.is_global_zero:
-                log.warning(
-                    "what is validated has changed, so the next validation writes %s whatever the "
-                    "losses until now were",
-                    BEST,
-                )
+    for callback in callbacks_of(trainer, Best):
+        callback.begins_anew = True
+        if trainer.is_global_zero:
+            log.warning(
+                "what is validated has changed, so the next validation writes %s whatever the "
+                "losses until now were",
+                BEST,
+            )
 
 
 def take_averages(trainer: Any, module: MultimodalModule) -> None:
     """Puts averaged weights in their place after a fit in which no step was left: Lightning's
     callback does so at the end of a training alone."""
-    for callback in trainer.callbacks:
-        if isinstance(callback, WeightAveraging):
-            callback.on_train_end(trainer, module)
+    for callback in callbacks_of(trainer, WeightAveraging):
+        callback.on_train_end(trainer, module)
 
 
 def print_start(

@@ -36,10 +36,9 @@ def with_template(template, tokenizer=None):
     return tokenizer
 
 
-def test_a_tokenizer_splits_as_its_file_says(tmp_path, caplog):
-    """transformers builds GPT2Tokenizer of vocabulary and merges alone."""
+def with_a_number():
+    """A tokenizer with a token for a whole number, as the vocabularies of others have it."""
     tokenizer = byte_level()
-    # with a token for a whole number, as the vocabularies of others have it
     trainer = trainers.BpeTrainer(
         vocab_size=300,
         special_tokens=["<unk>", "<s>", "</s>"],
@@ -47,6 +46,12 @@ def test_a_tokenizer_splits_as_its_file_says(tmp_path, caplog):
         show_progress=False,
     )
     tokenizer.backend_tokenizer.train_from_iterator(["2024 2024 2024"] * 9, trainer)
+    return tokenizer
+
+
+def test_a_tokenizer_splits_as_its_file_says(tmp_path, caplog):
+    """transformers builds GPT2Tokenizer of vocabulary and merges alone."""
+    tokenizer = with_a_number()
     steps = [
         pre_tokenizers.Digits(individual_digits=True),
         pre_tokenizers.ByteLevel(add_prefix_space=False),
@@ -85,15 +90,7 @@ def test_a_text_that_the_template_leaves_out_is_refused(role):
 
 def test_an_end_mark_of_ordinary_tokens_is_no_part_of_an_answer():
     """One token in the vocabulary, which may be joined with the answer's last character."""
-    tokenizer = byte_level()
-    # with a token for a whole number, as the vocabularies of others have it
-    trainer = trainers.BpeTrainer(
-        vocab_size=300,
-        special_tokens=["<unk>", "<s>", "</s>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.backend_tokenizer.train_from_iterator(["2024 2024 2024"] * 9, trainer)
+    tokenizer = with_a_number()
     dot = tokenizer.convert_tokens_to_ids(".")
     assert not tokenizer.added_tokens_decoder.get(dot)
     prepare(with_template(PLAIN.replace("</s>", "."), tokenizer))
@@ -125,15 +122,7 @@ def test_a_further_template_that_loops_over_tools_spares_the_default_one():
 
 @pytest.mark.parametrize("adds_bos", [True, False])
 def test_chatml_begins_as_the_tokenizers_texts_do(adds_bos):
-    tokenizer = byte_level()
-    # with a token for a whole number, as the vocabularies of others have it
-    trainer = trainers.BpeTrainer(
-        vocab_size=300,
-        special_tokens=["<unk>", "<s>", "</s>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.backend_tokenizer.train_from_iterator(["2024 2024 2024"] * 9, trainer)
+    tokenizer = with_a_number()
     if adds_bos:
         tokenizer.add_bos_token = True
         tokenizer.update_post_processor()

@@ -914,6 +914,14 @@ def test_a_piece_of_a_records_video_is_refused(tmp_path, read, key):
         read(tmp_path, [record])[0]
 
 
+@pytest.mark.parametrize("key", ["video_start", "end"])
+def test_a_piece_of_a_captioned_video_of_a_tar_is_refused(tmp_path, key):
+    record = {"caption": "a dog", key: 3.0}
+    write_tar(tmp_path / "a.tar", [("0.mp4", b"video"), ("0.json", record)])
+    with pytest.raises(DataError, match=f"'{key}'.*shown whole"):
+        WebDataset(str(tmp_path / "a.tar"))[0]
+
+
 @pytest.mark.parametrize("key", ["reasoning_content", "reasoning", "thinking"])
 @every_format
 def test_a_thought_beside_question_and_answer_is_the_answers(tmp_path, read, key):

@@ -152,8 +152,6 @@ def read_chat(
     if videos is None:
         videos = files_of(record, VIDEOS, name)
     shown: JsonObject = {"image": images, "video": videos}
-    if videos:
-        check_refused(record, VIDEO_PIECES, name, "the record")
     check_turn_pictures(turns, name, shown)
     messages, images, videos, notes = read_turns(turns, images, videos, name)
     check_objects(record, messages, name)
@@ -550,6 +548,8 @@ def check_unused(unused: JsonObject, name: str, shown: JsonObject) -> list[Note]
         DataError: a key that would change what is learned.
     """
     check_refused(unused, RECORD_REFUSED, name, "the record")
+    if present_keys(shown, VIDEOS):
+        check_refused(unused, VIDEO_PIECES, name, "the record")
     notes = []
     for key in sorted(unused.keys() - METADATA):
         value = unused[key]
