@@ -595,11 +595,13 @@ def test_a_merged_export_of_an_llm_in_16_bits_has_the_updates_in_32(tmp_path):
 @pytest.mark.parametrize("results", [{}, {"metrics": None}, {"metrics": {"a": "x", "b": 0.5}}])
 def test_a_model_card_has_the_metrics_that_are_numbers(results, train_run):
     model = load_run(train_run("shapes_owl1", "experiment=shapes_owl1")).model
-    card = model_card(model, {"steps": 3, **results}, "a run", False)
+    card = model_card(model, {"steps": 3, **results}, "a run", False, False)
     assert (
         ("| b | 0.5 |" in card) == ("Results after 3 steps" in card) == bool(results.get("metrics"))
     )
     assert "| a |" not in card
+    assert "generate_kwargs" not in card
+    assert "generate_kwargs=options" in model_card(model, None, "a run", False, True)
 
 
 @pytest.mark.parametrize(

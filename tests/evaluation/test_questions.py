@@ -13,7 +13,7 @@ from owlfuse.data.formats.captions import Captions
 from owlfuse.data.formats.llava import LLaVA
 from owlfuse.data.formats.messages import Messages
 from owlfuse.data.media.pictures import Pictures
-from owlfuse.evaluation.metrics import Answer, questions_of
+from owlfuse.evaluation.metrics import Answer, questions_of, sample_questions
 from owlfuse.evaluation.questions import question_samples
 from owlfuse.model.vision.base import Preprocessing
 
@@ -168,3 +168,26 @@ def test_a_question_is_tiled_as_its_chat_is(tmp_path):
         assert len(question_views) == len(views)
         counts.add(len(views))
     assert len(counts) == 2
+
+
+def test_a_later_question_has_a_line_break_behind_pictures_where_its_chat_has_them(tmp_path):
+    image, asked_again = {"type": "image", "image": "a.png"}, "How many?"
+    for break_behind in ("", "\n"):
+        content = [image, {"type": "text", "text": f"{break_behind}What?"}]
+        record = turns((content, "red"), (asked_again, "2"))
+        [sample] = source(tmp_path, [record])
+        for question, _, _ in question_samples(sample):
+            text = question.messages[-1]["content"][-1]["text"]
+            assert text.startswith("\n") is bool(break_behind)
+
+
+def test_questions_are_spread_over_their_own_pictures_and_videos():
+    """Not over those of the examples before them."""
+    questions = []
+    for number in range(8):
+        media = {"images": ["example.png", f"{number // 4}.png"]}
+        if number % 2:
+            media = {"images": [], "videos": [f"{number // 4}.mp4"]}
+        questions.append((Sample(f"s:{number}#0", "val", [], **media), "red", "color"))
+    shown = [sample.images[-1:] or sample.videos for sample, _, _ in sample_questions(questions, 4)]
+    assert len({media for [media] in shown}) == 4

@@ -185,6 +185,25 @@ def test_parameters_gradients_and_optimizer_state_are_those_after_a_real_step(op
     )
 
 
+@pytest.mark.parametrize(
+    ("fusion", "reads"), [("concat", False), ("hyperattention-adaptive", True)]
+)
+def test_tables_of_a_pretrained_llm_are_trained_where_the_fusion_reads_the_image_token(
+    tmp_path, fusion, reads
+):
+    """For its new row: gradients and moments are of the whole tables."""
+    frozen = {"llm": policy("Frozen"), "vision": policy("Frozen")}
+    nodes = model_node(fusion, adapter=frozen)
+    build_model(nodes, VOCAB)[0].llm.save_pretrained(tmp_path)
+    nodes["llm"] = {**nodes["llm"], "config": None, "pretrained": str(tmp_path)}
+    planned, table = meta_model(nodes, 1), VOCAB * 32
+    trained = [p for p in planned.part("llm").parameters.values() if p.requires_grad]
+    assert [p.numel() for p in trained] == ([table, table] if reads else [])
+    real = build_model(nodes, VOCAB, new_tokens={"<image>": 5} if reads else {})[0]
+    assert planned.trained_count() == real.trained_count()
+    assert optimizer_bytes(planned, AdamWCosine()) == optimizer_bytes(real, AdamWCosine())
+
+
 def test_adamw_keeps_two_numbers_for_a_trained_one_and_muon_one_for_its_matrices():
     planned = meta_model(model_node("concat"), VOCAB)
     count = sum(p.numel() for p in planned.parameters())

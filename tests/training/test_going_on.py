@@ -516,6 +516,24 @@ def test_callbacks_that_would_train_other_weights_or_samples_are_refused(words, 
         train.run(compose([*SMALL, target, *scheduling, *words[1:], "name=refused-callback"]))
 
 
+@pytest.mark.parametrize(
+    ("kind", "words", "message"),
+    [
+        ("EarlyStopping", ["+callbacks.stop.monitor=val_loss"], "did you mean 'val/loss'"),
+        ("ModelCheckpoint", ["+callbacks.stop.monitor=loss"], "monitor=loss is no metric"),
+        (
+            "EarlyStopping",
+            ["+callbacks.stop.monitor=train/loss", "+trainer.limit_val_batches=0"],
+            "looks after each validation, and this run has none",
+        ),
+    ],
+)
+def test_a_callback_that_waits_for_what_never_comes_is_refused(kind, words, message):
+    target = f"+callbacks.stop._target_=lightning.pytorch.callbacks.{kind}"
+    with pytest.raises(ConfigError, match=message):
+        train.run(compose([*SMALL, target, *words, "name=refused-monitor"]))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("averaged", [True, False])
 def test_a_validation_that_fails_leaves_no_checkpoint_with_the_average_in_the_weights_place(

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from families import small_fields
-from helpers import CONNECTORS, VOCAB, make_model
+from helpers import CONNECTORS, VIT, VOCAB, make_model
 from owlfuse.core.errors import ConfigError
 from owlfuse.model.llm import load_llm
 from owlfuse.training.optim import AdamWCosine, MuonCosine, check_groups, has_decay
@@ -226,6 +226,9 @@ def test_biases_of_several_experts_in_one_tensor_have_no_decay():
         "blocks.0.attn.attention_biases",
         "blocks.0.attn.rel_pos_h",
         "pos_embed_0",
+        "pos_embed1",
+        "pos_embed_x",
+        "pos_embed_window",
         "cls_token_1",
         "patch_pos",
         "blocks.0.attn.temperature",
@@ -258,3 +261,30 @@ def test_muon_says_what_of_a_mixtures_experts_it_does_not_train(caplog):
 def test_a_number_that_turns_the_schedule_or_the_decay_round_is_refused(optim, key, value):
     with pytest.raises(ValueError, match=f"optim.{key} is .*, expected"):
         optim(**{key: value})
+
+
+def test_a_warm_up_longer_than_the_run_is_told(caplog):
+    model = make_model("concat")
+    AdamWCosine(warmup_steps=50).build(model, 51)
+    assert "warmup_steps" not in caplog.text
+    AdamWCosine(warmup_steps=50).build(model, 40)
+    assert "the learning rate comes to 78 % of its peak" in caplog.text
+
+
+def test_a_mean_of_squares_that_could_not_fall_in_bfloat16_is_refused():
+    AdamWCosine(betas=(0.9, 0.98)).check_precision("bf16-true")
+    for precision in ("32-true", "bf16-mixed", "16-true"):
+        AdamWCosine(betas=(0.9, 0.999)).check_precision(precision)
+    with pytest.raises(ValueError, match="optim.betas: in bf16-true .* never falls"):
+        MuonCosine(betas=(0.9, 0.999)).check_precision("bf16-true")
+    # as the message says
+    square = torch.tensor(1.0, dtype=torch.bfloat16)
+    assert square * 0.999 == square != square * 0.99
+
+
+def test_what_timms_model_names_has_no_decay():
+    model = make_model("concat", vision={**VIT, "name": "vit_tiny_patch16_224"})
+    model.vision.body.no_weight_decay = lambda: {"blocks.0.attn.qkv.weight"}
+    group_of = groups_by_parameter(AdamWCosine().build(model, 10)["optimizer"])
+    first, second = (block.attn.qkv.weight for block in model.vision.body.blocks[:2])
+    assert [group_of[id(weight)]["weight_decay"] for weight in (first, second)] == [0.0, 0.05]

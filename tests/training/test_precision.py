@@ -109,6 +109,15 @@ def test_rotary_frequencies_keep_their_precision_in_any_cast(dtype, family):
     assert model(batch).dtype == dtype
 
 
+def test_rotary_frequencies_of_a_backbone_keep_their_precision_too():
+    model = make_model("concat")
+    frequencies = torch.rand(8)
+    model.vision.body.register_buffer("rope_inv_freq", frequencies.clone(), persistent=False)
+    model.to(torch.bfloat16)
+    assert torch.equal(model.vision.body.rope_inv_freq, frequencies)
+    assert {parameter.dtype for parameter in model.vision.parameters()} == {torch.bfloat16}
+
+
 @pytest.mark.parametrize(
     "overrides",
     [

@@ -59,7 +59,14 @@ from transformers import pipeline
 
 answer = pipeline("image-text-to-text", model="THIS_FOLDER")
 content = [{"type": "image", "path": "a.png"}, {"type": "text", "text": "What is in the picture?"}]
-print(answer(text=[{"role": "user", "content": content}], return_full_text=False))
+chat = [{"role": "user", "content": content}]
+{% if ends_by_text %}
+# answers end with a text, which transformers looks for by the tokenizer
+options = {"tokenizer": answer.tokenizer}
+print(answer(text=chat, return_full_text=False, generate_kwargs=options))
+{% else %}
+print(answer(text=chat, return_full_text=False))
+{% endif %}
 ```
 {% if has_adapter %}
 
@@ -106,7 +113,13 @@ def export(
         if released := model.released:
             write_record(released, folder / RELEASED)
         (folder / "README.md").write_text(
-            model_card(model, trained.results, source, (folder / ADAPTER).exists())
+            model_card(
+                model,
+                trained.results,
+                source,
+                has_adapter=(folder / ADAPTER).exists(),
+                ends_by_text=bool(wrapped.generation_config.stop_strings),
+            )
         )
     return out
 
@@ -116,6 +129,7 @@ def model_card(
     results: dict[str, Any] | None,
     source: str,
     has_adapter: bool,
+    ends_by_text: bool,
 ) -> str:
     """Returns the card's text: what the model is made of, its results, and how to use it."""
     nodes = model.nodes or {}
@@ -136,4 +150,5 @@ def model_card(
         results=results,
         metrics=metrics,
         has_adapter=has_adapter,
+        ends_by_text=ends_by_text,
     )

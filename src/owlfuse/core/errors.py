@@ -141,6 +141,17 @@ def without_traceback(error: Exception) -> str:
     return message.rpartition(f"{type(error).__name__}: ")[2]
 
 
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message, or its class where it has none."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+def error_summary(error: BaseException) -> str:
+    """Return an error's class and the first line of its message."""
+    return f"{type(error).__name__}: {first_line(error)[:160]}"
+
+
 def failed(message: str, code: int) -> int:
     """Print an error in one line, and return the exit code."""
     print(f"owlfuse: error: {visible(message)}", file=sys.stderr)

@@ -8,13 +8,14 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import torch
 
 from owlfuse.artifacts.hf.modeling import OwlfuseForConditionalGeneration
 from owlfuse.core.errors import DataError
-from owlfuse.core.types import Batch, Sample, Skipped, without_keys
+from owlfuse.core.types import Batch, Media, Sample, Skipped, without_keys
 from owlfuse.data.chat.truncation import answer_turns, first_turns, policy_of
 from owlfuse.data.datamodule import ChatData
 from owlfuse.data.loading import load_or_skip
@@ -47,6 +48,8 @@ class Answer:
     source: str
     id: str
     image: str | bytes | None
+    """The last picture that was shown: of a chat with several pictures, or with examples before the
+    question, most likely the one that is asked about."""
     question: str
     expected: str
     answer: str
@@ -58,6 +61,7 @@ class Answer:
     """Whether the model was still thinking after `max_new_tokens`, so that there is no answer."""
     cut: bool = False
     """Whether the answer did not end within `max_new_tokens`."""
+    video: str | bytes | None = None
 
     @property
     def right(self) -> bool:
@@ -120,7 +124,8 @@ def sample_questions(questions: list[Question], limit: int | None) -> list[Quest
         chat_id, _, number = sample.id.rpartition("#")
         kinds.append(kind or f"question {number}")
         # questions about one picture tend to be right or wrong together
-        pictures.append(sample.images[0] if sample.images else chat_id)
+        visuals = sample.images or sample.videos
+        pictures.append(visuals[-1] if visuals else chat_id)
     return [questions[index] for index in stratified_sample(kinds, pictures, limit)]
 
 
@@ -223,10 +228,9 @@ def answer_questions(
         for (sample, expected, kind), (text, unfinished, cut) in zip(chunk, outputs, strict=True):
             content = sample.messages[-1]["content"]
             question = "".join(part.get("text", "") for part in content).strip()
-            image = sample.images[0] if sample.images else None
-            if isinstance(image, str):
-                # reports open it without the source, which knows the root
-                image = str(samples.root / image)
+            image, video = last_media(sample.images, samples.root), None
+            if image is None:
+                video = last_media(sample.videos, samples.root)
             accepted = tuple(sample.metadata.get("accepted", ()))
             answers.append(
                 Answer(
@@ -240,10 +244,20 @@ def answer_questions(
                     accepted,
                     unfinished,
                     cut,
+                    video,
                 )
             )
         progress(len(chunk))
     return answers
+
+
+def last_media(media: Sequence[Media], root: Path) -> Media | None:
+    """Returns the last of a question's pictures or videos, paths with the source's root, without
+    which reports could not open them."""
+    if not media:
+        return None
+    last = media[-1]
+    return str(root / last) if isinstance(last, str) else last
 
 
 def time_answer(

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections import Counter
 from itertools import pairwise
 from typing import Any
 
 from owlfuse.core.types import VISUAL, Sample
-from owlfuse.data.chat.encoder import answer_text, led_by_break
+from owlfuse.data.chat.encoder import answer_text, has_break_behind_visuals, led_by_break
 
 
 def normalize(text: str) -> str:
-    """Returns the text case-folded, runs of white space as one space."""
-    return " ".join(text.casefold().split())
+    """Returns the text case-folded, runs of white space as one space, and letters with their marks
+    composed (NFC), as many tokenizers do with every text: a model of theirs can write no other."""
+    return " ".join(unicodedata.normalize("NFC", text).casefold().split())
 
 
 def question_samples(sample: Sample, history: bool = False) -> list[tuple[Sample, str, str]]:
@@ -45,7 +47,9 @@ def question_samples(sample: Sample, history: bool = False) -> list[tuple[Sample
                 if history:
                     messages = [*system, *turns[: index + 1]]
                 else:
-                    after_visuals = led_by_break(content, bool(earlier_visuals))
+                    # Where the template puts the break, the texts have none.
+                    breaks = bool(earlier_visuals) and has_break_behind_visuals(turns)
+                    after_visuals = led_by_break(content, breaks)
                     turn = {"role": "user", "content": [*earlier_visuals, *after_visuals]}
                     messages = [*system, turn]
                 # behind a history, they are of the last question

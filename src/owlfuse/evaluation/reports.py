@@ -35,16 +35,17 @@ ANSWERS = "answers.jsonl"
 
 
 def write_answers(path: Path, answers: list[Answer]) -> None:
-    """Writes one JSON object a line for each answer; of a picture without a file the hash of its
-    bytes, as `image_hash`, by which answers to one picture are known."""
+    """Writes one JSON object a line for each answer; of a picture or video without a file the hash
+    of its bytes, as `image_hash` or `video_hash`, by which answers to one picture are known."""
     # Ids and paths may hold lone surrogates, which UTF-8 lacks; \udcff is an escape of JSON too.
     with atomic_write(path, "wb") as file:
         for answer in answers:
             record = {**vars(answer), "right": answer.right}
-            # JSON has no bytes
-            if isinstance(answer.image, bytes):
-                record["image"] = None
-                record["image_hash"] = hashlib.sha256(answer.image).hexdigest()
+            for key in ("image", "video"):
+                # JSON has no bytes
+                if isinstance(record[key], bytes):
+                    record[f"{key}_hash"] = hashlib.sha256(record[key]).hexdigest()
+                    record[key] = None
             line = json.dumps(record, ensure_ascii=False) + "\n"
             file.write(line.encode("utf-8", "backslashreplace"))
 

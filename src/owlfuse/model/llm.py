@@ -26,6 +26,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import find_adapter_config_file
 
+from owlfuse.core.errors import error_summary, first_line
 from owlfuse.core.hub_access import check_hub_has
 from owlfuse.core.packages import looks_local, missing, packaged
 from owlfuse.core.types import Batch
@@ -70,12 +71,6 @@ FAILURES = (
 )
 """What modelling files raise for shapes, arguments and settings that they were not written for.
 Interrupts, missing memory and missing packages are none of them."""
-
-
-def first_line(error: BaseException) -> str:
-    """Returns an error's class and the first line of its message."""
-    lines = str(error).strip().splitlines() or [""]
-    return f"{type(error).__name__}: {lines[0][:160]}"
 
 
 def load_llm(
@@ -279,7 +274,7 @@ def random_llm(config: PreTrainedConfig, options: dict[str, Any]) -> PreTrainedM
         # once: then the field is there
         if fill_head_width(config):
             return random_llm(config, options)
-        raise ValueError(f"config: {config.model_type}: {first_line(error)}") from error
+        raise ValueError(f"config: {config.model_type}: {error_summary(error)}") from error
 
 
 def fill_head_width(config: PreTrainedConfig) -> bool:
@@ -751,7 +746,7 @@ def load_pretrained(
     except torch.OutOfMemoryError:
         raise
     except DAMAGE as error:
-        raise ValueError(f"pretrained: {pretrained}: {str(error).splitlines()[0][:200]}") from error
+        raise ValueError(f"pretrained: {pretrained}: {first_line(error)[:200]}") from error
     llm, loading_info = loaded
     # transformers gives these random values, with a warning
     if missing_weights := sorted(loading_info["missing_keys"]):

@@ -22,6 +22,7 @@ from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from owlfuse.core.errors import error_summary
 from owlfuse.model.layouts import (
     Projection,
     attention_of,
@@ -40,7 +41,6 @@ from owlfuse.model.llm import (
     attention_function,
     attention_name,
     cache_argument,
-    first_line,
     layer_type_of,
     rotary,
     rotates_alone,
@@ -134,7 +134,7 @@ def tiny_copy(llm: PreTrainedModel) -> PreTrainedModel:
         decoder_layers(tiny)
     except FAILURES as error:
         raise ValueError(
-            f"{type(llm).__name__} cannot be tried at a small width: {first_line(error)}"
+            f"{type(llm).__name__} cannot be tried at a small width: {error_summary(error)}"
         ) from error
     randomize(tiny)
     return tiny
@@ -296,7 +296,7 @@ def key_paths(llm: PreTrainedModel) -> list[KeyPath | str]:
     try:
         llm(input_ids=ids, position_ids=position_ids, visual="visual", use_cache=False)
     except FAILURES as error:
-        reason = f"its forward fails with a further keyword argument ({first_line(error)})"
+        reason = f"its forward fails with a further keyword argument ({error_summary(error)})"
         return [reason] * len(layers)
     paths: list[KeyPath | str] = []
     for index, layer in enumerate(layers):
@@ -306,7 +306,7 @@ def key_paths(llm: PreTrainedModel) -> list[KeyPath | str]:
         try:
             paths.append(key_path(llm, index, layer, recorded, position_ids))
         except FAILURES as error:
-            paths.append(f"how it makes keys is not known ({first_line(error)})")
+            paths.append(f"how it makes keys is not known ({error_summary(error)})")
     return paths
 
 
@@ -466,7 +466,7 @@ def packing_leak(llm: PreTrainedModel) -> str | None:
             input_ids=torch.tensor([second]), attention_mask=torch.ones(1, 6), use_cache=False
         ).logits[0]
     except FAILURES as error:
-        return first_line(error)
+        return error_summary(error)
     if not same(logits[1], logits[0]):
         return "a sample's logits change with the text of the sample before it"
     if not same(logits[0], alone):
@@ -489,7 +489,7 @@ def cache_failure(llm: PreTrainedModel) -> str | None:
         mask = torch.ones(1, 8)
         logits = llm(input_ids=ids[:, -1:], attention_mask=mask, **options).logits[:, -1]
     except FAILURES as error:
-        return first_line(error)
+        return error_summary(error)
     return None if same(logits, expected) else "with it the logits are others than without"
 
 

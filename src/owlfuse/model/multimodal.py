@@ -41,7 +41,7 @@ from owlfuse.model.quantization import (
     Quantization,
     check_quantized_training,
     quantize,
-    quantized_counts,
+    quantized_sizes,
 )
 from owlfuse.model.vision.base import Backbone
 from owlfuse.model.vision.batch_norm import trained_norms
@@ -209,41 +209,70 @@ class MultimodalLM(nn.Module):
         if name in ("vision", "connector"):
             part: ModelPart = getattr(self, name)
             return Part(name, part, dict(part.named_parameters()), part.blocks())
-        own = dict(self.fusion.named_parameters())
-        # names of a part are those below its root, and this fusion has nothing in the LLM
-        if name == "fusion" and own and not self.fusion.owned(self.llm):
-            return Part(name, self.fusion, own)
         in_fusion: set[int] = set()
         for module in self.fusion.owned(self.llm):
             in_fusion.update(id(parameter) for parameter in module.parameters())
+        return self.fusion_part(in_fusion) if name == "fusion" else self.llm_part(in_fusion)
+
+    def fusion_part(self, in_fusion: set[int]) -> Part:
+        """Returns the part `fusion`.
+
+        Args:
+            in_fusion: ids of the parameters that the fusion put into the LLM.
+        """
+        own_parameters = dict(self.fusion.named_parameters())
+        # names of a part are those below its root
+        if own_parameters and not in_fusion:
+            return Part("fusion", self.fusion, own_parameters)
+        in_llm = {}
+        for name, parameter in self.llm.named_parameters():
+            if id(parameter) in in_fusion:
+                in_llm[name] = parameter
+        return Part(
+            "fusion",
+            self.llm,
+            {**in_llm, **own_parameters},
+            quantized=quantized_sizes(self.llm, in_llm),
+            closed_gates=names_of(in_llm, self.fusion.closed_gates(self.llm)),
+        )
+
+    def llm_part(self, in_fusion: set[int]) -> Part:
+        """Returns the part `llm`, which is what the fusion does not own.
+
+        Args:
+            in_fusion: ids of the parameters that the fusion put into the LLM.
+        """
         parameters = {}
-        for path, parameter in self.llm.named_parameters():
-            # the part `llm` is what the fusion does not own
-            if (id(parameter) in in_fusion) == (name == "fusion"):
-                parameters[path] = parameter
-        counts = quantized_counts(self.llm)
-        quantized = {path: counts[id(p)] for path, p in parameters.items() if id(p) in counts}
-        if name == "fusion":
-            gate_ids = {id(gate) for gate in self.fusion.closed_gates(self.llm)}
-            gates = {path for path, p in parameters.items() if id(p) in gate_ids}
-            parameters.update(self.fusion.named_parameters())
-            return Part(name, self.llm, parameters, quantized=quantized, closed_gates=gates)
+        for name, parameter in self.llm.named_parameters():
+            if id(parameter) not in in_fusion:
+                parameters[name] = parameter
         blocks = []
         for layer in decoder_layers(self.llm):
             blocks.append([p for p in layer.parameters() if id(p) not in in_fusion])
-        # by identity: where embeddings and head are tied, they are one parameter with one name
-        table_ids = set()
-        for module in (self.llm.get_input_embeddings(), self.llm.get_output_embeddings()):
-            if module is not None:
-                table_ids.add(id(module.weight))
-        tables = {path: p for path, p in parameters.items() if id(p) in table_ids}
-        untrainable_ids = {id(getattr(module, attribute)) for module, attribute in self.untrainable}
-        untrainable = {path for path, p in parameters.items() if id(p) in untrainable_ids}
-        return Part(name, self.llm, parameters, blocks, tables, untrainable, quantized)
+        # embeddings and head are one parameter with one name where they are tied
+        embeddings = (self.llm.get_input_embeddings(), self.llm.get_output_embeddings())
+        tables = names_of(parameters, [table.weight for table in embeddings if table is not None])
+        untrainable = [getattr(module, attribute) for module, attribute in self.untrainable]
+        return Part(
+            "llm",
+            self.llm,
+            parameters,
+            blocks,
+            tables={name: parameters[name] for name in parameters if name in tables},
+            untrainable=names_of(parameters, untrainable),
+            quantized=quantized_sizes(self.llm, parameters),
+        )
 
     def row_limits(self) -> list[tuple[nn.Parameter, list[int]]]:
         """Returns the LLM's tables of which only some rows are trained, with those rows."""
         return [(self.llm.get_parameter(name), rows) for name, rows in self.new_rows.items()]
+
+    def trained_count(self) -> int:
+        """Returns how many numbers are trained, of the tables in `row_limits` the rows alone."""
+        count = sum(p.numel() for p in self.parameters() if p.requires_grad)
+        for table, rows in self.row_limits():
+            count -= table.numel() - len(rows) * table.shape[1]
+        return count
 
     def quantize(self, quantization: Quantization) -> None:
         """Holds the LLM's linear layers in 4 bits, but for those that the fusion put into it."""
@@ -325,22 +354,24 @@ class MultimodalLM(nn.Module):
         return parameters + self.fusion.per_head(self.llm)
 
     def _apply(self, fn: Any, recurse: bool = True) -> MultimodalLM:
-        """Casts and moves as torch's, which `to` goes through, but the rotary frequencies of the
-        LLM keep their precision: in half of it, they would turn far positions wrongly; so do the
-        weights that transformers keeps in 32 bits, as those that choose experts. A private name of
-        torch's, and the one method that every way to cast goes through."""
+        """Casts and moves as torch's, which `to` goes through, but the rotary frequencies of LLM
+        and backbone keep their precision: in half of it, they would turn far positions wrongly; so
+        do the weights that transformers keeps in 32 bits, as those that choose experts. A private
+        name of torch's, and the one method that every way to cast goes through."""
         in_float32 = names_in_float32(self.llm)
         beside_float16 = names_in_float32(self.llm, strict=False)
-        before = {}
+        kept: list[tuple[nn.Module, str, Tensor]] = []
         for name, tensor in (*self.llm.named_parameters(), *self.llm.named_buffers()):
             if "inv_freq" in name or name in beside_float16:
-                before[name] = tensor.data
+                kept.append((self.llm, name, tensor.data))
+        for name, buffer in self.vision.named_buffers():
+            if "inv_freq" in name:
+                kept.append((self.vision, name, buffer.data))
         # torch casts all of them: they are put back afterwards
         super()._apply(fn, recurse)
-        for name, tensor in before.items():
+        for root, name, tensor in kept:
             path, _, attribute = name.rpartition(".")
-            module: Any = self.llm.get_submodule(path)
-            after = getattr(module, attribute)
+            after = getattr(root.get_submodule(path), attribute)
             if name in beside_float16 - in_float32 and after.dtype != torch.float16:
                 continue
             if after.element_size() < tensor.element_size():
@@ -496,6 +527,12 @@ def make_part(name: str, config: dict[str, Any], **supplied: Any) -> Any:
         raise ValueError(f"{name}: {error}") from error
 
 
+def names_of(parameters: dict[str, nn.Parameter], members: Iterable[Any]) -> set[str]:
+    """Returns the names of those parameters that are among `members`, the same objects."""
+    ids = {id(member) for member in members}
+    return {name for name, parameter in parameters.items() if id(parameter) in ids}
+
+
 def check_class(name: str, part: Any, base: type[nn.Module]) -> None:
     """Raises ValueError for a part that is not derived from its base class."""
     if not isinstance(part, base):
@@ -505,11 +542,13 @@ def check_class(name: str, part: Any, base: type[nn.Module]) -> None:
         )
 
 
-def on_meta(config: dict[str, Any], vocab_size: int) -> tuple[MultimodalLM, list[PartSummary]]:
+def on_meta(
+    config: dict[str, Any], vocab_size: int, new_tokens: dict[str, int] | None = None
+) -> tuple[MultimodalLM, list[PartSummary]]:
     """Returns `build_model` without weights, which raises for a wrong configuration before anything
     is loaded."""
     with torch.device("meta"):
-        return build_model(config, vocab_size)
+        return build_model(config, vocab_size, new_tokens=new_tokens)
 
 
 def compile_layers(decoder: Iterable[nn.Module], blocks: Iterable[nn.Module]) -> None:

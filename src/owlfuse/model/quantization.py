@@ -276,6 +276,12 @@ def quantized_counts(root: nn.Module) -> dict[int, int]:
     return counts
 
 
+def quantized_sizes(root: nn.Module, parameters: dict[str, nn.Parameter]) -> dict[str, int]:
+    """Returns how many numbers each of the parameters that are in 4 bits stands for, by name."""
+    counts = quantized_counts(root)
+    return {name: counts[id(p)] for name, p in parameters.items() if id(p) in counts}
+
+
 def count_parameters(root: nn.Module) -> int:
     """Returns how many numbers the parameters below a module stand for."""
     counts = quantized_counts(root)

@@ -20,7 +20,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from owlfuse.core.checkpoint_files import partial_path, remove_checkpoint
-from owlfuse.core.errors import DataError
+from owlfuse.core.errors import DataError, first_line
 from owlfuse.model.layouts import names_in_float32
 from owlfuse.model.multimodal import MultimodalLM
 from owlfuse.parallel.checkpoints import (
@@ -173,15 +173,15 @@ def rank_timeouts_as_data_errors(trainer: Trainer) -> Iterator[None]:
         if trainer.world_size == 1:  # which waits for nobody: a data worker's or a kernel's time
             raise
         # Backends have no class for it: gloo and NCCL raise a RuntimeError with words of their own.
-        lines = str(error).strip().splitlines() or [""]
+        reason = first_line(error)
         if not any(
-            word in lines[0].lower()
+            word in reason.lower()
             for word in ("timed out", "timeout", "connection closed", "connection reset")
         ):
             raise
         raise DataError(
             f"rank {trainer.global_rank} waited in vain for another rank after step "
-            f"{trainer.global_step} ({lines[0][-120:]}); "
+            f"{trainer.global_step} ({reason[-120:]}); "
             f"see what the others say, and go on with resume={trainer.default_root_dir}"
         ) from error
 

@@ -17,7 +17,7 @@ from owlfuse.config.build import build, to_dict
 from owlfuse.config.compose import compose, naming_part
 from owlfuse.config.messages import split_settings
 from owlfuse.core.console import PlainConsole as Console
-from owlfuse.core.errors import ConfigError
+from owlfuse.core.errors import ConfigError, first_line
 from owlfuse.core.progress import track
 from owlfuse.core.terminal import visible
 from owlfuse.data.datamodule import ChatData
@@ -83,8 +83,10 @@ def bind(data: ChatData, config: DictConfig) -> list[str]:
         model, _ = on_meta(to_dict(config.model), vocab_size=1024)
     except OSError as error:  # a part's configuration is not here
         data.bind(NoPictures(), 1)  # type: ignore[arg-type]  # no picture becomes pixels
-        reason = str(error).splitlines()[0]
-        return [f"an image counts as one position, for the model's parts are not at hand: {reason}"]
+        return [
+            "an image counts as one position, for the model's parts are not at hand: "
+            + first_line(error)
+        ]
     data.bind(model.vision.preprocessing, model.fusion.tokens_per_image)
     return []
 

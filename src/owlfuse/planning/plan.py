@@ -276,7 +276,7 @@ def make_plan(config: DictConfig, compare: bool = True) -> Plan:
         global_batch=workload.global_batch,
         text_tokens=positions - images * model.fusion.tokens_per_image,
         visual_tokens=images * model.connector.tokens,
-        trained=sum(p.numel() for p in model.parameters() if p.requires_grad),
+        trained=model.trained_count(),
         total=sum(p.numel() for p in model.parameters()),
         precision=workload.precision_name,
     )

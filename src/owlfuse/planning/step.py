@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from hydra.utils import get_class
 from torch import Tensor, nn
 
-from owlfuse.core.types import Batch
+from owlfuse.core.types import IMAGE, Batch
 from owlfuse.model.loss import batch_loss
 from owlfuse.model.multimodal import MultimodalLM, on_meta
 from owlfuse.planning.meter import StepCost, measure_step
@@ -56,7 +57,13 @@ def meta_model(part_configs: dict[str, Any], vocab_size: int) -> MultimodalLM:
     """
     # SDPA keeps as much as flash attention, which does not run on the meta device.
     llm = {**part_configs["llm"], "attention": "sdpa"}
-    model, _ = on_meta({**part_configs, "compile": False, "llm": llm}, vocab_size)
+    new_tokens = None
+    fusion = get_class(part_configs["fusion"]["_target_"])
+    # A fusion that reads the embedding of <image> has the tables of a pretrained LLM trained for
+    # it: gradients and moments are of the whole tables, whichever the row.
+    if llm.get("pretrained") and not getattr(fusion, "splices", True):
+        new_tokens = {IMAGE: 0}
+    model, _ = on_meta({**part_configs, "compile": False, "llm": llm}, vocab_size, new_tokens)
     return model.train()
 
 

@@ -82,11 +82,10 @@ class Cost(Callback):
         model = getattr(module, "model", None)
         if model is None:
             return
-        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        # of a table with rows of new tokens, those alone
-        for table, rows in model.row_limits():
-            trained -= table.numel() - len(rows) * table.shape[1]
-        self.cost |= {"trained_parameters": trained, "parameters": count_parameters(model)}
+        self.cost |= {
+            "trained_parameters": model.trained_count(),
+            "parameters": count_parameters(model),
+        }
         if (speed := self.tokens_per_s(data_ranks(trainer))) is not None:
             self.cost["tokens_per_s"] = speed
         device = trainer.strategy.root_device

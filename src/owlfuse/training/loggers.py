@@ -18,7 +18,7 @@ from omegaconf import DictConfig
 from owlfuse.artifacts.resume import Past
 from owlfuse.config.build import build
 from owlfuse.config.compose import origin_of
-from owlfuse.core.errors import ConfigError
+from owlfuse.core.errors import ConfigError, first_line
 from owlfuse.core.files import read_json, write_json
 
 # Loggers that write their files straight into the run's folder.
@@ -79,7 +79,7 @@ def make_logger(
     except ModuleNotFoundError as error:
         raise ConfigError(
             f"{origin_of(config, f'logger.{key}')}: logger.{key}: {logger_class.__name__} needs a "
-            f"package that is not installed: {str(error).splitlines()[0]}"
+            f"package that is not installed: {first_line(error)}"
         ) from None
 
 

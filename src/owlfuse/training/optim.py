@@ -27,9 +27,19 @@ FLOAT16_EPS = 1e-3
 """Adam's least `eps` for weights in float16 alone (`16-true`): the mean square of a gradient below
 0.008 is 0 there, and an update divided by a smaller eps would be hundreds of times the learning
 rate."""
+BFLOAT16_BETA = 0.99
+"""AdamW's greatest beta of squares for weights in bfloat16 alone (`bf16-true`), whose last bit is
+0.4 to 0.8 % of a number."""
 INPUTS = ("queries", "latents", "end_token", *PREFIX_TOKENS)
 POSITIONS = (
     "pos_embed",
+    "pos_embed_x",
+    "pos_embed_y",
+    "pos_embed_win",
+    "pos_embed_window",
+    "pos_embed_abs",
+    "position_embedding_table",
+    "pixel_pos",
     "position_embeddings",
     "embed_positions",
     "wpe",
@@ -59,7 +69,8 @@ class AdamWCosine:
             before it so many times that of the next, and what comes before the first, as
             embeddings (layer -1), so many times that of the first; as with 0.9 in the ViT of
             mPLUG-Owl2 (arXiv 2311.04257).
-        weight_decay: of weight matrices; norms, biases, gates, queries and positions have none.
+        weight_decay: of weight matrices; norms, biases, gates, queries and positions have none, nor
+            what a backbone names (see `Backbone.undecayed`).
         betas: of AdamW's running means of the gradient and its square.
         eps: added to the root of AdamW's mean square; at least 1e-3 for weights that are float16
             alone (`16-true`).
@@ -99,6 +110,16 @@ class AdamWCosine:
             if not is_right:
                 raise ValueError(f"optim.{name} is {getattr(self, name)}, expected {words}")
 
+    def check_precision(self, precision: Any) -> None:
+        """Raises ValueError where AdamW's mean of squares, which has the weights' type, could not
+        fall: it is rounded back where it changes by less than half of bfloat16's last bit."""
+        if precision == "bf16-true" and self.betas[1] > BFLOAT16_BETA:
+            raise ValueError(
+                f"optim.betas: in bf16-true a mean that keeps {self.betas[1]:g} of itself in each "
+                f"step never falls, by rounding; expected at most {BFLOAT16_BETA}, or "
+                "trainer.precision=bf16-mixed"
+            )
+
     def groups(self, model: MultimodalLM) -> list[dict[str, Any]]:
         """Parameter groups of the trained parameters: per part (and layer, with `layer_decay`),
         with and without weight decay.
@@ -110,6 +131,7 @@ class AdamWCosine:
         groups = []
         # decay would shrink the rows that are not trained
         without_decay = {id(table) for table, _ in model.row_limits()}
+        without_decay.update(id(parameter) for parameter in model.vision.undecayed())
         for part in PARTS:
             part_lr = self.part_lr.get(part)
             # by None, since a rate of 0 is refused below and not replaced
@@ -165,6 +187,14 @@ class AdamWCosine:
     def build(self, model: MultimodalLM, steps: int) -> dict[str, Any]:
         """What Lightning's `configure_optimizers` returns."""
         groups = self.groups(model)
+        if 0 < steps <= self.warmup_steps:
+            log.warning(
+                "optim.warmup_steps is %d, and the run has %d steps: the learning rate comes to "
+                "%.0f %% of its peak",
+                self.warmup_steps,
+                steps,
+                100 * (steps - 1) / self.warmup_steps,
+            )
         if any(p.dtype == torch.float16 for group in groups for p in group["params"]):
             self.eps = max(self.eps, FLOAT16_EPS)
         optimizer = self.optimizer(groups)
@@ -355,8 +385,8 @@ def has_decay(name: str, parameter: nn.Parameter) -> bool:
     """Matrices and kernels have weight decay; vectors and biases have none, the biases of several
     experts in one tensor among them, nor what is in NO_DECAY."""
     is_matrix = parameter.ndim > 1 and not name.endswith("bias")
-    # CrossViT numbers its own: pos_embed_0
-    parts = [re.sub(r"_\d+$", "", part) for part in name.split(".")]
+    # CrossViT and Visformer number theirs: pos_embed_0, pos_embed1
+    parts = [re.sub(r"_?\d+$", "", part) for part in name.split(".")]
     return is_matrix and not any(part in NO_DECAY for part in parts)
 
 

@@ -9,7 +9,6 @@ from typing import Any
 
 import lightning
 import torch
-from lightning.pytorch.callbacks import WeightAveraging
 from omegaconf import DictConfig
 
 from owlfuse.artifacts.identity import weights_identity
@@ -61,6 +60,7 @@ from owlfuse.parallel.strategies import (
     check_strategy,
     rank_timeouts_as_data_errors,
 )
+from owlfuse.training.averages import take_averages
 from owlfuse.training.callbacks import callbacks_of, raise_if_stopped, resume_hint
 from owlfuse.training.checkpoints import Best
 from owlfuse.training.loggers import begin_logging, finish_loggers, log_results
@@ -127,6 +127,7 @@ def train(config: DictConfig, folder: Path, data_digest: str | None, at_exit: Ex
             data.go_on(past.step, past.positions)
         data.bind(plan.vision.preprocessing, plan.fusion.tokens_per_image)
         trainer = make_trainer(config, data, folder, past)
+        optim.check_precision(trainer.precision)
         # By what all ranks know: they write best.ckpt together.
         is_other = any(matches(name, VALIDATED_BY) for name in changes)
         if is_other or config.get("accept_changed_data"):
@@ -262,13 +263,6 @@ def begin_best_anew(trainer: Any) -> None:
                 "losses until now were",
                 BEST,
             )
-
-
-def take_averages(trainer: Any, module: MultimodalModule) -> None:
-    """Puts averaged weights in their place after a fit in which no step was left: Lightning's
-    callback does so at the end of a training alone."""
-    for callback in callbacks_of(trainer, WeightAveraging):
-        callback.on_train_end(trainer, module)
 
 
 def print_start(

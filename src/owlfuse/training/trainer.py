@@ -10,8 +10,10 @@ import torch
 from hydra.utils import get_class
 from lightning import Callback, Trainer
 from lightning.pytorch.callbacks import (
+    EarlyStopping,
     GradientAccumulationScheduler,
     LearningRateMonitor,
+    ModelCheckpoint,
     StochasticWeightAveraging,
     Timer,
     WeightAveraging,
@@ -23,11 +25,12 @@ from owlfuse.artifacts.resume import Past
 from owlfuse.artifacts.weights import HALVES
 from owlfuse.config.build import build, to_dict
 from owlfuse.config.compose import origin_of
-from owlfuse.core.errors import ConfigError
+from owlfuse.core.errors import ConfigError, hint
 from owlfuse.core.terminal import visible
 from owlfuse.data.datamodule import ChatData
 from owlfuse.parallel.collectives import data_ranks
 from owlfuse.parallel.strategies import Sharded
+from owlfuse.training.averages import AveragesFollow
 from owlfuse.training.callbacks import BeforeTraining, LoggedStep, StopOnSignal, TrainingProgress
 from owlfuse.training.checkpoints import Best, Checkpoints, LastCheckpoint
 from owlfuse.training.cost import Cost
@@ -98,6 +101,7 @@ def make_trainer(
         raise ConfigError(f"{origin_of(config, 'trainer')}: trainer: {error}") from error
     check_launcher(trainer, config)
     check_callbacks(trainer, config)
+    check_monitors(trainer, config, data)
     if data_end and trainer.is_global_zero:
         line = f"the data end (at_end) after {steps} whole steps of {configured_steps}"
         print(visible(f"{line}, so the run does"))
@@ -150,6 +154,8 @@ def make_callbacks(
         # first, since other callbacks log at a batch's start too
         LoggedStep(),
         LastCheckpoint(),
+        # behind the last checkpoint and before the user's callbacks, whose averages it looks after
+        AveragesFollow(),
         TrainingProgress(),
         LearningRateMonitor("step"),
         StopOnSignal(),
@@ -204,3 +210,31 @@ def check_callbacks(trainer: Trainer, config: DictConfig) -> None:
             )
         if isinstance(trainer.strategy, Sharded):
             raise ConfigError(f"{where} cannot average a sharded model; take trainer=ddp")
+
+
+def check_monitors(trainer: Trainer, config: DictConfig, data: ChatData) -> None:
+    """Raises ConfigError for a callback of Lightning that waits for a metric which no step and no
+    validation gives, or for validations where there are none."""
+    nodes = [(key, node) for key, node in (config.get("callbacks") or {}).items() if node]
+    # callbacks from elsewhere may log metrics of their own
+    if not all(node["_target_"].startswith(("lightning.", "owlfuse.")) for _, node in nodes):
+        return
+    validation_losses = [f"{name}/loss" for name in data.validation]
+    for key, node in nodes:
+        kind = get_class(node["_target_"])
+        if not issubclass(kind, EarlyStopping | ModelCheckpoint):
+            continue
+        where = f"{origin_of(config, f'callbacks.{key}')}: callbacks.{key}: {kind.__name__}"
+        if issubclass(kind, EarlyStopping) and not validates(config, data):
+            raise ConfigError(
+                f"{where} looks after each validation, and this run has none; name validation "
+                "sources, or leave it out"
+            )
+        monitor = node.get("monitor")
+        if (
+            monitor
+            and monitor not in validation_losses
+            and not monitor.startswith(("train/", "data/"))
+        ):
+            guess = hint(monitor, [*validation_losses, "train/loss"])
+            raise ConfigError(f"{where}: monitor={monitor} is no metric of this run{guess}")

@@ -35,5 +35,15 @@ def test_a_thought_that_does_not_end_is_no_answer(opened, generated, answer, unf
     rows = [encoder.tokenizer(generated, add_special_tokens=False)["input_ids"]]
     assert encoder.answers(rows) == [answer]
     assert encoder.unfinished_thoughts(rows) == [unfinished]
+    # A thought that the model begins by itself is none of the answer either.
     encoder.thinking = False
-    assert encoder.unfinished_thoughts(rows) == [False]
+    begun = generated.lstrip().startswith("<think>")
+    assert encoder.unfinished_thoughts(rows) == [begun and unfinished]
+    assert encoder.answers(rows)[0] == (
+        answer if begun or not opened else generated_text(generated)
+    )
+
+
+def generated_text(generated):
+    """What is decoded of a generated text, without its end mark."""
+    return generated.removesuffix("<|im_end|>")

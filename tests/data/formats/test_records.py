@@ -1056,3 +1056,14 @@ def test_an_input_without_an_instruction_is_the_question(tmp_path):
     )
     sample = Alpaca(str(tmp_path / "a.json"))[0]
     assert sample.messages[0]["content"] == [{"type": "text", "text": "Hello"}]
+
+
+def test_the_escaped_word_image_beside_an_unmarked_picture_is_a_word(tmp_path):
+    record = {"image": "a.png", "messages": [{"role": "user", "content": r"Who wrote \<image>?"}]}
+    record["messages"].append({"role": "assistant", "content": "I."})
+    (tmp_path / "escaped.jsonl").write_text(json.dumps(record) + "\n")
+    [sample] = Messages(str(tmp_path / "escaped.jsonl"))
+    assert sample.messages[0]["content"] == [
+        {"type": "image"},
+        {"type": "text", "text": "\nWho wrote <image>?"},
+    ]

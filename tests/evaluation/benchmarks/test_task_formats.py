@@ -347,6 +347,17 @@ def damaged(folder, task, change):
             lambda text: text.replace("\tD\timage", "\tQ\timage"),
             ("line 3: 'index' '252', 4 options and 'answer' 'Q'"),
         ),
+        # a fifth option, and a gap
+        (
+            "mmbench",
+            lambda text: text.replace("hint\t", "E\t"),
+            "line 2: its options are A, B, E, expected A, B, ... without a gap, D the last",
+        ),
+        (
+            "mmbench",
+            lambda text: text.replace("A cat\tA dog", "A cat\t"),
+            "line 3: its options are A, C, D, expected A, B",
+        ),
         (
             "mmbench",
             lambda text: text.replace("A cat\tA dog", "A cat"),
@@ -479,3 +490,11 @@ def test_the_ranks_predictions_are_joined_in_order_and_lines_of_others_stay(tmp_
         ("key", "c"),
     ]
     assert first.read() == (done, others)
+
+
+def test_a_picture_that_another_projects_mark_shows_is_not_put_first(tmp_path):
+    task = made("gqa", tmp_path)
+    with pytest.raises(DataError, match="the text has <image 1> and 1 pictures are shown"):
+        task.user_turn("What is in <image 1>?", ["a.png"])
+    # without a picture it is a word
+    assert task.user_turn("What is in <image 1>?", [])

@@ -1,6 +1,7 @@
 """Where an answer looked: against transformers' own weights, against loops, and as pictures."""
 
 import copy
+import json
 import logging
 
 import numpy as np
@@ -517,9 +518,9 @@ def test_what_chat_cannot_explain_is_told_before_a_model_is_loaded(
     assert error.count("\n") == 1
 
 
-def evaluated(shapes, folder, model, tile=0.0, **options):
+def evaluated(shapes, folder, model, tile=0.0, file="val.json", **options):
     """An evaluation, its answers and metrics, and the size of its contact sheet."""
-    validation = {"val": LLaVA(file=str(shapes / "val.json"), tile=tile)}
+    validation = {"val": LLaVA(file=str(shapes / file), tile=tile)}
     data = ChatData(
         str(shapes / "tokenizer"),
         {"val": LLaVA(file=str(shapes / "val.json"))},
@@ -566,6 +567,23 @@ def test_the_overlay_of_a_tiled_picture_is_as_fine_as_its_tiles(shapes, tmp_path
     # 2 x 2 tiles of 2 x 2 patches
     assert [map.shape for map in evaluation.maps.values()] == [(4, 4)] * 2
     assert [map.sum().item() for map in evaluation.maps.values()] == pytest.approx([1, 1])
+
+
+def test_of_several_pictures_the_last_is_shown_and_explained(shapes, tmp_path):
+    first, second = (
+        record["image"] for record in json.loads((shapes / "val.json").read_text())[:2]
+    )
+    turns = [
+        {"from": "human", "value": "<image>\nLike <image>?"},
+        {"from": "gpt", "value": "no"},
+    ]
+    record = {"id": "two", "image": [first, second], "conversations": turns}
+    (shapes / "two.json").write_text(json.dumps([record]))
+    evaluation, (_, answers), _ = evaluated(
+        shapes, tmp_path, trained_on(shapes).model, file="two.json", explain=True
+    )
+    assert [answer.image for answer in answers] == [str(shapes / second)]
+    assert [map.shape for map in evaluation.maps.values()] == [(2, 2)]
 
 
 @pytest.mark.parametrize("size", [(6000, 1), (1, 6000)])

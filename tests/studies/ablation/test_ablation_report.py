@@ -550,3 +550,27 @@ def test_a_name_with_dollars_is_drawn_as_it_is(tmp_path):
     path = write_ablation(tmp_path / "drawn", cells, seeds=(0,))
     write_report(path)
     assert (path / "report" / "index.html").exists()
+
+
+def test_questions_about_one_picture_have_no_interval_and_those_about_one_video_belong_together(
+    tmp_path,
+):
+    path = write_ablation(tmp_path / "drawn", {"first": 0.5, "second": 0.9})
+    by_picture = load(path).rows[1].scores["val/exact_match"]
+    rewrite_answers(path, lambda answer: {**answer, "image": None, "video": answer["image"]})
+    assert load(path).rows[1].scores["val/exact_match"] == by_picture
+    rewrite_answers(path, lambda answer: {**answer, "video": "one.mp4"})
+    score = load(path).rows[1].scores["val/exact_match"]
+    assert score.difference == by_picture.difference
+    assert (score.interval, score.difference_interval) == (None, None)
+    write_report(path)
+    assert "no intervals of val/exact_match: all its" in (path / "report/table.md").read_text()
+
+
+def test_answers_that_did_not_end_are_counted_by_run(tmp_path):
+    path = write_ablation(tmp_path / "drawn", {"first": 0.5, "second": 0.9}, seeds=(0,))
+    counts = {"val": {"answers that did not end": 3}, "val_blank": {"answers that did not end": 1}}
+    change(path, "second-seed0", "results.json", questions=counts)
+    write_report(path)
+    line = "answers that did not end within evaluation.max_new_tokens: second-seed0 4"
+    assert line in (path / "report" / "table.md").read_text()

@@ -139,12 +139,17 @@ class AnswerFormat:
         return fields
 
     def answer(self, tokenizer: Any, ids: Any, thinking: bool = False) -> str:
-        """Return the answer in generated ids (L,), without its end mark and, with `thinking`,
-        without the thought; empty where the thought did not end."""
+        """Return the answer in generated ids (L,), without its end mark and without the thought
+        that a model asked for one, or one that learned to think, writes before it; empty where the
+        thought did not end.
+
+        Args:
+            thinking: the prompt asked for a thought.
+        """
         ids = [int(number) for number in ids]
-        if thinking:
-            if self.is_unfinished_thought(tokenizer, ids):
-                return ""
+        if self.is_unfinished_thought(tokenizer, ids, thinking):
+            return ""
+        if thinking or self.begins_thought(tokenizer, ids):
             ids = self.behind_thought(tokenizer, ids)
         text = tokenizer.decode(ids, skip_special_tokens=True)
         # Of tokens that are not marked as special, which decoding does not leave out.
@@ -160,12 +165,19 @@ class AnswerFormat:
             ids, skip_special_tokens=True
         )
 
-    def is_unfinished_thought(self, tokenizer: Any, ids: Any) -> bool:
-        """Return whether generated ids (L,) are a thought alone, to a prompt that asks for one: it
-        was begun, by the prompt or by the model, and did not end."""
+    def begins_thought(self, tokenizer: Any, ids: Any) -> bool:
+        """Return whether generated ids (L,) begin with a thought."""
         text = tokenizer.decode([int(number) for number in ids], skip_special_tokens=False)
-        begun = self.thought_opened or text.lstrip().startswith(self.thought_start)
-        return begun and self.thought_end not in text
+        return text.lstrip().startswith(self.thought_start)
+
+    def is_unfinished_thought(self, tokenizer: Any, ids: Any, thinking: bool = False) -> bool:
+        """Return whether generated ids (L,) are a thought alone: it was begun, by the model or by a
+        prompt that asks for one (`thinking`), and did not end."""
+        prompt_began = thinking and self.thought_opened
+        if not prompt_began and not self.begins_thought(tokenizer, ids):
+            return False
+        text = tokenizer.decode([int(number) for number in ids], skip_special_tokens=False)
+        return self.thought_end not in text
 
     def behind_thought(self, tokenizer: Any, ids: list[int]) -> list[int]:
         """Return the ids behind the end of the thought; all of them where the model wrote none."""

@@ -6,13 +6,14 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
 from owlfuse.core.errors import DataError
-from owlfuse.core.types import IMAGE, Encoded, Message, Note, Part, Sample, without_keys
+from owlfuse.core.types import IMAGE, VISUAL, Encoded, Message, Note, Part, Sample, without_keys
 from owlfuse.data.chat.answer_format import THINK_TAGS, AnswerFormat
 from owlfuse.data.chat.checks import control_tokens, flatten, unwritten_roles
 from owlfuse.data.chat.supervision import cut_at_borders, supervised_spans
@@ -227,9 +228,12 @@ class ChatEncoder:
 
     def unfinished_thoughts(self, rows: Sequence[Any]) -> list[bool]:
         """Return of each row of generated ids whether it is a thought that did not end."""
-        if not self.thinking:
-            return [False] * len(rows)
-        return [self.answer_format.is_unfinished_thought(self.tokenizer, row) for row in rows]
+        unfinished = []
+        for row in rows:
+            unfinished.append(
+                self.answer_format.is_unfinished_thought(self.tokenizer, row, self.thinking)
+            )
+        return unfinished
 
     def cut_answers(self, rows: Sequence[Any], llm: Any) -> list[bool]:
         """Return of each row of ids that an LLM has generated whether it did not end."""
@@ -280,6 +284,15 @@ def led_by_break(content: list[Part], after_pictures: bool) -> list[Message]:
         return content
     text = ("\n" if after_pictures else "") + content[0]["text"].lstrip("\n")
     return [{"type": "text", "text": text}, *content[1:]]
+
+
+def has_break_behind_visuals(turns: list[Message]) -> bool:
+    """Return whether a chat begins a text that stands behind a picture or a video on a new line."""
+    for turn in turns:
+        for part, next_part in pairwise(turn["content"]):
+            if part["type"] in VISUAL and next_part.get("text", "").startswith("\n"):
+                return True
+    return False
 
 
 def answer_text(message: Message) -> str:

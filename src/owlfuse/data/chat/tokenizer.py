@@ -20,7 +20,7 @@ from jinja2 import Environment, TemplateError, TemplateSyntaxError, nodes
 from tokenizers import Tokenizer, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from owlfuse.core.errors import FILE_ERRORS, DataError
+from owlfuse.core.errors import FILE_ERRORS, DataError, first_line
 from owlfuse.core.files import read_text
 from owlfuse.core.hub_access import check_hub_has
 from owlfuse.core.packages import MissingPackage, check_not_missing, missing, packaged
@@ -128,7 +128,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
         # transformers would ask for tiktoken instead, which cannot read it
         if is_sentencepiece and not has_table and find_spec("sentencepiece") is None:
             raise missing("sentencepiece", f"tokenizer: {name}") from error
-        reason = (str(error).splitlines() or [""])[0]
+        reason = first_line(error)
         if not isinstance(error, OSError | ValueError):
             reason = f"its files make no tokenizer: {type(error).__name__}: {reason}"
         raise DataError(f"tokenizer: {name}: {reason}") from error

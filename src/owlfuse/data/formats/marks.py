@@ -4,6 +4,7 @@ words."""
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 
 from owlfuse.core.errors import DataError
 from owlfuse.core.types import Message, Part, without_keys
@@ -51,19 +52,32 @@ def unescaped(text: str) -> str:
     return MARK.sub(lambda match: match[0].removeprefix("\\"), text)
 
 
-def with_pictures(text: str, count: int, kinds: tuple[str, ...] = ("image",)) -> list[Part]:
+def with_pictures(
+    text: str,
+    count: int,
+    kinds: tuple[str, ...] = ("image",),
+    other_marks_are_words: bool = False,
+) -> list[Part]:
     """Return the parts of a question that is asked with `count` pictures: they are shown at its
     marks, or first where it has none.
 
     Args:
         kinds: of marks that show one of them, as `image`.
+        other_marks_are_words: whether a text with another project's mark (`<image 1>`) may have its
+            pictures first.
 
     Raises:
-        DataError: marks of another number or kind.
+        DataError: marks of another number or kind, or another project's.
     """
     parts = split_marks(text)
     marks = [part for part in parts if "mark" in part]
     if not marks:
+        mark = other_mark(text) if count else ""
+        if mark and not other_marks_are_words:
+            raise DataError(
+                f"the text has {mark} and {count} pictures are shown with it; write "
+                "<image> where each is shown"
+            )
         return [*({"type": "image"} for _ in range(count)), *parts]
     mark_kinds = {part["type"] for part in marks}
     if len(marks) != count or not mark_kinds <= {*kinds}:
@@ -74,6 +88,15 @@ def with_pictures(text: str, count: int, kinds: tuple[str, ...] = ("image",)) ->
             f"write \\{first} where the word is meant"
         )
     return [{"type": "image"} if "mark" in part else part for part in parts]
+
+
+def other_mark(text: str) -> str:
+    """Return the first mark of another project in a text, "" where it has none."""
+    for match in OTHER_MARK.finditer(text):
+        # one of ours that is left in a text is a word
+        if match[0] not in MARKS:
+            return match[0]
+    return ""
 
 
 def add_text(parts: list[Part], text: str) -> None:
@@ -150,16 +173,18 @@ def settle_marks(
             project's mark shows.
     """
     notes: list[str] = []
-    path = first_match(PATH_IN_TEXT, messages)
-    if path:
+    for text in user_texts(messages):
+        path = PATH_IN_TEXT.search(text)
+        if path is None:
+            continue
         raise DataError(
-            f"sample {name} has {path[:100]} in its text; write <image> there, and the path in "
+            f"sample {name} has {path[0][:100]} in its text; write <image> there, and the path in "
             "'image' or 'images'"
         )
     has_files = any(counts.values())
     # Most chats of text-only data: there is nothing to settle.
     if not has_files and not has_visual_part(messages):
-        if first_match(OTHER_MARK, messages):
+        if any(other_mark(text) for text in user_texts(messages)):
             notes.append("another project's mark of a picture, in a record without any, is a word")
         return notes
     if has_files:
@@ -207,15 +232,12 @@ def has_visual_part(messages: list[Message]) -> bool:
     return False
 
 
-def first_match(pattern: re.Pattern[str], messages: list[Message]) -> str:
-    """Return what first matches a pattern in the texts of the user, "" where nothing does."""
+def user_texts(messages: list[Message]) -> Iterator[str]:
+    """Yields the texts of the user."""
     for message in messages:
         if message["role"] == "user":
             for part in message["content"]:
-                match = pattern.search(part.get("text", ""))
-                if match:
-                    return match[0]
-    return ""
+                yield part.get("text", "")
 
 
 def split_listed(messages: list[Message], listed: set[int], kinds: set[str]) -> None:
@@ -271,12 +293,13 @@ def put_first(messages: list[Message], parts: list[Part], name: str) -> None:
 def check_other_marks(messages: list[Message], count: int, name: str) -> None:
     """Raise DataError where a text of the user has another project's mark, and `count` pictures or
     videos have none."""
-    mark = first_match(OTHER_MARK, messages)
-    if mark:
-        raise DataError(
-            f"sample {name} has {count} pictures or videos that no <image> or <video> shows, "
-            f"and {mark} in its text; write <image> or <video> where each is shown"
-        )
+    for text in user_texts(messages):
+        mark = other_mark(text)
+        if mark:
+            raise DataError(
+                f"sample {name} has {count} pictures or videos that no <image> or <video> shows, "
+                f"and {mark} in its text; write <image> or <video> where each is shown"
+            )
 
 
 def without_marks(parts: list[Part], is_word: set[int]) -> list[Part]:

@@ -21,7 +21,7 @@ from datasets.config import HF_DATASETS_CACHE
 from datasets.exceptions import DatasetGenerationError
 from pyarrow.parquet import ParquetFile
 
-from owlfuse.core.errors import DataError
+from owlfuse.core.errors import DataError, first_line
 from owlfuse.core.files import MAX_RECORD, check_distinct, check_record, fingerprint, read_json
 from owlfuse.core.types import JsonObject, Note, Sample
 from owlfuse.data.formats.base import ChatSource, identity_of
@@ -123,7 +123,7 @@ class Parquet(ChatSource):
             DatasetGenerationError,
         ) as error:
             # `datasets` wraps a reason in an error of its own that does not tell it.
-            reason = str(error.__cause__ or error).partition("\n")[0]
+            reason = first_line(error.__cause__ or error)
             raise DataError(f"{self.file} cannot be read as one table: {reason}") from error
 
     def open_files(self, files: list[Path]) -> Sequence[Any]:

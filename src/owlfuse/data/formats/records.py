@@ -374,19 +374,8 @@ def question_turns(
 ) -> tuple[list[Any], set[str], list[str]]:
     """Return the turns of a record with a question and its answer, `history` before them; see
     `find_turns`."""
-    for key in present_keys(record, QUESTION_REFUSED):
-        raise DataError(
-            f"sample {name} has '{key}' beside '{question_key}': write it into the question, it "
-            "would be left out"
-        )
     used = {question_key, answer_key, "history"}
-    for key in present_keys(record, sorted(QUESTION_KEYS - used)):
-        # `answers` beside an answer are the annotators'.
-        if (answer_key, key) != ("answer", "answers"):
-            raise DataError(
-                f"sample {name} has '{key}' beside '{question_key}' and '{answer_key}', expected "
-                "one question and one answer; take out what is not meant"
-            )
+    check_single_question(record, name, question_key, answer_key)
     question, answer = record[question_key], number_as_text(record[answer_key])
     answers: list[str] = []
     if answer_key == "answer" and not is_absent(record.get("answers")):
@@ -419,16 +408,42 @@ def question_turns(
         if thought_key is not None and isinstance(thought, str):
             answer[0]["reasoning_content"] = thought
             used.add(thought_key)
-    # trl learns from the completion alone, and from nothing that the assistant says in the prompt.
     turns = history_turns(record.get("history"), name)
-    for turn in question:
-        if isinstance(turn, dict):
-            role = role_of(turn)
-            # A turn without a role is a question with its answer, and the key is the answer's.
-            if role is None or role in CALL_ROLES or ROLES.get(role) == "assistant":
-                turn = {**turn, "loss": False}
-        turns.append(turn)
+    turns += [without_learning(turn) for turn in question]
     return [*turns, *answer], used, answers
+
+
+def check_single_question(
+    record: JsonObject,
+    name: str,
+    question_key: str,
+    answer_key: str,
+) -> None:
+    """Raise DataError where a record has a further question, answer, or part of a question."""
+    for key in present_keys(record, QUESTION_REFUSED):
+        raise DataError(
+            f"sample {name} has '{key}' beside '{question_key}': write it into the question, it "
+            "would be left out"
+        )
+    others = QUESTION_KEYS - {question_key, answer_key, "history"}
+    for key in present_keys(record, sorted(others)):
+        # `answers` beside an answer are the annotators'.
+        if (answer_key, key) != ("answer", "answers"):
+            raise DataError(
+                f"sample {name} has '{key}' beside '{question_key}' and '{answer_key}', expected "
+                "one question and one answer; take out what is not meant"
+            )
+
+
+def without_learning(turn: Any) -> Any:
+    """Return a turn of a prompt, from which nothing is learned: as trl does, which learns from the
+    completion alone."""
+    if not isinstance(turn, dict):
+        return turn
+    role = role_of(turn)
+    # A turn without a role is a question with its answer, and the key is the answer's.
+    says_answer = role is None or role in CALL_ROLES or ROLES.get(role) == "assistant"
+    return {**turn, "loss": False} if says_answer else turn
 
 
 def history_turns(history: Any, name: str) -> list[Any]:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import numpy as np
 from PIL import Image
 
-from owlfuse.core.errors import DataError
+from owlfuse.core.errors import DataError, first_line
 from owlfuse.core.packages import MissingPackage
 from owlfuse.data.media.images import resolve_path
 
@@ -234,7 +234,7 @@ def opened(
     except (av.FFmpegError, ValueError, OSError) as error:
         if isinstance(error, DataError):
             raise
-        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        reason = getattr(error, "strerror", None) or first_line(error)
         raise DataError(f"{label} cannot be read: {reason}") from error
 
 

@@ -73,8 +73,8 @@ class LoadedModel:
 
     def is_unfinished_thought(self, row: Any) -> bool:
         """Returns whether a row of generated ids is a thought that did not end."""
-        answer_format = self.processor.answer_format
-        return self.thinking and answer_format.is_unfinished_thought(self.processor.tokenizer, row)
+        tokenizer, answer_format = self.processor.tokenizer, self.processor.answer_format
+        return answer_format.is_unfinished_thought(tokenizer, row, self.thinking)
 
     def is_cut(self, row: Any) -> bool:
         """Returns whether a row of generated ids did not end."""
@@ -126,7 +126,10 @@ class QuestionBatch:
         """Returns the lines of predictions.jsonl: the model's output for each question."""
         lines = []
         for question, prompt, output in zip(self.questions, self.prompts, outputs, strict=True):
-            lines.append({"id": question.id, "prompt": prompt, **output, "group": question.group})
+            line = {"id": question.id, "prompt": prompt, **output, "group": question.group}
+            if question.has_pages:
+                line["several_pages"] = True
+            lines.append(line)
         return lines
 
 
@@ -200,12 +203,14 @@ class QuestionDataset(Dataset):
         )
 
     def open_pictures(self, question: Question) -> list[Image.Image]:
-        """Returns the pictures of a question, RGB. Raises DataError."""
+        """Returns the pictures of a question, RGB, and notes whether one has several pages. Raises
+        DataError."""
         root, limit = self.task.root, self.task.max_pixels
-        return [
-            open_image(root, picture, question.id, limit)
-            for picture in self.task.pictures(question)
-        ]
+        pictures = []
+        for picture in self.task.pictures(question):
+            pictures.append(open_image(root, picture, question.id, limit))
+        question.has_pages = any(picture.info["pages"] > 1 for picture in pictures)
+        return pictures
 
     def check_length(self, question: Question, text: str, views: int) -> None:
         """Raises DataError where the model has no positions for the prompt, its pictures as so many

@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Literal
 
 from owlfuse.core.errors import ConfigError, DataError, one_line
 from owlfuse.core.files import KIND_NAMES, expand_files, fingerprint
+from owlfuse.core.types import Note
 from owlfuse.data.formats.marks import with_pictures
 from owlfuse.data.media.images import MAX_PIXELS, check_max_pixels, opened
 from owlfuse.data.subset import stratified_sample
@@ -40,6 +41,8 @@ class Question:
     """What messages call its record (see `Task.record_name`)."""
     tools: list[Any] | None = None
     """What the chat template is told of tools."""
+    has_pages: bool = False
+    """Whether one of its pictures, once opened, has several pages, of which the first is shown."""
 
     @property
     def size(self) -> tuple[int, int]:
@@ -98,6 +101,8 @@ class Task:
         return self.image_root or self.file.parent
 
     def __post_init__(self) -> None:
+        # of the records that were read: (file, record, note, 1)
+        self.notes: list[tuple[str, str, Note, int]] = []
         # Hydra gives texts
         for name in self.file_fields:
             setattr(self, name, Path(getattr(self, name)).expanduser())
@@ -246,7 +251,7 @@ def sample_units(questions: list[Question], limit: int | None) -> list[Question]
     for unit, question in first_of_unit.items():
         units.append(unit)
         groups.append(question.group)
-        pictures.append(question.images[0] if question.images else question.id)
+        pictures.append(question.images[-1] if question.images else question.id)
     sampled = {units[index] for index in stratified_sample(groups, pictures, limit)}
     return [question for question in questions if (question.unit or question.id) in sampled]
 

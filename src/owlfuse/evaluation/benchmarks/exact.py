@@ -60,6 +60,7 @@ class ChatTask(Task):
             sample = self.source[record]
         except DataError as error:
             raise DataError(f"{self.file}: {error}") from error
+        self.notes += [(self.file.name, sample.id, note, 1) for note in sample.notes]
         # a benchmark's pictures are opened by `open_image` alone
         if sample.videos:
             raise DataError(

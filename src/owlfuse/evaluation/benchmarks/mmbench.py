@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from string import ascii_uppercase
 from typing import Any
 
 from owlfuse.core.errors import DataError
@@ -92,13 +93,14 @@ class MMBench(Task):
         """Yields a question for each rotation."""
         row = self.table[record]
         index = require_field(row, "index", str, where)
-        columns = [letter for letter in LETTERS if letter in row]
-        options = []
-        for letter in columns:
-            # options that are empty come last
-            if is_empty(row[letter]):
-                break
-            options.append(row[letter])
+        filled = [letter for letter in ascii_uppercase if not is_empty(row.get(letter, ""))]
+        # an option that is left out would make the question easier
+        if filled != list(LETTERS[: len(filled)]):
+            raise DataError(
+                f"{where}: its options are {', '.join(filled)}, expected A, B, ... without a gap, "
+                f"{LETTERS[-1]} the last"
+            )
+        options = [row[letter] for letter in filled]
         right = LETTERS[: len(options)].find(row["answer"]) if row["answer"] else -1
         if not is_index(index) or len(options) < 2 or right < 0:
             raise DataError(

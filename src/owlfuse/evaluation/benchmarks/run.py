@@ -20,6 +20,7 @@ from owlfuse.core.errors import ConfigError, DataError
 from owlfuse.core.files import write_json
 from owlfuse.core.progress import Progress, quiet_libraries
 from owlfuse.core.terminal import visible
+from owlfuse.data.notes import NotesLog
 from owlfuse.data.workers import DataWorkers, ignore_signals
 from owlfuse.evaluation.benchmarks.answering import (
     LoadedModel,
@@ -50,6 +51,8 @@ def evaluate_task(folder: str, words: list[str]) -> None:
     model_dir = check_model(folder)
     ranks = TorchrunRanks()
     questions, skipped = task.questions()
+    if ranks.first:
+        NotesLog().add(task.notes)
     # before the share of a rank, so that the sample is the same for any number of ranks
     questions = sample_units(questions, options.max_questions)
     # once: a run that still trains may write another one meanwhile
@@ -225,6 +228,9 @@ def finish(
     cut = sum(line.get("cut", False) for line in answered)
     if cut:
         counts["answers that did not end"] = cut
+    of_pages = sum(line.get("several_pages", False) for line in answered)
+    if of_pages:
+        counts["about pictures of several pages"] = of_pages
     settings = {
         **settings,
         "batch_size": options.batch_size,
@@ -246,5 +252,10 @@ def finish(
         print(
             f"{cut} of {len(answered)} answers did not end within task.max_new_tokens="
             f"{task.max_new_tokens}, and are scored as far as they came"
+        )
+    if of_pages:
+        print(
+            f"{of_pages} of {len(answered)} questions are about pictures of several pages or "
+            "frames, of which the first is shown"
         )
     print(visible(f"{path}, and each answer in {store.folder / 'predictions.jsonl'}"))

@@ -34,7 +34,7 @@ def maps_of_answers(
     max_new_tokens: int,
     ranks: Ranks,
 ) -> dict[int, Tensor]:
-    """Returns the attention maps (h, w) of answers over their first pictures, by their places among
+    """Returns the attention maps (h, w) of answers over their last pictures, by their places among
     `answers` (see `explain.attention_to_pictures`). None, and a warning, for a sharded model and
     for one that has no such map: an evaluation does not end by it. No map for a question with a
     video.
@@ -85,6 +85,6 @@ def map_of_answer(
     with features_of(model.vision) as features:
         visual = model.encode(batch)
     maps = maps_of(model, batch, visual, features[0], without_end(ids, ends))
-    # the sheet shows the first picture of a question, whose views come first
-    views = len(data.pictures(sample, source)[0])
-    return picture_map(maps[:views], picture_of(answer).size, model.vision.preprocessing)
+    # the sheet shows the last picture of a question, whose views come last
+    views = len(data.pictures(sample, source)[-1])
+    return picture_map(maps[-views:], picture_of(answer).size, model.vision.preprocessing)

@@ -16,7 +16,7 @@ from lmms_eval.api.model import lmms
 from loguru import logger
 
 from owlfuse.artifacts.runs import check_model
-from owlfuse.core.errors import ConfigError, DataError, hint
+from owlfuse.core.errors import ConfigError, DataError, first_line, hint
 from owlfuse.core.progress import Progress
 from owlfuse.evaluation.benchmarks.answering import LoadedModel
 from owlfuse.evaluation.lmms.answers import Cuts, Options, Request, answer, batches
@@ -103,7 +103,7 @@ class Owlfuse(lmms):
         try:
             torch.empty(0, device=device)
         except (RuntimeError, AssertionError) as error:  # a torch without CUDA asserts
-            raise DataError(f"--device: {device}: {str(error).splitlines()[0]}") from error
+            raise DataError(f"--device: {device}: {first_line(error)}") from error
         return torch.device(device)
 
     @property

@@ -60,7 +60,10 @@ class PromptMaker:
         """
         pictures_by_visual = [self.open_visual(name, visual) for visual in flattened(visuals)]
         try:
-            parts = with_pictures(text, len(pictures_by_visual), ("image", "video"))
+            # MMMU's texts name their pictures so, and lmms-eval gives them in that order.
+            parts = with_pictures(
+                text, len(pictures_by_visual), ("image", "video"), other_marks_are_words=True
+            )
         except DataError as error:
             raise DataError(f"{name}: {error}") from None
         content: list[Message] = []

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from owlfuse.core.errors import error_summary
 from owlfuse.core.types import Batch, VisualTokens, image_starts
 from owlfuse.model.fusion.base import Fusion, fused_output
 from owlfuse.model.layouts import check_needs, decoder_layers
-from owlfuse.model.llm import FAILURES, first_line, width
+from owlfuse.model.llm import FAILURES, width
 from owlfuse.model.llm_probe import (
     check_cache,
     configuration_key,
@@ -73,7 +74,7 @@ def find_failure(fusion: Fusion, llm: PreTrainedModel) -> str | None:
             input_ids=torch.tensor([TEXT]), attention_mask=torch.ones(1, len(TEXT)), use_cache=False
         ).logits[0]
     except FAILURES as error:
-        return f"a forward pass of the LLM fails ({first_line(error)})"
+        return f"a forward pass of the LLM fails ({error_summary(error)})"
     # few, so that rows stay short
     fusion.set_connector_tokens(VISUAL_TOKENS)
     try:
@@ -82,7 +83,7 @@ def find_failure(fusion: Fusion, llm: PreTrainedModel) -> str | None:
         # a refusal of the fusion's own
         raise
     except FAILURES as error:
-        return f"it cannot be attached ({first_line(error)})"
+        return f"it cannot be attached ({error_summary(error)})"
     # Mllama leaves out layers where a row has none of its own images
     layers = list(decoder_layers(llm))
     skipped = set(fusion.visual_attention_modules(llm))
@@ -101,7 +102,7 @@ def find_failure(fusion: Fusion, llm: PreTrainedModel) -> str | None:
         changed = replace(visual, tokens=torch.stack([images[0], -images[1]]))
         differences = relative_changes(fusion, llm, batch, visual, changed)
     except FAILURES as error:
-        return f"a forward pass with a picture fails ({first_line(error)})"
+        return f"a forward pass with a picture fails ({error_summary(error)})"
     if skipped:
         return f"its layers {sorted(skipped)} are not computed without images of its own"
     for padding_side, logits in padded.items():

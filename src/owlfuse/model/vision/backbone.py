@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
+from owlfuse.core.errors import first_line
 from owlfuse.model.parts import check_choice
 from owlfuse.model.positions import sincos_2d_spread
 from owlfuse.model.vision.base import Backbone, Preprocessing, Resize
@@ -181,6 +182,13 @@ class TimmBackbone(Backbone):
         self.register_buffer("positions", self.table() if positions else None, persistent=False)
         allow_single_values(self)
         self.set_checkpointing(gradient_checkpointing)
+
+    def undecayed(self) -> list[nn.Parameter]:
+        """Returns the parameters that timm's model names, as tables of positions."""
+        if not hasattr(self.body, "no_weight_decay"):
+            return []
+        names = set(self.body.no_weight_decay())
+        return [parameter for name, parameter in self.body.named_parameters() if name in names]
 
     def set_checkpointing(self, enable: bool) -> None:
         """Turns `gradient_checkpointing` on or off. Raises ValueError where the model cannot."""
@@ -590,10 +598,9 @@ def naming_size(name: str, size: tuple[int, int]) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, AssertionError, TypeError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(
             f"timm's {name} does not take pictures of 3 channels and {size[0]} x {size[1]} pixels: "
-            f"{reason[:160]}"
+            f"{first_line(error)[:160]}"
         ) from error
 
 

@@ -110,6 +110,11 @@ class Backbone(ModelPart):
         and behind it the L others from shallow to deep."""
         raise NotImplementedError(f"{type(self).__name__} has no forward")
 
+    def undecayed(self) -> list[nn.Parameter]:
+        """Returns parameters that have no weight decay beside those whose names say so
+        (see `owlfuse.training.optim.has_decay`): by default none."""
+        return []
+
     def set_image_size(self, image_size: int) -> None:
         """Goes on with pictures of another side in pixels.
 

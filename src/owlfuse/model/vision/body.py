@@ -15,6 +15,7 @@ from timm.models.mvitv2 import MultiScaleVit
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from owlfuse.core.errors import first_line
 from owlfuse.core.hub_access import check_hub_has
 from owlfuse.core.packages import packaged
 
@@ -213,8 +214,9 @@ def read_weights(path: Path, device: str) -> dict[str, Tensor]:
         OSError,
         ValueError,
     ) as error:
-        reason = str(error).splitlines()[0][:160] if str(error) else type(error).__name__
-        raise ValueError(f"weights: {path} is no file of weights: {reason}") from error
+        raise ValueError(
+            f"weights: {path} is no file of weights: {first_line(error)[:160]}"
+        ) from error
     is_state_dict = isinstance(content, dict) and all(
         isinstance(tensor, Tensor) for tensor in content.values()
     )

@@ -163,6 +163,10 @@ class MultiBackbone(Backbone):
         for _, backbone in self.each():
             backbone.log_unlearned()
 
+    def undecayed(self) -> list[nn.Parameter]:
+        """Returns those of all backbones."""
+        return [parameter for _, backbone in self.each() for parameter in backbone.undecayed()]
+
     def blocks(self) -> list[list[nn.Parameter]]:
         """Returns the parameters of the backbones' layers, counted from their ends: the last of
         every backbone together, before them the last but one of every backbone, and so on."""

@@ -10,7 +10,7 @@ from typing import Any
 
 from PIL import Image
 
-from owlfuse.core.errors import DataError
+from owlfuse.core.errors import DataError, error_summary
 from owlfuse.core.terminal import print_exception
 from owlfuse.serving.chat import Conversation, sampling_options
 from owlfuse.serving.demo import limits
@@ -269,8 +269,7 @@ def visitor_message(error: Exception) -> str:
     if isinstance(error, DataError):
         return " ".join(str(error).split())
     print_exception(type(error), error, error.__traceback__)
-    lines = str(error).splitlines() or [""]
-    return f"the model failed, {type(error).__name__}: {lines[0][:200]}; the terminal tells more"
+    return f"the model failed, {error_summary(error)}; the terminal tells more"
 
 
 class Visitors:

@@ -82,6 +82,11 @@ class Run:
         """The state with its detail, as reports show it."""
         return f"{self.state}, {self.detail}" if self.detail else self.state
 
+    def count_questions(self, key: str) -> int:
+        """Return a count of results.json's questions, over the validation sources."""
+        questions = self.results.get("questions") or {}
+        return sum(counts.get(key, 0) for counts in questions.values())
+
     def left_out(self, key: str) -> dict[str, tuple[int, int]]:
         """Return by source how many samples were skipped and cut, nothing of a run without a
         mixture.json.
@@ -131,6 +136,8 @@ class Score:
     difference_interval: tuple[float, float] | None = None
     other_questions: bool = False
     """Whether runs answered other questions than the baseline's: the difference is of both."""
+    single_cluster: bool = False
+    """Whether all questions are about one picture, or of one chat: nothing can be resampled."""
     seeds: int = 0
     """In the difference."""
 
@@ -322,6 +329,7 @@ def score(row: Row, baseline: Row, metric: str, source: str, local_name: str) ->
         matrix, clusters = right_matrix([run.answers(source, kind) for run in runs.values()])
         if matrix is not None:
             result.interval = paired_interval(matrix, clusters)
+            result.single_cluster = result.interval is None
 
     # Paired by seed: what a seed does to both cells cancels out.
     shared_seeds = [seed for seed in runs if seed in baseline_runs]
@@ -353,8 +361,8 @@ def runs_with_metric(row: Row, metric: str) -> dict[int, Run]:
 def right_matrix(
     answers: list[RunAnswers],
 ) -> tuple[np.ndarray | None, np.ndarray]:
-    """Return 1 where an answer is right, (S, Q), and the cluster of each question: its picture, or
-    else its chat. None where the runs did not answer the same questions."""
+    """Return 1 where an answer is right, (S, Q), and the cluster of each question: its picture or
+    video, or else its chat. None where the runs did not answer the same questions."""
     questions = list(answers[0])
     same_questions = all(set(run_answers) == set(questions) for run_answers in answers)
     if not questions or not same_questions:
@@ -367,6 +375,8 @@ def right_matrix(
     for question in questions:
         chat = question[0].rpartition("#")[0] or question[0]
         answer = answers[0][question]
-        # A picture of bytes has no path; the answers of an older release say nothing of it.
-        names.append(answer["image"] or answer.get("image_hash") or chat)
+        # A picture of bytes has no path; the answers of an older release have fewer keys.
+        keys = ("image", "image_hash", "video", "video_hash")
+        shown = [answer[key] for key in keys if answer.get(key)]
+        names.append(shown[0] if shown else chat)
     return matrix, np.unique(names, return_inverse=True)[1]

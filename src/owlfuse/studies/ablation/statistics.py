@@ -33,12 +33,15 @@ BLOCK_ELEMENTS = 2_000_000
 
 def paired_interval(
     differences: np.ndarray, clusters: np.ndarray, resamples: int = RESAMPLES
-) -> tuple[float, float]:
+) -> tuple[float, float] | None:
     """Return the 95% interval of the mean of `differences` (S, Q), whose question q is of cluster
     `clusters[q]`, 0 to C - 1.
 
-    With zeros for the second cell it is the interval of one cell's score.
+    With zeros for the second cell it is the interval of one cell's score. Of a single cluster there
+    is None: every resample would have the same questions.
     """
+    if clusters.max() == 0:
+        return None
     generator = np.random.default_rng(SEED)
     means = resampled_means(differences, clusters, resamples, generator)
     low, high = np.quantile(means, [0.025, 0.975])

@@ -105,6 +105,13 @@ def comparison_notes(results: Results) -> list[str]:
             f"answered other questions than the baseline: {', '.join(cells)}; their differences "
             "are of the questions too, and have no interval"
         )
+    single = [metric for metric in results.metrics if is_of_single_cluster(results, metric)]
+    if single:
+        lines.append(
+            f"no intervals of {', '.join(single)}: all its questions are about one picture or of "
+            "one chat, and are right or wrong together"
+        )
+    lines += unfinished_answer_notes(results)
     for words, key in (("trained on", "sources"), ("measured on", "validation")):
         if cells := cells_of_other_samples(results, key):
             lines.append(
@@ -120,6 +127,22 @@ def comparison_notes(results: Results) -> list[str]:
             f"the runs have {len(tokenizers)} tokenizers: losses and perplexities are per token, "
             "and do not compare"
         )
+    return lines
+
+
+def is_of_single_cluster(results: Results, metric: str) -> bool:
+    """Return whether a metric's questions are all about one picture, or of one chat."""
+    return any(row.scores[metric].single_cluster for row in results.rows)
+
+
+def unfinished_answer_notes(results: Results) -> list[str]:
+    """Return how many answers of each run did not end, which are scored as far as they came."""
+    lines = []
+    for key in ("answers that did not end", "thoughts that did not end"):
+        counts = {run.key: run.count_questions(key) for run in results.finished}
+        unfinished = [f"{run} {count}" for run, count in counts.items() if count]
+        if unfinished:
+            lines.append(f"{key} within evaluation.max_new_tokens: {', '.join(unfinished)}")
     return lines
 
 
