@@ -147,9 +147,9 @@ class AnswerFormat:
             thinking: the prompt asked for a thought.
         """
         ids = [int(number) for number in ids]
-        if self.is_unfinished_thought(tokenizer, ids, thinking):
-            return ""
         if thinking or self.begins_thought(tokenizer, ids):
+            if self.is_unfinished_thought(tokenizer, ids, thinking):
+                return ""
             ids = self.behind_thought(tokenizer, ids)
         text = tokenizer.decode(ids, skip_special_tokens=True)
         # Of tokens that are not marked as special, which decoding does not leave out.
