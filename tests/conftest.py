@@ -19,6 +19,7 @@ def seeded():
 
 LONGEST = (
     *(
+        "test_experiments.py",
         "test_parallel.py",
         "test_ablate.py",
         "test_train.py",

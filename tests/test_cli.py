@@ -2,6 +2,8 @@
 and its table."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -237,6 +239,7 @@ def test_help_tells_the_exit_codes(tmp_path):
         (["data", "shapes", "d", "e"], "command line: e: not an argument of data; see its --help"),
     ],
 )
+@pytest.mark.fast_cases(4)
 def test_a_mistake_is_one_line_and_exit_code_2(argv, line, tmp_path):
     (tmp_path / "experiments").mkdir()
     (tmp_path / "experiments/mine.yaml").touch()
@@ -366,6 +369,22 @@ def test_interruption_is_exit_code_130_and_data_errors_are_1(recorder, capsys):
     ]
     with pytest.raises(ValueError, match="a fault"):
         exit_code(ValueError("a fault"))
+
+
+@pytest.mark.parametrize("command", ["export", "import"])
+def test_sigterm_ends_the_writing_of_a_model_as_ctrl_c_does(command, tmp_path, monkeypatch, capsys):
+    from owlfuse.artifacts import commands
+    from owlfuse.core.files import atomic_directory
+
+    def write(source, out, words):
+        with atomic_directory(out) as folder:
+            (folder / "model.safetensors").write_bytes(b"0" * 1000)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(commands, f"{command}_command", write)
+    assert __main__.main([command, "a", str(tmp_path / "out")]) == 130
+    assert capsys.readouterr().err == "owlfuse: interrupted\n"
+    assert not list(tmp_path.iterdir())
 
 
 def test_eval_takes_a_run_and_overrides_in_any_order(recorder):

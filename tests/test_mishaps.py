@@ -150,7 +150,7 @@ WITHOUT_GPU = {
 
 
 @pytest.mark.parametrize(("words", "message"), MISHAPS.values(), ids=MISHAPS)
-@pytest.mark.fast_cases(6)
+@pytest.mark.fast_cases(3)
 def test_a_trainer_that_cannot_work_is_told_in_one_line(words, message, capsys, monkeypatch):
     monkeypatch.setattr(
         "owlfuse.training.module.MultimodalModule.configure_model",
@@ -534,6 +534,36 @@ def test_processes_of_a_launcher_are_those_of_the_trainer(variables, devices, re
     config = compose(["experiment=shapes_owl3"])
     if refused:
         with pytest.raises(ConfigError, match=r"trainer.devices is .*: a launcher has started"):
+            check_launcher(trainer, config)
+    else:
+        check_launcher(trainer, config)
+
+
+@pytest.mark.parametrize(
+    ("variables", "refused"),
+    [
+        ({"SLURM_NTASKS": "1"}, True),
+        ({"SLURM_NTASKS": "1", "SLURM_JOB_NAME": "interactive"}, False),
+        ({"SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2"}, False),
+    ],
+)
+def test_a_batch_script_without_srun_does_not_train_on_one_of_its_devices(
+    variables, refused, monkeypatch
+):
+    from lightning.pytorch import Trainer
+    from lightning.pytorch.strategies import DDPStrategy
+
+    from owlfuse.config.compose import compose
+    from owlfuse.core.errors import ConfigError
+    from owlfuse.training.machine_checks import check_launcher
+
+    slurm = {"SLURM_JOB_ID": "7", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NODEID": "0"}
+    for name, value in {"SLURM_JOB_NAME": "train.sh", **slurm, **variables}.items():
+        monkeypatch.setenv(name, value)
+    trainer = Trainer(accelerator="cpu", devices=2, strategy=DDPStrategy(), logger=False)
+    config = compose(["experiment=shapes_owl3", "trainer.devices=2"])
+    if refused:
+        with pytest.raises(ConfigError, match=r"trainer.devices is 2: SLURM has 1 tasks"):
             check_launcher(trainer, config)
     else:
         check_launcher(trainer, config)

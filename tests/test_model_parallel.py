@@ -78,7 +78,7 @@ def compare(module, build):
         "deepstack",
     ],
 )
-@pytest.mark.fast_cases(2)
+@pytest.mark.fast_cases(1)
 def test_random_weights_are_those_of_one_process(fusion, module):
     nodes = model_node(fusion, connector=CONNECTORS["abstractor"], adapter=LORA)
     found, _ = compare(module, lambda: build_model(nodes, VOCAB))

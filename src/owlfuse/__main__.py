@@ -154,14 +154,18 @@ def _config(arguments: argparse.Namespace) -> None:
 
 def _export(arguments: argparse.Namespace) -> None:
     from owlfuse.artifacts.commands import export_command
+    from owlfuse.core.signals import signals_end_the_run
 
-    export_command(arguments.run, arguments.out, arguments.overrides)
+    with signals_end_the_run():
+        export_command(arguments.run, arguments.out, arguments.overrides)
 
 
 def _import(arguments: argparse.Namespace) -> None:
     from owlfuse.artifacts.commands import import_command
+    from owlfuse.core.signals import signals_end_the_run
 
-    import_command(arguments.folder, arguments.out, arguments.overrides)
+    with signals_end_the_run():
+        import_command(arguments.folder, arguments.out, arguments.overrides)
 
 
 def _chat(arguments: argparse.Namespace) -> None:

@@ -12,7 +12,7 @@ from peft import PeftModel
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForImageTextToText, AutoProcessor, pipeline
+from transformers import CONFIG_MAPPING, AutoModelForImageTextToText, AutoProcessor, pipeline
 
 import owlfuse
 from families import small_fields
@@ -31,6 +31,7 @@ from helpers import (
 from owlfuse.__main__ import main
 from owlfuse.artifacts import load
 from owlfuse.artifacts.export import export, model_card
+from owlfuse.artifacts.hf.configuration import llm_node
 from owlfuse.artifacts.init_from import adopt_parts
 from owlfuse.artifacts.load import (
     TrainedModel,
@@ -47,7 +48,7 @@ from owlfuse.config.build import build
 from owlfuse.config.compose import compose, read_run
 from owlfuse.core.errors import ConfigError, DataError
 from owlfuse.data.chat.tokenizer import prepare, use_template
-from owlfuse.model.llm import load_llm
+from owlfuse.model.llm import load_llm, make_config
 from owlfuse.model.multimodal import build_model, on_meta
 from owlfuse.training import train
 from small_tokenizers import byte_level
@@ -329,6 +330,7 @@ def test_a_run_from_an_export_may_hold_its_llm_in_4_bits(train_run, tmp_path):
     assert config.model.llm.quantization.compute_dtype == "float32"
 
 
+@pytest.mark.slow
 def test_init_from_refuses_parts_that_are_not_the_folders(train_run, tmp_path):
     out = tmp_path / "out"
     exported(train_run, "shapes_owl1", out)
@@ -555,6 +557,24 @@ def test_an_llm_inside_of_a_multimodal_configuration_comes_back(tmp_path):
         assert torch.equal(load_exported(out)[0].model(batch), model(batch))
 
 
+@pytest.mark.parametrize(
+    ("family", "others"),
+    [
+        ("gemma3", {"text_config": {"sliding_window_pattern": 6}}),
+        ("gemma3n", {"text_config": {"altup_lr_multiplier": 1.0}}),
+        ("gemma4", {}),
+    ],
+)
+def test_keys_that_a_file_of_the_hub_has_beside_its_classes_own_are_left_out(family, others):
+    config = CONFIG_MAPPING[family](**small_fields(family))
+    values = json.loads(config.to_json_string())
+    for name, keys in others.items():
+        values[name] |= keys
+    saved = json.loads(json.dumps(llm_node(CONFIG_MAPPING[family].from_dict(values))))
+    again = make_config(saved["config"], VOCAB)
+    assert again.to_dict()["text_config"].keys() >= saved["config"]["text_config"].keys()
+
+
 def test_an_adapter_that_lacks_an_update_or_has_one_too_many_is_refused(tmp_path):
     model = make_model(adapter={**FROZEN, "llm": policy("LoRA", r=2)})
     out = export(TrainedModel(model, None, None), tmp_path / "out")
@@ -639,6 +659,7 @@ def test_a_configuration_whose_model_is_far_larger_than_the_checkpoint_is_told(t
         (10**9, "fusion: .* its copy would have .* numbers"),
     ],
 )
+@pytest.mark.fast_cases(1)
 def test_tables_that_no_weights_hold_have_a_limit(tmp_path, monkeypatch, positions, message):
     monkeypatch.setattr(load, "MAX_UNSAVED", 10**5)
     model, _ = build_model(model_node("concat", llm=small_fields("gptj")), VOCAB)

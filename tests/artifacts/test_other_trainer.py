@@ -63,7 +63,7 @@ def trained(node, folder, **options):
 
 @each(all_fusions())
 @pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.fast_cases(2)
+@pytest.mark.fast_cases(1)
 def test_micro_batches_and_gradient_checkpointing_do_not_change_the_steps(
     node, checkpointing, tmp_path
 ):

@@ -2,9 +2,12 @@
 
 import json
 
+import pytest
+
 from benchmarks import data
 
 
+@pytest.mark.slow
 def test_it_leaves_tables_and_numbers_of_every_tool(tmp_path, capsys):
     result = data.bench_data(tmp_path, samples=5000, repeats=1, rows={"chats": 200, "text": 100})
     printed = capsys.readouterr().out

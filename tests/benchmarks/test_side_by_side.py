@@ -60,6 +60,7 @@ def count(module):
     return sum(parameter.numel() for parameter in module.parameters())
 
 
+@pytest.mark.slow
 def test_images_tells_time_and_memory_of_three_fusions_with_slopes(tmp_path, monkeypatch):
     grows = {
         what: {fusion: {1: 5.0, 3: 9.0} for fusion in images.FUSIONS}
@@ -102,6 +103,7 @@ def test_modality_adaptive_tells_what_the_copies_add(tmp_path):
         }
 
 
+@pytest.mark.slow
 def test_peak_tells_the_floor_and_where_the_time_goes(tmp_path):
     result, table = run("peak", tmp_path)
     assert "by kind of operation" in table

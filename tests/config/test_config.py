@@ -413,6 +413,7 @@ FILE_ERRORS = {
 
 
 @pytest.mark.parametrize("text", FILE_ERRORS)
+@pytest.mark.fast_cases(5)
 def test_a_mistake_in_an_experiments_file_names_the_file(tree, text):
     write(tree, {"experiments/mine.yaml": text})
     separator = ":" if "not YAML" in FILE_ERRORS[text] else ": "

@@ -124,6 +124,17 @@ def test_the_working_folder_itself_may_be_written(tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+def test_an_empty_folder_behind_a_link_is_written(tmp_path):
+    (tmp_path / "large" / "disk").mkdir(parents=True)
+    (tmp_path / "out").symlink_to(tmp_path / "large" / "disk")
+    (tmp_path / "other").symlink_to(tmp_path / "large" / "not there yet")
+    for name in ("out", "other"):
+        with atomic_directory(tmp_path / name) as folder:
+            assert folder.parent == tmp_path / "large"  # where there is room
+            (folder / "a").touch()
+        assert (tmp_path / name / "a").exists()
+
+
 def test_a_folder_that_another_process_has_written_meanwhile_is_told(tmp_path):
     def written_by_two():
         with atomic_directory(tmp_path / "out") as folder:

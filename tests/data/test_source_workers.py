@@ -38,6 +38,7 @@ def test_forked_workers_share_an_open_file_without_disturbing_each_other(tmp_pat
     assert [item for batch in loader for item in batch] == [Ids(again)[i] for i in range(400)]
 
 
+@pytest.mark.slow
 def test_a_spawned_worker_opens_the_file_anew(tmp_path):
     chat = [{"from": "human", "value": "?"}, {"from": "gpt", "value": "!"}]
     (tmp_path / "a.jsonl").write_text(

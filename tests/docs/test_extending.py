@@ -49,6 +49,7 @@ def model_of(*overrides):
 
 
 @pytest.mark.parametrize("overrides", PARTS.values(), ids=PARTS)
+@pytest.mark.fast_cases(2)
 def test_every_trained_parameter_has_a_gradient_with_pictures_and_without(examples, overrides):
     model = model_of(*overrides)
     for rows in (ROWS, [row for row in ROWS if "image" not in row]):

@@ -9,7 +9,7 @@ from families import LOCAL_EXPERTS, small_fields
 from helpers import VOCAB, make_batch, model_node, policy
 from owlfuse.artifacts.export import export
 from owlfuse.artifacts.load import TrainedModel, load_base, load_exported
-from owlfuse.model.llm import balancing_coefficient, load_llm
+from owlfuse.model.llm import balancing_coefficient, balancing_loss, load_llm
 from owlfuse.model.multimodal import build_model
 
 SMALL = {
@@ -67,6 +67,17 @@ def test_the_balancing_loss_is_transformers_own_with_padding_left_out(name):
     assert all(p.grad is not None and p.grad.abs().max() > 0 for p in routers.values())
 
 
+def test_experts_that_are_pairs_of_keys_have_doges_own_balancing_loss():
+    experts = {"is_moe": True, "num_experts": 9, "num_experts_per_tok": 2}
+    llm = load_llm(VOCAB, config={"model_type": "doge", **SMALL, **experts}).train()
+    ids = torch.tensor([[11, 12, 13, 14]])
+    mask = torch.ones_like(ids)
+    own = llm(input_ids=ids, attention_mask=mask, labels=ids, output_router_logits=True)
+    loss = balancing_loss(llm, own.router_logits, mask)
+    torch.testing.assert_close(loss, own.aux_loss)
+    assert balancing_coefficient(llm) > 0
+
+
 @family
 def test_in_evaluation_for_a_frozen_llm_or_without_a_coefficient_there_is_none(name):
     for model in (
@@ -88,6 +99,8 @@ def test_rows_of_new_tokens_do_not_make_a_frozen_llm_a_trained_one():
 
 def test_a_dense_llm_has_none():
     assert balancing_coefficient(load_llm(VOCAB, config={"model_type": "llama", **SMALL})) == 0
+    dense = load_llm(VOCAB, config={"model_type": "doge", **SMALL})
+    assert balancing_coefficient(dense) == 0
 
 
 @pytest.mark.parametrize("name", ["qwen3_moe", "mixtral"])

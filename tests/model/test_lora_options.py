@@ -69,6 +69,7 @@ def whole_runs():
 
 
 @pytest.mark.parametrize("name", whole_runs())
+@pytest.mark.slow
 def test_an_option_starts_from_the_base_trains_and_is_saved_merged_and_exported(name, tmp_path):
     options = OPTIONS[name]
     base = build({"targets": ["q_proj"]})

@@ -61,7 +61,7 @@ def assert_same_gradients(first, second, batch, exactly=True):
 
 @each(FUSIONS)
 @pytest.mark.parametrize("rows", [ROWS, [ROWS[2]]], ids=["images", "no_image"])
-@pytest.mark.fast_cases(4)
+@pytest.mark.fast_cases(2)
 def test_checkpointing_of_every_part_changes_no_gradient_and_keeps_less(node, rows):
     again = {OPTION: True}
     nodes = model_node(node, connector=ABSTRACTOR)

@@ -70,6 +70,7 @@ def loaded(overrides, steps):
     return drawn, supervised, lengths, skips
 
 
+@pytest.mark.slow
 def test_it_tells_what_loading_every_sample_tells(capsys):
     report = mixture_command(words("steps=20"))
     drawn, supervised, lengths, skips = loaded(words(), 20)
@@ -153,6 +154,7 @@ def test_skips_that_end_the_run_are_told_with_their_step(tmp_path, option, recor
     ] * bool(expected)
 
 
+@pytest.mark.slow
 def test_a_chat_that_is_left_out_for_its_length_ends_no_run(capsys):
     ends = [*words("data.on_length=skip"), "data.sources.text.on_error=error"]
     report = mixture_command([*ends, "steps=20"])

@@ -105,6 +105,7 @@ def profiled_peak(step, path: Path) -> int:
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.fast_cases(1)
 def test_the_peak_is_that_of_torchs_profiler_within_a_hundredth(tmp_path, checkpointing):
     llm = llm_fields(hidden_size=128, intermediate_size=256, head_dim=32, num_hidden_layers=6)
     nodes = model_node("modality_adaptive", llm=llm, gradient_checkpointing=checkpointing)
@@ -449,6 +450,7 @@ def test_tokens_flops_and_seconds_are_of_the_global_batch():
     assert twice.seconds == pytest.approx(plan.estimate.seconds)
 
 
+@pytest.mark.slow
 def test_a_dry_run_needs_no_data_makes_no_run_and_says_what_would_fit(
     tmp_path, monkeypatch, capsys
 ):

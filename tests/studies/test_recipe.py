@@ -165,6 +165,7 @@ def test_dry_run_prints_what_each_stage_trains_and_writes_nothing(capsys):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.slow
 def test_every_stage_is_checked_for_this_machine_before_the_first_trains(monkeypatch):
     monkeypatch.setattr(
         "owlfuse.studies.recipe.run.run_stage", lambda *_: pytest.fail("a stage is trained")
@@ -399,6 +400,19 @@ def test_a_stage_that_was_begun_otherwise_is_not_gone_on_with(ran):
     # changes nothing that is learned
     write_record(make_stages("tiny", [*RAN, "data.micro_batch_size=4"]))
     recipe_command("tiny", RAN)
+
+
+@pytest.mark.slow
+def test_a_finished_stage_is_not_taken_where_the_one_before_was_trained_anew(ran):
+    copy = ran.with_name("anew")
+    shutil.copytree(ran, copy)
+    shutil.rmtree(copy / "first")
+    words = [*RAN, "stages.first.optim.lr=0.001", "name=anew"]
+    with pytest.raises(DataError, match=r"stage second is finished, and was trained from other"):
+        recipe_command("tiny", words)
+    assert (copy / "first" / "export" / "config.json").exists()
+    with pytest.raises(DataError, match=r"stage second is finished, and was trained from other"):
+        recipe_command("tiny", words)
 
 
 def start(*words):

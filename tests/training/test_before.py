@@ -9,6 +9,7 @@ import torch
 from omegaconf import OmegaConf
 
 from helpers import REPO, TINY_SHAPES
+from owlfuse.artifacts.resume import ANSWERED_BY, VALIDATED_BY, samples_changed
 from owlfuse.artifacts.weights import read
 from owlfuse.config.build import build
 from owlfuse.config.compose import compose
@@ -75,6 +76,7 @@ def loss_as_built(folder):
     return mean_loss(model.eval(), data, "val", 64)
 
 
+@pytest.mark.slow
 def test_an_evaluation_before_training_leaves_the_training_as_it_is(runs):
     with_, without = (read(max((folder / "checkpoints").glob("step_*.ckpt")))[0] for folder in runs)
     assert with_.keys() == without.keys()
@@ -87,6 +89,14 @@ def test_an_evaluation_afterwards_keeps_the_metrics_of_before(runs):
     again = results(runs[0])
     assert again.keys() == first.keys()
     assert again["before/val/loss"] == first["before/val/loss"]
+
+
+def test_a_validation_file_that_was_moved_is_of_the_same_questions():
+    path, contents = "data.validation.val.file", "data.validation.val, file (contents)"
+    assert not samples_changed([path, "data.validation.val.image_root"], VALIDATED_BY)
+    assert samples_changed([path, contents], VALIDATED_BY)
+    assert samples_changed(["data.validation.val.history"], ANSWERED_BY)
+    assert not samples_changed(["evaluation.max_questions"], VALIDATED_BY)
 
 
 @pytest.mark.slow

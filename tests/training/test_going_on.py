@@ -342,9 +342,15 @@ def test_what_lies_ahead_may_change(copy, override):
 @pytest.mark.parametrize(
     "override", ["optim.lr=1", "trainer.max_steps=9", "model.vision.image_size=64", "seed=3"]
 )
+@pytest.mark.fast_cases(1)
 def test_an_evaluation_refuses_keys_that_change_nothing_of_it(first, override):
     with pytest.raises(ConfigError, match="and a run that is evaluated cannot change it"):
         evaluate_run(str(first), [override])
+
+
+def test_an_evaluation_has_no_plan(first):
+    with pytest.raises(ConfigError, match="dry_run: an evaluation has no plan"):
+        evaluate_run(str(first), ["dry_run=true"])
 
 
 def test_an_evaluation_keeps_what_the_training_recorded(copy, monkeypatch):
@@ -508,6 +514,7 @@ IN_4_BITS = ["+model.llm.quantization={}", "model/adapter@model.adapter.llm=lora
         (["accumulate"], "would train the first samples again and again"),
     ],
 )
+@pytest.mark.fast_cases(1)
 def test_callbacks_that_would_train_other_weights_or_samples_are_refused(words, message):
     targets = {"ema": "EMAWeightAveraging", "accumulate": "GradientAccumulationScheduler"}
     target = f"+callbacks.{words[0]}._target_=lightning.pytorch.callbacks.{targets[words[0]]}"
@@ -619,6 +626,19 @@ def test_a_training_that_a_callback_ended_is_not_gone_on_with(folder):
     assert step_of(last_checkpoint(run)) == 2
     assert read(run, "results.json")["steps"] == 2
     go_on(run, "callbacks.stop=null")
+    assert step_of(last_checkpoint(run)) == STEPS
+
+
+@pytest.mark.slow
+def test_the_patience_of_a_run_that_goes_on_is_the_one_that_is_asked_for(folder):
+    stopping = "lightning.pytorch.callbacks.EarlyStopping"
+    words = [f"+callbacks.stop._target_={stopping}", "+callbacks.stop.monitor=val/loss"]
+    # no loss is so much lower than the first
+    words += ["+callbacks.stop.patience=1", "+callbacks.stop.min_delta=100"]
+    words += ["trainer.val_check_interval=1"]
+    run = train.run(compose([*SMALL, *words, "name=patient"]))
+    assert step_of(last_checkpoint(run)) < STEPS
+    go_on(run, "callbacks.stop.patience=10")
     assert step_of(last_checkpoint(run)) == STEPS
 
 

@@ -170,6 +170,7 @@ def test_gradients_of_16_mixed_are_clipped_at_their_own_size(work, optim, monkey
 
 
 @pytest.mark.filterwarnings("ignore:Detected call of .lr_scheduler.step")
+@pytest.mark.slow
 def test_updates_that_the_scaler_of_16_mixed_leaves_out_are_counted_and_told(
     work, monkeypatch, capsys
 ):

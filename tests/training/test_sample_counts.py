@@ -146,6 +146,7 @@ def test_a_micro_batch_of_which_nothing_is_left_adds_nothing_and_misses_no_gradi
 
 
 @pytest.mark.parametrize("passes", [1, 3, 9])
+@pytest.mark.fast_cases(1)
 def test_a_wrong_sample_counts_once_however_often_it_is_drawn_and_over_resumes(module, passes):
     made = module(max_skips=2)
     for _ in range(passes):

@@ -317,6 +317,7 @@ def test_what_does_not_fit_together_is_told_in_one_line_before_a_weight_is_made(
     assert not Path("runs/shapes_owl3/wrong").exists()
 
 
+@pytest.mark.slow
 def test_a_name_that_is_taken_is_not_written_over():
     run("experiment=shapes_owl1", "name=taken", "trainer.max_steps=1")
     with pytest.raises(ConfigError, match="the run runs/shapes_owl1/taken exists"):

@@ -273,6 +273,16 @@ def matches(key: str, patterns: Iterable[str]) -> bool:
     return any(fnmatchcase(key, pattern) for pattern in patterns)
 
 
+def samples_changed(changes: Iterable[str], patterns: Iterable[str]) -> bool:
+    """Returns whether one of some changes, by their names, gives other samples or answers.
+
+    Args:
+        patterns: VALIDATED_BY or ANSWERED_BY.
+    """
+    # A path alone changes nothing: contents have names of their own.
+    return any(matches(name, patterns) and not is_path(name) for name in changes)
+
+
 def narrows(key: str, old: Any, new: Any) -> bool:
     """Returns whether a change of precision changes the type of the weights."""
     return key == "trainer.precision" and not {str(old), str(new)} <= set(WEIGHTS_OF_32_BITS)

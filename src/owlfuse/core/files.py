@@ -53,8 +53,8 @@ def atomic_directory(path: Path | str) -> Iterator[Path]:
         FileExistsError: `path` holds something.
         DataError: a library could not write into it.
     """
-    # absolute: `.` has no name
-    path = Path(path).expanduser().absolute()
+    # `.` has no name, and nothing can take that of a link
+    path = Path(path).expanduser().resolve()
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise FileExistsError(f"{path} exists and is not empty; choose another folder or delete it")
     path.parent.mkdir(parents=True, exist_ok=True)

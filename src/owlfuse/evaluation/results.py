@@ -8,7 +8,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from owlfuse.artifacts.resume import ANSWERED_BY, learned_changes, matches
+from owlfuse.artifacts.resume import ANSWERED_BY, learned_changes, samples_changed
 from owlfuse.artifacts.run_data import tokenizer_hash
 from owlfuse.config.build import to_dict
 from owlfuse.config.identity import config_hash, data_hash
@@ -94,7 +94,7 @@ def comparable_with_before(
     if len(kept) == len(metrics):
         return metrics
     names = [name for change in history for name in change["changes"]]
-    if not any(matches(name, ANSWERED_BY) for name in names):
+    if not samples_changed(names, ANSWERED_BY):
         return metrics
     log.warning(
         "the metrics of before the first step are left out: they are of other questions, or of "

@@ -19,7 +19,7 @@ from owlfuse.artifacts.runs import chosen_checkpoint, in_use, read_results, spli
 from owlfuse.config.build import build, to_dict
 from owlfuse.config.compose import compose, naming_part
 from owlfuse.config.identity import code_hash
-from owlfuse.core.errors import DataError
+from owlfuse.core.errors import ConfigError, DataError
 from owlfuse.core.progress import Progress, quiet_libraries
 from owlfuse.core.types import Sample
 from owlfuse.data.identity import data_identity
@@ -253,6 +253,8 @@ def evaluate_run(folder: str, overrides: list[str]) -> None:
     run_dir = Path(folder)
     which, overrides = split_which(overrides)
     config = compose([f"resume={folder}", *overrides])
+    if config.get("dry_run"):
+        raise ConfigError("command line: dry_run: an evaluation has no plan; leave it out")
     of_run = compose([f"resume={folder}"]) if overrides else config
     checkpoint = chosen_checkpoint(run_dir, which)
     # of two commands, or of one beside the training, one's answers would stand beside the other's

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import math
 import pickle
 import re
 import struct
@@ -304,8 +305,9 @@ def config_fields(config_class: type) -> set[str]:
     arguments = set(inspect.signature(config_class).parameters)
     # the names of others that it understands too, as GPT-2 does hidden_size
     synonyms = set(getattr(config_class, "attribute_map", {}))
-    # some read it and do not declare it
-    return arguments | synonyms | set(vars(config_class())) | {"head_dim"}
+    # some read the width and do not declare it; the layers' own fields are a property
+    others = {"head_dim", *({"per_layer_config"} & set(dir(config_class)))}
+    return arguments | synonyms | set(vars(config_class())) | others
 
 
 def recompute_activations(llm: PreTrainedModel) -> None:
@@ -588,11 +590,16 @@ def balancing_loss(llm: PreTrainedModel, router_logits: Any, attention_mask: Ten
     """
     function = sys.modules[type(llm).__module__].load_balancing_loss_func
     model: Any = llm
+    options = {}
+    # Doge's experts are pairs of so many keys
+    if "num_keys" in inspect.signature(function).parameters:
+        options["num_keys"] = math.isqrt(model.num_experts)
     return function(
         router_logits,
         num_experts=model.num_experts,
         top_k=model.num_experts_per_tok,
         attention_mask=attention_mask,
+        **options,
     )
 
 
@@ -605,6 +612,9 @@ def balancing_coefficient(llm: PreTrainedModel) -> float:
     has_experts = hasattr(llm, "num_experts_per_tok")
     returns_logits = "output_router_logits" in inspect.signature(llm.forward).parameters
     if not (has_loss and has_experts and returns_logits) or (model.num_experts or 0) < 2:
+        return 0.0
+    # a dense Doge has the number of experts all the same
+    if getattr(text_config(llm), "is_moe", True) is False:
         return 0.0
     # the name that JetMoe has for it
     coefficient = getattr(model, "router_aux_loss_coef", getattr(model, "aux_loss_coef", None))

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from lightning import Callback, LightningModule, Trainer
 from lightning.fabric.plugins import TorchCheckpointIO
-from lightning.pytorch.callbacks import ModelCheckpoint, WeightAveraging
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, WeightAveraging
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from owlfuse.artifacts.runs import BEST, STEP_DIGITS, checkpoints_of
@@ -154,7 +154,17 @@ class Checkpoints(RunCheckpoint):
         self, trainer: Trainer, module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """See `on_save_checkpoint`; they are set when the next batch begins, after all that is
-        built until then."""
+        built until then.
+
+        Lightning calls this before any callback takes its own state.
+        """
+        begins_anew = any(best.begins_anew for best in callbacks_of(trainer, Best))
+        for stopping in callbacks_of(trainer, EarlyStopping):
+            if begins_anew:  # its best value is of other samples
+                checkpoint["callbacks"].pop(stopping.state_key, None)
+            # EarlyStopping would take its former patience with its state.
+            elif state := checkpoint["callbacks"].get(stopping.state_key):
+                state["patience"] = stopping.patience
         steps = gather_from_ranks(trainer.strategy, checkpoint["global_step"])
         if len(set(steps)) > 1:  # of a shared disk that does not show all of them the same files
             raise DataError(

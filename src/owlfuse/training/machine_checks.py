@@ -10,7 +10,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
 from lightning.pytorch.accelerators import AcceleratorRegistry
-from lightning.pytorch.plugins.environments import LightningEnvironment
+from lightning.pytorch.plugins.environments import LightningEnvironment, SLURMEnvironment
 from lightning.pytorch.strategies import ParallelStrategy
 from omegaconf import DictConfig
 
@@ -143,6 +143,15 @@ def check_launcher(trainer: Trainer, config: DictConfig) -> None:
     environment = None
     if isinstance(trainer.strategy, ParallelStrategy):
         environment = trainer.strategy.cluster_environment
+    # In a batch script without srun these are the tasks that were asked for, and no processes.
+    if isinstance(environment, SLURMEnvironment) and environment.world_size() != count:
+        raise refuse(
+            config,
+            "devices",
+            f"SLURM has {environment.world_size()} tasks (SLURM_NTASKS), and the trainer has "
+            f"{count} processes and leaves their start to it; start as many tasks by srun, or set "
+            "SLURM_JOB_NAME=interactive, and the first process starts the others",
+        )
     # Lightning's own environment starts the processes of one machine; whoever starts them by hand
     # on several says which machine it is by NODE_RANK.
     if (

@@ -17,9 +17,9 @@ from owlfuse.artifacts.resume import (
     VALIDATED_BY,
     changed_keys,
     check_identity,
-    matches,
     read_past,
     recorded,
+    samples_changed,
 )
 from owlfuse.artifacts.run_data import (
     build_data,
@@ -129,8 +129,7 @@ def train(config: DictConfig, folder: Path, data_digest: str | None, at_exit: Ex
         trainer = make_trainer(config, data, folder, past)
         optim.check_precision(trainer.precision)
         # By what all ranks know: they write best.ckpt together.
-        is_other = any(matches(name, VALIDATED_BY) for name in changes)
-        if is_other or config.get("accept_changed_data"):
+        if samples_changed(changes, VALIDATED_BY) or config.get("accept_changed_data"):
             begin_best_anew(trainer)
         check_strategy(trainer, plan, checkpoint)
         check_norms(plan, trainer)

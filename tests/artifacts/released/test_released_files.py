@@ -65,6 +65,7 @@ def error_of(folder):
 
 
 @kinds
+@pytest.mark.fast_cases(2)
 def test_shards_and_pickles_give_the_same_model(kind, tmp_path):
     whole = load(GOLDENS / kind).state_dict()
     tensors = load_file(GOLDENS / kind / WEIGHTS)
@@ -400,7 +401,7 @@ def test_what_was_loaded_comes_back_bit_for_bit(kind, tmp_path):
 
 @kinds
 @pytest.mark.parametrize(("seed", "dtype"), [(0, torch.bfloat16), (1, torch.float16)])
-@pytest.mark.fast_cases(4)
+@pytest.mark.fast_cases(2)
 def test_other_sizes_and_types_come_back_in_shards(kind, seed, dtype, tmp_path):
     folder = write(kind, seed).to(tmp_path / "in", dtype)
     (folder / "preprocessor_config.json").write_text(

@@ -4,7 +4,15 @@ without a word."""
 import json
 
 import pytest
-from tokenizers import pre_tokenizers, processors, trainers
+from tokenizers import (
+    Regex,
+    Tokenizer,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
 from transformers import AutoTokenizer
 
 from owlfuse.core.errors import DataError
@@ -71,6 +79,64 @@ def test_a_tokenizer_splits_as_its_file_says(tmp_path, caplog):
     caplog.clear()
     assert load_tokenizer(str(tmp_path / "again"))(text).input_ids == expected
     assert not caplog.text
+
+
+def test_a_space_behind_a_control_token_is_where_the_file_has_it(tmp_path, caplog):
+    """transformers leaves the normalizer of Llama 2's file out, by which `<s>[INST]` has one."""
+    letters = "\u2581[]INSTUERabcdefghijklmnopqrstuvwxyz:,.0123456789'"
+    vocab = {token: number for number, token in enumerate(["<unk>", "<s>", "</s>", *letters])}
+    file = Tokenizer(models.BPE(vocab, [], unk_token="<unk>"))
+    steps = [normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")]
+    file.normalizer = normalizers.Sequence(steps)
+    file.add_special_tokens(["<unk>", "<s>", "</s>"])
+    file.save(str(tmp_path / "tokenizer.json"))
+    marks = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    settings = {"tokenizer_class": "LlamaTokenizer", "legacy": False, **marks}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    text = "<s>[INST] yes</s>USER: A"
+    expected = file.encode(text, add_special_tokens=False).ids
+    released = AutoTokenizer.from_pretrained(tmp_path)
+    assert released(text, add_special_tokens=False).input_ids != expected
+    loaded = load_tokenizer(str(tmp_path))
+    assert loaded(text, add_special_tokens=False).input_ids == expected
+    assert "splits texts otherwise than its tokenizer.json, which is followed" in caplog.text
+
+
+def test_mistrals_own_pattern_is_followed_where_a_file_has_another(tmp_path, caplog):
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    others = [f"token{number}" for number in range(100_000)]  # below, transformers looks for none
+    vocab = {token: number for number, token in enumerate([*alphabet, "20", *others])}
+    file = Tokenizer(models.BPE(vocab, [("2", "0")]))
+    digits = pre_tokenizers.Split(Regex(r"\p{N}{1,3}|[^\p{N}]+"), "isolated")
+    steps = [digits, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    file.pre_tokenizer = pre_tokenizers.Sequence(steps)
+    file.save(str(tmp_path / "tokenizer.json"))
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    config = {"model_type": "mistral", "transformers_version": "4.43.0"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert len(AutoTokenizer.from_pretrained(tmp_path)("20").input_ids) == 1
+    assert len(load_tokenizer(str(tmp_path))("20").input_ids) == 2
+    assert "whose own is followed" in caplog.text
+
+
+def test_a_header_of_which_earlier_answers_have_the_beginning_alone():
+    """As that of Qwen3-Thinking, whose prompts end with the beginning of a thought."""
+    template = (
+        "{% for m in messages %}{{ '<' + m.role + '>\n' }}"
+        "{% if loop.last and m.role == 'assistant' %}{{ '<think>\n\n</think>\n\n' }}{% endif %}"
+        "{{ m.content + '</s>\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<assistant>\n<think>\n' }}{% endif %}"
+    )
+    tokenizer = with_template(template)
+    encoder = ChatEncoder(tokenizer, 1)
+    encoded = encoder.encode(
+        chat(("user", "a dog"), ("assistant", "red"), ("user", "a cat"), ("assistant", "two"))
+    )
+    learned = tokenizer.decode(encoded.input_ids[encoded.labels != -100])
+    assert learned.startswith("red</s>")
+    assert learned.endswith("two</s>")
 
 
 @pytest.mark.parametrize("role", ["system", "tool"])

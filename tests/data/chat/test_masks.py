@@ -130,7 +130,7 @@ def tokenizers(shapes):
 
 @pytest.mark.parametrize("kind", ["shapes", "byte_level", "unigram"])
 @pytest.mark.parametrize("template", TEMPLATES)
-@pytest.mark.fast_cases(8)
+@pytest.mark.fast_cases(4)
 def test_the_supervised_tokens_are_each_answer_with_its_end_mark(tokenizers, kind, template):
     tokenizer = use_template(copy.deepcopy(tokenizers[kind]), template)
     encoder = ChatEncoder(tokenizer, 1, max_length=10**6)
@@ -160,6 +160,7 @@ def test_the_tokenizers_own_template_is_supervised_to_the_character(tokenizers, 
 
 @pytest.mark.parametrize("kind", ["shapes", "byte_level", "unigram"])
 @pytest.mark.parametrize("template", TEMPLATES)
+@pytest.mark.fast_cases(5)
 def test_the_prompt_of_generation_is_what_stands_before_the_first_supervised_token(
     tokenizers, kind, template
 ):

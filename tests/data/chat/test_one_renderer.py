@@ -77,7 +77,7 @@ def tokens_of(processor, text):
 
 @pytest.mark.parametrize("break_behind_images", [True, False])
 @pytest.mark.parametrize(("family", "kind"), CASES)
-@pytest.mark.fast_cases(22)
+@pytest.mark.fast_cases(8)
 def test_every_prompt_is_the_beginning_of_what_was_trained(family, kind, break_behind_images):
     tokenizer = prepare(family_tokenizer(family, kind), break_behind_images=break_behind_images)
     encoder, processor = ChatEncoder(tokenizer, 1, 10**6), processor_for(tokenizer)
@@ -289,6 +289,29 @@ def test_tools_that_a_template_does_not_write_are_refused():
         DataError, match="sample s:1 has tools, which the chat template does not write"
     ):
         encoder.encode(sample)
+
+
+def test_tools_that_are_written_behind_an_answer_are_refused():
+    """As Mistral's templates write them, before the last question."""
+    tokenizer = family_tokenizer("qwen")
+    tokenizer.chat_template = (
+        "{% set seen = namespace(last=0) %}{% for m in messages %}{% if m.role == 'user' %}"
+        "{% set seen.last = loop.index0 %}{% endif %}{% endfor %}"
+        "{% for m in messages %}"
+        "{% if tools and loop.index0 == seen.last %}{{ tools | tojson }}{% endif %}"
+        "{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    )
+    encoder = ChatEncoder(tokenizer, 1)
+    tools = [{"type": "function", "function": {"name": "zoom"}}]
+    single = thinking_chat(("What?", "red"))
+    several = thinking_chat(("Hi", "Ho"), ("What?", "red"))
+    single.tools = several.tools = tools
+    assert encoder.encode(single)
+    with pytest.raises(DataError, match="writes the tools behind an answer"):
+        encoder.encode(several)
+    several.messages[1]["supervised"] = False
+    assert encoder.encode(several)
 
 
 @pytest.mark.parametrize(

@@ -49,6 +49,7 @@ def tokenizer(shapes):
 COUNTS = st.lists(st.tuples(st.integers(1, 12), st.integers(0, 3)), min_size=1, max_size=8)
 
 
+@pytest.mark.slow
 def test_as_many_whole_turns_are_kept_as_fit_with_their_images(tokenizer):
     @settings(max_examples=60, deadline=None, derandomize=True, database=None)
     @given(COUNTS, st.booleans(), st.booleans(), st.integers(20, 120))

@@ -458,6 +458,17 @@ def test_a_key_of_a_record_that_changes_its_meaning_is_refused(tmp_path, read, k
         ),
         ({"question": "?", "answer": "b", "context": "c"}, "has 'context' beside 'question'"),
         (
+            {"question": "?", "answer": "b", "candidates": ["a", "b"]},
+            "has 'candidates' beside 'question'",
+        ),
+        ({"question": "?", "answer": "B", "choice_a": "One"}, "has 'choice_a' beside 'question'"),
+        ({"question": "?", "answer": "B", "A": "One", "B": "Two"}, "has 'A' beside 'question'"),
+        ({"question": "?", "answers": ["b"], "document": "c"}, "has 'document' beside 'question'"),
+        (
+            {"question": "?", "answers": "['yes' 'yes'\n 'no']"},
+            "'answers' is .*, a list without commas; write it as JSON",
+        ),
+        (
             {"images": ["x"], "texts": ["Some text.", "More."]},
             "a turn is Some text., expected from or role",
         ),

@@ -96,6 +96,7 @@ def sees_event(frames):
 
 @pytest.mark.parametrize("paint", [event, moving, noisy, cuts])
 @pytest.mark.parametrize(("suffix", "codec"), [("mp4", "libx264"), ("avi", "mpeg4")])
+@pytest.mark.fast_cases(2)
 def test_keyframes_see_half_a_second_in_a_minute_that_uniform_frames_miss(
     tmp_path, paint, suffix, codec
 ):
@@ -534,6 +535,7 @@ def test_a_video_counts_as_its_frames_and_a_tiled_picture_as_its_views(tmp_path,
 
 
 @pytest.mark.parametrize(("transfer", "white"), [(16, 0.58), (18, 0.75), (1, 1.0)])
+@pytest.mark.fast_cases(1)
 def test_white_of_an_hdr_frame_is_white(transfer, white):
     """PQ and HLG have it at another number than usual screens."""
     frame = av.VideoFrame(16, 16, "yuv420p10le")

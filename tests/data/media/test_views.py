@@ -231,7 +231,7 @@ def alone_of(data, name):
 
 @pytest.mark.parametrize("name", ["concat", "modality_adaptive", "hyperattention-adaptive"])
 @pytest.mark.parametrize("tile", [0.0, 1.0])
-@pytest.mark.fast_cases(2)
+@pytest.mark.fast_cases(1)
 def test_evaluation_answers_questions_about_several_pictures_alike_alone_and_in_a_batch(
     shapes, folder, name, tile
 ):

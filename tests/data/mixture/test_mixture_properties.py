@@ -71,6 +71,7 @@ def test_a_large_shuffle_is_reached_anywhere_without_an_array_of_its_size(size):
         assert np.array_equal(np.sort(shuffle.between(size, 2 * size)), np.arange(size))
 
 
+@pytest.mark.slow
 def test_a_shuffle_is_even_over_seeds_and_neighbours_are_not_kept():
     first = np.array([Shuffle(10, seed, 0).between(0, 10) for seed in range(4000)])
     counts = np.array([np.bincount(first[:, place], minlength=10) for place in range(10)])

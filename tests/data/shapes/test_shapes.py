@@ -505,6 +505,7 @@ def test_a_failed_write_leaves_nothing_behind(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_concurrent_writers_leave_one_whole_set(tmp_path):
     write_shapes(str(tmp_path / "alone"), **TINY)
     with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:

@@ -297,6 +297,7 @@ def test_a_prompt_that_is_too_long_for_the_model_is_told_and_not_cut(
     assert "and the model has 2048" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_thoughts_that_did_not_end_are_counted_and_told(
     model, files, tmp_path, monkeypatch, capsys
 ):

@@ -98,6 +98,7 @@ def test_an_imported_release_answers_as_transformers_makes_it(family, tmp_path):
     assert 1 < measured["metrics"]["perplexity"] < 1e6
 
 
+@pytest.mark.slow
 def test_weights_of_16_bits_are_read_as_float32_or_as_they_are(tmp_path, capsys):
     """Only float32 promises that the batch makes no difference, and the table says so."""
     tokenizer = ChatEncoder(small_tokenizer(), 1).tokenizer

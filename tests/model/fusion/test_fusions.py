@@ -133,6 +133,7 @@ def test_an_image_changes_its_placeholder_and_what_follows_and_nothing_before(no
 @each(all_fusions())
 @pytest.mark.parametrize("left", [False, True], ids=["right", "left"])
 @pytest.mark.parametrize("window", [None, 4])
+@pytest.mark.fast_cases(11)
 def test_each_row_of_a_mixed_batch_has_the_logits_it_has_alone(node, left, window):
     model = fused_llm(node, llm_fields("mistral", sliding_window=window), TOKENS)
     perturb(fusion_parameters(model).values())
@@ -226,6 +227,7 @@ def test_the_visual_copies_start_from_the_text_and_are_their_own(node):
 
 
 @each(all_fusions())
+@pytest.mark.fast_cases(4)
 def test_weights_from_a_folder_are_those_the_fusion_starts_from(node, tmp_path):
     saved = load_llm(VOCAB, config=LLMS["qwen3"]).eval()
     saved.save_pretrained(tmp_path)

@@ -122,6 +122,7 @@ def file(state, tmp_path_factory):
 
 
 @pytest.mark.parametrize("output", ["last", "penultimate"])
+@pytest.mark.fast_cases(1)
 def test_weights_under_the_packages_names_give_the_features_that_its_own_network_does(
     output, state, file
 ):

@@ -33,7 +33,7 @@ def larger(batch):
 
 @each({**CONNECTORS, "abstractor-positions": {**CONNECTORS["abstractor"], "positions": True}})
 @pytest.mark.parametrize("fusion", FUSIONS)
-@pytest.mark.fast_cases(7)
+@pytest.mark.fast_cases(3)
 def test_the_model_is_the_one_that_is_built_at_that_size_with_the_resampled_weights(node, fusion):
     model = make_model(fusion, connector=node)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}

@@ -41,6 +41,7 @@ def block_outputs(family, model, pixels):
 @family
 @output
 @torch.no_grad()
+@pytest.mark.fast_cases(3)
 def test_channels_are_those_of_the_output_and_then_of_each_block_from_shallow_to_deep(
     family, output
 ):

@@ -9,10 +9,11 @@ from timm.data import resolve_model_data_config
 from timm.layers import DropPath
 from torch import nn
 
-from helpers import make_model
+from helpers import make_model, policy
 from owlfuse.model.vision.backbone import TimmBackbone
 from owlfuse.model.vision.body import create_body
 
+BACKBONE = "owlfuse.model.vision.backbone.TimmBackbone"
 VIT = {"depth": 3, "embed_dim": 16, "num_heads": 2}
 # name, its size and keyword arguments: the family's structure at its smallest
 FAMILIES = {
@@ -82,7 +83,7 @@ def test_width_patches_and_grid_are_those_of_the_features(family, output):
 
 @family
 @output
-@pytest.mark.fast_cases(10)
+@pytest.mark.fast_cases(4)
 def test_every_parameter_has_a_gradient(family, output):
     model = backbone(family, output=output)
     model(pixels_for(model)).square().sum().backward()
@@ -193,6 +194,7 @@ def test_on_the_meta_device_no_pretrained_weights_are_asked_for(monkeypatch):
 @pytest.mark.parametrize("family", ["vit", "vit-siglip", "vit-avg-pool", "eva", "convnext"])
 @output
 @torch.no_grad()
+@pytest.mark.fast_cases(3)
 def test_pretrained_weights_are_loaded_whatever_head_they_came_with(family, output, tmp_path):
     name, size, kwargs = FAMILIES[family]
     # with the pooling and the classifier that timm's own weights have
@@ -307,6 +309,22 @@ def test_blocks_hold_every_parameter_once_in_order():
         assert any(
             name.startswith(f"body.blocks.{depth}.") for name in found[depth + len(found) - 3]
         )
+
+
+def test_a_model_that_does_not_say_what_a_layer_is_trains_as_a_whole():
+    vision = {"_target_": BACKBONE, "name": "poolformer_s12", "image_size": 64}
+    assert make_model(vision=vision).vision.blocks() == []
+    with pytest.raises(ValueError, match="has 0 layers to choose from"):
+        make_model(vision=vision, adapter={"vision": policy("LastN", n=1)})
+
+
+@pytest.mark.parametrize("output", ["last", "penultimate"])
+def test_the_patches_of_a_naflex_vit_are_a_grid(output):
+    vit = {"embed_dim": 16, "depth": 2, "num_heads": 2}
+    name = "naflexvit_base_patch16_gap"
+    with torch.device("meta"):
+        model = TimmBackbone(name, output=output, image_size=32, kwargs=vit)
+    assert model.grid == (2, 2)
 
 
 @pytest.mark.parametrize("name", ["vit_gargantuan", "resnet5000"])
@@ -507,7 +525,7 @@ PREFIXED = {
 
 
 @pytest.mark.parametrize("family", PREFIXED)
-@pytest.mark.fast_cases(3)
+@pytest.mark.fast_cases(1)
 def test_without_class_token_exactly_what_is_no_patch_is_dropped(family):
     name, kwargs, prefix = PREFIXED[family]
     with torch.device("meta"):
@@ -601,6 +619,7 @@ def test_a_frozen_backbone_drops_nothing_in_training(frozen):
         ("pvt_v2_b0", 256, 128, "last"),
     ],
 )
+@pytest.mark.fast_cases(1)
 def test_a_model_may_be_set_to_another_size_whatever_it_has_lost(name, size, other, output):
     with torch.device("meta"):
         model = TimmBackbone(name, image_size=size, output=output)

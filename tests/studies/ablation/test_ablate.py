@@ -223,6 +223,27 @@ def test_anew_puts_runs_of_other_code_aside_and_a_budget_lists_what_it_does_not_
 
 
 @pytest.mark.slow
+def test_a_cell_of_two_processes_trains_goes_on_and_leaves_its_result(folder):
+    words = ["trainer=ddp", "trainer.accelerator=cpu", "trainer.precision=32-true"]
+    words += ["trainer.devices=2", "seeds=[0]", "name=two", "trainer.max_steps=400"]
+    process = start(*words)
+    deadline = time.monotonic() + 600
+    while (
+        time.monotonic() < deadline
+        and read("..", "two", "plain-seed0", "progress.json").get("step", 0) < 2
+        and process.poll() is None
+    ):
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGINT)
+    output, _ = process.communicate(timeout=600)
+    assert process.returncode == 130, output
+    output, _ = start(*words).communicate(timeout=600)
+    assert Path("runs/two/plain-seed0/results.json").exists(), output
+    assert read("..", "two", "plain-seed0", "results.json")["steps"] == 400
+    assert read("..", "two", "plain-seed0", "cell.json")["first_step"] > 0
+
+
+@pytest.mark.slow
 def test_several_jobs_train_the_same(gone_on):
     words, name = ["jobs=2"], "by2"
     process = start(

@@ -165,6 +165,7 @@ def change(path, run, file, **fields):
     path.write_text(json.dumps({**content, **fields}))
 
 
+@pytest.mark.slow
 def test_what_makes_runs_incomparable_is_said(tmp_path):
     path = write_ablation(tmp_path / "drawn", {"first": 0.5, "second": 0.9}, seeds=(0, 1))
     write_report(path)
@@ -213,6 +214,7 @@ def test_runs_of_changed_data_count_where_that_is_accepted_and_are_named(tmp_pat
     assert states["second-seed1"] == "of other configuration"
 
 
+@pytest.mark.slow
 def test_a_report_can_be_written_before_anything_is_finished(tmp_path, capsys):
     path = write_ablation(tmp_path / "drawn", {"first": 0.5, "second": 0.9}, seeds=(0,))
     for run in ("first-seed0", "second-seed0"):
@@ -522,6 +524,7 @@ def test_a_picture_becomes_small_on_the_page_through_a_link_too(tmp_path):
 @pytest.mark.parametrize(
     ("key", "words"), [("sources", "trained on other"), ("validation", "measured on other")]
 )
+@pytest.mark.fast_cases(1)
 def test_cells_that_left_out_other_samples_are_named(tmp_path, key, words):
     path = write_ablation(tmp_path / "drawn", {"first": 0.5, "second": 0.9}, seeds=(0, 1))
     for run in ("first-seed0", "first-seed1", "second-seed0", "second-seed1"):

@@ -310,6 +310,7 @@ def test_a_mistake_on_the_command_line(words, message):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.slow
 def test_every_cell_is_checked_for_this_machine_before_the_first_trains(monkeypatch):
     last = "    owl3: [model/fusion=hyperattention, model/connector=linear]"
     write(
@@ -347,6 +348,7 @@ def test_an_ablation_without_evaluation_or_metrics_is_refused():
         ablate_command("gates", [])
 
 
+@pytest.mark.slow
 def test_a_dry_run_shows_the_cells_within_a_hundred_columns_and_writes_nothing(capsys):
     write("gates", GATES)
     before = sorted(Path().rglob("*"))

@@ -8,6 +8,7 @@ import threading
 import time
 
 import pytest
+import torch
 
 from owlfuse.core.errors import ConfigError
 from owlfuse.studies.ablation import launch
@@ -18,7 +19,8 @@ KEYS = ["a-seed0", "b-seed0", "c-seed0"]
 
 @pytest.fixture
 def folder(tmp_path):
-    cells = [{"key": key, "hash": {"code": "c0de"}} for key in KEYS]
+    config = {"trainer": {"devices": 1}}
+    cells = [{"key": key, "hash": {"code": "c0de"}, "config": config} for key in KEYS]
     (tmp_path / "ablation.json").write_text(json.dumps({"cells": cells}))
     return tmp_path
 
@@ -33,9 +35,9 @@ def trained(monkeypatch):
             self.running = self.most = 0
             self.lock = threading.Lock()
 
-        def __call__(self, folder, key, log, threads):
+        def __call__(self, folder, key, log, variables):
             with self.lock:
-                self.keys.append((key, threads))
+                self.keys.append((key, variables))
                 self.running += 1
                 self.most = max(self.most, self.running)
             time.sleep(0.3)
@@ -62,10 +64,47 @@ def test_cells_run_so_many_at_a_time_and_one_that_fails_does_not_end_the_others(
     launch.launch(folder, KEYS, "basic", jobs, [], None)
     assert sorted(key for key, _ in trained.keys) == KEYS
     assert trained.most == jobs
-    assert all((threads is None) == (jobs == 1) for _, threads in trained.keys)
+    assert all(("OMP_NUM_THREADS" in variables) == (jobs == 2) for _, variables in trained.keys)
     assert [state(folder, key)["state"] for key in KEYS] == ["finished", "failed", "finished"]
     assert state(folder, KEYS[1])["error"] == "no luck"
     assert state(folder, KEYS[1])["hash"] == {"code": "c0de"}
+
+
+def test_cells_beside_each_other_have_gpus_of_their_own(folder, trained, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(launch, "machine", lambda: "a machine with two GPUs")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    launch.launch(folder, KEYS, "basic", 2, [], None)
+    first, second = (variables["CUDA_VISIBLE_DEVICES"] for _, variables in trained.keys[:2])
+    assert sorted([first, second]) == ["0", "1"]
+
+
+@pytest.mark.parametrize(
+    ("gpus", "visible", "devices", "slot", "own"),
+    [
+        (8, None, 1, 5, "5"),
+        (8, None, 2, 1, "2,3"),
+        (4, "4,5,6,7", 1, 2, "6"),
+        (2, None, 1, 3, "1"),  # more cells than GPUs share them
+        (2, None, 4, 0, "0,1"),
+        (8, None, "auto", 1, None),
+        (1, None, 1, 1, None),
+        (0, None, 1, 1, None),
+    ],
+)
+def test_gpus_of_a_slot(gpus, visible, devices, slot, own, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert launch.own_gpus(devices, slot).get("CUDA_VISIBLE_DEVICES") == own
+
+
+def test_a_cell_is_one_task_of_a_cluster():
+    pytest.importorskip("submitit")
+    with pytest.raises(ConfigError, match=r"launcher.tasks_per_node=4: a cell is one task"):
+        launch.check_launcher("submitit_slurm", ["tasks_per_node=4"])
+    launch.check_launcher("submitit_slurm", ["tasks_per_node=1", "gpus_per_node=4"])
 
 
 @pytest.mark.parametrize(
@@ -78,7 +117,7 @@ def test_cells_run_so_many_at_a_time_and_one_that_fails_does_not_end_the_others(
     ],
 )
 def test_a_failure_is_told_of_the_last_attempt(folder, monkeypatch, code, written, error):
-    def fail(folder, key, log, threads):
+    def fail(folder, key, log, variables):
         with log.open("a") as file:
             file.write(f"{written}\n")
         return code

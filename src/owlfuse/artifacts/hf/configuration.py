@@ -122,13 +122,23 @@ def without_weights(node: dict[str, Any]) -> dict[str, Any]:
 
 def llm_node(text_config: PreTrainedConfig) -> dict[str, Any]:
     """The node that makes an LLM of this configuration with random weights."""
+    fields = declared(text_config, text_config.to_diff_dict())
+    return {"_target_": "owlfuse.model.llm.load_llm", "config": fields}
+
+
+def declared(config: PreTrainedConfig, values: dict[str, Any]) -> dict[str, Any]:
+    """Those of some values that the class of a configuration, or of one inside of it, declares,
+    with its `model_type`: a file of the hub may have others, which transformers keeps unread."""
     # here, since it imports transformers' models, which are not there yet
     from owlfuse.model.llm import config_fields
 
-    names = config_fields(type(text_config)) - {"transformers_version", "architectures", "dtype"}
-    fields = {}
-    for name, value in text_config.to_diff_dict().items():
-        if name in names and not name.startswith("_"):
+    names = config_fields(type(config)) - {"transformers_version", "architectures", "dtype"}
+    fields: dict[str, Any] = {}
+    for name, value in values.items():
+        inner = getattr(config, name, None) if name in config.sub_configs else None
+        if isinstance(inner, PreTrainedConfig) and isinstance(value, dict):
+            fields[name] = declared(inner, value)
+        elif name in names and not name.startswith("_"):
             fields[name] = value
-    fields["model_type"] = text_config.model_type
-    return {"_target_": "owlfuse.model.llm.load_llm", "config": fields}
+    fields["model_type"] = config.model_type
+    return fields

@@ -101,6 +101,12 @@ class AnswerFormat:
         position = before.rfind(self.header)
         if position >= 0:
             return position + len(self.header)
+        # Before an earlier answer a template may write the beginning of the header alone
+        # (Qwen3-Thinking, without <think>).
+        for length in range(len(self.header), 0, -1):
+            beginning = self.header[:length]
+            if beginning.strip() and before.endswith(beginning):
+                return len(before)
         return len(before.rstrip())
 
     def starts(self, text: str) -> list[int]:

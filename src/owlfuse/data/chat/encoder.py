@@ -91,6 +91,7 @@ class ChatEncoder:
         self.check_written(sample, messages, text)
         render_sample = partial(self.render, sample)
         spans = supervised_spans(sample, messages, text, render_sample, self.answer_format)
+        self.check_tools_stand_first(sample, messages, text, spans)
         self.note_inner_marks(sample, text, spans)
         starts = [start for start, _ in spans]
         ids, offsets = self.tokenize(text, starts, sample.id)
@@ -98,6 +99,25 @@ class ChatEncoder:
         if self.unknown_id in ids and UNKNOWN not in sample.notes:
             sample.notes.append(UNKNOWN)
         return self.expand(sample, ids, labels, views)
+
+    def check_tools_stand_first(
+        self, sample: Sample, messages: list[Message], text: str, spans: list[tuple[int, int]]
+    ) -> None:
+        """Raise DataError where the template writes the tools behind an answer that is learned, as
+        Mistral's do before the last question: calls would be learned without them."""
+        if not sample.tools:
+            return
+        try:
+            without = self.render(replace(sample, tools=None), messages)
+        except DataError:  # of a template that wants tools
+            return
+        first_answer = spans[0][0]
+        if text != without and text[:first_answer] == without[:first_answer]:
+            raise DataError(
+                f"sample {sample.id}: the chat template writes the tools behind an answer, which "
+                "would be learned without them; take another chat_template, or write loss: false "
+                "at the answers before the last question"
+            )
 
     def note_inner_marks(self, sample: Sample, text: str, spans: list[tuple[int, int]]) -> None:
         """Note an answer that has the end mark in it, where that is ordinary text."""

@@ -112,8 +112,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
         check_hub_has(
             path, "name a folder with tokenizer.json, or set HF_HOME to a cache that has it"
         )
-        # Explicitly, since transformers asks on a terminal otherwise.
-        return as_its_file(AutoTokenizer.from_pretrained(path, trust_remote_code=False), path)
+        return as_its_file(from_pretrained(path), path)
     except DataError as error:
         raise DataError(f"tokenizer: {str(error).removeprefix('tokenizer: ')}") from error
     except MissingPackage:
@@ -134,10 +133,31 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
         raise DataError(f"tokenizer: {name}: {reason}") from error
 
 
-# Digits, spaces, an apostrophe and a bracket, which classes of transformers split by rules of
-# their own.
 FILE = "tokenizer.json"
-PROBE = "In 2024,  it's\n\n 12.50 [INST] don't"
+# Digits, spaces, an apostrophe, a bracket and a letter of two characters, which classes of
+# transformers split by rules of their own.
+PROBE = "In 2024,  it's\n\n 12.50 [INST] don't cafe\u0301"
+
+
+def from_pretrained(path: str) -> PreTrainedTokenizerBase:
+    """Return what transformers makes of a tokenizer's files: of Mistral's by tokenizer.json, whose
+    template and offsets chats need, and with their own pattern, which older files have wrong."""
+    options = {}
+    # Mistral's library would read a file of its own.
+    if find_spec("mistral_common"):
+        options["mistral_format"] = False
+    # Explicitly no remote code, since transformers asks on a terminal otherwise.
+    tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False, **options)
+    # False: transformers takes the pattern for wrong, and leaves it unless it is asked.
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if getattr(backend, "fix_mistral_regex", None) is not False:
+        return tokenizer
+    log.warning(
+        "%s: transformers takes the pattern of its tokenizer.json for a mistake of Mistral's "
+        "models, whose own is followed",
+        path,
+    )
+    return PreTrainedTokenizerFast.from_pretrained(path, fix_mistral_regex=True)
 
 
 def as_its_file(tokenizer: PreTrainedTokenizerBase, path: str) -> PreTrainedTokenizerBase:
@@ -153,11 +173,14 @@ def as_its_file(tokenizer: PreTrainedTokenizerBase, path: str) -> PreTrainedToke
     plain = Tokenizer.from_file(str(file))
     plain.no_padding()
     plain.no_truncation()
-    expected = plain.encode(PROBE, add_special_tokens=False).ids
-    if tokenizer(PROBE, add_special_tokens=False).input_ids == expected:
+    # Behind an added token some classes leave out the space that the file puts there.
+    added = [token.content for token in plain.get_added_tokens_decoder().values()]
+    probe = PROBE + "".join(f"{token}[INST] A" for token in added)
+    expected = plain.encode(probe, add_special_tokens=False).ids
+    if tokenizer(probe, add_special_tokens=False).input_ids == expected:
         return tokenizer
     faithful = PreTrainedTokenizerFast.from_pretrained(path)
-    if faithful(PROBE, add_special_tokens=False).input_ids != expected:
+    if faithful(probe, add_special_tokens=False).input_ids != expected:
         return tokenizer
     log.warning(
         "%s: transformers' %s splits texts otherwise than its tokenizer.json, which is followed",

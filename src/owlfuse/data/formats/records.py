@@ -9,6 +9,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 from owlfuse.core.errors import DataError
@@ -382,7 +383,7 @@ def question_turns(
         answers = answers_of(record["answers"], name, "answers")
         used.add("answers")
     if answer_key == "answers" and isinstance(answer, str):
-        answer = list_of_text(answer)
+        answer = list_of_text(answer, name, answer_key)
     # Under `prompt` (trl) a list holds turns; under a question it holds the answers of annotators.
     if isinstance(answer, list) and question_key != "prompt":
         texts = answers_of(answer, name, answer_key)
@@ -474,7 +475,7 @@ def answers_of(value: Any, name: str, key: str) -> list[str]:
     """Return the answers of annotators, one or a list of them, texts or VQAv2's `{"answer"}`,
     without blank ones. Raises DataError."""
     if isinstance(value, str):
-        value = list_of_text(value)
+        value = list_of_text(value, name, key)
     entries = [value] if isinstance(value, str | int) else value
     if not isinstance(entries, list):
         raise DataError(f"sample {name}: '{key}' is {brief(value)}, expected a list of texts")
@@ -488,17 +489,29 @@ def answers_of(value: Any, name: str, key: str) -> list[str]:
     return texts
 
 
-def list_of_text(text: str) -> str | list[str]:
+def list_of_text(text: str, name: str, key: str) -> str | list[str]:
     """Return the texts of a list that is written as JSON or as Python writes it; another text as it
-    is."""
+    is. Raises DataError for one that numpy has written."""
     if not text.lstrip().startswith("["):
         return text
-    try:
-        value = ast.literal_eval(text.strip())
-    except (ValueError, SyntaxError, MemoryError, RecursionError):
+    value: Any = None
+    with suppress(ValueError, RecursionError):
+        value = json.loads(text)
+    is_python = value is None
+    if is_python:
+        with suppress(ValueError, SyntaxError, MemoryError, RecursionError):
+            value = ast.literal_eval(text.strip())
+    if not isinstance(value, list):
         return text
-    is_list = isinstance(value, list) and all(isinstance(item, str) for item in value)
-    return value if is_list else text
+    texts = [item for item in value if item is not None]
+    if not all(isinstance(item, str) for item in texts):
+        return text
+    # Python joins texts that stand side by side.
+    if is_python and re.search(r"""(?<=[^\\,\[\s])['"]\s+['"]""", text):
+        raise DataError(
+            f"sample {name}: '{key}' is {brief(text)}, a list without commas; write it as JSON"
+        )
+    return texts
 
 
 def system_turn(record: JsonObject, name: str, turns: list[Any]) -> list[Any]:

@@ -73,8 +73,15 @@ VIDEOS = ("video", "videos")
 THOUGHT_KEYS = ("reasoning_content", "reasoning", "thinking")
 SYSTEM_KEYS = ("system", "system_prompt", "system_message")
 
-# Keys beside a question that belong to it and are not part of its text.
-QUESTION_REFUSED = ("choices", "options", "context", "passage", "hint")
+# Keys beside a question that belong to it and are not part of its text: the answers to choose from,
+# and what the question is about.
+QUESTION_REFUSED = (
+    *("choices", "options", "candidates", "choice_list", "answer_choices"),
+    *(f"{kind}_{letter}" for kind in ("choice", "option") for letter in "abcdeABCDE"),
+    *"ABCDE",
+    *(f"a{number}" for number in range(5)),
+    *("context", "passage", "hint", "document", "article", "story", "paragraph", "paragraphs"),
+)
 
 # Keys of which false says as much as true.
 VERDICTS = ("kto_tag", "mask")

@@ -41,9 +41,10 @@ class AttentionCapture:
     """Of each of the layers (R, S) float32, the mean over heads."""
 
 
-NOT_PLAIN = ("softcap", "s_aux", "indices", "block_indices")
+NOT_PLAIN = ("softcap", "s_aux", "indices", "block_indices", "position_bias")
 """Arguments of attention whose weights are not those that are computed here: capped scores (Gemma
-2), sinks (GPT-OSS), chosen keys (DeepSeek V3.2) and blocks of keys (MiniMax M3)."""
+2), sinks (GPT-OSS), chosen keys (DeepSeek V3.2), blocks of keys (MiniMax M3) and a bias by
+distance (Inkling)."""
 
 ACTIVE: ContextVar[AttentionCapture | None] = ContextVar("capture", default=None)
 """Of this thread, so that nothing is captured of another one that uses the model meanwhile."""
@@ -109,6 +110,9 @@ def attend_and_capture(
     capture = ACTIVE.get()
     layer: Any = getattr(module, "layer_idx", None)
     is_plain = all(kwargs.get(name) is None for name in NOT_PLAIN)
+    # a mask with numbers above 0 is a bias (Doge)
+    if attention_mask is not None and attention_mask.is_floating_point():
+        is_plain = is_plain and not bool((attention_mask > 0).any())
     if capture is not None and layer in capture.layers and is_plain:
         last = query[:, :, -capture.rows :]
         # the mask has a row for each position of the prompt, and only the last ones are captured

@@ -93,6 +93,11 @@ class ModalityAdaptive(Fusion):
         elif name == "mlp":
             mlp = mlp_of(llm, layer)
             check_mlp(llm, mlp.module)
+            if getattr(layer, "enable_moe_block", False):
+                raise ValueError(
+                    f"copies: mlp: {type(layer).__name__} has experts beside its MLP, which would "
+                    "be shared; leave mlp out, or choose another LLM"
+                )
             mlp.put(ProjectionByModality(mlp.module, self.state))
         else:
             projection = projection_of(llm, layer, name)

@@ -519,13 +519,19 @@ class TimmBackbone(Backbone):
     def patch_grid(self, patches: int) -> tuple[int, int]:
         """Returns (h, w) of a ViT's patches; (1, P) where the tokens are no grid."""
         grid = getattr(getattr(self.body, "patch_embed", None), "grid_size", None)
+        # a NaFlex ViT takes any size
+        embeds = getattr(self.body, "embeds", None)
+        if grid is None and hasattr(embeds, "dynamic_feat_size"):
+            grid = embeds.dynamic_feat_size(self.preprocessing.size)
         # P counts the prefix tokens unless they are dropped
         count = patches - self.prefix_tokens + self.drop_prefix
         return tuple(grid) if grid and grid[0] * grid[1] == count else (1, patches)
 
     def blocks(self) -> list[list[nn.Parameter]]:
         """Returns the parameters of the model's layers, first to last, in timm's own grouping; the
-        norm is with the last."""
+        norm is with the last. None where timm does not say what a layer is, as of MetaFormer."""
+        if not hasattr(self.body, "group_matcher"):
+            return []
         parameters = dict(self.body.named_parameters())
         matcher = self.body.group_matcher(coarse=False)
         groups = group_parameters(self.body, matcher, reverse=False)

@@ -169,8 +169,11 @@ class MultiBackbone(Backbone):
 
     def blocks(self) -> list[list[nn.Parameter]]:
         """Returns the parameters of the backbones' layers, counted from their ends: the last of
-        every backbone together, before them the last but one of every backbone, and so on."""
+        every backbone together, before them the last but one of every backbone, and so on. None
+        where a backbone has none: its parameters would be in no layer."""
         blocks_by_backbone = [backbone.blocks() for _, backbone in self.each()]
+        if not all(blocks_by_backbone):
+            return []
         depth = max(len(blocks) for blocks in blocks_by_backbone)
         joined: list[list[nn.Parameter]] = [[] for _ in range(depth)]
         for blocks in blocks_by_backbone:

@@ -13,6 +13,8 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,10 @@ from owlfuse.config.trust import accept
 from owlfuse.core.errors import DataError, report_errors
 from owlfuse.core.files import read_json
 
+RESUMES = "OWLFUSE_CELL_RESUMES"
+"""The environment variable with whether the cell goes on, `1` or `0`, for ranks that the first one
+starts."""
+
 
 def train_cell(folder: Path, key: str) -> None:
     """Trains the cell, or goes on with it where it has a checkpoint.
@@ -36,14 +42,13 @@ def train_cell(folder: Path, key: str) -> None:
     record = read_json(folder / "ablation.json")
     cell = next(cell for cell in record["cells"] if cell["key"] == key)
     run = folder / key
-    with (run / ".lock").open("w") as lock:
-        try:
-            # a process that was left alone may still be ending
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        except OSError as error:
-            if not has_no_locks(run / ".lock", error):
-                raise
-        resumes = (run / "config.yaml").exists()
+    with cell_locked(run):
+        if is_started_by_first_rank():
+            # which has written the run's config.yaml meanwhile
+            resumes = os.environ[RESUMES] == "1"
+        else:
+            resumes = (run / "config.yaml").exists()
+            os.environ[RESUMES] = str(int(resumes))
         config = compose_cell(folder, run, cell, resumes)
         # After the configuration: a mistake of it is reported before torch is imported.
         from owlfuse.training import train
@@ -57,6 +62,27 @@ def train_cell(folder: Path, key: str) -> None:
         check_hash("configuration", cell["hash"]["config"], config_hash(plain))
         check_hash("code", cell["hash"]["code"], code_hash(plain))
         train.run(config, cell["hash"].get("data"))
+
+
+def is_started_by_first_rank() -> bool:
+    """Return whether Lightning has started this process for a device of the cell."""
+    return os.environ.get("LOCAL_RANK", "0") != "0"
+
+
+@contextmanager
+def cell_locked(run: Path) -> Iterator[None]:
+    """Locks the cell's folder inside the block, once a process that was left alone has ended; on
+    the first rank alone."""
+    if is_started_by_first_rank():
+        yield
+        return
+    with (run / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        except OSError as error:
+            if not has_no_locks(run / ".lock", error):
+                raise
+        yield
 
 
 def compose_cell(folder: Path, run: Path, cell: dict[str, Any], resumes: bool) -> DictConfig:
@@ -95,8 +121,10 @@ def end_with_parent(parent: int) -> None:
 def main() -> int:
     """Trains the cell of the command line; the exit codes are those of `owlfuse train`."""
     folder, key, parent = sys.argv[1:]
+    # The ablation has started the first rank alone, which has started the others.
+    watched = os.getppid() if is_started_by_first_rank() else int(parent)
     # A daemon: it must not keep a process alive whose training has ended.
-    threading.Thread(target=end_with_parent, args=(int(parent),), daemon=True).start()
+    threading.Thread(target=end_with_parent, args=(watched,), daemon=True).start()
     return report_errors(lambda: train_cell(Path(folder), key), "train")
 
 

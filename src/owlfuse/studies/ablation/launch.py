@@ -20,11 +20,12 @@ from datetime import datetime
 from functools import partial
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import yaml
 
-from owlfuse.artifacts.runs import checkpoints_of
+from owlfuse.artifacts.runs import checkpoints_of, step_of
 from owlfuse.core.environment import machine
 from owlfuse.core.errors import COMMAND_LINE, ConfigError, hint
 from owlfuse.core.files import read_json, read_json_if_there, write_json
@@ -81,11 +82,16 @@ def check_launcher(launcher: str, settings: list[str]) -> None:
         raise ConfigError(
             f"{COMMAND_LINE}: launcher={launcher}: not installed; pip install 'owlfuse[sweep]'"
         )
-    for key in read_settings(settings):
+    for key, value in read_settings(settings).items():
         if key not in keys:
             raise ConfigError(
                 f"{COMMAND_LINE}: launcher.{key}: no such setting of the launcher "
                 f"{launcher}{hint(key, keys, 30)}"
+            )
+        if key in ("nodes", "tasks_per_node") and value != 1:
+            raise ConfigError(
+                f"{COMMAND_LINE}: launcher.{key}={value}: a cell is one task, which starts the "
+                "processes of its devices itself; write trainer.devices=N launcher.gpus_per_node=N"
             )
 
 
@@ -134,9 +140,20 @@ def launch(
         threads = max(1, (os.cpu_count() or 1) // jobs)
     task = partial(run_cell, folder, deadline=deadline, threads=threads)
     if launcher == "basic":
+        slots: SimpleQueue[int] = SimpleQueue()
+        for slot in range(jobs):
+            slots.put(slot)
+
+        def run_in_slot(key: str) -> str:
+            slot = slots.get()
+            try:
+                return task(key, slot=slot if jobs > 1 else None)
+            finally:
+                slots.put(slot)
+
         # Threads are enough: a task only waits for the process of its cell.
         with ThreadPool(jobs) as pool:
-            pool.map(task, keys, chunksize=1)
+            pool.map(run_in_slot, keys, chunksize=1)
         return
     values = {"array_parallelism": jobs, **read_settings(settings)}
     run_by_submitit(task, folder, keys, launcher.removeprefix("submitit_"), values)
@@ -181,11 +198,18 @@ def run_by_submitit(
             write_state(run, state, "failed", error=reason)
 
 
-def run_cell(folder: Path, key: str, deadline: float | None, threads: int | None) -> str:
+def run_cell(
+    folder: Path,
+    key: str,
+    deadline: float | None,
+    threads: int | None,
+    slot: int | None = None,
+) -> str:
     """Trains one cell in a process, and returns its state, which is in its cell.json too.
 
     Args:
         threads: of the process's OpenMP; None leaves the environment as it is.
+        slot: which of the cells of a time it is, where there are several: each has GPUs of its own.
     """
     run = folder / key
     if interrupt_count(folder):
@@ -193,8 +217,10 @@ def run_cell(folder: Path, key: str, deadline: float | None, threads: int | None
     # A worker of another machine knows the cell from the file alone.
     record = read_json(folder / "ablation.json")
     cell = next(cell for cell in record["cells"] if cell["key"] == key)
-    has_checkpoint = bool(checkpoints_of(run / "checkpoints"))
+    checkpoints = checkpoints_of(run / "checkpoints")
+    has_checkpoint = bool(checkpoints)
     facts: dict[str, Any] = {"hash": cell["hash"], "began": time.time()}
+    facts["first_step"] = step_of(checkpoints[0]) if checkpoints else 0
     facts |= where_it_trains(run if has_checkpoint else None, record.get("jobs", 1))
     run.mkdir(parents=True, exist_ok=True)
     if deadline is not None and time.time() > deadline:
@@ -210,7 +236,10 @@ def run_cell(folder: Path, key: str, deadline: float | None, threads: int | None
     log = run / "log.txt"
     # behind which this attempt writes
     earlier_bytes = log.stat().st_size if log.exists() else 0
-    code = train_in_process(folder, key, log, threads)
+    environment = {} if threads is None else {"OMP_NUM_THREADS": str(threads)}
+    if slot is not None:
+        environment |= own_gpus(cell["config"]["trainer"].get("devices"), slot)
+    code = train_in_process(folder, key, log, environment)
     last_line = clean_log(log, earlier_bytes)  # of a cell that failed, its error
     facts["ended"] = time.time()
     if code == 0:
@@ -242,14 +271,34 @@ def where_it_trains(earlier_run: Path | None, jobs: int) -> dict[str, Any]:
     return {"machine": "; ".join(filter(None, machines)), "jobs": jobs}
 
 
-def train_in_process(folder: Path, key: str, log: Path, threads: int | None) -> int:
-    """Runs `owlfuse.studies.ablation.cell` to its end and returns its exit code."""
+def own_gpus(devices: Any, slot: int) -> dict[str, str]:
+    """Return the variable by which a cell sees as many GPUs as it has devices, and other ones than
+    the cells beside it as far as there are enough; nothing where there is one GPU or none, or the
+    cell takes all or certain ones."""
+    import torch  # here: mistakes of a command are reported before
+
+    gpu_count = torch.cuda.device_count()
+    if gpu_count < 2 or not str(devices).isdecimal():
+        return {}
+    names = [str(index) for index in range(gpu_count)]
+    if visible := os.environ.get("CUDA_VISIBLE_DEVICES"):
+        names = [name.strip() for name in visible.split(",")][:gpu_count]
+    first = slot * int(devices)
+    own = [names[(first + index) % gpu_count] for index in range(min(int(devices), gpu_count))]
+    return {"CUDA_VISIBLE_DEVICES": ",".join(own)}
+
+
+def train_in_process(folder: Path, key: str, log: Path, variables: dict[str, str]) -> int:
+    """Runs `owlfuse.studies.ablation.cell` to its end, in this environment with some variables, and
+    returns its exit code."""
     module = "owlfuse.studies.ablation.cell"
     # With the id of this process, after whose end a cell does not go on.
     command = [sys.executable, "-m", module, str(folder), key, str(os.getpid())]
-    environment = dict(os.environ)
-    if threads is not None:
-        environment["OMP_NUM_THREADS"] = str(threads)
+    environment = {**os.environ, **variables}
+    if "SLURM_NTASKS" in environment:
+        # Else Lightning would take the cell for all processes that SLURM has started, and start
+        # none for its devices.
+        environment["SLURM_JOB_NAME"] = "interactive"
     # A cell that goes on adds to the log of its first attempt.
     with log.open("ab") as file:
         process = subprocess.Popen(

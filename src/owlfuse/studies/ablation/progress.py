@@ -97,7 +97,9 @@ def seconds_per_step(folder: Path, cells: list[Cell]) -> float | None:
     for cell in cells:
         state = read_json_if_there(folder / cell.key / STATE_FILE)
         if state.get("state") == "finished":
-            rates.append((state["ended"] - state["began"]) / cell.steps)
+            # the time is of the last attempt
+            steps = max(1, cell.steps - state.get("first_step", 0))
+            rates.append((state["ended"] - state["began"]) / steps)
     base = cells[0].words[0].partition("=")[2]  # the first override is experiment=<base>
     if not rates and base:
         for path in (folder.parent / base).glob("*/results.json"):

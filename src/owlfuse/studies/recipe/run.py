@@ -17,7 +17,9 @@ import torch
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from owlfuse.artifacts.export import export
+from owlfuse.artifacts.identity import model_files
 from owlfuse.artifacts.load import load_run
+from owlfuse.artifacts.resume import read_past
 from owlfuse.artifacts.runs import checkpoints_of, in_use, is_first_rank, last_checkpoint
 from owlfuse.config.build import to_dict
 from owlfuse.config.check import is_within
@@ -25,8 +27,9 @@ from owlfuse.config.compose import compose, take_keys
 from owlfuse.config.identity import flat
 from owlfuse.config.messages import naming
 from owlfuse.core.errors import ConfigError, DataError
-from owlfuse.core.files import atomic_write
+from owlfuse.core.files import atomic_write, fingerprint
 from owlfuse.core.progress import quiet_libraries
+from owlfuse.core.signals import signals_end_the_run
 from owlfuse.core.terminal import visible
 from owlfuse.parallel.first_rank import run_on_first_rank
 from owlfuse.studies.recipe.compose import split_dry_run
@@ -66,9 +69,16 @@ def recipe_command(recipe: str, words: list[str]) -> None:
     if is_first_rank():
         write_record(stages)
     weights: Path | None = None
-    for stage in stages:
-        run_stage(stage, weights)
-        weights = stage.weights
+    with signals_end_the_run():
+        for stage in stages:
+            try:
+                run_stage(stage, weights)
+            except KeyboardInterrupt as stop:
+                said = str(stop) or f"stopped in stage {stage.name}"
+                raise KeyboardInterrupt(
+                    f"{said}; the whole recipe goes on by the same command as before"
+                ) from None
+            weights = stage.weights
     if is_first_rank():
         print_results(recipe, stages)
     print_once(f"the model is in {weights}; talk to it by: owlfuse chat {weights}")
@@ -104,6 +114,7 @@ def run_stage(stage: Stage, weights: Path | None) -> None:
     """Trains a stage from exported weights, or goes on with it from its last checkpoint, and
     exports its own."""
     if stage.finished:
+        check_origin(stage, weights)
         print_once(f"stage {stage.name} is finished: {stage.folder}")
         return
     config: DictConfig
@@ -120,12 +131,7 @@ def run_stage(stage: Stage, weights: Path | None) -> None:
         start_from(config, weights)
     origin = f", from the weights in {weights}" if weights else ""
     print_once(f"stage {stage.name}{origin}")
-    try:
-        train.run(config)
-    except KeyboardInterrupt as stop:
-        raise KeyboardInterrupt(
-            f"{stop}; the whole recipe goes on by the same command as before"
-        ) from None
+    train.run(config)
     # LoRA is merged: the next stage may train other parts, or with other ranks.
     source = f"{config.experiment}, stage {stage.name}"
     run_on_first_rank(
@@ -139,6 +145,20 @@ def run_stage(stage: Stage, weights: Path | None) -> None:
         )
     gc.collect()  # the next stage needs the memory of this one
     torch.cuda.empty_cache()
+
+
+def check_origin(stage: Stage, weights: Path | None) -> None:
+    """Raises DataError for a finished stage that was trained from other weights than those that the
+    stage before has now."""
+    checkpoints = checkpoints_of(stage.folder / "checkpoints")
+    if weights is None or not checkpoints:
+        return
+    began_with = read_past(checkpoints[0]).identity.get("init_from")
+    if began_with not in (None, fingerprint(model_files(weights))):
+        raise DataError(
+            f"stage {stage.name} is finished, and was trained from other weights than {weights} "
+            f"has now; move {stage.folder} away to train it anew"
+        )
 
 
 def archive_stage(stage: Stage) -> None:
