@@ -406,6 +406,8 @@ def test_a_stage_that_was_begun_otherwise_is_not_gone_on_with(ran):
 def test_a_finished_stage_is_not_taken_where_the_one_before_was_trained_anew(ran):
     copy = ran.with_name("anew")
     shutil.copytree(ran, copy)
+    record = copy / "stages.yaml"
+    record.write_text(record.read_text().replace("ran/", "anew/"))
     shutil.rmtree(copy / "first")
     words = [*RAN, "stages.first.optim.lr=0.001", "name=anew"]
     with pytest.raises(DataError, match=r"stage second is finished, and was trained from other"):

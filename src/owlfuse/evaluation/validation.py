@@ -253,8 +253,6 @@ def evaluate_run(folder: str, overrides: list[str]) -> None:
     run_dir = Path(folder)
     which, overrides = split_which(overrides)
     config = compose([f"resume={folder}", *overrides])
-    if config.get("dry_run"):
-        raise ConfigError("command line: dry_run: an evaluation has no plan; leave it out")
     of_run = compose([f"resume={folder}"]) if overrides else config
     checkpoint = chosen_checkpoint(run_dir, which)
     # of two commands, or of one beside the training, one's answers would stand beside the other's
@@ -275,6 +273,8 @@ def evaluate_checkpoint(
     Raises:
         ConfigError: a key of `config` that changes nothing of an evaluation, or the model.
     """
+    if config.get("dry_run"):
+        raise ConfigError("command line: dry_run: an evaluation has no plan; leave it out")
     start = time.monotonic()
     past = read_past(checkpoint)
     config = config_at(past, config, of_run)

@@ -75,8 +75,8 @@ def start(*words):
     )
 
 
-def read(*names):
-    path = Path("runs/grid", *names)
+def read(*names, name="grid"):
+    path = Path("runs", name, *names)
     return json.loads(path.read_text()) if path.exists() else {}
 
 
@@ -226,11 +226,12 @@ def test_anew_puts_runs_of_other_code_aside_and_a_budget_lists_what_it_does_not_
 def test_a_cell_of_two_processes_trains_goes_on_and_leaves_its_result(folder):
     words = ["trainer=ddp", "trainer.accelerator=cpu", "trainer.precision=32-true"]
     words += ["trainer.devices=2", "seeds=[0]", "name=two", "trainer.max_steps=400"]
+    words += ["model/vision=convnet_group_norm"]
     process = start(*words)
     deadline = time.monotonic() + 600
     while (
         time.monotonic() < deadline
-        and read("..", "two", "plain-seed0", "progress.json").get("step", 0) < 2
+        and read("plain-seed0", "progress.json", name="two").get("step", 0) < 2
         and process.poll() is None
     ):
         time.sleep(0.02)
@@ -238,9 +239,8 @@ def test_a_cell_of_two_processes_trains_goes_on_and_leaves_its_result(folder):
     output, _ = process.communicate(timeout=600)
     assert process.returncode == 130, output
     output, _ = start(*words).communicate(timeout=600)
-    assert Path("runs/two/plain-seed0/results.json").exists(), output
-    assert read("..", "two", "plain-seed0", "results.json")["steps"] == 400
-    assert read("..", "two", "plain-seed0", "cell.json")["first_step"] > 0
+    assert read("plain-seed0", "results.json", name="two").get("steps") == 400, output
+    assert read("plain-seed0", "cell.json", name="two")["first_step"] > 0
 
 
 @pytest.mark.slow
