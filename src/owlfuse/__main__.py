@@ -134,12 +134,14 @@ def _eval(arguments: argparse.Namespace) -> None:
 
 
 def _data(arguments: argparse.Namespace) -> None:
+    from owlfuse.core.signals import signals_end_the_run
     from owlfuse.data.shapes.write import write_shapes
 
     try:
-        write_shapes(
-            folder=arguments.folder, seed=arguments.seed, train_pictures=arguments.pictures
-        )
+        with signals_end_the_run():
+            write_shapes(
+                folder=arguments.folder, seed=arguments.seed, train_pictures=arguments.pictures
+            )
     except ValueError as error:
         raise SystemExit(failed(" ".join(str(error).split()), 2)) from None
 

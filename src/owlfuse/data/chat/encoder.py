@@ -87,11 +87,19 @@ class ChatEncoder:
         """
         messages = flatten(sample, self.control_tokens, self.image_token)
         text = self.render(sample, messages)
+        without_tools = self.text_without_tools(sample, messages)
         # Before the spans, whose error would not say what the template leaves out.
-        self.check_written(sample, messages, text)
+        self.check_written(sample, messages, text, without_tools)
         render_sample = partial(self.render, sample)
         spans = supervised_spans(sample, messages, text, render_sample, self.answer_format)
-        self.check_tools_stand_first(sample, messages, text, spans)
+        first_answer = spans[0][0]
+        # As Mistral's templates do: calls would be learned by a model that is told of no tools.
+        if without_tools is not None and text[:first_answer] == without_tools[:first_answer]:
+            raise DataError(
+                f"sample {sample.id}: the chat template writes the tools behind an answer, which "
+                "would be learned without them; take another chat_template, or write loss: false "
+                "at the answers before the last question"
+            )
         self.note_inner_marks(sample, text, spans)
         starts = [start for start, _ in spans]
         ids, offsets = self.tokenize(text, starts, sample.id)
@@ -100,24 +108,14 @@ class ChatEncoder:
             sample.notes.append(UNKNOWN)
         return self.expand(sample, ids, labels, views)
 
-    def check_tools_stand_first(
-        self, sample: Sample, messages: list[Message], text: str, spans: list[tuple[int, int]]
-    ) -> None:
-        """Raise DataError where the template writes the tools behind an answer that is learned, as
-        Mistral's do before the last question: calls would be learned without them."""
+    def text_without_tools(self, sample: Sample, messages: list[Message]) -> str | None:
+        """Return the chat as it is rendered without its tools; None where it has none, and of a
+        template that refuses it so."""
         if not sample.tools:
-            return
-        try:
-            without = self.render(replace(sample, tools=None), messages)
-        except DataError:  # of a template that wants tools
-            return
-        first_answer = spans[0][0]
-        if text != without and text[:first_answer] == without[:first_answer]:
-            raise DataError(
-                f"sample {sample.id}: the chat template writes the tools behind an answer, which "
-                "would be learned without them; take another chat_template, or write loss: false "
-                "at the answers before the last question"
-            )
+            return None
+        with suppress(DataError):
+            return self.render(replace(sample, tools=None), messages)
+        return None
 
     def note_inner_marks(self, sample: Sample, text: str, spans: list[tuple[int, int]]) -> None:
         """Note an answer that has the end mark in it, where that is ordinary text."""
@@ -163,7 +161,9 @@ class ChatEncoder:
         except DataError as error:
             raise DataError(f"sample {sample.id}: {error}") from error
 
-    def check_written(self, sample: Sample, messages: list[Message], text: str) -> None:
+    def check_written(
+        self, sample: Sample, messages: list[Message], text: str, without_tools: str | None
+    ) -> None:
         """Raise DataError where the template leaves out tools, their calls or thoughts: the text is
         the same without them. Of names and ids of calls it is a note of the sample."""
         unwritten = []
@@ -183,10 +183,8 @@ class ChatEncoder:
                 # A chat that is cut is encoded several times.
                 if note not in sample.notes:
                     sample.notes.append(note)
-        if sample.tools:
-            with suppress(DataError):
-                if text == self.render(replace(sample, tools=None), messages):
-                    unwritten.append("tools")
+        if text == without_tools:
+            unwritten.append("tools")
         if unwritten:
             raise DataError(
                 f"sample {sample.id} has {' and '.join(unwritten)}, which the chat template does "

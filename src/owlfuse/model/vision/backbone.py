@@ -520,7 +520,7 @@ class TimmBackbone(Backbone):
         """Returns (h, w) of a ViT's patches; (1, P) where the tokens are no grid."""
         grid = getattr(getattr(self.body, "patch_embed", None), "grid_size", None)
         # a NaFlex ViT takes any size
-        embeds = getattr(self.body, "embeds", None)
+        embeds: Any = getattr(self.body, "embeds", None)
         if grid is None and hasattr(embeds, "dynamic_feat_size"):
             grid = embeds.dynamic_feat_size(self.preprocessing.size)
         # P counts the prefix tokens unless they are dropped
